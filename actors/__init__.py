@@ -1,0 +1,1 @@
+"""Actors turn prompts into trajectories."""

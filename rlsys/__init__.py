@@ -1,0 +1,1 @@
+"""Contracts and coordination: moves trajectories one way, weights the other, and counts versions."""

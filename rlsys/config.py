@@ -1,0 +1,472 @@
+"""The configuration schema, YAML loading, `section.key=value` overrides and the resolved dump.
+
+A config is one YAML file. Unknown and duplicate keys are errors. The docstring under a field is its help.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rlsys.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, instances never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class RunConfig(Section):
+    dir: str
+    """Run directory; everything the run writes is below it."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of everything random: data order, initial weights, sampling."""
+    resume: str = "auto"
+    """`auto` continues where a checkpoint exists, `never` refuses a used directory, else a checkpoint path."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where engines and learner ranks compute."""
+    address: str = "local"
+    """`local` starts a Ray instance on loopback; anything else is the address of a running cluster."""
+
+
+class FromScratchConfig(Section):
+    hidden_size: int = Field(default=128, ge=16)
+    """Width of the model."""
+    layers: int = Field(default=3, ge=1)
+    """Number of transformer layers."""
+    heads: int = Field(default=4, ge=1)
+    """Attention heads (and key-value heads)."""
+    intermediate_size: int = Field(default=384, ge=16)
+    """Width of the feed-forward layers."""
+    tie_embeddings: bool = True
+    """Share the input embedding with the output layer."""
+    max_positions: int = Field(default=512, ge=32)
+    """Longest sequence the model is declared for, in tokens."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> FromScratchConfig:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 2 * heads ({2 * self.heads})")
+        return self
+
+
+class ModelConfig(Section):
+    path: str | None = None
+    """Folder or hub id of a Hugging Face causal language model with its tokenizer."""
+    from_scratch: FromScratchConfig | None = None
+    """Build a tiny Qwen2 with a character-level tokenizer made for the task."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.path is None) == (self.from_scratch is None):
+            raise ValueError("give exactly one of model.path and model.from_scratch")
+        return self
+
+
+class TagShares(Section):
+    """How often a demonstration holds each thought node (probabilities; thinking and answer always appear)."""
+
+    sub_task: float = Field(default=0.3, ge=0, le=1)
+    """Share with a <sub-task> node."""
+    hypothesis: float = Field(default=0.1, ge=0, le=1)
+    """Share with a <hypothesis> node."""
+    double_check: float = Field(default=0.1, ge=0, le=1)
+    """Share with a <double-check> node."""
+    reflection: float = Field(default=0.1, ge=0, le=1)
+    """Share with a planted error that a <reflection> node corrects."""
+    reclarify: float = Field(default=0.1, ge=0, le=1)
+    """Share with a <reclarify> node."""
+
+
+class LetterCountConfig(Section):
+    type: Literal["letter_count"] = "letter_count"
+    form: Literal["simple", "words"] = "simple"
+    """`simple`: one letter in a random string; `words`: two letters in a word, in the authors' seven phrasings."""
+    min_length: int = Field(default=5, ge=1)
+    """Shortest word, in letters."""
+    max_length: int = Field(default=12, ge=1, le=32)
+    """Longest word, in letters."""
+    alphabet: str = Field(default="abcdefgh", pattern="^[a-z]+$")
+    """Letters of the simple form."""
+    chunk: int = Field(default=3, ge=1)
+    """Letters worked through in one <thinking> node."""
+    error_rate: float = Field(default=0.1, ge=0, lt=1)
+    """Probability that one increment of a demonstration is wrong and stays wrong."""
+    shares: TagShares = TagShares()
+    """Shares of the thought nodes in the demonstrations."""
+    questions_path: str | None = None
+    """JSON list of {id, problem, solution} used as the held-out split instead of generated questions."""
+
+    @model_validator(mode="after")
+    def _lengths(self) -> LetterCountConfig:
+        if self.max_length < self.min_length:
+            raise ValueError(f"max_length {self.max_length} is below min_length {self.min_length}")
+        return self
+
+
+class DatasetConfig(Section):
+    type: Literal["dataset"] = "dataset"
+    path: str
+    """JSONL or Parquet file, or a Hugging Face dataset folder or id, for training."""
+    held_out_path: str | None = None
+    """The same for evaluation; without it every `held_out_every`-th row of `path` is held out."""
+    held_out_every: int = Field(default=10, ge=2)
+    """Without held_out_path: one row in this many is held out."""
+    split: str = "train"
+    """Split of a Hugging Face dataset for training."""
+    held_out_split: str = "test"
+    """Split of a Hugging Face dataset for evaluation."""
+    question_column: str = "question"
+    """Column with the question."""
+    answer_column: str = "answer"
+    """Column with the reference answer."""
+    answer_pattern: str | None = None
+    """Regular expression whose first group is the reference answer inside the column (GSM8K: `#### (.+)`)."""
+    demonstration_column: str | None = None
+    """Column with a worked solution, for the warm start."""
+    prompt_template: str = "{question}"
+    """The user message; {question} is replaced."""
+    max_bad_rows: float = Field(default=0.01, ge=0, le=1)
+    """Share of unreadable rows that is skipped and counted; more is an error."""
+
+    @model_validator(mode="after")
+    def _template(self) -> DatasetConfig:
+        if "{question}" not in self.prompt_template:
+            raise ValueError("prompt_template must contain {question}")
+        return self
+
+
+TaskConfig = Annotated[LetterCountConfig | DatasetConfig, Field(discriminator="type")]
+
+
+class ActorsConfig(Section):
+    count: int = Field(default=2, ge=1)
+    """Rollout actors, one engine each."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs of one engine; above 1 only with run.device cuda."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of one engine."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Number format of the engine's weights and cache."""
+    max_model_len: int = Field(default=256, ge=16)
+    """Longest prompt plus completion, in tokens."""
+    max_num_seqs: int = Field(default=256, ge=1)
+    """Sequences an engine decodes at once."""
+    block_size: int = Field(default=32, ge=8)
+    """Tokens of one prefix-cache block."""
+    kv_cache_gib: float = Field(default=1.0, gt=0)
+    """Key-value cache of one engine, GiB."""
+    enforce_eager: bool = True
+    """False lets vLLM compile and capture graphs (GPUs); slower to start."""
+    start_timeout_s: float = Field(default=300.0, gt=0)
+    """An actor that is not up after this many seconds ends the run."""
+    rollout_timeout_s: float = Field(default=1800.0, gt=0)
+    """A dispatch of prompts that has not come back after this many seconds ends the run."""
+
+
+class SamplingConfig(Section):
+    temperature: float = Field(default=1.0, gt=0, le=5)
+    """Sampling temperature of training rollouts."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus mass of training rollouts. Below 1 the learner's log-probabilities differ by design."""
+    max_tokens: int = Field(default=160, ge=1)
+    """Longest completion, in tokens."""
+
+
+class RewardsConfig(Section):
+    workers: int = Field(default=1, ge=1)
+    """Verifier processes of one actor."""
+    timeout_s: float = Field(default=10.0, gt=0)
+    """Deadline of one verification; later the process is killed and the outcome is `timeout`."""
+    memory_mib: int = Field(default=2048, ge=256)
+    """Address-space limit of a verifier process."""
+
+
+class LearnerConfig(Section):
+    ranks: int = Field(default=2, ge=1)
+    """DeepSpeed processes."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Number format of parameters and gradients; master weights are always fp32."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of one rank."""
+    micro_batch_tokens: int = Field(default=8192, ge=16)
+    """Padded tokens of one forward pass of one rank."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    optimizer_offload: bool = False
+    """Keep optimizer state in host memory (ZeRO 1 to 3)."""
+    timeout_s: float = Field(default=1800.0, gt=0)
+    """A learner call that takes longer ends the run."""
+
+
+class OptimizerConfig(Section):
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    warmup_updates: int = Field(default=5, ge=0)
+    """Updates of linear warm-up from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course after the warm-up, to `final_fraction` of the peak at the stage's last update."""
+    final_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Last learning rate over the peak, for linear and cosine."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+
+
+class WarmStartConfig(Section):
+    max_steps: int = Field(default=300, ge=1)
+    """Training steps of the warm start."""
+    rows_per_step: int = Field(default=64, ge=1)
+    """Demonstrations of one step."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, warmup_updates=20, schedule="cosine")
+    """Optimizer of the warm start."""
+
+
+class TrainConfig(Section):
+    max_steps: int = Field(default=80, ge=1)
+    """Training steps of the online stage."""
+    groups_per_step: int = Field(default=64, ge=1)
+    """Prompts of one step."""
+    group_size: int = Field(default=8, ge=2)
+    """Completions of one prompt."""
+    updates_per_step: int = Field(default=4, ge=1)
+    """Optimizer updates of one step; each takes an equal part of the step's rows."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Training steps that may lie between sampling and training; 0 is synchronous."""
+    max_failed_rollouts: float = Field(default=0.1, ge=0, le=1)
+    """Share of failed rollouts of the run so far that is replaced and counted; more ends the run."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer of the online stage."""
+
+    @model_validator(mode="after")
+    def _updates(self) -> TrainConfig:
+        if self.updates_per_step > self.groups_per_step:
+            raise ValueError("updates_per_step must not exceed groups_per_step")
+        return self
+
+
+class ObjectiveConfig(Section):
+    clip_low: float = Field(default=0.2, ge=0, lt=1)
+    """Lower bound of the probability ratio is 1 - clip_low."""
+    clip_high: float = Field(default=0.28, ge=0)
+    """Upper bound of the probability ratio is 1 + clip_high."""
+    advantage_std: bool = True
+    """Divide a group's advantages by its standard deviation (GRPO); False is Dr.GRPO."""
+    loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """Divide by all tokens; average within then over sequences; or divide by rows * sampling.max_tokens."""
+    kl_coef: float = Field(default=0.0, ge=0)
+    """Weight of the k3 estimate of the KL divergence to the reference policy; 0 keeps no reference."""
+
+
+class WeightSyncConfig(Section):
+    bucket_mib: float = Field(default=64.0, gt=0)
+    """Size of one bucket of tensors."""
+    timeout_s: float = Field(default=120.0, gt=0)
+    """A publish that is not acknowledged by every actor after this many seconds is a WeightSyncError."""
+    probe_rows: int = Field(default=4, ge=1)
+    """Fixed sequences whose log-probabilities actor and learner must agree on after every publish."""
+    probe_tolerance: float | None = Field(default=None, gt=0)
+    """Largest allowed log-probability gap; by default set by dtype and the gap of a fresh load."""
+
+
+class CheckpointConfig(Section):
+    interval: int = Field(default=20, ge=1)
+    """Training steps between checkpoints; stage ends and interruptions always write one."""
+    keep_last: int = Field(default=2, ge=1)
+    """Checkpoints kept."""
+
+
+class EvaluationConfig(Section):
+    prompts: int = Field(default=256, ge=1)
+    """Held-out problems of one evaluation."""
+    samples: int = Field(default=4, ge=0)
+    """Sampled completions per problem, at temperature 1 and top_p 1; 0 leaves the sampled part out."""
+    greedy: bool = True
+    """Evaluate greedy decoding too."""
+    interval: int = Field(default=0, ge=0)
+    """Online steps between evaluations; 0 evaluates at the ends of stages only."""
+
+
+StageName = Literal["warm_start", "online"]
+
+
+class Config(Section):
+    run: RunConfig
+    """Where and how the run lives."""
+    stages: tuple[StageName, ...] = Field(default=("warm_start", "online"), min_length=1)
+    """Stages in order; the settings of warm_start are in `warm_start`, those of online in `train`."""
+    model: ModelConfig
+    """The policy."""
+    task: TaskConfig
+    """Prompts, verifier, demonstrations."""
+    actors: ActorsConfig = ActorsConfig()
+    """Rollout actors."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How training rollouts are drawn."""
+    rewards: RewardsConfig = RewardsConfig()
+    """Verifier processes."""
+    learner: LearnerConfig = LearnerConfig()
+    """DeepSpeed ranks."""
+    warm_start: WarmStartConfig = WarmStartConfig()
+    """The warm_start stage."""
+    train: TrainConfig = TrainConfig()
+    """The online stage."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """The loss of the online stage."""
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    """The weight-sync bus."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out evaluation."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if len(set(self.stages)) != len(self.stages):
+            raise ValueError("stages names a stage twice")
+        if self.sampling.max_tokens >= self.actors.max_model_len:
+            raise ValueError(
+                f"sampling.max_tokens {self.sampling.max_tokens} leaves no room for a prompt "
+                f"in actors.max_model_len {self.actors.max_model_len}"
+            )
+        if self.actors.tensor_parallel_size > 1 and self.run.device != "cuda":
+            raise ValueError("actors.tensor_parallel_size above 1 needs run.device: cuda")
+        if self.learner.optimizer_offload and self.learner.zero_stage == 0:
+            raise ValueError("learner.optimizer_offload needs learner.zero_stage 1, 2 or 3")
+        scratch = self.model.from_scratch
+        if scratch and scratch.max_positions < self.actors.max_model_len:
+            raise ValueError(
+                f"actors.max_model_len {self.actors.max_model_len} exceeds "
+                f"model.from_scratch.max_positions {scratch.max_positions}"
+            )
+        return self
+
+    def max_steps(self, stage: StageName) -> int:
+        """Training steps of a stage."""
+        return {"warm_start": self.warm_start.max_steps, "online": self.train.max_steps}[stage]
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice and YAML aliases."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads `1e-4` as a string; JSON and every user mean a number.
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Read YAML with the safe loader; errors become ConfigError naming `source` and the line."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader subclass
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise ConfigError(f"{where}: {getattr(error, 'problem', None) or error}") from None
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set `a.b.c=value` in nested dictionaries; the value is read as YAML."""
+    path, separator, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"override {override!r}: expected section.key=value")
+    for key in keys[:-1]:
+        child = values.get(key)
+        if child is None:
+            child = values[key] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {key} is not a section")
+        values = child
+    values[keys[-1]] = parse_yaml(text, f"override {override!r}")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read and validate a config file with overrides.
+
+    Raises:
+        ConfigError: one line for each problem, naming the field and what was found.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
+    for override in overrides:
+        apply_override(values, override)
+    return parse_config(values, str(path))
+
+
+def parse_config(values: dict[str, Any], source: str) -> Config:
+    """Validate nested dictionaries; errors become one ConfigError."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(source, problem) for problem in error.errors())) from None
+
+
+def _explain(source: str, problem: Any) -> str:
+    unions = {"letter_count", "dataset"}
+    where = ".".join(str(part) for part in problem["loc"] if part not in unions)
+    if problem["type"] == "extra_forbidden":
+        return f"{source}: {where}: unknown key; see `rlsys check` for the keys that exist"
+    found = f", found {problem['input']!r}" if not isinstance(problem["input"], dict) else ""
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{source}: {where + ': ' if where else ''}{message}{found}"
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML; `load_config` reads it back to an equal Config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+# A resumed run continues the same experiment only where these sections are unchanged.
+FIXED_FIELDS = ("run.seed", "stages", "model", "task")
+
+
+def fixed_fields(config: Config) -> dict[str, Any]:
+    """The part of a config that a resume must not change, by dotted name."""
+    values = config.model_dump(mode="json")
+    found: dict[str, Any] = {}
+    for name in FIXED_FIELDS:
+        node: Any = values
+        for key in name.split("."):
+            node = node[key]
+        found[name] = node
+    return found
+
+
+def digest(values: Any) -> str:
+    """sha256 of a JSON-able value, for comparing configs."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,46 @@
+"""The error hierarchy. Every error survives pickling, so it can cross a Ray boundary unchanged.
+
+A message says what was expected, what was found, and which field or file to change.
+"""
+
+from __future__ import annotations
+
+
+class RlsysError(Exception):
+    """Base of every error that rlsys raises on purpose. Built from one message."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class ConfigError(RlsysError):
+    """The user's input (config, override, data file, resumed run) is not usable. Exit code 2."""
+
+
+class DataError(ConfigError):
+    """A data set cannot be used: missing column, no rows, too many unreadable rows."""
+
+
+class RolloutError(RlsysError):
+    """One prompt could not be rolled out. Counted, never fatal alone."""
+
+
+class EngineError(RlsysError):
+    """An actor's engine is broken; the actor must not be used again."""
+
+
+class WeightSyncError(RlsysError):
+    """A publish failed or could not be verified. Names actor, tensor and version."""
+
+
+class NonFiniteLossError(RlsysError):
+    """A loss or gradient norm is NaN or infinite; nothing of it was published."""
+
+
+class CheckpointError(RlsysError):
+    """A checkpoint cannot be written or read."""
+
+
+class TooManyFailuresError(RlsysError):
+    """Failures that are tolerated one by one passed their limit."""

@@ -1,0 +1,207 @@
+"""Every dataclass that crosses a process boundary. numpy and the standard library only.
+
+Shapes: T tokens of one trajectory, G trajectories of a group, B rows, P pairs.
+Log-probabilities are in nats, of the distribution that was actually sampled from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32Array = NDArray[np.int32]
+Float32Array = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+
+Split = Literal["train", "held_out"]
+Outcome = Literal["ok", "wrong", "error", "timeout"]
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One question of a task, as text, before any tokenizer has seen it."""
+
+    problem_id: str
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a verifier says of one completion.
+
+    reward: finite; 0.0 unless the outcome is "ok" or "wrong".
+    answered: False where the completion holds no valid answer (the no-answer rate counts these).
+    """
+
+    outcome: Outcome
+    reward: float
+    answered: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A problem as token ids. token_ids: [T] int32."""
+
+    prompt_id: str
+    token_ids: Int32Array
+    answer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionSpan:
+    """Tokens from `start` (index into token_ids) on were sampled by weights `version`."""
+
+    start: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """A prompt and everything generated after it.
+
+    token_ids: [T] int32, the prompt first.
+    loss_mask: [T] bool, True only on tokens the policy itself chose.
+    behavior_logprobs: [T] float32, 0 where the mask is False.
+    versions: spans of weight versions over the generated tokens, ascending start.
+    reward: the verifier's; meaningless where outcome is "error" or "timeout".
+    """
+
+    token_ids: Int32Array
+    loss_mask: BoolArray
+    behavior_logprobs: Float32Array
+    versions: tuple[VersionSpan, ...]
+    finish_reason: FinishReason
+    reward: float
+    outcome: Outcome
+    answered: bool
+
+    @property
+    def completion_length(self) -> int:
+        """Number of tokens after the prompt that the policy chose."""
+        return int(self.loss_mask.sum())
+
+    @property
+    def oldest_version(self) -> int:
+        return min(span.version for span in self.versions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryGroup:
+    """All trajectories of one prompt (G of them)."""
+
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]
+
+    @property
+    def oldest_version(self) -> int:
+        return min(trajectory.oldest_version for trajectory in self.trajectories)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutFailure:
+    """A rollout that produced no group. Data, counted; never a traceback in a log."""
+
+    prompt: Prompt
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration:
+    """A supervised row. token_ids: [T] int32; loss_mask: [T] bool, True on the completion."""
+
+    token_ids: Int32Array
+    loss_mask: BoolArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSettings:
+    """How completions are drawn. max_tokens bounds the completion; greedy is temperature 0."""
+
+    samples: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One tensor of a publish: its Hugging Face name, shape and torch dtype name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        width = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+        return width * int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightBucket:
+    """Consecutive tensors, flattened into one byte array, with the sha256 of those bytes."""
+
+    tensors: tuple[TensorSpec, ...]
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightManifest:
+    """What a publish of `version` consists of, in the order it is sent."""
+
+    version: int
+    buckets: tuple[WeightBucket, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(tensor.name for bucket in self.buckets for tensor in bucket.tensors)
+
+    @property
+    def bytes(self) -> int:
+        return sum(bucket.bytes for bucket in self.buckets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightAck:
+    """An actor's answer to a publish: what it now serves and the probe's log-probabilities.
+
+    probe_logprobs: one [T-1] float32 array a probe row, log p(token t+1 | tokens 0..t).
+    """
+
+    actor: str
+    version: int
+    probe_logprobs: tuple[Float32Array, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one call of the learner did. metrics: names of the registry in rlsys.metrics."""
+
+    version: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """Everything the driver must remember; with the learner's own files it is a checkpoint.
+
+    stage: index into the config's stages; step: finished training steps of that stage;
+    weight_version: finished training steps of all stages.
+    cursor: next prompt index of the stream; in_flight: prompt indices issued, not trained, in order.
+    """
+
+    stage: int
+    step: int
+    weight_version: int
+    cursor: int
+    in_flight: tuple[int, ...] = ()
+    counters: Mapping[str, float] = field(default_factory=dict)
