@@ -1,0 +1,271 @@
+"""One vLLM engine, inside this process, stepped by one thread. The only file that imports vllm.
+
+Everything that touches the engine runs on that thread, between two engine steps: requests are added there
+and weights are replaced there. So a weight update never meets a half-computed step, and in-flight requests
+go on with the new weights; vLLM reports which output tokens each weight version made.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from rlsys.config import ActorsConfig
+from rlsys.errors import EngineError, RolloutError
+from rlsys.types import FinishReason, Float32Array, Int32Array, VersionSpan
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionRequest:
+    """One completion to draw. seed decides the tokens together with the prompt and the weights."""
+
+    request_id: str
+    token_ids: Sequence[int]
+    seed: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What the engine drew. logprobs: [T] of the distribution sampled from (after temperature and top_p).
+
+    versions: spans over token_ids (index into the completion, not into prompt plus completion).
+    """
+
+    token_ids: Int32Array
+    logprobs: Float32Array
+    finish_reason: FinishReason
+    versions: tuple[VersionSpan, ...]
+
+
+def engine_environment(config: ActorsConfig, device: str) -> dict[str, str]:
+    """Environment variables that must be set before vllm is imported."""
+    variables = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "OMP_NUM_THREADS": str(config.threads),
+        # A subprocess engine would outlive a killed actor; in process there is nothing to orphan.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    if device == "cpu":
+        variables |= {
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.kv_cache_gib))),
+        }
+        if config.enforce_eager:
+            # One sampler function is compiled even in eager mode: 16 s on first use, no gain for small models.
+            variables["TORCHDYNAMO_DISABLE"] = "1"
+    return variables
+
+
+class Engine:
+    """A running engine. All public methods may be called from any thread.
+
+    Raises:
+        EngineError: from every future, once a step or an update has failed; the engine stays unusable.
+    """
+
+    def __init__(self, model_path: Path, config: ActorsConfig, device: str, end_token_id: int) -> None:
+        os.environ.update(engine_environment(config, device))
+        self._end_token_id = end_token_id
+        self._engine = _build(model_path, config, device)
+        self._tensor_parallel = config.tensor_parallel_size > 1
+        self._version = 0
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._pending: dict[str, _Pending] = {}
+        self._probes = 0
+        self._broken: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[CompletionRequest]) -> list[Future[Completion]]:
+        """Add requests in one go, so that the batch does not depend on arrival times."""
+        futures: list[Future[Completion]] = [Future() for _ in requests]
+
+        def add() -> None:
+            for request, future in zip(requests, futures, strict=True):
+                self._add(request, future)
+
+        self._call(add, lambda error: _fail(futures, error))
+        return futures
+
+    def prompt_logprobs(self, rows: Sequence[Int32Array]) -> list[Float32Array]:
+        """log p(token t+1 | tokens 0..t) of every row, [T-1] each; computed afresh, never from cached prefixes."""
+        futures: list[Future[Float32Array]] = [Future() for _ in rows]
+
+        def add() -> None:
+            for row, future in zip(rows, futures, strict=True):
+                self._probes += 1
+                self._score(f"probe-{self._probes}", row, future)
+
+        self._call(add, lambda error: _fail(futures, error))
+        return [future.result() for future in futures]
+
+    def update_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace all weights between two steps; cached prefixes of older versions are not used again."""
+
+        def apply() -> None:
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
+            self._version = version
+            self._engine.set_weight_version(str(version))
+
+        self._ask(apply).result()
+
+    def close(self) -> None:
+        self._commands.put(None)
+        self._thread.join(timeout=10)
+
+    # --- everything below runs on the engine's thread ---
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands(block=not self._pending):
+                if self._pending:
+                    for output in self._engine.step():
+                        if output.finished:
+                            waiting = self._pending.pop(output.request_id)
+                            waiting.future.set_result(waiting.read(output))
+        except BaseException as error:  # noqa: BLE001 - becomes data: every waiting future gets it
+            logger.exception("the engine failed")
+            self._broken = EngineError(f"engine failed: {type(error).__name__}: {error}")
+            _fail([waiting.future for waiting in self._pending.values()], self._broken)
+            self._pending.clear()
+
+    def _take_commands(self, block: bool) -> bool:
+        """Run waiting commands; wait for one if there is nothing to decode. False means stop."""
+        while block or not self._commands.empty():
+            command = self._commands.get()
+            if command is None:
+                return False
+            command()
+            block = False
+        return True
+
+    def _call(self, function: Callable[[], None], fail: Callable[[BaseException], None]) -> None:
+        def command() -> None:
+            try:
+                if self._broken is not None:
+                    raise self._broken
+                function()
+            except Exception as error:  # noqa: BLE001 - handed to the caller's future
+                fail(error)
+
+        if self._broken is not None:
+            fail(self._broken)
+        else:
+            self._commands.put(command)
+
+    def _ask(self, function: Callable[[], Result]) -> Future[Result]:
+        future: Future[Result] = Future()
+        self._call(lambda: future.set_result(function()), future.set_exception)
+        return future
+
+    def _add(self, request: CompletionRequest, future: Future[Completion]) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=request.temperature,
+            top_p=request.top_p,
+            max_tokens=request.max_tokens,
+            seed=request.seed,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            stop_token_ids=[self._end_token_id],
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._start(request.request_id, request.token_ids, params, _Pending(future, _read_completion))
+
+    def _score(self, request_id: str, row: Int32Array, future: Future[Float32Array]) -> None:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        self._start(request_id, row, params, _Pending(future, lambda output: _read_prompt_logprobs(output, row)))
+
+    def _start(self, request_id: str, token_ids: Sequence[int] | Int32Array, params: Any, waiting: _Pending) -> None:
+        try:
+            self._engine.add_request(request_id, self._prompt(token_ids), params)
+        except ValueError as error:  # too long for max_model_len, for example: this request alone fails
+            waiting.future.set_exception(RolloutError(f"request {request_id} was refused: {error}"))
+        else:
+            self._pending[request_id] = waiting
+
+    def _prompt(self, token_ids: Sequence[int] | Int32Array) -> dict[str, Any]:
+        # The salt keeps prefixes that older weights computed out of reach.
+        return {"prompt_token_ids": [int(token) for token in token_ids], "cache_salt": f"v{self._version}"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A request the engine works on, and how its output is read."""
+
+    future: Future[Any]
+    read: Callable[[Any], Any]
+
+
+def _fail(futures: Sequence[Future[Any]], error: BaseException) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_exception(error)
+
+
+def _read_completion(output: Any) -> Completion:
+    completion = output.outputs[0]
+    return Completion(
+        token_ids=np.asarray(completion.token_ids, dtype=np.int32),
+        logprobs=np.asarray(completion.logprobs.logprobs, dtype=np.float32),
+        finish_reason=completion.finish_reason,
+        versions=tuple(VersionSpan(start=span.start, version=int(span.version)) for span in completion.weight_versions),
+    )
+
+
+def _read_prompt_logprobs(output: Any, row: Int32Array) -> Float32Array:
+    values = [output.prompt_logprobs[i][int(row[i])].logprob for i in range(1, len(row))]
+    return np.asarray(values, dtype=np.float32)
+
+
+def _build(model_path: Path, config: ActorsConfig, device: str) -> Any:
+    from vllm import EngineArgs, LLMEngine
+
+    arguments: dict[str, Any] = {
+        "model": str(model_path),
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.dtype],
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": max(8192, config.max_model_len),
+        "block_size": config.block_size,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "skip_tokenizer_init": True,
+        "enforce_eager": config.enforce_eager,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "disable_log_stats": True,
+        "trust_remote_code": False,
+        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+        "generation_config": "vllm",  # the model folder's own sampling defaults must not leak in
+    }
+    if config.tensor_parallel_size == 1:
+        arguments["distributed_executor_backend"] = "uni"
+    engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+    engine.set_weight_version("0")
+    return engine
