@@ -1,0 +1,59 @@
+"""Log-probabilities of given tokens under the policy, defined exactly as the sampler defines them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Rows of one entropy chunk; bounds the temporary [chunk, V] tensors.
+ENTROPY_CHUNK = 1024
+
+
+def masked_token_logprobs(
+    logits: Tensor, targets: Tensor, mask: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """log p(target) and entropy at the positions where the mask is True.
+
+    p = softmax(logits / temperature);   entropy = -sum_v p_v log p_v
+
+    The sampler's processed log-probabilities are of the distribution after the temperature, so the learner
+    must divide by the same temperature. Half-precision logits are raised to fp32 before the division, as
+    the sampler does. Masked positions are dropped before anything of size V is computed.
+
+    Args:
+        logits: [B, S, V], any float dtype; carries gradient.
+        targets: [B, S] int64, target of the logits at the same position.
+        mask: [B, S] bool, N of them True.
+        temperature: > 0.
+
+    Returns:
+        logprobs: [N] nats, row-major order, fp32 (fp64 for fp64 logits); carries gradient, also for N = 0.
+        entropy: [N] nats, detached.
+
+    Raises:
+        ValueError: temperature is not positive, or shapes differ.
+    """
+    if not temperature > 0:
+        raise ValueError(f"expected sampling.temperature > 0, found {temperature}")
+    if not logits.shape[:2] == targets.shape == mask.shape:
+        raise ValueError(
+            f"expected logits [B, S, V] with targets and mask [B, S], found {tuple(logits.shape)}, "
+            f"{tuple(targets.shape)}, {tuple(mask.shape)}"
+        )
+    # index_select: its backward pass is several times faster than that of indexing with a mask.
+    kept = mask.flatten().nonzero().squeeze(-1)
+    selected = logits.flatten(0, 1).index_select(0, kept)
+    if selected.dtype != torch.float64:
+        selected = selected.float()
+    distribution = torch.log_softmax(
+        selected / temperature if temperature != 1 else selected, dim=-1
+    )
+    chosen = targets.flatten().index_select(0, kept).unsqueeze(-1)
+    return distribution.gather(-1, chosen).squeeze(-1), _entropy(distribution.detach())
+
+
+def _entropy(distribution: Tensor) -> Tensor:
+    """[N, V] log-probabilities -> [N] entropies, a chunk at a time."""
+    chunks = torch.split(distribution, ENTROPY_CHUNK)
+    # entr(p) = -p log p is 0 at p = 0, where p * log p would be NaN.
+    return torch.cat([torch.special.entr(chunk.exp()).sum(dim=-1) for chunk in chunks])
