@@ -12,9 +12,7 @@ Float64Array = NDArray[np.float64]
 STD_EPSILON = 1e-6
 
 
-def group_advantages(
-    rewards: Float64Array, valid: BoolArray, *, use_std: bool
-) -> Float64Array:
+def group_advantages(rewards: Float64Array, valid: BoolArray, *, use_std: bool) -> Float64Array:
     """Group-relative advantages.
 
     mean = (1/n) sum_i R_i;   std = sqrt( sum_i (R_i - mean)^2 / (n - 1) ),  i over the n valid entries
@@ -45,13 +43,9 @@ def group_advantages(
     advantages = np.zeros(rewards.shape, dtype=np.float64)
     kept = rewards[valid].astype(np.float64)
     if not np.isfinite(kept).all():
-        raise ValueError(
-            f"expected finite rewards from the task's verifier, found {kept.tolist()}"
-        )
+        raise ValueError(f"expected finite rewards from the task's verifier, found {kept.tolist()}")
     if len(kept) < 2 or kept.min() == kept.max():
         return advantages
     centred = kept - kept.mean()
-    advantages[valid] = (
-        centred / (kept.std(ddof=1) + STD_EPSILON) if use_std else centred
-    )
+    advantages[valid] = centred / (kept.std(ddof=1) + STD_EPSILON) if use_std else centred
     return advantages

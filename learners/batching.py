@@ -74,9 +74,7 @@ class MicroBatch:
     first_target: int
 
 
-def rows_from_groups(
-    groups: Sequence[TrajectoryGroup], *, use_std: bool
-) -> list[list[Row]]:
+def rows_from_groups(groups: Sequence[TrajectoryGroup], *, use_std: bool) -> list[list[Row]]:
     """Rows of every group with their advantages, one list a group, in order.
 
     Trajectories whose reward could not be computed (outcome "error" or "timeout") are left out, of the
@@ -86,12 +84,8 @@ def rows_from_groups(
 
 
 def _rows_of(group: TrajectoryGroup, use_std: bool) -> list[Row]:
-    valid = np.array(
-        [trajectory.outcome in ("ok", "wrong") for trajectory in group.trajectories]
-    )
-    rewards = np.array(
-        [trajectory.reward for trajectory in group.trajectories], dtype=np.float64
-    )
+    valid = np.array([trajectory.outcome in ("ok", "wrong") for trajectory in group.trajectories])
+    rewards = np.array([trajectory.reward for trajectory in group.trajectories], dtype=np.float64)
     advantages = group_advantages(rewards, valid, use_std=use_std)
     return [
         Row(
@@ -100,9 +94,7 @@ def _rows_of(group: TrajectoryGroup, use_std: bool) -> list[Row]:
             behavior_logprobs=trajectory.behavior_logprobs,
             advantage=float(advantage),
         )
-        for trajectory, advantage, keep in zip(
-            group.trajectories, advantages, valid, strict=True
-        )
+        for trajectory, advantage, keep in zip(group.trajectories, advantages, valid, strict=True)
         if keep
     ]
 
@@ -138,15 +130,10 @@ def split_updates(
             "lower train.updates_per_step or raise train.groups_per_step"
         )
     order = np.random.default_rng(seed).permutation(len(row_groups))
-    return [
-        [row for group in part for row in row_groups[group]]
-        for part in np.array_split(order, updates)
-    ]
+    return [[row for group in part for row in row_groups[group]] for part in np.array_split(order, updates)]
 
 
-def plan_micro_batches(
-    lengths: Sequence[int], *, ranks: int, budget_tokens: int
-) -> list[list[list[int]]]:
+def plan_micro_batches(lengths: Sequence[int], *, ranks: int, budget_tokens: int) -> list[list[list[int]]]:
     """Which rank runs which rows together.
 
     Rows are sorted by length and cut into K * ranks micro-batches, K the fewest that the budget allows. Of
@@ -171,14 +158,9 @@ def plan_micro_batches(
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     descending = [lengths[row] for row in order]
     per_rank = max(1, -(-len(_cut(descending, budget_tokens)) // ranks))
-    spans = _cut(
-        descending, _smallest_budget(descending, per_rank * ranks, budget_tokens)
-    )
+    spans = _cut(descending, _smallest_budget(descending, per_rank * ranks, budget_tokens))
     spans = _fill_up(spans, per_rank * ranks, descending)
-    return [
-        [order[start:stop] for start, stop in share]
-        for share in _deal(spans, ranks, descending)
-    ]
+    return [[order[start:stop] for start, stop in share] for share in _deal(spans, ranks, descending)]
 
 
 def _padded_tokens(span: Span, descending: Sequence[int]) -> int:
@@ -222,9 +204,7 @@ def _fill_up(spans: list[Span], count: int, descending: Sequence[int]) -> list[S
     return spans
 
 
-def _deal(
-    spans: Sequence[Span], ranks: int, descending: Sequence[int]
-) -> list[list[Span]]:
+def _deal(spans: Sequence[Span], ranks: int, descending: Sequence[int]) -> list[list[Span]]:
     """Give every rank one span a round, largest spans first, the largest of a round to the least loaded."""
     ordered = sorted(spans, key=lambda span: (-_padded_tokens(span, descending), span))
     shares: list[list[Span]] = [[] for _ in range(ranks)]

@@ -45,9 +45,7 @@ def masked_token_logprobs(
     selected = logits.flatten(0, 1).index_select(0, kept)
     if selected.dtype != torch.float64:
         selected = selected.float()
-    distribution = torch.log_softmax(
-        selected / temperature if temperature != 1 else selected, dim=-1
-    )
+    distribution = torch.log_softmax(selected / temperature if temperature != 1 else selected, dim=-1)
     chosen = targets.flatten().index_select(0, kept).unsqueeze(-1)
     return distribution.gather(-1, chosen).squeeze(-1), _entropy(distribution.detach())
 

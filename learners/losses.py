@@ -68,9 +68,7 @@ def policy_loss(
     return LossOutput(loss, metrics)
 
 
-def kl_loss(
-    logprobs: Tensor, reference_logprobs: Tensor, weights: Tensor
-) -> LossOutput:
+def kl_loss(logprobs: Tensor, reference_logprobs: Tensor, weights: Tensor) -> LossOutput:
     """k3 estimate of KL(policy || reference) on the policy's own samples.
 
     d_t  = reference_logprobs_t - logprobs_t

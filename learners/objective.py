@@ -54,6 +54,4 @@ def token_weights(
         case "constant":
             return np.full(len(lengths), 1.0 / (max(len(lengths), 1) * max_tokens))
         case _:
-            raise ValueError(
-                f"objective.loss_aggregation: unknown value {aggregation!r}"
-            )
+            raise ValueError(f"objective.loss_aggregation: unknown value {aggregation!r}")

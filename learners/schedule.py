@@ -28,9 +28,7 @@ def learning_rate(config: OptimizerConfig, update: int, total_updates: int) -> f
         ValueError: update < 0 or total_updates < 1.
     """
     if update < 0 or total_updates < 1:
-        raise ValueError(
-            f"expected update >= 0 and total_updates >= 1, found {update} and {total_updates}"
-        )
+        raise ValueError(f"expected update >= 0 and total_updates >= 1, found {update} and {total_updates}")
     warmup, final = config.warmup_updates, config.final_fraction
     if update < warmup:
         return config.learning_rate * (update + 1) / (warmup + 1)
@@ -42,6 +40,4 @@ def learning_rate(config: OptimizerConfig, update: int, total_updates: int) -> f
         case "linear":
             return config.learning_rate * (1 - (1 - final) * progress)
         case "cosine":
-            return config.learning_rate * (
-                final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
-            )
+            return config.learning_rate * (final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2)
