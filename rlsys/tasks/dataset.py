@@ -1,0 +1,203 @@
+"""Problems from a file or data set, answers checked with math-verify."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from rlsys.config import DatasetConfig
+from rlsys.errors import ConfigError, DataError
+from rlsys.tasks.math_answers import judge
+from rlsys.tasks.sources import Row, Source, read_source
+from rlsys.tasks.tags import tag_strings
+from rlsys.types import Problem, Split, Verdict
+
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Example:
+    number: int
+    question: str
+    answer: str
+    demonstration: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Data:
+    train: tuple[_Example, ...]
+    held_out: tuple[_Example, ...]
+    skipped: tuple[str, ...]
+
+
+class DatasetTask:
+    """A Task over the rows of a data set, in file order.
+
+    Rows are read on first use, so a reward process, which only verifies, never loads them.
+    A training row whose question is also held out is left out, so that the splits are disjoint.
+    """
+
+    def __init__(self, config: DatasetConfig, seed: int) -> None:
+        self.config = config
+
+    @property
+    def skipped(self) -> int:
+        """Number of unreadable rows that were left out."""
+        return len(self._data.skipped)
+
+    @property
+    def skip_reasons(self) -> tuple[str, ...]:
+        """Why the first few unreadable rows were left out, each with its file and line."""
+        return self._data.skipped[:_EXAMPLES]
+
+    def size(self, split: Split) -> int:
+        return len(self._examples(split))
+
+    def problem(self, split: Split, index: int) -> Problem:
+        """The index-th readable row of the split; its id holds the line number (JSONL) or row number.
+
+        Raises:
+            IndexError: index is outside [0, size).
+        """
+        return self._problem(split, index)
+
+    def verify(self, problem_answer: str, completion: str) -> Verdict:
+        return judge(problem_answer, completion)
+
+    def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str] | None:
+        text = self._example("train", index).demonstration
+        return None if text is None else (self._problem("train", index), text)
+
+    def vocabulary(self) -> tuple[str, ...]:
+        """The thought tags and the sorted characters of all texts, for a character tokenizer."""
+        examples = self._data.train + self._data.held_out
+        characters = set(self.config.prompt_template)
+        for example in examples:
+            characters.update(example.question, example.answer, example.demonstration or "")
+        return (*tag_strings(), *sorted(characters))
+
+    @cached_property
+    def _data(self) -> _Data:
+        return _load(self.config)
+
+    def _examples(self, split: Split) -> tuple[_Example, ...]:
+        return self._data.train if split == "train" else self._data.held_out
+
+    def _example(self, split: Split, index: int) -> _Example:
+        if index < 0:
+            raise IndexError(f"{split} problem {index}: expected an index of at least 0")
+        return self._examples(split)[index]
+
+    def _problem(self, split: Split, index: int) -> Problem:
+        example = self._example(split, index)
+        # Not str.format: LaTeX is full of braces.
+        question = self.config.prompt_template.replace("{question}", example.question)
+        return Problem(problem_id=f"{split}/{example.number}", question=question, answer=example.answer)
+
+
+def _load(config: DatasetConfig) -> _Data:
+    """Read both splits, count unreadable rows, and refuse a data set that cannot be used."""
+    _check_pattern(config.answer_pattern)
+    source = read_source(config.path, config.split, "task.path")
+    readable, skipped = _read_examples(source, config, "task.path")
+    if config.held_out_path is None:
+        # By position in the source, not among the readable rows: mending one row moves no other.
+        held_out = tuple(row for row in readable if row.number % config.held_out_every == 0)
+        readable = tuple(row for row in readable if row.number % config.held_out_every)
+    else:
+        other = read_source(config.held_out_path, config.held_out_split, "task.held_out_path")
+        held_out, also_skipped = _read_examples(other, config, "task.held_out_path")
+        skipped += also_skipped
+    questions = {example.question for example in held_out}
+    train = tuple(example for example in readable if example.question not in questions)
+    _check_not_empty(config, train, held_out, repeated=len(readable) - len(train))
+    return _Data(train=train, held_out=held_out, skipped=skipped)
+
+
+def _read_examples(source: Source, config: DatasetConfig, field: str) -> tuple[tuple[_Example, ...], tuple[str, ...]]:
+    """The readable rows of a source, and for each other row a line that says why."""
+    wanted = {
+        "task.question_column": config.question_column,
+        "task.answer_column": config.answer_column,
+        "task.demonstration_column": config.demonstration_column,
+    }
+    any_row = any(isinstance(row.values, dict) for row in source.rows)
+    for name, column in wanted.items():
+        if any_row and column is not None and column not in source.columns:
+            known = ", ".join(source.columns)
+            raise DataError(f"{name}: {source.path} has no column {column!r}; its columns are {known}")
+    examples, skipped = [], []
+    for row in source.rows:
+        example = _parse(row, config)
+        if isinstance(example, str):
+            skipped.append(f"{source.path}:{row.number}: {example}")
+        else:
+            examples.append(example)
+    if len(skipped) > config.max_bad_rows * len(source.rows):
+        raise DataError(
+            f"{field} {source.path}: {len(skipped)} of {len(source.rows)} rows are unreadable, more than "
+            f"task.max_bad_rows {config.max_bad_rows:g}; the first: {'; '.join(skipped[:_EXAMPLES])}"
+        )
+    return tuple(examples), tuple(skipped)
+
+
+def _parse(row: Row, config: DatasetConfig) -> _Example | str:
+    """A row's texts, or why it cannot be used."""
+    if isinstance(row.values, str):
+        return row.values
+    texts: dict[str, str] = {}
+    for column in (config.question_column, config.answer_column, config.demonstration_column):
+        if column is None:
+            continue
+        text = _text(row.values.get(column))
+        if text is None:
+            return f"column {column!r}: expected text, found {str(row.values.get(column))[:40]!r}"
+        texts[column] = text
+    answer = texts[config.answer_column]
+    if config.answer_pattern is not None:
+        found = re.search(config.answer_pattern, answer)
+        answer = (found[1] or "").strip() if found else ""
+        if not answer:
+            return f"column {config.answer_column!r}: no answer that matches task.answer_pattern"
+    demonstration = texts[config.demonstration_column] if config.demonstration_column else None
+    question = texts[config.question_column]
+    return _Example(number=row.number, question=question, answer=answer, demonstration=demonstration)
+
+
+def _text(value: Any) -> str | None:
+    """A cell as text; numbers are common in answer columns. None where it is empty or something else."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:  # NaN
+        return None
+    text = str(value).strip()
+    valid = text.encode("utf-8", "ignore").decode("utf-8") == text  # JSON may hold half a surrogate pair
+    return text if text and valid else None
+
+
+def _check_pattern(pattern: str | None) -> None:
+    if pattern is None:
+        return
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ConfigError(f"task.answer_pattern {pattern!r}: not a regular expression: {error}") from None
+    if groups < 1:
+        raise ConfigError(f"task.answer_pattern {pattern!r}: expected a group in parentheses around the answer")
+
+
+def _check_not_empty(
+    config: DatasetConfig, train: Sequence[_Example], held_out: Sequence[_Example], *, repeated: int
+) -> None:
+    if not held_out:
+        how = (
+            f"one in task.held_out_every {config.held_out_every} of task.path {config.path}"
+            if config.held_out_path is None
+            else f"task.held_out_path {config.held_out_path}"
+        )
+        raise DataError(f"{how}: no row is left for evaluation")
+    if not train:
+        because = f"; {repeated} of its questions are also held out" if repeated else ""
+        raise DataError(f"task.path {config.path}: no row is left for training{because}")

@@ -1,0 +1,126 @@
+"""Rows of a JSONL file, a Parquet file or a Hugging Face data set, each with its number in the source."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlsys.errors import ConfigError, DataError
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}|\$(\w+)")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row. number: line (JSONL) or row, from 1. values: its columns, or why it cannot be read."""
+
+    number: int
+    values: dict[str, Any] | str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A data set as read. path: with its variables replaced; columns: those that exist in any row."""
+
+    path: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def read_source(path: str, split: str, field: str) -> Source:
+    """Read all rows of a file or data set.
+
+    Args:
+        path: as in the config; `${NAME}` is replaced from the environment.
+        split: split of a Hugging Face data set; files have none.
+        field: config field that `path` comes from, for error messages.
+    Raises:
+        ConfigError: an environment variable is not set.
+        DataError: the data set is missing, not readable, or empty.
+    """
+    path = expand(path, field)
+    where = f"{field} {path}"
+    if Path(path).is_file() or path.endswith((".jsonl", ".json", ".parquet")):
+        columns, rows = _read_file(Path(path), where)
+    else:
+        columns, rows = _read_hugging_face(path, split, where)
+    if not rows:
+        raise DataError(f"{where}: expected at least one row, found none")
+    return Source(path=path, columns=columns, rows=tuple(rows))
+
+
+def expand(path: str, field: str) -> str:
+    """Replace `${NAME}` and a leading `~`; a variable that is not set is a ConfigError."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name not in os.environ:
+            raise ConfigError(f"{field} {path}: the environment variable {name} is not set; set it or change {field}")
+        return os.environ[name]
+
+    return os.path.expanduser(_VARIABLE.sub(value, path))
+
+
+def _read_file(path: Path, where: str) -> tuple[tuple[str, ...], list[Row]]:
+    if not path.is_file():
+        raise DataError(f"{where}: no such file")
+    if path.suffix == ".parquet":
+        return _read_parquet(path, where)
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read: {error.strerror}") from None
+    rows = [Row(number=number, values=_json_object(line)) for number, line in enumerate(lines, 1) if line.strip()]
+    names = (name for row in rows if isinstance(row.values, dict) for name in row.values)
+    return tuple(dict.fromkeys(names)), rows
+
+
+def _json_object(line: bytes) -> dict[str, Any] | str:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
+    return value if isinstance(value, dict) else f"expected a JSON object, found {type(value).__name__}"
+
+
+def _read_parquet(path: Path, where: str) -> tuple[tuple[str, ...], list[Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{where}: not a readable Parquet file: {error}") from None
+    return tuple(table.column_names), _numbered(table.to_pylist())
+
+
+def _read_hugging_face(path: str, split: str, where: str) -> tuple[tuple[str, ...], list[Row]]:
+    if not Path(path).is_dir() and not _HUB_ID.fullmatch(path):
+        raise DataError(f"{where}: no such file or folder")
+    import datasets  # 0.7 s to import, so only where it is needed
+
+    try:
+        if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
+            found = datasets.load_from_disk(path)
+        else:
+            found = datasets.load_dataset(path)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip() or type(error).__name__
+        raise DataError(f"{where}: not a readable data set: {reason.splitlines()[0]}") from None
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise DataError(f"{where}: has no split {split!r}; the splits are {', '.join(map(str, found))}")
+        found = found[split]
+    return tuple(found.column_names), _numbered(found)
+
+
+def _numbered(values: Iterable[dict[str, Any]]) -> list[Row]:
+    return [Row(number=number, values=dict(value)) for number, value in enumerate(values, 1)]
