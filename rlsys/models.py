@@ -1,0 +1,157 @@
+"""Tiny models made from scratch, and how text becomes token ids for any model.
+
+torch and transformers are imported inside the functions, so that importing this module stays light.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlsys.config import FromScratchConfig
+from rlsys.errors import ConfigError
+
+PAD, EOS, USER, ASSISTANT = "<pad>", "<eos>", "<user>", "<assistant>"
+SPECIAL_TOKENS = (PAD, EOS, USER, ASSISTANT)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}<assistant>{{ message['content'] }}<eos>"
+    "{% else %}<user>{{ message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def build_from_scratch(config: FromScratchConfig, vocabulary: Sequence[str], seed: int, folder: Path) -> None:
+    """Write a tiny Qwen2 and its tokenizer in Hugging Face format. The same arguments give the same bytes.
+
+    Args:
+        config: sizes of the model.
+        vocabulary: strings that become single tokens.
+        seed: seed of the initial weights.
+        folder: created where missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _build_tokenizer(vocabulary, config.max_positions)
+    tokenizer.save_pretrained(folder)
+    _build_qwen2(config, len(tokenizer), seed, tokenizer).save_pretrained(folder)
+
+
+def _build_qwen2(config: FromScratchConfig, vocab_size: int, seed: int, tokenizer: Any) -> Any:
+    import torch
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+    model_config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        max_position_embeddings=config.max_positions,
+        tie_word_embeddings=config.tie_embeddings,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(model_config)
+    model.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None
+    )
+    return model
+
+
+def _build_tokenizer(vocabulary: Sequence[str], max_positions: int) -> Any:
+    """Bytes, and the entries of the vocabulary as added tokens.
+
+    The class is Qwen2's own, because transformers' AutoTokenizer uses it for every Qwen2 model
+    whatever the folder says, and its pre-tokenizer leaves added tokens alone. Longer entries win.
+    A word is only matched where no other letter touches it: `in` is one token in `letters in x`,
+    never inside `begin`. Text outside the vocabulary becomes bytes, so no text is lost.
+    """
+    from tokenizers import AddedToken
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    base = [*SPECIAL_TOKENS, *sorted(ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(
+        vocab={entry: number for number, entry in enumerate(base)},
+        merges=[],
+        unk_token=None,
+        pad_token=PAD,
+        eos_token=EOS,
+        extra_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=max_positions,
+    )
+    several = [entry for entry in dict.fromkeys(vocabulary) if len(entry) > 1]
+    tokenizer.add_tokens(
+        [AddedToken(entry, normalized=False, special=False, single_word=_is_word(entry)) for entry in several]
+    )
+    return tokenizer
+
+
+def _is_word(entry: str) -> bool:
+    return entry[0].isalnum() and entry[-1].isalnum()
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model folder or hub id.
+
+    Raises:
+        ConfigError: there is none, naming model.path.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"model.path {path}: expected a Hugging Face model with its tokenizer: {reason}") from None
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.path {path}: the tokenizer has no end-of-sequence token")
+    return tokenizer
+
+
+def encode_prompt(tokenizer: Any, question: str) -> list[int]:
+    """Token ids of a question as one user turn, ready for the answer; plain text without a chat template."""
+    if not tokenizer.chat_template:
+        return list(tokenizer(question)["input_ids"])
+    messages = [{"role": "user", "content": question}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+def encode_demonstration(tokenizer: Any, question: str, chain: str) -> tuple[list[int], int]:
+    """Token ids of prompt, chain and end token, and the length of the prompt, in tokens."""
+    prompt = encode_prompt(tokenizer, question)
+    completion = tokenizer(chain, add_special_tokens=False)["input_ids"]
+    return [*prompt, *completion, end_token_id(tokenizer)], len(prompt)
+
+
+def end_token_id(tokenizer: Any) -> int:
+    """The token that ends a completion."""
+    return int(tokenizer.eos_token_id)
+
+
+def tokenizer_digest(folder: str | Path) -> str:
+    """sha256 of what decides the token ids of a text: tokenizer.json, chat template, eos and pad ids.
+
+    Raises:
+        ConfigError: the folder has no tokenizer.
+    """
+    tokenizer = load_tokenizer(folder)
+    parts = {
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "chat_template": tokenizer.chat_template,
+        "eos": tokenizer.eos_token_id,
+        "pad": tokenizer.pad_token_id,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
