@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 
 from learners.advantages import group_advantages
-from rlsys.types import (
-    BoolArray,
-    Demonstration,
-    Float32Array,
-    Int32Array,
-    TrajectoryGroup,
-)
+from rlsys.types import BoolArray, Demonstration, Float32Array, Int32Array, TrajectoryGroup
 
 Span = tuple[int, int]  # [start, stop) of the rows in descending order of length
+
+# Fixed cost of a forward and backward pass, in tokens: measured as 45 for the tiny model on one CPU thread
+# (2.5 ms at 18,000 tokens/s), with a margin for what the engine adds.
+PASS_OVERHEAD_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,10 +134,11 @@ def split_updates(
 def plan_micro_batches(lengths: Sequence[int], *, ranks: int, budget_tokens: int) -> list[list[list[int]]]:
     """Which rank runs which rows together.
 
-    Rows are sorted by length and cut into K * ranks micro-batches, K the fewest that the budget allows. Of
-    those cuts the one with the smallest largest micro-batch is taken, so that they are nearly equal. All
-    ranks run the same number of passes: where that makes too few, the largest are halved, and when only
-    single rows are left, empty ones are added.
+    Rows are sorted by length and cut into K * ranks micro-batches. Of the cuts for one K the one with the
+    smallest largest micro-batch is taken, so that they are nearly equal. K is at least what the budget
+    demands, and more where that saves more padding than the extra passes cost. All ranks run the same
+    number of passes: where a cut makes too few, the largest are halved, and when only single rows are left,
+    empty ones are added.
 
     Args:
         lengths: tokens of every row, each >= 1.
@@ -157,10 +156,24 @@ def plan_micro_batches(lengths: Sequence[int], *, ranks: int, budget_tokens: int
         )
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     descending = [lengths[row] for row in order]
-    per_rank = max(1, -(-len(_cut(descending, budget_tokens)) // ranks))
-    spans = _cut(descending, _smallest_budget(descending, per_rank * ranks, budget_tokens))
-    spans = _fill_up(spans, per_rank * ranks, descending)
-    return [[order[start:stop] for start, stop in share] for share in _deal(spans, ranks, descending)]
+    fewest = max(1, -(-len(_cut(descending, budget_tokens)) // ranks))
+    candidates = range(fewest, 4 * fewest + 1, max(1, fewest // 4))
+    plans = [_plan(descending, ranks, passes, budget_tokens) for passes in candidates]
+    best = min(plans, key=lambda shares: _slowest(shares, descending))
+    return [[order[start:stop] for start, stop in share] for share in best]
+
+
+def _plan(descending: Sequence[int], ranks: int, passes: int, budget: int) -> list[list[Span]]:
+    """The shares of the ranks with `passes` micro-batches each."""
+    spans = _cut(descending, _smallest_budget(descending, passes * ranks, budget))
+    return _deal(_fill_up(spans, passes * ranks, descending), ranks, descending)
+
+
+def _slowest(shares: Sequence[Sequence[Span]], descending: Sequence[int]) -> int:
+    """Cost of the rank with most work, in tokens."""
+    return max(
+        sum(_padded_tokens(span, descending) + PASS_OVERHEAD_TOKENS for span in share) for share in shares
+    )
 
 
 def _padded_tokens(span: Span, descending: Sequence[int]) -> int:
