@@ -63,14 +63,17 @@ class DatasetTask:
         Raises:
             IndexError: index is outside [0, size).
         """
-        return self._problem(split, index)
+        example = self._example(split, index)
+        # Not str.format: LaTeX is full of braces.
+        question = self.config.prompt_template.replace("{question}", example.question)
+        return Problem(problem_id=f"{split}/{example.number}", question=question, answer=example.answer)
 
     def verify(self, problem_answer: str, completion: str) -> Verdict:
         return judge(problem_answer, completion)
 
     def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str] | None:
         text = self._example("train", index).demonstration
-        return None if text is None else (self._problem("train", index), text)
+        return None if text is None else (self.problem("train", index), text)
 
     def vocabulary(self) -> tuple[str, ...]:
         """The thought tags and the sorted characters of all texts, for a character tokenizer."""
@@ -92,12 +95,6 @@ class DatasetTask:
             raise IndexError(f"{split} problem {index}: expected an index of at least 0")
         return self._examples(split)[index]
 
-    def _problem(self, split: Split, index: int) -> Problem:
-        example = self._example(split, index)
-        # Not str.format: LaTeX is full of braces.
-        question = self.config.prompt_template.replace("{question}", example.question)
-        return Problem(problem_id=f"{split}/{example.number}", question=question, answer=example.answer)
-
 
 def _load(config: DatasetConfig) -> _Data:
     """Read both splits, count unreadable rows, and refuse a data set that cannot be used."""
@@ -118,7 +115,9 @@ def _load(config: DatasetConfig) -> _Data:
     return _Data(train=train, held_out=held_out, skipped=skipped)
 
 
-def _read_examples(source: Source, config: DatasetConfig, field: str) -> tuple[tuple[_Example, ...], tuple[str, ...]]:
+def _read_examples(
+    source: Source, config: DatasetConfig, field: str
+) -> tuple[tuple[_Example, ...], tuple[str, ...]]:
     """The readable rows of a source, and for each other row a line that says why."""
     wanted = {
         "task.question_column": config.question_column,
@@ -185,7 +184,9 @@ def _check_pattern(pattern: str | None) -> None:
     except re.error as error:
         raise ConfigError(f"task.answer_pattern {pattern!r}: not a regular expression: {error}") from None
     if groups < 1:
-        raise ConfigError(f"task.answer_pattern {pattern!r}: expected a group in parentheses around the answer")
+        raise ConfigError(
+            f"task.answer_pattern {pattern!r}: expected a group in parentheses around the answer"
+        )
 
 
 def _check_not_empty(

@@ -36,8 +36,8 @@ def judge(reference: str, completion: str) -> Verdict:
     without any such tag is searched by math-verify: boxed, other LaTeX, or the last plain number.
 
     Returns:
-        reward 1 where the answers are the same text or mathematically equal, else 0; `answered` is False where
-        no answer could be extracted.
+        reward 1 where the answers are the same text or mathematically equal, else 0; `answered` is False
+        where no answer could be extracted.
     """
     if not any(tag in completion for tag in ("<answer>", "</answer>")):
         return _compare(reference, _extract(completion[-MAX_COMPLETION_CHARS:]))
@@ -68,7 +68,7 @@ def read_answer(text: str) -> tuple[Any, ...]:
 
 
 def _extract(text: str) -> tuple[Any, ...]:
-    return tuple(parse(text, parsing_timeout=None))  # type: ignore[arg-type]  # typed int; None is documented
+    return tuple(parse(text, parsing_timeout=None))
 
 
 def _same_text(left: str, right: str) -> bool:

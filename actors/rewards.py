@@ -1,0 +1,233 @@
+"""Rewards: task verifiers in killable processes with a deadline.
+
+Consumes (answer, completion) pairs of any number of concurrent callers; waits for a free worker process;
+a hanging, crashing or greedy verification costs its own verdict and one process, nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from rlsys.config import RewardsConfig, TaskConfig
+from rlsys.errors import EngineError
+from rlsys.types import Verdict
+
+Item = tuple[str, str]
+
+START_TIMEOUT_S = 60.0
+# Items written to a worker at once: enough to hide the round trip, few enough to share among workers.
+PIPELINE_ITEMS = 32
+# Where this process itself was held up past a deadline, the answer may be waiting in the pipe.
+LAST_LOOK_S = 0.05
+# A worker that closed its pipe is about to end by itself; its exit status tells why.
+EXIT_PATIENCE_S = 2.0
+_READ_BYTES = 1 << 16
+_STDERR_BYTES = 4096
+_KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG", "TMPDIR", "RLSYS_DATA", "RLSYS_RUN_ID")
+
+
+class RewardPool:
+    """`config.workers` verifier processes, started on first use. Use it from one event loop.
+
+    The processes die with the thread that runs the event loop (Linux ties the death signal to it).
+
+    Args:
+        task_config: the task whose `verify` judges completions.
+        seed: run.seed.
+        config: number of workers, deadline and memory of one verification.
+        verifier: "module:factory" to use instead of the task's verifier: the seam for tests and plug-ins.
+    """
+
+    def __init__(
+        self, task_config: TaskConfig, seed: int, config: RewardsConfig, *, verifier: str | None = None
+    ) -> None:
+        hello: dict[str, Any] = {"parent": os.getpid(), "memory_mib": config.memory_mib, "seed": seed}
+        hello |= {"verifier": verifier} if verifier else {"task": task_config.model_dump(mode="json")}
+        self._workers = [_Worker(hello, config.timeout_s) for _ in range(config.workers)]
+        self._free: asyncio.Queue[_Worker] = asyncio.Queue()
+        for worker in self._workers:
+            self._free.put_nowait(worker)
+
+    async def start(self) -> None:
+        """Start all workers now, so that a broken verifier is seen before the first rollout.
+
+        Raises:
+            EngineError: a worker did not come up; holds the last lines of its stderr.
+        """
+        await asyncio.gather(*(worker.ensure_started() for worker in self._workers))
+
+    async def verify(self, items: Sequence[Item]) -> list[Verdict]:
+        """Judge (answer, completion) pairs; the verdicts come in the same order.
+
+        A verification that passes the deadline is a "timeout"; one that raises, returns no finite reward or
+        ends its process is an "error". Both have reward 0 and say in `detail` what happened.
+
+        Raises:
+            EngineError: a worker could not be started, or the pool is closed.
+        """
+        size = max(1, min(PIPELINE_ITEMS, -(-len(items) // len(self._workers))))
+        parts = [items[start : start + size] for start in range(0, len(items), size)]
+        verdicts = await asyncio.gather(*(self._verify_part(part) for part in parts))
+        return [verdict for part in verdicts for verdict in part]
+
+    async def _verify_part(self, items: Sequence[Item]) -> list[Verdict]:
+        worker = await self._free.get()
+        try:
+            return await worker.verify(items)
+        finally:
+            self._free.put_nowait(worker)
+
+    async def close(self) -> None:
+        """Kill all workers and wait until they are gone. A verification under way raises EngineError."""
+        await asyncio.gather(*(worker.close() for worker in self._workers))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Child:
+    """A running worker process. last_words: ends with the tail of its stderr once that is closed."""
+
+    process: Process
+    stdin: asyncio.StreamWriter
+    stdout: asyncio.StreamReader
+    last_words: asyncio.Task[bytes]
+
+    def write(self, *messages: Any) -> None:
+        # No drain: a worker that reads nothing must meet the deadline, and PIPELINE_ITEMS bounds the memory.
+        self.stdin.write(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
+
+    async def read(self, timeout_s: float) -> bytes | None:
+        """What the worker has written: b"" where it ended, None where it is silent past the deadline."""
+        for patience in (timeout_s, LAST_LOOK_S):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    return await self.stdout.read(_READ_BYTES)
+        return None
+
+    async def bury(self, patience_s: float = 0.0) -> str:
+        """Kill the process, unless it ends within patience_s, and all that it started.
+
+        Returns:
+            Its exit status and the last lines of its stderr.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await self.process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        status = await self.process.wait()
+        words = (await self.last_words).decode(errors="replace").strip().splitlines()[-3:]
+        return "; ".join([f"exit status {status}", *map(str.strip, words)])
+
+
+class _Worker:
+    """One verifier process, replaced whenever it had to be killed."""
+
+    def __init__(self, hello: dict[str, Any], timeout_s: float) -> None:
+        self._hello = hello
+        self._timeout_s = timeout_s
+        self._child: _Child | None = None
+        self._closed = False
+
+    async def verify(self, items: Sequence[Item]) -> list[Verdict]:
+        verdicts: list[Verdict] = []
+        try:
+            while len(verdicts) < len(items):
+                child = await self.ensure_started()
+                verdicts += await self._run(child, items[len(verdicts) :])
+                self._check_open()
+        except asyncio.CancelledError:
+            await self._stop()  # the answers under way belong to nobody
+            raise
+        return verdicts
+
+    async def _run(self, child: _Child, items: Sequence[Item]) -> list[Verdict]:
+        """Verdicts of the first items: of all, or up to and with the one that cost the process."""
+        verdicts: list[Verdict] = []
+        child.write(*items)
+        rest = b""
+        while len(verdicts) < len(items):
+            # The worker answers in order, so the deadline of an item runs from the answer before it.
+            data = await child.read(self._timeout_s)
+            if data is None:
+                await child.bury()
+                detail = f"no verdict after rewards.timeout_s = {self._timeout_s:g} s"
+                return [*verdicts, _failed("timeout", detail)]
+            if not data:
+                detail = await child.bury(EXIT_PATIENCE_S)
+                return [*verdicts, _failed("error", f"the verifier process ended: {detail}")]
+            *lines, rest = (rest + data).split(b"\n")
+            verdicts += map(_decode, lines)
+        return verdicts
+
+    async def ensure_started(self) -> _Child:
+        self._check_open()
+        if self._child is None or self._child.process.returncode is not None:
+            await self._stop()
+            self._child = await _spawn()
+            self._child.write(self._hello)
+            if not await self._child.read(START_TIMEOUT_S):
+                detail = await self._child.bury(EXIT_PATIENCE_S)
+                raise EngineError(f"a reward worker did not start: {detail}")
+        return self._child
+
+    async def close(self) -> None:
+        self._closed = True
+        await self._stop()
+
+    async def _stop(self) -> None:
+        if self._child is not None:
+            await self._child.bury()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("the reward pool was closed; no further verification is possible")
+
+
+async def _spawn() -> _Child:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "actors.reward_worker"),
+        stdin=PIPE,
+        stdout=PIPE,
+        stderr=PIPE,
+        env=_environment(),
+        start_new_session=True,
+    )
+    # They are None only for streams that are no PIPE.
+    stdin, stdout = cast(asyncio.StreamWriter, process.stdin), cast(asyncio.StreamReader, process.stdout)
+    stderr = cast(asyncio.StreamReader, process.stderr)
+    return _Child(process=process, stdin=stdin, stdout=stdout, last_words=asyncio.create_task(_tail(stderr)))
+
+
+async def _tail(stream: asyncio.StreamReader) -> bytes:
+    tail = b""
+    while data := await stream.read(_READ_BYTES):
+        tail = (tail + data)[-_STDERR_BYTES:]
+    return tail
+
+
+def _environment() -> dict[str, str]:
+    """Little enough that no credential reaches a verifier; our packages are found wherever they lie."""
+    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    folders = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+    # One thread: numpy's pools would only eat the address space.
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return kept | threads | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
+
+
+def _decode(line: bytes) -> Verdict:
+    outcome, reward, answered, detail = json.loads(line)
+    return Verdict(outcome=outcome, reward=float(reward), answered=answered, detail=detail)
+
+
+def _failed(outcome: Literal["error", "timeout"], detail: str) -> Verdict:
+    return Verdict(outcome=outcome, reward=0.0, answered=False, detail=detail)
