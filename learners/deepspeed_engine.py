@@ -1,0 +1,472 @@
+"""One DeepSpeed rank: build, forward, backward, step, export, save. The only file that imports deepspeed.
+
+A stage always starts from files: the policy as a Hugging Face folder and, where a stage is resumed, the
+moments by parameter name. So building, resuming and changing ranks or ZeRO stage are the same path.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from learners import weight_source
+from learners.batching import (
+    MicroBatch,
+    Row,
+    collate,
+    plan_micro_batches,
+    rows_from_demonstrations,
+    rows_from_groups,
+    split_updates,
+)
+from learners.logprobs import masked_token_logprobs
+from learners.losses import kl_loss, policy_loss, supervised_loss
+from learners.objective import token_weights
+from learners.schedule import learning_rate
+from learners.tensor_files import read_tensors, write_tensors
+from rlsys.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
+from rlsys.errors import CheckpointError, NonFiniteLossError
+from rlsys.types import Demonstration, Float32Array, Int32Array, TrajectoryGroup
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSettings:
+    """What a rank must know that does not change during the run."""
+
+    rank: int
+    ranks: int
+    device: str
+    store: str  # file of the process-group rendezvous, one per attempt
+    seed: int
+    pad_token_id: int
+    temperature: float
+    max_tokens: int
+    learner: LearnerConfig
+    objective: ObjectiveConfig
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One forward and backward pass of this rank. row_weights: [B] weight of a token of each row."""
+
+    batch: MicroBatch
+    row_weights: Tensor
+    real_tokens: int
+
+    def token_weights(self) -> Tensor:
+        return self.row_weights[self.batch.row_ids]
+
+
+class PolicyEngine:
+    """The policy on one rank, under DeepSpeed."""
+
+    def __init__(self, settings: RankSettings) -> None:
+        self.settings = settings
+        self.updates = 0
+        _join_process_group(settings)
+
+    # --- stages and files ---
+
+    def start_stage(
+        self, policy: Path, optimizer: OptimizerConfig, total_updates: int, resume: Path | None, reference: Path | None
+    ) -> None:
+        """(Re)build the engine from `policy`; with `resume`, also its master weights, moments and counters."""
+        self.optimizer_config, self.total_updates = optimizer, total_updates
+        self.module, self.engine = _build(policy, self.settings, optimizer)
+        self.reference = _load_model(reference, self.settings).eval() if reference else None
+        self.updates = self._restore(resume) if resume else 0
+        self._set_step_counters()
+
+    def save(self, folder: Path) -> None:
+        """Write policy/ (a Hugging Face folder without the tokenizer) and learner/ below `folder`. Collective."""
+        first = self.settings.rank == 0
+        write_tensors(self._policy_tensors(), folder / "policy", "model", first)
+        for key in MOMENTS:
+            write_tensors(self._moments(key), folder / "learner", key, first)
+        if self.settings.learner.dtype != "fp32":
+            write_tensors(self._masters(), folder / "learner", "master", first)
+        if first:
+            self.module.config.save_pretrained(folder / "policy")
+            (folder / "learner" / "learner.json").write_text(json.dumps({"updates": self.updates}))
+        dist.barrier()
+
+    def export(self, bucket_bytes: int) -> Iterator[tuple[Any, np.ndarray]]:
+        """(bucket, bytes) of the whole policy, for the bus. Collective: every rank must exhaust it."""
+        return weight_source.pack(weight_source.full_parameters(self.module, self._gather), bucket_bytes)
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[Int32Array]) -> list[Float32Array]:
+        """log p(token t+1 | tokens 0..t) of every row, [T-1] each, temperature 1. Collective under ZeRO 3."""
+        found = []
+        for row in rows:
+            ids = torch.from_numpy(np.asarray(row, dtype=np.int64))[None].to(self.settings.device)
+            logits = self.engine(input_ids=ids, use_cache=False).logits[:, :-1]
+            mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+            found.append(masked_token_logprobs(logits, ids[:, 1:], mask, 1.0)[0].cpu().numpy())
+        return found
+
+    # --- training ---
+
+    def train_online(self, groups: Sequence[TrajectoryGroup], updates: int, version: int) -> dict[str, float]:
+        """One training step of the clipped policy objective, in `updates` optimizer updates."""
+        seed = self._reseed(version)
+        row_groups = rows_from_groups(groups, use_std=self.settings.objective.advantage_std)
+        plans = [self._plan(rows, self._row_weights(rows)) for rows in split_updates(row_groups, updates, seed=seed)]
+        # The first update starts from the old policy itself; only the later ones need its log-probabilities kept.
+        old: list[list[Tensor | None]] = [[None] * len(plans[0])]
+        old += [[self._old_logprobs(item.batch) for item in plan] for plan in plans[1:]]
+        sums = _Sums()
+        for plan, old_logprobs in zip(plans, old, strict=True):
+            for item, old_item in zip(plan, old_logprobs, strict=True):
+                self._backward(self._policy_term(item, old_item, sums), "policy loss")
+            self._update(sums)
+        return sums.reduce(updates)
+
+    def train_supervised(self, demonstrations: Sequence[Demonstration], version: int) -> dict[str, float]:
+        """One optimizer update of the negative log-likelihood per target token."""
+        self._reseed(version)
+        rows = rows_from_demonstrations(demonstrations)
+        weight = 1.0 / max(1, sum(row.loss_tokens for row in rows))
+        sums = _Sums()
+        for item in self._plan(rows, np.full(len(rows), weight)):
+            logprobs, _ = self._logprobs(self.engine, item.batch)
+            loss = supervised_loss(logprobs, item.token_weights()).loss
+            sums.add("supervised/loss", loss)
+            sums.add_supervised(item)
+            self._backward(loss, "supervised loss")
+        self._update(sums)
+        return sums.reduce(1)
+
+    def _policy_term(self, item: _Pass, old: Tensor | None, sums: _Sums) -> Tensor:
+        objective, batch = self.settings.objective, item.batch
+        logprobs, entropy = self._logprobs(self.engine, batch)
+        old = logprobs.detach() if old is None else old
+        weights = item.token_weights().to(logprobs.device)
+        advantages = batch.advantages[batch.row_ids].to(logprobs.device)
+        bounds = {"clip_low": objective.clip_low, "clip_high": objective.clip_high}
+        result = policy_loss(logprobs, old, advantages, weights, **bounds)
+        loss = result.loss
+        sums.add("learner/policy_loss", loss)
+        if self.reference is not None:
+            with torch.no_grad():
+                reference, _ = self._logprobs(self.reference, batch)
+            divergence = kl_loss(logprobs, reference, weights)
+            loss = loss + objective.kl_coef * divergence.loss
+            sums.add("kl", divergence.metrics["kl"])
+        sums.add("learner/loss", loss)
+        sums.add_policy(item, result.metrics, old, entropy)
+        return loss
+
+    def _logprobs(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        device = self.settings.device
+        ids, mask = batch.input_ids.to(device), batch.loss_mask[:, batch.first_target :].to(device)
+        keep = ids.shape[1] - batch.first_target
+        # Right padding needs no attention mask under causal attention: no real token looks at it.
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, :-1]
+        targets = ids[:, batch.first_target + 1 :]
+        return masked_token_logprobs(logits, targets, mask, self.settings.temperature)
+
+    @torch.no_grad()
+    def _old_logprobs(self, batch: MicroBatch) -> Tensor:
+        return self._logprobs(self.engine, batch)[0]
+
+    def _plan(self, rows: Sequence[Row], row_weights: np.ndarray) -> list[_Pass]:
+        budget = self.settings.learner.micro_batch_tokens
+        lengths = [row.length for row in rows]
+        shares = plan_micro_batches(lengths, ranks=self.settings.ranks, budget_tokens=budget)
+        return [
+            _Pass(
+                collate([rows[i] for i in ids], self.settings.pad_token_id),
+                torch.as_tensor(row_weights[ids], dtype=torch.float32),
+                sum(lengths[i] for i in ids),
+            )
+            for ids in shares[self.settings.rank]
+        ]
+
+    def _row_weights(self, rows: Sequence[Row]) -> np.ndarray:
+        return token_weights(
+            [row.loss_tokens for row in rows],
+            aggregation=self.settings.objective.loss_aggregation,
+            max_tokens=self.settings.max_tokens,
+        )
+
+    def _reseed(self, version: int) -> int:
+        """Make whatever is random in a step (dropout, shuffles) a function of seed and version: nothing to save."""
+        torch.manual_seed(_seed(self.settings.seed, version, self.settings.rank))
+        return _seed(self.settings.seed, version)
+
+    def _backward(self, loss: Tensor, name: str) -> None:
+        bad = torch.tensor(float(not math.isfinite(loss.item())))
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        if bad.item():
+            raise NonFiniteLossError(
+                f"{name} is {loss.item()} on rank {self.settings.rank} at update {self.updates} "
+                "(or non-finite on another rank); nothing was updated or published"
+            )
+        # DeepSpeed averages gradients over ranks; our denominators are global already.
+        self.engine.backward(loss * self.settings.ranks)
+
+    def _update(self, sums: _Sums) -> None:
+        rate = learning_rate(self.optimizer_config, self.updates, self.total_updates)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise NonFiniteLossError(f"gradient norm is {norm} at update {self.updates}; nothing was published")
+        self.updates += 1
+        sums.note("learner/grad_norm", norm)
+        sums.note("learner/learning_rate", rate)
+
+    # --- full tensors, whatever the ZeRO stage ---
+
+    def _gather(self, parameter: nn.Parameter) -> Tensor:
+        if not hasattr(parameter, "ds_id"):
+            return parameter.detach()
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    def _policy_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.module.named_parameters():
+            yield name, self._gather(parameter)
+
+    def _masters(self) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self.module.named_parameters():
+            yield name, safe_get_full_fp32_param(parameter)
+
+    def _moments(self, key: str) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        plain = self._plain_states()
+        for name, parameter in self.module.named_parameters():
+            found = plain[parameter][key] if plain is not None else safe_get_full_optimizer_state(parameter, key)
+            yield name, found
+
+    def _restore(self, folder: Path) -> int:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        plain = self._plain_states()
+        parameters = dict(self.module.named_parameters())
+        for key in (*MOMENTS, *(("master",) if self.settings.learner.dtype != "fp32" else ())):
+            missing = set(parameters)
+            for name, tensor in read_tensors(folder / "learner", key):
+                if name not in missing:
+                    raise CheckpointError(f"{folder}: {key} holds {name}, which the model has not")
+                missing.discard(name)
+                if key == "master":
+                    safe_set_full_fp32_param(parameters[name], tensor)
+                elif plain is not None:
+                    plain[parameters[name]][key].copy_(tensor)
+                else:
+                    safe_set_full_optimizer_state(parameters[name], tensor, key)
+            if missing:
+                raise CheckpointError(f"{folder}: {key} lacks {sorted(missing)[:3]}")
+        return int(json.loads((folder / "learner" / "learner.json").read_text())["updates"])
+
+    def _plain_states(self) -> dict[nn.Parameter, dict[str, Tensor]] | None:
+        """The optimizer's state by parameter at ZeRO 0; None where DeepSpeed holds flat partitions."""
+        inner = getattr(self.engine.optimizer, "optimizer", None)
+        return None if inner is not None else self.engine.optimizer.state
+
+    def _set_step_counters(self) -> None:
+        inner = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+        for state in inner.state.values():
+            state["step"] = torch.tensor(float(self.updates))
+
+
+class _Sums:
+    """Figures of a training step: sums and maxima over tokens, later reduced over ranks."""
+
+    def __init__(self) -> None:
+        # Ranks reduce by position, so all must hold the same names even where one had no token.
+        self.sums: dict[str, float] = {"gap": 0.0}
+        self.maxima: dict[str, float] = {"learner/ratio_max": 0.0, "learner/logprob_gap_max": 0.0}
+        self.notes: dict[str, list[float]] = {}
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+    def note(self, name: str, value: float) -> None:
+        """A figure that is the same on all ranks; the step reports its mean over updates."""
+        self.notes.setdefault(name, []).append(value)
+
+    def add_supervised(self, item: _Pass) -> None:
+        self._add_padding(item)
+        self.add("supervised", len(item.batch.row_ids))
+
+    def add_policy(self, item: _Pass, metrics: dict[str, Tensor], old: Tensor, entropy: Tensor) -> None:
+        self._add_padding(item)
+        self.add("policy", old.numel())
+        self.add("entropy", entropy.sum())
+        self.add("clipped_low", metrics["clipped_low"])
+        self.add("clipped_high", metrics["clipped_high"])
+        if old.numel():
+            behavior = item.batch.behavior_logprobs[item.batch.loss_mask].to(old.device)
+            gap = (old - behavior).abs()
+            self.add("gap", gap.sum())
+            self._maximum("learner/logprob_gap_max", gap.max())
+            self._maximum("learner/ratio_max", metrics["ratio_max"])
+
+    def _add_padding(self, item: _Pass) -> None:
+        self.add("padded", item.batch.input_ids.numel())
+        self.add("real", item.real_tokens)
+
+    def _maximum(self, name: str, value: Tensor) -> None:
+        self.maxima[name] = max(self.maxima.get(name, 0.0), float(value))
+
+    def reduce(self, updates: int) -> dict[str, float]:
+        """Names of the metrics registry, the same on all ranks. Losses are means over updates. Collective."""
+        sums = _all_reduce(self.sums, dist.ReduceOp.SUM)
+        found = {name: value / updates for name, value in sums.items() if "/" in name}
+        found |= {name: sum(values) / len(values) for name, values in self.notes.items()}
+        found["learner/updates"] = float(updates)
+        found["learner/tokens"] = sums["real"]
+        found["learner/padding_share"] = 1 - sums["real"] / sums["padded"]
+        if "supervised" in sums:
+            return found | {"supervised/tokens": sums["supervised"]}
+        tokens = max(1.0, sums["policy"])
+        found |= _all_reduce(self.maxima, dist.ReduceOp.MAX)
+        shares = {
+            "learner/logprob_gap_mean": "gap",
+            "learner/entropy": "entropy",
+            "learner/clip_low_fraction": "clipped_low",
+            "learner/clip_high_fraction": "clipped_high",
+            "learner/kl": "kl",
+        }
+        return found | {name: sums[key] / tokens for name, key in shares.items() if key in sums}
+
+
+def _all_reduce(values: dict[str, float], operation: Any) -> dict[str, float]:
+    names = sorted(values)
+    tensor = torch.tensor([values[name] for name in names], dtype=torch.float64)
+    dist.all_reduce(tensor, op=operation)
+    return dict(zip(names, tensor.tolist(), strict=True))
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def _join_process_group(settings: RankSettings) -> None:
+    import deepspeed
+
+    if settings.device == "cpu":
+        torch.set_num_threads(settings.learner.threads)
+        torch.use_deterministic_algorithms(True)
+    else:
+        torch.cuda.set_device(0)  # Ray shows every rank its own GPU as device 0
+    backend = {"cpu": "gloo", "cuda": "nccl"}[settings.device]
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{settings.store}",
+        rank=settings.rank,
+        world_size=settings.ranks,
+        timeout=datetime.timedelta(seconds=settings.learner.timeout_s),
+    )
+    # An inference-only shared-memory all-reduce, compiled at first use; training never calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def learner_environment(config: LearnerConfig, device: str, rank: int, ranks: int) -> dict[str, str]:
+    """Environment variables that must be set before deepspeed is imported."""
+    variables = {
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(ranks),
+        "OMP_NUM_THREADS": str(config.threads),
+        "DS_SKIP_CUDA_CHECK": "1",
+    }
+    if device == "cpu":
+        variables |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    return variables
+
+
+def _load_model(path: Path, settings: RankSettings) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=DTYPES[settings.learner.dtype], trust_remote_code=False, use_safetensors=True
+    )
+    return model.to(settings.device)
+
+
+def _build(path: Path, settings: RankSettings, optimizer: OptimizerConfig) -> tuple[nn.Module, Any]:
+    import deepspeed
+
+    learner = settings.learner
+    module = _load_model(path, settings).train()
+    if learner.gradient_checkpointing:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    adam = torch.optim.AdamW(
+        module.parameters(),
+        lr=optimizer.learning_rate,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+    )
+    engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=deepspeed_config(learner, optimizer, parameters))
+    if learner.zero_stage == 0 and learner.dtype == "fp32":
+        # DeepSpeed clips here too, but forgets the norm it found.
+        def clip() -> None:
+            engine._global_grad_norm = nn.utils.clip_grad_norm_(module.parameters(), optimizer.max_grad_norm)
+
+        engine.clip_fp32_gradients = clip
+    _create_states(engine)
+    return module, engine
+
+
+def deepspeed_config(learner: LearnerConfig, optimizer: OptimizerConfig, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration, made of our fields. parameters: size of the model."""
+    # DeepSpeed allocates whole buckets afresh in every step; its default of 5e8 costs seconds on a small model.
+    bucket = min(parameters, 50_000_000)
+    zero: dict[str, Any] = {
+        "stage": learner.zero_stage,
+        "overlap_comm": False,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if learner.optimizer_offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # step() is the boundary: micro-batches differ in size and number
+        "gradient_clipping": optimizer.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # the fused one needs a compiler at run time
+        "bf16": {"enabled": learner.dtype == "bf16"},
+    }
+
+
+def _create_states(engine: Any) -> None:
+    """Give every optimizer tensor its zero moments now, so that they can be restored before the first update."""
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            inner.state[parameter] = {
+                "step": torch.tensor(0.0),
+                **{key: torch.zeros_like(parameter) for key in MOMENTS},
+            }
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        link()
