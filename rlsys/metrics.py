@@ -1,0 +1,215 @@
+"""THE list of metric names, and the writer of metrics.jsonl and TensorBoard events.
+
+Both files carry the names of `METRICS` and no others. A metric is `volatile` where two runs with the same
+config and seed may differ in it: times, rates and sizes that depend on the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlsys.errors import RlsysError
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """One metric. unit: "1" for counts' ratios and plain numbers."""
+
+    name: str
+    unit: str
+    meaning: str
+    volatile: bool = False
+
+
+_SPECS = (
+    MetricSpec("weights/version", "steps", "finished training steps of all stages"),
+    MetricSpec("rollout/reward", "1", "mean reward of the step's trajectories with a verdict"),
+    MetricSpec("rollout/accuracy", "share", "trajectories whose outcome is ok"),
+    MetricSpec("rollout/no_answer_rate", "share", "trajectories without a valid answer"),
+    MetricSpec("rollout/truncated_rate", "share", "trajectories that reached the token limit"),
+    MetricSpec("rollout/completion_length", "tokens", "mean length of the completions"),
+    MetricSpec("rollout/completion_length_max", "tokens", "longest completion of the step"),
+    MetricSpec("rollout/group_reward_std", "1", "standard deviation of the rewards of a group, mean"),
+    MetricSpec("rollout/zero_advantage_groups", "share", "groups whose rewards are all equal"),
+    MetricSpec("rollout/failed", "groups", "failed rollouts of the run so far"),
+    MetricSpec("rollout/verifier_errors", "trajectories", "verifications that raised or ran out of time"),
+    MetricSpec("rollout/tokens", "tokens", "generated tokens of the step"),
+    MetricSpec("rollout/tokens_per_s", "tokens/s", "generated tokens over rollout time, all actors", True),
+    MetricSpec("rollout/staleness_mean", "steps", "training steps from sampling to training, mean"),
+    MetricSpec("rollout/staleness_max", "steps", "the same, largest"),
+    MetricSpec("held_out/greedy_accuracy", "share", "held-out problems solved by greedy decoding"),
+    MetricSpec("held_out/greedy_no_answer_rate", "share", "greedy completions without a valid answer"),
+    MetricSpec("held_out/sampled_accuracy", "share", "samples at temperature 1 that solve their problem"),
+    MetricSpec("held_out/sampled_no_answer_rate", "share", "samples without a valid answer"),
+    MetricSpec("held_out/pass_at_k", "share", "held-out problems solved by one of k samples or more"),
+    MetricSpec("held_out/completion_length", "tokens", "mean length of the held-out completions"),
+    MetricSpec("learner/loss", "1", "joint loss, mean over the step's updates"),
+    MetricSpec("learner/policy_loss", "1", "clipped policy-gradient loss"),
+    MetricSpec("learner/kl", "nats", "k3 estimate of the divergence from the reference policy, per token"),
+    MetricSpec("learner/entropy", "nats", "mean entropy of the policy on trained tokens"),
+    MetricSpec("learner/grad_norm", "1", "global gradient norm before clipping, mean over the updates"),
+    MetricSpec("learner/clip_low_fraction", "share", "trained tokens whose ratio was clipped from below"),
+    MetricSpec("learner/clip_high_fraction", "share", "trained tokens whose ratio was clipped from above"),
+    MetricSpec("learner/ratio_max", "1", "largest probability ratio of a trained token"),
+    MetricSpec("learner/learning_rate", "1", "learning rate of the step's last update"),
+    MetricSpec("learner/tokens", "tokens", "trained tokens of the step"),
+    MetricSpec("learner/tokens_per_s", "tokens/s", "real tokens over the learning time, all ranks", True),
+    MetricSpec("learner/updates", "updates", "optimizer updates of the step"),
+    MetricSpec("learner/logprob_gap_max", "nats", "largest |actor - learner| of a trained token"),
+    MetricSpec("learner/logprob_gap_mean", "nats", "mean |actor - learner| of the trained tokens"),
+    MetricSpec("learner/padding_share", "share", "positions of the micro-batches that are padding"),
+    MetricSpec("supervised/loss", "nats", "mean negative log-likelihood of completion tokens"),
+    MetricSpec("supervised/tokens", "tokens", "completion tokens of the step's demonstrations"),
+    MetricSpec("weights/publish_bytes", "bytes", "parameters sent to one actor in a publish"),
+    MetricSpec("weights/probe_gap_max", "nats", "largest |actor - learner| on the probe after a publish"),
+    MetricSpec("weights/publish_s", "s", "from the offer of a version to the last acknowledgement", True),
+    MetricSpec("time/rollout_s", "s", "waiting for trajectories", True),
+    MetricSpec("time/learn_s", "s", "the learner's call", True),
+    MetricSpec("time/publish_s", "s", "export and publish of the new weights", True),
+    MetricSpec("time/checkpoint_s", "s", "writing a checkpoint", True),
+    MetricSpec("time/evaluate_s", "s", "held-out evaluation", True),
+    MetricSpec("time/step_s", "s", "the whole training step", True),
+    MetricSpec("process/driver_rss_mib", "MiB", "resident memory of the driver", True),
+)
+
+METRICS: Mapping[str, MetricSpec] = {spec.name: spec for spec in _SPECS}
+
+
+class MetricsWriter:
+    """Appends one row a training step to `metrics.jsonl` and the same numbers to `tensorboard/`.
+
+    A row is {"stage", "step", then metrics in the order of the registry}; evaluations at the start of a stage
+    are rows of step 0. TensorBoard's x axis is the weight version, so all stages follow one another.
+
+    On construction the rows of versions above `resume_version`, and a last line that a kill cut short, are
+    dropped, so that the file of a resumed run equals that of an undisturbed one. A row of exactly
+    `resume_version` may date from before or after the checkpoint: writing it again changes nothing.
+
+    Args:
+        run_dir: the run directory.
+        resume_version: weight version of the checkpoint the run continues from, 0 for a new run.
+    Raises:
+        RlsysError: a line of metrics.jsonl is not a row.
+    """
+
+    def __init__(self, run_dir: Path, resume_version: int) -> None:
+        path = run_dir / "metrics.jsonl"
+        rows = [row for row in read_rows(path) if row["weights/version"] <= resume_version]
+        _rewrite(path, rows)
+        self._written = {(row["stage"], row["step"]) for row in rows}
+        self._repeatable = {
+            (row["stage"], row["step"]) for row in rows if row["weights/version"] == resume_version
+        }
+        self._stream = path.open("a", encoding="utf-8")
+        self._events = _EventFile(run_dir / "tensorboard", purge_step=resume_version + 1)
+
+    def log(self, stage: str, step: int, version: int, metrics: Mapping[str, float]) -> None:
+        """Write one row. A value that is not finite becomes null, and is left out of TensorBoard.
+
+        Raises:
+            RlsysError: a name is not in the registry, or the row exists.
+        """
+        unknown = sorted(set(metrics) - set(METRICS))
+        if unknown:
+            raise RlsysError(f"metrics {unknown} are not in the registry, METRICS in rlsys/metrics.py")
+        if (stage, step) in self._repeatable:
+            self._repeatable.remove((stage, step))
+            return
+        if (stage, step) in self._written:
+            raise RlsysError(f"metrics of stage {stage}, step {step} were written before")
+        self._written.add((stage, step))
+        row = _ordered({**metrics, "weights/version": version})
+        self._stream.write(_line({"stage": stage, "step": step, **row}))
+        self._stream.flush()
+        self._events.scalars(version, {name: value for name, value in row.items() if value is not None})
+
+    def close(self) -> None:
+        """Close both files."""
+        self._stream.close()
+        self._events.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl. A last line without its newline was cut short by a kill and is left out.
+
+    Raises:
+        RlsysError: a line is not a row of metrics.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            row["stage"], row["step"], row["weights/version"] + 0
+        except (ValueError, KeyError, TypeError) as error:
+            raise RlsysError(f"{path}:{number}: not a row of metrics ({error}); remove the line") from error
+        rows.append(row)
+    return rows
+
+
+def _ordered(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Values in the order of the registry as Python numbers, None where not finite."""
+    row: dict[str, float | None] = {}
+    for name in METRICS:
+        if name in metrics:
+            value = metrics[name]
+            number = value if type(value) is int else float(value)
+            row[name] = number if math.isfinite(number) else None
+    return row
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.writelines(_line(row) for row in rows)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+class _EventFile:
+    """One TensorBoard event file. Written with the tensorboard package alone: its torch wrapper loads torch.
+
+    A resumed run adds a file. TensorBoard reads the files in the order of their names, and the session start
+    at `purge_step` makes it forget what earlier files hold from that step on.
+    """
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        # tensorboard ships no types
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        number = len(list(folder.glob("events.out.tfevents.*")))
+        self._records = RecordWriter((folder / f"events.out.tfevents.{number:010d}").open("xb"))
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        summary = self._summary(
+            value=[self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        )
+        self._write(self._event(step=step, summary=summary))
+
+    def close(self) -> None:
+        self._records.close()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()  # noqa: TID251 - only shown to people, by TensorBoard
+        self._records.write(event.SerializeToString())
+        self._records.flush()
