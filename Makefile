@@ -35,14 +35,15 @@ lint: .venv/.installed ## ruff, the type checker and the layer contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The newest versions that fit pyproject.toml, from pip's own resolver. GPU wheels are resolved, not installed.
+# The newest versions that fit pyproject.toml, from pip's own resolver. GPU wheels are downloaded, not installed;
+# `===` keeps 2.13.0+cpu out, which also matches `==2.13.0` and which pip prefers where it knows one.
 # torchvision, torchaudio and torchcodec resolve to CUDA builds beside a CPU torch; transformers cannot be
 # imported with them and needs none of them for text.
 lock: .venv/bin/python ## resolve both lock files again
 	mkdir -p build
 	$(resolve) --report build/cpu.json '.[cpu,dev]' || \
 	$(resolve) --report build/cpu.json '.[cpu,dev]' --extra-index-url $(TORCH_CPU_INDEX)
-	$(resolve) --report build/gpu.json '.[gpu,dev]'
+	$(resolve) --report build/gpu.json '.[gpu,dev]' torch===2.13.0
 	$(BIN)/python -c "$$PINS" build/cpu.json torchvision torchaudio torchcodec > requirements-cpu.lock
 	$(BIN)/python -c "$$PINS" build/gpu.json > requirements-gpu.lock
 
@@ -63,7 +64,7 @@ clean: ## remove .venv and caches; runs/ stays
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { echo \
 	  "make: Python 3.11 is needed and '$(PYTHON)' is not it; say which: make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@command -v gcc g++ >/dev/null && command -v g++ >/dev/null || { echo \
+	@command -v gcc >/dev/null && command -v g++ >/dev/null || { echo \
 	  "make: gcc and g++ are needed (PyTorch compiles kernels at run time); install your system's gcc package" >&2; exit 2; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
