@@ -92,10 +92,11 @@ def _judge(verifier: Verifier, answer: str, completion: str) -> Verdict:
         return _error(f"{type(error).__name__}: {error}")
     if not isinstance(verdict, Verdict):
         return _error(f"expected a Verdict, found {type(verdict).__name__}")
-    if isinstance(verdict.reward, bool) or not isinstance(verdict.reward, Real):
-        return _error(f"expected a number as reward, found {type(verdict.reward).__name__}")
-    if not math.isfinite(verdict.reward):
-        return _error(f"expected a finite reward, found {verdict.reward}")
+    reward: Any = verdict.reward
+    if isinstance(reward, bool) or not isinstance(reward, Real):  # Real: numpy's numbers too
+        return _error(f"expected a number as reward, found {type(reward).__name__}")
+    if not math.isfinite(reward):
+        return _error(f"expected a finite reward, found {reward}")
     return verdict
 
 

@@ -64,7 +64,7 @@ class RewardPool:
         Raises:
             EngineError: a worker did not come up; holds the last lines of its stderr.
         """
-        await asyncio.gather(*(worker.ensure_started() for worker in self._workers))
+        await asyncio.gather(*(self._verify_part(()) for _ in self._workers))
 
     async def verify(self, items: Sequence[Item]) -> list[Verdict]:
         """Judge (answer, completion) pairs; the verdicts come in the same order.
@@ -136,19 +136,21 @@ class _Worker:
         self._hello = hello
         self._timeout_s = timeout_s
         self._child: _Child | None = None
+        self._ready = False
         self._closed = False
 
     async def verify(self, items: Sequence[Item]) -> list[Verdict]:
         verdicts: list[Verdict] = []
         try:
-            while len(verdicts) < len(items):
-                child = await self.ensure_started()
+            while True:
+                child = await self._running_child()
                 verdicts += await self._run(child, items[len(verdicts) :])
                 self._check_open()
+                if len(verdicts) == len(items):
+                    return verdicts
         except asyncio.CancelledError:
             await self._stop()  # the answers under way belong to nobody
             raise
-        return verdicts
 
     async def _run(self, child: _Child, items: Sequence[Item]) -> list[Verdict]:
         """Verdicts of the first items: of all, or up to and with the one that cost the process."""
@@ -169,14 +171,17 @@ class _Worker:
             verdicts += map(_decode, lines)
         return verdicts
 
-    async def ensure_started(self) -> _Child:
+    async def _running_child(self) -> _Child:
+        """The child if it is alive and ready, else a new one."""
         self._check_open()
-        if self._child is None or self._child.process.returncode is not None:
+        if self._child is None or not self._ready or self._child.process.returncode is not None:
             await self._stop()
             self._child = await _spawn()
             self._child.write(self._hello)
-            if not await self._child.read(START_TIMEOUT_S):
+            self._ready = bool(await self._child.read(START_TIMEOUT_S))
+            if not self._ready:
                 detail = await self._child.bury(EXIT_PATIENCE_S)
+                self._check_open()
                 raise EngineError(f"a reward worker did not start: {detail}")
         return self._child
 
@@ -185,6 +190,7 @@ class _Worker:
         await self._stop()
 
     async def _stop(self) -> None:
+        self._ready = False
         if self._child is not None:
             await self._child.bury()
 
