@@ -178,6 +178,24 @@ def test_plan_of_equal_rows_by_hand():
     assert plan_micro_batches([10] * 8, ranks=2, budget_tokens=999) == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
 
 
+def test_plan_by_hand_evens_out_the_micro_batches():
+    # 70 tokens would hold seven of the eight rows and leave one to the second rank
+    assert plan_micro_batches([10] * 8, ranks=2, budget_tokens=70) == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+
+
+def test_plan_by_hand_gives_the_longer_to_the_less_loaded():
+    # a budget of 1 makes single rows; round one: 9 | 7, round two: the 5 goes to the 7: 10 | 12, not 14 | 8
+    assert plan_micro_batches([9, 7, 5, 1], ranks=2, budget_tokens=1) == [[[0], [3]], [[1], [2]]]
+
+
+def test_plan_by_hand_takes_another_pass_where_it_saves_more_padding():
+    # one pass: 24 rows * 100 = 2400; two: 4 * 100 + 20 * 10 = 600 and one more pass of 128; three: no gain
+    plan = plan_micro_batches([100] * 4 + [10] * 20, ranks=1, budget_tokens=9999)
+    assert plan == [[list(range(4)), list(range(4, 24))]]
+    # 5 rows * 20 = 100 in one pass; two would pad 20 + 4 * 10 = 60: 40 tokens saved are not worth 128
+    assert plan_micro_batches([20] + [10] * 4, ranks=1, budget_tokens=9999) == [[list(range(5))]]
+
+
 def test_plan_by_hand_where_rows_are_few():
     assert plan_micro_batches([7], ranks=2, budget_tokens=5) == [[[0]], [[]]]
     assert plan_micro_batches([], ranks=2, budget_tokens=5) == [[[]], [[]]]
