@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -225,7 +226,9 @@ def test_death_of_the_parent_kills_a_hanging_worker(tmp_path):
         assert wait_until_gone([worker])
     finally:
         parent.kill()
-        os.kill(sleeper, signal.SIGKILL)
+        for pid in (worker, sleeper):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_512_trivial_verdicts_of_the_real_task_are_cheap():
