@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -84,7 +85,10 @@ class CheckpointStore:
         except CheckpointError:
             self.discard(temporary)
             raise
-        self._prune(target, info["weight_version"])
+        try:
+            self._prune(target, info["weight_version"])
+        except OSError as error:
+            log.warning("%s: old checkpoints could not be removed: %s", self.folder, error)
         return target
 
     def discard(self, temporary: Path) -> None:
@@ -151,8 +155,8 @@ class CheckpointStore:
     def _prune(self, newest: Path, weight_version: int) -> None:
         """Keep `newest` and the `keep_last - 1` before it.
 
-        Others of the same or a later weight version belong to a course that this one replaces: they exist
-        only where they were invalid, or where the run was resumed from an earlier one on purpose.
+        Others of the same, a later or an unreadable weight version belong to a course that this one replaces:
+        they exist only where they were invalid, or where the run was resumed from an earlier one on purpose.
         """
         others = [path for path in self._newest_first() if path != newest]
         kept = [path for path in others if _weight_version(path) < weight_version][: self.keep_last - 1]
@@ -162,11 +166,8 @@ class CheckpointStore:
 
     def _remove(self, path: Path) -> None:
         trash = self.folder / f"{_TRASH}{path.name}-{uuid.uuid4().hex}"
-        try:
-            os.rename(path, trash)  # first out of sight, so that a half-deleted one is never looked at
-            shutil.rmtree(trash)
-        except OSError as error:
-            log.warning("old checkpoint %s could not be removed: %s", path, error)
+        os.rename(path, trash)  # first out of sight, so that a half-deleted one is never looked at
+        shutil.rmtree(trash)
 
     def _newest_first(self) -> list[Path]:
         if not self.folder.is_dir():
@@ -175,7 +176,7 @@ class CheckpointStore:
         return sorted(paths, key=_age_key, reverse=True)
 
 
-def _age_key(path: Path) -> tuple[int, bool, str]:
+def _age_key(path: Path) -> tuple[float, bool, str]:
     return _weight_version(path), _REPLACED not in path.name, path.name
 
 
@@ -213,8 +214,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: cannot be read: {error}") from error
     if not isinstance(body, dict) or body.get("schema") != SCHEMA:
         raise CheckpointError(f"{file}: expected a manifest of schema {SCHEMA}")
-    del body["schema"]
-    body = {"schema": SCHEMA, **{key: value for key, value in body.items() if key != "sha256"}}
+    body.pop("sha256", None)
     if text != _render_manifest(body):
         raise CheckpointError(f"{file}: differs from what was written (its sha256 does not fit)")
     if not isinstance(body.get("files"), list) or not isinstance(body.get("info"), dict):
@@ -222,7 +222,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     for entry in body["files"]:
         if not isinstance(entry, dict) or set(entry) != {"path", "size", "sha256"}:
             raise CheckpointError(f"{file}: expected files with path, size and sha256, found {entry!r}")
-        inside = PurePosixPath(entry["path"])
+        inside = PurePosixPath(str(entry["path"]))
         if inside.is_absolute() or ".." in inside.parts:
             raise CheckpointError(f"{file}: path {entry['path']!r} leads out of the checkpoint")
     return body
@@ -255,12 +255,12 @@ def _plain_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _weight_version(path: Path) -> int:
-    """For ordering only: -1 where the manifest cannot be read (such a checkpoint is never valid)."""
+def _weight_version(path: Path) -> float:
+    """For ordering only. One without a readable manifest counts as the newest: `latest` reports it."""
     try:
         return int(_read_manifest(path)["info"]["weight_version"])
     except (CheckpointError, KeyError, TypeError, ValueError):
-        return -1
+        return math.inf
 
 
 def _sha256(file: Path) -> str:
@@ -303,7 +303,15 @@ class RunLock:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-            self._acquire()
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(self.owner).encode(), 0)
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise ConfigError(
+                f"run.dir: {self.path.parent} is in use by {self._describe_owner()}; "
+                f"stop that run or choose another run.dir"
+            ) from None
         except OSError as error:
             raise ConfigError(f"run.dir: {self.path} cannot be locked: {error}") from error
         return self
@@ -311,18 +319,6 @@ class RunLock:
     def __exit__(self, *exception: object) -> None:
         os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)
-
-    def _acquire(self) -> None:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._descriptor)
-            raise ConfigError(
-                f"run.dir: {self.path.parent} is in use by {self._describe_owner()}; stop that run or choose "
-                f"another run.dir"
-            ) from None
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(self.owner).encode(), 0)
 
     def _describe_owner(self) -> str:
         for _ in range(50):  # the owner may be between locking the file and writing itself into it
