@@ -17,6 +17,11 @@ from rlsys.errors import ConfigError
 PAD, EOS, USER, ASSISTANT = "<pad>", "<eos>", "<user>", "<assistant>"
 SPECIAL_TOKENS = (PAD, EOS, USER, ASSISTANT)
 
+# A rotary base this low makes nearby positions easy to tell apart in short sequences: together with
+# initial weights of about 1/sqrt(hidden_size), a tiny model learns to copy a word letter by letter in
+# 300 steps; with the usual 10000 and 0.02 it copied a third of the words after the same training.
+ROPE_BASE = 100.0
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}<assistant>{{ message['content'] }}<eos>"
@@ -53,6 +58,8 @@ def _build_qwen2(config: FromScratchConfig, vocab_size: int, seed: int, tokenize
         num_attention_heads=config.heads,
         num_key_value_heads=config.heads,
         max_position_embeddings=config.max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
+        initializer_range=config.hidden_size**-0.5,
         tie_word_embeddings=config.tie_embeddings,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -115,7 +122,10 @@ def load_tokenizer(path: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"model.path {path}: expected a Hugging Face model with its tokenizer: {reason}") from None
+        raise ConfigError(f"model.path {path}: expected a model with its tokenizer: {reason}") from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # A folder without tokenizer files gives an empty tokenizer of the model's class, not an error.
+        raise ConfigError(f"model.path {path}: expected a model with its tokenizer, found no tokenizer files")
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.path {path}: the tokenizer has no end-of-sequence token")
     return tokenizer

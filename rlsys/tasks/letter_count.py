@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from string import ascii_lowercase
 
 from rlsys.config import LetterCountConfig
 from rlsys.errors import ConfigError, DataError
@@ -71,9 +72,9 @@ class LetterCountTask:
     def vocabulary(self) -> tuple[str, ...]:
         """Tags, pieces of questions and chains, letters and digits."""
         asked = words.question_words() if self.config.form == "words" else ()
-        asked_characters = sorted({character for question in self.questions for character in question.question})
-        letters = self.config.alphabet if self.config.form == "simple" else words.ascii_lowercase
-        pieces = (*tags.tag_strings(), *chains.PIECES, " in ", *asked, *letters, *"0123456789?", *asked_characters)
+        characters = sorted({character for question in self.questions for character in question.question})
+        letters = self.config.alphabet if self.config.form == "simple" else ascii_lowercase
+        pieces = (*tags.tag_strings(), *chains.PIECES, " in ", *asked, *letters, *"0123456789?", *characters)
         return tuple(dict.fromkeys(pieces))
 
     def _generate(self, split: Split, index: int) -> tuple[Problem, str, str]:
@@ -137,7 +138,7 @@ def load_questions(path: str) -> tuple[Problem, ...]:
     except (OSError, ValueError) as error:
         raise DataError(f"task.questions_path {file}: expected a readable JSON file: {error}") from None
     if not isinstance(rows, list) or not rows:
-        raise DataError(f"task.questions_path {file}: expected a list of questions, found {type(rows).__name__}")
+        raise DataError(f"task.questions_path {file}: expected a list of questions, found {str(rows)[:40]}")
     return tuple(_question(row, number, file) for number, row in enumerate(rows))
 
 
@@ -155,10 +156,12 @@ def _variable(path: str) -> Callable[[re.Match[str]], str]:
 
 
 def _question(row: object, number: int, file: Path) -> Problem:
-    valid = isinstance(row, dict) and isinstance(row.get("problem"), str) and type(row.get("solution")) is int
-    if not isinstance(row, dict) or not valid:
+    row = row if isinstance(row, dict) else {}
+    text, count = row.get("problem"), row.get("solution")
+    # `type(...) is int`, because true is an int for isinstance.
+    if not isinstance(text, str) or type(count) is not int or count < 0:
         raise DataError(
             f"task.questions_path {file}: row {number}: expected {{id, problem: text, solution: integer}}, "
-            f"found {str(row)[:80]}"
+            f"found problem {str(text)[:40]!r}, solution {count!r}"
         )
-    return Problem(problem_id=str(row.get("id", number)), question=row["problem"], answer=str(row["solution"]))
+    return Problem(problem_id=str(row.get("id", number)), question=text, answer=str(count))

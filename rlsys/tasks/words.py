@@ -18,8 +18,8 @@ PHRASINGS = (
 )
 
 _ONSETS = (
-    *"bcdfghjklmnprstvwxyz", "bl", "br", "ch", "cl", "cr", "dr", "fl", "gr", "ph", "pl", "pr", "qu", "sc", "sh",
-    "sp", "st", "str", "th", "tr", "",
+    *"bcdfghjklmnprstvwxyz", "bl", "br", "ch", "cl", "cr", "dr", "fl", "gr", "ph", "pl", "pr", "qu", "sc",
+    "sh", "sp", "st", "str", "th", "tr", "",
 )  # fmt: skip
 _VOWELS = (*"aaaeeeiiiooouuy", "ai", "ea", "ee", "ie", "io", "oo", "ou", "iu")
 _CODAS = (*"bcdgklmnprst", "", "", "", "", "", "", "ck", "ll", "mp", "nd", "ng", "nt", "rt", "ss", "st", "tt")
