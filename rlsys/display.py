@@ -32,7 +32,7 @@ FIGURES = (
 )
 _MESSAGES = 5
 _STEPS_IN_MEDIAN = 21
-_FIGURE_WIDTH = 32  # columns of the terminal for a label and its number
+_FIGURE_WIDTH = 29  # columns of the terminal for a label and its number
 
 
 class Display:
@@ -146,7 +146,7 @@ class Display:
         progress.add_column(no_wrap=True)
         progress.add_row(
             f"{self._stage} {self._done}/{self._total}",
-            ProgressBar(total=max(self._total, 1), completed=self._done),
+            ProgressBar(max(self._total, 1), self._done, complete_style="green", finished_style="green"),
             f"left {_duration(self.seconds_left)}, elapsed {_duration(self._clock() - self._started)}",
         )
         messages = [
