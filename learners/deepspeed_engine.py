@@ -142,7 +142,7 @@ class PolicyEngine:
         weight = 1.0 / max(1, sum(row.loss_tokens for row in rows))
         sums = _Sums()
         for item in self._plan(rows, np.full(len(rows), weight)):
-            logprobs, _ = self._logprobs(self.engine, item.batch)
+            logprobs, _ = self._logprobs(self.engine, item.batch, temperature=1.0)
             loss = supervised_loss(logprobs, item.token_weights()).loss
             sums.add("supervised/loss", loss)
             sums.add_supervised(item)
@@ -170,14 +170,17 @@ class PolicyEngine:
         sums.add_policy(item, result.metrics, old, entropy)
         return loss
 
-    def _logprobs(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def _logprobs(
+        self, model: nn.Module, batch: MicroBatch, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[N] log-probabilities and entropies of the trained targets, at the sampling temperature by default."""
         device = self.settings.device
         ids, mask = batch.input_ids.to(device), batch.loss_mask[:, batch.first_target :].to(device)
         keep = ids.shape[1] - batch.first_target
         # Right padding needs no attention mask under causal attention: no real token looks at it.
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, :-1]
         targets = ids[:, batch.first_target + 1 :]
-        return masked_token_logprobs(logits, targets, mask, self.settings.temperature)
+        return masked_token_logprobs(logits, targets, mask, temperature or self.settings.temperature)
 
     @torch.no_grad()
     def _old_logprobs(self, batch: MicroBatch) -> Tensor:
@@ -461,12 +464,10 @@ def deepspeed_config(learner: LearnerConfig, optimizer: OptimizerConfig, paramet
 def _create_states(engine: Any) -> None:
     """Give every optimizer tensor its zero moments now, so that they can be restored before the first update."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    for group in inner.param_groups:
-        for parameter in group["params"]:
-            inner.state[parameter] = {
-                "step": torch.tensor(0.0),
-                **{key: torch.zeros_like(parameter) for key in MOMENTS},
-            }
+    # ZeRO 3 hands its partitions to the inner optimizer only while it steps.
+    flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
+    for parameter in flat or [parameter for group in inner.param_groups for parameter in group["params"]]:
+        inner.state[parameter] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(parameter) for key in MOMENTS}}
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
         link()

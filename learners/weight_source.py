@@ -55,15 +55,6 @@ def pack(tensors: Iterator[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[t
         yield _bucket(specs, parts)
 
 
-def unpack(bucket: WeightBucket, data: np.ndarray) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a packed bucket, as views of `data` ([bytes] uint8)."""
-    start = 0
-    for spec in bucket.tensors:
-        raw = torch.from_numpy(data[start : start + spec.bytes])
-        yield spec.name, raw.view(getattr(torch, spec.dtype)).view(spec.shape)
-        start += spec.bytes
-
-
 def _bytes(tensor: Tensor) -> np.ndarray:
     flat = tensor.contiguous().cpu().reshape(-1)
     return flat.view(torch.uint8).numpy()

@@ -44,3 +44,7 @@ class CheckpointError(RlsysError):
 
 class TooManyFailuresError(RlsysError):
     """Failures that are tolerated one by one passed their limit."""
+
+
+class InterruptedRunError(RlsysError):
+    """The run was asked to end; its state is saved and the same command continues it."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlsys.config import StageName
 from rlsys.types import (
     Demonstration,
     Float32Array,
@@ -16,7 +17,6 @@ from rlsys.types import (
     RolloutFailure,
     SamplingSettings,
     Split,
-    StepResult,
     TrajectoryGroup,
     Verdict,
     WeightAck,
@@ -52,33 +52,51 @@ class Task(Protocol):
 
 
 class RolloutPool(Protocol):
-    """The fleet of actors."""
-
-    async def generate(
-        self, actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
-    ) -> Sequence[TrajectoryGroup | RolloutFailure]: ...
-
-    async def update_weights(
-        self, actor: int, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array]
-    ) -> WeightAck: ...
+    """The fleet of actors, by number from 0. Every call has a deadline of its own."""
 
     @property
     def count(self) -> int: ...
+
+    async def generate(
+        self, actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
+    ) -> Sequence[TrajectoryGroup | RolloutFailure]:
+        """A group or failure for every prompt, in order."""
+        ...
+
+    def tokens_per_s(self) -> float:
+        """Generated tokens over engine time of all actors together, since the last call."""
+        ...
+
+    async def probe(self, actor: int, rows: Sequence[Int32Array]) -> Sequence[Float32Array]:
+        """Log-probabilities of given rows under the weights served now, [T-1] each."""
+        ...
+
+    async def update_weights(
+        self, actor: int, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array]
+    ) -> WeightAck:
+        """Load a publish; answers once the actor serves it."""
+        ...
 
 
 class Learner(Protocol):
     """The DeepSpeed ranks, seen as one."""
 
-    async def begin_stage(self, stage: str, total_updates: int) -> None: ...
+    async def start_stage(self, stage: StageName, policy: Path, resume: Path | None, reference: Path | None) -> None:
+        """Build the engines for a stage from a policy folder; `resume`: a checkpoint of the same stage."""
+        ...
 
-    async def train_online(self, groups: Sequence[TrajectoryGroup], step: int, version: int) -> StepResult: ...
+    async def train_online(self, groups: Sequence[TrajectoryGroup], version: int) -> Mapping[str, float]:
+        """One training step; `version` is the weight version it makes. Names of rlsys.metrics."""
+        ...
 
-    async def train_supervised(self, rows: Sequence[Demonstration], step: int, version: int) -> StepResult: ...
+    async def train_supervised(self, rows: Sequence[Demonstration], version: int) -> Mapping[str, float]: ...
 
-    async def export(self, version: int, probe: Sequence[Int32Array]) -> tuple[
-        WeightManifest, Sequence[Any], tuple[Float32Array, ...]
-    ]: ...
+    async def export(
+        self, version: int, probe: Sequence[Int32Array]
+    ) -> tuple[WeightManifest, Sequence[Any], Sequence[Float32Array]]:
+        """Buckets of the full parameters, a reference to each, and the probe's log-probabilities."""
+        ...
 
-    async def save(self, folder: Path) -> Iterable[str]: ...
-
-    async def load(self, folder: Path) -> None: ...
+    async def save(self, folder: Path) -> None:
+        """Write policy/ and learner/ below the folder."""
+        ...

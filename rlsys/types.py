@@ -183,14 +183,6 @@ class WeightAck:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """What one call of the learner did. metrics: names of the registry in rlsys.metrics."""
-
-    version: int
-    metrics: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
     """Everything the driver must remember; with the learner's own files it is a checkpoint.
 

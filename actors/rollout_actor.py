@@ -1,0 +1,122 @@
+"""Thin Ray shell around one engine and its verifiers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from actors.engine import Completion, CompletionRequest, Engine
+from actors.rewards import RewardPool
+from actors.sampling import build_group, completion_requests
+from actors.weight_update import check_names, expected_tensors, verified_tensors
+from rlsys.config import ActorsConfig, RewardsConfig, TaskConfig
+from rlsys.errors import RolloutError
+from rlsys.models import end_token_id, load_tokenizer
+from rlsys.process import die_with_parent, quiet_worker
+from rlsys.types import (
+    Float32Array,
+    Int32Array,
+    Prompt,
+    RolloutFailure,
+    SamplingSettings,
+    TrajectoryGroup,
+    WeightAck,
+    WeightManifest,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorSettings:
+    """What an actor must know that does not change during the run."""
+
+    name: str
+    model_path: Path
+    device: str
+    seed: int
+    actors: ActorsConfig
+    task: TaskConfig
+    rewards: RewardsConfig
+    log_file: str
+
+
+@ray.remote
+class RolloutActor:
+    """Serves completions of the weights it last acknowledged."""
+
+    def __init__(self, settings: ActorSettings) -> None:
+        quiet_worker(settings.log_file)
+        die_with_parent()
+        self.name = settings.name
+        self.tokenizer = load_tokenizer(settings.model_path)
+        self.tensors = expected_tensors(settings.model_path)
+        self.engine = Engine(settings.model_path, settings.actors, settings.device, end_token_id(self.tokenizer))
+        self.rewards = RewardPool(settings.task, settings.seed, settings.rewards)
+
+    async def start(self) -> str:
+        """Start the verifiers; answers with the actor's name."""
+        await self.rewards.start()
+        return self.name
+
+    async def generate(
+        self, prompts: Sequence[Prompt], settings: SamplingSettings
+    ) -> tuple[list[TrajectoryGroup | RolloutFailure], float]:
+        """A group for every prompt, in order, and the seconds the engine took."""
+        started = time.monotonic()
+        requests = [completion_requests(prompt, settings) for prompt in prompts]
+        futures = self.engine.submit([request for group in requests for request in group])
+        outcomes = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+        seconds = time.monotonic() - started
+        size = settings.samples
+        groups = [
+            self._finish(prompt, outcomes[size * i : size * (i + 1)]) for i, prompt in enumerate(prompts)
+        ]
+        return list(await asyncio.gather(*groups)), seconds
+
+    async def _finish(
+        self, prompt: Prompt, outcomes: Sequence[Completion | BaseException]
+    ) -> TrajectoryGroup | RolloutFailure:
+        completions = []
+        for outcome in outcomes:
+            if isinstance(outcome, RolloutError):
+                return RolloutFailure(prompt=prompt, reason=outcome.message)
+            if isinstance(outcome, BaseException):
+                raise outcome
+            completions.append(outcome)
+        texts = self.tokenizer.batch_decode(
+            [completion.token_ids[: _content_length(completion)] for completion in completions]
+        )
+        verdicts = await self.rewards.verify([(prompt.answer, text) for text in texts])
+        return build_group(prompt, completions, verdicts)
+
+    async def complete(self, requests: Sequence[CompletionRequest]) -> tuple[int, float]:
+        """Completions without verifiers, for benchmarks: (generated tokens, seconds)."""
+        started = time.monotonic()
+        done = await asyncio.gather(*map(asyncio.wrap_future, self.engine.submit(requests)))
+        return sum(len(completion.token_ids) for completion in done), time.monotonic() - started
+
+    async def probe(self, rows: Sequence[Int32Array]) -> tuple[Float32Array, ...]:
+        """Log-probabilities of given tokens under the weights served now."""
+        return tuple(await asyncio.to_thread(self.engine.prompt_logprobs, rows))
+
+    async def update_weights(
+        self, manifest: WeightManifest, references: Sequence[ray.ObjectRef], probe: Sequence[Int32Array]
+    ) -> WeightAck:
+        """Replace the weights between two engine steps, then answer with the probe's log-probabilities."""
+        check_names(self.name, manifest, self.tensors)
+        tensors = verified_tensors(self.name, manifest, references, ray.get)
+        await asyncio.to_thread(self.engine.update_weights, manifest.version, tensors)
+        return WeightAck(actor=self.name, version=manifest.version, probe_logprobs=await self.probe(probe))
+
+    async def close(self) -> None:
+        await self.rewards.close()
+        await asyncio.to_thread(self.engine.close)
+
+
+def _content_length(completion: Completion) -> int:
+    """Tokens before the end token, which a completion that stopped by itself ends with."""
+    return len(completion.token_ids) - (completion.finish_reason == "stop")

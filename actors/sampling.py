@@ -1,0 +1,56 @@
+"""On-policy groups: a prompt and its independently sampled completions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from actors.engine import Completion, CompletionRequest
+from rlsys.types import Prompt, SamplingSettings, Trajectory, TrajectoryGroup, Verdict, VersionSpan
+
+
+def sample_seed(run_seed: int, prompt_id: str, sample: int) -> int:
+    """Seed of one completion: a 63-bit hash, so that tokens depend on nothing but the run's seed and the prompt."""
+    digest = hashlib.sha256(f"{run_seed}/{prompt_id}/{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def completion_requests(prompt: Prompt, settings: SamplingSettings) -> list[CompletionRequest]:
+    """One request per sample. Each has its own seed, which vLLM's `n` could not give."""
+    return [
+        CompletionRequest(
+            request_id=f"{prompt.prompt_id}#{sample}/{settings.temperature}",
+            token_ids=prompt.token_ids.tolist(),
+            seed=sample_seed(settings.seed, prompt.prompt_id, sample),
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_tokens=settings.max_tokens,
+        )
+        for sample in range(settings.samples)
+    ]
+
+
+def build_group(prompt: Prompt, completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> TrajectoryGroup:
+    """Join what the engine drew and what the verifier said."""
+    pairs = zip(completions, verdicts, strict=True)
+    return TrajectoryGroup(prompt=prompt, trajectories=tuple(_trajectory(prompt, *pair) for pair in pairs))
+
+
+def _trajectory(prompt: Prompt, completion: Completion, verdict: Verdict) -> Trajectory:
+    start = len(prompt.token_ids)
+    total = start + len(completion.token_ids)
+    loss_mask = np.arange(total) >= start
+    behavior_logprobs = np.zeros(total, dtype=np.float32)
+    behavior_logprobs[start:] = completion.logprobs
+    return Trajectory(
+        token_ids=np.concatenate([prompt.token_ids, completion.token_ids]),
+        loss_mask=loss_mask,
+        behavior_logprobs=behavior_logprobs,
+        versions=tuple(VersionSpan(start=start + span.start, version=span.version) for span in completion.versions),
+        finish_reason=completion.finish_reason,
+        reward=verdict.reward,
+        outcome=verdict.outcome,
+        answered=verdict.answered,
+    )

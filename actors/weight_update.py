@@ -1,0 +1,66 @@
+"""Receiving a publish: fetch, verify and load, bucket by bucket."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from rlsys.errors import WeightSyncError
+from rlsys.types import WeightBucket, WeightManifest
+
+
+def expected_tensors(model_path: Path) -> frozenset[str]:
+    """Names of the tensors in a model folder's safetensors files. A tied output layer is not among them."""
+    names: set[str] = set()
+    for path in sorted(model_path.glob("*.safetensors")):
+        with safe_open(path, framework="np") as opened:
+            names.update(opened.keys())
+    return frozenset(names)
+
+
+def check_names(actor: str, manifest: WeightManifest, expected: Iterable[str]) -> None:
+    """Every tensor of the model must be in the manifest.
+
+    Raises:
+        WeightSyncError: naming actor, tensor and version.
+    """
+    missing = sorted(set(expected) - set(manifest.names))
+    if missing:
+        raise WeightSyncError(
+            f"actor {actor}, weight version {manifest.version}: tensor {missing[0]} is missing from the publish"
+            + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
+        )
+
+
+def verified_tensors(
+    actor: str, manifest: WeightManifest, references: Sequence[Any], fetch: Callable[[Any], np.ndarray]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Fetch one bucket after another and yield its tensors, once its checksum agreed.
+
+    Raises:
+        WeightSyncError: a checksum or size differs, naming actor, first tensor of the bucket and version.
+    """
+    for bucket, reference in zip(manifest.buckets, references, strict=True):
+        data = fetch(reference)
+        found = hashlib.sha256(data).hexdigest()
+        if found != bucket.sha256:
+            raise WeightSyncError(
+                f"actor {actor}, weight version {manifest.version}: the bucket that starts with tensor "
+                f"{bucket.tensors[0].name} has sha256 {found[:12]}, expected {bucket.sha256[:12]}"
+            )
+        yield from unpack(bucket, data)
+
+
+def unpack(bucket: WeightBucket, data: np.ndarray) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a bucket, as views of `data` ([bytes] uint8)."""
+    start = 0
+    for spec in bucket.tensors:
+        raw = torch.from_numpy(data[start : start + spec.bytes])
+        yield spec.name, raw.view(getattr(torch, spec.dtype)).view(spec.shape)
+        start += spec.bytes

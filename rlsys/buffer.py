@@ -1,0 +1,86 @@
+"""Slots, and the life of a group in them: reserved, finished, taken, released.
+
+There are (max_staleness + 1) * groups_per_step slots. A prompt is issued only into a free slot, a step takes
+the oldest groups_per_step slots, and they become free only when the step's weights are published. So a
+prompt issued at version v is trained by the step that makes version v + max_staleness + 1 at the latest:
+its staleness is at most max_staleness, and with max_staleness 0 every group is sampled from the newest weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+
+from rlsys.types import TrajectoryGroup
+
+
+@dataclass(slots=True)
+class _Slot:
+    index: int
+    group: TrajectoryGroup | None = None
+    taken: bool = False
+
+
+class Buffer:
+    """FIFO of slots. Consumes stream indices and groups; one asyncio loop, no threads.
+
+    free() waits for a free slot, unblocked by release(). take() waits for the oldest groups, unblocked by
+    finish().
+    """
+
+    def __init__(self, groups_per_step: int, max_staleness: int) -> None:
+        self.capacity = (max_staleness + 1) * groups_per_step
+        self._groups_per_step = groups_per_step
+        self._slots: deque[_Slot] = deque()
+        self._changed = asyncio.Condition()
+
+    async def free(self) -> int:
+        """Wait until slots are free; their number."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._slots) < self.capacity)
+            return self.capacity - len(self._slots)
+
+    def reserve(self, index: int) -> None:
+        """Occupy a slot for the prompt of a stream index."""
+        if len(self._slots) >= self.capacity:
+            raise RuntimeError(f"reserve without a free slot: {self.capacity} of {self.capacity} are taken")
+        self._slots.append(_Slot(index))
+
+    def replace(self, failed: int, index: int) -> None:
+        """Give the slot of a failed prompt to another one; it keeps its place in the queue."""
+        self._find(failed).index = index
+
+    async def finish(self, index: int, group: TrajectoryGroup) -> None:
+        """Fill the slot reserved for a stream index."""
+        async with self._changed:
+            self._find(index).group = group
+            self._changed.notify_all()
+
+    async def take(self) -> list[TrajectoryGroup]:
+        """Wait until the oldest groups_per_step slots are finished; their groups, in order of issue."""
+        async with self._changed:
+            await self._changed.wait_for(self._oldest_are_finished)
+            slots = [self._slots[i] for i in range(self._groups_per_step)]
+            for slot in slots:
+                slot.taken = True
+            return [slot.group for slot in slots if slot.group is not None]
+
+    async def release(self) -> None:
+        """Free the slots that were taken."""
+        async with self._changed:
+            while self._slots and self._slots[0].taken:
+                self._slots.popleft()
+            self._changed.notify_all()
+
+    def in_flight(self) -> tuple[int, ...]:
+        """Stream indices that were issued and not taken, in order: what a resumed run issues again."""
+        return tuple(slot.index for slot in self._slots if not slot.taken)
+
+    def _oldest_are_finished(self) -> bool:
+        if len(self._slots) < self._groups_per_step:
+            return False
+        return all(self._slots[i].group is not None for i in range(self._groups_per_step))
+
+    def _find(self, index: int) -> _Slot:
+        return next(slot for slot in self._slots if slot.index == index and slot.group is None)

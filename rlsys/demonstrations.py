@@ -1,0 +1,55 @@
+"""Rows of the warm start: the same step always gets the same demonstrations."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+
+from rlsys.errors import ConfigError, DataError
+from rlsys.interfaces import Task
+from rlsys.types import Demonstration
+
+# question, chain -> token ids of both with the end token, and the length of the prompt
+EncodePair = Callable[[str, str], tuple[list[int], int]]
+
+
+class DemonstrationStream:
+    """Tokenised demonstrations by step. Finite tasks are shuffled epoch by epoch."""
+
+    def __init__(self, task: Task, encode: EncodePair, *, seed: int, rows_per_step: int, max_tokens: int) -> None:
+        self._task = task
+        self._encode = encode
+        self._seed = seed
+        self._rows_per_step = rows_per_step
+        self._max_tokens = max_tokens
+
+    def rows(self, step: int) -> list[Demonstration]:
+        """The demonstrations of a step, counted from 0."""
+        first = step * self._rows_per_step
+        return [self._row(index) for index in range(first, first + self._rows_per_step)]
+
+    def _row(self, index: int) -> Demonstration:
+        found = self._task.demonstration(self._position(index), random.Random(f"{self._seed}/{index}"))
+        if found is None:
+            raise DataError("the warm_start stage needs demonstrations and the task has none: set "
+                            "task.demonstration_column, or leave warm_start out of stages")
+        problem, chain = found
+        token_ids, prompt_length = self._encode(problem.question, chain)
+        if len(token_ids) > self._max_tokens:
+            raise ConfigError(
+                f"the demonstration of {problem.problem_id} has {len(token_ids)} tokens, "
+                f"actors.max_model_len is {self._max_tokens}: raise it or shorten the demonstrations"
+            )
+        return Demonstration(
+            token_ids=np.asarray(token_ids, dtype=np.int32),
+            loss_mask=np.arange(len(token_ids)) >= prompt_length,
+        )
+
+    def _position(self, index: int) -> int:
+        size = self._task.size("train")
+        if size is None:
+            return index
+        epoch, position = divmod(index, size)
+        return int(np.random.default_rng([self._seed, epoch]).permutation(size)[position])

@@ -1,0 +1,94 @@
+"""The resumable prompt stream: (seed, epoch, cursor) in, Prompt out; what was in flight is issued again."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from rlsys.errors import ConfigError
+from rlsys.interfaces import Task
+from rlsys.types import Prompt, Split
+
+Encode = Callable[[str], list[int]]
+
+
+class PromptBuilder:
+    """Problems of a task as prompts, of a length the engines can take.
+
+    Raises:
+        ConfigError: a prompt leaves no room for `max_tokens` in `max_model_len`.
+    """
+
+    def __init__(self, task: Task, encode: Encode, *, max_model_len: int, max_tokens: int) -> None:
+        self.task = task
+        self.encode = encode
+        self.longest = max_model_len - max_tokens
+
+    def build(self, split: Split, index: int, suffix: str = "") -> Prompt:
+        problem = self.task.problem(split, index)
+        token_ids = self.encode(problem.question)
+        if len(token_ids) > self.longest:
+            raise ConfigError(
+                f"prompt {problem.problem_id} has {len(token_ids)} tokens; actors.max_model_len minus "
+                f"sampling.max_tokens leaves {self.longest}: raise the former, lower the latter, or drop the prompt"
+            )
+        return Prompt(
+            prompt_id=problem.problem_id + suffix,
+            token_ids=np.asarray(token_ids, dtype=np.int32),
+            answer=problem.answer,
+        )
+
+    def held_out(self, count: int) -> list[Prompt]:
+        """The first `count` held-out prompts, or all where there are fewer."""
+        size = self.task.size("held_out")
+        return [self.build("held_out", index) for index in range(count if size is None else min(count, size))]
+
+    def check(self, split: Split) -> None:
+        """Build every prompt of a split of known size, so that a too long one is found before anything starts."""
+        for index in range(self.task.size(split) or 0):
+            self.build(split, index)
+
+
+class PromptStream:
+    """Training prompts by stream index: epoch after epoch, each in its own seeded order.
+
+    `cursor` is the next new index.
+    """
+
+    def __init__(self, builder: PromptBuilder, seed: int) -> None:
+        self._builder = builder
+        self._seed = seed
+        self.cursor = 0
+        self._reissue: deque[int] = deque()
+        self._epoch = -1
+        self._order = np.zeros(0, dtype=np.int64)
+
+    def seek(self, cursor: int, reissue: Iterable[int] = ()) -> None:
+        """Continue at `cursor`, after the indices in `reissue`, which were issued before and not trained."""
+        self.cursor = cursor
+        self._reissue = deque(reissue)
+
+    def waiting(self) -> tuple[int, ...]:
+        """Indices that are still to be issued again."""
+        return tuple(self._reissue)
+
+    def take(self) -> tuple[int, Prompt]:
+        """The next stream index and its prompt."""
+        if self._reissue:
+            index = self._reissue.popleft()
+        else:
+            index, self.cursor = self.cursor, self.cursor + 1
+        return index, self.prompt(index)
+
+    def prompt(self, index: int) -> Prompt:
+        """The prompt of a stream index. Its id names the epoch, so that it is sampled anew in each."""
+        size = self._builder.task.size("train")
+        if size is None:
+            return self._builder.build("train", index)
+        epoch, position = divmod(index, size)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self._seed, epoch]).permutation(size)
+        return self._builder.build("train", int(self._order[position]), suffix=f"@{epoch}")
