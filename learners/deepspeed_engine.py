@@ -32,30 +32,15 @@ from learners.batching import (
 from learners.logprobs import masked_token_logprobs
 from learners.losses import kl_loss, policy_loss, supervised_loss
 from learners.objective import token_weights
+from learners.rank_settings import RankSettings
 from learners.schedule import learning_rate
 from learners.tensor_files import read_tensors, write_tensors
-from rlsys.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
+from rlsys.config import LearnerConfig, OptimizerConfig
 from rlsys.errors import CheckpointError, NonFiniteLossError
 from rlsys.types import Demonstration, Float32Array, Int32Array, TrajectoryGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankSettings:
-    """What a rank must know that does not change during the run."""
-
-    rank: int
-    ranks: int
-    device: str
-    store: str  # file of the process-group rendezvous, one per attempt
-    seed: int
-    pad_token_id: int
-    temperature: float
-    max_tokens: int
-    learner: LearnerConfig
-    objective: ObjectiveConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,20 +371,6 @@ def _join_process_group(settings: RankSettings) -> None:
     # An inference-only shared-memory all-reduce, compiled at first use; training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-
-
-def learner_environment(config: LearnerConfig, device: str, rank: int, ranks: int) -> dict[str, str]:
-    """Environment variables that must be set before deepspeed is imported."""
-    variables = {
-        "RANK": str(rank),
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": str(ranks),
-        "OMP_NUM_THREADS": str(config.threads),
-        "DS_SKIP_CUDA_CHECK": "1",
-    }
-    if device == "cpu":
-        variables |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    return variables
 
 
 def _load_model(path: Path, settings: RankSettings) -> nn.Module:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ray
 
-from learners.deepspeed_engine import PolicyEngine, RankSettings
+from learners.rank_settings import RankSettings
 from rlsys.config import OptimizerConfig
 from rlsys.process import die_with_parent, quiet_worker
 from rlsys.types import Demonstration, Float32Array, Int32Array, TrajectoryGroup, WeightManifest
@@ -20,6 +20,8 @@ class LearnerActor:
     def __init__(self, settings: RankSettings, log_file: str) -> None:
         quiet_worker(log_file)
         die_with_parent()
+        from learners.deepspeed_engine import PolicyEngine  # not on the driver, which only makes handles
+
         self.rank = settings.rank
         self.policy = PolicyEngine(settings)
 

@@ -101,7 +101,7 @@ class Controller:
         resume = self.checkpoint if self.state.step > 0 else None
         reference = self._reference() if stage == "online" and self._config.objective.kl_coef > 0 else None
         await self.parts.learner.start_stage(stage, policy, resume, reference)
-        if self.parts.bus.version is None:
+        if not self.parts.bus.calibrated:
             gap = await self.parts.bus.calibrate()
             self.parts.display.message(
                 f"probe gap of a fresh load {gap:.1e} nats, tolerance {self.parts.bus.tolerance:.1e}"

@@ -23,6 +23,8 @@ from rlsys.types import Float32Array, Int32Array, WeightAck
 # first even when every weight moved by only 1e-4 (measured: 2.5e-3).
 TOLERANCE_FLOOR = {"fp32": 5e-4, "bf16": 0.1}
 TOLERANCE_FACTOR = 20.0
+# A fresh load that differs by more than this is not rounding: actor and learner do not compute the same model.
+FRESH_LOAD_CEILING = {"fp32": 1e-3, "bf16": 0.5}
 
 
 class WeightBus:
@@ -40,19 +42,30 @@ class WeightBus:
         self._pool = pool
         self._config = config
         self._floor = TOLERANCE_FLOOR[dtype]
+        self._ceiling = FRESH_LOAD_CEILING[dtype]
         self._probe = probe
         self._held: Sequence[Any] = ()
         self.tolerance = config.probe_tolerance or self._floor
+        self.calibrated = False
         self.version: int | None = None
 
     async def calibrate(self) -> float:
         """Set the tolerance from actors that have just loaded the learner's weights from files.
 
         Returns the largest gap found. An explicit weight_sync.probe_tolerance stays as it is.
+
+        Raises:
+            WeightSyncError: the gap is too large to be rounding.
         """
         _, _, expected = await self._learner.export(0, self._probe)
         answers = await asyncio.gather(*(self._pool.probe(actor, self._probe) for actor in range(self._pool.count)))
         gap = max(_largest_gap(expected, answer)[0] for answer in answers)
+        if not gap <= max(self._ceiling, self._config.probe_tolerance or 0.0):
+            raise WeightSyncError(
+                f"actors and learner loaded the same files and their log-probabilities differ by {gap:.2e} nats "
+                f"(at most {self._ceiling:.0e} is rounding): the engine computes this architecture differently"
+            )
+        self.calibrated = True
         if self._config.probe_tolerance is None:
             self.tolerance = max(self._floor, TOLERANCE_FACTOR * gap)
         return gap

@@ -1,0 +1,269 @@
+"""Composition root: Ray, placement group, actors, learner ranks; builds the parts and runs the controller."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Without this, Ray binds its services to every interface. It must be set before ray is imported.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# The raylet drains for 30 s on SIGTERM; here nobody else uses it.
+os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.engine import engine_environment
+from actors.rollout_actor import ActorSettings, RolloutActor
+from learners.learner_actor import LearnerActor
+from learners.rank_settings import RankSettings, learner_environment
+from rlsys.checkpoint import CheckpointStore, RunLock
+from rlsys.config import Config, dump_config
+from rlsys.controller import Controller, Parts
+from rlsys.demonstrations import DemonstrationStream
+from rlsys.display import Display
+from rlsys.errors import ConfigError
+from rlsys.metrics import MetricsWriter
+from rlsys.models import encode_demonstration, encode_prompt, load_tokenizer
+from rlsys.prompts import PromptBuilder, PromptStream
+from rlsys.remote import RayLearner, RayRolloutPool
+from rlsys.resume import Start, find_start
+from rlsys.setup import prepare_model, tokenizer_files
+from rlsys.tasks import build_task
+from rlsys.types import Int32Array
+from rlsys.weights import WeightBus
+
+PLACEMENT_TIMEOUT_S = 180.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A running Ray and the bundles of a placement group: actors first, then learner ranks."""
+
+    group: PlacementGroup
+    config: Config
+    run_dir: Path
+
+    def options(self, bundle: int, gpus: int, environment: dict[str, str]) -> dict[str, Any]:
+        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
+        return {
+            "num_cpus": 1,
+            "num_gpus": gpus if self.config.run.device == "cuda" else 0,
+            "scheduling_strategy": strategy,
+            "runtime_env": {"env_vars": environment},
+            "max_restarts": 0,
+            "max_task_retries": 0,
+        }
+
+
+def train(config: Config) -> None:
+    """Run a config to its end.
+
+    Raises:
+        RlsysError: every expected failure; InterruptedRunError after SIGINT or SIGTERM, with the state saved.
+    """
+    run_dir = Path(config.run.dir).absolute()
+    with RunLock(run_dir):
+        store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep_last)
+        store.sweep()
+        start = find_start(config, run_dir, store)
+        (run_dir / "config.yaml").write_text(dump_config(config))
+        model = prepare_model(config, run_dir)
+        with ray_cluster(config, run_dir) as cluster, Display(totals=_totals(config)) as display:
+            asyncio.run(_train(config, run_dir, store, start, model, cluster, display))
+
+
+async def _train(
+    config: Config,
+    run_dir: Path,
+    store: CheckpointStore,
+    start: Start,
+    model: Path,
+    cluster: Cluster,
+    display: Display,
+) -> None:
+    serving = start.checkpoint / "policy" if start.checkpoint else model
+    inputs = Inputs(config, model)  # bad data must be found before anything is started
+    display.message(start.describe())
+    async with rollout_pool(cluster, serving) as pool:
+        learner = RayLearner(learner_handles(cluster, inputs.pad_token_id), config)
+        metrics = MetricsWriter(run_dir, start.state.weight_version)
+        parts = Parts(
+            config=config,
+            run_dir=run_dir,
+            model=model,
+            tokenizer_files=tokenizer_files(model),
+            pool=pool,
+            learner=learner,
+            bus=WeightBus(learner, pool, config.weight_sync, _dtype(config), inputs.probe()),
+            checkpoints=store,
+            metrics=metrics,
+            display=display,
+            prompts=inputs.prompts,
+            demonstrations=inputs.demonstrations,
+            held_out=inputs.held_out,
+        )
+        controller = Controller(parts, start.state, start.checkpoint)
+        _on_signals(controller)
+        try:
+            await controller.run()
+        finally:
+            metrics.close()
+
+
+class Inputs:
+    """Task, tokenizer and the streams made of them.
+
+    Raises:
+        ConfigError, DataError: the data cannot be used.
+    """
+
+    def __init__(self, config: Config, model: Path) -> None:
+        task = build_task(config.task, config.run.seed)
+        tokenizer = load_tokenizer(model)
+        self.builder = PromptBuilder(
+            task,
+            lambda question: encode_prompt(tokenizer, question),
+            max_model_len=config.actors.max_model_len,
+            max_tokens=config.sampling.max_tokens,
+        )
+        self.builder.check("train")
+        self.held_out = self.builder.held_out(config.evaluation.prompts)
+        self.prompts = PromptStream(self.builder, config.run.seed)
+        self.demonstrations = DemonstrationStream(
+            task,
+            lambda question, chain: encode_demonstration(tokenizer, question, chain),
+            seed=config.run.seed,
+            rows_per_step=config.warm_start.rows_per_step,
+            max_tokens=config.actors.max_model_len,
+        )
+        if "warm_start" in config.stages:
+            self.demonstrations.rows(0)
+        self.pad_token_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+        self._rows = config.weight_sync.probe_rows
+
+    def probe(self) -> list[Int32Array]:
+        """Fixed rows for the check of every publish: held-out prompts."""
+        return [prompt.token_ids for prompt in self.held_out[: self._rows]]
+
+
+@contextlib.contextmanager
+def ray_cluster(config: Config, run_dir: Path) -> Iterator[Cluster]:
+    """Start Ray (on loopback) or join a cluster, and reserve everything the run needs."""
+    local = config.run.address == "local"
+    temporary = Path("/tmp") / f"rl-{uuid.uuid4().hex[:8]}"  # socket paths below it must stay under 107 bytes
+    bundles = _bundles(config)
+    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
+    if local:
+        os.environ.pop("RAY_ADDRESS", None)
+        options |= {
+            "address": "local",
+            "_temp_dir": str(temporary),
+            "num_cpus": len(bundles),  # logical: phases alternate, threads are set by OMP_NUM_THREADS
+            "object_store_memory": 512 * 2**20,
+            "_node_ip_address": "127.0.0.1",
+        }
+    else:
+        options = {"address": config.run.address, "log_to_driver": False}
+    ray.init(**options)
+    try:
+        group = placement_group(bundles, strategy="PACK")
+        if not group.wait(PLACEMENT_TIMEOUT_S):
+            raise ConfigError(f"the cluster cannot place {bundles}: {ray.cluster_resources()} exist; see `rlsys check`")
+        yield Cluster(group, config, run_dir)
+    finally:
+        ray.shutdown()
+        if local:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.asynccontextmanager
+async def rollout_pool(cluster: Cluster, model: Path) -> AsyncIterator[RayRolloutPool]:
+    """Start the rollout actors on a model folder; close them in the end."""
+    config = cluster.config
+    environment = {**_common_environment(cluster.run_dir), **engine_environment(config.actors, config.run.device)}
+    handles = []
+    for number in range(config.actors.count):
+        settings = ActorSettings(
+            name=f"{number}",
+            model_path=model,
+            device=config.run.device,
+            seed=config.run.seed,
+            actors=config.actors,
+            task=config.task,
+            rewards=config.rewards,
+            log_file=str(cluster.run_dir / "logs" / f"actor-{number}.log"),
+        )
+        options = cluster.options(number, config.actors.tensor_parallel_size, environment)
+        handles.append(RolloutActor.options(**options).remote(settings))
+    pool = RayRolloutPool(handles, config)
+    try:
+        await pool.start()
+        yield pool
+    finally:
+        await pool.close()
+
+
+def learner_handles(cluster: Cluster, pad_token_id: int) -> list[Any]:
+    """Start the learner ranks."""
+    config = cluster.config
+    store = cluster.run_dir / f".rendezvous-{uuid.uuid4().hex}"
+    handles = []
+    for rank in range(config.learner.ranks):
+        settings = RankSettings(
+            rank=rank,
+            ranks=config.learner.ranks,
+            device=config.run.device,
+            store=str(store),
+            seed=config.run.seed,
+            pad_token_id=pad_token_id,
+            temperature=config.sampling.temperature,
+            max_tokens=config.sampling.max_tokens,
+            learner=config.learner,
+            objective=config.objective,
+        )
+        environment = {
+            **_common_environment(cluster.run_dir),
+            **learner_environment(config.learner, config.run.device, rank),
+        }
+        options = cluster.options(config.actors.count + rank, 1, environment)
+        log_file = str(cluster.run_dir / "logs" / f"learner-{rank}.log")
+        handles.append(LearnerActor.options(**options).remote(settings, log_file))
+    return handles
+
+
+def _bundles(config: Config) -> list[dict[str, float]]:
+    cuda = config.run.device == "cuda"
+    actor = {"CPU": 1.0, **({"GPU": float(config.actors.tensor_parallel_size)} if cuda else {})}
+    rank = {"CPU": 1.0, **({"GPU": 1.0} if cuda else {})}
+    return [actor] * config.actors.count + [rank] * config.learner.ranks
+
+
+def _common_environment(run_dir: Path) -> dict[str, str]:
+    kept = {name: os.environ[name] for name in ("RLSYS_FAULTS", "RLSYS_DATA", "HF_HUB_OFFLINE") if name in os.environ}
+    return {"RLSYS_RUN_ID": run_dir.name, "TOKENIZERS_PARALLELISM": "false", **kept}
+
+
+def _dtype(config: Config) -> str:
+    return "bf16" if "bf16" in (config.actors.dtype, config.learner.dtype) else "fp32"
+
+
+def _totals(config: Config) -> dict[str, int]:
+    return {stage: config.max_steps(stage) for stage in config.stages}
+
+
+def _on_signals(controller: Controller) -> None:
+    """After ray.init, which installs a SIGTERM handler of its own."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, controller.interrupt, signal.Signals(number).name)

@@ -1,0 +1,60 @@
+"""The initial model of a run, as a folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from rlsys.config import Config
+from rlsys.errors import ConfigError
+from rlsys.models import build_from_scratch, load_tokenizer
+from rlsys.tasks import build_task
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.md")
+
+
+def prepare_model(config: Config, run_dir: Path) -> Path:
+    """The folder of the initial policy: built in the run directory, local, or downloaded from the hub.
+
+    Raises:
+        ConfigError: model.path is neither a model folder nor a hub id that can be fetched.
+    """
+    scratch = config.model.from_scratch
+    if scratch is not None:
+        folder = run_dir / "model"
+        if not (folder / "model.safetensors").exists():
+            unfinished = run_dir / ".model"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            vocabulary = build_task(config.task, config.run.seed).vocabulary()
+            build_from_scratch(scratch, vocabulary, config.run.seed, unfinished)
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)
+        return folder
+    path = Path(str(config.model.path))
+    folder = path.absolute() if path.is_dir() else _from_hub(str(config.model.path))
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model.path {config.model.path}: the folder has no config.json, so it is no model")
+    if not list(folder.glob("*.safetensors")):
+        raise ConfigError(f"model.path {config.model.path}: no *.safetensors; other weight formats are not read")
+    load_tokenizer(folder)
+    return folder
+
+
+def tokenizer_files(model: Path) -> list[Path]:
+    """The files of a model folder that belong beside every saved policy: tokenizer, template, generation config."""
+    skipped = {path for pattern in WEIGHT_PATTERNS for path in model.glob(pattern)} | {model / "config.json"}
+    return sorted(path for path in model.iterdir() if path.is_file() and path not in skipped)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"model.path {name}: neither a folder here nor a model that the hub gave ({reason})"
+        ) from None
