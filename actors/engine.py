@@ -144,7 +144,7 @@ class Engine:
                         if output.finished:
                             waiting = self._pending.pop(output.request_id)
                             waiting.future.set_result(waiting.read(output))
-        except BaseException as error:  # noqa: BLE001 - becomes data: every waiting future gets it
+        except BaseException as error:
             logger.exception("the engine failed")
             self._broken = EngineError(f"engine failed: {type(error).__name__}: {error}")
             _fail([waiting.future for waiting in self._pending.values()], self._broken)

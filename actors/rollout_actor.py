@@ -44,7 +44,6 @@ class ActorSettings:
     log_file: str
 
 
-@ray.remote
 class RolloutActor:
     """Serves completions of the weights it last acknowledged."""
 
@@ -72,9 +71,7 @@ class RolloutActor:
         outcomes = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
         seconds = time.monotonic() - started
         size = settings.samples
-        groups = [
-            self._finish(prompt, outcomes[size * i : size * (i + 1)]) for i, prompt in enumerate(prompts)
-        ]
+        groups = [self._finish(prompt, outcomes[size * i : size * (i + 1)]) for i, prompt in enumerate(prompts)]
         return list(await asyncio.gather(*groups)), seconds
 
     async def _finish(

@@ -48,7 +48,7 @@ def verified_tensors(
     """
     for bucket, reference in zip(manifest.buckets, references, strict=True):
         data = fetch(reference)
-        found = hashlib.sha256(data).hexdigest()
+        found = hashlib.sha256(data.data).hexdigest()
         if found != bucket.sha256:
             raise WeightSyncError(
                 f"actor {actor}, weight version {manifest.version}: the bucket that starts with tensor "

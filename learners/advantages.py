@@ -37,9 +37,7 @@ def group_advantages(rewards: Float64Array, valid: BoolArray, *, use_std: bool) 
     Source: GRPO, arXiv:2402.03300, sec. 4.1.2; Dr.GRPO, arXiv:2503.20783, sec. 3.2.
     """
     if rewards.ndim != 1 or rewards.shape != valid.shape:
-        raise ValueError(
-            f"expected rewards and valid of one shape [G], found {rewards.shape} and {valid.shape}"
-        )
+        raise ValueError(f"expected rewards and valid of one shape [G], found {rewards.shape} and {valid.shape}")
     advantages = np.zeros(rewards.shape, dtype=np.float64)
     kept = rewards[valid].astype(np.float64)
     if not np.isfinite(kept).all():

@@ -110,9 +110,7 @@ def rows_from_demonstrations(demonstrations: Sequence[Demonstration]) -> list[Ro
     ]
 
 
-def split_updates(
-    row_groups: Sequence[Sequence[Row]], updates: int, *, seed: int | Sequence[int]
-) -> list[list[Row]]:
+def split_updates(row_groups: Sequence[Sequence[Row]], updates: int, *, seed: int | Sequence[int]) -> list[list[Row]]:
     """Deal whole groups to the optimizer updates of one training step.
 
     Groups are shuffled, so that neighbours in the prompt stream do not always share an update, and stay
@@ -151,9 +149,7 @@ def plan_micro_batches(lengths: Sequence[int], *, ranks: int, budget_tokens: int
         size, which matters where ranks meet in every pass (ZeRO 3).
     """
     if ranks < 1 or budget_tokens < 1 or min(lengths, default=1) < 1:
-        raise ValueError(
-            f"expected ranks, budget_tokens and lengths >= 1, found {ranks}, {budget_tokens}, {lengths}"
-        )
+        raise ValueError(f"expected ranks, budget_tokens and lengths >= 1, found {ranks}, {budget_tokens}, {lengths}")
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     descending = [lengths[row] for row in order]
     fewest = max(1, -(-len(_cut(descending, budget_tokens)) // ranks))
@@ -171,9 +167,7 @@ def _plan(descending: Sequence[int], ranks: int, passes: int, budget: int) -> li
 
 def _slowest(shares: Sequence[Sequence[Span]], descending: Sequence[int]) -> int:
     """Cost of the rank with most work, in tokens."""
-    return max(
-        sum(_padded_tokens(span, descending) + PASS_OVERHEAD_TOKENS for span in share) for share in shares
-    )
+    return max(sum(_padded_tokens(span, descending) + PASS_OVERHEAD_TOKENS for span in share) for share in shares)
 
 
 def _padded_tokens(span: Span, descending: Sequence[int]) -> int:

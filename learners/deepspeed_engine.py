@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from learners import weight_source
 from learners.batching import (
@@ -66,7 +67,12 @@ class PolicyEngine:
     # --- stages and files ---
 
     def start_stage(
-        self, policy: Path, optimizer: OptimizerConfig, total_updates: int, resume: Path | None, reference: Path | None
+        self,
+        policy: Path,
+        optimizer: OptimizerConfig,
+        total_updates: int,
+        resume: Path | None,
+        reference: Path | None,
     ) -> None:
         """(Re)build the engine from `policy`; with `resume`, also its master weights, moments and counters."""
         self.optimizer_config, self.total_updates = optimizer, total_updates
@@ -155,9 +161,7 @@ class PolicyEngine:
         sums.add_policy(item, result.metrics, old, entropy)
         return loss
 
-    def _logprobs(
-        self, model: nn.Module, batch: MicroBatch, temperature: float | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, model: nn.Module, batch: MicroBatch, temperature: float | None = None) -> tuple[Tensor, Tensor]:
         """[N] log-probabilities and entropies of the trained targets, at the sampling temperature by default."""
         device = self.settings.device
         ids, mask = batch.input_ids.to(device), batch.loss_mask[:, batch.first_target :].to(device)
@@ -373,7 +377,7 @@ def _join_process_group(settings: RankSettings) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
-def _load_model(path: Path, settings: RankSettings) -> nn.Module:
+def _load_model(path: Path, settings: RankSettings) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -382,7 +386,7 @@ def _load_model(path: Path, settings: RankSettings) -> nn.Module:
     return model.to(settings.device)
 
 
-def _build(path: Path, settings: RankSettings, optimizer: OptimizerConfig) -> tuple[nn.Module, Any]:
+def _build(path: Path, settings: RankSettings, optimizer: OptimizerConfig) -> tuple[PreTrainedModel, Any]:
     import deepspeed
 
     learner = settings.learner
@@ -397,7 +401,9 @@ def _build(path: Path, settings: RankSettings, optimizer: OptimizerConfig) -> tu
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
     )
-    engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=deepspeed_config(learner, optimizer, parameters))
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=adam, config=deepspeed_config(learner, optimizer, parameters)
+    )
     if learner.zero_stage == 0 and learner.dtype == "fp32":
         # DeepSpeed clips here too, but forgets the norm it found.
         def clip() -> None:
@@ -438,7 +444,10 @@ def _create_states(engine: Any) -> None:
     # ZeRO 3 hands its partitions to the inner optimizer only while it steps.
     flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
     for parameter in flat or [parameter for group in inner.param_groups for parameter in group["params"]]:
-        inner.state[parameter] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(parameter) for key in MOMENTS}}
+        inner.state[parameter] = {
+            "step": torch.tensor(0.0),
+            **{key: torch.zeros_like(parameter) for key in MOMENTS},
+        }
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
         link()

@@ -13,7 +13,6 @@ from rlsys.process import die_with_parent, quiet_worker
 from rlsys.types import Demonstration, Float32Array, Int32Array, TrajectoryGroup, WeightManifest
 
 
-@ray.remote
 class LearnerActor:
     """One rank. Every method is called on all ranks at once and returns the same figures on each."""
 
@@ -26,7 +25,12 @@ class LearnerActor:
         self.policy = PolicyEngine(settings)
 
     def start_stage(
-        self, policy: Path, optimizer: OptimizerConfig, total_updates: int, resume: Path | None, reference: Path | None
+        self,
+        policy: Path,
+        optimizer: OptimizerConfig,
+        total_updates: int,
+        resume: Path | None,
+        reference: Path | None,
     ) -> None:
         self.policy.start_stage(policy, optimizer, total_updates, resume, reference)
 
@@ -50,4 +54,3 @@ class LearnerActor:
 
     def save(self, folder: Path) -> None:
         self.policy.save(folder)
-

@@ -9,9 +9,7 @@ from torch import Tensor
 ENTROPY_CHUNK = 1024
 
 
-def masked_token_logprobs(
-    logits: Tensor, targets: Tensor, mask: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+def masked_token_logprobs(logits: Tensor, targets: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """log p(target) and entropy at the positions where the mask is True.
 
     p = softmax(logits / temperature);   entropy = -sum_v p_v log p_v

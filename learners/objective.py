@@ -12,9 +12,7 @@ from learners.advantages import Float64Array
 LossAggregation = Literal["token_mean", "sequence_mean", "constant"]
 
 
-def token_weights(
-    completion_lengths: Sequence[int], *, aggregation: LossAggregation, max_tokens: int
-) -> Float64Array:
+def token_weights(completion_lengths: Sequence[int], *, aggregation: LossAggregation, max_tokens: int) -> Float64Array:
     """Weight of each trained token of each row, so that loss = sum_rows w_row sum_tokens l.
 
     token_mean:     w_i = 1 / sum_j |o_j|              every token counts the same (DAPO)
@@ -42,9 +40,7 @@ def token_weights(
     """
     lengths = np.asarray(completion_lengths, dtype=np.float64)
     if max_tokens < 1 or (lengths < 0).any():
-        raise ValueError(
-            f"expected max_tokens >= 1 and lengths >= 0, found {max_tokens} and {completion_lengths}"
-        )
+        raise ValueError(f"expected max_tokens >= 1 and lengths >= 0, found {max_tokens} and {completion_lengths}")
     match aggregation:
         case "token_mean":
             return np.full(len(lengths), 1.0 / max(lengths.sum(), 1.0))

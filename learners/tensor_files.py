@@ -20,7 +20,11 @@ SHARD_BYTES = 4 * 2**30
 
 
 def write_tensors(
-    tensors: Iterable[tuple[str, Tensor]], folder: Path, stem: str, writes: bool, shard_bytes: int = SHARD_BYTES
+    tensors: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    stem: str,
+    writes: bool,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write tensors in order. Ranks with `writes` False only iterate, because gathering is collective."""
     shards: list[list[str]] = []
@@ -63,7 +67,7 @@ def _write_shard(folder: Path, stem: str, index: int, shard: dict[str, Tensor]) 
 
 
 def _finish(folder: Path, stem: str, shards: list[list[str]], total: int) -> None:
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index, names in enumerate(shards):
         suffix = "" if len(shards) == 1 else f"-{index + 1:05d}-of-{len(shards):05d}"
         file = f"{stem}{suffix}.safetensors"

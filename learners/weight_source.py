@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlsys.faults import fault
 from rlsys.types import TensorSpec, WeightBucket
 
 
-def full_parameters(module: nn.Module, gather: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
+def full_parameters(module: PreTrainedModel, gather: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) of every parameter, whole, detached, in `named_parameters` order.
 
     `gather` makes a whole tensor of a parameter that ZeRO 3 has partitioned.
@@ -35,7 +36,7 @@ def full_parameters(module: nn.Module, gather: Callable[[nn.Parameter], Tensor])
             yield _output_name(module), tensor
 
 
-def _output_name(module: nn.Module) -> str:
+def _output_name(module: PreTrainedModel) -> str:
     output = module.get_output_embeddings()
     prefix = next(name for name, child in module.named_modules() if child is output)
     return f"{prefix}.weight"

@@ -186,8 +186,7 @@ def _seal(folder: Path, name: str, info: Mapping[str, Any]) -> None:
     if MANIFEST in files:
         raise CheckpointError(f"{folder}: a writer made {MANIFEST}; that name is the checkpoint's own")
     entries = [
-        {"path": path, "size": file.stat().st_size, "sha256": _sha256(file)}
-        for path, file in sorted(files.items())
+        {"path": path, "size": file.stat().st_size, "sha256": _sha256(file)} for path, file in sorted(files.items())
     ]
     for file in files.values():
         _fsync(file)
@@ -378,9 +377,7 @@ def state_from_json(value: Any) -> RunState:
     in_flight, counters = value["in_flight"], value["counters"]
     integers = [value[name] for name in ("stage", "step", "weight_version", "cursor")]
     if not isinstance(in_flight, list) or not all(_is_count(item) for item in [*integers, *in_flight]):
-        raise CheckpointError(
-            f"run state: expected integers from 0 on, found {integers}, in_flight {in_flight!r}"
-        )
+        raise CheckpointError(f"run state: expected integers from 0 on, found {integers}, in_flight {in_flight!r}")
     if not isinstance(counters, dict) or not all(type(item) in (int, float) for item in counters.values()):
         raise CheckpointError(f"run state: expected counters to be numbers by name, found {counters!r}")
     return RunState(**{**value, "in_flight": tuple(in_flight)})

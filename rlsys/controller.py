@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 
@@ -137,7 +137,10 @@ class Controller:
                 started = time.monotonic()
                 with Stopwatch() as waiting:
                     groups = await self._until_stopped(buffer.take())
-                figures = {**rollout_metrics(groups, self.state.weight_version), "time/rollout_s": waiting.seconds}
+                figures = {
+                    **rollout_metrics(groups, self.state.weight_version),
+                    "time/rollout_s": waiting.seconds,
+                }
                 figures["rollout/tokens_per_s"] = parts.pool.tokens_per_s()
                 figures["rollout/failed"] = float(self._producer.failed)
                 self._check_staleness(figures["rollout/staleness_max"])
@@ -183,7 +186,8 @@ class Controller:
     async def _until_stopped(self, work: Awaitable[Result]) -> Result:
         """Wait for `work`, or raise at once when the run is interrupted or the producer failed."""
         future = asyncio.ensure_future(work)
-        await asyncio.wait([future, self._stop], return_when=asyncio.FIRST_COMPLETED)
+        waiting: list[asyncio.Future[Any]] = [future, self._stop]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if self._stop.done():
             future.cancel()
             raise InterruptedRunError(self._stop.result())
@@ -213,9 +217,7 @@ class Controller:
         return {**held_out_metrics(first, second), "time/evaluate_s": watch.seconds}
 
     def _advance(self) -> None:
-        self.state = replace(
-            self.state, step=self.state.step + 1, weight_version=self.state.weight_version + 1
-        )
+        self.state = replace(self.state, step=self.state.step + 1, weight_version=self.state.weight_version + 1)
 
     def _snapshot(self, buffer: Buffer) -> None:
         self.state = replace(

@@ -33,8 +33,10 @@ class DemonstrationStream:
     def _row(self, index: int) -> Demonstration:
         found = self._task.demonstration(self._position(index), random.Random(f"{self._seed}/{index}"))
         if found is None:
-            raise DataError("the warm_start stage needs demonstrations and the task has none: set "
-                            "task.demonstration_column, or leave warm_start out of stages")
+            raise DataError(
+                "the warm_start stage needs demonstrations and the task has none: set "
+                "task.demonstration_column, or leave warm_start out of stages"
+            )
         problem, chain = found
         token_ids, prompt_length = self._encode(problem.question, chain)
         if len(token_ids) > self._max_tokens:

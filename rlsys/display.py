@@ -149,9 +149,7 @@ class Display:
             ProgressBar(max(self._total, 1), self._done, complete_style="green", finished_style="green"),
             f"left {_duration(self.seconds_left)}, elapsed {_duration(self._clock() - self._started)}",
         )
-        messages = [
-            Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in list(self._messages)
-        ]
+        messages = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in list(self._messages)]
         parts: list[RenderableType] = [heading] if self._totals else []
         parts += [progress, self._figure_table(), *messages]
         return Panel(Group(*parts), title="rlsys", title_align="left")

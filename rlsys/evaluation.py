@@ -76,9 +76,7 @@ def pass_at_k(values: np.ndarray, k: int) -> np.ndarray:
     return np.array([[1 - math.comb(total - int(c), k) / math.comb(total, k)] for c in right])
 
 
-def held_out_metrics(
-    greedy: Sequence[TrajectoryGroup], sampled: Sequence[TrajectoryGroup]
-) -> Mapping[str, float]:
+def held_out_metrics(greedy: Sequence[TrajectoryGroup], sampled: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
     """Names of the metrics registry; only those of the parts that were measured."""
     found: dict[str, float] = {}
     for name, groups in (("greedy", greedy), ("sampled", sampled)):

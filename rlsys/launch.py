@@ -7,8 +7,9 @@ import contextlib
 import os
 import shutil
 import signal
+import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,23 +28,22 @@ from actors.engine import engine_environment
 from actors.rollout_actor import ActorSettings, RolloutActor
 from learners.learner_actor import LearnerActor
 from learners.rank_settings import RankSettings, learner_environment
+from rlsys import resources
 from rlsys.checkpoint import CheckpointStore, RunLock
 from rlsys.config import Config, dump_config
 from rlsys.controller import Controller, Parts
-from rlsys.demonstrations import DemonstrationStream
 from rlsys.display import Display
 from rlsys.errors import ConfigError
+from rlsys.inputs import Inputs
 from rlsys.metrics import MetricsWriter
-from rlsys.models import encode_demonstration, encode_prompt, load_tokenizer
-from rlsys.prompts import PromptBuilder, PromptStream
 from rlsys.remote import RayLearner, RayRolloutPool
 from rlsys.resume import Start, find_start
 from rlsys.setup import prepare_model, tokenizer_files
-from rlsys.tasks import build_task
-from rlsys.types import Int32Array
+from rlsys.types import Prompt
 from rlsys.weights import WeightBus
 
 PLACEMENT_TIMEOUT_S = 180.0
+Measure = Callable[[RayRolloutPool, list[Prompt], Config], Awaitable[dict[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +79,30 @@ def train(config: Config) -> None:
         start = find_start(config, run_dir, store)
         (run_dir / "config.yaml").write_text(dump_config(config))
         model = prepare_model(config, run_dir)
-        with ray_cluster(config, run_dir) as cluster, Display(totals=_totals(config)) as display:
-            asyncio.run(_train(config, run_dir, store, start, model, cluster, display))
+        resources.check(resources.plan(config, model))
+        inputs = Inputs(config, model)  # bad data must be found before anything is started
+        bundles = actor_bundles(config) + rank_bundles(config)
+        with ray_cluster(config, run_dir, bundles) as cluster, Display(totals=_totals(config)) as display:
+            asyncio.run(_train(cluster, store, start, model, inputs, display))
+
+
+async def evaluate_policy(policy: Path, config: Config, measure: Measure) -> dict[str, Any]:
+    """Start actors alone on a policy folder and let `measure` use them on the held-out prompts."""
+    resources.check(resources.plan(config, policy))
+    inputs = Inputs(config, policy)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ray_cluster(config, Path(folder), actor_bundles(config)) as cluster,
+    ):
+        async with rollout_pool(cluster, policy) as pool:
+            return await measure(pool, inputs.held_out, config)
 
 
 async def _train(
-    config: Config,
-    run_dir: Path,
-    store: CheckpointStore,
-    start: Start,
-    model: Path,
-    cluster: Cluster,
-    display: Display,
+    cluster: Cluster, store: CheckpointStore, start: Start, model: Path, inputs: Inputs, display: Display
 ) -> None:
+    config, run_dir = cluster.config, cluster.run_dir
     serving = start.checkpoint / "policy" if start.checkpoint else model
-    inputs = Inputs(config, model)  # bad data must be found before anything is started
     display.message(start.describe())
     async with rollout_pool(cluster, serving) as pool:
         learner = RayLearner(learner_handles(cluster, inputs.pad_token_id), config)
@@ -121,48 +130,12 @@ async def _train(
             metrics.close()
 
 
-class Inputs:
-    """Task, tokenizer and the streams made of them.
-
-    Raises:
-        ConfigError, DataError: the data cannot be used.
-    """
-
-    def __init__(self, config: Config, model: Path) -> None:
-        task = build_task(config.task, config.run.seed)
-        tokenizer = load_tokenizer(model)
-        self.builder = PromptBuilder(
-            task,
-            lambda question: encode_prompt(tokenizer, question),
-            max_model_len=config.actors.max_model_len,
-            max_tokens=config.sampling.max_tokens,
-        )
-        self.builder.check("train")
-        self.held_out = self.builder.held_out(config.evaluation.prompts)
-        self.prompts = PromptStream(self.builder, config.run.seed)
-        self.demonstrations = DemonstrationStream(
-            task,
-            lambda question, chain: encode_demonstration(tokenizer, question, chain),
-            seed=config.run.seed,
-            rows_per_step=config.warm_start.rows_per_step,
-            max_tokens=config.actors.max_model_len,
-        )
-        if "warm_start" in config.stages:
-            self.demonstrations.rows(0)
-        self.pad_token_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
-        self._rows = config.weight_sync.probe_rows
-
-    def probe(self) -> list[Int32Array]:
-        """Fixed rows for the check of every publish: held-out prompts."""
-        return [prompt.token_ids for prompt in self.held_out[: self._rows]]
-
-
 @contextlib.contextmanager
-def ray_cluster(config: Config, run_dir: Path) -> Iterator[Cluster]:
+def ray_cluster(config: Config, run_dir: Path, bundles: list[dict[str, float]]) -> Iterator[Cluster]:
     """Start Ray (on loopback) or join a cluster, and reserve everything the run needs."""
     local = config.run.address == "local"
-    temporary = Path("/tmp") / f"rl-{uuid.uuid4().hex[:8]}"  # socket paths below it must stay under 107 bytes
-    bundles = _bundles(config)
+    # Socket paths below it must stay under 107 bytes, so neither $TMPDIR nor the run directory will do.
+    temporary = Path(f"/tmp/rl-{uuid.uuid4().hex[:8]}")  # noqa: S108 - unpredictable name, made by Ray with mode 700
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
     if local:
         os.environ.pop("RAY_ADDRESS", None)
@@ -191,7 +164,10 @@ def ray_cluster(config: Config, run_dir: Path) -> Iterator[Cluster]:
 async def rollout_pool(cluster: Cluster, model: Path) -> AsyncIterator[RayRolloutPool]:
     """Start the rollout actors on a model folder; close them in the end."""
     config = cluster.config
-    environment = {**_common_environment(cluster.run_dir), **engine_environment(config.actors, config.run.device)}
+    environment = {
+        **_common_environment(cluster.run_dir),
+        **engine_environment(config.actors, config.run.device),
+    }
     handles = []
     for number in range(config.actors.count):
         settings = ActorSettings(
@@ -205,7 +181,7 @@ async def rollout_pool(cluster: Cluster, model: Path) -> AsyncIterator[RayRollou
             log_file=str(cluster.run_dir / "logs" / f"actor-{number}.log"),
         )
         options = cluster.options(number, config.actors.tensor_parallel_size, environment)
-        handles.append(RolloutActor.options(**options).remote(settings))
+        handles.append(ray.remote(RolloutActor).options(**options).remote(settings))
     pool = RayRolloutPool(handles, config)
     try:
         await pool.start()
@@ -238,15 +214,22 @@ def learner_handles(cluster: Cluster, pad_token_id: int) -> list[Any]:
         }
         options = cluster.options(config.actors.count + rank, 1, environment)
         log_file = str(cluster.run_dir / "logs" / f"learner-{rank}.log")
-        handles.append(LearnerActor.options(**options).remote(settings, log_file))
+        handles.append(ray.remote(LearnerActor).options(**options).remote(settings, log_file))
     return handles
 
 
-def _bundles(config: Config) -> list[dict[str, float]]:
-    cuda = config.run.device == "cuda"
-    actor = {"CPU": 1.0, **({"GPU": float(config.actors.tensor_parallel_size)} if cuda else {})}
-    rank = {"CPU": 1.0, **({"GPU": 1.0} if cuda else {})}
-    return [actor] * config.actors.count + [rank] * config.learner.ranks
+def actor_bundles(config: Config) -> list[dict[str, float]]:
+    """Resources of the rollout actors."""
+    return [_bundle(config, config.actors.tensor_parallel_size)] * config.actors.count
+
+
+def rank_bundles(config: Config) -> list[dict[str, float]]:
+    """Resources of the learner ranks."""
+    return [_bundle(config, 1)] * config.learner.ranks
+
+
+def _bundle(config: Config, gpus: int) -> dict[str, float]:
+    return {"CPU": 1.0, **({"GPU": float(gpus)} if config.run.device == "cuda" else {})}
 
 
 def _common_environment(run_dir: Path) -> dict[str, str]:

@@ -104,9 +104,7 @@ class MetricsWriter:
         rows = [row for row in read_rows(path) if row["weights/version"] <= resume_version]
         _rewrite(path, rows)
         self._written = {(row["stage"], row["step"]) for row in rows}
-        self._repeatable = {
-            (row["stage"], row["step"]) for row in rows if row["weights/version"] == resume_version
-        }
+        self._repeatable = {(row["stage"], row["step"]) for row in rows if row["weights/version"] == resume_version}
         self._stream = path.open("a", encoding="utf-8")
         self._events = _EventFile(run_dir / "tensorboard", purge_step=resume_version + 1)
 

@@ -61,8 +61,10 @@ class RayRolloutPool:
         return len(self._handles)
 
     async def start(self) -> None:
-        calls = [self._call(i, "start", self._config.actors.start_timeout_s, "actors.start_timeout_s")
-                 for i in range(self.count)]
+        calls = [
+            self._call(i, "start", self._config.actors.start_timeout_s, "actors.start_timeout_s")
+            for i in range(self.count)
+        ]
         await asyncio.gather(*calls)
 
     async def generate(
@@ -84,9 +86,7 @@ class RayRolloutPool:
         return rate
 
     async def probe(self, actor: int, rows: Sequence[Int32Array]) -> Sequence[Float32Array]:
-        return await self._call(
-            actor, "probe", self._config.weight_sync.timeout_s, "weight_sync.timeout_s", list(rows)
-        )
+        return await self._call(actor, "probe", self._config.weight_sync.timeout_s, "weight_sync.timeout_s", list(rows))
 
     async def update_weights(
         self, actor: int, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array]

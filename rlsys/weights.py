@@ -36,7 +36,12 @@ class WeightBus:
     """
 
     def __init__(
-        self, learner: Learner, pool: RolloutPool, config: WeightSyncConfig, dtype: str, probe: Sequence[Int32Array]
+        self,
+        learner: Learner,
+        pool: RolloutPool,
+        config: WeightSyncConfig,
+        dtype: str,
+        probe: Sequence[Int32Array],
     ) -> None:
         self._learner = learner
         self._pool = pool
@@ -94,7 +99,11 @@ class WeightBus:
         self._held = references
         self.version = version
         seconds = time.monotonic() - started
-        figures = {"weights/publish_bytes": manifest.bytes, "weights/publish_s": seconds, "time/publish_s": seconds}
+        figures = {
+            "weights/publish_bytes": manifest.bytes,
+            "weights/publish_s": seconds,
+            "time/publish_s": seconds,
+        }
         return {**figures, "weights/probe_gap_max": gap}
 
     def _verify(self, ack: WeightAck, version: int, expected: Sequence[Float32Array]) -> float:

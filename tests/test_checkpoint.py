@@ -349,9 +349,7 @@ def test_swapped_and_added_files_are_found(store: CheckpointStore) -> None:
 def test_a_flip_in_every_byte_of_the_manifest_is_found(store: CheckpointStore) -> None:
     path = save(store, "step-1", 1, {"state.json": b"one"})
     for position in range((path / MANIFEST).stat().st_size):
-        mask = (0x01, 0x20)[
-            position % 2
-        ]  # 0x20 turns a letter's case, which a lenient comparison would accept
+        mask = (0x01, 0x20)[position % 2]  # 0x20 turns a letter's case, which a lenient comparison would accept
         flip(path / MANIFEST, position, mask)
         with pytest.raises(CheckpointError):
             CheckpointStore.verify(path)

@@ -24,9 +24,7 @@ def events(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of every tag, as TensorBoard itself reads them."""
     accumulator = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
     accumulator.Reload()
-    return {
-        tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]
-    }
+    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
 
 
 def rows_as_events(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
@@ -94,9 +92,7 @@ def test_unknown_name_and_second_row_are_errors(tmp_path: Path) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(value=st.floats())
-def test_numbers_survive_and_non_finite_is_null(
-    tmp_path_factory: pytest.TempPathFactory, value: float
-) -> None:
+def test_numbers_survive_and_non_finite_is_null(tmp_path_factory: pytest.TempPathFactory, value: float) -> None:
     folder = tmp_path_factory.mktemp("run")
     writer = MetricsWriter(folder, 0)
     writer.log("online", 1, 1, {"learner/loss": value})

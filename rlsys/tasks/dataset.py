@@ -115,9 +115,7 @@ def _load(config: DatasetConfig) -> _Data:
     return _Data(train=train, held_out=held_out, skipped=skipped)
 
 
-def _read_examples(
-    source: Source, config: DatasetConfig, field: str
-) -> tuple[tuple[_Example, ...], tuple[str, ...]]:
+def _read_examples(source: Source, config: DatasetConfig, field: str) -> tuple[tuple[_Example, ...], tuple[str, ...]]:
     """The readable rows of a source, and for each other row a line that says why."""
     wanted = {
         "task.question_column": config.question_column,
@@ -184,9 +182,7 @@ def _check_pattern(pattern: str | None) -> None:
     except re.error as error:
         raise ConfigError(f"task.answer_pattern {pattern!r}: not a regular expression: {error}") from None
     if groups < 1:
-        raise ConfigError(
-            f"task.answer_pattern {pattern!r}: expected a group in parentheses around the answer"
-        )
+        raise ConfigError(f"task.answer_pattern {pattern!r}: expected a group in parentheses around the answer")
 
 
 def _check_not_empty(

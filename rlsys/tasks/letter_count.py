@@ -97,9 +97,7 @@ class LetterCountTask:
         length = rng.randint(self.config.min_length, self.config.max_length)
         target = rng.choice(self.config.alphabet)
         density = rng.uniform(0.1, 0.5)
-        word = "".join(
-            target if rng.random() < density else rng.choice(self.config.alphabet) for _ in range(length)
-        )
+        word = "".join(target if rng.random() < density else rng.choice(self.config.alphabet) for _ in range(length))
         return word, target, f"count {target} in {word}"
 
     def _draw_words(self, rng: random.Random) -> tuple[str, str, str]:

@@ -61,9 +61,7 @@ def expand(path: str, field: str) -> str:
     def value(match: re.Match[str]) -> str:
         name = match[1] or match[2]
         if name not in os.environ:
-            raise ConfigError(
-                f"{field} {path}: the environment variable {name} is not set; set it or change {field}"
-            )
+            raise ConfigError(f"{field} {path}: the environment variable {name} is not set; set it or change {field}")
         return os.environ[name]
 
     return os.path.expanduser(_VARIABLE.sub(value, path))
@@ -78,9 +76,7 @@ def _read_file(path: Path, where: str) -> tuple[tuple[str, ...], list[Row]]:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise DataError(f"{where}: cannot be read: {error.strerror}") from None
-    rows = [
-        Row(number=number, values=_json_object(line)) for number, line in enumerate(lines, 1) if line.strip()
-    ]
+    rows = [Row(number=number, values=_json_object(line)) for number, line in enumerate(lines, 1) if line.strip()]
     names = (name for row in rows if isinstance(row.values, dict) for name in row.values)
     return tuple(dict.fromkeys(names)), rows
 

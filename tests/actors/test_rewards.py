@@ -271,7 +271,5 @@ def test_worker_imports_stay_light():
         "print(*heavy & set(sys.modules))"
     )
     environment = os.environ | {"PYTHONPATH": str(HERE.parent.parent)}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout.split() == []

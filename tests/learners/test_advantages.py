@@ -68,9 +68,7 @@ def test_a_group_sums_to_zero(rewards, use_std):
 def test_dr_grpo_is_grpo_without_the_division(rewards):
     std = np.std(rewards, ddof=1)
     grpo = advantages(rewards, use_std=True)
-    assert advantages(rewards, use_std=False) == pytest.approx(
-        grpo * (std + STD_EPSILON), rel=1e-12, abs=1e-15
-    )
+    assert advantages(rewards, use_std=False) == pytest.approx(grpo * (std + STD_EPSILON), rel=1e-12, abs=1e-15)
 
 
 @given(rewards=reward_lists)

@@ -67,9 +67,7 @@ def test_rows_of_groups_divide_by_the_standard_deviation():
 
 def test_rows_of_demonstrations():
     mask = np.array([False, True, True])
-    (row,) = rows_from_demonstrations(
-        [Demonstration(token_ids=np.array([4, 5, 6], dtype=np.int32), loss_mask=mask)]
-    )
+    (row,) = rows_from_demonstrations([Demonstration(token_ids=np.array([4, 5, 6], dtype=np.int32), loss_mask=mask)])
     assert (row.advantage, row.length, row.loss_tokens) == (1.0, 3, 2)
     assert row.loss_mask.tolist() == [False, True, True]
     assert row.behavior_logprobs.tolist() == [0.0, 0.0, 0.0]
@@ -116,8 +114,7 @@ def test_nothing_to_train_still_makes_a_batch():
 def test_split_keeps_groups_whole_and_even(sizes, data, seed):
     updates = data.draw(st.integers(1, len(sizes)))
     groups = [
-        [make_row([group, member], [0, 1], [0, 0], 1.0) for member in range(size)]
-        for group, size in enumerate(sizes)
+        [make_row([group, member], [0, 1], [0, 0], 1.0) for member in range(size)] for group, size in enumerate(sizes)
     ]
     parts = split_updates(groups, updates, seed=seed)
     homes = [{int(row.token_ids[0]) for row in part} for part in parts]
@@ -132,10 +129,7 @@ def test_split_keeps_groups_whole_and_even(sizes, data, seed):
 
 def test_split_shuffles_by_its_seed():
     groups = [[make_row([group, 0], [0, 1], [0, 0], 1.0)] for group in range(32)]
-    orders = {
-        tuple(int(row.token_ids[0]) for row in split_updates(groups, 1, seed=(0, step))[0])
-        for step in range(5)
-    }
+    orders = {tuple(int(row.token_ids[0]) for row in split_updates(groups, 1, seed=(0, step))[0]) for step in range(5)}
     assert len(orders) == 5
     assert tuple(range(32)) not in orders
 

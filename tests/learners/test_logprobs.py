@@ -132,9 +132,7 @@ def test_agrees_with_the_sampler_of_the_engine(temperature, dtype):
     logits, targets, mask = random_case(4, 6, 80, dtype)
     ours, _ = masked_token_logprobs(logits, targets, mask, temperature)
     raised = logits[mask].to(torch.float32)
-    scaled = sampler.apply_temperature(
-        raised.clone(), torch.full((len(raised),), temperature), all_random=True
-    )
+    scaled = sampler.apply_temperature(raised.clone(), torch.full((len(raised),), temperature), all_random=True)
     theirs = sampler.compute_logprobs(scaled).gather(-1, targets[mask].unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)  # fp32, |log p| up to 30
     if temperature != 1:

@@ -70,9 +70,7 @@ def test_at_ratio_one_the_gradient_is_reinforce(tokens, clip):
     # REINFORCE: loss = -sum w A log p, gradient -w A, whatever the clip range
     _, advantages, weights = (list(column) for column in zip(*tokens, strict=True))
     logprobs = t64([-1.3] * len(tokens), grad=True)
-    out = policy_loss(
-        logprobs, logprobs.detach(), t64(advantages), t64(weights), clip_low=clip[0], clip_high=clip[1]
-    )
+    out = policy_loss(logprobs, logprobs.detach(), t64(advantages), t64(weights), clip_low=clip[0], clip_high=clip[1])
     out.loss.backward()
     expected = [-w * a for a, w in zip(advantages, weights, strict=True)]
     assert logprobs.grad.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-300)  # subnormals round

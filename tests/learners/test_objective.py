@@ -136,9 +136,7 @@ def test_ranks_and_accumulation_do_not_change_loss_or_gradient(aggregation):
     lengths = [row.length for row in rows]
     loss, gradient = run_update(rows, [[list(range(13))]], aggregation)
     assert gradient.abs().max() > 1e-3
-    plans = [
-        plan_micro_batches(lengths, ranks=r, budget_tokens=b) for r, b in ((1, 20), (2, 40), (3, 16), (20, 9))
-    ]
+    plans = [plan_micro_batches(lengths, ranks=r, budget_tokens=b) for r, b in ((1, 20), (2, 40), (3, 16), (20, 9))]
     plans.append([[[row] for row in range(13)], [[] for _ in range(13)]])
     for plan in plans:
         split_loss, split_gradient = run_update(rows, plan, aggregation)

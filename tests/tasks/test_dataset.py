@@ -128,9 +128,7 @@ def test_unreadable_row_is_skipped_counted_and_explained(tmp_path, bad):
     assert task.skip_reasons[0].startswith(f"{path}:3: ")
     assert BAD_ROWS[bad] in task.skip_reasons[0]
     assert all_ids(task, "train") == [f"train/{i}" for i in (1, 2, 5, 6, 7)]
-    with pytest.raises(
-        DataError, match=r"1 of 8 rows are unreadable, more than task\.max_bad_rows 0\.124; .*:3: "
-    ):
+    with pytest.raises(DataError, match=r"1 of 8 rows are unreadable, more than task\.max_bad_rows 0\.124; .*:3: "):
         task_of(path, answer_pattern="#### (.+)", max_bad_rows=0.124).size("train")
 
 
@@ -189,7 +187,7 @@ def test_template_demonstrations_and_vocabulary(tmp_path):
     assert task.vocabulary()[: len(tags)] == tags
     assert list(characters) == sorted(set(characters))
     assert set(r"\frac{a}{b}βso zcd1x!") <= set(characters)
-    assert pickle.loads(pickle.dumps(task)).problem("train", 0) == problem  # noqa: S301 - our own bytes
+    assert pickle.loads(pickle.dumps(task)).problem("train", 0) == problem
 
 
 @pytest.mark.parametrize(

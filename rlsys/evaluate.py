@@ -1,0 +1,145 @@
+"""`rlsys evaluate`: a run, checkpoint or model folder on a task, with intervals."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from rlsys.checkpoint import CheckpointStore
+from rlsys.config import Config, load_config
+from rlsys.errors import ConfigError
+from rlsys.evaluation import Estimate, answered, mean_over_prompts, pass_at_k, sample_groups, solved
+from rlsys.types import Prompt, SamplingSettings, TrajectoryGroup
+
+# Fewer problems of one answer say little about it, so they stay out of the macro mean.
+MACRO_MINIMUM = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What to evaluate: a policy folder and the config that tells the task."""
+
+    policy: Path
+    config: Config
+
+
+def find_target(target: str, config_path: str | None, overrides: Sequence[str]) -> Target:
+    """Resolve a run directory, a checkpoint or a model folder.
+
+    Raises:
+        ConfigError: it is none of them, or a model folder without a config.
+    """
+    path = Path(target).absolute()
+    if (path / "checkpoints").is_dir():
+        checkpoint = CheckpointStore(path / "checkpoints", 1).latest()
+        if checkpoint is None:
+            raise ConfigError(f"{target}: the run has no checkpoint yet")
+        policy, config = checkpoint / "policy", path / "config.yaml"
+    elif (path / "policy").is_dir():
+        policy, config = path / "policy", path.parent.parent / "config.yaml"
+    elif (path / "config.json").is_file():
+        policy, config = path, path.parent.parent / "config.yaml"
+    else:
+        raise ConfigError(f"{target}: expected a run directory, a checkpoint or a model folder")
+    if config_path is None and not config.is_file():
+        raise ConfigError(f"{target}: a model folder outside a run directory needs --config, which names the task")
+    return Target(policy, load_config(config_path or config, overrides))
+
+
+async def evaluate(pool: Any, prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
+    """All figures as JSON-able values: estimates with intervals, and accuracy by true answer."""
+    settings = SamplingSettings(
+        samples=1, temperature=0.0, top_p=1.0, max_tokens=config.sampling.max_tokens, seed=config.run.seed
+    )
+    samples = config.evaluation.samples
+    found: dict[str, Any] = {"problems": len(prompts), "samples": samples}
+    if config.evaluation.greedy:
+        groups = await sample_groups(pool, prompts, settings)
+        found["greedy"] = _figures(groups)
+    if samples:
+        many = SamplingSettings(
+            samples=samples, temperature=1.0, top_p=1.0, max_tokens=settings.max_tokens, seed=settings.seed
+        )
+        groups = await sample_groups(pool, prompts, many)
+        found["sampled"] = _figures(groups)
+        ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, samples) if k <= samples})
+        found["pass_at_k"] = {str(k): asdict(mean_over_prompts(pass_at_k(solved(groups), k))) for k in ks}
+    answers = Counter(prompt.answer for prompt in prompts)
+    answer, count = answers.most_common(1)[0]
+    found["constant_answer"] = {"answer": answer, "accuracy": count / len(prompts)}
+    return found
+
+
+def _figures(groups: Sequence[TrajectoryGroup]) -> dict[str, Any]:
+    right = solved(groups)
+    lengths = [t.completion_length for group in groups for t in group.trajectories]
+    by_answer = _by_answer([group.prompt.answer for group in groups], right)
+    macro = [value["accuracy"] for value in by_answer.values() if value["problems"] >= MACRO_MINIMUM]
+    return {
+        "accuracy": asdict(mean_over_prompts(right)),
+        "no_answer_rate": asdict(mean_over_prompts(~answered(groups))),
+        "completion_length": float(np.mean(lengths)),
+        "accuracy_by_answer": by_answer,
+        "macro_accuracy": float(np.mean(macro)) if macro else None,
+    }
+
+
+def _by_answer(answers: Sequence[str], right: np.ndarray) -> dict[str, dict[str, float]]:
+    labels = np.array(answers)
+    rows = {answer: right[labels == answer] for answer in sorted(set(answers))}
+    return {answer: {"problems": len(row), "accuracy": float(row.mean())} for answer, row in rows.items()}
+
+
+def show(found: Mapping[str, Any], console: Console) -> None:
+    """Print the figures as tables."""
+    table = Table(title=f"{found['problems']} problems, {found['samples']} samples each")
+    for column in ("figure", "value", "95 % interval"):
+        table.add_column(column)
+    for mode in ("greedy", "sampled"):
+        for name in ("accuracy", "no_answer_rate"):
+            if mode in found:
+                _add(table, f"{mode} {name.replace('_', ' ')}", found[mode][name])
+    for k, estimate in found.get("pass_at_k", {}).items():
+        _add(table, f"pass@{k}", estimate)
+    constant = found["constant_answer"]
+    table.add_row(f"always answering {constant['answer'][:20]}", f"{constant['accuracy']:.3f}", "")
+    console.print(table)
+    by_answer: Mapping[str, Any] = next(
+        (found[mode]["accuracy_by_answer"] for mode in ("greedy", "sampled") if mode in found), {}
+    )
+    if 1 < len(by_answer) <= 12:
+        _show_by_answer(found, console, list(by_answer))
+
+
+def _show_by_answer(found: Mapping[str, Any], console: Console, answers: Sequence[str]) -> None:
+    table = Table(title="accuracy by true answer")
+    modes = [mode for mode in ("greedy", "sampled") if mode in found]
+    for column in ("answer", "problems", *modes):
+        table.add_column(column)
+    for answer in answers:
+        cells = [found[mode]["accuracy_by_answer"][answer] for mode in modes]
+        table.add_row(answer, str(cells[0]["problems"]), *(f"{cell['accuracy']:.3f}" for cell in cells))
+    macro = [found[mode]["macro_accuracy"] for mode in modes]
+    if None not in macro:
+        table.add_row("macro", f">= {MACRO_MINIMUM} each", *(f"{value:.3f}" for value in macro))
+    console.print(table)
+
+
+def _add(table: Table, name: str, estimate: Mapping[str, float]) -> None:
+    value = Estimate(**estimate)
+    table.add_row(name, f"{value.mean:.3f}", f"{value.low:.3f} to {value.high:.3f}")
+
+
+def run(target: Target) -> dict[str, Any]:
+    """Start the actors on the target's policy and measure."""
+    from rlsys import launch
+
+    return asyncio.run(launch.evaluate_policy(target.policy, target.config, evaluate))
