@@ -101,7 +101,7 @@ def test_tags_and_question_pieces_are_single_tokens() -> None:
     _, _, tokenizer = built("words")
     for tag in tags.tag_strings():
         assert len(tokenizer(tag)["input_ids"]) == 1
-    # 4 pieces, 2 letters, 9 letters of the word; <user> and <assistant>: 17 tokens.
+    # <user>, 3 pieces, " and" and the question mark among them, " g", " n", 9 letters, <assistant>: 17 tokens.
     assert len(models.encode_prompt(tokenizer, "How many g and n are there in total in navigants?")) == 17
 
 

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from rlsys.config import TagShares
 from rlsys.tasks import tags
 
-# Pieces of chain text that a from-scratch tokenizer makes single tokens. Each holds a space, so that
-# none of them can be found inside a word whose letters are to be counted.
-PIECES = ("count ", " and ", " is wrong")
+# Pieces of chain text that a from-scratch tokenizer makes single tokens.
+PIECES = ("count", " and", " is wrong")
 
 
 def running_counts(word: str, targets: str, error_rate: float, rng: random.Random) -> list[int]:

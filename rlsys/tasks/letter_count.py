@@ -74,7 +74,10 @@ class LetterCountTask:
         asked = words.question_words() if self.config.form == "words" else ()
         characters = sorted({character for question in self.questions for character in question.question})
         letters = self.config.alphabet if self.config.form == "simple" else ascii_lowercase
-        pieces = (*tags.tag_strings(), *chains.PIECES, " in ", *asked, *letters, *"0123456789?", *characters)
+        # A letter that is asked for follows a space and is one token with it, as in byte-pair tokenizers:
+        # the letter to look for and the letters of the word are then easy to tell apart.
+        named = (f" {letter}" for letter in letters)
+        pieces = (*tags.tag_strings(), *chains.PIECES, " in ", *asked, *named, *letters, *"0123456789?", *characters)
         return tuple(dict.fromkeys(pieces))
 
     def _generate(self, split: Split, index: int) -> tuple[Problem, str, str]:

@@ -8,13 +8,13 @@ from string import ascii_lowercase
 # The seven phrasings of the authors' questions: before the first letter, between the second letter
 # and the word, after the word. Source: Marco-o1 v2, arXiv:2503.01461, published letter counting set.
 PHRASINGS = (
-    ("Add up the counts of ", " in ", "."),
-    ("Calculate the total occurrences of ", " together in ", "."),
-    ("Find out the total number of ", " in ", "."),
-    ("How many ", " are there in total in ", "?"),
-    ("What is the combined count of ", " in ", "?"),
-    ("What is the combined total of ", " present in ", "?"),
-    ("What is the sum of the counts of ", " in ", "?"),
+    ("Add up the counts of", " in ", "."),
+    ("Calculate the total occurrences of", " together in ", "."),
+    ("Find out the total number of", " in ", "."),
+    ("How many", " are there in total in ", "?"),
+    ("What is the combined count of", " in ", "?"),
+    ("What is the combined total of", " present in ", "?"),
+    ("What is the sum of the counts of", " in ", "?"),
 )
 
 _ONSETS = (
@@ -33,7 +33,7 @@ def question_words() -> tuple[str, ...]:
 def ask(word: str, targets: str, rng: random.Random) -> str:
     """One of the seven questions about the two letters `targets` in `word`."""
     head, middle, end = rng.choice(PHRASINGS)
-    return f"{head}{targets[0]} and {targets[1]}{middle}{word}{end}"
+    return f"{head} {targets[0]} and {targets[1]}{middle}{word}{end}"
 
 
 def made_up_word(length: int, rng: random.Random) -> str:
