@@ -19,9 +19,25 @@ from rlsys.errors import ConfigError
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are refused, instances never change."""
+    """Base of every section: unknown keys are refused, numbers are finite, instances never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_value_as_number(cls, values: Any) -> Any:
+        # YAML reads `yes` and `on` as true, which pydantic would take for the number 1.
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                raise ValueError(f"{name} must not be a truth value (YAML reads yes, no, on and off as such)")
+        return values
 
 
 class RunConfig(Section):
@@ -366,22 +382,35 @@ class Config(Section):
 class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice and YAML aliases."""
 
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases are not allowed; write the value out", mark)
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what the loader would read as a number."""
+
+
 # YAML 1.1 reads `1e-4` as a string; JSON and every user mean a number.
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+for _side in (_UniqueKeyLoader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -391,7 +420,10 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
-        raise ConfigError(f"{where}: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{where}: {problem}") from None
+    except (ValueError, RecursionError) as error:  # `2026-13-45` is a date to YAML; brackets a thousand deep
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -448,7 +480,7 @@ def _explain(source: str, problem: Any) -> str:
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML; `load_config` reads it back to an equal Config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=100)
 
 
 # A resumed run continues the same experiment only where these sections are unchanged.
@@ -456,14 +488,17 @@ FIXED_FIELDS = ("run.seed", "stages", "model", "task")
 
 
 def fixed_fields(config: Config) -> dict[str, Any]:
-    """The part of a config that a resume must not change, by dotted name."""
-    values = config.model_dump(mode="json")
+    """The part of a config that a resume must not change: values by dotted name of the innermost field."""
     found: dict[str, Any] = {}
-    for name in FIXED_FIELDS:
-        node: Any = values
-        for key in name.split("."):
-            node = node[key]
-        found[name] = node
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, child in value.items():
+                collect(f"{name}.{key}" if name else key, child)
+        elif any(name == fixed or name.startswith(f"{fixed}.") for fixed in FIXED_FIELDS):
+            found[name] = value
+
+    collect("", config.model_dump(mode="json"))
     return found
 
 

@@ -54,11 +54,13 @@ def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
 def _check_fixed_fields(config: Config, run_dir: Path) -> None:
     path = run_dir / "config.yaml"
     before, now = fixed_fields(load_config(path)), fixed_fields(config)
-    different = [name for name in now if before[name] != now[name]]
+    names = list(before | now)  # another type of task or model has other fields
+    different = [name for name in names if before.get(name) != now.get(name)]
     if different:
         name = different[0]
         raise ConfigError(
-            f"{name} differs from the run to be resumed ({path}): expected {before[name]}, found {now[name]}; "
+            f"{name} differs from the run to be resumed ({path}): expected {before.get(name)}, "
+            f"found {now.get(name)}; "
             "set it back, or start a new run.dir"
             + (f" (also different: {', '.join(different[1:])})" if different[1:] else "")
         )
