@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from rlsys.config import WeightSyncConfig
-from rlsys.errors import WeightSyncError
+from rlsys.errors import ConfigError, WeightSyncError
 from rlsys.interfaces import Learner, RolloutPool
-from rlsys.types import Float32Array, Int32Array, WeightAck
+from rlsys.types import Float32Array, Int32Array, WeightAck, WeightManifest
 
 # Largest gap in nats that rounding alone explains after many updates. A stale output layer exceeds the
 # first even when every weight moved by only 1e-4 (measured: 2.5e-3).
@@ -33,6 +33,8 @@ class WeightBus:
     Args:
         dtype: "bf16" where actors or learner compute in it, else "fp32".
         probe: rows of token ids whose log-probabilities are compared.
+    Raises:
+        ConfigError: no row has a token to predict.
     """
 
     def __init__(
@@ -43,6 +45,8 @@ class WeightBus:
         dtype: str,
         probe: Sequence[Int32Array],
     ) -> None:
+        if max(len(row) for row in probe) < 2:
+            raise ConfigError("no held-out prompt has two tokens or more: a publish could not be verified with them")
         self._learner = learner
         self._pool = pool
         self._config = config
@@ -87,14 +91,8 @@ class WeightBus:
             raise WeightSyncError(f"weight version {version} was offered after {self.version}; versions only grow")
         started = time.monotonic()
         manifest, references, expected = await self._learner.export(version, self._probe)
-        updates = [self._pool.update_weights(i, manifest, references, self._probe) for i in range(self._pool.count)]
-        try:
-            acks = await asyncio.wait_for(asyncio.gather(*updates), self._config.timeout_s)
-        except TimeoutError:
-            raise WeightSyncError(
-                f"weight version {version} was not acknowledged by all actors within weight_sync.timeout_s = "
-                f"{self._config.timeout_s} s"
-            ) from None
+        updates = [self._update(actor, manifest, references) for actor in range(self._pool.count)]
+        acks = await asyncio.gather(*updates)
         gap = max(self._verify(ack, version, expected) for ack in acks)
         self._held = references
         self.version = version
@@ -105,6 +103,16 @@ class WeightBus:
             "time/publish_s": seconds,
         }
         return {**figures, "weights/probe_gap_max": gap}
+
+    async def _update(self, actor: int, manifest: WeightManifest, references: Sequence[Any]) -> WeightAck:
+        update = self._pool.update_weights(actor, manifest, references, self._probe)
+        try:
+            return await asyncio.wait_for(update, self._config.timeout_s)
+        except TimeoutError:
+            raise WeightSyncError(
+                f"actor {actor} did not acknowledge weight version {manifest.version} within "
+                f"weight_sync.timeout_s = {self._config.timeout_s} s"
+            ) from None
 
     def _verify(self, ack: WeightAck, version: int, expected: Sequence[Float32Array]) -> float:
         if ack.version != version:
@@ -121,9 +129,13 @@ class WeightBus:
 
 
 def _largest_gap(expected: Sequence[Float32Array], found: Sequence[Float32Array]) -> tuple[float, int, int]:
-    """(largest absolute difference, its row, its token); NaN counts as infinite."""
+    """(largest absolute difference, its row, its token); NaN and missing numbers count as infinite."""
+    if [row.shape for row in expected] != [row.shape for row in found]:
+        return np.inf, 0, 0
     worst = (-1.0, 0, 0)
     for row, (left, right) in enumerate(zip(expected, found, strict=True)):
+        if not left.size:  # a row of one token predicts nothing
+            continue
         gaps = np.nan_to_num(np.abs(left - right), nan=np.inf)
         position = int(gaps.argmax())
         worst = max(worst, (float(gaps[position]), row, position + 1))
