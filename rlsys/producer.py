@@ -19,7 +19,10 @@ class Producer:
 
     All free slots are dealt over the actors in one dispatch each, so that an engine's first batch does not
     depend on timing. A failed rollout is counted and its slot given to the next prompt; above
-    `max_failed_share` of all rollouts the run ends.
+    `max_failed_share` of all rollouts the run ends; a single one is no share yet, unless the share is 0.
+
+    Args:
+        failed, finished: rollouts of the run before this one, where it is resumed.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class Producer:
         settings: SamplingSettings,
         max_failed_share: float,
         failed: int = 0,
+        finished: int = 0,
     ) -> None:
         self._pool = pool
         self._stream = stream
@@ -37,7 +41,7 @@ class Producer:
         self._settings = settings
         self._max_failed_share = max_failed_share
         self.failed = failed
-        self._finished = 0
+        self._finished = finished
 
     async def run(self) -> None:
         """Never returns; ends by being cancelled or by the first error of a dispatch."""
@@ -55,19 +59,21 @@ class Producer:
     async def _dispatch(self, actor: int, issued: Sequence[Issued]) -> None:
         while issued:
             groups = await self._pool.generate(actor, [prompt for _, prompt in issued], self._settings)
-            again: list[Issued] = []
+            failures: list[tuple[int, RolloutFailure]] = []
             for (index, _), group in zip(issued, groups, strict=True):
                 if isinstance(group, RolloutFailure):
-                    again.append(self._replace(index, group))
+                    failures.append((index, group))
                 else:
                     self._finished += 1
                     await self._buffer.finish(index, group)
-            issued = again
+            # After the good ones, so that the share does not depend on the order within a batch.
+            issued = [self._replace(index, failure) for index, failure in failures]
 
     def _replace(self, index: int, failure: RolloutFailure) -> Issued:
         self.failed += 1
         total = self.failed + self._finished
-        if self.failed > max(1.0, self._max_failed_share * total):
+        allowed = max(1.0, self._max_failed_share * total) if self._max_failed_share else 0.0
+        if self.failed > allowed:
             raise TooManyFailuresError(
                 f"{self.failed} of {total} rollouts failed, more than train.max_failed_rollouts = "
                 f"{self._max_failed_share}; the last: {failure.reason}"
