@@ -83,7 +83,7 @@ class Controller:
                 if number > self.state.stage:
                     self.state = replace(self.state, stage=number, step=0)
                 total = self._config.max_steps(stage)
-                if self.state.step < total or self.checkpoint is None:
+                if self.state.step < total:
                     await self._start_stage(stage)
                     self.parts.display.stage(stage, total, self.state.step)
                     if stage == "warm_start":
@@ -91,7 +91,7 @@ class Controller:
                     else:
                         await self._online(total)
                     await self._save()
-                    self._hand_over(stage)
+                self._hand_over(stage)  # also where a run was killed between the two
         except InterruptedRunError:
             await self._save()
             raise
@@ -128,7 +128,7 @@ class Controller:
         parts, train = self.parts, self._config.train
         await self._publish_if_new()
         if self.state.step == 0:
-            figures = await self._evaluate()
+            figures = await self._until_stopped(self._evaluate())
             parts.metrics.log("online", 0, self.state.weight_version, figures)
             parts.display.evaluation(figures)
         buffer = Buffer(train.groups_per_step, train.max_staleness)
@@ -169,7 +169,13 @@ class Controller:
         )
         failed = int(self.state.counters.get("failed_rollouts", 0))
         self._producer = Producer(
-            self.parts.pool, self.parts.prompts, buffer, settings, train.max_failed_rollouts, failed
+            self.parts.pool,
+            self.parts.prompts,
+            buffer,
+            settings,
+            train.max_failed_rollouts,
+            failed,
+            finished=self.state.step * train.groups_per_step,
         )
         task = asyncio.create_task(self._producer.run())
         task.add_done_callback(self._producer_ended)
@@ -201,6 +207,7 @@ class Controller:
             await self._publish()
 
     async def _evaluate(self) -> Mapping[str, float]:
+        """Held-out figures. Within a step it runs to its end: the weights are a step ahead of the saved state."""
         evaluation = self._config.evaluation
         greedy = SamplingSettings(
             samples=1,
@@ -212,8 +219,8 @@ class Controller:
         sampled = replace(greedy, samples=evaluation.samples, temperature=1.0)
         with Stopwatch() as watch:
             pool, prompts = self.parts.pool, self.parts.held_out
-            first = await self._until_stopped(sample_groups(pool, prompts, greedy)) if evaluation.greedy else []
-            second = await self._until_stopped(sample_groups(pool, prompts, sampled)) if evaluation.samples else []
+            first = await sample_groups(pool, prompts, greedy) if evaluation.greedy else []
+            second = await sample_groups(pool, prompts, sampled) if evaluation.samples else []
         return {**held_out_metrics(first, second), "time/evaluate_s": watch.seconds}
 
     def _advance(self) -> None:
@@ -270,8 +277,7 @@ class Controller:
 
     def _hand_over(self, stage: StageName) -> None:
         """Keep the policy a finished stage hands to the next one, as hard links into its checkpoint."""
-        if self.checkpoint is None:
-            return
+        assert self.checkpoint is not None  # noqa: S101 - every finished stage has saved one
         target = self.parts.run_dir / "stages" / stage
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
