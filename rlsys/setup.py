@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from rlsys.config import Config
+from rlsys.config import Config, digest
 from rlsys.errors import ConfigError
 from rlsys.models import build_from_scratch, load_tokenizer
 from rlsys.tasks import build_task
 
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.md")
+WEIGHT_PATTERNS = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.md")
 
 
 def prepare_model(config: Config, run_dir: Path) -> Path:
@@ -22,13 +22,16 @@ def prepare_model(config: Config, run_dir: Path) -> Path:
     scratch = config.model.from_scratch
     if scratch is not None:
         folder = run_dir / "model"
-        if not (folder / "model.safetensors").exists():
+        vocabulary = build_task(config.task, config.run.seed).vocabulary()
+        built = digest([scratch.model_dump(), vocabulary, config.run.seed])
+        record = run_dir / "model.sha256"  # of what it was built from: the config may have changed since
+        if not record.exists() or record.read_text() != built:
             unfinished = run_dir / ".model"
             shutil.rmtree(unfinished, ignore_errors=True)
-            vocabulary = build_task(config.task, config.run.seed).vocabulary()
             build_from_scratch(scratch, vocabulary, config.run.seed, unfinished)
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
+            record.write_text(built)
         return folder
     path = Path(str(config.model.path))
     folder = path.absolute() if path.is_dir() else _from_hub(str(config.model.path))
