@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -56,9 +56,12 @@ def read_tensors(folder: Path, stem: str) -> Iterator[tuple[str, Tensor]]:
     if not files:
         raise CheckpointError(f"{folder}: no {stem}.safetensors")
     for path in files:
-        with safe_open(path, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a dictionary
-                yield name, opened.get_tensor(name)
+        try:
+            with safe_open(path, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a dictionary
+                    yield name, opened.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
 
 
 def _write_shard(folder: Path, stem: str, index: int, shard: dict[str, Tensor]) -> list[str]:

@@ -24,6 +24,8 @@ class DemonstrationStream:
         self._seed = seed
         self._rows_per_step = rows_per_step
         self._max_tokens = max_tokens
+        self._epoch = -1
+        self._order = np.zeros(0, dtype=np.int64)
 
     def rows(self, step: int) -> list[Demonstration]:
         """The demonstrations of a step, counted from 0."""
@@ -54,4 +56,7 @@ class DemonstrationStream:
         if size is None:
             return index
         epoch, position = divmod(index, size)
-        return int(np.random.default_rng([self._seed, epoch]).permutation(size)[position])
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self._seed, epoch]).permutation(size)
+        return int(self._order[position])

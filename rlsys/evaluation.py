@@ -86,6 +86,7 @@ def held_out_metrics(greedy: Sequence[TrajectoryGroup], sampled: Sequence[Trajec
     if sampled:
         values = solved(sampled)
         found["held_out/pass_at_k"] = float(pass_at_k(values, values.shape[1]).mean())
-    lengths = [t.completion_length for group in (sampled or greedy) for t in group.trajectories]
-    found["held_out/completion_length"] = float(np.mean(lengths))
+    if measured := sampled or greedy:
+        lengths = [t.completion_length for group in measured for t in group.trajectories]
+        found["held_out/completion_length"] = float(np.mean(lengths))
     return found

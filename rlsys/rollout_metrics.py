@@ -14,7 +14,7 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], version: int) -> Mapping[
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     judged = [t for t in trajectories if t.outcome in ("ok", "wrong")]
     lengths = [t.completion_length for t in trajectories]
-    spreads = [float(np.std([t.reward for t in group.trajectories])) for group in groups]
+    rewards = [[t.reward for t in group.trajectories] for group in groups]
     staleness = [version - group.oldest_version for group in groups]
     return {
         "rollout/reward": float(np.mean([t.reward for t in judged])) if judged else 0.0,
@@ -23,8 +23,8 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], version: int) -> Mapping[
         "rollout/truncated_rate": float(np.mean([t.finish_reason == "length" for t in trajectories])),
         "rollout/completion_length": float(np.mean(lengths)),
         "rollout/completion_length_max": float(np.max(lengths)),
-        "rollout/group_reward_std": float(np.mean(spreads)),
-        "rollout/zero_advantage_groups": float(np.mean([spread == 0 for spread in spreads])),
+        "rollout/group_reward_std": float(np.mean([np.std(row) for row in rewards])),
+        "rollout/zero_advantage_groups": float(np.mean([min(row) == max(row) for row in rewards])),
         "rollout/verifier_errors": float(len(trajectories) - len(judged)),
         "rollout/tokens": float(np.sum(lengths)),
         "rollout/staleness_mean": float(np.mean(staleness)),
