@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -124,7 +125,10 @@ class Engine:
         """Replace all weights between two steps; cached prefixes of older versions are not used again."""
 
         def apply() -> None:
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
+            if self._tensor_parallel:
+                self._reload_from_folder(tensors)
+            else:
+                self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
             self._version = version
             self._engine.set_weight_version(str(version))
 
@@ -149,6 +153,17 @@ class Engine:
             self._broken = EngineError(f"engine failed: {type(error).__name__}: {error}")
             _fail([waiting.future for waiting in self._pending.values()], self._broken)
             self._pending.clear()
+
+    def _reload_from_folder(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Workers of a tensor-parallel engine are processes: they read a folder in shared memory, each its part."""
+        from safetensors.torch import save_file
+
+        shared = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108 - a folder of our own is made below
+        with tempfile.TemporaryDirectory(dir=shared, prefix="rl-weights-") as folder:
+            # Clones: buckets are read-only views, and tied tensors share memory, which the format refuses.
+            whole = {name: tensor.clone() for name, tensor in tensors}
+            save_file(whole, os.path.join(folder, "model.safetensors"))
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
 
     def _take_commands(self, block: bool) -> bool:
         """Run waiting commands; wait for one if there is nothing to decode. False means stop."""

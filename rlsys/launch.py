@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -43,6 +44,8 @@ from rlsys.types import Prompt
 from rlsys.weights import WeightBus
 
 PLACEMENT_TIMEOUT_S = 180.0
+TEMPORARY_NOTE = ".temporary-folder"
+RENDEZVOUS = ".rendezvous-"
 Measure = Callable[[RayRolloutPool, list[Prompt], Config], Awaitable[dict[str, Any]]]
 
 
@@ -53,6 +56,7 @@ class Cluster:
     group: PlacementGroup
     config: Config
     run_dir: Path
+    temporary: Path
 
     def options(self, bundle: int, gpus: int, environment: dict[str, str]) -> dict[str, Any]:
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
@@ -134,8 +138,7 @@ async def _train(
 def ray_cluster(config: Config, run_dir: Path, bundles: list[dict[str, float]]) -> Iterator[Cluster]:
     """Start Ray (on loopback) or join a cluster, and reserve everything the run needs."""
     local = config.run.address == "local"
-    # Socket paths below it must stay under 107 bytes, so neither $TMPDIR nor the run directory will do.
-    temporary = Path(f"/tmp/rl-{uuid.uuid4().hex[:8]}")  # noqa: S108 - unpredictable name, made by Ray with mode 700
+    temporary = _temporary_folder(run_dir)
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
     if local:
         os.environ.pop("RAY_ADDRESS", None)
@@ -153,11 +156,10 @@ def ray_cluster(config: Config, run_dir: Path, bundles: list[dict[str, float]]) 
         group = placement_group(bundles, strategy="PACK")
         if not group.wait(PLACEMENT_TIMEOUT_S):
             raise ConfigError(f"the cluster cannot place {bundles}: {ray.cluster_resources()} exist; see `rlsys check`")
-        yield Cluster(group, config, run_dir)
+        yield Cluster(group, config, run_dir, temporary)
     finally:
         ray.shutdown()
-        if local:
-            shutil.rmtree(temporary, ignore_errors=True)
+        _remove_leftovers(run_dir)
 
 
 @contextlib.asynccontextmanager
@@ -165,7 +167,7 @@ async def rollout_pool(cluster: Cluster, model: Path) -> AsyncIterator[RayRollou
     """Start the rollout actors on a model folder; close them in the end."""
     config = cluster.config
     environment = {
-        **_common_environment(cluster.run_dir),
+        **_common_environment(cluster),
         **engine_environment(config.actors, config.run.device),
     }
     handles = []
@@ -193,7 +195,7 @@ async def rollout_pool(cluster: Cluster, model: Path) -> AsyncIterator[RayRollou
 def learner_handles(cluster: Cluster, pad_token_id: int) -> list[Any]:
     """Start the learner ranks."""
     config = cluster.config
-    store = cluster.run_dir / f".rendezvous-{uuid.uuid4().hex}"
+    store = cluster.run_dir / f"{RENDEZVOUS}{uuid.uuid4().hex}"
     handles = []
     for rank in range(config.learner.ranks):
         settings = RankSettings(
@@ -209,7 +211,7 @@ def learner_handles(cluster: Cluster, pad_token_id: int) -> list[Any]:
             objective=config.objective,
         )
         environment = {
-            **_common_environment(cluster.run_dir),
+            **_common_environment(cluster),
             **learner_environment(config.learner, config.run.device, rank),
         }
         options = cluster.options(config.actors.count + rank, 1, environment)
@@ -232,9 +234,35 @@ def _bundle(config: Config, gpus: int) -> dict[str, float]:
     return {"CPU": 1.0, **({"GPU": float(gpus)} if config.run.device == "cuda" else {})}
 
 
-def _common_environment(run_dir: Path) -> dict[str, str]:
+def _temporary_folder(run_dir: Path) -> Path:
+    """A new folder for sockets and scratch files, noted in the run directory so that it can never be lost.
+
+    Socket paths below it must stay under 107 bytes, so neither $TMPDIR nor the run directory itself will do.
+    """
+    _remove_leftovers(run_dir)
+    folder = Path(f"/tmp/rl-{uuid.uuid4().hex[:8]}")  # noqa: S108 - unpredictable name, mode 700
+    (run_dir / TEMPORARY_NOTE).write_text(str(folder), encoding="utf-8")
+    (folder / "tmp").mkdir(parents=True, mode=0o700)
+    folder.chmod(0o700)
+    return folder
+
+
+def _remove_leftovers(run_dir: Path) -> None:
+    """Remove the scratch folder of this or a killed attempt, and rendezvous files."""
+    note = run_dir / TEMPORARY_NOTE
+    if note.exists():
+        folder = Path(note.read_text(encoding="utf-8"))
+        if re.fullmatch(r"/tmp/rl-[0-9a-f]{8}", str(folder)):  # noqa: S108 - nothing else is ever removed
+            shutil.rmtree(folder, ignore_errors=True)
+        note.unlink()
+    for path in run_dir.glob(f"{RENDEZVOUS}*"):
+        path.unlink(missing_ok=True)
+
+
+def _common_environment(cluster: Cluster) -> dict[str, str]:
     kept = {name: os.environ[name] for name in ("RLSYS_FAULTS", "RLSYS_DATA", "HF_HUB_OFFLINE") if name in os.environ}
-    return {"RLSYS_RUN_ID": run_dir.name, "TOKENIZERS_PARALLELISM": "false", **kept}
+    scratch = {"TMPDIR": str(cluster.temporary / "tmp")} if cluster.config.run.address == "local" else {}
+    return {"RLSYS_RUN_ID": cluster.run_dir.name, "TOKENIZERS_PARALLELISM": "false", **scratch, **kept}
 
 
 def _dtype(config: Config) -> str:
