@@ -1,0 +1,191 @@
+"""Generated tokens/s of the rollout actors against bare vLLM engines that get the same requests.
+
+Ours is the whole path of a training step's rollouts: `RayRolloutPool.generate` on two Ray actors, with verifiers,
+group building and the transfer to the driver, timed there from the call to the last group. The peer is two plain
+processes with a bare `LLMEngine` each, built with the same arguments and stepped in a loop; requests are made
+before and results read after the clock runs. Both start cold: every round has prompts of its own. Sides take turns,
+and the sampled tokens of both must be the same. Exit code 1 where the median ratio is below the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # in place of this folder, where this file would hide the package `actors`
+
+from rlsys.config import ActorsConfig, Config, load_config  # noqa: E402
+from rlsys.inputs import Inputs  # noqa: E402
+from rlsys.models import end_token_id, load_tokenizer  # noqa: E402
+from rlsys.process import die_with_parent, quiet_worker  # noqa: E402
+from rlsys.setup import prepare_model  # noqa: E402
+from rlsys.types import Prompt, SamplingSettings, TrajectoryGroup  # noqa: E402
+
+LIMIT = 0.85
+Tokens = list[list[int]]  # of every completion, in order of prompt and sample
+Round = tuple[float, list[Tokens]]  # seconds, tokens by actor
+
+
+def serve_bare(pipe: Any, model: Path, config: ActorsConfig, log: Path) -> None:
+    """A bare engine in its own process: for every list of requests answer (start, end, tokens of each)."""
+    quiet_worker(str(log))
+    die_with_parent()
+    from actors.engine import _build, engine_environment
+
+    os.environ.update(engine_environment(config, "cpu"))  # before vllm is imported
+    engine = _build(model, config, "cpu")
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    pipe.send(None)
+    while received := pipe.recv():
+        requests, end_token = received
+        prepared = []
+        for request in requests:
+            params = SamplingParams(
+                temperature=request.temperature,
+                top_p=request.top_p,
+                max_tokens=request.max_tokens,
+                seed=request.seed,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                stop_token_ids=[end_token],
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            prepared.append((request.request_id, {"prompt_token_ids": list(request.token_ids)}, params))
+        pipe.send(None)
+        pipe.recv()  # the signal to start, which both processes get at once
+        started = time.perf_counter()
+        for request_id, prompt, params in prepared:
+            engine.add_request(request_id, prompt, params)
+        outputs: dict[str, Any] = {}
+        while engine.has_unfinished_requests():
+            outputs |= {output.request_id: output for output in engine.step() if output.finished}
+        ended = time.perf_counter()
+        pipe.send((started, ended, [list(outputs[name].outputs[0].token_ids) for name, *_ in prepared]))
+
+
+class BareEngines:
+    """The peer: as many bare engines as there are actors."""
+
+    def __init__(self, model: Path, config: Config, folder: Path) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.end_token = end_token_id(load_tokenizer(model))
+        self.logs = [folder / f"bare-{number}.log" for number in range(config.actors.count)]
+        self.pipes = []
+        for log in self.logs:
+            pipe, theirs = spawn.Pipe()
+            spawn.Process(target=serve_bare, args=(theirs, model, config.actors, log), daemon=True).start()
+            theirs.close()
+            self.pipes.append(pipe)
+        self._receive()
+
+    def round(self, parts: Sequence[Sequence[Prompt]], settings: SamplingSettings) -> Round:
+        """Seconds from the first start to the last end, measured in the processes."""
+        from actors.sampling import completion_requests
+
+        for pipe, part in zip(self.pipes, parts, strict=True):
+            requests = [request for prompt in part for request in completion_requests(prompt, settings)]
+            pipe.send((requests, self.end_token))
+        self._receive()
+        for pipe in self.pipes:
+            pipe.send(True)
+        starts, ends, tokens = zip(*self._receive(), strict=True)
+        return max(ends) - min(starts), list(tokens)
+
+    def _receive(self) -> list[Any]:
+        try:
+            return [pipe.recv() for pipe in self.pipes]
+        except EOFError:
+            raise SystemExit("\n".join(log.read_text()[-2000:] for log in self.logs)) from None
+
+
+async def ours(pool: Any, parts: Sequence[Sequence[Prompt]], settings: SamplingSettings) -> Round:
+    """Seconds until the driver holds every group."""
+    started = time.perf_counter()
+    answers = await asyncio.gather(*(pool.generate(actor, part, settings) for actor, part in enumerate(parts)))
+    seconds = time.perf_counter() - started
+    return seconds, [[ids for group in answer for ids in _tokens(group)] for answer in answers]
+
+
+def _tokens(group: Any) -> Iterator[list[int]]:
+    if not isinstance(group, TrajectoryGroup):
+        raise SystemExit(f"a rollout failed: {group.reason}")
+    for trajectory in group.trajectories:
+        yield trajectory.token_ids[len(group.prompt.token_ids) :].tolist()
+
+
+async def measure(config: Config, model: Path, folder: Path, rounds: int) -> list[tuple[int, float, float]]:
+    """(tokens, our seconds, the peer's seconds) of every round, after one to warm up."""
+    from rlsys.launch import actor_bundles, ray_cluster, rollout_pool
+
+    stream = Inputs(config, model).prompts
+    sampling, train, count = config.sampling, config.train, config.actors.count
+    settings = SamplingSettings(
+        samples=train.group_size,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_tokens,
+        seed=config.run.seed,
+    )
+    bare = BareEngines(model, config, folder)
+    found = []
+    with ray_cluster(config, folder, actor_bundles(config)) as cluster:
+        async with rollout_pool(cluster, model) as pool:
+            for _ in range(1 + rounds):
+                prompts = [stream.take()[1] for _ in range(train.groups_per_step)]
+                parts = [prompts[actor::count] for actor in range(count)]
+                seconds, tokens = await ours(pool, parts, settings)
+                bare_seconds, bare_tokens = bare.round(parts, settings)
+                if tokens != bare_tokens:
+                    raise SystemExit("the actors and the bare engines did not sample the same tokens")
+                total = sum(len(ids) for part in tokens for ids in part)
+                found.append((total, seconds, bare_seconds))
+    return found[1:]
+
+
+def report(found: list[tuple[int, float, float]]) -> bool:
+    """Print the table; whether the limit holds."""
+    print(f"{'tokens/s':34}{'min':>10}{'median':>10}{'max':>10}")
+    ratios = [theirs / ours for _, ours, theirs in found]
+    for name, position in (("actors (Ray, verifiers, groups)", 1), ("bare engines", 2)):
+        rates = [row[0] / row[position] for row in found]
+        print(f"{name:34}{min(rates):>10,.0f}{statistics.median(rates):>10,.0f}{max(rates):>10,.0f}")
+    ratio = statistics.median(ratios)
+    print(f"{'ratio, round by round':34}{min(ratios):>10.3f}{ratio:>10.3f}{max(ratios):>10.3f}")
+    print(f"limit {LIMIT:.2f}: {'holds' if ratio >= LIMIT else 'missed'}")
+    return ratio >= LIMIT
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Actors' generated tokens/s against bare vLLM engines.")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each side")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts of a round")
+    parser.add_argument("--policy", type=Path, help="policy folder of a run; by default the untrained model")
+    arguments = parser.parse_args()
+    overrides = [f"train.groups_per_step={arguments.prompts}"]
+    with tempfile.TemporaryDirectory() as name, contextlib.chdir(ROOT):
+        folder = Path(name)
+        config = load_config(ROOT / "configs" / "quickstart.yaml", overrides)
+        model = arguments.policy.absolute() if arguments.policy else prepare_model(config, folder)
+        found = asyncio.run(measure(config, model, folder, arguments.rounds))
+    tokens = sum(row[0] for row in found) / len(found)
+    size, actors = config.train.group_size, config.actors.count
+    print(f"{arguments.prompts} prompts x {size} completions a round, {tokens:,.0f} tokens, {actors} actors")
+    return 0 if report(found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

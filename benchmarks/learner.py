@@ -1,0 +1,264 @@
+"""Tokens/s of the learner (2 ranks under DeepSpeed) against bare torch doing the same optimizer updates.
+
+Every side trains the same rows (demonstrations of configs/quickstart.yaml with made-up rewards) by the clipped
+policy loss, in micro-batches of the same plan, one optimizer update after another: forward, loss, backward,
+clipping, AdamW. The learner does it with `PolicyEngine.train_online`, one plain process a rank, without Ray. The
+peer is the faster of one bare process with two threads and two with one thread each, whose gradients are views of
+one flat buffer that is summed with one all-reduce. Sides take turns; gradient norms show that the work is the same.
+
+Tokens are real ones, padding not counted. Exit code 1 where neither ZeRO 0 nor ZeRO 1 reaches the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # in place of this folder, whose actors.py would hide the package of that name
+
+from learners.rank_settings import RankSettings, learner_environment  # noqa: E402
+from rlsys.config import Config, LearnerConfig, OptimizerConfig, load_config  # noqa: E402
+from rlsys.inputs import Inputs  # noqa: E402
+from rlsys.process import die_with_parent, quiet_worker  # noqa: E402
+from rlsys.setup import prepare_model  # noqa: E402
+from rlsys.types import Demonstration, Prompt, Trajectory, TrajectoryGroup, VersionSpan  # noqa: E402
+
+LIMIT = 0.80
+TOKENS_PER_RANK = 4096
+Step = Callable[[], float]  # one optimizer update; the gradient norm before clipping
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One way to do the work. stage: ZeRO stage of the learner, None for bare torch."""
+
+    name: str
+    ranks: int
+    threads: int
+    stage: Any = None
+
+
+LEARNERS = tuple(Side(f"learner, ZeRO {stage}, 2 ranks x 1 thread", 2, 1, stage) for stage in (0, 1, 2, 3))
+PEERS = (Side("bare torch, 1 process x 2 threads", 1, 2), Side("bare torch, 2 processes x 1 thread", 2, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What every side trains, and how."""
+
+    model: Path
+    folder: Path
+    groups: list[TrajectoryGroup]
+    pad_token_id: int
+    optimizer: OptimizerConfig
+    learner: LearnerConfig
+    config: Config
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(trajectory.token_ids) for group in self.groups for trajectory in group.trajectories)
+
+
+def learner_step(work: Work, side: Side, rank: int) -> Step:
+    """Our own engine."""
+    from learners.deepspeed_engine import PolicyEngine
+
+    settings = RankSettings(
+        rank=rank,
+        ranks=side.ranks,
+        device="cpu",
+        store=str(work.folder / f"store-{side.stage}"),
+        seed=0,
+        pad_token_id=work.pad_token_id,
+        temperature=work.config.sampling.temperature,
+        max_tokens=work.config.sampling.max_tokens,
+        learner=work.learner.model_copy(update={"zero_stage": side.stage}),
+        objective=work.config.objective,
+    )
+    engine = PolicyEngine(settings)
+    engine.start_stage(work.model, work.optimizer, 10**6, None, None)
+    return lambda: engine.train_online(work.groups, 1, engine.updates + 1)["learner/grad_norm"]
+
+
+def bare_step(work: Work, side: Side, rank: int) -> Step:
+    """The peer: nothing but torch and the model."""
+    import torch
+    import torch.distributed as dist
+    from transformers import AutoModelForCausalLM
+
+    from learners.batching import MicroBatch, collate, plan_micro_batches, rows_from_groups
+
+    torch.set_num_threads(side.threads)
+    if side.ranks > 1:
+        store = f"file://{work.folder / 'store-bare'}"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=side.ranks)
+    model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32).train()
+    parameters = list(model.parameters())
+    options = work.optimizer
+    adam = torch.optim.AdamW(
+        parameters, options.learning_rate, (options.beta1, options.beta2), options.eps, options.weight_decay
+    )
+    gradients = torch.zeros(sum(parameter.numel() for parameter in parameters))
+    parts = gradients.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
+    objective = work.config.objective
+    low, high = 1 - objective.clip_low, 1 + objective.clip_high
+    rows = [row for group in rows_from_groups(work.groups, use_std=objective.advantage_std) for row in group]
+    loss_tokens = sum(row.loss_tokens for row in rows)
+    lengths = [row.length for row in rows]
+    budget = work.learner.micro_batch_tokens
+    shares = plan_micro_batches(lengths, ranks=side.ranks, budget_tokens=budget)[rank]
+
+    def policy_loss(batch: MicroBatch) -> torch.Tensor:
+        first = batch.first_target
+        keep = batch.input_ids.shape[1] - first
+        logits = model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=keep).logits[:, :-1]
+        kept = batch.loss_mask[:, first:].flatten().nonzero().squeeze(-1)
+        targets = batch.input_ids[:, first + 1 :].flatten().index_select(0, kept)
+        logprobs = logits.flatten(0, 1).index_select(0, kept).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        ratio = (logprobs - logprobs.detach()).exp()
+        advantages = batch.advantages[batch.row_ids]
+        return -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages).sum() / loss_tokens
+
+    def step() -> float:
+        gradients.zero_()
+        for ids in shares:
+            policy_loss(collate([rows[i] for i in ids], work.pad_token_id)).backward()
+        if side.ranks > 1:
+            dist.all_reduce(gradients)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
+        adam.step()
+        return float(norm)
+
+    return step
+
+
+def serve(pipe: Any, work: Work, side: Side, rank: int, log: Path) -> None:
+    """A process of a side: for every number received do so many updates, answer (start, end, gradient norms)."""
+    quiet_worker(str(log))
+    die_with_parent()
+    settings = work.learner.model_copy(update={"ranks": side.ranks, "threads": side.threads})
+    os.environ.update(learner_environment(settings, "cpu", rank))  # before torch is imported
+    step = (bare_step if side.stage is None else learner_step)(work, side, rank)
+    while updates := pipe.recv():
+        started = time.perf_counter()
+        norms = [step() for _ in range(updates)]
+        pipe.send((started, time.perf_counter(), norms))
+
+
+class Running:
+    """The processes of a side."""
+
+    def __init__(self, work: Work, side: Side) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.logs = [work.folder / f"{side.name} rank {rank}.log" for rank in range(side.ranks)]
+        self.pipes = []
+        for rank, log in enumerate(self.logs):
+            pipe, theirs = spawn.Pipe()
+            spawn.Process(target=serve, args=(theirs, work, side, rank, log), daemon=True).start()
+            theirs.close()
+            self.pipes.append(pipe)
+
+    def round(self, updates: int) -> tuple[float, float]:
+        """Seconds from the first start to the last end, and the first gradient norm."""
+        try:
+            for pipe in self.pipes:
+                pipe.send(updates)
+            starts, ends, norms = zip(*(pipe.recv() for pipe in self.pipes), strict=True)
+        except (EOFError, OSError):
+            raise SystemExit("\n".join(log.read_text()[-2000:] for log in self.logs)) from None
+        return max(ends) - min(starts), norms[0][0]
+
+
+def make_work(folder: Path, groups: int) -> Work:
+    """Groups of the quickstart's size out of its demonstrations, with rewards drawn at random."""
+    config = load_config(ROOT / "configs" / "quickstart.yaml")
+    model = prepare_model(config, folder)
+    inputs = Inputs(config, model)
+    size, rng = config.train.group_size, np.random.default_rng(0)
+    per_step = config.warm_start.rows_per_step
+    rows = [row for step in range(-(-groups * size // per_step)) for row in inputs.demonstrations.rows(step)]
+    optimizer = config.train.optimizer.model_copy(update={"warmup_updates": 0})
+    made = [_group(rows[size * i : size * (i + 1)], rng) for i in range(groups)]
+    return Work(model, folder, made, inputs.pad_token_id, optimizer, config.learner, config)
+
+
+def _group(rows: list[Demonstration], rng: np.random.Generator) -> TrajectoryGroup:
+    trajectories = tuple(
+        Trajectory(
+            token_ids=row.token_ids,
+            loss_mask=row.loss_mask,
+            behavior_logprobs=np.zeros(len(row.token_ids), dtype=np.float32),
+            versions=(VersionSpan(start=int(row.loss_mask.argmax()), version=0),),
+            finish_reason="stop",
+            reward=float(rng.random() < 0.5),
+            outcome="ok",
+            answered=True,
+        )
+        for row in rows
+    )
+    prompt = Prompt(prompt_id="", token_ids=rows[0].token_ids[~rows[0].loss_mask], answer="")
+    return TrajectoryGroup(prompt=prompt, trajectories=trajectories)
+
+
+def measure(work: Work, rounds: int, updates: int) -> dict[Side, list[float]]:
+    """Seconds of every round of every side, after one round to warm up."""
+    running = {side: Running(work, side) for side in LEARNERS + PEERS}
+    norms = {side: processes.round(1)[1] for side, processes in running.items()}
+    if not np.allclose(list(norms.values()), norms[PEERS[0]], rtol=1e-3):
+        raise SystemExit(f"the sides do not compute the same gradients: {norms}")
+    for processes in running.values():
+        processes.round(updates)
+    seconds: dict[Side, list[float]] = {side: [] for side in running}
+    for _ in range(rounds):
+        for side, processes in running.items():
+            seconds[side].append(processes.round(updates)[0])
+    return seconds
+
+
+def report(seconds: dict[Side, list[float]], tokens: int) -> bool:
+    """Print the table; whether the limit holds. tokens: of one round."""
+    peer = min(PEERS, key=lambda side: statistics.median(seconds[side]))
+    print(f"{'':38}{'tokens/s: min':>14}{'median':>9}{'max':>9}{'ratio: median':>15}{'min':>7}{'max':>7}")
+    medians = {}
+    for side, found in seconds.items():
+        rates = [tokens / value for value in found]
+        ratios = [theirs / ours for theirs, ours in zip(seconds[peer], found, strict=True)]
+        medians[side] = statistics.median(ratios)
+        figures = f"{min(rates):>14,.0f}{statistics.median(rates):>9,.0f}{max(rates):>9,.0f}"
+        print(f"{side.name:38}{figures}{medians[side]:>15.3f}{min(ratios):>7.3f}{max(ratios):>7.3f}")
+    best = max(medians[side] for side in LEARNERS[:2])
+    print(f"ratio to '{peer.name}', round by round; ZeRO 0 or 1: {best:.3f}, limit {LIMIT:.2f}")
+    return best >= LIMIT
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Learner tokens/s against bare torch.")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of every side")
+    parser.add_argument("--updates", type=int, default=5, help="optimizer updates of one round")
+    parser.add_argument("--groups", type=int, default=32, help="groups of one update")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = make_work(Path(folder), arguments.groups)
+        print(f"{work.tokens // 2:,} real tokens a rank and update, {arguments.updates} updates a round")
+        if work.tokens // 2 < TOKENS_PER_RANK:
+            raise SystemExit(f"expected at least {TOKENS_PER_RANK} tokens a rank and update: raise --groups")
+        seconds = measure(work, arguments.rounds, arguments.updates)
+    return 0 if report(seconds, work.tokens * arguments.updates) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
