@@ -1,0 +1,147 @@
+"""Held-out figures by hand, and the figures of a step's groups."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+from fakes import SAMPLING, FakePool, group, prompt, trajectory
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlsys.errors import TooManyFailuresError
+from rlsys.evaluation import held_out_metrics, mean_over_prompts, pass_at_k, sample_groups, solved
+from rlsys.metrics import METRICS
+from rlsys.rollout_metrics import rollout_metrics
+from rlsys.types import Trajectory, TrajectoryGroup
+
+
+def test_pass_at_k_by_hand() -> None:
+    # 4 samples, 0, 1, 2 and 4 of them right. One of 2 draws is right:
+    # 1 - C(4,2)/C(4,2) = 0; 1 - C(3,2)/6 = 1 - 3/6; 1 - C(2,2)/6 = 1 - 1/6; 1 - C(0,2)/6 = 1.
+    values = np.array([[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 1], [1, 1, 1, 1]], dtype=bool)
+    assert pass_at_k(values, 2)[:, 0] == pytest.approx([0, 1 / 2, 5 / 6, 1], abs=1e-15)
+    assert pass_at_k(values, 1)[:, 0] == pytest.approx([0, 1 / 4, 1 / 2, 1], abs=1e-15)
+    assert pass_at_k(values, 4)[:, 0].tolist() == [0, 1, 1, 1]
+
+
+@given(row=st.lists(st.booleans(), min_size=1, max_size=7), data=st.data())
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one(row: list[bool], data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, len(row)))
+    draws = list(itertools.combinations(row, k))
+    expected = sum(any(draw) for draw in draws) / len(draws)
+    assert pass_at_k(np.array([row]), k)[0, 0] == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_pass_at_k_outside_the_samples(k: int) -> None:
+    with pytest.raises(ValueError, match=r"samples \(2\)"):
+        pass_at_k(np.zeros((1, 2), dtype=bool), k)
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=30))
+def test_an_interval_contains_its_mean_and_stays_in_range(rows: list[list[bool]]) -> None:
+    found = mean_over_prompts(np.array(rows))
+    assert found.mean == pytest.approx(np.mean(rows), abs=1e-12)
+    assert -1e-12 <= found.low <= found.mean + 1e-12
+    assert found.mean - 1e-12 <= found.high <= 1 + 1e-12
+
+
+def test_an_interval_is_that_of_whole_prompts() -> None:
+    # 100 prompts, half of them right in all 4 samples: the standard error is sqrt(0.25 / 100) = 0.05, so
+    # 0.5 -+ 1.96 * 0.05 = (0.402, 0.598). Counting 400 independent samples would halve the width.
+    values = np.repeat([[True], [False]], 50, axis=0).repeat(4, axis=1)
+    found = mean_over_prompts(values)
+    assert found.low == pytest.approx(0.402, abs=0.01)  # 2000 resamples: the quantile is off by about 0.003
+    assert found.high == pytest.approx(0.598, abs=0.01)
+    assert mean_over_prompts(values) == found
+    assert mean_over_prompts(np.ones((5, 2), dtype=bool)).low == 1
+
+
+@settings(deadline=None, max_examples=40)
+@given(actors=st.integers(1, 6), count=st.integers(0, 15))
+def test_groups_come_back_in_the_order_of_the_prompts(actors: int, count: int) -> None:
+    prompts = [prompt(f"p{number}") for number in range(count)]
+    groups = asyncio.run(sample_groups(FakePool(actors, []), prompts, SAMPLING))
+    assert [found.prompt.prompt_id for found in groups] == [p.prompt_id for p in prompts]
+
+
+def test_a_failed_rollout_is_not_left_out_of_a_figure() -> None:
+    prompts = [prompt(f"p{number}") for number in range(5)]
+    pool = FakePool(2, [], failing=["p3", "p4"])
+    with pytest.raises(TooManyFailuresError, match="2 of 5 evaluation rollouts failed; the first: scripted"):
+        asyncio.run(sample_groups(pool, prompts, SAMPLING))
+
+
+def test_held_out_metrics_by_hand() -> None:
+    def of(*trajectories: Trajectory) -> TrajectoryGroup:
+        return TrajectoryGroup(prompt=prompt("p"), trajectories=trajectories)
+
+    silent = trajectory(reward=0, outcome="wrong", answered=False, length=8)
+    right = trajectory(length=2)
+    wrong = trajectory(reward=0, outcome="wrong", length=4)
+    timeout = trajectory(reward=0, outcome="timeout", answered=False, length=6)
+    found = held_out_metrics([of(right), of(silent)], [of(right, wrong), of(timeout, wrong)])
+    assert found == {
+        "held_out/greedy_accuracy": 1 / 2,
+        "held_out/greedy_no_answer_rate": 1 / 2,
+        "held_out/sampled_accuracy": 1 / 4,
+        "held_out/sampled_no_answer_rate": 1 / 4,
+        "held_out/pass_at_k": 1 / 2,  # of 2 samples: one of the first prompt's is right
+        "held_out/completion_length": (2 + 4 + 6 + 4) / 4,  # of the sampled part
+    }
+    assert set(found) <= set(METRICS)
+
+
+def test_only_what_was_measured_is_reported() -> None:
+    greedy = [group(prompt("p"), rewards=[1.0])]
+    assert "held_out/pass_at_k" not in held_out_metrics(greedy, [])
+    assert held_out_metrics(greedy, [])["held_out/completion_length"] == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert held_out_metrics([], []) == {}
+
+
+def test_an_ok_without_reward_is_not_solved() -> None:
+    found = TrajectoryGroup(prompt=prompt("p"), trajectories=(trajectory(reward=0.0), trajectory(reward=0.5)))
+    assert solved([found]).tolist() == [[False, True]]
+
+
+def test_rollout_metrics_by_hand() -> None:
+    first = TrajectoryGroup(
+        prompt=prompt("a"),
+        trajectories=(trajectory(3, 1.0), trajectory(4, 0.0, "wrong", answered=False, length=6)),
+    )
+    second = TrajectoryGroup(
+        prompt=prompt("b"), trajectories=(trajectory(5, 0.1), trajectory(5, 0.0, "timeout", answered=False))
+    )
+    found = rollout_metrics([first, second], version=5)
+    assert found["rollout/reward"] == pytest.approx(1.1 / 3, rel=1e-12)  # the timeout has no verdict
+    assert found["rollout/accuracy"] == 2 / 4
+    assert found["rollout/no_answer_rate"] == 2 / 4
+    assert found["rollout/completion_length"] == (2 + 6 + 2 + 2) / 4
+    assert found["rollout/completion_length_max"] == 6
+    assert found["rollout/tokens"] == 12
+    assert found["rollout/group_reward_std"] == pytest.approx((0.5 + 0.05) / 2, rel=1e-12)
+    assert found["rollout/zero_advantage_groups"] == 0
+    assert found["rollout/verifier_errors"] == 1
+    assert found["rollout/truncated_rate"] == 0
+    assert found["rollout/staleness_mean"] == (2 + 0) / 2  # 5 - 3, the oldest of the first group, and 5 - 5
+    assert found["rollout/staleness_max"] == 2
+    assert set(found) <= set(METRICS)
+
+
+def test_equal_rewards_that_floating_point_cannot_average_have_no_advantage() -> None:
+    # numpy's standard deviation of three times 0.1 is 1.4e-17.
+    assert np.std([0.1] * 3) > 0
+    found = rollout_metrics([group(prompt("a"), rewards=[0.1] * 3), group(prompt("b"), rewards=[1, 0])], 0)
+    assert found["rollout/zero_advantage_groups"] == 1 / 2
+
+
+def test_a_step_in_which_every_verifier_failed_has_a_row() -> None:
+    failed = TrajectoryGroup(prompt=prompt("a"), trajectories=(trajectory(0, 0.0, "error"),) * 2)
+    assert rollout_metrics([failed], 0)["rollout/reward"] == 0

@@ -1,0 +1,166 @@
+"""The producer keeps the slots full, replaces failures in place and stops when there are too many."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import pytest
+from fakes import SAMPLING, FakePool, NumberTask
+
+from rlsys.buffer import Buffer
+from rlsys.errors import EngineError, TooManyFailuresError
+from rlsys.producer import Producer
+from rlsys.prompts import PromptBuilder, PromptStream
+from rlsys.types import TrajectoryGroup
+
+
+class Setup:
+    def __init__(
+        self,
+        actors: int = 2,
+        groups_per_step: int = 4,
+        max_staleness: int = 0,
+        failing: Sequence[str] = (),
+        share: float = 0.5,
+        failed: int = 0,
+        finished: int = 0,
+    ) -> None:
+        self.calls: list[Any] = []
+        self.pool = FakePool(actors, self.calls, failing)
+        builder = PromptBuilder(NumberTask(None), lambda text: [1] * len(text), max_model_len=8, max_tokens=4)
+        self.stream = PromptStream(builder, 0)
+        self.buffer = Buffer(groups_per_step, max_staleness)
+        self.producer = Producer(self.pool, self.stream, self.buffer, SAMPLING, share, failed=failed, finished=finished)
+
+    def during(self, scenario: Callable[[], Awaitable[object]]) -> None:
+        """Run a scenario beside the producer; the producer's own error is raised."""
+
+        async def both() -> None:
+            producing = asyncio.create_task(self.producer.run())
+            waiting = asyncio.ensure_future(scenario())
+            await asyncio.wait([producing, waiting], return_when=asyncio.FIRST_COMPLETED, timeout=5)
+            waiting.cancel()
+            if producing.done():
+                await producing
+            producing.cancel()
+            await asyncio.wait([producing])
+            await waiting
+
+        asyncio.run(both())
+
+
+def ids(groups: Sequence[TrajectoryGroup]) -> list[str]:
+    return [group.prompt.prompt_id.removeprefix("train-") for group in groups]
+
+
+def dispatches(calls: list[Any]) -> list[tuple[int, list[str]]]:
+    return [(actor, [name.removeprefix("train-") for name in names]) for _, actor, names in calls]
+
+
+def test_all_free_slots_are_dealt_over_the_actors_in_one_dispatch_each() -> None:
+    setup = Setup(actors=2, groups_per_step=4)
+
+    async def scenario() -> None:
+        assert ids(await setup.buffer.take()) == ["0", "1", "2", "3"]
+        assert dispatches(setup.calls) == [(0, ["0", "2"]), (1, ["1", "3"])]
+        await setup.buffer.release()
+        assert ids(await setup.buffer.take()) == ["4", "5", "6", "7"]
+        assert dispatches(setup.calls)[2:] == [(0, ["4", "6"]), (1, ["5", "7"])]
+
+    setup.during(scenario)
+
+
+def test_staleness_fills_more_slots_at_once_and_no_more_than_there_are() -> None:
+    setup = Setup(actors=2, groups_per_step=2, max_staleness=1)
+
+    async def scenario() -> None:
+        await setup.buffer.take()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert dispatches(setup.calls) == [(0, ["0", "2"]), (1, ["1", "3"])]
+
+    setup.during(scenario)
+
+
+def test_an_actor_without_a_prompt_is_left_alone() -> None:
+    setup = Setup(actors=3, groups_per_step=2)
+
+    async def scenario() -> None:
+        await setup.buffer.take()
+        assert dispatches(setup.calls) == [(0, ["0"]), (1, ["1"])]
+
+    setup.during(scenario)
+
+
+def test_a_failure_is_counted_and_replaced_by_the_next_prompt_in_its_place() -> None:
+    setup = Setup(actors=2, groups_per_step=4, failing=["train-1"])
+
+    async def scenario() -> None:
+        assert ids(await setup.buffer.take()) == ["0", "4", "2", "3"]
+        assert setup.producer.failed == 1
+        assert dispatches(setup.calls)[2:] == [(1, ["4"])]  # the actor that failed it gets the next one
+
+    setup.during(scenario)
+
+
+def test_a_replacement_may_fail_too() -> None:
+    setup = Setup(groups_per_step=8, failing=["train-1", "train-8"])
+
+    async def scenario() -> None:
+        assert ids(await setup.buffer.take()) == ["0", "9", "2", "3", "4", "5", "6", "7"]
+        assert setup.producer.failed == 2
+
+    setup.during(scenario)
+
+
+def test_above_the_share_the_run_ends_and_says_why() -> None:
+    # Actor 0 gets the even prompts: 7 good ones and 1 failure are tolerated. Actor 1 has 4 good ones, 11 in all;
+    # its first failure makes 2 of 13 (allowed 2.6), its second 3 of 14 (allowed 2.8).
+    failing = ["train-0", "train-1", "train-3", "train-5", "train-7"]
+    setup = Setup(groups_per_step=16, failing=failing, share=0.2)
+    with pytest.raises(ExceptionGroup) as caught:
+        setup.during(asyncio.Event().wait)
+    error = caught.value.exceptions[0]
+    assert isinstance(error, TooManyFailuresError)
+    assert "3 of 14 rollouts failed" in error.message
+    assert "train.max_failed_rollouts = 0.2" in error.message
+    assert "scripted" in error.message
+
+
+def test_the_share_does_not_depend_on_the_place_of_the_failures_in_a_batch() -> None:
+    # 2 failures of 10 at the front: judged one by one they would be 2 of 2.
+    setup = Setup(actors=1, groups_per_step=10, failing=["train-0", "train-1"], share=0.2)
+
+    async def scenario() -> None:
+        await setup.buffer.take()
+        assert setup.producer.failed == 2
+
+    setup.during(scenario)
+
+
+def test_a_resumed_run_knows_what_was_finished_before() -> None:
+    # 10 failures in 200 before: an 11th is 5 %, not 11 of 11.
+    setup = Setup(failing=["train-1"], share=0.1, failed=10, finished=190)
+
+    async def scenario() -> None:
+        await setup.buffer.take()
+        assert setup.producer.failed == 11
+
+    setup.during(scenario)
+
+
+def test_share_0_tolerates_none() -> None:
+    setup = Setup(groups_per_step=8, failing=["train-7"], share=0.0)
+    with pytest.raises(ExceptionGroup) as caught:
+        setup.during(asyncio.Event().wait)
+    assert caught.group_contains(TooManyFailuresError, match="1 of 8")
+
+
+def test_the_error_of_a_dispatch_ends_the_producer() -> None:
+    setup = Setup()
+    setup.pool.error = EngineError("actor 1 died")
+    with pytest.raises(ExceptionGroup) as caught:
+        setup.during(asyncio.Event().wait)
+    assert caught.group_contains(EngineError, match="actor 1 died")
