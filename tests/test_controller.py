@@ -1,0 +1,353 @@
+"""The main loop over fakes: order of calls, checkpoints, resume, interruptions and failures."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import PROBE, FakeLearner, FakePool, NumberTask, prompt
+from rich.console import Console
+
+from rlsys.checkpoint import CheckpointStore, read_json, state_from_json
+from rlsys.config import Config, parse_config
+from rlsys.controller import Controller, Parts
+from rlsys.demonstrations import DemonstrationStream
+from rlsys.display import Display
+from rlsys.errors import EngineError, InterruptedRunError, RlsysError, TooManyFailuresError
+from rlsys.metrics import MetricsWriter, read_rows
+from rlsys.prompts import PromptBuilder, PromptStream
+from rlsys.types import RunState
+from rlsys.weights import WeightBus
+
+START = RunState(stage=0, step=0, weight_version=0, cursor=0)
+KINDS = ("train", "export", "save", "start_stage")
+
+
+def config(**sections: Any) -> Config:
+    values: dict[str, Any] = {
+        "run": {"dir": "unused"},
+        "stages": ["warm_start", "online"],
+        "model": {"path": "unused"},
+        "task": {"type": "letter_count"},
+        "warm_start": {"max_steps": 2, "rows_per_step": 2},
+        "train": {"max_steps": 3, "groups_per_step": 2, "group_size": 2, "updates_per_step": 1},
+        "checkpoint": {"interval": 100, "keep_last": 9},
+        "evaluation": {"samples": 0, "greedy": True},
+    }
+    for name, section in sections.items():
+        values[name] = {**values[name], **section} if name in values and isinstance(section, dict) else section
+    return parse_config(values, "test")
+
+
+class Run:
+    """A controller over fakes in a run directory; a second one in the same directory resumes."""
+
+    def __init__(self, run_dir: Path, settings: Config, failing: tuple[str, ...] = ()) -> None:
+        self.run_dir, self.config = run_dir, settings
+        self.calls: list[Any] = []
+        self.pool = FakePool(2, self.calls, failing)
+        self.learner = FakeLearner(self.calls)
+        self.model = run_dir / "model"
+        self.model.mkdir(parents=True, exist_ok=True)
+        (self.model / "tokenizer.json").write_text("{}")
+        self.checkpoints = CheckpointStore(run_dir / "checkpoints", settings.checkpoint.keep_last)
+        self.checkpoint = self.checkpoints.latest()
+        self.state = state_from_json(read_json(self.checkpoint / "state.json")) if self.checkpoint else START
+        self.task = NumberTask(5)
+        self.controller: Controller
+
+    async def start(self) -> None:
+        metrics = MetricsWriter(self.run_dir, self.state.weight_version)
+        builder = PromptBuilder(self.task, lambda text: [1] * len(text), max_model_len=256, max_tokens=8)
+        parts = Parts(
+            config=self.config,
+            run_dir=self.run_dir,
+            model=self.model,
+            tokenizer_files=[self.model / "tokenizer.json"],
+            pool=self.pool,
+            learner=self.learner,
+            bus=WeightBus(self.learner, self.pool, self.config.weight_sync, "fp32", PROBE),
+            checkpoints=self.checkpoints,
+            metrics=metrics,
+            display=Display(Console(file=io.StringIO())),
+            prompts=PromptStream(builder, 0),
+            demonstrations=DemonstrationStream(
+                self.task, lambda question, chain: ([1, 2, 3], 1), seed=0, rows_per_step=2, max_tokens=8
+            ),
+            held_out=[prompt("held_out-0"), prompt("held_out-1")],
+        )
+        self.controller = Controller(parts, self.state, self.checkpoint)
+        try:
+            await asyncio.wait_for(self.controller.run(), 20)
+        finally:
+            metrics.close()
+
+    def __call__(self) -> Run:
+        asyncio.run(self.start())
+        return self
+
+    def interrupt_at(self, version: int) -> None:
+        """Ask for the end while the learner makes a version."""
+        self.learner.on_train = lambda now: now == version and self.controller.interrupt("SIGTERM")
+
+    def only(self, *kinds: str) -> list[Any]:
+        return [call for call in self.calls if call[0] in kinds]
+
+    def rows(self) -> list[tuple[str, int]]:
+        return [(row["stage"], row["step"]) for row in read_rows(self.run_dir / "metrics.jsonl")]
+
+    def saved(self) -> dict[str, RunState]:
+        folders = sorted((self.run_dir / "checkpoints").iterdir())
+        return {folder.name: state_from_json(read_json(folder / "state.json")) for folder in folders}
+
+
+def test_a_step_takes_trains_publishes_evaluates_and_releases(tmp_path: Path) -> None:
+    settings = config(stages=["online"], train={"max_steps": 2}, evaluation={"interval": 1})
+    run = Run(tmp_path, settings)()
+    held_out = [("generate", 0, ("held_out-0",)), ("generate", 1, ("held_out-1",))]
+
+    def publish(version: int) -> list[Any]:
+        return [("export", version), ("update", 0, version), ("update", 1, version)]
+
+    sampled = [call for call in run.calls if call[0] == "generate" and call[2][0].startswith("train")]
+    # Two dispatches of one prompt before each step; those after the last release are cut off unseen.
+    assert run.calls == [
+        ("start_stage", "online", run.model, None, None),
+        ("export", 0), ("probe", 0), ("probe", 1),  # calibration
+        *publish(0),
+        *held_out,
+        *sampled[:2], ("train", 1), *publish(1), *held_out,
+        *sampled[2:4], ("train", 2), *publish(2), *held_out,
+        ("save", 2),
+    ]  # fmt: skip
+    assert len(sampled) == 4
+    assert run.learner.trained == [[sampled[0][2][0], sampled[1][2][0]], [sampled[2][2][0], sampled[3][2][0]]]
+
+
+def test_a_row_for_every_step_and_one_for_the_start(tmp_path: Path) -> None:
+    run = Run(tmp_path, config())()
+    steps = [("warm_start", 1), ("warm_start", 2), ("online", 0), ("online", 1), ("online", 2), ("online", 3)]
+    assert run.rows() == steps
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["weights/version"] for row in rows] == [1, 2, 2, 3, 4, 5]
+    evaluated = [(row["stage"], row["step"]) for row in rows if "held_out/greedy_accuracy" in row]
+    assert evaluated == [("online", 0), ("online", 3)]
+    assert all(row["rollout/staleness_max"] == 0 for row in rows if "rollout/reward" in row)
+
+
+def test_the_warm_start_is_published_once_before_the_online_stage(tmp_path: Path) -> None:
+    run = Run(tmp_path, config(train={"max_steps": 1}))()
+    first = tmp_path / "checkpoints" / "step_000002"
+    assert run.only(*KINDS) == [
+        ("start_stage", "warm_start", run.model, None, None),
+        ("export", 0),  # calibration
+        ("train", 1),
+        ("train", 2),
+        ("save", 2),
+        ("start_stage", "online", first / "policy", None, None),
+        ("export", 2),
+        ("train", 3),
+        ("export", 3),
+        ("save", 3),
+    ]
+    assert {call[2] for call in run.only("update")} == {2, 3}
+
+
+def test_a_warm_start_alone_is_published_and_evaluated_at_its_end(tmp_path: Path) -> None:
+    run = Run(tmp_path, config(stages=["warm_start"]))()
+    assert run.only("train", "export") == [("export", 0), ("train", 1), ("train", 2), ("export", 2)]
+    assert "held_out/greedy_accuracy" in read_rows(tmp_path / "metrics.jsonl")[-1]
+
+
+def test_a_stage_hands_over_its_policy_with_tokenizer_and_the_kl_anchor_is_that(tmp_path: Path) -> None:
+    run = Run(tmp_path, config(objective={"kl_coef": 0.1}, train={"max_steps": 1}))()
+    handed = tmp_path / "stages" / "warm_start"
+    assert (handed / "model.safetensors").read_text() == "2"
+    assert (handed / "tokenizer.json").read_text() == "{}"
+    assert run.only("start_stage")[1][4] == handed
+    assert (tmp_path / "stages" / "online" / "model.safetensors").read_text() == "3"
+    alone = Run(tmp_path / "alone", config(stages=["online"], objective={"kl_coef": 0.1}))()
+    assert alone.only("start_stage")[0][4] == alone.model
+
+
+def test_checkpoints_at_the_interval_and_at_the_ends_of_stages(tmp_path: Path) -> None:
+    run = Run(tmp_path, config(warm_start={"max_steps": 3}, train={"max_steps": 5}, checkpoint={"interval": 2}))()
+    # The interval counts the steps of the stage: 2 and the end of the warm start; 2, 4 and the end of online.
+    assert run.only("save") == [("save", version) for version in (2, 3, 5, 7, 8)]
+    saved = run.saved()
+    assert {name: (state.stage, state.step) for name, state in saved.items()} == {
+        "step_000002": (0, 2),
+        "step_000003": (0, 3),
+        "step_000005": (1, 2),
+        "step_000007": (1, 4),
+        "step_000008": (1, 5),
+    }
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
+    version: int, max_staleness: int, tmp_path: Path
+) -> None:
+    settings = config(train={"max_staleness": max_staleness}, evaluation={"interval": 1})
+    undisturbed = Run(tmp_path / "a", settings)()
+    first = Run(tmp_path / "b", settings)
+    first.interrupt_at(version)
+    with pytest.raises(InterruptedRunError, match="SIGTERM"):
+        first()
+    assert first.only("save")[-1] == ("save", version)
+    second = Run(tmp_path / "b", settings)()
+    assert second.rows() == undisturbed.rows()
+    assert first.learner.trained + second.learner.trained == undisturbed.learner.trained
+    last = "step_000005"
+    assert replace(second.saved()[last], in_flight=()) == replace(undisturbed.saved()[last], in_flight=())
+    trained = [row.get("rollout/accuracy") for row in read_rows(tmp_path / "b" / "metrics.jsonl")]
+    assert trained == [row.get("rollout/accuracy") for row in read_rows(tmp_path / "a" / "metrics.jsonl")]
+
+
+def test_a_resume_within_a_stage_hands_the_checkpoint_to_the_learner(tmp_path: Path) -> None:
+    first = Run(tmp_path, config())
+    first.interrupt_at(4)
+    with pytest.raises(InterruptedRunError):
+        first()
+    checkpoint = tmp_path / "checkpoints" / "step_000004"
+    second = Run(tmp_path, config())()
+    assert second.only("start_stage") == [("start_stage", "online", checkpoint / "policy", checkpoint, None)]
+    assert second.only("export") == [("export", 0), ("export", 4), ("export", 5)]
+
+
+def test_a_run_whose_warm_start_is_complete_starts_online_from_its_policy(tmp_path: Path) -> None:
+    Run(tmp_path, config(stages=["warm_start", "online"], train={"max_steps": 1}))()
+    for path in (tmp_path / "checkpoints" / "step_000003").rglob("*"):  # killed before the online checkpoint
+        if path.is_file():
+            path.unlink()
+    for folder in ("policy", "learner", ""):
+        (tmp_path / "checkpoints" / "step_000003" / folder).rmdir()
+    # and, at the latest moment, before the hand-over
+    (tmp_path / "stages" / "warm_start" / "model.safetensors").unlink()
+    second = Run(tmp_path, config(train={"max_steps": 1}, objective={"kl_coef": 0.1}))()
+    policy, handed = tmp_path / "checkpoints" / "step_000002" / "policy", tmp_path / "stages" / "warm_start"
+    assert second.only("start_stage") == [("start_stage", "online", policy, None, handed)]
+    assert (handed / "model.safetensors").read_text() == "2"
+
+
+def test_a_raised_max_steps_continues_the_last_stage(tmp_path: Path) -> None:
+    Run(tmp_path, config())()
+    again = Run(tmp_path, config())()
+    assert again.calls == []  # nothing is left to do
+    longer = Run(tmp_path, config(train={"max_steps": 5}))()
+    assert longer.only("train") == [("train", 6), ("train", 7)]
+    assert longer.rows()[-3:] == [("online", 3), ("online", 4), ("online", 5)]
+
+
+def test_an_interruption_while_waiting_for_groups_ends_at_once_with_the_last_step_saved(tmp_path: Path) -> None:
+    run = Run(tmp_path, config(stages=["online"]))
+
+    async def scenario() -> None:
+        running = asyncio.create_task(run.start())
+        while not run.learner.trained:
+            await asyncio.sleep(0)
+        run.pool.hold = asyncio.Event()  # the next rollouts never come back
+        while len([call for call in run.calls if call[0] == "generate" and call[2][0].startswith("train")]) < 4:
+            await asyncio.sleep(0)
+        run.controller.interrupt("SIGINT")
+        with pytest.raises(InterruptedRunError, match="SIGINT"):
+            await asyncio.wait_for(running, 5)
+
+    asyncio.run(scenario())
+    assert run.only("save") == [("save", 1)]
+    # The producer had taken prompts 2 and 3: the saved state issues them again or has not issued them yet.
+    state = run.saved()["step_000001"]
+    assert sorted([*state.in_flight, *range(state.cursor, 4)]) == [2, 3]
+
+
+def test_an_interruption_before_the_first_step_saves_nothing_and_still_ends(tmp_path: Path) -> None:
+    run = Run(tmp_path, config())
+    original = run.learner.start_stage
+
+    async def start(*arguments: Any) -> None:
+        run.controller.interrupt("SIGINT")
+        run.controller.interrupt("SIGTERM")  # the first reason counts
+        await original(*arguments)
+
+    run.learner.start_stage = start
+    with pytest.raises(InterruptedRunError, match="SIGINT"):
+        run()
+    assert run.only("save", "train") == []
+
+
+def test_a_dead_actor_ends_the_wait_with_its_own_error_and_saves_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path, config(stages=["online"]))
+    run.pool.error = EngineError("actor 1 died")
+    with pytest.raises(EngineError, match="actor 1 died"):
+        run()
+    assert run.only("save", "train") == []
+
+
+def test_too_many_failed_rollouts_end_the_run(tmp_path: Path) -> None:
+    failing = tuple(f"train-{number}@{epoch}" for number in range(5) for epoch in range(3))
+    with pytest.raises(TooManyFailuresError, match="scripted"):
+        Run(tmp_path, config(stages=["online"]), failing)()
+
+
+def test_failures_are_counted_over_a_resume(tmp_path: Path) -> None:
+    first = Run(tmp_path, config(stages=["online"]), failing=("train-0@0",))
+    first.interrupt_at(2)
+    with pytest.raises(InterruptedRunError):
+        first()
+    Run(tmp_path, config(stages=["online"]), failing=("train-0@0",))()
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    failed = [row["rollout/failed"] for row in rows if "rollout/failed" in row]
+    assert failed == sorted(failed)
+    assert failed[-1] == 1
+
+
+def test_a_group_above_the_staleness_bound_is_refused(tmp_path: Path) -> None:
+    run = Run(tmp_path, config(stages=["online"]))
+    run.learner.on_train = lambda version: None
+    update = run.pool.update_weights
+
+    async def stuck(actor: int, *arguments: Any) -> Any:
+        before = run.pool.versions[actor]
+        ack = await update(actor, *arguments)
+        run.pool.versions[actor] = before  # says that it serves the new version, and samples with the old one
+        return ack
+
+    run.pool.update_weights = stuck
+    with pytest.raises(RlsysError, match=r"staleness 1 .* train\.max_staleness is 0"):
+        run()
+    assert run.only("train") == [("train", 1)]
+
+
+def test_a_learner_that_fails_ends_the_run_and_no_checkpoint_is_left_half_written(tmp_path: Path) -> None:
+    run = Run(tmp_path, config(stages=["online"], checkpoint={"interval": 1}))
+
+    async def fail(folder: Path) -> None:
+        (folder / "policy").mkdir()
+        raise EngineError("learner rank 1 died")
+
+    run.learner.save = fail
+    with pytest.raises(EngineError, match="rank 1"):
+        run()
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_the_state_in_a_checkpoint_counts_what_is_not_trained(tmp_path: Path) -> None:
+    run = Run(tmp_path, config(stages=["online"], train={"max_staleness": 1}, checkpoint={"interval": 1}))()
+    for step, state in enumerate(run.saved().values(), start=1):
+        # 2 groups a step are trained, in order: what was issued since is in flight.
+        assert state.step == step
+        assert list(state.in_flight) == list(range(2 * step, state.cursor))
+    info = json.loads((tmp_path / "checkpoints" / "step_000003" / "MANIFEST.json").read_text())["info"]
+    assert info == {"weight_version": 3, "stage": "online"}
+
+
+def test_run_stays_short() -> None:
+    for method in (Controller.run, Controller._warm_start, Controller._online):
+        assert len(inspect.getsource(method).splitlines()) <= 60
