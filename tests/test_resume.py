@@ -1,0 +1,146 @@
+"""Where a run starts, for every value of run.resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlsys.checkpoint import CheckpointStore, state_to_json, write_json
+from rlsys.config import Config, dump_config, parse_config
+from rlsys.errors import CheckpointError, ConfigError
+from rlsys.resume import Start, find_start
+from rlsys.types import RunState
+
+FRESH = RunState(stage=0, step=0, weight_version=0, cursor=0)
+
+
+def config(resume: str = "auto", **changes: Any) -> Config:
+    values: dict[str, Any] = {
+        "run": {"dir": "unused", "resume": resume, "seed": 3},
+        "model": {"path": "some/model"},
+        "task": {"type": "letter_count", "max_length": 9},
+    }
+    for path, value in changes.items():
+        section, _, key = path.partition("__")
+        values[section] = {**values.get(section, {}), key: value} if key else value
+    return parse_config(values, "test")
+
+
+def store(run_dir: Path) -> CheckpointStore:
+    return CheckpointStore(run_dir / "checkpoints", keep_last=9)
+
+
+def state(version: int) -> RunState:
+    return RunState(stage=1, step=version - 1, weight_version=version, cursor=4, in_flight=(2, 3))
+
+
+def save(run_dir: Path, *versions: int) -> None:
+    """A run directory as a run of `config()` leaves it."""
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "config.yaml").write_text(dump_config(config()))
+    for version in versions:
+        name = f"step_{version:06d}"
+        temporary = store(run_dir).begin(name)
+        write_json(temporary / "state.json", state_to_json(state(version)))
+        store(run_dir).commit(temporary, name, {"weight_version": version})
+
+
+def start(run_dir: Path, now: Config) -> Start:
+    return find_start(now, run_dir, store(run_dir))
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_an_empty_directory_starts_from_the_model(resume: str, tmp_path: Path) -> None:
+    found = start(tmp_path, config(resume))
+    assert found == Start(FRESH, None)
+    assert found.describe() == "starting from the initial model"
+
+
+def test_auto_continues_from_the_newest_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 2, 5)
+    found = start(tmp_path, config())
+    assert found == Start(state(5), tmp_path / "checkpoints" / "step_000005")
+    assert "step_000005 (weight version 5)" in found.describe()
+
+
+def test_auto_passes_over_a_damaged_checkpoint_and_never_starts_over_silently(tmp_path: Path) -> None:
+    save(tmp_path, 2, 5)
+    (tmp_path / "checkpoints" / "step_000005" / "state.json").write_text("{}")
+    assert start(tmp_path, config()).state == state(2)
+    (tmp_path / "checkpoints" / "step_000002" / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints is valid"):
+        start(tmp_path, config())
+
+
+def test_never_refuses_a_used_directory(tmp_path: Path) -> None:
+    save(tmp_path / "a", 2)
+    with pytest.raises(ConfigError, match=r"run\.resume is never"):
+        start(tmp_path / "a", config("never"))
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"choose another run\.dir"):
+        start(tmp_path, config("never"))
+
+
+def test_a_path_is_taken_whatever_the_run_directory_holds(tmp_path: Path) -> None:
+    save(tmp_path / "a", 2, 5)
+    save(tmp_path / "b", 7)
+    earlier = tmp_path / "a" / "checkpoints" / "step_000002"
+    assert start(tmp_path / "b", config(str(earlier))) == Start(state(2), earlier)
+
+
+def test_a_path_is_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "a", 2)
+    monkeypatch.chdir(tmp_path)
+    checkpoint = start(tmp_path / "b", config("a/checkpoints/step_000002")).checkpoint
+    assert checkpoint == tmp_path / "a" / "checkpoints" / "step_000002"
+
+
+@pytest.mark.parametrize("path", ["nowhere", "a"])
+def test_a_path_that_is_no_checkpoint(path: str, tmp_path: Path) -> None:
+    save(tmp_path / "a", 2)
+    with pytest.raises(ConfigError, match=r"^run\.resume: "):
+        start(tmp_path / "b", config(str(tmp_path / path)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "expected", "found"),
+    [
+        ({"run": {"dir": "unused", "seed": 4}}, "run.seed", "3", "4"),
+        ({"model__path": "other/model"}, "model.path", "some/model", "other/model"),
+        ({"task__max_length": 10}, "task.max_length", "9", "10"),
+        ({"stages": ["online"]}, "stages", "['warm_start', 'online']", "['online']"),
+        ({"task": {"type": "dataset", "path": "x"}}, "task.type", "letter_count", "dataset"),
+        ({"model": {"from_scratch": {}}}, "model.path", "some/model", "None"),
+    ],
+)
+def test_a_fixed_field_that_differs_is_named(
+    changes: dict[str, Any], field: str, expected: str, found: str, tmp_path: Path
+) -> None:
+    save(tmp_path, 2)
+    with pytest.raises(ConfigError) as caught:
+        start(tmp_path, config(**changes))
+    message = caught.value.message
+    assert message.startswith(f"{field} differs from the run to be resumed ({tmp_path / 'config.yaml'})")
+    assert f"expected {expected}, found {found}; set it back, or start a new run.dir" in message
+
+
+def test_all_that_differ_are_named(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    with pytest.raises(ConfigError, match=r"task\.max_length differs .* \(also different: task\.chunk\)"):
+        start(tmp_path, config(task={"type": "letter_count", "max_length": 10, "chunk": 2}))
+
+
+def test_a_path_is_compared_with_its_own_run(tmp_path: Path) -> None:
+    save(tmp_path / "a", 2)
+    checkpoint = tmp_path / "a" / "checkpoints" / "step_000002"
+    changed = config(str(checkpoint), task__max_length=10)
+    with pytest.raises(ConfigError, match="max_length differs"):
+        start(tmp_path / "b", changed)
+
+
+def test_other_fields_may_change(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    changed = config(train={"max_steps": 500}, learner={"ranks": 1, "zero_stage": 0}, actors={"count": 1})
+    assert start(tmp_path, changed).state == state(2)
