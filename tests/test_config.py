@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import annotated_types
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -200,6 +200,7 @@ def test_there_are_shipped_configs() -> None:
     assert "quickstart.yaml" in [path.name for path in CONFIGS]
 
 
+@settings(deadline=None, max_examples=40)
 @given(name=st.text(min_size=1), rate=st.floats(1e-12, 1.0), seed=st.integers(0, 2**31 - 1))
 def test_a_dump_reloads_equal(name: str, rate: float, seed: int) -> None:
     values = minimal(run={"dir": name, "seed": seed}, train__optimizer__learning_rate=rate)

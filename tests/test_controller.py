@@ -348,6 +348,19 @@ def test_the_state_in_a_checkpoint_counts_what_is_not_trained(tmp_path: Path) ->
     assert info == {"weight_version": 3, "stage": "online"}
 
 
+def test_what_a_smaller_buffer_could_not_issue_yet_is_not_forgotten(tmp_path: Path) -> None:
+    def interrupted(max_staleness: int, version: int) -> RunState:
+        run = Run(tmp_path, config(stages=["online"], train={"max_staleness": max_staleness, "max_steps": 9}))
+        run.interrupt_at(version)
+        with pytest.raises(InterruptedRunError):
+            run()
+        return run.saved()[f"step_{version:06d}"]
+
+    # 8 slots: prompts 0 to 7 are issued, 0 and 1 trained. Then 2 slots: 2 and 3 are trained, 4 to 7 wait.
+    assert interrupted(max_staleness=3, version=1).in_flight == (2, 3, 4, 5, 6, 7)
+    assert interrupted(max_staleness=0, version=2).in_flight == (4, 5, 6, 7)
+
+
 def test_run_stays_short() -> None:
     for method in (Controller.run, Controller._warm_start, Controller._online):
         assert len(inspect.getsource(method).splitlines()) <= 60

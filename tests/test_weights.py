@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -87,14 +86,12 @@ def test_references_are_held_until_the_next_version_is_acknowledged() -> None:
             self, actor: int, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array]
         ) -> WeightAck:
             ack = await super().update_weights(actor, manifest, references, probe)
-            gc.collect()
             alive.append([found() is not None for found in exported])
             return ack
 
     setup.learner.reference = reference
     setup.bus = WeightBus(setup.learner, Watching(2, setup.calls), WeightSyncConfig(), "fp32", PROBE)
     setup.publish(0, 1, 2)
-    gc.collect()
     # While an actor loads version n, versions n - 1 and n exist; what is older is gone.
     assert alive == [[True]] * 2 + [[True, True]] * 2 + [[False, True, True]] * 2
     assert [found() is not None for found in exported] == [False, False, True]
