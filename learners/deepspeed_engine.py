@@ -119,7 +119,7 @@ class PolicyEngine:
         # The first update starts from the old policy itself; only the later ones need its log-probabilities kept.
         old: list[list[Tensor | None]] = [[None] * len(plans[0])]
         old += [[self._old_logprobs(item.batch) for item in plan] for plan in plans[1:]]
-        sums = _Sums()
+        sums = _Sums(self.settings.device)
         for plan, old_logprobs in zip(plans, old, strict=True):
             for item, old_item in zip(plan, old_logprobs, strict=True):
                 self._backward(self._policy_term(item, old_item, sums), "policy loss")
@@ -131,10 +131,10 @@ class PolicyEngine:
         self._reseed(version)
         rows = rows_from_demonstrations(demonstrations)
         weight = 1.0 / max(1, sum(row.loss_tokens for row in rows))
-        sums = _Sums()
+        sums = _Sums(self.settings.device)
         for item in self._plan(rows, np.full(len(rows), weight)):
             logprobs, _ = self._logprobs(self.engine, item.batch, temperature=1.0)
-            loss = supervised_loss(logprobs, item.token_weights()).loss
+            loss = supervised_loss(logprobs, item.token_weights().to(logprobs.device)).loss
             sums.add("supervised/loss", loss)
             sums.add_supervised(item)
             self._backward(loss, "supervised loss")
@@ -201,7 +201,7 @@ class PolicyEngine:
         return _seed(self.settings.seed, version)
 
     def _backward(self, loss: Tensor, name: str) -> None:
-        bad = torch.tensor(float(not math.isfinite(loss.item())))
+        bad = torch.tensor(float(not math.isfinite(loss.item())), device=self.settings.device)
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         if bad.item():
             raise NonFiniteLossError(
@@ -286,7 +286,8 @@ class PolicyEngine:
 class _Sums:
     """Figures of a training step: sums and maxima over tokens, later reduced over ranks."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self._device = device
         # Ranks reduce by position, so all must hold the same names even where one had no token.
         self.sums: dict[str, float] = {"gap": 0.0}
         self.maxima: dict[str, float] = {"learner/ratio_max": 0.0, "learner/logprob_gap_max": 0.0}
@@ -325,7 +326,7 @@ class _Sums:
 
     def reduce(self, updates: int) -> dict[str, float]:
         """Names of the metrics registry, the same on all ranks. Losses are means over updates. Collective."""
-        sums = _all_reduce(self.sums, dist.ReduceOp.SUM)
+        sums = self._all_reduce(self.sums, dist.ReduceOp.SUM)
         found = {name: value / updates for name, value in sums.items() if "/" in name}
         found |= {name: sum(values) / len(values) for name, values in self.notes.items()}
         found["learner/updates"] = float(updates)
@@ -334,7 +335,7 @@ class _Sums:
         if "supervised" in sums:
             return found | {"supervised/tokens": sums["supervised"]}
         tokens = max(1.0, sums["policy"])
-        found |= _all_reduce(self.maxima, dist.ReduceOp.MAX)
+        found |= self._all_reduce(self.maxima, dist.ReduceOp.MAX)
         shares = {
             "learner/logprob_gap_mean": "gap",
             "learner/entropy": "entropy",
@@ -344,12 +345,12 @@ class _Sums:
         }
         return found | {name: sums[key] / tokens for name, key in shares.items() if key in sums}
 
-
-def _all_reduce(values: dict[str, float], operation: Any) -> dict[str, float]:
-    names = sorted(values)
-    tensor = torch.tensor([values[name] for name in names], dtype=torch.float64)
-    dist.all_reduce(tensor, op=operation)
-    return dict(zip(names, tensor.tolist(), strict=True))
+    def _all_reduce(self, values: dict[str, float], operation: Any) -> dict[str, float]:
+        names = sorted(values)
+        # On the device of the ranks: NCCL takes nothing else.
+        tensor = torch.tensor([values[name] for name in names], dtype=torch.float64, device=self._device)
+        dist.all_reduce(tensor, op=operation)
+        return dict(zip(names, tensor.tolist(), strict=True))
 
 
 def _seed(*parts: int) -> int:

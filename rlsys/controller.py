@@ -276,13 +276,16 @@ class Controller:
         self._checkpoint_seconds = watch.seconds
 
     def _hand_over(self, stage: StageName) -> None:
-        """Keep the policy a finished stage hands to the next one, as hard links into its checkpoint."""
+        """Keep the policy a finished stage hands to the next one, as hard links into its checkpoint where it can."""
         assert self.checkpoint is not None  # noqa: S101 - every finished stage has saved one
         target = self.parts.run_dir / "stages" / stage
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
         for path in sorted((self.checkpoint / "policy").iterdir()):
-            (target / path.name).hardlink_to(path)
+            try:
+                (target / path.name).hardlink_to(path)
+            except OSError:  # some network file systems have no hard links
+                shutil.copy(path, target / path.name)
 
     def _reference(self) -> Path:
         """The frozen anchor of the KL term: the policy that the stage before handed over, or the initial one."""

@@ -37,6 +37,7 @@ from rlsys.display import Display
 from rlsys.errors import ConfigError
 from rlsys.inputs import Inputs
 from rlsys.metrics import MetricsWriter
+from rlsys.process import kill_with_this_process
 from rlsys.remote import RayLearner, RayRolloutPool
 from rlsys.resume import Start, find_start
 from rlsys.setup import prepare_model, tokenizer_files
@@ -156,7 +157,8 @@ def ray_cluster(config: Config, run_dir: Path, bundles: list[dict[str, float]]) 
         group = placement_group(bundles, strategy="PACK")
         if not group.wait(PLACEMENT_TIMEOUT_S):
             raise ConfigError(f"the cluster cannot place {bundles}: {ray.cluster_resources()} exist; see `rlsys check`")
-        yield Cluster(group, config, run_dir, temporary)
+        with kill_with_this_process():
+            yield Cluster(group, config, run_dir, temporary)
     finally:
         ray.shutdown()
         _remove_leftovers(run_dir)

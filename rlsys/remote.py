@@ -91,7 +91,7 @@ class RayRolloutPool:
     async def update_weights(
         self, actor: int, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array]
     ) -> WeightAck:
-        timeout = self._config.weight_sync.timeout_s
+        timeout = self._config.weight_sync.timeout_s + 10  # the bus times out first and names the version
         return await self._call(
             actor, "update_weights", timeout, "weight_sync.timeout_s", manifest, list(references), list(probe)
         )

@@ -16,8 +16,8 @@ from rlsys.errors import ConfigError
 
 GIB = 2**30
 # Resident memory of a process that has imported its frameworks and holds no model (measured).
-ACTOR_BASE_GIB = 0.9
-RANK_BASE_GIB = 0.7
+ACTOR_BASE_GIB = 1.2
+RANK_BASE_GIB = 0.8
 STORE_GIB = 0.5
 BYTES = {"fp32": 4, "bf16": 2}
 
