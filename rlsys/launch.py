@@ -111,7 +111,8 @@ async def _train(
     display.message(start.describe())
     async with rollout_pool(cluster, serving) as pool:
         learner = RayLearner(learner_handles(cluster, inputs.pad_token_id), config)
-        metrics = MetricsWriter(run_dir, start.state.weight_version)
+        # Rows of an attempt that never reached a checkpoint are of no run: -1 drops them all.
+        metrics = MetricsWriter(run_dir, start.state.weight_version if start.checkpoint else -1)
         parts = Parts(
             config=config,
             run_dir=run_dir,
