@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import multiprocessing
 import os
 import statistics
@@ -176,7 +175,7 @@ def main() -> int:
     parser.add_argument("--policy", type=Path, help="policy folder of a run; by default the untrained model")
     arguments = parser.parse_args()
     overrides = [f"train.groups_per_step={arguments.prompts}"]
-    with tempfile.TemporaryDirectory() as name, contextlib.chdir(ROOT):
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = load_config(ROOT / "configs" / "quickstart.yaml", overrides)
         model = arguments.policy.absolute() if arguments.policy else prepare_model(config, folder)

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, whose actors.py would hide the package of that name
 
 from learners.rank_settings import RankSettings, learner_environment  # noqa: E402
-from rlsys.config import Config, LearnerConfig, OptimizerConfig, load_config  # noqa: E402
+from rlsys.config import Config, load_config  # noqa: E402
 from rlsys.inputs import Inputs  # noqa: E402
 from rlsys.process import die_with_parent, quiet_worker  # noqa: E402
 from rlsys.setup import prepare_model  # noqa: E402
@@ -62,8 +62,6 @@ class Work:
     folder: Path
     groups: list[TrajectoryGroup]
     pad_token_id: int
-    optimizer: OptimizerConfig
-    learner: LearnerConfig
     config: Config
 
     @property
@@ -84,11 +82,11 @@ def learner_step(work: Work, side: Side, rank: int) -> Step:
         pad_token_id=work.pad_token_id,
         temperature=work.config.sampling.temperature,
         max_tokens=work.config.sampling.max_tokens,
-        learner=work.learner.model_copy(update={"zero_stage": side.stage}),
+        learner=work.config.learner.model_copy(update={"zero_stage": side.stage}),
         objective=work.config.objective,
     )
     engine = PolicyEngine(settings)
-    engine.start_stage(work.model, work.optimizer, 10**6, None, None)
+    engine.start_stage(work.model, work.config.train.optimizer, 10**6, None, None)
     return lambda: engine.train_online(work.groups, 1, engine.updates + 1)["learner/grad_norm"]
 
 
@@ -106,7 +104,7 @@ def bare_step(work: Work, side: Side, rank: int) -> Step:
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=side.ranks)
     model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32).train()
     parameters = list(model.parameters())
-    options = work.optimizer
+    options = work.config.train.optimizer
     adam = torch.optim.AdamW(
         parameters, options.learning_rate, (options.beta1, options.beta2), options.eps, options.weight_decay
     )
@@ -119,7 +117,7 @@ def bare_step(work: Work, side: Side, rank: int) -> Step:
     rows = [row for group in rows_from_groups(work.groups, use_std=objective.advantage_std) for row in group]
     loss_tokens = sum(row.loss_tokens for row in rows)
     lengths = [row.length for row in rows]
-    budget = work.learner.micro_batch_tokens
+    budget = work.config.learner.micro_batch_tokens
     shares = plan_micro_batches(lengths, ranks=side.ranks, budget_tokens=budget)[rank]
 
     def policy_loss(batch: MicroBatch) -> torch.Tensor:
@@ -150,7 +148,7 @@ def serve(pipe: Any, work: Work, side: Side, rank: int, log: Path) -> None:
     """A process of a side: for every number received do so many updates, answer (start, end, gradient norms)."""
     quiet_worker(str(log))
     die_with_parent()
-    settings = work.learner.model_copy(update={"ranks": side.ranks, "threads": side.threads})
+    settings = work.config.learner.model_copy(update={"ranks": side.ranks, "threads": side.threads})
     os.environ.update(learner_environment(settings, "cpu", rank))  # before torch is imported
     step = (bare_step if side.stage is None else learner_step)(work, side, rank)
     while updates := pipe.recv():
@@ -185,15 +183,14 @@ class Running:
 
 def make_work(folder: Path, groups: int) -> Work:
     """Groups of the quickstart's size out of its demonstrations, with rewards drawn at random."""
-    config = load_config(ROOT / "configs" / "quickstart.yaml")
+    config = load_config(ROOT / "configs" / "quickstart.yaml", ["train.optimizer.warmup_updates=0"])
     model = prepare_model(config, folder)
     inputs = Inputs(config, model)
     size, rng = config.train.group_size, np.random.default_rng(0)
     per_step = config.warm_start.rows_per_step
     rows = [row for step in range(-(-groups * size // per_step)) for row in inputs.demonstrations.rows(step)]
-    optimizer = config.train.optimizer.model_copy(update={"warmup_updates": 0})
     made = [_group(rows[size * i : size * (i + 1)], rng) for i in range(groups)]
-    return Work(model, folder, made, inputs.pad_token_id, optimizer, config.learner, config)
+    return Work(model, folder, made, inputs.pad_token_id, config)
 
 
 def _group(rows: list[Demonstration], rng: np.random.Generator) -> TrajectoryGroup:
