@@ -221,6 +221,7 @@ class Controller:
             pool, prompts = self.parts.pool, self.parts.held_out
             first = await sample_groups(pool, prompts, greedy) if evaluation.greedy else []
             second = await sample_groups(pool, prompts, sampled) if evaluation.samples else []
+        self.parts.pool.tokens_per_s()  # the next figure is of training rollouts alone
         return {**held_out_metrics(first, second), "time/evaluate_s": watch.seconds}
 
     def _advance(self) -> None:

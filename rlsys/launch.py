@@ -21,6 +21,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # The raylet drains for 30 s on SIGTERM; here nobody else uses it.
 os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")
 
+import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -37,7 +38,7 @@ from rlsys.display import Display
 from rlsys.errors import ConfigError
 from rlsys.inputs import Inputs
 from rlsys.metrics import MetricsWriter
-from rlsys.process import kill_with_this_process
+from rlsys.process import kill_and_wait, kill_with_this_process
 from rlsys.remote import RayLearner, RayRolloutPool
 from rlsys.resume import Start, find_start
 from rlsys.setup import prepare_model, tokenizer_files
@@ -45,6 +46,7 @@ from rlsys.types import Prompt
 from rlsys.weights import WeightBus
 
 PLACEMENT_TIMEOUT_S = 180.0
+SHUTDOWN_TIMEOUT_S = 10.0
 TEMPORARY_NOTE = ".temporary-folder"
 RENDEZVOUS = ".rendezvous-"
 Measure = Callable[[RayRolloutPool, list[Prompt], Config], Awaitable[dict[str, Any]]]
@@ -161,7 +163,9 @@ def ray_cluster(config: Config, run_dir: Path, bundles: list[dict[str, float]]) 
         with kill_with_this_process():
             yield Cluster(group, config, run_dir, temporary)
     finally:
+        started = psutil.Process().children(recursive=True) if local else []
         ray.shutdown()
+        kill_and_wait(started, SHUTDOWN_TIMEOUT_S)  # on a busy machine workers would outlive the driver by seconds
         _remove_leftovers(run_dir)
 
 

@@ -94,7 +94,7 @@ class MetricsWriter:
 
     Args:
         run_dir: the run directory.
-        resume_version: weight version of the checkpoint the run continues from, 0 for a new run.
+        resume_version: weight version of the checkpoint the run continues from, -1 for a new run.
     Raises:
         RlsysError: a line of metrics.jsonl is not a row.
     """

@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -58,6 +58,14 @@ def kill_with_this_process() -> Iterator[None]:
             yield
         finally:
             reaper.kill()
+
+
+def kill_and_wait(processes: Sequence[psutil.Process], timeout_s: float) -> None:
+    """SIGKILL what still runs of `processes` and wait for the end of all, at most `timeout_s`."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=timeout_s)
 
 
 def _reap() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,11 @@ def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
             raise ConfigError(f"run.resume: {error.message}") from None
     if checkpoint is None:
         return Start(RunState(stage=0, step=0, weight_version=0, cursor=0), None)
-    _check_fixed_fields(config, run_dir if resume == "auto" else checkpoint.parent.parent)
+    origin = run_dir if resume == "auto" else checkpoint.parent.parent
+    _check_fixed_fields(config, origin)
+    if origin.resolve() != run_dir.resolve() and (origin / "stages").is_dir():
+        # A stage may be anchored to the policy of the one before.
+        shutil.copytree(origin / "stages", run_dir / "stages", dirs_exist_ok=True)
     return Start(state_from_json(read_json(checkpoint / "state.json")), checkpoint)
 
 

@@ -76,7 +76,7 @@ class WeightBus:
             )
         self.calibrated = True
         if self._config.probe_tolerance is None:
-            self.tolerance = max(self._floor, TOLERANCE_FACTOR * gap)
+            self.tolerance = min(max(self._floor, TOLERANCE_FACTOR * gap), self._ceiling)
         return gap
 
     async def publish(self, version: int) -> Mapping[str, float]:
