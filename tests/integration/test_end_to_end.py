@@ -1,0 +1,125 @@
+"""One command trains through Ray, vLLM, two DeepSpeed ranks and the weight-sync bus."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import LOOPBACK, FinishedRun, last_checkpoint
+
+from rlsys.config import load_config
+from rlsys.metrics import METRICS, read_rows
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+LARGEST_GAP = 5e-4
+
+
+def test_metrics_have_a_row_for_every_step(finished_run: FinishedRun) -> None:
+    rows = read_rows(finished_run.dir / "metrics.jsonl")
+    expected = [("warm_start", step, step) for step in range(1, 61)]
+    # Step 0 of the online stage is the evaluation of the policy it starts from.
+    expected += [("online", step, 60 + step) for step in range(11)]
+    assert [(row["stage"], row["step"], row["weights/version"]) for row in rows] == expected
+    assert all(set(row) - {"stage", "step"} <= set(METRICS) for row in rows)
+
+
+def test_the_online_stage_learns_from_mixed_rewards(finished_run: FinishedRun) -> None:
+    rows = [row for row in read_rows(finished_run.dir / "metrics.jsonl") if row["stage"] == "online"][1:]
+    assert any(0 < row["rollout/reward"] < 1 for row in rows)
+    assert any(row["learner/grad_norm"] > 0 for row in rows)
+    assert any(row["learner/kl"] > 0 for row in rows)
+    assert all(row["learner/updates"] == 2 and row["rollout/staleness_max"] == 0 for row in rows)
+    # 8 groups of 4; every completion has at least its end token and at most max_tokens.
+    assert all(32 <= row["rollout/tokens"] <= 32 * 40 for row in rows)
+
+
+def test_actor_and_learner_agree_after_every_publish(finished_run: FinishedRun) -> None:
+    rows = [row for row in read_rows(finished_run.dir / "metrics.jsonl") if row["stage"] == "online"][1:]
+    for name in ("weights/probe_gap_max", "learner/logprob_gap_max"):
+        gaps = [row[name] for row in rows]
+        assert max(gaps) <= LARGEST_GAP
+        assert max(gaps) > 0  # two different programs never agree to the last bit: zero would mean no comparison
+
+
+def test_run_directory(finished_run: FinishedRun) -> None:
+    run = finished_run.dir
+    assert load_config(run / "config.yaml") == load_config(finished_run.config)
+    assert sorted(path.name for path in (run / "logs").iterdir()) == [
+        "actor-0.log",
+        "actor-1.log",
+        "learner-0.log",
+        "learner-1.log",
+    ]
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_000065", "step_000070"]
+    for stage in ("warm_start", "online"):
+        assert (run / "stages" / stage / "model.safetensors").is_file()
+
+
+def test_tensorboard_holds_the_same_numbers(finished_run: FinishedRun) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished_run.dir / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    found = {
+        (name, event.step, np.float32(event.value))
+        for name in events.Tags()["scalars"]
+        for event in events.Scalars(name)
+    }
+    rows = read_rows(finished_run.dir / "metrics.jsonl")
+    expected = {
+        (name, row["weights/version"], np.float32(value))
+        for row in rows
+        for name, value in row.items()
+        if name not in ("stage", "step")
+    }
+    assert found == expected
+
+
+def test_checkpointed_policy_opens_as_a_hugging_face_model(finished_run: FinishedRun) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    policy = last_checkpoint(finished_run.dir) / "policy"
+    model, info = AutoModelForCausalLM.from_pretrained(policy, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    messages = [{"role": "user", "content": "count a in abab"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    with torch.no_grad():
+        text = tokenizer.decode(model.generate(ids, do_sample=False, max_new_tokens=40)[0, ids.shape[1] :])
+    assert re.search(r"<answer>\d</answer>", text)
+
+
+def test_everything_listens_on_loopback(finished_run: FinishedRun) -> None:
+    seen = finished_run.command.seen
+    assert any("gcs_server" in name for name in seen.names) and any("LearnerActor" in name for name in seen.names)
+    assert seen.listening  # Ray's own services at least
+    assert [address for address in sorted(seen.listening) if not LOOPBACK.fullmatch(address[0])] == []
+
+
+def test_an_actor_has_no_child_but_its_verifiers(finished_run: FinishedRun) -> None:
+    children = finished_run.command.seen.actor_children
+    assert children
+    assert [line for line in children if "reward_worker" not in line] == []
+
+
+def test_nothing_is_left_after_the_end(finished_run: FinishedRun) -> None:
+    assert finished_run.left == []
+    folders = finished_run.command.seen.ray_folders
+    assert folders and [folder for folder in folders if Path(folder).exists()] == []
+
+
+def test_evaluate_repeats_the_last_evaluation_of_the_run(finished_run: FinishedRun, start, tmp_path: Path) -> None:
+    output = tmp_path / "figures.json"
+    command = start("evaluate", str(finished_run.dir), "--output", str(output)).finish()
+    command.assert_gone(within_s=5)
+    figures = json.loads(output.read_text())
+    row = read_rows(finished_run.dir / "metrics.jsonl")[-1]
+    # The same problems, seeds and weights, loaded from files instead of published.
+    assert figures["problems"] == 16
+    assert figures["greedy"]["accuracy"]["mean"] == pytest.approx(row["held_out/greedy_accuracy"], abs=1e-12)
+    assert figures["sampled"]["accuracy"]["mean"] == pytest.approx(row["held_out/sampled_accuracy"], abs=1e-12)
+    assert figures["pass_at_k"]["2"]["mean"] == pytest.approx(row["held_out/pass_at_k"], abs=1e-12)

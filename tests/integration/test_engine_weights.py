@@ -1,0 +1,110 @@
+"""A running vLLM engine takes new weights exactly; what it had computed with older ones is not mistaken for new."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.weight_update import check_names, expected_tensors
+from rlsys.config import FromScratchConfig
+from rlsys.errors import WeightSyncError
+from rlsys.types import TensorSpec, WeightBucket, WeightManifest
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+HERE = Path(__file__).parent
+ROUNDING = 2e-5  # fp32 log-probabilities of two programs that sum in another order; 1e-6 is usual
+KINDS = ("tied", "untied")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from rlsys.models import build_from_scratch
+
+    folder = tmp_path_factory.mktemp("engines")
+    for kind in KINDS:
+        size = FromScratchConfig(
+            hidden_size=64, layers=2, heads=2, intermediate_size=128, tie_embeddings=kind == "tied"
+        )
+        build_from_scratch(size, ("<answer>", "</answer>"), 0, folder / kind)
+    return {kind: folder / kind for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def measured(models: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+    processes = {
+        kind: subprocess.Popen(
+            [sys.executable, str(HERE / "engine_child.py"), str(model)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for kind, model in models.items()
+    }
+    try:
+        found = {}
+        for kind, process in processes.items():
+            output, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors[-3000:]
+            found[kind] = json.loads(output.splitlines()[-1])
+        return found
+    finally:
+        for process in processes.values():
+            process.kill()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_updated_engine_computes_what_the_learner_computes(measured, kind: str) -> None:
+    found = measured[kind]
+    assert found["gap_fresh"] < ROUNDING
+    assert found["gap_before_update"] > 1e-2  # the change is large enough to be noticed
+    assert found["gap_updated"] < ROUNDING
+    assert found["gap_after_flight"] < ROUNDING
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_prefix_of_older_weights_is_not_used(measured, kind: str) -> None:
+    # The same prompt was completed before the update, so its blocks were in the prefix cache.
+    assert measured[kind]["versions_after"] == [1]
+    assert measured[kind]["gap_same_prompt"] < ROUNDING
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_requests_in_flight_name_both_versions(measured, kind: str) -> None:
+    found = measured[kind]
+    pairs = list(zip(found["spans"], found["lengths"], strict=True))
+    mixed = [(spans, length) for spans, length in pairs if len(spans) == 2]
+    assert mixed, found["spans"]
+    for spans, length in mixed:
+        (first, old), (second, new) = spans
+        assert (first, old, new) == (0, 1, 2)
+        assert 0 < second < length
+    # Requests that ended before the update have one span; none was begun after it.
+    assert all(spans == [[0, 1]] for spans, _ in pairs if len(spans) == 1)
+    assert found["gap_first_span"] < ROUNDING
+
+
+def test_tied_output_layer_left_out_is_beyond_the_tolerance(measured) -> None:
+    assert measured["tied"]["gap_without_output_layer"] > 5e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_publish_names_every_tensor_of_the_model_and_the_output_layer(measured, models, kind: str) -> None:
+    names = measured[kind]["names"]
+    assert len(names) == len(set(names))
+    assert set(names) == expected_tensors(models[kind]) | {"lm_head.weight"}
+
+
+def test_missing_tensor_is_named(measured, models) -> None:
+    names = [name for name in measured["untied"]["names"] if name != "model.norm.weight"]
+    tensors = tuple(TensorSpec(name=name, shape=(1,), dtype="float32") for name in names)
+    manifest = WeightManifest(version=7, buckets=(WeightBucket(tensors=tensors, sha256="", bytes=0),))
+    with pytest.raises(WeightSyncError, match=r"actor 1, weight version 7: tensor model\.norm\.weight is missing"):
+        check_names("1", manifest, expected_tensors(models["untied"]))

@@ -1,0 +1,88 @@
+"""A run that is stopped twice ends exactly where an undisturbed one does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import TINY, FinishedRun, last_checkpoint, steady_rows, wait_for_row, write_config
+
+from rlsys.metrics import read_rows
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def module_start() -> object:
+    from conftest import Command
+
+    commands: list[Command] = []
+
+    def begin(*arguments: str) -> Command:
+        commands.append(Command(*arguments))
+        return commands[-1]
+
+    yield begin
+    for command in commands:
+        command.kill()
+
+
+@pytest.fixture(scope="module")
+def disturbed_run(module_start, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ctrl-C in the online stage, then SIGKILL of the driver, then to the end: three times the same command.
+
+    The first is told to make one step fewer: raising max_steps is how a finished run is continued.
+    """
+    folder = tmp_path_factory.mktemp("disturbed")
+    config, run = write_config(folder, TINY), folder / "run"
+
+    first = module_start("train", config, "train.max_steps=9")
+    wait_for_row(first, run, "online", 2)
+    first.signal(signal.SIGINT, group=True)
+    message = first.fail(130)
+    first.assert_gone(within_s=5)
+    assert message.splitlines()[-1] == "stopped by SIGINT; the state is saved, the same command continues"
+    last = read_rows(run / "metrics.jsonl")[-1]
+    assert last["stage"] == "online" and 2 <= last["step"] < 9
+    state = json.loads((last_checkpoint(run) / "state.json").read_text())
+    assert (state["weight_version"], state["step"]) == (last["weights/version"], last["step"])
+
+    second = module_start("train", config)
+    wait_for_row(second, run, "online", 6)
+    second.signal(signal.SIGKILL, group=False)
+    second.fail(-signal.SIGKILL)
+    second.assert_gone(within_s=15)
+    assert 6 <= read_rows(run / "metrics.jsonl")[-1]["step"] < 10
+    assert last_checkpoint(run).name == "step_000065"
+
+    third = module_start("train", config).finish()
+    third.assert_gone(within_s=5)
+    return run
+
+
+def test_metrics_equal_those_of_the_undisturbed_run(disturbed_run: Path, finished_run: FinishedRun) -> None:
+    assert steady_rows(disturbed_run) == steady_rows(finished_run.dir)
+
+
+def test_final_weights_and_moments_equal_byte_for_byte(disturbed_run: Path, finished_run: FinishedRun) -> None:
+    found, expected = (_digests(last_checkpoint(run)) for run in (disturbed_run, finished_run.dir))
+    assert set(expected) == {"policy/model", "learner/exp_avg", "learner/exp_avg_sq"}
+    assert found == expected
+
+
+def test_tensorboard_shows_every_version_once(disturbed_run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(disturbed_run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("rollout/reward")] == list(range(61, 71))
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(checkpoint).with_suffix("")): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(checkpoint.rglob("*.safetensors"))
+    }
