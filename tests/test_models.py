@@ -20,7 +20,7 @@ from rlsys.errors import ConfigError
 from rlsys.tasks import tags
 from rlsys.tasks.letter_count import LetterCountTask
 
-TINY = FromScratchConfig(hidden_size=16, layers=1, heads=2, intermediate_size=32, max_positions=64)
+TINY = FromScratchConfig(hidden_size=32, layers=1, heads=1, intermediate_size=32, max_positions=64)
 
 
 def make_task(form: str) -> LetterCountTask:
@@ -60,7 +60,7 @@ def test_the_folder_is_a_hugging_face_model() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert isinstance(model, Qwen2ForCausalLM)
     config = model.config
-    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (16, 1, 2)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (32, 1, 1)
     assert (config.num_key_value_heads, config.vocab_size) == (2, len(tokenizer))
     assert config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id

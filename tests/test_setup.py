@@ -11,7 +11,7 @@ from rlsys.config import Config, parse_config
 from rlsys.errors import ConfigError
 from rlsys.setup import prepare_model, tokenizer_files
 
-TINY = {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 16, "max_positions": 256}
+TINY = {"hidden_size": 32, "layers": 1, "heads": 1, "intermediate_size": 16, "max_positions": 256}
 
 
 def config(model: dict[str, Any], seed: int = 0) -> Config:
