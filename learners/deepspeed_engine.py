@@ -62,6 +62,7 @@ class PolicyEngine:
     def __init__(self, settings: RankSettings) -> None:
         self.settings = settings
         self.updates = 0
+        self._not_finite = ""
         _join_process_group(settings)
 
     # --- stages and files ---
@@ -201,17 +202,21 @@ class PolicyEngine:
         return _seed(self.settings.seed, version)
 
     def _backward(self, loss: Tensor, name: str) -> None:
-        bad = torch.tensor(float(not math.isfinite(loss.item())), device=self.settings.device)
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        if bad.item():
-            raise NonFiniteLossError(
-                f"{name} is {loss.item()} on rank {self.settings.rank} at update {self.updates} "
-                "(or non-finite on another rank); nothing was updated or published"
-            )
+        if not math.isfinite(loss.item()):
+            self._not_finite = f"{name} is {loss.item()} on rank {self.settings.rank}"
         # DeepSpeed averages gradients over ranks; our denominators are global already.
         self.engine.backward(loss * self.settings.ranks)
 
+    def _check_finite(self) -> None:
+        """All ranks agree before the optimizer sees anything; one wait an update, not one a pass."""
+        bad = torch.tensor(float(bool(self._not_finite)), device=self.settings.device)
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        if bad.item():
+            found = self._not_finite or "the loss of another rank is not finite"
+            raise NonFiniteLossError(f"{found}, at update {self.updates}; nothing was updated or published")
+
     def _update(self, sums: _Sums) -> None:
+        self._check_finite()
         rate = learning_rate(self.optimizer_config, self.updates, self.total_updates)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
@@ -294,7 +299,7 @@ class _Sums:
         self.notes: dict[str, list[float]] = {}
 
     def add(self, name: str, value: Tensor | float) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(value)
+        self.sums[name] = self.sums.get(name, 0.0) + float(value.detach() if isinstance(value, Tensor) else value)
 
     def note(self, name: str, value: float) -> None:
         """A figure that is the same on all ranks; the step reports its mean over updates."""

@@ -18,6 +18,8 @@ from typing import Any
 # Without this, Ray binds its services to every interface. It must be set before ray is imported.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray runs its workers at nice 15, which starves them beside anything else.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # The raylet drains for 30 s on SIGTERM; here nobody else uses it.
 os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")
 

@@ -61,7 +61,7 @@ def test_the_folder_is_a_hugging_face_model() -> None:
     assert isinstance(model, Qwen2ForCausalLM)
     config = model.config
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (32, 1, 1)
-    assert (config.num_key_value_heads, config.vocab_size) == (2, len(tokenizer))
+    assert (config.num_key_value_heads, config.vocab_size) == (1, len(tokenizer))
     assert config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
 

@@ -41,7 +41,7 @@ def test_it_is_built_again_where_the_config_changed(tmp_path: Path, built: Path)
     assert weights(folder) == weights(built)
     assert weights(prepare_model(config({"from_scratch": TINY}, seed=1), tmp_path)) != weights(built)
     wider = config({"from_scratch": {**TINY, "hidden_size": 32}})
-    assert len(weights(prepare_model(wider, tmp_path))) > len(weights(built))
+    assert weights(prepare_model(wider, tmp_path)) != weights(built)
 
 
 def test_a_build_that_was_cut_short_is_not_used(tmp_path: Path, built: Path) -> None:
