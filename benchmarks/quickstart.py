@@ -41,7 +41,7 @@ def run(seed: int, run_dir: Path) -> list[dict[str, Any]]:
     if not seconds.exists():
         started = time.monotonic()
         command = ["rlsys", "train", CONFIG, f"run.dir={run_dir}", f"run.seed={seed}"]
-        subprocess.run([Path(sys.executable).parent / command[0], *command[1:]], check=True)  # noqa: S603 - our own
+        subprocess.run([Path(sys.executable).parent / command[0], *command[1:]], check=True)
         seconds.write_text(f"{time.monotonic() - started:.1f}\n")
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 

@@ -40,8 +40,8 @@ def test_it_is_built_again_where_the_config_changed(tmp_path: Path, built: Path)
     folder = prepare_model(config({"from_scratch": TINY}), tmp_path)
     assert weights(folder) == weights(built)
     assert weights(prepare_model(config({"from_scratch": TINY}, seed=1), tmp_path)) != weights(built)
-    wider = config({"from_scratch": {**TINY, "hidden_size": 32}})
-    assert weights(prepare_model(wider, tmp_path)) != weights(built)
+    wider = config({"from_scratch": {**TINY, "hidden_size": 64}})
+    assert len(weights(prepare_model(wider, tmp_path))) > len(weights(built))
 
 
 def test_a_build_that_was_cut_short_is_not_used(tmp_path: Path, built: Path) -> None:
