@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def verified_tensors(
 def unpack(bucket: WeightBucket, data: np.ndarray) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a bucket, as views of `data` ([bytes] uint8)."""
     start = 0
+    # Ray's shared memory is read-only, which torch warns of; the engine only copies out of these views.
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     for spec in bucket.tensors:
         raw = torch.from_numpy(data[start : start + spec.bytes])
         yield spec.name, raw.view(getattr(torch, spec.dtype)).view(spec.shape)

@@ -40,6 +40,9 @@ def build_from_scratch(config: FromScratchConfig, vocabulary: Sequence[str], see
         seed: seed of the initial weights.
         folder: created where missing.
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _build_tokenizer(vocabulary, config.max_positions)
     tokenizer.save_pretrained(folder)

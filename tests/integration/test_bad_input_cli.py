@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,21 @@ from rlsys.resume import find_start
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
+@pytest.fixture(scope="module")
+def quiet_transformers() -> Iterator[None]:
+    """As in a process of rlsys, which says so before it imports transformers; here a test may have done that."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    yield
+    logging.set_verbosity(level)
+    logging.enable_progress_bar()
+
+
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+def refused(quiet_transformers: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     """Run a command in this process; the one line it is refused with."""
 
     def run(*arguments: str) -> str:
@@ -144,11 +158,18 @@ def test_check_prints_a_config_that_can_be_read_again(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_real_process_says_one_line_and_exits_with_2(tmp_path: Path) -> None:
-    done = _command("train", write_config(tmp_path, TINY), "train.max_step=5")
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.max_step=5", "train.max_step: unknown key"),
+        ("actors.kv_cache_gib=100000", "actors.count, actors.kv_cache_gib or learner.ranks: "),  # builds the model
+    ],
+)
+def test_a_real_process_says_one_line_and_exits_with_2(tmp_path: Path, override: str, expected: str) -> None:
+    done = _command("train", write_config(tmp_path, TINY), override)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "train.max_step: unknown key" in done.stderr
+    assert done.stderr.count("\n") == 1 and expected in done.stderr
 
 
 def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
