@@ -123,8 +123,8 @@ def test_bad_data_set(refused, tmp_path: Path, rows: list[Any], task: dict[str, 
 
 FIXED = [
     ("run.seed=4", "run.seed differs"),
-    ("task.max_length=5", "task differs"),
-    ("model.from_scratch.layers=3", "model differs"),
+    ("task.max_length=5", "task.max_length differs"),
+    ("model.from_scratch.layers=3", "model.from_scratch.layers differs"),
     ("stages=[online]", "stages differs"),
 ]
 

@@ -46,6 +46,9 @@ def test_actor_and_learner_agree_after_every_publish(finished_run: FinishedRun) 
 
 def test_run_directory(finished_run: FinishedRun) -> None:
     run = finished_run.dir
+    names = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "logs", "stages", "model"} <= names
+    assert [name for name in names if name.startswith(".")] == []  # scratch files are gone
     assert load_config(run / "config.yaml") == load_config(finished_run.config)
     assert sorted(path.name for path in (run / "logs").iterdir()) == [
         "actor-0.log",

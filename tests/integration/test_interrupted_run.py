@@ -60,6 +60,9 @@ def disturbed_run(module_start, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
     third = module_start("train", config).finish()
     third.assert_gone(within_s=5)
+    # The killed driver could not remove its scratch folder; the next command did.
+    folders = {folder for command in (first, second, third) for folder in command.seen.ray_folders}
+    assert len(folders) == 3 and [folder for folder in folders if Path(folder).exists()] == []
     return run
 
 
