@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY, TINY, FinishedRun, write_config
+from real_runs import REPOSITORY, TINY, FinishedRun, write_config
 
 from rlsys import cli
 from rlsys.checkpoint import CheckpointStore

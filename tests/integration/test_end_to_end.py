@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LOOPBACK, FinishedRun, last_checkpoint
+from real_runs import LOOPBACK, FinishedRun, last_checkpoint
 
 from rlsys.config import load_config
 from rlsys.metrics import METRICS, read_rows

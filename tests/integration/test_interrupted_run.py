@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import TINY, FinishedRun, last_checkpoint, steady_rows, wait_for_row, write_config
+from real_runs import TINY, FinishedRun, commands, last_checkpoint, steady_rows, wait_for_row, write_config
 
 from rlsys.metrics import read_rows
 
@@ -16,54 +16,39 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def module_start() -> object:
-    from conftest import Command
-
-    commands: list[Command] = []
-
-    def begin(*arguments: str) -> Command:
-        commands.append(Command(*arguments))
-        return commands[-1]
-
-    yield begin
-    for command in commands:
-        command.kill()
-
-
-@pytest.fixture(scope="module")
-def disturbed_run(module_start, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def disturbed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ctrl-C in the online stage, then SIGKILL of the driver, then to the end: three times the same command.
 
     The first is told to make one step fewer: raising max_steps is how a finished run is continued.
     """
     folder = tmp_path_factory.mktemp("disturbed")
     config, run = write_config(folder, TINY), folder / "run"
+    with commands() as start:
+        first = start("train", config, "train.max_steps=9")
+        wait_for_row(first, run, "online", 2)
+        first.signal(signal.SIGINT, group=True)
+        message = first.fail(130)
+        first.assert_gone(within_s=5)
+        assert message.splitlines()[-1] == "stopped by SIGINT; the state is saved, the same command continues"
+        last = read_rows(run / "metrics.jsonl")[-1]
+        assert last["stage"] == "online" and 2 <= last["step"] < 9
+        state = json.loads((last_checkpoint(run) / "state.json").read_text())
+        assert (state["weight_version"], state["step"]) == (last["weights/version"], last["step"])
 
-    first = module_start("train", config, "train.max_steps=9")
-    wait_for_row(first, run, "online", 2)
-    first.signal(signal.SIGINT, group=True)
-    message = first.fail(130)
-    first.assert_gone(within_s=5)
-    assert message.splitlines()[-1] == "stopped by SIGINT; the state is saved, the same command continues"
-    last = read_rows(run / "metrics.jsonl")[-1]
-    assert last["stage"] == "online" and 2 <= last["step"] < 9
-    state = json.loads((last_checkpoint(run) / "state.json").read_text())
-    assert (state["weight_version"], state["step"]) == (last["weights/version"], last["step"])
+        second = start("train", config)
+        wait_for_row(second, run, "online", 6)
+        second.signal(signal.SIGKILL, group=False)
+        second.fail(-signal.SIGKILL)
+        second.assert_gone(within_s=15)
+        assert 6 <= read_rows(run / "metrics.jsonl")[-1]["step"] < 10
+        assert last_checkpoint(run).name == "step_000065"
 
-    second = module_start("train", config)
-    wait_for_row(second, run, "online", 6)
-    second.signal(signal.SIGKILL, group=False)
-    second.fail(-signal.SIGKILL)
-    second.assert_gone(within_s=15)
-    assert 6 <= read_rows(run / "metrics.jsonl")[-1]["step"] < 10
-    assert last_checkpoint(run).name == "step_000065"
-
-    third = module_start("train", config).finish()
-    third.assert_gone(within_s=5)
-    # The killed driver could not remove its scratch folder; the next command did.
-    folders = {folder for command in (first, second, third) for folder in command.seen.ray_folders}
-    assert len(folders) == 3 and [folder for folder in folders if Path(folder).exists()] == []
-    return run
+        third = start("train", config).finish()
+        third.assert_gone(within_s=5)
+        # The killed driver could not remove its scratch folder; the next command did.
+        folders = {folder for command in (first, second, third) for folder in command.seen.ray_folders}
+        assert len(folders) == 3 and [folder for folder in folders if Path(folder).exists()] == []
+        return run
 
 
 def test_metrics_equal_those_of_the_undisturbed_run(disturbed_run: Path, finished_run: FinishedRun) -> None:

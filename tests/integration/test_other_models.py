@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, Command, last_checkpoint, write_config
+from real_runs import TINY, Command, last_checkpoint, write_config
 
 from rlsys.config import LetterCountConfig
 from rlsys.metrics import read_rows

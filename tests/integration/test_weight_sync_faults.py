@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, Command, write_config
+from real_runs import TINY, Command, write_config
 
 from rlsys.config import LetterCountConfig
 from rlsys.metrics import read_rows

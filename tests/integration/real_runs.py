@@ -1,0 +1,249 @@
+"""Runs of the real command line on tiny models, and what their processes and sockets looked like."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from rlsys.checkpoint import CheckpointStore
+from rlsys.metrics import METRICS, read_rows
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MARK = "RLSYS_TEST_MARK"  # an environment variable that every process of a run inherits
+LOOPBACK = re.compile(r"127\.\d+\.\d+\.\d+|::1|::ffff:127\.\d+\.\d+\.\d+")
+
+# 60 steps on chains without side nodes teach the form of an answer, not yet counting: rewards are mixed, so
+# advantages, gradients and weights of the online stage are not zero.
+TINY: dict[str, Any] = {
+    "run": {"seed": 3},
+    "model": {
+        "from_scratch": {"hidden_size": 64, "layers": 2, "heads": 2, "intermediate_size": 128, "max_positions": 128}
+    },
+    "task": {
+        "type": "letter_count",
+        "min_length": 2,
+        "max_length": 4,
+        "alphabet": "abc",
+        "error_rate": 0,
+        "shares": {"sub_task": 0, "hypothesis": 0, "double_check": 0, "reflection": 0, "reclarify": 0},
+    },
+    "actors": {"count": 2, "max_model_len": 128, "max_num_seqs": 64, "kv_cache_gib": 0.1},
+    "sampling": {"max_tokens": 40},
+    "learner": {"ranks": 2, "zero_stage": 2},
+    "objective": {"kl_coef": 0.01},
+    "warm_start": {
+        "max_steps": 60,
+        "rows_per_step": 32,
+        "optimizer": {"learning_rate": 5e-3, "warmup_updates": 5, "schedule": "cosine"},
+    },
+    "train": {
+        "max_steps": 10,
+        "groups_per_step": 8,
+        "group_size": 4,
+        "updates_per_step": 2,
+        "optimizer": {"learning_rate": 3e-4, "warmup_updates": 0},
+    },
+    "checkpoint": {"interval": 5},
+    "evaluation": {"prompts": 16, "samples": 2},
+}
+
+
+@dataclass
+class Seen:
+    """What was found in the process tree of a run while it went on."""
+
+    listening: set[tuple[str, int]] = field(default_factory=set)
+    ray_folders: set[str] = field(default_factory=set)
+    actor_children: set[str] = field(default_factory=set)
+    names: set[str] = field(default_factory=set)
+
+    @property
+    def ports(self) -> set[int]:
+        return {port for _, port in self.listening}
+
+
+class Command:
+    """A command of rlsys in its own session, with an eye on everything it starts."""
+
+    def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        self.mark = uuid.uuid4().hex
+        self.seen = Seen()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "rlsys.cli", *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {}), MARK: self.mark},
+            cwd=REPOSITORY,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        self._output: tuple[str, str] = ("", "")
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def stdout(self) -> str:
+        return self._output[0]
+
+    @property
+    def stderr(self) -> str:
+        return self._output[1]
+
+    def wait(self) -> int:
+        """The exit code."""
+        code = self._process.wait()
+        self._watcher.join()
+        return code
+
+    def finish(self) -> Command:
+        """Wait for success; the outputs are complete then."""
+        code = self.wait()
+        self._reader.join(timeout=10)
+        assert code == 0, f"exit code {code}\n{self.stdout}\n{self.stderr}"
+        return self
+
+    def fail(self, code: int) -> str:
+        """Wait for a failure; its standard error."""
+        found = self.wait()
+        self._reader.join(timeout=10)
+        assert found == code, f"exit code {found}, expected {code}\n{self.stdout}\n{self.stderr}"
+        return self.stderr
+
+    def signal(self, number: signal.Signals, group: bool) -> None:
+        """Signal the driver, or its whole group as a terminal's Ctrl-C does."""
+        (os.killpg if group else os.kill)(self._process.pid, number)
+
+    def left_over(self) -> list[str]:
+        """Processes of this command that run, ports that listen, and Ray's folders that exist."""
+        processes = [f"process {process.pid} {_command_line(process)}" for process in marked(self.mark)]
+        connections = psutil.net_connections("tcp")
+        listening = {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
+        return processes + [f"port {port}" for port in sorted(self.seen.ports & listening)]
+
+    def assert_gone(self, within_s: float) -> None:
+        """Nothing of the command is left, at the latest `within_s` seconds from now."""
+        deadline = time.monotonic() + within_s
+        while left := self.left_over():
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """Clean up after a failed test."""
+        for process in [*marked(self.mark)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def _read(self) -> None:
+        self._output = self._process.communicate()
+
+    def _watch(self) -> None:
+        while self.running:
+            for process in marked(self.mark):
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    self._look_at(process)
+            time.sleep(0.5)
+
+    def _look_at(self, process: psutil.Process) -> None:
+        line = _command_line(process)
+        self.seen.names.add(line.split(" ")[0])
+        self.seen.ray_folders.update(re.findall(r"/tmp/rl-[0-9a-f]{8}", line))
+        for connection in process.net_connections("inet"):
+            bound = connection.status == psutil.CONN_LISTEN or not connection.raddr
+            if bound and connection.laddr:
+                self.seen.listening.add((connection.laddr.ip, connection.laddr.port))
+        if line.startswith("ray::RolloutActor"):
+            self.seen.actor_children.update(_command_line(child) for child in process.children(recursive=True))
+
+
+def marked(mark: str) -> Iterator[psutil.Process]:
+    """Processes that inherited the mark; zombies have no environment and do not count."""
+    wanted = f"{MARK}={mark}".encode()
+    for pid in psutil.pids():
+        try:
+            if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                yield psutil.Process(pid)
+        except (OSError, psutil.NoSuchProcess):
+            continue
+
+
+def _command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def write_config(folder: Path, values: Mapping[str, Any]) -> str:
+    """Write a config that runs in `folder`/run; its path."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({**values, "run": {**values["run"], "dir": str(folder / "run")}}))
+    return str(path)
+
+
+def wait_for_row(command: Command, run_dir: Path, stage: str, step: int) -> None:
+    """Wait until metrics.jsonl holds a step."""
+    while not any(row["stage"] == stage and row["step"] >= step for row in read_rows(run_dir / "metrics.jsonl")):
+        assert command.running, f"the run ended early\n{command.stdout}\n{command.stderr}"
+        time.sleep(0.01)
+
+
+def steady_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without times, rates and sizes that depend on the machine."""
+    volatile = {name for name, spec in METRICS.items() if spec.volatile}
+    return [
+        {name: value for name, value in row.items() if name not in volatile}
+        for row in read_rows(run_dir / "metrics.jsonl")
+    ]
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    found = CheckpointStore(run_dir / "checkpoints", 1).latest()
+    assert found is not None
+    return found
+
+
+@contextlib.contextmanager
+def commands() -> Iterator[Callable[..., Command]]:
+    """A function that starts commands, which end with the block at the latest."""
+    started: list[Command] = []
+
+    def begin(*arguments: str, environment: Mapping[str, str] | None = None) -> Command:
+        started.append(Command(*arguments, environment=environment))
+        return started[-1]
+
+    try:
+        yield begin
+    finally:
+        for command in started:
+            command.kill()
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that reached its end. left: what was left of it 5 s later."""
+
+    config: str
+    dir: Path
+    command: Command
+    left: list[str]
