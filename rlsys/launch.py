@@ -86,10 +86,10 @@ def train(config: Config) -> None:
         store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep_last)
         store.sweep()
         start = find_start(config, run_dir, store)
-        (run_dir / "config.yaml").write_text(dump_config(config))
         model = prepare_model(config, run_dir)
         resources.check(resources.plan(config, model))
         inputs = Inputs(config, model)  # bad data must be found before anything is started
+        (run_dir / "config.yaml").write_text(dump_config(config))  # a refused command leaves the run's own
         bundles = actor_bundles(config) + rank_bundles(config)
         with ray_cluster(config, run_dir, bundles) as cluster, Display(totals=_totals(config)) as display:
             asyncio.run(_train(cluster, store, start, model, inputs, display))

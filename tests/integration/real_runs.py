@@ -68,7 +68,7 @@ class Seen:
 
     listening: set[tuple[str, int]] = field(default_factory=set)
     ray_folders: set[str] = field(default_factory=set)
-    actor_children: set[str] = field(default_factory=set)
+    actor_children: dict[int, list[str]] = field(default_factory=dict)  # command lines by process, one a look
     names: set[str] = field(default_factory=set)
 
     @property
@@ -173,7 +173,8 @@ class Command:
             if bound and connection.laddr:
                 self.seen.listening.add((connection.laddr.ip, connection.laddr.port))
         if line.startswith("ray::RolloutActor"):
-            self.seen.actor_children.update(_command_line(child) for child in process.children(recursive=True))
+            for child in process.children(recursive=True):
+                self.seen.actor_children.setdefault(child.pid, []).append(_command_line(child))
 
 
 def marked(mark: str) -> Iterator[psutil.Process]:

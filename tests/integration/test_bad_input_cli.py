@@ -137,6 +137,12 @@ def test_resume_that_changes_a_fixed_field(refused, finished_run: FinishedRun, o
     assert (finished_run.dir / "config.yaml").read_text() == before
 
 
+def test_refused_resume_leaves_the_config_of_the_run(refused, finished_run: FinishedRun) -> None:
+    before = (finished_run.dir / "config.yaml").read_text()
+    assert "needs 2000 threads" in refused("train", finished_run.config, "actors.threads=1000")
+    assert (finished_run.dir / "config.yaml").read_text() == before
+
+
 def test_used_directory_is_refused_when_resume_is_never(refused, finished_run: FinishedRun) -> None:
     assert "choose another run.dir" in refused("train", finished_run.config, "run.resume=never")
 
