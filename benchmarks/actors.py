@@ -24,7 +24,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, where this file would hide the package `actors`
 
-from rlsys.config import ActorsConfig, Config, load_config  # noqa: E402
+from rlsys.config import ActorsConfig, Config  # noqa: E402
+from rlsys.config_file import load_config  # noqa: E402
 from rlsys.inputs import Inputs  # noqa: E402
 from rlsys.models import end_token_id, load_tokenizer  # noqa: E402
 from rlsys.process import die_with_parent, quiet_worker  # noqa: E402

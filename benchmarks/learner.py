@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, whose actors.py would hide the package of that name
 
 from learners.rank_settings import RankSettings, learner_environment  # noqa: E402
-from rlsys.config import Config, load_config  # noqa: E402
+from rlsys.config import Config  # noqa: E402
+from rlsys.config_file import load_config  # noqa: E402
 from rlsys.inputs import Inputs  # noqa: E402
 from rlsys.process import die_with_parent, quiet_worker  # noqa: E402
 from rlsys.setup import prepare_model  # noqa: E402

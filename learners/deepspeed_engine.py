@@ -10,7 +10,6 @@ import datetime
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from learners.losses import kl_loss, policy_loss, supervised_loss
 from learners.objective import token_weights
 from learners.rank_settings import RankSettings
 from learners.schedule import learning_rate
+from learners.step_sums import Pass, StepSums
 from learners.tensor_files import read_tensors, write_tensors
 from rlsys.config import LearnerConfig, OptimizerConfig
 from rlsys.errors import CheckpointError, NonFiniteLossError
@@ -42,18 +42,6 @@ from rlsys.types import Demonstration, Float32Array, Int32Array, TrajectoryGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """One forward and backward pass of this rank. row_weights: [B] weight of a token of each row."""
-
-    batch: MicroBatch
-    row_weights: Tensor
-    real_tokens: int
-
-    def token_weights(self) -> Tensor:
-        return self.row_weights[self.batch.row_ids]
 
 
 class PolicyEngine:
@@ -120,7 +108,7 @@ class PolicyEngine:
         # The first update starts from the old policy itself; only the later ones need its log-probabilities kept.
         old: list[list[Tensor | None]] = [[None] * len(plans[0])]
         old += [[self._old_logprobs(item.batch) for item in plan] for plan in plans[1:]]
-        sums = _Sums(self.settings.device)
+        sums = StepSums(self.settings.device)
         for plan, old_logprobs in zip(plans, old, strict=True):
             for item, old_item in zip(plan, old_logprobs, strict=True):
                 self._backward(self._policy_term(item, old_item, sums), "policy loss")
@@ -132,7 +120,7 @@ class PolicyEngine:
         self._reseed(version)
         rows = rows_from_demonstrations(demonstrations)
         weight = 1.0 / max(1, sum(row.loss_tokens for row in rows))
-        sums = _Sums(self.settings.device)
+        sums = StepSums(self.settings.device)
         for item in self._plan(rows, np.full(len(rows), weight)):
             logprobs, _ = self._logprobs(self.engine, item.batch, temperature=1.0)
             loss = supervised_loss(logprobs, item.token_weights().to(logprobs.device)).loss
@@ -142,7 +130,7 @@ class PolicyEngine:
         self._update(sums)
         return sums.reduce(1)
 
-    def _policy_term(self, item: _Pass, old: Tensor | None, sums: _Sums) -> Tensor:
+    def _policy_term(self, item: Pass, old: Tensor | None, sums: StepSums) -> Tensor:
         objective, batch = self.settings.objective, item.batch
         logprobs, entropy = self._logprobs(self.engine, batch)
         old = logprobs.detach() if old is None else old
@@ -176,12 +164,12 @@ class PolicyEngine:
     def _old_logprobs(self, batch: MicroBatch) -> Tensor:
         return self._logprobs(self.engine, batch)[0]
 
-    def _plan(self, rows: Sequence[Row], row_weights: np.ndarray) -> list[_Pass]:
+    def _plan(self, rows: Sequence[Row], row_weights: np.ndarray) -> list[Pass]:
         budget = self.settings.learner.micro_batch_tokens
         lengths = [row.length for row in rows]
         shares = plan_micro_batches(lengths, ranks=self.settings.ranks, budget_tokens=budget)
         return [
-            _Pass(
+            Pass(
                 collate([rows[i] for i in ids], self.settings.pad_token_id),
                 torch.as_tensor(row_weights[ids], dtype=torch.float32),
                 sum(lengths[i] for i in ids),
@@ -215,7 +203,7 @@ class PolicyEngine:
             found = self._not_finite or "the loss of another rank is not finite"
             raise NonFiniteLossError(f"{found}, at update {self.updates}; nothing was updated or published")
 
-    def _update(self, sums: _Sums) -> None:
+    def _update(self, sums: StepSums) -> None:
         self._check_finite()
         rate = learning_rate(self.optimizer_config, self.updates, self.total_updates)
         for group in self.engine.optimizer.param_groups:
@@ -286,76 +274,6 @@ class PolicyEngine:
         inner = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
         for state in inner.state.values():
             state["step"] = torch.tensor(float(self.updates))
-
-
-class _Sums:
-    """Figures of a training step: sums and maxima over tokens, later reduced over ranks."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-        # Ranks reduce by position, so all must hold the same names even where one had no token.
-        self.sums: dict[str, float] = {"gap": 0.0}
-        self.maxima: dict[str, float] = {"learner/ratio_max": 0.0, "learner/logprob_gap_max": 0.0}
-        self.notes: dict[str, list[float]] = {}
-
-    def add(self, name: str, value: Tensor | float) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(value.detach() if isinstance(value, Tensor) else value)
-
-    def note(self, name: str, value: float) -> None:
-        """A figure that is the same on all ranks; the step reports its mean over updates."""
-        self.notes.setdefault(name, []).append(value)
-
-    def add_supervised(self, item: _Pass) -> None:
-        self._add_padding(item)
-        self.add("supervised", len(item.batch.row_ids))
-
-    def add_policy(self, item: _Pass, metrics: dict[str, Tensor], old: Tensor, entropy: Tensor) -> None:
-        self._add_padding(item)
-        self.add("policy", old.numel())
-        self.add("entropy", entropy.sum())
-        self.add("clipped_low", metrics["clipped_low"])
-        self.add("clipped_high", metrics["clipped_high"])
-        if old.numel():
-            behavior = item.batch.behavior_logprobs[item.batch.loss_mask].to(old.device)
-            gap = (old - behavior).abs()
-            self.add("gap", gap.sum())
-            self._maximum("learner/logprob_gap_max", gap.max())
-            self._maximum("learner/ratio_max", metrics["ratio_max"])
-
-    def _add_padding(self, item: _Pass) -> None:
-        self.add("padded", item.batch.input_ids.numel())
-        self.add("real", item.real_tokens)
-
-    def _maximum(self, name: str, value: Tensor) -> None:
-        self.maxima[name] = max(self.maxima.get(name, 0.0), float(value))
-
-    def reduce(self, updates: int) -> dict[str, float]:
-        """Names of the metrics registry, the same on all ranks. Losses are means over updates. Collective."""
-        sums = self._all_reduce(self.sums, dist.ReduceOp.SUM)
-        found = {name: value / updates for name, value in sums.items() if "/" in name}
-        found |= {name: sum(values) / len(values) for name, values in self.notes.items()}
-        found["learner/updates"] = float(updates)
-        found["learner/tokens"] = sums["real"]
-        found["learner/padding_share"] = 1 - sums["real"] / sums["padded"]
-        if "supervised" in sums:
-            return found | {"supervised/tokens": sums["supervised"]}
-        tokens = max(1.0, sums["policy"])
-        found |= self._all_reduce(self.maxima, dist.ReduceOp.MAX)
-        shares = {
-            "learner/logprob_gap_mean": "gap",
-            "learner/entropy": "entropy",
-            "learner/clip_low_fraction": "clipped_low",
-            "learner/clip_high_fraction": "clipped_high",
-            "learner/kl": "kl",
-        }
-        return found | {name: sums[key] / tokens for name, key in shares.items() if key in sums}
-
-    def _all_reduce(self, values: dict[str, float], operation: Any) -> dict[str, float]:
-        names = sorted(values)
-        # On the device of the ranks: NCCL takes nothing else.
-        tensor = torch.tensor([values[name] for name in names], dtype=torch.float64, device=self._device)
-        dist.all_reduce(tensor, op=operation)
-        return dict(zip(names, tensor.tolist(), strict=True))
 
 
 def _seed(*parts: int) -> int:

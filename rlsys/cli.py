@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rlsys import resources
-from rlsys.config import Config, dump_config, load_config
+from rlsys.config import Config
+from rlsys.config_file import dump_config, load_config
 from rlsys.errors import ConfigError, InterruptedRunError, RlsysError
 
 app = typer.Typer(

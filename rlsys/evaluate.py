@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rlsys.checkpoint import CheckpointStore
-from rlsys.config import Config, load_config
+from rlsys.config import Config
+from rlsys.config_file import load_config
 from rlsys.errors import ConfigError
 from rlsys.evaluation import Estimate, answered, mean_over_prompts, pass_at_k, sample_groups, solved
 from rlsys.types import Prompt, SamplingSettings, TrajectoryGroup

@@ -34,7 +34,8 @@ from learners.learner_actor import LearnerActor
 from learners.rank_settings import RankSettings, learner_environment
 from rlsys import resources
 from rlsys.checkpoint import CheckpointStore, RunLock
-from rlsys.config import Config, dump_config
+from rlsys.config import Config
+from rlsys.config_file import dump_config
 from rlsys.controller import Controller, Parts
 from rlsys.display import Display
 from rlsys.errors import ConfigError

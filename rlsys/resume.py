@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.checkpoint import CheckpointStore, read_json, state_from_json
-from rlsys.config import Config, fixed_fields, load_config
+from rlsys.config import Config
+from rlsys.config_file import fixed_fields, load_config
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.types import RunState
 

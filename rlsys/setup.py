@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-from rlsys.config import Config, digest
+from rlsys.config import Config
 from rlsys.errors import ConfigError
 from rlsys.models import build_from_scratch, load_tokenizer
 from rlsys.tasks import build_task
@@ -23,7 +26,7 @@ def prepare_model(config: Config, run_dir: Path) -> Path:
     if scratch is not None:
         folder = run_dir / "model"
         vocabulary = build_task(config.task, config.run.seed).vocabulary()
-        built = digest([scratch.model_dump(), vocabulary, config.run.seed])
+        built = _digest([scratch.model_dump(), vocabulary, config.run.seed])
         record = run_dir / "model.sha256"  # of what it was built from: the config may have changed since
         if not record.exists() or record.read_text() != built:
             unfinished = run_dir / ".model"
@@ -61,3 +64,8 @@ def _from_hub(name: str) -> Path:
         raise ConfigError(
             f"model.path {name}: neither a folder here nor a model that the hub gave ({reason})"
         ) from None
+
+
+def _digest(values: Any) -> str:
+    """sha256 of a JSON-able value."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -14,18 +14,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rlsys.config import (
-    Config,
-    DatasetConfig,
-    LetterCountConfig,
-    Section,
-    apply_override,
-    dump_config,
-    fixed_fields,
-    load_config,
-    parse_config,
-    parse_yaml,
-)
+from rlsys.config import Config, DatasetConfig, LetterCountConfig, Section
+from rlsys.config_file import apply_override, dump_config, fixed_fields, load_config, parse_config, parse_yaml
 from rlsys.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))

@@ -15,7 +15,8 @@ from fakes import PROBE, FakeLearner, FakePool, NumberTask, prompt
 from rich.console import Console
 
 from rlsys.checkpoint import CheckpointStore, read_json, state_from_json
-from rlsys.config import Config, parse_config
+from rlsys.config import Config
+from rlsys.config_file import parse_config
 from rlsys.controller import Controller, Parts
 from rlsys.demonstrations import DemonstrationStream
 from rlsys.display import Display

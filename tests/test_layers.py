@@ -20,6 +20,7 @@ HEAVY = {
     "rlsys.cli",
     "rlsys.evaluate",
     "rlsys.launch",
+    "rlsys.remote",
     "actors.engine",
     "actors.rollout_actor",
     "learners.deepspeed_engine",

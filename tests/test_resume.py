@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from rlsys.checkpoint import CheckpointStore, state_to_json, write_json
-from rlsys.config import Config, dump_config, parse_config
+from rlsys.config import Config
+from rlsys.config_file import dump_config, parse_config
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.resume import Start, find_start
 from rlsys.types import RunState

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from rlsys.config import Config, parse_config
+from rlsys.config import Config
+from rlsys.config_file import parse_config
 from rlsys.errors import ConfigError
 from rlsys.setup import prepare_model, tokenizer_files
 

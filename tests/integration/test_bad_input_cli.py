@@ -15,7 +15,7 @@ from real_runs import REPOSITORY, TINY, FinishedRun, write_config
 
 from rlsys import cli
 from rlsys.checkpoint import CheckpointStore
-from rlsys.config import load_config
+from rlsys.config_file import load_config
 from rlsys.resume import find_start
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]

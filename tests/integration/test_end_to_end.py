@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from real_runs import LOOPBACK, FinishedRun, last_checkpoint
 
-from rlsys.config import load_config
+from rlsys.config_file import load_config
 from rlsys.metrics import METRICS, read_rows
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
