@@ -68,10 +68,7 @@ def engine_environment(config: ActorsConfig, device: str) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     if device == "cpu":
-        variables |= {
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.kv_cache_gib))),
-        }
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         if config.enforce_eager:
             # One sampler function is compiled even in eager mode: 16 s on first use, no gain for small models.
             variables["TORCHDYNAMO_DISABLE"] = "1"
@@ -81,20 +78,22 @@ def engine_environment(config: ActorsConfig, device: str) -> dict[str, str]:
 class Engine:
     """A running engine. All public methods may be called from any thread.
 
+    Args:
+        end_token_ids: tokens that end a completion.
     Raises:
         EngineError: from every future, once a step or an update has failed; the engine stays unusable.
     """
 
-    def __init__(self, model_path: Path, config: ActorsConfig, device: str, end_token_id: int) -> None:
+    def __init__(self, model_path: Path, config: ActorsConfig, device: str, end_token_ids: Sequence[int]) -> None:
         os.environ.update(engine_environment(config, device))
-        self._end_token_id = end_token_id
+        self._end_token_ids = list(end_token_ids)
         self._engine = _build(model_path, config, device)
         self._tensor_parallel = config.tensor_parallel_size > 1
         self._version = 0
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._pending: dict[str, _Pending] = {}
-        self._probes = 0
-        self._broken: BaseException | None = None
+        self._requests = 0
+        self._broken: EngineError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -115,8 +114,7 @@ class Engine:
 
         def add() -> None:
             for row, future in zip(rows, futures, strict=True):
-                self._probes += 1
-                self._score(f"probe-{self._probes}", row, future)
+                self._score(row, future)
 
         self._call(add, lambda error: _fail(futures, error))
         return [future.result() for future in futures]
@@ -125,10 +123,14 @@ class Engine:
         """Replace all weights between two steps; cached prefixes of older versions are not used again."""
 
         def apply() -> None:
-            if self._tensor_parallel:
-                self._reload_from_folder(tensors)
-            else:
-                self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
+            try:
+                if self._tensor_parallel:
+                    self._reload_from_folder(tensors)
+                else:
+                    self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
+            except BaseException as error:
+                self._break(error)  # half-loaded: neither the old version nor the new one
+                raise
             self._version = version
             self._engine.set_weight_version(str(version))
 
@@ -141,18 +143,23 @@ class Engine:
     # --- everything below runs on the engine's thread ---
 
     def _run(self) -> None:
-        try:
-            while self._take_commands(block=not self._pending):
-                if self._pending:
+        """Until close. A broken engine stays in the loop, so that every later command learns of it."""
+        while self._take_commands(block=not self._pending):
+            if self._pending:
+                try:
                     for output in self._engine.step():
                         if output.finished:
-                            waiting = self._pending.pop(output.request_id)
-                            waiting.future.set_result(waiting.read(output))
-        except BaseException as error:
-            logger.exception("the engine failed")
-            self._broken = EngineError(f"engine failed: {type(error).__name__}: {error}")
-            _fail([waiting.future for waiting in self._pending.values()], self._broken)
-            self._pending.clear()
+                            self._pending[output.request_id].finish(output)
+                            del self._pending[output.request_id]
+                except BaseException as error:  # noqa: BLE001 - becomes data: every waiting future gets it
+                    self._break(error)
+
+    def _break(self, error: BaseException) -> None:
+        """Nothing more is asked of the engine: all that wait, and all that will ask, get an EngineError."""
+        logger.exception("the engine failed")
+        self._broken = EngineError(f"engine failed: {type(error).__name__}: {error}")
+        _fail([waiting.future for waiting in self._pending.values()], self._broken)
+        self._pending.clear()
 
     def _reload_from_folder(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Workers of a tensor-parallel engine are processes: they read a folder in shared memory, each its part."""
@@ -184,14 +191,11 @@ class Engine:
             except Exception as error:  # noqa: BLE001 - handed to the caller's future
                 fail(error)
 
-        if self._broken is not None:
-            fail(self._broken)
-        else:
-            self._commands.put(command)
+        self._commands.put(command)
 
     def _ask(self, function: Callable[[], Result]) -> Future[Result]:
         future: Future[Result] = Future()
-        self._call(lambda: future.set_result(function()), future.set_exception)
+        self._call(lambda: future.set_result(function()), lambda error: _fail([future], error))
         return future
 
     def _add(self, request: CompletionRequest, future: Future[Completion]) -> None:
@@ -206,22 +210,24 @@ class Engine:
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
-            stop_token_ids=[self._end_token_id],
+            stop_token_ids=self._end_token_ids,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         self._start(request.request_id, request.token_ids, params, _Pending(future, _read_completion))
 
-    def _score(self, request_id: str, row: Int32Array, future: Future[Float32Array]) -> None:
+    def _score(self, row: Int32Array, future: Future[Float32Array]) -> None:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        self._start(request_id, row, params, _Pending(future, lambda output: _read_prompt_logprobs(output, row)))
+        self._start("probe", row, params, _Pending(future, lambda output: _read_prompt_logprobs(output, row)))
 
-    def _start(self, request_id: str, token_ids: Sequence[int] | Int32Array, params: Any, waiting: _Pending) -> None:
+    def _start(self, name: str, token_ids: Sequence[int] | Int32Array, params: Any, waiting: _Pending) -> None:
+        self._requests += 1
+        request_id = str(self._requests)  # ours, so that two requests of one name cannot meet
         try:
             self._engine.add_request(request_id, self._prompt(token_ids), params)
         except ValueError as error:  # too long for max_model_len, for example: this request alone fails
-            waiting.future.set_exception(RolloutError(f"request {request_id} was refused: {error}"))
+            _fail([waiting.future], RolloutError(f"request {name} was refused: {error}"))
         else:
             self._pending[request_id] = waiting
 
@@ -236,6 +242,11 @@ class _Pending:
 
     future: Future[Any]
     read: Callable[[Any], Any]
+
+    def finish(self, output: Any) -> None:
+        result = self.read(output)
+        if not self.future.cancelled():
+            self.future.set_result(result)
 
 
 def _fail(futures: Sequence[Future[Any]], error: BaseException) -> None:

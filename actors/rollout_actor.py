@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ import ray
 from actors.engine import Completion, CompletionRequest, Engine
 from actors.rewards import RewardPool
 from actors.sampling import build_group, completion_requests
-from actors.weight_update import check_names, expected_tensors, verified_tensors
+from actors.weight_update import Progress, check_names, expected_tensors, verified_tensors
 from rlsys.config import ActorsConfig, RewardsConfig, TaskConfig
-from rlsys.errors import RolloutError
-from rlsys.models import end_token_id, load_tokenizer
+from rlsys.errors import RolloutError, WeightSyncError
+from rlsys.models import end_token_ids, load_tokenizer
 from rlsys.process import die_with_parent, quiet_worker
 from rlsys.types import (
     Float32Array,
@@ -28,6 +29,8 @@ from rlsys.types import (
     WeightAck,
     WeightManifest,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +54,15 @@ class RolloutActor:
         quiet_worker(settings.log_file)
         die_with_parent()
         self.name = settings.name
-        self.tokenizer = load_tokenizer(settings.model_path)
-        self.tensors = expected_tensors(settings.model_path)
-        self.engine = Engine(settings.model_path, settings.actors, settings.device, end_token_id(self.tokenizer))
-        self.rewards = RewardPool(settings.task, settings.seed, settings.rewards)
+        try:
+            self.tokenizer = load_tokenizer(settings.model_path)
+            self.tensors = expected_tensors(settings.model_path)
+            ends = end_token_ids(self.tokenizer, settings.model_path)
+            self.engine = Engine(settings.model_path, settings.actors, settings.device, ends)
+            self.rewards = RewardPool(settings.task, settings.seed, settings.rewards)
+        except Exception:
+            logger.exception("actor %s could not start", settings.name)
+            raise
 
     async def start(self) -> str:
         """Start the verifiers; answers with the actor's name."""
@@ -105,8 +113,16 @@ class RolloutActor:
     ) -> WeightAck:
         """Replace the weights between two engine steps, then answer with the probe's log-probabilities."""
         check_names(self.name, manifest, self.tensors)
-        tensors = verified_tensors(self.name, manifest, references, ray.get)
-        await asyncio.to_thread(self.engine.update_weights, manifest.version, tensors)
+        sent = Progress(verified_tensors(self.name, manifest, references, ray.get))
+        try:
+            await asyncio.to_thread(self.engine.update_weights, manifest.version, sent)
+        except WeightSyncError:
+            raise
+        except Exception as error:
+            raise WeightSyncError(
+                f"actor {self.name}, weight version {manifest.version}: loading failed at tensor {sent.last}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         return WeightAck(actor=self.name, version=manifest.version, probe_logprobs=await self.probe(probe))
 
     async def close(self) -> None:

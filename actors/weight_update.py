@@ -10,19 +10,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from rlsys.errors import WeightSyncError
+from rlsys.faults import fault
 from rlsys.types import WeightBucket, WeightManifest
 
 
 def expected_tensors(model_path: Path) -> frozenset[str]:
-    """Names of the tensors in a model folder's safetensors files. A tied output layer is not among them."""
-    names: set[str] = set()
-    for path in sorted(model_path.glob("*.safetensors")):
-        with safe_open(path, framework="np") as opened:
-            names.update(opened.keys())
-    return frozenset(names)
+    """Names of all parameters of a model, a tied output layer by its own name too; no weights are read.
+
+    They are those of the Hugging Face class, which the learner trains, and not those in the files: old files
+    hold buffers, or names without the class's prefix.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path), trust_remote_code=False)
+    output = model.get_output_embeddings()
+    tied = {f"{name}.weight" for name, module in model.named_modules() if module is output}
+    return frozenset(name for name, _ in model.named_parameters()) | tied
 
 
 def check_names(actor: str, manifest: WeightManifest, expected: Iterable[str]) -> None:
@@ -55,7 +61,21 @@ def verified_tensors(
                 f"actor {actor}, weight version {manifest.version}: the bucket that starts with tensor "
                 f"{bucket.tensors[0].name} has sha256 {found[:12]}, expected {bucket.sha256[:12]}"
             )
-        yield from unpack(bucket, data)
+        dropped = fault("publish.drop")
+        yield from (item for item in unpack(bucket, data) if item[0] != dropped)
+
+
+class Progress:
+    """Iterates over tensors and remembers the last name, for the message of a failed load."""
+
+    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._tensors = tensors
+        self.last = "none"
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._tensors:
+            self.last = name
+            yield name, tensor
 
 
 def unpack(bucket: WeightBucket, data: np.ndarray) -> Iterator[tuple[str, torch.Tensor]]:

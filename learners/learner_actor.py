@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from learners.rank_settings import RankSettings
 from rlsys.config import OptimizerConfig
 from rlsys.process import die_with_parent, quiet_worker
 from rlsys.types import Demonstration, Float32Array, Int32Array, TrajectoryGroup, WeightManifest
+
+logger = logging.getLogger(__name__)
 
 
 class LearnerActor:
@@ -22,7 +25,11 @@ class LearnerActor:
         from learners.deepspeed_engine import PolicyEngine  # not on the driver, which only makes handles
 
         self.rank = settings.rank
-        self.policy = PolicyEngine(settings)
+        try:
+            self.policy = PolicyEngine(settings)
+        except Exception:
+            logger.exception("learner rank %d could not start", settings.rank)
+            raise
 
     def start_stage(
         self,

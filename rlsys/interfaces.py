@@ -18,6 +18,7 @@ from rlsys.types import (
     SamplingSettings,
     Split,
     TrajectoryGroup,
+    Transfer,
     Verdict,
     WeightAck,
     WeightManifest,
@@ -99,4 +100,12 @@ class Learner(Protocol):
 
     async def save(self, folder: Path) -> None:
         """Write policy/ and learner/ below the folder."""
+        ...
+
+
+class WeightChannel(Protocol):
+    """How parameters get from the learner into every actor. It drives both sides, so a collective transfer fits."""
+
+    async def transfer(self, version: int, probe: Sequence[Int32Array]) -> Transfer:
+        """Bring the learner's present parameters into all actors; returns when each serves them."""
         ...

@@ -149,6 +149,17 @@ def encode_demonstration(tokenizer: Any, question: str, chain: str) -> tuple[lis
     return [*prompt, *completion, end_token_id(tokenizer)], len(prompt)
 
 
+def end_token_ids(tokenizer: Any, folder: Path) -> list[int]:
+    """All tokens that end a completion: the tokenizer's, and those of the model's generation config.
+
+    Chat models name the end of a turn in either place.
+    """
+    path = folder / "generation_config.json"
+    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    several = found if isinstance(found, list) else [found]
+    return list(dict.fromkeys([end_token_id(tokenizer), *(int(token) for token in several if token is not None)]))
+
+
 def end_token_id(tokenizer: Any) -> int:
     """The token that ends a completion."""
     return int(tokenizer.eos_token_id)

@@ -1,8 +1,9 @@
 """The weight-sync bus: the one owner of the version ledger. A publish is sent, verified and acknowledged.
 
-The learner puts its full parameters into the object store in buckets; every actor fetches them, checks
-names and checksums, loads them between two engine steps, and answers with the log-probabilities of fixed
-probe rows. Only if those agree with the learner's is the version acknowledged.
+How bytes travel is the channel's business. The one there is uses Ray's object store: the learner puts its
+full parameters there in buckets; every actor fetches them, checks names and checksums, loads them between two
+engine steps, and answers with the log-probabilities of fixed probe rows. Only if those agree with the learner's
+is the version acknowledged.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import numpy as np
 
 from rlsys.config import WeightSyncConfig
 from rlsys.errors import ConfigError, WeightSyncError
-from rlsys.interfaces import Learner, RolloutPool
-from rlsys.types import Float32Array, Int32Array, WeightAck, WeightManifest
+from rlsys.interfaces import Learner, RolloutPool, WeightChannel
+from rlsys.types import Float32Array, Int32Array, Transfer, WeightAck, WeightManifest
 
 # Largest gap in nats that rounding alone explains after many updates. A stale output layer exceeds the
 # first even when every weight moved by only 1e-4 (measured: 2.5e-3).
@@ -25,6 +26,38 @@ TOLERANCE_FLOOR = {"fp32": 5e-4, "bf16": 0.1}
 TOLERANCE_FACTOR = 20.0
 # A fresh load that differs by more than this is not rounding: actor and learner do not compute the same model.
 FRESH_LOAD_CEILING = {"fp32": 1e-3, "bf16": 0.5}
+
+
+class ObjectStoreChannel:
+    """WeightChannel through Ray's object store: one copy a node, cross-node transfer is Ray's.
+
+    The buckets of a version stay referenced until the next one has been acknowledged.
+    """
+
+    def __init__(self, learner: Learner, pool: RolloutPool, timeout_s: float) -> None:
+        self._learner = learner
+        self._pool = pool
+        self._timeout_s = timeout_s
+        self._held: Sequence[Any] = ()
+
+    async def transfer(self, version: int, probe: Sequence[Int32Array]) -> Transfer:
+        manifest, references, expected = await self._learner.export(version, probe)
+        updates = [self._update(actor, manifest, references, probe) for actor in range(self._pool.count)]
+        acks = await asyncio.gather(*updates)
+        self._held = references
+        return Transfer(manifest=manifest, acks=acks, learner_logprobs=tuple(expected))
+
+    async def _update(
+        self, actor: int, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array]
+    ) -> WeightAck:
+        update = self._pool.update_weights(actor, manifest, references, probe)
+        try:
+            return await asyncio.wait_for(update, self._timeout_s)
+        except TimeoutError:
+            raise WeightSyncError(
+                f"actor {actor} did not acknowledge weight version {manifest.version} within "
+                f"weight_sync.timeout_s = {self._timeout_s} s"
+            ) from None
 
 
 class WeightBus:
@@ -53,7 +86,7 @@ class WeightBus:
         self._floor = TOLERANCE_FLOOR[dtype]
         self._ceiling = FRESH_LOAD_CEILING[dtype]
         self._probe = probe
-        self._held: Sequence[Any] = ()
+        self._channel: WeightChannel = ObjectStoreChannel(learner, pool, config.timeout_s)
         self.tolerance = config.probe_tolerance or self._floor
         self.calibrated = False
         self.version: int | None = None
@@ -90,29 +123,16 @@ class WeightBus:
         if self.version is not None and version <= self.version:
             raise WeightSyncError(f"weight version {version} was offered after {self.version}; versions only grow")
         started = time.monotonic()
-        manifest, references, expected = await self._learner.export(version, self._probe)
-        updates = [self._update(actor, manifest, references) for actor in range(self._pool.count)]
-        acks = await asyncio.gather(*updates)
-        gap = max(self._verify(ack, version, expected) for ack in acks)
-        self._held = references
+        sent = await self._channel.transfer(version, self._probe)
+        gap = max(self._verify(ack, version, sent.learner_logprobs) for ack in sent.acks)
         self.version = version
         seconds = time.monotonic() - started
         figures = {
-            "weights/publish_bytes": manifest.bytes,
+            "weights/publish_bytes": sent.manifest.bytes,
             "weights/publish_s": seconds,
             "time/publish_s": seconds,
         }
         return {**figures, "weights/probe_gap_max": gap}
-
-    async def _update(self, actor: int, manifest: WeightManifest, references: Sequence[Any]) -> WeightAck:
-        update = self._pool.update_weights(actor, manifest, references, self._probe)
-        try:
-            return await asyncio.wait_for(update, self._config.timeout_s)
-        except TimeoutError:
-            raise WeightSyncError(
-                f"actor {actor} did not acknowledge weight version {manifest.version} within "
-                f"weight_sync.timeout_s = {self._config.timeout_s} s"
-            ) from None
 
     def _verify(self, ack: WeightAck, version: int, expected: Sequence[Float32Array]) -> float:
         if ack.version != version:

@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from actors.weight_update import check_names, expected_tensors, verified_tensors
 from learners.weight_source import pack
+from rlsys.config import FromScratchConfig
 from rlsys.errors import WeightSyncError
+from rlsys.models import build_from_scratch
 from rlsys.types import WeightManifest
 
 Named = list[tuple[str, torch.Tensor]]
@@ -102,8 +104,11 @@ def test_more_names_than_the_files_have_are_fine() -> None:
     check_names("1", manifest, ["a.weight"])
 
 
-def test_the_names_come_from_all_files_of_a_model(tmp_path: Path) -> None:
-    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "model-00001-of-00002.safetensors")
-    save_file({"c": torch.zeros(1)}, tmp_path / "model-00002-of-00002.safetensors")
-    (tmp_path / "config.json").write_text("{}")
-    assert expected_tensors(tmp_path) == {"a", "b", "c"}
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_names_are_those_of_the_model_class(tmp_path: Path, tied: bool) -> None:
+    config = FromScratchConfig(hidden_size=32, layers=1, heads=1, intermediate_size=16, tie_embeddings=tied)
+    build_from_scratch(config, "ab", 0, tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as opened:
+        in_files = set(opened.keys())
+    assert ("lm_head.weight" in in_files) is not tied
+    assert expected_tensors(tmp_path) == in_files | {"lm_head.weight"}  # tied or not, it must be sent

@@ -92,7 +92,7 @@ def updated_in_flight(engine: Engine, model: Any) -> Iterator[tuple[str, Any]]:
 def main(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = ActorsConfig(max_model_len=256, max_num_seqs=32, kv_cache_gib=0.1, block_size=32)
-    engine = Engine(folder, config, "cpu", end_token_id=1)
+    engine = Engine(folder, config, "cpu", end_token_ids=[1])
     found: dict[str, Any] = {"gap_fresh": row_gap(engine, model)}
     engine.submit([request(0, "warm", 4)])[0].result()  # fills the prefix cache with version 0
     step(model, 0.02, seed=1)

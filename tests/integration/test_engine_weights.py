@@ -99,7 +99,7 @@ def test_tied_output_layer_left_out_is_beyond_the_tolerance(measured) -> None:
 def test_publish_names_every_tensor_of_the_model_and_the_output_layer(measured, models, kind: str) -> None:
     names = measured[kind]["names"]
     assert len(names) == len(set(names))
-    assert set(names) == expected_tensors(models[kind]) | {"lm_head.weight"}
+    assert set(names) == expected_tensors(models[kind])
 
 
 def test_missing_tensor_is_named(measured, models) -> None:
