@@ -130,6 +130,8 @@ class DatasetConfig(Section):
     """Split of a Hugging Face dataset for training."""
     held_out_split: str = "test"
     """Split of a Hugging Face dataset for evaluation."""
+    subset: str | None = None
+    """Configuration name of a Hugging Face hub dataset, for training and evaluation (GSM8K: main)."""
     question_column: str = "question"
     """Column with the question."""
     answer_column: str = "answer"
@@ -258,6 +260,8 @@ class TrainConfig(Section):
     """Training steps that may lie between sampling and training; 0 is synchronous."""
     max_failed_rollouts: float = Field(default=0.1, ge=0, le=1)
     """Share of failed rollouts of the run so far that is replaced and counted; more ends the run."""
+    max_verifier_failures: float = Field(default=0.1, ge=0, le=1)
+    """Share of verifications of the run so far, and of an evaluation, that may raise or time out; more is an error."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer of the online stage."""
 

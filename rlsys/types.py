@@ -71,6 +71,7 @@ class Trajectory:
     behavior_logprobs: [T] float32, 0 where the mask is False.
     versions: spans of weight versions over the generated tokens, ascending start.
     reward: the verifier's; meaningless where outcome is "error" or "timeout".
+    detail: what the verifier said of it, such as why it failed.
     """
 
     token_ids: Int32Array
@@ -81,11 +82,17 @@ class Trajectory:
     reward: float
     outcome: Outcome
     answered: bool
+    detail: str = ""
 
     @property
     def completion_length(self) -> int:
         """Number of tokens after the prompt that the policy chose."""
         return int(self.loss_mask.sum())
+
+    @property
+    def judged(self) -> bool:
+        """Whether the verifier came to a verdict."""
+        return self.outcome in ("ok", "wrong")
 
     @property
     def oldest_version(self) -> int:
