@@ -50,7 +50,7 @@ def policy_loss(
         clip_high: >= 0.
 
     Returns:
-        metrics: tokens, clipped_low, clipped_high (counts), ratio_max (0 without tokens).
+        metrics: clipped_low, clipped_high (counts), ratio_max (0 without tokens).
 
     Source: PPO, arXiv:1707.06347, eq. 7; GRPO, arXiv:2402.03300, eq. 3; separate bounds: DAPO,
         arXiv:2503.14476, eq. 10.
@@ -60,7 +60,6 @@ def policy_loss(
     loss = -(weights * torch.minimum(ratio * advantages, bounded * advantages)).sum()
     detached = ratio.detach()
     metrics = {
-        "tokens": _count(logprobs),
         "clipped_low": ((advantages < 0) & (detached < 1 - clip_low)).sum(),
         "clipped_high": ((advantages > 0) & (detached > 1 + clip_high)).sum(),
         "ratio_max": detached.max() if len(detached) else detached.new_zeros(()),
@@ -81,17 +80,14 @@ def kl_loss(logprobs: Tensor, reference_logprobs: Tensor, weights: Tensor) -> Lo
         weights: [N], aggregation over the global denominator.
 
     Returns:
-        metrics: tokens, kl (unweighted sum of the estimates, nats).
+        metrics: kl (unweighted sum of the estimates, nats).
 
     Source: Schulman, Approximating KL divergence (2020), k3; GRPO, arXiv:2402.03300, eq. 4.
     """
     gap = reference_logprobs - logprobs
     # expm1 keeps the terms exact near d = 0, where exp(d) - 1 would cancel.
     terms = torch.expm1(gap) - gap
-    return LossOutput(
-        (weights * terms).sum(),
-        {"tokens": _count(logprobs), "kl": terms.detach().sum()},
-    )
+    return LossOutput((weights * terms).sum(), {"kl": terms.detach().sum()})
 
 
 def supervised_loss(logprobs: Tensor, weights: Tensor) -> LossOutput:
@@ -102,15 +98,5 @@ def supervised_loss(logprobs: Tensor, weights: Tensor) -> LossOutput:
     Args:
         logprobs: [N] nats, of the policy; carries gradient.
         weights: [N], aggregation over the global denominator.
-
-    Returns:
-        metrics: tokens, nll (unweighted sum, nats).
     """
-    return LossOutput(
-        -(weights * logprobs).sum(),
-        {"tokens": _count(logprobs), "nll": -logprobs.detach().sum()},
-    )
-
-
-def _count(values: Tensor) -> Tensor:
-    return torch.tensor(len(values), device=values.device)
+    return LossOutput(-(weights * logprobs).sum(), {})
