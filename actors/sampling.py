@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 
 from actors.engine import Completion, CompletionRequest
 from rlsys.types import Prompt, SamplingSettings, Trajectory, TrajectoryGroup, Verdict, VersionSpan
+
+log = logging.getLogger(__name__)
 
 
 def sample_seed(run_seed: int, prompt_id: str, sample: int) -> int:
@@ -33,7 +36,11 @@ def completion_requests(prompt: Prompt, settings: SamplingSettings) -> list[Comp
 
 
 def build_group(prompt: Prompt, completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> TrajectoryGroup:
-    """Join what the engine drew and what the verifier said."""
+    """Join what the engine drew and what the verifier said; failed verifications are logged."""
+    failed = [verdict for verdict in verdicts if verdict.outcome in ("error", "timeout")]
+    if failed:
+        count, first = f"{len(failed)} of {len(verdicts)}", failed[0]
+        log.warning("prompt %s: verification failed for %s: %s", prompt.prompt_id, count, first.detail)
     pairs = zip(completions, verdicts, strict=True)
     return TrajectoryGroup(prompt=prompt, trajectories=tuple(_trajectory(prompt, *pair) for pair in pairs))
 
@@ -53,4 +60,5 @@ def _trajectory(prompt: Prompt, completion: Completion, verdict: Verdict) -> Tra
         reward=verdict.reward,
         outcome=verdict.outcome,
         answered=verdict.answered,
+        detail=verdict.detail,
     )

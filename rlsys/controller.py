@@ -7,7 +7,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,12 +20,13 @@ from rlsys.demonstrations import DemonstrationStream
 from rlsys.display import Display
 from rlsys.errors import InterruptedRunError, RlsysError
 from rlsys.evaluation import held_out_metrics, sample_groups
+from rlsys.failures import FailureLimit, verifier_limit
 from rlsys.interfaces import Learner, RolloutPool
 from rlsys.metrics import MetricsWriter
 from rlsys.producer import Producer
 from rlsys.prompts import PromptStream
 from rlsys.rollout_metrics import rollout_metrics
-from rlsys.types import Prompt, RunState, SamplingSettings
+from rlsys.types import Demonstration, Prompt, RunState, SamplingSettings
 from rlsys.weights import WeightBus
 
 Result = TypeVar("Result")
@@ -33,7 +34,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Everything the controller drives. model: the initial policy folder; tokenizer: files to put beside a policy."""
+    """Everything the controller drives.
+
+    model: the initial policy folder; tokenizer_files: files to put beside a policy;
+    fingerprint: digests of what the run reads (`Inputs.fingerprint`), kept in every checkpoint.
+    """
 
     config: Config
     run_dir: Path
@@ -48,6 +53,7 @@ class Parts:
     prompts: PromptStream
     demonstrations: DemonstrationStream
     held_out: Sequence[Prompt]
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
 
 
 class Controller:
@@ -64,6 +70,18 @@ class Controller:
         self._stop: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._saved_version = state.weight_version if checkpoint else -1
         self._checkpoint_seconds = 0.0
+        train, counters = parts.config.train, state.counters
+        self._rollouts = FailureLimit(
+            what="rollouts",
+            field="train.max_failed_rollouts",
+            share=train.max_failed_rollouts,
+            failed=int(counters.get("failed_rollouts", 0)),
+        )
+        self._verifications = verifier_limit(
+            train.max_verifier_failures,
+            failed=int(counters.get("failed_verifications", 0)),
+            total=int(counters.get("verifications", 0)),
+        )
 
     def interrupt(self, reason: str) -> None:
         """Ask for an orderly end: a checkpoint, then InterruptedRunError."""
@@ -109,11 +127,12 @@ class Controller:
 
     async def _warm_start(self, total: int) -> None:
         """Supervised steps. Nobody samples meanwhile, so the weights are published once, at the end."""
-        rows = asyncio.create_task(asyncio.to_thread(self.parts.demonstrations.rows, self.state.step))
+        rows = self._demonstrations(self.state.step)
         while self.state.step < total:
             started = time.monotonic()
             demonstrations = await self._until_stopped(rows)
-            rows = asyncio.create_task(asyncio.to_thread(self.parts.demonstrations.rows, self.state.step + 1))
+            if self.state.step + 1 < total:  # while the learner works
+                rows = self._demonstrations(self.state.step + 1)
             with Stopwatch() as learning:
                 metrics = await self.parts.learner.train_supervised(demonstrations, self.state.weight_version + 1)
             self._advance()
@@ -121,7 +140,9 @@ class Controller:
             if self.state.step == total and self._config.stages[-1] == "warm_start":
                 figures |= {**await self._publish(), **await self._evaluate()}
             await self._finish_step("warm_start", figures, started)
-        await rows
+
+    def _demonstrations(self, step: int) -> asyncio.Task[list[Demonstration]]:
+        return asyncio.create_task(asyncio.to_thread(self.parts.demonstrations.rows, step))
 
     async def _online(self, total: int) -> None:
         """Sample, learn, publish, release; see the module's picture in the README."""
@@ -142,7 +163,8 @@ class Controller:
                     "time/rollout_s": waiting.seconds,
                 }
                 figures["rollout/tokens_per_s"] = parts.pool.tokens_per_s()
-                figures["rollout/failed"] = float(self._producer.failed)
+                figures["rollout/failed"] = float(self._rollouts.failed)
+                self._verifications.add_verdicts(groups)
                 self._check_staleness(figures["rollout/staleness_max"])
                 with Stopwatch() as learning:
                     metrics = await parts.learner.train_online(groups, self.state.weight_version + 1)
@@ -167,17 +189,9 @@ class Controller:
             max_tokens=sampling.max_tokens,
             seed=self._config.run.seed,
         )
-        failed = int(self.state.counters.get("failed_rollouts", 0))
-        self._producer = Producer(
-            self.parts.pool,
-            self.parts.prompts,
-            buffer,
-            settings,
-            train.max_failed_rollouts,
-            failed,
-            finished=self.state.step * train.groups_per_step,
-        )
-        task = asyncio.create_task(self._producer.run())
+        self._rollouts.total = self._rollouts.failed + self.state.step * train.groups_per_step
+        producer = Producer(self.parts.pool, self.parts.prompts, buffer, settings, self._rollouts)
+        task = asyncio.create_task(producer.run())
         task.add_done_callback(self._producer_ended)
         try:
             yield
@@ -219,8 +233,9 @@ class Controller:
         sampled = replace(greedy, samples=evaluation.samples, temperature=1.0)
         with Stopwatch() as watch:
             pool, prompts = self.parts.pool, self.parts.held_out
-            first = await sample_groups(pool, prompts, greedy) if evaluation.greedy else []
-            second = await sample_groups(pool, prompts, sampled) if evaluation.samples else []
+            limit = self._config.train.max_verifier_failures
+            first = await sample_groups(pool, prompts, greedy, limit) if evaluation.greedy else []
+            second = await sample_groups(pool, prompts, sampled, limit) if evaluation.samples else []
         self.parts.pool.tokens_per_s()  # the next figure is of training rollouts alone
         return {**held_out_metrics(first, second), "time/evaluate_s": watch.seconds}
 
@@ -232,7 +247,11 @@ class Controller:
             self.state,
             cursor=self.parts.prompts.cursor,
             in_flight=buffer.in_flight() + self.parts.prompts.waiting(),
-            counters={"failed_rollouts": float(self._producer.failed)},
+            counters={
+                "failed_rollouts": float(self._rollouts.failed),
+                "failed_verifications": float(self._verifications.failed),
+                "verifications": float(self._verifications.total),
+            },
         )
 
     def _check_staleness(self, found: float) -> None:
@@ -271,7 +290,11 @@ class Controller:
             except BaseException:
                 store.discard(temporary)
                 raise
-            info = {"weight_version": state.weight_version, "stage": self._config.stages[state.stage]}
+            info = {
+                "weight_version": state.weight_version,
+                "stage": self._config.stages[state.stage],
+                "inputs": dict(self.parts.fingerprint),
+            }
             self.checkpoint = await asyncio.to_thread(store.commit, temporary, name, info)
         self._saved_version = state.weight_version
         self._checkpoint_seconds = watch.seconds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from rlsys.checkpoint import CheckpointStore
 from rlsys.config import Config
 from rlsys.config_file import load_config
 from rlsys.errors import ConfigError
-from rlsys.evaluation import Estimate, answered, mean_over_prompts, pass_at_k, sample_groups, solved
+from rlsys.evaluation import Estimate, error_rate, mean_over_prompts, pass_at_k, sample_groups, solved, unanswered
 from rlsys.types import Prompt, SamplingSettings, TrajectoryGroup
 
 # Fewer problems of one answer say little about it, so they stay out of the macro mean.
@@ -47,7 +46,9 @@ def find_target(target: str, config_path: str | None, overrides: Sequence[str]) 
     elif (path / "policy").is_dir():
         policy, config = path / "policy", path.parent.parent / "config.yaml"
     elif (path / "config.json").is_file():
-        policy, config = path, path.parent.parent / "config.yaml"
+        # RUN/stages/online, or RUN/checkpoints/step_000080/policy
+        above = (folder / "config.yaml" for folder in path.parents[1:3])
+        policy, config = path, next((file for file in above if file.is_file()), path / "config.yaml")
     else:
         raise ConfigError(f"{target}: expected a run directory, a checkpoint or a model folder")
     if config_path is None and not config.is_file():
@@ -60,16 +61,16 @@ async def evaluate(pool: Any, prompts: Sequence[Prompt], config: Config) -> dict
     settings = SamplingSettings(
         samples=1, temperature=0.0, top_p=1.0, max_tokens=config.sampling.max_tokens, seed=config.run.seed
     )
-    samples = config.evaluation.samples
+    samples, limit = config.evaluation.samples, config.train.max_verifier_failures
     found: dict[str, Any] = {"problems": len(prompts), "samples": samples}
     if config.evaluation.greedy:
-        groups = await sample_groups(pool, prompts, settings)
+        groups = await sample_groups(pool, prompts, settings, limit)
         found["greedy"] = _figures(groups)
     if samples:
         many = SamplingSettings(
             samples=samples, temperature=1.0, top_p=1.0, max_tokens=settings.max_tokens, seed=settings.seed
         )
-        groups = await sample_groups(pool, prompts, many)
+        groups = await sample_groups(pool, prompts, many, limit)
         found["sampled"] = _figures(groups)
         ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, samples) if k <= samples})
         found["pass_at_k"] = {str(k): asdict(mean_over_prompts(pass_at_k(solved(groups), k))) for k in ks}
@@ -86,7 +87,8 @@ def _figures(groups: Sequence[TrajectoryGroup]) -> dict[str, Any]:
     macro = [value["accuracy"] for value in by_answer.values() if value["problems"] >= MACRO_MINIMUM]
     return {
         "accuracy": asdict(mean_over_prompts(right)),
-        "no_answer_rate": asdict(mean_over_prompts(~answered(groups))),
+        "no_answer_rate": asdict(mean_over_prompts(unanswered(groups))),
+        "error_rate": error_rate(groups),
         "completion_length": float(np.mean(lengths)),
         "accuracy_by_answer": by_answer,
         "macro_accuracy": float(np.mean(macro)) if macro else None,
@@ -108,6 +110,8 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         for name in ("accuracy", "no_answer_rate"):
             if mode in found:
                 _add(table, f"{mode} {name.replace('_', ' ')}", found[mode][name])
+        if mode in found and found[mode]["error_rate"]:
+            table.add_row(f"{mode} verifier errors", f"{found[mode]['error_rate']:.3f}", "")
     for k, estimate in found.get("pass_at_k", {}).items():
         _add(table, f"pass@{k}", estimate)
     constant = found["constant_answer"]
@@ -143,4 +147,4 @@ def run(target: Target) -> dict[str, Any]:
     """Start the actors on the target's policy and measure."""
     from rlsys import launch
 
-    return asyncio.run(launch.evaluate_policy(target.policy, target.config, evaluate))
+    return launch.evaluate_policy(target.policy, target.config, evaluate)

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlsys.errors import TooManyFailuresError
+from rlsys.failures import verifier_limit
 from rlsys.interfaces import RolloutPool
 from rlsys.types import Prompt, RolloutFailure, SamplingSettings, TrajectoryGroup
+
+_Z = 1.959964  # 97.5 % quantile of the standard normal distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +27,13 @@ class Estimate:
 
 
 async def sample_groups(
-    pool: RolloutPool, prompts: Sequence[Prompt], settings: SamplingSettings
+    pool: RolloutPool, prompts: Sequence[Prompt], settings: SamplingSettings, max_verifier_failures: float
 ) -> list[TrajectoryGroup]:
     """Groups of all prompts, dealt over the actors, in the order of the prompts.
 
     Raises:
-        TooManyFailuresError: a rollout failed; a figure over the rest would not be the one asked for.
+        TooManyFailuresError: a rollout failed, or more than a share of `max_verifier_failures` of the
+            verifications; a figure over the rest would not be the one asked for.
     """
     count = pool.count
     parts = await asyncio.gather(*(pool.generate(actor, prompts[actor::count], settings) for actor in range(count)))
@@ -39,7 +43,9 @@ async def sample_groups(
         raise TooManyFailuresError(
             f"{len(failures)} of {len(prompts)} evaluation rollouts failed; the first: {failures[0].reason}"
         )
-    return [outcome for outcome in found if isinstance(outcome, TrajectoryGroup)]
+    groups = [outcome for outcome in found if isinstance(outcome, TrajectoryGroup)]
+    verifier_limit(max_verifier_failures).add_verdicts(groups)
+    return groups
 
 
 def solved(groups: Sequence[TrajectoryGroup]) -> np.ndarray:
@@ -48,20 +54,31 @@ def solved(groups: Sequence[TrajectoryGroup]) -> np.ndarray:
     return np.array(rows, dtype=bool)
 
 
-def answered(groups: Sequence[TrajectoryGroup]) -> np.ndarray:
-    """[prompts, samples] bool: which trajectories hold a valid answer."""
-    return np.array([[t.answered for t in group.trajectories] for group in groups], dtype=bool)
+def unanswered(groups: Sequence[TrajectoryGroup]) -> np.ndarray:
+    """[prompts, samples] bool: which trajectories hold no valid answer, as the verifier found."""
+    return np.array([[t.judged and not t.answered for t in group.trajectories] for group in groups], dtype=bool)
+
+
+def error_rate(groups: Sequence[TrajectoryGroup]) -> float:
+    """Share of the trajectories whose verification raised or ran out of time."""
+    return float(np.mean([not t.judged for group in groups for t in group.trajectories]))
 
 
 def mean_over_prompts(values: np.ndarray, seed: int = 0, resamples: int = 2000) -> Estimate:
-    """Mean of [prompts, samples] with a bootstrap interval over prompts.
+    """Mean of [prompts, samples] with a 95 % interval over prompts.
 
-    Samples of one prompt are not independent, so whole prompts are drawn. Source: Efron, percentile bootstrap.
+    Samples of one prompt are not independent, so whole prompts are drawn. Where all prompts are 0, or all 1,
+    every draw is the same and says nothing of the uncertainty: there the interval is Wilson's for n prompts,
+    [0, z^2 / (n + z^2)] or [n / (n + z^2), 1]. Source: Efron, percentile bootstrap; Wilson 1927, score interval.
     """
     per_prompt = values.mean(axis=1)
-    draws = np.random.default_rng(seed).integers(0, len(per_prompt), size=(resamples, len(per_prompt)))
+    mean, count = float(per_prompt.mean()), len(per_prompt)
+    if mean in (0.0, 1.0):
+        width = _Z**2 / (count + _Z**2)
+        return Estimate(mean, max(0.0, mean - width), min(1.0, mean + width))
+    draws = np.random.default_rng(seed).integers(0, count, size=(resamples, count))
     low, high = np.quantile(per_prompt[draws].mean(axis=1), [0.025, 0.975])
-    return Estimate(float(per_prompt.mean()), float(low), float(high))
+    return Estimate(mean, float(low), float(high))
 
 
 def pass_at_k(values: np.ndarray, k: int) -> np.ndarray:
@@ -82,11 +99,12 @@ def held_out_metrics(greedy: Sequence[TrajectoryGroup], sampled: Sequence[Trajec
     for name, groups in (("greedy", greedy), ("sampled", sampled)):
         if groups:
             found[f"held_out/{name}_accuracy"] = float(solved(groups).mean())
-            found[f"held_out/{name}_no_answer_rate"] = 1 - float(answered(groups).mean())
+            found[f"held_out/{name}_no_answer_rate"] = float(unanswered(groups).mean())
     if sampled:
         values = solved(sampled)
         found["held_out/pass_at_k"] = float(pass_at_k(values, values.shape[1]).mean())
     if measured := sampled or greedy:
+        found["held_out/verifier_error_rate"] = error_rate([*greedy, *sampled])
         lengths = [t.completion_length for group in measured for t in group.trajectories]
         found["held_out/completion_length"] = float(np.mean(lengths))
     return found

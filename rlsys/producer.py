@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from rlsys.buffer import Buffer
-from rlsys.errors import TooManyFailuresError
+from rlsys.failures import FailureLimit
 from rlsys.interfaces import RolloutPool
 from rlsys.prompts import PromptStream
 from rlsys.types import Prompt, RolloutFailure, SamplingSettings
@@ -17,12 +17,13 @@ Issued = tuple[int, Prompt]
 class Producer:
     """Issues prompts into free slots as soon as there are any.
 
-    All free slots are dealt over the actors in one dispatch each, so that an engine's first batch does not
-    depend on timing. A failed rollout is counted and its slot given to the next prompt; above
-    `max_failed_share` of all rollouts the run ends; a single one is no share yet, unless the share is 0.
+    All free slots are a wave: dealt over the actors in one dispatch each, so that an engine's first batch does
+    not depend on timing. A failed rollout is counted and its slot given to the next prompt, once the whole wave
+    has answered and in order of issue. So with train.max_staleness 0, where a wave is a step, the replacements
+    do not depend on timing either; with more, waves overlap and the one that answers first takes the next prompt.
 
     Args:
-        failed, finished: rollouts of the run before this one, where it is resumed.
+        failures: counts the rollouts of the run and ends it where too many fail.
     """
 
     def __init__(
@@ -31,53 +32,46 @@ class Producer:
         stream: PromptStream,
         buffer: Buffer,
         settings: SamplingSettings,
-        max_failed_share: float,
-        failed: int = 0,
-        finished: int = 0,
+        failures: FailureLimit,
     ) -> None:
         self._pool = pool
         self._stream = stream
         self._buffer = buffer
         self._settings = settings
-        self._max_failed_share = max_failed_share
-        self.failed = failed
-        self._finished = finished
+        self._failures = failures
 
     async def run(self) -> None:
         """Never returns; ends by being cancelled or by the first error of a dispatch."""
-        async with asyncio.TaskGroup() as tasks:
+        async with asyncio.TaskGroup() as waves:
             while True:
                 free = await self._buffer.free()
                 issued = [self._stream.take() for _ in range(free)]
                 for index, _ in issued:
                     self._buffer.reserve(index)
-                for actor in range(self._pool.count):
-                    part = issued[actor :: self._pool.count]
-                    if part:
-                        tasks.create_task(self._dispatch(actor, part))
+                waves.create_task(self._fill(issued))
 
-    async def _dispatch(self, actor: int, issued: Sequence[Issued]) -> None:
+    async def _fill(self, issued: Sequence[Issued]) -> None:
+        """Dispatch a wave, then what replaces its failures, until none is left."""
         while issued:
-            groups = await self._pool.generate(actor, [prompt for _, prompt in issued], self._settings)
-            failures: list[tuple[int, RolloutFailure]] = []
-            for (index, _), group in zip(issued, groups, strict=True):
-                if isinstance(group, RolloutFailure):
-                    failures.append((index, group))
-                else:
-                    self._finished += 1
-                    await self._buffer.finish(index, group)
-            # After the good ones, so that the share does not depend on the order within a batch.
-            issued = [self._replace(index, failure) for index, failure in failures]
+            failures: dict[int, RolloutFailure] = {}
+            async with asyncio.TaskGroup() as dispatches:
+                for actor in range(self._pool.count):
+                    if part := issued[actor :: self._pool.count]:
+                        dispatches.create_task(self._dispatch(actor, part, failures))
+            # After the good ones, so that the share does not depend on the order within a wave.
+            issued = [self._replace(index, failures[index]) for index, _ in issued if index in failures]
+
+    async def _dispatch(self, actor: int, issued: Sequence[Issued], failures: dict[int, RolloutFailure]) -> None:
+        groups = await self._pool.generate(actor, [prompt for _, prompt in issued], self._settings)
+        for (index, _), group in zip(issued, groups, strict=True):
+            if isinstance(group, RolloutFailure):
+                failures[index] = group
+            else:
+                self._failures.add(total=1)
+                await self._buffer.finish(index, group)
 
     def _replace(self, index: int, failure: RolloutFailure) -> Issued:
-        self.failed += 1
-        total = self.failed + self._finished
-        allowed = max(1.0, self._max_failed_share * total) if self._max_failed_share else 0.0
-        if self.failed > allowed:
-            raise TooManyFailuresError(
-                f"{self.failed} of {total} rollouts failed, more than train.max_failed_rollouts = "
-                f"{self._max_failed_share}; the last: {failure.reason}"
-            )
+        self._failures.add(failed=1, total=1, detail=failure.reason)
         replacement = self._stream.take()
         self._buffer.replace(index, replacement[0])
         return replacement

@@ -23,7 +23,7 @@ from rlsys.display import Display
 from rlsys.errors import EngineError, InterruptedRunError, RlsysError, TooManyFailuresError
 from rlsys.metrics import MetricsWriter, read_rows
 from rlsys.prompts import PromptBuilder, PromptStream
-from rlsys.types import RunState
+from rlsys.types import RunState, TrajectoryGroup
 from rlsys.weights import WeightBus
 
 START = RunState(stage=0, step=0, weight_version=0, cursor=0)
@@ -61,6 +61,9 @@ class Run:
         self.checkpoint = self.checkpoints.latest()
         self.state = state_from_json(read_json(self.checkpoint / "state.json")) if self.checkpoint else START
         self.task = NumberTask(5)
+        self.demonstrations = DemonstrationStream(
+            self.task, lambda question, chain: ([1, 2, 3], 1), seed=0, rows_per_step=2, max_tokens=8
+        )
         self.controller: Controller
 
     async def start(self) -> None:
@@ -78,10 +81,9 @@ class Run:
             metrics=metrics,
             display=Display(Console(file=io.StringIO())),
             prompts=PromptStream(builder, 0),
-            demonstrations=DemonstrationStream(
-                self.task, lambda question, chain: ([1, 2, 3], 1), seed=0, rows_per_step=2, max_tokens=8
-            ),
+            demonstrations=self.demonstrations,
             held_out=[prompt("held_out-0"), prompt("held_out-1")],
+            fingerprint={"model.path": "digest"},
         )
         self.controller = Controller(parts, self.state, self.checkpoint)
         try:
@@ -309,6 +311,66 @@ def test_failures_are_counted_over_a_resume(tmp_path: Path) -> None:
     assert failed[-1] == 1
 
 
+class BrokenVerifier:
+    """From prompt `first` of the stream on, the first verification of every group fails."""
+
+    def __init__(self, run: Run, first: int) -> None:
+        self.run, self.first, self.seen = run, first, 0
+        self.train = run.pool.generate
+        run.pool.generate = self.generate
+
+    async def generate(self, actor: int, prompts: Any, settings: Any) -> Any:
+        groups = await self.train(actor, prompts, settings)
+        return [self.judge(found) if found.prompt.prompt_id.startswith("train") else found for found in groups]
+
+    def judge(self, found: TrajectoryGroup) -> TrajectoryGroup:
+        self.seen += 1
+        if self.seen <= self.first:
+            return found
+        bad = replace(found.trajectories[0], outcome="error", reward=0.0, detail="no such module")
+        return replace(found, trajectories=(bad, *found.trajectories[1:]))
+
+
+def test_a_verifier_that_fails_ends_the_run_before_anything_is_learned_from_it(tmp_path: Path) -> None:
+    run = Run(tmp_path, config(stages=["online"], train={"max_verifier_failures": 0.4}))
+    BrokenVerifier(run, 0)
+    message = r"2 of 4 verifications failed, more than train\.max_verifier_failures = 0\.4; .* no such module"
+    with pytest.raises(TooManyFailuresError, match=message):
+        run()
+    assert run.only("train") == []
+
+
+def test_failed_verifications_are_counted_over_a_resume(tmp_path: Path) -> None:
+    # 4 verifications a step. Good ones in two steps, then 2 of 4 fail: 2 of 12 and 4 of 16 are not more than
+    # 0.25, 6 of 20 are. Counted from the resume alone, 2 of 4 would be too many.
+    settings = config(stages=["online"], train={"max_verifier_failures": 0.25, "max_steps": 9})
+    first = Run(tmp_path, settings)
+    first.interrupt_at(2)
+    with pytest.raises(InterruptedRunError):
+        first()
+    second = Run(tmp_path, settings)
+    BrokenVerifier(second, 0)
+    with pytest.raises(TooManyFailuresError, match="6 of 20 verifications"):
+        second()
+    assert second.only("train") == [("train", 3), ("train", 4)]
+    third = Run(tmp_path / "b", settings)
+    BrokenVerifier(third, 4)
+    third.interrupt_at(4)
+    with pytest.raises(InterruptedRunError):
+        third()
+    counters = third.saved()["step_000004"].counters
+    assert (counters["failed_verifications"], counters["verifications"]) == (4, 16)
+
+
+def test_no_demonstration_of_a_step_that_is_never_trained_is_asked_for(tmp_path: Path) -> None:
+    run = Run(tmp_path, config(stages=["warm_start"]))
+    asked: list[int] = []
+    rows = run.demonstrations.rows
+    run.demonstrations.rows = lambda step: asked.append(step) or rows(step)
+    run()
+    assert asked == [0, 1]
+
+
 def test_a_group_above_the_staleness_bound_is_refused(tmp_path: Path) -> None:
     run = Run(tmp_path, config(stages=["online"]))
     run.learner.on_train = lambda version: None
@@ -346,7 +408,7 @@ def test_the_state_in_a_checkpoint_counts_what_is_not_trained(tmp_path: Path) ->
         assert state.step == step
         assert list(state.in_flight) == list(range(2 * step, state.cursor))
     info = json.loads((tmp_path / "checkpoints" / "step_000003" / "MANIFEST.json").read_text())["info"]
-    assert info == {"weight_version": 3, "stage": "online"}
+    assert info == {"weight_version": 3, "stage": "online", "inputs": {"model.path": "digest"}}
 
 
 def test_what_a_smaller_buffer_could_not_issue_yet_is_not_forgotten(tmp_path: Path) -> None:

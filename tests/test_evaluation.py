@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsys.errors import TooManyFailuresError
-from rlsys.evaluation import held_out_metrics, mean_over_prompts, pass_at_k, sample_groups, solved
+from rlsys.evaluation import error_rate, held_out_metrics, mean_over_prompts, pass_at_k, sample_groups, solved
 from rlsys.metrics import METRICS
 from rlsys.rollout_metrics import rollout_metrics
-from rlsys.types import Trajectory, TrajectoryGroup
+from rlsys.types import Prompt, SamplingSettings, Trajectory, TrajectoryGroup
 
 
 def test_pass_at_k_by_hand() -> None:
@@ -59,14 +61,21 @@ def test_an_interval_is_that_of_whole_prompts() -> None:
     assert found.low == pytest.approx(0.402, abs=0.01)  # 2000 resamples: the quantile is off by about 0.003
     assert found.high == pytest.approx(0.598, abs=0.01)
     assert mean_over_prompts(values) == found
-    assert mean_over_prompts(np.ones((5, 2), dtype=bool)).low == 1
+
+
+def test_an_interval_at_the_edge_is_not_a_point() -> None:
+    # Wilson at z = 1.96 and 5 prompts: z^2 = 3.841, 5 / 8.841 = 0.5655 and 3.841 / 8.841 = 0.4345.
+    right, wrong = mean_over_prompts(np.ones((5, 2))), mean_over_prompts(np.zeros((5, 2)))
+    assert (right.mean, right.high, wrong.mean, wrong.low) == (1, 1, 0, 0)
+    assert right.low == pytest.approx(0.5655, abs=1e-4)
+    assert wrong.high == pytest.approx(0.4345, abs=1e-4)
 
 
 @settings(deadline=None, max_examples=40)
 @given(actors=st.integers(1, 6), count=st.integers(0, 15))
 def test_groups_come_back_in_the_order_of_the_prompts(actors: int, count: int) -> None:
     prompts = [prompt(f"p{number}") for number in range(count)]
-    groups = asyncio.run(sample_groups(FakePool(actors, []), prompts, SAMPLING))
+    groups = asyncio.run(sample_groups(FakePool(actors, []), prompts, SAMPLING, 0.1))
     assert [found.prompt.prompt_id for found in groups] == [p.prompt_id for p in prompts]
 
 
@@ -74,7 +83,30 @@ def test_a_failed_rollout_is_not_left_out_of_a_figure() -> None:
     prompts = [prompt(f"p{number}") for number in range(5)]
     pool = FakePool(2, [], failing=["p3", "p4"])
     with pytest.raises(TooManyFailuresError, match="2 of 5 evaluation rollouts failed; the first: scripted"):
-        asyncio.run(sample_groups(pool, prompts, SAMPLING))
+        asyncio.run(sample_groups(pool, prompts, SAMPLING, 1.0))
+
+
+def test_a_verifier_that_fails_is_an_error_and_no_figure() -> None:
+    class Broken(FakePool):
+        async def generate(
+            self, actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
+        ) -> Sequence[TrajectoryGroup]:
+            bad = replace(trajectory(0, 0.0, "error", answered=False), detail="scripted")
+            return [
+                TrajectoryGroup(prompt=p, trajectories=(bad if p.prompt_id in self.failing else trajectory(),))
+                for p in prompts
+            ]
+
+    prompts = [prompt(f"p{number}") for number in range(10)]
+    # 2 of 10 are more than 0.1, and not more than 0.2; 1 of 10 is neither.
+    two = Broken(2, [], failing=["p3", "p4"])
+    with pytest.raises(
+        TooManyFailuresError, match=r"2 of 10 verifications .* train\.max_verifier_failures = 0\.1; .*scripted"
+    ):
+        asyncio.run(sample_groups(two, prompts, SAMPLING, 0.1))
+    assert error_rate(asyncio.run(sample_groups(two, prompts, SAMPLING, 0.2))) == pytest.approx(0.2)
+    one = Broken(2, [], failing=["p3"])
+    assert error_rate(asyncio.run(sample_groups(one, prompts, SAMPLING, 0.1))) == pytest.approx(0.1)
 
 
 def test_held_out_metrics_by_hand() -> None:
@@ -90,7 +122,8 @@ def test_held_out_metrics_by_hand() -> None:
         "held_out/greedy_accuracy": 1 / 2,
         "held_out/greedy_no_answer_rate": 1 / 2,
         "held_out/sampled_accuracy": 1 / 4,
-        "held_out/sampled_no_answer_rate": 1 / 4,
+        "held_out/sampled_no_answer_rate": 0,  # of the timeout nothing is known
+        "held_out/verifier_error_rate": 1 / 6,
         "held_out/pass_at_k": 1 / 2,  # of 2 samples: one of the first prompt's is right
         "held_out/completion_length": (2 + 4 + 6 + 4) / 4,  # of the sampled part
     }
@@ -122,7 +155,7 @@ def test_rollout_metrics_by_hand() -> None:
     found = rollout_metrics([first, second], version=5)
     assert found["rollout/reward"] == pytest.approx(1.1 / 3, rel=1e-12)  # the timeout has no verdict
     assert found["rollout/accuracy"] == 2 / 4
-    assert found["rollout/no_answer_rate"] == 2 / 4
+    assert found["rollout/no_answer_rate"] == 1 / 4
     assert found["rollout/completion_length"] == (2 + 6 + 2 + 2) / 4
     assert found["rollout/completion_length_max"] == 6
     assert found["rollout/tokens"] == 12

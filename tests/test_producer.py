@@ -11,9 +11,10 @@ from fakes import SAMPLING, FakePool, NumberTask
 
 from rlsys.buffer import Buffer
 from rlsys.errors import EngineError, TooManyFailuresError
+from rlsys.failures import FailureLimit
 from rlsys.producer import Producer
 from rlsys.prompts import PromptBuilder, PromptStream
-from rlsys.types import TrajectoryGroup
+from rlsys.types import Prompt, RolloutFailure, SamplingSettings, TrajectoryGroup
 
 
 class Setup:
@@ -32,7 +33,10 @@ class Setup:
         builder = PromptBuilder(NumberTask(None), lambda text: [1] * len(text), max_model_len=8, max_tokens=4)
         self.stream = PromptStream(builder, 0)
         self.buffer = Buffer(groups_per_step, max_staleness)
-        self.producer = Producer(self.pool, self.stream, self.buffer, SAMPLING, share, failed=failed, finished=finished)
+        self.failures = FailureLimit(
+            what="rollouts", field="train.max_failed_rollouts", share=share, failed=failed, total=failed + finished
+        )
+        self.producer = Producer(self.pool, self.stream, self.buffer, SAMPLING, self.failures)
 
     def during(self, scenario: Callable[[], Awaitable[object]]) -> None:
         """Run a scenario beside the producer; the producer's own error is raised."""
@@ -99,8 +103,8 @@ def test_a_failure_is_counted_and_replaced_by_the_next_prompt_in_its_place() -> 
 
     async def scenario() -> None:
         assert ids(await setup.buffer.take()) == ["0", "4", "2", "3"]
-        assert setup.producer.failed == 1
-        assert dispatches(setup.calls)[2:] == [(1, ["4"])]  # the actor that failed it gets the next one
+        assert setup.failures.failed == 1
+        assert dispatches(setup.calls)[2:] == [(0, ["4"])]
 
     setup.during(scenario)
 
@@ -110,14 +114,34 @@ def test_a_replacement_may_fail_too() -> None:
 
     async def scenario() -> None:
         assert ids(await setup.buffer.take()) == ["0", "9", "2", "3", "4", "5", "6", "7"]
-        assert setup.producer.failed == 2
+        assert setup.failures.failed == 2
+
+    setup.during(scenario)
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_replacements_do_not_depend_on_which_actor_answers_first(slow: int) -> None:
+    # Prompts 0 and 1 fail on different actors: 4 replaces 0 and 5 replaces 1, whoever is late.
+    setup = Setup(actors=2, groups_per_step=4, failing=["train-0", "train-1"])
+    generate = setup.pool.generate
+
+    async def late(
+        actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
+    ) -> Sequence[TrajectoryGroup | RolloutFailure]:
+        for _ in range(10 if actor == slow else 0):
+            await asyncio.sleep(0)
+        return await generate(actor, prompts, settings)
+
+    setup.pool.generate = late  # type: ignore[method-assign]  # the scripted delay
+
+    async def scenario() -> None:
+        assert ids(await setup.buffer.take()) == ["4", "5", "2", "3"]
 
     setup.during(scenario)
 
 
 def test_above_the_share_the_run_ends_and_says_why() -> None:
-    # Actor 0 gets the even prompts: 7 good ones and 1 failure are tolerated. Actor 1 has 4 good ones, 11 in all;
-    # its first failure makes 2 of 13 (allowed 2.6), its second 3 of 14 (allowed 2.8).
+    # 11 good ones; then the failures: 1 of 12 (allowed 2.4), 2 of 13 (allowed 2.6), 3 of 14 (allowed 2.8).
     failing = ["train-0", "train-1", "train-3", "train-5", "train-7"]
     setup = Setup(groups_per_step=16, failing=failing, share=0.2)
     with pytest.raises(ExceptionGroup) as caught:
@@ -135,7 +159,7 @@ def test_the_share_does_not_depend_on_the_place_of_the_failures_in_a_batch() -> 
 
     async def scenario() -> None:
         await setup.buffer.take()
-        assert setup.producer.failed == 2
+        assert setup.failures.failed == 2
 
     setup.during(scenario)
 
@@ -146,7 +170,7 @@ def test_a_resumed_run_knows_what_was_finished_before() -> None:
 
     async def scenario() -> None:
         await setup.buffer.take()
-        assert setup.producer.failed == 11
+        assert setup.failures.failed == 11
 
     setup.during(scenario)
 

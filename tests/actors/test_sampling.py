@@ -50,11 +50,11 @@ def test_a_seed_depends_on_run_prompt_and_sample_and_on_nothing_else() -> None:
     assert [r.seed for r in fewer] == [r.seed for r in completion_requests(PROMPT, SETTINGS)][:2]
 
 
-def test_a_trajectory_is_the_prompt_and_what_followed() -> None:
+def test_a_trajectory_is_the_prompt_and_what_followed(caplog: pytest.LogCaptureFixture) -> None:
     spans = (VersionSpan(start=0, version=2), VersionSpan(start=1, version=3))
     verdicts = [
         Verdict(outcome="ok", reward=1.0, answered=True),
-        Verdict(outcome="timeout", reward=0.0, answered=False),
+        Verdict(outcome="timeout", reward=0.0, answered=False, detail="too late"),
     ]
     group = build_group(PROMPT, [completion(4, 5, versions=spans), completion(6)], verdicts)
     first, second = group.trajectories
@@ -68,6 +68,10 @@ def test_a_trajectory_is_the_prompt_and_what_followed() -> None:
     assert first.completion_length == 2
     assert second.token_ids.tolist() == [7, 8, 9, 6]
     assert (second.outcome, second.answered) == ("timeout", False)
+    assert (first.detail, second.detail) == ("", "too late")
+    assert [record.getMessage() for record in caplog.records] == [
+        "prompt train-4@1: verification failed for 1 of 2: too late"
+    ]
     assert group.prompt is PROMPT
     assert group.oldest_version == 2
 
