@@ -1,4 +1,4 @@
-"""The command line: train, check, evaluate.
+"""The command line: train, check, evaluate, keys.
 
 Exit codes: 0 the run reached its end; 1 it failed; 2 the input is not usable; 128 + n it was stopped by
 signal n, with its state saved.
@@ -13,17 +13,20 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rlsys import resources
 from rlsys.config import Config
 from rlsys.config_file import dump_config, load_config
-from rlsys.errors import ConfigError, InterruptedRunError, RlsysError
+from rlsys.config_keys import all_keys, suggestion
+from rlsys.errors import AbortedRunError, ConfigError, InterruptedRunError, RlsysError
 
 app = typer.Typer(
     help="Post-training of reasoning models with Ray actors, vLLM, DeepSpeed and a verified weight-sync bus.",
@@ -51,15 +54,34 @@ def _exit_with(command: Callable[[], None]) -> None:
     except InterruptedRunError as error:
         number = signal.Signals[error.message].value
         _fail(f"stopped by {error.message}; the state is saved, the same command continues", 128 + number)
+    except AbortedRunError as error:
+        _fail(f"stopped by {error.message}", 128 + signal.Signals[error.message.split()[0]].value)
     except RlsysError as error:
         _fail(f"error: {type(error).__name__}: {error.message}", 1)
+    except OSError as error:  # no space left, no permission
+        _fail(f"error: {error}", 1)
     except KeyboardInterrupt:
-        _fail("stopped before anything was trained", 130)
+        _fail("stopped by SIGINT", 130)
 
 
 def _fail(message: str, code: int) -> None:
     print(message, file=sys.stderr)
     sys.exit(code)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"rlsys {version('rlsys')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself; typer shows the help of `app` instead of this."""
 
 
 @app.command()
@@ -68,7 +90,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     resolved = load_config(config, overrides or [])
     from rlsys import launch
 
-    launch.train(resolved)
+    print(launch.train(resolved))
 
 
 @app.command()
@@ -81,9 +103,11 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = prepare_model(resolved, Path(folder))
         needs = resources.plan(resolved, model)
-        Inputs(resolved, model)
+        notes = Inputs(resolved, model).notes
     print(dump_config(resolved))
     _show_plan(resolved, needs)
+    for note in notes:
+        print(note)
     resources.check(needs)
 
 
@@ -109,10 +133,26 @@ def evaluate(
     """Greedy and sampled accuracy, pass@k and no-answer rate on held-out problems, with intervals."""
     from rlsys import evaluate as evaluation
 
-    found = evaluation.run(evaluation.find_target(target, config, overrides or []))
+    chosen = evaluation.find_target(target, config, overrides or [])
+    print(f"starting {chosen.config.actors.count} actors on {chosen.policy}", file=sys.stderr)
+    found = evaluation.run(chosen)
     evaluation.show(found, Console())
     if output:
         Path(output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
+def keys(section: Annotated[str, typer.Argument(help="Only what begins with this, e.g. train.")] = "") -> None:
+    """Every key of a config file with its type, default and meaning."""
+    table = Table()
+    for column in ("key", "type", "default", "meaning"):
+        table.add_column(column, overflow="fold")
+    for key in all_keys():
+        if not section or key.name == section or key.name.startswith(f"{section}."):
+            table.add_row(*map(escape, (key.name, key.type, key.default, key.meaning)))
+    if not table.row_count:
+        raise ConfigError(f"{section}: no such section or key; {suggestion(section)}")
+    Console().print(table)
 
 
 if __name__ == "__main__":

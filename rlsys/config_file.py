@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from rlsys.config import Config
+from rlsys.config_keys import suggestion
 from rlsys.errors import ConfigError
 
 
@@ -110,7 +111,7 @@ def _explain(source: str, problem: Any) -> str:
     unions = {"letter_count", "dataset"}
     where = ".".join(str(part) for part in problem["loc"] if part not in unions)
     if problem["type"] == "extra_forbidden":
-        return f"{source}: {where}: unknown key; see `rlsys check` for the keys that exist"
+        return f"{source}: {where}: unknown key; {suggestion(where)}"
     found = f", found {problem['input']!r}" if not isinstance(problem["input"], dict) else ""
     message = problem["msg"].removeprefix("Value error, ")
     return f"{source}: {where + ': ' if where else ''}{message}{found}"

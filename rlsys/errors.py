@@ -48,3 +48,7 @@ class TooManyFailuresError(RlsysError):
 
 class InterruptedRunError(RlsysError):
     """The run was asked to end; its state is saved and the same command continues it."""
+
+
+class AbortedRunError(RlsysError):
+    """The command was ended by a signal and saved nothing. The message begins with the signal's name."""

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import logging
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
 
 PR_SET_PDEATHSIG = 1
+REAPING_ROUNDS, REAPING_PAUSE_S = 5, 0.5
 
 
 def die_with_parent() -> None:
@@ -40,22 +41,21 @@ def quiet_worker(log_file: str) -> None:
 
 
 @contextlib.contextmanager
-def kill_with_this_process() -> Iterator[None]:
-    """SIGKILL all present descendants as soon as this process dies inside the block.
+def kill_with_this_process(folder: Path) -> Iterator[psutil.Process]:
+    """SIGKILL Ray's processes with `folder` in their command line as soon as this process dies inside the block.
 
     Ray's agents outlive a killed driver by a minute, because they try to tell it. They are programs of Ray's
     own, so they cannot call `die_with_parent`; a reaper in a session of its own waits for the end of a pipe.
     """
-    known = [(process.pid, process.create_time()) for process in psutil.Process().children(recursive=True)]
     with subprocess.Popen(
-        [sys.executable, "-m", "rlsys.process", json.dumps(known)],
+        [sys.executable, "-m", "rlsys.process", str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     ) as reaper:
         try:
-            yield
+            yield psutil.Process(reaper.pid)
         finally:
             reaper.kill()
 
@@ -68,14 +68,20 @@ def kill_and_wait(processes: Sequence[psutil.Process], timeout_s: float) -> None
     psutil.wait_procs(processes, timeout=timeout_s)
 
 
-def _reap() -> None:
+def _reap(folder: str) -> None:
     sys.stdin.read()  # ends when the other process is gone
-    for pid, created in json.loads(sys.argv[1]):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            if abs(process.create_time() - created) < 1.0:  # else the number was given to another process
-                process.kill()
+    for _ in range(REAPING_ROUNDS):  # a process may be just about to start another
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.pid != os.getpid() and _is_ray_of(folder, process.cmdline()):
+                    process.kill()
+        time.sleep(REAPING_PAUSE_S)
+
+
+def _is_ray_of(folder: str, command: Sequence[str]) -> bool:
+    line = " ".join(command)
+    return folder in line and "/ray/" in line  # not the pager someone reads a log with
 
 
 if __name__ == "__main__":
-    _reap()
+    _reap(sys.argv[1])

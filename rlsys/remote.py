@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from rlsys import errors
 from rlsys.config import Config, StageName
 from rlsys.errors import EngineError, RlsysError
 from rlsys.types import (
@@ -44,7 +46,24 @@ async def answer(reference: ray.ObjectRef, timeout_s: float, who: str, field: st
             raise error.cause from None
         raise EngineError(f"{who} failed: {type(error.cause).__name__}: {error.cause}") from error
     except RayActorError as error:
-        raise EngineError(f"{who} died: {str(error).splitlines()[0]}; see logs/ in the run directory") from error
+        raise death(str(error), who) from error
+    except RayError as error:
+        raise EngineError(f"{who} failed: {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def death(text: str, who: str) -> RlsysError:
+    """The error for a dead actor, from Ray's account of it.
+
+    What an actor raised in its __init__ is known here only as a traceback; one of our errors becomes itself again.
+    """
+    lines = [line for line in text.splitlines() if line.strip()]
+    raised = [line for line in lines[1:] if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b", line)]
+    cause = (raised or lines)[-1].strip()
+    name, _, message = cause.partition(": ")
+    kind = getattr(errors, name.removeprefix("rlsys.errors."), None) if name.startswith("rlsys.errors.") else None
+    if isinstance(kind, type) and issubclass(kind, RlsysError):
+        return kind(f"{who}: {message}")
+    return EngineError(f"{who} died: {cause}")
 
 
 class RayRolloutPool:
@@ -53,8 +72,8 @@ class RayRolloutPool:
     def __init__(self, handles: Sequence[Any], config: Config) -> None:
         self._handles = handles
         self._config = config
-        self._tokens = 0
-        self._seconds = 0.0
+        self._tokens = [0] * len(handles)
+        self._seconds = [0.0] * len(handles)
 
     @property
     def count(self) -> int:
@@ -74,16 +93,16 @@ class RayRolloutPool:
         groups, seconds = await self._call(
             actor, "generate", timeout, "actors.rollout_timeout_s", list(prompts), settings
         )
-        self._tokens += sum(
+        self._tokens[actor] += sum(
             t.completion_length for group in groups if isinstance(group, TrajectoryGroup) for t in group.trajectories
         )
-        self._seconds += seconds
+        self._seconds[actor] += seconds
         return groups
 
     def tokens_per_s(self) -> float:
-        rate = self.count * self._tokens / self._seconds if self._seconds else 0.0
-        self._tokens, self._seconds = 0, 0.0
-        return rate
+        rates = [tokens / seconds for tokens, seconds in zip(self._tokens, self._seconds, strict=True) if seconds]
+        self._tokens, self._seconds = [0] * self.count, [0.0] * self.count
+        return sum(rates)
 
     async def probe(self, actor: int, rows: Sequence[Int32Array]) -> Sequence[Float32Array]:
         return await self._call(actor, "probe", self._config.weight_sync.timeout_s, "weight_sync.timeout_s", list(rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ GIB = 2**30
 # Resident memory of a process that has imported its frameworks and holds no model (measured).
 ACTOR_BASE_GIB = 1.2
 RANK_BASE_GIB = 0.8
-STORE_GIB = 0.5
+MINIMUM_STORE_BYTES = 512 * 2**20
+VERSIONS_IN_STORE = 2.5
 BYTES = {"fp32": 4, "bf16": 2}
 
 
@@ -37,36 +39,33 @@ class Need:
         return self.amount <= self.available
 
 
-def plan(config: Config, model: Path) -> list[Need]:
-    """Threads and memory of every phase against this machine. Rollout and learning alternate on CPUs."""
+def plan(config: Config, model: Path, learner: bool = True) -> list[Need]:
+    """Needs of every phase against this machine; none where the run joins a cluster elsewhere.
+
+    Rollout and learning alternate on CPUs. On GPUs, memory of this machine holds no models.
+
+    Args:
+        learner: False for the actors alone.
+    """
+    if config.run.address != "local":
+        return []
     cores = float(len(os.sched_getaffinity(0)))
-    memory = psutil.virtual_memory().total / GIB
-    actors, learner = config.actors, config.learner
     parameters = parameter_count(model)
-    actor_gib = ACTOR_BASE_GIB + actors.kv_cache_gib + parameters * BYTES[actors.dtype] / GIB
-    state = 8 + (0 if learner.dtype == "fp32" else 4)  # two moments, and master weights beside bf16
-    sharded = state / (learner.ranks if learner.zero_stage >= 1 else 1)
-    rank_gib = RANK_BASE_GIB + parameters * (2 * BYTES[learner.dtype] + sharded) / GIB
+    store = object_store_bytes(config, parameters) if learner else MINIMUM_STORE_BYTES
+    ranks = config.learner.ranks if learner else 0
+    memory = config.actors.count * _actor_gib(config, parameters) + ranks * _rank_gib(config, parameters)
+    memory_fields = "actors.count, actors.kv_cache_gib or learner.ranks" if learner else "actors.count"
+    store_fields = "model or learner.dtype (or, in a container, its --shm-size)"
     needs = [
-        Need(
-            "all",
-            "memory, GiB",
-            actors.count * actor_gib + learner.ranks * rank_gib + STORE_GIB,
-            memory,
-            "actors.count, actors.kv_cache_gib or learner.ranks",
-        ),
+        Need("all", "memory, GiB", memory + store / GIB, psutil.virtual_memory().total / GIB, memory_fields),
+        Need("all", "shared memory, GiB", store / GIB, _shared_memory_bytes() / GIB, store_fields),
     ]
     if config.run.device == "cpu":
-        needs += [
-            Need("rollout", "threads", actors.count * actors.threads, cores, "actors.count or actors.threads"),
-            Need(
-                "learning",
-                "threads",
-                learner.ranks * learner.threads,
-                cores,
-                "learner.ranks or learner.threads",
-            ),
-        ]
+        threads = config.actors.count * config.actors.threads
+        needs.append(Need("rollout", "threads", threads, cores, "actors.count or actors.threads"))
+        if learner:
+            threads = ranks * config.learner.threads
+            needs.append(Need("learning", "threads", threads, cores, "learner.ranks or learner.threads"))
     return needs
 
 
@@ -74,10 +73,40 @@ def check(needs: Sequence[Need]) -> None:
     """Raises ConfigError for the first need beyond the machine's."""
     for need in needs:
         if not need.fits:
+            who = "the run" if need.phase == "all" else f"the {need.phase} phase"
             raise ConfigError(
-                f"{need.field}: the {need.phase} phase needs {need.amount:.4g} {need.what}, "
+                f"{need.field}: {who} needs {need.amount:.4g} {need.what}, "
                 f"this machine has {need.available:.4g}; lower one of them"
             )
+
+
+def object_store_bytes(config: Config, parameters: int) -> int:
+    """Size of Ray's object store: during a publish it holds two versions of the policy, besides trajectories."""
+    return max(MINIMUM_STORE_BYTES, int(VERSIONS_IN_STORE * parameters * BYTES[config.learner.dtype]))
+
+
+def _actor_gib(config: Config, parameters: int) -> float:
+    if config.run.device == "cuda":
+        return ACTOR_BASE_GIB
+    return ACTOR_BASE_GIB + config.actors.kv_cache_gib + parameters * BYTES[config.actors.dtype] / GIB
+
+
+def _rank_gib(config: Config, parameters: int) -> float:
+    """Host memory of one rank: parameters, gradients, its part of the optimizer's state, and a KL reference."""
+    learner = config.learner
+    width = BYTES[learner.dtype]
+    state = 8.0 + (0 if learner.dtype == "fp32" else 4)  # two moments, and master weights beside bf16
+    state /= learner.ranks if learner.zero_stage >= 1 else 1
+    if config.run.device == "cuda":
+        return RANK_BASE_GIB + (parameters * state / GIB if learner.optimizer_offload else 0.0)
+    reference = width if "online" in config.stages and config.objective.kl_coef > 0 else 0
+    return RANK_BASE_GIB + parameters * (2 * width + state + reference) / GIB
+
+
+def _shared_memory_bytes() -> int:
+    """Free bytes of the file system that Ray's object store lies in."""
+    folder = Path("/dev/shm")  # noqa: S108 - Ray's choice; nothing is written here
+    return shutil.disk_usage(folder).free if folder.is_dir() else 0
 
 
 def parameter_count(model: Path) -> int:

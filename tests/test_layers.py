@@ -18,6 +18,7 @@ FRAMEWORKS = ("deepspeed", "ray", "vllm")
 # The composition root with its callers, and the rooms where the frameworks live.
 HEAVY = {
     "rlsys.cli",
+    "rlsys.cluster",
     "rlsys.evaluate",
     "rlsys.launch",
     "rlsys.remote",

@@ -1,0 +1,168 @@
+"""Ray: started on loopback or joined, a placement group for the run, and an end that leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlsys.config import Config
+from rlsys.errors import AbortedRunError, ConfigError, EngineError, RlsysError
+from rlsys.process import kill_and_wait, kill_with_this_process
+from rlsys.resources import MINIMUM_STORE_BYTES
+from rlsys.stop_signals import signals_ignored
+
+PLACEMENT_TIMEOUT_S = 180.0
+SHUTDOWN_TIMEOUT_S = 10.0
+TEMPORARY_NOTE = ".temporary-folder"
+RENDEZVOUS = ".rendezvous-"
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A running Ray and the bundles of a placement group: actors first, then learner ranks."""
+
+    group: PlacementGroup
+    config: Config
+    run_dir: Path
+    temporary: Path
+
+    def options(self, bundle: int, gpus: int, environment: Mapping[str, str]) -> dict[str, Any]:
+        """Where and how Ray starts the process of a bundle."""
+        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
+        return {
+            "num_cpus": 1,
+            "num_gpus": gpus if self.config.run.device == "cuda" else 0,
+            "scheduling_strategy": strategy,
+            "runtime_env": {"env_vars": {**environment, **self._common_environment()}},
+            "max_restarts": 0,
+            "max_task_retries": 0,
+        }
+
+    def _common_environment(self) -> dict[str, str]:
+        names = ("RLSYS_FAULTS", "RLSYS_DATA", "HF_HUB_OFFLINE")
+        found = {name: os.environ[name] for name in names if name in os.environ}
+        found |= {"RLSYS_RUN_ID": self.run_dir.name, "TOKENIZERS_PARALLELISM": "false"}
+        if self.config.run.address == "local":
+            # Without a name of an interface, gloo and NCCL listen on the one that the host name resolves to.
+            found |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+            found["TMPDIR"] = str(self.temporary / "tmp")
+        return found
+
+
+@contextlib.contextmanager
+def ray_cluster(
+    config: Config, run_dir: Path, bundles: Sequence[Mapping[str, float]], store_bytes: int = MINIMUM_STORE_BYTES
+) -> Iterator[Cluster]:
+    """Start Ray (on loopback) or join a cluster, and reserve everything the run needs.
+
+    Args:
+        store_bytes: size of the object store of a Ray started here.
+    Raises:
+        ConfigError: no cluster at run.address, or one that is too small.
+        RlsysError: Ray did not start.
+    """
+    local = config.run.address == "local"
+    temporary = _temporary_folder(run_dir)
+    with contextlib.ExitStack() as last:
+        reaper = last.enter_context(kill_with_this_process(temporary)) if local else None
+        try:
+            _start_ray(config.run.address, temporary, len(bundles), store_bytes)
+            yield Cluster(_reserve(bundles), config, run_dir, temporary)
+        except RayError as error:
+            raise EngineError(f"Ray: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        finally:
+            with signals_ignored():
+                children = psutil.Process().children(recursive=True) if local else []
+                ray.shutdown()
+                # On a busy machine workers would outlive the driver by seconds.
+                kill_and_wait([child for child in children if child != reaper], SHUTDOWN_TIMEOUT_S)
+                _remove_leftovers(run_dir)
+
+
+def _start_ray(address: str, temporary: Path, processes: int, store_bytes: int) -> None:
+    options: dict[str, Any] = {"address": address, "log_to_driver": False}
+    if address == "local":
+        os.environ.pop("RAY_ADDRESS", None)
+        options |= {
+            "configure_logging": False,
+            "include_dashboard": False,
+            "_temp_dir": str(temporary),
+            "num_cpus": processes,  # logical: phases alternate, threads are set by OMP_NUM_THREADS
+            "object_store_memory": store_bytes,
+            "_node_ip_address": "127.0.0.1",
+        }
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**options)
+    except SystemExit:
+        raise AbortedRunError("SIGTERM while Ray was starting") from None
+    except (RayError, OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        if address == "local":
+            raise RlsysError(f"Ray did not start: {reason}") from error
+        raise ConfigError(f"run.address {address}: no Ray cluster can be joined there: {reason}") from error
+    finally:
+        signal.signal(signal.SIGTERM, handler)  # Ray has put its own, which exits without a word
+
+
+def _reserve(bundles: Sequence[Mapping[str, float]]) -> PlacementGroup:
+    """Raises ConfigError where the cluster is too small, at once, or too busy, after PLACEMENT_TIMEOUT_S."""
+    check_cluster(bundles, ray.cluster_resources())
+    group = placement_group([dict(bundle) for bundle in bundles], strategy="PACK")
+    if not group.wait(PLACEMENT_TIMEOUT_S):
+        raise ConfigError(
+            f"the cluster could not place {list(bundles)} within {PLACEMENT_TIMEOUT_S:.0f} s: of "
+            f"{ray.cluster_resources()} only {ray.available_resources()} is free"
+        )
+    return group
+
+
+def check_cluster(bundles: Sequence[Mapping[str, float]], found: Mapping[str, float]) -> None:
+    """Raises ConfigError where all bundles together ask for more CPUs or GPUs than the cluster has."""
+    needed: Counter[str] = Counter()
+    for bundle in bundles:
+        needed.update(bundle)
+    for name, amount in needed.items():
+        if amount > found.get(name, 0):
+            fields = "actors.count, learner.ranks" + (" or actors.tensor_parallel_size" if name == "GPU" else "")
+            raise ConfigError(f"{fields}: the run needs {amount:g} {name}s, the cluster has {found.get(name, 0):g}")
+
+
+def _temporary_folder(run_dir: Path) -> Path:
+    """A new folder for sockets and scratch files, noted in the run directory so that it can never be lost.
+
+    Socket paths below it must stay under 107 bytes, so neither $TMPDIR nor the run directory itself will do.
+    """
+    _remove_leftovers(run_dir)
+    folder = Path(f"/tmp/rl-{uuid.uuid4().hex[:8]}")  # noqa: S108 - unpredictable name, mode 700
+    (run_dir / TEMPORARY_NOTE).write_text(str(folder), encoding="utf-8")
+    (folder / "tmp").mkdir(parents=True, mode=0o700)
+    folder.chmod(0o700)
+    return folder
+
+
+def _remove_leftovers(run_dir: Path) -> None:
+    """Remove the scratch folder of this or a killed attempt, and rendezvous files."""
+    note = run_dir / TEMPORARY_NOTE
+    if note.exists():
+        folder = Path(note.read_text(encoding="utf-8"))
+        if re.fullmatch(r"/tmp/rl-[0-9a-f]{8}", str(folder)):  # noqa: S108 - nothing else is ever removed
+            shutil.rmtree(folder, ignore_errors=True)
+        note.unlink()
+    for path in run_dir.glob(f"{RENDEZVOUS}*"):
+        path.unlink(missing_ok=True)

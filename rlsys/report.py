@@ -1,0 +1,42 @@
+"""What `rlsys train` says when a run has reached its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlsys.config import Config
+from rlsys.metrics import read_rows
+
+FIGURES = {
+    "held_out/greedy_accuracy": "greedy accuracy",
+    "held_out/sampled_accuracy": "sampled accuracy",
+    "held_out/pass_at_k": "pass@k",
+}
+
+
+def finished(config: Config) -> str:
+    """Where the run is, its last held-out figures, and what to do next, a line each."""
+    stage = config.stages[-1]
+    section = "warm_start" if stage == "warm_start" else "train"
+    more = 2 * config.max_steps(stage)
+    return (
+        f"run directory: {config.run.dir}\n"
+        f"held-out: {_held_out(config)}\n"
+        f"evaluate: rlsys evaluate {config.run.dir}\n"
+        f"continue: rlsys train {config.run.dir}/config.yaml {section}.max_steps={more}"
+    )
+
+
+def complete(config: Config, step: int) -> str:
+    """The line for a command that finds nothing to do."""
+    stage = config.stages[-1]
+    return f"already complete ({step} of {config.max_steps(stage)} {stage} steps)\n"
+
+
+def _held_out(config: Config) -> str:
+    """The figures of the last evaluation in metrics.jsonl."""
+    for row in reversed(read_rows(Path(config.run.dir) / "metrics.jsonl")):
+        found = [f"{label} {row[name]:.3f}" for name, label in FIGURES.items() if row.get(name) is not None]
+        if found:
+            return f"{', '.join(found)} (weight version {row['weights/version']})"
+    return "not measured"

@@ -1,0 +1,145 @@
+"""Processes that must end, do; signals mean what they should in every phase of a command."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlsys.errors import AbortedRunError, InterruptedRunError
+from rlsys.process import kill_and_wait
+from rlsys.stop_signals import StopSignals, signals_ignored
+
+SLEEPER = "import time; time.sleep(60)"
+# argv: the folder. Starts one sleeper as if it were Ray's with the folder, and two that are not; tells their ids.
+DRIVER = f"""
+import subprocess, sys, time
+from pathlib import Path
+from rlsys.process import kill_with_this_process
+folder = sys.argv[1]
+with kill_with_this_process(Path(folder)):
+    extra = (["/ray/agent.py", folder + "/session"], ["/ray/agent.py", "/tmp/rl-other"], ["less", folder + "/log"])
+    started = [subprocess.Popen([sys.executable, "-c", {SLEEPER!r}, *more], start_new_session=True) for more in extra]
+    print(*(process.pid for process in started), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_driver_takes_the_processes_of_its_ray_with_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DRIVER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        ours, other, pager = (psutil.Process(int(number)) for number in driver.stdout.readline().split())
+        try:
+            driver.kill()
+            # The children are the init process's now, which may take a moment to fetch them: a zombie is dead too.
+            assert ended_within(ours, 10.0)
+            assert other.is_running() and pager.is_running()
+        finally:
+            for process in (other, pager):
+                process.kill()
+
+
+def ended_within(process: psutil.Process, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_kill_and_wait_ends_what_runs_and_bears_what_is_gone() -> None:
+    running = subprocess.Popen([sys.executable, "-c", SLEEPER])
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    both = [psutil.Process(running.pid), psutil.Process(gone.pid)]
+    gone.wait()
+    kill_and_wait(both, 10.0)
+    assert not psutil.pid_exists(running.pid) or running.wait() == -signal.SIGKILL
+
+
+def raise_signal(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_before_the_event_loop_a_signal_ends_the_command(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(AbortedRunError) as caught, StopSignals(" before anything was trained"):
+        raise_signal(number)
+        time.sleep(5)
+    assert caught.value.message == f"{number.name} before anything was trained"
+    assert signal.getsignal(number) is before
+
+
+async def wait_long(cleaned: list[str]) -> None:
+    try:
+        asyncio.get_running_loop().call_later(0.01, raise_signal, signal.SIGTERM)
+        await asyncio.sleep(5)
+    finally:
+        cleaned.append("cleaned")
+
+
+def test_in_the_event_loop_it_cancels_the_task_and_lets_it_clean_up() -> None:
+    cleaned: list[str] = []
+    with StopSignals(" early") as stop, pytest.raises(AbortedRunError, match="^SIGTERM early$"):
+        stop.run(wait_long(cleaned))
+    assert cleaned == ["cleaned"]
+
+
+def test_the_first_signal_asks() -> None:
+    asked: list[str] = []
+
+    async def work(stop: StopSignals) -> None:
+        wanted = asyncio.Event()
+
+        def ask(name: str) -> None:
+            asked.append(name)
+            wanted.set()
+
+        stop.ask_first(ask, " again")
+        raise_signal(signal.SIGINT)
+        await asyncio.wait_for(wanted.wait(), 5)
+        raise InterruptedRunError(asked[0])
+
+    with StopSignals() as stop, pytest.raises(InterruptedRunError, match="SIGINT"):
+        stop.run(work(stop))
+    assert asked == ["SIGINT"]
+
+
+def test_the_second_signal_aborts() -> None:
+    asked: list[str] = []
+
+    async def work(stop: StopSignals) -> None:
+        stop.ask_first(asked.append, " for the second time")
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.01, raise_signal, signal.SIGINT)
+        loop.call_later(0.05, raise_signal, signal.SIGINT)
+        await asyncio.sleep(5)
+
+    with StopSignals() as stop, pytest.raises(AbortedRunError, match="^SIGINT for the second time$"):
+        stop.run(work(stop))
+    assert asked == ["SIGINT"]
+
+
+def test_an_own_cancellation_is_no_signal() -> None:
+    async def work() -> None:
+        raise asyncio.CancelledError
+
+    with StopSignals() as stop, pytest.raises(asyncio.CancelledError):
+        stop.run(work())
+
+
+def test_a_cleanup_is_not_cut_short() -> None:
+    with StopSignals(), signals_ignored():
+        raise_signal(signal.SIGINT)
+        raise_signal(signal.SIGTERM)
+    with pytest.raises(AbortedRunError), StopSignals(), signals_ignored():
+        raise AbortedRunError("SIGINT")

@@ -1,0 +1,102 @@
+"""The resource plan: hand-made sums, and what is compared with what."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlsys import resources
+from rlsys.config import Config
+from rlsys.config_file import parse_config
+from rlsys.errors import ConfigError
+from rlsys.resources import GIB, Need
+
+PARAMETERS = 2**30  # 1 Gi elements: 4 GiB in fp32, 2 GiB in bf16
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Only headers of safetensors files are read: [2^15, 2^14] and [2^29] elements are 2^29 each."""
+    for number, shape in enumerate(([2**15, 2**14], [2**29])):
+        header = json.dumps({"__metadata__": {}, "w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}})
+        (tmp_path / f"{number}.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    return tmp_path
+
+
+def config(**sections: dict[str, Any]) -> Config:
+    values: dict[str, Any] = {"run": {"dir": "d"}, "model": {"path": "m"}, "task": {"type": "letter_count"}}
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return parse_config(values, "test")
+
+
+def amounts(needs: list[Need]) -> dict[tuple[str, str], float]:
+    return {(need.phase, need.what): need.amount for need in needs}
+
+
+def memory(needs: list[Need]) -> float:
+    return amounts(needs)[("all", "memory, GiB")]
+
+
+def test_parameters_are_counted_from_headers(model: Path) -> None:
+    assert resources.parameter_count(model) == PARAMETERS
+
+
+def test_cpu_plan_by_hand(model: Path) -> None:
+    # 2 actors * (1.2 + 1 cache + 4 weights) = 12.4; 2 ranks * (0.8 + 4 weights + 4 gradients + 8/2 moments) = 25.6;
+    # store 2.5 * 4 = 10. Sum 48.
+    found = amounts(resources.plan(config(), model))
+    assert found.pop(("all", "memory, GiB")) == pytest.approx(48.0)
+    assert found.pop(("all", "shared memory, GiB")) == pytest.approx(10.0)
+    assert found == {("rollout", "threads"): 2, ("learning", "threads"): 2}
+
+
+def test_kl_reference_is_counted_where_it_is_loaded(model: Path) -> None:
+    plain = memory(resources.plan(config(), model))
+    kl = {"kl_coef": 0.1}
+    assert memory(resources.plan(config(objective=kl), model)) == pytest.approx(plain + 2 * 4)  # 2 ranks, 4 GiB
+    warm = parse_config({**config(objective=kl).model_dump(), "stages": ["warm_start"]}, "test")
+    assert memory(resources.plan(warm, model)) == pytest.approx(plain)
+
+
+def test_evaluation_counts_actors_only(model: Path) -> None:
+    found = amounts(resources.plan(config(), model, learner=False))
+    assert found.pop(("all", "memory, GiB")) == pytest.approx(12.4 + 0.5)
+    assert found == {("all", "shared memory, GiB"): 0.5, ("rollout", "threads"): 2}
+
+
+def test_object_store_holds_two_versions() -> None:
+    assert resources.object_store_bytes(config(), PARAMETERS) == 10 * GIB
+    assert resources.object_store_bytes(config(learner={"dtype": "bf16"}), PARAMETERS) == 5 * GIB
+    assert resources.object_store_bytes(config(), 1000) == 512 * 2**20
+
+
+def test_a_store_beyond_shared_memory_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "_shared_memory_bytes", lambda: 2**26)
+    needs = [need for need in resources.plan(config(), model) if need.what == "shared memory, GiB"]
+    with pytest.raises(ConfigError, match=r"--shm-size.*the run needs 10 shared memory, GiB.* has 0\.0625"):
+        resources.check(needs)
+
+
+def test_on_gpus_this_machine_holds_no_models(model: Path) -> None:
+    run = {"device": "cuda"}
+    # 2 * 1.2 + 2 * 0.8 + store 10
+    found = amounts(resources.plan(config(run=run), model))
+    assert found.pop(("all", "memory, GiB")) == pytest.approx(14.0)
+    assert list(found) == [("all", "shared memory, GiB")]
+    offloaded = resources.plan(config(run=run, learner={"optimizer_offload": True}), model)
+    assert memory(offloaded) == pytest.approx(14.0 + 2 * 8 / 2)  # moments of 8 bytes, shared by 2 ranks
+
+
+def test_a_joined_cluster_is_not_compared_with_this_machine(model: Path) -> None:
+    assert resources.plan(config(run={"address": "10.0.0.1:6379"}), model) == []
+
+
+def test_check_names_field_and_numbers() -> None:
+    resources.check([Need("all", "memory, GiB", 4.0, 4.0, "x")])
+    with pytest.raises(ConfigError, match=r"actors\.threads: the rollout phase needs 3 threads, this machine has 2"):
+        resources.check([Need("rollout", "threads", 3, 2, "actors.threads")])
