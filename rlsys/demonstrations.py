@@ -9,6 +9,7 @@ import numpy as np
 
 from rlsys.errors import ConfigError, DataError
 from rlsys.interfaces import Task
+from rlsys.prompts import GENERATED_CHECKED
 from rlsys.types import Demonstration
 
 # question, chain -> token ids of both with the end token, and the length of the prompt
@@ -31,6 +32,12 @@ class DemonstrationStream:
         """The demonstrations of a step, counted from 0."""
         first = step * self._rows_per_step
         return [self._row(index) for index in range(first, first + self._rows_per_step)]
+
+    def check(self) -> None:
+        """Build the first demonstrations, of a finite task all, so that a bad one is found before anything starts."""
+        size = self._task.size("train")
+        for index in range(GENERATED_CHECKED if size is None else size):
+            self._row(index)
 
     def _row(self, index: int) -> Demonstration:
         found = self._task.demonstration(self._position(index), random.Random(f"{self._seed}/{index}"))

@@ -6,14 +6,19 @@ from pathlib import Path
 
 from rlsys.config import Config
 from rlsys.demonstrations import DemonstrationStream
-from rlsys.models import encode_demonstration, encode_prompt, load_tokenizer
+from rlsys.models import encode_demonstration, encode_prompt, load_tokenizer, tokenizer_digest
 from rlsys.prompts import PromptBuilder, PromptStream
+from rlsys.setup import model_digest
 from rlsys.tasks import build_task
 from rlsys.types import Int32Array
+
+TOKENIZER = "the tokenizer of model.path"
 
 
 class Inputs:
     """Task, tokenizer and the streams made of them.
+
+    notes: what the user should know of the data, a line each.
 
     Raises:
         ConfigError, DataError: the data cannot be used.
@@ -39,11 +44,22 @@ class Inputs:
             max_tokens=config.actors.max_model_len,
         )
         if "warm_start" in config.stages:
-            self.demonstrations.rows(0)
+            self.demonstrations.check()
         self.pad_token_id = int(
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
         self._rows = config.weight_sync.probe_rows
+        self.notes = list(task.notes())
+        self._config, self._model, self._task = config, model, task
+
+    def fingerprint(self) -> dict[str, str]:
+        """Digests of what the config only names, by the field that names it: data, model and tokenizer."""
+        data = "task.path" if self._config.task.type == "dataset" else "task.questions_path"
+        return {
+            data: self._task.digest(),
+            "model.path" if self._config.model.path else "model.from_scratch": model_digest(self._model),
+            TOKENIZER: tokenizer_digest(self._model),
+        }
 
     def probe(self) -> list[Int32Array]:
         """Fixed rows for the check of every publish: held-out prompts."""

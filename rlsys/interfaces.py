@@ -47,6 +47,14 @@ class Task(Protocol):
         """The index-th worked example of the train split, or None where the task has none."""
         ...
 
+    def digest(self) -> str:
+        """sha256 of the data that was read, "" where there is none: a resume must find the same."""
+        ...
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the data that was read, a line each: rows that were left out."""
+        ...
+
     def vocabulary(self) -> tuple[str, ...]:
         """Strings that a from-scratch tokenizer makes single tokens: tags, words, characters."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -10,6 +11,13 @@ import numpy as np
 from rlsys.errors import ConfigError
 from rlsys.interfaces import Task
 from rlsys.types import Prompt, Split
+
+# Of a generator, this many prompts and demonstrations are built up front: 0.3 s for letter counting.
+GENERATED_CHECKED = 2048
+# Above this many prompts a user should know what takes so long: 0.05 ms to 0.5 ms a prompt.
+SLOW_TO_CHECK = 20_000
+
+log = logging.getLogger(__name__)
 
 Encode = Callable[[str], list[int]]
 
@@ -46,8 +54,11 @@ class PromptBuilder:
         return [self.build("held_out", index) for index in range(count if size is None else min(count, size))]
 
     def check(self, split: Split) -> None:
-        """Build every prompt of a split of known size, so that a too long one is found before anything starts."""
-        for index in range(self.task.size(split) or 0):
+        """Build the first prompts of a split, of a finite one all, so that a too long one is found before the start."""
+        size = self.task.size(split)
+        if size is not None and size > SLOW_TO_CHECK:
+            log.warning("task: measuring %d prompts in tokens before the start, about %d s", size, size // 5000)
+        for index in range(GENERATED_CHECKED if size is None else size):
             self.build(split, index)
 
 

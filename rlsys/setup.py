@@ -52,6 +52,16 @@ def tokenizer_files(model: Path) -> list[Path]:
     return sorted(path for path in model.iterdir() if path.is_file() and path not in skipped)
 
 
+def model_digest(folder: Path) -> str:
+    """sha256 of what a model is: its config.json, and the names, shapes and formats of its tensors."""
+    tensors: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:  # a header: its length in 8 bytes, then JSON
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        tensors |= {name: [entry["dtype"], entry["shape"]] for name, entry in header.items() if name != "__metadata__"}
+    return _digest([json.loads((folder / "config.json").read_text(encoding="utf-8")), tensors])
+
+
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -79,6 +79,12 @@ class NumberTask:
     def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str] | None:
         return self.problem("train", index), f"{rng.random():.6f}"
 
+    def digest(self) -> str:
+        return ""
+
+    def notes(self) -> tuple[str, ...]:
+        return ()
+
     def vocabulary(self) -> tuple[str, ...]:
         return ()
 

@@ -10,6 +10,7 @@ from fakes import NumberTask
 
 from rlsys.demonstrations import DemonstrationStream
 from rlsys.errors import ConfigError, DataError
+from rlsys.prompts import GENERATED_CHECKED
 from rlsys.types import Demonstration, Problem
 
 
@@ -74,6 +75,20 @@ def test_the_longest_demonstration_just_fits() -> None:
     message = r"demonstration of train-0 has 11 tokens, actors\.max_model_len is 10"
     with pytest.raises(ConfigError, match=message):
         stream(NumberTask(None), max_tokens=10).rows(0)
+
+
+@pytest.mark.parametrize(("size", "looked_at"), [(37, 37), (None, GENERATED_CHECKED)])
+def test_check_looks_at_all_demonstrations_or_the_first_of_a_generator(size: int | None, looked_at: int) -> None:
+    class OneTooLong(NumberTask):
+        def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str] | None:
+            asked.append(index)
+            return self.problem("train", index), "12345678" + "x" * (index == looked_at - 1)
+
+    asked: list[int] = []
+    stream(OneTooLong(size), max_tokens=12).check()
+    assert sorted(asked) == list(range(looked_at))
+    with pytest.raises(ConfigError, match=rf"demonstration of train-{looked_at - 1} has 12 tokens"):
+        stream(OneTooLong(size), max_tokens=11).check()
 
 
 def test_a_task_without_demonstrations() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsys.errors import ConfigError
-from rlsys.prompts import PromptBuilder, PromptStream
+from rlsys.prompts import GENERATED_CHECKED, PromptBuilder, PromptStream
 
 
 def encode(text: str) -> list[int]:
@@ -82,11 +82,29 @@ def test_the_longest_prompt_just_fits() -> None:
         builder.check("train")
 
 
-def test_check_passes_where_all_fit_and_knows_no_end_of_a_generator() -> None:
+def test_check_passes_where_all_fit() -> None:
     short = PromptBuilder(NumberTask(4, same_length=False), encode, max_model_len=10, max_tokens=6)
     short.check("train")
-    endless = PromptBuilder(NumberTask(None, same_length=False), encode, max_model_len=10, max_tokens=6)
-    endless.check("train")
+
+
+def test_check_looks_at_the_first_prompts_of_a_generator() -> None:
+    # The prompt of index i has i + 1 tokens: the last one that is looked at has GENERATED_CHECKED.
+    def check(longest: int) -> None:
+        task = NumberTask(None, same_length=False)
+        PromptBuilder(task, encode, max_model_len=longest + 6, max_tokens=6).check("train")
+
+    check(GENERATED_CHECKED)
+    with pytest.raises(ConfigError, match=f"train-{GENERATED_CHECKED - 1} has"):
+        check(GENERATED_CHECKED - 1)
+
+
+def test_a_check_that_takes_long_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("rlsys.prompts.SLOW_TO_CHECK", 3)
+    for size in (3, 4):
+        PromptBuilder(NumberTask(size), encode, max_model_len=10, max_tokens=6).check("train")
+    assert [record.getMessage() for record in caplog.records] == [
+        "task: measuring 4 prompts in tokens before the start, about 0 s"
+    ]
 
 
 @pytest.mark.parametrize(("asked", "size", "given"), [(2, 4, 2), (9, 4, 4), (5, None, 5)])

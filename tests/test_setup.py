@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from rlsys.config import Config
 from rlsys.config_file import parse_config
 from rlsys.errors import ConfigError
-from rlsys.setup import prepare_model, tokenizer_files
+from rlsys.setup import model_digest, prepare_model, tokenizer_files
 
 TINY = {"hidden_size": 32, "layers": 1, "heads": 1, "intermediate_size": 16, "max_positions": 256}
 
@@ -43,6 +44,18 @@ def test_it_is_built_again_where_the_config_changed(tmp_path: Path, built: Path)
     assert weights(prepare_model(config({"from_scratch": TINY}, seed=1), tmp_path)) != weights(built)
     wider = config({"from_scratch": {**TINY, "hidden_size": 64}})
     assert len(weights(prepare_model(wider, tmp_path))) > len(weights(built))
+
+
+def test_the_digest_of_a_model_is_of_its_config_and_the_shapes_of_its_tensors(tmp_path: Path, built: Path) -> None:
+    other_seed = prepare_model(config({"from_scratch": TINY}, seed=1), tmp_path / "a")
+    wider = prepare_model(config({"from_scratch": {**TINY, "intermediate_size": 32}}), tmp_path / "b")
+    assert model_digest(other_seed) == model_digest(built)
+    shutil.copy(built / "config.json", wider)
+    assert model_digest(wider) != model_digest(built)
+    shutil.copy(built / "model.safetensors", wider)
+    assert model_digest(wider) == model_digest(built)
+    (wider / "config.json").write_text((built / "config.json").read_text().replace("100.0", "200.0"))
+    assert model_digest(wider) != model_digest(built)
 
 
 def test_a_build_that_was_cut_short_is_not_used(tmp_path: Path, built: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +34,7 @@ class _Data:
     train: tuple[_Example, ...]
     held_out: tuple[_Example, ...]
     skipped: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 class DatasetTask:
@@ -53,6 +56,15 @@ class DatasetTask:
     def skip_reasons(self) -> tuple[str, ...]:
         """Why the first few unreadable rows were left out, each with its file and line."""
         return self._data.skipped[:_EXAMPLES]
+
+    def digest(self) -> str:
+        """sha256 of the texts of all rows that are used, of both splits."""
+        rows = [list(map(astuple, split)) for split in (self._data.train, self._data.held_out)]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def notes(self) -> tuple[str, ...]:
+        """Which rows were left out, and why."""
+        return self._data.notes
 
     def size(self, split: Split) -> int:
         return len(self._examples(split))
@@ -99,20 +111,31 @@ class DatasetTask:
 def _load(config: DatasetConfig) -> _Data:
     """Read both splits, count unreadable rows, and refuse a data set that cannot be used."""
     _check_pattern(config.answer_pattern)
-    source = read_source(config.path, config.split, "task.path")
+    source = read_source(config.path, config.split, "task.path", config.subset)
     readable, skipped = _read_examples(source, config, "task.path")
+    notes = _note("task.path", source, skipped)
     if config.held_out_path is None:
         # By position in the source, not among the readable rows: mending one row moves no other.
         held_out = tuple(row for row in readable if row.number % config.held_out_every == 0)
         readable = tuple(row for row in readable if row.number % config.held_out_every)
     else:
-        other = read_source(config.held_out_path, config.held_out_split, "task.held_out_path")
+        other = read_source(config.held_out_path, config.held_out_split, "task.held_out_path", config.subset)
         held_out, also_skipped = _read_examples(other, config, "task.held_out_path")
         skipped += also_skipped
+        notes += _note("task.held_out_path", other, also_skipped)
     questions = {example.question for example in held_out}
     train = tuple(example for example in readable if example.question not in questions)
-    _check_not_empty(config, train, held_out, repeated=len(readable) - len(train))
-    return _Data(train=train, held_out=held_out, skipped=skipped)
+    repeated = len(readable) - len(train)
+    _check_not_empty(config, train, held_out, repeated=repeated)
+    if repeated:
+        notes += (f"task.path: {repeated} of {len(readable)} training rows left out, whose question is held out too",)
+    return _Data(train=train, held_out=held_out, skipped=skipped, notes=notes)
+
+
+def _note(field: str, source: Source, skipped: tuple[str, ...]) -> tuple[str, ...]:
+    if not skipped:
+        return ()
+    return (f"{field}: {len(skipped)} of {len(source.rows)} rows skipped, the first: {skipped[0]}",)
 
 
 def _read_examples(source: Source, config: DatasetConfig, field: str) -> tuple[tuple[_Example, ...], tuple[str, ...]]:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from string import ascii_lowercase
@@ -68,6 +69,14 @@ class LetterCountTask:
         if int(text) != int(problem_answer):
             return Verdict(outcome="wrong", reward=0.0, answered=True)
         return Verdict(outcome="ok", reward=1.0, answered=True)
+
+    def digest(self) -> str:
+        """sha256 of the held-out questions that were read, "" where all are generated."""
+        rows = [[question.problem_id, question.question, question.answer] for question in self.questions]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest() if rows else ""
+
+    def notes(self) -> tuple[str, ...]:
+        return ()
 
     def vocabulary(self) -> tuple[str, ...]:
         """Tags, pieces of questions and chains, letters and digits."""
@@ -131,7 +140,7 @@ def load_questions(path: str) -> tuple[Problem, ...]:
 
     Raises:
         ConfigError: a variable of the path is not set.
-        DataError: the file is missing, not JSON, empty, or a row has another form.
+        DataError: the file is missing, not JSON, empty, a row has another form, or an id occurs twice.
     """
     file = Path(re.sub(r"\$\{(\w+)\}", _variable(path), path))
     try:
@@ -140,7 +149,11 @@ def load_questions(path: str) -> tuple[Problem, ...]:
         raise DataError(f"task.questions_path {file}: expected a readable JSON file: {error}") from None
     if not isinstance(rows, list) or not rows:
         raise DataError(f"task.questions_path {file}: expected a list of questions, found {str(rows)[:40]}")
-    return tuple(_question(row, number, file) for number, row in enumerate(rows))
+    questions = tuple(_question(row, number, file) for number, row in enumerate(rows))
+    [(name, times)] = Counter(question.problem_id for question in questions).most_common(1)
+    if times > 1:  # seeds of completions are hashed from the id
+        raise DataError(f"task.questions_path {file}: two questions have the id {name!r}; expected one each")
+    return questions
 
 
 def _variable(path: str) -> Callable[[re.Match[str]], str]:

@@ -33,13 +33,14 @@ class Source:
     rows: tuple[Row, ...]
 
 
-def read_source(path: str, split: str, field: str) -> Source:
+def read_source(path: str, split: str, field: str, subset: str | None = None) -> Source:
     """Read all rows of a file or data set.
 
     Args:
         path: as in the config; `${NAME}` is replaced from the environment.
         split: split of a Hugging Face data set; files have none.
         field: config field that `path` comes from, for error messages.
+        subset: configuration name of a Hugging Face data set that has several.
     Raises:
         ConfigError: an environment variable is not set.
         DataError: the data set is missing, not readable, or empty.
@@ -49,7 +50,7 @@ def read_source(path: str, split: str, field: str) -> Source:
     if Path(path).is_file() or path.endswith((".jsonl", ".json", ".parquet")):
         columns, rows = _read_file(Path(path), where)
     else:
-        columns, rows = _read_hugging_face(path, split, where)
+        columns, rows = _read_hugging_face(path, split, subset, where)
     if not rows:
         raise DataError(f"{where}: expected at least one row, found none")
     return Source(path=path, columns=columns, rows=tuple(rows))
@@ -102,7 +103,7 @@ def _read_parquet(path: Path, where: str) -> tuple[tuple[str, ...], list[Row]]:
     return tuple(table.column_names), _numbered(table.to_pylist())
 
 
-def _read_hugging_face(path: str, split: str, where: str) -> tuple[tuple[str, ...], list[Row]]:
+def _read_hugging_face(path: str, split: str, subset: str | None, where: str) -> tuple[tuple[str, ...], list[Row]]:
     if not Path(path).is_dir() and not _HUB_ID.fullmatch(path):
         raise DataError(f"{where}: no such file or folder")
     import datasets  # 0.7 s to import, so only where it is needed
@@ -111,10 +112,12 @@ def _read_hugging_face(path: str, split: str, where: str) -> tuple[tuple[str, ..
         if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
             found = datasets.load_from_disk(path)
         else:
-            found = datasets.load_dataset(path)
+            found = datasets.load_dataset(path, subset)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip() or type(error).__name__
-        raise DataError(f"{where}: not a readable data set: {reason.splitlines()[0]}") from None
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        several = "Config name is missing" in lines[0]  # the names follow in the second line
+        reason = f"set task.subset: {' '.join(lines[:2])}" if several else lines[0]
+        raise DataError(f"{where}: not a readable data set: {reason}") from None
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
             raise DataError(f"{where}: has no split {split!r}; the splits are {', '.join(map(str, found))}")

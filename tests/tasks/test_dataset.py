@@ -87,11 +87,37 @@ def test_held_out_split_of_a_hugging_face_folder(tmp_path):
         task_of(tmp_path / "d", split="dev").size("train")
 
 
+def test_a_data_set_of_several_configurations(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "several"
+    folder.mkdir()
+    for name, rows in (("main", sums(6)), ("small", sums(3))):
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    listed = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("main", "small"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+    assert task_of(folder, subset="small", held_out_every=3).size("train") == 2
+    assert task_of(folder, subset="main", held_out_every=3).size("train") == 4
+    with pytest.raises(DataError, match=r"task\.path .*set task\.subset: .*'main', 'small'"):
+        task_of(folder).size("train")
+
+
+def test_the_digest_follows_the_rows(tmp_path):
+    def digest(rows):
+        return task_of(write_jsonl(tmp_path / "a.jsonl", rows), held_out_every=3).digest()
+
+    before = digest(sums(6))
+    assert digest(sums(6)) == before
+    assert len({before, digest(sums(7)), digest([*sums(5), {"question": "6 + 6?", "answer": 13}])}) == 3
+
+
 def test_training_rows_that_repeat_a_held_out_question_are_left_out(tmp_path):
     train = write_jsonl(tmp_path / "train.jsonl", sums(4))
     held_out = write_jsonl(tmp_path / "test.jsonl", sums(2))
     task = task_of(train, held_out_path=held_out)
     assert all_ids(task, "train") == ["train/3", "train/4"]
+    assert task.notes() == ("task.path: 2 of 4 training rows left out, whose question is held out too",)
     with pytest.raises(DataError, match="no row is left for training; 4 of its questions are also held out"):
         task_of(train, held_out_path=train).size("train")
 
@@ -128,6 +154,7 @@ def test_unreadable_row_is_skipped_counted_and_explained(tmp_path, bad):
     assert task.skip_reasons[0].startswith(f"{path}:3: ")
     assert BAD_ROWS[bad] in task.skip_reasons[0]
     assert all_ids(task, "train") == [f"train/{i}" for i in (1, 2, 5, 6, 7)]
+    assert task.notes() == (f"task.path: 1 of 8 rows skipped, the first: {task.skip_reasons[0]}",)
     with pytest.raises(DataError, match=r"1 of 8 rows are unreadable, more than task\.max_bad_rows 0\.124; .*:3: "):
         task_of(path, answer_pattern="#### (.+)", max_bad_rows=0.124).size("train")
 

@@ -183,6 +183,10 @@ def test_questions_file_is_the_held_out_split(tmp_path: Path, monkeypatch: pytes
     task = make_task("words", questions_path="${QUESTIONS}/questions.json")
     assert task.size("held_out") == 50 and task.size("train") is None
     assert make_task("words").size("held_out") is None
+    digest = task.digest()
+    assert make_task("words").digest() == "" and len(digest) == 64
+    write_questions(tmp_path, [*rows[:-1], {**rows[-1], "solution": 9}])
+    assert make_task("words", questions_path="${QUESTIONS}/questions.json").digest() != digest
     assert (task.problem("held_out", 7).problem_id, task.problem("held_out", 7).answer) == ("q7", "7")
     excluded = {word_of(question) for question in taken}
     assert not excluded & {word_of(task.problem("train", i).question) for i in range(300)}
@@ -198,6 +202,9 @@ def test_questions_path_errors_name_the_field(tmp_path: Path, monkeypatch: pytes
         load_questions(str(write_questions(tmp_path, {})))
     with pytest.raises(DataError, match=r"row 1: expected .*solution: integer"):
         rows = [{"id": "a", "problem": "x", "solution": 1}, {"id": "b", "problem": "x", "solution": "1"}]
+        load_questions(str(write_questions(tmp_path, rows)))
+    with pytest.raises(DataError, match=r"task\.questions_path .*two questions have the id '7'"):
+        rows = [{"id": name, "problem": "x", "solution": 1} for name in ("7", "8", 7)]
         load_questions(str(write_questions(tmp_path, rows)))
     (tmp_path / "questions.json").write_text("not json")
     with pytest.raises(DataError, match=r"readable JSON"):
