@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsys.checkpoint import CheckpointStore, read_json, state_from_json
+from rlsys.checkpoint import MANIFEST, CheckpointStore, read_json, state_from_json, write_json
 from rlsys.config import Config
 from rlsys.config_file import fixed_fields, load_config
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.types import RunState
+
+# In the run directory: the checkpoint of run.resume that its own checkpoints descend from.
+RESUMED_FROM = "resumed_from.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,34 +31,92 @@ class Start:
 
 
 def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
-    """Apply `run.resume`.
+    """Apply `run.resume`. The same command again continues: a path is where the run begins, not where it stays.
 
     Raises:
-        ConfigError: a fixed field differs from that of the run directory, the directory is used although
-            `run.resume` is never, or the given path is no checkpoint.
+        ConfigError: a fixed field differs from that of the run to be resumed, the directory is used although
+            `run.resume` is never or a path that it does not descend from, or the path is no checkpoint.
         CheckpointError: checkpoints exist and none is valid.
     """
-    resume = config.run.resume
-    if resume == "never":
-        if (run_dir / "metrics.jsonl").exists() or store.latest() is not None:
-            raise ConfigError(f"run.resume is never and run.dir {run_dir} holds a run: choose another run.dir")
-        checkpoint = None
-    elif resume == "auto":
-        checkpoint = store.latest()
-    else:
-        checkpoint = Path(resume).absolute()
-        try:
-            store.verify(checkpoint)
-        except CheckpointError as error:
-            raise ConfigError(f"run.resume: {error.message}") from None
-    if checkpoint is None:
-        return Start(RunState(stage=0, step=0, weight_version=0, cursor=0), None)
-    origin = run_dir if resume == "auto" else checkpoint.parent.parent
+    resume, own = config.run.resume, store.latest()
+    if resume == "never" and (own is not None or _has_metrics(run_dir)):
+        raise ConfigError(f"run.resume is never and run.dir {run_dir} holds a run: choose another run.dir")
+    if resume in ("auto", "never"):
+        if own is None:
+            (run_dir / RESUMED_FROM).unlink(missing_ok=True)  # this run begins anew
+            return Start(RunState(stage=0, step=0, weight_version=0, cursor=0), None)
+        return _start_at(config, own, run_dir)
+    path = Path(resume).absolute()
+    descends = _resumed_from(run_dir) == str(path.resolve())
+    if descends and own is not None:
+        return _start_at(config, own, run_dir)
+    try:
+        store.verify(path)
+    except CheckpointError as error:
+        raise ConfigError(f"run.resume: {error.message}") from None
+    if not descends:
+        _check_unused(path, own, run_dir)
+    return _branch(config, path, run_dir)
+
+
+def check_inputs(start: Start, fingerprint: Mapping[str, str]) -> None:
+    """Compare the contents of data, model and tokenizer with those that the checkpoint was trained with.
+
+    Args:
+        fingerprint: of the inputs as they are now (`Inputs.fingerprint`).
+    Raises:
+        ConfigError: one differs; names the field.
+    """
+    if start.checkpoint is None:
+        return
+    before = read_json(start.checkpoint / MANIFEST)["info"].get("inputs", {})
+    different = [name for name, digest in fingerprint.items() if before.get(name) != digest]
+    if different:
+        raise ConfigError(
+            f"{' and '.join(different)}: the contents differ from those that {start.checkpoint} was trained with; "
+            "put them back, or start a new run.dir"
+        )
+
+
+def _start_at(config: Config, checkpoint: Path, origin: Path) -> Start:
+    """Continue from a checkpoint of the run directory `origin`."""
     _check_fixed_fields(config, origin)
+    return Start(state_from_json(read_json(checkpoint / "state.json")), checkpoint)
+
+
+def _branch(config: Config, checkpoint: Path, run_dir: Path) -> Start:
+    """Begin a line of checkpoints in run_dir with one that was named."""
+    origin = checkpoint.parent.parent
+    start = _start_at(config, checkpoint, origin)
     if origin.resolve() != run_dir.resolve() and (origin / "stages").is_dir():
         # A stage may be anchored to the policy of the one before.
         shutil.copytree(origin / "stages", run_dir / "stages", dirs_exist_ok=True)
-    return Start(state_from_json(read_json(checkpoint / "state.json")), checkpoint)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / RESUMED_FROM, {"checkpoint": str(checkpoint.resolve())})
+    return start
+
+
+def _check_unused(path: Path, own: Path | None, run_dir: Path) -> None:
+    """Nothing that a run of another line left in run_dir may be overwritten or mixed with this one's."""
+    if own is not None and own.resolve() == path.resolve():
+        return
+    if own is not None and own.resolve().parent == path.resolve().parent:
+        raise ConfigError(
+            f"run.resume {path}: {own} is newer; move the newer ones out of {own.parent}, or choose a new run.dir"
+        )
+    if own is not None or _has_metrics(run_dir):
+        raise ConfigError(
+            f"run.resume {path}: run.dir {run_dir} holds another run; move it away, or choose a new run.dir"
+        )
+
+
+def _has_metrics(run_dir: Path) -> bool:
+    return (run_dir / "metrics.jsonl").exists()
+
+
+def _resumed_from(run_dir: Path) -> str | None:
+    file = run_dir / RESUMED_FROM
+    return str(read_json(file)["checkpoint"]) if file.exists() else None
 
 
 def _check_fixed_fields(config: Config, run_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from rlsys.checkpoint import CheckpointStore, state_to_json, write_json
 from rlsys.config import Config
 from rlsys.config_file import dump_config, parse_config
 from rlsys.errors import CheckpointError, ConfigError
-from rlsys.resume import Start, find_start
+from rlsys.resume import Start, check_inputs, find_start
 from rlsys.types import RunState
 
+INPUTS = {"task.path": "d1", "model.path": "d2", "tokenizer": "d3"}
 FRESH = RunState(stage=0, step=0, weight_version=0, cursor=0)
 
 
@@ -45,7 +47,7 @@ def save(run_dir: Path, *versions: int) -> None:
         name = f"step_{version:06d}"
         temporary = store(run_dir).begin(name)
         write_json(temporary / "state.json", state_to_json(state(version)))
-        store(run_dir).commit(temporary, name, {"weight_version": version})
+        store(run_dir).commit(temporary, name, {"weight_version": version, "inputs": INPUTS})
 
 
 def start(run_dir: Path, now: Config) -> Start:
@@ -84,11 +86,64 @@ def test_never_refuses_a_used_directory(tmp_path: Path) -> None:
         start(tmp_path, config("never"))
 
 
-def test_a_path_is_taken_whatever_the_run_directory_holds(tmp_path: Path) -> None:
+def test_a_path_is_where_a_run_begins_and_the_same_command_continues_it(tmp_path: Path) -> None:
     save(tmp_path / "a", 2, 5)
-    save(tmp_path / "b", 7)
+    (tmp_path / "a" / "stages" / "warm_start").mkdir(parents=True)
     earlier = tmp_path / "a" / "checkpoints" / "step_000002"
-    assert start(tmp_path / "b", config(str(earlier))) == Start(state(2), earlier)
+    command = config(str(earlier))
+    assert start(tmp_path / "b", command) == Start(state(2), earlier)
+    assert (tmp_path / "b" / "stages" / "warm_start").is_dir()
+    (tmp_path / "b" / "metrics.jsonl").write_text("")  # killed before its first own checkpoint
+    assert start(tmp_path / "b", command) == Start(state(2), earlier)
+    save(tmp_path / "b", 3, 4)
+    shutil.rmtree(tmp_path / "a")  # no longer needed
+    assert start(tmp_path / "b", command) == Start(state(4), tmp_path / "b" / "checkpoints" / "step_000004")
+
+
+def test_a_path_does_not_touch_what_another_run_left(tmp_path: Path) -> None:
+    save(tmp_path / "a", 2)
+    save(tmp_path / "b", 7)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "metrics.jsonl").write_text("")
+    path = str(tmp_path / "a" / "checkpoints" / "step_000002")
+    for name in ("b", "c"):
+        with pytest.raises(ConfigError, match=rf"run\.dir {tmp_path / name} holds another run; .* new run\.dir"):
+            start(tmp_path / name, config(path))
+        assert not (tmp_path / name / "resumed_from.json").exists()
+
+
+def test_a_path_within_the_run_directory_is_refused_while_there_are_newer_ones(tmp_path: Path) -> None:
+    save(tmp_path, 2, 5)
+    (tmp_path / "metrics.jsonl").write_text("")
+    path = tmp_path / "checkpoints" / "step_000002"
+    with pytest.raises(ConfigError, match=r"step_000005 is newer; move the newer ones out of .*/checkpoints, or"):
+        start(tmp_path, config(str(path)))
+    (tmp_path / "checkpoints" / "step_000005").rename(tmp_path / "step_000005")
+    assert start(tmp_path, config(str(path))) == Start(state(2), path)
+    save(tmp_path, 3)  # and goes on from there, also where retention has removed the first
+    shutil.rmtree(path)
+    assert start(tmp_path, config(str(path))).state == state(3)
+
+
+def test_a_run_that_began_anew_descends_from_no_path(tmp_path: Path) -> None:
+    save(tmp_path / "a", 2)
+    path = str(tmp_path / "a" / "checkpoints" / "step_000002")
+    start(tmp_path / "b", config(path))
+    assert start(tmp_path / "b", config()) == Start(FRESH, None)
+    save(tmp_path / "b", 1)
+    with pytest.raises(ConfigError, match="holds another run"):
+        start(tmp_path / "b", config(path))
+
+
+def test_contents_that_changed_behind_an_unchanged_name(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    found = start(tmp_path, config())
+    check_inputs(found, INPUTS)
+    check_inputs(Start(FRESH, None), {"task.path": "anything"})
+    with pytest.raises(ConfigError, match=r"^task\.path: the contents differ .*step_000002 .* new run\.dir"):
+        check_inputs(found, {**INPUTS, "task.path": "another"})
+    with pytest.raises(ConfigError, match=r"^model\.path and tokenizer: "):
+        check_inputs(found, {**INPUTS, "model.path": "another", "tokenizer": "another"})
 
 
 def test_a_path_is_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
