@@ -17,6 +17,7 @@ from typing import Any
 
 SEEDS = (0, 1, 2)
 CONFIG = "configs/quickstart.yaml"
+PICTURE = Path("docs/quickstart.png")
 
 
 def main() -> int:
@@ -39,6 +40,8 @@ def run(seed: int, run_dir: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl of a finished run."""
     seconds = run_dir / "wall-seconds"
     if not seconds.exists():
+        if (run_dir / "metrics.jsonl").exists():
+            sys.exit(f"{run_dir} holds a run that was cut short: its time would start at the resume; move it away")
         started = time.monotonic()
         command = ["rlsys", "train", CONFIG, f"run.dir={run_dir}", f"run.seed={seed}"]
         subprocess.run([Path(sys.executable).parent / command[0], *command[1:]], check=True)
@@ -79,7 +82,8 @@ def plot(curves: dict[int, list[dict[str, Any]]]) -> None:
     axes.set_title("quickstart: reward of each step (lines), 512 held-out prompts x 4 samples (points)", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig("docs/quickstart.png", dpi=120)
+    PICTURE.parent.mkdir(exist_ok=True)
+    figure.savefig(PICTURE, dpi=120)
 
 
 if __name__ == "__main__":
