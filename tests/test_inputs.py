@@ -1,0 +1,94 @@
+"""What a run reads, checked before anything is started."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlsys.config import Config
+from rlsys.config_file import parse_config
+from rlsys.errors import ConfigError
+from rlsys.inputs import TOKENIZER, Inputs
+from rlsys.models import build_from_scratch
+
+TINY = {"hidden_size": 32, "layers": 1, "heads": 1, "intermediate_size": 16, "max_positions": 512}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer: a text of n letters has n tokens, and a prompt two more."""
+    folder = tmp_path_factory.mktemp("model")
+    values = {"run": {"dir": "x"}, "model": {"from_scratch": TINY}, "task": {"type": "letter_count"}}
+    scratch = parse_config(values, "test").model.from_scratch
+    assert scratch
+    build_from_scratch(scratch, [], 0, folder)
+    return folder
+
+
+def rows(count: int, **last: str) -> list[dict[str, str]]:
+    found = [{"question": f"q{i:03d}", "answer": "1", "solution": "s" * 4} for i in range(count)]
+    return [*found[:-1], {**found[-1], **last}]
+
+
+def config(folder: Path, data: list[dict[str, str]], **sections: Any) -> Config:
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in data))
+    values: dict[str, Any] = {
+        "run": {"dir": "unused"},
+        "model": {"path": "unused"},
+        "task": {"type": "dataset", "path": str(path), "held_out_every": 9, "demonstration_column": "solution"},
+        "actors": {"max_model_len": 32},
+        "sampling": {"max_tokens": 16},
+        "warm_start": {"rows_per_step": 2},
+    }
+    return parse_config({**values, **sections}, "test")
+
+
+def test_every_demonstration_is_checked_and_only_where_it_is_needed(model: Path, tmp_path: Path) -> None:
+    long = rows(26, solution="s" * 40)
+    with pytest.raises(ConfigError, match=r"demonstration of train/26 has 47 tokens, actors\.max_model_len is 32"):
+        Inputs(config(tmp_path, long), model)
+    Inputs(config(tmp_path, long, stages=["online"]), model)
+
+
+def test_every_prompt_is_checked(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"prompt train/26 has 22 tokens; .* leaves 16"):
+        Inputs(config(tmp_path, rows(26, question="q" * 20)), model)
+
+
+def test_generated_prompts_are_checked(model: Path, tmp_path: Path) -> None:
+    # Tokens: 2 and `count x in ` 11, and 3 to 5 letters: the longest that is allowed has 16, so 4 letters fail.
+    task = {"type": "letter_count", "min_length": 3, "max_length": 5}
+    with pytest.raises(ConfigError, match=r"prompt train-\d+ has 1[78] tokens; .* leaves 16"):
+        Inputs(config(tmp_path, rows(20), task=task, evaluation={"prompts": 1}, stages=["online"]), model)
+
+
+def test_notes_tell_what_was_left_out(model: Path, tmp_path: Path) -> None:
+    assert Inputs(config(tmp_path, rows(20)), model).notes == []
+    settings = config(tmp_path, rows(20, answer=""))
+    settings = settings.model_copy(update={"task": settings.task.model_copy(update={"max_bad_rows": 0.1})})
+    [note] = Inputs(settings, model).notes
+    assert note.startswith("task.path: 1 of 20 rows skipped, the first: ") and "data.jsonl:20" in note
+
+
+def test_the_fingerprint_follows_data_model_and_tokenizer(model: Path, tmp_path: Path) -> None:
+    before = Inputs(config(tmp_path, rows(20)), model).fingerprint()
+    assert set(before) == {"task.path", "model.path", TOKENIZER}
+    assert Inputs(config(tmp_path, rows(20)), model).fingerprint() == before
+
+    def changed(data: list[dict[str, str]], folder: Path) -> set[str]:
+        now = Inputs(config(tmp_path, data), folder).fingerprint()
+        return {name for name in before if now[name] != before[name]}
+
+    assert changed(rows(20, answer="2"), model) == {"task.path"}
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<user>{{", "<user>{{ '' }}{{"))
+    assert changed(rows(20), other) == {TOKENIZER}
+    (other / "config.json").write_text((model / "config.json").read_text().replace("100.0", "200.0"))
+    assert changed(rows(20), other) == {TOKENIZER, "model.path"}
