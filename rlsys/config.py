@@ -35,7 +35,7 @@ class RunConfig(Section):
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of everything random: data order, initial weights, sampling."""
     resume: str = "auto"
-    """`auto` continues where a checkpoint exists, `never` refuses a used directory, else a checkpoint path."""
+    """`auto` continues from the newest checkpoint, `never` refuses a used directory, a path begins with that one."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where engines and learner ranks compute."""
     address: str = "local"
@@ -360,6 +360,8 @@ class Config(Section):
             raise ValueError("actors.tensor_parallel_size above 1 needs run.device: cuda")
         if self.learner.optimizer_offload and self.learner.zero_stage == 0:
             raise ValueError("learner.optimizer_offload needs learner.zero_stage 1, 2 or 3")
+        if self.learner.dtype == "bf16" and self.learner.zero_stage == 0:
+            raise ValueError("learner.dtype bf16 needs learner.zero_stage 1, 2 or 3, which keep fp32 master weights")
         scratch = self.model.from_scratch
         if scratch and scratch.max_positions < self.actors.max_model_len:
             raise ValueError(
