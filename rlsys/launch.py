@@ -38,7 +38,7 @@ from rlsys.errors import EngineError
 from rlsys.inputs import Inputs
 from rlsys.metrics import MetricsWriter
 from rlsys.remote import RayLearner, RayRolloutPool
-from rlsys.resume import Start, find_start
+from rlsys.resume import Start, check_inputs, find_start
 from rlsys.setup import prepare_model, tokenizer_files
 from rlsys.stop_signals import StopSignals
 from rlsys.types import Prompt
@@ -79,6 +79,7 @@ def train(config: Config) -> str:
         model = prepare_model(config, run_dir)
         resources.check(resources.plan(config, model))
         inputs = Inputs(config, model)  # bad data must be found before anything is started
+        check_inputs(start, inputs.fingerprint())
         (run_dir / "config.yaml").write_text(dump_config(config))  # a refused command leaves the run's own
         bundles = actor_bundles(config) + rank_bundles(config)
         store_bytes = resources.object_store_bytes(config, resources.parameter_count(model))
@@ -154,6 +155,7 @@ async def _train(cluster: Cluster, session: Session) -> None:
             prompts=inputs.prompts,
             demonstrations=inputs.demonstrations,
             held_out=inputs.held_out,
+            fingerprint=inputs.fingerprint(),
         )
         controller = Controller(parts, start.state, start.checkpoint)
 
