@@ -7,6 +7,8 @@ moments by parameter name. So building, resuming and changing ranks or ZeRO stag
 from __future__ import annotations
 
 import datetime
+import gc
+import inspect
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -32,16 +34,16 @@ from learners.batching import (
 from learners.logprobs import masked_token_logprobs
 from learners.losses import kl_loss, policy_loss, supervised_loss
 from learners.objective import token_weights
-from learners.rank_settings import RankSettings
+from learners.policy_model import load_model
+from learners.rank_settings import RankSettings, deepspeed_config
 from learners.schedule import learning_rate
 from learners.step_sums import Pass, StepSums
 from learners.tensor_files import read_tensors, write_tensors
-from rlsys.config import LearnerConfig, OptimizerConfig
+from rlsys.config import OptimizerConfig
 from rlsys.errors import CheckpointError, NonFiniteLossError
 from rlsys.types import Demonstration, Float32Array, Int32Array, TrajectoryGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class PolicyEngine:
@@ -50,6 +52,9 @@ class PolicyEngine:
     def __init__(self, settings: RankSettings) -> None:
         self.settings = settings
         self.updates = 0
+        self.module: PreTrainedModel = None
+        self.engine: Any = None
+        self.reference: PreTrainedModel = None
         self._not_finite = ""
         _join_process_group(settings)
 
@@ -64,11 +69,24 @@ class PolicyEngine:
         reference: Path | None,
     ) -> None:
         """(Re)build the engine from `policy`; with `resume`, also its master weights, moments and counters."""
+        self._release()
         self.optimizer_config, self.total_updates = optimizer, total_updates
         self.module, self.engine = _build(policy, self.settings, optimizer)
-        self.reference = _load_model(reference, self.settings).eval() if reference else None
+        if reference:
+            self.reference = load_model(reference, self.settings.learner.dtype, self.settings.device).eval()
         self.updates = self._restore(resume) if resume else 0
         self._set_step_counters()
+
+    def _release(self) -> None:
+        """Free what an earlier stage built before the next is, or memory would have to hold both."""
+        if self.engine is None:
+            return
+        self.engine.destroy()
+        _forget_partitioned_modules()
+        self.module = self.engine = self.reference = None
+        gc.collect()  # module, hooks and engine refer to each other
+        if self.settings.device == "cuda":
+            torch.cuda.empty_cache()
 
     def save(self, folder: Path) -> None:
         """Write policy/ (a Hugging Face folder without the tokenizer) and learner/ below `folder`. Collective."""
@@ -84,8 +102,15 @@ class PolicyEngine:
         dist.barrier()
 
     def export(self, bucket_bytes: int) -> Iterator[tuple[Any, np.ndarray]]:
-        """(bucket, bytes) of the whole policy, for the bus. Collective: every rank must exhaust it."""
-        return weight_source.pack(weight_source.full_parameters(self.module, self._gather), bucket_bytes)
+        """(bucket, bytes) of the whole policy, for the bus; ranks above 0 yield none.
+
+        Collective: every rank must exhaust it.
+        """
+        tensors = weight_source.full_parameters(self.module, self._gather)
+        if self.settings.rank == 0:
+            yield from weight_source.pack(tensors, bucket_bytes)
+        for _ in tensors:  # gathering needs every rank, packing and hashing only one
+            pass
 
     @torch.no_grad()
     def score(self, rows: Sequence[Int32Array]) -> list[Float32Array]:
@@ -185,7 +210,7 @@ class PolicyEngine:
         )
 
     def _reseed(self, version: int) -> int:
-        """Make whatever is random in a step (dropout, shuffles) a function of seed and version: nothing to save."""
+        """Make whatever is random in a step (shuffles) a function of seed and version: nothing to save."""
         torch.manual_seed(_seed(self.settings.seed, version, self.settings.rank))
         return _seed(self.settings.seed, version)
 
@@ -245,9 +270,6 @@ class PolicyEngine:
             yield name, found
 
     def _restore(self, folder: Path) -> int:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        plain = self._plain_states()
         parameters = dict(self.module.named_parameters())
         for key in (*MOMENTS, *(("master",) if self.settings.learner.dtype != "fp32" else ())):
             missing = set(parameters)
@@ -255,15 +277,31 @@ class PolicyEngine:
                 if name not in missing:
                     raise CheckpointError(f"{folder}: {key} holds {name}, which the model has not")
                 missing.discard(name)
-                if key == "master":
-                    safe_set_full_fp32_param(parameters[name], tensor)
-                elif plain is not None:
-                    plain[parameters[name]][key].copy_(tensor)
-                else:
-                    safe_set_full_optimizer_state(parameters[name], tensor, key)
+                self._set_state(parameters[name], key, tensor)
             if missing:
                 raise CheckpointError(f"{folder}: {key} lacks {sorted(missing)[:3]}")
         return int(json.loads((folder / "learner" / "learner.json").read_text())["updates"])
+
+    def _set_state(self, parameter: Any, key: str, tensor: Tensor) -> None:
+        """Put this rank's part of a whole moment or master weight in its place."""
+        from deepspeed import utils
+
+        plain = self._plain_states()
+        if plain is not None:
+            plain[parameter][key].copy_(tensor)
+        elif hasattr(parameter, "ds_id"):
+            # The setters of whole tensors fail under ZeRO 3 where the last rank's part is padded.
+            size = parameter.ds_tensor.numel()
+            own = tensor.flatten()[size * self.settings.rank :][:size]
+            part = nn.functional.pad(own, (0, size - own.numel()))
+            if key == "master":
+                utils.safe_set_local_fp32_param(parameter, part)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, part, key)
+        elif key == "master":
+            utils.safe_set_full_fp32_param(parameter, tensor)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, tensor, key)
 
     def _plain_states(self) -> dict[nn.Parameter, dict[str, Tensor]] | None:
         """The optimizer's state by parameter at ZeRO 0; None where DeepSpeed holds flat partitions."""
@@ -301,20 +339,12 @@ def _join_process_group(settings: RankSettings) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
-def _load_model(path: Path, settings: RankSettings) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=DTYPES[settings.learner.dtype], trust_remote_code=False, use_safetensors=True
-    )
-    return model.to(settings.device)
-
-
 def _build(path: Path, settings: RankSettings, optimizer: OptimizerConfig) -> tuple[PreTrainedModel, Any]:
     import deepspeed
 
     learner = settings.learner
-    module = _load_model(path, settings).train()
+    # Training mode, because gradient checkpointing is off without; it adds no noise (see load_model).
+    module = load_model(path, learner.dtype, settings.device).train()
     if learner.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters = sum(parameter.numel() for parameter in module.parameters())
@@ -338,28 +368,14 @@ def _build(path: Path, settings: RankSettings, optimizer: OptimizerConfig) -> tu
     return module, engine
 
 
-def deepspeed_config(learner: LearnerConfig, optimizer: OptimizerConfig, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration, made of our fields. parameters: size of the model."""
-    # DeepSpeed allocates whole buckets afresh in every step; its default of 5e8 costs seconds on a small model.
-    bucket = min(parameters, 50_000_000)
-    zero: dict[str, Any] = {
-        "stage": learner.zero_stage,
-        "overlap_comm": False,
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-    }
-    if learner.optimizer_offload:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,  # step() is the boundary: micro-batches differ in size and number
-        "gradient_clipping": optimizer.max_grad_norm,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # the fused one needs a compiler at run time
-        "bf16": {"enabled": learner.dtype == "bf16"},
-    }
+def _forget_partitioned_modules() -> None:
+    """Clear the two globals in which DeepSpeed 0.19.8 keeps a destroyed ZeRO 3 engine: a list and a method's cache."""
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    coordinator: Any = partitioned_param_coordinator.PartitionedParameterCoordinator
+    method = coordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(method).nonlocals["func"].cache_clear()
 
 
 def _create_states(engine: Any) -> None:

@@ -53,9 +53,8 @@ class LearnerActor:
         """Put the policy into the object store, bucket by bucket. Rank 0 answers, the others None."""
         buckets, references = [], []
         for bucket, data in self.policy.export(bucket_bytes):
-            if self.rank == 0:
-                buckets.append(bucket)
-                references.append(ray.put(data))
+            buckets.append(bucket)
+            references.append(ray.put(data))
         scores = self.policy.score(probe)
         return (WeightManifest(version=version, buckets=tuple(buckets)), references, scores) if self.rank == 0 else None
 

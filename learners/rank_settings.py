@@ -1,10 +1,11 @@
-"""What a learner rank is told, and the environment it needs. Light: imported by the driver."""
+"""What a learner rank is told, what it tells DeepSpeed, and its environment. Light: imported by the driver."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from rlsys.config import LearnerConfig, ObjectiveConfig
+from rlsys.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,3 +36,27 @@ def learner_environment(config: LearnerConfig, device: str, rank: int) -> dict[s
     if device == "cpu":
         variables |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
     return variables
+
+
+def deepspeed_config(learner: LearnerConfig, optimizer: OptimizerConfig, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration, made of our fields. parameters: size of the model."""
+    # DeepSpeed allocates whole buckets afresh in every step; its default of 5e8 costs seconds on a small model.
+    bucket = min(parameters, 50_000_000)
+    zero: dict[str, Any] = {
+        "stage": learner.zero_stage,
+        "overlap_comm": False,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if learner.optimizer_offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # step() is the boundary: micro-batches differ in size and number
+        "gradient_clipping": optimizer.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # the fused one needs a compiler at run time
+        "bf16": {"enabled": learner.dtype == "bf16"},
+    }

@@ -1,0 +1,44 @@
+"""A causal language model from a Hugging Face folder, made a function of its input alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_model(path: Path, dtype: str, device: str) -> PreTrainedModel:
+    """The model of a folder, without training noise. dtype: "fp32" or "bf16"."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True
+    )
+    remove_noise(model)
+    return model.to(device)
+
+
+def remove_noise(model: nn.Module) -> None:
+    """Set every dropout and jitter of a model to 0, wherever the architecture keeps it.
+
+    The ratio of the objective compares two evaluations of one policy, and the probe compares the learner
+    with an engine that has no dropout: with noise neither would mean anything. `eval()` is no way out,
+    because gradient checkpointing works in training mode only. Modules keep the probability as a Dropout
+    module, as a number of their own, or read it from the config while they run; all three are set.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        _zero_noise(module)
+        _zero_noise(getattr(module, "config", None))
+
+
+def _zero_noise(holder: Any) -> None:
+    for name, value in getattr(holder, "__dict__", {}).items():
+        if isinstance(value, float) and ("drop" in name or "jitter" in name):
+            setattr(holder, name, 0.0)
