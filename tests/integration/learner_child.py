@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from rlsys.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
 from rlsys.types import Demonstration, Prompt, Trajectory, TrajectoryGroup, VersionSpan
 
 PROMPT = 10
-STEPS = 4
+TEMPERATURE = 0.8
+KL_COEF = 0.01
 
 
 def rows(rng: np.random.Generator, count: int) -> list[Demonstration]:
@@ -53,16 +55,45 @@ def _group(rng: np.random.Generator, size: int) -> TrajectoryGroup:
     return TrajectoryGroup(prompt=prompt, trajectories=trajectories)
 
 
-def train(policy: Any, first: int, last: int) -> dict[str, float]:
-    """Steps first..last-1: even ones supervised, odd ones online with two updates. Data follow from the step."""
+def online_groups(step: int) -> list[TrajectoryGroup]:
+    """What an online step trains on; follows from the step."""
+    return groups(np.random.default_rng(step), 5, 4)
+
+
+def train(policy: Any, job: dict[str, Any]) -> None:
+    """Steps first..last-1: even ones supervised, odd ones online. `save`: folders by number of finished steps."""
     figures: dict[str, float] = {}
-    for step in range(first, last):
-        rng = np.random.default_rng(step)
+    for step in range(job["first"], job["last"]):
         if step % 2 == 0:
-            figures |= policy.train_supervised(rows(rng, 13), step + 1)
+            figures |= policy.train_supervised(rows(np.random.default_rng(step), 13), step + 1)
         else:
-            figures |= policy.train_online(groups(rng, 5, 4), 2, step + 1)
-    return figures
+            figures |= policy.train_online(online_groups(step), job.get("updates", 2), step + 1)
+        folder = job["save"].get(str(step + 1))
+        if folder:
+            save(policy, Path(folder), figures)
+
+
+def save(policy: Any, folder: Path, figures: dict[str, float]) -> None:
+    (folder / "policy").mkdir(parents=True, exist_ok=True)
+    (folder / "learner").mkdir(exist_ok=True)
+    policy.save(folder)
+    if policy.settings.rank == 0:
+        (folder / "figures.json").write_text(json.dumps(figures))
+
+
+def run(policy: Any, job: dict[str, Any]) -> None:
+    earlier = weakref.ref(policy.module) if policy.module is not None else lambda: None
+    # Small micro-batches: several of them, unequal in size, and one rank gets a padding one.
+    learner = LearnerConfig(**{"ranks": policy.settings.ranks, "micro_batch_tokens": 256, **job["learner"]})
+    policy.settings = replace(policy.settings, learner=learner)
+    resume = Path(job["resume"]) if job.get("resume") else None
+    start = resume / "policy" if resume else Path(job["model"])
+    optimizer = OptimizerConfig(
+        **{"learning_rate": 1e-3, "warmup_updates": 2, "schedule": "linear", **job.get("optimizer", {})}
+    )
+    policy.start_stage(start, optimizer, 100, resume, Path(job.get("reference", job["model"])))
+    assert earlier() is None, "the model of the earlier stage is still in memory"
+    train(policy, job)
 
 
 def main(rank: int, ranks: int, jobs_file: Path) -> None:
@@ -77,27 +108,14 @@ def main(rank: int, ranks: int, jobs_file: Path) -> None:
         store=str(jobs_file.with_suffix(".store")),
         seed=0,
         pad_token_id=0,
-        temperature=1.0,
+        temperature=TEMPERATURE,
         max_tokens=60,
         learner=LearnerConfig(ranks=ranks),
-        objective=ObjectiveConfig(kl_coef=0.01),
+        objective=ObjectiveConfig(kl_coef=KL_COEF),
     )
     policy = PolicyEngine(settings)
     for job in jobs:
-        # Small micro-batches: several of them, unequal in size, and one rank gets a padding one.
-        learner = LearnerConfig(ranks=ranks, micro_batch_tokens=256, **job["learner"])
-        policy.settings = replace(settings, learner=learner)
-        resume = Path(job["resume"]) if job.get("resume") else None
-        start = resume / "policy" if resume else Path(job["model"])
-        optimizer = OptimizerConfig(learning_rate=1e-3, warmup_updates=2, schedule="linear")
-        policy.start_stage(start, optimizer, 100, resume, Path(job["model"]))
-        figures = train(policy, job["first"], job["last"])
-        folder = Path(job["save"])
-        (folder / "policy").mkdir(parents=True, exist_ok=True)
-        (folder / "learner").mkdir(exist_ok=True)
-        policy.save(folder)
-        if rank == 0:
-            (folder / "figures.json").write_text(json.dumps(figures))
+        run(policy, job)
 
 
 if __name__ == "__main__":
