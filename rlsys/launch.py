@@ -34,7 +34,7 @@ from rlsys.config import Config
 from rlsys.config_file import dump_config
 from rlsys.controller import Controller, Parts
 from rlsys.display import Display
-from rlsys.errors import EngineError
+from rlsys.errors import AbortedRunError, ConfigError, EngineError
 from rlsys.inputs import Inputs
 from rlsys.metrics import MetricsWriter
 from rlsys.remote import RayLearner, RayRolloutPool
@@ -111,12 +111,16 @@ def evaluate_policy(policy: Path, config: Config, measure: Measure) -> dict[str,
         async with rollout_pool(cluster, policy) as pool:
             return await measure(pool, inputs.held_out, config)
 
-    with (
-        StopSignals() as stop,
-        naming_logs(folder / "logs"),
-        ray_cluster(config, folder, actor_bundles(config)) as cluster,
-    ):
-        found = stop.run(work(cluster))
+    try:
+        with (
+            StopSignals() as stop,
+            naming_logs(folder / "logs"),
+            ray_cluster(config, folder, actor_bundles(config)) as cluster,
+        ):
+            found = stop.run(work(cluster))
+    except (AbortedRunError, ConfigError):  # their logs explain nothing
+        shutil.rmtree(folder)
+        raise
     shutil.rmtree(folder)
     return found
 

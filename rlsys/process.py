@@ -42,7 +42,7 @@ def quiet_worker(log_file: str) -> None:
 
 @contextlib.contextmanager
 def kill_with_this_process(folder: Path) -> Iterator[psutil.Process]:
-    """SIGKILL Ray's processes with `folder` in their command line as soon as this process dies inside the block.
+    """SIGKILL Ray's processes that belong to its folder `folder` as soon as this process dies inside the block.
 
     Ray's agents outlive a killed driver by a minute, because they try to tell it. They are programs of Ray's
     own, so they cannot call `die_with_parent`; a reaper in a session of its own waits for the end of a pipe.
@@ -73,14 +73,17 @@ def _reap(folder: str) -> None:
     for _ in range(REAPING_ROUNDS):  # a process may be just about to start another
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.pid != os.getpid() and _is_ray_of(folder, process.cmdline()):
+                if process.pid != os.getpid() and _is_ray_of(folder, process):
                     process.kill()
         time.sleep(REAPING_PAUSE_S)
 
 
-def _is_ray_of(folder: str, command: Sequence[str]) -> bool:
-    line = " ".join(command)
-    return folder in line and "/ray/" in line  # not the pager someone reads a log with
+def _is_ray_of(folder: str, process: psutil.Process) -> bool:
+    """Ray's programs name the folder in their command line, or hide that and have a log open there."""
+    line = " ".join(process.cmdline())
+    if not (line.startswith("ray::") or "/ray/" in line):  # not the pager someone reads a log with
+        return False
+    return folder in line or any(file.path.startswith(folder) for file in process.open_files())
 
 
 if __name__ == "__main__":

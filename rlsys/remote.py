@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -26,7 +26,7 @@ from rlsys.types import (
     WeightManifest,
 )
 
-Result = TypeVar("Result")
+MAX_CAUSE = 1000  # characters of what an actor raised
 
 
 async def answer(reference: ray.ObjectRef, timeout_s: float, who: str, field: str) -> Any:
@@ -57,8 +57,9 @@ def death(text: str, who: str) -> RlsysError:
     What an actor raised in its __init__ is known here only as a traceback; one of our errors becomes itself again.
     """
     lines = [line for line in text.splitlines() if line.strip()]
-    raised = [line for line in lines[1:] if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b", line)]
-    cause = (raised or lines)[-1].strip()
+    raised = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b")
+    starts = [number for number, line in enumerate(lines) if number and raised.match(line)] or [len(lines) - 1]
+    cause = " ".join(" ".join(lines[starts[-1] :]).split())[:MAX_CAUSE]
     name, _, message = cause.partition(": ")
     kind = getattr(errors, name.removeprefix("rlsys.errors."), None) if name.startswith("rlsys.errors.") else None
     if isinstance(kind, type) and issubclass(kind, RlsysError):

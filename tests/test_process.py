@@ -18,7 +18,7 @@ from rlsys.process import kill_and_wait
 from rlsys.stop_signals import StopSignals, signals_ignored
 
 SLEEPER = "import time; time.sleep(60)"
-# argv: the folder. Starts one sleeper as if it were Ray's with the folder, and two that are not; tells their ids.
+# argv: the folder. Starts two sleepers as if they were of the folder's Ray, and two that are not; tells their ids.
 DRIVER = f"""
 import subprocess, sys, time
 from pathlib import Path
@@ -26,7 +26,11 @@ from rlsys.process import kill_with_this_process
 folder = sys.argv[1]
 with kill_with_this_process(Path(folder)):
     extra = (["/ray/agent.py", folder + "/session"], ["/ray/agent.py", "/tmp/rl-other"], ["less", folder + "/log"])
-    started = [subprocess.Popen([sys.executable, "-c", {SLEEPER!r}, *more], start_new_session=True) for more in extra]
+    log = open(folder + "/agent.log", "w")  # the first process names the folder nowhere and has a file open there
+    hidden = subprocess.Popen([sys.executable, "-c", {SLEEPER!r}, "/ray/"], stdout=log, start_new_session=True)
+    started = [hidden]
+    for more in extra:
+        started.append(subprocess.Popen([sys.executable, "-c", {SLEEPER!r}, *more], start_new_session=True))
     print(*(process.pid for process in started), flush=True)
     time.sleep(60)
 """
@@ -36,11 +40,11 @@ def test_a_killed_driver_takes_the_processes_of_its_ray_with_it(tmp_path: Path) 
     command = [sys.executable, "-c", DRIVER, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout is not None
-        ours, other, pager = (psutil.Process(int(number)) for number in driver.stdout.readline().split())
+        hidden, ours, other, pager = (psutil.Process(int(number)) for number in driver.stdout.readline().split())
         try:
             driver.kill()
             # The children are the init process's now, which may take a moment to fetch them: a zombie is dead too.
-            assert ended_within(ours, 10.0)
+            assert ended_within(ours, 10.0) and ended_within(hidden, 10.0)
             assert other.is_running() and pager.is_running()
         finally:
             for process in (other, pager):

@@ -49,9 +49,9 @@ def test_our_own_error_in_init_stays_what_it_is() -> None:
     assert error.message == "actor 0: actors.dtype: bf16: not here"
 
 
-def test_a_message_of_several_lines_begins_with_its_first() -> None:
+def test_a_message_of_several_lines_becomes_one() -> None:
     error = death(IN_INIT + "torch.OutOfMemoryError: CUDA out of memory.\nTried to allocate 2 GiB.\n", "actor 0")
-    assert error.message == "actor 0 died: torch.OutOfMemoryError: CUDA out of memory."
+    assert error.message == "actor 0 died: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."
 
 
 def test_a_killed_process() -> None:
