@@ -75,6 +75,7 @@ def problem(values: dict[str, Any]) -> str:
         ({"sampling__max_tokens": 256}, "sampling.max_tokens", "actors.max_model_len 256"),
         ({"actors__tensor_parallel_size": 2}, "actors.tensor_parallel_size", "cuda"),
         ({"learner": {"optimizer_offload": True, "zero_stage": 0}}, "learner.optimizer_offload", "zero_stage"),
+        ({"learner": {"dtype": "bf16", "zero_stage": 0}}, "learner.dtype", "zero_stage"),
         ({"train": {"groups_per_step": 2, "updates_per_step": 3}}, "train", "updates_per_step"),
     ],
 )

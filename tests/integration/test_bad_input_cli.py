@@ -139,7 +139,7 @@ def test_resume_that_changes_a_fixed_field(refused, finished_run: FinishedRun, o
 
 def test_refused_resume_leaves_the_config_of_the_run(refused, finished_run: FinishedRun) -> None:
     before = (finished_run.dir / "config.yaml").read_text()
-    assert "needs 2000 threads" in refused("train", finished_run.config, "actors.threads=1000")
+    assert "needs 2000 threads" in refused("train", finished_run.config, "actors.threads=1000", "train.max_steps=99")
     assert (finished_run.dir / "config.yaml").read_text() == before
 
 
