@@ -188,7 +188,7 @@ class Engine:
                 if self._broken is not None:
                     raise self._broken
                 function()
-            except Exception as error:  # noqa: BLE001 - handed to the caller's future
+            except BaseException as error:  # noqa: BLE001 - handed to the caller's future; the thread must live
                 fail(error)
 
         self._commands.put(command)
@@ -245,7 +245,7 @@ class _Pending:
 
     def finish(self, output: Any) -> None:
         result = self.read(output)
-        if not self.future.cancelled():
+        if not self.future.done():  # cancelled, or failed with the rest of its batch
             self.future.set_result(result)
 
 

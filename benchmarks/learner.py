@@ -150,6 +150,7 @@ def serve(pipe: Any, work: Work, side: Side, rank: int, log: Path) -> None:
     quiet_worker(str(log))
     die_with_parent()
     settings = work.config.learner.model_copy(update={"ranks": side.ranks, "threads": side.threads})
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ.update(learner_environment(settings, "cpu", rank))  # before torch is imported
     step = (bare_step if side.stage is None else learner_step)(work, side, rank)
     while updates := pipe.recv():

@@ -34,7 +34,7 @@ from learners.batching import (
 from learners.logprobs import masked_token_logprobs
 from learners.losses import kl_loss, policy_loss, supervised_loss
 from learners.objective import token_weights
-from learners.policy_model import load_model
+from learners.policy_model import load_model, saved_config
 from learners.rank_settings import RankSettings, deepspeed_config
 from learners.schedule import learning_rate
 from learners.step_sums import Pass, StepSums
@@ -72,6 +72,7 @@ class PolicyEngine:
         self._release()
         self.optimizer_config, self.total_updates = optimizer, total_updates
         self.module, self.engine = _build(policy, self.settings, optimizer)
+        self.config = saved_config(policy, self.settings.learner.dtype)
         if reference:
             self.reference = load_model(reference, self.settings.learner.dtype, self.settings.device).eval()
         self.updates = self._restore(resume) if resume else 0
@@ -97,7 +98,7 @@ class PolicyEngine:
         if self.settings.learner.dtype != "fp32":
             write_tensors(self._masters(), folder / "learner", "master", first)
         if first:
-            self.module.config.save_pretrained(folder / "policy")
+            self.config.save_pretrained(folder / "policy")
             (folder / "learner" / "learner.json").write_text(json.dumps({"updates": self.updates}))
         dist.barrier()
 

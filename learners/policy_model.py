@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -21,6 +21,13 @@ def load_model(path: Path, dtype: str, device: str) -> PreTrainedModel:
     )
     remove_noise(model)
     return model.to(device)
+
+
+def saved_config(path: Path, dtype: str) -> PreTrainedConfig:
+    """The config to store beside the trained weights: the user's own, with its dropout, in the format they have."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config.dtype = DTYPES[dtype]
+    return config
 
 
 def remove_noise(model: nn.Module) -> None:

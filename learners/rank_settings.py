@@ -34,7 +34,7 @@ def learner_environment(config: LearnerConfig, device: str, rank: int) -> dict[s
         "DS_SKIP_CUDA_CHECK": "1",
     }
     if device == "cpu":
-        variables |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+        variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return variables
 
 

@@ -123,7 +123,7 @@ def dump_config(config: Config) -> str:
 
 
 # A resumed run continues the same experiment only where these sections are unchanged.
-FIXED_FIELDS = ("run.seed", "stages", "model", "task")
+FIXED_FIELDS = ("run.seed", "stages", "model", "task", "learner.dtype")
 
 
 def fixed_fields(config: Config) -> dict[str, Any]:

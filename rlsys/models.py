@@ -165,6 +165,27 @@ def end_token_id(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def tensor_header(path: Path) -> dict[str, Any]:
+    """Names, formats and shapes of the tensors in a safetensors file; nothing else of it is read.
+
+    Raises:
+        ConfigError: it is none, a Git LFS pointer or a download cut short, for example.
+    """
+    try:
+        with path.open("rb") as file:  # 8 bytes of length, then JSON, then the tensors
+            length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            if not 2 <= length <= size - 8:
+                raise ValueError("no header")
+            header: dict[str, Any] = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        if max((entry["data_offsets"][1] for entry in header.values()), default=0) != size - 8 - length:
+            raise ValueError("cut short")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"model.path: {path} is no whole safetensors file") from error
+    return header
+
+
 def tokenizer_digest(folder: str | Path) -> str:
     """sha256 of what decides the token ids of a text: tokenizer.json, chat template, eos and pad ids.
 
@@ -172,8 +193,9 @@ def tokenizer_digest(folder: str | Path) -> str:
         ConfigError: the folder has no tokenizer.
     """
     tokenizer = load_tokenizer(folder)
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # tokenizers written in Python have none
     parts = {
-        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "tokenizer": backend.to_str() if backend else sorted(tokenizer.get_vocab().items()),
         "chat_template": tokenizer.chat_template,
         "eos": tokenizer.eos_token_id,
         "pad": tokenizer.pad_token_id,

@@ -39,12 +39,12 @@ async def answer(reference: ray.ObjectRef, timeout_s: float, who: str, field: st
     """
     try:
         return await asyncio.wait_for(asyncio.wrap_future(reference.future()), timeout_s)
-    except TimeoutError:
-        raise EngineError(f"{who} did not answer within {field} = {timeout_s} s") from None
     except RayTaskError as error:
         if isinstance(error.cause, RlsysError):
             raise error.cause from None
         raise EngineError(f"{who} failed: {type(error.cause).__name__}: {error.cause}") from error
+    except TimeoutError:  # ours: a remote TimeoutError is a RayTaskError as well
+        raise EngineError(f"{who} did not answer within {field} = {timeout_s} s") from None
     except RayActorError as error:
         raise death(str(error), who) from error
     except RayError as error:

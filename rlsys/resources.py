@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import shutil
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import psutil
 
 from rlsys.config import Config
 from rlsys.errors import ConfigError
+from rlsys.models import tensor_header
 
 GIB = 2**30
 # Resident memory of a process that has imported its frameworks and holds no model (measured).
@@ -111,15 +111,5 @@ def _shared_memory_bytes() -> int:
 
 def parameter_count(model: Path) -> int:
     """Elements of all tensors in a folder's safetensors files, from their headers."""
-    total = 0
-    for path in model.glob("*.safetensors"):
-        with path.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                elements = 1
-                for size in tensor["shape"]:
-                    elements *= size
-                total += elements
-    return total
+    files = sorted(model.glob("*.safetensors"))
+    return sum(math.prod(tensor["shape"]) for path in files for tensor in tensor_header(path).values())

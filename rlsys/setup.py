@@ -10,7 +10,7 @@ from typing import Any
 
 from rlsys.config import Config
 from rlsys.errors import ConfigError
-from rlsys.models import build_from_scratch, load_tokenizer
+from rlsys.models import build_from_scratch, load_tokenizer, tensor_header
 from rlsys.tasks import build_task
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.md")
@@ -53,13 +53,19 @@ def tokenizer_files(model: Path) -> list[Path]:
 
 
 def model_digest(folder: Path) -> str:
-    """sha256 of what a model is: its config.json, and the names, shapes and formats of its tensors."""
-    tensors: dict[str, Any] = {}
+    """sha256 of what a model is: its config.json, its tensors' names, shapes and formats, and samples of their values.
+
+    The samples are the first and last MiB of every file: enough to tell other weights, at no cost for large ones.
+    """
+    parts: list[Any] = [json.loads((folder / "config.json").read_text(encoding="utf-8"))]
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:  # a header: its length in 8 bytes, then JSON
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        tensors |= {name: [entry["dtype"], entry["shape"]] for name, entry in header.items() if name != "__metadata__"}
-    return _digest([json.loads((folder / "config.json").read_text(encoding="utf-8")), tensors])
+        header = tensor_header(path)
+        tensors = {name: [entry["dtype"], entry["shape"]] for name, entry in header.items()}
+        with path.open("rb") as file:
+            first = hashlib.sha256(file.read(2**20)).hexdigest()
+            file.seek(max(0, path.stat().st_size - 2**20))
+            parts.append([tensors, first, hashlib.sha256(file.read()).hexdigest()])
+    return _digest(parts)
 
 
 def _from_hub(name: str) -> Path:

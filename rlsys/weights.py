@@ -25,7 +25,7 @@ from rlsys.types import Float32Array, Int32Array, Transfer, WeightAck, WeightMan
 TOLERANCE_FLOOR = {"fp32": 5e-4, "bf16": 0.1}
 TOLERANCE_FACTOR = 20.0
 # A fresh load that differs by more than this is not rounding: actor and learner do not compute the same model.
-FRESH_LOAD_CEILING = {"fp32": 1e-3, "bf16": 0.5}
+FRESH_LOAD_CEILING = {"fp32": 5e-4, "bf16": 0.5}
 
 
 class ObjectStoreChannel:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from learners.rank_settings import learner_environment
 from rlsys import cli, cluster, launch, report
-from rlsys.config import Config
+from rlsys.config import Config, LearnerConfig
 from rlsys.config_file import dump_config, parse_config
 from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedRunError, RlsysError
 from rlsys.resume import Start
@@ -183,4 +184,5 @@ def test_local_processes_speak_over_loopback_only(tmp_path: Path) -> None:
     assert (environment["GLOO_SOCKET_IFNAME"], environment["NCCL_SOCKET_IFNAME"]) == ("lo", "lo")
     assert environment["RANK"] == "0"
     joined = cluster.Cluster(None, config(address="10.0.0.1:6379"), tmp_path, tmp_path)
-    assert "GLOO_SOCKET_IFNAME" not in joined.options(0, 1, {})["runtime_env"]["env_vars"]
+    own = learner_environment(LearnerConfig(), "cpu", 0)
+    assert "GLOO_SOCKET_IFNAME" not in joined.options(0, 1, own)["runtime_env"]["env_vars"]

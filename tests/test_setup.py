@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 from rlsys.config import Config
 from rlsys.config_file import parse_config
 from rlsys.errors import ConfigError
+from rlsys.resources import parameter_count
 from rlsys.setup import model_digest, prepare_model, tokenizer_files
 
 TINY = {"hidden_size": 32, "layers": 1, "heads": 1, "intermediate_size": 16, "max_positions": 256}
@@ -46,16 +46,27 @@ def test_it_is_built_again_where_the_config_changed(tmp_path: Path, built: Path)
     assert len(weights(prepare_model(wider, tmp_path))) > len(weights(built))
 
 
-def test_the_digest_of_a_model_is_of_its_config_and_the_shapes_of_its_tensors(tmp_path: Path, built: Path) -> None:
-    other_seed = prepare_model(config({"from_scratch": TINY}, seed=1), tmp_path / "a")
-    wider = prepare_model(config({"from_scratch": {**TINY, "intermediate_size": 32}}), tmp_path / "b")
-    assert model_digest(other_seed) == model_digest(built)
-    shutil.copy(built / "config.json", wider)
-    assert model_digest(wider) != model_digest(built)
-    shutil.copy(built / "model.safetensors", wider)
-    assert model_digest(wider) == model_digest(built)
-    (wider / "config.json").write_text((built / "config.json").read_text().replace("100.0", "200.0"))
-    assert model_digest(wider) != model_digest(built)
+def test_the_digest_of_a_model_is_of_its_config_and_its_tensors(tmp_path: Path, built: Path) -> None:
+    same = prepare_model(config({"from_scratch": TINY}), tmp_path / "a")
+    assert model_digest(same) == model_digest(built)
+    other_seed = prepare_model(config({"from_scratch": TINY}, seed=1), tmp_path / "b")
+    assert model_digest(other_seed) != model_digest(built)  # same shapes, other values
+    (same / "config.json").write_text((built / "config.json").read_text().replace("100.0", "200.0"))
+    assert model_digest(same) != model_digest(built)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"])
+def test_weights_that_are_none_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"model\.safetensors is no whole safetensors file"):
+        parameter_count(tmp_path)
+
+
+def test_weights_cut_short_are_named(tmp_path: Path, built: Path) -> None:
+    whole = (built / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(ConfigError, match="no whole safetensors file"):
+        parameter_count(tmp_path)
 
 
 def test_a_build_that_was_cut_short_is_not_used(tmp_path: Path, built: Path) -> None:

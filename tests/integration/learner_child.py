@@ -98,6 +98,7 @@ def run(policy: Any, job: dict[str, Any]) -> None:
 
 def main(rank: int, ranks: int, jobs_file: Path) -> None:
     jobs = json.loads(jobs_file.read_text())
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ.update(learner_environment(LearnerConfig(ranks=ranks), "cpu", rank))
     from learners.deepspeed_engine import PolicyEngine
 
