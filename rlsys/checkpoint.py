@@ -330,12 +330,16 @@ class RunLock:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that a reader finds the old content or the new one, also after a power cut.
+    """`write_text` of a value as JSON."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader finds the old content or the new one, also after a power cut.
 
     Raises:
         CheckpointError: it could not be written; the old file is as it was.
     """
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_text(text, encoding="utf-8")

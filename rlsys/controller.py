@@ -59,7 +59,9 @@ class Parts:
 class Controller:
     """Runs the stages in order, from a run state to the end of the last one.
 
-    Every wait also ends when `interrupt` is called or the producer fails.
+    Waiting for groups, for demonstrations and for the evaluation before the first step also ends when `interrupt`
+    is called or the producer fails. What the learner does, a publish, its calibration and an evaluation within a
+    step run to their end first; an interruption in the last step changes nothing.
     """
 
     def __init__(self, parts: Parts, state: RunState, checkpoint: Path | None) -> None:
@@ -92,7 +94,7 @@ class Controller:
         """Train until the last stage has made its max_steps.
 
         Raises:
-            InterruptedRunError: after `interrupt`, once the state is saved.
+            InterruptedRunError: after `interrupt`, once the state is saved, where anything is left to do.
         """
         stages = self._config.stages
         try:
@@ -102,6 +104,7 @@ class Controller:
                     self.state = replace(self.state, stage=number, step=0)
                 total = self._config.max_steps(stage)
                 if self.state.step < total:
+                    shutil.rmtree(self._handed(stage), ignore_errors=True)  # of a smaller max_steps
                     await self._start_stage(stage)
                     self.parts.display.stage(stage, total, self.state.step)
                     if stage == "warm_start":
@@ -110,6 +113,8 @@ class Controller:
                         await self._online(total)
                     await self._save()
                 self._hand_over(stage)  # also where a run was killed between the two
+                if self._stop.done() and number + 1 < len(stages):
+                    raise InterruptedRunError(self._stop.result())
         except InterruptedRunError:
             await self._save()
             raise
@@ -260,7 +265,10 @@ class Controller:
             raise RlsysError(f"a group of staleness {found:.0f} reached the learner; train.max_staleness is {bound}")
 
     async def _finish_step(self, stage: StageName, figures: Mapping[str, float], started: float) -> None:
-        """Log the step, then save where one is due, so that a checkpoint never lacks its row."""
+        """Log the step, then save where one is due, so that a checkpoint never lacks its row.
+
+        The last step of a stage is not interrupted: its policy is still to be handed over.
+        """
         rest = {
             "time/step_s": time.monotonic() - started,
             "time/checkpoint_s": self._checkpoint_seconds,
@@ -271,7 +279,7 @@ class Controller:
         self.parts.display.step({**figures, **rest})
         if self.state.step % self._config.checkpoint.interval == 0:
             await self._save()
-        if self._stop.done():
+        if self._stop.done() and self.state.step < self._config.max_steps(stage):
             raise InterruptedRunError(self._stop.result())
 
     async def _save(self) -> None:
@@ -302,19 +310,25 @@ class Controller:
     def _hand_over(self, stage: StageName) -> None:
         """Keep the policy a finished stage hands to the next one, as hard links into its checkpoint where it can."""
         assert self.checkpoint is not None  # noqa: S101 - every finished stage has saved one
-        target = self.parts.run_dir / "stages" / stage
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
+        target = self._handed(stage)
+        temporary = target.with_name(f".{stage}")  # under its name it is complete
+        for folder in (target, temporary):
+            shutil.rmtree(folder, ignore_errors=True)
+        temporary.mkdir(parents=True)
         for path in sorted((self.checkpoint / "policy").iterdir()):
             try:
-                (target / path.name).hardlink_to(path)
+                (temporary / path.name).hardlink_to(path)
             except OSError:  # some network file systems have no hard links
-                shutil.copy(path, target / path.name)
+                shutil.copy(path, temporary / path.name)
+        temporary.rename(target)
+
+    def _handed(self, stage: StageName) -> Path:
+        return self.parts.run_dir / "stages" / stage
 
     def _reference(self) -> Path:
         """The frozen anchor of the KL term: the policy that the stage before handed over, or the initial one."""
         before = self._config.stages[: self.state.stage]
-        return self.parts.run_dir / "stages" / before[-1] if before else self.parts.model
+        return self._handed(before[-1]) if before else self.parts.model
 
 
 class Stopwatch:

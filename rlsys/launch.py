@@ -28,7 +28,7 @@ from actors.rollout_actor import ActorSettings, RolloutActor
 from learners.learner_actor import LearnerActor
 from learners.rank_settings import RankSettings, learner_environment
 from rlsys import report, resources
-from rlsys.checkpoint import CheckpointStore, RunLock
+from rlsys.checkpoint import CheckpointStore, RunLock, write_text
 from rlsys.cluster import RENDEZVOUS, Cluster, ray_cluster
 from rlsys.config import Config
 from rlsys.config_file import dump_config
@@ -38,7 +38,7 @@ from rlsys.errors import AbortedRunError, ConfigError, EngineError
 from rlsys.inputs import Inputs
 from rlsys.metrics import MetricsWriter
 from rlsys.remote import RayLearner, RayRolloutPool
-from rlsys.resume import Start, check_inputs, find_start
+from rlsys.resume import Start, all_steps_made, check_inputs, find_start
 from rlsys.setup import prepare_model, tokenizer_files
 from rlsys.stop_signals import StopSignals
 from rlsys.types import Prompt
@@ -74,13 +74,14 @@ def train(config: Config) -> str:
         store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep_last)
         store.sweep()
         start = find_start(config, run_dir, store)
-        if is_complete(config, start):
+        if is_complete(config, start, run_dir):
             return report.complete(config, start.state.step) + report.finished(config)
         model = prepare_model(config, run_dir)
         resources.check(resources.plan(config, model))
         inputs = Inputs(config, model)  # bad data must be found before anything is started
         check_inputs(start, inputs.fingerprint())
-        (run_dir / "config.yaml").write_text(dump_config(config))  # a refused command leaves the run's own
+        start.settle(run_dir)  # a refused command has changed nothing
+        write_text(run_dir / "config.yaml", dump_config(config))
         bundles = actor_bundles(config) + rank_bundles(config)
         store_bytes = resources.object_store_bytes(config, resources.parameter_count(model))
         with (
@@ -92,10 +93,11 @@ def train(config: Config) -> str:
     return report.finished(config)
 
 
-def is_complete(config: Config, start: Start) -> bool:
-    """Whether the last stage has made all its steps."""
-    last = len(config.stages) - 1
-    return start.state.stage == last and start.state.step >= config.max_steps(config.stages[last])
+def is_complete(config: Config, start: Start, run_dir: Path) -> bool:
+    """Whether this very run has made all steps of the last stage, and has handed its policy over."""
+    own = start.checkpoint is not None and start.checkpoint.parent.resolve() == (run_dir / "checkpoints").resolve()
+    handed = run_dir / "stages" / config.stages[-1] / "config.json"
+    return own and all_steps_made(config, start.state) and handed.is_file()
 
 
 def evaluate_policy(policy: Path, config: Config, measure: Measure) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlsys.checkpoint import MANIFEST, CheckpointStore, read_json, state_from_json, write_json
@@ -19,23 +19,42 @@ RESUMED_FROM = "resumed_from.json"
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The state a run begins with, and the checkpoint it comes from."""
+    """The state a run begins with, and the checkpoint it comes from.
+
+    named: the checkpoint is that of `run.resume`, none of the run's own line.
+    """
 
     state: RunState
     checkpoint: Path | None
+    named: bool = False
 
     def describe(self) -> str:
         if self.checkpoint is None:
             return "starting from the initial model"
         return f"resuming from {self.checkpoint} (weight version {self.state.weight_version})"
 
+    def settle(self, run_dir: Path) -> None:
+        """Bring into the run directory what this start needs there, once everything about it is accepted."""
+        if self.checkpoint is None:
+            (run_dir / RESUMED_FROM).unlink(missing_ok=True)  # this run begins anew
+        elif self.named:
+            origin, stages = self.checkpoint.parent.parent, run_dir / "stages"
+            if origin.resolve() != run_dir.resolve():
+                shutil.rmtree(stages, ignore_errors=True)
+                if (origin / "stages").is_dir():  # a stage may be anchored to the policy of the one before
+                    shutil.copytree(origin / "stages", stages)
+            write_json(run_dir / RESUMED_FROM, {"checkpoint": str(self.checkpoint.resolve())})
+
 
 def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
     """Apply `run.resume`. The same command again continues: a path is where the run begins, not where it stays.
 
+    Nothing is changed; `Start.settle` does that.
+
     Raises:
         ConfigError: a fixed field differs from that of the run to be resumed, the directory is used although
-            `run.resume` is never or a path that it does not descend from, or the path is no checkpoint.
+            `run.resume` is never or a path that it does not descend from, or the path is no checkpoint, or one of
+            another run that leaves no step to make.
         CheckpointError: checkpoints exist and none is valid.
     """
     resume, own = config.run.resume, store.latest()
@@ -43,7 +62,6 @@ def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
         raise ConfigError(f"run.resume is never and run.dir {run_dir} holds a run: choose another run.dir")
     if resume in ("auto", "never"):
         if own is None:
-            (run_dir / RESUMED_FROM).unlink(missing_ok=True)  # this run begins anew
             return Start(RunState(stage=0, step=0, weight_version=0, cursor=0), None)
         return _start_at(config, own, run_dir)
     path = Path(resume).absolute()
@@ -69,7 +87,12 @@ def check_inputs(start: Start, fingerprint: Mapping[str, str]) -> None:
     """
     if start.checkpoint is None:
         return
-    before = read_json(start.checkpoint / MANIFEST)["info"].get("inputs", {})
+    before = read_json(start.checkpoint / MANIFEST)["info"].get("inputs")
+    if before is None:
+        raise ConfigError(
+            f"{start.checkpoint} was made by an older version of rlsys, which did not record the contents of data, "
+            "model and tokenizer; continue with that version, or start a new run.dir"
+        )
     different = [name for name, digest in fingerprint.items() if before.get(name) != digest]
     if different:
         raise ConfigError(
@@ -88,12 +111,20 @@ def _branch(config: Config, checkpoint: Path, run_dir: Path) -> Start:
     """Begin a line of checkpoints in run_dir with one that was named."""
     origin = checkpoint.parent.parent
     start = _start_at(config, checkpoint, origin)
-    if origin.resolve() != run_dir.resolve() and (origin / "stages").is_dir():
-        # A stage may be anchored to the policy of the one before.
-        shutil.copytree(origin / "stages", run_dir / "stages", dirs_exist_ok=True)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / RESUMED_FROM, {"checkpoint": str(checkpoint.resolve())})
-    return start
+    if origin.resolve() != run_dir.resolve() and all_steps_made(config, start.state):
+        stage = config.stages[-1]
+        section = "warm_start" if stage == "warm_start" else "train"
+        raise ConfigError(
+            f"run.resume: {checkpoint} has made all {start.state.step} steps of the last stage; "
+            f"raise {section}.max_steps (now {config.max_steps(stage)})"
+        )
+    return replace(start, named=True)
+
+
+def all_steps_made(config: Config, state: RunState) -> bool:
+    """Whether the last stage has none left."""
+    last = len(config.stages) - 1
+    return state.stage == last and state.step >= config.max_steps(config.stages[last])
 
 
 def _check_unused(path: Path, own: Path | None, run_dir: Path) -> None:

@@ -101,13 +101,31 @@ def test_keys_of_a_section_that_is_not_there(run) -> None:
     assert (code, errors) == (2, "error: trains: no such section or key; did you mean train? `rlsys keys` shows all\n")
 
 
-def test_a_run_is_complete_only_at_the_end_of_its_last_stage() -> None:
-    def start(stage: int, step: int) -> Start:
-        return Start(RunState(stage=stage, step=step, weight_version=step, cursor=0), None)
+def start_at(stage: int, step: int, checkpoint: Path | None) -> Start:
+    return Start(RunState(stage=stage, step=step, weight_version=step, cursor=0), checkpoint)
 
+
+def hand_over(run_dir: Path) -> None:
+    (run_dir / "stages" / "online").mkdir(parents=True)
+    (run_dir / "stages" / "online" / "config.json").write_text("{}")
+
+
+def test_a_run_is_complete_only_at_the_end_of_its_last_stage(tmp_path: Path) -> None:
+    hand_over(tmp_path)
+    own = tmp_path / "checkpoints" / "step_000080"
     # The default config: 300 steps of the warm start, then 80 online.
-    found = [launch.is_complete(config(), start(*at)) for at in ((0, 0), (0, 300), (1, 79), (1, 80), (1, 90))]
+    places = ((0, 0), (0, 300), (1, 79), (1, 80), (1, 90))
+    found = [launch.is_complete(config(), start_at(*at, own), tmp_path) for at in places]
     assert found == [False, False, False, True, True]
+
+
+def test_a_run_is_complete_only_where_its_own_policy_is_handed_over(tmp_path: Path) -> None:
+    done = start_at(1, 80, tmp_path / "checkpoints" / "step_000080")
+    assert not launch.is_complete(config(), done, tmp_path), "killed before the hand-over"
+    hand_over(tmp_path)
+    assert launch.is_complete(config(), done, tmp_path)
+    other = start_at(1, 80, tmp_path / "other" / "checkpoints" / "step_000080")
+    assert not launch.is_complete(config(), other, tmp_path)
 
 
 def test_the_end_of_a_run_says_what_to_do_next(tmp_path: Path) -> None:
@@ -129,7 +147,8 @@ def test_the_end_of_a_run_says_what_to_do_next(tmp_path: Path) -> None:
 
 def test_a_finished_run_starts_nothing(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.yaml").write_text(dump_config(config(tmp_path)))
-    done = Start(RunState(stage=1, step=80, weight_version=380, cursor=0), tmp_path / "checkpoints" / "step_000380")
+    hand_over(tmp_path)
+    done = start_at(1, 80, tmp_path / "checkpoints" / "step_000380")
     monkeypatch.setattr(launch, "find_start", lambda *_: done)
     monkeypatch.setattr(launch, "prepare_model", raising(AssertionError("must not be called")))
     monkeypatch.setattr(sys, "argv", ["rlsys"])

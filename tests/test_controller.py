@@ -214,6 +214,40 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     assert trained == [row.get("rollout/accuracy") for row in read_rows(tmp_path / "a" / "metrics.jsonl")]
 
 
+def test_an_interruption_in_the_last_step_changes_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path, config())
+    run.interrupt_at(5)
+    run()  # reaches its end
+    assert run.rows()[-1] == ("online", 3)
+    assert (tmp_path / "stages" / "online" / "model.safetensors").read_text() == "5"
+
+
+def test_an_interruption_in_the_last_step_of_a_stage_comes_after_its_hand_over(tmp_path: Path) -> None:
+    run = Run(tmp_path, config())
+    run.interrupt_at(2)
+    with pytest.raises(InterruptedRunError, match="SIGTERM"):
+        run()
+    assert run.only("train", "start_stage")[-1] == ("train", 2)
+    assert [path.name for path in (tmp_path / "stages").iterdir()] == ["warm_start"]
+
+
+def test_the_hand_over_of_a_smaller_max_steps_is_gone_while_the_stage_goes_on(tmp_path: Path) -> None:
+    Run(tmp_path, config())()
+    longer = Run(tmp_path, config(train={"max_steps": 5}))
+    longer.interrupt_at(6)
+    with pytest.raises(InterruptedRunError):
+        longer()
+    assert not (tmp_path / "stages" / "online").exists()
+
+
+def test_a_run_that_was_killed_before_its_last_hand_over_only_hands_over(tmp_path: Path) -> None:
+    Run(tmp_path, config())()
+    (tmp_path / "stages" / "online").rename(tmp_path / "elsewhere")
+    again = Run(tmp_path, config())()
+    assert again.calls == []
+    assert (tmp_path / "stages" / "online" / "model.safetensors").read_text() == "5"
+
+
 def test_a_resume_within_a_stage_hands_the_checkpoint_to_the_learner(tmp_path: Path) -> None:
     first = Run(tmp_path, config())
     first.interrupt_at(4)

@@ -54,6 +54,14 @@ def start(run_dir: Path, now: Config) -> Start:
     return find_start(now, run_dir, store(run_dir))
 
 
+def begin(run_dir: Path, now: Config) -> Start:
+    """`start`, accepted."""
+    run_dir.mkdir(exist_ok=True)
+    found = start(run_dir, now)
+    found.settle(run_dir)
+    return found
+
+
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_an_empty_directory_starts_from_the_model(resume: str, tmp_path: Path) -> None:
     found = start(tmp_path, config(resume))
@@ -91,10 +99,13 @@ def test_a_path_is_where_a_run_begins_and_the_same_command_continues_it(tmp_path
     (tmp_path / "a" / "stages" / "warm_start").mkdir(parents=True)
     earlier = tmp_path / "a" / "checkpoints" / "step_000002"
     command = config(str(earlier))
-    assert start(tmp_path / "b", command) == Start(state(2), earlier)
-    assert (tmp_path / "b" / "stages" / "warm_start").is_dir()
+    assert start(tmp_path / "b", command) == Start(state(2), earlier, named=True)
+    assert not (tmp_path / "b").exists(), "nothing is changed before the start is accepted"
+    (tmp_path / "b" / "stages" / "online").mkdir(parents=True)  # of something else
+    begin(tmp_path / "b", command)
+    assert [path.name for path in (tmp_path / "b" / "stages").iterdir()] == ["warm_start"]
     (tmp_path / "b" / "metrics.jsonl").write_text("")  # killed before its first own checkpoint
-    assert start(tmp_path / "b", command) == Start(state(2), earlier)
+    assert begin(tmp_path / "b", command) == Start(state(2), earlier, named=True)
     save(tmp_path / "b", 3, 4)
     shutil.rmtree(tmp_path / "a")  # no longer needed
     assert start(tmp_path / "b", command) == Start(state(4), tmp_path / "b" / "checkpoints" / "step_000004")
@@ -119,7 +130,9 @@ def test_a_path_within_the_run_directory_is_refused_while_there_are_newer_ones(t
     with pytest.raises(ConfigError, match=r"step_000005 is newer; move the newer ones out of .*/checkpoints, or"):
         start(tmp_path, config(str(path)))
     (tmp_path / "checkpoints" / "step_000005").rename(tmp_path / "step_000005")
-    assert start(tmp_path, config(str(path))) == Start(state(2), path)
+    (tmp_path / "stages" / "warm_start").mkdir(parents=True)
+    assert begin(tmp_path, config(str(path))) == Start(state(2), path, named=True)
+    assert (tmp_path / "stages" / "warm_start").is_dir()
     save(tmp_path, 3)  # and goes on from there, also where retention has removed the first
     shutil.rmtree(path)
     assert start(tmp_path, config(str(path))).state == state(3)
@@ -128,8 +141,10 @@ def test_a_path_within_the_run_directory_is_refused_while_there_are_newer_ones(t
 def test_a_run_that_began_anew_descends_from_no_path(tmp_path: Path) -> None:
     save(tmp_path / "a", 2)
     path = str(tmp_path / "a" / "checkpoints" / "step_000002")
-    start(tmp_path / "b", config(path))
+    begin(tmp_path / "b", config(path))
     assert start(tmp_path / "b", config()) == Start(FRESH, None)
+    assert (tmp_path / "b" / "resumed_from.json").exists(), "asking alone forgets nothing"
+    begin(tmp_path / "b", config())
     save(tmp_path / "b", 1)
     with pytest.raises(ConfigError, match="holds another run"):
         start(tmp_path / "b", config(path))
@@ -144,6 +159,23 @@ def test_contents_that_changed_behind_an_unchanged_name(tmp_path: Path) -> None:
         check_inputs(found, {**INPUTS, "task.path": "another"})
     with pytest.raises(ConfigError, match=r"^model\.path and tokenizer: "):
         check_inputs(found, {**INPUTS, "model.path": "another", "tokenizer": "another"})
+
+
+def test_a_checkpoint_without_digests_is_of_an_older_version(tmp_path: Path) -> None:
+    temporary = store(tmp_path).begin("old")
+    path = store(tmp_path).commit(temporary, "old", {"weight_version": 1})
+    with pytest.raises(ConfigError, match="old was made by an older version of rlsys"):
+        check_inputs(Start(state(1), path), INPUTS)
+
+
+def test_the_end_of_another_run_leaves_nothing_to_do(tmp_path: Path) -> None:
+    save(tmp_path / "a", 9)  # online, step 8
+    path = str(tmp_path / "a" / "checkpoints" / "step_000009")
+    message = r"^run\.resume: .* has made all 8 steps of the last stage; raise train\.max_steps \(now 8\)$"
+    with pytest.raises(ConfigError, match=message):
+        start(tmp_path / "b", config(path, train={"max_steps": 8}))
+    assert start(tmp_path / "b", config(path, train={"max_steps": 9})).state == state(9)
+    assert start(tmp_path / "a", config(path, train={"max_steps": 8})).state == state(9)  # is complete itself
 
 
 def test_a_path_is_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
