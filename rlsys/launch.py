@@ -47,6 +47,7 @@ from rlsys.weights import WeightBus
 Measure = Callable[[RayRolloutPool, list[Prompt], Config], Awaitable[dict[str, Any]]]
 FIRST_SIGNAL = "{}: stopping after what is under way, and saving; once more to abort"
 ABORTED = " for the second time; training since the last checkpoint is lost"
+AFTER_THE_END = " while the processes of the complete run were ending; nothing is lost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +173,7 @@ async def _train(cluster: Cluster, session: Session) -> None:
         session.stop.ask_first(ask, ABORTED)
         try:
             await controller.run()
+            session.stop.ask_first(lambda _name: None, AFTER_THE_END)
         finally:
             metrics.close()
 

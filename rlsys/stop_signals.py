@@ -14,8 +14,14 @@ Result = TypeVar("Result")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class _Stopped(BaseException):
+    """What a signal raises wherever the program is. No `except Exception` of a library may take it for its own."""
+
+
 class StopSignals:
-    """Inside `with`, a signal raises AbortedRunError; after `ask_first` the first one only asks for an end.
+    """A signal ends the `with` block by AbortedRunError; after `ask_first` the first one only asks for an end.
+
+    Once the work of `run` has ended, signals are ignored: what is left is a cleanup that ends by itself.
 
     Args:
         outcome: ends the sentence "stopped by SIGINT ...".
@@ -27,14 +33,17 @@ class StopSignals:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[Any] | None = None
         self._aborted: AbortedRunError | None = None
+        self._ended = False
 
     def __enter__(self) -> StopSignals:
         self._before = {number: signal.signal(number, self._received) for number in SIGNALS}
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if isinstance(error, _Stopped) and self._aborted is not None:
+            raise self._aborted from None
 
     def ask_first(self, ask: Callable[[str], None], outcome: str) -> None:
         """From now on the first signal calls `ask` with its name in the event loop; the next one aborts."""
@@ -43,32 +52,43 @@ class StopSignals:
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """asyncio.run, of which an abort cancels the main task."""
         try:
-            return asyncio.run(self._main(work))
+            with asyncio.Runner() as runner:
+                self._loop = runner.get_loop()
+                return runner.run(self._main(work))
         except asyncio.CancelledError:
             if self._aborted is None:
                 raise
             raise self._aborted from None
 
     async def _main(self, work: Coroutine[Any, Any, Result]) -> Result:
-        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        self._task = asyncio.current_task()
         try:
+            if self._aborted is not None:  # between the start of the loop and this
+                work.close()
+                raise asyncio.CancelledError
             return await work
         finally:
-            self._loop = self._task = None
+            self._ended = True
 
     def _received(self, number: int, _frame: object) -> None:
         name = signal.Signals(number).name
+        if self._ended:
+            return
         if self._loop is None:
-            raise AbortedRunError(f"{name}{self._outcome}")
+            self._aborted = AbortedRunError(f"{name}{self._outcome}")
+            raise _Stopped(name)
         self._loop.call_soon_threadsafe(self._in_loop, name)
 
     def _in_loop(self, name: str) -> None:
+        if self._ended:
+            return
         if self._ask is not None:
             ask, self._ask = self._ask, None
             ask(name)
-        elif self._task is not None:
+        else:
             self._aborted = AbortedRunError(f"{name}{self._outcome}")
-            self._task.cancel()
+            if self._task is not None:
+                self._task.cancel()
 
 
 @contextlib.contextmanager
