@@ -1,7 +1,7 @@
 """The command line: train, check, evaluate, keys.
 
 Exit codes: 0 the run reached its end; 1 it failed; 2 the input is not usable; 128 + n it was stopped by
-signal n, with its state saved.
+signal n (130 SIGINT, 143 SIGTERM): with its state saved, or, where the line does not say so, aborted without.
 """
 
 from __future__ import annotations
@@ -51,11 +51,9 @@ def _exit_with(command: Callable[[], None]) -> None:
         command()
     except ConfigError as error:
         _fail(f"error: {error.message}", 2)
-    except InterruptedRunError as error:
-        number = signal.Signals[error.message].value
-        _fail(f"stopped by {error.message}; the state is saved, the same command continues", 128 + number)
-    except AbortedRunError as error:
-        _fail(f"stopped by {error.message}", 128 + signal.Signals[error.message.split()[0]].value)
+    except (InterruptedRunError, AbortedRunError) as error:
+        name = error.message.split()[0].rstrip(";")
+        _fail(f"stopped by {error.message}", 128 + signal.Signals[name].value)
     except RlsysError as error:
         _fail(f"error: {type(error).__name__}: {error.message}", 1)
     except OSError as error:  # no space left, no permission

@@ -47,7 +47,7 @@ class TooManyFailuresError(RlsysError):
 
 
 class InterruptedRunError(RlsysError):
-    """The run was asked to end; its state is saved and the same command continues it."""
+    """The run was asked to end; its state is saved. The message begins with the signal's name."""
 
 
 class AbortedRunError(RlsysError):

@@ -20,11 +20,13 @@ class Inputs:
 
     notes: what the user should know of the data, a line each.
 
+    Args:
+        training: whether training prompts and demonstrations will be used, so that they must be checked.
     Raises:
         ConfigError, DataError: the data cannot be used.
     """
 
-    def __init__(self, config: Config, model: Path) -> None:
+    def __init__(self, config: Config, model: Path, *, training: bool = True) -> None:
         task = build_task(config.task, config.run.seed)
         tokenizer = load_tokenizer(model)
         self.builder = PromptBuilder(
@@ -33,7 +35,8 @@ class Inputs:
             max_model_len=config.actors.max_model_len,
             max_tokens=config.sampling.max_tokens,
         )
-        self.builder.check("train")
+        if training:
+            self.builder.check("train")
         self.held_out = self.builder.held_out(config.evaluation.prompts)
         self.prompts = PromptStream(self.builder, config.run.seed)
         self.demonstrations = DemonstrationStream(
@@ -43,7 +46,7 @@ class Inputs:
             rows_per_step=config.warm_start.rows_per_step,
             max_tokens=config.actors.max_model_len,
         )
-        if "warm_start" in config.stages:
+        if training and "warm_start" in config.stages:
             self.demonstrations.check()
         self.pad_token_id = int(
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -34,7 +35,7 @@ from rlsys.config import Config
 from rlsys.config_file import dump_config
 from rlsys.controller import Controller, Parts
 from rlsys.display import Display
-from rlsys.errors import AbortedRunError, ConfigError, EngineError
+from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedRunError
 from rlsys.inputs import Inputs
 from rlsys.metrics import MetricsWriter
 from rlsys.remote import RayLearner, RayRolloutPool
@@ -90,7 +91,10 @@ def train(config: Config) -> str:
             ray_cluster(config, run_dir, bundles, store_bytes) as cluster,
             Display(totals=_totals(config)) as display,
         ):
-            stop.run(_train(cluster, Session(config, run_dir, store, start, model, inputs, display, stop)))
+            try:
+                stop.run(_train(cluster, Session(config, run_dir, store, start, model, inputs, display, stop)))
+            except InterruptedRunError as error:
+                raise InterruptedRunError(f"{error.message}{report.interrupted(config)}") from None
     return report.finished(config)
 
 
@@ -107,7 +111,9 @@ def evaluate_policy(policy: Path, config: Config, measure: Measure) -> dict[str,
     Logs are kept where it fails; the error says where.
     """
     resources.check(resources.plan(config, policy, learner=False))
-    inputs = Inputs(config, policy)
+    inputs = Inputs(config, policy, training=False)
+    for note in inputs.notes:
+        print(note, file=sys.stderr)
     folder = Path(tempfile.mkdtemp(prefix="rlsys-evaluate-"))
 
     async def work(cluster: Cluster) -> dict[str, Any]:

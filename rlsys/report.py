@@ -12,6 +12,8 @@ FIGURES = {
     "held_out/sampled_accuracy": "sampled accuracy",
     "held_out/pass_at_k": "pass@k",
 }
+# A directory that holds a run is refused where run.resume is never.
+AGAIN = "run.resume=auto"
 
 
 def finished(config: Config) -> str:
@@ -24,7 +26,14 @@ def finished(config: Config) -> str:
         f"held-out: {_held_out(config)}\n"
         f"evaluate: rlsys evaluate {config.run.dir}\n"
         f"continue: rlsys train {config.run.dir}/config.yaml {section}.max_steps={more}"
+        + (f" {AGAIN}" if config.run.resume == "never" else "")
     )
+
+
+def interrupted(config: Config) -> str:
+    """What to do after a stop with the state saved; follows the name of the signal."""
+    how = f" with {AGAIN}" if config.run.resume == "never" else ""
+    return f"; the state is saved, the same command continues{how}"
 
 
 def complete(config: Config, step: int) -> str:

@@ -41,7 +41,7 @@ def raising(error: BaseException) -> Callable[[], None]:
     [
         (ConfigError("train.max_steps: wrong"), 2, "error: train.max_steps: wrong"),
         (EngineError("actor 0 died: why"), 1, "error: EngineError: actor 0 died: why"),
-        (InterruptedRunError("SIGTERM"), 143, "stopped by SIGTERM; the state is saved, the same command continues"),
+        (InterruptedRunError("SIGTERM; the state is saved"), 143, "stopped by SIGTERM; the state is saved"),
         (AbortedRunError("SIGINT before anything was trained"), 130, "stopped by SIGINT before anything was trained"),
         (AbortedRunError("SIGTERM"), 143, "stopped by SIGTERM"),
         (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "error: [Errno 28] No space left on device: 'x'"),
@@ -143,6 +143,15 @@ def test_the_end_of_a_run_says_what_to_do_next(tmp_path: Path) -> None:
         f"continue: rlsys train {tmp_path}/config.yaml train.max_steps=160",
     ]
     assert report.complete(config(tmp_path), 80) == "already complete (80 of 80 online steps)\n"
+
+
+def test_a_run_that_may_not_be_resumed_is_told_how_it_can(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    continued = report.finished(config(tmp_path, resume="never")).splitlines()[-1]
+    assert continued == f"continue: rlsys train {tmp_path}/config.yaml train.max_steps=160 run.resume=auto"
+    said = [report.interrupted(config(resume=resume)) for resume in ("auto", "never")]
+    assert said[0] == "; the state is saved, the same command continues"
+    assert said[1] == f"{said[0]} with run.resume=auto"
 
 
 def test_a_finished_run_starts_nothing(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

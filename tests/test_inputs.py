@@ -60,6 +60,15 @@ def test_every_prompt_is_checked(model: Path, tmp_path: Path) -> None:
         Inputs(config(tmp_path, rows(26, question="q" * 20)), model)
 
 
+def test_an_evaluation_checks_only_what_it_samples(model: Path, tmp_path: Path) -> None:
+    inputs = Inputs(config(tmp_path, rows(26, question="q" * 20, solution="s" * 40)), model, training=False)
+    assert [prompt.prompt_id for prompt in inputs.held_out] == ["held_out/9", "held_out/18"]
+    long = [{**row, "question": "q" * 20 + row["question"]} for row in rows(26)]
+    # Tokens: 2, and 20 + 4 letters.
+    with pytest.raises(ConfigError, match=r"prompt held_out/\d+ has 26 tokens"):
+        Inputs(config(tmp_path, long), model, training=False)
+
+
 def test_generated_prompts_are_checked(model: Path, tmp_path: Path) -> None:
     # Tokens: 2 and `count x in ` 11, and 3 to 5 letters: the longest that is allowed has 16, so 4 letters fail.
     task = {"type": "letter_count", "min_length": 3, "max_length": 5}
