@@ -11,7 +11,7 @@ from pathlib import Path
 
 import ray
 
-from actors.engine import Completion, CompletionRequest, Engine
+from actors.engine import Completion, Engine
 from actors.rewards import RewardPool
 from actors.sampling import build_group, completion_requests
 from actors.weight_update import Progress, check_names, expected_tensors, verified_tensors
@@ -97,12 +97,6 @@ class RolloutActor:
         )
         verdicts = await self.rewards.verify([(prompt.answer, text) for text in texts])
         return build_group(prompt, completions, verdicts)
-
-    async def complete(self, requests: Sequence[CompletionRequest]) -> tuple[int, float]:
-        """Completions without verifiers, for benchmarks: (generated tokens, seconds)."""
-        started = time.monotonic()
-        done = await asyncio.gather(*map(asyncio.wrap_future, self.engine.submit(requests)))
-        return sum(len(completion.token_ids) for completion in done), time.monotonic() - started
 
     async def probe(self, rows: Sequence[Int32Array]) -> tuple[Float32Array, ...]:
         """Log-probabilities of given tokens under the weights served now."""
