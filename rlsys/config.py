@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are refused, numbers are finite, instances never change."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_value_as_number(cls, values: Any) -> Any:
-        # YAML reads `yes` and `on` as true, which pydantic would take for the number 1.
-        for name, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and field.annotation is not bool:
-                raise ValueError(f"{name} must not be a truth value (YAML reads yes, no, on and off as such)")
-        return values
+from rlsys.search_config import ExtractConfig, SearchConfig
+from rlsys.section import Section
 
 
 class RunConfig(Section):
@@ -346,6 +327,10 @@ class Config(Section):
     """Checkpoints."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out evaluation."""
+    search: SearchConfig = SearchConfig()
+    """Tree search: `rlsys search`, and the searched part of online training and evaluation."""
+    extract: ExtractConfig = ExtractConfig()
+    """What `rlsys extract` and searched training groups take out of a tree."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

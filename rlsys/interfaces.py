@@ -72,6 +72,10 @@ class RolloutPool(Protocol):
         """A group or failure for every prompt, in order."""
         ...
 
+    async def search(self, actor: int, prompts: Sequence[Prompt]) -> Sequence[TrajectoryGroup | RolloutFailure]:
+        """A searched group or failure for every prompt, in order."""
+        ...
+
     def tokens_per_s(self) -> float:
         """Generated tokens over engine time of all actors together, since the last call."""
         ...

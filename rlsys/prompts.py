@@ -46,6 +46,7 @@ class PromptBuilder:
             prompt_id=problem.problem_id + suffix,
             token_ids=np.asarray(token_ids, dtype=np.int32),
             answer=problem.answer,
+            question=problem.question,
         )
 
     def held_out(self, count: int) -> list[Prompt]:

@@ -47,11 +47,12 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """A problem as token ids. token_ids: [T] int32."""
+    """A problem as token ids. token_ids: [T] int32; question: its text, for models with another tokenizer."""
 
     prompt_id: str
     token_ids: Int32Array
     answer: str
+    question: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,28 @@ class VersionSpan:
 
     start: int
     version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A thought node inside a searched trajectory.
+
+    node, parent: numbers in the tree; 0 is the prompt. Trajectories of one group that share a node number share the
+    node and all before it.
+    start, stop: its tokens are token_ids[start:stop].
+    type: name of its node type.
+    samples: how often this node was drawn from its parent; duplicates are merged.
+    visits, value: scored answers below it and their mean reward, as the search saw them (value None without visits).
+    """
+
+    node: int
+    parent: int
+    start: int
+    stop: int
+    type: str
+    samples: int
+    visits: int
+    value: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +95,7 @@ class Trajectory:
     versions: spans of weight versions over the generated tokens, ascending start.
     reward: the verifier's; meaningless where outcome is "error" or "timeout".
     detail: what the verifier said of it, such as why it failed.
+    steps: its thought nodes in order, for a trajectory from a tree.
     """
 
     token_ids: Int32Array
@@ -83,6 +107,7 @@ class Trajectory:
     outcome: Outcome
     answered: bool
     detail: str = ""
+    steps: tuple[Step, ...] = ()
 
     @property
     def completion_length(self) -> int:
@@ -100,11 +125,59 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration:
+    """A supervised row. token_ids: [T] int32; loss_mask: [T] bool, True on the completion."""
+
+    token_ids: Int32Array
+    loss_mask: BoolArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preference:
+    """Two complete chains for one prompt, of which the first is better.
+
+    chosen_ids, rejected_ids: [T] int32 each, the prompt first, the end token last.
+    prompt_length: tokens of the prompt. common: length of the longest common prefix, prompt included; both have
+    tokens after it.
+    """
+
+    chosen_ids: Int32Array
+    rejected_ids: Int32Array
+    prompt_length: int
+    common: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPreference:
+    """Two continuations of one prefix by one thought node each, of which the first has the higher value.
+
+    prefix_ids: [T] int32, the prompt and the chain before. chosen_ids, rejected_ids: the tokens of the nodes.
+    """
+
+    prefix_ids: Int32Array
+    chosen_ids: Int32Array
+    rejected_ids: Int32Array
+    chosen_value: float
+    rejected_value: float
+    chosen_visits: int
+    rejected_visits: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryGroup:
-    """All trajectories of one prompt (G of them)."""
+    """All trajectories of one prompt (G of them), and what else a search of it gave.
+
+    searched: the trajectories are leaves of a tree, not independent samples.
+    metrics: figures of the search by name, without "search/"; see `rlsys.metrics`.
+    """
 
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
+    searched: bool = False
+    pairs: tuple[Preference, ...] = ()
+    step_preferences: tuple[StepPreference, ...] = ()
+    demonstrations: tuple[Demonstration, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def oldest_version(self) -> int:
@@ -117,14 +190,6 @@ class RolloutFailure:
 
     prompt: Prompt
     reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demonstration:
-    """A supervised row. token_ids: [T] int32; loss_mask: [T] bool, True on the completion."""
-
-    token_ids: Int32Array
-    loss_mask: BoolArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
