@@ -14,10 +14,12 @@ from rlsys.types import FinishReason, Float32Array, Int32Array, Verdict, Version
 Writer = Literal["policy", "model", "reviewer"]
 """Who wrote a node. `policy` and `model` are the one that grows the tree: the policy itself, or search.model."""
 
-Defect = Literal["truncated", "unclosed", "malformed", "off_pattern", "too_deep", "no_room"]
+Defect = Literal["truncated", "unclosed", "malformed", "off_pattern", "too_deep"]
 """Why nothing may follow a node: it reached the token limit; it ended without its closing tag; a tag stands inside its
-text; its type may not follow its parent's; the chain is longer than search.max_depth; or the context leaves no token
-to generate (such a node has no generated tokens)."""
+text, or text that is no node; its type may not follow its parent's; or the chain is longer than search.max_depth."""
+
+TEXT = "text"
+"""The type of a piece of a chain that does not begin with the tag of a known node."""
 
 StopReason = Literal["correct", "simulations", "tokens", "answers", "exhausted"]
 
@@ -39,8 +41,8 @@ class ThoughtNode:
     backtrack: put there after a wrong answer.
     samples: how often the writer drew exactly this node from this parent (duplicates are merged).
     visits, total: scored answers below and at the node, repeated draws included, and the sum of their rewards.
-    verdict: of the chain that ends here, for a whole terminal node that was scored; else None.
-    scored: place of this answer among the scored ones of the tree, from 0; -1 without a verdict.
+    verdict: of the chain that ends here, for a whole terminal node that was judged; else None.
+    scored: place of this answer among the scored ones (outcome ok or wrong) of the tree, from 0; else -1.
     scored_tokens: tokens the tree had generated, all told, when the answer was scored.
     """
 
@@ -130,6 +132,23 @@ class Tree:
     @property
     def solved(self) -> bool:
         return any(node.correct for node in self.nodes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchUsage:
+    """What one engine did since it was last asked. wall_s minus busy_s is the time it was idle.
+
+    cached_tokens: of the prompt_tokens, those that the prefix cache had. in_flight_mean: unfinished requests while busy.
+    """
+
+    model: Writer
+    engine: int
+    busy_s: float
+    wall_s: float
+    generated_tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    in_flight_mean: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
