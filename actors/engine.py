@@ -12,6 +12,7 @@ import os
 import queue
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from actors.usage import EngineUsage, Meter
 from rlsys.config import ActorsConfig
 from rlsys.errors import EngineError, RolloutError
 from rlsys.types import FinishReason, Float32Array, Int32Array, VersionSpan
@@ -33,7 +35,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRequest:
-    """One completion to draw. seed decides the tokens together with the prompt and the weights."""
+    """One completion to draw. seed decides the tokens together with the prompt and the weights.
+
+    It ends with the first end token, the first of stop_token_ids, or the token that completes the first of
+    stop_strings in what was drawn; that token belongs to it.
+    """
 
     request_id: str
     token_ids: Sequence[int]
@@ -41,6 +47,8 @@ class CompletionRequest:
     temperature: float
     top_p: float
     max_tokens: int
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +56,15 @@ class Completion:
     """What the engine drew. logprobs: [T] of the distribution sampled from (after temperature and top_p).
 
     versions: spans over token_ids (index into the completion, not into prompt plus completion).
+    prompt_tokens, cached_tokens: length of the prompt, and how much of it came from the prefix cache.
     """
 
     token_ids: Int32Array
     logprobs: Float32Array
     finish_reason: FinishReason
     versions: tuple[VersionSpan, ...]
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
 
 
 def engine_environment(config: ActorsConfig, device: str) -> dict[str, str]:
@@ -80,14 +91,25 @@ class Engine:
 
     Args:
         end_token_ids: tokens that end a completion.
+        stop_strings: load the model's tokenizer, so that requests may have stop strings.
     Raises:
         EngineError: from every future, once a step or an update has failed; the engine stays unusable.
     """
 
-    def __init__(self, model_path: Path, config: ActorsConfig, device: str, end_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        model_path: Path,
+        config: ActorsConfig,
+        device: str,
+        end_token_ids: Sequence[int],
+        *,
+        stop_strings: bool = False,
+    ) -> None:
         os.environ.update(engine_environment(config, device))
         self._end_token_ids = list(end_token_ids)
-        self._engine = _build(model_path, config, device)
+        self._stop_strings = stop_strings
+        self._engine = _build(model_path, config, stop_strings)
+        self._meter = Meter()
         self._tensor_parallel = config.tensor_parallel_size > 1
         self._version = 0
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -97,13 +119,23 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, requests: Sequence[CompletionRequest]) -> list[Future[Completion]]:
-        """Add requests in one go, so that the batch does not depend on arrival times."""
+    def submit(self, requests: Sequence[CompletionRequest], affinity: int = 0) -> list[Future[Completion]]:
+        """Add requests in one go, so that the batch does not depend on arrival times.
+
+        Args:
+            affinity: which engine of several; this is the only one.
+        Raises:
+            ValueError: a request has stop strings, and the engine was built without them.
+        """
+        if not self._stop_strings and any(request.stop_strings for request in requests):
+            raise ValueError("stop strings need an engine with a tokenizer: Engine(..., stop_strings=True)")
         futures: list[Future[Completion]] = [Future() for _ in requests]
 
         def add() -> None:
+            started = time.monotonic()
             for request, future in zip(requests, futures, strict=True):
                 self._add(request, future)
+            self._meter.add_time(time.monotonic() - started)
 
         self._call(add, lambda error: _fail(futures, error))
         return futures
@@ -136,6 +168,10 @@ class Engine:
 
         self._ask(apply).result()
 
+    def usage(self) -> EngineUsage:
+        """What the engine has done since the last call of this."""
+        return self._meter.take()
+
     def close(self) -> None:
         self._commands.put(None)
         self._thread.join(timeout=10)
@@ -146,8 +182,11 @@ class Engine:
         """Until close. A broken engine stays in the loop, so that every later command learns of it."""
         while self._take_commands(block=not self._pending):
             if self._pending:
+                started = time.monotonic()
                 try:
-                    for output in self._engine.step():
+                    outputs = self._engine.step()
+                    self._meter.add_step(time.monotonic() - started, len(self._pending))
+                    for output in outputs:
                         if output.finished:
                             self._pending[output.request_id].finish(output)
                             del self._pending[output.request_id]
@@ -209,17 +248,25 @@ class Engine:
             seed=request.seed,
             logprobs=0,
             flat_logprobs=True,
-            detokenize=False,
-            stop_token_ids=self._end_token_ids,
+            stop_token_ids=[*self._end_token_ids, *request.stop_token_ids],
+            stop=list(request.stop_strings),
+            detokenize=bool(request.stop_strings),
+            skip_special_tokens=False,  # a stop string may hold a special token
+            include_stop_str_in_output=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        self._start(request.request_id, request.token_ids, params, _Pending(future, _read_completion))
+        self._start(request.request_id, request.token_ids, params, _Pending(future, self._completion))
 
     def _score(self, row: Int32Array, future: Future[Float32Array]) -> None:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         self._start("probe", row, params, _Pending(future, lambda output: _read_prompt_logprobs(output, row)))
+
+    def _completion(self, output: Any) -> Completion:
+        found = _read_completion(output)
+        self._meter.add_completion(len(found.token_ids), found.prompt_tokens, found.cached_tokens)
+        return found
 
     def _start(self, name: str, token_ids: Sequence[int] | Int32Array, params: Any, waiting: _Pending) -> None:
         self._requests += 1
@@ -262,6 +309,8 @@ def _read_completion(output: Any) -> Completion:
         logprobs=np.asarray(completion.logprobs.logprobs, dtype=np.float32),
         finish_reason=completion.finish_reason,
         versions=tuple(VersionSpan(start=span.start, version=int(span.version)) for span in completion.weight_versions),
+        prompt_tokens=len(output.prompt_token_ids),
+        cached_tokens=int(output.num_cached_tokens or 0),
     )
 
 
@@ -270,7 +319,7 @@ def _read_prompt_logprobs(output: Any, row: Int32Array) -> Float32Array:
     return np.asarray(values, dtype=np.float32)
 
 
-def _build(model_path: Path, config: ActorsConfig, device: str) -> Any:
+def _build(model_path: Path, config: ActorsConfig, stop_strings: bool) -> Any:
     from vllm import EngineArgs, LLMEngine
 
     arguments: dict[str, Any] = {
@@ -282,7 +331,7 @@ def _build(model_path: Path, config: ActorsConfig, device: str) -> Any:
         "block_size": config.block_size,
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": not stop_strings,
         "enforce_eager": config.enforce_eager,
         "tensor_parallel_size": config.tensor_parallel_size,
         "disable_log_stats": True,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,12 +15,15 @@ from actors.engine import Completion, CompletionRequest, Engine
 from rlsys.config import ActorsConfig
 from rlsys.errors import EngineError, RolloutError
 
+STEP_S = 0.02
+
 
 class Script:
     """Finishes every request in the next step with what `output` says."""
 
     def __init__(self) -> None:
         self.added: list[str] = []
+        self.params: list[Any] = []
         self.fails_at_step = False
         self.fails_at_reload = False
         self.logprobs: Any = SimpleNamespace(logprobs=[-1.0, -2.0])
@@ -27,6 +32,7 @@ class Script:
         if len(prompt["prompt_token_ids"]) > 4:
             raise ValueError("longer than the maximum model length")
         self.added.append(request_id)
+        self.params.append(params)
 
     def step(self) -> list[Any]:
         if self.fails_at_step:
@@ -34,7 +40,9 @@ class Script:
         done, self.added = self.added, []
         span = SimpleNamespace(start=0, version="3")
         out = SimpleNamespace(token_ids=[7, 2], logprobs=self.logprobs, finish_reason="stop", weight_versions=[span])
-        return [SimpleNamespace(finished=True, request_id=name, outputs=[out]) for name in done]
+        time.sleep(STEP_S)
+        prompt = {"prompt_token_ids": [1, 2], "num_cached_tokens": 1}
+        return [SimpleNamespace(finished=True, request_id=name, outputs=[out], **prompt) for name in done]
 
     def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
         for name, _ in kwargs["weights_iterator"]:
@@ -110,3 +118,41 @@ def test_an_interrupted_update_poisons_the_engine(script: Script, engine: Engine
         outcome(engine.submit([request(1)])[0])
     with pytest.raises(EngineError, match="size mismatch"):
         engine.update_weights(5, [])
+
+
+def test_a_request_stops_at_end_tokens_and_its_own(script: Script, engine: Engine) -> None:
+    (future,) = engine.submit([replace(request(1), stop_token_ids=(9, 2))])
+    outcome(future)
+    (params,) = script.params
+    assert params.stop_token_ids == [2, 9]
+    assert params.stop == [] and not params.detokenize  # nothing to look for in the text
+
+
+def test_stop_strings_stay_in_the_output(script: Script) -> None:
+    engine = Engine(module.Path("unused"), ActorsConfig(), "cpu", [2], stop_strings=True)
+    try:
+        outcome(engine.submit([replace(request(1), stop_strings=("</a>",))])[0])
+    finally:
+        engine.close()
+    (params,) = script.params
+    assert params.stop == ["</a>"] and params.detokenize and params.include_stop_str_in_output
+    assert not params.skip_special_tokens  # they may be part of a stop string
+
+
+def test_stop_strings_without_a_tokenizer_are_refused_at_once(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="stop_strings=True"):
+        engine.submit([replace(request(1), stop_strings=("</a>",))])
+
+
+def test_usage_counts_from_question_to_question(engine: Engine) -> None:
+    for future in engine.submit([request(1), request(2), request(3)]):
+        assert (outcome(future).prompt_tokens, outcome(future).cached_tokens) == (2, 1)
+    first = engine.usage()
+    # One step with three requests, each of 2 tokens, a prompt of 2 and 1 of it cached.
+    assert (first.generated_tokens, first.prompt_tokens, first.cached_tokens) == (6, 6, 3)
+    assert first.in_flight_mean == 3.0
+    assert first.busy_s >= STEP_S
+    time.sleep(5 * STEP_S)  # idle
+    second = engine.usage()
+    assert second.wall_s >= 5 * STEP_S
+    assert (second.busy_s, second.in_flight_mean, second.generated_tokens) == (0.0, 0.0, 0)
