@@ -129,7 +129,7 @@ def bare_step(work: Work, side: Side, rank: int) -> Step:
         targets = batch.input_ids[:, first + 1 :].flatten().index_select(0, kept)
         logprobs = logits.flatten(0, 1).index_select(0, kept).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         ratio = (logprobs - logprobs.detach()).exp()
-        advantages = batch.advantages[batch.row_ids]
+        advantages = batch.advantages
         return -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages).sum() / loss_tokens
 
     def step() -> float:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsys.types import BoolArray
+from rlsys.types import BoolArray, Trajectory
 
 Float64Array = NDArray[np.float64]
 
 STD_EPSILON = 1e-6
+ROOT = 0  # the prompt's number in every tree
 
 
 def group_advantages(rewards: Float64Array, valid: BoolArray, *, use_std: bool) -> Float64Array:
@@ -47,3 +52,55 @@ def group_advantages(rewards: Float64Array, valid: BoolArray, *, use_std: bool) 
     centred = kept - kept.mean()
     advantages[valid] = centred / (kept.std(ddof=1) + STD_EPSILON) if use_std else centred
     return advantages
+
+
+def tree_advantages(trajectories: Sequence[Trajectory], *, use_std: bool) -> dict[int, float]:
+    """Sibling-mean advantages of the nodes of a searched group, by node number.
+
+    V(n)   = sum_c s_c V(c) / sum_c s_c                      over the children c of n, s_c their `samples`
+    std(n) = sqrt( sum_c s_c (V(c) - V(n))^2 / sum_c s_c )   ddof 0
+    A(c)   = (V(c) - V(n)) / (std(n) + 1e-6)                 use_std
+    A(c)   = V(c) - V(n)                                     otherwise
+
+    The tree is rebuilt from the steps of the judged trajectories; a node that none of them holds has no advantage.
+    The end of a trajectory is one more child of its last node: without tokens, drawn once, its value the reward.
+    So a leaf has the value of its reward, and a node at which one trajectory ends and others go on averages over
+    both. A branch counts as often as it was drawn, not as often as it was visited, since the search itself chooses
+    what it visits. Advantages weighted by samples sum to 0 over the children of a node, ends included; they are
+    exactly 0 where these are equal or there is only one. The order of the trajectories changes nothing.
+
+    Raises:
+        ValueError: the reward of a judged trajectory is not finite.
+
+    Source: SPO, arXiv:2505.23564, tree form: the mean of means is its value, use_std its normalised advantage.
+    """
+    judged = [trajectory for trajectory in trajectories if trajectory.judged]
+    rewards = [trajectory.reward for trajectory in judged]
+    if not np.isfinite(rewards).all():
+        raise ValueError(f"expected finite rewards from the task's verifier, found {rewards}")
+    steps = {step.node: step for trajectory in judged for step in trajectory.steps}
+    branches: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    for trajectory in judged:
+        branches[trajectory.steps[-1].node if trajectory.steps else ROOT].append((1, trajectory.reward))
+    values: dict[int, float] = {}
+    scales: dict[int, float] = {}
+    # Parents have smaller numbers than their children, so a node's branches are complete when its turn comes.
+    for node in sorted({ROOT, *steps} if judged else (), reverse=True):
+        values[node] = _weighted_mean(branches[node])
+        scales[node] = _weighted_std(branches[node], values[node]) + STD_EPSILON if use_std else 1.0
+        if node in steps:
+            branches[steps[node].parent].append((steps[node].samples, values[node]))
+    return {node: (values[node] - values[step.parent]) / scales[step.parent] for node, step in steps.items()}
+
+
+def _weighted_mean(branches: Sequence[tuple[int, float]]) -> float:
+    """Of (weight, value); exactly the value where all are equal, and the same in any order."""
+    found = [value for _, value in branches]
+    if min(found) == max(found):
+        return found[0]
+    return math.fsum(weight * value for weight, value in branches) / sum(weight for weight, _ in branches)
+
+
+def _weighted_std(branches: Sequence[tuple[int, float]], mean: float) -> float:
+    squares = math.fsum(weight * (value - mean) ** 2 for weight, value in branches)
+    return math.sqrt(squares / sum(weight for weight, _ in branches))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learners.advantages import group_advantages
+from learners.advantages import group_advantages, tree_advantages
 from rlsys.types import BoolArray, Demonstration, Float32Array, Int32Array, TrajectoryGroup
 
 Span = tuple[int, int]  # [start, stop) of the rows in descending order of length
@@ -30,13 +30,13 @@ class Row:
     token_ids: [T] int32, T >= 1.
     loss_mask: [T] bool, True on tokens that may be trained. Token 0 has no prediction and is never trained.
     behavior_logprobs: [T] float32, nats; what the sampler gave each token, 0 for supervised rows.
-    advantage: of every trained token of the row; 1.0 for supervised rows.
+    advantages: [T] float32, of every trained token; 1.0 for supervised rows.
     """
 
     token_ids: Int32Array
     loss_mask: BoolArray
     behavior_logprobs: Float32Array
-    advantage: float
+    advantages: Float32Array
 
     @property
     def length(self) -> int:
@@ -58,8 +58,8 @@ class MicroBatch:
     input_ids: [B, L] int64.
     loss_mask: [B, L-1] bool, True where the target is trained.
     behavior_logprobs: [B, L-1] float32, of the targets.
-    advantages: [B] float32.
-    row_ids: [N] int64, the row of every trained target in row-major order; `advantages[row_ids]` is [N].
+    advantages: [N] float32, of the trained targets in row-major order.
+    row_ids: [N] int64, the row of every trained target.
     first_target: smallest column trained in any row (L - 2 if none is). `logits_to_keep = L - first_target`
         gives all logits that are needed; the last of them predicts past the end.
     """
@@ -78,11 +78,12 @@ def rows_from_groups(groups: Sequence[TrajectoryGroup], *, use_std: bool) -> lis
     Trajectories whose reward could not be computed (outcome "error" or "timeout") are left out, of the
     baseline and of every count. A group of which nothing is left gives an empty list.
     """
-    return [_rows_of(group, use_std) for group in groups]
+    return [_searched_rows(group, use_std) if group.searched else _sampled_rows(group, use_std) for group in groups]
 
 
-def _rows_of(group: TrajectoryGroup, use_std: bool) -> list[Row]:
-    valid = np.array([trajectory.outcome in ("ok", "wrong") for trajectory in group.trajectories])
+def _sampled_rows(group: TrajectoryGroup, use_std: bool) -> list[Row]:
+    """A row for every judged trajectory; all of its tokens have the advantage of the trajectory."""
+    valid = np.array([trajectory.judged for trajectory in group.trajectories])
     rewards = np.array([trajectory.reward for trajectory in group.trajectories], dtype=np.float64)
     advantages = group_advantages(rewards, valid, use_std=use_std)
     return [
@@ -90,11 +91,42 @@ def _rows_of(group: TrajectoryGroup, use_std: bool) -> list[Row]:
             token_ids=trajectory.token_ids,
             loss_mask=trajectory.loss_mask,
             behavior_logprobs=trajectory.behavior_logprobs,
-            advantage=float(advantage),
+            advantages=np.full(len(trajectory.token_ids), advantage, dtype=np.float32),
         )
         for trajectory, advantage, keep in zip(group.trajectories, advantages, valid, strict=True)
         if keep
     ]
+
+
+def _searched_rows(group: TrajectoryGroup, use_std: bool) -> list[Row]:
+    """Every thought node is trained once, with its own advantage.
+
+    The first judged trajectory that holds a node trains it; in later ones it is context only. Tokens of no node, and
+    those that the policy did not choose, are not trained. A trajectory in which nothing is left to train gives no row.
+    """
+    advantages = tree_advantages(group.trajectories, use_std=use_std)
+    trained: set[int] = set()
+    rows = []
+    for trajectory in group.trajectories:
+        if not trajectory.judged:
+            continue
+        loss_mask = np.zeros(len(trajectory.token_ids), dtype=np.bool_)
+        per_token = np.zeros(len(trajectory.token_ids), dtype=np.float32)
+        for step in trajectory.steps:
+            if step.node not in trained:
+                trained.add(step.node)
+                tokens = slice(step.start, step.stop)
+                loss_mask[tokens] = trajectory.loss_mask[tokens]
+                per_token[tokens] = advantages[step.node]
+        row = Row(
+            token_ids=trajectory.token_ids,
+            loss_mask=loss_mask,
+            behavior_logprobs=trajectory.behavior_logprobs,
+            advantages=per_token,
+        )
+        if row.loss_tokens:
+            rows.append(row)
+    return rows
 
 
 def rows_from_demonstrations(demonstrations: Sequence[Demonstration]) -> list[Row]:
@@ -104,7 +136,7 @@ def rows_from_demonstrations(demonstrations: Sequence[Demonstration]) -> list[Ro
             token_ids=demonstration.token_ids,
             loss_mask=demonstration.loss_mask,
             behavior_logprobs=np.zeros(len(demonstration.token_ids), dtype=np.float32),
-            advantage=1.0,
+            advantages=np.ones(len(demonstration.token_ids), dtype=np.float32),
         )
         for demonstration in demonstrations
     ]
@@ -235,19 +267,19 @@ def collate(rows: Sequence[Row], pad_id: int) -> MicroBatch:
     input_ids = np.full((height, width), pad_id, dtype=np.int64)
     loss_mask = np.zeros((height, width), dtype=np.bool_)
     behavior_logprobs = np.zeros((height, width), dtype=np.float32)
-    advantages = np.zeros(height, dtype=np.float32)
+    advantages = np.zeros((height, width), dtype=np.float32)
     for index, row in enumerate(rows):
         input_ids[index, : row.length] = row.token_ids
         loss_mask[index, : row.length] = row.loss_mask
         behavior_logprobs[index, : row.length] = row.behavior_logprobs
-        advantages[index] = row.advantage
+        advantages[index, : row.length] = row.advantages
     targets = loss_mask[:, 1:]
     row_ids, columns = np.nonzero(targets)
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         loss_mask=torch.from_numpy(targets.copy()),
         behavior_logprobs=torch.from_numpy(behavior_logprobs[:, 1:].copy()),
-        advantages=torch.from_numpy(advantages),
+        advantages=torch.from_numpy(advantages[:, 1:][targets]),
         row_ids=torch.from_numpy(row_ids),
         first_target=int(columns.min(initial=width - 2)),
     )

@@ -161,7 +161,7 @@ class PolicyEngine:
         logprobs, entropy = self._logprobs(self.engine, batch)
         old = logprobs.detach() if old is None else old
         weights = item.token_weights().to(logprobs.device)
-        advantages = batch.advantages[batch.row_ids].to(logprobs.device)
+        advantages = batch.advantages.to(logprobs.device)
         bounds = {"clip_low": objective.clip_low, "clip_high": objective.clip_high}
         result = policy_loss(logprobs, old, advantages, weights, **bounds)
         loss = result.loss

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from learners.batching import (
     rows_from_groups,
     split_updates,
 )
-from rlsys.types import Demonstration, Outcome, Prompt, Trajectory, TrajectoryGroup, VersionSpan
+from rlsys.types import Demonstration, Outcome, Prompt, Step, Trajectory, TrajectoryGroup, VersionSpan
 
 
 def make_row(tokens: list[int], mask: list[int], logprobs: list[float], advantage: float) -> Row:
@@ -26,7 +29,7 @@ def make_row(tokens: list[int], mask: list[int], logprobs: list[float], advantag
         token_ids=np.array(tokens, dtype=np.int32),
         loss_mask=np.array(mask, dtype=bool),
         behavior_logprobs=np.array(logprobs, dtype=np.float32),
-        advantage=advantage,
+        advantages=np.full(len(tokens), advantage, dtype=np.float32),
     )
 
 
@@ -52,7 +55,7 @@ def test_rows_of_groups_carry_advantages_and_leave_failures_out():
     # valid rewards 1, 0: mean 1/2. The timeout's reward of 9 counts nowhere.
     group = make_group(("ok", 1.0), ("timeout", 9.0), ("wrong", 0.0), ("error", math.nan))
     rows, nothing = rows_from_groups([group, make_group(("error", 0.0), ("error", 0.0))], use_std=False)
-    assert [row.advantage for row in rows] == [0.5, -0.5]
+    assert [row.advantages.tolist() for row in rows] == [[0.5] * 3, [-0.5] * 3]
     assert [row.token_ids[2] for row in rows] == [10, 12]
     assert [row.behavior_logprobs[2] for row in rows] == [0.0, -2.0]
     assert nothing == []
@@ -61,14 +64,14 @@ def test_rows_of_groups_carry_advantages_and_leave_failures_out():
 def test_rows_of_groups_divide_by_the_standard_deviation():
     # deviations +-1/2: sum of squares 1/2 over n - 1 = 1: std sqrt(1/2)
     ((better, worse),) = rows_from_groups([make_group(("ok", 1.0), ("wrong", 0.0))], use_std=True)
-    assert better.advantage == pytest.approx(0.5 / (math.sqrt(0.5) + 1e-6), rel=1e-12)
-    assert worse.advantage == -better.advantage
+    assert better.advantages.tolist() == [np.float32(0.5 / (math.sqrt(0.5) + 1e-6))] * 3
+    assert (worse.advantages == -better.advantages).all()
 
 
 def test_rows_of_demonstrations():
     mask = np.array([False, True, True])
     (row,) = rows_from_demonstrations([Demonstration(token_ids=np.array([4, 5, 6], dtype=np.int32), loss_mask=mask)])
-    assert (row.advantage, row.length, row.loss_tokens) == (1.0, 3, 2)
+    assert (row.advantages.tolist(), row.length, row.loss_tokens) == ([1.0] * 3, 3, 2)
     assert row.loss_mask.tolist() == [False, True, True]
     assert row.behavior_logprobs.tolist() == [0.0, 0.0, 0.0]
 
@@ -85,7 +88,7 @@ def test_collate_by_hand():
     assert batch.behavior_logprobs.tolist() == [[0, -0.5, -0.25], [0, -1.5, 0]]
     assert batch.behavior_logprobs[batch.loss_mask].tolist() == [-0.5, -0.25, -1.5]
     assert batch.row_ids.tolist() == [0, 0, 1]
-    assert batch.advantages[batch.row_ids].tolist() == [2.0, 2.0, -1.0]
+    assert batch.advantages.tolist() == [2.0, 2.0, -1.0]
     assert batch.first_target == 1  # token 2 is the first one trained; logits 1 and 2 predict all targets
     assert (batch.input_ids.dtype, batch.loss_mask.dtype) == (torch.int64, torch.bool)
     assert (batch.behavior_logprobs.dtype, batch.advantages.dtype) == (torch.float32, torch.float32)
@@ -103,11 +106,133 @@ def test_nothing_to_train_still_makes_a_batch():
     empty = collate([], pad_id=3)
     assert empty.input_ids.tolist() == [[3, 3]]
     assert empty.loss_mask.tolist() == [[False]]
-    assert (empty.advantages.tolist(), empty.row_ids.tolist(), empty.first_target) == ([0.0], [], 0)
+    assert (empty.advantages.tolist(), empty.row_ids.tolist(), empty.first_target) == ([], [], 0)
     single = collate([make_row([5], [1], [-1], 1.0)], pad_id=3)
     assert (single.input_ids.tolist(), single.loss_mask.tolist()) == ([[5, 3]], [[False]])
     untrained = collate([make_row([5, 6, 7, 8], [0, 0, 0, 0], [0, 0, 0, 0], 1.0)], pad_id=3)
     assert untrained.first_target == 2  # the last column: one logit of one position is enough
+
+
+def test_advantages_are_those_of_the_targets_and_nothing_else_is_read():
+    row = make_row([5, 6, 7, 8], [0, 1, 0, 1], [0, -1, 0, -2], 0.0)
+    spoiled = replace(row, advantages=np.array([np.nan, 0.5, np.nan, -0.25], dtype=np.float32))
+    batch = collate([spoiled, make_row([5, 6], [0, 1], [0, -3], 2.0)], pad_id=0)
+    assert batch.advantages.tolist() == [0.5, -0.25, 2.0]
+    assert batch.row_ids.tolist() == [0, 0, 1]
+
+
+def make_searched(
+    *chains: tuple[Sequence[int], Outcome, float], forced: Sequence[int] = (), samples: Mapping[int, int] | None = None
+) -> TrajectoryGroup:
+    """Trajectories over nodes of two tokens, 10 n and 10 n + 1, after a prompt of two.
+
+    forced: nodes whose first token the policy did not choose.
+    """
+    trajectories = []
+    for nodes, outcome, reward in chains:
+        tokens = [1, 2, *(token for node in nodes for token in (10 * node, 10 * node + 1))]
+        mask = [False, False, *(flag for node in nodes for flag in (node not in forced, True))]
+        steps = tuple(
+            Step(
+                node=node,
+                parent=parent,
+                start=2 + 2 * place,
+                stop=4 + 2 * place,
+                type="thinking",
+                samples=(samples or {}).get(node, 1),
+                visits=0,
+                value=None,
+            )
+            for place, (parent, node) in enumerate(itertools.pairwise((0, *nodes)))
+        )
+        trajectories.append(
+            Trajectory(
+                token_ids=np.array(tokens, dtype=np.int32),
+                loss_mask=np.array(mask),
+                behavior_logprobs=np.where(mask, -np.array(tokens), 0).astype(np.float32),
+                versions=(VersionSpan(start=2, version=0),),
+                finish_reason="stop",
+                reward=reward,
+                outcome=outcome,
+                answered=True,
+                steps=steps,
+            )
+        )
+    prompt = Prompt(prompt_id="p", token_ids=np.array([1, 2], dtype=np.int32), answer="")
+    return TrajectoryGroup(prompt=prompt, trajectories=tuple(trajectories), searched=True)
+
+
+def trained(rows: Sequence[Row]) -> list[tuple[int, float]]:
+    """(token, advantage) of all targets that a batch of the rows trains."""
+    batch = collate(rows, pad_id=0)
+    return list(zip(batch.input_ids[:, 1:][batch.loss_mask].tolist(), batch.advantages.tolist(), strict=True))
+
+
+def test_searched_rows_by_hand():
+    # Node 1 holds 2 (right) and 3 (wrong): V(1) = 1/2; node 4 was right: V(4) = 1; V(0) = 3/4.
+    group = make_searched(([1, 2], "ok", 1.0), ([1, 3], "wrong", 0.0), ([4], "ok", 1.0), forced=[2, 4])
+    (rows,) = rows_from_groups([group], use_std=False)
+    assert [row.token_ids.tolist() for row in rows] == [[1, 2, 10, 11, 20, 21], [1, 2, 10, 11, 30, 31], [1, 2, 40, 41]]
+    # Node 1 is trained by the first row alone; the first tokens of 2 and 4 were put there.
+    assert trained(rows) == [(10, -0.25), (11, -0.25), (21, 0.5), (30, -0.5), (31, -0.5), (41, 0.25)]
+    # Denominators count the same targets.
+    assert [row.loss_tokens for row in rows] == [3, 2, 1]
+    assert rows[1].behavior_logprobs.tolist() == [0, 0, -10, -11, -30, -31]
+
+
+def test_a_searched_row_in_which_nothing_is_left_to_train_is_dropped():
+    # The second trajectory ends in a node that the first goes on from; the third was never judged, nor is its node.
+    group = make_searched(([1, 2], "ok", 1.0), ([1], "wrong", 0.0), ([3], "error", math.nan))
+    (rows,) = rows_from_groups([group], use_std=False)
+    assert [row.token_ids.tolist() for row in rows] == [[1, 2, 10, 11, 20, 21]]
+    # V(2) = 1, the end at node 1 is 0: V(1) = 1/2, the only child of the prompt.
+    assert trained(rows) == [(10, 0.0), (11, 0.0), (20, 0.5), (21, 0.5)]
+
+
+def test_an_unjudged_trajectory_leaves_its_shared_nodes_to_the_next_one():
+    group = make_searched(([1, 2], "timeout", 9.0), ([1, 3], "ok", 1.0), ([4], "wrong", 0.0))
+    (rows,) = rows_from_groups([group], use_std=False)
+    assert trained(rows) == [(10, 0.5), (11, 0.5), (30, 0.0), (31, 0.0), (40, -0.5), (41, -0.5)]
+
+
+def test_tokens_of_no_node_are_not_trained():
+    group = make_searched(([1], "ok", 1.0), ([2], "wrong", 0.0))
+    longer = [
+        replace(
+            trajectory,
+            token_ids=np.append(trajectory.token_ids, 99).astype(np.int32),
+            loss_mask=np.append(trajectory.loss_mask, True),
+            behavior_logprobs=np.append(trajectory.behavior_logprobs, -1).astype(np.float32),
+        )
+        for trajectory in group.trajectories
+    ]
+    (rows,) = rows_from_groups([replace(group, trajectories=tuple(longer))], use_std=False)
+    assert trained(rows) == [(10, 0.5), (11, 0.5), (20, -0.5), (21, -0.5)]
+
+
+def test_a_searched_group_without_trajectories_gives_no_rows():
+    assert rows_from_groups([make_searched()], use_std=True) == [[]]
+
+
+@given(data=st.data(), use_std=st.booleans())
+def test_every_node_of_a_judged_trajectory_is_trained_exactly_once(data, use_std):
+    # Paths to nodes of a random tree; a node may be the end of several trajectories and the middle of others.
+    parents = [0, *(data.draw(st.integers(0, number - 1)) for number in range(1, data.draw(st.integers(2, 9))))]
+
+    def path(node: int) -> list[int]:
+        return [*path(parents[node]), node] if node else []
+
+    ends = data.draw(st.lists(st.integers(1, len(parents) - 1), min_size=1, max_size=6))
+    results = st.tuples(st.sampled_from(["ok", "wrong", "error"]), st.sampled_from([0.0, 0.5, 1.0]))
+    chains = [(path(end), *data.draw(results)) for end in ends]
+    forced = data.draw(st.lists(st.integers(1, 9)))
+    (rows,) = rows_from_groups([make_searched(*chains, forced=forced)], use_std=use_std)
+    nodes = {node for nodes, outcome, _ in chains if outcome != "error" for node in nodes}
+    expected = sorted(
+        token for node in nodes for token in (10 * node, 10 * node + 1) if token // 10 not in forced or token % 10
+    )
+    assert sorted(token for token, _ in trained(rows)) == expected
+    assert all(row.loss_tokens for row in rows)
 
 
 @given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=20), data=st.data(), seed=st.integers(0, 99))

@@ -88,7 +88,7 @@ def make_rows(count: int) -> list[Row]:
                 token_ids=generator.integers(0, VOCABULARY, prompt + completion).astype(np.int32),
                 loss_mask=mask,
                 behavior_logprobs=np.where(mask, -generator.uniform(1, 4, mask.shape), 0).astype(np.float32),
-                advantage=float(generator.normal()),
+                advantages=np.full(mask.shape, generator.normal(), dtype=np.float32),
             )
         )
     return rows
@@ -100,7 +100,7 @@ def micro_batch_loss(model: nn.Module, rows: Sequence[Row], weights: Sequence[fl
     targets, mask = batch.input_ids[:, batch.first_target + 1 :], batch.loss_mask[:, batch.first_target :]
     logprobs, _ = masked_token_logprobs(logits, targets, mask, TEMPERATURE)
     old = batch.behavior_logprobs[batch.loss_mask].double()
-    advantages = batch.advantages[batch.row_ids].double()
+    advantages = batch.advantages.double()
     per_token = torch.tensor([*weights, 0.0], dtype=torch.float64)[batch.row_ids]
     policy = policy_loss(logprobs, old, advantages, per_token, clip_low=0.2, clip_high=0.28).loss
     return policy + 0.1 * kl_loss(logprobs, old, per_token).loss
@@ -159,12 +159,13 @@ def test_garbage_where_nothing_is_trained_changes_nothing():
     loss, gradient = run_update(rows, plan, "token_mean")
     spoiled = []
     for row in rows:
-        # behavior log-probs outside the mask, and tokens after the last trained one
+        # behavior log-probs and advantages outside the mask, and tokens after the last trained one
         tail = replace(
             row,
             token_ids=np.append(row.token_ids, [9, 9, 9]).astype(np.int32),
             loss_mask=np.append(row.loss_mask, [False] * 3),
             behavior_logprobs=np.append(np.where(row.loss_mask, row.behavior_logprobs, np.nan), [np.nan] * 3),
+            advantages=np.append(np.where(row.loss_mask, row.advantages, np.nan), [np.nan] * 3).astype(np.float32),
         )
         spoiled.append(tail)
     for changed, pad_id in ((spoiled, 0), (rows, 7)):
@@ -190,7 +191,7 @@ def test_the_learner_recomputes_what_a_sampler_at_this_temperature_reported():
                 token_ids=np.array(tokens, dtype=np.int32),
                 loss_mask=np.arange(len(tokens)) >= prompt,
                 behavior_logprobs=np.array(logprobs, dtype=np.float32),
-                advantage=1.0,
+                advantages=np.ones(len(tokens), dtype=np.float32),
             )
         )
     batch = collate(rows, pad_id=0)
