@@ -1,0 +1,1 @@
+"""Tree search over typed thought nodes."""
