@@ -22,6 +22,9 @@ from rlsys.search_config import ExtractConfig
 from rlsys.trees import ThoughtNode, Tree
 from rlsys.types import Demonstration, Int32Array, Preference, StepPreference
 
+ROUNDING = 1e-9
+"""Values are quotients: 0.5 - 0.4 counts as a difference of 0.1."""
+
 Rule = Literal["highest_value", "longest", "median", "shortest", "none"]
 
 
@@ -161,7 +164,7 @@ def preferred_steps(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tup
     for steps in siblings.values():
         best = min(steps, key=lambda step: (-step.value, -step.visits, _place(step)))
         worst = min(steps, key=lambda step: (step.value, -step.visits, _place(step)))
-        if best.value - worst.value >= config.step_min_gap and best.text != worst.text:
+        if best.value - worst.value > config.step_min_gap - ROUNDING and best.text != worst.text:
             pairs.append((best, worst))
     ordered = sorted(pairs, key=lambda pair: [(_place(step), -step.value, -step.visits) for step in pair])
     unique: dict[object, tuple[StepValue, StepValue]] = {}
