@@ -108,7 +108,7 @@ class Engine:
         os.environ.update(engine_environment(config, device))
         self._end_token_ids = list(end_token_ids)
         self._stop_strings = stop_strings
-        self._engine = _build(model_path, config, stop_strings)
+        self._engine = _build(model_path, config, device, stop_strings)
         self._meter = Meter()
         self._tensor_parallel = config.tensor_parallel_size > 1
         self._version = 0
@@ -319,7 +319,7 @@ def _read_prompt_logprobs(output: Any, row: Int32Array) -> Float32Array:
     return np.asarray(values, dtype=np.float32)
 
 
-def _build(model_path: Path, config: ActorsConfig, stop_strings: bool) -> Any:
+def _build(model_path: Path, config: ActorsConfig, device: str, stop_strings: bool) -> Any:
     from vllm import EngineArgs, LLMEngine
 
     arguments: dict[str, Any] = {
@@ -339,6 +339,9 @@ def _build(model_path: Path, config: ActorsConfig, stop_strings: bool) -> Any:
         "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
         "generation_config": "vllm",  # the model folder's own sampling defaults must not leak in
     }
+    if device == "cpu":
+        # Of a prompt in parts vLLM takes back the first parts' draws, which a seeded generator of the CPU cannot.
+        arguments["enable_chunked_prefill"] = False
     if config.tensor_parallel_size == 1:
         arguments["distributed_executor_backend"] = "uni"
     engine = LLMEngine.from_engine_args(EngineArgs(**arguments))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,13 @@ def piece(tokenizer: Any, completion: Completion) -> str | None:
         if all(text.isascii() for text in texts) and len(texts[0]) > 1:
             return "".join(texts)[1 : -1 if len(texts[-1]) > 1 else None]
     return None
+
+
+def many_long_prompts(engine: Engine) -> list[Completion]:
+    """More prompt tokens at once than one step of the engine takes (8192), with no common prefix."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(5, 200, size=180).tolist() for _ in range(64)]
+    return draw(engine, [replace(request(i), token_ids=ids, max_tokens=2) for i, ids in enumerate(prompts)])
 
 
 def gap(engine: Engine, completion: Completion) -> float:
@@ -86,6 +93,7 @@ def main(folder: Path) -> None:
         "token": token,
         "at_token": rows(draw(engine, [request(seed, stop_token_ids=(token,)) for seed in range(REQUESTS)])),
         "usage": asdict(usage),
+        "long": rows(many_long_prompts(engine)),
     }
     engine.close()
     print(json.dumps(found))

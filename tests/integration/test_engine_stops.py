@@ -88,3 +88,7 @@ def test_a_prompt_asked_again_comes_from_the_cache_and_is_counted(measured) -> N
     # The first request was alone for its steps; then at most all others ran together.
     assert 1 < usage["in_flight_mean"] < REQUESTS
     assert max(len(row["ids"]) for row in rows) <= MAX_TOKENS
+
+
+def test_more_prompt_tokens_than_one_step_takes_are_no_failure(measured) -> None:
+    assert len(measured["long"]) == 64 and all(len(row["ids"]) == len(row["logprobs"]) for row in measured["long"])
