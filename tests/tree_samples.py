@@ -17,12 +17,12 @@ PROMPT, END, OTHER_END = 2, 0, 1
 
 
 class CharCodec:
-    """One token a letter. The prompt is PROMPT and the question; END and OTHER_END end a chain."""
+    """One token a letter. The prompt is PROMPT and the question; END, OTHER_END end a chain."""
 
     def __init__(self, digest: str = "letters") -> None:
         self.digest = digest
         self.end_token_id = END
-        self.end_token_ids = (END, OTHER_END)
+        self.end_token_ids = frozenset((END, OTHER_END))
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
@@ -134,7 +134,7 @@ def renumbered(original: Tree, order: Sequence[int]) -> Tree:
 
 @st.composite
 def trees(draw: st.DrawFn) -> Tree:
-    """Small trees over two letters, so that equal nodes, chains and prefixes are common. Two writers, two tokenizers."""
+    """Small trees over two letters, so that equal nodes, chains and prefixes are common; two writers and tokenizers."""
     below: list[ThoughtNode] = []
     parents = [0]
     for number in range(1, draw(st.integers(1, 14)) + 1):

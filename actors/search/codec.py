@@ -75,7 +75,7 @@ class TagCodec:
         self.digest = digest
         self.end_token_id = int(end_token_ids[0])
         self._tokenizer = tokenizer
-        self._ends = frozenset(int(token) for token in end_token_ids)
+        self.end_token_ids = frozenset(int(token) for token in end_token_ids)
         self._template = question_template
         self._openings = tuple(f"<{tag}>" for tag in tags)
         self._tag = re.compile("</?(?:" + "|".join(map(re.escape, tags)) + ")>")
@@ -93,7 +93,7 @@ class TagCodec:
 
     def decode(self, token_ids: Sequence[int] | Int32Array) -> str:
         """Exact text of tokens inside a chain, special tokens included but for end tokens."""
-        kept = self._anchor + [token for token in _integers(token_ids) if token not in self._ends]
+        kept = self._anchor + [token for token in _integers(token_ids) if token not in self.end_token_ids]
         text: str = self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text[len(self._anchor_text) :]
 
@@ -120,7 +120,7 @@ class TagCodec:
         """
         ids = _integers(token_ids)
         body = len(ids)
-        while body and ids[body - 1] in self._ends:
+        while body and ids[body - 1] in self.end_token_ids:
             body -= 1
         text = before + self.decode(ids[:body])
         marks = list(self._tag.finditer(text))

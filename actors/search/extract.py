@@ -32,7 +32,7 @@ class Codec(PathCodec, Protocol):
     """What is needed of the policy's tokenizer; see `actors.search.codec.TagCodec`."""
 
     end_token_id: int
-    end_token_ids: tuple[int, ...]
+    end_token_ids: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -196,6 +196,24 @@ def test_equal_nodes_are_pooled() -> None:
     assert found == {"a": (0.75, 4), "a1": (1.0, 3), "a2": (0.0, 1)}
 
 
+def test_the_pooled_value_does_not_depend_on_the_order_of_the_sum() -> None:
+    # In floating point (0.1 + 0.2) + 0.3 is not (0.3 + 0.2) + 0.1.
+    def pooled(*rewards: float) -> float:
+        below = [n for i, r in enumerate(rewards) for n in (node(0, "a"), answer(2 * i + 1, str(r), "ok", r))]
+        return extract.step_values(tree(*below), CODEC)[0].value
+
+    assert pooled(0.1, 0.2, 0.3) == pooled(0.3, 0.2, 0.1) == pytest.approx(0.2)
+
+
+def test_equal_parents_give_one_pair() -> None:
+    below = [
+        n
+        for first in (1, 4)
+        for n in (node(0, "a"), answer(first, "1", "ok", samples=2), answer(first, "2", "wrong", samples=2))
+    ]
+    assert steps(tree(*below)) == [("^qa", "1", "2", 1.0, 0.0, 2, 2)]
+
+
 def test_nodes_of_another_tokenizer_become_tokens_of_the_policy() -> None:
     mixed = tree(
         node(0, "ab", token_ids=ids("", 9), writer="model"),
