@@ -14,7 +14,7 @@ from rlsys.types import Prompt, SamplingSettings, Trajectory, TrajectoryGroup, V
 log = logging.getLogger(__name__)
 
 
-def sample_seed(run_seed: int, prompt_id: str, sample: int) -> int:
+def sample_seed(run_seed: int, prompt_id: str, sample: int | str) -> int:
     """Seed of one completion: a 63-bit hash, so that tokens depend on nothing but the run's seed and the prompt."""
     digest = hashlib.sha256(f"{run_seed}/{prompt_id}/{sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

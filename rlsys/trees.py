@@ -14,9 +14,10 @@ from rlsys.types import FinishReason, Float32Array, Int32Array, Verdict, Version
 Writer = Literal["policy", "model", "reviewer"]
 """Who wrote a node. `policy` and `model` are the one that grows the tree: the policy itself, or search.model."""
 
-Defect = Literal["truncated", "unclosed", "malformed", "off_pattern", "too_deep"]
+Defect = Literal["truncated", "unclosed", "malformed", "unanswered", "off_pattern", "too_deep"]
 """Why nothing may follow a node: it reached the token limit; it ended without its closing tag; a tag stands inside its
-text, or text that is no node; its type may not follow its parent's; or the chain is longer than search.max_depth."""
+text, or text that is no node; it is whole, and the writer ended the chain after it although it is no answer; its type
+may not follow its parent's; or the chain is longer than search.max_depth."""
 
 TEXT = "text"
 """The type of a piece of a chain that does not begin with the tag of a known node."""
@@ -138,7 +139,8 @@ class Tree:
 class SearchUsage:
     """What one engine did since it was last asked. wall_s minus busy_s is the time it was idle.
 
-    cached_tokens: of the prompt_tokens, those that the prefix cache had. in_flight_mean: unfinished requests while busy.
+    cached_tokens: of the prompt_tokens, those that the prefix cache had.
+    in_flight_mean: unfinished requests while busy.
     """
 
     model: Writer
