@@ -1,0 +1,137 @@
+"""What a searched tree gives a training step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+
+from actors.search.extract import Codec, demonstration, preference_pairs, step_preferences, supervised_chain
+from actors.search.paths import path_tokens
+from rlsys.search_config import ExtractConfig
+from rlsys.trees import Defect, ThoughtNode, Tree
+from rlsys.types import FinishReason, Prompt, RolloutFailure, Step, Trajectory, TrajectoryGroup, Verdict
+
+log = logging.getLogger(__name__)
+
+ENDINGS: frozenset[Defect] = frozenset({"truncated", "unclosed", "malformed", "unanswered"})
+"""How a policy's own chain ends without an answer. The other defects are limits of the search, not of the writer."""
+
+
+def build_searched_group(
+    tree: Tree, prompt: Prompt, codec: Codec, extract: ExtractConfig
+) -> TrajectoryGroup | RolloutFailure:
+    """The trajectories of a tree, its preference pairs and its demonstration.
+
+    There is a trajectory for every scored answer and for every chain that the policy itself has ended without one:
+    wrong, of reward 0, since a loop without an answer is what training must see. They come in the order in which
+    their last nodes were added to the tree. Where none holds a token that the policy chose, as in a tree that another
+    model has grown, there are none; pairs and demonstration are then what the tree is for.
+
+    Args:
+        codec: of the policy.
+        extract: what the pairs and the demonstration are.
+
+    Returns:
+        A failure where no answer was scored and there is no trajectory: nothing came out of the tree. A tree of
+        another model whose answers are all wrong is none: the search has done what it could.
+    """
+    _log_failed_verifications(tree)
+    ends = [(n, verdict) for n, node in enumerate(tree.nodes) if (verdict := _verdict(node))]
+    trajectories = tuple(_trajectory(tree, n, verdict, codec) for n, verdict in ends)
+    if not any(trajectory.loss_mask.any() for trajectory in trajectories):
+        trajectories = ()
+    metrics = search_metrics(tree)
+    if not trajectories and not metrics["scored"]:
+        return RolloutFailure(prompt=prompt, reason=f"no chain of the tree was judged or ended: {_events(tree)}")
+    number = supervised_chain(tree, extract.supervised, codec)
+    return TrajectoryGroup(
+        prompt=prompt,
+        trajectories=trajectories,
+        searched=True,
+        pairs=tuple(preference_pairs(tree, extract, codec)),
+        step_preferences=tuple(step_preferences(tree, extract, codec)),
+        demonstrations=() if number is None else (demonstration(tree, number, codec),),
+        metrics=metrics,
+    )
+
+
+def search_metrics(tree: Tree) -> Mapping[str, float]:
+    """Figures of one tree by name; answers and nodes are distinct ones. reward_sum: of the scored answers."""
+    nodes = tree.nodes[1:]
+    rewards = [node.verdict.reward for node in nodes if node.verdict and node.scored >= 0]
+    found = {
+        "simulations": tree.simulations,
+        "calls": tree.calls,
+        "tokens": tree.tokens,
+        "scored": len(rewards),
+        "reward_sum": sum(rewards),
+        "correct": sum(node.correct for node in nodes),
+        "solved": tree.solved,
+        "defects": sum(node.defect is not None for node in nodes),
+        "duplicates": sum(node.samples - 1 for node in nodes),
+        "backtracks": sum(node.backtrack for node in nodes),
+        "verifier_errors": len(list(_failed_verifications(tree))),
+    }
+    return {name: float(value) for name, value in found.items()}
+
+
+def _verdict(node: ThoughtNode) -> Verdict | None:
+    """What a trajectory that ends at a node is judged to be; None where none does."""
+    if node.scored >= 0:
+        return node.verdict
+    if node.defect in ENDINGS and node.writer == "policy":
+        return Verdict(outcome="wrong", reward=0.0, answered=False, detail=node.defect)
+    return None
+
+
+def _trajectory(tree: Tree, number: int, verdict: Verdict, codec: Codec) -> Trajectory:
+    path = path_tokens(tree, number, codec)
+    return Trajectory(
+        token_ids=path.token_ids,
+        loss_mask=path.chosen,
+        behavior_logprobs=path.logprobs,
+        versions=path.versions,
+        finish_reason=_finish_reason(tree.nodes[number]),
+        reward=verdict.reward,
+        outcome=verdict.outcome,
+        answered=verdict.answered,
+        detail=verdict.detail,
+        steps=tuple(_step(n, start, stop, tree.nodes[n]) for n, start, stop in path.spans),
+    )
+
+
+def _finish_reason(node: ThoughtNode) -> FinishReason:
+    """A whole node ends the chain by itself, whatever was generated after it."""
+    return (node.finish_reason or "stop") if node.defect else "stop"
+
+
+def _step(number: int, start: int, stop: int, node: ThoughtNode) -> Step:
+    return Step(
+        node=number,
+        parent=node.parent,
+        start=start,
+        stop=stop,
+        type=node.type,
+        samples=node.samples,
+        visits=node.visits,
+        value=node.value,
+    )
+
+
+def _failed_verifications(tree: Tree) -> Iterator[Verdict]:
+    return (node.verdict for node in tree.nodes if node.verdict and node.verdict.outcome in ("error", "timeout"))
+
+
+def _log_failed_verifications(tree: Tree) -> None:
+    failed = list(_failed_verifications(tree))
+    if failed:
+        log.warning(
+            "prompt %s: verification failed for %d answers of its tree: %s",
+            tree.prompt_id,
+            len(failed),
+            failed[0].detail,
+        )
+
+
+def _events(tree: Tree) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(tree.counts.items())) or "no node could be asked for"
