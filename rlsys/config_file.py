@@ -108,8 +108,11 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
 
 
 def _explain(source: str, problem: Any) -> str:
-    unions = {"letter_count", "dataset"}
-    where = ".".join(str(part) for part in problem["loc"] if part not in unions)
+    # The place of a problem names the alternative that was chosen, which is no key of the file.
+    parts = [str(part) for part in problem["loc"]]
+    alternatives = {"task": ("letter_count", "dataset"), "selection": ("ucb", "puct", "frontier")}
+    before = ["", *parts]
+    where = ".".join(part for last, part in zip(before, parts, strict=False) if part not in alternatives.get(last, ()))
     if problem["type"] == "extra_forbidden":
         return f"{source}: {where}: unknown key; {suggestion(where)}"
     found = f", found {problem['input']!r}" if not isinstance(problem["input"], dict) else ""

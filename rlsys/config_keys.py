@@ -12,7 +12,8 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from rlsys.config import Config, Section
+from rlsys.config import Config
+from rlsys.section import Section
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,8 @@ class Key:
 def all_keys(section: type[Section] = Config, prefix: str = "", defaults: Section | None = None) -> list[Key]:
     """Keys in the order of the schema; those of alternative sections (task) one after the other.
 
+    NAME and NUMBER stand for the name and the place of an entry that the user adds.
+
     Args:
         defaults: an instance that holds the defaults where the schema around has its own for this section.
     """
@@ -36,10 +39,11 @@ def all_keys(section: type[Section] = Config, prefix: str = "", defaults: Sectio
         full = f"{prefix}{name}"
         default = getattr(defaults, name) if defaults is not None else field.default
         sections = list(_sections(field.annotation))
-        if not sections or type(None) in typing.get_args(field.annotation):
+        entry = _entry(field.annotation)
+        if not sections or entry or type(None) in typing.get_args(field.annotation):
             found.append(Key(full, _type_name(field.annotation), _written(default), _meaning(name, field)))
         for inner in sections:
-            found += all_keys(inner, f"{full}.", default if isinstance(default, inner) else None)
+            found += all_keys(inner, f"{full}{entry}.", default if isinstance(default, inner) else None)
     return found
 
 
@@ -47,7 +51,8 @@ def suggestion(name: str) -> str:
     """What somebody who wrote an unknown key may have meant."""
     known = {key.name for key in all_keys()}
     if name in known:
-        return "it belongs to another task.type; `rlsys keys task` shows all"
+        section = name.rpartition(".")[0]
+        return f"it belongs to another {section}.type; `rlsys keys {section}` shows all"
     sections = {known_name.rpartition(".")[0] for known_name in known} - {""}
     last = name.rpartition(".")[2]
     same = sorted(known_name for known_name in known if known_name.rpartition(".")[2] == last)
@@ -64,14 +69,23 @@ def _sections(annotation: Any) -> Iterator[type[Section]]:
         yield from _sections(argument)
 
 
+def _entry(annotation: Any) -> str:
+    """What stands between the name of a mapping or a list of sections and the keys of one of them."""
+    return {dict: ".NAME", tuple: ".NUMBER"}.get(typing.get_origin(annotation), "")
+
+
 def _type_name(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return " | ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
         return " | ".join("null" if argument is type(None) else _type_name(argument) for argument in arguments)
+    if origin is typing.Annotated:
+        return _type_name(arguments[0])
     if origin is tuple:
         return f"list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return f"{{name: {_type_name(arguments[1])}}}"
     if issubclass(annotation, Section):
         return "section"
     return {"str": "text", "int": "whole number", "float": "number", "bool": "true | false"}[annotation.__name__]
@@ -82,10 +96,16 @@ def _written(value: Any) -> str:
         return "required"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return f"[{', '.join(value)}]" if isinstance(value, tuple) else f"{value}"
+    if isinstance(value, Section):
+        return _written(dict(value))
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {_written(inner)}' for name, inner in value.items())}}}"
+    if isinstance(value, str) and value.startswith("{"):
+        return f'"{value}"'
+    return f"[{', '.join(map(_written, value))}]" if isinstance(value, tuple) else f"{value}"
 
 
 def _meaning(name: str, field: FieldInfo) -> str:
     if field.description is None and name == "type":
-        return f"With `{field.default}`, the keys that follow."
+        return f"With `{typing.get_args(field.annotation)[0]}`, the keys that follow."
     return field.description or ""

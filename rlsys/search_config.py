@@ -29,7 +29,7 @@ class NodeTypeConfig(Section):
 class PatternConfig(Section):
     children: dict[str, dict[str, Annotated[int, Field(ge=1)]]]
     """Type of a node -> type of its children -> how many of them an expansion asks for. `start` is the prompt."""
-    after_wrong: dict[str, dict[str, Annotated[int, Field(ge=1)]]] = {}
+    after_wrong: dict[str, dict[str, Annotated[int, Field(ge=1)]]] = Field(default={})
     """After a wrong answer the nearest ancestor of the first type gets one child of the second, at most so many."""
 
 
@@ -120,12 +120,14 @@ class SearchConfig(Section):
     """The model that grows the trees; by default the policy."""
     reviewer: SearchModelConfig | None = None
     """The model that writes the nodes of writer `reviewer`; by default the one that grows the trees."""
-    nodes: dict[str, NodeTypeConfig] = {}
-    """Node types by name, in place of or beside the shipped ones (`rlsys keys` names them)."""
-    tables: dict[str, PatternConfig] = {}
-    """Transition tables by name, in place of or beside the shipped ones."""
+    nodes: dict[str, NodeTypeConfig] = Field(default={})
+    """Node types by name, in place of or beside the shipped ones: sub_task, thinking, hypothesis, double_check,
+    reflection, reclarify, answer, thinking_from_scratch."""
+    tables: dict[str, PatternConfig] = Field(default={})
+    """Transition tables by name, in place of or beside the shipped ones (see patterns)."""
     patterns: tuple[str, ...] = Field(default=("a",), min_length=1)
-    """Names of tables; each tree draws one of them."""
+    """Names of tables; each tree draws one of them. Shipped: a, b, c, d (the paper's four) and letter_count (of its
+    authors' program)."""
     expansion: Literal["node", "chain"] = "node"
     """`node` asks for all children of a node, node by node; `chain` samples the rest of the chain in one call and cuts
     it into nodes at the tags."""
@@ -141,10 +143,11 @@ class SearchConfig(Section):
     """Nucleus mass; by default sampling.top_p."""
     max_node_tokens: int = Field(default=64, ge=1)
     """Longest node, in generated tokens; one that reaches it is invalid."""
-    max_depth: int = Field(default=16, ge=1)
-    """Nodes of the longest chain."""
+    max_depth: int | None = Field(default=16, ge=1)
+    """Nodes of the longest chain; null for no limit, where no table has a loop."""
     max_failed_trees: float = Field(default=0.1, ge=0, le=1)
-    """Share of the trees, and of the verifications, of `rlsys search` that may fail and be recorded; more is an error."""
+    """Share of the trees, and of the verifications, of `rlsys search` that may fail and be recorded; more is an
+    error."""
     stop: StopConfig = StopConfig()
     """When a tree is finished."""
 

@@ -132,8 +132,8 @@ class TagCodec:
             stop, held = (places[number] + 1, "") if places else self._locate(before, ids[:body], text, cut, token)
             spill = held if held.strip() else ""
             cut += 0 if spill else len(held)
-            tag = marks[number].group()[2:-1]
-            readings.append(Reading(tag=tag, start=token, stop=stop, text=text[position:cut], spill=spill))
+            name = marks[number].group()[2:-1]
+            readings.append(Reading(tag=name, start=token, stop=stop, text=text[position:cut], spill=spill))
             token, position = stop, cut
             if stop == body:
                 break
