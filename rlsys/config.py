@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from rlsys.errors import ConfigError
+from rlsys.patterns import resolve
 from rlsys.search_config import ExtractConfig, SearchConfig
 from rlsys.section import Section
 
@@ -353,6 +355,10 @@ class Config(Section):
                 f"actors.max_model_len {self.actors.max_model_len} exceeds "
                 f"model.from_scratch.max_positions {scratch.max_positions}"
             )
+        try:
+            resolve(self.search)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         return self
 
     def max_steps(self, stage: StageName) -> int:
