@@ -125,7 +125,7 @@ def preferred_chains(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tu
     if chosen is None:
         return []
     ranked = []
-    for wrong in _chains(tree, codec, _wrong):
+    for wrong in _chains(tree, codec, is_wrong):
         common = common_prefix(chosen.token_ids, wrong.token_ids)
         if common < min(len(chosen.token_ids), len(wrong.token_ids)):
             ranked.append((common, abs(chosen.length - wrong.length), *_tie(wrong), wrong))
@@ -214,14 +214,31 @@ def common_prefix(first: Int32Array, second: Int32Array) -> int:
     return int(differing[0]) if len(differing) else length
 
 
-def _wrong(node: ThoughtNode) -> bool:
+def token_origins(tree: Tree, number: int, codec: Codec) -> dict[str, int]:
+    """Tokens of a chain, by who they are from.
+
+    `policy` chose them itself, `forced` were put into what it wrote or were written by nobody, and `other_model` are
+    all tokens of nodes that search.model or search.reviewer wrote.
+    """
+    path = path_tokens(tree, number, codec)
+    found = {"policy": 0, "forced": 0, "other_model": 0}
+    for n, start, stop in path.spans:
+        node, own = tree.nodes[n], int(path.chosen[start:stop].sum())
+        found["policy"] += own
+        found["forced" if node.writer == "policy" or not node.generated else "other_model"] += stop - start - own
+    return found
+
+
+def is_wrong(node: ThoughtNode) -> bool:
+    """Whether a node ends a chain that the verifier judged, and not correct."""
     return node.verdict is not None and node.verdict.outcome in ("ok", "wrong") and not node.correct
 
 
 def _chains(tree: Tree, codec: Codec, wanted: Callable[[ThoughtNode], bool]) -> list[Chain]:
     """The complete chains whose terminal node is as wanted, no two of the same token ids."""
     unique: dict[bytes, Chain] = {}
-    for chain in sorted((_chain(tree, n, codec) for n in tree.answers() if wanted(tree.nodes[n])), key=_tie):
+    numbers = [n for n in tree.answers() if tree.nodes[n].visits and wanted(tree.nodes[n])]
+    for chain in sorted((_chain(tree, n, codec) for n in numbers), key=_tie):
         unique.setdefault(chain.token_ids.tobytes(), chain)
     return list(unique.values())
 

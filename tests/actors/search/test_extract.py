@@ -225,6 +225,18 @@ def test_nodes_of_another_tokenizer_become_tokens_of_the_policy() -> None:
     assert [text(s.token_ids) for s in extract.step_values(mixed, CODEC)] == ["^qab", "^qabc"]
 
 
+def test_whose_tokens_a_chain_is_made_of() -> None:
+    mixed = tree(
+        node(0, "abcd", forced=3),
+        node(1, "ef", "reflection", forced=2, writer="reviewer"),  # written by nobody
+        node(2, "ghi", forced=1, writer="reviewer"),
+        answer(3, "j", "ok"),
+        tokenizers={"policy": "letters", "reviewer": "letters"},
+    )
+    # d and j; abc and ef; ghi
+    assert extract.token_origins(mixed, 4, CODEC) == {"policy": 2, "forced": 5, "other_model": 3}
+
+
 def everything(of: Tree, config: ExtractConfig) -> Any:
     """All that is extracted, by content."""
     chains = [extract.supervised_chain(of, rule, CODEC) for rule in RULES]
