@@ -71,6 +71,8 @@ def read_trees(path: Path) -> Iterator[Tree | TreeFailure]:
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
+                if not line.endswith("\n"):
+                    raise DataError(f"{path}, line {number}: expected a line end, found the file cut off")
                 yield parse_line(line, f"{path}, line {number}")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error

@@ -248,3 +248,10 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         list(read_trees(path))
     with pytest.raises(DataError, match=r"none\.jsonl: cannot be read"):
         list(read_trees(tmp_path / "none.jsonl"))
+
+
+def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "00000.jsonl"
+    path.write_text(f"{tree_line(small_tree())}\n{tree_line(small_tree())}")
+    with pytest.raises(DataError, match=r"00000\.jsonl, line 2: expected a line end, found the file cut off"):
+        list(read_trees(path))
