@@ -86,6 +86,11 @@ class TagCodec:
         strings = [string for tag in tags for string in (f"<{tag}>", f"</{tag}>")]
         self._tag_tokens = {int(added[text]): text for text in strings if self.encode(text) == [added.get(text)]}
 
+    @property
+    def needs_stop_strings(self) -> bool:
+        """Whether a tag is no single token, so that its engine must read text to stop there."""
+        return len(self._tag_tokens) < 2 * len(self._openings)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text inside a chain; no special tokens are added."""
         given = self._anchor_text + text
