@@ -349,6 +349,15 @@ class Config(Section):
             raise ValueError("learner.optimizer_offload needs learner.zero_stage 1, 2 or 3")
         if self.learner.dtype == "bf16" and self.learner.zero_stage == 0:
             raise ValueError("learner.dtype bf16 needs learner.zero_stage 1, 2 or 3, which keep fp32 master weights")
+        if self.search.fraction and self.search.model is None:
+            # The learner's log-probabilities are those of the distribution that sampling names.
+            for name in ("temperature", "top_p"):
+                found, expected = getattr(self.search, name), getattr(self.sampling, name)
+                if found not in (None, expected):
+                    raise ValueError(
+                        f"search.{name} {found} differs from sampling.{name} {expected}, at which the learner trains "
+                        f"what the policy writes (search.fraction above 0): leave search.{name} out or make them equal"
+                    )
         scratch = self.model.from_scratch
         if scratch and scratch.max_positions < self.actors.max_model_len:
             raise ValueError(

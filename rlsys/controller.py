@@ -195,7 +195,8 @@ class Controller:
             seed=self._config.run.seed,
         )
         self._rollouts.total = self._rollouts.failed + self.state.step * train.groups_per_step
-        producer = Producer(self.parts.pool, self.parts.prompts, buffer, settings, self._rollouts)
+        fraction = self._config.search.fraction
+        producer = Producer(self.parts.pool, self.parts.prompts, buffer, settings, self._rollouts, fraction)
         task = asyncio.create_task(producer.run())
         task.add_done_callback(self._producer_ended)
         try:

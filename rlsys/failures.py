@@ -39,14 +39,27 @@ class FailureLimit:
             )
 
     def add_verdicts(self, groups: Sequence[TrajectoryGroup]) -> None:
-        """Count the verifications of groups.
+        """Count the verifications of groups, of a tree those of its answers.
 
         Raises:
             TooManyFailuresError: more of them than allowed raised or ran out of time.
         """
-        trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-        failed = [trajectory.detail for trajectory in trajectories if not trajectory.judged]
-        self.add(failed=len(failed), total=len(trajectories), detail=failed[-1] if failed else "")
+        counts = [_verifications(group) for group in groups]
+        details = [detail for failed, _, detail in counts if failed]
+        self.add(
+            failed=sum(failed for failed, _, _ in counts),
+            total=sum(total for _, total, _ in counts),
+            detail=details[-1] if details else "",
+        )
+
+
+def _verifications(group: TrajectoryGroup) -> tuple[int, int, str]:
+    """How many failed, how many there were, and why the last failed one did."""
+    if group.searched:
+        failed, scored = int(group.metrics["verifier_errors"]), int(group.metrics["scored"])
+        return failed, failed + scored, f"in the tree of prompt {group.prompt.prompt_id}, see the log of its actor"
+    details = [trajectory.detail for trajectory in group.trajectories if not trajectory.judged]
+    return len(details), len(group.trajectories), details[-1] if details else ""
 
 
 def verifier_limit(share: float, failed: int = 0, total: int = 0) -> FailureLimit:

@@ -8,14 +8,39 @@ import numpy as np
 
 from rlsys.types import TrajectoryGroup
 
+# Figures of a tree that a step adds up under their own names.
+SUMMED = (
+    "simulations",
+    "calls",
+    "tokens",
+    "scored",
+    "correct",
+    "defects",
+    "duplicates",
+    "backtracks",
+    "verifier_errors",
+)
+
 
 def rollout_metrics(groups: Sequence[TrajectoryGroup], version: int) -> Mapping[str, float]:
-    """Names of the metrics registry. version: weight version of the learner before the step."""
+    """Names of the metrics registry; only those of the kinds of groups, sampled and searched, that there are.
+
+    version: weight version of the learner before the step.
+    """
+    sampled = [group for group in groups if not group.searched]
+    searched = [group for group in groups if group.searched]
+    return {
+        **(_sampled_metrics(sampled) if sampled else {}),
+        **_staleness(groups, version),
+        **(_searched_metrics(searched) if searched else {}),
+    }
+
+
+def _sampled_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     judged = [t for t in trajectories if t.judged]
     lengths = [t.completion_length for t in trajectories]
     rewards = [[t.reward for t in group.trajectories] for group in groups]
-    staleness = [version - group.oldest_version for group in groups]
     return {
         "rollout/reward": float(np.mean([t.reward for t in judged])) if judged else 0.0,
         "rollout/accuracy": float(np.mean([t.outcome == "ok" and t.reward > 0 for t in trajectories])),
@@ -27,6 +52,40 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], version: int) -> Mapping[
         "rollout/zero_advantage_groups": float(np.mean([min(row) == max(row) for row in rewards])),
         "rollout/verifier_errors": float(len(trajectories) - len(judged)),
         "rollout/tokens": float(np.sum(lengths)),
+    }
+
+
+def _staleness(groups: Sequence[TrajectoryGroup], version: int) -> Mapping[str, float]:
+    """Of both kinds; a tree of another model is of no version and as fresh as can be."""
+    oldest = [group.oldest_version for group in groups]
+    staleness = [0 if found is None else version - found for found in oldest]
+    return {
         "rollout/staleness_mean": float(np.mean(staleness)),
         "rollout/staleness_max": float(np.max(staleness)),
     }
+
+
+def _searched_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
+    sums = {name: float(sum(group.metrics[name] for group in groups)) for name in (*SUMMED, "solved", "reward_sum")}
+    trained = sum(_trained_tokens(group) for group in groups)
+    return {
+        "search/trees": float(len(groups)),
+        "search/solved": sums["solved"] / len(groups),
+        "search/reward": sums["reward_sum"] / sums["scored"] if sums["scored"] else 0.0,
+        **{f"search/{name}": sums[name] for name in SUMMED},
+        "search/trained_share": trained / sums["tokens"] if sums["tokens"] else 0.0,
+        "search/pairs": float(sum(len(group.pairs) for group in groups)),
+        "search/step_preferences": float(sum(len(group.step_preferences) for group in groups)),
+        "search/demonstrations": float(sum(len(group.demonstrations) for group in groups)),
+    }
+
+
+def _trained_tokens(group: TrajectoryGroup) -> int:
+    """Tokens of the policy on judged trajectories, those of a shared node once: what the learner trains."""
+    nodes = {
+        step.node: int(trajectory.loss_mask[step.start : step.stop].sum())
+        for trajectory in group.trajectories
+        if trajectory.judged
+        for step in trajectory.steps
+    }
+    return sum(nodes.values())

@@ -120,8 +120,9 @@ class Trajectory:
         return self.outcome in ("ok", "wrong")
 
     @property
-    def oldest_version(self) -> int:
-        return min(span.version for span in self.versions)
+    def oldest_version(self) -> int | None:
+        """None where no token is the policy's own."""
+        return min((span.version for span in self.versions), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,8 +181,9 @@ class TrajectoryGroup:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def oldest_version(self) -> int:
-        return min(trajectory.oldest_version for trajectory in self.trajectories)
+    def oldest_version(self) -> int | None:
+        """None where no token is the policy's own, as in a tree that another model has grown."""
+        return min((span.version for trajectory in self.trajectories for span in trajectory.versions), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

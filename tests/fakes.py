@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlsys.rollout_metrics import SUMMED
 from rlsys.types import (
     Demonstration,
     Float32Array,
@@ -20,6 +22,7 @@ from rlsys.types import (
     RolloutFailure,
     SamplingSettings,
     Split,
+    Step,
     Trajectory,
     TrajectoryGroup,
     Verdict,
@@ -57,6 +60,28 @@ def trajectory(
 def group(of: Prompt, version: int = 0, rewards: Sequence[float] = (1.0, 0.0)) -> TrajectoryGroup:
     found = tuple(trajectory(version, reward, "ok" if reward else "wrong") for reward in rewards)
     return TrajectoryGroup(prompt=of, trajectories=found)
+
+
+def searched_group(
+    of: Prompt, version: int = 0, rewards: Sequence[float] = (1.0, 0.0), **changes: Any
+) -> TrajectoryGroup:
+    """A tree of one thought of one token, and an answer of one token for every reward.
+
+    changes: figures of the search other than those that follow from the rewards.
+    """
+    trajectories = []
+    for number, reward in enumerate(rewards, start=2):
+        found = trajectory(version, reward, "ok" if reward else "wrong")
+        nodes = ((1, 0, 3, 4, "thinking"), (number, 1, 4, 5, "answer"))
+        steps = tuple(
+            Step(node=node, parent=parent, start=start, stop=stop, type=kind, samples=1, visits=1, value=reward)
+            for node, parent, start, stop, kind in nodes
+        )
+        trajectories.append(replace(found, steps=steps))
+    metrics = dict.fromkeys((*SUMMED, "solved", "reward_sum"), 0.0)
+    metrics |= {"scored": float(len(rewards)), "reward_sum": sum(rewards), "tokens": 10.0}
+    metrics |= {"correct": float(sum(reward > 0 for reward in rewards)), "solved": float(any(rewards))}
+    return TrajectoryGroup(prompt=of, trajectories=tuple(trajectories), searched=True, metrics={**metrics, **changes})
 
 
 class NumberTask:
@@ -112,18 +137,30 @@ class FakePool:
     ) -> Sequence[TrajectoryGroup | RolloutFailure]:
         self.calls.append(("generate", actor, tuple(p.prompt_id for p in prompts)))
         version = self.versions[actor]
-        await asyncio.sleep(0)
-        if prompts and prompts[0].prompt_id.startswith("train"):
-            if self.error:
-                raise self.error
-            if self.hold:
-                await self.hold.wait()
+        await self._work(prompts)
         return [
             RolloutFailure(prompt=p, reason="scripted")
             if p.prompt_id in self.failing
             else group(p, version, [1.0, 0.0, 0.0, 0.0][: settings.samples])
             for p in prompts
         ]
+
+    async def search(self, actor: int, prompts: Sequence[Prompt]) -> Sequence[TrajectoryGroup | RolloutFailure]:
+        self.calls.append(("search", actor, tuple(p.prompt_id for p in prompts)))
+        version = self.versions[actor]
+        await self._work(prompts)
+        return [
+            RolloutFailure(prompt=p, reason="scripted") if p.prompt_id in self.failing else searched_group(p, version)
+            for p in prompts
+        ]
+
+    async def _work(self, prompts: Sequence[Prompt]) -> None:
+        await asyncio.sleep(0)
+        if prompts and prompts[0].prompt_id.startswith("train"):
+            if self.error:
+                raise self.error
+            if self.hold:
+                await self.hold.wait()
 
     def tokens_per_s(self) -> float:
         return 1.0
@@ -143,11 +180,15 @@ class FakePool:
 
 
 class FakeLearner:
-    """Trains nothing; `save` writes the version of the last call, so that a checkpoint can be told apart."""
+    """Trains nothing; `save` writes the version of the last call, so that a checkpoint can be told apart.
+
+    trained, kinds: prompt ids of the groups of every step, and which of them were searched.
+    """
 
     def __init__(self, calls: list[Any]) -> None:
         self.calls = calls
         self.trained: list[list[str]] = []
+        self.kinds: list[list[bool]] = []
         self.version = 0
         self.on_train: Any = lambda version: None
         self.reference: Any = object
@@ -158,6 +199,7 @@ class FakeLearner:
     async def train_online(self, groups: Sequence[TrajectoryGroup], version: int) -> dict[str, float]:
         self.calls.append(("train", version))
         self.trained.append([found.prompt.prompt_id for found in groups])
+        self.kinds.append([found.searched for found in groups])
         self.version = version
         self.on_train(version)
         return {"learner/tokens": 8.0}

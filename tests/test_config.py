@@ -88,6 +88,19 @@ def test_a_mistake_is_one_line_with_the_field_and_what_was_found(
     assert found in message
 
 
+@pytest.mark.parametrize("name", ["temperature", "top_p"])
+def test_what_the_learner_trains_is_searched_as_it_is_sampled(name: str) -> None:
+    def values(fraction: float, **search: Any) -> dict[str, Any]:
+        return minimal(sampling={name: 0.5}, search={"fraction": fraction, **search})
+
+    message = problem(values(0.5, **{name: 0.7}))
+    assert f"search.{name} 0.7 differs from sampling.{name} 0.5" in message
+    for fine in (values(0.5), values(0.5, **{name: 0.5}), values(0.0, **{name: 0.7})):
+        parse_config(fine, "c.yaml")
+    # What another model writes is never trained by its probabilities.
+    parse_config(values(0.5, model={"path": "large"}, **{name: 0.7}), "c.yaml")
+
+
 def test_a_model_must_reach_max_model_len() -> None:
     values = minimal(model={"from_scratch": {"max_positions": 128}})
     assert "max_model_len 256 exceeds model.from_scratch.max_positions 128" in problem(values)

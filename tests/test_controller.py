@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import PROBE, FakeLearner, FakePool, NumberTask, prompt
+from fakes import PROBE, FakeLearner, FakePool, NumberTask, prompt, searched_group
 from rich.console import Console
 
 from rlsys.checkpoint import CheckpointStore, read_json, state_from_json
@@ -22,6 +22,7 @@ from rlsys.demonstrations import DemonstrationStream
 from rlsys.display import Display
 from rlsys.errors import EngineError, InterruptedRunError, RlsysError, TooManyFailuresError
 from rlsys.metrics import MetricsWriter, read_rows
+from rlsys.producer import is_searched
 from rlsys.prompts import PromptBuilder, PromptStream
 from rlsys.types import RunState, TrajectoryGroup
 from rlsys.weights import WeightBus
@@ -443,6 +444,72 @@ def test_the_state_in_a_checkpoint_counts_what_is_not_trained(tmp_path: Path) ->
         assert list(state.in_flight) == list(range(2 * step, state.cursor))
     info = json.loads((tmp_path / "checkpoints" / "step_000003" / "MANIFEST.json").read_text())["info"]
     assert info == {"weight_version": 3, "stage": "online", "inputs": {"model.path": "digest"}}
+
+
+@pytest.mark.parametrize("fraction", [0.4, 1.0])
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_an_interrupted_run_with_searched_prompts_goes_on_as_if_nothing_had_happened(
+    max_staleness: int, fraction: float, tmp_path: Path
+) -> None:
+    train = {"max_staleness": max_staleness, "max_steps": 5}
+    settings = config(stages=["online"], train=train, search={"fraction": fraction})
+    undisturbed = Run(tmp_path / "a", settings)()
+    first = Run(tmp_path / "b", settings)
+    first.interrupt_at(2)
+    with pytest.raises(InterruptedRunError):
+        first()
+    # Searched prompts wait in the state like any other: 4 of 0 to 3 + 2 max_staleness are trained.
+    assert first.saved()["step_000002"].in_flight == tuple(range(4, 4 + 2 * max_staleness))
+    second = Run(tmp_path / "b", settings)()
+    assert first.learner.trained + second.learner.trained == undisturbed.learner.trained
+    # What was searched before the interruption and not trained is searched again, and never sampled.
+    assert first.learner.kinds + second.learner.kinds == undisturbed.learner.kinds
+    # 10 prompts of 5 steps; at 0.4, those of index 2, 4, 7 and 9.
+    kinds = [is_searched(index, fraction) for index in range(10)]
+    assert [kind for step in undisturbed.learner.kinds for kind in step] == kinds
+    rows = [read_rows(tmp_path / name / "metrics.jsonl") for name in "ab"]
+    for name in ("search/trees", "search/reward", "rollout/accuracy"):
+        assert [row.get(name) for row in rows[0]] == [row.get(name) for row in rows[1]]
+
+
+def test_figures_of_sampled_and_searched_groups_are_apart(tmp_path: Path) -> None:
+    search = {"fraction": 0.5}
+    Run(tmp_path / "mixed", config(stages=["online"], train={"max_steps": 1}, search=search))()
+    mixed = read_rows(tmp_path / "mixed" / "metrics.jsonl")[-1]
+    assert (mixed["search/trees"], mixed["rollout/tokens"]) == (1, 4)
+    Run(tmp_path / "all", config(stages=["online"], train={"max_steps": 1}, search={"fraction": 1}))()
+    alone = read_rows(tmp_path / "all" / "metrics.jsonl")[-1]
+    assert alone["search/trees"] == 2
+    assert "rollout/reward" not in alone and alone["rollout/staleness_max"] == 0
+
+
+def test_verifications_of_trees_count_too(tmp_path: Path) -> None:
+    # A sampled group with 2 good ones, and a tree of 2 scored answers and 3 that could not be judged.
+    settings = config(stages=["online"], train={"max_verifier_failures": 0.4}, search={"fraction": 0.5})
+    run = Run(tmp_path, settings)
+
+    async def search(actor: int, prompts: Any) -> Any:
+        return [searched_group(found, verifier_errors=3.0) for found in prompts]
+
+    run.pool.search = search
+    message = r"3 of 7 verifications failed, .* in the tree of prompt train-\d@0, see the log of its actor"
+    with pytest.raises(TooManyFailuresError, match=message):
+        run()
+    assert run.only("train") == []
+
+
+def test_a_searched_group_above_the_staleness_bound_is_refused(tmp_path: Path) -> None:
+    run = Run(tmp_path, config(stages=["online"], search={"fraction": 1.0}))
+    update = run.pool.update_weights
+
+    async def stuck(actor: int, *arguments: Any) -> Any:
+        ack = await update(actor, *arguments)
+        run.pool.versions[actor] = 0
+        return ack
+
+    run.pool.update_weights = stuck
+    with pytest.raises(RlsysError, match=r"staleness 1 .* train\.max_staleness is 0"):
+        run()
 
 
 def test_what_a_smaller_buffer_could_not_issue_yet_is_not_forgotten(tmp_path: Path) -> None:

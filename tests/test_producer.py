@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from fakes import SAMPLING, FakePool, NumberTask
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlsys.buffer import Buffer
 from rlsys.errors import EngineError, TooManyFailuresError
 from rlsys.failures import FailureLimit
-from rlsys.producer import Producer
+from rlsys.producer import Producer, is_searched
 from rlsys.prompts import PromptBuilder, PromptStream
 from rlsys.types import Prompt, RolloutFailure, SamplingSettings, TrajectoryGroup
 
@@ -27,6 +29,7 @@ class Setup:
         share: float = 0.5,
         failed: int = 0,
         finished: int = 0,
+        fraction: float = 0.0,
     ) -> None:
         self.calls: list[Any] = []
         self.pool = FakePool(actors, self.calls, failing)
@@ -36,7 +39,7 @@ class Setup:
         self.failures = FailureLimit(
             what="rollouts", field="train.max_failed_rollouts", share=share, failed=failed, total=failed + finished
         )
-        self.producer = Producer(self.pool, self.stream, self.buffer, SAMPLING, self.failures)
+        self.producer = Producer(self.pool, self.stream, self.buffer, SAMPLING, self.failures, fraction)
 
     def during(self, scenario: Callable[[], Awaitable[object]]) -> None:
         """Run a scenario beside the producer; the producer's own error is raised."""
@@ -74,6 +77,84 @@ def test_all_free_slots_are_dealt_over_the_actors_in_one_dispatch_each() -> None
         assert dispatches(setup.calls)[2:] == [(0, ["4", "6"]), (1, ["5", "7"])]
 
     setup.during(scenario)
+
+
+def test_searched_prompts_are_evenly_spread() -> None:
+    # f = 2/5: floor((i + 1) f) is 0 0 1 1 2 for i = 0..4, and steps up at i = 2 and i = 4
+    assert [is_searched(index, 0.4) for index in range(10)] == [False, False, True, False, True] * 2
+    assert not any(is_searched(index, 0.0) for index in range(99))
+    assert all(is_searched(index, 1.0) for index in range(99))
+
+
+@given(fraction=st.floats(0, 1), start=st.integers(0, 10**6), count=st.integers(1, 200))
+def test_any_stretch_of_the_stream_holds_the_fraction(fraction: float, start: int, count: int) -> None:
+    found = sum(is_searched(index, fraction) for index in range(start, start + count))
+    assert abs(found - count * fraction) <= 1 + 1e-6
+
+
+def test_an_actor_samples_and_searches_at_once_and_groups_keep_their_order() -> None:
+    # 1, 3, 5 and 7 are searched: 2 a kind for either actor, where dealing by place would give one actor all of a kind.
+    setup = Setup(actors=2, groups_per_step=8, fraction=0.5)
+
+    async def scenario() -> None:
+        groups = await setup.buffer.take()
+        assert ids(groups) == ["0", "1", "2", "3", "4", "5", "6", "7"]
+        assert [group.searched for group in groups] == [False, True] * 4
+        assert [call[0] for call in setup.calls] == ["generate", "search"] * 2
+        assert dispatches(setup.calls) == [(0, ["0", "4"]), (0, ["1", "5"]), (1, ["2", "6"]), (1, ["3", "7"])]
+
+    setup.during(scenario)
+
+
+def test_a_slow_search_does_not_keep_the_samples_of_its_actor() -> None:
+    setup = Setup(actors=1, groups_per_step=2, fraction=0.5)
+    search, hold = setup.pool.search, asyncio.Event()
+
+    async def slow(actor: int, prompts: Sequence[Prompt]) -> Sequence[TrajectoryGroup | RolloutFailure]:
+        await hold.wait()
+        return await search(actor, prompts)
+
+    setup.pool.search = slow  # type: ignore[method-assign]  # the scripted delay
+
+    async def scenario() -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert setup.failures.total == 1  # the sampled one is in its slot
+        hold.set()
+        assert ids(await setup.buffer.take()) == ["0", "1"]
+
+    setup.during(scenario)
+
+
+def test_where_all_are_searched_nothing_is_sampled() -> None:
+    setup = Setup(actors=2, groups_per_step=4, fraction=1.0)
+
+    async def scenario() -> None:
+        assert all(group.searched for group in await setup.buffer.take())
+        assert setup.calls == [("search", 0, ("train-0", "train-2")), ("search", 1, ("train-1", "train-3"))]
+
+    setup.during(scenario)
+
+
+def test_a_failed_search_is_counted_and_its_replacement_is_of_its_own_kind() -> None:
+    # 1 and 3 are searched. 1 fails; 4 takes its place and is sampled: that follows from its own index.
+    setup = Setup(actors=1, groups_per_step=4, fraction=0.5, failing=["train-1"])
+
+    async def scenario() -> None:
+        groups = await setup.buffer.take()
+        assert ids(groups) == ["0", "4", "2", "3"]
+        assert [group.searched for group in groups] == [False, False, False, True]
+        assert (setup.failures.failed, setup.failures.total) == (1, 5)
+
+    setup.during(scenario)
+
+
+def test_failed_searches_and_failed_samples_are_one_count() -> None:
+    # 14 good ones; then 0, sampled, is 1 of 15 (allowed 1.5) and 1, searched, 2 of 16 (allowed 1.6).
+    setup = Setup(groups_per_step=16, fraction=0.5, failing=["train-0", "train-1"], share=0.1)
+    with pytest.raises(ExceptionGroup) as caught:
+        setup.during(asyncio.Event().wait)
+    assert caught.group_contains(TooManyFailuresError, match="2 of 16 rollouts")
 
 
 def test_staleness_fills_more_slots_at_once_and_no_more_than_there_are() -> None:

@@ -1,0 +1,96 @@
+"""Figures of searched groups beside those of sampled ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fakes import group, prompt, searched_group
+
+from rlsys.metrics import METRICS
+from rlsys.rollout_metrics import rollout_metrics
+from rlsys.types import Demonstration, Preference, StepPreference
+
+IDS = np.arange(3, dtype=np.int32)
+PAIR = Preference(chosen_ids=IDS, rejected_ids=IDS, prompt_length=1, common=1)
+STEP = StepPreference(
+    prefix_ids=IDS,
+    chosen_ids=IDS,
+    rejected_ids=IDS,
+    chosen_value=1.0,
+    rejected_value=0.0,
+    chosen_visits=2,
+    rejected_visits=2,
+)
+SHOWN = Demonstration(token_ids=IDS, loss_mask=IDS > 0)
+
+
+def test_figures_of_trees_by_hand() -> None:
+    first = replace(
+        searched_group(prompt("a"), 3, (1.0, 0.0, 0.5), simulations=8.0, calls=9.0, defects=2.0, duplicates=1.0),
+        pairs=(PAIR, PAIR),
+        demonstrations=(SHOWN,),
+    )
+    second = replace(
+        searched_group(prompt("b"), 5, (0.0,), simulations=4.0, backtracks=3.0, verifier_errors=1.0),
+        step_preferences=(STEP,),
+    )
+    found = rollout_metrics([first, second], version=5)
+    assert {name: value for name, value in found.items() if name.startswith("search/")} == {
+        "search/trees": 2,
+        "search/solved": 1 / 2,
+        "search/reward": 1.5 / 4,
+        "search/simulations": 12,
+        "search/calls": 9,
+        "search/tokens": 20,
+        "search/scored": 4,
+        "search/correct": 2,
+        "search/defects": 2,
+        "search/duplicates": 1,
+        "search/backtracks": 3,
+        "search/verifier_errors": 1,
+        # the thought and three answers, and the thought and one answer: 6 nodes of a token each, of 20 generated
+        "search/trained_share": 6 / 20,
+        "search/pairs": 2,
+        "search/step_preferences": 1,
+        "search/demonstrations": 1,
+    }
+    assert not any(name.startswith("rollout/") and "staleness" not in name for name in found)
+    assert (found["rollout/staleness_mean"], found["rollout/staleness_max"]) == ((2 + 0) / 2, 2)
+
+
+def test_every_figure_of_a_search_is_in_the_registry_and_made() -> None:
+    found = rollout_metrics([searched_group(prompt("a")), group(prompt("b"))], 0)
+    assert set(found) <= set(METRICS)
+    assert {name for name in METRICS if name.startswith("search/")} <= set(found)
+
+
+def test_searched_groups_do_not_touch_the_figures_of_sampled_ones() -> None:
+    sampled = [group(prompt("a"), 1), group(prompt("b"), 2, (0.0, 0.0))]
+    alone = rollout_metrics(sampled, 2)
+    mixed = rollout_metrics([sampled[0], searched_group(prompt("c"), 2, (0.0,) * 5), sampled[1]], 2)
+    assert {name: mixed[name] for name in alone if "staleness" not in name} == {
+        name: value for name, value in alone.items() if "staleness" not in name
+    }
+    assert not any(name.startswith("search/") for name in alone)
+    assert mixed["rollout/staleness_mean"] == pytest.approx((1 + 0 + 0) / 3)
+
+
+def test_a_tree_of_another_model_is_never_stale_and_trains_nothing() -> None:
+    other = replace(searched_group(prompt("a"), 0, (1.0,)), trajectories=())
+    found = rollout_metrics([other], 9)
+    assert (found["rollout/staleness_max"], found["search/trained_share"], found["search/reward"]) == (0, 0, 1)
+
+
+def test_unjudged_and_forced_tokens_are_not_trained() -> None:
+    made = searched_group(prompt("a"), 0, (1.0, 0.0))
+    first, second = made.trajectories
+    forced = replace(first, loss_mask=np.array([False, False, False, True, False]))
+    found = rollout_metrics([replace(made, trajectories=(forced, replace(second, outcome="error")))], 0)
+    assert found["search/trained_share"] == 1 / 10
+
+
+def test_a_search_without_an_answer_has_figures() -> None:
+    found = rollout_metrics([searched_group(prompt("a"), 0, (), tokens=0.0)], 0)
+    assert (found["search/reward"], found["search/solved"], found["search/trained_share"]) == (0, 0, 0)
