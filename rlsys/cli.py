@@ -140,6 +140,20 @@ def evaluate(
 
 
 @app.command()
+def extract(
+    run_dir: Annotated[str, typer.Argument(help="Run directory of `rlsys search`.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="extract.key=value or model.path=PATH.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the files; default: RUN_DIR/data.")] = None,
+) -> None:
+    """Turn the trees of a search into supervised rows, preference pairs and step values, as JSONL and Parquet."""
+    from rlsys import extract_command
+
+    source = extract_command.find_source(Path(run_dir), overrides or [])
+    folder = Path(output) if output else Path(run_dir) / "data"
+    extract_command.show(extract_command.run(source, folder), folder, Console())
+
+
+@app.command()
 def keys(section: Annotated[str, typer.Argument(help="Only what begins with this, e.g. train.")] = "") -> None:
     """Every key of a config file with its type, default and meaning."""
     table = Table()
