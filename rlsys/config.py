@@ -293,6 +293,9 @@ class EvaluationConfig(Section):
     """Sampled completions per problem, at temperature 1 and top_p 1; 0 leaves the sampled part out."""
     greedy: bool = True
     """Evaluate greedy decoding too."""
+    search_answers: int = Field(default=0, ge=0)
+    """Decode with tree search too, by the section search, until a tree has this many scored answers; 0 leaves it out.
+    Only `rlsys evaluate` does."""
     interval: int = Field(default=0, ge=0)
     """Online steps between evaluations; 0 evaluates at the ends of stages only."""
 
