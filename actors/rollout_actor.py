@@ -13,12 +13,22 @@ import ray
 
 from actors.engine import Completion, Engine
 from actors.rewards import RewardPool
+from actors.forest import Forest
+from actors.forest_builder import build_codec, build_forest, model_settings
+from actors.model_actor import RemoteWriter
 from actors.sampling import build_group, completion_requests
+from actors.search.codec import TagCodec
+from actors.search.group import build_searched_group
+from actors.usage import EngineUsage
 from actors.weight_update import Progress, check_names, expected_tensors, verified_tensors
-from rlsys.config import ActorsConfig, RewardsConfig, TaskConfig
-from rlsys.errors import RolloutError, WeightSyncError
+from actors.writers import WriterEngine
+from rlsys.config import ActorsConfig, RewardsConfig, SamplingConfig, TaskConfig
+from rlsys.errors import EngineError, RolloutError, WeightSyncError
 from rlsys.models import end_token_ids, load_tokenizer
 from rlsys.process import die_with_parent, quiet_worker
+from rlsys.search_config import ExtractConfig, SearchConfig
+from rlsys.tree_file import tree_line
+from rlsys.trees import Tree, TreeFailure, Writer
 from rlsys.types import (
     Float32Array,
     Int32Array,
@@ -35,7 +45,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorSettings:
-    """What an actor must know that does not change during the run."""
+    """What an actor must know that does not change during the run.
+
+    search: None for an actor that is never asked to search.
+    writer: what its own engine is to a tree: the policy, or, in `rlsys search`, search.model.
+    writers, writer_paths: handles of the ModelActors of other writers, and the folders of their models.
+    """
 
     name: str
     model_path: Path
@@ -45,6 +60,12 @@ class ActorSettings:
     task: TaskConfig
     rewards: RewardsConfig
     log_file: str
+    search: SearchConfig | None = None
+    extract: ExtractConfig = ExtractConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    writer: Writer = "policy"
+    writers: Mapping[Writer, Sequence[Any]] = field(default_factory=dict)
+    writer_paths: Mapping[Writer, Path] = field(default_factory=dict)
 
 
 class RolloutActor:
@@ -53,16 +74,44 @@ class RolloutActor:
     def __init__(self, settings: ActorSettings) -> None:
         quiet_worker(settings.log_file)
         die_with_parent()
-        self.name = settings.name
+        self.name, self.extract = settings.name, settings.extract
         try:
             self.tokenizer = load_tokenizer(settings.model_path)
             self.tensors = expected_tensors(settings.model_path)
             ends = end_token_ids(self.tokenizer, settings.model_path)
-            self.engine = Engine(settings.model_path, settings.actors, settings.device, ends)
+            self.codec = self._codec(settings)
+            strings = self.codec is not None and self.codec.needs_stop_strings
+            self.engine = Engine(settings.model_path, settings.actors, settings.device, ends, stop_strings=strings)
             self.rewards = RewardPool(settings.task, settings.seed, settings.rewards)
+            self.forest = self._forest(settings)
         except Exception:
             logger.exception("actor %s could not start", settings.name)
             raise
+
+    def _codec(self, settings: ActorSettings) -> TagCodec | None:
+        if settings.search is None:
+            return None
+        model = model_settings(settings.search, settings.writer)
+        return build_codec(settings.model_path, settings.search, model)
+
+    def _forest(self, settings: ActorSettings) -> Forest | None:
+        if settings.search is None or self.codec is None:
+            return None
+        others: dict[Writer, tuple[WriterEngine, Path]] = {
+            name: (RemoteWriter(handles, name), settings.writer_paths[name])
+            for name, handles in settings.writers.items()
+        }
+        return build_forest(
+            settings.writer,
+            self.engine,
+            self.codec,
+            others,
+            self.rewards,
+            search=settings.search,
+            sampling=settings.sampling,
+            actors=settings.actors,
+            seed=settings.seed,
+        )
 
     async def start(self) -> str:
         """Start the verifiers; answers with the actor's name."""
@@ -81,6 +130,35 @@ class RolloutActor:
         size = settings.samples
         groups = [self._finish(prompt, outcomes[size * i : size * (i + 1)]) for i, prompt in enumerate(prompts)]
         return list(await asyncio.gather(*groups)), seconds
+
+    async def grow(self, prompt: Prompt) -> str:
+        """Search one prompt; the tree as a line of JSON."""
+        return tree_line(await self._search(prompt))
+
+    async def search(self, prompts: Sequence[Prompt]) -> tuple[list[TrajectoryGroup | RolloutFailure], float]:
+        """A searched group for every prompt, in order, and the seconds it took."""
+        started = time.monotonic()
+        trees = await asyncio.gather(*map(self._search, prompts))
+        seconds = time.monotonic() - started
+        return [self._searched(tree, prompt) for tree, prompt in zip(trees, prompts, strict=True)], seconds
+
+    async def _search(self, prompt: Prompt) -> Tree | TreeFailure:
+        if self.forest is None:
+            raise EngineError(f"actor {self.name} was started without a search")
+        return await self.forest.grow(prompt)
+
+    def _searched(self, tree: Tree | TreeFailure, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
+        if isinstance(tree, TreeFailure):
+            return RolloutFailure(prompt=prompt, reason=tree.reason)
+        return build_searched_group(tree, prompt, cast(TagCodec, self.codec), self.extract)
+
+    async def usage(self) -> EngineUsage:
+        """What the engine did since the last call."""
+        return self.engine.usage()
+
+    async def search_seconds(self) -> float:
+        """CPU seconds spent in the trees themselves so far."""
+        return self.forest.search_s if self.forest else 0.0
 
     async def _finish(
         self, prompt: Prompt, outcomes: Sequence[Completion | BaseException]
