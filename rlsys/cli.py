@@ -1,4 +1,4 @@
-"""The command line: train, check, evaluate, keys.
+"""The command line: train, check, evaluate, extract, keys.
 
 Exit codes: 0 the run reached its end; 1 it failed; 2 the input is not usable; 128 + n it was stopped by
 signal n (130 SIGINT, 143 SIGTERM): with its state saved, or, where the line does not say so, aborted without.
@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +27,7 @@ from rlsys.config import Config
 from rlsys.config_file import dump_config, load_config
 from rlsys.config_keys import all_keys, suggestion
 from rlsys.errors import AbortedRunError, ConfigError, InterruptedRunError, RlsysError
+from rlsys.search_engines import ModelEngines, growing, searches_in_training
 
 app = typer.Typer(
     help="Post-training of reasoning models with Ray actors, vLLM, DeepSpeed and a verified weight-sync bus.",
@@ -96,27 +97,40 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Validate a config, its model and its data; print the resolved config and the resource plan; start nothing."""
     resolved = load_config(config, overrides or [])
     from rlsys.inputs import Inputs
-    from rlsys.setup import prepare_model
+    from rlsys.setup import prepare_model, search_engines
 
     with tempfile.TemporaryDirectory() as folder:
         model = prepare_model(resolved, Path(folder))
-        needs = resources.plan(resolved, model)
+        engines = search_engines(resolved)
+        beside = tuple(engines.values()) if searches_in_training(resolved) else ()
+        needs = resources.plan(resolved, model, beside=beside)
+        serving, served, searching = growing(resolved, model, engines)
+        search_needs = resources.plan(serving, served, learner=False, beside=searching.beside) if engines else []
         notes = Inputs(resolved, model).notes
     print(dump_config(resolved))
-    _show_plan(resolved, needs)
+    ranks = resolved.learner.ranks
+    _show_plan(resolved, "resource plan", needs, beside, ranks)
+    if engines:
+        _show_plan(serving, "resource plan of rlsys search", search_needs, searching.beside, 0)
     for note in notes:
         print(note)
     resources.check(needs)
+    resources.check(search_needs)
 
 
-def _show_plan(config: Config, needs: list[resources.Need]) -> None:
-    table = Table(title=f"resource plan: {config.actors.count} actors, {config.learner.ranks} learner ranks")
+def _show_plan(
+    config: Config, title: str, needs: list[resources.Need], beside: Sequence[ModelEngines], ranks: int
+) -> None:
+    others = [f"{engines.actors.count} {engines.writer} engines" for engines in beside]
+    parts = [f"{config.actors.count} actors", *others, *([f"{ranks} learner ranks"] if ranks else [])]
+    table = Table(title=f"{title}: {', '.join(parts)}")
     for column in ("phase", "needs", "amount", "this machine"):
         table.add_column(column)
     for need in needs:
         table.add_row(need.phase, need.what, f"{need.amount:.4g}", f"{need.available:.4g}")
     if config.run.device == "cuda":
-        gpus = config.actors.count * config.actors.tensor_parallel_size + config.learner.ranks
+        sections = [config.actors, *(engines.actors for engines in beside)]
+        gpus = sum(actors.count * actors.tensor_parallel_size for actors in sections) + ranks
         table.add_row("all", "GPUs", str(gpus), "the cluster's")
     Console().print(table)
 

@@ -3,7 +3,8 @@
 Every table has text columns under the names that trainers of other projects read, and the exact token ids beside them.
 `prompt` is the text that the policy is given, its chat template and special tokens included, and `completion`,
 `chosen` and `rejected` are what follows without the end token: a trainer that takes `prompt` as plain text adds no
-template of its own, puts the end token after the completion itself, and so arrives at the tokens of the id columns.
+template of its own, and puts the end token after the completion itself. The id columns are what was generated: the
+same text, encoded again, can be split into other tokens, and a tokenizer that adds a beginning token adds a second one.
 """
 
 from __future__ import annotations
