@@ -45,9 +45,39 @@ def test_some_keys() -> None:
     assert rates == {"warm_start.optimizer.learning_rate": "0.001", "train.optimizer.learning_rate": "0.0001"}
 
 
+def test_keys_of_mappings_and_lists_of_sections() -> None:
+    keys = {key.name: key for key in all_keys()}
+    assert (keys["search.nodes"].type, keys["search.nodes"].default) == ("{name: section}", "{}")
+    assert keys["search.nodes.NAME.tag"].default == "required"
+    assert keys["search.tables.NAME.children"].type == "{name: {name: whole number}}"
+    assert (keys["search.stop.correct"].type, keys["search.stop.correct"].default) == (
+        "list of section",
+        "[{count: 8, after: 0}, {count: 4, after: 32}]",
+    )
+    assert keys["search.stop.correct.NUMBER.after"].default == "0"
+    assert keys["search.max_depth"].type == "whole number | null"
+    # Braces alone would be a mapping in YAML.
+    assert yaml.safe_load(keys["search.model.question_template"].default) == "{question}"
+
+
+def test_keys_of_alternatives_name_the_alternative() -> None:
+    kinds = [key for key in all_keys() if key.name == "search.selection.type"]
+    assert [(key.type, key.default) for key in kinds] == [
+        ("ucb", "ucb"),
+        ("puct", "required"),
+        ("frontier", "required"),
+    ]
+    assert kinds[1].meaning == "With `puct`, the keys that follow."
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
+        (
+            "search.selection.form",
+            "it belongs to another search.selection.type; `rlsys keys search.selection` shows all",
+        ),
+        ("search.nodes.mine.tagg", "did you mean search.nodes.NAME.tag? `rlsys keys` shows all"),
         ("train.max_step", "did you mean train.max_steps? `rlsys keys` shows all"),
         ("trains", "did you mean train? `rlsys keys` shows all"),
         ("max_steps", "did you mean train.max_steps or warm_start.max_steps? `rlsys keys` shows all"),
@@ -62,3 +92,11 @@ def test_suggestion(name: str, expected: str) -> None:
 def test_an_unknown_key_comes_with_a_suggestion() -> None:
     with pytest.raises(ConfigError, match=r"^f: train\.max_step: unknown key; did you mean train\.max_steps\?"):
         parse_config({**SMALLEST, "train": {"max_step": 3}}, "f")
+
+
+def test_an_unknown_key_of_an_alternative_is_named_as_in_the_file() -> None:
+    selection = {"type": "puct", "form": "code"}
+    with pytest.raises(
+        ConfigError, match=r"^f: search\.selection\.form: unknown key; it belongs to another search\.sel"
+    ):
+        parse_config({**SMALLEST, "search": {"selection": selection}}, "f")
