@@ -17,6 +17,7 @@ from rlsys.config import Config
 from rlsys.config_file import load_config
 from rlsys.errors import ConfigError
 from rlsys.evaluation import Estimate, error_rate, mean_over_prompts, pass_at_k, sample_groups, solved, unanswered
+from rlsys.search_decoding import search_and_sample, show_search, with_search
 from rlsys.types import Prompt, SamplingSettings, TrajectoryGroup
 
 # Fewer problems of one answer say little about it, so they stay out of the macro mean.
@@ -74,6 +75,8 @@ async def evaluate(pool: Any, prompts: Sequence[Prompt], config: Config) -> dict
         found["sampled"] = _figures(groups)
         ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, samples) if k <= samples})
         found["pass_at_k"] = {str(k): asdict(mean_over_prompts(pass_at_k(solved(groups), k))) for k in ks}
+    if config.evaluation.search_answers:
+        found["search"] = await search_and_sample(pool, prompts, config)
     answers = Counter(prompt.answer for prompt in prompts)
     answer, count = answers.most_common(1)[0]
     found["constant_answer"] = {"answer": answer, "accuracy": count / len(prompts)}
@@ -122,6 +125,8 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     )
     if 1 < len(by_answer) <= 12:
         _show_by_answer(found, console, list(by_answer))
+    if "search" in found:
+        show_search(found["search"], found["problems"], console)
 
 
 def _show_by_answer(found: Mapping[str, Any], console: Console, answers: Sequence[str]) -> None:
@@ -147,4 +152,5 @@ def run(target: Target) -> dict[str, Any]:
     """Start the actors on the target's policy and measure."""
     from rlsys import launch
 
-    return launch.evaluate_policy(target.policy, target.config, evaluate)
+    config = with_search(target.config) if target.config.evaluation.search_answers else target.config
+    return launch.evaluate_policy(target.policy, config, evaluate)

@@ -72,13 +72,35 @@ def mean_over_prompts(values: np.ndarray, seed: int = 0, resamples: int = 2000) 
     [0, z^2 / (n + z^2)] or [n / (n + z^2), 1]. Source: Efron, percentile bootstrap; Wilson 1927, score interval.
     """
     per_prompt = values.mean(axis=1)
-    mean, count = float(per_prompt.mean()), len(per_prompt)
+    mean = float(per_prompt.mean())
     if mean in (0.0, 1.0):
-        width = _Z**2 / (count + _Z**2)
+        width = _width_without_variation(len(per_prompt))
         return Estimate(mean, max(0.0, mean - width), min(1.0, mean + width))
-    draws = np.random.default_rng(seed).integers(0, count, size=(resamples, count))
-    low, high = np.quantile(per_prompt[draws].mean(axis=1), [0.025, 0.975])
-    return Estimate(mean, float(low), float(high))
+    return _bootstrap(per_prompt, seed, resamples)
+
+
+def mean_difference(first: np.ndarray, second: np.ndarray, seed: int = 0, resamples: int = 2000) -> Estimate:
+    """Mean of first - second, both [prompts] and in [0, 1], with a 95 % interval over the same prompts.
+
+    Pairs are drawn, so what both find hard cancels. Where all differences are equal the interval is as wide as the
+    one that `mean_over_prompts` gives there, to both sides.
+    """
+    differences = first.astype(float) - second.astype(float)
+    if np.ptp(differences) == 0:
+        mean, width = float(differences[0]), _width_without_variation(len(differences))
+        return Estimate(mean, max(-1.0, mean - width), min(1.0, mean + width))
+    return _bootstrap(differences, seed, resamples)
+
+
+def _bootstrap(values: np.ndarray, seed: int, resamples: int) -> Estimate:
+    draws = np.random.default_rng(seed).integers(0, len(values), size=(resamples, len(values)))
+    low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+def _width_without_variation(count: int) -> float:
+    """Of Wilson's interval for a share of 0, or of 1, among `count`."""
+    return _Z**2 / (count + _Z**2)
 
 
 def pass_at_k(values: np.ndarray, k: int) -> np.ndarray:
