@@ -6,7 +6,7 @@ A config is one YAML file. Unknown and duplicate keys are errors, and every erro
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +131,21 @@ FIXED_FIELDS = ("run.seed", "stages", "model", "task", "learner.dtype")
 
 def fixed_fields(config: Config) -> dict[str, Any]:
     """The part of a config that a resume must not change: values by dotted name of the innermost field."""
+    return select_fields(flat_fields(config.model_dump(mode="json")), FIXED_FIELDS)
+
+
+def flat_fields(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted name of the innermost field."""
     found: dict[str, Any] = {}
-
-    def collect(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, child in value.items():
-                collect(f"{name}.{key}" if name else key, child)
-        elif any(name == fixed or name.startswith(f"{fixed}.") for fixed in FIXED_FIELDS):
-            found[name] = value
-
-    collect("", config.model_dump(mode="json"))
+    for key, value in values.items():
+        found |= flat_fields(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
+
+
+def select_fields(fields: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Those fields that are, or are inside, one of the names."""
+    return {
+        field: value
+        for field, value in fields.items()
+        if any(field == name or field.startswith(f"{name}.") for name in names)
+    }

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import ClassVar, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -45,6 +46,8 @@ class Display:
         clock: monotonic seconds.
     """
 
+    figures: ClassVar[tuple[tuple[str, str, str], ...]] = FIGURES
+
     def __init__(
         self,
         console: Console | None = None,
@@ -69,7 +72,7 @@ class Display:
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(console=self._console, get_renderable=self._panel, refresh_per_second=2)
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> Self:
         if self._live:
             self._show(self._live.start)
         return self
@@ -120,7 +123,7 @@ class Display:
         return statistics.median(self._step_times) * (self._total - self._done)
 
     def _shown(self, metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-        return [(label, form.format(metrics[name])) for name, label, form in FIGURES if name in metrics]
+        return [(label, form.format(metrics[name])) for name, label, form in self.figures if name in metrics]
 
     def _line(self, text: str) -> None:
         """Without a terminal: one line. rich would fold it at 80 columns."""
@@ -162,7 +165,7 @@ class Display:
             table.add_column(style="dim", no_wrap=True)
             table.add_column(justify="right", no_wrap=True, ratio=1)
         known = dict(self._shown(dict(self._figures)))
-        cells = [cell for _, label, _ in FIGURES for cell in (label, known.get(label, "-"))]
+        cells = [cell for _, label, _ in self.figures for cell in (label, known.get(label, "-"))]
         for start in range(0, len(cells), 2 * columns):
             table.add_row(*cells[start : start + 2 * columns])
         return table
