@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import ray
 
 from actors.engine import Completion, Engine
-from actors.rewards import RewardPool
 from actors.forest import Forest
 from actors.forest_builder import build_codec, build_forest, model_settings
 from actors.model_actor import RemoteWriter
+from actors.rewards import RewardPool
 from actors.sampling import build_group, completion_requests
 from actors.search.codec import TagCodec
 from actors.search.group import build_searched_group

@@ -91,7 +91,7 @@ def path_tokens(tree: Tree, number: int, codec: Codec) -> PathTokens:
     nodes = node_ids([tree.nodes[n] for n in path], lambda writer: tree.tokenizers[writer] == codec.digest, codec)
     for (_, ids), n in zip(nodes, path, strict=True):
         node, stop = tree.nodes[n], start + len(ids)
-        own = node.writer == "policy"
+        own = node.writer == "policy" and tree.tokenizers["policy"] == codec.digest
         parts.append(ids)
         chosen.append(np.arange(len(ids)) >= node.forced if own else np.zeros(len(ids), dtype=np.bool_))
         logprobs.append(node.logprobs if own else np.zeros(len(ids), dtype=np.float32))
