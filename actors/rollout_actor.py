@@ -62,8 +62,8 @@ class ActorSettings:
     rewards: RewardsConfig
     log_file: str
     search: SearchConfig | None = None
-    extract: ExtractConfig = ExtractConfig()
-    sampling: SamplingConfig = SamplingConfig()
+    extract: ExtractConfig = field(default_factory=ExtractConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     writer: Writer = "policy"
     writers: Mapping[Writer, Sequence[Any]] = field(default_factory=dict)
     writer_paths: Mapping[Writer, Path] = field(default_factory=dict)
