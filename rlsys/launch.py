@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")
 import ray
 
 from actors.engine import engine_environment
+from actors.model_actor import ModelActor, ModelSettings
 from actors.rollout_actor import ActorSettings, RolloutActor
 from learners.learner_actor import LearnerActor
 from learners.rank_settings import RankSettings, learner_environment
@@ -40,14 +41,18 @@ from rlsys.inputs import Inputs
 from rlsys.metrics import MetricsWriter
 from rlsys.remote import RayLearner, RayRolloutPool
 from rlsys.resume import Start, all_steps_made, check_inputs, find_start
-from rlsys.setup import prepare_model, tokenizer_files
+from rlsys.search_engines import ModelEngines, Searching, growing, searches_in_training
+from rlsys.setup import prepare_model, search_engines, tokenizer_files
 from rlsys.stop_signals import StopSignals
+from rlsys.trees import Writer
 from rlsys.types import Prompt
 from rlsys.weights import WeightBus
 
 Measure = Callable[[RayRolloutPool, list[Prompt], Config], Awaitable[dict[str, Any]]]
+Grow = Callable[[RayRolloutPool], Awaitable[None]]
 FIRST_SIGNAL = "{}: stopping after what is under way, and saving; once more to abort"
 ABORTED = " for the second time; training since the last checkpoint is lost"
+TREES_KEPT = "; finished trees are kept, the same command continues"
 AFTER_THE_END = " while the processes of the complete run were ending; nothing is lost"
 
 
@@ -60,6 +65,7 @@ class Session:
     store: CheckpointStore
     start: Start
     model: Path
+    searching: Searching | None
     inputs: Inputs
     display: Display
     stop: StopSignals
@@ -79,12 +85,14 @@ def train(config: Config) -> str:
         if is_complete(config, start, run_dir):
             return report.complete(config, start.state.step) + report.finished(config)
         model = prepare_model(config, run_dir)
-        resources.check(resources.plan(config, model))
+        searching = Searching(beside=tuple(search_engines(config).values())) if searches_in_training(config) else None
+        beside = _beside(searching)
+        resources.check(resources.plan(config, model, beside=beside))
         inputs = Inputs(config, model)  # bad data must be found before anything is started
         check_inputs(start, inputs.fingerprint())
         start.settle(run_dir)  # a refused command has changed nothing
         write_text(run_dir / "config.yaml", dump_config(config))
-        bundles = actor_bundles(config) + rank_bundles(config)
+        bundles = actor_bundles(config) + beside_bundles(config, beside) + rank_bundles(config)
         store_bytes = resources.object_store_bytes(config, resources.parameter_count(model))
         with (
             naming_logs(run_dir / "logs"),
@@ -92,7 +100,8 @@ def train(config: Config) -> str:
             Display(totals=_totals(config)) as display,
         ):
             try:
-                stop.run(_train(cluster, Session(config, run_dir, store, start, model, inputs, display, stop)))
+                session = Session(config, run_dir, store, start, model, searching, inputs, display, stop)
+                stop.run(_train(cluster, session))
             except InterruptedRunError as error:
                 raise InterruptedRunError(f"{error.message}{report.interrupted(config)}") from None
     return report.finished(config)
@@ -134,6 +143,34 @@ def evaluate_policy(policy: Path, config: Config, measure: Measure) -> dict[str,
     return found
 
 
+def grow_trees(config: Config, run_dir: Path, prepare: Callable[[Inputs, Mapping[Writer, Path]], Grow | None]) -> None:
+    """Start the engines that grow trees, and let what `prepare` answers use them.
+
+    Args:
+        prepare: is called once the input is known to be good, before anything is started, with the inputs of the
+            policy and the folder of every model. It answers None where nothing is left to do.
+    """
+    with StopSignals(TREES_KEPT) as stop, RunLock(run_dir):
+        policy = prepare_model(config, run_dir)
+        engines = search_engines(config)
+        serving, model, searching = growing(config, policy, engines)
+        resources.check(resources.plan(serving, model, learner=False, beside=searching.beside))
+        inputs = Inputs(config, policy, training=False)
+        for note in inputs.notes:
+            print(note, file=sys.stderr)
+        grow = prepare(inputs, {"policy": policy, **{writer: found.path for writer, found in engines.items()}})
+        if grow is None:
+            return
+
+        async def work(cluster: Cluster) -> None:
+            async with rollout_pool(cluster, model, searching) as pool:
+                await grow(pool)
+
+        bundles = actor_bundles(serving) + beside_bundles(serving, searching.beside)
+        with naming_logs(run_dir / "logs"), ray_cluster(serving, run_dir, bundles) as cluster:
+            stop.run(work(cluster))
+
+
 @contextlib.contextmanager
 def naming_logs(folder: Path) -> Iterator[None]:
     """Add the place of the logs to the error of a broken actor or rank."""
@@ -150,8 +187,9 @@ async def _train(cluster: Cluster, session: Session) -> None:
     for note in inputs.notes:
         display.message(note)
     display.message(start.describe())
-    async with rollout_pool(cluster, serving) as pool:
-        learner = RayLearner(learner_handles(cluster, inputs.pad_token_id), config)
+    async with rollout_pool(cluster, serving, session.searching) as pool:
+        first = len(actor_bundles(config) + beside_bundles(config, _beside(session.searching)))
+        learner = RayLearner(learner_handles(cluster, inputs.pad_token_id, first), config)
         # Rows of an attempt that never reached a checkpoint are of no run: -1 drops them all.
         metrics = MetricsWriter(run_dir, start.state.weight_version if start.checkpoint else -1)
         parts = Parts(
@@ -185,10 +223,17 @@ async def _train(cluster: Cluster, session: Session) -> None:
 
 
 @contextlib.asynccontextmanager
-async def rollout_pool(cluster: Cluster, model: Path) -> AsyncIterator[RayRolloutPool]:
-    """Start the rollout actors on a model folder; close them in the end."""
+async def rollout_pool(
+    cluster: Cluster, model: Path, searching: Searching | None = None
+) -> AsyncIterator[RayRolloutPool]:
+    """Start the rollout actors on a model folder, and the engines beside them; close them in the end.
+
+    Args:
+        searching: None where they are never asked to search.
+    """
     config = cluster.config
     environment = engine_environment(config.actors, config.run.device)
+    beside = model_handles(cluster, _beside(searching))
     handles = []
     for number in range(config.actors.count):
         settings = ActorSettings(
@@ -200,10 +245,11 @@ async def rollout_pool(cluster: Cluster, model: Path) -> AsyncIterator[RayRollou
             task=config.task,
             rewards=config.rewards,
             log_file=str(cluster.run_dir / "logs" / f"actor-{number}.log"),
+            **(_search_settings(config, searching, beside) if searching else {}),
         )
         options = cluster.options(number, config.actors.tensor_parallel_size, environment)
         handles.append(ray.remote(RolloutActor).options(**options).remote(settings))
-    pool = RayRolloutPool(handles, config)
+    pool = RayRolloutPool(handles, config, searching.writer if searching else "policy", beside)
     try:
         await pool.start()
         yield pool
@@ -213,7 +259,40 @@ async def rollout_pool(cluster: Cluster, model: Path) -> AsyncIterator[RayRollou
             await pool.close()
 
 
-def learner_handles(cluster: Cluster, pad_token_id: int) -> list[Any]:
+def _search_settings(config: Config, searching: Searching, beside: Mapping[Writer, Sequence[Any]]) -> dict[str, Any]:
+    """The fields of ActorSettings that only a search needs."""
+    return {
+        "search": config.search,
+        "extract": config.extract,
+        "sampling": config.sampling,
+        "writer": searching.writer,
+        "writers": beside,
+        "writer_paths": {engines.writer: engines.path for engines in searching.beside},
+    }
+
+
+def model_handles(cluster: Cluster, beside: Sequence[ModelEngines]) -> dict[Writer, list[Any]]:
+    """Start the engines of other models, in the bundles after those of the rollout actors."""
+    config = cluster.config
+    bundle = config.actors.count
+    handles: dict[Writer, list[Any]] = {}
+    for engines in beside:
+        environment = engine_environment(engines.actors, config.run.device)
+        for number in range(engines.actors.count):
+            settings = ModelSettings(
+                name=f"{engines.writer} engine {number}",
+                model_path=engines.path,
+                device=config.run.device,
+                actors=engines.actors,
+                log_file=str(cluster.run_dir / "logs" / f"{engines.writer}-{number}.log"),
+            )
+            options = cluster.options(bundle, engines.actors.tensor_parallel_size, environment)
+            handles.setdefault(engines.writer, []).append(ray.remote(ModelActor).options(**options).remote(settings))
+            bundle += 1
+    return handles
+
+
+def learner_handles(cluster: Cluster, pad_token_id: int, first_bundle: int) -> list[Any]:
     """Start the learner ranks."""
     config = cluster.config
     store = cluster.run_dir / f"{RENDEZVOUS}{uuid.uuid4().hex}"
@@ -232,7 +311,7 @@ def learner_handles(cluster: Cluster, pad_token_id: int) -> list[Any]:
             objective=config.objective,
         )
         environment = learner_environment(config.learner, config.run.device, rank)
-        options = cluster.options(config.actors.count + rank, 1, environment)
+        options = cluster.options(first_bundle + rank, 1, environment)
         log_file = str(cluster.run_dir / "logs" / f"learner-{rank}.log")
         handles.append(ray.remote(LearnerActor).options(**options).remote(settings, log_file))
     return handles
@@ -241,6 +320,17 @@ def learner_handles(cluster: Cluster, pad_token_id: int) -> list[Any]:
 def actor_bundles(config: Config) -> list[dict[str, float]]:
     """Resources of the rollout actors."""
     return [_bundle(config, config.actors.tensor_parallel_size)] * config.actors.count
+
+
+def beside_bundles(config: Config, beside: Sequence[ModelEngines]) -> list[dict[str, float]]:
+    """Resources of the engines of other models."""
+    return [
+        _bundle(config, engines.actors.tensor_parallel_size) for engines in beside for _ in range(engines.actors.count)
+    ]
+
+
+def _beside(searching: Searching | None) -> tuple[ModelEngines, ...]:
+    return searching.beside if searching else ()
 
 
 def rank_bundles(config: Config) -> list[dict[str, float]]:

@@ -113,11 +113,13 @@ def _is_word(entry: str) -> bool:
     return entry[0].isalnum() and entry[-1].isalnum()
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path, field: str = "model.path") -> Any:
     """The tokenizer of a model folder or hub id.
 
+    Args:
+        field: the config field that names the model.
     Raises:
-        ConfigError: there is none, naming model.path.
+        ConfigError: there is none, naming the field.
     """
     from transformers import AutoTokenizer
 
@@ -125,12 +127,12 @@ def load_tokenizer(path: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"model.path {path}: expected a model with its tokenizer: {reason}") from None
+        raise ConfigError(f"{field} {path}: expected a model with its tokenizer: {reason}") from None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         # A folder without tokenizer files gives an empty tokenizer of the model's class, not an error.
-        raise ConfigError(f"model.path {path}: expected a model with its tokenizer, found no tokenizer files")
+        raise ConfigError(f"{field} {path}: expected a model with its tokenizer, found no tokenizer files")
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"model.path {path}: the tokenizer has no end-of-sequence token")
+        raise ConfigError(f"{field} {path}: the tokenizer has no end-of-sequence token")
     return tokenizer
 
 

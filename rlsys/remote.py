@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
-from rlsys import errors
 from rlsys.config import Config, StageName
-from rlsys.errors import EngineError, RlsysError
+from rlsys.errors import EngineError
+from rlsys.ray_errors import translated
+from rlsys.tree_file import parse_line
+from rlsys.trees import SearchUsage, Tree, TreeFailure, Writer
 from rlsys.types import (
     Demonstration,
     Float32Array,
@@ -26,8 +28,6 @@ from rlsys.types import (
     WeightManifest,
 )
 
-MAX_CAUSE = 1000  # characters of what an actor raised
-
 
 async def answer(reference: ray.ObjectRef, timeout_s: float, who: str, field: str) -> Any:
     """The value of a remote call.
@@ -39,39 +39,42 @@ async def answer(reference: ray.ObjectRef, timeout_s: float, who: str, field: st
     """
     try:
         return await asyncio.wait_for(asyncio.wrap_future(reference.future()), timeout_s)
-    except RayTaskError as error:
-        if isinstance(error.cause, RlsysError):
-            raise error.cause from None
-        raise EngineError(f"{who} failed: {type(error.cause).__name__}: {error.cause}") from error
-    except TimeoutError:  # ours: a remote TimeoutError is a RayTaskError as well
-        raise EngineError(f"{who} did not answer within {field} = {timeout_s} s") from None
-    except RayActorError as error:
-        raise death(str(error), who) from error
     except RayError as error:
-        raise EngineError(f"{who} failed: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        found = translated(error, who)
+        raise found from None if isinstance(error, RayTaskError) and found is error.cause else error
+    except TimeoutError:  # ours: a remote TimeoutError is a RayError as well
+        raise EngineError(f"{who} did not answer within {field} = {timeout_s} s") from None
 
 
-def death(text: str, who: str) -> RlsysError:
-    """The error for a dead actor, from Ray's account of it.
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    """An actor with an engine. writer: what that is to a tree; who: the actor in error messages."""
 
-    What an actor raised in its __init__ is known here only as a traceback; one of our errors becomes itself again.
-    """
-    lines = [line for line in text.splitlines() if line.strip()]
-    raised = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b")
-    starts = [number for number, line in enumerate(lines) if number and raised.match(line)] or [len(lines) - 1]
-    cause = " ".join(" ".join(lines[starts[-1] :]).split())[:MAX_CAUSE]
-    name, _, message = cause.partition(": ")
-    kind = getattr(errors, name.removeprefix("rlsys.errors."), None) if name.startswith("rlsys.errors.") else None
-    if isinstance(kind, type) and issubclass(kind, RlsysError):
-        return kind(f"{who}: {message}")
-    return EngineError(f"{who} died: {cause}")
+    writer: Writer
+    number: int
+    who: str
+    handle: Any
 
 
 class RayRolloutPool:
-    """RolloutPool over Ray actors."""
+    """RolloutPool over Ray actors.
 
-    def __init__(self, handles: Sequence[Any], config: Config) -> None:
+    Args:
+        writer: what the actors' own engines are to a tree.
+        beside: handles of the engines of other models, by what they are to a tree.
+    """
+
+    def __init__(
+        self,
+        handles: Sequence[Any],
+        config: Config,
+        writer: Writer = "policy",
+        beside: Mapping[Writer, Sequence[Any]] | None = None,
+    ) -> None:
         self._handles = handles
+        self._engines = [_Engine(writer, number, f"actor {number}", handle) for number, handle in enumerate(handles)]
+        for other, found in (beside or {}).items():
+            self._engines += [_Engine(other, n, f"{other} engine {n}", handle) for n, handle in enumerate(found)]
         self._config = config
         self._tokens = [0] * len(handles)
         self._seconds = [0.0] * len(handles)
@@ -81,11 +84,7 @@ class RayRolloutPool:
         return len(self._handles)
 
     async def start(self) -> None:
-        calls = [
-            self._call(i, "start", self._config.actors.start_timeout_s, "actors.start_timeout_s")
-            for i in range(self.count)
-        ]
-        await asyncio.gather(*calls)
+        await asyncio.gather(*self._each("start", self._config.actors.start_timeout_s, "actors.start_timeout_s"))
 
     async def generate(
         self, actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
@@ -99,6 +98,29 @@ class RayRolloutPool:
         )
         self._seconds[actor] += seconds
         return groups
+
+    async def search(self, actor: int, prompts: Sequence[Prompt]) -> Sequence[TrajectoryGroup | RolloutFailure]:
+        timeout = self._config.actors.rollout_timeout_s
+        groups, seconds = await self._call(actor, "search", timeout, "actors.rollout_timeout_s", list(prompts))
+        # Nodes are in several trajectories, or in none: only the search knows how many tokens were generated.
+        found = [group for group in groups if isinstance(group, TrajectoryGroup)]
+        self._tokens[actor] += sum(int(group.metrics["tokens"]) for group in found)
+        self._seconds[actor] += seconds
+        return groups
+
+    async def grow(self, actor: int, prompt: Prompt) -> Tree | TreeFailure:
+        """The finished tree of a prompt."""
+        timeout = self._config.actors.rollout_timeout_s
+        return parse_line(await self._call(actor, "grow", timeout, "actors.rollout_timeout_s", prompt))
+
+    async def search_usage(self) -> list[SearchUsage]:
+        """What every engine has done since the last call of this: the actors' own, then those beside them."""
+        calls = self._each("usage", self._config.actors.rollout_timeout_s, "actors.rollout_timeout_s")
+        found = await asyncio.gather(*calls)
+        return [
+            SearchUsage(model=engine.writer, engine=engine.number, **asdict(usage))
+            for engine, usage in zip(self._engines, found, strict=True)
+        ]
 
     def tokens_per_s(self) -> float:
         rates = [tokens / seconds for tokens, seconds in zip(self._tokens, self._seconds, strict=True) if seconds]
@@ -117,8 +139,13 @@ class RayRolloutPool:
         )
 
     async def close(self) -> None:
-        calls = [self._call(i, "close", 5.0, "the shutdown") for i in range(self.count)]
-        await asyncio.gather(*calls, return_exceptions=True)
+        await asyncio.gather(*self._each("close", 5.0, "the shutdown"), return_exceptions=True)
+
+    def _each(self, method: str, timeout_s: float, field: str) -> list[Coroutine[Any, Any, Any]]:
+        """A call of every engine, those beside the actors included."""
+        return [
+            answer(getattr(engine.handle, method).remote(), timeout_s, engine.who, field) for engine in self._engines
+        ]
 
     async def _call(self, actor: int, method: str, timeout_s: float, field: str, *arguments: Any) -> Any:
         reference = getattr(self._handles[actor], method).remote(*arguments)

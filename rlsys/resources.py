@@ -11,9 +11,10 @@ from pathlib import Path
 
 import psutil
 
-from rlsys.config import Config
+from rlsys.config import ActorsConfig, Config
 from rlsys.errors import ConfigError
 from rlsys.models import tensor_header
+from rlsys.search_engines import ModelEngines
 
 GIB = 2**30
 # Resident memory of a process that has imported its frameworks and holds no model (measured).
@@ -39,13 +40,14 @@ class Need:
         return self.amount <= self.available
 
 
-def plan(config: Config, model: Path, learner: bool = True) -> list[Need]:
+def plan(config: Config, model: Path, learner: bool = True, beside: Sequence[ModelEngines] = ()) -> list[Need]:
     """Needs of every phase against this machine; none where the run joins a cluster elsewhere.
 
     Rollout and learning alternate on CPUs. On GPUs, memory of this machine holds no models.
 
     Args:
         learner: False for the actors alone.
+        beside: engines of other models, which write nodes of trees.
     """
     if config.run.address != "local":
         return []
@@ -53,16 +55,19 @@ def plan(config: Config, model: Path, learner: bool = True) -> list[Need]:
     parameters = parameter_count(model)
     store = object_store_bytes(config, parameters) if learner else MINIMUM_STORE_BYTES
     ranks = config.learner.ranks if learner else 0
-    memory = config.actors.count * _actor_gib(config, parameters) + ranks * _rank_gib(config, parameters)
+    memory = _engines_gib(config, config.actors, parameters) + ranks * _rank_gib(config, parameters)
+    memory += sum(_engines_gib(config, engines.actors, parameter_count(engines.path)) for engines in beside)
     memory_fields = "actors.count, actors.kv_cache_gib or learner.ranks" if learner else "actors.count"
+    others = "".join(f"search.{engines.writer}.count, " for engines in beside)
     store_fields = "model or learner.dtype (or, in a container, its --shm-size)"
     needs = [
-        Need("all", "memory, GiB", memory + store / GIB, psutil.virtual_memory().total / GIB, memory_fields),
+        Need("all", "memory, GiB", memory + store / GIB, psutil.virtual_memory().total / GIB, others + memory_fields),
         Need("all", "shared memory, GiB", store / GIB, _shared_memory_bytes() / GIB, store_fields),
     ]
     if config.run.device == "cpu":
-        threads = config.actors.count * config.actors.threads
-        needs.append(Need("rollout", "threads", threads, cores, "actors.count or actors.threads"))
+        # Engines of a tree's models take turns, but those of many trees compute at the same time.
+        threads = sum(actors.count * actors.threads for actors in (config.actors, *(e.actors for e in beside)))
+        needs.append(Need("rollout", "threads", threads, cores, f"{others}actors.count or actors.threads"))
         if learner:
             threads = ranks * config.learner.threads
             needs.append(Need("learning", "threads", threads, cores, "learner.ranks or learner.threads"))
@@ -85,10 +90,11 @@ def object_store_bytes(config: Config, parameters: int) -> int:
     return max(MINIMUM_STORE_BYTES, int(VERSIONS_IN_STORE * parameters * BYTES[config.learner.dtype]))
 
 
-def _actor_gib(config: Config, parameters: int) -> float:
+def _engines_gib(config: Config, actors: ActorsConfig, parameters: int) -> float:
+    """Host memory of all actors of a section."""
     if config.run.device == "cuda":
-        return ACTOR_BASE_GIB
-    return ACTOR_BASE_GIB + config.actors.kv_cache_gib + parameters * BYTES[config.actors.dtype] / GIB
+        return actors.count * ACTOR_BASE_GIB
+    return actors.count * (ACTOR_BASE_GIB + actors.kv_cache_gib + parameters * BYTES[actors.dtype] / GIB)
 
 
 def _rank_gib(config: Config, parameters: int) -> float:

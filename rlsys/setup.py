@@ -11,7 +11,9 @@ from typing import Any
 from rlsys.config import Config
 from rlsys.errors import ConfigError
 from rlsys.models import build_from_scratch, load_tokenizer, tensor_header
+from rlsys.search_engines import ModelEngines, engine_settings, given_models
 from rlsys.tasks import build_task
+from rlsys.trees import Writer
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.md")
 
@@ -36,14 +38,41 @@ def prepare_model(config: Config, run_dir: Path) -> Path:
             unfinished.rename(folder)
             record.write_text(built)
         return folder
-    path = Path(str(config.model.path))
-    folder = path.absolute() if path.is_dir() else _from_hub(str(config.model.path))
+    return model_folder(str(config.model.path), "model.path")
+
+
+def model_folder(name: str, field: str) -> Path:
+    """The folder of a model given as a folder or hub id, downloaded where it must be.
+
+    Args:
+        field: the config field that names the model.
+    Raises:
+        ConfigError: it is neither a model folder nor a hub id that can be fetched.
+    """
+    path = Path(name)
+    folder = path.absolute() if path.is_dir() else _from_hub(name, field)
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"model.path {config.model.path}: the folder has no config.json, so it is no model")
+        raise ConfigError(f"{field} {name}: the folder has no config.json, so it is no model")
     if not list(folder.glob("*.safetensors")):
-        raise ConfigError(f"model.path {config.model.path}: no *.safetensors; other weight formats are not read")
-    load_tokenizer(folder)
+        raise ConfigError(f"{field} {name}: no *.safetensors; other weight formats are not read")
+    load_tokenizer(folder, field)
     return folder
+
+
+def search_engines(config: Config) -> dict[Writer, ModelEngines]:
+    """The engines of search.model and search.reviewer, where they are given, with their folders.
+
+    Raises:
+        ConfigError: see `model_folder`; an engine over several devices on CPUs.
+    """
+    return {
+        writer: ModelEngines(
+            writer=writer,
+            path=model_folder(model.path, f"search.{writer}.path"),
+            actors=engine_settings(config, writer, model),
+        )
+        for writer, model in given_models(config).items()
+    }
 
 
 def tokenizer_files(model: Path) -> list[Path]:
@@ -68,7 +97,7 @@ def model_digest(folder: Path) -> str:
     return _digest(parts)
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, field: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -77,9 +106,7 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"model.path {name}: neither a folder here nor a model that the hub gave ({reason})"
-        ) from None
+        raise ConfigError(f"{field} {name}: neither a folder here nor a model that the hub gave ({reason})") from None
 
 
 def _digest(values: Any) -> str:

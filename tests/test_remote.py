@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from fakes import group, prompt
 from ray.exceptions import ActorDiedError, ObjectLostError
 
+from actors.usage import EngineUsage
 from rlsys.config_file import parse_config
-from rlsys.errors import ConfigError, EngineError, RlsysError
-from rlsys.remote import RayRolloutPool, answer, death
-from rlsys.types import SamplingSettings
+from rlsys.errors import ConfigError, DataError, EngineError, RlsysError
+from rlsys.ray_errors import death
+from rlsys.remote import RayRolloutPool, answer
+from rlsys.tree_file import tree_line
+from rlsys.trees import TreeFailure
+from rlsys.types import RolloutFailure, SamplingSettings
 
 CONFIG = parse_config({"run": {"dir": "d"}, "model": {"path": "m"}, "task": {"type": "letter_count"}}, "test")
 SETTINGS = SamplingSettings(samples=1, temperature=1.0, top_p=1.0, max_tokens=4, seed=0)
@@ -117,3 +122,48 @@ def test_tokens_per_s_is_the_sum_over_the_actors_that_worked() -> None:
     asyncio.run(work())
     assert pool.tokens_per_s() == pytest.approx(3 + 8)
     assert pool.tokens_per_s() == 0, "counted afresh"
+
+
+def test_tokens_of_a_search_are_those_its_trees_generated() -> None:
+    # 30 + 50 tokens of two trees, the third failed, in 4 s; with 2 sampled tokens in 1 s that is 82 in 5 s.
+    trees = [replace(group(prompt(name)), searched=True, metrics={"tokens": n}) for name, n in (("a", 30), ("b", 50))]
+    answers = [*trees, RolloutFailure(prompt=prompt("c"), reason="too long")]
+    pool = RayRolloutPool([Handle((answers, 4.0))], CONFIG)
+    assert asyncio.run(pool.search(0, [prompt("a"), prompt("b"), prompt("c")])) == answers
+    pool._handles = [Handle(([group(prompt("d"), rewards=(1,))], 1.0))]
+    asyncio.run(pool.generate(0, [prompt("d")], SETTINGS))
+    assert pool.tokens_per_s() == pytest.approx(82 / 5)
+
+
+def test_a_tree_comes_back_as_what_its_line_says() -> None:
+    failure = TreeFailure(prompt_id="p", question="q", answer="a", reason="no room")
+    pool = RayRolloutPool([Handle(tree_line(failure)), Handle("no tree")], CONFIG)
+    assert asyncio.run(pool.grow(0, prompt("p"))) == failure
+    with pytest.raises(DataError):
+        asyncio.run(pool.grow(1, prompt("p")))
+
+
+def usage(generated: int) -> EngineUsage:
+    return EngineUsage(
+        busy_s=1.0, wall_s=4.0, in_flight_mean=2.5, generated_tokens=generated, prompt_tokens=7, cached_tokens=3
+    )
+
+
+def test_usage_is_asked_of_every_engine_and_tells_whose_it_is() -> None:
+    own, beside = [Handle(usage(1)), Handle(usage(2))], {"reviewer": [Handle(usage(3))]}
+    found = asyncio.run(RayRolloutPool(own, CONFIG, "model", beside).search_usage())
+    assert [(u.model, u.engine, u.generated_tokens) for u in found] == [
+        ("model", 0, 1),
+        ("model", 1, 2),
+        ("reviewer", 0, 3),
+    ]
+    first = found[0]
+    assert (first.busy_s, first.wall_s, first.in_flight_mean) == (1.0, 4.0, 2.5)
+    assert (first.prompt_tokens, first.cached_tokens) == (7, 3)
+
+
+def test_engines_beside_the_actors_are_started_with_them_and_named() -> None:
+    pool = RayRolloutPool([Handle("0")], CONFIG, "policy", {"reviewer": [Handle("ok"), Handle(ActorDiedError())]})
+    with pytest.raises(EngineError, match=r"^reviewer engine 1 died: "):
+        asyncio.run(pool.start())
+    asyncio.run(pool.close())  # the dead one stops nobody

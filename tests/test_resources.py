@@ -14,6 +14,7 @@ from rlsys.config import Config
 from rlsys.config_file import parse_config
 from rlsys.errors import ConfigError
 from rlsys.resources import GIB, Need
+from rlsys.search_engines import ModelEngines, engine_settings
 
 PARAMETERS = 2**30  # 1 Gi elements: 4 GiB in fp32, 2 GiB in bf16
 
@@ -100,3 +101,26 @@ def test_check_names_field_and_numbers() -> None:
     resources.check([Need("all", "memory, GiB", 4.0, 4.0, "x")])
     with pytest.raises(ConfigError, match=r"actors\.threads: the rollout phase needs 3 threads, this machine has 2"):
         resources.check([Need("rollout", "threads", 3, 2, "actors.threads")])
+
+
+def engines(found: Config, folder: Path) -> ModelEngines:
+    assert found.search.reviewer is not None
+    return ModelEngines(
+        writer="reviewer", path=folder, actors=engine_settings(found, "reviewer", found.search.reviewer)
+    )
+
+
+def test_engines_of_other_models_are_counted(model: Path) -> None:
+    found = config(search={"reviewer": {"path": "r", "count": 3, "dtype": "bf16", "kv_cache_gib": 0.5}})
+    beside = [engines(found, model)]
+    # 3 * (1.2 + 0.5 cache + 2 weights) = 11.1 beside the 48 of the plan without them.
+    needs = resources.plan(found, model, beside=beside)
+    assert memory(needs) == pytest.approx(48 + 11.1)
+    assert amounts(needs)[("rollout", "threads")] == 5
+    assert [need.field for need in needs if need.what == "threads" and need.phase == "rollout"] == [
+        "search.reviewer.count, actors.count or actors.threads"
+    ]
+    alone = resources.plan(found, model, learner=False, beside=beside)
+    assert memory(alone) == pytest.approx(12.4 + 0.5 + 11.1)
+    on_gpus = config(run={"device": "cuda"}, search=found.search.model_dump())
+    assert memory(resources.plan(on_gpus, model, beside=[engines(on_gpus, model)])) == pytest.approx(14.0 + 3 * 1.2)

@@ -1,0 +1,104 @@
+"""Thin Ray shell around one engine of another model, and the handle by which trees have their nodes written there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import RayError
+
+from actors.engine import Completion, CompletionRequest, Engine
+from actors.usage import EngineUsage
+from rlsys.config import ActorsConfig
+from rlsys.errors import RolloutError
+from rlsys.models import end_token_ids, load_tokenizer
+from rlsys.process import die_with_parent, quiet_worker
+from rlsys.ray_errors import translated
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """What the actor must know. actors: the settings of its engine."""
+
+    name: str
+    model_path: Path
+    device: str
+    actors: ActorsConfig
+    log_file: str
+
+
+class ModelActor:
+    """Serves completions of a model that is not trained."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        quiet_worker(settings.log_file)
+        die_with_parent()
+        self.name = settings.name
+        try:
+            ends = end_token_ids(load_tokenizer(settings.model_path), settings.model_path)
+            self.engine = Engine(settings.model_path, settings.actors, settings.device, ends, stop_strings=True)
+        except Exception:
+            logger.exception("%s could not start", settings.name)
+            raise
+
+    async def start(self) -> str:
+        """Answers with the actor's name once it is up."""
+        return self.name
+
+    async def complete(self, request: CompletionRequest) -> Completion | RolloutError:
+        """What the engine drew, or why it refused the request."""
+        (future,) = self.engine.submit([request])
+        try:
+            return await asyncio.wrap_future(future)
+        except RolloutError as error:
+            return error
+
+    async def usage(self) -> EngineUsage:
+        """What the engine has done since the last call of this."""
+        return self.engine.usage()
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self.engine.close)
+
+
+class RemoteWriter:
+    """WriterEngine over the actors of one model.
+
+    Every request is a call of its own, so that none waits for another of its batch.
+
+    Args:
+        name: of the model in error messages.
+    """
+
+    def __init__(self, handles: Sequence[Any], name: str) -> None:
+        self._handles = handles
+        self._name = name
+
+    def submit(self, requests: Sequence[CompletionRequest], affinity: int = 0) -> list[Future[Completion]]:
+        number = affinity % len(self._handles)
+        who, complete = f"{self._name} engine {number}", self._handles[number].complete
+        futures: list[Future[Completion]] = [Future() for _ in requests]
+        for request, future in zip(requests, futures, strict=True):
+            complete.remote(request).future().add_done_callback(partial(_settle, future, who))
+        return futures
+
+
+def _settle(future: Future[Completion], who: str, answered: Future[Completion | RolloutError]) -> None:
+    """Hand on what an actor answered; its failure in our own words."""
+    error = answered.exception()
+    if error is None:
+        outcome = answered.result()
+        if isinstance(outcome, RolloutError):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+    else:
+        future.set_exception(translated(error, who) if isinstance(error, RayError) else error)

@@ -1,0 +1,39 @@
+"""What the errors of Ray mean, in ours."""
+
+from __future__ import annotations
+
+import re
+
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from rlsys import errors
+from rlsys.errors import EngineError, RlsysError
+
+MAX_CAUSE = 1000  # characters of what an actor raised
+
+
+def translated(error: RayError, who: str) -> RlsysError:
+    """The remote error itself where it is one of ours; else an EngineError that names `who`, in one line."""
+    if isinstance(error, RayTaskError):
+        if isinstance(error.cause, RlsysError):
+            return error.cause
+        return EngineError(f"{who} failed: {type(error.cause).__name__}: {error.cause}")
+    if isinstance(error, RayActorError):
+        return death(str(error), who)
+    return EngineError(f"{who} failed: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def death(text: str, who: str) -> RlsysError:
+    """The error for a dead actor, from Ray's account of it.
+
+    What an actor raised in its __init__ is known here only as a traceback; one of our errors becomes itself again.
+    """
+    lines = [line for line in text.splitlines() if line.strip()]
+    raised = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b")
+    starts = [number for number, line in enumerate(lines) if number and raised.match(line)] or [len(lines) - 1]
+    cause = " ".join(" ".join(lines[starts[-1] :]).split())[:MAX_CAUSE]
+    name, _, message = cause.partition(": ")
+    kind = getattr(errors, name.removeprefix("rlsys.errors."), None) if name.startswith("rlsys.errors.") else None
+    if isinstance(kind, type) and issubclass(kind, RlsysError):
+        return kind(f"{who}: {message}")
+    return EngineError(f"{who} died: {cause}")

@@ -1,0 +1,192 @@
+"""Where engines and ranks are placed, and in what order the growing of trees is prepared. Ray is not started."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors.model_actor import ModelActor
+from actors.rollout_actor import RolloutActor
+from learners.learner_actor import LearnerActor
+from rlsys import launch
+from rlsys.config import Config
+from rlsys.config_file import parse_config
+from rlsys.errors import AbortedRunError
+from rlsys.search_engines import ModelEngines, Searching, engine_settings, given_models
+
+REVIEWER = {"path": "r", "count": 2, "max_model_len": 1024}
+LARGE = {"path": "l", "count": 1, "max_model_len": 4096}
+
+
+def config(**sections: Any) -> Config:
+    values = {"run": {"dir": "d"}, "model": {"path": "m"}, "task": {"type": "letter_count"}, **sections}
+    return parse_config(values, "test")
+
+
+def engines(found: Config) -> dict[Any, ModelEngines]:
+    return {
+        writer: ModelEngines(writer=writer, path=Path(model.path), actors=engine_settings(found, writer, model))
+        for writer, model in given_models(found).items()
+    }
+
+
+class Cluster:
+    """Keeps which bundle each process was put into."""
+
+    def __init__(self, found: Config, run_dir: Path) -> None:
+        self.config, self.run_dir = found, run_dir
+        self.placed: list[tuple[int, type, Any]] = []
+
+    def options(self, bundle: int, gpus: int, environment: dict[str, str]) -> dict[str, Any]:
+        return {"bundle": bundle}
+
+    def remote(self, kind: type) -> Any:
+        def start(bundle: int, settings: Any) -> str:
+            self.placed.append((bundle, kind, settings))
+            return f"{kind.__name__} in {bundle}"
+
+        return SimpleNamespace(
+            options=lambda bundle: SimpleNamespace(remote=lambda settings, *_: start(bundle, settings))
+        )
+
+
+class Pool:
+    """Stands for RayRolloutPool; keeps what it was made of."""
+
+    made: list[tuple[Any, ...]]
+
+    def __init__(self, *arguments: Any) -> None:
+        self.made.append(arguments)
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+@pytest.fixture
+def pools(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    monkeypatch.setattr(Pool, "made", [], raising=False)
+    monkeypatch.setattr(launch, "RayRolloutPool", Pool)
+    return Pool.made
+
+
+def test_every_process_has_a_bundle_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pools: list[tuple[Any, ...]]
+) -> None:
+    found = config(actors={"count": 2}, learner={"ranks": 2}, search={"reviewer": REVIEWER, "model": LARGE})
+    searching = Searching(beside=tuple(engines(found).values()))
+    cluster: Any = Cluster(found, tmp_path)
+    monkeypatch.setattr(launch.ray, "remote", cluster.remote)
+
+    async def start() -> None:
+        async with launch.rollout_pool(cluster, Path("policy"), searching):
+            pass
+
+    asyncio.run(start())
+    first = len(launch.actor_bundles(found) + launch.beside_bundles(found, searching.beside))
+    launch.learner_handles(cluster, 0, first)
+    assert sorted((bundle, kind) for bundle, kind, _ in cluster.placed if kind is RolloutActor) == [
+        (0, RolloutActor),
+        (1, RolloutActor),
+    ]
+    assert [(bundle, settings.name) for bundle, kind, settings in cluster.placed if kind is ModelActor] == [
+        (2, "model engine 0"),
+        (3, "reviewer engine 0"),
+        (4, "reviewer engine 1"),
+    ]
+    assert [bundle for bundle, kind, _ in cluster.placed if kind is LearnerActor] == [5, 6]
+    beside = {"model": ["ModelActor in 2"], "reviewer": ["ModelActor in 3", "ModelActor in 4"]}
+    assert pools[0][2:] == ("policy", beside)
+    actor = next(settings for _, kind, settings in cluster.placed if kind is RolloutActor)
+    assert (actor.search, actor.writer, actor.writers) == (found.search, "policy", beside)
+    assert actor.writer_paths == {"model": Path("l"), "reviewer": Path("r")}
+
+
+def test_actors_that_are_never_asked_to_search_know_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pools: list[tuple[Any, ...]]
+) -> None:
+    cluster: Any = Cluster(config(search={"reviewer": REVIEWER}), tmp_path)
+    monkeypatch.setattr(launch.ray, "remote", cluster.remote)
+
+    async def start() -> None:
+        async with launch.rollout_pool(cluster, Path("policy")):
+            pass
+
+    asyncio.run(start())
+    assert [kind for _, kind, _ in cluster.placed] == [RolloutActor, RolloutActor]
+    assert cluster.placed[0][2].search is None
+    assert pools[0][2:] == ("policy", {})
+
+
+class Started:
+    """What grow_trees does, in order; nothing is started."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps: list[Any] = []
+        monkeypatch.setattr(launch, "prepare_model", lambda *_: Path("policy"))
+        monkeypatch.setattr(launch, "search_engines", engines)
+        monkeypatch.setattr(launch.resources, "plan", self.plan)
+        monkeypatch.setattr(launch, "Inputs", lambda *_, **__: SimpleNamespace(notes=["1 row skipped"]))
+        monkeypatch.setattr(launch, "ray_cluster", self.cluster)
+        monkeypatch.setattr(launch, "rollout_pool", self.pool)
+
+    def plan(self, found: Config, model: Path, *, learner: bool, beside: tuple[ModelEngines, ...]) -> list[Any]:
+        self.steps.append(("plan", found.actors.max_model_len, model, learner, [engine.writer for engine in beside]))
+        return []
+
+    @contextlib.contextmanager
+    def cluster(self, _config: Config, _run_dir: Path, bundles: list[Any]) -> Any:
+        self.steps.append(("cluster", len(bundles)))
+        yield None
+
+    @contextlib.asynccontextmanager
+    async def pool(self, _cluster: None, model: Path, searching: Searching) -> Any:
+        self.steps.append(("pool", model, searching.writer))
+        yield "pool"
+
+    def prepare(self, inputs: Any, models: Any) -> Any:
+        self.steps.append(("prepare", inputs.notes, models))
+        return self.grow
+
+    async def grow(self, pool: Any) -> None:
+        self.steps.append(("grow", pool))
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+    return Started(monkeypatch)
+
+
+def test_trees_are_grown_by_the_model_of_the_search_and_its_reviewer(started: Started, tmp_path: Path) -> None:
+    launch.grow_trees(config(search={"model": LARGE, "reviewer": REVIEWER}), tmp_path, started.prepare)
+    assert started.steps == [
+        ("plan", 4096, Path("l"), False, ["reviewer"]),
+        ("prepare", ["1 row skipped"], {"policy": Path("policy"), "model": Path("l"), "reviewer": Path("r")}),
+        ("cluster", 3),
+        ("pool", Path("l"), "model"),
+        ("grow", "pool"),
+    ]
+
+
+def test_nothing_is_started_where_nothing_is_left(
+    started: Started, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch.grow_trees(config(), tmp_path, lambda *_: None)
+    assert [step[0] for step in started.steps] == ["plan"]
+    assert capsys.readouterr() == ("", "1 row skipped\n")
+
+
+def test_a_signal_ends_the_growing_and_says_what_is_kept(started: Started, tmp_path: Path) -> None:
+    async def grow(_pool: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(20)
+
+    with pytest.raises(AbortedRunError, match="^SIGINT; finished trees are kept, the same command continues$"):
+        launch.grow_trees(config(), tmp_path, lambda *_: grow)

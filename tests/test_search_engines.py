@@ -1,0 +1,80 @@
+"""Which engines a search starts, and on what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlsys.config import Config
+from rlsys.config_file import parse_config
+from rlsys.errors import ConfigError
+from rlsys.search_engines import ModelEngines, engine_settings, given_models, growing, searches_in_training
+from rlsys.setup import search_engines
+
+LARGE = {"path": "large", "count": 3, "dtype": "bf16", "max_model_len": 4096, "max_num_seqs": 64, "kv_cache_gib": 8}
+
+
+def config(**sections: Any) -> Config:
+    values = {"run": {"dir": "d"}, "model": {"path": "m"}, "task": {"type": "letter_count"}, **sections}
+    return parse_config(values, "test")
+
+
+def engines(found: Config) -> dict[Any, ModelEngines]:
+    return {
+        writer: ModelEngines(writer=writer, path=Path(model.path), actors=engine_settings(found, writer, model))
+        for writer, model in given_models(found).items()
+    }
+
+
+def test_a_model_of_the_search_has_its_own_sizes_and_the_rest_of_the_actors() -> None:
+    found = config(actors={"threads": 2, "block_size": 16}, search={"reviewer": LARGE})
+    (settings,) = (engine.actors for engine in engines(found).values())
+    assert (settings.count, settings.dtype, settings.max_model_len) == (3, "bf16", 4096)
+    assert (settings.max_num_seqs, settings.kv_cache_gib, settings.tensor_parallel_size) == (64, 8.0, 1)
+    assert (settings.threads, settings.block_size) == (2, 16)
+
+
+def test_the_policy_grows_trees_where_no_other_model_is_given() -> None:
+    found = config(search={"reviewer": LARGE})
+    serving, model, searching = growing(found, Path("policy"), engines(found))
+    assert (serving, model, searching.writer) == (found, Path("policy"), "policy")
+    assert [(beside.writer, beside.path) for beside in searching.beside] == [("reviewer", Path("large"))]
+
+
+def test_search_model_takes_the_place_of_the_policy() -> None:
+    found = config(search={"model": LARGE})
+    serving, model, searching = growing(found, Path("policy"), engines(found))
+    assert (model, searching.writer, searching.beside) == (Path("large"), "model", ())
+    assert (serving.actors.count, serving.actors.max_model_len) == (3, 4096)
+    assert serving.search == found.search
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"search": {"fraction": 0.5}}, True),
+        ({"search": {"fraction": 0}}, False),
+        ({"search": {"fraction": 0.5}, "stages": ["warm_start"]}, False),
+    ],
+)
+def test_training_searches_in_the_online_stage_only(sections: dict[str, Any], expected: bool) -> None:
+    assert searches_in_training(config(**sections)) is expected
+
+
+def test_an_engine_over_several_cpus_is_refused() -> None:
+    reviewer = {**LARGE, "tensor_parallel_size": 2}
+    with pytest.raises(ConfigError, match=r"search\.reviewer\.tensor_parallel_size above 1 needs run\.device: cuda"):
+        engines(config(search={"reviewer": reviewer}))
+    on_gpus = engines(config(run={"dir": "d", "device": "cuda"}, search={"reviewer": reviewer}))
+    assert on_gpus["reviewer"].actors.tensor_parallel_size == 2
+
+
+def test_a_folder_that_is_no_model_names_its_field(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"search\.model\.path .*: the folder has no config\.json"):
+        search_engines(config(search={"model": {**LARGE, "path": str(tmp_path)}}))
+
+
+def test_without_models_there_are_no_engines() -> None:
+    assert search_engines(config()) == {}
