@@ -168,6 +168,15 @@ def extract(
 
 
 @app.command()
+def search(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Search a tree of thought nodes for every prompt, or continue a search; `rlsys extract` makes data of them."""
+    resolved = load_config(config, overrides or [])
+    from rlsys import search_command
+
+    print(search_command.run(resolved))
+
+
+@app.command()
 def keys(section: Annotated[str, typer.Argument(help="Only what begins with this, e.g. train.")] = "") -> None:
     """Every key of a config file with its type, default and meaning."""
     table = Table()
