@@ -6,13 +6,12 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rlsys.patterns import Pattern
-
 from actors.sampling import sample_seed
 from actors.search.calls import Call, Drawn, SearchWriter
 from actors.search.codec import Reading, Stop
 from actors.search.paths import node_ids
 from actors.search.tree import GrowingTree, NewNode, Node
+from rlsys.patterns import Pattern
 from rlsys.search_config import SearchConfig
 from rlsys.trees import TEXT, Defect, Writer
 from rlsys.types import VersionSpan
@@ -178,6 +177,8 @@ class Expander:
         node_type, writer = self._pattern.types[name], self.writer_of(name)
         if writer is None:
             count = min(count, len(node_type.prefixes))
+            if self._other_begun(node, f"<{node_type.tag}>"):
+                return
             for text in self._rng.sample(node_type.prefixes, count):
                 plan.fixed.append(self._fixed(node, name, text, backtrack))
             return
@@ -201,10 +202,9 @@ class Expander:
     ) -> Plan:
         """One call, or none where the context leaves no room for a token (counted)."""
         facts = self._writers[writer]
-        context, spill = self._context(node, writer)
-        if text and not text.startswith(spill):  # the writer has begun another node already
-            self._tree.counts["other_node_begun"] += 1
+        if text and self._other_begun(node, text):
             return Plan()
+        context, spill = self._context(node, writer)
         forced = facts.codec.encode(text.removeprefix(spill)) if text else []
         ids = [*context, *forced]
         chain_room = self._max_chain_tokens - (len(ids) - len(facts.prompt_ids))
@@ -218,6 +218,13 @@ class Expander:
         tokens = room if limit is None else min(limit, room)
         call = Call(writer=writer, token_ids=ids, seed=seed, max_tokens=tokens, stop=stop)
         return Plan([Part(type=name, writer=writer, forced=forced, before=spill, backtrack=backtrack, call=call)])
+
+    def _other_begun(self, node: Node, text: str) -> bool:
+        """Whether the last token of a node already holds the beginning of another text than this (counted)."""
+        if text.startswith(node.spill):
+            return False
+        self._tree.counts["other_node_begun"] += 1
+        return True
 
     def _context(self, node: Node, writer: Writer) -> tuple[list[int], str]:
         """Prompt and chain in the writer's tokens, and what the last token holds of the text to come."""

@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from rlsys.patterns import Pattern
 
 from actors.sampling import sample_seed
 from actors.search.calls import Ask, Drawn, Judge, SearchWriter
 from actors.search.expansion import Expander, Plan
 from actors.search.selection import choose, draw_best, frontier_score
 from actors.search.tree import GrowingTree, Node, Status
+from rlsys.patterns import Pattern
 from rlsys.search_config import FrontierConfig, SearchConfig
 from rlsys.trees import StopReason, Tree, Writer
 from rlsys.types import Prompt, Verdict
@@ -34,9 +34,10 @@ Request = Ask | Judge
 
 @dataclass(slots=True, eq=False)
 class _Simulation:
-    """One pass under way; path: from the prompt down to where it is."""
+    """One pass under way; path: from the prompt down to where it is; asked: a writer was asked for it."""
 
     path: list[Node] = field(default_factory=list)
+    asked: bool = False
 
     @property
     def node(self) -> Node:
@@ -110,7 +111,6 @@ class TreeSearch:
         while self._jobs and self._jobs[0].number in self._answers:
             job = self._jobs.popleft()
             self._apply(job, self._answers.pop(job.number))
-            self._check_stop()
             self._begin_simulations()
         return self._take_requests()
 
@@ -145,7 +145,7 @@ class TreeSearch:
     def _begin_simulations(self) -> None:
         """As many as may be under way. Backtracking comes first: it is what a wrong answer has just called for."""
         limit = self._config.stop.simulations
-        while self._stop is None and self._begun < limit and self._running < self._config.parallel_simulations:
+        while not self._is_stopped() and self._begun < limit and self._running < self._config.parallel_simulations:
             if self._backtracks:
                 self._backtrack(*self._backtracks.popleft())
             elif self._tree.root.status is Status.OPEN:
@@ -175,7 +175,7 @@ class TreeSearch:
                 self._expansions[node].simulations.append(simulation)
                 return
             if self._tree.has_capacity(node):
-                if self._stop:  # nothing more is generated
+                if self._is_stopped():  # nothing more is generated
                     self._leave(simulation)
                     return
                 if self._expand(node, simulation):
@@ -187,8 +187,8 @@ class TreeSearch:
             simulation.enter(children[choose(children, node, self._config.selection, self._rng)])
 
     def _leave(self, simulation: _Simulation) -> None:
-        """End a simulation without an answer. One that others are in the way of has never been."""
-        if simulation.node.status is Status.BLOCKED:
+        """End a simulation without an answer. One that asked for nothing, others being in its way, has never been."""
+        if simulation.node.status is Status.BLOCKED and not simulation.asked:
             self._begun -= 1
         else:
             self._finished += 1
@@ -245,8 +245,7 @@ class TreeSearch:
 
     def _hand_over(self, node: Node, name: str, simulation: _Simulation) -> None:
         """Let the reviewer write the node of a chain that is his."""
-        plan = Plan() if self._stop else self._expander.single(node, name, backtrack=False)
-        node.asked += 1
+        plan = Plan() if self._is_stopped() else self._expander.single(node, name, backtrack=False)
         job = self._job("single", node, simulation, plan)
         if not plan.parts:
             self._apply_single(job, ())
@@ -286,6 +285,7 @@ class TreeSearch:
         if plan.parts:
             self._ask(job, Ask(job.number, tuple(part.call for part in plan.parts)))
             self._calls += len(plan.parts)
+            simulation.asked = True
             self._tree.refresh(node)
         return job
 
@@ -344,11 +344,11 @@ class TreeSearch:
         handed_over: str | None = None
         for piece in self._expander.read_chain(job.node, part, drawn):
             node = simulation.node
+            if node is not job.node:  # one draw from every node that the chain goes through
+                node.asked += 1
             if piece.handover:
                 handed_over = piece.node.type
                 break
-            if node is not job.node:  # one draw from every node that the chain goes through
-                node.asked += 1
             simulation.enter(self._tree.add(node, piece.node))
         for node in reversed(simulation.path[simulation.path.index(job.node) + 1 :]):
             self._tree.refresh(node)
@@ -397,13 +397,14 @@ class TreeSearch:
         else:  # masked: an answer that could not be judged says nothing of the chain
             self._leave(simulation)
 
-    def _check_stop(self) -> None:
+    def _is_stopped(self) -> bool:
+        """Whether nothing more may be asked of a writer. Once true it stays true."""
         stop = self._config.stop
-        if self._stop is not None:
-            return
-        if any(self._correct >= rule.count and self._finished >= rule.after for rule in stop.correct):
-            self._stop = "correct"
-        elif stop.answers is not None and self._scored >= stop.answers:
-            self._stop = "answers"
-        elif stop.tokens is not None and self._tokens >= stop.tokens:
-            self._stop = "tokens"
+        if self._stop is None:
+            if any(self._correct >= rule.count and self._finished >= rule.after for rule in stop.correct):
+                self._stop = "correct"
+            elif stop.answers is not None and self._scored >= stop.answers:
+                self._stop = "answers"
+            elif stop.tokens is not None and self._tokens >= stop.tokens:
+                self._stop = "tokens"
+        return self._stop is not None
