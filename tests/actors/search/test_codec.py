@@ -174,6 +174,15 @@ def test_white_space_that_a_closing_token_holds_is_no_spill() -> None:
     assert own == [("<thinking>a</thinking>", ""), ("\n<answer>3</answer>", "")]
 
 
+def test_a_token_that_holds_a_whole_node_too_much_is_one_node_and_its_spill() -> None:
+    tokenizer = _build_tokenizer(["</thinking><answer>3</answer>"], 512)
+    codec = TagCodec(tokenizer, TAGS, [tokenizer.eos_token_id], digest="own")
+    ids = codec.encode("<thinking>a</thinking><answer>3</answer>")
+    assert codec.read("", ids, "stop") == [
+        Reading(tag="thinking", start=0, stop=len(ids), text="<thinking>a</thinking>", spill="<answer>3</answer>")
+    ]
+
+
 def test_a_spill_of_white_space_and_a_tag_is_whole() -> None:
     codec = wild()
     text = "<answer>3</answer>\n<answer>3</answer>"
