@@ -18,13 +18,14 @@ from rlsys.checkpoint import CheckpointStore
 from rlsys.config import Config
 from rlsys.config_file import dump_config, parse_config
 from rlsys.errors import ConfigError
-from rlsys.evaluate import evaluate, find_target, show
+from rlsys.evaluate import Target, evaluate, find_target, show
+from rlsys.evaluate import run as run_evaluation
 from rlsys.types import Prompt, SamplingSettings, TrajectoryGroup
 
 
-def config(samples: int = 2) -> Config:
+def config(samples: int = 2, answers: int = 0) -> Config:
     values = {"run": {"dir": "unused", "seed": 5}, "model": {"path": "unused"}, "task": {"type": "letter_count"}}
-    return parse_config({**values, "evaluation": {"samples": samples}}, "test")
+    return parse_config({**values, "evaluation": {"samples": samples, "search_answers": answers}}, "test")
 
 
 @pytest.fixture
@@ -109,3 +110,13 @@ def test_verifier_errors_are_shown_apart(failing: tuple[str, ...]) -> None:
     show(found, Console(file=stream, width=100))
     shown = [line for line in stream.getvalue().splitlines() if "verifier errors" in line]
     assert [line.split("│")[2].strip() for line in shown] == (["0.200", "0.100"] if failing else [])
+
+
+def test_an_evaluation_searches_only_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def measured(_policy: Path, given: Config, measure: object) -> dict[str, object]:
+        assert measure is evaluate
+        return {"stop": given.search.stop.answers}
+
+    monkeypatch.setattr(launch, "evaluate_policy", measured)
+    assert run_evaluation(Target(tmp_path, config())) == {"stop": None}
+    assert run_evaluation(Target(tmp_path, config(answers=6))) == {"stop": 6}

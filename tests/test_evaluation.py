@@ -15,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsys.errors import TooManyFailuresError
-from rlsys.evaluation import error_rate, held_out_metrics, mean_over_prompts, pass_at_k, sample_groups, solved
+from rlsys.evaluation import (
+    error_rate,
+    held_out_metrics,
+    mean_difference,
+    mean_over_prompts,
+    pass_at_k,
+    sample_groups,
+    solved,
+)
 from rlsys.metrics import METRICS
 from rlsys.rollout_metrics import rollout_metrics
 from rlsys.types import Prompt, SamplingSettings, Trajectory, TrajectoryGroup
@@ -69,6 +77,27 @@ def test_an_interval_at_the_edge_is_not_a_point() -> None:
     assert (right.mean, right.high, wrong.mean, wrong.low) == (1, 1, 0, 0)
     assert right.low == pytest.approx(0.5655, abs=1e-4)
     assert wrong.high == pytest.approx(0.4345, abs=1e-4)
+
+
+def test_a_difference_is_that_of_pairs() -> None:
+    # 100 prompts. The second is right where the first is, and in half of the others too: differences are 0 and -1,
+    # 75 and 25 times, of variance 0.25 * 0.75, so -0.25 -+ 1.96 * sqrt(0.1875 / 100) = (-0.335, -0.165).
+    # Drawn apart, they would have the variances 0.25 and 0.1875, and half a width of 0.130 in place of 0.085.
+    first, second = np.repeat([True, False], 50), np.repeat([True, False], [75, 25])
+    found = mean_difference(first, second)
+    assert found.mean == pytest.approx(-0.25, abs=1e-15)
+    assert (found.low, found.high) == (pytest.approx(-0.335, abs=0.01), pytest.approx(-0.165, abs=0.01))
+    # As often right as wrong where the other is not: the mean is 0 and the standard error 1 / sqrt(100).
+    against = mean_difference(first, ~first)
+    assert (against.mean, against.low) == (0, pytest.approx(-0.196, abs=0.02))
+
+
+@pytest.mark.parametrize(("first", "second", "low", "high"), [(1, 1, -0.4345, 0.4345), (1, 0, 0.5655, 1)])
+def test_equal_differences_say_not_all(first: float, second: float, low: float, high: float) -> None:
+    # Wilson at 5 prompts, as above: 3.841 / 8.841 = 0.4345.
+    found = mean_difference(np.full(5, first), np.full(5, second))
+    assert found.mean == first - second
+    assert (found.low, found.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
 
 
 @settings(deadline=None, max_examples=40)
