@@ -49,7 +49,7 @@ from rlsys.types import Prompt
 from rlsys.weights import WeightBus
 
 Measure = Callable[[RayRolloutPool, list[Prompt], Config], Awaitable[dict[str, Any]]]
-Grow = Callable[[RayRolloutPool], Awaitable[None]]
+Grow = Callable[[RayRolloutPool, StopSignals], Awaitable[None]]
 FIRST_SIGNAL = "{}: stopping after what is under way, and saving; once more to abort"
 ABORTED = " for the second time; training since the last checkpoint is lost"
 TREES_KEPT = "; finished trees are kept, the same command continues"
@@ -117,23 +117,26 @@ def is_complete(config: Config, start: Start, run_dir: Path) -> bool:
 def evaluate_policy(policy: Path, config: Config, measure: Measure) -> dict[str, Any]:
     """Start actors alone on a policy folder and let `measure` use them on the held-out prompts.
 
-    Logs are kept where it fails; the error says where.
+    With evaluation.search_answers they search too, and search.reviewer is started beside them. Logs are kept where
+    it fails; the error says where.
     """
-    resources.check(resources.plan(config, policy, learner=False))
+    searching = growing(config, policy, search_engines(config))[2] if config.evaluation.search_answers else None
+    beside = _beside(searching)
+    resources.check(resources.plan(config, policy, learner=False, beside=beside))
     inputs = Inputs(config, policy, training=False)
     for note in inputs.notes:
         print(note, file=sys.stderr)
     folder = Path(tempfile.mkdtemp(prefix="rlsys-evaluate-"))
 
     async def work(cluster: Cluster) -> dict[str, Any]:
-        async with rollout_pool(cluster, policy) as pool:
+        async with rollout_pool(cluster, policy, searching) as pool:
             return await measure(pool, inputs.held_out, config)
 
     try:
         with (
             StopSignals() as stop,
             naming_logs(folder / "logs"),
-            ray_cluster(config, folder, actor_bundles(config)) as cluster,
+            ray_cluster(config, folder, actor_bundles(config) + beside_bundles(config, beside)) as cluster,
         ):
             found = stop.run(work(cluster))
     except (AbortedRunError, ConfigError):  # their logs explain nothing
@@ -148,7 +151,8 @@ def grow_trees(config: Config, run_dir: Path, prepare: Callable[[Inputs, Mapping
 
     Args:
         prepare: is called once the input is known to be good, before anything is started, with the inputs of the
-            policy and the folder of every model. It answers None where nothing is left to do.
+            policy and the folder of every model. It answers None where nothing is left to do. What it answers else
+            may ask the signals to wait for an end of its own.
     """
     with StopSignals(TREES_KEPT) as stop, RunLock(run_dir):
         policy = prepare_model(config, run_dir)
@@ -164,7 +168,7 @@ def grow_trees(config: Config, run_dir: Path, prepare: Callable[[Inputs, Mapping
 
         async def work(cluster: Cluster) -> None:
             async with rollout_pool(cluster, model, searching) as pool:
-                await grow(pool)
+                await grow(pool, stop)
 
         bundles = actor_bundles(serving) + beside_bundles(serving, searching.beside)
         with naming_logs(run_dir / "logs"), ray_cluster(serving, run_dir, bundles) as cluster:

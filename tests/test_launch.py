@@ -20,6 +20,7 @@ from rlsys.config import Config
 from rlsys.config_file import parse_config
 from rlsys.errors import AbortedRunError
 from rlsys.search_engines import ModelEngines, Searching, engine_settings, given_models
+from rlsys.stop_signals import StopSignals
 
 REVIEWER = {"path": "r", "count": 2, "max_model_len": 1024}
 LARGE = {"path": "l", "count": 1, "max_model_len": 4096}
@@ -155,8 +156,11 @@ class Started:
         self.steps.append(("prepare", inputs.notes, models))
         return self.grow
 
-    async def grow(self, pool: Any) -> None:
+    async def grow(self, pool: Any, stop: StopSignals) -> None:
         self.steps.append(("grow", pool))
+        stop.ask_first(lambda name: self.steps.append(("asked", name)), "")
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(0.05)  # the loop calls what was asked for
 
 
 @pytest.fixture
@@ -172,6 +176,7 @@ def test_trees_are_grown_by_the_model_of_the_search_and_its_reviewer(started: St
         ("cluster", 3),
         ("pool", Path("l"), "model"),
         ("grow", "pool"),
+        ("asked", "SIGINT"),
     ]
 
 
@@ -184,9 +189,34 @@ def test_nothing_is_started_where_nothing_is_left(
 
 
 def test_a_signal_ends_the_growing_and_says_what_is_kept(started: Started, tmp_path: Path) -> None:
-    async def grow(_pool: Any) -> None:
+    async def grow(_pool: Any, _stop: StopSignals) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         await asyncio.sleep(20)
 
     with pytest.raises(AbortedRunError, match="^SIGINT; finished trees are kept, the same command continues$"):
         launch.grow_trees(config(), tmp_path, lambda *_: grow)
+
+
+@pytest.mark.parametrize(("answers", "writers"), [(0, []), (2, ["reviewer"])])
+def test_an_evaluation_with_search_has_the_reviewer_beside_it(
+    started: Started, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answers: int, writers: list[str]
+) -> None:
+    found = config(search={"reviewer": REVIEWER}, evaluation={"search_answers": answers})
+
+    @contextlib.asynccontextmanager
+    async def pool(_cluster: None, model: Path, searching: Searching | None) -> Any:
+        assert model == tmp_path
+        assert (searching.writer if searching else None) == ("policy" if answers else None)
+        yield "pool"
+
+    async def measure(pool: Any, _prompts: Any, _config: Config) -> dict[str, Any]:
+        return {"measured": pool}
+
+    monkeypatch.setattr(launch, "rollout_pool", pool)
+    inputs = SimpleNamespace(notes=[], held_out=[])
+    monkeypatch.setattr(launch, "Inputs", lambda *_, **__: inputs)
+    assert launch.evaluate_policy(tmp_path, found, measure) == {"measured": "pool"}
+    assert started.steps == [
+        ("plan", 256, tmp_path, False, writers),
+        ("cluster", 2 + 2 * len(writers)),
+    ]
