@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,6 +91,10 @@ class SearchDisplay(Display):
         self._started = self._last_step = self._clock()
         self._line(f"trees: {done} of {total} are there")
 
+    def step(self, metrics: Mapping[str, float]) -> None:
+        """A tree is finished. Its line shows the latest rates too."""
+        super().step({**self._figures, **metrics})
+
     def update(self, metrics: Mapping[str, float]) -> None:
         """New figures without a new tree."""
         self._figures.update(metrics)
@@ -152,12 +156,12 @@ class Search:
         try:
             async with asyncio.TaskGroup() as group:
                 watch = group.create_task(self._watch(pool, display))
-                await asyncio.wait(
-                    [
+                await asyncio.gather(
+                    *(
                         group.create_task(self._grow(pool, actor, queue, display))
                         for actor, queue in enumerate(queues)
                         for _ in range(min(self._ahead, len(queue)))
-                    ]
+                    )
                 )
                 watch.cancel()
         except ExceptionGroup as errors:
@@ -242,7 +246,7 @@ def open_search(config: Config, run_dir: Path, inputs: Inputs, models: Mapping[W
     return search
 
 
-def growing(search: Search) -> Callable[[SearchPool, StopSignals], Awaitable[None]]:
+def growing(search: Search) -> Callable[[SearchPool, StopSignals], Coroutine[Any, Any, None]]:
     """What is to be done once the actors are up."""
 
     async def work(pool: SearchPool, stop: StopSignals) -> None:

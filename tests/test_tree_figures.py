@@ -30,10 +30,12 @@ def node(outcome: Outcome | None = None, reward: float = 0.0, scored: int = -1) 
     )
 
 
-RIGHT, WRONG = ("ok", 1.0), ("wrong", 0.0)
+Answer = tuple[Outcome, float]
+RIGHT: Answer = ("ok", 1.0)
+WRONG: Answer = ("wrong", 0.0)
 
 
-def tree(*answers: tuple[Outcome, float], stop: StopReason = "correct", **counts: int) -> Tree:
+def tree(*answers: Answer, stop: StopReason = "correct", **counts: int) -> Tree:
     leaves = (node(outcome, reward, scored) for scored, (outcome, reward) in enumerate(answers))
     return Tree(
         prompt_id="p",
