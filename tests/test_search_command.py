@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from signal import SIGINT, raise_signal
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rlsys import cli, search_command
+from rlsys import cli, launch, search_command
 from rlsys.config import Config
 from rlsys.config_file import load_config
 from rlsys.errors import (
@@ -527,3 +528,44 @@ def test_the_command_line_hands_the_config_over(
         cli.main()
     assert (stopped.value.code, capsys.readouterr().out) == (0, "said\n")
     assert given == [shipped("search.prompts=3")]
+
+
+def without_ray(monkeypatch: pytest.MonkeyPatch, pool: Pool) -> None:
+    """Everything of the command but the processes."""
+
+    @contextlib.contextmanager
+    def cluster(*_: object) -> Iterator[None]:
+        yield
+
+    @contextlib.asynccontextmanager
+    async def started(*_: object) -> AsyncIterator[Pool]:
+        yield pool
+
+    monkeypatch.setattr(launch, "ray_cluster", cluster)
+    monkeypatch.setattr(launch, "rollout_pool", started)
+
+
+def test_the_whole_command_over_a_pretended_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = "model.from_scratch={hidden_size: 32, layers: 1, heads: 1, intermediate_size: 32}"
+    run_dir = tmp_path / "run"
+    config = shipped(f"run.dir={run_dir}", "model.path=null", scratch, "search.prompts=6", "search.shard_size=4")
+    monkeypatch.setattr(search_command, "trees_ahead", lambda _config: 1)
+    pool = Pool(2, before=lambda calls: raise_signal(SIGINT) if calls == 3 else None)
+    without_ray(monkeypatch, pool)
+    with pytest.raises(InterruptedRunError, match=r"^SIGINT; [34] of 6 trees are kept, the same command continues$"):
+        search_command.run(config)
+    assert not (run_dir / "summary.json").exists()
+
+    rest = Pool(1)
+    without_ray(monkeypatch, rest)
+    said = search_command.run(config)
+    assert said.startswith(f"run directory: {run_dir}\n")
+    assert sorted(name for _, name in pool.calls + rest.calls) == [f"train-{number}" for number in range(6)]
+    assert sorted(path.name for path in (run_dir / "trees").iterdir()) == ["00000.jsonl", "00001.jsonl"]
+    origin = json.loads((run_dir / "search.json").read_text())
+    assert set(origin["inputs"]) == {"model.from_scratch", "task.questions_path", "the tokenizer of model.path"}
+
+    idle = Pool(1)
+    without_ray(monkeypatch, idle)
+    assert search_command.run(config).startswith("already complete (6 trees)\n")
+    assert idle.calls == []
