@@ -1,7 +1,9 @@
 """Monte Carlo tree search over thought nodes for one prompt, as a state machine without input or output.
 
-`start` and `deliver` answer with what is to be asked next. Whatever the order in which answers are delivered, they
-are applied in the order in which they were asked for, so a tree is a function of its seed and the answers alone.
+`start` and `deliver` answer with what is to be asked next. Whatever the order in which answers are delivered, those of
+the writers are applied in the order in which they were asked for, each with the verdict on the chain that it ends: a
+verdict comes before all completions that were asked for meanwhile, so that a short chain's place is not held by longer
+ones behind it. So a tree is a function of its seed and the answers alone.
 
 A simulation goes down from the prompt, or from the node that the frontier offers, until it finds a node with capacity;
 it asks for children there, goes on into one of them, and ends at an answer, which is judged once and backed up, or
@@ -91,6 +93,7 @@ class TreeSearch:
             max_chain_tokens=max_chain_tokens,
         )
         self._jobs: deque[_Job] = deque()
+        self._verdicts: deque[_Job] = deque()
         self._answers: dict[int, Sequence[Drawn] | Verdict] = {}
         self._judging: dict[Node, _Job] = {}
         self._expansions: dict[Node, _Job] = {}
@@ -108,8 +111,8 @@ class TreeSearch:
     def deliver(self, number: int, answer: Sequence[Drawn] | Verdict) -> list[Request]:
         """Take the answer to a request; apply all answers whose turn it is; what is to be asked next."""
         self._answers[number] = answer
-        while self._jobs and self._jobs[0].number in self._answers:
-            job = self._jobs.popleft()
+        while (queue := self._verdicts or self._jobs) and queue[0].number in self._answers:
+            job = queue.popleft()
             self._apply(job, self._answers.pop(job.number))
             self._begin_simulations()
         return self._take_requests()
@@ -117,7 +120,7 @@ class TreeSearch:
     @property
     def finished(self) -> bool:
         """Whether nothing is under way any more."""
-        return not self._jobs
+        return not self._jobs and not self._verdicts
 
     def tree(self) -> Tree:
         """The finished tree."""
@@ -291,7 +294,7 @@ class TreeSearch:
 
     def _ask(self, job: _Job, request: Request) -> None:
         self._numbered += 1
-        self._jobs.append(job)
+        (self._verdicts if isinstance(request, Judge) else self._jobs).append(job)
         self._requests.append(request)
 
     def _take_requests(self) -> list[Request]:
