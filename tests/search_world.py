@@ -57,9 +57,7 @@ def _bpe() -> Any:
 
 
 def writer(kind: str = "tags", max_model_len: int = 600) -> SearchWriter:
-    return SearchWriter(
-        codec=codec(kind), prompt_ids=tuple(codec(kind).prompt(QUESTION)), max_model_len=max_model_len
-    )
+    return SearchWriter(codec=codec(kind), prompt_ids=tuple(codec(kind).prompt(QUESTION)), max_model_len=max_model_len)
 
 
 def prompt(prompt_id: str = "p") -> Prompt:
@@ -108,7 +106,7 @@ def completion(call: Call, token_ids: Sequence[int], finish_reason: str = "stop"
     return Completion(
         token_ids=np.asarray(token_ids, dtype=np.int32),
         logprobs=np.array([token_logprob(whole[: place + 1]) for place in places], dtype=np.float32),
-        finish_reason=finish_reason,  # type: ignore[arg-type]
+        finish_reason=finish_reason,
         versions=tuple(VersionSpan(start=n, version=versions[n]) for n in changes),
     )
 
@@ -124,10 +122,10 @@ class World:
     answers: str = "01"
 
     def complete(self, call: Call, found: SearchWriter) -> Completion:
-        said = found.codec.decode(call.token_ids[len(found.prompt_ids) :])  # type: ignore[attr-defined]
+        said = found.codec.decode(call.token_ids[len(found.prompt_ids) :])
         rng = random.Random(f"{said}/{call.seed}")
         text = self._node(said, rng) if call.stop.token_ids or call.stop.strings else self._chain(said, rng)
-        return spoken(call, found.codec, text)  # type: ignore[arg-type]
+        return spoken(call, found.codec, text)
 
     def judge(self, chain: str) -> Verdict:
         rng = random.Random(chain)
@@ -202,7 +200,7 @@ class Grown:
     def calls(self) -> list[tuple[Call, Completion]]:
         answers = dict(event for event in self.events if isinstance(event, tuple))
         asks = [event for event in self.events if isinstance(event, Ask)]
-        return [pair for ask in asks for pair in zip(ask.calls, answers[ask.number], strict=True)]  # type: ignore[arg-type]
+        return [pair for ask in asks for pair in zip(ask.calls, answers[ask.number], strict=True)]
 
     @property
     def judged(self) -> list[str]:
@@ -225,9 +223,7 @@ def grow(
         arrivals: draws the order in which answers come; None for the order of the requests.
     """
     writers = writers or {"policy": writer()}
-    search = TreeSearch(
-        prompt(prompt_id), world.pattern, config, writers, max_chain_tokens=max_chain_tokens, seed=seed
-    )
+    search = TreeSearch(prompt(prompt_id), world.pattern, config, writers, max_chain_tokens=max_chain_tokens, seed=seed)
     events: list[Any] = []
     waiting, most = search.start(), 0
     events += waiting

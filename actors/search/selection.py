@@ -1,7 +1,8 @@
 """Which child a simulation goes to, and which node a global frontier offers. Pure scores.
 
 Q is the mean reward of a node, N its visits, O the simulations under way through it, p its parent. In-flight
-simulations count as visits in the exploration term and leave Q as it is.
+simulations count as visits in the exploration term and leave Q as it is. The one that chooses is under way through the
+parent as well; UCB does not count it, so that one simulation at a time gives the paper's formula to the letter.
 Source: Liu et al., Watch the Unobserved (WU-UCT), ICLR 2020, eq. 4.
 """
 
@@ -37,13 +38,13 @@ def choose(children: Sequence[Stats], parent: Stats, config: SelectionConfig, rn
 
 
 def ucb_scores(children: Sequence[Stats], parent: Stats, config: UcbConfig) -> list[float]:
-    """Q + c sqrt(ln(N_p + O_p) / (N + O)), in the code's form with 2 ln; infinite where N + O = 0.
+    """Q + c sqrt(ln(N_p + O_p - 1) / (N + O)), in the code's form with 2 ln; infinite where N + O = 0.
 
     A child without a visit but with simulations under way has its parent's Q.
     Source: Marco-o1 v2, arXiv:2503.01461, sec. 3, and its released program; UCB1 (Auer et al. 2002).
     """
     factor = 2.0 if config.form == "code" else 1.0
-    logarithm = factor * math.log(max(1, parent.visits + parent.in_flight))
+    logarithm = factor * math.log(max(1, parent.visits + parent.in_flight - 1))
     found = []
     for child in children:
         count = child.visits + child.in_flight
@@ -54,8 +55,8 @@ def ucb_scores(children: Sequence[Stats], parent: Stats, config: UcbConfig) -> l
 def puct_scores(children: Sequence[Stats], parent: Stats, config: PuctConfig) -> list[float]:
     """Q + c P sqrt(N_p + O_p) / (1 + N + O), P proportional to exp(sum of log-probabilities / tokens ** exponent).
 
-    P sums to 1 over the children given. A node that nobody sampled, a fixed text, has log-probability 0. A child
-    without a visit has its parent's Q.
+    P sums to 1 over the children given, and decides alone where nothing has a visit yet. A node that nobody sampled,
+    a fixed text, has log-probability 0. A child without a visit has its parent's Q.
     Source: Silver et al. 2017 (PUCT); priors as in MCTS-DPO, arXiv:2405.00451, and AlphaMath.
     """
     priors = [math.exp(child.logprob / max(1, child.drawn) ** config.length_exponent) for child in children]

@@ -1,0 +1,316 @@
+"""What holds of every tree, whatever the table, the settings, the writers and the order in which answers arrive."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from search_world import (
+    BARE,
+    Grown,
+    World,
+    codec,
+    grow,
+    shipped,
+    shipped_names,
+    table,
+    token_logprob,
+    token_version,
+    writer,
+)
+
+from actors.search.calls import Ask, SearchWriter
+from actors.search.paths import path_tokens
+from actors.search.tree import Status
+from rlsys.patterns import Pattern
+from rlsys.search_config import START, CorrectRule, FrontierConfig, PuctConfig, SearchConfig, StopConfig, UcbConfig
+from rlsys.tree_file import parse_line, tree_line
+from rlsys.trees import ThoughtNode, Tree, Writer
+from rlsys.types import Verdict
+
+SELECTIONS = (
+    UcbConfig(),
+    UcbConfig(form="code", exploration=1.414),
+    PuctConfig(type="puct"),
+    FrontierConfig(type="frontier"),
+)
+INNER = ("sub_task", "thinking", "hypothesis", "double_check", "reclarify", "reflection")
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> Pattern:
+    """Tables of up to four inner types; every one of them may be followed by an answer, so all are searchable."""
+    used = draw(st.permutations(INNER))[: draw(st.integers(1, 4))]
+    counts = st.integers(1, 2)
+    children = {START: {used[0]: draw(counts)}}
+    for name, following in zip(used, [*used[1:], None], strict=True):
+        row = {other: draw(counts) for other in draw(st.lists(st.sampled_from(used), max_size=2, unique=True))}
+        children[name] = {**row, **({following: draw(counts)} if following else {}), "answer": draw(counts)}
+    wrong = draw(st.dictionaries(st.sampled_from(used), st.sampled_from(used), max_size=2))
+    after_wrong = {name: {other: draw(counts)} for name, other in wrong.items()}
+    return table(children, after_wrong, {"reflection": BARE["reflection"]})
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> SearchConfig:
+    rules = st.builds(CorrectRule, count=st.integers(1, 4), after=st.integers(0, 12))
+    return SearchConfig(
+        expansion=draw(st.sampled_from(("node", "chain"))),
+        selection=draw(st.sampled_from(SELECTIONS)),
+        parallel_simulations=draw(st.integers(1, 8)),
+        backtracking=draw(st.booleans()),
+        max_node_tokens=draw(st.sampled_from((4, 12, 64))),
+        max_depth=draw(st.integers(3, 8)),
+        stop=StopConfig(
+            simulations=draw(st.integers(1, 40)),
+            tokens=draw(st.none() | st.integers(10, 400)),
+            answers=draw(st.none() | st.integers(1, 10)),
+            correct=tuple(draw(st.lists(rules, max_size=2))),
+        ),
+    )
+
+
+WORLDS = st.builds(
+    World,
+    pattern=tables() | st.sampled_from(shipped_names()).map(shipped),
+    defects=st.sampled_from((0.0, 0.1, 0.4)),
+    failures=st.sampled_from((0.0, 0.2)),
+    letters=st.sampled_from(("a", "ab", "ab01")),
+)
+WRITERS: Mapping[str, Mapping[Writer, SearchWriter]] = {
+    "policy": {"policy": writer()},
+    "policy in a tokenizer that merges": {"policy": writer("bpe")},
+    "policy with little room": {"policy": writer(max_model_len=len(writer().prompt_ids) + 18)},
+    "policy and reviewer": {"policy": writer(), "reviewer": writer("bytes", 2000)},
+    "model and reviewer of one tokenizer": {"model": writer("bytes", 2000), "reviewer": writer("bytes", 1500)},
+    "merging model and reviewer": {"model": writer("bpe", 900), "reviewer": writer()},
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(WORLDS, configs(), st.sampled_from(sorted(WRITERS)), st.integers(0, 3), st.sampled_from((30, 500)))
+def test_properties_of_every_tree(
+    world: World, config: SearchConfig, who: str, seed: int, max_chain_tokens: int
+) -> None:
+    writers = WRITERS[who]
+
+    def grown(arrivals: random.Random | None) -> Grown:
+        return grow(world, config, arrivals=arrivals, writers=writers, seed=seed, max_chain_tokens=max_chain_tokens)
+
+    in_order = grown(None)
+    tree = in_order.tree
+    for shuffle in (1, 2):
+        assert tree_line(grown(random.Random(shuffle)).tree) == tree_line(tree)
+    check_shape(tree, world.pattern, config)
+    check_counts(tree)
+    check_bounds(tree, world.pattern, config)
+    check_verdicts(in_order, world)
+    check_stop(in_order, config)
+    check_calls(in_order, writers, config, max_chain_tokens)
+    check_tokens(tree, writers)
+    check_round_trip(tree, writers)
+    parsed = parse_line(tree_line(tree))
+    assert isinstance(parsed, Tree) and tree_line(parsed) == tree_line(tree)
+
+
+def check_shape(tree: Tree, pattern: Pattern, config: SearchConfig) -> None:
+    """Parents before children; types as in the table; the depth limit; nothing below a defect or an answer."""
+    root = tree.nodes[0]
+    assert (root.parent, root.type, len(root.token_ids)) == (-1, START, 0)
+    for number, node in enumerate(tree.nodes[1:], start=1):
+        assert 0 <= node.parent < number
+        parent, depth = tree.nodes[node.parent], len(tree.path(number))
+        assert parent.defect is None and not is_terminal(parent, pattern)
+        assert depth <= (config.max_depth or 0) + (node.defect is not None)
+        allowed = {*pattern.children.get(parent.type, {}), *pattern.after_wrong.get(parent.type, {})}
+        assert node.type in allowed or node.defect is not None
+        if node.backtrack:
+            assert config.backtracking and node.type in pattern.after_wrong[parent.type]
+        if node.defect is None:
+            tag = pattern.types[node.type].tag
+            assert node.text.strip().startswith(f"<{tag}>") and node.text.strip().endswith(f"</{tag}>")
+
+
+def is_terminal(node: ThoughtNode, pattern: Pattern) -> bool:
+    return node.type in pattern.types and pattern.types[node.type].terminal
+
+
+def check_counts(tree: Tree) -> None:
+    """A node's visits are its children's, an answer's its own; the prompt has them all; values are rewards."""
+    for number, node in enumerate(tree.nodes):
+        below = [tree.nodes[child] for child in tree.children(number)]
+        if below:
+            assert node.visits == sum(child.visits for child in below)
+            assert abs(node.total - sum(child.total for child in below)) < 1e-9
+        elif node.verdict is not None and node.scored >= 0:
+            assert node.visits >= 1 and abs(node.total - node.visits * node.verdict.reward) < 1e-9
+        else:
+            assert node.visits == 0 and node.total == 0
+        assert node.value is None or 0 <= node.value <= 1
+    scored = [tree.nodes[n] for n in tree.answers()]
+    assert [node.scored for node in scored] == list(range(len(scored)))
+    assert tree.nodes[0].visits == sum(node.visits for node in scored)
+    tokens = [node.scored_tokens for node in scored]
+    assert tokens == sorted(tokens) and all(0 < count <= tree.tokens for count in tokens)
+    defects = Counter(node.defect for node in tree.nodes if node.defect)
+    assert {name: tree.counts.get(name, 0) for name in defects} == defects
+    assert sum(node.samples - 1 for node in tree.nodes) == tree.counts.get("duplicates", 0)
+
+
+def check_bounds(tree: Tree, pattern: Pattern, config: SearchConfig) -> None:
+    """No node has more children than its table row and the rows of after_wrong give it, draw by draw."""
+    for number, node in enumerate(tree.nodes):
+        below = Counter[str]()
+        for child in tree.children(number):
+            below[tree.nodes[child].type] += tree.nodes[child].samples
+        row, wrong = pattern.children.get(node.type, {}), pattern.after_wrong.get(node.type, {})
+        if config.expansion == "node":
+            for name, count in below.items():
+                assert count <= row.get(name, 0) + (wrong.get(name, 0) if config.backtracking else 0)
+        else:
+            # Each draw of a node may have the children of its row; a chain that goes on beyond that is cut below it.
+            bound = max(1, sum(row.values())) * node.samples
+            assert sum(below.values()) <= bound + (sum(wrong.values()) if config.backtracking else 0)
+    assert tree.counts.get("backtracks", 0) >= sum(node.backtrack for node in tree.nodes)
+
+
+def check_verdicts(grown: Grown, world: World) -> None:
+    """Every answer is judged at most once, and by all of its chain; every one of them where the tree is exhausted."""
+    tree = grown.tree
+    judged = [n for n, node in enumerate(tree.nodes) if node.verdict is not None]
+    assert Counter(grown.judged) == Counter(tree.completion(n) for n in judged)
+    for number in judged:
+        node = tree.nodes[number]
+        assert node.defect is None and is_terminal(node, world.pattern)
+        assert node.verdict == world.judge(tree.completion(number))
+        assert (node.scored >= 0) == (node.verdict.outcome in ("ok", "wrong"))
+    if tree.stop == "exhausted":
+        whole = [n for n, node in enumerate(tree.nodes) if node.defect is None and is_terminal(node, world.pattern)]
+        assert whole == judged
+
+
+def check_stop(grown: Grown, config: SearchConfig) -> None:
+    """After the answer that reaches a threshold no writer is asked any more. Answers came in the order asked."""
+    stop, tree, search = config.stop, grown.tree, grown.search
+    assert tree.simulations <= stop.simulations
+    assert grown.most_running <= config.parallel_simulations
+    tokens = scored = correct = 0
+    reached: set[str] = set()
+    for event in grown.events:
+        if isinstance(event, Ask):
+            assert not reached
+        elif isinstance(event, tuple):
+            answer = event[1]
+            if isinstance(answer, Verdict):
+                scored += answer.outcome in ("ok", "wrong")
+                correct += answer.outcome == "ok" and answer.reward > 0
+            else:
+                tokens += sum(len(drawn.token_ids) for drawn in answer)
+            if stop.tokens is not None and tokens >= stop.tokens:
+                reached.add("tokens")
+            if stop.answers is not None and scored >= stop.answers:
+                reached.add("answers")
+            if any(correct >= rule.count for rule in stop.correct if rule.after == 0):
+                reached.add("correct")
+    if tree.stop in ("tokens", "answers"):
+        assert tree.stop in reached
+    elif tree.stop == "correct":
+        assert any(correct >= rule.count and tree.simulations >= rule.after for rule in stop.correct)
+    elif tree.stop == "simulations":
+        assert tree.simulations == stop.simulations and not reached
+    else:
+        assert tree.simulations < stop.simulations and not reached
+        assert search._tree.root.status is Status.EXHAUSTED
+    # Nothing is under way; only backtracking that the end has cut off may still wait to be begun.
+    queued = Counter(node.number for node, _ in search._backtracks)
+    assert all(node.in_flight == 0 and not node.expanding for node in search._tree.nodes)
+    assert {node.number: node.waiting for node in search._tree.nodes if node.waiting} == queued
+    assert not queued or tree.stop != "exhausted"
+
+
+def check_calls(
+    grown: Grown, writers: Mapping[Writer, SearchWriter], config: SearchConfig, max_chain_tokens: int
+) -> None:
+    """What the tree says it used is what it was given; no call asks beyond any limit; no seed is used twice."""
+    calls = grown.calls
+    assert grown.tree.calls == len(calls)
+    assert grown.tree.tokens == sum(len(drawn.token_ids) for _, drawn in calls)
+    assert len({call.seed for call, _ in calls}) == len(calls)
+    for call, drawn in calls:
+        room = writers[call.writer]
+        assert 1 <= len(drawn.token_ids) <= call.max_tokens
+        assert len(call.token_ids) + call.max_tokens <= room.max_model_len
+        assert len(call.token_ids) - len(room.prompt_ids) + call.max_tokens <= max_chain_tokens
+        if config.expansion == "node":
+            assert call.max_tokens <= config.max_node_tokens
+
+
+def in_tokens_of(
+    tree: Tree, number: int, reader: SearchWriter, writers: Mapping[Writer, SearchWriter]
+) -> Iterator[tuple[int, list[int]]]:
+    """The tokens of each node on a path as a writer must have seen them: its own, and others' texts encoded."""
+    held = ""
+    for step in tree.path(number):
+        node = tree.nodes[step]
+        if writers[node.writer].codec.digest == reader.codec.digest:
+            yield step, node.token_ids.tolist()
+            held = node.spill
+        else:
+            yield step, reader.codec.encode(node.text.removeprefix(held))
+            held = ""
+
+
+def check_tokens(tree: Tree, writers: Mapping[Writer, SearchWriter]) -> None:
+    """Every generated token was drawn behind exactly the prompt and the nodes above it, and its version is kept.
+
+    A log-probability of the scripted world is a hash of all tokens up to its own.
+    """
+    for number, node in enumerate(tree.nodes[1:], start=1):
+        reader = writers[node.writer]
+        context = list(reader.prompt_ids)
+        for step, ids in in_tokens_of(tree, number, reader, writers):
+            if step != number:
+                context += ids
+        whole = [*context, *node.token_ids.tolist()]
+        start = len(context)
+        expected = [token_logprob(whole[: start + place + 1]) for place in range(node.forced, len(node.token_ids))]
+        assert node.logprobs[: node.forced].tolist() == [0.0] * node.forced
+        assert node.logprobs[node.forced :].tolist() == expected
+        versions: dict[int, int] = {}
+        for span in node.versions:
+            versions.update(dict.fromkeys(range(span.start, len(node.token_ids)), span.version))
+        places = range(node.forced, len(node.token_ids))
+        assert versions == {place: token_version(start + place) for place in places}
+        if node.defect is None and node.finish_reason is not None:
+            text = "".join(tree.nodes[step].text for step in tree.path(number))
+            assert text.endswith(node.text)
+
+
+def check_round_trip(tree: Tree, writers: Mapping[Writer, SearchWriter]) -> None:
+    """A path as training sees it: spans partition it, and the policy's own tokens are marked with what they were."""
+    policy = writers.get("policy", writer())
+    for number in tree.answers():
+        path = path_tokens(tree, number, policy.codec)
+        assert path.token_ids[: path.prompt_length].tolist() == codec(policy.codec.digest).prompt(tree.question)
+        assert [n for n, _, _ in path.spans] == tree.path(number)
+        edges = [path.prompt_length, *(stop for _, _, stop in path.spans)]
+        assert [start for _, start, _ in path.spans] == edges[:-1] and edges[-1] == len(path.token_ids)
+        chosen = np.zeros(len(path.token_ids), dtype=bool)
+        readings = in_tokens_of(tree, number, policy, {**writers, "policy": policy})
+        for (step, start, stop), (_, ids) in zip(path.spans, readings, strict=True):
+            node = tree.nodes[step]
+            assert path.token_ids[start:stop].tolist() == ids
+            if node.writer == "policy":
+                chosen[start + node.forced : stop] = True
+        assert path.chosen.tolist() == chosen.tolist()
+        whole = path.token_ids.tolist()
+        expected = [token_logprob(whole[: place + 1]) if chosen[place] else 0.0 for place in range(len(whole))]
+        assert path.logprobs.tolist() == expected
+        versions: dict[int, int] = {}
+        for span in path.versions:
+            versions.update(dict.fromkeys(range(span.start, len(whole)), span.version))
+        assert all(versions[place] == token_version(place) for place in np.flatnonzero(chosen))

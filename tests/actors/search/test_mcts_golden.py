@@ -1,0 +1,140 @@
+"""Whole trees for scripted proposals, as JSON in the folder `golden`.
+
+`proposals` says, for the text that a writer continues, what it says there, first call first. An answer with a 1 in it
+is right. Nothing writes `expected` by itself. Where a tree is meant to change,
+`PYTHONPATH=.:tests python tests/actors/search/test_mcts_golden.py NAME` prints what the search makes of a case now; check
+it against the derivations below, change those, and put it under `expected` by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import pytest
+from search_world import MARK, grow, spoken, table
+
+from actors.engine import Completion
+from actors.search.calls import Call, SearchWriter
+from rlsys.search_config import NodeTypeConfig, SearchConfig
+from rlsys.trees import ThoughtNode, Tree
+from rlsys.types import Verdict
+
+FOLDER = Path(__file__).parent / "golden"
+NAMES = ("node_by_node", "chain_duplicates", "backtracking")
+
+
+class Script:
+    """A world that says what a golden case tells it to."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        wait = NodeTypeConfig(tag="reflection", prefixes=("wait",), writer="nobody")
+        self.pattern = table(case["children"], case["after_wrong"], {"reflection": wait})
+        self.left = {said: deque(texts) for said, texts in case["proposals"].items()}
+
+    def complete(self, call: Call, writer: SearchWriter) -> Completion:
+        said = writer.codec.decode(call.token_ids[len(writer.prompt_ids) :])
+        return spoken(call, writer.codec, self.left[said].popleft())
+
+    def judge(self, chain: str) -> Verdict:
+        right = "1" in MARK.split(chain)[-4]  # in front of the last closing tag, which is split in three
+        return Verdict(outcome="ok" if right else "wrong", reward=float(right), answered=True)
+
+
+def play(case: dict[str, Any]) -> tuple[Tree, Script]:
+    script = Script(case)
+    return grow(script, SearchConfig.model_validate(case["config"])).tree, script
+
+
+def plain(tree: Tree) -> dict[str, Any]:
+    shown = ("stop", "simulations", "calls", "tokens")
+    return {
+        **{name: getattr(tree, name) for name in shown},
+        "counts": dict(tree.counts),
+        "nodes": [_plain_node(node) for node in tree.nodes],
+    }
+
+
+def _plain_node(node: ThoughtNode) -> dict[str, Any]:
+    names = ("parent", "type", "text", "forced", "defect", "backtrack", "samples", "visits", "total", "scored")
+    return {name: getattr(node, name) for name in names}
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_golden(name: str) -> None:
+    case = load(name)
+    tree, script = play(case)
+    assert plain(tree) == case["expected"]
+    assert not any(script.left.values())  # every proposal was asked for
+
+
+def test_every_golden_file_is_played() -> None:
+    assert sorted(path.stem for path in FOLDER.glob("*.json")) == sorted(NAMES)
+
+
+def test_node_by_node_is_what_the_formula_says() -> None:
+    """Which thought each simulation goes to.
+
+    1, 2: a and b in an order that is drawn, for neither has a visit. Then Q of a is 1 and of b 0, c is 2:
+    3: ln 2 = 0.6931, both N 1, the same bonus: a by its Q.
+    4: ln 3 = 1.0986.  a, N 2: 1 + 2 sqrt(0.5493) = 2.4823;  b, N 1: 2 sqrt(1.0986) = 2.0963.  a.
+    5: ln 4 = 1.3863.  a, N 3: 1 + 2 sqrt(0.4621) = 2.3596;  b, N 1: 2 sqrt(1.3863) = 2.3548.  a, its last answer.
+    6: a has no answer left to judge, so b, though there is no hope in it.
+    """
+    tree, _ = play(load("node_by_node"))
+    texts = {n: tree.nodes[n].text for n in tree.children(0)}
+    order = [texts[tree.nodes[n].parent] for n in tree.answers()]
+    a, b = "<thinking>a</thinking>", "<thinking>b</thinking>"
+    assert sorted(order[:2]) == [a, b]
+    assert order[2:] == [a, a, a, b]
+    by_text = {node.text: node for node in tree.nodes}
+    assert (by_text[a].visits, by_text[a].total) == (4, 4.0)
+    assert (by_text[b].visits, by_text[b].total) == (2, 0.0)
+    assert (tree.nodes[0].visits, tree.nodes[0].total) == (6, 4.0)
+
+
+def test_chain_with_duplicates_by_hand() -> None:
+    """There is never more than one child to choose, so nothing is drawn.
+
+    1, 2: the prompt may be drawn from twice. Both chains begin with a: one node, 2 samples; answers 1 and 0.
+    Now a may have (1 + 1) * 2 = 4 children, and 2 are drawn. 3: answer 1 once more: the same node, 2 samples, backed up
+    a second time, judged once. 4: b and its answer 1; a is used up. 5: b may have 2 children and has 1: its answer 0.
+    Then all is used up. Visits of a: 5, rewards 1 + 0 + 1 + 1 + 0 = 3; of b: 2 and 1.
+    """
+    tree, _ = play(load("chain_duplicates"))
+    found = [(node.text, node.samples, node.visits, node.total) for node in tree.nodes[1:]]
+    assert found == [
+        ("<thinking>a</thinking>", 2, 5, 3.0),
+        ("<answer>1</answer>", 2, 2, 2.0),
+        ("<answer>0</answer>", 1, 1, 0.0),
+        ("<thinking>b</thinking>", 1, 2, 1.0),
+        ("<answer>1</answer>", 1, 1, 1.0),
+        ("<answer>0</answer>", 1, 1, 0.0),
+    ]
+    assert (tree.stop, tree.simulations, tree.calls, dict(tree.counts)) == ("exhausted", 5, 5, {"duplicates": 2})
+
+
+def test_backtracking_by_hand() -> None:
+    """Simulation 1 ends at the wrong answer below thought a, so 2 begins with a reflection there; thought b after it is
+    wrong too, and the nearest thought is now b: 3 begins with a reflection below b, and ends right."""
+    tree, _ = play(load("backtracking"))
+    reflections = [node for node in tree.nodes if node.backtrack]
+    assert [(node.type, tree.nodes[node.parent].text) for node in reflections] == [
+        ("reflection", "<thinking>a</thinking>"),
+        ("reflection", "<thinking>b</thinking>"),
+    ]
+    assert [tree.nodes[n].verdict.reward for n in tree.answers()] == [0.0, 0.0, 1.0]
+    assert (tree.simulations, tree.nodes[0].visits, tree.nodes[0].total) == (3, 3, 1.0)
+    # 7 nodes are written, 2 are fixed.
+    assert (tree.calls, len(tree.nodes), dict(tree.counts)) == (7, 10, {"backtracks": 2})
+
+
+if __name__ == "__main__":
+    print(json.dumps(plain(play(load(sys.argv[1]))[0]), indent=2))
