@@ -121,7 +121,7 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
 def _show_plan(
     config: Config, title: str, needs: list[resources.Need], beside: Sequence[ModelEngines], ranks: int
 ) -> None:
-    others = [f"{engines.actors.count} {engines.writer} engines" for engines in beside]
+    others = [f"{engines.actors.count} of search.{engines.writer}" for engines in beside]
     parts = [f"{config.actors.count} actors", *others, *([f"{ranks} learner ranks"] if ranks else [])]
     table = Table(title=f"{title}: {', '.join(parts)}")
     for column in ("phase", "needs", "amount", "this machine"):

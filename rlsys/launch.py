@@ -52,6 +52,8 @@ Measure = Callable[[RayRolloutPool, list[Prompt], Config], Awaitable[dict[str, A
 Grow = Callable[[RayRolloutPool, StopSignals], Awaitable[None]]
 FIRST_SIGNAL = "{}: stopping after what is under way, and saving; once more to abort"
 ABORTED = " for the second time; training since the last checkpoint is lost"
+# Calls of one actor under way. At Ray's own limit, 1000, questions for the usage would wait behind trees.
+MAX_CALLS = 10_000
 TREES_KEPT = "; finished trees are kept, the same command continues"
 AFTER_THE_END = " while the processes of the complete run were ending; nothing is lost"
 
@@ -252,7 +254,7 @@ async def rollout_pool(
             **(_search_settings(config, searching, beside) if searching else {}),
         )
         options = cluster.options(number, config.actors.tensor_parallel_size, environment)
-        handles.append(ray.remote(RolloutActor).options(**options).remote(settings))
+        handles.append(_start(RolloutActor, options, settings))
     pool = RayRolloutPool(handles, config, searching.writer if searching else "policy", beside)
     try:
         await pool.start()
@@ -261,6 +263,11 @@ async def rollout_pool(
         task = asyncio.current_task()
         if task is None or not task.cancelling():  # aborted: the processes are killed at once
             await pool.close()
+
+
+def _start(kind: type, options: Mapping[str, Any], settings: Any) -> Any:
+    """An actor that takes calls while others are under way."""
+    return ray.remote(kind).options(**options, max_concurrency=MAX_CALLS).remote(settings)
 
 
 def _search_settings(config: Config, searching: Searching, beside: Mapping[Writer, Sequence[Any]]) -> dict[str, Any]:
@@ -291,7 +298,7 @@ def model_handles(cluster: Cluster, beside: Sequence[ModelEngines]) -> dict[Writ
                 log_file=str(cluster.run_dir / "logs" / f"{engines.writer}-{number}.log"),
             )
             options = cluster.options(bundle, engines.actors.tensor_parallel_size, environment)
-            handles.setdefault(engines.writer, []).append(ray.remote(ModelActor).options(**options).remote(settings))
+            handles.setdefault(engines.writer, []).append(_start(ModelActor, options, settings))
             bundle += 1
     return handles
 

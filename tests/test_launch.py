@@ -54,7 +54,7 @@ class Cluster:
             return f"{kind.__name__} in {bundle}"
 
         return SimpleNamespace(
-            options=lambda bundle: SimpleNamespace(remote=lambda settings, *_: start(bundle, settings))
+            options=lambda bundle, **_: SimpleNamespace(remote=lambda settings, *_: start(bundle, settings))
         )
 
 

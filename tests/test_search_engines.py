@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from rlsys import cli
 from rlsys.config import Config
 from rlsys.config_file import parse_config
 from rlsys.errors import ConfigError
@@ -78,3 +79,12 @@ def test_a_folder_that_is_no_model_names_its_field(tmp_path: Path) -> None:
 
 def test_without_models_there_are_no_engines() -> None:
     assert search_engines(config()) == {}
+
+
+def test_the_plan_shows_the_engines_and_their_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    sections = {"search": {"reviewer": {**LARGE, "tensor_parallel_size": 2}}, "run": {"dir": "d", "device": "cuda"}}
+    found = config(actors={"count": 4}, **sections)
+    cli._show_plan(found, "resource plan", [], list(engines(found).values()), ranks=1)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "resource plan: 4 actors, 3 of search.reviewer, 1 learner ranks" in shown
+    assert "│ all │ GPUs │ 11 │" in shown  # 4 + 3 * 2 + 1
