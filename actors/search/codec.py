@@ -11,6 +11,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -81,6 +82,8 @@ class TagCodec:
         self._tag = re.compile("</?(?:" + "|".join(map(re.escape, tags)) + ")>")
         self._anchor: list[int] = []
         self._anchor_text = ""
+        # Tags and prefixes come again at every node; encoding them anew took a third of the search's own time.
+        self._encoded = lru_cache(maxsize=4096)(self._encode)
         self._check(tags)
         added = tokenizer.get_added_vocab()
         strings = [string for tag in tags for string in (f"<{tag}>", f"</{tag}>")]
@@ -93,8 +96,11 @@ class TagCodec:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text inside a chain; no special tokens are added."""
+        return list(self._encoded(text))
+
+    def _encode(self, text: str) -> tuple[int, ...]:
         given = self._anchor_text + text
-        return list(self._tokenizer(given, add_special_tokens=False, verbose=False)["input_ids"])[len(self._anchor) :]
+        return tuple(self._tokenizer(given, add_special_tokens=False, verbose=False)["input_ids"][len(self._anchor) :])
 
     def decode(self, token_ids: Sequence[int] | Int32Array) -> str:
         """Exact text of tokens inside a chain, special tokens included but for end tokens."""
@@ -189,6 +195,7 @@ class TagCodec:
         end = self._tokenizer.convert_ids_to_tokens(self.end_token_id)
         if self._tokenizer(end, add_special_tokens=False)["input_ids"] == [self.end_token_id]:
             self._anchor, self._anchor_text = [self.end_token_id], end
+            self._encoded.cache_clear()
             if not any(self._lost(tag) for tag in tags):
                 return
         tag, found = next((tag, found) for tag, found in zip(tags, lost, strict=True) if found)
