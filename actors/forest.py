@@ -11,17 +11,18 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from actors.engine import Completion, CompletionRequest
 from actors.sampling import sample_seed
-from actors.search.calls import Ask, Codec, Judge, SearchWriter
-from actors.search.mcts import TreeSearch
+from actors.search.calls import Codec, Judge, SearchWriter
+from actors.search.mcts import Request, TreeSearch
 from actors.writers import WriterEngine
-from rlsys.errors import RlsysError, RolloutError
+from rlsys.errors import RolloutError
 from rlsys.patterns import Pattern
 from rlsys.search_config import SearchConfig
 from rlsys.trees import Tree, TreeFailure, Writer
@@ -135,11 +136,21 @@ class Forest:
     def _admit(self) -> None:
         while self._waiting and self._in_flight < self._settings.in_flight:
             growing = self._waiting.popleft()
-            started = time.thread_time()
-            requests = growing.search.start()
-            self.search_s += time.thread_time() - started
-            self._send([(growing, request) for request in requests])
+            self._send(self._advance(growing, growing.search.start))
             self._settle(growing)
+
+    def _advance(self, growing: _Growing, step: Callable[[], list[Request]]) -> list[tuple[_Growing, Request]]:
+        """Move a tree on, unless nobody waits for it any more."""
+        if growing.result.done():
+            return []
+        started = time.thread_time()
+        try:
+            return [(growing, request) for request in step()]
+        except Exception as error:  # noqa: BLE001 - for whoever waits for the tree; the event loop would only log it
+            self._fail(growing, error)
+            return []
+        finally:
+            self.search_s += time.thread_time() - started
 
     def _settle(self, growing: _Growing) -> None:
         """Hand a finished tree over."""
@@ -152,13 +163,14 @@ class Forest:
             reason = f"no node fits after the prompt ({', '.join(tree.counts) or 'the table allows none'})"
             growing.result.set_result(_failure(growing.prompt, reason))
 
-    def _send(self, requests: Sequence[tuple[_Growing, Ask | Judge]]) -> None:
+    def _send(self, requests: Sequence[tuple[_Growing, Request]]) -> None:
         """Give requests to the engines, all of one engine in one go, and chains to the verifiers."""
         batches: dict[tuple[Writer, int], tuple[list[CompletionRequest], list[tuple[_Growing, int, int]]]] = {}
-        chains = []
         for growing, request in requests:
             if isinstance(request, Judge):
-                chains.append((growing, request))
+                task = self._loop.create_task(self._verify(growing, request))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
                 continue
             growing.answers[request.number] = [None] * len(request.calls)
             for slot, call in enumerate(request.calls):
@@ -177,13 +189,15 @@ class Forest:
                 )
                 batch[1].append((growing, request.number, slot))
         for (name, affinity), (calls, places) in batches.items():
-            self._in_flight += len(calls)
-            for place, future in zip(places, self._writers[name].engine.submit(calls, affinity), strict=True):
+            try:
+                futures = self._writers[name].engine.submit(calls, affinity)
+            except Exception as error:  # noqa: BLE001 - for whoever waits for these trees, as above
+                for growing, _, _ in places:
+                    self._fail(growing, error)
+                continue
+            self._in_flight += len(futures)
+            for place, future in zip(places, futures, strict=True):
                 future.add_done_callback(_Arrived(self, place))
-        if chains:
-            task = self._loop.create_task(self._verify(chains))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
 
     def arrived(self, growing: _Growing, number: int, slot: int, future: Future[Completion]) -> None:
         """Called on the engine's thread."""
@@ -210,29 +224,22 @@ class Forest:
         self._deliver(complete)
 
     def _deliver(self, answers: Sequence[tuple[_Growing, int, Any]]) -> None:
-        requests: list[tuple[_Growing, Ask | Judge]] = []
-        started = time.thread_time()
+        requests: list[tuple[_Growing, Request]] = []
         for growing, number, answer in answers:
-            if not growing.result.done():
-                requests += [(growing, request) for request in growing.search.deliver(number, answer)]
-        self.search_s += time.thread_time() - started
+            requests += self._advance(growing, partial(growing.search.deliver, number, answer))
         self._send(requests)
         for growing, _, _ in answers:
             self._settle(growing)
         self._admit()
 
-    async def _verify(self, chains: Sequence[tuple[_Growing, Judge]]) -> None:
+    async def _verify(self, growing: _Growing, judge: Judge) -> None:
+        """Judge one chain; of several in one go each would wait for the slowest."""
         try:
-            verdicts = await self._rewards.verify(
-                [(growing.prompt.answer, judge.completion) for growing, judge in chains]
-            )
-        except RlsysError as error:
-            for growing, _ in chains:
-                self._fail(growing, error)
-            return
-        self._deliver(
-            [(growing, judge.number, verdict) for (growing, judge), verdict in zip(chains, verdicts, strict=True)]
-        )
+            [verdict] = await self._rewards.verify([(growing.prompt.answer, judge.completion)])
+        except Exception as error:  # noqa: BLE001 - for whoever waits for this tree, as above
+            self._fail(growing, error)
+        else:
+            self._deliver([(growing, judge.number, verdict)])
 
     def _fail(self, growing: _Growing, error: BaseException) -> None:
         """A refused request costs its tree; a broken engine is everybody's error."""
