@@ -29,7 +29,7 @@ HEAVY = {
     "learners.deepspeed_engine",
     "learners.learner_actor",
 }
-# Coordination handles numpy arrays and handles of tensors, never tensors.
+# Coordination handles numpy arrays and handles of tensors, never tensors; the search handles token ids.
 WITHOUT_TORCH = (
     "rlsys.types",
     "rlsys.errors",
@@ -40,6 +40,14 @@ WITHOUT_TORCH = (
     "rlsys.weights",
     "rlsys.controller",
     "rlsys.tasks",
+    "rlsys.patterns",
+    "rlsys.trees",
+    "rlsys.tree_file",
+    "rlsys.tree_store",
+    "actors.search.mcts",
+    "actors.search.extract",
+    "actors.search.group",
+    "actors.forest",
 )
 # argv: JSON lists of the modules to import and the names to look for; prints {module: [names it brought]}.
 PROBE = """
