@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import re
 import zlib
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -174,6 +175,28 @@ class World:
         return "".join(parts).removeprefix(said[marks[-1].end() if marks else 0 :].strip())
 
 
+class Script:
+    """A world that says what it is told to: for the text that a writer continues, what it says there, call by call.
+
+    An answer with a 1 in it is right, with a 0 wrong; e is an error of the verifier, t a timeout.
+    """
+
+    def __init__(self, pattern: Pattern, proposals: Mapping[str, Sequence[str]]) -> None:
+        self.pattern = pattern
+        self.left = {said: deque(texts) for said, texts in proposals.items()}
+
+    def complete(self, call: Call, found: SearchWriter) -> Completion:
+        said = found.codec.decode(call.token_ids[len(found.prompt_ids) :])
+        return spoken(call, found.codec, self.left[said].popleft())
+
+    def judge(self, chain: str) -> Verdict:
+        text = MARK.split(chain)[-4]  # in front of the last closing tag, which is split in three
+        for letter, outcome in (("e", "error"), ("t", "timeout")):
+            if letter in text:
+                return Verdict(outcome=outcome, reward=0.0, answered=False)
+        return Verdict(outcome="ok" if "1" in text else "wrong", reward=float("1" in text), answered=True)
+
+
 def spoken(call: Call, codec: TagCodec, text: str) -> Completion:
     """A completion that says a text and then ends, cut where an engine would stop."""
     said: list[int] = []
@@ -208,7 +231,7 @@ class Grown:
 
 
 def grow(
-    world: World,
+    world: World | Script,
     config: SearchConfig,
     *,
     arrivals: random.Random | None = None,

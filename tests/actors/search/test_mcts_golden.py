@@ -1,51 +1,30 @@
 """Whole trees for scripted proposals, as JSON in the folder `golden`.
 
-`proposals` says, for the text that a writer continues, what it says there, first call first. An answer with a 1 in it
-is right. Nothing writes `expected` by itself. Where a tree is meant to change,
-`PYTHONPATH=.:tests python tests/actors/search/test_mcts_golden.py NAME` prints what the search makes of a case now; check
-it against the derivations below, change those, and put it under `expected` by hand.
+`proposals` are those of `search_world.Script`. Nothing writes `expected` by itself. Where a tree is meant to change,
+`PYTHONPATH=.:tests python tests/actors/search/test_mcts_golden.py NAME` prints what the search makes of a case now;
+check it against the derivations below, change those, and put it under `expected` by hand.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections import deque
 from pathlib import Path
 from typing import Any
 
 import pytest
-from search_world import MARK, grow, spoken, table
+from search_world import Script, grow, table
 
-from actors.engine import Completion
-from actors.search.calls import Call, SearchWriter
 from rlsys.search_config import NodeTypeConfig, SearchConfig
 from rlsys.trees import ThoughtNode, Tree
-from rlsys.types import Verdict
 
 FOLDER = Path(__file__).parent / "golden"
 NAMES = ("node_by_node", "chain_duplicates", "backtracking")
 
 
-class Script:
-    """A world that says what a golden case tells it to."""
-
-    def __init__(self, case: dict[str, Any]) -> None:
-        wait = NodeTypeConfig(tag="reflection", prefixes=("wait",), writer="nobody")
-        self.pattern = table(case["children"], case["after_wrong"], {"reflection": wait})
-        self.left = {said: deque(texts) for said, texts in case["proposals"].items()}
-
-    def complete(self, call: Call, writer: SearchWriter) -> Completion:
-        said = writer.codec.decode(call.token_ids[len(writer.prompt_ids) :])
-        return spoken(call, writer.codec, self.left[said].popleft())
-
-    def judge(self, chain: str) -> Verdict:
-        right = "1" in MARK.split(chain)[-4]  # in front of the last closing tag, which is split in three
-        return Verdict(outcome="ok" if right else "wrong", reward=float(right), answered=True)
-
-
 def play(case: dict[str, Any]) -> tuple[Tree, Script]:
-    script = Script(case)
+    wait = NodeTypeConfig(tag="reflection", prefixes=("wait",), writer="nobody")
+    script = Script(table(case["children"], case["after_wrong"], {"reflection": wait}), case["proposals"])
     return grow(script, SearchConfig.model_validate(case["config"])).tree, script
 
 
