@@ -7,7 +7,7 @@ All of it is deterministic, so every rank computes the same plan and takes its o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -99,25 +99,30 @@ def _sampled_rows(group: TrajectoryGroup, use_std: bool) -> list[Row]:
 
 
 def _searched_rows(group: TrajectoryGroup, use_std: bool) -> list[Row]:
-    """Every thought node is trained once, with its own advantage.
+    """Every thought node is trained once, with its own advantage, as often as it was drawn.
 
     The first judged trajectory that holds a node trains it; in later ones it is context only. Tokens of no node, and
     those that the policy did not choose, are not trained. A trajectory in which nothing is left to train gives no row.
+
+    A node that was drawn s times stands for s samples of the policy, so its advantage is multiplied by s, over the
+    mean of s over all trained tokens of the group: the tokens of a group keep their weight beside other groups.
     """
     advantages = tree_advantages(group.trajectories, use_std=use_std)
     trained: set[int] = set()
-    rows = []
+    rows: list[Row] = []
+    draws: list[Float32Array] = []
     for trajectory in group.trajectories:
         if not trajectory.judged:
             continue
         loss_mask = np.zeros(len(trajectory.token_ids), dtype=np.bool_)
-        per_token = np.zeros(len(trajectory.token_ids), dtype=np.float32)
+        per_token, drawn = np.zeros((2, len(trajectory.token_ids)), dtype=np.float32)
         for step in trajectory.steps:
             if step.node not in trained:
                 trained.add(step.node)
                 tokens = slice(step.start, step.stop)
                 loss_mask[tokens] = trajectory.loss_mask[tokens]
-                per_token[tokens] = advantages[step.node]
+                per_token[tokens] = advantages[step.node] * step.samples
+                drawn[tokens] = step.samples
         row = Row(
             token_ids=trajectory.token_ids,
             loss_mask=loss_mask,
@@ -126,7 +131,9 @@ def _searched_rows(group: TrajectoryGroup, use_std: bool) -> list[Row]:
         )
         if row.loss_tokens:
             rows.append(row)
-    return rows
+            draws.append(drawn[1:][loss_mask[1:]])
+    mean = np.concatenate(draws).mean(dtype=np.float64) if draws else 1.0
+    return [replace(row, advantages=(row.advantages / mean).astype(np.float32)) for row in rows]
 
 
 def rows_from_demonstrations(demonstrations: Sequence[Demonstration]) -> list[Row]:

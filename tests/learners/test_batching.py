@@ -180,6 +180,19 @@ def test_searched_rows_by_hand():
     assert rows[1].behavior_logprobs.tolist() == [0, 0, -10, -11, -30, -31]
 
 
+def test_a_node_drawn_three_times_weighs_three_times_as_much_within_its_group():
+    # V(1) = 1, V(2) = 0, drawn 3 times and once: V(0) = 3/4, A(1) = 1/4, A(2) = -3/4. Two trained tokens each, so the
+    # mean of the draws is (3 + 3 + 1 + 1) / 4 = 2: the weights are 3/2 and 1/2, and 3/8 - 3/8 = 0 as for four samples.
+    group = make_searched(([1], "ok", 1.0), ([2], "wrong", 0.0), samples={1: 3})
+    (rows,) = rows_from_groups([group], use_std=False)
+    assert trained(rows) == [(10, 0.375), (11, 0.375), (20, -0.375), (21, -0.375)]
+    # Of the group of four samples that it stands for, the weights sum to the number of tokens all the same.
+    (same,) = rows_from_groups(
+        [make_searched(([1], "ok", 1.0), ([2], "wrong", 0.0), samples={1: 6, 2: 2})], use_std=False
+    )
+    assert trained(same) == trained(rows)
+
+
 def test_a_searched_row_in_which_nothing_is_left_to_train_is_dropped():
     # The second trajectory ends in a node that the first goes on from; the third was never judged, nor is its node.
     group = make_searched(([1, 2], "ok", 1.0), ([1], "wrong", 0.0), ([3], "error", math.nan))
