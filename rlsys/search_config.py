@@ -133,8 +133,9 @@ class SearchConfig(Section):
     it into nodes at the tags."""
     selection: SelectionConfig = UcbConfig()
     """Which node a simulation expands."""
-    parallel_simulations: int = Field(default=4, ge=1)
-    """Simulations of one tree that are under way at once (WU-UCT)."""
+    parallel_simulations: int = Field(default=8, ge=1)
+    """Simulations of one tree that are under way at once (WU-UCT). More fill the engines, fewer see more results before
+    they choose; a quarter of stop.simulations is a good bound."""
     backtracking: bool = True
     """Follow the tables' after_wrong."""
     temperature: float | None = Field(default=None, gt=0, le=5)
