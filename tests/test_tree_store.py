@@ -128,7 +128,7 @@ STEPS = ("replace", "unlink", "rmdir", "mkdir", "fsync")
 
 @pytest.fixture
 def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
-    """A function that lets the process die just before the n-th change of the disk from now on."""
+    """A function that lets the process die just before the n-th change of the disk from now on, or half-way in it."""
     left: list[int | None] = [None]
 
     def watched(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,6 +141,14 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
 
         return call
 
+    def half_written(path: Path, text: str, **keywords: Any) -> int:
+        if left[0] == 0:
+            real_write(path, text[: len(text) // 2], **keywords)
+            raise Killed
+        return watched(real_write)(path, text, **keywords)
+
+    real_write = Path.write_text
+    monkeypatch.setattr(Path, "write_text", half_written)
     for name in STEPS:
         monkeypatch.setattr(os, name, watched(getattr(os, name)))
 
@@ -175,7 +183,7 @@ def test_a_kill_at_any_step_changes_nothing(tmp_path: Path, kill_at: Callable[[i
         assert [each.prompt_id for each in again.trees()] == [f"p{number}" for number in sorted(found)]
         grow(run_dir, 9)
         assert files(run_dir) == expected
-    assert step >= 3 * (9 - before)  # a tree takes at least one rename and two syncs
+    assert step >= 4 * (9 - before)  # a tree takes at least one write, one rename and two syncs
 
 
 def test_a_kill_between_a_shard_and_its_clearing_up_is_healed_by_opening(
