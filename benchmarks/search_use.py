@@ -222,8 +222,8 @@ def main() -> int:
     print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
     if arguments.write:
         config = config_of(policy, *next(iter(ARMS.values())))
-        PAGE.write_text(page(figures, config, arguments.seeds, arguments.prompts), encoding="utf-8")
         plot(solved)
+        PAGE.write_text(page(figures, config, arguments.seeds, arguments.prompts), encoding="utf-8")
     return 0
 
 

@@ -140,27 +140,24 @@ def _by_number(found: Mapping[int, Comparison]) -> dict[str, Any]:
 
 def show_search(found: Mapping[str, Any], problems: int, console: Console) -> None:
     """Print the figures of `search_and_sample` as tables."""
-    for name, of, ended in (
-        ("at_equal_answers", "answers", "searches with fewer, unsolved"),
-        ("at_equal_tokens", "tokens", "searches ended before, unsolved"),
-    ):
+    for name, of in (("at_equal_answers", "answers"), ("at_equal_tokens", "tokens")):
         table = Table(title=f"solved at least once in as many {of}, {problems} problems (95 % intervals)")
-        for column in (of, "search", "samples", "difference", ended):
+        for column in (of, "search", "samples", "difference", "ended"):
             table.add_column(column)
         for number, row in found[name].items():
             cells = [_interval(row["search"]), _interval(row["samples"]), _interval(row["difference"], sign="+")]
             table.add_row(number, *cells, f"{row['ended']:.3f}")
         console.print(table)
     tokens = found["tokens_per_problem"]
-    console.print(
-        f"generated tokens per problem: search {tokens['search']:.0f}, {found['answers']} samples "
-        f"{tokens['samples']:.0f}"
-    )
+    lines = [
+        "ended: share of the searches that came to their end with less, and unsolved",
+        f"generated tokens per problem: search {tokens['search']:.0f}, "
+        f"{found['answers']} samples {tokens['samples']:.0f}",
+    ]
     if found["failed_trees"]:
-        console.print(
-            f"{found['failed_trees']} trees failed and count as unsolved; the first: {found['first_failure']}",
-            markup=False,
-        )
+        lines.append(f"{found['failed_trees']} trees failed and count as unsolved; the first: {found['first_failure']}")
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
 
 
 def _interval(estimate: Mapping[str, float], sign: str = "") -> str:
