@@ -243,7 +243,8 @@ def grow(
     """Search to the end.
 
     Args:
-        arrivals: draws the order in which answers come; None for the order of the requests.
+        arrivals: draws the order in which answers come; None for the order in which they are applied: verdicts first,
+            otherwise as asked.
     """
     writers = writers or {"policy": writer()}
     search = TreeSearch(prompt(prompt_id), world.pattern, config, writers, max_chain_tokens=max_chain_tokens, seed=seed)
@@ -251,7 +252,8 @@ def grow(
     waiting, most = search.start(), 0
     events += waiting
     while waiting:
-        request = waiting.pop(arrivals.randrange(len(waiting)) if arrivals else 0)
+        first = next((n for n, request in enumerate(waiting) if isinstance(request, Judge)), 0)
+        request = waiting.pop(arrivals.randrange(len(waiting)) if arrivals else first)
         answer: Sequence[Completion] | Verdict
         if isinstance(request, Ask):
             answer = [world.complete(call, writers[call.writer]) for call in request.calls]

@@ -194,7 +194,7 @@ def check_verdicts(grown: Grown, world: World) -> None:
 
 
 def check_stop(grown: Grown, config: SearchConfig) -> None:
-    """After the answer that reaches a threshold no writer is asked any more. Answers came in the order asked."""
+    """After the answer that reaches a threshold no writer is asked any more. Every answer was applied as it came."""
     stop, tree, search = config.stop, grown.tree, grown.search
     assert tree.simulations <= stop.simulations
     assert grown.most_running <= config.parallel_simulations

@@ -7,10 +7,24 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from search_world import BARE, Grown, Script, World, codec, grow, shipped, table, token_logprob, token_version, writer
+from search_world import (
+    BARE,
+    Grown,
+    Script,
+    World,
+    codec,
+    grow,
+    prompt,
+    shipped,
+    table,
+    token_logprob,
+    token_version,
+    writer,
+)
 
 from actors.search.calls import Ask, Judge
 from actors.search.expansion import Expander
+from actors.search.mcts import TreeSearch
 from actors.search.tree import GrowingTree, NewNode
 from rlsys.search_config import CorrectRule, SearchConfig, StopConfig
 from rlsys.tree_file import parse_line, tree_line
@@ -232,6 +246,41 @@ def test_simulations_are_counted_with_those_that_end_in_a_defect() -> None:
         4,
         {"duplicates": 3, "malformed": 1},
     )
+
+
+# --- the order in which answers are applied ---
+
+
+def test_a_verdict_does_not_wait_for_the_chains_asked_for_before_it() -> None:
+    """Two chains are out. The first is answered and judged: the third is asked for while the second is still out. Its
+    answer has to wait for the second."""
+    world = script(
+        {"start": {"thinking": 9}, "thinking": {"answer": 1}},
+        {"": [f"<thinking>{letter}</thinking><answer>1</answer>" for letter in ("a", "b", "aa")]},
+    )
+    found = TreeSearch(
+        prompt(),
+        world.pattern,
+        config(expansion="chain", parallel_simulations=2, stop={"simulations": 3}),
+        {"policy": writer()},
+        max_chain_tokens=99,
+        seed=0,
+    )
+
+    def drawn(ask: Any) -> list[Any]:
+        return [world.complete(call, writer()) for call in ask.calls]
+
+    first, second = found.start()
+    ahead, behind = drawn(first), drawn(second)
+    [judge] = found.deliver(first.number, ahead)
+    [third] = found.deliver(judge.number, world.judge(judge.completion))
+    assert isinstance(third, Ask)
+    assert found.deliver(third.number, drawn(third)) == []
+    [judge] = found.deliver(second.number, behind)
+    [last] = found.deliver(judge.number, world.judge(judge.completion))
+    assert found.deliver(last.number, world.judge(last.completion)) == []
+    thoughts = ["<thinking>a</thinking>", "<thinking>b</thinking>", "<thinking>aa</thinking>"]
+    assert [node.text for node in found.tree().nodes if node.type == "thinking"] == thoughts
 
 
 # --- verdicts that are none ---
