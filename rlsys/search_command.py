@@ -152,10 +152,10 @@ class Search:
         queues = [deque(number for number in missing if number % pool.count == actor) for actor in range(pool.count)]
         display.begin(len(self._prompts), len(self._prompts) - len(missing))
         await pool.search_usage()  # the time before the first tree counts for nobody
-        started = time.perf_counter()
+        started, grown = time.perf_counter(), asyncio.Event()
         try:
             async with asyncio.TaskGroup() as group:
-                watch = group.create_task(self._watch(pool, display))
+                group.create_task(self._watch(pool, display, grown))
                 await asyncio.gather(
                     *(
                         group.create_task(self._grow(pool, actor, queue, display))
@@ -163,11 +163,10 @@ class Search:
                         for _ in range(min(self._ahead, len(queue)))
                     )
                 )
-                watch.cancel()
+                grown.set()
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         self.wall_s = time.perf_counter() - started
-        self.engines.add(await pool.search_usage())
         if self.missing():
             done = len(self._prompts) - len(self.missing())
             raise InterruptedRunError(
@@ -185,9 +184,11 @@ class Search:
             solved = self.trees.solved_fraction
             display.step({"failed": self.trees.failed} | ({} if solved is None else {"solved": solved}))
 
-    async def _watch(self, pool: SearchPool, display: SearchDisplay) -> None:
-        while True:
-            await asyncio.sleep(USAGE_INTERVAL_S)
+    async def _watch(self, pool: SearchPool, display: SearchDisplay, grown: asyncio.Event) -> None:
+        """Ask for the usage now and then, and once when all is grown."""
+        while not grown.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(grown.wait(), USAGE_INTERVAL_S)
             usages = await pool.search_usage()
             self.engines.add(usages)
             wall_s, hits = max((usage.wall_s for usage in usages), default=0.0), prefix_hit_rate(usages)
