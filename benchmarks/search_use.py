@@ -166,17 +166,21 @@ def _interval(found: Estimate, sign: str = "") -> str:
 def page(figures: str, config: Config, seeds: int, prompts: int) -> str:
     """What was measured, and how."""
     settings = sampling_of(config)
+    paragraph = (
+        "The policy is the warm start of `configs/quickstart.yaml`, the search is the section `search` of "
+        "`configs/search_letter_count.yaml` with other stop rules: a search ends at its first right answer or at the "
+        "largest budget, and so do independent samples of the policy, which are taken in their order. Temperature "
+        f"{settings.temperature:g} and top_p {settings.top_p:g} for both; a chain has at most {settings.max_tokens} "
+        f"tokens. Each of {seeds} seeds draws {prompts} held-out problems, and its own tokens for them; the policy is "
+        "the same. All tokens that were generated for a prompt before its answer count, those of discarded branches "
+        "and duplicates too, in the order in which the search asked for them; opening tags and prefixes that the "
+        "search puts there itself, and prompts, do not."
+    )
     return f"""# Solved fraction against generated tokens
 
 As measured by `python benchmarks/search_use.py --prompts {prompts} --seeds {seeds} --write`.
 
-The policy is the warm start of `configs/quickstart.yaml`, the search is the section `search` of
-`configs/search_letter_count.yaml` with other stop rules: a search ends at its first right answer or at the largest
-budget, and so do independent samples of the policy, which are taken in their order. Temperature
-{settings.temperature:g} and top_p {settings.top_p:g} for both; a chain has at most {settings.max_tokens} tokens. Each
-of {seeds} seeds draws {prompts} held-out problems, and its own tokens for them; the policy is the same. All tokens that
-were generated for a prompt count, those of discarded branches and duplicates too; opening tags and prefixes that the
-search puts there itself, and prompts, do not.
+{paragraph}
 
 ![solved fraction against generated tokens]({PICTURE.name})
 

@@ -1,8 +1,9 @@
 """Search against independent samples at inference: solved at least once, by answers and by generated tokens.
 
 A prompt counts as solved from its first right answer on. Only generated tokens are counted: of a tree all of them,
-whatever became of them (discarded branches, merged duplicates, another model's nodes); of samples all of theirs, in
-the order of the samples. What a search puts into a chain itself, and prompts, are not generated.
+whatever became of them (discarded branches, merged duplicates, another model's nodes), in the order in which it asked
+for them; of samples all of theirs, in the order of the samples. What is under way beside an answer counts after it in
+both. What a search puts into a chain itself, and prompts, are not generated.
 """
 
 from __future__ import annotations
