@@ -95,7 +95,6 @@ class TreeSearch:
         self._jobs: deque[_Job] = deque()
         self._verdicts: deque[_Job] = deque()
         self._answers: dict[int, Sequence[Drawn] | Verdict] = {}
-        self._judging: dict[Node, _Job] = {}
         self._expansions: dict[Node, _Job] = {}
         self._backtracks: deque[tuple[Node, str]] = deque()
         self._requests: list[Request] = []
@@ -268,16 +267,17 @@ class TreeSearch:
             self._apply_single(job, ())
 
     def _judge(self, node: Node, simulation: _Simulation) -> None:
-        """Back up the verdict of a whole chain; ask for it where there is none yet."""
+        """Back up the verdict of a whole chain; ask for it where there is none yet.
+
+        No other simulation comes here meanwhile: none goes to a node that waits, and no completion is applied.
+        """
         if node.verdict is not None:
             self._end(simulation, node.verdict)
-        elif node in self._judging:
-            self._judging[node].simulations.append(simulation)
-        else:
-            job = self._judging[node] = _Job(self._numbered, "verdict", node, [simulation])
-            node.waiting += 1
-            self._ask(job, Judge(job.number, "".join(step.text for step in node.path())))
-            self._tree.refresh(node)
+            return
+        job = _Job(self._numbered, "verdict", node, [simulation])
+        node.waiting += 1
+        self._ask(job, Judge(job.number, "".join(step.text for step in node.path())))
+        self._tree.refresh(node)
 
     def _job(
         self, kind: Literal["children", "single", "chain"], node: Node, simulation: _Simulation, plan: Plan
@@ -364,8 +364,7 @@ class TreeSearch:
             self._continue(simulation)
 
     def _apply_verdict(self, job: _Job, verdict: Verdict) -> None:
-        node = job.node
-        del self._judging[node]
+        node, [simulation] = job.node, job.simulations
         node.verdict, node.scored_tokens = verdict, self._tokens
         if verdict.outcome in ("ok", "wrong"):
             node.scored, self._scored = self._scored, self._scored + 1
@@ -376,8 +375,7 @@ class TreeSearch:
         elif verdict.outcome in ("ok", "wrong") and self._config.backtracking:
             self._plan_backtrack(node)
         self._returned(job)
-        for simulation in job.simulations:
-            self._end(simulation, verdict)
+        self._end(simulation, verdict)
 
     def _plan_backtrack(self, answer: Node) -> None:
         """Queue one child, of the type that the table names, for the nearest ancestor that has any such row."""
@@ -386,8 +384,7 @@ class TreeSearch:
             if node is answer or row is None:
                 continue
             name = next((name for name, most in row.items() if node.backtracks[name] < most), None)
-            has_room = self._tree.max_depth is None or node.depth + 1 < self._tree.max_depth
-            if name is not None and has_room:
+            if name is not None and self._tree.fits(node, name):
                 node.backtracks[name] += 1
                 node.waiting += 1
                 self._backtracks.append((node, name))

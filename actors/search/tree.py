@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
-from rlsys.patterns import Pattern
 
+from rlsys.patterns import Pattern
 from rlsys.search_config import START
 from rlsys.trees import Defect, ThoughtNode, Writer
 from rlsys.types import FinishReason, Verdict, VersionSpan
@@ -142,6 +142,7 @@ class GrowingTree:
         self.pattern = pattern
         self.chains = chains
         self.max_depth = max_depth
+        self._shortest = _shortest(pattern)
         self.root = Node(0, None, 0, START)
         self.nodes = [self.root]
         self.counts: Counter[str] = Counter()
@@ -181,14 +182,15 @@ class GrowingTree:
         return node
 
     def allowed(self, node: Node) -> dict[str, int]:
-        """Types that may follow a node and how many of each; at the depth limit only those that end the chain."""
-        room = None if self.max_depth is None else self.max_depth - node.depth
-        if node.defect or node.terminal or (room is not None and room < 1):
+        """Types that may follow a node and how many of each; near the depth limit only those that lead to an answer."""
+        if node.defect or node.terminal:
             return {}
         row = self.pattern.children.get(node.type, {})
-        if room == 1:
-            return {name: count for name, count in row.items() if self.pattern.types[name].terminal}
-        return dict(row)
+        return {name: count for name, count in row.items() if self.fits(node, name)}
+
+    def fits(self, node: Node, name: str) -> bool:
+        """Whether a chain that goes on with a type can come to an answer within the depth limit."""
+        return self.max_depth is None or node.depth + self._shortest[name] <= self.max_depth
 
     def has_capacity(self, node: Node) -> bool:
         """Whether more children may be asked of a node."""
@@ -215,3 +217,15 @@ class GrowingTree:
             return Status.OPEN
         best = min((child.status for child in node.children), default=Status.EXHAUSTED)
         return min(best, Status.BLOCKED) if node.waiting else best
+
+
+def _shortest(pattern: Pattern) -> dict[str, int]:
+    """Nodes of the shortest chain that begins with a type and ends with an answer."""
+    found = {name: 1 for name, node_type in pattern.types.items() if node_type.terminal}
+    length = 1
+    while length in found.values():
+        before, length = [name for name in found if found[name] == length], length + 1
+        for name, row in pattern.children.items():
+            if name not in found and any(child in before for child in row):
+                found[name] = length
+    return found

@@ -136,6 +136,46 @@ def test_a_loop_ends_at_the_depth_limit() -> None:
     assert (max(depths["thinking"]), sorted(depths["answer"]), tree.stop) == (3, [2, 3, 4], "exhausted")
 
 
+@pytest.mark.parametrize("expansion", ["node", "chain"])
+def test_nothing_is_asked_where_the_depth_limit_leaves_no_way_to_an_answer(expansion: str) -> None:
+    """A thought is followed by a thought or by a check, only a check by an answer. 4 nodes at most: the second thought
+    is the last one, the third place is a check's."""
+    children = {**ONE_THOUGHT, "thinking": {"thinking": 1, "double_check": 1}, "double_check": {"answer": 1}}
+    world = World(pattern=table(children), defects=0, failures=0)
+    grown = grow(world, config(expansion=expansion, max_depth=4, stop={"simulations": 200}))
+    tree = grown.tree
+    if expansion == "node":
+        found = sorted((len(tree.path(number)), node.type) for number, node in enumerate(tree.nodes))
+        assert found == [
+            (0, "start"),
+            (1, "thinking"),
+            (2, "double_check"),
+            (2, "thinking"),
+            (3, "answer"),
+            (3, "double_check"),
+            (4, "answer"),
+        ]
+    for call, _ in grown.calls:
+        said = codec().decode(call.token_ids[len(writer().prompt_ids) :])
+        assert said.count("</thinking>") + said.count("</double-check>") < 4
+        assert said.count("</thinking>") < 3
+
+
+def test_no_backtracking_where_the_depth_limit_leaves_no_way_to_an_answer() -> None:
+    """Behind the thought at place 1 a reclarification takes a thought and an answer: 4 nodes."""
+    children = {**ONE_THOUGHT, "thinking": {"answer": 1}, "reclarify": {"thinking": 1}}
+    said = {"<thinking>": ["a</thinking>"], f"{THINK}<answer>": ["0</answer>"]}
+    again = f"{THINK}<reclarify>b</reclarify>"
+    more = {
+        f"{THINK}<reclarify>": ["b</reclarify>"],
+        f"{again}<thinking>": ["b</thinking>"],
+        f"{again}<thinking>b</thinking><answer>": ["1</answer>"],
+    }
+    wrong = {"thinking": {"reclarify": 1}}
+    assert len(grow(script(children, said, wrong), config(max_depth=3)).tree.nodes) == 3
+    assert len(grow(script(children, {**said, **more}, wrong), config(max_depth=4)).tree.nodes) == 6
+
+
 def test_the_verifier_decides_on_the_whole_chain() -> None:
     world = script(
         {**ONE_THOUGHT, "thinking": {"answer": 2}},
