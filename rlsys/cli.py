@@ -142,7 +142,7 @@ def evaluate(
     config: Annotated[str | None, typer.Option(help="Config that tells the task; default: the run's.")] = None,
     output: Annotated[str | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
 ) -> None:
-    """Greedy and sampled accuracy, pass@k and no-answer rate on held-out problems, with intervals."""
+    """Greedy, sampled and searched accuracy, pass@k and no-answer rate on held-out problems, with intervals."""
     from rlsys import evaluate as evaluation
 
     chosen = evaluation.find_target(target, config, overrides or [])
