@@ -56,7 +56,7 @@ ABORTED = " for the second time; the trees under way are lost, the same command 
 AFTER_THE_END = " while the processes of the complete search were ending; nothing is lost"
 USAGE_INTERVAL_S = 5.0
 # Trees that an actor may hold, over those that keep its engine full: it starts on what waits without asking.
-AHEAD = 4
+AHEAD = 2
 MINIMUM_AHEAD = 8
 
 
