@@ -44,7 +44,7 @@ def serve_bare(pipe: Any, model: Path, config: ActorsConfig, log: Path) -> None:
     from actors.engine import _build, engine_environment
 
     os.environ.update(engine_environment(config, "cpu"))  # before vllm is imported
-    engine = _build(model, config, "cpu")
+    engine = _build(model, config, "cpu", stop_strings=False)
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

@@ -202,10 +202,11 @@ def main() -> int:
         f"search.stop.simulations={arguments.simulations}",
         f"search.parallel_simulations={arguments.parallel}",
     ]
+    node = ["search.expansion=node", "search.patterns=[narrow]"]
     kinds = (
         ("chain expansion", ["search.expansion=chain"], False),
-        ("node expansion", ["search.expansion=node"], False),
-        ("node expansion, one tree and one request", ["search.expansion=node", "search.parallel_simulations=1"], True),
+        ("node expansion", node, False),
+        ("node expansion, one tree and one request", [*node, "search.parallel_simulations=1"], True),
     )
     good = []
     for name, overrides, serial in kinds:

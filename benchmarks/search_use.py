@@ -40,6 +40,7 @@ ARMS = {
     f"{expansion} expansion, {'' if backtracking else 'no '}backtracking": (expansion, backtracking)
     for expansion, backtracking in product(("chain", "node"), (True, False))
 }
+TABLES = {"chain": "chain", "node": "narrow"}  # of the config
 POLICY = Path("runs/quickstart/stages/warm_start")
 OWN_RUN = Path("runs/search_use")
 PAGE, PICTURE = Path("docs/search_use.md"), Path("docs/search_use.png")
@@ -67,6 +68,7 @@ def config_of(policy: Path, expansion: str, backtracking: bool) -> Config:
             f"model.path={policy}",
             "evaluation.search_answers=4",  # samples of one dispatch; more are drawn where they are needed
             f"search.expansion={expansion}",
+            f"search.patterns=[{TABLES[expansion]}]",
             f"search.backtracking={str(backtracking).lower()}",
             f"search.stop={stop}",
         ],

@@ -429,9 +429,9 @@ def test_the_deciding_fields_survive_json() -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["actors.max_num_seqs=256", "search.parallel_simulations=4"], 256),  # 4 * 256 / 4
+        (["actors.max_num_seqs=256", "search.parallel_simulations=4"], 128),  # 2 * 256 / 4
         (["actors.max_num_seqs=3", "search.parallel_simulations=4"], 8),  # at least
-        ([MODEL, "search.model.max_num_seqs=64", "search.parallel_simulations=4"], 64),  # its engines, not the policy's
+        ([MODEL, "search.model.max_num_seqs=64", "search.parallel_simulations=4"], 32),  # its engines, not the policy's
     ],
 )
 def test_an_actor_holds_enough_trees(overrides: list[str], expected: int) -> None:
