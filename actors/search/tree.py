@@ -146,6 +146,7 @@ class GrowingTree:
         self.root = Node(0, None, 0, START)
         self.nodes = [self.root]
         self.counts: Counter[str] = Counter()
+        self.refresh(self.root)
 
     def add(self, parent: Node, new: NewNode) -> Node:
         """Put a node under its parent, or count one more draw of a sibling with the very same tokens."""

@@ -26,7 +26,7 @@ from actors.search.calls import Ask, Judge
 from actors.search.expansion import Expander
 from actors.search.mcts import TreeSearch
 from actors.search.tree import GrowingTree, NewNode
-from rlsys.search_config import CorrectRule, SearchConfig, StopConfig
+from rlsys.search_config import CorrectRule, FrontierConfig, SearchConfig, StopConfig, UcbConfig
 from rlsys.tree_file import parse_line, tree_line
 from rlsys.trees import Tree
 from rlsys.types import Verdict, VersionSpan
@@ -286,6 +286,52 @@ def test_simulations_are_counted_with_those_that_end_in_a_defect() -> None:
         4,
         {"duplicates": 3, "malformed": 1},
     )
+
+
+def test_a_simulation_that_has_asked_counts_though_others_are_in_its_way() -> None:
+    """Two simulations end at the wrong answers below the sub-task and below its thought. Then the sub-task gets another
+    thought and the thought a reclarification at once. That other thought is the same one again, where all that is left
+    is the reclarification under way: the third simulation ends there, and has cost a call."""
+    task = "<sub-task>a</sub-task>"
+    world = script(
+        {
+            "start": {"sub_task": 1},
+            "sub_task": {"answer": 1, "thinking": 1},
+            "thinking": {"answer": 1},
+            "reclarify": {"answer": 1},
+        },
+        {
+            "<sub-task>": ["a</sub-task>"],
+            f"{task}<answer>": ["0</answer>"],
+            f"{task}<thinking>": ["a</thinking>", "a</thinking>"],
+            f"{task}{THINK}<answer>": ["0</answer>"],
+            f"{task}{THINK}<reclarify>": ["b</reclarify>"],
+            f"{task}{THINK}<reclarify>b</reclarify><answer>": ["0</answer>"],
+        },
+        {"sub_task": {"thinking": 1}, "thinking": {"reclarify": 1}},
+    )
+    tree = grow(world, config(parallel_simulations=2)).tree
+    assert not any(world.left.values())
+    assert (tree.stop, tree.simulations, tree.nodes[0].visits) == ("exhausted", 4, 3)
+    assert tree.counts == {"backtracks": 2, "duplicates": 1}
+
+
+def test_a_simulation_with_others_in_its_way_has_never_been() -> None:
+    """Three simulations wait for the thought; the first goes on to ask for its answer, and the others wait for that as
+    well. There is one answer for the three."""
+    world = script(
+        {**ONE_THOUGHT, "thinking": {"answer": 1}}, {"<thinking>": ["a</thinking>"], f"{THINK}<answer>": ["1</answer>"]}
+    )
+    grown = grow(world, config(parallel_simulations=3))
+    assert grown.most_running == 3
+    assert (grown.tree.stop, grown.tree.simulations, grown.tree.nodes[0].visits) == ("exhausted", 1, 1)
+
+
+def test_a_table_that_does_not_fit_the_depth_limit_gives_a_tree_without_a_node() -> None:
+    for selection in (UcbConfig(), FrontierConfig(type="frontier")):
+        world = World(pattern=shipped("letter_count"))
+        grown = grow(world, config(max_depth=3, selection=selection))
+        assert (grown.events, len(grown.tree.nodes), grown.tree.stop) == ([], 1, "exhausted")
 
 
 # --- the order in which answers are applied ---
