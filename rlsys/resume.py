@@ -11,6 +11,7 @@ from rlsys.checkpoint import MANIFEST, CheckpointStore, read_json, state_from_js
 from rlsys.config import Config
 from rlsys.config_file import fixed_fields, load_config
 from rlsys.errors import CheckpointError, ConfigError
+from rlsys.tree_store import ORIGIN
 from rlsys.types import RunState
 
 # In the run directory: the checkpoint of run.resume that its own checkpoints descend from.
@@ -52,11 +53,13 @@ def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
     Nothing is changed; `Start.settle` does that.
 
     Raises:
-        ConfigError: a fixed field differs from that of the run to be resumed, the directory is used although
-            `run.resume` is never or a path that it does not descend from, or the path is no checkpoint, or one of
+        ConfigError: a fixed field differs from that of the run to be resumed, the directory is that of a search or is
+            used although `run.resume` is never or a path that it does not descend from, or the path is no checkpoint, or one of
             another run that leaves no step to make.
         CheckpointError: checkpoints exist and none is valid.
     """
+    if (run_dir / ORIGIN).exists():
+        raise ConfigError(f"run.dir {run_dir} holds the trees of a search: choose another run.dir")
     resume, own = config.run.resume, store.latest()
     if resume == "never" and (own is not None or _has_metrics(run_dir)):
         raise ConfigError(f"run.resume is never and run.dir {run_dir} holds a run: choose another run.dir")

@@ -232,3 +232,9 @@ def test_other_fields_may_change(tmp_path: Path) -> None:
     save(tmp_path, 2)
     changed = config(train={"max_steps": 500}, learner={"ranks": 1, "zero_stage": 0}, actors={"count": 1})
     assert start(tmp_path, changed).state == state(2)
+
+
+def test_the_directory_of_a_search_is_left_to_it(tmp_path):
+    write_json(tmp_path / "search.json", {})
+    with pytest.raises(ConfigError, match="holds the trees of a search: choose another run.dir"):
+        start(tmp_path, config())
