@@ -53,9 +53,9 @@ def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
     Nothing is changed; `Start.settle` does that.
 
     Raises:
-        ConfigError: a fixed field differs from that of the run to be resumed, the directory is that of a search or is
-            used although `run.resume` is never or a path that it does not descend from, or the path is no checkpoint, or one of
-            another run that leaves no step to make.
+        ConfigError: a fixed field differs from that of the run to be resumed, the directory is that of a search, or is
+            used although `run.resume` is never or a path that it does not descend from, or the path is no checkpoint,
+            or one of another run that leaves no step to make.
         CheckpointError: checkpoints exist and none is valid.
     """
     if (run_dir / ORIGIN).exists():
