@@ -30,7 +30,7 @@ from rlsys.patterns import Pattern
 from rlsys.search_config import START, CorrectRule, FrontierConfig, PuctConfig, SearchConfig, StopConfig, UcbConfig
 from rlsys.tree_file import parse_line, tree_line
 from rlsys.trees import ThoughtNode, Tree, Writer
-from rlsys.types import Verdict
+from rlsys.types import Verdict, VersionSpan
 
 SELECTIONS = (
     UcbConfig(),
@@ -280,14 +280,9 @@ def check_tokens(tree: Tree, writers: Mapping[Writer, SearchWriter]) -> None:
         expected = [token_logprob(whole[: start + place + 1]) for place in range(node.forced, len(node.token_ids))]
         assert node.logprobs[: node.forced].tolist() == [0.0] * node.forced
         assert node.logprobs[node.forced :].tolist() == expected
-        versions: dict[int, int] = {}
-        for span in node.versions:
-            versions.update(dict.fromkeys(range(span.start, len(node.token_ids)), span.version))
-        places = range(node.forced, len(node.token_ids))
-        assert versions == {place: token_version(start + place) for place in places}
-        if node.defect is None and node.finish_reason is not None:
-            text = "".join(tree.nodes[step].text for step in tree.path(number))
-            assert text.endswith(node.text)
+        own = [token_version(start + place) for place in range(len(node.token_ids))]
+        changes = [n for n in range(node.forced, len(own)) if n == node.forced or own[n] != own[n - 1]]
+        assert node.versions == tuple(VersionSpan(start=n, version=own[n]) for n in changes)
 
 
 def check_round_trip(tree: Tree, writers: Mapping[Writer, SearchWriter]) -> None:
