@@ -71,6 +71,7 @@ def config_of(policy: Path, expansion: str, backtracking: bool) -> Config:
             f"search.patterns=[{TABLES[expansion]}]",
             f"search.backtracking={str(backtracking).lower()}",
             f"search.stop={stop}",
+            "search.parallel_simulations=1",  # each knows what all before it have found
         ],
     )
 
@@ -170,7 +171,8 @@ def page(figures: str, config: Config, seeds: int, prompts: int) -> str:
     settings = sampling_of(config)
     paragraph = (
         "The policy is the warm start of `configs/quickstart.yaml`, the search is the section `search` of "
-        "`configs/search_letter_count.yaml` with other stop rules: a search ends at its first right answer or at the "
+        "`configs/search_letter_count.yaml` (for node expansion with the table `narrow`), one simulation of a tree at a "
+        "time, with other stop rules: a search ends at its first right answer or at the "
         "largest budget, and so do independent samples of the policy, which are taken in their order. Temperature "
         f"{settings.temperature:g} and top_p {settings.top_p:g} for both; a chain has at most {settings.max_tokens} "
         f"tokens. Each of {seeds} seeds draws {prompts} held-out problems, and its own tokens for them; the policy is "

@@ -16,8 +16,8 @@ Writer = Literal["policy", "model", "reviewer"]
 
 Defect = Literal["truncated", "unclosed", "malformed", "unanswered", "off_pattern", "too_deep"]
 """Why nothing may follow a node: it reached the token limit; it ended without its closing tag; a tag stands inside its
-text, or text that is no node; it is whole, and the writer ended the chain after it although it is no answer; its type
-may not follow its parent's; or the chain is longer than search.max_depth."""
+text, or text that is no node, or anything follows the answer; it is whole, and the writer ended the chain after it
+although it is no answer; its type may not follow its parent's; or the chain is longer than search.max_depth."""
 
 TEXT = "text"
 """The type of a piece of a chain that does not begin with the tag of a known node."""

@@ -141,6 +141,8 @@ class Expander:
                 defect = "too_deep"
             terminal = name in self._pattern.types and self._pattern.types[name].terminal
             last = number + 1 == len(readings)
+            if defect is None and terminal and not last:
+                defect = "malformed"  # as the verifier would find of the whole completion
             if defect is None and last and not terminal and drawn.finish_reason == "stop":
                 defect = "unanswered"
             handover = defect in (None, "unanswered") and not given and self._is_for_reviewer(name)
