@@ -171,9 +171,9 @@ def page(figures: str, config: Config, seeds: int, prompts: int) -> str:
     settings = sampling_of(config)
     paragraph = (
         "The policy is the warm start of `configs/quickstart.yaml`, the search is the section `search` of "
-        "`configs/search_letter_count.yaml` (for node expansion with the table `narrow`), one simulation of a tree at a "
-        "time, with other stop rules: a search ends at its first right answer or at the "
-        "largest budget, and so do independent samples of the policy, which are taken in their order. Temperature "
+        "`configs/search_letter_count.yaml` (for node expansion with the table `narrow`), one simulation of a tree at "
+        "a time, with other stop rules: a search ends at its first right answer or at the largest budget, and so do "
+        "independent samples of the policy, which are taken in their order. Temperature "
         f"{settings.temperature:g} and top_p {settings.top_p:g} for both; a chain has at most {settings.max_tokens} "
         f"tokens. Each of {seeds} seeds draws {prompts} held-out problems, and its own tokens for them; the policy is "
         "the same. All tokens that were generated for a prompt before its answer count, those of discarded branches "
