@@ -116,6 +116,17 @@ def test_a_chain_that_is_cut_off_in_an_answer_is_not_judged() -> None:
     assert grown.judged == [] and grown.tree.simulations == 1
 
 
+@pytest.mark.parametrize("more", ["b", THINK, "<answer>0</answer>"])
+def test_an_answer_that_anything_follows_is_not_judged(more: str) -> None:
+    """The verifier refuses such a completion too: the policy cannot collect reward by going on."""
+    children = {"start": {"thinking": 2}, "thinking": {"answer": 1}}
+    world = script(children, {"": [f"{THINK}<answer>1</answer>{more}", f"{THINK}<answer>0</answer>"]})
+    grown = grow(world, config(expansion="chain"))
+    assert grown.judged == [f"{THINK}<answer>0</answer>"]
+    [cut] = [node for node in grown.tree.nodes if node.defect]
+    assert (cut.type, cut.text, cut.defect) == ("answer", f"<answer>1</answer>{more}", "malformed")
+
+
 def test_finished_branches_are_not_gone_to_again() -> None:
     """3 answers, 99 simulations allowed: 3 are begun, one for each."""
     world = script(
