@@ -111,7 +111,9 @@ def _start_ray(address: str, temporary: Path, processes: int, store_bytes: int) 
         ray.init(**options)
     except SystemExit:
         raise AbortedRunError("SIGTERM while Ray was starting") from None
-    except (RayError, OSError, RuntimeError, ValueError) as error:
+    except RlsysError:
+        raise
+    except Exception as error:  # of no kind of its own where Ray's processes are too slow on a busy machine
         reason = " ".join(str(error).split())
         if address == "local":
             raise RlsysError(f"Ray did not start: {reason}") from error

@@ -57,7 +57,9 @@ def plan(config: Config, model: Path, learner: bool = True, beside: Sequence[Mod
     ranks = config.learner.ranks if learner else 0
     memory = _engines_gib(config, config.actors, parameters) + ranks * _rank_gib(config, parameters)
     memory += sum(_engines_gib(config, engines.actors, parameter_count(engines.path)) for engines in beside)
-    memory_fields = "actors.count, actors.kv_cache_gib or learner.ranks" if learner else "actors.count"
+    memory_fields = (
+        "actors.count, actors.kv_cache_gib or learner.ranks" if learner else "actors.count or actors.kv_cache_gib"
+    )
     others = "".join(f"search.{engines.writer}.count, " for engines in beside)
     store_fields = "model or learner.dtype (or, in a container, its --shm-size)"
     needs = [

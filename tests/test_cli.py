@@ -187,6 +187,8 @@ def test_a_cluster_that_is_too_small_is_refused_at_once() -> None:
     ("address", "error", "kind", "message"),
     [
         ("local", RuntimeError("no\n port"), RlsysError, "Ray did not start: no port"),
+        ("local", Exception("timed out"), RlsysError, "Ray did not start: timed out"),  # what it raises when too busy
+        ("local", AbortedRunError("SIGINT"), AbortedRunError, "SIGINT"),
         ("10.0.0.1:1", ConnectionError("refused"), ConfigError, "run.address 10.0.0.1:1: no Ray cluster can be joined"),
         ("local", SystemExit(15), AbortedRunError, "SIGTERM while Ray was starting"),
     ],
