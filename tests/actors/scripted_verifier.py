@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,10 @@ def build() -> Callable[[str, str], Any]:
     return verify
 
 
+def build_for_chains() -> Callable[[str, str], Any]:
+    return judge_chain
+
+
 def build_that_fails() -> Callable[[str, str], Any]:
     raise ValueError("no such thing as a verifier")
 
@@ -26,6 +31,18 @@ def build_that_fails() -> Callable[[str, str], Any]:
 def verify(answer: str, completion: str) -> Any:
     command, _, argument = completion.partition(" ")
     return _COMMANDS[command](answer, argument)
+
+
+def fate(completion: str) -> str:
+    """What happens to the verifier of a chain: most are judged; a few are not, the same ones every time."""
+    return {0: "raise", 1: "hang", 2: "nan", 3: "exit"}.get(zlib.crc32(completion.encode()) % 30, "judged")
+
+
+def judge_chain(answer: str, completion: str) -> Any:
+    found = fate(completion)
+    if found == "judged":
+        return _verdict(float(completion.endswith(f"{answer}</answer>")))
+    return _COMMANDS[found](answer, completion)
 
 
 def _verdict(reward: Any) -> Verdict:

@@ -9,21 +9,28 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
+from scripted_verifier import fate
 from search_world import QUESTION, World, codec, grow, prompt, shipped, writer
 
 from actors.engine import Completion, CompletionRequest
-from actors.forest import Forest, ForestSettings, ForestWriter
+from actors.forest import Forest, ForestSettings, ForestWriter, Verifier
+from actors.rewards import RewardPool
 from actors.search.calls import Call
 from actors.search.codec import Stop
-from rlsys.errors import EngineError, RolloutError
+from rlsys.config import LetterCountConfig, RewardsConfig
+from rlsys.errors import EngineError, RolloutError, TooManyFailuresError
+from rlsys.search_command import Search, SearchDisplay
 from rlsys.search_config import SearchConfig, StopConfig
-from rlsys.tree_file import tree_line
-from rlsys.trees import Tree, TreeFailure, Writer
-from rlsys.types import Verdict
+from rlsys.tree_file import read_trees, tree_line
+from rlsys.trees import SearchUsage, Tree, TreeFailure, Writer
+from rlsys.types import Prompt, Verdict
 
 WORLD = World(pattern=shipped("a"))
 CONFIG = SearchConfig(max_depth=6, stop=StopConfig(simulations=24))
@@ -123,7 +130,7 @@ class Judges:
 
 
 def forest(
-    engines: Mapping[Writer, Any], judges: Judges | None = None, *, in_flight: int = 16, max_model_len: int = 600
+    engines: Mapping[Writer, Any], judges: Verifier | None = None, *, in_flight: int = 16, max_model_len: int = 600
 ) -> Forest:
     kinds: dict[Writer, str] = {"policy": "tags", "model": "bpe", "reviewer": "bytes"}
     writers: dict[Writer, ForestWriter] = {
@@ -357,3 +364,77 @@ def test_time_spent_in_the_trees_is_measured(engines: Any) -> None:
     started = time.perf_counter()
     grow_all(found, ["p", "q"])
     assert 0 < found.search_s < time.perf_counter() - started
+
+
+class Grove:
+    """A pool of one actor: a forest and its verifiers."""
+
+    count = 1
+
+    def __init__(self, found: Forest) -> None:
+        self._forest = found
+
+    async def grow(self, actor: int, wanted: Prompt) -> Tree | TreeFailure:
+        return await self._forest.grow(wanted)
+
+    async def search_usage(self) -> Sequence[SearchUsage]:
+        return []
+
+
+def search_with_bad_verifiers(run_dir: Path, engine: ThreadEngine, *, share: float, workers: int, ahead: int) -> Search:
+    """Search six prompts with real verifier processes that raise, hang, answer NaN or die on some chains."""
+    run_dir.mkdir(exist_ok=True)
+
+    async def main() -> Search:
+        settings = RewardsConfig(workers=workers, timeout_s=0.5, memory_mib=1024)
+        rewards = RewardPool(LetterCountConfig(), 0, settings, verifier="scripted_verifier:build_for_chains")
+        prompts = [prompt(f"p{number}") for number in range(6)]
+        search = Search(run_dir, prompts, shard_size=4, share=share, ahead=ahead)
+        try:
+            with SearchDisplay(Console(file=StringIO())) as display:
+                await search.run(Grove(forest({"policy": engine}, rewards)), display)
+        finally:
+            await rewards.close()
+        return search
+
+    return asyncio.run(main())
+
+
+def shards(run_dir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run_dir / "trees").iterdir())}
+
+
+def test_bad_verifiers_cost_verdicts_and_no_shard(
+    engines: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    search_with_bad_verifiers(tmp_path / "one", engines(seed=0), share=1.0, workers=1, ahead=1)
+    # Where fewer failures are allowed, finished trees are kept, and the same search goes on where more are.
+    with pytest.raises(
+        TooManyFailuresError, match=r"verifications failed, more than search\.max_failed_trees = 0\.01;"
+    ):
+        search_with_bad_verifiers(tmp_path / "two", engines(seed=1), share=0.01, workers=2, ahead=8)
+    search_with_bad_verifiers(tmp_path / "two", engines(seed=2), share=1.0, workers=2, ahead=8)
+    assert shards(tmp_path / "one") == shards(tmp_path / "two")
+    assert list(shards(tmp_path / "one")) == ["00000.jsonl", "00001.jsonl"]
+
+    fates: dict[str, set[str]] = {}
+    for path in sorted((tmp_path / "one" / "trees").iterdir()):
+        for tree in read_trees(path):
+            assert isinstance(tree, Tree)
+            failed = 0
+            for number, node in enumerate(tree.nodes):
+                if node.verdict is None:
+                    continue
+                chain = "".join(tree.nodes[above].text for above in tree.path(number))
+                failed += node.verdict.outcome in ("error", "timeout")
+                fates.setdefault(fate(chain), set()).add(node.verdict.outcome)
+                assert (node.scored >= 0) == (fate(chain) == "judged")
+            assert failed == tree.counts.get("verifier_error", 0) + tree.counts.get("verifier_timeout", 0)
+    assert fates == {
+        "judged": {"ok", "wrong"},
+        "raise": {"error"},
+        "nan": {"error"},
+        "exit": {"error"},
+        "hang": {"timeout"},
+    }
