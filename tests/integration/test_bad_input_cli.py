@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +12,11 @@ import pytest
 import yaml
 from real_runs import REPOSITORY, TINY, FinishedRun, write_config
 
-from rlsys import cli
 from rlsys.checkpoint import CheckpointStore
 from rlsys.config_file import load_config
 from rlsys.resume import find_start
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def quiet_transformers() -> Iterator[None]:
-    """As in a process of rlsys, which says so before it imports transformers; here a test may have done that."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    yield
-    logging.set_verbosity(level)
-    logging.enable_progress_bar()
-
-
-@pytest.fixture
-def refused(quiet_transformers: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Run a command in this process; the one line it is refused with."""
-
-    def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["rlsys", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        output, errors = capfd.readouterr()
-        assert stopped.value.code == 2, errors
-        assert "Traceback" not in output + errors
-        lines = errors.splitlines()
-        assert len(lines) == 1, errors
-        assert lines[0].startswith("error: ")
-        return lines[0]
-
-    return run
 
 
 OVERRIDES = [

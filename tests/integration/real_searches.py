@@ -1,0 +1,94 @@
+"""A search on the warm-started tiny model, and what is found in its run directory at any moment."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from real_runs import TINY, Command
+
+# Chains of the tiny warm start are thinking nodes and an answer; the fixed reflection is in words it can read.
+TREES: dict[str, Any] = {
+    "nodes": {
+        "thinking": {"tag": "thinking"},
+        "reflection": {"tag": "reflection", "prefixes": ["0 is wrong", "1 is wrong"], "writer": "nobody"},
+        "answer": {"tag": "answer", "terminal": True},
+    },
+    "tables": {
+        "tiny": {
+            "children": {
+                "start": {"thinking": 2},
+                "thinking": {"thinking": 2, "answer": 1},
+                "reflection": {"thinking": 2},
+            },
+            "after_wrong": {"thinking": {"reflection": 1}},
+        }
+    },
+    "patterns": ["tiny"],
+    "parallel_simulations": 4,
+    "max_node_tokens": 16,
+    "max_depth": 5,
+    "stop": {"simulations": 16, "correct": [{"count": 8}, {"count": 3, "after": 8}]},
+}
+SHARD = 5
+
+
+def search_config(policy: Path, prompts: int) -> dict[str, Any]:
+    """With an engine so small that trees come one after the other, and a kill finds some of them."""
+    return {
+        "run": {"seed": 3},
+        "model": {"path": str(policy)},
+        "task": TINY["task"],
+        "actors": {"count": 2, "max_model_len": 128, "max_num_seqs": 2, "kv_cache_gib": 0.1},
+        "sampling": {"max_tokens": 60},
+        "search": {**TREES, "prompts": prompts, "shard_size": SHARD},
+    }
+
+
+def tree_files(run_dir: Path) -> dict[str, bytes]:
+    """Everything under trees/, by name."""
+    folder = run_dir / "trees"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def finished_trees(run_dir: Path) -> dict[str, str]:
+    """The line of every finished tree by the id of its prompt, of shards and of those that wait for theirs."""
+    files = [*(run_dir / "trees").glob("*.jsonl"), *(run_dir / "trees" / ".open").glob("*.json")]
+    lines = [line for path in files for line in path.read_text().splitlines()]
+    return {json.loads(line)["prompt_id"]: line for line in lines}
+
+
+def whole_shards(run_dir: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of every complete shard: they change with every writing."""
+    found = {}
+    for path in (run_dir / "trees").glob("*.jsonl"):
+        found[path.name] = (path.stat().st_ino, path.stat().st_mtime_ns)
+    return found
+
+
+def count_finished(run_dir: Path) -> int:
+    """How many trees are there while a search goes on; a moved one may be counted at both places."""
+    shards = len(list((run_dir / "trees").glob("*.jsonl")))
+    return SHARD * shards + len(list((run_dir / "trees" / ".open").glob("*.json")))
+
+
+def wait_until(command: Command, happened: Callable[[], bool]) -> None:
+    """Wait for a moment of a search."""
+    while not happened():
+        assert command.running, f"the search ended early\n{command.stdout}\n{command.stderr}"
+        time.sleep(0.002)
+
+
+def announced(command: Command) -> tuple[int, int]:
+    """How many trees a finished command said were there when it began, and how many there would be."""
+    found = re.search(r"^trees: (\d+) of (\d+) are there$", command.stdout, re.MULTILINE)
+    assert found is not None, command.stdout
+    return int(found[1]), int(found[2])
+
+
+def summary(run_dir: Path) -> Mapping[str, Any]:
+    return json.loads((run_dir / "summary.json").read_text())
