@@ -37,9 +37,10 @@ class Verifier(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForestWriter:
-    """A model of the search: its engine or engines, its tokenizer, its longest context in tokens."""
+    """A model of the search: its engine or engines, its digest, its tokenizer, its longest context in tokens."""
 
     engine: WriterEngine
+    model: str
     codec: Codec
     max_model_len: int
 
@@ -112,7 +113,10 @@ class Forest:
             settings.config,
             {
                 name: SearchWriter(
-                    codec=writer.codec, prompt_ids=self._prompt_ids(name, prompt), max_model_len=writer.max_model_len
+                    model=writer.model,
+                    codec=writer.codec,
+                    prompt_ids=self._prompt_ids(name, prompt),
+                    max_model_len=writer.max_model_len,
                 )
                 for name, writer in self._writers.items()
             },

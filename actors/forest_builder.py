@@ -13,6 +13,7 @@ from rlsys.config import ActorsConfig, SamplingConfig
 from rlsys.models import end_token_ids, load_tokenizer, tokenizer_digest
 from rlsys.patterns import resolve
 from rlsys.search_config import SearchConfig, SearchModelConfig
+from rlsys.setup import model_digest
 from rlsys.trees import Writer
 
 
@@ -37,6 +38,7 @@ def model_settings(search: SearchConfig, writer: Writer) -> SearchModelConfig | 
 def build_forest(
     own: Writer,
     engine: WriterEngine,
+    model_path: Path,
     codec: TagCodec,
     others: Mapping[Writer, tuple[WriterEngine, Path]],
     rewards: Verifier,
@@ -50,16 +52,23 @@ def build_forest(
 
     Args:
         own: what the actor's own engine is to a tree; the policy leaves the growing to "model" where `others` has one.
+        model_path, codec: the model folder of that engine, and its codec.
         others: engine and model folder of every other writer.
     """
     writers: dict[Writer, ForestWriter] = {}
     if own == "model" or "model" not in others:
-        writers[own] = ForestWriter(engine=engine, codec=codec, max_model_len=actors.max_model_len)
+        writers[own] = ForestWriter(
+            engine=engine, model=model_digest(model_path), codec=codec, max_model_len=actors.max_model_len
+        )
     for name, (other, folder) in others.items():
         section = model_settings(search, name)
         assert section is not None  # noqa: S101 - only models of the section `search` are others
-        other_codec = build_codec(folder, search, section)
-        writers[name] = ForestWriter(engine=other, codec=other_codec, max_model_len=section.max_model_len)
+        writers[name] = ForestWriter(
+            engine=other,
+            model=model_digest(folder),
+            codec=build_codec(folder, search, section),
+            max_model_len=section.max_model_len,
+        )
     settings = ForestSettings(
         config=search,
         patterns=resolve(search),

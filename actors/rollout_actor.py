@@ -105,6 +105,7 @@ class RolloutActor:
         return build_forest(
             settings.writer,
             self.engine,
+            settings.model_path,
             self.codec,
             others,
             self.rewards,

@@ -124,6 +124,7 @@ class _TreeLine(_Line):
     answer: str
     pattern: str
     tokenizers: dict[str, str]
+    models: dict[str, str]
     prompt_token_ids: dict[str, list[TokenId]]
     nodes: Annotated[list[_NodeLine], Field(min_length=1)]
     stop: StopReason

@@ -58,7 +58,12 @@ def _bpe() -> Any:
 
 
 def writer(kind: str = "tags", max_model_len: int = 600) -> SearchWriter:
-    return SearchWriter(codec=codec(kind), prompt_ids=tuple(codec(kind).prompt(QUESTION)), max_model_len=max_model_len)
+    return SearchWriter(
+        model=f"{kind} model",
+        codec=codec(kind),
+        prompt_ids=tuple(codec(kind).prompt(QUESTION)),
+        max_model_len=max_model_len,
+    )
 
 
 def prompt(prompt_id: str = "p") -> Prompt:

@@ -76,6 +76,7 @@ def tree(prompt: Prompt, outcome: Outcome = "ok") -> Tree:
         answer=prompt.answer,
         pattern="chain",
         tokenizers={},
+        models={},
         prompt_token_ids={},
         nodes=(node(), node(outcome, 0 if outcome in ("ok", "wrong") else -1)),
         stop="correct",

@@ -43,6 +43,7 @@ def tree(*answers: Answer, stop: StopReason = "correct", **counts: int) -> Tree:
         answer="a",
         pattern="a",
         tokenizers={},
+        models={},
         prompt_token_ids={},
         nodes=(node(), *leaves, node("timeout")),
         stop=stop,

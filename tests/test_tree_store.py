@@ -36,6 +36,7 @@ def tree(number: int) -> Tree | TreeFailure:
         **text,
         pattern="a",
         tokenizers={},
+        models={},
         prompt_token_ids={},
         nodes=(start,),
         stop="exhausted",

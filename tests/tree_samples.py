@@ -71,6 +71,7 @@ def tree(*below: ThoughtNode, prompt_id: str = "p", question: str = "q", **field
         "answer": "1",
         "pattern": "a",
         "tokenizers": {"policy": "letters"},
+        "models": {"policy": "a model"},
         "prompt_token_ids": {"policy": ids("", PROMPT, *map(ord, question))},
         "stop": "simulations",
         "simulations": scored,

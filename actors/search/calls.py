@@ -40,8 +40,9 @@ class Drawn(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchWriter:
-    """A model as one tree sees it: its tokenizer, the prompt in its tokens, and the room it has."""
+    """A model as one tree sees it: its digest, its tokenizer, the prompt in its tokens, and the room it has."""
 
+    model: str
     codec: Codec
     prompt_ids: tuple[int, ...]
     max_model_len: int

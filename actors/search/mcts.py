@@ -131,6 +131,7 @@ class TreeSearch:
             answer=self.prompt.answer,
             pattern=self._pattern.name,
             tokenizers={name: writer.codec.digest for name, writer in self._writers.items()},
+            models={name: writer.model for name, writer in self._writers.items()},
             prompt_token_ids={
                 name: np.asarray(writer.prompt_ids, dtype=np.int32) for name, writer in self._writers.items()
             },

@@ -135,7 +135,10 @@ def forest(
     kinds: dict[Writer, str] = {"policy": "tags", "model": "bpe", "reviewer": "bytes"}
     writers: dict[Writer, ForestWriter] = {
         name: ForestWriter(
-            engine=engine, codec=codec(kinds[name]), max_model_len=max_model_len if name == "policy" else 2000
+            engine=engine,
+            model=f"{kinds[name]} model",
+            codec=codec(kinds[name]),
+            max_model_len=max_model_len if name == "policy" else 2000,
         )
         for name, engine in engines.items()
     }

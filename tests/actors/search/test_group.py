@@ -68,6 +68,7 @@ def tree(*nodes: ThoughtNode, grower: str = "policy", **changes: Any) -> Tree:
         "answer": "4",
         "pattern": "a",
         "tokenizers": {grower: "letters"},
+        "models": {grower: "a model"},
         "prompt_token_ids": {grower: np.array([1, 2], dtype=np.int32)},
         "nodes": (start, *nodes),
         "stop": "simulations",

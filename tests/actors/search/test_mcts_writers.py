@@ -70,11 +70,8 @@ def test_another_model_grows_the_tree() -> None:
     model, policy = writer("bytes", 2000), writer()
     grown = search(Script(table(CHILDREN), NODE_BY_NODE), {"model": model})
     tree = grown.tree
-    assert ({node.writer for node in tree.nodes[1:]}, tree.grower, dict(tree.tokenizers)) == (
-        {"model"},
-        "model",
-        {"model": "bytes"},
-    )
+    assert ({node.writer for node in tree.nodes[1:]}, tree.grower) == ({"model"}, "model")
+    assert (tree.tokenizers, tree.models) == ({"model": "bytes"}, {"model": "bytes model"})
     path = path_tokens(tree, 3, policy.codec)
     whole = [*policy.prompt_ids, *(token for text in (THINK, CHECK, ANSWER) for token in policy.codec.encode(text))]
     assert path.token_ids.tolist() == whole
