@@ -14,10 +14,14 @@ from rlsys.types import FinishReason, Float32Array, Int32Array, Verdict, Version
 Writer = Literal["policy", "model", "reviewer"]
 """Who wrote a node. `policy` and `model` are the one that grows the tree: the policy itself, or search.model."""
 
-Defect = Literal["truncated", "unclosed", "malformed", "unanswered", "off_pattern", "too_deep"]
-"""Why nothing may follow a node: it reached the token limit; it ended without its closing tag; a tag stands inside its
-text, or text that is no node, or anything follows the answer; it is whole, and the writer ended the chain after it
-although it is no answer; its type may not follow its parent's; or the chain is longer than search.max_depth."""
+Defect = Literal["truncated", "unclosed", "malformed", "unanswered", "off_pattern", "too_deep", "too_long"]
+"""Why nothing may follow a node. Its writer ended the chain without an answer: the chain or the context was full; the
+node ended without its closing tag; a tag stands inside its text, or text that is no node, or anything follows the
+answer; it is whole, and the writer ended the chain after it. Or the search goes no further there: its type may not
+follow its parent's; the chain has more nodes than search.max_depth; or the node has more tokens than its type may."""
+
+ENDINGS: frozenset[Defect] = frozenset({"truncated", "unclosed", "malformed", "unanswered"})
+"""How a writer ends a chain without an answer: of reward 0. The other defects are limits of the search."""
 
 TEXT = "text"
 """The type of a piece of a chain that does not begin with the tag of a known node."""
@@ -41,7 +45,8 @@ class ThoughtNode:
     defect: None for a whole node.
     backtrack: put there after a wrong answer.
     samples: how often the writer drew exactly this node from this parent (duplicates are merged).
-    visits, total: scored answers below and at the node, repeated draws included, and the sum of their rewards.
+    visits, total: chains that ended below or at the node, repeated draws included, and the sum of their rewards: scored
+        answers, and, of reward 0, chains that the one who grows the tree ended without an answer.
     verdict: of the chain that ends here, for a whole terminal node that was judged; else None.
     scored: place of this answer among the scored ones (outcome ok or wrong) of the tree, from 0; else -1.
     scored_tokens: tokens the tree had generated, all told, when the answer was scored.
@@ -73,7 +78,7 @@ class ThoughtNode:
 
     @property
     def value(self) -> float | None:
-        """Mean reward of the scored answers below, None where there are none."""
+        """Mean reward of the chains that ended below, None where there are none."""
         return self.total / self.visits if self.visits else None
 
     @property

@@ -217,16 +217,19 @@ def spoken(call: Call, codec: TagCodec, text: str) -> Completion:
 
 @dataclass(kw_only=True)
 class Grown:
-    """A finished tree and how it came about: requests when they were made, answers when they were delivered."""
+    """A finished tree and how it came about.
+
+    events: requests when they were made, answers when they were delivered, with the simulations finished by then.
+    """
 
     tree: Tree
     search: TreeSearch
-    events: list[Ask | Judge | tuple[int, Sequence[Completion] | Verdict]]
+    events: list[Ask | Judge | tuple[int, Sequence[Completion] | Verdict, int]]
     most_running: int
 
     @property
     def calls(self) -> list[tuple[Call, Completion]]:
-        answers = dict(event for event in self.events if isinstance(event, tuple))
+        answers = {event[0]: event[1] for event in self.events if isinstance(event, tuple)}
         asks = [event for event in self.events if isinstance(event, Ask)]
         return [pair for ask in asks for pair in zip(ask.calls, answers[ask.number], strict=True)]
 
@@ -264,7 +267,7 @@ def grow(
             answer = [world.complete(call, writers[call.writer]) for call in request.calls]
         else:
             answer = world.judge(request.completion)
-        events.append((request.number, answer))
+        events.append((request.number, answer, search._finished))
         new = search.deliver(request.number, answer)
         events += new
         waiting += new

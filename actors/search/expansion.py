@@ -23,6 +23,7 @@ class Part:
 
     type: of the node that is asked for; None where the writer may go on as it likes.
     forced: tokens put before the completion; before: the part of their text that the token ahead of them holds.
+    own_limit: the call ends at the longest node of its type, not where chain or context is full.
     """
 
     type: str | None
@@ -30,6 +31,7 @@ class Part:
     forced: list[int]
     before: str
     backtrack: bool
+    own_limit: bool
     call: Call
 
 
@@ -88,13 +90,13 @@ class Expander:
 
     def chain(self, node: Node) -> Plan:
         """The rest of a chain, as the grower likes."""
-        return self._plan(node, None, self._grower, "", Stop(), None)
+        return Plan(self._parts(node, None, self._grower, "", 1))
 
     def backtrack_chain(self, node: Node, name: str) -> Plan:
         """The rest of a chain that begins with a node of a type, which the grower writes."""
         node_type = self._pattern.types[name]
         text = f"<{node_type.tag}>{self._prefix(name)}"
-        return self._plan(node, name, self._grower, text, Stop(), None, backtrack=True)
+        return Plan(self._parts(node, name, self._grower, text, 1, backtrack=True))
 
     def writer_of(self, name: str) -> Writer | None:
         """Who writes nodes of a type; None where the prefix is all of it."""
@@ -111,6 +113,8 @@ class Expander:
         opening = (f"<{node_type.tag}>" for node_type in self._pattern.types.values())
         if defect is None and (len(readings) > 1 or (first.spill and not any(map(_begins(first.spill), opening)))):
             defect = "malformed"
+        if defect == "truncated" and part.own_limit:
+            defect = "too_long"
         whole = defect is None
         assert part.type is not None  # noqa: S101 - only chains leave the type open
         return NewNode(
@@ -139,6 +143,8 @@ class Expander:
                 defect = "off_pattern"
             if defect is None and self._tree.max_depth is not None and depth >= self._tree.max_depth:
                 defect = "too_deep"
+            if defect is None and self._is_too_long(name, reading, len(part.forced) if given else 0):
+                defect = "too_long"
             terminal = name in self._pattern.types and self._pattern.types[name].terminal
             last = number + 1 == len(readings)
             if defect is None and terminal and not last:
@@ -168,6 +174,15 @@ class Expander:
                 return
             before, depth = name, depth + 1
 
+    def _limit(self, name: str) -> int:
+        return self._pattern.types[name].max_tokens or self._config.max_node_tokens
+
+    def _is_too_long(self, name: str, reading: Reading, forced: int) -> bool:
+        """Whether a node of a chain has more tokens than a call for it alone could; its opening tag does not count."""
+        codec = self._writers[self._grower].codec
+        opening = forced or len(codec.encode(f"<{self._pattern.types[name].tag}>"))
+        return reading.stop - reading.start - opening > self._limit(name)
+
     def _is_for_reviewer(self, name: str) -> bool:
         return self._pattern.types[name].writer == "reviewer" and "reviewer" in self._writers
 
@@ -186,40 +201,56 @@ class Expander:
             return
         text = f"<{node_type.tag}>{self._prefix(name)}"
         stop = self._writers[writer].codec.stop(node_type.tag)
-        limit = node_type.max_tokens or self._config.max_node_tokens
-        for _ in range(count):
-            found = self._plan(node, name, writer, text, stop, limit, backtrack=backtrack)
-            plan.parts += found.parts
+        plan.parts += self._parts(node, name, writer, text, count, stop=stop, backtrack=backtrack)
 
-    def _plan(
+    def _parts(
         self,
         node: Node,
         name: str | None,
         writer: Writer,
         text: str,
-        stop: Stop,
-        limit: int | None,
+        count: int,
         *,
+        stop: Stop | None = None,
         backtrack: bool = False,
-    ) -> Plan:
-        """One call, or none where the context leaves no room for a token (counted)."""
+    ) -> list[Part]:
+        """Calls that differ in nothing but their seed; none where the context leaves no room for a token (counted).
+
+        Args:
+            text: what is put before the completion.
+            stop: where the one node of a call ends; without it the rest of the chain is asked for.
+        """
         facts = self._writers[writer]
         if text and self._other_begun(node, text):
-            return Plan()
+            return []
         context, spill = self._context(node, writer)
         forced = facts.codec.encode(text.removeprefix(spill)) if text else []
         ids = [*context, *forced]
-        chain_room = self._max_chain_tokens - (len(ids) - len(facts.prompt_ids))
-        room = min(facts.max_model_len - len(ids), chain_room)
+        room = min(facts.max_model_len - len(ids), self._max_chain_tokens - (len(ids) - len(facts.prompt_ids)))
         if room < 1:
-            self._tree.counts["no_room"] += 1
-            return Plan()
+            self._tree.counts["no_room"] += count
+            return []
+        tokens = min(room, self._limit(name)) if stop is not None and name is not None else room
+        return [
+            Part(
+                type=name,
+                writer=writer,
+                forced=forced,
+                before=spill,
+                backtrack=backtrack,
+                own_limit=tokens < room,
+                call=Call(
+                    writer=writer, token_ids=ids, seed=self._seed_of(node), max_tokens=tokens, stop=stop or Stop()
+                ),
+            )
+            for _ in range(count)
+        ]
+
+    def _seed_of(self, node: Node) -> int:
+        """Seed of the next draw from a node."""
         draw = self._draws[node.number] = self._draws.get(node.number, -1) + 1
         run_seed, prompt_id = self._seed
-        seed = sample_seed(run_seed, prompt_id, f"{node.number}.{draw}")
-        tokens = room if limit is None else min(limit, room)
-        call = Call(writer=writer, token_ids=ids, seed=seed, max_tokens=tokens, stop=stop)
-        return Plan([Part(type=name, writer=writer, forced=forced, before=spill, backtrack=backtrack, call=call)])
+        return sample_seed(run_seed, prompt_id, f"{node.number}.{draw}")
 
     def _other_begun(self, node: Node, text: str) -> bool:
         """Whether the last token of a node already holds the beginning of another text than this (counted)."""

@@ -8,13 +8,10 @@ from collections.abc import Iterator, Mapping
 from actors.search.extract import Codec, demonstration, preference_pairs, step_preferences, supervised_chain
 from actors.search.paths import path_tokens
 from rlsys.search_config import ExtractConfig
-from rlsys.trees import Defect, ThoughtNode, Tree
+from rlsys.trees import ENDINGS, ThoughtNode, Tree
 from rlsys.types import FinishReason, Prompt, RolloutFailure, Step, Trajectory, TrajectoryGroup, Verdict
 
 log = logging.getLogger(__name__)
-
-ENDINGS: frozenset[Defect] = frozenset({"truncated", "unclosed", "malformed", "unanswered"})
-"""How a policy's own chain ends without an answer. The other defects are limits of the search, not of the writer."""
 
 
 def build_searched_group(

@@ -28,7 +28,7 @@ from actors.search.selection import choose, draw_best, frontier_score
 from actors.search.tree import GrowingTree, Node, Status
 from rlsys.patterns import Pattern
 from rlsys.search_config import FrontierConfig, SearchConfig
-from rlsys.trees import StopReason, Tree, Writer
+from rlsys.trees import ENDINGS, StopReason, Tree, Writer
 from rlsys.types import Prompt, Verdict
 
 Request = Ask | Judge
@@ -82,6 +82,7 @@ class TreeSearch:
     ) -> None:
         self.prompt = prompt
         self._pattern, self._config, self._writers = pattern, config, writers
+        self._grower: Writer = "model" if "model" in writers else "policy"
         self._rng = random.Random(sample_seed(seed, prompt.prompt_id, "search"))
         self._tree = GrowingTree(pattern, chains=config.expansion == "chain", max_depth=config.max_depth)
         self._expander = Expander(
@@ -191,21 +192,24 @@ class TreeSearch:
 
     def _leave(self, simulation: _Simulation) -> None:
         """End a simulation without an answer. One that asked for nothing, others being in its way, has never been."""
-        if simulation.node.status is Status.BLOCKED and not simulation.asked:
-            self._begun -= 1
-        else:
-            self._finished += 1
+        ended = simulation.asked or simulation.node.status is not Status.BLOCKED
+        self._finished += ended
+        self._begun -= not ended
         self._running -= 1
         for node in simulation.path:
             node.in_flight -= 1
+            node.tried += ended
 
     def _back_up(self, simulation: _Simulation, reward: float) -> None:
         self._finished += 1
         self._running -= 1
         for node in simulation.path:
             node.in_flight -= 1
-            node.visits += 1
-            node.total += reward
+        self._tree.back_up(simulation.node, reward)
+
+    def _ends(self, node: Node) -> bool:
+        """Whether the one who grows the tree ended the chain here without an answer. Such a chain has reward 0."""
+        return node.defect in ENDINGS and node.writer == self._grower
 
     @property
     def _is_frontier(self) -> bool:
@@ -328,7 +332,10 @@ class TreeSearch:
         del self._expansions[node]
         found = [*job.plan.fixed, *map(self._expander.read_node, job.plan.parts, answer)]
         for new in found:
-            self._tree.refresh(self._tree.add(node, new))
+            child = self._tree.add(node, new)
+            self._tree.refresh(child)
+            if self._ends(child):  # seen without a simulation of its own
+                self._tree.back_up(child, 0.0)
         self._returned(job)
 
     def _apply_single(self, job: _Job, answer: Sequence[Drawn]) -> None:
@@ -340,6 +347,8 @@ class TreeSearch:
         self._returned(job)
         if simulation.node is job.node:  # there was no room for it
             self._leave(simulation)
+        elif self._ends(simulation.node):
+            self._back_up(simulation, 0.0)
         else:
             self._continue(simulation)
 
@@ -359,6 +368,8 @@ class TreeSearch:
         self._returned(job)
         if handed_over is not None:
             self._hand_over(simulation.node, handed_over, simulation)
+        elif self._ends(simulation.node):
+            self._back_up(simulation, 0.0)
         elif simulation.node is job.node or not simulation.node.terminal:
             self._leave(simulation)
         else:

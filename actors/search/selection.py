@@ -17,10 +17,15 @@ from rlsys.search_config import FrontierConfig, PuctConfig, SelectionConfig, Ucb
 
 
 class Stats(Protocol):
-    """What is known of a node. drawn: of its writer's own tokens, how many; logprob: the sum of theirs, nats."""
+    """What is known of a node.
+
+    tried: simulations that ended without a value. drawn, logprob: tokens that its writer chose, and the sum of their
+    log-probabilities, nats.
+    """
 
     visits: int
     total: float
+    tried: int
     in_flight: int
     logprob: float
     drawn: int
@@ -40,14 +45,14 @@ def choose(children: Sequence[Stats], parent: Stats, config: SelectionConfig, rn
 def ucb_scores(children: Sequence[Stats], parent: Stats, config: UcbConfig) -> list[float]:
     """Q + c sqrt(ln(N_p + O_p - 1) / (N + O)), in the code's form with 2 ln; infinite where N + O = 0.
 
-    A child without a visit but with simulations under way has its parent's Q.
+    A child without a visit but with simulations has its parent's Q.
     Source: Marco-o1 v2, arXiv:2503.01461, sec. 3, and its released program; UCB1 (Auer et al. 2002).
     """
     factor = 2.0 if config.form == "code" else 1.0
-    logarithm = factor * math.log(max(1, parent.visits + parent.in_flight - 1))
+    logarithm = factor * math.log(max(1, _count(parent) - 1))
     found = []
     for child in children:
-        count = child.visits + child.in_flight
+        count = _count(child)
         found.append(_q(child, parent) + config.exploration * math.sqrt(logarithm / count) if count else math.inf)
     return found
 
@@ -60,10 +65,9 @@ def puct_scores(children: Sequence[Stats], parent: Stats, config: PuctConfig) ->
     Source: Silver et al. 2017 (PUCT); priors as in MCTS-DPO, arXiv:2405.00451, and AlphaMath.
     """
     priors = [math.exp(child.logprob / max(1, child.drawn) ** config.length_exponent) for child in children]
-    scale = config.exploration * math.sqrt(parent.visits + parent.in_flight) / (sum(priors) or 1.0)
+    scale = config.exploration * math.sqrt(_count(parent)) / (sum(priors) or 1.0)
     return [
-        _q(child, parent) + scale * prior / (1 + child.visits + child.in_flight)
-        for child, prior in zip(children, priors, strict=True)
+        _q(child, parent) + scale * prior / (1 + _count(child)) for child, prior in zip(children, priors, strict=True)
     ]
 
 
@@ -86,6 +90,10 @@ def draw_best(scores: Sequence[float], rng: random.Random) -> int:
     best = max(scores)
     ties = [index for index, score in enumerate(scores) if score == best]
     return ties[0] if len(ties) == 1 else rng.choice(ties)
+
+
+def _count(node: Stats) -> int:
+    return node.visits + node.tried + node.in_flight
 
 
 def _q(child: Stats, parent: Stats) -> float:

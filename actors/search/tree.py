@@ -47,6 +47,7 @@ class NewNode:
 class Node:
     """A node of the growing tree; see `rlsys.trees.ThoughtNode` for what it becomes.
 
+    tried: simulations through it that the search broke off or that could not be judged: they say nothing of its value.
     logprob, drawn: sum over, and number of, the tokens that the writer chose.
     asked: draws from this node so far (chain expansion). in_flight: simulations under way through it.
     waiting: calls and verdicts under way that belong to it, and backtracking children that are still to be asked for.
@@ -73,6 +74,7 @@ class Node:
     samples: int = 1
     visits: int = 0
     total: float = 0.0
+    tried: int = 0
     verdict: Verdict | None = None
     scored: int = -1
     scored_tokens: int = 0
@@ -86,7 +88,7 @@ class Node:
     full: bool = False
     status: Status = Status.OPEN
     children: list[Node] = field(default_factory=list)
-    by_ids: dict[tuple[str, tuple[int, ...]], Node] = field(default_factory=dict)
+    by_ids: dict[tuple[str, tuple[int, ...], tuple[VersionSpan, ...]], Node] = field(default_factory=dict)
     backtracks: Counter[str] = field(default_factory=Counter)
 
     def path(self) -> list[Node]:
@@ -149,8 +151,8 @@ class GrowingTree:
         self.refresh(self.root)
 
     def add(self, parent: Node, new: NewNode) -> Node:
-        """Put a node under its parent, or count one more draw of a sibling with the very same tokens."""
-        key = (new.type, tuple(new.token_ids))
+        """Put a node under its parent, or count one more draw of a sibling with the very same tokens and versions."""
+        key = (new.type, tuple(new.token_ids), new.versions)
         same = parent.by_ids.get(key)
         if same is not None:
             same.samples += 1
@@ -200,6 +202,12 @@ class GrowingTree:
         if self.chains:
             return node.asked < sum(self.allowed(node).values()) * node.samples
         return not (node.expanded or node.expanding) and bool(self.allowed(node))
+
+    def back_up(self, node: Node, reward: float) -> None:
+        """Count a chain that ended at a node, there and at all above it."""
+        for above in node.upwards():
+            above.visits += 1
+            above.total += reward
 
     def refresh(self, node: Node) -> None:
         """Bring the status of a node and of those above it up to date."""

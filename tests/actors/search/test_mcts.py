@@ -29,7 +29,7 @@ from actors.search.tree import Status
 from rlsys.patterns import Pattern
 from rlsys.search_config import START, CorrectRule, FrontierConfig, PuctConfig, SearchConfig, StopConfig, UcbConfig
 from rlsys.tree_file import parse_line, tree_line
-from rlsys.trees import ThoughtNode, Tree, Writer
+from rlsys.trees import ENDINGS, ThoughtNode, Tree, Writer
 from rlsys.types import Verdict, VersionSpan
 
 SELECTIONS = (
@@ -140,7 +140,7 @@ def is_terminal(node: ThoughtNode, pattern: Pattern) -> bool:
 
 
 def check_counts(tree: Tree) -> None:
-    """A node's visits are its children's, an answer's its own; the prompt has them all; values are rewards."""
+    """A node's visits are its children's, those of an answer, or of an end without one, its own; values are rewards."""
     for number, node in enumerate(tree.nodes):
         below = [tree.nodes[child] for child in tree.children(number)]
         if below:
@@ -148,12 +148,15 @@ def check_counts(tree: Tree) -> None:
             assert abs(node.total - sum(child.total for child in below)) < 1e-9
         elif node.verdict is not None and node.scored >= 0:
             assert node.visits >= 1 and abs(node.total - node.visits * node.verdict.reward) < 1e-9
+        elif node.defect in ENDINGS and node.writer == tree.grower:
+            assert (node.visits, node.total) == (node.samples, 0.0)
         else:
             assert node.visits == 0 and node.total == 0
         assert node.value is None or 0 <= node.value <= 1
     scored = [tree.nodes[n] for n in tree.answers()]
     assert [node.scored for node in scored] == list(range(len(scored)))
-    assert tree.nodes[0].visits == sum(node.visits for node in scored)
+    ended = [node for node in tree.nodes if node.defect in ENDINGS and node.writer == tree.grower]
+    assert tree.nodes[0].visits == sum(node.visits for node in [*scored, *ended])
     tokens = [node.scored_tokens for node in scored]
     assert tokens == sorted(tokens) and all(0 < count <= tree.tokens for count in tokens)
     defects = Counter(node.defect for node in tree.nodes if node.defect)
@@ -204,7 +207,9 @@ def check_stop(grown: Grown, config: SearchConfig) -> None:
         if isinstance(event, Ask):
             assert not reached
         elif isinstance(event, tuple):
-            answer = event[1]
+            _, answer, finished = event
+            if any(correct >= rule.count and finished >= rule.after for rule in stop.correct):
+                reached.add("correct")
             if isinstance(answer, Verdict):
                 scored += answer.outcome in ("ok", "wrong")
                 correct += answer.outcome == "ok" and answer.reward > 0

@@ -102,9 +102,35 @@ def test_a_truncated_node_is_invalid_and_never_closed() -> None:
     )
     grown = grow(world, config(max_node_tokens=3))
     cut = grown.tree.nodes[1]
-    assert (cut.text, cut.defect, cut.finish_reason, cut.generated) == ("<thinking>aba", "truncated", "length", 3)
-    assert (list(grown.tree.children(1)), cut.visits, grown.tree.counts) == ([], 0, {"truncated": 1})
+    assert (cut.text, cut.defect, cut.finish_reason, cut.generated) == ("<thinking>aba", "too_long", "length", 3)
+    assert (list(grown.tree.children(1)), cut.visits, grown.tree.counts) == ([], 0, {"too_long": 1})
     assert grown.judged == ["<thinking>ab</thinking><answer>1</answer>"]
+
+
+@pytest.mark.parametrize(("most", "defect"), [(2, "too_long"), (3, None)])
+def test_a_node_of_a_chain_has_the_limit_of_a_node_of_its_own(most: int, defect: str | None) -> None:
+    """Two letters and the closing tag are 3 tokens, whoever put the opening tag."""
+    chain = "<thinking>ab</thinking><answer>1</answer>"
+    world = script({**ONE_THOUGHT, "thinking": {"answer": 1}}, {"": [chain]})
+    grown = grow(world, config(expansion="chain", max_node_tokens=most))
+    assert grown.tree.nodes[1].defect == defect
+    assert grown.judged == ([] if defect else [chain])
+
+
+def test_a_chain_without_an_answer_has_reward_0_and_its_branch_is_left() -> None:
+    """One branch never comes to an answer: the answers of the other grow with the simulations."""
+    children = {"start": {"thinking": 1, "hypothesis": 1}, "thinking": {"answer": 8}, "hypothesis": {"answer": 8}}
+    dead = "<hypothesis>a</hypothesis>"
+    proposals = {
+        "<thinking>": ["a</thinking>"],
+        "<hypothesis>": ["a</hypothesis>"],
+        f"{THINK}<answer>": [f"{'0' * n}</answer>" for n in range(1, 9)],
+        f"{dead}<answer>": ["0" * 600] * 8,  # to the end of the chain
+    }
+    tree = grow(script(children, proposals), config(max_node_tokens=999, stop={"simulations": 12})).tree
+    by_text = {node.text: node for node in tree.nodes}
+    assert (by_text[dead].visits, by_text[dead].total, by_text[dead].value) == (8, 0.0, 0.0)
+    assert tree.nodes[0].visits == 8 + len(tree.answers()) and len(tree.answers()) == 8
 
 
 def test_a_chain_that_is_cut_off_in_an_answer_is_not_judged() -> None:

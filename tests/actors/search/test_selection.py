@@ -22,6 +22,7 @@ class Seen:
     in_flight: int = 0
     logprob: float = 0.0
     drawn: int = 0
+    tried: int = 0
 
 
 def chooser(visits: int, total: float, others: int = 0) -> Seen:
@@ -150,3 +151,12 @@ def test_without_a_tie_nothing_is_drawn() -> None:
     assert draw_best([0.0, 2.0, 1.0], rng) == 1
     assert choose([Seen()], Seen(), UcbConfig(), rng) == 0
     assert rng.getstate() == before
+
+
+def test_a_child_that_simulations_leave_without_a_value_is_not_gone_to_for_ever() -> None:
+    # Five simulations came to nothing below the first child. Q of both is 1, N_p = 10: the first has
+    # 1 + 2 sqrt(ln 10 / 5) = 2.357, the second, with four visits, 1 + 2 sqrt(ln 10 / 4) = 2.517.
+    children = [Seen(tried=5), Seen(visits=4, total=4.0)]
+    parent = Seen(visits=4, total=4.0, tried=5, in_flight=2)
+    expected = [1 + 2 * math.sqrt(math.log(10) / count) for count in (5, 4)]
+    assert ucb_scores(children, parent, UcbConfig()) == pytest.approx(expected)
