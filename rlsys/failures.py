@@ -14,7 +14,7 @@ class FailureLimit:
     """Counts failures; above `share` of all it raises. A single one is no share yet, unless the share is 0.
 
     what: plural of what may fail, for the message; field: the config field that holds `share`.
-    failed, total: counted before, where a run is resumed.
+    failed, total, detail: counted before, where a run is resumed, and why the last of them failed.
     """
 
     what: str
@@ -22,6 +22,7 @@ class FailureLimit:
     share: float
     failed: int = 0
     total: int = 0
+    detail: str = ""
 
     def add(self, *, failed: int = 0, total: int, detail: str = "") -> None:
         """Count `failed` of `total` more; `detail`: why the last of them failed.
@@ -29,13 +30,23 @@ class FailureLimit:
         Raises:
             TooManyFailuresError: there are more than allowed.
         """
+        self.count(failed=failed, total=total, detail=detail)
+        if failed:
+            self.check()
+
+    def count(self, *, failed: int, total: int, detail: str) -> None:
+        """The same, and say nothing yet."""
         self.failed += failed
         self.total += total
+        self.detail = detail if failed else self.detail
+
+    def check(self) -> None:
+        """Raises TooManyFailuresError where there are more than allowed."""
         allowed = max(1.0, self.share * self.total) if self.share else 0.0
-        if failed and self.failed > allowed:
+        if self.failed > allowed:
             raise TooManyFailuresError(
                 f"{self.failed} of {self.total} {self.what} failed, more than {self.field} = {self.share:g}; "
-                f"the last: {detail}"
+                f"the last: {self.detail}"
             )
 
     def add_verdicts(self, groups: Sequence[TrajectoryGroup]) -> None:

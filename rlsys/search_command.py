@@ -55,6 +55,8 @@ FIRST_SIGNAL = "{}: no more trees are begun, those under way are finished and ke
 ABORTED = " for the second time; the trees under way are lost, the same command continues"
 AFTER_THE_END = " while the processes of the complete search were ending; nothing is lost"
 USAGE_INTERVAL_S = 5.0
+# Before so many verifications are known, a search under way is not ended for their failures: trees come in any order.
+ENOUGH_VERIFICATIONS = 500
 # Trees that an actor may hold, over those that keep its engine full: it starts on what waits without asking.
 AHEAD = 2
 MINIMUM_AHEAD = 8
@@ -113,7 +115,7 @@ class Search:
         share: search.max_failed_trees.
         ahead: trees that one actor holds at once.
     Raises:
-        TooManyFailuresError: more of the trees or verifications that are there have failed than allowed.
+        TooManyFailuresError: more trees have failed than allowed, or, where none is missing, more verifications.
     """
 
     def __init__(self, run_dir: Path, prompts: Sequence[Prompt], *, shard_size: int, share: float, ahead: int) -> None:
@@ -125,6 +127,9 @@ class Search:
         self._store = TreeStore(run_dir, shard_size, [prompt.prompt_id for prompt in prompts], self._count)
         self._before = len(prompts) - len(self._store.missing())
         self._stopped_by = ""
+        self._failed_trees.check()
+        if not self.missing():
+            self._failed_verdicts.check()
 
     def missing(self) -> list[int]:
         """Numbers of the prompts that have no tree yet."""
@@ -172,6 +177,7 @@ class Search:
             raise InterruptedRunError(
                 f"{self._stopped_by}; {done} of {len(self._prompts)} trees are kept, the same command continues"
             )
+        self._failed_verdicts.check()
 
     async def _grow(self, pool: SearchPool, actor: int, queue: deque[int], display: SearchDisplay) -> None:
         while queue and not self._stopped_by:
@@ -181,6 +187,9 @@ class Search:
             if isinstance(tree, TreeFailure):
                 display.message(f"no tree of {tree.prompt_id}: {tree.reason}")
             self._count(number, tree)
+            self._failed_trees.check()
+            if self._failed_verdicts.total >= ENOUGH_VERIFICATIONS:
+                self._failed_verdicts.check()
             solved = self.trees.solved_fraction
             display.step({"failed": self.trees.failed} | ({} if solved is None else {"solved": solved}))
 
@@ -198,11 +207,11 @@ class Search:
     def _count(self, number: int, tree: Tree | TreeFailure) -> None:
         self.trees.add(number, tree)
         if isinstance(tree, TreeFailure):
-            self._failed_trees.add(failed=1, total=0, detail=f"{tree.prompt_id}: {tree.reason}")
+            self._failed_trees.count(failed=1, total=0, detail=f"{tree.prompt_id}: {tree.reason}")
             return
         verdicts = [node.verdict for node in tree.nodes if node.verdict is not None]
         failed = [f"{tree.prompt_id}: {v.detail}" for v in verdicts if v.outcome in ("error", "timeout")]
-        self._failed_verdicts.add(failed=len(failed), total=len(verdicts), detail=failed[-1] if failed else "")
+        self._failed_verdicts.count(failed=len(failed), total=len(verdicts), detail=failed[-1] if failed else "")
 
 
 def run(config: Config) -> str:

@@ -10,6 +10,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from signal import SIGINT, raise_signal
 from types import SimpleNamespace
@@ -308,10 +309,42 @@ def test_more_failed_trees_are_an_error_once_they_are_kept(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("outcome", ["error", "timeout"])
 def test_failed_verifications_are_limited_too(tmp_path: Path, outcome: Outcome) -> None:
-    message = r"2 of \d+ verifications failed, more than search\.max_failed_trees = 0\.1; the last: p\d: why"
+    message = r"2 of 10 verifications failed, more than search\.max_failed_trees = 0\.1; the last: p\d: why"
     pool = Pool(2, lambda prompt: tree(prompt, outcome if int(prompt.answer) < 2 else "wrong"))
     with pytest.raises(TooManyFailuresError, match=message):
         run(opened(tmp_path, share=0.1), pool)
+    assert pool.finished == 10
+    with pytest.raises(TooManyFailuresError, match=message):  # the same again, before anything is started
+        opened(tmp_path, share=0.1)
+    assert opened(tmp_path, share=0.2).missing() == []
+
+
+def verified(prompt: Prompt, failed: int, of: int) -> Tree:
+    outcomes: list[Outcome] = ["timeout"] * failed + ["wrong"] * (of - failed)
+    return replace(tree(prompt), nodes=(node(), *(node(outcome) for outcome in outcomes)))
+
+
+@settings(deadline=None, max_examples=20)
+@given(order=st.permutations(range(10)), cut=st.integers(0, 10))
+def test_the_order_of_failed_verifications_decides_nothing(
+    tmp_path_factory: pytest.TempPathFactory, order: list[int], cut: int
+) -> None:
+    # 2 of the 10 verifications of p0 fail: more than 0.1 of its own, less of the 100 of all trees.
+    run_dir, asked = tmp_path_factory.mktemp("run"), prompts(10)
+    search = opened(run_dir, share=0.1)
+    for number in order[:cut]:
+        search._store.add(number, verified(asked[number], 2 * (number == 0), 10))
+    again = opened(run_dir, share=0.1)
+    run(again, Pool(1, lambda prompt: verified(prompt, 2 * (prompt.answer == "0"), 10)))
+    assert again.missing() == []
+
+
+def test_a_verifier_that_is_broken_ends_the_search_once_enough_is_known(tmp_path: Path) -> None:
+    pool = Pool(1, lambda prompt: verified(prompt, 100, 100))
+    with pytest.raises(TooManyFailuresError, match=r"500 of 500 verifications failed"):
+        run(opened(tmp_path, ahead=1), pool)
+    assert pool.finished == 5
+    assert len(opened(tmp_path).missing()) == 5  # nothing is said of a search that is not at its end
 
 
 def test_what_is_left_follows_from_the_mean() -> None:
