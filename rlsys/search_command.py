@@ -22,6 +22,7 @@ from rlsys.failures import FailureLimit
 from rlsys.inputs import Inputs
 from rlsys.models import tokenizer_digest
 from rlsys.patterns import resolve
+from rlsys.search_engines import trees_ahead
 from rlsys.setup import model_digest
 from rlsys.stop_signals import StopSignals
 from rlsys.tree_figures import EngineFigures, TreeFigures, figures_table, prefix_hit_rate
@@ -57,9 +58,6 @@ AFTER_THE_END = " while the processes of the complete search were ending; nothin
 USAGE_INTERVAL_S = 5.0
 # Before so many verifications are known, a search under way is not ended for their failures: trees come in any order.
 ENOUGH_VERIFICATIONS = 500
-# Trees that an actor may hold, over those that keep its engine full: it starts on what waits without asking.
-AHEAD = 2
-MINIMUM_AHEAD = 8
 
 
 class SearchPool(Protocol):
@@ -294,12 +292,6 @@ def find_prompts(config: Config, inputs: Inputs) -> list[Prompt]:
     split, count = config.search.split, config.search.prompts
     size = inputs.builder.task.size(split)
     return [inputs.builder.build(split, number) for number in range(count if size is None else min(count, size))]
-
-
-def trees_ahead(config: Config) -> int:
-    """Trees that one actor holds at once: enough that its engine is never short of work."""
-    grower = config.search.model or config.actors
-    return max(MINIMUM_AHEAD, AHEAD * grower.max_num_seqs // config.search.parallel_simulations)
 
 
 def writer_digests(models: Mapping[Writer, Path]) -> dict[str, str]:

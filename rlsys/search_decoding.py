@@ -16,6 +16,7 @@ from rlsys.errors import TooManyFailuresError
 from rlsys.evaluation import Estimate, sample_groups
 from rlsys.failures import verifier_limit
 from rlsys.interfaces import RolloutPool
+from rlsys.search_engines import trees_ahead
 from rlsys.search_evaluation import (
     Attempts,
     Comparison,
@@ -88,13 +89,13 @@ async def search_and_sample(pool: SearchPool, prompts: Sequence[Prompt], config:
 
 
 async def grow_trees(pool: SearchPool, prompts: Sequence[Prompt], config: Config) -> list[Tree | TreeFailure]:
-    """A tree or failure of every prompt, dealt over the actors, in the order of the prompts.
+    """A tree or failure of every prompt, dealt over the actors, a few at a time, in the order of the prompts.
 
     Raises:
         TooManyFailuresError: more than train.max_verifier_failures of the verifications failed.
     """
-    # Every tree keeps a request in its engine: with more of them an engine has no more to do, and deadlines run.
-    turns = [asyncio.Semaphore(config.actors.max_num_seqs) for _ in range(pool.count)]
+    ahead = trees_ahead(config)
+    turns = [asyncio.Semaphore(ahead) for _ in range(pool.count)]
 
     async def grow(number: int, prompt: Prompt) -> Tree | TreeFailure:
         actor = number % pool.count

@@ -11,6 +11,9 @@ from rlsys.errors import ConfigError
 from rlsys.search_config import SearchModelConfig
 from rlsys.trees import Writer
 
+# Trees that an actor may hold, over those that keep its engine full: it starts on what waits without asking.
+AHEAD = 2
+MINIMUM_AHEAD = 8
 SHARED_FIELDS = ("count", "tensor_parallel_size", "dtype", "max_model_len", "max_num_seqs", "kv_cache_gib")
 
 
@@ -50,6 +53,15 @@ def engine_settings(config: Config, writer: Writer, model: SearchModelConfig) ->
     if model.tensor_parallel_size > 1 and config.run.device != "cuda":
         raise ConfigError(f"search.{writer}.tensor_parallel_size above 1 needs run.device: cuda")
     return config.actors.model_copy(update={name: getattr(model, name) for name in SHARED_FIELDS})
+
+
+def trees_ahead(config: Config) -> int:
+    """Trees that one actor holds at once: enough that its engine is never short of work.
+
+    No more, since the time that a tree may take runs from when it is handed over.
+    """
+    grower = config.search.model or config.actors
+    return max(MINIMUM_AHEAD, AHEAD * grower.max_num_seqs // config.search.parallel_simulations)
 
 
 def growing(config: Config, policy: Path, engines: Mapping[Writer, ModelEngines]) -> tuple[Config, Path, Searching]:

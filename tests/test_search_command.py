@@ -42,7 +42,6 @@ from rlsys.search_command import (
     find_prompts,
     growing,
     open_search,
-    trees_ahead,
 )
 from rlsys.stop_signals import StopSignals
 from rlsys.trees import SearchUsage, ThoughtNode, Tree, TreeFailure
@@ -458,18 +457,6 @@ def test_a_sampling_setting_that_the_search_replaces_may_differ() -> None:
 def test_the_deciding_fields_survive_json() -> None:
     found = deciding_fields(shipped(REVIEWER))
     assert json.loads(json.dumps(found)) == found
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (["actors.max_num_seqs=256", "search.parallel_simulations=4"], 128),  # 2 * 256 / 4
-        (["actors.max_num_seqs=3", "search.parallel_simulations=4"], 8),  # at least
-        ([MODEL, "search.model.max_num_seqs=64", "search.parallel_simulations=4"], 32),  # its engines, not the policy's
-    ],
-)
-def test_an_actor_holds_enough_trees(overrides: list[str], expected: int) -> None:
-    assert trees_ahead(shipped(*overrides)) == expected
 
 
 def inputs(train: int | None = 6) -> Any:

@@ -94,10 +94,11 @@ def test_the_search_of_an_evaluation_stops_at_answers_alone_and_is_the_policys()
 
 def test_trees_come_back_in_the_order_of_the_prompts_and_wait_for_their_turn() -> None:
     pool = SearchingPool(count=3)
-    trees = asyncio.run(grow_trees(pool, [prompt(f"p{i}") for i in range(17)], config(actors={"max_num_seqs": 2})))
-    assert [found.prompt_id for found in trees] == [f"p{i}" for i in range(17)]
-    assert sorted(pool.calls, key=lambda call: int(call[2][1:])) == [("grow", i % 3, f"p{i}") for i in range(17)]
-    assert pool.most == 6
+    settings = config(actors={"max_num_seqs": 40}, search={"parallel_simulations": 8})
+    trees = asyncio.run(grow_trees(pool, [prompt(f"p{i}") for i in range(100)], settings))
+    assert [found.prompt_id for found in trees] == [f"p{i}" for i in range(100)]
+    assert sorted(pool.calls, key=lambda call: int(call[2][1:])) == [("grow", i % 3, f"p{i}") for i in range(100)]
+    assert pool.most == 3 * 10  # of each actor 2 * 40 / 8, so that the deadlines of the others do not run yet
 
 
 def test_more_samples_are_drawn_only_where_they_are_wanted_and_are_new_ones() -> None:

@@ -11,7 +11,14 @@ from rlsys import cli
 from rlsys.config import Config
 from rlsys.config_file import parse_config
 from rlsys.errors import ConfigError
-from rlsys.search_engines import ModelEngines, engine_settings, given_models, growing, searches_in_training
+from rlsys.search_engines import (
+    ModelEngines,
+    engine_settings,
+    given_models,
+    growing,
+    searches_in_training,
+    trees_ahead,
+)
 from rlsys.setup import search_engines
 
 LARGE = {"path": "large", "count": 3, "dtype": "bf16", "max_model_len": 4096, "max_num_seqs": 64, "kv_cache_gib": 8}
@@ -62,6 +69,19 @@ def test_search_model_takes_the_place_of_the_policy() -> None:
 )
 def test_training_searches_in_the_online_stage_only(sections: dict[str, Any], expected: bool) -> None:
     assert searches_in_training(config(**sections)) is expected
+
+
+@pytest.mark.parametrize(
+    ("sequences", "model", "expected"),
+    [
+        (256, None, 128),  # 2 * 256 / 4
+        (3, None, 8),  # at least
+        (256, {"path": "m", "max_num_seqs": 64}, 32),  # its engines, not the policy's
+    ],
+)
+def test_an_actor_holds_enough_trees(sequences: int, model: dict[str, Any] | None, expected: int) -> None:
+    search = {"parallel_simulations": 4, "model": model}
+    assert trees_ahead(config(actors={"max_num_seqs": sequences}, search=search)) == expected
 
 
 def test_an_engine_over_several_cpus_is_refused() -> None:
