@@ -135,14 +135,20 @@ class RolloutActor:
 
     async def grow(self, prompt: Prompt) -> str:
         """Search one prompt; the tree as a line of JSON."""
-        return tree_line(await self._search(prompt))
+        tree = await self._search(prompt)
+        try:
+            return await asyncio.to_thread(tree_line, tree)  # other trees go on meanwhile
+        except ValueError as error:  # a log-probability that is not finite
+            reason = f"the tree cannot be written: {error}"
+            return tree_line(
+                TreeFailure(prompt_id=prompt.prompt_id, question=prompt.question, answer=prompt.answer, reason=reason)
+            )
 
-    async def search(self, prompts: Sequence[Prompt]) -> tuple[list[TrajectoryGroup | RolloutFailure], float]:
-        """A searched group for every prompt, in order, and the seconds it took."""
+    async def search(self, prompt: Prompt) -> tuple[TrajectoryGroup | RolloutFailure, float]:
+        """The searched group of a prompt, and the seconds it took."""
         started = time.monotonic()
-        trees = await asyncio.gather(*map(self._search, prompts))
-        seconds = time.monotonic() - started
-        return [self._searched(tree, prompt) for tree, prompt in zip(trees, prompts, strict=True)], seconds
+        tree = await self._search(prompt)
+        return self._searched(tree, prompt), time.monotonic() - started
 
     async def _search(self, prompt: Prompt) -> Tree | TreeFailure:
         if self.forest is None:

@@ -72,8 +72,8 @@ class RolloutPool(Protocol):
         """A group or failure for every prompt, in order."""
         ...
 
-    async def search(self, actor: int, prompts: Sequence[Prompt]) -> Sequence[TrajectoryGroup | RolloutFailure]:
-        """A searched group or failure for every prompt, in order."""
+    async def search(self, actor: int, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
+        """The searched group of a prompt, or why there is none."""
         ...
 
     def tokens_per_s(self) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -11,7 +10,7 @@ from rlsys.buffer import Buffer
 from rlsys.failures import FailureLimit
 from rlsys.interfaces import RolloutPool
 from rlsys.prompts import PromptStream
-from rlsys.types import Prompt, RolloutFailure, SamplingSettings
+from rlsys.types import Prompt, RolloutFailure, SamplingSettings, TrajectoryGroup
 
 Issued = tuple[int, Prompt]
 
@@ -27,9 +26,10 @@ def is_searched(index: int, fraction: float) -> bool:
 class Producer:
     """Issues prompts into free slots as soon as there are any.
 
-    All free slots are a wave: dealt over the actors in one dispatch each, so that an engine's first batch does
-    not depend on timing; what an actor samples and what it searches are two dispatches, made at once. A failed
-    rollout is counted and its slot given to the next prompt, once the whole wave has answered and in order of issue.
+    All free slots are a wave, dealt over the actors. What an actor samples is one dispatch, so that an engine's first
+    batch does not depend on timing; every searched prompt is one of its own, so that no tree waits for another to
+    reach its slot. A failed rollout is counted and its slot given to the next prompt, once the whole wave has answered
+    and in order of issue.
     So with train.max_staleness 0, where a wave is a step, the replacements do not depend on timing either; with more,
     waves overlap and the one that answers first takes the next prompt.
 
@@ -72,27 +72,35 @@ class Producer:
             dealt = sorted(issued, key=self._is_searched)
             async with asyncio.TaskGroup() as dispatches:
                 for actor in range(self._pool.count):
-                    for _, part in itertools.groupby(dealt[actor :: self._pool.count], self._is_searched):
-                        dispatches.create_task(self._dispatch(actor, list(part), failures))
+                    part = dealt[actor :: self._pool.count]
+                    sampled = [item for item in part if not self._is_searched(item)]
+                    if sampled:
+                        dispatches.create_task(self._sample(actor, sampled, failures))
+                    for item in part[len(sampled) :]:
+                        dispatches.create_task(self._search(actor, item, failures))
             # After the good ones, so that the share does not depend on the order within a wave.
             issued = [self._replace(index, failures[index]) for index, _ in issued if index in failures]
 
     def _is_searched(self, item: Issued) -> bool:
         return is_searched(item[0], self._search_fraction)
 
-    async def _dispatch(self, actor: int, issued: Sequence[Issued], failures: dict[int, RolloutFailure]) -> None:
-        """Have an actor sample, or search, prompts of one kind."""
-        prompts = [prompt for _, prompt in issued]
-        if self._is_searched(issued[0]):
-            groups = await self._pool.search(actor, prompts)
-        else:
-            groups = await self._pool.generate(actor, prompts, self._settings)
+    async def _sample(self, actor: int, issued: Sequence[Issued], failures: dict[int, RolloutFailure]) -> None:
+        groups = await self._pool.generate(actor, [prompt for _, prompt in issued], self._settings)
         for (index, _), group in zip(issued, groups, strict=True):
-            if isinstance(group, RolloutFailure):
-                failures[index] = group
-            else:
-                self._failures.add(total=1)
-                await self._buffer.finish(index, group)
+            await self._finish(index, group, failures)
+
+    async def _search(self, actor: int, item: Issued, failures: dict[int, RolloutFailure]) -> None:
+        index, prompt = item
+        await self._finish(index, await self._pool.search(actor, prompt), failures)
+
+    async def _finish(
+        self, index: int, found: TrajectoryGroup | RolloutFailure, failures: dict[int, RolloutFailure]
+    ) -> None:
+        if isinstance(found, RolloutFailure):
+            failures[index] = found
+        else:
+            self._failures.add(total=1)
+            await self._buffer.finish(index, found)
 
     def _replace(self, index: int, failure: RolloutFailure) -> Issued:
         self._failures.add(failed=1, total=1, detail=failure.reason)

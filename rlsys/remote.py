@@ -99,14 +99,14 @@ class RayRolloutPool:
         self._seconds[actor] += seconds
         return groups
 
-    async def search(self, actor: int, prompts: Sequence[Prompt]) -> Sequence[TrajectoryGroup | RolloutFailure]:
+    async def search(self, actor: int, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
         timeout = self._config.actors.rollout_timeout_s
-        groups, seconds = await self._call(actor, "search", timeout, "actors.rollout_timeout_s", list(prompts))
+        group, seconds = await self._call(actor, "search", timeout, "actors.rollout_timeout_s", prompt)
         # Nodes are in several trajectories, or in none: only the search knows how many tokens were generated.
-        found = [group for group in groups if isinstance(group, TrajectoryGroup)]
-        self._tokens[actor] += sum(int(group.metrics["tokens"]) for group in found)
+        if isinstance(group, TrajectoryGroup):
+            self._tokens[actor] += int(group.metrics["tokens"])
         self._seconds[actor] += seconds
-        return groups
+        return group
 
     async def grow(self, actor: int, prompt: Prompt) -> Tree | TreeFailure:
         """The finished tree of a prompt."""

@@ -145,14 +145,13 @@ class FakePool:
             for p in prompts
         ]
 
-    async def search(self, actor: int, prompts: Sequence[Prompt]) -> Sequence[TrajectoryGroup | RolloutFailure]:
-        self.calls.append(("search", actor, tuple(p.prompt_id for p in prompts)))
+    async def search(self, actor: int, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
+        self.calls.append(("search", actor, (prompt.prompt_id,)))
         version = self.versions[actor]
-        await self._work(prompts)
-        return [
-            RolloutFailure(prompt=p, reason="scripted") if p.prompt_id in self.failing else searched_group(p, version)
-            for p in prompts
-        ]
+        await self._work([prompt])
+        if prompt.prompt_id in self.failing:
+            return RolloutFailure(prompt=prompt, reason="scripted")
+        return searched_group(prompt, version)
 
     async def _work(self, prompts: Sequence[Prompt]) -> None:
         await asyncio.sleep(0)

@@ -488,8 +488,8 @@ def test_verifications_of_trees_count_too(tmp_path: Path) -> None:
     settings = config(stages=["online"], train={"max_verifier_failures": 0.4}, search={"fraction": 0.5})
     run = Run(tmp_path, settings)
 
-    async def search(actor: int, prompts: Any) -> Any:
-        return [searched_group(found, verifier_errors=3.0) for found in prompts]
+    async def search(actor: int, found: Any) -> Any:
+        return searched_group(found, verifier_errors=3.0)
 
     run.pool.search = search
     message = r"3 of 7 verifications failed, .* in the tree of prompt train-\d@0, see the log of its actor"

@@ -92,7 +92,7 @@ def test_any_stretch_of_the_stream_holds_the_fraction(fraction: float, start: in
     assert abs(found - count * fraction) <= 1 + 1e-6
 
 
-def test_an_actor_samples_and_searches_at_once_and_groups_keep_their_order() -> None:
+def test_an_actor_samples_in_one_dispatch_and_searches_one_by_one_and_groups_keep_their_order() -> None:
     # 1, 3, 5 and 7 are searched: 2 a kind for either actor, where dealing by place would give one actor all of a kind.
     setup = Setup(actors=2, groups_per_step=8, fraction=0.5)
 
@@ -100,8 +100,9 @@ def test_an_actor_samples_and_searches_at_once_and_groups_keep_their_order() -> 
         groups = await setup.buffer.take()
         assert ids(groups) == ["0", "1", "2", "3", "4", "5", "6", "7"]
         assert [group.searched for group in groups] == [False, True] * 4
-        assert [call[0] for call in setup.calls] == ["generate", "search"] * 2
-        assert dispatches(setup.calls) == [(0, ["0", "4"]), (0, ["1", "5"]), (1, ["2", "6"]), (1, ["3", "7"])]
+        assert [call[0] for call in setup.calls] == ["generate", "search", "search"] * 2
+        own = [(0, ["0", "4"]), (0, ["1"]), (0, ["5"]), (1, ["2", "6"]), (1, ["3"]), (1, ["7"])]
+        assert dispatches(setup.calls) == own
 
     setup.during(scenario)
 
@@ -110,9 +111,9 @@ def test_a_slow_search_does_not_keep_the_samples_of_its_actor() -> None:
     setup = Setup(actors=1, groups_per_step=2, fraction=0.5)
     search, hold = setup.pool.search, asyncio.Event()
 
-    async def slow(actor: int, prompts: Sequence[Prompt]) -> Sequence[TrajectoryGroup | RolloutFailure]:
+    async def slow(actor: int, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
         await hold.wait()
-        return await search(actor, prompts)
+        return await search(actor, prompt)
 
     setup.pool.search = slow  # type: ignore[method-assign]  # the scripted delay
 
@@ -126,12 +127,49 @@ def test_a_slow_search_does_not_keep_the_samples_of_its_actor() -> None:
     setup.during(scenario)
 
 
+def test_no_tree_waits_for_another_of_its_actor_and_wave() -> None:
+    # Two steps of two trees are under way on one actor; the last one never ends. The first step has its groups.
+    setup = Setup(actors=1, groups_per_step=2, max_staleness=1, fraction=1.0)
+    search = setup.pool.search
+
+    async def endless(actor: int, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
+        if prompt.prompt_id == "train-3":
+            await asyncio.Event().wait()
+        return await search(actor, prompt)
+
+    setup.pool.search = endless  # type: ignore[method-assign]  # the scripted delay
+
+    async def scenario() -> None:
+        async with asyncio.timeout(2):
+            assert ids(await setup.buffer.take()) == ["0", "1"]
+
+    setup.during(scenario)
+
+
+def test_replacements_of_failed_searches_do_not_depend_on_which_answers_first() -> None:
+    # All four fail: 4 replaces 0, 5 replaces 1 and so on, though they answer the other way round.
+    setup = Setup(actors=1, groups_per_step=4, fraction=1.0, failing=[f"train-{n}" for n in range(4)], finished=99)
+    search = setup.pool.search
+
+    async def backwards(actor: int, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
+        for _ in range(20 - 5 * int(prompt.prompt_id.removeprefix("train-"))):
+            await asyncio.sleep(0)
+        return await search(actor, prompt)
+
+    setup.pool.search = backwards  # type: ignore[method-assign]  # the scripted delay
+
+    async def scenario() -> None:
+        assert ids(await setup.buffer.take()) == ["4", "5", "6", "7"]
+
+    setup.during(scenario)
+
+
 def test_where_all_are_searched_nothing_is_sampled() -> None:
     setup = Setup(actors=2, groups_per_step=4, fraction=1.0)
 
     async def scenario() -> None:
         assert all(group.searched for group in await setup.buffer.take())
-        assert setup.calls == [("search", 0, ("train-0", "train-2")), ("search", 1, ("train-1", "train-3"))]
+        assert setup.calls == [("search", n // 2, (f"train-{name}",)) for n, name in enumerate((0, 2, 1, 3))]
 
     setup.during(scenario)
 

@@ -18,7 +18,7 @@ from rlsys.ray_errors import death
 from rlsys.remote import RayRolloutPool, answer
 from rlsys.tree_file import tree_line
 from rlsys.trees import TreeFailure
-from rlsys.types import RolloutFailure, SamplingSettings
+from rlsys.types import SamplingSettings
 
 CONFIG = parse_config({"run": {"dir": "d"}, "model": {"path": "m"}, "task": {"type": "letter_count"}}, "test")
 SETTINGS = SamplingSettings(samples=1, temperature=1.0, top_p=1.0, max_tokens=4, seed=0)
@@ -125,11 +125,10 @@ def test_tokens_per_s_is_the_sum_over_the_actors_that_worked() -> None:
 
 
 def test_tokens_of_a_search_are_those_its_trees_generated() -> None:
-    # 30 + 50 tokens of two trees, the third failed, in 4 s; with 2 sampled tokens in 1 s that is 82 in 5 s.
-    trees = [replace(group(prompt(name)), searched=True, metrics={"tokens": n}) for name, n in (("a", 30), ("b", 50))]
-    answers = [*trees, RolloutFailure(prompt=prompt("c"), reason="too long")]
-    pool = RayRolloutPool([Handle((answers, 4.0))], CONFIG)
-    assert asyncio.run(pool.search(0, [prompt("a"), prompt("b"), prompt("c")])) == answers
+    # 80 tokens of a tree in 4 s; with 2 sampled tokens in 1 s that is 82 in 5 s.
+    tree = replace(group(prompt("a")), searched=True, metrics={"tokens": 80})
+    pool = RayRolloutPool([Handle((tree, 4.0))], CONFIG)
+    assert asyncio.run(pool.search(0, prompt("a"))) is tree
     pool._handles = [Handle(([group(prompt("d"), rewards=(1,))], 1.0))]
     asyncio.run(pool.generate(0, [prompt("d")], SETTINGS))
     assert pool.tokens_per_s() == pytest.approx(82 / 5)
