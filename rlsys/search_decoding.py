@@ -44,7 +44,7 @@ def with_search(config: Config) -> Config:
     """The config of actors that search with the policy until a tree has evaluation.search_answers answers."""
     answers, stop = config.evaluation.search_answers, config.search.stop
     simulations = max(stop.simulations, SIMULATIONS_PER_ANSWER * answers)
-    stop = stop.model_copy(update={"answers": answers, "correct": (), "simulations": simulations})
+    stop = stop.model_copy(update={"answers": answers, "correct": (), "simulations": simulations, "tokens": None})
     return config.model_copy(update={"search": config.search.model_copy(update={"stop": stop, "model": None})})
 
 

@@ -85,7 +85,7 @@ def test_the_search_of_an_evaluation_stops_at_answers_alone_and_is_the_policys()
         },
     )
     found = with_search(given).search
-    assert found.stop.model_dump() == {"simulations": 256, "tokens": 500, "answers": 64, "correct": ()}
+    assert found.stop.model_dump() == {"simulations": 256, "tokens": None, "answers": 64, "correct": ()}
     assert (found.model, found.reviewer) == (None, given.search.reviewer)
     assert with_search(config(2)).search.stop.simulations == 128  # what the config allows is not lowered
     drawn = sampling_of(given)
