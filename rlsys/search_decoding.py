@@ -151,6 +151,7 @@ def show_search(found: Mapping[str, Any], problems: int, console: Console) -> No
         console.print(table)
     tokens = found["tokens_per_problem"]
     lines = [
+        "the search was told which of its answers are right, and chose by it; the samples were not",
         "ended: share of the searches that came to their end with less, and unsolved",
         f"generated tokens per problem: search {tokens['search']:.0f}, "
         f"{found['answers']} samples {tokens['samples']:.0f}",
