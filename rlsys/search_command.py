@@ -52,7 +52,7 @@ FREE = (
     *(f"search.{writer}.{key}" for writer in ("model", "reviewer") for key in ("path", "count", "max_num_seqs")),
     *(f"search.{writer}.kv_cache_gib" for writer in ("model", "reviewer")),
 )
-FIRST_SIGNAL = "{}: no more trees are begun, those under way are finished and kept; once more to abort"
+FIRST_SIGNAL = "{}: the trees that the actors hold are finished and kept, no others are begun; once more to abort"
 ABORTED = " for the second time; the trees under way are lost, the same command continues"
 AFTER_THE_END = " while the processes of the complete search were ending; nothing is lost"
 USAGE_INTERVAL_S = 5.0
@@ -139,7 +139,7 @@ class Search:
         return len(self._prompts) - len(self.missing()) - self._before
 
     def stop(self, name: str) -> None:
-        """Begin no more trees, because of the signal `name`."""
+        """Hand no more trees to the actors, because of the signal `name`."""
         self._stopped_by = name
 
     async def run(self, pool: SearchPool, display: SearchDisplay) -> None:

@@ -235,9 +235,8 @@ def test_the_first_signal_finishes_what_is_under_way(
     kept = 10 - len(search.missing())
     assert 6 <= kept < 10 and kept == pool.finished == len(pool.calls)
     assert caught.value.message == f"SIGINT; {kept} of 10 trees are kept, the same command continues"
-    assert (
-        "SIGINT: no more trees are begun, those under way are finished and kept; once more" in capsys.readouterr().out
-    )
+    said = "SIGINT: the trees that the actors hold are finished and kept, no others are begun; once more to abort"
+    assert said in capsys.readouterr().out
     run(opened(run_dir), Pool())
     assert files(run_dir) == undisturbed
 
