@@ -151,6 +151,7 @@ class Forest:
         try:
             return [(growing, request) for request in step()]
         except Exception as error:  # noqa: BLE001 - for whoever waits for the tree; the event loop would only log it
+            error.add_note(f"while searching prompt {growing.prompt.prompt_id}")
             self._fail(growing, error)
             return []
         finally:

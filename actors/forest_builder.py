@@ -76,6 +76,13 @@ def build_forest(
         temperature=search.temperature or sampling.temperature,
         top_p=search.top_p or sampling.top_p,
         max_chain_tokens=sampling.max_tokens,
-        in_flight=actors.max_num_seqs,
+        in_flight=_share_of_grower(search, actors, others),
     )
     return Forest(writers, rewards, settings)
+
+
+def _share_of_grower(search: SearchConfig, actors: ActorsConfig, others: Mapping[Writer, object]) -> int:
+    """Sequences that the engines which grow trees decode at once, for each of the actors that ask them."""
+    if search.model is None or "model" not in others:
+        return actors.max_num_seqs
+    return max(1, search.model.max_num_seqs * search.model.count // actors.count)

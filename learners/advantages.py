@@ -69,6 +69,10 @@ def tree_advantages(trajectories: Sequence[Trajectory], *, use_std: bool) -> dic
     what it visits. Advantages weighted by samples sum to 0 over the children of a node, ends included; they are
     exactly 0 where these are equal or there is only one. The order of the trajectories changes nothing.
 
+    Backtracking children are siblings of one another only: they are there because the verifier found an answer below
+    n wrong, a hint that the policy never gets, so what they are worth is no merit of n. V(n) is their mean only where
+    n has no other child on a judged trajectory.
+
     Raises:
         ValueError: the reward of a judged trajectory is not finite.
 
@@ -79,18 +83,28 @@ def tree_advantages(trajectories: Sequence[Trajectory], *, use_std: bool) -> dic
     if not np.isfinite(rewards).all():
         raise ValueError(f"expected finite rewards from the task's verifier, found {rewards}")
     steps = {step.node: step for trajectory in judged for step in trajectory.steps}
-    branches: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    branches: dict[tuple[int, bool], list[tuple[int, float]]] = defaultdict(list)
     for trajectory in judged:
-        branches[trajectory.steps[-1].node if trajectory.steps else ROOT].append((1, trajectory.reward))
+        branches[trajectory.steps[-1].node if trajectory.steps else ROOT, False].append((1, trajectory.reward))
+    means: dict[tuple[int, bool], float] = {}
+    scales: dict[tuple[int, bool], float] = {}
     values: dict[int, float] = {}
-    scales: dict[int, float] = {}
     # Parents have smaller numbers than their children, so a node's branches are complete when its turn comes.
     for node in sorted({ROOT, *steps} if judged else (), reverse=True):
-        values[node] = _weighted_mean(branches[node])
-        scales[node] = _weighted_std(branches[node], values[node]) + STD_EPSILON if use_std else 1.0
+        for backtrack in (True, False):
+            siblings = node, backtrack
+            if branches[siblings]:
+                values[node] = means[siblings] = _weighted_mean(branches[siblings])
+                deviation = _weighted_std(branches[siblings], means[siblings]) + STD_EPSILON
+                scales[siblings] = deviation if use_std else 1.0
         if node in steps:
-            branches[steps[node].parent].append((steps[node].samples, values[node]))
-    return {node: (values[node] - values[step.parent]) / scales[step.parent] for node, step in steps.items()}
+            step = steps[node]
+            branches[step.parent, step.backtrack].append((step.samples, values[node]))
+    found = {}
+    for node, step in steps.items():
+        siblings = step.parent, step.backtrack
+        found[node] = (values[node] - means[siblings]) / scales[siblings]
+    return found
 
 
 def _weighted_mean(branches: Sequence[tuple[int, float]]) -> float:

@@ -361,6 +361,12 @@ class Config(Section):
                         f"search.{name} {found} differs from sampling.{name} {expected}, at which the learner trains "
                         f"what the policy writes (search.fraction above 0): leave search.{name} out or make them equal"
                     )
+        if self.search.fraction and self.objective.loss_aggregation != "token_mean":
+            # A row of a searched group trains what the rows before it left: no row is a sequence to average over.
+            raise ValueError(
+                f"search.fraction {self.search.fraction:g} needs objective.loss_aggregation token_mean, "
+                f"found {self.objective.loss_aggregation}"
+            )
         scratch = self.model.from_scratch
         if scratch and scratch.max_positions < self.actors.max_model_len:
             raise ValueError(

@@ -72,7 +72,8 @@ class Step:
     start, stop: its tokens are token_ids[start:stop].
     type: name of its node type.
     samples: how often this node was drawn from its parent; duplicates are merged.
-    visits, value: scored answers below it and their mean reward, as the search saw them (value None without visits).
+    visits, value: chains that ended below it and their mean reward, as the search saw them (value None without visits).
+    backtrack: put there because the verifier had found an answer below its parent wrong.
     """
 
     node: int
@@ -83,6 +84,7 @@ class Step:
     samples: int
     visits: int
     value: float | None
+    backtrack: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,6 +88,15 @@ def test_a_mistake_is_one_line_with_the_field_and_what_was_found(
     assert found in message
 
 
+def test_a_searched_group_is_trained_by_the_token() -> None:
+    def values(fraction: float) -> dict[str, Any]:
+        return minimal(search={"fraction": fraction}, objective={"loss_aggregation": "sequence_mean"})
+
+    message = problem(values(0.25))
+    assert "search.fraction 0.25 needs objective.loss_aggregation token_mean, found sequence_mean" in message
+    assert parse_config(values(0.0), "test").objective.loss_aggregation == "sequence_mean"
+
+
 @pytest.mark.parametrize("name", ["temperature", "top_p"])
 def test_what_the_learner_trains_is_searched_as_it_is_sampled(name: str) -> None:
     def values(fraction: float, **search: Any) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def _step(number: int, start: int, stop: int, node: ThoughtNode) -> Step:
         samples=node.samples,
         visits=node.visits,
         value=node.value,
+        backtrack=node.backtrack,
     )
 
 

@@ -100,7 +100,11 @@ def test_a_better_reward_never_gets_a_lower_advantage(rewards, use_std):
 
 
 def chain(
-    nodes: Sequence[int], reward: float, outcome: Outcome = "ok", samples: Mapping[int, int] | None = None
+    nodes: Sequence[int],
+    reward: float,
+    outcome: Outcome = "ok",
+    samples: Mapping[int, int] | None = None,
+    backtracks: Sequence[int] = (),
 ) -> Trajectory:
     """A trajectory through nodes of one token each."""
     return Trajectory(
@@ -122,6 +126,7 @@ def chain(
                 samples=(samples or {}).get(node, 1),
                 visits=0,
                 value=None,
+                backtrack=node in backtracks,
             )
             for place, (parent, node) in enumerate(itertools.pairwise((0, *nodes)), start=1)
         ),
@@ -154,6 +159,21 @@ def test_the_end_of_a_trajectory_is_one_more_child_of_its_last_node():
     tree = [chain((1,), 0), chain((1, 2), 1, samples={2: 2}), chain((3,), 0)]
     found = tree_advantages(tree, use_std=False)
     assert found == pytest.approx({1: 1 / 3, 2: 1 / 3, 3: -1 / 3}, rel=1e-12)
+
+
+def test_backtracking_is_no_merit_of_the_thought_it_starts_from():
+    # 0 -> 1 -> 2 (wrong), 3 (backtracking) -> 4 (right), 5 (wrong);  0 -> 6 (right).
+    # V(3) = 1/2 counts for nothing above it: V(1) = V(2) = 0, V(0) = 1/2; 3 has no sibling of its kind.
+    tree = [chain(nodes, reward, backtracks=[3]) for nodes, reward in (((1, 2), 0), ((1, 3, 4), 1), ((1, 3, 5), 0))]
+    found = tree_advantages([*tree, chain((6,), 1)], use_std=False)
+    assert found == {1: -0.5, 2: 0.0, 3: 0.0, 4: 0.5, 5: -0.5, 6: 0.5}
+    # Two backtracking children are compared with each other: V = 1/2 and 0, mean 1/4.
+    tree = [*tree, chain((1, 7), 0, backtracks=[7])]
+    found = tree_advantages([*tree, chain((6,), 1)], use_std=False)
+    assert (found[3], found[7], found[1]) == (0.25, -0.25, -0.5)
+    # Without any other child below 1 they are all that is known of it.
+    only = [chain((1, 3), 1, backtracks=[3]), chain((6,), 0)]
+    assert tree_advantages(only, use_std=False) == {1: 0.5, 3: 0.0, 6: -0.5}
 
 
 def test_what_was_not_judged_counts_nowhere():
