@@ -28,7 +28,8 @@ class NodeTypeConfig(Section):
 
 class PatternConfig(Section):
     children: dict[str, dict[str, Annotated[int, Field(ge=1)]]]
-    """Type of a node -> type of its children -> how many of them an expansion asks for. `start` is the prompt."""
+    """Type of a node -> type of its children -> how many of them an expansion asks for; with chain expansion, where the
+    writer chooses the types, their sum is how many chains are drawn from the node. `start` is the prompt."""
     after_wrong: dict[str, dict[str, Annotated[int, Field(ge=1)]]] = Field(default={})
     """After a wrong answer the nearest ancestor of the first type gets one child of the second, at most so many."""
 
