@@ -131,9 +131,11 @@ class Started:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[Any] = []
+        self.tokenizers: list[Path] = []  # that are asked whether they keep the tags
         monkeypatch.setattr(launch, "prepare_model", lambda *_: Path("policy"))
         monkeypatch.setattr(launch, "search_engines", engines)
         monkeypatch.setattr(launch.resources, "plan", self.plan)
+        monkeypatch.setattr(launch, "build_codec", lambda folder, _search, _model: self.tokenizers.append(folder))
         monkeypatch.setattr(launch, "Inputs", lambda *_, **__: SimpleNamespace(notes=["1 row skipped"]))
         monkeypatch.setattr(launch, "ray_cluster", self.cluster)
         monkeypatch.setattr(launch, "rollout_pool", self.pool)
@@ -178,6 +180,7 @@ def test_trees_are_grown_by_the_model_of_the_search_and_its_reviewer(started: St
         ("grow", "pool"),
         ("asked", "SIGINT"),
     ]
+    assert started.tokenizers == [Path("l"), Path("r")]
 
 
 def test_nothing_is_started_where_nothing_is_left(

@@ -301,6 +301,22 @@ def test_bad_input(refused, policy: Path, tmp_path: Path, overrides: tuple[str, 
     assert not (tmp_path / "run" / "search.json").exists()
 
 
+def test_a_tag_that_the_tokenizer_loses(refused, policy: Path, tmp_path: Path) -> None:
+    """The vocabulary is without "<": the shipped tags are entries of their own, another one would come back cut."""
+    folder = tmp_path / "model"
+    shutil.copytree(policy, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    del tokenizer["model"]["vocab"]["<"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = write_config(tmp_path, search_config(folder, 8))
+    expected = "search.nodes: the tag guess is not closable by this tokenizer: "
+    for command in ("search", "train"):
+        overrides = ("search.nodes.thinking.tag=guess", "search.fraction=0.5")
+        assert expected in refused(command, config, *overrides)
+        assert not (tmp_path / "run" / "search.json").exists()
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 CHANGED = [
     ("run.seed=4", "run.seed differs from the search to be continued"),
     ("search.stop.simulations=8", "search.stop.simulations differs"),
