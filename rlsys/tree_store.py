@@ -155,7 +155,9 @@ _ADVICE = "restore the file, or move it away to have its trees grown again"
 
 
 def check_origin(run_dir: Path, fixed: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
-    """Compare with what the trees of a run directory were made of, or note it where there are none.
+    """Compare with what the trees of a run directory were made of, or note it where there is none yet.
+
+    A search that ended before its first tree binds nobody: its engines may have refused the config.
 
     Args:
         fixed: values that decide the trees, by the dotted name of their config field.
@@ -166,14 +168,13 @@ def check_origin(run_dir: Path, fixed: Mapping[str, Any], inputs: Mapping[str, s
     """
     path = run_dir / ORIGIN
     now = {"format": FORMAT, "fixed": dict(fixed), "inputs": dict(inputs)}
-    if not path.exists():
-        if (run_dir / TREES).is_dir() and any((run_dir / TREES).iterdir()):
-            raise DataError(
-                f"{path}: missing, though {run_dir / TREES} holds trees; restore it, or choose a new run.dir"
-            )
+    holds_trees = _holds_files(run_dir / TREES) or _holds_files(run_dir / TREES / OPEN)
+    if holds_trees and not path.exists():
+        raise DataError(f"{path}: missing, though {run_dir / TREES} holds trees; restore it, or choose a new run.dir")
+    before = _read_origin(path) if path.exists() else now
+    if not holds_trees:
         write_json(path, now)
         return
-    before = _read_origin(path)
     different = _different(before["fixed"], fixed)
     if different:
         name = different[0]
@@ -187,6 +188,12 @@ def check_origin(run_dir: Path, fixed: Mapping[str, Any], inputs: Mapping[str, s
             f"{' and '.join(changed)}: the contents differ from those that the trees of {run_dir} were made with; "
             "put them back, or choose a new run.dir"
         )
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether any is there, those left aside that a killed process was still writing."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return any(path.is_file() and not _UNFINISHED.fullmatch(path.name) for path in found)
 
 
 def _read_origin(path: Path) -> dict[str, Any]:

@@ -487,7 +487,7 @@ def test_a_search_is_opened_where_there_is_none_and_again(tmp_path: Path) -> Non
 
 
 def test_another_search_is_refused_and_changes_nothing(tmp_path: Path) -> None:
-    open_search(shipped(), tmp_path, inputs(), {})
+    run(open_search(shipped(), tmp_path, inputs(), {}), Pool())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with pytest.raises(ConfigError, match=r"^run\.seed differs from the search to be continued"):
         open_search(shipped("run.seed=1"), tmp_path, inputs(), {})

@@ -249,8 +249,26 @@ def test_the_same_origin_continues(tmp_path: Path) -> None:
     assert json.loads(before["search.json"]) == {"format": 1, "fixed": FIXED, "inputs": INPUTS}
 
 
-def test_another_origin_is_refused_by_field(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", [False, True])
+def test_an_origin_without_a_tree_binds_nobody(tmp_path: Path, killed: bool) -> None:
     check_origin(tmp_path, FIXED, INPUTS)
+    if killed:  # while it was writing its first tree
+        (tmp_path / "trees" / ".open").mkdir(parents=True)
+        (tmp_path / "trees" / ".open" / f".1.json.{'0' * 32}").write_text("{")
+    check_origin(tmp_path, {**FIXED, "run.seed": 1}, INPUTS)
+    assert json.loads((tmp_path / "search.json").read_text())["fixed"]["run.seed"] == 1
+    store, _ = opened(tmp_path, 2)
+    store.add(1, tree(1))
+    with pytest.raises(ConfigError, match=r"^run\.seed differs .*expected 1, found 0; set it back, or choose a new"):
+        check_origin(tmp_path, FIXED, INPUTS)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_another_origin_is_refused_by_field(tmp_path: Path, count: int) -> None:
+    check_origin(tmp_path, FIXED, INPUTS)
+    store, _ = opened(tmp_path, 4)
+    for number in range(count):  # in the open, or in a shard
+        store.add(number, tree(number))
     before = files(tmp_path)
     with pytest.raises(ConfigError, match=r"^run\.seed differs .*expected 0, found 1; set it back, or choose a new"):
         check_origin(tmp_path, {**FIXED, "run.seed": 1}, INPUTS)
