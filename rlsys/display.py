@@ -22,6 +22,7 @@ from rich.text import Text
 # Metric, label, format: what is worth a look while a run goes on. The rest is in TensorBoard.
 FIGURES = (
     ("rollout/reward", "reward", "{:.3f}"),
+    ("search/reward", "search reward", "{:.3f}"),
     ("supervised/loss", "supervised loss", "{:.3f}"),
     ("held_out/greedy_accuracy", "held-out greedy", "{:.3f}"),
     ("held_out/sampled_accuracy", "held-out sampled", "{:.3f}"),

@@ -68,6 +68,14 @@ def test_plain_lines() -> None:
     ]
 
 
+def test_a_step_that_was_only_searched_shows_its_reward() -> None:
+    clock = Clock()
+    display, output = plain(clock)
+    display.stage("online", 2, 1)
+    display.step({"search/trees": 2.0, "search/reward": 0.4, "rollout/staleness_mean": 0.0})
+    assert output.getvalue().splitlines()[1] == "online 2/2  search reward 0.400  staleness 0.00"
+
+
 def test_plain_steps_at_most_every_interval() -> None:
     clock = Clock()
     display, output = plain(clock, interval_s=10.0)
