@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,16 +121,14 @@ class RolloutActor:
 
     async def generate(
         self, prompts: Sequence[Prompt], settings: SamplingSettings
-    ) -> tuple[list[TrajectoryGroup | RolloutFailure], float]:
-        """A group for every prompt, in order, and the seconds the engine took."""
-        started = time.monotonic()
+    ) -> list[TrajectoryGroup | RolloutFailure]:
+        """A group for every prompt, in order."""
         requests = [completion_requests(prompt, settings) for prompt in prompts]
         futures = self.engine.submit([request for group in requests for request in group])
         outcomes = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
-        seconds = time.monotonic() - started
         size = settings.samples
         groups = [self._finish(prompt, outcomes[size * i : size * (i + 1)]) for i, prompt in enumerate(prompts)]
-        return list(await asyncio.gather(*groups)), seconds
+        return list(await asyncio.gather(*groups))
 
     async def grow(self, prompt: Prompt) -> str:
         """Search one prompt; the tree as a line of JSON."""
@@ -144,11 +141,9 @@ class RolloutActor:
                 TreeFailure(prompt_id=prompt.prompt_id, question=prompt.question, answer=prompt.answer, reason=reason)
             )
 
-    async def search(self, prompt: Prompt) -> tuple[TrajectoryGroup | RolloutFailure, float]:
-        """The searched group of a prompt, and the seconds it took."""
-        started = time.monotonic()
-        tree = await self._search(prompt)
-        return self._searched(tree, prompt), time.monotonic() - started
+    async def search(self, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
+        """The searched group of a prompt."""
+        return self._searched(await self._search(prompt), prompt)
 
     async def _search(self, prompt: Prompt) -> Tree | TreeFailure:
         if self.forest is None:

@@ -25,7 +25,7 @@ from rlsys.interfaces import Learner, RolloutPool
 from rlsys.metrics import MetricsWriter
 from rlsys.producer import Producer
 from rlsys.prompts import PromptStream
-from rlsys.rollout_metrics import rollout_metrics
+from rlsys.rollout_metrics import engine_metrics, rollout_metrics
 from rlsys.types import Demonstration, Prompt, RunState, SamplingSettings
 from rlsys.weights import WeightBus
 
@@ -158,6 +158,7 @@ class Controller:
             parts.metrics.log("online", 0, self.state.weight_version, figures)
             parts.display.evaluation(figures)
         buffer = Buffer(train.groups_per_step, train.max_staleness)
+        await parts.pool.search_usage()  # what the engines did before the first prompt counts for no step
         async with self._producing(buffer):
             while self.state.step < total:
                 started = time.monotonic()
@@ -167,7 +168,7 @@ class Controller:
                     **rollout_metrics(groups, self.state.weight_version),
                     "time/rollout_s": waiting.seconds,
                 }
-                figures["rollout/tokens_per_s"] = parts.pool.tokens_per_s()
+                figures |= engine_metrics(await parts.pool.search_usage())
                 figures["rollout/failed"] = float(self._rollouts.failed)
                 self._verifications.add_verdicts(groups)
                 self._check_staleness(figures["rollout/staleness_max"])
@@ -242,7 +243,7 @@ class Controller:
             limit = self._config.train.max_verifier_failures
             first = await sample_groups(pool, prompts, greedy, limit) if evaluation.greedy else []
             second = await sample_groups(pool, prompts, sampled, limit) if evaluation.samples else []
-        self.parts.pool.tokens_per_s()  # the next figure is of training rollouts alone
+        await self.parts.pool.search_usage()  # the next figures are of training rollouts alone
         return {**held_out_metrics(first, second), "time/evaluate_s": watch.seconds}
 
     def _advance(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlsys.config import StageName
+from rlsys.trees import SearchUsage
 from rlsys.types import (
     Demonstration,
     Float32Array,
@@ -76,8 +77,8 @@ class RolloutPool(Protocol):
         """The searched group of a prompt, or why there is none."""
         ...
 
-    def tokens_per_s(self) -> float:
-        """Generated tokens over engine time of all actors together, since the last call."""
+    async def search_usage(self) -> Sequence[SearchUsage]:
+        """What every engine has done since the last call of this, those of other models than the policy too."""
         ...
 
     async def probe(self, actor: int, rows: Sequence[Int32Array]) -> Sequence[Float32Array]:

@@ -41,7 +41,15 @@ _SPECS = (
     MetricSpec("rollout/failed", "groups", "failed rollouts of the run so far, searches included"),
     MetricSpec("rollout/verifier_errors", "trajectories", "verifications that raised or ran out of time"),
     MetricSpec("rollout/tokens", "tokens", "generated tokens of the step"),
-    MetricSpec("rollout/tokens_per_s", "tokens/s", "generated tokens over rollout time, all actors", True),
+    MetricSpec(
+        "rollout/tokens_per_s", "tokens/s", "generated tokens over the seconds an engine worked, all actors", True
+    ),
+    MetricSpec("rollout/prefix_cache_hits", "share", "prompt tokens that the engines' prefix caches had", True),
+    MetricSpec(
+        "rollout/idle_policy", "share", "time since the step before in which an actor's engine did nothing", True
+    ),
+    MetricSpec("rollout/idle_model", "share", "the same, of the engines of search.model", True),
+    MetricSpec("rollout/idle_reviewer", "share", "the same, of the engines of search.reviewer", True),
     MetricSpec("rollout/staleness_mean", "steps", "training steps from sampling or search to training, mean"),
     MetricSpec("rollout/staleness_max", "steps", "the same, largest"),
     MetricSpec("search/trees", "trees", "prompts of the step that were searched"),

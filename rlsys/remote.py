@@ -76,8 +76,6 @@ class RayRolloutPool:
         for other, found in (beside or {}).items():
             self._engines += [_Engine(other, n, f"{other} engine {n}", handle) for n, handle in enumerate(found)]
         self._config = config
-        self._tokens = [0] * len(handles)
-        self._seconds = [0.0] * len(handles)
 
     @property
     def count(self) -> int:
@@ -90,23 +88,11 @@ class RayRolloutPool:
         self, actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
     ) -> Sequence[TrajectoryGroup | RolloutFailure]:
         timeout = self._config.actors.rollout_timeout_s
-        groups, seconds = await self._call(
-            actor, "generate", timeout, "actors.rollout_timeout_s", list(prompts), settings
-        )
-        self._tokens[actor] += sum(
-            t.completion_length for group in groups if isinstance(group, TrajectoryGroup) for t in group.trajectories
-        )
-        self._seconds[actor] += seconds
-        return groups
+        return await self._call(actor, "generate", timeout, "actors.rollout_timeout_s", list(prompts), settings)
 
     async def search(self, actor: int, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
         timeout = self._config.actors.rollout_timeout_s
-        group, seconds = await self._call(actor, "search", timeout, "actors.rollout_timeout_s", prompt)
-        # Nodes are in several trajectories, or in none: only the search knows how many tokens were generated.
-        if isinstance(group, TrajectoryGroup):
-            self._tokens[actor] += int(group.metrics["tokens"])
-        self._seconds[actor] += seconds
-        return group
+        return await self._call(actor, "search", timeout, "actors.rollout_timeout_s", prompt)
 
     async def grow(self, actor: int, prompt: Prompt) -> Tree | TreeFailure:
         """The finished tree of a prompt."""
@@ -121,11 +107,6 @@ class RayRolloutPool:
             SearchUsage(model=engine.writer, engine=engine.number, **asdict(usage))
             for engine, usage in zip(self._engines, found, strict=True)
         ]
-
-    def tokens_per_s(self) -> float:
-        rates = [tokens / seconds for tokens, seconds in zip(self._tokens, self._seconds, strict=True) if seconds]
-        self._tokens, self._seconds = [0] * self.count, [0.0] * self.count
-        return sum(rates)
 
     async def probe(self, actor: int, rows: Sequence[Int32Array]) -> Sequence[Float32Array]:
         return await self._call(actor, "probe", self._config.weight_sync.timeout_s, "weight_sync.timeout_s", list(rows))

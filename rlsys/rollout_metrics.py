@@ -1,4 +1,4 @@
-"""Figures of the groups that a training step consumed."""
+"""Figures of the groups that a training step consumed, and of the engines that made groups meanwhile."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from rlsys.trees import SearchUsage
 from rlsys.types import TrajectoryGroup
 
 # Figures of a tree that a step adds up under their own names.
@@ -34,6 +35,32 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], version: int) -> Mapping[
         **_staleness(groups, version),
         **(_searched_metrics(searched) if searched else {}),
     }
+
+
+def engine_metrics(usages: Sequence[SearchUsage]) -> Mapping[str, float]:
+    """Names of the metrics registry, from what all engines did in the same stretch of time.
+
+    Engines that served prompts of no token tell nothing of the prefix cache, and engines that are not there are not
+    idle. The tokens are those of the policy's engines over the seconds in which each worked, so waiting for the
+    learner or the verifiers costs none.
+    """
+    prompt_tokens = sum(usage.prompt_tokens for usage in usages)
+    figures = {
+        "rollout/tokens_per_s": sum(
+            usage.generated_tokens / usage.busy_s for usage in usages if usage.model == "policy" and usage.busy_s
+        )
+    }
+    if prompt_tokens:
+        figures["rollout/prefix_cache_hits"] = sum(usage.cached_tokens for usage in usages) / prompt_tokens
+    for writer in dict.fromkeys(usage.model for usage in usages):
+        idle = [_idle(usage) for usage in usages if usage.model == writer]
+        figures[f"rollout/idle_{writer}"] = float(np.mean(idle))
+    return figures
+
+
+def _idle(usage: SearchUsage) -> float:
+    """A step counts when it ends, so an engine can have been busy for longer than it was asked about."""
+    return max(0.0, 1 - usage.busy_s / usage.wall_s) if usage.wall_s else 0.0
 
 
 def _sampled_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlsys.rollout_metrics import SUMMED
+from rlsys.trees import SearchUsage
 from rlsys.types import (
     Demonstration,
     Float32Array,
@@ -161,8 +162,21 @@ class FakePool:
             if self.hold:
                 await self.hold.wait()
 
-    def tokens_per_s(self) -> float:
-        return 1.0
+    async def search_usage(self) -> Sequence[SearchUsage]:
+        """Every engine worked a second of four for 5 tokens, since the last call and however long ago that was."""
+        return [
+            SearchUsage(
+                model="policy",
+                engine=engine,
+                busy_s=1.0,
+                wall_s=4.0,
+                generated_tokens=5,
+                prompt_tokens=10,
+                cached_tokens=6,
+                in_flight_mean=2.0,
+            )
+            for engine in range(self.count)
+        ]
 
     async def probe(self, actor: int, rows: Sequence[Int32Array]) -> Sequence[Float32Array]:
         self.calls.append(("probe", actor))

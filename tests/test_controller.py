@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from rlsys.errors import EngineError, InterruptedRunError, RlsysError, TooManyFa
 from rlsys.metrics import MetricsWriter, read_rows
 from rlsys.producer import is_searched
 from rlsys.prompts import PromptBuilder, PromptStream
+from rlsys.trees import SearchUsage
 from rlsys.types import RunState, TrajectoryGroup
 from rlsys.weights import WeightBus
 
@@ -481,6 +483,25 @@ def test_figures_of_sampled_and_searched_groups_are_apart(tmp_path: Path) -> Non
     alone = read_rows(tmp_path / "all" / "metrics.jsonl")[-1]
     assert alone["search/trees"] == 2
     assert "rollout/reward" not in alone and alone["rollout/staleness_max"] == 0
+
+
+def test_engines_are_measured_over_the_rollouts_of_a_step_alone(tmp_path: Path) -> None:
+    # Every prompt is a second of work for one token: 2 a step. Evaluations, before and within, count for no step.
+    run = Run(tmp_path, config(stages=["online"], evaluation={"interval": 1}))
+    counted = 0
+
+    async def usage() -> Sequence[SearchUsage]:
+        nonlocal counted
+        prompts = sum(len(call[2]) for call in run.only("generate"))
+        new, counted = prompts - counted, prompts
+        done = {"busy_s": float(new), "wall_s": 8.0, "generated_tokens": new * new, "prompt_tokens": 10}
+        return [SearchUsage(model="policy", engine=0, cached_tokens=new, in_flight_mean=1.0, **done)]
+
+    run.pool.search_usage = usage
+    run()
+    rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if row["step"] > 0]
+    names = ("rollout/tokens_per_s", "rollout/prefix_cache_hits", "rollout/idle_policy")
+    assert [tuple(row[name] for name in names) for row in rows] == [(4 / 2, 2 / 10, 1 - 2 / 8)] * 3
 
 
 def test_verifications_of_trees_count_too(tmp_path: Path) -> None:

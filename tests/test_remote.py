@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from rlsys.ray_errors import death
 from rlsys.remote import RayRolloutPool, answer
 from rlsys.tree_file import tree_line
 from rlsys.trees import TreeFailure
-from rlsys.types import SamplingSettings
+from rlsys.types import RolloutFailure, SamplingSettings
 
 CONFIG = parse_config({"run": {"dir": "d"}, "model": {"path": "m"}, "task": {"type": "letter_count"}}, "test")
 SETTINGS = SamplingSettings(samples=1, temperature=1.0, top_p=1.0, max_tokens=4, seed=0)
@@ -105,33 +104,11 @@ class Handle:
         return Reference(self.value)
 
 
-def test_tokens_per_s_is_the_sum_over_the_actors_that_worked() -> None:
-    # Every trajectory of the fakes has 2 sampled tokens. Actor 0: 2 * 3 trajectories = 12 tokens in 2 * 2 s, 3 a
-    # second; actor 1: 4 tokens in 0.5 s, 8 a second; actor 2 had nothing to do.
-    handles = [
-        Handle(([group(prompt("a"), rewards=(1, 0, 0))], 2.0)),
-        Handle(([group(prompt("b"))], 0.5)),
-        Handle(None),
-    ]
-    pool = RayRolloutPool(handles, CONFIG)
-
-    async def work() -> None:
-        for actor in (0, 1, 0):
-            await pool.generate(actor, [prompt("a")], SETTINGS)
-
-    asyncio.run(work())
-    assert pool.tokens_per_s() == pytest.approx(3 + 8)
-    assert pool.tokens_per_s() == 0, "counted afresh"
-
-
-def test_tokens_of_a_search_are_those_its_trees_generated() -> None:
-    # 80 tokens of a tree in 4 s; with 2 sampled tokens in 1 s that is 82 in 5 s.
-    tree = replace(group(prompt("a")), searched=True, metrics={"tokens": 80})
-    pool = RayRolloutPool([Handle((tree, 4.0))], CONFIG)
-    assert asyncio.run(pool.search(0, prompt("a"))) is tree
-    pool._handles = [Handle(([group(prompt("d"), rewards=(1,))], 1.0))]
-    asyncio.run(pool.generate(0, [prompt("d")], SETTINGS))
-    assert pool.tokens_per_s() == pytest.approx(82 / 5)
+def test_groups_come_back_as_the_actor_gave_them() -> None:
+    groups = [group(prompt("a")), RolloutFailure(prompt=prompt("b"), reason="too long")]
+    pool = RayRolloutPool([Handle(groups), Handle(groups[1])], CONFIG)
+    assert asyncio.run(pool.generate(0, [prompt("a"), prompt("b")], SETTINGS)) is groups
+    assert asyncio.run(pool.search(1, prompt("b"))) is groups[1]
 
 
 def test_a_tree_comes_back_as_what_its_line_says() -> None:

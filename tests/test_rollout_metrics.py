@@ -9,7 +9,8 @@ import pytest
 from fakes import group, prompt, searched_group
 
 from rlsys.metrics import METRICS
-from rlsys.rollout_metrics import rollout_metrics
+from rlsys.rollout_metrics import engine_metrics, rollout_metrics
+from rlsys.trees import SearchUsage, Writer
 from rlsys.types import Demonstration, Preference, StepPreference
 
 IDS = np.arange(3, dtype=np.int32)
@@ -94,3 +95,38 @@ def test_unjudged_and_forced_tokens_are_not_trained() -> None:
 def test_a_search_without_an_answer_has_figures() -> None:
     found = rollout_metrics([searched_group(prompt("a"), 0, (), tokens=0.0)], 0)
     assert (found["search/reward"], found["search/solved"], found["search/trained_share"]) == (0, 0, 0)
+
+
+def usage(model: Writer, busy_s: float, tokens: int = 0, prompt_tokens: int = 0, cached: int = 0) -> SearchUsage:
+    """Of 4 seconds."""
+    return SearchUsage(
+        model=model,
+        engine=0,
+        busy_s=busy_s,
+        wall_s=4.0,
+        generated_tokens=tokens,
+        prompt_tokens=prompt_tokens,
+        cached_tokens=cached,
+        in_flight_mean=1.0,
+    )
+
+
+def test_figures_of_engines_by_hand() -> None:
+    # Actors: 12 tokens in 2 s and 8 in 1 s, one had nothing to do. The reviewer's tokens are no rollout of an actor.
+    usages = [usage("policy", 2.0, 12, 30, 10), usage("policy", 1.0, 8, 10, 10), usage("policy", 0.0)]
+    found = engine_metrics([*usages, usage("reviewer", 3.0, 99, 40, 0)])
+    assert found == {
+        "rollout/tokens_per_s": 12 / 2 + 8 / 1,
+        "rollout/prefix_cache_hits": 20 / 80,
+        "rollout/idle_policy": (2 / 4 + 3 / 4 + 4 / 4) / 3,
+        "rollout/idle_reviewer": 1 / 4,
+    }
+    assert all(METRICS[name].volatile for name in found)
+
+
+def test_engines_that_had_nothing_to_do_and_one_that_ended_a_long_step() -> None:
+    assert engine_metrics([usage("policy", 0.0), usage("model", 5.0)]) == {
+        "rollout/tokens_per_s": 0,
+        "rollout/idle_policy": 1,
+        "rollout/idle_model": 0,
+    }
