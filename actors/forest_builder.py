@@ -10,6 +10,7 @@ from actors.forest import Forest, ForestSettings, ForestWriter, Verifier
 from actors.search.codec import TagCodec
 from actors.writers import WriterEngine
 from rlsys.config import ActorsConfig, SamplingConfig
+from rlsys.errors import ConfigError
 from rlsys.models import end_token_ids, load_tokenizer, tokenizer_digest
 from rlsys.patterns import resolve
 from rlsys.search_config import SearchConfig, SearchModelConfig
@@ -28,6 +29,15 @@ def build_codec(model_path: Path, search: SearchConfig, model: SearchModelConfig
         digest=tokenizer_digest(model_path),
         question_template=model.question_template if model else "{question}",
     )
+
+
+def check_tags(search: SearchConfig, models: Mapping[Writer, Path]) -> None:
+    """Raises ConfigError where the tokenizer of a model folder loses a tag of the search."""
+    for writer, folder in models.items():
+        try:
+            build_codec(folder, search, model_settings(search, writer))
+        except ConfigError as error:
+            raise ConfigError(f"{error.message}; the model is {folder}") from None
 
 
 def model_settings(search: SearchConfig, writer: Writer) -> SearchModelConfig | None:

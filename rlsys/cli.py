@@ -27,7 +27,7 @@ from rlsys.config import Config
 from rlsys.config_file import dump_config, load_config
 from rlsys.config_keys import all_keys, suggestion
 from rlsys.errors import AbortedRunError, ConfigError, InterruptedRunError, RlsysError
-from rlsys.search_engines import ModelEngines, growing, searches_in_training
+from rlsys.search_engines import ModelEngines, describes_a_search, growing, searches_in_training
 
 app = typer.Typer(
     help="Post-training of reasoning models with Ray actors, vLLM, DeepSpeed and a verified weight-sync bus.",
@@ -96,6 +96,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Validate a config, its model and its data; print the resolved config and the resource plan; start nothing."""
     resolved = load_config(config, overrides or [])
+    from actors.forest_builder import check_tags
     from rlsys.inputs import Inputs
     from rlsys.setup import prepare_model, search_engines
 
@@ -106,6 +107,8 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
         needs = resources.plan(resolved, model, beside=beside)
         serving, served, searching = growing(resolved, model, engines)
         search_needs = resources.plan(serving, served, learner=False, beside=searching.beside) if engines else []
+        if describes_a_search(resolved):
+            check_tags(resolved.search, {"policy": model, **{writer: found.path for writer, found in engines.items()}})
         notes = Inputs(resolved, model).notes
     print(dump_config(resolved))
     ranks = resolved.learner.ranks

@@ -25,7 +25,7 @@ os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")
 import ray
 
 from actors.engine import engine_environment
-from actors.forest_builder import build_codec, model_settings
+from actors.forest_builder import check_tags
 from actors.model_actor import ModelActor, ModelSettings
 from actors.rollout_actor import ActorSettings, RolloutActor
 from learners.learner_actor import LearnerActor
@@ -91,7 +91,8 @@ def train(config: Config) -> str:
         searching = Searching(beside=tuple(search_engines(config).values())) if searches_in_training(config) else None
         beside = _beside(searching)
         resources.check(resources.plan(config, model, beside=beside))
-        _check_tags(config, model, searching)
+        if searching:
+            check_tags(config.search, {"policy": model, **{found.writer: found.path for found in beside}})
         inputs = Inputs(config, model)  # bad data must be found before anything is started
         check_inputs(start, inputs.fingerprint())
         start.settle(run_dir)  # a refused command has changed nothing
@@ -127,7 +128,8 @@ def evaluate_policy(policy: Path, config: Config, measure: Measure) -> dict[str,
     searching = growing(config, policy, search_engines(config))[2] if config.evaluation.search_answers else None
     beside = _beside(searching)
     resources.check(resources.plan(config, policy, learner=False, beside=beside))
-    _check_tags(config, policy, searching)
+    if searching:
+        check_tags(config.search, {"policy": policy, **{found.writer: found.path for found in beside}})
     inputs = Inputs(config, policy, training=False)
     for note in inputs.notes:
         print(note, file=sys.stderr)
@@ -164,11 +166,12 @@ def grow_trees(config: Config, run_dir: Path, prepare: Callable[[Inputs, Mapping
         engines = search_engines(config)
         serving, model, searching = growing(config, policy, engines)
         resources.check(resources.plan(serving, model, learner=False, beside=searching.beside))
-        _check_tags(serving, model, searching)
+        models: dict[Writer, Path] = {"policy": policy, **{writer: found.path for writer, found in engines.items()}}
+        check_tags(config.search, models)  # of the policy too: it is what the data are for
         inputs = Inputs(config, policy, training=False)
         for note in inputs.notes:
             print(note, file=sys.stderr)
-        grow = prepare(inputs, {"policy": policy, **{writer: found.path for writer, found in engines.items()}})
+        grow = prepare(inputs, models)
         if grow is None:
             return
 
@@ -272,13 +275,6 @@ async def rollout_pool(
 def _start(kind: type, options: Mapping[str, Any], settings: Any) -> Any:
     """An actor that takes calls while others are under way."""
     return ray.remote(kind).options(**options, max_concurrency=MAX_CALLS).remote(settings)
-
-
-def _check_tags(config: Config, model: Path, searching: Searching | None) -> None:
-    """Raises ConfigError where a tokenizer of the search loses a tag. model: of the rollout actors."""
-    if searching is not None:
-        for writer, folder in ((searching.writer, model), *((found.writer, found.path) for found in searching.beside)):
-            build_codec(folder, config.search, model_settings(config.search, writer))
 
 
 def _search_settings(config: Config, searching: Searching, beside: Mapping[Writer, Sequence[Any]]) -> dict[str, Any]:

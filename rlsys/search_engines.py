@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlsys.config import ActorsConfig, Config
 from rlsys.errors import ConfigError
-from rlsys.search_config import SearchModelConfig
+from rlsys.search_config import SearchConfig, SearchModelConfig
 from rlsys.trees import Writer
 
 # Trees that an actor may hold, over those that keep its engine full: it starts on what waits without asking.
@@ -36,6 +36,11 @@ class Searching:
 
 def searches_in_training(config: Config) -> bool:
     return "online" in config.stages and config.search.fraction > 0
+
+
+def describes_a_search(config: Config) -> bool:
+    """Whether a command is meant to search with this config."""
+    return config.search != SearchConfig() or config.evaluation.search_answers > 0
 
 
 def given_models(config: Config) -> dict[Writer, SearchModelConfig]:

@@ -13,10 +13,12 @@ import pytest
 
 from learners.rank_settings import learner_environment
 from rlsys import cli, cluster, launch, report
-from rlsys.config import Config, LearnerConfig
+from rlsys.config import Config, FromScratchConfig, LearnerConfig
 from rlsys.config_file import dump_config, parse_config
 from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedRunError, RlsysError
+from rlsys.models import build_from_scratch
 from rlsys.resume import Start
+from rlsys.tasks import build_task
 from rlsys.types import RunState
 
 
@@ -99,6 +101,34 @@ def test_keys(run) -> None:
 def test_keys_of_a_section_that_is_not_there(run) -> None:
     code, _, errors = run("keys", "trains")
     assert (code, errors) == (2, "error: trains: no such section or key; did you mean train? `rlsys keys` shows all\n")
+
+
+@pytest.fixture(scope="module")
+def model_without_a_bracket(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tags are entries of their own; it has no other way to write "<"."""
+    folder = tmp_path_factory.mktemp("model")
+    sizes = FromScratchConfig(hidden_size=32, layers=1, heads=1, intermediate_size=32)
+    build_from_scratch(sizes, build_task(config().task, 0).vocabulary(), 0, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    del tokenizer["model"]["vocab"]["<"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+LOST = ("search.nodes={guess: {tag: guess, terminal: true}}", "search.tables={mine: {children: {start: {guess: 1}}}}")
+
+
+@pytest.mark.parametrize("search", [("search.patterns=[mine]",), ("search.patterns=[a,mine]", "search.fraction=0.5")])
+def test_check_finds_a_tag_that_the_tokenizer_loses(
+    run, model_without_a_bracket: Path, tmp_path: Path, search: tuple[str, ...]
+) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(config(tmp_path / "run")))
+    given = ("check", str(tmp_path / "config.yaml"), "model.from_scratch=null", f"model.path={model_without_a_bracket}")
+    code, _, errors = run(*given, *LOST, *search)
+    assert code == 2
+    assert errors.startswith("error: search.nodes: the tag guess is not closable by this tokenizer: expected <guess>")
+    assert errors.endswith(f"; the model is {model_without_a_bracket}\n")
+    assert run(*given, "search.fraction=0.5")[0] == 0  # the shipped tags are not lost
 
 
 def start_at(stage: int, step: int, checkpoint: Path | None) -> Start:

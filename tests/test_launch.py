@@ -131,11 +131,11 @@ class Started:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[Any] = []
-        self.tokenizers: list[Path] = []  # that are asked whether they keep the tags
+        self.tokenizers: list[dict[Any, Path]] = []  # that are asked whether they keep the tags
         monkeypatch.setattr(launch, "prepare_model", lambda *_: Path("policy"))
         monkeypatch.setattr(launch, "search_engines", engines)
         monkeypatch.setattr(launch.resources, "plan", self.plan)
-        monkeypatch.setattr(launch, "build_codec", lambda folder, _search, _model: self.tokenizers.append(folder))
+        monkeypatch.setattr(launch, "check_tags", lambda _search, models: self.tokenizers.append(models))
         monkeypatch.setattr(launch, "Inputs", lambda *_, **__: SimpleNamespace(notes=["1 row skipped"]))
         monkeypatch.setattr(launch, "ray_cluster", self.cluster)
         monkeypatch.setattr(launch, "rollout_pool", self.pool)
@@ -180,7 +180,7 @@ def test_trees_are_grown_by_the_model_of_the_search_and_its_reviewer(started: St
         ("grow", "pool"),
         ("asked", "SIGINT"),
     ]
-    assert started.tokenizers == [Path("l"), Path("r")]
+    assert started.tokenizers == [{"policy": Path("policy"), "model": Path("l"), "reviewer": Path("r")}]
 
 
 def test_nothing_is_started_where_nothing_is_left(
@@ -223,3 +223,5 @@ def test_an_evaluation_with_search_has_the_reviewer_beside_it(
         ("plan", 256, tmp_path, False, writers),
         ("cluster", 2 + 2 * len(writers)),
     ]
+    asked = {"policy": tmp_path, "reviewer": Path("r")}
+    assert started.tokenizers == ([asked] if answers else [])

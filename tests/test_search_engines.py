@@ -13,6 +13,7 @@ from rlsys.config_file import parse_config
 from rlsys.errors import ConfigError
 from rlsys.search_engines import (
     ModelEngines,
+    describes_a_search,
     engine_settings,
     given_models,
     growing,
@@ -69,6 +70,19 @@ def test_search_model_takes_the_place_of_the_policy() -> None:
 )
 def test_training_searches_in_the_online_stage_only(sections: dict[str, Any], expected: bool) -> None:
     assert searches_in_training(config(**sections)) is expected
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({}, False),
+        ({"search": {"fraction": 0.5}}, True),
+        ({"search": {"patterns": ["b"]}}, True),
+        ({"evaluation": {"search_answers": 2}}, True),
+    ],
+)
+def test_a_search_is_described_where_anything_of_it_is_set(sections: dict[str, Any], expected: bool) -> None:
+    assert describes_a_search(config(**sections)) is expected
 
 
 @pytest.mark.parametrize(
