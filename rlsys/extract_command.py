@@ -5,6 +5,11 @@ Every table has text columns under the names that trainers of other projects rea
 `chosen` and `rejected` are what follows without the end token: a trainer that takes `prompt` as plain text adds no
 template of its own, and puts the end token after the completion itself. The id columns are what was generated: the
 same text, encoded again, can be split into other tokens, and a tokenizer that adds a beginning token adds a second one.
+
+A loss mask has an entry for every id of its column and is True on the tokens to train: of `supervised`, all that follow
+the prompt, and of `preferences`, all that follow the common prefix, since a chain is judged as a whole, whoever wrote
+it. Of `step_preferences` and `step_values`, what a model generated for the node: tags and prefixes that the search put
+there are no choice that the values could be of.
 """
 
 from __future__ import annotations
@@ -59,7 +64,7 @@ STEP_PREFERENCES = Table(
     {
         "prompt": TEXT, "chosen": TEXT, "rejected": TEXT, "prompt_id": TEXT, "prompt_ids": IDS, "chosen_ids": IDS,
         "rejected_ids": IDS, "chosen_value": REAL, "rejected_value": REAL, "chosen_visits": COUNT,
-        "rejected_visits": COUNT,
+        "rejected_visits": COUNT, "chosen_loss_mask": MASK, "rejected_loss_mask": MASK,
     },
     key=("prompt_ids", "chosen_ids", "rejected_ids"),
 )  # fmt: skip
@@ -67,7 +72,7 @@ STEP_VALUES = Table(
     "step_values",
     {
         "prompt": TEXT, "completion": TEXT, "prompt_id": TEXT, "token_ids": IDS, "start": COUNT, "type": TEXT,
-        "value": REAL, "visits": COUNT,
+        "value": REAL, "visits": COUNT, "loss_mask": MASK,
     },
     key=("token_ids", "start", "type"),
 )  # fmt: skip
@@ -268,6 +273,8 @@ def _step_preference_row(
         "rejected_value": pair.rejected_value,
         "chosen_visits": pair.chosen_visits,
         "rejected_visits": pair.rejected_visits,
+        "chosen_loss_mask": better.loss_mask[better.start :].tolist(),
+        "rejected_loss_mask": worse.loss_mask[worse.start :].tolist(),
     }
 
 
@@ -281,6 +288,7 @@ def _step_value_row(tree: Tree, prompt: str, step: extract.StepValue) -> dict[st
         "type": step.type,
         "value": step.value,
         "visits": step.visits,
+        "loss_mask": step.loss_mask.tolist(),
     }
 
 

@@ -168,6 +168,22 @@ def test_step_rows(extracted: tuple[Path, dict[str, Any]], codec: TagCodec) -> N
         assert value["token_ids"][value["start"] :] == codec.encode(value["completion"])
 
 
+def test_masks_of_steps_leave_out_what_the_search_put_there(
+    write: Callable[..., Path], codec: TagCodec, tmp_path: Path
+) -> None:
+    of = solved(codec)
+    nodes = [of.nodes[0], *(replace(n, forced=1) for n in of.nodes[1:])]  # the opening tag is one token
+    run(find_source(write([tree_line(replace(of, nodes=tuple(nodes)))]), []), tmp_path)
+    (pair,) = lines(tmp_path, "step_preferences")
+    for side in ("chosen", "rejected"):
+        assert pair[f"{side}_loss_mask"] == [False] + [True] * (len(pair[f"{side}_ids"]) - 1)
+    values = lines(tmp_path, "step_values")
+    for row in values:
+        own = len(row["token_ids"]) - row["start"]
+        assert row["loss_mask"] == [False] * (row["start"] + 1) + [True] * (own - 1)
+    assert len(values) == 5
+
+
 def test_the_report(extracted: tuple[Path, dict[str, Any]], codec: TagCodec) -> None:
     folder, report = extracted
     assert json.loads((folder / "report.json").read_text()) == report

@@ -20,7 +20,7 @@ from actors.search.paths import Codec as PathCodec
 from actors.search.paths import PathTokens, path_tokens
 from rlsys.search_config import ExtractConfig
 from rlsys.trees import ThoughtNode, Tree
-from rlsys.types import Demonstration, Int32Array, Preference, StepPreference
+from rlsys.types import BoolArray, Demonstration, Int32Array, Preference, StepPreference
 
 ROUNDING = 1e-9
 """Values are quotients: 0.5 - 0.4 counts as a difference of 0.1."""
@@ -62,6 +62,8 @@ class StepValue:
 
     prefix: text of the chain before the node. text: the node's.
     token_ids: [T] int32, the prompt, the chain before and the node; the node's own are token_ids[start:].
+    forced: how many of those, the first ones, no model generated. Of a node that was encoded from its text it is not
+        known: none, or all where nobody wrote the node.
     """
 
     prefix: str
@@ -69,8 +71,14 @@ class StepValue:
     type: str
     token_ids: Int32Array
     start: int
+    forced: int
     value: float
     visits: int
+
+    @property
+    def loss_mask(self) -> BoolArray:
+        """[T] bool, True on the tokens of the node that a model generated."""
+        return np.arange(len(self.token_ids)) >= self.start + self.forced
 
 
 def supervised_chain(tree: Tree, rule: Rule, codec: Codec) -> int | None:
@@ -151,8 +159,9 @@ def preferred_steps(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tup
     """Of every node with several children, the best against the worst of them: at most one pair a parent.
 
     Only children count that a model wrote at least in part and that have `extract.step_min_visits` visits. Best and
-    worst are by value, then the more visits, then the smallest token ids. A pair needs a difference of at least
-    `extract.step_min_gap`, and two texts. Ordered by the token ids of prefix, better and worse node.
+    worst are by value, then the more visits, then the smallest token ids, then the fewer forced ones. A pair needs a
+    difference of at least `extract.step_min_gap`, and two texts. Ordered by the token ids of prefix, better and worse
+    node.
     """
     if not config.step_preferences:
         return []
@@ -162,11 +171,11 @@ def preferred_steps(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tup
             siblings[tree.nodes[number].parent].append(step)
     pairs = []
     for steps in siblings.values():
-        best = min(steps, key=lambda step: (-step.value, -step.visits, _place(step)))
-        worst = min(steps, key=lambda step: (step.value, -step.visits, _place(step)))
+        best = min(steps, key=lambda step: (-step.value, -step.visits, _place(step), step.forced))
+        worst = min(steps, key=lambda step: (step.value, -step.visits, _place(step), step.forced))
         if best.value - worst.value > config.step_min_gap - ROUNDING and best.text != worst.text:
             pairs.append((best, worst))
-    ordered = sorted(pairs, key=lambda pair: [(_place(step), -step.value, -step.visits) for step in pair])
+    ordered = sorted(pairs, key=lambda pair: [(_place(step), -step.value, -step.visits, step.forced) for step in pair])
     unique: dict[object, tuple[StepValue, StepValue]] = {}
     for pair in ordered:
         unique.setdefault(tuple(_place(step) for step in pair), pair)
@@ -186,7 +195,10 @@ def step_preference(better: StepValue, worse: StepValue) -> StepPreference:
 
 
 def step_values(tree: Tree, codec: Codec) -> list[StepValue]:
-    """Every node with visits, ordered by token ids. Nodes of equal tokens, text and type are pooled by visits."""
+    """Every node with visits, ordered by token ids.
+
+    Nodes of equal tokens, text and type are pooled by visits; a token that one of them generated counts as generated.
+    """
     pools = defaultdict(list)
     for number, step in _steps(tree, codec).items():
         pools[_place(step)].append((step, tree.nodes[number].total))
@@ -200,6 +212,7 @@ def step_values(tree: Tree, codec: Codec) -> list[StepValue]:
                 type=step.type,
                 token_ids=step.token_ids,
                 start=step.start,
+                forced=min(step.forced for step, _ in pool),
                 value=math.fsum(total for _, total in pool) / visits,  # exact, so in any order the same
                 visits=visits,
             )
@@ -271,18 +284,21 @@ def _steps(tree: Tree, codec: Codec) -> dict[int, StepValue]:
     for number in range(len(tree.nodes) - 1, 0, -1):
         if tree.nodes[number].visits and number not in found:
             path = path_tokens(tree, number, codec)
-            found |= {step[0]: _step(tree, path, *step) for step in path.spans if step[0] not in found}
+            found |= {step[0]: _step(tree, path, codec, *step) for step in path.spans if step[0] not in found}
     return found
 
 
-def _step(tree: Tree, path: PathTokens, number: int, start: int, stop: int) -> StepValue:
+def _step(tree: Tree, path: PathTokens, codec: Codec, number: int, start: int, stop: int) -> StepValue:
     node = tree.nodes[number]
+    native = tree.tokenizers[node.writer] == codec.digest
+    forced = node.forced if native else 0 if node.generated else stop - start
     return StepValue(
         prefix=tree.completion(node.parent),
         text=node.text,
         type=node.type,
         token_ids=path.token_ids[:stop],
         start=start,
+        forced=forced,
         value=node.total / node.visits,
         visits=node.visits,
     )

@@ -225,6 +225,32 @@ def test_nodes_of_another_tokenizer_become_tokens_of_the_policy() -> None:
     assert [text(s.token_ids) for s in extract.step_values(mixed, CODEC)] == ["^qab", "^qabc"]
 
 
+def generated(of: Tree) -> dict[str, str]:
+    """For the text of every chain, the letters of its last node that a model generated."""
+    return {s.prefix + s.text: text(s.token_ids[s.loss_mask]) for s in extract.step_values(of, CODEC)}
+
+
+def test_the_mask_of_a_step_is_what_a_model_generated_there() -> None:
+    mixed = tree(
+        node(0, "abcd", forced=3),
+        node(1, "ef", "reflection", forced=2, writer="reviewer"),  # written by nobody
+        node(2, "ghi", forced=1, writer="reviewer"),
+        answer(3, "j", "ok", token_ids=ids("j", END)),
+        tokenizers={"policy": "letters", "reviewer": "letters"},
+    )
+    chains = {"abcd": "d", "abcdef": "", "abcdefghi": "hi", "abcdefghij": "j$"}
+    assert generated(mixed) == chains
+    # Of nodes in another tokenizer it is only known whether anybody wrote them.
+    foreign = replace(mixed, tokenizers={"policy": "letters", "reviewer": "other"})
+    assert generated(foreign) == {**chains, "abcdefghi": "ghi"}
+
+
+def test_of_pooled_steps_the_one_that_generated_more_decides_the_mask() -> None:
+    for first, second in ((2, 1), (1, 2)):
+        below = [node(0, "abc", forced=first), node(0, "abc", forced=second)]
+        assert generated(tree(*below, answer(1, "1", "ok"), answer(2, "1", "ok")))["abc"] == "bc"
+
+
 def test_whose_tokens_a_chain_is_made_of() -> None:
     mixed = tree(
         node(0, "abcd", forced=3),
@@ -247,6 +273,7 @@ def everything(of: Tree, config: ExtractConfig) -> Any:
         [None if chain is None else replace(chain, number=0) for chain in picked],
         extract.preference_pairs(of, config, CODEC),
         extract.step_preferences(of, config, CODEC),
+        extract.preferred_steps(of, config, CODEC),
         extract.step_values(of, CODEC),
     ))  # fmt: skip
 
