@@ -71,7 +71,10 @@ class TreeFigures:
 
 @dataclass(slots=True)
 class EngineFigures:
-    """Sums of what engines told of themselves."""
+    """Sums of what engines told of themselves.
+
+    in_flight_mean: mean of what was told of each interval, weighted by the seconds that the engine was busy in it.
+    """
 
     usages: dict[tuple[Writer, int], SearchUsage] = field(default_factory=dict)
 
