@@ -60,8 +60,8 @@ USAGE_INTERVAL_S = 5.0
 ENOUGH_VERIFICATIONS = 500
 
 
-class SearchPool(Protocol):
-    """The actors; see `rlsys.remote.RayRolloutPool`."""
+class TreePool(Protocol):
+    """The actors that grow trees; see `rlsys.remote.RayRolloutPool`."""
 
     @property
     def count(self) -> int: ...
@@ -142,7 +142,7 @@ class Search:
         """Hand no more trees to the actors, because of the signal `name`."""
         self._stopped_by = name
 
-    async def run(self, pool: SearchPool, display: SearchDisplay) -> None:
+    async def run(self, pool: TreePool, display: SearchDisplay) -> None:
         """Grow what is missing. Every tree is kept as soon as it is finished.
 
         A tree's place is decided by its number alone, so that a tree never changes its actor.
@@ -177,7 +177,7 @@ class Search:
             )
         self._failed_verdicts.check()
 
-    async def _grow(self, pool: SearchPool, actor: int, queue: deque[int], display: SearchDisplay) -> None:
+    async def _grow(self, pool: TreePool, actor: int, queue: deque[int], display: SearchDisplay) -> None:
         while queue and not self._stopped_by:
             number = queue.popleft()
             tree = await pool.grow(actor, self._prompts[number])
@@ -191,7 +191,7 @@ class Search:
             solved = self.trees.solved_fraction
             display.step({"failed": self.trees.failed} | ({} if solved is None else {"solved": solved}))
 
-    async def _watch(self, pool: SearchPool, display: SearchDisplay, grown: asyncio.Event) -> None:
+    async def _watch(self, pool: TreePool, display: SearchDisplay, grown: asyncio.Event) -> None:
         """Ask for the usage now and then, and once when all is grown."""
         while not grown.is_set():
             with contextlib.suppress(TimeoutError):
@@ -225,7 +225,7 @@ def run(config: Config) -> str:
 
     def prepare(inputs: Inputs, models: Mapping[Writer, Path]) -> launch.Grow | None:
         opened.append(open_search(config, run_dir, inputs, models))
-        return growing(opened[0]) if opened[0].missing() else None
+        return grow_missing(opened[0]) if opened[0].missing() else None
 
     launch.grow_trees(config, run_dir, prepare)
     return conclude(opened[0], config, run_dir, Console())
@@ -254,10 +254,10 @@ def open_search(config: Config, run_dir: Path, inputs: Inputs, models: Mapping[W
     return search
 
 
-def growing(search: Search) -> Callable[[SearchPool, StopSignals], Coroutine[Any, Any, None]]:
+def grow_missing(search: Search) -> Callable[[TreePool, StopSignals], Coroutine[Any, Any, None]]:
     """What is to be done once the actors are up."""
 
-    async def work(pool: SearchPool, stop: StopSignals) -> None:
+    async def work(pool: TreePool, stop: StopSignals) -> None:
         with SearchDisplay() as display:
 
             def ask(name: str) -> None:

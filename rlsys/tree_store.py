@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +70,6 @@ class TreeStore:
         write_text(self._open_file(number), tree_line(tree) + "\n")
         self._open.add(number)
         self._close_if_complete(number // self._size)
-
-    def trees(self) -> Iterator[Tree | TreeFailure]:
-        """All finished trees in the order of the prompts."""
-        for shard in range(self._shard_count()):
-            if shard in self._lines:
-                yield from read_trees(self._shard_file(shard))
-            for number in sorted(self._open):
-                if number // self._size == shard:
-                    yield from read_trees(self._open_file(number))
 
     def _has(self, number: int) -> bool:
         return number in self._open or number % self._size < self._lines.get(number // self._size, 0)
@@ -141,9 +132,6 @@ class TreeStore:
         with contextlib.suppress(OSError):  # not empty: another shard is open
             self._open_folder.rmdir()
 
-    def _shard_count(self) -> int:
-        return -(-len(self._names) // self._size)
-
     def _shard_file(self, shard: int) -> Path:
         return self.folder / f"{shard:05d}.jsonl"
 
@@ -167,7 +155,7 @@ def check_origin(run_dir: Path, fixed: Mapping[str, Any], inputs: Mapping[str, s
         DataError: search.json is damaged, or trees are there without it.
     """
     path = run_dir / ORIGIN
-    now = {"format": FORMAT, "fixed": dict(fixed), "inputs": dict(inputs)}
+    now: dict[str, Any] = {"format": FORMAT, "fixed": dict(fixed), "inputs": dict(inputs)}
     holds_trees = _holds_files(run_dir / TREES) or _holds_files(run_dir / TREES / OPEN)
     if holds_trees and not path.exists():
         raise DataError(f"{path}: missing, though {run_dir / TREES} holds trees; restore it, or choose a new run.dir")

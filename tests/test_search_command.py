@@ -40,7 +40,7 @@ from rlsys.search_command import (
     conclude,
     deciding_fields,
     find_prompts,
-    growing,
+    grow_missing,
     open_search,
 )
 from rlsys.stop_signals import StopSignals
@@ -221,7 +221,7 @@ def test_rates_are_asked_for_while_trees_grow(tmp_path: Path, monkeypatch: pytes
 
 def work_of(search: Search, pool: Pool) -> None:
     with StopSignals() as stop:
-        stop.run(growing(search)(pool, stop))
+        stop.run(grow_missing(search)(pool, stop))
 
 
 def test_the_first_signal_finishes_what_is_under_way(
