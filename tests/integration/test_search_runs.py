@@ -31,6 +31,7 @@ from actors.search.paths import path_tokens
 from rlsys import extract_command
 from rlsys.config import LetterCountConfig
 from rlsys.models import end_token_ids, load_tokenizer, tokenizer_digest
+from rlsys.setup import model_digest
 from rlsys.tasks import build_task
 from rlsys.tree_file import read_trees, tree_line
 from rlsys.trees import Tree
@@ -91,6 +92,7 @@ def codec_of(policy: Path, trees: list[Tree]) -> TagCodec:
     tags = ("thinking", "reflection", "answer")
     codec = TagCodec(tokenizer, tags, end_token_ids(tokenizer, policy), digest=tokenizer_digest(policy))
     assert {tree.tokenizers["policy"] for tree in trees} == {codec.digest}
+    assert {tree.models["policy"] for tree in trees} == {model_digest(policy)}
     return codec
 
 

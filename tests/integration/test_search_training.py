@@ -53,6 +53,7 @@ def check_searched(rows: list[dict[str, Any]], trees: int) -> None:
         assert row["search/correct"] <= row["search/scored"] and row["search/solved"] <= 1
         assert 0 < row["search/trained_share"] <= 1
         assert row["learner/grad_norm"] > 0
+        assert 0 <= row["rollout/idle_policy"] <= 1
     # Two different programs never agree to the last bit: zero would mean no comparison.
     assert 0 < max(row["learner/logprob_gap_max"] for row in rows) < LARGEST_GAP
     assert max(row["weights/probe_gap_max"] for row in rows) < LARGEST_GAP

@@ -15,6 +15,7 @@ from two_models_child import TREES
 
 from rlsys.config import FromScratchConfig
 from rlsys.models import build_from_scratch, load_tokenizer, tokenizer_digest
+from rlsys.setup import model_digest
 from rlsys.tree_file import parse_line
 from rlsys.trees import Tree
 
@@ -60,6 +61,7 @@ def test_each_model_reads_and_writes_tokens_of_its_own(trees: list[Tree], models
     digests = {name: tokenizer_digest(folder) for name, folder in models.items()}
     for tree in trees:
         assert tree.tokenizers == digests
+        assert tree.models == {name: model_digest(folder) for name, folder in models.items()}
         for writer, ids in tree.prompt_token_ids.items():
             assert tree.question in tokenizers[writer].decode(ids)
         for node in tree.nodes[1:]:
