@@ -65,7 +65,9 @@ def test_the_arms_of_the_search_differ_in_nothing_but_what_they_are_named_after(
     assert [(config.search.expansion, config.search.backtracking) for config in configs] == [
         *(("chain", True), ("chain", False), ("node", True), ("node", False))
     ]
-    same = {"expansion": "chain", "backtracking": True}
+    # Node expansion asks for every child of a row, so it has a table of its own with fewer of them.
+    assert [config.search.patterns for config in configs] == [("chain",)] * 2 + [("narrow",)] * 2
+    same = {"expansion": "chain", "backtracking": True, "patterns": ("chain",)}
     searches = [config.search.model_copy(update=same) for config in configs]
     assert all(search == searches[0] for search in searches)
     stop = searches[0].stop

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from actors.search.codec import Reading, Stop, TagCodec
@@ -113,6 +113,7 @@ def test_the_trained_merges_cross_the_edges_of_tags() -> None:
 
 
 @EVERY
+@settings(deadline=None)
 @given(chain=chains)
 @example(chain=[("", "thinking", "a"), ("", "answer", "3")])
 @example(chain=[("", "thinking", "a"), ("\n", "answer", "é"), (" ", "answer", "")])
@@ -133,6 +134,7 @@ def test_a_chain_is_cut_into_its_nodes(codec: TagCodec, chain: list[tuple[str, s
 
 
 @EVERY
+@settings(deadline=None)
 @given(chain=chains.filter(lambda nodes: len(nodes) > 1), data=st.data())
 @example(chain=[("", "thinking", "a"), ("", "thinking", "a")], data=None)
 def test_a_chain_can_be_read_in_two_parts(codec: TagCodec, chain: list[tuple[str, str, str]], data: Any) -> None:
@@ -194,6 +196,7 @@ def test_a_spill_of_white_space_and_a_tag_is_whole() -> None:
 fragments = st.sampled_from([*tag_strings()[2:4], *tag_strings()[-2:], "a", "é", "\n", "</", "answer>"])
 
 
+@settings(deadline=None)
 @given(text=st.lists(fragments, max_size=9).map("".join))
 def test_both_ways_of_finding_tokens_agree(text: str) -> None:
     codec = added()
@@ -204,6 +207,7 @@ def test_both_ways_of_finding_tokens_agree(text: str) -> None:
 
 
 @EVERY
+@settings(deadline=None)
 @given(data=st.data(), finish=st.sampled_from(["stop", "length"]))
 def test_any_tokens_are_partitioned_and_lose_no_text(codec: TagCodec, data: Any, finish: str) -> None:
     parts = [*tag_strings()[:4], "<answer>", "</answer>", "a", "é", "😀", "\n", "<", ">"]
