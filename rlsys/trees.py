@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,9 +126,6 @@ class Tree:
             found.append(number)
             number = self.nodes[number].parent
         return found[::-1]
-
-    def children(self, number: int) -> Iterator[int]:
-        return (child for child in range(number + 1, len(self.nodes)) if self.nodes[child].parent == number)
 
     def answers(self) -> list[int]:
         """Numbers of the scored terminal nodes, in the order in which they were scored."""

@@ -116,6 +116,11 @@ def golden() -> Tree:
     )
 
 
+def children_of(tree: Tree, number: int) -> list[int]:
+    """Numbers of a node's children."""
+    return [child for child, found in enumerate(tree.nodes) if found.parent == number]
+
+
 def renumbered(original: Tree, order: Sequence[int]) -> Tree:
     """The same tree with its nodes in another order: by `order`, one number a node, as far as parents come first."""
     ranks = dict(enumerate(order))
@@ -124,7 +129,7 @@ def renumbered(original: Tree, order: Sequence[int]) -> Tree:
     while open_nodes:
         number = min(open_nodes, key=lambda n: (ranks[n], n))
         open_nodes.remove(number)
-        open_nodes.extend(original.children(number))
+        open_nodes.extend(children_of(original, number))
         placed.append(number)
     places = {number: place for place, number in enumerate(placed)} | {-1: -1}
     nodes = [replace(original.nodes[number], parent=places[original.nodes[number].parent]) for number in placed]

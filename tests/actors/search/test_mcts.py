@@ -22,6 +22,7 @@ from search_world import (
     token_version,
     writer,
 )
+from tree_samples import children_of
 
 from actors.search.calls import Ask, SearchWriter
 from actors.search.paths import path_tokens
@@ -142,7 +143,7 @@ def is_terminal(node: ThoughtNode, pattern: Pattern) -> bool:
 def check_counts(tree: Tree) -> None:
     """A node's visits are its children's, those of an answer, or of an end without one, its own; values are rewards."""
     for number, node in enumerate(tree.nodes):
-        below = [tree.nodes[child] for child in tree.children(number)]
+        below = [tree.nodes[child] for child in children_of(tree, number)]
         if below:
             assert node.visits == sum(child.visits for child in below)
             assert abs(node.total - sum(child.total for child in below)) < 1e-9
@@ -168,7 +169,7 @@ def check_bounds(tree: Tree, pattern: Pattern, config: SearchConfig) -> None:
     """No node has more children than its table row and the rows of after_wrong give it, draw by draw."""
     for number, node in enumerate(tree.nodes):
         below = Counter[str]()
-        for child in tree.children(number):
+        for child in children_of(tree, number):
             below[tree.nodes[child].type] += tree.nodes[child].samples
         row, wrong = pattern.children.get(node.type, {}), pattern.after_wrong.get(node.type, {})
         if config.expansion == "node":

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from search_world import Script, grow, table
+from tree_samples import children_of
 
 from rlsys.search_config import NodeTypeConfig, SearchConfig
 from rlsys.trees import ThoughtNode, Tree
@@ -68,7 +69,7 @@ def test_node_by_node_is_what_the_formula_says() -> None:
     6: a has no answer left to judge, so b, though there is no hope in it.
     """
     tree, _ = play(load("node_by_node"))
-    texts = {n: tree.nodes[n].text for n in tree.children(0)}
+    texts = {n: tree.nodes[n].text for n in children_of(tree, 0)}
     order = [texts[tree.nodes[n].parent] for n in tree.answers()]
     a, b = "<thinking>a</thinking>", "<thinking>b</thinking>"
     assert sorted(order[:2]) == [a, b]

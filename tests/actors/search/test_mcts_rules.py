@@ -21,6 +21,7 @@ from search_world import (
     token_version,
     writer,
 )
+from tree_samples import children_of
 
 from actors.search.calls import Ask, Judge
 from actors.search.expansion import Expander
@@ -103,7 +104,7 @@ def test_a_truncated_node_is_invalid_and_never_closed() -> None:
     grown = grow(world, config(max_node_tokens=3))
     cut = grown.tree.nodes[1]
     assert (cut.text, cut.defect, cut.finish_reason, cut.generated) == ("<thinking>aba", "too_long", "length", 3)
-    assert (list(grown.tree.children(1)), cut.visits, grown.tree.counts) == ([], 0, {"too_long": 1})
+    assert (children_of(grown.tree, 1), cut.visits, grown.tree.counts) == ([], 0, {"too_long": 1})
     assert grown.judged == ["<thinking>ab</thinking><answer>1</answer>"]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from search_world import BARE, Grown, Script, grow, table, writer
+from tree_samples import children_of
 
 from actors.search.calls import SearchWriter
 from actors.search.paths import path_tokens, prompt_tokens
@@ -142,7 +143,7 @@ def test_a_draw_that_is_handed_over_at_once_is_one_draw() -> None:
         },
     )
     grown = search(world, {"policy": writer(), "reviewer": writer("bytes", 2000)}, expansion="chain")
-    assert [grown.tree.nodes[n].writer for n in grown.tree.children(1)] == ["reviewer"] * 2
+    assert [grown.tree.nodes[n].writer for n in children_of(grown.tree, 1)] == ["reviewer"] * 2
     assert (grown.tree.simulations, len(grown.tree.answers())) == (2, 2)
 
 
