@@ -36,6 +36,7 @@ from rlsys.trees import SearchUsage, Tree  # noqa: E402
 from rlsys.types import Prompt  # noqa: E402
 
 LIMIT = 0.80
+SHIPPED = "the config as it is"  # it stops at a few right answers, so that trees end while others go on
 PYTHON_LIMIT = 0.10
 
 
@@ -135,16 +136,16 @@ async def replay(handles: Sequence[Any], tokens: int) -> float:
     return max(ends) - min(starts)
 
 
-async def measure(config: Config, model: Path, folder: Path, arguments: argparse.Namespace) -> list[Round]:
+async def measure(config: Config, model: Path, folder: Path, rounds: int, trees: int, *, serial: bool) -> list[Round]:
     """Rounds of one kind, after one to warm up."""
     inputs = Inputs(config, model, training=False)
     numbers = itertools.count()
     found = []
     with launch.ray_cluster(config, folder, launch.actor_bundles(config)) as cluster:
         async with launch.rollout_pool(cluster, model, Searching()) as pool:
-            for _ in range(1 + arguments.rounds):
-                prompts = [inputs.builder.build("held_out", next(numbers)) for _ in range(arguments.trees)]
-                found.append(await grow(pool, pool._handles, prompts, arguments.serial))
+            for _ in range(1 + rounds):
+                prompts = [inputs.builder.build("held_out", next(numbers)) for _ in range(trees)]
+                found.append(await grow(pool, pool._handles, prompts, serial))
     return found[1:]
 
 
@@ -177,6 +178,9 @@ def report(name: str, rounds: Sequence[Round]) -> bool:
         return True
     row("generated tokens/s, same requests at once", [found.tokens / found.replay_s for found in rounds])
     ratio = row("ratio, round by round", [found.replay_s / found.seconds for found in rounds], 3)
+    if name == SHIPPED:
+        print("no limit")
+        return True
     good = ratio >= LIMIT and share < PYTHON_LIMIT
     print(f"limits: ratio {LIMIT:.2f}, share {PYTHON_LIMIT:.2f}: {'hold' if good else 'missed'}")
     return good
@@ -202,20 +206,20 @@ def main() -> int:
         f"search.stop.simulations={arguments.simulations}",
         f"search.parallel_simulations={arguments.parallel}",
     ]
-    node = ["search.expansion=node", "search.patterns=[narrow]"]
+    node = [*stop, "search.expansion=node", "search.patterns=[narrow]"]
     kinds = (
-        ("chain expansion", ["search.expansion=chain"], False),
+        ("chain expansion", [*stop, "search.expansion=chain"], False),
         ("node expansion", node, False),
         ("node expansion, one tree and one request", [*node, "search.parallel_simulations=1"], True),
+        (SHIPPED, [], False),
     )
     good = []
     for name, overrides, serial in kinds:
-        config = load_config(arguments.config, [f"model.path={arguments.policy}", *stop, *overrides])
-        arguments.serial = serial
-        if serial:
-            arguments.trees, arguments.rounds = arguments.serial_trees, 1
+        config = load_config(arguments.config, [f"model.path={arguments.policy}", *overrides])
+        trees, rounds = (arguments.serial_trees, 1) if serial else (arguments.trees, arguments.rounds)
         with tempfile.TemporaryDirectory() as folder:
-            found = asyncio.run(measure(config, Path(arguments.policy).absolute(), Path(folder), arguments))
+            policy = Path(arguments.policy).absolute()
+            found = asyncio.run(measure(config, policy, Path(folder), rounds, trees, serial=serial))
         good.append(report(name, found))
     return 0 if all(good) else 1
 
