@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
+
 from actors.engine import Completion, CompletionRequest
 from actors.sampling import sample_seed
 from actors.search.calls import Codec, Judge, SearchWriter
@@ -32,7 +34,11 @@ from rlsys.types import Prompt, Verdict
 class Verifier(Protocol):
     """See `actors.rewards.RewardPool`."""
 
-    async def verify(self, items: Sequence[tuple[str, str]]) -> list[Verdict]: ...
+    async def verify(
+        self,
+        items: Sequence[tuple[str, str]],
+        tell: Callable[[Sequence[tuple[int, Verdict]]], None] | None = None,
+    ) -> list[Verdict]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,20 +168,16 @@ class Forest:
         if growing.result.done() or not growing.search.finished:
             return
         tree = growing.search.tree()
-        if tree.calls:
-            growing.result.set_result(tree)
-        else:
-            reason = f"no node fits after the prompt ({', '.join(tree.counts) or 'the table allows none'})"
-            growing.result.set_result(_failure(growing.prompt, reason))
+        reason = _unusable(tree)
+        growing.result.set_result(_failure(growing.prompt, reason) if reason else tree)
 
     def _send(self, requests: Sequence[tuple[_Growing, Request]]) -> None:
         """Give requests to the engines, all of one engine in one go, and chains to the verifiers."""
         batches: dict[tuple[Writer, int], tuple[list[CompletionRequest], list[tuple[_Growing, int, int]]]] = {}
+        chains: list[tuple[_Growing, Judge]] = []
         for growing, request in requests:
             if isinstance(request, Judge):
-                task = self._loop.create_task(self._verify(growing, request))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                chains.append((growing, request))
                 continue
             growing.answers[request.number] = [None] * len(request.calls)
             for slot, call in enumerate(request.calls):
@@ -203,6 +205,10 @@ class Forest:
             self._in_flight += len(futures)
             for place, future in zip(places, futures, strict=True):
                 future.add_done_callback(_Arrived(self, place))
+        if chains:
+            task = self._loop.create_task(self._verify(chains))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     def arrived(self, growing: _Growing, number: int, slot: int, future: Future[Completion]) -> None:
         """Called on the engine's thread."""
@@ -237,14 +243,19 @@ class Forest:
             self._settle(growing)
         self._admit()
 
-    async def _verify(self, growing: _Growing, judge: Judge) -> None:
-        """Judge one chain; of several in one go each would wait for the slowest."""
+    async def _verify(self, chains: Sequence[tuple[_Growing, Judge]]) -> None:
+        """Judge chains; each goes on with its own verdict as soon as that is there."""
+        waiting = dict(enumerate(chains))
+
+        def tell(verdicts: Sequence[tuple[int, Verdict]]) -> None:
+            found = [(*waiting.pop(number), verdict) for number, verdict in verdicts]
+            self._deliver([(growing, judge.number, verdict) for growing, judge, verdict in found])
+
         try:
-            [verdict] = await self._rewards.verify([(growing.prompt.answer, judge.completion)])
-        except Exception as error:  # noqa: BLE001 - for whoever waits for this tree, as above
-            self._fail(growing, error)
-        else:
-            self._deliver([(growing, judge.number, verdict)])
+            await self._rewards.verify([(growing.prompt.answer, judge.completion) for growing, judge in chains], tell)
+        except Exception as error:  # noqa: BLE001 - for whoever waits for these trees, as above
+            for growing, _ in waiting.values():
+                self._fail(growing, error)
 
     def _fail(self, growing: _Growing, error: BaseException) -> None:
         """A refused request costs its tree; a broken engine is everybody's error."""
@@ -265,6 +276,13 @@ class _Arrived:
 
     def __call__(self, future: Future[Completion]) -> None:
         self.forest.arrived(*self.place, future)
+
+
+def _unusable(tree: Tree) -> str | None:
+    if not tree.calls:
+        return f"no node fits after the prompt ({', '.join(tree.counts) or 'the table allows none'})"
+    bad = next((n for n, node in enumerate(tree.nodes) if not np.isfinite(node.logprobs).all()), None)
+    return None if bad is None else f"the engine gave a log-probability that is not finite, in node {bad}"
 
 
 def _failure(prompt: Prompt, reason: str) -> TreeFailure:

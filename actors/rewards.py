@@ -12,9 +12,10 @@ import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,6 +24,8 @@ from rlsys.errors import EngineError
 from rlsys.types import Verdict
 
 Item = tuple[str, str]
+Tell = Callable[[Sequence[tuple[int, Verdict]]], None]
+TellPart = Callable[[int, Sequence[Verdict]], None]  # how many verdicts came before, and the new ones
 
 START_TIMEOUT_S = 60.0
 # Items written to a worker at once: enough to hide the round trip, few enough to share among workers.
@@ -66,8 +69,11 @@ class RewardPool:
         """
         await asyncio.gather(*(self._verify_part(()) for _ in self._workers))
 
-    async def verify(self, items: Sequence[Item]) -> list[Verdict]:
+    async def verify(self, items: Sequence[Item], tell: Tell | None = None) -> list[Verdict]:
         """Judge (answer, completion) pairs; the verdicts come in the same order.
+
+        Args:
+            tell: is called with number and verdict of some pairs as soon as they are there; in the end, of all.
 
         A verification that passes the deadline is a "timeout"; one that raises, returns no finite reward or
         ends its process is an "error". Both have reward 0 and say in `detail` what happened.
@@ -77,13 +83,14 @@ class RewardPool:
         """
         size = max(1, min(PIPELINE_ITEMS, -(-len(items) // len(self._workers))))
         parts = [items[start : start + size] for start in range(0, len(items), size)]
-        verdicts = await asyncio.gather(*(self._verify_part(part) for part in parts))
+        tells = [partial(_tell_from, tell, start) if tell else None for start in range(0, len(items), size)]
+        verdicts = await asyncio.gather(*map(self._verify_part, parts, tells))
         return [verdict for part in verdicts for verdict in part]
 
-    async def _verify_part(self, items: Sequence[Item]) -> list[Verdict]:
+    async def _verify_part(self, items: Sequence[Item], tell: TellPart | None = None) -> list[Verdict]:
         worker = await self._free.get()
         try:
-            return await worker.verify(items)
+            return await worker.verify(items, tell)
         finally:
             self._free.put_nowait(worker)
 
@@ -139,12 +146,16 @@ class _Worker:
         self._ready = False
         self._closed = False
 
-    async def verify(self, items: Sequence[Item]) -> list[Verdict]:
+    async def verify(self, items: Sequence[Item], tell: TellPart | None) -> list[Verdict]:
         verdicts: list[Verdict] = []
         try:
             while True:
                 child = await self._running_child()
-                verdicts += await self._run(child, items[len(verdicts) :])
+                before = len(verdicts)
+                async for found in self._run(child, items[before:]):
+                    if tell:
+                        tell(len(verdicts), found)
+                    verdicts += found
                 self._check_open()
                 if len(verdicts) == len(items):
                     return verdicts
@@ -152,24 +163,25 @@ class _Worker:
             await self._stop()  # the answers under way belong to nobody
             raise
 
-    async def _run(self, child: _Child, items: Sequence[Item]) -> list[Verdict]:
-        """Verdicts of the first items: of all, or up to and with the one that cost the process."""
-        verdicts: list[Verdict] = []
+    async def _run(self, child: _Child, items: Sequence[Item]) -> AsyncIterator[list[Verdict]]:
+        """Verdicts of the first items as they come: of all, or up to and with the one that cost the process."""
+        count = 0
         child.write(*items)
         rest = b""
-        while len(verdicts) < len(items):
+        while count < len(items):
             # The worker answers in order, so the deadline of an item runs from the answer before it.
             data = await child.read(self._timeout_s)
             if data is None:
                 await child.bury()
-                detail = f"no verdict after rewards.timeout_s = {self._timeout_s:g} s"
-                return [*verdicts, _failed("timeout", detail)]
+                yield [_failed("timeout", f"no verdict after rewards.timeout_s = {self._timeout_s:g} s")]
+                return
             if not data:
                 detail = await child.bury(EXIT_PATIENCE_S)
-                return [*verdicts, _failed("error", f"the verifier process ended: {detail}")]
+                yield [_failed("error", f"the verifier process ended: {detail}")]
+                return
             *lines, rest = (rest + data).split(b"\n")
-            verdicts += map(_decode, lines)
-        return verdicts
+            count += len(lines)
+            yield [_decode(line) for line in lines]
 
     async def _running_child(self) -> _Child:
         """The child if it is alive and ready, else a new one."""
@@ -228,6 +240,11 @@ def _environment() -> dict[str, str]:
     # One thread: numpy's pools would only eat the address space.
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     return kept | threads | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
+
+
+def _tell_from(tell: Tell, start: int, before: int, verdicts: Sequence[Verdict]) -> None:
+    """Tell of verdicts of a part that begins with item `start`, after its first `before`."""
+    tell(list(enumerate(verdicts, start=start + before)))
 
 
 def _decode(line: bytes) -> Verdict:

@@ -27,7 +27,6 @@ from rlsys.errors import EngineError, RolloutError, WeightSyncError
 from rlsys.models import end_token_ids, load_tokenizer
 from rlsys.process import die_with_parent, quiet_worker
 from rlsys.search_config import ExtractConfig, SearchConfig
-from rlsys.tree_file import tree_line
 from rlsys.trees import Tree, TreeFailure, Writer
 from rlsys.types import (
     Float32Array,
@@ -130,27 +129,15 @@ class RolloutActor:
         groups = [self._finish(prompt, outcomes[size * i : size * (i + 1)]) for i, prompt in enumerate(prompts)]
         return list(await asyncio.gather(*groups))
 
-    async def grow(self, prompt: Prompt) -> str:
-        """Search one prompt; the tree as a line of JSON."""
-        tree = await self._search(prompt)
-        try:
-            return await asyncio.to_thread(tree_line, tree)  # other trees go on meanwhile
-        except ValueError as error:  # a log-probability that is not finite
-            reason = f"the tree cannot be written: {error}"
-            return tree_line(
-                TreeFailure(prompt_id=prompt.prompt_id, question=prompt.question, answer=prompt.answer, reason=reason)
-            )
-
-    async def search(self, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
-        """The searched group of a prompt."""
-        return self._searched(await self._search(prompt), prompt)
-
-    async def _search(self, prompt: Prompt) -> Tree | TreeFailure:
+    async def grow(self, prompt: Prompt) -> Tree | TreeFailure:
+        """Search one prompt."""
         if self.forest is None:
             raise EngineError(f"actor {self.name} was started without a search")
         return await self.forest.grow(prompt)
 
-    def _searched(self, tree: Tree | TreeFailure, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
+    async def search(self, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
+        """The searched group of a prompt."""
+        tree = await self.grow(prompt)
         if isinstance(tree, TreeFailure):
             return RolloutFailure(prompt=prompt, reason=tree.reason)
         return build_searched_group(tree, prompt, cast(TagCodec, self.codec), self.extract)

@@ -14,7 +14,6 @@ from ray.exceptions import RayError, RayTaskError
 from rlsys.config import Config, StageName
 from rlsys.errors import EngineError
 from rlsys.ray_errors import translated
-from rlsys.tree_file import parse_line
 from rlsys.trees import SearchUsage, Tree, TreeFailure, Writer
 from rlsys.types import (
     Demonstration,
@@ -97,7 +96,8 @@ class RayRolloutPool:
     async def grow(self, actor: int, prompt: Prompt) -> Tree | TreeFailure:
         """The finished tree of a prompt."""
         timeout = self._config.actors.rollout_timeout_s
-        return parse_line(await self._call(actor, "grow", timeout, "actors.rollout_timeout_s", prompt))
+        tree: Tree | TreeFailure = await self._call(actor, "grow", timeout, "actors.rollout_timeout_s", prompt)
+        return tree
 
     async def search_usage(self) -> list[SearchUsage]:
         """What every engine has done since the last call of this: the actors' own, then those beside them."""

@@ -12,10 +12,9 @@ from ray.exceptions import ActorDiedError, ObjectLostError
 
 from actors.usage import EngineUsage
 from rlsys.config_file import parse_config
-from rlsys.errors import ConfigError, DataError, EngineError, RlsysError
+from rlsys.errors import ConfigError, EngineError, RlsysError
 from rlsys.ray_errors import death
 from rlsys.remote import RayRolloutPool, answer
-from rlsys.tree_file import tree_line
 from rlsys.trees import TreeFailure
 from rlsys.types import RolloutFailure, SamplingSettings
 
@@ -111,12 +110,9 @@ def test_groups_come_back_as_the_actor_gave_them() -> None:
     assert asyncio.run(pool.search(1, prompt("b"))) is groups[1]
 
 
-def test_a_tree_comes_back_as_what_its_line_says() -> None:
+def test_a_tree_comes_back_as_the_actor_gave_it() -> None:
     failure = TreeFailure(prompt_id="p", question="q", answer="a", reason="no room")
-    pool = RayRolloutPool([Handle(tree_line(failure)), Handle("no tree")], CONFIG)
-    assert asyncio.run(pool.grow(0, prompt("p"))) == failure
-    with pytest.raises(DataError):
-        asyncio.run(pool.grow(1, prompt("p")))
+    assert asyncio.run(RayRolloutPool([Handle(failure)], CONFIG).grow(0, prompt("p"))) is failure
 
 
 def usage(generated: int) -> EngineUsage:

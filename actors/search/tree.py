@@ -6,7 +6,7 @@ One thread, no locks. Backing up costs O(depth).
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -145,6 +145,7 @@ class GrowingTree:
         self.chains = chains
         self.max_depth = max_depth
         self._shortest = _shortest(pattern)
+        self._allowed: dict[tuple[str, int], dict[str, int]] = {}
         self.root = Node(0, None, 0, START)
         self.nodes = [self.root]
         self.counts: Counter[str] = Counter()
@@ -184,12 +185,16 @@ class GrowingTree:
             self.counts[new.defect] += 1
         return node
 
-    def allowed(self, node: Node) -> dict[str, int]:
+    def allowed(self, node: Node) -> Mapping[str, int]:
         """Types that may follow a node and how many of each; near the depth limit only those that lead to an answer."""
         if node.defect or node.terminal:
             return {}
-        row = self.pattern.children.get(node.type, {})
-        return {name: count for name, count in row.items() if self.fits(node, name)}
+        place = node.type, node.depth
+        found = self._allowed.get(place)
+        if found is None:
+            row = self.pattern.children.get(node.type, {})
+            found = self._allowed[place] = {name: count for name, count in row.items() if self.fits(node, name)}
+        return found
 
     def fits(self, node: Node, name: str) -> bool:
         """Whether a chain that goes on with a type can come to an answer within the depth limit."""

@@ -108,6 +108,9 @@ def _call(request: CompletionRequest) -> Call:
     )
 
 
+Tell = Callable[[Sequence[tuple[int, Verdict]]], None]
+
+
 @dataclass
 class Judges:
     """A verifier that takes its time; hangs on some chains, raises on others."""
@@ -116,17 +119,22 @@ class Judges:
     raises: Callable[[str], Exception | None] = lambda chain: None
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
-    async def verify(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
+    async def verify(self, items: Sequence[tuple[str, str]], tell: Tell | None = None) -> list[Verdict]:
+        return await asyncio.gather(*(self._judge(number, *item, tell) for number, item in enumerate(items)))
+
+    async def _judge(self, number: int, answer: str, chain: str, tell: Tell | None) -> Verdict:
         for _ in range(self.rng.randrange(4)):
             await asyncio.sleep(0)
-        for answer, chain in items:
-            assert answer == "1"
-            if self.hangs(chain):
-                await asyncio.Event().wait()
-            error = self.raises(chain)
-            if error is not None:
-                raise error
-        return [WORLD.judge(chain) for _, chain in items]
+        assert answer == "1"
+        if self.hangs(chain):
+            await asyncio.Event().wait()
+        error = self.raises(chain)
+        if error is not None:
+            raise error
+        verdict = WORLD.judge(chain)
+        if tell is not None:
+            tell([(number, verdict)])
+        return verdict
 
 
 def forest(
@@ -306,9 +314,9 @@ def test_as_many_requests_as_wanted_are_out_while_trees_wait(engines: Any) -> No
     seen: list[tuple[int, int]] = []
 
     class Watching(Judges):
-        async def verify(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
+        async def verify(self, items: Sequence[tuple[str, str]], tell: Tell | None = None) -> list[Verdict]:
             seen.append((len(found._waiting), found._in_flight))
-            return await super().verify(items)
+            return await super().verify(items, tell)
 
     found = forest({"policy": engines()}, Watching(), in_flight=8)
     names = [f"p{number}" for number in range(40)]
