@@ -327,6 +327,23 @@ def test_as_many_requests_as_wanted_are_out_while_trees_wait(engines: Any) -> No
     assert found._in_flight == 0 and not found._tasks
 
 
+def test_a_log_probability_that_is_not_finite_costs_one_tree(engines: Any) -> None:
+    engine = engines()
+    complete = engine.submit
+
+    def submit(requests: Sequence[CompletionRequest], affinity: int = 0) -> list[Future[Completion]]:
+        futures = complete(requests, affinity)
+        for request, future in zip(requests, futures, strict=True):
+            if request.request_id.startswith("bad/"):
+                future.result(timeout=10).logprobs[:] = np.nan
+        return futures
+
+    engine.submit = submit
+    good, bad = grow_all(forest({"policy": engine}), ["p0", "bad"])
+    assert isinstance(good, Tree) and tree_line(good) == alone("p0")
+    assert isinstance(bad, TreeFailure) and "log-probability that is not finite" in bad.reason
+
+
 def test_no_tree_waits_for_another(engines: Any) -> None:
     """A tree whose completions never come, and one whose verdict never comes, keep nobody."""
     engine = engines(silent=lambda request: request.request_id.startswith("mute/"))

@@ -122,6 +122,29 @@ def test_deadline_is_per_item_not_per_batch():
     assert [verdict.outcome for verdict in verdicts] == ["ok"] * 7
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_verdicts_are_told_as_they_come(workers):
+    """Of a batch whose second item hangs until its deadline, the first verdict is known long before."""
+    items = [("3", "say 3"), ("3", "hang"), ("3", "say 4"), ("3", "say 3")]
+    settings = SETTINGS.model_copy(update={"workers": workers})
+    told: dict[int, tuple[float, str]] = {}
+
+    async def run():
+        pool = RewardPool(LetterCountConfig(), 0, settings, verifier="scripted_verifier:build")
+        try:
+            await pool.start()
+            started = time.monotonic()
+            tell = lambda found: told.update({n: (time.monotonic() - started, v.outcome) for n, v in found})  # noqa: E731
+            return await pool.verify(items, tell)
+        finally:
+            await pool.close()
+
+    verdicts = asyncio.run(run())
+    assert [told[number][1] for number in range(4)] == [verdict.outcome for verdict in verdicts]
+    assert [verdict.outcome for verdict in verdicts] == ["ok", "timeout", "wrong", "ok"]
+    assert told[0][0] < 0.4 < told[1][0]  # the deadline is 0.5 s
+
+
 def test_answer_that_arrived_while_this_process_was_held_up_counts():
     async def run():
         pool = RewardPool(LetterCountConfig(), 0, SETTINGS, verifier="scripted_verifier:build")
