@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bpe_model import build_bpe_model
 from real_runs import TINY, Command, FinishedRun, commands, write_config
 from real_searches import (
     announced,
@@ -352,3 +353,40 @@ def test_a_search_where_a_training_run_is(refused, policy: Path, finished_run: F
     config = write_config(tmp_path, search_config(policy, 8))
     assert "holds a training run" in refused("search", config, f"run.dir={finished_run.dir}")
     assert "found none" in refused("extract", str(finished_run.dir))
+
+
+@pytest.mark.long
+def test_a_large_model_builds_the_data_of_a_small_one(
+    policy: Path, start: Callable[..., Command], tmp_path: Path
+) -> None:
+    """search.model grows, search.reviewer writes the reflections; the policy has a tokenizer of its own (BPE)."""
+    small = tmp_path / "small"
+    tokenizer = build_bpe_model(small, ["<thinking>a1b2</thinking><answer>2</answer> count a in abba 0123456789"] * 50)
+    values = search_config(small, prompts=8)
+    reflection = {"tag": "reflection", "writer": "reviewer"}
+    large = {"path": str(policy), "max_model_len": 128, "max_num_seqs": 16, "kv_cache_gib": 0.1}
+    values["search"] |= {
+        "nodes": {**values["search"]["nodes"], "reflection": reflection},
+        "model": large,
+        "reviewer": large,
+    }
+    config = write_config(tmp_path, values)
+    for expansion in ("node", "chain"):
+        run_dir = tmp_path / expansion
+        chosen = (f"run.dir={run_dir}", f"search.expansion={expansion}", "actors.count=1")
+        start("search", config, *chosen).finish()
+        trees = [tree for path in sorted((run_dir / "trees").glob("*.jsonl")) for tree in read_trees(path)]
+        assert len(trees) == 8 and all(isinstance(tree, Tree) and tree.grower == "model" for tree in trees)
+        nodes = [node for tree in trees if isinstance(tree, Tree) for node in tree.nodes[1:]]
+        assert {node.writer for node in nodes} == {"model", "reviewer"}
+        assert all((node.writer == "reviewer") == (node.type == "reflection") for node in nodes if not node.defect)
+        assert any(node.writer == "reviewer" and node.generated and not node.defect for node in nodes)
+        start("extract", str(run_dir)).finish()
+        rows = [json.loads(line) for line in (run_dir / "data" / "supervised.jsonl").read_text().splitlines()]
+        assert rows
+        for row in rows:
+            ids = [token for token, kept in zip(row["token_ids"], row["loss_mask"], strict=True) if kept]
+            assert tokenizer.decode(ids[:-1]) == row["completion"] and ids[-1] == tokenizer.eos_token_id
+        report = json.loads((run_dir / "data" / "report.json").read_text())
+        assert report["solved"] == len(rows)
+        assert {use["model"] for use in summary(run_dir)["last_command"]["engines"]} == {"model", "reviewer"}
