@@ -167,9 +167,16 @@ class Forest:
         """Hand a finished tree over."""
         if growing.result.done() or not growing.search.finished:
             return
-        tree = growing.search.tree()
-        reason = _unusable(tree)
-        growing.result.set_result(_failure(growing.prompt, reason) if reason else tree)
+        try:
+            tree = growing.search.tree()
+        except Exception as error:  # noqa: BLE001 - for whoever waits for the tree, as above
+            self._fail(growing, error)
+            return
+        if tree.calls:
+            growing.result.set_result(tree)
+        else:
+            reason = f"no node fits after the prompt ({', '.join(tree.counts) or 'the table allows none'})"
+            growing.result.set_result(_failure(growing.prompt, reason))
 
     def _send(self, requests: Sequence[tuple[_Growing, Request]]) -> None:
         """Give requests to the engines, all of one engine in one go, and chains to the verifiers."""
@@ -225,6 +232,8 @@ class Forest:
             growing, number, slot, future = self._inbox.popleft()
             self._in_flight -= 1
             error = future.exception()
+            if error is None and not np.isfinite(future.result().logprobs).all():
+                error = RolloutError("the engine gave a log-probability that is not finite")
             if error is not None:
                 self._fail(growing, error)
                 continue
@@ -276,13 +285,6 @@ class _Arrived:
 
     def __call__(self, future: Future[Completion]) -> None:
         self.forest.arrived(*self.place, future)
-
-
-def _unusable(tree: Tree) -> str | None:
-    if not tree.calls:
-        return f"no node fits after the prompt ({', '.join(tree.counts) or 'the table allows none'})"
-    bad = next((n for n, node in enumerate(tree.nodes) if not np.isfinite(node.logprobs).all()), None)
-    return None if bad is None else f"the engine gave a log-probability that is not finite, in node {bad}"
 
 
 def _failure(prompt: Prompt, reason: str) -> TreeFailure:

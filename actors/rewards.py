@@ -153,13 +153,14 @@ class _Worker:
                 child = await self._running_child()
                 before = len(verdicts)
                 async for found in self._run(child, items[before:]):
+                    self._check_open()  # a killed process is no verdict
                     if tell:
                         tell(len(verdicts), found)
                     verdicts += found
                 self._check_open()
                 if len(verdicts) == len(items):
                     return verdicts
-        except asyncio.CancelledError:
+        except BaseException:
             await self._stop()  # the answers under way belong to nobody
             raise
 

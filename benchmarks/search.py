@@ -1,11 +1,11 @@
 """Generated tokens/s of a searched forest against the same requests, all given to the same engines at once.
 
-Ours is the whole path of `rlsys search`: trees on two Ray actors, verifiers, trees as JSON at the driver, timed there
-from the first prompt to the last tree. The peer is what the same engines need for the very requests that the search
-made (same contexts, seeds and stops, so the same tokens), submitted in one go, without trees and verifiers; prefix
-caches are emptied before either. Exit code 1 where a median ratio is below the limit, or where reading, selection and
-backup take a larger share of the time than allowed. Beside it: scored answers/s of node and chain expansion, and of
-one tree and one request at a time, the way of the published search program.
+Ours is what grows the trees of `rlsys search`: two Ray actors, verifiers, finished trees at the driver, timed there
+from the first prompt to the last tree; writing the files is not in it. The peer is what the same engines need for the
+very requests that the search made (same contexts, seeds and stops; as many tokens, which is checked), submitted in
+one go, without trees and verifiers; prefix caches are emptied before either. Exit code 1 where a median ratio is
+below the limit, or where reading, selection and backup take a larger share of the time than allowed. Beside it: scored
+answers/s of node and chain expansion, and of one tree and one request at a time, the way of the published program.
 """
 
 from __future__ import annotations

@@ -73,6 +73,9 @@ def tree_advantages(trajectories: Sequence[Trajectory], *, use_std: bool) -> dic
     n wrong, a hint that the policy never gets, so what they are worth is no merit of n. V(n) is their mean only where
     n has no other child on a judged trajectory.
 
+    What no trajectory holds is unknown here: with node expansion a child that failed at once counts, and one that the
+    search never went on from does not.
+
     Raises:
         ValueError: the reward of a judged trajectory is not finite.
 

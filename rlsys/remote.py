@@ -14,6 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 from rlsys.config import Config, StageName
 from rlsys.errors import EngineError
 from rlsys.ray_errors import translated
+from rlsys.search_engines import trees_ahead
 from rlsys.trees import SearchUsage, Tree, TreeFailure, Writer
 from rlsys.types import (
     Demonstration,
@@ -75,6 +76,7 @@ class RayRolloutPool:
         for other, found in (beside or {}).items():
             self._engines += [_Engine(other, n, f"{other} engine {n}", handle) for n, handle in enumerate(found)]
         self._config = config
+        self._turns = [asyncio.Semaphore(trees_ahead(config)) for _ in handles]
 
     @property
     def count(self) -> int:
@@ -91,7 +93,8 @@ class RayRolloutPool:
 
     async def search(self, actor: int, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
         timeout = self._config.actors.rollout_timeout_s
-        return await self._call(actor, "search", timeout, "actors.rollout_timeout_s", prompt)
+        async with self._turns[actor]:  # a deadline should not run while a tree only waits for others
+            return await self._call(actor, "search", timeout, "actors.rollout_timeout_s", prompt)
 
     async def grow(self, actor: int, prompt: Prompt) -> Tree | TreeFailure:
         """The finished tree of a prompt."""

@@ -11,7 +11,7 @@ from rlsys.checkpoint import MANIFEST, CheckpointStore, read_json, state_from_js
 from rlsys.config import Config
 from rlsys.config_file import fixed_fields, load_config
 from rlsys.errors import CheckpointError, ConfigError
-from rlsys.tree_store import ORIGIN
+from rlsys.tree_store import ORIGIN, TREES
 from rlsys.types import RunState
 
 # In the run directory: the checkpoint of run.resume that its own checkpoints descend from.
@@ -58,7 +58,7 @@ def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
             or one of another run that leaves no step to make.
         CheckpointError: checkpoints exist and none is valid.
     """
-    if (run_dir / ORIGIN).exists():
+    if (run_dir / ORIGIN).exists() and any((run_dir / TREES).rglob("*.json*")):
         raise ConfigError(f"run.dir {run_dir} holds the trees of a search: choose another run.dir")
     resume, own = config.run.resume, store.latest()
     if resume == "never" and (own is not None or _has_metrics(run_dir)):

@@ -42,6 +42,8 @@ DECIDING = (
     "actors.block_size",
     "actors.enforce_eager",
     "sampling",
+    "rewards.timeout_s",
+    "rewards.memory_mib",
     "search",
 )
 # The paths of models are not compared, but what they lead to is.

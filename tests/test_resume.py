@@ -236,5 +236,8 @@ def test_other_fields_may_change(tmp_path: Path) -> None:
 
 def test_the_directory_of_a_search_is_left_to_it(tmp_path):
     write_json(tmp_path / "search.json", {})
+    assert start(tmp_path, config()).checkpoint is None  # a search that has grown nothing
+    (tmp_path / "trees").mkdir()
+    (tmp_path / "trees" / "00000.jsonl").write_text("")
     with pytest.raises(ConfigError, match="holds the trees of a search: choose another run.dir"):
         start(tmp_path, config())

@@ -158,6 +158,8 @@ def step_preferences(tree: Tree, config: ExtractConfig, codec: Codec) -> list[St
 def preferred_steps(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tuple[StepValue, StepValue]]:
     """Of every node with several children, the best against the worst of them: at most one pair a parent.
 
+    Backtracking children are no siblings of the others, only of one another: they follow a hint of the verifier.
+
     Only children count that a model wrote at least in part and that have `extract.step_min_visits` visits. Best and
     worst are by value, then the more visits, then the smallest token ids, then the fewer forced ones. A pair needs a
     difference of at least `extract.step_min_gap`, and two texts. Ordered by the token ids of prefix, better and worse
@@ -168,7 +170,7 @@ def preferred_steps(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tup
     siblings = defaultdict(list)
     for number, step in _steps(tree, codec).items():
         if tree.nodes[number].generated and step.visits >= config.step_min_visits:
-            siblings[tree.nodes[number].parent].append(step)
+            siblings[tree.nodes[number].parent, tree.nodes[number].backtrack].append(step)
     pairs = []
     for steps in siblings.values():
         best = min(steps, key=lambda step: (-step.value, -step.visits, _place(step), step.forced))

@@ -2,7 +2,7 @@
 
 Q is the mean reward of a node, N its visits, O the simulations under way through it, p its parent. In-flight
 simulations count as visits in the exploration term and leave Q as it is. The one that chooses is under way through the
-parent as well; UCB does not count it, so that one simulation at a time gives the paper's formula to the letter.
+parent as well; UCB does not count it, so that one simulation at a time gives the paper's formula.
 Source: Liu et al., Watch the Unobserved (WU-UCT), ICLR 2020, eq. 4.
 """
 

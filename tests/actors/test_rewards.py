@@ -145,6 +145,22 @@ def test_verdicts_are_told_as_they_come(workers):
     assert told[0][0] < 0.4 < told[1][0]  # the deadline is 0.5 s
 
 
+def test_answers_under_way_belong_to_nobody_once_the_caller_has_failed():
+    def tell(found):
+        raise KeyError(found[0][0])
+
+    async def run():
+        pool = RewardPool(LetterCountConfig(), 0, SETTINGS, verifier="scripted_verifier:build")
+        try:
+            with pytest.raises(KeyError):
+                await pool.verify([("3", "say 3"), ("3", "sleep 0.3")], tell)
+            return await pool.verify([("3", "say 4")])
+        finally:
+            await pool.close()
+
+    assert [verdict.outcome for verdict in asyncio.run(run())] == ["wrong"]
+
+
 def test_answer_that_arrived_while_this_process_was_held_up_counts():
     async def run():
         pool = RewardPool(LetterCountConfig(), 0, SETTINGS, verifier="scripted_verifier:build")

@@ -73,6 +73,7 @@ def test_half_of_the_prompts_are_searched(searching_run: Path) -> None:
     assert (searching_run / "stages" / "online" / "model.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_evaluate_decodes_with_search(searching_run: Path, start: Callable[..., Command], tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
     overrides = ("evaluation.search_answers=4", "evaluation.prompts=16", "evaluation.samples=0")
