@@ -83,7 +83,7 @@ def searched(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield search
 
 
-@pytest.fixture(scope="module", params=["node", "chain"])
+@pytest.fixture(scope="module", params=["node", pytest.param("chain", marks=pytest.mark.long)])
 def undisturbed(request: pytest.FixtureRequest, searched: Callable[..., Searched]) -> Searched:
     return searched(request.param)
 
@@ -175,8 +175,9 @@ def test_extracted_data_follow_from_the_trees(undisturbed: Searched, tmp_path: P
         assert rewards == [1, 0]
 
 
-def test_two_actors_and_larger_batches_give_the_same_bytes(searched: Callable[..., Searched]) -> None:
-    one, two = searched("chain"), searched("chain", TWO_ACTORS)
+@pytest.mark.parametrize("expansion", ["node", pytest.param("chain", marks=pytest.mark.long)])
+def test_two_actors_and_larger_batches_give_the_same_bytes(searched: Callable[..., Searched], expansion: str) -> None:
+    one, two = searched(expansion), searched(expansion, TWO_ACTORS)
     assert tree_files(two.dir) == tree_files(one.dir)
     assert summary(two.dir)["trees"] == summary(one.dir)["trees"]
     assert len(summary(two.dir)["last_command"]["engines"]) == 2
@@ -219,6 +220,7 @@ def disturbed(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return run
 
 
+@pytest.mark.long
 def test_a_search_that_was_killed_and_stopped_ends_with_the_same_bytes(
     disturbed: Path, searched: Callable[..., Searched]
 ) -> None:

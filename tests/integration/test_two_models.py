@@ -19,7 +19,7 @@ from rlsys.setup import model_digest
 from rlsys.tree_file import parse_line
 from rlsys.trees import Tree
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(300)]
 HERE = Path(__file__).parent
 TAGS = ("<thinking>", "</thinking>", "<double-check>", "</double-check>", "<answer>", "</answer>")
 
