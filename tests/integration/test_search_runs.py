@@ -198,8 +198,9 @@ def disturbed(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert 5 <= len(killed) < PROMPTS - 10
         shards = whole_shards(run)
 
+        before = count_finished(run)  # with those that the kill caught at both places
         second = start("search", config, "actors.count=1")
-        wait_until(second, lambda: count_finished(run) > len(killed) + 1)
+        wait_until(second, lambda: count_finished(run) > before + 1)
         second.signal(signal.SIGINT, group=True)
         message = second.fail(130).splitlines()[-1]
         second.assert_gone(within_s=5)
@@ -361,16 +362,16 @@ def test_a_search_where_a_training_run_is(refused, policy: Path, finished_run: F
 def test_a_large_model_builds_the_data_of_a_small_one(
     policy: Path, start: Callable[..., Command], tmp_path: Path
 ) -> None:
-    """search.model grows, search.reviewer writes the reflections; the policy has a tokenizer of its own (BPE)."""
+    """search.model grows, search.reviewer writes the thinking nodes; the policy has a tokenizer of its own (BPE)."""
     small = tmp_path / "small"
     tokenizer = build_bpe_model(small, ["<thinking>a1b2</thinking><answer>2</answer> count a in abba 0123456789"] * 50)
     values = search_config(small, prompts=8)
-    reflection = {"tag": "reflection", "writer": "reviewer"}
+    thinking = {"tag": "thinking", "writer": "reviewer"}
     large = {"path": str(policy), "max_model_len": 128, "max_num_seqs": 16, "kv_cache_gib": 0.1}
     values["search"] |= {
-        "nodes": {**values["search"]["nodes"], "reflection": reflection},
+        "nodes": {**values["search"]["nodes"], "thinking": thinking},
         "model": large,
-        "reviewer": large,
+        "reviewer": dict(large),  # YAML would write the same one as an alias
     }
     config = write_config(tmp_path, values)
     for expansion in ("node", "chain"):
@@ -381,8 +382,8 @@ def test_a_large_model_builds_the_data_of_a_small_one(
         assert len(trees) == 8 and all(isinstance(tree, Tree) and tree.grower == "model" for tree in trees)
         nodes = [node for tree in trees if isinstance(tree, Tree) for node in tree.nodes[1:]]
         assert {node.writer for node in nodes} == {"model", "reviewer"}
-        assert all((node.writer == "reviewer") == (node.type == "reflection") for node in nodes if not node.defect)
-        assert any(node.writer == "reviewer" and node.generated and not node.defect for node in nodes)
+        assert all((node.writer == "reviewer") == (node.type == "thinking") for node in nodes if not node.defect)
+        assert any(node.writer == "reviewer" and not node.defect for node in nodes)
         start("extract", str(run_dir)).finish()
         rows = [json.loads(line) for line in (run_dir / "data" / "supervised.jsonl").read_text().splitlines()]
         assert rows
