@@ -15,6 +15,7 @@ from rlsys.config_file import parse_config
 from rlsys.errors import ConfigError, EngineError, RlsysError
 from rlsys.ray_errors import death
 from rlsys.remote import RayRolloutPool, answer
+from rlsys.search_engines import trees_ahead
 from rlsys.trees import TreeFailure
 from rlsys.types import RolloutFailure, SamplingSettings
 
@@ -108,6 +109,30 @@ def test_groups_come_back_as_the_actor_gave_them() -> None:
     pool = RayRolloutPool([Handle(groups), Handle(groups[1])], CONFIG)
     assert asyncio.run(pool.generate(0, [prompt("a"), prompt("b")], SETTINGS)) is groups
     assert asyncio.run(pool.search(1, prompt("b"))) is groups[1]
+
+
+def test_trees_of_training_wait_for_their_turn_before_their_deadline_runs() -> None:
+    """Of 12 prompts an actor gets as many at once as keep its engine full, 8 at least; the others are not asked yet."""
+    asked: list[Future[Any]] = []
+
+    class Slow(Handle):
+        def remote(self, *arguments: Any) -> Any:
+            asked.append(Future())
+            return type("Pending", (), {"future": lambda _, found=asked[-1]: found})()
+
+    async def main() -> None:
+        small = CONFIG.model_copy(update={"actors": CONFIG.actors.model_copy(update={"max_num_seqs": 1})})
+        pool = RayRolloutPool([Slow(None)], small)
+        calls = [asyncio.create_task(pool.search(0, prompt(f"{number}"))) for number in range(12)]
+        await asyncio.sleep(0.01)
+        assert len(asked) == trees_ahead(small) == 8
+        while not all(call.done() for call in calls):
+            for found in [found for found in asked if not found.done()]:
+                found.set_result(None)
+            await asyncio.sleep(0.001)
+
+    asyncio.run(main())
+    assert len(asked) == 12
 
 
 def test_a_tree_comes_back_as_the_actor_gave_it() -> None:

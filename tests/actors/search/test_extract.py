@@ -166,6 +166,20 @@ def test_one_pair_a_parent_of_the_best_and_the_worst_by_value_then_visits() -> N
     assert steps(several) == [("^q", "b", "c", 1.0, 0.0, 3, 2)]
 
 
+def test_a_step_after_a_hint_is_compared_with_its_like_only() -> None:
+    several = tree(
+        node(0, "a"),
+        node(0, "b", "reflection", backtrack=True),  # right, but only because the verifier had spoken
+        node(0, "c", "reflection", backtrack=True),
+        answer(1, "2", "wrong", samples=2),
+        answer(2, "1", "ok", samples=2),
+        answer(3, "2", "wrong", samples=2),
+    )
+    assert steps(several) == [("^q", "b", "c", 1.0, 0.0, 2, 2)]
+    plain = replace(several, nodes=tuple(replace(n, backtrack=False) for n in several.nodes))
+    assert steps(plain) == [("^q", "b", "a", 1.0, 0.0, 2, 2)]
+
+
 def test_a_step_that_nobody_wrote_is_no_side() -> None:
     fixed = tree(
         node(0, "ab"),
