@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learners.advantages import group_advantages, tree_advantages
+from learners.advantages import group_advantages
+from learners.tree_advantages import tree_advantages
 from rlsys.types import BoolArray, Demonstration, Float32Array, Int32Array, TrajectoryGroup
 
 Span = tuple[int, int]  # [start, stop) of the rows in descending order of length
@@ -85,7 +86,7 @@ def _sampled_rows(group: TrajectoryGroup, use_std: bool) -> list[Row]:
     """A row for every judged trajectory; all of its tokens have the advantage of the trajectory."""
     valid = np.array([trajectory.judged for trajectory in group.trajectories])
     rewards = np.array([trajectory.reward for trajectory in group.trajectories], dtype=np.float64)
-    advantages = group_advantages(rewards, valid, use_std=use_std)
+    advantages = group_advantages(rewards, valid, estimator="grpo" if use_std else "dr_grpo")
     return [
         Row(
             token_ids=trajectory.token_ids,
@@ -107,7 +108,7 @@ def _searched_rows(group: TrajectoryGroup, use_std: bool) -> list[Row]:
     A node that was drawn s times stands for s samples of the policy, so its advantage is multiplied by s, over the
     mean of s over all trained tokens of the group: the tokens of a group keep their weight beside other groups.
     """
-    advantages = tree_advantages(group.trajectories, use_std=use_std)
+    advantages = tree_advantages(group.trajectories, estimator="sibling_mean", use_std=use_std)
     trained: set[int] = set()
     rows: list[Row] = []
     draws: list[Float32Array] = []
@@ -121,8 +122,9 @@ def _searched_rows(group: TrajectoryGroup, use_std: bool) -> list[Row]:
                 trained.add(step.node)
                 tokens = slice(step.start, step.stop)
                 loss_mask[tokens] = trajectory.loss_mask[tokens]
-                per_token[tokens] = advantages[step.node] * step.samples
-                drawn[tokens] = step.samples
+                node = advantages[step.node]
+                per_token[tokens] = node.advantage * node.draws
+                drawn[tokens] = node.draws
         row = Row(
             token_ids=trajectory.token_ids,
             loss_mask=loss_mask,

@@ -29,7 +29,8 @@ HEAVY = {
     "learners.deepspeed_engine",
     "learners.learner_actor",
 }
-# Coordination handles numpy arrays and handles of tensors, never tensors; the search handles token ids.
+# Coordination handles numpy arrays and handles of tensors, never tensors; the search handles token ids; advantages
+# are rewards compared.
 WITHOUT_TORCH = (
     "rlsys.types",
     "rlsys.errors",
@@ -48,6 +49,8 @@ WITHOUT_TORCH = (
     "actors.search.extract",
     "actors.search.group",
     "actors.forest",
+    "learners.advantages",
+    "learners.tree_advantages",
 )
 # argv: JSON lists of the modules to import and the names to look for; prints {module: [names it brought]}.
 PROBE = """

@@ -1,257 +1,125 @@
-"""Group and tree advantages against hand-made numbers, and the identities between the published variants."""
+"""Group advantages against hand-made numbers, and the identities between the published variants."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from learners.advantages import STD_EPSILON, group_advantages, tree_advantages
-from rlsys.types import Outcome, Step, Trajectory
+from learners.advantages import STD_EPSILON, GroupEstimator, group_advantages
 
-ALL = np.array([True, True, True, True])
 reward_lists = st.lists(st.integers(-8, 8).map(lambda n: n / 4), min_size=2, max_size=16)
 
 
-def advantages(rewards: list[float], *, use_std: bool) -> np.ndarray:
-    return group_advantages(np.array(rewards), np.ones(len(rewards), dtype=bool), use_std=use_std)
+def advantages(rewards: list[float], estimator: GroupEstimator) -> np.ndarray:
+    return group_advantages(np.array(rewards), np.ones(len(rewards), dtype=bool), estimator=estimator)
+
+
+CENTRED: tuple[GroupEstimator, ...] = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline")
 
 
 def test_grpo_by_hand():
     # mean 1/4; deviations 3/4, -1/4, -1/4, -1/4; squares 9/16 + 3/16 = 3/4; over n - 1 = 3: 1/4; std 1/2
-    found = group_advantages(np.array([1.0, 0.0, 0.0, 0.0]), ALL, use_std=True)
+    found = advantages([1.0, 0.0, 0.0, 0.0], "grpo")
     assert found == pytest.approx([0.75 / 0.500001] + [-0.25 / 0.500001] * 3, rel=1e-12)
 
 
-def test_dr_grpo_by_hand():
-    found = group_advantages(np.array([1.0, 0.0, 0.0, 0.0]), ALL, use_std=False)
-    assert found.tolist() == [0.75, -0.25, -0.25, -0.25]
+@pytest.mark.parametrize("estimator", ["dr_grpo", "reinforce_pp_baseline"])
+def test_distance_from_the_mean_by_hand(estimator):
+    assert advantages([1.0, 0.0, 0.0, 0.0], estimator).tolist() == [0.75, -0.25, -0.25, -0.25]
+
+
+def test_rloo_by_hand():
+    # the others' means are 0, 1/3, 1/3, 1/3
+    assert advantages([1.0, 0.0, 0.0, 0.0], "rloo") == pytest.approx([1.0, -1 / 3, -1 / 3, -1 / 3], rel=1e-12)
+
+
+def test_reinforce_pp_is_the_reward_itself():
+    valid = np.array([True, False, True, True])
+    found = group_advantages(np.array([0.5, math.nan, -2.0, 0.5]), valid, estimator="reinforce_pp")
+    assert found.tolist() == [0.5, 0.0, -2.0, 0.5]
+    # Also where nothing is there to compare: what it lacks is a baseline, which `whiten` gives it.
+    alone = group_advantages(np.array([0.5, 9.0]), np.array([True, False]), estimator="reinforce_pp")
+    assert alone.tolist() == [0.5, 0.0]
+    assert advantages([0.1, 0.1, 0.1], "reinforce_pp").tolist() == [0.1, 0.1, 0.1]
 
 
 def test_invalid_entries_are_zero_and_do_not_move_the_baseline():
     # valid rewards 3 and 1: mean 2, deviations +-1, sum of squares 2 over n - 1 = 1: std sqrt(2)
     valid = np.array([True, False, True, False])
-    found = group_advantages(np.array([3.0, math.nan, 1.0, 99.0]), valid, use_std=True)
+    rewards = np.array([3.0, math.nan, 1.0, 99.0])
+    found = group_advantages(rewards, valid, estimator="grpo")
     unit = 1 / (math.sqrt(2) + 1e-6)
     assert found == pytest.approx([unit, 0.0, -unit, 0.0], rel=1e-12)
     assert found[1] == found[3] == 0.0
+    # two valid rewards: each is compared with the other one, 3 - 1 and 1 - 3
+    assert group_advantages(rewards, valid, estimator="rloo").tolist() == [2.0, 0.0, -2.0, 0.0]
 
 
-@pytest.mark.parametrize("use_std", [True, False])
-def test_equal_rewards_give_exactly_zero(use_std):
-    rewards = np.full(3, 0.1)
-    assert rewards.mean() != 0.1  # (0.1 + 0.1 + 0.1) / 3 rounds up: without care the advantage is -1.4e-17
-    assert group_advantages(rewards, np.ones(3, dtype=bool), use_std=use_std).tolist() == [0.0, 0.0, 0.0]
+@pytest.mark.parametrize("estimator", CENTRED)
+def test_equal_rewards_give_exactly_zero(estimator):
+    rewards = [0.1, 0.1, 0.1]
+    assert np.mean(rewards) != 0.1  # (0.1 + 0.1 + 0.1) / 3 rounds up: without care the advantage is -1.4e-17
+    assert advantages(rewards, estimator).tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("estimator", CENTRED)
 @pytest.mark.parametrize("count", [0, 1])
-def test_fewer_than_two_valid_rewards_say_nothing(count):
+def test_fewer_than_two_valid_rewards_say_nothing(count, estimator):
     valid = np.arange(4) < count
-    assert group_advantages(np.array([5.0, 1.0, 2.0, 3.0]), valid, use_std=True).tolist() == [0.0] * 4
+    assert group_advantages(np.array([5.0, 1.0, 2.0, 3.0]), valid, estimator=estimator).tolist() == [0.0] * 4
 
 
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="finite rewards"):
-        group_advantages(np.array([1.0, math.inf, 0.0, 0.0]), ALL, use_std=True)
+        advantages([1.0, math.inf], "reinforce_pp")
     with pytest.raises(ValueError, match="one shape"):
-        group_advantages(np.array([1.0, 0.0]), ALL, use_std=True)
+        group_advantages(np.array([1.0, 0.0]), np.ones(4, dtype=bool), estimator="grpo")
+    with pytest.raises(ValueError, match="unknown estimator 'ppo'"):
+        advantages([1.0, 0.0], "ppo")
 
 
-@given(rewards=reward_lists, use_std=st.booleans())
-def test_a_group_sums_to_zero(rewards, use_std):
-    assert abs(advantages(rewards, use_std=use_std).sum()) < 1e-12 * len(rewards)
+@given(rewards=reward_lists, estimator=st.sampled_from(CENTRED))
+def test_a_group_sums_to_zero(rewards, estimator):
+    assert abs(advantages(rewards, estimator).sum()) < 1e-12 * len(rewards)
 
 
 @given(rewards=reward_lists)
 def test_dr_grpo_is_grpo_without_the_division(rewards):
     std = np.std(rewards, ddof=1)
-    grpo = advantages(rewards, use_std=True)
-    assert advantages(rewards, use_std=False) == pytest.approx(grpo * (std + STD_EPSILON), rel=1e-12, abs=1e-15)
+    grpo = advantages(rewards, "grpo")
+    assert advantages(rewards, "dr_grpo") == pytest.approx(grpo * (std + STD_EPSILON), rel=1e-12, abs=1e-15)
 
 
 @given(rewards=reward_lists)
-def test_rloo_is_dr_grpo_scaled(rewards):
-    # R_i - mean_{j != i} R_j = R_i - (n mean - R_i) / (n - 1) = n / (n - 1) (R_i - mean)
+def test_rloo_leaves_one_out_and_is_dr_grpo_scaled(rewards):
     n, total = len(rewards), sum(rewards)
-    rloo = [reward - (total - reward) / (n - 1) for reward in rewards]
-    assert advantages(rewards, use_std=False) * n / (n - 1) == pytest.approx(rloo, rel=1e-12, abs=1e-14)
+    left_out = [reward - (total - reward) / (n - 1) for reward in rewards]
+    found = advantages(rewards, "rloo")
+    assert found == pytest.approx(left_out, rel=1e-12, abs=1e-14)
+    assert found == pytest.approx(advantages(rewards, "dr_grpo") * n / (n - 1), rel=1e-12, abs=1e-14)
 
 
-@given(rewards=reward_lists, use_std=st.booleans(), shift=st.integers(-4, 4))
-def test_only_differences_of_rewards_matter(rewards, use_std, shift):
-    moved = advantages([reward + shift for reward in rewards], use_std=use_std)
-    assert moved == pytest.approx(advantages(rewards, use_std=use_std), rel=1e-9, abs=1e-12)
+@given(rewards=reward_lists, estimator=st.sampled_from(CENTRED), shift=st.integers(-4, 4))
+def test_only_differences_of_rewards_matter(rewards, estimator, shift):
+    moved = advantages([reward + shift for reward in rewards], estimator)
+    assert moved == pytest.approx(advantages(rewards, estimator), rel=1e-9, abs=1e-12)
 
 
-@given(rewards=reward_lists, use_std=st.booleans())
-def test_a_better_reward_never_gets_a_lower_advantage(rewards, use_std):
-    found = advantages(rewards, use_std=use_std)
+@given(rewards=reward_lists, estimator=st.sampled_from(CENTRED))
+def test_a_better_reward_never_gets_a_lower_advantage(rewards, estimator):
+    found = advantages(rewards, estimator)
     order = np.argsort(rewards, kind="stable")
     assert (np.diff(found[order]) >= 0).all()
     if max(rewards) > min(rewards):
         assert found[np.argmax(rewards)] > 0 > found[np.argmin(rewards)]
 
 
-def chain(
-    nodes: Sequence[int],
-    reward: float,
-    outcome: Outcome = "ok",
-    samples: Mapping[int, int] | None = None,
-    backtracks: Sequence[int] = (),
-) -> Trajectory:
-    """A trajectory through nodes of one token each."""
-    return Trajectory(
-        token_ids=np.arange(1 + len(nodes), dtype=np.int32),
-        loss_mask=np.arange(1 + len(nodes)) > 0,
-        behavior_logprobs=np.zeros(1 + len(nodes), dtype=np.float32),
-        versions=(),
-        finish_reason="stop",
-        reward=reward,
-        outcome=outcome,
-        answered=True,
-        steps=tuple(
-            Step(
-                node=node,
-                parent=parent,
-                start=place,
-                stop=place + 1,
-                type="thinking",
-                samples=(samples or {}).get(node, 1),
-                visits=0,
-                value=None,
-                backtrack=node in backtracks,
-            )
-            for place, (parent, node) in enumerate(itertools.pairwise((0, *nodes)), start=1)
-        ),
-    )
-
-
-def test_a_tree_by_hand():
-    # 0 -> 1 (drawn 3 times) -> 3 (right), 4 (wrong, drawn twice);  0 -> 2 -> 5 (right)
-    # V(1) = (1 * 1 + 2 * 0) / 3 = 1/3;  V(2) = V(5) = 1;  V(0) = (3 * 1/3 + 1 * 1) / 4 = 1/2
-    tree = [chain(nodes, reward, samples={1: 3, 4: 2}) for nodes, reward in (((1, 3), 1), ((1, 4), 0), ((2, 5), 1))]
-    expected = {1: 1 / 3 - 1 / 2, 2: 1 / 2, 3: 2 / 3, 4: -1 / 3, 5: 0.0}
-    assert tree_advantages(tree, use_std=False) == pytest.approx(expected, rel=1e-12)
-    # below 0: sqrt((3 (1/6)^2 + (1/2)^2) / 4) = sqrt(1/12); below 1: sqrt(((2/3)^2 + 2 (1/3)^2) / 3) = sqrt(2/9)
-    top, bottom = math.sqrt(1 / 12) + 1e-6, math.sqrt(2 / 9) + 1e-6
-    divided = {1: -1 / 6 / top, 2: 1 / 2 / top, 3: 2 / 3 / bottom, 4: -1 / 3 / bottom, 5: 0.0}
-    found = tree_advantages(tree, use_std=True)
-    assert found == pytest.approx(divided, rel=1e-12)
-    assert found[5] == 0.0
-
-
-def test_a_mean_of_means_is_not_a_mean_of_leaves():
-    # node 1 has three right leaves, node 2 one wrong one: V(0) = 1/2, where a mean over the leaves is 3/4
-    tree = [chain((1, 3), 1), chain((1, 4), 1), chain((1, 5), 1), chain((2, 6), 0)]
-    found = tree_advantages(tree, use_std=False)
-    assert (found[1], found[2]) == (0.5, -0.5)
-
-
-def test_the_end_of_a_trajectory_is_one_more_child_of_its_last_node():
-    # 1 ends wrong and goes on to 2, drawn twice and right: V(1) = (2 * 1 + 0) / 3
-    tree = [chain((1,), 0), chain((1, 2), 1, samples={2: 2}), chain((3,), 0)]
-    found = tree_advantages(tree, use_std=False)
-    assert found == pytest.approx({1: 1 / 3, 2: 1 / 3, 3: -1 / 3}, rel=1e-12)
-
-
-def test_backtracking_is_no_merit_of_the_thought_it_starts_from():
-    # 0 -> 1 -> 2 (wrong), 3 (backtracking) -> 4 (right), 5 (wrong);  0 -> 6 (right).
-    # V(3) = 1/2 counts for nothing above it: V(1) = V(2) = 0, V(0) = 1/2; 3 has no sibling of its kind.
-    tree = [chain(nodes, reward, backtracks=[3]) for nodes, reward in (((1, 2), 0), ((1, 3, 4), 1), ((1, 3, 5), 0))]
-    found = tree_advantages([*tree, chain((6,), 1)], use_std=False)
-    assert found == {1: -0.5, 2: 0.0, 3: 0.0, 4: 0.5, 5: -0.5, 6: 0.5}
-    # Two backtracking children are compared with each other: V = 1/2 and 0, mean 1/4.
-    tree = [*tree, chain((1, 7), 0, backtracks=[7])]
-    found = tree_advantages([*tree, chain((6,), 1)], use_std=False)
-    assert (found[3], found[7], found[1]) == (0.25, -0.25, -0.5)
-    # Without any other child below 1 they are all that is known of it.
-    only = [chain((1, 3), 1, backtracks=[3]), chain((6,), 0)]
-    assert tree_advantages(only, use_std=False) == {1: 0.5, 3: 0.0, 6: -0.5}
-
-
-def test_what_was_not_judged_counts_nowhere():
-    tree = [chain((1, 2), 1), chain((1, 3), 0)]
-    spoiled = [*tree, chain((1, 4), math.nan, "error"), chain((5,), 99.0, "timeout")]
-    assert tree_advantages(spoiled, use_std=True) == tree_advantages(tree, use_std=True)
-    assert tree_advantages(spoiled[2:], use_std=True) == {}
-    assert tree_advantages([], use_std=True) == {}
-
-
-@pytest.mark.parametrize("use_std", [True, False])
-def test_equal_siblings_and_only_children_are_exactly_zero(use_std):
-    # three times 0.1 has a mean above 0.1, and 0.1 weighted 3 to 7 one below it
-    tree = [chain((1, 2), 0.1), chain((1, 3), 0.1), chain((1, 4), 0.1), chain((5,), 0.1, samples={5: 7})]
-    assert tree_advantages(tree, use_std=use_std) == dict.fromkeys(range(1, 6), 0.0)
-
-
-def test_a_reward_that_is_not_finite_is_refused():
-    with pytest.raises(ValueError, match="finite rewards"):
-        tree_advantages([chain((1,), math.inf)], use_std=True)
-
-
-@dataclass
-class RandomTree:
-    trajectories: list[Trajectory]
-    parents: list[int]
-    samples: dict[int, int]
-
-
-@st.composite
-def trees(draw: st.DrawFn) -> RandomTree:
-    """Up to 12 nodes; trajectories end at all leaves and at some inner nodes."""
-    parents = [-1, *(draw(st.integers(0, number - 1)) for number in range(1, draw(st.integers(2, 13))))]
-    samples = {node: draw(st.integers(1, 4)) for node in range(1, len(parents))}
-    leaves = set(range(1, len(parents))) - set(parents)
-    ends = [*leaves, *draw(st.lists(st.integers(1, len(parents) - 1), max_size=3))]
-
-    def path(node: int) -> list[int]:
-        return [*path(parents[node]), node] if node else []
-
-    rewards = [draw(st.integers(-4, 4)) / 4 for _ in ends]
-    found = [chain(path(end), reward, samples=samples) for end, reward in zip(ends, rewards, strict=True)]
-    return RandomTree(found, parents, samples)
-
-
-@given(tree=trees(), use_std=st.booleans())
-def test_weighted_advantages_of_every_sibling_set_sum_to_zero(tree, use_std):
-    found = tree_advantages(tree.trajectories, use_std=use_std)
-    assert set(found) == set(tree.samples)
-    ends = {trajectory.steps[-1].node for trajectory in tree.trajectories}
-    sums: dict[int, float] = defaultdict(float)
-    for node, advantage in found.items():
-        sums[tree.parents[node]] += tree.samples[node] * advantage
-    # where a trajectory ends at the parent itself, that end is a sibling without tokens
-    assert all(abs(total) < 1e-9 for parent, total in sums.items() if parent not in ends)
-
-
-@given(tree=trees(), use_std=st.booleans(), data=st.data())
-def test_the_order_of_trajectories_changes_nothing(tree, use_std, data):
-    shuffled = data.draw(st.permutations(tree.trajectories))
-    assert tree_advantages(shuffled, use_std=use_std) == tree_advantages(tree.trajectories, use_std=use_std)
-
-
-@given(rewards=reward_lists)
-def test_a_tree_of_leaves_alone_is_a_group(rewards):
-    leaves = [chain((number,), reward) for number, reward in enumerate(rewards, start=1)]
-    found = tree_advantages(leaves, use_std=False)
-    assert list(found.values()) == pytest.approx(advantages(rewards, use_std=False), rel=1e-12, abs=1e-15)
-
-
-@given(tree=trees(), use_std=st.booleans(), factor=st.integers(2, 5))
-def test_drawing_every_node_as_often_again_changes_nothing(tree, use_std, factor):
-    # an end counts once, however often its siblings were drawn
-    assume(not {trajectory.steps[-1].node for trajectory in tree.trajectories} & set(tree.parents))
-    more = {node: factor * count for node, count in tree.samples.items()}
-    again = [
-        chain([step.node for step in trajectory.steps], trajectory.reward, samples=more)
-        for trajectory in tree.trajectories
-    ]
-    expected = tree_advantages(tree.trajectories, use_std=use_std)
-    assert tree_advantages(again, use_std=use_std) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+@given(rewards=reward_lists, estimator=st.sampled_from((*CENTRED, "reinforce_pp")), data=st.data())
+def test_the_order_of_completions_changes_nothing(rewards, estimator, data):
+    order = data.draw(st.permutations(range(len(rewards))))
+    shuffled = advantages([rewards[place] for place in order], estimator)
+    assert shuffled == pytest.approx(advantages(rewards, estimator)[list(order)], rel=1e-9, abs=1e-12)
