@@ -169,7 +169,7 @@ class PolicyEngine:
         if self.reference is not None:
             with torch.no_grad():
                 reference, _ = self._logprobs(self.reference, batch)
-            divergence = kl_loss(logprobs, reference, weights)
+            divergence = kl_loss(logprobs, reference, weights, estimator="k3")
             loss = loss + objective.kl_coef * divergence.loss
             sums.add("kl", divergence.metrics["kl"])
         sums.add("learner/loss", loss)

@@ -103,7 +103,7 @@ def micro_batch_loss(model: nn.Module, rows: Sequence[Row], weights: Sequence[fl
     advantages = batch.advantages.double()
     per_token = torch.tensor([*weights, 0.0], dtype=torch.float64)[batch.row_ids]
     policy = policy_loss(logprobs, old, advantages, per_token, clip_low=0.2, clip_high=0.28).loss
-    return policy + 0.1 * kl_loss(logprobs, old, per_token).loss
+    return policy + 0.1 * kl_loss(logprobs, old, per_token, estimator="k3").loss
 
 
 def run_update(
