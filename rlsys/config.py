@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlsys.errors import ConfigError
+from rlsys.objective_config import ObjectiveConfig
 from rlsys.patterns import resolve
 from rlsys.search_config import ExtractConfig, SearchConfig
 from rlsys.section import Section
@@ -230,6 +231,30 @@ class WarmStartConfig(Section):
     """Optimizer of the warm start."""
 
 
+class SftStageConfig(Section):
+    path: str | None = None
+    """`supervised` file of `rlsys extract` (.jsonl or .parquet), or one with the text columns prompt and completion; by
+    default what the stage `search` before this one has extracted."""
+    max_steps: int = Field(default=100, ge=1)
+    """Training steps of the stage sft; the rows are shuffled epoch by epoch."""
+    rows_per_step: int = Field(default=64, ge=1)
+    """Rows of one step."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, warmup_updates=5, schedule="cosine")
+    """Optimizer of the stage sft."""
+
+
+class PreferenceStageConfig(Section):
+    path: str | None = None
+    """`preferences` file of `rlsys extract`, or one with the text columns prompt, chosen and rejected; by default what
+    the stage `search` has extracted."""
+    max_steps: int = Field(default=100, ge=1)
+    """Training steps of the stage preference; the pairs are shuffled epoch by epoch."""
+    pairs_per_step: int = Field(default=32, ge=1)
+    """Pairs of one step, here and online with objective.preference.source `file`."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-5, warmup_updates=5, schedule="cosine")
+    """Optimizer of the stage preference."""
+
+
 class TrainConfig(Section):
     max_steps: int = Field(default=80, ge=1)
     """Training steps of the online stage."""
@@ -239,6 +264,8 @@ class TrainConfig(Section):
     """Completions of one prompt."""
     updates_per_step: int = Field(default=4, ge=1)
     """Optimizer updates of one step; each takes an equal part of the step's rows."""
+    dynamic_sampling_rounds: int = Field(default=0, ge=0)
+    """Groups whose rewards are all equal are replaced by those of the next prompts, so many times at most (DAPO)."""
     max_staleness: int = Field(default=0, ge=0)
     """Training steps that may lie between sampling and training; 0 is synchronous."""
     max_failed_rollouts: float = Field(default=0.1, ge=0, le=1)
@@ -247,25 +274,14 @@ class TrainConfig(Section):
     """Share of verifications of the run so far, and of an evaluation, that may raise or time out; more is an error."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer of the online stage."""
+    critic_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4)
+    """Optimizer of the critic (objective.value)."""
 
     @model_validator(mode="after")
     def _updates(self) -> TrainConfig:
         if self.updates_per_step > self.groups_per_step:
             raise ValueError("updates_per_step must not exceed groups_per_step")
         return self
-
-
-class ObjectiveConfig(Section):
-    clip_low: float = Field(default=0.2, ge=0, lt=1)
-    """Lower bound of the probability ratio is 1 - clip_low."""
-    clip_high: float = Field(default=0.28, ge=0)
-    """Upper bound of the probability ratio is 1 + clip_high."""
-    advantage_std: bool = True
-    """Divide a group's advantages by its standard deviation (GRPO); False is Dr.GRPO."""
-    loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
-    """Divide by all tokens; average within then over sequences; or divide by rows * sampling.max_tokens."""
-    kl_coef: float = Field(default=0.0, ge=0)
-    """Weight of the k3 estimate of the KL divergence to the reference policy; 0 keeps no reference."""
 
 
 class WeightSyncConfig(Section):
@@ -300,14 +316,15 @@ class EvaluationConfig(Section):
     """Online steps between evaluations; 0 evaluates at the ends of stages only."""
 
 
-StageName = Literal["warm_start", "online"]
+StageName = Literal["warm_start", "search", "sft", "preference", "online"]
 
 
 class Config(Section):
     run: RunConfig
     """Where and how the run lives."""
     stages: tuple[StageName, ...] = Field(default=("warm_start", "online"), min_length=1)
-    """Stages in order; the settings of warm_start are in `warm_start`, those of online in `train`."""
+    """Stages in order: warm_start (settings: warm_start), search (search, extract), sft (sft), preference (preference,
+    objective), online (train, objective, search)."""
     model: ModelConfig
     """The policy."""
     task: TaskConfig
@@ -322,10 +339,14 @@ class Config(Section):
     """DeepSpeed ranks."""
     warm_start: WarmStartConfig = WarmStartConfig()
     """The warm_start stage."""
+    sft: SftStageConfig = SftStageConfig()
+    """The sft stage."""
+    preference: PreferenceStageConfig = PreferenceStageConfig()
+    """The preference stage."""
     train: TrainConfig = TrainConfig()
     """The online stage."""
     objective: ObjectiveConfig = ObjectiveConfig()
-    """The loss of the online stage."""
+    """The joint loss of the stages online and preference."""
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     """The weight-sync bus."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -361,12 +382,8 @@ class Config(Section):
                         f"search.{name} {found} differs from sampling.{name} {expected}, at which the learner trains "
                         f"what the policy writes (search.fraction above 0): leave search.{name} out or make them equal"
                     )
-        if self.search.fraction and self.objective.loss_aggregation != "token_mean":
-            # A row of a searched group trains what the rows before it left: no row is a sequence to average over.
-            raise ValueError(
-                f"search.fraction {self.search.fraction:g} needs objective.loss_aggregation token_mean, "
-                f"found {self.objective.loss_aggregation}"
-            )
+        self._check_objective()
+        self._check_stages()
         scratch = self.model.from_scratch
         if scratch and scratch.max_positions < self.actors.max_model_len:
             raise ValueError(
@@ -379,6 +396,72 @@ class Config(Section):
             raise ValueError(str(error)) from None
         return self
 
+    def _check_objective(self) -> None:
+        objective, searched = self.objective, self.search.fraction > 0
+        policy, preference, sft = objective.policy, objective.preference, objective.sft
+        if searched and policy.used:
+            # A row of a searched group trains what the rows before it left: no row is a sequence to average over.
+            for name, found, expected in (
+                ("policy.aggregation", policy.aggregation, "token_mean"),
+                ("policy.surrogate", policy.surrogate if policy.surrogate == "gspo" else "clip", "clip"),
+                ("kl.in_reward", objective.kl.in_reward, False),
+            ):
+                if found != expected:
+                    raise ValueError(
+                        f"search.fraction {self.search.fraction:g} needs objective.{name} {expected}, found {found}"
+                    )
+        if "online" not in self.stages:
+            return
+        if not (policy.used or preference.used or sft.used):
+            raise ValueError(
+                "stage online: the weights of objective.policy, objective.preference and objective.sft are all 0; "
+                "raise one"
+            )
+        from_file = preference.source == "file"
+        if preference.used or (sft.used and sft.source == "chosen"):
+            term = "objective.preference.weight" if preference.used else "objective.sft.weight with source chosen"
+            if not from_file and not searched:
+                raise ValueError(
+                    f"{term} has no pairs in stage online: set search.fraction above 0, or "
+                    "objective.preference.source to file"
+                )
+            extracted = self.extract.chosen != "none" if preference.pairs == "chains" else self.extract.step_preferences
+            if not from_file and not extracted:
+                field = "chosen" if preference.pairs == "chains" else "step_preferences"
+                raise ValueError(f"{term} has no pairs in stage online: extract.{field} leaves them out")
+            if from_file and not self.preference.path and "search" not in self._before("online"):
+                raise ValueError("objective.preference.source file needs preference.path, or a stage search before")
+        if sft.used and sft.source == "trees" and (not searched or self.extract.supervised == "none"):
+            raise ValueError("objective.sft.source trees needs search.fraction above 0 and extract.supervised")
+
+    def _check_stages(self) -> None:
+        if self.stages[-1] == "search":
+            raise ValueError("stage search trains nothing: let another follow, or use `rlsys search`")
+        for stage in ("sft", "preference"):
+            if stage in self.stages and not getattr(self, stage).path and "search" not in self._before(stage):
+                raise ValueError(f"stage {stage} has no data: set {stage}.path, or put the stage search before it")
+        objective = self.objective
+        if "preference" in self.stages and not (objective.preference.used or objective.sft.used):
+            raise ValueError("stage preference: objective.preference.weight and objective.sft.weight are 0; raise one")
+
+    def _before(self, stage: StageName) -> tuple[StageName, ...]:
+        return self.stages[: self.stages.index(stage)]
+
+    @property
+    def reference(self) -> bool:
+        """Whether the online stage keeps a reference policy beside the one it trains."""
+        objective = self.objective
+        kl = objective.policy.used and objective.kl.used
+        pairs = objective.preference.used and objective.preference.source == "search"
+        return "online" in self.stages and (kl or pairs)
+
     def max_steps(self, stage: StageName) -> int:
-        """Training steps of a stage."""
-        return {"warm_start": self.warm_start.max_steps, "online": self.train.max_steps}[stage]
+        """Training steps of a stage; the stage search makes none."""
+        steps = {
+            "warm_start": self.warm_start.max_steps,
+            "search": 0,
+            "sft": self.sft.max_steps,
+            "preference": self.preference.max_steps,
+            "online": self.train.max_steps,
+        }
+        return steps[stage]

@@ -10,14 +10,15 @@ from typing import Any, Protocol
 from rlsys.config import StageName
 from rlsys.trees import SearchUsage
 from rlsys.types import (
-    Demonstration,
     Float32Array,
     Int32Array,
+    Preference,
     Problem,
     Prompt,
     RolloutFailure,
     SamplingSettings,
     Split,
+    TrainingBatch,
     TrajectoryGroup,
     Transfer,
     Verdict,
@@ -96,14 +97,22 @@ class Learner(Protocol):
     """The DeepSpeed ranks, seen as one."""
 
     async def start_stage(self, stage: StageName, policy: Path, resume: Path | None, reference: Path | None) -> None:
-        """Build the engines for a stage from a policy folder; `resume`: a checkpoint of the same stage."""
+        """Build the engines for a stage from a policy folder.
+
+        resume: a checkpoint of the same stage. reference: the frozen policy of the KL term and of the step's own pairs.
+        """
         ...
 
-    async def train_online(self, groups: Sequence[TrajectoryGroup], version: int) -> Mapping[str, float]:
-        """One training step; `version` is the weight version it makes. Names of rlsys.metrics."""
+    async def train(self, batch: TrainingBatch, step: int, version: int) -> Mapping[str, float]:
+        """One training step: `step` of the stage, from 0, makes the weights `version`. Names of rlsys.metrics."""
         ...
 
-    async def train_supervised(self, rows: Sequence[Demonstration], version: int) -> Mapping[str, float]: ...
+    async def score_pairs(self, pairs: Sequence[Preference]) -> Sequence[tuple[float, float]]:
+        """What a reference policy must tell of pairs: the scores of chosen and rejected side under the present policy.
+
+        A score is the sum of the log-probabilities of the tokens that the preference loss compares, in nats.
+        """
+        ...
 
     async def export(
         self, version: int, probe: Sequence[Int32Array]

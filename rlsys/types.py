@@ -142,12 +142,19 @@ class Preference:
     chosen_ids, rejected_ids: [T] int32 each, the prompt first, the end token last.
     prompt_length: tokens of the prompt. common: length of the longest common prefix, prompt included; both have
     tokens after it.
+    chosen_visits, rejected_visits: of the first nodes in which they differ, where the pair comes from a tree.
+    chosen_reference, rejected_reference: sums of the log-probabilities, under the reference policy, of the tokens that
+    the preference loss compares; None until they are computed.
     """
 
     chosen_ids: Int32Array
     rejected_ids: Int32Array
     prompt_length: int
     common: int
+    chosen_visits: int | None = None
+    rejected_visits: int | None = None
+    chosen_reference: float | None = None
+    rejected_reference: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +193,18 @@ class TrajectoryGroup:
     def oldest_version(self) -> int | None:
         """None where no token is the policy's own, as in a tree that another model has grown."""
         return min((span.version for trajectory in self.trajectories for span in trajectory.versions), default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingBatch:
+    """What one training step learns from; what is not there trains nothing.
+
+    pairs, demonstrations: those beside the ones that the groups bring.
+    """
+
+    groups: tuple[TrajectoryGroup, ...] = ()
+    pairs: tuple[Preference, ...] = ()
+    demonstrations: tuple[Demonstration, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
