@@ -102,6 +102,34 @@ class LetterCountConfig(Section):
         return self
 
 
+class BlocksworldConfig(Section):
+    type: Literal["blocksworld"] = "blocksworld"
+    min_blocks: int = Field(default=3, ge=3, le=5)
+    """Fewest blocks of a generated problem."""
+    max_blocks: int = Field(default=3, ge=3, le=5)
+    """Most blocks of a generated problem."""
+    alphabet: str = Field(default="abcdefghijkl", pattern="^[a-z]+$")
+    """Names of blocks; each problem draws its own among them."""
+    moves_per_node: int = Field(default=2, ge=1)
+    """Moves worked through in one <thinking> node; two carry one block."""
+    error_rate: float = Field(default=0.2, ge=0, le=1)
+    """Share of the demonstrations that note the state after one node wrongly and plan on from there."""
+    shares: TagShares = TagShares()
+    """Shares of the thought nodes in the demonstrations."""
+    problems_path: str | None = None
+    """JSONL file of {instance, pddl} used as the held-out split instead of generated problems."""
+
+    @model_validator(mode="after")
+    def _blocks(self) -> BlocksworldConfig:
+        if self.max_blocks < self.min_blocks:
+            raise ValueError(f"max_blocks {self.max_blocks} is below min_blocks {self.min_blocks}")
+        if len(set(self.alphabet)) < max(len(self.alphabet), self.max_blocks):
+            raise ValueError(
+                f"alphabet {self.alphabet!r}: expected at least max_blocks ({self.max_blocks}) letters, all different"
+            )
+        return self
+
+
 class DatasetConfig(Section):
     type: Literal["dataset"] = "dataset"
     path: str
@@ -136,7 +164,7 @@ class DatasetConfig(Section):
         return self
 
 
-TaskConfig = Annotated[LetterCountConfig | DatasetConfig, Field(discriminator="type")]
+TaskConfig = Annotated[LetterCountConfig | BlocksworldConfig | DatasetConfig, Field(discriminator="type")]
 
 
 class ActorsConfig(Section):

@@ -110,7 +110,7 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
 def _explain(source: str, problem: Any) -> str:
     # The place of a problem names the alternative that was chosen, which is no key of the file.
     parts = [str(part) for part in problem["loc"]]
-    alternatives = {"task": ("letter_count", "dataset"), "selection": ("ucb", "puct", "frontier")}
+    alternatives = {"task": ("letter_count", "blocksworld", "dataset"), "selection": ("ucb", "puct", "frontier")}
     before = ["", *parts]
     where = ".".join(part for last, part in zip(before, parts, strict=False) if part not in alternatives.get(last, ()))
     if problem["type"] == "extra_forbidden":

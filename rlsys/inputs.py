@@ -57,7 +57,9 @@ class Inputs:
 
     def fingerprint(self) -> dict[str, str]:
         """Digests of what the config only names, by the field that names it: data, model and tokenizer."""
-        data = "task.path" if self._config.task.type == "dataset" else "task.questions_path"
+        data = {"dataset": "task.path", "blocksworld": "task.problems_path"}.get(
+            self._config.task.type, "task.questions_path"
+        )
         return {
             data: self._task.digest(),
             "model.path" if self._config.model.path else "model.from_scratch": model_digest(self._model),

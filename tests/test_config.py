@@ -61,7 +61,7 @@ def problem(values: dict[str, Any]) -> str:
         ({"actors__kv_cache_gib": float("inf")}, "actors.kv_cache_gib", "finite"),
         ({"warm_start__optimizer__learning_rate": float("nan")}, "optimizer.learning_rate", "nan"),
         ({"learner__zero_stage": 4}, "learner.zero_stage", "found 4"),
-        ({"task": {"type": "sums"}}, "task", "'letter_count', 'dataset'"),
+        ({"task": {"type": "sums"}}, "task", "'letter_count', 'blocksworld', 'dataset'"),
         ({"task": {"form": "simple"}}, "task", "'type'"),
         ({"task": {"type": "dataset"}}, "task.path", "required"),
         ({"task": {"type": "letter_count", "chunk": 0}}, "task.chunk", "found 0"),

@@ -24,7 +24,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def test_every_key_of_a_dumped_config_is_listed_with_its_default() -> None:
     # parse_config and dump_config are another way to the same names and defaults.
     dumped = flat(yaml.safe_load(dump_config(parse_config(SMALLEST, "test"))))
-    keys = {key.name: key for key in reversed(all_keys())}  # of both task.type, the first: letter_count
+    keys = {key.name: key for key in reversed(all_keys())}  # of all task.type, the first: letter_count
     assert set(dumped) <= set(keys)
     for name, value in dumped.items():
         if name not in ("run.dir", "task.questions_path"):
@@ -38,7 +38,7 @@ def test_every_key_has_a_meaning() -> None:
 def test_some_keys() -> None:
     keys = all_keys()
     assert Key("run.device", "cpu | cuda", "cpu", "Where engines and learner ranks compute.") in keys
-    assert [key.default for key in keys if key.name == "task.type"] == ["letter_count", "dataset"]
+    assert [key.default for key in keys if key.name == "task.type"] == ["letter_count", "blocksworld", "dataset"]
     assert [key.default for key in keys if key.name == "run.dir"] == ["required"]
     # The warm start's optimizer has defaults of its own.
     rates = {key.name: key.default for key in keys if key.name.endswith("learning_rate")}

@@ -17,6 +17,10 @@ def build_task(config: TaskConfig, seed: int) -> Task:
         from rlsys.tasks.letter_count import LetterCountTask
 
         return LetterCountTask(config, seed)
+    if config.type == "blocksworld":
+        from rlsys.tasks.blocksworld import BlocksworldTask
+
+        return BlocksworldTask(config, seed)
     from rlsys.tasks.dataset import DatasetTask
 
     return DatasetTask(config, seed)

@@ -15,6 +15,7 @@ from string import ascii_lowercase
 from rlsys.config import LetterCountConfig
 from rlsys.errors import ConfigError, DataError
 from rlsys.tasks import chains, tags, words
+from rlsys.tasks.draws import hashed_random
 from rlsys.types import Problem, Split, Verdict
 
 # One word in HELD_OUT_EVERY belongs to the held-out split, by its hash, whatever the seed.
@@ -117,12 +118,6 @@ class LetterCountTask:
         word = words.made_up_word(length, rng)
         targets = words.pick_two_letters(word, rng)
         return word, targets, words.ask(word, targets, rng)
-
-
-def hashed_random(*parts: object) -> random.Random:
-    """A generator seeded by the sha256 of the parts: the same in every process and Python version."""
-    text = ":".join(str(part) for part in parts)
-    return random.Random(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))
 
 
 def is_held_out(word: str) -> bool:

@@ -1,0 +1,112 @@
+"""The blocks world: states, the four moves, an exact check of plans, and shortest plans.
+
+One hand moves blocks that stand in towers on a table, one at a time, from the top of one tower to the
+top of another or to the table.
+
+Source: the domain blocksworld-4ops of PlanBench, arXiv:2206.10498.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+Tower = tuple[str, ...]
+"""Blocks from the top to the one on the table."""
+Move = tuple[str, ...]
+"""A move's name and its blocks: pick-up a, put-down a, stack a b (a onto b), unstack a b (a off b)."""
+Fact = tuple[str, ...]
+"""("on", a, b), ("ontable", a), ("clear", a), ("holding", a) or ("handempty",)."""
+Goal = frozenset[Fact]
+
+MOVES = {"pick-up": 1, "put-down": 1, "stack": 2, "unstack": 2}
+"""How many blocks each move names."""
+
+
+class State(NamedTuple):
+    """Towers in the order in which they are told, and the block in the hand.
+
+    A tower keeps its place when a block is put on it or taken off it; a new one is the last.
+    """
+
+    towers: tuple[Tower, ...]
+    held: str | None = None
+
+
+def facts(state: State) -> frozenset[Fact]:
+    """Everything that is true in a state; equal for states that differ in the order of towers only."""
+    found: set[Fact] = {("handempty",) if state.held is None else ("holding", state.held)}
+    for tower in state.towers:
+        found.add(("clear", tower[0]))
+        found.add(("ontable", tower[-1]))
+        found.update(("on", upper, lower) for upper, lower in pairwise(tower))
+    return frozenset(found)
+
+
+def successors(state: State) -> Iterator[tuple[Move, State]]:
+    """Every possible move and the state after it, in the order of the towers."""
+    towers, held = state
+    for place, tower in enumerate(towers):
+        before, after = towers[:place], towers[place + 1 :]
+        if held is not None:
+            yield ("stack", held, tower[0]), State((*before, (held, *tower), *after))
+        elif len(tower) > 1:
+            yield ("unstack", tower[0], tower[1]), State((*before, tower[1:], *after), tower[0])
+        else:
+            yield ("pick-up", tower[0]), State((*before, *after), tower[0])
+    if held is not None:
+        yield ("put-down", held), State((*towers, (held,)))
+
+
+def shortest_plan(state: State, goal: Goal) -> tuple[Move, ...] | None:
+    """A plan with the fewest moves, by breadth-first search; None where the goal cannot be reached.
+
+    Of several it is the one whose moves come first in the order of `successors`, so it does not
+    depend on the blocks' names.
+    """
+    seen = {facts(state)}
+    waiting: deque[tuple[State, tuple[Move, ...]]] = deque([(state, ())])
+    if goal <= facts(state):
+        return ()
+    while waiting:
+        current, moves = waiting.popleft()
+        for move, following in successors(current):
+            true = facts(following)
+            if goal <= true:
+                return (*moves, move)
+            if true not in seen:
+                seen.add(true)
+                waiting.append((following, (*moves, move)))
+    return None
+
+
+def check_plan(state: State, goal: Goal, moves: Sequence[Move]) -> str:
+    """Why the moves do not lead to the goal: the first impossible move, or a fact that is missing; "" where they do."""
+    for number, move in enumerate(moves, 1):
+        following = dict(successors(state)).get(move)
+        if following is None:
+            return f"move {number} ({' '.join(move)}): {_why_impossible(state, move)}"
+        state = following
+    missing = sorted(goal - facts(state))
+    return f"goal not reached: no {' '.join(missing[0])}" if missing else ""
+
+
+def _why_impossible(state: State, move: Move) -> str:
+    """The first precondition of a move that a state does not meet."""
+    true = facts(state)
+    name, block, other = (*move, "")[:3]
+    blocks = {state.held, *(block for tower in state.towers for block in tower)}
+    for named in move[1:]:
+        if named not in blocks:
+            return f"no block {named}"
+    if name in ("put-down", "stack"):
+        return f"{block} is not in the hand" if state.held != block else f"{other} is not clear"
+    if state.held is not None:
+        return f"{state.held} is in the hand"
+    if name == "unstack" and ("on", block, other) not in true:
+        return f"{block} is not on {other}"
+    if name == "pick-up" and ("ontable", block) not in true:
+        return f"{block} is not on the table"
+    return f"{block} is not clear"
