@@ -5,7 +5,7 @@ the update (`learners.objective.token_weights`), so partial losses of micro-batc
 Metrics are sums over tokens (a maximum where the name says so), detached, and combine in the same way.
 
 A token of weight 0 adds nothing to the loss, whatever finite numbers it holds; metrics count it all the same.
-NaN and infinity are never hidden: 0 * NaN is NaN, so even at weight 0 they make the loss NaN.
+NaN is never hidden: 0 * NaN is NaN, so even at weight 0 it makes the loss NaN.
 """
 
 from __future__ import annotations

@@ -1,23 +1,18 @@
-"""Losses against hand-made numbers and closed-form gradients."""
+"""The clipped surrogate and the supervised loss against hand-made numbers and closed-form gradients."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from tensors64 import metrics_of, t64
 
-from learners.losses import kl_loss, policy_loss, supervised_loss
+from learners.losses import policy_loss, supervised_loss
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
-
-
-def t64(values: list[float], *, grad: bool = False) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, requires_grad=grad)
 
 
 def test_policy_loss_by_hand():
@@ -35,33 +30,59 @@ def test_policy_loss_by_hand():
     out.loss.backward()
     assert out.loss.item() == pytest.approx(0.48, rel=1e-12)
     assert logprobs.grad.tolist() == pytest.approx([-1, 0, 0, -0.5, 1.5], rel=1e-12, abs=0)
-    assert {name: value.item() for name, value in out.metrics.items()} == pytest.approx(
-        {"clipped_low": 1, "clipped_high": 1, "ratio_max": 1.5}, rel=1e-12
+    assert metrics_of(out) == pytest.approx({"clipped_low": 1, "clipped_high": 1, "ratio_max": 1.5}, rel=1e-12)
+
+
+def test_dual_clip_by_hand():
+    # bounds [0.8, 1.28], c = 3; term = -min(r A, clip(r) A), and at most -c A where A < 0
+    #  r    A    w     r A   clip(r) A   -c A   w * term   gradient
+    #  5   -1   1     -5      -1.28       3     +3          0          (dual clip)
+    #  2   -2   1/2   -4      -2.56       6     +2         -w r A = 2
+    #  0.5 -1   1     -0.5    -0.8        3     +0.8        0          (clipped low)
+    #  5    1   1      5       1.28       -     -1.28       0          (clipped high; A > 0 has no third bound)
+    # sum: 3 + 2 + 0.8 - 1.28 = 4.52
+    old = t64([-6.0, -2.0, -3.0, -4.0])
+    logprobs = (old + torch.log(t64([5.0, 2.0, 0.5, 5.0]))).requires_grad_()
+    out = policy_loss(logprobs, old, t64([-1, -2, -1, 1]), t64([1, 0.5, 1, 1]), **CLIP, dual_clip=3.0)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(4.52, rel=1e-12)
+    assert logprobs.grad.tolist() == pytest.approx([0, 2, 0, 0], rel=1e-12, abs=0)
+    assert metrics_of(out) == pytest.approx(
+        {"clipped_low": 1, "clipped_high": 1, "dual_clipped": 1, "ratio_max": 5}, rel=1e-12
     )
-    assert not any(value.requires_grad for value in out.metrics.values())
+
+
+@pytest.mark.parametrize("bound", [1.0, 0.3, math.nan])
+def test_dual_clip_below_the_ratio_one_is_refused(bound):
+    with pytest.raises(ValueError, match="dual_clip > 1"):
+        policy_loss(t64([0]), t64([0]), t64([-1]), t64([1]), **CLIP, dual_clip=bound)
+
+
+def away_from_bounds(shift: float) -> bool:
+    return min(abs(math.exp(shift) - bound) for bound in (0.8, 1.28, 3.0)) > 1e-6
 
 
 tokens = st.lists(
-    st.tuples(
-        st.floats(-1.5, 1.5).filter(lambda d: min(abs(math.exp(d) - 0.8), abs(math.exp(d) - 1.28)) > 1e-6),
-        st.floats(-3, 3),
-        st.floats(0, 2),
-    ),
+    st.tuples(st.floats(-1.5, 1.5).filter(away_from_bounds), st.floats(-3, 3), st.floats(0, 2)),
     min_size=1,
     max_size=8,
 )
 
 
-@given(tokens=tokens)
-def test_policy_gradient_closed_form(tokens):
+@given(tokens=tokens, dual_clip=st.sampled_from([None, 3.0]))
+def test_policy_gradient_closed_form(tokens, dual_clip):
     shift, advantages, weights = (list(column) for column in zip(*tokens, strict=True))
     old = t64([-2.0] * len(tokens))
     logprobs = (old + t64(shift)).requires_grad_()
-    policy_loss(logprobs, old, t64(advantages), t64(weights), **CLIP).loss.backward()
-    expected = [
-        0.0 if (a > 0 and math.exp(d) > 1.28) or (a < 0 and math.exp(d) < 0.8) else -w * math.exp(d) * a
-        for d, a, w in tokens
-    ]
+    out = policy_loss(logprobs, old, t64(advantages), t64(weights), **CLIP, dual_clip=dual_clip)
+    out.loss.backward()
+
+    def is_flat(ratio: float, advantage: float) -> bool:
+        if advantage > 0:
+            return ratio > 1.28
+        return advantage < 0 and (ratio < 0.8 or (dual_clip is not None and ratio > dual_clip))
+
+    expected = [0.0 if is_flat(math.exp(d), a) else -w * math.exp(d) * a for d, a, w in tokens]
     assert logprobs.grad.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-300)
 
 
@@ -104,51 +125,6 @@ def test_nan_is_not_hidden(column):
     values = [torch.zeros(2) for _ in range(3)]
     values[column][1] = math.nan
     assert policy_loss(*values, torch.ones(2), **CLIP).loss.isnan()
-
-
-def test_losses_without_tokens_are_zero_and_differentiable():
-    # a rank whose micro-batch is empty still runs backward
-    logprobs = t64([], grad=True)
-    empty = t64([])
-    outputs = [
-        policy_loss(logprobs, empty, empty, empty, **CLIP),
-        kl_loss(logprobs, empty, empty, estimator="k3"),
-        supervised_loss(logprobs, empty),
-    ]
-    for out in outputs:
-        out.loss.backward()
-        assert out.loss.item() == 0
-        assert all(value.item() == 0 for value in out.metrics.values())
-
-
-def test_kl_by_hand():
-    # d = ln 2: 2 - 1 - ln 2 = 0.3068528194400547, gradient w (1 - 2) = -w
-    # d = -ln 2: 1/2 - 1 + ln 2 = 0.1931471805599453, gradient w (1 - 1/2) = w / 2
-    # weights 3 and 2: 0.9205584583201641 + 0.3862943611198906 = 1.3068528194400547
-    logprobs = t64([-2.0, -1.0], grad=True)
-    reference = t64([-2.0 + math.log(2), -1.0 - math.log(2)])
-    out = kl_loss(logprobs, reference, t64([3.0, 2.0]), estimator="k3")
-    out.loss.backward()
-    assert out.loss.item() == pytest.approx(1.3068528194400547, rel=1e-12)
-    assert logprobs.grad.tolist() == pytest.approx([-3.0, 1.0], rel=1e-12)
-    assert out.metrics["kl"].item() == pytest.approx(0.5, rel=1e-12)  # 0.30685... + 0.19314...
-
-
-@given(gap=st.floats(-20, 20), weight=st.floats(0.01, 5))
-def test_kl_is_not_negative_and_its_gradient_is_closed_form(gap, weight):
-    logprobs = t64([-1.0], grad=True)
-    out = kl_loss(logprobs, t64([-1.0 + gap]), t64([weight]), estimator="k3")
-    out.loss.backward()
-    assert out.loss.item() >= -1e-15
-    rounded = (-1.0 + gap) - -1.0
-    assert logprobs.grad.item() == pytest.approx(-weight * math.expm1(rounded), rel=1e-12, abs=1e-15)
-
-
-def test_kl_estimator_has_the_expected_value():
-    # E_p[q/p - 1 - log(q/p)] = sum q - sum p + sum p log(p/q) = KL(p || q): weights p make the loss that
-    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.2, 0.6])
-    loss = kl_loss(t64(list(np.log(p))), t64(list(np.log(q))), t64(list(p)), estimator="k3").loss.item()
-    assert loss == pytest.approx((p * np.log(p / q)).sum(), rel=1e-12)
 
 
 def test_supervised_by_hand():
