@@ -1,8 +1,9 @@
-"""Advantages of the completions of one prompt: how much better than its siblings each one was."""
+"""Advantages of sampled completions: how much better than expected each one was, or each of its tokens."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ Float64Array = NDArray[np.float64]
 GroupEstimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
 
 STD_EPSILON = 1e-6
+WHITEN_EPSILON = 1e-8
 
 
 def group_advantages(rewards: Float64Array, valid: BoolArray, *, estimator: GroupEstimator) -> Float64Array:
@@ -44,7 +46,7 @@ def group_advantages(rewards: Float64Array, valid: BoolArray, *, estimator: Grou
     Raises:
         ValueError: shapes differ, a valid reward is not finite, or an unknown estimator.
 
-    Source: GRPO, arXiv:2402.03300, sec. 4.1.2; Dr.GRPO, arXiv:2503.20783, sec. 3.2; RLOO, arXiv:2402.14740, eq. 5;
+    Source: GRPO, arXiv:2402.03300, sec. 4.1.2; Dr.GRPO, arXiv:2503.20783, sec. 3.2; RLOO, arXiv:2402.14740;
         REINFORCE++, arXiv:2501.03262.
     """
     if rewards.ndim != 1 or rewards.shape != valid.shape:
@@ -71,3 +73,129 @@ def _compared(rewards: Float64Array, estimator: GroupEstimator) -> Float64Array:
             return centred * (count / max(count - 1, 1))
         case _:
             raise ValueError(f"unknown estimator {estimator!r} of group advantages")
+
+
+def token_returns(rewards: Float64Array, mask: BoolArray, gamma: float) -> Float64Array:
+    """What every trained token leads to: G_t = r_t + gamma G_next, next being the next trained token.
+
+    Tokens that are not trained are no steps: they discount nothing and their rewards are ignored.
+
+    Args:
+        rewards: [T], one reward a token; the verifier's stands on the last trained token.
+        mask: [T], True on trained tokens.
+        gamma: discount, in [0, 1].
+
+    Returns:
+        [T] float64, 0 where the mask is False.
+
+    Raises:
+        ValueError: shapes differ, or gamma is outside [0, 1].
+
+    Source: REINFORCE++, arXiv:2501.03262.
+    """
+    return gae(rewards, np.zeros(rewards.shape), mask, gamma=gamma, lam=1.0)[0]
+
+
+def gae(
+    rewards: Float64Array, values: Float64Array, mask: BoolArray, *, gamma: float, lam: float
+) -> tuple[Float64Array, Float64Array]:
+    """Generalised advantage estimation over the trained tokens of one trajectory.
+
+    delta_t = r_t + gamma V_next - V_t;   A_t = delta_t + gamma lam A_next;   returns_t = A_t + V_t
+
+    V and A after the end are 0. Tokens that are not trained are no actions of the policy: V_next and A_next pass them
+    unchanged, and what stands at them is ignored.
+
+    Args:
+        rewards: [T], one reward a token; the verifier's stands on the last trained token.
+        values: [T], V_t: what the critic expects before token t is chosen.
+        mask: [T], True on trained tokens.
+        gamma: discount, in [0, 1].
+        lam: 1 gives the return minus the value, 0 the temporal difference; in [0, 1].
+
+    Returns:
+        Advantages and returns (the critic's targets), [T] float64 each, 0 where the mask is False.
+
+    Raises:
+        ValueError: shapes differ, or gamma or lam is outside [0, 1].
+
+    Source: Schulman et al., arXiv:1506.02438, eq. 16; the rule for tokens that are not trained is verl's.
+    """
+    if rewards.ndim != 1 or not rewards.shape == values.shape == mask.shape:
+        shapes = f"{rewards.shape}, {values.shape} and {mask.shape}"
+        raise ValueError(f"expected rewards, values and mask of one shape [T], found {shapes}")
+    if not (0.0 <= gamma <= 1.0 and 0.0 <= lam <= 1.0):
+        raise ValueError(f"expected gamma and lam in [0, 1], found {gamma} and {lam}")
+    steps = list(zip(rewards[mask].tolist(), values[mask].tolist(), strict=True))
+    found = np.zeros(len(steps))
+    next_value = next_advantage = 0.0
+    for place in reversed(range(len(steps))):
+        reward, value = steps[place]
+        next_advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
+        next_value = value
+        found[place] = next_advantage
+    advantages, returns = np.zeros((2, *rewards.shape))
+    advantages[mask] = found
+    returns[mask] = found + values[mask]
+    return advantages, returns
+
+
+def whiten(advantages: Sequence[Float64Array], masks: Sequence[BoolArray]) -> list[Float64Array]:
+    """Mean 0 and standard deviation 1 over all trained tokens of a training step.
+
+    (A - mean) / (std + 1e-8),   mean and std (ddof 0) over the entries of all rows where the mask is True
+
+    Exactly 0 where all of these are equal: rounding in the mean must not become a signal that 1 / std blows up.
+
+    Args:
+        advantages: [T_i] of every row.
+        masks: [T_i] of every row, True on trained tokens.
+
+    Returns:
+        [T_i] float64 of every row, 0 where the mask is False, whatever stands there.
+
+    Raises:
+        ValueError: as many masks as rows are needed, of the same shapes.
+
+    Source: REINFORCE++, arXiv:2501.03262.
+    """
+    if [row.shape for row in advantages] != [mask.shape for mask in masks]:
+        raise ValueError(f"expected a mask of every row's shape, found {len(advantages)} rows, {len(masks)} masks")
+    kept = np.concatenate([np.zeros(0), *(row[mask] for row, mask in zip(advantages, masks, strict=True))])
+    found = [np.zeros(row.shape) for row in advantages]
+    if len(kept) and kept.min() < kept.max():
+        mean, std = kept.mean(), kept.std() + WHITEN_EPSILON
+        for whitened, row, mask in zip(found, advantages, masks, strict=True):
+            whitened[mask] = (row[mask] - mean) / std
+    return found
+
+
+def soft_overlong_penalty(
+    lengths: NDArray[np.integer[Any]], *, max_tokens: int, buffer: int, factor: float
+) -> Float64Array:
+    """What the reward loses near the bound of a completion's length.
+
+    -factor * min( max( (|o| - (max_tokens - buffer)) / buffer, 0 ), 1 )
+
+    Args:
+        lengths: [G], tokens of every completion.
+        max_tokens: bound of a completion, `sampling.max_tokens`.
+        buffer: over the last so many tokens the penalty grows from 0 to factor; in [1, max_tokens].
+        factor: >= 0.
+
+    Returns:
+        [G] float64, <= 0.
+
+    Raises:
+        ValueError: buffer or factor is outside its range.
+
+    Source: DAPO, arXiv:2503.14476, eq. 13.
+    """
+    if not 1 <= buffer <= max_tokens:
+        raise ValueError(
+            f"expected a buffer of 1 to {max_tokens} tokens (sampling.max_tokens), found {buffer}; "
+            "change objective.policy.overlong_buffer"
+        )
+    if factor < 0.0:
+        raise ValueError(f"expected a penalty >= 0, found {factor}; change objective.policy.overlong_penalty")
+    return np.minimum(np.clip((max_tokens - buffer - lengths) / buffer, -1.0, 0.0) * factor, 0.0)
