@@ -26,7 +26,7 @@ from rlsys.metrics import MetricsWriter
 from rlsys.producer import Producer
 from rlsys.prompts import PromptStream
 from rlsys.rollout_metrics import engine_metrics, rollout_metrics
-from rlsys.types import Demonstration, Prompt, RunState, SamplingSettings
+from rlsys.types import Demonstration, Prompt, RunState, SamplingSettings, TrainingBatch
 from rlsys.weights import WeightBus
 
 Result = TypeVar("Result")
@@ -122,7 +122,7 @@ class Controller:
     async def _start_stage(self, stage: StageName) -> None:
         policy = self.checkpoint / "policy" if self.checkpoint else self.parts.model
         resume = self.checkpoint if self.state.step > 0 else None
-        reference = self._reference() if stage == "online" and self._config.objective.kl_coef > 0 else None
+        reference = self._reference() if stage == "online" and self._config.reference else None
         await self.parts.learner.start_stage(stage, policy, resume, reference)
         if not self.parts.bus.calibrated:
             gap = await self.parts.bus.calibrate()
@@ -139,7 +139,8 @@ class Controller:
             if self.state.step + 1 < total:  # while the learner works
                 rows = self._demonstrations(self.state.step + 1)
             with Stopwatch() as learning:
-                metrics = await self.parts.learner.train_supervised(demonstrations, self.state.weight_version + 1)
+                batch = TrainingBatch(demonstrations=tuple(demonstrations))
+                metrics = await self.parts.learner.train(batch, self.state.step, self.state.weight_version + 1)
             self._advance()
             figures = {**metrics, **_learning_rates(metrics, learning.seconds)}
             if self.state.step == total and self._config.stages[-1] == "warm_start":
@@ -173,7 +174,8 @@ class Controller:
                 self._verifications.add_verdicts(groups)
                 self._check_staleness(figures["rollout/staleness_max"])
                 with Stopwatch() as learning:
-                    metrics = await parts.learner.train_online(groups, self.state.weight_version + 1)
+                    batch = TrainingBatch(groups=tuple(groups))
+                    metrics = await parts.learner.train(batch, self.state.step, self.state.weight_version + 1)
                 self._advance()
                 figures |= {**metrics, **_learning_rates(metrics, learning.seconds), **await self._publish()}
                 interval = self._config.evaluation.interval

@@ -23,7 +23,8 @@ from rich.text import Text
 FIGURES = (
     ("rollout/reward", "reward", "{:.3f}"),
     ("search/reward", "search reward", "{:.3f}"),
-    ("supervised/loss", "supervised loss", "{:.3f}"),
+    ("objective/sft_loss", "sft loss", "{:.3f}"),
+    ("objective/preference_loss", "preference loss", "{:.3f}"),
     ("held_out/greedy_accuracy", "held-out greedy", "{:.3f}"),
     ("held_out/sampled_accuracy", "held-out sampled", "{:.3f}"),
     ("rollout/tokens_per_s", "actor tokens/s", "{:,.0f}"),

@@ -100,15 +100,16 @@ def _engines_gib(config: Config, actors: ActorsConfig, parameters: int) -> float
 
 
 def _rank_gib(config: Config, parameters: int) -> float:
-    """Host memory of one rank: parameters, gradients, its part of the optimizer's state, and a KL reference."""
+    """Host memory of one rank: parameters, gradients, its part of the optimizer's state; a reference and a critic."""
     learner = config.learner
     width = BYTES[learner.dtype]
     state = 8.0 + (0 if learner.dtype == "fp32" else 4)  # two moments, and master weights beside bf16
     state /= learner.ranks if learner.zero_stage >= 1 else 1
+    models = 2 if "online" in config.stages and config.objective.value.used else 1
     if config.run.device == "cuda":
-        return RANK_BASE_GIB + (parameters * state / GIB if learner.optimizer_offload else 0.0)
-    reference = width if "online" in config.stages and config.objective.kl_coef > 0 else 0
-    return RANK_BASE_GIB + parameters * (2 * width + state + reference) / GIB
+        return RANK_BASE_GIB + (models * parameters * state / GIB if learner.optimizer_offload else 0.0)
+    reference = width if config.reference else 0
+    return RANK_BASE_GIB + parameters * (models * (2 * width + state) + reference) / GIB
 
 
 def _shared_memory_bytes() -> int:

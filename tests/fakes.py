@@ -14,16 +14,17 @@ import numpy as np
 from rlsys.rollout_metrics import SUMMED
 from rlsys.trees import SearchUsage
 from rlsys.types import (
-    Demonstration,
     Float32Array,
     Int32Array,
     Outcome,
+    Preference,
     Problem,
     Prompt,
     RolloutFailure,
     SamplingSettings,
     Split,
     Step,
+    TrainingBatch,
     Trajectory,
     TrajectoryGroup,
     Verdict,
@@ -195,11 +196,13 @@ class FakePool:
 class FakeLearner:
     """Trains nothing; `save` writes the version of the last call, so that a checkpoint can be told apart.
 
-    trained, kinds: prompt ids of the groups of every step, and which of them were searched.
+    batches: step and batch of every call. trained, kinds: prompt ids of the groups of every online step, and which of
+    them were searched.
     """
 
     def __init__(self, calls: list[Any]) -> None:
         self.calls = calls
+        self.batches: list[tuple[int, TrainingBatch]] = []
         self.trained: list[list[str]] = []
         self.kinds: list[list[bool]] = []
         self.version = 0
@@ -209,19 +212,20 @@ class FakeLearner:
     async def start_stage(self, stage: str, policy: Path, resume: Path | None, reference: Path | None) -> None:
         self.calls.append(("start_stage", stage, policy, resume, reference))
 
-    async def train_online(self, groups: Sequence[TrajectoryGroup], version: int) -> dict[str, float]:
+    async def train(self, batch: TrainingBatch, step: int, version: int) -> dict[str, float]:
         self.calls.append(("train", version))
-        self.trained.append([found.prompt.prompt_id for found in groups])
-        self.kinds.append([found.searched for found in groups])
+        self.batches.append((step, batch))
+        if batch.groups:
+            self.trained.append([found.prompt.prompt_id for found in batch.groups])
+            self.kinds.append([found.searched for found in batch.groups])
         self.version = version
         self.on_train(version)
         return {"learner/tokens": 8.0}
 
-    async def train_supervised(self, rows: Sequence[Demonstration], version: int) -> dict[str, float]:
-        self.calls.append(("train", version))
-        self.version = version
-        self.on_train(version)
-        return {"learner/tokens": 8.0, "supervised/loss": 1.0}
+    async def score_pairs(self, pairs: Sequence[Preference]) -> list[tuple[float, float]]:
+        """Sums of the token ids, negative."""
+        self.calls.append(("score", len(pairs)))
+        return [(-float(pair.chosen_ids.sum()), -float(pair.rejected_ids.sum())) for pair in pairs]
 
     async def export(
         self, version: int, probe: Sequence[Int32Array]

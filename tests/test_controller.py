@@ -172,13 +172,13 @@ def test_a_warm_start_alone_is_published_and_evaluated_at_its_end(tmp_path: Path
 
 
 def test_a_stage_hands_over_its_policy_with_tokenizer_and_the_kl_anchor_is_that(tmp_path: Path) -> None:
-    run = Run(tmp_path, config(objective={"kl_coef": 0.1}, train={"max_steps": 1}))()
+    run = Run(tmp_path, config(objective={"kl": {"weight": 0.1}}, train={"max_steps": 1}))()
     handed = tmp_path / "stages" / "warm_start"
     assert (handed / "model.safetensors").read_text() == "2"
     assert (handed / "tokenizer.json").read_text() == "{}"
     assert run.only("start_stage")[1][4] == handed
     assert (tmp_path / "stages" / "online" / "model.safetensors").read_text() == "3"
-    alone = Run(tmp_path / "alone", config(stages=["online"], objective={"kl_coef": 0.1}))()
+    alone = Run(tmp_path / "alone", config(stages=["online"], objective={"kl": {"weight": 0.1}}))()
     assert alone.only("start_stage")[0][4] == alone.model
 
 
@@ -271,7 +271,7 @@ def test_a_run_whose_warm_start_is_complete_starts_online_from_its_policy(tmp_pa
         (tmp_path / "checkpoints" / "step_000003" / folder).rmdir()
     # and, at the latest moment, before the hand-over
     (tmp_path / "stages" / "warm_start" / "model.safetensors").unlink()
-    second = Run(tmp_path, config(train={"max_steps": 1}, objective={"kl_coef": 0.1}))()
+    second = Run(tmp_path, config(train={"max_steps": 1}, objective={"kl": {"weight": 0.1}}))()
     policy, handed = tmp_path / "checkpoints" / "step_000002" / "policy", tmp_path / "stages" / "warm_start"
     assert second.only("start_stage") == [("start_stage", "online", policy, None, handed)]
     assert (handed / "model.safetensors").read_text() == "2"

@@ -58,10 +58,18 @@ def test_cpu_plan_by_hand(model: Path) -> None:
 
 def test_kl_reference_is_counted_where_it_is_loaded(model: Path) -> None:
     plain = memory(resources.plan(config(), model))
-    kl = {"kl_coef": 0.1}
+    kl = {"kl": {"weight": 0.1}}
     assert memory(resources.plan(config(objective=kl), model)) == pytest.approx(plain + 2 * 4)  # 2 ranks, 4 GiB
     warm = parse_config({**config(objective=kl).model_dump(), "stages": ["warm_start"]}, "test")
     assert memory(resources.plan(warm, model)) == pytest.approx(plain)
+
+
+def test_a_critic_is_counted_as_a_second_trained_model(model: Path) -> None:
+    critic = {"policy": {"estimator": "gae"}, "value": {"weight": 0.5}}
+    # 2 ranks * (4 weights + 4 gradients + 8/2 moments) more than the 48 of the plan without it.
+    assert memory(resources.plan(config(objective=critic), model)) == pytest.approx(48.0 + 24.0)
+    offloaded = config(run={"device": "cuda"}, learner={"optimizer_offload": True}, objective=critic)
+    assert memory(resources.plan(offloaded, model)) == pytest.approx(14.0 + 2 * 2 * 8 / 2)
 
 
 def test_evaluation_counts_actors_only(model: Path) -> None:
