@@ -218,6 +218,14 @@ def test_what_came_of_a_second_hint_is_no_merit_of_the_first():
 
 
 @pytest.mark.parametrize("estimator", BY_CHAINS)
+def test_hints_below_different_nodes_are_not_compared(estimator):
+    # below 1 and below 2 one answer is wrong and one hinted chain follows: right there, wrong here
+    tree = [((1, 3), 0), ((1, 4), 1), ((2, 5), 0), ((2, 6), 0)]
+    found, _ = estimate([chain(nodes, reward, backtracks=[4, 6]) for nodes, reward in tree], estimator)
+    assert found == dict.fromkeys(range(1, 7), 0.0)
+
+
+@pytest.mark.parametrize("estimator", BY_CHAINS)
 def test_a_hint_is_no_baseline_and_tells_nothing_of_what_was_before_it(estimator):
     # Only what follows the hint is compared; 1 is known only from chains that the verifier helped.
     tree = [chain((1, 3), 1, backtracks=[3]), chain((1, 4), 0, backtracks=[4]), chain((6,), 1)]
@@ -405,7 +413,7 @@ def test_a_merged_duplicate_is_worth_two_leaves(estimator, use_std):
     assert draws == {1: counts[1], 2: counts[2], 3: counts[3], 4: counts[4] + counts[5]}
 
 
-def test_group_sees_through_a_tree_that_sibling_means_tell_apart():
+def test_group_credits_whole_chains_where_sibling_means_tell_thoughts_apart():
     # Node 1 leads to right answers only, by whatever follows it; trajectories credit all thoughts of a right chain.
     tree = [chain((1, 3), 1), chain((1, 4), 1), chain((2, 5), 0), chain((2, 6), 0)]
     assert sibling_means(tree, use_std=False) == {1: 0.5, 2: -0.5, 3: 0.0, 4: 0.0, 5: 0.0, 6: 0.0}
