@@ -90,7 +90,7 @@ def check_plan(state: State, goal: Goal, moves: Sequence[Move]) -> str:
             return f"move {number} ({' '.join(move)}): {_why_impossible(state, move)}"
         state = following
     missing = sorted(goal - facts(state))
-    return f"goal not reached: no {' '.join(missing[0])}" if missing else ""
+    return f"goal not reached: {_denied(missing[0])}" if missing else ""
 
 
 def _why_impossible(state: State, move: Move) -> str:
@@ -102,11 +102,13 @@ def _why_impossible(state: State, move: Move) -> str:
         if named not in blocks:
             return f"no block {named}"
     if name in ("put-down", "stack"):
-        return f"{block} is not in the hand" if state.held != block else f"{other} is not clear"
+        return f"{block} is not in the hand" if state.held != block else _denied(("clear", other))
     if state.held is not None:
         return f"{state.held} is in the hand"
-    if name == "unstack" and ("on", block, other) not in true:
-        return f"{block} is not on {other}"
-    if name == "pick-up" and ("ontable", block) not in true:
-        return f"{block} is not on the table"
-    return f"{block} is not clear"
+    place = ("on", block, other) if name == "unstack" else ("ontable", block)
+    return _denied(place if place not in true else ("clear", block))
+
+
+def _denied(fact: Fact) -> str:
+    kind, block, *other = fact
+    return f"{block} is not {'on the table' if kind == 'ontable' else ' '.join([kind, *other])}"

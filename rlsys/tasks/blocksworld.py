@@ -163,7 +163,7 @@ def _read_row(row: Row, alphabet: str, where: str) -> Problem:
     if isinstance(row.values, str):
         raise DataError(f"{where}: row {row.number}: {row.values}")
     instance, text = row.values.get("instance"), row.values.get("pddl")
-    if not isinstance(instance, str | int) or not isinstance(text, str):
+    if not isinstance(instance, str | int) or isinstance(instance, bool) or not isinstance(text, str):
         raise DataError(
             f"{where}: row {row.number}: expected {{instance: number or text, pddl: text}}, "
             f"found instance {str(instance)[:40]!r}, pddl {str(text)[:40]!r}"

@@ -47,7 +47,7 @@ def _sections(text: str) -> dict[str, list[Any]]:
     """The contents of :objects, :init and :goal, each once, as nested lists of words."""
     [problem, *more] = _nested(text) or [None]
     if more or not isinstance(problem, list) or problem[:1] != ["define"]:
-        raise DataError(f"expected one (define ...), found {_shown(text.split())}")
+        raise DataError(f"expected one (define ...), found {' '.join(text.split())[:60]!r}")
     found: dict[str, list[Any]] = {}
     for part in problem[1:]:
         if isinstance(part, list) and part and part[0] in (":objects", ":init", ":goal"):
