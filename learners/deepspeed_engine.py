@@ -1,7 +1,7 @@
-"""One DeepSpeed rank: build, forward, backward, step, export, save. The only file that imports deepspeed.
+"""One model under DeepSpeed on one rank: build, forward, backward, update, full tensors, save, restore.
 
-A stage always starts from files: the policy as a Hugging Face folder and, where a stage is resumed, the
-moments by parameter name. So building, resuming and changing ranks or ZeRO stage are the same path.
+The only file that imports deepspeed. A model always starts from files: its weights as a Hugging Face folder and, where
+it is resumed, the moments by parameter name. So building, resuming and changing ranks or ZeRO stage are the same path.
 """
 
 from __future__ import annotations
@@ -11,240 +11,146 @@ import gc
 import inspect
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from learners import weight_source
-from learners.batching import (
-    MicroBatch,
-    Row,
-    collate,
-    plan_micro_batches,
-    rows_from_demonstrations,
-    rows_from_groups,
-    split_updates,
-)
-from learners.logprobs import masked_token_logprobs
-from learners.losses import kl_loss, policy_loss, supervised_loss
-from learners.objective import token_weights
-from learners.policy_model import load_model, saved_config
 from learners.rank_settings import RankSettings, deepspeed_config
 from learners.schedule import learning_rate
-from learners.step_sums import Pass, StepSums
 from learners.tensor_files import read_tensors, write_tensors
 from rlsys.config import OptimizerConfig
 from rlsys.errors import CheckpointError, NonFiniteLossError
-from rlsys.types import Demonstration, Float32Array, Int32Array, TrajectoryGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class PolicyEngine:
-    """The policy on one rank, under DeepSpeed."""
+class TrainedModel:
+    """A model and its optimizer, spread over the ranks.
 
-    def __init__(self, settings: RankSettings) -> None:
-        self.settings = settings
-        self.updates = 0
-        self.module: PreTrainedModel = None
-        self.engine: Any = None
-        self.reference: PreTrainedModel = None
-        self._not_finite = ""
-        _join_process_group(settings)
+    Args:
+        name: in error messages.
+        total_updates: optimizer updates of the stage, for the course of the learning rate.
+        module: noise-free, in fp32 or bf16, on the device. saved_config: what to store beside its weights.
+    """
 
-    # --- stages and files ---
-
-    def start_stage(
+    def __init__(
         self,
-        policy: Path,
+        name: str,
+        module: PreTrainedModel,
+        saved_config: PreTrainedConfig,
+        settings: RankSettings,
         optimizer: OptimizerConfig,
         total_updates: int,
-        resume: Path | None,
-        reference: Path | None,
     ) -> None:
-        """(Re)build the engine from `policy`; with `resume`, also its master weights, moments and counters."""
-        self._release()
-        self.optimizer_config, self.total_updates = optimizer, total_updates
-        self.module, self.engine = _build(policy, self.settings, optimizer)
-        self.config = saved_config(policy, self.settings.learner.dtype)
-        if reference:
-            self.reference = load_model(reference, self.settings.learner.dtype, self.settings.device).eval()
-        self.updates = self._restore(resume) if resume else 0
-        self._set_step_counters()
+        self.name, self.settings = name, settings
+        self._optimizer_config, self._total_updates = optimizer, total_updates
+        self._saved_config = saved_config
+        self.module, self.updates = module, 0
+        self._problem = ""
+        self.engine = _build(module, settings, optimizer)
 
-    def _release(self) -> None:
-        """Free what an earlier stage built before the next is, or memory would have to hold both."""
-        if self.engine is None:
-            return
+    def __call__(self, **inputs: Any) -> Any:
+        return self.engine(**inputs)
+
+    def backward(self, loss: Tensor, what: str) -> None:
+        """Add the gradient of this rank's part of an update. what: name of the loss, for the error."""
+        if not math.isfinite(loss.item()):
+            self._problem = f"{what} is {loss.item()} on rank {self.settings.rank}"
+        # DeepSpeed averages gradients over ranks; our denominators are global already.
+        self.engine.backward(loss * self.settings.ranks)
+
+    def update(self) -> tuple[float, float]:
+        """Take an optimizer step; answers with the global gradient norm before clipping and the learning rate.
+
+        Raises:
+            NonFiniteLossError: on all ranks, where a loss or the gradient is not finite. The optimizer sees neither.
+        """
+        self._check_finite()
+        rate = learning_rate(self._optimizer_config, self.updates, self._total_updates)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        # Where the norm is not finite no rank updates: DeepSpeed skips the step, at ZeRO 0 our clipping raises.
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm())
+        self._check_norm(norm)
+        self.updates += 1
+        return norm, rate
+
+    def _check_finite(self) -> None:
+        """All ranks agree before the optimizer sees anything; one wait an update, not one a pass."""
+        bad = torch.tensor(float(bool(self._problem)), device=self.settings.device)
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        if bad.item():
+            found = self._problem or "the loss of another rank is not finite"
+            raise NonFiniteLossError(f"{found}, at update {self.updates}; nothing was updated or published")
+
+    def _check_norm(self, norm: float) -> None:
+        if not math.isfinite(norm):
+            raise NonFiniteLossError(
+                f"gradient norm of the {self.name} is {norm} at update {self.updates}; nothing was updated or published"
+            )
+
+    def last_layer(self) -> list[nn.Parameter]:
+        """Parameters of the last transformer layer, whole on every rank; none where ZeRO 3 has cut them."""
+        layers = [found for found in self.module.modules() if isinstance(found, nn.ModuleList) and len(found)]
+        if self.settings.learner.zero_stage == 3 or not layers:
+            return []
+        return list(max(layers, key=len)[-1].parameters())
+
+    # --- files ---
+
+    def save(self, weights: Path, state: Path) -> None:
+        """Write a Hugging Face folder without the tokenizer, and what else the optimizer needs. Collective."""
+        first = self.settings.rank == 0
+        write_tensors(self._parameters(), weights, "model", first)
+        for key in MOMENTS:
+            write_tensors(self._moments(key), state, key, first)
+        if self.settings.learner.dtype != "fp32":
+            write_tensors(self._masters(), state, "master", first)
+        if first:
+            self._saved_config.save_pretrained(weights)
+            (state / "learner.json").write_text(json.dumps({"updates": self.updates}))
+        dist.barrier()
+
+    def restore(self, state: Path | None) -> None:
+        """Take master weights, moments and counters from a folder that `save` wrote; None: those of the beginning."""
+        if state is not None:
+            self._restore_tensors(state)
+            self.updates = int(json.loads((state / "learner.json").read_text())["updates"])
+        inner = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+        for entry in inner.state.values():
+            entry["step"] = torch.tensor(float(self.updates))
+
+    def destroy(self) -> None:
+        """Free it before another is built, or memory would have to hold both."""
         self.engine.destroy()
         _forget_partitioned_modules()
-        self.module = self.engine = self.reference = None
+        self.module = self.engine = None
         gc.collect()  # module, hooks and engine refer to each other
         if self.settings.device == "cuda":
             torch.cuda.empty_cache()
 
-    def save(self, folder: Path) -> None:
-        """Write policy/ (a Hugging Face folder without the tokenizer) and learner/ below `folder`. Collective."""
-        first = self.settings.rank == 0
-        write_tensors(self._policy_tensors(), folder / "policy", "model", first)
-        for key in MOMENTS:
-            write_tensors(self._moments(key), folder / "learner", key, first)
-        if self.settings.learner.dtype != "fp32":
-            write_tensors(self._masters(), folder / "learner", "master", first)
-        if first:
-            self.config.save_pretrained(folder / "policy")
-            (folder / "learner" / "learner.json").write_text(json.dumps({"updates": self.updates}))
-        dist.barrier()
-
-    def export(self, bucket_bytes: int) -> Iterator[tuple[Any, np.ndarray]]:
-        """(bucket, bytes) of the whole policy, for the bus; ranks above 0 yield none.
-
-        Collective: every rank must exhaust it.
-        """
-        tensors = weight_source.full_parameters(self.module, self._gather)
-        if self.settings.rank == 0:
-            yield from weight_source.pack(tensors, bucket_bytes)
-        for _ in tensors:  # gathering needs every rank, packing and hashing only one
-            pass
-
-    @torch.no_grad()
-    def score(self, rows: Sequence[Int32Array]) -> list[Float32Array]:
-        """log p(token t+1 | tokens 0..t) of every row, [T-1] each, temperature 1. Collective under ZeRO 3."""
-        found = []
-        for row in rows:
-            ids = torch.from_numpy(np.asarray(row, dtype=np.int64))[None].to(self.settings.device)
-            logits = self.engine(input_ids=ids, use_cache=False).logits[:, :-1]
-            mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
-            found.append(masked_token_logprobs(logits, ids[:, 1:], mask, 1.0)[0].cpu().numpy())
-        return found
-
-    # --- training ---
-
-    def train_online(self, groups: Sequence[TrajectoryGroup], updates: int, version: int) -> dict[str, float]:
-        """One training step of the clipped policy objective, in `updates` optimizer updates."""
-        seed = self._reseed(version)
-        row_groups = rows_from_groups(groups, use_std=self.settings.objective.advantage_std)
-        plans = [self._plan(rows, self._row_weights(rows)) for rows in split_updates(row_groups, updates, seed=seed)]
-        # The first update starts from the old policy itself; only the later ones need its log-probabilities kept.
-        old: list[list[Tensor | None]] = [[None] * len(plans[0])]
-        old += [[self._old_logprobs(item.batch) for item in plan] for plan in plans[1:]]
-        sums = StepSums(self.settings.device)
-        for plan, old_logprobs in zip(plans, old, strict=True):
-            for item, old_item in zip(plan, old_logprobs, strict=True):
-                self._backward(self._policy_term(item, old_item, sums), "policy loss")
-            self._update(sums)
-        return sums.reduce(updates)
-
-    def train_supervised(self, demonstrations: Sequence[Demonstration], version: int) -> dict[str, float]:
-        """One optimizer update of the negative log-likelihood per target token."""
-        self._reseed(version)
-        rows = rows_from_demonstrations(demonstrations)
-        weight = 1.0 / max(1, sum(row.loss_tokens for row in rows))
-        sums = StepSums(self.settings.device)
-        for item in self._plan(rows, np.full(len(rows), weight)):
-            logprobs, _ = self._logprobs(self.engine, item.batch, temperature=1.0)
-            loss = supervised_loss(logprobs, item.token_weights().to(logprobs.device)).loss
-            sums.add("supervised/loss", loss)
-            sums.add_supervised(item)
-            self._backward(loss, "supervised loss")
-        self._update(sums)
-        return sums.reduce(1)
-
-    def _policy_term(self, item: Pass, old: Tensor | None, sums: StepSums) -> Tensor:
-        objective, batch = self.settings.objective, item.batch
-        logprobs, entropy = self._logprobs(self.engine, batch)
-        old = logprobs.detach() if old is None else old
-        weights = item.token_weights().to(logprobs.device)
-        advantages = batch.advantages.to(logprobs.device)
-        bounds = {"clip_low": objective.clip_low, "clip_high": objective.clip_high}
-        result = policy_loss(logprobs, old, advantages, weights, **bounds)
-        loss = result.loss
-        sums.add("learner/policy_loss", loss)
-        if self.reference is not None:
-            with torch.no_grad():
-                reference, _ = self._logprobs(self.reference, batch)
-            divergence = kl_loss(logprobs, reference, weights, estimator="k3")
-            loss = loss + objective.kl_coef * divergence.loss
-            sums.add("kl", divergence.metrics["kl"])
-        sums.add("learner/loss", loss)
-        sums.add_policy(item, result.metrics, old, entropy)
-        return loss
-
-    def _logprobs(self, model: nn.Module, batch: MicroBatch, temperature: float | None = None) -> tuple[Tensor, Tensor]:
-        """[N] log-probabilities and entropies of the trained targets, at the sampling temperature by default."""
-        device = self.settings.device
-        ids, mask = batch.input_ids.to(device), batch.loss_mask[:, batch.first_target :].to(device)
-        keep = ids.shape[1] - batch.first_target
-        # Right padding needs no attention mask under causal attention: no real token looks at it.
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, :-1]
-        targets = ids[:, batch.first_target + 1 :]
-        return masked_token_logprobs(logits, targets, mask, temperature or self.settings.temperature)
-
-    @torch.no_grad()
-    def _old_logprobs(self, batch: MicroBatch) -> Tensor:
-        return self._logprobs(self.engine, batch)[0]
-
-    def _plan(self, rows: Sequence[Row], row_weights: np.ndarray) -> list[Pass]:
-        budget = self.settings.learner.micro_batch_tokens
-        lengths = [row.length for row in rows]
-        shares = plan_micro_batches(lengths, ranks=self.settings.ranks, budget_tokens=budget)
-        return [
-            Pass(
-                collate([rows[i] for i in ids], self.settings.pad_token_id),
-                torch.as_tensor(row_weights[ids], dtype=torch.float32),
-                sum(lengths[i] for i in ids),
-            )
-            for ids in shares[self.settings.rank]
-        ]
-
-    def _row_weights(self, rows: Sequence[Row]) -> np.ndarray:
-        return token_weights(
-            [row.loss_tokens for row in rows],
-            aggregation=self.settings.objective.loss_aggregation,
-            max_tokens=self.settings.max_tokens,
-        )
-
-    def _reseed(self, version: int) -> int:
-        """Make whatever is random in a step (shuffles) a function of seed and version: nothing to save."""
-        torch.manual_seed(_seed(self.settings.seed, version, self.settings.rank))
-        return _seed(self.settings.seed, version)
-
-    def _backward(self, loss: Tensor, name: str) -> None:
-        if not math.isfinite(loss.item()):
-            self._not_finite = f"{name} is {loss.item()} on rank {self.settings.rank}"
-        # DeepSpeed averages gradients over ranks; our denominators are global already.
-        self.engine.backward(loss * self.settings.ranks)
-
-    def _check_finite(self) -> None:
-        """All ranks agree before the optimizer sees anything; one wait an update, not one a pass."""
-        bad = torch.tensor(float(bool(self._not_finite)), device=self.settings.device)
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        if bad.item():
-            found = self._not_finite or "the loss of another rank is not finite"
-            raise NonFiniteLossError(f"{found}, at update {self.updates}; nothing was updated or published")
-
-    def _update(self, sums: StepSums) -> None:
-        self._check_finite()
-        rate = learning_rate(self.optimizer_config, self.updates, self.total_updates)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
-        self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
-        if not math.isfinite(norm):
-            raise NonFiniteLossError(f"gradient norm is {norm} at update {self.updates}; nothing was published")
-        self.updates += 1
-        sums.note("learner/grad_norm", norm)
-        sums.note("learner/learning_rate", rate)
+    def _restore_tensors(self, folder: Path) -> None:
+        parameters = dict(self.module.named_parameters())
+        for key in (*MOMENTS, *(("master",) if self.settings.learner.dtype != "fp32" else ())):
+            missing = set(parameters)
+            for name, tensor in read_tensors(folder, key):
+                if name not in missing:
+                    raise CheckpointError(f"{folder}: {key} holds {name}, which the model has not")
+                missing.discard(name)
+                self._set_state(parameters[name], key, tensor)
+            if missing:
+                raise CheckpointError(f"{folder}: {key} lacks {sorted(missing)[:3]}")
 
     # --- full tensors, whatever the ZeRO stage ---
 
-    def _gather(self, parameter: nn.Parameter) -> Tensor:
+    def gather(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter whole. Collective under ZeRO 3."""
         if not hasattr(parameter, "ds_id"):
             return parameter.detach()
         import deepspeed
@@ -252,9 +158,9 @@ class PolicyEngine:
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
 
-    def _policy_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.module.named_parameters():
-            yield name, self._gather(parameter)
+            yield name, self.gather(parameter)
 
     def _masters(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -269,19 +175,6 @@ class PolicyEngine:
         for name, parameter in self.module.named_parameters():
             found = plain[parameter][key] if plain is not None else safe_get_full_optimizer_state(parameter, key)
             yield name, found
-
-    def _restore(self, folder: Path) -> int:
-        parameters = dict(self.module.named_parameters())
-        for key in (*MOMENTS, *(("master",) if self.settings.learner.dtype != "fp32" else ())):
-            missing = set(parameters)
-            for name, tensor in read_tensors(folder / "learner", key):
-                if name not in missing:
-                    raise CheckpointError(f"{folder}: {key} holds {name}, which the model has not")
-                missing.discard(name)
-                self._set_state(parameters[name], key, tensor)
-            if missing:
-                raise CheckpointError(f"{folder}: {key} lacks {sorted(missing)[:3]}")
-        return int(json.loads((folder / "learner" / "learner.json").read_text())["updates"])
 
     def _set_state(self, parameter: Any, key: str, tensor: Tensor) -> None:
         """Put this rank's part of a whole moment or master weight in its place."""
@@ -309,17 +202,9 @@ class PolicyEngine:
         inner = getattr(self.engine.optimizer, "optimizer", None)
         return None if inner is not None else self.engine.optimizer.state
 
-    def _set_step_counters(self) -> None:
-        inner = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
-        for state in inner.state.values():
-            state["step"] = torch.tensor(float(self.updates))
 
-
-def _seed(*parts: int) -> int:
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
-
-
-def _join_process_group(settings: RankSettings) -> None:
+def join_process_group(settings: RankSettings) -> None:
+    """Meet the other ranks. Once a process."""
     import deepspeed
 
     if settings.device == "cpu":
@@ -340,12 +225,12 @@ def _join_process_group(settings: RankSettings) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
-def _build(path: Path, settings: RankSettings, optimizer: OptimizerConfig) -> tuple[PreTrainedModel, Any]:
+def _build(module: PreTrainedModel, settings: RankSettings, optimizer: OptimizerConfig) -> Any:
     import deepspeed
 
     learner = settings.learner
     # Training mode, because gradient checkpointing is off without; it adds no noise (see load_model).
-    module = load_model(path, learner.dtype, settings.device).train()
+    module.train()
     if learner.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters = sum(parameter.numel() for parameter in module.parameters())
@@ -360,13 +245,16 @@ def _build(path: Path, settings: RankSettings, optimizer: OptimizerConfig) -> tu
         model=module, optimizer=adam, config=deepspeed_config(learner, optimizer, parameters)
     )
     if learner.zero_stage == 0 and learner.dtype == "fp32":
-        # DeepSpeed clips here too, but forgets the norm it found.
+        # DeepSpeed clips here too, but forgets the norm it found and goes on where that is not finite.
         def clip() -> None:
-            engine._global_grad_norm = nn.utils.clip_grad_norm_(module.parameters(), optimizer.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(module.parameters(), optimizer.max_grad_norm)
+            engine._global_grad_norm = norm
+            if not math.isfinite(norm):
+                raise NonFiniteLossError(f"gradient norm is {norm}; nothing was updated or published")
 
         engine.clip_fp32_gradients = clip
     _create_states(engine)
-    return module, engine
+    return engine
 
 
 def _forget_partitioned_modules() -> None:

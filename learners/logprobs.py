@@ -9,7 +9,14 @@ from torch import Tensor
 ENTROPY_CHUNK = 1024
 
 
-def masked_token_logprobs(logits: Tensor, targets: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def masked_token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    temperature: float | Tensor,
+    *,
+    entropy_gradient: bool = False,
+) -> tuple[Tensor, Tensor]:
     """log p(target) and entropy at the positions where the mask is True.
 
     p = softmax(logits / temperature);   entropy = -sum_v p_v log p_v
@@ -22,16 +29,17 @@ def masked_token_logprobs(logits: Tensor, targets: Tensor, mask: Tensor, tempera
         logits: [B, S, V], any float dtype; carries gradient.
         targets: [B, S] int64, target of the logits at the same position.
         mask: [B, S] bool, N of them True.
-        temperature: > 0.
+        temperature: > 0, of all or [N], of every unmasked position.
+        entropy_gradient: whether the entropy is to be trained.
 
     Returns:
         logprobs: [N] nats, row-major order, fp32 (fp64 for fp64 logits); carries gradient, also for N = 0.
-        entropy: [N] nats, detached.
+        entropy: [N] nats; carries gradient with entropy_gradient.
 
     Raises:
         ValueError: temperature is not positive, or shapes differ.
     """
-    if not temperature > 0:
+    if not (bool((temperature > 0).all()) if isinstance(temperature, Tensor) else temperature > 0):
         raise ValueError(f"expected sampling.temperature > 0, found {temperature}")
     if not logits.shape[:2] == targets.shape == mask.shape:
         raise ValueError(
@@ -43,13 +51,24 @@ def masked_token_logprobs(logits: Tensor, targets: Tensor, mask: Tensor, tempera
     selected = logits.flatten(0, 1).index_select(0, kept)
     if selected.dtype != torch.float64:
         selected = selected.float()
-    distribution = torch.log_softmax(selected / temperature if temperature != 1 else selected, dim=-1)
+    if isinstance(temperature, Tensor):
+        selected = selected / temperature.to(selected).unsqueeze(-1)
+    elif temperature != 1:
+        selected = selected / temperature
+    distribution = torch.log_softmax(selected, dim=-1)
     chosen = targets.flatten().index_select(0, kept).unsqueeze(-1)
-    return distribution.gather(-1, chosen).squeeze(-1), _entropy(distribution.detach())
+    return distribution.gather(-1, chosen).squeeze(-1), _entropy(
+        distribution if entropy_gradient else distribution.detach()
+    )
 
 
 def _entropy(distribution: Tensor) -> Tensor:
     """[N, V] log-probabilities -> [N] entropies, a chunk at a time."""
-    chunks = torch.split(distribution, ENTROPY_CHUNK)
+    return torch.cat([_chunk_entropy(chunk) for chunk in torch.split(distribution, ENTROPY_CHUNK)])
+
+
+def _chunk_entropy(distribution: Tensor) -> Tensor:
+    if distribution.requires_grad:  # the derivative of entr is infinite at p = 0
+        return -(distribution.exp() * distribution).sum(dim=-1)
     # entr(p) = -p log p is 0 at p = 0, where p * log p would be NaN.
-    return torch.cat([torch.special.entr(chunk.exp()).sum(dim=-1) for chunk in chunks])
+    return torch.special.entr(distribution.exp()).sum(dim=-1)

@@ -1,13 +1,28 @@
-"""How tokens add up to one number: the weight of a token in the loss of an optimizer update."""
+"""The joint loss: how rows, pairs and tokens of all terms add up to one number.
+
+    loss = sum_c weight_c * loss_c / denominator_c
+
+over the terms policy, kl, preference and sft, each with the count of its own tokens or pairs in the whole update, of
+all ranks and micro-batches, so that no term depends on which others are there or on how rows are spread. The critic's
+term, value, has parameters of its own and is divided by its own count in the same way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from torch import Tensor
 
+from learners import losses
 from learners.advantages import Float64Array
+from learners.batching import MicroBatch, PairTargets, PolicyTargets
+from learners.losses import LossOutput
+from learners.preferences import pair_scores, preference_loss
+from learners.rows import Unit, trained
+from rlsys.objective_config import ObjectiveConfig, PolicyConfig, PreferenceConfig
 
 LossAggregation = Literal["token_mean", "sequence_mean", "constant"]
 
@@ -50,4 +65,134 @@ def token_weights(completion_lengths: Sequence[int], *, aggregation: LossAggrega
         case "constant":
             return np.full(len(lengths), 1.0 / (max(len(lengths), 1) * max_tokens))
         case _:
-            raise ValueError(f"objective.loss_aggregation: unknown value {aggregation!r}")
+            raise ValueError(f"objective.policy.aggregation: unknown value {aggregation!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Denominators:
+    """What the terms of an update are divided by: 0 of a term that nothing in the update is for.
+
+    policy: tokens, sequences, or sequences * max_tokens, by aggregation; of kl too. tokens: of the policy term, and of
+    the critic. pairs. sft: tokens.
+    """
+
+    policy: float
+    tokens: int
+    pairs: int
+    sft: int
+
+
+def weighted(units: Sequence[Unit], policy: PolicyConfig, max_tokens: int) -> tuple[list[Unit], Denominators]:
+    """The units of an update with the weight of every token and pair in its own term."""
+    rows = [row for unit in units for row in unit.rows]
+    lengths = [trained(row.policy_mask) for row in rows if row.policy]
+    per_row = token_weights(lengths, aggregation=policy.aggregation, max_tokens=max_tokens)
+    tokens, pairs = sum(lengths), sum(unit.pair is not None for unit in units)
+    sft = sum(trained(row.sft_mask) for row in rows)
+    weights = iter(per_row.tolist())
+    found = [
+        Unit(
+            rows=tuple(
+                replace(
+                    row,
+                    policy=replace(row.policy, weight=next(weights)) if row.policy else None,
+                    sft_weight=1 / max(1, sft),
+                )
+                for row in unit.rows
+            ),
+            pair=replace(unit.pair, weight=1 / pairs) if unit.pair else None,
+        )
+        for unit in units
+    ]
+    sequences = {
+        "token_mean": tokens,
+        "sequence_mean": int(np.count_nonzero(lengths)),
+        "constant": len(lengths) * max_tokens,
+    }
+    return found, Denominators(policy=sequences[policy.aggregation], tokens=tokens, pairs=pairs, sft=sft)
+
+
+def joint_loss(
+    logprobs: Tensor, entropy: Tensor, batch: MicroBatch, objective: ObjectiveConfig
+) -> dict[str, LossOutput]:
+    """The part of a micro-batch in the terms of the joint loss, by name, before their weights.
+
+    A term that the micro-batch holds nothing of is left out.
+
+    Args:
+        logprobs: [N] nats, of all targets; carries gradient.
+        entropy: [N] nats; carries gradient where policy.entropy_coef is above 0.
+        batch: with weights (see `weighted`).
+    """
+    found: dict[str, LossOutput] = {}
+    if batch.policy is not None:
+        found["policy"] = _policy_term(logprobs, entropy, batch.policy, objective.policy)
+        reference = batch.policy.reference_logprobs
+        if reference is not None and objective.kl.used and not objective.kl.in_reward:
+            own, weights = logprobs.index_select(0, batch.policy.at), batch.policy.weights.to(logprobs)
+            found["kl"] = losses.kl_loss(own, reference.to(own), weights, estimator=objective.kl.estimator)
+    if batch.pairs is not None:
+        found["preference"] = _preference_term(logprobs, batch.pairs, objective.preference)
+    if batch.sft is not None:
+        found["sft"] = losses.supervised_loss(logprobs.index_select(0, batch.sft.at), batch.sft.weights.to(logprobs))
+    return found
+
+
+def total(terms: Mapping[str, LossOutput], weights: Mapping[str, float], logprobs: Tensor) -> Tensor:
+    """sum_c weight_c loss_c; 0 with a gradient of 0 where there is no term."""
+    return sum((weights[name] * term.loss for name, term in terms.items()), logprobs.sum() * 0)
+
+
+def _policy_term(logprobs: Tensor, entropy: Tensor, targets: PolicyTargets, policy: PolicyConfig) -> LossOutput:
+    own, behavior = logprobs.index_select(0, targets.at), targets.behavior_logprobs.to(logprobs)
+    advantages, weights = targets.advantages.to(logprobs), targets.weights.to(logprobs)
+    metrics: dict[str, Tensor] = {}
+    if policy.decoupled:
+        old = own.detach() if targets.old_logprobs is None else targets.old_logprobs.to(own)
+        if policy.importance_cap is not None:
+            importance, metrics = losses.importance_weights(old, behavior, cap=policy.importance_cap)
+            weights = weights * importance
+    else:
+        old = behavior
+    bounds = {"clip_low": policy.clip_low, "clip_high": policy.clip_high}
+    match policy.surrogate:
+        case "clip":
+            found = losses.policy_loss(own, old, advantages, weights, **bounds, dual_clip=policy.dual_clip)
+        case "gspo":
+            found = losses.gspo_loss(own, old, advantages, weights, targets.row_ids, **bounds)
+        case "cispo":
+            found = losses.cispo_loss(own, old, advantages, weights, **bounds)
+    loss = found.loss
+    if policy.entropy_coef:
+        bonus = losses.entropy_loss(entropy.index_select(0, targets.at), targets.weights.to(logprobs))
+        loss = loss + policy.entropy_coef * bonus.loss
+    gap = (old - behavior).abs()
+    metrics |= found.metrics | {
+        "entropy": entropy.index_select(0, targets.at).detach().sum(),
+        "gap": gap.sum(),
+        "gap_max": gap.max() if len(gap) else gap.new_zeros(()),
+    }
+    return LossOutput(loss, metrics)
+
+
+def _preference_term(logprobs: Tensor, targets: PairTargets, preference: PreferenceConfig) -> LossOutput:
+    # Sums of hundreds of terms of which a small difference counts: in double precision, on the few targets there are.
+    scores = pair_scores(
+        logprobs.index_select(0, targets.at).double(), targets.segments, 2 * len(targets.weights), normalise=False
+    )
+    ratios = scores - targets.reference
+    if preference.length_norm:
+        ratios = ratios / targets.segments.bincount(minlength=len(ratios)).clamp(min=1)
+    found = preference_loss(
+        ratios[0::2],
+        ratios[1::2],
+        targets.weights,
+        loss=preference.loss,
+        beta=preference.beta,
+        label_smoothing=targets.smoothing,
+    )
+    detached = scores.detach()
+    return LossOutput(
+        found.loss,
+        found.metrics | {"chosen_logprob": detached[0::2].sum(), "rejected_logprob": detached[1::2].sum()},
+    )

@@ -23,6 +23,28 @@ def load_model(path: Path, dtype: str, device: str) -> PreTrainedModel:
     return model.to(device)
 
 
+def load_critic(path: Path, dtype: str, device: str) -> PreTrainedModel:
+    """A model with one output a token in place of the vocabulary, from the folder of a policy or of such a model.
+
+    The output of a policy's folder begins as 0, so that a critic knows nothing at first and no seed decides it.
+    """
+    from transformers import AutoModelForTokenClassification
+
+    model, found = AutoModelForTokenClassification.from_pretrained(
+        path,
+        num_labels=1,
+        dtype=DTYPES[dtype],
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    for name, parameter in model.named_parameters():
+        if name in found["missing_keys"]:
+            nn.init.zeros_(parameter)
+    remove_noise(model)
+    return model.to(device)
+
+
 def saved_config(path: Path, dtype: str) -> PreTrainedConfig:
     """The config to store beside the trained weights: the user's own, with its dropout, in the format they have."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)

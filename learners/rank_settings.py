@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rlsys.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
+from rlsys.config import LearnerConfig, OptimizerConfig
+from rlsys.objective_config import ObjectiveConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,8 @@ def learner_environment(config: LearnerConfig, device: str, rank: int) -> dict[s
 def deepspeed_config(learner: LearnerConfig, optimizer: OptimizerConfig, parameters: int) -> dict[str, Any]:
     """DeepSpeed's own configuration, made of our fields. parameters: size of the model."""
     # DeepSpeed allocates whole buckets afresh in every step; its default of 5e8 costs seconds on a small model.
-    bucket = min(parameters, 50_000_000)
+    # It wants an even one.
+    bucket = min(parameters + parameters % 2, 50_000_000)
     zero: dict[str, Any] = {
         "stage": learner.zero_stage,
         "overlap_comm": False,

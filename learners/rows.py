@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rlsys.types import BoolArray, Demonstration, Float32Array, Int32Array, Preference, StepPreference
-
-Float64Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +53,14 @@ class Row:
         return len(self.token_ids)
 
     @property
+    def policy_mask(self) -> BoolArray | None:
+        return self.policy.mask if self.policy else None
+
+    @property
     def targets(self) -> BoolArray:
         """[T] bool, tokens that any term trains."""
         found = np.zeros(len(self.token_ids), dtype=np.bool_)
-        for mask in (self.policy and self.policy.mask, self.sft_mask, self.preference_mask):
+        for mask in (self.policy_mask, self.sft_mask, self.preference_mask):
             if mask is not None:
                 found |= mask
         found[0] = False
@@ -141,18 +141,3 @@ def pair_rows(pair: Preference, *, mask_prefix: bool, sft: bool, mask_prefix_sft
         sft_mask=after(supervised, pair.chosen_ids) if sft else None,
     )
     return chosen, Row(token_ids=pair.rejected_ids, preference_mask=after(scored, pair.rejected_ids))
-
-
-def with_weights(units: Sequence[Unit], *, policy: Sequence[float], sft: float, pair: float) -> list[Unit]:
-    """Put the weights of an update into its units: of each policy row's tokens, of an SFT token, of a pair."""
-    found = []
-    weights = iter(policy)
-    for unit in units:
-        rows = tuple(
-            replace(
-                row, policy=replace(row.policy, weight=next(weights)) if row.policy else None, sft_weight=sft
-            )
-            for row in unit.rows
-        )
-        found.append(Unit(rows=rows, pair=replace(unit.pair, weight=pair) if unit.pair else None))
-    return found

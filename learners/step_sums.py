@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,85 +10,107 @@ import torch.distributed as dist
 from torch import Tensor
 
 from learners.batching import MicroBatch
+from learners.losses import LossOutput
 
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """One forward and backward pass of this rank. row_weights: [B] weight of a token of each row."""
-
-    batch: MicroBatch
-    row_weights: Tensor
-    real_tokens: int
-
-    def token_weights(self) -> Tensor:
-        return self.row_weights[self.batch.row_ids]
+# Figures of a term, by what they are called in LossOutput.metrics: means over its targets or pairs.
+SHARES = {
+    "policy": {
+        "gap": "learner/logprob_gap_mean",
+        "entropy": "learner/entropy",
+        "clipped_low": "learner/clip_low_fraction",
+        "clipped_high": "learner/clip_high_fraction",
+        "dual_clipped": "learner/dual_clip_fraction",
+        "is_ratio_sum": "learner/importance_mean",
+        "is_truncated": "learner/importance_truncated",
+    },
+    "kl": {"kl": "learner/kl"},
+    "preference": {
+        "accuracy": "preference/accuracy",
+        "margin": "preference/margin",
+        "chosen_logratio": "preference/chosen_logratio",
+        "rejected_logratio": "preference/rejected_logratio",
+        "chosen_logprob": "preference/chosen_logprob",
+        "rejected_logprob": "preference/rejected_logprob",
+    },
+    "sft": {},
+    "value": {"value_clipped": "value/clipped_fraction", "squared_error": "value/squared_error"},
+}
+MAXIMA = {
+    "ratio_max": "learner/ratio_max",
+    "gap_max": "learner/logprob_gap_max",
+    "is_ratio_max": "learner/importance_max",
+}
 
 
 class StepSums:
-    """Figures of a training step: sums and maxima over tokens, later reduced over ranks."""
+    """Figures of a training step: sums and maxima over passes, later reduced over ranks.
 
-    def __init__(self, device: str) -> None:
-        self._device = device
-        # Ranks reduce by position, so all must hold the same names even where one had no token.
-        self.sums: dict[str, float] = {"gap": 0.0}
-        self.maxima: dict[str, float] = {"learner/ratio_max": 0.0, "learner/logprob_gap_max": 0.0}
-        self.notes: dict[str, list[float]] = {}
+    Args:
+        terms: the terms that the step has. Ranks reduce by position, so all must hold the same names even where one
+            had no target.
+    """
 
-    def add(self, name: str, value: Tensor | float) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(value.detach() if isinstance(value, Tensor) else value)
+    def __init__(self, device: str, terms: tuple[str, ...]) -> None:
+        self._device, self._terms = device, terms
+        self._sums: dict[str, float] = {"padded": 0.0, "real": 0.0}
+        self._maxima: dict[str, float] = dict.fromkeys(MAXIMA.values(), 0.0) if "policy" in terms else {}
+        self._notes: dict[str, list[float]] = {}
+        for term in terms:
+            self._sums |= {f"objective/{term}_loss": 0.0, f"count/{term}": 0.0}
+            self._sums |= {f"{term}/{key}": 0.0 for key in SHARES[term]}
+        if terms:
+            self._sums["learner/loss"] = 0.0
+
+    def add_pass(self, batch: MicroBatch) -> None:
+        self._sums["padded"] += batch.input_ids.numel()
+        self._sums["real"] += batch.real_tokens
+
+    def add_term(self, term: str, found: LossOutput, count: int, weight: float) -> None:
+        """The part of one pass in a term. count: its targets or pairs in the pass."""
+        loss = float(found.loss.detach())
+        self._sums[f"objective/{term}_loss"] += loss
+        self._sums[f"count/{term}"] += count
+        self._sums["learner/loss"] += weight * loss
+        for key in SHARES[term]:
+            if key in found.metrics:
+                self._sums[f"{term}/{key}"] += float(found.metrics[key])
+        for key, name in MAXIMA.items():
+            if key in found.metrics:
+                self._maxima[name] = max(self._maxima[name], float(found.metrics[key]))
 
     def note(self, name: str, value: float) -> None:
-        """A figure that is the same on all ranks; the step reports its mean over updates."""
-        self.notes.setdefault(name, []).append(value)
-
-    def add_supervised(self, item: Pass) -> None:
-        self._add_padding(item)
-        self.add("supervised", len(item.batch.row_ids))
-
-    def add_policy(self, item: Pass, metrics: dict[str, Tensor], old: Tensor, entropy: Tensor) -> None:
-        self._add_padding(item)
-        self.add("policy", old.numel())
-        self.add("entropy", entropy.sum())
-        self.add("clipped_low", metrics["clipped_low"])
-        self.add("clipped_high", metrics["clipped_high"])
-        if old.numel():
-            behavior = item.batch.behavior_logprobs[item.batch.loss_mask].to(old.device)
-            gap = (old - behavior).abs()
-            self.add("gap", gap.sum())
-            self._maximum("learner/logprob_gap_max", gap.max())
-            self._maximum("learner/ratio_max", metrics["ratio_max"])
-
-    def _add_padding(self, item: Pass) -> None:
-        self.add("padded", item.batch.input_ids.numel())
-        self.add("real", item.real_tokens)
-
-    def _maximum(self, name: str, value: Tensor) -> None:
-        self.maxima[name] = max(self.maxima.get(name, 0.0), float(value))
+        """A figure that is the same on all ranks; the step reports its mean."""
+        self._notes.setdefault(name, []).append(value)
 
     def reduce(self, updates: int) -> dict[str, float]:
         """Names of the metrics registry, the same on all ranks. Losses are means over updates. Collective."""
-        sums = self._all_reduce(self.sums, dist.ReduceOp.SUM)
-        found = {name: value / updates for name, value in sums.items() if "/" in name}
-        found |= {name: sum(values) / len(values) for name, values in self.notes.items()}
+        sums = self._all_reduce(self._sums, dist.ReduceOp.SUM)
+        found = {name: sum(values) / len(values) for name, values in self._notes.items()}
+        for name, value in sums.items():
+            if name.startswith(("objective/", "learner/")):
+                found[name] = value / max(1, updates)
+        counts = {term: sums[f"count/{term}"] for term in self._terms}
+        for term, count in counts.items():
+            for key, name in SHARES[term].items():
+                found[name] = sums[f"{term}/{key}"] / max(1.0, count)
+            if sum(counts.values()):
+                found[f"objective/{term}_share"] = count / sum(counts.values())
         found["learner/updates"] = float(updates)
         found["learner/tokens"] = sums["real"]
-        found["learner/padding_share"] = 1 - sums["real"] / sums["padded"]
-        if "supervised" in sums:
-            return found | {"supervised/tokens": sums["supervised"]}
-        tokens = max(1.0, sums["policy"])
-        found |= self._all_reduce(self.maxima, dist.ReduceOp.MAX)
-        shares = {
-            "learner/logprob_gap_mean": "gap",
-            "learner/entropy": "entropy",
-            "learner/clip_low_fraction": "clipped_low",
-            "learner/clip_high_fraction": "clipped_high",
-            "learner/kl": "kl",
-        }
-        return found | {name: sums[key] / tokens for name, key in shares.items() if key in sums}
+        if sums["padded"]:
+            found["learner/padding_share"] = 1 - sums["real"] / sums["padded"]
+        return found | (self._all_reduce(self._maxima, dist.ReduceOp.MAX) if self._maxima else {})
 
-    def _all_reduce(self, values: dict[str, float], operation: Any) -> dict[str, float]:
+    def _all_reduce(self, values: Mapping[str, float], operation: Any) -> dict[str, float]:
         names = sorted(values)
         # On the device of the ranks: NCCL takes nothing else.
         tensor = torch.tensor([values[name] for name in names], dtype=torch.float64, device=self._device)
         dist.all_reduce(tensor, op=operation)
         return dict(zip(names, tensor.tolist(), strict=True))
+
+
+def norm_of_sums(parts: list[Tensor]) -> float:
+    """Norm of a gradient whose parts every rank holds a summand of. Collective."""
+    for part in parts:
+        dist.all_reduce(part)
+    return float(torch.stack([part.square().sum() for part in parts]).sum().sqrt())

@@ -28,6 +28,29 @@ class MetricSpec:
     volatile: bool = False
 
 
+def _term_specs() -> list[MetricSpec]:
+    """What is logged of every term of the joint loss."""
+    counted = {
+        "policy": "by aggregation",
+        "kl": "by aggregation",
+        "value": "tokens",
+        "preference": "pairs",
+        "sft": "tokens",
+    }
+    found = []
+    for term, unit in counted.items():
+        name = f"objective/{term}"
+        found += [
+            MetricSpec(f"{name}_loss", "1", f"loss of the term {term} over its own count, mean over the updates"),
+            MetricSpec(f"{name}_weight", "1", f"weight of the term {term} in this step"),
+            MetricSpec(f"{name}_denominator", unit, f"what the term {term} is divided by in an update, mean"),
+            MetricSpec(f"{name}_share", "share", f"of all targets and pairs of the step, those of the term {term}"),
+            MetricSpec(f"{name}_grad_norm", "1", f"norm of the weighted gradient of the term {term}, last layer"),
+            MetricSpec(f"{name}_grad_share", "share", f"that of the term {term}, over the sum of all terms"),
+        ]
+    return found
+
+
 _SPECS = (
     MetricSpec("weights/version", "steps", "finished training steps of all stages"),
     MetricSpec("rollout/reward", "1", "mean reward of the step's sampled trajectories with a verdict"),
@@ -76,7 +99,6 @@ _SPECS = (
     MetricSpec("held_out/verifier_error_rate", "share", "held-out verifications that raised or ran out of time"),
     MetricSpec("held_out/completion_length", "tokens", "mean length of the held-out completions"),
     MetricSpec("learner/loss", "1", "joint loss, mean over the step's updates"),
-    MetricSpec("learner/policy_loss", "1", "clipped policy-gradient loss"),
     MetricSpec("learner/kl", "nats", "k3 estimate of the divergence from the reference policy, per token"),
     MetricSpec("learner/entropy", "nats", "mean entropy of the policy on trained tokens"),
     MetricSpec("learner/grad_norm", "1", "global gradient norm before clipping, mean over the updates"),
@@ -90,8 +112,22 @@ _SPECS = (
     MetricSpec("learner/logprob_gap_max", "nats", "largest |actor - learner| of a trained token"),
     MetricSpec("learner/logprob_gap_mean", "nats", "mean |actor - learner| of the trained tokens"),
     MetricSpec("learner/padding_share", "share", "positions of the micro-batches that are padding"),
-    MetricSpec("supervised/loss", "nats", "mean negative log-likelihood of completion tokens"),
-    MetricSpec("supervised/tokens", "tokens", "completion tokens of the step's demonstrations"),
+    MetricSpec("learner/dual_clip_fraction", "share", "trained tokens whose term reached the dual clip"),
+    MetricSpec("learner/importance_mean", "1", "mean ratio of the policy at the start of the step to the sampler"),
+    MetricSpec("learner/importance_max", "1", "largest of these ratios, before truncation"),
+    MetricSpec("learner/importance_truncated", "share", "trained tokens whose ratio was truncated"),
+    MetricSpec("learner/empty_terms", "terms", "terms that an update had nothing for, mean over the updates"),
+    *_term_specs(),
+    MetricSpec("preference/accuracy", "share", "pairs whose chosen side gained more than the rejected one"),
+    MetricSpec("preference/margin", "nats", "mean difference of what chosen and rejected side gained"),
+    MetricSpec("preference/chosen_logratio", "nats", "what the chosen side gained over the reference policy, mean"),
+    MetricSpec("preference/rejected_logratio", "nats", "the same of the rejected side"),
+    MetricSpec("preference/chosen_logprob", "nats", "log-probability of the compared tokens of the chosen side, mean"),
+    MetricSpec("preference/rejected_logprob", "nats", "the same of the rejected side"),
+    MetricSpec("value/explained_variance", "share", "of the returns, by the critic at the start of the step"),
+    MetricSpec("value/mean", "1", "mean of the critic's estimates"),
+    MetricSpec("value/squared_error", "1", "mean squared error of the critic in the updates"),
+    MetricSpec("value/clipped_fraction", "share", "estimates that moved past objective.value.clip"),
     MetricSpec("weights/publish_bytes", "bytes", "parameters sent to one actor in a publish"),
     MetricSpec("weights/probe_gap_max", "nats", "largest |actor - learner| on the probe after a publish"),
     MetricSpec("weights/publish_s", "s", "from the offer of a version to the last acknowledgement", True),

@@ -15,14 +15,16 @@ from rlsys.config import Config, StageName
 from rlsys.errors import EngineError
 from rlsys.ray_errors import translated
 from rlsys.search_engines import trees_ahead
+from rlsys.stage_settings import stage_settings
 from rlsys.trees import SearchUsage, Tree, TreeFailure, Writer
 from rlsys.types import (
-    Demonstration,
     Float32Array,
     Int32Array,
+    Preference,
     Prompt,
     RolloutFailure,
     SamplingSettings,
+    TrainingBatch,
     TrajectoryGroup,
     WeightAck,
     WeightManifest,
@@ -144,16 +146,15 @@ class RayLearner:
         self._config = config
 
     async def start_stage(self, stage: StageName, policy: Path, resume: Path | None, reference: Path | None) -> None:
-        section = self._config.warm_start if stage == "warm_start" else self._config.train
-        updates = 1 if stage == "warm_start" else self._config.train.updates_per_step
-        await self._all("start_stage", policy, section.optimizer, section.max_steps * updates, resume, reference)
+        await self._all("start_stage", stage_settings(self._config, stage), policy, resume, reference)
 
-    async def train_online(self, groups: Sequence[TrajectoryGroup], version: int) -> Mapping[str, float]:
-        shared = ray.put(list(groups))  # one copy for all ranks
-        return (await self._all("train_online", shared, self._config.train.updates_per_step, version))[0]
+    async def train(self, batch: TrainingBatch, step: int, version: int) -> Mapping[str, float]:
+        shared = ray.put(batch)  # one copy for all ranks
+        return (await self._all("train", shared, step, version))[0]
 
-    async def train_supervised(self, rows: Sequence[Demonstration], version: int) -> Mapping[str, float]:
-        return (await self._all("train_supervised", list(rows), version))[0]
+    async def score_pairs(self, pairs: Sequence[Preference]) -> Sequence[tuple[float, float]]:
+        found: list[tuple[float, float]] = (await self._all("score_pairs", ray.put(list(pairs))))[0]
+        return found
 
     async def export(
         self, version: int, probe: Sequence[Int32Array]

@@ -17,12 +17,22 @@ from typing import Any
 import numpy as np
 
 from learners.rank_settings import RankSettings, learner_environment
-from rlsys.config import LearnerConfig, ObjectiveConfig, OptimizerConfig
-from rlsys.types import Demonstration, Prompt, Trajectory, TrajectoryGroup, VersionSpan
+from rlsys.config import LearnerConfig, OptimizerConfig
+from rlsys.objective_config import ObjectiveConfig
+from rlsys.stage_settings import StageSettings
+from rlsys.types import Demonstration, Preference, Prompt, TrainingBatch, Trajectory, TrajectoryGroup, VersionSpan
 
 PROMPT = 10
 TEMPERATURE = 0.8
 KL_COEF = 0.01
+STEPS = 50
+OBJECTIVE = {
+    "kl": {"weight": KL_COEF},
+    "preference": {"weight": 0.5, "label_smoothing": 0.1, "source": "file"},
+    "sft": {"weight": 0.7},
+    "grad_norm_interval": 1,
+}
+CRITIC = {"policy": {"estimator": "gae"}, "value": {"weight": 0.5}}
 
 
 def rows(rng: np.random.Generator, count: int) -> list[Demonstration]:
@@ -60,47 +70,79 @@ def online_groups(step: int) -> list[TrajectoryGroup]:
     return groups(np.random.default_rng(step), 5, 4)
 
 
-def train(policy: Any, job: dict[str, Any]) -> None:
-    """Steps first..last-1: even ones supervised, odd ones online. `save`: folders by number of finished steps."""
+def pairs(rng: np.random.Generator, count: int) -> list[Preference]:
+    """Pairs with a common prefix, and what some reference policy said of them."""
+    found = []
+    for _ in range(count):
+        common = rng.integers(3, 60, PROMPT + 4)
+        chosen, rejected = (np.concatenate([common, rng.integers(3, 60, rng.integers(5, 40))]) for _ in range(2))
+        chosen[len(common)], rejected[len(common)] = 3, 4
+        found.append(
+            Preference(
+                chosen_ids=chosen.astype(np.int32),
+                rejected_ids=rejected.astype(np.int32),
+                prompt_length=PROMPT,
+                common=len(common),
+                chosen_reference=-4.0 * (len(chosen) - len(common)),
+                rejected_reference=-4.1 * (len(rejected) - len(common)),
+            )
+        )
+    return found
+
+
+def batch(step: int) -> TrainingBatch:
+    """Even steps: pairs and demonstrations; odd ones: trajectories. Follows from the step."""
+    rng = np.random.default_rng(step)
+    if step % 2:
+        return TrainingBatch(groups=tuple(online_groups(step)))
+    return TrainingBatch(demonstrations=tuple(rows(rng, 13)), pairs=tuple(pairs(rng, 7)))
+
+
+def train(learner: Any, job: dict[str, Any]) -> None:
+    """Steps first..last-1. `save`: folders by number of finished steps."""
     figures: dict[str, float] = {}
     for step in range(job["first"], job["last"]):
-        if step % 2 == 0:
-            figures |= policy.train_supervised(rows(np.random.default_rng(step), 13), step + 1)
-        else:
-            figures |= policy.train_online(online_groups(step), job.get("updates", 2), step + 1)
+        figures |= learner.train(batch(step), step, step + 1)
         folder = job["save"].get(str(step + 1))
         if folder:
-            save(policy, Path(folder), figures)
+            save(learner, Path(folder), figures)
 
 
-def save(policy: Any, folder: Path, figures: dict[str, float]) -> None:
-    (folder / "policy").mkdir(parents=True, exist_ok=True)
-    (folder / "learner").mkdir(exist_ok=True)
-    policy.save(folder)
-    if policy.settings.rank == 0:
+def save(learner: Any, folder: Path, figures: dict[str, float]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    learner.save(folder)
+    if learner.settings.rank == 0:
         (folder / "figures.json").write_text(json.dumps(figures))
 
 
-def run(policy: Any, job: dict[str, Any]) -> None:
-    earlier = weakref.ref(policy.module) if policy.module is not None else lambda: None
+def run(learner: Any, job: dict[str, Any]) -> None:
+    earlier = weakref.ref(learner.policy.module) if learner.policy is not None else lambda: None
     # Small micro-batches: several of them, unequal in size, and one rank gets a padding one.
-    learner = LearnerConfig(**{"ranks": policy.settings.ranks, "micro_batch_tokens": 256, **job["learner"]})
-    policy.settings = replace(policy.settings, learner=learner)
+    config = LearnerConfig(**{"ranks": learner.settings.ranks, "micro_batch_tokens": 256, **job["learner"]})
+    objective = ObjectiveConfig(**{**OBJECTIVE, **job.get("objective", {})})
+    learner.settings = replace(learner.settings, learner=config, objective=objective)
     resume = Path(job["resume"]) if job.get("resume") else None
     start = resume / "policy" if resume else Path(job["model"])
     optimizer = OptimizerConfig(
         **{"learning_rate": 1e-3, "warmup_updates": 2, "schedule": "linear", **job.get("optimizer", {})}
     )
-    policy.start_stage(start, optimizer, 100, resume, Path(job.get("reference", job["model"])))
+    stage = StageSettings(
+        stage="online",
+        steps=STEPS,
+        updates_per_step=job.get("updates", 2),
+        optimizer=optimizer,
+        critic=optimizer if objective.value.used else None,
+    )
+    learner.start_stage(stage, start, resume, Path(job.get("reference", job["model"])))
     assert earlier() is None, "the model of the earlier stage is still in memory"
-    train(policy, job)
+    train(learner, job)
 
 
 def main(rank: int, ranks: int, jobs_file: Path) -> None:
     jobs = json.loads(jobs_file.read_text())
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ.update(learner_environment(LearnerConfig(ranks=ranks), "cpu", rank))
-    from learners.deepspeed_engine import PolicyEngine
+    from learners.learner_rank import LearnerRank
 
     settings = RankSettings(
         rank=rank,
@@ -112,11 +154,11 @@ def main(rank: int, ranks: int, jobs_file: Path) -> None:
         temperature=TEMPERATURE,
         max_tokens=60,
         learner=LearnerConfig(ranks=ranks),
-        objective=ObjectiveConfig(kl_coef=KL_COEF),
+        objective=ObjectiveConfig(**OBJECTIVE),
     )
-    policy = PolicyEngine(settings)
+    learner = LearnerRank(settings)
     for job in jobs:
-        run(policy, job)
+        run(learner, job)
 
 
 if __name__ == "__main__":

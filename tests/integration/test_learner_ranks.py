@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from learner_child import KL_COEF, TEMPERATURE, online_groups
+from learner_child import CRITIC, KL_COEF, TEMPERATURE, online_groups
 from safetensors.numpy import load_file
 
 from rlsys.config import FromScratchConfig, OptimizerConfig
@@ -27,6 +27,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"offload{stage}": {"zero_stage": stage, "optimizer_offload": True} for stage in (1, 2, 3)},
     **{f"bf16-{stage}": {"zero_stage": stage, "dtype": "bf16"} for stage in (1, 2, 3)},
 }
+# The same with a critic, which is a second model under DeepSpeed.
+CRITICS: dict[str, dict[str, Any]] = {f"critic{stage}": {"zero_stage": stage} for stage in (1, 3)}
 # One online update against plain torch: ranks, partitioning, micro-batches, and clipping that bites or does not.
 PLAIN: dict[str, dict[str, Any]] = {
     "one-small": {"ranks": 1, "zero_stage": 0, "micro_batch_tokens": 64, "max_grad_norm": 100.0},
@@ -38,6 +40,7 @@ PLAIN: dict[str, dict[str, Any]] = {
 # An epsilon near the size of the gradients: with the usual one Adam's first update hardly knows their scale.
 PLAIN_OPTIMIZER = {"learning_rate": 1e-2, "eps": 1e-3, "weight_decay": 0.1, "warmup_updates": 0}
 PLAIN_STEP = 1
+IMPORTANCE_CAP = 2.0  # policy.importance_cap as it is shipped
 
 
 def run_ranks(folder: Path, name: str, ranks: int, jobs: list[dict[str, Any]]) -> None:
@@ -83,6 +86,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return {"model": model, "learner": learner, "first": 2, "last": 4, "resume": resume, "save": saved}
 
     two = [make(name, **learner) for name, learner in VARIANTS.items() for make in (whole, partial(resumed, half=name))]
+    for name, learner in CRITICS.items():
+        two += [{**job, "objective": CRITIC} for job in (whole(name, **learner), resumed(name, name, **learner))]
     two.append(whole("checkpointing", zero_stage=2, gradient_checkpointing=True))
     one = [resumed("one", "zero2", zero_stage=0), whole("one", zero_stage=0)]
     for name, variant in PLAIN.items():
@@ -141,7 +146,7 @@ def digests(checkpoint: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [*VARIANTS, *CRITICS])
 def test_resumed_equals_undisturbed_byte_for_byte(folder: Path, name: str) -> None:
     found, expected = digests(folder / f"{name}-resumed"), digests(folder / f"{name}-whole")
     assert {"policy/model.safetensors", "learner/exp_avg.safetensors", "figures.json"} <= set(expected)
@@ -154,7 +159,8 @@ def test_every_way_to_save_memory_makes_the_same_update(folder: Path, name: str)
     # fp32 sums of other orders differ by about 1e-7 each; Adam divides tiny gradients by their own size.
     assert relative(change(folder, f"{name}-whole"), change(folder, "one-whole")) < 2e-5
     found, expected = (json.loads((folder / f"{n}-whole" / "figures.json").read_text()) for n in (name, "one"))
-    for key in ("supervised/loss", "learner/loss", "learner/kl", "learner/grad_norm", "learner/entropy"):
+    names = ("objective/sft_loss", "objective/preference_loss", "learner/loss", "learner/kl", "learner/grad_norm")
+    for key in (*names, "learner/entropy", "preference/margin"):
         assert found[key] == pytest.approx(expected[key], rel=2e-5, abs=1e-8), key
 
 
@@ -169,8 +175,8 @@ def test_other_ranks_at_another_zero_stage_continue(folder: Path, ranks: str) ->
         assert set(found) == set(expected)
         for name, value in expected.items():
             assert relative(found[name].ravel(), value.ravel()) < 2e-5, name
-    # Six updates: a supervised step makes one, an online step two.
-    assert json.loads((folder / f"{ranks}-resumed" / "learner" / "learner.json").read_text())["updates"] == 6
+    # Four steps of two updates.
+    assert json.loads((folder / f"{ranks}-resumed" / "learner" / "learner.json").read_text())["updates"] == 8
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -206,7 +212,9 @@ def plain_update(folder: Path, max_grad_norm: float) -> tuple[float, np.ndarray]
         )
         ratio = torch.exp(logprobs - logprobs.detach())  # 1: the first update starts from the old policy
         gap = anchor.detach() - logprobs
-        loss = (-ratio * advantage + KL_COEF * (torch.exp(gap) - gap - 1)).sum() / tokens
+        behavior = torch.tensor(row.behavior_logprobs)[1:][mask]
+        weight = torch.exp(logprobs.detach() - behavior).clamp(max=IMPORTANCE_CAP)
+        loss = (-weight * ratio * advantage + KL_COEF * (torch.exp(gap) - gap - 1)).sum() / tokens
         loss.backward()
     norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm))
     settings = OptimizerConfig(**PLAIN_OPTIMIZER)
