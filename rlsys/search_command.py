@@ -2,77 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 
 from rlsys.checkpoint import write_json, write_text
 from rlsys.config import Config
-from rlsys.config_file import dump_config, flat_fields, select_fields
+from rlsys.config_file import dump_config
 from rlsys.display import Display
-from rlsys.errors import ConfigError, InterruptedRunError
-from rlsys.failures import FailureLimit
+from rlsys.errors import ConfigError
 from rlsys.inputs import Inputs
-from rlsys.models import tokenizer_digest
-from rlsys.patterns import resolve
-from rlsys.search_engines import trees_ahead
-from rlsys.setup import model_digest
 from rlsys.stop_signals import StopSignals
-from rlsys.tree_figures import EngineFigures, TreeFigures, figures_table, prefix_hit_rate
-from rlsys.tree_store import TreeStore, check_origin
-from rlsys.trees import SearchUsage, Tree, TreeFailure, Writer
-from rlsys.types import Prompt
+from rlsys.tree_figures import figures_table
+from rlsys.tree_search import Search, TreePool, find_prompts, open_trees, writer_digests
+from rlsys.trees import Writer
 
 SUMMARY = "summary.json"
-# What decides a tree. Everything in `search` does unless it is named below, so that a new key counts at first.
-DECIDING = (
-    "run.seed",
-    "run.device",
-    "task",
-    "actors.tensor_parallel_size",
-    "actors.dtype",
-    "actors.max_model_len",
-    "actors.block_size",
-    "actors.enforce_eager",
-    "sampling",
-    "rewards.timeout_s",
-    "rewards.memory_mib",
-    "search",
-)
-# The paths of models are not compared, but what they lead to is.
-FREE = (
-    "search.fraction",
-    "search.prompts",
-    "search.max_failed_trees",
-    *(f"search.{writer}.{key}" for writer in ("model", "reviewer") for key in ("path", "count", "max_num_seqs")),
-    *(f"search.{writer}.kv_cache_gib" for writer in ("model", "reviewer")),
-)
 FIRST_SIGNAL = "{}: the trees that the actors hold are finished and kept, no others are begun; once more to abort"
 ABORTED = " for the second time; the trees under way are lost, the same command continues"
 AFTER_THE_END = " while the processes of the complete search were ending; nothing is lost"
-USAGE_INTERVAL_S = 5.0
-# Before so many verifications are known, a search under way is not ended for their failures: trees come in any order.
-ENOUGH_VERIFICATIONS = 500
-
-
-class TreePool(Protocol):
-    """The actors that grow trees; see `rlsys.remote.RayRolloutPool`."""
-
-    @property
-    def count(self) -> int: ...
-
-    async def grow(self, actor: int, prompt: Prompt) -> Tree | TreeFailure: ...
-
-    async def search_usage(self) -> Sequence[SearchUsage]:
-        """Of every engine, since the last call."""
-        ...
 
 
 class SearchDisplay(Display):
@@ -97,121 +49,10 @@ class SearchDisplay(Display):
         """A tree is finished. Its line shows the latest rates too."""
         super().step({**self._figures, **metrics})
 
-    def update(self, metrics: Mapping[str, float]) -> None:
-        """New figures without a new tree."""
-        self._figures.update(metrics)
-
     @property
     def seconds_left(self) -> float | None:
         grown = self._done - self._before
         return (self._clock() - self._started) / grown * (self._total - self._done) if grown else None
-
-
-class Search:
-    """The trees of one run directory: those that are there, and how the missing ones are grown.
-
-    Args:
-        prompts: all that are asked for, in order.
-        share: search.max_failed_trees.
-        ahead: trees that one actor holds at once.
-    Raises:
-        TooManyFailuresError: more trees have failed than allowed, or, where none is missing, more verifications.
-    """
-
-    def __init__(self, run_dir: Path, prompts: Sequence[Prompt], *, shard_size: int, share: float, ahead: int) -> None:
-        self._prompts, self._ahead = prompts, ahead
-        self.trees, self.engines, self.wall_s = TreeFigures(), EngineFigures(), 0.0
-        field = "search.max_failed_trees"
-        self._failed_trees = FailureLimit(what="trees", field=field, share=share, total=len(prompts))
-        self._failed_verdicts = FailureLimit(what="verifications", field=field, share=share)
-        self._store = TreeStore(run_dir, shard_size, [prompt.prompt_id for prompt in prompts], self._count)
-        self._before = len(prompts) - len(self._store.missing())
-        self._stopped_by = ""
-        self._failed_trees.check()
-        if not self.missing():
-            self._failed_verdicts.check()
-
-    def missing(self) -> list[int]:
-        """Numbers of the prompts that have no tree yet."""
-        return self._store.missing()
-
-    @property
-    def grown(self) -> int:
-        """Trees that this object has added."""
-        return len(self._prompts) - len(self.missing()) - self._before
-
-    def stop(self, name: str) -> None:
-        """Hand no more trees to the actors, because of the signal `name`."""
-        self._stopped_by = name
-
-    async def run(self, pool: TreePool, display: SearchDisplay) -> None:
-        """Grow what is missing. Every tree is kept as soon as it is finished.
-
-        A tree's place is decided by its number alone, so that a tree never changes its actor.
-
-        Raises:
-            InterruptedRunError: `stop` was called and trees are missing.
-            TooManyFailuresError: more trees or verifications failed than allowed.
-        """
-        missing = self.missing()
-        queues = [deque(number for number in missing if number % pool.count == actor) for actor in range(pool.count)]
-        display.begin(len(self._prompts), len(self._prompts) - len(missing))
-        await pool.search_usage()  # the time before the first tree counts for nobody
-        started, grown = time.perf_counter(), asyncio.Event()
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._watch(pool, display, grown))
-                await asyncio.gather(
-                    *(
-                        group.create_task(self._grow(pool, actor, queue, display))
-                        for actor, queue in enumerate(queues)
-                        for _ in range(min(self._ahead, len(queue)))
-                    )
-                )
-                grown.set()
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        self.wall_s = time.perf_counter() - started
-        if self.missing():
-            done = len(self._prompts) - len(self.missing())
-            raise InterruptedRunError(
-                f"{self._stopped_by}; {done} of {len(self._prompts)} trees are kept, the same command continues"
-            )
-        self._failed_verdicts.check()
-
-    async def _grow(self, pool: TreePool, actor: int, queue: deque[int], display: SearchDisplay) -> None:
-        while queue and not self._stopped_by:
-            number = queue.popleft()
-            tree = await pool.grow(actor, self._prompts[number])
-            self._store.add(number, tree)
-            if isinstance(tree, TreeFailure):
-                display.message(f"no tree of {tree.prompt_id}: {tree.reason}")
-            self._count(number, tree)
-            self._failed_trees.check()
-            if self._failed_verdicts.total >= ENOUGH_VERIFICATIONS:
-                self._failed_verdicts.check()
-            solved = self.trees.solved_fraction
-            display.step({"failed": self.trees.failed} | ({} if solved is None else {"solved": solved}))
-
-    async def _watch(self, pool: TreePool, display: SearchDisplay, grown: asyncio.Event) -> None:
-        """Ask for the usage now and then, and once when all is grown."""
-        while not grown.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(grown.wait(), USAGE_INTERVAL_S)
-            usages = await pool.search_usage()
-            self.engines.add(usages)
-            wall_s, hits = max((usage.wall_s for usage in usages), default=0.0), prefix_hit_rate(usages)
-            rates = {"tokens_per_s": sum(usage.generated_tokens for usage in usages) / wall_s} if wall_s else {}
-            display.update(rates | ({} if hits is None else {"prefix_hits": hits}))
-
-    def _count(self, number: int, tree: Tree | TreeFailure) -> None:
-        self.trees.add(number, tree)
-        if isinstance(tree, TreeFailure):
-            self._failed_trees.count(failed=1, total=0, detail=f"{tree.prompt_id}: {tree.reason}")
-            return
-        verdicts = [node.verdict for node in tree.nodes if node.verdict is not None]
-        failed = [f"{tree.prompt_id}: {v.detail}" for v in verdicts if v.outcome in ("error", "timeout")]
-        self._failed_verdicts.count(failed=len(failed), total=len(verdicts), detail=failed[-1] if failed else "")
 
 
 def run(config: Config) -> str:
@@ -242,16 +83,8 @@ def open_search(config: Config, run_dir: Path, inputs: Inputs, models: Mapping[W
     """
     if (run_dir / "checkpoints").exists():
         raise ConfigError(f"run.dir: {run_dir} holds a training run; choose another one for the search")
-    prompts = find_prompts(config, inputs)
     digests = inputs.fingerprint() | writer_digests(models)
-    check_origin(run_dir, deciding_fields(config), digests)
-    search = Search(
-        run_dir,
-        prompts,
-        shard_size=config.search.shard_size,
-        share=config.search.max_failed_trees,
-        ahead=trees_ahead(config),
-    )
+    search = open_trees(config, run_dir, find_prompts(config, inputs), digests)
     write_text(run_dir / "config.yaml", dump_config(config))
     return search
 
@@ -283,50 +116,6 @@ def conclude(search: Search, config: Config, run_dir: Path, console: Console) ->
     console.print(figures_table(trees, engines))
     already = "" if engines else f"already complete ({len(search.trees.solved)} trees)\n"
     return f"{already}run directory: {config.run.dir}\nextract: rlsys extract {config.run.dir}"
-
-
-def find_prompts(config: Config, inputs: Inputs) -> list[Prompt]:
-    """The first search.prompts prompts of search.split, or all where there are fewer.
-
-    Raises:
-        ConfigError: one leaves too little room for a chain.
-    """
-    split, count = config.search.split, config.search.prompts
-    size = inputs.builder.task.size(split)
-    return [inputs.builder.build(split, number) for number in range(count if size is None else min(count, size))]
-
-
-def writer_digests(models: Mapping[Writer, Path]) -> dict[str, str]:
-    """Digests of the models beside the policy, by config field."""
-    found = {}
-    for writer, folder in models.items():
-        if writer != "policy":
-            found[f"search.{writer}.path"] = model_digest(folder)
-            found[f"the tokenizer of search.{writer}.path"] = tokenizer_digest(folder)
-    return found
-
-
-def deciding_fields(config: Config) -> dict[str, Any]:
-    """Everything in a config that decides a tree, by dotted name.
-
-    Of node types and tables only those that the patterns use, the shipped ones included; the order of a row counts.
-    """
-    values = config.model_dump(mode="json")
-    patterns = resolve(config.search)
-    types = {name: node for pattern in patterns.values() for name, node in pattern.types.items()}
-    values["search"]["nodes"] = {name: node.model_dump(mode="json") for name, node in types.items()}
-    values["search"]["tables"] = {
-        name: {
-            "children": {parent: [[*child] for child in row.items()] for parent, row in pattern.children.items()},
-            "after_wrong": {parent: [[*child] for child in row.items()] for parent, row in pattern.after_wrong.items()},
-        }
-        for name, pattern in patterns.items()
-    }
-    for key in ("temperature", "top_p"):
-        if values["search"][key] is not None:  # it takes the place of the other
-            del values["sampling"][key]
-    found = select_fields(flat_fields(values), DECIDING)
-    return {name: value for name, value in found.items() if name not in FREE}
 
 
 def _is_summary_of(path: Path, trees: Mapping[str, Any]) -> bool:

@@ -20,7 +20,8 @@ from rlsys import cli, extract_command
 from rlsys.config_file import dump_config, parse_config
 from rlsys.data_files import whole_or_nothing
 from rlsys.errors import ConfigError, DataError
-from rlsys.extract_command import TABLES, find_source, run
+from rlsys.extract_command import find_source, run
+from rlsys.extraction import TABLES
 from rlsys.setup import prepare_model
 from rlsys.tree_file import tree_line
 from rlsys.trees import ThoughtNode, Tree, TreeFailure

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rlsys import cli, launch, search_command
+from rlsys import cli, launch, search_command, tree_search
 from rlsys.config import Config
 from rlsys.config_file import load_config
 from rlsys.errors import (
@@ -34,16 +34,9 @@ from rlsys.errors import (
     TooManyFailuresError,
 )
 from rlsys.prompts import PromptBuilder
-from rlsys.search_command import (
-    Search,
-    SearchDisplay,
-    conclude,
-    deciding_fields,
-    find_prompts,
-    grow_missing,
-    open_search,
-)
+from rlsys.search_command import SearchDisplay, conclude, grow_missing, open_search
 from rlsys.stop_signals import StopSignals
+from rlsys.tree_search import Search, deciding_fields, find_prompts
 from rlsys.trees import SearchUsage, ThoughtNode, Tree, TreeFailure
 from rlsys.types import Outcome, Prompt, Verdict
 
@@ -209,7 +202,7 @@ def test_the_time_before_the_first_tree_counts_for_nobody(tmp_path: Path) -> Non
 
 
 def test_rates_are_asked_for_while_trees_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_command, "USAGE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(tree_search, "USAGE_INTERVAL_S", 0.0)
     pool, output = Pool(1), io.StringIO()
     search = opened(tmp_path, ahead=1)
     asyncio.run(search.run(pool, display(output, interval_s=0.0)))
@@ -570,7 +563,7 @@ def test_the_whole_command_over_a_pretended_pool(tmp_path: Path, monkeypatch: py
     scratch = "model.from_scratch={hidden_size: 32, layers: 1, heads: 1, intermediate_size: 32}"
     run_dir = tmp_path / "run"
     config = shipped(f"run.dir={run_dir}", "model.path=null", scratch, "search.prompts=6", "search.shard_size=4")
-    monkeypatch.setattr(search_command, "trees_ahead", lambda _config: 1)
+    monkeypatch.setattr(tree_search, "trees_ahead", lambda _config: 1)
     pool = Pool(2, before=lambda calls: raise_signal(SIGINT) if calls == 3 else None)
     without_ray(monkeypatch, pool)
     with pytest.raises(InterruptedRunError, match=r"^SIGINT; [34] of 6 trees are kept, the same command continues$"):

@@ -41,6 +41,7 @@ class Chain:
 
     number: its terminal node. token_ids: [T] int32, the prompt first, one end token last.
     value: mean over its nodes of their search values (mean reward of the scored answers below and at a node).
+    nodes: where each of its nodes ends in token_ids, and how many visits it has.
     """
 
     number: int
@@ -49,6 +50,7 @@ class Chain:
     text: str
     value: float
     reward: float
+    nodes: tuple[tuple[int, int], ...]
 
     @property
     def length(self) -> int:
@@ -142,12 +144,27 @@ def preferred_chains(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tu
 
 
 def preference(chosen: Chain, rejected: Chain) -> Preference:
+    """Two chains of one tree as a pair. Its visits are those of the nodes in which they part."""
+    common = common_prefix(chosen.token_ids, rejected.token_ids)
+    chosen_visits, rejected_visits = _branch_visits(chosen, rejected, common)
     return Preference(
         chosen_ids=chosen.token_ids,
         rejected_ids=rejected.token_ids,
         prompt_length=chosen.prompt_length,
-        common=common_prefix(chosen.token_ids, rejected.token_ids),
+        common=common,
+        chosen_visits=chosen_visits,
+        rejected_visits=rejected_visits,
     )
+
+
+def _branch_visits(chosen: Chain, rejected: Chain, common: int) -> tuple[int, int]:
+    """Visits of the first two nodes, one of each chain, that do not both lie in the common prefix.
+
+    Two nodes of equal tokens are no branches, though the tree has both: one of them may follow a hint.
+    """
+    both = list(zip(chosen.nodes, rejected.nodes, strict=False))
+    parted = ((mine[1], other[1]) for mine, other in both if max(mine[0], other[0]) > common)
+    return next(parted, (both[-1][0][1], both[-1][1][1]))  # chains that differ in their end tokens alone
 
 
 def step_preferences(tree: Tree, config: ExtractConfig, codec: Codec) -> list[StepPreference]:
@@ -269,6 +286,7 @@ def _chain(tree: Tree, number: int, codec: Codec) -> Chain:
         text=tree.completion(number),
         value=sum(values) / len(values),
         reward=verdict.reward if verdict else 0.0,
+        nodes=tuple((stop, tree.nodes[n].visits) for n, _, stop in path.spans),
     )
 
 
@@ -306,9 +324,9 @@ def _step(tree: Tree, path: PathTokens, codec: Codec, number: int, start: int, s
     )
 
 
-def _tie(chain: Chain) -> tuple[bytes, str, float, float]:
+def _tie(chain: Chain) -> tuple[bytes, str, float, float, tuple[tuple[int, int], ...]]:
     """Order of chains that are otherwise equal: by all that becomes data."""
-    return _sortable(chain.token_ids), chain.text, -chain.value, -chain.reward
+    return _sortable(chain.token_ids), chain.text, -chain.value, -chain.reward, chain.nodes
 
 
 def _place(step: StepValue) -> tuple[bytes, bytes, str, str, str]:

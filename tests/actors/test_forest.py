@@ -26,9 +26,10 @@ from actors.search.calls import Call
 from actors.search.codec import Stop
 from rlsys.config import LetterCountConfig, RewardsConfig
 from rlsys.errors import EngineError, RolloutError, TooManyFailuresError
-from rlsys.search_command import Search, SearchDisplay
+from rlsys.search_command import SearchDisplay
 from rlsys.search_config import SearchConfig, StopConfig
 from rlsys.tree_file import read_trees, tree_line
+from rlsys.tree_search import Search
 from rlsys.trees import SearchUsage, Tree, TreeFailure, Writer
 from rlsys.types import Prompt, Verdict
 
