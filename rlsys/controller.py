@@ -6,62 +6,35 @@ import asyncio
 import contextlib
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 
 from rlsys.buffer import Buffer
-from rlsys.checkpoint import CheckpointStore, state_to_json, write_json
-from rlsys.config import Config, StageName
-from rlsys.demonstrations import DemonstrationStream
-from rlsys.display import Display
+from rlsys.checkpoint import state_to_json, write_json
+from rlsys.config import StageName
 from rlsys.errors import InterruptedRunError, RlsysError
 from rlsys.evaluation import held_out_metrics, sample_groups
 from rlsys.failures import FailureLimit, verifier_limit
-from rlsys.interfaces import Learner, RolloutPool
-from rlsys.metrics import MetricsWriter
+from rlsys.parts import Parts
 from rlsys.producer import Producer
-from rlsys.prompts import PromptStream
+from rlsys.references import ReferenceScores
 from rlsys.rollout_metrics import engine_metrics, rollout_metrics
-from rlsys.types import Demonstration, Prompt, RunState, SamplingSettings, TrainingBatch
-from rlsys.weights import WeightBus
+from rlsys.training_data import needs_references
+from rlsys.types import RunState, SamplingSettings, TrainingBatch
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """Everything the controller drives.
-
-    model: the initial policy folder; tokenizer_files: files to put beside a policy;
-    fingerprint: digests of what the run reads (`Inputs.fingerprint`), kept in every checkpoint.
-    """
-
-    config: Config
-    run_dir: Path
-    model: Path
-    tokenizer_files: Sequence[Path]
-    pool: RolloutPool
-    learner: Learner
-    bus: WeightBus
-    checkpoints: CheckpointStore
-    metrics: MetricsWriter
-    display: Display
-    prompts: PromptStream
-    demonstrations: DemonstrationStream
-    held_out: Sequence[Prompt]
-    fingerprint: Mapping[str, str] = field(default_factory=dict)
 
 
 class Controller:
     """Runs the stages in order, from a run state to the end of the last one.
 
-    Waiting for groups, for demonstrations and for the evaluation before the first step also ends when `interrupt`
-    is called or the producer fails. What the learner does, a publish, its calibration and an evaluation within a
-    step run to their end first; an interruption in the last step changes nothing.
+    Waiting for groups, for rows of data and for the evaluation before the first step also ends when `interrupt`
+    is called or the producer fails. What the learner does, a publish, its calibration, an evaluation within a
+    step and the trees that actors hold come to their end first; an interruption in the last step changes nothing.
     """
 
     def __init__(self, parts: Parts, state: RunState, checkpoint: Path | None) -> None:
@@ -102,53 +75,96 @@ class Controller:
                 stage = stages[number]
                 if number > self.state.stage:
                     self.state = replace(self.state, stage=number, step=0)
-                total = self._config.max_steps(stage)
-                if self.state.step < total:
-                    shutil.rmtree(self._handed(stage), ignore_errors=True)  # of a smaller max_steps
-                    await self._start_stage(stage)
-                    self.parts.display.stage(stage, total, self.state.step)
-                    if stage == "warm_start":
-                        await self._warm_start(total)
-                    else:
-                        await self._online(total)
-                    await self._save()
-                self._hand_over(stage)  # also where a run was killed between the two
-                if self._stop.done() and number + 1 < len(stages):
-                    raise InterruptedRunError(self._stop.result())
+                if stage == "search":
+                    await self._search()
+                else:
+                    await self._train(stage)
+                if number + 1 < len(stages):
+                    self._check_stopped()
         except InterruptedRunError:
             await self._save()
             raise
 
+    async def _train(self, stage: StageName) -> None:
+        total = self._config.max_steps(stage)
+        if self.state.step < total:
+            shutil.rmtree(self._handed(stage), ignore_errors=True)  # of a smaller max_steps
+            await self._start_stage(stage)
+            self.parts.display.stage(stage, total, self.state.step)
+            if stage == "online":
+                await self._online(total)
+            else:
+                await self._offline(stage, total)
+            await self._save()
+        self._hand_over(stage)  # also where a run was killed between the two
+
+    async def _search(self) -> None:
+        """Trees of the present policy and the data made of them. No weights change, and nothing is left to do twice."""
+        parts = self.parts
+        assert parts.search is not None  # noqa: S101 - given wherever the config names the stage
+        policy = self._policy()
+        if not parts.search.is_complete(policy):
+            await self._start_stage("search")
+            await self._publish_if_new()
+        figures = await parts.search.run(policy, self._stop)
+        parts.metrics.log("search", 0, self.state.weight_version, figures)
+
     async def _start_stage(self, stage: StageName) -> None:
-        policy = self.checkpoint / "policy" if self.checkpoint else self.parts.model
+        learner, bus = self.parts.learner, self.parts.bus
         resume = self.checkpoint if self.state.step > 0 else None
         reference = self._reference() if stage == "online" and self._config.reference else None
-        await self.parts.learner.start_stage(stage, policy, resume, reference)
-        if not self.parts.bus.calibrated:
-            gap = await self.parts.bus.calibrate()
-            self.parts.display.message(
-                f"probe gap of a fresh load {gap:.1e} nats, tolerance {self.parts.bus.tolerance:.1e}"
-            )
+        scores = self._reference_scores(stage)
+        if scores and scores.missing and resume:  # the learner is to hold the policy that the stage began with
+            await learner.start_stage(stage, self._reference(), None, None)
+            await self._score(scores)
+        await learner.start_stage(stage, self._policy(), resume, reference)
+        if scores and scores.missing:
+            await self._score(scores)
+        self.parts.data.references = scores.scores if scores else None
+        if not bus.calibrated:
+            gap = await bus.calibrate()
+            self.parts.display.message(f"probe gap of a fresh load {gap:.1e} nats, tolerance {bus.tolerance:.1e}")
 
-    async def _warm_start(self, total: int) -> None:
-        """Supervised steps. Nobody samples meanwhile, so the weights are published once, at the end."""
-        rows = self._demonstrations(self.state.step)
+    def _reference_scores(self, stage: StageName) -> ReferenceScores | None:
+        """What the policy that a stage begins with says of the pairs of a file; None where nothing asks for it."""
+        if not needs_references(self._config, stage):
+            return None
+        preference = self._config.objective.preference
+        key = {
+            "policy": self.parts.policy_digest(self._reference()),
+            "mask_prefix_dpo": preference.mask_prefix_dpo,
+            "temperature": self._config.sampling.temperature,
+        }
+        path = self.parts.run_dir / "stages" / f"{stage}.references.json"
+        return ReferenceScores(path, self.parts.data.pairs(), key)
+
+    async def _score(self, scores: ReferenceScores) -> None:
+        self.parts.display.message("scoring the preference pairs under the policy that the stage begins with")
+        await scores.compute(self.parts.learner, self._config.preference.pairs_per_step, self._check_stopped)
+
+    async def _offline(self, stage: StageName, total: int) -> None:
+        """Steps on data that is there. Nobody samples meanwhile, so the weights are published once, at the end."""
+        upcoming = self._batch(stage, self.state.step)
         while self.state.step < total:
             started = time.monotonic()
-            demonstrations = await self._until_stopped(rows)
+            batch = await self._until_stopped(upcoming)
             if self.state.step + 1 < total:  # while the learner works
-                rows = self._demonstrations(self.state.step + 1)
-            with Stopwatch() as learning:
-                batch = TrainingBatch(demonstrations=tuple(demonstrations))
-                metrics = await self.parts.learner.train(batch, self.state.step, self.state.weight_version + 1)
-            self._advance()
-            figures = {**metrics, **_learning_rates(metrics, learning.seconds)}
-            if self.state.step == total and self._config.stages[-1] == "warm_start":
+                upcoming = self._batch(stage, self.state.step + 1)
+            figures = await self._learn(batch)
+            if self.state.step == total and self._config.stages[-1] == stage:
                 figures |= {**await self._publish(), **await self._evaluate()}
-            await self._finish_step("warm_start", figures, started)
+            await self._finish_step(stage, figures, started)
 
-    def _demonstrations(self, step: int) -> asyncio.Task[list[Demonstration]]:
-        return asyncio.create_task(asyncio.to_thread(self.parts.demonstrations.rows, step))
+    def _batch(self, stage: StageName, step: int) -> asyncio.Task[TrainingBatch]:
+        return asyncio.create_task(asyncio.to_thread(self.parts.data.batch, stage, step))
+
+    async def _learn(self, batch: TrainingBatch) -> dict[str, float]:
+        """One training step; answers with its figures."""
+        with Stopwatch() as watch:
+            metrics = await self.parts.learner.train(batch, self.state.step, self.state.weight_version + 1)
+        self.state = replace(self.state, step=self.state.step + 1, weight_version=self.state.weight_version + 1)
+        rate = metrics["learner/tokens"] / watch.seconds
+        return {**metrics, "time/learn_s": watch.seconds, "learner/tokens_per_s": rate}
 
     async def _online(self, total: int) -> None:
         """Sample, learn, publish, release; see the module's picture in the README."""
@@ -173,11 +189,9 @@ class Controller:
                 figures["rollout/failed"] = float(self._rollouts.failed)
                 self._verifications.add_verdicts(groups)
                 self._check_staleness(figures["rollout/staleness_max"])
-                with Stopwatch() as learning:
-                    batch = TrainingBatch(groups=tuple(groups))
-                    metrics = await parts.learner.train(batch, self.state.step, self.state.weight_version + 1)
-                self._advance()
-                figures |= {**metrics, **_learning_rates(metrics, learning.seconds), **await self._publish()}
+                beside = await self._batch("online", self.state.step)
+                figures |= await self._learn(replace(beside, groups=tuple(groups)))
+                figures |= await self._publish()
                 interval = self._config.evaluation.interval
                 if self.state.step == total or (interval and self.state.step % interval == 0):
                     figures |= await self._evaluate()
@@ -219,8 +233,12 @@ class Controller:
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if self._stop.done():
             future.cancel()
-            raise InterruptedRunError(self._stop.result())
+        self._check_stopped()
         return future.result()
+
+    def _check_stopped(self) -> None:
+        if self._stop.done():
+            raise InterruptedRunError(self._stop.result())
 
     async def _publish(self) -> Mapping[str, float]:
         return await self.parts.bus.publish(self.state.weight_version)
@@ -247,9 +265,6 @@ class Controller:
             second = await sample_groups(pool, prompts, sampled, limit) if evaluation.samples else []
         await self.parts.pool.search_usage()  # the next figures are of training rollouts alone
         return {**held_out_metrics(first, second), "time/evaluate_s": watch.seconds}
-
-    def _advance(self) -> None:
-        self.state = replace(self.state, step=self.state.step + 1, weight_version=self.state.weight_version + 1)
 
     def _snapshot(self, buffer: Buffer) -> None:
         self.state = replace(
@@ -283,8 +298,8 @@ class Controller:
         self.parts.display.step({**figures, **rest})
         if self.state.step % self._config.checkpoint.interval == 0:
             await self._save()
-        if self._stop.done() and self.state.step < self._config.max_steps(stage):
-            raise InterruptedRunError(self._stop.result())
+        if self.state.step < self._config.max_steps(stage):
+            self._check_stopped()
 
     async def _save(self) -> None:
         """Commit a checkpoint of the present state, unless there is one already."""
@@ -329,9 +344,13 @@ class Controller:
     def _handed(self, stage: StageName) -> Path:
         return self.parts.run_dir / "stages" / stage
 
+    def _policy(self) -> Path:
+        """The newest policy: that of the newest checkpoint, or the initial one."""
+        return self.checkpoint / "policy" if self.checkpoint else self.parts.model
+
     def _reference(self) -> Path:
-        """The frozen anchor of the KL term: the policy that the stage before handed over, or the initial one."""
-        before = self._config.stages[: self.state.stage]
+        """The policy that the stage began with: what the stage before handed over, or the initial one."""
+        before = [stage for stage in self._config.stages[: self.state.stage] if stage != "search"]
         return self._handed(before[-1]) if before else self.parts.model
 
 
@@ -346,10 +365,6 @@ class Stopwatch:
 
     def __exit__(self, *exception: object) -> None:
         self.seconds = time.monotonic() - self._started
-
-
-def _learning_rates(metrics: Mapping[str, float], seconds: float) -> Mapping[str, float]:
-    return {"time/learn_s": seconds, "learner/tokens_per_s": metrics["learner/tokens"] / seconds}
 
 
 def _first_cause(error: BaseException) -> BaseException:

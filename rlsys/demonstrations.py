@@ -16,6 +16,22 @@ from rlsys.types import Demonstration
 EncodePair = Callable[[str, str], tuple[list[int], int]]
 
 
+class Epochs:
+    """Positions in a finite data set by index of a stream: each epoch has all of them, in a seeded order of its own."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._size, self._seed = size, seed
+        self._epoch = -1
+        self._order = np.zeros(0, dtype=np.int64)
+
+    def position(self, index: int) -> int:
+        epoch, position = divmod(index, self._size)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self._seed, epoch]).permutation(self._size)
+        return int(self._order[position])
+
+
 class DemonstrationStream:
     """Tokenised demonstrations by step. Finite tasks are shuffled epoch by epoch."""
 
@@ -25,8 +41,8 @@ class DemonstrationStream:
         self._seed = seed
         self._rows_per_step = rows_per_step
         self._max_tokens = max_tokens
-        self._epoch = -1
-        self._order = np.zeros(0, dtype=np.int64)
+        size = task.size("train")
+        self._epochs = None if size is None else Epochs(size, seed)
 
     def rows(self, step: int) -> list[Demonstration]:
         """The demonstrations of a step, counted from 0."""
@@ -43,8 +59,8 @@ class DemonstrationStream:
         found = self._task.demonstration(self._position(index), random.Random(f"{self._seed}/{index}"))
         if found is None:
             raise DataError(
-                "the warm_start stage needs demonstrations and the task has none: set "
-                "task.demonstration_column, or leave warm_start out of stages"
+                "stage warm_start and objective.sft.source demonstrations need demonstrations, and the task has none: "
+                "set task.demonstration_column, or leave them out"
             )
         problem, chain = found
         token_ids, prompt_length = self._encode(problem.question, chain)
@@ -59,11 +75,4 @@ class DemonstrationStream:
         )
 
     def _position(self, index: int) -> int:
-        size = self._task.size("train")
-        if size is None:
-            return index
-        epoch, position = divmod(index, size)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self._seed, epoch]).permutation(size)
-        return int(self._order[position])
+        return index if self._epochs is None else self._epochs.position(index)

@@ -23,6 +23,7 @@ from rich.text import Text
 FIGURES = (
     ("rollout/reward", "reward", "{:.3f}"),
     ("search/reward", "search reward", "{:.3f}"),
+    ("search/solved", "solved trees", "{:.3f}"),
     ("objective/sft_loss", "sft loss", "{:.3f}"),
     ("objective/preference_loss", "preference loss", "{:.3f}"),
     ("held_out/greedy_accuracy", "held-out greedy", "{:.3f}"),
@@ -101,6 +102,10 @@ class Display:
             left = f"  left {_duration(self.seconds_left)}" if self._done < self._total else ""
             shown = "".join(f"  {label} {value}" for label, value in self._shown(metrics))
             self._line(f"{self._stage} {self._done}/{self._total}{shown}{left}")
+
+    def update(self, metrics: Mapping[str, float]) -> None:
+        """New figures without a new step."""
+        self._figures.update(metrics)
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
         """Held-out figures were measured outside a step."""

@@ -35,16 +35,20 @@ from rlsys.checkpoint import CheckpointStore, RunLock, write_text
 from rlsys.cluster import RENDEZVOUS, Cluster, ray_cluster
 from rlsys.config import Config
 from rlsys.config_file import dump_config
-from rlsys.controller import Controller, Parts
+from rlsys.controller import Controller
 from rlsys.display import Display
 from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedRunError
 from rlsys.inputs import Inputs
 from rlsys.metrics import MetricsWriter
+from rlsys.parts import Parts
 from rlsys.remote import RayLearner, RayRolloutPool
 from rlsys.resume import Start, all_steps_made, check_inputs, find_start
 from rlsys.search_engines import ModelEngines, Searching, growing, searches_in_training
+from rlsys.search_stage import GrownSearch
 from rlsys.setup import prepare_model, search_engines, tokenizer_files
 from rlsys.stop_signals import StopSignals
+from rlsys.training_data import search_folder
+from rlsys.tree_search import find_prompts, writer_digests
 from rlsys.trees import Writer
 from rlsys.types import Prompt
 from rlsys.weights import WeightBus
@@ -72,6 +76,7 @@ class Session:
     inputs: Inputs
     display: Display
     stop: StopSignals
+    to_search: Sequence[Prompt]
 
 
 def train(config: Config) -> str:
@@ -94,6 +99,7 @@ def train(config: Config) -> str:
         if searching:
             check_tags(config.search, {"policy": model, **{found.writer: found.path for found in beside}})
         inputs = Inputs(config, model)  # bad data must be found before anything is started
+        to_search = find_prompts(config, inputs) if "search" in config.stages else []
         check_inputs(start, inputs.fingerprint())
         start.settle(run_dir)  # a refused command has changed nothing
         write_text(run_dir / "config.yaml", dump_config(config))
@@ -105,7 +111,7 @@ def train(config: Config) -> str:
             Display(totals=_totals(config)) as display,
         ):
             try:
-                session = Session(config, run_dir, store, start, model, searching, inputs, display, stop)
+                session = Session(config, run_dir, store, start, model, searching, inputs, display, stop, to_search)
                 stop.run(_train(cluster, session))
             except InterruptedRunError as error:
                 raise InterruptedRunError(f"{error.message}{report.interrupted(config)}") from None
@@ -217,8 +223,9 @@ async def _train(cluster: Cluster, session: Session) -> None:
             metrics=metrics,
             display=display,
             prompts=inputs.prompts,
-            demonstrations=inputs.demonstrations,
+            data=inputs.data,
             held_out=inputs.held_out,
+            search=_search_stage(session, pool) if session.to_search else None,
             fingerprint=inputs.fingerprint(),
         )
         controller = Controller(parts, start.state, start.checkpoint)
@@ -233,6 +240,22 @@ async def _train(cluster: Cluster, session: Session) -> None:
             session.stop.ask_first(lambda _name: None, AFTER_THE_END)
         finally:
             metrics.close()
+
+
+def _search_stage(session: Session, pool: RayRolloutPool) -> GrownSearch:
+    """The stage `search`. What the stages after it read decides none of its trees."""
+    inputs, beside = session.inputs, _beside(session.searching)
+    data = inputs.data.fingerprint()
+    digests = {name: digest for name, digest in inputs.fingerprint().items() if name not in data}
+    return GrownSearch(
+        config=session.config,
+        folder=search_folder(session.run_dir),
+        model=session.model,
+        prompts=session.to_search,
+        inputs=digests | writer_digests({engines.writer: engines.path for engines in beside}),
+        pool=pool,
+        display=session.display,
+    )
 
 
 @contextlib.asynccontextmanager
@@ -365,4 +388,5 @@ def _dtype(config: Config) -> str:
 
 
 def _totals(config: Config) -> dict[str, int]:
-    return {stage: config.max_steps(stage) for stage in config.stages}
+    """Training steps of every stage, and trees of the stage `search`."""
+    return {stage: config.search.prompts if stage == "search" else config.max_steps(stage) for stage in config.stages}

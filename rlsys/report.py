@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlsys.config import Config
+from rlsys.config import Config, StageName
 from rlsys.metrics import read_rows
 
 FIGURES = {
@@ -19,7 +19,7 @@ AGAIN = "run.resume=auto"
 def finished(config: Config) -> str:
     """Where the run is, its last held-out figures, and what to do next, a line each."""
     stage = config.stages[-1]
-    section = "warm_start" if stage == "warm_start" else "train"
+    section = section_of(stage)
     more = 2 * config.max_steps(stage)
     return (
         f"run directory: {config.run.dir}\n"
@@ -28,6 +28,11 @@ def finished(config: Config) -> str:
         f"continue: rlsys train {config.run.dir}/config.yaml {section}.max_steps={more}"
         + (f" {AGAIN}" if config.run.resume == "never" else "")
     )
+
+
+def section_of(stage: StageName) -> str:
+    """The config section that has the training steps of a stage."""
+    return "train" if stage == "online" else stage
 
 
 def interrupted(config: Config) -> str:

@@ -11,6 +11,7 @@ from rlsys.checkpoint import MANIFEST, CheckpointStore, read_json, state_from_js
 from rlsys.config import Config
 from rlsys.config_file import fixed_fields, load_config
 from rlsys.errors import CheckpointError, ConfigError
+from rlsys.report import section_of
 from rlsys.tree_store import ORIGIN, TREES
 from rlsys.types import RunState
 
@@ -116,10 +117,9 @@ def _branch(config: Config, checkpoint: Path, run_dir: Path) -> Start:
     start = _start_at(config, checkpoint, origin)
     if origin.resolve() != run_dir.resolve() and all_steps_made(config, start.state):
         stage = config.stages[-1]
-        section = "warm_start" if stage == "warm_start" else "train"
         raise ConfigError(
             f"run.resume: {checkpoint} has made all {start.state.step} steps of the last stage; "
-            f"raise {section}.max_steps (now {config.max_steps(stage)})"
+            f"raise {section_of(stage)}.max_steps (now {config.max_steps(stage)})"
         )
     return replace(start, named=True)
 

@@ -35,12 +35,13 @@ class Searching:
 
 
 def searches_in_training(config: Config) -> bool:
-    return "online" in config.stages and config.search.fraction > 0
+    """Whether the actors of a training run are asked for trees."""
+    return "search" in config.stages or ("online" in config.stages and config.search.fraction > 0)
 
 
 def describes_a_search(config: Config) -> bool:
     """Whether a command is meant to search with this config."""
-    return config.search != SearchConfig() or config.evaluation.search_answers > 0
+    return config.search != SearchConfig() or config.evaluation.search_answers > 0 or "search" in config.stages
 
 
 def given_models(config: Config) -> dict[Writer, SearchModelConfig]:

@@ -18,13 +18,16 @@ from rich.console import Console
 from rlsys.checkpoint import CheckpointStore, read_json, state_from_json
 from rlsys.config import Config
 from rlsys.config_file import parse_config
-from rlsys.controller import Controller, Parts
+from rlsys.controller import Controller
 from rlsys.demonstrations import DemonstrationStream
 from rlsys.display import Display
 from rlsys.errors import EngineError, InterruptedRunError, RlsysError, TooManyFailuresError
 from rlsys.metrics import MetricsWriter, read_rows
+from rlsys.parts import Parts
 from rlsys.producer import is_searched
 from rlsys.prompts import PromptBuilder, PromptStream
+from rlsys.training_data import TrainingData, imitates
+from rlsys.training_rows import Reader
 from rlsys.trees import SearchUsage
 from rlsys.types import RunState, TrajectoryGroup
 from rlsys.weights import WeightBus
@@ -64,9 +67,12 @@ class Run:
         self.checkpoint = self.checkpoints.latest()
         self.state = state_from_json(read_json(self.checkpoint / "state.json")) if self.checkpoint else START
         self.task = NumberTask(5)
-        self.demonstrations = DemonstrationStream(
+        rows = DemonstrationStream(
             self.task, lambda question, chain: ([1, 2, 3], 1), seed=0, rows_per_step=2, max_tokens=8
         )
+        searched = run_dir / "stages" / "search" / "data"
+        self.data = TrainingData(settings, Reader(None, 99, 64), dict.fromkeys(imitates(settings), rows), searched)
+        self.search: Any = None
         self.controller: Controller
 
     async def start(self) -> None:
@@ -84,7 +90,9 @@ class Run:
             metrics=metrics,
             display=Display(Console(file=io.StringIO())),
             prompts=PromptStream(builder, 0),
-            demonstrations=self.demonstrations,
+            data=self.data,
+            search=self.search,
+            policy_digest=lambda policy: "".join(path.read_text() for path in policy.glob("model.safetensors")),
             held_out=[prompt("held_out-0"), prompt("held_out-1")],
             fingerprint={"model.path": "digest"},
         )
@@ -399,11 +407,11 @@ def test_failed_verifications_are_counted_over_a_resume(tmp_path: Path) -> None:
     assert (counters["failed_verifications"], counters["verifications"]) == (4, 16)
 
 
-def test_no_demonstration_of_a_step_that_is_never_trained_is_asked_for(tmp_path: Path) -> None:
+def test_no_data_of_a_step_that_is_never_trained_are_asked_for(tmp_path: Path) -> None:
     run = Run(tmp_path, config(stages=["warm_start"]))
     asked: list[int] = []
-    rows = run.demonstrations.rows
-    run.demonstrations.rows = lambda step: asked.append(step) or rows(step)
+    batch = run.data.batch
+    run.data.batch = lambda stage, step: asked.append(step) or batch(stage, step)
     run()
     assert asked == [0, 1]
 
@@ -547,5 +555,5 @@ def test_what_a_smaller_buffer_could_not_issue_yet_is_not_forgotten(tmp_path: Pa
 
 
 def test_run_stays_short() -> None:
-    for method in (Controller.run, Controller._warm_start, Controller._online):
+    for method in (Controller.run, Controller._train, Controller._offline, Controller._online):
         assert len(inspect.getsource(method).splitlines()) <= 60
