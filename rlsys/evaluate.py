@@ -84,6 +84,7 @@ async def evaluate(pool: Any, prompts: Sequence[Prompt], config: Config) -> dict
 
 
 def _figures(groups: Sequence[TrajectoryGroup]) -> dict[str, Any]:
+    """by_problem: means over the samples of every problem in order, for paired comparisons of policies."""
     right = solved(groups)
     lengths = [t.completion_length for group in groups for t in group.trajectories]
     by_answer = _by_answer([group.prompt.answer for group in groups], right)
@@ -95,6 +96,13 @@ def _figures(groups: Sequence[TrajectoryGroup]) -> dict[str, Any]:
         "completion_length": float(np.mean(lengths)),
         "accuracy_by_answer": by_answer,
         "macro_accuracy": float(np.mean(macro)) if macro else None,
+        "by_problem": {
+            "accuracy": right.mean(axis=1).tolist(),
+            "no_answer_rate": unanswered(groups).mean(axis=1).tolist(),
+            "completion_length": [
+                float(np.mean([t.completion_length for t in group.trajectories])) for group in groups
+            ],
+        },
     }
 
 
