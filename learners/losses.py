@@ -199,7 +199,7 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, *, estimator: KlEs
             gap = gap.clamp(max=MAX_LOG_RATIO)
             return torch.expm1(gap) - gap
         case _:
-            raise ValueError(f"objective.kl_estimator: unknown value {estimator!r}")
+            raise ValueError(f"objective.kl.estimator: unknown value {estimator!r}")
 
 
 def kl_loss(logprobs: Tensor, reference_logprobs: Tensor, weights: Tensor, *, estimator: KlEstimator) -> LossOutput:
