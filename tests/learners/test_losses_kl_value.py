@@ -91,7 +91,7 @@ def test_k3_of_a_token_the_policy_all_but_excludes_stays_finite():
 
 
 def test_an_unknown_estimator_is_refused():
-    with pytest.raises(ValueError, match="kl_estimator"):
+    with pytest.raises(ValueError, match="kl.estimator"):
         kl_estimate(t64([0]), t64([0]), estimator="k4")
 
 
