@@ -153,13 +153,17 @@ class RolloutActor:
     async def _finish(
         self, prompt: Prompt, outcomes: Sequence[Completion | BaseException]
     ) -> TrajectoryGroup | RolloutFailure:
-        completions = []
+        completions, refused = [], []
         for outcome in outcomes:
             if isinstance(outcome, RolloutError):
-                return RolloutFailure(prompt=prompt, reason=outcome.message)
-            if isinstance(outcome, BaseException):
+                refused.append(outcome.message)
+            elif isinstance(outcome, BaseException):
                 raise outcome
-            completions.append(outcome)
+            else:
+                completions.append(outcome)
+        if refused:
+            tokens = sum(len(completion.token_ids) for completion in completions)
+            return RolloutFailure(prompt=prompt, reason=refused[0], tokens=tokens)
         texts = self.tokenizer.batch_decode(
             [completion.token_ids[: _content_length(completion)] for completion in completions]
         )

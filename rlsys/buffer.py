@@ -47,9 +47,9 @@ class Buffer:
             raise RuntimeError(f"reserve without a free slot: {self.capacity} of {self.capacity} are taken")
         self._slots.append(_Slot(index))
 
-    def replace(self, failed: int, index: int) -> None:
-        """Give the slot of a failed prompt to another one; it keeps its place in the queue."""
-        self._find(failed).index = index
+    def replace(self, unused: int, index: int) -> None:
+        """Give the slot of a prompt that came to nothing to another one; it keeps its place in the queue."""
+        self._find(unused).index = index
 
     async def finish(self, index: int, group: TrajectoryGroup) -> None:
         """Fill the slot reserved for a stream index."""

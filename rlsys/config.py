@@ -293,7 +293,8 @@ class TrainConfig(Section):
     updates_per_step: int = Field(default=4, ge=1)
     """Optimizer updates of one step; each takes an equal part of the step's rows."""
     dynamic_sampling_rounds: int = Field(default=0, ge=0)
-    """Groups whose rewards are all equal are replaced by those of the next prompts, so many times at most (DAPO)."""
+    """Groups without a learning signal, such as equal rewards, are replaced by those of the next prompts, in so many
+    rounds at most (DAPO); 0 for never."""
     max_staleness: int = Field(default=0, ge=0)
     """Training steps that may lie between sampling and training; 0 is synchronous."""
     max_failed_rollouts: float = Field(default=0.1, ge=0, le=1)

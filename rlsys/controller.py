@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ import psutil
 from rlsys.buffer import Buffer
 from rlsys.checkpoint import state_to_json, write_json
 from rlsys.config import StageName
+from rlsys.dynamic_sampling import GroupFilter, has_signal
 from rlsys.errors import InterruptedRunError, RlsysError
 from rlsys.evaluation import held_out_metrics, sample_groups
 from rlsys.failures import FailureLimit, verifier_limit
@@ -56,6 +58,16 @@ class Controller:
             train.max_verifier_failures,
             failed=int(counters.get("failed_verifications", 0)),
             total=int(counters.get("verifications", 0)),
+        )
+        self._filtering = GroupFilter(
+            rounds=train.dynamic_sampling_rounds,
+            has_signal=partial(
+                has_signal, objective=parts.config.objective, max_tokens=parts.config.sampling.max_tokens
+            ),
+            verifications=self._verifications,
+            groups=int(counters.get("filtered_groups", 0)),
+            tokens=int(counters.get("filtered_tokens", 0)),
+            unlogged_tokens=int(counters.get("unlogged_tokens", 0)),
         )
 
     def interrupt(self, reason: str) -> None:
@@ -182,11 +194,13 @@ class Controller:
                 with Stopwatch() as waiting:
                     groups = await self._until_stopped(buffer.take())
                 figures = {
-                    **rollout_metrics(groups, self.state.weight_version),
+                    **rollout_metrics(groups, self.state.weight_version, self._filtering.take_unlogged()),
                     "time/rollout_s": waiting.seconds,
                 }
                 figures |= engine_metrics(await parts.pool.search_usage())
                 figures["rollout/failed"] = float(self._rollouts.failed)
+                figures["rollout/filtered"] = float(self._filtering.groups)
+                figures["rollout/filtered_tokens"] = float(self._filtering.tokens)
                 self._verifications.add_verdicts(groups)
                 self._check_staleness(figures["rollout/staleness_max"])
                 beside = await self._batch("online", self.state.step)
@@ -211,9 +225,10 @@ class Controller:
             max_tokens=sampling.max_tokens,
             seed=self._config.run.seed,
         )
-        self._rollouts.total = self._rollouts.failed + self.state.step * train.groups_per_step
-        fraction = self._config.search.fraction
-        producer = Producer(self.parts.pool, self.parts.prompts, buffer, settings, self._rollouts, fraction)
+        trained = self.state.step * train.groups_per_step
+        self._rollouts.total = self._rollouts.failed + self._filtering.groups + trained
+        parts, fraction = self.parts, self._config.search.fraction
+        producer = Producer(parts.pool, parts.prompts, buffer, settings, self._rollouts, fraction, self._filtering)
         task = asyncio.create_task(producer.run())
         task.add_done_callback(self._producer_ended)
         try:
@@ -275,6 +290,9 @@ class Controller:
                 "failed_rollouts": float(self._rollouts.failed),
                 "failed_verifications": float(self._verifications.failed),
                 "verifications": float(self._verifications.total),
+                "filtered_groups": float(self._filtering.groups),
+                "filtered_tokens": float(self._filtering.tokens),
+                "unlogged_tokens": float(self._filtering.unlogged_tokens),
             },
         )
 

@@ -60,10 +60,17 @@ _SPECS = (
     MetricSpec("rollout/completion_length", "tokens", "mean length of the completions"),
     MetricSpec("rollout/completion_length_max", "tokens", "longest completion of the step"),
     MetricSpec("rollout/group_reward_std", "1", "standard deviation of the rewards of a group, mean"),
-    MetricSpec("rollout/zero_advantage_groups", "share", "groups whose rewards are all equal"),
+    MetricSpec("rollout/zero_advantage_groups", "share", "sampled groups whose judged rewards are all equal"),
     MetricSpec("rollout/failed", "groups", "failed rollouts of the run so far, searches included"),
     MetricSpec("rollout/verifier_errors", "trajectories", "verifications that raised or ran out of time"),
-    MetricSpec("rollout/tokens", "tokens", "generated tokens of the step"),
+    MetricSpec("rollout/filtered", "groups", "groups without a learning signal that were replaced, of the run so far"),
+    MetricSpec("rollout/filtered_tokens", "tokens", "tokens that were generated for them"),
+    MetricSpec("rollout/tokens", "tokens", "generated tokens of the step's sampled groups"),
+    MetricSpec(
+        "rollout/generated_tokens",
+        "tokens",
+        "all that engines generated for the step: sampled, searched by all writers, replaced and failed",
+    ),
     MetricSpec(
         "rollout/tokens_per_s", "tokens/s", "generated tokens over the seconds an engine worked, all actors", True
     ),

@@ -23,10 +23,11 @@ SUMMED = (
 )
 
 
-def rollout_metrics(groups: Sequence[TrajectoryGroup], version: int) -> Mapping[str, float]:
+def rollout_metrics(groups: Sequence[TrajectoryGroup], version: int, unused_tokens: int = 0) -> Mapping[str, float]:
     """Names of the metrics registry; only those of the kinds of groups, sampled and searched, that there are.
 
     version: weight version of the learner before the step.
+    unused_tokens: generated for rollouts that none of the groups shows: replaced and failed ones.
     """
     sampled = [group for group in groups if not group.searched]
     searched = [group for group in groups if group.searched]
@@ -34,7 +35,15 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], version: int) -> Mapping[
         **(_sampled_metrics(sampled) if sampled else {}),
         **_staleness(groups, version),
         **(_searched_metrics(searched) if searched else {}),
+        "rollout/generated_tokens": float(unused_tokens + sum(map(generated_tokens, groups))),
     }
+
+
+def generated_tokens(group: TrajectoryGroup) -> int:
+    """What all engines generated for a group: of a tree, what all writers did, cut off and merged nodes included."""
+    if group.searched:
+        return int(group.metrics["tokens"])
+    return sum(trajectory.completion_length for trajectory in group.trajectories)
 
 
 def engine_metrics(usages: Sequence[SearchUsage]) -> Mapping[str, float]:
@@ -67,7 +76,7 @@ def _sampled_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     judged = [t for t in trajectories if t.judged]
     lengths = [t.completion_length for t in trajectories]
-    rewards = [[t.reward for t in group.trajectories] for group in groups]
+    rewards = [[t.reward for t in group.trajectories if t.judged] for group in groups]
     return {
         "rollout/reward": float(np.mean([t.reward for t in judged])) if judged else 0.0,
         "rollout/accuracy": float(np.mean([t.outcome == "ok" and t.reward > 0 for t in trajectories])),
@@ -75,8 +84,8 @@ def _sampled_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
         "rollout/truncated_rate": float(np.mean([t.finish_reason == "length" for t in trajectories])),
         "rollout/completion_length": float(np.mean(lengths)),
         "rollout/completion_length_max": float(np.max(lengths)),
-        "rollout/group_reward_std": float(np.mean([np.std(row) for row in rewards])),
-        "rollout/zero_advantage_groups": float(np.mean([min(row) == max(row) for row in rewards])),
+        "rollout/group_reward_std": float(np.mean([np.std(row) if row else 0.0 for row in rewards])),
+        "rollout/zero_advantage_groups": float(np.mean([len(set(row)) < 2 for row in rewards])),
         "rollout/verifier_errors": float(len(trajectories) - len(judged)),
         "rollout/tokens": float(np.sum(lengths)),
     }

@@ -209,10 +209,14 @@ class TrainingBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutFailure:
-    """A rollout that produced no group. Data, counted; never a traceback in a log."""
+    """A rollout that produced no group. Data, counted; never a traceback in a log.
+
+    tokens: generated for it all the same, as far as that is known.
+    """
 
     prompt: Prompt
     reason: str
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

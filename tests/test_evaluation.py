@@ -188,8 +188,8 @@ def test_rollout_metrics_by_hand() -> None:
     assert found["rollout/completion_length"] == (2 + 6 + 2 + 2) / 4
     assert found["rollout/completion_length_max"] == 6
     assert found["rollout/tokens"] == 12
-    assert found["rollout/group_reward_std"] == pytest.approx((0.5 + 0.05) / 2, rel=1e-12)
-    assert found["rollout/zero_advantage_groups"] == 0
+    assert found["rollout/group_reward_std"] == pytest.approx((0.5 + 0) / 2, rel=1e-12)  # the second has one reward
+    assert found["rollout/zero_advantage_groups"] == 1 / 2
     assert found["rollout/verifier_errors"] == 1
     assert found["rollout/truncated_rate"] == 0
     assert found["rollout/staleness_mean"] == (2 + 0) / 2  # 5 - 3, the oldest of the first group, and 5 - 5

@@ -12,14 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsys.buffer import Buffer
+from rlsys.dynamic_sampling import GroupFilter
 from rlsys.errors import EngineError, TooManyFailuresError
-from rlsys.failures import FailureLimit
+from rlsys.failures import FailureLimit, verifier_limit
 from rlsys.producer import Producer, is_searched
 from rlsys.prompts import PromptBuilder, PromptStream
 from rlsys.types import Prompt, RolloutFailure, SamplingSettings, TrajectoryGroup
 
 
 class Setup:
+    """level: names of the prompts whose groups have no learning signal."""
+
     def __init__(
         self,
         actors: int = 2,
@@ -30,6 +33,9 @@ class Setup:
         failed: int = 0,
         finished: int = 0,
         fraction: float = 0.0,
+        rounds: int = 0,
+        level: Sequence[str] = (),
+        max_verifier_failures: float = 0.1,
     ) -> None:
         self.calls: list[Any] = []
         self.pool = FakePool(actors, self.calls, failing)
@@ -39,7 +45,16 @@ class Setup:
         self.failures = FailureLimit(
             what="rollouts", field="train.max_failed_rollouts", share=share, failed=failed, total=failed + finished
         )
-        self.producer = Producer(self.pool, self.stream, self.buffer, SAMPLING, self.failures, fraction)
+        self.asked: list[str] = []
+        self.filtering = GroupFilter(
+            rounds=rounds, has_signal=self._has_signal, verifications=verifier_limit(max_verifier_failures)
+        )
+        self.level = {f"train-{name}" for name in level}
+        self.producer = Producer(self.pool, self.stream, self.buffer, SAMPLING, self.failures, fraction, self.filtering)
+
+    def _has_signal(self, group: TrajectoryGroup) -> bool:
+        self.asked.append(group.prompt.prompt_id)
+        return group.prompt.prompt_id not in self.level
 
     def during(self, scenario: Callable[[], Awaitable[object]]) -> None:
         """Run a scenario beside the producer; the producer's own error is raised."""

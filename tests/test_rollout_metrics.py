@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fakes import group, prompt, searched_group
+from fakes import group, prompt, searched_group, trajectory
 
 from rlsys.metrics import METRICS
-from rlsys.rollout_metrics import engine_metrics, rollout_metrics
+from rlsys.rollout_metrics import engine_metrics, generated_tokens, rollout_metrics
 from rlsys.trees import SearchUsage, Writer
-from rlsys.types import Demonstration, Preference, StepPreference
+from rlsys.types import Demonstration, Preference, StepPreference, TrajectoryGroup
 
 IDS = np.arange(3, dtype=np.int32)
 PAIR = Preference(chosen_ids=IDS, rejected_ids=IDS, prompt_length=1, common=1)
@@ -25,6 +25,8 @@ STEP = StepPreference(
     rejected_visits=2,
 )
 SHOWN = Demonstration(token_ids=IDS, loss_mask=IDS > 0)
+# Figures of sampled and searched groups together.
+BOTH = {"rollout/staleness_mean", "rollout/staleness_max", "rollout/generated_tokens"}
 
 
 def test_figures_of_trees_by_hand() -> None:
@@ -57,7 +59,7 @@ def test_figures_of_trees_by_hand() -> None:
         "search/step_preferences": 1,
         "search/demonstrations": 1,
     }
-    assert not any(name.startswith("rollout/") and "staleness" not in name for name in found)
+    assert {name for name in found if name.startswith("rollout/")} == BOTH
     assert (found["rollout/staleness_mean"], found["rollout/staleness_max"]) == ((2 + 0) / 2, 2)
 
 
@@ -71,8 +73,8 @@ def test_searched_groups_do_not_touch_the_figures_of_sampled_ones() -> None:
     sampled = [group(prompt("a"), 1), group(prompt("b"), 2, (0.0, 0.0))]
     alone = rollout_metrics(sampled, 2)
     mixed = rollout_metrics([sampled[0], searched_group(prompt("c"), 2, (0.0,) * 5), sampled[1]], 2)
-    assert {name: mixed[name] for name in alone if "staleness" not in name} == {
-        name: value for name, value in alone.items() if "staleness" not in name
+    assert {name: mixed[name] for name in alone if name not in BOTH} == {
+        name: value for name, value in alone.items() if name not in BOTH
     }
     assert not any(name.startswith("search/") for name in alone)
     assert mixed["rollout/staleness_mean"] == pytest.approx((1 + 0 + 0) / 3)
@@ -82,6 +84,28 @@ def test_a_tree_of_another_model_is_never_stale_and_trains_nothing() -> None:
     other = replace(searched_group(prompt("a"), 0, (1.0,)), trajectories=())
     found = rollout_metrics([other], 9)
     assert (found["rollout/staleness_max"], found["search/trained_share"], found["search/reward"]) == (0, 0, 1)
+
+
+def test_every_generated_token_of_a_step_is_counted() -> None:
+    # Sampled: 2 and 6 tokens, of which the unjudged ones were generated too. Trees: 10 tokens, of which 3 and 1 are in
+    # trajectories, and 7 of another model. 5 were generated for what is not here.
+    sampled = TrajectoryGroup(
+        prompt=prompt("a"), trajectories=(trajectory(length=2), trajectory(0, 0.0, "timeout", length=6))
+    )
+    tree = searched_group(prompt("b"))
+    other = replace(searched_group(prompt("c"), tokens=7.0), trajectories=())
+    assert [generated_tokens(found) for found in (sampled, tree, other)] == [8, 10, 7]
+    assert rollout_metrics([sampled, tree, other], 0, 5)["rollout/generated_tokens"] == 8 + 10 + 7 + 5
+    assert rollout_metrics([sampled], 0)["rollout/generated_tokens"] == 8
+
+
+def test_a_group_with_one_verdict_has_no_advantage() -> None:
+    # Two verdicts that differ; one verdict beside a timeout, whose reward of 0 is none; no verdict.
+    lone = TrajectoryGroup(prompt=prompt("a"), trajectories=(trajectory(), trajectory(0, 0.0, "timeout")))
+    none = TrajectoryGroup(prompt=prompt("a"), trajectories=(trajectory(0, 0.0, "error"),) * 2)
+    found = rollout_metrics([group(prompt("a")), lone, none], 0)
+    assert found["rollout/zero_advantage_groups"] == 2 / 3
+    assert found["rollout/group_reward_std"] == pytest.approx(0.5 / 3, rel=1e-12)
 
 
 def test_unjudged_and_forced_tokens_are_not_trained() -> None:

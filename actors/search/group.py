@@ -39,7 +39,8 @@ def build_searched_group(
         trajectories = ()
     metrics = search_metrics(tree)
     if not trajectories and not metrics["scored"]:
-        return RolloutFailure(prompt=prompt, reason=f"no chain of the tree was judged or ended: {_events(tree)}")
+        reason = f"no chain of the tree was judged or ended: {_events(tree)}"
+        return RolloutFailure(prompt=prompt, reason=reason, tokens=tree.tokens)
     number = supervised_chain(tree, extract.supervised, codec)
     return TrajectoryGroup(
         prompt=prompt,

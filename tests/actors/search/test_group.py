@@ -185,15 +185,16 @@ def test_an_unsolved_tree_of_another_model_is_no_failure() -> None:
     [
         tree(node(0, "ab", defect="off_pattern"), node(0, "cd", defect="too_deep"), counts={"off_pattern": 1}),
         grown_by_another(node(0, "ab", defect="truncated")),
-        tree(),
+        tree(tokens=0),
     ],
 )
-def test_a_tree_of_which_nothing_came_is_a_failure_that_says_what_happened(of: Tree) -> None:
+def test_a_tree_of_which_nothing_came_is_a_failure_that_says_what_happened_and_cost(of: Tree) -> None:
     found = build_searched_group(of, PROMPT, CODEC, EXTRACT)
     assert isinstance(found, RolloutFailure)
     assert found.prompt is PROMPT
     expected = "1 off_pattern" if of.counts else "no node could be asked for"
     assert found.reason == f"no chain of the tree was judged or ended: {expected}"
+    assert found.tokens == of.tokens
 
 
 def test_figures_by_hand(caplog: pytest.LogCaptureFixture) -> None:
