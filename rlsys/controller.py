@@ -123,6 +123,8 @@ class Controller:
 
     async def _start_stage(self, stage: StageName) -> None:
         learner, bus = self.parts.learner, self.parts.bus
+        for note in await asyncio.to_thread(self.parts.data.load, stage):
+            self.parts.display.message(note)
         resume = self.checkpoint if self.state.step > 0 else None
         reference = self._reference() if stage == "online" and self._config.reference else None
         scores = self._reference_scores(stage)

@@ -120,10 +120,10 @@ class Batch:
         column = self.columns[name]
         starts = np.asarray(column.offsets, dtype=np.int64)
         values = column.values.slice(int(starts[0]), int(starts[-1] - starts[0]))
-        rows = Ragged[Any](np.zeros(0), starts - starts[0])
-        holes = rows.count(~np.asarray(values.is_valid()))
-        self.refuse(holes > 0, name, "expected no null in the list, found one")
-        return Ragged(values.to_numpy(zero_copy_only=False), rows.starts)
+        if values.null_count:
+            holes: Ragged[np.bool_] = Ragged(~np.asarray(values.is_valid()), starts - starts[0])
+            self.refuse(holes.count(holes.values) > 0, name, "expected no null in the list, found one")
+        return Ragged(values.to_numpy(zero_copy_only=False), starts - starts[0])
 
 
 class RowFile:

@@ -51,6 +51,11 @@ class TrainingData:
         """
         if self._imitated:
             next(iter(self._imitated.values())).check()
+        if "search" in self._config.stages and self._config.search.split == "held_out":
+            raise ConfigError(
+                "search.split is held_out: the stages after the stage search would train on the problems of the "
+                "evaluation; set it to train"
+            )
         extract, pairs = self._config.extract, self._config.objective.preference.pairs
         if "sft" in self._config.stages:
             if self._config.sft.path:
@@ -69,6 +74,15 @@ class TrainingData:
                 raise ConfigError(
                     f"there are no preference pairs: extract.{field} leaves them out; change it, or set preference.path"
                 )
+
+    def load(self, stage: StageName) -> tuple[str, ...]:
+        """Read what a stage needs and was not read before; answers with what the user should know of it."""
+        before = self.notes
+        if stage == "sft":
+            self.rows()
+        if stage == "preference" or (stage == "online" and pairs_online(self._config)):
+            self.pairs()
+        return tuple(note for note in self.notes if note not in before)
 
     @property
     def notes(self) -> tuple[str, ...]:
