@@ -197,12 +197,12 @@ class Controller:
                     groups = await self._until_stopped(buffer.take())
                 figures = {
                     **rollout_metrics(groups, self.state.weight_version, self._filtering.take_unlogged()),
+                    "rollout/filtered": float(self._filtering.groups),
+                    "rollout/filtered_tokens": float(self._filtering.tokens),
                     "time/rollout_s": waiting.seconds,
                 }
                 figures |= engine_metrics(await parts.pool.search_usage())
                 figures["rollout/failed"] = float(self._rollouts.failed)
-                figures["rollout/filtered"] = float(self._filtering.groups)
-                figures["rollout/filtered_tokens"] = float(self._filtering.tokens)
                 self._verifications.add_verdicts(groups)
                 self._check_staleness(figures["rollout/staleness_max"])
                 beside = await self._batch("online", self.state.step)
