@@ -117,14 +117,17 @@ class LearnerRank:
             objective,
             weights,
             chosen_sft=self.stage.stage == "preference" or objective.sft.source == "chosen",
-            kl_weight=objective.kl.weight_at(step, self.stage.steps),
+            kl_weight=objective.kl.weight_at(step, self.stage.steps)
+            if objective.kl.in_reward
+            else weights.get("kl", 0.0),
             max_tokens=self.settings.max_tokens,
             scorer=self,
         )
         deals = [split_updates(part, self.stage.updates_per_step, seed=seed) for part in parts]
         updates = [[unit for part in update for units in part for unit in units] for update in zip(*deals, strict=True)]
-        # The first update starts from the old policy itself; only the later ones need its log-probabilities kept.
-        updates[1:] = [self._with_old(units) for units in updates[1:]]
+        if "policy" in weights:
+            # The first update starts from the old policy itself; only the later ones need its log-probabilities kept.
+            updates[1:] = [self._with_old(units) for units in updates[1:]]
         sums = StepSums(self.settings.device, tuple(weights))
         interval = objective.grad_norm_interval
         measured = bool(interval) and step % interval == 0
@@ -134,16 +137,18 @@ class LearnerRank:
         return sums.reduce(sum(made))
 
     def _update(self, units: list[Unit], weights: dict[str, float], sums: StepSums, measured: bool) -> bool:
-        """One optimizer update of every model; whether there was anything to update the policy with."""
+        """One optimizer update of every model; whether there was anything to update one with."""
         units, denominators = weighted(units, self.settings.objective.policy, self.settings.max_tokens)
         empty = _note_denominators(sums, denominators, weights)
         sums.note("learner/empty_terms", float(empty))
+        made = False
         if self.critic is not None and "value" in weights:
-            self._update_critic(critic_units(units), weights["value"], denominators, sums)
+            made = self._update_critic(self.critic, critic_units(units), weights["value"], denominators.value, sums)
         if "policy" not in weights:
             units = without_policy(units)
+        units = [unit for unit in units if any(row.targets.any() for row in unit.rows)]
         if not units:  # AdamW would move the weights on without a gradient
-            return False
+            return made
         plan = self._plan(units)
         if measured:
             self._measure(plan, weights, sums)
@@ -178,23 +183,25 @@ class LearnerRank:
                 _add_gradient(norms[term], weights[term] * found.loss, parameters)
         _note_norms(sums, {term: norm_of_sums(parts) for term, parts in norms.items()})
 
-    def _update_critic(self, units: list[Unit], weight: float, denominators: Denominators, sums: StepSums) -> None:
-        assert self.critic is not None  # noqa: S101 - asked before
-        if not units:
-            return
+    def _update_critic(
+        self, critic: TrainedModel, units: list[Unit], weight: float, denominator: int, sums: StepSums
+    ) -> bool:
+        if not denominator:
+            return False
         _note_explained_variance(sums, [row for unit in units for row in unit.rows])
         for batch in self._plan(units):
             values, targets = self._values(batch), batch.policy
             if targets is None or targets.values is None or targets.returns is None:
                 found = LossOutput(values.sum() * 0, {})
             else:
-                each = torch.full_like(values, 1 / denominators.tokens)
+                each = torch.full_like(values, 1 / denominator)
                 old, returns = targets.values.to(values), targets.returns.to(values)
                 found = value_loss(values, old, returns, each, clip=self.settings.objective.value.clip)
             sums.add_term("value", found, len(values), weight)
-            self.critic.backward(weight * found.loss, "value loss")
-        norm, _ = self.critic.update()
+            critic.backward(weight * found.loss, "value loss")
+        norm, _ = critic.update()
         sums.note("objective/value_grad_norm", norm)
+        return True
 
     # --- figures of tokens, from forward passes alone ---
 
@@ -322,7 +329,7 @@ def _count(batch: MicroBatch, term: str) -> int:
 
 def _note_denominators(sums: StepSums, found: Denominators, weights: dict[str, float]) -> int:
     """Log what every term is divided by; how many terms have nothing in this update."""
-    by_term = {"policy": found.policy, "kl": found.policy, "value": found.tokens, "sft": found.sft}
+    by_term = {"policy": found.policy, "kl": found.policy, "value": found.value, "sft": found.sft}
     by_term["preference"] = found.pairs
     for term in weights:
         sums.note(f"objective/{term}_denominator", float(by_term[term]))

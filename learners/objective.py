@@ -72,12 +72,12 @@ def token_weights(completion_lengths: Sequence[int], *, aggregation: LossAggrega
 class Denominators:
     """What the terms of an update are divided by: 0 of a term that nothing in the update is for.
 
-    policy: tokens, sequences, or sequences * max_tokens, by aggregation; of kl too. tokens: of the policy term, and of
-    the critic. pairs. sft: tokens.
+    policy: tokens, sequences, or sequences * max_tokens, by aggregation; of kl too. value: tokens with a return. pairs.
+    sft: tokens.
     """
 
     policy: float
-    tokens: int
+    value: int
     pairs: int
     sft: int
 
@@ -87,8 +87,9 @@ def weighted(units: Sequence[Unit], policy: PolicyConfig, max_tokens: int) -> tu
     rows = [row for unit in units for row in unit.rows]
     lengths = [trained(row.policy_mask) for row in rows if row.policy]
     per_row = token_weights(lengths, aggregation=policy.aggregation, max_tokens=max_tokens)
-    tokens, pairs = sum(lengths), sum(unit.pair is not None for unit in units)
+    pairs = sum(unit.pair is not None for unit in units)
     sft = sum(trained(row.sft_mask) for row in rows)
+    value = sum(trained(row.policy_mask) for row in rows if row.policy and row.policy.returns is not None)
     weights = iter(per_row.tolist())
     found = [
         Unit(
@@ -105,11 +106,11 @@ def weighted(units: Sequence[Unit], policy: PolicyConfig, max_tokens: int) -> tu
         for unit in units
     ]
     sequences = {
-        "token_mean": tokens,
+        "token_mean": sum(lengths),
         "sequence_mean": int(np.count_nonzero(lengths)),
         "constant": len(lengths) * max_tokens,
     }
-    return found, Denominators(policy=sequences[policy.aggregation], tokens=tokens, pairs=pairs, sft=sft)
+    return found, Denominators(policy=sequences[policy.aggregation], value=value, pairs=pairs, sft=sft)
 
 
 def joint_loss(
@@ -128,7 +129,7 @@ def joint_loss(
     if batch.policy is not None:
         found["policy"] = _policy_term(logprobs, entropy, batch.policy, objective.policy)
         reference = batch.policy.reference_logprobs
-        if reference is not None and objective.kl.used and not objective.kl.in_reward:
+        if reference is not None and not objective.kl.in_reward:
             own, weights = logprobs.index_select(0, batch.policy.at), batch.policy.weights.to(logprobs)
             found["kl"] = losses.kl_loss(own, reference.to(own), weights, estimator=objective.kl.estimator)
     if batch.pairs is not None:
@@ -147,13 +148,11 @@ def _policy_term(logprobs: Tensor, entropy: Tensor, targets: PolicyTargets, poli
     own, behavior = logprobs.index_select(0, targets.at), targets.behavior_logprobs.to(logprobs)
     advantages, weights = targets.advantages.to(logprobs), targets.weights.to(logprobs)
     metrics: dict[str, Tensor] = {}
-    if policy.decoupled:
-        old = own.detach() if targets.old_logprobs is None else targets.old_logprobs.to(own)
-        if policy.importance_cap is not None:
-            importance, metrics = losses.importance_weights(old, behavior, cap=policy.importance_cap)
-            weights = weights * importance
-    else:
-        old = behavior
+    start = own.detach() if targets.old_logprobs is None else targets.old_logprobs.to(own)
+    old = start if policy.decoupled else behavior
+    if policy.decoupled and policy.importance_cap is not None:
+        importance, metrics = losses.importance_weights(start, behavior, cap=policy.importance_cap)
+        weights = weights * importance
     bounds = {"clip_low": policy.clip_low, "clip_high": policy.clip_high}
     match policy.surrogate:
         case "clip":
@@ -166,7 +165,7 @@ def _policy_term(logprobs: Tensor, entropy: Tensor, targets: PolicyTargets, poli
     if policy.entropy_coef:
         bonus = losses.entropy_loss(entropy.index_select(0, targets.at), targets.weights.to(logprobs))
         loss = loss + policy.entropy_coef * bonus.loss
-    gap = (old - behavior).abs()
+    gap = (start - behavior).abs()
     metrics |= found.metrics | {
         "entropy": entropy.index_select(0, targets.at).detach().sum(),
         "gap": gap.sum(),

@@ -48,12 +48,12 @@ def policy_rows(
 
     Args:
         max_tokens: sampling.max_tokens, for the overlong shaping of rewards.
-        kl_weight: coefficient of the KL term in this step, for kl.in_reward.
+        kl_weight: coefficient of the KL term in this step, in the reward or in the loss; 0 asks no reference policy.
         scorer: asked only for what the objective needs.
     """
     shaped = [_shaped(group, objective.policy, max_tokens) for group in groups]
     found = [_searched_rows(group, objective.policy) if group.searched else _bare_rows(group) for group in shaped]
-    if objective.kl.used:
+    if kl_weight:
         reference = iter(scorer.reference([row for rows in found for row in rows]))
         found = [[_with(row, reference_logprobs=next(reference)) for row in rows] for rows in found]
     sampled = [number for number, group in enumerate(groups) if not group.searched]
@@ -105,7 +105,7 @@ def _with_advantages(
     """Sampled groups with their advantages, and with values and returns where there is a critic."""
     policy, sizes = objective.policy, [len(rows) for rows in groups]
     flat = [row for rows in groups for row in rows]
-    if objective.kl.in_reward:
+    if objective.kl.in_reward and kl_weight:
         flat = [_with(row, old_logprobs=old) for row, old in zip(flat, scorer.old(flat), strict=True)]
     penalties = [_penalty(row, objective, kl_weight) for row in flat]
     returns: list[np.ndarray] | None = None

@@ -40,6 +40,7 @@ MAXIMA = {
     "gap_max": "learner/logprob_gap_max",
     "is_ratio_max": "learner/importance_max",
 }
+IMPORTANCE = ("learner/importance_mean", "learner/importance_max", "learner/importance_truncated")
 
 
 class StepSums:
@@ -99,7 +100,11 @@ class StepSums:
         found["learner/tokens"] = sums["real"]
         if sums["padded"]:
             found["learner/padding_share"] = 1 - sums["real"] / sums["padded"]
-        return found | (self._all_reduce(self._maxima, dist.ReduceOp.MAX) if self._maxima else {})
+        found |= self._all_reduce(self._maxima, dist.ReduceOp.MAX) if self._maxima else {}
+        if not found.get("learner/importance_max"):  # ratios are positive: there were none
+            for name in IMPORTANCE:
+                found.pop(name, None)
+        return found
 
     def _all_reduce(self, values: Mapping[str, float], operation: Any) -> dict[str, float]:
         names = sorted(values)

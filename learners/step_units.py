@@ -38,7 +38,7 @@ def step_units(
     Args:
         weights: of the terms that the step has; nothing is made, or scored, for others.
         chosen_sft: whether the term sft trains the chosen side of pairs.
-        kl_weight: for kl.in_reward. max_tokens: sampling.max_tokens.
+        kl_weight: of the KL term in the step, in the reward or in the loss. max_tokens: sampling.max_tokens.
     """
     chosen_sft = chosen_sft and "sft" in weights
     groups = _policy_units(batch.groups, objective, weights, kl_weight, max_tokens, scorer)

@@ -411,6 +411,11 @@ class Config(Section):
                         f"search.{name} {found} differs from sampling.{name} {expected}, at which the learner trains "
                         f"what the policy writes (search.fraction above 0): leave search.{name} out or make them equal"
                     )
+        if self.objective.policy.overlong_buffer > self.sampling.max_tokens:
+            raise ValueError(
+                f"objective.policy.overlong_buffer {self.objective.policy.overlong_buffer} exceeds "
+                f"sampling.max_tokens {self.sampling.max_tokens}"
+            )
         self._check_objective()
         self._check_stages()
         scratch = self.model.from_scratch

@@ -139,6 +139,10 @@ class ObjectiveConfig(Section):
             raise ValueError("policy.estimator gae needs a critic: set value.weight above 0")
         if self.value.used and policy.estimator != "gae":
             raise ValueError(f"value.weight is for policy.estimator gae, found {policy.estimator}")
+        if self.value.used and not policy.used:
+            raise ValueError("value.weight trains a critic for the policy term, whose policy.weight is 0")
+        if self.value.warmup_steps and not self.value.used:
+            raise ValueError("value.warmup_steps is for a critic: set value.weight above 0, or leave it out")
         smoothed = preference.label_smoothing or preference.adaptive_smoothing
         if preference.loss == "ipo" and smoothed:
             raise ValueError("preference.label_smoothing and adaptive_smoothing are for loss dpo, found ipo")

@@ -66,6 +66,6 @@ def term_weights(objective: ObjectiveConfig, settings: StageSettings, step: int)
     found = {name: getattr(objective, name).weight_at(step, settings.steps) for name in names}
     if step < objective.value.warmup_steps:
         found.pop("policy", None)
-    if "policy" not in found or objective.kl.in_reward:
+    if not found.get("policy") or objective.kl.in_reward:
         found.pop("kl", None)
     return {name: weight for name, weight in found.items() if weight > 0}

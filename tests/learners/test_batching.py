@@ -1,10 +1,7 @@
-"""Rows, parts, micro-batch plans and the shift to targets."""
+"""Parts, micro-batch plans and the shift to targets."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,285 +9,212 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from joint_samples import flags, floats, ids, mixed_units, policy_row, sft_row
 
-from learners.batching import (
-    Row,
-    collate,
-    plan_micro_batches,
-    rows_from_demonstrations,
-    rows_from_groups,
-    split_updates,
-)
-from rlsys.types import Demonstration, Outcome, Prompt, Step, Trajectory, TrajectoryGroup, VersionSpan
+from learners.batching import collate, plan_micro_batches, split_updates
+from learners.rows import Pair, Row, Unit
 
 
-def make_row(tokens: list[int], mask: list[int], logprobs: list[float], advantage: float) -> Row:
-    return Row(
-        token_ids=np.array(tokens, dtype=np.int32),
-        loss_mask=np.array(mask, dtype=bool),
-        behavior_logprobs=np.array(logprobs, dtype=np.float32),
-        advantages=np.full(len(tokens), advantage, dtype=np.float32),
-    )
+def alone(*rows: Row) -> list[Unit]:
+    return [Unit(rows=(row,)) for row in rows]
 
 
-def make_group(*results: tuple[Outcome, float]) -> TrajectoryGroup:
-    trajectories = tuple(
-        Trajectory(
-            token_ids=np.array([1, 2, 10 + index], dtype=np.int32),
-            loss_mask=np.array([False, False, True]),
-            behavior_logprobs=np.array([0.0, 0.0, -index], dtype=np.float32),
-            versions=(VersionSpan(start=2, version=0),),
-            finish_reason="stop",
-            reward=reward,
-            outcome=outcome,
-            answered=True,
-        )
-        for index, (outcome, reward) in enumerate(results)
-    )
-    prompt = Prompt(prompt_id="p", token_ids=np.array([1, 2], dtype=np.int32), answer="")
-    return TrajectoryGroup(prompt=prompt, trajectories=trajectories)
-
-
-def test_rows_of_groups_carry_advantages_and_leave_failures_out():
-    # valid rewards 1, 0: mean 1/2. The timeout's reward of 9 counts nowhere.
-    group = make_group(("ok", 1.0), ("timeout", 9.0), ("wrong", 0.0), ("error", math.nan))
-    rows, nothing = rows_from_groups([group, make_group(("error", 0.0), ("error", 0.0))], use_std=False)
-    assert [row.advantages.tolist() for row in rows] == [[0.5] * 3, [-0.5] * 3]
-    assert [row.token_ids[2] for row in rows] == [10, 12]
-    assert [row.behavior_logprobs[2] for row in rows] == [0.0, -2.0]
-    assert nothing == []
-
-
-def test_rows_of_groups_divide_by_the_standard_deviation():
-    # deviations +-1/2: sum of squares 1/2 over n - 1 = 1: std sqrt(1/2)
-    ((better, worse),) = rows_from_groups([make_group(("ok", 1.0), ("wrong", 0.0))], use_std=True)
-    assert better.advantages.tolist() == [np.float32(0.5 / (math.sqrt(0.5) + 1e-6))] * 3
-    assert (worse.advantages == -better.advantages).all()
-
-
-def test_rows_of_demonstrations():
-    mask = np.array([False, True, True])
-    (row,) = rows_from_demonstrations([Demonstration(token_ids=np.array([4, 5, 6], dtype=np.int32), loss_mask=mask)])
-    assert (row.advantages.tolist(), row.length, row.loss_tokens) == ([1.0] * 3, 3, 2)
-    assert row.loss_mask.tolist() == [False, True, True]
-    assert row.behavior_logprobs.tolist() == [0.0, 0.0, 0.0]
-
-
-def test_collate_by_hand():
+def sides(chosen: list[int], rejected: list[int], start: int, *, sft: list[int] | None = None) -> Unit:
+    """A pair that is scored from `start` on."""
     rows = [
-        make_row([5, 6, 7, 8], [0, 0, 1, 1], [0, 0, -0.5, -0.25], 2.0),
-        make_row([9, 6, 7], [0, 0, 1], [0, 0, -1.5], -1.0),
+        Row(token_ids=ids(*tokens), preference_mask=np.arange(len(tokens)) >= start) for tokens in (chosen, rejected)
     ]
-    batch = collate(rows, pad_id=3)
+    if sft is not None:
+        rows[0] = replace(rows[0], sft_mask=flags(*sft), sft_weight=0.25)
+    return Unit(rows=(rows[0], rows[1]), pair=Pair(reference=(-3.0, -5.0), smoothing=0.1, weight=0.5))
+
+
+def test_collate_of_policy_rows_by_hand():
+    first = policy_row([5, 6, 7, 8], [0, 0, 1, 1], [9, 9, 2, -2], behavior_logprobs=floats(0, 0, -0.5, -0.25))
+    second = policy_row([9, 6, 7], [0, 0, 1], [0, 0, -1], behavior_logprobs=floats(0, 0, -1.5))
+    assert first.policy is not None and second.policy is not None
+    first = replace(first, policy=replace(first.policy, weight=0.125))
+    second = replace(second, policy=replace(second.policy, weight=0.5))
+    batch = collate(alone(first, second), pad_id=3)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 6, 7, 3]]
     # target column s is token s + 1
     assert batch.loss_mask.tolist() == [[False, True, True], [False, True, False]]
-    assert batch.behavior_logprobs.tolist() == [[0, -0.5, -0.25], [0, -1.5, 0]]
-    assert batch.behavior_logprobs[batch.loss_mask].tolist() == [-0.5, -0.25, -1.5]
-    assert batch.row_ids.tolist() == [0, 0, 1]
-    assert batch.advantages.tolist() == [2.0, 2.0, -1.0]
     assert batch.first_target == 1  # token 2 is the first one trained; logits 1 and 2 predict all targets
+    assert (batch.targets, batch.real_tokens) == (3, 7)
+    assert batch.policy is not None
+    assert batch.policy.at.tolist() == [0, 1, 2]
+    assert batch.policy.row_ids.tolist() == [0, 0, 1]
+    assert batch.policy.behavior_logprobs.tolist() == [-0.5, -0.25, -1.5]
+    assert batch.policy.advantages.tolist() == [2.0, -2.0, -1.0]
+    assert batch.policy.weights.tolist() == [0.125, 0.125, 0.5]
+    assert (batch.policy.old_logprobs, batch.policy.reference_logprobs, batch.policy.values) == (None, None, None)
+    assert (batch.sft, batch.pairs) == (None, None)
     assert (batch.input_ids.dtype, batch.loss_mask.dtype) == (torch.int64, torch.bool)
-    assert (batch.behavior_logprobs.dtype, batch.advantages.dtype) == (torch.float32, torch.float32)
+    assert (batch.policy.weights.dtype, batch.policy.advantages.dtype) == (torch.float32, torch.float32)
+
+
+def test_what_is_known_of_every_row_comes_along_and_what_is_known_of_some_does_not():
+    known = {"old_logprobs": floats(0, -1, -2), "values": floats(0, 0.5, 0.25), "returns": floats(0, 1, 2)}
+    row = policy_row([5, 6, 7], [0, 1, 1], [0, 1, 1], **known, reference_logprobs=floats(7, -3, -4))
+    batch = collate(alone(row, row), pad_id=0).policy
+    assert batch is not None
+    found = [batch.old_logprobs, batch.reference_logprobs, batch.values, batch.returns]
+    assert [None if x is None else x.tolist() for x in found] == [
+        [-1.0, -2.0] * 2,
+        [-3.0, -4.0] * 2,
+        [0.5, 0.25] * 2,
+        [1.0, 2.0] * 2,
+    ]
+    # A row of a searched group has no values: the whole has none, rather than a shifted part.
+    mixed = collate(alone(row, policy_row([5, 6], [0, 1], [0, 1])), pad_id=0).policy
+    assert mixed is not None
+    assert (mixed.values, mixed.returns) == (None, None)
+
+
+def test_collate_of_mixed_units_by_hand():
+    # Rows: a pair (chosen imitated from its second token on, compared from its third), a demonstration, a policy row.
+    units = [
+        sides([5, 6, 7, 8], [5, 6, 9], 2, sft=[0, 1, 1, 1]),
+        *alone(replace(sft_row([1, 2, 3], [0, 1, 0]), sft_weight=0.25), policy_row([4, 4, 4], [0, 0, 1], [0, 0, 1])),
+    ]
+    batch = collate(units, pad_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 9, 0], [1, 2, 3, 0], [4, 4, 4, 0]]
+    # Targets in row-major order: 6 7 8 | 9 | 2 | 4
+    assert batch.loss_mask.int().tolist() == [[1, 1, 1], [0, 1, 0], [1, 0, 0], [0, 1, 0]]
+    assert batch.first_target == 0
+    assert batch.policy is not None and batch.sft is not None and batch.pairs is not None
+    assert (batch.policy.at.tolist(), batch.policy.row_ids.tolist()) == ([5], [3])
+    assert batch.sft.at.tolist() == [0, 1, 2, 4]
+    assert batch.sft.weights.tolist() == [0.25] * 4
+    assert batch.pairs.at.tolist() == [1, 2, 3]
+    assert batch.pairs.segments.tolist() == [0, 0, 1]
+    assert batch.pairs.reference.tolist() == [-3.0, -5.0]
+    assert (batch.pairs.smoothing.tolist(), batch.pairs.weights.tolist()) == ([0.1], [0.5])
+
+
+def test_segments_of_pairs_interleave():
+    # Other rows between the pairs, of other terms, move nothing.
+    pairs = [sides([1, 2, 3], [1, 4], 1), sides([5, 6], [5, 7, 8], 1)]
+    units = [pairs[0], *alone(sft_row([9, 9, 9], [0, 1, 1])), pairs[1]]
+    found = collate(units, pad_id=0)
+    assert found.pairs is not None
+    # targets: 2 3 | 4 | 9 9 | 6 | 7 8
+    assert found.pairs.at.tolist() == [0, 1, 2, 5, 6, 7]
+    assert found.pairs.segments.tolist() == [0, 0, 1, 2, 3, 3]
+    assert found.input_ids[:, 1:][found.loss_mask][found.pairs.at].tolist() == [2, 3, 4, 6, 7, 8]
+
+
+def test_a_row_of_a_pair_may_be_imitated_alone():
+    # The step has no preference term: one row, and no pair to number.
+    batch = collate(alone(sft_row([1, 2, 3], [0, 1, 1])), pad_id=0)
+    assert batch.sft is not None
+    assert (batch.policy, batch.pairs, batch.sft.at.tolist()) == (None, None, [0, 1])
 
 
 def test_the_first_token_is_never_a_target():
-    # it has no prediction; the denominator must not count it either
-    row = make_row([5, 6, 7], [1, 0, 1], [-1, 0, -2], 1.0)
-    batch = collate([row], pad_id=0)
-    assert row.loss_tokens == int(batch.loss_mask.sum()) == 1
-    assert batch.loss_mask.tolist() == [[False, True]]
+    # It has no prediction, in no term.
+    rows = [
+        policy_row([5, 6, 7], [1, 0, 1], [1, 1, 1], behavior_logprobs=floats(-1, 0, -2)),
+        sft_row([5, 6, 7], [1, 1, 0]),
+    ]
+    batch = collate([*alone(*rows), sides([5, 6], [5, 7], 0)], pad_id=0)
+    assert batch.loss_mask.tolist() == [[False, True], [True, False], [True, False], [True, False]]
+    assert batch.policy is not None and batch.sft is not None and batch.pairs is not None
+    assert (batch.policy.at.tolist(), batch.policy.behavior_logprobs.tolist()) == ([0], [-2.0])
+    assert (batch.sft.at.tolist(), batch.pairs.at.tolist()) == ([1], [2, 3])
 
 
 def test_nothing_to_train_still_makes_a_batch():
     empty = collate([], pad_id=3)
     assert empty.input_ids.tolist() == [[3, 3]]
     assert empty.loss_mask.tolist() == [[False]]
-    assert (empty.advantages.tolist(), empty.row_ids.tolist(), empty.first_target) == ([], [], 0)
-    single = collate([make_row([5], [1], [-1], 1.0)], pad_id=3)
+    assert (empty.policy, empty.sft, empty.pairs) == (None, None, None)
+    assert (empty.targets, empty.real_tokens, empty.first_target) == (0, 0, 0)
+    single = collate(alone(policy_row([5], [1], [1])), pad_id=3)
     assert (single.input_ids.tolist(), single.loss_mask.tolist()) == ([[5, 3]], [[False]])
-    untrained = collate([make_row([5, 6, 7, 8], [0, 0, 0, 0], [0, 0, 0, 0], 1.0)], pad_id=3)
+    assert single.policy is not None
+    assert (single.policy.at.tolist(), single.policy.row_ids.tolist()) == ([], [])
+    untrained = collate(alone(policy_row([5, 6, 7, 8], [0, 0, 0, 0], [1, 1, 1, 1])), pad_id=3)
     assert untrained.first_target == 2  # the last column: one logit of one position is enough
 
 
-def test_advantages_are_those_of_the_targets_and_nothing_else_is_read():
-    row = make_row([5, 6, 7, 8], [0, 1, 0, 1], [0, -1, 0, -2], 0.0)
-    spoiled = replace(row, advantages=np.array([np.nan, 0.5, np.nan, -0.25], dtype=np.float32))
-    batch = collate([spoiled, make_row([5, 6], [0, 1], [0, -3], 2.0)], pad_id=0)
+def test_a_row_without_targets_moves_no_other():
+    row = policy_row([5, 6], [0, 1], [0, 2])
+    batch = collate(alone(policy_row([7, 8], [0, 0], [1, 1]), row, sft_row([7, 8], [0, 0]), row), pad_id=0)
+    assert batch.policy is not None and batch.sft is not None
+    assert (batch.policy.at.tolist(), batch.policy.row_ids.tolist()) == ([0, 1], [1, 3])
+    assert batch.sft.at.tolist() == batch.sft.weights.tolist() == []
+
+
+def test_figures_are_those_of_the_targets_and_nothing_else_is_read():
+    nan = np.nan
+    row = policy_row([5, 6, 7, 8], [0, 1, 0, 1], [nan, 0.5, nan, -0.25], behavior_logprobs=floats(nan, -1, nan, -2))
+    batch = collate(alone(row, policy_row([5, 6], [0, 1], [nan, 2])), pad_id=0).policy
+    assert batch is not None
     assert batch.advantages.tolist() == [0.5, -0.25, 2.0]
-    assert batch.row_ids.tolist() == [0, 0, 1]
+    assert batch.behavior_logprobs.tolist() == [-1.0, -2.0, -2.0]
 
 
-def make_searched(
-    *chains: tuple[Sequence[int], Outcome, float], forced: Sequence[int] = (), samples: Mapping[int, int] | None = None
-) -> TrajectoryGroup:
-    """Trajectories over nodes of two tokens, 10 n and 10 n + 1, after a prompt of two.
-
-    forced: nodes whose first token the policy did not choose.
-    """
-    trajectories = []
-    for nodes, outcome, reward in chains:
-        tokens = [1, 2, *(token for node in nodes for token in (10 * node, 10 * node + 1))]
-        mask = [False, False, *(flag for node in nodes for flag in (node not in forced, True))]
-        steps = tuple(
-            Step(
-                node=node,
-                parent=parent,
-                start=2 + 2 * place,
-                stop=4 + 2 * place,
-                type="thinking",
-                samples=(samples or {}).get(node, 1),
-                visits=0,
-                value=None,
-            )
-            for place, (parent, node) in enumerate(itertools.pairwise((0, *nodes)))
-        )
-        trajectories.append(
-            Trajectory(
-                token_ids=np.array(tokens, dtype=np.int32),
-                loss_mask=np.array(mask),
-                behavior_logprobs=np.where(mask, -np.array(tokens), 0).astype(np.float32),
-                versions=(VersionSpan(start=2, version=0),),
-                finish_reason="stop",
-                reward=reward,
-                outcome=outcome,
-                answered=True,
-                steps=steps,
-            )
-        )
-    prompt = Prompt(prompt_id="p", token_ids=np.array([1, 2], dtype=np.int32), answer="")
-    return TrajectoryGroup(prompt=prompt, trajectories=tuple(trajectories), searched=True)
+def test_places_of_every_term_point_at_its_own_tokens():
+    # Each term's targets, looked up through `at`, are the tokens under its own mask, row by row.
+    units = mixed_units()
+    rows = [row for unit in units for row in unit.rows]
+    batch = collate(units, pad_id=0)
+    targets = batch.input_ids[:, 1:][batch.loss_mask]
+    assert batch.policy is not None and batch.sft is not None and batch.pairs is not None
+    for at, masks in (
+        (batch.policy.at, [row.policy_mask for row in rows]),
+        (batch.sft.at, [row.sft_mask for row in rows]),
+        (batch.pairs.at, [row.preference_mask for row in rows]),
+    ):
+        expected = [row.token_ids[1:][mask[1:]] for row, mask in zip(rows, masks, strict=True) if mask is not None]
+        assert targets[at].tolist() == np.concatenate(expected).tolist()
 
 
-def trained(rows: Sequence[Row]) -> list[tuple[int, float]]:
-    """(token, advantage) of all targets that a batch of the rows trains."""
-    batch = collate(rows, pad_id=0)
-    return list(zip(batch.input_ids[:, 1:][batch.loss_mask].tolist(), batch.advantages.tolist(), strict=True))
+# --- parts ---
 
 
-def test_searched_rows_by_hand():
-    # Node 1 holds 2 (right) and 3 (wrong): V(1) = 1/2; node 4 was right: V(4) = 1; V(0) = 3/4.
-    group = make_searched(([1, 2], "ok", 1.0), ([1, 3], "wrong", 0.0), ([4], "ok", 1.0), forced=[2, 4])
-    (rows,) = rows_from_groups([group], use_std=False)
-    assert [row.token_ids.tolist() for row in rows] == [[1, 2, 10, 11, 20, 21], [1, 2, 10, 11, 30, 31], [1, 2, 40, 41]]
-    # Node 1 is trained by the first row alone; the first tokens of 2 and 4 were put there.
-    assert trained(rows) == [(10, -0.25), (11, -0.25), (21, 0.5), (30, -0.5), (31, -0.5), (41, 0.25)]
-    # Denominators count the same targets.
-    assert [row.loss_tokens for row in rows] == [3, 2, 1]
-    assert rows[1].behavior_logprobs.tolist() == [0, 0, -10, -11, -30, -31]
-
-
-def test_a_node_drawn_three_times_weighs_three_times_as_much_within_its_group():
-    # V(1) = 1, V(2) = 0, drawn 3 times and once: V(0) = 3/4, A(1) = 1/4, A(2) = -3/4. Two trained tokens each, so the
-    # mean of the draws is (3 + 3 + 1 + 1) / 4 = 2: the weights are 3/2 and 1/2, and 3/8 - 3/8 = 0 as for four samples.
-    group = make_searched(([1], "ok", 1.0), ([2], "wrong", 0.0), samples={1: 3})
-    (rows,) = rows_from_groups([group], use_std=False)
-    assert trained(rows) == [(10, 0.375), (11, 0.375), (20, -0.375), (21, -0.375)]
-    # Of the group of four samples that it stands for, the weights sum to the number of tokens all the same.
-    (same,) = rows_from_groups(
-        [make_searched(([1], "ok", 1.0), ([2], "wrong", 0.0), samples={1: 6, 2: 2})], use_std=False
-    )
-    assert trained(same) == trained(rows)
-
-
-def test_a_searched_row_in_which_nothing_is_left_to_train_is_dropped():
-    # The second trajectory ends in a node that the first goes on from; the third was never judged, nor is its node.
-    group = make_searched(([1, 2], "ok", 1.0), ([1], "wrong", 0.0), ([3], "error", math.nan))
-    (rows,) = rows_from_groups([group], use_std=False)
-    assert [row.token_ids.tolist() for row in rows] == [[1, 2, 10, 11, 20, 21]]
-    # V(2) = 1, the end at node 1 is 0: V(1) = 1/2, the only child of the prompt.
-    assert trained(rows) == [(10, 0.0), (11, 0.0), (20, 0.5), (21, 0.5)]
-
-
-def test_an_unjudged_trajectory_leaves_its_shared_nodes_to_the_next_one():
-    group = make_searched(([1, 2], "timeout", 9.0), ([1, 3], "ok", 1.0), ([4], "wrong", 0.0))
-    (rows,) = rows_from_groups([group], use_std=False)
-    assert trained(rows) == [(10, 0.5), (11, 0.5), (30, 0.0), (31, 0.0), (40, -0.5), (41, -0.5)]
-
-
-def test_tokens_of_no_node_are_not_trained():
-    group = make_searched(([1], "ok", 1.0), ([2], "wrong", 0.0))
-    longer = [
-        replace(
-            trajectory,
-            token_ids=np.append(trajectory.token_ids, 99).astype(np.int32),
-            loss_mask=np.append(trajectory.loss_mask, True),
-            behavior_logprobs=np.append(trajectory.behavior_logprobs, -1).astype(np.float32),
-        )
-        for trajectory in group.trajectories
-    ]
-    (rows,) = rows_from_groups([replace(group, trajectories=tuple(longer))], use_std=False)
-    assert trained(rows) == [(10, 0.5), (11, 0.5), (20, -0.5), (21, -0.5)]
-
-
-def test_a_searched_group_without_trajectories_gives_no_rows():
-    assert rows_from_groups([make_searched()], use_std=True) == [[]]
-
-
-@given(data=st.data(), use_std=st.booleans())
-def test_every_node_of_a_judged_trajectory_is_trained_exactly_once(data, use_std):
-    # Paths to nodes of a random tree; a node may be the end of several trajectories and the middle of others.
-    parents = [0, *(data.draw(st.integers(0, number - 1)) for number in range(1, data.draw(st.integers(2, 9))))]
-
-    def path(node: int) -> list[int]:
-        return [*path(parents[node]), node] if node else []
-
-    ends = data.draw(st.lists(st.integers(1, len(parents) - 1), min_size=1, max_size=6))
-    results = st.tuples(st.sampled_from(["ok", "wrong", "error"]), st.sampled_from([0.0, 0.5, 1.0]))
-    chains = [(path(end), *data.draw(results)) for end in ends]
-    forced = data.draw(st.lists(st.integers(1, 9)))
-    (rows,) = rows_from_groups([make_searched(*chains, forced=forced)], use_std=use_std)
-    nodes = {node for nodes, outcome, _ in chains if outcome != "error" for node in nodes}
-    expected = sorted(
-        token for node in nodes for token in (10 * node, 10 * node + 1) if token // 10 not in forced or token % 10
-    )
-    assert sorted(token for token, _ in trained(rows)) == expected
-    assert all(row.loss_tokens for row in rows)
-
-
-@given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=20), data=st.data(), seed=st.integers(0, 99))
-def test_split_keeps_groups_whole_and_even(sizes, data, seed):
-    updates = data.draw(st.integers(1, len(sizes)))
-    groups = [
-        [make_row([group, member], [0, 1], [0, 0], 1.0) for member in range(size)] for group, size in enumerate(sizes)
-    ]
+@given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=20), updates=st.integers(1, 25), seed=st.integers(0, 99))
+def test_split_deals_everything_evenly(sizes, updates, seed):
+    groups = [[(number, member) for member in range(size)] for number, size in enumerate(sizes)]
     parts = split_updates(groups, updates, seed=seed)
-    homes = [{int(row.token_ids[0]) for row in part} for part in parts]
     assert len(parts) == updates
-    assert sum(len(part) for part in parts) == sum(sizes)
-    assert sum(len(home) for home in homes) == sum(size > 0 for size in sizes)  # no group in two parts
-    if min(sizes) > 0:
-        assert max(map(len, homes)) - min(map(len, homes)) <= 1
-    again = split_updates(groups, updates, seed=seed)
-    assert [[id(row) for row in part] for part in again] == [[id(row) for row in part] for part in parts]
+    assert sorted(map(id, (group for part in parts for group in part))) == sorted(map(id, groups))
+    counts = [len(part) for part in parts]
+    assert max(counts) - min(counts) <= 1  # empty ones where there are more updates than groups
+    assert split_updates(groups, updates, seed=seed) == parts
 
 
 def test_split_shuffles_by_its_seed():
-    groups = [[make_row([group, 0], [0, 1], [0, 0], 1.0)] for group in range(32)]
-    orders = {tuple(int(row.token_ids[0]) for row in split_updates(groups, 1, seed=(0, step))[0]) for step in range(5)}
+    orders = {tuple(split_updates(range(32), 1, seed=(0, step))[0]) for step in range(5)}
     assert len(orders) == 5
     assert tuple(range(32)) not in orders
 
 
-def test_split_refuses_more_updates_than_groups():
+def test_split_refuses_no_updates():
     with pytest.raises(ValueError, match=r"train\.updates_per_step"):
-        split_updates([[], []], 3, seed=0)
+        split_updates([[], []], 0, seed=0)
 
 
-def padded(batch: list[int], lengths: list[int]) -> int:
-    return len(batch) * max((lengths[row] for row in batch), default=0)
+# --- plans ---
+
+
+def padded(batch: list[int], lengths: list[int], heights: list[int] | None = None) -> int:
+    rows = len(batch) if heights is None else sum(heights[unit] for unit in batch)
+    return rows * max((lengths[row] for row in batch), default=0)
 
 
 @given(
-    lengths=st.lists(st.integers(1, 200), max_size=60),
+    units=st.lists(st.tuples(st.integers(1, 200), st.integers(1, 2)), max_size=60),
     ranks=st.integers(1, 5),
     budget=st.integers(1, 1500),
 )
-def test_plan_properties(lengths, ranks, budget):
-    plan = plan_micro_batches(lengths, ranks=ranks, budget_tokens=budget)
+def test_plan_properties(units, ranks, budget):
+    lengths, heights = [length for length, _ in units], [height for _, height in units]
+    plan = plan_micro_batches(lengths, ranks=ranks, budget_tokens=budget, heights=heights)
     batches = [batch for share in plan for batch in share]
-    costs = [padded(batch, lengths) for batch in batches]
-    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    costs = [padded(batch, lengths, heights) for batch in batches]
+    assert sorted(unit for batch in batches for unit in batch) == list(range(len(lengths)))
     assert len(plan) == ranks
     assert len({len(share) for share in plan}) == 1
     assert len(plan[0]) >= 1
@@ -298,9 +222,17 @@ def test_plan_properties(lengths, ranks, budget):
     # every rank has work where there is enough, and no rank has more than one micro-batch too much
     if len(lengths) >= ranks:
         assert all(any(share) for share in plan)
-    loads = [sum(padded(batch, lengths) for batch in share) for share in plan]
+    loads = [sum(padded(batch, lengths, heights) for batch in share) for share in plan]
     assert max(loads) - min(loads) <= max(costs) - min(costs)
-    assert plan == plan_micro_batches(lengths, ranks=ranks, budget_tokens=budget)
+    assert plan == plan_micro_batches(lengths, ranks=ranks, budget_tokens=budget, heights=heights)
+
+
+def test_plan_counts_the_rows_of_pairs():
+    # 4 pairs of 10 tokens in 40: two pairs a pass, not four.
+    assert plan_micro_batches([10] * 4, ranks=1, budget_tokens=40, heights=[2] * 4) == [[[0, 1], [2, 3]]]
+    assert plan_micro_batches([10] * 4, ranks=1, budget_tokens=40) == [[[0, 1, 2, 3]]]
+    # A pair beside two single rows: 4 rows of 10 in a budget of 40, on two ranks two rows each.
+    assert plan_micro_batches([10] * 3, ranks=2, budget_tokens=40, heights=[2, 1, 1]) == [[[0]], [[1, 2]]]
 
 
 def test_plan_of_equal_rows_by_hand():
