@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,19 @@ class LevelRun(Run):
     """All rewards are equal in the group of every prompt but each third of the stream."""
 
     def __init__(self, run_dir: Path, failing: tuple[str, ...] = (), **train: Any) -> None:
-        settings = config(stages=["online"], train=train, checkpoint={"interval": 1})
+        settings = config(stages=["online"], train=train, checkpoint={"interval": 2})
         super().__init__(run_dir, settings, failing)
         self.generate, self.pool.generate = self.pool.generate, self.level
+        self.learn, self.learner.train = self.learner.train, self.learning
         builder = PromptBuilder(self.task, lambda text: [1] * len(text), max_model_len=256, max_tokens=8)
         stream = PromptStream(builder, 0)
         self.index = {stream.prompt(index).prompt_id: index for index in range(100)}
+
+    async def learning(self, *arguments: Any) -> dict[str, float]:
+        """Rollouts go on meanwhile, so that groups are filtered between the figures of a step and its checkpoint."""
+        for _ in range(100):
+            await asyncio.sleep(0)
+        return await self.learn(*arguments)
 
     async def level(self, actor: int, prompts: Any, settings: Any) -> Any:
         return [self._leveled(found) for found in await self.generate(actor, prompts, settings)]
@@ -86,16 +94,19 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])
 def test_the_counts_survive_every_checkpoint_and_add_up(max_staleness: int, tmp_path: Path) -> None:
     train = {"dynamic_sampling_rounds": 2, "max_steps": 6, "max_staleness": max_staleness}
-    first = LevelRun(tmp_path, ("train-1@1",), **train).interrupted_at(3)
+    first = LevelRun(tmp_path, ("train-1@1",), **train).interrupted_at(4)
     second = LevelRun(tmp_path, ("train-1@1",), **train)
     second()
     trained = [index for step in first.trained + second.trained for index in step]
     assert len(trained) == len(set(trained)) == 12
-    for step, state in enumerate(second.saved().values(), start=1):
+    saved = second.saved().values()
+    assert [state.step for state in saved] == [2, 4, 6]
+    assert any(state.counters["unlogged_tokens"] for state in saved) == (max_staleness > 0)
+    for state in saved:
         counters = state.counters
         gone = counters["filtered_groups"] + counters["failed_rollouts"]
-        assert state.cursor == 2 * step + gone + len(state.in_flight)
-        assert not set(state.in_flight) & set(trained[: 2 * step])
+        assert state.cursor == 2 * state.step + gone + len(state.in_flight)
+        assert not set(state.in_flight) & set(trained[: 2 * state.step])
         assert counters["filtered_tokens"] == 4 * counters["filtered_groups"] > 0
     generated = sum(tokens for (tokens,) in figures(tmp_path, "rollout/generated_tokens"))
     assert generated == 4 * 12 + figures(tmp_path, "rollout/filtered_tokens")[-1][0]
