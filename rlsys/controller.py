@@ -118,6 +118,7 @@ class Controller:
         if not parts.search.is_complete(policy):
             await self._start_stage("search")
             await self._publish_if_new()
+            self._check_stopped()
         figures = await parts.search.run(policy, self._stop)
         parts.metrics.log("search", 0, self.state.weight_version, figures)
 

@@ -131,6 +131,28 @@ def test_check_finds_a_tag_that_the_tokenizer_loses(
     assert run(*given, "search.fraction=0.5")[0] == 0  # the shipped tags are not lost
 
 
+def test_check_reads_the_data_files(run, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(config(tmp_path / "run")))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    given = ("check", str(tmp_path / "config.yaml"), "stages=[sft]", f"sft.path={rows}")
+    code, output, _ = run(*given)
+    assert code == 0 and "sft: 1 rows\n" in output
+    rows.write_text(json.dumps({"prompt": "a", "completion": 3}) + "\n")
+    assert run(*given)[::2] == (
+        2,
+        f"error: sft.path {rows}, row 1, column completion: expected text, found int '3'\n",
+    )
+    assert run(*given[:3], "sft.path=rows.csv")[2] == "error: sft.path rows.csv: expected a .jsonl or .parquet file\n"
+
+
+def test_the_last_stage_names_the_section_to_continue_with(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    path = {"path": "rows.jsonl", "max_steps": 7}
+    values = config(tmp_path).model_dump() | {"stages": ["sft"], "sft": path}
+    assert report.finished(parse_config(values, "test")).endswith("config.yaml sft.max_steps=14")
+
+
 def start_at(stage: int, step: int, checkpoint: Path | None) -> Start:
     return Start(RunState(stage=stage, step=step, weight_version=step, cursor=0), checkpoint)
 

@@ -141,6 +141,7 @@ def test_a_preference_row(extracted: tuple[Path, dict[str, Any]], codec: TagCode
     common = [*codec.prompt(QUESTION), *codec.encode("<thinking>ab")]
     assert row["prompt_length"] == len(codec.prompt(QUESTION))
     assert row["common_prefix"] == len(common)
+    assert (row["chosen_visits"], row["rejected_visits"]) == (2, 4)  # of the two thinking nodes
     for side in ("chosen", "rejected"):
         token_ids, mask = row[f"{side}_ids"], row[f"{side}_loss_mask"]
         assert token_ids[: len(common)] == common and token_ids[-1] == codec.end_token_id

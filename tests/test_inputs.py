@@ -101,3 +101,57 @@ def test_the_fingerprint_follows_data_model_and_tokenizer(model: Path, tmp_path:
     assert changed(rows(20), other) == {TOKENIZER}
     (other / "config.json").write_text((model / "config.json").read_text().replace("100.0", "200.0"))
     assert changed(rows(20), other) == {TOKENIZER, "model.path"}
+
+
+FILES = {"stages": ["sft", "preference"], "objective": {"preference": {"weight": 1.0}}}
+
+
+def with_files(folder: Path, rows_: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> Config:
+    for name, lines in (("sft", rows_), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    paths = {"sft": {"path": str(folder / "sft.jsonl")}, "preference": {"path": str(folder / "pairs.jsonl")}}
+    return config(folder, rows(20), **FILES, **paths)
+
+
+TEXT = {"prompt": "<user>a<assistant>", "completion": "bc"}
+SIDES = {"prompt": "<user>a<assistant>", "chosen": "bc", "rejected": "bd"}
+
+
+def test_data_files_are_read_with_the_tokenizer_of_the_policy(model: Path, tmp_path: Path) -> None:
+    inputs = Inputs(with_files(tmp_path, [TEXT], [SIDES, {**SIDES, "rejected": "bc"}]), model)
+    assert inputs.notes == [
+        "sft: 1 rows",
+        "preference: 1 pairs",
+        f"preference.path {tmp_path / 'pairs.jsonl'}: 1 of 2 pairs left out: 1 whose sides are equal",
+    ]
+    row = inputs.data.batch("sft", 0).demonstrations[0]
+    # Special tokens in the text are tokens, none is added before it, and the end token follows.
+    assert (len(row.token_ids), row.loss_mask.tolist()) == (6, [False] * 3 + [True] * 3)
+    pair = inputs.data.batch("preference", 0).pairs[0]
+    assert (pair.prompt_length, pair.common, len(pair.chosen_ids)) == (3, 4, 6)
+    assert pair.chosen_ids[-1] == row.token_ids[-1]
+
+
+def test_bad_data_files_are_found_before_the_start(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sft\.path .*, row 1, column completion: 34 tokens .*max_model_len is 32"):
+        Inputs(with_files(tmp_path, [{**TEXT, "completion": "b" * 30}], [SIDES]), model)
+    bad = with_files(tmp_path, [TEXT], [{"prompt": "a"}])
+    with pytest.raises(ConfigError, match=r"preference\.path .* expected the columns chosen_ids \+ "):
+        Inputs(bad, model)
+    Inputs(bad, model, training=False)  # an evaluation does not need them
+
+
+def test_the_fingerprint_follows_the_data_files(model: Path, tmp_path: Path) -> None:
+    before = Inputs(with_files(tmp_path, [TEXT], [SIDES]), model).fingerprint()
+    assert set(before) == {"task.path", "model.path", TOKENIZER, "sft.path", "preference.path"}
+    now = Inputs(with_files(tmp_path, [TEXT, TEXT], [SIDES]), model).fingerprint()
+    assert {name for name in before if now[name] != before[name]} == {"sft.path"}
+
+
+def test_demonstrations_beside_rollouts_are_checked_too(model: Path, tmp_path: Path) -> None:
+    long, sft = rows(26, solution="s" * 40), {"weight": 0.5, "source": "demonstrations", "rows_per_step": 5}
+    with pytest.raises(ConfigError, match=r"demonstration of train/26 has 47 tokens"):
+        Inputs(config(tmp_path, long, stages=["online"], objective={"sft": sft}), model)
+    inputs = Inputs(config(tmp_path, rows(26), objective={"sft": sft}), model)
+    sizes = [len(inputs.data.batch(stage, 0).demonstrations) for stage in ("warm_start", "online")]
+    assert sizes == [2, 5]

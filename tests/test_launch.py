@@ -126,6 +126,34 @@ def test_actors_that_are_never_asked_to_search_know_nothing_of_it(
     assert pools[0][2:] == ("policy", {})
 
 
+def test_the_stage_search_has_what_decides_its_trees_and_nothing_of_what_is_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "writer_digests", lambda models: {f"search.{name}.path": "w" for name in models})
+    found = config(stages=["search", "sft"], search={"reviewer": REVIEWER}, sft={"path": "rows.jsonl"})
+    data = SimpleNamespace(fingerprint=lambda: {"sft.path": "d"})
+    inputs = SimpleNamespace(data=data, fingerprint=lambda: {"task.path": "t", "sft.path": "d"})
+    session: Any = SimpleNamespace(
+        config=found,
+        run_dir=tmp_path,
+        model=Path("policy"),
+        inputs=inputs,
+        searching=Searching(beside=tuple(engines(found).values())),
+        to_search=["a prompt"],
+        display="display",
+    )
+    pool: Any = "pool"
+    stage = launch._search_stage(session, pool)
+    assert stage.folder == tmp_path / "stages" / "search"
+    assert stage.inputs == {"task.path": "t", "search.reviewer.path": "w"}
+    assert (stage.prompts, stage.pool, stage.model) == (["a prompt"], "pool", Path("policy"))
+
+
+def test_the_heading_counts_the_trees_of_the_stage_search() -> None:
+    found = config(stages=["warm_start", "search", "sft"], search={"prompts": 9}, sft={"max_steps": 4})
+    assert launch._totals(found) == {"warm_start": 300, "search": 9, "sft": 4}
+
+
 class Started:
     """What grow_trees does, in order; nothing is started."""
 

@@ -268,6 +268,20 @@ def test_a_finished_search_is_passed_by_and_a_later_stage_never_sees_it(tmp_path
     assert third.rows().count(("search", 0)) == 1
 
 
+def test_an_interruption_before_the_first_tree_begins_none(tmp_path: Path) -> None:
+    run, _ = searching(tmp_path, config(stages=["search", "sft"], sft=files(tmp_path)["sft"]))
+    update = run.pool.update_weights
+
+    async def publish(actor: int, *arguments: Any) -> Any:
+        run.controller.interrupt("SIGINT")
+        return await update(actor, *arguments)
+
+    run.pool.update_weights = publish
+    with pytest.raises(InterruptedRunError, match="SIGINT"):
+        run()
+    assert run.only("grow") == []
+
+
 def test_the_anchor_after_a_search_is_the_policy_before_it(tmp_path: Path) -> None:
     sections = files(tmp_path) | {"objective": {"kl": {"weight": 0.1}}, "train": {"max_steps": 1}}
     run, _ = searching(tmp_path, config(stages=["warm_start", "search", "online"], **sections))

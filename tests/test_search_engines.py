@@ -122,3 +122,10 @@ def test_the_plan_shows_the_engines_and_their_gpus(capsys: pytest.CaptureFixture
     shown = " ".join(capsys.readouterr().out.split())
     assert "resource plan: 4 actors, 3 of search.reviewer, 1 learner ranks" in shown
     assert "│ all │ GPUs │ 11 │" in shown  # 4 + 3 * 2 + 1
+
+
+def test_the_stage_search_asks_the_actors_of_a_training_run_for_trees() -> None:
+    for stages in (["search", "sft"], ["warm_start", "search", "preference", "online"]):
+        found = config(stages=stages, objective={"sft": {"weight": 1.0, "source": "demonstrations"}})
+        assert searches_in_training(found) and describes_a_search(found)
+    assert not searches_in_training(config(stages=["warm_start", "online"]))

@@ -95,6 +95,22 @@ def test_rejected_chains_share_the_shortest_prefix() -> None:
     assert sides(extract.preference_pairs(golden(), ExtractConfig(pairs_per_tree=9), CODEC)) == expected
 
 
+def test_the_visits_of_a_pair_are_those_of_the_branches_in_which_it_parts() -> None:
+    pairs = extract.preference_pairs(golden(), ExtractConfig(pairs_per_tree=9), CODEC)
+    # Against aabbX: ehhhu and effffw part from it in nodes 1 and 8, aabcdz in 2 and 5, aabby in the answers.
+    assert [(pair.chosen_visits, pair.rejected_visits) for pair in pairs] == [(4, 5), (4, 5), (2, 2), (1, 1)]
+
+
+def test_nodes_of_equal_tokens_are_no_branches() -> None:
+    # Both nodes "a" have other visits (2 and 3) than the answers in which the chains part.
+    of = tree(
+        node(0, "a"), answer(1, "b", "ok"), answer(1, "d", "wrong"),
+        node(0, "a", backtrack=True), answer(4, "c", "wrong", samples=3),
+    )  # fmt: skip
+    pair = extract.preference_pairs(of, ExtractConfig(), CODEC)[0]
+    assert (sides([pair]), pair.chosen_visits, pair.rejected_visits) == ([("^qab$", "^qac$", 3)], 1, 3)
+
+
 def test_pairs_follow_the_rule_of_the_chosen_side() -> None:
     # Against ^qeffffXx$ (longest, 8): aabcdz (7) is closer in length than aabby (6), the prompt is all they share.
     pairs = extract.preference_pairs(golden(), ExtractConfig(chosen="longest", pairs_per_tree=2), CODEC)
@@ -112,6 +128,7 @@ def test_a_chain_that_begins_with_the_other_differs_in_the_end_token() -> None:
     pair = extract.preference_pairs(one, ExtractConfig(), CODEC)[0]
     assert sides([pair]) == [("^qab$", "^qabc$", 4)]
     assert pair.prompt_length == 2
+    assert (pair.chosen_visits, pair.rejected_visits) == (1, 1)  # of the answers, not of the node before, which has 2
 
 
 def test_chains_of_equal_tokens_are_no_pair() -> None:
