@@ -1,0 +1,53 @@
+"""Cells of an experiment: a training run and what was measured of it, kept so that none is done twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RLSYS = Path(sys.executable).parent / "rlsys"
+
+
+def trained(run_dir: Path, config: Path, overrides: Sequence[str]) -> float:
+    """Make a run, or continue it; answers with the seconds of all its commands. A finished one is left as it is.
+
+    Another config or other overrides are another run: that of before is an error, not a result.
+    """
+    record = run_dir / "cell.json"
+    asked = [hashlib.sha256(config.read_bytes()).hexdigest(), *map(str, overrides)]
+    found = json.loads(record.read_text()) if record.exists() else {"asked": asked, "seconds": 0.0, "done": False}
+    if found["asked"] != asked:
+        sys.exit(f"{run_dir} was made with other settings; move it away, or choose another --folder")
+    if not found["done"]:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(found))
+        print(f"== {run_dir}", flush=True)
+        started = time.monotonic()
+        subprocess.run([RLSYS, "train", str(config), f"run.dir={run_dir}", *overrides], check=True)
+        found |= {"seconds": found["seconds"] + time.monotonic() - started, "done": True}
+        record.write_text(json.dumps(found))
+    return float(found["seconds"])
+
+
+def evaluated(policy: Path, config: Path, overrides: Sequence[str], output: Path) -> dict[str, Any]:
+    """The figures of `rlsys evaluate` for a policy folder, measured once."""
+    if not output.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = output.with_suffix(".tmp")
+        command = ["evaluate", str(policy), f"--config={config}", f"--output={temporary}", *overrides]
+        subprocess.run([RLSYS, *command], check=True, stdout=subprocess.DEVNULL)
+        temporary.rename(output)
+    found: dict[str, Any] = json.loads(output.read_text())
+    return found
+
+
+def metrics(run_dir: Path, stage: str) -> list[dict[str, Any]]:
+    """The rows of a stage."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["stage"] == stage]
