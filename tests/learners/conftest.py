@@ -1,8 +1,20 @@
-"""Hypothesis judges results, not speed: a busy machine must not fail a test."""
+"""Hypothesis judges results, not speed: a busy machine must not fail a test. And a process group of one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
 from hypothesis import settings
 
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    """What is summed over ranks is summed over one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
