@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlsys.config import Config, StageName
+from rlsys.data_files import REPORT
 from rlsys.demonstrations import DemonstrationStream, Epochs
-from rlsys.errors import ConfigError
+from rlsys.errors import ConfigError, DataError
 from rlsys.training_rows import PairRows, Reader, SupervisedRows
 from rlsys.types import Demonstration, Preference, TrainingBatch
 
@@ -106,20 +109,24 @@ class TrainingData:
     def rows(self) -> SupervisedRows:
         """Of the stage sft."""
         if self._rows is None:
-            path, source = self._config.sft.path, "sft.path"
+            path = self._config.sft.path
             if path is None:
-                path, source = str(self._searched / "supervised.parquet"), SEARCHED
-            self._rows = self._reader.supervised(path, source)
+                with _report_named(self._searched):
+                    self._rows = self._reader.supervised(str(self._searched / "supervised.parquet"), SEARCHED)
+            else:
+                self._rows = self._reader.supervised(path, "sft.path")
         return self._rows
 
     def pairs(self) -> PairRows:
         """Of the stage preference, and of the online stage where its pairs are of a file."""
         if self._pairs is None:
-            path, source = self._config.preference.path, "preference.path"
+            path = self._config.preference.path
             if path is None:
                 name = "preferences" if self._config.objective.preference.pairs == "chains" else "step_preferences"
-                path, source = str(self._searched / f"{name}.parquet"), SEARCHED
-            self._pairs = self._reader.pairs(path, source)
+                with _report_named(self._searched):
+                    self._pairs = self._reader.pairs(str(self._searched / f"{name}.parquet"), SEARCHED)
+            else:
+                self._pairs = self._reader.pairs(path, "preference.path")
         return self._pairs
 
     def batch(self, stage: StageName, step: int) -> TrainingBatch:
@@ -141,6 +148,15 @@ class TrainingData:
     def _positions(self, name: str, size: int, step: int, count: int) -> list[int]:
         epochs = self._epochs.setdefault(name, Epochs(size, self._config.run.seed))
         return [epochs.position(index) for index in range(step * count, (step + 1) * count)]
+
+
+@contextlib.contextmanager
+def _report_named(folder: Path) -> Iterator[None]:
+    """Say in errors where it stands what the trees of the stage `search` gave."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{error.message}; {folder / REPORT} tells what the trees gave") from None
 
 
 def imitates(config: Config) -> list[StageName]:
