@@ -13,7 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-long lint lock clean
+.PHONY: help install quickstart reproduce test test-long lint lock clean
 
 help: ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -22,6 +22,9 @@ install: .venv/.installed ## create .venv and install the project (the other tar
 
 quickstart: .venv/.installed ## run the main job: warm start and RL on the tiny letter-counting model
 	$(BIN)/rlsys train configs/quickstart.yaml $(ARGS)
+
+reproduce: .venv/.installed ## the paper's ablation and the joint objective against GRPO, into docs/results.md; about 3 hours on 2 cores
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/reproduce.py --write $(ARGS)
 
 test: .venv/.installed ## run the tests, under 8 minutes on 2 cores
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" $(ARGS)
