@@ -13,7 +13,6 @@ Limit: the joint arm reaches the accuracy that GRPO has at its end with at most 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, where a file would hide the package `actors`
 sys.path.append(str(ROOT / "benchmarks"))
 
+import results_page  # noqa: E402
 from cells import metrics, trained  # noqa: E402
 
 CONFIG = ROOT / "configs" / "joint_online.yaml"
@@ -76,18 +76,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/joint_online_benchmark"))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    parser.add_argument("--write", action="store_true", help=f"write {results_page.PAGE} and its figures")
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
     rates = {arm: best_rate(folder, arm) for arm in ARMS}
     curves = {arm: [curve(folder, arm, seed, rates[arm]) for seed in arguments.seeds] for arm in ARMS}
-    print("\n".join(lines(arguments.seeds, rates, curves)))
     shares = [joint.tokens_to(end_of(grpo)) / grpo.tokens[-1] for grpo, joint in zip(*curves.values(), strict=True)]
     mean = float(np.mean(shares))
-    print(f"\ntokens of the joint arm to GRPO's last accuracy: mean {mean:.3f} of GRPO's (limit {LIMIT})")
-    if arguments.output:
+    shown = [
+        *lines(arguments.seeds, rates, curves),
+        "",
+        f"Tokens of the joint arm to GRPO's last accuracy: {mean:.3f} of GRPO's, mean of the seeds (limit {LIMIT}).",
+    ]
+    print("\n".join(shown))
+    if arguments.write:
         found = {arm: [{key: getattr(c, key).tolist() for key in c.__slots__} for c in curves[arm]] for arm in ARMS}
-        arguments.output.write_text(json.dumps({"rates": rates, "curves": found, "shares": shares}) + "\n")
+        results_page.keep("joint_online", {"rates": rates, "curves": found, "shares": shares, "lines": shown})
     return int(not mean <= LIMIT)
 
 

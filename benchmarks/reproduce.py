@@ -14,6 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, where a file would hide the package `actors`
 sys.path.append(str(ROOT / "benchmarks"))
 
+import results_page  # noqa: E402
 from cells import evaluated, metrics, trained  # noqa: E402
 
 from rlsys import extraction  # noqa: E402
 from rlsys.config_file import load_config  # noqa: E402
-from rlsys.evaluation import Estimate, mean_difference, mean_over_prompts  # noqa: E402
+from rlsys.evaluation import mean_difference, mean_over_prompts  # noqa: E402
 
 CONFIGS = {
     "letter_count": ROOT / "configs" / "marco_o1_v2_offline.yaml",
@@ -37,7 +39,6 @@ SWEPT = "letter_count"
 ALPHAS = (0.0, 0.5, 1.0, 1.5, 2.0)
 SEEDS = (0, 1, 2)
 PROBLEMS = 1024
-PAGE, FIGURES = ROOT / "docs" / "results.md", ROOT / "docs" / "results.json"
 # Which right chain is the chosen side, eps, alpha, prefix masking.
 CELLS: dict[str, tuple[str, float, float, bool]] = {
     "+DPO": ("longest", 0.0, 0.0, False),
@@ -55,7 +56,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/reproduce"), help="where the runs are kept")
     parser.add_argument("--tasks", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}, {FIGURES.name} and the pictures")
+    parser.add_argument("--write", action="store_true", help=f"write {results_page.PAGE} and its figures")
     arguments = parser.parse_args()
     started = time.monotonic()
     found: dict[str, dict[str, list[Figures]]] = {}
@@ -64,9 +65,10 @@ def main() -> int:
             for name, figures in of_seed(task, seed, arguments.folder.absolute()).items():
                 found.setdefault(task, {}).setdefault(name, []).append(figures)
     for task, cells in found.items():
-        print(f"\n{task}\n\n" + table(cells))
-    if SWEPT in found:
-        print("\n" + sweep_table(found[SWEPT]))
+        result = {"seeds": arguments.seeds, "problems": PROBLEMS, "rows": rows_of(cells)}
+        print(f"\n{task}\n\n{results_page.ablation_table(result)}")
+        if arguments.write:
+            results_page.keep(f"ablation_{task}", result)
     print(f"{time.monotonic() - started:.0f} s", file=sys.stderr)
     return 0
 
@@ -135,50 +137,30 @@ def values(cells: Sequence[Figures], mode: str, name: str) -> np.ndarray:
     return np.concatenate([np.array(cell[mode][name]) for cell in cells])
 
 
-def table(found: Mapping[str, Sequence[Figures]]) -> str:
-    """Accuracy, no-answer rate, length, chosen log-probability; differences are paired by problem and seed."""
-    names = [name for name in found if not name.startswith("alpha")]
-    lines = [
-        "| | greedy accuracy | greedy no answer | no answer against the row before | sampled accuracy "
-        "| sampled no answer | no answer against the row before | tokens | log p(chosen), first and last steps |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for number, name in enumerate(names):
-        cells, row = found[name], [name]
-        for mode in MODES:
-            missing = values(cells, mode, "no_answer_rate")
-            row += [_mean(cells, mode, "accuracy"), _mean(cells, mode, "no_answer_rate")]
-            before = values(found[names[number - 1]], mode, "no_answer_rate") if number else missing
-            row.append(_interval(mean_difference(missing, before), "+") if number else "")
-        row.append(f"{values(cells, 'sampled', 'completion_length').mean():.1f}")
-        logprobs = [cell["chosen_logprob"] for cell in cells if "chosen_logprob" in cell]
-        row.append(" to ".join(f"{value:.1f}" for value in np.mean(logprobs, axis=0)) if logprobs else "")
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+def rows_of(found: Mapping[str, Sequence[Figures]]) -> dict[str, Any]:
+    """Every cell's figures with intervals; no-answer rates against the row before it, paired by problem and seed."""
+    rows: dict[str, Any] = {}
+    before: str | None = None
+    for name, cells in found.items():
+        row: dict[str, Any] = {mode: _of_mode(cells, mode) for mode in MODES}
+        if not name.startswith("alpha"):
+            for mode in MODES if before else ():
+                of_both = [values(found[each], mode, "no_answer_rate") for each in (name, str(before))]
+                row[mode]["against_the_row_before"] = asdict(mean_difference(*of_both))
+            before = name
+        for key in ("seconds", "chosen_logprob", "margin"):
+            if key in cells[0]:
+                row[key] = np.mean([cell[key] for cell in cells], axis=0).tolist()
+        rows[name] = row
+    return rows
 
 
-def sweep_table(found: Mapping[str, Sequence[Figures]]) -> str:
-    lines = [
-        "| alpha | greedy accuracy | greedy no answer | sampled accuracy | sampled no answer |",
-        "|---|---|---|---|---|",
-    ]
-    for alpha in ALPHAS:
-        cells = found[f"alpha {alpha:g}"]
-        row = [_mean(cells, mode, name) for mode in MODES for name in ("accuracy", "no_answer_rate")]
-        lines.append(f"| {alpha:g} | " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _mean(cells: Sequence[Figures], mode: str, name: str) -> str:
-    """Mean with its interval, and the lowest and the highest seed."""
-    found = values(cells, mode, name)
-    of_seeds = [np.mean(cell[mode][name]) for cell in cells]
-    text = _interval(mean_over_prompts(found.reshape(-1, 1)))
-    return f"{text[:-1]}; {min(of_seeds):.3f} to {max(of_seeds):.3f})" if len(cells) > 1 else text
-
-
-def _interval(found: Estimate, sign: str = "") -> str:
-    return f"{found.mean:{sign}.3f} ({found.low:{sign}.3f} to {found.high:{sign}.3f})"
+def _of_mode(cells: Sequence[Figures], mode: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"tokens": float(values(cells, mode, "completion_length").mean())}
+    for name in ("accuracy", "no_answer_rate"):
+        estimate = mean_over_prompts(values(cells, mode, name).reshape(-1, 1))
+        row[name] = asdict(estimate) | {"seeds": [float(np.mean(cell[mode][name])) for cell in cells]}
+    return row
 
 
 if __name__ == "__main__":
