@@ -1,12 +1,13 @@
 """One rank of a learner without Ray: runs the jobs of a JSON file one after another.
 
-Usage: learner_child.py RANK RANKS JOBS. A job says how the policy is partitioned, where it starts, which
-training steps it makes and where the result is saved.
+Usage: learner_child.py RANK RANKS JOBS. A job says how the models are partitioned, where they start, which training
+steps they make, where the result is saved, and which model at the end meets gradients and losses that are not finite.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import weakref
@@ -15,24 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from learners.rank_settings import RankSettings, learner_environment
 from rlsys.config import LearnerConfig, OptimizerConfig
+from rlsys.errors import NonFiniteLossError
 from rlsys.objective_config import ObjectiveConfig
 from rlsys.stage_settings import StageSettings
 from rlsys.types import Demonstration, Preference, Prompt, TrainingBatch, Trajectory, TrajectoryGroup, VersionSpan
 
 PROMPT = 10
 TEMPERATURE = 0.8
-KL_COEF = 0.01
 STEPS = 50
-OBJECTIVE = {
-    "kl": {"weight": KL_COEF},
-    "preference": {"weight": 0.5, "label_smoothing": 0.1, "source": "file"},
-    "sft": {"weight": 0.7},
+OBJECTIVE: dict[str, Any] = {
+    "kl": {"weight": 0.01},
+    "preference": {"weight": 0.5, "beta": 0.1, "label_smoothing": 0.1, "source": "file"},
+    "sft": {"weight": 0.7, "source": "chosen"},
     "grad_norm_interval": 1,
 }
-CRITIC = {"policy": {"estimator": "gae"}, "value": {"weight": 0.5}}
+CRITIC: dict[str, Any] = {"policy": {"estimator": "gae"}, "value": {"weight": 0.5}}
 
 
 def rows(rng: np.random.Generator, count: int) -> list[Demonstration]:
@@ -65,11 +67,6 @@ def _group(rng: np.random.Generator, size: int) -> TrajectoryGroup:
     return TrajectoryGroup(prompt=prompt, trajectories=trajectories)
 
 
-def online_groups(step: int) -> list[TrajectoryGroup]:
-    """What an online step trains on; follows from the step."""
-    return groups(np.random.default_rng(step), 5, 4)
-
-
 def pairs(rng: np.random.Generator, count: int) -> list[Preference]:
     """Pairs with a common prefix, and what some reference policy said of them."""
     found = []
@@ -91,11 +88,11 @@ def pairs(rng: np.random.Generator, count: int) -> list[Preference]:
 
 
 def batch(step: int) -> TrainingBatch:
-    """Even steps: pairs and demonstrations; odd ones: trajectories. Follows from the step."""
+    """Something for every term. Follows from the step."""
     rng = np.random.default_rng(step)
-    if step % 2:
-        return TrainingBatch(groups=tuple(online_groups(step)))
-    return TrainingBatch(demonstrations=tuple(rows(rng, 13)), pairs=tuple(pairs(rng, 7)))
+    return TrainingBatch(
+        groups=tuple(groups(rng, 3, 4)), demonstrations=tuple(rows(rng, 5)), pairs=tuple(pairs(rng, 5))
+    )
 
 
 def train(learner: Any, job: dict[str, Any]) -> None:
@@ -106,6 +103,28 @@ def train(learner: Any, job: dict[str, Any]) -> None:
         folder = job["save"].get(str(step + 1))
         if folder:
             save(learner, Path(folder), figures)
+
+
+def spoil(learner: Any, job: dict[str, Any]) -> None:
+    """Gradients of one model that are infinite on one rank, then a loss that is NaN there. All ranks must notice."""
+    model = getattr(learner, job["spoil"])
+    step = job["last"]
+    if learner.settings.rank == 0:
+        first = next(model.module.parameters())
+        hook = first.register_hook(lambda gradient: gradient * math.inf)
+    refused(learner, batch(step), step, "gradient norm")
+    if learner.settings.rank == 0:
+        hook.remove()
+    pair = replace(pairs(np.random.default_rng(0), 1)[0], chosen_reference=math.nan)
+    refused(learner, TrainingBatch(pairs=(pair,)), step, "joint loss is nan on rank|the loss of another rank")
+    save(learner, Path(job["spoiled"]), {})
+
+
+def refused(learner: Any, spoiled: TrainingBatch, step: int, message: str) -> None:
+    updates = learner.policy.updates
+    with pytest.raises(NonFiniteLossError, match=message):
+        learner.train(spoiled, step, step + 1)
+    assert learner.policy.updates == updates
 
 
 def save(learner: Any, folder: Path, figures: dict[str, float]) -> None:
@@ -136,6 +155,9 @@ def run(learner: Any, job: dict[str, Any]) -> None:
     learner.start_stage(stage, start, resume, Path(job.get("reference", job["model"])))
     assert earlier() is None, "the model of the earlier stage is still in memory"
     train(learner, job)
+    if "spoil" in job:
+        learner.stage = replace(stage, updates_per_step=1)
+        spoil(learner, job)
 
 
 def main(rank: int, ranks: int, jobs_file: Path) -> None:
