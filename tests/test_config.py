@@ -90,11 +90,11 @@ def test_a_mistake_is_one_line_with_the_field_and_what_was_found(
 
 def test_a_searched_group_is_trained_by_the_token() -> None:
     def values(fraction: float) -> dict[str, Any]:
-        return minimal(search={"fraction": fraction}, objective={"loss_aggregation": "sequence_mean"})
+        return minimal(search={"fraction": fraction}, objective={"policy": {"aggregation": "sequence_mean"}})
 
     message = problem(values(0.25))
-    assert "search.fraction 0.25 needs objective.loss_aggregation token_mean, found sequence_mean" in message
-    assert parse_config(values(0.0), "test").objective.loss_aggregation == "sequence_mean"
+    assert "search.fraction 0.25 needs objective.policy.aggregation token_mean, found sequence_mean" in message
+    assert parse_config(values(0.0), "test").objective.policy.aggregation == "sequence_mean"
 
 
 @pytest.mark.parametrize("name", ["temperature", "top_p"])

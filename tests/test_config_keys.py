@@ -40,9 +40,15 @@ def test_some_keys() -> None:
     assert Key("run.device", "cpu | cuda", "cpu", "Where engines and learner ranks compute.") in keys
     assert [key.default for key in keys if key.name == "task.type"] == ["letter_count", "blocksworld", "dataset"]
     assert [key.default for key in keys if key.name == "run.dir"] == ["required"]
-    # The warm start's optimizer has defaults of its own.
+    # The optimizer of every stage has defaults of its own.
     rates = {key.name: key.default for key in keys if key.name.endswith("learning_rate")}
-    assert rates == {"warm_start.optimizer.learning_rate": "0.001", "train.optimizer.learning_rate": "0.0001"}
+    assert rates == {
+        "warm_start.optimizer.learning_rate": "0.001",
+        "sft.optimizer.learning_rate": "0.0001",
+        "preference.optimizer.learning_rate": "2e-05",
+        "train.optimizer.learning_rate": "0.0001",
+        "train.critic_optimizer.learning_rate": "0.0003",
+    }
 
 
 def test_keys_of_mappings_and_lists_of_sections() -> None:
@@ -80,7 +86,11 @@ def test_keys_of_alternatives_name_the_alternative() -> None:
         ("search.nodes.mine.tagg", "did you mean search.nodes.NAME.tag? `rlsys keys` shows all"),
         ("train.max_step", "did you mean train.max_steps? `rlsys keys` shows all"),
         ("trains", "did you mean train? `rlsys keys` shows all"),
-        ("max_steps", "did you mean train.max_steps or warm_start.max_steps? `rlsys keys` shows all"),
+        (
+            "max_steps",
+            "did you mean preference.max_steps or sft.max_steps or train.max_steps or warm_start.max_steps? "
+            "`rlsys keys` shows all",
+        ),
         ("task.split", "it belongs to another task.type; `rlsys keys task` shows all"),
         ("qqqq", "`rlsys keys` shows all"),
     ],
