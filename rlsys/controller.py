@@ -148,7 +148,6 @@ class Controller:
         key = {
             "policy": self.parts.policy_digest(self._reference()),
             "mask_prefix_dpo": preference.mask_prefix_dpo,
-            "temperature": self._config.sampling.temperature,
         }
         path = self.parts.run_dir / "stages" / f"{stage}.references.json"
         return ReferenceScores(path, self.parts.data.pairs(), key)

@@ -45,10 +45,17 @@ def _term_specs() -> list[MetricSpec]:
             MetricSpec(f"{name}_weight", "1", f"weight of the term {term} in this step"),
             MetricSpec(f"{name}_denominator", unit, f"what the term {term} is divided by in an update, mean"),
             MetricSpec(f"{name}_share", "share", f"of all targets and pairs of the step, those of the term {term}"),
-            MetricSpec(f"{name}_grad_norm", "1", f"norm of the weighted gradient of the term {term}, last layer"),
-            MetricSpec(f"{name}_grad_share", "share", f"that of the term {term}, over the sum of all terms"),
+            MetricSpec(f"{name}_grad_norm", "1", f"norm of the weighted gradient of the term {term}, {_where(term)}"),
         ]
+        if term != "value":
+            share = f"that of the term {term}, over the sum of those of all terms"
+            found.append(MetricSpec(f"{name}_grad_share", "share", share))
     return found
+
+
+def _where(term: str) -> str:
+    """The critic has a model of its own, and its whole gradient is known anyway."""
+    return "all of the critic" if term == "value" else "in the last layer, now and then"
 
 
 _SPECS = (
