@@ -2,7 +2,7 @@
 
 Every side trains the same rows (demonstrations of configs/quickstart.yaml with made-up rewards) by the clipped
 policy loss, in micro-batches of the same plan, one optimizer update after another: forward, loss, backward,
-clipping, AdamW. The learner does it with `PolicyEngine.train_online`, one plain process a rank, without Ray. The
+clipping, AdamW. The learner does it with `LearnerRank.train`, one plain process a rank, without Ray. The
 peer is the faster of one bare process with two threads and two with one thread each, whose gradients are views of
 one flat buffer that is summed with one all-reduce. Sides take turns; gradient norms show that the work is the same.
 
@@ -12,6 +12,7 @@ Tokens are real ones, padding not counted. Exit code 1 where neither ZeRO 0 nor 
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -34,9 +35,16 @@ from rlsys.config_file import load_config  # noqa: E402
 from rlsys.inputs import Inputs  # noqa: E402
 from rlsys.process import die_with_parent, quiet_worker  # noqa: E402
 from rlsys.setup import prepare_model  # noqa: E402
-from rlsys.types import Demonstration, Prompt, Trajectory, TrajectoryGroup, VersionSpan  # noqa: E402
+from rlsys.stage_settings import StageSettings  # noqa: E402
+from rlsys.types import Demonstration, Prompt, TrainingBatch, Trajectory, TrajectoryGroup, VersionSpan  # noqa: E402
 
 LIMIT = 0.80
+# The learning rate of the first update, no importance weights (nobody sampled these tokens), and no figures beside.
+OVERRIDES = (
+    "train.optimizer.warmup_updates=0",
+    "objective.policy.importance_cap=null",
+    "objective.grad_norm_interval=0",
+)
 TOKENS_PER_RANK = 4096
 Step = Callable[[], float]  # one optimizer update; the gradient norm before clipping
 
@@ -71,8 +79,8 @@ class Work:
 
 
 def learner_step(work: Work, side: Side, rank: int) -> Step:
-    """Our own engine."""
-    from learners.deepspeed_engine import PolicyEngine
+    """Our own learner."""
+    from learners.learner_rank import LearnerRank
 
     settings = RankSettings(
         rank=rank,
@@ -86,9 +94,16 @@ def learner_step(work: Work, side: Side, rank: int) -> Step:
         learner=work.config.learner.model_copy(update={"zero_stage": side.stage}),
         objective=work.config.objective,
     )
-    engine = PolicyEngine(settings)
-    engine.start_stage(work.model, work.config.train.optimizer, 10**6, None, None)
-    return lambda: engine.train_online(work.groups, 1, engine.updates + 1)["learner/grad_norm"]
+    learner, batch = LearnerRank(settings), TrainingBatch(groups=tuple(work.groups))
+    stage = StageSettings(stage="online", steps=10**6, updates_per_step=1, optimizer=work.config.train.optimizer)
+    learner.start_stage(stage, work.model, None, None)
+    steps = itertools.count()
+
+    def step() -> float:
+        number = next(steps)
+        return learner.train(batch, number, number + 1)["learner/grad_norm"]
+
+    return step
 
 
 def bare_step(work: Work, side: Side, rank: int) -> Step:
@@ -97,7 +112,9 @@ def bare_step(work: Work, side: Side, rank: int) -> Step:
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM
 
-    from learners.batching import MicroBatch, collate, plan_micro_batches, rows_from_groups
+    from learners.batching import MicroBatch, collate, plan_micro_batches
+    from learners.policy_rows import policy_rows
+    from learners.rows import Unit, trained
 
     torch.set_num_threads(side.threads)
     if side.ranks > 1:
@@ -114,10 +131,12 @@ def bare_step(work: Work, side: Side, rank: int) -> Step:
     for parameter, part in zip(parameters, parts, strict=True):
         parameter.grad = part.view_as(parameter)
     objective = work.config.objective
-    low, high = 1 - objective.clip_low, 1 + objective.clip_high
-    rows = [row for group in rows_from_groups(work.groups, use_std=objective.advantage_std) for row in group]
-    loss_tokens = sum(row.loss_tokens for row in rows)
-    lengths = [row.length for row in rows]
+    low, high = 1 - objective.policy.clip_low, 1 + objective.policy.clip_high
+    nobody: Any = None  # without KL and critic there is nothing to ask of other models
+    found = policy_rows(work.groups, objective, max_tokens=1, kl_weight=0.0, scorer=nobody)
+    units = [Unit(rows=(row,)) for rows in found for row in rows]
+    loss_tokens = sum(trained(row.policy_mask) for unit in units for row in unit.rows)
+    lengths = [unit.length for unit in units]
     budget = work.config.learner.micro_batch_tokens
     shares = plan_micro_batches(lengths, ranks=side.ranks, budget_tokens=budget)[rank]
 
@@ -129,13 +148,13 @@ def bare_step(work: Work, side: Side, rank: int) -> Step:
         targets = batch.input_ids[:, first + 1 :].flatten().index_select(0, kept)
         logprobs = logits.flatten(0, 1).index_select(0, kept).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         ratio = (logprobs - logprobs.detach()).exp()
-        advantages = batch.advantages
+        advantages = batch.policy.advantages
         return -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages).sum() / loss_tokens
 
     def step() -> float:
         gradients.zero_()
         for ids in shares:
-            policy_loss(collate([rows[i] for i in ids], work.pad_token_id)).backward()
+            policy_loss(collate([units[i] for i in ids], work.pad_token_id)).backward()
         if side.ranks > 1:
             dist.all_reduce(gradients)
         norm = torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
@@ -185,12 +204,13 @@ class Running:
 
 def make_work(folder: Path, groups: int) -> Work:
     """Groups of the quickstart's size out of its demonstrations, with rewards drawn at random."""
-    config = load_config(ROOT / "configs" / "quickstart.yaml", ["train.optimizer.warmup_updates=0"])
+    config = load_config(ROOT / "configs" / "quickstart.yaml", OVERRIDES)
     model = prepare_model(config, folder)
     inputs = Inputs(config, model)
     size, rng = config.train.group_size, np.random.default_rng(0)
     per_step = config.warm_start.rows_per_step
-    rows = [row for step in range(-(-groups * size // per_step)) for row in inputs.demonstrations.rows(step)]
+    steps = range(-(-groups * size // per_step))
+    rows = [row for step in steps for row in inputs.data.batch("warm_start", step).demonstrations]
     made = [_group(rows[size * i : size * (i + 1)], rng) for i in range(groups)]
     return Work(model, folder, made, inputs.pad_token_id, config)
 
