@@ -101,15 +101,18 @@ def demonstration_row(demonstration: Demonstration) -> Row:
     return Row(token_ids=demonstration.token_ids, sft_mask=demonstration.loss_mask)
 
 
-def step_pair(preference: StepPreference) -> Preference:
-    """Two continuations of one prefix as two sequences."""
+def step_pair(preference: StepPreference) -> Preference | None:
+    """Two continuations of one prefix as two sequences; None where one is the beginning of the other."""
     prefix = preference.prefix_ids
     chosen, rejected = (np.concatenate([prefix, ids]) for ids in (preference.chosen_ids, preference.rejected_ids))
+    common = common_prefix(chosen, rejected)
+    if common == min(len(chosen), len(rejected)):
+        return None
     return Preference(
         chosen_ids=chosen,
         rejected_ids=rejected,
         prompt_length=len(prefix),
-        common=common_prefix(chosen, rejected),
+        common=common,
         chosen_visits=preference.chosen_visits,
         rejected_visits=preference.rejected_visits,
     )

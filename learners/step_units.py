@@ -76,7 +76,7 @@ def _own_pairs(
     if objective.preference.source != "search":
         return [[] for _ in groups]
     chains = objective.preference.pairs == "chains"
-    found = [list(group.pairs) if chains else [step_pair(pair) for pair in group.step_preferences] for group in groups]
+    found = [list(group.pairs if chains else filter(None, map(step_pair, group.step_preferences))) for group in groups]
     if "preference" in weights:
         scores = iter(scorer.reference_pairs([pair for pairs in found for pair in pairs]))
         for pairs in found:

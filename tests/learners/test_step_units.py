@@ -229,9 +229,12 @@ def test_pairs_are_scored_on_the_tokens_that_are_compared():
 
 def test_two_continuations_as_sequences():
     pair = step_pair(STEP)
+    assert pair is not None
     assert (pair.prompt_length, pair.common) == (2, 3)
     assert (pair.chosen_visits, pair.rejected_visits) == (1, 3)
-    # Where one continues the other all of it is common: nothing of it is scored, only what the longer one adds.
-    longer = step_pair(replace(STEP, rejected_ids=ids(3, 4, 5)))
-    chosen, rejected = pair_rows(longer, mask_prefix=True, sft=False, mask_prefix_sft=False)
-    assert (longer.common, int(chosen.preference_mask.sum()), int(rejected.preference_mask.sum())) == (4, 0, 1)
+    # Where one is the beginning of the other it has no token of its own to be judged by.
+    longer = replace(STEP, rejected_ids=ids(3, 4, 5))
+    assert step_pair(longer) is None
+    tree = replace(TREE, step_preferences=(longer, STEP))
+    (groups, _, _), calls = units(["preference"], batch=TrainingBatch(groups=(tree,)), preference={"pairs": "steps"})
+    assert (len(groups[0]), calls) == (1, {"pairs": 1})
