@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from learners.batching import collate, plan_micro_batches
 from learners.logprobs import masked_token_logprobs
 from learners.objective import joint_loss, total, weighted
+from learners.policy_rows import policy_rows
 from learners.rows import Pair, PolicyTokens, Row, Unit, pair_rows
 from rlsys.objective_config import ObjectiveConfig
 from rlsys.types import Preference, Prompt, Step, Trajectory, TrajectoryGroup, VersionSpan
@@ -111,13 +112,27 @@ def pair_unit(pair: Preference, *, mask_prefix: bool = True, sft: bool = True, m
 
 
 def mixed_units() -> list[Unit]:
-    """Policy rows, some of them with nothing to train, pairs whose chosen side is imitated, demonstrations."""
-    policy = [*random_policy_rows(9), *random_policy_rows(2, seed=7)]
+    """Sampled and searched rows, one with nothing to train, pairs whose chosen side is imitated, demonstrations."""
+    policy = [*random_policy_rows(11), *searched_rows()]
     assert policy[0].policy is not None
     nothing = replace(policy[0].policy, mask=np.zeros_like(policy[0].policy.mask))
     demonstrations = [sft_row(row.token_ids.tolist(), row.targets) for row in random_policy_rows(4, seed=8)]
     units = [Unit(rows=(row,)) for row in (*policy, replace(policy[0], policy=nothing), *demonstrations)]
     return units + [pair_unit(pair) for pair in random_preferences(5)]
+
+
+def searched_rows() -> list[Row]:
+    """Of a tree in which rows share nodes, with what is known of the others too."""
+    tree = searched(([1, 2], "ok", 1.0), ([1, 3], "wrong", 0.0), ([4], "ok", 1.0), forced=[2], samples={1: 2})
+    nobody: Any = None  # there is nothing to ask other models
+    (rows,) = policy_rows([tree], ObjectiveConfig(), max_tokens=MAX_TOKENS, kl_weight=0.0, scorer=nobody)
+    found = []
+    for row in rows:
+        assert row.policy is not None
+        known = row.policy.behavior_logprobs - 2
+        policy = replace(row.policy, behavior_logprobs=known, old_logprobs=known, reference_logprobs=known - 0.5)
+        found.append(replace(row, token_ids=row.token_ids % VOCABULARY, policy=policy))
+    return found
 
 
 def one_by_one(units: Sequence[Unit]) -> Plan:
