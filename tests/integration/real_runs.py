@@ -44,7 +44,7 @@ TINY: dict[str, Any] = {
     "actors": {"count": 2, "max_model_len": 128, "max_num_seqs": 64, "kv_cache_gib": 0.1},
     "sampling": {"max_tokens": 40},
     "learner": {"ranks": 2, "zero_stage": 2},
-    "objective": {"kl_coef": 0.01},
+    "objective": {"kl": {"weight": 0.01}},
     "warm_start": {
         "max_steps": 60,
         "rows_per_step": 32,

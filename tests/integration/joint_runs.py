@@ -1,0 +1,144 @@
+"""Tiny runs of the joint objective: the paper's offline stages, everything online, and PPO with a critic."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from real_runs import TINY, Command, FinishedRun, last_checkpoint, wait_for_row
+from real_searches import SHARD, TREES
+
+from rlsys.metrics import METRICS, read_rows
+
+WARM, SFT, PREFERENCE, TREE_COUNT = TINY["warm_start"]["max_steps"], 4, 10, 24
+STEADY = {"learning_rate": 1e-3, "warmup_updates": 0}
+
+# An engine of two sequences grows trees one after the other, so that a kill finds some of them.
+OFFLINE: dict[str, Any] = {
+    **TINY,
+    "stages": ["warm_start", "search", "sft", "preference"],
+    "actors": {**TINY["actors"], "max_num_seqs": 2},
+    "sampling": {"max_tokens": 60},
+    "search": {**TREES, "expansion": "chain", "prompts": TREE_COUNT, "shard_size": SHARD},
+    "extract": {"supervised": "longest", "chosen": "shortest"},
+    "sft": {"max_steps": SFT, "rows_per_step": 8, "optimizer": {**STEADY}},
+    "preference": {"max_steps": PREFERENCE, "pairs_per_step": 8, "optimizer": {**STEADY}},
+    "objective": {
+        "preference": {"weight": 1.0, "label_smoothing": 0.1},
+        "sft": {"weight": 1.0},
+        "grad_norm_interval": 2,
+    },
+    "checkpoint": {"interval": 4, "keep_last": 2},
+    "evaluation": {"prompts": 8, "samples": 1},
+}
+
+
+def online(warmed_up: FinishedRun, steps: int, **sections: Any) -> dict[str, Any]:
+    """From the policy that another run has warmed up, with a checkpoint of every step."""
+    return {
+        **TINY,
+        "stages": ["online"],
+        "model": {"path": str(warmed_up.dir / "stages" / "warm_start")},
+        "sampling": {"max_tokens": 60},
+        "checkpoint": {"interval": 1, "keep_last": steps},
+        **sections,
+        "train": {**TINY["train"], "max_steps": steps, **sections.get("train", {})},
+    }
+
+
+def joint(warmed_up: FinishedRun) -> dict[str, Any]:
+    """All terms but the critic's, half of the prompts searched, groups without a signal replaced once."""
+    return online(
+        warmed_up,
+        3,
+        search={**TREES, "expansion": "chain", "fraction": 0.5},
+        train={"dynamic_sampling_rounds": 1},
+        objective={
+            "policy": {"tree_estimator": "sibling_mean"},
+            "kl": {"weight": 0.01},
+            "preference": {"weight": 0.1, "adaptive_smoothing": True},
+            "sft": {"weight": 0.1},
+            "grad_norm_interval": 1,
+        },
+    )
+
+
+def ppo(warmed_up: FinishedRun) -> dict[str, Any]:
+    """The critic learns alone in the first step."""
+    return online(
+        warmed_up,
+        4,
+        train={"critic_optimizer": {**STEADY}},
+        objective={"policy": {"estimator": "gae"}, "value": {"weight": 1.0, "warmup_steps": 1}},
+    )
+
+
+def rows_of(run: Path, stage: str) -> list[dict[str, Any]]:
+    """The rows of the training steps of a stage, or the one of a stage that has none."""
+    found = [row for row in read_rows(run / "metrics.jsonl") if row["stage"] == stage]
+    return found if stage == "search" else [row for row in found if row["step"] > 0]
+
+
+def check_figures(rows: Sequence[Mapping[str, Any]]) -> None:
+    """All are in the registry, and finite."""
+    assert rows
+    for row in rows:
+        figures = {name: value for name, value in row.items() if name not in ("stage", "step")}
+        assert set(figures) <= set(METRICS)
+        assert [name for name, value in figures.items() if value is None or not math.isfinite(value)] == [], row
+
+
+def check_terms(row: Mapping[str, Any], weights: Mapping[str, float]) -> None:
+    """A step has these terms and no others; the joint loss is made of them, and what had no data is counted."""
+    assert {name.split("/")[1].removesuffix("_loss") for name in row if name.endswith("_loss")} == set(weights)
+    assert {term: row[f"objective/{term}_weight"] for term in weights} == weights
+    whole = sum(weight * row[f"objective/{term}_loss"] for term, weight in weights.items())
+    assert math.isclose(row["learner/loss"], whole, rel_tol=1e-6, abs_tol=1e-9)
+    assert 0 <= row["learner/empty_terms"] < len(weights)
+    for term in weights:
+        assert 0 <= row[f"objective/{term}_share"] <= 1
+        if row[f"objective/{term}_denominator"] == 0:
+            assert row[f"objective/{term}_loss"] == 0 and row["learner/empty_terms"] >= 1
+
+
+def check_gradients(row: Mapping[str, Any], terms: Sequence[str]) -> None:
+    """A step whose first update measured every term's gradient; the shares are those of the norms."""
+    norms = {term: row[f"objective/{term}_grad_norm"] for term in terms}
+    whole = sum(norms.values()) or 1.0
+    for term, norm in norms.items():
+        assert row[f"objective/{term}_grad_share"] == pytest.approx(norm / whole, rel=1e-9)
+
+
+def killed_at(start: Callable[..., Command], config: str, run: Path, happened: Callable[[Command], None]) -> None:
+    """SIGKILL of the driver alone, at a moment of the run."""
+    command = start("train", config)
+    happened(command)
+    command.signal(signal.SIGKILL, group=False)
+    command.fail(-signal.SIGKILL)
+    command.assert_gone(within_s=30)
+
+
+def after_row(run: Path, stage: str, step: int) -> Callable[[Command], None]:
+    return lambda command: wait_for_row(command, run, stage, step)
+
+
+def policy_digest(folder: Path) -> str:
+    """sha256 of the weights in the folder of a policy."""
+    files = sorted(folder.glob("*.safetensors"))
+    assert files
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def last_contents(run: Path) -> dict[str, str]:
+    """sha256 of every file of the last checkpoint, by name; the manifest holds times."""
+    folder = last_checkpoint(run)
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "MANIFEST.json"
+    }
