@@ -12,7 +12,8 @@ from torch import Tensor
 from learners.batching import MicroBatch
 from learners.losses import LossOutput
 
-# Figures of a term, by what they are called in LossOutput.metrics: means over its targets or pairs.
+# Figures of a term, by what they are called in LossOutput.metrics: means over its targets or
+# pairs, and left out where there are none.
 SHARES = {
     "policy": {
         "gap": "learner/logprob_gap_mean",
@@ -92,8 +93,8 @@ class StepSums:
                 found[name] = value / max(1, updates)
         counts = {term: sums[f"count/{term}"] for term in self._terms}
         for term, count in counts.items():
-            for key, name in SHARES[term].items():
-                found[name] = sums[f"{term}/{key}"] / max(1.0, count)
+            if count:  # nothing has no mean: an accuracy of 0 would say that all pairs are wrong
+                found |= {name: sums[f"{term}/{key}"] / count for key, name in SHARES[term].items()}
             if sum(counts.values()):
                 found[f"objective/{term}_share"] = count / sum(counts.values())
         found["learner/updates"] = float(updates)

@@ -56,6 +56,17 @@ def test_losses_are_means_over_updates_and_figures_means_over_targets() -> None:
     assert found["learner/updates"] == 2
 
 
+def test_means_of_a_term_without_data_are_left_out() -> None:
+    sums = StepSums("cpu", ("policy", "preference"))
+    sums.add_term("policy", output(1.0, entropy=2.0), 2, 1.0)
+    found = sums.reduce(1)
+    assert found["learner/entropy"] == 1.0
+    assert (found["objective/preference_loss"], found["objective/preference_share"]) == (0.0, 0.0)
+    assert not [name for name in found if name.startswith("preference/")]
+    sums.add_term("preference", output(1.0, accuracy=1.0), 2, 1.0)
+    assert sums.reduce(1)["preference/accuracy"] == 0.5
+
+
 def test_figures_of_importance_are_left_out_where_no_token_had_such_a_weight() -> None:
     sums = StepSums("cpu", ("policy",))
     sums.add_term("policy", output(1.0, ratio_max=1.0), 2, 1.0)
