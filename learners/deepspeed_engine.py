@@ -70,7 +70,7 @@ class TrainedModel:
         Raises:
             NonFiniteLossError: on all ranks, where a loss or the gradient is not finite. The optimizer sees neither.
         """
-        self._check_finite()
+        self.check_finite()
         rate = learning_rate(self._optimizer_config, self.updates, self._total_updates)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
@@ -81,8 +81,12 @@ class TrainedModel:
         self.updates += 1
         return norm, rate
 
-    def _check_finite(self) -> None:
-        """All ranks agree before the optimizer sees anything; one wait an update, not one a pass."""
+    def check_finite(self) -> None:
+        """All ranks agree before the optimizer sees anything; one wait an update, not one a pass.
+
+        Raises:
+            NonFiniteLossError: on all ranks, where the loss of a pass was not finite on one.
+        """
         bad = torch.tensor(float(bool(self._problem)), device=self.settings.device)
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         if bad.item():

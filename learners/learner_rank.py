@@ -141,14 +141,27 @@ class LearnerRank:
         units, denominators = weighted(units, self.settings.objective.policy, self.settings.max_tokens)
         empty = _note_denominators(sums, denominators, weights)
         sums.note("learner/empty_terms", float(empty))
-        made = False
-        if self.critic is not None and "value" in weights:
-            made = self._update_critic(self.critic, critic_units(units), weights["value"], denominators.value, sums)
+        # AdamW would move weights on without a gradient too, so a model without any target is left alone.
+        moving: dict[str, TrainedModel] = {}
+        if self.critic is not None and "value" in weights and denominators.value:
+            self._critic_gradient(self.critic, critic_units(units), weights["value"], denominators.value, sums)
+            moving["objective/value_grad_norm"] = self.critic
         if "policy" not in weights:
             units = without_policy(units)
         units = [unit for unit in units if any(row.targets.any() for row in unit.rows)]
-        if not units:  # AdamW would move the weights on without a gradient
-            return made
+        if units:
+            self._policy_gradient(units, weights, sums, measured)
+            moving["learner/grad_norm"] = self._policy
+        for model in moving.values():
+            model.check_finite()  # of all, before the first of them is updated
+        for name, model in moving.items():
+            norm, rate = model.update()
+            sums.note(name, norm)
+            if model is self._policy:
+                sums.note("learner/learning_rate", rate)
+        return bool(moving)
+
+    def _policy_gradient(self, units: list[Unit], weights: dict[str, float], sums: StepSums, measured: bool) -> None:
         plan = self._plan(units)
         if measured:
             self._measure(plan, weights, sums)
@@ -159,10 +172,6 @@ class LearnerRank:
             for term, found in terms.items():
                 sums.add_term(term, found, _count(batch, term), weights[term])
             self._policy.backward(total(terms, weights, logprobs), "joint loss")
-        norm, rate = self._policy.update()
-        sums.note("learner/grad_norm", norm)
-        sums.note("learner/learning_rate", rate)
-        return True
 
     def _measure(self, plan: Sequence[MicroBatch], weights: dict[str, float], sums: StepSums) -> None:
         """Log the norm of every term's own gradient, in the last layer only: a forward pass and little more.
@@ -183,11 +192,9 @@ class LearnerRank:
                 _add_gradient(norms[term], weights[term] * found.loss, parameters)
         _note_norms(sums, {term: norm_of_sums(parts) for term, parts in norms.items()})
 
-    def _update_critic(
+    def _critic_gradient(
         self, critic: TrainedModel, units: list[Unit], weight: float, denominator: int, sums: StepSums
-    ) -> bool:
-        if not denominator:
-            return False
+    ) -> None:
         _note_explained_variance(sums, [row for unit in units for row in unit.rows])
         for batch in self._plan(units):
             values, targets = self._values(batch), batch.policy
@@ -199,9 +206,6 @@ class LearnerRank:
                 found = value_loss(values, old, returns, each, clip=self.settings.objective.value.clip)
             sums.add_term("value", found, len(values), weight)
             critic.backward(weight * found.loss, "value loss")
-        norm, _ = critic.update()
-        sums.note("objective/value_grad_norm", norm)
-        return True
 
     # --- figures of tokens, from forward passes alone ---
 

@@ -113,7 +113,9 @@ _SPECS = (
     MetricSpec("held_out/verifier_error_rate", "share", "held-out verifications that raised or ran out of time"),
     MetricSpec("held_out/completion_length", "tokens", "mean length of the held-out completions"),
     MetricSpec("learner/loss", "1", "joint loss, mean over the step's updates"),
-    MetricSpec("learner/kl", "nats", "k3 estimate of the divergence from the reference policy, per token"),
+    MetricSpec(
+        "learner/kl", "nats", "estimate of the divergence from the reference policy, per token (objective.kl.estimator)"
+    ),
     MetricSpec("learner/entropy", "nats", "mean entropy of the policy on trained tokens"),
     MetricSpec("learner/grad_norm", "1", "global gradient norm before clipping, mean over the updates"),
     MetricSpec("learner/clip_low_fraction", "share", "trained tokens whose ratio was clipped from below"),

@@ -55,6 +55,9 @@ class PlainModel:
         assert math.isfinite(loss.item()), what
         loss.backward()
 
+    def check_finite(self) -> None:
+        """Nothing to agree on: there is one rank, and `backward` has looked."""
+
     def update(self) -> tuple[float, float]:
         norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), math.inf))
         with torch.no_grad():
