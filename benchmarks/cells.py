@@ -36,15 +36,19 @@ def trained(run_dir: Path, config: Path, overrides: Sequence[str]) -> float:
 
 
 def evaluated(policy: Path, config: Path, overrides: Sequence[str], output: Path) -> dict[str, Any]:
-    """The figures of `rlsys evaluate` for a policy folder, measured once."""
-    if not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = output.with_suffix(".tmp")
-        command = ["evaluate", str(policy), f"--config={config}", f"--output={temporary}", *overrides]
+    """The figures of `rlsys evaluate` for a policy folder, measured once for these weights and this question."""
+    weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(policy.glob("*.safetensors"))]
+    asked = [*weights, hashlib.sha256(config.read_bytes()).hexdigest(), *map(str, overrides)]
+    found = json.loads(output.read_text()) if output.exists() else {}
+    if found.get("asked") != asked:
+        figures = output.with_name(f"{output.name}.figures")
+        command = ["evaluate", str(policy), f"--config={config}", f"--output={figures}", *overrides]
         subprocess.run([RLSYS, *command], check=True, stdout=subprocess.DEVNULL)
-        temporary.rename(output)
-    found: dict[str, Any] = json.loads(output.read_text())
-    return found
+        found = {"asked": asked, "figures": json.loads(figures.read_text())}
+        figures.unlink()
+        output.write_text(json.dumps(found))
+    measured: dict[str, Any] = found["figures"]
+    return measured
 
 
 def metrics(run_dir: Path, stage: str) -> list[dict[str, Any]]:

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, where a file would hide the package `actors`
 sys.path.append(str(ROOT / "benchmarks"))
 
 import results_page  # noqa: E402
-from cells import evaluated, metrics, trained  # noqa: E402
+from cells import evaluated, trained  # noqa: E402
 
 from rlsys import extraction  # noqa: E402
 from rlsys.config_file import load_config  # noqa: E402
@@ -42,6 +43,7 @@ SEEDS = (1, 2, 3)
 # loss could save.
 LEARNING_RATE = 3e-4
 PROBLEMS = 1024
+SCORED = 256  # pairs of a seed whose chosen chains every cell scores
 # Which right chain is the chosen side, eps, alpha, prefix masking.
 CELLS: dict[str, tuple[str, float, float, bool]] = {
     "+DPO": ("longest", 0.0, 0.0, False),
@@ -68,8 +70,9 @@ def main() -> int:
             for name, figures in of_seed(task, seed, arguments.folder.absolute()).items():
                 found.setdefault(task, {}).setdefault(name, []).append(figures)
     for task, cells in found.items():
-        result = {"seeds": arguments.seeds, "problems": PROBLEMS, "rows": rows_of(cells)}
-        print(f"\n{task}\n\n{results_page.ablation_table(result)}")
+        settings = {"seeds": arguments.seeds, "problems": PROBLEMS, "learning_rate": LEARNING_RATE}
+        result = {**settings, "rows": rows_of(cells), "effects": effects_of(cells)}
+        print("\n".join(["", task, "", results_page.ablation_table(result), *result["effects"]]))
         if arguments.write:
             results_page.keep(f"ablation_{task}", result)
     print(f"{time.monotonic() - started:.0f} s", file=sys.stderr)
@@ -82,18 +85,16 @@ def of_seed(task: str, seed: int, folder: Path) -> dict[str, Figures]:
     quick = [f"run.seed={seed}", "evaluation.prompts=16", "evaluation.samples=0"]
     base = own / "sft"
     trained(base, config, [*quick, "stages=[warm_start,search,sft]"])
-    policy = base / "stages" / "sft"
     pairs = {chosen: pairs_of(base, chosen) for chosen in ("longest", "shortest")}
-    found = {
-        "warm start": measured(base / "stages" / "warm_start", config, seed, own / "warm_start.json"),
-        "SFT": measured(policy, config, seed, own / "sft.json"),
-    }
+    policies = {"warm start": base / "stages" / "warm_start", "SFT": base / "stages" / "sft"}
+    runs = {}
     for name, (chosen, eps, alpha, masked) in {**CELLS, **(alpha_cells() if task == SWEPT else {})}.items():
-        run_dir = own / f"{chosen}-eps{eps:g}-alpha{alpha:g}{'-masked' if masked else ''}"
+        runs[name] = own / f"{chosen}-eps{eps:g}-alpha{alpha:g}{'-masked' if masked else ''}"
+        policies[name] = runs[name] / "stages" / "preference"
         overrides = [
             *quick,
             "stages=[preference]",
-            f"model={{path: {policy}}}",
+            f"model={{path: {policies['SFT']}}}",
             f"preference.path={pairs[chosen]}",
             f"preference.optimizer.learning_rate={LEARNING_RATE}",
             f"objective.preference.label_smoothing={eps}",
@@ -101,17 +102,31 @@ def of_seed(task: str, seed: int, folder: Path) -> dict[str, Figures]:
             f"objective.sft.weight={alpha}",
             f"objective.sft.mask_prefix_sft={str(masked).lower()}",
         ]
-        seconds = trained(run_dir, config, overrides)
-        figures = measured(run_dir / "stages" / "preference", config, seed, run_dir.with_suffix(".json"))
-        rows = metrics(run_dir, "preference")
-        chosen_logprobs = [row["preference/chosen_logprob"] for row in rows]
-        margins = [row["preference/margin"] for row in rows]
-        found[name] = figures | {
-            "seconds": seconds,
-            "chosen_logprob": [float(np.mean(chosen_logprobs[:3])), float(np.mean(chosen_logprobs[-5:]))],
-            "margin": float(np.mean(margins[-5:])),
-        }
+        trained(runs[name], config, overrides)
+    found = {}
+    for name, policy in policies.items():
+        # Beside the folder that `rlsys` owns for SFT and the warm start; names with dots must not be cut at them.
+        output = runs[name] / "evaluation.json" if name in runs else own / f"{policy.name}.evaluation.json"
+        figures = measured(policy, config, seed, output)
+        found[name] = figures | {"chosen_logprob": chosen_logprob(policy, pairs["shortest"])}
     return found
+
+
+def chosen_logprob(policy: Path, pairs: Path) -> float:
+    """Mean log-probability of the chosen chains of one fixed set of pairs, all of their tokens, in nats."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    rows = pq.read_table(pairs, columns=["chosen_ids", "prompt_length"]).slice(0, SCORED).to_pylist()
+    model = AutoModelForCausalLM.from_pretrained(policy).eval()
+    found = []
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor(row["chosen_ids"])[None]
+            logprobs = torch.log_softmax(model(ids).logits[0, :-1], dim=-1)
+            chosen = logprobs.gather(-1, ids[0, 1:, None])[row["prompt_length"] - 1 :]
+            found.append(float(chosen.sum()))
+    return float(np.mean(found))
 
 
 def alpha_cells() -> dict[str, tuple[str, float, float, bool]]:
@@ -142,21 +157,44 @@ def values(cells: Sequence[Figures], mode: str, name: str) -> np.ndarray:
 
 
 def rows_of(found: Mapping[str, Sequence[Figures]]) -> dict[str, Any]:
-    """Every cell's figures with intervals; no-answer rates against the row before it, paired by problem and seed."""
+    """Every cell's figures with intervals; differences to the row before it are paired by problem and seed."""
     rows: dict[str, Any] = {}
     before: str | None = None
     for name, cells in found.items():
         row: dict[str, Any] = {mode: _of_mode(cells, mode) for mode in MODES}
-        if not name.startswith("alpha"):
-            for mode in MODES if before else ():
-                of_both = [values(found[each], mode, "no_answer_rate") for each in (name, str(before))]
-                row[mode]["against_the_row_before"] = asdict(mean_difference(*of_both))
-            before = name
-        for key in ("seconds", "chosen_logprob", "margin"):
-            if key in cells[0]:
-                row[key] = np.mean([cell[key] for cell in cells], axis=0).tolist()
+        row["chosen_logprob"] = float(np.mean([cell["chosen_logprob"] for cell in cells]))
+        against = "alpha 0" if name.startswith("alpha") else before
+        for mode in MODES if against not in (None, name) else ():
+            row[mode]["against"] = {
+                figure: asdict(mean_difference(values(cells, mode, figure), values(found[str(against)], mode, figure)))
+                for figure in ("accuracy", "no_answer_rate")
+            }
+        before = before if name.startswith("alpha") else name
         rows[name] = row
     return rows
+
+
+def effects_of(found: Mapping[str, Sequence[Figures]]) -> list[str]:
+    """The effects that the paper's tables show most clearly, each with the figures that it is judged by."""
+    lines = []
+    for mode in MODES:
+        sft, dpo, cdpo, joint = (
+            values(found[name], mode, "no_answer_rate") for name in ("SFT", "+DPO", "+cDPO", "+joint, alpha 1")
+        )
+        rise = mean_difference(dpo, sft)
+        holds = dpo.mean() >= 3 * sft.mean() and rise.mean >= 0.05 and rise.low > 0
+        lines.append(
+            f"Plain DPO on long chains, {mode}: no answer {sft.mean():.3f} after SFT, {dpo.mean():.3f} after DPO, "
+            f"difference {rise.mean:+.3f} ({rise.low:+.3f} to {rise.high:+.3f}): at least threefold and 5 points, "
+            f"interval above 0: {'yes' if holds else 'no'}."
+        )
+        left = mean_difference(cdpo / 2, joint)
+        lines.append(
+            f"The joint loss, {mode}: no answer {cdpo.mean():.3f} after cDPO, {joint.mean():.3f} with alpha 1; half of "
+            f"cDPO's minus the joint one's {left.mean:+.3f} ({left.low:+.3f} to {left.high:+.3f}): at least halved: "
+            f"{'yes' if joint.mean() <= cdpo.mean() / 2 and cdpo.mean() > 0 else 'no'}."
+        )
+    return lines
 
 
 def _of_mode(cells: Sequence[Figures], mode: str) -> dict[str, Any]:

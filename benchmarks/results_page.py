@@ -31,6 +31,7 @@ def _page(found: Mapping[str, Any]) -> list[str]:
         if result := found.get(f"ablation_{task}"):
             plot_ablation(result, FOLDER / f"ablation_{task}.png", title)
             lines += [f"## The paper's ablation: {title}", "", _settings(result), "", ablation_table(result)]
+            lines += [*(f"- {effect}" for effect in result["effects"]), ""]
             lines += [f"![accuracy and no-answer rate of every row](results/ablation_{task}.png)", ""]
             lines += [*_notes(f"ablation_{task}")]
     if result := found.get("joint_online"):
@@ -45,8 +46,10 @@ def _page(found: Mapping[str, Any]) -> list[str]:
 def _settings(result: Mapping[str, Any]) -> str:
     return (
         f"`python benchmarks/reproduce.py`; {len(result['seeds'])} seeds with {result['problems']} held-out problems "
-        "each, greedy and 4 samples at temperature 1. Intervals are 95 % over problems and seeds, differences paired "
-        "by problem; in square brackets the lowest and the highest seed."
+        f"each, greedy and 4 samples at temperature 1; learning rate {result['learning_rate']:g} in every cell. "
+        "Intervals are 95 % over problems, given these seeds; differences are paired by problem and seed; in square "
+        "brackets the lowest and the highest seed. log p(chosen) is of one set of 256 shortest right chains of each "
+        "seed's trees."
     )
 
 
@@ -61,26 +64,21 @@ def ablation_table(result: Mapping[str, Any]) -> str:
     rows = {name: row for name, row in result["rows"].items() if not name.startswith("alpha")}
     sweep = {name: row for name, row in result["rows"].items() if name.startswith("alpha")}
     lines = []
-    for mode in MODES:
-        lines += [
-            f"| {mode} | accuracy | no answer | no answer, minus the row before | tokens | log p(chosen) |",
-            "|---|---|---|---|---|---|",
-        ]
-        for name, row in rows.items():
-            found = row[mode]
-            difference = _interval(found["against_the_row_before"], "+") if "against_the_row_before" in found else ""
-            logprobs = " to ".join(f"{value:.1f}" for value in row.get("chosen_logprob", ()))
-            figures = [_seeds(found["accuracy"]), _seeds(found["no_answer_rate"]), difference, f"{found['tokens']:.1f}"]
-            lines.append(f"| {name} | " + " | ".join([*figures, logprobs]) + " |")
-        lines.append("")
-    if sweep:
-        heads = [f"{mode} {name}" for mode in MODES for name in ("accuracy", "no answer")]
-        lines += ["| | " + " | ".join(heads) + " |", "|---|---|---|---|---|"]
-        for name, row in sweep.items():
-            cells = [_seeds(row[mode][key]) for mode in MODES for key in ("accuracy", "no_answer_rate")]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        lines.append("")
+    for part, before in ((rows, "the row before"), (sweep, "alpha 0")):
+        for mode in MODES if part else ():
+            heads = [mode, "accuracy", f"minus {before}", "no answer", f"minus {before}", "tokens", "log p(chosen)"]
+            lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+            for name, row in part.items():
+                lines.append(f"| {name} | {' | '.join(_cells(row, mode))} |")
+            lines.append("")
     return "\n".join(lines)
+
+
+def _cells(row: Mapping[str, Any], mode: str) -> list[str]:
+    found, cells = row[mode], []
+    for key in ("accuracy", "no_answer_rate"):
+        cells += [_seeds(found[key]), _interval(found["against"][key], "+") if "against" in found else ""]
+    return [*cells, f"{found['tokens']:.1f}", f"{row['chosen_logprob']:.1f}"]
 
 
 def _seeds(found: Mapping[str, Any]) -> str:
