@@ -25,7 +25,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     # In the benchmark alone: matplotlib, too, runs a program where it has not listed the fonts before.
     refusing = SimpleNamespace(run=lambda *arguments, **options: pytest.fail("a run was started"))
-    monkeypatch.setattr(module, "subprocess", refusing)
+    monkeypatch.setattr(module, "subprocess", refusing, raising=False)
     return module
 
 
@@ -123,3 +123,89 @@ def test_a_search_that_ended_is_told_from_one_that_solved_or_spent_all(search_us
     found = [attempts(True, 5), attempts(False, 40), attempts(False, 511), attempts(False, 512)]
     assert search_use.ended_unsolved(found) == 0.5
     assert [search_use.is_enough(one) for one in found] == [True, False, False, True]
+
+
+@pytest.fixture
+def reproduce(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load("reproduce", monkeypatch)
+
+
+def test_every_cell_of_the_ablation_has_a_policy_and_an_evaluation_of_its_own(
+    reproduce: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: dict[Path, list[str]] = {}
+    outputs: dict[Path, Path] = {}
+
+    def measured(policy: Path, config: Path, seed: int, output: Path) -> dict[str, str]:
+        assert outputs.setdefault(output, policy) == policy  # a cell of the sweep may be one of the ablation
+        return {"policy": str(policy)}
+
+    def trained(run_dir: Path, config: Path, overrides: list[str]) -> None:
+        assert runs.setdefault(run_dir, overrides) == overrides
+
+    monkeypatch.setattr(reproduce, "measured", measured)
+    monkeypatch.setattr(reproduce, "trained", trained)
+    monkeypatch.setattr(reproduce, "pairs_of", lambda base, chosen: base / chosen)
+    monkeypatch.setattr(reproduce, "chosen_logprob", lambda policy, pairs: 0.0)
+    found = reproduce.of_seed("letter_count", 1, tmp_path)
+    # Warm start, SFT, five rows, and of the five alphas two that are rows already.
+    assert len(found) == 12 and len(set(outputs.values())) == len(outputs) == 10 and len(runs) == 9
+    assert found["alpha 0"] == found["+cDPO"] and found["alpha 1"] == found["+joint, alpha 1"] != found["+masking"]
+
+
+def test_effects_are_judged_by_the_figures(reproduce: ModuleType) -> None:
+    # No answer of 100 problems: 2 after SFT, 8 after DPO; 6 after cDPO, 3 with the joint loss, which is half.
+    def cell(missing: int) -> list[dict[str, dict[str, list[float]]]]:
+        figures = {"no_answer_rate": [1.0] * missing + [0.0] * (100 - missing)}
+        return [{"greedy": figures, "sampled": figures}]
+
+    names = {"SFT": 2, "+DPO": 8, "+cDPO": 6, "+joint, alpha 1": 3}
+    rise, halved = reproduce.effects_of({name: cell(missing) for name, missing in names.items()})[:2]
+    assert rise.endswith("interval above 0: yes.") and halved.endswith("at least halved: yes.")
+    rise, halved = reproduce.effects_of({name: cell(missing) for name, missing in {**names, "+DPO": 5}.items()})[:2]
+    assert rise.endswith("interval above 0: no.")
+    rise, halved = reproduce.effects_of(
+        {name: cell(missing) for name, missing in {**names, "+joint, alpha 1": 4}.items()}
+    )[:2]
+    assert halved.endswith("at least halved: no.")
+
+
+def test_an_evaluation_of_other_weights_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = load("cells", monkeypatch)
+    policy, config, output = tmp_path / "policy", tmp_path / "c.yaml", tmp_path / "evaluation.json"
+    policy.mkdir()
+    config.write_text("")
+    calls = []
+
+    def run(command: list[str], **options: object) -> None:
+        calls.append(command)
+        target = next(part for part in command if str(part).startswith("--output=")).removeprefix("--output=")
+        Path(target).write_text(f'{{"call": {len(calls)}}}')
+
+    monkeypatch.setattr(cells, "subprocess", SimpleNamespace(run=run, DEVNULL=None))
+    for weights, expected in (("a", 1), ("a", 1), ("b", 2)):
+        (policy / "model.safetensors").write_text(weights)
+        assert cells.evaluated(policy, config, ["run.seed=1"], output) == {"call": expected}
+    assert cells.evaluated(policy, config, ["run.seed=2"], output) == {"call": 3}
+
+
+def test_joint_training_is_compared_by_all_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    joint_online = load("joint_online", monkeypatch)
+    first = {"held_out/sampled_accuracy": 0.2, "time/evaluate_s": 20.0}
+    rows = [
+        first,
+        {"rollout/generated_tokens": 100, "time/step_s": 5.0, "rollout/reward": 0.1},
+        {
+            "rollout/generated_tokens": 100,
+            "time/step_s": 25.0,
+            "time/evaluate_s": 20.0,
+            "rollout/reward": 0.3,
+            "held_out/sampled_accuracy": 0.8,
+        },
+    ]
+    found = joint_online.curve_of(rows)
+    assert (found.tokens.tolist(), found.seconds.tolist()) == ([0, 200], [0, 10])
+    # The smoothed accuracy rises from 0.2 to their mean, 0.5, over 200 tokens: 0.35 is half-way.
+    assert found.tokens_to(0.35) == pytest.approx(100)
+    assert np.isnan(found.tokens_to(0.6))
+    assert found.area(200) == pytest.approx(0.5)
