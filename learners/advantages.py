@@ -52,8 +52,7 @@ def group_advantages(rewards: Float64Array, valid: BoolArray, *, estimator: Grou
     if rewards.ndim != 1 or rewards.shape != valid.shape:
         raise ValueError(f"expected rewards and valid of one shape [G], found {rewards.shape} and {valid.shape}")
     kept = rewards[valid].astype(np.float64)
-    if not np.isfinite(kept).all():
-        raise ValueError(f"expected finite rewards from the task's verifier, found {kept.tolist()}")
+    _check_finite("rewards of a group", kept)
     advantages = np.zeros(rewards.shape, dtype=np.float64)
     advantages[valid] = kept if estimator == "reinforce_pp" else _compared(kept, estimator)
     return advantages
@@ -89,7 +88,7 @@ def token_returns(rewards: Float64Array, mask: BoolArray, gamma: float) -> Float
         [T] float64, 0 where the mask is False.
 
     Raises:
-        ValueError: shapes differ, or gamma is outside [0, 1].
+        ValueError: shapes differ, the reward of a trained token is not finite, or gamma is outside [0, 1].
 
     Source: REINFORCE++, arXiv:2501.03262.
     """
@@ -117,7 +116,8 @@ def gae(
         Advantages and returns (the critic's targets), [T] float64 each, 0 where the mask is False.
 
     Raises:
-        ValueError: shapes differ, or gamma or lam is outside [0, 1].
+        ValueError: shapes differ, a reward or value of a trained token is not finite, or gamma or lam is outside
+            [0, 1].
 
     Source: Schulman et al., arXiv:1506.02438, eq. 16; the rule for tokens that are not trained is verl's.
     """
@@ -126,6 +126,8 @@ def gae(
         raise ValueError(f"expected rewards, values and mask of one shape [T], found {shapes}")
     if not (0.0 <= gamma <= 1.0 and 0.0 <= lam <= 1.0):
         raise ValueError(f"expected gamma and lam in [0, 1], found {gamma} and {lam}")
+    _check_finite("rewards of trained tokens", rewards[mask])
+    _check_finite("values of trained tokens", values[mask])
     steps = list(zip(rewards[mask].tolist(), values[mask].tolist(), strict=True))
     found = np.zeros(len(steps))
     next_value = next_advantage = 0.0
@@ -155,19 +157,27 @@ def whiten(advantages: Sequence[Float64Array], masks: Sequence[BoolArray]) -> li
         [T_i] float64 of every row, 0 where the mask is False, whatever stands there.
 
     Raises:
-        ValueError: as many masks as rows are needed, of the same shapes.
+        ValueError: as many masks as rows are needed, of the same shapes; or the advantage of a trained token is not
+            finite.
 
     Source: REINFORCE++, arXiv:2501.03262.
     """
     if [row.shape for row in advantages] != [mask.shape for mask in masks]:
         raise ValueError(f"expected a mask of every row's shape, found {len(advantages)} rows, {len(masks)} masks")
     kept = np.concatenate([np.zeros(0), *(row[mask] for row, mask in zip(advantages, masks, strict=True))])
+    _check_finite("advantages of trained tokens", kept)  # NaN is not below anything: it would pass for equal ones
     found = [np.zeros(row.shape) for row in advantages]
     if len(kept) and kept.min() < kept.max():
         mean, std = kept.mean(), kept.std() + WHITEN_EPSILON
         for whitened, row, mask in zip(found, advantages, masks, strict=True):
             whitened[mask] = (row[mask] - mean) / std
     return found
+
+
+def _check_finite(what: str, values: Float64Array) -> None:
+    bad = values[~np.isfinite(values)]
+    if len(bad):
+        raise ValueError(f"expected finite {what}, found {bad[0]} among {len(bad)} of {len(values)} that are not")
 
 
 def soft_overlong_penalty(

@@ -27,6 +27,7 @@ from learners.rank_settings import RankSettings
 from learners.rows import Row, Unit
 from learners.step_sums import StepSums, norm_of_sums
 from learners.step_units import critic_units, pair_score_rows, step_units, without_policy
+from rlsys.errors import NonFiniteLossError
 from rlsys.stage_settings import StageSettings, term_weights
 from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch
 
@@ -211,27 +212,27 @@ class LearnerRank:
 
     def old(self, rows: Sequence[Row]) -> list[Float32Array]:
         """[T] log-probabilities of the policy's own tokens under the present policy."""
-        return self._score(rows, lambda batch: self._logprobs(self._policy, batch)[0])
+        return self._score("log-probabilities of the policy", rows, self._logprobs_under(self._policy))
 
     def reference(self, rows: Sequence[Row]) -> list[Float32Array]:
         """The same under the reference policy."""
-        return self._score(rows, lambda batch: self._logprobs(self._reference, batch)[0])
+        return self._score("log-probabilities of the reference policy", rows, self._logprobs_under(self._reference))
 
     def values(self, rows: Sequence[Row]) -> list[Float32Array]:
         """[T], the critic's estimate before each of these tokens."""
-        return self._score(rows, self._values)
+        return self._score("values of the critic", rows, self._values)
 
     def score_pairs(self, pairs: Sequence[Preference]) -> list[tuple[float, float]]:
         """Scores of the chosen and the rejected side under the present policy, sums in nats. Collective."""
-        return self._score_pairs(pairs, self._policy)
+        return self._score_pairs("the policy", pairs, self._policy)
 
     def reference_pairs(self, pairs: Sequence[Preference]) -> list[tuple[float, float]]:
         """The same under the reference policy."""
-        return self._score_pairs(pairs, self._reference)
+        return self._score_pairs("the reference policy", pairs, self._reference)
 
-    def _score_pairs(self, pairs: Sequence[Preference], model: Any) -> list[tuple[float, float]]:
+    def _score_pairs(self, whose: str, pairs: Sequence[Preference], model: Any) -> list[tuple[float, float]]:
         rows = pair_score_rows(pairs, self.settings.objective)
-        found = self._score(rows, lambda batch: self._logprobs(model, batch)[0])
+        found = self._score(f"log-probabilities of preference pairs under {whose}", rows, self._logprobs_under(model))
         sums = [float(scores.sum(dtype=np.float64)) for scores in found]
         return list(zip(sums[0::2], sums[1::2], strict=True))
 
@@ -247,8 +248,12 @@ class LearnerRank:
         ]
 
     @torch.no_grad()
-    def _score(self, rows: Sequence[Row], forward: Forward) -> list[Float32Array]:
-        """[T] float32 a row: a figure of every target of it, 0 elsewhere. Collective: every rank does its share."""
+    def _score(self, what: str, rows: Sequence[Row], forward: Forward) -> list[Float32Array]:
+        """[T] float32 a row: a figure of every target of it, 0 elsewhere. Collective: every rank does its share.
+
+        Raises:
+            NonFiniteLossError: on all ranks, where a figure is not finite; names `what` was asked for.
+        """
         if not rows:
             return []
         masks = [row.targets for row in rows]
@@ -264,6 +269,8 @@ class LearnerRank:
                 at += size
         dist.all_reduce(flat)  # every target is one rank's: the others add 0
         values = flat.cpu().numpy()
+        if bad := int((~np.isfinite(values)).sum()):
+            raise NonFiniteLossError(f"{what}: {bad} of {len(values)} not finite; nothing was updated or published")
         scored = []
         for n, mask in enumerate(masks):
             row = np.zeros(len(mask), dtype=np.float32)
@@ -272,6 +279,9 @@ class LearnerRank:
         return scored
 
     # --- forward passes ---
+
+    def _logprobs_under(self, model: Any) -> Forward:
+        return lambda batch: self._logprobs(model, batch)[0]
 
     def _plan(self, units: Sequence[Unit]) -> list[MicroBatch]:
         return [self._collate([units[n] for n in numbers]) for numbers in self._shares(units)]

@@ -74,8 +74,9 @@ def test_fewer_than_two_valid_rewards_say_nothing(count, estimator):
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(ValueError, match="finite rewards"):
-        advantages([1.0, math.inf], "reinforce_pp")
+    for bad in (math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"^expected finite rewards of a group, found {bad} among 1 of 2"):
+            advantages([1.0, bad], "reinforce_pp")
     with pytest.raises(ValueError, match="one shape"):
         group_advantages(np.array([1.0, 0.0]), np.ones(4, dtype=bool), estimator="grpo")
     with pytest.raises(ValueError, match="unknown estimator 'ppo'"):

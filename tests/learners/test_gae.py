@@ -113,6 +113,19 @@ def test_bad_input_of_gae_is_refused():
         token_returns(np.zeros(3), trained(3), -0.5)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_named_and_never_becomes_an_advantage(bad):
+    spoilt = np.array([1.0, bad, 2.0])
+    with pytest.raises(ValueError, match=f"^expected finite rewards of trained tokens, found {bad} among 1 of 3"):
+        gae(spoilt, np.zeros(3), trained(3), gamma=1.0, lam=1.0)
+    with pytest.raises(ValueError, match=f"^expected finite values of trained tokens, found {bad} among 1 of 3"):
+        gae(np.zeros(3), spoilt, trained(3), gamma=1.0, lam=1.0)
+    with pytest.raises(ValueError, match=f"^expected finite rewards of trained tokens, found {bad} among 1 of 3"):
+        token_returns(spoilt, trained(3), 1.0)
+    with pytest.raises(ValueError, match=f"^expected finite advantages of trained tokens, found {bad} among 1 of 5"):
+        whiten([np.ones(2), spoilt], [trained(2), trained(3)])
+
+
 def test_whiten_by_hand():
     # entries 1 3 5 7 over two rows: mean 4, squares 9 + 1 + 1 + 9 = 20 over n = 4, std sqrt 5
     masks = [np.array([True, False, True]), np.array([True, True])]

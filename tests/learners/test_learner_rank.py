@@ -21,6 +21,7 @@ from learners.learner_rank import LearnerRank
 from learners.rank_settings import RankSettings
 from learners.rows import Unit
 from rlsys.config import LearnerConfig, OptimizerConfig, StageName
+from rlsys.errors import NonFiniteLossError
 from rlsys.metrics import METRICS
 from rlsys.objective_config import ObjectiveConfig
 from rlsys.stage_settings import TERMS, StageSettings
@@ -394,6 +395,53 @@ def test_scores_of_pairs_are_sums_without_a_temperature() -> None:
             sides = (pair.chosen_ids, pair.rejected_ids)
             expected = [logprob(module, tokens, pair.common).sum().item() for tokens in sides]
             assert scores == pytest.approx(expected, rel=1e-6)
+
+
+def spoil(module: nn.Module) -> None:
+    """NaN in every row that holds token 8, before it too: attention weighs it by 0 there, and 0 times NaN is NaN."""
+    with torch.no_grad():
+        module.get_input_embeddings().weight[8] = math.nan
+
+
+@pytest.mark.parametrize(
+    ("ask", "spoilt", "what"),
+    [
+        ("old", "policy", "log-probabilities of the policy"),
+        ("reference", "reference", "log-probabilities of the reference policy"),
+        ("values", "critic", "values of the critic"),
+    ],
+)
+def test_a_score_that_is_not_finite_is_named_and_never_becomes_a_zero(ask: str, spoilt: str, what: str) -> None:
+    made = learner(EVERY_TERM)
+    models = {"policy": made.policy.module, "reference": made._reference, "critic": made.critic.module}
+    spoil(models.pop(spoilt))
+    rows = [policy_row([5, 6, 7], [0, 1, 1], [0] * 3), policy_row([5, 8, 9], [0, 1, 1], [0] * 3)]
+    with pytest.raises(NonFiniteLossError, match=f"^{what}: 2 of 4 not finite; nothing was updated or published$"):
+        getattr(made, ask)(rows)
+    for other in {"old", "reference", "values"} - {ask}:
+        assert len(getattr(made, other)(rows)) == 2
+
+
+def test_pairs_without_finite_scores_are_named() -> None:
+    made = learner({})
+    pair = replace(random_preferences(1)[0], chosen_ids=ids(1, 8, 9), rejected_ids=ids(1, 3), prompt_length=1, common=1)
+    spoil(made.policy.module)
+    with pytest.raises(NonFiniteLossError, match=r"^log-probabilities of preference pairs under the policy: 2 of 3 "):
+        made.score_pairs([pair])
+    assert len(made.reference_pairs([pair])) == 1
+    spoil(made._reference)
+    with pytest.raises(NonFiniteLossError, match=r"^log-probabilities of preference pairs under the reference policy"):
+        made.reference_pairs([pair])
+
+
+def test_a_critic_that_is_not_finite_ends_the_step_before_an_update() -> None:
+    made = learner(EVERY_TERM)
+    before = made.policy.vector()
+    with torch.no_grad():
+        made.critic.module.score.weight.fill_(math.nan)
+    with pytest.raises(NonFiniteLossError, match="^values of the critic: "):
+        made.train(everything(), 0, 1)
+    assert torch.equal(made.policy.vector(), before) and made.policy.updates == made.critic.updates == 0
 
 
 def test_the_policy_that_a_stage_begins_with_has_a_margin_of_zero() -> None:
