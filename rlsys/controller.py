@@ -115,7 +115,7 @@ class Controller:
         parts = self.parts
         assert parts.search is not None  # noqa: S101 - given wherever the config names the stage
         policy = self._policy()
-        if not parts.search.is_complete(policy):
+        if not await asyncio.to_thread(parts.search.is_complete, policy):
             await self._start_stage("search")
             await self._publish_if_new()
             self._check_stopped()
@@ -128,7 +128,7 @@ class Controller:
             self.parts.display.message(note)
         resume = self.checkpoint if self.state.step > 0 else None
         reference = self._reference() if stage == "online" and self._config.reference else None
-        scores = self._reference_scores(stage)
+        scores = await asyncio.to_thread(self._reference_scores, stage)  # reads all weights
         if scores and scores.missing and resume:  # the learner is to hold the policy that the stage began with
             await learner.start_stage(stage, self._reference(), None, None)
             await self._score(scores)

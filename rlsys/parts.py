@@ -14,7 +14,7 @@ from rlsys.display import Display
 from rlsys.interfaces import Learner, RolloutPool
 from rlsys.metrics import MetricsWriter
 from rlsys.prompts import PromptStream
-from rlsys.setup import model_digest
+from rlsys.setup import weights_digest
 from rlsys.training_data import TrainingData
 from rlsys.types import Prompt
 from rlsys.weights import WeightBus
@@ -60,4 +60,4 @@ class Parts:
     held_out: Sequence[Prompt]
     search: SearchStage | None = None
     fingerprint: Mapping[str, str] = field(default_factory=dict)
-    policy_digest: Callable[[Path], str] = model_digest
+    policy_digest: Callable[[Path], str] = weights_digest

@@ -19,7 +19,7 @@ from rlsys.config import Config
 from rlsys.data_files import REPORT
 from rlsys.display import Display
 from rlsys.errors import CheckpointError, DataError, InterruptedRunError
-from rlsys.setup import model_digest
+from rlsys.setup import weights_digest
 from rlsys.training_data import DATA
 from rlsys.tree_figures import TreeFigures
 from rlsys.tree_search import Search, TreePool, deciding_fields, open_trees
@@ -66,7 +66,8 @@ class GrownSearch:
         done = self._done()
         if done is not None:
             return done
-        search = open_trees(self.config, self.folder, self.prompts, self._inputs(policy))
+        inputs = await asyncio.to_thread(self._inputs, policy)  # reads all weights
+        search = open_trees(self.config, self.folder, self.prompts, inputs)
         if search.missing():
             await self._grow(search, stop)
         self.display.message("extracting the data of the trees")
@@ -109,7 +110,7 @@ class GrownSearch:
         return {"prompts": len(self.prompts), "extract": self.config.extract.model_dump(mode="json")}
 
     def _inputs(self, policy: Path) -> dict[str, str]:
-        return {**self.inputs, POLICY: model_digest(policy)}
+        return {**self.inputs, POLICY: weights_digest(policy)}
 
 
 class _Progress:

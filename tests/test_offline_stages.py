@@ -13,6 +13,8 @@ from fake_runs import KINDS, Run, config
 
 from rlsys.errors import DataError, InterruptedRunError, NonFiniteLossError
 from rlsys.metrics import read_rows
+from rlsys.parts import Parts
+from rlsys.setup import weights_digest
 
 PAIRS = 7
 SCORED = [("score", 6), ("score", 1)]  # 7 pairs, two of a step: three steps' pairs a call
@@ -166,6 +168,10 @@ def test_another_reference_policy_has_other_scores(tmp_path: Path) -> None:
     run = Run(tmp_path, settings)()
     assert run.only("start_stage")[0] == ("start_stage", "preference", run.model, None, None)
     assert run.only("score") == SCORED
+
+
+def test_runs_tell_reference_policies_apart_by_all_their_weights() -> None:
+    assert Parts.policy_digest is weights_digest
 
 
 def test_chosen_sides_alone_need_no_reference(tmp_path: Path) -> None:

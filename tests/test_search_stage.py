@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import save_file
 from tree_samples import answer, ids, node, tree
 
 from actors.search.codec import TagCodec
@@ -243,6 +245,21 @@ def test_trees_of_another_policy_config_or_data_are_refused(stage: Callable[...,
         stage(inputs={"task.path": "other"}).stage.is_complete(policies[0])
     with pytest.raises(ConfigError, match=r"^search\.max_depth differs"):
         stage(config(search={"max_depth": 3})).stage.is_complete(policies[0])
+
+
+def test_a_policy_that_differs_in_the_middle_of_its_weights_is_another_one(
+    stage: Callable[..., Stage], policies: list[Path], tmp_path: Path
+) -> None:
+    folders = [tmp_path / name for name in ("first", "second")]
+    for number, folder in enumerate(folders):
+        shutil.copytree(policies[0], folder)
+        values = np.zeros(3 * 2**20, dtype=np.uint8)  # MiB 1 and 3 are equal
+        values[len(values) // 2] = number
+        save_file({"weight": values}, folder / "model.safetensors")
+    stage().run(folders[0])
+    assert stage().stage.is_complete(folders[0])
+    with pytest.raises(ConfigError, match="^the policy that the stage search begins with: the contents differ"):
+        stage().stage.is_complete(folders[1])
 
 
 def test_too_many_failed_trees_end_the_run(stage: Callable[..., Stage], policies: list[Path]) -> None:

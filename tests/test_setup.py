@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from rlsys.config import Config
 from rlsys.config_file import parse_config
 from rlsys.errors import ConfigError
 from rlsys.resources import parameter_count
-from rlsys.setup import model_digest, prepare_model, tokenizer_files
+from rlsys.setup import model_digest, prepare_model, tokenizer_files, weights_digest
 
 TINY = {"hidden_size": 32, "layers": 1, "heads": 1, "intermediate_size": 16, "max_positions": 256}
 
@@ -53,6 +56,28 @@ def test_the_digest_of_a_model_is_of_its_config_and_its_tensors(tmp_path: Path, 
     assert model_digest(other_seed) != model_digest(built)  # same shapes, other values
     (same / "config.json").write_text((built / "config.json").read_text().replace("100.0", "200.0"))
     assert model_digest(same) != model_digest(built)
+
+
+def middle_changed(path: Path, byte: int) -> None:
+    """A safetensors file of 3 MiB in which a byte in the middle has a value."""
+    values = np.zeros(3 * 2**20, dtype=np.uint8)
+    values[len(values) // 2] = byte
+    save_file({"weight": values}, path)
+
+
+def test_the_digest_of_weights_is_of_all_of_them(tmp_path: Path, built: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b", "same")]
+    for folder, byte in zip(folders, (0, 1, 0), strict=True):
+        folder.mkdir()
+        shutil.copy(built / "config.json", folder)
+        middle_changed(folder / "model.safetensors", byte)
+    first, second, same = map(weights_digest, folders)
+    assert first == same != second
+    assert len(set(map(model_digest, folders))) == 1  # its samples do not reach the middle
+    (folders[2] / "model.safetensors").rename(folders[2] / "other.safetensors")
+    assert weights_digest(folders[2]) != first
+    (folders[0] / "config.json").write_text((built / "config.json").read_text().replace("100.0", "200.0"))
+    assert weights_digest(folders[0]) != first
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"])
