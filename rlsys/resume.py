@@ -108,7 +108,20 @@ def check_inputs(start: Start, fingerprint: Mapping[str, str]) -> None:
 def _start_at(config: Config, checkpoint: Path, origin: Path) -> Start:
     """Continue from a checkpoint of the run directory `origin`."""
     _check_fixed_fields(config, origin)
-    return Start(state_from_json(read_json(checkpoint / "state.json")), checkpoint)
+    state = state_from_json(read_json(checkpoint / "state.json"))
+    _check_critic(config, state, checkpoint)
+    return Start(state, checkpoint)
+
+
+def _check_critic(config: Config, state: RunState, checkpoint: Path) -> None:
+    """A critic begins with the policy that its stage begins with: within the stage there is no place to begin one."""
+    within = config.stages[state.stage] == "online" and 0 < state.step < config.train.max_steps
+    if within and config.objective.value.used and not (checkpoint / "critic").is_dir():
+        raise ConfigError(
+            f"objective.value.weight and objective.policy.estimator gae need a critic, and {checkpoint} has none: the "
+            f"first {state.step} steps of stage online were made without; set both back, or begin the stage with a "
+            f"critic, in a new run.dir with stages [online] and model.path {checkpoint / 'policy'}"
+        )
 
 
 def _branch(config: Config, checkpoint: Path, run_dir: Path) -> Start:

@@ -234,6 +234,37 @@ def test_other_fields_may_change(tmp_path: Path) -> None:
     assert start(tmp_path, changed).state == state(2)
 
 
+CRITIC = {"policy": {"estimator": "gae"}, "value": {"weight": 1.0}}
+
+
+@pytest.mark.parametrize("resume", ["auto", "path"])
+def test_a_critic_cannot_begin_within_the_online_stage(tmp_path: Path, resume: str) -> None:
+    save(tmp_path, 2)  # after step 1 of the stage online
+    checkpoint = tmp_path / "checkpoints" / "step_000002"
+    now = config("auto" if resume == "auto" else str(checkpoint), objective=CRITIC)
+    expected = (
+        r"^objective\.value\.weight and objective\.policy\.estimator gae need a critic, and .*step_000002 has none: "
+        r"the first 1 steps of stage online were made without; set both back, .*model\.path .*step_000002/policy$"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        start(tmp_path, now)
+    # Nothing is left to train in the stage: nothing asks for a critic.
+    assert start(tmp_path, config(now.run.resume, objective=CRITIC, train={"max_steps": 1})).state == state(2)
+    store(tmp_path).discard(checkpoint)
+    save(tmp_path, 1)  # at step 0 of the stage, which begins with a critic then
+    assert start(tmp_path, config(objective=CRITIC)).state == state(1)
+
+
+def test_a_checkpoint_with_a_critic_goes_on_with_and_without_it(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(config()))
+    temporary = store(tmp_path).begin("step_000002")
+    write_json(temporary / "state.json", state_to_json(state(2)))
+    (temporary / "critic").mkdir()
+    (temporary / "critic" / "config.json").write_text("{}")
+    store(tmp_path).commit(temporary, "step_000002", {"weight_version": 2, "inputs": INPUTS})
+    assert start(tmp_path, config(objective=CRITIC)).state == start(tmp_path, config()).state == state(2)
+
+
 def test_the_directory_of_a_search_is_left_to_it(tmp_path):
     write_json(tmp_path / "search.json", {})
     assert start(tmp_path, config()).checkpoint is None  # a search that has grown nothing
