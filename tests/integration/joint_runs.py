@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from real_runs import TINY, Command, FinishedRun, last_checkpoint, wait_for_row
+from real_runs import TINY, Command, FinishedRun, last_checkpoint, marked, wait_for_row
 from real_searches import SHARD, TREES
 
 from rlsys.metrics import METRICS, read_rows
@@ -120,7 +121,10 @@ def killed_at(start: Callable[..., Command], config: str, run: Path, happened: C
     happened(command)
     command.signal(signal.SIGKILL, group=False)
     command.fail(-signal.SIGKILL)
-    command.assert_gone(within_s=30)
+    deadline = time.monotonic() + 30
+    while left := list(marked(command.mark)):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
 
 
 def after_row(run: Path, stage: str, step: int) -> Callable[[Command], None]:

@@ -94,7 +94,7 @@ def test_bpe_tags_of_several_tokens_and_staleness_of_one(start: Callable[..., Co
     start("train", write_config(tmp_path, config)).finish().assert_gone(within_s=5)
 
     rows = read_rows(run / "metrics.jsonl")
-    warm = [row["supervised/loss"] for row in rows if row["stage"] == "warm_start"]
+    warm = [row["objective/sft_loss"] for row in rows if row["stage"] == "warm_start"]
     assert warm[-1] < warm[0] / 2
     online = [row for row in rows if row["stage"] == "online" and row["step"] > 0]
     assert [row["weights/version"] for row in online] == [41, 42, 43, 44]

@@ -63,7 +63,7 @@ def test_two_steps_of_the_config_for_gpus(start: Callable[..., Command], tmp_pat
     for name in ("group_size", "updates_per_step", "dynamic_sampling_rounds", "max_staleness", "optimizer"):
         assert getattr(used.train, name) == getattr(shipped.train, name), name
 
-    start("train", str(GSM8K), *overrides).finish().assert_gone(within_s=5)
+    start("train", str(GSM8K), *overrides).finish()
     check_figures(read_rows(tmp_path / "run" / "metrics.jsonl"))
     rows = rows_of(tmp_path / "run", "online")
     assert [row["step"] for row in rows] == [1, 2]
