@@ -446,11 +446,7 @@ class Config(Section):
                     )
         if "online" not in self.stages:
             return
-        if not (policy.used or preference.used or sft.used):
-            raise ValueError(
-                "stage online: the weights of objective.policy, objective.preference and objective.sft are all 0; "
-                "raise one"
-            )
+        self._check_online_weights()
         from_file = preference.source == "file"
         if preference.used or (sft.used and sft.source == "chosen"):
             term = "objective.preference.weight" if preference.used else "objective.sft.weight with source chosen"
@@ -468,6 +464,37 @@ class Config(Section):
         if sft.used and sft.source == "trees" and (not searched or self.extract.supervised == "none"):
             raise ValueError("objective.sft.source trees needs search.fraction above 0 and extract.supervised")
 
+    def _check_online_weights(self) -> None:
+        objective, steps = self.objective, self.train.max_steps
+        policy, preference, sft = objective.policy, objective.preference, objective.sft
+        if not (policy.used or preference.used or sft.used):
+            raise ValueError(
+                "stage online: the weights of objective.policy, objective.preference and objective.sft are all 0; "
+                "raise one"
+            )
+        if not policy.used and self.search.fraction < 1:
+            raise ValueError(
+                "objective.policy.weight 0: the sampled prompts of stage online would train nothing; set "
+                f"search.fraction to 1 (now {self.search.fraction:g}), or use the stages warm_start, sft or preference"
+            )
+        if objective.value.warmup_steps >= steps:
+            raise ValueError(
+                f"objective.value.warmup_steps {objective.value.warmup_steps} leaves the policy no step of stage "
+                f"online: expected fewer than train.max_steps, {steps}"
+            )
+        self._check_ends("online", ("policy", "value", "preference", "sft"))
+
+    def _check_ends(self, stage: StageName, terms: tuple[str, ...]) -> None:
+        """Every step has a term: weights are linear in between, so that the last and the first step tell."""
+        last, objective = self.max_steps(stage) - 1, self.objective
+        for step, end, field in ((last, "last", "final_weight"), (0, "first", "weight")):
+            trained = [name for name in terms if name != "policy" or step >= objective.value.warmup_steps]
+            if not any(getattr(objective, name).weight_at(step, last + 1) > 0 for name in trained):
+                names = ", ".join(f"objective.{name}" for name in trained)
+                raise ValueError(
+                    f"stage {stage}: nothing is trained in its {end} step: raise {field} of one of {names}"
+                )
+
     def _check_stages(self) -> None:
         if self.stages[-1] == "search":
             raise ValueError("stage search trains nothing: let another follow, or use `rlsys search`")
@@ -475,8 +502,12 @@ class Config(Section):
             if stage in self.stages and not getattr(self, stage).path and "search" not in self._before(stage):
                 raise ValueError(f"stage {stage} has no data: set {stage}.path, or put the stage search before it")
         objective = self.objective
-        if "preference" in self.stages and not (objective.preference.used or objective.sft.used):
-            raise ValueError("stage preference: objective.preference.weight and objective.sft.weight are 0; raise one")
+        if "preference" in self.stages:
+            if not (objective.preference.used or objective.sft.used):
+                raise ValueError(
+                    "stage preference: objective.preference.weight and objective.sft.weight are 0; raise one"
+                )
+            self._check_ends("preference", ("preference", "sft"))
 
     def _before(self, stage: StageName) -> tuple[StageName, ...]:
         return self.stages[: self.stages.index(stage)]

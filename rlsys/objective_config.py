@@ -17,7 +17,8 @@ class Component(Section):
     weight: float = Field(default=0.0, ge=0)
     """Weight of this term in the joint loss; 0 leaves it out, at no cost."""
     final_weight: float | None = Field(default=None, ge=0)
-    """Weight in the last step of the stage, approached linearly from `weight`; null keeps `weight`."""
+    """Weight in the last step of the stage, approached linearly from `weight`; null keeps `weight`. In the first and in
+    the last step a term of the stage must have one above 0."""
 
     @property
     def used(self) -> bool:
@@ -74,8 +75,8 @@ class PolicyConfig(Component):
 
 class KlConfig(Component):
     estimator: KlEstimator = "k3"
-    """k1: the log-ratio; k2: half its square, the one with the right gradient as a loss; k3: never negative, the one
-    of GRPO."""
+    """k1: the log-ratio, for in_reward: as a loss its expected gradient is 0; k2: half its square, the one with the
+    right gradient as a loss; k3: never negative, the one of GRPO."""
     in_reward: bool = False
     """Take the term off every token's reward instead of adding it to the loss (sampled groups only)."""
 
@@ -132,7 +133,11 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> ObjectiveConfig:
-        policy, preference = self.policy, self.preference
+        policy, preference, kl = self.policy, self.preference, self.kl
+        if kl.used and not policy.used:
+            raise ValueError("kl.weight has no effect: the term is of the policy term's tokens, and policy.weight is 0")
+        if kl.in_reward and not kl.used:
+            raise ValueError("kl.in_reward has no effect with kl.weight 0: raise it, or leave in_reward out")
         if policy.dual_clip is not None and policy.surrogate != "clip":
             raise ValueError(f"policy.dual_clip needs policy.surrogate clip, found {policy.surrogate}")
         if policy.used and policy.estimator == "gae" and not self.value.used:

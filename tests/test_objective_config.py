@@ -15,7 +15,10 @@ from rlsys.stage_settings import TERMS, StageSettings, stage_settings, term_weig
 
 MINIMAL: dict[str, Any] = {"run": {"dir": "r"}, "model": {"path": "m"}, "task": {"type": "letter_count"}}
 SEARCHED = {"search": {"fraction": 0.5}}
+WHOLE = {"search": {"fraction": 1.0}}
 PAIRS = {"preference": {"weight": 1.0}}
+DEMONSTRATIONS = {"policy": {"weight": 0.0}, "sft": {"weight": 1.0, "source": "demonstrations"}}
+HANDED_OVER = {"weight": 1.0, "final_weight": 0.0, "source": "demonstrations"}
 
 
 def config(objective: dict[str, Any] | None = None, **others: Any) -> Config:
@@ -81,6 +84,50 @@ def gae(**changes: Any) -> dict[str, Any]:
             SEARCHED,
             "search.fraction 0.5 needs objective.kl.in_reward False, found True",
         ),
+        (
+            {**DEMONSTRATIONS, "kl": {"weight": 0.1}},
+            WHOLE,
+            "kl.weight has no effect: the term is of the policy term's tokens, and policy.weight is 0",
+        ),
+        ({**DEMONSTRATIONS, "kl": {"final_weight": 0.1}}, WHOLE, "kl.weight has no effect"),
+        ({"kl": {"in_reward": True}}, {}, "kl.in_reward has no effect with kl.weight 0"),
+        (
+            DEMONSTRATIONS,
+            {},
+            "objective.policy.weight 0: the sampled prompts of stage online would train nothing; set search.fraction "
+            "to 1 (now 0)",
+        ),
+        ({**PAIRS, "policy": {"weight": 0.0}}, SEARCHED, "set search.fraction to 1 (now 0.5)"),
+        (
+            gae(value={"weight": 0.5, "warmup_steps": 5}),
+            {"train": {"max_steps": 5}},
+            "objective.value.warmup_steps 5 leaves the policy no step of stage online: expected fewer than "
+            "train.max_steps, 5",
+        ),
+        # A step in which every weight is 0.
+        (
+            {"policy": {"final_weight": 0.0}},
+            {},
+            "stage online: nothing is trained in its last step: raise final_weight of one of objective.policy, "
+            "objective.value, objective.preference, objective.sft",
+        ),
+        ({"policy": {"final_weight": 0.0}}, {"train": {"max_steps": 1}}, "nothing is trained in its last step"),
+        (
+            {"policy": {"weight": 0.0, "final_weight": 1.0}},
+            {},
+            "stage online: nothing is trained in its first step: raise weight of one of objective.policy, ",
+        ),
+        (
+            gae(value={"weight": 0.0, "final_weight": 0.5, "warmup_steps": 1}),
+            {},
+            "nothing is trained in its first step: raise weight of one of objective.value, objective.preference",
+        ),
+        (
+            {"preference": {"weight": 1.0, "final_weight": 0.0}},
+            {"stages": ["preference"], "preference": {"path": "p"}},
+            "stage preference: nothing is trained in its last step: raise final_weight of one of objective.preference, "
+            "objective.sft",
+        ),
         ({}, {"stages": ["online", "search"]}, "stage search trains nothing: let another follow"),
         ({}, {"stages": ["sft"]}, "stage sft has no data: set sft.path, or put the stage search before it"),
         (PAIRS, {"stages": ["preference"]}, "stage preference has no data: set preference.path"),
@@ -108,9 +155,14 @@ def test_what_cannot_work_is_refused_by_name(objective: dict[str, Any], others: 
     [
         (gae(), {}),
         ({**gae(), "value": {"weight": 0.5, "warmup_steps": 3}}, {}),
-        ({"policy": {"weight": 0.0, "final_weight": 1.0}}, {}),
+        ({"policy": {"weight": 0.0, "final_weight": 1.0}}, {"train": {"max_steps": 1}}),  # the only step is the last
+        ({"policy": {"weight": 0.0, "final_weight": 1.0}, "sft": HANDED_OVER}, {}),
+        (gae(value={"weight": 0.5, "warmup_steps": 4}), {"train": {"max_steps": 5}}),
+        (gae(value={"weight": 0.5, "warmup_steps": 99}), {"stages": ["warm_start"], "train": {"max_steps": 5}}),
         (PAIRS, SEARCHED),
-        ({"policy": {"weight": 0.0}, "sft": {"weight": 1.0, "source": "demonstrations"}}, {}),
+        ({**PAIRS, "policy": {"weight": 0.0}}, WHOLE),
+        ({"kl": {"final_weight": 0.1, "in_reward": True}}, {}),
+        ({"policy": {"final_weight": 0.0}}, {"stages": ["warm_start"]}),
         ({"preference": {"weight": 1.0, "source": "file"}}, {"preference": {"path": "p"}}),
         ({"preference": {"weight": 1.0, "source": "file"}}, {"stages": ["search", "online"]}),
         ({"preference": {"loss": "ipo"}}, {}),
@@ -131,7 +183,7 @@ def test_what_works_is_taken(objective: dict[str, Any], others: dict[str, Any]) 
         ({}, {}, False),
         ({"kl": {"weight": 0.1}}, {}, True),
         ({"kl": {"final_weight": 0.1}}, {}, True),
-        ({"kl": {"weight": 0.1}, "policy": {"weight": 0}, "sft": {"weight": 1, "source": "demonstrations"}}, {}, False),
+        ({"kl": {"weight": 0.1, "final_weight": 0.0}}, {}, True),
         (PAIRS, SEARCHED, True),
         # A file's pairs bring their scores, computed before the stage.
         ({"preference": {"weight": 1.0, "source": "file"}}, {"preference": {"path": "p"}}, False),
@@ -204,7 +256,6 @@ def test_while_the_critic_warms_up_nothing_moves_the_policy_by_its_rewards() -> 
 
 def test_kl_is_a_term_beside_the_policy_alone() -> None:
     assert "kl" not in weights("online", kl={"weight": 0.1, "in_reward": True})
-    assert "kl" not in weights("online", policy={"weight": 0.0, "final_weight": 0.0}, value={"weight": 0.0})
     # A policy term that fades out takes it along.
     fading = {"policy": {"weight": 1.0, "final_weight": 0.0, "estimator": "gae"}}
     assert "kl" in weights("online", 9, **fading)
