@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import psutil
 
 from rlsys.buffer import Buffer
-from rlsys.checkpoint import state_to_json, write_json
+from rlsys.checkpoint import MANIFEST, read_json, state_to_json, write_json
 from rlsys.config import StageName
 from rlsys.dynamic_sampling import GroupFilter, has_signal
 from rlsys.errors import InterruptedRunError, RlsysError
@@ -127,6 +127,8 @@ class Controller:
         for note in await asyncio.to_thread(self.parts.data.load, stage):
             self.parts.display.message(note)
         resume = self.checkpoint if self.state.step > 0 else None
+        if resume:
+            self.parts.data.check_extracted(read_json(resume / MANIFEST)["info"]["inputs"], resume)
         reference = self._reference() if stage == "online" and self._config.reference else None
         scores = await asyncio.to_thread(self._reference_scores, stage)  # reads all weights
         if scores and scores.missing and resume:  # the learner is to hold the policy that the stage began with
@@ -340,7 +342,7 @@ class Controller:
             info = {
                 "weight_version": state.weight_version,
                 "stage": self._config.stages[state.stage],
-                "inputs": dict(self.parts.fingerprint),
+                "inputs": {**self.parts.fingerprint, **self.parts.data.extracted()},
             }
             self.checkpoint = await asyncio.to_thread(store.commit, temporary, name, info)
         self._saved_version = state.weight_version

@@ -42,7 +42,7 @@ from rlsys.inputs import Inputs
 from rlsys.metrics import MetricsWriter
 from rlsys.parts import Parts
 from rlsys.remote import RayLearner, RayRolloutPool
-from rlsys.resume import Start, all_steps_made, check_inputs, find_start
+from rlsys.resume import Start, all_steps_made, check_extraction, check_inputs, find_start
 from rlsys.search_engines import ModelEngines, Searching, growing, searches_in_training
 from rlsys.search_stage import GrownSearch
 from rlsys.setup import prepare_model, search_engines, tokenizer_files
@@ -101,6 +101,7 @@ def train(config: Config) -> str:
         inputs = Inputs(config, model)  # bad data must be found before anything is started
         to_search = find_prompts(config, inputs) if "search" in config.stages else []
         check_inputs(start, inputs.fingerprint())
+        check_extraction(config, start, len(to_search))
         start.settle(run_dir)  # a refused command has changed nothing
         write_text(run_dir / "config.yaml", dump_config(config))
         bundles = actor_bundles(config) + beside_bundles(config, beside) + rank_bundles(config)

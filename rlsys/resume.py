@@ -9,9 +9,10 @@ from pathlib import Path
 
 from rlsys.checkpoint import MANIFEST, CheckpointStore, read_json, state_from_json, write_json
 from rlsys.config import Config
-from rlsys.config_file import fixed_fields, load_config
+from rlsys.config_file import fixed_fields, flat_fields, load_config
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.report import section_of
+from rlsys.training_data import DONE, SEARCHED, asked_of_search, reads_extracted, search_folder
 from rlsys.tree_store import ORIGIN, TREES
 from rlsys.types import RunState
 
@@ -97,12 +98,48 @@ def check_inputs(start: Start, fingerprint: Mapping[str, str]) -> None:
             f"{start.checkpoint} was made by an older version of rlsys, which did not record the contents of data, "
             "model and tokenizer; continue with that version, or start a new run.dir"
         )
-    different = [name for name, digest in fingerprint.items() if before.get(name) != digest]
+    different = [name for name, digest in fingerprint.items() if _known_now(before.get(name), digest) != digest]
     if different:
         raise ConfigError(
             f"{' and '.join(different)}: the contents differ from those that {start.checkpoint} was trained with; "
             "put them back, or start a new run.dir"
         )
+
+
+def _known_now(before: str | None, now: str) -> str | None:
+    """What a checkpoint recorded, without what is not known before the data of the stage `search` are read."""
+    return SEARCHED if now == SEARCHED and before and before.startswith(SEARCHED) else before
+
+
+def check_extraction(config: Config, start: Start, prompts: int) -> None:
+    """Compare what the stage `search` would be asked for now with what it was, once it is passed and yet to be read.
+
+    Args:
+        prompts: how many the stage grows trees for.
+    Raises:
+        ConfigError: one differs; names the field.
+        CheckpointError: what the stage has noted cannot be read.
+    """
+    stages, state = config.stages, start.state
+    if start.checkpoint is None or "search" not in stages[: state.stage]:
+        return
+    left = stages[state.stage + (state.step >= config.max_steps(stages[state.stage])) :]
+    path = search_folder(start.checkpoint.parent.parent) / DONE
+    if not any(reads_extracted(config, stage) for stage in left) or not path.exists():
+        return
+    try:
+        before, now = (
+            flat_fields({"search": {"prompts": asked["prompts"]}, "extract": asked["extract"]})
+            for asked in (read_json(path)["asked"], asked_of_search(config, prompts))
+        )
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{path}: damaged; restore it, or start a new run.dir") from None
+    for name in before | now:
+        if before.get(name) != now.get(name):
+            raise ConfigError(
+                f"{name} differs from what the stage search has extracted ({path}): expected {before.get(name)}, found "
+                f"{now.get(name)}; set it back, or start a new run.dir"
+            )
 
 
 def _start_at(config: Config, checkpoint: Path, origin: Path) -> Start:

@@ -20,13 +20,12 @@ from rlsys.data_files import REPORT
 from rlsys.display import Display
 from rlsys.errors import CheckpointError, DataError, InterruptedRunError
 from rlsys.setup import weights_digest
-from rlsys.training_data import DATA
+from rlsys.training_data import DATA, DONE, asked_of_search
 from rlsys.tree_figures import TreeFigures
 from rlsys.tree_search import Search, TreePool, deciding_fields, open_trees
 from rlsys.tree_store import check_origin
 from rlsys.types import Prompt
 
-DONE = "stage.json"
 POLICY = "the policy that the stage search begins with"
 
 
@@ -106,8 +105,7 @@ class GrownSearch:
         return figures if whole and asked == self._asked() else None
 
     def _asked(self) -> dict[str, Any]:
-        """What may change without another tree for the same prompt."""
-        return {"prompts": len(self.prompts), "extract": self.config.extract.model_dump(mode="json")}
+        return asked_of_search(self.config, len(self.prompts))
 
     def _inputs(self, policy: Path) -> dict[str, str]:
         return {**self.inputs, POLICY: weights_digest(policy)}

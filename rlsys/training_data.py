@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +18,19 @@ from rlsys.training_rows import PairRows, Reader, SupervisedRows
 from rlsys.types import Demonstration, Preference, TrainingBatch
 
 DATA = "data"
+DONE = "stage.json"
 SEARCHED = "stage search:"
 """What errors of files name that the stage `search` has written, in place of a config field."""
 
 
 def search_folder(run_dir: Path) -> Path:
-    """Where the stage `search` keeps its trees, and in data/ what it has extracted."""
+    """Where the stage `search` keeps its trees, in data/ what it has extracted, and in stage.json what it was asked."""
     return run_dir / "stages" / "search"
+
+
+def asked_of_search(config: Config, prompts: int) -> dict[str, Any]:
+    """What may change without another tree for the same prompt. prompts: for how many there are trees."""
+    return {"prompts": prompts, "extract": config.extract.model_dump(mode="json")}
 
 
 class TrainingData:
@@ -43,6 +50,7 @@ class TrainingData:
         self._imitated, self._searched = imitated, searched
         self._rows: SupervisedRows | None = None
         self._pairs: PairRows | None = None
+        self._extracted: dict[str, str] = {}
         self._epochs: dict[str, Epochs] = {}
         self.references: NDArray[np.float64] | None = None
 
@@ -106,6 +114,36 @@ class TrainingData:
             found["preference.path"] = self.pairs().digest() if self._config.preference.path else SEARCHED
         return found
 
+    def extracted(self) -> dict[str, str]:
+        """Of what the stage `search` has extracted and a stage has read: names and digests, by the key of a path."""
+        return dict(self._extracted)
+
+    def check_extracted(self, trained: Mapping[str, str], checkpoint: Path) -> None:
+        """Compare `extracted` with what it was when the stage that a checkpoint is of had read it.
+
+        Raises:
+            ConfigError: it differs: another table, or other rows.
+        """
+        for name, now in self._extracted.items():
+            before = trained.get(name, SEARCHED)
+            if before in (SEARCHED, now):  # the stage before had not read it yet
+                continue
+            table = before.removeprefix(f"{SEARCHED} ").split(" ")[0]
+            if name == "preference.path" and table != self._pair_table:
+                pairs = "chains" if table == "preferences" else "steps"
+                raise ConfigError(
+                    f"objective.preference.pairs: {checkpoint} was trained on {pairs}, found "
+                    f"{self._config.objective.preference.pairs}; set it back, or start a new run.dir"
+                )
+            raise ConfigError(
+                f"{self._searched / table}.parquet: the rows differ from those that {checkpoint} was trained with; put "
+                "them back, or start a new run.dir"
+            )
+
+    @property
+    def _pair_table(self) -> str:
+        return "preferences" if self._config.objective.preference.pairs == "chains" else "step_preferences"
+
     def rows(self) -> SupervisedRows:
         """Of the stage sft."""
         if self._rows is None:
@@ -113,6 +151,7 @@ class TrainingData:
             if path is None:
                 with _report_named(self._searched):
                     self._rows = self._reader.supervised(str(self._searched / "supervised.parquet"), SEARCHED)
+                self._extracted["sft.path"] = f"{SEARCHED} supervised {self._rows.digest()}"
             else:
                 self._rows = self._reader.supervised(path, "sft.path")
         return self._rows
@@ -122,9 +161,9 @@ class TrainingData:
         if self._pairs is None:
             path = self._config.preference.path
             if path is None:
-                name = "preferences" if self._config.objective.preference.pairs == "chains" else "step_preferences"
                 with _report_named(self._searched):
-                    self._pairs = self._reader.pairs(str(self._searched / f"{name}.parquet"), SEARCHED)
+                    self._pairs = self._reader.pairs(str(self._searched / f"{self._pair_table}.parquet"), SEARCHED)
+                self._extracted["preference.path"] = f"{SEARCHED} {self._pair_table} {self._pairs.digest()}"
             else:
                 self._pairs = self._reader.pairs(path, "preference.path")
         return self._pairs
@@ -176,6 +215,14 @@ def pairs_online(config: Config) -> bool:
 
 def uses_pairs(config: Config) -> bool:
     return "preference" in config.stages or pairs_online(config)
+
+
+def reads_extracted(config: Config, stage: StageName) -> bool:
+    """Whether a stage trains on what the stage `search` has extracted."""
+    if stage == "sft":
+        return not config.sft.path
+    paired = stage == "preference" or (stage == "online" and pairs_online(config))
+    return paired and not config.preference.path
 
 
 def needs_references(config: Config, stage: StageName) -> bool:

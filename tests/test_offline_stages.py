@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fake_runs import KINDS, Run, config
 
-from rlsys.errors import DataError, InterruptedRunError, NonFiniteLossError
+from rlsys.errors import ConfigError, DataError, InterruptedRunError, NonFiniteLossError
 from rlsys.metrics import read_rows
 from rlsys.parts import Parts
 from rlsys.setup import weights_digest
@@ -294,6 +296,33 @@ def test_the_anchor_after_a_search_is_the_policy_before_it(tmp_path: Path) -> No
     run()
     assert run.only("start_stage")[-1][4] == tmp_path / "stages" / "warm_start"
     assert not (tmp_path / "stages" / "search").exists()  # no policy is handed over
+
+
+def extract(run_dir: Path, chosen: int) -> None:
+    """What the stage search leaves behind: the chosen side of every pair ends with this token."""
+    folder = run_dir / "stages" / "search" / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = {"chosen_ids": [[1, chosen]], "rejected_ids": [[1, 3]], "prompt_length": [1], "common_prefix": [1]}
+    pq.write_table(pa.table(pairs), folder / "preferences.parquet")
+
+
+def test_a_resume_trains_on_what_the_search_extracted_before(tmp_path: Path) -> None:
+    settings = config(stages=["search", "preference"], objective={"preference": {"weight": 1.0}})
+    extract(tmp_path, 2)
+    first, _ = searching(tmp_path, settings)
+    first.interrupt_at(3)
+    with pytest.raises(InterruptedRunError):
+        first()
+    second, _ = searching(tmp_path, settings)
+    second.interrupt_at(5)
+    with pytest.raises(InterruptedRunError):
+        second()
+    assert second.only("train") == [("train", 4), ("train", 5)]
+    extract(tmp_path, 4)
+    third, _ = searching(tmp_path, settings)
+    with pytest.raises(ConfigError, match=r"preferences\.parquet: the rows differ from those that .*step_000005 was"):
+        third()
+    assert third.only("start_stage", "train") == []
 
 
 def test_files_that_the_search_did_not_write_are_named(tmp_path: Path) -> None:

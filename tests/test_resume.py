@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from rlsys.checkpoint import CheckpointStore, state_to_json, write_json
 from rlsys.config import Config
 from rlsys.config_file import dump_config, parse_config
 from rlsys.errors import CheckpointError, ConfigError
-from rlsys.resume import Start, check_inputs, find_start
+from rlsys.resume import Start, check_extraction, check_inputs, find_start
+from rlsys.training_data import DONE, SEARCHED, asked_of_search, search_folder
 from rlsys.types import RunState
 
 INPUTS = {"task.path": "d1", "model.path": "d2", "tokenizer": "d3"}
@@ -263,6 +265,67 @@ def test_a_checkpoint_with_a_critic_goes_on_with_and_without_it(tmp_path: Path) 
     (temporary / "critic" / "config.json").write_text("{}")
     store(tmp_path).commit(temporary, "step_000002", {"weight_version": 2, "inputs": INPUTS})
     assert start(tmp_path, config(objective=CRITIC)).state == start(tmp_path, config()).state == state(2)
+
+
+def test_what_is_read_later_is_compared_then() -> None:
+    start = Start(state(2), Path("c"))
+    for before in (SEARCHED, f"{SEARCHED} supervised digest"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                "rlsys.resume.read_json", lambda _path, found=before: {"info": {"inputs": {"sft.path": found}}}
+            )
+            check_inputs(start, {"sft.path": SEARCHED})
+            with pytest.raises(ConfigError, match=r"^sft\.path: the contents differ"):
+                check_inputs(start, {"sft.path": "digest"})  # of a file that sft.path names now
+
+
+def searched(stage: int, step: int, tmp_path: Path) -> Start:
+    """A run whose stage search was asked for the data of `config` without changes, of 9 prompts."""
+    folder = search_folder(tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / DONE, {"asked": asked_of_search(after_search(), 9), "figures": {}})
+    return Start(replace(FRESH, stage=stage, step=step), tmp_path / "checkpoints" / "step_000001")
+
+
+def after_search(stages: tuple[str, ...] = ("search", "sft", "preference"), **changes: Any) -> Config:
+    return config(
+        stages=list(stages), objective={"preference": {"weight": 1.0}, **changes.pop("objective", {})}, **changes
+    )
+
+
+@pytest.mark.parametrize(("stage", "step"), [(1, 1), (1, 100), (2, 1)])
+def test_data_are_not_extracted_in_another_way_once_a_stage_reads_them(tmp_path: Path, stage: int, step: int) -> None:
+    start = searched(stage, step, tmp_path)
+    check_extraction(after_search(), start, 9)
+    with pytest.raises(ConfigError, match=r"^extract\.chosen differs from what the stage search .*stage\.json\): "):
+        check_extraction(after_search(extract={"chosen": "longest"}), start, 9)
+    with pytest.raises(ConfigError, match=r"^search\.prompts differs .*: expected 9, found 8; set it back"):
+        check_extraction(after_search(), start, 8)
+
+
+def test_extraction_may_change_where_nothing_reads_it_or_it_is_done_again(tmp_path: Path) -> None:
+    changed = after_search(extract={"chosen": "longest"})
+    check_extraction(changed, searched(0, 0, tmp_path), 8)  # the stage search is still to come, and does it
+    check_extraction(changed, Start(FRESH, None), 8)
+    check_extraction(changed, searched(2, 100, tmp_path), 8)  # the last stage has made its steps
+    stages = ("search", "preference", "online")
+    trees = after_search(stages, extract={"chosen": "longest"}, search={"fraction": 0.5})
+    check_extraction(trees, searched(2, 1, tmp_path), 9)  # of the trees of the steps now
+    filed = {"preference": {"weight": 1.0, "source": "file"}}
+    with pytest.raises(ConfigError, match=r"^extract\.chosen differs"):
+        check_extraction(
+            after_search(stages, extract={"chosen": "longest"}, objective=filed), searched(2, 1, tmp_path), 9
+        )
+    paths = {"sft": {"path": "rows"}, "preference": {"path": "pairs"}}
+    check_extraction(after_search(extract={"chosen": "longest"}, **paths), searched(1, 1, tmp_path), 9)
+
+
+@pytest.mark.parametrize("found", [{}, [], {"asked": 1}])
+def test_a_damaged_note_of_the_stage_search_is_named(tmp_path: Path, found: Any) -> None:
+    start = searched(1, 1, tmp_path)
+    write_json(search_folder(tmp_path) / DONE, found)
+    with pytest.raises(CheckpointError, match=r"stage\.json: damaged; restore it"):
+        check_extraction(after_search(), start, 9)
 
 
 def test_the_directory_of_a_search_is_left_to_it(tmp_path):

@@ -24,8 +24,9 @@ from rlsys.config_file import parse_config
 from rlsys.display import Display
 from rlsys.errors import ConfigError, DataError, InterruptedRunError, TooManyFailuresError
 from rlsys.models import build_from_scratch
-from rlsys.search_stage import DONE, GrownSearch
+from rlsys.search_stage import GrownSearch
 from rlsys.tasks import build_task
+from rlsys.training_data import DONE
 from rlsys.training_rows import Reader
 from rlsys.trees import SearchUsage, Tree, TreeFailure
 from rlsys.types import Prompt

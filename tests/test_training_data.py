@@ -145,6 +145,52 @@ def test_without_a_path_the_stage_search_has_written_the_files(tmp_path: Path) -
         data(steps, tmp_path).load("preference")
 
 
+def searched(folder: Path, pairs: str = "chains") -> TrainingData:
+    """Rows and pairs that the stage search has extracted; those of both kinds of pairs are the same."""
+    rows, sides = write(folder)
+    for path, name in ((rows, "supervised"), (sides, "preferences"), (sides, "step_preferences")):
+        pq.write_table(pyarrow.json.read_json(path), folder / f"{name}.parquet")
+    objective = {"preference": {"weight": 1.0, "pairs": pairs}}
+    return data(config(["search", "sft", "preference"], objective=objective), folder)
+
+
+def test_what_the_stage_search_has_extracted_has_a_digest_once_it_is_read(tmp_path: Path) -> None:
+    found, checkpoint = searched(tmp_path), Path("step_7")
+    assert found.extracted() == {}
+    found.check_extracted({}, checkpoint)
+    found.load("sft")
+    assert found.extracted() == {"sft.path": f"stage search: supervised {found.rows().digest()}"}
+    found.load("preference")
+    trained = found.extracted()
+    assert trained["preference.path"] == f"stage search: preferences {found.pairs().digest()}"
+    again = searched(tmp_path)
+    again.load("preference")
+    again.check_extracted(trained, checkpoint)
+    again.check_extracted(again.fingerprint(), checkpoint)  # a checkpoint of before they were read
+    assert offline(tmp_path).extracted() == {}
+
+
+def test_other_rows_than_a_checkpoint_was_trained_on_are_refused(tmp_path: Path) -> None:
+    first, checkpoint = searched(tmp_path), Path("step_7")
+    first.load("sft"), first.load("preference")
+    for name, old, new in (("supervised", "[1, 13]", "[1, 14]"), ("preferences", "[1, 50]", "[1, 51]")):
+        path = tmp_path / ("rows.jsonl" if name == "supervised" else "pairs.jsonl")
+        path.write_text(path.read_text().replace(old, new, 1))
+        pq.write_table(pyarrow.json.read_json(path), tmp_path / f"{name}.parquet")
+        changed = data(first._config, tmp_path)
+        changed.load("sft" if name == "supervised" else "preference")
+        with pytest.raises(ConfigError, match=rf"/{name}\.parquet: the rows differ from those that step_7 was trained"):
+            changed.check_extracted(first.extracted(), checkpoint)
+
+
+def test_chains_do_not_become_steps_within_a_stage(tmp_path: Path) -> None:
+    chains, steps = searched(tmp_path), searched(tmp_path, "steps")
+    chains.load("preference"), steps.load("preference")
+    for now, before, message in ((steps, chains, "chains, found steps"), (chains, steps, "steps, found chains")):
+        with pytest.raises(ConfigError, match=rf"^objective\.preference\.pairs: step_7 was trained on {message}; set"):
+            now.check_extracted(before.extracted(), Path("step_7"))
+
+
 @pytest.mark.parametrize(
     ("stages", "extract", "message"),
     [
