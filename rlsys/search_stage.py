@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rlsys.training_data import DATA, DONE, asked_of_search
 from rlsys.tree_figures import TreeFigures
 from rlsys.tree_search import Search, TreePool, deciding_fields, open_trees
 from rlsys.tree_store import check_origin
+from rlsys.trees import Tree, TreeFailure
 from rlsys.types import Prompt
 
 POLICY = "the policy that the stage search begins with"
@@ -68,7 +69,7 @@ class GrownSearch:
         inputs = await asyncio.to_thread(self._inputs, policy)  # reads all weights
         search = open_trees(self.config, self.folder, self.prompts, inputs)
         if search.missing():
-            await self._grow(search, stop)
+            await self._grow(search, inputs[POLICY], stop)
         self.display.message("extracting the data of the trees")
         source = extraction.source_of(self.config, self.folder / "trees", self.model)
         report = await asyncio.to_thread(extraction.run, source, self.folder / DATA)
@@ -76,14 +77,14 @@ class GrownSearch:
         write_json(self.folder / DONE, {"asked": self._asked(), "figures": figures})
         return figures
 
-    async def _grow(self, search: Search, stop: asyncio.Future[str]) -> None:
+    async def _grow(self, search: Search, policy: str, stop: asyncio.Future[str]) -> None:
         def end(asked: asyncio.Future[str]) -> None:
             if not asked.cancelled():
                 search.stop(asked.result())
 
         stop.add_done_callback(end)
         try:
-            await search.run(self.pool, _Progress(self.display))
+            await search.run(_NamingPool(self.pool, policy), _Progress(self.display))
         except InterruptedRunError:
             left = len(search.missing())
             self.display.message(f"{len(self.prompts) - left} of {len(self.prompts)} trees are kept")
@@ -109,6 +110,20 @@ class GrownSearch:
 
     def _inputs(self, policy: Path) -> dict[str, str]:
         return {**self.inputs, POLICY: weights_digest(policy)}
+
+
+class _NamingPool:
+    """Actors whose trees name the policy of the stage, in place of the one that their engines were started with."""
+
+    def __init__(self, pool: TreePool, policy: str) -> None:
+        self._pool, self._policy = pool, policy
+        self.count, self.search_usage = pool.count, pool.search_usage
+
+    async def grow(self, actor: int, prompt: Prompt) -> Tree | TreeFailure:
+        tree = await self._pool.grow(actor, prompt)
+        if isinstance(tree, Tree) and "policy" in tree.models:
+            return replace(tree, models={**tree.models, "policy": self._policy})
+        return tree
 
 
 class _Progress:

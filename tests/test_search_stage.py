@@ -25,9 +25,11 @@ from rlsys.display import Display
 from rlsys.errors import ConfigError, DataError, InterruptedRunError, TooManyFailuresError
 from rlsys.models import build_from_scratch
 from rlsys.search_stage import GrownSearch
+from rlsys.setup import weights_digest
 from rlsys.tasks import build_task
 from rlsys.training_data import DONE
 from rlsys.training_rows import Reader
+from rlsys.tree_file import read_trees
 from rlsys.trees import SearchUsage, Tree, TreeFailure
 from rlsys.types import Prompt
 
@@ -82,6 +84,7 @@ def grown(codec: TagCodec, prompt: Prompt) -> Tree:
         prompt_id=prompt.prompt_id,
         question=QUESTION,
         tokenizers={"policy": codec.digest},
+        models={"policy": "as the engine was started", "reviewer": "another"},
         prompt_token_ids=first,
     )
 
@@ -181,6 +184,14 @@ def sums(codec: TagCodec) -> dict[str, float]:
     trees = [grown(codec, prompt) for prompt in prompts]
     found = {name: sum(getattr(one, name) for one in trees) for name in ("simulations", "calls", "tokens")}
     return {f"search/{name}": float(value) for name, value in {**found, "scored": 10, "correct": 5}.items()}
+
+
+def test_trees_name_the_policy_that_the_stage_begins_with(stage: Callable[..., Stage], policies: list[Path]) -> None:
+    made = stage()
+    made.run(policies[1])
+    trees = [found for path in sorted((made.stage.folder / "trees").glob("*.jsonl")) for found in read_trees(path)]
+    named = {tuple(sorted(found.models.items())) for found in trees if isinstance(found, Tree)}
+    assert named == {(("policy", weights_digest(policies[1])), ("reviewer", "another"))}
 
 
 def test_a_finished_stage_does_nothing_again(stage: Callable[..., Stage], policies: list[Path]) -> None:
