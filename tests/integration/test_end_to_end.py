@@ -116,6 +116,7 @@ def test_nothing_is_left_after_the_end(finished_run: FinishedRun) -> None:
     assert folders and [folder for folder in folders if Path(folder).exists()] == []
 
 
+@pytest.mark.long
 def test_evaluate_repeats_the_last_evaluation_of_the_run(finished_run: FinishedRun, start, tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
     command = start("evaluate", str(finished_run.dir), "--output", str(output)).finish()

@@ -78,6 +78,7 @@ def build_model(folder: Path, task: LetterCountConfig) -> Any:
     return tokenizer
 
 
+@pytest.mark.long
 def test_bpe_tags_of_several_tokens_and_staleness_of_one(start: Callable[..., Command], tmp_path: Path) -> None:
     tokenizer = build_model(tmp_path / "model", LetterCountConfig(**TINY["task"]))
     assert len(tokenizer("<thinking>")["input_ids"]) > 1 and len(tokenizer("</answer>")["input_ids"]) > 1

@@ -175,7 +175,8 @@ def test_extracted_data_follow_from_the_trees(undisturbed: Searched, tmp_path: P
         assert rewards == [1, 0]
 
 
-@pytest.mark.parametrize("expansion", ["node", pytest.param("chain", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("expansion", ["node", "chain"])
 def test_two_actors_and_larger_batches_give_the_same_bytes(searched: Callable[..., Searched], expansion: str) -> None:
     one, two = searched(expansion), searched(expansion, TWO_ACTORS)
     assert tree_files(two.dir) == tree_files(one.dir)

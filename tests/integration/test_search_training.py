@@ -62,6 +62,7 @@ def check_searched(rows: list[dict[str, Any]], trees: int) -> None:
     assert any(0 < row["search/reward"] < 1 for row in rows)
 
 
+@pytest.mark.long
 def test_half_of_the_prompts_are_searched(searching_run: Path) -> None:
     rows = online_rows(searching_run)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
