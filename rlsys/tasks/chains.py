@@ -36,16 +36,7 @@ def build_chain(
     reflection node follows it; such a chain has no silent error, so its answer is right.
     """
     named = " and ".join(targets)
-    chance = {
-        tag: rng.random() < share
-        for tag, share in (
-            (tags.SUB_TASK, shares.sub_task),
-            (tags.RECLARIFY, shares.reclarify),
-            (tags.HYPOTHESIS, shares.hypothesis),
-            (tags.REFLECTION, shares.reflection),
-            (tags.DOUBLE_CHECK, shares.double_check),
-        )
-    }
+    chance = tags.draw(shares, rng)
     counts = running_counts(word, targets, 0.0 if chance[tags.REFLECTION] else error_rate, rng)
     total = counts[-1]
     nodes = []

@@ -35,16 +35,7 @@ def build_chain(
     the node is written again; of the other chains a share of error_rate notes a state wrongly and
     plans on from there (a silent error), so that the answer, all moves in order, is seldom right.
     """
-    chance = {
-        tag: rng.random() < share
-        for tag, share in (
-            (tags.SUB_TASK, shares.sub_task),
-            (tags.RECLARIFY, shares.reclarify),
-            (tags.HYPOTHESIS, shares.hypothesis),
-            (tags.REFLECTION, shares.reflection),
-            (tags.DOUBLE_CHECK, shares.double_check),
-        )
-    }
+    chance = tags.draw(shares, rng)
     reflects = chance[tags.REFLECTION]
     wrong = reflects or rng.random() < error_rate
     notes = take_notes(state, goal, moves_per_node, rng if wrong else None, silent=not reflects)

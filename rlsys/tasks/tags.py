@@ -5,7 +5,10 @@ Source: Marco-o1 v2, arXiv:2503.01461, sec. 3 (thought nodes of the tree search)
 
 from __future__ import annotations
 
+import random
 import re
+
+from rlsys.config import TagShares
 
 SUB_TASK = "sub-task"
 THINKING = "thinking"
@@ -23,6 +26,20 @@ _FINAL_ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>\s*\Z", re.D
 def node(tag: str, text: str) -> str:
     """One thought node: the text between its tags."""
     return f"<{tag}>{text}</{tag}>"
+
+
+def draw(shares: TagShares, rng: random.Random) -> dict[str, bool]:
+    """Which of the nodes that a demonstration may leave out it has, by tag; one draw each, in a fixed order."""
+    return {
+        tag: rng.random() < share
+        for tag, share in (
+            (SUB_TASK, shares.sub_task),
+            (RECLARIFY, shares.reclarify),
+            (HYPOTHESIS, shares.hypothesis),
+            (REFLECTION, shares.reflection),
+            (DOUBLE_CHECK, shares.double_check),
+        )
+    }
 
 
 def tag_strings() -> tuple[str, ...]:
