@@ -23,7 +23,7 @@ install: .venv/.installed ## create .venv and install the project (the other tar
 quickstart: .venv/.installed ## run the main job: warm start and RL on the tiny letter-counting model
 	$(BIN)/rlsys train configs/quickstart.yaml $(ARGS)
 
-reproduce: .venv/.installed ## the paper's ablation, joint training against GRPO, PPO: docs/results.md; 3 hours on 2 cores
+reproduce: .venv/.installed ## the paper's ablation, joint training against GRPO, PPO: docs/results.md; hours on 2 cores
 	$(TEST_ENV) $(BIN)/python benchmarks/reproduce.py --write $(ARGS)
 	$(TEST_ENV) $(BIN)/python benchmarks/joint_online.py --write
 	$(TEST_ENV) $(BIN)/python benchmarks/ppo.py --write
