@@ -174,7 +174,8 @@ class Command:
                 self.seen.listening.add((connection.laddr.ip, connection.laddr.port))
         if line.startswith("ray::RolloutActor"):
             for child in process.children(recursive=True):
-                self.seen.actor_children.setdefault(child.pid, []).append(_command_line(child))
+                if line := _command_line(child):  # one that has ended and is not waited for yet has none
+                    self.seen.actor_children.setdefault(child.pid, []).append(line)
 
 
 def marked(mark: str) -> Iterator[psutil.Process]:
