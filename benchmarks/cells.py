@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from rlsys.checkpoint import write_json
+
 RLSYS = Path(sys.executable).parent / "rlsys"
 
 
@@ -26,12 +30,15 @@ def trained(run_dir: Path, config: Path, overrides: Sequence[str]) -> float:
         sys.exit(f"{run_dir} was made with other settings; move it away, or choose another --folder")
     if not found["done"]:
         run_dir.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(found))
+        write_json(record, found)
         print(f"== {run_dir}", flush=True)
         started = time.monotonic()
-        subprocess.run([RLSYS, "train", str(config), f"run.dir={run_dir}", *overrides], check=True)
-        found |= {"seconds": found["seconds"] + time.monotonic() - started, "done": True}
-        record.write_text(json.dumps(found))
+        try:
+            subprocess.run([RLSYS, "train", str(config), f"run.dir={run_dir}", *overrides], check=True)
+            found["done"] = True
+        finally:
+            found["seconds"] += time.monotonic() - started
+            write_json(record, found)
     return float(found["seconds"])
 
 
@@ -46,7 +53,7 @@ def evaluated(policy: Path, config: Path, overrides: Sequence[str], output: Path
         subprocess.run([RLSYS, *command], check=True, stdout=subprocess.DEVNULL)
         found = {"asked": asked, "figures": json.loads(figures.read_text())}
         figures.unlink()
-        output.write_text(json.dumps(found))
+        write_json(output, found)
     measured: dict[str, Any] = found["figures"]
     return measured
 
@@ -55,3 +62,12 @@ def metrics(run_dir: Path, stage: str) -> list[dict[str, Any]]:
     """The rows of a stage."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["stage"] == stage]
+
+
+def tokens_to(goal: float, tokens: np.ndarray, accuracy: np.ndarray) -> float:
+    """Tokens at which an accuracy is first reached, linear between evaluations; NaN if never."""
+    above = np.flatnonzero(accuracy >= goal)
+    if not len(above):
+        return float("nan")
+    at = int(above[0])
+    return float(np.interp(goal, accuracy[max(0, at - 1) : at + 1], tokens[max(0, at - 1) : at + 1]))

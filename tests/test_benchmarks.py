@@ -18,9 +18,10 @@ from rlsys.search_evaluation import Attempts
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where a dataclass looks its names up
     monkeypatch.setattr(sys, "path", ["", *sys.path])  # a benchmark replaces the first entry
     spec.loader.exec_module(module)
     # In the benchmark alone: matplotlib, too, runs a program where it has not listed the fonts before.
@@ -189,8 +190,12 @@ def test_an_evaluation_of_other_weights_is_measured_again(tmp_path: Path, monkey
     assert cells.evaluated(policy, config, ["run.seed=2"], output) == {"call": 3}
 
 
-def test_joint_training_is_compared_by_all_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    joint_online = load("joint_online", monkeypatch)
+@pytest.fixture
+def joint_online(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load("joint_online", monkeypatch)
+
+
+def test_joint_training_is_compared_by_all_of_its_tokens(joint_online: ModuleType) -> None:
     first = {"held_out/sampled_accuracy": 0.2, "time/evaluate_s": 20.0}
     rows = [
         first,
@@ -205,7 +210,98 @@ def test_joint_training_is_compared_by_all_of_its_tokens(monkeypatch: pytest.Mon
     ]
     found = joint_online.curve_of(rows)
     assert (found.tokens.tolist(), found.seconds.tolist()) == ([0, 200], [0, 10])
+    assert found.reward.tolist() == [0.1, 0.2]  # of the first step, and of both
     # The smoothed accuracy rises from 0.2 to their mean, 0.5, over 200 tokens: 0.35 is half-way.
     assert found.tokens_to(0.35) == pytest.approx(100)
     assert np.isnan(found.tokens_to(0.6))
     assert found.area(200) == pytest.approx(0.5)
+
+
+def test_what_joint_training_is_judged_by(joint_online: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint_online, "SMOOTHED", 1)
+
+    def curve(*accuracy: float, tokens: float = 100.0) -> object:
+        points = np.arange(len(accuracy)) * tokens
+        return joint_online.Curve(points, np.array(accuracy), np.array(accuracy) / 2, points / 10)
+
+    grpo = curve(0.4, 0.8, 0.92, 0.92)  # 300 tokens; at its last accuracy after 200
+    joint = curve(0.4, 0.96, 0.96, tokens=50)  # 0.92 after 50 * 0.52 / 0.56 = 46.4 tokens
+    never = curve(0.4, 0.9, 0.9, tokens=120)
+    assert joint_online.share(grpo, grpo) == pytest.approx(2 / 3)
+    assert joint_online.share(joint, grpo) == pytest.approx(50 * 0.52 / 0.56 / 300)
+    assert joint_online.share(never, grpo) == pytest.approx(240 / 300)  # all its tokens: the least that it may need
+    curves = {"GRPO": [grpo, grpo], "joint": [joint, never]}
+    shares = {arm: [joint_online.share(each, grpo) for each in found] for arm, found in curves.items()}
+    judged, _, early = joint_online.verdict(shares, curves)
+    assert "0.477 of GRPO's tokens" in judged and "the limit is 0.6: yes." in judged
+    assert "1 of 2 seeds never reach it" in judged and "after 0.667" in judged
+    # 0.9 after 183.3 tokens with GRPO; after 50 * 0.5 / 0.56 = 44.6 and after 120 jointly.
+    assert "82 tokens jointly, 183 with GRPO, by seed 0.244, 0.655" in early
+    # As many tokens as both arms generated: 100 of the first pair, 240 of the second.
+    table = joint_online.lines([1, 2], {"GRPO": 1e-4, "joint": 2e-4}, curves)[4:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert cells[0] == ["1", "GRPO", "0.0001", "0.400", "100", "0.800", "0.400", "10", "300", "0.920", "0.667"]
+    assert cells[1] == ["1", "joint", "0.0002", "0.400", "100", "0.960", "0.480", "10", "100", "0.960", "0.155"]
+    assert (cells[2][4], cells[3][4], cells[3][-1]) == ("240", "240", "never")
+
+
+def test_the_sweep_takes_the_rate_with_the_largest_area(joint_online: ModuleType) -> None:
+    def curve(accuracy: float, end: float) -> object:
+        tokens = np.array([0.0, end])
+        return joint_online.Curve(tokens, np.array([0.4, accuracy]), np.zeros(2), np.zeros(2))
+
+    # Over the 100 tokens that all have: means 0.5, (0.4 + 0.65) / 2 and 0.55.
+    found = {1e-4: curve(0.6, 100), 2e-4: curve(0.9, 200), 4e-4: curve(0.7, 100)}
+    assert joint_online.best_rate(found) == 4e-4
+    row = joint_online.sweep_lines({"joint": found}, {"joint": 4e-4})[-1]
+    assert row.startswith("| joint | 0.500 (") and row.endswith("| 0.0004, at the edge of the sweep |")
+
+
+def test_ppo_is_judged_by_its_tokens_to_the_goal_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ppo = load("ppo", monkeypatch)
+    found = {
+        # accuracy before, and after every second step of 100 tokens
+        "ppo_letter_count": [0.4, 0.5, 0.8],  # 0.70 after 200 + 2/3 * 200 tokens
+        "quickstart": [0.4, 0.8, 0.9],  # 0.70 after 150 tokens
+    }
+
+    def metrics(run_dir: Path, stage: str) -> list[dict[str, float]]:
+        name = run_dir.name.removesuffix("-0")
+        rows = [{"held_out/sampled_accuracy": found[name][0]}]
+        for accuracy in found[name][1:]:
+            rows.append({"rollout/generated_tokens": 100, "value/explained_variance": 0.5})
+            rows.append({"rollout/generated_tokens": 100, "held_out/sampled_accuracy": accuracy})
+        rows[-1]["held_out/sampled_no_answer_rate"] = 0.1
+        return rows
+
+    monkeypatch.setattr(ppo, "trained", lambda *arguments: 1.0)
+    monkeypatch.setattr(ppo, "metrics", metrics)
+    own, grpo = (ppo.measure(tmp_path, name, 0) for name in found)
+    assert (own.before, own.after, own.tokens, own.explained) == (0.4, 0.8, 400, 0.5)
+    assert own.to_goal == pytest.approx(200 + 200 * 2 / 3) and grpo.to_goal == pytest.approx(150)
+    assert ppo.verdict(own, grpo).startswith("- Seed 0: 1.00 of all of GRPO's tokens, 2.22 of its tokens to 0.7")
+    assert not ppo.is_good(own, grpo)
+    found["ppo_letter_count"] = [0.4, 0.75, 0.8]
+    assert ppo.is_good(ppo.measure(tmp_path, "ppo_letter_count", 0), grpo)
+    found["ppo_letter_count"] = [0.4, 0.5, 0.6]
+    assert not ppo.is_good(ppo.measure(tmp_path, "ppo_letter_count", 0), grpo)
+
+
+def test_the_seconds_of_a_run_that_was_cut_short_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = load("cells", monkeypatch)
+    config, clock = tmp_path / "c.yaml", iter([0.0, 5.0, 10.0, 17.0])
+    config.write_text("")
+    outcomes = iter([KeyboardInterrupt, None])
+
+    def run(command: list[str], **options: object) -> None:
+        if outcome := next(outcomes):
+            raise outcome
+
+    monkeypatch.setattr(cells, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(cells, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with pytest.raises(KeyboardInterrupt):
+        cells.trained(tmp_path / "run", config, [])
+    assert cells.trained(tmp_path / "run", config, []) == 12.0
+    assert cells.trained(tmp_path / "run", config, []) == 12.0  # left as it is
+    with pytest.raises(SystemExit, match="made with other settings"):
+        cells.trained(tmp_path / "run", config, ["run.seed=1"])
