@@ -31,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 TEMPERATURE = 0.8
 RATE = 0.5
+ENTROPY_COEF = 0.5
 SIZE = {
     "vocab_size": 64,
     "hidden_size": 16,
@@ -175,10 +176,15 @@ def test_micro_batches_change_nothing_but_the_padding() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
+def distribution(module: nn.Module, tokens: Sequence[int], temperature: float = 1.0) -> Tensor:
+    """[T - 1, V] log-probabilities of what may follow each token but the last."""
+    return (module(torch.tensor([list(map(int, tokens))])).logits[0, :-1] / temperature).log_softmax(-1)
+
+
 def logprob(module: nn.Module, tokens: Sequence[int], start: int, temperature: float = 1.0) -> Tensor:
     """Of the tokens from `start` on, one by one."""
-    row = torch.tensor([list(map(int, tokens))])
-    return (module(row).logits[0, :-1] / temperature).log_softmax(-1).gather(-1, row[0, 1:, None])[start - 1 :, 0]
+    following = torch.tensor(list(map(int, tokens[1:])))
+    return distribution(module, tokens, temperature).gather(-1, following[:, None])[start - 1 :, 0]
 
 
 def last_layer_norm(module: Any, loss: Tensor) -> float:
@@ -190,7 +196,7 @@ def test_gradient_norms_of_terms_are_those_of_plain_torch() -> None:
     groups, pairs = sampled(2), random_preferences(3)
     rows = [chain([5, 6, 7], 1), chain([5, 6, 7, 8, 9], 2)]
     objective = {
-        "policy": {"estimator": "dr_grpo", "importance_cap": None},
+        "policy": {"estimator": "dr_grpo", "importance_cap": None, "entropy_coef": ENTROPY_COEF},
         "kl": {"weight": 0.25, "estimator": "k2"},
         "preference": {"weight": 0.5, "source": "file", "beta": 0.3},
         "sft": {"weight": 2.0, "source": "demonstrations"},
@@ -205,6 +211,8 @@ def test_gradient_norms_of_terms_are_those_of_plain_torch() -> None:
         own = logprob(module, row.token_ids, 2, TEMPERATURE)
         other = logprob(reference, row.token_ids, 2, TEMPERATURE).detach()
         policy = policy - (row.reward - 0.5) * (own - own.detach()).exp().sum()
+        likely = distribution(module, row.token_ids, TEMPERATURE)[1:]
+        policy = policy + ENTROPY_COEF * (likely.exp() * likely).sum()
         kl = kl + (own - other).square().sum() / 2
         tokens += len(own)
     preference = torch.zeros(())

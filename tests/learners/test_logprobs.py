@@ -68,6 +68,22 @@ def test_gradient_closed_form(temperature):
     assert not entropy.requires_grad
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_entropy_gradient_closed_form(temperature):
+    # H = -sum_u p_u log p_u and d p_u / d logit_v = p_u (1[u = v] - p_v) / temperature, so
+    # d H / d logit_v = -p_v (log p_v + H) / temperature; positions outside the mask get 0
+    logits, targets, mask = random_case(2, 4, 5)
+    logits.requires_grad_()
+    _, entropy = masked_token_logprobs(logits, targets, mask, temperature, entropy_gradient=True)
+    entropy.sum().backward()
+    logp = torch.log_softmax(logits.detach() / temperature, dim=-1)
+    expected = -(logp.exp() * logp).sum(dim=-1)
+    torch.testing.assert_close(entropy.detach(), expected[mask], rtol=1e-12, atol=1e-15)
+    gradient = -logp.exp() * (logp + expected.unsqueeze(-1)) / temperature * mask.unsqueeze(-1)
+    torch.testing.assert_close(logits.grad, gradient, rtol=1e-11, atol=1e-15)
+    assert gradient[mask].abs().max() > 0.1
+
+
 def test_garbage_outside_the_mask_changes_nothing():
     logits, targets, mask = random_case(3, 5, 4)
     spoiled = logits.masked_fill(~mask.unsqueeze(-1), math.nan).requires_grad_()
