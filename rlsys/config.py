@@ -461,6 +461,11 @@ class Config(Section):
                 raise ValueError(f"{term} has no pairs in stage online: extract.{field} leaves them out")
             if from_file and not self.preference.path and "search" not in self._before("online"):
                 raise ValueError("objective.preference.source file needs preference.path, or a stage search before")
+            if not from_file and self.preference.path and "preference" not in self.stages:
+                raise ValueError(
+                    "preference.path is never read: stage online takes its pairs from the trees of the step; set "
+                    "objective.preference.source to file, or leave preference.path out"
+                )
         if sft.used and sft.source == "trees" and (not searched or self.extract.supervised == "none"):
             raise ValueError("objective.sft.source trees needs search.fraction above 0 and extract.supervised")
 
@@ -476,6 +481,12 @@ class Config(Section):
             raise ValueError(
                 "objective.policy.weight 0: the sampled prompts of stage online would train nothing; set "
                 f"search.fraction to 1 (now {self.search.fraction:g}), or use the stages warm_start, sft or preference"
+            )
+        if objective.value.used and self.search.fraction == 1:
+            raise ValueError(
+                "objective.value.weight has no effect: the critic learns from sampled prompts alone, and "
+                "search.fraction 1 leaves none; lower search.fraction, or set objective.policy.estimator to another "
+                "than gae and objective.value.weight to 0"
             )
         if objective.value.warmup_steps >= steps:
             raise ValueError(
@@ -501,6 +512,12 @@ class Config(Section):
         for stage in ("sft", "preference"):
             if stage in self.stages and not getattr(self, stage).path and "search" not in self._before(stage):
                 raise ValueError(f"stage {stage} has no data: set {stage}.path, or put the stage search before it")
+        after = self.stages[self.stages.index("search") + 1 :] if "search" in self.stages else ()
+        if after and not any(s in ("sft", "preference") or (s == "online" and self.pairs_online) for s in after):
+            raise ValueError(
+                "stage search extracts what no stage after it reads: let sft, preference, or online with "
+                "objective.preference.source file follow, or take search out of stages"
+            )
         objective = self.objective
         if "preference" in self.stages:
             if not (objective.preference.used or objective.sft.used):
@@ -511,6 +528,13 @@ class Config(Section):
 
     def _before(self, stage: StageName) -> tuple[StageName, ...]:
         return self.stages[: self.stages.index(stage)]
+
+    @property
+    def pairs_online(self) -> bool:
+        """Whether the online stage trains on the pairs of the stage preference."""
+        preference, sft = self.objective.preference, self.objective.sft
+        wanted = preference.used or (sft.used and sft.source == "chosen")
+        return "online" in self.stages and preference.source == "file" and wanted
 
     @property
     def reference(self) -> bool:

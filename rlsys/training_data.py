@@ -91,7 +91,7 @@ class TrainingData:
         before = self.notes
         if stage == "sft":
             self.rows()
-        if stage == "preference" or (stage == "online" and pairs_online(self._config)):
+        if stage == "preference" or (stage == "online" and self._config.pairs_online):
             self.pairs()
         return tuple(note for note in self.notes if note not in before)
 
@@ -178,7 +178,7 @@ class TrainingData:
             rows = self.rows()
             taken = self._positions("sft", len(rows), step, self._config.sft.rows_per_step)
             demonstrations = tuple(rows.row(number) for number in taken)
-        if stage == "preference" or (stage == "online" and pairs_online(self._config)):
+        if stage == "preference" or (stage == "online" and self._config.pairs_online):
             found, references = self.pairs(), self.references
             taken = self._positions("pairs", len(found), step, self._config.preference.pairs_per_step)
             pairs = tuple(found.row(n, None if references is None else references[n]) for n in taken)
@@ -206,26 +206,19 @@ def imitates(config: Config) -> list[StageName]:
     return [stage for stage in wanted if stage in config.stages]
 
 
-def pairs_online(config: Config) -> bool:
-    """Whether the online stage trains on the pairs of the stage preference."""
-    preference, sft = config.objective.preference, config.objective.sft
-    wanted = preference.used or (sft.used and sft.source == "chosen")
-    return "online" in config.stages and preference.source == "file" and wanted
-
-
 def uses_pairs(config: Config) -> bool:
-    return "preference" in config.stages or pairs_online(config)
+    return "preference" in config.stages or config.pairs_online
 
 
 def reads_extracted(config: Config, stage: StageName) -> bool:
     """Whether a stage trains on what the stage `search` has extracted."""
     if stage == "sft":
         return not config.sft.path
-    paired = stage == "preference" or (stage == "online" and pairs_online(config))
+    paired = stage == "preference" or (stage == "online" and config.pairs_online)
     return paired and not config.preference.path
 
 
 def needs_references(config: Config, stage: StageName) -> bool:
     """Whether a stage compares the pairs of a file with what a reference policy says of them."""
-    paired = stage == "preference" or (stage == "online" and pairs_online(config))
+    paired = stage == "preference" or (stage == "online" and config.pairs_online)
     return paired and config.objective.preference.used

@@ -128,7 +128,27 @@ def gae(**changes: Any) -> dict[str, Any]:
             "stage preference: nothing is trained in its last step: raise final_weight of one of objective.preference, "
             "objective.sft",
         ),
+        (
+            gae(),
+            WHOLE,
+            "objective.value.weight has no effect: the critic learns from sampled prompts alone, and search.fraction 1 "
+            "leaves none; lower search.fraction",
+        ),
         ({}, {"stages": ["online", "search"]}, "stage search trains nothing: let another follow"),
+        ({}, {"stages": ["search", "online"]}, "stage search extracts what no stage after it reads"),
+        (PAIRS, {"stages": ["search", "online"], **SEARCHED}, "stage search extracts what no stage after it reads"),
+        (
+            {"preference": {"source": "file"}},  # of weight 0
+            {"stages": ["search", "warm_start", "online"]},
+            "stage search extracts what no stage after it reads",
+        ),
+        (
+            PAIRS,
+            {**SEARCHED, "preference": {"path": "p"}},
+            "preference.path is never read: stage online takes its pairs from the trees of the step; set "
+            "objective.preference.source to file",
+        ),
+        ({"sft": {"weight": 1.0}}, {**SEARCHED, "preference": {"path": "p"}}, "preference.path is never read"),
         ({}, {"stages": ["sft"]}, "stage sft has no data: set sft.path, or put the stage search before it"),
         (PAIRS, {"stages": ["preference"]}, "stage preference has no data: set preference.path"),
         (
@@ -165,6 +185,14 @@ def test_what_cannot_work_is_refused_by_name(objective: dict[str, Any], others: 
         ({"policy": {"final_weight": 0.0}}, {"stages": ["warm_start"]}),
         ({"preference": {"weight": 1.0, "source": "file"}}, {"preference": {"path": "p"}}),
         ({"preference": {"weight": 1.0, "source": "file"}}, {"stages": ["search", "online"]}),
+        (gae(), {"search": {"fraction": 0.75}}),
+        (gae(), {"stages": ["warm_start"], **WHOLE}),
+        # A part of a longer recipe, whose other stages have settings too.
+        (PAIRS, {"stages": ["warm_start"], "preference": {"path": "p"}, "sft": {"path": "p"}}),
+        ({}, {**SEARCHED, "preference": {"path": "p"}}),
+        # A run is continued with files in place of what its search has extracted.
+        (PAIRS, {"stages": ["search", "sft", "preference"], "preference": {"path": "p"}, "sft": {"path": "p"}}),
+        (PAIRS, {"stages": ["preference", "online"], **SEARCHED, "preference": {"path": "p"}}),
         ({"preference": {"loss": "ipo"}}, {}),
         ({"preference": {"label_smoothing": 0.499}}, {}),
         ({"policy": {"surrogate": "cispo"}}, SEARCHED),

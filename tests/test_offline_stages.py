@@ -291,7 +291,8 @@ def test_an_interruption_before_the_first_tree_begins_none(tmp_path: Path) -> No
 
 
 def test_the_anchor_after_a_search_is_the_policy_before_it(tmp_path: Path) -> None:
-    sections = files(tmp_path) | {"objective": {"kl": {"weight": 0.1}}, "train": {"max_steps": 1}}
+    imitated = {"sft": {"weight": 0.1}, "preference": {"source": "file"}}
+    sections = files(tmp_path) | {"objective": {"kl": {"weight": 0.1}, **imitated}, "train": {"max_steps": 1}}
     run, _ = searching(tmp_path, config(stages=["warm_start", "search", "online"], **sections))
     run()
     assert run.only("start_stage")[-1][4] == tmp_path / "stages" / "warm_start"
