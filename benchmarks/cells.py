@@ -50,8 +50,10 @@ def evaluated(policy: Path, config: Path, overrides: Sequence[str], output: Path
     if found.get("asked") != asked:
         figures = output.with_name(f"{output.name}.figures")
         command = ["evaluate", str(policy), f"--config={config}", f"--output={figures}", *overrides]
+        started = time.monotonic()
         subprocess.run([RLSYS, *command], check=True, stdout=subprocess.DEVNULL)
-        found = {"asked": asked, "figures": json.loads(figures.read_text())}
+        seconds = time.monotonic() - started
+        found = {"asked": asked, "figures": json.loads(figures.read_text()), "seconds": seconds}
         figures.unlink()
         write_json(output, found)
     measured: dict[str, Any] = found["figures"]

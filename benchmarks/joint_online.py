@@ -40,7 +40,7 @@ ARMS = {
 }
 RATES = (1e-4, 2e-4, 4e-4)
 SWEEP_SEED, SEEDS = 100, (1, 2, 3)
-STEPS, INTERVAL = 60, 4
+STEPS, SWEEP_STEPS, INTERVAL = 60, 32, 4
 LIMIT = 0.6
 BELOW_PLATEAU = 0.9
 SMOOTHED = 3  # evaluations in a moving mean: one of 512 problems x 4 samples has a standard error near 0.01
@@ -81,7 +81,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help=f"write {results_page.PAGE} and its figures")
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
-    swept = {arm: {rate: curve(folder, arm, SWEEP_SEED, rate) for rate in RATES} for arm in ARMS}
+    swept = {arm: {rate: curve(folder, arm, SWEEP_SEED, rate, SWEEP_STEPS) for rate in RATES} for arm in ARMS}
     rates = {arm: best_rate(found) for arm, found in swept.items()}
     curves = {arm: [curve(folder, arm, seed, rates[arm]) for seed in arguments.seeds] for arm in ARMS}
     shares = {arm: [share(each, grpo) for each, grpo in zip(curves[arm], curves["GRPO"], strict=True)] for arm in ARMS}
@@ -123,8 +123,8 @@ def areas_of(found: dict[float, Curve]) -> dict[float, float]:
 
 def sweep_lines(swept: dict[str, dict[float, Curve]], rates: dict[str, float]) -> list[str]:
     lines = [
-        f"Learning rates, the same sweep for both arms, on seed {SWEEP_SEED}: mean held-out accuracy over the tokens "
-        "that all rates generated, in brackets the last; the rate with the largest mean is taken.",
+        f"Learning rates, the same sweep for both arms, {SWEEP_STEPS} steps on seed {SWEEP_SEED}: mean held-out "
+        "accuracy over the tokens that all rates generated, in brackets the last; the largest mean is taken.",
         "",
         f"| arm | {' | '.join(f'{rate:g}' for rate in RATES)} | taken |",
         f"|---|{'---|' * len(RATES)}---|",
@@ -154,7 +154,7 @@ def verdict(shares: dict[str, list[float]], curves: dict[str, list[Curve]]) -> l
     ]
 
 
-def curve(folder: Path, arm: str, seed: int, rate: float) -> Curve:
+def curve(folder: Path, arm: str, seed: int, rate: float, steps: int = STEPS) -> Curve:
     base = folder / f"seed-{seed}" / "warm_start"
     quick = [f"run.seed={seed}", "evaluation.prompts=16", "evaluation.samples=0"]
     trained(base, CONFIG, [*quick, "stages=[warm_start]"])
@@ -163,7 +163,7 @@ def curve(folder: Path, arm: str, seed: int, rate: float) -> Curve:
         f"run.seed={seed}",
         "stages=[online]",
         f"model={{path: {base / 'stages' / 'warm_start'}}}",
-        f"train.max_steps={STEPS}",
+        f"train.max_steps={steps}",
         f"train.optimizer.learning_rate={rate}",
         f"evaluation.interval={INTERVAL}",
         "checkpoint.interval=1000",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -162,13 +163,18 @@ def test_effects_are_judged_by_the_figures(reproduce: ModuleType) -> None:
 
     names = {"SFT": 2, "+DPO": 8, "+cDPO": 6, "+joint, alpha 1": 3}
     rise, halved = reproduce.effects_of({name: cell(missing) for name, missing in names.items()})[:2]
-    assert rise.endswith("interval above 0: yes.") and halved.endswith("at least halved: yes.")
+    assert rise.endswith("interval above 0: yes.")
+    assert halved.endswith("at least halved: yes, but the interval holds 0.")  # exactly half
     rise, halved = reproduce.effects_of({name: cell(missing) for name, missing in {**names, "+DPO": 5}.items()})[:2]
     assert rise.endswith("interval above 0: no.")
     rise, halved = reproduce.effects_of(
         {name: cell(missing) for name, missing in {**names, "+joint, alpha 1": 4}.items()}
     )[:2]
     assert halved.endswith("at least halved: no.")
+    halved = reproduce.effects_of({name: cell(n) for name, n in {**names, "+cDPO": 40}.items()})[1]
+    assert halved.endswith("at least halved: yes.")
+    halved = reproduce.effects_of({name: cell(n) for name, n in {**names, "+cDPO": 0}.items()})[1]
+    assert halved.endswith("at least halved: nothing was left to save.")
 
 
 def test_an_evaluation_of_other_weights_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,3 +311,41 @@ def test_the_seconds_of_a_run_that_was_cut_short_count(tmp_path: Path, monkeypat
     assert cells.trained(tmp_path / "run", config, []) == 12.0  # left as it is
     with pytest.raises(SystemExit, match="made with other settings"):
         cells.trained(tmp_path / "run", config, ["run.seed=1"])
+
+
+def test_the_page_says_how_it_was_measured(
+    reproduce: ModuleType, joint_online: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = reproduce.results_page
+    monkeypatch.setattr(page, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(page, "PAGE", tmp_path / "results.md")
+
+    def cell(right: float) -> list[dict[str, object]]:
+        both = {"accuracy": [right, 1.0], "no_answer_rate": [1 - right, 0.0], "completion_length": [10.0, 20.0]}
+        return [{"greedy": both, "sampled": both, "chosen_logprob": -3.0}]
+
+    names = ("SFT", *reproduce.CELLS, *reproduce.alpha_cells())
+    cells = {name: cell(0.5) for name in names}
+    result = {"seeds": [1], "problems": 2, "learning_rate": 3e-4, "why": "because", "seconds": 120.0}
+    rows = {"rows": reproduce.rows_of(cells), "effects": reproduce.effects_of(cells)}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "ablation_letter_count.md").write_text("A note by hand.\n")
+    page.keep("ablation_letter_count", result | rows)
+    text = page.PAGE.read_text()
+    for part in ("is 0.0003: because.", "2 minutes on 2 cores", "A note by hand.", "| +masking |", "| alpha 0.5 |"):
+        assert part in text
+    assert (tmp_path / "results" / "ablation_letter_count.png").stat().st_size > 0
+    page.keep("ppo", {"lines": ["a line of PPO"]})
+    assert "A note by hand." in page.PAGE.read_text() and "a line of PPO" in page.PAGE.read_text()
+
+
+def test_the_page_tells_of_the_pairs(reproduce: ModuleType, tmp_path: Path) -> None:
+    for seed, (chosen, prefix) in enumerate([(28, 0), (30, 12)], start=1):
+        for kind in ("longest", "shortest"):
+            folder = tmp_path / f"seed-{seed}" / "sft" / "pairs" / kind
+            folder.mkdir(parents=True)
+            tokens = {side: {"median": chosen, "max": prefix} for side in ("chosen", "rejected", "common_prefix")}
+            report = {"rows": {"preferences": 1000 + seed}, "tokens": tokens}
+            (folder / "report.json").write_text(json.dumps(report))
+    shown = reproduce.pair_lines([tmp_path / "seed-1", tmp_path / "seed-2"])
+    assert "by seed: 1,001, 1,002; median tokens of the chosen side 28, 30" in shown[0] and "12 at most" in shown[1]
