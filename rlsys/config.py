@@ -12,9 +12,12 @@ from rlsys.patterns import resolve
 from rlsys.search_config import ExtractConfig, SearchConfig
 from rlsys.section import Section
 
+# An empty path names no file; to leave one out is to say null.
+PathName = Annotated[str, Field(min_length=1)]
+
 
 class RunConfig(Section):
-    dir: str
+    dir: PathName
     """Run directory; everything the run writes is below it."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of everything random: data order, initial weights, sampling."""
@@ -49,7 +52,7 @@ class FromScratchConfig(Section):
 
 
 class ModelConfig(Section):
-    path: str | None = None
+    path: PathName | None = None
     """Folder or hub id of a Hugging Face causal language model with its tokenizer."""
     from_scratch: FromScratchConfig | None = None
     """Build a tiny Qwen2 with a character-level tokenizer made for the task."""
@@ -92,7 +95,7 @@ class LetterCountConfig(Section):
     """Probability that one increment of a demonstration is wrong and stays wrong."""
     shares: TagShares = TagShares()
     """Shares of the thought nodes in the demonstrations."""
-    questions_path: str | None = None
+    questions_path: PathName | None = None
     """JSON list of {id, problem, solution} used as the held-out split instead of generated questions."""
 
     @model_validator(mode="after")
@@ -116,7 +119,7 @@ class BlocksworldConfig(Section):
     """Share of the demonstrations that note the state after one node wrongly and plan on from there."""
     shares: TagShares = TagShares()
     """Shares of the thought nodes in the demonstrations."""
-    problems_path: str | None = None
+    problems_path: PathName | None = None
     """JSONL file of {instance, pddl} used as the held-out split instead of generated problems."""
 
     @model_validator(mode="after")
@@ -132,9 +135,9 @@ class BlocksworldConfig(Section):
 
 class DatasetConfig(Section):
     type: Literal["dataset"] = "dataset"
-    path: str
+    path: PathName
     """JSONL or Parquet file, or a Hugging Face dataset folder or id, for training."""
-    held_out_path: str | None = None
+    held_out_path: PathName | None = None
     """The same for evaluation; without it every `held_out_every`-th row of `path` is held out."""
     held_out_every: int = Field(default=10, ge=2)
     """Without held_out_path: one row in this many is held out."""
@@ -260,7 +263,7 @@ class WarmStartConfig(Section):
 
 
 class SftStageConfig(Section):
-    path: str | None = None
+    path: PathName | None = None
     """`supervised` file of `rlsys extract` (.jsonl or .parquet), or one with the text columns prompt and completion; by
     default what the stage `search` before this one has extracted."""
     max_steps: int = Field(default=100, ge=1)
@@ -272,7 +275,7 @@ class SftStageConfig(Section):
 
 
 class PreferenceStageConfig(Section):
-    path: str | None = None
+    path: PathName | None = None
     """`preferences` file of `rlsys extract`, or one with the text columns prompt, chosen and rejected; by default what
     the stage `search` has extracted."""
     max_steps: int = Field(default=100, ge=1)

@@ -77,6 +77,18 @@ def problem(values: dict[str, Any]) -> str:
         ({"learner": {"optimizer_offload": True, "zero_stage": 0}}, "learner.optimizer_offload", "zero_stage"),
         ({"learner": {"dtype": "bf16", "zero_stage": 0}}, "learner.dtype", "zero_stage"),
         ({"train": {"groups_per_step": 2, "updates_per_step": 3}}, "train", "updates_per_step"),
+        ({"run__dir": ""}, "run.dir: ", "at least 1 character, found ''"),
+        ({"model__path": ""}, "model.path: ", "at least 1 character, found ''"),
+        ({"sft__path": ""}, "sft.path: ", "at least 1 character, found ''"),
+        ({"preference__path": ""}, "preference.path: ", "at least 1 character, found ''"),
+        ({"task__questions_path": ""}, "task.questions_path: ", "at least 1 character, found ''"),
+        ({"task": {"type": "blocksworld", "problems_path": ""}}, "task.problems_path: ", "at least 1 character"),
+        ({"task": {"type": "dataset", "path": ""}}, "task.path: ", "at least 1 character, found ''"),
+        (
+            {"task": {"type": "dataset", "path": "p", "held_out_path": ""}},
+            "task.held_out_path: ",
+            "at least 1 character",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_with_the_field_and_what_was_found(
