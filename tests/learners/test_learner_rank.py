@@ -32,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 TEMPERATURE = 0.8
 RATE = 0.5
 ENTROPY_COEF = 0.5
+BAND = 1e-3  # far less than a value moves in an update
 SIZE = {
     "vocab_size": 64,
     "hidden_size": 16,
@@ -336,6 +337,37 @@ def test_the_values_loss_is_that_of_plain_torch() -> None:
     gradient = torch.autograd.grad(0.5 * loss, list(critic.parameters()), allow_unused=True)
     norm = math.sqrt(sum(float(part.square().sum()) for part in gradient if part is not None))
     assert found["objective/value_grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+def test_in_a_second_update_the_band_around_the_old_values_acts() -> None:
+    # Two equal groups, one for each update, so that it does not matter which comes first.
+    (found_group,) = sampled(1)
+    value = {"weight": 0.5, "clip": BAND}
+    made = learner({"policy": {"estimator": "gae", "gae_lambda": 1.0}, "value": value}, updates=2)
+    critic = copy.deepcopy(made.critic.module)
+    found = made.train(TrainingBatch(groups=(found_group, found_group)), 0, 1)
+    rows = [torch.tensor(row.token_ids[None], dtype=torch.int64) for row in found_group.trajectories]
+    # The return of every token is the reward of its trajectory.
+    returns = torch.cat(
+        [torch.full((row.shape[1] - 2,), part.reward) for row, part in zip(rows, found_group.trajectories, strict=True)]
+    )
+    old, losses, clipped = None, [], 0
+    for _ in range(2):
+        values = torch.cat([critic(row).logits[0, 1:-1, 0] for row in rows])
+        old = values.detach() if old is None else old
+        errors = (values - returns).square()
+        inside = (torch.minimum(torch.maximum(values, old - BAND), old + BAND) - returns).square()
+        clipped = int((inside > errors).sum())
+        losses.append(torch.maximum(errors, inside).mean() / 2)
+        gradients = torch.autograd.grad(0.5 * losses[-1], list(critic.parameters()), allow_unused=True)
+        with torch.no_grad():
+            for parameter, gradient in zip(critic.parameters(), gradients, strict=True):
+                parameter -= 0 if gradient is None else RATE * gradient
+    assert 0 < clipped < len(returns)
+    assert found["value/clipped_fraction"] == clipped / (2 * len(returns))
+    assert found["objective/value_loss"] == pytest.approx(sum(loss.item() for loss in losses) / 2, rel=1e-5)
+    expected = torch.cat([parameter.detach().flatten() for parameter in critic.parameters()])
+    torch.testing.assert_close(made.critic.vector(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_in_the_warm_up_only_the_critic_moves() -> None:

@@ -28,6 +28,7 @@ from joint_samples import (
 from tensors64 import t64
 
 from learners.batching import collate
+from learners.losses import LossOutput
 from learners.objective import Denominators, joint_loss, token_weights, total, weighted
 from learners.rows import PolicyTokens, Row, Unit
 from rlsys.objective_config import ObjectiveConfig, PolicyConfig, SftConfig
@@ -312,6 +313,16 @@ def test_decoupled_and_coupled_ratios_by_hand():
     assert gradient == pytest.approx(0.5 * math.e, rel=1e-7)
 
 
+def test_the_surrogate_is_the_configured_one_by_hand():
+    # r = e^1 = 2.718 above 1.28. PPO's clip has no gradient there (above); CISPO's is -1.28 A, of -1.28 A * own.
+    found, gradient = policy_term(-1.0, None, -2.0, 0.5, decoupled=False, surrogate="cispo")
+    assert (found.loss.item(), gradient) == (pytest.approx(0.64, rel=1e-12), pytest.approx(-0.64, rel=1e-12))
+    # A < 0: the loss -r A = e / 2 is bounded by -2 A = 1, without a gradient.
+    found, gradient = policy_term(-1.0, None, -2.0, -0.5, decoupled=False, dual_clip=2.0)
+    assert (found.loss.item(), gradient) == (pytest.approx(1.0, rel=1e-12), 0.0)
+    assert found.metrics["dual_clipped"].item() == 1
+
+
 def test_without_old_log_probabilities_the_present_policy_is_the_old_one():
     # r = 1 with a gradient; weight e^(2 - 1.5) = e^0.5.
     found, gradient = policy_term(-1.5, None, -2.0, 3.0)
@@ -407,8 +418,12 @@ def test_the_first_differing_token_keeps_its_log_probability():
     assert batch.input_ids[:, 1:][batch.loss_mask][0].item() == 3  # the first token of the chosen tail
 
 
-def test_pair_losses_by_hand():
-    # Scores -1 - 2 = -3 and -4; reference -3.5 and -3.5: ratios 0.5 and -0.5, d = 1; beta 0.5: z = 0.5.
+def pair_term(smoothing: float, **preference: Any) -> tuple[LossOutput, list[float]]:
+    """(loss and metrics, gradient by the three targets) of one pair of weight 1.
+
+    A common prefix of 1 token; the chosen side has 2 of its own, of -1 and -2, the rejected one 1, of -4. The reference
+    policy gives both sides -3.5: log-ratios 0.5 and -0.5, d = 1.
+    """
     (pair,) = random_preferences(1)
     pair = replace(
         pair,
@@ -419,9 +434,19 @@ def test_pair_losses_by_hand():
         chosen_reference=-3.5,
         rejected_reference=-3.5,
     )
-    units, _ = weighted([pair_unit(pair, sft=False)], PolicyConfig(), 12)
-    batch, logprobs = collate(units, 0), t64([-1.0, -2.0, -4.0])
-    found = joint_loss(logprobs, t64([0.0] * 3), batch, ObjectiveConfig(preference={"beta": 0.5}))["preference"]
+    unit = pair_unit(pair, sft=False)
+    assert unit.pair is not None
+    units, _ = weighted([replace(unit, pair=replace(unit.pair, smoothing=smoothing))], PolicyConfig(), 12)
+    logprobs = t64([-1.0, -2.0, -4.0], grad=True)
+    config = ObjectiveConfig(preference=preference)
+    found = joint_loss(logprobs, t64([]), collate(units, 0), config)["preference"]
+    found.loss.backward()
+    return found, logprobs.grad.tolist()
+
+
+def test_pair_losses_by_hand():
+    # beta 0.5: z = 0.5.
+    found, _ = pair_term(0.1, beta=0.5)
     expected = -0.9 * math.log(1 / (1 + math.exp(-0.5))) - 0.1 * math.log(1 / (1 + math.exp(0.5)))
     assert found.loss.item() == pytest.approx(expected, rel=1e-12)
     assert {name: value.item() for name, value in found.metrics.items()} == {
@@ -433,10 +458,18 @@ def test_pair_losses_by_hand():
         "rejected_logprob": -4.0,
     }
     # Means: 0.5 / 2 targets and -0.5 / 1: d = 0.75, beta d = 0.375.
-    norm = ObjectiveConfig(preference={"beta": 0.5, "length_norm": True})
-    found = joint_loss(logprobs, t64([0.0] * 3), batch, norm)["preference"]
+    found, _ = pair_term(0.1, beta=0.5, length_norm=True)
     expected = -0.9 * math.log(1 / (1 + math.exp(-0.375))) - 0.1 * math.log(1 / (1 + math.exp(0.375)))
     assert found.loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_ipo_of_sums_and_of_means_by_hand():
+    # beta 0.25: the target is 1 / 0.5 = 2. Sums: d = 1, (1 - 2)^2 = 1, gradient 2 (1 - 2) = -2 by d.
+    found, gradient = pair_term(0.0, loss="ipo", beta=0.25)
+    assert (found.loss.item(), gradient) == (1.0, [-2.0, -2.0, 2.0])
+    # Means: d = 0.75, 1.25^2 = 1.5625, gradient -2.5 by d, half of it for each of two targets.
+    found, gradient = pair_term(0.0, loss="ipo", beta=0.25, length_norm=True)
+    assert (found.loss.item(), gradient) == (1.5625, [-1.25, -1.25, 2.5])
 
 
 @pytest.mark.parametrize("mask_prefix_sft", [False, True])
