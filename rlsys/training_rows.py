@@ -190,12 +190,12 @@ class Reader:
         """Token ids of a column of texts, with the end token after them, once, where they are `ended`."""
         texts = batch.texts(name)
         rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        if not ended:
-            empty = np.array([not row for row in rows], dtype=np.bool_)
-            batch.refuse(empty, name, "expected text of one token or more, found an empty one")
-            return rows
         end = end_token_id(self.tokenizer)
-        return [row if row and row[-1] == end else [*row, end] for row in rows]
+        # An end token right after the prompt would teach to give no answer.
+        nothing = ([], [end]) if ended else ([],)
+        blank = [not text.strip() or row in nothing for text, row in zip(texts, rows, strict=True)]
+        batch.refuse(np.array(blank, dtype=np.bool_), name, lambda row: f"expected text, found {texts[row][:40]!r}")
+        return [[*row, end] if ended and row[-1] != end else row for row in rows]
 
 
 class _Pairs:

@@ -174,12 +174,27 @@ def test_errors_of_pairs(write: Write, bad: dict[str, Any], message: str) -> Non
 
 
 def test_errors_of_text(write: Write) -> None:
-    with pytest.raises(DataError, match=r"row 2, column prompt: expected text of one token or more, found an empty"):
-        supervised(write([{"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "b"}]))
     with pytest.raises(DataError, match=r"row 1, column rejected: 13 tokens with the prompt, actors\.max_model_len"):
         pairs(write([{"prompt": "a", "chosen": "b", "rejected": "c" * 11}]))
     with pytest.raises(DataError, match=r"row 1, column completion: .* found null"):
         supervised(write([{"prompt": "a", "completion": None}, {"prompt": "a", "completion": "b"}]))
+
+
+@pytest.mark.parametrize("blank", ["", " \n", "\t\u3000"])
+@pytest.mark.parametrize("column", ["prompt", "completion", "chosen", "rejected"])
+def test_a_blank_text_is_refused(write: Write, column: str, blank: str) -> None:
+    good = {"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}
+    read = supervised if column in ("prompt", "completion") else pairs
+    with pytest.raises(DataError) as caught:
+        read(write([good, {**good, column: blank}]))
+    assert caught.value.message.endswith(f", row 2, column {column}: expected text, found {blank!r}")
+
+
+def test_an_end_token_alone_is_no_text_to_learn(write: Write) -> None:
+    with pytest.raises(DataError, match=r"row 1, column completion: expected text, found '\$'"):
+        supervised(write([{"prompt": "a", "completion": "$"}]))
+    with pytest.raises(DataError, match=r"row 1, column chosen: expected text, found '\$'"):
+        pairs(write([{"prompt": "a", "chosen": "$", "rejected": "b"}]))
 
 
 def test_missing_columns_and_empty_files(write: Write) -> None:
