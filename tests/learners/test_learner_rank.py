@@ -238,6 +238,33 @@ def test_gradient_norms_of_terms_are_those_of_plain_torch() -> None:
     torch.testing.assert_close(made.policy.vector(), expected, rtol=1e-5, atol=1e-7)
 
 
+def test_kl_in_the_reward_is_that_of_plain_torch() -> None:
+    objective = {
+        "policy": {"estimator": "dr_grpo", "importance_cap": None},
+        "kl": {"weight": 0.5, "in_reward": True, "estimator": "k1"},
+    }
+    groups = sampled(2)
+    made = learner(objective)
+    module, reference = copy.deepcopy(made.policy.module), made._reference
+    found = made.train(TrainingBatch(groups=tuple(groups)), 0, 1)
+    # Every reward less 0.5 times the summed log-ratios of its tokens, then less the mean of its group.
+    loss, tokens = torch.zeros(()), 0
+    for part in groups:
+        own = [logprob(module, row.token_ids, 2, TEMPERATURE) for row in part.trajectories]
+        other = [logprob(reference, row.token_ids, 2, TEMPERATURE) for row in part.trajectories]
+        gaps = torch.stack([(a - b).sum().detach() for a, b in zip(own, other, strict=True)])
+        rewards = torch.tensor([row.reward for row in part.trajectories]) - 0.5 * gaps
+        for advantage, mine in zip(rewards - rewards.mean(), own, strict=True):
+            loss = loss - advantage * mine.sum()
+            tokens += len(mine)
+    gradient = torch.autograd.grad(loss / tokens, list(module.parameters()))
+    expected = torch.cat([(p - RATE * g).flatten() for p, g in zip(module.parameters(), gradient, strict=True)])
+    torch.testing.assert_close(made.policy.vector(), expected, rtol=1e-5, atol=1e-7)
+    norm = math.sqrt(sum(float(part.square().sum()) for part in gradient))
+    assert found["learner/grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert "objective/kl_loss" not in found
+
+
 def test_measuring_the_gradient_norms_changes_nothing() -> None:
     vectors = []
     for interval in (0, 1):
