@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rlsys.errors import DataError
-from rlsys.tasks.sources import expand
+from rlsys.tasks.sources import expand, first_line, is_unicode, json_object, refuse_repeats
 
 BATCH = 1024
 UNKNOWN = -1
@@ -52,7 +51,7 @@ def _is_text(found: pa.DataType) -> bool:
 
 IDS = _list_of("a list of whole numbers", int, _is_whole)
 MASK = _list_of("a list of truth values", bool, pa.types.is_boolean)
-TEXT = Column("text", _is_text, lambda value: isinstance(value, str))
+TEXT = Column("text", _is_text, lambda value: isinstance(value, str) and is_unicode(value))
 COUNT = Column("a whole number", _is_whole, lambda value: type(value) is int)
 VISITS = Column("a whole number or null", _is_whole, lambda value: type(value) is int, needed=False)
 
@@ -178,9 +177,11 @@ class RowFile:
 
     def _opened(self) -> pq.ParquetFile:
         try:
-            return pq.ParquetFile(self._path)
+            file = pq.ParquetFile(self._path)
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{self.where}: not a readable Parquet file: {_first_line(error)}") from None
+            raise DataError(f"{self.where}: not a readable Parquet file: {first_line(error)}") from None
+        refuse_repeats(file.schema_arrow.names, self.where)
+        return file
 
     def _parquet(self, kind: Kind) -> Iterator[Batch]:
         file, first = self._opened(), 1
@@ -194,7 +195,7 @@ class RowFile:
                 yield Batch(self.where, range(first, first + len(batch)), dict(zip(names, batch.columns, strict=True)))
                 first += len(batch)
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{self.where}: not a readable Parquet file: {_first_line(error)}") from None
+            raise DataError(f"{self.where}: not a readable Parquet file: {first_line(error)}") from None
 
     def _lines(self, kind: Kind) -> Iterator[Batch]:
         types = {id(IDS): pa.list_(pa.int64()), id(MASK): pa.list_(pa.bool_()), id(TEXT): pa.string()}
@@ -240,14 +241,9 @@ class RowFile:
             raise DataError(f"{self.where}: cannot be read: {error.strerror}") from None
 
     def _object(self, number: int, line: bytes) -> dict[str, Any]:
-        try:
-            value = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            raise DataError(f"{self.where}, row {number}: not UTF-8") from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.where}, row {number}: not JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise DataError(f"{self.where}, row {number}: expected a JSON object, found {_described(value)}")
+        value = json_object(line)
+        if isinstance(value, str):
+            raise DataError(f"{self.where}, row {number}: {value}")
         return value
 
 
@@ -256,7 +252,3 @@ def _described(value: Any) -> str:
         kinds = sorted({type(entry).__name__ for entry in value})
         return f"a list of {', '.join(kinds)}" if kinds else "an empty list"
     return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

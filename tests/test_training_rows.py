@@ -242,7 +242,7 @@ def test_a_parquet_file_without_rows_or_with_holes(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "row 3: not JSON"),
-        ("[1]", "row 3: expected a JSON object, found a list of int"),
+        ("[1]", "row 3: expected a JSON object, found list"),
         ("\udcff", "row 3: not UTF-8"),
         (
             '{"token_ids": [1, true], "loss_mask": [false, true]}',
@@ -252,6 +252,10 @@ def test_a_parquet_file_without_rows_or_with_holes(tmp_path: Path) -> None:
         ('{"token_ids": "12", "loss_mask": [false, true]}', "row 3, column token_ids: .* found str '12'"),
         ('{"loss_mask": [false, true]}', "row 3, column token_ids: .* found no such column in this row"),
         ('{"token_ids": [1, 2], "loss_mask": [0, 1]}', "row 3, column loss_mask: .* found a list of int"),
+        (
+            '{"token_ids": [1, 2], "loss_mask": [false, true], "token_ids": [1, 3]}',
+            "row 3: column token_ids: expected it once in a row, found it twice",
+        ),
         (f'{{"token_ids": [1, {2**70}], "loss_mask": [false, true]}}', "row 3, column token_ids: .* more than 64 bits"),
     ],
 )
@@ -263,6 +267,24 @@ def test_lines_of_jsonl(tmp_path: Path, line: str, message: str) -> None:
         supervised(path)
     path.write_text("\n")
     with pytest.raises(DataError, match="expected at least one row, found none"):
+        supervised(path)
+
+
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    # A whole pair is one character; what is not read may hold anything.
+    path.write_text('{"prompt": "a", "completion": "b", "other": "\\ud83d\\ude00 \\ud800"}\n')
+    assert len(supervised(path)) == 1
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "b\\ud800"}\n')
+    with pytest.raises(DataError, match=r"row 2, column completion: expected text, found str 'b\\ud800'$"):
+        supervised(path)
+
+
+def test_a_parquet_file_with_a_column_twice(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    names = ["prompt", "completion", "completion"]
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 3, names=names), path)
+    with pytest.raises(DataError, match=r"rows\.parquet, column completion: expected it once, found it 2 times"):
         supervised(path)
 
 

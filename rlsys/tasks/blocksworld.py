@@ -15,7 +15,7 @@ from rlsys.tasks import block_text, plan_chains, tags
 from rlsys.tasks.blocks import Goal, State, Tower, check_plan, facts
 from rlsys.tasks.draws import hashed_random
 from rlsys.tasks.pddl import read_pddl
-from rlsys.tasks.sources import Row, read_source
+from rlsys.tasks.sources import Row, is_unicode, read_source
 from rlsys.types import Problem, Split, Verdict
 
 # One problem in HELD_OUT_EVERY belongs to the held-out split, by its hash, whatever the seed.
@@ -163,7 +163,8 @@ def _read_row(row: Row, alphabet: str, where: str) -> Problem:
     if isinstance(row.values, str):
         raise DataError(f"{where}: row {row.number}: {row.values}")
     instance, text = row.values.get("instance"), row.values.get("pddl")
-    if not isinstance(instance, str | int) or isinstance(instance, bool) or not isinstance(text, str):
+    named = isinstance(instance, str | int) and not isinstance(instance, bool) and is_unicode(str(instance))
+    if not named or not isinstance(text, str) or not is_unicode(text):
         raise DataError(
             f"{where}: row {row.number}: expected {{instance: number or text, pddl: text}}, "
             f"found instance {str(instance)[:40]!r}, pddl {str(text)[:40]!r}"

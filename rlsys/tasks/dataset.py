@@ -14,7 +14,7 @@ from typing import Any
 from rlsys.config import DatasetConfig
 from rlsys.errors import ConfigError, DataError
 from rlsys.tasks.math_answers import judge
-from rlsys.tasks.sources import Row, Source, read_source
+from rlsys.tasks.sources import Row, Source, is_unicode, read_source
 from rlsys.tasks.tags import tag_strings
 from rlsys.types import Problem, Split, Verdict
 
@@ -193,8 +193,7 @@ def _text(value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:  # NaN
         return None
     text = str(value).strip()
-    valid = text.encode("utf-8", "ignore").decode("utf-8") == text  # JSON may hold half a surrogate pair
-    return text if text and valid else None
+    return text if text and is_unicode(text) else None
 
 
 def _check_pattern(pattern: str | None) -> None:

@@ -15,6 +15,7 @@ from rlsys.tasks.blocks import Fact, Goal, State, Tower, facts
 
 _ARITY = {"on": 2, "ontable": 1, "clear": 1, "holding": 1, "handempty": 0}
 _IN_GOALS = ("on", "ontable", "clear")
+_DEEPEST = 16  # a problem needs 4: (define (:goal (and (on x y))))
 _TOKEN = re.compile(r"[()]|[^\s()]+")
 
 
@@ -65,6 +66,8 @@ def _nested(text: str) -> list[Any]:
     open_lists: list[list[Any]] = [[]]
     for word in _TOKEN.findall(re.sub(r";[^\n]*", "", text.lower())):
         if word == "(":
+            if len(open_lists) > _DEEPEST:
+                raise DataError(f"expected parentheses at most {_DEEPEST} deep, found more")
             open_lists.append([])
         elif word != ")":
             open_lists[-1].append(word)

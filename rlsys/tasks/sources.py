@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,19 +78,35 @@ def _read_file(path: Path, where: str) -> tuple[tuple[str, ...], list[Row]]:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise DataError(f"{where}: cannot be read: {error.strerror}") from None
-    rows = [Row(number=number, values=_json_object(line)) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [Row(number=number, values=json_object(line)) for number, line in enumerate(lines, 1) if line.strip()]
     names = (name for row in rows if isinstance(row.values, dict) for name in row.values)
     return tuple(dict.fromkeys(names)), rows
 
 
-def _json_object(line: bytes) -> dict[str, Any] | str:
+def json_object(line: bytes) -> dict[str, Any] | str:
+    """The object of a line of JSON, or why it cannot be read."""
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_without_repeats)
     except UnicodeDecodeError:
         return "not UTF-8"
+    except DataError as error:
+        return error.message
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
     return value if isinstance(value, dict) else f"expected a JSON object, found {type(value).__name__}"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: JSON may hold half a surrogate pair."""
+    return text.encode("utf-8", "ignore").decode("utf-8") == text
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        raise DataError(f"column {twice}: expected it once in a row, found it twice")
+    return found
 
 
 def _read_parquet(path: Path, where: str) -> tuple[tuple[str, ...], list[Row]]:
@@ -97,10 +114,18 @@ def _read_parquet(path: Path, where: str) -> tuple[tuple[str, ...], list[Row]]:
     import pyarrow.parquet
 
     try:
+        refuse_repeats(pyarrow.parquet.read_schema(path).names, where)  # read_table does not say which it is
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{where}: not a readable Parquet file: {error}") from None
+        raise DataError(f"{where}: not a readable Parquet file: {first_line(error)}") from None
     return tuple(table.column_names), _numbered(table.to_pylist())
+
+
+def refuse_repeats(columns: Sequence[str], where: str) -> None:
+    """Raise DataError for a column that a Parquet file has twice."""
+    for name, times in Counter(columns).items():
+        if times > 1:
+            raise DataError(f"{where}, column {name}: expected it once, found it {times} times")
 
 
 def _read_hugging_face(path: str, split: str, subset: str | None, where: str) -> tuple[tuple[str, ...], list[Row]]:
@@ -127,3 +152,7 @@ def _read_hugging_face(path: str, split: str, subset: str | None, where: str) ->
 
 def _numbered(values: Iterable[dict[str, Any]]) -> list[Row]:
     return [Row(number=number, values=dict(value)) for number, value in enumerate(values, 1)]
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,6 +8,7 @@ import pickle
 import random
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -134,6 +135,7 @@ def test_environment_variables_in_paths(tmp_path, monkeypatch):
 BAD_ROWS = {
     "{broken": "not JSON",
     "[1, 2]": "expected a JSON object, found list",
+    '{"question": "q", "answer": "#### 1", "answer": "#### 2"}': ":3: column answer: expected it once in a row",
     '{"question": "", "answer": "1"}': "'question': expected text, found ''",
     '{"question": "q", "answer": null}': "'answer': expected text, found 'None'",
     '{"question": ["q"], "answer": "#### 1"}': "'question': expected text",
@@ -167,6 +169,14 @@ def test_bytes_that_are_not_utf8_are_one_bad_row(tmp_path):
     # Blank lines count as lines, not as rows; a byte order mark is no error.
     assert task.skip_reasons == (f"{path}:9: not UTF-8",)
     assert all_ids(task, "train") == ["train/1", "train/5", "train/7"]
+
+
+def test_a_parquet_file_with_a_column_twice(tmp_path):
+    path, texts = tmp_path / "a.parquet", pyarrow.array(["q"])
+    table = pyarrow.Table.from_arrays([texts] * 3, names=["question", "answer", "answer"])
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(DataError, match=r"task\.path .*a\.parquet, column answer: expected it once, found it 2 times$"):
+        task_of(path).size("train")
 
 
 def test_unusable_data_sets_say_what_to_change(tmp_path):

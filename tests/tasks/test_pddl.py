@@ -49,6 +49,9 @@ def test_read_pddl(fields: dict[str, str], expected: str) -> None:
         (pddl()[:-1], "a parenthesis is never closed"),
         (pddl() + ")", "a parenthesis is closed that was never opened"),
         (pddl().replace(":goal", ":aim"), ":goal is missing"),
+        (pddl(goal="(" * 3000 + ")" * 3000), "expected parentheses at most 16 deep, found more"),
+        (pddl(objects="(" * 14 + ")" * 14), ":objects: expected different names, found ("),  # 16 deep
+        (pddl(objects="(" * 15 + ")" * 15), "expected parentheses at most 16 deep, found more"),
         (pddl().replace("(:domain blocksworld-4ops)", "(:init)"), ":init is given twice"),
         (pddl(objects=""), ":objects: expected different names, found ()"),
         (pddl(objects="red red b3"), ":objects: expected different names, found (red red b3)"),
@@ -91,6 +94,10 @@ def test_what_is_wrong_with_a_problem_is_named(text: str, found: str) -> None:
     [
         ("{", "row 2: not JSON"),
         ('{"instance": 2}', "row 2: expected {instance: number or text, pddl: text}, found instance '2', pddl 'None'"),
+        ('{"instance": 2, "pddl": "x", "pddl": "y"}', "row 2: column pddl: expected it once in a row, found it twice"),
+        ('{"instance": 2, "pddl": "\\udfff"}', "pddl: text}, found instance '2', pddl '\\udfff'"),
+        ('{"instance": "\\udfff", "pddl": "x"}', "pddl: text}, found instance '\\udfff', pddl 'x'"),
+        (json.dumps({"instance": 2, "pddl": "(" * 9999}), "row 2 (instance 2): expected parentheses at most 16 deep"),
         ('{"instance": null, "pddl": "x"}', "row 2: expected {instance"),
         ('{"instance": true, "pddl": "x"}', "row 2: expected {instance"),
         (json.dumps({"instance": 9, "pddl": pddl(goal="")}), "row 2 (instance 9): :goal: expected at least one fact"),
