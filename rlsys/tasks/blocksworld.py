@@ -148,7 +148,8 @@ def load_problems(path: str, alphabet: str) -> tuple[Problem, ...]:
 
     Raises:
         ConfigError: a variable of the path is not set.
-        DataError: the file is missing or empty, a row cannot be read, or an instance occurs twice.
+        DataError: the file is missing or empty, a row cannot be read or is solved before a move, or an instance occurs
+            twice.
     """
     source = read_source(path, "", "task.problems_path")
     where = f"task.problems_path {source.path}"
@@ -170,6 +171,9 @@ def _read_row(row: Row, alphabet: str, where: str) -> Problem:
             f"found instance {str(instance)[:40]!r}, pddl {str(text)[:40]!r}"
         )
     try:
-        return _as_problem(str(instance), *read_pddl(text, alphabet))
+        state, goal = read_pddl(text, alphabet)
+        if goal <= facts(state):  # the plan would be empty, which is no answer
+            raise DataError("expected a goal that takes a move, found one that :init meets")
+        return _as_problem(str(instance), state, goal)
     except DataError as error:
         raise DataError(f"{where}: row {row.number} (instance {instance}): {error}") from None

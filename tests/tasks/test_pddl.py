@@ -101,6 +101,11 @@ def test_what_is_wrong_with_a_problem_is_named(text: str, found: str) -> None:
         ('{"instance": null, "pddl": "x"}', "row 2: expected {instance"),
         ('{"instance": true, "pddl": "x"}', "row 2: expected {instance"),
         (json.dumps({"instance": 9, "pddl": pddl(goal="")}), "row 2 (instance 9): :goal: expected at least one fact"),
+        # A part of what INIT says: an empty plan would solve it.
+        (
+            json.dumps({"instance": 9, "pddl": pddl(goal="(and (on red blue) (clear b3))")}),
+            "row 2 (instance 9): expected a goal that takes a move, found one that :init meets",
+        ),
         (json.dumps({"instance": "1", "pddl": pddl()}), "two rows have the instance '1'; expected one each"),
     ],
 )
