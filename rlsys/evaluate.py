@@ -18,6 +18,7 @@ from rlsys.config_file import load_config
 from rlsys.errors import ConfigError
 from rlsys.evaluation import Estimate, error_rate, mean_over_prompts, pass_at_k, sample_groups, solved, unanswered
 from rlsys.search_decoding import search_and_sample, show_search, with_search
+from rlsys.tasks import build_task
 from rlsys.types import Prompt, SamplingSettings, TrajectoryGroup
 
 # Fewer problems of one answer say little about it, so they stay out of the macro mean.
@@ -58,7 +59,8 @@ def find_target(target: str, config_path: str | None, overrides: Sequence[str]) 
 
 
 async def evaluate(pool: Any, prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
-    """All figures as JSON-able values: estimates with intervals, and accuracy by true answer."""
+    """All figures as JSON-able values: estimates with intervals, and accuracy by true answer where there is one."""
+    one_answer = build_task(config.task, config.run.seed).one_answer
     settings = SamplingSettings(
         samples=1, temperature=0.0, top_p=1.0, max_tokens=config.sampling.max_tokens, seed=config.run.seed
     )
@@ -66,36 +68,33 @@ async def evaluate(pool: Any, prompts: Sequence[Prompt], config: Config) -> dict
     found: dict[str, Any] = {"problems": len(prompts), "samples": samples}
     if config.evaluation.greedy:
         groups = await sample_groups(pool, prompts, settings, limit)
-        found["greedy"] = _figures(groups)
+        found["greedy"] = _figures(groups, by_answer=one_answer)
     if samples:
         many = SamplingSettings(
             samples=samples, temperature=1.0, top_p=1.0, max_tokens=settings.max_tokens, seed=settings.seed
         )
         groups = await sample_groups(pool, prompts, many, limit)
-        found["sampled"] = _figures(groups)
+        found["sampled"] = _figures(groups, by_answer=one_answer)
         ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, samples) if k <= samples})
         found["pass_at_k"] = {str(k): asdict(mean_over_prompts(pass_at_k(solved(groups), k))) for k in ks}
     if config.evaluation.search_answers:
         found["search"] = await search_and_sample(pool, prompts, config)
-    answers = Counter(prompt.answer for prompt in prompts)
-    answer, count = answers.most_common(1)[0]
-    found["constant_answer"] = {"answer": answer, "accuracy": count / len(prompts)}
+    if one_answer:
+        [(answer, count)] = Counter(prompt.answer for prompt in prompts).most_common(1)
+        found["constant_answer"] = {"answer": answer, "accuracy": count / len(prompts)}
     return found
 
 
-def _figures(groups: Sequence[TrajectoryGroup]) -> dict[str, Any]:
+def _figures(groups: Sequence[TrajectoryGroup], *, by_answer: bool) -> dict[str, Any]:
     """by_problem: means over the samples of every problem in order, for paired comparisons of policies."""
     right = solved(groups)
     lengths = [t.completion_length for group in groups for t in group.trajectories]
-    by_answer = _by_answer([group.prompt.answer for group in groups], right)
-    macro = [value["accuracy"] for value in by_answer.values() if value["problems"] >= MACRO_MINIMUM]
     return {
         "accuracy": asdict(mean_over_prompts(right)),
         "no_answer_rate": asdict(mean_over_prompts(unanswered(groups))),
         "error_rate": error_rate(groups),
         "completion_length": float(np.mean(lengths)),
-        "accuracy_by_answer": by_answer,
-        "macro_accuracy": float(np.mean(macro)) if macro else None,
+        **(_by_answer([group.prompt.answer for group in groups], right) if by_answer else {}),
         "by_problem": {
             "accuracy": right.mean(axis=1).tolist(),
             "no_answer_rate": unanswered(groups).mean(axis=1).tolist(),
@@ -106,10 +105,16 @@ def _figures(groups: Sequence[TrajectoryGroup]) -> dict[str, Any]:
     }
 
 
-def _by_answer(answers: Sequence[str], right: np.ndarray) -> dict[str, dict[str, float]]:
+def _by_answer(answers: Sequence[str], right: np.ndarray) -> dict[str, Any]:
     labels = np.array(answers)
     rows = {answer: right[labels == answer] for answer in sorted(set(answers))}
-    return {answer: {"problems": len(row), "accuracy": float(row.mean())} for answer, row in rows.items()}
+    macro = [float(row.mean()) for row in rows.values() if len(row) >= MACRO_MINIMUM]
+    return {
+        "accuracy_by_answer": {
+            answer: {"problems": len(row), "accuracy": float(row.mean())} for answer, row in rows.items()
+        },
+        "macro_accuracy": float(np.mean(macro)) if macro else None,
+    }
 
 
 def show(found: Mapping[str, Any], console: Console) -> None:
@@ -125,11 +130,12 @@ def show(found: Mapping[str, Any], console: Console) -> None:
             table.add_row(f"{mode} verifier errors", f"{found[mode]['error_rate']:.3f}", "")
     for k, estimate in found.get("pass_at_k", {}).items():
         _add(table, f"pass@{k}", estimate)
-    constant = found["constant_answer"]
-    table.add_row(f"always answering {constant['answer'][:20]}", f"{constant['accuracy']:.3f}", "")
+    if "constant_answer" in found:
+        constant = found["constant_answer"]
+        table.add_row(f"always answering {constant['answer'][:20]}", f"{constant['accuracy']:.3f}", "")
     console.print(table)
     by_answer: Mapping[str, Any] = next(
-        (found[mode]["accuracy_by_answer"] for mode in ("greedy", "sampled") if mode in found), {}
+        (found[mode].get("accuracy_by_answer", {}) for mode in ("greedy", "sampled") if mode in found), {}
     )
     if 1 < len(by_answer) <= 12:
         _show_by_answer(found, console, list(by_answer))

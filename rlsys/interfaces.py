@@ -33,6 +33,11 @@ class Task(Protocol):
     Instances are picklable and are rebuilt from their config section in reward processes.
     """
 
+    @property
+    def one_answer(self) -> bool:
+        """Whether every problem has one right answer, which is `Problem.answer`. False: `verify` accepts several."""
+        ...
+
     def size(self, split: Split) -> int | None:
         """Number of problems of a split, or None where a generator makes as many as wanted."""
         ...

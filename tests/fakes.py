@@ -89,6 +89,8 @@ def searched_group(
 class NumberTask:
     """The question of problem i is i + 1 letters long, so an encoder of letters gives i + 1 tokens."""
 
+    one_answer = True
+
     def __init__(self, train: int | None, held_out: int | None = 4, same_length: bool = True) -> None:
         self._sizes: dict[Split, int | None] = {"train": train, "held_out": held_out}
         self._same_length = same_length

@@ -8,6 +8,7 @@ import io
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fakes import FakePool, group, prompt
@@ -23,8 +24,8 @@ from rlsys.evaluate import run as run_evaluation
 from rlsys.types import Prompt, SamplingSettings, TrajectoryGroup
 
 
-def config(samples: int = 2, answers: int = 0) -> Config:
-    values = {"run": {"dir": "unused", "seed": 5}, "model": {"path": "unused"}, "task": {"type": "letter_count"}}
+def config(samples: int = 2, answers: int = 0, task: str = "letter_count") -> Config:
+    values = {"run": {"dir": "unused", "seed": 5}, "model": {"path": "unused"}, "task": {"type": task}}
     return parse_config({**values, "evaluation": {"samples": samples, "search_answers": answers}}, "test")
 
 
@@ -110,6 +111,30 @@ def test_verifier_errors_are_shown_apart(failing: tuple[str, ...]) -> None:
     show(found, Console(file=stream, width=100))
     shown = [line for line in stream.getvalue().splitlines() if "verifier errors" in line]
     assert [line.split("│")[2].strip() for line in shown] == (["0.200", "0.100"] if failing else [])
+
+
+def test_figures_by_true_answer_where_a_problem_has_one() -> None:
+    # One greedy sample each, right for all: answers 1, 1, 1, 2 and 2.
+    prompts = [replace(prompt(f"p{n}"), answer="1" if n < 3 else "2") for n in range(5)]
+
+    def measured(task: str) -> tuple[dict[str, Any], str]:
+        found = asyncio.run(evaluate(OneError(2, []), prompts, config(task=task)))
+        stream = io.StringIO()
+        show(found, Console(file=stream, width=100))
+        return found, stream.getvalue()
+
+    found, shown = measured("letter_count")
+    assert found["constant_answer"] == {"answer": "1", "accuracy": 0.6}
+    by_answer = {"1": {"problems": 3, "accuracy": 1.0}, "2": {"problems": 2, "accuracy": 1.0}}
+    assert found["greedy"]["accuracy_by_answer"] == by_answer
+    assert found["greedy"]["macro_accuracy"] is None  # fewer than MACRO_MINIMUM of each
+    assert "always answering 1" in shown and "accuracy by true answer" in shown
+    # Any plan that works is right: the answer of a problem tells nothing.
+    plans, shown = measured("blocksworld")
+    assert set(found) - set(plans) == {"constant_answer"}
+    for mode in ("greedy", "sampled"):
+        assert set(found[mode]) - set(plans[mode]) == {"accuracy_by_answer", "macro_accuracy"}
+    assert "always answering" not in shown and "true answer" not in shown and "greedy accuracy" in shown
 
 
 def test_an_evaluation_searches_only_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ class BlocksworldTask:
     The answer of a problem is its question: the verifier tries out the moves, and any plan is right that works.
     """
 
+    one_answer = False
+
     def __init__(self, config: BlocksworldConfig, seed: int) -> None:
         self.config = config
         self.seed = seed

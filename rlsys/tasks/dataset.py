@@ -44,6 +44,8 @@ class DatasetTask:
     A training row whose question is also held out is left out, so that the splits are disjoint.
     """
 
+    one_answer = True
+
     def __init__(self, config: DatasetConfig, seed: int) -> None:
         self.config = config
 

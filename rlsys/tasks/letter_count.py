@@ -31,6 +31,8 @@ class LetterCountTask:
     and its words are excluded from the train split.
     """
 
+    one_answer = True
+
     def __init__(self, config: LetterCountConfig, seed: int) -> None:
         self.config = config
         self.seed = seed
