@@ -167,7 +167,7 @@ class LearnerRank:
         if measured:
             self._measure(plan, weights, sums)
         for batch in plan:
-            logprobs, entropy = self._logprobs(self._policy, batch)
+            logprobs, entropy = self._logprobs(self._policy, batch, entropy=True)
             terms = joint_loss(logprobs, entropy, batch, self.settings.objective)
             sums.add_pass(batch)
             for term, found in terms.items():
@@ -188,7 +188,7 @@ class LearnerRank:
             if term != "value"
         }
         for batch in plan:
-            logprobs, entropy = self._logprobs(self._policy.module, batch)
+            logprobs, entropy = self._logprobs(self._policy.module, batch, entropy=True)
             for term, found in joint_loss(logprobs, entropy, batch, self.settings.objective).items():
                 _add_gradient(norms[term], weights[term] * found.loss, parameters)
         _note_norms(sums, {term: norm_of_sums(parts) for term, parts in norms.items()})
@@ -281,7 +281,7 @@ class LearnerRank:
     # --- forward passes ---
 
     def _logprobs_under(self, model: Any) -> Forward:
-        return lambda batch: self._logprobs(model, batch)[0]
+        return lambda batch: self._logprobs(model, batch, entropy=False)[0]
 
     def _plan(self, units: Sequence[Unit]) -> list[MicroBatch]:
         return [self._collate([units[n] for n in numbers]) for numbers in self._shares(units)]
@@ -299,8 +299,11 @@ class LearnerRank:
     def _collate(self, units: Sequence[Unit]) -> MicroBatch:
         return _moved(collate(units, self.settings.pad_token_id), self.settings.device)
 
-    def _logprobs(self, model: Any, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """[N] log-probabilities and entropies of the targets: those of the policy term as they were sampled."""
+    def _logprobs(self, model: Any, batch: MicroBatch, *, entropy: bool) -> tuple[Tensor, Tensor]:
+        """[N] log-probabilities of the targets: those of the policy term as they were sampled; [M] entropies of these.
+
+        entropy: False where nobody asks for them, M = 0.
+        """
         ids, mask = batch.input_ids, batch.loss_mask[:, batch.first_target :]
         # Right padding needs no attention mask under causal attention: no real token looks at it.
         keep = ids.shape[1] - batch.first_target
@@ -309,9 +312,14 @@ class LearnerRank:
         if batch.policy is not None and self.settings.temperature != 1:
             temperature = torch.ones(batch.targets, device=ids.device)
             temperature[batch.policy.at] = self.settings.temperature
-        bonus = self.settings.objective.policy.entropy_coef > 0 and batch.policy is not None
-        targets = ids[:, batch.first_target + 1 :]
-        return masked_token_logprobs(logits, targets, mask, temperature, entropy_gradient=bonus)
+        return masked_token_logprobs(
+            logits,
+            ids[:, batch.first_target + 1 :],
+            mask,
+            temperature,
+            entropy_at=batch.policy.at if entropy and batch.policy is not None else None,
+            entropy_gradient=self.settings.objective.policy.entropy_coef > 0,
+        )
 
     def _values(self, batch: MicroBatch) -> Tensor:
         """[N], the critic's estimate of the return from before each target on."""

@@ -15,9 +15,10 @@ def masked_token_logprobs(
     mask: Tensor,
     temperature: float | Tensor,
     *,
+    entropy_at: Tensor | None = None,
     entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """log p(target) and entropy at the positions where the mask is True.
+    """log p(target) at the positions where the mask is True, and the entropy at those of them that ask for it.
 
     p = softmax(logits / temperature);   entropy = -sum_v p_v log p_v
 
@@ -30,11 +31,12 @@ def masked_token_logprobs(
         targets: [B, S] int64, target of the logits at the same position.
         mask: [B, S] bool, N of them True.
         temperature: > 0, of all or [N], of every unmasked position.
+        entropy_at: [M] int64, ascending places among the N whose entropy is wanted. None: of none, at no cost.
         entropy_gradient: whether the entropy is to be trained.
 
     Returns:
         logprobs: [N] nats, row-major order, fp32 (fp64 for fp64 logits); carries gradient, also for N = 0.
-        entropy: [N] nats; carries gradient with entropy_gradient.
+        entropy: [M] nats; carries gradient with entropy_gradient.
 
     Raises:
         ValueError: temperature is not positive, or shapes differ.
@@ -57,13 +59,16 @@ def masked_token_logprobs(
         selected = selected / temperature
     distribution = torch.log_softmax(selected, dim=-1)
     chosen = targets.flatten().index_select(0, kept).unsqueeze(-1)
-    return distribution.gather(-1, chosen).squeeze(-1), _entropy(
-        distribution if entropy_gradient else distribution.detach()
-    )
+    logprobs = distribution.gather(-1, chosen).squeeze(-1)
+    if entropy_at is None:
+        return logprobs, logprobs.new_zeros(0)
+    return logprobs, _entropy(distribution if entropy_gradient else distribution.detach(), entropy_at)
 
 
-def _entropy(distribution: Tensor) -> Tensor:
-    """[N, V] log-probabilities -> [N] entropies, a chunk at a time."""
+def _entropy(distribution: Tensor, at: Tensor) -> Tensor:
+    """[N, V] log-probabilities and [M] places -> [M] entropies, a chunk at a time."""
+    if len(at) < len(distribution):
+        distribution = distribution.index_select(0, at)
     return torch.cat([_chunk_entropy(chunk) for chunk in torch.split(distribution, ENTROPY_CHUNK)])
 
 

@@ -122,7 +122,7 @@ def joint_loss(
 
     Args:
         logprobs: [N] nats, of all targets; carries gradient.
-        entropy: [N] nats; carries gradient where policy.entropy_coef is above 0.
+        entropy: [M] nats, of the targets of the policy term; carries gradient where policy.entropy_coef is above 0.
         batch: with weights (see `weighted`).
     """
     found: dict[str, LossOutput] = {}
@@ -163,11 +163,11 @@ def _policy_term(logprobs: Tensor, entropy: Tensor, targets: PolicyTargets, poli
             found = losses.cispo_loss(own, old, advantages, weights, **bounds)
     loss = found.loss
     if policy.entropy_coef:
-        bonus = losses.entropy_loss(entropy.index_select(0, targets.at), targets.weights.to(logprobs))
+        bonus = losses.entropy_loss(entropy, targets.weights.to(logprobs))
         loss = loss + policy.entropy_coef * bonus.loss
     gap = (start - behavior).abs()
     metrics |= found.metrics | {
-        "entropy": entropy.index_select(0, targets.at).detach().sum(),
+        "entropy": entropy.detach().sum(),
         "gap": gap.sum(),
         "gap_max": gap.max() if len(gap) else gap.new_zeros(()),
     }

@@ -182,7 +182,8 @@ def target_logprobs(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     if batch.policy is not None:
         temperature[batch.policy.at] = TEMPERATURE
     targets, mask = batch.input_ids[:, batch.first_target + 1 :], batch.loss_mask[:, batch.first_target :]
-    return masked_token_logprobs(logits, targets, mask, temperature, entropy_gradient=True)
+    at = None if batch.policy is None else batch.policy.at
+    return masked_token_logprobs(logits, targets, mask, temperature, entropy_at=at, entropy_gradient=True)
 
 
 # --- groups ---

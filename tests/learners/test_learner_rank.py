@@ -15,6 +15,7 @@ from joint_samples import group, ids, policy_row, random_preferences, searched, 
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForTokenClassification
 
+from learners import logprobs
 from learners.batching import collate
 from learners.deepspeed_engine import TrainedModel
 from learners.learner_rank import LearnerRank
@@ -438,10 +439,33 @@ def test_the_temperature_is_of_the_policys_own_tokens_alone() -> None:
     module = made.policy.module
     rows = [policy_row([5, 6, 7], [0, 1, 1], [0, 1, 1]), sft_row([5, 6, 7], [0, 1, 1])]
     batch = collate([Unit(rows=(row,)) for row in rows], 0)
-    found, _ = made._logprobs(made.policy, batch)
+    found, entropy = made._logprobs(made.policy, batch, entropy=True)
     expected = [logprob(module, [5, 6, 7], 1, temperature) for temperature in (TEMPERATURE, 1.0)]
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-7, atol=0)  # 0.8 in fp32
+    likely = distribution(module, [5, 6, 7], TEMPERATURE)
+    torch.testing.assert_close(entropy, -(likely.exp() * likely).sum(dim=-1).detach(), rtol=1e-7, atol=0)
     assert not torch.allclose(*expected)
+
+
+def test_the_entropy_is_that_of_the_policys_targets_in_updates_and_of_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted: list[int] = []
+    chunk = logprobs._chunk_entropy
+    monkeypatch.setattr(logprobs, "_chunk_entropy", lambda found: counted.append(len(found)) or chunk(found))
+    made = learner({**EVERY_TERM, "grad_norm_interval": 0}, updates=2)  # every model is asked for scores too
+    found = made.train(everything(), 0, 1)
+    assert sum(counted) == 2 * found["objective/policy_denominator"]
+    counted.clear()
+    batch = TrainingBatch(pairs=tuple(random_preferences(3)), demonstrations=(chain([5, 6, 7], 1),))
+    learner({**NOTHING_SCORED, "sft": {"weight": 1.0}}, stage="preference").train(batch, 0, 1)
+    learner({}, stage="sft").train(batch, 0, 1)
+    rows = [policy_row([5, 6, 7], [0, 1, 1], [0] * 3)]
+    for ask in (made.old, made.reference, made.values):
+        ask(rows)
+    made.score_pairs(random_preferences(2))
+    made.score([ids(5, 6, 7)])
+    assert counted == []
 
 
 def test_scores_of_rows_stand_at_their_tokens() -> None:

@@ -19,11 +19,16 @@ def random_case(rows: int, columns: int, vocabulary: int, dtype: torch.dtype = t
     return logits.to(dtype), targets, mask
 
 
+def everywhere(mask: torch.Tensor) -> torch.Tensor:
+    """The places of all targets."""
+    return torch.arange(int(mask.sum()))
+
+
 def test_by_hand_at_temperature_one():
     # logits 0, ln 3: p = 1/4, 3/4; entropy = (1/4) ln 4 + (3/4) ln(4/3) = ln 4 - (3/4) ln 3
     logits = torch.tensor([[[0.0, math.log(3)], [0.0, math.log(3)]]], dtype=torch.float64)
     mask = torch.ones(1, 2, dtype=torch.bool)
-    logprobs, entropy = masked_token_logprobs(logits, torch.tensor([[0, 1]]), mask, 1.0)
+    logprobs, entropy = masked_token_logprobs(logits, torch.tensor([[0, 1]]), mask, 1.0, entropy_at=everywhere(mask))
     assert logprobs.tolist() == pytest.approx([-math.log(4), math.log(0.75)], rel=1e-12)
     assert entropy.tolist() == pytest.approx([math.log(4) - 0.75 * math.log(3)] * 2, rel=1e-12)
 
@@ -34,7 +39,7 @@ def test_by_hand_at_temperature_two():
     root = math.sqrt(3)
     logits = torch.tensor([[[0.0, math.log(3)], [0.0, math.log(3)]]], dtype=torch.float64)
     mask = torch.ones(1, 2, dtype=torch.bool)
-    logprobs, entropy = masked_token_logprobs(logits, torch.tensor([[0, 1]]), mask, 2.0)
+    logprobs, entropy = masked_token_logprobs(logits, torch.tensor([[0, 1]]), mask, 2.0, entropy_at=everywhere(mask))
     p, q = 1 / (1 + root), root / (1 + root)
     assert logprobs.tolist() == pytest.approx([math.log(p), math.log(q)], rel=1e-12)
     assert entropy.tolist() == pytest.approx([-p * math.log(p) - q * math.log(q)] * 2, rel=1e-12)
@@ -42,7 +47,7 @@ def test_by_hand_at_temperature_two():
 
 def test_order_is_row_major_and_only_masked_positions_come_back():
     logits, targets, mask = random_case(3, 5, 4)
-    logprobs, entropy = masked_token_logprobs(logits, targets, mask, 0.7)
+    logprobs, entropy = masked_token_logprobs(logits, targets, mask, 0.7, entropy_at=everywhere(mask))
     expected, expected_entropy = [], []
     for row, column in np.argwhere(mask.numpy()):
         scaled = logits[row, column].numpy() / 0.7
@@ -59,7 +64,7 @@ def test_gradient_closed_form(temperature):
     # d log p_y / d logit_v = (1[v = y] - p_v) / temperature; positions outside the mask get 0
     logits, targets, mask = random_case(2, 4, 5)
     logits.requires_grad_()
-    logprobs, entropy = masked_token_logprobs(logits, targets, mask, temperature)
+    logprobs, entropy = masked_token_logprobs(logits, targets, mask, temperature, entropy_at=everywhere(mask))
     logprobs.sum().backward()
     p = torch.softmax(logits.detach() / temperature, dim=-1)
     one_hot = torch.nn.functional.one_hot(targets, 5)
@@ -74,7 +79,9 @@ def test_entropy_gradient_closed_form(temperature):
     # d H / d logit_v = -p_v (log p_v + H) / temperature; positions outside the mask get 0
     logits, targets, mask = random_case(2, 4, 5)
     logits.requires_grad_()
-    _, entropy = masked_token_logprobs(logits, targets, mask, temperature, entropy_gradient=True)
+    _, entropy = masked_token_logprobs(
+        logits, targets, mask, temperature, entropy_at=everywhere(mask), entropy_gradient=True
+    )
     entropy.sum().backward()
     logp = torch.log_softmax(logits.detach() / temperature, dim=-1)
     expected = -(logp.exp() * logp).sum(dim=-1)
@@ -88,7 +95,7 @@ def test_garbage_outside_the_mask_changes_nothing():
     logits, targets, mask = random_case(3, 5, 4)
     spoiled = logits.masked_fill(~mask.unsqueeze(-1), math.nan).requires_grad_()
     clean = logits.requires_grad_()
-    results = [masked_token_logprobs(x, targets, mask, 0.7) for x in (clean, spoiled)]
+    results = [masked_token_logprobs(x, targets, mask, 0.7, entropy_at=everywhere(mask)) for x in (clean, spoiled)]
     for logprobs, _ in results:
         logprobs.sum().backward()
     assert torch.equal(results[0][0], results[1][0])
@@ -98,8 +105,8 @@ def test_garbage_outside_the_mask_changes_nothing():
 
 def test_half_precision_logits_are_raised_before_the_division():
     logits, targets, mask = random_case(4, 6, 50, torch.bfloat16)
-    logprobs, entropy = masked_token_logprobs(logits, targets, mask, 0.7)
-    expected, expected_entropy = masked_token_logprobs(logits.float(), targets, mask, 0.7)
+    logprobs, entropy = masked_token_logprobs(logits, targets, mask, 0.7, entropy_at=everywhere(mask))
+    expected, expected_entropy = masked_token_logprobs(logits.float(), targets, mask, 0.7, entropy_at=everywhere(mask))
     assert logprobs.dtype == entropy.dtype == torch.float32
     assert torch.equal(logprobs, expected)
     assert torch.equal(entropy, expected_entropy)
@@ -110,21 +117,41 @@ def test_half_precision_logits_are_raised_before_the_division():
 def test_entropy_of_more_rows_than_a_chunk():
     logits, targets, _ = random_case(2, ENTROPY_CHUNK + 3, 3)
     mask = torch.ones_like(targets, dtype=torch.bool)
-    _, entropy = masked_token_logprobs(logits, targets, mask, 1.0)
+    _, entropy = masked_token_logprobs(logits, targets, mask, 1.0, entropy_at=everywhere(mask))
     expected = torch.distributions.Categorical(logits=logits.flatten(0, 1)).entropy()
     torch.testing.assert_close(entropy, expected, rtol=1e-11, atol=1e-12)
 
 
+def test_entropy_of_some_positions_and_of_none():
+    logits, targets, mask = random_case(3, 5, 4)
+    logits.requires_grad_()
+    logprobs, every = masked_token_logprobs(logits, targets, mask, 0.7, entropy_at=everywhere(mask))
+    at = torch.tensor([0, 2, 5])
+    for gradient in (False, True):
+        same, some = masked_token_logprobs(logits, targets, mask, 0.7, entropy_at=at, entropy_gradient=gradient)
+        assert torch.equal(same, logprobs)
+        torch.testing.assert_close(some.detach(), every[at], rtol=1e-12, atol=0)
+    # Only the chosen positions are trained.
+    some.sum().backward()
+    trained = logits.grad[mask].abs().sum(dim=-1) > 0
+    assert trained.nonzero().flatten().tolist() == at.tolist()
+    for nothing in (None, at[:0]):
+        same, none = masked_token_logprobs(logits, targets, mask, 0.7, entropy_at=nothing)
+        assert torch.equal(same, logprobs) and none.shape == (0,)
+
+
 def test_impossible_tokens_leave_the_entropy_finite():
     logits = torch.tensor([[[0.0, 0.0, -math.inf]]])
-    _, entropy = masked_token_logprobs(logits, torch.tensor([[0]]), torch.ones(1, 1, dtype=torch.bool), 1.0)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    _, entropy = masked_token_logprobs(logits, torch.tensor([[0]]), mask, 1.0, entropy_at=everywhere(mask))
     assert entropy.item() == pytest.approx(math.log(2), rel=1e-6)  # fp32
 
 
 def test_nothing_selected_still_has_a_gradient():
     logits, targets, mask = random_case(2, 3, 4)
     logits.requires_grad_()
-    logprobs, entropy = masked_token_logprobs(logits, targets, torch.zeros_like(mask), 0.7)
+    mask = torch.zeros_like(mask)
+    logprobs, entropy = masked_token_logprobs(logits, targets, mask, 0.7, entropy_at=everywhere(mask))
     logprobs.sum().backward()
     assert logprobs.shape == entropy.shape == (0,)
     assert torch.equal(logits.grad, torch.zeros_like(logits))
