@@ -133,7 +133,7 @@ def joint_loss(
             own, weights = logprobs.index_select(0, batch.policy.at), batch.policy.weights.to(logprobs)
             found["kl"] = losses.kl_loss(own, reference.to(own), weights, estimator=objective.kl.estimator)
     if batch.pairs is not None:
-        found["preference"] = _preference_term(logprobs, batch.pairs, objective.preference)
+        found["preference"] = preference_term(logprobs, batch.pairs, objective.preference)
     if batch.sft is not None:
         found["sft"] = losses.supervised_loss(logprobs.index_select(0, batch.sft.at), batch.sft.weights.to(logprobs))
     return found
@@ -174,11 +174,20 @@ def _policy_term(logprobs: Tensor, entropy: Tensor, targets: PolicyTargets, poli
     return LossOutput(loss, metrics)
 
 
-def _preference_term(logprobs: Tensor, targets: PairTargets, preference: PreferenceConfig) -> LossOutput:
+def preference_term(logprobs: Tensor, targets: PairTargets, preference: PreferenceConfig) -> LossOutput:
+    """The preference loss of the pairs of a micro-batch, by their log-ratios.
+
+    r_j = sum over t in j of logprobs_t - reference_j            of side j of a pair
+    r_j = that / number of targets of side j                     with length_norm
+
+    Args:
+        logprobs: [N] nats, of all targets; carries gradient.
+
+    Source: length_norm: LN-DPO, Tulu 3, arXiv:2411.15124.
+    """
     # Sums of hundreds of terms of which a small difference counts: in double precision, on the few targets there are.
-    scores = pair_scores(
-        logprobs.index_select(0, targets.at).double(), targets.segments, 2 * len(targets.weights), normalise=False
-    )
+    own = logprobs.index_select(0, targets.at).double()
+    scores = pair_scores(own, targets.segments, 2 * len(targets.weights))
     ratios = scores - targets.reference
     if preference.length_norm:
         ratios = ratios / targets.segments.bincount(minlength=len(ratios)).clamp(min=1)

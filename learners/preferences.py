@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -23,32 +22,21 @@ PreferenceLoss = Literal["dpo", "ipo"]
 MAX_SMOOTHING = 0.499
 
 
-def pair_scores(logprobs: Tensor, segments: Tensor, count: int, *, normalise: bool) -> Tensor:
-    """Sum or mean of the log-probabilities of each segment.
+def pair_scores(logprobs: Tensor, segments: Tensor, count: int) -> Tensor:
+    """Sum of the log-probabilities of each segment: of one completion of a pair.
 
-    s_j = sum over t in j of logprobs_t              normalise False
-    s_j = that / number of targets of segment j      normalise True
-
-    A segment is one completion of a pair. It is linear: given log-probabilities of the policy minus those of the
-    reference it returns log-ratios, and no large sums have to cancel afterwards.
+    s_j = sum over t in j of logprobs_t
 
     Args:
         logprobs: [M] nats; carries gradient.
         segments: [M] int64 in [0, count), the segment of every target.
         count: segments, those without targets included; their score is 0.
-        normalise: mean instead of sum.
 
     Returns:
         [count] nats, of the type of `logprobs`; sums are taken in fp64.
-
-    Source: LN-DPO (the mean): Tulu 3, arXiv:2411.15124.
     """
     precise = logprobs.double()
-    scores = precise.new_zeros(count).index_add(0, segments, precise)
-    if normalise:
-        lengths = precise.new_zeros(count).index_add(0, segments, torch.ones_like(precise))
-        scores = scores / lengths.clamp(min=1)
-    return scores.to(logprobs.dtype)
+    return precise.new_zeros(count).index_add(0, segments, precise).to(logprobs.dtype)
 
 
 def preference_loss(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from hypothesis import strategies as st
 from tensors64 import metrics_of, t64
 from torch import Tensor
 
+from learners.batching import PairTargets
 from learners.logprobs import masked_token_logprobs
 from learners.losses import LossOutput
+from learners.objective import preference_term
 from learners.preferences import adaptive_smoothing, pair_scores, preference_loss
+from rlsys.objective_config import PreferenceConfig
 
 # --- the losses ---
 
@@ -115,46 +119,52 @@ def test_bad_settings_are_refused(change, message):
 
 
 def test_scores_by_hand():
-    # segment 0: -1 - 3 = -4, mean -2; segment 1: -0.5; segment 2: no targets; segment 3: -2 - 1 - 0 = -3, mean -1
+    # segment 0: -1 - 3 = -4; segment 1: -0.5; segment 2: no targets; segment 3: -2 - 1 - 0 = -3
     logprobs = t64([-1, -2, -0.5, -3, -1, 0], grad=True)
     segments = torch.tensor([0, 3, 1, 0, 3, 3])
-    assert pair_scores(logprobs, segments, 4, normalise=False).tolist() == [-4.0, -0.5, 0.0, -3.0]
-    mean = pair_scores(logprobs, segments, 4, normalise=True)
-    assert mean.tolist() == pytest.approx([-2.0, -0.5, 0.0, -1.0], rel=1e-12, abs=0)
-    # gradient: 1 / length of the own segment, times what arrives
-    (mean * t64([1, 10, 100, 1000])).sum().backward()
-    expected = [1 / 2, 1000 / 3, 10, 1 / 2, 1000 / 3, 1000 / 3]
-    assert logprobs.grad.tolist() == pytest.approx(expected, rel=1e-12)
+    scores = pair_scores(logprobs, segments, 4)
+    assert scores.tolist() == [-4.0, -0.5, 0.0, -3.0]
+    # gradient: what arrives at the own segment
+    (scores * t64([1, 10, 100, 1000])).sum().backward()
+    assert logprobs.grad.tolist() == [1, 1000, 10, 1, 1000, 1000]
 
 
-def test_scores_of_nothing():
+@pytest.mark.parametrize("length_norm", [False, True])
+def test_scores_of_nothing(length_norm):
     empty = t64([], grad=True)
-    scores = pair_scores(empty, torch.tensor([], dtype=torch.int64), 2, normalise=True)
-    scores.sum().backward()
-    assert scores.tolist() == [0.0, 0.0]
+    assert pair_scores(empty, torch.tensor([], dtype=torch.int64), 2).tolist() == [0.0, 0.0]
+    out = pair_loss(empty, torch.tensor([], dtype=torch.int64), ("dpo", length_norm, 0.0))
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(math.log(2), rel=1e-12)
 
 
 def test_long_sums_in_fp32_do_not_drift():
     # 20000 terms of about -2: a running fp32 sum near -40000 rounds each of them to 1/512
     generator = torch.Generator().manual_seed(0)
     logprobs = -4 * torch.rand(20_000, generator=generator)
-    score = pair_scores(logprobs, torch.zeros(20_000, dtype=torch.int64), 1, normalise=False)
+    score = pair_scores(logprobs, torch.zeros(20_000, dtype=torch.int64), 1)
     assert score.dtype == torch.float32
     assert score.item() == pytest.approx(math.fsum(logprobs.tolist()), rel=1e-7)
 
 
 # --- masking the shared prefix ---
 
-Form = tuple[str, bool, float]  # loss, normalise, label smoothing
-SUMMED = [("dpo", False, 0.0), ("dpo", False, 0.2), ("ipo", False, 0.0)]
-NORMALISED = [("dpo", True, 0.0), ("dpo", True, 0.2), ("ipo", True, 0.0)]
+Form = tuple[Literal["dpo", "ipo"], bool, float]  # loss, length_norm, label smoothing
+SUMMED: list[Form] = [("dpo", False, 0.0), ("dpo", False, 0.2), ("ipo", False, 0.0)]
+NORMALISED: list[Form] = [("dpo", True, 0.0), ("dpo", True, 0.2), ("ipo", True, 0.0)]
 
 
 def pair_loss(logratios: Tensor, segments: Tensor, form: Form) -> LossOutput:
     """One pair; segment 0 is the chosen completion, 1 the rejected one."""
-    loss, normalise, smoothing = form
-    chosen, rejected = pair_scores(logratios, segments, 2, normalise=normalise).chunk(2)
-    return preference_loss(chosen, rejected, t64([1]), loss=loss, beta=0.3, label_smoothing=t64([smoothing]))
+    loss, length_norm, smoothing = form
+    pair = PairTargets(
+        at=torch.arange(len(logratios)),
+        segments=segments,
+        reference=t64([0, 0]),
+        smoothing=t64([smoothing]),
+        weights=t64([1]),
+    )
+    return preference_term(logratios, pair, PreferenceConfig(loss=loss, beta=0.3, length_norm=length_norm))
 
 
 def without_prefix(form: Form) -> list[tuple[float, list[float]]]:

@@ -21,12 +21,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from learners.batching import PairTargets
 from learners.logprobs import masked_token_logprobs
 from learners.losses import LossOutput, cispo_loss, gspo_loss, kl_loss, policy_loss
-from learners.objective import token_weights
-from learners.preferences import pair_scores, preference_loss
+from learners.objective import preference_term, token_weights
+from learners.preferences import pair_scores
 from rlsys.config import FromScratchConfig
 from rlsys.models import build_from_scratch
+from rlsys.objective_config import PreferenceConfig
 
 TOLERANCE = 1e-5  # both sides in fp32, with sums in another order
 PAD, FIRST_WORD, WORDS = 0, 4, 64
@@ -108,10 +110,10 @@ def assert_equal(ours: Tensor, our_model: torch.nn.Module, theirs: Tensor, their
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "loss", "normalise"),
+    ("loss_type", "loss", "length_norm"),
     [("sigmoid", "dpo", False), ("sigmoid_norm", "dpo", True), ("ipo", "ipo", True)],
 )
-def test_preference_losses(trl, loss_type, loss, normalise):
+def test_preference_losses(trl, loss_type, loss, length_norm):
     from datasets import Dataset
 
     beta, generator = 0.3, torch.Generator().manual_seed(1)
@@ -133,15 +135,21 @@ def test_preference_losses(trl, loss_type, loss, normalise):
     )
     theirs = trainer.compute_loss(trainer.model, trainer.data_collator(pairs))
 
-    rows = [(pair["prompt_ids"], pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in pairs]
+    # chosen, rejected, chosen, ...: as `learners.batching.PairTargets` has them
+    rows = [(pair["prompt_ids"], pair[side]) for pair in pairs for side in ("chosen_ids", "rejected_ids")]
     logprobs, segments = our_logprobs(trl.policy, rows, 1.0)
     with torch.no_grad():
-        reference, _ = our_logprobs(trl.reference, rows, 1.0)
-    chosen, rejected = pair_scores(logprobs - reference, segments, len(rows), normalise=normalise).chunk(2)
-    weights, smoothing = torch.full((len(pairs),), 1 / len(pairs)), torch.zeros(len(pairs))
-    ours = preference_loss(chosen, rejected, weights, loss=loss, beta=beta, label_smoothing=smoothing)
+        reference = pair_scores(our_logprobs(trl.reference, rows, 1.0)[0].double(), segments, len(rows))
+    targets = PairTargets(
+        at=torch.arange(len(logprobs)),
+        segments=segments,
+        reference=reference,
+        smoothing=torch.zeros(len(pairs), dtype=torch.float64),
+        weights=torch.full((len(pairs),), 1 / len(pairs), dtype=torch.float64),
+    )
+    ours = preference_term(logprobs, targets, PreferenceConfig(loss=loss, beta=beta, length_norm=length_norm))
     assert_equal(ours.loss, trl.policy, theirs, trainer.model)
-    if not normalise:
+    if not length_norm:
         found = {name: value.item() / len(pairs) for name, value in ours.metrics.items()}
         [margin], [accuracy] = (trainer._metrics["train"][f"rewards/{name}"] for name in ("margins", "accuracies"))
         assert beta * found["margin"] == pytest.approx(margin, rel=TOLERANCE)
