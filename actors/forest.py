@@ -66,13 +66,14 @@ class ForestSettings:
 
 @dataclass(slots=True, eq=False)
 class _Growing:
-    """A tree under way. answers: what is back of an Ask, by its number."""
+    """A tree under way. answers: what is back of an Ask, by its number. tokens: generated for it so far."""
 
     search: TreeSearch
     prompt: Prompt
     result: asyncio.Future[Tree | TreeFailure]
     affinity: int
     answers: dict[int, list[Completion | None]] = field(default_factory=dict)
+    tokens: int = 0
 
 
 _Arrival = tuple[_Growing, int, int, Future[Completion]]
@@ -232,8 +233,10 @@ class Forest:
             growing, number, slot, future = self._inbox.popleft()
             self._in_flight -= 1
             error = future.exception()
-            if error is None and not np.isfinite(future.result().logprobs).all():
-                error = RolloutError("the engine gave a log-probability that is not finite")
+            if error is None:
+                growing.tokens += len(future.result().token_ids)
+                if not np.isfinite(future.result().logprobs).all():
+                    error = RolloutError("the engine gave a log-probability that is not finite")
             if error is not None:
                 self._fail(growing, error)
                 continue
@@ -271,7 +274,7 @@ class Forest:
         if growing.result.done():
             return
         if isinstance(error, RolloutError):
-            growing.result.set_result(_failure(growing.prompt, error.message))
+            growing.result.set_result(_failure(growing.prompt, error.message, growing.tokens))
         else:
             growing.result.set_exception(error)
 
@@ -287,5 +290,7 @@ class _Arrived:
         self.forest.arrived(*self.place, future)
 
 
-def _failure(prompt: Prompt, reason: str) -> TreeFailure:
-    return TreeFailure(prompt_id=prompt.prompt_id, question=prompt.question, answer=prompt.answer, reason=reason)
+def _failure(prompt: Prompt, reason: str, tokens: int = 0) -> TreeFailure:
+    return TreeFailure(
+        prompt_id=prompt.prompt_id, question=prompt.question, answer=prompt.answer, reason=reason, tokens=tokens
+    )

@@ -139,7 +139,7 @@ class RolloutActor:
         """The searched group of a prompt."""
         tree = await self.grow(prompt)
         if isinstance(tree, TreeFailure):
-            return RolloutFailure(prompt=prompt, reason=tree.reason)
+            return RolloutFailure(prompt=prompt, reason=tree.reason, tokens=tree.tokens)
         return build_searched_group(tree, prompt, cast(TagCodec, self.codec), self.extract)
 
     async def usage(self) -> EngineUsage:

@@ -1,6 +1,7 @@
 """Trees as lines of JSON: one tree, or the failure that stands in its place, a line.
 
 A line holds the fields of `Tree` or `TreeFailure` by their names, behind `"format": 1`; only a failure has a `reason`.
+What timing decides (`TreeFailure.tokens`) is left out.
 Lines are ASCII, so that no reader splits one at a separator inside a text. Log-probabilities are the shortest decimals
 that read back to the same float32.
 """
@@ -176,7 +177,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist() if value.dtype.kind == "i" else [float(str(number)) for number in value]
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value) if field.compare}
     if isinstance(value, Mapping):
         return {name: _plain(value[name]) for name in sorted(value)}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rlsys.types import FinishReason, Float32Array, Int32Array, Verdict, VersionSpan
@@ -160,9 +160,14 @@ class SearchUsage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeFailure:
-    """A prompt that no tree could be grown from: data, counted, and kept in the place of the tree."""
+    """A prompt that no tree could be grown from: data, counted, and kept in the place of the tree.
+
+    tokens: generated for it all the same, as far as they had arrived. That is a matter of timing, so that they are no
+        part of what tells failures apart, nor of the file.
+    """
 
     prompt_id: str
     question: str
     answer: str
     reason: str
+    tokens: int = field(default=0, compare=False)

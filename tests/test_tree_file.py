@@ -164,6 +164,11 @@ def test_reading_gives_a_failure_back(failure: TreeFailure) -> None:
     assert_same_tree(parse_line(tree_line(failure)), failure)
 
 
+def test_what_timing_decides_is_no_part_of_a_line() -> None:
+    one, other = (TreeFailure(prompt_id="p", question="q", answer="1", reason="no", tokens=n) for n in (0, 7))
+    assert tree_line(one) == tree_line(other) and one == other
+
+
 @given(text=st.text())
 def test_a_line_is_one_line_for_every_reader(text: str) -> None:
     assert len(tree_line(small_tree(question=text + "\u2028\n")).splitlines()) == 1

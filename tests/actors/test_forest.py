@@ -22,6 +22,7 @@ from search_world import QUESTION, World, codec, grow, prompt, shipped, writer
 from actors.engine import Completion, CompletionRequest
 from actors.forest import Forest, ForestSettings, ForestWriter, Verifier
 from actors.rewards import RewardPool
+from actors.rollout_actor import RolloutActor
 from actors.search.calls import Call
 from actors.search.codec import Stop
 from rlsys.config import LetterCountConfig, RewardsConfig
@@ -31,7 +32,7 @@ from rlsys.search_config import SearchConfig, StopConfig
 from rlsys.tree_file import read_trees, tree_line
 from rlsys.tree_search import Search
 from rlsys.trees import SearchUsage, Tree, TreeFailure, Writer
-from rlsys.types import Prompt, Verdict
+from rlsys.types import Prompt, RolloutFailure, Verdict
 
 WORLD = World(pattern=shipped("a"))
 CONFIG = SearchConfig(max_depth=6, stop=StopConfig(simulations=24))
@@ -231,6 +232,33 @@ def test_a_refused_request_costs_its_tree(engines: Any) -> None:
     assert tree_line(good) == alone("good")
 
 
+def test_what_was_generated_for_a_tree_that_failed_is_counted(engines: Any) -> None:
+    # The first request, for the two children of the prompt, is answered, and every other one is refused.
+    first: list[CompletionRequest] = []
+
+    def fails(request: CompletionRequest) -> Exception | None:
+        if request.request_id.split(".")[0] != first[0].request_id.split(".")[0]:
+            return RolloutError("no more")
+        return None
+
+    engine = engines(fails=fails)
+    submit = engine.submit
+
+    def kept(requests: Sequence[CompletionRequest], affinity: int = 0) -> list[Future[Completion]]:
+        first.extend(() if first else requests)
+        return submit(requests, affinity)
+
+    engine.submit = kept
+    actor = object.__new__(RolloutActor)
+    actor.forest = forest({"policy": engine})
+    failure = run(lambda: actor.search(prompt("p")))
+    assert isinstance(failure, RolloutFailure) and failure.reason == "no more"
+    assert len(first) == 2
+    generated = [len(WORLD.complete(_call(request), writer("tags", 2000)).token_ids) for request in first]
+    assert min(generated) > 0
+    assert failure.tokens == sum(generated)
+
+
 def test_a_broken_engine_is_everybodys_error(engines: Any) -> None:
     # in_flight 1: most of the trees are still waiting to be admitted when the engine breaks.
     broken = engines(fails=lambda request: EngineError("out of memory"))
@@ -343,6 +371,7 @@ def test_a_log_probability_that_is_not_finite_costs_one_tree(engines: Any) -> No
     good, bad = grow_all(forest({"policy": engine}), ["p0", "bad"])
     assert isinstance(good, Tree) and tree_line(good) == alone("p0")
     assert isinstance(bad, TreeFailure) and "log-probability that is not finite" in bad.reason
+    assert bad.tokens > 0
 
 
 def test_no_tree_waits_for_another(engines: Any) -> None:
