@@ -287,10 +287,12 @@ def test_the_rows_of_a_step_are_fixed_within_their_stage(
     assert start(tmp_path / "before", changed(9)).state == state(1)
 
 
-def test_rows_that_were_not_taken_before_are_not_fixed(tmp_path: Path) -> None:
-    save(tmp_path, 4, of=config(**ROWS))
+def test_rows_that_are_not_taken_before_and_now_are_not_fixed(tmp_path: Path) -> None:
+    save(tmp_path, 4, of=config(**ROWS))  # within stage online
     for changes in ({"sft": {"rows_per_step": 7}}, {"objective": IMITATING}):
-        assert start(tmp_path, config(**changes)).state == state(4)  # the stage is online
+        assert start(tmp_path, config(**changes)).state == state(4)
+    save(tmp_path / "imitating", 4, of=config(objective=IMITATING))
+    assert start(tmp_path / "imitating", config()).state == state(4)
 
 
 CRITIC = {"policy": {"estimator": "gae"}, "value": {"weight": 1.0}}
