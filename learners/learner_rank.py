@@ -54,7 +54,7 @@ class LearnerRank:
         settings, (dtype, device) = self.settings, (self.settings.learner.dtype, self.settings.device)
         module = load_model(policy, dtype, device)
         config = saved_config(policy, dtype)
-        self.policy = TrainedModel("policy", module, config, settings, stage.optimizer, stage.total_updates)
+        self.policy = TrainedModel("policy", module, config, settings, stage.optimizer, stage.policy_updates)
         self.policy.restore(resume / "learner" if resume else None)
         if stage.critic:
             module = load_critic(resume / "critic" if resume else policy, dtype, device)
