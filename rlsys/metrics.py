@@ -121,7 +121,7 @@ _SPECS = (
     MetricSpec("learner/clip_low_fraction", "share", "trained tokens whose ratio was clipped from below"),
     MetricSpec("learner/clip_high_fraction", "share", "trained tokens whose ratio was clipped from above"),
     MetricSpec("learner/ratio_max", "1", "largest probability ratio of a trained token"),
-    MetricSpec("learner/learning_rate", "1", "learning rate of the step's last update"),
+    MetricSpec("learner/learning_rate", "1", "learning rate of the policy, mean over the step's updates"),
     MetricSpec("learner/tokens", "tokens", "tokens of the step's rows, prompts included"),
     MetricSpec("learner/tokens_per_s", "tokens/s", "real tokens over the learning time, all ranks", True),
     MetricSpec("learner/updates", "updates", "optimizer updates of the step"),
