@@ -140,6 +140,9 @@ _SPECS = (
     MetricSpec("preference/rejected_logratio", "nats", "the same of the rejected side"),
     MetricSpec("preference/chosen_logprob", "nats", "log-probability of the compared tokens of the chosen side, mean"),
     MetricSpec("preference/rejected_logprob", "nats", "the same of the rejected side"),
+    MetricSpec(
+        "preference/left_out", "pairs", "pairs of sibling nodes of which one begins with the other: not compared"
+    ),
     MetricSpec("value/explained_variance", "share", "of the returns, by the critic at the start of the step"),
     MetricSpec("value/mean", "1", "mean of the critic's estimates"),
     MetricSpec("value/squared_error", "1", "mean squared error of the critic in the updates"),

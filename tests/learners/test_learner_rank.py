@@ -30,7 +30,7 @@ from rlsys.errors import NonFiniteLossError
 from rlsys.metrics import METRICS
 from rlsys.objective_config import ObjectiveConfig
 from rlsys.stage_settings import TERMS, StageSettings, stage_settings
-from rlsys.types import Demonstration, Preference, TrainingBatch, TrajectoryGroup
+from rlsys.types import Demonstration, Preference, StepPreference, TrainingBatch, TrajectoryGroup
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -606,6 +606,23 @@ def test_no_model_is_updated_where_one_of_them_is_not_finite(spoilt: str, monkey
         made.train(everything(), 0, 1)
     assert [model.updates for model in models] == [0, 0]
     assert all(torch.equal(model.vector(), vector) for model, vector in zip(models, before, strict=True))
+
+
+def test_pairs_of_which_one_side_begins_with_the_other_are_counted() -> None:
+    def pair(chosen: Sequence[int], rejected: Sequence[int]) -> StepPreference:
+        values = {"chosen_value": 1.0, "rejected_value": 0.0, "chosen_visits": 1, "rejected_visits": 1}
+        return StepPreference(prefix_ids=ids(1, 2), chosen_ids=ids(*chosen), rejected_ids=ids(*rejected), **values)
+
+    found = replace(tree(), step_preferences=(pair([3, 4], [3, 5]), pair([3], [3, 5]), pair([3, 4], [3])))
+    batch = TrainingBatch(groups=(found, replace(found, step_preferences=found.step_preferences[:2])))
+    figures = {
+        pairs: learner({"preference": {"weight": 1.0, "pairs": pairs}}).train(batch, 0, 1)
+        for pairs in ("steps", "chains")
+    }
+    assert figures["steps"]["preference/left_out"] == 3
+    assert figures["steps"]["objective/preference_denominator"] == 2
+    assert set(figures["steps"]) <= set(METRICS)
+    assert "preference/left_out" not in figures["chains"]
 
 
 def test_the_policy_that_a_stage_begins_with_has_a_margin_of_zero() -> None:
