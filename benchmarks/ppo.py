@@ -33,8 +33,8 @@ def main() -> int:
     rows = [measure(arguments.folder.absolute(), name, seed) for seed in SEEDS for name in CONFIGS]
     critic, plain = ([row for row in rows if row.name == name] for name in CONFIGS)
     shown = [
-        f"`python benchmarks/ppo.py`; {seconds_of(arguments.folder) / 60:.0f} minutes on 2 cores. Accuracy is held-out, "
-        "at temperature 1.",
+        f"`python benchmarks/ppo.py`; {seconds_of(arguments.folder) / 60:.0f} minutes on 2 cores. Accuracy is "
+        "held-out, at temperature 1.",
         "",
         f"| seed | config | accuracy before | after | no answer after | tokens to {GOAL:g} | all its tokens "
         "| explained variance, last 10 steps | s |",
