@@ -27,6 +27,7 @@ from rlsys.config import OptimizerConfig
 from rlsys.errors import CheckpointError, NonFiniteLossError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+UNPUBLISHED = "nothing of this training step was published"
 
 
 class TrainedModel:
@@ -52,6 +53,9 @@ class TrainedModel:
         self._saved_config = saved_config
         self.module, self.updates = module, 0
         self._problem = ""
+        self._gradients = torch.zeros((), device=settings.device)
+        for parameter in module.parameters():
+            parameter.register_hook(self._see)
         self.engine = _build(module, settings, optimizer)
 
     def __call__(self, **inputs: Any) -> Any:
@@ -64,13 +68,35 @@ class TrainedModel:
         # DeepSpeed averages gradients over ranks; our denominators are global already.
         self.engine.backward(loss * self.settings.ranks)
 
+    def _see(self, gradient: Tensor) -> None:
+        """Add a gradient of this rank up to one number: it is not finite where an element is not."""
+        self._gradients += gradient.sum(dtype=torch.float32)
+
+    def check_finite(self) -> None:
+        """All ranks agree before any optimizer sees anything; one wait an update, not one a pass.
+
+        Raises:
+            NonFiniteLossError: on all ranks, where a loss or gradient of a pass was not finite on one.
+        """
+        problem, self._problem = self._problem, ""
+        if not problem and not math.isfinite(self._gradients.item()):
+            problem = f"gradient of the {self.name} is not finite on rank {self.settings.rank}"
+        self._gradients.zero_()
+        bad = torch.tensor(float(bool(problem)), device=self.settings.device)
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        if bad.item():
+            found = problem or f"a loss or gradient of the {self.name} is not finite on another rank"
+            raise NonFiniteLossError(f"{found}, at update {self.updates}, which was not made; {UNPUBLISHED}")
+
     def update(self) -> tuple[float, float]:
         """Take an optimizer step; answers with the global gradient norm before clipping and the learning rate.
 
+        `check_finite` comes first, of every model of the update.
+
         Raises:
-            NonFiniteLossError: on all ranks, where a loss or the gradient is not finite. The optimizer sees neither.
+            NonFiniteLossError: on all ranks, where the gradients of the ranks are finite and their norm is not. The
+                optimizer does not see them; those of models that were updated before have seen theirs.
         """
-        self.check_finite()
         rate = learning_rate(self._optimizer_config, self.updates, self._total_updates)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
@@ -81,22 +107,10 @@ class TrainedModel:
         self.updates += 1
         return norm, rate
 
-    def check_finite(self) -> None:
-        """All ranks agree before the optimizer sees anything; one wait an update, not one a pass.
-
-        Raises:
-            NonFiniteLossError: on all ranks, where the loss of a pass was not finite on one.
-        """
-        bad = torch.tensor(float(bool(self._problem)), device=self.settings.device)
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        if bad.item():
-            found = self._problem or "the loss of another rank is not finite"
-            raise NonFiniteLossError(f"{found}, at update {self.updates}; nothing was updated or published")
-
     def _check_norm(self, norm: float) -> None:
         if not math.isfinite(norm):
             raise NonFiniteLossError(
-                f"gradient norm of the {self.name} is {norm} at update {self.updates}; nothing was updated or published"
+                f"gradient norm of the {self.name} is {norm} at update {self.updates}; {UNPUBLISHED}"
             )
 
     def last_layer(self) -> list[nn.Parameter]:
@@ -254,7 +268,7 @@ def _build(module: PreTrainedModel, settings: RankSettings, optimizer: Optimizer
             norm = nn.utils.clip_grad_norm_(module.parameters(), optimizer.max_grad_norm)
             engine._global_grad_norm = norm
             if not math.isfinite(norm):
-                raise NonFiniteLossError(f"gradient norm is {norm}; nothing was updated or published")
+                raise NonFiniteLossError(f"gradient norm is {norm}; {UNPUBLISHED}")
 
         engine.clip_fp32_gradients = clip
     _create_states(engine)

@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rlsys.checkpoint import MANIFEST, CheckpointStore, read_json, state_from_json, write_json
 from rlsys.config import Config
 from rlsys.config_file import fixed_fields, flat_fields, load_config
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.report import section_of
-from rlsys.training_data import DONE, SEARCHED, asked_of_search, reads_extracted, search_folder
+from rlsys.training_data import DONE, SEARCHED, asked_of_search, reads_extracted, search_folder, taken_by_step
 from rlsys.tree_store import ORIGIN, TREES
 from rlsys.types import RunState
 
@@ -98,6 +99,11 @@ def check_inputs(start: Start, fingerprint: Mapping[str, str]) -> None:
             f"{start.checkpoint} was made by an older version of rlsys, which did not record the contents of data, "
             "model and tokenizer; continue with that version, or start a new run.dir"
         )
+    if "preference.path" in fingerprint and "preference.path" not in before:
+        raise ConfigError(
+            f"preference.path: {start.checkpoint} was trained without pairs of a file, which objective.preference or "
+            "objective.sft asks for now; set these back, or start a new run.dir"
+        )
     different = [name for name, digest in fingerprint.items() if _known_now(before.get(name), digest) != digest]
     if different:
         raise ConfigError(
@@ -146,6 +152,7 @@ def _start_at(config: Config, checkpoint: Path, origin: Path) -> Start:
     """Continue from a checkpoint of the run directory `origin`."""
     _check_fixed_fields(config, origin)
     state = state_from_json(read_json(checkpoint / "state.json"))
+    _check_taken(config, state, origin)
     _check_critic(config, state, checkpoint)
     return Start(state, checkpoint)
 
@@ -205,14 +212,28 @@ def _resumed_from(run_dir: Path) -> str | None:
 
 def _check_fixed_fields(config: Config, run_dir: Path) -> None:
     path = run_dir / "config.yaml"
-    before, now = fixed_fields(load_config(path)), fixed_fields(config)
-    names = list(before | now)  # another type of task or model has other fields
+    _check_equal(fixed_fields(load_config(path)), fixed_fields(config), f"the run to be resumed ({path})")
+
+
+def _check_taken(config: Config, state: RunState, run_dir: Path) -> None:
+    """Within a stage step n takes the rows from n * count on: with another count some would come twice, or never."""
+    stage, path = config.stages[state.stage], run_dir / "config.yaml"
+    if not 0 < state.step < config.max_steps(stage):
+        return
+    before, now = taken_by_step(load_config(path), stage), taken_by_step(config, stage)
+    before = {name: count for name, count in before.items() if name in now}  # a term of online may be turned off and on
+    now = {name: count for name, count in now.items() if name in before}
+    _check_equal(before, now, f"the run to be resumed ({path}), which is within stage {stage}, at step {state.step}")
+
+
+def _check_equal(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """Name what differs: values by field."""
+    names = list({**before, **now})  # another type of task or model has other fields
     different = [name for name in names if before.get(name) != now.get(name)]
     if different:
         name = different[0]
         raise ConfigError(
-            f"{name} differs from the run to be resumed ({path}): expected {before.get(name)}, "
-            f"found {now.get(name)}; "
+            f"{name} differs from {where}: expected {before.get(name)}, found {now.get(name)}; "
             "set it back, or start a new run.dir"
             + (f" (also different: {', '.join(different[1:])})" if different[1:] else "")
         )

@@ -206,6 +206,21 @@ def imitates(config: Config) -> list[StageName]:
     return [stage for stage in wanted if stage in config.stages]
 
 
+def taken_by_step(config: Config, stage: StageName) -> dict[str, int]:
+    """How many rows and pairs a step of a stage takes of data that have an order, by the field that says so."""
+    demonstrations, pairs = config.objective.sft.rows_per_step, config.preference.pairs_per_step
+    taken: dict[StageName, dict[str, int]] = {
+        "warm_start": {"warm_start.rows_per_step": config.warm_start.rows_per_step},
+        "sft": {"sft.rows_per_step": config.sft.rows_per_step},
+        "preference": {"preference.pairs_per_step": pairs},
+        "online": {
+            **({"objective.sft.rows_per_step": demonstrations} if "online" in imitates(config) else {}),
+            **({"preference.pairs_per_step": pairs} if config.pairs_online else {}),
+        },
+    }
+    return taken.get(stage, {})
+
+
 def uses_pairs(config: Config) -> bool:
     return "preference" in config.stages or config.pairs_online
 

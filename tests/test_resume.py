@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 
 from rlsys.checkpoint import CheckpointStore, state_to_json, write_json
-from rlsys.config import Config
-from rlsys.config_file import dump_config, parse_config
+from rlsys.config import Config, StageName
+from rlsys.config_file import apply_override, dump_config, parse_config
 from rlsys.errors import CheckpointError, ConfigError
+from rlsys.report import section_of
 from rlsys.resume import Start, check_extraction, check_inputs, find_start
 from rlsys.training_data import DONE, SEARCHED, asked_of_search, search_folder
 from rlsys.types import RunState
@@ -41,10 +43,10 @@ def state(version: int) -> RunState:
     return RunState(stage=1, step=version - 1, weight_version=version, cursor=4, in_flight=(2, 3))
 
 
-def save(run_dir: Path, *versions: int) -> None:
-    """A run directory as a run of `config()` leaves it."""
+def save(run_dir: Path, *versions: int, of: Config | None = None) -> None:
+    """A run directory as a run of `config()`, or of another one, leaves it."""
     run_dir.mkdir(exist_ok=True)
-    (run_dir / "config.yaml").write_text(dump_config(config()))
+    (run_dir / "config.yaml").write_text(dump_config(of or config()))
     for version in versions:
         name = f"step_{version:06d}"
         temporary = store(run_dir).begin(name)
@@ -163,6 +165,14 @@ def test_contents_that_changed_behind_an_unchanged_name(tmp_path: Path) -> None:
         check_inputs(found, {**INPUTS, "model.path": "another", "tokenizer": "another"})
 
 
+def test_pairs_of_a_file_that_there_were_none_of_before(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    found = start(tmp_path, config())
+    for now in ("digest", SEARCHED):
+        with pytest.raises(ConfigError, match=r"^preference\.path: .*step_000002 was trained without pairs of a file"):
+            check_inputs(found, {**INPUTS, "preference.path": now})
+
+
 def test_a_checkpoint_without_digests_is_of_an_older_version(tmp_path: Path) -> None:
     temporary = store(tmp_path).begin("old")
     path = store(tmp_path).commit(temporary, "old", {"weight_version": 1})
@@ -234,6 +244,55 @@ def test_other_fields_may_change(tmp_path: Path) -> None:
     save(tmp_path, 2)
     changed = config(train={"max_steps": 500}, learner={"ranks": 1, "zero_stage": 0}, actors={"count": 1})
     assert start(tmp_path, changed).state == state(2)
+
+
+FILED = {"preference": {"weight": 1.0, "source": "file"}}
+IMITATING = {"sft": {"weight": 1.0, "source": "demonstrations"}}
+ROWS = {"sft": {"path": "rows"}, "preference": {"path": "pairs"}}
+
+
+@pytest.mark.parametrize(
+    ("second", "objective", "field"),
+    [
+        ("warm_start", {}, "warm_start.rows_per_step"),
+        ("sft", {}, "sft.rows_per_step"),
+        ("preference", FILED, "preference.pairs_per_step"),
+        ("online", FILED, "preference.pairs_per_step"),
+        ("online", IMITATING, "objective.sft.rows_per_step"),
+    ],
+)
+def test_the_rows_of_a_step_are_fixed_within_their_stage(
+    second: StageName, objective: dict[str, Any], field: str, tmp_path: Path
+) -> None:
+    """Version 1 is at step 0 of the second stage, version 4 at its step 3."""
+    stages = ["sft" if second == "warm_start" else "warm_start", second]
+    sections: dict[str, Any] = {"stages": stages, "objective": objective, **ROWS}
+
+    def changed(max_steps: int) -> Config:
+        found = copy.deepcopy(sections)
+        for override in (f"{field}=7", f"{section_of(second)}.max_steps={max_steps}"):
+            apply_override(found, override)
+        return config(**found)
+
+    save(tmp_path, 4, of=config(**sections))
+    with pytest.raises(ConfigError) as caught:
+        start(tmp_path, changed(9))
+    assert caught.value.message.startswith(
+        f"{field} differs from the run to be resumed ({tmp_path / 'config.yaml'}), which is within stage {second}, at "
+        "step 3: expected "
+    )
+    assert caught.value.message.endswith(", found 7; set it back, or start a new run.dir")
+    assert start(tmp_path, changed(3)).state == state(4)  # the stage has made its steps: no row is taken any more
+    save(tmp_path / "before", 1, of=config(**sections))
+    assert start(tmp_path / "before", changed(9)).state == state(1)
+
+
+def test_rows_that_are_not_taken_before_and_now_are_not_fixed(tmp_path: Path) -> None:
+    save(tmp_path, 4, of=config(**ROWS))  # within stage online
+    for changes in ({"sft": {"rows_per_step": 7}}, {"objective": IMITATING}):
+        assert start(tmp_path, config(**changes)).state == state(4)
+    save(tmp_path / "imitating", 4, of=config(objective=IMITATING))
+    assert start(tmp_path / "imitating", config()).state == state(4)
 
 
 CRITIC = {"policy": {"estimator": "gae"}, "value": {"weight": 1.0}}

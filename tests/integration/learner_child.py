@@ -106,25 +106,40 @@ def train(learner: Any, job: dict[str, Any]) -> None:
 
 
 def spoil(learner: Any, job: dict[str, Any]) -> None:
-    """Gradients of one model that are infinite on one rank, then a loss that is NaN there. All ranks must notice."""
+    """Gradients of a model that are infinite on one rank, then a loss that is NaN there. All ranks must notice."""
     model = getattr(learner, job["spoil"])
-    step = job["last"]
-    if learner.settings.rank == 0:
-        first = next(model.module.parameters())
-        hook = first.register_hook(lambda gradient: gradient * math.inf)
+    step, first = job["last"], learner.settings.rank == 0
+    if first:
+        # Of a parameter, after the learner has looked at it: only the norm tells.
+        hook = next(model.module.parameters()).register_hook(lambda gradient: gradient * math.inf)
     refused(learner, batch(step), step, "gradient norm")
-    if learner.settings.rank == 0:
+    if first:
         hook.remove()
+    # The policy's turn comes after the critic's: neither may have been updated.
+    for name in ("critic", "policy"):
+        if getattr(learner, name) is not None:
+            if first:
+                hook = getattr(learner, name).module.get_input_embeddings().register_forward_hook(infinite)
+            refused(learner, batch(step), step, f"(gradient|a loss or gradient) of the {name} is not finite on")
+            if first:
+                hook.remove()
     pair = replace(pairs(np.random.default_rng(0), 1)[0], chosen_reference=math.nan)
-    refused(learner, TrainingBatch(pairs=(pair,)), step, "joint loss is nan on rank|the loss of another rank")
+    refused(learner, TrainingBatch(pairs=(pair,)), step, "joint loss is nan on rank|a loss .* on another rank")
     save(learner, Path(job["spoiled"]), {})
 
 
+def infinite(module: Any, inputs: Any, embedded: Any) -> None:
+    """Make the gradient of what an embedding gives infinite."""
+    if embedded.requires_grad:
+        embedded.register_hook(lambda gradient: gradient * math.inf)
+
+
 def refused(learner: Any, spoiled: TrainingBatch, step: int, message: str) -> None:
-    updates = learner.policy.updates
+    models = [model for model in (learner.policy, learner.critic) if model is not None]
+    updates = [model.updates for model in models]
     with pytest.raises(NonFiniteLossError, match=message):
         learner.train(spoiled, step, step + 1)
-    assert learner.policy.updates == updates
+    assert [model.updates for model in models] == updates
 
 
 def save(learner: Any, folder: Path, figures: dict[str, float]) -> None:

@@ -89,6 +89,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     two = jobs(folder, {**VARIANTS, **CRITICS})
     two.append(whole(folder, "checkpointing", zero_stage=2, gradient_checkpointing=True))
     one = [resumed(folder, "one", "zero2", zero_stage=0), whole(folder, "one", zero_stage=0)]
+    one.append({**whole(folder, "one-critic", zero_stage=0), "objective": CRITIC})
     for name, variant in PLAIN.items():
         (one if variant["ranks"] == 1 else two).append(plain_job(folder, name, variant))
     run_ranks(folder, "two", 2, two)
@@ -234,6 +235,25 @@ def test_a_critic_begins_with_zero(folder: Path, name: str) -> None:
     # It explains nothing yet: the variance of the returns less 0 is that of the returns.
     assert (found["value/mean"], found["value/explained_variance"]) == (0.0, 0.0)
     assert figures(folder, f"{name}-whole")["value/mean"] != 0.0
+
+
+def critic_change(folder: Path, name: str) -> np.ndarray:
+    """`change` of the critic, which begins as the policy's model with an output of 0."""
+    before = load_file(folder / "model" / "model.safetensors")
+    after = load_file(folder / name / "critic" / "model.safetensors")
+    assert len(after.keys() & before.keys()) > 10
+    assert all(key.startswith("score.") for key in after.keys() - before.keys())
+    return np.concatenate([(after[key].astype(np.float64) - before.get(key, 0)).ravel() for key in sorted(after)])
+
+
+@pytest.mark.parametrize("name", variants("critic"))
+def test_ranks_and_partitioning_do_not_change_what_a_critic_learns(folder: Path, name: str) -> None:
+    assert relative(critic_change(folder, f"{name}-whole"), critic_change(folder, "one-critic-whole")) < 2e-5
+    assert relative(change(folder, f"{name}-whole"), change(folder, "one-critic-whole")) < 2e-5
+    found, expected = figures(folder, f"{name}-whole"), figures(folder, "one-critic-whole")
+    assert {"objective/value_loss", "objective/value_grad_norm", "value/explained_variance"} <= found.keys()
+    for key in found.keys() - {"learner/padding_share"}:
+        assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-7), key
 
 
 @pytest.mark.parametrize("ranks", ["one", "three"])

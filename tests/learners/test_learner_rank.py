@@ -545,6 +545,22 @@ def test_a_critic_that_is_not_finite_ends_the_step_before_an_update() -> None:
     assert torch.equal(made.policy.vector(), before) and made.policy.updates == made.critic.updates == 0
 
 
+@pytest.mark.parametrize("spoilt", ["policy", "critic"])
+def test_no_model_is_updated_where_one_of_them_is_not_finite(spoilt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = learner(EVERY_TERM)
+    models = [made.policy, made.critic]
+    before = [model.vector() for model in models]
+
+    def refuse() -> None:
+        raise NonFiniteLossError(f"gradient of the {spoilt} is not finite")
+
+    monkeypatch.setattr(getattr(made, spoilt), "check_finite", refuse)
+    with pytest.raises(NonFiniteLossError, match=f"gradient of the {spoilt} is not finite"):
+        made.train(everything(), 0, 1)
+    assert [model.updates for model in models] == [0, 0]
+    assert all(torch.equal(model.vector(), vector) for model, vector in zip(models, before, strict=True))
+
+
 def test_the_policy_that_a_stage_begins_with_has_a_margin_of_zero() -> None:
     # The pairs of a step's trees are compared with the reference policy; here it is the policy itself.
     made = learner({"preference": {"weight": 1.0}, "policy": {"weight": 0.0}})

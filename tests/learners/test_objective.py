@@ -313,6 +313,22 @@ def test_decoupled_and_coupled_ratios_by_hand():
     assert gradient == pytest.approx(0.5 * math.e, rel=1e-7)
 
 
+@pytest.mark.parametrize("surrogate", ["clip", "gspo", "cispo"])
+@pytest.mark.parametrize("advantage", [0.5, -0.5])
+@pytest.mark.parametrize("old", [-1.0, -1.125, -2.0, -0.5])
+def test_decoupled_is_coupled_where_the_old_policy_sampled(old, advantage, surrogate):
+    # The importance weight is e^0 = 1, and the ratio has the same denominator: 1, e^0.125, e^1 and e^-0.5, two of them
+    # outside the bounds.
+    settings = {"surrogate": surrogate, "entropy_coef": 0.25}
+    (found, gradient), (coupled, expected) = (
+        policy_term(-1.0, old, old, advantage, decoupled=decoupled, **settings) for decoupled in (True, False)
+    )
+    assert (found.loss.item(), gradient) == (coupled.loss.item(), expected)
+    assert {name: found.metrics[name].item() for name in coupled.metrics} == {
+        name: value.item() for name, value in coupled.metrics.items()
+    }
+
+
 def test_the_surrogate_is_the_configured_one_by_hand():
     # r = e^1 = 2.718 above 1.28. PPO's clip has no gradient there (above); CISPO's is -1.28 A, of -1.28 A * own.
     found, gradient = policy_term(-1.0, None, -2.0, 0.5, decoupled=False, surrogate="cispo")
