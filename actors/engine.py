@@ -115,6 +115,7 @@ class Engine:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._pending: dict[str, _Pending] = {}
         self._requests = 0
+        self.steps = 0  # so far
         self._broken: EngineError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -185,6 +186,7 @@ class Engine:
                 started = time.monotonic()
                 try:
                     outputs = self._engine.step()
+                    self.steps += 1
                     self._meter.add_step(time.monotonic() - started, len(self._pending))
                     for output in outputs:
                         if output.finished:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -49,9 +51,9 @@ class ModelActor:
             logger.exception("%s could not start", settings.name)
             raise
 
-    async def start(self) -> str:
-        """Answers with the actor's name once it is up."""
-        return self.name
+    async def start(self) -> tuple[str, int]:
+        """Answers with host and process id once it is up."""
+        return socket.gethostname(), os.getpid()
 
     async def complete(self, request: CompletionRequest) -> Completion | RolloutError:
         """What the engine drew, or why it refused the request."""

@@ -2,9 +2,9 @@
 
 RLSYS_FAULTS="point@key=value,key=value:action;point:action"
 
-A point acts where all given keys agree. The keys `role` (driver, actor, learner, writer), `number` and `attempt` (0 for
-the first process of a number) are those of the process, see `identify`; a point adds its own, such as `step`. `hit=N` is
-the N-th time in this process that the point is passed with the other keys in agreement, from 1; without it, every time.
+A point acts where all given keys agree. The keys `role` (driver, actor, learner), `number` and `attempt` (0 for the
+first process of a number) are those of the process, see `identify`; a point adds its own, such as `step`. `hit=N` is
+the N-th time in this process that the point is passed with the other keys in agreement; without it, every time.
 
 Actions: kill9 and stop send SIGKILL and SIGSTOP to the own process, hang never returns, raise raises RuntimeError,
 full raises OSError(ENOSPC). Any other word is the point's own and is answered to it.
@@ -60,10 +60,17 @@ def parse(text: str) -> list[_Fault]:
     return found
 
 
-_faults = parse(os.environ.get(VARIABLE, ""))
+def _given() -> list[_Fault]:
+    try:
+        return parse(os.environ.get(VARIABLE, ""))
+    except ConfigError:  # which the command line says
+        return []
 
 
-def identify(role: str, number: int, attempt: int) -> None:
+_faults = _given()
+
+
+def identify(role: str, number: int | str, attempt: int) -> None:
     """Say which process this is. Without it: the driver."""
     _process.update(role=role, number=str(number), attempt=str(attempt))
 

@@ -7,7 +7,7 @@
 
 Only a serving actor is asked for anything. What a lost one was asked is asked again, of whoever serves then: draws are
 functions of seed, prompt and sample, so the answer is the one that would have come. An engine that failed in a weight
-update holds neither version and is never used again. Before the first publish an actor serves what it loaded from files.
+update holds neither version and is never used again. Before the first publish actors serve what they loaded from files.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import shutil
@@ -38,10 +37,11 @@ from rlsys.config_file import dump_config
 from rlsys.controller import Controller
 from rlsys.display import Display
 from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedRunError
+from rlsys.fleet import Fleet
 from rlsys.inputs import Inputs
 from rlsys.metrics import MetricsWriter
 from rlsys.parts import Parts
-from rlsys.remote import RayLearner, RayRolloutPool
+from rlsys.remote import RayActor, RayLearner
 from rlsys.resume import Start, all_steps_made, check_extraction, check_inputs, find_start
 from rlsys.search_engines import ModelEngines, Searching, growing, searches_in_training
 from rlsys.search_stage import GrownSearch
@@ -53,8 +53,8 @@ from rlsys.trees import Writer
 from rlsys.types import Prompt
 from rlsys.weights import WeightBus
 
-Measure = Callable[[RayRolloutPool, list[Prompt], Config], Awaitable[dict[str, Any]]]
-Grow = Callable[[RayRolloutPool, StopSignals], Awaitable[None]]
+Measure = Callable[[Fleet, list[Prompt], Config], Awaitable[dict[str, Any]]]
+Grow = Callable[[Fleet, StopSignals], Awaitable[None]]
 FIRST_SIGNAL = "{}: stopping after what is under way, and saving; once more to abort"
 ABORTED = " for the second time; training since the last checkpoint is lost"
 # Calls of one actor under way. At Ray's own limit, 1000, questions for the usage would wait behind trees.
@@ -207,7 +207,7 @@ async def _train(cluster: Cluster, session: Session) -> None:
     for note in inputs.notes:
         display.message(note)
     display.message(start.describe())
-    async with rollout_pool(cluster, serving, session.searching) as pool:
+    async with rollout_pool(cluster, serving, session.searching, session.model, display.message) as pool:
         first = len(actor_bundles(config) + beside_bundles(config, _beside(session.searching)))
         learner = RayLearner(learner_handles(cluster, inputs.pad_token_id, first), config)
         # Rows of an attempt that never reached a checkpoint are of no run: -1 drops them all.
@@ -243,7 +243,7 @@ async def _train(cluster: Cluster, session: Session) -> None:
             metrics.close()
 
 
-def _search_stage(session: Session, pool: RayRolloutPool) -> GrownSearch:
+def _search_stage(session: Session, pool: Fleet) -> GrownSearch:
     """The stage `search`. What the stages after it read decides none of its trees."""
     inputs, beside = session.inputs, _beside(session.searching)
     data = inputs.data.fingerprint()
@@ -261,21 +261,29 @@ def _search_stage(session: Session, pool: RayRolloutPool) -> GrownSearch:
 
 @contextlib.asynccontextmanager
 async def rollout_pool(
-    cluster: Cluster, model: Path, searching: Searching | None = None
-) -> AsyncIterator[RayRolloutPool]:
+    cluster: Cluster,
+    model: Path,
+    searching: Searching | None = None,
+    again: Path | None = None,
+    say: Callable[[str], None] = lambda _text: None,
+) -> AsyncIterator[Fleet]:
     """Start the rollout actors on a model folder, and the engines beside them; close them in the end.
 
     Args:
         searching: None where they are never asked to search.
+        again: a model folder of the same kind that stays, for actors that are replaced when `model` is gone; they get
+            the current weights before they serve.
+        say: is told of lost actors.
     """
     config = cluster.config
     environment = engine_environment(config.actors, config.run.device)
     beside = model_handles(cluster, _beside(searching))
-    handles = []
-    for number in range(config.actors.count):
+
+    def spawn(number: int, attempt: int) -> RayActor:
         settings = ActorSettings(
             name=f"{number}",
-            model_path=model,
+            attempt=attempt,
+            model_path=model if model.is_dir() or again is None else again,
             device=config.run.device,
             seed=config.run.seed,
             actors=config.actors,
@@ -285,15 +293,23 @@ async def rollout_pool(
             **(_search_settings(config, searching, beside) if searching else {}),
         )
         options = cluster.options(number, config.actors.tensor_parallel_size, environment)
-        handles.append(_start(RolloutActor, options, settings))
-    pool = RayRolloutPool(handles, config, searching.writer if searching else "policy", beside)
-    try:
-        await pool.start()
+        return RayActor(_start(RolloutActor, options, settings), config, f"actor {number}")
+
+    others = [
+        (writer, number, RayActor(handle, config, f"{writer} engine {number}"))
+        for writer, handles in beside.items()
+        for number, handle in enumerate(handles)
+    ]
+    async with Fleet(
+        spawn,
+        config.actors.count,
+        max_restarts=config.actors.max_restarts,
+        hang_timeout_s=config.actors.hang_timeout_s,
+        writer=searching.writer if searching else "policy",
+        beside=others,
+        say=say,
+    ) as pool:
         yield pool
-    finally:
-        task = asyncio.current_task()
-        if task is None or not task.cancelling():  # aborted: the processes are killed at once
-            await pool.close()
 
 
 def _start(kind: type, options: Mapping[str, Any], settings: Any) -> Any:

@@ -1,13 +1,15 @@
-"""The fleet and the learner ranks behind Ray handles. Every call has a deadline and names who failed."""
+"""Actors and learner ranks behind Ray handles. Every call has a deadline and names who failed."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import contextlib
+import socket
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayError, RayTaskError
 
@@ -16,7 +18,7 @@ from rlsys.errors import EngineError
 from rlsys.ray_errors import translated
 from rlsys.search_engines import trees_ahead
 from rlsys.stage_settings import stage_settings
-from rlsys.trees import SearchUsage, Tree, TreeFailure, Writer
+from rlsys.trees import Tree, TreeFailure
 from rlsys.types import (
     Float32Array,
     Int32Array,
@@ -48,94 +50,75 @@ async def answer(reference: ray.ObjectRef, timeout_s: float, who: str, field: st
         raise EngineError(f"{who} did not answer within {field} = {timeout_s} s") from None
 
 
-@dataclass(frozen=True, slots=True)
-class _Engine:
-    """An actor with an engine. writer: what that is to a tree; who: the actor in error messages."""
-
-    writer: Writer
-    number: int
-    who: str
-    handle: Any
-
-
-class RayRolloutPool:
-    """RolloutPool over Ray actors.
+class RayActor:
+    """ActorHandle of a Ray actor with an engine.
 
     Args:
-        writer: what the actors' own engines are to a tree.
-        beside: handles of the engines of other models, by what they are to a tree.
+        who: the actor in error messages.
     """
 
-    def __init__(
-        self,
-        handles: Sequence[Any],
-        config: Config,
-        writer: Writer = "policy",
-        beside: Mapping[Writer, Sequence[Any]] | None = None,
-    ) -> None:
-        self._handles = handles
-        self._engines = [_Engine(writer, number, f"actor {number}", handle) for number, handle in enumerate(handles)]
-        for other, found in (beside or {}).items():
-            self._engines += [_Engine(other, n, f"{other} engine {n}", handle) for n, handle in enumerate(found)]
+    def __init__(self, handle: Any, config: Config, who: str) -> None:
+        self.handle = handle
         self._config = config
-        self._turns = [asyncio.Semaphore(trees_ahead(config)) for _ in handles]
-
-    @property
-    def count(self) -> int:
-        return len(self._handles)
+        self._who = who
+        self._turns = asyncio.Semaphore(trees_ahead(config))
+        self._process: psutil.Process | None = None
 
     async def start(self) -> None:
-        await asyncio.gather(*self._each("start", self._config.actors.start_timeout_s, "actors.start_timeout_s"))
+        host, pid = await self._call("start", self._config.actors.start_timeout_s, "actors.start_timeout_s")
+        if host == socket.gethostname():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._process = psutil.Process(pid)
 
     async def generate(
-        self, actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
+        self, prompts: Sequence[Prompt], settings: SamplingSettings
     ) -> Sequence[TrajectoryGroup | RolloutFailure]:
-        timeout = self._config.actors.rollout_timeout_s
-        return await self._call(actor, "generate", timeout, "actors.rollout_timeout_s", list(prompts), settings)
+        found: Sequence[TrajectoryGroup | RolloutFailure] = await self._rollout("generate", list(prompts), settings)
+        return found
 
-    async def search(self, actor: int, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
-        timeout = self._config.actors.rollout_timeout_s
-        async with self._turns[actor]:  # a deadline should not run while a tree only waits for others
-            return await self._call(actor, "search", timeout, "actors.rollout_timeout_s", prompt)
+    async def search(self, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
+        async with self._turns:  # a deadline should not run while a tree only waits for others
+            found: TrajectoryGroup | RolloutFailure = await self._rollout("search", prompt)
+            return found
 
-    async def grow(self, actor: int, prompt: Prompt) -> Tree | TreeFailure:
-        """The finished tree of a prompt."""
-        timeout = self._config.actors.rollout_timeout_s
-        tree: Tree | TreeFailure = await self._call(actor, "grow", timeout, "actors.rollout_timeout_s", prompt)
+    async def grow(self, prompt: Prompt) -> Tree | TreeFailure:
+        tree: Tree | TreeFailure = await self._rollout("grow", prompt)
         return tree
 
-    async def search_usage(self) -> list[SearchUsage]:
-        """What every engine has done since the last call of this: the actors' own, then those beside them."""
-        calls = self._each("usage", self._config.actors.rollout_timeout_s, "actors.rollout_timeout_s")
-        found = await asyncio.gather(*calls)
-        return [
-            SearchUsage(model=engine.writer, engine=engine.number, **asdict(usage))
-            for engine, usage in zip(self._engines, found, strict=True)
-        ]
+    async def usage(self) -> Any:
+        return await self._rollout("usage")
 
-    async def probe(self, actor: int, rows: Sequence[Int32Array]) -> Sequence[Float32Array]:
-        return await self._call(actor, "probe", self._config.weight_sync.timeout_s, "weight_sync.timeout_s", list(rows))
+    async def progress(self) -> int:
+        found: int = await self._rollout("progress")
+        return found
+
+    async def probe(self, rows: Sequence[Int32Array]) -> Sequence[Float32Array]:
+        found: Sequence[Float32Array] = await self._update("probe", list(rows))
+        return found
 
     async def update_weights(
-        self, actor: int, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array]
+        self, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array]
     ) -> WeightAck:
-        timeout = self._config.weight_sync.timeout_s + 10  # the bus times out first and names the version
-        return await self._call(
-            actor, "update_weights", timeout, "weight_sync.timeout_s", manifest, list(references), list(probe)
-        )
+        found: WeightAck = await self._update("update_weights", manifest, list(references), list(probe))
+        return found
 
     async def close(self) -> None:
-        await asyncio.gather(*self._each("close", 5.0, "the shutdown"), return_exceptions=True)
+        await self._call("close", 5.0, "the shutdown")
 
-    def _each(self, method: str, timeout_s: float, field: str) -> list[Coroutine[Any, Any, Any]]:
-        """A call of every engine, those beside the actors included."""
-        return [
-            answer(getattr(engine.handle, method).remote(), timeout_s, engine.who, field) for engine in self._engines
-        ]
+    def kill(self) -> None:
+        ray.kill(self.handle)
+        if self._process is not None:  # Ray asks the process to end, and a stopped one hears nothing
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._process.kill()
 
-    async def _call(self, actor: int, method: str, timeout_s: float, field: str, *arguments: Any) -> Any:
-        reference = getattr(self._handles[actor], method).remote(*arguments)
-        return await answer(reference, timeout_s, f"actor {actor}", field)
+    async def _rollout(self, method: str, *arguments: Any) -> Any:
+        return await self._call(method, self._config.actors.rollout_timeout_s, "actors.rollout_timeout_s", *arguments)
+
+    async def _update(self, method: str, *arguments: Any) -> Any:
+        return await self._call(method, self._config.weight_sync.timeout_s, "weight_sync.timeout_s", *arguments)
+
+    async def _call(self, method: str, timeout_s: float, field: str, *arguments: Any) -> Any:
+        return await answer(getattr(self.handle, method).remote(*arguments), timeout_s, self._who, field)
 
 
 class RayLearner:

@@ -185,6 +185,13 @@ class FakePool:
         self.calls.append(("probe", actor))
         return self.answer.get(actor, logprobs(rows))
 
+    async def publish(
+        self, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array], check: Any
+    ) -> None:
+        updates = [self.update_weights(actor, manifest, references, probe) for actor in range(self.count)]
+        for ack in await asyncio.gather(*updates):
+            check(ack)
+
     async def update_weights(
         self, actor: int, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array]
     ) -> WeightAck:

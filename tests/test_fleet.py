@@ -66,7 +66,8 @@ class Process:
         return WeightAck(actor=f"{self.number}", version=manifest.version, probe_logprobs=())
 
     async def usage(self) -> EngineUsage:
-        return EngineUsage()
+        await self._work("usage")
+        return EngineUsage(busy_s=1.0, wall_s=4.0, in_flight_mean=2.5, generated_tokens=10 * self.attempt + self.number)
 
     async def progress(self) -> int:
         await self.world.looking.wait()
@@ -125,6 +126,41 @@ def run(test: Callable[[World], Awaitable[None]]) -> None:
 async def settle() -> None:
     for _ in range(50):
         await asyncio.sleep(0)
+
+
+def test_usage_tells_whose_it_is_and_leaves_out_who_is_not_there() -> None:
+    async def test(world: World) -> None:
+        reviewer = world.spawn(7, 0)
+        own = Fleet(
+            world.spawn, 2, max_restarts=2, hang_timeout_s=10.0, writer="model", beside=[("reviewer", 0, reviewer)]
+        )
+        async with own as found:
+            figures = await found.search_usage()
+            assert [(u.model, u.engine, u.generated_tokens) for u in figures] == [
+                ("model", 0, 0),
+                ("model", 1, 1),
+                ("reviewer", 0, 7),
+            ]
+            assert (figures[0].busy_s, figures[0].wall_s, figures[0].in_flight_mean) == (1.0, 4.0, 2.5)
+            world.processes[1].kill()
+            assert [(u.model, u.engine) for u in await found.search_usage()] == [("model", 1), ("reviewer", 0)]
+            await settle()
+            assert [u.generated_tokens for u in await found.search_usage()] == [10, 1, 7]
+        assert reviewer.closed
+
+    run(test)
+
+
+def test_engines_beside_the_actors_are_started_with_them() -> None:
+    async def test(world: World) -> None:
+        reviewer = world.spawn(7, 0)
+        reviewer.error = EngineError("reviewer engine 0 died: no memory")
+        with pytest.raises(EngineError, match="^reviewer engine 0 died"):
+            async with Fleet(world.spawn, 1, max_restarts=2, hang_timeout_s=10.0, beside=[("reviewer", 0, reviewer)]):
+                pass
+        assert all(process.closed for process in world.processes)
+
+    run(test)
 
 
 def test_a_call_goes_to_the_actor_it_names() -> None:
