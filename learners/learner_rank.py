@@ -26,7 +26,7 @@ from learners.policy_model import load_critic, load_model, saved_config
 from learners.rank_settings import RankSettings
 from learners.rows import Row, Unit
 from learners.step_sums import StepSums, norm_of_sums
-from learners.step_units import critic_units, pair_score_rows, step_units, without_policy
+from learners.step_units import critic_units, left_out, pair_score_rows, step_units, without_policy
 from rlsys.errors import NonFiniteLossError
 from rlsys.stage_settings import StageSettings, term_weights
 from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch
@@ -54,7 +54,7 @@ class LearnerRank:
         settings, (dtype, device) = self.settings, (self.settings.learner.dtype, self.settings.device)
         module = load_model(policy, dtype, device)
         config = saved_config(policy, dtype)
-        self.policy = TrainedModel("policy", module, config, settings, stage.optimizer, stage.total_updates)
+        self.policy = TrainedModel("policy", module, config, settings, stage.optimizer, stage.policy_updates)
         self.policy.restore(resume / "learner" if resume else None)
         if stage.critic:
             module = load_critic(resume / "critic" if resume else policy, dtype, device)
@@ -135,6 +135,9 @@ class LearnerRank:
         made = [self._update(units, weights, sums, measured and not n) for n, units in enumerate(updates)]
         for term, weight in weights.items():
             sums.note(f"objective/{term}_weight", weight)
+        preference = objective.preference
+        if "preference" in weights and preference.source == "search" and preference.pairs == "steps":
+            sums.note("preference/left_out", float(left_out(batch.groups)))
         return sums.reduce(sum(made))
 
     def _update(self, units: list[Unit], weights: dict[str, float], sums: StepSums, measured: bool) -> bool:

@@ -86,6 +86,11 @@ def _own_pairs(
     return found
 
 
+def left_out(groups: Sequence[TrajectoryGroup]) -> int:
+    """Pairs of sibling nodes that no unit is made of: one side is the beginning of the other."""
+    return sum(step_pair(found) is None for group in groups for found in group.step_preferences)
+
+
 def _pair_unit(pair: Preference, objective: ObjectiveConfig, weights: Mapping[str, float], chosen_sft: bool) -> Unit:
     preference = objective.preference
     chosen, rejected = pair_rows(

@@ -121,7 +121,7 @@ _SPECS = (
     MetricSpec("learner/clip_low_fraction", "share", "trained tokens whose ratio was clipped from below"),
     MetricSpec("learner/clip_high_fraction", "share", "trained tokens whose ratio was clipped from above"),
     MetricSpec("learner/ratio_max", "1", "largest probability ratio of a trained token"),
-    MetricSpec("learner/learning_rate", "1", "learning rate of the step's last update"),
+    MetricSpec("learner/learning_rate", "1", "learning rate of the policy, mean over the step's updates"),
     MetricSpec("learner/tokens", "tokens", "tokens of the step's rows, prompts included"),
     MetricSpec("learner/tokens_per_s", "tokens/s", "real tokens over the learning time, all ranks", True),
     MetricSpec("learner/updates", "updates", "optimizer updates of the step"),
@@ -140,6 +140,9 @@ _SPECS = (
     MetricSpec("preference/rejected_logratio", "nats", "the same of the rejected side"),
     MetricSpec("preference/chosen_logprob", "nats", "log-probability of the compared tokens of the chosen side, mean"),
     MetricSpec("preference/rejected_logprob", "nats", "the same of the rejected side"),
+    MetricSpec(
+        "preference/left_out", "pairs", "pairs of sibling nodes of which one begins with the other: not compared"
+    ),
     MetricSpec("value/explained_variance", "share", "of the returns, by the critic at the start of the step"),
     MetricSpec("value/mean", "1", "mean of the critic's estimates"),
     MetricSpec("value/squared_error", "1", "mean squared error of the critic in the updates"),

@@ -15,7 +15,8 @@ TERMS = ("policy", "kl", "value", "preference", "sft")
 class StageSettings:
     """steps, updates_per_step: training steps of the stage, and optimizer updates of each.
 
-    critic: the optimizer of the critic; None where the stage has none.
+    critic: the optimizer of the critic; None where the stage has none. warmup_steps: of `steps`, the first ones in
+    which only the critic learns.
     """
 
     stage: StageName
@@ -23,15 +24,22 @@ class StageSettings:
     updates_per_step: int
     optimizer: OptimizerConfig
     critic: OptimizerConfig | None = None
+    warmup_steps: int = 0
 
     @property
     def total_updates(self) -> int:
+        """Optimizer updates of the stage, hence of the critic."""
         return self.steps * self.updates_per_step
+
+    @property
+    def policy_updates(self) -> int:
+        """Those of the policy."""
+        return (self.steps - self.warmup_steps) * self.updates_per_step
 
 
 def stage_settings(config: Config, stage: StageName) -> StageSettings:
     """The settings of a stage. The stage search trains nothing: its learner only hands its weights out."""
-    online = stage == "online"
+    online, value = stage == "online", config.objective.value
     optimizers = {
         "warm_start": config.warm_start.optimizer,
         "search": config.train.optimizer,
@@ -44,7 +52,8 @@ def stage_settings(config: Config, stage: StageName) -> StageSettings:
         steps=max(1, config.max_steps(stage)),
         updates_per_step=config.train.updates_per_step if online else 1,
         optimizer=optimizers[stage],
-        critic=config.train.critic_optimizer if online and config.objective.value.used else None,
+        critic=config.train.critic_optimizer if online and value.used else None,
+        warmup_steps=value.warmup_steps if online else 0,
     )
 
 

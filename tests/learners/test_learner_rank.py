@@ -6,6 +6,8 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,18 +17,20 @@ from joint_samples import group, ids, policy_row, random_preferences, searched, 
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForTokenClassification
 
-from learners import logprobs
+from learners import learner_rank, logprobs
 from learners.batching import collate
 from learners.deepspeed_engine import TrainedModel
 from learners.learner_rank import LearnerRank
 from learners.rank_settings import RankSettings
 from learners.rows import Unit
+from learners.schedule import learning_rate
 from rlsys.config import LearnerConfig, OptimizerConfig, StageName
+from rlsys.config_file import parse_config
 from rlsys.errors import NonFiniteLossError
 from rlsys.metrics import METRICS
 from rlsys.objective_config import ObjectiveConfig
-from rlsys.stage_settings import TERMS, StageSettings
-from rlsys.types import Demonstration, Preference, TrainingBatch, TrajectoryGroup
+from rlsys.stage_settings import TERMS, StageSettings, stage_settings
+from rlsys.types import Demonstration, Preference, StepPreference, TrainingBatch, TrajectoryGroup
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -431,6 +435,49 @@ def test_in_the_warm_up_only_the_critic_moves() -> None:
     assert made.policy.updates == 2
 
 
+def test_the_learning_rates_of_policy_and_critic_reach_their_ends_with_the_stage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # 5 steps of 3 updates, 2 of them the critic's alone: 9 updates of the policy and 15 of the critic. By the last one
+    # each has fallen to a tenth.
+    optimizer = {"warmup_updates": 0, "schedule": "linear", "final_fraction": 0.1}
+    values = {
+        "model": {"path": "unused"},
+        "task": {"type": "letter_count"},
+        "train": {
+            "max_steps": 5,
+            "updates_per_step": 3,
+            "groups_per_step": 3,
+            "optimizer": {**optimizer, "learning_rate": 0.5},
+            "critic_optimizer": {**optimizer, "learning_rate": 0.25},
+        },
+        "objective": {"policy": {"estimator": "gae"}, "value": {"weight": 0.5, "warmup_steps": 2}},
+        "run": {"dir": "unused"},
+        "stages": ["online"],
+    }
+    built: dict[str, tuple[OptimizerConfig, int]] = {}
+
+    def build(name: str, *arguments: Any) -> SimpleNamespace:
+        built[name] = arguments[-2:]
+        return SimpleNamespace(restore=lambda folder: None, destroy=lambda: None)
+
+    monkeypatch.setattr(learner_rank, "TrainedModel", build)
+    for name in ("load_model", "load_critic", "saved_config"):
+        monkeypatch.setattr(learner_rank, name, lambda *arguments: SimpleNamespace(config=None))
+    made = learner({})
+    made._release = lambda: None
+    made.start_stage(stage_settings(parse_config(values, "test"), "online"), Path("unused"), None, None)
+    assert {name: total for name, (_, total) in built.items()} == {"policy": 9, "critic": 15}
+    last = {name: learning_rate(config, total - 1, total) for name, (config, total) in built.items()}
+    assert last == {"policy": pytest.approx(0.05, rel=1e-12), "critic": pytest.approx(0.025, rel=1e-12)}
+    # And so many updates are made: of the policy in the last three steps.
+    stage, made = made.stage, learner(values["objective"])
+    made.stage = stage
+    for step in range(5):
+        made.train(TrainingBatch(groups=tuple(sampled(3))), step, step + 1)
+    assert (made.policy.updates, made.critic.updates) == (9, 15)
+
+
 # --- scores ---
 
 
@@ -559,6 +606,23 @@ def test_no_model_is_updated_where_one_of_them_is_not_finite(spoilt: str, monkey
         made.train(everything(), 0, 1)
     assert [model.updates for model in models] == [0, 0]
     assert all(torch.equal(model.vector(), vector) for model, vector in zip(models, before, strict=True))
+
+
+def test_pairs_of_which_one_side_begins_with_the_other_are_counted() -> None:
+    def pair(chosen: Sequence[int], rejected: Sequence[int]) -> StepPreference:
+        values = {"chosen_value": 1.0, "rejected_value": 0.0, "chosen_visits": 1, "rejected_visits": 1}
+        return StepPreference(prefix_ids=ids(1, 2), chosen_ids=ids(*chosen), rejected_ids=ids(*rejected), **values)
+
+    found = replace(tree(), step_preferences=(pair([3, 4], [3, 5]), pair([3], [3, 5]), pair([3, 4], [3])))
+    batch = TrainingBatch(groups=(found, replace(found, step_preferences=found.step_preferences[:2])))
+    figures = {
+        pairs: learner({"preference": {"weight": 1.0, "pairs": pairs}}).train(batch, 0, 1)
+        for pairs in ("steps", "chains")
+    }
+    assert figures["steps"]["preference/left_out"] == 3
+    assert figures["steps"]["objective/preference_denominator"] == 2
+    assert set(figures["steps"]) <= set(METRICS)
+    assert "preference/left_out" not in figures["chains"]
 
 
 def test_the_policy_that_a_stage_begins_with_has_a_margin_of_zero() -> None:
