@@ -162,7 +162,11 @@ class Fleet:
         """
         self._members = [self._incarnation(number, 0) for number in range(self.count)]
         starts = [member.handle.start() for member in self._members] + [each.start() for *_, each in self._beside]
-        await asyncio.gather(*starts)
+        try:
+            await asyncio.gather(*starts)
+        except BaseException:
+            await self.__aexit__()
+            raise
         for member in self._members:
             member.state = ActorState.SERVING
         self._begin(self._watch())
