@@ -168,7 +168,7 @@ class Fleet:
             await self.__aexit__()
             raise
         for member in self._members:
-            member.state = ActorState.SERVING
+            member.state, member.since = ActorState.SERVING, self._clock()
         self._begin(self._watch())
         return self
 
@@ -351,7 +351,7 @@ class Fleet:
         except RlsysError as error:
             self._fail(error)
             return
-        member.state = ActorState.STALE
+        member.state, member.since = ActorState.STALE, self._clock()
         async with self._updating:  # a publish that begins meanwhile takes it along
             if member.state is ActorState.STALE:
                 await self._update(member)

@@ -255,6 +255,23 @@ def test_an_idle_actor_may_be_idle_for_any_time() -> None:
     run(test)
 
 
+def test_the_time_that_an_actor_takes_to_come_up_is_no_hang() -> None:
+    async def test(world: World) -> None:
+        async def starting(process: Process) -> None:
+            world.now += 60
+
+        world.starting = starting  # type: ignore[method-assign]
+        async with world.fleet(count=1) as found:
+            found.look(found._members[0])
+            world.processes[0].kill()
+            await found.generate(0, [prompt("a")], SETTINGS)
+            found.look(found._members[0])
+            await settle()
+            assert found.restarts == 1
+
+    run(test)
+
+
 def test_the_watch_runs_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet, "WATCH_INTERVAL_S", 0.001)
 

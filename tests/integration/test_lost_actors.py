@@ -1,0 +1,42 @@
+"""Actors that die or hang are replaced within the run, which then ends exactly where an undisturbed one does."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from real_runs import TINY, Command, FinishedRun, last_checkpoint, steady_rows, write_config
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+
+# The online stage makes the versions 61 to 70. Two dispatches are those of the evaluation before it.
+FAULTS = (
+    "generate@role=actor,number=1,attempt=0,hit=4:kill9",
+    "generate@role=actor,number=1,attempt=1,hit=2:stop",
+    "publish.bucket@role=actor,number=0,attempt=0,version=67:kill9",
+)
+
+
+def test_a_run_that_loses_three_actors_ends_where_an_undisturbed_one_does(
+    start: Callable[..., Command], finished_run: FinishedRun, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, {**TINY, "actors": {**TINY["actors"], "hang_timeout_s": 15}})
+    command = start("train", config, environment={"RLSYS_FAULTS": ";".join(FAULTS)}).finish()
+    command.assert_gone(within_s=5)
+    said = [line for line in (command.stdout + command.stderr).splitlines() if "actor" in line]
+    assert [line.split(":")[0] for line in said if "is lost" in line] == [
+        "actor 1 is lost and replaced",
+        "actor 1 is lost and replaced",
+        "actor 0 is lost and replaced",
+    ], said
+    assert any("made no progress within actors.hang_timeout_s = 15.0 s" in line for line in said)
+    assert steady_rows(tmp_path / "run") == steady_rows(finished_run.dir)
+    assert digests(tmp_path / "run") == digests(finished_run.dir)
+
+
+def digests(run: Path) -> dict[str, str]:
+    folder = last_checkpoint(run)
+    files = sorted(folder.rglob("*.safetensors"))
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
