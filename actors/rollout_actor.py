@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
+from ray.exceptions import ObjectLostError
 
 from actors.engine import Completion, Engine
 from actors.forest import Forest
@@ -25,7 +26,7 @@ from actors.usage import EngineUsage
 from actors.weight_update import Progress, check_names, expected_tensors, verified_tensors
 from actors.writers import WriterEngine
 from rlsys.config import ActorsConfig, RewardsConfig, SamplingConfig, TaskConfig
-from rlsys.errors import EngineError, RolloutError, WeightSyncError
+from rlsys.errors import EngineError, LearnerLostError, RolloutError, WeightSyncError
 from rlsys.faults import fault, identify
 from rlsys.models import end_token_ids, load_tokenizer
 from rlsys.process import die_with_parent, quiet_worker
@@ -198,6 +199,11 @@ class RolloutActor:
             await asyncio.to_thread(self.engine.update_weights, manifest.version, sent)
         except WeightSyncError:
             raise
+        except ObjectLostError as error:  # the rank that had put it there is no more
+            raise LearnerLostError(
+                f"weight version {manifest.version} was lost before actor {self.name} had all of it: "
+                f"{type(error).__name__}"
+            ) from error
         except Exception as error:
             raise WeightSyncError(
                 f"actor {self.name}, weight version {manifest.version}: loading failed at tensor {sent.last}: "

@@ -28,6 +28,7 @@ from learners.rows import Row, Unit
 from learners.step_sums import StepSums, norm_of_sums
 from learners.step_units import critic_units, left_out, pair_score_rows, step_units, without_policy
 from rlsys.errors import NonFiniteLossError
+from rlsys.faults import fault
 from rlsys.stage_settings import StageSettings, term_weights
 from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch
 
@@ -43,6 +44,7 @@ class LearnerRank:
         self.policy: TrainedModel | None = None
         self.critic: TrainedModel | None = None
         self._reference: PreTrainedModel | None = None
+        self.passes = 0  # of any model over a micro-batch, so far
         join_process_group(settings)
 
     # --- stages and files ---
@@ -111,6 +113,7 @@ class LearnerRank:
         Args:
             step: of the stage, from 0, for the weights of the terms. version: that it makes, for what is random in it.
         """
+        fault("learner.step", version=version)
         seed, objective = self._reseed(version), self.settings.objective
         weights = term_weights(objective, self.stage, step)
         parts = step_units(
@@ -156,6 +159,7 @@ class LearnerRank:
         if units:
             self._policy_gradient(units, weights, sums, measured)
             moving["learner/grad_norm"] = self._policy
+        fault("learner.update")
         for model in moving.values():
             model.check_finite()  # of all, before the first of them is updated
         for name, model in moving.items():
@@ -307,6 +311,7 @@ class LearnerRank:
 
         entropy: False where nobody asks for them, M = 0.
         """
+        self.passes += 1
         ids, mask = batch.input_ids, batch.loss_mask[:, batch.first_target :]
         # Right padding needs no attention mask under causal attention: no real token looks at it.
         keep = ids.shape[1] - batch.first_target
@@ -326,6 +331,7 @@ class LearnerRank:
 
     def _values(self, batch: MicroBatch) -> Tensor:
         """[N], the critic's estimate of the return from before each target on."""
+        self.passes += 1
         assert self.critic is not None  # noqa: S101 - the objective has one
         values = self.critic(input_ids=batch.input_ids, use_cache=False).logits[:, :-1, 0].float()
         return values[batch.loss_mask]

@@ -233,7 +233,11 @@ class LearnerConfig(Section):
     optimizer_offload: bool = False
     """Keep optimizer state in host memory (ZeRO 1 to 3)."""
     timeout_s: float = Field(default=1800.0, gt=0)
-    """A learner call that takes longer ends the run."""
+    """The learner is lost where a rank has not answered a call after this many seconds."""
+    hang_timeout_s: float = Field(default=300.0, gt=0)
+    """The learner is lost where a rank shows no progress within a training step for this many seconds."""
+    max_restarts: int = Field(default=4, ge=0)
+    """Losses of the learner after which a command goes on from the last checkpoint; one more ends the run."""
 
 
 class OptimizerConfig(Section):

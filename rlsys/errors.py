@@ -30,6 +30,10 @@ class EngineError(RlsysError):
     """An actor's engine is broken; the actor must not be used again."""
 
 
+class LearnerLostError(EngineError):
+    """A learner rank died, hangs or broke. The ranks cannot go on without it: all of them must be started again."""
+
+
 class WeightSyncError(RlsysError):
     """A publish failed or could not be verified. Names actor, tensor and version."""
 

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from rlsys.errors import EngineError, RlsysError, TooManyFailuresError, WeightSyncError
+from rlsys.errors import EngineError, LearnerLostError, RlsysError, TooManyFailuresError, WeightSyncError
 from rlsys.trees import SearchUsage, Tree, TreeFailure, Writer
 from rlsys.types import (
     Float32Array,
@@ -279,6 +279,7 @@ class Fleet:
             check: raises WeightSyncError where an acknowledgement is not good enough.
         Raises:
             WeightSyncError: no actor could take it, so another process would not either.
+            LearnerLostError: the weights vanished with the rank that had put them there.
             RlsysError: too many actors were lost.
         """
         async with self._updating:
@@ -288,6 +289,9 @@ class Fleet:
                 member.state = ActorState.STALE
             await asyncio.gather(*(self._update(member) for member in up))
         causes = [member.cause for member in up]
+        for cause in causes:
+            if isinstance(cause, LearnerLostError):
+                raise cause
         if causes and all(isinstance(cause, WeightSyncError) for cause in causes):
             raise causes[0] or WeightSyncError("no actor could take the weights")
         await self._serving(0)

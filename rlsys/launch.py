@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -9,7 +10,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from actors.engine import engine_environment
 from actors.forest_builder import check_tags
 from actors.model_actor import ModelActor, ModelSettings
 from actors.rollout_actor import ActorSettings, RolloutActor
-from learners.learner_actor import LearnerActor
+from learners.learner_actor import WATCH, LearnerActor
 from learners.rank_settings import RankSettings, learner_environment
 from rlsys import report, resources
 from rlsys.checkpoint import CheckpointStore, RunLock, write_text
@@ -36,7 +37,7 @@ from rlsys.config import Config
 from rlsys.config_file import dump_config
 from rlsys.controller import Controller
 from rlsys.display import Display
-from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedRunError
+from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedRunError, LearnerLostError
 from rlsys.fleet import Fleet
 from rlsys.inputs import Inputs
 from rlsys.metrics import MetricsWriter
@@ -209,38 +210,59 @@ async def _train(cluster: Cluster, session: Session) -> None:
     display.message(start.describe())
     async with rollout_pool(cluster, serving, session.searching, session.model, display.message) as pool:
         first = len(actor_bundles(config) + beside_bundles(config, _beside(session.searching)))
-        learner = RayLearner(learner_handles(cluster, inputs.pad_token_id, first), config)
-        # Rows of an attempt that never reached a checkpoint are of no run: -1 drops them all.
-        metrics = MetricsWriter(run_dir, start.state.weight_version if start.checkpoint else -1)
-        parts = Parts(
-            config=config,
-            run_dir=run_dir,
-            model=session.model,
-            tokenizer_files=tokenizer_files(session.model),
-            pool=pool,
-            learner=learner,
-            bus=WeightBus(learner, pool, config.weight_sync, _dtype(config), inputs.probe()),
-            checkpoints=session.store,
-            metrics=metrics,
-            display=display,
-            prompts=inputs.prompts,
-            data=inputs.data,
-            held_out=inputs.held_out,
-            search=_search_stage(session, pool) if session.to_search else None,
-            fingerprint=inputs.fingerprint(),
-        )
-        controller = Controller(parts, start.state, start.checkpoint)
+        learner = RayLearner(lambda attempt: learner_handles(cluster, inputs.pad_token_id, first, attempt), config)
+        bus = WeightBus(learner, pool, config.weight_sync, _dtype(config), inputs.probe())
+        asked: list[str] = []  # signals
+        for lost in range(config.learner.max_restarts + 1):
+            try:
+                await _run(session, start, pool, learner, bus, asked)
+                return
+            except LearnerLostError as error:
+                if lost == config.learner.max_restarts or asked:
+                    raise
+                start = replace(find_start(config, run_dir, session.store), named=False)
+                display.message(f"the learner is lost and started again: {error.message}; {start.describe()}")
+                await asyncio.gather(pool.withdraw(), learner.restart())
+                bus.forget()
 
-        def ask(name: str) -> None:
-            display.message(FIRST_SIGNAL.format(name))
-            controller.interrupt(name)
 
-        session.stop.ask_first(ask, ABORTED)
-        try:
-            await controller.run()
-            session.stop.ask_first(lambda _name: None, AFTER_THE_END)
-        finally:
-            metrics.close()
+async def _run(
+    session: Session, start: Start, pool: Fleet, learner: RayLearner, bus: WeightBus, asked: list[str]
+) -> None:
+    """From a start to the end of the last stage. asked: gets the name of a signal that asks for an end before that."""
+    config, run_dir, inputs, display = session.config, session.run_dir, session.inputs, session.display
+    # Rows of an attempt that never reached a checkpoint are of no run: -1 drops them all.
+    metrics = MetricsWriter(run_dir, start.state.weight_version if start.checkpoint else -1)
+    parts = Parts(
+        config=config,
+        run_dir=run_dir,
+        model=session.model,
+        tokenizer_files=tokenizer_files(session.model),
+        pool=pool,
+        learner=learner,
+        bus=bus,
+        checkpoints=session.store,
+        metrics=metrics,
+        display=display,
+        prompts=inputs.prompts,
+        data=inputs.data,
+        held_out=inputs.held_out,
+        search=_search_stage(session, pool) if session.to_search else None,
+        fingerprint=inputs.fingerprint(),
+    )
+    controller = Controller(parts, start.state, start.checkpoint)
+
+    def ask(name: str) -> None:
+        display.message(FIRST_SIGNAL.format(name))
+        asked.append(name)
+        controller.interrupt(name)
+
+    session.stop.ask_first(ask, ABORTED)
+    try:
+        await controller.run()
+        session.stop.ask_first(lambda _name: None, AFTER_THE_END)
+    finally:
+        metrics.close()
 
 
 def _search_stage(session: Session, pool: Fleet) -> GrownSearch:
@@ -350,8 +372,8 @@ def model_handles(cluster: Cluster, beside: Sequence[ModelEngines]) -> dict[Writ
     return handles
 
 
-def learner_handles(cluster: Cluster, pad_token_id: int, first_bundle: int) -> list[Any]:
-    """Start the learner ranks."""
+def learner_handles(cluster: Cluster, pad_token_id: int, first_bundle: int, attempt: int) -> list[Any]:
+    """Start the learner ranks. Every attempt has a meeting place of its own."""
     config = cluster.config
     store = cluster.run_dir / f"{RENDEZVOUS}{uuid.uuid4().hex}"
     handles = []
@@ -367,11 +389,13 @@ def learner_handles(cluster: Cluster, pad_token_id: int, first_bundle: int) -> l
             max_tokens=config.sampling.max_tokens,
             learner=config.learner,
             objective=config.objective,
+            attempt=attempt,
         )
         environment = learner_environment(config.learner, config.run.device, rank)
         options = cluster.options(first_bundle + rank, 1, environment)
         log_file = str(cluster.run_dir / "logs" / f"learner-{rank}.log")
-        handles.append(ray.remote(LearnerActor).options(**options).remote(settings, log_file))
+        kind = ray.remote(concurrency_groups={WATCH: 1})(LearnerActor)
+        handles.append(kind.options(**options).remote(settings, log_file))
     return handles
 
 

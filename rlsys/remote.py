@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from rlsys.config import Config, StageName
-from rlsys.errors import EngineError
+from rlsys.errors import EngineError, LearnerLostError
+from rlsys.fleet import WATCH_INTERVAL_S
 from rlsys.ray_errors import translated
 from rlsys.search_engines import trees_ahead
 from rlsys.stage_settings import stage_settings
@@ -32,6 +34,8 @@ from rlsys.types import (
     WeightManifest,
 )
 
+FIRST_CAUSE_S = 3.0  # after which a death that broke other ranks is known
+
 
 async def answer(reference: ray.ObjectRef, timeout_s: float, who: str, field: str) -> Any:
     """The value of a remote call.
@@ -46,7 +50,11 @@ async def answer(reference: ray.ObjectRef, timeout_s: float, who: str, field: st
     except RayError as error:
         found = translated(error, who)
         raise found from None if isinstance(error, RayTaskError) and found is error.cause else error
-    except TimeoutError:  # ours: a remote TimeoutError is a RayError as well
+    except (TimeoutError, asyncio.CancelledError) as ended:  # ours: a remote TimeoutError is a RayError as well
+        if isinstance(reference, ray.ObjectRef):  # nobody waits for it any more
+            ray.cancel(reference)
+        if isinstance(ended, asyncio.CancelledError):
+            raise
         raise EngineError(f"{who} did not answer within {field} = {timeout_s} s") from None
 
 
@@ -65,10 +73,8 @@ class RayActor:
         self._process: psutil.Process | None = None
 
     async def start(self) -> None:
-        host, pid = await self._call("start", self._config.actors.start_timeout_s, "actors.start_timeout_s")
-        if host == socket.gethostname():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self._process = psutil.Process(pid)
+        place = await self._call("start", self._config.actors.start_timeout_s, "actors.start_timeout_s")
+        self._process = process_at(*place)
 
     async def generate(
         self, prompts: Sequence[Prompt], settings: SamplingSettings
@@ -106,10 +112,7 @@ class RayActor:
         await self._call("close", 5.0, "the shutdown")
 
     def kill(self) -> None:
-        ray.kill(self.handle)
-        if self._process is not None:  # Ray asks the process to end, and a stopped one hears nothing
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self._process.kill()
+        kill(self.handle, self._process)
 
     async def _rollout(self, method: str, *arguments: Any) -> Any:
         return await self._call(method, self._config.actors.rollout_timeout_s, "actors.rollout_timeout_s", *arguments)
@@ -122,18 +125,45 @@ class RayActor:
 
 
 class RayLearner:
-    """Learner over one Ray actor per DeepSpeed rank. A failure on one rank is the failure of all."""
+    """Learner over one Ray actor per DeepSpeed rank. A failure on one rank is the failure of all.
 
-    def __init__(self, handles: Sequence[Any], config: Config) -> None:
-        self._handles = handles
+    Args:
+        spawn: starts the processes of all ranks, by attempt, from 0.
+    """
+
+    def __init__(self, spawn: Callable[[int], Sequence[Any]], config: Config) -> None:
+        self._spawn = spawn
         self._config = config
+        self._attempt = 0
+        self._handles = spawn(0)
+
+    async def restart(self) -> None:
+        """Kill all ranks and start new ones, which know nothing."""
+        places = [handle.place.remote() for handle in self._handles]
+        found = await asyncio.gather(
+            *(answer(place, 5.0, "a learner rank", "the search for it") for place in places), return_exceptions=True
+        )
+        for handle, place in zip(self._handles, found, strict=True):
+            kill(handle, None if isinstance(place, BaseException) else process_at(*place))
+        self._attempt += 1
+        self._handles = self._spawn(self._attempt)
 
     async def start_stage(self, stage: StageName, policy: Path, resume: Path | None, reference: Path | None) -> None:
         await self._all("start_stage", stage_settings(self._config, stage), policy, resume, reference)
 
     async def train(self, batch: TrainingBatch, step: int, version: int) -> Mapping[str, float]:
         shared = ray.put(batch)  # one copy for all ranks
-        return (await self._all("train", shared, step, version))[0]
+        watch = asyncio.create_task(self._watch())
+        work = asyncio.create_task(self._all("train", shared, step, version))
+        try:
+            await asyncio.wait({watch, work}, return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                await watch
+            return (await work)[0]
+        finally:
+            for task in (watch, work):
+                task.cancel()
+            await asyncio.gather(watch, work, return_exceptions=True)
 
     async def score_pairs(self, pairs: Sequence[Preference]) -> Sequence[tuple[float, float]]:
         found: list[tuple[float, float]] = (await self._all("score_pairs", ray.put(list(pairs))))[0]
@@ -154,7 +184,55 @@ class RayLearner:
         references = [getattr(handle, method).remote(*arguments) for handle in self._handles]
         timeout = self._config.learner.timeout_s
         calls = [
-            answer(reference, timeout, f"learner rank {rank}", "learner.timeout_s")
+            asyncio.create_task(answer(reference, timeout, f"learner rank {rank}", "learner.timeout_s"))
             for rank, reference in enumerate(references)
         ]
-        return list(await asyncio.gather(*calls))
+        try:
+            await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+            if all(call.done() and not call.exception() for call in calls):
+                return [call.result() for call in calls]
+            # Where a rank dies the others fail too, and may be heard of first: of what is known soon, the death counts.
+            await asyncio.wait(calls, timeout=FIRST_CAUSE_S)
+            errors = [error for call in calls if call.done() and (error := call.exception())]
+            error = min(errors, key=lambda each: not isinstance(each, EngineError) or " died: " not in str(each))
+            raise LearnerLostError(error.message) if isinstance(error, EngineError) else error
+        finally:
+            for call in calls:
+                call.cancel()
+
+    async def _watch(self) -> None:
+        """Ends with an error where a rank shows no progress for learner.hang_timeout_s."""
+        limit = self._config.learner.hang_timeout_s
+        seen = [-1] * len(self._handles)
+        since = [time.monotonic()] * len(self._handles)
+
+        async def look(rank: int) -> None:
+            with contextlib.suppress(EngineError):  # a death is the other call's to tell
+                found = await answer(self._handles[rank].progress.remote(), limit, f"learner rank {rank}", "")
+                if found != seen[rank]:
+                    seen[rank], since[rank] = found, time.monotonic()
+
+        while True:
+            await asyncio.wait([asyncio.create_task(look(rank)) for rank in range(len(seen))], timeout=limit)
+            stuck = [rank for rank, last in enumerate(since) if time.monotonic() - last > limit]
+            if stuck:
+                raise LearnerLostError(
+                    f"learner rank {stuck[0]} made no progress within learner.hang_timeout_s = {limit} s"
+                )
+            await asyncio.sleep(WATCH_INTERVAL_S)
+
+
+def process_at(host: str, pid: int) -> psutil.Process | None:
+    """A process of this host; None of another one, or where it is gone."""
+    if host == socket.gethostname():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(pid)
+    return None
+
+
+def kill(handle: Any, process: psutil.Process | None) -> None:
+    """End a Ray actor at once. Ray asks its process to end, and a stopped one hears nothing."""
+    ray.kill(handle)
+    if process is not None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -98,6 +98,10 @@ class WeightBus:
             self.tolerance = min(max(self._floor, TOLERANCE_FACTOR * gap), self._ceiling)
         return gap
 
+    def forget(self) -> None:
+        """The learner begins again from a checkpoint: the next publish is the first of its versions."""
+        self.version = None
+
     async def publish(self, version: int) -> Mapping[str, float]:
         """Bring every actor to the learner's present weights as `version`.
 

@@ -12,7 +12,7 @@ from fakes import prompt
 
 from actors.usage import EngineUsage
 from rlsys import fleet
-from rlsys.errors import EngineError, RlsysError, TooManyFailuresError, WeightSyncError
+from rlsys.errors import EngineError, LearnerLostError, RlsysError, TooManyFailuresError, WeightSyncError
 from rlsys.fleet import ActorState, Fleet
 from rlsys.types import SamplingSettings, WeightAck, WeightManifest
 
@@ -327,6 +327,20 @@ def test_weights_that_no_actor_can_take_end_the_run_with_the_first_cause() -> No
 
             with pytest.raises(WeightSyncError, match="actor 0: log-probabilities differ"):
                 await world.publish(found, 1, check)
+
+    run(test)
+
+
+def test_weights_that_vanish_with_the_learner_are_the_learners_loss() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet() as found:
+            world.processes[1].error = LearnerLostError("weight version 1 was lost")
+            with pytest.raises(LearnerLostError, match="weight version 1 was lost"):
+                await world.publish(found, 1)
+            await found.withdraw()
+            await settle()
+            await world.publish(found, 1)
+            assert [process.version for process in world.processes if not process.killed] == [1, 1]
 
     run(test)
 

@@ -48,7 +48,11 @@ class Cluster:
     def options(self, bundle: int, gpus: int, environment: dict[str, str]) -> dict[str, Any]:
         return {"bundle": bundle}
 
-    def remote(self, kind: type) -> Any:
+    def remote(self, *kinds: type, **options: Any) -> Any:
+        if options:
+            return self.remote
+        (kind,) = kinds
+
         def start(bundle: int, settings: Any) -> str:
             self.placed.append((bundle, kind, settings))
             return f"{kind.__name__} in {bundle}"
@@ -93,7 +97,7 @@ def test_every_process_has_a_bundle_of_its_own(
 
     asyncio.run(start())
     first = len(launch.actor_bundles(found) + launch.beside_bundles(found, searching.beside))
-    launch.learner_handles(cluster, 0, first)
+    launch.learner_handles(cluster, 0, first, attempt=1)
     assert sorted((bundle, kind) for bundle, kind, _ in cluster.placed if kind is RolloutActor) == [
         (0, RolloutActor),
         (1, RolloutActor),

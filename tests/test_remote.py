@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import pytest
 import ray
 from fakes import group, prompt
-from ray.exceptions import ActorDiedError, ObjectLostError
+from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
 
+from rlsys import remote
 from rlsys.config_file import parse_config
-from rlsys.errors import ConfigError, EngineError, RlsysError
+from rlsys.errors import ConfigError, EngineError, LearnerLostError, NonFiniteLossError, RlsysError
 from rlsys.ray_errors import death
-from rlsys.remote import RayActor, answer
+from rlsys.remote import RayActor, RayLearner, answer
 from rlsys.search_engines import trees_ahead
 from rlsys.trees import TreeFailure
-from rlsys.types import RolloutFailure, SamplingSettings, WeightManifest
+from rlsys.types import RolloutFailure, SamplingSettings, TrainingBatch, WeightManifest
 
 CONFIG = parse_config({"run": {"dir": "d"}, "model": {"path": "m"}, "task": {"type": "letter_count"}}, "test")
 SETTINGS = SamplingSettings(samples=1, temperature=1.0, top_p=1.0, max_tokens=4, seed=0)
@@ -176,3 +180,77 @@ def test_a_process_on_another_host_is_left_to_ray(monkeypatch: pytest.MonkeyPatc
         actor.kill()
         assert len(killed) == 1 and process.poll() is None
         process.kill()
+
+
+class Rank:
+    """A learner rank whose calls are answered as told; `steps` is its progress."""
+
+    def __init__(self, train: Any, steps: Sequence[int] = (0,), place: tuple[str, int] = ("elsewhere", 1)) -> None:
+        self.answers: dict[str, Callable[[], Any]] = {
+            "train": lambda: train,
+            "place": lambda: place,
+            "progress": partial(next, itertools.chain(steps, itertools.repeat(steps[-1]))),
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        def remote(*arguments: Any) -> Any:
+            value = self.answers[name]()
+            return type("Pending", (), {"future": lambda _: value})() if isinstance(value, Future) else Reference(value)
+
+        return type("Method", (), {"remote": staticmethod(remote)})()
+
+
+def learner_of(*ranks: Rank, **settings: float) -> RayLearner:
+    found = CONFIG.model_copy(update={"learner": CONFIG.learner.model_copy(update=settings)})
+    return RayLearner(lambda attempt: ranks, found)
+
+
+@pytest.fixture
+def no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    monkeypatch.setattr(remote, "WATCH_INTERVAL_S", 0.005)
+    monkeypatch.setattr(remote, "FIRST_CAUSE_S", 0.05)
+
+
+@pytest.mark.usefixtures("no_store")
+def test_of_the_errors_of_all_ranks_the_death_is_told() -> None:
+    broken = RayTaskError("train", "traceback", RuntimeError("Connection closed by peer"))
+    learner = learner_of(Rank(broken), Rank(ActorDiedError()))
+    with pytest.raises(LearnerLostError, match="learner rank 1 died: "):
+        asyncio.run(learner.train(TrainingBatch(), 0, 1))
+
+
+@pytest.mark.usefixtures("no_store")
+def test_our_own_errors_of_a_rank_stay_what_they_are() -> None:
+    error = RayTaskError("train", "traceback", NonFiniteLossError("loss nan"))
+    with pytest.raises(NonFiniteLossError, match="loss nan"):
+        asyncio.run(learner_of(Rank(error), Rank({"learner/tokens": 1.0})).train(TrainingBatch(), 0, 1))
+
+
+@pytest.mark.usefixtures("no_store")
+def test_a_rank_without_progress_is_a_lost_learner_and_a_slow_one_is_not() -> None:
+    stuck = learner_of(Rank(Future(), range(10_000)), Rank(Future(), [3]), hang_timeout_s=0.05)
+    with pytest.raises(LearnerLostError, match=r"rank 1 made no progress within learner.hang_timeout_s = 0.05 s"):
+        asyncio.run(stuck.train(TrainingBatch(), 0, 1))
+
+    async def slow() -> None:
+        done: list[Future[Any]] = [Future(), Future()]
+        learner = learner_of(*(Rank(future, range(10_000)) for future in done), hang_timeout_s=0.05)
+        training = asyncio.create_task(learner.train(TrainingBatch(), 0, 1))
+        await asyncio.sleep(0.3)
+        for future in done:
+            future.set_result({"learner/tokens": 1.0})
+        assert await training == {"learner/tokens": 1.0}
+
+    asyncio.run(slow())
+
+
+@pytest.mark.usefixtures("no_store")
+def test_a_restart_kills_all_ranks_and_starts_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[Any] = []
+    monkeypatch.setattr(ray, "kill", killed.append)
+    groups = [[Rank({"n": 0.0}), Rank(ActorDiedError())], [Rank({"n": 1.0}), Rank({"n": 1.0})]]
+    learner = RayLearner(lambda attempt: groups[attempt], CONFIG)
+    asyncio.run(learner.restart())
+    assert killed == groups[0]
+    assert asyncio.run(learner.train(TrainingBatch(), 0, 1)) == {"n": 1.0}

@@ -1,4 +1,4 @@
-"""Actors that die or hang are replaced within the run, which then ends exactly where an undisturbed one does."""
+"""Lost actors and ranks are replaced within the run, which then ends exactly where an undisturbed one does."""
 
 from __future__ import annotations
 
@@ -32,6 +32,27 @@ def test_a_run_that_loses_three_actors_ends_where_an_undisturbed_one_does(
         "actor 0 is lost and replaced",
     ], said
     assert any("made no progress within actors.hang_timeout_s = 15.0 s" in line for line in said)
+    assert steady_rows(tmp_path / "run") == steady_rows(finished_run.dir)
+    assert digests(tmp_path / "run") == digests(finished_run.dir)
+
+
+LOST_RANKS = (
+    "learner.step@role=learner,number=1,attempt=0,version=63:kill9",
+    "learner.update@role=learner,number=0,attempt=1,hit=14:stop",  # of two updates a step: in that of version 67
+)
+
+
+def test_a_run_that_loses_its_learner_twice_ends_where_an_undisturbed_one_does(
+    start: Callable[..., Command], finished_run: FinishedRun, tmp_path: Path
+) -> None:
+    learner = {**TINY["learner"], "hang_timeout_s": 15}
+    config = write_config(tmp_path, {**TINY, "learner": learner})
+    command = start("train", config, environment={"RLSYS_FAULTS": ";".join(LOST_RANKS)}).finish()
+    command.assert_gone(within_s=5)
+    said = [line for line in (command.stdout + command.stderr).splitlines() if "the learner is lost" in line]
+    assert "learner rank 1 died: " in said[0] and "step_000060 (weight version 60)" in said[0]
+    assert "made no progress within learner.hang_timeout_s = 15.0 s" in said[1]
+    assert "step_000065 (weight version 65)" in said[1] and len(said) == 2
     assert steady_rows(tmp_path / "run") == steady_rows(finished_run.dir)
     assert digests(tmp_path / "run") == digests(finished_run.dir)
 
