@@ -26,11 +26,9 @@ def test_a_run_that_loses_three_actors_ends_where_an_undisturbed_one_does(
     command = start("train", config, environment={"RLSYS_FAULTS": ";".join(FAULTS)}).finish()
     command.assert_gone(within_s=5)
     said = [line for line in (command.stdout + command.stderr).splitlines() if "actor" in line]
-    assert [line.split(":")[0] for line in said if "is lost" in line] == [
-        "actor 1 is lost and replaced",
-        "actor 1 is lost and replaced",
-        "actor 0 is lost and replaced",
-    ], said
+    lost = [line.split(":")[0] for line in said if "is lost" in line]
+    # The run goes on with the other actor while one is replaced, so that one may be lost at any time of these.
+    assert sorted(lost) == ["actor 0 is lost and replaced", *["actor 1 is lost and replaced"] * 2], said
     assert any("made no progress within actors.hang_timeout_s = 15.0 s" in line for line in said)
     assert steady_rows(tmp_path / "run") == steady_rows(finished_run.dir)
     assert digests(tmp_path / "run") == digests(finished_run.dir)
