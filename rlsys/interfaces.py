@@ -72,8 +72,8 @@ class Task(Protocol):
 class RolloutPool(Protocol):
     """The fleet of actors, by number from 0; where one is lost, another answers. Every call has a deadline."""
 
-    @property
-    def count(self) -> int: ...
+    count: int
+    restarts: int
 
     async def generate(
         self, actor: int, prompts: Sequence[Prompt], settings: SamplingSettings

@@ -129,6 +129,7 @@ class FakePool:
 
     def __init__(self, count: int, calls: list[Any], failing: Sequence[str] = ()) -> None:
         self.count = count
+        self.restarts = 0
         self.calls = calls
         self.failing = set(failing)
         self.versions = [0] * count
