@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from actors.engine import Completion, CompletionRequest, Engine
 from actors.usage import EngineUsage
 from rlsys.config import ActorsConfig
-from rlsys.errors import RolloutError
+from rlsys.errors import RolloutError, WriterLostError
 from rlsys.models import end_token_ids, load_tokenizer
 from rlsys.process import die_with_parent, quiet_worker
 from rlsys.ray_errors import translated
@@ -103,4 +103,4 @@ def _settle(future: Future[Completion], who: str, answered: Future[Completion | 
         else:
             future.set_result(outcome)
     else:
-        future.set_exception(translated(error, who) if isinstance(error, RayError) else error)
+        future.set_exception(WriterLostError(translated(error, who).message) if isinstance(error, RayError) else error)

@@ -19,7 +19,14 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from rlsys.errors import EngineError, LearnerLostError, RlsysError, TooManyFailuresError, WeightSyncError
+from rlsys.errors import (
+    EngineError,
+    LearnerLostError,
+    RlsysError,
+    TooManyFailuresError,
+    WeightSyncError,
+    WriterLostError,
+)
 from rlsys.trees import SearchUsage, Tree, TreeFailure, Writer
 from rlsys.types import (
     Float32Array,
@@ -255,6 +262,8 @@ class Fleet:
             if member.lost.is_set():
                 raise _LostError
             return call.result()
+        except WriterLostError:  # another actor could not ask it either
+            raise
         except (EngineError, WeightSyncError) as error:
             self._lose(member, error)
             raise _LostError from None

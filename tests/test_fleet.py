@@ -12,7 +12,14 @@ from fakes import prompt
 
 from actors.usage import EngineUsage
 from rlsys import fleet
-from rlsys.errors import EngineError, LearnerLostError, RlsysError, TooManyFailuresError, WeightSyncError
+from rlsys.errors import (
+    EngineError,
+    LearnerLostError,
+    RlsysError,
+    TooManyFailuresError,
+    WeightSyncError,
+    WriterLostError,
+)
 from rlsys.fleet import ActorState, Fleet
 from rlsys.types import SamplingSettings, WeightAck, WeightManifest
 
@@ -434,10 +441,11 @@ def test_an_actor_that_does_not_start_at_first_ends_the_run() -> None:
 def test_other_errors_are_no_loss() -> None:
     async def test(world: World) -> None:
         async with world.fleet() as found:
-            world.processes[0].error = RlsysError("the verifier's module is not there")
-            with pytest.raises(RlsysError, match="module is not there"):
-                await found.generate(0, [prompt("a")], SETTINGS)
-            assert found.states() == [SERVING, SERVING]
+            for error in (RlsysError("no module"), WriterLostError("reviewer engine 0 died")):
+                world.processes[0].error = error
+                with pytest.raises(type(error), match=error.message):
+                    await found.generate(0, [prompt("a")], SETTINGS)
+                assert found.states() == [SERVING, SERVING]
 
     run(test)
 
