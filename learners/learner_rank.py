@@ -39,12 +39,13 @@ Forward = Callable[[MicroBatch], Tensor]
 class LearnerRank:
     """The policy on one rank, with what is trained or kept beside it: critic and reference policy."""
 
+    passes = 0  # of any model over a micro-batch, so far
+
     def __init__(self, settings: RankSettings) -> None:
         self.settings = settings
         self.policy: TrainedModel | None = None
         self.critic: TrainedModel | None = None
         self._reference: PreTrainedModel | None = None
-        self.passes = 0  # of any model over a micro-batch, so far
         join_process_group(settings)
 
     # --- stages and files ---

@@ -183,8 +183,8 @@ class Fleet:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        task = asyncio.current_task()
-        if task is None or not task.cancelling():  # aborted: the processes are killed at once
+        main = asyncio.current_task()
+        if main is None or not main.cancelling():  # aborted: the processes are killed at once
             handles = [member.handle for member in self._members] + [handle for *_, handle in self._beside]
             await asyncio.gather(*(handle.close() for handle in handles), return_exceptions=True)
 
