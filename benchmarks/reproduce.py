@@ -45,7 +45,7 @@ WHY_THIS_RATE = (
     "three times that of the task's config, taken after a trial with seed 0 on letter counting: at 1e-4 conservative "
     "DPO leaves no answer missing that the joint loss could save"
 )
-PROBLEMS = 1024
+PROBLEMS = {"letter_count": 1024, "blocksworld": 512}
 SCORED = 256  # pairs of a seed whose chosen chains every cell scores
 # Which right chain is the chosen side, eps, alpha, prefix masking.
 CELLS: dict[str, tuple[str, float, float, bool]] = {
@@ -75,7 +75,7 @@ def main() -> int:
         folders = [arguments.folder.absolute() / task / f"seed-{seed}" for seed in arguments.seeds]
         result = {
             "seeds": arguments.seeds,
-            "problems": PROBLEMS,
+            "problems": PROBLEMS[task],
             "learning_rate": LEARNING_RATE,
             "why": WHY_THIS_RATE,
             "rows": rows_of(cells),
@@ -116,7 +116,7 @@ def of_seed(task: str, seed: int, folder: Path) -> dict[str, Figures]:
     for name, policy in policies.items():
         # Beside the folder that `rlsys` owns for SFT and the warm start; names with dots must not be cut at them.
         output = runs[name] / "evaluation.json" if name in runs else own / f"{policy.name}.evaluation.json"
-        figures = measured(policy, config, seed, output)
+        figures = measured(policy, config, seed, PROBLEMS[task], output)
         found[name] = figures | {"chosen_logprob": chosen_logprob(policy, pairs["shortest"])}
     return found
 
@@ -153,9 +153,9 @@ def pairs_of(base: Path, chosen: str) -> Path:
     return output / "preferences.parquet"
 
 
-def measured(policy: Path, config: Path, seed: int, output: Path) -> Figures:
+def measured(policy: Path, config: Path, seed: int, problems: int, output: Path) -> Figures:
     """Held-out figures of a policy; the problems of a seed are the same for all its cells."""
-    overrides = [f"run.seed={seed}", f"evaluation.prompts={PROBLEMS}", "evaluation.samples=4"]
+    overrides = [f"run.seed={seed}", f"evaluation.prompts={problems}", "evaluation.samples=4"]
     found = evaluated(policy, config, overrides, output)
     return {mode: found[mode]["by_problem"] for mode in MODES}
 

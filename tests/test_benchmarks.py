@@ -138,7 +138,7 @@ def test_every_cell_of_the_ablation_has_a_policy_and_an_evaluation_of_its_own(
     runs: dict[Path, list[str]] = {}
     outputs: dict[Path, Path] = {}
 
-    def measured(policy: Path, config: Path, seed: int, output: Path) -> dict[str, str]:
+    def measured(policy: Path, config: Path, seed: int, problems: int, output: Path) -> dict[str, str]:
         assert outputs.setdefault(output, policy) == policy  # a cell of the sweep may be one of the ablation
         return {"policy": str(policy)}
 
