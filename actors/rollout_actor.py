@@ -127,8 +127,9 @@ class RolloutActor:
         return socket.gethostname(), os.getpid()
 
     async def progress(self) -> int:
-        """Grows with every engine step, every verdict and every tensor that is loaded."""
-        return self.engine.steps + self.rewards.verdicts + self.loaded + self.loading.count
+        """Grows with every engine step, every answer of another engine, every verdict and every tensor that is loaded."""
+        arrivals = self.forest.arrivals if self.forest else 0
+        return self.engine.steps + arrivals + self.rewards.verdicts + self.loaded + self.loading.count
 
     async def generate(
         self, prompts: Sequence[Prompt], settings: SamplingSettings
