@@ -127,7 +127,7 @@ class RolloutActor:
         return socket.gethostname(), os.getpid()
 
     async def progress(self) -> int:
-        """Grows with every engine step, every answer of another engine, every verdict and every tensor that is loaded."""
+        """Grows with every engine step, answer of another engine, verdict and tensor that is loaded."""
         arrivals = self.forest.arrivals if self.forest else 0
         return self.engine.steps + arrivals + self.rewards.verdicts + self.loaded + self.loading.count
 
