@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from real_runs import TINY, Command, FinishedRun, last_checkpoint, steady_rows, write_config
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(900)]
 
 # The online stage makes the versions 61 to 70. Two dispatches are those of the evaluation before it.
 FAULTS = (
