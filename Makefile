@@ -28,7 +28,7 @@ reproduce: .venv/.installed ## the paper's ablation, joint training against GRPO
 	$(TEST_ENV) $(BIN)/python benchmarks/joint_online.py --write
 	$(TEST_ENV) $(BIN)/python benchmarks/ppo.py --write
 
-test: .venv/.installed ## run the tests, under 8 minutes on 2 cores
+test: .venv/.installed ## run the tests, about 8 minutes on 2 cores
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" $(ARGS)
 
 test-long: .venv/.installed ## run the tests that take longer
