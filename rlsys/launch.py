@@ -10,7 +10,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from rlsys.inputs import Inputs
 from rlsys.metrics import MetricsWriter
 from rlsys.parts import Parts
 from rlsys.remote import RayActor, RayLearner
-from rlsys.resume import Start, all_steps_made, check_extraction, check_inputs, find_start
+from rlsys.resume import Start, all_steps_made, check_extraction, check_inputs, find_again, find_start
 from rlsys.search_engines import ModelEngines, Searching, growing, searches_in_training
 from rlsys.search_stage import GrownSearch
 from rlsys.setup import prepare_model, search_engines, tokenizer_files
@@ -220,7 +220,7 @@ async def _train(cluster: Cluster, session: Session) -> None:
             except LearnerLostError as error:
                 if lost == config.learner.max_restarts or asked:
                     raise
-                start = replace(find_start(config, run_dir, session.store), named=False)
+                start = find_again(config, run_dir, session.store)
                 display.message(f"the learner is lost and started again: {error.message}; {start.describe()}")
                 await asyncio.gather(pool.withdraw(), learner.restart())
                 bus.forget()
