@@ -60,6 +60,12 @@ def evaluated(policy: Path, config: Path, overrides: Sequence[str], output: Path
     return measured
 
 
+def seconds_of(folder: Path) -> float:
+    """Of all commands of the cells below a folder, their training and their evaluations."""
+    records = [*folder.rglob("cell.json"), *folder.rglob("*evaluation.json")]
+    return float(sum(json.loads(path.read_text())["seconds"] for path in records))
+
+
 def metrics(run_dir: Path, stage: str) -> list[dict[str, Any]]:
     """The rows of a stage."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -31,7 +31,7 @@ sys.path[0] = str(ROOT)  # in place of this folder, where a file would hide the 
 sys.path.append(str(ROOT / "benchmarks"))
 
 import results_page  # noqa: E402
-from cells import metrics, tokens_to, trained  # noqa: E402
+from cells import metrics, seconds_of, tokens_to, trained  # noqa: E402
 
 CONFIG = ROOT / "configs" / "joint_online.yaml"
 ARMS = {
@@ -91,6 +91,8 @@ def main() -> int:
     shares = {arm: [share(each, grpo) for each, grpo in zip(curves[arm], curves["GRPO"], strict=True)] for arm in ARMS}
     mean = float(np.mean(shares["joint"]))
     shown = [
+        f"`python benchmarks/joint_online.py`; {seconds_of(folder) / 60:.0f} minutes on 2 cores.",
+        "",
         *sweep_lines(swept, rates),
         "",
         *lines(arguments.seeds, rates, curves),

@@ -27,7 +27,7 @@ sys.path[0] = str(ROOT)  # in place of this folder, where a file would hide the 
 sys.path.append(str(ROOT / "benchmarks"))
 
 import results_page  # noqa: E402
-from cells import evaluated, trained  # noqa: E402
+from cells import evaluated, seconds_of, trained  # noqa: E402
 
 from rlsys import extraction  # noqa: E402
 from rlsys.config_file import load_config  # noqa: E402
@@ -227,16 +227,6 @@ def pair_lines(folders: Sequence[Path]) -> list[str]:
             f"{medians['common_prefix']}, {max(each['common_prefix']['max'] for each in tokens):.0f} at most."
         )
     return lines
-
-
-def seconds_of(own: Path) -> float:
-    """Of all commands of a seed's cells, their training and their evaluations."""
-    found = [
-        json.loads(path.read_text())
-        for pattern in ("*/cell.json", "*evaluation.json", "*/evaluation.json")
-        for path in own.glob(pattern)
-    ]
-    return sum(each["seconds"] for each in found)
 
 
 def _of_mode(cells: Sequence[Figures], mode: str) -> dict[str, Any]:

@@ -309,6 +309,8 @@ def test_the_seconds_of_a_run_that_was_cut_short_count(tmp_path: Path, monkeypat
         cells.trained(tmp_path / "run", config, [])
     assert cells.trained(tmp_path / "run", config, []) == 12.0
     assert cells.trained(tmp_path / "run", config, []) == 12.0  # left as it is
+    (tmp_path / "sft.evaluation.json").write_text('{"seconds": 3}')
+    assert cells.seconds_of(tmp_path) == 15.0
     with pytest.raises(SystemExit, match="made with other settings"):
         cells.trained(tmp_path / "run", config, ["run.seed=1"])
 
