@@ -111,10 +111,11 @@ class Engine:
         self._engine = _build(model_path, config, device, stop_strings)
         self._meter = Meter()
         self._tensor_parallel = config.tensor_parallel_size > 1
-        self._version = 0
+        self._updates = 0
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._pending: dict[str, _Pending] = {}
         self._requests = 0
+        self.steps = 0  # so far
         self._broken: EngineError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -163,7 +164,7 @@ class Engine:
             except BaseException as error:
                 self._break(error)  # half-loaded: neither the old version nor the new one
                 raise
-            self._version = version
+            self._updates += 1
             self._engine.set_weight_version(str(version))
 
         self._ask(apply).result()
@@ -185,6 +186,7 @@ class Engine:
                 started = time.monotonic()
                 try:
                     outputs = self._engine.step()
+                    self.steps += 1
                     self._meter.add_step(time.monotonic() - started, len(self._pending))
                     for output in outputs:
                         if output.finished:
@@ -279,8 +281,8 @@ class Engine:
             self._pending[request_id] = waiting
 
     def _prompt(self, token_ids: Sequence[int] | Int32Array) -> dict[str, Any]:
-        # The salt keeps prefixes that older weights computed out of reach.
-        return {"prompt_token_ids": [int(token) for token in token_ids], "cache_salt": f"v{self._version}"}
+        # The salt keeps prefixes that older weights computed out of reach; after a rollback a version comes again.
+        return {"prompt_token_ids": [int(token) for token in token_ids], "cache_salt": f"u{self._updates}"}
 
 
 @dataclass(frozen=True, slots=True)

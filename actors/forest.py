@@ -93,6 +93,7 @@ class Forest:
         self._in_flight = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self.search_s = 0.0
+        self.arrivals = 0  # answers of engines so far
 
     async def grow(self, prompt: Prompt) -> Tree | TreeFailure:
         """Search one prompt to its end.
@@ -232,6 +233,7 @@ class Forest:
         while self._inbox:
             growing, number, slot, future = self._inbox.popleft()
             self._in_flight -= 1
+            self.arrivals += 1
             error = future.exception()
             if error is None:
                 growing.tokens += len(future.result().token_ids)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from ray.exceptions import RayError
 from actors.engine import Completion, CompletionRequest, Engine
 from actors.usage import EngineUsage
 from rlsys.config import ActorsConfig
-from rlsys.errors import RolloutError
+from rlsys.errors import RolloutError, WriterLostError
 from rlsys.models import end_token_ids, load_tokenizer
 from rlsys.process import die_with_parent, quiet_worker
 from rlsys.ray_errors import translated
@@ -49,9 +51,9 @@ class ModelActor:
             logger.exception("%s could not start", settings.name)
             raise
 
-    async def start(self) -> str:
-        """Answers with the actor's name once it is up."""
-        return self.name
+    async def start(self) -> tuple[str, int]:
+        """Answers with host and process id once it is up."""
+        return socket.gethostname(), os.getpid()
 
     async def complete(self, request: CompletionRequest) -> Completion | RolloutError:
         """What the engine drew, or why it refused the request."""
@@ -101,4 +103,4 @@ def _settle(future: Future[Completion], who: str, answered: Future[Completion | 
         else:
             future.set_result(outcome)
     else:
-        future.set_exception(translated(error, who) if isinstance(error, RayError) else error)
+        future.set_exception(WriterLostError(translated(error, who).message) if isinstance(error, RayError) else error)

@@ -58,6 +58,7 @@ class RewardPool:
         hello |= {"verifier": verifier} if verifier else {"task": task_config.model_dump(mode="json")}
         self._workers = [_Worker(hello, config.timeout_s) for _ in range(config.workers)]
         self._free: asyncio.Queue[_Worker] = asyncio.Queue()
+        self.verdicts = 0  # so far
         for worker in self._workers:
             self._free.put_nowait(worker)
 
@@ -88,9 +89,14 @@ class RewardPool:
         return [verdict for part in verdicts for verdict in part]
 
     async def _verify_part(self, items: Sequence[Item], tell: TellPart | None = None) -> list[Verdict]:
+        def told(before: int, verdicts: Sequence[Verdict]) -> None:
+            self.verdicts += len(verdicts)
+            if tell:
+                tell(before, verdicts)
+
         worker = await self._free.get()
         try:
-            return await worker.verify(items, tell)
+            return await worker.verify(items, told)
         finally:
             self._free.put_nowait(worker)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import ray
+from ray.exceptions import ObjectLostError
 
 from actors.engine import Completion, Engine
 from actors.forest import Forest
@@ -23,7 +26,8 @@ from actors.usage import EngineUsage
 from actors.weight_update import Progress, check_names, expected_tensors, verified_tensors
 from actors.writers import WriterEngine
 from rlsys.config import ActorsConfig, RewardsConfig, SamplingConfig, TaskConfig
-from rlsys.errors import EngineError, RolloutError, WeightSyncError
+from rlsys.errors import EngineError, LearnerLostError, RolloutError, WeightSyncError
+from rlsys.faults import fault, identify
 from rlsys.models import end_token_ids, load_tokenizer
 from rlsys.process import die_with_parent, quiet_worker
 from rlsys.search_config import ExtractConfig, SearchConfig
@@ -46,12 +50,14 @@ logger = logging.getLogger(__name__)
 class ActorSettings:
     """What an actor must know that does not change during the run.
 
+    attempt: how many processes of this name there were before.
     search: None for an actor that is never asked to search.
     writer: what its own engine is to a tree: the policy, or, in `rlsys search`, search.model.
     writers, writer_paths: handles of the ModelActors of other writers, and the folders of their models.
     """
 
     name: str
+    attempt: int
     model_path: Path
     device: str
     seed: int
@@ -73,7 +79,9 @@ class RolloutActor:
     def __init__(self, settings: ActorSettings) -> None:
         quiet_worker(settings.log_file)
         die_with_parent()
+        identify("actor", settings.name, settings.attempt)
         self.name, self.extract = settings.name, settings.extract
+        self.loading, self.loaded = Progress(), 0  # tensors of the last update, and of those before it
         try:
             self.tokenizer = load_tokenizer(settings.model_path)
             self.tensors = expected_tensors(settings.model_path)
@@ -113,15 +121,21 @@ class RolloutActor:
             seed=settings.seed,
         )
 
-    async def start(self) -> str:
-        """Start the verifiers; answers with the actor's name."""
+    async def start(self) -> tuple[str, int]:
+        """Start the verifiers; answers with host and process id."""
         await self.rewards.start()
-        return self.name
+        return socket.gethostname(), os.getpid()
+
+    async def progress(self) -> int:
+        """Grows with every engine step, answer of another engine, verdict and tensor that is loaded."""
+        arrivals = self.forest.arrivals if self.forest else 0
+        return self.engine.steps + arrivals + self.rewards.verdicts + self.loaded + self.loading.count
 
     async def generate(
         self, prompts: Sequence[Prompt], settings: SamplingSettings
     ) -> list[TrajectoryGroup | RolloutFailure]:
         """A group for every prompt, in order."""
+        fault("generate")
         requests = [completion_requests(prompt, settings) for prompt in prompts]
         futures = self.engine.submit([request for group in requests for request in group])
         outcomes = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
@@ -133,6 +147,7 @@ class RolloutActor:
         """Search one prompt."""
         if self.forest is None:
             raise EngineError(f"actor {self.name} was started without a search")
+        fault("search")
         return await self.forest.grow(prompt)
 
     async def search(self, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
@@ -179,11 +194,17 @@ class RolloutActor:
     ) -> WeightAck:
         """Replace the weights between two engine steps, then answer with the probe's log-probabilities."""
         check_names(self.name, manifest, self.tensors)
-        sent = Progress(verified_tensors(self.name, manifest, references, ray.get))
+        self.loaded += self.loading.count
+        self.loading = sent = Progress(verified_tensors(self.name, manifest, references, ray.get))
         try:
             await asyncio.to_thread(self.engine.update_weights, manifest.version, sent)
         except WeightSyncError:
             raise
+        except ObjectLostError as error:  # the rank that had put it there is no more
+            raise LearnerLostError(
+                f"weight version {manifest.version} was lost before actor {self.name} had all of it: "
+                f"{type(error).__name__}"
+            ) from error
         except Exception as error:
             raise WeightSyncError(
                 f"actor {self.name}, weight version {manifest.version}: loading failed at tensor {sent.last}: "

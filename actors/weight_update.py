@@ -61,20 +61,23 @@ def verified_tensors(
                 f"actor {actor}, weight version {manifest.version}: the bucket that starts with tensor "
                 f"{bucket.tensors[0].name} has sha256 {found[:12]}, expected {bucket.sha256[:12]}"
             )
-        dropped = fault("publish.drop")
+        dropped = fault("publish.drop", version=manifest.version)
         yield from (item for item in unpack(bucket, data) if item[0] != dropped)
+        fault("publish.bucket", version=manifest.version)
 
 
 class Progress:
-    """Iterates over tensors and remembers the last name, for the message of a failed load."""
+    """Iterates over tensors and remembers the last name, for the message of a failed load, and how many there were."""
 
-    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]] = ()) -> None:
         self._tensors = tensors
         self.last = "none"
+        self.count = 0
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self._tensors:
             self.last = name
+            self.count += 1
             yield name, tensor
 
 

@@ -1,6 +1,6 @@
 """Generated tokens/s of the rollout actors against bare vLLM engines that get the same requests.
 
-Ours is the whole path of a training step's rollouts: `RayRolloutPool.generate` on two Ray actors, with verifiers,
+Ours is the whole path of a training step's rollouts: `Fleet.generate` on two Ray actors, with verifiers,
 group building and the transfer to the driver, timed there from the call to the last group. The peer is two plain
 processes with a bare `LLMEngine` each, built with the same arguments and stepped in a loop; requests are made
 before and results read after the clock runs. Both start cold: every round has prompts of its own. Sides take turns,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 import ray
 
 from learners.rank_settings import RankSettings
+from rlsys.faults import identify
 from rlsys.process import die_with_parent, quiet_worker
 from rlsys.stage_settings import StageSettings
 from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch, WeightManifest
+
+WATCH = "watch"  # the concurrency group of calls that do not wait for others
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +29,23 @@ class LearnerActor:
         die_with_parent()
         from learners.learner_rank import LearnerRank  # not on the driver, which only makes handles
 
+        identify("learner", settings.rank, settings.attempt)
         self.rank = settings.rank
         try:
             self.learner = LearnerRank(settings)
         except Exception:
             logger.exception("learner rank %d could not start", settings.rank)
             raise
+
+    @ray.method(concurrency_group=WATCH)
+    def place(self) -> tuple[str, int]:
+        """Host and process id."""
+        return socket.gethostname(), os.getpid()
+
+    @ray.method(concurrency_group=WATCH)
+    def progress(self) -> int:
+        """Grows with every pass of a model; answered while other calls are under way."""
+        return self.learner.passes
 
     def start_stage(self, stage: StageSettings, policy: Path, resume: Path | None, reference: Path | None) -> None:
         self.learner.start_stage(stage, policy, resume, reference)

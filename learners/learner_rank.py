@@ -28,6 +28,7 @@ from learners.rows import Row, Unit
 from learners.step_sums import StepSums, norm_of_sums
 from learners.step_units import critic_units, left_out, pair_score_rows, step_units, without_policy
 from rlsys.errors import NonFiniteLossError
+from rlsys.faults import fault
 from rlsys.stage_settings import StageSettings, term_weights
 from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch
 
@@ -37,6 +38,8 @@ Forward = Callable[[MicroBatch], Tensor]
 
 class LearnerRank:
     """The policy on one rank, with what is trained or kept beside it: critic and reference policy."""
+
+    passes = 0  # of any model over a micro-batch, so far
 
     def __init__(self, settings: RankSettings) -> None:
         self.settings = settings
@@ -111,6 +114,7 @@ class LearnerRank:
         Args:
             step: of the stage, from 0, for the weights of the terms. version: that it makes, for what is random in it.
         """
+        fault("learner.step", version=version)
         seed, objective = self._reseed(version), self.settings.objective
         weights = term_weights(objective, self.stage, step)
         parts = step_units(
@@ -156,6 +160,7 @@ class LearnerRank:
         if units:
             self._policy_gradient(units, weights, sums, measured)
             moving["learner/grad_norm"] = self._policy
+        fault("learner.update")
         for model in moving.values():
             model.check_finite()  # of all, before the first of them is updated
         for name, model in moving.items():
@@ -307,6 +312,7 @@ class LearnerRank:
 
         entropy: False where nobody asks for them, M = 0.
         """
+        self.passes += 1
         ids, mask = batch.input_ids, batch.loss_mask[:, batch.first_target :]
         # Right padding needs no attention mask under causal attention: no real token looks at it.
         keep = ids.shape[1] - batch.first_target
@@ -326,6 +332,7 @@ class LearnerRank:
 
     def _values(self, batch: MicroBatch) -> Tensor:
         """[N], the critic's estimate of the return from before each target on."""
+        self.passes += 1
         assert self.critic is not None  # noqa: S101 - the objective has one
         values = self.critic(input_ids=batch.input_ids, use_cache=False).logits[:, :-1, 0].float()
         return values[batch.loss_mask]

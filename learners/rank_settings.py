@@ -23,6 +23,7 @@ class RankSettings:
     max_tokens: int
     learner: LearnerConfig
     objective: ObjectiveConfig
+    attempt: int = 0  # how many groups of ranks there were before
 
 
 def learner_environment(config: LearnerConfig, device: str, rank: int) -> dict[str, str]:

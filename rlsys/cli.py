@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlsys import resources
+from rlsys import faults, resources
 from rlsys.config import Config
 from rlsys.config_file import dump_config, load_config
 from rlsys.config_keys import all_keys, suggestion
@@ -44,7 +44,12 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    _exit_with(app)
+    _exit_with(_command)
+
+
+def _command() -> None:
+    faults.parse(os.environ.get(faults.VARIABLE, ""))
+    app()
 
 
 def _exit_with(command: Callable[[], None]) -> None:

@@ -190,9 +190,13 @@ class ActorsConfig(Section):
     enforce_eager: bool = True
     """False lets vLLM compile and capture graphs (GPUs); slower to start."""
     start_timeout_s: float = Field(default=300.0, gt=0)
-    """An actor that is not up after this many seconds ends the run."""
+    """An actor that is not up after this many seconds is lost; at the start of a run that ends it."""
     rollout_timeout_s: float = Field(default=1800.0, gt=0)
-    """A dispatch of prompts that has not come back after this many seconds ends the run."""
+    """An actor that has not answered a dispatch of prompts after this many seconds is lost."""
+    hang_timeout_s: float = Field(default=120.0, gt=0)
+    """An actor that has work and shows no progress for this many seconds is lost."""
+    max_restarts: int = Field(default=16, ge=0)
+    """Lost actors that a command replaces; one more ends the run. 0: the first loss ends it."""
 
 
 class SamplingConfig(Section):
@@ -229,7 +233,11 @@ class LearnerConfig(Section):
     optimizer_offload: bool = False
     """Keep optimizer state in host memory (ZeRO 1 to 3)."""
     timeout_s: float = Field(default=1800.0, gt=0)
-    """A learner call that takes longer ends the run."""
+    """The learner is lost where a rank has not answered a call after this many seconds."""
+    hang_timeout_s: float = Field(default=300.0, gt=0)
+    """The learner is lost where a rank shows no progress within a training step for this many seconds."""
+    max_restarts: int = Field(default=4, ge=0)
+    """Losses of the learner after which a command goes on from the last checkpoint; one more ends the run."""
 
 
 class OptimizerConfig(Section):

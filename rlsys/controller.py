@@ -313,6 +313,7 @@ class Controller:
         rest = {
             "time/step_s": time.monotonic() - started,
             "time/checkpoint_s": self._checkpoint_seconds,
+            "process/actor_restarts": float(self.parts.pool.restarts),
             "process/driver_rss_mib": psutil.Process().memory_info().rss / 2**20,
         }
         self._checkpoint_seconds = 0.0

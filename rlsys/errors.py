@@ -30,6 +30,14 @@ class EngineError(RlsysError):
     """An actor's engine is broken; the actor must not be used again."""
 
 
+class WriterLostError(EngineError):
+    """An engine of search.model or search.reviewer is broken; the actor that asked it is not."""
+
+
+class LearnerLostError(EngineError):
+    """A learner rank died, hangs or broke. The ranks cannot go on without it: all of them must be started again."""
+
+
 class WeightSyncError(RlsysError):
     """A publish failed or could not be verified. Names actor, tensor and version."""
 

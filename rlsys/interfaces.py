@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +20,13 @@ from rlsys.types import (
     Split,
     TrainingBatch,
     TrajectoryGroup,
-    Transfer,
     Verdict,
     WeightAck,
     WeightManifest,
 )
+
+# Compares what an actor acknowledged with the learner's log-probabilities of the probe.
+Verify = Callable[[WeightAck, Sequence[Float32Array]], None]
 
 
 class Task(Protocol):
@@ -68,10 +70,10 @@ class Task(Protocol):
 
 
 class RolloutPool(Protocol):
-    """The fleet of actors, by number from 0. Every call has a deadline of its own."""
+    """The fleet of actors, by number from 0; where one is lost, another answers. Every call has a deadline."""
 
-    @property
-    def count(self) -> int: ...
+    count: int
+    restarts: int
 
     async def generate(
         self, actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
@@ -91,10 +93,14 @@ class RolloutPool(Protocol):
         """Log-probabilities of given rows under the weights served now, [T-1] each."""
         ...
 
-    async def update_weights(
-        self, actor: int, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array]
-    ) -> WeightAck:
-        """Load a publish; answers once the actor serves it."""
+    async def publish(
+        self,
+        manifest: WeightManifest,
+        references: Sequence[Any],
+        probe: Sequence[Int32Array],
+        check: Callable[[WeightAck], object],
+    ) -> None:
+        """Bring every actor to new weights; `check` raises WeightSyncError where an acknowledgement is not enough."""
         ...
 
 
@@ -133,6 +139,9 @@ class Learner(Protocol):
 class WeightChannel(Protocol):
     """How parameters get from the learner into every actor. It drives both sides, so a collective transfer fits."""
 
-    async def transfer(self, version: int, probe: Sequence[Int32Array]) -> Transfer:
-        """Bring the learner's present parameters into all actors; returns when each serves them."""
+    async def transfer(self, version: int, probe: Sequence[Int32Array], verify: Verify) -> WeightManifest:
+        """Bring the learner's present parameters into all actors; returns when each serves them.
+
+        verify: raises WeightSyncError where an acknowledgement does not agree with the learner's log-probabilities.
+        """
         ...

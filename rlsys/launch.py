@@ -28,7 +28,7 @@ from actors.engine import engine_environment
 from actors.forest_builder import check_tags
 from actors.model_actor import ModelActor, ModelSettings
 from actors.rollout_actor import ActorSettings, RolloutActor
-from learners.learner_actor import LearnerActor
+from learners.learner_actor import WATCH, LearnerActor
 from learners.rank_settings import RankSettings, learner_environment
 from rlsys import report, resources
 from rlsys.checkpoint import CheckpointStore, RunLock, write_text
@@ -37,12 +37,13 @@ from rlsys.config import Config
 from rlsys.config_file import dump_config
 from rlsys.controller import Controller
 from rlsys.display import Display
-from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedRunError
+from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedRunError, LearnerLostError
+from rlsys.fleet import Fleet
 from rlsys.inputs import Inputs
 from rlsys.metrics import MetricsWriter
 from rlsys.parts import Parts
-from rlsys.remote import RayLearner, RayRolloutPool
-from rlsys.resume import Start, all_steps_made, check_extraction, check_inputs, find_start
+from rlsys.remote import RayActor, RayLearner
+from rlsys.resume import Start, all_steps_made, check_extraction, check_inputs, find_again, find_start
 from rlsys.search_engines import ModelEngines, Searching, growing, searches_in_training
 from rlsys.search_stage import GrownSearch
 from rlsys.setup import prepare_model, search_engines, tokenizer_files
@@ -53,8 +54,8 @@ from rlsys.trees import Writer
 from rlsys.types import Prompt
 from rlsys.weights import WeightBus
 
-Measure = Callable[[RayRolloutPool, list[Prompt], Config], Awaitable[dict[str, Any]]]
-Grow = Callable[[RayRolloutPool, StopSignals], Awaitable[None]]
+Measure = Callable[[Fleet, list[Prompt], Config], Awaitable[dict[str, Any]]]
+Grow = Callable[[Fleet, StopSignals], Awaitable[None]]
 FIRST_SIGNAL = "{}: stopping after what is under way, and saving; once more to abort"
 ABORTED = " for the second time; training since the last checkpoint is lost"
 # Calls of one actor under way. At Ray's own limit, 1000, questions for the usage would wait behind trees.
@@ -207,43 +208,64 @@ async def _train(cluster: Cluster, session: Session) -> None:
     for note in inputs.notes:
         display.message(note)
     display.message(start.describe())
-    async with rollout_pool(cluster, serving, session.searching) as pool:
+    async with rollout_pool(cluster, serving, session.searching, session.model, display.message) as pool:
         first = len(actor_bundles(config) + beside_bundles(config, _beside(session.searching)))
-        learner = RayLearner(learner_handles(cluster, inputs.pad_token_id, first), config)
-        # Rows of an attempt that never reached a checkpoint are of no run: -1 drops them all.
-        metrics = MetricsWriter(run_dir, start.state.weight_version if start.checkpoint else -1)
-        parts = Parts(
-            config=config,
-            run_dir=run_dir,
-            model=session.model,
-            tokenizer_files=tokenizer_files(session.model),
-            pool=pool,
-            learner=learner,
-            bus=WeightBus(learner, pool, config.weight_sync, _dtype(config), inputs.probe()),
-            checkpoints=session.store,
-            metrics=metrics,
-            display=display,
-            prompts=inputs.prompts,
-            data=inputs.data,
-            held_out=inputs.held_out,
-            search=_search_stage(session, pool) if session.to_search else None,
-            fingerprint=inputs.fingerprint(),
-        )
-        controller = Controller(parts, start.state, start.checkpoint)
-
-        def ask(name: str) -> None:
-            display.message(FIRST_SIGNAL.format(name))
-            controller.interrupt(name)
-
-        session.stop.ask_first(ask, ABORTED)
-        try:
-            await controller.run()
-            session.stop.ask_first(lambda _name: None, AFTER_THE_END)
-        finally:
-            metrics.close()
+        learner = RayLearner(lambda attempt: learner_handles(cluster, inputs.pad_token_id, first, attempt), config)
+        bus = WeightBus(learner, pool, config.weight_sync, _dtype(config), inputs.probe())
+        asked: list[str] = []  # signals
+        for lost in range(config.learner.max_restarts + 1):
+            try:
+                await _run(session, start, pool, learner, bus, asked)
+                return
+            except LearnerLostError as error:
+                if lost == config.learner.max_restarts or asked:
+                    raise
+                start = find_again(config, run_dir, session.store)
+                display.message(f"the learner is lost and started again: {error.message}; {start.describe()}")
+                await asyncio.gather(pool.withdraw(), learner.restart())
+                bus.forget()
 
 
-def _search_stage(session: Session, pool: RayRolloutPool) -> GrownSearch:
+async def _run(
+    session: Session, start: Start, pool: Fleet, learner: RayLearner, bus: WeightBus, asked: list[str]
+) -> None:
+    """From a start to the end of the last stage. asked: gets the name of a signal that asks for an end before that."""
+    config, run_dir, inputs, display = session.config, session.run_dir, session.inputs, session.display
+    # Rows of an attempt that never reached a checkpoint are of no run: -1 drops them all.
+    metrics = MetricsWriter(run_dir, start.state.weight_version if start.checkpoint else -1)
+    parts = Parts(
+        config=config,
+        run_dir=run_dir,
+        model=session.model,
+        tokenizer_files=tokenizer_files(session.model),
+        pool=pool,
+        learner=learner,
+        bus=bus,
+        checkpoints=session.store,
+        metrics=metrics,
+        display=display,
+        prompts=inputs.prompts,
+        data=inputs.data,
+        held_out=inputs.held_out,
+        search=_search_stage(session, pool) if session.to_search else None,
+        fingerprint=inputs.fingerprint(),
+    )
+    controller = Controller(parts, start.state, start.checkpoint)
+
+    def ask(name: str) -> None:
+        display.message(FIRST_SIGNAL.format(name))
+        asked.append(name)
+        controller.interrupt(name)
+
+    session.stop.ask_first(ask, ABORTED)
+    try:
+        await controller.run()
+        session.stop.ask_first(lambda _name: None, AFTER_THE_END)
+    finally:
+        metrics.close()
+
+
+def _search_stage(session: Session, pool: Fleet) -> GrownSearch:
     """The stage `search`. What the stages after it read decides none of its trees."""
     inputs, beside = session.inputs, _beside(session.searching)
     data = inputs.data.fingerprint()
@@ -261,21 +283,29 @@ def _search_stage(session: Session, pool: RayRolloutPool) -> GrownSearch:
 
 @contextlib.asynccontextmanager
 async def rollout_pool(
-    cluster: Cluster, model: Path, searching: Searching | None = None
-) -> AsyncIterator[RayRolloutPool]:
+    cluster: Cluster,
+    model: Path,
+    searching: Searching | None = None,
+    again: Path | None = None,
+    say: Callable[[str], None] = lambda _text: None,
+) -> AsyncIterator[Fleet]:
     """Start the rollout actors on a model folder, and the engines beside them; close them in the end.
 
     Args:
         searching: None where they are never asked to search.
+        again: a model folder of the same kind that stays, for actors that are replaced when `model` is gone; they get
+            the current weights before they serve.
+        say: is told of lost actors.
     """
     config = cluster.config
     environment = engine_environment(config.actors, config.run.device)
     beside = model_handles(cluster, _beside(searching))
-    handles = []
-    for number in range(config.actors.count):
+
+    def spawn(number: int, attempt: int) -> RayActor:
         settings = ActorSettings(
             name=f"{number}",
-            model_path=model,
+            attempt=attempt,
+            model_path=model if model.is_dir() or again is None else again,
             device=config.run.device,
             seed=config.run.seed,
             actors=config.actors,
@@ -285,15 +315,23 @@ async def rollout_pool(
             **(_search_settings(config, searching, beside) if searching else {}),
         )
         options = cluster.options(number, config.actors.tensor_parallel_size, environment)
-        handles.append(_start(RolloutActor, options, settings))
-    pool = RayRolloutPool(handles, config, searching.writer if searching else "policy", beside)
-    try:
-        await pool.start()
+        return RayActor(_start(RolloutActor, options, settings), config, f"actor {number}")
+
+    others = [
+        (writer, number, RayActor(handle, config, f"{writer} engine {number}"))
+        for writer, handles in beside.items()
+        for number, handle in enumerate(handles)
+    ]
+    async with Fleet(
+        spawn,
+        config.actors.count,
+        max_restarts=config.actors.max_restarts,
+        hang_timeout_s=config.actors.hang_timeout_s,
+        writer=searching.writer if searching else "policy",
+        beside=others,
+        say=say,
+    ) as pool:
         yield pool
-    finally:
-        task = asyncio.current_task()
-        if task is None or not task.cancelling():  # aborted: the processes are killed at once
-            await pool.close()
 
 
 def _start(kind: type, options: Mapping[str, Any], settings: Any) -> Any:
@@ -334,8 +372,8 @@ def model_handles(cluster: Cluster, beside: Sequence[ModelEngines]) -> dict[Writ
     return handles
 
 
-def learner_handles(cluster: Cluster, pad_token_id: int, first_bundle: int) -> list[Any]:
-    """Start the learner ranks."""
+def learner_handles(cluster: Cluster, pad_token_id: int, first_bundle: int, attempt: int) -> list[Any]:
+    """Start the learner ranks. Every attempt has a meeting place of its own."""
     config = cluster.config
     store = cluster.run_dir / f"{RENDEZVOUS}{uuid.uuid4().hex}"
     handles = []
@@ -351,11 +389,13 @@ def learner_handles(cluster: Cluster, pad_token_id: int, first_bundle: int) -> l
             max_tokens=config.sampling.max_tokens,
             learner=config.learner,
             objective=config.objective,
+            attempt=attempt,
         )
         environment = learner_environment(config.learner, config.run.device, rank)
         options = cluster.options(first_bundle + rank, 1, environment)
         log_file = str(cluster.run_dir / "logs" / f"learner-{rank}.log")
-        handles.append(ray.remote(LearnerActor).options(**options).remote(settings, log_file))
+        kind = ray.remote(concurrency_groups={WATCH: 1})(LearnerActor)
+        handles.append(kind.options(**options).remote(settings, log_file))
     return handles
 
 

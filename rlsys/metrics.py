@@ -156,6 +156,7 @@ _SPECS = (
     MetricSpec("time/checkpoint_s", "s", "writing a checkpoint", True),
     MetricSpec("time/evaluate_s", "s", "held-out evaluation", True),
     MetricSpec("time/step_s", "s", "the whole training step", True),
+    MetricSpec("process/actor_restarts", "actors", "lost and replaced since this command began", True),
     MetricSpec("process/driver_rss_mib", "MiB", "resident memory of the driver", True),
 )
 

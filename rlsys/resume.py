@@ -83,6 +83,17 @@ def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
     return _branch(config, path, run_dir)
 
 
+def find_again(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
+    """Where a run goes on that has lost its learner: its newest checkpoint, else where this command began.
+
+    Raises:
+        CheckpointError: checkpoints exist and none is valid.
+    """
+    if config.run.resume == "never":  # that the directory is in use now is this command's doing
+        config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
+    return replace(find_start(config, run_dir, store), named=False)
+
+
 def check_inputs(start: Start, fingerprint: Mapping[str, str]) -> None:
     """Compare the contents of data, model and tokenizer with those that the checkpoint was trained with.
 

@@ -53,7 +53,7 @@ ENOUGH_VERIFICATIONS = 500
 
 
 class TreePool(Protocol):
-    """The actors that grow trees; see `rlsys.remote.RayRolloutPool`."""
+    """The actors that grow trees; see `rlsys.fleet.Fleet`."""
 
     @property
     def count(self) -> int: ...

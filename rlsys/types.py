@@ -6,7 +6,7 @@ Log-probabilities are in nats, of the distribution that was actually sampled fro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -279,15 +279,6 @@ class WeightAck:
     actor: str
     version: int
     probe_logprobs: tuple[Float32Array, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Transfer:
-    """A finished transfer: what was sent, what every actor answered, and the learner's own probe answer."""
-
-    manifest: WeightManifest
-    acks: Sequence[WeightAck]
-    learner_logprobs: tuple[Float32Array, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

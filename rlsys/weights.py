@@ -17,8 +17,8 @@ import numpy as np
 
 from rlsys.config import WeightSyncConfig
 from rlsys.errors import ConfigError, WeightSyncError
-from rlsys.interfaces import Learner, RolloutPool, WeightChannel
-from rlsys.types import Float32Array, Int32Array, Transfer, WeightAck, WeightManifest
+from rlsys.interfaces import Learner, RolloutPool, Verify, WeightChannel
+from rlsys.types import Float32Array, Int32Array, WeightAck, WeightManifest
 
 # Largest gap in nats that rounding alone explains after many updates. A stale output layer exceeds the
 # first even when every weight moved by only 1e-4 (measured: 2.5e-3).
@@ -34,30 +34,16 @@ class ObjectStoreChannel:
     The buckets of a version stay referenced until the next one has been acknowledged.
     """
 
-    def __init__(self, learner: Learner, pool: RolloutPool, timeout_s: float) -> None:
+    def __init__(self, learner: Learner, pool: RolloutPool) -> None:
         self._learner = learner
         self._pool = pool
-        self._timeout_s = timeout_s
         self._held: Sequence[Any] = ()
 
-    async def transfer(self, version: int, probe: Sequence[Int32Array]) -> Transfer:
+    async def transfer(self, version: int, probe: Sequence[Int32Array], verify: Verify) -> WeightManifest:
         manifest, references, expected = await self._learner.export(version, probe)
-        updates = [self._update(actor, manifest, references, probe) for actor in range(self._pool.count)]
-        acks = await asyncio.gather(*updates)
+        await self._pool.publish(manifest, references, probe, lambda ack: verify(ack, expected))
         self._held = references
-        return Transfer(manifest=manifest, acks=acks, learner_logprobs=tuple(expected))
-
-    async def _update(
-        self, actor: int, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array]
-    ) -> WeightAck:
-        update = self._pool.update_weights(actor, manifest, references, probe)
-        try:
-            return await asyncio.wait_for(update, self._timeout_s)
-        except TimeoutError:
-            raise WeightSyncError(
-                f"actor {actor} did not acknowledge weight version {manifest.version} within "
-                f"weight_sync.timeout_s = {self._timeout_s} s"
-            ) from None
+        return manifest
 
 
 class WeightBus:
@@ -86,7 +72,7 @@ class WeightBus:
         self._floor = TOLERANCE_FLOOR[dtype]
         self._ceiling = FRESH_LOAD_CEILING[dtype]
         self._probe = probe
-        self._channel: WeightChannel = ObjectStoreChannel(learner, pool, config.timeout_s)
+        self._channel: WeightChannel = ObjectStoreChannel(learner, pool)
         self.tolerance = config.probe_tolerance or self._floor
         self.calibrated = False
         self.version: int | None = None
@@ -112,27 +98,30 @@ class WeightBus:
             self.tolerance = min(max(self._floor, TOLERANCE_FACTOR * gap), self._ceiling)
         return gap
 
+    def forget(self) -> None:
+        """The learner begins again from a checkpoint: the next publish is the first of its versions."""
+        self.version = None
+
     async def publish(self, version: int) -> Mapping[str, float]:
         """Bring every actor to the learner's present weights as `version`.
 
-        Returns when all have acknowledged. The buckets of the version before are released then.
+        Returns when all that live have acknowledged. The buckets of the version before are released then.
 
         Raises:
-            WeightSyncError: naming actor, tensor and version, after a mismatch, a missing name or a timeout.
+            WeightSyncError: naming actor, tensor and version, where no actor acknowledged.
         """
         if self.version is not None and version <= self.version:
             raise WeightSyncError(f"weight version {version} was offered after {self.version}; versions only grow")
-        started = time.monotonic()
-        sent = await self._channel.transfer(version, self._probe)
-        gap = max(self._verify(ack, version, sent.learner_logprobs) for ack in sent.acks)
+        started, gaps = time.monotonic(), [0.0]
+
+        def verify(ack: WeightAck, expected: Sequence[Float32Array]) -> None:
+            gaps.append(self._verify(ack, version, expected))
+
+        manifest = await self._channel.transfer(version, self._probe, verify)
         self.version = version
         seconds = time.monotonic() - started
-        figures = {
-            "weights/publish_bytes": sent.manifest.bytes,
-            "weights/publish_s": seconds,
-            "time/publish_s": seconds,
-        }
-        return {**figures, "weights/probe_gap_max": gap}
+        figures = {"weights/publish_bytes": manifest.bytes, "weights/publish_s": seconds, "time/publish_s": seconds}
+        return {**figures, "weights/probe_gap_max": max(gaps)}
 
     def _verify(self, ack: WeightAck, version: int, expected: Sequence[Float32Array]) -> float:
         if ack.version != version:

@@ -129,6 +129,7 @@ class FakePool:
 
     def __init__(self, count: int, calls: list[Any], failing: Sequence[str] = ()) -> None:
         self.count = count
+        self.restarts = 0
         self.calls = calls
         self.failing = set(failing)
         self.versions = [0] * count
@@ -184,6 +185,13 @@ class FakePool:
     async def probe(self, actor: int, rows: Sequence[Int32Array]) -> Sequence[Float32Array]:
         self.calls.append(("probe", actor))
         return self.answer.get(actor, logprobs(rows))
+
+    async def publish(
+        self, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array], check: Any
+    ) -> None:
+        updates = [self.update_weights(actor, manifest, references, probe) for actor in range(self.count)]
+        for ack in await asyncio.gather(*updates):
+            check(ack)
 
     async def update_weights(
         self, actor: int, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array]

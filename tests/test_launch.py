@@ -48,7 +48,11 @@ class Cluster:
     def options(self, bundle: int, gpus: int, environment: dict[str, str]) -> dict[str, Any]:
         return {"bundle": bundle}
 
-    def remote(self, kind: type) -> Any:
+    def remote(self, *kinds: type, **options: Any) -> Any:
+        if options:
+            return self.remote
+        (kind,) = kinds
+
         def start(bundle: int, settings: Any) -> str:
             self.placed.append((bundle, kind, settings))
             return f"{kind.__name__} in {bundle}"
@@ -59,27 +63,28 @@ class Cluster:
 
 
 class Pool:
-    """Stands for RayRolloutPool; keeps what it was made of."""
+    """Stands for the fleet: starts its actors, and keeps what it was made of."""
 
-    made: list[tuple[Any, ...]]
+    made: list[dict[str, Any]]
 
-    def __init__(self, *arguments: Any) -> None:
-        self.made.append(arguments)
+    def __init__(self, spawn: Any, count: int, **options: Any) -> None:
+        self.made.append(options | {"actors": [spawn(number, 0) for number in range(count)]})
 
-    async def start(self) -> None: ...
+    async def __aenter__(self) -> Pool:
+        return self
 
-    async def close(self) -> None: ...
+    async def __aexit__(self, *exception: object) -> None: ...
 
 
 @pytest.fixture
-def pools(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+def pools(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(Pool, "made", [], raising=False)
-    monkeypatch.setattr(launch, "RayRolloutPool", Pool)
+    monkeypatch.setattr(launch, "Fleet", Pool)
     return Pool.made
 
 
 def test_every_process_has_a_bundle_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pools: list[tuple[Any, ...]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pools: list[dict[str, Any]]
 ) -> None:
     found = config(actors={"count": 2}, learner={"ranks": 2}, search={"reviewer": REVIEWER, "model": LARGE})
     searching = Searching(beside=tuple(engines(found).values()))
@@ -92,7 +97,7 @@ def test_every_process_has_a_bundle_of_its_own(
 
     asyncio.run(start())
     first = len(launch.actor_bundles(found) + launch.beside_bundles(found, searching.beside))
-    launch.learner_handles(cluster, 0, first)
+    launch.learner_handles(cluster, 0, first, attempt=1)
     assert sorted((bundle, kind) for bundle, kind, _ in cluster.placed if kind is RolloutActor) == [
         (0, RolloutActor),
         (1, RolloutActor),
@@ -104,14 +109,16 @@ def test_every_process_has_a_bundle_of_its_own(
     ]
     assert [bundle for bundle, kind, _ in cluster.placed if kind is LearnerActor] == [5, 6]
     beside = {"model": ["ModelActor in 2"], "reviewer": ["ModelActor in 3", "ModelActor in 4"]}
-    assert pools[0][2:] == ("policy", beside)
+    assert pools[0]["writer"] == "policy"
+    named = [("model", 0, "ModelActor in 2"), ("reviewer", 0, "ModelActor in 3"), ("reviewer", 1, "ModelActor in 4")]
+    assert [(writer, number, found.handle) for writer, number, found in pools[0]["beside"]] == named
     actor = next(settings for _, kind, settings in cluster.placed if kind is RolloutActor)
     assert (actor.search, actor.writer, actor.writers) == (found.search, "policy", beside)
     assert actor.writer_paths == {"model": Path("l"), "reviewer": Path("r")}
 
 
 def test_actors_that_are_never_asked_to_search_know_nothing_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pools: list[tuple[Any, ...]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pools: list[dict[str, Any]]
 ) -> None:
     cluster: Any = Cluster(config(search={"reviewer": REVIEWER}), tmp_path)
     monkeypatch.setattr(launch.ray, "remote", cluster.remote)
@@ -123,7 +130,30 @@ def test_actors_that_are_never_asked_to_search_know_nothing_of_it(
     asyncio.run(start())
     assert [kind for _, kind, _ in cluster.placed] == [RolloutActor, RolloutActor]
     assert cluster.placed[0][2].search is None
-    assert pools[0][2:] == ("policy", {})
+    assert (pools[0]["writer"], pools[0]["beside"]) == ("policy", [])
+
+
+def test_a_replaced_actor_loads_a_folder_that_is_still_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster: Any = Cluster(config(), tmp_path)
+    monkeypatch.setattr(launch.ray, "remote", cluster.remote)
+    policy = tmp_path / "policy"
+    policy.mkdir()
+
+    class Replacing(Pool):
+        def __init__(self, spawn: Any, count: int, **options: Any) -> None:
+            spawn(1, 0)
+            policy.rmdir()  # of a checkpoint that retention has removed
+            spawn(1, 1)
+
+    monkeypatch.setattr(launch, "Fleet", Replacing)
+
+    async def start() -> None:
+        async with launch.rollout_pool(cluster, policy, again=tmp_path):
+            pass
+
+    asyncio.run(start())
+    found = [(bundle, settings.name, settings.attempt, settings.model_path) for bundle, _, settings in cluster.placed]
+    assert found == [(1, "1", 0, policy), (1, "1", 1, tmp_path)]
 
 
 def test_the_stage_search_has_what_decides_its_trees_and_nothing_of_what_is_trained_on(

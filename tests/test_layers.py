@@ -39,6 +39,7 @@ WITHOUT_TORCH = (
     "rlsys.prompts",
     "rlsys.buffer",
     "rlsys.weights",
+    "rlsys.fleet",
     "rlsys.controller",
     "rlsys.tasks",
     "rlsys.patterns",

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import pytest
+import ray
 from fakes import group, prompt
-from ray.exceptions import ActorDiedError, ObjectLostError
+from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
 
-from actors.usage import EngineUsage
+from rlsys import remote
 from rlsys.config_file import parse_config
-from rlsys.errors import ConfigError, EngineError, RlsysError
+from rlsys.errors import ConfigError, EngineError, LearnerLostError, NonFiniteLossError, RlsysError
 from rlsys.ray_errors import death
-from rlsys.remote import RayRolloutPool, answer
+from rlsys.remote import RayActor, RayLearner, answer
 from rlsys.search_engines import trees_ahead
 from rlsys.trees import TreeFailure
-from rlsys.types import RolloutFailure, SamplingSettings
+from rlsys.types import RolloutFailure, SamplingSettings, TrainingBatch, WeightManifest
 
 CONFIG = parse_config({"run": {"dir": "d"}, "model": {"path": "m"}, "task": {"type": "letter_count"}}, "test")
 SETTINGS = SamplingSettings(samples=1, temperature=1.0, top_p=1.0, max_tokens=4, seed=0)
@@ -106,9 +114,11 @@ class Handle:
 
 def test_groups_come_back_as_the_actor_gave_them() -> None:
     groups = [group(prompt("a")), RolloutFailure(prompt=prompt("b"), reason="too long")]
-    pool = RayRolloutPool([Handle(groups), Handle(groups[1])], CONFIG)
-    assert asyncio.run(pool.generate(0, [prompt("a"), prompt("b")], SETTINGS)) is groups
-    assert asyncio.run(pool.search(1, prompt("b"))) is groups[1]
+    actor = RayActor(Handle(groups), CONFIG, "actor 0")
+    assert asyncio.run(actor.generate([prompt("a"), prompt("b")], SETTINGS)) is groups
+    assert asyncio.run(RayActor(Handle(groups[1]), CONFIG, "actor 1").search(prompt("b"))) is groups[1]
+    failure = TreeFailure(prompt_id="p", question="q", answer="a", reason="no room")
+    assert asyncio.run(RayActor(Handle(failure), CONFIG, "actor 0").grow(prompt("p"))) is failure
 
 
 def test_trees_of_training_wait_for_their_turn_before_their_deadline_runs() -> None:
@@ -122,8 +132,8 @@ def test_trees_of_training_wait_for_their_turn_before_their_deadline_runs() -> N
 
     async def main() -> None:
         small = CONFIG.model_copy(update={"actors": CONFIG.actors.model_copy(update={"max_num_seqs": 1})})
-        pool = RayRolloutPool([Slow(None)], small)
-        calls = [asyncio.create_task(pool.search(0, prompt(f"{number}"))) for number in range(12)]
+        actor = RayActor(Slow(None), small, "actor 0")
+        calls = [asyncio.create_task(actor.search(prompt(f"{number}"))) for number in range(12)]
         await asyncio.sleep(0.01)
         assert len(asked) == trees_ahead(small) == 8
         while not all(call.done() for call in calls):
@@ -135,32 +145,112 @@ def test_trees_of_training_wait_for_their_turn_before_their_deadline_runs() -> N
     assert len(asked) == 12
 
 
-def test_a_tree_comes_back_as_the_actor_gave_it() -> None:
-    failure = TreeFailure(prompt_id="p", question="q", answer="a", reason="no room")
-    assert asyncio.run(RayRolloutPool([Handle(failure)], CONFIG).grow(0, prompt("p"))) is failure
+class Silent(Handle):
+    def remote(self, *arguments: Any) -> Any:
+        return type("Pending", (), {"future": lambda _: Future()})()
 
 
-def usage(generated: int) -> EngineUsage:
-    return EngineUsage(
-        busy_s=1.0, wall_s=4.0, in_flight_mean=2.5, generated_tokens=generated, prompt_tokens=7, cached_tokens=3
-    )
+def test_an_actor_that_does_not_take_a_publish_in_time_is_named() -> None:
+    config = CONFIG.model_copy(update={"weight_sync": CONFIG.weight_sync.model_copy(update={"timeout_s": 0.02})})
+    update = RayActor(Silent(None), config, "actor 1").update_weights(WeightManifest(version=5, buckets=()), (), ())
+    with pytest.raises(EngineError, match=r"actor 1 did not answer within weight_sync\.timeout_s = 0\.02 s"):
+        asyncio.run(update)
 
 
-def test_usage_is_asked_of_every_engine_and_tells_whose_it_is() -> None:
-    own, beside = [Handle(usage(1)), Handle(usage(2))], {"reviewer": [Handle(usage(3))]}
-    found = asyncio.run(RayRolloutPool(own, CONFIG, "model", beside).search_usage())
-    assert [(u.model, u.engine, u.generated_tokens) for u in found] == [
-        ("model", 0, 1),
-        ("model", 1, 2),
-        ("reviewer", 0, 3),
-    ]
-    first = found[0]
-    assert (first.busy_s, first.wall_s, first.in_flight_mean) == (1.0, 4.0, 2.5)
-    assert (first.prompt_tokens, first.cached_tokens) == (7, 3)
+def test_a_stopped_process_is_killed_although_ray_cannot_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[Any] = []
+    monkeypatch.setattr(ray, "kill", killed.append)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        handle = Handle((socket.gethostname(), process.pid))
+        actor = RayActor(handle, CONFIG, "actor 0")
+        asyncio.run(actor.start())
+        process.send_signal(signal.SIGSTOP)
+        actor.kill()
+        assert process.wait(10) == -signal.SIGKILL
+        actor.kill()  # of a process that is gone
+    assert killed == [handle, handle]
 
 
-def test_engines_beside_the_actors_are_started_with_them_and_named() -> None:
-    pool = RayRolloutPool([Handle("0")], CONFIG, "policy", {"reviewer": [Handle("ok"), Handle(ActorDiedError())]})
-    with pytest.raises(EngineError, match=r"^reviewer engine 1 died: "):
-        asyncio.run(pool.start())
-    asyncio.run(pool.close())  # the dead one stops nobody
+def test_a_process_on_another_host_is_left_to_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[Any] = []
+    monkeypatch.setattr(ray, "kill", killed.append)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        actor = RayActor(Handle(("elsewhere", process.pid)), CONFIG, "actor 0")
+        asyncio.run(actor.start())
+        actor.kill()
+        assert len(killed) == 1 and process.poll() is None
+        process.kill()
+
+
+class Rank:
+    """A learner rank whose calls are answered as told; `steps` is its progress."""
+
+    def __init__(self, train: Any, steps: Sequence[int] = (0,), place: tuple[str, int] = ("elsewhere", 1)) -> None:
+        self.answers: dict[str, Callable[[], Any]] = {
+            "train": lambda: train,
+            "place": lambda: place,
+            "progress": partial(next, itertools.chain(steps, itertools.repeat(steps[-1]))),
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        def remote(*arguments: Any) -> Any:
+            value = self.answers[name]()
+            return type("Pending", (), {"future": lambda _: value})() if isinstance(value, Future) else Reference(value)
+
+        return type("Method", (), {"remote": staticmethod(remote)})()
+
+
+def learner_of(*ranks: Rank, **settings: float) -> RayLearner:
+    found = CONFIG.model_copy(update={"learner": CONFIG.learner.model_copy(update=settings)})
+    return RayLearner(lambda attempt: ranks, found)
+
+
+@pytest.fixture
+def no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    monkeypatch.setattr(remote, "WATCH_INTERVAL_S", 0.005)
+    monkeypatch.setattr(remote, "FIRST_CAUSE_S", 0.05)
+
+
+@pytest.mark.usefixtures("no_store")
+def test_of_the_errors_of_all_ranks_the_death_is_told() -> None:
+    broken = RayTaskError("train", "traceback", RuntimeError("Connection closed by peer"))
+    learner = learner_of(Rank(broken), Rank(ActorDiedError()))
+    with pytest.raises(LearnerLostError, match="learner rank 1 died: "):
+        asyncio.run(learner.train(TrainingBatch(), 0, 1))
+
+
+@pytest.mark.usefixtures("no_store")
+def test_our_own_errors_of_a_rank_stay_what_they_are() -> None:
+    error = RayTaskError("train", "traceback", NonFiniteLossError("loss nan"))
+    with pytest.raises(NonFiniteLossError, match="loss nan"):
+        asyncio.run(learner_of(Rank(error), Rank({"learner/tokens": 1.0})).train(TrainingBatch(), 0, 1))
+
+
+@pytest.mark.usefixtures("no_store")
+def test_a_rank_without_progress_is_a_lost_learner_and_a_slow_one_is_not() -> None:
+    stuck = learner_of(Rank(Future(), range(10_000)), Rank(Future(), [3]), hang_timeout_s=0.05)
+    with pytest.raises(LearnerLostError, match=r"rank 1 made no progress within learner.hang_timeout_s = 0.05 s"):
+        asyncio.run(stuck.train(TrainingBatch(), 0, 1))
+
+    async def slow() -> None:
+        done: list[Future[Any]] = [Future(), Future()]
+        learner = learner_of(*(Rank(future, range(10_000)) for future in done), hang_timeout_s=0.05)
+        training = asyncio.create_task(learner.train(TrainingBatch(), 0, 1))
+        await asyncio.sleep(0.3)
+        for future in done:
+            future.set_result({"learner/tokens": 1.0})
+        assert await training == {"learner/tokens": 1.0}
+
+    asyncio.run(slow())
+
+
+@pytest.mark.usefixtures("no_store")
+def test_a_restart_kills_all_ranks_and_starts_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[Any] = []
+    monkeypatch.setattr(ray, "kill", killed.append)
+    groups = [[Rank({"n": 0.0}), Rank(ActorDiedError())], [Rank({"n": 1.0}), Rank({"n": 1.0})]]
+    learner = RayLearner(lambda attempt: groups[attempt], CONFIG)
+    asyncio.run(learner.restart())
+    assert killed == groups[0]
+    assert asyncio.run(learner.train(TrainingBatch(), 0, 1)) == {"n": 1.0}

@@ -15,7 +15,7 @@ from rlsys.config import Config, StageName
 from rlsys.config_file import apply_override, dump_config, parse_config
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.report import section_of
-from rlsys.resume import Start, check_extraction, check_inputs, find_start
+from rlsys.resume import Start, check_extraction, check_inputs, find_again, find_start
 from rlsys.training_data import DONE, SEARCHED, asked_of_search, search_folder
 from rlsys.types import RunState
 
@@ -87,6 +87,27 @@ def test_auto_passes_over_a_damaged_checkpoint_and_never_starts_over_silently(tm
     (tmp_path / "checkpoints" / "step_000002" / "state.json").write_text("{}")
     with pytest.raises(CheckpointError, match="none of the 2 checkpoints is valid"):
         start(tmp_path, config())
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_run_that_has_lost_its_learner_goes_on_from_its_newest_checkpoint(resume: str, tmp_path: Path) -> None:
+    begin(tmp_path, config(resume))
+    save(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert find_again(config(resume), tmp_path, store(tmp_path)) == Start(FRESH, None)
+    save(tmp_path, 5, 9)
+    found = find_again(config(resume), tmp_path, store(tmp_path))
+    assert found.state == state(9) and not found.named
+
+
+def test_a_run_that_was_branched_goes_on_from_where_it_began_and_then_from_its_own(tmp_path: Path) -> None:
+    save(tmp_path / "a", 5)
+    named = config(str(tmp_path / "a" / "checkpoints" / "step_000005"))
+    begin(tmp_path / "b", named)
+    save(tmp_path / "b")
+    assert find_again(named, tmp_path / "b", store(tmp_path / "b")).state == state(5)
+    save(tmp_path / "b", 7)
+    assert find_again(named, tmp_path / "b", store(tmp_path / "b")).state == state(7)
 
 
 def test_never_refuses_a_used_directory(tmp_path: Path) -> None:

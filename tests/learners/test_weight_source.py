@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from learners.weight_source import full_parameters, pack
+from rlsys import faults
 
 
 def tiny(tied: bool) -> nn.Module:
@@ -70,7 +71,7 @@ def test_the_fault_point_leaves_out_one_name(monkeypatch: pytest.MonkeyPatch) ->
     model = tiny(tied=True)
     everything = {name for name, _ in exported(model)}
     for name in ("lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"):
-        monkeypatch.setenv("RLSYS_FAULTS", f"publish.omit={name}")
+        monkeypatch.setattr(faults, "_faults", faults.parse(f"publish.omit:{name}"))
         assert everything - {found for found, _ in exported(model)} == {name}
 
 
