@@ -287,6 +287,7 @@ def test_the_watch_runs_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
             world.processes[0].killed = True  # nobody asks it anything but the watch
             while found.restarts == 0:
                 await asyncio.sleep(0.001)
+            assert [(process.number, process.attempt) for process in world.processes] == [(0, 0), (0, 1)]
 
     run(test)
 
