@@ -6,21 +6,30 @@ A point acts where all given keys agree. The keys `role` (driver, actor, learner
 first process of a number) are those of the process, see `identify`; a point adds its own, such as `step`. `hit=N` is
 the N-th time in this process that the point is passed with the other keys in agreement; without it, every time.
 
-Actions: kill9 and stop send SIGKILL and SIGSTOP to the own process, hang never returns, raise raises RuntimeError,
-full raises OSError(ENOSPC). Any other word is the point's own and is answered to it.
+Actions: kill9 and stop send SIGKILL and SIGSTOP to the own process, kill_driver sends SIGKILL to the driver and goes
+on, hang never returns, raise raises RuntimeError, full raises OSError(ENOSPC). Any other word is the point's own and is
+answered to it.
+
+Where RLSYS_FAULTS_LOG names a file, a fault that acts first appends a line of JSON to it: `time` on CLOCK_MONOTONIC,
+which all processes of a host share, point, action, the process and the point's own keys (`where`).
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import threading
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rlsys.errors import ConfigError
 
 VARIABLE = "RLSYS_FAULTS"
+LOG = "RLSYS_FAULTS_LOG"
+DRIVER_PID = "RLSYS_DRIVER_PID"  # set by the driver, inherited by the processes of its run
 _process: dict[str, str] = {"role": "driver", "number": "0", "attempt": "0"}
 
 
@@ -68,6 +77,8 @@ def _given() -> list[_Fault]:
 
 
 _faults = _given()
+if _faults:
+    os.environ.setdefault(DRIVER_PID, str(os.getpid()))  # the driver is the first process of a run that comes here
 
 
 def identify(role: str, number: int | str, attempt: int) -> None:
@@ -82,8 +93,21 @@ def fault(point: str, **where: object) -> str | None:
     here = _process | {key: str(value) for key, value in where.items()}
     for found in _faults:
         if found.point == point and found.acts(here):
-            return _act(found.point, found.action)
+            _log(point, found.action, where)
+            return _act(point, found.action)
     return None
+
+
+def _log(point: str, action: str, where: Mapping[str, object]) -> None:
+    """Append what happens to the file of RLSYS_FAULTS_LOG, in one write, so that lines of processes do not mix."""
+    if path := os.environ.get(LOG):
+        entry = {"time": time.monotonic(), "point": point, "action": action, "pid": os.getpid(), **_process}
+        line = json.dumps({**entry, "where": {key: str(value) for key, value in where.items()}}) + "\n"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
 
 
 def _act(point: str, action: str) -> str:
@@ -91,6 +115,8 @@ def _act(point: str, action: str) -> str:
         os.kill(os.getpid(), signal.SIGKILL)
     if action == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    if action == "kill_driver":
+        os.kill(int(os.environ[DRIVER_PID]), signal.SIGKILL)
     if action == "hang":
         threading.Event().wait()
     if action == "raise":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -81,3 +84,62 @@ def test_actions_that_end_or_stop_the_process(action: str, signal_sent: signal.S
             assert os.WIFSTOPPED(status) and os.WSTOPSIG(status) == signal_sent
             process.kill()
         assert process.stdout is not None and process.stdout.read() == b""
+
+
+DRIVER = """
+import subprocess, sys
+import rlsys.faults
+subprocess.run([sys.executable, "-c", sys.argv[1]])
+print("the driver went on", flush=True)
+"""
+ACTOR = """
+from rlsys.faults import fault, identify
+identify("actor", 1, 0)
+fault("here", version=3)
+print("the actor went on", flush=True)
+"""
+
+
+@pytest.mark.parametrize("point", ["here@role=actor,version=3", "here@role=learner"])
+def test_an_actor_kills_the_driver_where_its_point_says_so(point: str, tmp_path: Path) -> None:
+    log = tmp_path / "faults.jsonl"
+    environment = {name: value for name, value in os.environ.items() if name != "RLSYS_DRIVER_PID"}
+    environment |= {"RLSYS_FAULTS": f"{point}:kill_driver", "RLSYS_FAULTS_LOG": str(log)}
+    begun = time.monotonic()
+    command = [sys.executable, "-c", DRIVER, ACTOR]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as driver:
+        output = driver.communicate(timeout=60)[0]  # ends when both have
+    if "learner" in point:
+        assert driver.returncode == 0 and output == "the actor went on\nthe driver went on\n" and not log.exists()
+        return
+    assert driver.returncode == -signal.SIGKILL and output == "the actor went on\n"
+    (found,) = map(json.loads, log.read_text().splitlines())
+    assert begun < found.pop("time") < time.monotonic() and found.pop("pid") not in (driver.pid, os.getpid())
+    process = {"role": "actor", "number": "1", "attempt": "0"}
+    assert found == {"point": "here", "action": "kill_driver", **process, "where": {"version": "3"}}
+
+
+def test_what_acts_is_logged_before_it_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log = tmp_path / "faults.jsonl"
+    monkeypatch.setenv("RLSYS_FAULTS_LOG", str(log))
+    given("step@version=2:full;step@version=4:mine", monkeypatch)
+    for version in range(5):
+        try:
+            faults.fault("step", version=version)
+        except OSError:
+            assert version == 2
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(entry["action"], entry["where"]) for entry in entries] == [
+        ("full", {"version": "2"}),
+        ("mine", {"version": "4"}),
+    ]
+
+
+def test_without_faults_nothing_is_set_for_other_processes() -> None:
+    code = "import os, rlsys.faults; print(os.environ.get('RLSYS_DRIVER_PID'), os.getpid())"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RLSYS_")}
+    for text, expected in (("", "None"), ("here:stop", None)):
+        found = subprocess.run(
+            [sys.executable, "-c", code], env={**environment, "RLSYS_FAULTS": text}, capture_output=True, text=True
+        ).stdout.split()
+        assert found[0] == (expected or found[1])
