@@ -33,6 +33,7 @@ class Buffer:
         self.capacity = (max_staleness + 1) * groups_per_step
         self._groups_per_step = groups_per_step
         self._slots: deque[_Slot] = deque()
+        self._unused: list[int] = []
         self._changed = asyncio.Condition()
 
     async def free(self) -> int:
@@ -50,6 +51,12 @@ class Buffer:
     def replace(self, unused: int, index: int) -> None:
         """Give the slot of a prompt that came to nothing to another one; it keeps its place in the queue."""
         self._find(unused).index = index
+        self._unused.append(unused)
+
+    def take_unused(self) -> list[int]:
+        """Stream indices that came to nothing since the last call."""
+        found, self._unused = self._unused, []
+        return found
 
     async def finish(self, index: int, group: TrajectoryGroup) -> None:
         """Fill the slot reserved for a stream index."""
@@ -66,12 +73,14 @@ class Buffer:
                 slot.taken = True
             return [slot.group for slot in slots if slot.group is not None]
 
-    async def release(self) -> None:
-        """Free the slots that were taken."""
+    async def release(self) -> list[int]:
+        """Free the slots that were taken; answers with their stream indices."""
+        freed = []
         async with self._changed:
             while self._slots and self._slots[0].taken:
-                self._slots.popleft()
+                freed.append(self._slots.popleft().index)
             self._changed.notify_all()
+        return freed
 
     def in_flight(self) -> tuple[int, ...]:
         """Stream indices that were issued and not taken, in order: what a resumed run issues again."""

@@ -7,6 +7,7 @@ The digests guard against accidents, not against a writer with intent: a run dir
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -18,17 +19,20 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from rlsys.errors import CheckpointError, ConfigError
+from rlsys.faults import fault
 from rlsys.types import RunState
 
 MANIFEST = "MANIFEST.json"
 SCHEMA = 1
 _TEMPORARY, _TRASH, _REPLACED = ".tmp-", ".trash-", ".replaced-"
+PINNED = ".pinned"  # an empty file of this suffix beside a checkpoint keeps it
+_ROOM = 1.3  # free space that a save asks for, in sizes of the last one
 
 log = logging.getLogger(__name__)
 
@@ -38,29 +42,46 @@ class CheckpointStore:
 
     Args:
         folder: holds one sub-folder a checkpoint; created where missing.
-        keep_last: checkpoints that stay after a commit, >= 1 (`checkpoint.keep_last`).
+        keep_last: newest checkpoints that stay after a commit, >= 1.
+        keep_every: those of weight versions that are multiples of it stay too; 0 for none.
+        best: whether the largest or the smallest `score` of an info is the best, which stays too; None for neither.
     """
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
+    def __init__(
+        self, folder: Path, keep_last: int, keep_every: int = 0, best: Literal["max", "min"] | None = None
+    ) -> None:
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, found {keep_last}")
         self.folder = folder
         self.keep_last = keep_last
+        self.keep_every = keep_every
+        self.best = best
 
     def begin(self, name: str) -> Path:
         """Make the temporary folder that all writers, of any process, write a checkpoint into.
 
         Raises:
-            CheckpointError: the folder cannot be made (disk full, no permission).
+            CheckpointError: the folder cannot be made (disk full, no permission), or there is no room for a checkpoint
+                of the size of the newest one.
         """
         if not name or name.startswith(".") or "/" in name:
             raise ValueError(f"a checkpoint's name must be a plain folder name, found {name!r}")
         temporary = self.folder / f"{_TEMPORARY}{name}-{uuid.uuid4().hex}"
         try:
             temporary.mkdir(parents=True)
+            self._check_room()
         except OSError as error:
+            self.discard(temporary)
             raise _cannot_write(name, error) from error
         return temporary
+
+    def _check_room(self) -> None:
+        sizes = [size for path in self._newest_first()[:1] if (size := _size(path))]
+        free = shutil.disk_usage(self.folder).free
+        if sizes and free < _ROOM * sizes[0]:
+            raise OSError(
+                errno.ENOSPC, f"{free / 2**20:,.0f} MiB are free, and the last one has {sizes[0] / 2**20:,.0f} MiB"
+            )
 
     def commit(self, temporary: Path, name: str, info: Mapping[str, Any]) -> Path:
         """Make what was written into `temporary` the checkpoint `name`, then remove old checkpoints.
@@ -76,9 +97,13 @@ class CheckpointStore:
         """
         if not isinstance(info.get("weight_version"), int):
             raise ValueError("info needs an integer weight_version")
+        version = info["weight_version"]
         try:
+            fault("checkpoint.seal", version=version)
             _seal(temporary, name, info)
+            fault("checkpoint.rename", version=version)
             target = self._make_visible(temporary, name)
+            fault("checkpoint.visible", version=version)
         except OSError as error:
             self.discard(temporary)
             raise _cannot_write(name, error) from error
@@ -86,7 +111,8 @@ class CheckpointStore:
             self.discard(temporary)
             raise
         try:
-            self._prune(target, info["weight_version"])
+            self._prune(target, version)
+            fault("checkpoint.prune", version=version)
         except OSError as error:
             log.warning("%s: old checkpoints could not be removed: %s", self.folder, error)
         return target
@@ -153,16 +179,27 @@ class CheckpointStore:
         return target
 
     def _prune(self, newest: Path, weight_version: int) -> None:
-        """Keep `newest` and the `keep_last - 1` before it.
+        """Keep `newest` and the `keep_last - 1` before it, the best one, those of `keep_every`, and pinned ones.
 
         Others of the same, a later or an unreadable weight version belong to a course that this one replaces:
         they exist only where they were invalid, or where the run was resumed from an earlier one on purpose.
         """
         others = [path for path in self._newest_first() if path != newest]
-        kept = [path for path in others if _weight_version(path) < weight_version][: self.keep_last - 1]
+        earlier = [path for path in others if _weight_version(path) < weight_version]
+        kept = {*earlier[: self.keep_last - 1], self._best([newest, *earlier])}
         for path in others:
-            if path not in kept:
+            if path not in kept and not (path in earlier and self._is_marked(path)):
                 self._remove(path)
+
+    def _best(self, paths: Sequence[Path]) -> Path | None:
+        """Of those with a score, the newest where several are equal."""
+        sign = -1 if self.best == "min" else 1
+        scores = {path: sign * score for path in paths if self.best and (score := _score(path)) is not None}
+        return max(scores, key=lambda path: scores[path], default=None)
+
+    def _is_marked(self, path: Path) -> bool:
+        kept = self.keep_every and _weight_version(path) % self.keep_every == 0
+        return bool(kept) or path.with_name(path.name + PINNED).exists()
 
     def _remove(self, path: Path) -> None:
         trash = self.folder / f"{_TRASH}{path.name}-{uuid.uuid4().hex}"
@@ -260,6 +297,21 @@ def _weight_version(path: Path) -> float:
         return int(_read_manifest(path)["info"]["weight_version"])
     except (CheckpointError, KeyError, TypeError, ValueError):
         return math.inf
+
+
+def _score(path: Path) -> float | None:
+    """What its info says of it, where it says anything."""
+    with contextlib.suppress(CheckpointError, KeyError, TypeError, ValueError):
+        value = float(_read_manifest(path)["info"]["score"]["value"])
+        return value if math.isfinite(value) else None
+    return None
+
+
+def _size(path: Path) -> int:
+    """Bytes of a checkpoint; 0 where its manifest cannot be read."""
+    with contextlib.suppress(CheckpointError, TypeError, ValueError):
+        return sum(int(entry["size"]) for entry in _read_manifest(path)["files"])
+    return 0
 
 
 def _sha256(file: Path) -> str:

@@ -1,7 +1,8 @@
 """The command line: train, check, evaluate, extract, keys.
 
-Exit codes: 0 the run reached its end; 1 it failed; 2 the input is not usable; 128 + n it was stopped by
-signal n (130 SIGINT, 143 SIGTERM): with its state saved, or, where the line does not say so, aborted without.
+Exit codes: 0 the run reached its end; 1 it failed; 2 the input is not usable; 75 run.time_limit is over; 128 + n it
+was stopped by signal n (130 SIGINT, 143 SIGTERM). The last two with the state saved, or, where the line does not say
+so, aborted without.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from rlsys.config_file import dump_config, load_config
 from rlsys.config_keys import all_keys, suggestion
 from rlsys.errors import AbortedRunError, ConfigError, InterruptedRunError, RlsysError
 from rlsys.search_engines import ModelEngines, describes_a_search, growing, searches_in_training
+from rlsys.stop_signals import TIME_LIMIT
 
 app = typer.Typer(
     help="Post-training of reasoning models with Ray actors, vLLM, DeepSpeed and a verified weight-sync bus.",
@@ -59,7 +61,8 @@ def _exit_with(command: Callable[[], None]) -> None:
         _fail(f"error: {error.message}", 2)
     except (InterruptedRunError, AbortedRunError) as error:
         name = error.message.split()[0].rstrip(";")
-        _fail(f"stopped by {error.message}", 128 + signal.Signals[name].value)
+        code = os.EX_TEMPFAIL if name == TIME_LIMIT else 128 + signal.Signals[name].value
+        _fail(f"stopped by {error.message}", code)
     except RlsysError as error:
         _fail(f"error: {type(error).__name__}: {error.message}", 1)
     except OSError as error:  # no space left, no permission
@@ -103,8 +106,10 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
     resolved = load_config(config, overrides or [])
     from actors.forest_builder import check_tags
     from rlsys.inputs import Inputs
+    from rlsys.saving import check_best_metric
     from rlsys.setup import prepare_model, search_engines
 
+    check_best_metric(resolved)
     with tempfile.TemporaryDirectory() as folder:
         model = prepare_model(resolved, Path(folder))
         engines = search_engines(resolved)

@@ -27,6 +27,9 @@ class RunConfig(Section):
     """Where engines and learner ranks compute."""
     address: str = "local"
     """`local` starts a Ray instance on loopback; anything else is the address of a running cluster."""
+    time_limit: float | None = Field(default=None, gt=0)
+    """Seconds after which a command finishes what is under way, saves and ends with exit code 75; the same command
+    continues. Leave room for one training step and one checkpoint before the end of the job's own time."""
 
 
 class FromScratchConfig(Section):
@@ -238,6 +241,9 @@ class LearnerConfig(Section):
     """The learner is lost where a rank shows no progress within a training step for this many seconds."""
     max_restarts: int = Field(default=4, ge=0)
     """Losses of the learner after which a command goes on from the last checkpoint; one more ends the run."""
+    max_skipped_steps: int = Field(default=3, ge=0)
+    """Training steps in a row that are skipped where a loss or gradient is not finite; at one more the learner is
+    started again from the last checkpoint, and at the second time the run ends."""
 
 
 class OptimizerConfig(Section):
@@ -339,7 +345,16 @@ class CheckpointConfig(Section):
     interval: int = Field(default=20, ge=1)
     """Training steps between checkpoints; stage ends and interruptions always write one."""
     keep_last: int = Field(default=2, ge=1)
-    """Checkpoints kept."""
+    """Newest checkpoints kept. One with an empty file `checkpoints/NAME.pinned` beside it stays too."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints of weight versions that are multiples of this stay; 0 for none."""
+    best_metric: str | None = "held_out/sampled_accuracy"
+    """Metric whose best checkpoint stays, among those whose own step measured it; null for none."""
+    best_mode: Literal["max", "min"] = "max"
+    """Whether the largest or the smallest value is the best."""
+    max_failed_saves: int = Field(default=2, ge=0)
+    """Saves in a row that may fail, as on a full disk, while training goes on; one more ends the run, and so does one
+    at the end of a stage or of an interrupted run."""
 
 
 class EvaluationConfig(Section):

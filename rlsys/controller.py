@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,18 +15,20 @@ from typing import Any, TypeVar
 import psutil
 
 from rlsys.buffer import Buffer
-from rlsys.checkpoint import MANIFEST, read_json, state_to_json, write_json
+from rlsys.checkpoint import MANIFEST, read_json
 from rlsys.config import StageName
 from rlsys.dynamic_sampling import GroupFilter, has_signal
-from rlsys.errors import InterruptedRunError, RlsysError
+from rlsys.errors import InterruptedRunError, NonFiniteLossError, RlsysError
 from rlsys.evaluation import held_out_metrics, sample_groups
-from rlsys.failures import FailureLimit, verifier_limit
+from rlsys.failures import FailureLimit, SkippedSteps, verifier_limit
+from rlsys.faults import fault
 from rlsys.parts import Parts
 from rlsys.producer import Producer
 from rlsys.references import ReferenceScores
 from rlsys.rollout_metrics import engine_metrics, rollout_metrics
+from rlsys.saving import Saving
 from rlsys.training_data import needs_references
-from rlsys.types import RunState, SamplingSettings, TrainingBatch
+from rlsys.types import RunState, SamplingSettings, TrainingBatch, TrajectoryGroup
 
 Result = TypeVar("Result")
 
@@ -42,12 +44,13 @@ class Controller:
     def __init__(self, parts: Parts, state: RunState, checkpoint: Path | None) -> None:
         self.parts = parts
         self.state = state
-        self.checkpoint = checkpoint
+        self.saving = Saving(parts, state, checkpoint)
         self._config = parts.config
         self._stop: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._saved_version = state.weight_version if checkpoint else -1
-        self._checkpoint_seconds = 0.0
         train, counters = parts.config.train, state.counters
+        self._skipped = SkippedSteps(
+            limit=parts.config.learner.max_skipped_steps, total=int(counters.get("skipped_steps", 0))
+        )
         self._rollouts = FailureLimit(
             what="rollouts",
             field="train.max_failed_rollouts",
@@ -86,7 +89,8 @@ class Controller:
             for number in range(self.state.stage, len(stages)):
                 stage = stages[number]
                 if number > self.state.stage:
-                    self.state = replace(self.state, stage=number, step=0)
+                    self.state = replace(self.state, stage=number, step=0, counters={})
+                    self._skipped.total = 0
                 if stage == "search":
                     await self._search()
                 else:
@@ -94,27 +98,27 @@ class Controller:
                 if number + 1 < len(stages):
                     self._check_stopped()
         except InterruptedRunError:
-            await self._save()
+            await self.saving.save(self.state, needed=True)
             raise
 
     async def _train(self, stage: StageName) -> None:
         total = self._config.max_steps(stage)
         if self.state.step < total:
-            shutil.rmtree(self._handed(stage), ignore_errors=True)  # of a smaller max_steps
+            shutil.rmtree(self.saving.handed(stage), ignore_errors=True)  # of a smaller max_steps
             await self._start_stage(stage)
             self.parts.display.stage(stage, total, self.state.step)
             if stage == "online":
                 await self._online(total)
             else:
                 await self._offline(stage, total)
-            await self._save()
-        self._hand_over(stage)  # also where a run was killed between the two
+            await self.saving.save(self.state, needed=True)
+        self.saving.hand_over(stage)  # also where a run was killed between the two
 
     async def _search(self) -> None:
         """Trees of the present policy and the data made of them. No weights change, and nothing is left to do twice."""
         parts = self.parts
         assert parts.search is not None  # noqa: S101 - given wherever the config names the stage
-        policy = self._policy()
+        policy = self.saving.policy()
         if not await asyncio.to_thread(parts.search.is_complete, policy):
             await self._start_stage("search")
             await self._publish_if_new()
@@ -126,15 +130,15 @@ class Controller:
         learner, bus = self.parts.learner, self.parts.bus
         for note in await asyncio.to_thread(self.parts.data.load, stage):
             self.parts.display.message(note)
-        resume = self.checkpoint if self.state.step > 0 else None
+        resume = self.saving.checkpoint if self.state.step > 0 else None
         if resume:
             self.parts.data.check_extracted(read_json(resume / MANIFEST)["info"]["inputs"], resume)
-        reference = self._reference() if stage == "online" and self._config.reference else None
+        reference = self.saving.reference(self.state.stage) if stage == "online" and self._config.reference else None
         scores = await asyncio.to_thread(self._reference_scores, stage)  # reads all weights
         if scores and scores.missing and resume:  # the learner is to hold the policy that the stage began with
-            await learner.start_stage(stage, self._reference(), None, None)
+            await learner.start_stage(stage, self.saving.reference(self.state.stage), None, None)
             await self._score(scores)
-        await learner.start_stage(stage, self._policy(), resume, reference)
+        await learner.start_stage(stage, self.saving.policy(), resume, reference)
         if scores and scores.missing:
             await self._score(scores)
         self.parts.data.references = scores.scores if scores else None
@@ -148,7 +152,7 @@ class Controller:
             return None
         preference = self._config.objective.preference
         key = {
-            "policy": self.parts.policy_digest(self._reference()),
+            "policy": self.parts.policy_digest(self.saving.reference(self.state.stage)),
             "mask_prefix_dpo": preference.mask_prefix_dpo,
         }
         path = self.parts.run_dir / "stages" / f"{stage}.references.json"
@@ -166,7 +170,13 @@ class Controller:
             batch = await self._until_stopped(upcoming)
             if self.state.step + 1 < total:  # while the learner works
                 upcoming = self._batch(stage, self.state.step + 1)
-            figures = await self._learn(batch)
+            try:
+                figures = await self._learn(batch)
+            except NonFiniteLossError as error:  # the same data would come again, so the step counts as made
+                self._skip(error)
+                figures = {}
+                self._advance()
+                self.state = replace(self.state, counters={"skipped_steps": float(self._skipped.total)})
             if self.state.step == total and self._config.stages[-1] == stage:
                 figures |= {**await self._publish(), **await self._evaluate()}
             await self._finish_step(stage, figures, started)
@@ -178,9 +188,18 @@ class Controller:
         """One training step; answers with its figures."""
         with Stopwatch() as watch:
             metrics = await self.parts.learner.train(batch, self.state.step, self.state.weight_version + 1)
-        self.state = replace(self.state, step=self.state.step + 1, weight_version=self.state.weight_version + 1)
+        self._skipped.made()
+        self._advance()
         rate = metrics["learner/tokens"] / watch.seconds
         return {**metrics, "time/learn_s": watch.seconds, "learner/tokens_per_s": rate}
+
+    def _advance(self) -> None:
+        self.state = replace(self.state, step=self.state.step + 1, weight_version=self.state.weight_version + 1)
+
+    def _skip(self, error: NonFiniteLossError) -> None:
+        """Count a training step that the learner left out."""
+        self._skipped.skip(error)
+        self.parts.display.message(f"STEP SKIPPED: {error.message}")
 
     async def _online(self, total: int) -> None:
         """Sample, learn, publish, release; see the module's picture in the README."""
@@ -195,33 +214,46 @@ class Controller:
         async with self._producing(buffer):
             while self.state.step < total:
                 started = time.monotonic()
+                fault("driver.rollout", step=self.state.step + 1)
                 with Stopwatch() as waiting:
                     groups = await self._until_stopped(buffer.take())
-                figures = {
-                    **rollout_metrics(groups, self.state.weight_version, self._filtering.take_unlogged()),
-                    "rollout/filtered": float(self._filtering.groups),
-                    "rollout/filtered_tokens": float(self._filtering.tokens),
-                    "time/rollout_s": waiting.seconds,
-                }
-                figures |= engine_metrics(await parts.pool.search_usage())
-                figures["rollout/failed"] = float(self._rollouts.failed)
-                self._verifications.add_verdicts(groups)
-                self._check_staleness(figures["rollout/staleness_max"])
+                figures = await self._rollout_figures(groups, waiting.seconds)
                 beside = await self._batch("online", self.state.step)
-                figures |= await self._learn(replace(beside, groups=tuple(groups)))
+                try:
+                    figures |= await self._learn(replace(beside, groups=tuple(groups)))
+                except NonFiniteLossError as error:
+                    self._skip(error)
+                    self._filtering.unlogged_tokens += int(figures["rollout/generated_tokens"])
+                    parts.ledger.note("skipped", await buffer.release())
+                    continue
                 figures |= await self._publish()
                 interval = self._config.evaluation.interval
                 if self.state.step == total or (interval and self.state.step % interval == 0):
                     figures |= await self._evaluate()
-                await buffer.release()
+                parts.ledger.note("trained", await buffer.release())
                 self._snapshot(buffer)
                 await self._finish_step("online", figures, started)
+
+    async def _rollout_figures(self, groups: Sequence[TrajectoryGroup], seconds: float) -> dict[str, float]:
+        """What there is to say of a step's groups, which are checked and counted here."""
+        figures = {
+            **rollout_metrics(groups, self.state.weight_version, self._filtering.take_unlogged()),
+            "rollout/filtered": float(self._filtering.groups),
+            "rollout/filtered_tokens": float(self._filtering.tokens),
+            "time/rollout_s": seconds,
+        }
+        figures |= engine_metrics(await self.parts.pool.search_usage())
+        figures["rollout/failed"] = float(self._rollouts.failed)
+        self._verifications.add_verdicts(groups)
+        self._check_staleness(figures["rollout/staleness_max"])
+        return figures
 
     @contextlib.asynccontextmanager
     async def _producing(self, buffer: Buffer) -> AsyncIterator[None]:
         """Fill the buffer in the background. Its failure ends whatever the loop waits for."""
         sampling, train = self._config.sampling, self._config.train
         self.parts.prompts.seek(self.state.cursor, self.state.in_flight)
+        self.parts.ledger.resume(self.state.cursor, self.state.in_flight)
         settings = SamplingSettings(
             samples=train.group_size,
             temperature=sampling.temperature,
@@ -229,7 +261,7 @@ class Controller:
             max_tokens=sampling.max_tokens,
             seed=self._config.run.seed,
         )
-        trained = self.state.step * train.groups_per_step
+        trained = (self.state.step + self._skipped.total) * train.groups_per_step
         self._rollouts.total = self._rollouts.failed + self._filtering.groups + trained
         parts, fraction = self.parts, self._config.search.fraction
         producer = Producer(parts.pool, parts.prompts, buffer, settings, self._rollouts, fraction, self._filtering)
@@ -260,6 +292,7 @@ class Controller:
             raise InterruptedRunError(self._stop.result())
 
     async def _publish(self) -> Mapping[str, float]:
+        fault("driver.publish", version=self.state.weight_version)
         return await self.parts.bus.publish(self.state.weight_version)
 
     async def _publish_if_new(self) -> None:
@@ -297,8 +330,12 @@ class Controller:
                 "filtered_groups": float(self._filtering.groups),
                 "filtered_tokens": float(self._filtering.tokens),
                 "unlogged_tokens": float(self._filtering.unlogged_tokens),
+                "skipped_steps": float(self._skipped.total),
             },
         )
+        ledger, state = self.parts.ledger, self.state
+        ledger.note("filtered", buffer.take_unused())
+        ledger.close_step(state.weight_version, state.cursor, state.in_flight)
 
     def _check_staleness(self, found: float) -> None:
         bound = self._config.train.max_staleness
@@ -312,69 +349,19 @@ class Controller:
         """
         rest = {
             "time/step_s": time.monotonic() - started,
-            "time/checkpoint_s": self._checkpoint_seconds,
+            "time/checkpoint_s": self.saving.take_seconds(),
+            "process/failed_saves": float(self.saving.failed),
+            "learner/skipped_steps": float(self._skipped.total),
             "process/actor_restarts": float(self.parts.pool.restarts),
             "process/driver_rss_mib": psutil.Process().memory_info().rss / 2**20,
         }
-        self._checkpoint_seconds = 0.0
         self.parts.metrics.log(stage, self.state.step, self.state.weight_version, {**figures, **rest})
         self.parts.display.step({**figures, **rest})
+        self.saving.measured(self.state.weight_version, figures)
         if self.state.step % self._config.checkpoint.interval == 0:
-            await self._save()
+            await self.saving.save(self.state, needed=False)
         if self.state.step < self._config.max_steps(stage):
             self._check_stopped()
-
-    async def _save(self) -> None:
-        """Commit a checkpoint of the present state, unless there is one already."""
-        state, store = self.state, self.parts.checkpoints
-        if self._saved_version == state.weight_version or state.weight_version == 0:
-            return
-        with Stopwatch() as watch:
-            name = f"step_{state.weight_version:06d}"
-            temporary = store.begin(name)
-            try:
-                await self.parts.learner.save(temporary)
-                for path in self.parts.tokenizer_files:
-                    shutil.copy(path, temporary / "policy")
-                write_json(temporary / "state.json", state_to_json(state))
-            except BaseException:
-                store.discard(temporary)
-                raise
-            info = {
-                "weight_version": state.weight_version,
-                "stage": self._config.stages[state.stage],
-                "inputs": {**self.parts.fingerprint, **self.parts.data.extracted()},
-            }
-            self.checkpoint = await asyncio.to_thread(store.commit, temporary, name, info)
-        self._saved_version = state.weight_version
-        self._checkpoint_seconds = watch.seconds
-
-    def _hand_over(self, stage: StageName) -> None:
-        """Keep the policy a finished stage hands to the next one, as hard links into its checkpoint where it can."""
-        assert self.checkpoint is not None  # noqa: S101 - every finished stage has saved one
-        target = self._handed(stage)
-        temporary = target.with_name(f".{stage}")  # under its name it is complete
-        for folder in (target, temporary):
-            shutil.rmtree(folder, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for path in sorted((self.checkpoint / "policy").iterdir()):
-            try:
-                (temporary / path.name).hardlink_to(path)
-            except OSError:  # some network file systems have no hard links
-                shutil.copy(path, temporary / path.name)
-        temporary.rename(target)
-
-    def _handed(self, stage: StageName) -> Path:
-        return self.parts.run_dir / "stages" / stage
-
-    def _policy(self) -> Path:
-        """The newest policy: that of the newest checkpoint, or the initial one."""
-        return self.checkpoint / "policy" if self.checkpoint else self.parts.model
-
-    def _reference(self) -> Path:
-        """The policy that the stage began with: what the stage before handed over, or the initial one."""
-        before = [stage for stage in self._config.stages[: self.state.stage] if stage != "search"]
-        return self._handed(before[-1]) if before else self.parts.model
 
 
 class Stopwatch:

@@ -43,7 +43,11 @@ class WeightSyncError(RlsysError):
 
 
 class NonFiniteLossError(RlsysError):
-    """A loss or gradient norm is NaN or infinite; nothing of it was published."""
+    """A loss or gradient norm is NaN or infinite; the training step was not made and nothing of it was published."""
+
+
+class NonFiniteStepsError(LearnerLostError):
+    """Too many training steps in a row were not finite: the learner is no longer trusted."""
 
 
 class CheckpointError(RlsysError):
@@ -55,7 +59,7 @@ class TooManyFailuresError(RlsysError):
 
 
 class InterruptedRunError(RlsysError):
-    """The run was asked to end; its state is saved. The message begins with the signal's name."""
+    """The run was asked to end; its state is saved. The message begins with the signal's name, or run.time_limit."""
 
 
 class AbortedRunError(RlsysError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlsys.errors import TooManyFailuresError
+from rlsys.errors import NonFiniteLossError, NonFiniteStepsError, TooManyFailuresError
 from rlsys.types import TrajectoryGroup
 
 
@@ -77,3 +77,33 @@ def verifier_limit(share: float, failed: int = 0, total: int = 0) -> FailureLimi
     """The limit of train.max_verifier_failures. failed, total: counted before, where a run is resumed."""
     field = "train.max_verifier_failures"
     return FailureLimit(what="verifications", field=field, share=share, failed=failed, total=total)
+
+
+@dataclass(slots=True, kw_only=True)
+class SkippedSteps:
+    """Counts training steps that are left out because a loss or gradient was not finite.
+
+    limit: learner.max_skipped_steps, in a row. total: of the run so far.
+    """
+
+    limit: int
+    total: int = 0
+    _in_a_row: int = 0
+
+    def made(self) -> None:
+        """A step was made."""
+        self._in_a_row = 0
+
+    def skip(self, error: NonFiniteLossError) -> None:
+        """Count one.
+
+        Raises:
+            NonFiniteStepsError: there are too many in a row.
+        """
+        self.total += 1
+        self._in_a_row += 1
+        if self._in_a_row > self.limit:
+            raise NonFiniteStepsError(
+                f"{self._in_a_row} training steps in a row were not finite, more than learner.max_skipped_steps = "
+                f"{self.limit}; the last: {error.message}"
+            )

@@ -37,17 +37,27 @@ from rlsys.config import Config
 from rlsys.config_file import dump_config
 from rlsys.controller import Controller
 from rlsys.display import Display
-from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedRunError, LearnerLostError
+from rlsys.errors import (
+    AbortedRunError,
+    ConfigError,
+    EngineError,
+    InterruptedRunError,
+    LearnerLostError,
+    NonFiniteStepsError,
+)
+from rlsys.faults import fault
 from rlsys.fleet import Fleet
 from rlsys.inputs import Inputs
+from rlsys.ledger import Ledger
 from rlsys.metrics import MetricsWriter
 from rlsys.parts import Parts
 from rlsys.remote import RayActor, RayLearner
 from rlsys.resume import Start, all_steps_made, check_extraction, check_inputs, find_again, find_start
+from rlsys.saving import check_best_metric
 from rlsys.search_engines import ModelEngines, Searching, growing, searches_in_training
 from rlsys.search_stage import GrownSearch
 from rlsys.setup import prepare_model, search_engines, tokenizer_files
-from rlsys.stop_signals import StopSignals
+from rlsys.stop_signals import TIME_LIMIT, StopSignals
 from rlsys.training_data import search_folder
 from rlsys.tree_search import find_prompts, writer_digests
 from rlsys.trees import Writer
@@ -56,7 +66,8 @@ from rlsys.weights import WeightBus
 
 Measure = Callable[[Fleet, list[Prompt], Config], Awaitable[dict[str, Any]]]
 Grow = Callable[[Fleet, StopSignals], Awaitable[None]]
-FIRST_SIGNAL = "{}: stopping after what is under way, and saving; once more to abort"
+FIRST_SIGNAL = "{}: stopping after what is under way, and saving"
+ONCE_MORE = "; once more to abort"
 ABORTED = " for the second time; training since the last checkpoint is lost"
 # Calls of one actor under way. At Ray's own limit, 1000, questions for the usage would wait behind trees.
 MAX_CALLS = 10_000
@@ -87,9 +98,13 @@ def train(config: Config) -> str:
         RlsysError: every expected failure; InterruptedRunError after SIGINT or SIGTERM, with the state saved.
     """
     run_dir = Path(config.run.dir).absolute()
-    with StopSignals(" before anything was trained") as stop, RunLock(run_dir):
-        store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep_last)
+    check_best_metric(config)
+    kept = config.checkpoint
+    with StopSignals(" before anything was trained", config.run.time_limit) as stop, RunLock(run_dir):
+        best = kept.best_mode if kept.best_metric else None
+        store = CheckpointStore(run_dir / "checkpoints", kept.keep_last, kept.keep_every, best)
         store.sweep()
+        fault("driver.start")
         start = find_start(config, run_dir, store)
         if is_complete(config, start, run_dir):
             return report.complete(config, start.state.step) + report.finished(config)
@@ -169,7 +184,7 @@ def grow_trees(config: Config, run_dir: Path, prepare: Callable[[Inputs, Mapping
             policy and the folder of every model. It answers None where nothing is left to do. What it answers else
             may ask the signals to wait for an end of its own.
     """
-    with StopSignals(TREES_KEPT) as stop, RunLock(run_dir):
+    with StopSignals(TREES_KEPT, config.run.time_limit) as stop, RunLock(run_dir):
         policy = prepare_model(config, run_dir)
         engines = search_engines(config)
         serving, model, searching = growing(config, policy, engines)
@@ -213,12 +228,15 @@ async def _train(cluster: Cluster, session: Session) -> None:
         learner = RayLearner(lambda attempt: learner_handles(cluster, inputs.pad_token_id, first, attempt), config)
         bus = WeightBus(learner, pool, config.weight_sync, _dtype(config), inputs.probe())
         asked: list[str] = []  # signals
+        not_finite = 0
+        fault("driver.up")
         for lost in range(config.learner.max_restarts + 1):
             try:
                 await _run(session, start, pool, learner, bus, asked)
                 return
             except LearnerLostError as error:
-                if lost == config.learner.max_restarts or asked:
+                not_finite += isinstance(error, NonFiniteStepsError)
+                if lost == config.learner.max_restarts or asked or not_finite > 1:
                     raise
                 start = find_again(config, run_dir, session.store)
                 display.message(f"the learner is lost and started again: {error.message}; {start.describe()}")
@@ -232,7 +250,8 @@ async def _run(
     """From a start to the end of the last stage. asked: gets the name of a signal that asks for an end before that."""
     config, run_dir, inputs, display = session.config, session.run_dir, session.inputs, session.display
     # Rows of an attempt that never reached a checkpoint are of no run: -1 drops them all.
-    metrics = MetricsWriter(run_dir, start.state.weight_version if start.checkpoint else -1)
+    version = start.state.weight_version if start.checkpoint else -1
+    metrics, ledger = MetricsWriter(run_dir, version), Ledger(run_dir, version)
     parts = Parts(
         config=config,
         run_dir=run_dir,
@@ -243,6 +262,7 @@ async def _run(
         bus=bus,
         checkpoints=session.store,
         metrics=metrics,
+        ledger=ledger,
         display=display,
         prompts=inputs.prompts,
         data=inputs.data,
@@ -253,7 +273,7 @@ async def _run(
     controller = Controller(parts, start.state, start.checkpoint)
 
     def ask(name: str) -> None:
-        display.message(FIRST_SIGNAL.format(name))
+        display.message(FIRST_SIGNAL.format(name) + ("" if name == TIME_LIMIT else ONCE_MORE))
         asked.append(name)
         controller.interrupt(name)
 
@@ -263,6 +283,7 @@ async def _run(
         session.stop.ask_first(lambda _name: None, AFTER_THE_END)
     finally:
         metrics.close()
+        ledger.close()
 
 
 def _search_stage(session: Session, pool: Fleet) -> GrownSearch:

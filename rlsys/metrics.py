@@ -125,6 +125,9 @@ _SPECS = (
     MetricSpec("learner/tokens", "tokens", "tokens of the step's rows, prompts included"),
     MetricSpec("learner/tokens_per_s", "tokens/s", "real tokens over the learning time, all ranks", True),
     MetricSpec("learner/updates", "updates", "optimizer updates of the step"),
+    MetricSpec(
+        "learner/skipped_steps", "steps", "training steps of the stage so far left out: a loss or gradient not finite"
+    ),
     MetricSpec("learner/logprob_gap_max", "nats", "largest |actor - learner| of a trained token"),
     MetricSpec("learner/logprob_gap_mean", "nats", "mean |actor - learner| of the trained tokens"),
     MetricSpec("learner/padding_share", "share", "positions of the micro-batches that are padding"),
@@ -157,6 +160,7 @@ _SPECS = (
     MetricSpec("time/evaluate_s", "s", "held-out evaluation", True),
     MetricSpec("time/step_s", "s", "the whole training step", True),
     MetricSpec("process/actor_restarts", "actors", "lost and replaced since this command began", True),
+    MetricSpec("process/failed_saves", "saves", "checkpoints not written since this command began", True),
     MetricSpec("process/driver_rss_mib", "MiB", "resident memory of the driver", True),
 )
 

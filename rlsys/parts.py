@@ -12,6 +12,7 @@ from rlsys.checkpoint import CheckpointStore
 from rlsys.config import Config
 from rlsys.display import Display
 from rlsys.interfaces import Learner, RolloutPool
+from rlsys.ledger import Ledger
 from rlsys.metrics import MetricsWriter
 from rlsys.prompts import PromptStream
 from rlsys.setup import weights_digest
@@ -54,6 +55,7 @@ class Parts:
     bus: WeightBus
     checkpoints: CheckpointStore
     metrics: MetricsWriter
+    ledger: Ledger
     display: Display
     prompts: PromptStream
     data: TrainingData

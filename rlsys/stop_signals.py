@@ -1,10 +1,11 @@
-"""What SIGINT and SIGTERM do to a command, from its first second to its last."""
+"""What SIGINT, SIGTERM and run.time_limit do to a command, from its first second to its last."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import signal
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from rlsys.errors import AbortedRunError
 
 Result = TypeVar("Result")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TIME_LIMIT = "run.time_limit"  # in place of a signal's name
 
 
 class _Stopped(BaseException):
@@ -25,10 +27,14 @@ class StopSignals:
 
     Args:
         outcome: ends the sentence "stopped by SIGINT ...".
+        time_limit_s: seconds from now after which an end is asked for as by a first signal, under the name
+            run.time_limit. It never aborts what is being saved, and the signal that follows it is still the first.
     """
 
-    def __init__(self, outcome: str = "") -> None:
+    def __init__(self, outcome: str = "", time_limit_s: float | None = None) -> None:
         self._outcome = outcome
+        self._deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
+        self._asked = False
         self._ask: Callable[[str], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[Any] | None = None
@@ -66,6 +72,9 @@ class StopSignals:
             if self._aborted is not None:  # between the start of the loop and this
                 work.close()
                 raise asyncio.CancelledError
+            if self._deadline is not None:
+                wait = max(0.0, self._deadline - time.monotonic())
+                asyncio.get_running_loop().call_later(wait, self._time_is_up)
             return await work
         finally:
             self._ended = True
@@ -84,11 +93,23 @@ class StopSignals:
             return
         if self._ask is not None:
             ask, self._ask = self._ask, None
+            self._asked = True
             ask(name)
         else:
-            self._aborted = AbortedRunError(f"{name}{self._outcome}")
-            if self._task is not None:
-                self._task.cancel()
+            self._abort(name)
+
+    def _abort(self, name: str) -> None:
+        self._aborted = AbortedRunError(f"{name}{self._outcome}")
+        if self._task is not None:
+            self._task.cancel()
+
+    def _time_is_up(self) -> None:
+        if self._ended or self._asked:
+            return
+        if self._ask is not None:
+            self._ask(TIME_LIMIT)
+        else:  # nothing has begun that could be saved
+            self._abort(TIME_LIMIT)
 
 
 @contextlib.contextmanager

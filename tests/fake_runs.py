@@ -16,6 +16,7 @@ from rlsys.config_file import parse_config
 from rlsys.controller import Controller
 from rlsys.demonstrations import DemonstrationStream
 from rlsys.display import Display
+from rlsys.ledger import Ledger
 from rlsys.metrics import MetricsWriter, read_rows
 from rlsys.parts import Parts
 from rlsys.prompts import PromptBuilder, PromptStream
@@ -55,7 +56,8 @@ class Run:
         self.model = run_dir / "model"
         self.model.mkdir(parents=True, exist_ok=True)
         (self.model / "tokenizer.json").write_text("{}")
-        self.checkpoints = CheckpointStore(run_dir / "checkpoints", settings.checkpoint.keep_last)
+        kept = settings.checkpoint
+        self.checkpoints = CheckpointStore(run_dir / "checkpoints", kept.keep_last, kept.keep_every, kept.best_mode)
         self.checkpoint = self.checkpoints.latest()
         self.state = state_from_json(read_json(self.checkpoint / "state.json")) if self.checkpoint else START
         self.task = NumberTask(5)
@@ -80,6 +82,7 @@ class Run:
             bus=WeightBus(self.learner, self.pool, self.config.weight_sync, "fp32", PROBE),
             checkpoints=self.checkpoints,
             metrics=metrics,
+            ledger=Ledger(self.run_dir, self.state.weight_version if self.checkpoint else -1),
             display=Display(Console(file=io.StringIO())),
             prompts=PromptStream(builder, 0),
             data=self.data,

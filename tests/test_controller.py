@@ -15,7 +15,7 @@ from fake_runs import KINDS, Run, config
 from fakes import searched_group
 
 from rlsys.controller import Controller
-from rlsys.errors import EngineError, InterruptedRunError, NonFiniteLossError, RlsysError, TooManyFailuresError
+from rlsys.errors import EngineError, InterruptedRunError, RlsysError, TooManyFailuresError
 from rlsys.metrics import read_rows
 from rlsys.producer import is_searched
 from rlsys.trees import SearchUsage
@@ -332,24 +332,6 @@ def test_a_group_above_the_staleness_bound_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RlsysError, match=r"staleness 1 .* train\.max_staleness is 0"):
         run()
     assert run.only("train") == [("train", 1)]
-
-
-@pytest.mark.parametrize("stage", ["online", "warm_start"])
-def test_a_training_step_that_is_not_finite_publishes_saves_and_logs_nothing(stage: str, tmp_path: Path) -> None:
-    run = Run(tmp_path, config(stages=[stage], checkpoint={"interval": 1}))
-
-    def spoilt(version: int) -> None:
-        if version == 2:
-            raise NonFiniteLossError("joint loss is nan")
-
-    run.learner.on_train = spoilt
-    with pytest.raises(NonFiniteLossError, match="joint loss is nan"):
-        run()
-    assert run.only("train", "save") == [("train", 1), ("save", 1), ("train", 2)]
-    assert [call[-1] for call in run.only("export", "update")] == ([0, 0, 0, 0, 1, 1, 1] if stage == "online" else [0])
-    assert list(run.saved()) == ["step_000001"]
-    assert run.rows()[-1] == (stage, 1)
-    assert not (tmp_path / "stages").exists()
 
 
 def test_a_learner_that_fails_ends_the_run_and_no_checkpoint_is_left_half_written(tmp_path: Path) -> None:
