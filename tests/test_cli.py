@@ -46,6 +46,12 @@ def raising(error: BaseException) -> Callable[[], None]:
         (InterruptedRunError("SIGTERM; the state is saved"), 143, "stopped by SIGTERM; the state is saved"),
         (AbortedRunError("SIGINT before anything was trained"), 130, "stopped by SIGINT before anything was trained"),
         (AbortedRunError("SIGTERM"), 143, "stopped by SIGTERM"),
+        (
+            InterruptedRunError("run.time_limit; the state is saved"),
+            75,
+            "stopped by run.time_limit; the state is saved",
+        ),
+        (AbortedRunError("run.time_limit before it began"), 75, "stopped by run.time_limit before it began"),
         (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "error: [Errno 28] No space left on device: 'x'"),
         (KeyboardInterrupt(), 130, "stopped by SIGINT"),
     ],

@@ -192,3 +192,45 @@ def test_a_cleanup_is_not_cut_short() -> None:
     with pytest.raises(ZeroDivisionError), signals_ignored():
         raise ZeroDivisionError
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_the_time_limit_asks_like_a_first_signal_and_never_aborts_what_is_asked_for() -> None:
+    asked: list[str] = []
+
+    async def work(stop: StopSignals) -> None:
+        stop.ask_first(asked.append, " for the second time")
+        asyncio.get_running_loop().call_later(0.2, raise_signal, signal.SIGTERM)  # the end of the job's own time
+        await asyncio.sleep(0.5)
+        raise InterruptedRunError(asked[0])
+
+    with StopSignals(time_limit_s=0.05) as stop, pytest.raises(InterruptedRunError, match=r"^run\.time_limit$"):
+        stop.run(work(stop))
+    assert asked == ["run.time_limit", "SIGTERM"]
+
+
+def test_the_time_limit_after_a_signal_changes_nothing() -> None:
+    asked: list[str] = []
+
+    async def work(stop: StopSignals) -> None:
+        stop.ask_first(asked.append, " for the second time")
+        raise_signal(signal.SIGTERM)
+        await asyncio.sleep(0.3)
+
+    with StopSignals(time_limit_s=0.1) as stop:
+        stop.run(work(stop))
+    assert asked == ["SIGTERM"]
+
+
+def test_a_time_limit_that_ends_before_there_is_anything_to_save_ends_the_command() -> None:
+    cleaned: list[str] = []
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(5)
+        finally:
+            cleaned.append("cleaned")
+
+    expected = r"^run\.time_limit before anything was trained$"
+    with StopSignals(" before anything was trained", 0.05) as stop, pytest.raises(AbortedRunError, match=expected):
+        stop.run(work())
+    assert cleaned == ["cleaned"]
