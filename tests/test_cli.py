@@ -89,17 +89,18 @@ def test_version(run) -> None:
 
 
 def test_keys(run) -> None:
-    code, output, _ = run("keys", "checkpoint")
+    code, output, _ = run("keys", "rewards")
     assert code == 0
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "checkpoint." in line]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "rewards." in line]
     assert rows == [
+        ["rewards.workers", "whole number", "1", "Verifier processes of one actor."],
         [
-            "checkpoint.interval",
-            "whole number",
-            "20",
-            "Training steps between checkpoints; stage ends and interruptions always write one.",
+            "rewards.timeout_s",
+            "number",
+            "10.0",
+            "Deadline of one verification; later the process is killed and the outcome is `timeout`.",
         ],
-        ["checkpoint.keep_last", "whole number", "2", "Checkpoints kept."],
+        ["rewards.memory_mib", "whole number", "2048", "Address-space limit of a verifier process."],
     ]
     assert "train.optimizer.learning_rate" in run("keys")[1]
 
