@@ -18,7 +18,7 @@ from learners.learner_actor import LearnerActor
 from rlsys import launch
 from rlsys.config import Config
 from rlsys.config_file import parse_config
-from rlsys.errors import AbortedRunError
+from rlsys.errors import AbortedRunError, LearnerLostError, NonFiniteStepsError
 from rlsys.search_engines import ModelEngines, Searching, engine_settings, given_models
 from rlsys.stop_signals import StopSignals
 
@@ -283,3 +283,72 @@ def test_an_evaluation_with_search_has_the_reviewer_beside_it(
     ]
     asked = {"policy": tmp_path, "reviewer": Path("r")}
     assert started.tokenizers == ([asked] if answers else [])
+
+
+class Recovery:
+    """`_train` over a run that fails as it is told to; what was done between the attempts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, errors: list[Exception | None], **learner: Any) -> None:
+        self.done: list[str] = []
+        self.errors = errors
+        nothing = SimpleNamespace(describe=lambda: "resuming", checkpoint=None)
+        actions = SimpleNamespace(
+            restart=self.act("restart"), withdraw=self.act("withdraw"), forget=lambda: self.done.append("forget")
+        )
+
+        @contextlib.asynccontextmanager
+        async def pool(*_arguments: Any):  # noqa: ANN202
+            yield actions
+
+        async def run(*_arguments: Any) -> None:
+            self.done.append("run")
+            if error := self.errors.pop(0):
+                raise error
+
+        monkeypatch.setattr(launch, "rollout_pool", pool)
+        monkeypatch.setattr(launch, "RayLearner", lambda *_arguments: actions)
+        monkeypatch.setattr(launch, "WeightBus", lambda *_arguments: actions)
+        monkeypatch.setattr(launch, "find_again", lambda *_arguments: nothing)
+        monkeypatch.setattr(launch, "_run", run)
+        inputs = SimpleNamespace(notes=(), probe=lambda: None)
+        self.session: Any = SimpleNamespace(
+            config=config(learner=learner),
+            run_dir=Path("d"),
+            store=None,
+            start=nothing,
+            model=Path("m"),
+            searching=None,
+            inputs=inputs,
+            display=SimpleNamespace(message=lambda text: None),
+        )
+
+    def act(self, name: str) -> Any:
+        async def action() -> None:
+            self.done.append(name)
+
+        return action
+
+    def __call__(self) -> list[str]:
+        cluster: Any = SimpleNamespace(config=self.session.config)
+        asyncio.run(launch._train(cluster, self.session))
+        return self.done
+
+
+AGAIN = ["run", "withdraw", "restart", "forget"]
+
+
+def test_a_lost_learner_is_started_again_as_often_as_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = [LearnerLostError("rank 1 died"), LearnerLostError("rank 0 died")]
+    assert Recovery(monkeypatch, [*lost, None], max_restarts=2)() == [*AGAIN, *AGAIN, "run"]
+    recovery = Recovery(monkeypatch, [*lost, None], max_restarts=1)
+    with pytest.raises(LearnerLostError, match="rank 0 died"):
+        recovery()
+    assert recovery.done == [*AGAIN, "run"]
+
+
+def test_steps_that_are_not_finite_take_the_run_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = [NonFiniteStepsError("4 steps"), LearnerLostError("rank 1 died"), NonFiniteStepsError("4 more")]
+    recovery = Recovery(monkeypatch, [*bad, None], max_restarts=9)
+    with pytest.raises(NonFiniteStepsError, match="4 more"):
+        recovery()
+    assert recovery.done == [*AGAIN, *AGAIN, "run"]
