@@ -297,7 +297,7 @@ class Recovery:
         )
 
         @contextlib.asynccontextmanager
-        async def pool(*_arguments: Any):  # noqa: ANN202
+        async def pool(*_arguments: Any):
             yield actions
 
         async def run(*_arguments: Any) -> None:
