@@ -31,8 +31,8 @@ reproduce: .venv/.installed ## the paper's ablation, joint training against GRPO
 test: .venv/.installed ## run the tests, about 8 minutes on 2 cores
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" $(ARGS)
 
-test-long: .venv/.installed ## run the tests that take longer
-	$(TEST_ENV) $(BIN)/python -m pytest -m long --timeout 3600 $(ARGS)
+test-long: .venv/.installed ## run the tests that take longer, and write the table of docs/reliability.md
+	RLSYS_WRITE_FIGURES=1 $(TEST_ENV) $(BIN)/python -m pytest -m long --timeout 3600 $(ARGS)
 
 lint: .venv/.installed ## ruff, the type checker and the layer contracts
 	$(BIN)/ruff check .
