@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import yaml
@@ -70,6 +71,7 @@ class Seen:
     ray_folders: set[str] = field(default_factory=set)
     actor_children: dict[int, list[str]] = field(default_factory=dict)  # command lines by process, one a look
     names: set[str] = field(default_factory=set)
+    verifiers: dict[int, psutil.Process] = field(default_factory=dict)  # which inherit next to nothing, by process id
 
     @property
     def ports(self) -> set[int]:
@@ -94,9 +96,16 @@ class Command:
         )
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
-        self._output: tuple[str, str] = ("", "")
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self.lines: list[tuple[float, str]] = []  # all that was said so far, with the time.monotonic() of its arrival
+        self._output: tuple[list[str], list[str]] = ([], [])
+        streams = zip((self._process.stdout, self._process.stderr), self._output, strict=True)
+        self._readers = [threading.Thread(target=self._read, args=each, daemon=True) for each in streams]
+        for reader in self._readers:
+            reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def running(self) -> bool:
@@ -104,11 +113,11 @@ class Command:
 
     @property
     def stdout(self) -> str:
-        return self._output[0]
+        return "".join(self._output[0])
 
     @property
     def stderr(self) -> str:
-        return self._output[1]
+        return "".join(self._output[1])
 
     def wait(self) -> int:
         """The exit code."""
@@ -118,17 +127,27 @@ class Command:
 
     def finish(self) -> Command:
         """Wait for success; the outputs are complete then."""
-        code = self.wait()
-        self._reader.join(timeout=10)
+        code = self._end()
         assert code == 0, f"exit code {code}\n{self.stdout}\n{self.stderr}"
         return self
 
     def fail(self, code: int) -> str:
         """Wait for a failure; its standard error."""
-        found = self.wait()
-        self._reader.join(timeout=10)
+        found = self._end()
         assert found == code, f"exit code {found}, expected {code}\n{self.stdout}\n{self.stderr}"
         return self.stderr
+
+    def _end(self) -> int:
+        code = self.wait()
+        for reader in self._readers:
+            reader.join(timeout=10)
+        return code
+
+    def said(self, text: str, after: float = 0.0) -> tuple[float, str]:
+        """The first line that holds a text, with its time, among those that came after a time."""
+        found = [(time, line) for time, line in self.lines if text in line and time >= after]
+        assert found, f"{text!r} was not said\n{self.stdout}\n{self.stderr}"
+        return found[0]
 
     def signal(self, number: signal.Signals, group: bool) -> None:
         """Signal the driver, or its whole group as a terminal's Ctrl-C does."""
@@ -136,7 +155,8 @@ class Command:
 
     def left_over(self) -> list[str]:
         """Processes of this command that run, ports that listen, and Ray's folders that exist."""
-        processes = [f"process {process.pid} {_command_line(process)}" for process in marked(self.mark)]
+        alive = [*marked(self.mark), *filter(_runs, self.seen.verifiers.values())]
+        processes = [f"process {process.pid} {_command_line(process)}" for process in alive]
         connections = psutil.net_connections("tcp")
         listening = {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
         return processes + [f"port {port}" for port in sorted(self.seen.ports & listening)]
@@ -150,12 +170,14 @@ class Command:
 
     def kill(self) -> None:
         """Clean up after a failed test."""
-        for process in [*marked(self.mark)]:
+        for process in [*marked(self.mark), *filter(_runs, self.seen.verifiers.values())]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
-    def _read(self) -> None:
-        self._output = self._process.communicate()
+    def _read(self, stream: IO[str], kept: list[str]) -> None:
+        for line in stream:
+            self.lines.append((time.monotonic(), line))
+            kept.append(line)
 
     def _watch(self) -> None:
         while self.running:
@@ -176,6 +198,8 @@ class Command:
             for child in process.children(recursive=True):
                 if line := _command_line(child):  # one that has ended and is not waited for yet has none
                     self.seen.actor_children.setdefault(child.pid, []).append(line)
+                    if "actors.reward_worker" in line:
+                        self.seen.verifiers.setdefault(child.pid, child)
 
 
 def marked(mark: str) -> Iterator[psutil.Process]:
@@ -196,6 +220,13 @@ def _command_line(process: psutil.Process) -> str:
         return ""
 
 
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def write_config(folder: Path, values: Mapping[str, Any]) -> str:
     """Write a config that runs in `folder`/run; its path."""
     path = folder / "config.yaml"
@@ -208,6 +239,34 @@ def wait_for_row(command: Command, run_dir: Path, stage: str, step: int) -> None
     while not any(row["stage"] == stage and row["step"] >= step for row in read_rows(run_dir / "metrics.jsonl")):
         assert command.running, f"the run ended early\n{command.stdout}\n{command.stderr}"
         time.sleep(0.01)
+
+
+def faults_in(log: Path) -> list[dict[str, Any]]:
+    """What has acted, of a file of RLSYS_FAULTS_LOG, in order."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return sorted((json.loads(line) for line in lines), key=lambda entry: entry["time"])
+
+
+@contextlib.contextmanager
+def row_times(run_dir: Path) -> Iterator[list[tuple[float, int]]]:
+    """While in the block: when metrics.jsonl was seen to end with another weight version, and with which."""
+    found: list[tuple[float, int]] = []
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.05):
+            rows = read_rows(run_dir / "metrics.jsonl")
+            version = rows[-1]["weights/version"] if rows else -1
+            if not found or found[-1][1] != version:
+                found.append((time.monotonic(), version))
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        watcher.join()
 
 
 def steady_rows(run_dir: Path) -> list[dict[str, Any]]:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+from rlsys.ledger import FATES, read_ledger
 
 VARIABLE = "RLSYS_WRITE_FIGURES"
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -37,7 +40,8 @@ class Row:
     promise: what is to happen, in a few words. injection: how it was made to happen.
     runs, passed: how often it was injected, and how often all that is promised was found.
     detection_s: the longest time from the fault to the moment it is known, seconds.
-    recovery_s: the longest time from the fault until everything works as before, seconds.
+    recovery_s: the longest time from the fault until everything works as before, seconds; where the fault ends the
+        command, from the start of the next one to its first new training step.
     steps_lost: training steps of the worst run that had to be made again.
     prompts_lost, trained_twice: prompts of all runs that no step has trained though it should have, or two have.
     processes_left: processes of all runs that outlived them.
@@ -83,6 +87,14 @@ def with_table(text: str, rows: str) -> str:
     if not (begin and end) or BEGIN in after or END in before + after:
         raise ValueError(f"docs/reliability.md: expected one {BEGIN} and then one {END}")
     return f"{before}{BEGIN}\n\n{rows}\n{END}{after}"
+
+
+def lost_and_twice(run: Path) -> tuple[int, int]:
+    """Prompts of a finished run, by its ledger: without a fate up to the last that has one, and those that have two."""
+    lines = read_ledger(run / "ledger.jsonl")
+    assert lines, f"{run} has no ledger"
+    fates = Counter(index for line in lines for fate in FATES for index in line[fate])
+    return max(fates) + 1 - len(fates), sum(count > 1 for count in fates.values())
 
 
 def table(rows: Mapping[str, Row]) -> str:

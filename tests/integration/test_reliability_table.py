@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from reliability import BEGIN, END, Row, record, table, with_table
+from reliability import BEGIN, END, Row, lost_and_twice, record, table, with_table
 
 ROW = Row(
     fault="driver killed",
@@ -65,3 +65,19 @@ def test_a_page_that_is_not_there_is_begun(tmp_path: Path, monkeypatch: pytest.M
 def test_a_page_without_its_markers_is_left_alone(text: str) -> None:
     with pytest.raises(ValueError, match=r"expected one <!-- figures --> and then one <!-- end of figures -->"):
         with_table(text, "rows")
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([[0, 1], [3, 4]], (0, 0)),  # 2 was filtered
+        ([[0, 1], [4, 5]], (1, 0)),
+        ([[0, 1], [1, 3]], (0, 1)),
+        ([[0, 2], [3, 4]], (1, 1)),  # 2 was trained though it had been filtered
+    ],
+)
+def test_prompts_are_counted_in_the_ledger(steps: list[list[int]], expected: tuple[int, int], tmp_path: Path) -> None:
+    lines = [{"version": n, "trained": step, "filtered": [], "skipped": []} for n, step in enumerate(steps, start=1)]
+    lines[0]["filtered"] = [2]
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert lost_and_twice(tmp_path) == expected
