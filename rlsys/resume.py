@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from rlsys.checkpoint import MANIFEST, CheckpointStore, read_json, state_from_json, write_json
 from rlsys.config import Config
-from rlsys.config_file import fixed_fields, flat_fields, load_config
+from rlsys.config_file import FIXED_FIELDS, fixed_fields, flat_fields, load_config, select_fields
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.report import section_of
 from rlsys.training_data import DONE, SEARCHED, asked_of_search, reads_extracted, search_folder, taken_by_step
@@ -19,23 +20,28 @@ from rlsys.types import RunState
 
 # In the run directory: the checkpoint of run.resume that its own checkpoints descend from.
 RESUMED_FROM = "resumed_from.json"
+# Say how a command is run, not how its steps are made.
+_OF_THE_COMMAND = ("run.dir", "run.resume", "run.address", "run.time_limit")
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
     """The state a run begins with, and the checkpoint it comes from.
 
-    named: the checkpoint is that of `run.resume`, none of the run's own line.
+    named: the checkpoint is that of `run.resume`, none of the run's own line. changed: fields that may change and have,
+    since the run last began, as text.
     """
 
     state: RunState
     checkpoint: Path | None
     named: bool = False
+    changed: tuple[str, ...] = ()
 
     def describe(self) -> str:
         if self.checkpoint is None:
             return "starting from the initial model"
-        return f"resuming from {self.checkpoint} (weight version {self.state.weight_version})"
+        changed = f"; changed: {', '.join(self.changed)}" if self.changed else ""
+        return f"resuming from {self.checkpoint} (weight version {self.state.weight_version}){changed}"
 
     def settle(self, run_dir: Path) -> None:
         """Bring into the run directory what this start needs there, once everything about it is accepted."""
@@ -63,6 +69,7 @@ def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
     """
     if (run_dir / ORIGIN).exists() and any((run_dir / TREES).rglob("*.json*")):
         raise ConfigError(f"run.dir {run_dir} holds the trees of a search: choose another run.dir")
+    _check_folders(store.folder)
     resume, own = config.run.resume, store.latest()
     if resume == "never" and (own is not None or _has_metrics(run_dir)):
         raise ConfigError(f"run.resume is never and run.dir {run_dir} holds a run: choose another run.dir")
@@ -74,10 +81,7 @@ def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
     descends = _resumed_from(run_dir) == str(path.resolve())
     if descends and own is not None:
         return _start_at(config, own, run_dir)
-    try:
-        store.verify(path)
-    except CheckpointError as error:
-        raise ConfigError(f"run.resume: {error.message}") from None
+    _check_named(path, store)
     if not descends:
         _check_unused(path, own, run_dir)
     return _branch(config, path, run_dir)
@@ -117,10 +121,18 @@ def check_inputs(start: Start, fingerprint: Mapping[str, str]) -> None:
         )
     different = [name for name, digest in fingerprint.items() if _known_now(before.get(name), digest) != digest]
     if different:
+        digests = [
+            f"expected sha256 {_short(before.get(name))}, found {_short(fingerprint[name])}" for name in different
+        ]
         raise ConfigError(
-            f"{' and '.join(different)}: the contents differ from those that {start.checkpoint} was trained with; "
-            "put them back, or start a new run.dir"
+            f"{' and '.join(different)}: the contents differ from those that {start.checkpoint} was trained with "
+            f"({'; '.join(digests)}); put them back, or start a new run.dir"
         )
+
+
+def _short(digest: str | None) -> str:
+    """Enough of a digest to tell it from others; what is no digest, as it is."""
+    return digest[:12] if digest and re.fullmatch("[0-9a-f]{64}", digest) else digest or "none"
 
 
 def _known_now(before: str | None, now: str) -> str | None:
@@ -161,11 +173,58 @@ def check_extraction(config: Config, start: Start, prompts: int) -> None:
 
 def _start_at(config: Config, checkpoint: Path, origin: Path) -> Start:
     """Continue from a checkpoint of the run directory `origin`."""
-    _check_fixed_fields(config, origin)
+    before = _config_of(origin)
+    path = origin / "config.yaml"
+    _check_equal(fixed_fields(before), fixed_fields(config), f"the run to be resumed ({path})")
     state = state_from_json(read_json(checkpoint / "state.json"))
-    _check_taken(config, state, origin)
+    _check_taken(config, before, state, path)
     _check_critic(config, state, checkpoint)
-    return Start(state, checkpoint)
+    return Start(state, checkpoint, changed=changed_fields(before, config))
+
+
+def changed_fields(before: Config, now: Config) -> tuple[str, ...]:
+    """Fields that a resume may change and that differ, each as `name old -> new`."""
+    was, found = (flat_fields(config.model_dump(mode="json")) for config in (before, now))
+    left_out = select_fields({**was, **found}, [*FIXED_FIELDS, *_OF_THE_COMMAND])
+    names = [name for name in {**was, **found} if name not in left_out and was.get(name) != found.get(name)]
+    return tuple(f"{name} {was.get(name)} -> {found.get(name)}" for name in names)
+
+
+def _config_of(run_dir: Path) -> Config:
+    """What the run to be resumed was begun with."""
+    try:
+        return load_config(run_dir / "config.yaml")
+    except ConfigError as error:
+        raise ConfigError(
+            f"run.dir or run.resume: {run_dir} cannot be resumed without its config.yaml: {error.message}; restore it, "
+            "or start a new run.dir"
+        ) from None
+
+
+def _check_folders(folder: Path) -> None:
+    """What others put beside the checkpoints is refused: it would be taken for damaged ones, which are removed."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        foreign = path.is_dir() and not path.name.startswith(".") and not re.match(r"step_\d", path.name)
+        if foreign and not (path / MANIFEST).exists():
+            raise ConfigError(
+                f"run.dir {folder.parent}: expected checkpoints of rlsys alone in {folder}, found the folder "
+                f"{path.name} without a {MANIFEST}; move it away, or choose another run.dir"
+            )
+
+
+def _check_named(path: Path, store: CheckpointStore) -> None:
+    """run.resume names a valid checkpoint."""
+    wanted = "expected auto, never or the folder of a checkpoint, RUN_DIR/checkpoints/step_N"
+    if not (path / MANIFEST).is_file():
+        inside = [path / "checkpoints", path] if path.is_dir() else []
+        found = sorted(each.parent for folder in inside for each in folder.glob(f"*/{MANIFEST}"))
+        what = "a file" if path.is_file() else "no such folder" if not path.is_dir() else f"a folder without {MANIFEST}"
+        hint = f"; did you mean {found[-1]}?" if found else ""
+        raise ConfigError(f"run.resume {path}: {wanted}, found {what}{hint}")
+    try:
+        store.verify(path)
+    except CheckpointError as error:
+        raise ConfigError(f"run.resume: {error.message}; choose another checkpoint, or restore this one") from None
 
 
 def _check_critic(config: Config, state: RunState, checkpoint: Path) -> None:
@@ -218,20 +277,20 @@ def _has_metrics(run_dir: Path) -> bool:
 
 def _resumed_from(run_dir: Path) -> str | None:
     file = run_dir / RESUMED_FROM
-    return str(read_json(file)["checkpoint"]) if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        return str(read_json(file)["checkpoint"])
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{file}: damaged: expected a checkpoint; restore it, or start a new run.dir") from None
 
 
-def _check_fixed_fields(config: Config, run_dir: Path) -> None:
-    path = run_dir / "config.yaml"
-    _check_equal(fixed_fields(load_config(path)), fixed_fields(config), f"the run to be resumed ({path})")
-
-
-def _check_taken(config: Config, state: RunState, run_dir: Path) -> None:
+def _check_taken(config: Config, earlier: Config, state: RunState, path: Path) -> None:
     """Within a stage step n takes the rows from n * count on: with another count some would come twice, or never."""
-    stage, path = config.stages[state.stage], run_dir / "config.yaml"
+    stage = config.stages[state.stage]
     if not 0 < state.step < config.max_steps(stage):
         return
-    before, now = taken_by_step(load_config(path), stage), taken_by_step(config, stage)
+    before, now = taken_by_step(earlier, stage), taken_by_step(config, stage)
     before = {name: count for name, count in before.items() if name in now}  # a term of online may be turned off and on
     now = {name: count for name, count in now.items() if name in before}
     _check_equal(before, now, f"the run to be resumed ({path}), which is within stage {stage}, at step {state.step}")

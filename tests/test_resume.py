@@ -218,11 +218,82 @@ def test_a_path_is_relative_to_the_working_directory(tmp_path: Path, monkeypatch
     assert checkpoint == tmp_path / "a" / "checkpoints" / "step_000002"
 
 
-@pytest.mark.parametrize("path", ["nowhere", "a"])
-def test_a_path_that_is_no_checkpoint(path: str, tmp_path: Path) -> None:
-    save(tmp_path / "a", 2)
-    with pytest.raises(ConfigError, match=r"^run\.resume: "):
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("nowhere", "no such folder$"),
+        ("always", "no such folder$"),
+        ("file", "a file$"),
+        ("empty", r"a folder without MANIFEST\.json$"),
+        ("a", r"a folder without MANIFEST\.json; did you mean .*/a/checkpoints/step_000002\?$"),
+        ("a/checkpoints", r"a folder without MANIFEST\.json; did you mean .*/a/checkpoints/step_000002\?$"),
+    ],
+)
+def test_a_path_that_is_no_checkpoint(path: str, found: str, tmp_path: Path) -> None:
+    save(tmp_path / "a", 1, 2)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    wanted = r"expected auto, never or the folder of a checkpoint, RUN_DIR/checkpoints/step_N, found "
+    with pytest.raises(ConfigError, match=rf"^run\.resume {tmp_path / path}: {wanted}{found}"):
         start(tmp_path / "b", config(str(tmp_path / path)))
+
+
+def test_a_path_of_a_damaged_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path / "a", 2)
+    path = tmp_path / "a" / "checkpoints" / "step_000002"
+    (path / "state.json").write_text("{}")
+    message = rf"^run\.resume: {path}/state\.json: expected \d+ bytes, found 2; choose another checkpoint, or restore"
+    with pytest.raises(ConfigError, match=message):
+        start(tmp_path / "b", config(str(path)))
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_folders_of_others_among_the_checkpoints_are_refused_and_stay(tmp_path: Path, resume: str) -> None:
+    """They would count as damaged checkpoints, and those are removed with the next save."""
+    save(tmp_path, 2)
+    (tmp_path / "checkpoints" / "step_000009").mkdir()  # damaged, and of the form of one of ours
+    (tmp_path / "checkpoints" / "step_000002.pinned").write_text("")
+    assert start(tmp_path, config()).state == state(2)
+    foreign = tmp_path / "checkpoints" / "checkpoint-500"
+    foreign.mkdir()
+    (foreign / "optimizer.pt").write_text("")
+    message = (
+        rf"^run\.dir {tmp_path}: expected checkpoints of rlsys alone in {foreign.parent}, found the folder "
+        r"checkpoint-500 without a MANIFEST\.json; move it away, or choose another run\.dir$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        start(tmp_path, config(resume))
+    assert (foreign / "optimizer.pt").exists()
+
+
+@pytest.mark.parametrize("text", [None, "run: [", "run: {dir: x, speed: 2}"])
+def test_a_run_without_a_usable_config_cannot_be_resumed(tmp_path: Path, text: str | None) -> None:
+    save(tmp_path, 2)
+    path = tmp_path / "config.yaml"
+    path.unlink() if text is None else path.write_text(text)
+    message = rf"^run\.dir or run\.resume: {tmp_path} cannot be resumed without its config\.yaml: .*; restore it, or"
+    with pytest.raises(ConfigError, match=message):
+        start(tmp_path, config())
+
+
+@pytest.mark.parametrize("text", ["[]", "{}"])
+def test_a_damaged_note_of_where_a_run_began_is_named(tmp_path: Path, text: str) -> None:
+    save(tmp_path / "a", 2)
+    begin(tmp_path / "b", config(str(tmp_path / "a" / "checkpoints" / "step_000002")))
+    (tmp_path / "b" / "resumed_from.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"resumed_from\.json: damaged: expected a checkpoint; restore it"):
+        start(tmp_path / "b", config(str(tmp_path / "a" / "checkpoints" / "step_000002")))
+
+
+def test_what_has_changed_and_may_is_told(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    now = config(train={"max_steps": 500}, learner={"ranks": 1, "zero_stage": 0}, run__address="127.0.0.1:6379")
+    found = start(tmp_path, now)
+    assert found.changed == ("learner.ranks 2 -> 1", "learner.zero_stage 1 -> 0", "train.max_steps 80 -> 500")
+    assert found.describe().endswith(
+        "; changed: learner.ranks 2 -> 1, learner.zero_stage 1 -> 0, train.max_steps 80 -> 500"
+    )
+    assert start(tmp_path, config()).changed == ()
 
 
 @pytest.mark.parametrize(
