@@ -353,6 +353,7 @@ class Controller:
             "process/failed_saves": float(self.saving.failed),
             "learner/skipped_steps": float(self._skipped.total),
             "process/actor_restarts": float(self.parts.pool.restarts),
+            "process/learner_restarts": float(self.parts.learner.restarts),
             "process/driver_rss_mib": psutil.Process().memory_info().rss / 2**20,
         }
         self.parts.metrics.log(stage, self.state.step, self.state.weight_version, {**figures, **rest})

@@ -105,7 +105,9 @@ class RolloutPool(Protocol):
 
 
 class Learner(Protocol):
-    """The DeepSpeed ranks, seen as one."""
+    """The DeepSpeed ranks, seen as one. restarts: attempts before this one, since the command began."""
+
+    restarts: int
 
     async def start_stage(self, stage: StageName, policy: Path, resume: Path | None, reference: Path | None) -> None:
         """Build the engines for a stage from a policy folder.

@@ -160,6 +160,9 @@ _SPECS = (
     MetricSpec("time/evaluate_s", "s", "held-out evaluation", True),
     MetricSpec("time/step_s", "s", "the whole training step", True),
     MetricSpec("process/actor_restarts", "actors", "lost and replaced since this command began", True),
+    MetricSpec(
+        "process/learner_restarts", "restarts", "of the learner from a checkpoint since this command began", True
+    ),
     MetricSpec("process/failed_saves", "saves", "checkpoints not written since this command began", True),
     MetricSpec("process/driver_rss_mib", "MiB", "resident memory of the driver", True),
 )

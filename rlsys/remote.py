@@ -134,7 +134,7 @@ class RayLearner:
     def __init__(self, spawn: Callable[[int], Sequence[Any]], config: Config) -> None:
         self._spawn = spawn
         self._config = config
-        self._attempt = 0
+        self.restarts = 0
         self._handles = spawn(0)
 
     async def restart(self) -> None:
@@ -145,8 +145,8 @@ class RayLearner:
         )
         for handle, place in zip(self._handles, found, strict=True):
             kill(handle, None if isinstance(place, BaseException) else process_at(*place))
-        self._attempt += 1
-        self._handles = self._spawn(self._attempt)
+        self.restarts += 1
+        self._handles = self._spawn(self.restarts)
 
     async def start_stage(self, stage: StageName, policy: Path, resume: Path | None, reference: Path | None) -> None:
         await self._all("start_stage", stage_settings(self._config, stage), policy, resume, reference)

@@ -210,6 +210,8 @@ class FakeLearner:
     them were searched.
     """
 
+    restarts = 0
+
     def __init__(self, calls: list[Any]) -> None:
         self.calls = calls
         self.batches: list[tuple[int, TrainingBatch]] = []
