@@ -1,4 +1,4 @@
-"""A process that runs one verifier, so that a hanging or greedy verification can be killed.
+"""A process that runs one verifier, below a guard, so that a hanging or greedy verification can be killed.
 
 JSON lines. First line in: {"parent": pid, "memory_mib": int, "seed": int, "task": the config section} or, in
 place of "task", {"verifier": "module:factory"}, where `factory()` returns a function of (answer, completion).
@@ -8,43 +8,58 @@ Started by actors.rewards as `python -m actors.reward_worker`.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import math
 import os
 import resource
 import signal
-import sys
 from collections.abc import Callable
+from functools import partial
 from numbers import Real
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args
 
 from pydantic import TypeAdapter
 
+from actors.reward_guard import adopt_orphans, descendants, die_with, end_descendants, guard
 from rlsys.config import TaskConfig
 from rlsys.tasks import build_task
-from rlsys.types import Verdict
+from rlsys.types import Outcome, Verdict
 
 Verifier = Callable[[str, str], Verdict]
 
 MAX_FILE_MIB = 16
 MAX_DETAIL_CHARS = 500
-_PR_SET_PDEATHSIG = 1
+LARGEST_REWARD = 1e6
+"""Beyond it a float32 no longer tells rewards apart that differ by a tenth."""
 
 
 def main() -> None:
     requests, answers = _take_over_pipes()
     hello = json.loads(requests.readline())
-    _die_with_parent(hello["parent"])
-    _limit_resources(hello["memory_mib"])
+    die_with(hello["parent"], signal.SIGTERM)
+    _limit(resource.RLIMIT_CORE, 0)
+
+    def take_leave() -> None:
+        requests.close()
+        answers.close()
+
+    guard(partial(_serve, requests, answers, hello), take_leave, hello["memory_mib"])
+
+
+def _serve(requests: BinaryIO, answers: BinaryIO, hello: dict[str, Any]) -> None:
+    """Judge until the requests end. What a verification starts ends before its verdict is sent."""
+    _limit(resource.RLIMIT_AS, hello["memory_mib"] << 20)
+    _limit(resource.RLIMIT_FSIZE, MAX_FILE_MIB << 20)
+    adopt_orphans()
     verifier = _build_verifier(hello)
+    helpers = descendants()  # that a plug-in keeps for all its verifications
     _send(answers, {"ready": True})
     for line in requests:
         answer, completion = json.loads(line)
         verdict = _judge(verifier, answer, completion)
-        detail = verdict.detail[:MAX_DETAIL_CHARS]
-        _send(answers, [verdict.outcome, float(verdict.reward), verdict.answered, detail])
+        end_descendants(kept=helpers)
+        _send(answers, [verdict.outcome, verdict.reward, verdict.answered, verdict.detail])
 
 
 def _take_over_pipes() -> tuple[BinaryIO, BinaryIO]:
@@ -57,23 +72,10 @@ def _take_over_pipes() -> tuple[BinaryIO, BinaryIO]:
     return os.fdopen(requests, "rb"), os.fdopen(answers, "wb")
 
 
-def _die_with_parent(parent: int) -> None:
-    """Ask the kernel for SIGKILL when the parent ends, then check that it has not ended already."""
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:
-        sys.exit(1)
-
-
-def _limit_resources(memory_mib: int) -> None:
-    for limit, value in (
-        (resource.RLIMIT_AS, memory_mib << 20),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, MAX_FILE_MIB << 20),
-    ):
-        _, hard = resource.getrlimit(limit)
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(limit, (value, value))
+def _limit(kind: int, value: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
 
 
 def _build_verifier(hello: dict[str, Any]) -> Verifier:
@@ -86,22 +88,34 @@ def _build_verifier(hello: dict[str, Any]) -> Verifier:
 
 def _judge(verifier: Verifier, answer: str, completion: str) -> Verdict:
     try:
-        verdict: Any = verifier(answer, completion)  # a plug-in may return what it likes
+        return _checked(verifier(answer, completion))
     # A failure becomes data. BaseException, as math-verify's TimeoutException and sys.exit are no Exception.
     except BaseException as error:  # noqa: BLE001
         return _error(f"{type(error).__name__}: {error}")
+
+
+def _checked(verdict: Any) -> Verdict:
+    """A verdict of plain values, out of what a plug-in returned."""
     if not isinstance(verdict, Verdict):
         return _error(f"expected a Verdict, found {type(verdict).__name__}")
-    reward: Any = verdict.reward
-    if isinstance(reward, bool) or not isinstance(reward, Real):  # Real: numpy's numbers too
-        return _error(f"expected a number as reward, found {type(reward).__name__}")
+    if verdict.outcome not in get_args(Outcome):
+        return _error(f"expected an outcome of {', '.join(get_args(Outcome))}, found {verdict.outcome!r}")
+    detail = str(verdict.detail)[:MAX_DETAIL_CHARS]
+    if verdict.outcome not in ("ok", "wrong"):  # by its own account it has none
+        return Verdict(outcome=verdict.outcome, reward=0.0, answered=False, detail=detail)
+    found: Any = verdict.reward
+    if isinstance(found, bool) or not isinstance(found, Real):  # Real: numpy's numbers too
+        return _error(f"expected a number as reward, found {type(found).__name__}")
+    reward = float(found)
     if not math.isfinite(reward):
         return _error(f"expected a finite reward, found {reward}")
-    return verdict
+    if abs(reward) > LARGEST_REWARD:
+        return _error(f"expected a reward from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, found {reward:g}")
+    return Verdict(outcome=verdict.outcome, reward=reward, answered=bool(verdict.answered), detail=detail)
 
 
 def _error(detail: str) -> Verdict:
-    return Verdict(outcome="error", reward=0.0, answered=False, detail=detail)
+    return Verdict(outcome="error", reward=0.0, answered=False, detail=detail[:MAX_DETAIL_CHARS])
 
 
 def _send(answers: BinaryIO, message: Any) -> None:

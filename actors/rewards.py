@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
+import shutil
 import signal
+import site
 import sys
+import tempfile
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from rlsys.config import RewardsConfig, TaskConfig
 from rlsys.errors import EngineError
-from rlsys.types import Verdict
+from rlsys.types import Outcome, Verdict
 
 Item = tuple[str, str]
 Tell = Callable[[Sequence[tuple[int, Verdict]]], None]
@@ -34,9 +38,12 @@ PIPELINE_ITEMS = 32
 LAST_LOOK_S = 0.05
 # A worker that closed its pipe is about to end by itself; its exit status tells why.
 EXIT_PATIENCE_S = 2.0
+# The guard ends what a verifier has started within milliseconds; only one that was itself stopped or killed does not.
+# Together these keep a verification within a second of its deadline.
+GUARD_PATIENCE_S, KILL_PATIENCE_S, LAST_WORDS_S = 0.6, 0.1, 0.1
 _READ_BYTES = 1 << 16
 _STDERR_BYTES = 4096
-_KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG", "TMPDIR", "RLSYS_DATA", "RLSYS_RUN_ID")
+_KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "RLSYS_DATA", "RLSYS_RUN_ID")
 
 
 class RewardPool:
@@ -107,12 +114,13 @@ class RewardPool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Child:
-    """A running worker process. last_words: ends with the tail of its stderr once that is closed."""
+    """A running worker process. last_words: ends with the tail of its stderr once that is closed; folder: its own."""
 
     process: Process
     stdin: asyncio.StreamWriter
     stdout: asyncio.StreamReader
     last_words: asyncio.Task[bytes]
+    folder: str
 
     def write(self, *messages: Any) -> None:
         # No drain: a worker that reads nothing must meet the deadline, and PIPELINE_ITEMS bounds the memory.
@@ -127,19 +135,33 @@ class _Child:
         return None
 
     async def bury(self, patience_s: float = 0.0) -> str:
-        """Kill the process, unless it ends within patience_s, and all that it started.
+        """End the process, unless it ends within patience_s by itself, and all that it started.
 
         Returns:
             Its exit status and the last lines of its stderr.
         """
+        await self._wait(patience_s)
+        self._send(os.kill, signal.SIGTERM)  # the guard, which knows what there is to kill
+        await self._wait(GUARD_PATIENCE_S)
+        self._send(os.killpg, signal.SIGKILL)
+        await self._wait(KILL_PATIENCE_S)
+        # Who got away from a killed guard may hold the other end open for ever.
+        await asyncio.wait([self.last_words], timeout=LAST_WORDS_S)
+        self.last_words.cancel()
+        await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
+        heard = self.last_words.done() and not self.last_words.cancelled()
+        words = self.last_words.result().decode(errors="replace").strip().splitlines()[-3:] if heard else []
+        return "; ".join([f"exit status {self.process.returncode}", *map(str.strip, words)])
+
+    async def _wait(self, timeout_s: float) -> None:
         with suppress(TimeoutError):
-            async with asyncio.timeout(patience_s):
+            async with asyncio.timeout(timeout_s):
                 await self.process.wait()
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        status = await self.process.wait()
-        words = (await self.last_words).decode(errors="replace").strip().splitlines()[-3:]
-        return "; ".join([f"exit status {status}", *map(str.strip, words)])
+
+    def _send(self, kill: Callable[[int, int], None], number: signal.Signals) -> None:
+        if self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                kill(self.process.pid, number)
 
 
 class _Worker:
@@ -187,8 +209,13 @@ class _Worker:
                 yield [_failed("error", f"the verifier process ended: {detail}")]
                 return
             *lines, rest = (rest + data).split(b"\n")
-            count += len(lines)
-            yield [_decode(line) for line in lines]
+            verdicts = _decode(lines)
+            if verdicts is None or count + len(verdicts) > len(items) or len(rest) > _READ_BYTES:
+                await child.bury()
+                yield [_failed("error", "the verifier process wrote what is no verdict")]
+                return
+            count += len(verdicts)
+            yield verdicts
 
     async def _running_child(self) -> _Child:
         """The child if it is alive and ready, else a new one."""
@@ -219,18 +246,20 @@ class _Worker:
 
 
 async def _spawn() -> _Child:
+    folder = tempfile.mkdtemp(prefix="rl-verifier-")
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "actors.reward_worker"),
         stdin=PIPE,
         stdout=PIPE,
         stderr=PIPE,
-        env=_environment(),
+        env=_environment(folder),
+        cwd=folder,
         start_new_session=True,
     )
     # They are None only for streams that are no PIPE.
     stdin, stdout = cast(asyncio.StreamWriter, process.stdin), cast(asyncio.StreamReader, process.stdout)
-    stderr = cast(asyncio.StreamReader, process.stderr)
-    return _Child(process=process, stdin=stdin, stdout=stdout, last_words=asyncio.create_task(_tail(stderr)))
+    last_words = asyncio.create_task(_tail(cast(asyncio.StreamReader, process.stderr)))
+    return _Child(process=process, stdin=stdin, stdout=stdout, last_words=last_words, folder=folder)
 
 
 async def _tail(stream: asyncio.StreamReader) -> bytes:
@@ -240,13 +269,18 @@ async def _tail(stream: asyncio.StreamReader) -> bytes:
     return tail
 
 
-def _environment() -> dict[str, str]:
-    """Little enough that no credential reaches a verifier; our packages are found wherever they lie."""
+def _environment(folder: str) -> dict[str, str]:
+    """Little enough that no credential reaches a verifier, neither in a variable nor in a file of the home folder.
+
+    Our packages are found wherever they lie.
+    """
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-    folders = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+    found = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    paths = [Path(__file__).resolve().parent.parent, *map(Path, found)]
+    kept |= {"HOME": folder, "TMPDIR": folder, "PYTHONUSERBASE": site.getuserbase()}
     # One thread: numpy's pools would only eat the address space.
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    return kept | threads | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
+    return kept | threads | {"PYTHONPATH": os.pathsep.join(str(path.absolute()) for path in paths)}
 
 
 def _tell_from(tell: Tell, start: int, before: int, verdicts: Sequence[Verdict]) -> None:
@@ -254,9 +288,19 @@ def _tell_from(tell: Tell, start: int, before: int, verdicts: Sequence[Verdict])
     tell(list(enumerate(verdicts, start=start + before)))
 
 
-def _decode(line: bytes) -> Verdict:
-    outcome, reward, answered, detail = json.loads(line)
-    return Verdict(outcome=outcome, reward=float(reward), answered=answered, detail=detail)
+def _decode(lines: Sequence[bytes]) -> list[Verdict] | None:
+    """The verdicts of some lines; None where one is none, as a verifier may write anywhere."""
+    found = []
+    for line in lines:
+        try:
+            outcome, reward, answered, detail = json.loads(line)
+        except (ValueError, TypeError):
+            return None
+        good = outcome in get_args(Outcome) and type(answered) is bool and type(detail) is str
+        if not (good and type(reward) is float and math.isfinite(reward)):
+            return None
+        found.append(Verdict(outcome=outcome, reward=reward, answered=answered, detail=detail))
+    return found
 
 
 def _failed(outcome: Literal["error", "timeout"], detail: str) -> Verdict:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -68,7 +71,7 @@ def _print(answer: str, argument: str) -> Verdict:
 
 
 def _allocate(answer: str, argument: str) -> Verdict:
-    return _verdict(float(len(bytearray(8 << 30))))
+    return _verdict(float(len(bytearray(10 << 30))))
 
 
 def _exit(answer: str, argument: str) -> None:
@@ -81,6 +84,115 @@ def _write_file(answer: str, argument: str) -> Verdict:
     return _verdict(1.0)
 
 
+def _map(answer: str, argument: str) -> Verdict:
+    with mmap.mmap(-1, 10 << 30) as memory:
+        return _verdict(float(len(memory)))
+
+
+def _daemon() -> None:
+    """Twice forked, in a session of its own, and it holds every pipe of this process open."""
+    if os.fork():
+        os.wait()
+        return
+    os.setsid()
+    if os.fork() == 0:
+        time.sleep(600)
+    os._exit(0)
+
+
+def _daemon_and_hang(answer: str, argument: str) -> None:
+    _daemon()
+    _hang(answer, argument)
+
+
+def _daemon_and_answer(answer: str, argument: str) -> Verdict:
+    _daemon()
+    return _verdict(1.0)
+
+
+def _daemon_and_exit(answer: str, argument: str) -> None:
+    _daemon()
+    os._exit(3)
+
+
+def _orphans_of(number: int, of_mib: int) -> None:
+    for _ in range(number):
+        if os.fork() == 0:
+            os.setsid()
+            held = b"x" * (of_mib << 20)  # not zeros, which the kernel does not keep
+            time.sleep(600)
+            os._exit(len(held) % 2)
+
+
+def _fork_many(answer: str, argument: str) -> None:
+    _orphans_of(100, 0)
+    _hang(answer, argument)
+
+
+def _fork_large(answer: str, argument: str) -> None:
+    _orphans_of(6, 100)
+    _hang(answer, argument)
+
+
+def _kill_group(answer: str, argument: str) -> None:
+    os.killpg(0, signal.SIGKILL)
+
+
+def _kill_guard(answer: str, argument: str) -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
+
+
+def _stop_guard(answer: str, argument: str) -> None:
+    os.kill(os.getppid(), signal.SIGSTOP)
+    time.sleep(600)
+
+
+def _listen(answer: str, argument: str) -> Verdict:
+    server = socket.create_server(("127.0.0.1", 0))
+    _KEPT.append(server)
+    with open(argument, "w") as file:
+        file.write(f"{server.getsockname()[1]}\n")
+    return _verdict(1.0)
+
+
+def _print_endlessly(answer: str, argument: str) -> None:
+    while True:
+        print("x" * 65536, flush=True)
+
+
+def _write_anywhere(answer: str, argument: str) -> None:
+    """Into whatever is open, the pipe of the verdicts too."""
+    for descriptor in range(3, 32):
+        try:
+            os.write(descriptor, argument.encode().decode("unicode_escape").encode())
+        except OSError:
+            continue
+    time.sleep(600)
+
+
+def _where(answer: str, argument: str) -> Verdict:
+    with open("here", "w") as file:
+        file.write("left behind")
+    return Verdict(outcome="ok", reward=1.0, answered=True, detail=f"{os.getcwd()} {os.environ['HOME']}")
+
+
+class _Stop(BaseException):
+    """As math-verify's TimeoutException is."""
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+class _Odd:
+    def __str__(self) -> str:
+        raise ValueError("no detail")
+
+
+_KEPT: list[Any] = []
+
+
 def _environment(answer: str, argument: str) -> Verdict:
     return Verdict(outcome="ok", reward=1.0, answered=True, detail=" ".join(sorted(os.environ)))
 
@@ -89,12 +201,37 @@ _COMMANDS: dict[str, Callable[[str, str], Any]] = {
     "say": lambda answer, argument: _verdict(float(answer == argument)),
     "sleep": lambda answer, argument: (time.sleep(float(argument)), _verdict(1.0))[1],
     "raise": lambda answer, argument: [][0],
+    "stop": lambda answer, argument: _raise(_Stop("stop")),
+    "interrupt": lambda answer, argument: _raise(KeyboardInterrupt()),
     "nan": lambda answer, argument: _verdict(float("nan")),
+    "infinite": lambda answer, argument: _verdict(float("-inf")),
+    "huge": lambda answer, argument: _verdict(1e300),
+    "integer": lambda answer, argument: _verdict(10**400),
+    "true": lambda answer, argument: _verdict(True),
+    "complex": lambda answer, argument: _verdict(1j),
+    "outcome": lambda answer, argument: Verdict(outcome="fine", reward=1.0, answered=True),  # type: ignore[arg-type]
+    "own_error": lambda answer, argument: Verdict(outcome="error", reward=1.0, answered=True, detail="mine"),
+    "odd": lambda answer, argument: Verdict(outcome="ok", reward=1.0, answered=True, detail=_Odd()),  # type: ignore[arg-type]
     "text": lambda answer, argument: _verdict("1.0"),
     "none": lambda answer, argument: None,
     "numpy": lambda answer, argument: _verdict(np.float32(0.5)),
     "kill": lambda answer, argument: os.kill(os.getpid(), signal.SIGKILL),
     "hang": _hang,
+    "regex": lambda answer, argument: re.match(r"(a+)+$", "a" * 64 + "b"),
+    "power": lambda answer, argument: 9**9**9**9,
+    "map": _map,
+    "daemon_and_hang": _daemon_and_hang,
+    "daemon_and_answer": _daemon_and_answer,
+    "daemon_and_exit": _daemon_and_exit,
+    "fork_many": _fork_many,
+    "fork_large": _fork_large,
+    "kill_group": _kill_group,
+    "kill_guard": _kill_guard,
+    "stop_guard": _stop_guard,
+    "listen": _listen,
+    "print_endlessly": _print_endlessly,
+    "write_anywhere": _write_anywhere,
+    "where": _where,
     "spawn_and_hang": _spawn_and_hang,
     "print": _print,
     "allocate": _allocate,

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from actors.rewards import RewardPool
@@ -39,8 +40,7 @@ def judge(items, settings=SETTINGS, factory="build"):
 
 def children() -> set[int]:
     """Direct children of this process, zombies included."""
-    tasks = Path("/proc/self/task").glob("*/children")
-    return {int(pid) for task in tasks for pid in task.read_text().split()}
+    return {child.pid for child in psutil.Process().children()}
 
 
 def is_running(pid: int) -> bool:
@@ -249,7 +249,7 @@ asyncio.run(pool.verify([("3", "spawn_and_hang " + sys.argv[1])]))
 """
 
 
-def test_death_of_the_parent_kills_a_hanging_worker(tmp_path):
+def test_death_of_the_parent_kills_a_hanging_worker_and_what_it_has_started(tmp_path):
     pids = tmp_path / "pids"
     path = os.pathsep.join([str(HERE), str(HERE.parent.parent)])
     environment = os.environ | {"PYTHONPATH": path}
@@ -262,7 +262,7 @@ def test_death_of_the_parent_kills_a_hanging_worker(tmp_path):
         assert is_running(worker)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        assert wait_until_gone([worker])
+        assert wait_until_gone([worker, sleeper])
     finally:
         parent.kill()
         for pid in (worker, sleeper):
