@@ -13,7 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart reproduce test test-long lint lock clean
+.PHONY: help install quickstart reproduce chaos test test-long lint lock clean
 
 help: ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -27,6 +27,9 @@ reproduce: .venv/.installed ## the paper's ablation, joint training against GRPO
 	$(TEST_ENV) $(BIN)/python benchmarks/reproduce.py --write $(ARGS)
 	$(TEST_ENV) $(BIN)/python benchmarks/joint_online.py --write
 	$(TEST_ENV) $(BIN)/python benchmarks/ppo.py --write
+
+chaos: .venv/.installed ## 20 minutes of faults around the main job, against undisturbed runs: lost steps, goodput, leftovers
+	$(TEST_ENV) $(BIN)/python benchmarks/chaos.py $(ARGS)
 
 test: .venv/.installed ## run the tests, about 8 minutes on 2 cores
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" $(ARGS)

@@ -40,6 +40,8 @@ def _page(found: Mapping[str, Any]) -> list[str]:
         lines += ["![held-out accuracy over generated tokens](results/joint_online.png)", "", *_notes("joint_online")]
     if result := found.get("ppo"):
         lines += ["## PPO with a critic", "", *result["lines"], "", *_notes("ppo")]
+    if result := found.get("chaos"):
+        lines += ["## The quickstart in a storm of faults", "", *result["lines"], "", *_notes("chaos")]
     return lines
 
 

@@ -1,0 +1,238 @@
+"""A seeded storm of faults around the quickstart job, beside undisturbed runs of the same config, seeds and steps.
+
+`python benchmarks/chaos.py [--minutes 20] [--seed 0] [section.key=value ...]` (`make chaos`) starts `rlsys train`, and
+the same command again whenever it ended other than by 0. Meanwhile processes are killed and stopped, the driver is
+killed or asked to stop, the disk is full, and the newest checkpoint is damaged. Once a job is finished the next one
+begins, with the next run.seed, until the time is over; the storm lasts until the job under way is finished too.
+
+Exit code 1 where a job was not finished, its accuracy is not within three standard errors of the undisturbed run's or,
+although no verdict was lost, the bytes of its last checkpoint are others; where the driver ended unasked, a prompt was
+lost or trained twice, a process was left, or /dev/shm, temporary folders or unfinished checkpoints grew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import results_page  # noqa: E402
+from cells import metrics, trained  # noqa: E402
+from storm import JobStorm  # noqa: E402
+from storm_figures import (  # noqa: E402
+    JobFigures,
+    goodput,
+    growth,
+    job_lines,
+    kind_lines,
+    problems_of,
+    prompts_of,
+    training_steps,
+)
+from storm_plan import MEAN_S, schedule  # noqa: E402
+from storm_processes import valid_checkpoints  # noqa: E402
+
+from rlsys.checkpoint import read_json  # noqa: E402
+from rlsys.config_file import load_config  # noqa: E402
+from rlsys.errors import ConfigError  # noqa: E402
+from rlsys.ledger import read_ledger  # noqa: E402
+from rlsys.metrics import read_rows  # noqa: E402
+
+CONFIG = ROOT / "configs" / "quickstart.yaml"
+# Of the storm and of the undisturbed runs: deadlines that suit steps of seconds, and more checkpoints.
+OVERRIDES = (
+    *("actors.hang_timeout_s=20", "learner.hang_timeout_s=20", "learner.timeout_s=60"),
+    "checkpoint.interval=5",
+)
+SHM = "/dev/shm"
+WATCHED = (f"{SHM}/*", "/tmp/rl-*", "/tmp/ray", "/tmp/rlsys-*")
+
+
+def main() -> int:
+    arguments = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by an exception, which ends what was started
+    overrides = [*OVERRIDES, *arguments.overrides]
+    try:
+        held_out = load_config(CONFIG, overrides).evaluation.prompts
+    except ConfigError as error:
+        sys.exit(f"error: {error.message}")
+    folder = arguments.folder.absolute() / f"seed-{arguments.seed}-{uuid.uuid4().hex[:8]}"
+    folder.mkdir(parents=True)
+    print(f"storm of seed {arguments.seed}, {arguments.minutes:g} minutes, in {folder}", flush=True)
+
+    timeline: list[tuple[float, str]] = []
+
+    def tell(at_s: float, what: str) -> None:
+        timeline.append((round(at_s, 1), what))
+        print(f"{at_s:8.1f} s  {what}", flush=True)
+
+    before = held()
+    with tempfile.TemporaryDirectory(prefix="rlsys-chaos-", ignore_cleanup_errors=True) as temporary:
+        jobs = storm(arguments, overrides, folder, {"TMPDIR": temporary, "OMP_NUM_THREADS": "1"}, tell)
+        left = {str(path): size(path) for path in [*Path(temporary).iterdir(), *folder.glob("*/checkpoints/.*")]}
+    after = held()
+
+    reference = (arguments.undisturbed or arguments.folder / "undisturbed").absolute()
+    figures = [measure(job, took, reference, overrides) for job, took in jobs]
+    problems = [
+        blame for (job, _), figure in zip(jobs, figures, strict=True) for blame in blames(job, figure, held_out)
+    ]
+    problems += growth(before, after | left)
+    shown = report(arguments, [job for job, _ in jobs], figures, problems, before, after)
+    print("\n".join(["", *shown]))
+    if arguments.write:
+        result = {"lines": shown, "seed": arguments.seed, "jobs": [asdict(figure) for figure in figures]}
+        result |= {"faults": [asdict(fault) for job, _ in jobs for fault in job.faults], "timeline": timeline}
+        results_page.keep("chaos", result)
+    return int(bool(problems))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=20.0, help="after which no job begins")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults")
+    parser.add_argument("--mean", type=float, default=MEAN_S, help="seconds from fault to fault, mean")
+    parser.add_argument("--folder", type=Path, default=Path("runs/chaos"))
+    parser.add_argument("--undisturbed", type=Path, help="folder of undisturbed runs, made where they are missing")
+    parser.add_argument("--write", action="store_true", help=f"write {results_page.PAGE} and its figures")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, of the storm and of the undisturbed runs")
+    return parser.parse_args()
+
+
+def storm(
+    arguments: argparse.Namespace, overrides: Sequence[str], folder: Path, environment: Mapping[str, str], tell: Any
+) -> list[tuple[JobStorm, float]]:
+    """Job after job in the storm, and the seconds that each took."""
+    jobs: list[tuple[JobStorm, float]] = []
+    began, limit_s = time.monotonic(), 60 * arguments.minutes
+    while (at := time.monotonic() - began) < limit_s and not (jobs and jobs[-1][0].given_up):
+        seed = len(jobs)
+        tell(at, f"the job of run.seed {seed} begins")
+        run_dir = folder / f"job-{seed}-{uuid.uuid4().hex[:8]}"
+        job = JobStorm(seed, run_dir, CONFIG, [*overrides, f"run.seed={seed}"], environment, began, tell)
+        job.run(schedule(arguments.seed, seed, arguments.mean), began + 2 * limit_s + 600)
+        jobs.append((job, job.ended_at - began - at))
+    return jobs
+
+
+def blames(job: JobStorm, figures: JobFigures, held_out: int) -> list[str]:
+    """All that a job is blamed for. held_out: problems of an evaluation."""
+    stuck = [f"{fault.kind} at {fault.at_s:.0f} s: never gone" for fault in job.stuck]
+    orphans = [f"orphan: {orphan}" for orphan in job.orphans]
+    return [f"job {job.job}: {blame}" for blame in (*problems_of(figures, held_out), *job.problems, *stuck, *orphans)]
+
+
+def measure(job: JobStorm, seconds: float, reference: Path, overrides: Sequence[str]) -> JobFigures:
+    """The figures of a job, beside those of its undisturbed run, which is made where it is missing."""
+    rows_file, saved = job.run_dir / "metrics.jsonl", valid_checkpoints(job.run_dir)
+    rows = training_steps(read_rows(rows_file))
+    state: Mapping[str, Any] = read_json(saved[-1] / "state.json") if saved else {"cursor": 0, "in_flight": []}
+    lost, twice = prompts_of(read_ledger(job.run_dir / "ledger.jsonl"), state["cursor"], state["in_flight"])
+    failed = sum(row.get("rollout/verifier_errors") or 0 for row in rows)
+    undisturbed = reference / f"seed-{job.job}"
+    undisturbed_s = trained(undisturbed, CONFIG, [*overrides, f"run.seed={job.job}"]) if job.finished else 0.0
+    own, expected = digests(job.run_dir), digests(undisturbed)
+    return JobFigures(
+        seed=job.job,
+        starts=len(job.starts),
+        unasked=tuple(job.unasked),
+        finished=job.finished,
+        steps=len(rows),
+        again=len(training_steps(job.rows.dropped(rows_file.read_text() if rows_file.exists() else ""))),
+        step_s=sum(row["time/step_s"] for row in rows),
+        seconds=seconds,
+        undisturbed_s=undisturbed_s,
+        prompts=state["cursor"],
+        prompts_lost=lost,
+        trained_twice=twice,
+        verdicts_lost=int(failed + (rows[-1].get("rollout/failed") or 0 if rows else 0)),
+        skipped_steps=int(rows[-1].get("learner/skipped_steps") or 0) if rows else 0,
+        accuracy=accuracy(job.run_dir) if job.finished else {},
+        undisturbed=accuracy(undisturbed) if job.finished else {},
+        sha256=own.get("policy/model.safetensors", ""),
+        same_bytes=job.finished and own == expected,
+    )
+
+
+def accuracy(run_dir: Path) -> dict[str, float]:
+    """Of the last row of the online stage."""
+    row = metrics(run_dir, "online")[-1]
+    return {name: row[f"held_out/{name}_accuracy"] for name in ("greedy", "sampled")}
+
+
+def digests(run_dir: Path) -> dict[str, str]:
+    """sha256 of all weights and moments of the last checkpoint."""
+    return {
+        str(path.relative_to(last)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for last in valid_checkpoints(run_dir)[-1:]
+        for path in sorted(last.rglob("*.safetensors"))
+    }
+
+
+def held() -> dict[str, float]:
+    """MiB by path of what may grow; of /dev/shm itself what is in use."""
+    found = [path for pattern in WATCHED for path in Path("/").glob(pattern.lstrip("/"))]
+    return {SHM: shutil.disk_usage(SHM).used / 2**20} | {str(path): size(path) for path in found}
+
+
+def size(path: Path) -> float:
+    """MiB of a file, or of all files below a folder."""
+    files = [path] if path.is_file() else [Path(root, name) for root, _, names in os.walk(path) for name in names]
+    total = 0
+    for file in files:
+        with contextlib.suppress(OSError):
+            total += file.lstat().st_size
+    return total / 2**20
+
+
+def report(
+    arguments: argparse.Namespace,
+    jobs: Sequence[JobStorm],
+    figures: Sequence[JobFigures],
+    problems: Sequence[str],
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+) -> list[str]:
+    """The page's section."""
+    faults = [fault for job in jobs for fault in job.faults]
+    seconds, starts = sum(job.seconds for job in figures), sum(job.starts for job in figures)
+    share = sum(job.step_s for job in figures) / seconds
+
+    def entries(held: Mapping[str, float], where: str) -> str:
+        found = [mib for name, mib in held.items() if name.startswith(f"{where}/")]
+        return f"{len(found)} entries of {held.get(where, sum(found)):.1f} MiB"
+
+    return [
+        f'`make chaos ARGS="--seed {arguments.seed}"`; {len(faults)} faults in {seconds / 60:.1f} minutes, one every '
+        f"{arguments.mean:g} s on average, on {os.cpu_count()} cores; {starts} starts of the driver for {len(figures)} "
+        "jobs. The undisturbed runs have the same config, seeds and steps.",
+        "",
+        *job_lines(figures),
+        "",
+        *kind_lines(faults),
+        "",
+        f"- Goodput {goodput(figures):.3f}: seconds of the undisturbed runs from start to end, over those of the "
+        f"storm. The steps that count took {share:.3f} of the storm, what they waited for replaced processes included.",
+        f"- {sum(len(job.orphans) for job in jobs)} processes left 15 s after the ends of {starts} drivers.",
+        *(f"- {where}: {entries(before, where)} before, {entries(after, where)} after." for where in (SHM, "/tmp")),
+        *(f"- Policy of job {job.seed}, both: sha256 {job.sha256}" for job in figures if job.same_bytes),
+        *(f"- **{problem}**" for problem in problems),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

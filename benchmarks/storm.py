@@ -1,0 +1,322 @@
+"""One job in a storm: `rlsys train`, started again until it ends by 0, and the faults that meet its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import psutil
+from storm_figures import Seen, training_steps
+from storm_plan import DAMAGED, DISK_FULL, ENDS_DRIVER, Fault, Injection
+from storm_processes import (
+    MARK,
+    RUN_ID,
+    flip_a_bit,
+    is_gone,
+    limit_files,
+    line,
+    marked,
+    running,
+    status,
+    valid_checkpoints,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+# Between two looks; until leftovers of a driver are orphans; for a driver to end; for a fault to find its target.
+LOOK_S, GONE_S, STOP_LIMIT_S, READY_LIMIT_S = 0.2, 15.0, 150.0, 120.0
+FULL_BYTES, FULL_S = 1 << 16, 60.0  # what fits on the full disk, and for how long it is full at most
+ENDS_IN_A_ROW = 3  # unasked and without a completed step, after which the job is given up
+SAVE_FAILED = "SAVE FAILED"  # what the driver says then
+TOLD = (SAVE_FAILED, "SKIPPED", "skipped", "lost", "could not", "error", "stopped", "resum")  # of its lines
+
+
+@dataclass(slots=True)
+class Start:
+    """One process of the driver.
+
+    asked: the fault that is to end it, empty where none is. steps: rows of training steps that it has written.
+    told: lines of its log that have been looked at.
+    """
+
+    process: subprocess.Popen[bytes]
+    mark: str
+    log: Path
+    asked: str = ""
+    steps: int = 0
+    failed_saves: int = 0
+    told: int = 0
+    ended_at: float = 0.0
+    audited: bool = False
+
+
+class JobStorm:
+    """Runs a job in a storm. One use.
+
+    Args:
+        job: its number. run_dir: a new folder, of a name that no other run has.
+        overrides: of the config. environment: what the driver gets besides ours.
+        began: of the whole storm, on the monotonic clock. tell: is told what happens, with its seconds.
+    """
+
+    def __init__(
+        self,
+        job: int,
+        run_dir: Path,
+        config: Path,
+        overrides: Sequence[str],
+        environment: Mapping[str, str],
+        began: float,
+        tell: Callable[[float, str], None],
+    ) -> None:
+        self.job, self.run_dir = job, run_dir
+        self.faults: list[Fault] = []
+        self.starts: list[Start] = []
+        self.unasked: list[str] = []  # ends of the driver that no fault was to bring about
+        self.orphans: list[str] = []
+        self.problems: list[str] = []
+        self.rows = Seen()
+        self.finished = self.given_up = False
+        self.ended_at = 0.0  # on the monotonic clock
+        self._command = [sys.executable, "-m", "rlsys.cli", "train", str(config), f"run.dir={run_dir}", *overrides]
+        self._environment = {**os.environ, "COLUMNS": "400", **environment}  # no broken lines in the log
+        self._began, self._tell = began, tell
+        self._targets: dict[int, psutil.Process] = {}  # by fault, while they are there
+        self._file = (0, 0, 0)
+
+    def run(self, plan: Iterable[Injection], deadline: float) -> None:
+        """Until the job is finished, or given up at `deadline`. Nothing of it runs afterwards."""
+        self._deadline = deadline
+        try:
+            self._start()
+            for injection in plan:
+                self._wait(injection.wait_s)
+                if self._wait(READY_LIMIT_S, partial(self._ready, injection.kind)):
+                    self._inject(injection)
+                if self._over:
+                    break
+            self.ended_at = self._last.ended_at
+            self._audit(wait=True)
+            self._look_at_targets()
+        finally:
+            for process in [*marked(MARK, self.run_dir.name), *marked(RUN_ID, self.run_dir.name)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+    @property
+    def stuck(self) -> list[Fault]:
+        """Faults whose process was there until the job ended."""
+        return [self.faults[number] for number in self._targets]
+
+    # --- the driver ---
+
+    @property
+    def _over(self) -> bool:
+        return self.finished or self.given_up
+
+    @property
+    def _last(self) -> Start:
+        return self.starts[-1]
+
+    def _start(self) -> None:
+        number = len(self.starts)
+        mark = f"{self.run_dir.name}.{number}"
+        log = self.run_dir.with_name(f"{mark}.log")
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                self._command,
+                env={**self._environment, MARK: mark},
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.starts.append(Start(process, mark, log))
+        self._say(f"start {number} of the driver, process {process.pid}")
+
+    def _say(self, what: str) -> None:
+        self._tell(time.monotonic() - self._began, what)
+
+    def _wait(self, seconds: float, until: Callable[[], bool] = lambda: False, again: bool = True) -> bool:
+        """Look after the job until a condition holds; answers whether it does.
+
+        Args:
+            again: a driver that has ended is started again.
+        """
+        limit = time.monotonic() + seconds
+        while True:
+            self._look(again)
+            if self._over or (found := until()):
+                return not self._over and found
+            if time.monotonic() > limit:
+                return False
+            time.sleep(LOOK_S)
+
+    def _look(self, again: bool = True) -> None:
+        self._look_at_files()
+        self._look_at_targets()
+        code = self._last.process.poll()
+        if code is not None and not self._last.ended_at:
+            self._ended(code)
+        if time.monotonic() > self._deadline and not self._over:
+            self._give_up("the time was over")
+        if code is not None and again and not self._over:
+            self._start()
+        self._audit()
+
+    def _look_at_targets(self) -> None:
+        for number, process in list(self._targets.items()):
+            if is_gone(process):
+                self.faults[number].gone_s = self._since(self.faults[number])
+                del self._targets[number]
+
+    def _since(self, fault: Fault) -> float:
+        return time.monotonic() - self._began - fault.at_s
+
+    def _look_at_files(self) -> None:
+        """New rows of training steps, and what the driver has said, without its steps."""
+        path, start = self.run_dir / "metrics.jsonl", self._last
+        with contextlib.suppress(FileNotFoundError):
+            found = path.stat()
+            now = (found.st_ino, found.st_size, found.st_mtime_ns)
+            if now != self._file:
+                self._file = now
+                new = len(training_steps(self.rows.add(path.read_text(encoding="utf-8"))))
+                start.steps += new
+                for fault in self.faults if new else ():
+                    if fault.next_step_s is None:
+                        fault.next_step_s = self._since(fault)
+        lines = start.log.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        for said in lines[start.told :]:
+            start.failed_saves += SAVE_FAILED in said
+            if any(word in said for word in TOLD):
+                self._say(f"  driver: {said.strip()[:300]}")
+        start.told = len(lines)
+
+    def _ended(self, code: int) -> None:
+        """What the end of a driver means."""
+        self._look_at_files()
+        start = self._last
+        start.ended_at = time.monotonic()
+        words = start.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        end = f"exit code {code}, {words[-1].strip()[:300] if words else 'without a word'}"
+        self._say(f"the driver ended: {end}")
+        if code == 0:
+            self.finished = True
+        elif not start.asked:
+            self.unasked.append(f"start {len(self.starts) - 1}: {end}")
+            last = self.starts[-ENDS_IN_A_ROW:]
+            if len(last) == ENDS_IN_A_ROW and not any(each.asked or each.steps for each in last):
+                self._give_up(f"{ENDS_IN_A_ROW} starts in a row came to nothing")
+        if code == 2:
+            self._give_up("the command was refused")
+
+    def _give_up(self, why: str) -> None:
+        self.given_up = True
+        self.problems.append(f"given up: {why}")
+        self._say(f"given up: {why}")
+        self._kill_driver()
+        self._last.ended_at = self._last.ended_at or time.monotonic()
+
+    def _kill_driver(self) -> None:
+        if self._last.process.poll() is None:
+            self._last.process.kill()
+            self._last.process.wait()
+
+    def _audit(self, wait: bool = False) -> None:
+        """Processes of an ended driver that are there GONE_S later are orphans.
+
+        Args:
+            wait: for that time of all drivers, and for reward workers, which carry no mark of a driver.
+        """
+        for start in self.starts:
+            if not start.ended_at or start.audited:
+                continue
+            while wait and [*marked(MARK, start.mark)] and time.monotonic() - start.ended_at < GONE_S:
+                time.sleep(LOOK_S)
+            if wait or time.monotonic() - start.ended_at > GONE_S:
+                start.audited = True
+                self._bury(marked(MARK, start.mark))
+        if wait:
+            self._bury(marked(RUN_ID, self.run_dir.name))
+
+    def _bury(self, orphans: Iterator[psutil.Process]) -> None:
+        for process in orphans:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self.orphans.append(f"process {process.pid} {line(process)[:200]} ({status(process)})")
+                self._say(f"orphan: {self.orphans[-1]}")
+                process.kill()
+
+    # --- faults ---
+
+    def _ready(self, kind: str) -> bool:
+        """Whether a fault can be injected now."""
+        start = self._last
+        if start.process.poll() is not None:
+            return False
+        if kind in ENDS_DRIVER:  # never before a step is completed, or none ever would be
+            return start.steps > 0 and (kind != DAMAGED or len(valid_checkpoints(self.run_dir)) > 1)
+        return bool(running("rank" if kind == DISK_FULL else kind.partition(" ")[2], start.mark))
+
+    def _inject(self, injection: Injection) -> None:
+        kind = injection.kind
+        if kind in ENDS_DRIVER:
+            self._end_driver(kind)
+            if kind == DAMAGED and not self._over:
+                place = flip_a_bit(valid_checkpoints(self.run_dir)[-1], injection.draw)
+                self.faults[-1].followed += f", {place} flipped"
+                self._say(f"  {place} flipped")
+        elif kind == DISK_FULL:
+            self._fill_disk()
+        else:
+            number, _, what = kind.partition(" ")
+            found = running(what, self._last.mark)
+            if found:  # it may have ended since the last look
+                process = found[injection.pick(len(found))]
+                self._note(kind, f"process {process.pid} {line(process)[:60]}")
+                self._targets[len(self.faults) - 1] = process
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.Signals[number])
+
+    def _note(self, kind: str, target: str) -> Fault:
+        self.faults.append(Fault(self.job, time.monotonic() - self._began, kind, target))
+        self._say(f"{kind}: {target}")
+        return self.faults[-1]
+
+    def _end_driver(self, kind: str) -> None:
+        start = self._last
+        number = signal.SIGKILL if kind == DAMAGED else signal.Signals[kind.partition(" ")[0]]
+        fault = self._note(kind, f"process {start.process.pid}")
+        start.asked = kind
+        start.process.send_signal(number)
+        self._wait(STOP_LIMIT_S, lambda: bool(start.ended_at), again=False)
+        if not start.ended_at:
+            self.problems.append(f"{kind}: the driver did not end within {STOP_LIMIT_S:.0f} s")
+            self._kill_driver()
+        code = start.process.returncode
+        fault.gone_s, fault.followed = self._since(fault), f"exit code {code}"
+        if code not in (0, -number, 128 + number) and not self._over:  # 0: it had made its last step
+            self.problems.append(f"{kind}: exit code {code}")
+
+    def _fill_disk(self) -> None:
+        """Let no rank write more than FULL_BYTES into a file until a save has failed."""
+        start = self._last
+        ranks, before = running("rank", start.mark), start.failed_saves
+        fault = self._note(DISK_FULL, f"processes {[rank.pid for rank in ranks]}")
+        start.asked = DISK_FULL  # at the end of a stage it ends the run
+        limit_files(ranks, FULL_BYTES)
+        self._wait(FULL_S, lambda: start.failed_saves > before or bool(start.ended_at), again=False)
+        limit_files(ranks, -1)
+        failed = start.failed_saves - before
+        fault.followed = "the driver ended" if start.ended_at else f"{failed} saves failed, and training went on"
+        self._say(f"  {fault.followed}; space again after {self._since(fault):.1f} s")
+        if not start.ended_at:
+            start.asked = ""
