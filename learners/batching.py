@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from learners.rows import Pair, PolicyTokens, Row, Unit
 from rlsys.types import BoolArray, Float32Array
 
 Item = TypeVar("Item")
+Part = TypeVar("Part")
 Span = tuple[int, int]  # [start, stop) of the units in descending order of length
 
 # Fixed cost of a forward and backward pass, in tokens: measured as 45 for the tiny model on one CPU thread
@@ -309,3 +310,15 @@ def _pair_targets(pairs: Sequence[Pair], places: Sequence[np.ndarray]) -> PairTa
         smoothing=torch.tensor([pair.smoothing for pair in pairs], dtype=torch.float64),
         weights=torch.tensor([pair.weight for pair in pairs], dtype=torch.float64),
     )
+
+
+def moved(part: Part, device: str) -> Part:
+    """A dataclass of tensors, with those of dataclasses in it, on a device."""
+    found: dict[str, Any] = {}
+    for field in fields(part):  # type: ignore[arg-type]
+        value = getattr(part, field.name)
+        if isinstance(value, Tensor):
+            found[field.name] = value.to(device)
+        elif hasattr(value, "__dataclass_fields__"):
+            found[field.name] = moved(value, device)
+    return replace(part, **found)  # type: ignore[type-var]

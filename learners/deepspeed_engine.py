@@ -11,7 +11,7 @@ import gc
 import inspect
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from learners.agreement import first_problem, together
 from learners.rank_settings import RankSettings, deepspeed_config
 from learners.schedule import learning_rate
 from learners.tensor_files import read_tensors, write_tensors
+from learners.undo import Copies, discard_gradients
 from rlsys.config import OptimizerConfig
 from rlsys.errors import CheckpointError, NonFiniteLossError
+from rlsys.faults import fault
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 UNPUBLISHED = "nothing of this training step was published"
@@ -52,25 +55,38 @@ class TrainedModel:
         self._optimizer_config, self._total_updates = optimizer, total_updates
         self._saved_config = saved_config
         self.module, self.updates = module, 0
-        self._problem = ""
+        self._problem, self._spoilt = "", False
         self._gradients = torch.zeros((), device=settings.device)
         for parameter in module.parameters():
             parameter.register_hook(self._see)
         self.engine = _build(module, settings, optimizer)
+        self._copies, self._kept_updates = Copies(self.engine), 0
 
     def __call__(self, **inputs: Any) -> Any:
         return self.engine(**inputs)
 
-    def backward(self, loss: Tensor, what: str) -> None:
-        """Add the gradient of this rank's part of an update. what: name of the loss, for the error."""
+    def backward(self, loss: Tensor, what: str, at: Mapping[str, int]) -> None:
+        """Add the gradient of this rank's part of an update.
+
+        Args:
+            what: name of the loss, for the error. at: version and update under way, for the fault points.
+        """
+        fault("learner.backward", **at, model=self.name)
+        if fault("learner.loss", **at, model=self.name) == "nan":
+            loss = loss * math.nan
+        self._spoilt = fault("learner.gradient", **at, model=self.name) == "nan"
         if not math.isfinite(loss.item()):
             self._problem = f"{what} is {loss.item()} on rank {self.settings.rank}"
         # DeepSpeed averages gradients over ranks; our denominators are global already.
         self.engine.backward(loss * self.settings.ranks)
 
-    def _see(self, gradient: Tensor) -> None:
+    def _see(self, gradient: Tensor) -> Tensor:
         """Add a gradient of this rank up to one number: it is not finite where an element is not."""
+        if self._spoilt:  # by a fault point
+            self._spoilt, gradient = False, gradient.clone()
+            gradient[(0,) * gradient.dim()] = math.nan
         self._gradients += gradient.sum(dtype=torch.float32)
+        return gradient
 
     def check_finite(self) -> None:
         """All ranks agree before any optimizer sees anything; one wait an update, not one a pass.
@@ -78,15 +94,33 @@ class TrainedModel:
         Raises:
             NonFiniteLossError: on all ranks, where a loss or gradient of a pass was not finite on one.
         """
-        problem, self._problem = self._problem, ""
+        problem = self._problem
         if not problem and not math.isfinite(self._gradients.item()):
             problem = f"gradient of the {self.name} is not finite on rank {self.settings.rank}"
-        self._gradients.zero_()
-        bad = torch.tensor(float(bool(problem)), device=self.settings.device)
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        if bad.item():
-            found = problem or f"a loss or gradient of the {self.name} is not finite on another rank"
+        self._forget_passes()
+        if found := first_problem(problem, self.settings.device):
             raise NonFiniteLossError(f"{found}, at update {self.updates}, which was not made; {UNPUBLISHED}")
+
+    def _forget_passes(self) -> None:
+        self._problem, self._spoilt = "", False
+        self._gradients.zero_()
+
+    # --- taking updates back ---
+
+    def keep(self) -> None:
+        """Copy what updates change on this rank: see `Copies` for the memory it takes."""
+        self._kept_updates = self.updates
+        self._copies.take()
+
+    def put_back(self) -> None:
+        """Undo the updates since `keep`, bit for bit. Collective."""
+        self.updates = self._kept_updates
+        self._copies.put_back()
+
+    def discard_gradients(self) -> None:
+        """Forget the backward passes since the last update."""
+        self._forget_passes()
+        discard_gradients(self.engine)
 
     def update(self) -> tuple[float, float]:
         """Take an optimizer step; answers with the global gradient norm before clipping and the learning rate.
@@ -95,7 +129,8 @@ class TrainedModel:
 
         Raises:
             NonFiniteLossError: on all ranks, where the gradients of the ranks are finite and their norm is not. The
-                optimizer does not see them; those of models that were updated before have seen theirs.
+                optimizer does not see them; those of models that were updated before have seen theirs, which
+                `put_back` undoes.
         """
         rate = learning_rate(self._optimizer_config, self.updates, self._total_updates)
         for group in self.engine.optimizer.param_groups:
@@ -123,23 +158,34 @@ class TrainedModel:
     # --- files ---
 
     def save(self, weights: Path, state: Path) -> None:
-        """Write a Hugging Face folder without the tokenizer, and what else the optimizer needs. Collective."""
-        first = self.settings.rank == 0
-        write_tensors(self._parameters(), weights, "model", first)
-        for key in MOMENTS:
-            write_tensors(self._moments(key), state, key, first)
-        if self.settings.learner.dtype != "fp32":
-            write_tensors(self._masters(), state, "master", first)
-        if first:
-            self._saved_config.save_pretrained(weights)
-            (state / "learner.json").write_text(json.dumps({"updates": self.updates}))
-        dist.barrier()
+        """Write a Hugging Face folder without the tokenizer, and what else the optimizer needs. Collective.
+
+        Raises:
+            CheckpointError: on all ranks, where one could not write.
+        """
+        first, problem = self.settings.rank == 0, ""
+        for tensors, folder, stem in self._tensors(weights, state):
+            try:
+                write_tensors(tensors, folder, stem, first and not problem)
+            except CheckpointError as error:  # the others still gather, which needs every rank
+                problem = problem or error.message
+        with together(CheckpointError, self.settings.device):
+            if problem:
+                raise CheckpointError(problem)
+            if first:
+                self._saved_config.save_pretrained(weights)
+                (state / "learner.json").write_text(json.dumps({"updates": self.updates}))
 
     def restore(self, state: Path | None) -> None:
-        """Take master weights, moments and counters from a folder that `save` wrote; None: those of the beginning."""
-        if state is not None:
-            self._restore_tensors(state)
-            self.updates = int(json.loads((state / "learner.json").read_text())["updates"])
+        """Take master weights, moments and counters from a folder that `save` wrote; None: those of the beginning.
+
+        Raises:
+            CheckpointError: on all ranks, where one could not read them.
+        """
+        with together(CheckpointError, self.settings.device):
+            if state is not None:
+                self._restore_tensors(state)
+                self.updates = int(json.loads((state / "learner.json").read_text())["updates"])
         inner = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
         for entry in inner.state.values():
             entry["step"] = torch.tensor(float(self.updates))
@@ -149,6 +195,7 @@ class TrainedModel:
         self.engine.destroy()
         _forget_partitioned_modules()
         self.module = self.engine = None
+        del self._copies
         gc.collect()  # module, hooks and engine refer to each other
         if self.settings.device == "cuda":
             torch.cuda.empty_cache()
@@ -175,6 +222,14 @@ class TrainedModel:
 
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
+
+    def _tensors(self, weights: Path, state: Path) -> Iterator[tuple[Iterator[tuple[str, Tensor]], Path, str]]:
+        """What `save` writes: named tensors, the folder, and the stem of its files."""
+        yield self._parameters(), weights, "model"
+        for key in MOMENTS:
+            yield self._moments(key), state, key
+        if self.settings.learner.dtype != "fp32":
+            yield self._masters(), state, "master"
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.module.named_parameters():

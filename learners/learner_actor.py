@@ -60,12 +60,12 @@ class LearnerActor:
         self, version: int, bucket_bytes: int, probe: Sequence[Int32Array]
     ) -> tuple[WeightManifest, list[ray.ObjectRef], list[Float32Array]] | None:
         """Put the policy into the object store, bucket by bucket. Rank 0 answers, the others None."""
-        buckets, references = [], []
-        for bucket, data in self.learner.export(bucket_bytes):
-            buckets.append(bucket)
-            references.append(ray.put(data))
+        found = self.learner.export(bucket_bytes, ray.put)
         scores = self.learner.score(probe)
-        return (WeightManifest(version=version, buckets=tuple(buckets)), references, scores) if self.rank == 0 else None
+        if self.rank:
+            return None
+        manifest = WeightManifest(version=version, buckets=tuple(bucket for bucket, _ in found))
+        return manifest, [reference for _, reference in found], scores
 
     def save(self, folder: Path) -> None:
         self.learner.save(folder)

@@ -5,10 +5,10 @@ All ranks do the same calls at once. Each plans the whole of an update, determin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,22 +17,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from learners import weight_source
-from learners.batching import MicroBatch, collate, plan_micro_batches, split_updates
+from learners.agreement import together
+from learners.batching import MicroBatch, collate, moved, plan_micro_batches, split_updates
 from learners.deepspeed_engine import TrainedModel, join_process_group
 from learners.logprobs import masked_token_logprobs
 from learners.losses import LossOutput, value_loss
-from learners.objective import Denominators, joint_loss, total, weighted
+from learners.objective import joint_loss, total, weighted
 from learners.policy_model import load_critic, load_model, saved_config
 from learners.rank_settings import RankSettings
-from learners.rows import Row, Unit
+from learners.rows import Row, Unit, lacks_old, with_old
+from learners.step_notes import count_of, note_denominators, note_explained_variance, note_norms
 from learners.step_sums import StepSums, norm_of_sums
 from learners.step_units import critic_units, left_out, pair_score_rows, step_units, without_policy
-from rlsys.errors import NonFiniteLossError
+from learners.undo import undone_unless_finite
+from rlsys.errors import CheckpointError, NonFiniteLossError, WeightSyncError
 from rlsys.faults import fault
 from rlsys.stage_settings import StageSettings, term_weights
-from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch
+from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch, WeightBucket
 
-Part = TypeVar("Part")
 Forward = Callable[[MicroBatch], Tensor]
 
 
@@ -51,20 +53,28 @@ class LearnerRank:
     # --- stages and files ---
 
     def start_stage(self, stage: StageSettings, policy: Path, resume: Path | None, reference: Path | None) -> None:
-        """(Re)build the models from `policy`; with `resume`, a checkpoint, also what their optimizers hold."""
+        """(Re)build the models from `policy`; with `resume`, a checkpoint, also what their optimizers hold.
+
+        Raises:
+            CheckpointError: on all ranks, where one could not read a file.
+        """
         self._release()
         self.stage = stage
-        settings, (dtype, device) = self.settings, (self.settings.learner.dtype, self.settings.device)
-        module = load_model(policy, dtype, device)
-        config = saved_config(policy, dtype)
+        settings, dtype, resumed = self.settings, self.settings.learner.dtype, resume or Path()
+        module, config = self._loaded(load_model, policy), saved_config(policy, dtype)
         self.policy = TrainedModel("policy", module, config, settings, stage.optimizer, stage.policy_updates)
-        self.policy.restore(resume / "learner" if resume else None)
+        self.policy.restore(resumed / "learner" if resume else None)
         if stage.critic:
-            module = load_critic(resume / "critic" if resume else policy, dtype, device)
+            module = self._loaded(load_critic, resumed / "critic" if resume else policy)
             self.critic = TrainedModel("critic", module, module.config, settings, stage.critic, stage.total_updates)
-            self.critic.restore(resume / "critic_learner" if resume else None)
+            self.critic.restore(resumed / "critic_learner" if resume else None)
         if reference:
-            self._reference = load_model(reference, dtype, device).eval()
+            self._reference = self._loaded(load_model, reference).eval()
+
+    def _loaded(self, load: Callable[[Path, str, str], PreTrainedModel], folder: Path) -> PreTrainedModel:
+        """The model of a folder, where every rank can read it: what follows needs all of them."""
+        with together(CheckpointError, self.settings.device):
+            return load(folder, self.settings.learner.dtype, self.settings.device)
 
     def _release(self) -> None:
         for model in (self.policy, self.critic):
@@ -79,21 +89,33 @@ class LearnerRank:
         return self.policy
 
     def save(self, folder: Path) -> None:
-        """Write policy/ (a Hugging Face folder without the tokenizer), learner/ and the critic's. Collective."""
+        """Write policy/ (a Hugging Face folder without the tokenizer), learner/ and the critic's. Collective.
+
+        Raises:
+            CheckpointError: on all ranks, where one could not write. Training goes on as if nothing had been tried.
+        """
         self._policy.save(folder / "policy", folder / "learner")
         if self.critic is not None:
             self.critic.save(folder / "critic", folder / "critic_learner")
 
-    def export(self, bucket_bytes: int) -> Iterator[tuple[Any, np.ndarray]]:
-        """(bucket, bytes) of the whole policy, for the bus; ranks above 0 yield none.
+    def export(self, bucket_bytes: int, put: Callable[[np.ndarray], Any]) -> list[tuple[WeightBucket, Any]]:
+        """Hand the bytes of the whole policy to `put`, bucket by bucket, on rank 0. Collective.
 
-        Collective: every rank must exhaust it.
+        Returns:
+            Every bucket with what `put` answered; nothing on other ranks.
+        Raises:
+            WeightSyncError: on all ranks, where a bucket could not be made or put away.
         """
         tensors = weight_source.full_parameters(self._policy.module, self._policy.gather)
-        if self.settings.rank == 0:
-            yield from weight_source.pack(tensors, bucket_bytes)
-        for _ in tensors:  # gathering needs every rank, packing and hashing only one
-            pass
+        found = []
+        with together(WeightSyncError, self.settings.device):
+            try:
+                if self.settings.rank == 0:
+                    found = [(bucket, put(data)) for bucket, data in weight_source.pack(tensors, bucket_bytes)]
+            finally:
+                for _ in tensors:  # gathering needs every rank, packing and hashing only one
+                    pass
+        return found
 
     @torch.no_grad()
     def score(self, rows: Sequence[Int32Array]) -> list[Float32Array]:
@@ -113,6 +135,11 @@ class LearnerRank:
 
         Args:
             step: of the stage, from 0, for the weights of the terms. version: that it makes, for what is random in it.
+        Raises:
+            NonFiniteLossError: on all ranks, where a score, loss, gradient or gradient norm of any update is not finite
+                on one. Weights, moments and counters are then those from before the call, bit for bit, and the next
+                call does what it would have done without this one. For that a step of several updates, or of two
+                models, keeps `Copies` of the models that it moves; one update of one model needs none.
         """
         fault("learner.step", version=version)
         seed, objective = self._reseed(version), self.settings.objective
@@ -136,18 +163,27 @@ class LearnerRank:
         sums = StepSums(self.settings.device, tuple(weights))
         interval = objective.grad_norm_interval
         measured = bool(interval) and step % interval == 0
-        made = [self._update(units, weights, sums, measured and not n) for n, units in enumerate(updates)]
+        made = 0
+        with undone_unless_finite(self._moved_by(weights), len(updates)):
+            for number, units in enumerate(updates):
+                self._at = {"version": version, "update": number}
+                made += self._update(units, weights, sums, measured and not number)
         for term, weight in weights.items():
             sums.note(f"objective/{term}_weight", weight)
         preference = objective.preference
         if "preference" in weights and preference.source == "search" and preference.pairs == "steps":
             sums.note("preference/left_out", float(left_out(batch.groups)))
-        return sums.reduce(sum(made))
+        return sums.reduce(made)
+
+    def _moved_by(self, weights: dict[str, float]) -> list[TrainedModel]:
+        """The models that a step with these terms may update."""
+        critic = [self.critic] if self.critic is not None and "value" in weights else []
+        return [*critic, self._policy] if weights.keys() - {"value"} else critic
 
     def _update(self, units: list[Unit], weights: dict[str, float], sums: StepSums, measured: bool) -> bool:
         """One optimizer update of every model; whether there was anything to update one with."""
         units, denominators = weighted(units, self.settings.objective.policy, self.settings.max_tokens)
-        empty = _note_denominators(sums, denominators, weights)
+        empty = note_denominators(sums, denominators, weights)
         sums.note("learner/empty_terms", float(empty))
         # AdamW would move weights on without a gradient too, so a model without any target is left alone.
         moving: dict[str, TrainedModel] = {}
@@ -160,10 +196,11 @@ class LearnerRank:
         if units:
             self._policy_gradient(units, weights, sums, measured)
             moving["learner/grad_norm"] = self._policy
-        fault("learner.update")
+        fault("learner.update", **self._at)
         for model in moving.values():
             model.check_finite()  # of all, before the first of them is updated
         for name, model in moving.items():
+            fault("learner.optimizer", **self._at, model=model.name)
             norm, rate = model.update()
             sums.note(name, norm)
             if model is self._policy:
@@ -179,8 +216,8 @@ class LearnerRank:
             terms = joint_loss(logprobs, entropy, batch, self.settings.objective)
             sums.add_pass(batch)
             for term, found in terms.items():
-                sums.add_term(term, found, _count(batch, term), weights[term])
-            self._policy.backward(total(terms, weights, logprobs), "joint loss")
+                sums.add_term(term, found, count_of(batch, term), weights[term])
+            self._policy.backward(total(terms, weights, logprobs), "joint loss", self._at)
 
     def _measure(self, plan: Sequence[MicroBatch], weights: dict[str, float], sums: StepSums) -> None:
         """Log the norm of every term's own gradient, in the last layer only: a forward pass and little more.
@@ -199,12 +236,12 @@ class LearnerRank:
             logprobs, entropy = self._logprobs(self._policy.module, batch, entropy=True)
             for term, found in joint_loss(logprobs, entropy, batch, self.settings.objective).items():
                 _add_gradient(norms[term], weights[term] * found.loss, parameters)
-        _note_norms(sums, {term: norm_of_sums(parts) for term, parts in norms.items()})
+        note_norms(sums, {term: norm_of_sums(parts) for term, parts in norms.items()})
 
     def _critic_gradient(
         self, critic: TrainedModel, units: list[Unit], weight: float, denominator: int, sums: StepSums
     ) -> None:
-        _note_explained_variance(sums, [row for unit in units for row in unit.rows])
+        note_explained_variance(sums, [row for unit in units for row in unit.rows])
         for batch in self._plan(units):
             values, targets = self._values(batch), batch.policy
             if targets is None or targets.values is None or targets.returns is None:
@@ -214,7 +251,7 @@ class LearnerRank:
                 old, returns = targets.values.to(values), targets.returns.to(values)
                 found = value_loss(values, old, returns, each, clip=self.settings.objective.value.clip)
             sums.add_term("value", found, len(values), weight)
-            critic.backward(weight * found.loss, "value loss")
+            critic.backward(weight * found.loss, "value loss", self._at)
 
     # --- figures of tokens, from forward passes alone ---
 
@@ -246,12 +283,12 @@ class LearnerRank:
 
     def _with_old(self, units: list[Unit]) -> list[Unit]:
         """The rows of the policy term with their log-probabilities under the present policy, where they lack them."""
-        rows = [row for unit in units for row in unit.rows if _lacks_old(row)]
+        rows = [row for unit in units for row in unit.rows if lacks_old(row)]
         if not self.settings.objective.policy.decoupled or not rows:
             return units
         found = iter(self.old(rows))
         return [
-            replace(unit, rows=tuple(_with_old(row, next(found)) if _lacks_old(row) else row for row in unit.rows))
+            replace(unit, rows=tuple(with_old(row, next(found)) if lacks_old(row) else row for row in unit.rows))
             for unit in units
         ]
 
@@ -305,7 +342,7 @@ class LearnerRank:
         return plan[self.settings.rank]
 
     def _collate(self, units: Sequence[Unit]) -> MicroBatch:
-        return _moved(collate(units, self.settings.pad_token_id), self.settings.device)
+        return moved(collate(units, self.settings.pad_token_id), self.settings.device)
 
     def _logprobs(self, model: Any, batch: MicroBatch, *, entropy: bool) -> tuple[Tensor, Tensor]:
         """[N] log-probabilities of the targets: those of the policy term as they were sampled; [M] entropies of these.
@@ -343,66 +380,11 @@ class LearnerRank:
         return _seed(self.settings.seed, version)
 
 
-def _lacks_old(row: Row) -> bool:
-    return row.policy is not None and row.policy.old_logprobs is None
-
-
-def _with_old(row: Row, found: Float32Array) -> Row:
-    return replace(row, policy=replace(row.policy, old_logprobs=found)) if row.policy else row
-
-
-def _count(batch: MicroBatch, term: str) -> int:
-    """Targets of a term in a micro-batch, or pairs."""
-    if term == "preference":
-        return len(batch.pairs.weights) if batch.pairs else 0
-    targets = batch.sft if term == "sft" else batch.policy
-    return len(targets.at) if targets else 0
-
-
-def _note_denominators(sums: StepSums, found: Denominators, weights: dict[str, float]) -> int:
-    """Log what every term is divided by; how many terms have nothing in this update."""
-    by_term = {"policy": found.policy, "kl": found.policy, "value": found.value, "sft": found.sft}
-    by_term["preference"] = found.pairs
-    for term in weights:
-        sums.note(f"objective/{term}_denominator", float(by_term[term]))
-    return sum(not by_term[term] for term in weights)
-
-
 def _add_gradient(parts: Sequence[Tensor], loss: Tensor, parameters: Sequence[Tensor]) -> None:
     found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     for part, gradient in zip(parts, found, strict=True):
         if gradient is not None:
             part += gradient
-
-
-def _note_norms(sums: StepSums, norms: dict[str, float]) -> None:
-    for term, norm in norms.items():
-        sums.note(f"objective/{term}_grad_norm", norm)
-        sums.note(f"objective/{term}_grad_share", norm / sum(norms.values()) if sum(norms.values()) else 0.0)
-
-
-def _note_explained_variance(sums: StepSums, rows: Sequence[Row]) -> None:
-    """1 - Var(return - value) / Var(return), of the values at the start of the step: the same on all ranks."""
-    tokens = [row.policy for row in rows if row.policy and row.policy.returns is not None]
-    returns, values = (
-        np.concatenate([getattr(found, name)[found.mask] for found in tokens]).astype(np.float64)
-        for name in ("returns", "values")
-    )
-    if returns.var() > 0:
-        sums.note("value/explained_variance", float(1 - (returns - values).var() / returns.var()))
-    sums.note("value/mean", float(values.mean()))
-
-
-def _moved(part: Part, device: str) -> Part:
-    """A dataclass of tensors, with those of dataclasses in it, on a device."""
-    found: dict[str, Any] = {}
-    for field in fields(part):  # type: ignore[arg-type]
-        value = getattr(part, field.name)
-        if isinstance(value, Tensor):
-            found[field.name] = value.to(device)
-        elif hasattr(value, "__dataclass_fields__"):
-            found[field.name] = _moved(value, device)
-    return replace(part, **found)  # type: ignore[type-var]
 
 
 def _seed(*parts: int) -> int:

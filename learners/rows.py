@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -144,3 +144,13 @@ def pair_rows(pair: Preference, *, mask_prefix: bool, sft: bool, mask_prefix_sft
         sft_mask=after(supervised, pair.chosen_ids) if sft else None,
     )
     return chosen, Row(token_ids=pair.rejected_ids, preference_mask=after(scored, pair.rejected_ids))
+
+
+def lacks_old(row: Row) -> bool:
+    """Whether the policy term trains the row and does not know what the old policy said of it."""
+    return row.policy is not None and row.policy.old_logprobs is None
+
+
+def with_old(row: Row, found: Float32Array) -> Row:
+    """The row with what the old policy said of its tokens, [T] nats."""
+    return replace(row, policy=replace(row.policy, old_logprobs=found)) if row.policy else row

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlsys.errors import CheckpointError
+from rlsys.faults import fault
 
 SHARD_BYTES = 4 * 2**30
 
@@ -26,24 +27,38 @@ def write_tensors(
     writes: bool,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write tensors in order. Ranks with `writes` False only iterate, because gathering is collective."""
+    """Write tensors in order. Ranks with `writes` False only iterate, because gathering is collective.
+
+    Raises:
+        CheckpointError: a file cannot be written. The tensors have been asked for to the last one by then, so that no
+            other rank waits for this one.
+    """
+    tensors = iter(tensors)
+    try:
+        fault("checkpoint.learner", file=folder.name)
+        if writes:
+            _write(tensors, folder, stem, shard_bytes)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: {stem} cannot be written: {error}; is the disk of run.dir full?") from error
+    finally:
+        for _ in tensors:
+            pass
+
+
+def _write(tensors: Iterator[tuple[str, Tensor]], folder: Path, stem: str, shard_bytes: int) -> None:
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     total = 0
-    if writes:
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, tensor in tensors:
-        if not writes:
-            continue
         shard[name] = tensor.detach().cpu().contiguous().clone()
         total += shard[name].nbytes
         if sum(value.nbytes for value in shard.values()) >= shard_bytes:
             shards.append(_write_shard(folder, stem, len(shards), shard))
             shard = {}
-    if writes:
-        if shard or not shards:
-            shards.append(_write_shard(folder, stem, len(shards), shard))
-        _finish(folder, stem, shards, total)
+    if shard or not shards:
+        shards.append(_write_shard(folder, stem, len(shards), shard))
+    _finish(folder, stem, shards, total)
 
 
 def read_tensors(folder: Path, stem: str) -> Iterator[tuple[str, Tensor]]:

@@ -120,11 +120,11 @@ def spoil(learner: Any, job: dict[str, Any]) -> None:
         if getattr(learner, name) is not None:
             if first:
                 hook = getattr(learner, name).module.get_input_embeddings().register_forward_hook(infinite)
-            refused(learner, batch(step), step, f"(gradient|a loss or gradient) of the {name} is not finite on")
+            refused(learner, batch(step), step, f"gradient of the {name} is not finite on rank 0")
             if first:
                 hook.remove()
     pair = replace(pairs(np.random.default_rng(0), 1)[0], chosen_reference=math.nan)
-    refused(learner, TrainingBatch(pairs=(pair,)), step, "joint loss is nan on rank|a loss .* on another rank")
+    refused(learner, TrainingBatch(pairs=(pair,)), step, "joint loss is nan on rank")
     save(learner, Path(job["spoiled"]), {})
 
 
@@ -149,8 +149,8 @@ def save(learner: Any, folder: Path, figures: dict[str, float]) -> None:
         (folder / "figures.json").write_text(json.dumps(figures))
 
 
-def run(learner: Any, job: dict[str, Any]) -> None:
-    earlier = weakref.ref(learner.policy.module) if learner.policy is not None else lambda: None
+def begin(learner: Any, job: dict[str, Any]) -> None:
+    """Build the models of a job."""
     # Small micro-batches: several of them, unequal in size, and one rank gets a padding one.
     config = LearnerConfig(**{"ranks": learner.settings.ranks, "micro_batch_tokens": 256, **job["learner"]})
     objective = ObjectiveConfig(**{**OBJECTIVE, **job.get("objective", {})})
@@ -168,15 +168,20 @@ def run(learner: Any, job: dict[str, Any]) -> None:
         critic=optimizer if objective.value.used else None,
     )
     learner.start_stage(stage, start, resume, Path(job.get("reference", job["model"])))
+
+
+def run(learner: Any, job: dict[str, Any]) -> None:
+    earlier = weakref.ref(learner.policy.module) if learner.policy is not None else lambda: None
+    begin(learner, job)
     assert earlier() is None, "the model of the earlier stage is still in memory"
     train(learner, job)
     if "spoil" in job:
-        learner.stage = replace(stage, updates_per_step=1)
+        learner.stage = replace(learner.stage, updates_per_step=1)
         spoil(learner, job)
 
 
-def main(rank: int, ranks: int, jobs_file: Path) -> None:
-    jobs = json.loads(jobs_file.read_text())
+def join(rank: int, ranks: int, store: Path) -> Any:
+    """This rank of a learner, with the others."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ.update(learner_environment(LearnerConfig(ranks=ranks), "cpu", rank))
     from learners.learner_rank import LearnerRank
@@ -185,7 +190,7 @@ def main(rank: int, ranks: int, jobs_file: Path) -> None:
         rank=rank,
         ranks=ranks,
         device="cpu",
-        store=str(jobs_file.with_suffix(".store")),
+        store=str(store),
         seed=0,
         pad_token_id=0,
         temperature=TEMPERATURE,
@@ -193,8 +198,12 @@ def main(rank: int, ranks: int, jobs_file: Path) -> None:
         learner=LearnerConfig(ranks=ranks),
         objective=ObjectiveConfig(**OBJECTIVE),
     )
-    learner = LearnerRank(settings)
-    for job in jobs:
+    return LearnerRank(settings)
+
+
+def main(rank: int, ranks: int, jobs_file: Path) -> None:
+    learner = join(rank, ranks, jobs_file.with_suffix(".store"))
+    for job in json.loads(jobs_file.read_text()):
         run(learner, job)
 
 

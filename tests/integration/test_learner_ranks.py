@@ -55,14 +55,14 @@ def variants(*kinds: str) -> list[Any]:
     return [*quick, *(pytest.param(name, marks=pytest.mark.long) for name in MORE if name.startswith(kinds))]
 
 
-def run_ranks(folder: Path, name: str, ranks: int, jobs: list[dict[str, Any]]) -> None:
-    """Run jobs on so many ranks; every rank must end well."""
+def run_ranks(folder: Path, name: str, ranks: int, jobs: list[dict[str, Any]], child: str = "learner_child.py") -> None:
+    """Run jobs on so many ranks, each a process of the child; every rank must end well."""
     path = folder / f"{name}.json"
     path.write_text(json.dumps(jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "learner_child.py"), str(rank), str(ranks), str(path)],
+            [sys.executable, str(HERE / child), str(rank), str(ranks), str(path)],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -55,13 +55,24 @@ class PlainModel:
 
     def __init__(self, module: nn.Module, settings: RankSettings) -> None:
         self.module, self.settings, self.updates = module, settings, 0
+        self.name = type(module).__name__
 
     def __call__(self, **inputs: Any) -> Any:
         return self.module(**inputs)
 
-    def backward(self, loss: Tensor, what: str) -> None:
+    def backward(self, loss: Tensor, what: str, at: Mapping[str, int]) -> None:
         assert math.isfinite(loss.item()), what
         loss.backward()
+
+    def keep(self) -> None:
+        self.kept = copy.deepcopy(self.module.state_dict()), self.updates
+
+    def put_back(self) -> None:
+        state, self.updates = self.kept
+        self.module.load_state_dict(state)
+
+    def discard_gradients(self) -> None:
+        self.module.zero_grad()
 
     def check_finite(self) -> None:
         """Nothing to agree on: there is one rank, and `backward` has looked."""

@@ -8,9 +8,9 @@ from joint_samples import floats, policy_row
 from tensors64 import t64
 
 from learners.batching import collate
-from learners.learner_rank import _note_explained_variance
 from learners.losses import LossOutput
 from learners.rows import Unit
+from learners.step_notes import note_explained_variance
 from learners.step_sums import MAXIMA, SHARES, StepSums, norm_of_sums
 from rlsys.metrics import METRICS
 from rlsys.stage_settings import TERMS
@@ -95,14 +95,14 @@ def test_explained_variance_by_hand() -> None:
     # tokens that are not trained counts nowhere.
     row = policy_row([1, 2, 3, 4], [0, 1, 0, 1], [0] * 4, values=floats(9, 0.5, 9, 1), returns=floats(9, 1, 9, 0))
     sums = StepSums("cpu", ("value",))
-    _note_explained_variance(sums, [row])
+    note_explained_variance(sums, [row])
     found = sums.reduce(1)
     assert found["value/explained_variance"] == -1.25
     assert found["value/mean"] == 0.75
     # Of returns that are all equal there is nothing to explain.
     level = policy_row([1, 2], [0, 1], [0, 0], values=floats(0, 2), returns=floats(0, 1))
     sums = StepSums("cpu", ("value",))
-    _note_explained_variance(sums, [level])
+    note_explained_variance(sums, [level])
     found = sums.reduce(1)
     assert "value/explained_variance" not in found
     assert found["value/mean"] == 2.0

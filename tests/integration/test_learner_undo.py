@@ -1,0 +1,112 @@
+"""DeepSpeed ranks in plain processes: what is not finite, or cannot be saved, is an error of all ranks and no more."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from learner_child import CRITIC
+from test_learner_ranks import build_models, digests, run_ranks
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
+LEARNERS: dict[str, dict[str, Any]] = {
+    **{f"zero{stage}": {"zero_stage": stage} for stage in (0, 1, 2, 3)},
+    **{f"bf16-{stage}": {"zero_stage": stage, "dtype": "bf16"} for stage in (1, 2, 3)},
+    **{f"offload{stage}": {"zero_stage": stage, "optimizer_offload": True} for stage in (1, 2, 3)},
+    **{f"checkpointing{stage}": {"zero_stage": stage, "gradient_checkpointing": True} for stage in (2, 3)},
+}
+# Of a step of two updates. The ranks take turns, and so do the updates.
+POLICY: dict[str, dict[str, Any]] = {
+    "loss, first update": {"points": "learner.loss@number=1,update=0:nan"},
+    "loss, later update": {"points": "learner.loss@number=0,update=1:nan"},
+    "gradient, first update": {"points": "learner.gradient@number=0,update=0:nan", "times": 2},
+    "gradient, later update": {"points": "learner.gradient@number=1,update=1,hit=1:nan"},
+    "norm, first update": {"norm": "policy", "rank": 0, "update": 0},
+    "norm, later update": {"norm": "policy", "rank": 1, "update": 1},
+    "log-probabilities": {"score": "policy", "rank": 1},
+}
+BOTH: dict[str, dict[str, Any]] = {
+    "loss of the critic": {"points": "learner.loss@number=1,update=0,model=critic:nan"},
+    "gradient of the critic, later update": {"points": "learner.gradient@number=0,update=1,model=critic:nan"},
+    "loss of the policy": {"points": "learner.loss@number=0,update=0,model=policy:nan"},
+    # The critic has been updated by then.
+    "norm of the policy": {"norm": "policy", "rank": 1, "update": 0},
+    "norm of the policy, later update": {"norm": "policy", "rank": 0, "update": 1},
+    "norm of the critic, later update": {"norm": "critic", "rank": 0, "update": 1},
+    "values": {"score": "critic", "rank": 0},
+}
+# One update of one model, which keeps no copies.
+ONE = {name: fault for name, fault in POLICY.items() if "first" in name}
+KINDS: dict[str, dict[str, Any]] = {
+    "policy": {"training": POLICY},
+    "critic": {"training": BOTH, "objective": CRITIC},
+    "one": {"training": ONE, "updates": 1},
+}
+SAVING: dict[str, dict[str, Any]] = {
+    "full before the weights": {"points": "checkpoint.learner@file=policy,number=0:full"},
+    "full before the second moments, on another rank": {
+        "points": "checkpoint.learner@file=learner,number=1,hit=2:full"
+    },
+    "a limit on the size of files": {"limit": True, "rank": 0},
+    "a folder where a file belongs": {"blocked": "learner/learner.json"},
+}
+EXPECTED = {"loss": "loss is nan on rank", "gradient": "is not finite on rank", "norm": "gradient norm of the"}
+CASES = {f"{kind}-{learner}": (kind, learner) for kind in KINDS for learner in LEARNERS}
+SAMPLE = [f"{kind}-{learner}" for kind, learner in zip(KINDS, random.Random(7).sample(list(LEARNERS), 3), strict=True)]
+LONG = [name for name in CASES if name not in SAMPLE]
+
+
+def job(folder: Path, name: str) -> dict[str, Any]:
+    kind, learner = CASES[name]
+    return {
+        "name": name,
+        "model": str(folder / "model"),
+        "folder": str(folder / name),
+        "learner": LEARNERS[learner],
+        "saving": SAVING,
+        **KINDS[kind],
+    }
+
+
+def seen(folder: Path, name: str, cases: list[str]) -> list[dict[str, Any]]:
+    """What the two ranks saw of these cases."""
+    run_ranks(folder, name, 2, [job(folder, case) for case in cases], "undo_child.py")
+    return [json.loads((folder / f"{name}.{rank}.seen").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("undo")
+    build_models(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def sample(folder: Path) -> list[dict[str, Any]]:
+    return seen(folder, "sample", SAMPLE)
+
+
+@pytest.fixture(scope="module")
+def grid(folder: Path) -> list[dict[str, Any]]:
+    return seen(folder, "grid", LONG)
+
+
+@pytest.mark.parametrize("case", [*SAMPLE, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])
+def test_a_fault_is_an_error_of_all_ranks_and_changes_nothing(
+    case: str, folder: Path, request: pytest.FixtureRequest
+) -> None:
+    ranks = [found[case] for found in request.getfixturevalue("sample" if case in SAMPLE else "grid")]
+    training = job(folder, case)["training"]
+    for name in [*training, *SAVING]:
+        messages = {found[name]["raised"] for found in ranks}
+        assert len(messages) == 1, f"{name}: the ranks say {messages}"
+        if name in SAVING:
+            assert "learner rank " in messages.pop()
+        else:
+            assert EXPECTED.get(name.split()[0].strip(","), "not finite; nothing was updated") in messages.pop(), name
+        for what in ("unchanged", "went_on"):
+            assert [found[name][what] for found in ranks] == [True, True], f"{name}: {what}"
+    assert digests(folder / case / "disturbed") == digests(folder / case / "undisturbed")
