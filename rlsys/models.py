@@ -119,12 +119,14 @@ def load_tokenizer(path: str | Path, field: str = "model.path") -> Any:
     Args:
         field: the config field that names the model.
     Raises:
-        ConfigError: there is none, naming the field.
+        ConfigError: there is none, or the folder asks for code of its own; names the field.
     """
     from transformers import AutoTokenizer
 
+    refuse_code(Path(path), field)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        # Said, not left out: else transformers asks the terminal whether to run the code of a folder.
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"{field} {path}: expected a model with its tokenizer: {reason}") from None
@@ -134,6 +136,53 @@ def load_tokenizer(path: str | Path, field: str = "model.path") -> Any:
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{field} {path}: the tokenizer has no end-of-sequence token")
     return tokenizer
+
+
+def refuse_code(folder: Path, field: str) -> None:
+    """Check that a model folder asks for nothing but data: no Python of its own, no weights that are pickles.
+
+    Args:
+        field: the config field that names the model.
+    Raises:
+        ConfigError: one of its configs has an `auto_map`, or its index names other files than its safetensors.
+    """
+    for path in sorted(folder.glob("*config*.json")):
+        if _names_code(_json(path)):
+            raise ConfigError(
+                f"{field} {folder}: {path.name} names Python code of its own (auto_map), which is never run; take the "
+                "key out where transformers has a class for this model, or choose another model"
+            )
+    for path in sorted(folder.glob("*.safetensors.index.json")):
+        index = _json(path)
+        files = index.get("weight_map") if isinstance(index, dict) else None
+        for name in sorted(map(str, files.values())) if isinstance(files, dict) else ():
+            if "/" in name or not name.endswith(".safetensors"):
+                raise ConfigError(
+                    f"{field} {folder}: {path.name} names {name!r}; expected *.safetensors in the same folder, other "
+                    "weight formats are not read"
+                )
+
+
+def _json(path: Path) -> Any:
+    """None where it is no JSON: whoever needs the file says so."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _names_code(values: Any) -> bool:
+    """Whether there is an `auto_map` at any depth: composite models keep one in the config of a part."""
+    waiting = [values]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if value.get("auto_map"):
+                return True
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return False
 
 
 def encode_prompt(tokenizer: Any, question: str) -> list[int]:

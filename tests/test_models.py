@@ -144,6 +144,35 @@ def test_missing_models_name_the_field(tmp_path: Path) -> None:
         models.load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_code_of_a_model_folder_is_never_run(tmp_path: Path, name: str, nested: bool) -> None:
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    models.build_from_scratch(TINY, "ab", 0, folder)
+    (folder / "own.py").write_text(
+        f"open({str(ran)!r}, 'w')\n"
+        "from transformers import Qwen2Config as C, Qwen2ForCausalLM as M, Qwen2Tokenizer as T\n"
+    )
+    values = json.loads((folder / name).read_text())
+    where = values.setdefault("text_config", {}) if nested else values
+    where["auto_map"] = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M", "AutoTokenizer": ["own.T", None]}
+    (folder / name).write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=rf"^search\.model\.path .*: {name} names Python code of its own"):
+        models.load_tokenizer(folder, "search.model.path")
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("named", ["pytorch_model.bin", "../model.safetensors", "/model.safetensors"])
+def test_index_that_names_other_files_is_refused(tmp_path: Path, named: str) -> None:
+    models.build_from_scratch(TINY, "ab", 0, tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "model.safetensors"}}))
+    models.load_tokenizer(tmp_path)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": named}}))
+    with pytest.raises(ConfigError, match=rf"^model\.path .*index\.json names '{named}'; expected \*\.safetensors"):
+        models.load_tokenizer(tmp_path)
+
+
 def test_importing_the_module_is_light() -> None:
     heavy = "{'torch', 'transformers', 'ray', 'vllm', 'deepspeed'}"
     code = f"import sys, rlsys.models, rlsys.tasks.letter_count; print({heavy} & {{*sys.modules}})"
