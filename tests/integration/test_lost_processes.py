@@ -30,7 +30,7 @@ from reliability import Row, lost_and_twice, record
 from rlsys.metrics import read_rows
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(900)]
-HANG_S = 10
+HANG_S = 15
 REPLACED = "it is replaced and asked again; the run ends with the same bytes"
 
 # What happens to which process, in pairs that come at about the same time. The run waits where nobody serves, so that
