@@ -26,7 +26,7 @@ from learners.rows import Unit
 from learners.schedule import learning_rate
 from rlsys.config import LearnerConfig, OptimizerConfig, StageName
 from rlsys.config_file import parse_config
-from rlsys.errors import NonFiniteLossError
+from rlsys.errors import CheckpointError, NonFiniteLossError, WeightSyncError
 from rlsys.metrics import METRICS
 from rlsys.objective_config import ObjectiveConfig
 from rlsys.stage_settings import TERMS, StageSettings, stage_settings
@@ -617,6 +617,73 @@ def test_no_model_is_updated_where_one_of_them_is_not_finite(spoilt: str, monkey
         made.train(everything(), 0, 1)
     assert [model.updates for model in models] == [0, 0]
     assert all(torch.equal(model.vector(), vector) for model, vector in zip(models, before, strict=True))
+
+
+def test_a_later_update_that_is_not_finite_undoes_the_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, untouched = learner(EVERY_TERM, updates=2), learner(EVERY_TERM, updates=2)
+    models = [made.policy, made.critic]
+    before = [model.vector() for model in models]
+    seen: list[Tensor] = []
+
+    def refuse_the_second() -> None:
+        seen.append(made.policy.vector())
+        if len(seen) == 2:
+            raise NonFiniteLossError("gradient of the policy is not finite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made.policy, "check_finite", refuse_the_second)
+        with pytest.raises(NonFiniteLossError, match="gradient of the policy is not finite"):
+            made.train(everything(), 0, 1)
+    assert not torch.equal(*seen)  # the first update was made
+    assert [model.updates for model in models] == [0, 0]
+    assert all(torch.equal(model.vector(), vector) for model, vector in zip(models, before, strict=True))
+    assert made.train(everything(), 0, 1) == untouched.train(everything(), 0, 1)
+    for model, other in zip(models, (untouched.policy, untouched.critic), strict=True):
+        assert torch.equal(model.vector(), other.vector())
+
+
+@pytest.mark.parametrize(
+    ("objective", "step", "updates", "copied"),
+    [
+        ({}, 0, 1, set()),
+        ({}, 0, 2, {"policy"}),
+        (EVERY_TERM, 0, 1, {"policy", "critic"}),
+        ({**EVERY_TERM, "value": {"weight": 0.5, "warmup_steps": 1}, "preference": {}, "sft": {}}, 0, 1, set()),
+        ({**EVERY_TERM, "value": {"weight": 0.5, "warmup_steps": 1}, "preference": {}, "sft": {}}, 0, 2, {"critic"}),
+    ],
+)
+def test_only_models_that_may_have_to_be_put_back_are_copied(
+    objective: dict[str, Any], step: int, updates: int, copied: set[str]
+) -> None:
+    made = learner(objective, updates=updates)
+    made.train(TrainingBatch(groups=tuple(sampled(3))), step, step + 1)
+    models = {"policy": made.policy, "critic": made.critic}
+    assert {name for name, model in models.items() if hasattr(model, "kept")} == copied
+
+
+def test_a_model_that_cannot_be_read_is_an_error_of_all_ranks(tmp_path: Path) -> None:
+    made = learner({})
+    made._release = lambda: None
+    with pytest.raises(CheckpointError, match="^learner rank 0: .*nothing-here"):
+        made.start_stage(made.stage, tmp_path / "nothing-here", None, None)
+
+
+def test_a_bucket_that_cannot_be_put_away_is_an_error_of_all_ranks() -> None:
+    made, put = learner({}), []
+    made.policy.gather = lambda parameter: parameter.detach()
+
+    def refuse(data: np.ndarray) -> int:
+        put.append(data.nbytes)
+        if len(put) == 2:
+            raise RuntimeError("the object store is full")
+        return len(put)
+
+    with pytest.raises(WeightSyncError, match="learner rank 0: RuntimeError: the object store is full"):
+        made.export(1000, refuse)
+    found = made.export(10**9, lambda data: data.nbytes)
+    tensors = dict(made.policy.module.named_parameters())
+    assert [size for _, size in found] == [found[0][0].bytes]
+    assert {spec.name for spec in found[0][0].tensors} >= set(tensors)
 
 
 def test_pairs_of_which_one_side_begins_with_the_other_are_counted() -> None:

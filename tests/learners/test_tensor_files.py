@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from learners.tensor_files import read_tensors, write_tensors
+from rlsys import faults
 from rlsys.errors import CheckpointError
 
 
@@ -99,3 +103,41 @@ def test_missing_and_damaged_files_are_checkpoint_errors(tmp_path: Path) -> None
     (tmp_path / "exp_avg.safetensors").write_bytes(whole[:-8])
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         list(read_tensors(tmp_path, "exp_avg"))
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """No file may grow beyond 8 KiB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("small_disk")
+@pytest.mark.parametrize("size", [10**5, 10**6])
+def test_a_file_that_does_not_fit_is_named_after_the_last_tensor_was_asked_for(size: int, tmp_path: Path) -> None:
+    # The shard that fails is the first of two; other ranks gather for the second one too.
+    tensors = iter([("small", torch.ones(8)), ("large", torch.ones(size)), ("last", torch.ones(8))])
+    with pytest.raises(CheckpointError, match=r"policy: model cannot be written: .*File too large.*run\.dir full"):
+        write_tensors(tensors, tmp_path / "policy", "model", True, shard_bytes=10**5)
+    assert list(tensors) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named_too(tmp_path: Path) -> None:
+    (tmp_path / "policy").write_text("a file")
+    tensors = iter(numbered(3))
+    with pytest.raises(CheckpointError, match="policy: model cannot be written: "):
+        write_tensors(tensors, tmp_path / "policy", "model", True)
+    assert list(tensors) == []
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_full_disk_can_be_feigned_on_any_rank(writes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "_faults", faults.parse("checkpoint.learner@file=critic:full"))
+    tensors = iter(numbered(3))
+    with pytest.raises(CheckpointError) as found:
+        write_tensors(tensors, tmp_path / "critic", "model", writes)
+    assert isinstance(found.value.__cause__, OSError) and found.value.__cause__.errno == errno.ENOSPC
+    assert list(tensors) == []
+    write_tensors(numbered(3), tmp_path / "policy", "model", True)
