@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rlsys.access import check_address, child_environment, close_local_ray
 from rlsys.config import Config
 from rlsys.errors import AbortedRunError, ConfigError, EngineError, RlsysError
 from rlsys.process import kill_and_wait, kill_with_this_process
@@ -30,6 +31,9 @@ PLACEMENT_TIMEOUT_S = 180.0
 SHUTDOWN_TIMEOUT_S = 10.0
 TEMPORARY_NOTE = ".temporary-folder"
 RENDEZVOUS = ".rendezvous-"
+
+# Whatever a run writes is for its owner alone: the run directory, and the folder of Ray, whose processes inherit this.
+os.umask(0o077)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +58,11 @@ class Cluster:
         }
 
     def _common_environment(self) -> dict[str, str]:
-        names = ("RLSYS_FAULTS", "RLSYS_DATA", "HF_HUB_OFFLINE")
-        found = {name: os.environ[name] for name in names if name in os.environ}
+        local = self.config.run.address == "local"
+        found = {name: os.environ[name] for name in ("RLSYS_FAULTS", "RLSYS_DATA") if name in os.environ}
+        found |= child_environment(local)
         found |= {"RLSYS_RUN_ID": self.run_dir.name, "TOKENIZERS_PARALLELISM": "false"}
-        if self.config.run.address == "local":
-            # Without a name of an interface, gloo and NCCL listen on the one that the host name resolves to.
-            found |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        if local:
             found["TMPDIR"] = str(self.temporary / "tmp")
         return found
 
@@ -73,9 +76,10 @@ def ray_cluster(
     Args:
         store_bytes: size of the object store of a Ray started here.
     Raises:
-        ConfigError: no cluster at run.address, or one that is too small.
+        ConfigError: no cluster at run.address, one that is too small, or one that would be joined without a token.
         RlsysError: Ray did not start.
     """
+    check_address(config.run.address)
     local = config.run.address == "local"
     temporary = _temporary_folder(run_dir)
     with contextlib.ExitStack() as last:
@@ -97,7 +101,7 @@ def ray_cluster(
 def _start_ray(address: str, temporary: Path, processes: int, store_bytes: int) -> None:
     options: dict[str, Any] = {"address": address, "log_to_driver": False}
     if address == "local":
-        os.environ.pop("RAY_ADDRESS", None)
+        close_local_ray()
         options |= {
             "configure_logging": False,
             "include_dashboard": False,
@@ -153,8 +157,8 @@ def _temporary_folder(run_dir: Path) -> Path:
     _remove_leftovers(run_dir)
     folder = Path(f"/tmp/rl-{uuid.uuid4().hex[:8]}")  # noqa: S108 - unpredictable name, mode 700
     (run_dir / TEMPORARY_NOTE).write_text(str(folder), encoding="utf-8")
-    (folder / "tmp").mkdir(parents=True, mode=0o700)
-    folder.chmod(0o700)
+    folder.mkdir(mode=0o700)
+    (folder / "tmp").mkdir(mode=0o700)
     return folder
 
 

@@ -260,6 +260,8 @@ def test_ray_that_does_not_start(
         raise error
 
     monkeypatch.setattr(cluster.ray, "init", init)
+    for name, value in (("RAY_AUTH_MODE", "token"), ("RAY_AUTH_TOKEN", "of the cluster")):
+        monkeypatch.setenv(name, value)
     with pytest.raises(RlsysError) as caught, launch.ray_cluster(config(address=address), tmp_path, [{"CPU": 1.0}]):
         pass
     assert type(caught.value) is kind
