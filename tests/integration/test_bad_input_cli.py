@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,31 @@ import pytest
 import yaml
 from real_runs import REPOSITORY, TINY, FinishedRun, write_config
 
-from rlsys.checkpoint import CheckpointStore
+from rlsys import cli
+from rlsys.checkpoint import CheckpointStore, RunLock
+from rlsys.config import FromScratchConfig
 from rlsys.config_file import load_config
+from rlsys.models import build_from_scratch
 from rlsys.resume import find_start
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def accepted(
+    quiet_transformers: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run a command in this process that ends well; what it prints."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["rlsys", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        output, errors = capfd.readouterr()
+        assert stopped.value.code == 0, errors
+        return output
+
+    return run
 
 
 OVERRIDES = [
@@ -35,7 +57,7 @@ OVERRIDES = [
     ("actors.threads=1000", "actors.count or actors.threads: the rollout phase needs 2000 threads"),
     ("learner.threads=1000", "learner.ranks or learner.threads: the learning phase needs 2000 threads"),
     ("actors.kv_cache_gib=100000", "actors.count, actors.kv_cache_gib or learner.ranks: "),
-    ("run.resume=/nowhere/step_000001", "run.resume: "),
+    ("run.resume=/nowhere/step_000001", "run.resume /nowhere/step_000001: expected auto, never or the folder of a "),
     ("task={type: dataset, path: /nowhere/data.jsonl}", "task.path /nowhere/data.jsonl: no such file"),
 ]
 
@@ -68,7 +90,8 @@ ROWS: list[tuple[str, list[Any], dict[str, Any], str]] = [
     ("column", [GOOD] * 20, {"question_column": "problem"}, "task.question_column"),
     ("empty", [], {}, "expected at least one row, found none"),
     ("unreadable", [GOOD] * 10 + ["no object"] * 10, {}, "10 of 20"),
-    ("long_prompt", [GOOD] * 11 + [{**GOOD, "question": "1" * 500}], {}, "actors.max_model_len minus"),
+    ("all_unreadable", [3] * 20, {"max_bad_rows": 1.0}, "no row is left for evaluation"),
+    ("one_left", [3] * 9 + [GOOD], {"max_bad_rows": 1.0}, "no row is left for training"),
     ("no_demonstrations", [GOOD, {**GOOD, "question": "2+0?"}] * 10, {}, "task.demonstration_column"),
     (
         "long_demonstration",
@@ -79,12 +102,95 @@ ROWS: list[tuple[str, list[Any], dict[str, Any], str]] = [
 ]
 
 
+def on_rows(folder: Path, lines: list[Any], **task: Any) -> str:
+    """A config for lines of a data set, bytes as they are and others as JSON, without a warm start."""
+    path = folder / "data.jsonl"
+    path.write_bytes(
+        b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines)
+    )
+    task = {"type": "dataset", "path": str(path), **task}
+    return write_config(folder, {**TINY, "stages": ["online"], "task": task})
+
+
 @pytest.mark.parametrize(("rows", "task", "expected"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
 def test_bad_data_set(refused, tmp_path: Path, rows: list[Any], task: dict[str, Any], expected: str) -> None:
+    config = on_rows(tmp_path, rows, **task)
+    assert expected in refused("train", config, "stages=[warm_start, online]")
+    assert_nothing_begun(tmp_path / "run")
+
+
+def assert_nothing_begun(run_dir: Path) -> None:
+    """At most the lock, and the initial model that the data were measured with, were made."""
+    assert {path.name for path in run_dir.iterdir()} <= {"lock", "model", "model.sha256"}
+
+
+BAD_ROWS = {
+    "bad_json": (b'{"question": "1+1?", "answer": ', "not JSON: "),
+    "no_object": (b'["1+1?", "2"]', "expected a JSON object, found list"),
+    "wrong_type": (b'{"question": "1+1?", "answer": {"value": 2}}', "column 'answer': expected text, found "),
+    "null_answer": (b'{"question": "1+1?", "answer": null}', "column 'answer': expected text, found 'None'"),
+    "no_answer": (b'{"question": "1+1?"}', "column 'answer': expected text, found 'None'"),
+    "bad_utf8": (b'{"question": "1+1\xff?", "answer": "2"}', "not UTF-8"),
+    "half_surrogate": (b'{"question": "\\ud800", "answer": "2"}', "column 'question': expected text, found "),
+    "twice": (
+        b'{"question": "1?", "answer": "2", "answer": "3"}',
+        "column answer: expected it once in a row, found it",
+    ),
+}
+
+
+@pytest.mark.parametrize(("bad", "reason"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_bad_rows_are_counted_and_above_the_limit_refused(
+    refused, accepted, tmp_path: Path, bad: bytes, reason: str
+) -> None:
+    """Two of twenty, at a limit of exactly two and of less."""
+    rows = [{**GOOD, "question": f"{i}+1?"} for i in range(18)]
+    config = on_rows(tmp_path, [*rows[:4], bad, *rows[4:], bad], max_bad_rows=0.1)
     path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = write_config(tmp_path, {**TINY, "task": {"type": "dataset", "path": str(path), **task}})
-    assert expected in refused("train", config)
+    assert f"task.path: 2 of 20 rows skipped, the first: {path}:5: {reason}" in accepted("check", config)
+    message = refused("train", config, "task.max_bad_rows=0.09")
+    begin = f"error: task.path {path}: 2 of 20 rows are unreadable, more than task.max_bad_rows 0.09; the first: "
+    assert message.startswith(f"{begin}{path}:5: {reason}") and f"; {path}:20: {reason}" in message
+    assert_nothing_begun(tmp_path / "run")
+
+
+@pytest.mark.parametrize("place", [3, 10], ids=["training", "held_out"])
+def test_a_prompt_fits_to_the_token(refused, accepted, tmp_path: Path, place: int) -> None:
+    """48 letters are 50 tokens; max_tokens is 40. Row 10 is held out."""
+    rows = [{**GOOD, "question": f"{i}?"} for i in range(1, 12)]
+    rows[place - 1]["question"] = "1" * 48
+    config = on_rows(tmp_path, rows)
+    assert "max_model_len: 90" in accepted("check", config, "actors.max_model_len=90")
+    split = "train" if place == 3 else "held_out"
+    assert refused("train", config, "actors.max_model_len=89") == (
+        f"error: prompt {split}/{place} has 50 tokens; actors.max_model_len minus sampling.max_tokens leaves 49: raise "
+        "the former, lower the latter, or drop the prompt"
+    )
+    assert_nothing_begun(tmp_path / "run")
+
+
+DIRECTORIES = [
+    ("/proc/rlsys", "/proc/rlsys/lock cannot be locked: "),  # nobody can make a folder there
+    ("{tmp}/file/run", "{tmp}/file/run/lock cannot be locked: [Errno 20] Not a directory"),
+    ("{tmp}/file", "{tmp}/file/lock cannot be locked: "),
+]
+
+
+@pytest.mark.parametrize(("run_dir", "expected"), DIRECTORIES, ids=[run_dir for run_dir, _ in DIRECTORIES])
+def test_a_run_directory_that_cannot_be_written(refused, tmp_path: Path, run_dir: str, expected: str) -> None:
+    (tmp_path / "file").write_text("")
+    message = refused("train", write_config(tmp_path, TINY), f"run.dir={run_dir.format(tmp=tmp_path)}")
+    assert message.startswith(f"error: run.dir: {expected.format(tmp=tmp_path)}")
+
+
+def test_a_run_directory_in_use_is_refused_with_its_owner(refused, tmp_path: Path) -> None:
+    config = write_config(tmp_path, TINY)
+    with RunLock(tmp_path / "run") as lock:
+        assert refused("train", config) == (
+            f"error: run.dir: {tmp_path / 'run'} is in use by process {os.getpid()} on {lock.owner['host']}; stop that "
+            "run or choose another run.dir"
+        )
+        assert_nothing_begun(tmp_path / "run")
 
 
 FIXED = [
@@ -144,6 +250,32 @@ def test_a_real_process_says_one_line_and_exits_with_2(tmp_path: Path, override:
     assert done.stderr.count("\n") == 1 and expected in done.stderr
 
 
-def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
+def test_a_full_run_directory_is_said_in_one_line_before_anything_starts(tmp_path: Path) -> None:
+    """No file may have more than 50 bytes: the lock fits in part, which its owner does not mind."""
+    build_from_scratch(FromScratchConfig(hidden_size=32, layers=1, heads=1), [], 0, tmp_path / "model")
+    config = write_config(tmp_path, {**TINY, "model": {"path": str(tmp_path / "model")}})
+    done = _command("train", config, file_bytes=50)
+    path = tmp_path / "run" / "config.yaml"
+    assert done.stderr == f"error: CheckpointError: {path}: could not be written: [Errno 27] File too large\n"
+    assert (done.returncode, done.stdout) == (1, "")  # the disk is at fault, not the input
+    assert {path.name for path in path.parent.iterdir()} == {"lock"}
+
+
+def test_damaged_checkpoints_alone_are_said_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints" / "step_000005"
+    folder.mkdir(parents=True)
+    (folder / "MANIFEST.json").write_text("{")
+    done = _command("train", write_config(tmp_path, TINY))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1].startswith(
+        f"error: CheckpointError: {folder.parent}: none of the 1 checkpoints is valid ({folder / 'MANIFEST.json'}: "
+    )
+    assert done.stderr.endswith(f"; restore one, or delete {folder.parent} to start again from scratch\n")
+    assert (folder / "MANIFEST.json").read_text() == "{"
+
+
+def _command(*arguments: str, file_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rlsys.cli", *arguments]
+    if file_bytes is not None:
+        command = ["prlimit", f"--fsize={file_bytes}", *command]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
