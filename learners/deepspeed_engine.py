@@ -60,6 +60,8 @@ class TrainedModel:
         for parameter in module.parameters():
             parameter.register_hook(self._see)
         self.engine = _build(module, settings, optimizer)
+        if settings.learner.zero_stage == 0 and settings.learner.dtype == "fp32":
+            self.engine.clip_fp32_gradients = self._clip
         self._copies, self._kept_updates = Copies(self.engine), 0
 
     def __call__(self, **inputs: Any) -> Any:
@@ -141,6 +143,12 @@ class TrainedModel:
         self._check_norm(norm)
         self.updates += 1
         return norm, rate
+
+    def _clip(self) -> None:
+        """As DeepSpeed, which would forget the norm it found and go on where that is not finite."""
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._optimizer_config.max_grad_norm)
+        self.engine._global_grad_norm = norm
+        self._check_norm(float(norm))
 
     def _check_norm(self, norm: float) -> None:
         if not math.isfinite(norm):
@@ -317,15 +325,6 @@ def _build(module: PreTrainedModel, settings: RankSettings, optimizer: Optimizer
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=adam, config=deepspeed_config(learner, optimizer, parameters)
     )
-    if learner.zero_stage == 0 and learner.dtype == "fp32":
-        # DeepSpeed clips here too, but forgets the norm it found and goes on where that is not finite.
-        def clip() -> None:
-            norm = nn.utils.clip_grad_norm_(module.parameters(), optimizer.max_grad_norm)
-            engine._global_grad_norm = norm
-            if not math.isfinite(norm):
-                raise NonFiniteLossError(f"gradient norm is {norm}; {UNPUBLISHED}")
-
-        engine.clip_fp32_gradients = clip
     _create_states(engine)
     return engine
 

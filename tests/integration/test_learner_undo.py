@@ -38,12 +38,17 @@ BOTH: dict[str, dict[str, Any]] = {
     "norm of the critic, later update": {"norm": "critic", "rank": 0, "update": 1},
     "values": {"score": "critic", "rank": 0},
 }
+OTHERS: dict[str, dict[str, Any]] = {
+    "weights that rank 1 cannot read": {"unreadable": "load_model", "rank": 1},
+    "moments that rank 0 cannot read": {"unreadable": "read_tensors", "rank": 0},
+    "weights that rank 0 cannot put away": {"export": True, "rank": 0},
+}
 # One update of one model, which keeps no copies.
 ONE = {name: fault for name, fault in POLICY.items() if "first" in name}
 KINDS: dict[str, dict[str, Any]] = {
     "policy": {"training": POLICY},
     "critic": {"training": BOTH, "objective": CRITIC},
-    "one": {"training": ONE, "updates": 1},
+    "one": {"training": ONE, "updates": 1, "others": OTHERS},
 }
 SAVING: dict[str, dict[str, Any]] = {
     "full before the weights": {"points": "checkpoint.learner@file=policy,number=0:full"},
@@ -53,7 +58,6 @@ SAVING: dict[str, dict[str, Any]] = {
     "a limit on the size of files": {"limit": True, "rank": 0},
     "a folder where a file belongs": {"blocked": "learner/learner.json"},
 }
-EXPECTED = {"loss": "loss is nan on rank", "gradient": "is not finite on rank", "norm": "gradient norm of the"}
 CASES = {f"{kind}-{learner}": (kind, learner) for kind in KINDS for learner in LEARNERS}
 SAMPLE = [f"{kind}-{learner}" for kind, learner in zip(KINDS, random.Random(7).sample(list(LEARNERS), 3), strict=True)]
 LONG = [name for name in CASES if name not in SAMPLE]
@@ -69,6 +73,14 @@ def job(folder: Path, name: str) -> dict[str, Any]:
         "saving": SAVING,
         **KINDS[kind],
     }
+
+
+def expected(name: str) -> str:
+    """What the error of a fault says."""
+    if name in SAVING or name in OTHERS:
+        return "learner rank "
+    found = {"loss": "loss is nan on rank", "gradient": "is not finite on rank", "norm": "gradient norm of the"}
+    return found.get(name.split()[0].strip(","), "not finite; nothing was updated")
 
 
 def seen(folder: Path, name: str, cases: list[str]) -> list[dict[str, Any]]:
@@ -99,14 +111,11 @@ def test_a_fault_is_an_error_of_all_ranks_and_changes_nothing(
     case: str, folder: Path, request: pytest.FixtureRequest
 ) -> None:
     ranks = [found[case] for found in request.getfixturevalue("sample" if case in SAMPLE else "grid")]
-    training = job(folder, case)["training"]
-    for name in [*training, *SAVING]:
+    given = job(folder, case)
+    for name in [*given["training"], *given["saving"], *given.get("others", {})]:
         messages = {found[name]["raised"] for found in ranks}
         assert len(messages) == 1, f"{name}: the ranks say {messages}"
-        if name in SAVING:
-            assert "learner rank " in messages.pop()
-        else:
-            assert EXPECTED.get(name.split()[0].strip(","), "not finite; nothing was updated") in messages.pop(), name
+        assert expected(name) in messages.pop(), name
         for what in ("unchanged", "went_on"):
             assert [found[name][what] for found in ranks] == [True, True], f"{name}: {what}"
     assert digests(folder / case / "disturbed") == digests(folder / case / "undisturbed")

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from learner_child import begin, groups, join, pairs, rows
 from torch import Tensor, is_grad_enabled
 
 from rlsys import faults
-from rlsys.errors import CheckpointError, NonFiniteLossError
+from rlsys.errors import CheckpointError, NonFiniteLossError, WeightSyncError
 from rlsys.types import TrainingBatch
 
 SMALL = 2**14  # bytes of the largest file that a full disk still takes; the models' are larger
@@ -86,6 +87,26 @@ def raised(kind: type[Exception], call: Callable[[], Any]) -> str:
     return ""
 
 
+def broken(learner: Any, job: dict[str, Any], fault: dict[str, Any]) -> str:
+    """The error where one rank cannot read what a stage begins with, or cannot put away what it exports."""
+    from learners import deepspeed_engine, learner_rank
+
+    def refuse(*_: Any) -> Any:
+        raise PermissionError(f"refused on rank {learner.settings.rank}")
+
+    own = fault["rank"] == learner.settings.rank
+    if "export" in fault:
+        return raised(WeightSyncError, lambda: learner.export(SMALL, refuse))
+    module = {"load_model": learner_rank, "read_tensors": deepspeed_engine}[fault["unreadable"]]
+    resumed = {**job, "resume": f"{job['folder']}/disturbed"}
+    with pytest.MonkeyPatch.context() as patch:
+        if own:
+            patch.setattr(module, fault["unreadable"], refuse)
+        message = raised(CheckpointError, lambda: begin(learner, resumed))
+    begin(learner, resumed)
+    return message
+
+
 def run(learner: Any, job: dict[str, Any]) -> dict[str, Any]:
     """What every fault did: the error it raised, whether it changed nothing, and whether the next step was right."""
     training, saving = job["training"], job["saving"]
@@ -116,6 +137,10 @@ def run(learner: Any, job: dict[str, Any]) -> dict[str, Any]:
     for name in saving:
         seen[name]["went_on"] = digest(learner) == expected[steps]
     learner.save(whole / "disturbed")
+    for name, fault in job.get("others", {}).items():
+        seen[name] = {"raised": broken(learner, job, fault), "unchanged": digest(learner) == expected[steps]}
+        learner.export(SMALL, len)
+        seen[name]["went_on"] = len(learner.score([np.arange(3, 9)])) == 1
     return seen
 
 
