@@ -14,6 +14,8 @@ from typing import Any
 from rlsys.errors import ConfigError, DataError
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}|\$(\w+)")
+# Kinds of data sets whose files hold tables or text; of the others some decode what is packed into them, pickles too.
+_TABLES = ("Arrow", "Csv", "Json", "Parquet", "Text")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -137,6 +139,9 @@ def _read_hugging_face(path: str, split: str, subset: str | None, where: str) ->
         if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
             found = datasets.load_from_disk(path)
         else:
+            kinds = [kind.__name__ for kind in type(datasets.load_dataset_builder(path, subset)).__mro__]
+            if not set(kinds) & set(_TABLES):
+                raise DataError(f"{where}: expected files of the kinds {', '.join(_TABLES)}, found {kinds[0]}")
             found = datasets.load_dataset(path, subset)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
