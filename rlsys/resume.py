@@ -7,21 +7,17 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rlsys.checkpoint import MANIFEST, CheckpointStore, read_json, state_from_json, write_json
 from rlsys.config import Config
-from rlsys.config_file import FIXED_FIELDS, fixed_fields, flat_fields, load_config, select_fields
+from rlsys.config_file import flat_fields
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.report import section_of
-from rlsys.training_data import DONE, SEARCHED, asked_of_search, reads_extracted, search_folder, taken_by_step
+from rlsys.resume_fields import changed_fields, check_fields, config_of
+from rlsys.resume_paths import RESUMED_FROM, check_folders, check_named, check_unused, has_metrics, resumed_from
+from rlsys.training_data import DONE, SEARCHED, asked_of_search, reads_extracted, search_folder
 from rlsys.tree_store import ORIGIN, TREES
 from rlsys.types import RunState
-
-# In the run directory: the checkpoint of run.resume that its own checkpoints descend from.
-RESUMED_FROM = "resumed_from.json"
-# Say how a command is run, not how its steps are made.
-_OF_THE_COMMAND = ("run.dir", "run.resume", "run.address", "run.time_limit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +65,21 @@ def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
     """
     if (run_dir / ORIGIN).exists() and any((run_dir / TREES).rglob("*.json*")):
         raise ConfigError(f"run.dir {run_dir} holds the trees of a search: choose another run.dir")
-    _check_folders(store.folder)
+    check_folders(store.folder)
     resume, own = config.run.resume, store.latest()
-    if resume == "never" and (own is not None or _has_metrics(run_dir)):
+    if resume == "never" and (own is not None or has_metrics(run_dir)):
         raise ConfigError(f"run.resume is never and run.dir {run_dir} holds a run: choose another run.dir")
     if resume in ("auto", "never"):
         if own is None:
             return Start(RunState(stage=0, step=0, weight_version=0, cursor=0), None)
         return _start_at(config, own, run_dir)
     path = Path(resume).absolute()
-    descends = _resumed_from(run_dir) == str(path.resolve())
+    descends = resumed_from(run_dir) == str(path.resolve())
     if descends and own is not None:
         return _start_at(config, own, run_dir)
-    _check_named(path, store)
+    check_named(path, store)
     if not descends:
-        _check_unused(path, own, run_dir)
+        check_unused(path, own, run_dir)
     return _branch(config, path, run_dir)
 
 
@@ -173,58 +169,11 @@ def check_extraction(config: Config, start: Start, prompts: int) -> None:
 
 def _start_at(config: Config, checkpoint: Path, origin: Path) -> Start:
     """Continue from a checkpoint of the run directory `origin`."""
-    before = _config_of(origin)
-    path = origin / "config.yaml"
-    _check_equal(fixed_fields(before), fixed_fields(config), f"the run to be resumed ({path})")
+    before = config_of(origin)
     state = state_from_json(read_json(checkpoint / "state.json"))
-    _check_taken(config, before, state, path)
+    check_fields(config, before, state, origin / "config.yaml")
     _check_critic(config, state, checkpoint)
     return Start(state, checkpoint, changed=changed_fields(before, config))
-
-
-def changed_fields(before: Config, now: Config) -> tuple[str, ...]:
-    """Fields that a resume may change and that differ, each as `name old -> new`."""
-    was, found = (flat_fields(config.model_dump(mode="json")) for config in (before, now))
-    left_out = select_fields({**was, **found}, [*FIXED_FIELDS, *_OF_THE_COMMAND])
-    names = [name for name in {**was, **found} if name not in left_out and was.get(name) != found.get(name)]
-    return tuple(f"{name} {was.get(name)} -> {found.get(name)}" for name in names)
-
-
-def _config_of(run_dir: Path) -> Config:
-    """What the run to be resumed was begun with."""
-    try:
-        return load_config(run_dir / "config.yaml")
-    except ConfigError as error:
-        raise ConfigError(
-            f"run.dir or run.resume: {run_dir} cannot be resumed without its config.yaml: {error.message}; restore it, "
-            "or start a new run.dir"
-        ) from None
-
-
-def _check_folders(folder: Path) -> None:
-    """What others put beside the checkpoints is refused: it would be taken for damaged ones, which are removed."""
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        foreign = path.is_dir() and not path.name.startswith(".") and not re.match(r"step_\d", path.name)
-        if foreign and not (path / MANIFEST).exists():
-            raise ConfigError(
-                f"run.dir {folder.parent}: expected checkpoints of rlsys alone in {folder}, found the folder "
-                f"{path.name} without a {MANIFEST}; move it away, or choose another run.dir"
-            )
-
-
-def _check_named(path: Path, store: CheckpointStore) -> None:
-    """run.resume names a valid checkpoint."""
-    wanted = "expected auto, never or the folder of a checkpoint, RUN_DIR/checkpoints/step_N"
-    if not (path / MANIFEST).is_file():
-        inside = [path / "checkpoints", path] if path.is_dir() else []
-        found = sorted(each.parent for folder in inside for each in folder.glob(f"*/{MANIFEST}"))
-        what = "a file" if path.is_file() else "no such folder" if not path.is_dir() else f"a folder without {MANIFEST}"
-        hint = f"; did you mean {found[-1]}?" if found else ""
-        raise ConfigError(f"run.resume {path}: {wanted}, found {what}{hint}")
-    try:
-        store.verify(path)
-    except CheckpointError as error:
-        raise ConfigError(f"run.resume: {error.message}; choose another checkpoint, or restore this one") from None
 
 
 def _check_critic(config: Config, state: RunState, checkpoint: Path) -> None:
@@ -255,55 +204,3 @@ def all_steps_made(config: Config, state: RunState) -> bool:
     """Whether the last stage has none left."""
     last = len(config.stages) - 1
     return state.stage == last and state.step >= config.max_steps(config.stages[last])
-
-
-def _check_unused(path: Path, own: Path | None, run_dir: Path) -> None:
-    """Nothing that a run of another line left in run_dir may be overwritten or mixed with this one's."""
-    if own is not None and own.resolve() == path.resolve():
-        return
-    if own is not None and own.resolve().parent == path.resolve().parent:
-        raise ConfigError(
-            f"run.resume {path}: {own} is newer; move the newer ones out of {own.parent}, or choose a new run.dir"
-        )
-    if own is not None or _has_metrics(run_dir):
-        raise ConfigError(
-            f"run.resume {path}: run.dir {run_dir} holds another run; move it away, or choose a new run.dir"
-        )
-
-
-def _has_metrics(run_dir: Path) -> bool:
-    return (run_dir / "metrics.jsonl").exists()
-
-
-def _resumed_from(run_dir: Path) -> str | None:
-    file = run_dir / RESUMED_FROM
-    if not file.exists():
-        return None
-    try:
-        return str(read_json(file)["checkpoint"])
-    except (KeyError, TypeError):
-        raise CheckpointError(f"{file}: damaged: expected a checkpoint; restore it, or start a new run.dir") from None
-
-
-def _check_taken(config: Config, earlier: Config, state: RunState, path: Path) -> None:
-    """Within a stage step n takes the rows from n * count on: with another count some would come twice, or never."""
-    stage = config.stages[state.stage]
-    if not 0 < state.step < config.max_steps(stage):
-        return
-    before, now = taken_by_step(earlier, stage), taken_by_step(config, stage)
-    before = {name: count for name, count in before.items() if name in now}  # a term of online may be turned off and on
-    now = {name: count for name, count in now.items() if name in before}
-    _check_equal(before, now, f"the run to be resumed ({path}), which is within stage {stage}, at step {state.step}")
-
-
-def _check_equal(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Name what differs: values by field."""
-    names = list({**before, **now})  # another type of task or model has other fields
-    different = [name for name in names if before.get(name) != now.get(name)]
-    if different:
-        name = different[0]
-        raise ConfigError(
-            f"{name} differs from {where}: expected {before.get(name)}, found {now.get(name)}; "
-            "set it back, or start a new run.dir"
-            + (f" (also different: {', '.join(different[1:])})" if different[1:] else "")
-        )
