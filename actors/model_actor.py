@@ -44,6 +44,7 @@ class ModelActor:
         quiet_worker(settings.log_file)
         die_with_parent()
         self.name = settings.name
+        self._waited, self._asked = 0, 0
         try:
             ends = end_token_ids(load_tokenizer(settings.model_path), settings.model_path)
             self.engine = Engine(settings.model_path, settings.actors, settings.device, ends, stop_strings=True)
@@ -58,10 +59,18 @@ class ModelActor:
     async def complete(self, request: CompletionRequest) -> Completion | RolloutError:
         """What the engine drew, or why it refused the request."""
         (future,) = self.engine.submit([request])
+        self._asked += 1
         try:
             return await asyncio.wrap_future(future)
         except RolloutError as error:
             return error
+        finally:
+            self._asked -= 1
+
+    async def progress(self) -> int:
+        """Grows with every engine step, and while there is nothing to do."""
+        self._waited += not self._asked
+        return self.engine.steps + self._waited
 
     async def usage(self) -> EngineUsage:
         """What the engine has done since the last call of this."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
-from ray.exceptions import ObjectLostError
+from ray.exceptions import OwnerDiedError
 
 from actors.engine import Completion, Engine
 from actors.forest import Forest
@@ -200,7 +200,7 @@ class RolloutActor:
             await asyncio.to_thread(self.engine.update_weights, manifest.version, sent)
         except WeightSyncError:
             raise
-        except ObjectLostError as error:  # the rank that had put it there is no more
+        except OwnerDiedError as error:  # the rank that had put it there is no more
             raise LearnerLostError(
                 f"weight version {manifest.version} was lost before actor {self.name} had all of it: "
                 f"{type(error).__name__}"

@@ -199,7 +199,7 @@ class ActorsConfig(Section):
     hang_timeout_s: float = Field(default=120.0, gt=0)
     """An actor that has work and shows no progress for this many seconds is lost."""
     max_restarts: int = Field(default=16, ge=0)
-    """Lost actors that a command replaces; one more ends the run. 0: the first loss ends it."""
+    """Lost actors that are replaced within an hour; one more ends the run. 0: the first loss ends it."""
 
 
 class SamplingConfig(Section):
@@ -240,7 +240,8 @@ class LearnerConfig(Section):
     hang_timeout_s: float = Field(default=300.0, gt=0)
     """The learner is lost where a rank shows no progress within a training step for this many seconds."""
     max_restarts: int = Field(default=4, ge=0)
-    """Losses of the learner after which a command goes on from the last checkpoint; one more ends the run."""
+    """Losses of the learner, without a new checkpoint between them, after which a command goes on from the last
+    checkpoint; one more ends the run."""
     max_skipped_steps: int = Field(default=3, ge=0)
     """Training steps in a row that are skipped where a loss or gradient is not finite; at one more the learner is
     started again from the last checkpoint, and at the second time the run ends."""
@@ -334,7 +335,7 @@ class WeightSyncConfig(Section):
     bucket_mib: float = Field(default=64.0, gt=0)
     """Size of one bucket of tensors."""
     timeout_s: float = Field(default=120.0, gt=0)
-    """A publish that is not acknowledged by every actor after this many seconds is a WeightSyncError."""
+    """An actor that has not acknowledged a publish after this many seconds is lost."""
     probe_rows: int = Field(default=4, ge=1)
     """Fixed sequences whose log-probabilities actor and learner must agree on after every publish."""
     probe_tolerance: float | None = Field(default=None, gt=0)
@@ -372,6 +373,18 @@ class EvaluationConfig(Section):
 
 
 StageName = Literal["warm_start", "search", "sft", "preference", "online"]
+
+
+def _check_deadlines(config: Config) -> None:
+    """A living process must be able to keep a deadline."""
+    for shorter, longer in (
+        ("rewards.timeout_s", "actors.hang_timeout_s"),  # a verdict is progress
+        ("actors.hang_timeout_s", "actors.rollout_timeout_s"),
+        ("learner.hang_timeout_s", "learner.timeout_s"),
+    ):
+        low, high = (getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in (shorter, longer))
+        if low > high:
+            raise ValueError(f"{shorter} {low:g} exceeds {longer} {high:g}: raise the latter")
 
 
 class Config(Section):
@@ -424,6 +437,7 @@ class Config(Section):
             )
         if self.actors.tensor_parallel_size > 1 and self.run.device != "cuda":
             raise ValueError("actors.tensor_parallel_size above 1 needs run.device: cuda")
+        _check_deadlines(self)
         if self.learner.optimizer_offload and self.learner.zero_stage == 0:
             raise ValueError("learner.optimizer_offload needs learner.zero_stage 1, 2 or 3")
         if self.learner.dtype == "bf16" and self.learner.zero_stage == 0:

@@ -112,7 +112,7 @@ class Controller:
             else:
                 await self._offline(stage, total)
             await self.saving.save(self.state, needed=True)
-        self.saving.hand_over(stage)  # also where a run was killed between the two
+        await asyncio.to_thread(self.saving.hand_over, stage)  # also where a run was killed between the two
 
     async def _search(self) -> None:
         """Trees of the present policy and the data made of them. No weights change, and nothing is left to do twice."""

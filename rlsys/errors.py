@@ -30,6 +30,10 @@ class EngineError(RlsysError):
     """An actor's engine is broken; the actor must not be used again."""
 
 
+class ProcessDiedError(EngineError):
+    """The process of an actor or rank is no more."""
+
+
 class WriterLostError(EngineError):
     """An engine of search.model or search.reviewer is broken; the actor that asked it is not."""
 

@@ -13,11 +13,13 @@ update holds neither version and is never used again. Before the first publish a
 from __future__ import annotations
 
 import asyncio
-import enum
+import contextlib
+import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 from rlsys.errors import (
     EngineError,
@@ -27,6 +29,7 @@ from rlsys.errors import (
     WeightSyncError,
     WriterLostError,
 )
+from rlsys.members import WATCH_INTERVAL_S, ActorHandle, ActorState, Member, Silence, WatchedHandle
 from rlsys.trees import SearchUsage, Tree, TreeFailure, Writer
 from rlsys.types import (
     Float32Array,
@@ -41,68 +44,11 @@ from rlsys.types import (
 
 Result = TypeVar("Result")
 Check = Callable[[WeightAck], object]
-WATCH_INTERVAL_S = 1.0
+LOSSES_WITHIN_S = 3600.0  # actors.max_restarts are of so long
+MAX_LOST_BY_ONE_CALL = 5  # then it is the call that breaks actors
+REFUSALS = 2  # processes that could not take a version, and none that could: another one could not either
 
-
-class ActorState(enum.Enum):
-    """See the picture above."""
-
-    STARTING = "starting"
-    STALE = "stale"
-    SERVING = "serving"
-    DEAD = "dead"
-
-
-class ActorHandle(Protocol):
-    """One actor process. A call raises EngineError or WeightSyncError where the process must not be used again."""
-
-    async def start(self) -> None:
-        """Returns when it is up."""
-        ...
-
-    async def generate(
-        self, prompts: Sequence[Prompt], settings: SamplingSettings
-    ) -> Sequence[TrajectoryGroup | RolloutFailure]: ...
-
-    async def search(self, prompt: Prompt) -> TrajectoryGroup | RolloutFailure: ...
-
-    async def grow(self, prompt: Prompt) -> Tree | TreeFailure: ...
-
-    async def probe(self, rows: Sequence[Int32Array]) -> Sequence[Float32Array]: ...
-
-    async def update_weights(
-        self, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array]
-    ) -> WeightAck: ...
-
-    async def usage(self) -> Any:
-        """What the engine did since the last call, an actors.usage.EngineUsage."""
-        ...
-
-    async def progress(self) -> int:
-        """A number that grows with whatever it does. Must be answered while other calls are under way."""
-        ...
-
-    async def close(self) -> None: ...
-
-    def kill(self) -> None:
-        """End the process at once, also a stopped one."""
-        ...
-
-
-@dataclass(eq=False, slots=True)
-class _Member:
-    """An incarnation of an actor. progress, since: the last one seen, and when it was new or nothing was asked."""
-
-    number: int
-    attempt: int
-    handle: ActorHandle
-    since: float
-    state: ActorState = ActorState.STARTING
-    asked: int = 0
-    progress: int = -1
-    looked_at: bool = False
-    cause: RlsysError | None = None
-    lost: asyncio.Event = field(default_factory=asyncio.Event)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +68,10 @@ class Fleet:
 
     Args:
         spawn: starts the process of an actor, by number and attempt, from 0.
-        max_restarts: lost actors of the whole run that are replaced; one more ends it.
+        max_restarts: lost actors within an hour that are replaced; one more ends the run.
         hang_timeout_s: an actor that was asked something and shows no progress for so long is lost.
         writer: what the actors' own engines are to a tree.
-        beside: engines of other models, by what they are to a tree; they are not replaced.
+        beside: engines of other models, by what they are to a tree; the loss of one ends the run.
         say: is told of every loss and of every return.
         clock: monotonic seconds.
     """
@@ -138,7 +84,7 @@ class Fleet:
         max_restarts: int,
         hang_timeout_s: float,
         writer: Writer = "policy",
-        beside: Sequence[tuple[Writer, int, ActorHandle]] = (),
+        beside: Sequence[tuple[Writer, int, WatchedHandle]] = (),
         say: Callable[[str], None] = lambda _text: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -147,16 +93,24 @@ class Fleet:
         self._max_restarts = max_restarts
         self._hang_timeout_s = hang_timeout_s
         self._writer = writer
-        self._beside = beside
         self._say = say
         self._clock = clock
-        self._members: list[_Member] = []
+        self._members: list[Member] = []
+        self._beside = [
+            (writer, number, Member(f"{writer} engine {number}", number, 0, handle, Silence(clock)))
+            for writer, number, handle in beside
+        ]
         self._published: _Published | None = None
         self._serves_files = True
+        self._acknowledged = False
+        self._refused: list[RlsysError] = []
+        self._learner_lost: LearnerLostError | None = None
         self._updating = asyncio.Lock()
         self._changed = asyncio.Condition()
         self._failed: RlsysError | None = None
+        self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._losses: deque[tuple[float, RlsysError]] = deque()
         self.restarts = 0
 
     # --- life ---
@@ -168,24 +122,26 @@ class Fleet:
             RlsysError: one did not start. The first start is no place for replacements: it fails for all alike.
         """
         self._members = [self._incarnation(number, 0) for number in range(self.count)]
-        starts = [member.handle.start() for member in self._members] + [each.start() for *_, each in self._beside]
+        everyone = [*self._members, *(member for *_, member in self._beside)]
         try:
-            await asyncio.gather(*starts)
+            await asyncio.gather(*(member.handle.start() for member in everyone))
         except BaseException:
             await self.__aexit__()
             raise
-        for member in self._members:
-            member.state, member.since = ActorState.SERVING, self._clock()
+        for member in everyone:
+            member.state = ActorState.SERVING
+            member.silence.begin()
         self._begin(self._watch())
         return self
 
     async def __aexit__(self, *exception: object) -> None:
+        self._closing = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         main = asyncio.current_task()
         if main is None or not main.cancelling():  # aborted: the processes are killed at once
-            handles = [member.handle for member in self._members] + [handle for *_, handle in self._beside]
+            handles = [member.handle for member in [*self._members, *(member for *_, member in self._beside)]]
             await asyncio.gather(*(handle.close() for handle in handles), return_exceptions=True)
 
     def states(self) -> list[ActorState]:
@@ -197,48 +153,60 @@ class Fleet:
         self, actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
     ) -> Sequence[TrajectoryGroup | RolloutFailure]:
         """`actor` is asked where it serves, else another one."""
-        return await self._issue(actor, lambda handle: handle.generate(prompts, settings))
+        what = f"sampling of prompts {_named(prompts)}"
+        return await self._issue(actor, what, lambda handle: handle.generate(prompts, settings))
 
     async def search(self, actor: int, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
-        return await self._issue(actor, lambda handle: handle.search(prompt))
+        return await self._issue(actor, f"search of prompt {_named([prompt])}", lambda handle: handle.search(prompt))
 
     async def grow(self, actor: int, prompt: Prompt) -> Tree | TreeFailure:
         """The finished tree of a prompt."""
-        return await self._issue(actor, lambda handle: handle.grow(prompt))
+        return await self._issue(actor, f"search of prompt {_named([prompt])}", lambda handle: handle.grow(prompt))
 
     async def probe(self, actor: int, rows: Sequence[Int32Array]) -> Sequence[Float32Array]:
-        return await self._issue(actor, lambda handle: handle.probe(rows))
+        return await self._issue(actor, "scoring of probe rows", lambda handle: handle.probe(rows))
 
     async def search_usage(self) -> list[SearchUsage]:
         """What every engine has done since the last call of this; nothing of actors that are not serving."""
         serving = [member for member in self._members if member.state is ActorState.SERVING]
         own = await asyncio.gather(*(self._usage(member) for member in serving))
-        other = await asyncio.gather(*(handle.usage() for *_, handle in self._beside))
+        other = await asyncio.gather(*(self._usage(member) for *_, member in self._beside))
         named = [(self._writer, member.number, usage) for member, usage in zip(serving, own, strict=True) if usage]
-        named += [(writer, number, usage) for (writer, number, _), usage in zip(self._beside, other, strict=True)]
+        named += [
+            (writer, number, usage) for (writer, number, _), usage in zip(self._beside, other, strict=True) if usage
+        ]
         return [SearchUsage(model=writer, engine=number, **asdict(usage)) for writer, number, usage in named]
 
-    async def _usage(self, member: _Member) -> Any:
+    async def _usage(self, member: Member) -> Any:
         try:
             return await self._call(member, member.handle.usage())
         except _LostError:
             return None
 
-    async def _issue(self, preferred: int, work: Callable[[ActorHandle], Awaitable[Result]]) -> Result:
+    async def _issue(self, preferred: int, what: str, work: Callable[[ActorHandle], Awaitable[Result]]) -> Result:
+        lost = 0
         while True:
             member = await self._serving(preferred)
             try:
-                return await self._call(member, work(member.handle))
+                found = await self._call(member, work(member.handle))
+                await self._settled(member)
+                return found
             except _LostError:
-                continue
+                lost += 1
+                if lost == MAX_LOST_BY_ONE_CALL and member.cause:
+                    raise TooManyFailuresError(
+                        f"{what}: {lost} actors that were asked for it were lost; the last: {member.cause.message}"
+                    ) from None
 
-    async def _serving(self, preferred: int) -> _Member:
+    async def _serving(self, preferred: int) -> Member:
         """The preferred actor where it serves, else the one that was asked least; waits until there is one."""
 
-        def found() -> _Member | None:
+        def found() -> Member | None:
             if self._failed:
                 raise self._failed
             serving = [member for member in self._members if member.state is ActorState.SERVING]
+            if not serving and self._learner_lost:
+                raise self._learner_lost
             return min(serving, key=lambda member: (member.number != preferred, member.asked), default=None)
 
         async with self._changed:
@@ -247,7 +215,24 @@ class Fleet:
         assert member is not None  # noqa: S101 - just waited for
         return member
 
-    async def _call(self, member: _Member, work: Awaitable[Result]) -> Result:
+    async def _settled(self, member: Member) -> None:
+        """Wait while a publish is under way: the answer may be of weights that are still to be verified.
+
+        Raises:
+            _LostError: they were not the right ones.
+        """
+
+        def known() -> bool:
+            if self._failed:
+                raise self._failed
+            return member.state in (ActorState.SERVING, ActorState.DEAD)
+
+        async with self._changed:
+            await self._changed.wait_for(known)
+        if member.state is ActorState.DEAD:
+            raise _LostError
+
+    async def _call(self, member: Member, work: Awaitable[Result]) -> Result:
         """The answer of an actor.
 
         Raises:
@@ -255,7 +240,7 @@ class Fleet:
         """
         call, lost = asyncio.ensure_future(work), asyncio.ensure_future(member.lost.wait())
         if not member.asked:
-            member.since = self._clock()
+            member.silence.begin()
         member.asked += 1
         try:
             await asyncio.wait({call, lost}, return_when=asyncio.FIRST_COMPLETED)
@@ -287,33 +272,31 @@ class Fleet:
         Args:
             check: raises WeightSyncError where an acknowledgement is not good enough.
         Raises:
-            WeightSyncError: no actor could take it, so another process would not either.
+            WeightSyncError: two processes could not take it and none could, so another one would not either.
             LearnerLostError: the weights vanished with the rank that had put them there.
             RlsysError: too many actors were lost.
         """
         async with self._updating:
             self._published, self._serves_files = _Published(manifest, references, probe, check), False
+            self._acknowledged, self._refused = False, []
             up = [member for member in self._members if member.state in (ActorState.STALE, ActorState.SERVING)]
             for member in up:
                 member.state = ActorState.STALE
             await asyncio.gather(*(self._update(member) for member in up))
-        causes = [member.cause for member in up]
-        for cause in causes:
-            if isinstance(cause, LearnerLostError):
-                raise cause
-        if causes and all(isinstance(cause, WeightSyncError) for cause in causes):
-            raise causes[0] or WeightSyncError("no actor could take the weights")
+        for member in up:
+            if isinstance(member.cause, LearnerLostError):
+                raise member.cause
         await self._serving(0)
 
     async def withdraw(self) -> None:
         """Nobody serves until the next publish: the learner that the present weights came from is no more."""
         async with self._updating:
-            self._published = None
+            self._published = self._learner_lost = None
             for member in self._members:
                 if member.state is ActorState.SERVING and not self._serves_files:
                     member.state = ActorState.STALE
 
-    async def _update(self, member: _Member) -> None:
+    async def _update(self, member: Member) -> None:
         """Under the lock. Leaves the member serving, or lost."""
         published = self._published
         if published is None and not self._serves_files:
@@ -324,35 +307,59 @@ class Fleet:
                 ack = await self._call(member, work)
                 published.check(ack)
             except _LostError:
+                self._refuse(member)
                 return
             except WeightSyncError as error:
                 self._lose(member, error)
+                self._refuse(member)
                 return
         if member.state is ActorState.STALE:
-            member.state = ActorState.SERVING
+            member.state, self._acknowledged = ActorState.SERVING, True
             await self._tell()
+
+    def _refuse(self, member: Member) -> None:
+        """A process could not take the version that is published; one alone may have been broken itself."""
+        if isinstance(member.cause, WeightSyncError):
+            self._refused.append(member.cause)
+        if len(self._refused) >= REFUSALS and not self._acknowledged:
+            self._fail(self._refused[0])
 
     # --- losing and replacing ---
 
-    def _lose(self, member: _Member, cause: RlsysError) -> None:
+    def _lose(self, member: Member, cause: RlsysError) -> None:
         if member.state is ActorState.DEAD:
             return
         member.state, member.cause = ActorState.DEAD, cause
-        member.handle.kill()
         member.lost.set()
-        self.restarts += 1
-        if self.restarts > self._max_restarts:
-            self._fail(
-                TooManyFailuresError(
-                    f"{self.restarts} actors were lost, more than actors.max_restarts = {self._max_restarts}; "
-                    f"the last: {cause.message}"
-                )
-                if self._max_restarts
-                else cause
-            )
+        with contextlib.suppress(Exception):  # whatever it says, the process is not used again
+            member.handle.kill()
+        self._begin(self._tell())
+        if self._closing:
             return
-        self._say(f"actor {member.number} is lost and replaced: {cause.message}")
+        if member not in self._members:
+            self._fail(cause)
+            return
+        self.restarts += 1
+        if isinstance(cause, LearnerLostError):  # the actor could not help it; nobody gets these weights any more
+            self._published, self._learner_lost = None, cause
+        elif self._is_one_too_many(cause):
+            return
+        self._say(f"{member.who} is lost and replaced: {cause.message}")
         self._begin(self._replace(member.number, member.attempt + 1))
+
+    def _is_one_too_many(self, cause: RlsysError) -> bool:
+        """Count a loss; above the limit it is the end."""
+        now = self._clock()
+        self._losses.append((now, cause))
+        while now - self._losses[0][0] > LOSSES_WITHIN_S:
+            self._losses.popleft()
+        if len(self._losses) <= self._max_restarts:
+            return False
+        first, count = self._losses[0][1], len(self._losses)
+        text = f"{count} actors were lost within an hour, more than actors.max_restarts = {self._max_restarts}"
+        text += f"; the first: {first.message}; the last: {cause.message}"
+        self._fail(TooManyFailuresError(text) if self._max_restarts else cause)
+        return True
 
     async def _replace(self, number: int, attempt: int) -> None:
         member = self._incarnation(number, attempt)
@@ -364,15 +371,16 @@ class Fleet:
         except RlsysError as error:
             self._fail(error)
             return
-        member.state, member.since = ActorState.STALE, self._clock()
+        member.state = ActorState.STALE
+        member.silence.begin()
         async with self._updating:  # a publish that begins meanwhile takes it along
             if member.state is ActorState.STALE:
                 await self._update(member)
         if member.state is ActorState.SERVING:
-            self._say(f"actor {number} serves again")
+            self._say(f"{member.who} serves again")
 
-    def _incarnation(self, number: int, attempt: int) -> _Member:
-        return _Member(number, attempt, self._spawn(number, attempt), self._clock())
+    def _incarnation(self, number: int, attempt: int) -> Member:
+        return Member(f"actor {number}", number, attempt, self._spawn(number, attempt), Silence(self._clock))
 
     def _fail(self, error: RlsysError) -> None:
         self._failed = self._failed or error
@@ -383,9 +391,21 @@ class Fleet:
             self._changed.notify_all()
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        if self._closing:
+            work.close()
+            return
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Supervision that fails must not go unnoticed: callers would wait for ever."""
+        self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        log.error("the supervision of the actors failed", exc_info=error)
+        name = f"{type(error).__name__}: {error}"
+        self._fail(error if isinstance(error, RlsysError) else EngineError(f"supervision of the actors failed: {name}"))
 
     # --- watching ---
 
@@ -393,30 +413,32 @@ class Fleet:
         """By progress: an actor that answers and does nothing hangs, and one that is slow does not."""
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            for member in self._members:
+            for member in [*self._members, *(member for *_, member in self._beside)]:
                 if member.state in (ActorState.STALE, ActorState.SERVING):
                     self.look(member)
 
-    def look(self, member: _Member) -> None:
+    def look(self, member: Member) -> None:
         """Ask for its progress, and judge by what is known."""
-        if self._clock() - member.since > self._hang_timeout_s:
-            self._lose(
-                member,
-                EngineError(
-                    f"actor {member.number} made no progress within actors.hang_timeout_s = {self._hang_timeout_s} s"
-                ),
-            )
+        if member.silence.look() > self._hang_timeout_s:
+            limit = f"actors.hang_timeout_s = {self._hang_timeout_s} s"
+            self._lose(member, EngineError(f"{member.who} made no progress within {limit}"))
         elif not member.looked_at:
             member.looked_at = True
             self._begin(self._ask_progress(member))
 
-    async def _ask_progress(self, member: _Member) -> None:
-        try:
-            found = await member.handle.progress()
+    async def _ask_progress(self, member: Member) -> None:
+        try:  # an answer that got lost must not make it look silent
+            found = await asyncio.wait_for(member.handle.progress(), self._hang_timeout_s / 4)
+        except TimeoutError:
+            return
         except EngineError as error:
             self._lose(member, error)
             return
         finally:
             member.looked_at = False
-        if found != member.progress or not member.asked:
-            member.progress, member.since = found, self._clock()
+        actor = member in self._members  # engines beside are asked by actors; their progress goes on while idle
+        member.silence.heard(found, idle=actor and not member.asked)
+
+
+def _named(prompts: Sequence[Prompt]) -> str:
+    return ", ".join(prompt.prompt_id for prompt in prompts[:3]) + (", ..." if len(prompts) > 3 else "")

@@ -228,20 +228,33 @@ async def _train(cluster: Cluster, session: Session) -> None:
         learner = RayLearner(lambda attempt: learner_handles(cluster, inputs.pad_token_id, first, attempt), config)
         bus = WeightBus(learner, pool, config.weight_sync, _dtype(config), inputs.probe())
         asked: list[str] = []  # signals
-        not_finite = 0
+        lost = not_finite = 0
         fault("driver.up")
-        for lost in range(config.learner.max_restarts + 1):
+        while True:
             try:
                 await _run(session, start, pool, learner, bus, asked)
                 return
             except LearnerLostError as error:
-                not_finite += isinstance(error, NonFiniteStepsError)
-                if lost == config.learner.max_restarts or asked or not_finite > 1:
-                    raise
-                start = find_again(config, run_dir, session.store)
+                before, start = start, await asyncio.to_thread(find_again, config, run_dir, session.store)
+                if start.state.weight_version > before.state.weight_version:  # it has made progress in between
+                    lost = not_finite = 0
+                lost, not_finite = lost + 1, not_finite + isinstance(error, NonFiniteStepsError)
+                if asked:
+                    kept = f"what is saved is weight version {start.state.weight_version}"
+                    display.message(f"the learner was lost as well: {error.message}; {kept}")
+                    raise InterruptedRunError(asked[-1]) from None
+                if lost > config.learner.max_restarts or not_finite > 1:
+                    raise _given_up(error, lost, config) from None
                 display.message(f"the learner is lost and started again: {error.message}; {start.describe()}")
                 await asyncio.gather(pool.withdraw(), learner.restart())
                 bus.forget()
+
+
+def _given_up(error: LearnerLostError, lost: int, config: Config) -> LearnerLostError:
+    if lost == 1:
+        return error
+    limit = f"learner.max_restarts = {config.learner.max_restarts}"
+    return type(error)(f"{error.message}; the learner was lost {lost} times without a checkpoint in between ({limit})")
 
 
 async def _run(
@@ -278,6 +291,8 @@ async def _run(
         controller.interrupt(name)
 
     session.stop.ask_first(ask, ABORTED)
+    if asked:  # while the learner was started again
+        controller.interrupt(asked[-1])
     try:
         await controller.run()
         session.stop.ask_first(lambda _name: None, AFTER_THE_END)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import re
 
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from rlsys import errors
-from rlsys.errors import EngineError, RlsysError
+from rlsys.errors import EngineError, ProcessDiedError, RlsysError
 
 MAX_CAUSE = 1000  # characters of what an actor raised
 
@@ -17,10 +24,19 @@ def translated(error: RayError, who: str) -> RlsysError:
     if isinstance(error, RayTaskError):
         if isinstance(error.cause, RlsysError):
             return error.cause
-        return EngineError(f"{who} failed: {type(error.cause).__name__}: {error.cause}")
+        return EngineError(f"{who} failed: {type(error.cause).__name__}: {_line(str(error.cause))}")
+    if isinstance(error, OutOfMemoryError):
+        advice = "lower actors.kv_cache_gib, learner.micro_batch_tokens or their counts"
+        return ProcessDiedError(f"{who} died: the machine ran out of memory ({advice}): {_line(str(error))}")
+    if isinstance(error, NodeDiedError | WorkerCrashedError):
+        return ProcessDiedError(f"{who} died: {type(error).__name__}: {_line(str(error))}")
     if isinstance(error, RayActorError):
         return death(str(error), who)
-    return EngineError(f"{who} failed: {type(error).__name__}: {' '.join(str(error).split())}")
+    return EngineError(f"{who} failed: {type(error).__name__}: {_line(str(error))}")
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:MAX_CAUSE]
 
 
 def death(text: str, who: str) -> RlsysError:
@@ -31,9 +47,9 @@ def death(text: str, who: str) -> RlsysError:
     lines = [line for line in text.splitlines() if line.strip()]
     raised = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b")
     starts = [number for number, line in enumerate(lines) if number and raised.match(line)] or [len(lines) - 1]
-    cause = " ".join(" ".join(lines[starts[-1] :]).split())[:MAX_CAUSE]
+    cause = _line(" ".join(lines[starts[-1] :]))
     name, _, message = cause.partition(": ")
     kind = getattr(errors, name.removeprefix("rlsys.errors."), None) if name.startswith("rlsys.errors.") else None
     if isinstance(kind, type) and issubclass(kind, RlsysError):
         return kind(f"{who}: {message}")
-    return EngineError(f"{who} died: {cause}")
+    return ProcessDiedError(f"{who} died: {cause}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from rlsys.config import Config, StageName
-from rlsys.errors import EngineError, LearnerLostError
-from rlsys.fleet import WATCH_INTERVAL_S
+from rlsys.errors import CheckpointError, EngineError, LearnerLostError, NonFiniteLossError, ProcessDiedError
+from rlsys.members import WATCH_INTERVAL_S, Silence
 from rlsys.ray_errors import translated
 from rlsys.search_engines import trees_ahead
 from rlsys.stage_settings import stage_settings
@@ -35,6 +34,8 @@ from rlsys.types import (
 )
 
 FIRST_CAUSE_S = 3.0  # after which a death that broke other ranks is known
+# Of these the learner is as it was before, if all ranks say so.
+SURVIVED = (NonFiniteLossError, CheckpointError)
 
 
 async def answer(reference: ray.ObjectRef, timeout_s: float, who: str, field: str) -> Any:
@@ -136,34 +137,29 @@ class RayLearner:
         self._config = config
         self.restarts = 0
         self._handles = spawn(0)
+        self._processes: list[psutil.Process | None] = [None] * len(self._handles)
 
     async def restart(self) -> None:
         """Kill all ranks and start new ones, which know nothing."""
-        places = [handle.place.remote() for handle in self._handles]
-        found = await asyncio.gather(
-            *(answer(place, 5.0, "a learner rank", "the search for it") for place in places), return_exceptions=True
-        )
-        for handle, place in zip(self._handles, found, strict=True):
-            kill(handle, None if isinstance(place, BaseException) else process_at(*place))
+        for handle, process in zip(self._handles, self._processes, strict=True):
+            kill(handle, process)
         self.restarts += 1
         self._handles = self._spawn(self.restarts)
+        self._processes = [None] * len(self._handles)
+
+    async def _find_processes(self) -> None:
+        """A rank that is stopped later cannot be asked for its process any more."""
+        places = await self._answers("place")
+        self._processes = [process_at(*place) for place in places]
 
     async def start_stage(self, stage: StageName, policy: Path, resume: Path | None, reference: Path | None) -> None:
+        await self._find_processes()
         await self._all("start_stage", stage_settings(self._config, stage), policy, resume, reference)
 
     async def train(self, batch: TrainingBatch, step: int, version: int) -> Mapping[str, float]:
         shared = ray.put(batch)  # one copy for all ranks
-        watch = asyncio.create_task(self._watch())
-        work = asyncio.create_task(self._all("train", shared, step, version))
-        try:
-            await asyncio.wait({watch, work}, return_when=asyncio.FIRST_COMPLETED)
-            if watch.done():
-                await watch
-            return (await work)[0]
-        finally:
-            for task in (watch, work):
-                task.cancel()
-            await asyncio.gather(watch, work, return_exceptions=True)
+        figures: Mapping[str, float] = (await self._all("train", shared, step, version, moving=True))[0]
+        return figures
 
     async def score_pairs(self, pairs: Sequence[Preference]) -> Sequence[tuple[float, float]]:
         found: list[tuple[float, float]] = (await self._all("score_pairs", ray.put(list(pairs))))[0]
@@ -180,7 +176,28 @@ class RayLearner:
     async def save(self, folder: Path) -> None:
         await self._all("save", folder)
 
-    async def _all(self, method: str, *arguments: Any) -> list[Any]:
+    async def _all(self, method: str, *arguments: Any, moving: bool = False) -> list[Any]:
+        """The answers of all ranks to a call of all, which are watched meanwhile.
+
+        Args:
+            moving: whether their progress must grow; else it is enough that they tell it.
+        Raises:
+            LearnerLostError: a rank died, broke or hangs, or not all of them have the same error.
+            RlsysError: the error of all.
+        """
+        work = asyncio.create_task(self._answers(method, *arguments))
+        watch = asyncio.create_task(self._watch(moving))
+        try:
+            await asyncio.wait({watch, work}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                await watch
+            return await work
+        finally:
+            for task in (watch, work):
+                task.cancel()
+            await asyncio.gather(watch, work, return_exceptions=True)
+
+    async def _answers(self, method: str, *arguments: Any) -> list[Any]:
         references = [getattr(handle, method).remote(*arguments) for handle in self._handles]
         timeout = self._config.learner.timeout_s
         calls = [
@@ -191,42 +208,61 @@ class RayLearner:
             await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
             if all(call.done() and not call.exception() for call in calls):
                 return [call.result() for call in calls]
-            # Where a rank dies the others fail too, and may be heard of first: of what is known soon, the death counts.
-            await asyncio.wait(calls, timeout=FIRST_CAUSE_S)
-            errors = [error for call in calls if call.done() and (error := call.exception())]
-            error = min(errors, key=lambda each: not isinstance(each, EngineError) or " died: " not in str(each))
-            raise LearnerLostError(error.message) if isinstance(error, EngineError) else error
+            raise await self._error_of(calls)
         finally:
             for call in calls:
                 call.cancel()
 
-    async def _watch(self) -> None:
-        """Ends with an error where a rank shows no progress for learner.hang_timeout_s."""
+    async def _error_of(self, calls: Sequence[asyncio.Task[Any]]) -> BaseException:
+        """What to say where a rank has failed."""
+        first = next(error for call in calls if call.done() and (error := call.exception()))
+        # Where all survive, all say so, one after the other; where a rank dies the others fail too, and may be heard
+        # of first: of what is known soon, the death counts.
+        survived = isinstance(first, SURVIVED)
+        await asyncio.wait(calls, timeout=self._config.learner.hang_timeout_s if survived else FIRST_CAUSE_S)
+        errors = [error for call in calls if call.done() and (error := call.exception())]
+        if survived and all(isinstance(error, type(first)) for error in errors) and len(errors) == len(calls):
+            return first
+        error = min(errors, key=lambda each: (not isinstance(each, ProcessDiedError), isinstance(each, SURVIVED)))
+        if isinstance(error, EngineError):
+            return LearnerLostError(error.message)
+        return LearnerLostError(f"not all ranks have met what one has: {error}") if survived else error
+
+    async def _watch(self, moving: bool) -> None:
+        """Ends with an error where a rank is silent for learner.hang_timeout_s."""
         limit = self._config.learner.hang_timeout_s
-        seen = [-1] * len(self._handles)
-        since = [time.monotonic()] * len(self._handles)
+        silences = [Silence() for _ in self._handles]
+        asked: dict[int, asyncio.Task[None]] = {}
 
-        async def look(rank: int) -> None:
+        async def ask(rank: int) -> None:
             with contextlib.suppress(EngineError):  # a death is the other call's to tell
-                found = await answer(self._handles[rank].progress.remote(), limit, f"learner rank {rank}", "")
-                if found != seen[rank]:
-                    seen[rank], since[rank] = found, time.monotonic()
+                found = await answer(self._handles[rank].progress.remote(), limit / 4, f"learner rank {rank}", "")
+                silences[rank].heard(found, idle=not moving)
 
-        while True:
-            await asyncio.wait([asyncio.create_task(look(rank)) for rank in range(len(seen))], timeout=limit)
-            stuck = [rank for rank, last in enumerate(since) if time.monotonic() - last > limit]
-            if stuck:
-                raise LearnerLostError(
-                    f"learner rank {stuck[0]} made no progress within learner.hang_timeout_s = {limit} s"
-                )
-            await asyncio.sleep(WATCH_INTERVAL_S)
+        try:
+            while True:
+                for rank in range(len(silences)):
+                    if rank not in asked or asked[rank].done():
+                        asked[rank] = asyncio.create_task(ask(rank))
+                await asyncio.sleep(WATCH_INTERVAL_S)
+                silent = [silence.look() for silence in silences]
+                if max(silent) > limit:
+                    # Ranks that wait for a stopped one make no progress either, but they answer.
+                    rank = max(range(len(silent)), key=lambda each: (not asked[each].done(), silent[each]))
+                    what = f"learner rank {rank} made no progress within learner.hang_timeout_s = {limit} s"
+                    raise LearnerLostError(what)
+        finally:
+            for task in asked.values():
+                task.cancel()
 
 
 def process_at(host: str, pid: int) -> psutil.Process | None:
     """A process of this host; None of another one, or where it is gone."""
     if host == socket.gethostname():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return psutil.Process(pid)
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            process = psutil.Process(pid)
+            # Containers may share a name and not their process ids.
+            return process if any("ray::" in part for part in process.cmdline()) else None
     return None
 
 

@@ -76,6 +76,8 @@ class WeightBus:
         self.tolerance = config.probe_tolerance or self._floor
         self.calibrated = False
         self.version: int | None = None
+        self._before: Sequence[Float32Array] | None = None
+        self._fresh_gap = 0.0
 
     async def calibrate(self) -> float:
         """Set the tolerance from actors that have just loaded the learner's weights from files.
@@ -93,14 +95,14 @@ class WeightBus:
                 f"actors and learner loaded the same files and their log-probabilities differ by {gap:.2e} nats "
                 f"(at most {self._ceiling:.0e} is rounding): the engine computes this architecture differently"
             )
-        self.calibrated = True
+        self.calibrated, self._fresh_gap = True, gap
         if self._config.probe_tolerance is None:
             self.tolerance = min(max(self._floor, TOLERANCE_FACTOR * gap), self._ceiling)
         return gap
 
     def forget(self) -> None:
         """The learner begins again from a checkpoint: the next publish is the first of its versions."""
-        self.version = None
+        self.version = self._before = None
 
     async def publish(self, version: int) -> Mapping[str, float]:
         """Bring every actor to the learner's present weights as `version`.
@@ -113,12 +115,14 @@ class WeightBus:
         if self.version is not None and version <= self.version:
             raise WeightSyncError(f"weight version {version} was offered after {self.version}; versions only grow")
         started, gaps = time.monotonic(), [0.0]
+        probed: list[Sequence[Float32Array]] = [()]
 
         def verify(ack: WeightAck, expected: Sequence[Float32Array]) -> None:
+            probed[0] = expected
             gaps.append(self._verify(ack, version, expected))
 
         manifest = await self._channel.transfer(version, self._probe, verify)
-        self.version = version
+        self.version, self._before = version, probed[0]
         seconds = time.monotonic() - started
         figures = {"weights/publish_bytes": manifest.bytes, "weights/publish_s": seconds, "time/publish_s": seconds}
         return {**figures, "weights/probe_gap_max": max(gaps)}
@@ -134,7 +138,27 @@ class WeightBus:
                 "arrived with the right checksum, so the engine computes with others: an output layer tied to the "
                 "embedding (lm_head.weight) that was not sent is the usual cause"
             )
+        self._check_moved(ack, expected)
         return gap
+
+    def _check_moved(self, ack: WeightAck, expected: Sequence[Float32Array]) -> None:
+        """A step may move less than the tolerance. Then old weights would pass, but they are nearer to the old ones.
+
+        Only where the step moved further, in the mean, than twice the largest gap of a fresh load: then rounding
+        cannot bring right weights nearer to the old ones.
+        """
+        if not self._before or _mean_gap(expected, self._before) <= 2 * self._fresh_gap:
+            return
+        new, old = (_mean_gap(ack.probe_logprobs, each) for each in (expected, self._before))
+        if new > old:
+            raise WeightSyncError(
+                f"actor {ack.actor} acknowledged weight version {ack.version} and computes with the one before: its "
+                f"log-probabilities are {new:.2e} nats from the learner's, and {old:.2e} from those of that version"
+            )
+
+
+def _mean_gap(left: Sequence[Float32Array], right: Sequence[Float32Array]) -> float:
+    return float(np.mean(np.abs(np.concatenate(left) - np.concatenate(right)), dtype=np.float64))
 
 
 def _largest_gap(expected: Sequence[Float32Array], found: Sequence[Float32Array]) -> tuple[float, int, int]:

@@ -295,3 +295,16 @@ def test_fixed_fields_are_seed_stages_model_and_task_alone() -> None:
     ]:
         after = fixed_fields(parse_config(minimal(**change), "c.yaml"))
         assert [key for key in after if after[key] != before[key]] == [name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards__timeout_s": 200}, "rewards.timeout_s 200 exceeds actors.hang_timeout_s 120"),
+        ({"actors__rollout_timeout_s": 60}, "actors.hang_timeout_s 120 exceeds actors.rollout_timeout_s 60"),
+        ({"learner__timeout_s": 60}, "learner.hang_timeout_s 300 exceeds learner.timeout_s 60"),
+    ],
+)
+def test_a_living_process_can_keep_every_deadline(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(minimal(**changes), "c.yaml")

@@ -13,6 +13,7 @@ from fakes import prompt
 from actors.usage import EngineUsage
 from rlsys import fleet
 from rlsys.errors import (
+    ConfigError,
     EngineError,
     LearnerLostError,
     RlsysError,
@@ -220,8 +221,8 @@ def test_a_hanging_actor_is_lost_by_its_progress_and_a_slow_one_is_not() -> None
             hung.gate.clear()
             calls = [asyncio.create_task(found.generate(n, [prompt(f"{n}")], SETTINGS)) for n in range(2)]
             await settle()
-            for _ in range(6):  # 24 seconds
-                world.now += 4
+            for _ in range(12):  # 24 seconds
+                world.now += 2
                 slow.steps += 1
                 for member in found._members:
                     found.look(member)
@@ -238,10 +239,10 @@ def test_an_actor_that_answers_nothing_at_all_is_lost_also_when_it_has_nothing_t
     async def test(world: World) -> None:
         async with world.fleet(count=1) as found:
             world.looking.clear()
-            for seconds in (5, 5, 5):
+            for _ in range(6):
                 found.look(found._members[0])
                 await settle()
-                world.now += seconds
+                world.now += 2
             found.look(found._members[0])
             await settle()
             assert world.processes[0].killed and len(world.processes) == 2
@@ -255,7 +256,7 @@ def test_an_idle_actor_may_be_idle_for_any_time() -> None:
             for _ in range(20):
                 found.look(found._members[0])
                 await settle()
-                world.now += 5
+                world.now += 2
             assert await found.generate(0, [prompt("a")], SETTINGS)
             assert found.restarts == 0
 
@@ -410,7 +411,8 @@ def test_more_losses_than_allowed_end_the_run_and_the_calls_that_wait() -> None:
             with pytest.raises(TooManyFailuresError) as caught:
                 await found.generate(0, [prompt("a")], SETTINGS)
             assert caught.value.message == (
-                "2 actors were lost, more than actors.max_restarts = 1; the last: actor 0 died: attempt 1"
+                "2 actors were lost within an hour, more than actors.max_restarts = 1; the first: actor 0 died: "
+                "killed; the last: actor 0 died: attempt 1"
             )
 
     run(test)
@@ -496,5 +498,263 @@ def test_a_storm(seed: int) -> None:
             assert len(world.processes) == 3 + found.restarts
         assert sorted(answered) == sorted(f"{step}-{n}" for step in range(12) for n in range(8))
         assert [p.closed for p in world.processes if not p.killed] == [True] * 3
+
+    run(test)
+
+
+def test_an_answer_that_was_made_of_weights_that_fail_verification_is_asked_for_again() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet() as found:
+            await world.publish(found, 1)
+            world.processes[0].gate.clear()
+            world.current = None  # what is under way goes on with the new weights
+            asked = asyncio.create_task(found.generate(0, [prompt("a")], SETTINGS))
+            await settle()
+
+            def check(ack: WeightAck) -> None:
+                if ack.actor == "0":
+                    raise WeightSyncError("actor 0: log-probabilities differ")
+
+            publish = asyncio.create_task(
+                found.publish(WeightManifest(version=2, buckets=()), (), (), lambda ack: late(ack))
+            )
+            judged = asyncio.Event()
+
+            def late(ack: WeightAck) -> None:
+                assert judged.is_set() or ack.actor == "1"
+                check(ack)
+
+            process = world.processes[0]
+            update = process.update_weights
+
+            async def slow(*arguments: Any) -> WeightAck:
+                ack = await update(*arguments)
+                await judged.wait()
+                return ack
+
+            process.update_weights = slow  # type: ignore[method-assign]
+            process.gate.set()
+            await settle()
+            assert not asked.done(), "loaded, and not verified yet"
+            judged.set()
+            [(name, number, attempt)] = await asked
+            assert (name, (number, attempt) != (0, 0)) == ("a", True)
+            await publish
+
+    run(test)
+
+
+def test_a_lost_learner_is_no_loss_of_actors_and_whoever_waits_for_them_hears_of_it() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet(max_restarts=2) as found:
+            await world.publish(found, 1)
+
+            async def starting(process: Process) -> None:
+                process.update_weights = gone  # type: ignore[method-assign]
+
+            async def gone(*_arguments: Any) -> WeightAck:
+                raise LearnerLostError("weight version 1 was lost")
+
+            world.starting = starting  # type: ignore[method-assign]
+            world.processes[0].kill()
+            assert await found.generate(0, [prompt("a")], SETTINGS) == [("a", 1, 0)]  # the other one still serves
+            await settle()
+            assert found.states() == [STALE, SERVING]
+            world.processes[1].kill()
+            with pytest.raises(LearnerLostError, match="weight version 1 was lost"):
+                await found.generate(0, [prompt("b")], SETTINGS)
+            await settle()
+            assert len(world.processes) <= 6, "no storm of replacements"
+            assert found._failed is None, "two actors were killed, and two are allowed"
+
+    run(test)
+
+
+def test_one_process_that_cannot_take_a_version_is_replaced_also_where_it_is_the_only_one() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet(count=1) as found:
+            refused: list[int] = []
+
+            def once(ack: WeightAck) -> None:
+                refused.append(1)
+                if len(refused) == 1:
+                    raise WeightSyncError("actor 0: a bit was flipped")
+
+            await world.publish(found, 1, once)
+            assert found.states() == [SERVING] and len(refused) == 2
+
+            def always(ack: WeightAck) -> None:
+                raise WeightSyncError(f"no {len(refused)}")
+
+            with pytest.raises(WeightSyncError, match="no 2"):
+                await world.publish(found, 2, always)
+
+    run(test)
+
+
+def test_a_driver_that_stood_still_blames_nobody() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet(count=2) as found:
+            world.processes[0].gate.clear()
+            asked = asyncio.create_task(found.generate(0, [prompt("a")], SETTINGS))
+            await settle()
+            world.now += 3600
+            for member in found._members:
+                found.look(member)
+            await settle()
+            assert found.restarts == 0
+            world.processes[0].gate.set()
+            await asked
+
+    run(test)
+
+
+def test_an_engine_beside_the_actors_that_is_lost_ends_the_run_by_its_own_name() -> None:
+    async def test(world: World) -> None:
+        reviewer = world.spawn(7, 0)
+        reviewer.steps = 5  # and never more
+        own = Fleet(
+            world.spawn,
+            1,
+            max_restarts=2,
+            hang_timeout_s=10.0,
+            beside=[("reviewer", 0, reviewer)],
+            clock=lambda: world.now,
+        )
+        async with own as found:
+            [(_, _, member)] = found._beside
+            for _ in range(7):
+                found.look(member)
+                await settle()
+                world.now += 2
+            with pytest.raises(EngineError, match=r"^reviewer engine 0 made no progress within actors.hang_timeout_s"):
+                await found.generate(0, [prompt("a")], SETTINGS)
+            assert reviewer.killed and found.restarts == 0
+
+    run(test)
+
+
+def test_supervision_that_breaks_ends_the_run() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet(count=1) as found:
+
+            def broken(number: int, attempt: int) -> Process:
+                raise ValueError("no such bundle")
+
+            found._spawn = broken
+            world.processes[0].kill()
+            with pytest.raises(EngineError, match="supervision of the actors failed: ValueError: no such bundle"):
+                await found.generate(0, [prompt("a")], SETTINGS)
+
+    run(test)
+
+
+def test_a_process_that_cannot_be_killed_is_replaced_all_the_same() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet(count=1) as found:
+
+            def kill() -> None:
+                raise RuntimeError("Ray is not there")
+
+            first = world.processes[0]
+            first.error = EngineError("actor 0: its engine broke")
+            first.kill = kill  # type: ignore[method-assign]
+            assert await found.generate(0, [prompt("a")], SETTINGS) == [("a", 0, 1)]
+
+    run(test)
+
+
+def test_a_call_that_breaks_every_actor_ends_the_run_and_names_its_prompts() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet(count=2, max_restarts=100) as found:
+
+            async def starting(process: Process) -> None:
+                process.generate = broken  # type: ignore[method-assign]
+
+            async def broken(*_arguments: Any) -> Any:
+                raise EngineError("KeyError: 7")
+
+            world.starting = starting  # type: ignore[method-assign]
+            for process in world.processes:
+                process.generate = broken  # type: ignore[method-assign]
+            with pytest.raises(
+                TooManyFailuresError, match=r"prompts bad: 5 actors .* were lost; the last: KeyError: 7"
+            ):
+                await found.generate(0, [prompt("bad")], SETTINGS)
+
+    run(test)
+
+
+def test_losses_are_counted_within_an_hour() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet(count=1, max_restarts=1) as found:
+            for _ in range(5):
+                world.processes[-1].kill()
+                await found.generate(0, [prompt("a")], SETTINGS)
+                world.now += 3601
+            assert found.restarts == 5
+
+    run(test)
+
+
+def test_nothing_is_started_while_the_fleet_closes() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet(count=1) as found:
+            asked = asyncio.create_task(found.generate(0, [prompt("a")], SETTINGS))
+            world.processes[0].gate.clear()
+            await settle()
+        world.processes[0].kill()
+        await asyncio.wait({asked}, timeout=0.2)
+        asked.cancel()
+        assert len(world.processes) == 1
+
+    run(test)
+
+
+def test_a_replacement_that_cannot_be_configured_ends_the_run() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet(count=1) as found:
+
+            async def starting(process: Process) -> None:
+                raise ConfigError("model.path is gone")
+
+            world.starting = starting  # type: ignore[method-assign]
+            world.processes[0].kill()
+            with pytest.raises(ConfigError, match="model.path is gone"):
+                await found.generate(0, [prompt("a")], SETTINGS)
+
+    run(test)
+
+
+def test_an_actor_that_dies_between_its_answer_and_the_check_does_not_serve() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet() as found:
+
+            def check(ack: WeightAck) -> None:
+                if ack.actor == "0" and not world.processes[0].killed:
+                    found._lose(found._members[0], EngineError("actor 0 died"))
+
+            await world.publish(found, 1, check)
+            assert found._members[0].handle is not world.processes[0] or found.states()[0] is DEAD
+            await settle()
+            assert found.states() == [SERVING, SERVING]
+            assert found._members[0].attempt == 1 and world.processes[2].version == 1
+
+    run(test)
+
+
+def test_a_stale_actor_is_watched_too() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet(count=1) as found:
+            await world.publish(found, 1)
+            await found.withdraw()
+            world.looking.clear()
+            for _ in range(7):
+                for member in list(found._members):
+                    if member.state is STALE:
+                        found.look(member)
+                await settle()
+                world.now += 2
+            assert world.processes[0].killed
 
     run(test)

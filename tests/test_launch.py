@@ -18,7 +18,7 @@ from learners.learner_actor import LearnerActor
 from rlsys import launch
 from rlsys.config import Config
 from rlsys.config_file import parse_config
-from rlsys.errors import AbortedRunError, LearnerLostError, NonFiniteStepsError
+from rlsys.errors import AbortedRunError, InterruptedRunError, LearnerLostError, NonFiniteStepsError
 from rlsys.search_engines import ModelEngines, Searching, engine_settings, given_models
 from rlsys.stop_signals import StopSignals
 
@@ -291,7 +291,10 @@ class Recovery:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, errors: list[Exception | None], **learner: Any) -> None:
         self.done: list[str] = []
         self.errors = errors
-        nothing = SimpleNamespace(describe=lambda: "resuming", checkpoint=None)
+        nothing = SimpleNamespace(describe=lambda: "resuming", checkpoint=None, state=SimpleNamespace(weight_version=0))
+        self.versions: list[int] = []
+        self.asked: list[str] = []
+        self.said: list[str] = []
         actions = SimpleNamespace(
             restart=self.act("restart"), withdraw=self.act("withdraw"), forget=lambda: self.done.append("forget")
         )
@@ -300,15 +303,20 @@ class Recovery:
         async def pool(*_arguments: Any):
             yield actions
 
-        async def run(*_arguments: Any) -> None:
+        def again(*_arguments: Any) -> Any:
+            version = self.versions.pop(0) if self.versions else 0
+            return SimpleNamespace(describe=lambda: "resuming", state=SimpleNamespace(weight_version=version))
+
+        async def run(*arguments: Any) -> None:
             self.done.append("run")
+            arguments[-1].extend(self.asked)
             if error := self.errors.pop(0):
                 raise error
 
         monkeypatch.setattr(launch, "rollout_pool", pool)
         monkeypatch.setattr(launch, "RayLearner", lambda *_arguments: actions)
         monkeypatch.setattr(launch, "WeightBus", lambda *_arguments: actions)
-        monkeypatch.setattr(launch, "find_again", lambda *_arguments: nothing)
+        monkeypatch.setattr(launch, "find_again", again)
         monkeypatch.setattr(launch, "_run", run)
         inputs = SimpleNamespace(notes=(), probe=lambda: None)
         self.session: Any = SimpleNamespace(
@@ -319,7 +327,7 @@ class Recovery:
             model=Path("m"),
             searching=None,
             inputs=inputs,
-            display=SimpleNamespace(message=lambda text: None),
+            display=SimpleNamespace(message=self.said.append),
         )
 
     def act(self, name: str) -> Any:
@@ -341,7 +349,7 @@ def test_a_lost_learner_is_started_again_as_often_as_allowed(monkeypatch: pytest
     lost = [LearnerLostError("rank 1 died"), LearnerLostError("rank 0 died")]
     assert Recovery(monkeypatch, [*lost, None], max_restarts=2)() == [*AGAIN, *AGAIN, "run"]
     recovery = Recovery(monkeypatch, [*lost, None], max_restarts=1)
-    with pytest.raises(LearnerLostError, match="rank 0 died"):
+    with pytest.raises(LearnerLostError, match=r"rank 0 died; .* lost 2 times .* \(learner.max_restarts = 1\)"):
         recovery()
     assert recovery.done == [*AGAIN, "run"]
 
@@ -352,3 +360,19 @@ def test_steps_that_are_not_finite_take_the_run_back_once(monkeypatch: pytest.Mo
     with pytest.raises(NonFiniteStepsError, match="4 more"):
         recovery()
     assert recovery.done == [*AGAIN, *AGAIN, "run"]
+
+
+def test_a_checkpoint_between_two_losses_begins_the_count_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = [NonFiniteStepsError("4 steps"), LearnerLostError("rank 1 died"), NonFiniteStepsError("4 more")]
+    recovery = Recovery(monkeypatch, [*bad, None], max_restarts=1)
+    recovery.versions = [10, 20, 30]
+    assert recovery() == [*AGAIN, *AGAIN, *AGAIN, "run"]
+
+
+def test_a_signal_and_a_lost_learner_are_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    recovery = Recovery(monkeypatch, [LearnerLostError("rank 1 died")])
+    recovery.asked, recovery.versions = ["SIGTERM"], [40]
+    with pytest.raises(InterruptedRunError, match="^SIGTERM$"):
+        recovery()
+    assert recovery.done == ["run"]
+    assert recovery.said[-1] == "the learner was lost as well: rank 1 died; what is saved is weight version 40"

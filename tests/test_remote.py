@@ -11,16 +11,25 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 from fakes import group, prompt
-from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
+from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
-from rlsys import remote
+from rlsys import members, remote
 from rlsys.config_file import parse_config
-from rlsys.errors import ConfigError, EngineError, LearnerLostError, NonFiniteLossError, RlsysError
+from rlsys.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    LearnerLostError,
+    NonFiniteLossError,
+    ProcessDiedError,
+    RlsysError,
+)
 from rlsys.ray_errors import death
 from rlsys.remote import RayActor, RayLearner, answer
 from rlsys.search_engines import trees_ahead
@@ -51,7 +60,7 @@ The actor is dead because its worker process has died. Worker exit type: SYSTEM_
 
 def test_a_failed_init_tells_its_cause() -> None:
     error = death(IN_INIT + "ValueError: no kernel for head size 7\n", "actor 0")
-    assert type(error) is EngineError
+    assert type(error) is ProcessDiedError
     assert error.message == "actor 0 died: ValueError: no kernel for head size 7"
 
 
@@ -160,7 +169,7 @@ def test_an_actor_that_does_not_take_a_publish_in_time_is_named() -> None:
 def test_a_stopped_process_is_killed_although_ray_cannot_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
     killed: list[Any] = []
     monkeypatch.setattr(ray, "kill", killed.append)
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "ray::Test"]) as process:
         handle = Handle((socket.gethostname(), process.pid))
         actor = RayActor(handle, CONFIG, "actor 0")
         asyncio.run(actor.start())
@@ -174,7 +183,7 @@ def test_a_stopped_process_is_killed_although_ray_cannot_reach_it(monkeypatch: p
 def test_a_process_on_another_host_is_left_to_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     killed: list[Any] = []
     monkeypatch.setattr(ray, "kill", killed.append)
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "ray::Test"]) as process:
         actor = RayActor(Handle(("elsewhere", process.pid)), CONFIG, "actor 0")
         asyncio.run(actor.start())
         actor.kill()
@@ -209,6 +218,7 @@ def learner_of(*ranks: Rank, **settings: float) -> RayLearner:
 def no_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "put", lambda value: value)
     monkeypatch.setattr(remote, "WATCH_INTERVAL_S", 0.005)
+    monkeypatch.setattr(members, "WATCH_INTERVAL_S", 0.005)
     monkeypatch.setattr(remote, "FIRST_CAUSE_S", 0.05)
 
 
@@ -221,9 +231,25 @@ def test_of_the_errors_of_all_ranks_the_death_is_told() -> None:
 
 
 @pytest.mark.usefixtures("no_store")
-def test_our_own_errors_of_a_rank_stay_what_they_are() -> None:
+@pytest.mark.parametrize("kind", [NonFiniteLossError, CheckpointError])
+def test_what_all_ranks_have_met_and_survived_stays_what_it_is(kind: type[RlsysError]) -> None:
+    error = RayTaskError("train", "traceback", kind("loss nan"))
+    with pytest.raises(kind, match="loss nan"):
+        asyncio.run(learner_of(Rank(error), Rank(error)).train(TrainingBatch(), 0, 1))
+
+
+@pytest.mark.usefixtures("no_store")
+@pytest.mark.parametrize("other", [{"learner/tokens": 1.0}, Future()], ids=["went on", "hangs"])
+def test_what_one_rank_alone_has_met_is_not_survived(other: Any) -> None:
     error = RayTaskError("train", "traceback", NonFiniteLossError("loss nan"))
-    with pytest.raises(NonFiniteLossError, match="loss nan"):
+    with pytest.raises(LearnerLostError, match="not all ranks have met what one has: loss nan"):
+        asyncio.run(learner_of(Rank(error), Rank(other), hang_timeout_s=0.1).train(TrainingBatch(), 0, 1))
+
+
+@pytest.mark.usefixtures("no_store")
+def test_our_own_other_errors_stay_what_they_are() -> None:
+    error = RayTaskError("train", "traceback", ConfigError("no such file"))
+    with pytest.raises(ConfigError, match="no such file"):
         asyncio.run(learner_of(Rank(error), Rank({"learner/tokens": 1.0})).train(TrainingBatch(), 0, 1))
 
 
@@ -243,6 +269,73 @@ def test_a_rank_without_progress_is_a_lost_learner_and_a_slow_one_is_not() -> No
         assert await training == {"learner/tokens": 1.0}
 
     asyncio.run(slow())
+
+
+@pytest.mark.usefixtures("no_store")
+def test_of_two_silent_ranks_the_one_that_does_not_answer_is_blamed() -> None:
+    stopped = Rank(Future())
+    stopped.answers["progress"] = Future
+    for ranks in ((Rank(Future(), [3]), stopped), (stopped, Rank(Future(), [3]))):
+        number = ranks.index(stopped)
+        with pytest.raises(LearnerLostError, match=f"rank {number} made no progress"):
+            asyncio.run(learner_of(*ranks, hang_timeout_s=0.05).train(TrainingBatch(), 0, 1))
+
+
+@pytest.mark.usefixtures("no_store")
+def test_calls_without_steps_are_watched_too_but_need_no_progress() -> None:
+    stopped = Rank(Future())
+    stopped.answers |= {"progress": Future, "save": Future}
+    with pytest.raises(LearnerLostError, match="rank 0 made no progress"):
+        asyncio.run(learner_of(stopped, hang_timeout_s=0.05).save(Path("folder")))
+    slow = Rank(None, [3])
+    done: Future[Any] = Future()
+    slow.answers["save"] = lambda: done
+
+    async def save() -> None:
+        saving = asyncio.create_task(learner_of(slow, hang_timeout_s=0.05).save(Path("folder")))
+        await asyncio.sleep(0.3)
+        done.set_result(None)
+        await saving
+
+    asyncio.run(save())
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OutOfMemoryError("killed"), "out of memory (lower actors.kv_cache_gib, learner.micro_batch_tokens"),
+        (WorkerCrashedError(), "WorkerCrashedError"),
+    ],
+)
+@pytest.mark.usefixtures("no_store")
+def test_every_death_is_told_rather_than_what_follows_from_it(error: Exception, words: str) -> None:
+    broken = RayTaskError("train", "traceback", RuntimeError("Connection closed by peer"))
+    with pytest.raises(LearnerLostError) as caught:
+        asyncio.run(learner_of(Rank(broken), Rank(error)).train(TrainingBatch(), 0, 1))
+    assert caught.value.message.startswith("learner rank 1 died: ") and words in caught.value.message
+
+
+def test_a_stopped_rank_is_killed_by_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "kill", lambda handle: None)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "ray::Test"]) as process:
+        rank = Rank(None, place=(socket.gethostname(), process.pid))
+        rank.answers["start_stage"] = lambda: None
+
+        async def main() -> None:
+            learner = learner_of(rank)
+            await learner.start_stage("warm_start", Path("policy"), None, None)
+            process.send_signal(signal.SIGSTOP)
+            rank.answers["place"] = Future  # it hears nothing
+            await asyncio.wait_for(learner.restart(), 2)
+
+        asyncio.run(main())
+        assert process.wait(10) == -signal.SIGKILL
+
+
+def test_a_process_that_is_none_of_ray_is_never_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        assert remote.process_at(socket.gethostname(), process.pid) is None
+        process.kill()
 
 
 @pytest.mark.usefixtures("no_store")

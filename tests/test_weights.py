@@ -198,3 +198,55 @@ def test_a_probe_must_test_something() -> None:
     bus = WeightBus(setup.learner, setup.pool, WeightSyncConfig(), "fp32", [*one_token, PROBE[0]])
     asyncio.run(bus.publish(0))
     assert bus.version == 0
+
+
+def moving(setup: Setup, drift: float) -> None:
+    """The learner's log-probabilities move by `drift` a version, and the actors' with them."""
+    export = setup.learner.export
+
+    async def drifting(version: int, probe: Sequence[Int32Array]) -> Any:
+        manifest, references, found = await export(version, probe)
+        moved = [row - drift * version for row in found]
+        setup.pool.answer = dict.fromkeys(range(setup.pool.count), moved)
+        return manifest, references, moved
+
+    setup.learner.export = drifting  # type: ignore[method-assign]
+
+
+def test_old_weights_do_not_pass_where_a_step_moves_less_than_the_tolerance() -> None:
+    drift = TOLERANCE_FLOOR["fp32"] / 20
+    fresh = Setup()
+    moving(fresh, drift)
+    fresh.publish(*range(10))
+    setup = Setup()
+    setup.pool.answer[1] = logprobs(PROBE)  # of version 0, for ever
+    frozen = setup.pool.answer[1]
+    moving(setup, drift)
+    export = setup.learner.export
+
+    async def with_frozen(version: int, probe: Sequence[Int32Array]) -> Any:
+        found = await export(version, probe)
+        setup.pool.answer[1] = frozen
+        return found
+
+    setup.learner.export = with_frozen  # type: ignore[method-assign]
+    setup.publish(0)
+    with pytest.raises(WeightSyncError, match="actor 1 acknowledged weight version 1 and computes with the one before"):
+        setup.publish(1)
+
+
+def test_a_step_that_moves_no_further_than_rounding_proves_nothing() -> None:
+    setup = Setup()
+    setup.bus._fresh_gap = 1e-5
+    moving(setup, 1e-5)
+    setup.publish(0)
+    setup.pool.answer = {}
+    export = setup.learner.export
+
+    async def unmoved(version: int, probe: Sequence[Int32Array]) -> Any:
+        found = await export(version, probe)
+        setup.pool.answer = {actor: logprobs(PROBE) for actor in range(2)}
+        return found
+
+    setup.learner.export = unmoved  # type: ignore[method-assign]
+    setup.publish(1)
