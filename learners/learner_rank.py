@@ -30,7 +30,7 @@ from learners.step_notes import count_of, note_denominators, note_explained_vari
 from learners.step_sums import StepSums, norm_of_sums
 from learners.step_units import critic_units, left_out, pair_score_rows, step_units, without_policy
 from learners.undo import undone_unless_finite
-from rlsys.errors import CheckpointError, NonFiniteLossError, WeightSyncError
+from rlsys.errors import LearnerLostError, NonFiniteLossError
 from rlsys.faults import fault
 from rlsys.stage_settings import StageSettings, term_weights
 from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch, WeightBucket
@@ -56,7 +56,8 @@ class LearnerRank:
         """(Re)build the models from `policy`; with `resume`, a checkpoint, also what their optimizers hold.
 
         Raises:
-            CheckpointError: on all ranks, where one could not read a file.
+            LearnerLostError: on all ranks, where one could not read a model.
+            CheckpointError: on all ranks, where one could not read what the optimizers hold.
         """
         self._release()
         self.stage = stage
@@ -73,7 +74,7 @@ class LearnerRank:
 
     def _loaded(self, load: Callable[[Path, str, str], PreTrainedModel], folder: Path) -> PreTrainedModel:
         """The model of a folder, where every rank can read it: what follows needs all of them."""
-        with together(CheckpointError, self.settings.device):
+        with together(LearnerLostError, self.settings.device):
             return load(folder, self.settings.learner.dtype, self.settings.device)
 
     def _release(self) -> None:
@@ -104,11 +105,11 @@ class LearnerRank:
         Returns:
             Every bucket with what `put` answered; nothing on other ranks.
         Raises:
-            WeightSyncError: on all ranks, where a bucket could not be made or put away.
+            LearnerLostError: on all ranks, where a bucket could not be made or put away.
         """
         tensors = weight_source.full_parameters(self._policy.module, self._policy.gather)
         found = []
-        with together(WeightSyncError, self.settings.device):
+        with together(LearnerLostError, self.settings.device):
             try:
                 if self.settings.rank == 0:
                     found = [(bucket, put(data)) for bucket, data in weight_source.pack(tensors, bucket_bytes)]

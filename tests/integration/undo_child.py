@@ -22,7 +22,7 @@ from learner_child import begin, groups, join, pairs, rows
 from torch import Tensor, is_grad_enabled
 
 from rlsys import faults
-from rlsys.errors import CheckpointError, NonFiniteLossError, WeightSyncError
+from rlsys.errors import CheckpointError, LearnerLostError, NonFiniteLossError
 from rlsys.types import TrainingBatch
 
 SMALL = 2**14  # bytes of the largest file that a full disk still takes; the models' are larger
@@ -96,13 +96,16 @@ def broken(learner: Any, job: dict[str, Any], fault: dict[str, Any]) -> str:
 
     own = fault["rank"] == learner.settings.rank
     if "export" in fault:
-        return raised(WeightSyncError, lambda: learner.export(SMALL, refuse))
-    module = {"load_model": learner_rank, "read_tensors": deepspeed_engine}[fault["unreadable"]]
+        return raised(LearnerLostError, lambda: learner.export(SMALL, refuse))
+    module, kind = {
+        "load_model": (learner_rank, LearnerLostError),
+        "read_tensors": (deepspeed_engine, CheckpointError),
+    }[fault["unreadable"]]
     resumed = {**job, "resume": f"{job['folder']}/disturbed"}
     with pytest.MonkeyPatch.context() as patch:
         if own:
             patch.setattr(module, fault["unreadable"], refuse)
-        message = raised(CheckpointError, lambda: begin(learner, resumed))
+        message = raised(kind, lambda: begin(learner, resumed))
     begin(learner, resumed)
     return message
 

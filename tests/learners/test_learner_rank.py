@@ -26,7 +26,7 @@ from learners.rows import Unit
 from learners.schedule import learning_rate
 from rlsys.config import LearnerConfig, OptimizerConfig, StageName
 from rlsys.config_file import parse_config
-from rlsys.errors import CheckpointError, NonFiniteLossError, WeightSyncError
+from rlsys.errors import LearnerLostError, NonFiniteLossError
 from rlsys.metrics import METRICS
 from rlsys.objective_config import ObjectiveConfig
 from rlsys.stage_settings import TERMS, StageSettings, stage_settings
@@ -664,7 +664,7 @@ def test_only_models_that_may_have_to_be_put_back_are_copied(
 def test_a_model_that_cannot_be_read_is_an_error_of_all_ranks(tmp_path: Path) -> None:
     made = learner({})
     made._release = lambda: None
-    with pytest.raises(CheckpointError, match="^learner rank 0: .*nothing-here"):
+    with pytest.raises(LearnerLostError, match="^learner rank 0: .*nothing-here"):
         made.start_stage(made.stage, tmp_path / "nothing-here", None, None)
 
 
@@ -678,7 +678,7 @@ def test_a_bucket_that_cannot_be_put_away_is_an_error_of_all_ranks() -> None:
             raise RuntimeError("the object store is full")
         return len(put)
 
-    with pytest.raises(WeightSyncError, match="learner rank 0: RuntimeError: the object store is full"):
+    with pytest.raises(LearnerLostError, match="learner rank 0: RuntimeError: the object store is full"):
         made.export(1000, refuse)
     found = made.export(10**9, lambda data: data.nbytes)
     tensors = dict(made.policy.module.named_parameters())
