@@ -107,23 +107,6 @@ class TrainedModel:
         self._problem, self._spoilt = "", False
         self._gradients.zero_()
 
-    # --- taking updates back ---
-
-    def keep(self) -> None:
-        """Copy what updates change on this rank: see `Copies` for the memory it takes."""
-        self._kept_updates = self.updates
-        self._copies.take()
-
-    def put_back(self) -> None:
-        """Undo the updates since `keep`, bit for bit. Collective."""
-        self.updates = self._kept_updates
-        self._copies.put_back()
-
-    def discard_gradients(self) -> None:
-        """Forget the backward passes since the last update."""
-        self._forget_passes()
-        discard_gradients(self.engine)
-
     def update(self) -> tuple[float, float]:
         """Take an optimizer step; answers with the global gradient norm before clipping and the learning rate.
 
@@ -162,6 +145,23 @@ class TrainedModel:
         if self.settings.learner.zero_stage == 3 or not layers:
             return []
         return list(max(layers, key=len)[-1].parameters())
+
+    # --- taking updates back ---
+
+    def keep(self) -> None:
+        """Copy what updates change on this rank: see `Copies` for the memory it takes."""
+        self._kept_updates = self.updates
+        self._copies.take()
+
+    def put_back(self) -> None:
+        """Undo the updates since `keep`, bit for bit. Collective."""
+        self.updates = self._kept_updates
+        self._copies.put_back()
+
+    def discard_gradients(self) -> None:
+        """Forget the backward passes since the last update."""
+        self._forget_passes()
+        discard_gradients(self.engine)
 
     # --- files ---
 
