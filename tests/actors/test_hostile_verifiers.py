@@ -43,11 +43,13 @@ def processes() -> list[int]:
     return found
 
 
-def judge(completions: Sequence[str], settings: RewardsConfig = SETTINGS) -> tuple[list[Verdict], float]:
+def judge(
+    completions: Sequence[str], settings: RewardsConfig = SETTINGS, factory: str = "build"
+) -> tuple[list[Verdict], float]:
     """The verdicts of a running pool, and how long they took, in seconds; nothing is left when it is closed."""
 
     async def run() -> tuple[list[Verdict], float]:
-        pool = RewardPool(LetterCountConfig(), 0, settings, verifier="scripted_verifier:build")
+        pool = RewardPool(LetterCountConfig(), 0, settings, verifier=f"scripted_verifier:{factory}")
         try:
             await pool.start()
             started = time.monotonic()
@@ -138,6 +140,11 @@ def test_what_a_verification_starts_ends_with_its_verdict() -> None:
     asyncio.run(run())
     assert counts == [2, 2, 2, 2], "the guard and the verifier"
     assert processes() == []
+
+
+def test_a_helper_of_a_plug_in_stays_from_verdict_to_verdict() -> None:
+    verdicts, _ = judge(["3", "4", "3"], factory="build_with_helper")
+    assert [verdict.outcome for verdict in verdicts] == ["ok", "wrong", "ok"]
 
 
 def test_a_socket_that_a_verifier_opens_is_closed_with_the_pool(tmp_path: Path) -> None:
