@@ -23,6 +23,7 @@ RANK_BASE_GIB = 0.8
 MINIMUM_STORE_BYTES = 512 * 2**20
 VERSIONS_IN_STORE = 2.5
 BYTES = {"fp32": 4, "bf16": 2}
+COPIED_BYTES = 12  # master weight and two moments
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +101,22 @@ def _engines_gib(config: Config, actors: ActorsConfig, parameters: int) -> float
 
 
 def _rank_gib(config: Config, parameters: int) -> float:
-    """Host memory of one rank: parameters, gradients, its part of the optimizer's state; a reference and a critic."""
+    """Host memory of one rank: parameters, gradients, its part of the optimizer's state; a reference and a critic.
+
+    With several updates a step, or a critic, also copies by which a step that is not finite is taken back.
+    """
     learner = config.learner
     width = BYTES[learner.dtype]
-    state = 8.0 + (0 if learner.dtype == "fp32" else 4)  # two moments, and master weights beside bf16
-    state /= learner.ranks if learner.zero_stage >= 1 else 1
-    models = 2 if "online" in config.stages and config.objective.value.used else 1
+    share = learner.ranks if learner.zero_stage >= 1 else 1
+    state = (8.0 + (0 if learner.dtype == "fp32" else 4)) / share  # two moments, and master weights beside bf16
+    online = "online" in config.stages
+    models = 2 if online and config.objective.value.used else 1
+    several = online and (models > 1 or config.train.updates_per_step > 1)
+    copies = COPIED_BYTES / share if several else 0.0
     if config.run.device == "cuda":
-        return RANK_BASE_GIB + (models * parameters * state / GIB if learner.optimizer_offload else 0.0)
+        return RANK_BASE_GIB + models * parameters * (copies + (state if learner.optimizer_offload else 0.0)) / GIB
     reference = width if config.reference else 0
-    return RANK_BASE_GIB + parameters * (models * (2 * width + state) + reference) / GIB
+    return RANK_BASE_GIB + parameters * (models * (2 * width + state + copies) + reference) / GIB
 
 
 def _shared_memory_bytes() -> int:

@@ -30,6 +30,7 @@ def model(tmp_path: Path) -> Path:
 
 def config(**sections: dict[str, Any]) -> Config:
     values: dict[str, Any] = {"run": {"dir": "d"}, "model": {"path": "m"}, "task": {"type": "letter_count"}}
+    values["train"] = {"updates_per_step": 1}
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
     return parse_config(values, "test")
@@ -67,9 +68,21 @@ def test_kl_reference_is_counted_where_it_is_loaded(model: Path) -> None:
 def test_a_critic_is_counted_as_a_second_trained_model(model: Path) -> None:
     critic = {"policy": {"estimator": "gae"}, "value": {"weight": 0.5}}
     # 2 ranks * (4 weights + 4 gradients + 8/2 moments) more than the 48 of the plan without it.
-    assert memory(resources.plan(config(objective=critic), model)) == pytest.approx(48.0 + 24.0)
+    # With two models there are copies of both, 2 ranks * 2 models * 12 / 2, too.
+    assert memory(resources.plan(config(objective=critic), model)) == pytest.approx(48.0 + 24.0 + 24.0)
     offloaded = config(run={"device": "cuda"}, learner={"optimizer_offload": True}, objective=critic)
-    assert memory(resources.plan(offloaded, model)) == pytest.approx(14.0 + 2 * 2 * 8 / 2)
+    assert memory(resources.plan(offloaded, model)) == pytest.approx(14.0 + 2 * 2 * 8 / 2 + 24.0)
+
+
+def test_copies_for_taking_a_step_back_are_counted_where_they_are_kept(model: Path) -> None:
+    several = {"updates_per_step": 2}
+    assert memory(resources.plan(config(train=several), model)) == pytest.approx(48.0 + 2 * 12 / 2)
+    whole = config(train=several, learner={"zero_stage": 0})
+    one = config(learner={"zero_stage": 0})
+    assert memory(resources.plan(whole, model)) == pytest.approx(memory(resources.plan(one, model)) + 2 * 12)
+    assert memory(resources.plan(config(train=several, run={"device": "cuda"}), model)) == pytest.approx(14.0 + 12.0)
+    warm = parse_config({**config(train=several).model_dump(), "stages": ["warm_start"]}, "test")
+    assert memory(resources.plan(warm, model)) == pytest.approx(48.0)
 
 
 def test_evaluation_counts_actors_only(model: Path) -> None:
