@@ -9,13 +9,20 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from rlsys.models import refuse_code
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_model(path: Path, dtype: str, device: str) -> PreTrainedModel:
-    """The model of a folder, without training noise. dtype: "fp32" or "bf16"."""
+    """The model of a folder, without training noise. dtype: "fp32" or "bf16".
+
+    Raises:
+        ConfigError: the folder asks for code of its own, or for weights that are no safetensors.
+    """
     from transformers import AutoModelForCausalLM
 
+    refuse_code(path, "model folder")
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True
     )
@@ -27,9 +34,13 @@ def load_critic(path: Path, dtype: str, device: str) -> PreTrainedModel:
     """A model with one output a token in place of the vocabulary, from the folder of a policy or of such a model.
 
     The output of a policy's folder begins as 0, so that a critic knows nothing at first and no seed decides it.
+
+    Raises:
+        ConfigError: as `load_model`.
     """
     from transformers import AutoModelForTokenClassification
 
+    refuse_code(path, "model folder")
     model, found = AutoModelForTokenClassification.from_pretrained(
         path,
         num_labels=1,

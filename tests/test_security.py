@@ -207,6 +207,19 @@ def test_pickles_beside_the_weights_are_not_read(model: Path, canary: bytes) -> 
     assert load_critic(model, "fp32", "cpu").num_parameters() > 0
 
 
+def test_an_index_does_not_lead_the_learner_to_pickles(model: Path, canary: bytes) -> None:
+    """Not even in a checkpoint of another run, whose policy no command has looked at."""
+    from learners.policy_model import load_critic, load_model
+
+    (model / "model.safetensors").rename(model / "other.safetensors")
+    (model / "pytorch_model.bin").write_bytes(canary)
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model.bin"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    for load in (load_model, load_critic):
+        with pytest.raises(ConfigError, match=r"^model folder .*names 'pytorch_model\.bin'; expected \*\.safetensors"):
+            load(model, "fp32", "cpu")
+
+
 @pytest.mark.parametrize("name", PICKLED_WEIGHTS)
 def test_pickles_instead_of_the_weights(
     model: Path, canary: bytes, tmp_path: Path, name: str, capfd: Any, monkeypatch: Any
