@@ -14,14 +14,25 @@ import pytest
 import yaml
 from real_runs import REPOSITORY, TINY, FinishedRun, write_config
 
-from rlsys import cli
+from rlsys import cli, launch
 from rlsys.checkpoint import CheckpointStore, RunLock
 from rlsys.config import FromScratchConfig
 from rlsys.config_file import load_config
+from rlsys.errors import ConfigError
 from rlsys.models import build_from_scratch
 from rlsys.resume import find_start
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step after all checks is the start of Ray."""
+
+    def ray_cluster(*_: Any) -> None:
+        raise ConfigError("everything was accepted")
+
+    monkeypatch.setattr(launch, "ray_cluster", ray_cluster)
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ def racers() -> Iterator[list[Racer]]:
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
+            start_new_session=True,
         )
         for _ in range(2)
     ]
@@ -38,7 +39,7 @@ def racers() -> Iterator[list[Racer]]:
         yield started
     finally:
         for racer in started:
-            racer.kill()
+            os.killpg(racer.pid, signal.SIGKILL)  # its command too, where a test has failed
             racer.wait()
 
 
