@@ -91,10 +91,18 @@ def earlier(folder: Path, before: Before, keep_last: int) -> CheckpointStore:
 def test_a_kill_at_every_call_leaves_the_previous_or_the_new_one(
     saver: Saver, tmp_path: Path, case: str, half: bool
 ) -> None:
-    """And whatever is left, the next save works. half: SIGKILL comes when half of a write is made."""
+    assert kill_at_every_call(saver, tmp_path, case, half) >= (6 if half else 40)
+
+
+def kill_at_every_call(saver: Saver, folder: Path, case: str, half: bool) -> int:
+    """Check what the loader finds after each kill, and that the next save works; how many kills there were.
+
+    Args:
+        half: SIGKILL comes when half of a write is made, instead of before a call.
+    """
     before, keep_last, name, version, after = CASES[case]
     job = {"what": "save", "name": name, "version": version, "text": "new", "keep_last": keep_last}
-    store = earlier(tmp_path / "whole", before, keep_last)
+    store = earlier(folder / "whole", before, keep_last)
     old, calls = digests(store.latest()), saver(store.folder, **job)["calls"]
     new = digests(store.latest())
     assert new != old and names(store) == after
@@ -102,7 +110,7 @@ def test_a_kill_at_every_call_leaves_the_previous_or_the_new_one(
     for number, call in enumerate(calls, start=1):
         if half and not call.startswith("write"):
             continue
-        store = earlier(tmp_path / str(number), before, keep_last)
+        store = earlier(folder / str(number), before, keep_last)
         outcome = saver(store.folder, number, half, **job)
         assert outcome["code"] == -signal.SIGKILL, call
         found = digests(store.latest())
@@ -116,7 +124,7 @@ def test_a_kill_at_every_call_leaves_the_previous_or_the_new_one(
         shutil.rmtree(store.folder)
     assert seen == sorted(seen), "once the new one is visible it stays so"
     assert not seen[0] and (half or seen[-1]), "from the first write to the removal of old ones"
-    assert len(seen) >= (6 if half else 40)
+    return len(seen)
 
 
 def test_a_kill_at_every_call_of_the_removal_of_leftovers(saver: Saver, tmp_path: Path) -> None:
@@ -229,25 +237,39 @@ def assert_skipped(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> 
     ]
 
 
-def test_every_flipped_bit_is_found(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
+def flipped(data: bytes) -> Iterator[bytes]:
+    """With every bit turned, one at a time."""
+    for position, bit in itertools.product(range(len(data)), range(8)):
+        yield data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :]
+
+
+def truncated(data: bytes) -> Iterator[bytes]:
+    """Of every smaller size."""
+    return (data[:size] for size in range(len(data)))
+
+
+@pytest.mark.parametrize("way", [flipped, truncated])
+def test_every_flipped_bit_and_every_truncation_is_found(
+    store: CheckpointStore, caplog: pytest.LogCaptureFixture, way: Callable[[bytes], Iterator[bytes]]
+) -> None:
+    assert damage_every_file(store, caplog, way) > 500
+
+
+def damage_every_file(
+    store: CheckpointStore, caplog: pytest.LogCaptureFixture, way: Callable[[bytes], Iterator[bytes]]
+) -> int:
+    """How often a file of the newest checkpoint was damaged in a way, and that was found."""
+    times = 0
     for file in files(store.folder / "new"):
         data = file.read_bytes()
-        for position, bit in itertools.product(range(len(data)), range(8)):
-            file.write_bytes(data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :])
-            assert file.name in damaged(store.folder / "new"), (file, position, bit)
+        for content in way(data):
+            file.write_bytes(content)
+            assert file.name in damaged(store.folder / "new"), (file, content)
+            times += 1
         assert_skipped(store, caplog)
         file.write_bytes(data)
     assert store.latest() == store.folder / "new"
-
-
-def test_every_truncation_is_found(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
-    for file in files(store.folder / "new"):
-        data = file.read_bytes()
-        for size in range(len(data)):
-            file.write_bytes(data[:size])
-            assert file.name in damaged(store.folder / "new"), (file, size)
-        assert_skipped(store, caplog)
-        file.write_bytes(data)
+    return times
 
 
 def test_every_deleted_and_every_added_file_is_found(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
@@ -271,7 +293,11 @@ def test_every_deleted_and_every_added_file_is_found(store: CheckpointStore, cap
 
 
 def test_every_swap_of_two_files_is_found(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
-    """Within the newest, and between it and the one before."""
+    assert swap_every_two_files(store, caplog) == 10
+
+
+def swap_every_two_files(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> int:
+    """How often two files were swapped, within the newest checkpoint or with the one before, and that was found."""
     old, new = store.folder / "old", store.folder / "new"
     pairs = list(itertools.combinations(files(new), 2)) + list(zip(files(old), files(new), strict=True))
     for one, other in pairs:
@@ -283,6 +309,7 @@ def test_every_swap_of_two_files_is_found(store: CheckpointStore, caplog: pytest
             damaged(new)
         swap(one, other)
     assert store.latest() == new
+    return len(pairs)
 
 
 def swap(one: Path, other: Path) -> None:

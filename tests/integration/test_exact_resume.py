@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from real_runs import TINY, FinishedRun, commands, last_checkpoint, steady_rows, wait_for_row, write_config
+from reliability import Row, record
 from safetensors.numpy import load_file, save_file
 
 from rlsys.checkpoint import MANIFEST, CheckpointStore, read_json, write_json
@@ -123,6 +124,19 @@ def of_rollouts(names: set[str]) -> set[str]:
     return {name for name in names if name.startswith("rollout/")}
 
 
+def control(without: str, promise: str) -> None:
+    """The row of a part that was taken out of a checkpoint, where the test has found what it should."""
+    record(
+        Row(
+            fault=f"control: resumed {without}",
+            promise=promise,
+            injection="changed in a checkpoint, which is valid again",
+            runs=1,
+            passed=1,
+        )
+    )
+
+
 def test_a_whole_checkpoint_ends_as_the_undisturbed_run(start, killed: Path, undisturbed: Path) -> None:
     """What every other test here takes something out of."""
     start("train", str(killed / "config.yaml")).finish()
@@ -142,6 +156,7 @@ def test_without_moments_the_first_update_differs(start, killed: Path, undisturb
     assert found["end"] == TENSORS
     # The same prompts, the same weights and so the same samples: only what is made of them differs.
     assert of_rollouts(found.get(FIRST, set())) == set() and "ledger" not in found
+    control("without moments", "not the bytes of the undisturbed run")
 
 
 def test_with_another_seed_the_first_samples_differ(start, killed: Path, undisturbed: Path) -> None:
@@ -152,6 +167,7 @@ def test_with_another_seed_the_first_samples_differ(start, killed: Path, undistu
     assert found["end"] == TENSORS
     assert {"rollout/tokens"} <= of_rollouts(found[FIRST])
     assert "ledger" not in found  # the same places of the stream, with other prompts
+    control("with another seed", "not the bytes of the undisturbed run")
 
 
 def test_with_another_weight_version_the_learner_deals_otherwise(start, killed: Path, undisturbed: Path) -> None:
@@ -166,6 +182,7 @@ def test_with_another_weight_version_the_learner_deals_otherwise(start, killed: 
     assert found["end"] == TENSORS
     assert of_rollouts(found[FIRST]) == set() and "ledger" not in found
     assert any(name.startswith(("learner/", "objective/")) for name in found[FIRST])
+    control("with another weight version", "not the bytes of the undisturbed run")
 
 
 def test_a_cursor_off_by_one_is_refused_and_would_train_other_prompts(start, killed: Path, undisturbed: Path) -> None:
@@ -182,6 +199,7 @@ def test_a_cursor_off_by_one_is_refused_and_would_train_other_prompts(start, kil
     assert found["end"] == TENSORS and of_rollouts(found[FIRST])
     shifted = [index + 1 for index in ledger(undisturbed / "run")[BEGINS + 1]["trained"]]
     assert ledger(run)[BEGINS + 1]["trained"] == shifted
+    control("with a cursor off by one", "refused; without the ledger not the bytes of the undisturbed run")
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
@@ -260,6 +278,18 @@ def test_an_asynchronous_run_that_was_killed_loses_no_prompt_and_trains_none_twi
     filtered = {index for line in lines.values() for index in line["filtered"]}
     waited = [index for index in state["in_flight"] if index not in filtered]
     assert set(waited) <= set(after[: 2 * GROUPS])
+    record(
+        Row(
+            fault="driver killed while actors sample ahead (train.max_staleness 1)",
+            promise="the same command continues; every prompt has one fate",
+            injection="SIGKILL within a step",
+            runs=1,
+            passed=1,
+            prompts_lost=0,
+            trained_twice=0,
+            processes_left=0,
+        )
+    )
 
 
 @pytest.mark.parametrize("place", [0, -1])
@@ -273,3 +303,5 @@ def test_a_prompt_that_is_dropped_from_those_in_flight_is_missed(
     assert accounts(run) == ([dropped], [])
     message = start("train", str(folder / "config.yaml")).fail(1)
     assert f"the ledger with those in flight lack [{dropped}] (1)" in message
+    if place == 0:
+        control("without a prompt in flight", "refused")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from real_runs import REPOSITORY, TINY, write_config
+from reliability import Row, record
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 RACES = 20
@@ -48,9 +49,12 @@ def exit_code(racer: Racer) -> int:
     return int(racer.stdout.readline())
 
 
-def test_of_two_commands_at_once_one_runs_and_the_other_names_it(racers: list[Racer], tmp_path: Path) -> None:
+@pytest.mark.parametrize("races", [3, pytest.param(RACES, marks=pytest.mark.long)])
+def test_of_two_commands_at_once_one_runs_and_the_other_names_it(
+    racers: list[Racer], tmp_path: Path, races: int
+) -> None:
     config, won = write_config(tmp_path, TINY), []
-    for race in range(RACES):
+    for race in range(races):
         run = tmp_path / f"run-{race}"
         first, second = racers if race % 2 else reversed(racers)
         errors = {racer: tmp_path / f"errors-{race}-{number}" for number, racer in enumerate(racers)}
@@ -71,4 +75,15 @@ def test_of_two_commands_at_once_one_runs_and_the_other_names_it(racers: list[Ra
         assert exit_code(winner) == -signal.SIGKILL  # it was still there
         assert errors[winner].read_text() == ""
         won.append(racers.index(winner))
-    assert set(won) == {0, 1}, "a race that the same one always wins is none"
+    if races == RACES:
+        assert set(won) == {0, 1}, "a race that the same one always wins is none"
+        record(
+            Row(
+                fault="second driver on one run directory",
+                promise="one runs; the other ends in one line that names process and host of the first",
+                injection="two commands started at once, on a new directory each time",
+                runs=races,
+                passed=len(won),
+                processes_left=0,
+            )
+        )
