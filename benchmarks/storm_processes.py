@@ -31,7 +31,10 @@ def marked(name: str, value: str) -> Iterator[psutil.Process]:
 
 
 def running(what: str, mark: str) -> list[psutil.Process]:
-    """Actors, ranks or reward workers that carry a mark and are not stopped, in the order of their ids."""
+    """Actors, ranks or reward workers that carry a mark and are not stopped, in the order of their ids.
+
+    A reward worker is two processes: the verifier, and the one above that watches over it.
+    """
     if what in TITLES:
         ours = [process for process in marked(MARK, mark) if line(process).startswith(TITLES[what])]
     else:
@@ -59,7 +62,7 @@ def is_gone(process: psutil.Process) -> bool:
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
     with contextlib.suppress(psutil.Error):
-        return process.children()
+        return process.children(recursive=True)
     return []
 
 
