@@ -62,13 +62,13 @@ def begun(folder: Path, **sections: Any) -> str:
 
 
 @pytest.fixture
-def refused_resume(refused, tmp_path: Path) -> Callable[..., str]:
-    """What a resume is refused with, which has left the run directory as it was."""
+def refused_resume(refused) -> Callable[..., str]:
+    """What a resume is refused with, which has left the run directory beside the config as it was."""
 
-    def run(*arguments: str) -> str:
-        before = contents(tmp_path / "run")
-        message: str = refused("train", *arguments)
-        assert contents(tmp_path / "run") == before
+    def run(config: str, *overrides: str) -> str:
+        before = contents(Path(config).with_name("run"))
+        message: str = refused("train", config, *overrides)
+        assert contents(Path(config).with_name("run")) == before
         return message
 
     return run
