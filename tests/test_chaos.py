@@ -308,3 +308,80 @@ def test_a_process_that_outlives_its_driver_is_an_orphan_and_is_ended(
     assert job.finished and len(job.orphans) == 1 and "time.sleep(60)" in job.orphans[0]
     pid = int(job.orphans[0].split()[1])
     assert not psutil.pid_exists(pid) or modules["storm_processes"].is_gone(psutil.Process(pid))
+
+
+# --- the whole command ---
+
+JOB = """
+import json, os, sys, time
+from pathlib import Path
+from rlsys.checkpoint import CheckpointStore
+folder, weights, do = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+folder.mkdir(parents=True, exist_ok=True)
+rows = [{"stage": "online", "step": step, "weights/version": step, "time/step_s": 0.5} for step in (0, 1, 2)]
+rows[2] |= {"held_out/greedy_accuracy": 0.9, "held_out/sampled_accuracy": 0.8}
+line = {"version": 2, "trained": [0, 1, 2], "filtered": [], "skipped": []}
+(folder / "ledger.jsonl").write_text(json.dumps(line) + chr(10))
+store = CheckpointStore(folder / "checkpoints", 2)
+temporary = store.begin("step_000002")
+(temporary / "policy").mkdir()
+(temporary / "policy" / "model.safetensors").write_text(weights)
+(temporary / "state.json").write_text('{"cursor": 4, "in_flight": [3]}')
+store.commit(temporary, "step_000002", {"weight_version": 2})
+if "litter" in do:
+    (folder / "checkpoints" / ".tmp-x").mkdir(exist_ok=True)
+(folder / "metrics.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))  # now it may be ended
+time.sleep(60 if "wait" in do and os.environ["RLSYS_CHAOS_MARK"].endswith(".0") else 0)
+"""
+
+
+@pytest.fixture
+def chaos(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Runs the whole command on jobs that a small program makes; its exit code, its page and its result."""
+    found = importlib.import_module("chaos")
+    monkeypatch.setattr(modules["storm"], "LOOK_S", 0.02)
+    monkeypatch.setattr(found.results_page, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(found.results_page, "PAGE", tmp_path / "results.md")
+    monkeypatch.setattr(found, "WATCHED", ())
+    monkeypatch.setattr(found.signal, "signal", lambda *_: None)
+    terms = itertools.repeat(modules["storm_plan"].Injection("SIGTERM driver", 0.05, 0.5))
+    monkeypatch.setattr(found, "schedule", lambda *_: terms)
+
+    def run(weights: str = "same", *do: str) -> tuple[int, str, dict[str, Any]]:
+        def trained(run_dir: Path, config: Path, overrides: list[str]) -> float:
+            assert "run.seed=0" in overrides and "train.max_steps=2" in overrides
+            subprocess.run([sys.executable, "-c", JOB, str(run_dir), "same"], check=True)
+            return 0.25
+
+        class Job(modules["storm"].JobStorm):  # type: ignore[misc]
+            def __init__(self, job: int, run_dir: Path, config: Path, overrides: list[str], *rest: Any) -> None:
+                super().__init__(job, run_dir, config, overrides, *rest)
+                self._command = [sys.executable, "-c", JOB, str(run_dir), weights, *do]
+
+        monkeypatch.setattr(found, "trained", trained)
+        monkeypatch.setattr(found, "JobStorm", Job)
+        options = ["--minutes", "0.001", "--folder", str(tmp_path / "runs"), "--write", "train.max_steps=2"]
+        monkeypatch.setattr(sys, "argv", ["chaos.py", *options])
+        code = found.main()
+        result = json.loads((tmp_path / "results" / "chaos.json").read_text())
+        return code, (tmp_path / "results.md").read_text(), result
+
+    return run
+
+
+def test_the_command_compares_a_job_with_its_undisturbed_run(chaos: Any) -> None:
+    code, page, result = chaos("same", "wait")
+    assert code == 0, page
+    assert [fault["kind"] for fault in result["faults"]] == ["SIGTERM driver"]
+    assert any("the driver ended: exit code -15" in what for _, what in result["timeline"])
+    job = result["jobs"][0]
+    assert (job["starts"], job["steps"], job["prompts"], job["prompts_lost"], job["step_s"]) == (2, 2, 4, 0, 1.0)
+    assert "## The quickstart in a storm of faults" in page and f"sha256 {job['sha256']}" in page
+    assert f"Goodput {0.25 / job['seconds']:.3f}" in page and "0.900, 0.900 | 0.800, 0.800 | yes |" in page
+
+
+def test_the_command_fails_where_the_bytes_differ_or_something_is_left(chaos: Any) -> None:
+    code, page, _ = chaos("other", "litter")
+    assert code == 1
+    assert "- **job 0: no verdict was lost and no step skipped, and the last checkpoint has other bytes**" in page
+    assert "- **left: " in page and "/checkpoints/.tmp-x, 0.0 MiB**" in page
