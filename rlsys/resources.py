@@ -108,7 +108,8 @@ def _rank_gib(config: Config, parameters: int) -> float:
     learner = config.learner
     width = BYTES[learner.dtype]
     share = learner.ranks if learner.zero_stage >= 1 else 1
-    state = (8.0 + (0 if learner.dtype == "fp32" else 4)) / share  # two moments, and master weights beside bf16
+    # Two moments, and master weights: beside bf16, and from ZeRO 1 on DeepSpeed keeps its own in fp32 too.
+    state = (8.0 + (4 if learner.dtype != "fp32" or learner.zero_stage >= 1 else 0)) / share
     online = "online" in config.stages
     models = 2 if online and config.objective.value.used else 1
     several = online and (models > 1 or config.train.updates_per_step > 1)
