@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import os
 import pickle
 import re
@@ -18,12 +19,13 @@ from typing import Any
 
 import psutil
 import pytest
-from real_runs import REPOSITORY, TINY, Command, FinishedRun, commands, wait_for_row, write_config
+from real_runs import REPOSITORY, TINY, Command, commands, wait_for_row, write_config
 from reliability import Row, record
 from watched_runs import AUDIT, Seen, beyond_loopback, files_with, look, open_to_others
 
 from actors.rewards import RewardPool
 from rlsys.config import FromScratchConfig, LetterCountConfig, RewardsConfig
+from rlsys.metrics import MetricsWriter
 from rlsys.models import build_from_scratch
 from rlsys.tasks import build_task
 
@@ -171,13 +173,16 @@ def test_planted_pickles_are_not_unpickled(watched: Watched) -> None:
     assert not watched.unpickled.exists()
 
 
-def test_tensorboard_listens_on_loopback(finished_run: FinishedRun) -> None:
+def test_tensorboard_listens_on_loopback(tmp_path: Path) -> None:
     """As the README starts it."""
+    with contextlib.closing(MetricsWriter(tmp_path / "run", -1)) as writer:
+        writer.log("online", 1, 1, {"weights/version": 1.0})
     program = str(Path(sys.executable).with_name("tensorboard"))
-    command = [program, "--logdir", str(finished_run.dir.parent), "--port", "0"]
+    command = [program, "--logdir", str(tmp_path), "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    own, found = psutil.Process(server.pid), set()
     try:
-        own, deadline, found = psutil.Process(server.pid), time.monotonic() + 60, set()
+        deadline = time.monotonic() + 60
         while not found and time.monotonic() < deadline:
             time.sleep(0.2)
             for process in (own, *own.children(recursive=True)):
