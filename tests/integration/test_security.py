@@ -180,18 +180,22 @@ def test_tensorboard_listens_on_loopback(tmp_path: Path) -> None:
     program = str(Path(sys.executable).with_name("tensorboard"))
     command = [program, "--logdir", str(tmp_path), "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    own, found = psutil.Process(server.pid), set()
+    own = psutil.Process(server.pid)
     try:
         deadline = time.monotonic() + 60
-        while not found and time.monotonic() < deadline:
+        while not _bound(own) and time.monotonic() < deadline:  # the page's own; a child of it serves the data
             time.sleep(0.2)
-            for process in (own, *own.children(recursive=True)):
-                found |= {each.laddr.ip for each in process.net_connections("inet") if not each.raddr}
-        assert found and beyond_loopback(sorted(found)) == []
+        assert _bound(own)
+        found = [address for process in (own, *own.children(recursive=True)) for address in _bound(process)]
+        assert beyond_loopback(found) == []
     finally:
         for process in (*own.children(recursive=True), own):
             process.kill()
         server.wait()
+
+
+def _bound(process: psutil.Process) -> list[str]:
+    return [found.laddr.ip for found in process.net_connections("inet") if not found.raddr]
 
 
 def test_a_cluster_without_a_token_is_refused_in_one_line(refused: Any, tmp_path: Path, monkeypatch: Any) -> None:
