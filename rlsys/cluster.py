@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlsys.access import check_address, child_environment, close_local_ray
 from rlsys.config import Config
 from rlsys.errors import AbortedRunError, ConfigError, EngineError, RlsysError
-from rlsys.process import kill_and_wait, kill_with_this_process
+from rlsys.process import kill_and_wait, kill_with_this_process, processes_of_ray
 from rlsys.resources import MINIMUM_STORE_BYTES
 from rlsys.stop_signals import signals_ignored
 
@@ -93,8 +93,10 @@ def ray_cluster(
             with signals_ignored():
                 children = psutil.Process().children(recursive=True) if local else []
                 ray.shutdown()
-                # On a busy machine workers would outlive the driver by seconds.
-                kill_and_wait([child for child in children if child != reaper], SHUTDOWN_TIMEOUT_S)
+                # On a busy machine workers would outlive the driver by seconds, and agents of a Ray that failed to
+                # start are nobody's children.
+                left = [child for child in children if child != reaper]
+                kill_and_wait([*left, *(processes_of_ray(str(temporary)) if local else ())], SHUTDOWN_TIMEOUT_S)
                 _remove_leftovers(run_dir)
 
 

@@ -71,11 +71,20 @@ def kill_and_wait(processes: Sequence[psutil.Process], timeout_s: float) -> None
 def _reap(folder: str) -> None:
     sys.stdin.read()  # ends when the other process is gone
     for _ in range(REAPING_ROUNDS):  # a process may be just about to start another
-        for process in psutil.process_iter():
+        for process in processes_of_ray(folder):
             with contextlib.suppress(psutil.Error):
-                if process.pid != os.getpid() and _is_ray_of(folder, process):
-                    process.kill()
+                process.kill()
         time.sleep(REAPING_PAUSE_S)
+
+
+def processes_of_ray(folder: str) -> list[psutil.Process]:
+    """Ray's processes that belong to its folder, whoever started them: what one has started outlives it."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and _is_ray_of(folder, process):
+                found.append(process)
+    return found
 
 
 def _is_ray_of(folder: str, process: psutil.Process) -> bool:

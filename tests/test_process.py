@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from rlsys.errors import AbortedRunError, InterruptedRunError
-from rlsys.process import kill_and_wait
+from rlsys.process import kill_and_wait, processes_of_ray
 from rlsys.stop_signals import StopSignals, signals_ignored
 
 SLEEPER = "import time; time.sleep(60)"
@@ -192,6 +192,21 @@ def test_a_cleanup_is_not_cut_short() -> None:
     with pytest.raises(ZeroDivisionError), signals_ignored():
         raise ZeroDivisionError
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_processes_of_a_ray_are_found_though_they_are_nobodys_children(tmp_path: Path) -> None:
+    # An agent whose parent has ended: the shell starts it in the background and leaves.
+    agent = f'{sys.executable} -c "import time; time.sleep(60)" /ray/agent.py {tmp_path}/session >/dev/null & echo $!'
+    shell = subprocess.run(["sh", "-c", agent], stdout=subprocess.PIPE, text=True, check=True)  # noqa: S607
+    orphan = psutil.Process(int(shell.stdout))
+    try:
+        deadline = time.monotonic() + 10
+        while orphan not in processes_of_ray(str(tmp_path)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert processes_of_ray(str(tmp_path)) == [orphan]
+        assert processes_of_ray(str(tmp_path / "other")) == []
+    finally:
+        orphan.kill()
 
 
 def test_the_time_limit_asks_like_a_first_signal_and_never_aborts_what_is_asked_for() -> None:
