@@ -197,7 +197,7 @@ def test_a_cleanup_is_not_cut_short() -> None:
 def test_processes_of_a_ray_are_found_though_they_are_nobodys_children(tmp_path: Path) -> None:
     # An agent whose parent has ended: the shell starts it in the background and leaves.
     agent = f'{sys.executable} -c "import time; time.sleep(60)" /ray/agent.py {tmp_path}/session >/dev/null & echo $!'
-    shell = subprocess.run(["sh", "-c", agent], stdout=subprocess.PIPE, text=True, check=True)  # noqa: S607
+    shell = subprocess.run(["sh", "-c", agent], stdout=subprocess.PIPE, text=True, check=True)
     orphan = psutil.Process(int(shell.stdout))
     try:
         deadline = time.monotonic() + 10
