@@ -25,7 +25,9 @@ def expected_tensors(model_path: Path) -> frozenset[str]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path), trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(model_path, trust_remote_code=False), trust_remote_code=False
+        )
     output = model.get_output_embeddings()
     tied = {f"{name}.weight" for name, module in model.named_modules() if module is output}
     return frozenset(name for name, _ in model.named_parameters()) | tied

@@ -105,10 +105,12 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Validate a config, its model and its data; print the resolved config and the resource plan; start nothing."""
     resolved = load_config(config, overrides or [])
     from actors.forest_builder import check_tags
+    from rlsys.access import check_address
     from rlsys.inputs import Inputs
     from rlsys.saving import check_best_metric
     from rlsys.setup import prepare_model, search_engines
 
+    check_address(resolved.run.address)
     check_best_metric(resolved)
     with tempfile.TemporaryDirectory() as folder:
         model = prepare_model(resolved, Path(folder))

@@ -31,6 +31,7 @@ from actors.rollout_actor import ActorSettings, RolloutActor
 from learners.learner_actor import WATCH, LearnerActor
 from learners.rank_settings import RankSettings, learner_environment
 from rlsys import report, resources
+from rlsys.access import check_address
 from rlsys.checkpoint import CheckpointStore, RunLock, write_text
 from rlsys.cluster import RENDEZVOUS, Cluster, ray_cluster
 from rlsys.config import Config
@@ -98,6 +99,7 @@ def train(config: Config) -> str:
         RlsysError: every expected failure; InterruptedRunError after SIGINT or SIGTERM, with the state saved.
     """
     run_dir = Path(config.run.dir).absolute()
+    check_address(config.run.address)
     check_best_metric(config)
     kept = config.checkpoint
     with StopSignals(" before anything was trained", config.run.time_limit) as stop, RunLock(run_dir):
