@@ -68,7 +68,10 @@ class CheckpointStore:
             raise ValueError(f"a checkpoint's name must be a plain folder name, found {name!r}")
         temporary = self.folder / f"{_TEMPORARY}{name}-{uuid.uuid4().hex}"
         try:
-            temporary.mkdir(parents=True)
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True)
+                _fsync(self.folder.parent)
+            temporary.mkdir()
             self._check_room()
         except OSError as error:
             self.discard(temporary)

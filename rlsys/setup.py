@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlsys.config import Config
+from safetensors import SafetensorError
+
+from rlsys.config import Config, FromScratchConfig
 from rlsys.errors import ConfigError
 from rlsys.models import build_from_scratch, load_tokenizer, tensor_header
 from rlsys.search_engines import ModelEngines, engine_settings, given_models
@@ -33,12 +36,25 @@ def prepare_model(config: Config, run_dir: Path) -> Path:
         if not record.exists() or record.read_text() != built:
             unfinished = run_dir / ".model"
             shutil.rmtree(unfinished, ignore_errors=True)
-            build_from_scratch(scratch, vocabulary, config.run.seed, unfinished)
+            _build(scratch, vocabulary, config.run.seed, unfinished)
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
             record.write_text(built)
         return folder
     return model_folder(str(config.model.path), "model.path")
+
+
+def _build(scratch: FromScratchConfig, vocabulary: Sequence[str], seed: int, folder: Path) -> None:
+    """`build_from_scratch`, whose libraries say in three ways that a disk is full."""
+    try:
+        build_from_scratch(scratch, vocabulary, seed, folder)
+    except Exception as error:
+        if type(error) is Exception or isinstance(error, OSError | SafetensorError):  # tokenizers raises the first
+            raise ConfigError(
+                f"run.dir: the model of model.from_scratch cannot be written to {folder}: {error}; free disk space, or "
+                "choose another run.dir"
+            ) from error
+        raise
 
 
 def model_folder(name: str, field: str) -> Path:

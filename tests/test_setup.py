@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from rlsys import setup
 from rlsys.config import Config
 from rlsys.config_file import parse_config
 from rlsys.errors import ConfigError
@@ -146,3 +148,26 @@ def test_the_tokenizer_of_a_built_model_is_among_them(built: Path) -> None:
     names = {path.name for path in tokenizer_files(built)}
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
     assert not names & {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    "error", [Exception("No space left"), OSError(28, "No space left"), SafetensorError("No space")]
+)
+def test_a_full_disk_under_a_model_that_is_built_is_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(setup, "build_from_scratch", full)
+    with pytest.raises(ConfigError, match=r"^run.dir: the model of model.from_scratch cannot be written .*No space"):
+        prepare_model(config({"from_scratch": TINY}), tmp_path)
+
+
+def test_other_errors_of_building_a_model_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_arguments: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(setup, "build_from_scratch", broken)
+    with pytest.raises(ZeroDivisionError):
+        prepare_model(config({"from_scratch": TINY}), tmp_path)
