@@ -36,7 +36,7 @@ def test_a_run_that_loses_ray_ends_and_the_same_command_continues(
 ) -> None:
     config, run = write_config(tmp_path, TINY), tmp_path / "run"
     first = start("train", config)
-    wait_for_row(first, run, "online", 6)
+    wait_for_row(first, run, "online", 2)
     began = time.monotonic()
     process_of(first, service).kill()
     while first.running and time.monotonic() - began < KNOWN_S:
