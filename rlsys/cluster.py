@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
@@ -9,10 +10,10 @@ import shutil
 import signal
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import ray
@@ -27,6 +28,9 @@ from rlsys.process import kill_and_wait, kill_with_this_process, processes_of_ra
 from rlsys.resources import MINIMUM_STORE_BYTES
 from rlsys.stop_signals import signals_ignored
 
+Result = TypeVar("Result")
+SERVICES = ("gcs_server", "raylet")  # without either nothing of Ray works
+WATCH_INTERVAL_S = 1.0
 PLACEMENT_TIMEOUT_S = 180.0
 SHUTDOWN_TIMEOUT_S = 10.0
 TEMPORARY_NOTE = ".temporary-folder"
@@ -38,12 +42,35 @@ os.umask(0o077)
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A running Ray and the bundles of a placement group: actors first, then learner ranks."""
+    """A running Ray and the bundles of a placement group: actors first, then learner ranks.
+
+    services: processes of a Ray started here that everything depends on.
+    """
 
     group: PlacementGroup
     config: Config
     run_dir: Path
     temporary: Path
+    services: Mapping[str, psutil.Process]
+
+    async def watched(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """The result of `work`. It ends at once where a service of the Ray started here has died.
+
+        Ray itself would not say so for a minute, or never: calls to its actors only hang.
+
+        Raises:
+            EngineError: names the service.
+        """
+        task = asyncio.create_task(work)
+        try:
+            while not (await asyncio.wait({task}, timeout=WATCH_INTERVAL_S))[0]:
+                for name, service in self.services.items():
+                    if not _runs(service):
+                        raise EngineError(f"Ray is lost: its {name} (process {service.pid}) has died")
+            return await task
+        finally:
+            task.cancel()
+            await asyncio.wait({task}, timeout=SHUTDOWN_TIMEOUT_S)
 
     def options(self, bundle: int, gpus: int, environment: Mapping[str, str]) -> dict[str, Any]:
         """Where and how Ray starts the process of a bundle."""
@@ -86,7 +113,9 @@ def ray_cluster(
         reaper = last.enter_context(kill_with_this_process(temporary)) if local else None
         try:
             _start_ray(config.run.address, temporary, len(bundles), store_bytes)
-            yield Cluster(_reserve(bundles), config, run_dir, temporary)
+            children = psutil.Process().children() if local else []
+            services = {child.name(): child for child in children if child.name() in SERVICES}
+            yield Cluster(_reserve(bundles), config, run_dir, temporary, services)
         except RayError as error:
             raise EngineError(f"Ray: {type(error).__name__}: {' '.join(str(error).split())}") from error
         finally:
@@ -100,6 +129,13 @@ def ray_cluster(
                 _remove_leftovers(run_dir)
 
 
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _start_ray(address: str, temporary: Path, processes: int, store_bytes: int) -> None:
     options: dict[str, Any] = {"address": address, "log_to_driver": False}
     if address == "local":
@@ -107,7 +143,7 @@ def _start_ray(address: str, temporary: Path, processes: int, store_bytes: int) 
         options |= {
             "configure_logging": False,
             "include_dashboard": False,
-            "_temp_dir": str(temporary),
+            "_temp_dir": str(temporary / "ray"),  # which Ray opens to everybody; the folder above is not
             "num_cpus": processes,  # logical: phases alternate, threads are set by OMP_NUM_THREADS
             "object_store_memory": store_bytes,
             "_node_ip_address": "127.0.0.1",

@@ -131,7 +131,7 @@ def train(config: Config) -> str:
         ):
             try:
                 session = Session(config, run_dir, store, start, model, searching, inputs, display, stop, to_search)
-                stop.run(_train(cluster, session))
+                stop.run(cluster.watched(_train(cluster, session)))
             except InterruptedRunError as error:
                 raise InterruptedRunError(f"{error.message}{report.interrupted(config)}") from None
     return report.finished(config)

@@ -96,7 +96,7 @@ class Saving:
         try:
             await parts.learner.save(temporary)
             for path in parts.tokenizer_files:
-                shutil.copy(path, temporary / "policy")
+                shutil.copyfile(path, temporary / "policy" / path.name)  # as open as the run, not as its source
             write_json(temporary / "state.json", state_to_json(state))
         except BaseException as error:
             store.discard(temporary)
@@ -132,7 +132,7 @@ class Saving:
             try:
                 (temporary / path.name).hardlink_to(path)
             except OSError:  # some network file systems have no hard links
-                shutil.copy(path, temporary / path.name)
+                shutil.copyfile(path, temporary / path.name)
         temporary.rename(target)
 
     def handed(self, stage: StageName) -> Path:

@@ -371,7 +371,7 @@ MODEL, REVIEWER = "search.model={path: a}", "search.reviewer={path: a}"
         "actors.max_num_seqs=8",
         "actors.threads=2",
         "actors.kv_cache_gib=2",
-        "actors.rollout_timeout_s=9",
+        "actors.rollout_timeout_s=900",
         "rewards.workers=2",
         "search.prompts=600",
         "search.fraction=0.5",
