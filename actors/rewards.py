@@ -210,9 +210,14 @@ class _Worker:
                 return
             *lines, rest = (rest + data).split(b"\n")
             verdicts = _decode(lines)
-            if verdicts is None or count + len(verdicts) > len(items) or len(rest) > _READ_BYTES:
+            if count + len(verdicts) > len(items):  # which of them are true is not known
+                verdicts, lines = [], [b""]
+            if len(verdicts) < len(lines) or len(rest) > _READ_BYTES:
                 await child.bury()
-                yield [_failed("error", "the verifier process wrote what is no verdict")]
+                # What was answered before it may have come in the same read.
+                yield [*verdicts, _failed("error", "the verifier process wrote what is no verdict")][
+                    : len(items) - count
+                ]
                 return
             count += len(verdicts)
             yield verdicts
@@ -288,17 +293,17 @@ def _tell_from(tell: Tell, start: int, before: int, verdicts: Sequence[Verdict])
     tell(list(enumerate(verdicts, start=start + before)))
 
 
-def _decode(lines: Sequence[bytes]) -> list[Verdict] | None:
-    """The verdicts of some lines; None where one is none, as a verifier may write anywhere."""
-    found = []
+def _decode(lines: Sequence[bytes]) -> list[Verdict]:
+    """The verdicts of some lines up to the first that is none, as a verifier may write anywhere."""
+    found: list[Verdict] = []
     for line in lines:
         try:
             outcome, reward, answered, detail = json.loads(line)
         except (ValueError, TypeError):
-            return None
+            return found
         good = outcome in get_args(Outcome) and type(answered) is bool and type(detail) is str
         if not (good and type(reward) is float and math.isfinite(reward)):
-            return None
+            return found
         found.append(Verdict(outcome=outcome, reward=reward, answered=answered, detail=detail))
     return found
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from actors.reward_guard import MAX_PROCESSES
-from actors.rewards import RewardPool
+from actors.rewards import RewardPool, _decode
 from rlsys.config import LetterCountConfig, RewardsConfig
 from rlsys.types import Verdict
 
@@ -115,6 +115,16 @@ def test_what_a_verifier_starts_shares_its_memory_limit() -> None:
     assert verdict.outcome == "error"
     assert "hold more than rewards.memory_mib = 512" in verdict.detail
     assert seconds < 15.0
+
+
+def test_what_was_answered_before_garbage_counts_although_it_came_in_the_same_read() -> None:
+    lines = [b'["ok", 1.0, true, ""]', b"garbage", b'["ok", 1.0, true, ""]']
+    assert [verdict.outcome for verdict in _decode(lines)] == ["ok"]
+    assert _decode(lines[1:]) == []
+    judged = ["say 3", "write_anywhere garbage\\n"] * 8
+    for _ in range(3):
+        verdicts, _ = judge(judged, SETTINGS.model_copy(update={"timeout_s": 30.0}))
+        assert [verdict.outcome for verdict in verdicts] == ["ok", "error"] * 8
 
 
 def test_more_verdicts_than_questions_are_none() -> None:
