@@ -261,6 +261,7 @@ def test_a_real_process_says_one_line_and_exits_with_2(tmp_path: Path, override:
     assert done.stderr.count("\n") == 1 and expected in done.stderr
 
 
+@pytest.mark.long
 def test_a_full_run_directory_is_said_in_one_line_before_anything_starts(tmp_path: Path) -> None:
     """No file may have more than 50 bytes: the lock fits in part, which its owner does not mind."""
     build_from_scratch(FromScratchConfig(hidden_size=32, layers=1, heads=1), [], 0, tmp_path / "model")

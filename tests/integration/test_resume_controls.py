@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_learner_ranks import build_models, digests, resumed, run_ranks, whole
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(300)]
 
 
 def zero(folder: Path, name: str) -> None:
