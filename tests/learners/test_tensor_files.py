@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import resource
@@ -105,21 +106,23 @@ def test_missing_and_damaged_files_are_checkpoint_errors(tmp_path: Path) -> None
         list(read_tensors(tmp_path, "exp_avg"))
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_disk() -> Iterator[None]:
-    """No file may grow beyond 8 KiB."""
+    """No file may grow beyond 8 KiB: for a moment, because it holds for the file that pytest writes to as well."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("small_disk")
 @pytest.mark.parametrize("size", [10**5, 10**6])
 def test_a_file_that_does_not_fit_is_named_after_the_last_tensor_was_asked_for(size: int, tmp_path: Path) -> None:
     # The shard that fails is the first of two; other ranks gather for the second one too.
     tensors = iter([("small", torch.ones(8)), ("large", torch.ones(size)), ("last", torch.ones(8))])
-    with pytest.raises(CheckpointError, match=r"policy: model cannot be written: .*File too large.*run\.dir full"):
+    expected = r"policy: model cannot be written: .*File too large.*run\.dir full"
+    with pytest.raises(CheckpointError, match=expected), small_disk():
         write_tensors(tensors, tmp_path / "policy", "model", True, shard_bytes=10**5)
     assert list(tensors) == []
 
