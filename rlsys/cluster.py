@@ -11,7 +11,7 @@ import signal
 import uuid
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,7 +51,7 @@ class Cluster:
     config: Config
     run_dir: Path
     temporary: Path
-    services: Mapping[str, psutil.Process]
+    services: Mapping[str, psutil.Process] = field(default_factory=dict)
 
     async def watched(self, work: Coroutine[Any, Any, Result]) -> Result:
         """The result of `work`. It ends at once where a service of the Ray started here has died.

@@ -6,19 +6,23 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from actors.model_actor import ModelActor
 from actors.rollout_actor import RolloutActor
 from learners.learner_actor import LearnerActor
+from rlsys import cluster as cluster_module
 from rlsys import launch
 from rlsys.config import Config
 from rlsys.config_file import parse_config
-from rlsys.errors import AbortedRunError, InterruptedRunError, LearnerLostError, NonFiniteStepsError
+from rlsys.errors import AbortedRunError, EngineError, InterruptedRunError, LearnerLostError, NonFiniteStepsError
 from rlsys.search_engines import ModelEngines, Searching, engine_settings, given_models
 from rlsys.stop_signals import StopSignals
 
@@ -376,3 +380,34 @@ def test_a_signal_and_a_lost_learner_are_an_interruption(monkeypatch: pytest.Mon
         recovery()
     assert recovery.done == ["run"]
     assert recovery.said[-1] == "the learner was lost as well: rank 1 died; what is saved is weight version 40"
+
+
+def test_a_ray_that_is_gone_ends_the_work_by_name() -> None:
+    async def main() -> list[str]:
+        ended: list[str] = []
+
+        async def work() -> None:
+            try:
+                await asyncio.sleep(30)
+            finally:
+                ended.append("cancelled")
+
+        with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+            services = {"raylet": psutil.Process(process.pid)}
+            cluster = cluster_module.Cluster(None, config(), Path("d"), Path("t"), services)  # type: ignore[arg-type]
+            asyncio.get_running_loop().call_later(0.05, process.kill)
+            with pytest.raises(EngineError, match=f"Ray is lost: its raylet .process {process.pid}. has died"):
+                await cluster.watched(work())
+        return ended
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster_module, "WATCH_INTERVAL_S", 0.02)
+        assert asyncio.run(main()) == ["cancelled"]
+
+
+def test_a_ray_that_is_there_changes_nothing() -> None:
+    async def work() -> str:
+        return "done"
+
+    cluster = cluster_module.Cluster(None, config(), Path("d"), Path("t"))  # type: ignore[arg-type]
+    assert asyncio.run(cluster.watched(work())) == "done"
