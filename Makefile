@@ -31,7 +31,7 @@ reproduce: .venv/.installed ## the paper's ablation, joint training against GRPO
 chaos: .venv/.installed ## 20 minutes of faults around the main job, against undisturbed runs: lost steps, goodput, leftovers
 	$(TEST_ENV) $(BIN)/python benchmarks/chaos.py $(ARGS)
 
-test: .venv/.installed ## run the tests, about 10 minutes on 2 cores
+test: .venv/.installed ## run the tests, more than 8 minutes on 2 cores
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" $(ARGS)
 
 test-long: .venv/.installed ## run the tests that take longer, and write the table of docs/reliability.md
