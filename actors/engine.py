@@ -152,7 +152,7 @@ class Engine:
         self._call(add, lambda error: _fail(futures, error))
         return [future.result() for future in futures]
 
-    def update_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def update_weights(self, version: int, attempt: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace all weights between two steps; cached prefixes of older versions are not used again."""
 
         def apply() -> None:
@@ -165,7 +165,7 @@ class Engine:
                 self._break(error)  # half-loaded: neither the old version nor the new one
                 raise
             self._updates += 1
-            self._engine.set_weight_version(str(version))
+            self._engine.set_weight_version(_label(version, attempt))
 
         self._ask(apply).result()
 
@@ -310,10 +310,20 @@ def _read_completion(output: Any) -> Completion:
         token_ids=np.asarray(completion.token_ids, dtype=np.int32),
         logprobs=np.asarray(completion.logprobs.logprobs, dtype=np.float32),
         finish_reason=completion.finish_reason,
-        versions=tuple(VersionSpan(start=span.start, version=int(span.version)) for span in completion.weight_versions),
+        versions=tuple(_read_span(span.start, span.version) for span in completion.weight_versions),
         prompt_tokens=len(output.prompt_token_ids),
         cached_tokens=int(output.num_cached_tokens or 0),
     )
+
+
+def _label(version: int, attempt: int) -> str:
+    """What vLLM keeps beside every token that it samples."""
+    return f"{version}.{attempt}"
+
+
+def _read_span(start: int, label: str) -> VersionSpan:
+    version, _, attempt = label.partition(".")
+    return VersionSpan(start=start, version=int(version), attempt=int(attempt))
 
 
 def _read_prompt_logprobs(output: Any, row: Int32Array) -> Float32Array:
@@ -347,5 +357,5 @@ def _build(model_path: Path, config: ActorsConfig, device: str, stop_strings: bo
     if config.tensor_parallel_size == 1:
         arguments["distributed_executor_backend"] = "uni"
     engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
-    engine.set_weight_version("0")
+    engine.set_weight_version(_label(0, 0))
     return engine

@@ -197,7 +197,7 @@ class RolloutActor:
         self.loaded += self.loading.count
         self.loading = sent = Progress(verified_tensors(self.name, manifest, references, ray.get))
         try:
-            await asyncio.to_thread(self.engine.update_weights, manifest.version, sent)
+            await asyncio.to_thread(self.engine.update_weights, manifest.version, manifest.attempt, sent)
         except WeightSyncError:
             raise
         except OwnerDiedError as error:  # the rank that had put it there is no more
@@ -210,7 +210,8 @@ class RolloutActor:
                 f"actor {self.name}, weight version {manifest.version}: loading failed at tensor {sent.last}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        return WeightAck(actor=self.name, version=manifest.version, probe_logprobs=await self.probe(probe))
+        found = await self.probe(probe)
+        return WeightAck(actor=self.name, version=manifest.version, attempt=manifest.attempt, probe_logprobs=found)
 
     async def close(self) -> None:
         await self.rewards.close()

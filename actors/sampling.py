@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from actors.engine import Completion, CompletionRequest
-from rlsys.types import Prompt, SamplingSettings, Trajectory, TrajectoryGroup, Verdict, VersionSpan
+from rlsys.types import Prompt, SamplingSettings, Trajectory, TrajectoryGroup, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def _trajectory(prompt: Prompt, completion: Completion, verdict: Verdict) -> Tra
         token_ids=np.concatenate([prompt.token_ids, completion.token_ids]),
         loss_mask=loss_mask,
         behavior_logprobs=behavior_logprobs,
-        versions=tuple(VersionSpan(start=start + span.start, version=span.version) for span in completion.versions),
+        versions=tuple(replace(span, start=start + span.start) for span in completion.versions),
         finish_reason=completion.finish_reason,
         reward=verdict.reward,
         outcome=verdict.outcome,

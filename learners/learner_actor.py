@@ -11,7 +11,7 @@ from pathlib import Path
 import ray
 
 from learners.rank_settings import RankSettings
-from rlsys.faults import identify
+from rlsys.faults import fault, identify
 from rlsys.process import die_with_parent, quiet_worker
 from rlsys.stage_settings import StageSettings
 from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch, WeightManifest
@@ -30,7 +30,7 @@ class LearnerActor:
         from learners.learner_rank import LearnerRank  # not on the driver, which only makes handles
 
         identify("learner", settings.rank, settings.attempt)
-        self.rank = settings.rank
+        self.rank, self.attempt = settings.rank, settings.attempt
         try:
             self.learner = LearnerRank(settings)
         except Exception:
@@ -60,11 +60,13 @@ class LearnerActor:
         self, version: int, bucket_bytes: int, probe: Sequence[Int32Array]
     ) -> tuple[WeightManifest, list[ray.ObjectRef], list[Float32Array]] | None:
         """Put the policy into the object store, bucket by bucket. Rank 0 answers, the others None."""
+        fault("learner.export", version=version)
         found = self.learner.export(bucket_bytes, ray.put)
         scores = self.learner.score(probe)
         if self.rank:
             return None
-        manifest = WeightManifest(version=version, buckets=tuple(bucket for bucket, _ in found))
+        buckets = tuple(bucket for bucket, _ in found)
+        manifest = WeightManifest(version=version, attempt=self.attempt, buckets=buckets)
         return manifest, [reference for _, reference in found], scores
 
     def save(self, folder: Path) -> None:

@@ -246,6 +246,7 @@ class Controller:
         figures["rollout/failed"] = float(self._rollouts.failed)
         self._verifications.add_verdicts(groups)
         self._check_staleness(figures["rollout/staleness_max"])
+        self._check_attempt(groups)
         return figures
 
     @contextlib.asynccontextmanager
@@ -341,6 +342,16 @@ class Controller:
         bound = self._config.train.max_staleness
         if found > bound:
             raise RlsysError(f"a group of staleness {found:.0f} reached the learner; train.max_staleness is {bound}")
+
+    def _check_attempt(self, groups: Sequence[TrajectoryGroup]) -> None:
+        """After a return to a checkpoint nothing that was sampled for the steps that were lost may be trained."""
+        spans = (span for group in groups for trajectory in group.trajectories for span in trajectory.versions)
+        other = next((span for span in spans if span.attempt != self.parts.learner.restarts), None)
+        if other:
+            raise RlsysError(
+                f"a group that attempt {other.attempt} of the learner sampled, with weight version {other.version}, "
+                f"reached the learner in attempt {self.parts.learner.restarts}"
+            )
 
     async def _finish_step(self, stage: StageName, figures: Mapping[str, float], started: float) -> None:
         """Log the step, then save where one is due, so that a checkpoint never lacks its row.

@@ -129,11 +129,8 @@ def train(config: Config) -> str:
             ray_cluster(config, run_dir, bundles, store_bytes) as cluster,
             Display(totals=_totals(config)) as display,
         ):
-            try:
-                session = Session(config, run_dir, store, start, model, searching, inputs, display, stop, to_search)
-                stop.run(cluster.watched(_train(cluster, session)))
-            except InterruptedRunError as error:
-                raise InterruptedRunError(f"{error.message}{report.interrupted(config)}") from None
+            session = Session(config, run_dir, store, start, model, searching, inputs, display, stop, to_search)
+            stop.run(cluster.watched(_train(cluster, session)))
     return report.finished(config)
 
 
@@ -242,9 +239,9 @@ async def _train(cluster: Cluster, session: Session) -> None:
                     lost = not_finite = 0
                 lost, not_finite = lost + 1, not_finite + isinstance(error, NonFiniteStepsError)
                 if asked:
-                    kept = f"what is saved is weight version {start.state.weight_version}"
-                    display.message(f"the learner was lost as well: {error.message}; {kept}")
-                    raise InterruptedRunError(asked[-1]) from None
+                    saved = f"weight version {start.state.weight_version}" if start.checkpoint else "nothing"
+                    what = f"the learner was lost as well: {error.message}; {saved} is saved"
+                    raise InterruptedRunError(asked[-1] + report.interrupted(config, what)) from None
                 if lost > config.learner.max_restarts or not_finite > 1:
                     raise _given_up(error, lost, config) from None
                 display.message(f"the learner is lost and started again: {error.message}; {start.describe()}")
@@ -255,6 +252,8 @@ async def _train(cluster: Cluster, session: Session) -> None:
 def _given_up(error: LearnerLostError, lost: int, config: Config) -> LearnerLostError:
     if lost == 1:
         return error
+    if isinstance(error, NonFiniteStepsError):
+        return NonFiniteStepsError(f"{error.message}; that was so before a return to the newest checkpoint, too")
     limit = f"learner.max_restarts = {config.learner.max_restarts}"
     return type(error)(f"{error.message}; the learner was lost {lost} times without a checkpoint in between ({limit})")
 
@@ -292,12 +291,15 @@ async def _run(
         asked.append(name)
         controller.interrupt(name)
 
-    session.stop.ask_first(ask, ABORTED)
-    if asked:  # while the learner was started again
+    if asked:  # while the learner was started again; the next signal aborts
         controller.interrupt(asked[-1])
+    else:
+        session.stop.ask_first(ask, ABORTED)
     try:
         await controller.run()
         session.stop.ask_first(lambda _name: None, AFTER_THE_END)
+    except InterruptedRunError as error:
+        raise InterruptedRunError(f"{error.message}{report.interrupted(config)}") from None
     finally:
         metrics.close()
         ledger.close()

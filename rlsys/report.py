@@ -35,10 +35,10 @@ def section_of(stage: StageName) -> str:
     return "train" if stage == "online" else stage
 
 
-def interrupted(config: Config) -> str:
-    """What to do after a stop with the state saved; follows the name of the signal."""
+def interrupted(config: Config, saved: str = "the state is saved") -> str:
+    """What to do after a stop; follows the name of the signal."""
     how = f" with {AGAIN}" if config.run.resume == "never" else ""
-    return f"; the state is saved, the same command continues{how}"
+    return f"; {saved}, the same command continues{how}"
 
 
 def complete(config: Config, step: int) -> str:

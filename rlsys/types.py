@@ -57,10 +57,15 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionSpan:
-    """Tokens from `start` (index into token_ids) on were sampled by weights `version`."""
+    """Tokens from `start` (index into token_ids) on were sampled by weights `version`.
+
+    attempt: how often the learner that made them had been started again, within the command. After a return to a
+    checkpoint a version is made once more, and only this tells the two apart. No tree file holds it.
+    """
 
     start: int
     version: int
+    attempt: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,10 +260,11 @@ class WeightBucket:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightManifest:
-    """What a publish of `version` consists of, in the order it is sent."""
+    """What a publish of `version` consists of, in the order it is sent. attempt: as in `VersionSpan`."""
 
     version: int
     buckets: tuple[WeightBucket, ...]
+    attempt: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -273,12 +279,14 @@ class WeightManifest:
 class WeightAck:
     """An actor's answer to a publish: what it now serves and the probe's log-probabilities.
 
+    attempt: as in `VersionSpan`.
     probe_logprobs: one [T-1] float32 array a probe row, log p(token t+1 | tokens 0..t).
     """
 
     actor: str
     version: int
     probe_logprobs: tuple[Float32Array, ...]
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -130,6 +130,11 @@ class WeightBus:
     def _verify(self, ack: WeightAck, version: int, expected: Sequence[Float32Array]) -> float:
         if ack.version != version:
             raise WeightSyncError(f"actor {ack.actor} acknowledged version {ack.version}, expected {version}")
+        if ack.attempt != self._learner.restarts:
+            raise WeightSyncError(
+                f"actor {ack.actor} acknowledged weight version {version} of attempt {ack.attempt} of the learner, "
+                f"expected attempt {self._learner.restarts}"
+            )
         gap, row, position = _largest_gap(expected, ack.probe_logprobs)
         if not gap <= self.tolerance:
             raise WeightSyncError(

@@ -200,7 +200,9 @@ class FakePool:
         await asyncio.sleep(0)
         self.versions[actor] = manifest.version
         found = self.answer.get(actor, logprobs(probe))
-        return WeightAck(actor=str(actor), version=manifest.version, probe_logprobs=tuple(found))
+        return WeightAck(
+            actor=str(actor), version=manifest.version, attempt=manifest.attempt, probe_logprobs=tuple(found)
+        )
 
 
 class FakeLearner:
@@ -244,7 +246,7 @@ class FakeLearner:
     ) -> tuple[WeightManifest, Sequence[Any], Sequence[Float32Array]]:
         self.calls.append(("export", version))
         bucket = WeightBucket(tensors=(), sha256="", bytes=16)
-        manifest = WeightManifest(version=version, buckets=(bucket,))
+        manifest = WeightManifest(version=version, attempt=self.restarts, buckets=(bucket,))
         return manifest, [self.reference()], logprobs(probe)
 
     async def save(self, folder: Path) -> None:

@@ -334,6 +334,15 @@ def test_a_group_above_the_staleness_bound_is_refused(tmp_path: Path) -> None:
     assert run.only("train") == [("train", 1)]
 
 
+def test_a_group_of_a_lost_attempt_is_refused(tmp_path: Path) -> None:
+    """After a return to a checkpoint versions come again, with other weights."""
+    run = Run(tmp_path, config(stages=["online"]))
+    run.learner.restarts = 1
+    with pytest.raises(RlsysError, match="attempt 0 of the learner sampled, with weight version 0, .* in attempt 1"):
+        run()
+    assert run.only("train") == []
+
+
 def test_a_learner_that_fails_ends_the_run_and_no_checkpoint_is_left_half_written(tmp_path: Path) -> None:
     run = Run(tmp_path, config(stages=["online"], checkpoint={"interval": 1}))
 

@@ -309,7 +309,8 @@ class Recovery:
 
         def again(*_arguments: Any) -> Any:
             version = self.versions.pop(0) if self.versions else 0
-            return SimpleNamespace(describe=lambda: "resuming", state=SimpleNamespace(weight_version=version))
+            state = SimpleNamespace(weight_version=version)
+            return SimpleNamespace(describe=lambda: "resuming", checkpoint=Path("c") if version else None, state=state)
 
         async def run(*arguments: Any) -> None:
             self.done.append("run")
@@ -361,7 +362,7 @@ def test_a_lost_learner_is_started_again_as_often_as_allowed(monkeypatch: pytest
 def test_steps_that_are_not_finite_take_the_run_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
     bad = [NonFiniteStepsError("4 steps"), LearnerLostError("rank 1 died"), NonFiniteStepsError("4 more")]
     recovery = Recovery(monkeypatch, [*bad, None], max_restarts=9)
-    with pytest.raises(NonFiniteStepsError, match="4 more"):
+    with pytest.raises(NonFiniteStepsError, match="^4 more; that was so before a return"):
         recovery()
     assert recovery.done == [*AGAIN, *AGAIN, "run"]
 
@@ -373,13 +374,17 @@ def test_a_checkpoint_between_two_losses_begins_the_count_again(monkeypatch: pyt
     assert recovery() == [*AGAIN, *AGAIN, *AGAIN, "run"]
 
 
-def test_a_signal_and_a_lost_learner_are_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("version", "kept"), [(40, "weight version 40 is saved"), (0, "nothing is saved")])
+def test_a_signal_and_a_lost_learner_are_an_interruption(
+    monkeypatch: pytest.MonkeyPatch, version: int, kept: str
+) -> None:
     recovery = Recovery(monkeypatch, [LearnerLostError("rank 1 died")])
-    recovery.asked, recovery.versions = ["SIGTERM"], [40]
-    with pytest.raises(InterruptedRunError, match="^SIGTERM$"):
+    recovery.asked, recovery.versions = ["SIGTERM"], [version]
+    with pytest.raises(InterruptedRunError) as caught:
         recovery()
     assert recovery.done == ["run"]
-    assert recovery.said[-1] == "the learner was lost as well: rank 1 died; what is saved is weight version 40"
+    lost = "the learner was lost as well: rank 1 died"
+    assert caught.value.message == f"SIGTERM; {lost}; {kept}, the same command continues"
 
 
 def test_a_ray_that_is_gone_ends_the_work_by_name() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,24 @@ def test_a_wrong_version_is_refused() -> None:
     setup.pool.update_weights = old
     with pytest.raises(WeightSyncError, match="actor 1 acknowledged version 2, expected 3"):
         setup.publish(3)
+
+
+def test_weights_of_a_learner_that_is_no_more_are_refused() -> None:
+    setup = Setup()
+    setup.publish(3)
+    setup.bus.forget()
+    setup.learner.restarts = 1
+    exported = setup.learner.export
+
+    async def old(*arguments: Any) -> Any:
+        manifest, *rest = await exported(*arguments)
+        return replace(manifest, attempt=0), *rest
+
+    setup.learner.export = old
+    with pytest.raises(WeightSyncError, match="acknowledged weight version 3 of attempt 0 .*, expected attempt 1"):
+        setup.publish(3)
+    setup.learner.export = exported
+    setup.publish(3)
 
 
 @pytest.mark.parametrize(

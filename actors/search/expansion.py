@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from actors.sampling import sample_seed
 from actors.search.calls import Call, Drawn, SearchWriter
@@ -303,4 +303,4 @@ def _shifted(spans: Sequence[VersionSpan], low: int, high: int, offset: int) -> 
     for number, span in enumerate(spans):
         stop = spans[number + 1].start if number + 1 < len(spans) else high
         if stop > low and span.start < high:
-            yield VersionSpan(start=max(span.start, low) - low + offset, version=span.version)
+            yield replace(span, start=max(span.start, low) - low + offset)

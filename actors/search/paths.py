@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -95,7 +95,7 @@ def path_tokens(tree: Tree, number: int, codec: Codec) -> PathTokens:
         parts.append(ids)
         chosen.append(np.arange(len(ids)) >= node.forced if own else np.zeros(len(ids), dtype=np.bool_))
         logprobs.append(node.logprobs if own else np.zeros(len(ids), dtype=np.float32))
-        versions += [VersionSpan(start=start + v.start, version=v.version) for v in node.versions if own]
+        versions += [replace(span, start=start + span.start) for span in node.versions if own]
         spans.append((n, start, stop))
         start = stop
     return PathTokens(

@@ -24,6 +24,7 @@ class Script:
     def __init__(self) -> None:
         self.added: list[str] = []
         self.params: list[Any] = []
+        self.label = "3.0"
         self.fails_at_step = False
         self.fails_at_reload = False
         self.logprobs: Any = SimpleNamespace(logprobs=[-1.0, -2.0])
@@ -38,7 +39,7 @@ class Script:
         if self.fails_at_step:
             raise MemoryError("no blocks")
         done, self.added = self.added, []
-        span = SimpleNamespace(start=0, version="3")
+        span = SimpleNamespace(start=0, version=self.label)
         out = SimpleNamespace(token_ids=[7, 2], logprobs=self.logprobs, finish_reason="stop", weight_versions=[span])
         time.sleep(STEP_S)
         prompt = {"prompt_token_ids": [1, 2], "num_cached_tokens": 1}
@@ -50,7 +51,7 @@ class Script:
                 raise RuntimeError("size mismatch")
 
     def set_weight_version(self, version: str) -> None:
-        pass
+        self.label = version
 
 
 @pytest.fixture
@@ -78,7 +79,16 @@ def outcome(future: Future[Completion]) -> Completion:
 def test_a_completion_comes_back_with_its_spans(engine: Engine) -> None:
     (found,) = map(outcome, engine.submit([request(1, 2)]))
     assert found.token_ids.tolist() == [7, 2] and found.logprobs.tolist() == [-1.0, -2.0]
-    assert [(span.start, span.version) for span in found.versions] == [(0, 3)]
+    assert [(span.start, span.version, span.attempt) for span in found.versions] == [(0, 3, 0)]
+
+
+def test_the_spans_tell_a_version_from_one_of_the_same_number(engine: Engine) -> None:
+    found = []
+    for attempt in (0, 2):
+        engine.update_weights(65, attempt, [])
+        (completion,) = map(outcome, engine.submit([request(1, 2)]))
+        found += [(span.version, span.attempt) for span in completion.versions]
+    assert found == [(65, 0), (65, 2)]
 
 
 def test_two_requests_of_one_name_both_come_back(engine: Engine) -> None:
@@ -113,11 +123,11 @@ def test_an_interrupted_update_poisons_the_engine(script: Script, engine: Engine
     script.fails_at_reload = True
     tensors: list[Any] = [("a", None), ("b", None)]
     with pytest.raises(RuntimeError, match="size mismatch"):
-        engine.update_weights(4, tensors)
+        engine.update_weights(4, 0, tensors)
     with pytest.raises(EngineError, match="size mismatch"):
         outcome(engine.submit([request(1)])[0])
     with pytest.raises(EngineError, match="size mismatch"):
-        engine.update_weights(5, [])
+        engine.update_weights(5, 0, [])
 
 
 def test_a_request_stops_at_end_tokens_and_its_own(script: Script, engine: Engine) -> None:

@@ -62,7 +62,7 @@ def publish(engine: Engine, model: Any, version: int) -> None:
     """The bus's own path: parameters by name, buckets, checksums, load."""
     packed = list(weight_source.pack(weight_source.full_parameters(model, lambda p: p.detach()), 100_000))
     manifest = WeightManifest(version=version, buckets=tuple(bucket for bucket, _ in packed))
-    engine.update_weights(version, verified_tensors("0", manifest, [data for _, data in packed], lambda data: data))
+    engine.update_weights(version, 0, verified_tensors("0", manifest, [data for _, data in packed], lambda data: data))
 
 
 def step(model: Any, size: float, seed: int) -> None:
@@ -108,7 +108,7 @@ def main(folder: Path) -> None:
     names = [name for name, _ in weight_source.full_parameters(model, lambda p: p.detach())]
     found["names"] = names
     tensors = [(name, value) for name, value in model.state_dict().items() if name != "lm_head.weight"]
-    engine.update_weights(3, tensors)
+    engine.update_weights(3, 0, tensors)
     found["gap_without_output_layer"] = row_gap(engine, model)
     engine.close()
     print(json.dumps(found))

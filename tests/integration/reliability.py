@@ -1,7 +1,7 @@
 """The table of docs/reliability.md: a row for every fault, written by the test that injects it.
 
 Rows are kept in docs/reliability.json by the name of the fault. A test that runs again replaces its row, the others
-stay, and the table of the page is made of all of them.
+stay, and the table of the page is made of all of them. A test that fails leaves a row of which nothing has passed.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from rlsys.ledger import FATES, read_ledger
 
@@ -51,7 +53,7 @@ class Row:
     promise: str
     injection: str
     runs: int
-    passed: int
+    passed: int = 0
     detection_s: float | None = None
     recovery_s: float | None = None
     steps_lost: int | None = None
@@ -60,10 +62,25 @@ class Row:
     processes_left: int | None = None
 
 
-def record(row: Row, docs: Path = DOCS) -> None:
+def begin(**values: Any) -> Row:
+    """The row of a fault before it is injected, recorded as not passed: it stays so where the test fails."""
+    row = Row(**{"runs": 1, **values})
+    record(row)
+    return row
+
+
+@contextmanager
+def recorded(**values: Any) -> Iterator[None]:
+    """The row of a fault, as passed where the block ends without an error."""
+    row = begin(**values)
+    yield
+    record(replace(row, passed=row.runs))
+
+
+def record(row: Row, docs: Path | None = None) -> None:
     """Put a row into docs/reliability.json and docs/reliability.md, where RLSYS_WRITE_FIGURES is set."""
     if os.environ.get(VARIABLE):
-        write(row, docs)
+        write(row, docs or DOCS)
 
 
 def write(row: Row, docs: Path) -> None:

@@ -13,13 +13,14 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from real_runs import TINY, FinishedRun, commands, last_checkpoint, steady_rows, wait_for_row, write_config
-from reliability import Row, record
+from reliability import begin, record, recorded
 from safetensors.numpy import load_file, save_file
 
 from rlsys.checkpoint import MANIFEST, CheckpointStore, read_json, write_json
@@ -124,17 +125,10 @@ def of_rollouts(names: set[str]) -> set[str]:
     return {name for name in names if name.startswith("rollout/")}
 
 
-def control(without: str, promise: str) -> None:
-    """The row of a part that was taken out of a checkpoint, where the test has found what it should."""
-    record(
-        Row(
-            fault=f"control: resumed {without}",
-            promise=promise,
-            injection="changed in a checkpoint, which is valid again",
-            runs=1,
-            passed=1,
-        )
-    )
+def control(without: str, promise: str) -> Any:
+    """Decorates the test of a part that is taken out of a checkpoint: its row."""
+    injection = "changed in a checkpoint, which is valid again"
+    return recorded(fault=f"control: resumed {without}", promise=promise, injection=injection)
 
 
 def test_a_whole_checkpoint_ends_as_the_undisturbed_run(start, killed: Path, undisturbed: Path) -> None:
@@ -144,6 +138,7 @@ def test_a_whole_checkpoint_ends_as_the_undisturbed_run(start, killed: Path, und
     assert differences(killed / "run", undisturbed / "run") == {}
 
 
+@control("without moments", "not the bytes of the undisturbed run")
 def test_without_moments_the_first_update_differs(start, killed: Path, undisturbed: Path) -> None:
     with reopened(killed / "run") as files:
         for name in ("exp_avg", "exp_avg_sq"):
@@ -156,9 +151,9 @@ def test_without_moments_the_first_update_differs(start, killed: Path, undisturb
     assert found["end"] == TENSORS
     # The same prompts, the same weights and so the same samples: only what is made of them differs.
     assert of_rollouts(found.get(FIRST, set())) == set() and "ledger" not in found
-    control("without moments", "not the bytes of the undisturbed run")
 
 
+@control("with another seed", "not the bytes of the undisturbed run")
 def test_with_another_seed_the_first_samples_differ(start, killed: Path, undisturbed: Path) -> None:
     path = killed / "run" / "config.yaml"
     path.write_text(path.read_text().replace("seed: 3", "seed: 4"))
@@ -167,9 +162,9 @@ def test_with_another_seed_the_first_samples_differ(start, killed: Path, undistu
     assert found["end"] == TENSORS
     assert {"rollout/tokens"} <= of_rollouts(found[FIRST])
     assert "ledger" not in found  # the same places of the stream, with other prompts
-    control("with another seed", "not the bytes of the undisturbed run")
 
 
+@control("with another weight version", "not the bytes of the undisturbed run")
 def test_with_another_weight_version_the_learner_deals_otherwise(start, killed: Path, undisturbed: Path) -> None:
     """The shuffle of a step is a function of the version that it makes."""
     run, later = killed / "run", 1000
@@ -182,9 +177,9 @@ def test_with_another_weight_version_the_learner_deals_otherwise(start, killed: 
     assert found["end"] == TENSORS
     assert of_rollouts(found[FIRST]) == set() and "ledger" not in found
     assert any(name.startswith(("learner/", "objective/")) for name in found[FIRST])
-    control("with another weight version", "not the bytes of the undisturbed run")
 
 
+@control("with a cursor off by one", "refused; without the ledger not the bytes of the undisturbed run")
 def test_a_cursor_off_by_one_is_refused_and_would_train_other_prompts(start, killed: Path, undisturbed: Path) -> None:
     run = killed / "run"
     cursor = state_of(run)["cursor"]
@@ -199,7 +194,6 @@ def test_a_cursor_off_by_one_is_refused_and_would_train_other_prompts(start, kil
     assert found["end"] == TENSORS and of_rollouts(found[FIRST])
     shifted = [index + 1 for index in ledger(undisturbed / "run")[BEGINS + 1]["trained"]]
     assert ledger(run)[BEGINS + 1]["trained"] == shifted
-    control("with a cursor off by one", "refused; without the ledger not the bytes of the undisturbed run")
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
@@ -262,11 +256,16 @@ def copied(folder: Path, target: Path) -> Path:
 def test_an_asynchronous_run_that_was_killed_loses_no_prompt_and_trains_none_twice(
     start, killed_asynchronous: Path, tmp_path: Path
 ) -> None:
+    row = begin(
+        fault="driver killed while actors sample ahead (train.max_staleness 1)",
+        promise="the same command continues; every prompt has one fate",
+        injection="SIGKILL within a step",
+    )
     folder = copied(killed_asynchronous, tmp_path)
     run, state = folder / "run", state_of(folder / "run")
     assert state["weight_version"] in range(4, 10) and state["in_flight"]
     assert accounts(run) == ([], [])
-    start("train", str(folder / "config.yaml")).finish()
+    start("train", str(folder / "config.yaml")).finish().assert_gone(within_s=5)
     assert state_of(run)["weight_version"] == 10
     assert accounts(run) == ([], [])
     lines = ledger(run)
@@ -278,21 +277,12 @@ def test_an_asynchronous_run_that_was_killed_loses_no_prompt_and_trains_none_twi
     filtered = {index for line in lines.values() for index in line["filtered"]}
     waited = [index for index in state["in_flight"] if index not in filtered]
     assert set(waited) <= set(after[: 2 * GROUPS])
-    record(
-        Row(
-            fault="driver killed while actors sample ahead (train.max_staleness 1)",
-            promise="the same command continues; every prompt has one fate",
-            injection="SIGKILL within a step",
-            runs=1,
-            passed=1,
-            prompts_lost=0,
-            trained_twice=0,
-            processes_left=0,
-        )
-    )
+    lost, twice = accounts(run)
+    record(replace(row, passed=1, prompts_lost=len(lost), trained_twice=len(twice), processes_left=0))
 
 
 @pytest.mark.parametrize("place", [0, -1])
+@control("without a prompt in flight", "refused")
 def test_a_prompt_that_is_dropped_from_those_in_flight_is_missed(
     start, killed_asynchronous: Path, tmp_path: Path, place: int
 ) -> None:
@@ -303,5 +293,3 @@ def test_a_prompt_that_is_dropped_from_those_in_flight_is_missed(
     assert accounts(run) == ([dropped], [])
     message = start("train", str(folder / "config.yaml")).fail(1)
     assert f"the ledger with those in flight lack [{dropped}] (1)" in message
-    if place == 0:
-        control("without a prompt in flight", "refused")

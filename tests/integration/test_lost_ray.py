@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -21,7 +22,7 @@ from real_runs import (
     wait_for_row,
     write_config,
 )
-from reliability import Row, lost_and_twice, record
+from reliability import begin, lost_and_twice, record
 
 from rlsys.metrics import read_rows
 
@@ -34,6 +35,11 @@ SERVICES = {"raylet": "Ray's raylet killed", "gcs_server": "Ray's GCS killed"}
 def test_a_run_that_loses_ray_ends_and_the_same_command_continues(
     service: str, start: Callable[..., Command], finished_run: FinishedRun, tmp_path: Path
 ) -> None:
+    row = begin(
+        fault=SERVICES[service],
+        promise="the run ends and names it, nothing is left, and the same command continues",
+        injection="SIGKILL",
+    )
     config, run = write_config(tmp_path, TINY), tmp_path / "run"
     first = start("train", config)
     wait_for_row(first, run, "online", 2)
@@ -59,11 +65,8 @@ def test_a_run_that_loses_ray_ends_and_the_same_command_continues(
     prompts_lost, twice = lost_and_twice(run)
     assert (prompts_lost, twice) == (0, 0)
     record(
-        Row(
-            fault=SERVICES[service],
-            promise="the run ends and names it, nothing is left, and the same command continues",
-            injection="SIGKILL",
-            runs=1,
+        replace(
+            row,
             passed=1,
             detection_s=known - began,
             recovery_s=again - begun,

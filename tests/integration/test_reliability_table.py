@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from reliability import BEGIN, END, Row, lost_and_twice, record, table, with_table
+import reliability
+from reliability import BEGIN, END, VARIABLE, Row, lost_and_twice, record, recorded, table, with_table
 
 ROW = Row(
     fault="driver killed",
@@ -32,6 +33,34 @@ def test_a_row_as_markdown() -> None:
         "| driver killed | the same command continues | kill9 \\| kill_driver | 29 of 30 | 1.3 | 20.0 | 2 | 0 | 0 |  |"
     )
     assert len(lines) == 4
+
+
+def test_a_test_that_fails_leaves_a_row_of_which_nothing_has_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "1")
+    monkeypatch.setattr(reliability, "DOCS", tmp_path)
+    values = {"fault": "driver killed", "promise": "p", "injection": "i"}
+
+    def passed() -> list[int]:
+        return [row["passed"] for row in json.loads((tmp_path / "reliability.json").read_text()).values()]
+
+    with recorded(**values, runs=3):
+        assert passed() == [0]
+    assert passed() == [3]
+    with pytest.raises(KeyError), recorded(**values):
+        raise KeyError
+    assert passed() == [0]
+
+
+def test_every_row_of_the_page_is_one_that_a_test_writes() -> None:
+    """A fault that is called otherwise now would keep its old row for ever."""
+    sources = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    kept = json.loads((reliability.DOCS / "reliability.json").read_text())
+    patterns = ("control: resumed ", "a verifier that ")
+    for fault in kept:
+        name = next((fault.removeprefix(each) for each in patterns if fault.startswith(each)), fault)
+        assert f'"{name}"' in sources, fault
 
 
 def test_rows_are_kept_by_fault_and_the_prose_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
