@@ -211,15 +211,16 @@ def report(
     faults = [fault for job in jobs for fault in job.faults]
     seconds, starts = sum(job.seconds for job in figures), sum(job.starts for job in figures)
     share = sum(job.step_s for job in figures) / seconds
+    asked = [f"--seed {arguments.seed} --minutes {arguments.minutes:g} --mean {arguments.mean:g}", *arguments.overrides]
 
     def entries(held: Mapping[str, float], where: str) -> str:
         found = [mib for name, mib in held.items() if name.startswith(f"{where}/")]
         return f"{len(found)} entries of {held.get(where, sum(found)):.1f} MiB"
 
     return [
-        f'`make chaos ARGS="--seed {arguments.seed}"`; {len(faults)} faults in {seconds / 60:.1f} minutes, one every '
-        f"{arguments.mean:g} s on average, on {os.cpu_count()} cores; {starts} starts of the driver for {len(figures)} "
-        "jobs. The undisturbed runs have the same config, seeds and steps.",
+        f'`make chaos ARGS="{" ".join(asked)}"`; {len(faults)} faults in {seconds / 60:.1f} minutes, one every '
+        f"{seconds / max(1, len(faults)):.0f} s on average, on {os.cpu_count()} cores; {starts} starts of the driver "
+        f"for {len(figures)} jobs. The undisturbed runs have the same config, seeds and steps.",
         "",
         *job_lines(figures),
         "",

@@ -344,10 +344,8 @@ def chaos(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(found.results_page, "PAGE", tmp_path / "results.md")
     monkeypatch.setattr(found, "WATCHED", ())
     monkeypatch.setattr(found.signal, "signal", lambda *_: None)
-    terms = itertools.repeat(modules["storm_plan"].Injection("SIGTERM driver", 0.05, 0.5))
-    monkeypatch.setattr(found, "schedule", lambda *_: terms)
 
-    def run(weights: str = "same", *do: str) -> tuple[int, str, dict[str, Any]]:
+    def run(weights: str = "same", *do: str, kind: str = "SIGTERM driver") -> tuple[int, str, dict[str, Any]]:
         def trained(run_dir: Path, config: Path, overrides: list[str]) -> float:
             assert "run.seed=0" in overrides and "train.max_steps=2" in overrides
             subprocess.run([sys.executable, "-c", JOB, str(run_dir), "same"], check=True)
@@ -358,6 +356,8 @@ def chaos(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_p
                 super().__init__(job, run_dir, config, overrides, *rest)
                 self._command = [sys.executable, "-c", JOB, str(run_dir), weights, *do]
 
+        injections = itertools.repeat(modules["storm_plan"].Injection(kind, 0.05, 0.5))
+        monkeypatch.setattr(found, "schedule", lambda *_: injections)
         monkeypatch.setattr(found, "trained", trained)
         monkeypatch.setattr(found, "JobStorm", Job)
         options = ["--minutes", "0.001", "--folder", str(tmp_path / "runs"), "--write", "train.max_steps=2"]
@@ -378,6 +378,15 @@ def test_the_command_compares_a_job_with_its_undisturbed_run(chaos: Any) -> None
     assert (job["starts"], job["steps"], job["prompts"], job["prompts_lost"], job["step_s"]) == (2, 2, 4, 0, 1.0)
     assert "## The quickstart in a storm of faults" in page and f"sha256 {job['sha256']}" in page
     assert f"Goodput {0.25 / job['seconds']:.3f}" in page and "0.900, 0.900 | 0.800, 0.800 | yes |" in page
+
+
+def test_the_distance_of_the_faults_is_measured(chaos: Any) -> None:
+    _, page, result = chaos("same", "wait")
+    assert f"1 faults in {result['jobs'][0]['seconds'] / 60:.1f} minutes" in page
+    assert f"one every {result['jobs'][0]['seconds']:.0f} s on average" in page
+    assert 'ARGS="--seed 0 --minutes 0.001 --mean 35 train.max_steps=2"' in page
+    _, page, result = chaos(kind="SIGKILL actor")  # never there
+    assert result["faults"] == [] and "; 0 faults in " in page
 
 
 def test_the_command_fails_where_the_bytes_differ_or_something_is_left(chaos: Any) -> None:
