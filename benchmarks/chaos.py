@@ -7,7 +7,7 @@ begins, with the next run.seed, until the time is over; the storm lasts until th
 
 Exit code 1 where a job was not finished, its accuracy is not within three standard errors of the undisturbed run's or,
 although no verdict was lost, the bytes of its last checkpoint are others; where the driver ended unasked, a prompt was
-lost or trained twice, a process was left, or /dev/shm, temporary folders or unfinished checkpoints grew.
+lost or has two fates, a process was left, or /dev/shm, temporary folders or unfinished checkpoints grew.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def measure(job: JobStorm, seconds: float, reference: Path, overrides: Sequence[
     rows_file, saved = job.run_dir / "metrics.jsonl", valid_checkpoints(job.run_dir)
     rows = training_steps(read_rows(rows_file))
     state: Mapping[str, Any] = read_json(saved[-1] / "state.json") if saved else {"cursor": 0, "in_flight": []}
-    lost, twice = prompts_of(read_ledger(job.run_dir / "ledger.jsonl"), state["cursor"], state["in_flight"])
+    lost, two_fates = prompts_of(read_ledger(job.run_dir / "ledger.jsonl"), state["cursor"], state["in_flight"])
     failed = sum(row.get("rollout/verifier_errors") or 0 for row in rows)
     undisturbed = reference / f"seed-{job.job}"
     undisturbed_s = trained(undisturbed, CONFIG, [*overrides, f"run.seed={job.job}"]) if job.finished else 0.0
@@ -158,7 +158,7 @@ def measure(job: JobStorm, seconds: float, reference: Path, overrides: Sequence[
         undisturbed_s=undisturbed_s,
         prompts=state["cursor"],
         prompts_lost=lost,
-        trained_twice=twice,
+        two_fates=two_fates,
         verdicts_lost=int(failed + (rows[-1].get("rollout/failed") or 0 if rows else 0)),
         skipped_steps=int(rows[-1].get("learner/skipped_steps") or 0) if rows else 0,
         accuracy=accuracy(job.run_dir) if job.finished else {},

@@ -79,13 +79,15 @@ def test_steps_that_a_rollback_dropped_are_counted_and_those_that_stay_are_not(f
     assert figures.training_steps(seen.add(text((0, 5.0)))) == []
 
 
-def test_prompts_without_a_fate_are_lost_and_those_with_two_are_trained_twice(figures: ModuleType) -> None:
+def test_prompts_without_a_fate_are_lost_and_those_with_two_are_counted(figures: ModuleType) -> None:
     ledger = [
         {"version": 7, "before": [0], "trained": [], "filtered": [], "skipped": []},
         {"version": 8, "trained": [1, 2], "filtered": [3], "skipped": []},
         {"version": 9, "trained": [4, 2], "filtered": [], "skipped": [5]},
+        {"version": 10, "trained": [3], "filtered": [5], "skipped": []},
     ]
-    assert figures.prompts_of(ledger, 9, [6, 7]) == (1, 1)  # 8 is nowhere, 2 is twice
+    assert figures.prompts_of(ledger[:3], 9, [6, 7]) == (1, 1)  # 8 is nowhere, 2 is twice
+    assert figures.prompts_of(ledger, 9, [6, 7, 8]) == (0, 3)  # filtered, then trained; skipped, then filtered
     assert figures.prompts_of(ledger[:2], 4, []) == (0, 0)
 
 
@@ -103,7 +105,7 @@ def job(figures: ModuleType) -> Any:
         undisturbed_s=200.0,
         prompts=3840,
         prompts_lost=0,
-        trained_twice=0,
+        two_fates=0,
         verdicts_lost=0,
         skipped_steps=0,
         accuracy={"greedy": 0.98, "sampled": 0.95},
@@ -125,8 +127,8 @@ def test_what_a_job_is_blamed_for(figures: ModuleType, job: Any) -> None:
     assert figures.noise(0.96, 0.91, 512) == pytest.approx(3 * ((0.0384 + 0.0819) / 512) ** 0.5)
     assert blamed(accuracy={"greedy": 0.98, "sampled": 0.92}) == []
     assert blamed(accuracy={"greedy": 0.98, "sampled": 0.91})[0].startswith("sampled accuracy 0.910")
-    assert blamed(prompts_lost=2) == ["2 prompts lost, 0 trained twice"]
-    assert blamed(trained_twice=1) == ["0 prompts lost, 1 trained twice"]
+    assert blamed(prompts_lost=2) == ["2 prompts lost, 0 with two fates"]
+    assert blamed(two_fates=1) == ["0 prompts lost, 1 with two fates"]
     assert blamed(unasked=("start 2: exit code 1",)) == ["the driver ended unasked: start 2: exit code 1"]
     assert blamed(finished=False, accuracy={}, undisturbed={}, same_bytes=False) == ["the job was not finished"]
     assert figures.noise(1.0, 1.0, 512) == 1 / 512
