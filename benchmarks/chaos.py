@@ -32,7 +32,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import results_page  # noqa: E402
 from cells import metrics, trained  # noqa: E402
-from storm import JobStorm  # noqa: E402
+from storm import GONE_S, JobStorm  # noqa: E402
 from storm_figures import (  # noqa: E402
     JobFigures,
     goodput,
@@ -228,7 +228,8 @@ def report(
         "",
         f"- Goodput {goodput(figures):.3f}: seconds of the undisturbed runs from start to end, over those of the "
         f"storm. The steps that count took {share:.3f} of the storm, what they waited for replaced processes included.",
-        f"- {sum(len(job.orphans) for job in jobs)} processes left 15 s after the ends of {starts} drivers.",
+        f"- {sum(len(job.orphans) for job in jobs)} processes left: those of a driver are looked for {GONE_S:.0f} s "
+        f"after each of {starts} ends, verifiers, which carry no mark of a driver, as long after the end of each job.",
         *(f"- {where}: {entries(before, where)} before, {entries(after, where)} after." for where in (SHM, "/tmp")),
         *(f"- Policy of job {job.seed}, both: sha256 {job.sha256}" for job in figures if job.same_bytes),
         *(f"- **{problem}**" for problem in problems),

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from storm_processes import (
     RUN_ID,
     flip_a_bit,
     is_gone,
+    kill_and_wait,
     limit_files,
     line,
     marked,
@@ -32,6 +33,7 @@ from storm_processes import (
 ROOT = Path(__file__).resolve().parents[1]
 # Between two looks; until leftovers of a driver are orphans; for a driver to end; for a fault to find its target.
 LOOK_S, GONE_S, STOP_LIMIT_S, READY_LIMIT_S = 0.2, 15.0, 150.0, 120.0
+KILL_LIMIT_S = 10.0  # for killed processes to be gone
 FULL_BYTES, FULL_S = 1 << 16, 60.0  # what fits on the full disk, and for how long it is full at most
 ENDS_IN_A_ROW = 3  # unasked and without a completed step, after which the job is given up
 SAVE_FAILED = "SAVE FAILED"  # what the driver says then
@@ -106,9 +108,7 @@ class JobStorm:
             self._audit(wait=True)
             self._look_at_targets()
         finally:
-            for process in [*marked(MARK, self.run_dir.name), *marked(RUN_ID, self.run_dir.name)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+            kill_and_wait(self._left(), KILL_LIMIT_S)
 
     @property
     def stuck(self) -> list[Fault]:
@@ -235,25 +235,31 @@ class JobStorm:
         """Processes of an ended driver that are there GONE_S later are orphans.
 
         Args:
-            wait: for that time of all drivers, and for reward workers, which carry no mark of a driver.
+            wait: for that time of the last driver, then look at all that is left of the job: reward workers too,
+                which carry no mark of a driver.
         """
-        for start in self.starts:
-            if not start.ended_at or start.audited:
-                continue
-            while wait and [*marked(MARK, start.mark)] and time.monotonic() - start.ended_at < GONE_S:
+        if wait:
+            while (left := self._left()) and time.monotonic() - self._last.ended_at < GONE_S:
                 time.sleep(LOOK_S)
-            if wait or time.monotonic() - start.ended_at > GONE_S:
+            self._bury(left)
+            return
+        for start in self.starts:
+            if start.ended_at and not start.audited and time.monotonic() - start.ended_at > GONE_S:
                 start.audited = True
                 self._bury(marked(MARK, start.mark))
-        if wait:
-            self._bury(marked(RUN_ID, self.run_dir.name))
 
-    def _bury(self, orphans: Iterator[psutil.Process]) -> None:
+    def _left(self) -> list[psutil.Process]:
+        """All processes of the job, each once: most carry both marks."""
+        found = [*marked(MARK, self.run_dir.name), *marked(RUN_ID, self.run_dir.name)]
+        return list({process.pid: process for process in found}.values())
+
+    def _bury(self, orphans: Iterable[psutil.Process]) -> None:
         for process in orphans:
             with contextlib.suppress(psutil.NoSuchProcess):
-                self.orphans.append(f"process {process.pid} {line(process)[:200]} ({status(process)})")
-                self._say(f"orphan: {self.orphans[-1]}")
-                process.kill()
+                found = f"process {process.pid} {line(process)[:200]} ({status(process)})"
+                process.kill()  # first: one that has ended meanwhile is no orphan
+                self.orphans.append(found)
+                self._say(f"orphan: {found}")
 
     # --- faults ---
 

@@ -255,6 +255,16 @@ sys.exit(int(do))
 """
 
 
+def leaving(seconds: float, environment: str) -> str:
+    """A program that leaves a process of this environment, where `run` is the name of the run."""
+    sleep = f"import time; time.sleep({seconds})"
+    return (
+        "import os, subprocess, sys\n"
+        "run = os.path.basename(sys.argv[1])\n"
+        f"subprocess.Popen([sys.executable, '-c', '{sleep}'], env={{{environment}}})\n"
+    )
+
+
 @pytest.fixture
 def weather(modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs a job whose driver does one thing after the other: ends with a code, or waits to be ended."""
@@ -304,12 +314,20 @@ def test_a_process_that_outlives_its_driver_is_an_orphan_and_is_ended(
     weather: Any, modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(modules["storm"], "GONE_S", 0.5)
-    left = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-    monkeypatch.setattr(sys.modules[__name__], "DRIVER", left + DRIVER)
-    job = weather("0")
+    monkeypatch.setattr(sys.modules[__name__], "DRIVER", leaving(60, "**os.environ, 'RLSYS_RUN_ID': run") + DRIVER)
+    job = weather("0")  # it carries both marks and counts once
     assert job.finished and len(job.orphans) == 1 and "time.sleep(60)" in job.orphans[0]
     pid = int(job.orphans[0].split()[1])
     assert not psutil.pid_exists(pid) or modules["storm_processes"].is_gone(psutil.Process(pid))
+
+
+@pytest.mark.parametrize(("ends_after_s", "orphans"), [(0.5, 0), (60, 1)])
+def test_a_verifier_has_the_same_time_to_end_as_the_rest(
+    weather: Any, modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, ends_after_s: float, orphans: int
+) -> None:
+    monkeypatch.setattr(modules["storm"], "GONE_S", 2.0)
+    monkeypatch.setattr(sys.modules[__name__], "DRIVER", leaving(ends_after_s, "'RLSYS_RUN_ID': run") + DRIVER)
+    assert len(weather("0").orphans) == orphans
 
 
 # --- the whole command ---
