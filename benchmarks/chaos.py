@@ -7,7 +7,8 @@ begins, with the next run.seed, until the time is over; the storm lasts until th
 
 Exit code 1 where a job was not finished, its accuracy is not within three standard errors of the undisturbed run's or,
 although no verdict was lost, the bytes of its last checkpoint are others; where the driver ended unasked, a prompt was
-lost or has two fates, a process was left, or /dev/shm, temporary folders or unfinished checkpoints grew.
+lost or has two fates, a process was left, /dev/shm, temporary folders or unfinished checkpoints grew, or a damaged
+checkpoint was not named by the next start. Faults that never took effect are no failure; the report names them.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from storm_figures import (  # noqa: E402
     growth,
     job_lines,
     kind_lines,
+    not_met,
     problems_of,
     prompts_of,
     training_steps,
@@ -226,6 +228,7 @@ def report(
         "",
         *kind_lines(faults),
         "",
+        *(["**Not met in this storm: " + ", ".join(missing) + ".**", ""] if (missing := not_met(faults)) else ()),
         f"- Goodput {goodput(figures):.3f}: seconds of the undisturbed runs from start to end, over those of the "
         f"storm. The steps that count took {share:.3f} of the storm, what they waited for replaced processes included.",
         f"- {sum(len(job.orphans) for job in jobs)} processes left: those of a driver are looked for {GONE_S:.0f} s "

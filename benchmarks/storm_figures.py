@@ -123,13 +123,21 @@ def growth(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]
 
 def kind_lines(faults: Sequence[Fault]) -> list[str]:
     """A table of the faults by kind."""
-    lines = ["| fault | times | process gone after, s | next completed step after, s |", "|---|---|---|---|"]
+    heads = ["fault", "times, without effect", "process gone after, s", "next completed step after, s"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for kind in KINDS:
-        found = [fault for fault in faults if fault.kind == kind]
+        injected = [fault for fault in faults if fault.kind == kind]
+        found = [fault for fault in injected if fault.took_effect]
         gone = _spread([fault.gone_s for fault in found if fault.gone_s is not None])
         step = _spread([fault.next_step_s for fault in found if fault.next_step_s is not None])
-        lines.append(f"| {kind} | {len(found)} | {gone} | {step} |")
+        lines.append(f"| {kind} | {len(found)}, {len(injected) - len(found)} | {gone} | {step} |")
     return lines
+
+
+def not_met(faults: Sequence[Fault]) -> list[str]:
+    """The kinds that never took effect."""
+    met = {fault.kind for fault in faults if fault.took_effect}
+    return [kind for kind in KINDS if kind not in met]
 
 
 def _spread(seconds: Sequence[float]) -> str:

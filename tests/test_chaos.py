@@ -142,8 +142,13 @@ def test_goodput_and_tables(figures: ModuleType, plan: ModuleType, job: Any) -> 
     assert [row.count("|") for row in rows] == [10, 10, 10, 10]
     faults = [plan.Fault(0, 1.0, "SIGSTOP actor", "", gone_s=gone, next_step_s=30.0) for gone in (20.0, 24.0, 25.0)]
     faults.append(plan.Fault(0, 1.0, "SIGSTOP actor", ""))
-    assert "| SIGSTOP actor | 4 | 24.0 (at most 25.0) | 30.0 (at most 30.0) |" in figures.kind_lines(faults)
-    assert "| SIGKILL driver | 0 |  |  |" in figures.kind_lines(faults)
+    faults += [
+        plan.Fault(0, 1.0, kind, "", next_step_s=1.0, took_effect=False) for kind in ("SIGSTOP actor", "disk full")
+    ]
+    assert "| SIGSTOP actor | 4, 1 | 24.0 (at most 25.0) | 30.0 (at most 30.0) |" in figures.kind_lines(faults)
+    assert "| disk full | 0, 1 |  |  |" in figures.kind_lines(faults)
+    assert figures.not_met(faults) == [kind for kind in plan.KINDS if kind != "SIGSTOP actor"]
+    assert figures.not_met([plan.Fault(0, 1.0, kind, "") for kind in plan.KINDS]) == []
 
 
 def test_growth_is_what_was_not_there_or_was_smaller(figures: ModuleType) -> None:
@@ -240,18 +245,24 @@ def test_a_flipped_bit_makes_a_checkpoint_invalid_and_leaves_its_hard_links(
 # --- a job, with a program in the place of rlsys ---
 
 DRIVER = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 folder = Path(sys.argv[1])
 number = int(os.environ["RLSYS_CHAOS_MARK"].rsplit(".", 1)[1])
+do = sys.argv[2 + number]
+if do == "done":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 print(f"the {number}th", flush=True)
 with (folder / "metrics.jsonl").open("a") as rows:
     rows.write(json.dumps({"stage": "online", "step": number + 1}) + "\\n")
-do = sys.argv[2 + number]
-if do == "wait":
+if do == "fail" or do.startswith("late"):
+    time.sleep(1)
+if do == "fail":
+    print("SAVE FAILED, training goes on", flush=True)
+if do in ("done", "fail", "wait"):
     time.sleep(60)
 print("its last word", flush=True)
-sys.exit(int(do))
+sys.exit(int(do.split()[-1]))
 """
 
 
@@ -319,6 +330,59 @@ def test_a_process_that_outlives_its_driver_is_an_orphan_and_is_ended(
     assert job.finished and len(job.orphans) == 1 and "time.sleep(60)" in job.orphans[0]
     pid = int(job.orphans[0].split()[1])
     assert not psutil.pid_exists(pid) or modules["storm_processes"].is_gone(psutil.Process(pid))
+
+
+@pytest.mark.parametrize(
+    ("do", "met", "followed"),
+    [
+        ("fail", True, "1 saves failed, and training went on"),
+        ("wait", False, "0 saves failed, and training went on"),
+        ("late 1", True, "the driver ended"),
+        ("late 0", False, "the driver ended"),
+    ],
+)
+def test_a_full_disk_counts_where_a_save_failed(
+    weather: Any, modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, do: str, met: bool, followed: str
+) -> None:
+    storm = modules["storm"]
+    monkeypatch.setattr(storm, "running", lambda what, mark: [psutil.Process()] if what == "rank" else [])
+    monkeypatch.setattr(storm, "limit_files", lambda *_: None)
+    monkeypatch.setattr(storm, "FULL_S", 2.0)
+    job = weather(do, "0", kinds=("disk full", "SIGKILL driver"))
+    assert (job.faults[0].took_effect, job.faults[0].followed) == (met, followed)
+    assert job.finished and not job.problems and not job.unasked
+
+
+SAVING = """
+import logging, os, sys
+from pathlib import Path
+from rlsys.checkpoint import CheckpointStore
+store = CheckpointStore(Path(sys.argv[1]) / "checkpoints", 2)
+if os.environ["RLSYS_CHAOS_MARK"].endswith(".0"):
+    for version in (9, 10):
+        temporary = store.begin(f"step_{version:06d}")
+        (temporary / "state.json").write_text("{}")
+        store.commit(temporary, f"step_{version:06d}", {"weight_version": version})
+elif LOOKS:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    store.latest()
+"""
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_the_next_start_has_to_name_a_damaged_checkpoint(
+    weather: Any, monkeypatch: pytest.MonkeyPatch, looks: bool
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "DRIVER", SAVING.replace("LOOKS", str(looks)) + DRIVER)
+    job = weather("wait", "0", kinds=("damaged checkpoint",))
+    assert job.finished and job.faults[0].took_effect == looks and "step_000010" in job.faults[0].followed
+    blame = "damaged checkpoint: start 1 of the driver did not name step_000010"
+    assert job.problems == ([] if looks else [blame])
+
+
+def test_a_driver_that_was_done_before_it_was_asked_to_stop_was_not_hit(weather: Any) -> None:
+    job = weather("wait", "done", kinds=("SIGTERM driver", "SIGTERM driver"))
+    assert job.finished and [fault.took_effect for fault in job.faults] == [True, False]
 
 
 @pytest.mark.parametrize(("ends_after_s", "orphans"), [(0.5, 0), (60, 1)])
@@ -407,6 +471,12 @@ def test_the_distance_of_the_faults_is_measured(chaos: Any) -> None:
     assert 'ARGS="--seed 0 --minutes 0.001 --mean 35 train.max_steps=2"' in page
     _, page, result = chaos(kind="SIGKILL actor")  # never there
     assert result["faults"] == [] and "; 0 faults in " in page
+
+
+def test_kinds_that_never_took_effect_are_named(chaos: Any) -> None:
+    code, page, _ = chaos("same", "wait")
+    assert code == 0 and "**Not met in this storm: SIGKILL actor, " in page and ", disk full.**" in page
+    assert "SIGTERM driver" not in page.partition("Not met")[2]
 
 
 def test_the_command_fails_where_the_bytes_differ_or_something_is_left(chaos: Any) -> None:
