@@ -19,6 +19,7 @@ import hashlib
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import results_page  # noqa: E402
-from cells import metrics, trained  # noqa: E402
+from cells import metrics, record_of, trained  # noqa: E402
 from storm import GONE_S, JobStorm  # noqa: E402
 from storm_figures import (  # noqa: E402
     JobFigures,
@@ -48,7 +49,7 @@ from storm_figures import (  # noqa: E402
 from storm_plan import MEAN_S, schedule  # noqa: E402
 from storm_processes import valid_checkpoints  # noqa: E402
 
-from rlsys.checkpoint import read_json  # noqa: E402
+from rlsys.checkpoint import read_json, write_json  # noqa: E402
 from rlsys.config_file import load_config  # noqa: E402
 from rlsys.errors import ConfigError  # noqa: E402
 from rlsys.ledger import read_ledger  # noqa: E402
@@ -60,6 +61,7 @@ OVERRIDES = (
     *("actors.hang_timeout_s=20", "learner.hang_timeout_s=20", "learner.timeout_s=60"),
     "checkpoint.interval=5",
 )
+UNDISTURBED_LIMIT_S = 3600.0  # of an undisturbed run, which takes minutes
 SHM = "/dev/shm"
 WATCHED = (f"{SHM}/*", "/tmp/rl-*", "/tmp/ray", "/tmp/rlsys-*")
 
@@ -72,6 +74,8 @@ def main() -> int:
         held_out = load_config(CONFIG, overrides).evaluation.prompts
     except ConfigError as error:
         sys.exit(f"error: {error.message}")
+    for made in arguments.undisturbed.glob("seed-*") if arguments.undisturbed else ():  # later the storm would be lost
+        record_of(made, CONFIG, [*overrides, f"run.{made.name.replace('-', '=')}"])
     folder = arguments.folder.absolute() / f"seed-{arguments.seed}-{uuid.uuid4().hex[:8]}"
     folder.mkdir(parents=True)
     print(f"storm of seed {arguments.seed}, {arguments.minutes:g} minutes, in {folder}", flush=True)
@@ -87,8 +91,10 @@ def main() -> int:
         jobs = storm(arguments, overrides, folder, {"TMPDIR": temporary, "OMP_NUM_THREADS": "1"}, tell)
         left = {str(path): size(path) for path in [*Path(temporary).iterdir(), *folder.glob("*/checkpoints/.*")]}
     after = held()
+    found: dict[str, Any] = {"faults": [asdict(fault) for job, _ in jobs for fault in job.faults], "timeline": timeline}
+    write_json(folder / "storm.json", found)
 
-    reference = (arguments.undisturbed or arguments.folder / "undisturbed").absolute()
+    reference = (arguments.undisturbed or folder / "undisturbed").absolute()
     figures = [measure(job, took, reference, overrides) for job, took in jobs]
     problems = [
         blame for (job, _), figure in zip(jobs, figures, strict=True) for blame in blames(job, figure, held_out)
@@ -98,8 +104,7 @@ def main() -> int:
     print("\n".join(["", *shown]))
     if arguments.write:
         result = {"lines": shown, "seed": arguments.seed, "jobs": [asdict(figure) for figure in figures]}
-        result |= {"faults": [asdict(fault) for job, _ in jobs for fault in job.faults], "timeline": timeline}
-        results_page.keep("chaos", result)
+        results_page.keep("chaos", result | found)
     return int(bool(problems))
 
 
@@ -109,7 +114,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
     parser.add_argument("--mean", type=float, default=MEAN_S, help="seconds from fault to fault, mean")
     parser.add_argument("--folder", type=Path, default=Path("runs/chaos"))
-    parser.add_argument("--undisturbed", type=Path, help="folder of undisturbed runs, made where they are missing")
+    parser.add_argument("--undisturbed", type=Path, help="folder of runs of before, made where they are missing")
     parser.add_argument("--write", action="store_true", help=f"write {results_page.PAGE} and its figures")
     parser.add_argument("overrides", nargs="*", help="section.key=value, of the storm and of the undisturbed runs")
     return parser.parse_args()
@@ -145,8 +150,12 @@ def measure(job: JobStorm, seconds: float, reference: Path, overrides: Sequence[
     state: Mapping[str, Any] = read_json(saved[-1] / "state.json") if saved else {"cursor": 0, "in_flight": []}
     lost, two_fates = prompts_of(read_ledger(job.run_dir / "ledger.jsonl"), state["cursor"], state["in_flight"])
     failed = sum(row.get("rollout/verifier_errors") or 0 for row in rows)
-    undisturbed = reference / f"seed-{job.job}"
-    undisturbed_s = trained(undisturbed, CONFIG, [*overrides, f"run.seed={job.job}"]) if job.finished else 0.0
+    undisturbed, undisturbed_s = reference / f"seed-{job.job}", 0.0
+    if job.finished:
+        try:
+            undisturbed_s = trained(undisturbed, CONFIG, [*overrides, f"run.seed={job.job}"], UNDISTURBED_LIMIT_S)
+        except subprocess.SubprocessError as error:  # the storm's own figures are not lost with it
+            print(f"no undisturbed run: {error}", flush=True)
     own, expected = digests(job.run_dir), digests(undisturbed)
     return JobFigures(
         seed=job.job,
@@ -164,9 +173,9 @@ def measure(job: JobStorm, seconds: float, reference: Path, overrides: Sequence[
         verdicts_lost=int(failed + (rows[-1].get("rollout/failed") or 0 if rows else 0)),
         skipped_steps=int(rows[-1].get("learner/skipped_steps") or 0) if rows else 0,
         accuracy=accuracy(job.run_dir) if job.finished else {},
-        undisturbed=accuracy(undisturbed) if job.finished else {},
+        undisturbed=accuracy(undisturbed) if undisturbed_s else {},
         sha256=own.get("policy/model.safetensors", ""),
-        same_bytes=job.finished and own == expected,
+        same_bytes=undisturbed_s > 0 and own == expected,
     )
 
 
@@ -213,6 +222,7 @@ def report(
     faults = [fault for job in jobs for fault in job.faults]
     seconds, starts = sum(job.seconds for job in figures), sum(job.starts for job in figures)
     share = sum(job.step_s for job in figures) / seconds
+    made = f"kept in {arguments.undisturbed}" if arguments.undisturbed else "made after the storm"
     asked = [f"--seed {arguments.seed} --minutes {arguments.minutes:g} --mean {arguments.mean:g}", *arguments.overrides]
 
     def entries(held: Mapping[str, float], where: str) -> str:
@@ -222,7 +232,7 @@ def report(
     return [
         f'`make chaos ARGS="{" ".join(asked)}"`; {len(faults)} faults in {seconds / 60:.1f} minutes, one every '
         f"{seconds / max(1, len(faults)):.0f} s on average, on {os.cpu_count()} cores; {starts} starts of the driver "
-        f"for {len(figures)} jobs. The undisturbed runs have the same config, seeds and steps.",
+        f"for {len(figures)} jobs. The undisturbed runs, {made}, have the same config, seeds and steps.",
         "",
         *job_lines(figures),
         "",

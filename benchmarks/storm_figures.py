@@ -58,7 +58,7 @@ class JobFigures:
     seconds; again: those whose row was written and dropped by a rollback, so that they were trained again. two_fates:
     prompts that were trained, filtered or skipped, and then once more.
     verdicts_lost: verifications and rollouts that failed in the steps that count. undisturbed_s: from start to end of
-    the undisturbed run; 0, and no accuracy, where the job was not finished.
+    the undisturbed run; 0, and no accuracy of it, where the job was not finished or the run failed.
     """
 
     seed: int
@@ -103,6 +103,8 @@ def problems_of(job: JobFigures, problems: int) -> list[str]:
         found.append(f"{job.prompts_lost} prompts lost, {job.two_fates} with two fates")
     if not job.finished:
         return [*found, "the job was not finished"]
+    if not job.undisturbed:
+        return [*found, "its undisturbed run failed"]
     for name, expected in job.undisturbed.items():
         value, bound = job.accuracy[name], noise(job.accuracy[name], expected, problems)
         if abs(value - expected) > bound:
@@ -154,6 +156,6 @@ def job_lines(jobs: Sequence[JobFigures]) -> list[str]:
         accuracy = [f"{job.accuracy[name]:.3f}, {value:.3f}" for name, value in job.undisturbed.items()]
         cells = [f"{job.seed}", f"{job.seconds:.0f}, {job.undisturbed_s:.0f}", f"{job.starts}"]
         cells += [f"{job.steps}, {job.again}", f"{job.prompts}, {job.prompts_lost}, {job.two_fates}"]
-        cells += [f"{job.verdicts_lost}", *(accuracy or ["not finished"] * 2), "yes" if job.same_bytes else "no"]
+        cells += [f"{job.verdicts_lost}", *(accuracy or ["none"] * 2), "yes" if job.same_bytes else "no"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

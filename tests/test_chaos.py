@@ -131,6 +131,7 @@ def test_what_a_job_is_blamed_for(figures: ModuleType, job: Any) -> None:
     assert blamed(two_fates=1) == ["0 prompts lost, 1 with two fates"]
     assert blamed(unasked=("start 2: exit code 1",)) == ["the driver ended unasked: start 2: exit code 1"]
     assert blamed(finished=False, accuracy={}, undisturbed={}, same_bytes=False) == ["the job was not finished"]
+    assert blamed(undisturbed={}, undisturbed_s=0.0, same_bytes=False) == ["its undisturbed run failed"]
     assert figures.noise(1.0, 1.0, 512) == 1 / 512
 
 
@@ -429,9 +430,18 @@ def chaos(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(found, "WATCHED", ())
     monkeypatch.setattr(found.signal, "signal", lambda *_: None)
 
-    def run(weights: str = "same", *do: str, kind: str = "SIGTERM driver") -> tuple[int, str, dict[str, Any]]:
-        def trained(run_dir: Path, config: Path, overrides: list[str]) -> float:
-            assert "run.seed=0" in overrides and "train.max_steps=2" in overrides
+    def run(
+        weights: str = "same",
+        *do: str,
+        kind: str = "SIGTERM driver",
+        options: tuple[str, ...] = (),
+        fails: bool = False,
+    ) -> tuple[int, str, dict[str, Any]]:
+        def trained(run_dir: Path, config: Path, overrides: list[str], timeout_s: float) -> float:
+            assert "run.seed=0" in overrides and "train.max_steps=2" in overrides and timeout_s >= 600
+            made.append(run_dir)
+            if fails:
+                raise subprocess.TimeoutExpired("rlsys", timeout_s)
             subprocess.run([sys.executable, "-c", JOB, str(run_dir), "same"], check=True)
             return 0.25
 
@@ -444,11 +454,12 @@ def chaos(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_p
         monkeypatch.setattr(found, "schedule", lambda *_: injections)
         monkeypatch.setattr(found, "trained", trained)
         monkeypatch.setattr(found, "JobStorm", Job)
-        options = ["--minutes", "0.001", "--folder", str(tmp_path / "runs"), "--write", "train.max_steps=2"]
-        monkeypatch.setattr(sys, "argv", ["chaos.py", *options])
+        given = ["--minutes", "0.001", "--folder", str(tmp_path / "runs"), "--write", *options, "train.max_steps=2"]
+        monkeypatch.setattr(sys, "argv", ["chaos.py", *given])
+        made: list[Path] = []
         code = found.main()
         result = json.loads((tmp_path / "results" / "chaos.json").read_text())
-        return code, (tmp_path / "results.md").read_text(), result
+        return code, (tmp_path / "results.md").read_text(), result | {"made": made}
 
     return run
 
@@ -462,6 +473,36 @@ def test_the_command_compares_a_job_with_its_undisturbed_run(chaos: Any) -> None
     assert (job["starts"], job["steps"], job["prompts"], job["prompts_lost"], job["step_s"]) == (2, 2, 4, 0, 1.0)
     assert "## The quickstart in a storm of faults" in page and f"sha256 {job['sha256']}" in page
     assert f"Goodput {0.25 / job['seconds']:.3f}" in page and "0.900, 0.900 | 0.800, 0.800 | yes |" in page
+
+
+def test_undisturbed_runs_are_made_anew_for_every_storm_unless_a_folder_is_named(chaos: Any, tmp_path: Path) -> None:
+    storms = [chaos()[2]["made"] for _ in range(2)]
+    assert all(made.parent.parent.parent == tmp_path / "runs" for (made,) in storms)
+    assert len({made.parent for (made,) in storms}) == 2
+    command = importlib.import_module("chaos")
+    asked = [*command.OVERRIDES, "train.max_steps=2", "run.seed=0"]
+    (tmp_path / "kept" / "seed-0").mkdir(parents=True)
+    known = command.record_of(tmp_path / "new", command.CONFIG, asked)
+    (tmp_path / "kept" / "seed-0" / "cell.json").write_text(json.dumps(known))  # of the same settings
+    _, page, result = chaos(options=("--undisturbed", str(tmp_path / "kept")))
+    assert result["made"] == [tmp_path / "kept" / "seed-0"] and f"kept in {tmp_path / 'kept'}" in page
+
+
+def test_runs_of_other_settings_are_refused_before_the_storm(chaos: Any, tmp_path: Path) -> None:
+    other = tmp_path / "kept" / "seed-3"  # of a job that this storm may come to
+    other.mkdir(parents=True)
+    (other / "cell.json").write_text('{"asked": ["another config"], "seconds": 1.0, "done": true}')
+    with pytest.raises(SystemExit, match="seed-3 was made with other settings"):
+        chaos(options=("--undisturbed", str(tmp_path / "kept")))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_storm_is_not_lost_with_its_undisturbed_run(chaos: Any) -> None:
+    code, page, result = chaos("same", "wait", fails=True)
+    assert code == 1 and "- **job 0: its undisturbed run failed**" in page and "- **job 0: no verdict" not in page
+    assert result["jobs"][0]["accuracy"] == {"greedy": 0.9, "sampled": 0.8}
+    kept = json.loads((result["made"][0].parents[1] / "storm.json").read_text())
+    assert kept == {"faults": result["faults"], "timeline": result["timeline"]} and len(kept["faults"]) == 1
 
 
 def test_the_distance_of_the_faults_is_measured(chaos: Any) -> None:
