@@ -95,7 +95,9 @@ FAILING = {
     "daemon_and_exit": "exit status 3",
     "fork_many": f"more than {MAX_PROCESSES} processes",
     "write_anywhere garbage\\n": "wrote what is no verdict",
-    'write_anywhere ["ok", NaN, true, ""]\\n': "wrote what is no verdict",
+    'write_anywhere [0, "ok", NaN, true, ""]\\n': "wrote what is no verdict",
+    'write_anywhere ["ok", 1.0, true, ""]\\n': "wrote what is no verdict",
+    'write_anywhere [999, "ok", 1.0, true, ""]\\n': "wrote what is no verdict",
 }
 
 
@@ -118,8 +120,8 @@ def test_what_a_verifier_starts_shares_its_memory_limit() -> None:
 
 
 def test_what_was_answered_before_garbage_counts_although_it_came_in_the_same_read() -> None:
-    lines = [b'["ok", 1.0, true, ""]', b"garbage", b'["ok", 1.0, true, ""]']
-    assert [verdict.outcome for verdict in _decode(lines)] == ["ok"]
+    lines = [b'[3, "ok", 1.0, true, ""]', b"garbage", b'[4, "ok", 1.0, true, ""]']
+    assert [(number, verdict.outcome) for number, verdict in _decode(lines)] == [(3, "ok")]
     assert _decode(lines[1:]) == []
     judged = ["say 3", "write_anywhere garbage\\n"] * 8
     for _ in range(3):
@@ -127,8 +129,10 @@ def test_what_was_answered_before_garbage_counts_although_it_came_in_the_same_re
         assert [verdict.outcome for verdict in verdicts] == ["ok", "error"] * 8
 
 
-def test_more_verdicts_than_questions_are_none() -> None:
-    (verdict,), _ = judge(["write_anywhere " + '["ok", 1.0, true, ""]\\n' * 3])
+@pytest.mark.parametrize("numbers", [(0, 1, 2), (0, 0), (1,)], ids=str)
+def test_more_or_other_verdicts_than_questions_are_none(numbers: tuple[int, ...]) -> None:
+    lines = "".join(f'[{number}, "ok", 1.0, true, ""]\\n' for number in numbers)
+    (verdict,), _ = judge([f"write_anywhere {lines}"], SETTINGS.model_copy(update={"timeout_s": 30.0}))
     assert (verdict.outcome, verdict.detail) == ("error", "the verifier process wrote what is no verdict")
 
 
@@ -150,6 +154,45 @@ def test_what_a_verification_starts_ends_with_its_verdict() -> None:
     asyncio.run(run())
     assert counts == [2, 2, 2, 2], "the guard and the verifier"
     assert processes() == []
+
+
+@pytest.mark.parametrize("child", ["say 4", "raise", "exit", "stop"])
+def test_a_child_that_a_verification_forks_never_answers(child: str) -> None:
+    """It comes out of the verifier before its parent does; the verdict is the parent's, also of what follows."""
+    verdicts: list[Verdict] = []
+
+    async def run() -> None:
+        pool = RewardPool(LetterCountConfig(), 0, SETTINGS, verifier="scripted_verifier:build")
+        try:
+            for batch in (["say 4", f"fork {child}", "say 4", "say 3"], ["say 4", "say 3"]):
+                verdicts.extend(await pool.verify([("3", completion) for completion in batch]))
+        finally:
+            await pool.close()
+
+    asyncio.run(run())
+    assert [verdict.outcome for verdict in verdicts] == ["wrong", "ok", "wrong", "ok", "wrong", "ok"]
+    assert processes() == []
+
+
+def test_a_child_that_a_factory_forks_never_answers() -> None:
+    verdicts, _ = judge(["sleep 0.4", "say 3", "say 4"], factory="build_with_fork")
+    assert [verdict.outcome for verdict in verdicts] == ["ok", "ok", "wrong"]
+
+
+def test_a_verdict_that_comes_when_its_items_have_theirs_is_nobodys() -> None:
+    """Of the next batch it costs the first item, and moves none."""
+    verdicts: list[Verdict] = []
+
+    async def run() -> None:
+        pool = RewardPool(LetterCountConfig(), 0, SETTINGS, verifier="scripted_verifier:build")
+        try:
+            for batch in (["say 3"], ['write_and_answer [0, "ok", 1.0, true, ""]\\n', "say 4", "say 3"]):
+                verdicts.extend(await pool.verify([("3", completion) for completion in batch]))
+        finally:
+            await pool.close()
+
+    asyncio.run(run())
+    assert [verdict.outcome for verdict in verdicts] == ["ok", "error", "wrong", "ok"]
 
 
 def test_a_helper_of_a_plug_in_stays_from_verdict_to_verdict() -> None:
