@@ -116,6 +116,7 @@ class Engine:
         self._pending: dict[str, _Pending] = {}
         self._requests = 0
         self.steps = 0  # so far
+        self.idle = True  # nothing to do, and nothing asked
         self._broken: EngineError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -216,7 +217,9 @@ class Engine:
     def _take_commands(self, block: bool) -> bool:
         """Run waiting commands; wait for one if there is nothing to decode. False means stop."""
         while block or not self._commands.empty():
+            self.idle = block
             command = self._commands.get()
+            self.idle = False
             if command is None:
                 return False
             command()

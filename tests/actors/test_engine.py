@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
@@ -107,6 +108,33 @@ def test_an_output_that_cannot_be_read_fails_its_own_request_too(script: Script,
     script.logprobs = None
     with pytest.raises(EngineError, match="AttributeError"):
         outcome(engine.submit([request(1)])[0])
+
+
+@pytest.mark.parametrize("busy", ["step", "collective_rpc"])
+def test_an_engine_is_idle_only_while_it_waits_for_a_command(script: Script, engine: Engine, busy: str) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+    original = getattr(script, busy)
+
+    def held(*arguments: Any, **named: Any) -> Any:
+        reached.set()
+        assert go_on.wait(20)
+        return original(*arguments, **named)
+
+    def becomes_idle() -> bool:
+        deadline = time.monotonic() + 20
+        while not engine.idle and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return engine.idle
+
+    setattr(script, busy, held)
+    assert becomes_idle()
+    asks = {"step": lambda: engine.submit([request(1)]), "collective_rpc": lambda: engine.update_weights(4, [])}
+    asking = threading.Thread(target=asks[busy])
+    asking.start()
+    assert reached.wait(20) and not engine.idle
+    go_on.set()
+    asking.join(20)
+    assert becomes_idle()
 
 
 def test_an_interrupted_update_poisons_the_engine(script: Script, engine: Engine) -> None:
