@@ -7,6 +7,7 @@ go on with the new weights; vLLM reports which output tokens each weight version
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -14,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -297,13 +298,13 @@ class _Pending:
 
     def finish(self, output: Any) -> None:
         result = self.read(output)
-        if not self.future.done():  # cancelled, or failed with the rest of its batch
+        with contextlib.suppress(InvalidStateError):  # the event loop may cancel it at any moment
             self.future.set_result(result)
 
 
 def _fail(futures: Sequence[Future[Any]], error: BaseException) -> None:
     for future in futures:
-        if not future.done():
+        with contextlib.suppress(InvalidStateError):  # cancelled, or answered before the rest of its batch
             future.set_exception(error)
 
 

@@ -110,6 +110,41 @@ def test_an_output_that_cannot_be_read_fails_its_own_request_too(script: Script,
         outcome(engine.submit([request(1)])[0])
 
 
+class Cancelled(Future[Any]):
+    """The event loop cancels it between a look at it and the answer."""
+
+    def done(self) -> bool:
+        found = super().done()
+        self.cancel()
+        return found
+
+    def set_result(self, result: Any) -> None:
+        self.cancel()
+        super().set_result(result)
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        self.cancel()
+        super().set_exception(exception)
+
+
+def test_a_caller_that_leaves_at_the_last_moment_breaks_nothing(
+    script: Script, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave() -> Future[Completion]:
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "Future", Cancelled)
+            return engine.submit([request(1)])[0]
+
+    left = leave()
+    assert outcome(engine.submit([request(2)])[0]).finish_reason == "stop"
+    assert left.cancelled()
+    script.fails_at_step = True
+    left, stays = leave(), engine.submit([request(2)])[0]
+    with pytest.raises(EngineError, match="MemoryError: no blocks"):
+        outcome(stays)
+    assert left.cancelled()
+
+
 @pytest.mark.parametrize("busy", ["step", "collective_rpc"])
 def test_an_engine_is_idle_only_while_it_waits_for_a_command(script: Script, engine: Engine, busy: str) -> None:
     reached, go_on = threading.Event(), threading.Event()
