@@ -121,12 +121,17 @@ def ray_cluster(
         finally:
             with signals_ignored():
                 children = psutil.Process().children(recursive=True) if local else []
-                ray.shutdown()
-                # On a busy machine workers would outlive the driver by seconds, and agents of a Ray that failed to
-                # start are nobody's children.
-                left = [child for child in children if child != reaper]
-                kill_and_wait([*left, *(processes_of_ray(str(temporary)) if local else ())], SHUTDOWN_TIMEOUT_S)
-                _remove_leftovers(run_dir)
+                try:
+                    ray.shutdown()
+                finally:
+                    # On a busy machine workers would outlive the driver by seconds, and agents of a Ray that failed
+                    # to start are nobody's children.
+                    left = [child for child in children if child != reaper]
+                    try:
+                        strays = processes_of_ray(str(temporary)) if local else []
+                        kill_and_wait([*left, *strays], SHUTDOWN_TIMEOUT_S)
+                    finally:
+                        _remove_leftovers(run_dir)
 
 
 def _runs(process: psutil.Process) -> bool:
