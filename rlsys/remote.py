@@ -268,7 +268,9 @@ def process_at(host: str, pid: int) -> psutil.Process | None:
 
 def kill(handle: Any, process: psutil.Process | None) -> None:
     """End a Ray actor at once. Ray asks its process to end, and a stopped one hears nothing."""
-    ray.kill(handle)
-    if process is not None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    try:
+        ray.kill(handle)
+    finally:
+        if process is not None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()

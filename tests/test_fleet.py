@@ -692,7 +692,7 @@ def test_supervision_that_breaks_ends_the_run() -> None:
     run(test)
 
 
-def test_a_process_that_cannot_be_killed_is_replaced_all_the_same() -> None:
+def test_a_process_that_cannot_be_killed_is_logged_and_replaced_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
     async def test(world: World) -> None:
         async with world.fleet(count=1) as found:
 
@@ -705,6 +705,8 @@ def test_a_process_that_cannot_be_killed_is_replaced_all_the_same() -> None:
             assert await found.generate(0, [prompt("a")], SETTINGS) == [("a", 0, 1)]
 
     run(test)
+    assert "actor 0 is not used again, but could not be killed" in caplog.text
+    assert "RuntimeError: Ray is not there" in caplog.text
 
 
 def test_a_call_that_breaks_every_actor_ends_the_run_and_names_its_prompts() -> None:
