@@ -33,7 +33,7 @@ from learners.rank_settings import RankSettings, learner_environment
 from rlsys import report, resources
 from rlsys.access import check_address
 from rlsys.checkpoint import CheckpointStore, RunLock, write_text
-from rlsys.cluster import RENDEZVOUS, Cluster, ray_cluster
+from rlsys.cluster import RENDEZVOUS, Cluster, ray_cluster, remove_leftovers
 from rlsys.config import Config
 from rlsys.config_file import dump_config
 from rlsys.controller import Controller
@@ -106,6 +106,7 @@ def train(config: Config) -> str:
         best = kept.best_mode if kept.best_metric else None
         store = CheckpointStore(run_dir / "checkpoints", kept.keep_last, kept.keep_every, best)
         store.sweep()
+        remove_leftovers(run_dir)  # here, because a run may be complete
         fault("driver.start")
         start = find_start(config, run_dir, store)
         if is_complete(config, start, run_dir):
