@@ -36,7 +36,8 @@ class Ledger:
     def __init__(self, run_dir: Path, resume_version: int) -> None:
         self.path = run_dir / FILE
         lines = [line for line in read_ledger(self.path) if line["version"] <= resume_version]
-        self._begins = resume_version if resume_version >= 0 and not self.path.exists() else None
+        # By its lines: a run that ended before its first online step has left a file without any.
+        self._begins = resume_version if resume_version >= 0 and not lines else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", encoding="utf-8") as stream:
