@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.faults import fault
+from rlsys.record_file import fsync
 from rlsys.types import RunState
 
 MANIFEST = "MANIFEST.json"
@@ -70,7 +71,7 @@ class CheckpointStore:
         try:
             if not self.folder.is_dir():
                 self.folder.mkdir(parents=True)
-                _fsync(self.folder.parent)
+                fsync(self.folder.parent)
             temporary.mkdir()
             self._check_room()
         except OSError as error:
@@ -178,7 +179,7 @@ class CheckpointStore:
             # Renamed within sight of `latest`: a crash between the two renames must not leave nothing.
             os.rename(target, self.folder / f"{name}{_REPLACED}{uuid.uuid4().hex}")
         os.rename(temporary, target)
-        _fsync(self.folder)
+        fsync(self.folder)
         return target
 
     def _prune(self, newest: Path, weight_version: int) -> None:
@@ -229,13 +230,13 @@ def _seal(folder: Path, name: str, info: Mapping[str, Any]) -> None:
         {"path": path, "size": file.stat().st_size, "sha256": _sha256(file)} for path, file in sorted(files.items())
     ]
     for file in files.values():
-        _fsync(file)
+        fsync(file)
     for root, _, _ in os.walk(folder, topdown=False):
-        _fsync(Path(root))
+        fsync(Path(root))
     body = {"schema": SCHEMA, "name": name, "info": dict(info), "files": entries}
     (folder / MANIFEST).write_text(_render_manifest(body), encoding="utf-8")
-    _fsync(folder / MANIFEST)
-    _fsync(folder)
+    fsync(folder / MANIFEST)
+    fsync(folder)
 
 
 def _render_manifest(body: Mapping[str, Any]) -> str:
@@ -322,14 +323,6 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _cannot_write(name: str, error: OSError) -> CheckpointError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     advice = "free disk space" if full else "check the folder of run.dir"
@@ -398,9 +391,9 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_text(text, encoding="utf-8")
-        _fsync(temporary)
+        fsync(temporary)
         os.replace(temporary, path)
-        _fsync(path.parent)
+        fsync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: could not be written: {error}") from error

@@ -266,7 +266,7 @@ async def _run(
     config, run_dir, inputs, display = session.config, session.run_dir, session.inputs, session.display
     # Rows of an attempt that never reached a checkpoint are of no run: -1 drops them all.
     version = start.state.weight_version if start.checkpoint else -1
-    metrics, ledger = MetricsWriter(run_dir, version), Ledger(run_dir, version)
+    metrics, ledger = MetricsWriter(run_dir, version, display.message), Ledger(run_dir, version, display.message)
     parts = Parts(
         config=config,
         run_dir=run_dir,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,26 @@ def test_the_save_at_the_end_of_a_stage_and_of_an_interrupted_run_must_succeed(t
     interrupted.interrupt_at(2)
     with pytest.raises(CheckpointError, match="no space left"):
         interrupted()
+
+
+def test_a_policy_that_cannot_be_handed_over_ends_the_run_by_name_and_the_same_command_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copyfile = shutil.copyfile
+
+    def full(source: Path, target: Path) -> None:
+        if target.parent.name == ".online":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        copyfile(source, target)
+
+    monkeypatch.setattr(Path, "hardlink_to", lambda target, source: full(source, target))
+    monkeypatch.setattr(shutil, "copyfile", full)
+    run = Run(tmp_path, steps(2))
+    with pytest.raises(CheckpointError, match=r"stages/online could not be written: .*No space.*step_000002 is saved"):
+        run()
+    monkeypatch.undo()
+    assert Run(tmp_path, steps(2))().only("train") == []
+    assert [path.name for path in (tmp_path / "stages").iterdir()] == ["online"]
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
