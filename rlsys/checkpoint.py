@@ -45,11 +45,12 @@ class CheckpointStore:
         folder: holds one sub-folder a checkpoint; created where missing.
         keep_last: newest checkpoints that stay after a commit, >= 1.
         keep_every: those of weight versions that are multiples of it stay too; 0 for none.
-        best: whether the largest or the smallest `score` of an info is the best, which stays too; None for neither.
+        best: a metric, and whether its largest or its smallest `score` in an info is the best, which stays too; None
+            for neither. Scores of other metrics, of before it was changed, do not count.
     """
 
     def __init__(
-        self, folder: Path, keep_last: int, keep_every: int = 0, best: Literal["max", "min"] | None = None
+        self, folder: Path, keep_last: int, keep_every: int = 0, best: tuple[str, Literal["max", "min"]] | None = None
     ) -> None:
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, found {keep_last}")
@@ -197,8 +198,11 @@ class CheckpointStore:
 
     def _best(self, paths: Sequence[Path]) -> Path | None:
         """Of those with a score, the newest where several are equal."""
-        sign = -1 if self.best == "min" else 1
-        scores = {path: sign * score for path in paths if self.best and (score := _score(path)) is not None}
+        if self.best is None:
+            return None
+        metric, mode = self.best
+        sign = -1 if mode == "min" else 1
+        scores = {path: sign * score for path in paths if (score := _score(path, metric)) is not None}
         return max(scores, key=lambda path: scores[path], default=None)
 
     def _is_marked(self, path: Path) -> bool:
@@ -303,11 +307,12 @@ def _weight_version(path: Path) -> float:
         return math.inf
 
 
-def _score(path: Path) -> float | None:
-    """What its info says of it, where it says anything."""
+def _score(path: Path, metric: str) -> float | None:
+    """What its info says of it by a metric, where it says anything."""
     with contextlib.suppress(CheckpointError, KeyError, TypeError, ValueError):
-        value = float(_read_manifest(path)["info"]["score"]["value"])
-        return value if math.isfinite(value) else None
+        score = _read_manifest(path)["info"]["score"]
+        value = float(score["value"])
+        return value if score["metric"] == metric and math.isfinite(value) else None
     return None
 
 

@@ -103,7 +103,7 @@ def train(config: Config) -> str:
     check_best_metric(config)
     kept = config.checkpoint
     with StopSignals(" before anything was trained", config.run.time_limit) as stop, RunLock(run_dir):
-        best = kept.best_mode if kept.best_metric else None
+        best = (kept.best_metric, kept.best_mode) if kept.best_metric else None
         store = CheckpointStore(run_dir / "checkpoints", kept.keep_last, kept.keep_every, best)
         store.sweep()
         fault("driver.start")

@@ -15,6 +15,7 @@ from rlsys.errors import CheckpointError, ConfigError
 from rlsys.metrics import read_rows
 from rlsys.saving import check_best_metric
 
+ACCURACY = "held_out/sampled_accuracy"
 ONLINE: dict[str, Any] = {"stages": ["online"], "checkpoint": {"interval": 1, "keep_last": 9}}
 
 
@@ -105,7 +106,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypa
 
 
 def test_last_best_regular_and_pinned_checkpoints_stay(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, keep_last=2, keep_every=5, best="max")
+    store = CheckpointStore(tmp_path, keep_last=2, keep_every=5, best=(ACCURACY, "max"))
     scores = {2: 0.5, 3: 0.9, 4: 0.7, 7: 0.8}
     for version in range(1, 13):
         commit(store, version, scores.get(version))
@@ -118,15 +119,26 @@ def test_last_best_regular_and_pinned_checkpoints_stay(tmp_path: Path) -> None:
 
 
 def test_the_smallest_score_may_be_the_best_and_none_at_all_keeps_none(tmp_path: Path) -> None:
-    for best, kept in (("min", [2, 4]), (None, [4])):
-        store = CheckpointStore(tmp_path / str(best), keep_last=1, best=best)
+    cases: list[tuple[Any, list[int]]] = [((ACCURACY, "min"), [2, 4]), (None, [4])]
+    for best, kept in cases:
+        store = CheckpointStore(tmp_path / str(len(kept)), keep_last=1, best=best)
         for version, score in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None)):
             commit(store, version, score)
         assert versions(store) == kept
 
 
+def test_scores_of_another_metric_do_not_count(tmp_path: Path) -> None:
+    """checkpoint.best_metric may change on a resume."""
+    store = CheckpointStore(tmp_path, keep_last=1, best=(ACCURACY, "max"))
+    for version, score in ((1, 0.5), (2, None)):
+        commit(store, version, score)
+    commit(store, 3, 80.0, "rollout/completion_length")
+    commit(store, 4)
+    assert versions(store) == [1, 4]
+
+
 def test_a_course_that_is_replaced_leaves_nothing_not_even_its_best(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, keep_last=3, best="max")
+    store = CheckpointStore(tmp_path, keep_last=3, best=(ACCURACY, "max"))
     for version, score in ((1, 0.1), (2, 0.9), (3, 0.2)):
         commit(store, version, score)
     commit(store, 2, 0.3)  # the run was taken back to version 1 on purpose
@@ -155,12 +167,12 @@ def test_an_unknown_metric_is_refused_with_the_nearest_name() -> None:
         check_best_metric(config(checkpoint={"best_metric": "held_out/accuracy"}))
 
 
-def commit(store: CheckpointStore, version: int, score: float | None = None) -> None:
+def commit(store: CheckpointStore, version: int, score: float | None = None, metric: str = ACCURACY) -> None:
     temporary = store.begin(f"step_{version:06d}")
     (temporary / "weights").write_bytes(bytes(1000))
     info: dict[str, Any] = {"weight_version": version}
     if score is not None:
-        info["score"] = {"metric": "held_out/sampled_accuracy", "value": score}
+        info["score"] = {"metric": metric, "value": score}
     store.commit(temporary, f"step_{version:06d}", info)
 
 
