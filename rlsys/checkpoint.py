@@ -81,11 +81,11 @@ class CheckpointStore:
         return temporary
 
     def _check_room(self) -> None:
-        sizes = [size for path in self._newest_first()[:1] if (size := _size(path))]
+        last = next((size for path in self._newest_first() if (size := _size(path))), 0)
         free = shutil.disk_usage(self.folder).free
-        if sizes and free < _ROOM * sizes[0]:
+        if free < _ROOM * last:
             raise OSError(
-                errno.ENOSPC, f"{free / 2**20:,.0f} MiB are free, and the last one has {sizes[0] / 2**20:,.0f} MiB"
+                errno.ENOSPC, f"{free / 2**20:,.0f} MiB are free, and the last one has {last / 2**20:,.0f} MiB"
             )
 
     def commit(self, temporary: Path, name: str, info: Mapping[str, Any]) -> Path:
@@ -168,7 +168,7 @@ class CheckpointStore:
         return dict(manifest["info"])
 
     def sweep(self) -> None:
-        """Remove what a killed attempt left behind. Call it under the run lock, before any `begin`."""
+        """Remove what a killed attempt left behind. Call it under the run lock, while nothing is being saved."""
         if self.folder.is_dir():
             for path in sorted(self.folder.iterdir()):
                 if path.name.startswith((_TEMPORARY, _TRASH)):
@@ -184,16 +184,20 @@ class CheckpointStore:
         return target
 
     def _prune(self, newest: Path, weight_version: int) -> None:
-        """Keep `newest` and the `keep_last - 1` before it, the best one, those of `keep_every`, and pinned ones.
+        """Keep `newest` and the `keep_last - 1` before it, the best one, those of `keep_every`, and every pinned one.
 
-        Others of the same, a later or an unreadable weight version belong to a course that this one replaces:
-        they exist only where they were invalid, or where the run was resumed from an earlier one on purpose.
+        Others of the same, a later or a damaged weight version belong to a course that this one replaces: they exist
+        only where they were invalid, or where the run was resumed from an earlier one on purpose. One that cannot be
+        read now stays.
         """
-        others = [path for path in self._newest_first() if path != newest]
-        earlier = [path for path in others if _weight_version(path) < weight_version]
+        found = {path: _weight_version(path) for path in self._newest_first() if path != newest}
+        versions = {path: version for path, version in found.items() if version is not None}
+        earlier = [path for path, version in versions.items() if version < weight_version]
         kept = {*earlier[: self.keep_last - 1], self._best([newest, *earlier])}
-        for path in others:
-            if path not in kept and not (path in earlier and self._is_marked(path)):
+        if self.keep_every:
+            kept |= {path for path in earlier if versions[path] % self.keep_every == 0}
+        for path in versions:
+            if path not in kept and not path.with_name(path.name + PINNED).exists():
                 self._remove(path)
 
     def _best(self, paths: Sequence[Path]) -> Path | None:
@@ -204,10 +208,6 @@ class CheckpointStore:
         sign = -1 if mode == "min" else 1
         scores = {path: sign * score for path in paths if (score := _score(path, metric)) is not None}
         return max(scores, key=lambda path: scores[path], default=None)
-
-    def _is_marked(self, path: Path) -> bool:
-        kept = self.keep_every and _weight_version(path) % self.keep_every == 0
-        return bool(kept) or path.with_name(path.name + PINNED).exists()
 
     def _remove(self, path: Path) -> None:
         trash = self.folder / f"{_TRASH}{path.name}-{uuid.uuid4().hex}"
@@ -222,7 +222,8 @@ class CheckpointStore:
 
 
 def _age_key(path: Path) -> tuple[float, bool, str]:
-    return _weight_version(path), _REPLACED not in path.name, path.name
+    version = _weight_version(path)
+    return math.inf if version is None else version, _REPLACED not in path.name, path.name
 
 
 def _seal(folder: Path, name: str, info: Mapping[str, Any]) -> None:
@@ -299,11 +300,17 @@ def _plain_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _weight_version(path: Path) -> float:
-    """For ordering only. One without a readable manifest counts as the newest: `latest` reports it."""
+def _weight_version(path: Path) -> float | None:
+    """For ordering only. One with a damaged or missing manifest counts as the newest: `latest` reports it.
+
+    None where the manifest is there and cannot be read, which may pass.
+    """
     try:
         return int(_read_manifest(path)["info"]["weight_version"])
-    except (CheckpointError, KeyError, TypeError, ValueError):
+    except CheckpointError as error:
+        cause = error.__cause__
+        return None if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError) else math.inf
+    except (KeyError, TypeError, ValueError):
         return math.inf
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fake_runs import Run, config
 
-from rlsys.checkpoint import CheckpointStore
+from rlsys.checkpoint import MANIFEST, CheckpointStore
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.metrics import read_rows
 from rlsys.saving import check_best_metric
@@ -94,6 +94,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypa
     store = CheckpointStore(tmp_path, keep_last=2)
     commit(store, 1)
     size = sum(path.stat().st_size for path in (tmp_path / "step_000001").rglob("*") if path.name != "MANIFEST.json")
+    (tmp_path / "step_000009").mkdir()  # a damaged one, which may be pinned, says nothing of sizes
     usage = shutil.disk_usage(tmp_path)
     for free, enough in ((int(size * 1.29), False), (int(size * 1.31) + 1, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _path, free=free: usage._replace(free=free))
@@ -102,7 +103,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypa
         else:
             with pytest.raises(CheckpointError, match="are free, and the last one has .*; free disk space"):
                 store.begin("step_000002")
-    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+    assert versions(store) == [1, 9]
 
 
 def test_last_best_regular_and_pinned_checkpoints_stay(tmp_path: Path) -> None:
@@ -143,6 +144,52 @@ def test_a_course_that_is_replaced_leaves_nothing_not_even_its_best(tmp_path: Pa
         commit(store, version, score)
     commit(store, 2, 0.3)  # the run was taken back to version 1 on purpose
     assert versions(store) == [1, 2]
+
+
+@pytest.mark.parametrize("damaged", [MANIFEST, "weights"])
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_pinned_checkpoint_stays_also_damaged_and_newer_than_those_made_instead(
+    version: int, damaged: str, tmp_path: Path
+) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1, keep_every=2)
+    for each in (1, 2, 3):
+        commit(store, each)
+        (tmp_path / f"step_{each:06d}.pinned").touch()
+    (tmp_path / f"step_{version:06d}" / damaged).write_text("{}")
+    newest = store.latest()
+    assert newest == tmp_path / f"step_{2 if version == 3 else 3:06d}"
+    if version == 3:
+        commit(store, 2)  # made again, from the one before
+    commit(store, 4)
+    assert versions(store) == [1, 2, 3, 4]
+    (tmp_path / f"step_{version:06d}.pinned").unlink()
+    commit(store, 5)
+    assert versions(store) == [each for each in (1, 2, 3, 4, 5) if each != version]
+
+
+@pytest.mark.parametrize("unreadable", [1, 3])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_removed(
+    unreadable: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path, keep_last=2)
+    for version in (1, 3):
+        commit(store, version)
+    bad = tmp_path / f"step_{unreadable:06d}" / MANIFEST
+    read_text = Path.read_text
+
+    def failing_disk(path: Path, *arguments: Any, **options: Any) -> str:
+        if path == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return read_text(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", failing_disk)
+    for version in (4, 5):
+        commit(store, version)
+    assert versions(store) == [unreadable, 4, 5]
+    assert store.latest() == tmp_path / "step_000005"
+    monkeypatch.undo()
+    commit(store, 6)
+    assert versions(store) == [5, 6]
 
 
 def test_a_checkpoint_has_the_score_of_its_own_step(tmp_path: Path) -> None:
