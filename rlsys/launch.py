@@ -249,6 +249,7 @@ async def _train(cluster: Cluster, session: Session) -> None:
                     raise _given_up(error, lost, config) from None
                 display.message(f"the learner is lost and started again: {error.message}; {start.describe()}")
                 await asyncio.gather(pool.withdraw(), learner.restart())
+                await asyncio.to_thread(session.store.sweep)  # a rank may have written on after its save was given up
                 bus.forget()
 
 
