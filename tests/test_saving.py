@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from rlsys.checkpoint import MANIFEST, CheckpointStore
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.metrics import read_rows
 from rlsys.saving import check_best_metric
+from rlsys.types import Prompt, RolloutFailure, SamplingSettings
 
 ACCURACY = "held_out/sampled_accuracy"
 ONLINE: dict[str, Any] = {"stages": ["online"], "checkpoint": {"interval": 1, "keep_last": 9}}
@@ -46,6 +49,34 @@ def test_training_goes_on_after_a_failed_save_and_the_last_good_one_stays(tmp_pa
     assert names(run) == ["step_000001", "step_000004", "step_000005"]
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["process/failed_saves"] for row in rows if row["step"]] == [0, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_actors_go_on_sampling_while_a_checkpoint_is_written(max_staleness: int, tmp_path: Path) -> None:
+    """A save that waits for a call of an actor which begins and ends within it."""
+    train = {"max_steps": 2, "max_staleness": max_staleness, "max_failed_rollouts": 0.9}
+    run = Run(tmp_path, config(stages=["online"], train=train, checkpoint={"interval": 1}))
+    generate, save = run.pool.generate, run.learner.save
+    writing, sampled = asyncio.Event(), asyncio.Event()
+
+    async def noted(actor: int, prompts: Sequence[Prompt], settings: SamplingSettings) -> Sequence[Any]:
+        within = writing.is_set()
+        if run.learner.version == 1 and not within:  # what the step has made room for
+            await writing.wait()
+            return [RolloutFailure(prompt=prompt, reason="asked once more") for prompt in prompts]
+        groups = await generate(actor, prompts, settings)
+        if within:
+            sampled.set()
+        return groups
+
+    async def slow(folder: Path) -> None:
+        writing.set()
+        await asyncio.wait_for(sampled.wait(), 10)
+        await save(folder)
+
+    run.pool.generate, run.learner.save = noted, slow
+    run()
+    assert names(run) == ["step_000001", "step_000002"]
 
 
 def test_too_many_failed_saves_in_a_row_end_the_run(tmp_path: Path) -> None:
