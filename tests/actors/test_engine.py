@@ -173,7 +173,7 @@ def test_an_engine_is_idle_only_while_it_waits_for_a_command(script: Script, eng
 
     setattr(script, busy, held)
     assert becomes_idle()
-    asks = {"step": lambda: engine.submit([request(1)]), "collective_rpc": lambda: engine.update_weights(4, [])}
+    asks = {"step": lambda: engine.submit([request(1)]), "collective_rpc": lambda: engine.update_weights(4, 0, [])}
     asking = threading.Thread(target=asks[busy])
     asking.start()
     assert reached.wait(20) and not engine.idle
