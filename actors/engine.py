@@ -7,6 +7,7 @@ go on with the new weights; vLLM reports which output tokens each weight version
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -14,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -116,6 +117,7 @@ class Engine:
         self._pending: dict[str, _Pending] = {}
         self._requests = 0
         self.steps = 0  # so far
+        self.idle = True  # nothing to do, and nothing asked
         self._broken: EngineError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -216,7 +218,9 @@ class Engine:
     def _take_commands(self, block: bool) -> bool:
         """Run waiting commands; wait for one if there is nothing to decode. False means stop."""
         while block or not self._commands.empty():
+            self.idle = block
             command = self._commands.get()
+            self.idle = False
             if command is None:
                 return False
             command()
@@ -294,13 +298,13 @@ class _Pending:
 
     def finish(self, output: Any) -> None:
         result = self.read(output)
-        if not self.future.done():  # cancelled, or failed with the rest of its batch
+        with contextlib.suppress(InvalidStateError):  # the event loop may cancel it at any moment
             self.future.set_result(result)
 
 
 def _fail(futures: Sequence[Future[Any]], error: BaseException) -> None:
     for future in futures:
-        if not future.done():
+        with contextlib.suppress(InvalidStateError):  # cancelled, or answered before the rest of its batch
             future.set_exception(error)
 
 

@@ -92,13 +92,22 @@ class RemoteWriter:
     def __init__(self, handles: Sequence[Any], name: str) -> None:
         self._handles = handles
         self._name = name
+        self._open: set[Future[Completion]] = set()
+
+    @property
+    def owes(self) -> bool:
+        """Whether a request is without its answer."""
+        return bool(self._open)
 
     def submit(self, requests: Sequence[CompletionRequest], affinity: int = 0) -> list[Future[Completion]]:
         number = affinity % len(self._handles)
         who, complete = f"{self._name} engine {number}", self._handles[number].complete
         futures: list[Future[Completion]] = [Future() for _ in requests]
         for request, future in zip(requests, futures, strict=True):
-            complete.remote(request).future().add_done_callback(partial(_settle, future, who))
+            answered = complete.remote(request).future()
+            self._open.add(future)
+            future.add_done_callback(self._open.discard)
+            answered.add_done_callback(partial(_settle, future, who))
         return futures
 
 

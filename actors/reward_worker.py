@@ -2,19 +2,21 @@
 
 JSON lines. First line in: {"parent": pid, "memory_mib": int, "seed": int, "task": the config section} or, in
 place of "task", {"verifier": "module:factory"}, where `factory()` returns a function of (answer, completion).
-Then one [answer, completion] a line in, one verdict a line out, in order; {"ready": true} comes first.
+Then one [number, answer, completion] a line in, one verdict a line out with the number of its request, in order;
+{"ready": true} comes first.
 Started by actors.rewards as `python -m actors.reward_worker`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from numbers import Real
 from typing import Any, BinaryIO, get_args
@@ -52,14 +54,30 @@ def _serve(requests: BinaryIO, answers: BinaryIO, hello: dict[str, Any]) -> None
     _limit(resource.RLIMIT_AS, hello["memory_mib"] << 20)
     _limit(resource.RLIMIT_FSIZE, MAX_FILE_MIB << 20)
     adopt_orphans()
-    verifier = _build_verifier(hello)
+    with _forks_end_here():
+        verifier = _build_verifier(hello)
     helpers = descendants()  # that a plug-in keeps for all its verifications
     _send(answers, {"ready": True})
     for line in requests:
-        answer, completion = json.loads(line)
-        verdict = _judge(verifier, answer, completion)
+        number, answer, completion = json.loads(line)
+        with _forks_end_here():
+            verdict = _judge(verifier, answer, completion)
         end_descendants(kept=helpers)
-        _send(answers, [verdict.outcome, verdict.reward, verdict.answered, verdict.detail])
+        _send(answers, [number, verdict.outcome, verdict.reward, verdict.answered, verdict.detail])
+
+
+@contextlib.contextmanager
+def _forks_end_here() -> Iterator[None]:
+    """End a process that was forked inside and comes out, whether it returns or raises.
+
+    It has the pipes and the requests that were read ahead: it would serve them a second time. Nothing is flushed.
+    """
+    served_by = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() != served_by:
+            os._exit(1)
 
 
 def _take_over_pipes() -> tuple[BinaryIO, BinaryIO]:

@@ -173,6 +173,7 @@ class _Worker:
         self._child: _Child | None = None
         self._ready = False
         self._closed = False
+        self._asked = 0  # items so far, of all its processes
 
     async def verify(self, items: Sequence[Item], tell: TellPart | None) -> list[Verdict]:
         verdicts: list[Verdict] = []
@@ -195,7 +196,9 @@ class _Worker:
     async def _run(self, child: _Child, items: Sequence[Item]) -> AsyncIterator[list[Verdict]]:
         """Verdicts of the first items as they come: of all, or up to and with the one that cost the process."""
         count = 0
-        child.write(*items)
+        numbers = range(self._asked, self._asked + len(items))
+        self._asked = numbers.stop
+        child.write(*((number, *item) for number, item in zip(numbers, items, strict=True)))
         rest = b""
         while count < len(items):
             # The worker answers in order, so the deadline of an item runs from the answer before it.
@@ -209,9 +212,14 @@ class _Worker:
                 yield [_failed("error", f"the verifier process ended: {detail}")]
                 return
             *lines, rest = (rest + data).split(b"\n")
-            verdicts = _decode(lines)
-            if count + len(verdicts) > len(items):  # which of them are true is not known
-                verdicts, lines = [], [b""]
+            found = _decode(lines)
+            if count + len(found) > len(items):  # which of them are true is not known
+                found, lines = [], [b""]
+            verdicts: list[Verdict] = []
+            for number, verdict in found:
+                if number != numbers[count + len(verdicts)]:  # of another item, from whoever else writes there
+                    break
+                verdicts.append(verdict)
             if len(verdicts) < len(lines) or len(rest) > _READ_BYTES:
                 await child.bury()
                 # What was answered before it may have come in the same read.
@@ -293,18 +301,22 @@ def _tell_from(tell: Tell, start: int, before: int, verdicts: Sequence[Verdict])
     tell(list(enumerate(verdicts, start=start + before)))
 
 
-def _decode(lines: Sequence[bytes]) -> list[Verdict]:
-    """The verdicts of some lines up to the first that is none, as a verifier may write anywhere."""
-    found: list[Verdict] = []
+def _decode(lines: Sequence[bytes]) -> list[tuple[Any, Verdict]]:
+    """The verdicts of some lines up to the first that is none, as a verifier may write anywhere.
+
+    Returns:
+        With each what stands in place of the number of its item.
+    """
+    found: list[tuple[Any, Verdict]] = []
     for line in lines:
         try:
-            outcome, reward, answered, detail = json.loads(line)
-        except (ValueError, TypeError):
+            number, outcome, reward, answered, detail = json.loads(line)
+        except (ValueError, TypeError, RecursionError):
             return found
         good = outcome in get_args(Outcome) and type(answered) is bool and type(detail) is str
         if not (good and type(reward) is float and math.isfinite(reward)):
             return found
-        found.append(Verdict(outcome=outcome, reward=reward, answered=answered, detail=detail))
+        found.append((number, Verdict(outcome=outcome, reward=reward, answered=answered, detail=detail)))
     return found
 
 

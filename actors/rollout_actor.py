@@ -82,6 +82,8 @@ class RolloutActor:
         identify("actor", settings.name, settings.attempt)
         self.name, self.extract = settings.name, settings.extract
         self.loading, self.loaded = Progress(), 0  # tensors of the last update, and of those before it
+        self.beside = {name: RemoteWriter(handles, name) for name, handles in settings.writers.items()}
+        self.waited = 0
         try:
             self.tokenizer = load_tokenizer(settings.model_path)
             self.tensors = expected_tensors(settings.model_path)
@@ -105,8 +107,7 @@ class RolloutActor:
         if settings.search is None or self.codec is None:
             return None
         others: dict[Writer, tuple[WriterEngine, Path]] = {
-            name: (RemoteWriter(handles, name), settings.writer_paths[name])
-            for name, handles in settings.writers.items()
+            name: (engine, settings.writer_paths[name]) for name, engine in self.beside.items()
         }
         return build_forest(
             settings.writer,
@@ -127,9 +128,13 @@ class RolloutActor:
         return socket.gethostname(), os.getpid()
 
     async def progress(self) -> int:
-        """Grows with every engine step, answer of another engine, verdict and tensor that is loaded."""
+        """Grows with every engine step, answer of another engine, verdict and tensor that is loaded.
+
+        And while its own engine has nothing to do because another one owes it an answer: that one is watched itself.
+        """
+        self.waited += self.engine.idle and any(engine.owes for engine in self.beside.values())
         arrivals = self.forest.arrivals if self.forest else 0
-        return self.engine.steps + arrivals + self.rewards.verdicts + self.loaded + self.loading.count
+        return self.engine.steps + arrivals + self.rewards.verdicts + self.loaded + self.loading.count + self.waited
 
     async def generate(
         self, prompts: Sequence[Prompt], settings: SamplingSettings

@@ -18,23 +18,36 @@ from rlsys.checkpoint import write_json
 RLSYS = Path(sys.executable).parent / "rlsys"
 
 
-def trained(run_dir: Path, config: Path, overrides: Sequence[str]) -> float:
-    """Make a run, or continue it; answers with the seconds of all its commands. A finished one is left as it is.
+def record_of(run_dir: Path, config: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """What is known of a run, a new record where it was never begun.
 
     Another config or other overrides are another run: that of before is an error, not a result.
     """
     record = run_dir / "cell.json"
     asked = [hashlib.sha256(config.read_bytes()).hexdigest(), *map(str, overrides)]
-    found = json.loads(record.read_text()) if record.exists() else {"asked": asked, "seconds": 0.0, "done": False}
+    found: dict[str, Any] = {"asked": asked, "seconds": 0.0, "done": False}
+    if record.exists():
+        found = json.loads(record.read_text())
     if found["asked"] != asked:
-        sys.exit(f"{run_dir} was made with other settings; move it away, or choose another --folder")
+        sys.exit(f"{run_dir} was made with other settings; move it away, or choose another folder")
+    return found
+
+
+def trained(run_dir: Path, config: Path, overrides: Sequence[str], timeout_s: float | None = None) -> float:
+    """Make a run, or continue it; answers with the seconds of all its commands. A finished one is left as it is.
+
+    Args:
+        timeout_s: of the command.
+    """
+    record, found = run_dir / "cell.json", record_of(run_dir, config, overrides)
     if not found["done"]:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_json(record, found)
         print(f"== {run_dir}", flush=True)
         started = time.monotonic()
         try:
-            subprocess.run([RLSYS, "train", str(config), f"run.dir={run_dir}", *overrides], check=True)
+            arguments = [str(config), f"run.dir={run_dir}", *overrides]
+            subprocess.run([RLSYS, "train", *arguments], check=True, timeout=timeout_s)
             found["done"] = True
         finally:
             found["seconds"] += time.monotonic() - started

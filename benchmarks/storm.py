@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from storm_processes import (
     RUN_ID,
     flip_a_bit,
     is_gone,
+    kill_and_wait,
     limit_files,
     line,
     marked,
@@ -32,9 +33,10 @@ from storm_processes import (
 ROOT = Path(__file__).resolve().parents[1]
 # Between two looks; until leftovers of a driver are orphans; for a driver to end; for a fault to find its target.
 LOOK_S, GONE_S, STOP_LIMIT_S, READY_LIMIT_S = 0.2, 15.0, 150.0, 120.0
+KILL_LIMIT_S = 10.0  # for killed processes to be gone
 FULL_BYTES, FULL_S = 1 << 16, 60.0  # what fits on the full disk, and for how long it is full at most
 ENDS_IN_A_ROW = 3  # unasked and without a completed step, after which the job is given up
-SAVE_FAILED = "SAVE FAILED"  # what the driver says then
+SAVE_FAILED, PASSED_OVER = "SAVE FAILED", "checkpoint skipped: "  # what the driver says of a save; of a damaged one
 TOLD = (SAVE_FAILED, "SKIPPED", "skipped", "lost", "could not", "error", "stopped", "resum")  # of its lines
 
 
@@ -89,6 +91,7 @@ class JobStorm:
         self._environment = {**os.environ, "COLUMNS": "400", **environment}  # no broken lines in the log
         self._began, self._tell = began, tell
         self._targets: dict[int, psutil.Process] = {}  # by fault, while they are there
+        self._damaged: dict[str, Fault] = {}  # by checkpoint, until the next start names it
         self._file = (0, 0, 0)
 
     def run(self, plan: Iterable[Injection], deadline: float) -> None:
@@ -106,9 +109,7 @@ class JobStorm:
             self._audit(wait=True)
             self._look_at_targets()
         finally:
-            for process in [*marked(MARK, self.run_dir.name), *marked(RUN_ID, self.run_dir.name)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+            kill_and_wait(self._left(), KILL_LIMIT_S)
 
     @property
     def stuck(self) -> list[Fault]:
@@ -197,6 +198,8 @@ class JobStorm:
         lines = start.log.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
         for said in lines[start.told :]:
             start.failed_saves += SAVE_FAILED in said
+            for name in [name for name in self._damaged if PASSED_OVER in said and name in said]:
+                self._damaged.pop(name).took_effect = True
             if any(word in said for word in TOLD):
                 self._say(f"  driver: {said.strip()[:300]}")
         start.told = len(lines)
@@ -209,6 +212,9 @@ class JobStorm:
         words = start.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         end = f"exit code {code}, {words[-1].strip()[:300] if words else 'without a word'}"
         self._say(f"the driver ended: {end}")
+        for name in self._damaged:
+            self.problems.append(f"{DAMAGED}: start {len(self.starts) - 1} of the driver did not name {name}")
+        self._damaged.clear()
         if code == 0:
             self.finished = True
         elif not start.asked:
@@ -235,25 +241,31 @@ class JobStorm:
         """Processes of an ended driver that are there GONE_S later are orphans.
 
         Args:
-            wait: for that time of all drivers, and for reward workers, which carry no mark of a driver.
+            wait: for that time of the last driver, then look at all that is left of the job: reward workers too,
+                which carry no mark of a driver.
         """
-        for start in self.starts:
-            if not start.ended_at or start.audited:
-                continue
-            while wait and [*marked(MARK, start.mark)] and time.monotonic() - start.ended_at < GONE_S:
+        if wait:
+            while (left := self._left()) and time.monotonic() - self._last.ended_at < GONE_S:
                 time.sleep(LOOK_S)
-            if wait or time.monotonic() - start.ended_at > GONE_S:
+            self._bury(left)
+            return
+        for start in self.starts:
+            if start.ended_at and not start.audited and time.monotonic() - start.ended_at > GONE_S:
                 start.audited = True
                 self._bury(marked(MARK, start.mark))
-        if wait:
-            self._bury(marked(RUN_ID, self.run_dir.name))
 
-    def _bury(self, orphans: Iterator[psutil.Process]) -> None:
+    def _left(self) -> list[psutil.Process]:
+        """All processes of the job, each once: most carry both marks."""
+        found = [*marked(MARK, self.run_dir.name), *marked(RUN_ID, self.run_dir.name)]
+        return list({process.pid: process for process in found}.values())
+
+    def _bury(self, orphans: Iterable[psutil.Process]) -> None:
         for process in orphans:
             with contextlib.suppress(psutil.NoSuchProcess):
-                self.orphans.append(f"process {process.pid} {line(process)[:200]} ({status(process)})")
-                self._say(f"orphan: {self.orphans[-1]}")
-                process.kill()
+                found = f"process {process.pid} {line(process)[:200]} ({status(process)})"
+                process.kill()  # first: one that has ended meanwhile is no orphan
+                self.orphans.append(found)
+                self._say(f"orphan: {found}")
 
     # --- faults ---
 
@@ -270,10 +282,8 @@ class JobStorm:
         kind = injection.kind
         if kind in ENDS_DRIVER:
             self._end_driver(kind)
-            if kind == DAMAGED and not self._over:
-                place = flip_a_bit(valid_checkpoints(self.run_dir)[-1], injection.draw)
-                self.faults[-1].followed += f", {place} flipped"
-                self._say(f"  {place} flipped")
+            if kind == DAMAGED:
+                self._damage(injection.draw)
         elif kind == DISK_FULL:
             self._fill_disk()
         else:
@@ -283,8 +293,10 @@ class JobStorm:
                 process = found[injection.pick(len(found))]
                 self._note(kind, f"process {process.pid} {line(process)[:60]}")
                 self._targets[len(self.faults) - 1] = process
-                with contextlib.suppress(psutil.NoSuchProcess):
+                try:
                     process.send_signal(signal.Signals[number])
+                except psutil.NoSuchProcess:
+                    self.faults[-1].took_effect = False
 
     def _note(self, kind: str, target: str) -> Fault:
         self.faults.append(Fault(self.job, time.monotonic() - self._began, kind, target))
@@ -302,9 +314,19 @@ class JobStorm:
             self.problems.append(f"{kind}: the driver did not end within {STOP_LIMIT_S:.0f} s")
             self._kill_driver()
         code = start.process.returncode
-        fault.gone_s, fault.followed = self._since(fault), f"exit code {code}"
+        fault.gone_s, fault.followed, fault.took_effect = self._since(fault), f"exit code {code}", code != 0
         if code not in (0, -number, 128 + number) and not self._over:  # 0: it had made its last step
             self.problems.append(f"{kind}: exit code {code}")
+
+    def _damage(self, draw: float) -> None:
+        fault = self.faults[-1]
+        fault.took_effect = False  # until the next start has named it
+        if not self._over:
+            newest = valid_checkpoints(self.run_dir)[-1]
+            self._damaged[newest.name] = fault
+            place = flip_a_bit(newest, draw)
+            fault.followed += f", {place} flipped"
+            self._say(f"  {place} flipped")
 
     def _fill_disk(self) -> None:
         """Let no rank write more than FULL_BYTES into a file until a save has failed."""
@@ -316,6 +338,7 @@ class JobStorm:
         self._wait(FULL_S, lambda: start.failed_saves > before or bool(start.ended_at), again=False)
         limit_files(ranks, -1)
         failed = start.failed_saves - before
+        fault.took_effect = failed > 0 or bool(start.process.returncode)  # a save that is needed ends the driver
         fault.followed = "the driver ended" if start.ended_at else f"{failed} saves failed, and training went on"
         self._say(f"  {fault.followed}; space again after {self._since(fault):.1f} s")
         if not start.ended_at:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 from storm_plan import KINDS, Fault
+
+from rlsys.ledger import FATES
 
 SLACK_MIB = 1.0  # by which what was there before a storm may differ after it
 
@@ -38,14 +41,13 @@ def training_steps(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def prompts_of(ledger: Sequence[Mapping[str, Any]], cursor: int, in_flight: Sequence[int]) -> tuple[int, int]:
-    """Prompts that were issued and have no fate, and how often one was trained again.
+    """Prompts that were issued and have no fate, and those that have two.
 
     Args:
         ledger: lines of ledger.jsonl. cursor: prompts issued. in_flight: those whose fate is open.
     """
-    known = {index for line in ledger for name, fate in line.items() if name != "version" for index in fate}
-    trained = [index for line in ledger for index in line["trained"]]
-    return len(set(range(cursor)) - known - set(in_flight)), len(trained) - len(set(trained))
+    fates = Counter(index for line in ledger for fate in ("before", *FATES) for index in line.get(fate, ()))
+    return len(set(range(cursor)) - set(fates) - set(in_flight)), sum(count > 1 for count in fates.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +55,10 @@ class JobFigures:
     """A job of the storm beside an undisturbed run of the same config, seed and steps.
 
     unasked: ends of the driver that no fault was to bring about. steps: training steps that count; step_s: their
-    seconds; again: those whose row was written and dropped by a rollback, so that they were trained again.
+    seconds; again: those whose row was written and dropped by a rollback, so that they were trained again. two_fates:
+    prompts that were trained, filtered or skipped, and then once more.
     verdicts_lost: verifications and rollouts that failed in the steps that count. undisturbed_s: from start to end of
-    the undisturbed run; 0, and no accuracy, where the job was not finished.
+    the undisturbed run; 0, and no accuracy of it, where the job was not finished or the run failed.
     """
 
     seed: int
@@ -69,7 +72,7 @@ class JobFigures:
     undisturbed_s: float
     prompts: int
     prompts_lost: int
-    trained_twice: int
+    two_fates: int
     verdicts_lost: int
     skipped_steps: int
     accuracy: Mapping[str, float]
@@ -96,10 +99,12 @@ def problems_of(job: JobFigures, problems: int) -> list[str]:
         problems: held-out problems of an evaluation.
     """
     found = [f"the driver ended unasked: {end}" for end in job.unasked]
-    if job.prompts_lost or job.trained_twice:
-        found.append(f"{job.prompts_lost} prompts lost, {job.trained_twice} trained twice")
+    if job.prompts_lost or job.two_fates:
+        found.append(f"{job.prompts_lost} prompts lost, {job.two_fates} with two fates")
     if not job.finished:
         return [*found, "the job was not finished"]
+    if not job.undisturbed:
+        return [*found, "its undisturbed run failed"]
     for name, expected in job.undisturbed.items():
         value, bound = job.accuracy[name], noise(job.accuracy[name], expected, problems)
         if abs(value - expected) > bound:
@@ -120,13 +125,21 @@ def growth(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]
 
 def kind_lines(faults: Sequence[Fault]) -> list[str]:
     """A table of the faults by kind."""
-    lines = ["| fault | times | process gone after, s | next completed step after, s |", "|---|---|---|---|"]
+    heads = ["fault", "times, without effect", "process gone after, s", "next completed step after, s"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for kind in KINDS:
-        found = [fault for fault in faults if fault.kind == kind]
+        injected = [fault for fault in faults if fault.kind == kind]
+        found = [fault for fault in injected if fault.took_effect]
         gone = _spread([fault.gone_s for fault in found if fault.gone_s is not None])
         step = _spread([fault.next_step_s for fault in found if fault.next_step_s is not None])
-        lines.append(f"| {kind} | {len(found)} | {gone} | {step} |")
+        lines.append(f"| {kind} | {len(found)}, {len(injected) - len(found)} | {gone} | {step} |")
     return lines
+
+
+def not_met(faults: Sequence[Fault]) -> list[str]:
+    """The kinds that never took effect."""
+    met = {fault.kind for fault in faults if fault.took_effect}
+    return [kind for kind in KINDS if kind not in met]
 
 
 def _spread(seconds: Sequence[float]) -> str:
@@ -136,13 +149,13 @@ def _spread(seconds: Sequence[float]) -> str:
 def job_lines(jobs: Sequence[JobFigures]) -> list[str]:
     """A table of the jobs."""
     heads = ["run.seed", "seconds, undisturbed", "driver starts", "steps, trained again"]
-    heads += ["prompts, lost, trained twice", "verdicts lost", "greedy, undisturbed", "sampled, undisturbed"]
+    heads += ["prompts, lost, with two fates", "verdicts lost", "greedy, undisturbed", "sampled, undisturbed"]
     heads += ["same bytes"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for job in jobs:
         accuracy = [f"{job.accuracy[name]:.3f}, {value:.3f}" for name, value in job.undisturbed.items()]
         cells = [f"{job.seed}", f"{job.seconds:.0f}, {job.undisturbed_s:.0f}", f"{job.starts}"]
-        cells += [f"{job.steps}, {job.again}", f"{job.prompts}, {job.prompts_lost}, {job.trained_twice}"]
-        cells += [f"{job.verdicts_lost}", *(accuracy or ["not finished"] * 2), "yes" if job.same_bytes else "no"]
+        cells += [f"{job.steps}, {job.again}", f"{job.prompts}, {job.prompts_lost}, {job.two_fates}"]
+        cells += [f"{job.verdicts_lost}", *(accuracy or ["none"] * 2), "yes" if job.same_bytes else "no"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

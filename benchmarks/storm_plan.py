@@ -43,8 +43,9 @@ def schedule(seed: int, job: int, mean_s: float = MEAN_S) -> Iterator[Injection]
 class Fault:
     """A fault that was injected, and what followed.
 
-    at_s: since the storm began. gone_s: until the process that was hit was gone; next_step_s: until the next completed
-    training step; both from the injection on, None where it never was.
+    at_s: since the storm began. took_effect: not where its target had ended by itself, no save was made on the full
+    disk, or no start of the driver named the damaged checkpoint. gone_s: until the process that was hit was gone;
+    next_step_s: until the next completed training step; both from the injection on, None where it never was.
     """
 
     job: int
@@ -52,5 +53,6 @@ class Fault:
     kind: str
     target: str
     followed: str = ""
+    took_effect: bool = True
     gone_s: float | None = None
     next_step_s: float | None = None

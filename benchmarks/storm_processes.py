@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -58,6 +59,16 @@ def status(process: psutil.Process) -> str:
 
 def is_gone(process: psutil.Process) -> bool:
     return not process.is_running() or status(process) in ("", psutil.STATUS_ZOMBIE)
+
+
+def kill_and_wait(processes: Sequence[psutil.Process], limit_s: float) -> None:
+    """SIGKILL processes and wait until they are gone, at most `limit_s`. Zombies count as gone."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    limit = time.monotonic() + limit_s
+    while not all(map(is_gone, processes)) and time.monotonic() < limit:
+        time.sleep(0.05)
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:

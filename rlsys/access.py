@@ -23,15 +23,21 @@ def check_address(address: str) -> None:
     """Check who could reach the Ray of run.address, before anything is started or sent.
 
     Raises:
-        ConfigError: `local`, and the environment asks Ray to listen on every interface; or a cluster, and Ray's tokens
-            are not turned on, there is none, or others can read its file.
+        ConfigError: `local`, and the environment asks Ray to listen on every interface or to go without tokens; or a
+            cluster, and Ray's tokens are not turned on, there is none, or others can read its file.
     """
+    mode = os.environ.get(MODE, "")
     if address == "local":
         wide = os.environ.get(CLUSTER, "0")
         if wide.lower() not in ("0", "false"):
             raise ConfigError(f"run.address local: {CLUSTER}={wide} makes Ray listen on every interface; unset it")
+        # Ray turns its tokens on by itself where this is not set at all; an empty value is one.
+        if MODE in os.environ and mode.lower() != "token":
+            raise ConfigError(
+                f"run.address local: {MODE}={mode} takes away the token that keeps other users of this machine out; "
+                "unset it"
+            )
         return
-    mode = os.environ.get(MODE, "")
     if mode.lower() != "token":
         raise ConfigError(
             f"run.address {address}: a Ray cluster runs the code of whoever reaches it, so one is joined with a token "

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.faults import fault
+from rlsys.record_file import fsync
 from rlsys.types import RunState
 
 MANIFEST = "MANIFEST.json"
@@ -44,11 +45,12 @@ class CheckpointStore:
         folder: holds one sub-folder a checkpoint; created where missing.
         keep_last: newest checkpoints that stay after a commit, >= 1.
         keep_every: those of weight versions that are multiples of it stay too; 0 for none.
-        best: whether the largest or the smallest `score` of an info is the best, which stays too; None for neither.
+        best: a metric, and whether its largest or its smallest `score` in an info is the best, which stays too; None
+            for neither. Scores of other metrics, of before it was changed, do not count.
     """
 
     def __init__(
-        self, folder: Path, keep_last: int, keep_every: int = 0, best: Literal["max", "min"] | None = None
+        self, folder: Path, keep_last: int, keep_every: int = 0, best: tuple[str, Literal["max", "min"]] | None = None
     ) -> None:
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, found {keep_last}")
@@ -70,7 +72,7 @@ class CheckpointStore:
         try:
             if not self.folder.is_dir():
                 self.folder.mkdir(parents=True)
-                _fsync(self.folder.parent)
+                fsync(self.folder.parent)
             temporary.mkdir()
             self._check_room()
         except OSError as error:
@@ -79,11 +81,11 @@ class CheckpointStore:
         return temporary
 
     def _check_room(self) -> None:
-        sizes = [size for path in self._newest_first()[:1] if (size := _size(path))]
+        last = next((size for path in self._newest_first() if (size := _size(path))), 0)
         free = shutil.disk_usage(self.folder).free
-        if sizes and free < _ROOM * sizes[0]:
+        if free < _ROOM * last:
             raise OSError(
-                errno.ENOSPC, f"{free / 2**20:,.0f} MiB are free, and the last one has {sizes[0] / 2**20:,.0f} MiB"
+                errno.ENOSPC, f"{free / 2**20:,.0f} MiB are free, and the last one has {last / 2**20:,.0f} MiB"
             )
 
     def commit(self, temporary: Path, name: str, info: Mapping[str, Any]) -> Path:
@@ -166,7 +168,7 @@ class CheckpointStore:
         return dict(manifest["info"])
 
     def sweep(self) -> None:
-        """Remove what a killed attempt left behind. Call it under the run lock, before any `begin`."""
+        """Remove what a killed attempt left behind. Call it under the run lock, while nothing is being saved."""
         if self.folder.is_dir():
             for path in sorted(self.folder.iterdir()):
                 if path.name.startswith((_TEMPORARY, _TRASH)):
@@ -178,31 +180,34 @@ class CheckpointStore:
             # Renamed within sight of `latest`: a crash between the two renames must not leave nothing.
             os.rename(target, self.folder / f"{name}{_REPLACED}{uuid.uuid4().hex}")
         os.rename(temporary, target)
-        _fsync(self.folder)
+        fsync(self.folder)
         return target
 
     def _prune(self, newest: Path, weight_version: int) -> None:
-        """Keep `newest` and the `keep_last - 1` before it, the best one, those of `keep_every`, and pinned ones.
+        """Keep `newest` and the `keep_last - 1` before it, the best one, those of `keep_every`, and every pinned one.
 
-        Others of the same, a later or an unreadable weight version belong to a course that this one replaces:
-        they exist only where they were invalid, or where the run was resumed from an earlier one on purpose.
+        Others of the same, a later or a damaged weight version belong to a course that this one replaces: they exist
+        only where they were invalid, or where the run was resumed from an earlier one on purpose. One that cannot be
+        read now stays.
         """
-        others = [path for path in self._newest_first() if path != newest]
-        earlier = [path for path in others if _weight_version(path) < weight_version]
+        found = {path: _weight_version(path) for path in self._newest_first() if path != newest}
+        versions = {path: version for path, version in found.items() if version is not None}
+        earlier = [path for path, version in versions.items() if version < weight_version]
         kept = {*earlier[: self.keep_last - 1], self._best([newest, *earlier])}
-        for path in others:
-            if path not in kept and not (path in earlier and self._is_marked(path)):
+        if self.keep_every:
+            kept |= {path for path in earlier if versions[path] % self.keep_every == 0}
+        for path in versions:
+            if path not in kept and not path.with_name(path.name + PINNED).exists():
                 self._remove(path)
 
     def _best(self, paths: Sequence[Path]) -> Path | None:
         """Of those with a score, the newest where several are equal."""
-        sign = -1 if self.best == "min" else 1
-        scores = {path: sign * score for path in paths if self.best and (score := _score(path)) is not None}
+        if self.best is None:
+            return None
+        metric, mode = self.best
+        sign = -1 if mode == "min" else 1
+        scores = {path: sign * score for path in paths if (score := _score(path, metric)) is not None}
         return max(scores, key=lambda path: scores[path], default=None)
-
-    def _is_marked(self, path: Path) -> bool:
-        kept = self.keep_every and _weight_version(path) % self.keep_every == 0
-        return bool(kept) or path.with_name(path.name + PINNED).exists()
 
     def _remove(self, path: Path) -> None:
         trash = self.folder / f"{_TRASH}{path.name}-{uuid.uuid4().hex}"
@@ -217,7 +222,8 @@ class CheckpointStore:
 
 
 def _age_key(path: Path) -> tuple[float, bool, str]:
-    return _weight_version(path), _REPLACED not in path.name, path.name
+    version = _weight_version(path)
+    return math.inf if version is None else version, _REPLACED not in path.name, path.name
 
 
 def _seal(folder: Path, name: str, info: Mapping[str, Any]) -> None:
@@ -229,13 +235,13 @@ def _seal(folder: Path, name: str, info: Mapping[str, Any]) -> None:
         {"path": path, "size": file.stat().st_size, "sha256": _sha256(file)} for path, file in sorted(files.items())
     ]
     for file in files.values():
-        _fsync(file)
+        fsync(file)
     for root, _, _ in os.walk(folder, topdown=False):
-        _fsync(Path(root))
+        fsync(Path(root))
     body = {"schema": SCHEMA, "name": name, "info": dict(info), "files": entries}
     (folder / MANIFEST).write_text(_render_manifest(body), encoding="utf-8")
-    _fsync(folder / MANIFEST)
-    _fsync(folder)
+    fsync(folder / MANIFEST)
+    fsync(folder)
 
 
 def _render_manifest(body: Mapping[str, Any]) -> str:
@@ -294,19 +300,26 @@ def _plain_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _weight_version(path: Path) -> float:
-    """For ordering only. One without a readable manifest counts as the newest: `latest` reports it."""
+def _weight_version(path: Path) -> float | None:
+    """For ordering only. One with a damaged or missing manifest counts as the newest: `latest` reports it.
+
+    None where the manifest is there and cannot be read, which may pass.
+    """
     try:
         return int(_read_manifest(path)["info"]["weight_version"])
-    except (CheckpointError, KeyError, TypeError, ValueError):
+    except CheckpointError as error:
+        cause = error.__cause__
+        return None if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError) else math.inf
+    except (KeyError, TypeError, ValueError):
         return math.inf
 
 
-def _score(path: Path) -> float | None:
-    """What its info says of it, where it says anything."""
+def _score(path: Path, metric: str) -> float | None:
+    """What its info says of it by a metric, where it says anything."""
     with contextlib.suppress(CheckpointError, KeyError, TypeError, ValueError):
-        value = float(_read_manifest(path)["info"]["score"]["value"])
-        return value if math.isfinite(value) else None
+        score = _read_manifest(path)["info"]["score"]
+        value = float(score["value"])
+        return value if score["metric"] == metric and math.isfinite(value) else None
     return None
 
 
@@ -320,14 +333,6 @@ def _size(path: Path) -> int:
 def _sha256(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cannot_write(name: str, error: OSError) -> CheckpointError:
@@ -398,9 +403,9 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_text(text, encoding="utf-8")
-        _fsync(temporary)
+        fsync(temporary)
         os.replace(temporary, path)
-        _fsync(path.parent)
+        fsync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: could not be written: {error}") from error

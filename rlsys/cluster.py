@@ -121,12 +121,17 @@ def ray_cluster(
         finally:
             with signals_ignored():
                 children = psutil.Process().children(recursive=True) if local else []
-                ray.shutdown()
-                # On a busy machine workers would outlive the driver by seconds, and agents of a Ray that failed to
-                # start are nobody's children.
-                left = [child for child in children if child != reaper]
-                kill_and_wait([*left, *(processes_of_ray(str(temporary)) if local else ())], SHUTDOWN_TIMEOUT_S)
-                _remove_leftovers(run_dir)
+                try:
+                    ray.shutdown()
+                finally:
+                    # On a busy machine workers would outlive the driver by seconds, and agents of a Ray that failed
+                    # to start are nobody's children.
+                    left = [child for child in children if child != reaper]
+                    try:
+                        strays = processes_of_ray(str(temporary)) if local else []
+                        kill_and_wait([*left, *strays], SHUTDOWN_TIMEOUT_S)
+                    finally:
+                        remove_leftovers(run_dir)
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -192,7 +197,7 @@ def _temporary_folder(run_dir: Path) -> Path:
 
     Socket paths below it must stay under 107 bytes, so neither $TMPDIR nor the run directory itself will do.
     """
-    _remove_leftovers(run_dir)
+    remove_leftovers(run_dir)
     folder = Path(f"/tmp/rl-{uuid.uuid4().hex[:8]}")  # noqa: S108 - unpredictable name, mode 700
     (run_dir / TEMPORARY_NOTE).write_text(str(folder), encoding="utf-8")
     folder.mkdir(mode=0o700)
@@ -200,7 +205,7 @@ def _temporary_folder(run_dir: Path) -> Path:
     return folder
 
 
-def _remove_leftovers(run_dir: Path) -> None:
+def remove_leftovers(run_dir: Path) -> None:
     """Remove the scratch folder of this or a killed attempt, and rendezvous files."""
     note = run_dir / TEMPORARY_NOTE
     if note.exists():

@@ -13,7 +13,6 @@ update holds neither version and is never used again. Before the first publish a
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import deque
@@ -331,8 +330,10 @@ class Fleet:
             return
         member.state, member.cause = ActorState.DEAD, cause
         member.lost.set()
-        with contextlib.suppress(Exception):  # whatever it says, the process is not used again
+        try:
             member.handle.kill()
+        except Exception:
+            log.exception("%s is not used again, but could not be killed", member.who)
         self._begin(self._tell())
         if self._closing:
             return

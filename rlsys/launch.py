@@ -33,7 +33,7 @@ from learners.rank_settings import RankSettings, learner_environment
 from rlsys import report, resources
 from rlsys.access import check_address
 from rlsys.checkpoint import CheckpointStore, RunLock, write_text
-from rlsys.cluster import RENDEZVOUS, Cluster, ray_cluster
+from rlsys.cluster import RENDEZVOUS, Cluster, ray_cluster, remove_leftovers
 from rlsys.config import Config
 from rlsys.config_file import dump_config
 from rlsys.controller import Controller
@@ -103,9 +103,10 @@ def train(config: Config) -> str:
     check_best_metric(config)
     kept = config.checkpoint
     with StopSignals(" before anything was trained", config.run.time_limit) as stop, RunLock(run_dir):
-        best = kept.best_mode if kept.best_metric else None
+        best = (kept.best_metric, kept.best_mode) if kept.best_metric else None
         store = CheckpointStore(run_dir / "checkpoints", kept.keep_last, kept.keep_every, best)
         store.sweep()
+        remove_leftovers(run_dir)  # here, because a run may be complete
         fault("driver.start")
         start = find_start(config, run_dir, store)
         if is_complete(config, start, run_dir):
@@ -246,6 +247,7 @@ async def _train(cluster: Cluster, session: Session) -> None:
                     raise _given_up(error, lost, config) from None
                 display.message(f"the learner is lost and started again: {error.message}; {start.describe()}")
                 await asyncio.gather(pool.withdraw(), learner.restart())
+                await asyncio.to_thread(session.store.sweep)  # a rank may have written on after its save was given up
                 bus.forget()
 
 
@@ -265,7 +267,7 @@ async def _run(
     config, run_dir, inputs, display = session.config, session.run_dir, session.inputs, session.display
     # Rows of an attempt that never reached a checkpoint are of no run: -1 drops them all.
     version = start.state.weight_version if start.checkpoint else -1
-    metrics, ledger = MetricsWriter(run_dir, version), Ledger(run_dir, version)
+    metrics, ledger = MetricsWriter(run_dir, version, display.message), Ledger(run_dir, version, display.message)
     parts = Parts(
         config=config,
         run_dir=run_dir,

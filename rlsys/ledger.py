@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlsys.errors import CheckpointError
+from rlsys.record_file import RecordFile
 
 FILE = "ledger.jsonl"
 FATES = ("trained", "filtered", "skipped")
@@ -29,22 +29,17 @@ class Ledger:
 
     Args:
         resume_version: weight version of the checkpoint the run continues from, -1 for a new run.
+        say: is told when lines cannot be written and wait for the next one.
     Raises:
-        CheckpointError: a line is not one of a ledger.
+        CheckpointError: a line is not one of a ledger, or the file cannot be written.
     """
 
-    def __init__(self, run_dir: Path, resume_version: int) -> None:
+    def __init__(self, run_dir: Path, resume_version: int, say: Callable[[str], None] = lambda _text: None) -> None:
         self.path = run_dir / FILE
         lines = [line for line in read_ledger(self.path) if line["version"] <= resume_version]
-        self._begins = resume_version if resume_version >= 0 and not self.path.exists() else None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(line) + "\n" for line in lines)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, self.path)
-        self._stream = self.path.open("a", encoding="utf-8")
+        # By its lines: a run that ended before its first online step has left a file without any.
+        self._begins = resume_version if resume_version >= 0 and not lines else None
+        self._file = RecordFile(self.path, say, map(_line, lines))
         self._open: dict[str, list[int]] = {fate: [] for fate in FATES}
         self._indices = [index for line in lines for fate in _fates(line) for index in line[fate]]
         self._closed = len(self._indices)  # prompts whose fate is known
@@ -89,12 +84,19 @@ class Ledger:
             )
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(line) + "\n")
-        self._stream.flush()
+        self._file.write(_line(line))
+
+    def sync(self) -> None:
+        """Bring all lines to disk: a checkpoint cannot be continued without its own.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
+        self._file.sync()
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        self._file.close()
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
@@ -116,6 +118,10 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
             raise CheckpointError(f"{path}:{number}: expected version, {', '.join(FATES)}; restore the file")
         found.append(line)
     return found
+
+
+def _line(line: dict[str, Any]) -> bytes:
+    return json.dumps(line).encode() + b"\n"
 
 
 def _fates(line: dict[str, Any]) -> list[str]:

@@ -6,16 +6,17 @@ config and seed may differ in it: times, rates and sizes that depend on the mach
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlsys.errors import RlsysError
+from rlsys.record_file import RecordFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,18 +184,18 @@ class MetricsWriter:
     Args:
         run_dir: the run directory.
         resume_version: weight version of the checkpoint the run continues from, -1 for a new run.
+        say: is told when rows or events cannot be written and wait for the next one.
     Raises:
-        RlsysError: a line of metrics.jsonl is not a row.
+        RlsysError: a line of metrics.jsonl is not a row, or a file cannot be written.
     """
 
-    def __init__(self, run_dir: Path, resume_version: int) -> None:
+    def __init__(self, run_dir: Path, resume_version: int, say: Callable[[str], None] = lambda _text: None) -> None:
         path = run_dir / "metrics.jsonl"
         rows = [row for row in read_rows(path) if row["weights/version"] <= resume_version]
-        _rewrite(path, rows)
+        self._file = RecordFile(path, say, map(_line, rows))
         self._written = {(row["stage"], row["step"]) for row in rows}
         self._repeatable = {(row["stage"], row["step"]) for row in rows if row["weights/version"] == resume_version}
-        self._stream = path.open("a", encoding="utf-8")
-        self._events = _EventFile(run_dir / "tensorboard", purge_step=resume_version + 1)
+        self._events = _EventFile(run_dir / "tensorboard", purge_step=resume_version + 1, say=say)
 
     def log(self, stage: str, step: int, version: int, metrics: Mapping[str, float]) -> None:
         """Write one row. A value that is not finite becomes null, and is left out of TensorBoard.
@@ -212,13 +213,20 @@ class MetricsWriter:
             raise RlsysError(f"metrics of stage {stage}, step {step} were written before")
         self._written.add((stage, step))
         row = _ordered({**metrics, "weights/version": version})
-        self._stream.write(_line({"stage": stage, "step": step, **row}))
-        self._stream.flush()
+        self._file.write(_line({"stage": stage, "step": step, **row}))
         self._events.scalars(version, {name: value for name, value in row.items() if value is not None})
+
+    def sync(self) -> None:
+        """Bring all rows to disk. TensorBoard's events are for the eye.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
+        self._file.sync()
 
     def close(self) -> None:
         """Close both files."""
-        self._stream.close()
+        self._file.close()
         self._events.close()
 
 
@@ -252,18 +260,8 @@ def _ordered(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return row
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"
-
-
-def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.writelines(_line(row) for row in rows)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 
 class _EventFile:
@@ -273,15 +271,16 @@ class _EventFile:
     at `purge_step` makes it forget what earlier files hold from that step on.
     """
 
-    def __init__(self, folder: Path, purge_step: int) -> None:
+    def __init__(self, folder: Path, purge_step: int, say: Callable[[str], None]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = Event, Summary
-        folder.mkdir(parents=True, exist_ok=True)
-        number = len(list(folder.glob("events.out.tfevents.*")))
-        self._records = RecordWriter((folder / f"events.out.tfevents.{number:010d}").open("xb"))
+        before = len(list(folder.glob("events.out.tfevents.*")))
+        paths = (folder / f"events.out.tfevents.{number:010d}" for number in itertools.count(before))
+        self._file = RecordFile(next(path for path in paths if not path.exists()), say)
+        self._records = RecordWriter(self._file)  # which writes a record in one piece
         self._write(Event(file_version="brain.Event:2"))
         self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
@@ -292,9 +291,8 @@ class _EventFile:
         self._write(self._event(step=step, summary=summary))
 
     def close(self) -> None:
-        self._records.close()
+        self._file.close()
 
     def _write(self, event: Any) -> None:
         event.wall_time = time.time()  # noqa: TID251 - only shown to people, by TensorBoard
         self._records.write(event.SerializeToString())
-        self._records.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from rlsys.types import (
     WeightManifest,
 )
 
+log = logging.getLogger(__name__)
 FIRST_CAUSE_S = 3.0  # after which a death that broke other ranks is known
 # Of these the learner is as it was before, if all ranks say so.
 SURVIVED = (NonFiniteLossError, CheckpointError)
@@ -141,8 +143,11 @@ class RayLearner:
 
     async def restart(self) -> None:
         """Kill all ranks and start new ones, which know nothing."""
-        for handle, process in zip(self._handles, self._processes, strict=True):
-            kill(handle, process)
+        for rank, (handle, process) in enumerate(zip(self._handles, self._processes, strict=True)):
+            try:
+                kill(handle, process)
+            except Exception:  # the other ranks are to end too
+                log.exception("learner rank %d could not be ended", rank)
         self.restarts += 1
         self._handles = self._spawn(self.restarts)
         self._processes = [None] * len(self._handles)
@@ -268,7 +273,9 @@ def process_at(host: str, pid: int) -> psutil.Process | None:
 
 def kill(handle: Any, process: psutil.Process | None) -> None:
     """End a Ray actor at once. Ray asks its process to end, and a stopped one hears nothing."""
-    ray.kill(handle)
-    if process is not None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    try:
+        ray.kill(handle)
+    finally:
+        if process is not None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()

@@ -91,6 +91,8 @@ class Saving:
 
     async def _commit(self, state: RunState) -> Path:
         parts, store = self._parts, self._parts.checkpoints
+        for lines in (parts.metrics, parts.ledger):  # a checkpoint never lacks them, also after a power cut
+            await asyncio.to_thread(lines.sync)
         name = f"step_{state.weight_version:06d}"
         temporary = store.begin(name)
         try:
@@ -121,19 +123,26 @@ class Saving:
     # --- policies handed from stage to stage ---
 
     def hand_over(self, stage: StageName) -> None:
-        """Keep the policy a finished stage hands to the next one, as hard links into its checkpoint where it can."""
+        """Keep the policy a finished stage hands to the next one, as hard links into its checkpoint where it can.
+
+        Raises:
+            CheckpointError: it cannot be written. The stage is saved, so the same command tries again.
+        """
         assert self.checkpoint is not None  # noqa: S101 - every finished stage has saved one
         target = self.handed(stage)
         temporary = target.with_name(f".{stage}")  # under its name it is complete
         for folder in (target, temporary):
             shutil.rmtree(folder, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for path in sorted((self.checkpoint / "policy").iterdir()):
-            try:
-                (temporary / path.name).hardlink_to(path)
-            except OSError:  # some network file systems have no hard links
-                shutil.copyfile(path, temporary / path.name)
-        temporary.rename(target)
+        try:
+            temporary.mkdir(parents=True)
+            for path in sorted((self.checkpoint / "policy").iterdir()):
+                _link(path, temporary / path.name)
+            temporary.rename(target)
+        except OSError as error:
+            raise CheckpointError(
+                f"{target} could not be written: {error}; free disk space, or check the folder of run.dir. "
+                f"{self.checkpoint.name} is saved, the same command continues"
+            ) from error
 
     def handed(self, stage: StageName) -> Path:
         """The folder of the policy that a stage hands over."""
@@ -147,3 +156,10 @@ class Saving:
         """The policy that a stage, by index, began with: what the stage before handed over, or the initial one."""
         before = [name for name in self._parts.config.stages[:stage] if name != "search"]
         return self.handed(before[-1]) if before else self._parts.model
+
+
+def _link(path: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(path)
+    except OSError:  # some network file systems have no hard links
+        shutil.copyfile(path, target)

@@ -15,19 +15,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save_file
+import torch
 
+from learners.tensor_files import write_tensors
 from rlsys.checkpoint import CheckpointStore, write_json
 
 
 def save(store: CheckpointStore, name: str, version: int, text: str) -> Path:
     """Commit a small checkpoint of the form of a real one; `text` tells it from others."""
     temporary = store.begin(name)
+    tensors = [(f"w {text}", torch.full((3,), float(version)))]
     for folder, stem in (("policy", "model"), ("learner", "exp_avg")):
-        (temporary / folder).mkdir()
-        save_file({"w": np.full(3, version, dtype=np.float32)}, temporary / folder / f".{stem}-0", {"text": text})
-        (temporary / folder / f".{stem}-0").rename(temporary / folder / f"{stem}.safetensors")
+        write_tensors(tensors, temporary / folder, stem, writes=True)
     shutil.copy(__file__, temporary / "policy" / "tokenizer.json")
     write_json(temporary / "state.json", {"text": text})
     return store.commit(temporary, name, {"weight_version": version})

@@ -57,7 +57,8 @@ class Run:
         self.model.mkdir(parents=True, exist_ok=True)
         (self.model / "tokenizer.json").write_text("{}")
         kept = settings.checkpoint
-        self.checkpoints = CheckpointStore(run_dir / "checkpoints", kept.keep_last, kept.keep_every, kept.best_mode)
+        best = (kept.best_metric, kept.best_mode) if kept.best_metric else None
+        self.checkpoints = CheckpointStore(run_dir / "checkpoints", kept.keep_last, kept.keep_every, best)
         self.checkpoint = self.checkpoints.latest()
         self.state = state_from_json(read_json(self.checkpoint / "state.json")) if self.checkpoint else START
         self.task = NumberTask(5)

@@ -85,6 +85,18 @@ def test_a_local_run_needs_no_token_and_takes_no_other_interface(monkeypatch: py
     )
 
 
+@pytest.mark.parametrize("mode", ["disabled", "k8s", ""])
+def test_a_local_run_never_goes_without_tokens(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    for harmless in ("token", "Token"):  # the first is what Ray itself leaves after a local run
+        monkeypatch.setenv(access.MODE, harmless)
+        access.check_address("local")
+    monkeypatch.setenv(access.MODE, mode)
+    assert refusal("local") == (
+        f"run.address local: RAY_AUTH_MODE={mode} takes away the token that keeps other users of this machine out; "
+        "unset it"
+    )
+
+
 def test_a_local_ray_has_a_token_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", ADDRESS)
     monkeypatch.setenv(access.TOKEN, "of a cluster elsewhere")

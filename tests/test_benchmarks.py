@@ -299,7 +299,10 @@ def test_the_seconds_of_a_run_that_was_cut_short_count(tmp_path: Path, monkeypat
     config.write_text("")
     outcomes = iter([KeyboardInterrupt, None])
 
-    def run(command: list[str], **options: object) -> None:
+    limits = []
+
+    def run(command: list[str], *, timeout: float | None, **options: object) -> None:
+        limits.append(timeout)
         if outcome := next(outcomes):
             raise outcome
 
@@ -307,7 +310,8 @@ def test_the_seconds_of_a_run_that_was_cut_short_count(tmp_path: Path, monkeypat
     monkeypatch.setattr(cells, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with pytest.raises(KeyboardInterrupt):
         cells.trained(tmp_path / "run", config, [])
-    assert cells.trained(tmp_path / "run", config, []) == 12.0
+    assert cells.trained(tmp_path / "run", config, [], 90.0) == 12.0
+    assert limits == [None, 90.0]
     assert cells.trained(tmp_path / "run", config, []) == 12.0  # left as it is
     (tmp_path / "sft.evaluation.json").write_text('{"seconds": 3}')
     assert cells.seconds_of(tmp_path) == 15.0

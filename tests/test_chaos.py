@@ -79,13 +79,15 @@ def test_steps_that_a_rollback_dropped_are_counted_and_those_that_stay_are_not(f
     assert figures.training_steps(seen.add(text((0, 5.0)))) == []
 
 
-def test_prompts_without_a_fate_are_lost_and_those_with_two_are_trained_twice(figures: ModuleType) -> None:
+def test_prompts_without_a_fate_are_lost_and_those_with_two_are_counted(figures: ModuleType) -> None:
     ledger = [
         {"version": 7, "before": [0], "trained": [], "filtered": [], "skipped": []},
         {"version": 8, "trained": [1, 2], "filtered": [3], "skipped": []},
         {"version": 9, "trained": [4, 2], "filtered": [], "skipped": [5]},
+        {"version": 10, "trained": [3], "filtered": [5], "skipped": []},
     ]
-    assert figures.prompts_of(ledger, 9, [6, 7]) == (1, 1)  # 8 is nowhere, 2 is twice
+    assert figures.prompts_of(ledger[:3], 9, [6, 7]) == (1, 1)  # 8 is nowhere, 2 is twice
+    assert figures.prompts_of(ledger, 9, [6, 7, 8]) == (0, 3)  # filtered, then trained; skipped, then filtered
     assert figures.prompts_of(ledger[:2], 4, []) == (0, 0)
 
 
@@ -103,7 +105,7 @@ def job(figures: ModuleType) -> Any:
         undisturbed_s=200.0,
         prompts=3840,
         prompts_lost=0,
-        trained_twice=0,
+        two_fates=0,
         verdicts_lost=0,
         skipped_steps=0,
         accuracy={"greedy": 0.98, "sampled": 0.95},
@@ -125,10 +127,11 @@ def test_what_a_job_is_blamed_for(figures: ModuleType, job: Any) -> None:
     assert figures.noise(0.96, 0.91, 512) == pytest.approx(3 * ((0.0384 + 0.0819) / 512) ** 0.5)
     assert blamed(accuracy={"greedy": 0.98, "sampled": 0.92}) == []
     assert blamed(accuracy={"greedy": 0.98, "sampled": 0.91})[0].startswith("sampled accuracy 0.910")
-    assert blamed(prompts_lost=2) == ["2 prompts lost, 0 trained twice"]
-    assert blamed(trained_twice=1) == ["0 prompts lost, 1 trained twice"]
+    assert blamed(prompts_lost=2) == ["2 prompts lost, 0 with two fates"]
+    assert blamed(two_fates=1) == ["0 prompts lost, 1 with two fates"]
     assert blamed(unasked=("start 2: exit code 1",)) == ["the driver ended unasked: start 2: exit code 1"]
     assert blamed(finished=False, accuracy={}, undisturbed={}, same_bytes=False) == ["the job was not finished"]
+    assert blamed(undisturbed={}, undisturbed_s=0.0, same_bytes=False) == ["its undisturbed run failed"]
     assert figures.noise(1.0, 1.0, 512) == 1 / 512
 
 
@@ -140,8 +143,13 @@ def test_goodput_and_tables(figures: ModuleType, plan: ModuleType, job: Any) -> 
     assert [row.count("|") for row in rows] == [10, 10, 10, 10]
     faults = [plan.Fault(0, 1.0, "SIGSTOP actor", "", gone_s=gone, next_step_s=30.0) for gone in (20.0, 24.0, 25.0)]
     faults.append(plan.Fault(0, 1.0, "SIGSTOP actor", ""))
-    assert "| SIGSTOP actor | 4 | 24.0 (at most 25.0) | 30.0 (at most 30.0) |" in figures.kind_lines(faults)
-    assert "| SIGKILL driver | 0 |  |  |" in figures.kind_lines(faults)
+    faults += [
+        plan.Fault(0, 1.0, kind, "", next_step_s=1.0, took_effect=False) for kind in ("SIGSTOP actor", "disk full")
+    ]
+    assert "| SIGSTOP actor | 4, 1 | 24.0 (at most 25.0) | 30.0 (at most 30.0) |" in figures.kind_lines(faults)
+    assert "| disk full | 0, 1 |  |  |" in figures.kind_lines(faults)
+    assert figures.not_met(faults) == [kind for kind in plan.KINDS if kind != "SIGSTOP actor"]
+    assert figures.not_met([plan.Fault(0, 1.0, kind, "") for kind in plan.KINDS]) == []
 
 
 def test_growth_is_what_was_not_there_or_was_smaller(figures: ModuleType) -> None:
@@ -238,19 +246,35 @@ def test_a_flipped_bit_makes_a_checkpoint_invalid_and_leaves_its_hard_links(
 # --- a job, with a program in the place of rlsys ---
 
 DRIVER = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 folder = Path(sys.argv[1])
 number = int(os.environ["RLSYS_CHAOS_MARK"].rsplit(".", 1)[1])
+do = sys.argv[2 + number]
+if do == "done":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 print(f"the {number}th", flush=True)
 with (folder / "metrics.jsonl").open("a") as rows:
     rows.write(json.dumps({"stage": "online", "step": number + 1}) + "\\n")
-do = sys.argv[2 + number]
-if do == "wait":
+if do == "fail" or do.startswith("late"):
+    time.sleep(1)
+if do == "fail":
+    print("SAVE FAILED, training goes on", flush=True)
+if do in ("done", "fail", "wait"):
     time.sleep(60)
 print("its last word", flush=True)
-sys.exit(int(do))
+sys.exit(int(do.split()[-1]))
 """
+
+
+def leaving(seconds: float, environment: str) -> str:
+    """A program that leaves a process of this environment, where `run` is the name of the run."""
+    sleep = f"import time; time.sleep({seconds})"
+    return (
+        "import os, subprocess, sys\n"
+        "run = os.path.basename(sys.argv[1])\n"
+        f"subprocess.Popen([sys.executable, '-c', '{sleep}'], env={{{environment}}})\n"
+    )
 
 
 @pytest.fixture
@@ -302,12 +326,73 @@ def test_a_process_that_outlives_its_driver_is_an_orphan_and_is_ended(
     weather: Any, modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(modules["storm"], "GONE_S", 0.5)
-    left = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-    monkeypatch.setattr(sys.modules[__name__], "DRIVER", left + DRIVER)
-    job = weather("0")
+    monkeypatch.setattr(sys.modules[__name__], "DRIVER", leaving(60, "**os.environ, 'RLSYS_RUN_ID': run") + DRIVER)
+    job = weather("0")  # it carries both marks and counts once
     assert job.finished and len(job.orphans) == 1 and "time.sleep(60)" in job.orphans[0]
     pid = int(job.orphans[0].split()[1])
     assert not psutil.pid_exists(pid) or modules["storm_processes"].is_gone(psutil.Process(pid))
+
+
+@pytest.mark.parametrize(
+    ("do", "met", "followed"),
+    [
+        ("fail", True, "1 saves failed, and training went on"),
+        ("wait", False, "0 saves failed, and training went on"),
+        ("late 1", True, "the driver ended"),
+        ("late 0", False, "the driver ended"),
+    ],
+)
+def test_a_full_disk_counts_where_a_save_failed(
+    weather: Any, modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, do: str, met: bool, followed: str
+) -> None:
+    storm = modules["storm"]
+    monkeypatch.setattr(storm, "running", lambda what, mark: [psutil.Process()] if what == "rank" else [])
+    monkeypatch.setattr(storm, "limit_files", lambda *_: None)
+    monkeypatch.setattr(storm, "FULL_S", 2.0)
+    job = weather(do, "0", kinds=("disk full", "SIGKILL driver"))
+    assert (job.faults[0].took_effect, job.faults[0].followed) == (met, followed)
+    assert job.finished and not job.problems and not job.unasked
+
+
+SAVING = """
+import logging, os, sys
+from pathlib import Path
+from rlsys.checkpoint import CheckpointStore
+store = CheckpointStore(Path(sys.argv[1]) / "checkpoints", 2)
+if os.environ["RLSYS_CHAOS_MARK"].endswith(".0"):
+    for version in (9, 10):
+        temporary = store.begin(f"step_{version:06d}")
+        (temporary / "state.json").write_text("{}")
+        store.commit(temporary, f"step_{version:06d}", {"weight_version": version})
+elif LOOKS:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    store.latest()
+"""
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_the_next_start_has_to_name_a_damaged_checkpoint(
+    weather: Any, monkeypatch: pytest.MonkeyPatch, looks: bool
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "DRIVER", SAVING.replace("LOOKS", str(looks)) + DRIVER)
+    job = weather("wait", "0", kinds=("damaged checkpoint",))
+    assert job.finished and job.faults[0].took_effect == looks and "step_000010" in job.faults[0].followed
+    blame = "damaged checkpoint: start 1 of the driver did not name step_000010"
+    assert job.problems == ([] if looks else [blame])
+
+
+def test_a_driver_that_was_done_before_it_was_asked_to_stop_was_not_hit(weather: Any) -> None:
+    job = weather("wait", "done", kinds=("SIGTERM driver", "SIGTERM driver"))
+    assert job.finished and [fault.took_effect for fault in job.faults] == [True, False]
+
+
+@pytest.mark.parametrize(("ends_after_s", "orphans"), [(0.5, 0), (60, 1)])
+def test_a_verifier_has_the_same_time_to_end_as_the_rest(
+    weather: Any, modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, ends_after_s: float, orphans: int
+) -> None:
+    monkeypatch.setattr(modules["storm"], "GONE_S", 2.0)
+    monkeypatch.setattr(sys.modules[__name__], "DRIVER", leaving(ends_after_s, "'RLSYS_RUN_ID': run") + DRIVER)
+    assert len(weather("0").orphans) == orphans
 
 
 # --- the whole command ---
@@ -344,12 +429,19 @@ def chaos(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(found.results_page, "PAGE", tmp_path / "results.md")
     monkeypatch.setattr(found, "WATCHED", ())
     monkeypatch.setattr(found.signal, "signal", lambda *_: None)
-    terms = itertools.repeat(modules["storm_plan"].Injection("SIGTERM driver", 0.05, 0.5))
-    monkeypatch.setattr(found, "schedule", lambda *_: terms)
 
-    def run(weights: str = "same", *do: str) -> tuple[int, str, dict[str, Any]]:
-        def trained(run_dir: Path, config: Path, overrides: list[str]) -> float:
-            assert "run.seed=0" in overrides and "train.max_steps=2" in overrides
+    def run(
+        weights: str = "same",
+        *do: str,
+        kind: str = "SIGTERM driver",
+        options: tuple[str, ...] = (),
+        fails: bool = False,
+    ) -> tuple[int, str, dict[str, Any]]:
+        def trained(run_dir: Path, config: Path, overrides: list[str], timeout_s: float) -> float:
+            assert "run.seed=0" in overrides and "train.max_steps=2" in overrides and timeout_s >= 600
+            made.append(run_dir)
+            if fails:
+                raise subprocess.TimeoutExpired("rlsys", timeout_s)
             subprocess.run([sys.executable, "-c", JOB, str(run_dir), "same"], check=True)
             return 0.25
 
@@ -358,13 +450,16 @@ def chaos(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_p
                 super().__init__(job, run_dir, config, overrides, *rest)
                 self._command = [sys.executable, "-c", JOB, str(run_dir), weights, *do]
 
+        injections = itertools.repeat(modules["storm_plan"].Injection(kind, 0.05, 0.5))
+        monkeypatch.setattr(found, "schedule", lambda *_: injections)
         monkeypatch.setattr(found, "trained", trained)
         monkeypatch.setattr(found, "JobStorm", Job)
-        options = ["--minutes", "0.001", "--folder", str(tmp_path / "runs"), "--write", "train.max_steps=2"]
-        monkeypatch.setattr(sys, "argv", ["chaos.py", *options])
+        given = ["--minutes", "0.001", "--folder", str(tmp_path / "runs"), "--write", *options, "train.max_steps=2"]
+        monkeypatch.setattr(sys, "argv", ["chaos.py", *given])
+        made: list[Path] = []
         code = found.main()
         result = json.loads((tmp_path / "results" / "chaos.json").read_text())
-        return code, (tmp_path / "results.md").read_text(), result
+        return code, (tmp_path / "results.md").read_text(), result | {"made": made}
 
     return run
 
@@ -378,6 +473,51 @@ def test_the_command_compares_a_job_with_its_undisturbed_run(chaos: Any) -> None
     assert (job["starts"], job["steps"], job["prompts"], job["prompts_lost"], job["step_s"]) == (2, 2, 4, 0, 1.0)
     assert "## The quickstart in a storm of faults" in page and f"sha256 {job['sha256']}" in page
     assert f"Goodput {0.25 / job['seconds']:.3f}" in page and "0.900, 0.900 | 0.800, 0.800 | yes |" in page
+
+
+def test_undisturbed_runs_are_made_anew_for_every_storm_unless_a_folder_is_named(chaos: Any, tmp_path: Path) -> None:
+    storms = [chaos()[2]["made"] for _ in range(2)]
+    assert all(made.parent.parent.parent == tmp_path / "runs" for (made,) in storms)
+    assert len({made.parent for (made,) in storms}) == 2
+    command = importlib.import_module("chaos")
+    asked = [*command.OVERRIDES, "train.max_steps=2", "run.seed=0"]
+    (tmp_path / "kept" / "seed-0").mkdir(parents=True)
+    known = command.record_of(tmp_path / "new", command.CONFIG, asked)
+    (tmp_path / "kept" / "seed-0" / "cell.json").write_text(json.dumps(known))  # of the same settings
+    _, page, result = chaos(options=("--undisturbed", str(tmp_path / "kept")))
+    assert result["made"] == [tmp_path / "kept" / "seed-0"] and f"kept in {tmp_path / 'kept'}" in page
+
+
+def test_runs_of_other_settings_are_refused_before_the_storm(chaos: Any, tmp_path: Path) -> None:
+    other = tmp_path / "kept" / "seed-3"  # of a job that this storm may come to
+    other.mkdir(parents=True)
+    (other / "cell.json").write_text('{"asked": ["another config"], "seconds": 1.0, "done": true}')
+    with pytest.raises(SystemExit, match="seed-3 was made with other settings"):
+        chaos(options=("--undisturbed", str(tmp_path / "kept")))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_storm_is_not_lost_with_its_undisturbed_run(chaos: Any) -> None:
+    code, page, result = chaos("same", "wait", fails=True)
+    assert code == 1 and "- **job 0: its undisturbed run failed**" in page and "- **job 0: no verdict" not in page
+    assert result["jobs"][0]["accuracy"] == {"greedy": 0.9, "sampled": 0.8}
+    kept = json.loads((result["made"][0].parents[1] / "storm.json").read_text())
+    assert kept == {"faults": result["faults"], "timeline": result["timeline"]} and len(kept["faults"]) == 1
+
+
+def test_the_distance_of_the_faults_is_measured(chaos: Any) -> None:
+    _, page, result = chaos("same", "wait")
+    assert f"1 faults in {result['jobs'][0]['seconds'] / 60:.1f} minutes" in page
+    assert f"one every {result['jobs'][0]['seconds']:.0f} s on average" in page
+    assert 'ARGS="--seed 0 --minutes 0.001 --mean 35 train.max_steps=2"' in page
+    _, page, result = chaos(kind="SIGKILL actor")  # never there
+    assert result["faults"] == [] and "; 0 faults in " in page
+
+
+def test_kinds_that_never_took_effect_are_named(chaos: Any) -> None:
+    code, page, _ = chaos("same", "wait")
+    assert code == 0 and "**Not met in this storm: SIGKILL actor, " in page and ", disk full.**" in page
+    assert "SIGTERM driver" not in page.partition("Not met")[2]
 
 
 def test_the_command_fails_where_the_bytes_differ_or_something_is_left(chaos: Any) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from learners.rank_settings import learner_environment
@@ -267,6 +268,29 @@ def test_ray_that_does_not_start(
     assert type(caught.value) is kind
     assert caught.value.message.startswith(message)
     assert list(tmp_path.iterdir()) == [], "the scratch folder's note is gone, and with it the folder"
+
+
+@pytest.mark.parametrize("broken", ["shutdown", "kill_and_wait"])
+def test_an_end_that_fails_leaves_nothing_behind(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("Ray is not there")
+
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    for name in ("_start_ray", "_reserve"):
+        monkeypatch.setattr(cluster, name, lambda *_: None)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(cluster.ray if broken == "shutdown" else cluster, broken, fail)
+    left: list[psutil.Process] = []
+    with pytest.raises(ValueError, match="Ray is not there"), launch.ray_cluster(config(), tmp_path, [{"CPU": 1.0}]):
+        left.append(psutil.Popen(["sleep", "60"]))
+        folder = Path((tmp_path / cluster.TEMPORARY_NOTE).read_text())
+        assert folder.is_dir()
+    if broken == "shutdown":
+        assert not left[0].is_running()
+    else:
+        left[0].kill()
+        left[0].wait()
+    assert not folder.exists() and list(tmp_path.iterdir()) == []
 
 
 def test_local_processes_speak_over_loopback_only(tmp_path: Path) -> None:

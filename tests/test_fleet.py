@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fakes import prompt
 
+from actors.rollout_actor import RolloutActor
 from actors.usage import EngineUsage
 from rlsys import fleet
 from rlsys.errors import (
@@ -634,6 +636,47 @@ def test_an_engine_beside_the_actors_that_is_lost_ends_the_run_by_its_own_name()
     run(test)
 
 
+def waiting_actor() -> Any:
+    """A rollout actor whose trees all wait for the reviewer."""
+    actor: Any = object.__new__(RolloutActor)
+    actor.forest, actor.rewards, actor.loading = None, SimpleNamespace(verdicts=2), SimpleNamespace(count=0)
+    actor.loaded = actor.waited = 0
+    actor.engine, actor.beside = SimpleNamespace(steps=3, idle=True), {"reviewer": SimpleNamespace(owes=True)}
+    return actor
+
+
+@pytest.mark.parametrize("fault", ["none", "its engine hangs", "no answer is owed", "it is stopped"])
+def test_an_actor_that_waits_for_an_engine_beside_it_does_not_hang_by_itself(fault: str) -> None:
+    async def test(world: World) -> None:
+        async with world.fleet(count=1) as found:
+            process, actor = world.processes[0], waiting_actor()
+            process.progress = actor.progress  # type: ignore[method-assign]
+            process.gate.clear()
+            asked = asyncio.create_task(found.search(0, prompt("a")))
+            await settle()
+
+            async def watch() -> None:
+                for _ in range(12):  # 24 seconds
+                    found.look(found._members[0])
+                    await settle()
+                    world.now += 2
+
+            await watch()
+            assert not process.killed
+            if fault == "its engine hangs":
+                actor.engine.idle = False
+            elif fault == "no answer is owed":
+                actor.beside["reviewer"].owes = False
+            elif fault == "it is stopped":
+                process.progress = asyncio.Event().wait  # type: ignore[assignment,method-assign]
+            await watch()
+            assert process.killed == (fault != "none")
+            process.gate.set()
+            await asked
+
+    run(test)
+
+
 def test_supervision_that_breaks_ends_the_run() -> None:
     async def test(world: World) -> None:
         async with world.fleet(count=1) as found:
@@ -649,7 +692,7 @@ def test_supervision_that_breaks_ends_the_run() -> None:
     run(test)
 
 
-def test_a_process_that_cannot_be_killed_is_replaced_all_the_same() -> None:
+def test_a_process_that_cannot_be_killed_is_logged_and_replaced_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
     async def test(world: World) -> None:
         async with world.fleet(count=1) as found:
 
@@ -662,6 +705,8 @@ def test_a_process_that_cannot_be_killed_is_replaced_all_the_same() -> None:
             assert await found.generate(0, [prompt("a")], SETTINGS) == [("a", 0, 1)]
 
     run(test)
+    assert "actor 0 is not used again, but could not be killed" in caplog.text
+    assert "RuntimeError: Ray is not there" in caplog.text
 
 
 def test_a_call_that_breaks_every_actor_ends_the_run_and_names_its_prompts() -> None:

@@ -327,7 +327,7 @@ class Recovery:
         self.session: Any = SimpleNamespace(
             config=config(learner=learner),
             run_dir=Path("d"),
-            store=None,
+            store=SimpleNamespace(sweep=lambda: self.done.append("sweep")),
             start=nothing,
             model=Path("m"),
             searching=None,
@@ -347,7 +347,7 @@ class Recovery:
         return self.done
 
 
-AGAIN = ["run", "withdraw", "restart", "forget"]
+AGAIN = ["run", "withdraw", "restart", "sweep", "forget"]
 
 
 def test_a_lost_learner_is_started_again_as_often_as_allowed(monkeypatch: pytest.MonkeyPatch) -> None:

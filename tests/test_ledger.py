@@ -88,6 +88,16 @@ def test_a_run_without_a_ledger_begins_one_with_what_it_had_trained(tmp_path: Pa
     Ledger(tmp_path, 6).resume(4, ())
 
 
+def test_a_ledger_that_ended_before_its_first_line_is_begun_again(tmp_path: Path) -> None:
+    for cut in ("", '{"version": 5, "before": [0, 1'):
+        Ledger(tmp_path, 5).close()  # the weights are still to be loaded, and a kill comes
+        (tmp_path / "ledger.jsonl").write_text(cut)
+    ledger = Ledger(tmp_path, 5)
+    ledger.resume(4, (2,))
+    ledger.close()
+    assert [line["before"] for line in read_ledger(ledger.path)] == [[0, 1, 3]]
+
+
 @pytest.mark.parametrize("line", ["[]", "{}", "nonsense", json.dumps({"version": 1, "trained": 1})])
 def test_a_damaged_line_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "ledger.jsonl").write_text(line + "\n")

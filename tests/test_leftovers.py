@@ -38,7 +38,7 @@ def test_the_scratch_folder_of_the_dead_attempt_goes_and_that_of_others_stays(
         assert (tmp_path / cluster.TEMPORARY_NOTE).read_text() == str(own)
         assert {path.name for path in tmp_path.iterdir()} == {cluster.TEMPORARY_NOTE, "metrics.jsonl"}
     finally:
-        cluster._remove_leftovers(tmp_path)
+        cluster.remove_leftovers(tmp_path)
     assert not own.exists() and (alive / "tmp" / "socket").exists()
 
 
@@ -49,7 +49,7 @@ def test_a_note_of_anything_else_removes_nothing(tmp_path: Path, note: str) -> N
     run = tmp_path / "run"
     run.mkdir()
     (run / cluster.TEMPORARY_NOTE).write_text(note.format(tmp=tmp_path, name=tmp_path.name))
-    cluster._remove_leftovers(run)
+    cluster.remove_leftovers(run)
     assert precious.is_dir() and not (run / cluster.TEMPORARY_NOTE).exists()
 
 

@@ -180,6 +180,22 @@ def test_a_stopped_process_is_killed_although_ray_cannot_reach_it(monkeypatch: p
     assert killed == [handle, handle]
 
 
+def test_a_process_is_killed_also_where_ray_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(handle: Any) -> None:
+        raise RuntimeError("Ray is not there")
+
+    monkeypatch.setattr(ray, "kill", kill)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "ray::Test"]) as process:
+        actor = RayActor(Handle((socket.gethostname(), process.pid)), CONFIG, "actor 0")
+        asyncio.run(actor.start())
+        with pytest.raises(RuntimeError, match="Ray is not there"):
+            actor.kill()
+        try:
+            assert process.wait(10) == -signal.SIGKILL
+        finally:
+            process.kill()
+
+
 def test_a_process_on_another_host_is_left_to_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     killed: list[Any] = []
     monkeypatch.setattr(ray, "kill", killed.append)

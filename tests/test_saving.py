@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_runs import Run, config
 
-from rlsys.checkpoint import CheckpointStore
+from rlsys.checkpoint import MANIFEST, CheckpointStore
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.metrics import read_rows
 from rlsys.saving import check_best_metric
+from rlsys.types import Prompt, RolloutFailure, SamplingSettings
 
+ACCURACY = "held_out/sampled_accuracy"
 ONLINE: dict[str, Any] = {"stages": ["online"], "checkpoint": {"interval": 1, "keep_last": 9}}
 
 
@@ -46,6 +51,34 @@ def test_training_goes_on_after_a_failed_save_and_the_last_good_one_stays(tmp_pa
     assert [row["process/failed_saves"] for row in rows if row["step"]] == [0, 0, 1, 2, 2]
 
 
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_actors_go_on_sampling_while_a_checkpoint_is_written(max_staleness: int, tmp_path: Path) -> None:
+    """A save that waits for a call of an actor which begins and ends within it."""
+    train = {"max_steps": 2, "max_staleness": max_staleness, "max_failed_rollouts": 0.9}
+    run = Run(tmp_path, config(stages=["online"], train=train, checkpoint={"interval": 1}))
+    generate, save = run.pool.generate, run.learner.save
+    writing, sampled = asyncio.Event(), asyncio.Event()
+
+    async def noted(actor: int, prompts: Sequence[Prompt], settings: SamplingSettings) -> Sequence[Any]:
+        within = writing.is_set()
+        if run.learner.version == 1 and not within:  # what the step has made room for
+            await writing.wait()
+            return [RolloutFailure(prompt=prompt, reason="asked once more") for prompt in prompts]
+        groups = await generate(actor, prompts, settings)
+        if within:
+            sampled.set()
+        return groups
+
+    async def slow(folder: Path) -> None:
+        writing.set()
+        await asyncio.wait_for(sampled.wait(), 10)
+        await save(folder)
+
+    run.pool.generate, run.learner.save = noted, slow
+    run()
+    assert names(run) == ["step_000001", "step_000002"]
+
+
 def test_too_many_failed_saves_in_a_row_end_the_run(tmp_path: Path) -> None:
     run = Run(tmp_path, steps(9, max_failed_saves=1))
     failing(run, {2, 4, 5, 6})
@@ -68,10 +101,31 @@ def test_the_save_at_the_end_of_a_stage_and_of_an_interrupted_run_must_succeed(t
         interrupted()
 
 
+def test_a_policy_that_cannot_be_handed_over_ends_the_run_by_name_and_the_same_command_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copyfile = shutil.copyfile
+
+    def full(source: Path, target: Path) -> None:
+        if target.parent.name == ".online":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        copyfile(source, target)
+
+    monkeypatch.setattr(Path, "hardlink_to", lambda target, source: full(source, target))
+    monkeypatch.setattr(shutil, "copyfile", full)
+    run = Run(tmp_path, steps(2))
+    with pytest.raises(CheckpointError, match=r"stages/online could not be written: .*No space.*step_000002 is saved"):
+        run()
+    monkeypatch.undo()
+    assert Run(tmp_path, steps(2))().only("train") == []
+    assert [path.name for path in (tmp_path / "stages").iterdir()] == ["online"]
+
+
 def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CheckpointStore(tmp_path, keep_last=2)
     commit(store, 1)
     size = sum(path.stat().st_size for path in (tmp_path / "step_000001").rglob("*") if path.name != "MANIFEST.json")
+    (tmp_path / "step_000009").mkdir()  # a damaged one, which may be pinned, says nothing of sizes
     usage = shutil.disk_usage(tmp_path)
     for free, enough in ((int(size * 1.29), False), (int(size * 1.31) + 1, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _path, free=free: usage._replace(free=free))
@@ -80,11 +134,11 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypa
         else:
             with pytest.raises(CheckpointError, match="are free, and the last one has .*; free disk space"):
                 store.begin("step_000002")
-    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+    assert versions(store) == [1, 9]
 
 
 def test_last_best_regular_and_pinned_checkpoints_stay(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, keep_last=2, keep_every=5, best="max")
+    store = CheckpointStore(tmp_path, keep_last=2, keep_every=5, best=(ACCURACY, "max"))
     scores = {2: 0.5, 3: 0.9, 4: 0.7, 7: 0.8}
     for version in range(1, 13):
         commit(store, version, scores.get(version))
@@ -97,19 +151,76 @@ def test_last_best_regular_and_pinned_checkpoints_stay(tmp_path: Path) -> None:
 
 
 def test_the_smallest_score_may_be_the_best_and_none_at_all_keeps_none(tmp_path: Path) -> None:
-    for best, kept in (("min", [2, 4]), (None, [4])):
-        store = CheckpointStore(tmp_path / str(best), keep_last=1, best=best)
+    cases: list[tuple[Any, list[int]]] = [((ACCURACY, "min"), [2, 4]), (None, [4])]
+    for best, kept in cases:
+        store = CheckpointStore(tmp_path / str(len(kept)), keep_last=1, best=best)
         for version, score in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None)):
             commit(store, version, score)
         assert versions(store) == kept
 
 
+def test_scores_of_another_metric_do_not_count(tmp_path: Path) -> None:
+    """checkpoint.best_metric may change on a resume."""
+    store = CheckpointStore(tmp_path, keep_last=1, best=(ACCURACY, "max"))
+    for version, score in ((1, 0.5), (2, None)):
+        commit(store, version, score)
+    commit(store, 3, 80.0, "rollout/completion_length")
+    commit(store, 4)
+    assert versions(store) == [1, 4]
+
+
 def test_a_course_that_is_replaced_leaves_nothing_not_even_its_best(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, keep_last=3, best="max")
+    store = CheckpointStore(tmp_path, keep_last=3, best=(ACCURACY, "max"))
     for version, score in ((1, 0.1), (2, 0.9), (3, 0.2)):
         commit(store, version, score)
     commit(store, 2, 0.3)  # the run was taken back to version 1 on purpose
     assert versions(store) == [1, 2]
+
+
+@pytest.mark.parametrize("damaged", [MANIFEST, "weights"])
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_pinned_checkpoint_stays_also_damaged_and_newer_than_those_made_instead(
+    version: int, damaged: str, tmp_path: Path
+) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1, keep_every=2)
+    for each in (1, 2, 3):
+        commit(store, each)
+        (tmp_path / f"step_{each:06d}.pinned").touch()
+    (tmp_path / f"step_{version:06d}" / damaged).write_text("{}")
+    newest = store.latest()
+    assert newest == tmp_path / f"step_{2 if version == 3 else 3:06d}"
+    if version == 3:
+        commit(store, 2)  # made again, from the one before
+    commit(store, 4)
+    assert versions(store) == [1, 2, 3, 4]
+    (tmp_path / f"step_{version:06d}.pinned").unlink()
+    commit(store, 5)
+    assert versions(store) == [each for each in (1, 2, 3, 4, 5) if each != version]
+
+
+@pytest.mark.parametrize("unreadable", [1, 3])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_removed(
+    unreadable: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path, keep_last=2)
+    for version in (1, 3):
+        commit(store, version)
+    bad = tmp_path / f"step_{unreadable:06d}" / MANIFEST
+    read_text = Path.read_text
+
+    def failing_disk(path: Path, *arguments: Any, **options: Any) -> str:
+        if path == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return read_text(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", failing_disk)
+    for version in (4, 5):
+        commit(store, version)
+    assert versions(store) == [unreadable, 4, 5]
+    assert store.latest() == tmp_path / "step_000005"
+    monkeypatch.undo()
+    commit(store, 6)
+    assert versions(store) == [5, 6]
 
 
 def test_a_checkpoint_has_the_score_of_its_own_step(tmp_path: Path) -> None:
@@ -134,12 +245,12 @@ def test_an_unknown_metric_is_refused_with_the_nearest_name() -> None:
         check_best_metric(config(checkpoint={"best_metric": "held_out/accuracy"}))
 
 
-def commit(store: CheckpointStore, version: int, score: float | None = None) -> None:
+def commit(store: CheckpointStore, version: int, score: float | None = None, metric: str = ACCURACY) -> None:
     temporary = store.begin(f"step_{version:06d}")
     (temporary / "weights").write_bytes(bytes(1000))
     info: dict[str, Any] = {"weight_version": version}
     if score is not None:
-        info["score"] = {"metric": "held_out/sampled_accuracy", "value": score}
+        info["score"] = {"metric": metric, "value": score}
     store.commit(temporary, f"step_{version:06d}", info)
 
 

@@ -18,6 +18,8 @@ import numpy as np
 
 from rlsys.types import Verdict
 
+HEAD_START_S = 0.2  # of a forked child, to do whatever it does before its parent goes on
+
 
 def build() -> Callable[[str, str], Any]:
     return verify
@@ -37,6 +39,13 @@ def build_with_helper() -> Callable[[str, str], Any]:
         return _verdict(float(helper.stdout.readline() == f"{answer}\n"))
 
     return ask
+
+
+def build_with_fork() -> Callable[[str, str], Any]:
+    """The child of a factory that forks returns first."""
+    if os.fork():
+        time.sleep(HEAD_START_S)
+    return verify
 
 
 def build_that_fails() -> Callable[[str, str], Any]:
@@ -173,14 +182,32 @@ def _print_endlessly(answer: str, argument: str) -> None:
         print("x" * 65536, flush=True)
 
 
-def _write_anywhere(answer: str, argument: str) -> None:
+def _fork(answer: str, argument: str) -> Any:
+    """The child does what the argument says, and the parent answers."""
+    if os.fork() == 0:
+        command, _, rest = argument.partition(" ")
+        return _COMMANDS[command](answer, rest)
+    time.sleep(HEAD_START_S)
+    return _verdict(1.0)
+
+
+def _write(text: str) -> None:
     """Into whatever is open, the pipe of the verdicts too."""
     for descriptor in range(3, 32):
         try:
-            os.write(descriptor, argument.encode().decode("unicode_escape").encode())
+            os.write(descriptor, text.encode().decode("unicode_escape").encode())
         except OSError:
             continue
+
+
+def _write_anywhere(answer: str, argument: str) -> None:
+    _write(argument)
     time.sleep(600)
+
+
+def _write_and_answer(answer: str, argument: str) -> Verdict:
+    _write(argument)
+    return _verdict(1.0)
 
 
 def _where(answer: str, argument: str) -> Verdict:
@@ -242,7 +269,9 @@ _COMMANDS: dict[str, Callable[[str, str], Any]] = {
     "stop_guard": _stop_guard,
     "listen": _listen,
     "print_endlessly": _print_endlessly,
+    "fork": _fork,
     "write_anywhere": _write_anywhere,
+    "write_and_answer": _write_and_answer,
     "where": _where,
     "spawn_and_hang": _spawn_and_hang,
     "print": _print,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
@@ -117,6 +118,68 @@ def test_an_output_that_cannot_be_read_fails_its_own_request_too(script: Script,
     script.logprobs = None
     with pytest.raises(EngineError, match="AttributeError"):
         outcome(engine.submit([request(1)])[0])
+
+
+class Cancelled(Future[Any]):
+    """The event loop cancels it between a look at it and the answer."""
+
+    def done(self) -> bool:
+        found = super().done()
+        self.cancel()
+        return found
+
+    def set_result(self, result: Any) -> None:
+        self.cancel()
+        super().set_result(result)
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        self.cancel()
+        super().set_exception(exception)
+
+
+def test_a_caller_that_leaves_at_the_last_moment_breaks_nothing(
+    script: Script, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave() -> Future[Completion]:
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "Future", Cancelled)
+            return engine.submit([request(1)])[0]
+
+    left = leave()
+    assert outcome(engine.submit([request(2)])[0]).finish_reason == "stop"
+    assert left.cancelled()
+    script.fails_at_step = True
+    left, stays = leave(), engine.submit([request(2)])[0]
+    with pytest.raises(EngineError, match="MemoryError: no blocks"):
+        outcome(stays)
+    assert left.cancelled()
+
+
+@pytest.mark.parametrize("busy", ["step", "collective_rpc"])
+def test_an_engine_is_idle_only_while_it_waits_for_a_command(script: Script, engine: Engine, busy: str) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+    original = getattr(script, busy)
+
+    def held(*arguments: Any, **named: Any) -> Any:
+        reached.set()
+        assert go_on.wait(20)
+        return original(*arguments, **named)
+
+    def becomes_idle() -> bool:
+        deadline = time.monotonic() + 20
+        while not engine.idle and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return engine.idle
+
+    setattr(script, busy, held)
+    assert becomes_idle()
+    asks = {"step": lambda: engine.submit([request(1)]), "collective_rpc": lambda: engine.update_weights(4, 0, [])}
+    asking = threading.Thread(target=asks[busy])
+    asking.start()
+    assert reached.wait(20) and not engine.idle
+    go_on.set()
+    asking.join(20)
+    assert becomes_idle()
 
 
 def test_an_interrupted_update_poisons_the_engine(script: Script, engine: Engine) -> None:

@@ -60,6 +60,17 @@ def test_a_refused_request_fails_alone() -> None:
     assert good.result(timeout=0) == "completion"
 
 
+def test_what_is_not_answered_is_owed() -> None:
+    handle = Handle()
+    writer = RemoteWriter([handle], "reviewer")
+    owed = [writer.owes]
+    writer.submit([request("a"), request("b")])
+    for (_, answered), outcome in zip(list(handle.asked), ("completion", RolloutError("too long")), strict=True):
+        owed.append(writer.owes)
+        answered.set_result(outcome)
+    assert [*owed, writer.owes] == [False, True, True, False]
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [

@@ -126,7 +126,7 @@ def test_deadline_is_per_item_not_per_batch():
 def test_verdicts_are_told_as_they_come(workers):
     """Of a batch whose second item hangs until its deadline, the first verdict is known long before."""
     items = [("3", "say 3"), ("3", "hang"), ("3", "say 4"), ("3", "say 3")]
-    settings = SETTINGS.model_copy(update={"workers": workers})
+    settings = SETTINGS.model_copy(update={"workers": workers, "timeout_s": 2.0})
     told: dict[int, tuple[float, str]] = {}
 
     async def run():
@@ -142,7 +142,8 @@ def test_verdicts_are_told_as_they_come(workers):
     verdicts = asyncio.run(run())
     assert [told[number][1] for number in range(4)] == [verdict.outcome for verdict in verdicts]
     assert [verdict.outcome for verdict in verdicts] == ["ok", "timeout", "wrong", "ok"]
-    assert told[0][0] < 0.4 < told[1][0]  # the deadline is 0.5 s
+    # The deadline of the second runs from the first verdict; half of it is left for a driver that is held up.
+    assert told[1][0] - told[0][0] > settings.timeout_s / 2
 
 
 def test_answers_under_way_belong_to_nobody_once_the_caller_has_failed():
@@ -283,8 +284,8 @@ def test_512_trivial_verdicts_of_the_real_task_are_cheap():
 
     verdicts, seconds = asyncio.run(run())
     assert [verdict.reward for verdict in verdicts] == [float(index % 4 == 3) for index in range(512)]
-    # 0.01 to 0.03 s on a free core; the bound leaves room for a busy machine.
-    assert seconds < 0.5
+    # 0.01 to 0.03 s on a free core; the bound leaves room for a busy machine, none for a process a verdict.
+    assert seconds < 5.0
 
 
 def test_worker_of_a_data_set_task_does_not_read_the_data():

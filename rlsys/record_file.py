@@ -1,0 +1,91 @@
+"""Files that grow by whole records, also where the disk is full for a while."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from rlsys.errors import CheckpointError
+
+
+class RecordFile:
+    """Appends records, whole and in order.
+
+    Those that cannot be written wait in memory and go with the next one, in the place of what was begun of them. What
+    still waits when the process ends is lost.
+
+    Args:
+        path: what is there is replaced, as a whole, by `records`.
+        say: is told when records begin to wait.
+    Raises:
+        CheckpointError: it cannot be written now.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None], records: Iterable[bytes] = ()) -> None:
+        self._path, self._say = path, say
+        self._waiting = list(records)
+        self._size = 0  # of the whole records
+        temporary = path.with_name(f".{path.name}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = temporary.open("wb", buffering=0)
+            self._write_waiting()
+            os.fsync(self._file.fileno())
+            os.replace(temporary, path)
+            fsync(path.parent)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def write(self, record: bytes) -> None:
+        """Append a record, after those that wait."""
+        self._waiting.append(record)
+        try:
+            self._write_waiting()
+        except OSError as error:
+            if len(self._waiting) == 1:
+                self._say(f"NOT WRITTEN, training goes on: {self._path}: {error}; its lines wait in memory")
+
+    def sync(self) -> None:
+        """Bring all records to disk.
+
+        Raises:
+            CheckpointError: they cannot be written; they wait on.
+        """
+        try:
+            self._write_waiting()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def close(self) -> None:
+        """Close the file. What cannot be written of it now is said to be lost."""
+        try:
+            self._write_waiting()
+        except OSError as error:
+            self._say(f"{self._path}: its last {len(self._waiting)} lines are lost: {error}")
+        self._file.close()
+
+    def _write_waiting(self) -> None:
+        if not self._waiting:
+            return
+        data, written = memoryview(b"".join(self._waiting)), 0
+        while written < len(data):
+            # At its place, over what was begun of it before.
+            written += os.pwrite(self._file.fileno(), data[written:], self._size + written)
+        self._size += written
+        self._waiting.clear()
+
+    def _cannot_write(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"{self._path} could not be written: {error}; free disk space, or check the folder of run.dir"
+        )
+
+
+def fsync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
