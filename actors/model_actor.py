@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -113,12 +114,14 @@ class RemoteWriter:
 
 def _settle(future: Future[Completion], who: str, answered: Future[Completion | RolloutError]) -> None:
     """Hand on what an actor answered; its failure in our own words."""
-    error = answered.exception()
-    if error is None:
-        outcome = answered.result()
-        if isinstance(outcome, RolloutError):
-            future.set_exception(outcome)
+    error = CancelledError() if answered.cancelled() else answered.exception()
+    with contextlib.suppress(InvalidStateError):  # nobody waits for it any more
+        if error is None:
+            outcome = answered.result()
+            if isinstance(outcome, RolloutError):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
         else:
-            future.set_result(outcome)
-    else:
-        future.set_exception(WriterLostError(translated(error, who).message) if isinstance(error, RayError) else error)
+            lost = WriterLostError(translated(error, who).message) if isinstance(error, RayError) else error
+            future.set_exception(lost)

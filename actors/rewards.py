@@ -39,7 +39,7 @@ LAST_LOOK_S = 0.05
 # A worker that closed its pipe is about to end by itself; its exit status tells why.
 EXIT_PATIENCE_S = 2.0
 # The guard ends what a verifier has started within milliseconds; only one that was itself stopped or killed does not.
-# Together these keep a verification within a second of its deadline.
+# Together these keep a verification within a second of its deadline where cores are free.
 GUARD_PATIENCE_S, KILL_PATIENCE_S, LAST_WORDS_S = 0.6, 0.1, 0.1
 _READ_BYTES = 1 << 16
 _STDERR_BYTES = 4096

@@ -31,7 +31,7 @@ from rlsys.types import RunState
 
 MANIFEST = "MANIFEST.json"
 SCHEMA = 1
-_TEMPORARY, _TRASH, _REPLACED = ".tmp-", ".trash-", ".replaced-"
+_TEMPORARY, _TRASH, _REPLACED, _ASIDE = ".tmp-", ".trash-", ".replaced-", ".aside-"
 PINNED = ".pinned"  # an empty file of this suffix beside a checkpoint keeps it
 _ROOM = 1.3  # free space that a save asks for, in sizes of the last one
 
@@ -188,7 +188,7 @@ class CheckpointStore:
 
         Others of the same, a later or a damaged weight version belong to a course that this one replaces: they exist
         only where they were invalid, or where the run was resumed from an earlier one on purpose. One that cannot be
-        read now stays.
+        read now is put aside: could it be read again, it might be the newest, of a course that was left.
         """
         found = {path: _weight_version(path) for path in self._newest_first() if path != newest}
         versions = {path: version for path, version in found.items() if version is not None}
@@ -196,8 +196,13 @@ class CheckpointStore:
         kept = {*earlier[: self.keep_last - 1], self._best([newest, *earlier])}
         if self.keep_every:
             kept |= {path for path in earlier if versions[path] % self.keep_every == 0}
-        for path in versions:
-            if path not in kept and not path.with_name(path.name + PINNED).exists():
+        for path, version in found.items():
+            if path in kept or path.with_name(path.name + PINNED).exists():
+                continue
+            if version is None:
+                log.warning("%s cannot be read and is put aside as %s%s", path, _ASIDE, path.name)
+                os.rename(path, self.folder / f"{_ASIDE}{path.name}")
+            else:
                 self._remove(path)
 
     def _best(self, paths: Sequence[Path]) -> Path | None:

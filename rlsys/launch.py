@@ -301,7 +301,8 @@ async def _run(
         await controller.run()
         session.stop.ask_first(lambda _name: None, AFTER_THE_END)
     except InterruptedRunError as error:
-        raise InterruptedRunError(f"{error.message}{report.interrupted(config)}") from None
+        saved = "the state is saved" if controller.saving.checkpoint else "nothing was trained yet"
+        raise InterruptedRunError(f"{error.message}{report.interrupted(config, saved)}") from None
     finally:
         metrics.close()
         ledger.close()

@@ -12,8 +12,9 @@ from rlsys.errors import CheckpointError
 class RecordFile:
     """Appends records, whole and in order.
 
-    Those that cannot be written wait in memory and go with the next one, in the place of what was begun of them. What
-    still waits when the process ends is lost.
+    Those that cannot be written wait in memory and go with the next one, in the place of what was begun of them. So do
+    those that cannot be brought to disk: some disks say only then that they are full, and only once. What still waits
+    when the process ends is lost.
 
     Args:
         path: what is there is replaced, as a whole, by `records`.
@@ -26,12 +27,12 @@ class RecordFile:
         self._path, self._say = path, say
         self._waiting = list(records)
         self._size = 0  # of the whole records
+        self._unsynced: list[bytes] = []  # the last of them
         temporary = path.with_name(f".{path.name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = temporary.open("wb", buffering=0)
-            self._write_waiting()
-            os.fsync(self._file.fileno())
+            self.sync()
             os.replace(temporary, path)
             fsync(path.parent)
         except OSError as error:
@@ -43,7 +44,7 @@ class RecordFile:
         try:
             self._write_waiting()
         except OSError as error:
-            if len(self._waiting) == 1:
+            if len(self._waiting) == 1:  # of several the first ones were said
                 self._say(f"NOT WRITTEN, training goes on: {self._path}: {error}; its lines wait in memory")
 
     def sync(self) -> None:
@@ -56,7 +57,11 @@ class RecordFile:
             self._write_waiting()
             os.fsync(self._file.fileno())
         except OSError as error:
+            self._size -= sum(map(len, self._unsynced))
+            self._waiting[:0] = self._unsynced
+            self._unsynced.clear()
             raise self._cannot_write(error) from error
+        self._unsynced.clear()
 
     def close(self) -> None:
         """Close the file. What cannot be written of it now is said to be lost."""
@@ -74,6 +79,7 @@ class RecordFile:
             # At its place, over what was begun of it before.
             written += os.pwrite(self._file.fileno(), data[written:], self._size + written)
         self._size += written
+        self._unsynced += self._waiting
         self._waiting.clear()
 
     def _cannot_write(self, error: OSError) -> CheckpointError:

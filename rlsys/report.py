@@ -35,7 +35,7 @@ def section_of(stage: StageName) -> str:
     return "train" if stage == "online" else stage
 
 
-def interrupted(config: Config, saved: str = "the state is saved") -> str:
+def interrupted(config: Config, saved: str) -> str:
     """What to do after a stop; follows the name of the signal."""
     how = f" with {AGAIN}" if config.run.resume == "never" else ""
     return f"; {saved}, the same command continues{how}"

@@ -115,11 +115,12 @@ class WeightBus:
         if self.version is not None and version <= self.version:
             raise WeightSyncError(f"weight version {version} was offered after {self.version}; versions only grow")
         started, gaps = time.monotonic(), [0.0]
+        attempt = self._learner.restarts  # a replaced actor may acknowledge while the next one begins
         probed: list[Sequence[Float32Array]] = [()]
 
         def verify(ack: WeightAck, expected: Sequence[Float32Array]) -> None:
             probed[0] = expected
-            gaps.append(self._verify(ack, version, expected))
+            gaps.append(self._verify(ack, version, attempt, expected))
 
         manifest = await self._channel.transfer(version, self._probe, verify)
         self.version, self._before = version, probed[0]
@@ -127,13 +128,13 @@ class WeightBus:
         figures = {"weights/publish_bytes": manifest.bytes, "weights/publish_s": seconds, "time/publish_s": seconds}
         return {**figures, "weights/probe_gap_max": max(gaps)}
 
-    def _verify(self, ack: WeightAck, version: int, expected: Sequence[Float32Array]) -> float:
+    def _verify(self, ack: WeightAck, version: int, attempt: int, expected: Sequence[Float32Array]) -> float:
         if ack.version != version:
             raise WeightSyncError(f"actor {ack.actor} acknowledged version {ack.version}, expected {version}")
-        if ack.attempt != self._learner.restarts:
+        if ack.attempt != attempt:
             raise WeightSyncError(
                 f"actor {ack.actor} acknowledged weight version {version} of attempt {ack.attempt} of the learner, "
-                f"expected attempt {self._learner.restarts}"
+                f"expected attempt {attempt}"
             )
         gap, row, position = _largest_gap(expected, ack.probe_logprobs)
         if not gap <= self.tolerance:

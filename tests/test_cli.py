@@ -209,7 +209,7 @@ def test_a_run_that_may_not_be_resumed_is_told_how_it_can(tmp_path: Path) -> Non
     (tmp_path / "metrics.jsonl").write_text("")
     continued = report.finished(config(tmp_path, resume="never")).splitlines()[-1]
     assert continued == f"continue: rlsys train {tmp_path}/config.yaml train.max_steps=160 run.resume=auto"
-    said = [report.interrupted(config(resume=resume)) for resume in ("auto", "never")]
+    said = [report.interrupted(config(resume=resume), "the state is saved") for resume in ("auto", "never")]
     assert said[0] == "; the state is saved, the same command continues"
     assert said[1] == f"{said[0]} with run.resume=auto"
 

@@ -33,6 +33,28 @@ def small_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def test_what_the_disk_refuses_late_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the room is taken when pages are written back, a write succeeds, fsync fails, and the lines are gone."""
+    path, full = tmp_path / "lines", [True]
+    file = RecordFile(path, lambda said: None, RECORDS[:2])
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if full.pop() if full else False:
+            os.truncate(path, 20)
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    file.write(RECORDS[2])
+    with pytest.raises(CheckpointError, match="quota exceeded"):
+        file.sync()
+    file.write(RECORDS[3])
+    file.sync()
+    assert path.read_bytes() == b"".join(RECORDS[:4])
+    file.close()
+
+
 @pytest.mark.parametrize("size", [20, 24, 0])
 def test_what_does_not_fit_waits_and_takes_the_place_of_what_was_begun_of_it(size: int, tmp_path: Path) -> None:
     path, said = tmp_path / "folder" / "lines", list[str]()

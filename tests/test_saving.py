@@ -199,7 +199,7 @@ def test_a_pinned_checkpoint_stays_also_damaged_and_newer_than_those_made_instea
 
 
 @pytest.mark.parametrize("unreadable", [1, 3])
-def test_a_checkpoint_that_cannot_be_read_now_is_not_removed(
+def test_a_checkpoint_that_cannot_be_read_now_is_put_aside(
     unreadable: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = CheckpointStore(tmp_path, keep_last=2)
@@ -216,11 +216,12 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_removed(
     monkeypatch.setattr(Path, "read_text", failing_disk)
     for version in (4, 5):
         commit(store, version)
-    assert versions(store) == [unreadable, 4, 5]
-    assert store.latest() == tmp_path / "step_000005"
+    aside = tmp_path / f".aside-step_{unreadable:06d}"
+    assert {path.name for path in tmp_path.iterdir()} == {aside.name, "step_000004", "step_000005"}
     monkeypatch.undo()
-    commit(store, 6)
-    assert versions(store) == [5, 6]
+    assert store.latest() == tmp_path / "step_000005"
+    store.sweep()
+    assert CheckpointStore.verify(aside)
 
 
 def test_a_checkpoint_has_the_score_of_its_own_step(tmp_path: Path) -> None:

@@ -125,10 +125,10 @@ def of_rollouts(names: set[str]) -> set[str]:
     return {name for name in names if name.startswith("rollout/")}
 
 
-def control(without: str, promise: str) -> Any:
+def control(without: str, promise: str, runs: int = 1) -> Any:
     """Decorates the test of a part that is taken out of a checkpoint: its row."""
     injection = "changed in a checkpoint, which is valid again"
-    return recorded(fault=f"control: resumed {without}", promise=promise, injection=injection)
+    return recorded(fault=f"control: resumed {without}", promise=promise, injection=injection, runs=runs)
 
 
 def test_a_whole_checkpoint_ends_as_the_undisturbed_run(start, killed: Path, undisturbed: Path) -> None:
@@ -281,15 +281,15 @@ def test_an_asynchronous_run_that_was_killed_loses_no_prompt_and_trains_none_twi
     record(replace(row, passed=1, prompts_lost=len(lost), trained_twice=len(twice), processes_left=0))
 
 
-@pytest.mark.parametrize("place", [0, -1])
-@control("without a prompt in flight", "refused")
+@control("without a prompt in flight", "refused", runs=2)
 def test_a_prompt_that_is_dropped_from_those_in_flight_is_missed(
-    start, killed_asynchronous: Path, tmp_path: Path, place: int
+    start, killed_asynchronous: Path, tmp_path: Path
 ) -> None:
-    folder = copied(killed_asynchronous, tmp_path)
-    run, in_flight = folder / "run", state_of(folder / "run")["in_flight"]
-    dropped = in_flight.pop(place)
-    change_state(run, in_flight=in_flight)
-    assert accounts(run) == ([dropped], [])
-    message = start("train", str(folder / "config.yaml")).fail(1)
-    assert f"the ledger with those in flight lack [{dropped}] (1)" in message
+    for place in (0, -1):
+        folder = copied(killed_asynchronous, tmp_path / str(place))
+        run, in_flight = folder / "run", state_of(folder / "run")["in_flight"]
+        dropped = in_flight.pop(place)
+        change_state(run, in_flight=in_flight)
+        assert accounts(run) == ([dropped], [])
+        message = start("train", str(folder / "config.yaml")).fail(1)
+        assert f"the ledger with those in flight lack [{dropped}] (1)" in message

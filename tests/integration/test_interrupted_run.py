@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import signal
 from pathlib import Path
@@ -24,7 +25,7 @@ MOMENTS = (
     "publish.bucket@role=actor,number=1,version=67:kill_driver",
     "checkpoint.rename@version=70:kill9",
 )
-SEED = 11
+SEED = os.environ.get("RLSYS_TEST_SEED", "11")
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,7 @@ def disturbed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert (state["weight_version"], state["step"]) == (last["weights/version"], last["step"])
 
         moment = random.Random(SEED).choice(MOMENTS)
+        print(f"RLSYS_TEST_SEED={SEED}: {moment}")
         second = start("train", config, environment={"RLSYS_FAULTS": moment})
         second.fail(-signal.SIGKILL)
         second.assert_gone(within_s=15)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +28,7 @@ from real_runs import (
     steady_rows,
     write_config,
 )
-from reliability import Row, lost_and_twice, record
+from reliability import begin, lost_and_twice, record
 
 from rlsys.metrics import read_rows
 
@@ -72,16 +72,17 @@ def undisturbed(finished_run: FinishedRun, tmp_path_factory: pytest.TempPathFact
 def killed() -> Iterator[dict[str, Killed]]:
     """By the name of a moment. All together make a row of the table."""
     found: dict[str, Killed] = {}
+    row = begin(
+        fault="driver killed",
+        promise="everything ends with it; the same command goes on to the same weights, moments and metrics",
+        injection="SIGKILL at 30 seeded moments of a 12-step run with search, joint objective and critic",
+        runs=len(MOMENTS),
+    )
     yield found
-    if len(found) < len(MOMENTS):
-        return
     every = found.values()
     record(
-        Row(
-            fault="driver killed",
-            promise="everything ends with it; the same command goes on to the same weights, moments and metrics",
-            injection="SIGKILL at 30 seeded moments of a 12-step run with search, joint objective and critic",
-            runs=len(found),
+        replace(
+            row,
             passed=sum(each.passed for each in every),
             detection_s=max((each.gone_s for each in every if each.gone_s), default=None),
             recovery_s=max((each.recovery_s for each in every if each.recovery_s), default=None),

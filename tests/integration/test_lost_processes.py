@@ -106,6 +106,7 @@ def test_a_run_that_loses_its_actors_again_and_again_ends_where_an_undisturbed_o
         stopped = f"made no progress within actors.hang_timeout_s = {HANG_S:.1f} s"
         assert (stopped in line) == text.endswith(":stop"), line
         assert ("lm_head" in line) == text.endswith("lm_head.weight"), line
+        assert known - began < HANG_S or text.endswith(":stop")  # otherwise it was found by its silence
         record(
             replace(
                 rows[fault],

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from real_runs import TINY, Command, write_config
+from reliability import recorded
 
 from rlsys.config import LetterCountConfig
 from rlsys.metrics import read_rows
@@ -54,6 +55,12 @@ def failed_line(command: Command) -> str:
     return lines[0]
 
 
+@pytest.mark.long
+@recorded(
+    fault="output layer missing from every actor's publish",
+    promise="the probe finds it; nobody samples with it, the run ends and names actor and version",
+    injection="publish.drop: lm_head.weight",
+)
 def test_output_layer_left_out_ends_the_run(start: Callable[..., Command], tmp_path: Path) -> None:
     """On a data set, so that its prompts and demonstrations are used too. The first publish is after 20 steps."""
     config = write_config(tmp_path, data_set_config(tmp_path))
@@ -65,6 +72,11 @@ def test_output_layer_left_out_ends_the_run(start: Callable[..., Command], tmp_p
 
 
 @pytest.mark.long
+@recorded(
+    fault="tensor missing from every actor's publish",
+    promise="nobody samples with it; the run ends and names actor, version and tensor",
+    injection="publish.omit: model.norm.weight",
+)
 def test_missing_tensor_is_named(start: Callable[..., Command], tmp_path: Path) -> None:
     config = write_config(tmp_path, {**SHORT, "stages": ["online"]})
     environment = {"RLSYS_FAULTS": "publish.omit:model.norm.weight"}
