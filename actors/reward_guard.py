@@ -2,8 +2,9 @@
 
 What a verifier forks may leave its process group and session, and a kill of the group would miss it. Linux hands
 orphans to the nearest ancestor that has asked for them (PR_SET_CHILD_SUBREAPER), here the guard, so that all of
-them stay below it, where they are found and killed: on SIGTERM from the actor, when the actor is gone, when the
-verifier has ended, and when there are more of them, or larger ones, than the limits allow.
+them stay below it, where they are found and killed: on SIGTERM from the actor, when the actor is gone (the kernel then
+sends SIGCONT, which a stopped guard hears too), when the verifier has ended, and when there are more of them, or larger
+ones, than the limits allow.
 
 This contains faults. It is no boundary against a program that means harm: that one can kill the guard.
 """
@@ -27,15 +28,16 @@ KILL_TIMEOUT_S = 2.0  # a process that the kernel holds longer is left to it
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def guard(work: Callable[[], None], take_leave: Callable[[], None], memory_mib: int) -> NoReturn:
+def guard(work: Callable[[], None], take_leave: Callable[[], None], memory_mib: int, actor: int) -> NoReturn:
     """Fork; do `work` in the child and watch over it and all below it in this process, which ends with it.
 
     Args:
         take_leave: called in this process, to close what belongs to the child.
         memory_mib: what the child and all below it may hold together.
+        actor: id of the process that started this one.
     """
     adopt_orphans()
-    watched = {signal.SIGTERM, signal.SIGCHLD}
+    watched = {signal.SIGTERM, signal.SIGCHLD, signal.SIGCONT}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     parent, child = os.getpid(), os.fork()
     if child == 0:
@@ -45,7 +47,7 @@ def guard(work: Callable[[], None], take_leave: Callable[[], None], memory_mib: 
         work()
         sys.exit(0)
     take_leave()
-    _watch(child, _Family(memory_mib), watched)
+    _watch(child, _Family(memory_mib), watched, actor)
 
 
 def die_with(parent: int, number: signal.Signals) -> None:
@@ -118,13 +120,14 @@ class _Family:
         return ""
 
 
-def _watch(child: int, family: _Family, watched: Collection[signal.Signals]) -> NoReturn:
+def _watch(child: int, family: _Family, watched: Collection[signal.Signals], actor: int) -> NoReturn:
     while True:
         came = signal.sigtimedwait(watched, POLL_S)
         problem = family.problem()
         if problem:
             print(problem, file=sys.stderr, flush=True)
-        if problem or (came is not None and came.si_signo == signal.SIGTERM):
+        asked = came is not None and came.si_signo == signal.SIGTERM
+        if problem or asked or os.getppid() != actor:
             end_descendants()
             os._exit(1)  # at once: the actor waits, and there is nothing to tidy up
         status = _collect().get(child)

@@ -39,14 +39,14 @@ LARGEST_REWARD = 1e6
 def main() -> None:
     requests, answers = _take_over_pipes()
     hello = json.loads(requests.readline())
-    die_with(hello["parent"], signal.SIGTERM)
+    die_with(hello["parent"], signal.SIGCONT)  # which a stopped process hears too
     _limit(resource.RLIMIT_CORE, 0)
 
     def take_leave() -> None:
         requests.close()
         answers.close()
 
-    guard(partial(_serve, requests, answers, hello), take_leave, hello["memory_mib"])
+    guard(partial(_serve, requests, answers, hello), take_leave, hello["memory_mib"], hello["parent"])
 
 
 def _serve(requests: BinaryIO, answers: BinaryIO, hello: dict[str, Any]) -> None:

@@ -233,16 +233,20 @@ class _Worker:
     async def _running_child(self) -> _Child:
         """The child if it is alive and ready, else a new one."""
         self._check_open()
-        if self._child is None or not self._ready or self._child.process.returncode is not None:
+        if self._child is not None and self._ready and self._child.process.returncode is None:
+            return self._child
+        for again in (True, False):  # one that is killed is no broken verifier
             await self._stop()
-            self._child = await _spawn()
-            self._child.write(self._hello)
-            self._ready = bool(await self._child.read(START_TIMEOUT_S))
-            if not self._ready:
-                detail = await self._child.bury(EXIT_PATIENCE_S)
-                self._check_open()
+            self._child = child = await _spawn()
+            child.write(self._hello)
+            self._ready = bool(await child.read(START_TIMEOUT_S))
+            if self._ready:
+                break
+            detail = await child.bury(EXIT_PATIENCE_S)
+            self._check_open()
+            if not (again and child.process.returncode == -signal.SIGKILL):
                 raise EngineError(f"a reward worker did not start: {detail}")
-        return self._child
+        return child
 
     async def close(self) -> None:
         self._closed = True

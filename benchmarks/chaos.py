@@ -88,7 +88,10 @@ def main() -> int:
 
     before = held()
     with tempfile.TemporaryDirectory(prefix="rlsys-chaos-", ignore_cleanup_errors=True) as temporary:
-        jobs = storm(arguments, overrides, folder, {"TMPDIR": temporary, "OMP_NUM_THREADS": "1"}, tell)
+        # torch keeps a folder there that is no leftover.
+        cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "torchinductor")}
+        environment = {"TMPDIR": temporary, "OMP_NUM_THREADS": "1", **cache}
+        jobs = storm(arguments, overrides, folder, environment, tell)
         left = {str(path): size(path) for path in [*Path(temporary).iterdir(), *folder.glob("*/checkpoints/.*")]}
     after = held()
     found: dict[str, Any] = {"faults": [asdict(fault) for job, _ in jobs for fault in job.faults], "timeline": timeline}

@@ -337,9 +337,12 @@ class JobStorm:
         limit_files(ranks, FULL_BYTES)
         self._wait(FULL_S, lambda: start.failed_saves > before or bool(start.ended_at), again=False)
         limit_files(ranks, -1)
+        self._say(f"  space again after {self._since(fault):.1f} s")
+        steps = start.steps  # at the end of a stage the next save, which is needed, has begun by now
+        self._wait(STOP_LIMIT_S, lambda: start.steps > steps or bool(start.ended_at), again=False)
         failed = start.failed_saves - before
         fault.took_effect = failed > 0 or bool(start.process.returncode)  # a save that is needed ends the driver
         fault.followed = "the driver ended" if start.ended_at else f"{failed} saves failed, and training went on"
-        self._say(f"  {fault.followed}; space again after {self._since(fault):.1f} s")
+        self._say(f"  {fault.followed}")
         if not start.ended_at:
             start.asked = ""

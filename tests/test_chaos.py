@@ -256,10 +256,14 @@ if do == "done":
 print(f"the {number}th", flush=True)
 with (folder / "metrics.jsonl").open("a") as rows:
     rows.write(json.dumps({"stage": "online", "step": number + 1}) + "\\n")
-if do == "fail" or do.startswith("late"):
+if do.startswith(("fail", "late")):
     time.sleep(1)
-if do == "fail":
+if do.startswith("fail"):
     print("SAVE FAILED, training goes on", flush=True)
+    time.sleep(0.5)
+if do == "fail":
+    with (folder / "metrics.jsonl").open("a") as rows:
+        rows.write(json.dumps({"stage": "online", "step": number + 100}) + "\\n")
 if do in ("done", "fail", "wait"):
     time.sleep(60)
 print("its last word", flush=True)
@@ -340,6 +344,7 @@ def test_a_process_that_outlives_its_driver_is_an_orphan_and_is_ended(
         ("wait", False, "0 saves failed, and training went on"),
         ("late 1", True, "the driver ended"),
         ("late 0", False, "the driver ended"),
+        ("fail 1", True, "the driver ended"),  # the save after the one that failed was needed
     ],
 )
 def test_a_full_disk_counts_where_a_save_failed(
@@ -349,6 +354,7 @@ def test_a_full_disk_counts_where_a_save_failed(
     monkeypatch.setattr(storm, "running", lambda what, mark: [psutil.Process()] if what == "rank" else [])
     monkeypatch.setattr(storm, "limit_files", lambda *_: None)
     monkeypatch.setattr(storm, "FULL_S", 2.0)
+    monkeypatch.setattr(storm, "STOP_LIMIT_S", 5.0)
     job = weather(do, "0", kinds=("disk full", "SIGKILL driver"))
     assert (job.faults[0].took_effect, job.faults[0].followed) == (met, followed)
     assert job.finished and not job.problems and not job.unasked

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from actors import rewards
 from actors.rewards import RewardPool
 from rlsys.config import DatasetConfig, LetterCountConfig, RewardsConfig
 from rlsys.errors import EngineError
@@ -243,6 +244,7 @@ def test_timeout_also_kills_what_the_verifier_started(tmp_path):
 
 PARENT = """
 import asyncio, sys
+from actors import rewards
 from actors.rewards import RewardPool
 from rlsys.config import LetterCountConfig, RewardsConfig
 pool = RewardPool(LetterCountConfig(), 0, RewardsConfig(timeout_s=600), verifier="scripted_verifier:build")
@@ -250,7 +252,8 @@ asyncio.run(pool.verify([("3", "spawn_and_hang " + sys.argv[1])]))
 """
 
 
-def test_death_of_the_parent_kills_a_hanging_worker_and_what_it_has_started(tmp_path):
+@pytest.mark.parametrize("stopped", ["", "verifier", "guard"])
+def test_death_of_the_parent_kills_a_hanging_worker_and_what_it_has_started(tmp_path, stopped):
     pids = tmp_path / "pids"
     path = os.pathsep.join([str(HERE), str(HERE.parent.parent)])
     environment = os.environ | {"PYTHONPATH": path}
@@ -259,16 +262,47 @@ def test_death_of_the_parent_kills_a_hanging_worker_and_what_it_has_started(tmp_
     while not (pids.exists() and pids.read_text().endswith("\n")) and time.monotonic() < deadline:
         time.sleep(0.02)
     worker, sleeper = map(int, pids.read_text().split())
+    guard = psutil.Process(worker).ppid()
     try:
         assert is_running(worker)
+        if stopped:
+            os.kill(guard if stopped == "guard" else worker, signal.SIGSTOP)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        assert wait_until_gone([worker, sleeper])
+        assert wait_until_gone([guard, worker, sleeper])
     finally:
         parent.kill()
-        for pid in (worker, sleeper):
+        for pid in (guard, worker, sleeper):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_a_worker_that_is_killed_while_it_starts_is_started_once_more(kills, monkeypatch):
+    spawn, spawned = rewards._spawn, []
+
+    async def killed():
+        child = await spawn()
+        spawned.append(child)
+        if len(spawned) <= kills:
+            child.process.kill()
+        return child
+
+    async def run():
+        pool = RewardPool(LetterCountConfig(), 0, SETTINGS, verifier="scripted_verifier:build")
+        try:
+            await pool.start()
+            return await pool.verify([("3", "say 3")])
+        finally:
+            await pool.close()
+
+    monkeypatch.setattr(rewards, "_spawn", killed)
+    if kills == 1:
+        assert [verdict.outcome for verdict in asyncio.run(run())] == ["ok"]
+    else:
+        with pytest.raises(EngineError, match="a reward worker did not start: exit status -9"):
+            asyncio.run(run())
+    assert len(spawned) == 2
 
 
 def test_512_trivial_verdicts_of_the_real_task_are_cheap():
