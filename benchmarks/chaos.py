@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -107,7 +108,8 @@ def main() -> int:
     print("\n".join(["", *shown]))
     if arguments.write:
         result = {"lines": shown, "seed": arguments.seed, "jobs": [asdict(figure) for figure in figures]}
-        results_page.keep("chaos", result | found)
+        # The page is read elsewhere.
+        results_page.keep("chaos", json.loads(json.dumps(result | found).replace(f"{ROOT}/", "")))
     return int(bool(problems))
 
 
