@@ -60,19 +60,18 @@ def run_ranks(folder: Path, name: str, ranks: int, jobs: list[dict[str, Any]], c
     path = folder / f"{name}.json"
     path.write_text(json.dumps(jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / child), str(rank), str(ranks), str(path)],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
+    # No pipes: the ranks wait for each other, and one whose warnings fill a pipe would wait for its reader.
+    errors = [folder / f"{name}.{rank}.errors" for rank in range(ranks)]
+    processes = []
+    for rank, file in enumerate(errors):
+        command = [sys.executable, str(HERE / child), str(rank), str(ranks), str(path)]
+        with file.open("w") as stream:
+            processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stream))
     try:
-        errors = [process.communicate(timeout=600)[1] for process in processes]
-        assert [process.returncode for process in processes] == [0] * ranks, "\n".join(errors)
+        for process in processes:
+            process.wait(timeout=1200)
+        codes = [process.returncode for process in processes]
+        assert codes == [0] * ranks, "\n".join(file.read_text() for file in errors)
     finally:
         for process in processes:
             process.kill()
