@@ -41,7 +41,7 @@ def digest(learner: Any) -> str:
     found = hashlib.sha256()
     for model in filter(None, (learner.policy, learner.critic)):
         inner = getattr(model.engine.optimizer, "optimizer", model.engine.optimizer)
-        tensors = [getattr(parameter, "ds_tensor", parameter) for parameter in model.module.parameters()]
+        tensors = [share(parameter, learner.settings.rank) for parameter in model.module.parameters()]
         for weights, entry in inner.state.items():
             tensors += [weights, *(entry[key] for key in sorted(entry))]
         for tensor in tensors:
@@ -49,6 +49,14 @@ def digest(learner: Any) -> str:
         left = [parameter.grad is not None for parameter in model.module.parameters()]
         found.update(json.dumps([model.updates, any(left)]).encode())
     return found.hexdigest()
+
+
+def share(parameter: Any, rank: int) -> Tensor:
+    """What this rank holds of a parameter, without the end of the last share, which DeepSpeed never writes (ZeRO 3)."""
+    held = getattr(parameter, "ds_tensor", None)
+    if held is None:
+        return parameter
+    return held.flatten()[: max(0, parameter.ds_numel - rank * held.numel())]
 
 
 @contextlib.contextmanager
