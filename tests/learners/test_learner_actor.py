@@ -22,7 +22,7 @@ def actor(rank: int) -> LearnerActor:
         return [(bucket, put(np.arange(3, dtype=np.uint8)))] if rank == 0 else []
 
     found = LearnerActor.__new__(LearnerActor)
-    found.rank = rank
+    found.rank, found.attempt = rank, 2
     found.learner = SimpleNamespace(export=export, score=lambda rows: [np.ones(len(rows[0]) - 1)])
     return found
 
@@ -32,7 +32,7 @@ def test_rank_0_answers_with_what_was_put_away(monkeypatch: pytest.MonkeyPatch) 
     found = actor(0).export(7, 2**20, [ids(5, 6, 7)])
     assert found is not None
     manifest, references, scores = found
-    assert (manifest.version, [bucket.bytes for bucket in manifest.buckets]) == (7, [3])
+    assert (manifest.version, manifest.attempt, [bucket.bytes for bucket in manifest.buckets]) == (7, 2, [3])
     assert references == ["reference to 3 bytes"]
     assert [row.shape for row in scores] == [(2,)]
     assert actor(1).export(7, 2**20, [ids(5, 6, 7)]) is None
