@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -282,6 +283,15 @@ def last_checkpoint(run_dir: Path) -> Path:
     found = CheckpointStore(run_dir / "checkpoints", 1).latest()
     assert found is not None
     return found
+
+
+def digests(run_dir: Path) -> dict[str, str]:
+    """sha256 of all weights and moments of the last checkpoint, by their place without the suffix."""
+    folder = last_checkpoint(run_dir)
+    return {
+        str(path.relative_to(folder).with_suffix("")): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
 
 
 @contextlib.contextmanager

@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from real_runs import TINY, Command, FinishedRun, last_checkpoint, steady_rows, wait_for_row, write_config
+from real_runs import TINY, Command, FinishedRun, digests, last_checkpoint, steady_rows, wait_for_row, write_config
 from reliability import begin, lost_and_twice, record
-from test_lost_processes import digests
 
 from rlsys.ledger import read_ledger
 from rlsys.metrics import read_rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -10,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from real_runs import TINY, FinishedRun, commands, last_checkpoint, steady_rows, wait_for_row, write_config
+from real_runs import TINY, FinishedRun, commands, digests, last_checkpoint, steady_rows, wait_for_row, write_config
 
 from rlsys.metrics import read_rows
 
@@ -69,7 +68,7 @@ def test_metrics_equal_those_of_the_undisturbed_run(disturbed_run: Path, finishe
 
 
 def test_final_weights_and_moments_equal_byte_for_byte(disturbed_run: Path, finished_run: FinishedRun) -> None:
-    found, expected = (_digests(last_checkpoint(run)) for run in (disturbed_run, finished_run.dir))
+    found, expected = (digests(run) for run in (disturbed_run, finished_run.dir))
     assert set(expected) == {"policy/model", "learner/exp_avg", "learner/exp_avg_sq"}
     assert found == expected
 
@@ -80,10 +79,3 @@ def test_tensorboard_shows_every_version_once(disturbed_run: Path) -> None:
     events = EventAccumulator(str(disturbed_run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     assert [event.step for event in events.Scalars("rollout/reward")] == list(range(61, 71))
-
-
-def _digests(checkpoint: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(checkpoint).with_suffix("")): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(checkpoint.rglob("*.safetensors"))
-    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
 import time
 from collections.abc import Callable
@@ -17,8 +16,8 @@ from real_runs import (
     Command,
     FinishedRun,
     commands,
+    digests,
     faults_in,
-    last_checkpoint,
     marked,
     row_times,
     steady_rows,
@@ -262,9 +261,3 @@ def is_verifier(process: psutil.Process) -> bool:
         return "actors.reward_worker" in process.cmdline()
     except psutil.NoSuchProcess:
         return False
-
-
-def digests(run: Path) -> dict[str, str]:
-    folder = last_checkpoint(run)
-    files = sorted(folder.rglob("*.safetensors"))
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

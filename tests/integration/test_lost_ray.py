@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from real_runs import (
     TINY,
     Command,
     FinishedRun,
+    digests,
     last_checkpoint,
     marked,
     row_times,
@@ -82,9 +82,3 @@ def test_a_run_that_loses_ray_ends_and_the_same_command_continues(
 def process_of(command: Command, service: str) -> psutil.Process:
     (found,) = (process for process in marked(command.mark) if process.name() == service)
     return found
-
-
-def digests(run: Path) -> dict[str, str]:
-    folder = last_checkpoint(run)
-    files = sorted(folder.rglob("*.safetensors"))
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
