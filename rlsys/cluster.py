@@ -212,7 +212,7 @@ def remove_leftovers(run_dir: Path) -> None:
         folder = Path(note.read_text(encoding="utf-8"))
         if re.fullmatch(r"/tmp/rl-[0-9a-f]{8}", str(folder)):  # noqa: S108 - nothing else is ever removed
             shutil.rmtree(folder, ignore_errors=True)
-            if folder.exists():  # what is dying still writes there: the next attempt removes it
+            if folder.exists():  # what is dying still writes there: the next call removes it
                 return
         note.unlink()
     for path in run_dir.glob(f"{RENDEZVOUS}*"):

@@ -6,6 +6,7 @@ config and seed may differ in it: times, rates and sizes that depend on the mach
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlsys.errors import RlsysError
+from rlsys.errors import CheckpointError, RlsysError
 from rlsys.record_file import RecordFile
 
 
@@ -217,11 +218,13 @@ class MetricsWriter:
         self._events.scalars(version, {name: value for name, value in row.items() if value is not None})
 
     def sync(self) -> None:
-        """Bring all rows to disk. TensorBoard's events are for the eye.
+        """Bring all rows to disk, and TensorBoard's events, which are held in memory until they are there.
 
         Raises:
-            CheckpointError: they cannot be written.
+            CheckpointError: rows cannot be written. Events are for the eye and wait.
         """
+        with contextlib.suppress(CheckpointError):
+            self._events.sync()
         self._file.sync()
 
     def close(self) -> None:
@@ -289,6 +292,9 @@ class _EventFile:
             value=[self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         )
         self._write(self._event(step=step, summary=summary))
+
+    def sync(self) -> None:
+        self._file.sync()
 
     def close(self) -> None:
         self._file.close()

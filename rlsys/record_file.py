@@ -13,8 +13,8 @@ class RecordFile:
     """Appends records, whole and in order.
 
     Those that cannot be written wait in memory and go with the next one, in the place of what was begun of them. So do
-    those that cannot be brought to disk: some disks say only then that they are full, and only once. What still waits
-    when the process ends is lost.
+    those that cannot be brought to disk: some disks say only then that they are full, and only once. For that, records
+    are held in memory until the next `sync`. What still waits when the process ends is lost.
 
     Args:
         path: what is there is replaced, as a whole, by `records`.
@@ -27,7 +27,7 @@ class RecordFile:
         self._path, self._say = path, say
         self._waiting = list(records)
         self._size = 0  # of the whole records
-        self._unsynced: list[bytes] = []  # the last of them
+        self._unsynced: list[bytes] = []  # written since the last sync
         temporary = path.with_name(f".{path.name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -186,3 +186,5 @@ def test_the_lines_of_a_checkpoint_are_on_disk_before_it_is_seen(
             lines = [number for number, call in enumerate(before) if call == ("pwrite", file)]
             assert len(lines) == version + (file == FILES[0]), "a line a step, and a row for the start"
             assert ("fsync", file) in before[lines[-1] :]
+        events = [number for number, call in enumerate(before) if call == ("pwrite", FILES[2])]
+        assert ("fsync", FILES[2]) in before[events[-1] :], "what is not on disk is held in memory"
