@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
-from ray.exceptions import OwnerDiedError
+from ray.exceptions import ObjectFetchTimedOutError, ObjectLostError
 
 from actors.engine import Completion, Engine
 from actors.forest import Forest
@@ -205,18 +205,23 @@ class RolloutActor:
             await asyncio.to_thread(self.engine.update_weights, manifest.version, manifest.attempt, sent)
         except WeightSyncError:
             raise
-        except OwnerDiedError as error:  # the rank that had put it there is no more
+        except ObjectLostError as error:  # the rank that had put it there is no more
+            if isinstance(error, ObjectFetchTimedOutError):  # it may be there, and out of this actor's reach
+                raise self._not_loaded(manifest, sent, error) from error
             raise LearnerLostError(
                 f"weight version {manifest.version} was lost before actor {self.name} had all of it: "
                 f"{type(error).__name__}"
             ) from error
         except Exception as error:
-            raise WeightSyncError(
-                f"actor {self.name}, weight version {manifest.version}: loading failed at tensor {sent.last}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            raise self._not_loaded(manifest, sent, error) from error
         found = await self.probe(probe)
         return WeightAck(actor=self.name, version=manifest.version, attempt=manifest.attempt, probe_logprobs=found)
+
+    def _not_loaded(self, manifest: WeightManifest, sent: Progress, error: Exception) -> WeightSyncError:
+        return WeightSyncError(
+            f"actor {self.name}, weight version {manifest.version}: loading failed at tensor {sent.last}: "
+            f"{type(error).__name__}: {error}"
+        )
 
     async def close(self) -> None:
         await self.rewards.close()

@@ -26,9 +26,12 @@ from storm_processes import (
     line,
     marked,
     running,
+    saved_version,
     status,
     valid_checkpoints,
 )
+
+from rlsys.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 # Between two looks; until leftovers of a driver are orphans; for a driver to end; for a fault to find its target.
@@ -315,8 +318,13 @@ class JobStorm:
             self._kill_driver()
         code = start.process.returncode
         fault.gone_s, fault.followed, fault.took_effect = self._since(fault), f"exit code {code}", code != 0
-        if code not in (0, -number, 128 + number) and not self._over:  # 0: it had made its last step
+        ends = (0, -number if number == signal.SIGKILL else 128 + number)  # 0: it had made its last step
+        if code not in ends and not self._over:
             self.problems.append(f"{kind}: exit code {code}")
+        if code == 128 + number:
+            made, saved = read_rows(self.run_dir / "metrics.jsonl")[-1]["weights/version"], saved_version(self.run_dir)
+            if made != saved:
+                self.problems.append(f"{kind}: its last step made version {made}, its last checkpoint has {saved}")
 
     def _damage(self, draw: float) -> None:
         fault = self.faults[-1]

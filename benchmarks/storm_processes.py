@@ -88,11 +88,20 @@ def limit_files(processes: Sequence[psutil.Process], limit: int) -> None:
 
 def valid_checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints that fit their manifest, the newest last."""
+    return [path for _, path in _versions(run_dir)]
+
+
+def saved_version(run_dir: Path) -> int:
+    """The weight version of the newest of them, 0 where there is none."""
+    return max((version for version, _ in _versions(run_dir)), default=0)
+
+
+def _versions(run_dir: Path) -> list[tuple[int, Path]]:
     found = []
     for path in (run_dir / "checkpoints").glob("step_*"):
         with contextlib.suppress(CheckpointError, OSError):
             found.append((CheckpointStore.verify(path)["weight_version"], path))
-    return [path for _, path in sorted(found)]
+    return sorted(found)
 
 
 def flip_a_bit(checkpoint: Path, draw: float) -> str:

@@ -197,12 +197,10 @@ class CheckpointStore:
         if self.keep_every:
             kept |= {path for path in earlier if versions[path] % self.keep_every == 0}
         for path, version in found.items():
-            if path in kept or path.with_name(path.name + PINNED).exists():
-                continue
-            if version is None:
+            if version is None:  # pinned or not: nothing of it is lost
                 log.warning("%s cannot be read and is put aside as %s%s", path, _ASIDE, path.name)
                 os.rename(path, self.folder / f"{_ASIDE}{path.name}")
-            else:
+            elif path not in kept and not path.with_name(path.name + PINNED).exists():
                 self._remove(path)
 
     def _best(self, paths: Sequence[Path]) -> Path | None:

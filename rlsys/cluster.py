@@ -199,21 +199,26 @@ def _temporary_folder(run_dir: Path) -> Path:
     """
     remove_leftovers(run_dir)
     folder = Path(f"/tmp/rl-{uuid.uuid4().hex[:8]}")  # noqa: S108 - unpredictable name, mode 700
-    (run_dir / TEMPORARY_NOTE).write_text(str(folder), encoding="utf-8")
+    note = run_dir / TEMPORARY_NOTE
+    kept = note.read_text(encoding="utf-8") if note.exists() else ""  # what could not be removed yet
+    note.write_text(f"{kept}{folder}\n", encoding="utf-8")
     folder.mkdir(mode=0o700)
     (folder / "tmp").mkdir(mode=0o700)
     return folder
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove the scratch folder of this or a killed attempt, and rendezvous files."""
+    """Remove the scratch folders of this and of killed attempts, and rendezvous files."""
     note = run_dir / TEMPORARY_NOTE
     if note.exists():
-        folder = Path(note.read_text(encoding="utf-8"))
-        if re.fullmatch(r"/tmp/rl-[0-9a-f]{8}", str(folder)):  # noqa: S108 - nothing else is ever removed
+        text = note.read_text(encoding="utf-8")
+        found = re.findall(r"^/tmp/rl-[0-9a-f]{8}$", text, re.MULTILINE)  # nothing else is ever removed
+        for folder in found:
             shutil.rmtree(folder, ignore_errors=True)
-            if folder.exists():  # what is dying still writes there: the next call removes it
-                return
-        note.unlink()
+        left = [folder for folder in found if Path(folder).exists()]  # what is dying still writes there
+        if left:  # the next call removes them
+            note.write_text("".join(f"{folder}\n" for folder in left), encoding="utf-8")
+        else:
+            note.unlink()
     for path in run_dir.glob(f"{RENDEZVOUS}*"):
         path.unlink(missing_ok=True)

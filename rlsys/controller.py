@@ -18,7 +18,7 @@ from rlsys.buffer import Buffer
 from rlsys.checkpoint import MANIFEST, read_json
 from rlsys.config import StageName
 from rlsys.dynamic_sampling import GroupFilter, has_signal
-from rlsys.errors import InterruptedRunError, NonFiniteLossError, RlsysError
+from rlsys.errors import CheckpointError, InterruptedRunError, NonFiniteLossError, RlsysError
 from rlsys.evaluation import held_out_metrics, sample_groups
 from rlsys.failures import FailureLimit, SkippedSteps, verifier_limit
 from rlsys.faults import fault
@@ -46,6 +46,7 @@ class Controller:
         self.state = state
         self.saving = Saving(parts, state, checkpoint)
         self._config = parts.config
+        self._save_due = False
         self._stop: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         train, counters = parts.config.train, state.counters
         self._skipped = SkippedSteps(
@@ -134,11 +135,15 @@ class Controller:
         if resume:
             self.parts.data.check_extracted(read_json(resume / MANIFEST)["info"]["inputs"], resume)
         reference = self.saving.reference(self.state.stage) if stage == "online" and self._config.reference else None
-        scores = await asyncio.to_thread(self._reference_scores, stage)  # reads all weights
+        scored = needs_references(self._config, stage)
+        self.saving.anchor = await asyncio.to_thread(self._anchor, resume) if reference or scored else {}
+        scores = self._reference_scores(stage) if scored else None
         if scores and scores.missing and resume:  # the learner is to hold the policy that the stage began with
             await learner.start_stage(stage, self.saving.reference(self.state.stage), None, None)
             await self._score(scores)
+        self._check_stopped()
         await learner.start_stage(stage, self.saving.policy(), resume, reference)
+        self._check_stopped()
         if scores and scores.missing:
             await self._score(scores)
         self.parts.data.references = scores.scores if scores else None
@@ -146,15 +151,27 @@ class Controller:
             gap = await bus.calibrate()
             self.parts.display.message(f"probe gap of a fresh load {gap:.1e} nats, tolerance {bus.tolerance:.1e}")
 
-    def _reference_scores(self, stage: StageName) -> ReferenceScores | None:
-        """What the policy that a stage begins with says of the pairs of a file; None where nothing asks for it."""
-        if not needs_references(self._config, stage):
-            return None
+    def _anchor(self, resume: Path | None) -> dict[str, str]:
+        """The digest of the policy that the stage began with, which reads all weights of it.
+
+        Raises:
+            CheckpointError: it is not the one any more.
+        """
+        policy = self.saving.reference(self.state.stage)
+        found = self.saving.digest(policy)
+        # Checkpoints of older versions do not know it. At its beginning the policy has just been handed over.
+        expected = read_json(resume / MANIFEST)["info"]["inputs"].get("reference", found) if resume else found
+        if found != expected:
+            raise CheckpointError(
+                f"{policy}: expected the policy that the stage began with, sha256 {expected}, found {found}; restore "
+                "the folder, or start a new run.dir"
+            )
+        return {"reference": found}
+
+    def _reference_scores(self, stage: StageName) -> ReferenceScores:
+        """What the policy that a stage begins with says of the pairs of a file."""
         preference = self._config.objective.preference
-        key = {
-            "policy": self.parts.policy_digest(self.saving.reference(self.state.stage)),
-            "mask_prefix_dpo": preference.mask_prefix_dpo,
-        }
+        key = {"policy": self.saving.anchor["reference"], "mask_prefix_dpo": preference.mask_prefix_dpo}
         path = self.parts.run_dir / "stages" / f"{stage}.references.json"
         return ReferenceScores(path, self.parts.data.pairs(), key)
 
@@ -370,7 +387,9 @@ class Controller:
         self.parts.metrics.log(stage, self.state.step, self.state.weight_version, {**figures, **rest})
         self.parts.display.step({**figures, **rest})
         self.saving.measured(self.state.weight_version, figures)
-        if self.state.step % self._config.checkpoint.interval == 0:
+        self._save_due |= self.state.step % self._config.checkpoint.interval == 0
+        if self._save_due and not self._skipped.in_a_row:  # else a return to it would count as progress
+            self._save_due = False
             await self.saving.save(self.state, needed=False)
         if self.state.step < self._config.max_steps(stage):
             self._check_stopped()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,12 +10,17 @@ from rlsys.errors import NonFiniteLossError, NonFiniteStepsError, TooManyFailure
 from rlsys.types import TrajectoryGroup
 
 
+def causes(first: str, last: str) -> str:
+    """Why there were too many failures, as the end of a message: the first one is mostly what the others come from."""
+    return f"the first: {first}" + (f"; the last: {last}" if last != first else "")
+
+
 @dataclass(slots=True, kw_only=True)
 class FailureLimit:
     """Counts failures; above `share` of all it raises. A single one is no share yet, unless the share is 0.
 
     what: plural of what may fail, for the message; field: the config field that holds `share`.
-    failed, total, detail: counted before, where a run is resumed, and why the last of them failed.
+    failed, total: counted before, where a run is resumed.
     """
 
     what: str
@@ -22,23 +28,26 @@ class FailureLimit:
     share: float
     failed: int = 0
     total: int = 0
-    detail: str = ""
+    _details: list[str] = dataclasses.field(
+        default_factory=list
+    )  # of the first and the last that failed in this command
 
-    def add(self, *, failed: int = 0, total: int, detail: str = "") -> None:
-        """Count `failed` of `total` more; `detail`: why the last of them failed.
+    def add(self, *, total: int, failed: int = 0, details: Sequence[str] = ()) -> None:
+        """Count `failed` of `total` more; `details`: why, of some of them in order.
 
         Raises:
             TooManyFailuresError: there are more than allowed.
         """
-        self.count(failed=failed, total=total, detail=detail)
+        self.count(failed=failed, total=total, details=details)
         if failed:
             self.check()
 
-    def count(self, *, failed: int, total: int, detail: str) -> None:
+    def count(self, *, failed: int, total: int, details: Sequence[str]) -> None:
         """The same, and say nothing yet."""
         self.failed += failed
         self.total += total
-        self.detail = detail if failed else self.detail
+        known = [*self._details, *details]
+        self._details = [known[0], known[-1]] if known else []
 
     def check(self) -> None:
         """Raises TooManyFailuresError where there are more than allowed."""
@@ -46,7 +55,7 @@ class FailureLimit:
         if self.failed > allowed:
             raise TooManyFailuresError(
                 f"{self.failed} of {self.total} {self.what} failed, more than {self.field} = {self.share:g}; "
-                f"the last: {self.detail}"
+                f"{causes(*self._details)}"
             )
 
     def add_verdicts(self, groups: Sequence[TrajectoryGroup]) -> None:
@@ -56,21 +65,21 @@ class FailureLimit:
             TooManyFailuresError: more of them than allowed raised or ran out of time.
         """
         counts = [_verifications(group) for group in groups]
-        details = [detail for failed, _, detail in counts if failed]
         self.add(
             failed=sum(failed for failed, _, _ in counts),
             total=sum(total for _, total, _ in counts),
-            detail=details[-1] if details else "",
+            details=[detail for _, _, details in counts for detail in details],
         )
 
 
-def _verifications(group: TrajectoryGroup) -> tuple[int, int, str]:
-    """How many failed, how many there were, and why the last failed one did."""
+def _verifications(group: TrajectoryGroup) -> tuple[int, int, list[str]]:
+    """How many failed, how many there were, and why."""
     if group.searched:
         failed, scored = int(group.metrics["verifier_errors"]), int(group.metrics["scored"])
-        return failed, failed + scored, f"in the tree of prompt {group.prompt.prompt_id}, see the log of its actor"
+        detail = f"in the tree of prompt {group.prompt.prompt_id}, see the log of its actor"
+        return failed, failed + scored, [detail] if failed else []
     details = [trajectory.detail for trajectory in group.trajectories if not trajectory.judged]
-    return len(details), len(group.trajectories), details[-1] if details else ""
+    return len(details), len(group.trajectories), details
 
 
 def verifier_limit(share: float, failed: int = 0, total: int = 0) -> FailureLimit:
@@ -88,11 +97,12 @@ class SkippedSteps:
 
     limit: int
     total: int = 0
-    _in_a_row: int = 0
+    in_a_row: int = 0
+    _first: str = ""  # of those in a row
 
     def made(self) -> None:
         """A step was made."""
-        self._in_a_row = 0
+        self.in_a_row = 0
 
     def skip(self, error: NonFiniteLossError) -> None:
         """Count one.
@@ -101,9 +111,10 @@ class SkippedSteps:
             NonFiniteStepsError: there are too many in a row.
         """
         self.total += 1
-        self._in_a_row += 1
-        if self._in_a_row > self.limit:
+        self.in_a_row += 1
+        self._first = error.message if self.in_a_row == 1 else self._first
+        if self.in_a_row > self.limit:
             raise NonFiniteStepsError(
-                f"{self._in_a_row} training steps in a row were not finite, more than learner.max_skipped_steps = "
-                f"{self.limit}; the last: {error.message}"
+                f"{self.in_a_row} training steps in a row were not finite, more than learner.max_skipped_steps = "
+                f"{self.limit}; {causes(self._first, error.message)}"
             )

@@ -28,6 +28,7 @@ from rlsys.errors import (
     WeightSyncError,
     WriterLostError,
 )
+from rlsys.failures import causes
 from rlsys.members import WATCH_INTERVAL_S, ActorHandle, ActorState, Member, Silence, WatchedHandle
 from rlsys.trees import SearchUsage, Tree, TreeFailure, Writer
 from rlsys.types import (
@@ -183,7 +184,7 @@ class Fleet:
             return None
 
     async def _issue(self, preferred: int, what: str, work: Callable[[ActorHandle], Awaitable[Result]]) -> Result:
-        lost = 0
+        lost: list[str] = []  # why, where an actor was
         while True:
             member = await self._serving(preferred)
             try:
@@ -191,10 +192,10 @@ class Fleet:
                 await self._settled(member)
                 return found
             except _LostError:
-                lost += 1
-                if lost == MAX_LOST_BY_ONE_CALL and member.cause:
+                lost.append(member.cause.message if member.cause else "")
+                if len(lost) == MAX_LOST_BY_ONE_CALL:
                     raise TooManyFailuresError(
-                        f"{what}: {lost} actors that were asked for it were lost; the last: {member.cause.message}"
+                        f"{what}: {len(lost)} actors that were asked for it were lost; {causes(lost[0], lost[-1])}"
                     ) from None
 
     async def _serving(self, preferred: int) -> Member:
@@ -358,7 +359,7 @@ class Fleet:
             return False
         first, count = self._losses[0][1], len(self._losses)
         text = f"{count} actors were lost within an hour, more than actors.max_restarts = {self._max_restarts}"
-        text += f"; the first: {first.message}; the last: {cause.message}"
+        text += f"; {causes(first.message, cause.message)}"
         self._fail(TooManyFailuresError(text) if self._max_restarts else cause)
         return True
 
@@ -369,8 +370,8 @@ class Fleet:
             await self._call(member, member.handle.start())
         except _LostError:
             return
-        except RlsysError as error:
-            self._fail(error)
+        except RlsysError as error:  # the first one did start: what it lacks may come back, within the same limit
+            self._lose(member, error)
             return
         member.state = ActorState.STALE
         member.silence.begin()

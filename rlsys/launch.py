@@ -45,7 +45,9 @@ from rlsys.errors import (
     InterruptedRunError,
     LearnerLostError,
     NonFiniteStepsError,
+    RlsysError,
 )
+from rlsys.failures import causes
 from rlsys.faults import fault
 from rlsys.fleet import Fleet
 from rlsys.inputs import Inputs
@@ -217,47 +219,74 @@ def naming_logs(folder: Path) -> Iterator[None]:
 
 
 async def _train(cluster: Cluster, session: Session) -> None:
-    config, run_dir, start, inputs = session.config, session.run_dir, session.start, session.inputs
-    display = session.display
+    config, start, inputs, display = session.config, session.start, session.inputs, session.display
     serving = start.checkpoint / "policy" if start.checkpoint else session.model
     for note in inputs.notes:
         display.message(note)
     display.message(start.describe())
-    async with rollout_pool(cluster, serving, session.searching, session.model, display.message) as pool:
+    bus: WeightBus | None = None
+
+    def again() -> Path:
+        """Until the calibration all actors hold the same policy; afterwards its checkpoint may be removed."""
+        return session.model if bus and bus.calibrated else serving
+
+    async with rollout_pool(cluster, serving, session.searching, again, display.message) as pool:
         first = len(actor_bundles(config) + beside_bundles(config, _beside(session.searching)))
         learner = RayLearner(lambda attempt: learner_handles(cluster, inputs.pad_token_id, first, attempt), config)
         bus = WeightBus(learner, pool, config.weight_sync, _dtype(config), inputs.probe())
         asked: list[str] = []  # signals
-        lost = not_finite = 0
+        lost: list[LearnerLostError] = []  # since the newest checkpoint
         fault("driver.up")
         while True:
             try:
                 await _run(session, start, pool, learner, bus, asked)
                 return
             except LearnerLostError as error:
-                before, start = start, await asyncio.to_thread(find_again, config, run_dir, session.store)
+                before, start = start, await asyncio.to_thread(_start_again, error, session)
                 if start.state.weight_version > before.state.weight_version:  # it has made progress in between
-                    lost = not_finite = 0
-                lost, not_finite = lost + 1, not_finite + isinstance(error, NonFiniteStepsError)
-                if asked:
-                    saved = f"weight version {start.state.weight_version}" if start.checkpoint else "nothing"
-                    what = f"the learner was lost as well: {error.message}; {saved} is saved"
-                    raise InterruptedRunError(asked[-1] + report.interrupted(config, what)) from None
-                if lost > config.learner.max_restarts or not_finite > 1:
-                    raise _given_up(error, lost, config) from None
+                    lost.clear()
+                lost.append(error)
+                _check_interrupted(asked, error, start, config)
+                not_finite = sum(isinstance(each, NonFiniteStepsError) for each in lost)
+                if len(lost) > config.learner.max_restarts or not_finite > 1:
+                    raise _given_up(lost, not_finite > 1, config) from None
                 display.message(f"the learner is lost and started again: {error.message}; {start.describe()}")
                 await asyncio.gather(pool.withdraw(), learner.restart())
                 await asyncio.to_thread(session.store.sweep)  # a rank may have written on after its save was given up
                 bus.forget()
+                _check_interrupted(asked, error, start, config)
 
 
-def _given_up(error: LearnerLostError, lost: int, config: Config) -> LearnerLostError:
-    if lost == 1:
-        return error
-    if isinstance(error, NonFiniteStepsError):
-        return NonFiniteStepsError(f"{error.message}; that was so before a return to the newest checkpoint, too")
+def _start_again(error: LearnerLostError, session: Session) -> Start:
+    try:
+        return find_again(session.config, session.run_dir, session.store)
+    except RlsysError as problem:  # with what it came from
+        raise type(problem)(f"{problem.message}; looked for it because {error.message}") from error
+
+
+def _check_interrupted(asked: Sequence[str], error: LearnerLostError, start: Start, config: Config) -> None:
+    """Raises InterruptedRunError where a signal asked for an end: nothing is left to save without a learner."""
+    if asked:
+        saved = f"weight version {start.state.weight_version}" if start.checkpoint else "nothing"
+        what = f"the learner was lost as well: {error.message}; {saved} is saved"
+        raise InterruptedRunError(asked[-1] + report.interrupted(config, what)) from None
+
+
+def _given_up(lost: Sequence[LearnerLostError], returned: bool, config: Config) -> LearnerLostError:
+    """The error of a learner that is not started again.
+
+    Args:
+        lost: how it was lost since the newest checkpoint.
+        returned: whether steps were not finite before a return to it, too.
+    """
+    last = lost[-1]
+    if len(lost) == 1:
+        return last
+    if returned:
+        return NonFiniteStepsError(f"{last.message}; that was so before a return to the newest checkpoint, too")
     limit = f"learner.max_restarts = {config.learner.max_restarts}"
-    return type(error)(f"{error.message}; the learner was lost {lost} times without a checkpoint in between ({limit})")
+    times = f"the learner was lost {len(lost)} times without a checkpoint in between ({limit})"
+    return type(last)(f"{times}; {causes(lost[0].message, last.message)}")
 
 
 async def _run(
@@ -329,15 +358,15 @@ async def rollout_pool(
     cluster: Cluster,
     model: Path,
     searching: Searching | None = None,
-    again: Path | None = None,
+    again: Callable[[], Path] | None = None,
     say: Callable[[str], None] = lambda _text: None,
 ) -> AsyncIterator[Fleet]:
     """Start the rollout actors on a model folder, and the engines beside them; close them in the end.
 
     Args:
         searching: None where they are never asked to search.
-        again: a model folder of the same kind that stays, for actors that are replaced when `model` is gone; they get
-            the current weights before they serve.
+        again: the model folder of a replaced actor, where it is not the same; asked for each. It gets the current
+            weights before it serves.
         say: is told of lost actors.
     """
     config = cluster.config
@@ -348,7 +377,7 @@ async def rollout_pool(
         settings = ActorSettings(
             name=f"{number}",
             attempt=attempt,
-            model_path=model if model.is_dir() or again is None else again,
+            model_path=again() if again and attempt else model,
             device=config.run.device,
             seed=config.run.seed,
             actors=config.actors,

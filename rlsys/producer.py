@@ -115,7 +115,7 @@ class Producer:
     def _replace(self, index: int, unused: TrajectoryGroup | RolloutFailure) -> Issued:
         if isinstance(unused, RolloutFailure):
             self._filtering.add_failure(unused)
-            self._failures.add(failed=1, total=1, detail=unused.reason)
+            self._failures.add(failed=1, total=1, details=[unused.reason])
         else:
             self._filtering.add(unused)
         replacement = self._stream.take()

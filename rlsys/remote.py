@@ -162,12 +162,13 @@ class RayLearner:
         await self._all("start_stage", stage_settings(self._config, stage), policy, resume, reference)
 
     async def train(self, batch: TrainingBatch, step: int, version: int) -> Mapping[str, float]:
-        shared = ray.put(batch)  # one copy for all ranks
+        shared = await asyncio.to_thread(ray.put, batch)  # one copy for all ranks; an object store may take its time
         figures: Mapping[str, float] = (await self._all("train", shared, step, version, moving=True))[0]
         return figures
 
     async def score_pairs(self, pairs: Sequence[Preference]) -> Sequence[tuple[float, float]]:
-        found: list[tuple[float, float]] = (await self._all("score_pairs", ray.put(list(pairs))))[0]
+        shared = await asyncio.to_thread(ray.put, list(pairs))
+        found: list[tuple[float, float]] = (await self._all("score_pairs", shared))[0]
         return found
 
     async def export(

@@ -14,8 +14,10 @@ from typing import Any
 from rlsys.checkpoint import state_to_json, write_json
 from rlsys.config import Config, StageName
 from rlsys.errors import CheckpointError, ConfigError
+from rlsys.failures import causes
 from rlsys.metrics import METRICS
 from rlsys.parts import Parts
+from rlsys.record_file import fsync
 from rlsys.types import RunState
 
 
@@ -37,15 +39,18 @@ class Saving:
     checkpoint.max_failed_saves of them in a row.
 
     checkpoint: the newest one; failed: saves that failed since this command began; seconds: of the last save, until
-    `take_seconds`.
+    `take_seconds`; anchor: by the name "reference" the digest of the policy that the stage began with, where its loss
+    refers to that.
     """
 
     def __init__(self, parts: Parts, state: RunState, checkpoint: Path | None) -> None:
         self.checkpoint = checkpoint
         self.failed = 0
+        self.anchor: Mapping[str, str] = {}
         self._parts = parts
         self._saved_version = state.weight_version if checkpoint else -1
         self._failed_in_a_row = 0
+        self._first = ""  # why the first of those failed
         self._seconds = 0.0
         self._score: tuple[int, float] | None = None
 
@@ -78,13 +83,14 @@ class Saving:
     def _survive(self, error: CheckpointError, needed: bool) -> None:
         self.failed += 1
         self._failed_in_a_row += 1
+        self._first = error.message if self._failed_in_a_row == 1 else self._first
         limit = self._parts.config.checkpoint.max_failed_saves
         if needed:
             raise error
         if self._failed_in_a_row > limit:
             raise CheckpointError(
                 f"{self._failed_in_a_row} saves in a row failed, more than checkpoint.max_failed_saves = {limit}; "
-                f"the last: {error.message}"
+                f"{causes(self._first, error.message)}"
             )
         last = self.checkpoint.name if self.checkpoint else "none, training so far would be lost"
         self._parts.display.message(f"SAVE FAILED, training goes on: {error.message}; the newest checkpoint: {last}")
@@ -108,7 +114,7 @@ class Saving:
         info: dict[str, Any] = {
             "weight_version": state.weight_version,
             "stage": parts.config.stages[state.stage],
-            "inputs": {**parts.fingerprint, **parts.data.extracted()},
+            "inputs": {**parts.fingerprint, **parts.data.extracted(), **self.anchor},
         }
         metric = parts.config.checkpoint.best_metric
         if self._score and self._score[0] == state.weight_version:
@@ -137,7 +143,10 @@ class Saving:
             temporary.mkdir(parents=True)
             for path in sorted((self.checkpoint / "policy").iterdir()):
                 _link(path, temporary / path.name)
+                fsync(temporary / path.name)
+            fsync(temporary)
             temporary.rename(target)
+            fsync(target.parent)
         except OSError as error:
             raise CheckpointError(
                 f"{target} could not be written: {error}; free disk space, or check the folder of run.dir. "
@@ -156,6 +165,13 @@ class Saving:
         """The policy that a stage, by index, began with: what the stage before handed over, or the initial one."""
         before = [name for name in self._parts.config.stages[:stage] if name != "search"]
         return self.handed(before[-1]) if before else self._parts.model
+
+    def digest(self, policy: Path) -> str:
+        """Raises CheckpointError where the folder of a policy cannot be read."""
+        try:
+            return self._parts.policy_digest(policy)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{policy}: the policy cannot be read: {error}; restore the folder") from error
 
 
 def _link(path: Path, target: Path) -> None:

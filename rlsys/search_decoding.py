@@ -106,7 +106,7 @@ async def grow_trees(pool: SearchPool, prompts: Sequence[Prompt], config: Config
     verdicts = [node.verdict for tree in trees if isinstance(tree, Tree) for node in tree.nodes if node.verdict]
     failed = [verdict for verdict in verdicts if verdict.outcome in ("error", "timeout")]
     verifier_limit(config.train.max_verifier_failures).add(
-        failed=len(failed), total=len(verdicts), detail=failed[-1].detail if failed else ""
+        failed=len(failed), total=len(verdicts), details=[verdict.detail for verdict in failed]
     )
     return trees
 

@@ -177,11 +177,11 @@ class Search:
     def _count(self, number: int, tree: Tree | TreeFailure) -> None:
         self.trees.add(number, tree)
         if isinstance(tree, TreeFailure):
-            self._failed_trees.count(failed=1, total=0, detail=f"{tree.prompt_id}: {tree.reason}")
+            self._failed_trees.count(failed=1, total=0, details=[f"{tree.prompt_id}: {tree.reason}"])
             return
         verdicts = [node.verdict for node in tree.nodes if node.verdict is not None]
         failed = [f"{tree.prompt_id}: {v.detail}" for v in verdicts if v.outcome in ("error", "timeout")]
-        self._failed_verdicts.count(failed=len(failed), total=len(verdicts), detail=failed[-1] if failed else "")
+        self._failed_verdicts.count(failed=len(failed), total=len(verdicts), details=failed)
 
 
 def open_trees(config: Config, folder: Path, prompts: Sequence[Prompt], inputs: Mapping[str, str]) -> Search:

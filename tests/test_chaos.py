@@ -251,11 +251,11 @@ from pathlib import Path
 folder = Path(sys.argv[1])
 number = int(os.environ["RLSYS_CHAOS_MARK"].rsplit(".", 1)[1])
 do = sys.argv[2 + number]
-if do == "done":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+if do in ("done", "saved", "unsaved"):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0 if do == "done" else 143))
 print(f"the {number}th", flush=True)
 with (folder / "metrics.jsonl").open("a") as rows:
-    rows.write(json.dumps({"stage": "online", "step": number + 1}) + "\\n")
+    rows.write(json.dumps({"stage": "online", "step": number + 1, "weights/version": int(do == "unsaved")}) + "\\n")
 if do.startswith(("fail", "late")):
     time.sleep(1)
 if do.startswith("fail"):
@@ -264,7 +264,7 @@ if do.startswith("fail"):
 if do == "fail":
     with (folder / "metrics.jsonl").open("a") as rows:
         rows.write(json.dumps({"stage": "online", "step": number + 100}) + "\\n")
-if do in ("done", "fail", "wait"):
+if do in ("done", "fail", "wait", "saved", "unsaved"):
     time.sleep(60)
 print("its last word", flush=True)
 sys.exit(int(do.split()[-1]))
@@ -303,11 +303,20 @@ def weather(modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_driver_that_is_ended_is_started_again_until_it_ends_by_0(weather: Any) -> None:
-    job = weather("wait", "wait", "0", kinds=("SIGKILL driver", "SIGTERM driver"))
+    job = weather("wait", "saved", "0", kinds=("SIGKILL driver", "SIGTERM driver"))
     assert job.finished and not job.problems and not job.unasked and len(job.starts) == 3
-    assert [fault.followed for fault in job.faults] == ["exit code -9", "exit code -15"]
+    assert [fault.followed for fault in job.faults] == ["exit code -9", "exit code 143"]
     assert all(fault.next_step_s is not None and fault.gone_s is not None for fault in job.faults)
     assert job.orphans == []
+
+
+@pytest.mark.parametrize(
+    ("does", "problem"),
+    [("wait", "exit code -15"), ("unsaved", "its last step made version 1, its last checkpoint has 0")],
+)
+def test_a_driver_that_is_told_to_stop_saves_first(weather: Any, does: str, problem: str) -> None:
+    job = weather(does, "0", kinds=("SIGTERM driver",))
+    assert job.finished and job.problems == [f"SIGTERM driver: {problem}"]
 
 
 def test_an_end_that_nobody_asked_for_is_named_and_survived(weather: Any) -> None:
@@ -404,7 +413,7 @@ def test_a_verifier_has_the_same_time_to_end_as_the_rest(
 # --- the whole command ---
 
 JOB = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 from rlsys.checkpoint import CheckpointStore
 folder, weights, do = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
@@ -422,6 +431,7 @@ store.commit(temporary, "step_000002", {"weight_version": 2})
 if "litter" in do:
     (folder / "checkpoints" / ".tmp-x").mkdir(exist_ok=True)
 (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))  # now it may be ended
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 time.sleep(60 if "wait" in do and os.environ["RLSYS_CHAOS_MARK"].endswith(".0") else 0)
 """
 
@@ -474,7 +484,7 @@ def test_the_command_compares_a_job_with_its_undisturbed_run(chaos: Any) -> None
     code, page, result = chaos("same", "wait")
     assert code == 0, page
     assert [fault["kind"] for fault in result["faults"]] == ["SIGTERM driver"]
-    assert any("the driver ended: exit code -15" in what for _, what in result["timeline"])
+    assert any("the driver ended: exit code 143" in what for _, what in result["timeline"])
     job = result["jobs"][0]
     assert (job["starts"], job["steps"], job["prompts"], job["prompts_lost"], job["step_s"]) == (2, 2, 4, 0, 1.0)
     assert "## The quickstart in a storm of faults" in page and f"sha256 {job['sha256']}" in page

@@ -283,7 +283,7 @@ def test_an_end_that_fails_leaves_nothing_behind(broken: str, tmp_path: Path, mo
     left: list[psutil.Process] = []
     with pytest.raises(ValueError, match="Ray is not there"), launch.ray_cluster(config(), tmp_path, [{"CPU": 1.0}]):
         left.append(psutil.Popen(["sleep", "60"]))
-        folder = Path((tmp_path / cluster.TEMPORARY_NOTE).read_text())
+        folder = Path((tmp_path / cluster.TEMPORARY_NOTE).read_text().strip())
         assert folder.is_dir()
     if broken == "shutdown":
         assert not left[0].is_running()

@@ -420,6 +420,21 @@ def test_more_losses_than_allowed_end_the_run_and_the_calls_that_wait() -> None:
     run(test)
 
 
+def test_a_replacement_that_cannot_start_is_one_more_loss() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet(count=1) as found:
+
+            async def starting(process: Process) -> None:
+                process.error = ConfigError("the folder cannot be read now") if process.attempt == 1 else None
+
+            world.starting = starting  # type: ignore[method-assign]
+            world.processes[0].kill()
+            assert await found.generate(0, [prompt("a")], SETTINGS) == [("a", 0, 2)]
+            assert found.restarts == 2
+
+    run(test)
+
+
 def test_without_restarts_the_first_loss_is_the_error() -> None:
     async def test(world: World) -> None:
         async with world.fleet(max_restarts=0) as found:
@@ -723,7 +738,7 @@ def test_a_call_that_breaks_every_actor_ends_the_run_and_names_its_prompts() -> 
             for process in world.processes:
                 process.generate = broken  # type: ignore[method-assign]
             with pytest.raises(
-                TooManyFailuresError, match=r"prompts bad: 5 actors .* were lost; the last: KeyError: 7"
+                TooManyFailuresError, match=r"prompts bad: 5 actors .* were lost; the first: KeyError: 7"
             ):
                 await found.generate(0, [prompt("bad")], SETTINGS)
 
@@ -756,16 +771,16 @@ def test_nothing_is_started_while_the_fleet_closes() -> None:
     run(test)
 
 
-def test_a_replacement_that_cannot_be_configured_ends_the_run() -> None:
+def test_replacements_that_cannot_be_configured_end_the_run() -> None:
     async def test(world: World) -> None:
-        async with world.fleet(count=1) as found:
+        async with world.fleet(count=1, max_restarts=2) as found:
 
             async def starting(process: Process) -> None:
                 raise ConfigError("model.path is gone")
 
             world.starting = starting  # type: ignore[method-assign]
             world.processes[0].kill()
-            with pytest.raises(ConfigError, match="model.path is gone"):
+            with pytest.raises(TooManyFailuresError, match=r"3 actors .*the first: .* killed; the last: model.path is"):
                 await found.generate(0, [prompt("a")], SETTINGS)
 
     run(test)

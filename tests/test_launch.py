@@ -22,7 +22,14 @@ from rlsys import cluster as cluster_module
 from rlsys import launch
 from rlsys.config import Config
 from rlsys.config_file import parse_config
-from rlsys.errors import AbortedRunError, EngineError, InterruptedRunError, LearnerLostError, NonFiniteStepsError
+from rlsys.errors import (
+    AbortedRunError,
+    CheckpointError,
+    EngineError,
+    InterruptedRunError,
+    LearnerLostError,
+    NonFiniteStepsError,
+)
 from rlsys.search_engines import ModelEngines, Searching, engine_settings, given_models
 from rlsys.stop_signals import StopSignals
 
@@ -152,7 +159,7 @@ def test_a_replaced_actor_loads_a_folder_that_is_still_there(tmp_path: Path, mon
     monkeypatch.setattr(launch, "Fleet", Replacing)
 
     async def start() -> None:
-        async with launch.rollout_pool(cluster, policy, again=tmp_path):
+        async with launch.rollout_pool(cluster, policy, again=lambda: tmp_path):
             pass
 
     asyncio.run(start())
@@ -299,12 +306,15 @@ class Recovery:
         self.versions: list[int] = []
         self.asked: list[str] = []
         self.said: list[str] = []
-        actions = SimpleNamespace(
+        self.pools: list[Any] = []
+        self.lists: list[list[str]] = []
+        actions = self.actions = SimpleNamespace(
             restart=self.act("restart"), withdraw=self.act("withdraw"), forget=lambda: self.done.append("forget")
         )
 
         @contextlib.asynccontextmanager
-        async def pool(*_arguments: Any):
+        async def pool(*arguments: Any):
+            self.pools.append(arguments)
             yield actions
 
         def again(*_arguments: Any) -> Any:
@@ -314,6 +324,7 @@ class Recovery:
 
         async def run(*arguments: Any) -> None:
             self.done.append("run")
+            self.lists.append(arguments[-1])
             arguments[-1].extend(self.asked)
             if error := self.errors.pop(0):
                 raise error
@@ -354,8 +365,12 @@ def test_a_lost_learner_is_started_again_as_often_as_allowed(monkeypatch: pytest
     lost = [LearnerLostError("rank 1 died"), LearnerLostError("rank 0 died")]
     assert Recovery(monkeypatch, [*lost, None], max_restarts=2)() == [*AGAIN, *AGAIN, "run"]
     recovery = Recovery(monkeypatch, [*lost, None], max_restarts=1)
-    with pytest.raises(LearnerLostError, match=r"rank 0 died; .* lost 2 times .* \(learner.max_restarts = 1\)"):
+    with pytest.raises(LearnerLostError) as caught:
         recovery()
+    assert caught.value.message == (
+        "the learner was lost 2 times without a checkpoint in between (learner.max_restarts = 1); the first: rank 1 "
+        "died; the last: rank 0 died"
+    )
     assert recovery.done == [*AGAIN, "run"]
 
 
@@ -365,6 +380,55 @@ def test_steps_that_are_not_finite_take_the_run_back_once(monkeypatch: pytest.Mo
     with pytest.raises(NonFiniteStepsError, match="^4 more; that was so before a return"):
         recovery()
     assert recovery.done == [*AGAIN, *AGAIN, "run"]
+
+
+def test_bad_steps_after_the_last_restart_are_not_said_to_have_been_there_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recovery = Recovery(monkeypatch, [LearnerLostError("rank 1 died"), NonFiniteStepsError("4 steps")], max_restarts=1)
+    with pytest.raises(NonFiniteStepsError, match=r"lost 2 times .*max_restarts = 1\); the first: rank 1 .*4 steps$"):
+        recovery()
+
+
+def test_without_a_valid_checkpoint_the_error_says_what_it_was_needed_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    recovery = Recovery(monkeypatch, [LearnerLostError("rank 1 died")])
+
+    def none(*_arguments: Any) -> Any:
+        raise CheckpointError("none of the 2 checkpoints is valid")
+
+    monkeypatch.setattr(launch, "find_again", none)
+    with pytest.raises(CheckpointError, match="none of the 2 .* is valid; looked for it because rank 1 died"):
+        recovery()
+
+
+def test_a_signal_while_the_learner_is_started_again_ends_the_run_before_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recovery = Recovery(monkeypatch, [LearnerLostError("rank 1 died"), None])
+    recovery.versions = [40]
+    forget = recovery.actions.forget
+
+    def told() -> None:  # in the list that the first attempt was given
+        forget()
+        recovery.lists[0].append("SIGTERM")
+
+    recovery.actions.forget = told
+    with pytest.raises(InterruptedRunError, match="^SIGTERM; .*weight version 40 is saved, the same command continues"):
+        recovery()
+    assert recovery.done == AGAIN
+
+
+def test_a_replaced_actor_loads_what_stays_once_actors_and_learner_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recovery = Recovery(monkeypatch, [None])
+    recovery.session.start.checkpoint = Path("checkpoint")
+    recovery.actions.calibrated = False
+    assert recovery() == ["run"]
+    _, serving, _, again, _ = recovery.pools[0]
+    assert serving == again() == Path("checkpoint/policy")
+    recovery.actions.calibrated = True  # from then on training may remove the checkpoint
+    assert again() == Path("m")
 
 
 def test_a_checkpoint_between_two_losses_begins_the_count_again(monkeypatch: pytest.MonkeyPatch) -> None:

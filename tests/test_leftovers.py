@@ -35,11 +35,27 @@ def test_the_scratch_folder_of_the_dead_attempt_goes_and_that_of_others_stays(
     own = cluster._temporary_folder(tmp_path)
     try:
         assert not dead.exists() and (alive / "tmp" / "socket").exists() and own.is_dir()
-        assert (tmp_path / cluster.TEMPORARY_NOTE).read_text() == str(own)
+        assert (tmp_path / cluster.TEMPORARY_NOTE).read_text() == f"{own}\n"
         assert {path.name for path in tmp_path.iterdir()} == {cluster.TEMPORARY_NOTE, "metrics.jsonl"}
     finally:
         cluster.remove_leftovers(tmp_path)
     assert not own.exists() and (alive / "tmp" / "socket").exists()
+
+
+def test_a_scratch_folder_that_cannot_be_removed_yet_is_not_forgotten(
+    scratch: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, other = scratch
+    note = tmp_path / cluster.TEMPORARY_NOTE
+    note.write_text(f"{busy}\n{other}\n")
+    with monkeypatch.context() as patch:
+        rmtree = shutil.rmtree
+        patch.setattr(shutil, "rmtree", lambda path, **options: path == str(busy) or rmtree(path, **options))
+        own = cluster._temporary_folder(tmp_path)
+    assert busy.exists() and not other.exists()
+    assert note.read_text() == f"{busy}\n{own}\n"
+    cluster.remove_leftovers(tmp_path)
+    assert not busy.exists() and not own.exists() and not note.exists()
 
 
 @pytest.mark.parametrize("note", ["{tmp}/precious", "/tmp/rl-0123456g", "/tmp/rl-01234567/../{name}", "{tmp}", "/", ""])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from fake_runs import KINDS, Run, config
 
-from rlsys.errors import ConfigError, DataError, InterruptedRunError, NonFiniteLossError
+from rlsys.errors import CheckpointError, ConfigError, DataError, InterruptedRunError, NonFiniteLossError
 from rlsys.metrics import read_rows
 from rlsys.parts import Parts
 from rlsys.setup import weights_digest
@@ -166,10 +167,26 @@ def test_another_reference_policy_has_other_scores(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_text("initial")
     interrupted(tmp_path, settings, 2)
+    shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "model" / "model.safetensors").write_text("another")
     run = Run(tmp_path, settings)()
     assert run.only("start_stage")[0] == ("start_stage", "preference", run.model, None, None)
     assert run.only("score") == SCORED
+
+
+@pytest.mark.parametrize("stage", ["preference", "online"])
+def test_a_policy_that_a_stage_refers_to_and_that_has_changed_is_refused(tmp_path: Path, stage: str) -> None:
+    sections = files(tmp_path) if stage == "preference" else {"objective": {"kl": {"weight": 0.1}}}
+    settings = config(stages=["warm_start", stage], **sections)
+    interrupted(tmp_path, settings, 3)  # the warm start makes version 2
+    handed = tmp_path / "stages" / "warm_start" / "model.safetensors"
+    content = handed.read_bytes()
+    handed.unlink()  # a hard link into a checkpoint
+    handed.write_bytes(content + b"!")
+    with pytest.raises(CheckpointError, match="warm_start: expected the policy that the stage began with, sha256 "):
+        Run(tmp_path, settings)()
+    handed.write_bytes(content)
+    assert Run(tmp_path, settings)().rows()[-1][0] == stage
 
 
 def test_runs_tell_reference_policies_apart_by_all_their_weights() -> None:

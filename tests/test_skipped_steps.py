@@ -75,9 +75,10 @@ def test_too_many_in_a_row_give_the_learner_up(stage: str, tmp_path: Path) -> No
     steps = {"warm_start": {"max_steps": 9, "rows_per_step": 2}} if stage == "warm_start" else {}
     run = Run(tmp_path, config(stages=[stage], checkpoint={"interval": 1}, learner={"max_skipped_steps": 2}, **steps))
     run.learner.on_train = spoilt(run, {2, 3, 4})
-    with pytest.raises(NonFiniteStepsError, match=r"3 .*learner.max_skipped_steps = 2; the last: joint loss is nan"):
+    with pytest.raises(NonFiniteStepsError, match=r"3 .*learner.max_skipped_steps = 2; the first: joint loss is nan"):
         run()
     assert run.rows()[-1] == ((stage, 1) if stage == "online" else (stage, 3))
+    assert run.only("save") == [("save", 1)], "a return to a skipped step would count as progress"
     assert not (tmp_path / "stages").exists()
 
 
@@ -86,6 +87,16 @@ def test_a_good_step_between_bad_ones_begins_the_count_again(tmp_path: Path) -> 
     run.learner.on_train = spoilt(run, {1, 3, 5})
     run()
     assert run.only("train") == [("train", 1), ("train", 1), ("train", 2), ("train", 2), ("train", 3), ("train", 3)]
+
+
+def test_a_save_that_is_due_at_a_skipped_step_comes_after_the_next_good_one(tmp_path: Path) -> None:
+    settings = config(
+        stages=["warm_start"], warm_start={"max_steps": 9, "rows_per_step": 2}, checkpoint={"interval": 3}
+    )
+    run = Run(tmp_path, settings)
+    run.learner.on_train = spoilt(run, {2, 3})
+    run()
+    assert run.only("save") == [("save", 4), ("save", 6), ("save", 9)]
 
 
 def rows(run: Run) -> list[dict[str, float]]:

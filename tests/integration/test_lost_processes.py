@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -172,6 +173,43 @@ def test_a_run_that_loses_its_learner_three_times_ends_where_an_undisturbed_one_
             )
         )
         print(row.fault, known - entry["time"], again - entry["time"], newest - saved)
+
+
+def test_ranks_that_die_while_an_actor_takes_their_weights(
+    start: Callable[..., Command], finished_run: FinishedRun, tmp_path: Path
+) -> None:
+    """The actor is stopped between two buckets, the ranks that hold the others are killed, and it goes on."""
+    row = begin(
+        fault="learner killed while an actor takes its weights",
+        promise="all ranks start again from the newest checkpoint; the run ends with the same bytes",
+        injection="SIGSTOP of the actor within a publish, SIGKILL of all ranks, SIGCONT",
+    )
+    run, log = tmp_path / "run", tmp_path / "faults.jsonl"
+    config = write_config(tmp_path, {**TINY, "weight_sync": {"bucket_mib": 0.05}})
+    point = "publish.bucket@role=actor,number=1,version=67,hit=1:stop"
+    with row_times(run) as versions:
+        command = start("train", config, environment={"RLSYS_FAULTS": point, "RLSYS_FAULTS_LOG": str(log)})
+        while not (acted := faults_in(log)):
+            assert command.running, command.stdout + command.stderr
+            time.sleep(0.05)
+        ranks = [process for process in marked(command.mark) if "LearnerActor" in " ".join(process.cmdline())]
+        assert len(ranks) == 2
+        killed = time.monotonic()
+        for rank in ranks:
+            rank.kill()
+        time.sleep(1.0)  # for Ray to know
+        os.kill(acted[0]["pid"], signal.SIGCONT)
+        command.finish().assert_gone(within_s=5)
+    known, line = command.said("the learner is lost", after=killed)
+    assert "step_000065 (weight version 65)" in line
+    again = next(at for at, version in versions if at > known and version > 65)
+    assert steady_rows(run) == steady_rows(finished_run.dir)
+    assert digests(run) == digests(finished_run.dir)
+    lost, twice = lost_and_twice(run)
+    assert (lost, twice) == (0, 0)
+    figures = {"detection_s": known - killed, "recovery_s": again - killed, "steps_lost": 1, "processes_left": 0}
+    record(replace(row, passed=1, prompts_lost=lost, trained_twice=twice, **figures))
+    print(line, figures)
 
 
 TIMEOUT_S = 16  # within which a verifier that is stopped gets an answer: a step takes a second or two
