@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from real_runs import TINY, Command, FinishedRun, commands, write_config
+from real_runs import TINY, Command, FinishedRun, commands, wait_for_row, write_config
+from watched_runs import AUDIT, PICKLES, Canary, Watched, files_with, look, new_secrets, planted
 
 from rlsys import cli
+from rlsys.config_file import load_config
+from rlsys.setup import prepare_model
 
 
 @pytest.fixture
@@ -20,16 +26,43 @@ def start() -> Iterator[Callable[..., Command]]:
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FinishedRun]:
-    """The tiny config from the start to the end, undisturbed."""
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """The tiny config from the start to the end, undisturbed, beside planted secrets and pickles, looked at once."""
     folder = tmp_path_factory.mktemp("finished")
-    config = write_config(folder, TINY)
+    config, run_dir, unpickled, log = write_config(folder, TINY), folder / "run", folder / "unpickled", folder / "log"
+    pickles = [prepare_model(load_config(config), run_dir) / name for name in PICKLES]  # the run finds its model made
+    for path in pickles:
+        path.write_bytes(pickle.dumps(Canary(unpickled)))
+    for path in (run_dir, *run_dir.rglob("*")):  # as if the run itself had made it
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    log.touch()
+    (folder / "path").mkdir()
+    (folder / "path" / "sitecustomize.py").write_text(AUDIT.format(log=str(log)))
+    python_path = os.pathsep.join(filter(None, (str(folder / "path"), os.environ.get("PYTHONPATH"))))
+    secrets, umask = new_secrets(), os.umask(0o022)
     with commands() as begin:
-        command = begin("train", config).finish()
+        command = begin("train", config, environment={**planted(secrets), "PYTHONPATH": python_path})
+        os.umask(umask)
+        wait_for_row(command, run_dir, "online", 1)
+        seen = look(command)
+        (ray,) = command.seen.ray_folders
+        tokens = [token for process in seen if (token := process.environment.get("RAY_AUTH_TOKEN"))]
+        hits, files = files_with(Path(ray), [*secrets.values(), *tokens])
+        # Ray opens what it makes to everybody, so that what counts is who can reach it.
+        open_ray = [ray] if Path(ray).stat().st_mode & 0o077 else []
+        command.finish()
+        assert [path for path in pickles if not path.exists()] == []  # the model was not made again
         deadline = time.monotonic() + 5.0
         while (left := command.left_over()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        yield FinishedRun(config, folder / "run", command, left)
+        finished = FinishedRun(config, run_dir, command, left)
+        connections = log.read_text().splitlines()
+        yield Watched(finished, secrets, seen, tokens, hits, files, open_ray, connections, unpickled)
+
+
+@pytest.fixture(scope="session")
+def finished_run(watched: Watched) -> FinishedRun:
+    return watched.finished
 
 
 @pytest.fixture(scope="module")

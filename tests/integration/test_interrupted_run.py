@@ -1,4 +1,4 @@
-"""A run that is stopped twice ends exactly where an undisturbed one does. The second time is drawn by a seed."""
+"""A run whose driver is killed at a moment drawn by a seed, or stopped, ends exactly where an undisturbed one does."""
 
 from __future__ import annotations
 
@@ -6,10 +6,25 @@ import json
 import os
 import random
 import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from real_runs import TINY, FinishedRun, commands, digests, last_checkpoint, steady_rows, wait_for_row, write_config
+import reliability
+from real_runs import (
+    TINY,
+    Command,
+    FinishedRun,
+    commands,
+    digests,
+    last_checkpoint,
+    steady_rows,
+    wait_for_row,
+    write_config,
+)
+from watched_runs import open_to_others
 
 from rlsys.metrics import read_rows
 
@@ -27,40 +42,51 @@ MOMENTS = (
 SEED = os.environ.get("RLSYS_TEST_SEED", "11")
 
 
-@pytest.fixture(scope="module")
-def disturbed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ctrl-C in the online stage, then SIGKILL of the driver at a drawn moment, then to the end: the same command.
-
-    The first is told to make one step fewer: raising max_steps is how a finished run is continued.
-    """
+@pytest.fixture(scope="module", params=["killed", pytest.param("stopped and killed", marks=pytest.mark.long)])
+def disturbed_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SIGKILL of the driver at a drawn moment, and the same command again. Before it Ctrl-C in the online stage."""
     folder = tmp_path_factory.mktemp("disturbed")
     config, run = write_config(folder, TINY), folder / "run"
     with commands() as start:
-        first = start("train", config, "train.max_steps=9")
-        wait_for_row(first, run, "online", 2)
-        first.signal(signal.SIGINT, group=True)
-        message = first.fail(130)
-        first.assert_gone(within_s=5)
-        assert message.splitlines()[-1] == "stopped by SIGINT; the state is saved, the same command continues"
-        last = read_rows(run / "metrics.jsonl")[-1]
-        assert last["stage"] == "online" and 2 <= last["step"] < 9
-        state = json.loads((last_checkpoint(run) / "state.json").read_text())
-        assert (state["weight_version"], state["step"]) == (last["weights/version"], last["step"])
-
+        stopped = [] if request.param == "killed" else [stop(start, config, run)]
         moment = random.Random(SEED).choice(MOMENTS)
         print(f"RLSYS_TEST_SEED={SEED}: {moment}")
-        second = start("train", config, environment={"RLSYS_FAULTS": moment})
-        second.fail(-signal.SIGKILL)
-        second.assert_gone(within_s=15)
+        umask = os.umask(0o022)
+        killed = start("train", config, environment={"RLSYS_FAULTS": moment})
+        os.umask(umask)
+        killed.fail(-signal.SIGKILL)
+        killed.assert_gone(within_s=15)
         assert read_rows(run / "metrics.jsonl")[-1]["step"] > 5, moment
         assert last_checkpoint(run).name == "step_000065"
 
-        third = start("train", config).finish()
-        third.assert_gone(within_s=5)
+        finished = start("train", config).finish()
+        finished.assert_gone(within_s=5)
         # The killed driver could not remove its scratch folder; the next command did.
-        folders = {folder for command in (first, second, third) for folder in command.seen.ray_folders}
-        assert len(folders) == 3 and [folder for folder in folders if Path(folder).exists()] == []
+        commands_run = [*stopped, killed, finished]
+        folders = {folder for command in commands_run for folder in command.seen.ray_folders}
+        assert len(folders) == len(commands_run)
+        assert [folder for folder in folders if Path(folder).exists()] == []
         return run
+
+
+def stop(start: Callable[..., Command], config: str, run: Path) -> Command:
+    """It is told to make one step fewer: raising max_steps is how a finished run is continued."""
+    promise = "the step under way is finished and saved, exit code 130; the same command ends as if undisturbed"
+    row = reliability.begin(fault="Ctrl-C", promise=promise, injection="SIGINT to the command and all it started")
+    command = start("train", config, "train.max_steps=9")
+    wait_for_row(command, run, "online", 2)
+    asked = time.monotonic()
+    command.signal(signal.SIGINT, group=True)
+    message = command.fail(130)
+    took = time.monotonic() - asked
+    command.assert_gone(within_s=5)
+    assert message.splitlines()[-1] == "stopped by SIGINT; the state is saved, the same command continues"
+    last = read_rows(run / "metrics.jsonl")[-1]
+    assert last["stage"] == "online" and 2 <= last["step"] < 9
+    state = json.loads((last_checkpoint(run) / "state.json").read_text())
+    assert (state["weight_version"], state["step"]) == (last["weights/version"], last["step"])
+    reliability.record(replace(row, passed=1, detection_s=took, steps_lost=0, processes_left=0))
+    return command
 
 
 def test_metrics_equal_those_of_the_undisturbed_run(disturbed_run: Path, finished_run: FinishedRun) -> None:
@@ -71,6 +97,10 @@ def test_final_weights_and_moments_equal_byte_for_byte(disturbed_run: Path, fini
     found, expected = (digests(run) for run in (disturbed_run, finished_run.dir))
     assert set(expected) == {"policy/model", "learner/exp_avg", "learner/exp_avg_sq"}
     assert found == expected
+
+
+def test_files_are_their_owners_alone(disturbed_run: Path) -> None:
+    assert open_to_others(disturbed_run) == []
 
 
 def test_tensorboard_shows_every_version_once(disturbed_run: Path) -> None:

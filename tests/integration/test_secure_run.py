@@ -12,112 +12,34 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from real_runs import REPOSITORY, TINY, Command, commands, wait_for_row, write_config
+from real_runs import REPOSITORY, TINY, commands, write_config
 from reliability import Row, record
-from watched_runs import AUDIT, Seen, beyond_loopback, files_with, look, open_to_others
+from watched_runs import (
+    SECRETS,
+    Canary,
+    Watched,
+    beyond_loopback,
+    files_with,
+    look,
+    new_secrets,
+    open_to_others,
+    planted,
+)
 
 from actors.rewards import RewardPool
-from rlsys.config import FromScratchConfig, LetterCountConfig, RewardsConfig
+from rlsys.config import LetterCountConfig, RewardsConfig
 from rlsys.metrics import MetricsWriter
-from rlsys.models import build_from_scratch
-from rlsys.tasks import build_task
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
-SECRETS = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "RAY_AUTH_TOKEN")
 # Ray looks whether it runs in a cloud, for statistics that it does not send then; there is no switch for it.
 CLOUD_METADATA = "169.254.169.254"
 SHORT = ("warm_start.max_steps=2", "train.max_steps=6", "checkpoint.interval=3")
-
-
-def planted(secrets: dict[str, str]) -> dict[str, str]:
-    """The environment of a user with secrets, who is online and has turned on what must be off."""
-    more = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "HF_HUB_OFFLINE": "0", "RAY_ADDRESS": "10.0.0.1:6379"}
-    return {**secrets, **more}
-
-
-@pytest.fixture(scope="module")
-def secrets() -> dict[str, str]:
-    return {name: f"canary-{uuid.uuid4().hex}" for name in SECRETS}
-
-
-@dataclass(frozen=True)
-class Watched:
-    """A short run beside planted secrets and pickles. ray: what was found in Ray's folder while it ran."""
-
-    dir: Path
-    command: Command
-    seen: list[Seen]
-    own_tokens: list[str]
-    ray_hits: list[str]
-    ray_files: int
-    ray_open: list[str]
-    connections: list[str]
-    unpickled: Path
-
-
-class Canary:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return (open, (str(self.path), "w"))
-
-
-def poisoned_model(folder: Path, unpickled: Path) -> Path:
-    """The model of TINY, with pickles beside its weights."""
-    task = build_task(LetterCountConfig.model_validate(TINY["task"]), 0)
-    sizes = FromScratchConfig.model_validate(TINY["model"]["from_scratch"])
-    build_from_scratch(sizes, task.vocabulary(), 0, folder)
-    for name in ("pytorch_model.bin", "model.pt", "consolidated.00.pth", "training_args.bin"):
-        (folder / name).write_bytes(pickle.dumps(Canary(unpickled)))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory, secrets: dict[str, str]) -> Iterator[Watched]:
-    folder = tmp_path_factory.mktemp("watched")
-    log = folder / "connections"
-    log.touch()
-    (folder / "path").mkdir()
-    (folder / "path" / "sitecustomize.py").write_text(AUDIT.format(log=str(log)))
-    model = poisoned_model(folder / "model", folder / "unpickled")
-    config = write_config(folder, {**TINY, "model": {"path": str(model)}})
-    path = os.pathsep.join(filter(None, (str(folder / "path"), os.environ.get("PYTHONPATH"))))
-    before, run_dir = os.umask(0o022), folder / "run"
-    try:
-        with commands() as begin:
-            command = begin("train", config, *SHORT, environment={**planted(secrets), "PYTHONPATH": path})
-            wait_for_row(command, run_dir, "online", 1)
-            seen = look(command)
-            (ray,) = command.seen.ray_folders
-            tokens = [token for process in seen if (token := process.environment.get("RAY_AUTH_TOKEN"))]
-            hits, files = files_with(Path(ray), [*secrets.values(), *tokens])
-            # Ray opens what it makes to everybody, so that what counts is who can reach it.
-            open_ray = [ray] if Path(ray).stat().st_mode & 0o077 else []
-            command.finish()
-            yield Watched(
-                run_dir,
-                command,
-                seen,
-                tokens,
-                hits,
-                files,
-                open_ray,
-                log.read_text().splitlines(),
-                folder / "unpickled",
-            )
-    finally:
-        os.umask(before)
 
 
 def test_the_whole_tree_listens_on_loopback(watched: Watched) -> None:
@@ -126,7 +48,7 @@ def test_the_whole_tree_listens_on_loopback(watched: Watched) -> None:
         assert any(part in process.line for process in watched.seen), part
     assert any(process.listening for process in watched.seen)
     assert {process.line: found for process in watched.seen if (found := beyond_loopback(process.listening))} == {}
-    assert beyond_loopback([address for address, _ in watched.command.seen.listening]) == []
+    assert beyond_loopback([address for address, _ in watched.finished.command.seen.listening]) == []
 
 
 def test_nothing_connects_to_another_host(watched: Watched) -> None:
@@ -137,7 +59,8 @@ def test_nothing_connects_to_another_host(watched: Watched) -> None:
     assert beyond_loopback(sorted(hosts - {"localhost", CLOUD_METADATA})) == []
 
 
-def test_what_the_processes_of_a_run_are_told(watched: Watched, secrets: dict[str, str]) -> None:
+def test_what_the_processes_of_a_run_are_told(watched: Watched) -> None:
+    secrets = watched.secrets
     workers = [process for process in watched.seen if re.match("ray::(RolloutActor|LearnerActor)", process.line)]
     assert len(workers) == 4
     for process in workers:
@@ -156,18 +79,18 @@ def test_what_the_processes_of_a_run_are_told(watched: Watched, secrets: dict[st
     assert len(set(watched.own_tokens) - set(secrets.values())) == 1
 
 
-def test_secrets_are_in_no_file_and_no_command_line(watched: Watched, secrets: dict[str, str]) -> None:
-    words = [*secrets.values(), *watched.own_tokens]
+def test_secrets_are_in_no_file_and_no_command_line(watched: Watched) -> None:
+    words = [*watched.secrets.values(), *watched.own_tokens]
     assert [process.line for process in watched.seen if any(word in process.line for word in words)] == []
     assert watched.ray_hits == [] and watched.ray_files > 10
-    hits, files = files_with(watched.dir, words)
+    hits, files = files_with(watched.finished.dir, words)
     assert hits == [] and files > 20
-    assert not any(word in watched.command.stdout + watched.command.stderr for word in words)
+    assert not any(word in watched.finished.command.stdout + watched.finished.command.stderr for word in words)
 
 
 def test_files_are_their_owners_alone(watched: Watched) -> None:
     assert watched.ray_open == []
-    assert open_to_others(watched.dir) == []
+    assert open_to_others(watched.finished.dir) == []
 
 
 def test_planted_pickles_are_not_unpickled(watched: Watched) -> None:
@@ -212,12 +135,12 @@ def test_a_cluster_without_a_token_is_refused_in_one_line(refused: Any, tmp_path
 
 
 @pytest.mark.long
-def test_figures_of_a_watched_run(watched: Watched, secrets: dict[str, str]) -> None:
+def test_figures_of_a_watched_run(watched: Watched) -> None:
     """The rows of what the tests above look at one by one."""
     bound = [address for process in watched.seen for address in process.listening]
-    bound += [address for address, _ in watched.command.seen.listening]
-    words = [*secrets.values(), *watched.own_tokens]
-    hits, files = files_with(watched.dir, words)
+    bound += [address for address, _ in watched.finished.command.seen.listening]
+    words = [*watched.secrets.values(), *watched.own_tokens]
+    hits, files = files_with(watched.finished.dir, words)
     told = [process.line for process in watched.seen if any(word in process.line for word in words)]
     count = len(watched.seen)
     found = {
@@ -233,11 +156,11 @@ def test_figures_of_a_watched_run(watched: Watched, secrets: dict[str, str]) -> 
         ),
         "pickles beside the weights of a model": (
             "never unpickled by learner, engine or checkpoint",
-            "four planted files in the folder of model.path",
+            "four planted files in the folder of the model",
             not watched.unpickled.exists(),
         ),
     }
-    left = len(watched.command.left_over())
+    left = len(watched.finished.left)
     for fault, (promise, injection, good) in found.items():
         record(Row(fault=fault, promise=promise, injection=injection, runs=1, passed=int(good), processes_left=left))
         assert good, fault
@@ -267,8 +190,9 @@ def knock(address: str, token: str | None) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.long
-def test_a_run_that_fails_tells_no_secret_and_answers_nobody(tmp_path: Path, secrets: dict[str, str]) -> None:
+def test_a_run_that_fails_tells_no_secret_and_answers_nobody(tmp_path: Path) -> None:
     """All actors hang in their second call; before the run ends by it, others knock at its Ray."""
+    secrets = new_secrets()
     config = write_config(tmp_path, TINY)
     hung = tmp_path / "faults"
     faults = {"RLSYS_FAULTS": "generate@hit=2:hang", "RLSYS_FAULTS_LOG": str(hung)}

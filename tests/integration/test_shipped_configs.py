@@ -51,6 +51,7 @@ def test_check_accepts_a_shipped_config(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 @pytest.mark.skipif("RLSYS_DATA" not in os.environ, reason="RLSYS_DATA names no folder with GSM8K")
 def test_two_steps_of_the_config_for_gpus(start: Callable[..., Command], tmp_path: Path) -> None:
     """The file itself, with another place, model, data and size. The method is the file's."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
-from real_runs import LOOPBACK, Command, marked
+from real_runs import LOOPBACK, Command, FinishedRun, marked
 
 # Tells of every connection that Python code asks for, in every process of a run that finds it on its path.
 AUDIT = """
@@ -25,6 +27,30 @@ sys.addaudithook(_hook)
 """
 
 
+SECRETS = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "RAY_AUTH_TOKEN")
+PICKLES = ("pytorch_model.bin", "model.pt", "consolidated.00.pth", "training_args.bin")
+
+
+def new_secrets() -> dict[str, str]:
+    return {name: f"canary-{uuid.uuid4().hex}" for name in SECRETS}
+
+
+def planted(secrets: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a user with secrets, who is online and has turned on what must be off."""
+    more = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "HF_HUB_OFFLINE": "0", "RAY_ADDRESS": "10.0.0.1:6379"}
+    return {**secrets, **more}
+
+
+class Canary:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return (open, (str(self.path), "w"))
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """A process at one moment. listening, connected: addresses of its IP sockets."""
@@ -38,6 +64,24 @@ class Seen:
     def from_ray(self) -> bool:
         """Whether Ray started it: as a service of its own, or to run a class of ours."""
         return "/ray/" in self.line or self.line.startswith("ray::")
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A run beside planted secrets and pickles. ray: what was found in Ray's folder while it ran.
+
+    unpickled: a file that is there where a planted pickle was opened. connections: an argument of every connect.
+    """
+
+    finished: FinishedRun
+    secrets: Mapping[str, str]
+    seen: Sequence[Seen]
+    own_tokens: Sequence[str]
+    ray_hits: Sequence[str]
+    ray_files: int
+    ray_open: Sequence[str]
+    connections: Sequence[str]
+    unpickled: Path
 
 
 def look(command: Command) -> list[Seen]:
