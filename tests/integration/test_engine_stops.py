@@ -14,7 +14,7 @@ import pytest
 from bpe_model import build_bpe_model
 from stop_child import MAX_TOKENS, PROMPT, REQUESTS
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(200)]
 HERE = Path(__file__).parent
 ROUNDING = 2e-5  # fp32 log-probabilities summed in another order
 BLOCK = 32
