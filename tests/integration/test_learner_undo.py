@@ -78,7 +78,7 @@ ROWS = {
     ),
 }
 CASES = {f"{kind}-{learner}": (kind, learner) for kind in KINDS for learner in LEARNERS}
-SAMPLE = random.Random(25).sample(list(CASES), 2)
+SAMPLE = random.Random(3).sample(list(CASES), 2)
 LONG = [name for name in CASES if name not in SAMPLE]
 
 
