@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
-from ray.exceptions import ObjectFetchTimedOutError, ObjectLostError
+from ray.exceptions import (
+    ObjectFetchTimedOutError,
+    ObjectFreedError,
+    ObjectLostError,
+    ReferenceCountingAssertionError,
+)
 
 from actors.engine import Completion, Engine
 from actors.forest import Forest
@@ -205,9 +210,9 @@ class RolloutActor:
             await asyncio.to_thread(self.engine.update_weights, manifest.version, manifest.attempt, sent)
         except WeightSyncError:
             raise
+        except (ObjectFetchTimedOutError, ObjectFreedError, ReferenceCountingAssertionError) as error:
+            raise self._not_loaded(manifest, sent, error) from error  # the rank is there, out of this actor's reach
         except ObjectLostError as error:  # the rank that had put it there is no more
-            if isinstance(error, ObjectFetchTimedOutError):  # it may be there, and out of this actor's reach
-                raise self._not_loaded(manifest, sent, error) from error
             raise LearnerLostError(
                 f"weight version {manifest.version} was lost before actor {self.name} had all of it: "
                 f"{type(error).__name__}"

@@ -59,7 +59,7 @@ from rlsys.metrics import read_rows  # noqa: E402
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 # Of the storm and of the undisturbed runs: deadlines that suit steps of seconds, and more checkpoints.
 OVERRIDES = (
-    *("actors.hang_timeout_s=20", "learner.hang_timeout_s=20", "learner.timeout_s=60"),
+    *("actors.start_timeout_s=60", "actors.hang_timeout_s=20", "learner.hang_timeout_s=20", "learner.timeout_s=60"),
     "checkpoint.interval=5",
 )
 UNDISTURBED_LIMIT_S = 3600.0  # of an undisturbed run, which takes minutes

@@ -39,6 +39,7 @@ LOOK_S, GONE_S, STOP_LIMIT_S, READY_LIMIT_S = 0.2, 15.0, 150.0, 120.0
 KILL_LIMIT_S = 10.0  # for killed processes to be gone
 FULL_BYTES, FULL_S = 1 << 16, 60.0  # what fits on the full disk, and for how long it is full at most
 ENDS_IN_A_ROW = 3  # unasked and without a completed step, after which the job is given up
+LEARNER_LOST = "the learner was lost as well"  # when the driver was told to stop
 SAVE_FAILED, PASSED_OVER = "SAVE FAILED", "checkpoint skipped: "  # what the driver says of a save; of a damaged one
 TOLD = (SAVE_FAILED, "SKIPPED", "skipped", "lost", "could not", "error", "stopped", "resum")  # of its lines
 
@@ -321,7 +322,8 @@ class JobStorm:
         ends = (0, -number if number == signal.SIGKILL else 128 + number)  # 0: it had made its last step
         if code not in ends and not self._over:
             self.problems.append(f"{kind}: exit code {code}")
-        if code == 128 + number:
+        words = start.log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+        if code == 128 + number and LEARNER_LOST not in words:  # what that loses is said
             made, saved = read_rows(self.run_dir / "metrics.jsonl")[-1]["weights/version"], saved_version(self.run_dir)
             if made != saved:
                 self.problems.append(f"{kind}: its last step made version {made}, its last checkpoint has {saved}")

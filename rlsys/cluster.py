@@ -200,8 +200,8 @@ def _temporary_folder(run_dir: Path) -> Path:
     remove_leftovers(run_dir)
     folder = Path(f"/tmp/rl-{uuid.uuid4().hex[:8]}")  # noqa: S108 - unpredictable name, mode 700
     note = run_dir / TEMPORARY_NOTE
-    kept = note.read_text(encoding="utf-8") if note.exists() else ""  # what could not be removed yet
-    note.write_text(f"{kept}{folder}\n", encoding="utf-8")
+    kept = note.read_text(encoding="utf-8").split() if note.exists() else []  # what could not be removed yet
+    note.write_text("".join(f"{each}\n" for each in (*kept, folder)), encoding="utf-8")
     folder.mkdir(mode=0o700)
     (folder / "tmp").mkdir(mode=0o700)
     return folder
@@ -215,10 +215,8 @@ def remove_leftovers(run_dir: Path) -> None:
         found = re.findall(r"^/tmp/rl-[0-9a-f]{8}$", text, re.MULTILINE)  # nothing else is ever removed
         for folder in found:
             shutil.rmtree(folder, ignore_errors=True)
-        left = [folder for folder in found if Path(folder).exists()]  # what is dying still writes there
-        if left:  # the next call removes them
-            note.write_text("".join(f"{folder}\n" for folder in left), encoding="utf-8")
-        else:
-            note.unlink()
+        if any(Path(folder).exists() for folder in found):  # what is dying still writes there: the next call removes it
+            return
+        note.unlink()
     for path in run_dir.glob(f"{RENDEZVOUS}*"):
         path.unlink(missing_ok=True)

@@ -113,6 +113,7 @@ class Controller:
             else:
                 await self._offline(stage, total)
             await self.saving.save(self.state, needed=True)
+            self._save_due = False
         await asyncio.to_thread(self.saving.hand_over, stage)  # also where a run was killed between the two
 
     async def _search(self) -> None:

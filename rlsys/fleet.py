@@ -46,6 +46,7 @@ Result = TypeVar("Result")
 Check = Callable[[WeightAck], object]
 LOSSES_WITHIN_S = 3600.0  # actors.max_restarts are of so long
 MAX_LOST_BY_ONE_CALL = 5  # then it is the call that breaks actors
+MAX_FAILED_STARTS = 5  # in a row
 REFUSALS = 2  # processes that could not take a version, and none that could: another one could not either
 
 log = logging.getLogger(__name__)
@@ -111,28 +112,47 @@ class Fleet:
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._losses: deque[tuple[float, RlsysError]] = deque()
+        self._not_started: list[str] = []  # why replacements did not, in a row
         self.restarts = 0
 
     # --- life ---
 
     async def __aenter__(self) -> Fleet:
-        """Start all actors; returns when all are up.
+        """Start all actors; returns when all are up, or lost and being replaced.
 
         Raises:
-            RlsysError: one did not start. The first start is no place for replacements: it fails for all alike.
+            RlsysError: none started, or one for a reason that all have.
         """
         self._members = [self._incarnation(number, 0) for number in range(self.count)]
         everyone = [*self._members, *(member for *_, member in self._beside)]
         try:
-            await asyncio.gather(*(member.handle.start() for member in everyone))
+            broken = [(member, why) for member, why in await self._started(everyone) if why]
+            if broken and (len(broken) == self.count or not self._max_restarts):
+                raise broken[0][1]
         except BaseException:
             await self.__aexit__()
             raise
         for member in everyone:
             member.state = ActorState.SERVING
             member.silence.begin()
+        for member, why in broken:
+            self._lose(member, why)
         self._begin(self._watch())
         return self
+
+    async def _started(self, members: Sequence[Member]) -> list[tuple[Member, EngineError | None]]:
+        """Start them, and say which of the actors broke. Engines beside are not replaced."""
+
+        async def start(member: Member) -> tuple[Member, EngineError | None]:
+            try:
+                await member.handle.start()
+            except EngineError as error:
+                if member not in self._members:
+                    raise
+                return member, error
+            return member, None
+
+        return await asyncio.gather(*map(start, members))
 
     async def __aexit__(self, *exception: object) -> None:
         self._closing = True
@@ -369,10 +389,13 @@ class Fleet:
         try:
             await self._call(member, member.handle.start())
         except _LostError:
+            self._did_not_start(member)
             return
-        except RlsysError as error:  # the first one did start: what it lacks may come back, within the same limit
+        except RlsysError as error:  # the first one did start: what it lacks may come back
             self._lose(member, error)
+            self._did_not_start(member)
             return
+        self._not_started.clear()
         member.state = ActorState.STALE
         member.silence.begin()
         async with self._updating:  # a publish that begins meanwhile takes it along
@@ -380,6 +403,13 @@ class Fleet:
                 await self._update(member)
         if member.state is ActorState.SERVING:
             self._say(f"{member.who} serves again")
+
+    def _did_not_start(self, member: Member) -> None:
+        """Each may take minutes, too long for the limit of losses within an hour."""
+        self._not_started.append(member.cause.message if member.cause else "")
+        if len(self._not_started) == MAX_FAILED_STARTS:
+            why = causes(self._not_started[0], self._not_started[-1])
+            self._fail(TooManyFailuresError(f"{MAX_FAILED_STARTS} actors in a row did not start again; {why}"))
 
     def _incarnation(self, number: int, attempt: int) -> Member:
         return Member(f"actor {number}", number, attempt, self._spawn(number, attempt), Silence(self._clock))

@@ -146,7 +146,8 @@ class Saving:
                 fsync(temporary / path.name)
             fsync(temporary)
             temporary.rename(target)
-            fsync(target.parent)
+            for folder in (target.parent, target.parent.parent):  # `stages` may be new
+                fsync(folder)
         except OSError as error:
             raise CheckpointError(
                 f"{target} could not be written: {error}; free disk space, or check the folder of run.dir. "

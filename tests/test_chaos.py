@@ -255,7 +255,8 @@ if do in ("done", "saved", "unsaved"):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0 if do == "done" else 143))
 print(f"the {number}th", flush=True)
 with (folder / "metrics.jsonl").open("a") as rows:
-    rows.write(json.dumps({"stage": "online", "step": number + 1, "weights/version": int(do == "unsaved")}) + "\\n")
+    version = int(do.startswith("unsaved"))
+    rows.write(json.dumps({"stage": "online", "step": number + 1, "weights/version": version}) + "\\n")
 if do.startswith(("fail", "late")):
     time.sleep(1)
 if do.startswith("fail"):
@@ -264,7 +265,9 @@ if do.startswith("fail"):
 if do == "fail":
     with (folder / "metrics.jsonl").open("a") as rows:
         rows.write(json.dumps({"stage": "online", "step": number + 100}) + "\\n")
-if do in ("done", "fail", "wait", "saved", "unsaved"):
+if do == "unsaved, said":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("the learner was lost as well; it is saved") or 143))
+if do in ("done", "fail", "wait", "saved", "unsaved", "unsaved, said"):
     time.sleep(60)
 print("its last word", flush=True)
 sys.exit(int(do.split()[-1]))
@@ -317,6 +320,11 @@ def test_a_driver_that_is_ended_is_started_again_until_it_ends_by_0(weather: Any
 def test_a_driver_that_is_told_to_stop_saves_first(weather: Any, does: str, problem: str) -> None:
     job = weather(does, "0", kinds=("SIGTERM driver",))
     assert job.finished and job.problems == [f"SIGTERM driver: {problem}"]
+
+
+def test_a_driver_that_has_lost_its_learner_says_what_is_saved(weather: Any) -> None:
+    job = weather("unsaved, said", "0", kinds=("SIGTERM driver",))
+    assert job.finished and not job.problems
 
 
 def test_an_end_that_nobody_asked_for_is_named_and_survived(weather: Any) -> None:
@@ -430,8 +438,8 @@ temporary = store.begin("step_000002")
 store.commit(temporary, "step_000002", {"weight_version": 2})
 if "litter" in do:
     (folder / "checkpoints" / ".tmp-x").mkdir(exist_ok=True)
-(folder / "metrics.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))  # now it may be ended
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+(folder / "metrics.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))  # now it may be ended
 time.sleep(60 if "wait" in do and os.environ["RLSYS_CHAOS_MARK"].endswith(".0") else 0)
 """
 

@@ -445,15 +445,36 @@ def test_without_restarts_the_first_loss_is_the_error() -> None:
     run(test)
 
 
-def test_an_actor_that_does_not_start_at_first_ends_the_run() -> None:
+@pytest.mark.parametrize(
+    ("error", "broken", "max_restarts"),
+    [(EngineError("no memory"), {0, 1}, 4), (EngineError("no memory"), {1}, 0), (ConfigError("no memory"), {1}, 4)],
+    ids=["all of them", "none is replaced", "for a reason that all have"],
+)
+def test_actors_that_do_not_start_at_first_end_the_run(error: Exception, broken: set[int], max_restarts: int) -> None:
     async def test(world: World) -> None:
         async def starting(process: Process) -> None:
-            process.error = EngineError("actor 1 died: no memory") if process.number == 1 else None
+            process.error = error if process.number in broken else None
 
         world.starting = starting  # type: ignore[method-assign]
-        with pytest.raises(EngineError, match="no memory"):
-            async with world.fleet():
+        with pytest.raises(type(error), match="no memory"):
+            async with world.fleet(max_restarts=max_restarts):
                 pass
+        assert len(world.processes) == 2 and all(process.closed for process in world.processes)
+
+    run(test)
+
+
+def test_an_actor_that_alone_does_not_start_at_first_is_replaced() -> None:
+    async def test(world: World) -> None:
+        async def starting(process: Process) -> None:
+            process.error = EngineError("its host is gone") if (process.number, process.attempt) == (1, 0) else None
+
+        world.starting = starting  # type: ignore[method-assign]
+        async with world.fleet() as found:
+            await settle()
+            assert found.states() == [SERVING, SERVING] and found.restarts == 1
+            assert await found.generate(1, [prompt("a")], SETTINGS) == [("a", 1, 1)]
+            assert world.said == ["actor 1 is lost and replaced: its host is gone", "actor 1 serves again"]
 
     run(test)
 
@@ -781,6 +802,23 @@ def test_replacements_that_cannot_be_configured_end_the_run() -> None:
             world.starting = starting  # type: ignore[method-assign]
             world.processes[0].kill()
             with pytest.raises(TooManyFailuresError, match=r"3 actors .*the first: .* killed; the last: model.path is"):
+                await found.generate(0, [prompt("a")], SETTINGS)
+
+    run(test)
+
+
+def test_replacements_that_never_start_end_the_run_however_slowly_they_fail() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet(count=1, max_restarts=100) as found:
+
+            async def starting(process: Process) -> None:
+                world.now += fleet.LOSSES_WITHIN_S  # so that the losses of an hour are never two
+                raise EngineError(f"attempt {process.attempt} did not start")
+
+            world.starting = starting  # type: ignore[method-assign]
+            world.processes[0].kill()
+            message = "5 actors in a row did not start again; the first: attempt 1 did not .*; the last: attempt 5 did"
+            with pytest.raises(TooManyFailuresError, match=message):
                 await found.generate(0, [prompt("a")], SETTINGS)
 
     run(test)

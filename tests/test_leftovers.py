@@ -53,7 +53,7 @@ def test_a_scratch_folder_that_cannot_be_removed_yet_is_not_forgotten(
         patch.setattr(shutil, "rmtree", lambda path, **options: path == str(busy) or rmtree(path, **options))
         own = cluster._temporary_folder(tmp_path)
     assert busy.exists() and not other.exists()
-    assert note.read_text() == f"{busy}\n{own}\n"
+    assert note.read_text() == f"{busy}\n{other}\n{own}\n"
     cluster.remove_leftovers(tmp_path)
     assert not busy.exists() and not own.exists() and not note.exists()
 

@@ -43,12 +43,14 @@ SEED = os.environ.get("RLSYS_TEST_SEED", "11")
 
 
 @pytest.fixture(scope="module", params=["killed", pytest.param("stopped and killed", marks=pytest.mark.long)])
-def disturbed_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def disturbed_run(
+    request: pytest.FixtureRequest, finished_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """SIGKILL of the driver at a drawn moment, and the same command again. Before it Ctrl-C in the online stage."""
     folder = tmp_path_factory.mktemp("disturbed")
     config, run = write_config(folder, TINY), folder / "run"
     with commands() as start:
-        stopped = [] if request.param == "killed" else [stop(start, config, run)]
+        row, stopped = stop(start, config, run) if request.param != "killed" else (None, [])
         moment = random.Random(SEED).choice(MOMENTS)
         print(f"RLSYS_TEST_SEED={SEED}: {moment}")
         umask = os.umask(0o022)
@@ -66,10 +68,13 @@ def disturbed_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
         folders = {folder for command in commands_run for folder in command.seen.ray_folders}
         assert len(folders) == len(commands_run)
         assert [folder for folder in folders if Path(folder).exists()] == []
-        return run
+    if row:
+        assert steady_rows(run) == steady_rows(finished_run.dir) and digests(run) == digests(finished_run.dir)
+        reliability.record(row)
+    return run
 
 
-def stop(start: Callable[..., Command], config: str, run: Path) -> Command:
+def stop(start: Callable[..., Command], config: str, run: Path) -> tuple[reliability.Row, list[Command]]:
     """It is told to make one step fewer: raising max_steps is how a finished run is continued."""
     promise = "the step under way is finished and saved, exit code 130; the same command ends as if undisturbed"
     row = reliability.begin(fault="Ctrl-C", promise=promise, injection="SIGINT to the command and all it started")
@@ -85,8 +90,7 @@ def stop(start: Callable[..., Command], config: str, run: Path) -> Command:
     assert last["stage"] == "online" and 2 <= last["step"] < 9
     state = json.loads((last_checkpoint(run) / "state.json").read_text())
     assert (state["weight_version"], state["step"]) == (last["weights/version"], last["step"])
-    reliability.record(replace(row, passed=1, detection_s=took, steps_lost=0, processes_left=0))
-    return command
+    return replace(row, passed=1, detection_s=took, steps_lost=0, processes_left=0), [command]
 
 
 def test_metrics_equal_those_of_the_undisturbed_run(disturbed_run: Path, finished_run: FinishedRun) -> None:

@@ -186,7 +186,7 @@ def test_ranks_that_die_while_an_actor_takes_their_weights(
     )
     run, log = tmp_path / "run", tmp_path / "faults.jsonl"
     config = write_config(tmp_path, {**TINY, "weight_sync": {"bucket_mib": 0.05}})
-    point = "publish.bucket@role=actor,number=1,version=67,hit=1:stop"
+    point = "publish.bucket@role=actor,number=1,attempt=0,version=67,hit=1:stop"
     with row_times(run) as versions:
         command = start("train", config, environment={"RLSYS_FAULTS": point, "RLSYS_FAULTS_LOG": str(log)})
         while not (acted := faults_in(log)):
