@@ -32,7 +32,7 @@ chaos: .venv/.installed ## 20 minutes of faults around the main job, against und
 	$(TEST_ENV) $(BIN)/python benchmarks/chaos.py $(ARGS)
 
 # Two at once where the real stack, which needs both cores, is not in them. With ARGS one of the two may find no test (5).
-test: .venv/.installed ## run the tests, 8 minutes on 2 cores
+test: .venv/.installed ## run the tests, 8 to 10 minutes on 2 cores
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not long and not integration" -n 2 --dist worksteal $(ARGS) || \
 	  { code=$$?; [ $$code -eq 5 ] && echo "none of these but perhaps others:" || exit $$code; }; \
 	found=$${code:-0}; $(TEST_ENV) $(BIN)/python -m pytest -m "integration and not long" $(ARGS) || \
