@@ -1,0 +1,41 @@
+"""What an actor makes of weights that do not arrive. Neither Ray nor an engine is started."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from ray import exceptions
+
+from actors import rollout_actor
+from actors.rollout_actor import RolloutActor
+from actors.weight_update import Progress
+from rlsys.errors import LearnerLostError, RlsysError, WeightSyncError
+from rlsys.types import WeightManifest
+
+WITH_THE_RANK = [exceptions.OwnerDiedError, exceptions.ObjectLostError]
+OUT_OF_REACH = [
+    exceptions.ObjectFetchTimedOutError,
+    exceptions.ObjectFreedError,
+    exceptions.ReferenceCountingAssertionError,
+]
+
+
+@pytest.mark.parametrize(
+    ("lost", "expected"),
+    [*((kind, LearnerLostError) for kind in WITH_THE_RANK), *((kind, WeightSyncError) for kind in OUT_OF_REACH)],
+)
+def test_weights_are_lost_with_their_rank_or_for_this_actor_alone(
+    lost: type[exceptions.ObjectLostError], expected: type[RlsysError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def update(*_arguments: object) -> None:
+        raise lost("ab" * 28, None, "")
+
+    monkeypatch.setattr(rollout_actor, "check_names", lambda *_: None)
+    actor = RolloutActor.__new__(RolloutActor)
+    actor.name, actor.tensors, actor.loaded, actor.loading = "1", {}, 0, Progress()
+    actor.engine = SimpleNamespace(update_weights=update)  # type: ignore[assignment]
+    with pytest.raises(RlsysError, match=f"weight version 7.*{lost.__name__}") as caught:
+        asyncio.run(actor.update_weights(WeightManifest(version=7, buckets=()), [], []))
+    assert type(caught.value) is expected
