@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from actors.usage import EngineUsage, Meter
-from rlsys.config import ActorsConfig
+from actors.engine_stats import EngineUsage, Meter
+from rlsys.config.schema import ActorsConfig
 from rlsys.errors import EngineError, RolloutError
 from rlsys.types import FinishReason, Float32Array, Int32Array, VersionSpan
 

@@ -17,11 +17,11 @@ from typing import Any
 from ray.exceptions import RayError
 
 from actors.engine import Completion, CompletionRequest, Engine
-from actors.usage import EngineUsage
-from rlsys.config import ActorsConfig
+from actors.engine_stats import EngineUsage
+from rlsys.config.schema import ActorsConfig
 from rlsys.errors import RolloutError, WriterLostError
-from rlsys.models import end_token_ids, load_tokenizer
-from rlsys.process import die_with_parent, quiet_worker
+from rlsys.models.scratch import end_token_ids, load_tokenizer
+from rlsys.processes import die_with_parent, quiet_worker
 from rlsys.ray_errors import translated
 
 logger = logging.getLogger(__name__)

@@ -20,22 +20,22 @@ from ray.exceptions import (
 )
 
 from actors.engine import Completion, Engine
-from actors.forest import Forest
-from actors.forest_builder import build_codec, build_forest, model_settings
+from actors.engine_stats import EngineUsage
 from actors.model_actor import RemoteWriter
-from actors.rewards import RewardPool
-from actors.sampling import build_group, completion_requests
-from actors.search.codec import TagCodec
+from actors.rollouts.single_turn import build_group, completion_requests
+from actors.search.build import build_codec, build_forest, model_settings
 from actors.search.group import build_searched_group
-from actors.usage import EngineUsage
-from actors.weight_update import Progress, check_names, expected_tensors, verified_tensors
-from actors.writers import WriterEngine
-from rlsys.config import ActorsConfig, RewardsConfig, SamplingConfig, TaskConfig
+from actors.search.scheduler import Forest
+from actors.search.writers import WriterEngine
+from actors.verifiers.pool import RewardPool
+from actors.weights import Progress, check_names, expected_tensors, verified_tensors
+from rlsys.config.schema import ActorsConfig, RewardsConfig, SamplingConfig, TaskConfig
+from rlsys.config.search import ExtractConfig, SearchConfig
 from rlsys.errors import EngineError, LearnerLostError, RolloutError, WeightSyncError
-from rlsys.faults import fault, identify
-from rlsys.models import end_token_ids, load_tokenizer
-from rlsys.process import die_with_parent, quiet_worker
-from rlsys.search_config import ExtractConfig, SearchConfig
+from rlsys.fault_injection import fault, identify
+from rlsys.models.scratch import end_token_ids, load_tokenizer
+from rlsys.processes import die_with_parent, quiet_worker
+from rlsys.search.codec import TagCodec
 from rlsys.trees import Tree, TreeFailure, Writer
 from rlsys.types import (
     Float32Array,

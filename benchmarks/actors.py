@@ -24,12 +24,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, where this file would hide the package `actors`
 
-from rlsys.config import ActorsConfig, Config  # noqa: E402
-from rlsys.config_file import load_config  # noqa: E402
-from rlsys.inputs import Inputs  # noqa: E402
-from rlsys.models import end_token_id, load_tokenizer  # noqa: E402
-from rlsys.process import die_with_parent, quiet_worker  # noqa: E402
-from rlsys.setup import prepare_model  # noqa: E402
+from rlsys.config.files import load_config  # noqa: E402
+from rlsys.config.schema import ActorsConfig, Config  # noqa: E402
+from rlsys.data.inputs import Inputs  # noqa: E402
+from rlsys.models.folder import prepare_model  # noqa: E402
+from rlsys.models.scratch import end_token_id, load_tokenizer  # noqa: E402
+from rlsys.processes import die_with_parent, quiet_worker  # noqa: E402
 from rlsys.types import Prompt, SamplingSettings, TrajectoryGroup  # noqa: E402
 
 LIMIT = 0.85
@@ -94,7 +94,7 @@ class BareEngines:
 
     def round(self, parts: Sequence[Sequence[Prompt]], settings: SamplingSettings) -> Round:
         """Seconds from the first start to the last end, measured in the processes."""
-        from actors.sampling import completion_requests
+        from actors.rollouts.single_turn import completion_requests
 
         for pipe, part in zip(self.pipes, parts, strict=True):
             requests = [request for prompt in part for request in completion_requests(prompt, settings)]
@@ -129,7 +129,7 @@ def _tokens(group: Any) -> Iterator[list[int]]:
 
 async def measure(config: Config, model: Path, folder: Path, rounds: int) -> list[tuple[int, float, float]]:
     """(tokens, our seconds, the peer's seconds) of every round, after one to warm up."""
-    from rlsys.launch import actor_bundles, ray_cluster, rollout_pool
+    from rlsys.launch.session import actor_bundles, ray_cluster, rollout_pool
 
     stream = Inputs(config, model).prompts
     sampling, train, count = config.sampling, config.train, config.actors.count

@@ -50,11 +50,11 @@ from storm_figures import (  # noqa: E402
 from storm_plan import MEAN_S, schedule  # noqa: E402
 from storm_processes import valid_checkpoints  # noqa: E402
 
-from rlsys.checkpoint import read_json, write_json  # noqa: E402
-from rlsys.config_file import load_config  # noqa: E402
+from rlsys.config.files import load_config  # noqa: E402
 from rlsys.errors import ConfigError  # noqa: E402
-from rlsys.ledger import read_ledger  # noqa: E402
-from rlsys.metrics import read_rows  # noqa: E402
+from rlsys.run.checkpoints import read_json, write_json  # noqa: E402
+from rlsys.run.ledger import read_ledger  # noqa: E402
+from rlsys.run.metrics import read_rows  # noqa: E402
 
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 # Of the storm and of the undisturbed runs: deadlines that suit steps of seconds, and more checkpoints.

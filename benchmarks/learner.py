@@ -29,13 +29,13 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, whose actors.py would hide the package of that name
 
-from learners.rank_settings import RankSettings, learner_environment  # noqa: E402
-from rlsys.config import Config  # noqa: E402
-from rlsys.config_file import load_config  # noqa: E402
-from rlsys.inputs import Inputs  # noqa: E402
-from rlsys.process import die_with_parent, quiet_worker  # noqa: E402
-from rlsys.setup import prepare_model  # noqa: E402
-from rlsys.stage_settings import StageSettings  # noqa: E402
+from learners.settings import RankSettings, learner_environment  # noqa: E402
+from rlsys.config.files import load_config  # noqa: E402
+from rlsys.config.schema import Config  # noqa: E402
+from rlsys.config.stages import StageSettings  # noqa: E402
+from rlsys.data.inputs import Inputs  # noqa: E402
+from rlsys.models.folder import prepare_model  # noqa: E402
+from rlsys.processes import die_with_parent, quiet_worker  # noqa: E402
 from rlsys.types import Demonstration, Prompt, TrainingBatch, Trajectory, TrajectoryGroup, VersionSpan  # noqa: E402
 
 LIMIT = 0.80
@@ -80,7 +80,7 @@ class Work:
 
 def learner_step(work: Work, side: Side, rank: int) -> Step:
     """Our own learner."""
-    from learners.learner_rank import LearnerRank
+    from learners.rank import LearnerRank
 
     settings = RankSettings(
         rank=rank,
@@ -112,9 +112,9 @@ def bare_step(work: Work, side: Side, rank: int) -> Step:
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM
 
-    from learners.batching import MicroBatch, collate, plan_micro_batches
-    from learners.policy_rows import policy_rows
-    from learners.rows import Unit, trained
+    from learners.samples.batching import MicroBatch, collate, plan_micro_batches
+    from learners.samples.policy import policy_rows
+    from learners.samples.types import Unit, trained
 
     torch.set_num_threads(side.threads)
     if side.ranks > 1:

@@ -27,11 +27,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, where a file would hide the package `actors`
 
 from actors.rollout_actor import ActorSettings, RolloutActor  # noqa: E402
-from rlsys import launch  # noqa: E402
-from rlsys.config import Config  # noqa: E402
-from rlsys.config_file import load_config  # noqa: E402
-from rlsys.inputs import Inputs  # noqa: E402
-from rlsys.search_engines import Searching  # noqa: E402
+from rlsys.config.engine_roles import Searching  # noqa: E402
+from rlsys.config.files import load_config  # noqa: E402
+from rlsys.config.schema import Config  # noqa: E402
+from rlsys.data.inputs import Inputs  # noqa: E402
+from rlsys.launch import session as launch  # noqa: E402
 from rlsys.trees import SearchUsage, Tree  # noqa: E402
 from rlsys.types import Prompt  # noqa: E402
 

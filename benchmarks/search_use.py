@@ -24,14 +24,14 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, where a file would hide the package `actors`
 
-from rlsys.cluster import Cluster, ray_cluster  # noqa: E402
-from rlsys.config import Config  # noqa: E402
-from rlsys.config_file import load_config  # noqa: E402
-from rlsys.evaluation import Estimate, mean_difference, mean_over_prompts  # noqa: E402
-from rlsys.inputs import Inputs  # noqa: E402
-from rlsys.search_decoding import grow_trees, sample_until, sampling_of  # noqa: E402
-from rlsys.search_engines import Searching  # noqa: E402
-from rlsys.search_evaluation import Attempts, solved_in_tokens, tree_attempts  # noqa: E402
+from rlsys.config.engine_roles import Searching  # noqa: E402
+from rlsys.config.files import load_config  # noqa: E402
+from rlsys.config.schema import Config  # noqa: E402
+from rlsys.control.evaluation import Estimate, mean_difference, mean_over_prompts  # noqa: E402
+from rlsys.control.search_evaluation import grow_trees, sample_until, sampling_of  # noqa: E402
+from rlsys.data.inputs import Inputs  # noqa: E402
+from rlsys.launch.ray_cluster import Cluster, ray_cluster  # noqa: E402
+from rlsys.search.compare import Attempts, solved_in_tokens, tree_attempts  # noqa: E402
 from rlsys.types import Prompt  # noqa: E402
 
 BUDGETS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -87,7 +87,7 @@ def prompts_of(config: Config, policy: Path, seed: int, count: int) -> list[Prom
 
 async def measure(policy: Path, seeds: int, count: int, folder: Path) -> dict[str, list[Attempts]]:
     """Attempts of every arm, seed by seed."""
-    from rlsys.launch import actor_bundles
+    from rlsys.launch.session import actor_bundles
 
     configs = {name: config_of(policy, *arm) for name, arm in ARMS.items()}
     first = next(iter(configs.values()))
@@ -106,7 +106,7 @@ async def attempts_of(
 
     A function of its own: Ray gives the place of the actors free once nothing here holds their handles.
     """
-    from rlsys.launch import rollout_pool
+    from rlsys.launch.session import rollout_pool
 
     config = cluster.config
     async with rollout_pool(cluster, policy, Searching()) as pool:

@@ -31,7 +31,7 @@ from storm_processes import (
     valid_checkpoints,
 )
 
-from rlsys.metrics import read_rows
+from rlsys.run.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 # Between two looks; until leftovers of a driver are orphans; for a driver to end; for a fault to find its target.

@@ -12,7 +12,7 @@ from typing import Any
 
 from storm_plan import KINDS, Fault
 
-from rlsys.ledger import FATES
+from rlsys.run.ledger import FATES
 
 SLACK_MIB = 1.0  # by which what was there before a storm may differ after it
 

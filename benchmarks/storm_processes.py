@@ -10,13 +10,13 @@ from pathlib import Path
 
 import psutil
 
-from rlsys.checkpoint import CheckpointStore
 from rlsys.errors import CheckpointError
+from rlsys.run.checkpoints import CheckpointStore
 
 # Environment variables that all processes of a run inherit; a verifier's clean one has only the second.
 MARK, RUN_ID = "RLSYS_CHAOS_MARK", "RLSYS_RUN_ID"
 TITLES = {"actor": "ray::RolloutActor", "rank": "ray::LearnerActor"}
-VERIFIER = "actors.reward_worker"
+VERIFIER = "actors.verifiers.worker"
 
 
 def marked(name: str, value: str) -> Iterator[psutil.Process]:

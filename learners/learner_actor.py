@@ -10,10 +10,10 @@ from pathlib import Path
 
 import ray
 
-from learners.rank_settings import RankSettings
-from rlsys.faults import fault, identify
-from rlsys.process import die_with_parent, quiet_worker
-from rlsys.stage_settings import StageSettings
+from learners.settings import RankSettings
+from rlsys.config.stages import StageSettings
+from rlsys.fault_injection import fault, identify
+from rlsys.processes import die_with_parent, quiet_worker
 from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch, WeightManifest
 
 WATCH = "watch"  # the concurrency group of calls that do not wait for others
@@ -27,7 +27,7 @@ class LearnerActor:
     def __init__(self, settings: RankSettings, log_file: str) -> None:
         quiet_worker(log_file)
         die_with_parent()
-        from learners.learner_rank import LearnerRank  # not on the driver, which only makes handles
+        from learners.rank import LearnerRank  # not on the driver, which only makes handles
 
         identify("learner", settings.rank, settings.attempt)
         self.rank, self.attempt = settings.rank, settings.attempt

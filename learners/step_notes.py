@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from learners.batching import MicroBatch
-from learners.objective import Denominators
-from learners.rows import Row
-from learners.step_sums import StepSums
+from learners.objective.joint import Denominators
+from learners.samples.batching import MicroBatch
+from learners.samples.types import Row
+from learners.step_metrics import StepSums
 
 
 def count_of(batch: MicroBatch, term: str) -> int:

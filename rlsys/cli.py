@@ -23,13 +23,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlsys import faults, resources
-from rlsys.config import Config
-from rlsys.config_file import dump_config, load_config
-from rlsys.config_keys import all_keys, suggestion
+from rlsys import fault_injection as faults
+from rlsys.config.engine_roles import ModelEngines, describes_a_search, growing, searches_in_training
+from rlsys.config.files import dump_config, load_config
+from rlsys.config.keys import all_keys, suggestion
+from rlsys.config.schema import Config
 from rlsys.errors import AbortedRunError, ConfigError, InterruptedRunError, RlsysError
-from rlsys.search_engines import ModelEngines, describes_a_search, growing, searches_in_training
-from rlsys.stop_signals import TIME_LIMIT
+from rlsys.launch import resources
+from rlsys.launch.signals import TIME_LIMIT
 
 app = typer.Typer(
     help="Post-training of reasoning models with Ray actors, vLLM, DeepSpeed and a verified weight-sync bus.",
@@ -95,7 +96,7 @@ def options(
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train, or continue a run."""
     resolved = load_config(config, overrides or [])
-    from rlsys import launch
+    from rlsys.launch import session as launch
 
     print(launch.train(resolved))
 
@@ -104,11 +105,11 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Validate a config, its model and its data; print the resolved config and the resource plan; start nothing."""
     resolved = load_config(config, overrides or [])
-    from actors.forest_builder import check_tags
-    from rlsys.access import check_address
-    from rlsys.inputs import Inputs
-    from rlsys.saving import check_best_metric
-    from rlsys.setup import prepare_model, search_engines
+    from actors.search.build import check_tags
+    from rlsys.control.checkpointing import check_best_metric
+    from rlsys.data.inputs import Inputs
+    from rlsys.launch.access import check_address
+    from rlsys.models.folder import prepare_model, search_engines
 
     check_address(resolved.run.address)
     check_best_metric(resolved)
@@ -158,7 +159,7 @@ def evaluate(
     output: Annotated[str | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
 ) -> None:
     """Greedy, sampled and searched accuracy, pass@k and no-answer rate on held-out problems, with intervals."""
-    from rlsys import evaluate as evaluation
+    from rlsys.commands import evaluate as evaluation
 
     chosen = evaluation.find_target(target, config, overrides or [])
     print(f"starting {chosen.config.actors.count} actors on {chosen.policy}", file=sys.stderr)
@@ -175,7 +176,7 @@ def extract(
     output: Annotated[str | None, typer.Option(help="Folder of the files; default: RUN_DIR/data.")] = None,
 ) -> None:
     """Turn the trees of a search into supervised rows, preference pairs and step values, as JSONL and Parquet."""
-    from rlsys import extract_command
+    from rlsys.commands import extract as extract_command
 
     source = extract_command.find_source(Path(run_dir), overrides or [])
     folder = Path(output) if output else Path(run_dir) / "data"
@@ -186,7 +187,7 @@ def extract(
 def search(config: ConfigPath, overrides: Overrides = None) -> None:
     """Search a tree of thought nodes for every prompt, or continue a search; `rlsys extract` makes data of them."""
     resolved = load_config(config, overrides or [])
-    from rlsys import search_command
+    from rlsys.commands import search as search_command
 
     print(search_command.run(resolved))
 

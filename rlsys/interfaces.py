@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlsys.config import StageName
+from rlsys.config.schema import StageName
 from rlsys.trees import SearchUsage
 from rlsys.types import (
     Float32Array,
@@ -117,7 +117,7 @@ class Learner(Protocol):
         ...
 
     async def train(self, batch: TrainingBatch, step: int, version: int) -> Mapping[str, float]:
-        """One training step: `step` of the stage, from 0, makes the weights `version`. Names of rlsys.metrics."""
+        """One training step: `step` of the stage, from 0, makes the weights `version`. Names of rlsys.run.metrics."""
         ...
 
     async def score_pairs(self, pairs: Sequence[Preference]) -> Sequence[tuple[float, float]]:

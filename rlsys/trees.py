@@ -1,6 +1,6 @@
 """A searched tree: what one is made of. numpy and the standard library only.
 
-`rlsys.tree_file` writes and reads trees as lines of JSON.
+`rlsys.search.tree_json` writes and reads trees as lines of JSON.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ class TrajectoryGroup:
     """All trajectories of one prompt (G of them), and what else a search of it gave.
 
     searched: the trajectories are leaves of a tree, not independent samples.
-    metrics: figures of the search by name, without "search/"; see `rlsys.metrics`.
+    metrics: figures of the search by name, without "search/"; see `rlsys.run.metrics`.
     """
 
     prompt: Prompt

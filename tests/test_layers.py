@@ -18,15 +18,15 @@ FRAMEWORKS = ("deepspeed", "ray", "vllm")
 # The composition root with its callers, and the rooms where the frameworks live.
 HEAVY = {
     "rlsys.cli",
-    "rlsys.cluster",
-    "rlsys.evaluate",
-    "rlsys.launch",
+    "rlsys.launch.ray_cluster",
+    "rlsys.commands.evaluate",
+    "rlsys.launch.session",
     "rlsys.ray_errors",
-    "rlsys.remote",
+    "rlsys.launch.remote",
     "actors.engine",
     "actors.model_actor",
     "actors.rollout_actor",
-    "learners.deepspeed_engine",
+    "learners.deepspeed.engine",
     "learners.learner_actor",
 }
 # Coordination handles numpy arrays and handles of tensors, never tensors; the search handles token ids; advantages
@@ -34,24 +34,24 @@ HEAVY = {
 WITHOUT_TORCH = (
     "rlsys.types",
     "rlsys.errors",
-    "rlsys.config",
+    "rlsys.config.schema",
     "rlsys.interfaces",
-    "rlsys.prompts",
-    "rlsys.buffer",
-    "rlsys.weights",
-    "rlsys.fleet",
-    "rlsys.controller",
+    "rlsys.data.prompts",
+    "rlsys.control.buffer",
+    "rlsys.control.weights",
+    "rlsys.control.fleet",
+    "rlsys.control.controller",
     "rlsys.tasks",
-    "rlsys.patterns",
+    "rlsys.config.patterns",
     "rlsys.trees",
-    "rlsys.tree_file",
-    "rlsys.tree_store",
+    "rlsys.search.tree_json",
+    "rlsys.search.store",
     "actors.search.mcts",
-    "actors.search.extract",
+    "rlsys.search.extract",
     "actors.search.group",
-    "actors.forest",
-    "learners.advantages",
-    "learners.tree_advantages",
+    "actors.search.scheduler",
+    "learners.objective.advantages",
+    "learners.objective.tree_advantages",
 )
 # argv: JSON lists of the modules to import and the names to look for; prints {module: [names it brought]}.
 PROBE = """
@@ -88,7 +88,7 @@ def test_the_probe_sees_a_module_that_is_loaded() -> None:
 
 def test_light_modules_load_no_framework() -> None:
     light = [name for name in all_modules() if name not in HEAVY]
-    assert {"rlsys.config", "rlsys.controller", "learners.losses"} <= set(light)
+    assert {"rlsys.config.schema", "rlsys.control.controller", "learners.objective.losses"} <= set(light)
     assert brought(light, FRAMEWORKS) == {}
 
 

@@ -24,18 +24,19 @@ import pytest
 import yaml
 
 from actors.engine import Completion
-from actors.rewards import RewardPool
-from actors.sampling import build_group
-from learners.batching import collate
-from learners.step_units import step_units
-from rlsys import cli, models
-from rlsys.checkpoint import CheckpointStore
-from rlsys.config import FromScratchConfig, LetterCountConfig, RewardsConfig
-from rlsys.config_file import parse_yaml
+from actors.rollouts.single_turn import build_group
+from actors.verifiers.pool import RewardPool
+from learners.samples.batching import collate
+from learners.samples.build import step_units
+from rlsys import cli
+from rlsys.config.files import parse_yaml
+from rlsys.config.objective import ObjectiveConfig
+from rlsys.config.schema import FromScratchConfig, LetterCountConfig, RewardsConfig
 from rlsys.errors import CheckpointError, ConfigError, DataError
-from rlsys.objective_config import ObjectiveConfig
-from rlsys.setup import model_folder
-from rlsys.tree_file import read_trees
+from rlsys.models import scratch as models
+from rlsys.models.folder import model_folder
+from rlsys.run.checkpoints import CheckpointStore
+from rlsys.search.tree_json import read_trees
 from rlsys.types import Prompt, TrainingBatch, VersionSpan
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +48,7 @@ MODULES = {"pickle", "cPickle", "_pickle", "dill", "joblib", "cloudpickle", "mar
 CALLS = {"eval", "exec", "compile", "__import__"}
 ATTRIBUTES = {("torch", "load"), ("os", "system"), ("os", "popen"), ("yaml", "unsafe_load"), ("yaml", "full_load")}
 KEYWORDS = {"shell": True, "trust_remote_code": True, "allow_pickle": True, "weights_only": False}
-SAFE_LOADERS = {"SafeLoader", "_UniqueKeyLoader"}  # the second is a SafeLoader of rlsys.config_file
+SAFE_LOADERS = {"SafeLoader", "_UniqueKeyLoader"}  # the second is a SafeLoader of rlsys.config.files
 
 
 def breaches(source: str) -> list[str]:
@@ -141,7 +142,7 @@ def test_known_holes_are_mended_in_the_libraries(package: str, oldest: tuple[int
 
 def test_files_of_a_run_are_its_owners_alone(tmp_path: Path) -> None:
     """The composition root sets the umask, which Ray's processes inherit."""
-    code = "import os, sys; os.umask(0); from rlsys import launch; os.chdir(sys.argv[1])"
+    code = "import os, sys; os.umask(0); from rlsys.launch import session; os.chdir(sys.argv[1])"
     code += "; open('file', 'w'); os.mkdir('folder')"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True, timeout=120)
     assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {"file": 0o600, "folder": 0o700}
@@ -198,7 +199,7 @@ PICKLED_WEIGHTS = ("pytorch_model.bin", "model.pt", "model.pth", "training_args.
 
 
 def test_pickles_beside_the_weights_are_not_read(model: Path, canary: bytes) -> None:
-    from learners.policy_model import load_critic, load_model
+    from learners.deepspeed.model import load_critic, load_model
 
     for name in PICKLED_WEIGHTS:
         (model / name).write_bytes(canary)
@@ -209,7 +210,7 @@ def test_pickles_beside_the_weights_are_not_read(model: Path, canary: bytes) -> 
 
 def test_an_index_does_not_lead_the_learner_to_pickles(model: Path, canary: bytes) -> None:
     """Not even in a checkpoint of another run, whose policy no command has looked at."""
-    from learners.policy_model import load_critic, load_model
+    from learners.deepspeed.model import load_critic, load_model
 
     (model / "model.safetensors").rename(model / "other.safetensors")
     (model / "pytorch_model.bin").write_bytes(canary)
@@ -283,7 +284,7 @@ def parquet_with_objects(path: Path, canary: bytes) -> None:
 
 @pytest.mark.filterwarnings("ignore:pyarrow.PyExtensionType:RuntimeWarning")
 def test_types_of_a_parquet_file_are_not_unpickled(canary: bytes, tmp_path: Path) -> None:
-    from rlsys.tasks.sources import read_source
+    from rlsys.tables.sources import read_source
 
     parquet_with_objects(tmp_path / "data.parquet", canary)
     rows = read_source(str(tmp_path / "data.parquet"), "train", "task.path").rows
@@ -323,7 +324,7 @@ def test_pickles_as_problems(
 
 def test_pickles_in_a_checkpoint(canary: bytes, tmp_path: Path) -> None:
     """Put there by accident it does not fit the manifest; with a manifest of its own it is still no safetensors."""
-    from learners.tensor_files import read_tensors
+    from learners.deepspeed.tensor_files import read_tensors
 
     store = CheckpointStore(tmp_path / "checkpoints", 2)
 
@@ -346,7 +347,7 @@ def test_pickles_in_a_checkpoint(canary: bytes, tmp_path: Path) -> None:
 
 
 def test_pickles_as_trees_and_scores(canary: bytes, tmp_path: Path) -> None:
-    from rlsys.checkpoint import read_json
+    from rlsys.run.checkpoints import read_json
 
     path = tmp_path / "00000.jsonl"
     for content in (canary, canary + b"\n"):
@@ -379,7 +380,7 @@ def test_yaml_makes_no_objects(text: str, tmp_path: Path) -> None:
 
 def test_an_error_or_timeout_of_a_verifier_trains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the processes to the tensors of the learner: as if the two completions had never been sampled."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "actors"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "actors" / "verifiers"))
     settings = RewardsConfig(timeout_s=2.0, memory_mib=1024)
 
     async def judged() -> list[Any]:

@@ -6,13 +6,13 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from actors.sampling import sample_seed
-from actors.search.calls import Call, Drawn, SearchWriter
-from actors.search.codec import Reading, Stop
-from actors.search.paths import node_ids
+from actors.rollouts.single_turn import sample_seed
+from actors.search.requests import Call, Drawn, SearchWriter
 from actors.search.tree import GrowingTree, NewNode, Node
-from rlsys.patterns import Pattern
-from rlsys.search_config import SearchConfig
+from rlsys.config.patterns import Pattern
+from rlsys.config.search import SearchConfig
+from rlsys.search.codec import Reading, Stop
+from rlsys.search.paths import node_ids
 from rlsys.trees import TEXT, Defect, Writer
 from rlsys.types import VersionSpan
 

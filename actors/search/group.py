@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 
-from actors.search.extract import Codec, demonstration, preference_pairs, step_preferences, supervised_chain
-from actors.search.paths import path_tokens
-from rlsys.search_config import ExtractConfig
+from rlsys.config.search import ExtractConfig
+from rlsys.search.extract import Codec, demonstration, preference_pairs, step_preferences, supervised_chain
+from rlsys.search.paths import path_tokens
 from rlsys.trees import ENDINGS, ThoughtNode, Tree
 from rlsys.types import FinishReason, Prompt, RolloutFailure, Step, Trajectory, TrajectoryGroup, Verdict
 

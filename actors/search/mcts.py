@@ -21,13 +21,13 @@ from typing import Literal
 
 import numpy as np
 
-from actors.sampling import sample_seed
-from actors.search.calls import Ask, Drawn, Judge, SearchWriter
+from actors.rollouts.single_turn import sample_seed
 from actors.search.expansion import Expander, Plan
+from actors.search.requests import Ask, Drawn, Judge, SearchWriter
 from actors.search.selection import choose, draw_best, frontier_score
 from actors.search.tree import GrowingTree, Node, Status
-from rlsys.patterns import Pattern
-from rlsys.search_config import FrontierConfig, SearchConfig
+from rlsys.config.patterns import Pattern
+from rlsys.config.search import FrontierConfig, SearchConfig
 from rlsys.trees import ENDINGS, StopReason, Tree, Writer
 from rlsys.types import Prompt, Verdict
 

@@ -13,7 +13,7 @@ import random
 from collections.abc import Sequence
 from typing import Protocol
 
-from rlsys.search_config import FrontierConfig, PuctConfig, SelectionConfig, UcbConfig
+from rlsys.config.search import FrontierConfig, PuctConfig, SelectionConfig, UcbConfig
 
 
 class Stats(Protocol):

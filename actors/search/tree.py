@@ -12,8 +12,8 @@ from enum import IntEnum
 
 import numpy as np
 
-from rlsys.patterns import Pattern
-from rlsys.search_config import START
+from rlsys.config.patterns import Pattern
+from rlsys.config.search import START
 from rlsys.trees import Defect, ThoughtNode, Writer
 from rlsys.types import FinishReason, Verdict, VersionSpan
 

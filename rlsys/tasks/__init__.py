@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlsys.config import TaskConfig
+from rlsys.config.schema import TaskConfig
 from rlsys.interfaces import Task
 
 
@@ -14,11 +14,11 @@ def build_task(config: TaskConfig, seed: int) -> Task:
         seed: run.seed; the same config and seed give the same problems in every process.
     """
     if config.type == "letter_count":
-        from rlsys.tasks.letter_count import LetterCountTask
+        from rlsys.tasks.letter_count.task import LetterCountTask
 
         return LetterCountTask(config, seed)
     if config.type == "blocksworld":
-        from rlsys.tasks.blocksworld import BlocksworldTask
+        from rlsys.tasks.blocksworld.task import BlocksworldTask
 
         return BlocksworldTask(config, seed)
     from rlsys.tasks.dataset import DatasetTask

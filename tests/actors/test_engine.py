@@ -13,7 +13,7 @@ import pytest
 
 from actors import engine as module
 from actors.engine import Completion, CompletionRequest, Engine
-from rlsys.config import ActorsConfig
+from rlsys.config.schema import ActorsConfig
 from rlsys.errors import EngineError, RolloutError
 
 STEP_S = 0.02

@@ -10,7 +10,7 @@ from ray import exceptions
 
 from actors import rollout_actor
 from actors.rollout_actor import RolloutActor
-from actors.weight_update import Progress
+from actors.weights import Progress
 from rlsys.errors import LearnerLostError, RlsysError, WeightSyncError
 from rlsys.types import WeightManifest
 

@@ -14,8 +14,8 @@ from real_runs import TINY, Command, FinishedRun, commands, wait_for_row, write_
 from watched_runs import AUDIT, PICKLES, Canary, Watched, files_with, look, new_secrets, planted
 
 from rlsys import cli
-from rlsys.config_file import load_config
-from rlsys.setup import prepare_model
+from rlsys.config.files import load_config
+from rlsys.models.folder import prepare_model
 
 
 @pytest.fixture

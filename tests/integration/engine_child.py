@@ -17,9 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.engine import Completion, CompletionRequest, Engine
-from actors.weight_update import verified_tensors
-from learners import weight_source
-from rlsys.config import ActorsConfig
+from actors.weights import verified_tensors
+from learners.deepspeed import parameters as weight_source
+from rlsys.config.schema import ActorsConfig
 from rlsys.types import WeightManifest
 
 # 70 tokens: two full blocks of 32 go into the prefix cache.

@@ -14,7 +14,7 @@ import pytest
 from real_runs import TINY, Command, FinishedRun, last_checkpoint, marked, wait_for_row
 from real_searches import SHARD, TREES
 
-from rlsys.metrics import METRICS, read_rows
+from rlsys.run.metrics import METRICS, read_rows
 
 WARM, SFT, PREFERENCE, TREE_COUNT = TINY["warm_start"]["max_steps"], 4, 10, 24
 STEADY = {"learning_rate": 1e-3, "warmup_updates": 0}

@@ -14,7 +14,7 @@ from typing import Any
 from real_runs import TINY, FinishedRun
 from real_searches import TREES
 
-from rlsys.metrics import read_rows
+from rlsys.run.metrics import read_rows
 
 STEPS, INTERVAL, KEPT, SEED = 12, 2, 2, 36
 STEADY = {"learning_rate": 1e-3, "warmup_updates": 0}

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from learners.rank_settings import RankSettings, learner_environment
-from rlsys.config import LearnerConfig, OptimizerConfig
+from learners.settings import RankSettings, learner_environment
+from rlsys.config.objective import ObjectiveConfig
+from rlsys.config.schema import LearnerConfig, OptimizerConfig
+from rlsys.config.stages import StageSettings
 from rlsys.errors import NonFiniteLossError
-from rlsys.objective_config import ObjectiveConfig
-from rlsys.stage_settings import StageSettings
 from rlsys.types import Demonstration, Preference, Prompt, TrainingBatch, Trajectory, TrajectoryGroup, VersionSpan
 
 PROMPT = 10
@@ -184,7 +184,7 @@ def join(rank: int, ranks: int, store: Path) -> Any:
     """This rank of a learner, with the others."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ.update(learner_environment(LearnerConfig(ranks=ranks), "cpu", rank))
-    from learners.learner_rank import LearnerRank
+    from learners.rank import LearnerRank
 
     settings = RankSettings(
         rank=rank,

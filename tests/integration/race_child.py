@@ -10,7 +10,8 @@ import json
 import os
 import sys
 
-from rlsys import cli, launch  # noqa: F401 - launch: so that the command finds it imported
+from rlsys import cli
+from rlsys.launch import session as launch  # noqa: F401 - launch: so that the command finds it imported
 
 
 def run(arguments: list[str], errors: str) -> None:

@@ -21,8 +21,8 @@ from typing import IO, Any
 import psutil
 import yaml
 
-from rlsys.checkpoint import CheckpointStore
-from rlsys.metrics import METRICS, read_rows
+from rlsys.run.checkpoints import CheckpointStore
+from rlsys.run.metrics import METRICS, read_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MARK = "RLSYS_TEST_MARK"  # an environment variable that every process of a run inherits
@@ -199,7 +199,7 @@ class Command:
             for child in process.children(recursive=True):
                 if line := _command_line(child):  # one that has ended and is not waited for yet has none
                     self.seen.actor_children.setdefault(child.pid, []).append(line)
-                    if "actors.reward_worker" in line:
+                    if "actors.verifiers.worker" in line:
                         self.seen.verifiers.setdefault(child.pid, child)
 
 

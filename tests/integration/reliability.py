@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rlsys.ledger import FATES, read_ledger
+from rlsys.run.ledger import FATES, read_ledger
 
 VARIABLE = "RLSYS_WRITE_FIGURES"
 DOCS = Path(__file__).resolve().parents[2] / "docs"

@@ -14,13 +14,14 @@ import pytest
 import yaml
 from real_runs import REPOSITORY, TINY, FinishedRun, write_config
 
-from rlsys import cli, launch
-from rlsys.checkpoint import CheckpointStore, RunLock
-from rlsys.config import FromScratchConfig
-from rlsys.config_file import load_config
+from rlsys import cli
+from rlsys.config.files import load_config
+from rlsys.config.schema import FromScratchConfig
 from rlsys.errors import ConfigError
-from rlsys.models import build_from_scratch
-from rlsys.resume import find_start
+from rlsys.launch import session as launch
+from rlsys.models.scratch import build_from_scratch
+from rlsys.run.checkpoints import CheckpointStore, RunLock
+from rlsys.run.resume import find_start
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import test_bad_input_cli as fresh
 import test_bad_resume_cli as resumed
-import test_resume_fields as fields
+import test_compare as fields
 from reliability import recorded
 from test_bad_input_cli import accepted, nothing_starts
 from test_bad_resume_cli import model, refused_resume

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from real_runs import TINY, write_config
 
-from rlsys import launch
-from rlsys.checkpoint import CheckpointStore, state_to_json, write_json
-from rlsys.config import FromScratchConfig
-from rlsys.config_file import dump_config, load_config
+from rlsys.config.files import dump_config, load_config
+from rlsys.config.schema import FromScratchConfig
+from rlsys.data.inputs import Inputs
 from rlsys.errors import ConfigError
-from rlsys.inputs import Inputs
-from rlsys.models import build_from_scratch
-from rlsys.setup import prepare_model
+from rlsys.launch import session as launch
+from rlsys.models.folder import prepare_model
+from rlsys.models.scratch import build_from_scratch
+from rlsys.run.checkpoints import CheckpointStore, state_to_json, write_json
 from rlsys.types import RunState
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -196,7 +196,7 @@ FIXED = [
 
 @pytest.mark.parametrize(("override", "field", "expected"), FIXED, ids=[each[1] for each in FIXED])
 def test_a_fixed_field(refused_resume, tmp_path: Path, override: str, field: str, expected: str) -> None:
-    """All of them: tests/test_resume_fields.py."""
+    """All of them: tests/rlsys/config/test_compare.py."""
     message = refused_resume(begun(tmp_path), override)
     where = f"the run to be resumed ({tmp_path / 'run' / 'config.yaml'})"
     assert message == f"error: {field} differs from {where}: {expected}; set it back, or start a new run.dir"

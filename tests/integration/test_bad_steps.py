@@ -12,8 +12,8 @@ import pytest
 from real_runs import TINY, Command, FinishedRun, digests, last_checkpoint, steady_rows, wait_for_row, write_config
 from reliability import begin, lost_and_twice, record
 
-from rlsys.ledger import read_ledger
-from rlsys.metrics import read_rows
+from rlsys.run.ledger import read_ledger
+from rlsys.run.metrics import read_rows
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(900)]
 

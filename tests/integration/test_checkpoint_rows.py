@@ -1,4 +1,4 @@
-"""Rows of the table of faults for checkpoints: what tests/test_checkpoint_kills.py shows, all of it and counted."""
+"""Rows of the table of faults for checkpoints: all of tests/rlsys/run/test_checkpoint_kills.py, counted."""
 
 from __future__ import annotations
 

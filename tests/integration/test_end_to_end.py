@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from real_runs import LOOPBACK, FinishedRun, last_checkpoint
 
-from rlsys.config_file import load_config
-from rlsys.metrics import METRICS, read_rows
+from rlsys.config.files import load_config
+from rlsys.run.metrics import METRICS, read_rows
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 LARGEST_GAP = 5e-4
@@ -107,7 +107,7 @@ def test_an_actor_has_no_child_but_its_verifiers(finished_run: FinishedRun) -> N
     # A process seen once may be a fork that has not become its own program yet, or a look at the hardware.
     lasting = [lines[-1] for lines in finished_run.command.seen.actor_children.values() if len(lines) > 2]
     assert lasting
-    assert [line for line in lasting if "reward_worker" not in line] == []
+    assert [line for line in lasting if "verifiers.worker" not in line] == []
 
 
 def test_nothing_is_left_after_the_end(finished_run: FinishedRun) -> None:

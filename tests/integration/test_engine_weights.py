@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from actors.weight_update import check_names, expected_tensors
-from rlsys.config import FromScratchConfig
+from actors.weights import check_names, expected_tensors
+from rlsys.config.schema import FromScratchConfig
 from rlsys.errors import WeightSyncError
 from rlsys.types import TensorSpec, WeightBucket, WeightManifest
 
@@ -24,7 +24,7 @@ KINDS = ("tied", "untied")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    from rlsys.models import build_from_scratch
+    from rlsys.models.scratch import build_from_scratch
 
     folder = tmp_path_factory.mktemp("engines")
     for kind in KINDS:

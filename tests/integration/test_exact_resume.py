@@ -23,7 +23,7 @@ from real_runs import TINY, FinishedRun, commands, last_checkpoint, steady_rows,
 from reliability import begin, record, recorded
 from safetensors.numpy import load_file, save_file
 
-from rlsys.checkpoint import MANIFEST, CheckpointStore, read_json, write_json
+from rlsys.run.checkpoints import MANIFEST, CheckpointStore, read_json, write_json
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(1800)]
 

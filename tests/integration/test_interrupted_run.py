@@ -26,7 +26,7 @@ from real_runs import (
 )
 from watched_runs import open_to_others
 
-from rlsys.metrics import read_rows
+from rlsys.run.metrics import read_rows
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 

@@ -29,7 +29,7 @@ from joint_runs import (
 from real_runs import Command, FinishedRun, commands, last_checkpoint, steady_rows, write_config
 from real_searches import count_finished, finished_trees, wait_until, whole_shards
 
-from rlsys.metrics import read_rows
+from rlsys.run.metrics import read_rows
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 LARGEST_GAP = 5e-4

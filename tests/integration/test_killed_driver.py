@@ -30,7 +30,7 @@ from real_runs import (
 )
 from reliability import begin, lost_and_twice, record
 
-from rlsys.metrics import read_rows
+from rlsys.run.metrics import read_rows
 
 MOMENTS = moments()
 GONE_S = 15.0

@@ -17,8 +17,8 @@ import pytest
 from learner_child import CRITIC, OBJECTIVE, PROMPT, TEMPERATURE, batch
 from safetensors.numpy import load_file
 
-from rlsys.config import FromScratchConfig, OptimizerConfig
-from rlsys.metrics import METRICS
+from rlsys.config.schema import FromScratchConfig, OptimizerConfig
+from rlsys.run.metrics import METRICS
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 HERE = Path(__file__).parent
@@ -138,7 +138,7 @@ def resumed(folder: Path, name: str, half: str, **learner: Any) -> dict[str, Any
 
 def build_models(folder: Path) -> None:
     """The policy and, as the reference, other weights."""
-    from rlsys.models import build_from_scratch
+    from rlsys.models.scratch import build_from_scratch
 
     # Tied embeddings, and vocabulary enough for token ids below 60.
     size = FromScratchConfig(hidden_size=64, layers=2, heads=2, intermediate_size=128, max_positions=64)

@@ -28,7 +28,7 @@ from real_runs import (
 from real_searches import TREES
 from reliability import begin, lost_and_twice, record
 
-from rlsys.metrics import read_rows
+from rlsys.run.metrics import read_rows
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(900)]
 HANG_S = 15
@@ -296,6 +296,6 @@ def verifiers(command: Command) -> list[psutil.Process]:
 
 def is_verifier(process: psutil.Process) -> bool:
     try:
-        return "actors.reward_worker" in process.cmdline()
+        return "actors.verifiers.worker" in process.cmdline()
     except psutil.NoSuchProcess:
         return False

@@ -24,7 +24,7 @@ from real_runs import (
 )
 from reliability import begin, lost_and_twice, record
 
-from rlsys.metrics import read_rows
+from rlsys.run.metrics import read_rows
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(900)]
 KNOWN_S = 75.0  # the services of Ray look for one another for a minute

@@ -27,14 +27,14 @@ from real_searches import (
     whole_shards,
 )
 
-from actors.search.codec import TagCodec
-from actors.search.paths import path_tokens
-from rlsys import extract_command
-from rlsys.config import LetterCountConfig
-from rlsys.models import end_token_ids, load_tokenizer, tokenizer_digest
-from rlsys.setup import model_digest
+from rlsys.commands import extract as extract_command
+from rlsys.config.schema import LetterCountConfig
+from rlsys.models.folder import model_digest
+from rlsys.models.scratch import end_token_ids, load_tokenizer, tokenizer_digest
+from rlsys.search.codec import TagCodec
+from rlsys.search.paths import path_tokens
+from rlsys.search.tree_json import read_trees, tree_line
 from rlsys.tasks import build_task
-from rlsys.tree_file import read_trees, tree_line
 from rlsys.trees import Tree
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]

@@ -13,7 +13,7 @@ import pytest
 from real_runs import TINY, Command, FinishedRun, commands, last_checkpoint, steady_rows, wait_for_row, write_config
 from real_searches import TREES
 
-from rlsys.metrics import METRICS, read_rows
+from rlsys.run.metrics import METRICS, read_rows
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 LARGEST_GAP = 5e-4

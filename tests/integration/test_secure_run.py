@@ -31,9 +31,9 @@ from watched_runs import (
     planted,
 )
 
-from actors.rewards import RewardPool
-from rlsys.config import LetterCountConfig, RewardsConfig
-from rlsys.metrics import MetricsWriter
+from actors.verifiers.pool import RewardPool
+from rlsys.config.schema import LetterCountConfig, RewardsConfig
+from rlsys.run.metrics import MetricsWriter
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -43,7 +43,7 @@ SHORT = ("warm_start.max_steps=2", "train.max_steps=6", "checkpoint.interval=3")
 
 
 def test_the_whole_tree_listens_on_loopback(watched: Watched) -> None:
-    parts = ("gcs_server", "raylet", "RolloutActor", "LearnerActor", "reward_worker", "rlsys.cli")
+    parts = ("gcs_server", "raylet", "RolloutActor", "LearnerActor", "verifiers.worker", "rlsys.cli")
     for part in parts:
         assert any(part in process.line for process in watched.seen), part
     assert any(process.listening for process in watched.seen)
@@ -69,7 +69,7 @@ def test_what_the_processes_of_a_run_are_told(watched: Watched) -> None:
         assert (told["GLOO_SOCKET_IFNAME"], told["VLLM_HOST_IP"], told["HF_HUB_OFFLINE"]) == ("lo", "127.0.0.1", "1")
         assert (told["VLLM_NO_USAGE_STATS"], told["RAY_USAGE_STATS_ENABLED"]) == ("1", "0")
     for process in watched.seen:
-        if "reward_worker" in process.line:
+        if "verifiers.worker" in process.line:
             assert not {*secrets, "RAY_ADDRESS"} & set(process.environment)
             assert not set(secrets.values()) & set(process.environment.values())
     services = [process for process in watched.seen if process.from_ray]

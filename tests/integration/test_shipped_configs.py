@@ -13,8 +13,8 @@ from real_runs import Command
 from shipped_configs import CONFIGS, GSM8K, gsm8k_overrides
 
 from rlsys import cli
-from rlsys.config_file import load_config, parse_yaml
-from rlsys.metrics import read_rows
+from rlsys.config.files import load_config, parse_yaml
+from rlsys.run.metrics import read_rows
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 

@@ -13,10 +13,10 @@ import pytest
 from bpe_model import build_bpe_model
 from two_models_child import TREES
 
-from rlsys.config import FromScratchConfig
-from rlsys.models import build_from_scratch, load_tokenizer, tokenizer_digest
-from rlsys.setup import model_digest
-from rlsys.tree_file import parse_line
+from rlsys.config.schema import FromScratchConfig
+from rlsys.models.folder import model_digest
+from rlsys.models.scratch import build_from_scratch, load_tokenizer, tokenizer_digest
+from rlsys.search.tree_json import parse_line
 from rlsys.trees import Tree
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(300)]

@@ -13,8 +13,8 @@ import pytest
 from real_runs import TINY, Command, write_config
 from reliability import recorded
 
-from rlsys.config import LetterCountConfig
-from rlsys.metrics import read_rows
+from rlsys.config.schema import LetterCountConfig
+from rlsys.run.metrics import read_rows
 from rlsys.tasks import build_task
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]

@@ -19,12 +19,12 @@ from typing import Any
 
 import psutil
 
-from rlsys import launch
-from rlsys.config import Config
-from rlsys.config_file import parse_config
+from rlsys.config.files import parse_config
+from rlsys.config.schema import Config
+from rlsys.data.inputs import Inputs
 from rlsys.errors import EngineError
-from rlsys.inputs import Inputs
-from rlsys.tree_file import tree_line
+from rlsys.launch import session as launch
+from rlsys.search.tree_json import tree_line
 
 TREES = 6
 

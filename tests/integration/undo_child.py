@@ -21,7 +21,7 @@ import pytest
 from learner_child import begin, groups, join, pairs, rows
 from torch import Tensor, is_grad_enabled
 
-from rlsys import faults
+from rlsys import fault_injection as faults
 from rlsys.errors import CheckpointError, LearnerLostError, NonFiniteLossError
 from rlsys.types import TrainingBatch
 
@@ -61,7 +61,7 @@ def share(parameter: Any, rank: int) -> Tensor:
 
 @contextlib.contextmanager
 def disturbed(learner: Any, fault: dict[str, Any]) -> Iterator[None]:
-    """Let a fault act inside. points: of rlsys.faults. norm, score: what is not finite on one rank besides."""
+    """Let a fault act inside. points: of rlsys.fault_injection. norm, score: what is not finite on one rank besides."""
     faults._faults = faults.parse(fault.get("points", ""))
     hook: Any = None
     own = fault.get("rank") == learner.settings.rank
@@ -97,7 +97,8 @@ def raised(kind: type[Exception], call: Callable[[], Any]) -> str:
 
 def broken(learner: Any, job: dict[str, Any], fault: dict[str, Any]) -> str:
     """The error where one rank cannot read what a stage begins with, or cannot put away what it exports."""
-    from learners import deepspeed_engine, learner_rank
+    from learners import rank as learner_rank
+    from learners.deepspeed import engine as deepspeed_engine
 
     def refuse(*_: Any) -> Any:
         raise PermissionError(f"refused on rank {learner.settings.rank}")

@@ -21,14 +21,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from learners.batching import PairTargets
-from learners.logprobs import masked_token_logprobs
-from learners.losses import LossOutput, cispo_loss, gspo_loss, kl_loss, policy_loss
-from learners.objective import preference_term, token_weights
-from learners.preferences import pair_scores
-from rlsys.config import FromScratchConfig
-from rlsys.models import build_from_scratch
-from rlsys.objective_config import PreferenceConfig
+from learners.objective.joint import preference_term, token_weights
+from learners.objective.logprobs import masked_token_logprobs
+from learners.objective.losses import LossOutput, cispo_loss, gspo_loss, kl_loss, policy_loss
+from learners.objective.preferences import pair_scores
+from learners.samples.batching import PairTargets
+from rlsys.config.objective import PreferenceConfig
+from rlsys.config.schema import FromScratchConfig
+from rlsys.models.scratch import build_from_scratch
 
 TOLERANCE = 1e-5  # both sides in fp32, with sums in another order
 PAD, FIRST_WORD, WORDS = 0, 4, 64
@@ -135,7 +135,7 @@ def test_preference_losses(trl, loss_type, loss, length_norm):
     )
     theirs = trainer.compute_loss(trainer.model, trainer.data_collator(pairs))
 
-    # chosen, rejected, chosen, ...: as `learners.batching.PairTargets` has them
+    # chosen, rejected, chosen, ...: as `learners.samples.batching.PairTargets` has them
     rows = [(pair["prompt_ids"], pair[side]) for pair in pairs for side in ("chosen_ids", "rejected_ids")]
     logprobs, segments = our_logprobs(trl.policy, rows, 1.0)
     with torch.no_grad():

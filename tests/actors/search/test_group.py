@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from actors.search.group import build_searched_group, search_metrics
-from rlsys.search_config import ExtractConfig
+from rlsys.config.search import ExtractConfig
 from rlsys.trees import ThoughtNode, Tree
 from rlsys.types import Prompt, RolloutFailure, TrajectoryGroup, Verdict, VersionSpan
 

@@ -24,12 +24,12 @@ from search_world import (
 )
 from tree_samples import children_of
 
-from actors.search.calls import Ask, SearchWriter
-from actors.search.paths import path_tokens
+from actors.search.requests import Ask, SearchWriter
 from actors.search.tree import Status
-from rlsys.patterns import Pattern
-from rlsys.search_config import START, CorrectRule, FrontierConfig, PuctConfig, SearchConfig, StopConfig, UcbConfig
-from rlsys.tree_file import parse_line, tree_line
+from rlsys.config.patterns import Pattern
+from rlsys.config.search import START, CorrectRule, FrontierConfig, PuctConfig, SearchConfig, StopConfig, UcbConfig
+from rlsys.search.paths import path_tokens
+from rlsys.search.tree_json import parse_line, tree_line
 from rlsys.trees import ENDINGS, ThoughtNode, Tree, Writer
 from rlsys.types import Verdict, VersionSpan
 

@@ -1,7 +1,7 @@
 """Whole trees for scripted proposals, as JSON in the folder `golden`.
 
 `proposals` are those of `search_world.Script`. Nothing writes `expected` by itself. Where a tree is meant to change,
-`PYTHONPATH=.:tests python tests/actors/search/test_mcts_golden.py NAME` prints what the search makes of a case now;
+`PYTHONPATH=.:tests/helpers python tests/actors/search/test_mcts_golden.py NAME` prints the tree of a case;
 check it against the derivations below, change those, and put it under `expected` by hand.
 """
 
@@ -16,7 +16,7 @@ import pytest
 from search_world import Script, grow, table
 from tree_samples import children_of
 
-from rlsys.search_config import NodeTypeConfig, SearchConfig
+from rlsys.config.search import NodeTypeConfig, SearchConfig
 from rlsys.trees import ThoughtNode, Tree
 
 FOLDER = Path(__file__).parent / "golden"

@@ -23,12 +23,12 @@ from search_world import (
 )
 from tree_samples import children_of
 
-from actors.search.calls import Ask, Judge
 from actors.search.expansion import Expander
 from actors.search.mcts import TreeSearch
+from actors.search.requests import Ask, Judge
 from actors.search.tree import GrowingTree, NewNode
-from rlsys.search_config import CorrectRule, FrontierConfig, SearchConfig, StopConfig, UcbConfig
-from rlsys.tree_file import parse_line, tree_line
+from rlsys.config.search import CorrectRule, FrontierConfig, SearchConfig, StopConfig, UcbConfig
+from rlsys.search.tree_json import parse_line, tree_line
 from rlsys.trees import Tree
 from rlsys.types import Verdict, VersionSpan
 

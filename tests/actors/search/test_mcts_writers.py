@@ -9,9 +9,9 @@ import pytest
 from search_world import BARE, Grown, Script, grow, table, writer
 from tree_samples import children_of
 
-from actors.search.calls import SearchWriter
-from actors.search.paths import path_tokens, prompt_tokens
-from rlsys.search_config import NodeTypeConfig, SearchConfig, StopConfig
+from actors.search.requests import SearchWriter
+from rlsys.config.search import NodeTypeConfig, SearchConfig, StopConfig
+from rlsys.search.paths import path_tokens, prompt_tokens
 
 CHILDREN = {"start": {"thinking": 1}, "thinking": {"double_check": 1}, "double_check": {"answer": 1}}
 THINK, CHECK, ANSWER = "<thinking>a</thinking>", "<double-check>b</double-check>", "<answer>1</answer>"

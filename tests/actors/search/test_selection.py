@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.search.selection import choose, draw_best, frontier_score, puct_scores, ucb_scores
-from rlsys.search_config import FrontierConfig, PuctConfig, UcbConfig
+from rlsys.config.search import FrontierConfig, PuctConfig, UcbConfig
 
 
 @dataclass

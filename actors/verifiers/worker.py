@@ -1,0 +1,145 @@
+"""A process that runs one verifier, below a guard, so that a hanging or greedy verification can be killed.
+
+JSON lines. First line in: {"parent": pid, "memory_mib": int, "seed": int, "task": the config section} or, in
+place of "task", {"verifier": "module:factory"}, where `factory()` returns a function of (answer, completion).
+Then one [number, answer, completion] a line in, one verdict a line out with the number of its request, in order;
+{"ready": true} comes first.
+Started by actors.verifiers.pool as `python -m actors.verifiers.worker`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from numbers import Real
+from typing import Any, BinaryIO, get_args
+
+from pydantic import TypeAdapter
+
+from actors.verifiers.guard import adopt_orphans, descendants, die_with, end_descendants, guard
+from rlsys.config.schema import TaskConfig
+from rlsys.tasks import build_task
+from rlsys.types import Outcome, Verdict
+
+Verifier = Callable[[str, str], Verdict]
+
+MAX_FILE_MIB = 16
+MAX_DETAIL_CHARS = 500
+LARGEST_REWARD = 1e6
+"""Beyond it a float32 no longer tells rewards apart that differ by a tenth."""
+
+
+def main() -> None:
+    requests, answers = _take_over_pipes()
+    hello = json.loads(requests.readline())
+    die_with(hello["parent"], signal.SIGCONT)  # which a stopped process hears too
+    _limit(resource.RLIMIT_CORE, 0)
+
+    def take_leave() -> None:
+        requests.close()
+        answers.close()
+
+    guard(partial(_serve, requests, answers, hello), take_leave, hello["memory_mib"], hello["parent"])
+
+
+def _serve(requests: BinaryIO, answers: BinaryIO, hello: dict[str, Any]) -> None:
+    """Judge until the requests end. What a verification starts ends before its verdict is sent."""
+    _limit(resource.RLIMIT_AS, hello["memory_mib"] << 20)
+    _limit(resource.RLIMIT_FSIZE, MAX_FILE_MIB << 20)
+    adopt_orphans()
+    with _forks_end_here():
+        verifier = _build_verifier(hello)
+    helpers = descendants()  # that a plug-in keeps for all its verifications
+    _send(answers, {"ready": True})
+    for line in requests:
+        number, answer, completion = json.loads(line)
+        with _forks_end_here():
+            verdict = _judge(verifier, answer, completion)
+        end_descendants(kept=helpers)
+        _send(answers, [number, verdict.outcome, verdict.reward, verdict.answered, verdict.detail])
+
+
+@contextlib.contextmanager
+def _forks_end_here() -> Iterator[None]:
+    """End a process that was forked inside and comes out, whether it returns or raises.
+
+    It has the pipes and the requests that were read ahead: it would serve them a second time. Nothing is flushed.
+    """
+    served_by = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() != served_by:
+            os._exit(1)
+
+
+def _take_over_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Move the protocol away from stdin and stdout, so that a verifier that prints cannot break it."""
+    requests, answers = os.dup(0), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return os.fdopen(requests, "rb"), os.fdopen(answers, "wb")
+
+
+def _limit(kind: int, value: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
+
+
+def _build_verifier(hello: dict[str, Any]) -> Verifier:
+    if "verifier" in hello:
+        module, _, factory = hello["verifier"].partition(":")
+        return getattr(importlib.import_module(module), factory)()
+    config: TaskConfig = TypeAdapter(TaskConfig).validate_python(hello["task"])
+    return build_task(config, hello["seed"]).verify
+
+
+def _judge(verifier: Verifier, answer: str, completion: str) -> Verdict:
+    try:
+        return _checked(verifier(answer, completion))
+    # A failure becomes data. BaseException, as math-verify's TimeoutException and sys.exit are no Exception.
+    except BaseException as error:  # noqa: BLE001
+        return _error(f"{type(error).__name__}: {error}")
+
+
+def _checked(verdict: Any) -> Verdict:
+    """A verdict of plain values, out of what a plug-in returned."""
+    if not isinstance(verdict, Verdict):
+        return _error(f"expected a Verdict, found {type(verdict).__name__}")
+    if verdict.outcome not in get_args(Outcome):
+        return _error(f"expected an outcome of {', '.join(get_args(Outcome))}, found {verdict.outcome!r}")
+    detail = str(verdict.detail)[:MAX_DETAIL_CHARS]
+    if verdict.outcome not in ("ok", "wrong"):  # by its own account it has none
+        return Verdict(outcome=verdict.outcome, reward=0.0, answered=False, detail=detail)
+    found: Any = verdict.reward
+    if isinstance(found, bool) or not isinstance(found, Real):  # Real: numpy's numbers too
+        return _error(f"expected a number as reward, found {type(found).__name__}")
+    reward = float(found)
+    if not math.isfinite(reward):
+        return _error(f"expected a finite reward, found {reward}")
+    if abs(reward) > LARGEST_REWARD:
+        return _error(f"expected a reward from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, found {reward:g}")
+    return Verdict(outcome=verdict.outcome, reward=reward, answered=bool(verdict.answered), detail=detail)
+
+
+def _error(detail: str) -> Verdict:
+    return Verdict(outcome="error", reward=0.0, answered=False, detail=detail[:MAX_DETAIL_CHARS])
+
+
+def _send(answers: BinaryIO, message: Any) -> None:
+    answers.write(json.dumps(message).encode() + b"\n")
+    answers.flush()
+
+
+if __name__ == "__main__":
+    main()

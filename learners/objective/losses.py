@@ -1,0 +1,339 @@
+"""Losses as pure functions of per-token tensors.
+
+Every loss is a weighted sum over tokens. The weights already hold the aggregation and the global count of
+the update (`learners.objective.joint.token_weights`), so partial losses of micro-batches and ranks simply add up.
+Metrics are sums over tokens (a maximum where the name says so), detached, and combine in the same way.
+
+A token of weight 0 adds nothing to the loss, whatever finite numbers it holds; metrics count it all the same.
+NaN is never hidden: 0 * NaN is NaN, so even at weight 0 it makes the loss NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# exp(20) = 4.9e8: far outside any clip range, and still finite in fp32 together with its gradient.
+MAX_LOG_RATIO = 20.0
+
+KlEstimator = Literal["k1", "k2", "k3"]
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """loss: scalar, carries gradient. metrics: scalars, detached."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> LossOutput:
+    """Clipped policy-gradient surrogate with separate bounds.
+
+    r_t  = exp(logprobs_t - old_logprobs_t)
+    l_t  = -min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
+    l_t  = min(that, -dual_clip A_t)                                    where A_t < 0, with `dual_clip`
+    loss = sum_t w_t l_t
+
+    d loss / d logprobs_t = -w_t r_t A_t, and 0 where a clip is active: A > 0 with r above the upper bound
+    (`clipped_high`), A < 0 with r below the lower one (`clipped_low`) or above `dual_clip` (`dual_clipped`).
+    At r = 1 this is REINFORCE.
+
+    Args:
+        logprobs: [N] nats, of the policy; carries gradient.
+        old_logprobs: [N] nats, of the policy at the start of the training step.
+        advantages: [N].
+        weights: [N], aggregation over the global denominator; times `importance_weights` it is decoupled PPO.
+        clip_low: in [0, 1).
+        clip_high: >= 0.
+        dual_clip: > 1 (3 is usual), bounds the loss of a token with A < 0 by -dual_clip A; None: no such bound.
+
+    Returns:
+        metrics: clipped_low, clipped_high (counts), ratio_max (0 without tokens); with `dual_clip` the count
+            dual_clipped.
+
+    Raises:
+        ValueError: dual_clip is not above 1.
+
+    Source: PPO, arXiv:1707.06347, eq. 7; GRPO, arXiv:2402.03300, eq. 3; separate bounds: DAPO,
+        arXiv:2503.14476, eq. 10; dual clip: arXiv:1912.09729.
+    """
+    ratio = _bounded_exp(logprobs - old_logprobs)
+    terms, metrics = _clipped_terms(ratio, advantages, clip_low, clip_high)
+    if dual_clip is not None:
+        if not dual_clip > 1:
+            raise ValueError(f"expected dual_clip > 1, found {dual_clip}")
+        negative = advantages < 0
+        terms = torch.where(negative, torch.maximum(terms, dual_clip * advantages), terms)
+        metrics["dual_clipped"] = (negative & (ratio.detach() > dual_clip)).sum()
+    return LossOutput(-(weights * terms).sum(), metrics)
+
+
+def gspo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    row_ids: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> LossOutput:
+    """Clipped surrogate whose ratio is that of the whole sequence, in its token form (GSPO-token).
+
+    s_i   = exp(mean over the targets t of row i of logprobs_t - old_logprobs_t)
+    r_t   = sg[s_i] * p_t / sg[p_t]      of the value s_i, differentiated as p_t
+    loss  = sum_t w_t * -min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
+
+    d loss / d logprobs_t = -w_t s_i A_t, and 0 for the whole row where the clip is active. With one A_i a row and
+    w_t = 1 / (n |o_i|) (aggregation `sequence_mean`) value and gradient are those of the sequence form
+    -(1/n) sum_i min(s_i A_i, clip(s_i) A_i). A row of one target is a token of `policy_loss`.
+
+    Args:
+        logprobs: [N] nats, of the policy; carries gradient.
+        old_logprobs: [N] nats, of the policy at the start of the training step.
+        advantages: [N].
+        weights: [N], aggregation over the global denominator.
+        row_ids: [N] int64 >= 0, the row of every target. All targets of a row must be in this call; each counts in
+            s_i, whatever its weight.
+        clip_low: in [0, 1), the paper's 3e-4.
+        clip_high: >= 0, the paper's 4e-4.
+
+    Returns:
+        metrics: clipped_low, clipped_high (counts of tokens), ratio_max (largest s_i, 0 without tokens).
+
+    Source: GSPO, arXiv:2507.18071, eqs. 5, 7 and 13.
+    """
+    gap = (logprobs - old_logprobs).detach()
+    rows = int(row_ids.max()) + 1 if len(row_ids) else 0
+    sums = gap.new_zeros(rows).index_add(0, row_ids, gap)
+    lengths = gap.new_zeros(rows).index_add(0, row_ids, torch.ones_like(gap))
+    sequence = (sums / lengths.clamp(min=1))[row_ids]
+    terms, metrics = _clipped_terms(
+        _bounded_exp(logprobs - logprobs.detach() + sequence), advantages, clip_low, clip_high
+    )
+    return LossOutput(-(weights * terms).sum(), metrics)
+
+
+def cispo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> LossOutput:
+    """REINFORCE with a clipped importance ratio: the clip bounds a token's gradient and never drops it.
+
+    r_t  = exp(logprobs_t - old_logprobs_t)
+    loss = sum_t w_t * -sg[clip(r_t, 1 - clip_low, 1 + clip_high)] A_t logprobs_t
+
+    d loss / d logprobs_t = -w_t clip(r_t) A_t, everywhere.
+
+    Args:
+        logprobs: [N] nats, of the policy; carries gradient.
+        old_logprobs: [N] nats, of the policy at the start of the training step.
+        advantages: [N].
+        weights: [N], aggregation over the global denominator.
+        clip_low: in [0, 1]; 1 leaves the ratio without a lower bound, as the paper does.
+        clip_high: >= 0.
+
+    Returns:
+        metrics: clipped_low, clipped_high (counts of ratios outside a bound, of either sign of A), ratio_max
+            (before the clip; 0 without tokens).
+
+    Source: MiniMax-M1, arXiv:2506.13585, eqs. 4 and 5.
+    """
+    ratio = _bounded_exp((logprobs - old_logprobs).detach())
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
+    metrics = {
+        "clipped_low": (ratio < 1 - clip_low).sum(),
+        "clipped_high": (ratio > 1 + clip_high).sum(),
+        "ratio_max": _largest(ratio),
+    }
+    return LossOutput(-(weights * bounded * advantages * logprobs).sum(), metrics)
+
+
+def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, *, estimator: KlEstimator) -> Tensor:
+    """Estimate of KL(policy || reference) from each of the policy's own samples.
+
+    d_t = reference_logprobs_t - logprobs_t
+    k1  = -d_t                   unbiased; of either sign
+    k2  = d_t^2 / 2              biased, >= 0
+    k3  = exp(d_t) - 1 - d_t     unbiased, >= 0
+
+    Args:
+        logprobs: [N] nats, of the policy.
+        reference_logprobs: [N] nats, of the frozen reference policy.
+        estimator: one of the above.
+
+    Returns:
+        [N] nats, with the gradient of its arguments. k3 is constant where d_t > MAX_LOG_RATIO: it would overflow.
+
+    Raises:
+        ValueError: unknown estimator.
+
+    Source: Schulman, Approximating KL divergence (2020).
+    """
+    gap = reference_logprobs - logprobs
+    match estimator:
+        case "k1":
+            return -gap
+        case "k2":
+            return gap.square() / 2
+        case "k3":
+            # expm1 keeps the terms exact near d = 0, where exp(d) - 1 would cancel.
+            gap = gap.clamp(max=MAX_LOG_RATIO)
+            return torch.expm1(gap) - gap
+        case _:
+            raise ValueError(f"objective.kl.estimator: unknown value {estimator!r}")
+
+
+def kl_loss(logprobs: Tensor, reference_logprobs: Tensor, weights: Tensor, *, estimator: KlEstimator) -> LossOutput:
+    """Estimated KL(policy || reference) on the policy's own samples, as a loss.
+
+    loss = sum_t w_t k_t,   k_t of `kl_estimate`, d_t = reference_logprobs_t - logprobs_t
+
+    d loss / d logprobs_t = w_t                   k1; in expectation 0, so it belongs into a reward, not here
+                            -w_t d_t              k2; in expectation the gradient of KL(policy || reference)
+                            w_t (1 - exp(d_t))    k3; in expectation that of KL(reference || policy)
+
+    Args:
+        logprobs: [N] nats, of the policy; carries gradient.
+        reference_logprobs: [N] nats, of the frozen reference policy.
+        weights: [N], aggregation over the global denominator.
+        estimator: "k1", "k2" or "k3".
+
+    Returns:
+        metrics: kl (unweighted sum of the estimates, nats).
+
+    Raises:
+        ValueError: unknown estimator.
+
+    Source: Schulman, Approximating KL divergence (2020); k3 as a loss: GRPO, arXiv:2402.03300, eq. 4.
+    """
+    terms = kl_estimate(logprobs, reference_logprobs, estimator=estimator)
+    return LossOutput((weights * terms).sum(), {"kl": terms.detach().sum()})
+
+
+def entropy_loss(entropy: Tensor, weights: Tensor) -> LossOutput:
+    """Negative entropy: minimised, it keeps the policy from collapsing.
+
+    loss = sum_t w_t * -entropy_t,   d loss / d entropy_t = -w_t
+
+    Args:
+        entropy: [N] nats, of the policy's distribution at each token; carries gradient.
+        weights: [N], aggregation over the global denominator.
+
+    Source: A3C, arXiv:1602.01783, sec. 4.
+    """
+    return LossOutput(-(weights * entropy).sum(), {})
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, *, clip: float | None
+) -> LossOutput:
+    """Squared error of the critic, which gains nothing by leaving a band around its old values.
+
+    loss = sum_t w_t * 0.5 max( (V_t - R_t)^2, (clip(V_t, V_old_t - clip, V_old_t + clip) - R_t)^2 )
+    loss = sum_t w_t * 0.5 (V_t - R_t)^2                                                                clip None
+
+    d loss / d V_t = w_t (V_t - R_t), and 0 where V_t has left the band and is closer to R_t than the band's edge
+    is (`value_clipped`).
+
+    Args:
+        values: [N], of the critic; carries gradient.
+        old_values: [N], of the critic at the start of the training step.
+        returns: [N], `learners.objective.advantages.gae`.
+        weights: [N], aggregation over the global denominator.
+        clip: > 0, half the width of the band in units of the return; None: no band.
+
+    Returns:
+        metrics: value_clipped (count), squared_error (sum of (V_t - R_t)^2).
+
+    Source: the reference implementation of PPO, described in arXiv:2005.12729, sec. 3.
+    """
+    errors = (values - returns).square()
+    largest = errors
+    if clip is not None:
+        bounded = values.clamp(old_values - clip, old_values + clip)
+        largest = torch.maximum(errors, (bounded - returns).square())
+    metrics = {
+        "value_clipped": (largest.detach() > errors.detach()).sum(),
+        "squared_error": errors.detach().sum(),
+    }
+    return LossOutput(0.5 * (weights * largest).sum(), metrics)
+
+
+def supervised_loss(logprobs: Tensor, weights: Tensor) -> LossOutput:
+    """Negative log-likelihood.
+
+    loss = sum_t w_t * -logprobs_t,   d loss / d logprobs_t = -w_t
+
+    Args:
+        logprobs: [N] nats, of the policy; carries gradient.
+        weights: [N], aggregation over the global denominator.
+    """
+    return LossOutput(-(weights * logprobs).sum(), {})
+
+
+def importance_weights(
+    old_logprobs: Tensor, behavior_logprobs: Tensor, *, cap: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Truncated importance weights of tokens that another policy than the old one produced.
+
+    rho_t = exp(old_logprobs_t - behavior_logprobs_t),   w_t = min(rho_t, cap)
+
+    Times the weights of any policy loss they give decoupled PPO: the clip is around the old policy, the correction
+    is for what produced the tokens. Equal policies give exactly 1.
+
+    Args:
+        old_logprobs: [N] nats, of the policy at the start of the training step.
+        behavior_logprobs: [N] nats, of what produced the tokens.
+        cap: > 0, about 2.
+
+    Returns:
+        weights: [N], detached.
+        metrics: is_ratio_sum, is_ratio_max (of rho, before the cap; 0 without tokens), is_truncated (count).
+
+    Source: decoupled PPO, arXiv:2110.00641; over old policies of an asynchronous learner: AReaL,
+        arXiv:2505.24298; token-level truncation: verl's rollout correction.
+    """
+    ratio = _bounded_exp((old_logprobs - behavior_logprobs).detach())
+    metrics = {"is_ratio_sum": ratio.sum(), "is_ratio_max": _largest(ratio), "is_truncated": (ratio > cap).sum()}
+    return ratio.clamp(max=cap), metrics
+
+
+def _bounded_exp(log_ratio: Tensor) -> Tensor:
+    return torch.exp(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
+def _largest(ratio: Tensor) -> Tensor:
+    return ratio.max() if len(ratio) else ratio.new_zeros(())
+
+
+def _clipped_terms(
+    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """min(r A, clip(r) A) of every token, and what the clip did."""
+    terms = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    detached = ratio.detach()
+    metrics = {
+        "clipped_low": ((advantages < 0) & (detached < 1 - clip_low)).sum(),
+        "clipped_high": ((advantages > 0) & (detached > 1 + clip_high)).sum(),
+        "ratio_max": _largest(detached),
+    }
+    return terms, metrics

@@ -1,0 +1,240 @@
+"""Advantages of the thought nodes of one searched prompt: how much better than expected each one was."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from learners.objective.advantages import STD_EPSILON, Float64Array, group_advantages
+from rlsys.types import Trajectory
+
+TreeEstimator = Literal["sibling_mean", "treerl", "treepo", "backed_up", "group"]
+
+ROOT = 0  # the prompt's number in every tree
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAdvantage:
+    """advantage: of every token of the node. draws: how often these tokens count, > 0."""
+
+    advantage: float
+    draws: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    """chains: nodes of every sampled chain from below the root on. rewards: [chains]. through: the chains of a node."""
+
+    chains: list[tuple[int, ...]]
+    rewards: Float64Array
+    through: dict[int, list[int]]
+
+    @property
+    def inner(self) -> set[int]:
+        """Nodes from which a chain goes on."""
+        return {node for chain in self.chains for node in chain[:-1]}
+
+
+def tree_advantages(
+    trajectories: Sequence[Trajectory], *, estimator: TreeEstimator, use_std: bool
+) -> dict[int, NodeAdvantage]:
+    """Advantages of the nodes of a searched group, by node number.
+
+    sibling_mean: see `_sibling_mean`, where a node is compared with its siblings; draws are its `samples`.
+
+    The others count chains: c(s) are the sampled chains through node s, R_i the reward of chain i, and draws(s) =
+    |c(s)|. So a node that is trained once, with advantage * draws, gets the policy gradient (before clipping) that it
+    gets where every sampled chain is trained whole, as in the papers.
+
+    group:      A(s) = mean over c(s) of R_i - mean R
+    treepo:     A(s) = mean over c(s) of  sum_g |g| (R_i - mean_g R) / sum_g |g|;  g: all chains, and the chains
+                through each of i's nodes from which some chain goes on, where they are at least two
+    treerl:     A(s) = [(V(s) - V(root)) + (V(s) - V(parent))] / sqrt|c(s)|;  V(s) = mean over c(s) of R~_i, the reward
+                less the mean of all others. The division is for the draws: a node that many chains share would
+                otherwise outweigh what sets them apart.
+    backed_up:  A(s) = score(s) - mean (2 R - 1);  see `_backed_up`
+    use_std:    A(s) / (std + 1e-6), std of all R (of 2 R - 1 for backed_up), n - 1 in the denominator
+
+    A leaf that was drawn `samples` times stands for as many chains; a chain that ends where others go on is one.
+    All advantages of a tree are exactly 0 where its rewards are equal or where it has only one chain. (The formula of
+    backed_up would reward every thought of a tree that is wrong throughout: no score is as low as the mean of -1.)
+
+    A backtracking child is there because the verifier found an answer below its parent wrong, a hint that the policy
+    never gets when it is used. So the backtracking children of a node start a tree of their own, with that node as
+    root, and a chain counts only in the tree of its last backtracking child: what came of a hint is neither merit nor
+    baseline of anything sampled without it. A node that only chains with a later hint hold gets advantage 0, draws 1.
+
+    The tree is rebuilt from the steps of the judged trajectories; a node that none of them holds has no advantage, and
+    what was not judged counts nowhere. The order of the trajectories changes nothing.
+
+    Raises:
+        ValueError: the reward of a judged trajectory is not finite, or an unknown estimator.
+
+    Source: SPO, arXiv:2505.23564 (sibling_mean); TreePO, arXiv:2508.17445 and its code, whose weights "group_size"
+        these are, and which whitens over the step; TreeRL, arXiv:2506.11902; DeepSearch, arXiv:2509.25454.
+    """
+    judged = [trajectory for trajectory in trajectories if trajectory.judged]
+    rewards = [trajectory.reward for trajectory in judged]
+    if not np.isfinite(rewards).all():
+        raise ValueError(f"expected finite rewards from the task's verifier, found {rewards}")
+    if estimator == "sibling_mean":
+        return _sibling_mean(judged, use_std)
+    if estimator not in _ESTIMATES:
+        raise ValueError(f"unknown estimator {estimator!r} of tree advantages")
+    found = {step.node: NodeAdvantage(0.0, 1.0) for trajectory in judged for step in trajectory.steps}
+    for tree in _trees(judged, signed=estimator == "backed_up"):
+        level = tree.rewards.min() == tree.rewards.max()
+        advantages = {} if level else _ESTIMATES[estimator](tree)
+        scale = tree.rewards.std(ddof=1) + STD_EPSILON if use_std and not level else 1.0
+        for node, chains in tree.through.items():
+            found[node] = NodeAdvantage(float(advantages.get(node, 0.0) / scale), float(len(chains)))
+    return found
+
+
+def _trees(judged: Sequence[Trajectory], *, signed: bool) -> list[_Tree]:
+    """What was sampled without a hint, and every set of backtracking siblings with what is below it."""
+    inner = {step.parent for trajectory in judged for step in trajectory.steps if not step.backtrack}
+    chains: dict[tuple[int, bool], list[tuple[tuple[int, ...], float]]] = defaultdict(list)
+    for trajectory in judged:
+        steps = trajectory.steps
+        steps = steps[max((place for place, step in enumerate(steps) if step.backtrack), default=0) :]
+        root = (steps[0].parent, steps[0].backtrack) if steps else (ROOT, False)
+        drawn = steps[-1].samples if steps and steps[-1].node not in inner else 1
+        reward = 2.0 * trajectory.reward - 1.0 if signed else trajectory.reward
+        chains[root] += [(tuple(step.node for step in steps), reward)] * drawn
+    return [_tree(found) for found in chains.values()]
+
+
+def _tree(found: Sequence[tuple[tuple[int, ...], float]]) -> _Tree:
+    through: dict[int, list[int]] = defaultdict(list)
+    for chain, (nodes, _) in enumerate(found):
+        for node in nodes:
+            through[node].append(chain)
+    rewards = np.array([reward for _, reward in found], dtype=np.float64)
+    return _Tree([nodes for nodes, _ in found], rewards, dict(through))
+
+
+def _means(tree: _Tree, credit: Float64Array) -> dict[int, float]:
+    """Of the chains through every node."""
+    return {node: float(credit[chains].mean()) for node, chains in tree.through.items()}
+
+
+def _group(tree: _Tree) -> dict[int, float]:
+    return _means(tree, tree.rewards - tree.rewards.mean())
+
+
+def _treepo(tree: _Tree) -> dict[int, float]:
+    rewards, inner = tree.rewards, tree.inner
+    sizes = np.full(len(rewards), float(len(rewards)))
+    credit = len(rewards) * (rewards - rewards.mean())
+    for node, chains in tree.through.items():
+        if node in inner and len(chains) > 1:
+            sizes[chains] += len(chains)
+            credit[chains] += len(chains) * (rewards[chains] - rewards[chains].mean())
+    return _means(tree, credit / sizes)
+
+
+def _treerl(tree: _Tree) -> dict[int, float]:
+    everything = np.ones(len(tree.rewards), dtype=np.bool_)
+    left_out = group_advantages(tree.rewards, everything, estimator="rloo")
+    values = _means(tree, left_out)
+    parents = {node: parent for chain in tree.chains for parent, node in itertools.pairwise(chain)}
+    found = {}
+    for node, chains in tree.through.items():
+        parent = values[parents[node]] if node in parents else 0.0  # R~ sums to 0, so V(root) = 0
+        found[node] = (2.0 * values[node] - parent) / math.sqrt(len(chains))
+    return found
+
+
+def _backed_up(tree: _Tree) -> dict[int, float]:
+    """Scores that the search backs up, less the mean of the rewards.
+
+    w = max((i + 1) / (l + 1), 0.1) r   for the i-th of the l nodes of a chain of reward r in [-1, 1]
+    q = sum of the positive w of a node; where it has none, of all w
+    score = r at a leaf, tanh(q) elsewhere
+
+    Backing up chain by chain comes to this q in any order: w adds to a q of its sign, replaces it where q < 0 < w,
+    and is dropped where w < 0 < q. The temperature and the bound of tanh are 1, as in the authors' code.
+    """
+    shares: dict[int, list[float]] = defaultdict(list)
+    for chain, reward in zip(tree.chains, tree.rewards.tolist(), strict=True):
+        for place, node in enumerate(chain, start=1):
+            shares[node].append(max((place + 1) / (len(chain) + 1), 0.1) * reward)
+    scores = _means(tree, tree.rewards)
+    for node in tree.inner:
+        scores[node] = math.tanh(math.fsum([share for share in shares[node] if share > 0.0] or shares[node]))
+    baseline = float(tree.rewards.mean())
+    return {node: score - baseline for node, score in scores.items()}
+
+
+_ESTIMATES: dict[TreeEstimator, Callable[[_Tree], dict[int, float]]] = {
+    "group": _group,
+    "treepo": _treepo,
+    "treerl": _treerl,
+    "backed_up": _backed_up,
+}
+
+
+def _sibling_mean(judged: Sequence[Trajectory], use_std: bool) -> dict[int, NodeAdvantage]:
+    """A node's value against the mean of its siblings.
+
+    V(n)   = sum_c s_c V(c) / sum_c s_c                      over the children c of n, s_c their `samples`
+    std(n) = sqrt( sum_c s_c (V(c) - V(n))^2 / sum_c s_c )   ddof 0
+    A(c)   = (V(c) - V(n)) / (std(n) + 1e-6)                 use_std
+    A(c)   = V(c) - V(n)                                     otherwise
+
+    The end of a trajectory is one more child of its last node: without tokens, drawn once, its value the reward.
+    So a leaf has the value of its reward, and a node at which one trajectory ends and others go on averages over
+    both. A branch counts as often as it was drawn, not as often as it was visited, since the search itself chooses
+    what it visits. Advantages weighted by samples sum to 0 over the children of a node, ends included; they are
+    exactly 0 where these are equal or there is only one.
+
+    Backtracking children are siblings of one another only: they are there because the verifier found an answer below
+    n wrong, a hint that the policy never gets, so what they are worth is no merit of n. V(n) is their mean only where
+    n has no other child on a judged trajectory.
+
+    What no trajectory holds is unknown here: with node expansion a child that failed at once counts, and one that the
+    search never went on from does not.
+    """
+    steps = {step.node: step for trajectory in judged for step in trajectory.steps}
+    branches: dict[tuple[int, bool], list[tuple[int, float]]] = defaultdict(list)
+    for trajectory in judged:
+        branches[trajectory.steps[-1].node if trajectory.steps else ROOT, False].append((1, trajectory.reward))
+    means: dict[tuple[int, bool], float] = {}
+    scales: dict[tuple[int, bool], float] = {}
+    values: dict[int, float] = {}
+    # Parents have smaller numbers than their children, so a node's branches are complete when its turn comes.
+    for node in sorted({ROOT, *steps} if judged else (), reverse=True):
+        for backtrack in (True, False):
+            siblings = node, backtrack
+            if branches[siblings]:
+                values[node] = means[siblings] = _weighted_mean(branches[siblings])
+                deviation = _weighted_std(branches[siblings], means[siblings]) + STD_EPSILON
+                scales[siblings] = deviation if use_std else 1.0
+        if node in steps:
+            step = steps[node]
+            branches[step.parent, step.backtrack].append((step.samples, values[node]))
+    found = {}
+    for node, step in steps.items():
+        siblings = step.parent, step.backtrack
+        found[node] = NodeAdvantage((values[node] - means[siblings]) / scales[siblings], float(step.samples))
+    return found
+
+
+def _weighted_mean(branches: Sequence[tuple[int, float]]) -> float:
+    """Of (weight, value); exactly the value where all are equal, and the same in any order."""
+    found = [value for _, value in branches]
+    if min(found) == max(found):
+        return found[0]
+    return math.fsum(weight * value for weight, value in branches) / sum(weight for weight, _ in branches)
+
+
+def _weighted_std(branches: Sequence[tuple[int, float]], mean: float) -> float:
+    squares = math.fsum(weight * (value - mean) ** 2 for weight, value in branches)
+    return math.sqrt(squares / sum(weight for weight, _ in branches))

@@ -1,0 +1,178 @@
+"""`rlsys evaluate`: a run, checkpoint or model folder on a task, with intervals."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from rlsys.config.files import load_config
+from rlsys.config.schema import Config
+from rlsys.control.evaluation import (
+    Estimate,
+    error_rate,
+    mean_over_prompts,
+    pass_at_k,
+    sample_groups,
+    solved,
+    unanswered,
+)
+from rlsys.control.search_evaluation import search_and_sample, show_search, with_search
+from rlsys.errors import ConfigError
+from rlsys.run.checkpoints import CheckpointStore
+from rlsys.tasks import build_task
+from rlsys.types import Prompt, SamplingSettings, TrajectoryGroup
+
+# Fewer problems of one answer say little about it, so they stay out of the macro mean.
+MACRO_MINIMUM = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What to evaluate: a policy folder and the config that tells the task."""
+
+    policy: Path
+    config: Config
+
+
+def find_target(target: str, config_path: str | None, overrides: Sequence[str]) -> Target:
+    """Resolve a run directory, a checkpoint or a model folder.
+
+    Raises:
+        ConfigError: it is none of them, or a model folder without a config.
+    """
+    path = Path(target).absolute()
+    if (path / "checkpoints").is_dir():
+        checkpoint = CheckpointStore(path / "checkpoints", 1).latest()
+        if checkpoint is None:
+            raise ConfigError(f"{target}: the run has no checkpoint yet")
+        policy, config = checkpoint / "policy", path / "config.yaml"
+    elif (path / "policy").is_dir():
+        policy, config = path / "policy", path.parent.parent / "config.yaml"
+    elif (path / "config.json").is_file():
+        # RUN/stages/online, or RUN/checkpoints/step_000080/policy
+        above = (folder / "config.yaml" for folder in path.parents[1:3])
+        policy, config = path, next((file for file in above if file.is_file()), path / "config.yaml")
+    else:
+        raise ConfigError(f"{target}: expected a run directory, a checkpoint or a model folder")
+    if config_path is None and not config.is_file():
+        raise ConfigError(f"{target}: a model folder outside a run directory needs --config, which names the task")
+    return Target(policy, load_config(config_path or config, overrides))
+
+
+async def evaluate(pool: Any, prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
+    """All figures as JSON-able values: estimates with intervals, and accuracy by true answer where there is one."""
+    one_answer = build_task(config.task, config.run.seed).one_answer
+    settings = SamplingSettings(
+        samples=1, temperature=0.0, top_p=1.0, max_tokens=config.sampling.max_tokens, seed=config.run.seed
+    )
+    samples, limit = config.evaluation.samples, config.train.max_verifier_failures
+    found: dict[str, Any] = {"problems": len(prompts), "samples": samples}
+    if config.evaluation.greedy:
+        groups = await sample_groups(pool, prompts, settings, limit)
+        found["greedy"] = _figures(groups, by_answer=one_answer)
+    if samples:
+        many = SamplingSettings(
+            samples=samples, temperature=1.0, top_p=1.0, max_tokens=settings.max_tokens, seed=settings.seed
+        )
+        groups = await sample_groups(pool, prompts, many, limit)
+        found["sampled"] = _figures(groups, by_answer=one_answer)
+        ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, samples) if k <= samples})
+        found["pass_at_k"] = {str(k): asdict(mean_over_prompts(pass_at_k(solved(groups), k))) for k in ks}
+    if config.evaluation.search_answers:
+        found["search"] = await search_and_sample(pool, prompts, config)
+    if one_answer:
+        [(answer, count)] = Counter(prompt.answer for prompt in prompts).most_common(1)
+        found["constant_answer"] = {"answer": answer, "accuracy": count / len(prompts)}
+    return found
+
+
+def _figures(groups: Sequence[TrajectoryGroup], *, by_answer: bool) -> dict[str, Any]:
+    """by_problem: means over the samples of every problem in order, for paired comparisons of policies."""
+    right = solved(groups)
+    lengths = [t.completion_length for group in groups for t in group.trajectories]
+    return {
+        "accuracy": asdict(mean_over_prompts(right)),
+        "no_answer_rate": asdict(mean_over_prompts(unanswered(groups))),
+        "error_rate": error_rate(groups),
+        "completion_length": float(np.mean(lengths)),
+        **(_by_answer([group.prompt.answer for group in groups], right) if by_answer else {}),
+        "by_problem": {
+            "accuracy": right.mean(axis=1).tolist(),
+            "no_answer_rate": unanswered(groups).mean(axis=1).tolist(),
+            "completion_length": [
+                float(np.mean([t.completion_length for t in group.trajectories])) for group in groups
+            ],
+        },
+    }
+
+
+def _by_answer(answers: Sequence[str], right: np.ndarray) -> dict[str, Any]:
+    labels = np.array(answers)
+    rows = {answer: right[labels == answer] for answer in sorted(set(answers))}
+    macro = [float(row.mean()) for row in rows.values() if len(row) >= MACRO_MINIMUM]
+    return {
+        "accuracy_by_answer": {
+            answer: {"problems": len(row), "accuracy": float(row.mean())} for answer, row in rows.items()
+        },
+        "macro_accuracy": float(np.mean(macro)) if macro else None,
+    }
+
+
+def show(found: Mapping[str, Any], console: Console) -> None:
+    """Print the figures as tables."""
+    table = Table(title=f"{found['problems']} problems, {found['samples']} samples each")
+    for column in ("figure", "value", "95 % interval"):
+        table.add_column(column)
+    for mode in ("greedy", "sampled"):
+        for name in ("accuracy", "no_answer_rate"):
+            if mode in found:
+                _add(table, f"{mode} {name.replace('_', ' ')}", found[mode][name])
+        if mode in found and found[mode]["error_rate"]:
+            table.add_row(f"{mode} verifier errors", f"{found[mode]['error_rate']:.3f}", "")
+    for k, estimate in found.get("pass_at_k", {}).items():
+        _add(table, f"pass@{k}", estimate)
+    if "constant_answer" in found:
+        constant = found["constant_answer"]
+        table.add_row(f"always answering {constant['answer'][:20]}", f"{constant['accuracy']:.3f}", "")
+    console.print(table)
+    by_answer: Mapping[str, Any] = next(
+        (found[mode].get("accuracy_by_answer", {}) for mode in ("greedy", "sampled") if mode in found), {}
+    )
+    if 1 < len(by_answer) <= 12:
+        _show_by_answer(found, console, list(by_answer))
+    if "search" in found:
+        show_search(found["search"], found["problems"], console)
+
+
+def _show_by_answer(found: Mapping[str, Any], console: Console, answers: Sequence[str]) -> None:
+    table = Table(title="accuracy by true answer")
+    modes = [mode for mode in ("greedy", "sampled") if mode in found]
+    for column in ("answer", "problems", *modes):
+        table.add_column(column)
+    for answer in answers:
+        cells = [found[mode]["accuracy_by_answer"][answer] for mode in modes]
+        table.add_row(answer, str(cells[0]["problems"]), *(f"{cell['accuracy']:.3f}" for cell in cells))
+    macro = [found[mode]["macro_accuracy"] for mode in modes]
+    if None not in macro:
+        table.add_row("macro", f">= {MACRO_MINIMUM} each", *(f"{value:.3f}" for value in macro))
+    console.print(table)
+
+
+def _add(table: Table, name: str, estimate: Mapping[str, float]) -> None:
+    value = Estimate(**estimate)
+    table.add_row(name, f"{value.mean:.3f}", f"{value.low:.3f} to {value.high:.3f}")
+
+
+def run(target: Target) -> dict[str, Any]:
+    """Start the actors on the target's policy and measure."""
+    from rlsys.launch import session as launch
+
+    config = with_search(target.config) if target.config.evaluation.search_answers else target.config
+    return launch.evaluate_policy(target.policy, config, evaluate)

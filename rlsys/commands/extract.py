@@ -1,0 +1,73 @@
+"""`rlsys extract`: the trees of a search as files of training data, see `rlsys.search.export`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as ShownTable
+
+from rlsys.config.files import load_config
+from rlsys.errors import ConfigError
+from rlsys.models.folder import prepare_model
+from rlsys.search.export import NO_PAIR, QUANTILES, Source, run, source_of
+
+__all__ = ["Source", "find_source", "run", "show"]
+
+
+def find_source(run_dir: Path, overrides: Sequence[str]) -> Source:
+    """What to extract from.
+
+    Raises:
+        ConfigError: no run directory of a search, or an override of something that made the trees.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir}: expected the run directory of `rlsys search`, found no config.yaml in it")
+    config = load_config(path, overrides)
+    made = load_config(path)
+    if made.model_copy(update={"extract": config.extract, "model": config.model}) != config:
+        raise ConfigError(f"{run_dir}: only extract.* and model.path can differ from the search; drop other overrides")
+    if config.model != made.model and config.model.from_scratch:
+        raise ConfigError(f"{run_dir}: a model.from_scratch cannot differ from the search; give model.path instead")
+    trees = run_dir / "trees"
+    if not any(trees.glob("*.jsonl")):
+        raise ConfigError(f"{trees}: expected *.jsonl files of trees, found none; `rlsys search {path}` writes them")
+    model = prepare_model(config, run_dir)
+    return source_of(config, trees, model)
+
+
+def show(report: Mapping[str, Any], output: Path, console: Console) -> None:
+    """Print the report as tables."""
+    for title, columns, rows in _tables(report):
+        table = ShownTable(title=title)
+        for column in columns:
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    if report["missing"]:
+        console.print(
+            f"{report['missing']} of the prompts that search.prompts asks for have no tree in a finished file: "
+            "the search is not finished, or its data set is smaller"
+        )
+    console.print(f"written to {output}", soft_wrap=True)
+
+
+def _tables(report: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    solved = f"{report['solved']} of {report['trees']} trees solved, {report['failed']} prompts failed"
+    rows = [[name, str(count), str(report["duplicates"][name])] for name, count in report["rows"].items()]
+    yield solved, ["rows", "written", "duplicates dropped"], rows
+    lengths = {name: found for name, found in report["tokens"].items() if found}
+    if lengths:
+        rows = [[name.replace("_", " "), *(f"{found[q]:g}" for q in QUANTILES)] for name, found in lengths.items()]
+        yield "tokens after the prompt", ["", *QUANTILES], rows
+    own = report["pair_tokens"]
+    if any(own.values()):
+        rows = [[name.replace("_", " "), str(count)] for name, count in own.items()]
+        yield "tokens of the pairs, by who chose them", ["", "tokens"], rows
+    without = {name: count for name, count in report["trees_without_pair"].items() if count}
+    if without:
+        yield "trees without a pair", ["why", "trees"], [[NO_PAIR[name], str(n)] for name, n in without.items()]

@@ -1,0 +1,125 @@
+"""`rlsys search`: a tree for each of a task's prompts, kept in the run directory as soon as it is finished."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rlsys.config.files import dump_config
+from rlsys.config.schema import Config
+from rlsys.control.tree_search import Search, TreePool, find_prompts, open_trees, writer_digests
+from rlsys.data.inputs import Inputs
+from rlsys.display import Display
+from rlsys.errors import ConfigError
+from rlsys.launch.signals import StopSignals
+from rlsys.run.checkpoints import write_json, write_text
+from rlsys.search.stats import figures_table
+from rlsys.trees import Writer
+
+SUMMARY = "summary.json"
+FIRST_SIGNAL = "{}: the trees that the actors hold are finished and kept, no others are begun; once more to abort"
+ABORTED = " for the second time; the trees under way are lost, the same command continues"
+AFTER_THE_END = " while the processes of the complete search were ending; nothing is lost"
+
+
+class SearchDisplay(Display):
+    """Trees instead of training steps. Trees end in bursts, so the time left follows from the mean."""
+
+    _before = 0  # trees that were there at the beginning
+
+    figures = (
+        ("solved", "solved", "{:.3f}"),
+        ("tokens_per_s", "tokens/s", "{:,.0f}"),
+        ("prefix_hits", "prefix-cache hits", "{:.3f}"),
+        ("failed", "failed trees", "{:.0f}"),
+    )
+
+    def begin(self, total: int, done: int) -> None:
+        """`done` of the `total` trees are there."""
+        self._stage, self._total, self._done, self._before = "trees", total, done, done
+        self._started = self._last_step = self._clock()
+        self._line(f"trees: {done} of {total} are there")
+
+    def step(self, metrics: Mapping[str, float]) -> None:
+        """A tree is finished. Its line shows the latest rates too."""
+        super().step({**self._figures, **metrics})
+
+    @property
+    def seconds_left(self) -> float | None:
+        grown = self._done - self._before
+        return (self._clock() - self._started) / grown * (self._total - self._done) if grown else None
+
+
+def run(config: Config) -> str:
+    """Grow the missing trees of a config; answers with what there is to say then.
+
+    Raises:
+        RlsysError: every expected failure; InterruptedRunError after SIGINT or SIGTERM, with finished trees kept.
+    """
+    from rlsys.launch import session as launch
+
+    run_dir = Path(config.run.dir).absolute()
+    opened: list[Search] = []
+
+    def prepare(inputs: Inputs, models: Mapping[Writer, Path]) -> launch.Grow | None:
+        opened.append(open_search(config, run_dir, inputs, models))
+        return grow_missing(opened[0]) if opened[0].missing() else None
+
+    launch.grow_trees(config, run_dir, prepare)
+    return conclude(opened[0], config, run_dir, Console())
+
+
+def open_search(config: Config, run_dir: Path, inputs: Inputs, models: Mapping[Writer, Path]) -> Search:
+    """Check that the run directory holds this very search, or none yet, and read its trees.
+
+    Raises:
+        ConfigError, DataError: it holds another one, a training run, or damaged files; nothing was changed.
+        TooManyFailuresError: more of the trees that are there have failed than allowed.
+    """
+    if (run_dir / "checkpoints").exists():
+        raise ConfigError(f"run.dir: {run_dir} holds a training run; choose another one for the search")
+    digests = inputs.fingerprint() | writer_digests(models)
+    search = open_trees(config, run_dir, find_prompts(config, inputs), digests)
+    write_text(run_dir / "config.yaml", dump_config(config))
+    return search
+
+
+def grow_missing(search: Search) -> Callable[[TreePool, StopSignals], Coroutine[Any, Any, None]]:
+    """What is to be done once the actors are up."""
+
+    async def work(pool: TreePool, stop: StopSignals) -> None:
+        with SearchDisplay() as display:
+
+            def ask(name: str) -> None:
+                display.message(FIRST_SIGNAL.format(name))
+                search.stop(name)
+
+            stop.ask_first(ask, ABORTED)
+            await search.run(pool, display)
+            stop.ask_first(lambda _name: None, AFTER_THE_END)
+
+    return work
+
+
+def conclude(search: Search, config: Config, run_dir: Path, console: Console) -> str:
+    """Show the figures and write summary.json, where a command that grew nothing leaves the last one's rates."""
+    trees = search.trees.report()
+    engines = search.engines.report(search.wall_s, search.grown) if search.grown else None
+    path = run_dir / SUMMARY
+    if engines is not None or not _is_summary_of(path, trees):
+        write_json(path, {"trees": trees, "last_command": engines})
+    console.print(figures_table(trees, engines))
+    already = "" if engines else f"already complete ({len(search.trees.solved)} trees)\n"
+    return f"{already}run directory: {config.run.dir}\nextract: rlsys extract {config.run.dir}"
+
+
+def _is_summary_of(path: Path, trees: Mapping[str, Any]) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(found, dict) and found.get("trees") == json.loads(json.dumps(trees))
+    return False

@@ -1,0 +1,1 @@
+"""The config: schema, files, comparison, and what it means for stages and engines."""

@@ -1,0 +1,151 @@
+"""Config files: strict YAML, `section.key=value` overrides, and the resolved dump.
+
+A config is one YAML file. Unknown and duplicate keys are errors, and every error is one line naming the field.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from rlsys.config.keys import suggestion
+from rlsys.config.schema import Config
+from rlsys.errors import ConfigError
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice and YAML aliases."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases are not allowed; write the value out", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what the loader would read as a number."""
+
+
+# YAML 1.1 reads `1e-4` as a string; JSON and every user mean a number.
+for _side in (_UniqueKeyLoader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Read YAML with the safe loader; errors become ConfigError naming `source` and the line."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader subclass
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark else source
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{where}: {problem}") from None
+    except (ValueError, RecursionError) as error:  # `2026-13-45` is a date to YAML; brackets a thousand deep
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set `a.b.c=value` in nested dictionaries; the value is read as YAML."""
+    path, separator, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"override {override!r}: expected section.key=value")
+    for key in keys[:-1]:
+        child = values.get(key)
+        if child is None:
+            child = values[key] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {key} is not a section")
+        values = child
+    values[keys[-1]] = parse_yaml(text, f"override {override!r}")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read and validate a config file with overrides.
+
+    Raises:
+        ConfigError: one line for each problem, naming the field and what was found.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
+    for override in overrides:
+        apply_override(values, override)
+    return parse_config(values, str(path))
+
+
+def parse_config(values: dict[str, Any], source: str) -> Config:
+    """Validate nested dictionaries; errors become one ConfigError."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(source, problem) for problem in error.errors())) from None
+
+
+def _explain(source: str, problem: Any) -> str:
+    # The place of a problem names the alternative that was chosen, which is no key of the file.
+    parts = [str(part) for part in problem["loc"]]
+    alternatives = {"task": ("letter_count", "blocksworld", "dataset"), "selection": ("ucb", "puct", "frontier")}
+    before = ["", *parts]
+    where = ".".join(part for last, part in zip(before, parts, strict=False) if part not in alternatives.get(last, ()))
+    if problem["type"] == "extra_forbidden":
+        return f"{source}: {where}: unknown key; {suggestion(where)}"
+    found = f", found {problem['input']!r}" if not isinstance(problem["input"], dict) else ""
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{source}: {where + ': ' if where else ''}{message}{found}"
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML; `load_config` reads it back to an equal Config."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=100)
+
+
+# A resumed run continues the same experiment only where these sections are unchanged.
+FIXED_FIELDS = ("run.seed", "stages", "model", "task", "learner.dtype")
+
+
+def fixed_fields(config: Config) -> dict[str, Any]:
+    """The part of a config that a resume must not change: values by dotted name of the innermost field."""
+    return select_fields(flat_fields(config.model_dump(mode="json")), FIXED_FIELDS)
+
+
+def flat_fields(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted name of the innermost field."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat_fields(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def select_fields(fields: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Those fields that are, or are inside, one of the names."""
+    return {
+        field: value
+        for field, value in fields.items()
+        if any(field == name or field.startswith(f"{name}.") for name in names)
+    }

@@ -1,0 +1,111 @@
+"""The keys of a config file, read from the schema: for `rlsys keys` and for the message about an unknown key."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from rlsys.config.schema import Config
+from rlsys.config.section import Section
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key with its dotted name. default: as it is written in YAML, "required" where there is none."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+def all_keys(section: type[Section] = Config, prefix: str = "", defaults: Section | None = None) -> list[Key]:
+    """Keys in the order of the schema; those of alternative sections (task) one after the other.
+
+    NAME and NUMBER stand for the name and the place of an entry that the user adds.
+
+    Args:
+        defaults: an instance that holds the defaults where the schema around has its own for this section.
+    """
+    found = []
+    for name, field in section.model_fields.items():
+        full = f"{prefix}{name}"
+        default = getattr(defaults, name) if defaults is not None else field.default
+        sections = list(_sections(field.annotation))
+        entry = _entry(field.annotation)
+        if not sections or entry or type(None) in typing.get_args(field.annotation):
+            found.append(Key(full, _type_name(field.annotation), _written(default), _meaning(name, field)))
+        for inner in sections:
+            found += all_keys(inner, f"{full}{entry}.", default if isinstance(default, inner) else None)
+    return found
+
+
+def suggestion(name: str) -> str:
+    """What somebody who wrote an unknown key may have meant."""
+    known = {key.name for key in all_keys()}
+    if name in known:
+        section = name.rpartition(".")[0]
+        return f"it belongs to another {section}.type; `rlsys keys {section}` shows all"
+    sections = {known_name.rpartition(".")[0] for known_name in known} - {""}
+    last = name.rpartition(".")[2]
+    same = sorted(known_name for known_name in known if known_name.rpartition(".")[2] == last)
+    close = same or difflib.get_close_matches(name, sorted(known | sections), n=1)
+    meant = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"{meant}`rlsys keys` shows all"
+
+
+def _sections(annotation: Any) -> Iterator[type[Section]]:
+    """Section classes in an annotation such as `A`, `A | None` or `Annotated[A | B, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _sections(argument)
+
+
+def _entry(annotation: Any) -> str:
+    """What stands between the name of a mapping or a list of sections and the keys of one of them."""
+    return {dict: ".NAME", tuple: ".NUMBER"}.get(typing.get_origin(annotation), "")
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join("null" if argument is type(None) else _type_name(argument) for argument in arguments)
+    if origin is typing.Annotated:
+        return _type_name(arguments[0])
+    if origin is tuple:
+        return f"list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return f"{{name: {_type_name(arguments[1])}}}"
+    if issubclass(annotation, Section):
+        return "section"
+    return {"str": "text", "int": "whole number", "float": "number", "bool": "true | false"}[annotation.__name__]
+
+
+def _written(value: Any) -> str:
+    if value is PydanticUndefined:
+        return "required"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Section):
+        return _written(dict(value))
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {_written(inner)}' for name, inner in value.items())}}}"
+    if isinstance(value, str) and value.startswith("{"):
+        return f'"{value}"'
+    return f"[{', '.join(map(_written, value))}]" if isinstance(value, tuple) else f"{value}"
+
+
+def _meaning(name: str, field: FieldInfo) -> str:
+    if field.description is None and name == "type":
+        return f"With `{typing.get_args(field.annotation)[0]}`, the keys that follow."
+    return field.description or ""

@@ -1,0 +1,281 @@
+"""What the search may do: the shipped node types and transition tables, and the checks of a config's own.
+
+Source: Marco-o1 v2, arXiv:2503.01461, Figure 2 (the tables a to d), and its released search for letter counting.
+The paper names no counts; the released program's are taken: two children of a kind, one answer, one reflection.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from types import MappingProxyType
+
+from rlsys.config.search import START, NodeTypeConfig, PatternConfig, SearchConfig
+from rlsys.errors import ConfigError
+
+NODE_TYPES: Mapping[str, NodeTypeConfig] = MappingProxyType(
+    {
+        "sub_task": NodeTypeConfig(tag="sub-task", prefixes=("Firstly, I need to break down this task.",)),
+        "thinking": NodeTypeConfig(tag="thinking"),
+        "hypothesis": NodeTypeConfig(tag="hypothesis", prefixes=("I propose the following hypothesis:",)),
+        "double_check": NodeTypeConfig(
+            tag="double-check",
+            prefixes=("Now, I need to check whether all requirements are met.",),
+            writer="reviewer",
+        ),
+        "reflection": NodeTypeConfig(
+            tag="reflection",
+            prefixes=(
+                "Let's check the result. Wait! something is wrong...",
+                "Wait! There is a mistake in this, I have to think again.",
+            ),
+            writer="nobody",
+        ),
+        "reclarify": NodeTypeConfig(tag="reclarify", prefixes=("To ensure clarity, let me restate",)),
+        "answer": NodeTypeConfig(tag="answer", prefixes=("The answer is:",), terminal=True),
+        "thinking_from_scratch": NodeTypeConfig(
+            tag="thinking-from-scratch",
+            prefixes=(
+                "The result above is wrong, I need to think about this question from the start.",
+                "I leave aside what was said above, it is wrong, and think carefully.",
+            ),
+            writer="reviewer",
+        ),
+    }
+)
+"""The shipped node types by name. A type of this name in search.nodes takes its place."""
+
+TABLES: Mapping[str, PatternConfig] = MappingProxyType(
+    {
+        "a": PatternConfig(
+            children={
+                START: {"sub_task": 2},
+                "sub_task": {"thinking": 2},
+                "thinking": {"thinking": 2, "answer": 1},
+                "reflection": {"thinking": 2},
+            },
+            after_wrong={"thinking": {"reflection": 1}},
+        ),
+        "b": PatternConfig(
+            children={
+                START: {"sub_task": 2},
+                "sub_task": {"thinking": 2, "hypothesis": 2},
+                "hypothesis": {"thinking": 2},
+                "thinking": {"thinking": 2, "answer": 1},
+            },
+            after_wrong={"thinking": {"thinking": 1}},
+        ),
+        "c": PatternConfig(
+            children={
+                START: {"sub_task": 2},
+                "sub_task": {"thinking": 2},
+                "thinking": {"thinking": 2, "double_check": 2, "answer": 1},
+                "double_check": {"thinking": 2, "answer": 1},
+            },
+        ),
+        "d": PatternConfig(
+            children={
+                START: {"sub_task": 2},
+                "sub_task": {"thinking": 2, "hypothesis": 2},
+                "hypothesis": {"thinking": 2},
+                "thinking": {"thinking": 2, "answer": 1},
+                "reclarify": {"thinking": 2},
+            },
+            after_wrong={"thinking": {"reclarify": 1}},
+        ),
+        # Without the released row of `hypothesis`, which nothing leads to.
+        "letter_count": PatternConfig(
+            children={
+                START: {"sub_task": 2},
+                "sub_task": {"thinking": 2},
+                "thinking": {"double_check": 2, "thinking": 2},
+                "double_check": {"answer": 1},
+                "reflection": {"thinking_from_scratch": 2},
+                "thinking_from_scratch": {"thinking": 2},
+            },
+            after_wrong={"double_check": {"reflection": 1}},
+        ),
+    }
+)
+"""The shipped tables by name. A table of this name in search.tables takes its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A checked table with its node types.
+
+    types: of every node in the table, by name.
+    children: type of a node, or "start" for the prompt -> type of its children -> how many; terminal types have none.
+    after_wrong: after a wrong answer the nearest ancestor of the first type gets a child of the second, at most so
+        many.
+    """
+
+    name: str
+    types: Mapping[str, NodeTypeConfig]
+    children: Mapping[str, Mapping[str, int]]
+    after_wrong: Mapping[str, Mapping[str, int]]
+
+
+def resolve(search: SearchConfig) -> dict[str, Pattern]:
+    """The patterns of a config by name, in the order of search.patterns.
+
+    Raises:
+        ConfigError: a table cannot be searched, naming the table and the row.
+    """
+    if START in search.nodes:
+        raise ConfigError(f"search.nodes.{START}: the name of the prompt cannot be that of a node type; rename it")
+    nodes, tables = {**NODE_TYPES, **search.nodes}, {**TABLES, **search.tables}
+    patterns: dict[str, Pattern] = {}
+    for name in search.patterns:
+        if name not in tables:
+            raise ConfigError(f"search.patterns: unknown table {name!r}; {_known(name, tables, 'search.tables')}")
+        if name in patterns:
+            raise ConfigError(f"search.patterns names the table {name!r} twice; name each once")
+        patterns[name] = _pattern(name, tables[name], nodes, search.max_depth)
+    return patterns
+
+
+def _pattern(name: str, table: PatternConfig, nodes: Mapping[str, NodeTypeConfig], max_depth: int | None) -> Pattern:
+    where = f"search.tables.{name}"
+    if not table.children.get(START):
+        raise ConfigError(f"{where}.children: expected a row `{START}`, the types that follow the prompt; add it")
+    types = _types(where, table, nodes)
+    _check_types(where, table, types)
+    edges = _edges(table)
+    _check_reach(where, table, types, edges)
+    if max_depth is None:
+        _check_loop(where, edges)
+    elif (shortest := _shortest(table, types)) > max_depth:
+        raise ConfigError(f"{where}: its shortest chain has {shortest} nodes, more than search.max_depth {max_depth}")
+    children = {parent: row for parent, row in table.children.items() if row}
+    return Pattern(name=name, types=types, children=children, after_wrong=table.after_wrong)
+
+
+def _types(where: str, table: PatternConfig, nodes: Mapping[str, NodeTypeConfig]) -> dict[str, NodeTypeConfig]:
+    """Configs of the node types in a table, in the order in which it names them."""
+    found: dict[str, NodeTypeConfig] = {}
+    for field, rows in (("children", table.children), ("after_wrong", table.after_wrong)):
+        for parent, row in rows.items():
+            for name in (parent, *row):
+                if name == START and (name in row or field == "after_wrong"):
+                    raise ConfigError(
+                        f"{where}.{field}.{parent}: `{START}` is the prompt and no node type; take it out of this row"
+                    )
+                if name != START and name not in nodes:
+                    raise ConfigError(
+                        f"{where}.{field}.{parent}: unknown node type {name!r}; {_known(name, nodes, 'search.nodes')}"
+                    )
+                if name != START:
+                    found[name] = nodes[name]
+    return found
+
+
+def _check_types(where: str, table: PatternConfig, types: Mapping[str, NodeTypeConfig]) -> None:
+    """Raise where types contradict themselves, each other or the rows."""
+    by_tag: dict[str, str] = {}
+    brackets = [string for node in types.values() for string in (f"<{node.tag}>", f"</{node.tag}>")]
+    for name, node in types.items():
+        if node.writer == "nobody" and not node.prefixes:
+            raise ConfigError(
+                f"{where}: nobody writes the node type {name!r}, so its prefix is its text, and it has none; "
+                f"set search.nodes.{name}.prefixes or another writer"
+            )
+        if node.writer == "nobody" and node.terminal:
+            raise ConfigError(
+                f"{where}: nobody writes the node type {name!r}, but it is terminal, and an answer must be written; "
+                f"change search.nodes.{name}.writer or terminal"
+            )
+        inside = next((string for string in brackets if any(string in prefix for prefix in node.prefixes)), None)
+        if inside:
+            raise ConfigError(
+                f"search.nodes.{name}.prefixes: {inside} stands in a prefix, but tags are put around a node's text by "
+                "the search; take it out"
+            )
+        if node.terminal and table.children.get(name):
+            raise ConfigError(
+                f"{where}.children.{name}: {name!r} is terminal, and nothing follows an answer; take this row out "
+                f"or set search.nodes.{name}.terminal: false"
+            )
+        if node.terminal and name in table.after_wrong:
+            raise ConfigError(
+                f"{where}.after_wrong.{name}: {name!r} is terminal, and nothing follows an answer; name a type that "
+                "comes before it"
+            )
+        other = by_tag.setdefault(node.tag, name)
+        if other != name:
+            raise ConfigError(
+                f"{where}: the node types {other!r} and {name!r} both have the tag {node.tag!r}, so nobody can tell "
+                f"them apart; change search.nodes.{name}.tag"
+            )
+
+
+def _edges(table: PatternConfig) -> dict[str, set[str]]:
+    """Type -> all types that may follow it, after a wrong answer included."""
+    edges: dict[str, set[str]] = {}
+    for rows in (table.children, table.after_wrong):
+        for parent, row in rows.items():
+            edges.setdefault(parent, set()).update(row)
+    return edges
+
+
+def _check_reach(
+    where: str, table: PatternConfig, types: Mapping[str, NodeTypeConfig], edges: Mapping[str, Iterable[str]]
+) -> None:
+    """Raise where a row is never used, or an answer cannot be reached from a type that can."""
+    reached = _closure({START}, edges)
+    for field, rows in (("children", table.children), ("after_wrong", table.after_wrong)):
+        for parent in rows:
+            if parent not in reached:
+                raise ConfigError(
+                    f"{where}.{field}.{parent}: no row that can be reached from `{START}` leads to {parent!r}; "
+                    "take this row out, or name the type in another row"
+                )
+    # Backwards from the answers. A child after a wrong answer does not count: there has to be an answer first.
+    parents: dict[str, set[str]] = {}
+    for parent, row in table.children.items():
+        for child in row:
+            parents.setdefault(child, set()).add(parent)
+    answering = _closure({name for name, node in types.items() if node.terminal}, parents)
+    for name in (START, *types):
+        if name in reached and name not in answering:
+            raise ConfigError(
+                f"{where}.children.{name}: no way leads from {name!r} to a terminal type; give it a child that does"
+            )
+
+
+def _closure(names: set[str], edges: Mapping[str, Iterable[str]]) -> set[str]:
+    """Everything that can be reached from names, themselves included."""
+    found, waiting = set(names), list(names)
+    while waiting:
+        new = set(edges.get(waiting.pop(), ())) - found
+        found |= new
+        waiting += new
+    return found
+
+
+def _shortest(table: PatternConfig, types: Mapping[str, NodeTypeConfig]) -> int:
+    """Nodes of the shortest chain from the prompt to an answer; there is one."""
+    level, length = {START}, 0
+    while not any(name in types and types[name].terminal for name in level):
+        level, length = {child for name in level for child in table.children.get(name, {})}, length + 1
+    return length
+
+
+def _check_loop(where: str, edges: Mapping[str, Iterable[str]]) -> None:
+    try:
+        TopologicalSorter({parent: sorted(row) for parent, row in edges.items()}).prepare()
+    except CycleError as error:
+        loop = " -> ".join(reversed(error.args[1]))
+        raise ConfigError(
+            f"{where}: the loop {loop} has no end without a depth limit; set search.max_depth, or take a step of it out"
+        ) from None
+
+
+def _known(name: str, known: Iterable[str], section: str) -> str:
+    """What somebody who wrote an unknown name may have meant."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3)
+    meant = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"{meant}known: {', '.join(names)}; others are added in {section}"

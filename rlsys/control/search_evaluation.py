@@ -1,0 +1,167 @@
+"""The searched part of `rlsys evaluate`: a tree of every held-out prompt, independent samples beside it, tables."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Protocol
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from rlsys.config.engine_roles import trees_ahead
+from rlsys.config.schema import Config
+from rlsys.control.budgets import verifier_limit
+from rlsys.control.evaluation import Estimate, sample_groups
+from rlsys.errors import TooManyFailuresError
+from rlsys.interfaces import RolloutPool
+from rlsys.search.compare import (
+    Attempts,
+    Comparison,
+    answer_counts,
+    compare_answers,
+    compare_tokens,
+    sample_attempts,
+    token_budgets,
+    tree_attempts,
+)
+from rlsys.trees import Tree, TreeFailure
+from rlsys.types import Prompt, SamplingSettings, Trajectory
+
+SIMULATIONS_PER_ANSWER = 4
+"""Simulations that may be spent on an answer, at least: some end without one."""
+
+
+class SearchPool(RolloutPool, Protocol):
+    """Actors that search."""
+
+    async def grow(self, actor: int, prompt: Prompt) -> Tree | TreeFailure: ...
+
+
+def with_search(config: Config) -> Config:
+    """The config of actors that search with the policy until a tree has evaluation.search_answers answers."""
+    answers, stop = config.evaluation.search_answers, config.search.stop
+    simulations = max(stop.simulations, SIMULATIONS_PER_ANSWER * answers)
+    stop = stop.model_copy(update={"answers": answers, "correct": (), "simulations": simulations, "tokens": None})
+    return config.model_copy(update={"search": config.search.model_copy(update={"stop": stop, "model": None})})
+
+
+def sampling_of(config: Config) -> SamplingSettings:
+    """Independent samples of the distribution that the search draws its nodes from."""
+    return SamplingSettings(
+        samples=config.evaluation.search_answers,
+        temperature=config.search.temperature or config.sampling.temperature,
+        top_p=config.search.top_p or config.sampling.top_p,
+        max_tokens=config.sampling.max_tokens,
+        seed=config.run.seed,
+    )
+
+
+async def search_and_sample(pool: SearchPool, prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
+    """All figures as JSON-able values.
+
+    Raises:
+        TooManyFailuresError: no tree could be grown, a sample failed, or too many verifications did.
+    """
+    limit, counts = config.train.max_verifier_failures, answer_counts(config.evaluation.search_answers)
+    trees = await grow_trees(pool, prompts, config)
+    failures = [tree for tree in trees if isinstance(tree, TreeFailure)]
+    if len(failures) == len(trees):
+        raise TooManyFailuresError(f"none of {len(trees)} trees could be grown; the first: {failures[0].reason}")
+    search = [tree_attempts(tree) for tree in trees]
+    budgets = token_budgets([tree_attempts(tree) for tree in trees if isinstance(tree, Tree)])
+    samples = await sample_until(
+        pool, prompts, sampling_of(config), lambda found: found.total >= budgets[-1] or bool(found.right.any()), limit
+    )
+    return {
+        "answers": counts[-1],
+        "failed_trees": len(failures),
+        "first_failure": failures[0].reason if failures else None,
+        "tokens_per_problem": {
+            "search": float(np.mean([found.total for found in search])),
+            "samples": float(np.mean([found.tokens[counts[-1] - 1] for found in samples])),
+        },
+        "at_equal_answers": _by_number(compare_answers(search, samples, counts)),
+        "at_equal_tokens": _by_number(compare_tokens(search, samples, budgets)),
+    }
+
+
+async def grow_trees(pool: SearchPool, prompts: Sequence[Prompt], config: Config) -> list[Tree | TreeFailure]:
+    """A tree or failure of every prompt, dealt over the actors, a few at a time, in the order of the prompts.
+
+    Raises:
+        TooManyFailuresError: more than train.max_verifier_failures of the verifications failed.
+    """
+    ahead = trees_ahead(config)
+    turns = [asyncio.Semaphore(ahead) for _ in range(pool.count)]
+
+    async def grow(number: int, prompt: Prompt) -> Tree | TreeFailure:
+        actor = number % pool.count
+        async with turns[actor]:
+            return await pool.grow(actor, prompt)
+
+    trees = list(await asyncio.gather(*(grow(number, prompt) for number, prompt in enumerate(prompts))))
+    verdicts = [node.verdict for tree in trees if isinstance(tree, Tree) for node in tree.nodes if node.verdict]
+    failed = [verdict for verdict in verdicts if verdict.outcome in ("error", "timeout")]
+    verifier_limit(config.train.max_verifier_failures).add(
+        failed=len(failed), total=len(verdicts), details=[verdict.detail for verdict in failed]
+    )
+    return trees
+
+
+async def sample_until(
+    pool: RolloutPool,
+    prompts: Sequence[Prompt],
+    settings: SamplingSettings,
+    enough: Callable[[Attempts], bool],
+    max_verifier_failures: float,
+) -> list[Attempts]:
+    """Independent samples of every prompt, `settings.samples` at a time, until it has enough of them.
+
+    Raises:
+        TooManyFailuresError: see `sample_groups`.
+    """
+    drawn: list[list[Trajectory]] = [[] for _ in prompts]
+    wanting, seed = list(range(len(prompts))), settings.seed
+    while wanting:
+        more = replace(settings, seed=seed)
+        groups = await sample_groups(pool, [prompts[number] for number in wanting], more, max_verifier_failures)
+        for number, group in zip(wanting, groups, strict=True):
+            drawn[number].extend(group.trajectories)
+        wanting = [number for number in wanting if not enough(sample_attempts(drawn[number]))]
+        seed += 2**31  # above every run.seed, so that no other run draws the same
+    return [sample_attempts(trajectories) for trajectories in drawn]
+
+
+def _by_number(found: Mapping[int, Comparison]) -> dict[str, Any]:
+    return {str(number): asdict(comparison) for number, comparison in found.items()}
+
+
+def show_search(found: Mapping[str, Any], problems: int, console: Console) -> None:
+    """Print the figures of `search_and_sample` as tables."""
+    for name, of in (("at_equal_answers", "answers"), ("at_equal_tokens", "tokens")):
+        table = Table(title=f"solved at least once in as many {of}, {problems} problems (95 % intervals)")
+        for column in (of, "search", "samples", "difference", "ended"):
+            table.add_column(column)
+        for number, row in found[name].items():
+            cells = [_interval(row["search"]), _interval(row["samples"]), _interval(row["difference"], sign="+")]
+            table.add_row(number, *cells, f"{row['ended']:.3f}")
+        console.print(table)
+    tokens = found["tokens_per_problem"]
+    lines = [
+        "the search was told which of its answers are right, and chose by it; the samples were not",
+        "ended: share of the searches that came to their end with less, and unsolved",
+        f"generated tokens per problem: search {tokens['search']:.0f}, "
+        f"{found['answers']} samples {tokens['samples']:.0f}",
+    ]
+    if found["failed_trees"]:
+        lines.append(f"{found['failed_trees']} trees failed and count as unsolved; the first: {found['first_failure']}")
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
+def _interval(estimate: Mapping[str, float], sign: str = "") -> str:
+    value = Estimate(**estimate)
+    return f"{value.mean:{sign}.3f} ({value.low:{sign}.3f} to {value.high:{sign}.3f})"

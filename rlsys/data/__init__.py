@@ -1,0 +1,1 @@
+"""What a step trains on: prompts, demonstrations, rows and pairs."""

@@ -1,0 +1,1 @@
+"""The only place that wires: Ray, placement, actors and learner ranks."""

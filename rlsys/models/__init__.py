@@ -1,0 +1,1 @@
+"""Model folders, models made from scratch, and text as token ids."""

@@ -1,0 +1,1 @@
+"""A run directory: checkpoints, resume, metrics and ledger."""

@@ -1,0 +1,1 @@
+"""Finished trees: reading, writing, extraction and statistics. No engine is needed."""

@@ -1,0 +1,283 @@
+"""The trees of a search as files of training data.
+
+Every table has text columns under the names that trainers of other projects read, and the exact token ids beside them.
+`prompt` is the text that the policy is given, its chat template and special tokens included, and `completion`,
+`chosen` and `rejected` are what follows without the end token: a trainer that takes `prompt` as plain text adds no
+template of its own, and puts the end token after the completion itself. The id columns are what was generated: the
+same text, encoded again, can be split into other tokens, and a tokenizer that adds a beginning token adds a second one.
+
+A loss mask has an entry for every id of its column and is True on the tokens to train: of `supervised`, all that follow
+the prompt, and of `preferences`, all that follow the common prefix, since a chain is judged as a whole, whoever wrote
+it. Of `step_preferences` and `step_values`, what a model generated for the node: tags and prefixes that the search put
+there are no choice that the values could be of.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rlsys.config.patterns import resolve
+from rlsys.config.schema import Config
+from rlsys.errors import ConfigError
+from rlsys.models.scratch import end_token_ids, load_tokenizer, tokenizer_digest
+from rlsys.search import extract
+from rlsys.search.codec import TagCodec
+from rlsys.search.paths import prompt_tokens
+from rlsys.search.tree_json import read_trees
+from rlsys.tables.write import REPORT, Table, TableFiles, whole_or_nothing
+from rlsys.trees import Tree, TreeFailure
+
+TEXT, REAL, COUNT = pa.string(), pa.float64(), pa.int32()
+IDS, MASK = pa.list_(pa.int32()), pa.list_(pa.bool_())
+
+SUPERVISED = Table(
+    "supervised",
+    {
+        "prompt": TEXT, "completion": TEXT, "prompt_id": TEXT, "token_ids": IDS, "loss_mask": MASK, "reward": REAL,
+        "length": COUNT, "pattern": TEXT, "value": REAL,
+    },
+    key=("token_ids",),
+)  # fmt: skip
+PREFERENCES = Table(
+    "preferences",
+    {
+        "prompt": TEXT, "chosen": TEXT, "rejected": TEXT, "prompt_id": TEXT, "chosen_ids": IDS, "rejected_ids": IDS,
+        "prompt_length": COUNT, "common_prefix": COUNT, "chosen_visits": COUNT, "rejected_visits": COUNT,
+        "chosen_loss_mask": MASK, "rejected_loss_mask": MASK,
+    },
+    key=("chosen_ids", "rejected_ids"),
+)  # fmt: skip
+STEP_PREFERENCES = Table(
+    "step_preferences",
+    {
+        "prompt": TEXT, "chosen": TEXT, "rejected": TEXT, "prompt_id": TEXT, "prompt_ids": IDS, "chosen_ids": IDS,
+        "rejected_ids": IDS, "chosen_value": REAL, "rejected_value": REAL, "chosen_visits": COUNT,
+        "rejected_visits": COUNT, "chosen_loss_mask": MASK, "rejected_loss_mask": MASK,
+    },
+    key=("prompt_ids", "chosen_ids", "rejected_ids"),
+)  # fmt: skip
+STEP_VALUES = Table(
+    "step_values",
+    {
+        "prompt": TEXT, "completion": TEXT, "prompt_id": TEXT, "token_ids": IDS, "start": COUNT, "type": TEXT,
+        "value": REAL, "visits": COUNT, "loss_mask": MASK,
+    },
+    key=("token_ids", "start", "type"),
+)  # fmt: skip
+TABLES = (SUPERVISED, PREFERENCES, STEP_PREFERENCES, STEP_VALUES)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A run directory whose trees are to be read, and the policy that is to be trained on them."""
+
+    config: Config
+    trees: Path
+    codec: TagCodec
+    tokenizer: Any
+
+    def text(self, token_ids: Any) -> str:
+        """Text of a prompt, its end-of-turn tokens included."""
+        return self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def source_of(config: Config, trees: Path, model: Path) -> Source:
+    """A folder of trees and the policy that is to be trained on them, given as a model folder."""
+    tokenizer = load_tokenizer(model)
+    tags = sorted({kind.tag for pattern in resolve(config.search).values() for kind in pattern.types.values()})
+    codec = TagCodec(tokenizer, tags, end_token_ids(tokenizer, model), digest=tokenizer_digest(model))
+    return Source(config, trees, codec, tokenizer)
+
+
+def run(source: Source, output: Path) -> dict[str, Any]:
+    """Write all tables and the report into a folder; answers with the report.
+
+    One tree is in memory at a time. Of rows with the same tokens the first is kept, and the others are counted.
+
+    Raises:
+        DataError: a line of the tree files is damaged, naming file and line; nothing is written then.
+    """
+    with whole_or_nothing(output) as folder:
+        with ExitStack() as stack:
+            files = {table.name: stack.enter_context(TableFiles(folder, table)) for table in TABLES}
+            extraction = _Extraction(source, files)
+            for path in _shards(source.trees):
+                for tree in read_trees(path):
+                    extraction.add(tree)
+        report = extraction.report()
+        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.jsonl"), key=lambda path: (len(path.name), path.name))
+
+
+class _Extraction:
+    """Rows and figures of all trees so far."""
+
+    def __init__(self, source: Source, files: Mapping[str, TableFiles]) -> None:
+        self._source, self._files = source, files
+        self._counts = Counter[str]()
+        self._without_pair = Counter[str]()
+        self._origins = Counter[str]()
+        self._lengths: defaultdict[str, list[int]] = defaultdict(list)
+
+    def add(self, tree: Tree | TreeFailure) -> None:
+        if isinstance(tree, TreeFailure):
+            self._counts["failed"] += 1
+            return
+        codec = self._source.codec
+        own = tree.tokenizers.get("policy", codec.digest)
+        if own != codec.digest:
+            raise ConfigError(
+                f"{self._source.trees}: the tree of {tree.prompt_id} was grown by a policy with another tokenizer "
+                f"(digest {own[:12]}) than model.path has ({codec.digest[:12]}): give the model that grew it"
+            )
+        self._counts["trees"] += 1
+        self._counts["solved"] += tree.solved
+        prompt = self._source.text(prompt_tokens(tree, codec))
+        self._add_supervised(tree, prompt)
+        self._add_pairs(tree, prompt)
+        config = self._source.config.extract
+        for better, worse in extract.preferred_steps(tree, config, codec):
+            self._files["step_preferences"].add(_step_preference_row(tree, prompt, better, worse))
+        for step in extract.step_values(tree, codec):
+            self._files["step_values"].add(_step_value_row(tree, prompt, step))
+
+    def _add_supervised(self, tree: Tree, prompt: str) -> None:
+        chain = extract.pick_chain(tree, self._source.config.extract.supervised, self._source.codec)
+        if chain and self._files["supervised"].add(_supervised_row(tree, prompt, chain, self._source.codec)):
+            self._lengths["supervised"].append(chain.length)
+
+    def _add_pairs(self, tree: Tree, prompt: str) -> None:
+        config, codec = self._source.config.extract, self._source.codec
+        pairs = extract.preferred_chains(tree, config, codec)
+        if not pairs and config.chosen != "none":
+            self._without_pair[_why_no_pair(tree)] += 1
+        for chosen, rejected in pairs:
+            row = _preference_row(tree, prompt, chosen, rejected)
+            if self._files["preferences"].add(row):
+                self._lengths["chosen"].append(chosen.length)
+                self._lengths["rejected"].append(rejected.length)
+                self._lengths["common_prefix"].append(row["common_prefix"] - chosen.prompt_length)
+                for chain in (chosen, rejected):
+                    self._origins.update(extract.token_origins(tree, chain.number, codec))
+
+    def report(self) -> dict[str, Any]:
+        """Lengths are in tokens after the prompt, those of chains with the end token."""
+        trees, failed = self._counts["trees"], self._counts["failed"]
+        wanted = self._source.config.search.prompts
+        names = ("supervised", "chosen", "rejected", "common_prefix")
+        return {
+            "trees": trees,
+            "failed": failed,
+            "solved": self._counts["solved"],
+            "missing": max(0, wanted - trees - failed),
+            "rows": {name: file.rows for name, file in self._files.items()},
+            "duplicates": {name: file.duplicates for name, file in self._files.items()},
+            "tokens": {name: _quantiles(self._lengths[name]) for name in names},
+            "pair_tokens": {name: self._origins[name] for name in ("policy", "forced", "other_model")},
+            "trees_without_pair": {name: self._without_pair[name] for name in NO_PAIR},
+        }
+
+
+NO_PAIR = {
+    "no_answer": "no judged answer",
+    "no_correct": "no correct answer",
+    "no_wrong": "no wrong answer",
+    "equal_tokens": "right and wrong are the same tokens",
+}
+
+
+def _why_no_pair(tree: Tree) -> str:
+    correct, wrong = tree.solved, any(map(extract.is_wrong, tree.nodes))
+    if correct and wrong:
+        return "equal_tokens"
+    return "no_wrong" if correct else "no_correct" if wrong else "no_answer"
+
+
+def _supervised_row(tree: Tree, prompt: str, chain: extract.Chain, codec: TagCodec) -> dict[str, Any]:
+    row = extract.demonstration(tree, chain.number, codec)
+    return {
+        "prompt": prompt,
+        "completion": chain.text,
+        "prompt_id": tree.prompt_id,
+        "token_ids": row.token_ids.tolist(),
+        "loss_mask": row.loss_mask.tolist(),
+        "reward": chain.reward,
+        "length": chain.length,
+        "pattern": tree.pattern,
+        "value": chain.value,
+    }
+
+
+def _preference_row(tree: Tree, prompt: str, chosen: extract.Chain, rejected: extract.Chain) -> dict[str, Any]:
+    pair = extract.preference(chosen, rejected)
+    return {
+        "prompt": prompt,
+        "chosen": chosen.text,
+        "rejected": rejected.text,
+        "prompt_id": tree.prompt_id,
+        "chosen_ids": pair.chosen_ids.tolist(),
+        "rejected_ids": pair.rejected_ids.tolist(),
+        "prompt_length": pair.prompt_length,
+        "common_prefix": pair.common,
+        "chosen_visits": pair.chosen_visits,
+        "rejected_visits": pair.rejected_visits,
+        "chosen_loss_mask": (np.arange(len(pair.chosen_ids)) >= pair.common).tolist(),
+        "rejected_loss_mask": (np.arange(len(pair.rejected_ids)) >= pair.common).tolist(),
+    }
+
+
+def _step_preference_row(
+    tree: Tree, prompt: str, better: extract.StepValue, worse: extract.StepValue
+) -> dict[str, Any]:
+    pair = extract.step_preference(better, worse)
+    return {
+        "prompt": prompt + better.prefix,
+        "chosen": better.text,
+        "rejected": worse.text,
+        "prompt_id": tree.prompt_id,
+        "prompt_ids": pair.prefix_ids.tolist(),
+        "chosen_ids": pair.chosen_ids.tolist(),
+        "rejected_ids": pair.rejected_ids.tolist(),
+        "chosen_value": pair.chosen_value,
+        "rejected_value": pair.rejected_value,
+        "chosen_visits": pair.chosen_visits,
+        "rejected_visits": pair.rejected_visits,
+        "chosen_loss_mask": better.loss_mask[better.start :].tolist(),
+        "rejected_loss_mask": worse.loss_mask[worse.start :].tolist(),
+    }
+
+
+def _step_value_row(tree: Tree, prompt: str, step: extract.StepValue) -> dict[str, Any]:
+    return {
+        "prompt": prompt + step.prefix,
+        "completion": step.text,
+        "prompt_id": tree.prompt_id,
+        "token_ids": step.token_ids.tolist(),
+        "start": step.start,
+        "type": step.type,
+        "value": step.value,
+        "visits": step.visits,
+        "loss_mask": step.loss_mask.tolist(),
+    }
+
+
+QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
+
+
+def _quantiles(lengths: Sequence[int]) -> dict[str, float] | None:
+    if not lengths:
+        return None
+    return {name: float(np.quantile(lengths, at)) for name, at in QUANTILES.items()}

@@ -1,0 +1,108 @@
+"""The tokens of a path through a tree, in the tokenizer of whoever is to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from rlsys.trees import Tree, Writer
+from rlsys.types import BoolArray, Float32Array, Int32Array, VersionSpan
+
+
+class Codec(Protocol):
+    """What is needed of a tokenizer here; see `rlsys.search.codec.TagCodec`."""
+
+    digest: str
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def prompt(self, question: str) -> list[int]: ...
+
+
+class PathNode(Protocol):
+    """What is needed of a node, of a growing tree or a finished one."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def token_ids(self) -> Sequence[int] | Int32Array: ...
+    @property
+    def spill(self) -> str: ...
+    @property
+    def writer(self) -> Writer: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathTokens:
+    """A chain as tokens of the policy.
+
+    token_ids: [T] int32, the prompt first.
+    chosen: [T] bool, True on tokens that the policy itself chose.
+    logprobs: [T] float32, nats, 0 where not chosen.
+    versions: weight versions of the chosen tokens.
+    spans: (node, start, stop) of every node of the chain.
+    """
+
+    token_ids: Int32Array
+    prompt_length: int
+    chosen: BoolArray
+    logprobs: Float32Array
+    versions: tuple[VersionSpan, ...]
+    spans: tuple[tuple[int, int, int], ...]
+
+
+def node_ids(
+    path: Sequence[PathNode], is_native: Callable[[Writer], bool], codec: Codec
+) -> Iterator[tuple[PathNode, Sequence[int] | Int32Array]]:
+    """Tokens of every node: its own where its writer has the codec's tokenizer, else its text, encoded node by node.
+
+    The last token of a node may hold the beginning of the next one's text (`spill`), which is not encoded again.
+    """
+    spill = ""
+    for node in path:
+        if is_native(node.writer):
+            yield node, node.token_ids
+            spill = node.spill
+        else:
+            yield node, codec.encode(node.text.removeprefix(spill))
+            spill = ""
+
+
+def prompt_tokens(tree: Tree, codec: Codec) -> Int32Array:
+    """The policy's own prompt. [T] int32."""
+    own = tree.prompt_token_ids.get("policy")
+    return own if own is not None else np.asarray(codec.prompt(tree.question), dtype=np.int32)
+
+
+def path_tokens(tree: Tree, number: int, codec: Codec) -> PathTokens:
+    """The chain from the prompt to a node in the policy's tokens.
+
+    Args:
+        codec: of the policy.
+    """
+    prompt = prompt_tokens(tree, codec)
+    path = tree.path(number)
+    parts: list[Sequence[int] | Int32Array] = [prompt]
+    chosen, logprobs = [np.zeros(len(prompt), dtype=np.bool_)], [np.zeros(len(prompt), dtype=np.float32)]
+    spans, versions, start = [], [], len(prompt)
+    nodes = node_ids([tree.nodes[n] for n in path], lambda writer: tree.tokenizers[writer] == codec.digest, codec)
+    for (_, ids), n in zip(nodes, path, strict=True):
+        node, stop = tree.nodes[n], start + len(ids)
+        own = node.writer == "policy" and tree.tokenizers["policy"] == codec.digest
+        parts.append(ids)
+        chosen.append(np.arange(len(ids)) >= node.forced if own else np.zeros(len(ids), dtype=np.bool_))
+        logprobs.append(node.logprobs if own else np.zeros(len(ids), dtype=np.float32))
+        versions += [replace(span, start=start + span.start) for span in node.versions if own]
+        spans.append((n, start, stop))
+        start = stop
+    return PathTokens(
+        token_ids=np.concatenate([np.asarray(part, dtype=np.int32) for part in parts]),
+        prompt_length=len(prompt),
+        chosen=np.concatenate(chosen),
+        logprobs=np.concatenate(logprobs),
+        versions=tuple(versions),
+        spans=tuple(spans),
+    )

@@ -1,0 +1,167 @@
+"""Figures of many trees, and of the engines that grew them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, get_args
+
+import numpy as np
+from rich.table import Table
+
+from rlsys.control.evaluation import mean_over_prompts
+from rlsys.trees import Defect, SearchUsage, Tree, TreeFailure, Writer
+
+
+@dataclass(slots=True)
+class TreeFigures:
+    """Sums over trees; the order in which they come does not matter.
+
+    solved: by the number of the prompt. counts: of `Tree.counts`.
+    """
+
+    failed: int = 0
+    solved: dict[int, bool] = field(default_factory=dict)
+    scored: int = 0
+    correct: int = 0
+    simulations: int = 0
+    calls: int = 0
+    tokens: int = 0
+    stops: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, number: int, tree: Tree | TreeFailure) -> None:
+        if isinstance(tree, TreeFailure):
+            self.failed += 1
+            return
+        self.solved[number] = tree.solved
+        self.scored += len(tree.answers())
+        self.correct += sum(node.correct for node in tree.nodes)
+        self.simulations += tree.simulations
+        self.calls += tree.calls
+        self.tokens += tree.tokens
+        self.stops[tree.stop] += 1
+        self.counts.update(tree.counts)
+
+    @property
+    def solved_fraction(self) -> float | None:
+        """Share of the trees with a correct answer; a prompt without a tree is in neither number."""
+        return sum(self.solved.values()) / len(self.solved) if self.solved else None
+
+    def report(self) -> dict[str, Any]:
+        """JSON-able figures; the trees alone decide them."""
+        trees = len(self.solved)
+        solved = np.array([[self.solved[number]] for number in sorted(self.solved)], dtype=float)
+        return {
+            "trees": trees,
+            "failed": self.failed,
+            "solved": asdict(mean_over_prompts(solved)) if trees else None,
+            "scored_answers": self.scored,
+            "distinct_correct_per_tree": _ratio(self.correct, trees),
+            "simulations": self.simulations,
+            "calls": self.calls,
+            "calls_per_scored_answer": _ratio(self.calls, self.scored),
+            "generated_tokens": self.tokens,
+            "tokens_per_scored_answer": _ratio(self.tokens, self.scored),
+            "stops": dict(sorted(self.stops.items())),
+            "counts": dict(sorted(self.counts.items())),
+        }
+
+
+@dataclass(slots=True)
+class EngineFigures:
+    """Sums of what engines told of themselves.
+
+    in_flight_mean: mean of what was told of each interval, weighted by the seconds that the engine was busy in it.
+    """
+
+    usages: dict[tuple[Writer, int], SearchUsage] = field(default_factory=dict)
+
+    def add(self, usages: Iterable[SearchUsage]) -> None:
+        for usage in usages:
+            key = (usage.model, usage.engine)
+            self.usages[key] = _sum(self.usages[key], usage) if key in self.usages else usage
+
+    def report(self, wall_s: float, grown: int) -> dict[str, Any]:
+        """JSON-able figures of one command that took wall_s and grew so many trees."""
+        usages = [usage for _, usage in sorted(self.usages.items())]
+        return {
+            "wall_s": wall_s,
+            "grown": grown,
+            "tokens_per_s": _ratio(sum(usage.generated_tokens for usage in usages), wall_s),
+            "prefix_cache_hit_rate": prefix_hit_rate(usages),
+            "engines": [
+                {
+                    "model": usage.model,
+                    "engine": usage.engine,
+                    "idle_fraction": None if not usage.wall_s else max(0.0, 1 - usage.busy_s / usage.wall_s),
+                    "in_flight_mean": usage.in_flight_mean,
+                    "generated_tokens": usage.generated_tokens,
+                }
+                for usage in usages
+            ],
+        }
+
+
+def prefix_hit_rate(usages: Sequence[SearchUsage]) -> float | None:
+    """Share of the prompt tokens that the prefix caches had."""
+    return _ratio(sum(usage.cached_tokens for usage in usages), sum(usage.prompt_tokens for usage in usages))
+
+
+def figures_table(trees: dict[str, Any], engines: dict[str, Any] | None) -> Table:
+    """The figures for people. engines: None where nothing was grown."""
+    table = Table(title=f"{trees['trees']} trees")
+    table.add_column("figure")
+    table.add_column("value")
+    solved, defects = trees["solved"], get_args(Defect)
+    rows = {
+        "failed": f"{trees['failed']}",
+        "solved": "-" if solved is None else "{mean:.3f} (95 % {low:.3f} to {high:.3f})".format(**solved),
+        "scored answers": f"{trees['scored_answers']:,}",
+        "distinct correct per tree": _shown(trees["distinct_correct_per_tree"], ".2f"),
+        "simulations": f"{trees['simulations']:,}",
+        "calls per scored answer": _shown(trees["calls_per_scored_answer"], ".2f"),
+        "tokens per scored answer": _shown(trees["tokens_per_scored_answer"], ".1f"),
+        "generated tokens": f"{trees['generated_tokens']:,}",
+        "stopped by": _listed(trees["stops"].items()),
+        "defects": _listed((name, count) for name, count in trees["counts"].items() if name in defects),
+        "other counts": _listed((name, count) for name, count in trees["counts"].items() if name not in defects),
+    }
+    if engines:
+        rows["prefix-cache hit rate"] = _shown(engines["prefix_cache_hit_rate"], ".3f")
+        rows["tokens/s"] = _shown(engines["tokens_per_s"], ",.0f")
+        for engine in engines["engines"]:
+            idle, full = _shown(engine["idle_fraction"], ".3f"), _shown(engine["in_flight_mean"], ".1f")
+            rows[f"{engine['model']} engine {engine['engine']}"] = f"idle {idle}, in flight {full}"
+        rows["wall time"] = f"{engines['wall_s']:.1f} s for {engines['grown']} trees"
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _sum(one: SearchUsage, other: SearchUsage) -> SearchUsage:
+    busy = one.busy_s + other.busy_s
+    in_flight = one.in_flight_mean * one.busy_s + other.in_flight_mean * other.busy_s
+    return SearchUsage(
+        model=one.model,
+        engine=one.engine,
+        busy_s=busy,
+        wall_s=one.wall_s + other.wall_s,
+        generated_tokens=one.generated_tokens + other.generated_tokens,
+        prompt_tokens=one.prompt_tokens + other.prompt_tokens,
+        cached_tokens=one.cached_tokens + other.cached_tokens,
+        in_flight_mean=in_flight / busy if busy else 0.0,
+    )
+
+
+def _ratio(amount: float, of: float) -> float | None:
+    return amount / of if of else None
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _listed(counts: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts if count) or "none"

@@ -1,0 +1,1 @@
+"""Tables in JSONL and Parquet files: reading, writing, and where a data set comes from."""

@@ -1,0 +1,1 @@
+"""Plan in a blocks world."""

@@ -1,0 +1,83 @@
+"""Blocks-world problems, states and plans as text, and back.
+
+`now a on b, c` is a tower of a on b and the block c; `goal b on c on a` asks for two facts; a plan has one
+move a line. Every word, and every block with the space before it, can be one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import pairwise
+
+from rlsys.tasks.blocksworld.blocks import MOVES, Fact, Goal, Move, State
+
+# Pieces of the texts that a from-scratch tokenizer makes single tokens, beside the blocks' names.
+PIECES = (*MOVES, "now", "goal", " on", " on table", " clear", " hold", ",", "\n")
+
+
+def state_text(state: State) -> str:
+    """The towers from left to right, each from the top, and what is in the hand: `now a on b, c, hold d`."""
+    items = [" on ".join(tower) for tower in state.towers]
+    held = [f"hold {state.held}"] if state.held is not None else []
+    return f"now {', '.join(items + held)}"
+
+
+def goal_text(goal: Goal) -> str:
+    """Facts of a goal in a fixed order, those about one tower together: `a on b on table, clear c`."""
+    lower_of = {fact[1]: fact[2] for fact in goal if fact[0] == "on"}
+    lower_of |= {fact[1]: "table" for fact in goal if fact[0] == "ontable"}
+    items = []
+    for block in sorted(lower_of.keys() - set(lower_of.values())):
+        item = [block]
+        while item[-1] in lower_of:
+            item.append(lower_of[item[-1]])
+        items.append(" on ".join(item))
+    return ", ".join([*items, *sorted(f"clear {fact[1]}" for fact in goal if fact[0] == "clear")])
+
+
+def problem_text(state: State, goal: Goal) -> str:
+    """The question: two lines, which say all there is to know."""
+    return f"{state_text(state)}\ngoal {goal_text(goal)}"
+
+
+@lru_cache(maxsize=256)
+def read_problem(text: str) -> tuple[State, Goal]:
+    """State and goal of `problem_text`."""
+    now, _, goal = text.partition("\n")
+    towers, held = [], None
+    for item in now.removeprefix("now ").split(", "):
+        if item.startswith("hold "):
+            held = item.removeprefix("hold ")
+        else:
+            towers.append(tuple(item.split(" on ")))
+    wanted = (fact for item in goal.removeprefix("goal ").split(", ") for fact in _item_facts(item))
+    return State(tuple(towers), held), frozenset(wanted)
+
+
+def _item_facts(item: str) -> Iterable[Fact]:
+    if item.startswith("clear "):
+        return [("clear", item.removeprefix("clear "))]
+    blocks = item.split(" on ")
+    return [("ontable", upper) if lower == "table" else ("on", upper, lower) for upper, lower in pairwise(blocks)]
+
+
+def plan_text(moves: Iterable[Move]) -> str:
+    """One move a line."""
+    return "\n".join(" ".join(move) for move in moves)
+
+
+def read_plan(text: str) -> tuple[Move, ...] | str:
+    """The moves of a text, one a line, or why it is no plan. Blank lines and spaces do not matter."""
+    moves: list[Move] = []
+    for line in text.splitlines():
+        move = tuple(line.split())
+        if not move:
+            continue
+        where = f"move {len(moves) + 1} ({' '.join(move)[:40]})"
+        if move[0] not in MOVES:
+            return f"{where}: expected {', '.join(MOVES)}"
+        if len(move) - 1 != MOVES[move[0]]:
+            return f"{where}: {move[0]} names {MOVES[move[0]]} block{'s' * (MOVES[move[0]] > 1)}, found {len(move) - 1}"
+        moves.append(move)
+    return tuple(moves) or "no moves"

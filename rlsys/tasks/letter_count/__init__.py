@@ -1,0 +1,1 @@
+"""Count a letter in a word."""

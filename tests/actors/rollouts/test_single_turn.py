@@ -1,0 +1,81 @@
+"""Requests of a prompt and the group made of their answers."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from actors.engine import Completion
+from actors.rollouts.single_turn import build_group, completion_requests, sample_seed
+from rlsys.types import Prompt, SamplingSettings, Verdict, VersionSpan
+
+PROMPT = Prompt(prompt_id="train-4@1", token_ids=np.array([7, 8, 9], dtype=np.int32), answer="2")
+SETTINGS = SamplingSettings(samples=3, temperature=0.7, top_p=0.9, max_tokens=5, seed=11)
+
+
+def completion(*tokens: int, versions: tuple[VersionSpan, ...] = (VersionSpan(start=0, version=2),)) -> Completion:
+    logprobs = -np.arange(1, len(tokens) + 1, dtype=np.float32) / 4
+    return Completion(
+        token_ids=np.array(tokens, dtype=np.int32), logprobs=logprobs, finish_reason="stop", versions=versions
+    )
+
+
+def test_a_request_for_every_sample() -> None:
+    requests = completion_requests(PROMPT, SETTINGS)
+    assert len(requests) == 3
+    for request in requests:
+        assert request.token_ids == [7, 8, 9]
+        assert (request.temperature, request.top_p, request.max_tokens) == (0.7, 0.9, 5)
+    assert len({request.seed for request in requests}) == 3
+    assert len({request.request_id for request in requests}) == 3
+
+
+def test_greedy_and_sampled_requests_of_a_prompt_may_be_under_way_together() -> None:
+    sampled = completion_requests(PROMPT, SETTINGS)
+    greedy = completion_requests(PROMPT, replace(SETTINGS, samples=1, temperature=0.0))
+    assert not {r.request_id for r in sampled} & {r.request_id for r in greedy}
+
+
+def test_a_seed_depends_on_run_prompt_and_sample_and_on_nothing_else() -> None:
+    parts = [(0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1), (0, "a@1", 0)]
+    assert len({sample_seed(*part) for part in parts}) == len(parts)
+    # The first 8 bytes of the hash of "0/a/0", without the sign bit, so that it fits an int64.
+    expected = int.from_bytes(hashlib.sha256(b"0/a/0").digest()[:8], "big") // 2
+    assert sample_seed(0, "a", 0) == expected
+    assert all(0 <= sample_seed(0, "a", sample) < 2**63 for sample in range(100))
+    fewer = completion_requests(PROMPT, replace(SETTINGS, samples=2))
+    assert [r.seed for r in fewer] == [r.seed for r in completion_requests(PROMPT, SETTINGS)][:2]
+
+
+def test_a_trajectory_is_the_prompt_and_what_followed(caplog: pytest.LogCaptureFixture) -> None:
+    spans = (VersionSpan(start=0, version=2), VersionSpan(start=1, version=3))
+    verdicts = [
+        Verdict(outcome="ok", reward=1.0, answered=True),
+        Verdict(outcome="timeout", reward=0.0, answered=False, detail="too late"),
+    ]
+    group = build_group(PROMPT, [completion(4, 5, versions=spans), completion(6)], verdicts)
+    first, second = group.trajectories
+    assert first.token_ids.tolist() == [7, 8, 9, 4, 5]
+    assert first.token_ids.dtype == np.int32
+    assert first.loss_mask.tolist() == [False, False, False, True, True]
+    assert first.behavior_logprobs.tolist() == [0, 0, 0, -0.25, -0.5]
+    assert first.behavior_logprobs.dtype == np.float32
+    assert first.versions == (VersionSpan(start=3, version=2), VersionSpan(start=4, version=3))
+    assert (first.reward, first.outcome, first.answered) == (1.0, "ok", True)
+    assert first.completion_length == 2
+    assert second.token_ids.tolist() == [7, 8, 9, 6]
+    assert (second.outcome, second.answered) == ("timeout", False)
+    assert (first.detail, second.detail) == ("", "too late")
+    assert [record.getMessage() for record in caplog.records] == [
+        "prompt train-4@1: verification failed for 1 of 2: too late"
+    ]
+    assert group.prompt is PROMPT
+    assert group.oldest_version == 2
+
+
+def test_every_completion_needs_its_verdict() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        build_group(PROMPT, [completion(4), completion(5)], [Verdict(outcome="ok", reward=1.0, answered=True)])

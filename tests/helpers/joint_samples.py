@@ -1,0 +1,237 @@
+"""What the tests of the joint loss share: a tiny model, rows of every kind, and a whole update on plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from learners.objective.joint import joint_loss, total, weighted
+from learners.objective.logprobs import masked_token_logprobs
+from learners.samples.batching import collate, plan_micro_batches
+from learners.samples.policy import policy_rows
+from learners.samples.types import Pair, PolicyTokens, Row, Unit, pair_rows
+from rlsys.config.objective import ObjectiveConfig
+from rlsys.types import Preference, Prompt, Step, Trajectory, TrajectoryGroup, VersionSpan
+
+VOCABULARY = 11
+MAX_TOKENS = 12
+TEMPERATURE = 0.7
+WEIGHTS = {"policy": 1.0, "kl": 0.3, "preference": 0.5, "sft": 0.7}
+Plan = Sequence[Sequence[Sequence[int]]]
+
+
+class TinyCausalModel(nn.Module):
+    """Embedding, running mean over the past, output layer: causal, and every weight matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        shape = (VOCABULARY, 6)
+        self.embedding = nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+        self.output = nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        counts = torch.arange(1, input_ids.shape[1] + 1).unsqueeze(-1)
+        hidden = self.embedding[input_ids].cumsum(dim=1) / counts
+        return torch.tanh(hidden) @ self.output.T
+
+
+def ids(*tokens: int) -> np.ndarray:
+    return np.array(tokens, dtype=np.int32)
+
+
+def flags(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.bool_)
+
+
+def floats(*values: float) -> np.ndarray:
+    return np.array(values, dtype=np.float32)
+
+
+def policy_row(tokens: Sequence[int], mask: Sequence[int], advantages: Sequence[float], **figures: Any) -> Row:
+    """A row of the policy term; behavior log-probabilities of -2 unless said otherwise."""
+    figures.setdefault("behavior_logprobs", np.full(len(tokens), -2.0, dtype=np.float32))
+    return Row(
+        token_ids=ids(*tokens), policy=PolicyTokens(mask=flags(*mask), advantages=floats(*advantages), **figures)
+    )
+
+
+def sft_row(tokens: Sequence[int], mask: Sequence[int]) -> Row:
+    return Row(token_ids=ids(*tokens), sft_mask=flags(*mask))
+
+
+def random_policy_rows(count: int, seed: int = 5, *, reference: bool = True, old: bool = True) -> list[Row]:
+    """Prompts of 1 to 4 tokens, completions of 1 to 12, one token that is not trained inside each longer one."""
+    rng, rows = np.random.default_rng(seed), []
+    for _ in range(count):
+        prompt, completion = int(rng.integers(1, 5)), int(rng.integers(1, 13))
+        mask = np.arange(prompt + completion) >= prompt
+        if completion > 3:
+            mask[prompt + 2] = False
+        figures = {
+            name: np.where(mask, -rng.uniform(1, 4, mask.shape), 0).astype(np.float32)
+            for name, wanted in (("behavior_logprobs", True), ("reference_logprobs", reference), ("old_logprobs", old))
+            if wanted
+        }
+        tokens = rng.integers(0, VOCABULARY, len(mask)).tolist()
+        rows.append(policy_row(tokens, mask, rng.normal(size=len(mask)), **figures))
+    return rows
+
+
+def random_preferences(count: int, seed: int = 6) -> list[Preference]:
+    """Pairs whose sides share the prompt and a few tokens more."""
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(count):
+        prompt, shared = int(rng.integers(1, 4)), int(rng.integers(1, 5))
+        common = rng.integers(0, VOCABULARY, prompt + shared)
+        tails = [rng.integers(0, VOCABULARY, rng.integers(1, 7)) for _ in range(2)]
+        tails[0][0], tails[1][0] = 3, 4
+        chosen, rejected = (np.concatenate([common, tail]).astype(np.int32) for tail in tails)
+        found.append(
+            Preference(
+                chosen_ids=chosen,
+                rejected_ids=rejected,
+                prompt_length=prompt,
+                common=len(common),
+                chosen_reference=float(-rng.uniform(5, 9)),
+                rejected_reference=float(-rng.uniform(5, 9)),
+            )
+        )
+    return found
+
+
+def pair_unit(pair: Preference, *, mask_prefix: bool = True, sft: bool = True, mask_prefix_sft: bool = False) -> Unit:
+    assert pair.chosen_reference is not None and pair.rejected_reference is not None
+    rows = pair_rows(pair, mask_prefix=mask_prefix, sft=sft, mask_prefix_sft=mask_prefix_sft)
+    return Unit(rows=rows, pair=Pair(reference=(pair.chosen_reference, pair.rejected_reference), smoothing=0.1))
+
+
+def mixed_units() -> list[Unit]:
+    """Sampled and searched rows, one with nothing to train, pairs whose chosen side is imitated, demonstrations."""
+    policy = [*random_policy_rows(11), *searched_rows()]
+    assert policy[0].policy is not None
+    nothing = replace(policy[0].policy, mask=np.zeros_like(policy[0].policy.mask))
+    demonstrations = [sft_row(row.token_ids.tolist(), row.targets) for row in random_policy_rows(4, seed=8)]
+    units = [Unit(rows=(row,)) for row in (*policy, replace(policy[0], policy=nothing), *demonstrations)]
+    return units + [pair_unit(pair) for pair in random_preferences(5)]
+
+
+def searched_rows() -> list[Row]:
+    """Of a tree in which rows share nodes, with what is known of the others too."""
+    tree = searched(([1, 2], "ok", 1.0), ([1, 3], "wrong", 0.0), ([4], "ok", 1.0), forced=[2], samples={1: 2})
+    nobody: Any = None  # there is nothing to ask other models
+    (rows,) = policy_rows([tree], ObjectiveConfig(), max_tokens=MAX_TOKENS, kl_weight=0.0, scorer=nobody)
+    found = []
+    for row in rows:
+        assert row.policy is not None
+        known = row.policy.behavior_logprobs - 2
+        policy = replace(row.policy, behavior_logprobs=known, old_logprobs=known, reference_logprobs=known - 0.5)
+        found.append(replace(row, token_ids=row.token_ids % VOCABULARY, policy=policy))
+    return found
+
+
+def one_by_one(units: Sequence[Unit]) -> Plan:
+    return [[[number] for number in range(len(units))]]
+
+
+def planned(units: Sequence[Unit], ranks: int, budget: int) -> Plan:
+    lengths, heights = [unit.length for unit in units], [len(unit.rows) for unit in units]
+    return plan_micro_batches(lengths, ranks=ranks, budget_tokens=budget, heights=heights)
+
+
+def update(
+    units: Sequence[Unit],
+    objective: ObjectiveConfig,
+    *,
+    weights: Mapping[str, float] = WEIGHTS,
+    plan: Plan | None = None,
+    pad_id: int = 0,
+    weigh: bool = True,
+) -> tuple[dict[str, float], Tensor]:
+    """Losses by term, and in all as "total", and the gradient: sums over ranks and micro-batches, in double precision.
+
+    weigh: False where the units have their weights already.
+    """
+    model = TinyCausalModel()
+    units = weighted(units, objective.policy, MAX_TOKENS)[0] if weigh else units
+    losses: dict[str, float] = dict.fromkeys(("total", *weights), 0.0)
+    for numbers in (numbers for share in plan or one_by_one(units) for numbers in share):
+        batch = collate([units[number] for number in numbers], pad_id)
+        logprobs, entropy = target_logprobs(model, batch)
+        terms = {
+            name: term for name, term in joint_loss(logprobs, entropy, batch, objective).items() if name in weights
+        }
+        loss = total(terms, weights, logprobs)
+        loss.backward()
+        losses["total"] += loss.item()
+        for name, term in terms.items():
+            losses[name] += term.loss.item()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return losses, torch.cat([torch.zeros(66) if gradient is None else gradient.flatten() for gradient in gradients])
+
+
+def target_logprobs(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """As the learner computes them: the policy's targets at the temperature that they were sampled at."""
+    logits = model(batch.input_ids)[:, batch.first_target : -1]
+    temperature = torch.ones(batch.targets, dtype=torch.float64)
+    if batch.policy is not None:
+        temperature[batch.policy.at] = TEMPERATURE
+    targets, mask = batch.input_ids[:, batch.first_target + 1 :], batch.loss_mask[:, batch.first_target :]
+    at = None if batch.policy is None else batch.policy.at
+    return masked_token_logprobs(logits, targets, mask, temperature, entropy_at=at, entropy_gradient=True)
+
+
+# --- groups ---
+
+
+def trajectory(tokens: Sequence[int], mask: Sequence[int], reward: float, **changes: Any) -> Trajectory:
+    """Judged unless said otherwise. Behavior log-probabilities: minus the place, over 10."""
+    figures: dict[str, Any] = {"outcome": "ok" if reward > 0 else "wrong", "finish_reason": "stop", **changes}
+    places = np.arange(len(tokens)) / 10
+    return Trajectory(
+        token_ids=ids(*tokens),
+        loss_mask=flags(*mask),
+        behavior_logprobs=np.where(flags(*mask), -places, 0).astype(np.float32),
+        versions=(VersionSpan(start=1, version=0),),
+        reward=reward,
+        answered=True,
+        **figures,
+    )
+
+
+def group(*trajectories: Trajectory, **others: Any) -> TrajectoryGroup:
+    prompt = Prompt(prompt_id="p", token_ids=ids(1, 2), answer="")
+    return TrajectoryGroup(prompt=prompt, trajectories=trajectories, **others)
+
+
+def searched(
+    *chains: tuple[Sequence[int], str, float], forced: Sequence[int] = (), samples: Mapping[int, int] | None = None
+) -> TrajectoryGroup:
+    """Trajectories over nodes of two tokens, 10 n and 10 n + 1, after a prompt of two.
+
+    forced: nodes whose first token the policy did not choose.
+    """
+    found = []
+    for nodes, outcome, reward in chains:
+        tokens = [1, 2, *(token for node in nodes for token in (10 * node, 10 * node + 1))]
+        mask = [False, False, *(flag for node in nodes for flag in (node not in forced, True))]
+        steps = tuple(
+            Step(
+                node=node,
+                parent=parent,
+                start=2 + 2 * place,
+                stop=4 + 2 * place,
+                type="thinking",
+                samples=(samples or {}).get(node, 1),
+                visits=0,
+                value=None,
+            )
+            for place, (parent, node) in enumerate(zip((0, *nodes), nodes, strict=False))
+        )
+        found.append(trajectory(tokens, mask, reward, outcome=outcome, steps=steps))
+    return group(*found, searched=True)

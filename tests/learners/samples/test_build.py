@@ -1,0 +1,240 @@
+"""What a step trains on, and what the models are asked for to make it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from joint_samples import group, ids, policy_row, random_preferences, searched, sft_row, trajectory
+
+from learners.samples.build import critic_units, pair_score_rows, step_units, without_policy
+from learners.samples.types import Row, Unit, pair_rows, step_pair
+from rlsys.config.objective import ObjectiveConfig
+from rlsys.types import Demonstration, Float32Array, Preference, StepPreference, TrainingBatch
+
+PAIR = Preference(
+    chosen_ids=ids(1, 2, 3, 4, 5),
+    rejected_ids=ids(1, 2, 3, 6),
+    prompt_length=2,
+    common=3,
+    chosen_visits=3,
+    rejected_visits=1,
+    chosen_reference=-1.0,
+    rejected_reference=-2.0,
+)
+STEP = StepPreference(
+    prefix_ids=ids(1, 2),
+    chosen_ids=ids(3, 4),
+    rejected_ids=ids(3, 5, 6),
+    chosen_value=1.0,
+    rejected_value=0.0,
+    chosen_visits=1,
+    rejected_visits=3,
+)
+CHAIN = Demonstration(token_ids=ids(1, 2, 7, 8), loss_mask=np.array([False, False, True, True]))
+SAMPLED = group(trajectory([1, 2, 10], [0, 0, 1], 1.0), trajectory([1, 2, 11], [0, 0, 1], 0.0))
+TREE = replace(
+    searched(([1], "ok", 1.0), ([2], "wrong", 0.0)),
+    pairs=(replace(PAIR, chosen_reference=None, rejected_reference=None),),
+    step_preferences=(STEP,),
+    demonstrations=(CHAIN,),
+)
+BATCH = TrainingBatch(groups=(SAMPLED, TREE), pairs=(PAIR,), demonstrations=(CHAIN, CHAIN))
+
+
+class FakeScorer:
+    """Records what it is asked for."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, int] = {}
+
+    def old(self, rows: Sequence[Row]) -> list[Float32Array]:
+        return self._zeros("old", rows)
+
+    def reference(self, rows: Sequence[Row]) -> list[Float32Array]:
+        return self._zeros("reference", rows)
+
+    def values(self, rows: Sequence[Row]) -> list[Float32Array]:
+        return self._zeros("values", rows)
+
+    def reference_pairs(self, pairs: Sequence[Preference]) -> list[tuple[float, float]]:
+        self.calls["pairs"] = self.calls.get("pairs", 0) + len(pairs)
+        return [(-10.0 - n, -20.0 - n) for n in range(len(pairs))]
+
+    def _zeros(self, name: str, rows: Sequence[Row]) -> list[Float32Array]:
+        self.calls[name] = self.calls.get(name, 0) + len(rows)
+        return [np.zeros(row.length, dtype=np.float32) for row in rows]
+
+
+def units(
+    weights: Sequence[str],
+    *,
+    batch: TrainingBatch = BATCH,
+    chosen_sft: bool = False,
+    kl_weight: float = 0.0,
+    **settings: dict[str, Any],
+) -> tuple[list[list[list[Unit]]], dict[str, int]]:
+    """What `step_units` makes, and how many rows or pairs each model was asked about."""
+    scorer = FakeScorer()
+    found = step_units(
+        batch,
+        ObjectiveConfig(**settings),
+        dict.fromkeys(weights, 1.0),
+        chosen_sft=chosen_sft,
+        kl_weight=kl_weight,
+        max_tokens=10,
+        scorer=scorer,
+    )
+    return found, {name: count for name, count in scorer.calls.items() if count}
+
+
+FILE = {"preference": {"source": "file"}}
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "expected"),
+    [
+        (["policy"], {}, {}),
+        # A term of weight 0 is in no step's weights: its models are not asked, whatever else is configured.
+        (["policy"], {"preference": {"weight": 0.0, "final_weight": 1.0}, "kl": {"final_weight": 1.0}}, {}),
+        (["policy", "kl"], {"kl": {"weight": 0.1}, "kl_weight": 0.1}, {"reference": 4}),
+        (["policy"], {"kl": {"weight": 0.1, "in_reward": True}, "kl_weight": 0.1}, {"reference": 4, "old": 2}),
+        (["sft"], {"kl": {"weight": 0.1}}, {}),
+        (["preference"], {}, {"pairs": 1}),
+        (["preference", "sft"], {"chosen_sft": True}, {"pairs": 1}),
+        (["preference"], FILE, {}),  # a file's pairs bring their scores
+        (["sft"], {"chosen_sft": True}, {}),  # no preference term, no scores
+        (["policy", "value"], {"policy": {"estimator": "gae"}, "value": {"weight": 1.0}}, {"values": 2}),
+        (["value"], {"policy": {"estimator": "gae"}, "value": {"weight": 1.0}}, {"values": 2}),
+        ([], {}, {}),
+    ],
+)
+def test_models_are_asked_for_what_the_step_needs_and_no_more(weights, options, expected):
+    assert units(weights, **options)[1] == expected
+
+
+def test_every_source_has_its_own_units():
+    # Units of a group stay together: rows of the policy, demonstrations of its tree, its pairs.
+    (groups, others, rows), _ = units(["policy", "preference", "sft"], sft={"source": "trees"})
+    assert [[len(unit.rows) for unit in found] for found in groups] == [[1, 1], [1, 1, 1, 2]]
+    assert groups[1][2].rows[0].sft_mask.tolist() == [False, False, True, True]
+    assert groups[1][3].pair.reference == (-10.0, -20.0)
+    assert [[unit.pair.reference for unit in found] for found in others] == [[(-1.0, -2.0)]]
+    assert [[unit.rows[0].token_ids.tolist() for unit in found] for found in rows] == [[[1, 2, 7, 8]]] * 2
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "sizes"),
+    [
+        (["policy"], {}, [2, 2, 0, 0]),
+        (["sft"], {"sft": {"source": "trees"}}, [0, 1, 0, 2]),
+        (["sft"], {"sft": {"source": "chosen"}, "chosen_sft": True}, [0, 1, 1, 2]),
+        (["sft"], {"sft": {"source": "demonstrations"}}, [0, 0, 0, 2]),
+        (["preference"], {}, [0, 1, 1, 0]),
+        (["preference"], FILE, [0, 0, 1, 0]),
+        (["preference"], {"chosen_sft": True}, [0, 1, 1, 0]),
+        ([], {"chosen_sft": True}, [0, 0, 0, 0]),
+    ],
+)
+def test_nothing_is_made_for_a_term_that_the_step_has_not(weights, options, sizes):
+    (groups, others, rows), _ = units(weights, **options)
+    assert [*(len(found) for found in groups), sum(map(len, others)), sum(map(len, rows))] == sizes
+
+
+def test_a_chosen_side_without_the_preference_term_is_a_row_to_imitate():
+    (groups, others, _), _ = units(["sft"], chosen_sft=True)
+    for unit in (groups[1][0], others[0][0]):
+        (row,) = unit.rows
+        assert (unit.pair, row.preference_mask) == (None, None)
+        assert row.token_ids.tolist() == [1, 2, 3, 4, 5]
+        assert row.sft_mask.tolist() == [False, False, True, True, True]
+    (_, others, _), _ = units(["sft"], chosen_sft=True, sft={"mask_prefix_sft": True})
+    assert others[0][0].rows[0].sft_mask.tolist() == [False, False, False, True, True]
+
+
+def test_a_chosen_side_is_imitated_where_the_step_says_so():
+    for chosen_sft, weights in ((True, ["preference", "sft"]), (True, ["preference"]), (False, ["preference", "sft"])):
+        (_, others, _), _ = units(weights, chosen_sft=chosen_sft)
+        chosen, rejected = others[0][0].rows
+        assert (chosen.sft_mask is not None) == (chosen_sft and "sft" in weights)
+        assert rejected.sft_mask is None
+
+
+def test_step_preferences_become_pairs_of_their_own():
+    (groups, _, _), _ = units(["preference"], preference={"pairs": "steps", "adaptive_smoothing": True})
+    (unit,) = groups[1]
+    chosen, rejected = unit.rows
+    assert (chosen.token_ids.tolist(), rejected.token_ids.tolist()) == ([1, 2, 3, 4], [1, 2, 3, 5, 6])
+    assert chosen.preference_mask.tolist() == [False, False, False, True]  # the nodes begin alike
+    # visits 1 and 3: 1 - 1 / (1 + 3 / 1) = 3/4, bounded
+    assert unit.pair.smoothing == 0.499
+
+
+@pytest.mark.parametrize(
+    ("visits", "settings", "expected"),
+    [
+        ((3, 1), {"adaptive_smoothing": True}, 0.25),  # 1 - 1 / (1 + 1 / 3)
+        ((3, 1), {"adaptive_smoothing": True, "label_smoothing": 0.1}, 0.25),
+        ((3, 0), {"adaptive_smoothing": True, "label_smoothing": 0.1}, 0.0),
+        ((None, None), {"adaptive_smoothing": True, "label_smoothing": 0.1}, 0.1),
+        ((3, None), {"adaptive_smoothing": True, "label_smoothing": 0.1}, 0.1),
+        ((3, 1), {"label_smoothing": 0.1}, 0.1),
+        ((3, 1), {}, 0.0),
+    ],
+)
+def test_smoothing_of_a_pair(visits, settings, expected):
+    pair = replace(PAIR, chosen_visits=visits[0], rejected_visits=visits[1])
+    (_, others, _), _ = units(["preference"], batch=TrainingBatch(pairs=(pair,)), preference=settings)
+    assert others[0][0].pair.smoothing == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_pair_without_scores_is_refused():
+    pair = replace(PAIR, chosen_reference=None)
+    with pytest.raises(ValueError, match="scores under the reference policy"):
+        units(["preference"], batch=TrainingBatch(pairs=(pair,)))
+
+
+def test_the_critic_learns_from_what_has_returns_and_the_others_from_what_is_not_the_policys():
+    with_return = policy_row([1, 2], [0, 1], [0, 1], values=np.zeros(2), returns=np.zeros(2))
+    parts = [policy_row([1, 2], [0, 1], [0, 1]), with_return, sft_row([1, 2], [0, 1])]
+    pair = Unit(rows=pair_rows(PAIR, mask_prefix=True, sft=True, mask_prefix_sft=False))
+    found = [*(Unit(rows=(row,)) for row in parts), pair]
+    assert critic_units(found) == [found[1]]
+    assert without_policy(found) == [found[2], pair]
+
+
+def test_pairs_are_scored_on_the_tokens_that_are_compared():
+    (other,) = random_preferences(1)
+    for mask_prefix, start in ((True, 3), (False, 2)):
+        objective = ObjectiveConfig(preference={"mask_prefix_dpo": mask_prefix})
+        rows = pair_score_rows([PAIR, other], objective)
+        assert [row.token_ids.tolist() for row in rows[:2]] == [[1, 2, 3, 4, 5], [1, 2, 3, 6]]
+        assert [np.flatnonzero(row.preference_mask)[0] for row in rows[:2]] == [start, start]
+        assert all(row.preference_mask is not None and row.sft_mask is None for row in rows)
+        trained = step_units(
+            TrainingBatch(pairs=(PAIR,)),
+            objective,
+            {"preference": 1.0},
+            chosen_sft=False,
+            kl_weight=0.0,
+            max_tokens=10,
+            scorer=FakeScorer(),
+        )[1][0][0].rows
+        for row, scored in zip(trained, rows, strict=False):
+            assert row.preference_mask.tolist() == scored.preference_mask.tolist()
+
+
+def test_two_continuations_as_sequences():
+    pair = step_pair(STEP)
+    assert pair is not None
+    assert (pair.prompt_length, pair.common) == (2, 3)
+    assert (pair.chosen_visits, pair.rejected_visits) == (1, 3)
+    # Where one is the beginning of the other it has no token of its own to be judged by.
+    longer = replace(STEP, rejected_ids=ids(3, 4, 5))
+    assert step_pair(longer) is None
+    tree = replace(TREE, step_preferences=(longer, STEP))
+    (groups, _, _), calls = units(["preference"], batch=TrainingBatch(groups=(tree,)), preference={"pairs": "steps"})
+    assert (len(groups[0]), calls) == (1, {"pairs": 1})

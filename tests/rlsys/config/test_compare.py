@@ -1,0 +1,153 @@
+"""Which fields of a config a resume refuses to change: all of them are classified, and every refusal is shown."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_resume import config, save, start
+
+from rlsys.config.files import FIXED_FIELDS, flat_fields, parse_config, select_fields
+from rlsys.config.keys import all_keys
+from rlsys.errors import ConfigError
+
+# What a resume must not change, each with another value; by the rest of the config it needs.
+FIXED: dict[str, dict[str, Any]] = {
+    "letter_count": {
+        "run.seed": 4,
+        "stages": ["online"],
+        "learner.dtype": "bf16",
+        "task.form": "words",
+        "task.min_length": 4,
+        "task.max_length": 10,
+        "task.alphabet": "abc",
+        "task.chunk": 2,
+        "task.error_rate": 0.2,
+        "task.questions_path": "questions.json",
+        **{
+            f"task.shares.{name}": 0.9 for name in ("sub_task", "hypothesis", "double_check", "reflection", "reclarify")
+        },
+        "model.path": "other/model",
+    },
+    "from_scratch": {
+        "model.from_scratch.hidden_size": 256,
+        "model.from_scratch.layers": 2,
+        "model.from_scratch.heads": 2,
+        "model.from_scratch.intermediate_size": 128,
+        "model.from_scratch.tie_embeddings": False,
+        "model.from_scratch.max_positions": 1024,
+    },
+    "blocksworld": {
+        "task.min_blocks": 4,
+        "task.max_blocks": 5,
+        "task.alphabet": "abcdefg",
+        "task.moves_per_node": 1,
+        "task.error_rate": 0.3,
+        "task.problems_path": "problems.jsonl",
+        **{
+            f"task.shares.{name}": 0.9 for name in ("sub_task", "hypothesis", "double_check", "reflection", "reclarify")
+        },
+    },
+    "dataset": {
+        "task.path": "other.jsonl",
+        "task.held_out_path": "held.jsonl",
+        "task.held_out_every": 7,
+        "task.split": "all",
+        "task.held_out_split": "validation",
+        "task.subset": "main",
+        "task.question_column": "q",
+        "task.answer_column": "a",
+        "task.answer_pattern": "#(.*)",
+        "task.demonstration_column": "d",
+        "task.prompt_template": "Q: {question}",
+        "task.max_bad_rows": 0.5,
+    },
+}
+BEGUN: dict[str, dict[str, Any]] = {
+    "letter_count": {},
+    "from_scratch": {"model": {"from_scratch": {}}},
+    "blocksworld": {"task": {"type": "blocksworld", "max_blocks": 4}},
+    "dataset": {"task": {"type": "dataset", "path": "x.jsonl"}},
+}
+# Fixed while their stage is under way, see above.
+WITHIN = {
+    "warm_start.rows_per_step",
+    "sft.rows_per_step",
+    "preference.pairs_per_step",
+    "objective.sft.rows_per_step",
+}
+# How a run is run, and how it learns, may change; by section.
+_OPTIMIZER = "learning_rate beta1 beta2 eps weight_decay warmup_updates schedule final_fraction max_grad_norm"
+FREE_FIELDS = {
+    "run": "dir resume device address time_limit",
+    "actors": "count tensor_parallel_size threads dtype max_model_len max_num_seqs block_size kv_cache_gib "
+    "enforce_eager start_timeout_s rollout_timeout_s hang_timeout_s max_restarts",
+    "sampling": "temperature top_p max_tokens",
+    "rewards": "workers timeout_s memory_mib",
+    "learner": "ranks zero_stage threads micro_batch_tokens gradient_checkpointing optimizer_offload timeout_s "
+    "hang_timeout_s max_restarts max_skipped_steps",
+    "warm_start": "max_steps",
+    "sft": "path max_steps",
+    "preference": "path max_steps",
+    "train": "max_steps groups_per_step group_size updates_per_step dynamic_sampling_rounds max_staleness "
+    "max_failed_rollouts max_verifier_failures",
+    **{f"{section}.optimizer": _OPTIMIZER for section in ("warm_start", "sft", "preference", "train")},
+    "train.critic_optimizer": _OPTIMIZER,
+    "objective": "grad_norm_interval",
+    "objective.policy": "weight final_weight estimator tree_estimator surrogate clip_low clip_high dual_clip "
+    "aggregation decoupled importance_cap entropy_coef gamma gae_lambda overlong_buffer overlong_penalty",
+    "objective.kl": "weight final_weight estimator in_reward",
+    "objective.value": "weight final_weight clip warmup_steps",
+    "objective.preference": "weight final_weight loss beta label_smoothing adaptive_smoothing length_norm "
+    "mask_prefix_dpo pairs source",
+    "objective.sft": "weight final_weight source mask_prefix_sft",
+    "weight_sync": "bucket_mib timeout_s probe_rows probe_tolerance",
+    "checkpoint": "interval keep_last keep_every best_metric best_mode max_failed_saves",
+    "evaluation": "prompts samples greedy search_answers interval",
+    "search": "fraction split prompts shard_size model reviewer nodes tables patterns expansion parallel_simulations "
+    "backtracking temperature top_p max_node_tokens max_depth max_failed_trees",
+    **{
+        f"search.{writer}": "path count tensor_parallel_size dtype max_model_len max_num_seqs kv_cache_gib "
+        "question_template"
+        for writer in ("model", "reviewer")
+    },
+    "search.nodes.NAME": "tag prefixes writer terminal max_tokens",
+    "search.tables.NAME": "children after_wrong",
+    "search.selection": "type form exploration length_exponent value_weight entropy_weight depth_weight",
+    "search.stop": "simulations tokens answers correct",
+    "search.stop.correct.NUMBER": "count after",
+    "extract": "supervised chosen pairs_per_tree step_preferences step_min_visits step_min_gap",
+}
+# What tells which alternative a section is; another one has other fields, which are compared.
+ALTERNATIVES = {"task.type", "model.from_scratch"}
+
+
+def test_every_field_is_classified_as_fixed_or_free() -> None:
+    """Whoever adds a field decides: what would make a resumed run another experiment belongs into FIXED_FIELDS."""
+    fixed = {name for fields in FIXED.values() for name in fields}
+    free = {f"{section}.{name}" for section, fields in FREE_FIELDS.items() for name in fields.split()}
+    known = {key.name for key in all_keys()}
+    assert fixed | WITHIN | free | ALTERNATIVES == known
+    assert not fixed & free and not WITHIN & free
+    by_schema = set(select_fields(dict.fromkeys(known), FIXED_FIELDS))
+    assert by_schema == fixed | ALTERNATIVES
+
+
+@pytest.mark.parametrize(("begun", "field"), [(kind, field) for kind, fields in FIXED.items() for field in fields])
+def test_every_fixed_field_is_refused(begun: str, field: str, tmp_path: Path) -> None:
+    before = config(**BEGUN[begun])
+    save(tmp_path, 2, of=before)
+    values = copy.deepcopy({**before.model_dump(mode="json", exclude_unset=True), **copy.deepcopy(BEGUN[begun])})
+    section, name = values, field.split(".")
+    for key in name[:-1]:
+        section = section.setdefault(key, {})
+    section[name[-1]] = FIXED[begun][field]
+    was, now = (flat_fields(found.model_dump(mode="json"))[field] for found in (before, parse_config(values, "test")))
+    with pytest.raises(ConfigError) as caught:
+        start(tmp_path, parse_config(values, "test"))
+    assert caught.value.message == (
+        f"{field} differs from the run to be resumed ({tmp_path / 'config.yaml'}): expected {was}, found {now}; "
+        "set it back, or start a new run.dir"
+    )

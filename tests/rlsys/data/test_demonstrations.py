@@ -1,0 +1,100 @@
+"""Rows of the warm start depend on the step alone."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from fakes import NumberTask
+
+from rlsys.data.demonstrations import DemonstrationStream
+from rlsys.data.prompts import GENERATED_CHECKED
+from rlsys.errors import ConfigError, DataError
+from rlsys.types import Demonstration, Problem
+
+
+class Recording(NumberTask):
+    """Remembers which demonstrations were asked for; the chain is drawn from the given generator."""
+
+    def __init__(self, train: int | None) -> None:
+        super().__init__(train)
+        self.asked: list[int] = []
+
+    def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str] | None:
+        self.asked.append(index)
+        return super().demonstration(index, rng)
+
+
+def encode(question: str, chain: str) -> tuple[list[int], int]:
+    return [ord(letter) for letter in question + chain], len(question)
+
+
+def stream(task: NumberTask, seed: int = 0, max_tokens: int = 64) -> DemonstrationStream:
+    return DemonstrationStream(task, encode, seed=seed, rows_per_step=4, max_tokens=max_tokens)
+
+
+def texts(rows: list[Demonstration]) -> list[str]:
+    return ["".join(map(chr, row.token_ids)) for row in rows]
+
+
+@pytest.mark.parametrize("size", [None, 5])
+def test_a_step_gets_the_same_rows_in_any_order_of_asking(size: int | None) -> None:
+    in_order = [texts(stream(NumberTask(size)).rows(step)) for step in range(6)]
+    one_stream = stream(NumberTask(size))
+    assert [texts(one_stream.rows(step)) for step in (5, 0, 3)] == [in_order[5], in_order[0], in_order[3]]
+    assert len({text for step in in_order for text in step}) == 24  # drawn anew for every row
+    assert texts(stream(NumberTask(size), seed=1).rows(0)) != in_order[0]
+
+
+def test_a_finite_task_is_shuffled_epoch_by_epoch() -> None:
+    task = Recording(6)
+    source = stream(task)
+    for step in range(6):  # 24 rows: 4 epochs of 6
+        source.rows(step)
+    epochs = [task.asked[start : start + 6] for start in range(0, 24, 6)]
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert set(Counter(task.asked).values()) == {4}
+
+
+def test_a_generator_is_read_in_order() -> None:
+    task = Recording(None)
+    stream(task).rows(2)
+    assert task.asked == [8, 9, 10, 11]
+
+
+def test_only_the_completion_is_trained() -> None:
+    for row in stream(NumberTask(None)).rows(0):  # a question of 3 letters, a chain of 8
+        assert row.loss_mask.tolist() == [False] * 3 + [True] * 8
+        assert row.token_ids.shape == (11,)
+
+
+def test_the_longest_demonstration_just_fits() -> None:
+    stream(NumberTask(None), max_tokens=11).rows(0)
+    message = r"demonstration of train-0 has 11 tokens, actors\.max_model_len is 10"
+    with pytest.raises(ConfigError, match=message):
+        stream(NumberTask(None), max_tokens=10).rows(0)
+
+
+@pytest.mark.parametrize(("size", "looked_at"), [(37, 37), (None, GENERATED_CHECKED)])
+def test_check_looks_at_all_demonstrations_or_the_first_of_a_generator(size: int | None, looked_at: int) -> None:
+    class OneTooLong(NumberTask):
+        def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str] | None:
+            asked.append(index)
+            return self.problem("train", index), "12345678" + "x" * (index == looked_at - 1)
+
+    asked: list[int] = []
+    stream(OneTooLong(size), max_tokens=12).check()
+    assert sorted(asked) == list(range(looked_at))
+    with pytest.raises(ConfigError, match=rf"demonstration of train-{looked_at - 1} has 12 tokens"):
+        stream(OneTooLong(size), max_tokens=11).check()
+
+
+def test_a_task_without_demonstrations() -> None:
+    class Silent(NumberTask):
+        def demonstration(self, index: int, rng: random.Random) -> None:
+            return None
+
+    with pytest.raises(DataError, match=r"task\.demonstration_column"):
+        stream(Silent(3)).rows(0)

@@ -1,0 +1,157 @@
+"""What a run reads, checked before anything is started."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlsys.config.files import parse_config
+from rlsys.config.schema import Config
+from rlsys.data.inputs import TOKENIZER, Inputs
+from rlsys.errors import ConfigError
+from rlsys.models.scratch import build_from_scratch
+
+TINY = {"hidden_size": 32, "layers": 1, "heads": 1, "intermediate_size": 16, "max_positions": 512}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer: a text of n letters has n tokens, and a prompt two more."""
+    folder = tmp_path_factory.mktemp("model")
+    values = {"run": {"dir": "x"}, "model": {"from_scratch": TINY}, "task": {"type": "letter_count"}}
+    scratch = parse_config(values, "test").model.from_scratch
+    assert scratch
+    build_from_scratch(scratch, [], 0, folder)
+    return folder
+
+
+def rows(count: int, **last: str) -> list[dict[str, str]]:
+    found = [{"question": f"q{i:03d}", "answer": "1", "solution": "s" * 4} for i in range(count)]
+    return [*found[:-1], {**found[-1], **last}]
+
+
+def config(folder: Path, data: list[dict[str, str]], **sections: Any) -> Config:
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in data))
+    values: dict[str, Any] = {
+        "run": {"dir": "unused"},
+        "model": {"path": "unused"},
+        "task": {"type": "dataset", "path": str(path), "held_out_every": 9, "demonstration_column": "solution"},
+        "actors": {"max_model_len": 32},
+        "sampling": {"max_tokens": 16},
+        "warm_start": {"rows_per_step": 2},
+    }
+    return parse_config({**values, **sections}, "test")
+
+
+def test_every_demonstration_is_checked_and_only_where_it_is_needed(model: Path, tmp_path: Path) -> None:
+    long = rows(26, solution="s" * 40)
+    with pytest.raises(ConfigError, match=r"demonstration of train/26 has 47 tokens, actors\.max_model_len is 32"):
+        Inputs(config(tmp_path, long), model)
+    Inputs(config(tmp_path, long, stages=["online"]), model)
+
+
+def test_every_prompt_is_checked(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"prompt train/26 has 22 tokens; .* leaves 16"):
+        Inputs(config(tmp_path, rows(26, question="q" * 20)), model)
+
+
+def test_an_evaluation_checks_only_what_it_samples(model: Path, tmp_path: Path) -> None:
+    inputs = Inputs(config(tmp_path, rows(26, question="q" * 20, solution="s" * 40)), model, training=False)
+    assert [prompt.prompt_id for prompt in inputs.held_out] == ["held_out/9", "held_out/18"]
+    long = [{**row, "question": "q" * 20 + row["question"]} for row in rows(26)]
+    # Tokens: 2, and 20 + 4 letters.
+    with pytest.raises(ConfigError, match=r"prompt held_out/\d+ has 26 tokens"):
+        Inputs(config(tmp_path, long), model, training=False)
+
+
+def test_generated_prompts_are_checked(model: Path, tmp_path: Path) -> None:
+    # Tokens: 2 and `count x in ` 11, and 3 to 5 letters: the longest that is allowed has 16, so 4 letters fail.
+    task = {"type": "letter_count", "min_length": 3, "max_length": 5}
+    with pytest.raises(ConfigError, match=r"prompt train-\d+ has 1[78] tokens; .* leaves 16"):
+        Inputs(config(tmp_path, rows(20), task=task, evaluation={"prompts": 1}, stages=["online"]), model)
+
+
+def test_notes_tell_what_was_left_out(model: Path, tmp_path: Path) -> None:
+    assert Inputs(config(tmp_path, rows(20)), model).notes == []
+    settings = config(tmp_path, rows(20, answer=""))
+    settings = settings.model_copy(update={"task": settings.task.model_copy(update={"max_bad_rows": 0.1})})
+    [note] = Inputs(settings, model).notes
+    assert note.startswith("task.path: 1 of 20 rows skipped, the first: ") and "data.jsonl:20" in note
+
+
+def test_the_fingerprint_follows_data_model_and_tokenizer(model: Path, tmp_path: Path) -> None:
+    before = Inputs(config(tmp_path, rows(20)), model).fingerprint()
+    assert set(before) == {"task.path", "model.path", TOKENIZER}
+    assert Inputs(config(tmp_path, rows(20)), model).fingerprint() == before
+
+    def changed(data: list[dict[str, str]], folder: Path) -> set[str]:
+        now = Inputs(config(tmp_path, data), folder).fingerprint()
+        return {name for name in before if now[name] != before[name]}
+
+    assert changed(rows(20, answer="2"), model) == {"task.path"}
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<user>{{", "<user>{{ '' }}{{"))
+    assert changed(rows(20), other) == {TOKENIZER}
+    (other / "config.json").write_text((model / "config.json").read_text().replace("100.0", "200.0"))
+    assert changed(rows(20), other) == {TOKENIZER, "model.path"}
+
+
+FILES = {"stages": ["sft", "preference"], "objective": {"preference": {"weight": 1.0}}}
+
+
+def with_files(folder: Path, rows_: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> Config:
+    for name, lines in (("sft", rows_), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    paths = {"sft": {"path": str(folder / "sft.jsonl")}, "preference": {"path": str(folder / "pairs.jsonl")}}
+    return config(folder, rows(20), **FILES, **paths)
+
+
+TEXT = {"prompt": "<user>a<assistant>", "completion": "bc"}
+SIDES = {"prompt": "<user>a<assistant>", "chosen": "bc", "rejected": "bd"}
+
+
+def test_data_files_are_read_with_the_tokenizer_of_the_policy(model: Path, tmp_path: Path) -> None:
+    inputs = Inputs(with_files(tmp_path, [TEXT], [SIDES, {**SIDES, "rejected": "bc"}]), model)
+    assert inputs.notes == [
+        "sft: 1 rows",
+        "preference: 1 pairs",
+        f"preference.path {tmp_path / 'pairs.jsonl'}: 1 of 2 pairs left out: 1 whose sides are equal",
+    ]
+    row = inputs.data.batch("sft", 0).demonstrations[0]
+    # Special tokens in the text are tokens, none is added before it, and the end token follows.
+    assert (len(row.token_ids), row.loss_mask.tolist()) == (6, [False] * 3 + [True] * 3)
+    pair = inputs.data.batch("preference", 0).pairs[0]
+    assert (pair.prompt_length, pair.common, len(pair.chosen_ids)) == (3, 4, 6)
+    assert pair.chosen_ids[-1] == row.token_ids[-1]
+
+
+def test_bad_data_files_are_found_before_the_start(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sft\.path .*, row 1, column completion: 34 tokens .*max_model_len is 32"):
+        Inputs(with_files(tmp_path, [{**TEXT, "completion": "b" * 30}], [SIDES]), model)
+    bad = with_files(tmp_path, [TEXT], [{"prompt": "a"}])
+    with pytest.raises(ConfigError, match=r"preference\.path .* expected the columns chosen_ids \+ "):
+        Inputs(bad, model)
+    Inputs(bad, model, training=False)  # an evaluation does not need them
+
+
+def test_the_fingerprint_follows_the_data_files(model: Path, tmp_path: Path) -> None:
+    before = Inputs(with_files(tmp_path, [TEXT], [SIDES]), model).fingerprint()
+    assert set(before) == {"task.path", "model.path", TOKENIZER, "sft.path", "preference.path"}
+    now = Inputs(with_files(tmp_path, [TEXT, TEXT], [SIDES]), model).fingerprint()
+    assert {name for name in before if now[name] != before[name]} == {"sft.path"}
+
+
+def test_demonstrations_beside_rollouts_are_checked_too(model: Path, tmp_path: Path) -> None:
+    long, sft = rows(26, solution="s" * 40), {"weight": 0.5, "source": "demonstrations", "rows_per_step": 5}
+    with pytest.raises(ConfigError, match=r"demonstration of train/26 has 47 tokens"):
+        Inputs(config(tmp_path, long, stages=["online"], objective={"sft": sft}), model)
+    inputs = Inputs(config(tmp_path, rows(26), objective={"sft": sft}), model)
+    sizes = [len(inputs.data.batch(stage, 0).demonstrations) for stage in ("warm_start", "online")]
+    assert sizes == [2, 5]

@@ -1,0 +1,113 @@
+"""The prompt stream: a seek continues as if nothing had happened; every epoch is its own permutation."""
+
+from __future__ import annotations
+
+import pytest
+from fakes import NumberTask
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlsys.data.prompts import GENERATED_CHECKED, PromptBuilder, PromptStream
+from rlsys.errors import ConfigError
+
+
+def encode(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
+def stream(size: int | None, seed: int = 0) -> PromptStream:
+    builder = PromptBuilder(NumberTask(size), encode, max_model_len=8, max_tokens=4)
+    return PromptStream(builder, seed)
+
+
+def take(source: PromptStream, count: int) -> list[tuple[int, str]]:
+    return [(index, prompt.prompt_id) for index, prompt in (source.take() for _ in range(count))]
+
+
+def problems(taken: list[tuple[int, str]]) -> list[str]:
+    return [prompt_id.split("@")[0] for _, prompt_id in taken]
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), size=st.one_of(st.none(), st.integers(1, 7)))
+def test_a_seek_issues_what_was_in_flight_and_then_continues(data: st.DataObject, size: int | None) -> None:
+    undisturbed = take(stream(size), 30)
+    before = stream(size)
+    done = data.draw(st.integers(0, 20))
+    taken = take(before, done)
+    in_flight = [taken[i][0] for i in sorted(data.draw(st.sets(st.integers(0, done - 1))))] if done else []
+
+    after = stream(size)
+    after.seek(before.cursor, in_flight)
+    assert after.waiting() == tuple(in_flight)
+    expected = [undisturbed[index] for index in in_flight] + undisturbed[done:]
+    again = data.draw(st.integers(0, len(in_flight)))  # interrupted once more, before all were issued
+    first = take(after, again)
+    final = stream(size)
+    final.seek(after.cursor, after.waiting())
+    assert first + take(final, len(expected) - again) == expected
+
+
+def test_every_epoch_is_a_permutation_and_they_differ() -> None:
+    size = 20
+    taken = problems(take(stream(size), 3 * size))
+    epochs = [taken[start : start + size] for start in range(0, 3 * size, size)]
+    assert all(sorted(epoch) == sorted(f"train-{i}" for i in range(size)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_the_seed_decides_the_order() -> None:
+    assert take(stream(20, seed=1), 20) == take(stream(20, seed=1), 20)
+    assert take(stream(20, seed=1), 20) != take(stream(20, seed=2), 20)
+
+
+def test_a_prompt_has_another_id_in_every_epoch() -> None:
+    # Seeds of completions are hashed from the id: the same id would draw the same completions again.
+    ids = [prompt_id for _, prompt_id in take(stream(5), 25)]
+    assert len(set(ids)) == 25
+
+
+def test_a_generator_is_read_in_order() -> None:
+    assert take(stream(None), 3) == [(0, "train-0"), (1, "train-1"), (2, "train-2")]
+
+
+def test_the_longest_prompt_just_fits() -> None:
+    # Problem i of this task has i + 1 tokens; 10 - 6 leaves 4, so problem 3 fits and problem 4 does not.
+    builder = PromptBuilder(NumberTask(9, 9, same_length=False), encode, max_model_len=10, max_tokens=6)
+    assert len(builder.build("train", 3).token_ids) == 4
+    message = r"prompt train-4 has 5 tokens; actors\.max_model_len minus sampling\.max_tokens leaves 4"
+    with pytest.raises(ConfigError, match=message):
+        builder.build("train", 4)
+    with pytest.raises(ConfigError, match="train-4"):
+        builder.check("train")
+
+
+def test_check_passes_where_all_fit() -> None:
+    short = PromptBuilder(NumberTask(4, same_length=False), encode, max_model_len=10, max_tokens=6)
+    short.check("train")
+
+
+def test_check_looks_at_the_first_prompts_of_a_generator() -> None:
+    # The prompt of index i has i + 1 tokens: the last one that is looked at has GENERATED_CHECKED.
+    def check(longest: int) -> None:
+        task = NumberTask(None, same_length=False)
+        PromptBuilder(task, encode, max_model_len=longest + 6, max_tokens=6).check("train")
+
+    check(GENERATED_CHECKED)
+    with pytest.raises(ConfigError, match=f"train-{GENERATED_CHECKED - 1} has"):
+        check(GENERATED_CHECKED - 1)
+
+
+def test_a_check_that_takes_long_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("rlsys.data.prompts.SLOW_TO_CHECK", 3)
+    for size in (3, 4):
+        PromptBuilder(NumberTask(size), encode, max_model_len=10, max_tokens=6).check("train")
+    assert [record.getMessage() for record in caplog.records] == [
+        "task: measuring 4 prompts in tokens before the start, about 0 s"
+    ]
+
+
+@pytest.mark.parametrize(("asked", "size", "given"), [(2, 4, 2), (9, 4, 4), (5, None, 5)])
+def test_held_out_prompts_are_the_first_ones(asked: int, size: int | None, given: int) -> None:
+    builder = PromptBuilder(NumberTask(1, size), encode, max_model_len=10, max_tokens=6)
+    assert [prompt.prompt_id for prompt in builder.held_out(asked)] == [f"held_out-{i}" for i in range(given)]

@@ -1,0 +1,119 @@
+"""No cluster without a token, and what every process that Ray starts is told."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rlsys.errors import ConfigError
+from rlsys.launch import access
+
+ADDRESS = "10.0.0.1:6379"
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in (access.MODE, access.TOKEN, access.TOKEN_PATH, access.CLUSTER):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def refusal(address: str = ADDRESS) -> str:
+    with pytest.raises(ConfigError) as caught:
+        access.check_address(address)
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+@pytest.mark.parametrize("mode", ["", "disabled", "k8s"])
+@pytest.mark.parametrize("address", [ADDRESS, "auto", "127.0.0.1:6379", "ray://10.0.0.1:10001"])
+def test_without_tokens_no_cluster_is_joined(monkeypatch: pytest.MonkeyPatch, address: str, mode: str) -> None:
+    monkeypatch.setenv(access.TOKEN, "a token alone turns nothing on")
+    monkeypatch.setenv(access.MODE, mode)
+    found = refusal(address)
+    assert found.startswith(f"run.address {address}: ")
+    assert (
+        f"expected the environment variable RAY_AUTH_MODE=token, here and where the cluster is started, found {mode}"
+        in found
+    )
+    assert "a token alone" not in found
+
+
+def test_a_token_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(access.MODE, "Token")  # Ray reads it without regard to case
+    monkeypatch.setenv(access.TOKEN, "secret")
+    access.check_address(ADDRESS)
+    monkeypatch.setenv(access.TOKEN, "  ")
+    assert ".ray/auth_token: cannot be read: No such file or directory" in refusal()
+
+
+@pytest.mark.parametrize("by_default", [False, True])
+def test_a_token_file_is_its_owners_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, by_default: bool) -> None:
+    path = tmp_path / ".ray" / "auth_token" if by_default else tmp_path / "token"
+    monkeypatch.setenv(access.MODE, "token")
+    if not by_default:
+        monkeypatch.setenv(access.TOKEN_PATH, str(path))
+    assert f"{path}: cannot be read: No such file or directory; expected one of mode 600" in refusal()
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n")
+    path.chmod(0o600)
+    assert "expected a file with the token, found an empty one" in refusal()
+    path.write_text("secret\n")
+    for mode in (0o640, 0o604, 0o644, 0o660):
+        path.chmod(mode)
+        found = refusal()
+        assert f"expected one that its owner alone can read, found mode {mode:o}; chmod 600 {path}" in found
+        assert "secret" not in found
+    for mode in (0o600, 0o400):
+        path.chmod(mode)
+        access.check_address(ADDRESS)
+    path.unlink()
+    path.mkdir(mode=0o700)
+    assert "expected a file with the token, found none" in refusal()
+
+
+def test_a_local_run_needs_no_token_and_takes_no_other_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    access.check_address("local")
+    for harmless in ("0", "false"):
+        monkeypatch.setenv(access.CLUSTER, harmless)
+        access.check_address("local")
+    monkeypatch.setenv(access.CLUSTER, "1")
+    assert refusal("local") == (
+        "run.address local: RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1 makes Ray listen on every interface; unset it"
+    )
+
+
+@pytest.mark.parametrize("mode", ["disabled", "k8s", ""])
+def test_a_local_run_never_goes_without_tokens(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    for harmless in ("token", "Token"):  # the first is what Ray itself leaves after a local run
+        monkeypatch.setenv(access.MODE, harmless)
+        access.check_address("local")
+    monkeypatch.setenv(access.MODE, mode)
+    assert refusal("local") == (
+        f"run.address local: RAY_AUTH_MODE={mode} takes away the token that keeps other users of this machine out; "
+        "unset it"
+    )
+
+
+def test_a_local_ray_has_a_token_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ADDRESS)
+    monkeypatch.setenv(access.TOKEN, "of a cluster elsewhere")
+    access.close_local_ray()
+    assert "RAY_ADDRESS" not in os.environ
+    assert len(bytes.fromhex(os.environ[access.TOKEN])) == 32
+    first = os.environ[access.TOKEN]
+    access.close_local_ray()
+    assert os.environ[access.TOKEN] == first  # Ray keeps the first that it sees
+
+
+def test_what_processes_of_a_run_are_told() -> None:
+    local, joined = access.child_environment(local=True), access.child_environment(local=False)
+    assert {local[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")} == {"lo"}
+    assert local["VLLM_HOST_IP"] == "127.0.0.1"
+    assert not {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "VLLM_HOST_IP"} & set(joined)
+    for found in (local, joined):
+        assert {found[name] for name in ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")} == {"1"}
+        assert found["RAY_USAGE_STATS_ENABLED"] == "0"
+        assert found["VLLM_ALLOW_INSECURE_SERIALIZATION"] == found["VLLM_SERVER_DEV_MODE"] == "0"

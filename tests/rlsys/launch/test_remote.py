@@ -1,0 +1,366 @@
+"""What the driver makes of remote failures and figures; Ray itself is not started."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from fakes import group, prompt
+from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError, RayTaskError, WorkerCrashedError
+
+from rlsys.config.engine_roles import trees_ahead
+from rlsys.config.files import parse_config
+from rlsys.control import watchdog as members
+from rlsys.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    LearnerLostError,
+    NonFiniteLossError,
+    ProcessDiedError,
+    RlsysError,
+)
+from rlsys.launch import remote
+from rlsys.launch.remote import RayActor, RayLearner, answer
+from rlsys.ray_errors import death
+from rlsys.trees import TreeFailure
+from rlsys.types import RolloutFailure, SamplingSettings, TrainingBatch, WeightManifest
+
+CONFIG = parse_config({"run": {"dir": "d"}, "model": {"path": "m"}, "task": {"type": "letter_count"}}, "test")
+SETTINGS = SamplingSettings(samples=1, temperature=1.0, top_p=1.0, max_tokens=4, seed=0)
+
+# Recorded from Ray 2.60, paths shortened.
+IN_INIT = """The actor died because of an error raised in its creation task, \
+ray::RolloutActor.__init__() (pid=7, ip=127.0.0.1, actor_id=0a01, repr=<actors.rollout_actor.RolloutActor object>)
+  File "actors/rollout_actor.py", line 52, in __init__
+    self.engine = Engine(settings.model_path, settings.actors, settings.device, end_token_id(self.tokenizer))
+                  ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+  File "actors/engine.py", line 91, in __init__
+    self._engine = _build(model_path, config, device)
+                   ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+"""
+KILLED = """The actor died unexpectedly before finishing this task.
+\tclass_name: RolloutActor
+\tactor_id: 0a01
+\tpid: 7
+\tip: 127.0.0.1
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: (1) ...
+"""
+
+
+def test_a_failed_init_tells_its_cause() -> None:
+    error = death(IN_INIT + "ValueError: no kernel for head size 7\n", "actor 0")
+    assert type(error) is ProcessDiedError
+    assert error.message == "actor 0 died: ValueError: no kernel for head size 7"
+
+
+def test_our_own_error_in_init_stays_what_it_is() -> None:
+    error = death(IN_INIT + "rlsys.errors.ConfigError: actors.dtype: bf16: not here\n", "actor 0")
+    assert type(error) is ConfigError
+    assert error.message == "actor 0: actors.dtype: bf16: not here"
+
+
+def test_a_message_of_several_lines_becomes_one() -> None:
+    error = death(IN_INIT + "torch.OutOfMemoryError: CUDA out of memory.\nTried to allocate 2 GiB.\n", "actor 0")
+    assert error.message == "actor 0 died: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."
+
+
+def test_a_killed_process() -> None:
+    message = death(KILLED, "learner rank 1").message
+    assert message.startswith("learner rank 1 died: The actor is dead because its worker process has died.")
+
+
+class Reference:
+    """Stands for a Ray reference that holds a value or an error."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def future(self) -> Future[Any]:
+        future: Future[Any] = Future()
+        if isinstance(self.value, BaseException):
+            future.set_exception(self.value)
+        else:
+            future.set_result(self.value)
+        return future
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ActorDiedError(), "actor 0 died: The actor died unexpectedly"),
+        (ObjectLostError("ab", None, ""), "actor 0 failed: ObjectLostError: "),
+    ],
+)
+def test_errors_of_ray_become_one_line_that_names_the_actor(error: Exception, expected: str) -> None:
+    with pytest.raises(RlsysError) as caught:
+        asyncio.run(answer(Reference(error), 1.0, "actor 0", "actors.start_timeout_s"))  # type: ignore[arg-type]
+    assert caught.value.message.startswith(expected) and "\n" not in caught.value.message
+
+
+class Handle:
+    """An actor whose every call answers the same."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __getattr__(self, name: str) -> Handle:
+        return self
+
+    def remote(self, *arguments: Any) -> Reference:
+        return Reference(self.value)
+
+
+def test_groups_come_back_as_the_actor_gave_them() -> None:
+    groups = [group(prompt("a")), RolloutFailure(prompt=prompt("b"), reason="too long")]
+    actor = RayActor(Handle(groups), CONFIG, "actor 0")
+    assert asyncio.run(actor.generate([prompt("a"), prompt("b")], SETTINGS)) is groups
+    assert asyncio.run(RayActor(Handle(groups[1]), CONFIG, "actor 1").search(prompt("b"))) is groups[1]
+    failure = TreeFailure(prompt_id="p", question="q", answer="a", reason="no room")
+    assert asyncio.run(RayActor(Handle(failure), CONFIG, "actor 0").grow(prompt("p"))) is failure
+
+
+def test_trees_of_training_wait_for_their_turn_before_their_deadline_runs() -> None:
+    """Of 12 prompts an actor gets as many at once as keep its engine full, 8 at least; the others are not asked yet."""
+    asked: list[Future[Any]] = []
+
+    class Slow(Handle):
+        def remote(self, *arguments: Any) -> Any:
+            asked.append(Future())
+            return type("Pending", (), {"future": lambda _, found=asked[-1]: found})()
+
+    async def main() -> None:
+        small = CONFIG.model_copy(update={"actors": CONFIG.actors.model_copy(update={"max_num_seqs": 1})})
+        actor = RayActor(Slow(None), small, "actor 0")
+        calls = [asyncio.create_task(actor.search(prompt(f"{number}"))) for number in range(12)]
+        await asyncio.sleep(0.01)
+        assert len(asked) == trees_ahead(small) == 8
+        while not all(call.done() for call in calls):
+            for found in [found for found in asked if not found.done()]:
+                found.set_result(None)
+            await asyncio.sleep(0.001)
+
+    asyncio.run(main())
+    assert len(asked) == 12
+
+
+class Silent(Handle):
+    def remote(self, *arguments: Any) -> Any:
+        return type("Pending", (), {"future": lambda _: Future()})()
+
+
+def test_an_actor_that_does_not_take_a_publish_in_time_is_named() -> None:
+    config = CONFIG.model_copy(update={"weight_sync": CONFIG.weight_sync.model_copy(update={"timeout_s": 0.02})})
+    update = RayActor(Silent(None), config, "actor 1").update_weights(WeightManifest(version=5, buckets=()), (), ())
+    with pytest.raises(EngineError, match=r"actor 1 did not answer within weight_sync\.timeout_s = 0\.02 s"):
+        asyncio.run(update)
+
+
+def test_a_stopped_process_is_killed_although_ray_cannot_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[Any] = []
+    monkeypatch.setattr(ray, "kill", killed.append)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "ray::Test"]) as process:
+        handle = Handle((socket.gethostname(), process.pid))
+        actor = RayActor(handle, CONFIG, "actor 0")
+        asyncio.run(actor.start())
+        process.send_signal(signal.SIGSTOP)
+        actor.kill()
+        assert process.wait(10) == -signal.SIGKILL
+        actor.kill()  # of a process that is gone
+    assert killed == [handle, handle]
+
+
+def test_a_process_is_killed_also_where_ray_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(handle: Any) -> None:
+        raise RuntimeError("Ray is not there")
+
+    monkeypatch.setattr(ray, "kill", kill)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "ray::Test"]) as process:
+        actor = RayActor(Handle((socket.gethostname(), process.pid)), CONFIG, "actor 0")
+        asyncio.run(actor.start())
+        with pytest.raises(RuntimeError, match="Ray is not there"):
+            actor.kill()
+        try:
+            assert process.wait(10) == -signal.SIGKILL
+        finally:
+            process.kill()
+
+
+def test_a_process_on_another_host_is_left_to_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[Any] = []
+    monkeypatch.setattr(ray, "kill", killed.append)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "ray::Test"]) as process:
+        actor = RayActor(Handle(("elsewhere", process.pid)), CONFIG, "actor 0")
+        asyncio.run(actor.start())
+        actor.kill()
+        assert len(killed) == 1 and process.poll() is None
+        process.kill()
+
+
+class Rank:
+    """A learner rank whose calls are answered as told; `steps` is its progress."""
+
+    def __init__(self, train: Any, steps: Sequence[int] = (0,), place: tuple[str, int] = ("elsewhere", 1)) -> None:
+        self.answers: dict[str, Callable[[], Any]] = {
+            "train": lambda: train,
+            "place": lambda: place,
+            "progress": partial(next, itertools.chain(steps, itertools.repeat(steps[-1]))),
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        def remote(*arguments: Any) -> Any:
+            value = self.answers[name]()
+            return type("Pending", (), {"future": lambda _: value})() if isinstance(value, Future) else Reference(value)
+
+        return type("Method", (), {"remote": staticmethod(remote)})()
+
+
+def learner_of(*ranks: Rank, **settings: float) -> RayLearner:
+    found = CONFIG.model_copy(update={"learner": CONFIG.learner.model_copy(update=settings)})
+    return RayLearner(lambda attempt: ranks, found)
+
+
+@pytest.fixture
+def no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    monkeypatch.setattr(remote, "WATCH_INTERVAL_S", 0.005)
+    monkeypatch.setattr(members, "WATCH_INTERVAL_S", 0.005)
+    monkeypatch.setattr(remote, "FIRST_CAUSE_S", 0.05)
+
+
+@pytest.mark.usefixtures("no_store")
+def test_of_the_errors_of_all_ranks_the_death_is_told() -> None:
+    broken = RayTaskError("train", "traceback", RuntimeError("Connection closed by peer"))
+    learner = learner_of(Rank(broken), Rank(ActorDiedError()))
+    with pytest.raises(LearnerLostError, match="learner rank 1 died: "):
+        asyncio.run(learner.train(TrainingBatch(), 0, 1))
+
+
+@pytest.mark.usefixtures("no_store")
+@pytest.mark.parametrize("kind", [NonFiniteLossError, CheckpointError])
+def test_what_all_ranks_have_met_and_survived_stays_what_it_is(kind: type[RlsysError]) -> None:
+    error = RayTaskError("train", "traceback", kind("loss nan"))
+    with pytest.raises(kind, match="loss nan"):
+        asyncio.run(learner_of(Rank(error), Rank(error)).train(TrainingBatch(), 0, 1))
+
+
+@pytest.mark.usefixtures("no_store")
+@pytest.mark.parametrize("other", [{"learner/tokens": 1.0}, Future()], ids=["went on", "hangs"])
+def test_what_one_rank_alone_has_met_is_not_survived(other: Any) -> None:
+    error = RayTaskError("train", "traceback", NonFiniteLossError("loss nan"))
+    with pytest.raises(LearnerLostError, match="not all ranks have met what one has: loss nan"):
+        asyncio.run(learner_of(Rank(error), Rank(other), hang_timeout_s=0.1).train(TrainingBatch(), 0, 1))
+
+
+@pytest.mark.usefixtures("no_store")
+def test_our_own_other_errors_stay_what_they_are() -> None:
+    error = RayTaskError("train", "traceback", ConfigError("no such file"))
+    with pytest.raises(ConfigError, match="no such file"):
+        asyncio.run(learner_of(Rank(error), Rank({"learner/tokens": 1.0})).train(TrainingBatch(), 0, 1))
+
+
+@pytest.mark.usefixtures("no_store")
+def test_a_rank_without_progress_is_a_lost_learner_and_a_slow_one_is_not() -> None:
+    stuck = learner_of(Rank(Future(), range(10_000)), Rank(Future(), [3]), hang_timeout_s=0.05)
+    with pytest.raises(LearnerLostError, match=r"rank 1 made no progress within learner.hang_timeout_s = 0.05 s"):
+        asyncio.run(stuck.train(TrainingBatch(), 0, 1))
+
+    async def slow() -> None:
+        done: list[Future[Any]] = [Future(), Future()]
+        learner = learner_of(*(Rank(future, range(10_000)) for future in done), hang_timeout_s=0.05)
+        training = asyncio.create_task(learner.train(TrainingBatch(), 0, 1))
+        await asyncio.sleep(0.3)
+        for future in done:
+            future.set_result({"learner/tokens": 1.0})
+        assert await training == {"learner/tokens": 1.0}
+
+    asyncio.run(slow())
+
+
+@pytest.mark.usefixtures("no_store")
+def test_of_two_silent_ranks_the_one_that_does_not_answer_is_blamed() -> None:
+    stopped = Rank(Future())
+    stopped.answers["progress"] = Future
+    for ranks in ((Rank(Future(), [3]), stopped), (stopped, Rank(Future(), [3]))):
+        number = ranks.index(stopped)
+        with pytest.raises(LearnerLostError, match=f"rank {number} made no progress"):
+            asyncio.run(learner_of(*ranks, hang_timeout_s=0.05).train(TrainingBatch(), 0, 1))
+
+
+@pytest.mark.usefixtures("no_store")
+def test_calls_without_steps_are_watched_too_but_need_no_progress() -> None:
+    stopped = Rank(Future())
+    stopped.answers |= {"progress": Future, "save": Future}
+    with pytest.raises(LearnerLostError, match="rank 0 made no progress"):
+        asyncio.run(learner_of(stopped, hang_timeout_s=0.05).save(Path("folder")))
+    slow = Rank(None, [3])
+    done: Future[Any] = Future()
+    slow.answers["save"] = lambda: done
+
+    async def save() -> None:
+        saving = asyncio.create_task(learner_of(slow, hang_timeout_s=0.05).save(Path("folder")))
+        await asyncio.sleep(0.3)
+        done.set_result(None)
+        await saving
+
+    asyncio.run(save())
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OutOfMemoryError("killed"), "out of memory (lower actors.kv_cache_gib, learner.micro_batch_tokens"),
+        (WorkerCrashedError(), "WorkerCrashedError"),
+    ],
+)
+@pytest.mark.usefixtures("no_store")
+def test_every_death_is_told_rather_than_what_follows_from_it(error: Exception, words: str) -> None:
+    broken = RayTaskError("train", "traceback", RuntimeError("Connection closed by peer"))
+    with pytest.raises(LearnerLostError) as caught:
+        asyncio.run(learner_of(Rank(broken), Rank(error)).train(TrainingBatch(), 0, 1))
+    assert caught.value.message.startswith("learner rank 1 died: ") and words in caught.value.message
+
+
+def test_a_stopped_rank_is_killed_by_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "kill", lambda handle: None)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "ray::Test"]) as process:
+        rank = Rank(None, place=(socket.gethostname(), process.pid))
+        rank.answers["start_stage"] = lambda: None
+
+        async def main() -> None:
+            learner = learner_of(rank)
+            await learner.start_stage("warm_start", Path("policy"), None, None)
+            process.send_signal(signal.SIGSTOP)
+            rank.answers["place"] = Future  # it hears nothing
+            await asyncio.wait_for(learner.restart(), 2)
+
+        asyncio.run(main())
+        assert process.wait(10) == -signal.SIGKILL
+
+
+def test_a_process_that_is_none_of_ray_is_never_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        assert remote.process_at(socket.gethostname(), process.pid) is None
+        process.kill()
+
+
+@pytest.mark.usefixtures("no_store")
+def test_a_restart_kills_all_ranks_and_starts_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[Any] = []
+    monkeypatch.setattr(ray, "kill", killed.append)
+    groups = [[Rank({"n": 0.0}), Rank(ActorDiedError())], [Rank({"n": 1.0}), Rank({"n": 1.0})]]
+    learner = RayLearner(lambda attempt: groups[attempt], CONFIG)
+    asyncio.run(learner.restart())
+    assert killed == groups[0]
+    assert asyncio.run(learner.train(TrainingBatch(), 0, 1)) == {"n": 1.0}

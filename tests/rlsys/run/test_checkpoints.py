@@ -1,0 +1,524 @@
+"""Checkpoints survive a crash, a full disk and a flipped byte; one run directory has one owner."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlsys.errors import CheckpointError, ConfigError
+from rlsys.run import checkpoints as checkpoint
+from rlsys.run.checkpoints import (
+    MANIFEST,
+    CheckpointStore,
+    RunLock,
+    read_json,
+    state_from_json,
+    state_to_json,
+    write_json,
+)
+from rlsys.types import RunState
+
+Content = dict[str, bytes]
+
+
+def content(text: str) -> Content:
+    return {
+        "state.json": text.encode(),
+        "learner/a.bin": b"a" + text.encode(),
+        "learner/b.bin": b"b" + text.encode(),
+    }
+
+
+def small(text: str) -> Content:
+    return {"state.json": text.encode(), "learner/a.bin": b"a" + text.encode()}
+
+
+def write(temporary: Path, files: Content) -> None:
+    for name, data in files.items():
+        (temporary / name).parent.mkdir(exist_ok=True)
+        (temporary / name).write_bytes(data)
+
+
+def save(store: CheckpointStore, name: str, version: int, files: Content) -> Path:
+    temporary = store.begin(name)
+    write(temporary, files)
+    return store.commit(temporary, name, {"weight_version": version})
+
+
+def stored(path: Path | None) -> Content:
+    assert path is not None
+    return {
+        file.relative_to(path).as_posix(): file.read_bytes()
+        for file in path.rglob("*")
+        if file.is_file() and file.name != MANIFEST
+    }
+
+
+def names(store: CheckpointStore) -> list[str]:
+    return sorted(path.name for path in store.folder.iterdir())
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "checkpoints", keep_last=1)
+
+
+# --- commit, lookup, retention ---
+
+
+def test_commit_and_latest(store: CheckpointStore) -> None:
+    assert store.latest() is None
+    path = save(store, "step-1", 1, content("one"))
+    assert path == store.folder / "step-1"
+    assert store.latest() == path
+    assert stored(path) == content("one")
+    assert CheckpointStore.verify(path) == {"weight_version": 1}
+    manifest = json.loads((path / MANIFEST).read_text())
+    # sha256 of b"one": from `printf one | sha256sum`
+    assert manifest["files"][-1] == {
+        "path": "state.json",
+        "size": 3,
+        "sha256": "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed",
+    }
+    assert [entry["path"] for entry in manifest["files"]] == ["learner/a.bin", "learner/b.bin", "state.json"]
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 3])
+def test_keeps_the_last_k_by_version_not_by_name(tmp_path: Path, keep_last: int) -> None:
+    store = CheckpointStore(tmp_path, keep_last)
+    for version in (2, 9, 10, 11):  # as text "10" < "9"
+        save(store, f"step-{version}", version, content(str(version)))
+    assert set(names(store)) == {f"step-{version}" for version in (2, 9, 10, 11)[-keep_last:]}
+    assert store.latest() == tmp_path / "step-11"
+
+
+def test_a_run_resumed_from_an_earlier_version_replaces_what_followed(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=2)
+    save(store, "step-10", 10, content("ten"))
+    broken = save(store, "step-20", 20, content("twenty"))
+    (broken / "state.json").unlink()
+    assert store.latest() == tmp_path / "step-10"
+    new = save(store, "step-15", 15, content("fifteen"))
+    assert store.latest() == new
+    assert names(store) == ["step-10", "step-15"]
+
+
+def test_the_same_name_is_replaced(store: CheckpointStore) -> None:
+    save(store, "step-1", 1, content("first attempt"))
+    save(store, "step-1", 1, content("second attempt"))
+    assert names(store) == ["step-1"]
+    assert stored(store.latest()) == content("second attempt")
+
+
+def test_sweep_removes_leftovers_only(store: CheckpointStore) -> None:
+    kept = save(store, "step-1", 1, content("one"))
+    write(store.begin("step-2"), content("two"))
+    (store.folder / ".trash-step-0-x").mkdir()
+    store.sweep()
+    assert names(store) == ["step-1"]
+    assert store.latest() == kept
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "../a"])
+def test_name_must_be_a_plain_folder(store: CheckpointStore, name: str) -> None:
+    with pytest.raises(ValueError, match="plain folder name"):
+        store.begin(name)
+
+
+# --- crashes ---
+
+
+def in_child(action: Callable[[], int]) -> int:
+    """Exit code of `action` in a forked process."""
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            code = action()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def at_call(number: int, fault: Callable[[], None]) -> None:
+    """Call `fault` at the number-th system call that changes or opens something. For forked children only.
+
+    Python reports open, mkdir, rename, unlink and rmdir to audit hooks; fsync is wrapped.
+    """
+    calls = 0
+
+    def count() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            fault()
+
+    def hook(event: str, _: object) -> None:
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            count()
+
+    real_fsync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        count()
+        real_fsync(descriptor)
+
+    os.fsync = fsync
+    sys.addaudithook(hook)
+
+
+def crash_during_save(store: CheckpointStore, number: int, name: str, version: int, files: Content) -> int:
+    def child() -> int:
+        at_call(number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        save(store, name, version, files)
+        return 0
+
+    return in_child(child)
+
+
+@pytest.mark.parametrize(("name", "version"), [("step-2", 2), ("step-1", 1)], ids=["next", "same-name"])
+def test_crash_at_every_call(tmp_path: Path, name: str, version: int) -> None:
+    """SIGKILL before call i, for every i until the save runs through: the previous one or the new one."""
+    old, new = small("old"), small("new")
+    seen = []
+    code = -signal.SIGKILL
+    while code:
+        store = CheckpointStore(tmp_path / str(len(seen)), keep_last=1)
+        save(store, "step-1", 1, old)
+        code = crash_during_save(store, len(seen) + 1, name, version, new)
+        assert code in (0, -signal.SIGKILL)
+        found = stored(store.latest())
+        assert found in (old, new)
+        seen.append(found == new)
+        store.sweep()
+        assert stored(store.latest()) == found
+        assert not [entry for entry in names(store) if entry.startswith(".")]
+    # 2 folders made; 2 files opened to write, hash and sync, synced: 8; 2 folders: 4; manifest: 3;
+    # top folder: 2; 1 rename at least, parent: 2; then what removes the old one
+    assert len(seen) > 22
+    assert seen == sorted(seen), "once the new one is visible it stays so"
+    assert not seen[0]
+    assert seen[-2], "the last calls remove the old one"
+
+
+def commit_on_a_full_disk(store: CheckpointStore, number: int) -> str:
+    """Outcome of a commit whose number-th call raises ENOSPC: refused, unharmed or not reached."""
+    outcomes = ["not reached", "unharmed", "refused", "another error"]
+
+    def child() -> int:
+        reached = []
+
+        def full() -> None:
+            reached.append(number)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        temporary = store.begin("step-2")
+        write(temporary, small("new"))
+        at_call(number, full)
+        try:
+            store.commit(temporary, "step-2", {"weight_version": 2})
+        except CheckpointError as error:
+            return 2 if "step-2 could not be written: [Errno 28]" in error.message else 3
+        return 1 if reached else 0
+
+    return outcomes[in_child(child)]
+
+
+def test_disk_full_at_every_call(tmp_path: Path) -> None:
+    """Refused: no temporary folder, the old checkpoint as it was. After the rename: the new one stands."""
+    outcomes = []
+    while "not reached" not in outcomes:
+        store = CheckpointStore(tmp_path / str(len(outcomes)), keep_last=1)
+        save(store, "step-1", 1, small("old"))
+        outcomes.append(commit_on_a_full_disk(store, len(outcomes) + 1))
+        assert not [name for name in names(store) if name.startswith(".tmp-")]
+        if outcomes[-1] == "refused":
+            assert stored(store.folder / "step-1") == small("old")
+            CheckpointStore.verify(store.folder / "step-1")
+        else:
+            assert stored(store.latest()) == small("new")
+    assert outcomes.count("refused") > 10
+    assert set(outcomes) == {"refused", "unharmed", "not reached"}
+
+
+def test_begin_says_what_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"step-1 could not be written.*Not a directory"):
+        CheckpointStore(tmp_path / "file" / "checkpoints", 1).begin("step-1")
+
+
+def test_order_of_sync_and_rename(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut keeps what was synced: data before the manifest, all before the rename, then the parent."""
+    save(store, "step-1", 1, content("old"))
+    calls: list[str] = []
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def fsync(descriptor: int) -> None:
+        calls.append("sync " + os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), store.folder))
+        real_fsync(descriptor)
+
+    def rename(source: Path, target: Path) -> None:
+        calls.append(f"rename {source.name} {target.name.partition('-')[0]}")
+        real_rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    temporary = store.begin("step-2")
+    write(temporary, content("new"))
+    store.commit(temporary, "step-2", {"weight_version": 2})
+
+    t = temporary.name
+    data = {f"sync {t}/{name}" for name in content("new")}
+    assert set(calls[:3]) == data
+    assert calls[3:] == [
+        f"sync {t}/learner",
+        f"sync {t}",
+        f"sync {t}/{MANIFEST}",
+        f"sync {t}",
+        f"rename {t} step",
+        "sync .",
+        "rename step-1 .trash",
+    ]
+
+
+# --- corruption ---
+
+
+def flip(file: Path, position: int, mask: int = 1) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= mask
+    file.write_bytes(bytes(data))
+
+
+def swap(first: Path, second: Path) -> None:
+    a, b = first.read_bytes(), second.read_bytes()
+    first.write_bytes(b)
+    second.write_bytes(a)
+
+
+CORRUPTIONS: dict[str, Callable[[Path], object]] = {
+    "flipped": lambda file: flip(file, 0),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "emptied": lambda file: file.write_bytes(b""),
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b"x"),
+    "deleted": lambda file: file.unlink(),
+    "renamed": lambda file: file.rename(file.with_name(file.name + "~")),
+    "linked": lambda file: file.rename(file.parent.parent / "aside") and file.symlink_to("../aside"),
+}
+
+
+@pytest.mark.parametrize("way", CORRUPTIONS)
+@pytest.mark.parametrize("name", ["learner/a.bin", "learner/b.bin", "state.json", MANIFEST])
+def test_corruption_is_found_and_the_previous_one_used(
+    tmp_path: Path, name: str, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(tmp_path, keep_last=2)
+    previous = save(store, "step-1", 1, content("one"))
+    newest = save(store, "step-2", 2, content("two"))
+    CORRUPTIONS[way](newest / name)
+    with caplog.at_level(logging.WARNING):
+        assert store.latest() == previous
+    assert name in caplog.text
+    with pytest.raises(CheckpointError):
+        CheckpointStore.verify(newest)
+
+
+def test_swapped_and_added_files_are_found(store: CheckpointStore) -> None:
+    path = save(store, "step-1", 1, content("one"))
+    swap(path / "learner/a.bin", path / "learner/b.bin")
+    with pytest.raises(CheckpointError, match=r"a\.bin: expected sha256"):
+        CheckpointStore.verify(path)
+    swap(path / "learner/a.bin", path / "learner/b.bin")
+    CheckpointStore.verify(path)
+    (path / "learner/c.bin").write_bytes(b"c")
+    with pytest.raises(CheckpointError, match=r"learner/c\.bin is not in the manifest"):
+        CheckpointStore.verify(path)
+
+
+def test_a_flip_in_every_byte_of_the_manifest_is_found(store: CheckpointStore) -> None:
+    path = save(store, "step-1", 1, {"state.json": b"one"})
+    for position in range((path / MANIFEST).stat().st_size):
+        mask = (0x01, 0x20)[position % 2]  # 0x20 turns a letter's case, which a lenient comparison would accept
+        flip(path / MANIFEST, position, mask)
+        with pytest.raises(CheckpointError):
+            CheckpointStore.verify(path)
+        flip(path / MANIFEST, position, mask)
+    CheckpointStore.verify(path)
+
+
+def test_refuses_to_start_over_where_no_checkpoint_is_valid(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=2)
+    for version in (1, 2):
+        save(store, f"step-{version}", version, content("x"))
+        flip(tmp_path / f"step-{version}" / "state.json", 0)
+    with pytest.raises(CheckpointError, match=f"none of the 2 checkpoints is valid.*delete {tmp_path}"):
+        store.latest()
+
+
+@pytest.mark.parametrize("evil", ["../outside", "/etc/hostname", "learner/../../outside"])
+def test_a_manifest_that_leads_out_is_refused(store: CheckpointStore, evil: str) -> None:
+    path = save(store, "step-1", 1, content("one"))
+    (path.parent / "outside").write_bytes(b"one")
+    manifest = json.loads((path / MANIFEST).read_text())
+    del manifest["sha256"]
+    manifest["files"][-1]["path"] = evil
+    (path / MANIFEST).write_text(checkpoint._render_manifest(manifest))
+    with pytest.raises(CheckpointError, match="leads out of the checkpoint"):
+        CheckpointStore.verify(path)
+
+
+@pytest.mark.parametrize("how", ["link", "manifest"])
+def test_what_writers_must_not_make_is_refused(store: CheckpointStore, how: str) -> None:
+    temporary = store.begin("step-1")
+    if how == "link":
+        (temporary / "link").symlink_to("/etc/hostname")
+    else:
+        (temporary / MANIFEST).write_text("{}")
+    with pytest.raises(CheckpointError, match=r"link|writer made MANIFEST"):
+        store.commit(temporary, "step-1", {"weight_version": 1})
+    assert names(store) == []
+
+
+# --- run lock ---
+
+
+def test_second_holder_is_told_who_the_first_is(tmp_path: Path) -> None:
+    with RunLock(tmp_path) as lock:
+        assert json.loads((tmp_path / "lock").read_text()) == lock.owner
+        with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on {lock.owner['host']}"):
+            RunLock(tmp_path).__enter__()
+    with RunLock(tmp_path):
+        pass
+
+
+def test_race_for_the_lock_has_one_winner(tmp_path: Path) -> None:
+    """Eight processes try at the same moment and stay until all have tried: one holds, seven name it."""
+    ready, go = os.pipe()
+    results, report = os.pipe()
+    children = []
+    for _ in range(8):
+        pid = os.fork()
+        if pid == 0:
+            os.close(go)
+            os.read(ready, 1)  # ends for all at once, when the parent closes `go`
+            try:
+                RunLock(tmp_path).__enter__()
+                os.write(report, b"held %d;" % os.getpid())
+                signal.pause()
+            except ConfigError as error:
+                os.write(report, b"%s;" % error.message.split(" on ")[0].split("use by ")[1].encode())
+            os._exit(0)
+        children.append(pid)
+    os.close(go)
+    answers: list[str] = []
+    while len(answers) < 8:
+        answers += os.read(results, 4096).decode().split(";")[:-1]
+    winners = [answer.split()[1] for answer in answers if answer.startswith("held")]
+    assert len(winners) == 1
+    assert sorted(set(answers)) == sorted({f"held {winners[0]}", f"process {winners[0]}"})
+    os.kill(int(winners[0]), signal.SIGKILL)
+    for pid in children:
+        os.waitpid(pid, 0)
+    with RunLock(tmp_path):  # the kernel dropped the killed holder's lock
+        pass
+
+
+def test_a_started_program_does_not_hold_the_lock(tmp_path: Path) -> None:
+    with RunLock(tmp_path):
+        child = subprocess.Popen(["sleep", "30"], close_fds=False)
+    try:
+        with RunLock(tmp_path):
+            pass
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_unusable_run_dir_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run\.dir"):
+        RunLock(tmp_path / "file" / "run").__enter__()
+
+
+# --- JSON ---
+
+counts = st.integers(0, 2**40)
+states = st.builds(
+    RunState,
+    stage=counts,
+    step=counts,
+    weight_version=counts,
+    cursor=counts,
+    in_flight=st.lists(counts, max_size=5).map(tuple),
+    counters=st.dictionaries(st.text(), st.integers() | st.floats(allow_nan=False, allow_infinity=False)),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(states)
+def test_run_state_survives_json(state: RunState) -> None:
+    assert state_from_json(json.loads(json.dumps(state_to_json(state)))) == state
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": None},
+        {"step": True},
+        {"step": -1},
+        {"step": 1.0},
+        {"extra": 1},
+        {"in_flight": [1, "2"]},
+        {"in_flight": 3},
+        {"counters": {"failed": "many"}},
+        {"counters": []},
+    ],
+)
+def test_run_state_is_read_strictly(change: dict[str, object]) -> None:
+    value = state_to_json(RunState(stage=0, step=1, weight_version=1, cursor=8, in_flight=(7,)))
+    with pytest.raises(CheckpointError, match="run state: expected"):
+        state_from_json({**value, **change})
+
+
+@pytest.mark.parametrize("key", ["stage", "step", "weight_version", "cursor", "in_flight", "counters"])
+def test_run_state_needs_every_key(key: str) -> None:
+    value = state_to_json(RunState(stage=0, step=1, weight_version=1, cursor=8))
+    del value[key]
+    with pytest.raises(CheckpointError, match=key):
+        state_from_json(value)
+
+
+def test_write_json_replaces_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state.json"
+    write_json(path, {"a": 1})
+    write_json(path, {"a": 2})
+    assert read_json(path) == {"a": 2}
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"state\.json: could not be written: .*No space left"):
+        write_json(path, {"a": 3})
+    assert read_json(path) == {"a": 2}
+    assert [file.name for file in tmp_path.iterdir()] == ["state.json"]
+
+
+@pytest.mark.parametrize("text", [None, "{", b"\xff"])
+def test_read_json_says_which_file(tmp_path: Path, text: str | bytes | None) -> None:
+    path = tmp_path / "state.json"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(CheckpointError, match=r"state\.json: cannot be read"):
+        read_json(path)

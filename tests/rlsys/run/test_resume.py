@@ -1,0 +1,488 @@
+"""Where a run starts, for every value of run.resume."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlsys.commands.report import section_of
+from rlsys.config.files import apply_override, dump_config, parse_config
+from rlsys.config.schema import Config, StageName
+from rlsys.data.batches import DONE, SEARCHED, asked_of_search, search_folder
+from rlsys.errors import CheckpointError, ConfigError
+from rlsys.run.checkpoints import CheckpointStore, state_to_json, write_json
+from rlsys.run.resume import Start, check_extraction, check_inputs, find_again, find_start
+from rlsys.types import RunState
+
+INPUTS = {"task.path": "d1", "model.path": "d2", "tokenizer": "d3"}
+FRESH = RunState(stage=0, step=0, weight_version=0, cursor=0)
+
+
+def config(resume: str = "auto", **changes: Any) -> Config:
+    values: dict[str, Any] = {
+        "run": {"dir": "unused", "resume": resume, "seed": 3},
+        "model": {"path": "some/model"},
+        "task": {"type": "letter_count", "max_length": 9},
+    }
+    for path, value in changes.items():
+        section, _, key = path.partition("__")
+        values[section] = {**values.get(section, {}), key: value} if key else value
+    return parse_config(values, "test")
+
+
+def store(run_dir: Path) -> CheckpointStore:
+    return CheckpointStore(run_dir / "checkpoints", keep_last=9)
+
+
+def state(version: int) -> RunState:
+    return RunState(stage=1, step=version - 1, weight_version=version, cursor=4, in_flight=(2, 3))
+
+
+def save(run_dir: Path, *versions: int, of: Config | None = None) -> None:
+    """A run directory as a run of `config()`, or of another one, leaves it."""
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "config.yaml").write_text(dump_config(of or config()))
+    for version in versions:
+        name = f"step_{version:06d}"
+        temporary = store(run_dir).begin(name)
+        write_json(temporary / "state.json", state_to_json(state(version)))
+        store(run_dir).commit(temporary, name, {"weight_version": version, "inputs": INPUTS})
+
+
+def start(run_dir: Path, now: Config) -> Start:
+    return find_start(now, run_dir, store(run_dir))
+
+
+def begin(run_dir: Path, now: Config) -> Start:
+    """`start`, accepted."""
+    run_dir.mkdir(exist_ok=True)
+    found = start(run_dir, now)
+    found.settle(run_dir)
+    return found
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_an_empty_directory_starts_from_the_model(resume: str, tmp_path: Path) -> None:
+    found = start(tmp_path, config(resume))
+    assert found == Start(FRESH, None)
+    assert found.describe() == "starting from the initial model"
+
+
+def test_auto_continues_from_the_newest_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 2, 5)
+    found = start(tmp_path, config())
+    assert found == Start(state(5), tmp_path / "checkpoints" / "step_000005")
+    assert "step_000005 (weight version 5)" in found.describe()
+
+
+def test_auto_passes_over_a_damaged_checkpoint_and_never_starts_over_silently(tmp_path: Path) -> None:
+    save(tmp_path, 2, 5)
+    (tmp_path / "checkpoints" / "step_000005" / "state.json").write_text("{}")
+    assert start(tmp_path, config()).state == state(2)
+    (tmp_path / "checkpoints" / "step_000002" / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints is valid"):
+        start(tmp_path, config())
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_run_that_has_lost_its_learner_goes_on_from_its_newest_checkpoint(resume: str, tmp_path: Path) -> None:
+    begin(tmp_path, config(resume))
+    save(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert find_again(config(resume), tmp_path, store(tmp_path)) == Start(FRESH, None)
+    save(tmp_path, 5, 9)
+    found = find_again(config(resume), tmp_path, store(tmp_path))
+    assert found.state == state(9) and not found.named
+
+
+def test_a_run_that_was_branched_goes_on_from_where_it_began_and_then_from_its_own(tmp_path: Path) -> None:
+    save(tmp_path / "a", 5)
+    named = config(str(tmp_path / "a" / "checkpoints" / "step_000005"))
+    begin(tmp_path / "b", named)
+    save(tmp_path / "b")
+    assert find_again(named, tmp_path / "b", store(tmp_path / "b")).state == state(5)
+    save(tmp_path / "b", 7)
+    assert find_again(named, tmp_path / "b", store(tmp_path / "b")).state == state(7)
+
+
+def test_never_refuses_a_used_directory(tmp_path: Path) -> None:
+    save(tmp_path / "a", 2)
+    with pytest.raises(ConfigError, match=r"run\.resume is never"):
+        start(tmp_path / "a", config("never"))
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"choose another run\.dir"):
+        start(tmp_path, config("never"))
+
+
+def test_a_path_is_where_a_run_begins_and_the_same_command_continues_it(tmp_path: Path) -> None:
+    save(tmp_path / "a", 2, 5)
+    (tmp_path / "a" / "stages" / "warm_start").mkdir(parents=True)
+    earlier = tmp_path / "a" / "checkpoints" / "step_000002"
+    command = config(str(earlier))
+    assert start(tmp_path / "b", command) == Start(state(2), earlier, named=True)
+    assert not (tmp_path / "b").exists(), "nothing is changed before the start is accepted"
+    (tmp_path / "b" / "stages" / "online").mkdir(parents=True)  # of something else
+    begin(tmp_path / "b", command)
+    assert [path.name for path in (tmp_path / "b" / "stages").iterdir()] == ["warm_start"]
+    (tmp_path / "b" / "metrics.jsonl").write_text("")  # killed before its first own checkpoint
+    assert begin(tmp_path / "b", command) == Start(state(2), earlier, named=True)
+    save(tmp_path / "b", 3, 4)
+    shutil.rmtree(tmp_path / "a")  # no longer needed
+    assert start(tmp_path / "b", command) == Start(state(4), tmp_path / "b" / "checkpoints" / "step_000004")
+
+
+def test_a_path_does_not_touch_what_another_run_left(tmp_path: Path) -> None:
+    save(tmp_path / "a", 2)
+    save(tmp_path / "b", 7)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "metrics.jsonl").write_text("")
+    path = str(tmp_path / "a" / "checkpoints" / "step_000002")
+    for name in ("b", "c"):
+        with pytest.raises(ConfigError, match=rf"run\.dir {tmp_path / name} holds another run; .* new run\.dir"):
+            start(tmp_path / name, config(path))
+        assert not (tmp_path / name / "resumed_from.json").exists()
+
+
+def test_a_path_within_the_run_directory_is_refused_while_there_are_newer_ones(tmp_path: Path) -> None:
+    save(tmp_path, 2, 5)
+    (tmp_path / "metrics.jsonl").write_text("")
+    path = tmp_path / "checkpoints" / "step_000002"
+    with pytest.raises(ConfigError, match=r"step_000005 is newer; move the newer ones out of .*/checkpoints, or"):
+        start(tmp_path, config(str(path)))
+    (tmp_path / "checkpoints" / "step_000005").rename(tmp_path / "step_000005")
+    (tmp_path / "stages" / "warm_start").mkdir(parents=True)
+    assert begin(tmp_path, config(str(path))) == Start(state(2), path, named=True)
+    assert (tmp_path / "stages" / "warm_start").is_dir()
+    save(tmp_path, 3)  # and goes on from there, also where retention has removed the first
+    shutil.rmtree(path)
+    assert start(tmp_path, config(str(path))).state == state(3)
+
+
+def test_a_run_that_began_anew_descends_from_no_path(tmp_path: Path) -> None:
+    save(tmp_path / "a", 2)
+    path = str(tmp_path / "a" / "checkpoints" / "step_000002")
+    begin(tmp_path / "b", config(path))
+    assert start(tmp_path / "b", config()) == Start(FRESH, None)
+    assert (tmp_path / "b" / "resumed_from.json").exists(), "asking alone forgets nothing"
+    begin(tmp_path / "b", config())
+    save(tmp_path / "b", 1)
+    with pytest.raises(ConfigError, match="holds another run"):
+        start(tmp_path / "b", config(path))
+
+
+def test_contents_that_changed_behind_an_unchanged_name(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    found = start(tmp_path, config())
+    check_inputs(found, INPUTS)
+    check_inputs(Start(FRESH, None), {"task.path": "anything"})
+    with pytest.raises(ConfigError, match=r"^task\.path: the contents differ .*step_000002 .* new run\.dir"):
+        check_inputs(found, {**INPUTS, "task.path": "another"})
+    with pytest.raises(ConfigError, match=r"^model\.path and tokenizer: "):
+        check_inputs(found, {**INPUTS, "model.path": "another", "tokenizer": "another"})
+
+
+def test_pairs_of_a_file_that_there_were_none_of_before(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    found = start(tmp_path, config())
+    for now in ("digest", SEARCHED):
+        with pytest.raises(ConfigError, match=r"^preference\.path: .*step_000002 was trained without pairs of a file"):
+            check_inputs(found, {**INPUTS, "preference.path": now})
+
+
+def test_a_checkpoint_without_digests_is_of_an_older_version(tmp_path: Path) -> None:
+    temporary = store(tmp_path).begin("old")
+    path = store(tmp_path).commit(temporary, "old", {"weight_version": 1})
+    with pytest.raises(ConfigError, match="old was made by an older version of rlsys"):
+        check_inputs(Start(state(1), path), INPUTS)
+
+
+def test_the_end_of_another_run_leaves_nothing_to_do(tmp_path: Path) -> None:
+    save(tmp_path / "a", 9)  # online, step 8
+    path = str(tmp_path / "a" / "checkpoints" / "step_000009")
+    message = r"^run\.resume: .* has made all 8 steps of the last stage; raise train\.max_steps \(now 8\)$"
+    with pytest.raises(ConfigError, match=message):
+        start(tmp_path / "b", config(path, train={"max_steps": 8}))
+    assert start(tmp_path / "b", config(path, train={"max_steps": 9})).state == state(9)
+    assert start(tmp_path / "a", config(path, train={"max_steps": 8})).state == state(9)  # is complete itself
+
+
+def test_a_path_is_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "a", 2)
+    monkeypatch.chdir(tmp_path)
+    checkpoint = start(tmp_path / "b", config("a/checkpoints/step_000002")).checkpoint
+    assert checkpoint == tmp_path / "a" / "checkpoints" / "step_000002"
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("nowhere", "no such folder$"),
+        ("always", "no such folder$"),
+        ("file", "a file$"),
+        ("empty", r"a folder without MANIFEST\.json$"),
+        ("a", r"a folder without MANIFEST\.json; did you mean .*/a/checkpoints/step_000002\?$"),
+        ("a/checkpoints", r"a folder without MANIFEST\.json; did you mean .*/a/checkpoints/step_000002\?$"),
+    ],
+)
+def test_a_path_that_is_no_checkpoint(path: str, found: str, tmp_path: Path) -> None:
+    save(tmp_path / "a", 1, 2)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    wanted = r"expected auto, never or the folder of a checkpoint, RUN_DIR/checkpoints/step_N, found "
+    with pytest.raises(ConfigError, match=rf"^run\.resume {tmp_path / path}: {wanted}{found}"):
+        start(tmp_path / "b", config(str(tmp_path / path)))
+
+
+def test_a_path_of_a_damaged_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path / "a", 2)
+    path = tmp_path / "a" / "checkpoints" / "step_000002"
+    (path / "state.json").write_text("{}")
+    message = rf"^run\.resume: {path}/state\.json: expected \d+ bytes, found 2; choose another checkpoint, or restore"
+    with pytest.raises(ConfigError, match=message):
+        start(tmp_path / "b", config(str(path)))
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_folders_of_others_among_the_checkpoints_are_refused_and_stay(tmp_path: Path, resume: str) -> None:
+    """They would count as damaged checkpoints, and those are removed with the next save."""
+    save(tmp_path, 2)
+    (tmp_path / "checkpoints" / "step_000009").mkdir()  # damaged, and of the form of one of ours
+    (tmp_path / "checkpoints" / "step_000002.pinned").write_text("")
+    assert start(tmp_path, config()).state == state(2)
+    foreign = tmp_path / "checkpoints" / "checkpoint-500"
+    foreign.mkdir()
+    (foreign / "optimizer.pt").write_text("")
+    message = (
+        rf"^run\.dir {tmp_path}: expected checkpoints of rlsys alone in {foreign.parent}, found the folder "
+        r"checkpoint-500 without a MANIFEST\.json; move it away, or choose another run\.dir$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        start(tmp_path, config(resume))
+    assert (foreign / "optimizer.pt").exists()
+
+
+@pytest.mark.parametrize("text", [None, "run: [", "run: {dir: x, speed: 2}"])
+def test_a_run_without_a_usable_config_cannot_be_resumed(tmp_path: Path, text: str | None) -> None:
+    save(tmp_path, 2)
+    path = tmp_path / "config.yaml"
+    path.unlink() if text is None else path.write_text(text)
+    message = rf"^run\.dir or run\.resume: {tmp_path} cannot be resumed without its config\.yaml: .*; restore it, or"
+    with pytest.raises(ConfigError, match=message):
+        start(tmp_path, config())
+
+
+@pytest.mark.parametrize("text", ["[]", "{}"])
+def test_a_damaged_note_of_where_a_run_began_is_named(tmp_path: Path, text: str) -> None:
+    save(tmp_path / "a", 2)
+    begin(tmp_path / "b", config(str(tmp_path / "a" / "checkpoints" / "step_000002")))
+    (tmp_path / "b" / "resumed_from.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"resumed_from\.json: damaged: expected a checkpoint; restore it"):
+        start(tmp_path / "b", config(str(tmp_path / "a" / "checkpoints" / "step_000002")))
+
+
+def test_what_has_changed_and_may_is_told(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    now = config(train={"max_steps": 500}, learner={"ranks": 1, "zero_stage": 0}, run__address="127.0.0.1:6379")
+    found = start(tmp_path, now)
+    assert found.changed == ("learner.ranks 2 -> 1", "learner.zero_stage 1 -> 0", "train.max_steps 80 -> 500")
+    assert found.describe().endswith(
+        "; changed: learner.ranks 2 -> 1, learner.zero_stage 1 -> 0, train.max_steps 80 -> 500"
+    )
+    assert start(tmp_path, config()).changed == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "expected", "found"),
+    [
+        ({"run": {"dir": "unused", "seed": 4}}, "run.seed", "3", "4"),
+        ({"model__path": "other/model"}, "model.path", "some/model", "other/model"),
+        ({"task__max_length": 10}, "task.max_length", "9", "10"),
+        ({"stages": ["online"]}, "stages", "['warm_start', 'online']", "['online']"),
+        ({"task": {"type": "dataset", "path": "x"}}, "task.type", "letter_count", "dataset"),
+        ({"model": {"from_scratch": {}}}, "model.path", "some/model", "None"),
+    ],
+)
+def test_a_fixed_field_that_differs_is_named(
+    changes: dict[str, Any], field: str, expected: str, found: str, tmp_path: Path
+) -> None:
+    save(tmp_path, 2)
+    with pytest.raises(ConfigError) as caught:
+        start(tmp_path, config(**changes))
+    message = caught.value.message
+    assert message.startswith(f"{field} differs from the run to be resumed ({tmp_path / 'config.yaml'})")
+    assert f"expected {expected}, found {found}; set it back, or start a new run.dir" in message
+
+
+def test_all_that_differ_are_named(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    with pytest.raises(ConfigError, match=r"task\.max_length differs .* \(also different: task\.chunk\)"):
+        start(tmp_path, config(task={"type": "letter_count", "max_length": 10, "chunk": 2}))
+
+
+def test_a_path_is_compared_with_its_own_run(tmp_path: Path) -> None:
+    save(tmp_path / "a", 2)
+    checkpoint = tmp_path / "a" / "checkpoints" / "step_000002"
+    changed = config(str(checkpoint), task__max_length=10)
+    with pytest.raises(ConfigError, match="max_length differs"):
+        start(tmp_path / "b", changed)
+
+
+def test_other_fields_may_change(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    changed = config(train={"max_steps": 500}, learner={"ranks": 1, "zero_stage": 0}, actors={"count": 1})
+    assert start(tmp_path, changed).state == state(2)
+
+
+FILED = {"preference": {"weight": 1.0, "source": "file"}}
+IMITATING = {"sft": {"weight": 1.0, "source": "demonstrations"}}
+ROWS = {"sft": {"path": "rows"}, "preference": {"path": "pairs"}}
+
+
+@pytest.mark.parametrize(
+    ("second", "objective", "field"),
+    [
+        ("warm_start", {}, "warm_start.rows_per_step"),
+        ("sft", {}, "sft.rows_per_step"),
+        ("preference", FILED, "preference.pairs_per_step"),
+        ("online", FILED, "preference.pairs_per_step"),
+        ("online", IMITATING, "objective.sft.rows_per_step"),
+    ],
+)
+def test_the_rows_of_a_step_are_fixed_within_their_stage(
+    second: StageName, objective: dict[str, Any], field: str, tmp_path: Path
+) -> None:
+    """Version 1 is at step 0 of the second stage, version 4 at its step 3."""
+    stages = ["sft" if second == "warm_start" else "warm_start", second]
+    sections: dict[str, Any] = {"stages": stages, "objective": objective, **ROWS}
+
+    def changed(max_steps: int) -> Config:
+        found = copy.deepcopy(sections)
+        for override in (f"{field}=7", f"{section_of(second)}.max_steps={max_steps}"):
+            apply_override(found, override)
+        return config(**found)
+
+    save(tmp_path, 4, of=config(**sections))
+    with pytest.raises(ConfigError) as caught:
+        start(tmp_path, changed(9))
+    assert caught.value.message.startswith(
+        f"{field} differs from the run to be resumed ({tmp_path / 'config.yaml'}), which is within stage {second}, at "
+        "step 3: expected "
+    )
+    assert caught.value.message.endswith(", found 7; set it back, or start a new run.dir")
+    assert start(tmp_path, changed(3)).state == state(4)  # the stage has made its steps: no row is taken any more
+    save(tmp_path / "before", 1, of=config(**sections))
+    assert start(tmp_path / "before", changed(9)).state == state(1)
+
+
+def test_rows_that_are_not_taken_before_and_now_are_not_fixed(tmp_path: Path) -> None:
+    save(tmp_path, 4, of=config(**ROWS))  # within stage online
+    for changes in ({"sft": {"rows_per_step": 7}}, {"objective": IMITATING}):
+        assert start(tmp_path, config(**changes)).state == state(4)
+    save(tmp_path / "imitating", 4, of=config(objective=IMITATING))
+    assert start(tmp_path / "imitating", config()).state == state(4)
+
+
+CRITIC = {"policy": {"estimator": "gae"}, "value": {"weight": 1.0}}
+
+
+@pytest.mark.parametrize("resume", ["auto", "path"])
+def test_a_critic_cannot_begin_within_the_online_stage(tmp_path: Path, resume: str) -> None:
+    save(tmp_path, 2)  # after step 1 of the stage online
+    checkpoint = tmp_path / "checkpoints" / "step_000002"
+    now = config("auto" if resume == "auto" else str(checkpoint), objective=CRITIC)
+    expected = (
+        r"^objective\.value\.weight and objective\.policy\.estimator gae need a critic, and .*step_000002 has none: "
+        r"the first 1 steps of stage online were made without; set both back, .*model\.path .*step_000002/policy$"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        start(tmp_path, now)
+    # Nothing is left to train in the stage: nothing asks for a critic.
+    assert start(tmp_path, config(now.run.resume, objective=CRITIC, train={"max_steps": 1})).state == state(2)
+    store(tmp_path).discard(checkpoint)
+    save(tmp_path, 1)  # at step 0 of the stage, which begins with a critic then
+    assert start(tmp_path, config(objective=CRITIC)).state == state(1)
+
+
+def test_a_checkpoint_with_a_critic_goes_on_with_and_without_it(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(config()))
+    temporary = store(tmp_path).begin("step_000002")
+    write_json(temporary / "state.json", state_to_json(state(2)))
+    (temporary / "critic").mkdir()
+    (temporary / "critic" / "config.json").write_text("{}")
+    store(tmp_path).commit(temporary, "step_000002", {"weight_version": 2, "inputs": INPUTS})
+    assert start(tmp_path, config(objective=CRITIC)).state == start(tmp_path, config()).state == state(2)
+
+
+def test_what_is_read_later_is_compared_then() -> None:
+    start = Start(state(2), Path("c"))
+    for before in (SEARCHED, f"{SEARCHED} supervised digest"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                "rlsys.run.resume.read_json", lambda _path, found=before: {"info": {"inputs": {"sft.path": found}}}
+            )
+            check_inputs(start, {"sft.path": SEARCHED})
+            with pytest.raises(ConfigError, match=r"^sft\.path: the contents differ"):
+                check_inputs(start, {"sft.path": "digest"})  # of a file that sft.path names now
+
+
+def searched(stage: int, step: int, tmp_path: Path) -> Start:
+    """A run whose stage search was asked for the data of `config` without changes, of 9 prompts."""
+    folder = search_folder(tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / DONE, {"asked": asked_of_search(after_search(), 9), "figures": {}})
+    return Start(replace(FRESH, stage=stage, step=step), tmp_path / "checkpoints" / "step_000001")
+
+
+def after_search(stages: tuple[str, ...] = ("search", "sft", "preference"), **changes: Any) -> Config:
+    return config(
+        stages=list(stages), objective={"preference": {"weight": 1.0}, **changes.pop("objective", {})}, **changes
+    )
+
+
+@pytest.mark.parametrize(("stage", "step"), [(1, 1), (1, 100), (2, 1)])
+def test_data_are_not_extracted_in_another_way_once_a_stage_reads_them(tmp_path: Path, stage: int, step: int) -> None:
+    start = searched(stage, step, tmp_path)
+    check_extraction(after_search(), start, 9)
+    with pytest.raises(ConfigError, match=r"^extract\.chosen differs from what the stage search .*stage\.json\): "):
+        check_extraction(after_search(extract={"chosen": "longest"}), start, 9)
+    with pytest.raises(ConfigError, match=r"^search\.prompts differs .*: expected 9, found 8; set it back"):
+        check_extraction(after_search(), start, 8)
+
+
+def test_extraction_may_change_where_nothing_reads_it_or_it_is_done_again(tmp_path: Path) -> None:
+    changed = after_search(extract={"chosen": "longest"})
+    check_extraction(changed, searched(0, 0, tmp_path), 8)  # the stage search is still to come, and does it
+    check_extraction(changed, Start(FRESH, None), 8)
+    check_extraction(changed, searched(2, 100, tmp_path), 8)  # the last stage has made its steps
+    stages = ("search", "preference", "online")
+    trees = after_search(stages, extract={"chosen": "longest"}, search={"fraction": 0.5})
+    check_extraction(trees, searched(2, 1, tmp_path), 9)  # of the trees of the steps now
+    filed = {"preference": {"weight": 1.0, "source": "file"}}
+    with pytest.raises(ConfigError, match=r"^extract\.chosen differs"):
+        check_extraction(
+            after_search(stages, extract={"chosen": "longest"}, objective=filed), searched(2, 1, tmp_path), 9
+        )
+    paths = {"sft": {"path": "rows"}, "preference": {"path": "pairs"}}
+    check_extraction(after_search(extract={"chosen": "longest"}, **paths), searched(1, 1, tmp_path), 9)
+
+
+@pytest.mark.parametrize("found", [{}, [], {"asked": 1}])
+def test_a_damaged_note_of_the_stage_search_is_named(tmp_path: Path, found: Any) -> None:
+    start = searched(1, 1, tmp_path)
+    write_json(search_folder(tmp_path) / DONE, found)
+    with pytest.raises(CheckpointError, match=r"stage\.json: damaged; restore it"):
+        check_extraction(after_search(), start, 9)
+
+
+def test_the_directory_of_a_search_is_left_to_it(tmp_path):
+    write_json(tmp_path / "search.json", {})
+    assert start(tmp_path, config()).checkpoint is None  # a search that has grown nothing
+    (tmp_path / "trees").mkdir()
+    (tmp_path / "trees" / "00000.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="holds the trees of a search: choose another run.dir"):
+        start(tmp_path, config())

@@ -1,0 +1,286 @@
+"""The data set task: sources, splits, unreadable rows, and answers judged by math-verify."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlsys.config.schema import DatasetConfig
+from rlsys.errors import ConfigError, DataError
+from rlsys.tasks import build_task
+from rlsys.tasks.dataset import DatasetTask
+from rlsys.tasks.math_answers import judge
+from rlsys.tasks.tags import tag_strings
+
+GSM8K = Path(os.environ.get("RLSYS_DATA", "")) / "gsm8k_test.jsonl"
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(row + "\n" if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def sums(count):
+    """Row i (from 1) asks for i + i."""
+    return [{"question": f"{i} + {i}?", "answer": 2 * i} for i in range(1, count + 1)]
+
+
+def task_of(path, **fields):
+    return DatasetTask(DatasetConfig(path=str(path), **fields), seed=0)
+
+
+def all_ids(task, split):
+    return [task.problem(split, index).problem_id for index in range(task.size(split))]
+
+
+def test_jsonl_rows_in_file_order_every_fifth_held_out(tmp_path):
+    task = task_of(write_jsonl(tmp_path / "a.jsonl", sums(11)), held_out_every=5)
+    assert all_ids(task, "train") == [f"train/{i}" for i in (1, 2, 3, 4, 6, 7, 8, 9, 11)]
+    assert all_ids(task, "held_out") == ["held_out/5", "held_out/10"]
+    assert task.problem("train", 4).question == "6 + 6?"
+    assert task.problem("train", 4).answer == "12"
+    assert task.skipped == 0
+    assert task.demonstration(0, random.Random(0)) is None
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_index_outside_the_split_is_an_index_error(tmp_path, index):
+    task = task_of(write_jsonl(tmp_path / "a.jsonl", sums(4)), held_out_every=2)
+    with pytest.raises(IndexError):
+        task.problem("train", index)
+
+
+def test_parquet_and_hugging_face_folder_give_the_same_problems(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data = datasets.Dataset.from_list(sums(6))
+    data.to_parquet(str(tmp_path / "a.parquet"))
+    data.save_to_disk(str(tmp_path / "single"))
+    datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(str(tmp_path / "splits"))
+    (tmp_path / "loadable").mkdir()
+    data.to_parquet(str(tmp_path / "loadable" / "train.parquet"))
+    sources = [tmp_path / name for name in ("a.parquet", "single", "splits", "loadable")]
+    sources.append(write_jsonl(tmp_path / "a.jsonl", sums(6)))
+    tasks = [task_of(source, held_out_every=3) for source in sources]
+    problems = [[task.problem("train", index) for index in range(task.size("train"))] for task in tasks]
+    assert [problem.answer for problem in problems[0]] == ["2", "4", "8", "10"]
+    assert all(found == problems[0] for found in problems[1:])
+
+
+def test_held_out_split_of_a_hugging_face_folder(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_list(sums(6))
+    splits = {"train": rows.select(range(4)), "test": rows.select([4, 5])}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "d"))
+    task = task_of(tmp_path / "d", held_out_path=str(tmp_path / "d"))
+    assert (task.size("train"), task.size("held_out")) == (4, 2)
+    with pytest.raises(DataError, match=r"task\.path .* no split 'dev'; the splits are train, test"):
+        task_of(tmp_path / "d", split="dev").size("train")
+
+
+def test_a_data_set_of_several_configurations(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "several"
+    folder.mkdir()
+    for name, rows in (("main", sums(6)), ("small", sums(3))):
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    listed = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("main", "small"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+    assert task_of(folder, subset="small", held_out_every=3).size("train") == 2
+    assert task_of(folder, subset="main", held_out_every=3).size("train") == 4
+    with pytest.raises(DataError, match=r"task\.path .*set task\.subset: .*'main', 'small'"):
+        task_of(folder).size("train")
+
+
+def test_the_digest_follows_the_rows(tmp_path):
+    def digest(rows):
+        return task_of(write_jsonl(tmp_path / "a.jsonl", rows), held_out_every=3).digest()
+
+    before = digest(sums(6))
+    assert digest(sums(6)) == before
+    assert len({before, digest(sums(7)), digest([*sums(5), {"question": "6 + 6?", "answer": 13}])}) == 3
+
+
+def test_training_rows_that_repeat_a_held_out_question_are_left_out(tmp_path):
+    train = write_jsonl(tmp_path / "train.jsonl", sums(4))
+    held_out = write_jsonl(tmp_path / "test.jsonl", sums(2))
+    task = task_of(train, held_out_path=held_out)
+    assert all_ids(task, "train") == ["train/3", "train/4"]
+    assert task.notes() == ("task.path: 2 of 4 training rows left out, whose question is held out too",)
+    with pytest.raises(DataError, match="no row is left for training; 4 of its questions are also held out"):
+        task_of(train, held_out_path=train).size("train")
+
+
+def test_environment_variables_in_paths(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", sums(4))
+    monkeypatch.setenv("SOME_DATA", str(tmp_path))
+    assert task_of("${SOME_DATA}/a.jsonl", held_out_every=2).size("train") == 2
+    monkeypatch.delenv("SOME_DATA")
+    with pytest.raises(ConfigError, match=r"task\.path .*SOME_DATA is not set"):
+        task_of("${SOME_DATA}/a.jsonl").size("train")
+
+
+BAD_ROWS = {
+    "{broken": "not JSON",
+    "[1, 2]": "expected a JSON object, found list",
+    '{"question": "q", "answer": "#### 1", "answer": "#### 2"}': ":3: column answer: expected it once in a row",
+    '{"question": "", "answer": "1"}': "'question': expected text, found ''",
+    '{"question": "q", "answer": null}': "'answer': expected text, found 'None'",
+    '{"question": ["q"], "answer": "#### 1"}': "'question': expected text",
+    '{"question": "q"}': "'answer': expected text",
+    '{"question": "q", "answer": "1"}': "no answer that matches task.answer_pattern",
+    '{"question": "q", "answer": NaN}': "'answer': expected text, found 'nan'",
+    '{"question": "\\ud800", "answer": "#### 1"}': "'question': expected text",
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS)
+def test_unreadable_row_is_skipped_counted_and_explained(tmp_path, bad):
+    good = [{"question": f"q{i}", "answer": f"so #### {i}"} for i in range(7)]
+    path = write_jsonl(tmp_path / "a.jsonl", [*good[:2], bad, *good[2:]])
+    # 1 of 8 rows is bad: a share of 0.125 is allowed, 0.124 is not.
+    task = task_of(path, answer_pattern="#### (.+)", max_bad_rows=0.125, held_out_every=4)
+    assert task.skipped == 1
+    assert task.skip_reasons[0].startswith(f"{path}:3: ")
+    assert BAD_ROWS[bad] in task.skip_reasons[0]
+    assert all_ids(task, "train") == [f"train/{i}" for i in (1, 2, 5, 6, 7)]
+    assert task.notes() == (f"task.path: 1 of 8 rows skipped, the first: {task.skip_reasons[0]}",)
+    with pytest.raises(DataError, match=r"1 of 8 rows are unreadable, more than task\.max_bad_rows 0\.124; .*:3: "):
+        task_of(path, answer_pattern="#### (.+)", max_bad_rows=0.124).size("train")
+
+
+def test_bytes_that_are_not_utf8_are_one_bad_row(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps(row).encode() for row in sums(4)]
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n\n".join([*lines, b'{"question": "\xff", "answer": 1}']))
+    task = task_of(path, max_bad_rows=0.2, held_out_every=3)
+    # Blank lines count as lines, not as rows; a byte order mark is no error.
+    assert task.skip_reasons == (f"{path}:9: not UTF-8",)
+    assert all_ids(task, "train") == ["train/1", "train/5", "train/7"]
+
+
+def test_a_parquet_file_with_a_column_twice(tmp_path):
+    path, texts = tmp_path / "a.parquet", pyarrow.array(["q"])
+    table = pyarrow.Table.from_arrays([texts] * 3, names=["question", "answer", "answer"])
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(DataError, match=r"task\.path .*a\.parquet, column answer: expected it once, found it 2 times$"):
+        task_of(path).size("train")
+
+
+def test_unusable_data_sets_say_what_to_change(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    (tmp_path / "folder").mkdir()
+    path = write_jsonl(tmp_path / "a.jsonl", [{"problem": "q", "solution": "1"}] * 4)
+    cases = [
+        ({"path": str(tmp_path / "none.jsonl")}, r"task\.path .*none\.jsonl: no such file"),
+        ({"path": str(tmp_path / "none")}, r"task\.path .*none: no such file or folder"),
+        ({"path": str(tmp_path / "empty.jsonl")}, r"task\.path .*: expected at least one row, found none"),
+        ({"path": str(tmp_path / "broken.parquet")}, r"task\.path .*: not a readable Parquet file"),
+        ({"path": str(tmp_path / "folder")}, r"task\.path .*: not a readable data set"),
+        ({"path": path}, r"task\.question_column: .*no column 'question'; its columns are problem, solution"),
+        (
+            {"path": path, "question_column": "problem", "answer_column": "solution"},
+            r"one in task\.held_out_every 10 of task\.path .*: no row is left for evaluation",
+        ),
+        ({"path": path, "answer_pattern": "("}, r"task\.answer_pattern '\(': not a regular expression"),
+        ({"path": path, "answer_pattern": "a"}, r"task\.answer_pattern 'a': expected a group"),
+    ]
+    for fields, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            DatasetTask(DatasetConfig(**fields), seed=0).size("train")
+
+
+def test_template_demonstrations_and_vocabulary(tmp_path):
+    rows = [
+        {"question": r"\frac{a}{b}", "answer": "β", "work": "so z"},
+        {"question": "c", "answer": "1", "work": "d"},
+    ]
+    task = build_task(
+        DatasetConfig(
+            path=write_jsonl(tmp_path / "a.jsonl", rows),
+            held_out_every=2,
+            demonstration_column="work",
+            prompt_template="{x} {question}!",
+        ),
+        0,
+    )
+    problem, text = task.demonstration(0, random.Random(0))
+    assert problem.question == r"{x} \frac{a}{b}!"
+    assert text == "so z"
+    tags, characters = tag_strings(), task.vocabulary()[len(tag_strings()) :]
+    assert task.vocabulary()[: len(tags)] == tags
+    assert list(characters) == sorted(set(characters))
+    assert set(r"\frac{a}{b}βso zcd1x!") <= set(characters)
+    assert pickle.loads(pickle.dumps(task)).problem("train", 0) == problem
+
+
+@pytest.mark.parametrize(
+    ("reference", "completion", "outcome", "answered"),
+    [
+        ("18", "so <answer>18</answer>", "ok", True),
+        ("18", "so <answer>18 dollars</answer>", "ok", True),
+        ("18", "so <answer>$18.00.</answer>", "ok", True),
+        ("1,000", "<answer>1000</answer>", "ok", True),
+        ("1000", "<answer>1 000</answer>", "ok", True),
+        ("1/2", "<answer>0.5</answer>", "ok", True),
+        (r"\frac{1}{2}", "<answer>1/2</answer>", "ok", True),
+        (r"2\sqrt{2}", r"it is \boxed{\sqrt{8}}", "ok", True),
+        ("x^2+1", "<answer>1+x^2</answer>", "ok", True),
+        # The leading number is the same; the formula is not.
+        ("2x+1", "<answer>2x+3</answer>", "wrong", True),
+        ("(1,2)", "<answer>(1,3)</answer>", "wrong", True),
+        ("18", "I computed 3*6 and get 18", "ok", True),
+        ("18", "so 18? no: 19", "wrong", True),
+        ("18", r"\boxed{18} as 20 - 2", "ok", True),
+        ("18", "I do not know", "wrong", False),
+        ("18", "", "wrong", False),
+        ("18", "18 <answer></answer>", "wrong", False),
+        ("18", "18 <answer>no idea</answer>", "wrong", False),
+        # An answer node that is open or double is invalid, wherever the right number stands.
+        ("18", "18 <answer>18", "wrong", False),
+        ("18", "<answer>17</answer><answer>18</answer>", "wrong", False),
+        ("18", f"<answer>{'1' * 2000}</answer>", "wrong", False),
+        # Textual references are compared as text; as mathematics "stop" would be the product of "pots".
+        ("Yes", "<answer> yes </answer>", "ok", True),
+        ("stop", "<answer>pots</answer>", "wrong", True),
+        ("yes", "so yes", "wrong", False),
+    ],
+)
+def test_judge(reference, completion, outcome, answered):
+    verdict = judge(reference, completion)
+    assert (verdict.outcome, verdict.answered) == (outcome, answered)
+    assert verdict.reward == float(outcome == "ok")
+
+
+@given(number=st.integers(-(10**6), 10**6), other=st.integers(-(10**6), 10**6))
+def test_judge_of_integers_is_equality(number, other):
+    expected = "ok" if number == other else "wrong"
+    assert judge(str(number), f"<answer>{other:,}</answer>").outcome == expected
+    assert judge(f"{number:,}", rf"it is \boxed{{{number}}}").outcome == "ok"
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason="RLSYS_DATA names no folder with gsm8k_test.jsonl")
+def test_every_gsm8k_reference_verifies_against_itself_only():
+    task = task_of("${RLSYS_DATA}/gsm8k_test.jsonl", answer_pattern="#### (.+)", held_out_every=2)
+    problems = [task.problem(split, i) for split in ("train", "held_out") for i in range(task.size(split))]
+    assert len(problems) == 1319
+    assert task.skipped == 0
+    for problem in problems:
+        wrong = int(problem.answer.replace(",", "")) + 1
+        completions = [f"<answer>{problem.answer}</answer>", rf"so \boxed{{{problem.answer}}}"]
+        completions += [f"<answer>{wrong}</answer>", rf"so \boxed{{{wrong}}}"]
+        rewards = [task.verify(problem.answer, completion).reward for completion in completions]
+        assert rewards == [1, 1, 0, 0], problem

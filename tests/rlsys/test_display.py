@@ -1,0 +1,189 @@
+"""The display shows the right numbers, on a terminal and elsewhere, and never ends a run."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+from rich.console import Console
+
+from rlsys.display import FIGURES, Display
+from rlsys.run.metrics import METRICS
+
+STEP = {
+    "rollout/reward": 0.5123,
+    "rollout/tokens_per_s": 12345.6,
+    "rollout/staleness_mean": 0.5,
+    "weights/probe_gap_max": 2.3e-6,
+    "learner/loss": 0.1,
+}
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def plain(clock: Clock, interval_s: float = 10.0) -> tuple[Display, io.StringIO]:
+    output = io.StringIO()
+    return Display(Console(file=output, force_terminal=False), interval_s=interval_s, clock=clock), output
+
+
+def terminal(clock: Clock, width: int = 100) -> tuple[Display, Console, io.StringIO]:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=width, height=40, color_system=None)
+    return Display(console, {"warm_start": 300, "online": 80}, clock=clock), console, output
+
+
+def steps(display: Display, clock: Clock, times: list[float]) -> None:
+    for seconds in times:
+        clock.now += seconds
+        display.step(STEP)
+
+
+def test_figures_are_in_the_registry() -> None:
+    assert {name for name, _, _ in FIGURES} <= set(METRICS)
+
+
+def test_plain_lines() -> None:
+    clock = Clock()
+    display, output = plain(clock)
+    with display:
+        display.stage("online", 4, 1)
+        steps(display, clock, [3.0])  # 2 steps of 3 s are left
+        display.message("checkpoint [step-2] written")
+        display.evaluation({"held_out/greedy_accuracy": 0.84})
+        steps(display, clock, [3.0])  # 3 s after the last line, below the interval: no line
+        steps(display, clock, [3.0])  # the last step always has one
+    assert output.getvalue().splitlines() == [
+        "stage online: step 1 of 4",
+        "online 2/4  reward 0.512  actor tokens/s 12,346  staleness 0.50  publish gap 2.3e-06  left 0:06",
+        "checkpoint [step-2] written",
+        "evaluation  held-out greedy 0.840",
+        "online 4/4  reward 0.512  actor tokens/s 12,346  staleness 0.50  publish gap 2.3e-06",
+    ]
+
+
+def test_a_step_that_was_only_searched_shows_its_reward() -> None:
+    clock = Clock()
+    display, output = plain(clock)
+    display.stage("online", 2, 1)
+    display.step({"search/trees": 2.0, "search/reward": 0.4, "rollout/staleness_mean": 0.0})
+    assert output.getvalue().splitlines()[1] == "online 2/2  search reward 0.400  staleness 0.00"
+
+
+def test_plain_steps_at_most_every_interval() -> None:
+    clock = Clock()
+    display, output = plain(clock, interval_s=10.0)
+    display.stage("online", 100, 0)
+    steps(display, clock, [4.0] * 9)  # at 4, 8, ..., 36 s: shown at 4, 16 (12 later), 28
+    shown = [line.split()[1] for line in output.getvalue().splitlines()[1:]]
+    assert shown == ["1/100", "4/100", "7/100"]
+
+
+def test_time_left_is_the_median_times_the_steps_left() -> None:
+    clock = Clock()
+    display, _ = plain(clock)
+    display.stage("online", 10, 4)
+    assert display.seconds_left is None
+    steps(display, clock, [2.0, 60.0, 3.0])  # median 3, 10 - 7 = 3 steps left; the mean would say 65
+    assert display.seconds_left == 9.0
+    display.stage("other", 5, 0)
+    assert display.seconds_left is None
+
+
+def test_terminal_panel() -> None:
+    clock = Clock()
+    display, _, output = terminal(clock)
+    with display:
+        display.stage("online", 80, 20)
+        steps(display, clock, [2.5, 2.5, 2.5])  # 57 steps left * 2.5 s = 142.5 s, shown as 2:22
+        display.evaluation({"held_out/greedy_accuracy": 0.84, "held_out/sampled_accuracy": float("nan")})
+        display.message("checkpoint [step-23] written")
+    last = output.getvalue().rpartition("rlsys")[2]
+    for text in (
+        "warm_start 300",
+        "online 23/80",
+        "left 2:22, elapsed 0:08",
+        "0.512",
+        "0.840",
+        "nan",
+        "12,346",
+        "0.50",
+        "2.3e-06",
+        "checkpoint [step-23] written",
+    ):
+        assert text in last
+    assert "stage online" not in output.getvalue(), "no plain lines on a terminal"
+
+
+def test_panel_keeps_the_last_messages() -> None:
+    display, console, output = terminal(Clock())
+    for number in range(9):
+        display.message(f"event {number}")
+    console.print(display._panel())
+    assert [f"event {number}" in output.getvalue() for number in range(9)] == [False] * 4 + [True] * 5
+
+
+def test_panel_has_the_same_height_whatever_is_known() -> None:
+    clock = Clock()
+    display, console, output = terminal(clock)
+    display.stage("online", 80, 0)
+    console.print(display._panel())
+    before = output.getvalue().count("\n")
+    steps(display, clock, [1.0])
+    console.print(display._panel())
+    assert output.getvalue().count("\n") == 2 * before
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 20, 40, 66, 300])
+def test_any_width(width: int) -> None:
+    clock = Clock()
+    display, _, output = terminal(clock, width)
+    with display:
+        display.stage("a stage with a long name", 0, 0)
+        display.message("long " * 200)
+        steps(display, clock, [1.0])
+    if width >= 40:
+        assert "0.512" in output.getvalue()
+        assert "2.3e-06" in output.getvalue()
+
+
+class Broken(io.StringIO):
+    """A terminal or pipe that goes away after some writes."""
+
+    def __init__(self, writes: int, error: Exception) -> None:
+        super().__init__()
+        self.left, self.error = writes, error
+
+    def write(self, text: str) -> int:
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("force_terminal", [True, False])
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(5, "EIO"), ValueError("closed file")], ids=repr)
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_a_broken_output_never_ends_the_run(force_terminal: bool, error: Exception, writes: int) -> None:
+    clock = Clock()
+    console = Console(file=Broken(writes, error), force_terminal=force_terminal)
+    with Display(console, clock=clock) as display:
+        display.stage("online", 3, 0)
+        steps(display, clock, [1.0, 20.0, 20.0])
+        display.message("done")
+
+
+def test_without_a_terminal_a_colour_setting_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert not sys.stdout.isatty()
+    with Display() as display:
+        display.message("resumed")
+    assert capsys.readouterr().out == "resumed\n"
