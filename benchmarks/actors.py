@@ -26,8 +26,7 @@ sys.path[0] = str(ROOT)  # in place of this folder, where this file would hide t
 
 from rlsys.config.files import load_config  # noqa: E402
 from rlsys.config.schema import ActorsConfig, Config  # noqa: E402
-from rlsys.data.inputs import Inputs  # noqa: E402
-from rlsys.models.folder import prepare_model  # noqa: E402
+from rlsys.data.inputs import Inputs, prepare_model  # noqa: E402
 from rlsys.models.scratch import end_token_id, load_tokenizer  # noqa: E402
 from rlsys.processes import die_with_parent, quiet_worker  # noqa: E402
 from rlsys.types import Prompt, SamplingSettings, TrajectoryGroup  # noqa: E402

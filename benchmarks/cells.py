@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rlsys.run.checkpoints import write_json
+from rlsys.files import write_json
 
 RLSYS = Path(sys.executable).parent / "rlsys"
 

@@ -52,7 +52,7 @@ from storm_processes import valid_checkpoints  # noqa: E402
 
 from rlsys.config.files import load_config  # noqa: E402
 from rlsys.errors import ConfigError  # noqa: E402
-from rlsys.run.checkpoints import read_json, write_json  # noqa: E402
+from rlsys.files import read_json, write_json  # noqa: E402
 from rlsys.run.ledger import read_ledger  # noqa: E402
 from rlsys.run.metrics import read_rows  # noqa: E402
 

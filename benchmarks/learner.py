@@ -33,8 +33,7 @@ from learners.settings import RankSettings, learner_environment  # noqa: E402
 from rlsys.config.files import load_config  # noqa: E402
 from rlsys.config.schema import Config  # noqa: E402
 from rlsys.config.stages import StageSettings  # noqa: E402
-from rlsys.data.inputs import Inputs  # noqa: E402
-from rlsys.models.folder import prepare_model  # noqa: E402
+from rlsys.data.inputs import Inputs, prepare_model  # noqa: E402
 from rlsys.processes import die_with_parent, quiet_worker  # noqa: E402
 from rlsys.types import Demonstration, Prompt, TrainingBatch, Trajectory, TrajectoryGroup, VersionSpan  # noqa: E402
 

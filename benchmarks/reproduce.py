@@ -30,8 +30,8 @@ import results_page  # noqa: E402
 from cells import evaluated, seconds_of, trained  # noqa: E402
 
 from rlsys.config.files import load_config  # noqa: E402
-from rlsys.control.evaluation import mean_difference, mean_over_prompts  # noqa: E402
 from rlsys.search import export as extraction  # noqa: E402
+from rlsys.stats import mean_difference, mean_over_prompts  # noqa: E402
 
 CONFIGS = {
     "letter_count": ROOT / "configs" / "marco_o1_v2_offline.yaml",

@@ -27,11 +27,11 @@ sys.path[0] = str(ROOT)  # in place of this folder, where a file would hide the 
 from rlsys.config.engine_roles import Searching  # noqa: E402
 from rlsys.config.files import load_config  # noqa: E402
 from rlsys.config.schema import Config  # noqa: E402
-from rlsys.control.evaluation import Estimate, mean_difference, mean_over_prompts  # noqa: E402
 from rlsys.control.search_evaluation import grow_trees, sample_until, sampling_of  # noqa: E402
 from rlsys.data.inputs import Inputs  # noqa: E402
 from rlsys.launch.ray_cluster import Cluster, ray_cluster  # noqa: E402
 from rlsys.search.compare import Attempts, solved_in_tokens, tree_attempts  # noqa: E402
+from rlsys.stats import Estimate, mean_difference, mean_over_prompts  # noqa: E402
 from rlsys.types import Prompt  # noqa: E402
 
 BUDGETS = (32, 48, 64, 96, 128, 192, 256, 384, 512)

@@ -149,7 +149,7 @@ class LearnerRank:
             batch,
             objective,
             weights,
-            chosen_sft=self.stage.stage == "preference" or objective.sft.source == "chosen",
+            chosen_sft=self.stage.sft_on_chosen(objective),
             kl_weight=objective.kl.weight_at(step, self.stage.steps)
             if objective.kl.in_reward
             else weights.get("kl", 0.0),

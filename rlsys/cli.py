@@ -28,6 +28,7 @@ from rlsys.config.engine_roles import ModelEngines, describes_a_search, growing,
 from rlsys.config.files import dump_config, load_config
 from rlsys.config.keys import all_keys, suggestion
 from rlsys.config.schema import Config
+from rlsys.directory import SearchDirectory
 from rlsys.errors import AbortedRunError, ConfigError, InterruptedRunError, RlsysError
 from rlsys.launch import resources
 from rlsys.launch.signals import TIME_LIMIT
@@ -107,9 +108,9 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
     resolved = load_config(config, overrides or [])
     from actors.search.build import check_tags
     from rlsys.control.checkpointing import check_best_metric
-    from rlsys.data.inputs import Inputs
+    from rlsys.data.inputs import Inputs, prepare_model
     from rlsys.launch.access import check_address
-    from rlsys.models.folder import prepare_model, search_engines
+    from rlsys.models.folder import search_engines
 
     check_address(resolved.run.address)
     check_best_metric(resolved)
@@ -179,7 +180,7 @@ def extract(
     from rlsys.commands import extract as extract_command
 
     source = extract_command.find_source(Path(run_dir), overrides or [])
-    folder = Path(output) if output else Path(run_dir) / "data"
+    folder = Path(output) if output else SearchDirectory(Path(run_dir)).data
     extract_command.show(extract_command.run(source, folder), folder, Console())
 
 

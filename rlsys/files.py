@@ -1,10 +1,13 @@
-"""Files that grow by whole records, also where the disk is full for a while."""
+"""Write text and JSON atomically, and append whole records to files."""
 
 from __future__ import annotations
 
+import json
 import os
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from rlsys.errors import CheckpointError
 
@@ -95,3 +98,37 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of a value as JSON."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader finds the old content or the new one, also after a power cut.
+
+    Raises:
+        CheckpointError: it could not be written; the old file is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        fsync(temporary)
+        os.replace(temporary, path)
+        fsync(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: could not be written: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error

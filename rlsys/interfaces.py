@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlsys.config.schema import StageName
 from rlsys.trees import SearchUsage
 from rlsys.types import (
     Float32Array,
@@ -18,6 +17,7 @@ from rlsys.types import (
     RolloutFailure,
     SamplingSettings,
     Split,
+    StageName,
     TrainingBatch,
     TrajectoryGroup,
     Verdict,

@@ -20,6 +20,7 @@ BoolArray = NDArray[np.bool_]
 Split = Literal["train", "held_out"]
 Outcome = Literal["ok", "wrong", "error", "timeout"]
 FinishReason = Literal["stop", "length", "abort"]
+StageName = Literal["warm_start", "search", "sft", "preference", "online"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

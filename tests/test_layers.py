@@ -44,6 +44,8 @@ WITHOUT_TORCH = (
     "rlsys.tasks",
     "rlsys.config.patterns",
     "rlsys.trees",
+    "rlsys.stats",
+    "rlsys.directory",
     "rlsys.search.tree_json",
     "rlsys.search.store",
     "actors.search.mcts",

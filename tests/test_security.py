@@ -347,7 +347,7 @@ def test_pickles_in_a_checkpoint(canary: bytes, tmp_path: Path) -> None:
 
 
 def test_pickles_as_trees_and_scores(canary: bytes, tmp_path: Path) -> None:
-    from rlsys.run.checkpoints import read_json
+    from rlsys.files import read_json
 
     path = tmp_path / "00000.jsonl"
     for content in (canary, canary + b"\n"):

@@ -14,18 +14,12 @@ from rich.table import Table
 
 from rlsys.config.files import load_config
 from rlsys.config.schema import Config
-from rlsys.control.evaluation import (
-    Estimate,
-    error_rate,
-    mean_over_prompts,
-    pass_at_k,
-    sample_groups,
-    solved,
-    unanswered,
-)
+from rlsys.control.evaluation import error_rate, sample_groups, solved, unanswered
 from rlsys.control.search_evaluation import search_and_sample, show_search, with_search
+from rlsys.directory import RunDirectory
 from rlsys.errors import ConfigError
 from rlsys.run.checkpoints import CheckpointStore
+from rlsys.stats import Estimate, mean_over_prompts, pass_at_k
 from rlsys.tasks import build_task
 from rlsys.types import Prompt, SamplingSettings, TrajectoryGroup
 
@@ -48,17 +42,17 @@ def find_target(target: str, config_path: str | None, overrides: Sequence[str]) 
         ConfigError: it is none of them, or a model folder without a config.
     """
     path = Path(target).absolute()
-    if (path / "checkpoints").is_dir():
-        checkpoint = CheckpointStore(path / "checkpoints", 1).latest()
+    if RunDirectory(path).checkpoints.is_dir():
+        checkpoint = CheckpointStore(RunDirectory(path).checkpoints, 1).latest()
         if checkpoint is None:
             raise ConfigError(f"{target}: the run has no checkpoint yet")
-        policy, config = checkpoint / "policy", path / "config.yaml"
+        policy, config = checkpoint / "policy", RunDirectory(path).config
     elif (path / "policy").is_dir():
-        policy, config = path / "policy", path.parent.parent / "config.yaml"
+        policy, config = path / "policy", RunDirectory(path.parent.parent).config
     elif (path / "config.json").is_file():
         # RUN/stages/online, or RUN/checkpoints/step_000080/policy
-        above = (folder / "config.yaml" for folder in path.parents[1:3])
-        policy, config = path, next((file for file in above if file.is_file()), path / "config.yaml")
+        above = (RunDirectory(folder).config for folder in path.parents[1:3])
+        policy, config = path, next((file for file in above if file.is_file()), RunDirectory(path).config)
     else:
         raise ConfigError(f"{target}: expected a run directory, a checkpoint or a model folder")
     if config_path is None and not config.is_file():

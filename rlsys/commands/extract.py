@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table as ShownTable
 
 from rlsys.config.files import load_config
+from rlsys.data.inputs import prepare_model
+from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.errors import ConfigError
-from rlsys.models.folder import prepare_model
 from rlsys.search.export import NO_PAIR, QUANTILES, Source, run, source_of
 
 __all__ = ["Source", "find_source", "run", "show"]
@@ -23,7 +24,7 @@ def find_source(run_dir: Path, overrides: Sequence[str]) -> Source:
     Raises:
         ConfigError: no run directory of a search, or an override of something that made the trees.
     """
-    path = run_dir / "config.yaml"
+    path = RunDirectory(run_dir).config
     if not path.is_file():
         raise ConfigError(f"{run_dir}: expected the run directory of `rlsys search`, found no config.yaml in it")
     config = load_config(path, overrides)
@@ -32,7 +33,7 @@ def find_source(run_dir: Path, overrides: Sequence[str]) -> Source:
         raise ConfigError(f"{run_dir}: only extract.* and model.path can differ from the search; drop other overrides")
     if config.model != made.model and config.model.from_scratch:
         raise ConfigError(f"{run_dir}: a model.from_scratch cannot differ from the search; give model.path instead")
-    trees = run_dir / "trees"
+    trees = SearchDirectory(run_dir).trees
     if not any(trees.glob("*.jsonl")):
         raise ConfigError(f"{trees}: expected *.jsonl files of trees, found none; `rlsys search {path}` writes them")
     model = prepare_model(config, run_dir)

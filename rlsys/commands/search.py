@@ -14,14 +14,14 @@ from rlsys.config.files import dump_config
 from rlsys.config.schema import Config
 from rlsys.control.tree_search import Search, TreePool, find_prompts, open_trees, writer_digests
 from rlsys.data.inputs import Inputs
+from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.display import Display
 from rlsys.errors import ConfigError
+from rlsys.files import write_json, write_text
 from rlsys.launch.signals import StopSignals
-from rlsys.run.checkpoints import write_json, write_text
 from rlsys.search.stats import figures_table
 from rlsys.trees import Writer
 
-SUMMARY = "summary.json"
 FIRST_SIGNAL = "{}: the trees that the actors hold are finished and kept, no others are begun; once more to abort"
 ABORTED = " for the second time; the trees under way are lost, the same command continues"
 AFTER_THE_END = " while the processes of the complete search were ending; nothing is lost"
@@ -81,11 +81,11 @@ def open_search(config: Config, run_dir: Path, inputs: Inputs, models: Mapping[W
         ConfigError, DataError: it holds another one, a training run, or damaged files; nothing was changed.
         TooManyFailuresError: more of the trees that are there have failed than allowed.
     """
-    if (run_dir / "checkpoints").exists():
+    if RunDirectory(run_dir).checkpoints.exists():
         raise ConfigError(f"run.dir: {run_dir} holds a training run; choose another one for the search")
     digests = inputs.fingerprint() | writer_digests(models)
     search = open_trees(config, run_dir, find_prompts(config, inputs), digests)
-    write_text(run_dir / "config.yaml", dump_config(config))
+    write_text(RunDirectory(run_dir).config, dump_config(config))
     return search
 
 
@@ -110,7 +110,7 @@ def conclude(search: Search, config: Config, run_dir: Path, console: Console) ->
     """Show the figures and write summary.json, where a command that grew nothing leaves the last one's rates."""
     trees = search.trees.report()
     engines = search.engines.report(search.wall_s, search.grown) if search.grown else None
-    path = run_dir / SUMMARY
+    path = SearchDirectory(run_dir).summary
     if engines is not None or not _is_summary_of(path, trees):
         write_json(path, {"trees": trees, "last_command": engines})
     console.print(figures_table(trees, engines))

@@ -8,9 +8,10 @@ from typing import Any
 
 from rlsys.config.files import FIXED_FIELDS, fixed_fields, flat_fields, load_config, select_fields
 from rlsys.config.schema import Config
-from rlsys.data.batches import taken_by_step
+from rlsys.config.stages import stage_plan
+from rlsys.directory import RunDirectory
 from rlsys.errors import ConfigError
-from rlsys.types import RunState
+from rlsys.types import RunState, StageName
 
 # Say how a command is run, not how its steps are made.
 _OF_THE_COMMAND = ("run.dir", "run.resume", "run.address", "run.time_limit")
@@ -19,7 +20,7 @@ _OF_THE_COMMAND = ("run.dir", "run.resume", "run.address", "run.time_limit")
 def config_of(run_dir: Path) -> Config:
     """What the run to be resumed was begun with."""
     try:
-        return load_config(run_dir / "config.yaml")
+        return load_config(RunDirectory(run_dir).config)
     except ConfigError as error:
         raise ConfigError(
             f"run.dir or run.resume: {run_dir} cannot be resumed without its config.yaml: {error.message}; restore it, "
@@ -52,7 +53,7 @@ def _check_taken(config: Config, earlier: Config, state: RunState, path: Path) -
     stage = config.stages[state.stage]
     if not 0 < state.step < config.max_steps(stage):
         return
-    before, now = taken_by_step(earlier, stage), taken_by_step(config, stage)
+    before, now = (_taken_by_step(each, stage) for each in (earlier, config))
     before = {name: count for name, count in before.items() if name in now}  # a term of online may be turned off and on
     now = {name: count for name, count in now.items() if name in before}
     _check_equal(before, now, f"the run to be resumed ({path}), which is within stage {stage}, at step {state.step}")
@@ -69,3 +70,17 @@ def _check_equal(before: Mapping[str, Any], now: Mapping[str, Any], where: str) 
             "set it back, or start a new run.dir"
             + (f" (also different: {', '.join(different[1:])})" if different[1:] else "")
         )
+
+
+def _taken_by_step(config: Config, stage: StageName) -> dict[str, int]:
+    """Return how many rows or pairs a step takes of each ordered data source, by config field."""
+    return {source.per_step_field: source.per_step for source in stage_plan(config, stage).data}
+
+
+def extraction_request(config: Config, prompts: int) -> dict[str, Any]:
+    """Return what the stage `search` is asked for, besides what decides its trees.
+
+    Args:
+        prompts: number of prompts to grow trees for.
+    """
+    return {"prompts": prompts, "extract": config.extract.model_dump(mode="json")}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rlsys.config.schema import ActorsConfig, Config
 from rlsys.config.search import SearchConfig, SearchModelConfig
+from rlsys.config.stages import stage_plans
 from rlsys.errors import ConfigError
 from rlsys.trees import Writer
 
@@ -36,7 +37,7 @@ class Searching:
 
 def searches_in_training(config: Config) -> bool:
     """Whether the actors of a training run are asked for trees."""
-    return "search" in config.stages or ("online" in config.stages and config.search.fraction > 0)
+    return any(plan.asks_for_trees for plan in stage_plans(config))
 
 
 def describes_a_search(config: Config) -> bool:

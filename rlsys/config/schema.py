@@ -11,6 +11,7 @@ from rlsys.config.patterns import resolve
 from rlsys.config.search import ExtractConfig, SearchConfig
 from rlsys.config.section import Section
 from rlsys.errors import ConfigError
+from rlsys.types import StageName
 
 # An empty path names no file; to leave one out is to say null.
 PathName = Annotated[str, Field(min_length=1)]
@@ -370,9 +371,6 @@ class EvaluationConfig(Section):
     Only `rlsys evaluate` does."""
     interval: int = Field(default=0, ge=0)
     """Online steps between evaluations; 0 evaluates at the ends of stages only."""
-
-
-StageName = Literal["warm_start", "search", "sft", "preference", "online"]
 
 
 def _check_deadlines(config: Config) -> None:

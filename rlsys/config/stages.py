@@ -1,22 +1,45 @@
-"""What the learner ranks are told of a stage."""
+"""The plan of every stage: its loop, loss terms, data, reference policy and what it leaves behind.
+
+A new stage is one branch of `stage_plan` and one name in `rlsys.types.StageName`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from rlsys.config.objective import ObjectiveConfig
-from rlsys.config.schema import Config, OptimizerConfig, StageName
+from rlsys.config.schema import Config, OptimizerConfig
+from rlsys.types import StageName
 
 TERMS = ("policy", "kl", "value", "preference", "sft")
 """The terms of the joint loss."""
 
+_TERMS_OF_STAGE: dict[StageName, tuple[str, ...]] = {
+    "warm_start": ("sft",),
+    "search": (),
+    "sft": ("sft",),
+    "preference": ("preference", "sft"),
+    "online": TERMS,
+}
+_CONSTANT_WEIGHTS: tuple[StageName, ...] = ("warm_start", "sft")
+"""Stages whose terms have weight 1, whatever the section `objective` says."""
+
+SEARCHED = "stage search:"
+"""Stands for a config field in errors about files that the stage `search` has written."""
+
+Loop = Literal["offline", "online", "search"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSettings:
-    """steps, updates_per_step: training steps of the stage, and optimizer updates of each.
+    """What the learner ranks are told about a stage.
 
-    critic: the optimizer of the critic; None where the stage has none. warmup_steps: of `steps`, the first ones in
-    which only the critic learns.
+    Attributes:
+        steps: training steps of the stage, >= 1.
+        updates_per_step: optimizer updates of each training step.
+        critic: the optimizer of the critic; None for a stage without a critic.
+        warmup_steps: first steps of the stage, in which only the critic learns.
     """
 
     stage: StageName
@@ -28,53 +51,184 @@ class StageSettings:
 
     @property
     def total_updates(self) -> int:
-        """Optimizer updates of the stage, hence of the critic."""
+        """Optimizer updates of the stage, which is also the number of the critic's updates."""
         return self.steps * self.updates_per_step
 
     @property
     def policy_updates(self) -> int:
-        """Those of the policy."""
+        """Optimizer updates of the policy."""
         return (self.steps - self.warmup_steps) * self.updates_per_step
 
+    def sft_on_chosen(self, objective: ObjectiveConfig) -> bool:
+        """Return whether the SFT term learns from the chosen side of preference pairs."""
+        return self.stage == "preference" or objective.sft.source == "chosen"
 
-def stage_settings(config: Config, stage: StageName) -> StageSettings:
-    """The settings of a stage. The stage search trains nothing: its learner only hands its weights out."""
-    online, value = stage == "online", config.objective.value
-    optimizers = {
-        "warm_start": config.warm_start.optimizer,
-        "search": config.train.optimizer,
-        "sft": config.sft.optimizer,
-        "preference": config.preference.optimizer,
-        "online": config.train.optimizer,
-    }
-    return StageSettings(
-        stage=stage,
-        steps=max(1, config.max_steps(stage)),
-        updates_per_step=config.train.updates_per_step if online else 1,
-        optimizer=optimizers[stage],
-        critic=config.train.critic_optimizer if online and value.used else None,
-        warmup_steps=value.warmup_steps if online else 0,
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSource:
+    """Ordered data that every step of a stage takes a part of.
+
+    Attributes:
+        kind: worked examples of the task, supervised rows, or preference pairs.
+        per_step: rows or pairs of one step.
+        per_step_field: the config field that holds `per_step`.
+        path_field: the config field that names the file; "" for the task's own demonstrations.
+        extracted: whether the data are those that the stage `search` has extracted.
+    """
+
+    kind: Literal["demonstrations", "rows", "pairs"]
+    per_step: int
+    per_step_field: str
+    path_field: str = ""
+    extracted: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """Everything that differs between stages.
+
+    Attributes:
+        section: the config section with the number of training steps.
+        loop: which loop runs the stage; `offline` trains on data, `online` on rollouts, `search` grows trees.
+        steps: training steps; 0 for the stage `search`.
+        progress_total: what a progress display counts to: training steps, or trees of the stage `search`.
+        settings: what the learner ranks are told.
+        data: ordered data beside the rollouts.
+        keeps_reference: whether the learner keeps the policy that the stage began with.
+        scores_pairs: whether that policy must score the pairs of a file before the first step.
+        asks_for_trees: whether the actors are asked for trees.
+    """
+
+    name: StageName
+    section: str
+    loop: Loop
+    steps: int
+    progress_total: int
+    settings: StageSettings
+    data: tuple[DataSource, ...] = ()
+    keeps_reference: bool = False
+    scores_pairs: bool = False
+    asks_for_trees: bool = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether the stage changes the weights, and exports a policy at its end."""
+        return self.loop != "search"
+
+    def source(self, kind: str) -> DataSource | None:
+        """Return the data source of a kind, or None where the stage has none."""
+        return next((source for source in self.data if source.kind == kind), None)
+
+    @property
+    def reads_extracted(self) -> bool:
+        """Whether the stage trains on data that the stage `search` has extracted."""
+        return any(source.extracted for source in self.data)
+
+
+def stage_plans(config: Config) -> tuple[StagePlan, ...]:
+    """Return the plans of all stages of a run, in order."""
+    return tuple(stage_plan(config, stage) for stage in config.stages)
+
+
+def stage_plan(config: Config, stage: StageName) -> StagePlan:
+    """Return the plan of a stage, which the run need not contain."""
+    objective = config.objective
+    match stage:
+        case "warm_start":
+            rows = config.warm_start.rows_per_step
+            return _offline(config, stage, config.warm_start.optimizer, _demonstrations(rows, "warm_start"))
+        case "sft":
+            return _offline(config, stage, config.sft.optimizer, _rows(config))
+        case "preference":
+            return _offline(config, stage, config.preference.optimizer, _pairs(config))
+        case "search":
+            settings = StageSettings(stage=stage, steps=1, updates_per_step=1, optimizer=config.train.optimizer)
+            return StagePlan(
+                name=stage,
+                section=stage,
+                loop="search",
+                steps=0,
+                progress_total=config.search.prompts,
+                settings=settings,
+                asks_for_trees=True,
+            )
+        case "online":
+            sft = objective.sft
+            demonstrated = sft.used and sft.source == "demonstrations"
+            own = (_demonstrations(sft.rows_per_step, "objective.sft"),) if demonstrated else ()
+            pairs = (_pairs(config),) if config.pairs_online else ()
+            steps, value = config.train.max_steps, objective.value
+            return StagePlan(
+                name=stage,
+                section="train",
+                loop="online",
+                steps=steps,
+                progress_total=steps,
+                settings=StageSettings(
+                    stage=stage,
+                    steps=max(1, steps),
+                    updates_per_step=config.train.updates_per_step,
+                    optimizer=config.train.optimizer,
+                    critic=config.train.critic_optimizer if value.used else None,
+                    warmup_steps=value.warmup_steps,
+                ),
+                data=(*own, *pairs),
+                keeps_reference=config.reference,
+                scores_pairs=bool(pairs) and objective.preference.used,
+                asks_for_trees=config.search.fraction > 0,
+            )
+
+
+def _offline(config: Config, stage: StageName, optimizer: OptimizerConfig, source: DataSource) -> StagePlan:
+    steps = config.max_steps(stage)
+    return StagePlan(
+        name=stage,
+        section=stage,
+        loop="offline",
+        steps=steps,
+        progress_total=steps,
+        settings=StageSettings(stage=stage, steps=max(1, steps), updates_per_step=1, optimizer=optimizer),
+        data=(source,),
+        scores_pairs=source.kind == "pairs" and config.objective.preference.used,
+    )
+
+
+def _demonstrations(per_step: int, section: str) -> DataSource:
+    return DataSource(kind="demonstrations", per_step=per_step, per_step_field=f"{section}.rows_per_step")
+
+
+def _rows(config: Config) -> DataSource:
+    return DataSource(
+        kind="rows",
+        per_step=config.sft.rows_per_step,
+        per_step_field="sft.rows_per_step",
+        path_field="sft.path",
+        extracted=not config.sft.path,
+    )
+
+
+def _pairs(config: Config) -> DataSource:
+    return DataSource(
+        kind="pairs",
+        per_step=config.preference.pairs_per_step,
+        per_step_field="preference.pairs_per_step",
+        path_field="preference.path",
+        extracted=not config.preference.path,
     )
 
 
 def term_weights(objective: ObjectiveConfig, settings: StageSettings, step: int) -> dict[str, float]:
-    """Weights of the terms that a training step has, by name; those of weight 0 are left out.
+    """Return the weights of a training step's loss terms by name, without terms of weight 0.
 
     Args:
-        step: of the stage, from 0.
+        step: the training step within the stage, from 0.
     """
-    match settings.stage:
-        case "warm_start" | "sft":
-            return {"sft": 1.0}
-        case "preference":
-            names: tuple[str, ...] = ("preference", "sft")
-        case "online":
-            names = TERMS
-        case "search":
-            names = ()
-    found = {name: getattr(objective, name).weight_at(step, settings.steps) for name in names}
+    terms = _TERMS_OF_STAGE[settings.stage]
+    if settings.stage in _CONSTANT_WEIGHTS:
+        return dict.fromkeys(terms, 1.0)
+    weights = {term: getattr(objective, term).weight_at(step, settings.steps) for term in terms}
     if step < objective.value.warmup_steps:
-        found.pop("policy", None)
-    if not found.get("policy") or objective.kl.in_reward:
-        found.pop("kl", None)
-    return {name: weight for name, weight in found.items() if weight > 0}
+        weights.pop("policy", None)
+    if not weights.get("policy") or objective.kl.in_reward:
+        weights.pop("kl", None)
+    return {term: weight for term, weight in weights.items() if weight > 0}

@@ -11,14 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlsys.config.schema import Config, StageName
+from rlsys.config.schema import Config
+from rlsys.config.stages import stage_plans
 from rlsys.control.budgets import causes
 from rlsys.control.parts import Parts
+from rlsys.directory import RunDirectory
 from rlsys.errors import CheckpointError, ConfigError
-from rlsys.files import fsync
-from rlsys.run.checkpoints import state_to_json, write_json
+from rlsys.files import fsync, write_json
+from rlsys.run.checkpoints import state_to_json
 from rlsys.run.metrics import METRICS
-from rlsys.types import RunState
+from rlsys.types import RunState, StageName
 
 
 def check_best_metric(config: Config) -> None:
@@ -156,7 +158,7 @@ class Saving:
 
     def handed(self, stage: StageName) -> Path:
         """The folder of the policy that a stage hands over."""
-        return self._parts.run_dir / "stages" / stage
+        return RunDirectory(self._parts.run_dir).exported_policy(stage)
 
     def policy(self) -> Path:
         """The newest policy: that of the newest checkpoint, or the initial one."""
@@ -164,7 +166,7 @@ class Saving:
 
     def reference(self, stage: int) -> Path:
         """The policy that a stage, by index, began with: what the stage before handed over, or the initial one."""
-        before = [name for name in self._parts.config.stages[:stage] if name != "search"]
+        before = [plan.name for plan in stage_plans(self._parts.config)[:stage] if plan.trains]
         return self.handed(before[-1]) if before else self._parts.model
 
     def digest(self, policy: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from rlsys.config.schema import StageName
+from rlsys.config.stages import stage_plan
 from rlsys.control.budgets import FailureLimit, SkippedSteps, verifier_limit
 from rlsys.control.buffer import Buffer
 from rlsys.control.checkpointing import Saving
@@ -24,11 +24,12 @@ from rlsys.control.parts import Parts
 from rlsys.control.producer import Producer
 from rlsys.control.reference_scores import ReferenceScores
 from rlsys.control.rollout_metrics import engine_metrics, rollout_metrics
-from rlsys.data.batches import needs_references
+from rlsys.directory import RunDirectory
 from rlsys.errors import CheckpointError, InterruptedRunError, NonFiniteLossError, RlsysError
 from rlsys.fault_injection import fault
-from rlsys.run.checkpoints import MANIFEST, read_json
-from rlsys.types import RunState, SamplingSettings, TrainingBatch, TrajectoryGroup
+from rlsys.files import read_json
+from rlsys.run.checkpoints import MANIFEST
+from rlsys.types import RunState, SamplingSettings, StageName, TrainingBatch, TrajectoryGroup
 
 Result = TypeVar("Result")
 
@@ -135,8 +136,9 @@ class Controller:
         resume = self.saving.checkpoint if self.state.step > 0 else None
         if resume:
             self.parts.data.check_extracted(read_json(resume / MANIFEST)["info"]["inputs"], resume)
-        reference = self.saving.reference(self.state.stage) if stage == "online" and self._config.reference else None
-        scored = needs_references(self._config, stage)
+        plan = stage_plan(self._config, stage)
+        reference = self.saving.reference(self.state.stage) if plan.keeps_reference else None
+        scored = plan.scores_pairs
         self.saving.anchor = await asyncio.to_thread(self._anchor, resume) if reference or scored else {}
         scores = self._reference_scores(stage) if scored else None
         if scores and scores.missing and resume:  # the learner is to hold the policy that the stage began with
@@ -173,7 +175,7 @@ class Controller:
         """What the policy that a stage begins with says of the pairs of a file."""
         preference = self._config.objective.preference
         key = {"policy": self.saving.anchor["reference"], "mask_prefix_dpo": preference.mask_prefix_dpo}
-        path = self.parts.run_dir / "stages" / f"{stage}.references.json"
+        path = RunDirectory(self.parts.run_dir).reference_scores(stage)
         return ReferenceScores(path, self.parts.data.pairs(), key)
 
     async def _score(self, scores: ReferenceScores) -> None:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from rlsys.data.rows import PairRows
 from rlsys.errors import CheckpointError, NonFiniteLossError
+from rlsys.files import read_json, write_json
 from rlsys.interfaces import Learner
-from rlsys.run.checkpoints import read_json, write_json
 
 # A pass without gradients takes about a third of the time of a training step, which has learner.timeout_s too.
 STEPS_IN_CALL = 3

@@ -14,7 +14,7 @@ from rich.table import Table
 from rlsys.config.engine_roles import trees_ahead
 from rlsys.config.schema import Config
 from rlsys.control.budgets import verifier_limit
-from rlsys.control.evaluation import Estimate, sample_groups
+from rlsys.control.evaluation import sample_groups
 from rlsys.errors import TooManyFailuresError
 from rlsys.interfaces import RolloutPool
 from rlsys.search.compare import (
@@ -27,6 +27,7 @@ from rlsys.search.compare import (
     token_budgets,
     tree_attempts,
 )
+from rlsys.stats import Estimate
 from rlsys.trees import Tree, TreeFailure
 from rlsys.types import Prompt, SamplingSettings, Trajectory
 

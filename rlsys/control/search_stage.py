@@ -13,17 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlsys.config.compare import extraction_request
 from rlsys.config.schema import Config
 from rlsys.control.tree_search import Search, TreePool, deciding_fields, open_trees
-from rlsys.data.batches import DATA, DONE, asked_of_search
+from rlsys.directory import SearchDirectory
 from rlsys.display import Display
 from rlsys.errors import CheckpointError, DataError, InterruptedRunError
+from rlsys.files import read_json, write_json
 from rlsys.models.folder import weights_digest
-from rlsys.run.checkpoints import read_json, write_json
 from rlsys.search import export as extraction
 from rlsys.search.stats import TreeFigures
 from rlsys.search.store import check_origin
-from rlsys.tables.write import REPORT
 from rlsys.trees import Tree, TreeFailure
 from rlsys.types import Prompt
 
@@ -71,10 +71,10 @@ class GrownSearch:
         if search.missing():
             await self._grow(search, inputs[POLICY], stop)
         self.display.message("extracting the data of the trees")
-        source = extraction.source_of(self.config, self.folder / "trees", self.model)
-        report = await asyncio.to_thread(extraction.run, source, self.folder / DATA)
+        source = extraction.source_of(self.config, SearchDirectory(self.folder).trees, self.model)
+        report = await asyncio.to_thread(extraction.run, source, SearchDirectory(self.folder).data)
         figures = _figures(search.trees, report)
-        write_json(self.folder / DONE, {"asked": self._asked(), "figures": figures})
+        write_json(SearchDirectory(self.folder).stage_record, {"asked": self._asked(), "figures": figures})
         return figures
 
     async def _grow(self, search: Search, policy: str, stop: asyncio.Future[str]) -> None:
@@ -94,7 +94,7 @@ class GrownSearch:
 
     def _done(self) -> dict[str, float] | None:
         """The figures of the finished stage; None where it is not, or was asked for something else."""
-        path = self.folder / DONE
+        path = SearchDirectory(self.folder).stage_record
         if not path.exists():
             return None
         try:
@@ -102,11 +102,11 @@ class GrownSearch:
             asked, figures = found["asked"], {name: float(value) for name, value in found["figures"].items()}
         except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
             raise DataError(f"{path}: damaged; remove it, and the data are extracted again") from None
-        whole = (self.folder / DATA / REPORT).is_file()
+        whole = (SearchDirectory(self.folder).report).is_file()
         return figures if whole and asked == self._asked() else None
 
     def _asked(self) -> dict[str, Any]:
-        return asked_of_search(self.config, len(self.prompts))
+        return extraction_request(self.config, len(self.prompts))
 
     def _inputs(self, policy: Path) -> dict[str, str]:
         return {**self.inputs, POLICY: weights_digest(policy)}

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlsys.config.schema import Config, StageName
-from rlsys.data.batches import DATA, TrainingData, imitates, search_folder
+from rlsys.config.schema import Config
+from rlsys.config.stages import stage_plans
+from rlsys.data.batches import TrainingData
 from rlsys.data.demonstrations import DemonstrationStream
 from rlsys.data.prompts import PromptBuilder, PromptStream
 from rlsys.data.rows import Reader
-from rlsys.models.folder import model_digest
+from rlsys.directory import RunDirectory
+from rlsys.models.folder import initial_model_folder, model_digest
 from rlsys.models.scratch import encode_demonstration, encode_prompt, load_tokenizer, tokenizer_digest
 from rlsys.tasks import build_task
-from rlsys.types import Int32Array
+from rlsys.types import Int32Array, StageName
 
 TOKENIZER = "the tokenizer of model.path"
+
+
+def prepare_model(config: Config, run_dir: Path) -> Path:
+    """Return the folder of the initial policy: built in the run directory, local, or downloaded from the hub.
+
+    Raises:
+        ConfigError: model.path is neither a model folder nor a hub id that can be fetched.
+    """
+    return initial_model_folder(config, run_dir, lambda: build_task(config.task, config.run.seed).vocabulary())
 
 
 class Inputs:
@@ -41,20 +52,20 @@ class Inputs:
             self.builder.check("train")
         self.held_out = self.builder.held_out(config.evaluation.prompts)
         self.prompts = PromptStream(self.builder, config.run.seed)
-        rows = {"warm_start": config.warm_start.rows_per_step, "online": config.objective.sft.rows_per_step}
-        imitated: dict[StageName, DemonstrationStream] = {
-            stage: DemonstrationStream(
+        demonstrations: dict[StageName, DemonstrationStream] = {
+            plan.name: DemonstrationStream(
                 task,
                 lambda question, chain: encode_demonstration(tokenizer, question, chain),
                 seed=config.run.seed,
-                rows_per_step=rows[stage],
+                rows_per_step=source.per_step,
                 max_tokens=config.actors.max_model_len,
             )
-            for stage in imitates(config)
+            for plan in stage_plans(config)
+            if (source := plan.source("demonstrations"))
         }
         reader = Reader(tokenizer, len(tokenizer), config.actors.max_model_len)
-        searched = search_folder(Path(config.run.dir).absolute()) / DATA
-        self.data = TrainingData(config, reader, imitated, searched)
+        extracted = RunDirectory(Path(config.run.dir).absolute()).search_stage.data
+        self.data = TrainingData(config, reader, demonstrations, extracted)
         if training:
             self.data.check()
         self.pad_token_id = int(

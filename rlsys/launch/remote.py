@@ -15,8 +15,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from rlsys.config.engine_roles import trees_ahead
-from rlsys.config.schema import Config, StageName
-from rlsys.config.stages import stage_settings
+from rlsys.config.schema import Config
+from rlsys.config.stages import stage_plan
 from rlsys.control.watchdog import WATCH_INTERVAL_S, Silence
 from rlsys.errors import CheckpointError, EngineError, LearnerLostError, NonFiniteLossError, ProcessDiedError
 from rlsys.ray_errors import translated
@@ -28,6 +28,7 @@ from rlsys.types import (
     Prompt,
     RolloutFailure,
     SamplingSettings,
+    StageName,
     TrainingBatch,
     TrajectoryGroup,
     WeightAck,
@@ -159,7 +160,7 @@ class RayLearner:
 
     async def start_stage(self, stage: StageName, policy: Path, resume: Path | None, reference: Path | None) -> None:
         await self._find_processes()
-        await self._all("start_stage", stage_settings(self._config, stage), policy, resume, reference)
+        await self._all("start_stage", stage_plan(self._config, stage).settings, policy, resume, reference)
 
     async def train(self, batch: TrainingBatch, step: int, version: int) -> Mapping[str, float]:
         shared = await asyncio.to_thread(ray.put, batch)  # one copy for all ranks; an object store may take its time

@@ -13,6 +13,7 @@ import psutil
 
 from rlsys.config.engine_roles import ModelEngines
 from rlsys.config.schema import ActorsConfig, Config
+from rlsys.config.stages import stage_plans
 from rlsys.errors import ConfigError
 from rlsys.models.scratch import tensor_header
 
@@ -110,13 +111,13 @@ def _rank_gib(config: Config, parameters: int) -> float:
     share = learner.ranks if learner.zero_stage >= 1 else 1
     # Two moments, and master weights: beside bf16, and from ZeRO 1 on DeepSpeed keeps its own in fp32 too.
     state = (8.0 + (4 if learner.dtype != "fp32" or learner.zero_stage >= 1 else 0)) / share
-    online = "online" in config.stages
-    models = 2 if online and config.objective.value.used else 1
-    several = online and (models > 1 or config.train.updates_per_step > 1)
+    stages = [plan.settings for plan in stage_plans(config)]
+    models = 2 if any(stage.critic for stage in stages) else 1
+    several = models > 1 or any(stage.updates_per_step > 1 for stage in stages)
     copies = COPIED_BYTES / share if several else 0.0
     if config.run.device == "cuda":
         return RANK_BASE_GIB + models * parameters * (copies + (state if learner.optimizer_offload else 0.0)) / GIB
-    reference = width if config.reference else 0
+    reference = width if any(plan.keeps_reference for plan in stage_plans(config)) else 0
     return RANK_BASE_GIB + parameters * (models * (2 * width + state + copies) + reference) / GIB
 
 

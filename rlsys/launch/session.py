@@ -30,10 +30,10 @@ from actors.rollout_actor import ActorSettings, RolloutActor
 from actors.search.build import check_tags
 from learners.learner_actor import WATCH, LearnerActor
 from learners.settings import RankSettings, learner_environment
-from rlsys.commands import report
 from rlsys.config.engine_roles import ModelEngines, Searching, growing, searches_in_training
 from rlsys.config.files import dump_config
 from rlsys.config.schema import Config
+from rlsys.config.stages import stage_plans
 from rlsys.control.budgets import causes
 from rlsys.control.checkpointing import check_best_metric
 from rlsys.control.controller import Controller
@@ -42,8 +42,8 @@ from rlsys.control.parts import Parts
 from rlsys.control.search_stage import GrownSearch
 from rlsys.control.tree_search import find_prompts, writer_digests
 from rlsys.control.weights import WeightBus
-from rlsys.data.batches import search_folder
-from rlsys.data.inputs import Inputs
+from rlsys.data.inputs import Inputs, prepare_model
+from rlsys.directory import RunDirectory
 from rlsys.display import Display
 from rlsys.errors import (
     AbortedRunError,
@@ -55,13 +55,15 @@ from rlsys.errors import (
     RlsysError,
 )
 from rlsys.fault_injection import fault
+from rlsys.files import write_text
 from rlsys.launch import resources
 from rlsys.launch.access import check_address
 from rlsys.launch.ray_cluster import RENDEZVOUS, Cluster, ray_cluster, remove_leftovers
 from rlsys.launch.remote import RayActor, RayLearner
 from rlsys.launch.signals import TIME_LIMIT, StopSignals
-from rlsys.models.folder import prepare_model, search_engines, tokenizer_files
-from rlsys.run.checkpoints import CheckpointStore, RunLock, write_text
+from rlsys.models.folder import search_engines, tokenizer_files
+from rlsys.run import report
+from rlsys.run.checkpoints import CheckpointStore, RunLock
 from rlsys.run.ledger import Ledger
 from rlsys.run.metrics import MetricsWriter
 from rlsys.run.resume import Start, all_steps_made, check_extraction, check_inputs, find_again, find_start
@@ -102,12 +104,13 @@ def train(config: Config) -> str:
         RlsysError: every expected failure; InterruptedRunError after SIGINT or SIGTERM, with the state saved.
     """
     run_dir = Path(config.run.dir).absolute()
+    directory = RunDirectory(run_dir)
     check_address(config.run.address)
     check_best_metric(config)
     kept = config.checkpoint
     with StopSignals(" before anything was trained", config.run.time_limit) as stop, RunLock(run_dir):
         best = (kept.best_metric, kept.best_mode) if kept.best_metric else None
-        store = CheckpointStore(run_dir / "checkpoints", kept.keep_last, kept.keep_every, best)
+        store = CheckpointStore(directory.checkpoints, kept.keep_last, kept.keep_every, best)
         store.sweep()
         remove_leftovers(run_dir)  # here, because a run may be complete
         fault("driver.start")
@@ -121,15 +124,15 @@ def train(config: Config) -> str:
         if searching:
             check_tags(config.search, {"policy": model, **{found.writer: found.path for found in beside}})
         inputs = Inputs(config, model)  # bad data must be found before anything is started
-        to_search = find_prompts(config, inputs) if "search" in config.stages else []
+        to_search = find_prompts(config, inputs) if not all(plan.trains for plan in stage_plans(config)) else []
         check_inputs(start, inputs.fingerprint())
         check_extraction(config, start, len(to_search))
         start.settle(run_dir)  # a refused command has changed nothing
-        write_text(run_dir / "config.yaml", dump_config(config))
+        write_text(directory.config, dump_config(config))
         bundles = actor_bundles(config) + beside_bundles(config, beside) + rank_bundles(config)
         store_bytes = resources.object_store_bytes(config, resources.parameter_count(model))
         with (
-            naming_logs(run_dir / "logs"),
+            naming_logs(directory.logs),
             ray_cluster(config, run_dir, bundles, store_bytes) as cluster,
             Display(totals=_totals(config)) as display,
         ):
@@ -140,8 +143,11 @@ def train(config: Config) -> str:
 
 def is_complete(config: Config, start: Start, run_dir: Path) -> bool:
     """Whether this very run has made all steps of the last stage, and has handed its policy over."""
-    own = start.checkpoint is not None and start.checkpoint.parent.resolve() == (run_dir / "checkpoints").resolve()
-    handed = run_dir / "stages" / config.stages[-1] / "config.json"
+    own = (
+        start.checkpoint is not None
+        and start.checkpoint.parent.resolve() == RunDirectory(run_dir).checkpoints.resolve()
+    )
+    handed = RunDirectory(run_dir).exported_policy(config.stages[-1]) / "config.json"
     return own and all_steps_made(config, start.state) and handed.is_file()
 
 
@@ -168,7 +174,7 @@ def evaluate_policy(policy: Path, config: Config, measure: Measure) -> dict[str,
     try:
         with (
             StopSignals() as stop,
-            naming_logs(folder / "logs"),
+            naming_logs(RunDirectory(folder).logs),
             ray_cluster(config, folder, actor_bundles(config) + beside_bundles(config, beside)) as cluster,
         ):
             found = stop.run(work(cluster))
@@ -206,7 +212,7 @@ def grow_trees(config: Config, run_dir: Path, prepare: Callable[[Inputs, Mapping
                 await grow(pool, stop)
 
         bundles = actor_bundles(serving) + beside_bundles(serving, searching.beside)
-        with naming_logs(run_dir / "logs"), ray_cluster(serving, run_dir, bundles) as cluster:
+        with naming_logs(RunDirectory(run_dir).logs), ray_cluster(serving, run_dir, bundles) as cluster:
             stop.run(work(cluster))
 
 
@@ -345,7 +351,7 @@ def _search_stage(session: Session, pool: Fleet) -> GrownSearch:
     digests = {name: digest for name, digest in inputs.fingerprint().items() if name not in data}
     return GrownSearch(
         config=session.config,
-        folder=search_folder(session.run_dir),
+        folder=RunDirectory(session.run_dir).search_stage.path,
         model=session.model,
         prompts=session.to_search,
         inputs=digests | writer_digests({engines.writer: engines.path for engines in beside}),
@@ -384,7 +390,7 @@ async def rollout_pool(
             actors=config.actors,
             task=config.task,
             rewards=config.rewards,
-            log_file=str(cluster.run_dir / "logs" / f"actor-{number}.log"),
+            log_file=str(RunDirectory(cluster.run_dir).logs / f"actor-{number}.log"),
             **(_search_settings(config, searching, beside) if searching else {}),
         )
         options = cluster.options(number, config.actors.tensor_parallel_size, environment)
@@ -437,7 +443,7 @@ def model_handles(cluster: Cluster, beside: Sequence[ModelEngines]) -> dict[Writ
                 model_path=engines.path,
                 device=config.run.device,
                 actors=engines.actors,
-                log_file=str(cluster.run_dir / "logs" / f"{engines.writer}-{number}.log"),
+                log_file=str(RunDirectory(cluster.run_dir).logs / f"{engines.writer}-{number}.log"),
             )
             options = cluster.options(bundle, engines.actors.tensor_parallel_size, environment)
             handles.setdefault(engines.writer, []).append(_start(ModelActor, options, settings))
@@ -466,7 +472,7 @@ def learner_handles(cluster: Cluster, pad_token_id: int, first_bundle: int, atte
         )
         environment = learner_environment(config.learner, config.run.device, rank)
         options = cluster.options(first_bundle + rank, 1, environment)
-        log_file = str(cluster.run_dir / "logs" / f"learner-{rank}.log")
+        log_file = str(RunDirectory(cluster.run_dir).logs / f"learner-{rank}.log")
         kind = ray.remote(concurrency_groups={WATCH: 1})(LearnerActor)
         handles.append(kind.options(**options).remote(settings, log_file))
     return handles
@@ -503,4 +509,4 @@ def _dtype(config: Config) -> str:
 
 def _totals(config: Config) -> dict[str, int]:
     """Training steps of every stage, and trees of the stage `search`."""
-    return {stage: config.search.prompts if stage == "search" else config.max_steps(stage) for stage in config.stages}
+    return {plan.name: plan.progress_total for plan in stage_plans(config)}

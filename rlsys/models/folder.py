@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +13,32 @@ from safetensors import SafetensorError
 
 from rlsys.config.engine_roles import ModelEngines, engine_settings, given_models
 from rlsys.config.schema import Config, FromScratchConfig
+from rlsys.directory import RunDirectory
 from rlsys.errors import ConfigError
 from rlsys.models.scratch import build_from_scratch, load_tokenizer, tensor_header
-from rlsys.tasks import build_task
 from rlsys.trees import Writer
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.md")
 
 
-def prepare_model(config: Config, run_dir: Path) -> Path:
+def initial_model_folder(config: Config, run_dir: Path, vocabulary: Callable[[], Sequence[str]]) -> Path:
     """The folder of the initial policy: built in the run directory, local, or downloaded from the hub.
 
+    Args:
+        vocabulary: returns the strings that become single tokens of a model from scratch.
     Raises:
         ConfigError: model.path is neither a model folder nor a hub id that can be fetched.
     """
     scratch = config.model.from_scratch
     if scratch is not None:
-        folder = run_dir / "model"
-        vocabulary = build_task(config.task, config.run.seed).vocabulary()
-        built = _digest([scratch.model_dump(), vocabulary, config.run.seed])
-        record = run_dir / "model.sha256"  # of what it was built from: the config may have changed since
+        folder = RunDirectory(run_dir).model
+        entries = vocabulary()
+        built = _digest([scratch.model_dump(), entries, config.run.seed])
+        record = RunDirectory(run_dir).model_digest  # of what it was built from: the config may have changed since
         if not record.exists() or record.read_text() != built:
             unfinished = run_dir / ".model"
             shutil.rmtree(unfinished, ignore_errors=True)
-            _build(scratch, vocabulary, config.run.seed, unfinished)
+            _build(scratch, entries, config.run.seed, unfinished)
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
             record.write_text(built)

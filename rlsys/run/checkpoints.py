@@ -24,6 +24,7 @@ from dataclasses import asdict, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from rlsys.directory import RunDirectory
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.fault_injection import fault
 from rlsys.files import fsync
@@ -357,7 +358,7 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "lock"
+        self.path = RunDirectory(run_dir).lock
         self.owner = {"pid": os.getpid(), "host": socket.gethostname(), "uuid": uuid.uuid4().hex}
         self._descriptor = -1
 
@@ -390,40 +391,6 @@ class RunLock:
             except (OSError, ValueError, KeyError, TypeError):
                 time.sleep(0.02)
         return "another process"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_text` of a value as JSON."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old content or the new one, also after a power cut.
-
-    Raises:
-        CheckpointError: it could not be written; the old file is as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        fsync(temporary)
-        os.replace(temporary, path)
-        fsync(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: could not be written: {error}") from error
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        CheckpointError: the file is missing, unreadable or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
 def state_to_json(state: RunState) -> dict[str, Any]:

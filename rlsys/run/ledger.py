@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlsys.directory import RunDirectory
 from rlsys.errors import CheckpointError
 from rlsys.files import RecordFile
 
-FILE = "ledger.jsonl"
 FATES = ("trained", "filtered", "skipped")
 
 
@@ -35,7 +35,7 @@ class Ledger:
     """
 
     def __init__(self, run_dir: Path, resume_version: int, say: Callable[[str], None] = lambda _text: None) -> None:
-        self.path = run_dir / FILE
+        self.path = RunDirectory(run_dir).ledger
         lines = [line for line in read_ledger(self.path) if line["version"] <= resume_version]
         # By its lines: a run that ended before its first online step has left a file without any.
         self._begins = resume_version if resume_version >= 0 and not lines else None

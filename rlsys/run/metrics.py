@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlsys.directory import RunDirectory
 from rlsys.errors import CheckpointError, RlsysError
 from rlsys.files import RecordFile
 
@@ -191,12 +192,12 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: Path, resume_version: int, say: Callable[[str], None] = lambda _text: None) -> None:
-        path = run_dir / "metrics.jsonl"
+        path = RunDirectory(run_dir).metrics
         rows = [row for row in read_rows(path) if row["weights/version"] <= resume_version]
         self._file = RecordFile(path, say, map(_line, rows))
         self._written = {(row["stage"], row["step"]) for row in rows}
         self._repeatable = {(row["stage"], row["step"]) for row in rows if row["weights/version"] == resume_version}
-        self._events = _EventFile(run_dir / "tensorboard", purge_step=resume_version + 1, say=say)
+        self._events = _EventFile(RunDirectory(run_dir).tensorboard, purge_step=resume_version + 1, say=say)
 
     def log(self, stage: str, step: int, version: int, metrics: Mapping[str, float]) -> None:
         """Write one row. A value that is not finite becomes null, and is left out of TensorBoard.

@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlsys.commands.report import section_of
-from rlsys.config.compare import changed_fields, check_fields, config_of
+from rlsys.config.compare import changed_fields, check_fields, config_of, extraction_request
 from rlsys.config.files import flat_fields
 from rlsys.config.schema import Config
-from rlsys.data.batches import DONE, SEARCHED, asked_of_search, reads_extracted, search_folder
+from rlsys.config.stages import SEARCHED, stage_plan, stage_plans
+from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.errors import CheckpointError, ConfigError
-from rlsys.run.checkpoints import MANIFEST, CheckpointStore, read_json, state_from_json, write_json
-from rlsys.run.resume_paths import RESUMED_FROM, check_folders, check_named, check_unused, has_metrics, resumed_from
-from rlsys.search.store import ORIGIN, TREES
+from rlsys.files import read_json, write_json
+from rlsys.run.checkpoints import MANIFEST, CheckpointStore, state_from_json
+from rlsys.run.resume_paths import check_folders, check_named, check_unused, has_metrics, resumed_from
 from rlsys.types import RunState
 
 
@@ -42,14 +42,14 @@ class Start:
     def settle(self, run_dir: Path) -> None:
         """Bring into the run directory what this start needs there, once everything about it is accepted."""
         if self.checkpoint is None:
-            (run_dir / RESUMED_FROM).unlink(missing_ok=True)  # this run begins anew
+            RunDirectory(run_dir).resumed_from.unlink(missing_ok=True)  # this run begins anew
         elif self.named:
-            origin, stages = self.checkpoint.parent.parent, run_dir / "stages"
+            origin, stages = self.checkpoint.parent.parent, RunDirectory(run_dir).stages
             if origin.resolve() != run_dir.resolve():
                 shutil.rmtree(stages, ignore_errors=True)
-                if (origin / "stages").is_dir():  # a stage may be anchored to the policy of the one before
-                    shutil.copytree(origin / "stages", stages)
-            write_json(run_dir / RESUMED_FROM, {"checkpoint": str(self.checkpoint.resolve())})
+                if RunDirectory(origin).stages.is_dir():  # a stage may be anchored to the policy of the one before
+                    shutil.copytree(RunDirectory(origin).stages, stages)
+            write_json(RunDirectory(run_dir).resumed_from, {"checkpoint": str(self.checkpoint.resolve())})
 
 
 def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
@@ -63,7 +63,8 @@ def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
             or one of another run that leaves no step to make.
         CheckpointError: checkpoints exist and none is valid.
     """
-    if (run_dir / ORIGIN).exists() and any((run_dir / TREES).rglob("*.json*")):
+    search = SearchDirectory(run_dir)
+    if search.origin.exists() and any(search.trees.rglob("*.json*")):
         raise ConfigError(f"run.dir {run_dir} holds the trees of a search: choose another run.dir")
     check_folders(store.folder)
     resume, own = config.run.resume, store.latest()
@@ -145,17 +146,17 @@ def check_extraction(config: Config, start: Start, prompts: int) -> None:
         ConfigError: one differs; names the field.
         CheckpointError: what the stage has noted cannot be read.
     """
-    stages, state = config.stages, start.state
-    if start.checkpoint is None or "search" not in stages[: state.stage]:
+    plans, state = stage_plans(config), start.state
+    if start.checkpoint is None or all(plan.trains for plan in plans[: state.stage]):
         return
-    left = stages[state.stage + (state.step >= config.max_steps(stages[state.stage])) :]
-    path = search_folder(start.checkpoint.parent.parent) / DONE
-    if not any(reads_extracted(config, stage) for stage in left) or not path.exists():
+    left = plans[state.stage + (state.step >= plans[state.stage].steps) :]
+    path = RunDirectory(start.checkpoint.parent.parent).search_stage.stage_record
+    if not any(plan.reads_extracted for plan in left) or not path.exists():
         return
     try:
         before, now = (
             flat_fields({"search": {"prompts": asked["prompts"]}, "extract": asked["extract"]})
-            for asked in (read_json(path)["asked"], asked_of_search(config, prompts))
+            for asked in (read_json(path)["asked"], extraction_request(config, prompts))
         )
     except (KeyError, TypeError):
         raise CheckpointError(f"{path}: damaged; restore it, or start a new run.dir") from None
@@ -171,15 +172,15 @@ def _start_at(config: Config, checkpoint: Path, origin: Path) -> Start:
     """Continue from a checkpoint of the run directory `origin`."""
     before = config_of(origin)
     state = state_from_json(read_json(checkpoint / "state.json"))
-    check_fields(config, before, state, origin / "config.yaml")
+    check_fields(config, before, state, RunDirectory(origin).config)
     _check_critic(config, state, checkpoint)
     return Start(state, checkpoint, changed=changed_fields(before, config))
 
 
 def _check_critic(config: Config, state: RunState, checkpoint: Path) -> None:
     """A critic begins with the policy that its stage begins with: within the stage there is no place to begin one."""
-    within = config.stages[state.stage] == "online" and 0 < state.step < config.train.max_steps
-    if within and config.objective.value.used and not (checkpoint / "critic").is_dir():
+    plan = stage_plan(config, config.stages[state.stage])
+    if plan.settings.critic and 0 < state.step < plan.steps and not (checkpoint / "critic").is_dir():
         raise ConfigError(
             f"objective.value.weight and objective.policy.estimator gae need a critic, and {checkpoint} has none: the "
             f"first {state.step} steps of stage online were made without; set both back, or begin the stage with a "
@@ -195,7 +196,7 @@ def _branch(config: Config, checkpoint: Path, run_dir: Path) -> Start:
         stage = config.stages[-1]
         raise ConfigError(
             f"run.resume: {checkpoint} has made all {start.state.step} steps of the last stage; "
-            f"raise {section_of(stage)}.max_steps (now {config.max_steps(stage)})"
+            f"raise {stage_plan(config, stage).section}.max_steps (now {config.max_steps(stage)})"
         )
     return replace(start, named=True)
 

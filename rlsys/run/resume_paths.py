@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from rlsys.directory import RunDirectory
 from rlsys.errors import CheckpointError, ConfigError
-from rlsys.run.checkpoints import MANIFEST, CheckpointStore, read_json
-
-# In the run directory: the checkpoint of run.resume that its own checkpoints descend from.
-RESUMED_FROM = "resumed_from.json"
+from rlsys.files import read_json
+from rlsys.run.checkpoints import MANIFEST, CheckpointStore
 
 
 def check_folders(folder: Path) -> None:
@@ -53,11 +52,11 @@ def check_unused(path: Path, own: Path | None, run_dir: Path) -> None:
 
 
 def has_metrics(run_dir: Path) -> bool:
-    return (run_dir / "metrics.jsonl").exists()
+    return RunDirectory(run_dir).metrics.exists()
 
 
 def resumed_from(run_dir: Path) -> str | None:
-    file = run_dir / RESUMED_FROM
+    file = RunDirectory(run_dir).resumed_from
     if not file.exists():
         return None
     try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsys.control.evaluation import Estimate, mean_difference, mean_over_prompts
+from rlsys.stats import Estimate, mean_difference, mean_over_prompts
 from rlsys.trees import Tree, TreeFailure
 from rlsys.types import BoolArray, Trajectory
 

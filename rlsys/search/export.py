@@ -27,13 +27,14 @@ import pyarrow as pa
 
 from rlsys.config.patterns import resolve
 from rlsys.config.schema import Config
+from rlsys.directory import REPORT
 from rlsys.errors import ConfigError
 from rlsys.models.scratch import end_token_ids, load_tokenizer, tokenizer_digest
 from rlsys.search import extract
 from rlsys.search.codec import TagCodec
 from rlsys.search.paths import prompt_tokens
 from rlsys.search.tree_json import read_trees
-from rlsys.tables.write import REPORT, Table, TableFiles, whole_or_nothing
+from rlsys.tables.write import Table, TableFiles, whole_or_nothing
 from rlsys.trees import Tree, TreeFailure
 
 TEXT, REAL, COUNT = pa.string(), pa.float64(), pa.int32()

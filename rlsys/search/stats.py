@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 from rich.table import Table
 
-from rlsys.control.evaluation import mean_over_prompts
+from rlsys.stats import mean_over_prompts
 from rlsys.trees import Defect, SearchUsage, Tree, TreeFailure, Writer
 
 

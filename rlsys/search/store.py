@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlsys.directory import SearchDirectory
 from rlsys.errors import CheckpointError, ConfigError, DataError
-from rlsys.run.checkpoints import read_json, write_json, write_text
+from rlsys.files import read_json, write_json, write_text
 from rlsys.search.tree_json import FORMAT, read_trees, tree_line
 from rlsys.trees import Tree, TreeFailure
 
-TREES, OPEN, ORIGIN = "trees", ".open", "search.json"
 _SHARD = re.compile(r"(\d{5,})\.jsonl")
 _OPEN_TREE = re.compile(r"(0|[1-9]\d*)\.json")
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}")  # of rlsys.run.checkpoints.write_text
@@ -41,8 +41,8 @@ class TreeStore:
     """
 
     def __init__(self, run_dir: Path, shard_size: int, names: Sequence[str], visit: Visit) -> None:
-        self.folder = run_dir / TREES
-        self._open_folder = self.folder / OPEN
+        directory = SearchDirectory(run_dir)
+        self.folder, self._open_folder = directory.trees, directory.open_trees
         self._size, self._names = shard_size, names
         self._lines: dict[int, int] = {}  # of each shard's file
         self._open: set[int] = set()
@@ -154,11 +154,12 @@ def check_origin(run_dir: Path, fixed: Mapping[str, Any], inputs: Mapping[str, s
         ConfigError: one differs; names the field.
         DataError: search.json is damaged, or trees are there without it.
     """
-    path = run_dir / ORIGIN
+    directory = SearchDirectory(run_dir)
+    path = directory.origin
     now: dict[str, Any] = {"format": FORMAT, "fixed": dict(fixed), "inputs": dict(inputs)}
-    holds_trees = _holds_files(run_dir / TREES) or _holds_files(run_dir / TREES / OPEN)
+    holds_trees = _holds_files(directory.trees) or _holds_files(directory.open_trees)
     if holds_trees and not path.exists():
-        raise DataError(f"{path}: missing, though {run_dir / TREES} holds trees; restore it, or choose a new run.dir")
+        raise DataError(f"{path}: missing, though {directory.trees} holds trees; restore it, or choose a new run.dir")
     before = _read_origin(path) if path.exists() else now
     if not holds_trees:
         write_json(path, now)

@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-REPORT = "report.json"
+from rlsys.directory import REPORT
+
 # A row group of Parquet is closed after so many characters of JSON, which bounds the rows held in memory.
 GROUP_CHARACTERS = 16 * 2**20
 

@@ -12,15 +12,17 @@ from rich.console import Console
 
 from rlsys.config.files import parse_config
 from rlsys.config.schema import Config
+from rlsys.config.stages import stage_plans
 from rlsys.control.controller import Controller
 from rlsys.control.parts import Parts
 from rlsys.control.weights import WeightBus
-from rlsys.data.batches import TrainingData, imitates
+from rlsys.data.batches import TrainingData
 from rlsys.data.demonstrations import DemonstrationStream
 from rlsys.data.prompts import PromptBuilder, PromptStream
 from rlsys.data.rows import Reader
 from rlsys.display import Display
-from rlsys.run.checkpoints import CheckpointStore, read_json, state_from_json
+from rlsys.files import read_json
+from rlsys.run.checkpoints import CheckpointStore, state_from_json
 from rlsys.run.ledger import Ledger
 from rlsys.run.metrics import MetricsWriter, read_rows
 from rlsys.types import RunState
@@ -66,7 +68,12 @@ class Run:
             self.task, lambda question, chain: ([1, 2, 3], 1), seed=0, rows_per_step=2, max_tokens=8
         )
         searched = run_dir / "stages" / "search" / "data"
-        self.data = TrainingData(settings, Reader(None, 99, 64), dict.fromkeys(imitates(settings), rows), searched)
+        self.data = TrainingData(
+            settings,
+            Reader(None, 99, 64),
+            {plan.name: rows for plan in stage_plans(settings) if plan.source("demonstrations")},
+            searched,
+        )
         self.search: Any = None
         self.controller: Controller
 

@@ -15,7 +15,7 @@ from watched_runs import AUDIT, PICKLES, Canary, Watched, files_with, look, new_
 
 from rlsys import cli
 from rlsys.config.files import load_config
-from rlsys.models.folder import prepare_model
+from rlsys.data.inputs import prepare_model
 
 
 @pytest.fixture

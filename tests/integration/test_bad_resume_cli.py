@@ -14,12 +14,12 @@ from real_runs import TINY, write_config
 
 from rlsys.config.files import dump_config, load_config
 from rlsys.config.schema import FromScratchConfig
-from rlsys.data.inputs import Inputs
+from rlsys.data.inputs import Inputs, prepare_model
 from rlsys.errors import ConfigError
+from rlsys.files import write_json
 from rlsys.launch import session as launch
-from rlsys.models.folder import prepare_model
 from rlsys.models.scratch import build_from_scratch
-from rlsys.run.checkpoints import CheckpointStore, state_to_json, write_json
+from rlsys.run.checkpoints import CheckpointStore, state_to_json
 from rlsys.types import RunState
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]

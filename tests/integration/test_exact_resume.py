@@ -23,7 +23,8 @@ from real_runs import TINY, FinishedRun, commands, last_checkpoint, steady_rows,
 from reliability import begin, record, recorded
 from safetensors.numpy import load_file, save_file
 
-from rlsys.run.checkpoints import MANIFEST, CheckpointStore, read_json, write_json
+from rlsys.files import read_json, write_json
+from rlsys.run.checkpoints import MANIFEST, CheckpointStore
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(1800)]
 

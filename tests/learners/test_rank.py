@@ -27,11 +27,11 @@ from learners.samples.types import Unit
 from learners.settings import RankSettings
 from rlsys.config.files import parse_config
 from rlsys.config.objective import ObjectiveConfig
-from rlsys.config.schema import LearnerConfig, OptimizerConfig, StageName
-from rlsys.config.stages import TERMS, StageSettings, stage_settings
+from rlsys.config.schema import LearnerConfig, OptimizerConfig
+from rlsys.config.stages import TERMS, StageSettings, stage_plan
 from rlsys.errors import LearnerLostError, NonFiniteLossError
 from rlsys.run.metrics import METRICS
-from rlsys.types import Demonstration, Preference, StepPreference, TrainingBatch, TrajectoryGroup
+from rlsys.types import Demonstration, Preference, StageName, StepPreference, TrainingBatch, TrajectoryGroup
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -478,7 +478,7 @@ def test_the_learning_rates_of_policy_and_critic_reach_their_ends_with_the_stage
         monkeypatch.setattr(learner_rank, name, lambda *arguments: SimpleNamespace(config=None))
     made = learner({})
     made._release = lambda: None
-    made.start_stage(stage_settings(parse_config(values, "test"), "online"), Path("unused"), None, None)
+    made.start_stage(stage_plan(parse_config(values, "test"), "online").settings, Path("unused"), None, None)
     assert {name: total for name, (_, total) in built.items()} == {"policy": 9, "critic": 15}
     last = {name: learning_rate(config, total - 1, total) for name, (config, total) in built.items()}
     assert last == {"policy": pytest.approx(0.05, rel=1e-12), "critic": pytest.approx(0.025, rel=1e-12)}

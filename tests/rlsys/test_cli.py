@@ -14,13 +14,13 @@ import pytest
 
 from learners.settings import learner_environment
 from rlsys import cli
-from rlsys.commands import report
 from rlsys.config.files import dump_config, parse_config
 from rlsys.config.schema import Config, FromScratchConfig, LearnerConfig
 from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedRunError, RlsysError
 from rlsys.launch import ray_cluster as cluster
 from rlsys.launch import session as launch
 from rlsys.models.scratch import build_from_scratch
+from rlsys.run import report
 from rlsys.run.resume import Start
 from rlsys.tasks import build_task
 from rlsys.types import RunState

@@ -19,8 +19,8 @@ from rlsys import cli
 from rlsys.commands import extract as extract_command
 from rlsys.commands.extract import find_source, run
 from rlsys.config.files import dump_config, parse_config
+from rlsys.data.inputs import prepare_model
 from rlsys.errors import ConfigError, DataError
-from rlsys.models.folder import prepare_model
 from rlsys.search.codec import TagCodec
 from rlsys.search.export import TABLES
 from rlsys.search.tree_json import tree_line

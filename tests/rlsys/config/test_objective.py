@@ -9,9 +9,10 @@ import pytest
 
 from rlsys.config.files import parse_config
 from rlsys.config.objective import KlConfig, ObjectiveConfig
-from rlsys.config.schema import Config, OptimizerConfig, StageName
-from rlsys.config.stages import TERMS, StageSettings, stage_settings, term_weights
+from rlsys.config.schema import Config, OptimizerConfig
+from rlsys.config.stages import TERMS, StageSettings, stage_plan, term_weights
 from rlsys.errors import ConfigError
+from rlsys.types import StageName
 
 MINIMAL: dict[str, Any] = {"run": {"dir": "r"}, "model": {"path": "m"}, "task": {"type": "letter_count"}}
 SEARCHED = {"search": {"fraction": 0.5}}
@@ -297,9 +298,9 @@ def test_settings_of_a_stage() -> None:
         train={"max_steps": 5, "updates_per_step": 3, "critic_optimizer": {"learning_rate": 0.5}},
         warm_start={"max_steps": 7},
     )
-    online, warm = stage_settings(found, "online"), stage_settings(found, "warm_start")
+    online, warm = stage_plan(found, "online").settings, stage_plan(found, "warm_start").settings
     assert (online.steps, online.updates_per_step, online.total_updates) == (5, 3, 15)
     assert online.critic is not None and online.critic.learning_rate == 0.5
     assert (warm.steps, warm.updates_per_step, warm.total_updates, warm.critic) == (7, 1, 7, None)
-    assert stage_settings(config(), "online").critic is None
-    assert stage_settings(found, "search").steps == 1
+    assert stage_plan(config(), "online").settings.critic is None
+    assert stage_plan(found, "search").settings.steps == 1

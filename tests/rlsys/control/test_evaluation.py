@@ -14,18 +14,11 @@ from fakes import SAMPLING, FakePool, group, prompt, trajectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys.control.evaluation import (
-    error_rate,
-    held_out_metrics,
-    mean_difference,
-    mean_over_prompts,
-    pass_at_k,
-    sample_groups,
-    solved,
-)
+from rlsys.control.evaluation import error_rate, held_out_metrics, sample_groups, solved
 from rlsys.control.rollout_metrics import rollout_metrics
 from rlsys.errors import TooManyFailuresError
 from rlsys.run.metrics import METRICS
+from rlsys.stats import mean_difference, mean_over_prompts, pass_at_k
 from rlsys.types import Prompt, SamplingSettings, Trajectory, TrajectoryGroup
 
 

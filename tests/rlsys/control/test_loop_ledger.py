@@ -11,7 +11,8 @@ import pytest
 from fake_runs import Run, config
 
 from rlsys.errors import CheckpointError
-from rlsys.run.checkpoints import CheckpointStore, read_json, write_json
+from rlsys.files import read_json, write_json
+from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.ledger import read_ledger
 
 

@@ -20,7 +20,6 @@ from tree_samples import answer, ids, node, tree
 from rlsys.config.files import parse_config
 from rlsys.config.schema import Config
 from rlsys.control.search_stage import GrownSearch
-from rlsys.data.batches import DONE
 from rlsys.data.rows import Reader
 from rlsys.display import Display
 from rlsys.errors import ConfigError, DataError, InterruptedRunError, TooManyFailuresError
@@ -217,7 +216,7 @@ def test_a_signal_keeps_the_finished_trees_and_the_rest_is_grown_later(
             first.run(policies[0], signal_at=2)
     kept = len(first.pool.asked)  # what had begun is finished
     assert 2 <= kept < COUNT and f"{kept} of 5 trees are kept" in first.output.getvalue()
-    assert not (first.stage.folder / DONE).exists()
+    assert not (first.stage.folder / "stage.json").exists()
     second = stage(name="b")
     assert second.run(policies[0]) == figures
     assert sorted(first.pool.asked + second.pool.asked) == [f"p{n}" for n in range(COUNT)]
@@ -227,7 +226,7 @@ def test_a_signal_keeps_the_finished_trees_and_the_rest_is_grown_later(
 def test_a_kill_before_the_data_grows_nothing_again(stage: Callable[..., Stage], policies: list[Path]) -> None:
     first = stage()
     figures = first.run(policies[0])
-    (first.stage.folder / DONE).unlink()
+    (first.stage.folder / "stage.json").unlink()
     (first.stage.folder / "data" / "report.json").unlink()
     again = stage()
     assert not again.stage.is_complete(policies[0])
@@ -287,6 +286,6 @@ def test_a_damaged_record_is_named(stage: Callable[..., Stage], policies: list[P
     made = stage()
     made.run(policies[0])
     for text in ("{", "[]", json.dumps({"asked": 1, "figures": {"search/trees": "many"}})):
-        (made.stage.folder / DONE).write_text(text)
+        (made.stage.folder / "stage.json").write_text(text)
         with pytest.raises(DataError, match=r"stage\.json: damaged; remove it"):
             stage().stage.is_complete(policies[0])

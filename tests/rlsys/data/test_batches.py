@@ -15,7 +15,8 @@ from fakes import NumberTask
 
 from rlsys.config.files import parse_config
 from rlsys.config.schema import Config
-from rlsys.data.batches import TrainingData, imitates, needs_references, uses_pairs
+from rlsys.config.stages import stage_plan, stage_plans
+from rlsys.data.batches import TrainingData
 from rlsys.data.demonstrations import DemonstrationStream
 from rlsys.data.rows import Reader
 from rlsys.errors import ConfigError, DataError
@@ -45,7 +46,12 @@ def data(settings: Config, searched: Path = Path("nowhere")) -> TrainingData:
     rows = DemonstrationStream(
         NumberTask(4), lambda question, chain: ([1, 2, 3], 1), seed=0, rows_per_step=3, max_tokens=8
     )
-    return TrainingData(settings, Reader(None, 99, 64), dict.fromkeys(imitates(settings), rows), searched)
+    return TrainingData(
+        settings,
+        Reader(None, 99, 64),
+        {plan.name: rows for plan in stage_plans(settings) if plan.source("demonstrations")},
+        searched,
+    )
 
 
 def offline(folder: Path, seed: int = 0, **sections: Any) -> TrainingData:
@@ -221,6 +227,8 @@ def test_what_needs_pairs_and_references(tmp_path: Path) -> None:
         (config(["online"], objective={"preference": {"weight": 1.0}}, search={"fraction": 0.5}), False, False),
     ]
     for settings, used, references in cases:
-        assert (uses_pairs(settings), needs_references(settings, "online")) == (used, references)
+        plan = stage_plan(settings, "online")
+        assert (plan.source("pairs") is not None, plan.scores_pairs) == (used, references)
     alone = config(["preference"], preference=path, objective={"sft": {"weight": 1.0}})
-    assert uses_pairs(alone) and not needs_references(alone, "preference")
+    plan = stage_plan(alone, "preference")
+    assert plan.source("pairs") and not plan.scores_pairs

@@ -13,10 +13,11 @@ from safetensors.numpy import save_file
 
 from rlsys.config.files import parse_config
 from rlsys.config.schema import Config
+from rlsys.data.inputs import prepare_model
 from rlsys.errors import ConfigError
 from rlsys.launch.resources import parameter_count
 from rlsys.models import folder as setup
-from rlsys.models.folder import model_digest, prepare_model, tokenizer_files, weights_digest
+from rlsys.models.folder import model_digest, tokenizer_files, weights_digest
 
 TINY = {"hidden_size": 32, "layers": 1, "heads": 1, "intermediate_size": 16, "max_positions": 256}
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from learners.deepspeed.tensor_files import write_tensors
-from rlsys.run.checkpoints import CheckpointStore, write_json
+from rlsys.files import write_json
+from rlsys.run.checkpoints import CheckpointStore
 
 
 def save(store: CheckpointStore, name: str, version: int, text: str) -> Path:

@@ -19,7 +19,8 @@ import pytest
 from checkpoint_child import save
 
 from rlsys.errors import CheckpointError
-from rlsys.run.checkpoints import MANIFEST, CheckpointStore, read_json, write_json
+from rlsys.files import read_json, write_json
+from rlsys.run.checkpoints import MANIFEST, CheckpointStore
 
 HERE = Path(__file__).parent
 Saver = Callable[..., dict[str, Any]]

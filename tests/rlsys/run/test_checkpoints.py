@@ -17,16 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsys.errors import CheckpointError, ConfigError
+from rlsys.files import read_json, write_json
 from rlsys.run import checkpoints as checkpoint
-from rlsys.run.checkpoints import (
-    MANIFEST,
-    CheckpointStore,
-    RunLock,
-    read_json,
-    state_from_json,
-    state_to_json,
-    write_json,
-)
+from rlsys.run.checkpoints import MANIFEST, CheckpointStore, RunLock, state_from_json, state_to_json
 from rlsys.types import RunState
 
 Content = dict[str, bytes]

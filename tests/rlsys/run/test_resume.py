@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 
-from rlsys.commands.report import section_of
+from rlsys.config.compare import extraction_request
 from rlsys.config.files import apply_override, dump_config, parse_config
-from rlsys.config.schema import Config, StageName
-from rlsys.data.batches import DONE, SEARCHED, asked_of_search, search_folder
+from rlsys.config.schema import Config
+from rlsys.config.stages import SEARCHED
+from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.errors import CheckpointError, ConfigError
-from rlsys.run.checkpoints import CheckpointStore, state_to_json, write_json
+from rlsys.files import write_json
+from rlsys.run.checkpoints import CheckpointStore, state_to_json
 from rlsys.run.resume import Start, check_extraction, check_inputs, find_again, find_start
-from rlsys.types import RunState
+from rlsys.types import RunState, StageName
 
 INPUTS = {"task.path": "d1", "model.path": "d2", "tokenizer": "d3"}
 FRESH = RunState(stage=0, step=0, weight_version=0, cursor=0)
@@ -362,7 +364,7 @@ def test_the_rows_of_a_step_are_fixed_within_their_stage(
 
     def changed(max_steps: int) -> Config:
         found = copy.deepcopy(sections)
-        for override in (f"{field}=7", f"{section_of(second)}.max_steps={max_steps}"):
+        for override in (f"{field}=7", f"{'train' if second == 'online' else second}.max_steps={max_steps}"):
             apply_override(found, override)
         return config(**found)
 
@@ -432,9 +434,9 @@ def test_what_is_read_later_is_compared_then() -> None:
 
 def searched(stage: int, step: int, tmp_path: Path) -> Start:
     """A run whose stage search was asked for the data of `config` without changes, of 9 prompts."""
-    folder = search_folder(tmp_path)
+    folder = RunDirectory(tmp_path).search_stage.path
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / DONE, {"asked": asked_of_search(after_search(), 9), "figures": {}})
+    write_json(SearchDirectory(folder).stage_record, {"asked": extraction_request(after_search(), 9), "figures": {}})
     return Start(replace(FRESH, stage=stage, step=step), tmp_path / "checkpoints" / "step_000001")
 
 
@@ -474,7 +476,7 @@ def test_extraction_may_change_where_nothing_reads_it_or_it_is_done_again(tmp_pa
 @pytest.mark.parametrize("found", [{}, [], {"asked": 1}])
 def test_a_damaged_note_of_the_stage_search_is_named(tmp_path: Path, found: Any) -> None:
     start = searched(1, 1, tmp_path)
-    write_json(search_folder(tmp_path) / DONE, found)
+    write_json(RunDirectory(tmp_path).search_stage.stage_record, found)
     with pytest.raises(CheckpointError, match=r"stage\.json: damaged; restore it"):
         check_extraction(after_search(), start, 9)
 

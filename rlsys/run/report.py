@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlsys.config.schema import Config, StageName
+from rlsys.config.schema import Config
+from rlsys.config.stages import stage_plan
+from rlsys.directory import RunDirectory
 from rlsys.run.metrics import read_rows
 
 FIGURES = {
@@ -19,7 +21,7 @@ AGAIN = "run.resume=auto"
 def finished(config: Config) -> str:
     """Where the run is, its last held-out figures, and what to do next, a line each."""
     stage = config.stages[-1]
-    section = section_of(stage)
+    section = stage_plan(config, stage).section
     more = 2 * config.max_steps(stage)
     return (
         f"run directory: {config.run.dir}\n"
@@ -28,11 +30,6 @@ def finished(config: Config) -> str:
         f"continue: rlsys train {config.run.dir}/config.yaml {section}.max_steps={more}"
         + (f" {AGAIN}" if config.run.resume == "never" else "")
     )
-
-
-def section_of(stage: StageName) -> str:
-    """The config section that has the training steps of a stage."""
-    return "train" if stage == "online" else stage
 
 
 def interrupted(config: Config, saved: str) -> str:
@@ -49,7 +46,7 @@ def complete(config: Config, step: int) -> str:
 
 def _held_out(config: Config) -> str:
     """The figures of the last evaluation in metrics.jsonl."""
-    for row in reversed(read_rows(Path(config.run.dir) / "metrics.jsonl")):
+    for row in reversed(read_rows(RunDirectory(Path(config.run.dir)).metrics)):
         found = [f"{label} {row[name]:.3f}" for name, label in FIGURES.items() if row.get(name) is not None]
         if found:
             return f"{', '.join(found)} (weight version {row['weights/version']})"

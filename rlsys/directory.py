@@ -1,0 +1,132 @@
+"""Name every path of a run directory, once.
+
+    config.yaml           the resolved config
+    model/, model.sha256  the initial model of model.from_scratch, and the digest of what it was built from
+    metrics.jsonl         one row for each training step
+    ledger.jsonl          what became of every prompt
+    tensorboard/          the same metrics for TensorBoard
+    checkpoints/step_N/   see rlsys.run.checkpoints
+    resumed_from.json     the checkpoint of run.resume that this run descends from
+    stages/NAME/          the policy that a stage has exported; of the stage `search` a search directory
+    stages/NAME.references.json   scores of preference pairs under the policy that the stage began with
+    logs/                 one file for each process
+    lock                  held by the process that uses the directory
+
+A search directory, which is a run directory of `rlsys search` or the folder of the stage `search`:
+
+    trees/00000.jsonl     finished trees, in the order of the prompts
+    trees/.open/130.json  a finished tree whose shard is not complete
+    search.json           what decided the trees
+    summary.json          figures of `rlsys search`
+    data/                 the extracted tables and report.json
+    stage.json            what the stage `search` was asked for, and its figures
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlsys.types import StageName
+
+REPORT = "report.json"
+"""Figures of an extraction, beside its tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchDirectory:
+    """Paths of the trees of a search and of the data extracted from them."""
+
+    path: Path
+
+    @property
+    def trees(self) -> Path:
+        return self.path / "trees"
+
+    @property
+    def open_trees(self) -> Path:
+        return self.trees / ".open"
+
+    @property
+    def origin(self) -> Path:
+        return self.path / "search.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data"
+
+    @property
+    def report(self) -> Path:
+        return self.data / REPORT
+
+    @property
+    def stage_record(self) -> Path:
+        return self.path / "stage.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Paths of a training run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def model_digest(self) -> Path:
+        return self.path / "model.sha256"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def resumed_from(self) -> Path:
+        return self.path / "resumed_from.json"
+
+    @property
+    def stages(self) -> Path:
+        return self.path / "stages"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "lock"
+
+    @property
+    def search_stage(self) -> SearchDirectory:
+        """Trees and data of the stage `search`."""
+        return SearchDirectory(self.stages / "search")
+
+    def exported_policy(self, stage: StageName) -> Path:
+        """Return the folder of the policy that a finished stage has exported."""
+        return self.stages / stage
+
+    def reference_scores(self, stage: StageName) -> Path:
+        """Return the file with a stage's scores of preference pairs under its reference policy."""
+        return self.stages / f"{stage}.references.json"

@@ -1,0 +1,70 @@
+"""Compute means with confidence intervals, and pass@k."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+_Z = 1.959964  # 97.5 % quantile of the standard normal distribution
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_over_prompts(values: np.ndarray, seed: int = 0, resamples: int = 2000) -> Estimate:
+    """Mean of [prompts, samples] with a 95 % interval over prompts.
+
+    Samples of one prompt are not independent, so whole prompts are drawn. Where all prompts are 0, or all 1,
+    every draw is the same and says nothing of the uncertainty: there the interval is Wilson's for n prompts,
+    [0, z^2 / (n + z^2)] or [n / (n + z^2), 1]. Source: Efron, percentile bootstrap; Wilson 1927, score interval.
+    """
+    per_prompt = values.mean(axis=1)
+    mean = float(per_prompt.mean())
+    if mean in (0.0, 1.0):
+        width = _width_without_variation(len(per_prompt))
+        return Estimate(mean, max(0.0, mean - width), min(1.0, mean + width))
+    return _bootstrap(per_prompt, seed, resamples)
+
+
+def mean_difference(first: np.ndarray, second: np.ndarray, seed: int = 0, resamples: int = 2000) -> Estimate:
+    """Mean of first - second, both [prompts] and in [0, 1], with a 95 % interval over the same prompts.
+
+    Pairs are drawn, so what both find hard cancels. Where all differences are equal the interval is as wide as the
+    one that `mean_over_prompts` gives there, to both sides.
+    """
+    differences = first.astype(float) - second.astype(float)
+    if np.ptp(differences) == 0:
+        mean, width = float(differences[0]), _width_without_variation(len(differences))
+        return Estimate(mean, max(-1.0, mean - width), min(1.0, mean + width))
+    return _bootstrap(differences, seed, resamples)
+
+
+def _bootstrap(values: np.ndarray, seed: int, resamples: int) -> Estimate:
+    draws = np.random.default_rng(seed).integers(0, len(values), size=(resamples, len(values)))
+    low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+def _width_without_variation(count: int) -> float:
+    """Of Wilson's interval for a share of 0, or of 1, among `count`."""
+    return _Z**2 / (count + _Z**2)
+
+
+def pass_at_k(values: np.ndarray, k: int) -> np.ndarray:
+    """[prompts, 1] chance that one of k samples drawn without replacement is right.
+
+    1 - C(n - c, k) / C(n, k) with c right ones of n. Source: Chen et al., arXiv:2107.03374, eq. 1.
+    """
+    total = values.shape[1]
+    if not 1 <= k <= total:
+        raise ValueError(f"pass@k needs 1 <= k <= samples ({total}), found {k}")
+    right = values.sum(axis=1)
+    return np.array([[1 - math.comb(total - int(c), k) / math.comb(total, k)] for c in right])
