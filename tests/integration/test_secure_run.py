@@ -270,7 +270,7 @@ def test_a_hostile_verifier_costs_its_verdict(what: str, monkeypatch: pytest.Mon
         Row(
             fault=f"a verifier that {what}",
             promise=f"the outcome {outcome}, soon after the deadline of {TIMEOUT_S:g} s at the latest",
-            injection=f"`{said}` of tests/actors/scripted_verifier.py",
+            injection=f"`{said}` of tests/actors/verifiers/scripted_verifier.py",
             runs=TIMES,
             passed=sum(good),
             detection_s=max(took),
