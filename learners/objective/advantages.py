@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,34 +178,3 @@ def _check_finite(what: str, values: Float64Array) -> None:
     bad = values[~np.isfinite(values)]
     if len(bad):
         raise ValueError(f"expected finite {what}, found {bad[0]} among {len(bad)} of {len(values)} that are not")
-
-
-def soft_overlong_penalty(
-    lengths: NDArray[np.integer[Any]], *, max_tokens: int, buffer: int, factor: float
-) -> Float64Array:
-    """What the reward loses near the bound of a completion's length.
-
-    -factor * min( max( (|o| - (max_tokens - buffer)) / buffer, 0 ), 1 )
-
-    Args:
-        lengths: [G], tokens of every completion.
-        max_tokens: bound of a completion, `sampling.max_tokens`.
-        buffer: over the last so many tokens the penalty grows from 0 to factor; in [1, max_tokens].
-        factor: >= 0.
-
-    Returns:
-        [G] float64, <= 0.
-
-    Raises:
-        ValueError: buffer or factor is outside its range.
-
-    Source: DAPO, arXiv:2503.14476, eq. 13.
-    """
-    if not 1 <= buffer <= max_tokens:
-        raise ValueError(
-            f"expected a buffer of 1 to {max_tokens} tokens (sampling.max_tokens), found {buffer}; "
-            "change objective.policy.overlong_buffer"
-        )
-    if factor < 0.0:
-        raise ValueError(f"expected a penalty >= 0, found {factor}; change objective.policy.overlong_penalty")
-    return np.minimum(np.clip((max_tokens - buffer - lengths) / buffer, -1.0, 0.0) * factor, 0.0)

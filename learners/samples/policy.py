@@ -10,11 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from learners.objective.advantages import gae, group_advantages, soft_overlong_penalty, token_returns, whiten
+from learners.objective.advantages import gae, group_advantages, token_returns, whiten
 from learners.objective.losses import kl_estimate
 from learners.objective.tree_advantages import tree_advantages
 from learners.samples.types import PolicyTokens, Row
 from rlsys.config.objective import ObjectiveConfig, PolicyConfig
+from rlsys.overlong import soft_overlong_penalty
 from rlsys.types import Float32Array, TrajectoryGroup
 
 WHITENED = ("gae", "reinforce_pp", "reinforce_pp_baseline")

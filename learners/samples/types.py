@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from rlsys.sequences import common_prefix_length
 from rlsys.types import BoolArray, Demonstration, Float32Array, Int32Array, Preference, StepPreference
 
 
@@ -105,7 +106,7 @@ def step_pair(preference: StepPreference) -> Preference | None:
     """Two continuations of one prefix as two sequences; None where one is the beginning of the other."""
     prefix = preference.prefix_ids
     chosen, rejected = (np.concatenate([prefix, ids]) for ids in (preference.chosen_ids, preference.rejected_ids))
-    common = common_prefix(chosen, rejected)
+    common = common_prefix_length(chosen, rejected)
     if common == min(len(chosen), len(rejected)):
         return None
     return Preference(
@@ -116,13 +117,6 @@ def step_pair(preference: StepPreference) -> Preference | None:
         chosen_visits=preference.chosen_visits,
         rejected_visits=preference.rejected_visits,
     )
-
-
-def common_prefix(first: Int32Array, second: Int32Array) -> int:
-    """Length of the longest common prefix."""
-    size = min(len(first), len(second))
-    different = np.flatnonzero(first[:size] != second[:size])
-    return int(different[0]) if len(different) else size
 
 
 def pair_rows(pair: Preference, *, mask_prefix: bool, sft: bool, mask_prefix_sft: bool) -> tuple[Row, Row]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from rlsys.config.objective import ObjectiveConfig, PolicyConfig
 from rlsys.control.budgets import FailureLimit
 from rlsys.control.rollout_metrics import generated_tokens
-from rlsys.types import RolloutFailure, Trajectory, TrajectoryGroup
+from rlsys.overlong import soft_overlong_penalty
+from rlsys.types import RolloutFailure, TrajectoryGroup
 
 
 def has_signal(group: TrajectoryGroup, objective: ObjectiveConfig, max_tokens: int) -> bool:
@@ -41,22 +44,14 @@ def has_signal(group: TrajectoryGroup, objective: ObjectiveConfig, max_tokens: i
 
 
 def _rewards_differ(group: TrajectoryGroup, policy: PolicyConfig, max_tokens: int) -> bool:
-    rewards = [_shaped_reward(found, policy, max_tokens) for found in group.trajectories if found.judged]
-    return len(rewards) > 1 and min(rewards) < max(rewards)
-
-
-def _shaped_reward(trajectory: Trajectory, policy: PolicyConfig, max_tokens: int) -> float:
-    """Bit for bit what the learner compares: its rule cannot be imported here, and a test holds the two together.
-
-    R - overlong_penalty * min( max( (|o| - (max_tokens - overlong_buffer)) / overlong_buffer, 0 ), 1 )
-
-    Source: DAPO, arXiv:2503.14476, eq. 13.
-    """
-    buffer = policy.overlong_buffer
-    if not buffer:
-        return trajectory.reward
-    share = (trajectory.completion_length - (max_tokens - buffer)) / buffer
-    return trajectory.reward - policy.overlong_penalty * min(max(share, 0.0), 1.0)
+    judged = [trajectory for trajectory in group.trajectories if trajectory.judged]
+    rewards = np.array([trajectory.reward for trajectory in judged])
+    if policy.overlong_buffer:
+        lengths = np.array([trajectory.completion_length for trajectory in judged], dtype=np.int64)
+        rewards = rewards + soft_overlong_penalty(
+            lengths, max_tokens=max_tokens, buffer=policy.overlong_buffer, factor=policy.overlong_penalty
+        )
+    return len(rewards) > 1 and bool(rewards.min() < rewards.max())
 
 
 @dataclass(slots=True, kw_only=True)

@@ -12,11 +12,12 @@ from fakes import group, prompt, searched_group, trajectory
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learners.objective.advantages import group_advantages, soft_overlong_penalty
+from learners.objective.advantages import group_advantages
 from rlsys.config.objective import ObjectiveConfig
 from rlsys.control.budgets import verifier_limit
 from rlsys.control.dynamic_sampling import GroupFilter, has_signal
 from rlsys.errors import TooManyFailuresError
+from rlsys.overlong import soft_overlong_penalty
 from rlsys.types import Demonstration, Outcome, Preference, RolloutFailure, StepPreference, TrajectoryGroup
 
 IDS = np.arange(3, dtype=np.int32)
