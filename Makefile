@@ -13,7 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart reproduce chaos test test-long lint lock clean
+.PHONY: help install quickstart reproduce chaos docs test test-long lint lock clean
 
 help: ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -46,6 +46,9 @@ lint: .venv/.installed ## ruff, the type checker and the layer contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: .venv/.installed ## write docs/metrics.md from the registry of metrics
+	$(BIN)/python -m rlsys.run.metrics_page > docs/metrics.md
 
 # The newest versions that fit pyproject.toml, from pip's own resolver. GPU wheels are downloaded, not installed;
 # `===` keeps 2.13.0+cpu out, which also matches `==2.13.0` and which pip prefers where it knows one.

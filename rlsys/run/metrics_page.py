@@ -1,0 +1,69 @@
+"""Write docs/metrics.md from the registry of metrics: `python -m rlsys.run.metrics_page > docs/metrics.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+from rlsys.run.metrics import METRICS
+
+# Names or beginnings of names (with a star) that a user should watch, and what to look for.
+ADVICE: Mapping[Sequence[str], str] = {
+    ("rollout/reward", "held_out/sampled_accuracy"): "Should rise. The first is measured on the prompts of the step, "
+    "the second on problems that are never trained.",
+    ("held_out/greedy_no_answer_rate", "rollout/no_answer_rate", "rollout/truncated_rate"): "Chains that end without "
+    "an answer, the fault that this project is about. If they rise together with the length, the policy loops.",
+    ("rollout/zero_advantage_groups",): "Groups that are all right or all wrong teach nothing. Near 1 the task is too "
+    "easy or too hard.",
+    ("rollout/filtered", "rollout/filtered_tokens"): "Groups that `train.dynamic_sampling_rounds` has replaced, and "
+    "what they cost.",
+    ("rollout/generated_tokens",): "The cost of a step. Compare two runs at equal sums of it, not at equal steps.",
+    ("objective/*_loss", "objective/*_grad_share"): "The loss of each term over its own count, and its share of the "
+    "gradient norms. If one share is near 1, the other terms hardly count.",
+    ("preference/accuracy", "preference/margin", "preference/chosen_logprob"): "Accuracy and margin should rise. If "
+    "`chosen_logprob` falls far, the policy forgets the chains that it should prefer: raise `objective.sft.weight`.",
+    ("value/explained_variance",): "Below 0 the critic is worse than a constant.",
+    ("learner/entropy",): "Should fall slowly. A sudden fall means that the learning rate is too high.",
+    ("learner/clip_high_fraction", "learner/clip_low_fraction", "learner/ratio_max"): "How far the updates of a step "
+    "move from its first policy.",
+    ("learner/importance_mean", "learner/importance_truncated"): "The old policy against the behavior policy: 1 and 0 "
+    "if both are the same. Farther away, the groups are older or engine and learner disagree.",
+    ("learner/logprob_gap_max", "weights/probe_gap_max"): "Actor against learner. In fp32 both stay near 1e-5; the "
+    "first grows with staleness. The second is checked after every publish and ends the run above its bound.",
+    ("search/solved", "search/reward", "search/correct"): "Searched prompts: share with a right answer, mean reward "
+    "of the scored answers, distinct right answers.",
+    ("search/trained_share", "search/duplicates"): "Generated tokens that are trained; repeated draws of a node, "
+    "which are many if the policy is certain.",
+    ("rollout/staleness_max",): "Never above `train.max_staleness`.",
+    ("process/actor_restarts", "process/learner_restarts", "process/failed_saves"): "0 in a healthy run. If there are "
+    "more than a few, look into `logs/`.",
+    ("learner/skipped_steps",): "Training steps with a loss or gradient that is not finite. 0 in a healthy run.",
+    ("time/*", "rollout/tokens_per_s", "learner/tokens_per_s"): "Where the time of a step goes.",
+    ("rollout/idle_policy", "rollout/prefix_cache_hits"): "Share of a step in which the engines did nothing, and "
+    "share of the prompt tokens that the prefix cache had.",
+}
+
+
+def page() -> str:
+    """Return the page as Markdown."""
+    lines = [
+        "# Metrics",
+        "",
+        "Every training step writes one row into `metrics.jsonl` and the same numbers into `tensorboard/`. The x axis "
+        "of TensorBoard is the weight version, so the stages of a run follow one another. This page is made from the "
+        "registry in `rlsys/run/metrics.py` by `make docs`.",
+        "",
+        "## What to look for",
+        "",
+        "| metric | what to look for |",
+        "|---|---|",
+        *(f"| {', '.join(f'`{name}`' for name in names)} | {advice} |" for names, advice in ADVICE.items()),
+    ]
+    for room, specs in groupby(METRICS.values(), key=lambda spec: spec.name.split("/")[0]):
+        lines += ["", f"## {room}", "", "| metric | unit | meaning |", "|---|---|---|"]
+        lines += [f"| `{spec.name}` | {spec.unit} | {spec.meaning.replace('|', chr(92) + '|')} |" for spec in specs]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")
