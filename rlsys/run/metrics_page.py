@@ -59,8 +59,10 @@ def page() -> str:
         "|---|---|",
         *(f"| {', '.join(f'`{name}`' for name in names)} | {advice} |" for names, advice in ADVICE.items()),
     ]
-    for room, specs in groupby(METRICS.values(), key=lambda spec: spec.name.split("/")[0]):
-        lines += ["", f"## {room}", "", "| metric | unit | meaning |", "|---|---|---|"]
+    prefixes = list(dict.fromkeys(name.split("/")[0] for name in METRICS))
+    specs_by_prefix = sorted(METRICS.values(), key=lambda spec: prefixes.index(spec.name.split("/")[0]))
+    for prefix, specs in groupby(specs_by_prefix, key=lambda spec: spec.name.split("/")[0]):
+        lines += ["", f"## {prefix}", "", "| metric | unit | meaning |", "|---|---|---|"]
         lines += [f"| `{spec.name}` | {spec.unit} | {spec.meaning.replace('|', chr(92) + '|')} |" for spec in specs]
     return "\n".join(lines) + "\n"
 
