@@ -50,7 +50,7 @@ IMPORTANCE = ("learner/importance_mean", "learner/importance_max", "learner/impo
 class StepMetrics:
     """Sums, maxima and notes of one training step.
 
-    `add_*` takes what this rank alone has seen; `reduce` combines it over the ranks. `note*` takes values that are the
+    `add_*` takes values of this rank, and `reduce` combines them over the ranks. `note*` takes values that are the
     same on all ranks.
 
     Args:

@@ -154,7 +154,7 @@ class TrainedModel:
     # --- rollback ---
 
     def take_snapshot(self) -> None:
-        """Copy what updates change on this rank; see `UpdateSnapshot` for the memory."""
+        """Copy the state that updates change on this rank; see `UpdateSnapshot` for the memory."""
         self._snapshot_updates = self.updates
         self._snapshot.take()
 

@@ -1,7 +1,7 @@
 """Roll back a training step that failed: weights, moments, counters and accumulated gradients.
 
-DeepSpeed 0.19.8 has no call for this. The code sets what DeepSpeed's own optimizers set before and after an update.
-Tests compare the bits of the next training step at every ZeRO stage.
+DeepSpeed 0.19.8 has no call for this. The code sets the same fields as DeepSpeed's own optimizers before and after an
+update. Tests compare the bits of the next training step at every ZeRO stage.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Reversible(Protocol):
     """A model whose updates can be rolled back."""
 
     def take_snapshot(self) -> None:
-        """Copy what updates change."""
+        """Copy the state that updates change."""
 
     def roll_back(self) -> None:
         """Restore the snapshot. Collective."""
@@ -53,7 +53,7 @@ def rollback_on_non_finite(models: Sequence[Reversible], updates: int) -> Iterat
 
 
 class UpdateSnapshot:
-    """Copy of what updates change on one rank: master weights, moments and the optimizer's step counters.
+    """Copy of the state that updates change on one rank: master weights, moments and the optimizer's step counters.
 
     The copies are in host memory and stay allocated: 12 bytes per parameter, divided by the ranks at ZeRO 1 to 3. The
     weights of the module are rebuilt from the master weights.

@@ -112,7 +112,7 @@ def split_updates(entries: Sequence[Entry], updates: int, *, seed: int | Sequenc
     The shuffle keeps neighbours in the prompt stream from always sharing an update.
 
     Args:
-        entries: what is dealt, such as the list of items of each group.
+        entries: entries to deal, such as the list of items of each group.
         updates: number of updates, >= 1.
         seed: seed of the shuffle; the same seed gives the same parts.
 
