@@ -112,8 +112,8 @@ def bare_step(work: Work, side: Side, rank: int) -> Step:
     from transformers import AutoModelForCausalLM
 
     from learners.samples.batching import MicroBatch, collate, plan_micro_batches
-    from learners.samples.policy import policy_rows
-    from learners.samples.types import Unit, trained
+    from learners.samples.policy import policy_samples
+    from learners.samples.types import PackItem, count_targets
 
     torch.set_num_threads(side.threads)
     if side.ranks > 1:
@@ -132,10 +132,10 @@ def bare_step(work: Work, side: Side, rank: int) -> Step:
     objective = work.config.objective
     low, high = 1 - objective.policy.clip_low, 1 + objective.policy.clip_high
     nobody: Any = None  # without KL and critic there is nothing to ask of other models
-    found = policy_rows(work.groups, objective, max_tokens=1, kl_weight=0.0, scorer=nobody)
-    units = [Unit(rows=(row,)) for rows in found for row in rows]
-    loss_tokens = sum(trained(row.policy_mask) for unit in units for row in unit.rows)
-    lengths = [unit.length for unit in units]
+    by_group = policy_samples(work.groups, objective, max_tokens=1, kl_weight=0.0, scorer=nobody)
+    items = [PackItem(samples=(sample,)) for samples in by_group for sample in samples]
+    loss_tokens = sum(count_targets(sample.policy_mask) for item in items for sample in item.samples)
+    lengths = [item.length for item in items]
     budget = work.config.learner.micro_batch_tokens
     shares = plan_micro_batches(lengths, ranks=side.ranks, budget_tokens=budget)[rank]
 
@@ -153,7 +153,7 @@ def bare_step(work: Work, side: Side, rank: int) -> Step:
     def step() -> float:
         gradients.zero_()
         for ids in shares:
-            policy_loss(collate([units[i] for i in ids], work.pad_token_id)).backward()
+            policy_loss(collate([items[i] for i in ids], work.pad_token_id)).backward()
         if side.ranks > 1:
             dist.all_reduce(gradients)
         norm = torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)

@@ -1,4 +1,4 @@
-"""What a learner rank is told, what it tells DeepSpeed, and its environment. Light: imported by the driver."""
+"""Settings of a learner rank, its environment and the DeepSpeed configuration. Imported by the driver, so no torch."""
 
 from __future__ import annotations
 
@@ -11,23 +11,28 @@ from rlsys.config.schema import LearnerConfig, OptimizerConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSettings:
-    """What a rank must know that does not change during the run."""
+    """Settings of a rank that stay the same during the run.
+
+    store: file of the process-group rendezvous, a new one per attempt.
+    max_tokens: length limit of a completion, `sampling.max_tokens`.
+    attempt: number of earlier groups of ranks in this command.
+    """
 
     rank: int
     ranks: int
     device: str
-    store: str  # file of the process-group rendezvous, one per attempt
+    store: str
     seed: int
     pad_token_id: int
     temperature: float
     max_tokens: int
     learner: LearnerConfig
     objective: ObjectiveConfig
-    attempt: int = 0  # how many groups of ranks there were before
+    attempt: int = 0
 
 
 def learner_environment(config: LearnerConfig, device: str, rank: int) -> dict[str, str]:
-    """Environment variables that must be set before deepspeed is imported."""
+    """Return the environment variables that must be set before deepspeed is imported."""
     variables = {
         "RANK": str(rank),
         "LOCAL_RANK": "0",
@@ -41,9 +46,15 @@ def learner_environment(config: LearnerConfig, device: str, rank: int) -> dict[s
 
 
 def deepspeed_config(learner: LearnerConfig, optimizer: OptimizerConfig, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration, made of our fields. parameters: size of the model."""
-    # DeepSpeed allocates whole buckets afresh in every step; its default of 5e8 costs seconds on a small model.
-    # It wants an even one.
+    """Build the DeepSpeed configuration from our fields.
+
+    Args:
+        learner: configuration of the learner.
+        optimizer: configuration of the optimizer.
+        parameters: number of parameters of the model.
+    """
+    # DeepSpeed allocates whole buckets in every step; its default of 5e8 costs seconds on a small model. The size must
+    # be even.
     bucket = min(parameters + parameters % 2, 50_000_000)
     zero: dict[str, Any] = {
         "stage": learner.zero_stage,
@@ -56,10 +67,10 @@ def deepspeed_config(learner: LearnerConfig, optimizer: OptimizerConfig, paramet
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,  # step() is the boundary: micro-batches differ in size and number
+        "managed_gradient_accumulation": False,  # step() ends an update: micro-batches differ in size and number
         "gradient_clipping": optimizer.max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # the fused one needs a compiler at run time
+        "zero_force_ds_cpu_optimizer": False,  # the fused CPU optimizer needs a compiler at run time
         "bf16": {"enabled": learner.dtype == "bf16"},
     }

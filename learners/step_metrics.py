@@ -1,20 +1,23 @@
-"""Figures of a training step: gathered pass by pass, reduced over ranks once."""
+"""Metrics of a training step: gathered pass by pass, reduced over the ranks once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from learners.objective.joint import Denominators
 from learners.objective.losses import LossOutput
 from learners.samples.batching import MicroBatch
+from learners.samples.types import Sample
 
-# Figures of a term, by what they are called in LossOutput.metrics: means over its targets or
-# pairs, and left out where there are none.
-SHARES = {
+# Metric names by term and by name in LossOutput.metrics. Each is a mean over the targets or pairs of its term, and is
+# left out if there are none.
+MEANS = {
     "policy": {
         "gap": "learner/logprob_gap_mean",
         "entropy": "learner/entropy",
@@ -44,12 +47,16 @@ MAXIMA = {
 IMPORTANCE = ("learner/importance_mean", "learner/importance_max", "learner/importance_truncated")
 
 
-class StepSums:
-    """Figures of a training step: sums and maxima over passes, later reduced over ranks.
+class StepMetrics:
+    """Sums, maxima and notes of one training step.
+
+    `add_*` takes values of this rank, and `reduce` combines them over the ranks. `note*` takes values that are the
+    same on all ranks.
 
     Args:
-        terms: the terms that the step has. Ranks reduce by position, so all must hold the same names even where one
-            had no target.
+        device: device of the ranks' process group.
+        terms: terms of the step. Ranks reduce by position, so all ranks must pass the same terms, even if a term has
+            no target on one of them.
     """
 
     def __init__(self, device: str, terms: tuple[str, ...]) -> None:
@@ -59,64 +66,107 @@ class StepSums:
         self._notes: dict[str, list[float]] = {}
         for term in terms:
             self._sums |= {f"objective/{term}_loss": 0.0, f"count/{term}": 0.0}
-            self._sums |= {f"{term}/{key}": 0.0 for key in SHARES[term]}
+            self._sums |= {f"{term}/{key}": 0.0 for key in MEANS[term]}
         if terms:
             self._sums["learner/loss"] = 0.0
 
     def add_pass(self, batch: MicroBatch) -> None:
+        """Count the tokens of a micro-batch, with and without padding."""
         self._sums["padded"] += batch.input_ids.numel()
         self._sums["real"] += batch.real_tokens
 
-    def add_term(self, term: str, found: LossOutput, count: int, weight: float) -> None:
-        """The part of one pass in a term. count: its targets or pairs in the pass."""
-        loss = float(found.loss.detach())
+    def add_term(self, term: str, output: LossOutput, count: int, weight: float) -> None:
+        """Add the contribution of one pass to a term.
+
+        Args:
+            term: name of the term.
+            output: loss and metrics of the pass.
+            count: number of the term's targets or pairs in the pass.
+            weight: weight of the term in the joint loss.
+        """
+        loss = float(output.loss.detach())
         self._sums[f"objective/{term}_loss"] += loss
         self._sums[f"count/{term}"] += count
         self._sums["learner/loss"] += weight * loss
-        for key in SHARES[term]:
-            if key in found.metrics:
-                self._sums[f"{term}/{key}"] += float(found.metrics[key])
+        for key in MEANS[term]:
+            if key in output.metrics:
+                self._sums[f"{term}/{key}"] += float(output.metrics[key])
         for key, name in MAXIMA.items():
-            if key in found.metrics:
-                self._maxima[name] = max(self._maxima[name], float(found.metrics[key]))
+            if key in output.metrics:
+                self._maxima[name] = max(self._maxima[name], float(output.metrics[key]))
 
     def note(self, name: str, value: float) -> None:
-        """A figure that is the same on all ranks; the step reports its mean."""
+        """Add a value that is the same on all ranks; the step reports the mean of such values."""
         self._notes.setdefault(name, []).append(value)
 
+    def note_denominators(self, denominators: Denominators) -> None:
+        """Note the denominators of the step's terms, and how many terms are empty in this update."""
+        by_term = denominators.by_term
+        for term in self._terms:
+            self.note(f"objective/{term}_denominator", float(by_term[term]))
+        self.note("learner/empty_terms", float(sum(not by_term[term] for term in self._terms)))
+
+    def note_gradient_norms(self, norms: Mapping[str, float]) -> None:
+        """Note the gradient norm of every term, and its share in the sum of the norms."""
+        for term, norm in norms.items():
+            self.note(f"objective/{term}_grad_norm", norm)
+            self.note(f"objective/{term}_grad_share", norm / sum(norms.values()) if sum(norms.values()) else 0.0)
+
+    def note_explained_variance(self, samples: Sequence[Sample]) -> None:
+        """Note 1 - Var(return - value) / Var(return), for the values at the start of the step, and their mean."""
+        tokens = [sample.policy for sample in samples if sample.policy and sample.policy.returns is not None]
+        returns, values = (
+            np.concatenate([getattr(each, name)[each.mask] for each in tokens]).astype(np.float64)
+            for name in ("returns", "values")
+        )
+        if returns.var() > 0:
+            self.note("value/explained_variance", float(1 - (returns - values).var() / returns.var()))
+        self.note("value/mean", float(values.mean()))
+
     def reduce(self, updates: int) -> dict[str, float]:
-        """Names of the metrics registry, the same on all ranks. Losses are means over updates. Collective."""
+        """Reduce over the ranks. Collective.
+
+        Args:
+            updates: number of optimizer updates of the step; losses are means over them.
+
+        Returns:
+            Values by registered metric name, the same on all ranks.
+        """
         sums = self._all_reduce(self._sums, dist.ReduceOp.SUM)
-        found = {name: sum(values) / len(values) for name, values in self._notes.items()}
+        metrics = {name: sum(values) / len(values) for name, values in self._notes.items()}
         for name, value in sums.items():
             if name.startswith(("objective/", "learner/")):
-                found[name] = value / max(1, updates)
+                metrics[name] = value / max(1, updates)
         counts = {term: sums[f"count/{term}"] for term in self._terms}
         for term, count in counts.items():
-            if count:  # nothing has no mean: an accuracy of 0 would say that all pairs are wrong
-                found |= {name: sums[f"{term}/{key}"] / count for key, name in SHARES[term].items()}
+            if count:  # without pairs there is no accuracy: 0 would mean that all pairs are wrong
+                metrics |= {name: sums[f"{term}/{key}"] / count for key, name in MEANS[term].items()}
             if sum(counts.values()):
-                found[f"objective/{term}_share"] = count / sum(counts.values())
-        found["learner/updates"] = float(updates)
-        found["learner/tokens"] = sums["real"]
+                metrics[f"objective/{term}_share"] = count / sum(counts.values())
+        metrics["learner/updates"] = float(updates)
+        metrics["learner/tokens"] = sums["real"]
         if sums["padded"]:
-            found["learner/padding_share"] = 1 - sums["real"] / sums["padded"]
-        found |= self._all_reduce(self._maxima, dist.ReduceOp.MAX) if self._maxima else {}
-        if not found.get("learner/importance_max"):  # ratios are positive: there were none
+            metrics["learner/padding_share"] = 1 - sums["real"] / sums["padded"]
+        metrics |= self._all_reduce(self._maxima, dist.ReduceOp.MAX) if self._maxima else {}
+        if not metrics.get("learner/importance_max"):  # ratios are positive, so 0 means that there were none
             for name in IMPORTANCE:
-                found.pop(name, None)
-        return found
+                metrics.pop(name, None)
+        return metrics
 
     def _all_reduce(self, values: Mapping[str, float], operation: Any) -> dict[str, float]:
         names = sorted(values)
-        # On the device of the ranks: NCCL takes nothing else.
+        # NCCL reduces only tensors on the device.
         tensor = torch.tensor([values[name] for name in names], dtype=torch.float64, device=self._device)
         dist.all_reduce(tensor, op=operation)
         return dict(zip(names, tensor.tolist(), strict=True))
 
 
-def norm_of_sums(parts: list[Tensor]) -> float:
-    """Norm of a gradient whose parts every rank holds a summand of. Collective."""
+def summed_gradient_norm(parts: list[Tensor]) -> float:
+    """Sum gradients over the ranks in place and return their norm. Collective.
+
+    Args:
+        parts: gradient of each parameter on this rank.
+    """
     for part in parts:
         dist.all_reduce(part)
     return float(torch.stack([part.square().sum() for part in parts]).sum().sqrt())

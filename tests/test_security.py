@@ -27,7 +27,7 @@ from actors.engine import Completion
 from actors.rollouts.single_turn import build_group
 from actors.verifiers.pool import RewardPool
 from learners.samples.batching import collate
-from learners.samples.build import step_units
+from learners.samples.build import StepTerms, build_samples
 from rlsys import cli
 from rlsys.config.files import parse_yaml
 from rlsys.config.objective import ObjectiveConfig
@@ -406,11 +406,12 @@ def test_an_error_or_timeout_of_a_verifier_trains_nothing(monkeypatch: pytest.Mo
     both = []
     for kept in (range(4), (0, 2)):
         group = build_group(prompt, [completions[n] for n in kept], [verdicts[n] for n in kept])
-        lists = step_units(
-            TrainingBatch(groups=(group,)), objective, {"policy": 1.0},
-            chosen_sft=False, kl_weight=0.0, max_tokens=8, scorer=None,  # type: ignore[arg-type] - asked for nothing
+        lists = build_samples(
+            TrainingBatch(groups=(group,)), objective,
+            StepTerms(weights={"policy": 1.0}, chosen_sft=False, kl_weight=0.0),
+            max_tokens=8, scorer=None,  # type: ignore[arg-type] - asked for nothing
         )  # fmt: skip
-        both.append(collate([unit for units in lists[0] for unit in units], pad_id=0))
+        both.append(collate([item for items in lists[0] for item in items], pad_id=0))
     batch, without = both
     assert batch.input_ids.tolist() == without.input_ids.tolist() == [[1, 2, 10], [1, 2, 12]]
     assert batch.policy is not None and without.policy is not None

@@ -1,1 +1,1 @@
-"""The DeepSpeed engine and what surrounds it."""
+"""The DeepSpeed engine, its rollback, shared errors and files."""

@@ -1,4 +1,4 @@
-"""Ranks that fail together: what one of them finds becomes the error of all, so that none goes on or waits alone."""
+"""Errors shared by all ranks: an error on one rank is raised on all, so that no rank goes on or waits alone."""
 
 from __future__ import annotations
 
@@ -10,46 +10,47 @@ import torch.distributed as dist
 
 from rlsys.errors import RlsysError
 
-LIMIT = 2000  # bytes of a message that travel
+MESSAGE_BYTES = 2000  # longer messages are cut
 
 
 def first_problem(own: str, device: str) -> str:
-    """What the first rank with a problem says of it, the same on all ranks; "" where none has one.
+    """Return the problem of the first rank that has one, the same on all ranks; "" if none has. Collective.
 
-    Collective: one wait where there is none, two where there is one.
+    It takes one exchange without a problem, and two with one.
 
     Args:
-        own: the problem of this rank, or "".
-        device: that the ranks' process group communicates on.
+        own: problem of this rank, or "".
+        device: device of the ranks' process group.
     """
     bad = torch.tensor(float(bool(own)), device=device)
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     if not bad.item():
         return ""
-    said = torch.zeros((dist.get_world_size(), LIMIT), dtype=torch.uint8, device=device)
-    text = own.encode()[:LIMIT]
-    said[dist.get_rank(), : len(text)] = torch.tensor(list(text), dtype=torch.uint8)
-    dist.all_reduce(said)  # every row is one rank's: the others add 0
-    found = (bytes(row[row != 0].tolist()).decode(errors="ignore") for row in said.cpu())
-    return next(filter(None, found))
+    messages = torch.zeros((dist.get_world_size(), MESSAGE_BYTES), dtype=torch.uint8, device=device)
+    encoded = own.encode()[:MESSAGE_BYTES]
+    messages[dist.get_rank(), : len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+    dist.all_reduce(messages)  # each rank fills its own row; the other ranks add 0
+    decoded = (bytes(row[row != 0].tolist()).decode(errors="ignore") for row in messages.cpu())
+    return next(filter(None, decoded))
 
 
 @contextmanager
-def together(kind: type[RlsysError], device: str) -> Iterator[None]:
-    """Let all ranks fail where one does. What is done inside must not be collective; the end of it is.
+def fail_on_all_ranks(kind: type[RlsysError], device: str) -> Iterator[None]:
+    """Raise an error on all ranks if the body fails on one. The body must not be collective; leaving it is.
 
     Args:
-        kind: of the error that all ranks raise.
-        device: see `first_problem`.
+        kind: class of the error that all ranks raise.
+        device: device of the ranks' process group.
+
     Raises:
-        RlsysError: of this kind, on all ranks, with what the first rank that failed found.
+        RlsysError: of class `kind`, on all ranks, with the message of the first rank that failed.
     """
     own, cause = "", None
     try:
         yield
     except Exception as error:  # noqa: BLE001 - it becomes the error of all ranks
         cause = error
-        what = error.message if isinstance(error, RlsysError) else f"{type(error).__name__}: {error}"
-        own = f"learner rank {dist.get_rank()}: {what}"
+        message = error.message if isinstance(error, RlsysError) else f"{type(error).__name__}: {error}"
+        own = f"learner rank {dist.get_rank()}: {message}"
     if problem := first_problem(own, device):
         raise kind(problem) from cause

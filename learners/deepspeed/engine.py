@@ -1,7 +1,7 @@
-"""One model under DeepSpeed on one rank: build, forward, backward, update, full tensors, save, restore.
+"""One model under DeepSpeed on one rank: build, forward, backward, update, and whole tensors at any ZeRO stage.
 
-The only file that imports deepspeed. A model always starts from files: its weights as a Hugging Face folder and, where
-it is resumed, the moments by parameter name. So building, resuming and changing ranks or ZeRO stage are the same path.
+The only module that imports deepspeed. A model always starts from files: its weights as a Hugging Face folder and, if
+it is resumed, its moments by parameter name. So building, resuming and changing ranks or ZeRO stage are the same path.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import datetime
 import gc
 import inspect
-import json
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,26 +18,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from learners.deepspeed.collective_errors import first_problem, together
-from learners.deepspeed.rollback import Copies, discard_gradients
-from learners.deepspeed.tensor_files import read_tensors, write_tensors
+from learners.deepspeed.collective_errors import first_problem
+from learners.deepspeed.rollback import UpdateSnapshot, discard_gradients
 from learners.objective.schedule import learning_rate
 from learners.settings import RankSettings, deepspeed_config
 from rlsys.config.schema import OptimizerConfig
-from rlsys.errors import CheckpointError, NonFiniteLossError
+from rlsys.errors import NonFiniteLossError
 from rlsys.fault_injection import fault
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER = "master"
 UNPUBLISHED = "nothing of this training step was published"
 
 
 class TrainedModel:
-    """A model and its optimizer, spread over the ranks.
+    """A model and its optimizer, distributed over the ranks.
 
     Args:
-        name: in error messages.
-        total_updates: optimizer updates of the stage, for the course of the learning rate.
-        module: noise-free, in fp32 or bf16, on the device. saved_config: what to store beside its weights.
+        name: "policy" or "critic", for error messages and fault points.
+        module: model without training noise, in fp32 or bf16, on the device.
+        saved_config: configuration to store with the weights.
+        settings: settings of the rank.
+        optimizer: hyperparameters of the optimizer.
+        total_updates: optimizer updates of the stage, for the schedule of the learning rate.
     """
 
     def __init__(
@@ -53,74 +54,78 @@ class TrainedModel:
     ) -> None:
         self.name, self.settings = name, settings
         self._optimizer_config, self._total_updates = optimizer, total_updates
-        self._saved_config = saved_config
+        self.saved_config = saved_config
         self.module, self.updates = module, 0
-        self._problem, self._spoilt = "", False
-        self._gradients = torch.zeros((), device=settings.device)
+        self._problem, self._spoil_next = "", False
+        self._gradient_sum = torch.zeros((), device=settings.device)
         for parameter in module.parameters():
-            parameter.register_hook(self._see)
+            parameter.register_hook(self._add_to_gradient_sum)
         self.engine = _build(module, settings, optimizer)
         if settings.learner.zero_stage == 0 and settings.learner.dtype == "fp32":
             self.engine.clip_fp32_gradients = self._clip
-        self._copies, self._kept_updates = Copies(self.engine), 0
+        self._snapshot, self._snapshot_updates = UpdateSnapshot(self.engine), 0
 
     def __call__(self, **inputs: Any) -> Any:
         return self.engine(**inputs)
 
-    def backward(self, loss: Tensor, what: str, at: Mapping[str, int]) -> None:
-        """Add the gradient of this rank's part of an update.
+    def backward(self, loss: Tensor, loss_name: str, tags: Mapping[str, int]) -> None:
+        """Add the gradient of a loss to this rank's part of the update.
 
         Args:
-            what: name of the loss, for the error. at: version and update under way, for the fault points.
+            loss: scalar, with global denominators.
+            loss_name: name of the loss, for the error message.
+            tags: version and update, for the fault points.
         """
-        fault("learner.backward", **at, model=self.name)
-        if fault("learner.loss", **at, model=self.name) == "nan":
+        fault("learner.backward", **tags, model=self.name)
+        if fault("learner.loss", **tags, model=self.name) == "nan":
             loss = loss * math.nan
-        self._spoilt = fault("learner.gradient", **at, model=self.name) == "nan"
+        self._spoil_next = fault("learner.gradient", **tags, model=self.name) == "nan"
         if not math.isfinite(loss.item()):
-            self._problem = f"{what} is {loss.item()} on rank {self.settings.rank}"
-        # DeepSpeed averages gradients over ranks; our denominators are global already.
+            self._problem = f"{loss_name} is {loss.item()} on rank {self.settings.rank}"
+        # DeepSpeed averages gradients over the ranks, but our denominators are global already.
         self.engine.backward(loss * self.settings.ranks)
 
-    def _see(self, gradient: Tensor) -> Tensor:
-        """Add a gradient of this rank up to one number: it is not finite where an element is not."""
-        if self._spoilt:  # by a fault point
-            self._spoilt, gradient = False, gradient.clone()
+    def _add_to_gradient_sum(self, gradient: Tensor) -> Tensor:
+        """Add a gradient to one running sum, which is not finite if any element is not."""
+        if self._spoil_next:  # set by a fault point
+            self._spoil_next, gradient = False, gradient.clone()
             gradient[(0,) * gradient.dim()] = math.nan
-        self._gradients += gradient.sum(dtype=torch.float32)
+        self._gradient_sum += gradient.sum(dtype=torch.float32)
         return gradient
 
     def check_finite(self) -> None:
-        """All ranks agree before any optimizer sees anything; one wait an update, not one a pass.
+        """Check losses and gradients since the last update, before an optimizer sees them. Collective.
+
+        One exchange per update, not one per pass.
 
         Raises:
-            NonFiniteLossError: on all ranks, where a loss or gradient of a pass was not finite on one.
+            NonFiniteLossError: on all ranks, if a loss or gradient of a pass is not finite on one.
         """
         problem = self._problem
-        if not problem and not math.isfinite(self._gradients.item()):
+        if not problem and not math.isfinite(self._gradient_sum.item()):
             problem = f"gradient of the {self.name} is not finite on rank {self.settings.rank}"
-        self._forget_passes()
-        if found := first_problem(problem, self.settings.device):
-            raise NonFiniteLossError(f"{found}, at update {self.updates}, which was not made; {UNPUBLISHED}")
+        self._reset_checks()
+        if first := first_problem(problem, self.settings.device):
+            raise NonFiniteLossError(f"{first}, at update {self.updates}, which was not made; {UNPUBLISHED}")
 
-    def _forget_passes(self) -> None:
-        self._problem, self._spoilt = "", False
-        self._gradients.zero_()
+    def _reset_checks(self) -> None:
+        self._problem, self._spoil_next = "", False
+        self._gradient_sum.zero_()
 
     def update(self) -> tuple[float, float]:
-        """Take an optimizer step; answers with the global gradient norm before clipping and the learning rate.
+        """Take an optimizer step. Call `check_finite` of every model of the update first.
 
-        `check_finite` comes first, of every model of the update.
+        Returns:
+            The global gradient norm before clipping, and the learning rate.
 
         Raises:
-            NonFiniteLossError: on all ranks, where the gradients of the ranks are finite and their norm is not. The
-                optimizer does not see them; those of models that were updated before have seen theirs, which
-                `put_back` undoes.
+            NonFiniteLossError: on all ranks, if the gradients of the ranks are finite and their norm is not. This
+                optimizer has not seen the gradients. Models that were updated before need `roll_back`.
         """
         rate = learning_rate(self._optimizer_config, self.updates, self._total_updates)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        # Where the norm is not finite no rank updates: DeepSpeed skips the step, at ZeRO 0 our clipping raises.
+        # If the norm is not finite, no rank updates: DeepSpeed skips the step, and at ZeRO 0 our clipping raises.
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
         self._check_norm(norm)
@@ -128,7 +133,7 @@ class TrainedModel:
         return norm, rate
 
     def _clip(self) -> None:
-        """As DeepSpeed, which would forget the norm it found and go on where that is not finite."""
+        """Clip as DeepSpeed does, but store the norm and raise if it is not finite."""
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._optimizer_config.max_grad_norm)
         self.engine._global_grad_norm = norm
         self._check_norm(float(norm))
@@ -140,90 +145,50 @@ class TrainedModel:
             )
 
     def last_layer(self) -> list[nn.Parameter]:
-        """Parameters of the last transformer layer, whole on every rank; none where ZeRO 3 has cut them."""
-        layers = [found for found in self.module.modules() if isinstance(found, nn.ModuleList) and len(found)]
+        """Return the parameters of the last transformer layer; an empty list under ZeRO 3, which partitions them."""
+        layers = [child for child in self.module.modules() if isinstance(child, nn.ModuleList) and len(child)]
         if self.settings.learner.zero_stage == 3 or not layers:
             return []
         return list(max(layers, key=len)[-1].parameters())
 
-    # --- taking updates back ---
+    # --- rollback ---
 
-    def keep(self) -> None:
-        """Copy what updates change on this rank: see `Copies` for the memory it takes."""
-        self._kept_updates = self.updates
-        self._copies.take()
+    def take_snapshot(self) -> None:
+        """Copy the state that updates change on this rank; see `UpdateSnapshot` for the memory."""
+        self._snapshot_updates = self.updates
+        self._snapshot.take()
 
-    def put_back(self) -> None:
-        """Undo the updates since `keep`, bit for bit. Collective."""
-        self.updates = self._kept_updates
-        self._copies.put_back()
+    def roll_back(self) -> None:
+        """Restore the snapshot, bit for bit. Collective."""
+        self.updates = self._snapshot_updates
+        self._snapshot.restore()
 
     def discard_gradients(self) -> None:
-        """Forget the backward passes since the last update."""
-        self._forget_passes()
+        """Discard the gradients since the last update."""
+        self._reset_checks()
         discard_gradients(self.engine)
 
-    # --- files ---
-
-    def save(self, weights: Path, state: Path) -> None:
-        """Write a Hugging Face folder without the tokenizer, and what else the optimizer needs. Collective.
-
-        Raises:
-            CheckpointError: on all ranks, where one could not write.
-        """
-        first, problem = self.settings.rank == 0, ""
-        for tensors, folder, stem in self._tensors(weights, state):
-            try:
-                write_tensors(tensors, folder, stem, first and not problem)
-            except CheckpointError as error:  # the others still gather, which needs every rank
-                problem = problem or error.message
-        with together(CheckpointError, self.settings.device):
-            if problem:
-                raise CheckpointError(problem)
-            if first:
-                self._saved_config.save_pretrained(weights)
-                (state / "learner.json").write_text(json.dumps({"updates": self.updates}))
-
-    def restore(self, state: Path | None) -> None:
-        """Take master weights, moments and counters from a folder that `save` wrote; None: those of the beginning.
-
-        Raises:
-            CheckpointError: on all ranks, where one could not read them.
-        """
-        with together(CheckpointError, self.settings.device):
-            if state is not None:
-                self._restore_tensors(state)
-                self.updates = int(json.loads((state / "learner.json").read_text())["updates"])
+    def set_updates(self, updates: int) -> None:
+        """Set the number of finished updates, also in the optimizer's bias correction."""
+        self.updates = updates
         inner = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
         for entry in inner.state.values():
-            entry["step"] = torch.tensor(float(self.updates))
+            entry["step"] = torch.tensor(float(updates))
 
     def destroy(self) -> None:
-        """Free it before another is built, or memory would have to hold both."""
+        """Free the memory of model and optimizer, before another model is built."""
         self.engine.destroy()
         _forget_partitioned_modules()
         self.module = self.engine = None
-        del self._copies
+        del self._snapshot
         gc.collect()  # module, hooks and engine refer to each other
         if self.settings.device == "cuda":
             torch.cuda.empty_cache()
 
-    def _restore_tensors(self, folder: Path) -> None:
-        parameters = dict(self.module.named_parameters())
-        for key in (*MOMENTS, *(("master",) if self.settings.learner.dtype != "fp32" else ())):
-            missing = set(parameters)
-            for name, tensor in read_tensors(folder, key):
-                if name not in missing:
-                    raise CheckpointError(f"{folder}: {key} holds {name}, which the model has not")
-                missing.discard(name)
-                self._set_state(parameters[name], key, tensor)
-            if missing:
-                raise CheckpointError(f"{folder}: {key} lacks {sorted(missing)[:3]}")
-
-    # --- full tensors, whatever the ZeRO stage ---
+    # --- whole tensors at any ZeRO stage ---
 
     def gather(self, parameter: nn.Parameter) -> Tensor:
-        """A parameter whole. Collective under ZeRO 3."""
+        """Return a whole parameter, detached. Collective under ZeRO 3."""
         if not hasattr(parameter, "ds_id"):
             return parameter.detach()
         import deepspeed
@@ -231,61 +196,63 @@ class TrainedModel:
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
 
-    def _tensors(self, weights: Path, state: Path) -> Iterator[tuple[Iterator[tuple[str, Tensor]], Path, str]]:
-        """What `save` writes: named tensors, the folder, and the stem of its files."""
-        yield self._parameters(), weights, "model"
-        for key in MOMENTS:
-            yield self._moments(key), state, key
-        if self.settings.learner.dtype != "fp32":
-            yield self._masters(), state, "master"
-
-    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every parameter whole, by name. Collective."""
         for name, parameter in self.module.named_parameters():
             yield name, self.gather(parameter)
 
-    def _masters(self) -> Iterator[tuple[str, Tensor]]:
-        from deepspeed.utils import safe_get_full_fp32_param
+    def named_states(self, key: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield a whole optimizer tensor of every parameter, by name. Collective.
 
-        for name, parameter in self.module.named_parameters():
-            yield name, safe_get_full_fp32_param(parameter)
-
-    def _moments(self, key: str) -> Iterator[tuple[str, Tensor]]:
-        from deepspeed.utils import safe_get_full_optimizer_state
+        Args:
+            key: one of MOMENTS, or MASTER for the fp32 master weights of a bf16 model.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         plain = self._plain_states()
         for name, parameter in self.module.named_parameters():
-            found = plain[parameter][key] if plain is not None else safe_get_full_optimizer_state(parameter, key)
-            yield name, found
+            if key == MASTER:
+                yield name, safe_get_full_fp32_param(parameter)
+            elif plain is not None:
+                yield name, plain[parameter][key]
+            else:
+                yield name, safe_get_full_optimizer_state(parameter, key)
 
-    def _set_state(self, parameter: Any, key: str, tensor: Tensor) -> None:
-        """Put this rank's part of a whole moment or master weight in its place."""
+    def set_state(self, parameter: Any, key: str, tensor: Tensor) -> None:
+        """Set this rank's part of a whole optimizer tensor.
+
+        Args:
+            parameter: parameter of the module.
+            key: one of MOMENTS, or MASTER.
+            tensor: the whole tensor.
+        """
         from deepspeed import utils
 
         plain = self._plain_states()
         if plain is not None:
             plain[parameter][key].copy_(tensor)
         elif hasattr(parameter, "ds_id"):
-            # The setters of whole tensors fail under ZeRO 3 where the last rank's part is padded.
+            # The setters of whole tensors fail under ZeRO 3 if the last rank's part is padded.
             size = parameter.ds_tensor.numel()
             own = tensor.flatten()[size * self.settings.rank :][:size]
             part = nn.functional.pad(own, (0, size - own.numel()))
-            if key == "master":
+            if key == MASTER:
                 utils.safe_set_local_fp32_param(parameter, part)
             else:
                 utils.safe_set_local_optimizer_state(parameter, part, key)
-        elif key == "master":
+        elif key == MASTER:
             utils.safe_set_full_fp32_param(parameter, tensor)
         else:
             utils.safe_set_full_optimizer_state(parameter, tensor, key)
 
     def _plain_states(self) -> dict[nn.Parameter, dict[str, Tensor]] | None:
-        """The optimizer's state by parameter at ZeRO 0; None where DeepSpeed holds flat partitions."""
+        """Return the optimizer's state by parameter at ZeRO 0, or None if DeepSpeed holds flat partitions."""
         inner = getattr(self.engine.optimizer, "optimizer", None)
         return None if inner is not None else self.engine.optimizer.state
 
 
 def join_process_group(settings: RankSettings) -> None:
-    """Meet the other ranks. Once a process."""
+    """Join the process group of all ranks. Call it once per process."""
     import deepspeed
 
     if settings.device == "cpu":
@@ -301,7 +268,7 @@ def join_process_group(settings: RankSettings) -> None:
         world_size=settings.ranks,
         timeout=datetime.timedelta(seconds=settings.learner.timeout_s),
     )
-    # An inference-only shared-memory all-reduce, compiled at first use; training never calls it.
+    # This inference-only all-reduce over shared memory is compiled at first use; training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
@@ -310,7 +277,7 @@ def _build(module: PreTrainedModel, settings: RankSettings, optimizer: Optimizer
     import deepspeed
 
     learner = settings.learner
-    # Training mode, because gradient checkpointing is off without; it adds no noise (see load_model).
+    # Gradient checkpointing works only in training mode. Training mode adds no noise (see load_model).
     module.train()
     if learner.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -330,7 +297,7 @@ def _build(module: PreTrainedModel, settings: RankSettings, optimizer: Optimizer
 
 
 def _forget_partitioned_modules() -> None:
-    """Clear the two globals in which DeepSpeed 0.19.8 keeps a destroyed ZeRO 3 engine: a list and a method's cache."""
+    """Clear the list and the method cache in which DeepSpeed 0.19.8 keeps a destroyed ZeRO 3 engine."""
     from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
     parameter_offload.FWD_MODULE_STACK.clear()
@@ -340,7 +307,7 @@ def _forget_partitioned_modules() -> None:
 
 
 def _create_states(engine: Any) -> None:
-    """Give every optimizer tensor its zero moments now, so that they can be restored before the first update."""
+    """Create the zero moments of every optimizer tensor, so that they can be restored before the first update."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     # ZeRO 3 hands its partitions to the inner optimizer only while it steps.
     flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)

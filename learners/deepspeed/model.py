@@ -1,4 +1,4 @@
-"""A causal language model from a Hugging Face folder, made a function of its input alone."""
+"""Models from Hugging Face folders, without training noise."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_model(path: Path, dtype: str, device: str) -> PreTrainedModel:
-    """The model of a folder, without training noise. dtype: "fp32" or "bf16".
+    """Load a causal language model and remove its training noise.
+
+    Args:
+        path: model folder.
+        dtype: "fp32" or "bf16".
+        device: "cpu" or "cuda".
 
     Raises:
-        ConfigError: the folder asks for code of its own, or for weights that are no safetensors.
+        ConfigError: the folder needs its own code, or weights in another format than safetensors.
     """
     from transformers import AutoModelForCausalLM
 
@@ -31,17 +36,22 @@ def load_model(path: Path, dtype: str, device: str) -> PreTrainedModel:
 
 
 def load_critic(path: Path, dtype: str, device: str) -> PreTrainedModel:
-    """A model with one output a token in place of the vocabulary, from the folder of a policy or of such a model.
+    """Load a critic: a model with one output per token in place of the vocabulary, without training noise.
 
-    The output of a policy's folder begins as 0, so that a critic knows nothing at first and no seed decides it.
+    From the folder of a policy, the output layer starts at 0, so that the first values are 0 for any seed.
+
+    Args:
+        path: folder of a policy or of a saved critic.
+        dtype: "fp32" or "bf16".
+        device: "cpu" or "cuda".
 
     Raises:
-        ConfigError: as `load_model`.
+        ConfigError: the folder needs its own code, or weights in another format than safetensors.
     """
     from transformers import AutoModelForTokenClassification
 
     refuse_code(path, "model folder")
-    model, found = AutoModelForTokenClassification.from_pretrained(
+    model, loading_info = AutoModelForTokenClassification.from_pretrained(
         path,
         num_labels=1,
         dtype=DTYPES[dtype],
@@ -50,26 +60,26 @@ def load_critic(path: Path, dtype: str, device: str) -> PreTrainedModel:
         output_loading_info=True,
     )
     for name, parameter in model.named_parameters():
-        if name in found["missing_keys"]:
+        if name in loading_info["missing_keys"]:
             nn.init.zeros_(parameter)
     remove_noise(model)
     return model.to(device)
 
 
 def saved_config(path: Path, dtype: str) -> PreTrainedConfig:
-    """The config to store beside the trained weights: the user's own, with its dropout, in the format they have."""
+    """Return the config to store with the trained weights: the one in `path`, dropout included, with their dtype."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     config.dtype = DTYPES[dtype]
     return config
 
 
 def remove_noise(model: nn.Module) -> None:
-    """Set every dropout and jitter of a model to 0, wherever the architecture keeps it.
+    """Set every dropout and jitter of a model to 0.
 
-    The ratio of the objective compares two evaluations of one policy, and the probe compares the learner
-    with an engine that has no dropout: with noise neither would mean anything. `eval()` is no way out,
-    because gradient checkpointing works in training mode only. Modules keep the probability as a Dropout
-    module, as a number of their own, or read it from the config while they run; all three are set.
+    The ratio of the objective compares two evaluations of one policy, and the probe compares the learner with an
+    engine that has no dropout. Noise would make both meaningless. `eval()` does not help, because gradient
+    checkpointing works only in training mode. Architectures keep the probability in a Dropout module, in a number on
+    another module, or in the config that is read during the forward pass; all three are set.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -79,6 +89,7 @@ def remove_noise(model: nn.Module) -> None:
 
 
 def _zero_noise(holder: Any) -> None:
+    """Set the attributes of an object that name a dropout or jitter probability to 0."""
     for name, value in getattr(holder, "__dict__", {}).items():
         if isinstance(value, float) and ("drop" in name or "jitter" in name):
             setattr(holder, name, 0.0)

@@ -1,7 +1,7 @@
-"""Take back a training step that did not come to its end: weights, moments and counters, and gathered gradients.
+"""Roll back a training step that failed: weights, moments, counters and accumulated gradients.
 
-DeepSpeed 0.19.8 has no call for it. What is set here is what its own optimizers set before and after an update; tests
-compare the bits of the next training step at every ZeRO stage.
+DeepSpeed 0.19.8 has no call for this. The code sets the same fields as DeepSpeed's own optimizers before and after an
+update. Tests compare the bits of the next training step at every ZeRO stage.
 """
 
 from __future__ import annotations
@@ -16,47 +16,47 @@ from torch import Tensor
 from rlsys.errors import NonFiniteLossError
 
 
-class Undoable(Protocol):
-    """A model whose updates can be taken back."""
+class Reversible(Protocol):
+    """A model whose updates can be rolled back."""
 
-    def keep(self) -> None:
-        """Remember what updates change."""
+    def take_snapshot(self) -> None:
+        """Copy the state that updates change."""
 
-    def put_back(self) -> None:
-        """Undo the updates since `keep`. Collective."""
+    def roll_back(self) -> None:
+        """Restore the snapshot. Collective."""
 
     def discard_gradients(self) -> None:
-        """Forget the backward passes since the last update."""
+        """Discard the gradients since the last update."""
 
 
 @contextmanager
-def undone_unless_finite(models: Sequence[Undoable], updates: int) -> Iterator[None]:
-    """Leave models as they were where a NonFiniteLossError, which all ranks raise at once, passes through.
+def rollback_on_non_finite(models: Sequence[Reversible], updates: int) -> Iterator[None]:
+    """Restore models if the body raises a NonFiniteLossError, which all ranks raise together.
 
     Args:
-        models: that the updates inside may change.
-        updates: of each model. One update of one model needs no copies: it is made last of all, and only where
-            everything is finite.
+        models: models that the body may update.
+        updates: number of updates of each model. One update of one model needs no snapshot: it comes last, and only
+            if everything is finite.
     """
-    copied = updates * len(models) > 1
-    if copied:
+    needs_snapshot = updates * len(models) > 1
+    if needs_snapshot:
         for model in models:
-            model.keep()
+            model.take_snapshot()
     try:
         yield
     except NonFiniteLossError:
         for model in models:
             model.discard_gradients()
-            if copied:
-                model.put_back()
+            if needs_snapshot:
+                model.roll_back()
         raise
 
 
-class Copies:
-    """What updates change on one rank: master weights, moments and the optimizer's step counters.
+class UpdateSnapshot:
+    """Copy of the state that updates change on one rank: master weights, moments and the optimizer's step counters.
 
-    They lie in host memory and stay allocated: 12 bytes a parameter, divided by the ranks at ZeRO 1 to 3. The module's
-    own weights are made of the master weights again.
+    The copies are in host memory and stay allocated: 12 bytes per parameter, divided by the ranks at ZeRO 1 to 3. The
+    weights of the module are rebuilt from the master weights.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -65,31 +65,35 @@ class Copies:
 
     @torch.no_grad()
     def take(self) -> None:
-        found = self._changing()
+        """Copy the current state."""
+        state = self._optimizer_tensors()
         if not self._copies:
-            self._copies = [torch.empty_like(each, device="cpu", pin_memory=each.is_cuda) for each in found]
-        for copy, each in zip(self._copies, found, strict=True):
+            self._copies = [torch.empty_like(each, device="cpu", pin_memory=each.is_cuda) for each in state]
+        for copy, each in zip(self._copies, state, strict=True):
             copy.copy_(each)
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        """Collective."""
-        for copy, each in zip(self._copies, self._changing(), strict=True):
+    def restore(self) -> None:
+        """Restore the copied state. Collective."""
+        for copy, each in zip(self._copies, self._optimizer_tensors(), strict=True):
             each.copy_(copy)
-        _remake_parameters(self._engine.optimizer)
+        _rebuild_parameters(self._engine.optimizer)
 
-    def _changing(self) -> list[Tensor]:
+    def _optimizer_tensors(self) -> list[Tensor]:
         inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
-        found = []
-        for weights, entry in inner.state.items():  # of every one, since the engine was built
-            found += [weights.data, *(value for value in entry.values() if isinstance(value, Tensor))]
-        return found
+        tensors = []
+        for weights, entry in inner.state.items():  # every parameter has an entry since the engine was built
+            tensors += [weights.data, *(value for value in entry.values() if isinstance(value, Tensor))]
+        return tensors
 
 
-def _remake_parameters(optimizer: Any) -> None:
-    """Give the module the master weights, as the end of an update does; at ZeRO 0 it holds them itself. Collective."""
+def _rebuild_parameters(optimizer: Any) -> None:
+    """Copy the master weights to the module, as the end of an update does. Collective.
+
+    At ZeRO 0 the module's own weights are the master weights.
+    """
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        optimizer._partition_all_parameters()  # what is gathered would not change; the next pass gathers it again
+        optimizer._partition_all_parameters()  # gathered copies would stay stale; the next pass gathers them again
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
     elif hasattr(optimizer, "update_lp_params"):
@@ -97,8 +101,8 @@ def _remake_parameters(optimizer: Any) -> None:
 
 
 def discard_gradients(engine: Any) -> None:
-    """Forget what backward passes have gathered since the last update, wherever a ZeRO stage keeps it."""
-    engine._running_engine_step = False  # stays set where an update raises: every pass would then reduce
+    """Discard the gradients since the last update, at any ZeRO stage."""
+    engine._running_engine_step = False  # an update that raises leaves it set, and then every pass would reduce
     engine._unmanaged_backward_count = 0
     engine.zero_grad()
     optimizer = engine.optimizer
@@ -113,13 +117,13 @@ def _discard_at_stage_1_and_2(optimizer: Any) -> None:
     optimizer.averaged_gradients.clear()
     optimizer.all_grad_tensors.clear()
     optimizer._release_ipg_buffers()
-    optimizer.micro_step_id = -1  # the next pass counts as the first: offloaded sums begin with it
+    optimizer.micro_step_id = -1  # the next pass counts as the first, which starts new offloaded sums
     optimizer._offload_accumulated_param_ids = set()
     optimizer.reset_cpu_buffers()
 
 
 def _discard_at_stage_3(optimizer: Any) -> None:
-    optimizer.zero_grad()  # and sets its count of passes to 0: the next one replaces the sums
+    optimizer.zero_grad()  # also resets its count of passes, so the next pass replaces the sums
     optimizer.averaged_gradients = {}
     optimizer._offload_boundary_param_ids = set()
     optimizer.reset_cpu_buffers()

@@ -1,6 +1,6 @@
-"""Named tensors on disk: safetensors shards with an index where one file is not enough.
+"""Named tensors on disk: one safetensors file, or shards with an index.
 
-The layout is Hugging Face's (`model.safetensors`, or `model-00001-of-00003.safetensors` and
+The layout is that of Hugging Face (`model.safetensors`, or `model-00001-of-00003.safetensors` and
 `model.safetensors.index.json`), so a folder of policy tensors opens as a model.
 """
 
@@ -27,11 +27,17 @@ def write_tensors(
     writes: bool,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write tensors in order. Ranks with `writes` False only iterate, because gathering is collective.
+    """Write tensors in order. The iterator is always exhausted, because gathering tensors is collective.
+
+    Args:
+        tensors: names and whole tensors.
+        folder: folder of the files, created if missing.
+        stem: start of the file names.
+        writes: False on ranks that only take part in gathering.
+        shard_bytes: size at which a shard is closed.
 
     Raises:
-        CheckpointError: a file cannot be written. The tensors have been asked for to the last one by then, so that no
-            other rank waits for this one.
+        CheckpointError: a file cannot be written.
     """
     tensors = iter(tensors)
     try:

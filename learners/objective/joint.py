@@ -1,10 +1,10 @@
-"""The joint loss: how rows, pairs and tokens of all terms add up to one number.
+"""The joint loss: the weighted sum of the terms policy, kl, preference and sft.
 
     loss = sum_c weight_c * loss_c / denominator_c
 
-over the terms policy, kl, preference and sft, each with the count of its own tokens or pairs in the whole update, of
-all ranks and micro-batches, so that no term depends on which others are there or on how rows are spread. The critic's
-term, value, has parameters of its own and is divided by its own count in the same way.
+The denominator of a term counts its own tokens or pairs in the whole update, over all ranks and micro-batches. So a
+term depends neither on the other terms nor on how samples are spread. The critic has its own parameters and its own
+loss, the term value, with a denominator of the same kind.
 """
 
 from __future__ import annotations
@@ -21,31 +21,30 @@ from learners.objective.advantages import Float64Array
 from learners.objective.losses import LossOutput
 from learners.objective.preferences import pair_scores, preference_loss
 from learners.samples.batching import MicroBatch, PairTargets, PolicyTargets
-from learners.samples.types import Unit, trained
+from learners.samples.types import PackItem, Sample, count_targets
 from rlsys.config.objective import ObjectiveConfig, PolicyConfig, PreferenceConfig
 
 LossAggregation = Literal["token_mean", "sequence_mean", "constant"]
 
 
 def token_weights(completion_lengths: Sequence[int], *, aggregation: LossAggregation, max_tokens: int) -> Float64Array:
-    """Weight of each trained token of each row, so that loss = sum_rows w_row sum_tokens l.
+    """Compute the weight of each trained token, so that loss = sum_samples w_i sum_tokens l.
 
     token_mean:     w_i = 1 / sum_j |o_j|              every token counts the same (DAPO)
-    sequence_mean:  w_i = 1 / (n |o_i|)                every row counts the same (GRPO)
-    constant:       w_i = 1 / (rows * max_tokens)      no dependence on lengths (Dr.GRPO)
+    sequence_mean:  w_i = 1 / (n |o_i|)                every sample counts the same (GRPO)
+    constant:       w_i = 1 / (samples * max_tokens)   no dependence on lengths (Dr.GRPO)
 
-    A row without trained tokens adds no loss. It counts as one of the `rows` of constant, whose denominator
-    must not depend on what was sampled; it is not one of the n rows of sequence_mean, where the mean over
-    its tokens does not exist.
+    A sample without trained tokens adds no loss. It counts in the denominator of constant, which must not depend on
+    the sampled lengths. It is not one of the n samples of sequence_mean, because it has no mean over tokens.
 
     Args:
-        completion_lengths: |o_i|, trained tokens of every row of the optimizer update: of all ranks and all
-            micro-batches, or the loss would depend on how rows are spread over them.
+        completion_lengths: |o_i|, trained tokens of every sample of the optimizer update. They must cover all ranks
+            and micro-batches; otherwise the loss depends on how samples are spread.
         aggregation: one of the above.
-        max_tokens: bound of a completion, `sampling.max_tokens`; used by constant only.
+        max_tokens: length limit of a completion, `sampling.max_tokens`; used by constant only.
 
     Returns:
-        [rows] float64.
+        [samples] float64.
 
     Raises:
         ValueError: negative length, max_tokens < 1, or an unknown aggregation.
@@ -60,8 +59,8 @@ def token_weights(completion_lengths: Sequence[int], *, aggregation: LossAggrega
         case "token_mean":
             return np.full(len(lengths), 1.0 / max(lengths.sum(), 1.0))
         case "sequence_mean":
-            rows = max(int(np.count_nonzero(lengths)), 1)
-            return np.asarray(1.0 / (rows * np.maximum(lengths, 1.0)), dtype=np.float64)
+            samples = max(int(np.count_nonzero(lengths)), 1)
+            return np.asarray(1.0 / (samples * np.maximum(lengths, 1.0)), dtype=np.float64)
         case "constant":
             return np.full(len(lengths), 1.0 / (max(len(lengths), 1) * max_tokens))
         case _:
@@ -70,10 +69,10 @@ def token_weights(completion_lengths: Sequence[int], *, aggregation: LossAggrega
 
 @dataclass(frozen=True, slots=True)
 class Denominators:
-    """What the terms of an update are divided by: 0 of a term that nothing in the update is for.
+    """Global denominators of the terms in one update; 0 for a term without targets.
 
-    policy: tokens, sequences, or sequences * max_tokens, by aggregation; of kl too. value: tokens with a return. pairs.
-    sft: tokens.
+    policy: tokens, samples, or samples * max_tokens, by aggregation; the term kl has the same denominator.
+    value: tokens with a return. pairs: preference pairs. sft: supervised tokens.
     """
 
     policy: float
@@ -81,66 +80,95 @@ class Denominators:
     pairs: int
     sft: int
 
+    @property
+    def by_term(self) -> dict[str, float]:
+        """Denominators by the name of the term."""
+        return {
+            "policy": self.policy,
+            "kl": self.policy,
+            "value": self.value,
+            "preference": self.pairs,
+            "sft": self.sft,
+        }
 
-def weighted(units: Sequence[Unit], policy: PolicyConfig, max_tokens: int) -> tuple[list[Unit], Denominators]:
-    """The units of an update with the weight of every token and pair in its own term."""
-    rows = [row for unit in units for row in unit.rows]
-    lengths = [trained(row.policy_mask) for row in rows if row.policy]
-    per_row = token_weights(lengths, aggregation=policy.aggregation, max_tokens=max_tokens)
-    pairs = sum(unit.pair is not None for unit in units)
-    sft = sum(trained(row.sft_mask) for row in rows)
-    value = sum(trained(row.policy_mask) for row in rows if row.policy and row.policy.returns is not None)
-    weights = iter(per_row.tolist())
-    found = [
-        Unit(
-            rows=tuple(
-                replace(
-                    row,
-                    policy=replace(row.policy, weight=next(weights)) if row.policy else None,
-                    sft_weight=1 / max(1, sft),
-                )
-                for row in unit.rows
-            ),
-            pair=replace(unit.pair, weight=1 / pairs) if unit.pair else None,
+
+def weigh_items(
+    items: Sequence[PackItem], policy: PolicyConfig, max_tokens: int
+) -> tuple[list[PackItem], Denominators]:
+    """Set the weight of every token and pair in its own term.
+
+    Args:
+        items: all items of one update, of all ranks and micro-batches.
+        policy: configuration of the policy term, for the aggregation.
+        max_tokens: length limit of a completion, `sampling.max_tokens`.
+
+    Returns:
+        The items with their weights, and the denominators behind them.
+    """
+    samples = [sample for item in items for sample in item.samples]
+    lengths = [count_targets(sample.policy_mask) for sample in samples if sample.policy]
+    policy_weights = iter(token_weights(lengths, aggregation=policy.aggregation, max_tokens=max_tokens).tolist())
+    pairs = sum(item.pair is not None for item in items)
+    sft = sum(count_targets(sample.sft_mask) for sample in samples)
+    value = sum(
+        count_targets(sample.policy_mask) for sample in samples if sample.policy and sample.policy.returns is not None
+    )
+
+    def weigh(sample: Sample) -> Sample:
+        tokens = replace(sample.policy, weight=next(policy_weights)) if sample.policy else None
+        return replace(sample, policy=tokens, sft_weight=1 / max(1, sft))
+
+    weighted = [
+        PackItem(
+            samples=tuple(weigh(sample) for sample in item.samples),
+            pair=replace(item.pair, weight=1 / pairs) if item.pair else None,
         )
-        for unit in units
+        for item in items
     ]
-    sequences = {
+    policy_denominator = {
         "token_mean": sum(lengths),
         "sequence_mean": int(np.count_nonzero(lengths)),
         "constant": len(lengths) * max_tokens,
-    }
-    return found, Denominators(policy=sequences[policy.aggregation], value=value, pairs=pairs, sft=sft)
+    }[policy.aggregation]
+    return weighted, Denominators(policy=policy_denominator, value=value, pairs=pairs, sft=sft)
 
 
 def joint_loss(
     logprobs: Tensor, entropy: Tensor, batch: MicroBatch, objective: ObjectiveConfig
 ) -> dict[str, LossOutput]:
-    """The part of a micro-batch in the terms of the joint loss, by name, before their weights.
-
-    A term that the micro-batch holds nothing of is left out.
+    """Compute the contribution of a micro-batch to each term of the joint loss, before the term's weight.
 
     Args:
         logprobs: [N] nats, of all targets; carries gradient.
-        entropy: [M] nats, of the targets of the policy term; carries gradient where policy.entropy_coef is above 0.
-        batch: with weights (see `weighted`).
+        entropy: [M] nats, of the targets of the policy term; carries gradient if policy.entropy_coef is above 0.
+        batch: micro-batch with the weights of `weigh_items`.
+        objective: the joint objective.
+
+    Returns:
+        Losses by term, without the terms that have no target in the micro-batch.
     """
-    found: dict[str, LossOutput] = {}
+    terms: dict[str, LossOutput] = {}
     if batch.policy is not None:
-        found["policy"] = _policy_term(logprobs, entropy, batch.policy, objective.policy)
+        terms["policy"] = _policy_term(logprobs, entropy, batch.policy, objective.policy)
         reference = batch.policy.reference_logprobs
         if reference is not None and not objective.kl.in_reward:
             own, weights = logprobs.index_select(0, batch.policy.at), batch.policy.weights.to(logprobs)
-            found["kl"] = losses.kl_loss(own, reference.to(own), weights, estimator=objective.kl.estimator)
+            terms["kl"] = losses.kl_loss(own, reference.to(own), weights, estimator=objective.kl.estimator)
     if batch.pairs is not None:
-        found["preference"] = preference_term(logprobs, batch.pairs, objective.preference)
+        terms["preference"] = preference_term(logprobs, batch.pairs, objective.preference)
     if batch.sft is not None:
-        found["sft"] = losses.supervised_loss(logprobs.index_select(0, batch.sft.at), batch.sft.weights.to(logprobs))
-    return found
+        terms["sft"] = losses.supervised_loss(logprobs.index_select(0, batch.sft.at), batch.sft.weights.to(logprobs))
+    return terms
 
 
-def total(terms: Mapping[str, LossOutput], weights: Mapping[str, float], logprobs: Tensor) -> Tensor:
-    """sum_c weight_c loss_c; 0 with a gradient of 0 where there is no term."""
+def total_loss(terms: Mapping[str, LossOutput], weights: Mapping[str, float], logprobs: Tensor) -> Tensor:
+    """Compute sum_c weight_c loss_c.
+
+    Args:
+        terms: losses by term.
+        weights: weights by term.
+        logprobs: [N]; without any term the result is 0 with a gradient of 0 for them.
+    """
     return sum((weights[name] * term.loss for name, term in terms.items()), logprobs.sum() * 0)
 
 
@@ -156,17 +184,17 @@ def _policy_term(logprobs: Tensor, entropy: Tensor, targets: PolicyTargets, poli
     bounds = {"clip_low": policy.clip_low, "clip_high": policy.clip_high}
     match policy.surrogate:
         case "clip":
-            found = losses.policy_loss(own, old, advantages, weights, **bounds, dual_clip=policy.dual_clip)
+            surrogate = losses.policy_loss(own, old, advantages, weights, **bounds, dual_clip=policy.dual_clip)
         case "gspo":
-            found = losses.gspo_loss(own, old, advantages, weights, targets.row_ids, **bounds)
+            surrogate = losses.gspo_loss(own, old, advantages, weights, targets.row_ids, **bounds)
         case "cispo":
-            found = losses.cispo_loss(own, old, advantages, weights, **bounds)
-    loss = found.loss
+            surrogate = losses.cispo_loss(own, old, advantages, weights, **bounds)
+    loss = surrogate.loss
     if policy.entropy_coef:
         bonus = losses.entropy_loss(entropy, targets.weights.to(logprobs))
         loss = loss + policy.entropy_coef * bonus.loss
     gap = (start - behavior).abs()
-    metrics |= found.metrics | {
+    metrics |= surrogate.metrics | {
         "entropy": entropy.detach().sum(),
         "gap": gap.sum(),
         "gap_max": gap.max() if len(gap) else gap.new_zeros(()),
@@ -175,23 +203,25 @@ def _policy_term(logprobs: Tensor, entropy: Tensor, targets: PolicyTargets, poli
 
 
 def preference_term(logprobs: Tensor, targets: PairTargets, preference: PreferenceConfig) -> LossOutput:
-    """The preference loss of the pairs of a micro-batch, by their log-ratios.
+    """Compute the preference loss of the pairs of a micro-batch from the log-ratios of their sides.
 
-    r_j = sum over t in j of logprobs_t - reference_j            of side j of a pair
-    r_j = that / number of targets of side j                     with length_norm
+    r_j = sum over t in j of logprobs_t - reference_j                                          for side j of a pair
+    r_j = (sum over t in j of logprobs_t - reference_j) / number of targets of side j          with length_norm
 
     Args:
         logprobs: [N] nats, of all targets; carries gradient.
+        targets: targets of the pairs.
+        preference: configuration of the preference term.
 
     Source: length_norm: LN-DPO, Tulu 3, arXiv:2411.15124.
     """
-    # Sums of hundreds of terms of which a small difference counts: in double precision, on the few targets there are.
+    # Double precision: a small difference between sums of hundreds of terms matters, and the targets are few.
     own = logprobs.index_select(0, targets.at).double()
     scores = pair_scores(own, targets.segments, 2 * len(targets.weights))
     ratios = scores - targets.reference
     if preference.length_norm:
         ratios = ratios / targets.segments.bincount(minlength=len(ratios)).clamp(min=1)
-    found = preference_loss(
+    output = preference_loss(
         ratios[0::2],
         ratios[1::2],
         targets.weights,
@@ -201,6 +231,6 @@ def preference_term(logprobs: Tensor, targets: PairTargets, preference: Preferen
     )
     detached = scores.detach()
     return LossOutput(
-        found.loss,
-        found.metrics | {"chosen_logprob": detached[0::2].sum(), "rejected_logprob": detached[1::2].sum()},
+        output.loss,
+        output.metrics | {"chosen_logprob": detached[0::2].sum(), "rejected_logprob": detached[1::2].sum()},
     )

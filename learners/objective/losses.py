@@ -1,11 +1,11 @@
 """Losses as pure functions of per-token tensors.
 
-Every loss is a weighted sum over tokens. The weights already hold the aggregation and the global count of
-the update (`learners.objective.joint.token_weights`), so partial losses of micro-batches and ranks simply add up.
-Metrics are sums over tokens (a maximum where the name says so), detached, and combine in the same way.
+Every loss is a weighted sum over tokens. The weights include the aggregation and the global denominator of the update
+(`learners.objective.joint.token_weights`), so the losses of micro-batches and ranks add up to the loss of the update.
+Metrics are detached sums over tokens, or maxima if the name says so, and combine in the same way.
 
-A token of weight 0 adds nothing to the loss, whatever finite numbers it holds; metrics count it all the same.
-NaN is never hidden: 0 * NaN is NaN, so even at weight 0 it makes the loss NaN.
+A token of weight 0 with finite inputs adds nothing to the loss, but the metrics count it. NaN is never hidden: 0 * NaN
+is NaN, so a NaN makes the loss NaN even at weight 0.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ def policy_loss(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> LossOutput:
-    """Clipped policy-gradient surrogate with separate bounds.
+    """Compute the clipped policy-gradient surrogate with separate bounds.
 
     r_t  = exp(logprobs_t - old_logprobs_t)
     l_t  = -min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
-    l_t  = min(that, -dual_clip A_t)                                    where A_t < 0, with `dual_clip`
+    l_t  = min(l_t, -dual_clip A_t)                                     if A_t < 0 and `dual_clip` is set
     loss = sum_t w_t l_t
 
     d loss / d logprobs_t = -w_t r_t A_t, and 0 where a clip is active: A > 0 with r above the upper bound
-    (`clipped_high`), A < 0 with r below the lower one (`clipped_low`) or above `dual_clip` (`dual_clipped`).
+    (`clipped_high`), A < 0 with r below the lower bound (`clipped_low`) or above `dual_clip` (`dual_clipped`).
     At r = 1 this is REINFORCE.
 
     Args:
         logprobs: [N] nats, of the policy; carries gradient.
         old_logprobs: [N] nats, of the policy at the start of the training step.
         advantages: [N].
-        weights: [N], aggregation over the global denominator; times `importance_weights` it is decoupled PPO.
+        weights: [N], aggregation over the global denominator; multiplied by `importance_weights` for decoupled PPO.
         clip_low: in [0, 1).
         clip_high: >= 0.
-        dual_clip: > 1 (3 is usual), bounds the loss of a token with A < 0 by -dual_clip A; None: no such bound.
+        dual_clip: > 1, usually 3; bounds the loss of a token with A < 0 by -dual_clip A. None disables the bound.
 
     Returns:
         metrics: clipped_low, clipped_high (counts), ratio_max (0 without tokens); with `dual_clip` the count
@@ -91,15 +91,15 @@ def gspo_loss(
     clip_low: float,
     clip_high: float,
 ) -> LossOutput:
-    """Clipped surrogate whose ratio is that of the whole sequence, in its token form (GSPO-token).
+    """Compute the clipped surrogate with sequence-level ratios, in its token form (GSPO-token).
 
     s_i   = exp(mean over the targets t of row i of logprobs_t - old_logprobs_t)
-    r_t   = sg[s_i] * p_t / sg[p_t]      of the value s_i, differentiated as p_t
+    r_t   = sg[s_i] * p_t / sg[p_t]      equal to s_i, with the gradient of p_t
     loss  = sum_t w_t * -min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
 
-    d loss / d logprobs_t = -w_t s_i A_t, and 0 for the whole row where the clip is active. With one A_i a row and
-    w_t = 1 / (n |o_i|) (aggregation `sequence_mean`) value and gradient are those of the sequence form
-    -(1/n) sum_i min(s_i A_i, clip(s_i) A_i). A row of one target is a token of `policy_loss`.
+    d loss / d logprobs_t = -w_t s_i A_t, and 0 for the whole row if the clip is active. With one A_i per row and
+    w_t = 1 / (n |o_i|) (aggregation `sequence_mean`), value and gradient equal those of the sequence form
+    -(1/n) sum_i min(s_i A_i, clip(s_i) A_i). For rows of one target the loss equals `policy_loss`.
 
     Args:
         logprobs: [N] nats, of the policy; carries gradient.
@@ -107,9 +107,9 @@ def gspo_loss(
         advantages: [N].
         weights: [N], aggregation over the global denominator.
         row_ids: [N] int64 >= 0, the row of every target. All targets of a row must be in this call; each counts in
-            s_i, whatever its weight.
-        clip_low: in [0, 1), the paper's 3e-4.
-        clip_high: >= 0, the paper's 4e-4.
+            s_i, even at weight 0.
+        clip_low: in [0, 1); the paper uses 3e-4.
+        clip_high: >= 0; the paper uses 4e-4.
 
     Returns:
         metrics: clipped_low, clipped_high (counts of tokens), ratio_max (largest s_i, 0 without tokens).
@@ -136,7 +136,7 @@ def cispo_loss(
     clip_low: float,
     clip_high: float,
 ) -> LossOutput:
-    """REINFORCE with a clipped importance ratio: the clip bounds a token's gradient and never drops it.
+    """Compute REINFORCE with a clipped importance ratio, which bounds a token's gradient but never drops it.
 
     r_t  = exp(logprobs_t - old_logprobs_t)
     loss = sum_t w_t * -sg[clip(r_t, 1 - clip_low, 1 + clip_high)] A_t logprobs_t
@@ -148,11 +148,11 @@ def cispo_loss(
         old_logprobs: [N] nats, of the policy at the start of the training step.
         advantages: [N].
         weights: [N], aggregation over the global denominator.
-        clip_low: in [0, 1]; 1 leaves the ratio without a lower bound, as the paper does.
+        clip_low: in [0, 1]; 1 means no lower bound, as in the paper.
         clip_high: >= 0.
 
     Returns:
-        metrics: clipped_low, clipped_high (counts of ratios outside a bound, of either sign of A), ratio_max
+        metrics: clipped_low, clipped_high (counts of ratios outside a bound, for either sign of A), ratio_max
             (before the clip; 0 without tokens).
 
     Source: MiniMax-M1, arXiv:2506.13585, eqs. 4 and 5.
@@ -168,10 +168,10 @@ def cispo_loss(
 
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, *, estimator: KlEstimator) -> Tensor:
-    """Estimate of KL(policy || reference) from each of the policy's own samples.
+    """Estimate KL(policy || reference) from each token that the policy sampled.
 
     d_t = reference_logprobs_t - logprobs_t
-    k1  = -d_t                   unbiased; of either sign
+    k1  = -d_t                   unbiased; can be negative
     k2  = d_t^2 / 2              biased, >= 0
     k3  = exp(d_t) - 1 - d_t     unbiased, >= 0
 
@@ -181,7 +181,7 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, *, estimator: KlEs
         estimator: one of the above.
 
     Returns:
-        [N] nats, with the gradient of its arguments. k3 is constant where d_t > MAX_LOG_RATIO: it would overflow.
+        [N] nats; carries the gradient of the arguments. k3 is constant where d_t > MAX_LOG_RATIO, to avoid overflow.
 
     Raises:
         ValueError: unknown estimator.
@@ -203,13 +203,13 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, *, estimator: KlEs
 
 
 def kl_loss(logprobs: Tensor, reference_logprobs: Tensor, weights: Tensor, *, estimator: KlEstimator) -> LossOutput:
-    """Estimated KL(policy || reference) on the policy's own samples, as a loss.
+    """Compute the estimated KL(policy || reference) on the policy's own tokens, as a loss.
 
     loss = sum_t w_t k_t,   k_t of `kl_estimate`, d_t = reference_logprobs_t - logprobs_t
 
-    d loss / d logprobs_t = w_t                   k1; in expectation 0, so it belongs into a reward, not here
+    d loss / d logprobs_t = w_t                   k1; 0 in expectation, so use k1 in the reward, not in the loss
                             -w_t d_t              k2; in expectation the gradient of KL(policy || reference)
-                            w_t (1 - exp(d_t))    k3; in expectation that of KL(reference || policy)
+                            w_t (1 - exp(d_t))    k3; in expectation the gradient of KL(reference || policy)
 
     Args:
         logprobs: [N] nats, of the policy; carries gradient.
@@ -230,7 +230,7 @@ def kl_loss(logprobs: Tensor, reference_logprobs: Tensor, weights: Tensor, *, es
 
 
 def entropy_loss(entropy: Tensor, weights: Tensor) -> LossOutput:
-    """Negative entropy: minimised, it keeps the policy from collapsing.
+    """Compute the negative entropy; minimising it keeps the policy from collapsing.
 
     loss = sum_t w_t * -entropy_t,   d loss / d entropy_t = -w_t
 
@@ -246,20 +246,20 @@ def entropy_loss(entropy: Tensor, weights: Tensor) -> LossOutput:
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, *, clip: float | None
 ) -> LossOutput:
-    """Squared error of the critic, which gains nothing by leaving a band around its old values.
+    """Compute the squared error of the critic, optionally clipped to a band around its old values.
 
     loss = sum_t w_t * 0.5 max( (V_t - R_t)^2, (clip(V_t, V_old_t - clip, V_old_t + clip) - R_t)^2 )
     loss = sum_t w_t * 0.5 (V_t - R_t)^2                                                                clip None
 
-    d loss / d V_t = w_t (V_t - R_t), and 0 where V_t has left the band and is closer to R_t than the band's edge
-    is (`value_clipped`).
+    d loss / d V_t = w_t (V_t - R_t), and 0 where V_t is outside the band and closer to R_t than the band's edge
+    (`value_clipped`).
 
     Args:
         values: [N], of the critic; carries gradient.
         old_values: [N], of the critic at the start of the training step.
-        returns: [N], `learners.objective.advantages.gae`.
+        returns: [N], from `learners.objective.advantages.gae`.
         weights: [N], aggregation over the global denominator.
-        clip: > 0, half the width of the band in units of the return; None: no band.
+        clip: > 0, half the width of the band in units of the return; None disables the band.
 
     Returns:
         metrics: value_clipped (count), squared_error (sum of (V_t - R_t)^2).
@@ -279,7 +279,7 @@ def value_loss(
 
 
 def supervised_loss(logprobs: Tensor, weights: Tensor) -> LossOutput:
-    """Negative log-likelihood.
+    """Compute the negative log-likelihood.
 
     loss = sum_t w_t * -logprobs_t,   d loss / d logprobs_t = -w_t
 
@@ -293,16 +293,16 @@ def supervised_loss(logprobs: Tensor, weights: Tensor) -> LossOutput:
 def importance_weights(
     old_logprobs: Tensor, behavior_logprobs: Tensor, *, cap: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Truncated importance weights of tokens that another policy than the old one produced.
+    """Compute truncated importance weights of off-policy tokens.
 
     rho_t = exp(old_logprobs_t - behavior_logprobs_t),   w_t = min(rho_t, cap)
 
-    Times the weights of any policy loss they give decoupled PPO: the clip is around the old policy, the correction
-    is for what produced the tokens. Equal policies give exactly 1.
+    Multiplied by the weights of any policy loss they give decoupled PPO: the loss clips around the old policy, and the
+    importance weights correct for the behavior policy. Equal policies give exactly 1.
 
     Args:
         old_logprobs: [N] nats, of the policy at the start of the training step.
-        behavior_logprobs: [N] nats, of what produced the tokens.
+        behavior_logprobs: [N] nats, of the policy that sampled the tokens.
         cap: > 0, about 2.
 
     Returns:
@@ -328,7 +328,7 @@ def _largest(ratio: Tensor) -> Tensor:
 def _clipped_terms(
     ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """min(r A, clip(r) A) of every token, and what the clip did."""
+    """Return min(r A, clip(r) A) of every token, and the metrics of the clip."""
     terms = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
     detached = ratio.detach()
     metrics = {

@@ -1,7 +1,7 @@
-"""Preference losses over pairs of completions: a chosen and a rejected one.
+"""Preference losses over pairs of a chosen and a rejected completion.
 
-As every loss here they are weighted sums, over pairs, and their metrics are sums over pairs. The shared prefix of a
-pair cancels in the summed forms, in value and gradient; it does not in the length-normalised ones, where masking it
+Losses are weighted sums over pairs, and metrics are sums over pairs. In losses of summed log-probabilities the shared
+prefix of a pair cancels, in value and gradient. In length-normalised losses it does not cancel, because masking it
 changes the denominators.
 """
 
@@ -18,22 +18,22 @@ from learners.objective.losses import LossOutput
 
 PreferenceLoss = Literal["dpo", "ipo"]
 
-# A label that is wrong half the time says nothing, and the optimum logit(1 - eps) would be 0.
+# At eps = 1/2 labels carry no information, and the optimum logit(1 - eps) would be 0.
 MAX_SMOOTHING = 0.499
 
 
 def pair_scores(logprobs: Tensor, segments: Tensor, count: int) -> Tensor:
-    """Sum of the log-probabilities of each segment: of one completion of a pair.
+    """Sum log-probabilities by segment; a segment is one completion of a pair.
 
     s_j = sum over t in j of logprobs_t
 
     Args:
         logprobs: [M] nats; carries gradient.
         segments: [M] int64 in [0, count), the segment of every target.
-        count: segments, those without targets included; their score is 0.
+        count: number of segments; a segment without targets has score 0.
 
     Returns:
-        [count] nats, of the type of `logprobs`; sums are taken in fp64.
+        [count] nats, in the dtype of `logprobs`; summed in fp64.
     """
     precise = logprobs.double()
     return precise.new_zeros(count).index_add(0, segments, precise).to(logprobs.dtype)
@@ -48,23 +48,23 @@ def preference_loss(
     beta: float,
     label_smoothing: Tensor,
 ) -> LossOutput:
-    """Conservative DPO, of preferences that are wrong with probability eps, or IPO.
+    """Compute conservative DPO, for preferences that are wrong with probability eps, or IPO.
 
     d    = chosen_logratio - rejected_logratio
     dpo:   sum_p w_p [ -(1 - eps_p) log sigmoid(beta d_p) - eps_p log sigmoid(-beta d_p) ]
     ipo:   sum_p w_p (d_p - 1 / (2 beta))^2
 
-    d dpo / d (beta d_p) = w_p (sigmoid(beta d_p) - (1 - eps_p)): the optimum is beta d = logit(1 - eps), and eps 0
-    is plain DPO, without a finite optimum. d ipo / d d_p = 2 w_p (d_p - 1 / (2 beta)).
+    d dpo / d (beta d_p) = w_p (sigmoid(beta d_p) - (1 - eps_p)): the optimum is beta d = logit(1 - eps). With eps 0
+    this is plain DPO, without a finite optimum. d ipo / d d_p = 2 w_p (d_p - 1 / (2 beta)).
 
     Args:
-        chosen_logratio: [P] log-probability under the policy minus that under the reference of the chosen completion,
-            nats, summed or per token (LN-DPO; IPO as TRL averages it); carries gradient.
-        rejected_logratio: [P], the same of the rejected one.
+        chosen_logratio: [P] log pi_theta - log pi_ref of the chosen completion, nats; summed, or averaged over tokens
+            (LN-DPO, and IPO as in TRL); carries gradient.
+        rejected_logratio: [P], the same for the rejected completion.
         weights: [P], 1 over the pairs of the whole update.
         loss: "dpo" or "ipo".
         beta: > 0, inverse temperature.
-        label_smoothing: [P] eps in [0, 0.5), a constant or `adaptive_smoothing`; all 0 for ipo.
+        label_smoothing: [P] eps in [0, 0.5), constant or from `adaptive_smoothing`; all 0 for ipo.
 
     Returns:
         metrics: accuracy (count of d > 0), margin (sum of d), chosen_logratio, rejected_logratio (sums), nats.
@@ -100,12 +100,12 @@ def preference_loss(
 
 
 def adaptive_smoothing(chosen_visits: Float64Array, rejected_visits: Float64Array) -> Float64Array:
-    """Label smoothing of pairs from a searched tree: the more the search went to the rejected side, the more doubt.
+    """Compute label smoothing of pairs from a tree; it grows with the visits of the rejected side.
 
     c   = 1 / (1 + q_l / max(1, q_w))
     eps = min(1 - c, 0.499)
 
-    0 where the rejected side was never visited, near 0.5 where both were visited equally often or it was visited more.
+    eps is 0 if the rejected side was never visited, and near 0.5 if it was visited at least as often as the chosen.
 
     Args:
         chosen_visits: [P] q_w >= 0, visits of the chosen node.
@@ -117,7 +117,7 @@ def adaptive_smoothing(chosen_visits: Float64Array, rejected_visits: Float64Arra
     Raises:
         ValueError: shapes differ, or a count is negative or not finite.
 
-    Source: MCTS-DPO, arXiv:2405.00451, and its code, whose bound is 0.5.
+    Source: MCTS-DPO, arXiv:2405.00451, and its code, which bounds eps at 0.5.
     """
     if chosen_visits.shape != rejected_visits.shape:
         raise ValueError(f"expected visits of one shape [P], found {chosen_visits.shape} and {rejected_visits.shape}")
@@ -125,5 +125,5 @@ def adaptive_smoothing(chosen_visits: Float64Array, rejected_visits: Float64Arra
     if not np.isfinite(visits).all() or (visits < 0).any():
         raise ValueError(f"expected visits >= 0, found {visits.tolist()}")
     chosen, rejected = np.maximum(visits[0], 1.0), visits[1]
-    # 1 - c = q_l / (q_w + q_l), without the cancellation near c = 1
+    # 1 - c = q_l / (q_w + q_l), which does not cancel near c = 1
     return np.minimum(rejected / (chosen + rejected), MAX_SMOOTHING)

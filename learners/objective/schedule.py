@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the update, so that a resumed stage needs no scheduler state."""
+"""Learning rate as a pure function of the update; a resumed stage needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from rlsys.config.schema import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, update: int, total_updates: int) -> float:
-    """Learning rate of one optimizer update.
+    """Return the learning rate of one optimizer update.
 
     With W = warmup_updates, u = update, p = (u - W) / (total - 1 - W) clipped to [0, 1], f = final_fraction:
-    u < W:     peak * (u + 1) / (W + 1)                    from one step above 0, so that no update is wasted
+    u < W:     peak * (u + 1) / (W + 1)                    above 0 from the first update on
     constant:  peak
     linear:    peak * (1 - (1 - f) p)
     cosine:    peak * (f + (1 - f) (1 + cos(pi p)) / 2)
 
-    Update W has the peak, the last update peak * f. A stage that ends with or before update W never decays;
-    updates past the end (a stage that was lengthened) keep the last value.
+    Update W has the peak rate, and the last update has peak * f. A stage that ends with or before update W never
+    decays. Updates past the end, in a stage that was lengthened, keep the last rate.
 
     Args:
-        config: peak and course.
-        update: optimizer updates of this stage that are already done, >= 0.
-        total_updates: optimizer updates of the whole stage, >= 1.
+        config: peak rate, warmup and schedule.
+        update: number of finished optimizer updates of this stage, >= 0.
+        total_updates: number of optimizer updates of the whole stage, >= 1.
 
     Raises:
         ValueError: update < 0 or total_updates < 1.

@@ -1,4 +1,4 @@
-"""Advantages of the thought nodes of one searched prompt: how much better than expected each one was."""
+"""Advantages of the thought nodes of one searched prompt."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rlsys.types import Trajectory
 
 TreeEstimator = Literal["sibling_mean", "treerl", "treepo", "backed_up", "group"]
 
-ROOT = 0  # the prompt's number in every tree
+ROOT = 0  # number of the prompt in every tree
 
 
 @dataclass(frozen=True, slots=True)
 class NodeAdvantage:
-    """advantage: of every token of the node. draws: how often these tokens count, > 0."""
+    """Advantage of every token of a node, and the number of draws, > 0, that these tokens stand for."""
 
     advantage: float
     draws: float
@@ -29,7 +29,11 @@ class NodeAdvantage:
 
 @dataclass(frozen=True, slots=True)
 class _Tree:
-    """chains: nodes of every sampled chain from below the root on. rewards: [chains]. through: the chains of a node."""
+    """Sampled chains of one tree and their rewards.
+
+    chains: nodes of every chain, without the root. rewards: [chains].
+    through: indices of the chains through each node.
+    """
 
     chains: list[tuple[int, ...]]
     rewards: Float64Array
@@ -37,47 +41,53 @@ class _Tree:
 
     @property
     def inner(self) -> set[int]:
-        """Nodes from which a chain goes on."""
+        """Nodes at which at least one chain continues."""
         return {node for chain in self.chains for node in chain[:-1]}
 
 
 def tree_advantages(
     trajectories: Sequence[Trajectory], *, estimator: TreeEstimator, use_std: bool
 ) -> dict[int, NodeAdvantage]:
-    """Advantages of the nodes of a searched group, by node number.
+    """Compute the advantages of the nodes of a searched group, by node number.
 
-    sibling_mean: see `_sibling_mean`, where a node is compared with its siblings; draws are its `samples`.
+    sibling_mean: see `_sibling_mean`, which compares a node with its siblings; draws are the node's `samples`.
 
-    The others count chains: c(s) are the sampled chains through node s, R_i the reward of chain i, and draws(s) =
-    |c(s)|. So a node that is trained once, with advantage * draws, gets the policy gradient (before clipping) that it
-    gets where every sampled chain is trained whole, as in the papers.
+    The other estimators count chains: c(s) are the sampled chains through node s, R_i is the reward of chain i, and
+    draws(s) = |c(s)|. A node is trained once, with advantage * draws. Before clipping this gives the policy gradient of
+    training every sampled chain whole, as in the papers.
 
     group:      A(s) = mean over c(s) of R_i - mean R
-    treepo:     A(s) = mean over c(s) of  sum_g |g| (R_i - mean_g R) / sum_g |g|;  g: all chains, and the chains
-                through each of i's nodes from which some chain goes on, where they are at least two
+    treepo:     A(s) = mean over c(s) of  sum_g |g| (R_i - mean_g R) / sum_g |g|;  g: the set of all chains, and for
+                each inner node of chain i the chains through it, if they are at least two
     treerl:     A(s) = [(V(s) - V(root)) + (V(s) - V(parent))] / sqrt|c(s)|;  V(s) = mean over c(s) of R~_i, the reward
-                less the mean of all others. The division is for the draws: a node that many chains share would
-                otherwise outweigh what sets them apart.
+                less the mean of all other rewards. The division offsets the draws: a node shared by many chains would
+                otherwise outweigh the nodes in which they differ.
     backed_up:  A(s) = score(s) - mean (2 R - 1);  see `_backed_up`
     use_std:    A(s) / (std + 1e-6), std of all R (of 2 R - 1 for backed_up), n - 1 in the denominator
 
-    A leaf that was drawn `samples` times stands for as many chains; a chain that ends where others go on is one.
-    All advantages of a tree are exactly 0 where its rewards are equal or where it has only one chain. (The formula of
-    backed_up would reward every thought of a tree that is wrong throughout: no score is as low as the mean of -1.)
+    A leaf that was drawn `samples` times counts as that many chains. A chain that ends at an inner node counts once.
+    All advantages of a tree are exactly 0 if its rewards are equal or it has only one chain. (Without this rule,
+    backed_up would reward every thought of a tree with only wrong answers: no score is as low as the mean of -1.)
 
-    A backtracking child is there because the verifier found an answer below its parent wrong, a hint that the policy
-    never gets when it is used. So the backtracking children of a node start a tree of their own, with that node as
-    root, and a chain counts only in the tree of its last backtracking child: what came of a hint is neither merit nor
-    baseline of anything sampled without it. A node that only chains with a later hint hold gets advantage 0, draws 1.
+    A backtracking child exists because the verifier found an answer below its parent wrong. The policy has no such hint
+    when it is used. So the backtracking children of a node start a tree of their own with that node as root, and a
+    chain counts only in the tree of its last backtracking child. The result of a hint is therefore neither merit nor
+    baseline of nodes that were sampled without it. A node that lies only on chains with a later hint gets advantage 0
+    and draws 1.
 
-    The tree is rebuilt from the steps of the judged trajectories; a node that none of them holds has no advantage, and
-    what was not judged counts nowhere. The order of the trajectories changes nothing.
+    The tree is rebuilt from the steps of the judged trajectories. A node outside them has no advantage, and unjudged
+    trajectories count nowhere. The order of the trajectories does not matter.
+
+    Args:
+        trajectories: trajectories of one searched group.
+        estimator: one of the above.
+        use_std: whether to divide by the standard deviation.
 
     Raises:
         ValueError: the reward of a judged trajectory is not finite, or an unknown estimator.
 
-    Source: SPO, arXiv:2505.23564 (sibling_mean); TreePO, arXiv:2508.17445 and its code, whose weights "group_size"
-        these are, and which whitens over the step; TreeRL, arXiv:2506.11902; DeepSearch, arXiv:2509.25454.
+    Source: SPO, arXiv:2505.23564 (sibling_mean); TreePO, arXiv:2508.17445 and its code (weights
+        "group_size"; the code also whitens over the step); TreeRL, arXiv:2506.11902; DeepSearch, arXiv:2509.25454.
     """
     judged = [trajectory for trajectory in trajectories if trajectory.judged]
     rewards = [trajectory.reward for trajectory in judged]
@@ -87,18 +97,18 @@ def tree_advantages(
         return _sibling_mean(judged, use_std)
     if estimator not in _ESTIMATES:
         raise ValueError(f"unknown estimator {estimator!r} of tree advantages")
-    found = {step.node: NodeAdvantage(0.0, 1.0) for trajectory in judged for step in trajectory.steps}
+    by_node = {step.node: NodeAdvantage(0.0, 1.0) for trajectory in judged for step in trajectory.steps}
     for tree in _trees(judged, signed=estimator == "backed_up"):
-        level = tree.rewards.min() == tree.rewards.max()
-        advantages = {} if level else _ESTIMATES[estimator](tree)
-        scale = tree.rewards.std(ddof=1) + STD_EPSILON if use_std and not level else 1.0
+        equal = tree.rewards.min() == tree.rewards.max()
+        advantages = {} if equal else _ESTIMATES[estimator](tree)
+        scale = tree.rewards.std(ddof=1) + STD_EPSILON if use_std and not equal else 1.0
         for node, chains in tree.through.items():
-            found[node] = NodeAdvantage(float(advantages.get(node, 0.0) / scale), float(len(chains)))
-    return found
+            by_node[node] = NodeAdvantage(float(advantages.get(node, 0.0) / scale), float(len(chains)))
+    return by_node
 
 
 def _trees(judged: Sequence[Trajectory], *, signed: bool) -> list[_Tree]:
-    """What was sampled without a hint, and every set of backtracking siblings with what is below it."""
+    """Return the tree sampled without hints, and one tree for every set of backtracking siblings."""
     inner = {step.parent for trajectory in judged for step in trajectory.steps if not step.backtrack}
     chains: dict[tuple[int, bool], list[tuple[tuple[int, ...], float]]] = defaultdict(list)
     for trajectory in judged:
@@ -108,20 +118,20 @@ def _trees(judged: Sequence[Trajectory], *, signed: bool) -> list[_Tree]:
         drawn = steps[-1].samples if steps and steps[-1].node not in inner else 1
         reward = 2.0 * trajectory.reward - 1.0 if signed else trajectory.reward
         chains[root] += [(tuple(step.node for step in steps), reward)] * drawn
-    return [_tree(found) for found in chains.values()]
+    return [_tree(rewarded_chains) for rewarded_chains in chains.values()]
 
 
-def _tree(found: Sequence[tuple[tuple[int, ...], float]]) -> _Tree:
+def _tree(rewarded_chains: Sequence[tuple[tuple[int, ...], float]]) -> _Tree:
     through: dict[int, list[int]] = defaultdict(list)
-    for chain, (nodes, _) in enumerate(found):
+    for chain, (nodes, _) in enumerate(rewarded_chains):
         for node in nodes:
             through[node].append(chain)
-    rewards = np.array([reward for _, reward in found], dtype=np.float64)
-    return _Tree([nodes for nodes, _ in found], rewards, dict(through))
+    rewards = np.array([reward for _, reward in rewarded_chains], dtype=np.float64)
+    return _Tree([nodes for nodes, _ in rewarded_chains], rewards, dict(through))
 
 
 def _means(tree: _Tree, credit: Float64Array) -> dict[int, float]:
-    """Of the chains through every node."""
+    """Return the mean credit of the chains through every node."""
     return {node: float(credit[chains].mean()) for node, chains in tree.through.items()}
 
 
@@ -142,25 +152,25 @@ def _treepo(tree: _Tree) -> dict[int, float]:
 
 def _treerl(tree: _Tree) -> dict[int, float]:
     everything = np.ones(len(tree.rewards), dtype=np.bool_)
-    left_out = group_advantages(tree.rewards, everything, estimator="rloo")
-    values = _means(tree, left_out)
+    leave_one_out = group_advantages(tree.rewards, everything, estimator="rloo")
+    values = _means(tree, leave_one_out)
     parents = {node: parent for chain in tree.chains for parent, node in itertools.pairwise(chain)}
-    found = {}
+    advantages = {}
     for node, chains in tree.through.items():
         parent = values[parents[node]] if node in parents else 0.0  # R~ sums to 0, so V(root) = 0
-        found[node] = (2.0 * values[node] - parent) / math.sqrt(len(chains))
-    return found
+        advantages[node] = (2.0 * values[node] - parent) / math.sqrt(len(chains))
+    return advantages
 
 
 def _backed_up(tree: _Tree) -> dict[int, float]:
-    """Scores that the search backs up, less the mean of the rewards.
+    """Return the scores that the search backs up, less the mean reward.
 
-    w = max((i + 1) / (l + 1), 0.1) r   for the i-th of the l nodes of a chain of reward r in [-1, 1]
-    q = sum of the positive w of a node; where it has none, of all w
+    w = max((i + 1) / (l + 1), 0.1) r   for the i-th of the l nodes of a chain with reward r in [-1, 1]
+    q = sum of the positive w of a node; if it has none, sum of all w
     score = r at a leaf, tanh(q) elsewhere
 
-    Backing up chain by chain comes to this q in any order: w adds to a q of its sign, replaces it where q < 0 < w,
-    and is dropped where w < 0 < q. The temperature and the bound of tanh are 1, as in the authors' code.
+    Backing up chain by chain gives this q in any order: w is added to a q of the same sign, replaces q if q < 0 < w,
+    and is dropped if w < 0 < q. The temperature and the bound of tanh are 1, as in the authors' code.
     """
     shares: dict[int, list[float]] = defaultdict(list)
     for chain, reward in zip(tree.chains, tree.rewards.tolist(), strict=True):
@@ -182,25 +192,25 @@ _ESTIMATES: dict[TreeEstimator, Callable[[_Tree], dict[int, float]]] = {
 
 
 def _sibling_mean(judged: Sequence[Trajectory], use_std: bool) -> dict[int, NodeAdvantage]:
-    """A node's value against the mean of its siblings.
+    """Compute the advantage of each node's value over the mean of its siblings.
 
     V(n)   = sum_c s_c V(c) / sum_c s_c                      over the children c of n, s_c their `samples`
     std(n) = sqrt( sum_c s_c (V(c) - V(n))^2 / sum_c s_c )   ddof 0
     A(c)   = (V(c) - V(n)) / (std(n) + 1e-6)                 use_std
     A(c)   = V(c) - V(n)                                     otherwise
 
-    The end of a trajectory is one more child of its last node: without tokens, drawn once, its value the reward.
-    So a leaf has the value of its reward, and a node at which one trajectory ends and others go on averages over
-    both. A branch counts as often as it was drawn, not as often as it was visited, since the search itself chooses
-    what it visits. Advantages weighted by samples sum to 0 over the children of a node, ends included; they are
-    exactly 0 where these are equal or there is only one.
+    The end of a trajectory is one more child of its last node: without tokens, drawn once, with the reward as value.
+    So the value of a leaf is its reward, and a node at which only some trajectories end averages over both kinds. A
+    branch counts as often as it was drawn, not as often as it was visited, because the search chooses its visits.
+    Advantages weighted by samples sum to 0 over the children of a node, ends included. They are exactly 0 if all
+    values are equal or there is only one child.
 
-    Backtracking children are siblings of one another only: they are there because the verifier found an answer below
-    n wrong, a hint that the policy never gets, so what they are worth is no merit of n. V(n) is their mean only where
-    n has no other child on a judged trajectory.
+    Backtracking children are siblings only of one another. They exist because the verifier found an answer below n
+    wrong, a hint that the policy does not have, so their values are not a merit of n. V(n) is their mean only if n has
+    no other child on a judged trajectory.
 
-    What no trajectory holds is unknown here: with node expansion a child that failed at once counts, and one that the
-    search never went on from does not.
+    Nodes outside the trajectories are unknown here. With node expansion, a child that failed at once counts, and a
+    child from which the search never continued does not.
     """
     steps = {step.node: step for trajectory in judged for step in trajectory.steps}
     branches: dict[tuple[int, bool], list[tuple[int, float]]] = defaultdict(list)
@@ -209,7 +219,7 @@ def _sibling_mean(judged: Sequence[Trajectory], use_std: bool) -> dict[int, Node
     means: dict[tuple[int, bool], float] = {}
     scales: dict[tuple[int, bool], float] = {}
     values: dict[int, float] = {}
-    # Parents have smaller numbers than their children, so a node's branches are complete when its turn comes.
+    # Parents have smaller numbers than their children, so in this order a node's branches are complete.
     for node in sorted({ROOT, *steps} if judged else (), reverse=True):
         for backtrack in (True, False):
             siblings = node, backtrack
@@ -220,18 +230,18 @@ def _sibling_mean(judged: Sequence[Trajectory], use_std: bool) -> dict[int, Node
         if node in steps:
             step = steps[node]
             branches[step.parent, step.backtrack].append((step.samples, values[node]))
-    found = {}
+    advantages = {}
     for node, step in steps.items():
         siblings = step.parent, step.backtrack
-        found[node] = NodeAdvantage((values[node] - means[siblings]) / scales[siblings], float(step.samples))
-    return found
+        advantages[node] = NodeAdvantage((values[node] - means[siblings]) / scales[siblings], float(step.samples))
+    return advantages
 
 
 def _weighted_mean(branches: Sequence[tuple[int, float]]) -> float:
-    """Of (weight, value); exactly the value where all are equal, and the same in any order."""
-    found = [value for _, value in branches]
-    if min(found) == max(found):
-        return found[0]
+    """Return the mean of (weight, value) pairs: the same in any order, and exact if all values are equal."""
+    values = [value for _, value in branches]
+    if min(values) == max(values):
+        return values[0]
     return math.fsum(weight * value for weight, value in branches) / sum(weight for weight, _ in branches)
 
 

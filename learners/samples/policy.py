@@ -1,72 +1,82 @@
-"""Rows of the policy term: trajectory groups with an advantage for every token that the policy chose."""
+"""Samples of the policy term: trajectory groups with an advantage for every token that the policy chose."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import accumulate, pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from learners.objective.advantages import gae, group_advantages, token_returns, whiten
+from learners.objective.advantages import Float64Array, GroupEstimator, gae, group_advantages, token_returns, whiten
 from learners.objective.losses import kl_estimate
 from learners.objective.tree_advantages import tree_advantages
-from learners.samples.types import PolicyTokens, Row
+from learners.samples.types import PolicyTokens, Sample
 from rlsys.config.objective import ObjectiveConfig, PolicyConfig
 from rlsys.overlong import soft_overlong_penalty
-from rlsys.types import Float32Array, TrajectoryGroup
+from rlsys.types import BoolArray, Float32Array, TrajectoryGroup
 
 WHITENED = ("gae", "reinforce_pp", "reinforce_pp_baseline")
 
 
-class Scorer(Protocol):
-    """Figures of the policy's tokens in rows: [T] float32 a row, 0 where its policy mask is False."""
+class PolicyScorer(Protocol):
+    """Scores of the policy's tokens in samples: [T] float32 per sample, 0 where its policy mask is False."""
 
-    def old(self, rows: Sequence[Row]) -> list[Float32Array]:
-        """Log-probabilities under the present policy."""
+    def old_logprobs(self, samples: Sequence[Sample]) -> list[Float32Array]:
+        """Return log-probabilities under the current policy, nats."""
         ...
 
-    def reference(self, rows: Sequence[Row]) -> list[Float32Array]:
-        """Log-probabilities under the reference policy."""
+    def reference_logprobs(self, samples: Sequence[Sample]) -> list[Float32Array]:
+        """Return log-probabilities under the reference policy, nats."""
         ...
 
-    def values(self, rows: Sequence[Row]) -> list[Float32Array]:
-        """The critic's estimates of the return from before each token on."""
+    def values(self, samples: Sequence[Sample]) -> list[Float32Array]:
+        """Return the critic's estimates of the return from before each token on."""
         ...
 
 
-def policy_rows(
-    groups: Sequence[TrajectoryGroup], objective: ObjectiveConfig, *, max_tokens: int, kl_weight: float, scorer: Scorer
-) -> list[list[Row]]:
-    """Rows of every group with their advantages, one list a group, in order.
+def policy_samples(
+    groups: Sequence[TrajectoryGroup],
+    objective: ObjectiveConfig,
+    *,
+    max_tokens: int,
+    kl_weight: float,
+    scorer: PolicyScorer,
+) -> list[list[Sample]]:
+    """Build the samples of every group with their advantages.
 
-    Trajectories whose reward could not be computed (outcome "error" or "timeout") are left out, of the baseline and of
-    every count. A group of which nothing is left gives an empty list. Sampled groups have the advantages of
-    policy.estimator, those of a critic or whitened over all sampled groups; searched groups those of
-    policy.tree_estimator.
+    Trajectories without a verdict (outcome "error" or "timeout") are left out of the samples, the baselines and every
+    count. A group without any verdict gives an empty list. Sampled groups use `policy.estimator`, and estimators that
+    whiten do so over all sampled groups of the step. Searched groups use `policy.tree_estimator`.
 
     Args:
-        max_tokens: sampling.max_tokens, for the overlong shaping of rewards.
-        kl_weight: coefficient of the KL term in this step, in the reward or in the loss; 0 asks no reference policy.
-        scorer: asked only for what the objective needs.
+        groups: trajectory groups of the step.
+        objective: the joint objective.
+        max_tokens: length limit of a completion, `sampling.max_tokens`, for overlong shaping.
+        kl_weight: coefficient of the KL term in this step, in the reward or in the loss; 0 needs no reference policy.
+        scorer: called only for the scores that the objective needs.
+
+    Returns:
+        One list per group, in order.
     """
     shaped = [_shaped(group, objective.policy, max_tokens) for group in groups]
-    found = [_searched_rows(group, objective.policy) if group.searched else _bare_rows(group) for group in shaped]
+    by_group = [
+        _searched_samples(group, objective.policy) if group.searched else _bare_samples(group) for group in shaped
+    ]
     if kl_weight:
-        reference = iter(scorer.reference([row for rows in found for row in rows]))
-        found = [[_with(row, reference_logprobs=next(reference)) for row in rows] for rows in found]
+        reference = iter(scorer.reference_logprobs([sample for samples in by_group for sample in samples]))
+        by_group = [[_with(sample, reference_logprobs=next(reference)) for sample in samples] for samples in by_group]
     sampled = [number for number, group in enumerate(groups) if not group.searched]
     rewards = [np.array([t.reward for t in shaped[number].trajectories if t.judged]) for number in sampled]
-    finished = _with_advantages([found[number] for number in sampled], rewards, objective, kl_weight, scorer)
-    for number, rows in zip(sampled, finished, strict=True):
-        found[number] = rows
-    return found
+    finished = _with_advantages([by_group[number] for number in sampled], rewards, objective, kl_weight, scorer)
+    for number, samples in zip(sampled, finished, strict=True):
+        by_group[number] = samples
+    return by_group
 
 
 def _shaped(group: TrajectoryGroup, policy: PolicyConfig, max_tokens: int) -> TrajectoryGroup:
-    """The group with rewards that fall with the last tokens before the limit."""
+    """Return the group with overlong shaping applied to its rewards."""
     if not policy.overlong_buffer:
         return group
     lengths = np.array([trajectory.completion_length for trajectory in group.trajectories], dtype=np.int64)
@@ -80,10 +90,10 @@ def _shaped(group: TrajectoryGroup, policy: PolicyConfig, max_tokens: int) -> Tr
     return replace(group, trajectories=tuple(trajectories))
 
 
-def _bare_rows(group: TrajectoryGroup) -> list[Row]:
-    """A row for every judged trajectory, without advantages yet."""
+def _bare_samples(group: TrajectoryGroup) -> list[Sample]:
+    """Return a sample for every judged trajectory, with advantages of 0."""
     return [
-        Row(
+        Sample(
             token_ids=trajectory.token_ids,
             policy=PolicyTokens(
                 mask=trajectory.loss_mask,
@@ -97,116 +107,166 @@ def _bare_rows(group: TrajectoryGroup) -> list[Row]:
 
 
 def _with_advantages(
-    groups: Sequence[Sequence[Row]],
-    rewards: Sequence[np.ndarray],
+    groups: Sequence[Sequence[Sample]],
+    rewards: Sequence[Float64Array],
     objective: ObjectiveConfig,
     kl_weight: float,
-    scorer: Scorer,
-) -> list[list[Row]]:
-    """Sampled groups with their advantages, and with values and returns where there is a critic."""
-    policy, sizes = objective.policy, [len(rows) for rows in groups]
-    flat = [row for rows in groups for row in rows]
+    scorer: PolicyScorer,
+) -> list[list[Sample]]:
+    """Return the samples of sampled groups with advantages, and with values and returns if there is a critic."""
+    estimator = objective.policy.estimator
+    samples = [sample for group in groups for sample in group]
     if objective.kl.in_reward and kl_weight:
-        flat = [_with(row, old_logprobs=old) for row, old in zip(flat, scorer.old(flat), strict=True)]
-    penalties = [_penalty(row, objective, kl_weight) for row in flat]
-    returns: list[np.ndarray] | None = None
-    if policy.estimator == "gae":
-        values = scorer.values(flat)
-        flat = [_with(row, values=value) for row, value in zip(flat, values, strict=True)]
-        ends = _token_rewards(flat, np.concatenate([*rewards, np.zeros(0)]), penalties)
-        pairs = [
-            gae(reward, value.astype(np.float64), _mask(row), gamma=policy.gamma, lam=policy.gae_lambda)
-            for row, reward, value in zip(flat, ends, values, strict=True)
-        ]
-        advantages, returns = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    elif policy.estimator == "reinforce_pp":
-        ends = _token_rewards(flat, np.concatenate([*rewards, np.zeros(0)]), penalties)
-        advantages = [token_returns(reward, _mask(row), policy.gamma) for row, reward in zip(flat, ends, strict=True)]
-    else:
-        advantages = []
-        for rows, found in zip(_split(flat, sizes), rewards, strict=True):
-            taken = np.array([float(penalties[len(advantages) + n].sum()) for n in range(len(rows))])
-            shares = group_advantages(found - taken, np.ones(len(rows), dtype=np.bool_), estimator=policy.estimator)
-            advantages += [np.full(row.length, share) for row, share in zip(rows, shares, strict=True)]
-    if policy.estimator in WHITENED:
-        advantages = whiten(advantages, [_mask(row) for row in flat])
-    flat = [
-        _with(row, advantages=advantage.astype(np.float32)) for row, advantage in zip(flat, advantages, strict=True)
+        samples = _with_each(samples, "old_logprobs", scorer.old_logprobs(samples))
+    penalties = iter([_kl_penalty(sample, objective, kl_weight) for sample in samples])
+    if estimator == "gae":
+        samples = _with_each(samples, "values", scorer.values(samples))
+    remaining = iter(samples)
+    rewarded = [
+        _RewardedGroup([next(remaining) for _ in group], group_rewards, [next(penalties) for _ in group])
+        for group, group_rewards in zip(groups, rewards, strict=True)
     ]
+    advantages, returns = _estimate(rewarded, objective.policy)
+    if estimator in WHITENED:
+        advantages = whiten(advantages, [_mask(sample) for sample in samples])
+    samples = _with_each(samples, "advantages", advantages)
     if returns is not None:
-        flat = [_with(row, returns=found.astype(np.float32)) for row, found in zip(flat, returns, strict=True)]
-    return _split(flat, sizes)
+        samples = _with_each(samples, "returns", returns)
+    finished = iter(samples)
+    return [[next(finished) for _ in group] for group in groups]
 
 
-def _penalty(row: Row, objective: ObjectiveConfig, kl_weight: float) -> np.ndarray:
-    """[T] float64, what the KL term takes off the reward of each token."""
-    tokens = row.policy
+def _kl_penalty(sample: Sample, objective: ObjectiveConfig, kl_weight: float) -> Float64Array:
+    """Return the [T] KL penalty on the reward of each token; 0 unless the KL term is in the reward."""
+    tokens = sample.policy
     if not objective.kl.in_reward or tokens is None or tokens.old_logprobs is None or tokens.reference_logprobs is None:
-        return np.zeros(row.length)
+        return np.zeros(sample.length)
+    # The estimators of the loss, in torch: numpy's expm1 gives other last bits.
     old, reference = (
-        torch.from_numpy(found.astype(np.float64)) for found in (tokens.old_logprobs, tokens.reference_logprobs)
+        torch.from_numpy(logprobs.astype(np.float64)) for logprobs in (tokens.old_logprobs, tokens.reference_logprobs)
     )
     estimate = kl_estimate(old, reference, estimator=objective.kl.estimator).numpy()
     return np.where(tokens.mask, kl_weight * estimate, 0.0)
 
 
-def _token_rewards(rows: Sequence[Row], rewards: np.ndarray, penalties: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """[T] float64: minus the penalty, and the trajectory's reward at its last own token."""
-    found = []
-    for row, reward, penalty in zip(rows, rewards, penalties, strict=True):
-        tokens = -penalty
-        places = np.flatnonzero(_mask(row))
-        if len(places):
-            tokens[places[-1]] += reward
-        found.append(tokens)
-    return found
+# --- estimators of sampled groups ---
 
 
-def _searched_rows(group: TrajectoryGroup, policy: PolicyConfig) -> list[Row]:
-    """Every thought node is trained once, with its own advantage, as often as it counts.
+@dataclass(frozen=True, slots=True)
+class _RewardedGroup:
+    """Samples of one group, their rewards [n] and the KL penalties of their tokens, [T] each."""
 
-    The first judged trajectory that holds a node trains it; in later ones it is context only. Tokens of no node, and
-    those that the policy did not choose, are not trained. A trajectory in which nothing is left to train gives no row.
+    samples: Sequence[Sample]
+    rewards: Float64Array
+    penalties: Sequence[Float64Array]
 
-    A node that was drawn s times stands for s samples of the policy, so its advantage is multiplied by s, over the
-    mean of s over all trained tokens of the group: the tokens of a group keep their weight beside other groups.
+    def token_rewards(self) -> Iterator[tuple[Sample, Float64Array]]:
+        """Yield every sample with its [T] rewards: minus the penalty, plus the reward on the last trained token."""
+        for sample, reward, penalty in zip(self.samples, self.rewards, self.penalties, strict=True):
+            token_rewards = -penalty
+            trained = np.flatnonzero(_mask(sample))
+            if len(trained):
+                token_rewards[trained[-1]] += reward
+            yield sample, token_rewards
+
+
+# [T] advantages of every sample, and [T] returns if there is a critic.
+Estimate = tuple[list[Float64Array], list[Float64Array] | None]
+
+
+def _estimate(groups: Sequence[_RewardedGroup], policy: PolicyConfig) -> Estimate:
+    match policy.estimator:
+        case "gae":
+            return _critic_estimate(groups, policy)
+        case "reinforce_pp":
+            return _return_estimate(groups, policy.gamma), None
+        case group_estimator:
+            return _group_estimate(groups, group_estimator), None
+
+
+def _critic_estimate(groups: Sequence[_RewardedGroup], policy: PolicyConfig) -> Estimate:
+    """Return generalised advantage estimates, with the critic's values of the samples."""
+    advantages, returns = [], []
+    for group in groups:
+        for sample, rewards in group.token_rewards():
+            assert sample.policy is not None and sample.policy.values is not None  # noqa: S101 - scored before
+            values = sample.policy.values.astype(np.float64)
+            estimate = gae(rewards, values, sample.policy.mask, gamma=policy.gamma, lam=policy.gae_lambda)
+            advantages.append(estimate[0])
+            returns.append(estimate[1])
+    return advantages, returns
+
+
+def _return_estimate(groups: Sequence[_RewardedGroup], gamma: float) -> list[Float64Array]:
+    """Return the discounted returns of the tokens as advantages, without a baseline."""
+    pairs = (pair for group in groups for pair in group.token_rewards())
+    return [token_returns(rewards, _mask(sample), gamma) for sample, rewards in pairs]
+
+
+def _group_estimate(groups: Sequence[_RewardedGroup], estimator: GroupEstimator) -> list[Float64Array]:
+    """Compare rewards less their KL penalties within each group; all tokens of a sample get the same advantage."""
+    advantages: list[Float64Array] = []
+    for group in groups:
+        penalties = np.array([float(penalty.sum()) for penalty in group.penalties])
+        everyone = np.ones(len(group.samples), dtype=np.bool_)
+        estimate = group_advantages(group.rewards - penalties, everyone, estimator=estimator)
+        advantages += [
+            np.full(sample.length, advantage) for sample, advantage in zip(group.samples, estimate, strict=True)
+        ]
+    return advantages
+
+
+def _searched_samples(group: TrajectoryGroup, policy: PolicyConfig) -> list[Sample]:
+    """Return samples in which every thought node of the group is trained once, with its own advantage.
+
+    The first judged trajectory that holds a node trains it; in later trajectories the node is context. Tokens outside
+    nodes and tokens that the policy did not choose are not trained. A trajectory with nothing to train gives no sample.
+
+    A node that was drawn s times stands for s samples of the policy. Its advantage is multiplied by s and divided by
+    the mean of s over all trained tokens of the group, so that each group keeps its weight relative to other groups.
     """
     advantages = tree_advantages(
         group.trajectories, estimator=policy.tree_estimator, use_std=policy.estimator == "grpo"
     )
-    trained: set[int] = set()
-    rows: list[Row] = []
-    draws: list[np.ndarray] = []
+    trained_nodes: set[int] = set()
+    samples: list[Sample] = []
+    draws: list[Float32Array] = []
     for trajectory in group.trajectories:
         if not trajectory.judged:
             continue
         mask = np.zeros(len(trajectory.token_ids), dtype=np.bool_)
-        per_token, drawn = np.zeros((2, len(trajectory.token_ids)), dtype=np.float32)
+        token_advantages, token_draws = np.zeros((2, len(trajectory.token_ids)), dtype=np.float32)
         for step in trajectory.steps:
-            if step.node not in trained:
-                trained.add(step.node)
-                tokens, node = slice(step.start, step.stop), advantages[step.node]
-                mask[tokens] = trajectory.loss_mask[tokens]
-                per_token[tokens] = node.advantage * node.draws
-                drawn[tokens] = node.draws
+            if step.node not in trained_nodes:
+                trained_nodes.add(step.node)
+                span, node = slice(step.start, step.stop), advantages[step.node]
+                mask[span] = trajectory.loss_mask[span]
+                token_advantages[span] = node.advantage * node.draws
+                token_draws[span] = node.draws
         if mask[1:].any():
-            tokens_of = PolicyTokens(mask=mask, behavior_logprobs=trajectory.behavior_logprobs, advantages=per_token)
-            rows.append(Row(token_ids=trajectory.token_ids, policy=tokens_of))
-            draws.append(drawn[1:][mask[1:]])
+            tokens = PolicyTokens(
+                mask=mask, behavior_logprobs=trajectory.behavior_logprobs, advantages=token_advantages
+            )
+            samples.append(Sample(token_ids=trajectory.token_ids, policy=tokens))
+            draws.append(token_draws[1:][mask[1:]])
     mean = np.concatenate(draws).mean(dtype=np.float64) if draws else 1.0
-    return [_with(row, advantages=(row.policy.advantages / mean).astype(np.float32)) for row in rows if row.policy]
+    return [
+        _with(sample, advantages=(sample.policy.advantages / mean).astype(np.float32))
+        for sample in samples
+        if sample.policy
+    ]
 
 
-def _mask(row: Row) -> np.ndarray:
-    assert row.policy is not None  # noqa: S101 - made here
-    return row.policy.mask
+def _mask(sample: Sample) -> BoolArray:
+    assert sample.policy is not None  # noqa: S101 - made here
+    return sample.policy.mask
 
 
-def _with(row: Row, **values: Any) -> Row:
-    assert row.policy is not None  # noqa: S101 - made here
-    return replace(row, policy=replace(row.policy, **values))
+def _with(sample: Sample, **values: Any) -> Sample:
+    assert sample.policy is not None  # noqa: S101 - made here
+    return replace(sample, policy=replace(sample.policy, **values))
 
 
-def _split(rows: Sequence[Row], sizes: Sequence[int]) -> list[list[Row]]:
-    stops = accumulate(sizes, initial=0)
-    return [list(rows[start:stop]) for start, stop in pairwise(stops)]
+def _with_each(samples: Sequence[Sample], name: str, arrays: Sequence[np.ndarray]) -> list[Sample]:
+    """Return the samples with one array each, as float32, in the field `name` of their policy tokens."""
+    return [_with(sample, **{name: array.astype(np.float32)}) for sample, array in zip(samples, arrays, strict=True)]

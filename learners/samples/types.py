@@ -1,4 +1,4 @@
-"""What an optimizer update trains on: rows of tokens, and for every term of the joint loss which of them it trains."""
+"""Training samples: token sequences with the tokens that each term of the joint loss trains."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rlsys.types import BoolArray, Demonstration, Float32Array, Int32Array, Pref
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyTokens:
-    """What the policy term trains in a row; arrays of [T], defined where `mask` is True.
+    """Tokens of a sample that the policy term trains; the arrays are [T] and defined where `mask` is True.
 
     mask: [T] bool, True on tokens that may be trained. Token 0 has no prediction and is never trained.
-    behavior_logprobs: [T] float32, nats; what the sampler gave each token.
+    behavior_logprobs: [T] float32, nats, as the sampler reported them.
     advantages: [T] float32.
-    weight: of every one of these tokens in the loss of its update, aggregation and global denominator included.
-    old_logprobs: [T] float32, of the policy at the start of the step; None where that is the present policy.
-    reference_logprobs: [T] float32, of the reference policy; None without a KL term.
+    weight: weight of each of these tokens in the loss of the update, with aggregation and global denominator.
+    old_logprobs: [T] float32, nats, of the policy at the start of the step. None means the current policy.
+    reference_logprobs: [T] float32, nats, of the reference policy; None without a KL term.
     values, returns: [T] float32, the critic's estimate at the start of the step and its target; None without a critic.
     """
 
@@ -34,13 +34,13 @@ class PolicyTokens:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Sample:
     """One training sequence.
 
     token_ids: [T] int32, T >= 1.
-    policy: what the policy term trains of it.
-    sft_mask: [T] bool, tokens whose negative log-likelihood is trained. sft_weight: of each of them in the loss.
-    preference_mask: [T] bool, tokens whose log-probabilities make the score of this side of a pair.
+    policy: the tokens that the policy term trains.
+    sft_mask: [T] bool, tokens whose negative log-likelihood is trained. sft_weight: weight of each of them in the loss.
+    preference_mask: [T] bool, tokens whose log-probabilities are summed into the score of this side of a pair.
     """
 
     token_ids: Int32Array
@@ -51,29 +51,31 @@ class Row:
 
     @property
     def length(self) -> int:
+        """Number of tokens, T."""
         return len(self.token_ids)
 
     @property
     def policy_mask(self) -> BoolArray | None:
+        """[T] bool, tokens that the policy term trains."""
         return self.policy.mask if self.policy else None
 
     @property
     def targets(self) -> BoolArray:
         """[T] bool, tokens that any term trains."""
-        found = np.zeros(len(self.token_ids), dtype=np.bool_)
+        any_mask = np.zeros(len(self.token_ids), dtype=np.bool_)
         for mask in (self.policy_mask, self.sft_mask, self.preference_mask):
             if mask is not None:
-                found |= mask
-        found[0] = False
-        return found
+                any_mask |= mask
+        any_mask[0] = False
+        return any_mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """What the preference term needs of a pair beside its two rows.
+    """Inputs of the preference term for one pair, in addition to its two samples.
 
-    reference: score of the chosen and of the rejected side under the reference policy, sums in nats.
-    smoothing: eps of this pair. weight: of the pair in the loss.
+    reference: scores of the chosen and the rejected side under the reference policy, sums in nats.
+    smoothing: label smoothing eps of this pair. weight: weight of the pair in the loss.
     """
 
     reference: tuple[float, float]
@@ -82,28 +84,30 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
-    """Rows that must be in one micro-batch: one, or the chosen and the rejected side of a pair."""
+class PackItem:
+    """Samples that must share a micro-batch: a single sample, or the chosen and the rejected side of a pair."""
 
-    rows: tuple[Row, ...]
+    samples: tuple[Sample, ...]
     pair: Pair | None = None
 
     @property
     def length(self) -> int:
-        return max(row.length for row in self.rows)
+        """Number of tokens of the longest sample."""
+        return max(sample.length for sample in self.samples)
 
 
-def trained(mask: BoolArray | None) -> int:
-    """Number of targets that a mask makes: what a denominator must count. The first token is never one."""
+def count_targets(mask: BoolArray | None) -> int:
+    """Return the number of trained tokens in a mask; the first token has no prediction and never counts."""
     return 0 if mask is None else int(mask[1:].sum())
 
 
-def demonstration_row(demonstration: Demonstration) -> Row:
-    return Row(token_ids=demonstration.token_ids, sft_mask=demonstration.loss_mask)
+def demonstration_sample(demonstration: Demonstration) -> Sample:
+    """Return the sample of the supervised term for a demonstration."""
+    return Sample(token_ids=demonstration.token_ids, sft_mask=demonstration.loss_mask)
 
 
 def step_pair(preference: StepPreference) -> Preference | None:
-    """Two continuations of one prefix as two sequences; None where one is the beginning of the other."""
+    """Join the prefix and the two continuations into a pair; None if one side is a prefix of the other."""
     prefix = preference.prefix_ids
     chosen, rejected = (np.concatenate([prefix, ids]) for ids in (preference.chosen_ids, preference.rejected_ids))
     common = common_prefix_length(chosen, rejected)
@@ -119,32 +123,34 @@ def step_pair(preference: StepPreference) -> Preference | None:
     )
 
 
-def pair_rows(pair: Preference, *, mask_prefix: bool, sft: bool, mask_prefix_sft: bool) -> tuple[Row, Row]:
-    """The chosen and the rejected side.
+def pair_samples(pair: Preference, *, mask_prefix: bool, sft: bool, mask_prefix_sft: bool) -> tuple[Sample, Sample]:
+    """Build the samples of the chosen and the rejected side of a pair.
 
     Args:
-        mask_prefix: score only what follows the common prefix, its first token included.
-        sft: train the chosen side's likelihood too, with mask_prefix_sft only after the common prefix.
+        pair: two complete chains for one prompt.
+        mask_prefix: score only the tokens after the common prefix, not all tokens after the prompt.
+        sft: train the likelihood of the chosen side too.
+        mask_prefix_sft: train that likelihood only after the common prefix.
     """
 
-    def after(start: int, ids: Int32Array) -> BoolArray:
+    def mask_from(start: int, ids: Int32Array) -> BoolArray:
         return np.arange(len(ids)) >= start
 
     scored = pair.common if mask_prefix else pair.prompt_length
     supervised = pair.common if mask_prefix_sft else pair.prompt_length
-    chosen = Row(
+    chosen = Sample(
         token_ids=pair.chosen_ids,
-        preference_mask=after(scored, pair.chosen_ids),
-        sft_mask=after(supervised, pair.chosen_ids) if sft else None,
+        preference_mask=mask_from(scored, pair.chosen_ids),
+        sft_mask=mask_from(supervised, pair.chosen_ids) if sft else None,
     )
-    return chosen, Row(token_ids=pair.rejected_ids, preference_mask=after(scored, pair.rejected_ids))
+    return chosen, Sample(token_ids=pair.rejected_ids, preference_mask=mask_from(scored, pair.rejected_ids))
 
 
-def lacks_old(row: Row) -> bool:
-    """Whether the policy term trains the row and does not know what the old policy said of it."""
-    return row.policy is not None and row.policy.old_logprobs is None
+def lacks_old_logprobs(sample: Sample) -> bool:
+    """Return whether the policy term trains the sample and its old log-probabilities are unknown."""
+    return sample.policy is not None and sample.policy.old_logprobs is None
 
 
-def with_old(row: Row, found: Float32Array) -> Row:
-    """The row with what the old policy said of its tokens, [T] nats."""
-    return replace(row, policy=replace(row.policy, old_logprobs=found)) if row.policy else row
+def with_old_logprobs(sample: Sample, old_logprobs: Float32Array) -> Sample:
+    """Return the sample with the old policy's log-probabilities, [T] nats."""
+    return replace(sample, policy=replace(sample.policy, old_logprobs=old_logprobs)) if sample.policy else sample

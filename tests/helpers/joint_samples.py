@@ -1,4 +1,4 @@
-"""What the tests of the joint loss share: a tiny model, rows of every kind, and a whole update on plain torch."""
+"""What the tests of the joint loss share: a tiny model, samples of every kind, and a whole update on plain torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from learners.objective.joint import joint_loss, total, weighted
+from learners.objective.joint import joint_loss, total_loss, weigh_items
 from learners.objective.logprobs import masked_token_logprobs
 from learners.samples.batching import collate, plan_micro_batches
-from learners.samples.policy import policy_rows
-from learners.samples.types import Pair, PolicyTokens, Row, Unit, pair_rows
+from learners.samples.policy import policy_samples
+from learners.samples.types import PackItem, Pair, PolicyTokens, Sample, pair_samples
 from rlsys.config.objective import ObjectiveConfig
 from rlsys.types import Preference, Prompt, Step, Trajectory, TrajectoryGroup, VersionSpan
 
@@ -53,21 +53,21 @@ def floats(*values: float) -> np.ndarray:
     return np.array(values, dtype=np.float32)
 
 
-def policy_row(tokens: Sequence[int], mask: Sequence[int], advantages: Sequence[float], **figures: Any) -> Row:
-    """A row of the policy term; behavior log-probabilities of -2 unless said otherwise."""
+def policy_sample(tokens: Sequence[int], mask: Sequence[int], advantages: Sequence[float], **figures: Any) -> Sample:
+    """A sample of the policy term; behavior log-probabilities of -2 unless said otherwise."""
     figures.setdefault("behavior_logprobs", np.full(len(tokens), -2.0, dtype=np.float32))
-    return Row(
+    return Sample(
         token_ids=ids(*tokens), policy=PolicyTokens(mask=flags(*mask), advantages=floats(*advantages), **figures)
     )
 
 
-def sft_row(tokens: Sequence[int], mask: Sequence[int]) -> Row:
-    return Row(token_ids=ids(*tokens), sft_mask=flags(*mask))
+def sft_sample(tokens: Sequence[int], mask: Sequence[int]) -> Sample:
+    return Sample(token_ids=ids(*tokens), sft_mask=flags(*mask))
 
 
-def random_policy_rows(count: int, seed: int = 5, *, reference: bool = True, old: bool = True) -> list[Row]:
+def random_policy_samples(count: int, seed: int = 5, *, reference: bool = True, old: bool = True) -> list[Sample]:
     """Prompts of 1 to 4 tokens, completions of 1 to 12, one token that is not trained inside each longer one."""
-    rng, rows = np.random.default_rng(seed), []
+    rng, samples = np.random.default_rng(seed), []
     for _ in range(count):
         prompt, completion = int(rng.integers(1, 5)), int(rng.integers(1, 13))
         mask = np.arange(prompt + completion) >= prompt
@@ -79,8 +79,8 @@ def random_policy_rows(count: int, seed: int = 5, *, reference: bool = True, old
             if wanted
         }
         tokens = rng.integers(0, VOCABULARY, len(mask)).tolist()
-        rows.append(policy_row(tokens, mask, rng.normal(size=len(mask)), **figures))
-    return rows
+        samples.append(policy_sample(tokens, mask, rng.normal(size=len(mask)), **figures))
+    return samples
 
 
 def random_preferences(count: int, seed: int = 6) -> list[Preference]:
@@ -105,47 +105,53 @@ def random_preferences(count: int, seed: int = 6) -> list[Preference]:
     return found
 
 
-def pair_unit(pair: Preference, *, mask_prefix: bool = True, sft: bool = True, mask_prefix_sft: bool = False) -> Unit:
+def pair_item(
+    pair: Preference, *, mask_prefix: bool = True, sft: bool = True, mask_prefix_sft: bool = False
+) -> PackItem:
     assert pair.chosen_reference is not None and pair.rejected_reference is not None
-    rows = pair_rows(pair, mask_prefix=mask_prefix, sft=sft, mask_prefix_sft=mask_prefix_sft)
-    return Unit(rows=rows, pair=Pair(reference=(pair.chosen_reference, pair.rejected_reference), smoothing=0.1))
+    samples = pair_samples(pair, mask_prefix=mask_prefix, sft=sft, mask_prefix_sft=mask_prefix_sft)
+    return PackItem(
+        samples=samples, pair=Pair(reference=(pair.chosen_reference, pair.rejected_reference), smoothing=0.1)
+    )
 
 
-def mixed_units() -> list[Unit]:
-    """Sampled and searched rows, one with nothing to train, pairs whose chosen side is imitated, demonstrations."""
-    policy = [*random_policy_rows(11), *searched_rows()]
+def mixed_items() -> list[PackItem]:
+    """Sampled and searched samples, one with nothing to train, pairs whose chosen side is imitated, demonstrations."""
+    policy = [*random_policy_samples(11), *searched_samples()]
     assert policy[0].policy is not None
     nothing = replace(policy[0].policy, mask=np.zeros_like(policy[0].policy.mask))
-    demonstrations = [sft_row(row.token_ids.tolist(), row.targets) for row in random_policy_rows(4, seed=8)]
-    units = [Unit(rows=(row,)) for row in (*policy, replace(policy[0], policy=nothing), *demonstrations)]
-    return units + [pair_unit(pair) for pair in random_preferences(5)]
+    demonstrations = [
+        sft_sample(sample.token_ids.tolist(), sample.targets) for sample in random_policy_samples(4, seed=8)
+    ]
+    items = [PackItem(samples=(sample,)) for sample in (*policy, replace(policy[0], policy=nothing), *demonstrations)]
+    return items + [pair_item(pair) for pair in random_preferences(5)]
 
 
-def searched_rows() -> list[Row]:
-    """Of a tree in which rows share nodes, with what is known of the others too."""
+def searched_samples() -> list[Sample]:
+    """Of a tree in which samples share nodes, with what is known of the others too."""
     tree = searched(([1, 2], "ok", 1.0), ([1, 3], "wrong", 0.0), ([4], "ok", 1.0), forced=[2], samples={1: 2})
     nobody: Any = None  # there is nothing to ask other models
-    (rows,) = policy_rows([tree], ObjectiveConfig(), max_tokens=MAX_TOKENS, kl_weight=0.0, scorer=nobody)
+    (samples,) = policy_samples([tree], ObjectiveConfig(), max_tokens=MAX_TOKENS, kl_weight=0.0, scorer=nobody)
     found = []
-    for row in rows:
-        assert row.policy is not None
-        known = row.policy.behavior_logprobs - 2
-        policy = replace(row.policy, behavior_logprobs=known, old_logprobs=known, reference_logprobs=known - 0.5)
-        found.append(replace(row, token_ids=row.token_ids % VOCABULARY, policy=policy))
+    for sample in samples:
+        assert sample.policy is not None
+        known = sample.policy.behavior_logprobs - 2
+        policy = replace(sample.policy, behavior_logprobs=known, old_logprobs=known, reference_logprobs=known - 0.5)
+        found.append(replace(sample, token_ids=sample.token_ids % VOCABULARY, policy=policy))
     return found
 
 
-def one_by_one(units: Sequence[Unit]) -> Plan:
-    return [[[number] for number in range(len(units))]]
+def one_by_one(items: Sequence[PackItem]) -> Plan:
+    return [[[number] for number in range(len(items))]]
 
 
-def planned(units: Sequence[Unit], ranks: int, budget: int) -> Plan:
-    lengths, heights = [unit.length for unit in units], [len(unit.rows) for unit in units]
+def planned(items: Sequence[PackItem], ranks: int, budget: int) -> Plan:
+    lengths, heights = [item.length for item in items], [len(item.samples) for item in items]
     return plan_micro_batches(lengths, ranks=ranks, budget_tokens=budget, heights=heights)
 
 
 def update(
-    units: Sequence[Unit],
+    items: Sequence[PackItem],
     objective: ObjectiveConfig,
     *,
     weights: Mapping[str, float] = WEIGHTS,
@@ -155,18 +161,18 @@ def update(
 ) -> tuple[dict[str, float], Tensor]:
     """Losses by term, and in all as "total", and the gradient: sums over ranks and micro-batches, in double precision.
 
-    weigh: False where the units have their weights already.
+    weigh: False where the items have their weights already.
     """
     model = TinyCausalModel()
-    units = weighted(units, objective.policy, MAX_TOKENS)[0] if weigh else units
+    items = weigh_items(items, objective.policy, MAX_TOKENS)[0] if weigh else items
     losses: dict[str, float] = dict.fromkeys(("total", *weights), 0.0)
-    for numbers in (numbers for share in plan or one_by_one(units) for numbers in share):
-        batch = collate([units[number] for number in numbers], pad_id)
+    for numbers in (numbers for share in plan or one_by_one(items) for numbers in share):
+        batch = collate([items[number] for number in numbers], pad_id)
         logprobs, entropy = target_logprobs(model, batch)
         terms = {
             name: term for name, term in joint_loss(logprobs, entropy, batch, objective).items() if name in weights
         }
-        loss = total(terms, weights, logprobs)
+        loss = total_loss(terms, weights, logprobs)
         loss.backward()
         losses["total"] += loss.item()
         for name, term in terms.items():

@@ -66,11 +66,14 @@ def disturbed(learner: Any, fault: dict[str, Any]) -> Iterator[None]:
     hook: Any = None
     own = fault.get("rank") == learner.settings.rank
     if own and "norm" in fault:
-        # After the learner has looked at the gradient: only the norm, which is of all ranks, tells.
-        def spoil(gradient: Tensor) -> Tensor:
-            return gradient * math.inf if learner._at["update"] == fault["update"] else gradient
+        model = getattr(learner, fault["norm"])
+        spoilt_update = model.updates + fault["update"]
 
-        hook = next(getattr(learner, fault["norm"]).module.parameters()).register_hook(spoil)
+        # After the learner has checked the gradient: only the norm, which is of all ranks, tells.
+        def spoil(gradient: Tensor) -> Tensor:
+            return gradient * math.inf if model.updates == spoilt_update else gradient
+
+        hook = next(model.module.parameters()).register_hook(spoil)
     if own and "score" in fault:
         module = getattr(learner, fault["score"]).module.get_input_embeddings()
         hook = module.register_forward_hook(lambda _, __, found: found if is_grad_enabled() else found * math.nan)
@@ -98,7 +101,7 @@ def raised(kind: type[Exception], call: Callable[[], Any]) -> str:
 def broken(learner: Any, job: dict[str, Any], fault: dict[str, Any]) -> str:
     """The error where one rank cannot read what a stage begins with, or cannot put away what it exports."""
     from learners import rank as learner_rank
-    from learners.deepspeed import engine as deepspeed_engine
+    from learners.deepspeed import model_files
 
     def refuse(*_: Any) -> Any:
         raise PermissionError(f"refused on rank {learner.settings.rank}")
@@ -108,7 +111,7 @@ def broken(learner: Any, job: dict[str, Any], fault: dict[str, Any]) -> str:
         return raised(LearnerLostError, lambda: learner.export(SMALL, refuse))
     module, kind = {
         "load_model": (learner_rank, LearnerLostError),
-        "read_tensors": (deepspeed_engine, CheckpointError),
+        "read_tensors": (model_files, CheckpointError),
     }[fault["unreadable"]]
     resumed = {**job, "resume": f"{job['folder']}/disturbed"}
     with pytest.MonkeyPatch.context() as patch:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from joint_samples import group, ids, policy_row, random_preferences, searched, sft_row, trajectory
+from joint_samples import group, ids, policy_sample, random_preferences, searched, sft_sample, trajectory
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForTokenClassification
 
@@ -23,7 +23,7 @@ from learners.objective import logprobs
 from learners.objective.schedule import learning_rate
 from learners.rank import LearnerRank
 from learners.samples.batching import collate
-from learners.samples.types import Unit
+from learners.samples.types import PackItem
 from learners.settings import RankSettings
 from rlsys.config.files import parse_config
 from rlsys.config.objective import ObjectiveConfig
@@ -65,11 +65,11 @@ class PlainModel:
         assert math.isfinite(loss.item()), what
         loss.backward()
 
-    def keep(self) -> None:
-        self.kept = copy.deepcopy(self.module.state_dict()), self.updates
+    def take_snapshot(self) -> None:
+        self.snapshot = copy.deepcopy(self.module.state_dict()), self.updates
 
-    def put_back(self) -> None:
-        state, self.updates = self.kept
+    def roll_back(self) -> None:
+        state, self.updates = self.snapshot
         self.module.load_state_dict(state)
 
     def discard_gradients(self) -> None:
@@ -112,16 +112,16 @@ def learner(
         learner=LearnerConfig(ranks=1, micro_batch_tokens=budget),
         objective=ObjectiveConfig(**objective),
     )
-    found = LearnerRank.__new__(LearnerRank)  # without DeepSpeed's process group
-    found.settings = settings
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learner_rank, "join_process_group", lambda settings: None)
+        found = LearnerRank(settings)
     optimizer = OptimizerConfig()
     found.stage = StageSettings(stage=stage, steps=steps, updates_per_step=updates, optimizer=optimizer)
     found.policy = PlainModel(build(Qwen2ForCausalLM, 0), settings)
-    found.critic = None
     if settings.objective.value.used:
         critic = build(Qwen2ForTokenClassification, 1, num_labels=1, classifier_dropout=0.0, hidden_dropout=0.0)
         found.critic = PlainModel(critic.eval(), settings)
-    found._reference = build(Qwen2ForCausalLM, 2)
+    found.reference = build(Qwen2ForCausalLM, 2)
     return found
 
 
@@ -231,7 +231,7 @@ def test_gradient_norms_of_terms_are_those_of_plain_torch() -> None:
         "grad_norm_interval": 1,
     }
     made = learner(objective, budget=24)  # several micro-batches
-    module, reference = copy.deepcopy(made.policy.module), made._reference
+    module, reference = copy.deepcopy(made.policy.module), made.reference
     found = made.train(TrainingBatch(groups=tuple(groups), pairs=tuple(pairs), demonstrations=tuple(rows)), 0, 1)
 
     policy, kl, tokens = torch.zeros(()), torch.zeros(()), 0
@@ -272,7 +272,7 @@ def test_kl_in_the_reward_is_that_of_plain_torch() -> None:
     }
     groups = sampled(2)
     made = learner(objective)
-    module, reference = copy.deepcopy(made.policy.module), made._reference
+    module, reference = copy.deepcopy(made.policy.module), made.reference
     found = made.train(TrainingBatch(groups=tuple(groups)), 0, 1)
     # Every reward less 0.5 times the summed log-ratios of its tokens, then less the mean of its group.
     loss, tokens = torch.zeros(()), 0
@@ -433,7 +433,7 @@ def test_in_the_warm_up_only_the_critic_moves() -> None:
     }
     made = learner(objective, updates=2)
     policy, critic = made.policy.vector(), made.critic.vector()
-    made._reference = None  # nothing may ask it
+    made.reference = None  # nothing may ask it
     found = made.train(TrainingBatch(groups=tuple(sampled(4))), 0, 1)
     assert torch.equal(made.policy.vector(), policy)
     assert not torch.equal(made.critic.vector(), critic)
@@ -442,7 +442,7 @@ def test_in_the_warm_up_only_the_critic_moves() -> None:
     # A mean over the updates, as ever: half of 0.5 * squared error, whose mean is over the tokens of both.
     assert found["learner/loss"] == pytest.approx(0.5 * found["objective/value_loss"], rel=1e-12)
     assert found["objective/value_loss"] == pytest.approx(found["value/squared_error"] / 2, rel=0.2)
-    made._reference = build(Qwen2ForCausalLM, 2)
+    made.reference = build(Qwen2ForCausalLM, 2)
     made.train(TrainingBatch(groups=tuple(sampled(4))), 1, 2)
     assert made.policy.updates == 2
 
@@ -471,10 +471,10 @@ def test_the_learning_rates_of_policy_and_critic_reach_their_ends_with_the_stage
 
     def build(name: str, *arguments: Any) -> SimpleNamespace:
         built[name] = arguments[-2:]
-        return SimpleNamespace(restore=lambda folder: None, destroy=lambda: None)
+        return SimpleNamespace(destroy=lambda: None)
 
     monkeypatch.setattr(learner_rank, "TrainedModel", build)
-    for name in ("load_model", "load_critic", "saved_config"):
+    for name in ("load_model", "load_critic", "saved_config", "restore_model"):
         monkeypatch.setattr(learner_rank, name, lambda *arguments: SimpleNamespace(config=None))
     made = learner({})
     made._release = lambda: None
@@ -496,9 +496,9 @@ def test_the_learning_rates_of_policy_and_critic_reach_their_ends_with_the_stage
 def test_the_temperature_is_of_the_policys_own_tokens_alone() -> None:
     made = learner({})
     module = made.policy.module
-    rows = [policy_row([5, 6, 7], [0, 1, 1], [0, 1, 1]), sft_row([5, 6, 7], [0, 1, 1])]
-    batch = collate([Unit(rows=(row,)) for row in rows], 0)
-    found, entropy = made._logprobs(made.policy, batch, entropy=True)
+    rows = [policy_sample([5, 6, 7], [0, 1, 1], [0, 1, 1]), sft_sample([5, 6, 7], [0, 1, 1])]
+    batch = collate([PackItem(samples=(row,)) for row in rows], 0)
+    found, entropy = made.forward.logprobs(made.policy, batch, entropy=True)
     expected = [logprob(module, [5, 6, 7], 1, temperature) for temperature in (TEMPERATURE, 1.0)]
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-7, atol=0)  # 0.8 in fp32
     likely = distribution(module, [5, 6, 7], TEMPERATURE)
@@ -519,8 +519,8 @@ def test_the_entropy_is_that_of_the_policys_targets_in_updates_and_of_nothing_el
     batch = TrainingBatch(pairs=tuple(random_preferences(3)), demonstrations=(chain([5, 6, 7], 1),))
     learner({**NOTHING_SCORED, "sft": {"weight": 1.0}}, stage="preference").train(batch, 0, 1)
     learner({}, stage="sft").train(batch, 0, 1)
-    rows = [policy_row([5, 6, 7], [0, 1, 1], [0] * 3)]
-    for ask in (made.old, made.reference, made.values):
+    rows = [policy_sample([5, 6, 7], [0, 1, 1], [0] * 3)]
+    for ask in (made.scorer.old_logprobs, made.scorer.reference_logprobs, made.scorer.values):
         ask(rows)
     made.score_pairs(random_preferences(2))
     made.score([ids(5, 6, 7)])
@@ -530,18 +530,18 @@ def test_the_entropy_is_that_of_the_policys_targets_in_updates_and_of_nothing_el
 def test_scores_of_rows_stand_at_their_tokens() -> None:
     made = learner({}, budget=16)
     rows = [
-        policy_row([5, 6, 7, 8, 9], [0, 1, 0, 1, 0], [0] * 5),
-        policy_row([5, 6], [0, 0], [0] * 2),
-        policy_row([9, 8, 7], [1, 1, 1], [0] * 3),
+        policy_sample([5, 6, 7, 8, 9], [0, 1, 0, 1, 0], [0] * 5),
+        policy_sample([5, 6], [0, 0], [0] * 2),
+        policy_sample([9, 8, 7], [1, 1, 1], [0] * 3),
     ]
-    found = made.old(rows)
+    found = made.scorer.old_logprobs(rows)
     own, last = (logprob(made.policy.module, row.token_ids, 1, TEMPERATURE) for row in (rows[0], rows[2]))
     assert [scores.shape for scores in found] == [(5,), (2,), (3,)]
     assert found[0].tolist() == pytest.approx([0, own[0].item(), 0, own[2].item(), 0], rel=1e-6)
     assert found[1].tolist() == [0, 0]
     assert found[2].tolist() == pytest.approx([0, *last.tolist()], rel=1e-6)  # the first token has no prediction
-    assert made.old([]) == []
-    assert made.old([rows[1]])[0].tolist() == [0, 0]  # nothing to score in any row
+    assert made.scorer.old_logprobs([]) == []
+    assert made.scorer.old_logprobs([rows[1]])[0].tolist() == [0, 0]  # nothing to score in any row
 
 
 def test_scores_of_pairs_are_sums_without_a_temperature() -> None:
@@ -549,7 +549,7 @@ def test_scores_of_pairs_are_sums_without_a_temperature() -> None:
     pairs: list[Preference] = random_preferences(4)
     for found, module in (
         (made.score_pairs(pairs), made.policy.module),
-        (made.reference_pairs(pairs), made._reference),
+        (made.scorer.reference_pair_scores(pairs), made.reference),
     ):
         for pair, scores in zip(pairs, found, strict=True):
             sides = (pair.chosen_ids, pair.rejected_ids)
@@ -566,20 +566,20 @@ def spoil(module: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("ask", "spoilt", "what"),
     [
-        ("old", "policy", "log-probabilities of the policy"),
-        ("reference", "reference", "log-probabilities of the reference policy"),
+        ("old_logprobs", "policy", "log-probabilities of the policy"),
+        ("reference_logprobs", "reference", "log-probabilities of the reference policy"),
         ("values", "critic", "values of the critic"),
     ],
 )
 def test_a_score_that_is_not_finite_is_named_and_never_becomes_a_zero(ask: str, spoilt: str, what: str) -> None:
     made = learner(EVERY_TERM)
-    models = {"policy": made.policy.module, "reference": made._reference, "critic": made.critic.module}
+    models = {"policy": made.policy.module, "reference": made.reference, "critic": made.critic.module}
     spoil(models.pop(spoilt))
-    rows = [policy_row([5, 6, 7], [0, 1, 1], [0] * 3), policy_row([5, 8, 9], [0, 1, 1], [0] * 3)]
+    rows = [policy_sample([5, 6, 7], [0, 1, 1], [0] * 3), policy_sample([5, 8, 9], [0, 1, 1], [0] * 3)]
     with pytest.raises(NonFiniteLossError, match=f"^{what}: 2 of 4 not finite; nothing was updated or published$"):
-        getattr(made, ask)(rows)
-    for other in {"old", "reference", "values"} - {ask}:
-        assert len(getattr(made, other)(rows)) == 2
+        getattr(made.scorer, ask)(rows)
+    for other in {"old_logprobs", "reference_logprobs", "values"} - {ask}:
+        assert len(getattr(made.scorer, other)(rows)) == 2
 
 
 def test_pairs_without_finite_scores_are_named() -> None:
@@ -588,10 +588,10 @@ def test_pairs_without_finite_scores_are_named() -> None:
     spoil(made.policy.module)
     with pytest.raises(NonFiniteLossError, match=r"^log-probabilities of preference pairs under the policy: 2 of 3 "):
         made.score_pairs([pair])
-    assert len(made.reference_pairs([pair])) == 1
-    spoil(made._reference)
+    assert len(made.scorer.reference_pair_scores([pair])) == 1
+    spoil(made.reference)
     with pytest.raises(NonFiniteLossError, match=r"^log-probabilities of preference pairs under the reference policy"):
-        made.reference_pairs([pair])
+        made.scorer.reference_pair_scores([pair])
 
 
 def test_a_critic_that_is_not_finite_ends_the_step_before_an_update() -> None:
@@ -659,7 +659,7 @@ def test_only_models_that_may_have_to_be_put_back_are_copied(
     made = learner(objective, updates=updates)
     made.train(TrainingBatch(groups=tuple(sampled(3))), step, step + 1)
     models = {"policy": made.policy, "critic": made.critic}
-    assert {name for name, model in models.items() if hasattr(model, "kept")} == copied
+    assert {name for name, model in models.items() if hasattr(model, "snapshot")} == copied
 
 
 def test_a_model_that_cannot_be_read_is_an_error_of_all_ranks(tmp_path: Path) -> None:
@@ -707,7 +707,7 @@ def test_pairs_of_which_one_side_begins_with_the_other_are_counted() -> None:
 def test_the_policy_that_a_stage_begins_with_has_a_margin_of_zero() -> None:
     # The pairs of a step's trees are compared with the reference policy; here it is the policy itself.
     made = learner({"preference": {"weight": 1.0}, "policy": {"weight": 0.0}})
-    made._reference = copy.deepcopy(made.policy.module)
+    made.reference = copy.deepcopy(made.policy.module)
     found = made.train(TrainingBatch(groups=(tree(), tree())), 0, 1)
     assert found["preference/margin"] == pytest.approx(0.0, abs=1e-5)
     assert found["objective/preference_loss"] == pytest.approx(math.log(2), rel=1e-6)

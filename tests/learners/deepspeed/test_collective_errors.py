@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from learners.deepspeed.collective_errors import LIMIT, first_problem, together
+from learners.deepspeed.collective_errors import MESSAGE_BYTES, fail_on_all_ranks, first_problem
 from rlsys.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
-@pytest.mark.parametrize(("said", "heard"), [("", ""), ("disk füll", "disk füll"), ("x" * 5000, "x" * LIMIT)])
+@pytest.mark.parametrize(("said", "heard"), [("", ""), ("disk füll", "disk füll"), ("x" * 5000, "x" * MESSAGE_BYTES)])
 def test_a_problem_is_told_as_it_was_said(said: str, heard: str) -> None:
     assert first_problem(said, "cpu") == heard
 
 
 def test_a_letter_that_is_cut_in_two_is_left_out() -> None:
-    assert first_problem("x" * (LIMIT - 1) + "ü", "cpu") == "x" * (LIMIT - 1)
+    assert first_problem("x" * (MESSAGE_BYTES - 1) + "ü", "cpu") == "x" * (MESSAGE_BYTES - 1)
 
 
 def test_where_nothing_is_wrong_nothing_is_raised() -> None:
-    with together(CheckpointError, "cpu"):
+    with fail_on_all_ranks(CheckpointError, "cpu"):
         pass
 
 
@@ -32,11 +32,11 @@ def test_where_nothing_is_wrong_nothing_is_raised() -> None:
     ],
 )
 def test_any_error_becomes_one_of_the_given_kind(error: Exception, message: str) -> None:
-    with pytest.raises(CheckpointError) as found, together(CheckpointError, "cpu"):
+    with pytest.raises(CheckpointError) as found, fail_on_all_ranks(CheckpointError, "cpu"):
         raise error
     assert (found.value.message, found.value.__cause__) == (message, error)
 
 
 def test_an_interrupt_is_no_failure_of_the_work() -> None:
-    with pytest.raises(KeyboardInterrupt), together(CheckpointError, "cpu"):
+    with pytest.raises(KeyboardInterrupt), fail_on_all_ranks(CheckpointError, "cpu"):
         raise KeyboardInterrupt

@@ -148,9 +148,9 @@ def test_whitening_where_nothing_is_trained():
 
 
 def test_whiten_needs_a_mask_for_every_row():
-    with pytest.raises(ValueError, match="mask of every row's shape"):
+    with pytest.raises(ValueError, match="mask of every sample's shape"):
         whiten([np.zeros(2)], [])
-    with pytest.raises(ValueError, match="mask of every row's shape"):
+    with pytest.raises(ValueError, match="mask of every sample's shape"):
         whiten([np.zeros(2)], [trained(3)])
 
 

@@ -1,4 +1,4 @@
-"""Token weights by hand, and the whole chain: rows -> plan -> collate -> log-probabilities -> joint loss."""
+"""Token weights by hand, and the whole chain: samples -> plan -> collate -> log-probabilities -> joint loss."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from joint_samples import (
     WEIGHTS,
     TinyCausalModel,
     floats,
-    mixed_units,
-    pair_unit,
+    mixed_items,
+    pair_item,
     planned,
-    policy_row,
+    policy_sample,
     random_preferences,
-    sft_row,
+    sft_sample,
     target_logprobs,
     update,
 )
 from tensors64 import t64
 
-from learners.objective.joint import Denominators, joint_loss, token_weights, total, weighted
+from learners.objective.joint import Denominators, joint_loss, token_weights, total_loss, weigh_items
 from learners.objective.losses import LossOutput
 from learners.samples.batching import collate
-from learners.samples.types import PolicyTokens, Row, Unit
+from learners.samples.types import PackItem, PolicyTokens, Sample
 from rlsys.config.objective import ObjectiveConfig, PolicyConfig, SftConfig
 
 AGGREGATIONS = ["token_mean", "sequence_mean", "constant"]
@@ -45,7 +45,7 @@ def weights_of(lengths: Sequence[int], aggregation: str, max_tokens: int = 10) -
 
 
 def test_weights_by_hand():
-    # 6 tokens in 3 rows of which 2 have any; max_tokens 10
+    # 6 tokens in 3 samples of which 2 have any; max_tokens 10
     lengths = [2, 4, 0]
     assert weights_of(lengths, "token_mean") == [1 / 6] * 3
     assert weights_of(lengths, "sequence_mean")[:2] == [1 / (2 * 2), 1 / (2 * 4)]
@@ -82,43 +82,45 @@ def test_bad_input_is_refused():
 
 
 def test_every_term_has_its_own_count_by_hand():
-    # Policy rows of 2, 3 and 0 targets; sft rows of 1 and 2; one pair whose chosen side has 3 imitated tokens.
-    # The first token of a row is never a target, so neither is it counted.
-    rows = [
-        policy_row([1, 2, 3], [0, 1, 1], [0, 1, 1]),
-        policy_row([1, 2, 3, 4], [1, 1, 1, 1], [1] * 4),
-        policy_row([1, 2], [0, 0], [0, 0]),
-        sft_row([1, 2, 3], [1, 0, 1]),
-        sft_row([1, 2, 3], [0, 1, 1]),
+    # Policy samples of 2, 3 and 0 targets; sft samples of 1 and 2; one pair whose chosen side has 3 imitated tokens.
+    # The first token of a sample is never a target, so neither is it counted.
+    samples = [
+        policy_sample([1, 2, 3], [0, 1, 1], [0, 1, 1]),
+        policy_sample([1, 2, 3, 4], [1, 1, 1, 1], [1] * 4),
+        policy_sample([1, 2], [0, 0], [0, 0]),
+        sft_sample([1, 2, 3], [1, 0, 1]),
+        sft_sample([1, 2, 3], [0, 1, 1]),
     ]
     (pair,) = random_preferences(1)
     length = len(pair.chosen_ids)
-    imitated = replace(pair_unit(pair).rows[0], sft_mask=np.arange(length) >= length - 3)
-    units = [Unit(rows=(row,)) for row in rows] + [replace(pair_unit(pair), rows=(imitated, pair_unit(pair).rows[1]))]
-    for aggregation, count, per_row in (
+    imitated = replace(pair_item(pair).samples[0], sft_mask=np.arange(length) >= length - 3)
+    items = [PackItem(samples=(sample,)) for sample in samples] + [
+        replace(pair_item(pair), samples=(imitated, pair_item(pair).samples[1]))
+    ]
+    for aggregation, count, per_sample in (
         ("token_mean", 5, [1 / 5] * 3),
         ("sequence_mean", 2, [1 / (2 * 2), 1 / (2 * 3), 1 / 2]),
         ("constant", 3 * 12, [1 / 36] * 3),
     ):
-        found, counts = weighted(units, PolicyConfig(aggregation=aggregation), 12)
+        found, counts = weigh_items(items, PolicyConfig(aggregation=aggregation), 12)
         assert counts == Denominators(policy=count, value=0, pairs=1, sft=6)
-        weights = [row.policy.weight for unit in found for row in unit.rows if row.policy]
-        assert weights == pytest.approx(per_row, rel=1e-12)
-        assert {row.sft_weight for unit in found for row in unit.rows} == {1 / 6}
-        assert [unit.pair.weight for unit in found if unit.pair] == [1.0]
+        weights = [sample.policy.weight for item in found for sample in item.samples if sample.policy]
+        assert weights == pytest.approx(per_sample, rel=1e-12)
+        assert {sample.sft_weight for item in found for sample in item.samples} == {1 / 6}
+        assert [item.pair.weight for item in found if item.pair] == [1.0]
 
 
 def test_the_critic_counts_the_tokens_that_have_a_return():
     # Those of a searched group have none: they are no targets of the critic.
-    with_return = policy_row([1, 2, 3], [0, 1, 1], [0, 1, 1], values=floats(0, 1, 1), returns=floats(0, 1, 1))
-    units = [Unit(rows=(with_return,)), Unit(rows=(policy_row([1, 2, 3, 4], [0, 1, 1, 1], [1] * 4),))]
-    assert weighted(units, PolicyConfig(), 12)[1] == Denominators(policy=5, value=2, pairs=0, sft=0)
+    with_return = policy_sample([1, 2, 3], [0, 1, 1], [0, 1, 1], values=floats(0, 1, 1), returns=floats(0, 1, 1))
+    items = [PackItem(samples=(with_return,)), PackItem(samples=(policy_sample([1, 2, 3, 4], [0, 1, 1, 1], [1] * 4),))]
+    assert weigh_items(items, PolicyConfig(), 12)[1] == Denominators(policy=5, value=2, pairs=0, sft=0)
 
 
 def test_an_update_of_nothing_has_counts_of_nothing():
     for aggregation in AGGREGATIONS:
         policy = PolicyConfig(aggregation=aggregation)
-        assert weighted([], policy, 12) == ([], Denominators(policy=0, value=0, pairs=0, sft=0))
+        assert weigh_items([], policy, 12) == ([], Denominators(policy=0, value=0, pairs=0, sft=0))
 
 
 # --- the joint loss ---
@@ -136,36 +138,36 @@ def test_an_update_of_nothing_has_counts_of_nothing():
     ids=["clip", "gspo", "cispo", "coupled", "ipo"],
 )
 def test_ranks_micro_batches_and_order_change_neither_losses_nor_gradient(settings):
-    units, config = mixed_units(), objective(**settings)
+    items, config = mixed_items(), objective(**settings)
     if config.preference.loss == "ipo":
-        units = [replace(u, pair=replace(u.pair, smoothing=0.0)) if u.pair else u for u in units]
-    losses, gradient = update(units, config)
+        items = [replace(u, pair=replace(u.pair, smoothing=0.0)) if u.pair else u for u in items]
+    losses, gradient = update(items, config)
     assert all(abs(loss) > 1e-3 for loss in losses.values())
     assert gradient.abs().max() > 1e-3
     assert losses["total"] == pytest.approx(sum(WEIGHTS[name] * losses[name] for name in WEIGHTS), rel=1e-12)
-    plans = [planned(units, ranks, budget) for ranks, budget in ((1, 9999), (1, 20), (2, 40), (3, 16), (40, 9))]
-    orders = [np.random.default_rng(seed).permutation(len(units)) for seed in range(2)]
-    cases = [(units, plan) for plan in plans] + [([units[n] for n in order], None) for order in orders]
-    for found_units, plan in cases:
-        found, found_gradient = update(found_units, config, plan=plan)
+    plans = [planned(items, ranks, budget) for ranks, budget in ((1, 9999), (1, 20), (2, 40), (3, 16), (40, 9))]
+    orders = [np.random.default_rng(seed).permutation(len(items)) for seed in range(2)]
+    cases = [(items, plan) for plan in plans] + [([items[n] for n in order], None) for order in orders]
+    for found_items, plan in cases:
+        found, found_gradient = update(found_items, config, plan=plan)
         assert found == pytest.approx(losses, rel=1e-11)
         torch.testing.assert_close(found_gradient, gradient, rtol=1e-11, atol=1e-14)
 
 
 def test_a_mean_of_local_means_would_change_the_loss():
     # The mistake that counts of the whole update prevent: every micro-batch divided by its own.
-    units, config = mixed_units(), objective()
-    losses, _ = update(units, config)
-    parts = [units[:10], units[10:16], units[16:]]
-    local = [unit for part in parts for unit in weighted(part, config.policy, 12)[0]]
+    items, config = mixed_items(), objective()
+    losses, _ = update(items, config)
+    parts = [items[:10], items[10:16], items[16:]]
+    local = [item for part in parts for item in weigh_items(part, config.policy, 12)[0]]
     wrong, _ = update(local, config, weigh=False)
     assert all(abs(wrong[name] / 3 - losses[name]) > 1e-3 * abs(losses[name]) for name in WEIGHTS)
 
 
-OF_TERM = {  # what each term is for, of a row; a pair that loses its score loses its rejected side
-    "policy": lambda row: replace(row, policy=None),
-    "sft": lambda row: replace(row, sft_mask=None),
-    "preference": lambda row: replace(row, preference_mask=None),
+OF_TERM = {  # what each term is for, of a sample; a pair that loses its score loses its rejected side
+    "policy": lambda sample: replace(sample, policy=None),
+    "sft": lambda sample: replace(sample, sft_mask=None),
+    "preference": lambda sample: replace(sample, preference_mask=None),
 }
 
 
@@ -174,16 +176,16 @@ OF_TERM = {  # what each term is for, of a row; a pair that loses its score lose
 def test_a_term_does_not_depend_on_the_others(term, removed):
     if term == removed:
         return
-    units, config = mixed_units(), objective()
+    items, config = mixed_items(), objective()
     left = []
-    for unit in units:
-        rows = tuple(OF_TERM[removed](row) for row in unit.rows)
-        kept = Unit(rows=rows[:1]) if removed == "preference" else replace(unit, rows=rows)
-        left += [kept] if any(row.targets.any() for row in kept.rows) else []
+    for item in items:
+        samples = tuple(OF_TERM[removed](sample) for sample in item.samples)
+        kept = PackItem(samples=samples[:1]) if removed == "preference" else replace(item, samples=samples)
+        left += [kept] if any(sample.targets.any() for sample in kept.samples) else []
     names = ("policy", "kl") if term == "policy" else (term,)
     # A term of weight 0 would be 0 in both: only the one in question has a weight.
     weights = {name: WEIGHTS[name] for name in names}
-    expected, gradient = update(units, config, weights=weights)
+    expected, gradient = update(items, config, weights=weights)
     found, found_gradient = update(left, config, weights=weights)
     assert found == pytest.approx(expected, rel=1e-12)
     torch.testing.assert_close(found_gradient, gradient, rtol=1e-12, atol=1e-15)
@@ -194,9 +196,9 @@ def test_a_term_does_not_depend_on_the_others(term, removed):
 
 def test_kl_is_a_term_of_its_own():
     # Without it the policy term is the same, and the sum of both gradients is the gradient of both.
-    units, config = mixed_units(), objective()
-    parts = [update(units, config, weights={name: WEIGHTS[name]}) for name in WEIGHTS]
-    losses, gradient = update(units, config)
+    items, config = mixed_items(), objective()
+    parts = [update(items, config, weights={name: WEIGHTS[name]}) for name in WEIGHTS]
+    losses, gradient = update(items, config)
     for (found, _), name in zip(parts, WEIGHTS, strict=True):
         assert found[name] == pytest.approx(losses[name], rel=1e-12)
     torch.testing.assert_close(sum(found for _, found in parts), gradient, rtol=1e-12, atol=1e-15)
@@ -204,47 +206,47 @@ def test_kl_is_a_term_of_its_own():
 
 @pytest.mark.parametrize("term", WEIGHTS)
 def test_weights_scale_exactly(term):
-    units, config = mixed_units(), objective()
-    once, gradient = update(units, config, weights={term: 1.0})
-    twice, double = update(units, config, weights={term: 4.0})
+    items, config = mixed_items(), objective()
+    once, gradient = update(items, config, weights={term: 1.0})
+    twice, double = update(items, config, weights={term: 4.0})
     assert (twice["total"], twice[term]) == (4 * once["total"], once[term])
     assert torch.equal(double, 4 * gradient)
 
 
 @pytest.mark.parametrize(
-    ("term", "unit"),
+    ("term", "item"),
     [
-        ("policy", Unit(rows=(policy_row([1, 2, 3], [0, 1, 1], [0, 1, -1]),))),
-        ("sft", Unit(rows=(sft_row([1, 2, 3], [0, 1, 1]),))),
-        ("preference", pair_unit(random_preferences(1)[0], sft=False)),
+        ("policy", PackItem(samples=(policy_sample([1, 2, 3], [0, 1, 1], [0, 1, -1]),))),
+        ("sft", PackItem(samples=(sft_sample([1, 2, 3], [0, 1, 1]),))),
+        ("preference", pair_item(random_preferences(1)[0], sft=False)),
     ],
 )
-def test_a_micro_batch_of_one_kind_alone_has_that_term_alone(term, unit):
+def test_a_micro_batch_of_one_kind_alone_has_that_term_alone(term, item):
     # No KL without log-probabilities of a reference policy.
-    units, _ = weighted([unit], PolicyConfig(), 12)
-    batch = collate(units, 0)
+    items, _ = weigh_items([item], PolicyConfig(), 12)
+    batch = collate(items, 0)
     logprobs, entropy = target_logprobs(TinyCausalModel(), batch)
     terms = joint_loss(logprobs, entropy, batch, objective())
     assert set(terms) == {term}
-    assert total(terms, {term: 2.0}, logprobs).item() == pytest.approx(2 * terms[term].loss.item(), rel=1e-12)
+    assert total_loss(terms, {term: 2.0}, logprobs).item() == pytest.approx(2 * terms[term].loss.item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("units", [[], [Unit(rows=(policy_row([1, 2, 3], [0, 0, 0], [1, 1, 1]),))]])
-def test_nothing_to_train_is_a_loss_of_zero_with_a_gradient_of_zero(units):
-    batch, model = collate(weighted(units, PolicyConfig(), 12)[0], 0), TinyCausalModel()
+@pytest.mark.parametrize("items", [[], [PackItem(samples=(policy_sample([1, 2, 3], [0, 0, 0], [1, 1, 1]),))]])
+def test_nothing_to_train_is_a_loss_of_zero_with_a_gradient_of_zero(items):
+    batch, model = collate(weigh_items(items, PolicyConfig(), 12)[0], 0), TinyCausalModel()
     logprobs, entropy = target_logprobs(model, batch)
     terms = joint_loss(logprobs, entropy, batch, objective({"surrogate": "gspo", "aggregation": "sequence_mean"}))
-    loss = total(terms, WEIGHTS, logprobs)
+    loss = total_loss(terms, WEIGHTS, logprobs)
     loss.backward()
     assert loss.item() == 0.0
     assert [parameter.grad.abs().max().item() for parameter in model.parameters()] == [0.0, 0.0]
 
 
 def test_garbage_where_nothing_is_trained_changes_nothing():
-    units, config = mixed_units(), objective()
-    losses, gradient = update(units, config)
+    items, config = mixed_items(), objective()
+    losses, gradient = update(items, config)
 
-    def spoiled(row: Row) -> Row:
+    def spoiled(sample: Sample) -> Sample:
         """More tokens at the end, and NaN wherever nothing is trained."""
 
         def longer(mask: Any) -> Any:
@@ -253,23 +255,23 @@ def test_garbage_where_nothing_is_trained_changes_nothing():
         def holes(values: Any, mask: Any) -> Any:
             return None if values is None else np.append(np.where(mask, values, np.nan), [np.nan] * 3)
 
-        policy = row.policy and PolicyTokens(
-            mask=longer(row.policy.mask),
+        policy = sample.policy and PolicyTokens(
+            mask=longer(sample.policy.mask),
             **{
-                name: holes(getattr(row.policy, name), row.policy.mask)
+                name: holes(getattr(sample.policy, name), sample.policy.mask)
                 for name in ("behavior_logprobs", "advantages", "old_logprobs", "reference_logprobs")
             },
         )
-        return Row(
-            token_ids=np.append(row.token_ids, [9, 9, 9]).astype(np.int32),
+        return Sample(
+            token_ids=np.append(sample.token_ids, [9, 9, 9]).astype(np.int32),
             policy=policy,
-            sft_mask=longer(row.sft_mask),
-            preference_mask=longer(row.preference_mask),
+            sft_mask=longer(sample.sft_mask),
+            preference_mask=longer(sample.preference_mask),
         )
 
-    changed = [replace(unit, rows=tuple(spoiled(row) for row in unit.rows)) for unit in units]
-    for found_units, pad_id in ((changed, 0), (units, 7)):
-        found, found_gradient = update(found_units, config, pad_id=pad_id, plan=planned(found_units, 2, 60))
+    changed = [replace(item, samples=tuple(spoiled(sample) for sample in item.samples)) for item in items]
+    for found_items, pad_id in ((changed, 0), (items, 7)):
+        found, found_gradient = update(found_items, config, pad_id=pad_id, plan=planned(found_items, 2, 60))
         assert found == pytest.approx(losses, rel=1e-11)
         torch.testing.assert_close(found_gradient, gradient, rtol=1e-11, atol=1e-14)
 
@@ -280,10 +282,10 @@ def test_garbage_where_nothing_is_trained_changes_nothing():
 def policy_term(own: float, old: float | None, behavior: float, advantage: float, **settings: Any) -> tuple[Any, float]:
     """(loss and metrics, gradient) of one token of weight 1."""
     figures = {} if old is None else {"old_logprobs": floats(0, old)}
-    row = policy_row([1, 2], [0, 1], [0, advantage], behavior_logprobs=floats(0, behavior), **figures)
-    units, _ = weighted([Unit(rows=(row,))], PolicyConfig(), 12)
+    sample = policy_sample([1, 2], [0, 1], [0, advantage], behavior_logprobs=floats(0, behavior), **figures)
+    items, _ = weigh_items([PackItem(samples=(sample,))], PolicyConfig(), 12)
     logprobs = t64([own], grad=True)
-    found = joint_loss(logprobs, t64([0.5]), collate(units, 0), ObjectiveConfig(policy=settings))["policy"]
+    found = joint_loss(logprobs, t64([0.5]), collate(items, 0), ObjectiveConfig(policy=settings))["policy"]
     found.loss.backward()
     return found, float(logprobs.grad)
 
@@ -348,7 +350,7 @@ def test_without_old_log_probabilities_the_present_policy_is_the_old_one():
 
 def test_the_importance_weight_is_of_the_policy_term_alone():
     # Behavior far from old: weight e^2 capped at 2. KL and entropy bonus do not know it.
-    row = policy_row(
+    sample = policy_sample(
         [1, 2],
         [0, 1],
         [0, 1],
@@ -356,18 +358,18 @@ def test_the_importance_weight_is_of_the_policy_term_alone():
         old_logprobs=floats(0, -1),
         reference_logprobs=floats(0, -2),
     )
-    units, _ = weighted([Unit(rows=(row,))], PolicyConfig(), 12)
+    items, _ = weigh_items([PackItem(samples=(sample,))], PolicyConfig(), 12)
     config = ObjectiveConfig(policy={"entropy_coef": 0.25}, kl={"weight": 1.0, "estimator": "k1"})
-    terms = joint_loss(t64([-1.0]), t64([0.5]), collate(units, 0), config)
+    terms = joint_loss(t64([-1.0]), t64([0.5]), collate(items, 0), config)
     assert terms["policy"].loss.item() == pytest.approx(-2 * 1 - 0.25 * 0.5, rel=1e-12)
     assert terms["kl"].loss.item() == pytest.approx(1.0, rel=1e-12)  # k1 = -(-2 + 1)
 
 
 def test_gspo_weighs_the_row_as_a_whole():
-    # Log-ratios 0.3 and -0.1 of one row: s = e^0.1 for both its tokens; the other row has its own, e^-0.2.
-    rows = [
-        policy_row([1, 2, 3], [0, 1, 1], [0, 1, 1], old_logprobs=floats(0, -1.25, -0.75)),
-        policy_row([1, 2], [0, 1], [0, -1], old_logprobs=floats(0, -1)),
+    # Log-ratios 0.3 and -0.1 of one sample: s = e^0.1 for both its tokens; the other sample has its own, e^-0.2.
+    samples = [
+        policy_sample([1, 2, 3], [0, 1, 1], [0, 1, 1], old_logprobs=floats(0, -1.25, -0.75)),
+        policy_sample([1, 2], [0, 1], [0, -1], old_logprobs=floats(0, -1)),
     ]
     policy = {
         "surrogate": "gspo",
@@ -376,13 +378,13 @@ def test_gspo_weighs_the_row_as_a_whole():
         "clip_low": 0.5,
         "clip_high": 0.5,
     }
-    units, _ = weighted([Unit(rows=(row,)) for row in rows], PolicyConfig(**policy), 12)
+    items, _ = weigh_items([PackItem(samples=(sample,)) for sample in samples], PolicyConfig(**policy), 12)
     logprobs = t64([-0.95, -0.85, -1.2], grad=True)
-    found = joint_loss(logprobs, t64([0.0] * 3), collate(units, 0), ObjectiveConfig(policy=policy))["policy"]
+    found = joint_loss(logprobs, t64([0.0] * 3), collate(items, 0), ObjectiveConfig(policy=policy))["policy"]
     # -(1/2) (e^0.1 * 1) + (1/2) e^-0.2
     assert found.loss.item() == pytest.approx((-math.exp(0.1) + math.exp(-0.2)) / 2, rel=1e-7)
     found.loss.backward()
-    # every token of row 0: -s A / (n |o|) = -e^0.1 / 4
+    # every token of sample 0: -s A / (n |o|) = -e^0.1 / 4
     assert logprobs.grad.tolist() == pytest.approx([-math.exp(0.1) / 4] * 2 + [math.exp(-0.2) / 2], rel=1e-7)
 
 
@@ -396,16 +398,16 @@ def both_ways(smoothing: float = 0.1, **preference: Any) -> list[tuple[dict[str,
     """
     config, found = objective(preference=preference), []
     for mask_prefix in (True, False):
-        units = []
+        items = []
         for pair in random_preferences(6):
             extra = 0.0 if mask_prefix else -1.5
             scored = replace(
                 pair, chosen_reference=pair.chosen_reference + extra, rejected_reference=pair.rejected_reference + extra
             )
-            unit = pair_unit(scored, mask_prefix=mask_prefix, sft=False)
-            assert unit.pair is not None
-            units.append(replace(unit, pair=replace(unit.pair, smoothing=smoothing)))
-        found.append(update(units, config, weights={"preference": 1.0}, plan=planned(units, 2, 50)))
+            item = pair_item(scored, mask_prefix=mask_prefix, sft=False)
+            assert item.pair is not None
+            items.append(replace(item, pair=replace(item.pair, smoothing=smoothing)))
+        found.append(update(items, config, weights={"preference": 1.0}, plan=planned(items, 2, 50)))
     return found
 
 
@@ -426,8 +428,8 @@ def test_the_prefix_mask_changes_what_means_are():
 def test_the_first_differing_token_keeps_its_log_probability():
     # Common prefix of 2 tokens and one of its own on each side: one target a side under the mask.
     (pair,) = random_preferences(1)
-    units = [pair_unit(pair, sft=False)]
-    batch = collate(units, 0)
+    items = [pair_item(pair, sft=False)]
+    batch = collate(items, 0)
     assert batch.pairs is not None
     tails = [len(pair.chosen_ids) - pair.common, len(pair.rejected_ids) - pair.common]
     assert batch.pairs.segments.bincount().tolist() == tails
@@ -450,12 +452,12 @@ def pair_term(smoothing: float, **preference: Any) -> tuple[LossOutput, list[flo
         chosen_reference=-3.5,
         rejected_reference=-3.5,
     )
-    unit = pair_unit(pair, sft=False)
-    assert unit.pair is not None
-    units, _ = weighted([replace(unit, pair=replace(unit.pair, smoothing=smoothing))], PolicyConfig(), 12)
+    item = pair_item(pair, sft=False)
+    assert item.pair is not None
+    items, _ = weigh_items([replace(item, pair=replace(item.pair, smoothing=smoothing))], PolicyConfig(), 12)
     logprobs = t64([-1.0, -2.0, -4.0], grad=True)
     config = ObjectiveConfig(preference=preference)
-    found = joint_loss(logprobs, t64([]), collate(units, 0), config)["preference"]
+    found = joint_loss(logprobs, t64([]), collate(items, 0), config)["preference"]
     found.loss.backward()
     return found, logprobs.grad.tolist()
 
@@ -492,21 +494,21 @@ def test_ipo_of_sums_and_of_means_by_hand():
 def test_the_prefix_mask_of_the_supervised_term(mask_prefix_sft):
     # The mean over what is trained of the chosen side, whole or from its first difference on.
     pairs, sft = random_preferences(4), SftConfig(mask_prefix_sft=mask_prefix_sft)
-    units = [pair_unit(pair, mask_prefix_sft=sft.mask_prefix_sft) for pair in pairs]
-    losses, _ = update(units, objective())
+    items = [pair_item(pair, mask_prefix_sft=sft.mask_prefix_sft) for pair in pairs]
+    losses, _ = update(items, objective())
     expected = []
     for pair in pairs:
-        row = Unit(rows=(sft_row(pair.chosen_ids.tolist(), np.ones(len(pair.chosen_ids), dtype=bool)),))
-        logprobs, _ = target_logprobs(TinyCausalModel(), collate([row], 0))
+        sample = PackItem(samples=(sft_sample(pair.chosen_ids.tolist(), np.ones(len(pair.chosen_ids), dtype=bool)),))
+        logprobs, _ = target_logprobs(TinyCausalModel(), collate([sample], 0))
         start = pair.common if mask_prefix_sft else pair.prompt_length
-        expected += logprobs[start - 1 :].tolist()  # target s of a row is token s + 1
+        expected += logprobs[start - 1 :].tolist()  # target s of a sample is token s + 1
     assert losses["sft"] == pytest.approx(-np.mean(expected), rel=1e-6)
 
 
 def test_the_learner_recomputes_what_a_sampler_at_this_temperature_reported():
     """Sampled token by token at a temperature, then trained in one padded batch beside others: every ratio is 1."""
     model, generator = TinyCausalModel(), torch.Generator().manual_seed(0)
-    rows = []
+    samples = []
     for prompt, completion in ((3, 5), (1, 9), (4, 2)):
         tokens = torch.randint(VOCABULARY, (prompt,), generator=generator).tolist()
         logprobs = [0.0] * prompt
@@ -516,10 +518,10 @@ def test_the_learner_recomputes_what_a_sampler_at_this_temperature_reported():
             tokens.append(int(torch.multinomial(p, 1, generator=generator)))
             logprobs.append(float(p[tokens[-1]].log()))
         mask = np.arange(len(tokens)) >= prompt
-        rows.append(policy_row(tokens, mask, np.ones(len(tokens)), behavior_logprobs=floats(*logprobs)))
-    demonstration = sft_row([1, 2, 3], [0, 1, 1])
-    units = [Unit(rows=(row,)) for row in (rows[0], demonstration, *rows[1:])]
-    batch = collate(units, pad_id=0)
+        samples.append(policy_sample(tokens, mask, np.ones(len(tokens)), behavior_logprobs=floats(*logprobs)))
+    demonstration = sft_sample([1, 2, 3], [0, 1, 1])
+    items = [PackItem(samples=(sample,)) for sample in (samples[0], demonstration, *samples[1:])]
+    batch = collate(items, pad_id=0)
     assert batch.policy is not None and batch.sft is not None
     with torch.no_grad():
         found, _ = target_logprobs(model, batch)

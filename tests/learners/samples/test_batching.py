@@ -9,29 +9,29 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from joint_samples import flags, floats, ids, mixed_units, policy_row, sft_row
+from joint_samples import flags, floats, ids, mixed_items, policy_sample, sft_sample
 
 from learners.samples.batching import collate, plan_micro_batches, split_updates
-from learners.samples.types import Pair, Row, Unit
+from learners.samples.types import PackItem, Pair, Sample
 
 
-def alone(*rows: Row) -> list[Unit]:
-    return [Unit(rows=(row,)) for row in rows]
+def alone(*samples: Sample) -> list[PackItem]:
+    return [PackItem(samples=(sample,)) for sample in samples]
 
 
-def sides(chosen: list[int], rejected: list[int], start: int, *, sft: list[int] | None = None) -> Unit:
+def sides(chosen: list[int], rejected: list[int], start: int, *, sft: list[int] | None = None) -> PackItem:
     """A pair that is scored from `start` on."""
-    rows = [
-        Row(token_ids=ids(*tokens), preference_mask=np.arange(len(tokens)) >= start) for tokens in (chosen, rejected)
+    samples = [
+        Sample(token_ids=ids(*tokens), preference_mask=np.arange(len(tokens)) >= start) for tokens in (chosen, rejected)
     ]
     if sft is not None:
-        rows[0] = replace(rows[0], sft_mask=flags(*sft), sft_weight=0.25)
-    return Unit(rows=(rows[0], rows[1]), pair=Pair(reference=(-3.0, -5.0), smoothing=0.1, weight=0.5))
+        samples[0] = replace(samples[0], sft_mask=flags(*sft), sft_weight=0.25)
+    return PackItem(samples=(samples[0], samples[1]), pair=Pair(reference=(-3.0, -5.0), smoothing=0.1, weight=0.5))
 
 
 def test_collate_of_policy_rows_by_hand():
-    first = policy_row([5, 6, 7, 8], [0, 0, 1, 1], [9, 9, 2, -2], behavior_logprobs=floats(0, 0, -0.5, -0.25))
-    second = policy_row([9, 6, 7], [0, 0, 1], [0, 0, -1], behavior_logprobs=floats(0, 0, -1.5))
+    first = policy_sample([5, 6, 7, 8], [0, 0, 1, 1], [9, 9, 2, -2], behavior_logprobs=floats(0, 0, -0.5, -0.25))
+    second = policy_sample([9, 6, 7], [0, 0, 1], [0, 0, -1], behavior_logprobs=floats(0, 0, -1.5))
     assert first.policy is not None and second.policy is not None
     first = replace(first, policy=replace(first.policy, weight=0.125))
     second = replace(second, policy=replace(second.policy, weight=0.5))
@@ -55,8 +55,8 @@ def test_collate_of_policy_rows_by_hand():
 
 def test_what_is_known_of_every_row_comes_along_and_what_is_known_of_some_does_not():
     known = {"old_logprobs": floats(0, -1, -2), "values": floats(0, 0.5, 0.25), "returns": floats(0, 1, 2)}
-    row = policy_row([5, 6, 7], [0, 1, 1], [0, 1, 1], **known, reference_logprobs=floats(7, -3, -4))
-    batch = collate(alone(row, row), pad_id=0).policy
+    sample = policy_sample([5, 6, 7], [0, 1, 1], [0, 1, 1], **known, reference_logprobs=floats(7, -3, -4))
+    batch = collate(alone(sample, sample), pad_id=0).policy
     assert batch is not None
     found = [batch.old_logprobs, batch.reference_logprobs, batch.values, batch.returns]
     assert [None if x is None else x.tolist() for x in found] == [
@@ -65,21 +65,23 @@ def test_what_is_known_of_every_row_comes_along_and_what_is_known_of_some_does_n
         [0.5, 0.25] * 2,
         [1.0, 2.0] * 2,
     ]
-    # A row of a searched group has no values: the whole has none, rather than a shifted part.
-    mixed = collate(alone(row, policy_row([5, 6], [0, 1], [0, 1])), pad_id=0).policy
+    # A sample of a searched group has no values: the whole has none, rather than a shifted part.
+    mixed = collate(alone(sample, policy_sample([5, 6], [0, 1], [0, 1])), pad_id=0).policy
     assert mixed is not None
     assert (mixed.values, mixed.returns) == (None, None)
 
 
-def test_collate_of_mixed_units_by_hand():
-    # Rows: a pair (chosen imitated from its second token on, compared from its third), a demonstration, a policy row.
-    units = [
+def test_collate_of_mixed_items_by_hand():
+    # A pair (chosen imitated from its second token on, compared from its third), a demonstration, a policy sample.
+    items = [
         sides([5, 6, 7, 8], [5, 6, 9], 2, sft=[0, 1, 1, 1]),
-        *alone(replace(sft_row([1, 2, 3], [0, 1, 0]), sft_weight=0.25), policy_row([4, 4, 4], [0, 0, 1], [0, 0, 1])),
+        *alone(
+            replace(sft_sample([1, 2, 3], [0, 1, 0]), sft_weight=0.25), policy_sample([4, 4, 4], [0, 0, 1], [0, 0, 1])
+        ),
     ]
-    batch = collate(units, pad_id=0)
+    batch = collate(items, pad_id=0)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 9, 0], [1, 2, 3, 0], [4, 4, 4, 0]]
-    # Targets in row-major order: 6 7 8 | 9 | 2 | 4
+    # Targets in sample-major order: 6 7 8 | 9 | 2 | 4
     assert batch.loss_mask.int().tolist() == [[1, 1, 1], [0, 1, 0], [1, 0, 0], [0, 1, 0]]
     assert batch.first_target == 0
     assert batch.policy is not None and batch.sft is not None and batch.pairs is not None
@@ -93,10 +95,10 @@ def test_collate_of_mixed_units_by_hand():
 
 
 def test_segments_of_pairs_interleave():
-    # Other rows between the pairs, of other terms, move nothing.
+    # Other samples between the pairs, of other terms, move nothing.
     pairs = [sides([1, 2, 3], [1, 4], 1), sides([5, 6], [5, 7, 8], 1)]
-    units = [pairs[0], *alone(sft_row([9, 9, 9], [0, 1, 1])), pairs[1]]
-    found = collate(units, pad_id=0)
+    items = [pairs[0], *alone(sft_sample([9, 9, 9], [0, 1, 1])), pairs[1]]
+    found = collate(items, pad_id=0)
     assert found.pairs is not None
     # targets: 2 3 | 4 | 9 9 | 6 | 7 8
     assert found.pairs.at.tolist() == [0, 1, 2, 5, 6, 7]
@@ -105,19 +107,19 @@ def test_segments_of_pairs_interleave():
 
 
 def test_a_row_of_a_pair_may_be_imitated_alone():
-    # The step has no preference term: one row, and no pair to number.
-    batch = collate(alone(sft_row([1, 2, 3], [0, 1, 1])), pad_id=0)
+    # The step has no preference term: one sample, and no pair to number.
+    batch = collate(alone(sft_sample([1, 2, 3], [0, 1, 1])), pad_id=0)
     assert batch.sft is not None
     assert (batch.policy, batch.pairs, batch.sft.at.tolist()) == (None, None, [0, 1])
 
 
 def test_the_first_token_is_never_a_target():
     # It has no prediction, in no term.
-    rows = [
-        policy_row([5, 6, 7], [1, 0, 1], [1, 1, 1], behavior_logprobs=floats(-1, 0, -2)),
-        sft_row([5, 6, 7], [1, 1, 0]),
+    samples = [
+        policy_sample([5, 6, 7], [1, 0, 1], [1, 1, 1], behavior_logprobs=floats(-1, 0, -2)),
+        sft_sample([5, 6, 7], [1, 1, 0]),
     ]
-    batch = collate([*alone(*rows), sides([5, 6], [5, 7], 0)], pad_id=0)
+    batch = collate([*alone(*samples), sides([5, 6], [5, 7], 0)], pad_id=0)
     assert batch.loss_mask.tolist() == [[False, True], [True, False], [True, False], [True, False]]
     assert batch.policy is not None and batch.sft is not None and batch.pairs is not None
     assert (batch.policy.at.tolist(), batch.policy.behavior_logprobs.tolist()) == ([0], [-2.0])
@@ -130,17 +132,17 @@ def test_nothing_to_train_still_makes_a_batch():
     assert empty.loss_mask.tolist() == [[False]]
     assert (empty.policy, empty.sft, empty.pairs) == (None, None, None)
     assert (empty.targets, empty.real_tokens, empty.first_target) == (0, 0, 0)
-    single = collate(alone(policy_row([5], [1], [1])), pad_id=3)
+    single = collate(alone(policy_sample([5], [1], [1])), pad_id=3)
     assert (single.input_ids.tolist(), single.loss_mask.tolist()) == ([[5, 3]], [[False]])
     assert single.policy is not None
     assert (single.policy.at.tolist(), single.policy.row_ids.tolist()) == ([], [])
-    untrained = collate(alone(policy_row([5, 6, 7, 8], [0, 0, 0, 0], [1, 1, 1, 1])), pad_id=3)
+    untrained = collate(alone(policy_sample([5, 6, 7, 8], [0, 0, 0, 0], [1, 1, 1, 1])), pad_id=3)
     assert untrained.first_target == 2  # the last column: one logit of one position is enough
 
 
 def test_a_row_without_targets_moves_no_other():
-    row = policy_row([5, 6], [0, 1], [0, 2])
-    batch = collate(alone(policy_row([7, 8], [0, 0], [1, 1]), row, sft_row([7, 8], [0, 0]), row), pad_id=0)
+    sample = policy_sample([5, 6], [0, 1], [0, 2])
+    batch = collate(alone(policy_sample([7, 8], [0, 0], [1, 1]), sample, sft_sample([7, 8], [0, 0]), sample), pad_id=0)
     assert batch.policy is not None and batch.sft is not None
     assert (batch.policy.at.tolist(), batch.policy.row_ids.tolist()) == ([0, 1], [1, 3])
     assert batch.sft.at.tolist() == batch.sft.weights.tolist() == []
@@ -148,26 +150,30 @@ def test_a_row_without_targets_moves_no_other():
 
 def test_figures_are_those_of_the_targets_and_nothing_else_is_read():
     nan = np.nan
-    row = policy_row([5, 6, 7, 8], [0, 1, 0, 1], [nan, 0.5, nan, -0.25], behavior_logprobs=floats(nan, -1, nan, -2))
-    batch = collate(alone(row, policy_row([5, 6], [0, 1], [nan, 2])), pad_id=0).policy
+    sample = policy_sample(
+        [5, 6, 7, 8], [0, 1, 0, 1], [nan, 0.5, nan, -0.25], behavior_logprobs=floats(nan, -1, nan, -2)
+    )
+    batch = collate(alone(sample, policy_sample([5, 6], [0, 1], [nan, 2])), pad_id=0).policy
     assert batch is not None
     assert batch.advantages.tolist() == [0.5, -0.25, 2.0]
     assert batch.behavior_logprobs.tolist() == [-1.0, -2.0, -2.0]
 
 
 def test_places_of_every_term_point_at_its_own_tokens():
-    # Each term's targets, looked up through `at`, are the tokens under its own mask, row by row.
-    units = mixed_units()
-    rows = [row for unit in units for row in unit.rows]
-    batch = collate(units, pad_id=0)
+    # Each term's targets, looked up through `at`, are the tokens under its own mask, sample by sample.
+    items = mixed_items()
+    samples = [sample for item in items for sample in item.samples]
+    batch = collate(items, pad_id=0)
     targets = batch.input_ids[:, 1:][batch.loss_mask]
     assert batch.policy is not None and batch.sft is not None and batch.pairs is not None
     for at, masks in (
-        (batch.policy.at, [row.policy_mask for row in rows]),
-        (batch.sft.at, [row.sft_mask for row in rows]),
-        (batch.pairs.at, [row.preference_mask for row in rows]),
+        (batch.policy.at, [sample.policy_mask for sample in samples]),
+        (batch.sft.at, [sample.sft_mask for sample in samples]),
+        (batch.pairs.at, [sample.preference_mask for sample in samples]),
     ):
-        expected = [row.token_ids[1:][mask[1:]] for row, mask in zip(rows, masks, strict=True) if mask is not None]
+        expected = [
+            sample.token_ids[1:][mask[1:]] for sample, mask in zip(samples, masks, strict=True) if mask is not None
+        ]
         assert targets[at].tolist() == np.concatenate(expected).tolist()
 
 
@@ -200,21 +206,21 @@ def test_split_refuses_no_updates():
 
 
 def padded(batch: list[int], lengths: list[int], heights: list[int] | None = None) -> int:
-    rows = len(batch) if heights is None else sum(heights[unit] for unit in batch)
-    return rows * max((lengths[row] for row in batch), default=0)
+    samples = len(batch) if heights is None else sum(heights[item] for item in batch)
+    return samples * max((lengths[sample] for sample in batch), default=0)
 
 
 @given(
-    units=st.lists(st.tuples(st.integers(1, 200), st.integers(1, 2)), max_size=60),
+    items=st.lists(st.tuples(st.integers(1, 200), st.integers(1, 2)), max_size=60),
     ranks=st.integers(1, 5),
     budget=st.integers(1, 1500),
 )
-def test_plan_properties(units, ranks, budget):
-    lengths, heights = [length for length, _ in units], [height for _, height in units]
+def test_plan_properties(items, ranks, budget):
+    lengths, heights = [length for length, _ in items], [height for _, height in items]
     plan = plan_micro_batches(lengths, ranks=ranks, budget_tokens=budget, heights=heights)
     batches = [batch for share in plan for batch in share]
     costs = [padded(batch, lengths, heights) for batch in batches]
-    assert sorted(unit for batch in batches for unit in batch) == list(range(len(lengths)))
+    assert sorted(item for batch in batches for item in batch) == list(range(len(lengths)))
     assert len(plan) == ranks
     assert len({len(share) for share in plan}) == 1
     assert len(plan[0]) >= 1
@@ -231,39 +237,39 @@ def test_plan_counts_the_rows_of_pairs():
     # 4 pairs of 10 tokens in 40: two pairs a pass, not four.
     assert plan_micro_batches([10] * 4, ranks=1, budget_tokens=40, heights=[2] * 4) == [[[0, 1], [2, 3]]]
     assert plan_micro_batches([10] * 4, ranks=1, budget_tokens=40) == [[[0, 1, 2, 3]]]
-    # A pair beside two single rows: 4 rows of 10 in a budget of 40, on two ranks two rows each.
+    # A pair beside two single samples: 4 samples of 10 in a budget of 40, on two ranks two samples each.
     assert plan_micro_batches([10] * 3, ranks=2, budget_tokens=40, heights=[2, 1, 1]) == [[[0]], [[1, 2]]]
 
 
 def test_plan_of_equal_rows_by_hand():
-    # 8 rows of 10 tokens, 2 ranks, 40 tokens: the fewest micro-batches are two of four rows, one a rank
+    # 8 samples of 10 tokens, 2 ranks, 40 tokens: the fewest micro-batches are two of four samples, one a rank
     assert plan_micro_batches([10] * 8, ranks=2, budget_tokens=40) == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
     # with room for all in one micro-batch, the second rank still gets half of the work
     assert plan_micro_batches([10] * 8, ranks=2, budget_tokens=999) == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
 
 
 def test_plan_by_hand_evens_out_the_micro_batches():
-    # 70 tokens would hold seven of the eight rows and leave one to the second rank
+    # 70 tokens would hold seven of the eight samples and leave one to the second rank
     assert plan_micro_batches([10] * 8, ranks=2, budget_tokens=70) == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
 
 
 def test_plan_by_hand_gives_the_longer_to_the_less_loaded():
-    # a budget of 1 makes single rows; round one: 9 | 7, round two: the 5 goes to the 7: 10 | 12, not 14 | 8
+    # a budget of 1 makes single samples; round one: 9 | 7, round two: the 5 goes to the 7: 10 | 12, not 14 | 8
     assert plan_micro_batches([9, 7, 5, 1], ranks=2, budget_tokens=1) == [[[0], [3]], [[1], [2]]]
 
 
 def test_plan_by_hand_takes_another_pass_where_it_saves_more_padding():
-    # one pass: 24 rows * 100 = 2400; two: 4 * 100 + 20 * 10 = 600 and one more pass of 128; three: no gain
+    # one pass: 24 samples * 100 = 2400; two: 4 * 100 + 20 * 10 = 600 and one more pass of 128; three: no gain
     plan = plan_micro_batches([100] * 4 + [10] * 20, ranks=1, budget_tokens=9999)
     assert plan == [[list(range(4)), list(range(4, 24))]]
-    # 5 rows * 20 = 100 in one pass; two would pad 20 + 4 * 10 = 60: 40 tokens saved are not worth 128
+    # 5 samples * 20 = 100 in one pass; two would pad 20 + 4 * 10 = 60: 40 tokens saved are not worth 128
     assert plan_micro_batches([20] + [10] * 4, ranks=1, budget_tokens=9999) == [[list(range(5))]]
 
 
 def test_plan_by_hand_where_rows_are_few():
     assert plan_micro_batches([7], ranks=2, budget_tokens=5) == [[[0]], [[]]]
     assert plan_micro_batches([], ranks=2, budget_tokens=5) == [[[]], [[]]]
-    # one long row and three short ones on four ranks: short ones are split off rather than left together
+    # one long sample and three short ones on four ranks: short ones are split off rather than left together
     assert plan_micro_batches([9, 1, 1, 1], ranks=4, budget_tokens=99) == [[[0]], [[1]], [[2]], [[3]]]
 
 

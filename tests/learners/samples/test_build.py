@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from joint_samples import group, ids, policy_row, random_preferences, searched, sft_row, trajectory
+from joint_samples import group, ids, policy_sample, random_preferences, searched, sft_sample, trajectory
 
-from learners.samples.build import critic_units, pair_score_rows, step_units, without_policy
-from learners.samples.types import Row, Unit, pair_rows, step_pair
+from learners.samples.build import StepTerms, build_samples, critic_items, pair_score_samples, without_policy
+from learners.samples.types import PackItem, Sample, pair_samples, step_pair
 from rlsys.config.objective import ObjectiveConfig
 from rlsys.types import Demonstration, Float32Array, Preference, StepPreference, TrainingBatch
 
@@ -51,40 +51,38 @@ class FakeScorer:
     def __init__(self) -> None:
         self.calls: dict[str, int] = {}
 
-    def old(self, rows: Sequence[Row]) -> list[Float32Array]:
-        return self._zeros("old", rows)
+    def old_logprobs(self, samples: Sequence[Sample]) -> list[Float32Array]:
+        return self._zeros("old", samples)
 
-    def reference(self, rows: Sequence[Row]) -> list[Float32Array]:
-        return self._zeros("reference", rows)
+    def reference_logprobs(self, samples: Sequence[Sample]) -> list[Float32Array]:
+        return self._zeros("reference", samples)
 
-    def values(self, rows: Sequence[Row]) -> list[Float32Array]:
-        return self._zeros("values", rows)
+    def values(self, samples: Sequence[Sample]) -> list[Float32Array]:
+        return self._zeros("values", samples)
 
-    def reference_pairs(self, pairs: Sequence[Preference]) -> list[tuple[float, float]]:
+    def reference_pair_scores(self, pairs: Sequence[Preference]) -> list[tuple[float, float]]:
         self.calls["pairs"] = self.calls.get("pairs", 0) + len(pairs)
         return [(-10.0 - n, -20.0 - n) for n in range(len(pairs))]
 
-    def _zeros(self, name: str, rows: Sequence[Row]) -> list[Float32Array]:
-        self.calls[name] = self.calls.get(name, 0) + len(rows)
-        return [np.zeros(row.length, dtype=np.float32) for row in rows]
+    def _zeros(self, name: str, samples: Sequence[Sample]) -> list[Float32Array]:
+        self.calls[name] = self.calls.get(name, 0) + len(samples)
+        return [np.zeros(sample.length, dtype=np.float32) for sample in samples]
 
 
-def units(
+def items(
     weights: Sequence[str],
     *,
     batch: TrainingBatch = BATCH,
     chosen_sft: bool = False,
     kl_weight: float = 0.0,
     **settings: dict[str, Any],
-) -> tuple[list[list[list[Unit]]], dict[str, int]]:
-    """What `step_units` makes, and how many rows or pairs each model was asked about."""
+) -> tuple[list[list[list[PackItem]]], dict[str, int]]:
+    """What `build_samples` makes, and how many samples or pairs each model was asked about."""
     scorer = FakeScorer()
-    found = step_units(
+    found = build_samples(
         batch,
         ObjectiveConfig(**settings),
-        dict.fromkeys(weights, 1.0),
-        chosen_sft=chosen_sft,
-        kl_weight=kl_weight,
+        StepTerms(weights=dict.fromkeys(weights, 1.0), chosen_sft=chosen_sft, kl_weight=kl_weight),
         max_tokens=10,
         scorer=scorer,
     )
@@ -113,17 +111,17 @@ FILE = {"preference": {"source": "file"}}
     ],
 )
 def test_models_are_asked_for_what_the_step_needs_and_no_more(weights, options, expected):
-    assert units(weights, **options)[1] == expected
+    assert items(weights, **options)[1] == expected
 
 
 def test_every_source_has_its_own_units():
-    # Units of a group stay together: rows of the policy, demonstrations of its tree, its pairs.
-    (groups, others, rows), _ = units(["policy", "preference", "sft"], sft={"source": "trees"})
-    assert [[len(unit.rows) for unit in found] for found in groups] == [[1, 1], [1, 1, 1, 2]]
-    assert groups[1][2].rows[0].sft_mask.tolist() == [False, False, True, True]
+    # Units of a group stay together: samples of the policy, demonstrations of its tree, its pairs.
+    (groups, others, samples), _ = items(["policy", "preference", "sft"], sft={"source": "trees"})
+    assert [[len(item.samples) for item in found] for found in groups] == [[1, 1], [1, 1, 1, 2]]
+    assert groups[1][2].samples[0].sft_mask.tolist() == [False, False, True, True]
     assert groups[1][3].pair.reference == (-10.0, -20.0)
-    assert [[unit.pair.reference for unit in found] for found in others] == [[(-1.0, -2.0)]]
-    assert [[unit.rows[0].token_ids.tolist() for unit in found] for found in rows] == [[[1, 2, 7, 8]]] * 2
+    assert [[item.pair.reference for item in found] for found in others] == [[(-1.0, -2.0)]]
+    assert [[item.samples[0].token_ids.tolist() for item in found] for found in samples] == [[[1, 2, 7, 8]]] * 2
 
 
 @pytest.mark.parametrize(
@@ -140,37 +138,37 @@ def test_every_source_has_its_own_units():
     ],
 )
 def test_nothing_is_made_for_a_term_that_the_step_has_not(weights, options, sizes):
-    (groups, others, rows), _ = units(weights, **options)
-    assert [*(len(found) for found in groups), sum(map(len, others)), sum(map(len, rows))] == sizes
+    (groups, others, samples), _ = items(weights, **options)
+    assert [*(len(found) for found in groups), sum(map(len, others)), sum(map(len, samples))] == sizes
 
 
 def test_a_chosen_side_without_the_preference_term_is_a_row_to_imitate():
-    (groups, others, _), _ = units(["sft"], chosen_sft=True)
-    for unit in (groups[1][0], others[0][0]):
-        (row,) = unit.rows
-        assert (unit.pair, row.preference_mask) == (None, None)
-        assert row.token_ids.tolist() == [1, 2, 3, 4, 5]
-        assert row.sft_mask.tolist() == [False, False, True, True, True]
-    (_, others, _), _ = units(["sft"], chosen_sft=True, sft={"mask_prefix_sft": True})
-    assert others[0][0].rows[0].sft_mask.tolist() == [False, False, False, True, True]
+    (groups, others, _), _ = items(["sft"], chosen_sft=True)
+    for item in (groups[1][0], others[0][0]):
+        (sample,) = item.samples
+        assert (item.pair, sample.preference_mask) == (None, None)
+        assert sample.token_ids.tolist() == [1, 2, 3, 4, 5]
+        assert sample.sft_mask.tolist() == [False, False, True, True, True]
+    (_, others, _), _ = items(["sft"], chosen_sft=True, sft={"mask_prefix_sft": True})
+    assert others[0][0].samples[0].sft_mask.tolist() == [False, False, False, True, True]
 
 
 def test_a_chosen_side_is_imitated_where_the_step_says_so():
     for chosen_sft, weights in ((True, ["preference", "sft"]), (True, ["preference"]), (False, ["preference", "sft"])):
-        (_, others, _), _ = units(weights, chosen_sft=chosen_sft)
-        chosen, rejected = others[0][0].rows
+        (_, others, _), _ = items(weights, chosen_sft=chosen_sft)
+        chosen, rejected = others[0][0].samples
         assert (chosen.sft_mask is not None) == (chosen_sft and "sft" in weights)
         assert rejected.sft_mask is None
 
 
 def test_step_preferences_become_pairs_of_their_own():
-    (groups, _, _), _ = units(["preference"], preference={"pairs": "steps", "adaptive_smoothing": True})
-    (unit,) = groups[1]
-    chosen, rejected = unit.rows
+    (groups, _, _), _ = items(["preference"], preference={"pairs": "steps", "adaptive_smoothing": True})
+    (item,) = groups[1]
+    chosen, rejected = item.samples
     assert (chosen.token_ids.tolist(), rejected.token_ids.tolist()) == ([1, 2, 3, 4], [1, 2, 3, 5, 6])
     assert chosen.preference_mask.tolist() == [False, False, False, True]  # the nodes begin alike
     # visits 1 and 3: 1 - 1 / (1 + 3 / 1) = 3/4, bounded
-    assert unit.pair.smoothing == 0.499
+    assert item.pair.smoothing == 0.499
 
 
 @pytest.mark.parametrize(
@@ -187,22 +185,22 @@ def test_step_preferences_become_pairs_of_their_own():
 )
 def test_smoothing_of_a_pair(visits, settings, expected):
     pair = replace(PAIR, chosen_visits=visits[0], rejected_visits=visits[1])
-    (_, others, _), _ = units(["preference"], batch=TrainingBatch(pairs=(pair,)), preference=settings)
+    (_, others, _), _ = items(["preference"], batch=TrainingBatch(pairs=(pair,)), preference=settings)
     assert others[0][0].pair.smoothing == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_pair_without_scores_is_refused():
     pair = replace(PAIR, chosen_reference=None)
     with pytest.raises(ValueError, match="scores under the reference policy"):
-        units(["preference"], batch=TrainingBatch(pairs=(pair,)))
+        items(["preference"], batch=TrainingBatch(pairs=(pair,)))
 
 
 def test_the_critic_learns_from_what_has_returns_and_the_others_from_what_is_not_the_policys():
-    with_return = policy_row([1, 2], [0, 1], [0, 1], values=np.zeros(2), returns=np.zeros(2))
-    parts = [policy_row([1, 2], [0, 1], [0, 1]), with_return, sft_row([1, 2], [0, 1])]
-    pair = Unit(rows=pair_rows(PAIR, mask_prefix=True, sft=True, mask_prefix_sft=False))
-    found = [*(Unit(rows=(row,)) for row in parts), pair]
-    assert critic_units(found) == [found[1]]
+    with_return = policy_sample([1, 2], [0, 1], [0, 1], values=np.zeros(2), returns=np.zeros(2))
+    parts = [policy_sample([1, 2], [0, 1], [0, 1]), with_return, sft_sample([1, 2], [0, 1])]
+    pair = PackItem(samples=pair_samples(PAIR, mask_prefix=True, sft=True, mask_prefix_sft=False))
+    found = [*(PackItem(samples=(sample,)) for sample in parts), pair]
+    assert critic_items(found) == [found[1]]
     assert without_policy(found) == [found[2], pair]
 
 
@@ -210,21 +208,19 @@ def test_pairs_are_scored_on_the_tokens_that_are_compared():
     (other,) = random_preferences(1)
     for mask_prefix, start in ((True, 3), (False, 2)):
         objective = ObjectiveConfig(preference={"mask_prefix_dpo": mask_prefix})
-        rows = pair_score_rows([PAIR, other], objective)
-        assert [row.token_ids.tolist() for row in rows[:2]] == [[1, 2, 3, 4, 5], [1, 2, 3, 6]]
-        assert [np.flatnonzero(row.preference_mask)[0] for row in rows[:2]] == [start, start]
-        assert all(row.preference_mask is not None and row.sft_mask is None for row in rows)
-        trained = step_units(
+        samples = pair_score_samples([PAIR, other], objective)
+        assert [sample.token_ids.tolist() for sample in samples[:2]] == [[1, 2, 3, 4, 5], [1, 2, 3, 6]]
+        assert [np.flatnonzero(sample.preference_mask)[0] for sample in samples[:2]] == [start, start]
+        assert all(sample.preference_mask is not None and sample.sft_mask is None for sample in samples)
+        trained = build_samples(
             TrainingBatch(pairs=(PAIR,)),
             objective,
-            {"preference": 1.0},
-            chosen_sft=False,
-            kl_weight=0.0,
+            StepTerms(weights={"preference": 1.0}, chosen_sft=False, kl_weight=0.0),
             max_tokens=10,
             scorer=FakeScorer(),
-        )[1][0][0].rows
-        for row, scored in zip(trained, rows, strict=False):
-            assert row.preference_mask.tolist() == scored.preference_mask.tolist()
+        )[1][0][0].samples
+        for sample, scored in zip(trained, samples, strict=False):
+            assert sample.preference_mask.tolist() == scored.preference_mask.tolist()
 
 
 def test_two_continuations_as_sequences():
@@ -236,5 +232,5 @@ def test_two_continuations_as_sequences():
     longer = replace(STEP, rejected_ids=ids(3, 4, 5))
     assert step_pair(longer) is None
     tree = replace(TREE, step_preferences=(longer, STEP))
-    (groups, _, _), calls = units(["preference"], batch=TrainingBatch(groups=(tree,)), preference={"pairs": "steps"})
+    (groups, _, _), calls = items(["preference"], batch=TrainingBatch(groups=(tree,)), preference={"pairs": "steps"})
     assert (len(groups[0]), calls) == (1, {"pairs": 1})

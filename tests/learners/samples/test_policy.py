@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from joint_samples import floats, group, searched, trajectory
 
 from learners.samples.batching import collate
-from learners.samples.policy import policy_rows
-from learners.samples.types import Row, Unit, trained
+from learners.samples.policy import policy_samples
+from learners.samples.types import PackItem, Sample, count_targets
 from rlsys.config.objective import ObjectiveConfig
 from rlsys.types import Float32Array, TrajectoryGroup
 
@@ -26,21 +26,21 @@ class FakeScorer:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
 
-    def old(self, rows: Sequence[Row]) -> list[Float32Array]:
-        return self._figures("old", rows, -1.0)
+    def old_logprobs(self, samples: Sequence[Sample]) -> list[Float32Array]:
+        return self._figures("old", samples, -1.0)
 
-    def reference(self, rows: Sequence[Row]) -> list[Float32Array]:
-        return self._figures("reference", rows, -1.5)
+    def reference_logprobs(self, samples: Sequence[Sample]) -> list[Float32Array]:
+        return self._figures("reference", samples, -1.5)
 
-    def values(self, rows: Sequence[Row]) -> list[Float32Array]:
-        return self._figures("values", rows, 0.5)
+    def values(self, samples: Sequence[Sample]) -> list[Float32Array]:
+        return self._figures("values", samples, 0.5)
 
-    def _figures(self, name: str, rows: Sequence[Row], value: float) -> list[Float32Array]:
-        self.calls.append((name, len(rows)))
-        return [np.where(row.targets, value, 0).astype(np.float32) for row in rows]
+    def _figures(self, name: str, samples: Sequence[Sample], value: float) -> list[Float32Array]:
+        self.calls.append((name, len(samples)))
+        return [np.where(sample.targets, value, 0).astype(np.float32) for sample in samples]
 
 
-def rows_of(
+def samples_of(
     groups: Sequence[TrajectoryGroup],
     *,
     scorer: FakeScorer | None = None,
@@ -49,23 +49,23 @@ def rows_of(
     kl: dict[str, Any] | None = None,
     estimator: str = "dr_grpo",
     **policy: Any,
-) -> list[list[Row]]:
+) -> list[list[Sample]]:
     critic = {"value": {"weight": 1.0}} if estimator == "gae" else {}
     objective = ObjectiveConfig(policy={"estimator": estimator, **policy}, kl=kl or {}, **critic)
     scorer = scorer or FakeScorer()
-    return policy_rows(groups, objective, max_tokens=max_tokens, kl_weight=kl_weight, scorer=scorer)
+    return policy_samples(groups, objective, max_tokens=max_tokens, kl_weight=kl_weight, scorer=scorer)
 
 
-def targets(rows: Sequence[Row]) -> list[tuple[int, float]]:
-    """(token, advantage) of all targets that a batch of the rows trains."""
-    batch = collate([Unit(rows=(row,)) for row in rows], pad_id=0)
+def targets(samples: Sequence[Sample]) -> list[tuple[int, float]]:
+    """(token, advantage) of all targets that a batch of the samples trains."""
+    batch = collate([PackItem(samples=(sample,)) for sample in samples], pad_id=0)
     if batch.policy is None:
         return []
     return list(zip(batch.input_ids[:, 1:][batch.loss_mask].tolist(), batch.policy.advantages.tolist(), strict=True))
 
 
-def advantages(rows: Sequence[Row]) -> list[float]:
-    return [advantage for _, advantage in targets(rows)]
+def advantages(samples: Sequence[Sample]) -> list[float]:
+    return [advantage for _, advantage in targets(samples)]
 
 
 def ends(*rewards: float) -> TrajectoryGroup:
@@ -85,10 +85,10 @@ def test_rows_carry_advantages_and_leave_unjudged_trajectories_out():
         trajectory([1, 2, 13], [0, 0, 1], math.nan, outcome="error"),
     )
     nothing = group(trajectory([1, 2, 10], [0, 0, 1], math.nan, outcome="error"))
-    rows, none = rows_of([found, nothing])
-    assert targets(rows) == [(10, 0.5), (12, -0.5)]
+    samples, none = samples_of([found, nothing])
+    assert targets(samples) == [(10, 0.5), (12, -0.5)]
     assert none == []
-    assert rows[0].policy.behavior_logprobs.tolist() == floats(0, 0, -0.2).tolist()
+    assert samples[0].policy.behavior_logprobs.tolist() == floats(0, 0, -0.2).tolist()
 
 
 @pytest.mark.parametrize(
@@ -101,17 +101,17 @@ def test_rows_carry_advantages_and_leave_unjudged_trajectories_out():
     ],
 )
 def test_estimators_of_a_group_by_hand(estimator, expected):
-    (rows,) = rows_of([ends(1.0, 0.0, 0.0)], estimator=estimator)
-    assert advantages(rows) == pytest.approx(expected, rel=1e-6)
+    (samples,) = samples_of([ends(1.0, 0.0, 0.0)], estimator=estimator)
+    assert advantages(samples) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_baseline_is_of_its_own_group_and_whitening_is_of_the_step():
     # Group means 1/2 and 3: centred 1/2, -1/2, 1, -1, whose mean is 0 and std sqrt(2.5 / 4).
-    first, second = rows_of([ends(1.0, 0.0), ends(4.0, 2.0)], estimator="reinforce_pp_baseline")
+    first, second = samples_of([ends(1.0, 0.0), ends(4.0, 2.0)], estimator="reinforce_pp_baseline")
     std = math.sqrt(2.5 / 4)
     assert advantages([*first, *second]) == pytest.approx([0.5 / std, -0.5 / std, 1 / std, -1 / std], rel=1e-6)
     # Without a baseline: rewards 1, 0, 4, 2, mean 7/4, std sqrt(21/4 - 49/16) = sqrt(35/16).
-    first, second = rows_of([ends(1.0, 0.0), ends(4.0, 2.0)], estimator="reinforce_pp")
+    first, second = samples_of([ends(1.0, 0.0), ends(4.0, 2.0)], estimator="reinforce_pp")
     std = math.sqrt(35 / 16)
     assert advantages([*first, *second]) == pytest.approx([(x - 1.75) / std for x in (1, 0, 4, 2)], rel=1e-6)
 
@@ -119,9 +119,9 @@ def test_a_baseline_is_of_its_own_group_and_whitening_is_of_the_step():
 def test_reinforce_pp_discounts_and_whitens_over_tokens():
     # Completions of 2 tokens with reward 1 and of 1 token with reward 0; gamma 1/2: returns 1/2, 1 | 0.
     found = group(trajectory([1, 2, 10, 11], [0, 0, 1, 1], 1.0), trajectory([1, 2, 12], [0, 0, 1], 0.0))
-    (rows,) = rows_of([found], estimator="reinforce_pp", gamma=0.5)
+    (samples,) = samples_of([found], estimator="reinforce_pp", gamma=0.5)
     std = math.sqrt((1.25 - 0.75) / 3)  # mean 1/2; squares 1/4 + 1 + 0 less 3 * 1/4
-    assert advantages(rows) == pytest.approx([0.0, 0.5 / std, -0.5 / std], rel=1e-6, abs=1e-7)
+    assert advantages(samples) == pytest.approx([0.0, 0.5 / std, -0.5 / std], rel=1e-6, abs=1e-7)
 
 
 def test_forced_and_foreign_tokens_are_not_trained_and_end_no_return():
@@ -129,12 +129,12 @@ def test_forced_and_foreign_tokens_are_not_trained_and_end_no_return():
     found = group(
         trajectory([1, 2, 10, 98, 11, 99], [0, 0, 1, 0, 1, 0], 1.0), trajectory([1, 2, 12, 99], [0, 0, 1, 0], 0.0)
     )
-    (rows,) = rows_of([found])
-    assert targets(rows) == [(10, 0.5), (11, 0.5), (12, -0.5)]
-    (rows,) = rows_of([found], estimator="reinforce_pp", gamma=0.5)
+    (samples,) = samples_of([found])
+    assert targets(samples) == [(10, 0.5), (11, 0.5), (12, -0.5)]
+    (samples,) = samples_of([found], estimator="reinforce_pp", gamma=0.5)
     # Returns 1/2 at token 10: the foreign token between discounts nothing. Mean 1/2 of (1/2, 1, 0).
     std = math.sqrt((1.25 - 0.75) / 3)
-    assert targets(rows) == [
+    assert targets(samples) == [
         (10, pytest.approx(0.0, abs=1e-7)),
         (11, pytest.approx(0.5 / std, rel=1e-6)),
         (12, pytest.approx(-0.5 / std, rel=1e-6)),
@@ -143,17 +143,17 @@ def test_forced_and_foreign_tokens_are_not_trained_and_end_no_return():
 
 def test_a_trajectory_without_own_tokens_is_a_row_that_trains_nothing():
     # Its reward is part of the baseline all the same: it was judged.
-    (rows,) = rows_of([group(trajectory([1, 2, 99], [0, 0, 0], 1.0), trajectory([1, 2, 10], [0, 0, 1], 0.0))])
-    assert (len(rows), targets(rows)) == (2, [(10, -0.5)])
+    (samples,) = samples_of([group(trajectory([1, 2, 99], [0, 0, 0], 1.0), trajectory([1, 2, 10], [0, 0, 1], 0.0))])
+    assert (len(samples), targets(samples)) == (2, [(10, -0.5)])
 
 
 def test_rewards_fall_over_the_overlong_buffer():
     # max_tokens 4, buffer 2, penalty 0.5: lengths 2, 3, 4 lose 0, 1/4, 1/2. Rewards 1 each: mean of 1, 3/4, 1/2.
     found = group(*(trajectory([1, *([7] * n)], [0, *([1] * n)], 1.0) for n in (2, 3, 4)))
-    (rows,) = rows_of([found], max_tokens=4, overlong_buffer=2, overlong_penalty=0.5)
-    assert [row.policy.advantages[-1] for row in rows] == [0.25, 0.0, -0.25]
-    (rows,) = rows_of([found], max_tokens=4)
-    assert advantages(rows) == [0.0] * 9
+    (samples,) = samples_of([found], max_tokens=4, overlong_buffer=2, overlong_penalty=0.5)
+    assert [sample.policy.advantages[-1] for sample in samples] == [0.25, 0.0, -0.25]
+    (samples,) = samples_of([found], max_tokens=4)
+    assert advantages(samples) == [0.0] * 9
 
 
 # --- KL in the reward ---
@@ -165,39 +165,40 @@ def test_kl_in_the_reward_by_hand():
     found = group(trajectory([1, 2, 10, 11], [0, 0, 1, 1], 1.0), trajectory([1, 2, 12], [0, 0, 1], 0.0))
     kl = {"weight": 0.25, "estimator": "k1", "in_reward": True}
     scorer = FakeScorer()
-    (rows,) = rows_of([found], scorer=scorer, kl=kl, kl_weight=0.25)
-    assert advantages(rows) == [7 / 16, 7 / 16, -7 / 16]
+    (samples,) = samples_of([found], scorer=scorer, kl=kl, kl_weight=0.25)
+    assert advantages(samples) == [7 / 16, 7 / 16, -7 / 16]
     assert scorer.calls == [("reference", 2), ("old", 2)]
     # Token by token, before the whitening: (1 - 1/8) - 1/8 and 7/8 | -1/8; mean 1/2, squares 9/16 + 49/64 + 1/64.
-    (rows,) = rows_of([found], estimator="reinforce_pp", kl=kl, kl_weight=0.25)
+    (samples,) = samples_of([found], estimator="reinforce_pp", kl=kl, kl_weight=0.25)
     std = math.sqrt((9 / 16 + 50 / 64) / 3 - 1 / 4)
-    assert advantages(rows) == pytest.approx([0.25 / std, 0.375 / std, -0.625 / std], rel=1e-6)
-    # The log-probabilities stay with the row: what is scored once is not scored again.
-    assert rows[0].policy.old_logprobs.tolist() == [0, 0, -1, -1]
-    assert rows[0].policy.reference_logprobs.tolist() == [0, 0, -1.5, -1.5]
+    assert advantages(samples) == pytest.approx([0.25 / std, 0.375 / std, -0.625 / std], rel=1e-6)
+    # The log-probabilities stay with the sample: what is scored once is not scored again.
+    assert samples[0].policy.old_logprobs.tolist() == [0, 0, -1, -1]
+    assert samples[0].policy.reference_logprobs.tolist() == [0, 0, -1.5, -1.5]
 
 
 def test_the_penalty_of_foreign_tokens_is_none():
     class Everywhere(FakeScorer):
         """Gives figures of the context too, as a scorer should not."""
 
-        def _figures(self, name: str, rows: Sequence[Row], value: float) -> list[Float32Array]:
-            return [np.full(row.length, value, dtype=np.float32) for row in rows]
+        def _figures(self, name: str, samples: Sequence[Sample], value: float) -> list[Float32Array]:
+            return [np.full(sample.length, value, dtype=np.float32) for sample in samples]
 
     found = group(trajectory([1, 2, 10, 99], [0, 0, 1, 0], 1.0), trajectory([1, 2, 12], [0, 0, 1], 0.0))
     kl = {"weight": 0.25, "estimator": "k1", "in_reward": True}
-    (rows,) = rows_of([found], scorer=Everywhere(), kl=kl, kl_weight=0.25)
-    assert advantages(rows) == [0.5, -0.5]  # both lose 1/8
+    (samples,) = samples_of([found], scorer=Everywhere(), kl=kl, kl_weight=0.25)
+    assert advantages(samples) == [0.5, -0.5]  # both lose 1/8
 
 
 @pytest.mark.parametrize("in_reward", [False, True])
 def test_a_weight_of_zero_asks_for_nothing(in_reward):
-    # Of a schedule that begins or ends at 0.
+    # A schedule may begin or end at 0.
     scorer = FakeScorer()
-    (rows,) = rows_of([ends(1.0, 0.0)], scorer=scorer, kl={"final_weight": 0.1, "in_reward": in_reward}, kl_weight=0.0)
+    kl = {"final_weight": 0.1, "in_reward": in_reward}
+    (samples,) = samples_of([ends(1.0, 0.0)], scorer=scorer, kl=kl, kl_weight=0.0)
     assert scorer.calls == []
-    assert (rows[0].policy.reference_logprobs, rows[0].policy.old_logprobs) == (None, None)
-    rows_of([ends(1.0, 0.0)], scorer=scorer, kl={"final_weight": 0.1, "in_reward": in_reward}, kl_weight=0.1)
+    assert (samples[0].policy.reference_logprobs, samples[0].policy.old_logprobs) == (None, None)
+    samples_of([ends(1.0, 0.0)], scorer=scorer, kl=kl, kl_weight=0.1)
     assert [name for name, _ in scorer.calls] == ["reference", "old"][: 1 + in_reward]
 
 
@@ -205,35 +206,35 @@ def test_a_weight_of_zero_asks_for_nothing(in_reward):
 
 
 def test_generalised_advantages_by_hand():
-    # Values 1/2 everywhere, gamma 1, lambda 1/2. Row 1: rewards 0, 1: deltas 0, 1/2: A = 1/4, 1/2.
-    # Row 2: reward 0: A = -1/2. Returns A + V: 3/4, 1 | 0. The foreign token in between passes V and A on.
+    # Values 1/2 everywhere, gamma 1, lambda 1/2. Sample 1: rewards 0, 1: deltas 0, 1/2: A = 1/4, 1/2.
+    # Sample 2: reward 0: A = -1/2. Returns A + V: 3/4, 1 | 0. The foreign token in between passes V and A on.
     found = group(trajectory([1, 2, 10, 99, 11], [0, 0, 1, 0, 1], 1.0), trajectory([1, 2, 12], [0, 0, 1], 0.0))
-    (rows,) = rows_of([found], estimator="gae", gae_lambda=0.5)
+    (samples,) = samples_of([found], estimator="gae", gae_lambda=0.5)
     mean, squares = (0.25 + 0.5 - 0.5) / 3, 0.0625 + 0.25 + 0.25
     std = math.sqrt(squares / 3 - mean**2)
-    assert advantages(rows) == pytest.approx([(x - mean) / std for x in (0.25, 0.5, -0.5)], rel=1e-6)
+    assert advantages(samples) == pytest.approx([(x - mean) / std for x in (0.25, 0.5, -0.5)], rel=1e-6)
     # Returns are of what was not whitened.
-    assert [row.policy.returns.tolist() for row in rows] == [[0, 0, 0.75, 0, 1], [0, 0, 0]]
-    assert [row.policy.values.tolist() for row in rows] == [[0, 0, 0.5, 0, 0.5], [0, 0, 0.5]]
+    assert [sample.policy.returns.tolist() for sample in samples] == [[0, 0, 0.75, 0, 1], [0, 0, 0]]
+    assert [sample.policy.values.tolist() for sample in samples] == [[0, 0, 0.5, 0, 0.5], [0, 0, 0.5]]
 
 
 def test_the_critic_is_asked_about_sampled_groups_alone():
     scorer = FakeScorer()
     tree = searched(([1], "ok", 1.0), ([2], "wrong", 0.0))
-    found, sampled = rows_of([tree, ends(1.0, 0.0)], estimator="gae", scorer=scorer)
+    found, sampled = samples_of([tree, ends(1.0, 0.0)], estimator="gae", scorer=scorer)
     assert scorer.calls == [("values", 2)]
     assert targets(found) == [(10, 0.5), (11, 0.5), (20, -0.5), (21, -0.5)]  # and no whitening
-    assert all(row.policy.values is None and row.policy.returns is None for row in found)
-    assert all(row.policy.values is not None for row in sampled)
+    assert all(sample.policy.values is None and sample.policy.returns is None for sample in found)
+    assert all(sample.policy.values is not None for sample in sampled)
     # Of searched groups alone nothing is asked that a rank could not answer.
-    rows_of([tree], estimator="gae", scorer=scorer)
+    samples_of([tree], estimator="gae", scorer=scorer)
     assert scorer.calls[1:] == [("values", 0)]
 
 
 def test_searched_groups_do_not_move_what_whitening_makes_of_sampled_ones():
     tree = searched(([1], "ok", 1.0), ([2], "wrong", 0.0))
-    (alone,) = rows_of([ends(1.0, 0.0, 0.0)], estimator="reinforce_pp")
-    _, beside = rows_of([tree, ends(1.0, 0.0, 0.0)], estimator="reinforce_pp")
+    (alone,) = samples_of([ends(1.0, 0.0, 0.0)], estimator="reinforce_pp")
+    _, beside = samples_of([tree, ends(1.0, 0.0, 0.0)], estimator="reinforce_pp")
     assert targets(beside) == targets(alone)
 
 
@@ -260,48 +261,52 @@ def test_searched_groups_do_not_move_what_whitening_makes_of_sampled_ones():
 def test_a_node_weighs_as_often_as_it_was_drawn(tree_estimator, expected):
     # Where chains are counted the draws are those through a node: 2, 1, 1, 1 as well.
     tree = searched(([1, 2], "ok", 1.0), ([1, 3], "wrong", 0.0), ([4], "ok", 1.0), samples={1: 2})
-    (rows,) = rows_of([tree], tree_estimator=tree_estimator)
-    found = {token // 10: advantage for token, advantage in targets(rows)}
-    assert len(targets(rows)) == 8  # two tokens a node, each once
+    (samples,) = samples_of([tree], tree_estimator=tree_estimator)
+    found = {token // 10: advantage for token, advantage in targets(samples)}
+    assert len(targets(samples)) == 8  # two tokens a node, each once
     assert found == pytest.approx({node: value / (5 / 4) for node, value in expected.items()}, rel=1e-6)
 
 
 def test_searched_rows_by_hand():
     # Node 1 holds 2 (right) and 3 (wrong): V(1) = 1/2; node 4 was right: V(4) = 1; V(0) = 3/4.
     group = searched(([1, 2], "ok", 1.0), ([1, 3], "wrong", 0.0), ([4], "ok", 1.0), forced=[2, 4])
-    (rows,) = rows_of([group])
-    assert [row.token_ids.tolist() for row in rows] == [[1, 2, 10, 11, 20, 21], [1, 2, 10, 11, 30, 31], [1, 2, 40, 41]]
-    # Node 1 is trained by the first row alone; the first tokens of 2 and 4 were put there.
-    assert targets(rows) == [(10, -0.25), (11, -0.25), (21, 0.5), (30, -0.5), (31, -0.5), (41, 0.25)]
+    (samples,) = samples_of([group])
+    assert [sample.token_ids.tolist() for sample in samples] == [
+        [1, 2, 10, 11, 20, 21],
+        [1, 2, 10, 11, 30, 31],
+        [1, 2, 40, 41],
+    ]
+    # Node 1 is trained by the first sample alone; the first tokens of 2 and 4 were put there.
+    assert targets(samples) == [(10, -0.25), (11, -0.25), (21, 0.5), (30, -0.5), (31, -0.5), (41, 0.25)]
     # Denominators count the same targets.
-    assert [trained(row.policy_mask) for row in rows] == [3, 2, 1]
-    assert rows[1].policy.behavior_logprobs.tolist() == floats(0, 0, -0.2, -0.3, -0.4, -0.5).tolist()
+    assert [count_targets(sample.policy_mask) for sample in samples] == [3, 2, 1]
+    assert samples[1].policy.behavior_logprobs.tolist() == floats(0, 0, -0.2, -0.3, -0.4, -0.5).tolist()
 
 
 def test_a_node_drawn_three_times_weighs_three_times_as_much_within_its_group():
     # V(1) = 1, V(2) = 0, drawn 3 times and once: V(0) = 3/4, A(1) = 1/4, A(2) = -3/4. Two trained tokens each, so the
     # mean of the draws is (3 + 3 + 1 + 1) / 4 = 2: the weights are 3/2 and 1/2, and 3/8 - 3/8 = 0 as for four samples.
     group = searched(([1], "ok", 1.0), ([2], "wrong", 0.0), samples={1: 3})
-    (rows,) = rows_of([group])
-    assert targets(rows) == [(10, 0.375), (11, 0.375), (20, -0.375), (21, -0.375)]
+    (samples,) = samples_of([group])
+    assert targets(samples) == [(10, 0.375), (11, 0.375), (20, -0.375), (21, -0.375)]
     # Of the group of four samples that it stands for, the weights sum to the number of tokens all the same.
-    (same,) = rows_of([searched(([1], "ok", 1.0), ([2], "wrong", 0.0), samples={1: 6, 2: 2})])
-    assert targets(same) == targets(rows)
+    (same,) = samples_of([searched(([1], "ok", 1.0), ([2], "wrong", 0.0), samples={1: 6, 2: 2})])
+    assert targets(same) == targets(samples)
 
 
 def test_a_searched_row_in_which_nothing_is_left_to_train_is_dropped():
     # The second trajectory ends in a node that the first goes on from; the third was never judged, nor is its node.
     group = searched(([1, 2], "ok", 1.0), ([1], "wrong", 0.0), ([3], "error", math.nan))
-    (rows,) = rows_of([group])
-    assert [row.token_ids.tolist() for row in rows] == [[1, 2, 10, 11, 20, 21]]
+    (samples,) = samples_of([group])
+    assert [sample.token_ids.tolist() for sample in samples] == [[1, 2, 10, 11, 20, 21]]
     # V(2) = 1, the end at node 1 is 0: V(1) = 1/2, the only child of the prompt.
-    assert targets(rows) == [(10, 0.0), (11, 0.0), (20, 0.5), (21, 0.5)]
+    assert targets(samples) == [(10, 0.0), (11, 0.0), (20, 0.5), (21, 0.5)]
 
 
 def test_an_unjudged_trajectory_leaves_its_shared_nodes_to_the_next_one():
     group = searched(([1, 2], "timeout", 9.0), ([1, 3], "ok", 1.0), ([4], "wrong", 0.0))
-    (rows,) = rows_of([group])
-    assert targets(rows) == [(10, 0.5), (11, 0.5), (30, 0.0), (31, 0.0), (40, -0.5), (41, -0.5)]
+    (samples,) = samples_of([group])
+    assert targets(samples) == [(10, 0.5), (11, 0.5), (30, 0.0), (31, 0.0), (40, -0.5), (41, -0.5)]
 
 
 def test_tokens_of_no_node_are_not_trained():
@@ -315,12 +320,12 @@ def test_tokens_of_no_node_are_not_trained():
         )
         for trajectory in group.trajectories
     ]
-    (rows,) = rows_of([replace(group, trajectories=tuple(longer))])
-    assert targets(rows) == [(10, 0.5), (11, 0.5), (20, -0.5), (21, -0.5)]
+    (samples,) = samples_of([replace(group, trajectories=tuple(longer))])
+    assert targets(samples) == [(10, 0.5), (11, 0.5), (20, -0.5), (21, -0.5)]
 
 
 def test_a_searched_group_without_trajectories_gives_no_rows():
-    assert rows_of([searched()]) == [[]]
+    assert samples_of([searched()]) == [[]]
 
 
 @given(data=st.data(), use_std=st.booleans())
@@ -335,10 +340,10 @@ def test_every_node_of_a_judged_trajectory_is_trained_exactly_once(data, use_std
     results = st.tuples(st.sampled_from(["ok", "wrong", "error"]), st.sampled_from([0.0, 0.5, 1.0]))
     chains = [(path(end), *data.draw(results)) for end in ends]
     forced = data.draw(st.lists(st.integers(1, 9)))
-    (rows,) = rows_of([searched(*chains, forced=forced)], estimator="grpo" if use_std else "dr_grpo")
+    (samples,) = samples_of([searched(*chains, forced=forced)], estimator="grpo" if use_std else "dr_grpo")
     nodes = {node for nodes, outcome, _ in chains if outcome != "error" for node in nodes}
     expected = sorted(
         token for node in nodes for token in (10 * node, 10 * node + 1) if token // 10 not in forced or token % 10
     )
-    assert sorted(token for token, _ in targets(rows)) == expected
-    assert all(trained(row.policy_mask) for row in rows)
+    assert sorted(token for token, _ in targets(samples)) == expected
+    assert all(count_targets(sample.policy_mask) for sample in samples)

@@ -1,0 +1,148 @@
+"""The optimizer updates of one training step on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learners.deepspeed.engine import TrainedModel
+from learners.forward import ForwardPasses
+from learners.objective.joint import joint_loss, total_loss, weigh_items
+from learners.objective.losses import LossOutput, value_loss
+from learners.samples.batching import MicroBatch
+from learners.samples.build import critic_items, without_policy
+from learners.samples.types import PackItem
+from learners.settings import RankSettings
+from learners.step_metrics import StepMetrics, summed_gradient_norm
+from rlsys.fault_injection import fault
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateContext:
+    """Version that the step makes and number of the update in it, from 0. `measured`: log gradient norms of terms."""
+
+    version: int
+    update: int
+    measured: bool
+
+    @property
+    def fault_tags(self) -> dict[str, int]:
+        """Return the tags of the fault points in this update."""
+        return {"version": self.version, "update": self.update}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingStep:
+    """Updates policy and critic with the weights of one training step, and gathers its metrics.
+
+    critic: None if the objective has no value term. weights: weight of each term that the step has.
+    """
+
+    settings: RankSettings
+    forward: ForwardPasses
+    policy: TrainedModel
+    critic: TrainedModel | None
+    weights: Mapping[str, float]
+    metrics: StepMetrics
+
+    @property
+    def models(self) -> list[TrainedModel]:
+        """Models that the step may update."""
+        critic = [self.critic] if self.critic is not None and "value" in self.weights else []
+        return [*critic, self.policy] if self.weights.keys() - {"value"} else critic
+
+    def update(self, items: list[PackItem], context: UpdateContext) -> bool:
+        """Make one optimizer update of every model that has targets. Collective.
+
+        Args:
+            items: all items of the update, of all ranks.
+            context: position of the update in the run.
+
+        Returns:
+            Whether any model was updated.
+
+        Raises:
+            NonFiniteLossError: on all ranks, if a loss, gradient or gradient norm is not finite on one.
+        """
+        items, denominators = weigh_items(items, self.settings.objective.policy, self.settings.max_tokens)
+        self.metrics.note_denominators(denominators)
+        # AdamW moves weights without a gradient too, so a model without targets is not updated.
+        moving: dict[str, TrainedModel] = {}
+        if self.critic is not None and "value" in self.weights and denominators.value:
+            self._critic_gradient(self.critic, critic_items(items), denominators.value, context)
+            moving["objective/value_grad_norm"] = self.critic
+        if "policy" not in self.weights:
+            items = without_policy(items)
+        items = [item for item in items if any(sample.targets.any() for sample in item.samples)]
+        if items:
+            self._policy_gradient(items, context)
+            moving["learner/grad_norm"] = self.policy
+        fault("learner.update", **context.fault_tags)
+        for model in moving.values():
+            model.check_finite()  # all models, before the first of them is updated
+        for name, model in moving.items():
+            fault("learner.optimizer", **context.fault_tags, model=model.name)
+            norm, rate = model.update()
+            self.metrics.note(name, norm)
+            if model is self.policy:
+                self.metrics.note("learner/learning_rate", rate)
+        return bool(moving)
+
+    def _policy_gradient(self, items: list[PackItem], context: UpdateContext) -> None:
+        batches = self.forward.micro_batches(items)
+        if context.measured:
+            self._measure_gradient_norms(batches)
+        for batch in batches:
+            logprobs, entropy = self.forward.logprobs(self.policy, batch, entropy=True)
+            terms = joint_loss(logprobs, entropy, batch, self.settings.objective)
+            self.metrics.add_pass(batch)
+            for term, output in terms.items():
+                self.metrics.add_term(term, output, batch.count(term), self.weights[term])
+            loss = total_loss(terms, self.weights, logprobs)
+            self.policy.backward(loss, "joint loss", context.fault_tags)
+
+    def _measure_gradient_norms(self, batches: Sequence[MicroBatch]) -> None:
+        """Note the norm of every term's gradient in the last layer, which costs little more than a forward pass.
+
+        The bare module runs: DeepSpeed's engine would count the gradients as part of an update.
+        """
+        parameters = self.policy.last_layer()
+        if not parameters:
+            return
+        gradients = {
+            term: [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+            for term in self.weights
+            if term != "value"
+        }
+        for batch in batches:
+            logprobs, entropy = self.forward.logprobs(self.policy.module, batch, entropy=True)
+            for term, output in joint_loss(logprobs, entropy, batch, self.settings.objective).items():
+                _add_gradient(gradients[term], self.weights[term] * output.loss, parameters)
+        self.metrics.note_gradient_norms({term: summed_gradient_norm(parts) for term, parts in gradients.items()})
+
+    def _critic_gradient(
+        self, critic: TrainedModel, items: list[PackItem], denominator: int, context: UpdateContext
+    ) -> None:
+        self.metrics.note_explained_variance([sample for item in items for sample in item.samples])
+        weight = self.weights["value"]
+        for batch in self.forward.micro_batches(items):
+            values, targets = self.forward.values(critic, batch), batch.policy
+            if targets is None or targets.values is None or targets.returns is None:
+                output = LossOutput(values.sum() * 0, {})
+            else:
+                token_weights = torch.full_like(values, 1 / denominator)
+                old, returns = targets.values.to(values), targets.returns.to(values)
+                output = value_loss(values, old, returns, token_weights, clip=self.settings.objective.value.clip)
+            self.metrics.add_term("value", output, len(values), weight)
+            critic.backward(weight * output.loss, "value loss", context.fault_tags)
+
+
+def _add_gradient(sums: Sequence[Tensor], loss: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Add the gradient of a loss to running sums, one per parameter."""
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    for total, gradient in zip(sums, gradients, strict=True):
+        if gradient is not None:
+            total += gradient
