@@ -29,8 +29,9 @@ from actors.search.scheduler import Forest
 from actors.search.writers import WriterEngine
 from actors.verifiers.pool import RewardPool
 from actors.weights import Progress, check_names, expected_tensors, verified_tensors
-from rlsys.config.schema import ActorsConfig, RewardsConfig, SamplingConfig, TaskConfig
+from rlsys.config.schema import ActorsConfig, RewardsConfig, SamplingConfig
 from rlsys.config.search import ExtractConfig, SearchConfig
+from rlsys.config.tasks import TaskConfig
 from rlsys.errors import EngineError, LearnerLostError, RolloutError, WeightSyncError
 from rlsys.fault_injection import fault, identify
 from rlsys.models.scratch import end_token_ids, load_tokenizer

@@ -31,7 +31,8 @@ from learners.samples.build import StepTerms, build_samples
 from rlsys import cli
 from rlsys.config.files import parse_yaml
 from rlsys.config.objective import ObjectiveConfig
-from rlsys.config.schema import FromScratchConfig, LetterCountConfig, RewardsConfig
+from rlsys.config.schema import FromScratchConfig, RewardsConfig
+from rlsys.config.tasks import LetterCountConfig
 from rlsys.errors import CheckpointError, ConfigError, DataError
 from rlsys.models import scratch as models
 from rlsys.models.folder import model_folder

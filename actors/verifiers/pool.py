@@ -23,7 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from rlsys.config.schema import RewardsConfig, TaskConfig
+from rlsys.config.schema import RewardsConfig
+from rlsys.config.tasks import TaskConfig
 from rlsys.errors import EngineError
 from rlsys.types import Outcome, Verdict
 

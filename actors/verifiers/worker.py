@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, get_args
 from pydantic import TypeAdapter
 
 from actors.verifiers.guard import adopt_orphans, descendants, die_with, end_descendants, guard
-from rlsys.config.schema import TaskConfig
+from rlsys.config.tasks import TaskConfig
 from rlsys.tasks import build_task
 from rlsys.types import Outcome, Verdict
 

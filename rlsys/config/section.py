@@ -1,14 +1,17 @@
-"""The base of every config section."""
+"""The base class of all config sections."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PathName = Annotated[str, Field(min_length=1)]
+"""A path that is not empty. To name no file, write null."""
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are refused, numbers are finite, instances never change."""
+    """Base class of a section. It refuses unknown keys and infinite numbers, and instances are immutable."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -21,7 +24,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_truth_value_as_number(cls, values: Any) -> Any:
-        # YAML reads `yes` and `on` as true, which pydantic would take for the number 1.
+        # YAML reads `yes` and `on` as true, which pydantic would convert to the number 1.
         for name, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(name)
             if isinstance(value, bool) and field is not None and field.annotation is not bool:

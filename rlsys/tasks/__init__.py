@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlsys.config.schema import TaskConfig
+from rlsys.config.tasks import TaskConfig
 from rlsys.interfaces import Task
 
 

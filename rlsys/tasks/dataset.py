@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import Any
 
-from rlsys.config.schema import DatasetConfig
+from rlsys.config.tasks import DatasetConfig
 from rlsys.errors import ConfigError, DataError
 from rlsys.tables.sources import Row, Source, is_unicode, read_source
 from rlsys.tasks.math_answers import judge

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import re
 
-from rlsys.config.schema import TagShares
+from rlsys.config.tasks import TagShares
 
 SUB_TASK = "sub-task"
 THINKING = "thinking"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from real_runs import TINY, Command, last_checkpoint, write_config
 
-from rlsys.config.schema import LetterCountConfig
+from rlsys.config.tasks import LetterCountConfig
 from rlsys.run.metrics import read_rows
 from rlsys.tasks import build_task
 from rlsys.tasks.tags import tag_strings

@@ -28,7 +28,7 @@ from real_searches import (
 )
 
 from rlsys.commands import extract as extract_command
-from rlsys.config.schema import LetterCountConfig
+from rlsys.config.tasks import LetterCountConfig
 from rlsys.models.folder import model_digest
 from rlsys.models.scratch import end_token_ids, load_tokenizer, tokenizer_digest
 from rlsys.search.codec import TagCodec

@@ -32,7 +32,8 @@ from watched_runs import (
 )
 
 from actors.verifiers.pool import RewardPool
-from rlsys.config.schema import LetterCountConfig, RewardsConfig
+from rlsys.config.schema import RewardsConfig
+from rlsys.config.tasks import LetterCountConfig
 from rlsys.run.metrics import MetricsWriter
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]

@@ -13,7 +13,7 @@ import pytest
 from real_runs import TINY, Command, write_config
 from reliability import recorded
 
-from rlsys.config.schema import LetterCountConfig
+from rlsys.config.tasks import LetterCountConfig
 from rlsys.run.metrics import read_rows
 from rlsys.tasks import build_task
 

@@ -97,14 +97,14 @@ def test_keys(run) -> None:
     assert code == 0
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "rewards." in line]
     assert rows == [
-        ["rewards.workers", "whole number", "1", "Verifier processes of one actor."],
+        ["rewards.workers", "whole number", "1", "Number of verifier processes of each actor."],
         [
             "rewards.timeout_s",
             "number",
             "10.0",
-            "Deadline of one verification; later the process is killed and the outcome is `timeout`.",
+            "Seconds that a verification may take; then its process is killed: outcome `timeout`.",
         ],
-        ["rewards.memory_mib", "whole number", "2048", "Address-space limit of a verifier process."],
+        ["rewards.memory_mib", "whole number", "2048", "Address-space limit of a verifier process, in MiB."],
     ]
     assert "train.optimizer.learning_rate" in run("keys")[1]
 

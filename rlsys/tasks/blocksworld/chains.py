@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlsys.config.schema import TagShares
+from rlsys.config.tasks import TagShares
 from rlsys.tasks import tags
 from rlsys.tasks.blocksworld.blocks import Goal, Move, State, facts, shortest_plan, successors
 from rlsys.tasks.blocksworld.text import goal_text, plan_text, state_text

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 
-from rlsys.config.schema import BlocksworldConfig
+from rlsys.config.tasks import BlocksworldConfig
 from rlsys.errors import ConfigError, DataError
 from rlsys.tables.sources import Row, is_unicode, read_source
 from rlsys.tasks import tags

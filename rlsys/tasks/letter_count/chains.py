@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from rlsys.config.schema import TagShares
+from rlsys.config.tasks import TagShares
 from rlsys.tasks import tags
 
 # Pieces of chain text that a from-scratch tokenizer makes single tokens.

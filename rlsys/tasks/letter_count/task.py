@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from string import ascii_lowercase
 
-from rlsys.config.schema import LetterCountConfig
+from rlsys.config.tasks import LetterCountConfig
 from rlsys.errors import ConfigError, DataError
 from rlsys.tasks import tags
 from rlsys.tasks.generated import hashed_random

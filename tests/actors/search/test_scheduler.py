@@ -25,8 +25,9 @@ from actors.search.requests import Call
 from actors.search.scheduler import Forest, ForestSettings, ForestWriter, Verifier
 from actors.verifiers.pool import RewardPool
 from rlsys.commands.search import SearchDisplay
-from rlsys.config.schema import LetterCountConfig, RewardsConfig
+from rlsys.config.schema import RewardsConfig
 from rlsys.config.search import SearchConfig, StopConfig
+from rlsys.config.tasks import LetterCountConfig
 from rlsys.control.tree_search import Search
 from rlsys.errors import EngineError, RolloutError, TooManyFailuresError
 from rlsys.search.codec import Stop

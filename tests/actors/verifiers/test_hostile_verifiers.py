@@ -15,7 +15,8 @@ import pytest
 
 from actors.verifiers.guard import MAX_PROCESSES
 from actors.verifiers.pool import RewardPool, _decode
-from rlsys.config.schema import LetterCountConfig, RewardsConfig
+from rlsys.config.schema import RewardsConfig
+from rlsys.config.tasks import LetterCountConfig
 from rlsys.types import Verdict
 
 HERE = Path(__file__).parent

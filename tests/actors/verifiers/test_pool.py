@@ -16,7 +16,8 @@ import pytest
 
 from actors.verifiers import pool as rewards
 from actors.verifiers.pool import RewardPool
-from rlsys.config.schema import DatasetConfig, LetterCountConfig, RewardsConfig
+from rlsys.config.schema import RewardsConfig
+from rlsys.config.tasks import DatasetConfig, LetterCountConfig
 from rlsys.errors import EngineError
 
 HERE = Path(__file__).parent
@@ -246,7 +247,8 @@ PARENT = """
 import asyncio, sys
 from actors.verifiers import pool as rewards
 from actors.verifiers.pool import RewardPool
-from rlsys.config.schema import LetterCountConfig, RewardsConfig
+from rlsys.config.schema import RewardsConfig
+from rlsys.config.tasks import LetterCountConfig
 pool = RewardPool(LetterCountConfig(), 0, RewardsConfig(timeout_s=600), verifier="scripted_verifier:build")
 asyncio.run(pool.verify([("3", "spawn_and_hang " + sys.argv[1])]))
 """

@@ -37,7 +37,7 @@ def test_every_key_has_a_meaning() -> None:
 
 def test_some_keys() -> None:
     keys = all_keys()
-    assert Key("run.device", "cpu | cuda", "cpu", "Where engines and learner ranks compute.") in keys
+    assert Key("run.device", "cpu | cuda", "cpu", "Device of the engines and learner ranks.") in keys
     assert [key.default for key in keys if key.name == "task.type"] == ["letter_count", "blocksworld", "dataset"]
     assert [key.default for key in keys if key.name == "run.dir"] == ["required"]
     # The optimizer of every stage has defaults of its own.

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys.config.schema import FromScratchConfig, LetterCountConfig
+from rlsys.config.schema import FromScratchConfig
+from rlsys.config.tasks import LetterCountConfig
 from rlsys.errors import ConfigError
 from rlsys.models import scratch as models
 from rlsys.tasks import tags

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsys.config.schema import DatasetConfig
+from rlsys.config.tasks import DatasetConfig
 from rlsys.errors import ConfigError, DataError
 from rlsys.tasks import build_task
 from rlsys.tasks.dataset import DatasetTask

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys.config.schema import BlocksworldConfig, TagShares
+from rlsys.config.tasks import BlocksworldConfig, TagShares
 from rlsys.errors import ConfigError, DataError
 from rlsys.tasks import build_task, tags
 from rlsys.tasks.blocksworld.blocks import State, check_plan, facts, shortest_plan

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys.config.schema import LetterCountConfig, TagShares
+from rlsys.config.tasks import LetterCountConfig, TagShares
 from rlsys.errors import ConfigError, DataError
 from rlsys.tasks import build_task, tags
 from rlsys.tasks.letter_count.task import LetterCountTask, chains, is_held_out, load_questions, words

@@ -1,0 +1,24 @@
+"""The smallest valid config, as nested dictionaries."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+MINIMAL: dict[str, Any] = {
+    "run": {"dir": "runs/x"},
+    "model": {"path": "some/model"},
+    "task": {"type": "letter_count"},
+}
+
+
+def minimal(**changes: Any) -> dict[str, Any]:
+    """Return the smallest valid config with changes, given as `section__key=value`."""
+    values = copy.deepcopy(MINIMAL)
+    for path, value in changes.items():
+        *sections, key = path.split("__")
+        node = values
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[key] = value
+    return values

@@ -1,0 +1,259 @@
+"""The rules across sections: each refuses its mistakes, and accepts configs that only look like them."""
+
+from __future__ import annotations
+
+import pytest
+from minimal_config import minimal
+
+from rlsys.config.checks import RULES
+from rlsys.config.files import apply_override, parse_config
+from rlsys.config.schema import Config
+from rlsys.errors import ConfigError
+
+SEARCHED = ["search.fraction=0.5"]
+ALL_SEARCHED = ["search.fraction=1.0"]
+PAIRS = ["objective.preference.weight=1.0"]
+FILE_PAIRS = [*PAIRS, "objective.preference.source=file"]
+DEMONSTRATIONS = ["objective.policy.weight=0", "objective.sft={weight: 1.0, source: demonstrations}"]
+GAE = ["objective.policy.estimator=gae", "objective.value.weight=0.5"]
+TREES = ["objective.sft={weight: 1.0, source: trees}"]
+FALLING = ["objective.policy.final_weight=0"]
+RISING = ["objective.policy={weight: 0, final_weight: 1.0}"]
+
+# The mistakes that each rule refuses, as overrides of the minimal config, and a part of the message.
+REFUSED: dict[str, list[tuple[list[str], str]]] = {
+    "stages_are_distinct": [(["stages=[online, online]"], "stages names a stage twice")],
+    "completion_leaves_room_for_prompt": [
+        (
+            ["sampling.max_tokens=256"],
+            "sampling.max_tokens 256 leaves no room for a prompt in actors.max_model_len 256",
+        ),
+    ],
+    "tensor_parallel_needs_cuda": [
+        (["actors.tensor_parallel_size=2"], "actors.tensor_parallel_size above 1 needs run.device: cuda"),
+    ],
+    "deadlines_are_nested": [
+        (["rewards.timeout_s=200"], "rewards.timeout_s 200 exceeds actors.hang_timeout_s 120"),
+        (["actors.rollout_timeout_s=60"], "actors.hang_timeout_s 120 exceeds actors.rollout_timeout_s 60"),
+        (["learner.timeout_s=60"], "learner.hang_timeout_s 300 exceeds learner.timeout_s 60"),
+    ],
+    "offload_needs_zero": [
+        (
+            ["learner={optimizer_offload: true, zero_stage: 0}"],
+            "learner.optimizer_offload needs learner.zero_stage 1, 2 or 3",
+        ),
+    ],
+    "bf16_needs_zero": [
+        (["learner={dtype: bf16, zero_stage: 0}"], "learner.dtype bf16 needs learner.zero_stage 1, 2 or 3"),
+    ],
+    "search_samples_like_training": [
+        (
+            [*SEARCHED, f"sampling.{name}=0.5", f"search.{name}=0.7"],
+            f"search.{name} 0.7 differs from sampling.{name} 0.5",
+        )
+        for name in ("temperature", "top_p")
+    ],
+    "overlong_buffer_fits_completion": [
+        (
+            ["objective.policy.overlong_buffer=17", "sampling.max_tokens=16"],
+            "objective.policy.overlong_buffer 17 exceeds sampling.max_tokens 16",
+        ),
+    ],
+    "searched_groups_train_by_token": [
+        (
+            ["search.fraction=0.25", "objective.policy.aggregation=sequence_mean"],
+            "search.fraction 0.25 needs objective.policy.aggregation token_mean, found sequence_mean",
+        ),
+        (
+            [*SEARCHED, "objective.policy.surrogate=gspo"],
+            "search.fraction 0.5 needs objective.policy.surrogate clip, found gspo",
+        ),
+        (
+            [*SEARCHED, "objective.kl={weight: 0.1, in_reward: true}"],
+            "search.fraction 0.5 needs objective.kl.in_reward False, found True",
+        ),
+    ],
+    "online_has_a_term": [
+        (
+            ["objective.policy.weight=0"],
+            "stage online: the weights of objective.policy, objective.preference and objective.sft are all 0",
+        ),
+    ],
+    "sampled_prompts_train_the_policy": [
+        (
+            DEMONSTRATIONS,
+            "objective.policy.weight 0: the sampled prompts of stage online would train nothing; set search.fraction "
+            "to 1 (now 0)",
+        ),
+        ([*PAIRS, *SEARCHED, "objective.policy.weight=0"], "set search.fraction to 1 (now 0.5)"),
+    ],
+    "critic_has_sampled_prompts": [
+        (
+            [*GAE, *ALL_SEARCHED],
+            "objective.value.weight has no effect: the critic learns from sampled prompts alone, and search.fraction 1 "
+            "leaves none; lower search.fraction",
+        ),
+    ],
+    "critic_warmup_ends": [
+        (
+            [*GAE, "objective.value.warmup_steps=5", "train.max_steps=5"],
+            "objective.value.warmup_steps 5 leaves the policy no step of stage online: expected fewer than "
+            "train.max_steps, 5",
+        ),
+    ],
+    "online_trains_in_every_step": [
+        (
+            FALLING,
+            "stage online: nothing is trained in its last step: raise final_weight of one of objective.policy, "
+            "objective.value, objective.preference, objective.sft",
+        ),
+        ([*FALLING, "train.max_steps=1"], "nothing is trained in its last step"),
+        (RISING, "stage online: nothing is trained in its first step: raise weight of one of objective.policy, "),
+        (
+            [*GAE, "objective.value={weight: 0, final_weight: 0.5, warmup_steps: 1}"],
+            "nothing is trained in its first step: raise weight of one of objective.value, objective.preference",
+        ),
+    ],
+    "online_has_pairs": [
+        (PAIRS, "objective.preference.weight has no pairs in stage online: set search.fraction above 0"),
+        (
+            ["objective.sft.weight=1.0"],
+            "objective.sft.weight with source chosen has no pairs in stage online: set search.fraction above 0",
+        ),
+        ([*PAIRS, *SEARCHED, "extract.chosen=none"], "extract.chosen leaves them out"),
+        (
+            [*PAIRS, *SEARCHED, "objective.preference.pairs=steps", "extract.step_preferences=false"],
+            "extract.step_preferences leaves them out",
+        ),
+        (FILE_PAIRS, "objective.preference.source file needs preference.path, or a stage search before"),
+    ],
+    "preference_file_is_read": [
+        (
+            [*PAIRS, *SEARCHED, "preference.path=p"],
+            "preference.path is never read: stage online takes its pairs from the trees of the step; set "
+            "objective.preference.source to file",
+        ),
+        (["objective.sft.weight=1.0", *SEARCHED, "preference.path=p"], "preference.path is never read"),
+    ],
+    "sft_has_trees": [
+        (TREES, "objective.sft.source trees needs search.fraction above 0 and extract.supervised"),
+        (
+            [*TREES, *SEARCHED, "extract.supervised=none"],
+            "objective.sft.source trees needs search.fraction above 0 and extract.supervised",
+        ),
+    ],
+    "search_is_not_last": [(["stages=[online, search]"], "stage search trains nothing: let another follow")],
+    "offline_stages_have_data": [
+        (["stages=[sft]"], "stage sft has no data: set sft.path, or put the stage search before it"),
+        ([*PAIRS, "stages=[preference]"], "stage preference has no data: set preference.path"),
+        (
+            [*PAIRS, *SEARCHED, "stages=[preference, search, online]"],
+            "stage preference has no data: set preference.path",
+        ),
+    ],
+    "search_is_read": [
+        (["stages=[search, online]"], "stage search extracts what no stage after it reads"),
+        ([*PAIRS, *SEARCHED, "stages=[search, online]"], "stage search extracts what no stage after it reads"),
+        (
+            ["objective.preference.source=file", "stages=[search, warm_start, online]"],  # of weight 0
+            "stage search extracts what no stage after it reads",
+        ),
+    ],
+    "preference_has_a_term": [
+        (
+            ["stages=[preference]", "preference.path=p"],
+            "stage preference: objective.preference.weight and objective.sft.weight are 0; raise one",
+        ),
+    ],
+    "preference_trains_in_every_step": [
+        (
+            ["objective.preference={weight: 1.0, final_weight: 0}", "stages=[preference]", "preference.path=p"],
+            "stage preference: nothing is trained in its last step: raise final_weight of one of objective.preference, "
+            "objective.sft",
+        ),
+    ],
+    "model_reaches_context": [
+        (
+            ["model={path: null, from_scratch: {max_positions: 128}}"],
+            "actors.max_model_len 256 exceeds model.from_scratch.max_positions 128",
+        ),
+    ],
+    "patterns_are_searchable": [(["search.patterns=[z]"], "search.patterns: unknown table 'z'")],
+}
+
+ACCEPTED: list[list[str]] = [
+    ["sampling.max_tokens=255"],
+    ["actors.tensor_parallel_size=2", "run.device=cuda"],
+    ["rewards.timeout_s=120"],
+    ["learner={optimizer_offload: true, dtype: bf16, zero_stage: 1}"],
+    ["model={from_scratch: {max_positions: 256}}"],
+    # Trees are sampled at the temperature of training, unless another model writes them.
+    *(
+        [f"sampling.{name}=0.5", *overrides]
+        for name in ("temperature", "top_p")
+        for overrides in (
+            SEARCHED,
+            [*SEARCHED, f"search.{name}=0.5"],
+            [f"search.{name}=0.7"],
+            [*SEARCHED, f"search.{name}=0.7", "search.model.path=large"],
+        )
+    ),
+    ["objective.policy.overlong_buffer=16", "sampling.max_tokens=16"],
+    ["objective.policy.aggregation=sequence_mean"],
+    ["objective.policy.surrogate=cispo", *SEARCHED],
+    GAE,
+    [*GAE, "objective.value.warmup_steps=3"],
+    [*GAE, "objective.value.warmup_steps=4", "train.max_steps=5"],
+    [*GAE, "search.fraction=0.75"],
+    [*RISING, "train.max_steps=1"],  # the only step is the last
+    [*RISING, "objective.sft={weight: 1.0, final_weight: 0, source: demonstrations}"],
+    [*PAIRS, *SEARCHED],
+    [*PAIRS, *ALL_SEARCHED, "objective.policy.weight=0"],
+    ["objective.kl={final_weight: 0.1, in_reward: true}"],
+    [*FILE_PAIRS, "preference.path=p"],
+    [*FILE_PAIRS, "stages=[search, online]"],
+    # The rules of the online stage do not apply to a run without it.
+    [*FALLING, "stages=[warm_start]"],
+    [*GAE, "objective.value.warmup_steps=99", "train.max_steps=5", "stages=[warm_start]"],
+    [*GAE, *ALL_SEARCHED, "stages=[warm_start]"],
+    [*PAIRS, "stages=[search, preference]"],
+    # A part of a longer recipe, with the settings of its other stages.
+    [*PAIRS, "stages=[warm_start]", "preference.path=p", "sft.path=p"],
+    [*SEARCHED, "preference.path=p"],
+    # A run that continues with files instead of the extracted data.
+    [*PAIRS, "stages=[search, sft, preference]", "preference.path=p", "sft.path=p"],
+    [*PAIRS, *SEARCHED, "stages=[preference, online]", "preference.path=p"],
+]
+
+
+def parse(overrides: list[str]) -> Config:
+    values = minimal()
+    for override in overrides:
+        apply_override(values, override)
+    return parse_config(values, "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("rule", "overrides", "message"),
+    [pytest.param(rule, *case, id=f"{rule}-{n}") for rule, cases in REFUSED.items() for n, case in enumerate(cases)],
+)
+def test_a_rule_refuses_its_mistakes_by_name(
+    rule: str, overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError) as all_rules:
+        parse(overrides)
+    assert message in all_rules.value.message
+    assert "\n" not in all_rules.value.message
+    monkeypatch.setattr("rlsys.config.schema.RULES", [each for each in RULES if each.__name__ == rule])
+    with pytest.raises(ConfigError) as this_rule:
+        parse(overrides)
+    assert this_rule.value.message == all_rules.value.message
+
+
+@pytest.mark.parametrize("overrides", ACCEPTED, ids=" ".join)
+def test_what_only_looks_like_a_mistake_is_accepted(overrides: list[str]) -> None:
+    parse(overrides)
+
+
+def test_every_rule_has_a_case() -> None:
+    assert list(REFUSED) == [rule.__name__ for rule in RULES]

@@ -1,0 +1,141 @@
+"""Config files: strict YAML, overrides, and a dump that reloads equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from minimal_config import minimal
+
+from rlsys.config.files import apply_override, dump_config, fixed_fields, load_config, parse_config, parse_yaml
+from rlsys.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "found"),
+    [
+        ("run: {dir: a}\nrun: {dir: b}", 2, "duplicate key 'run'"),
+        ("run:\n  dir: a\n  dir: b", 3, "duplicate key 'dir'"),
+        ("a: &shared {b: 1}\nc: *shared", 2, "aliases"),
+        ("a: !!python/object/apply:os.system ['true']", 1, "constructor"),
+        ("{[1, 2]: 3}", 1, "key"),
+        ("a: [1, 2", 1, "expected"),
+    ],
+)
+def test_unusable_yaml_names_the_line(text: str, line: int, found: str) -> None:
+    with pytest.raises(ConfigError, match=found) as caught:
+        parse_yaml(text, "c.yaml")
+    assert caught.value.message.startswith(f"c.yaml:{line}: ")
+
+
+@pytest.mark.parametrize("text", ["a: 2026-13-45", "a: \x00", "[" * 5000])
+def test_text_that_the_yaml_library_chokes_on_is_a_config_error(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^c\.yaml: ") as caught:
+        parse_yaml(text, "c.yaml")
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("text", ["", "- a", "5"])
+def test_a_file_must_hold_sections(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="expected a mapping of sections"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_a_missing_or_binary_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.yaml: cannot be read"):
+        load_config(tmp_path / "nothing.yaml")
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.optimizer.learning_rate=1e-4", 1e-4),
+        ("train.optimizer.learning_rate=+2E5", 2e5),
+        ("train.optimizer.learning_rate=1.e-3", 1e-3),
+        ("train.optimizer.learning_rate=3", 3),
+        ("stages=[online]", ["online"]),
+        ("model.from_scratch={layers: 2}", {"layers": 2}),
+        ("run.dir=runs/a=b", "runs/a=b"),
+        ("run.dir='1e-4'", "1e-4"),
+        ("task.questions_path=null", None),
+        ("evaluation.greedy=false", False),
+    ],
+)
+def test_overrides_are_read_as_yaml(override: str, expected: Any) -> None:
+    values = minimal(train={"max_steps": 3})
+    apply_override(values, override)
+    node: Any = values
+    for key in override.split("=")[0].split("."):
+        node = node[key]
+    assert node == expected
+    assert type(node) is type(expected)
+    if "train" in override:
+        assert values["train"]["max_steps"] == 3  # its neighbours stay
+
+
+@pytest.mark.parametrize("override", ["train.max_steps", "=3", ".a=3", "train..x=1", "run.dir.x=1", "a=[1"])
+def test_a_bad_override_is_named(override: str) -> None:
+    with pytest.raises(ConfigError, match="override") as caught:
+        apply_override(minimal(), override)
+    assert repr(override) in caught.value.message
+
+
+def test_an_override_wins_over_the_file_and_is_checked_like_it(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("run: {dir: a}\nmodel: {path: b}\ntask: {type: letter_count}\n")
+    config = load_config(tmp_path / "c.yaml", ["run.dir=c", "run.dir=d", "train.optimizer.learning_rate=1e-6"])
+    assert config.run.dir == "d"
+    assert config.train.optimizer.learning_rate == 1e-6
+    with pytest.raises(ConfigError, match=r"train\.stepps: unknown key"):
+        load_config(tmp_path / "c.yaml", ["train.stepps=3"])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_is_valid_and_its_dump_reloads_equal(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLSYS_DATA", str(tmp_path))
+    config = load_config(path)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
+    assert path.read_text().startswith("# "), "the first line says what the config shows"
+
+
+def test_there_are_shipped_configs() -> None:
+    assert "quickstart.yaml" in [path.name for path in CONFIGS]
+
+
+@settings(deadline=None, max_examples=40)
+@given(name=st.text(min_size=1), rate=st.floats(1e-12, 1.0), seed=st.integers(0, 2**31 - 1))
+def test_a_dump_reloads_equal(name: str, rate: float, seed: int) -> None:
+    values = minimal(run={"dir": name, "seed": seed}, train__optimizer__learning_rate=rate)
+    config = parse_config(values, "c.yaml")
+    assert parse_config(parse_yaml(dump_config(config), "dump"), "dump") == config
+
+
+@pytest.mark.parametrize("name", ["1e-4", "yes", "null", "007", "2026-01-01", "~", "<<", "*a", "a: b", "12e03"])
+def test_text_that_looks_like_something_else_stays_text(name: str) -> None:
+    config = parse_config(minimal(run__dir=name), "c.yaml")
+    assert parse_config(parse_yaml(dump_config(config), "dump"), "dump").run.dir == name
+
+
+def test_fixed_fields_are_seed_stages_model_and_task_alone() -> None:
+    before = fixed_fields(parse_config(minimal(), "c.yaml"))
+    free = minimal(train__max_steps=999, run__dir="elsewhere", learner__ranks=1, learner__zero_stage=0)
+    assert fixed_fields(parse_config(free, "c.yaml")) == before
+    for change, name in [
+        ({"run__seed": 1}, "run.seed"),
+        ({"stages": ["online"]}, "stages"),
+        ({"model__path": "other"}, "model.path"),
+        ({"task__shares": {"reflection": 0.5}}, "task.shares.reflection"),
+    ]:
+        after = fixed_fields(parse_config(minimal(**change), "c.yaml"))
+        assert [key for key in after if after[key] != before[key]] == [name]

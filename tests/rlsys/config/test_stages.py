@@ -1,0 +1,100 @@
+"""The plan of a stage: its settings, its reference policy and the weights of its terms."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+from minimal_config import minimal
+
+from rlsys.config.files import parse_config
+from rlsys.config.objective import ObjectiveConfig
+from rlsys.config.schema import OptimizerConfig
+from rlsys.config.stages import TERMS, StageSettings, stage_plan, term_weights
+from rlsys.types import StageName
+
+ALL_TERMS: dict[str, Any] = {
+    "policy": {"weight": 1.0, "estimator": "gae"},
+    "kl": {"weight": 0.1},
+    "value": {"weight": 0.5, "warmup_steps": 2},
+    "preference": {"weight": 0.3},
+    "sft": {"weight": 0.7},
+}
+
+
+def weights(stage: StageName, step: int = 9, steps: int = 11, **changes: dict[str, Any]) -> dict[str, float]:
+    settings = StageSettings(stage=stage, steps=steps, updates_per_step=1, optimizer=OptimizerConfig())
+    return term_weights(ObjectiveConfig(**{**ALL_TERMS, **changes}), settings, step)
+
+
+@pytest.mark.parametrize(
+    ("objective", "others", "expected"),
+    [
+        ({}, {}, False),
+        ({"kl": {"weight": 0.1}}, {}, True),
+        ({"kl": {"final_weight": 0.1}}, {}, True),
+        ({"kl": {"weight": 0.1, "final_weight": 0.0}}, {}, True),
+        ({"preference": {"weight": 1.0}}, {"search": {"fraction": 0.5}}, True),
+        # The pairs of a file are scored before the stage.
+        ({"preference": {"weight": 1.0, "source": "file"}}, {"preference": {"path": "p"}}, False),
+        ({"kl": {"weight": 0.1}}, {"stages": ["warm_start"]}, False),
+    ],
+)
+def test_the_online_stage_keeps_a_reference_policy_where_a_term_needs_it(
+    objective: dict[str, Any], others: dict[str, Any], expected: bool
+) -> None:
+    assert parse_config(minimal(objective=objective, **others), "c.yaml").reference is expected
+
+
+def test_terms_by_stage() -> None:
+    for stage in get_args(StageName):
+        expected: dict[str, float] = {
+            "warm_start": {"sft": 1.0},
+            "sft": {"sft": 1.0},
+            "search": {},
+            "preference": {"preference": 0.3, "sft": 0.7},
+            "online": {"policy": 1.0, "kl": 0.1, "value": 0.5, "preference": 0.3, "sft": 0.7},
+        }[stage]
+        assert weights(stage) == expected
+        assert set(expected) <= set(TERMS)
+
+
+def test_a_term_of_weight_zero_is_left_out() -> None:
+    changes = {"preference": {"weight": 0.0}, "sft": {"weight": 0.0, "final_weight": 1.0}}
+    assert weights("preference", 0, **changes) == {}
+    assert weights("preference", 5, **changes) == {"sft": 0.5}
+    assert weights("preference", 10, **changes) == {"sft": 1.0}
+    # In the stages of demonstrations every weight is 1.
+    assert weights("sft", 0, **changes) == weights("warm_start", 0, **changes) == {"sft": 1.0}
+
+
+def test_the_policy_term_is_left_out_while_the_critic_warms_up() -> None:
+    others = {"preference": 0.3, "sft": 0.7}
+    assert weights("online", 1) == {"value": 0.5, **others}
+    assert weights("online", 2) == {"policy": 1.0, "kl": 0.1, "value": 0.5, **others}
+    assert weights("preference", 0) == others
+
+
+def test_kl_is_a_term_only_together_with_the_policy() -> None:
+    assert "kl" not in weights("online", kl={"weight": 0.1, "in_reward": True})
+    # Without a policy term there is no KL term.
+    fading = {"policy": {"weight": 1.0, "final_weight": 0.0, "estimator": "gae"}}
+    assert "kl" in weights("online", 9, **fading)
+    assert not {"kl", "policy"} & set(weights("online", 10, **fading))
+
+
+def test_settings_of_a_stage() -> None:
+    values = minimal(
+        objective={"policy": {"estimator": "gae"}, "value": {"weight": 0.5}},
+        stages=["warm_start", "online"],
+        train={"max_steps": 5, "updates_per_step": 3, "critic_optimizer": {"learning_rate": 0.5}},
+        warm_start={"max_steps": 7},
+    )
+    config = parse_config(values, "c.yaml")
+    assert (config.max_steps("warm_start"), config.max_steps("search"), config.max_steps("online")) == (7, 0, 5)
+    online, warm = stage_plan(config, "online").settings, stage_plan(config, "warm_start").settings
+    assert (online.steps, online.updates_per_step, online.total_updates) == (5, 3, 15)
+    assert online.critic is not None and online.critic.learning_rate == 0.5
+    assert (warm.steps, warm.updates_per_step, warm.total_updates, warm.critic) == (7, 1, 7, None)
+    assert stage_plan(parse_config(minimal(), "c.yaml"), "online").settings.critic is None
+    assert stage_plan(config, "search").settings.steps == 1
