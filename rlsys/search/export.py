@@ -1,16 +1,4 @@
-"""The trees of a search as files of training data.
-
-Every table has text columns under the names that trainers of other projects read, and the exact token ids beside them.
-`prompt` is the text that the policy is given, its chat template and special tokens included, and `completion`,
-`chosen` and `rejected` are what follows without the end token: a trainer that takes `prompt` as plain text adds no
-template of its own, and puts the end token after the completion itself. The id columns are what was generated: the
-same text, encoded again, can be split into other tokens, and a tokenizer that adds a beginning token adds a second one.
-
-A loss mask has an entry for every id of its column and is True on the tokens to train: of `supervised`, all that follow
-the prompt, and of `preferences`, all that follow the common prefix, since a chain is judged as a whole, whoever wrote
-it. Of `step_preferences` and `step_values`, what a model generated for the node: tags and prefixes that the search put
-there are no choice that the values could be of.
-"""
+"""Export of searched trees as training tables. `rlsys.tables.schemas` declares and explains the columns."""
 
 from __future__ import annotations
 
@@ -23,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from rlsys.config.patterns import resolve
 from rlsys.config.schema import Config
@@ -34,47 +21,9 @@ from rlsys.search import extract
 from rlsys.search.codec import TagCodec
 from rlsys.search.paths import prompt_tokens
 from rlsys.search.tree_json import read_trees
-from rlsys.tables.write import Table, TableFiles, whole_or_nothing
+from rlsys.tables.schemas import TABLES
+from rlsys.tables.write import TableFiles, whole_or_nothing
 from rlsys.trees import Tree, TreeFailure
-
-TEXT, REAL, COUNT = pa.string(), pa.float64(), pa.int32()
-IDS, MASK = pa.list_(pa.int32()), pa.list_(pa.bool_())
-
-SUPERVISED = Table(
-    "supervised",
-    {
-        "prompt": TEXT, "completion": TEXT, "prompt_id": TEXT, "token_ids": IDS, "loss_mask": MASK, "reward": REAL,
-        "length": COUNT, "pattern": TEXT, "value": REAL,
-    },
-    key=("token_ids",),
-)  # fmt: skip
-PREFERENCES = Table(
-    "preferences",
-    {
-        "prompt": TEXT, "chosen": TEXT, "rejected": TEXT, "prompt_id": TEXT, "chosen_ids": IDS, "rejected_ids": IDS,
-        "prompt_length": COUNT, "common_prefix": COUNT, "chosen_visits": COUNT, "rejected_visits": COUNT,
-        "chosen_loss_mask": MASK, "rejected_loss_mask": MASK,
-    },
-    key=("chosen_ids", "rejected_ids"),
-)  # fmt: skip
-STEP_PREFERENCES = Table(
-    "step_preferences",
-    {
-        "prompt": TEXT, "chosen": TEXT, "rejected": TEXT, "prompt_id": TEXT, "prompt_ids": IDS, "chosen_ids": IDS,
-        "rejected_ids": IDS, "chosen_value": REAL, "rejected_value": REAL, "chosen_visits": COUNT,
-        "rejected_visits": COUNT, "chosen_loss_mask": MASK, "rejected_loss_mask": MASK,
-    },
-    key=("prompt_ids", "chosen_ids", "rejected_ids"),
-)  # fmt: skip
-STEP_VALUES = Table(
-    "step_values",
-    {
-        "prompt": TEXT, "completion": TEXT, "prompt_id": TEXT, "token_ids": IDS, "start": COUNT, "type": TEXT,
-        "value": REAL, "visits": COUNT, "loss_mask": MASK,
-    },
-    key=("token_ids", "start", "type"),
-)  # fmt: skip
-TABLES = (SUPERVISED, PREFERENCES, STEP_PREFERENCES, STEP_VALUES)
 
 
 @dataclass(frozen=True, slots=True)
