@@ -28,7 +28,7 @@ from rlsys.trees import Tree, TreeFailure
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A run directory whose trees are to be read, and the policy that is to be trained on them."""
+    """A folder of trees and the policy that is trained on them."""
 
     config: Config
     trees: Path
@@ -36,12 +36,12 @@ class Source:
     tokenizer: Any
 
     def text(self, token_ids: Any) -> str:
-        """Text of a prompt, its end-of-turn tokens included."""
+        """Return the text of a prompt, including its end-of-turn tokens."""
         return self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def source_of(config: Config, trees: Path, model: Path) -> Source:
-    """A folder of trees and the policy that is to be trained on them, given as a model folder."""
+    """Return the source for a folder of trees. `model` is the folder of the policy that is trained on them."""
     tokenizer = load_tokenizer(model)
     tags = sorted({kind.tag for pattern in resolve(config.search).values() for kind in pattern.types.values()})
     codec = TagCodec(tokenizer, tags, end_token_ids(tokenizer, model), digest=tokenizer_digest(model))
@@ -49,12 +49,13 @@ def source_of(config: Config, trees: Path, model: Path) -> Source:
 
 
 def run(source: Source, output: Path) -> dict[str, Any]:
-    """Write all tables and the report into a folder; answers with the report.
+    """Write all tables and the report into a folder, and return the report.
 
-    One tree is in memory at a time. Of rows with the same tokens the first is kept, and the others are counted.
+    One tree is in memory at a time. The first of several rows with the same tokens is written; the others are counted.
 
     Raises:
-        DataError: a line of the tree files is damaged, naming file and line; nothing is written then.
+        DataError: A line of the tree files is damaged. The message names file and line, and nothing is written.
+        ConfigError: A policy with another tokenizer grew a tree.
     """
     with whole_or_nothing(output) as folder:
         with ExitStack() as stack:
@@ -73,7 +74,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 class _Extraction:
-    """Rows and figures of all trees so far."""
+    """Writer of the rows of all trees, and their statistics."""
 
     def __init__(self, source: Source, files: Mapping[str, TableFiles]) -> None:
         self._source, self._files = source, files
@@ -87,11 +88,11 @@ class _Extraction:
             self._counts["failed"] += 1
             return
         codec = self._source.codec
-        own = tree.tokenizers.get("policy", codec.digest)
-        if own != codec.digest:
+        digest = tree.tokenizers.get("policy", codec.digest)
+        if digest != codec.digest:
             raise ConfigError(
                 f"{self._source.trees}: the tree of {tree.prompt_id} was grown by a policy with another tokenizer "
-                f"(digest {own[:12]}) than model.path has ({codec.digest[:12]}): give the model that grew it"
+                f"(digest {digest[:12]}) than model.path has ({codec.digest[:12]}): give the model that grew it"
             )
         self._counts["trees"] += 1
         self._counts["solved"] += tree.solved
@@ -124,15 +125,15 @@ class _Extraction:
                     self._origins.update(extract.token_origins(tree, chain.number, codec))
 
     def report(self) -> dict[str, Any]:
-        """Lengths are in tokens after the prompt, those of chains with the end token."""
+        """Return the report. Lengths are in tokens after the prompt; those of chains include the end token."""
         trees, failed = self._counts["trees"], self._counts["failed"]
-        wanted = self._source.config.search.prompts
+        prompts = self._source.config.search.prompts
         names = ("supervised", "chosen", "rejected", "common_prefix")
         return {
             "trees": trees,
             "failed": failed,
             "solved": self._counts["solved"],
-            "missing": max(0, wanted - trees - failed),
+            "missing": max(0, prompts - trees - failed),
             "rows": {name: file.rows for name, file in self._files.items()},
             "duplicates": {name: file.duplicates for name, file in self._files.items()},
             "tokens": {name: _quantiles(self._lengths[name]) for name in names},
@@ -150,20 +151,20 @@ NO_PAIR = {
 
 
 def _why_no_pair(tree: Tree) -> str:
-    correct, wrong = tree.solved, any(map(extract.is_wrong, tree.nodes))
-    if correct and wrong:
-        return "equal_tokens"
-    return "no_wrong" if correct else "no_correct" if wrong else "no_answer"
+    has_wrong = any(map(extract.is_wrong, tree.nodes))
+    if tree.solved:
+        return "equal_tokens" if has_wrong else "no_wrong"
+    return "no_correct" if has_wrong else "no_answer"
 
 
 def _supervised_row(tree: Tree, prompt: str, chain: extract.Chain, codec: TagCodec) -> dict[str, Any]:
-    row = extract.demonstration(tree, chain.number, codec)
+    demonstration = extract.demonstration(tree, chain.number, codec)
     return {
         "prompt": prompt,
         "completion": chain.text,
         "prompt_id": tree.prompt_id,
-        "token_ids": row.token_ids.tolist(),
-        "loss_mask": row.loss_mask.tolist(),
+        "token_ids": demonstration.token_ids.tolist(),
+        "loss_mask": demonstration.loss_mask.tolist(),
         "reward": chain.reward,
         "length": chain.length,
         "pattern": tree.pattern,
@@ -230,4 +231,4 @@ QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
 def _quantiles(lengths: Sequence[int]) -> dict[str, float] | None:
     if not lengths:
         return None
-    return {name: float(np.quantile(lengths, at)) for name, at in QUANTILES.items()}
+    return {name: float(np.quantile(lengths, share)) for name, share in QUANTILES.items()}
