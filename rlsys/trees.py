@@ -1,30 +1,42 @@
-"""A searched tree: what one is made of. numpy and the standard library only.
+"""Searched trees: their nodes, and failed searches.
 
-`rlsys.search.tree_json` writes and reads trees as lines of JSON.
+These dataclasses declare the content of a tree file, too: `rlsys.search.tree_json` writes and reads their fields.
+Bounds of integers are checked when a tree is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt
 
 from rlsys.types import FinishReason, Float32Array, Int32Array, Verdict, VersionSpan
 
 Writer = Literal["policy", "model", "reviewer"]
-"""Who wrote a node. `policy` and `model` are the one that grows the tree: the policy itself, or search.model."""
+"""Role of the engine that wrote a node. The policy or, if there is one, search.model proposes the nodes of a tree;
+search.reviewer writes some of them."""
 
 Defect = Literal["truncated", "unclosed", "malformed", "unanswered", "off_pattern", "too_deep", "too_long"]
-"""Why nothing may follow a node. Its writer ended the chain without an answer: the chain or the context was full; the
-node ended without its closing tag; a tag stands inside its text, or text that is no node, or anything follows the
-answer; it is whole, and the writer ended the chain after it. Or the search goes no further there: its type may not
-follow its parent's; the chain has more nodes than search.max_depth; or the node has more tokens than its type may."""
+"""Reason why no node may follow a node.
+
+In the first four cases the model ended the chain without an answer:
+    truncated: The chain or the context was full.
+    unclosed: The node ended without its closing tag.
+    malformed: There is a tag or other text where none may be, or text after the answer.
+    unanswered: The node is whole, but the model ended the chain after it.
+In the other three cases the search does not continue below the node:
+    off_pattern: The type of the node may not follow the type of its parent.
+    too_deep: The chain has more nodes than search.max_depth.
+    too_long: The node has more tokens than its type may have.
+"""
 
 ENDINGS: frozenset[Defect] = frozenset({"truncated", "unclosed", "malformed", "unanswered"})
-"""How a writer ends a chain without an answer: of reward 0. The other defects are limits of the search."""
+"""Defects by which a model ends a chain without an answer, with reward 0. The others are limits of the search."""
 
 TEXT = "text"
-"""The type of a piece of a chain that does not begin with the tag of a known node."""
+"""Type of a piece of a chain that does not begin with the tag of a known node."""
 
 StopReason = Literal["correct", "simulations", "tokens", "answers", "exhausted"]
 
@@ -33,30 +45,35 @@ StopReason = Literal["correct", "simulations", "tokens", "answers", "exhausted"]
 class ThoughtNode:
     """One typed span of a chain. Node 0 is the prompt: type "start", no parent, no tokens.
 
-    parent: number of the parent, -1 for node 0. Parents have smaller numbers than their children.
-    text: the node with its tags. The texts along a path, joined, are the completion.
-    token_ids: [T] int32, of the writer's tokenizer: what was put there (opening tag, prefix), then what was generated.
-    forced: how many of them, the first ones, were put there and not chosen by the writer.
-    logprobs: [T] float32, nats, of the distribution sampled from; 0 on forced tokens.
-    spill: text after the closing tag that the last token also holds ("<" of a token "><"); it is not part of `text`
-        but of the text of the node that follows, whose own tokens begin after it.
-    finish_reason: the engine's, for the call that the node was in; None where nothing was generated.
-    versions: weight versions of the generated tokens, by index into token_ids.
-    defect: None for a whole node.
-    backtrack: put there after a wrong answer.
-    samples: how often the writer drew exactly this node from this parent (duplicates are merged).
-    visits, total: chains that ended below or at the node, repeated draws included, and the sum of their rewards: scored
-        answers, and, of reward 0, chains that the one who grows the tree ended without an answer.
-    verdict: of the chain that ends here, for a whole terminal node that was judged; else None.
-    scored: place of this answer among the scored ones (outcome ok or wrong) of the tree, from 0; else -1.
-    scored_tokens: tokens the tree had generated, all told, when the answer was scored.
+    Attributes:
+        parent: Number of the parent, -1 for node 0. A parent has a smaller number than its children.
+        type: Name of the node type.
+        text: The node with its tags. The joined texts along a path are the completion.
+        token_ids: [T] int32, in the writer's tokenizer: first the forced tokens (opening tag, prefix), then the
+            generated tokens.
+        forced: Number of tokens at the start that the search put there.
+        logprobs: [T] float32, nats, of the distribution sampled from; 0 for forced tokens.
+        spill: Text after the closing tag that the last token also holds ("<" of a token "><"). This text belongs to
+            the next node, not to `text`. The next node's own tokens begin after it.
+        writer: Role of the engine that wrote the node.
+        finish_reason: Finish reason of the engine call that produced the node; None if nothing was generated.
+        versions: Weight versions of the generated tokens, by index into token_ids.
+        defect: Reason why no node may follow; None for a whole node.
+        backtrack: Whether the search put the node there after a wrong answer.
+        samples: Number of times the writer drew exactly this node from this parent (duplicates are merged).
+        visits: Number of chains that ended at or below the node, including repeated draws. These are the scored
+            answers and the chains that the proposing model ended without an answer.
+        total: Sum of the rewards of these chains. Chains without an answer have reward 0.
+        verdict: Verdict on the chain that ends here; None unless the node is whole, terminal and judged.
+        scored: Place of this answer among the scored answers of the tree (outcome ok or wrong), from 0; otherwise -1.
+        scored_tokens: Total of tokens that the tree had generated when the answer was scored.
     """
 
     parent: int
     type: str
     text: str
     token_ids: Int32Array
-    forced: int
+    forced: NonNegativeInt
     logprobs: Float32Array
     spill: str = ""
     writer: Writer = "policy"
@@ -64,21 +81,21 @@ class ThoughtNode:
     versions: tuple[VersionSpan, ...] = ()
     defect: Defect | None = None
     backtrack: bool = False
-    samples: int = 1
-    visits: int = 0
+    samples: NonNegativeInt = 1
+    visits: NonNegativeInt = 0
     total: float = 0.0
     verdict: Verdict | None = None
-    scored: int = -1
-    scored_tokens: int = 0
+    scored: Annotated[int, Field(ge=-1)] = -1
+    scored_tokens: NonNegativeInt = 0
 
     @property
     def generated(self) -> int:
-        """Tokens that the writer chose."""
+        """Number of tokens that a model chose."""
         return len(self.token_ids) - self.forced
 
     @property
     def value(self) -> float | None:
-        """Mean reward of the chains that ended below, None where there are none."""
+        """Mean reward of the chains that ended at or below the node; None without visits."""
         return self.total / self.visits if self.visits else None
 
     @property
@@ -90,14 +107,17 @@ class ThoughtNode:
 class Tree:
     """A finished search of one prompt.
 
-    tokenizers: digest of the tokenizer of every writer that may have written nodes.
-    models: digest of the model of each of them, as its engine was started; the weight versions of nodes say how many
-        training steps came after. In the stage `search` of a run that of the policy is of the weights it begins with.
-    prompt_token_ids: the prompt for each of them.
-    nodes: in the order in which they were added.
-    simulations: how many were begun. calls: completions asked of engines. tokens: generated by all writers together,
-    those of merged duplicates included.
-    counts: what else happened, by name: defects, merged duplicates, verifier errors and timeouts, backtracks.
+    Attributes:
+        tokenizers: Digest of the tokenizer of each writer that may have written nodes.
+        models: Digest of each writer's model as its engine was started. The weight versions of the nodes give the
+            number of later training steps. In the stage `search`, the policy's digest is that of its first weights.
+        prompt_token_ids: Token ids of the prompt for each writer.
+        nodes: Nodes in the order in which they were added.
+        stop: Reason why the search ended.
+        simulations: Number of simulations begun.
+        calls: Number of completions requested from engines.
+        tokens: Number of tokens generated by all writers, including those of merged duplicates.
+        counts: Other events by name: defects, merged duplicates, verifier errors and timeouts, backtracks.
     """
 
     prompt_id: str
@@ -109,30 +129,30 @@ class Tree:
     prompt_token_ids: Mapping[str, Int32Array]
     nodes: tuple[ThoughtNode, ...]
     stop: StopReason
-    simulations: int
-    calls: int
-    tokens: int
+    simulations: NonNegativeInt
+    calls: NonNegativeInt
+    tokens: NonNegativeInt
     counts: Mapping[str, int]
 
     @property
     def grower(self) -> Writer:
-        """Who grew the tree."""
+        """Writer that proposed the nodes of the tree."""
         return "model" if "model" in self.tokenizers else "policy"
 
     def path(self, number: int) -> list[int]:
-        """Numbers of the nodes from the first below the prompt to `number`."""
-        found = []
+        """Return the numbers of the nodes from the first one below the prompt to `number`."""
+        numbers = []
         while number > 0:
-            found.append(number)
+            numbers.append(number)
             number = self.nodes[number].parent
-        return found[::-1]
+        return numbers[::-1]
 
     def answers(self) -> list[int]:
-        """Numbers of the scored terminal nodes, in the order in which they were scored."""
+        """Return the numbers of the scored terminal nodes in the order in which they were scored."""
         return sorted((n for n, node in enumerate(self.nodes) if node.scored >= 0), key=lambda n: self.nodes[n].scored)
 
     def completion(self, number: int) -> str:
-        """Text of the chain that ends at a node."""
+        """Return the text of the chain that ends at a node."""
         return "".join(self.nodes[n].text for n in self.path(number))
 
     @property
@@ -142,10 +162,17 @@ class Tree:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchUsage:
-    """What one engine did since it was last asked. wall_s minus busy_s is the time it was idle.
+    """Statistics of one engine since they were last read. wall_s minus busy_s is its idle time.
 
-    cached_tokens: of the prompt_tokens, those that the prefix cache had.
-    in_flight_mean: unfinished requests while busy.
+    Attributes:
+        model: Role of the engine.
+        engine: Number of the engine.
+        busy_s: Seconds that the engine spent adding requests and running steps.
+        wall_s: Seconds since the statistics were last read.
+        generated_tokens: Number of generated tokens.
+        prompt_tokens: Number of prompt tokens.
+        cached_tokens: Number of prompt tokens found in the prefix cache.
+        in_flight_mean: Mean number of unfinished requests while busy.
     """
 
     model: Writer
@@ -160,10 +187,11 @@ class SearchUsage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeFailure:
-    """A prompt that no tree could be grown from: data, counted, and kept in the place of the tree.
+    """A prompt whose tree could not be grown. A failure is data: it is counted and kept in the place of the tree.
 
-    tokens: generated for it all the same, as far as they had arrived. That is a matter of timing, so that they are no
-        part of what tells failures apart, nor of the file.
+    Attributes:
+        tokens: Number of tokens that had been generated for the prompt when it failed. Timing decides this number, so
+            it takes no part in comparisons and is not in the file.
     """
 
     prompt_id: str

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from rlsys.config.schema import Config
 from rlsys.config.stages import SEARCHED, StagePlan, stage_plan, stage_plans
-from rlsys.data.demonstrations import DemonstrationStream, Epochs
+from rlsys.data.demonstrations import DemonstrationStream
+from rlsys.data.epochs import Epochs
 from rlsys.data.rows import PairRows, Reader, SupervisedRows
 from rlsys.directory import REPORT
 from rlsys.errors import ConfigError, DataError

@@ -1,4 +1,4 @@
-"""The resumable prompt stream: (seed, epoch, cursor) in, Prompt out; what was in flight is issued again."""
+"""Resumable stream of training prompts. Seed and cursor determine it; unfinished prompts are issued again."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from rlsys.data.epochs import Epochs
 from rlsys.errors import ConfigError
 from rlsys.interfaces import Task
 from rlsys.types import Prompt, Split
 
-# Of a generator, this many prompts and demonstrations are built up front: 0.3 s for letter counting.
+# Number of generated prompts and demonstrations that are built before the start: 0.3 s for letter counting.
 GENERATED_CHECKED = 2048
-# Above this many prompts a user should know what takes so long: 0.05 ms to 0.5 ms a prompt.
+# Number of prompts above which the check logs its expected duration: 0.05 ms to 0.5 ms per prompt.
 SLOW_TO_CHECK = 20_000
 
 log = logging.getLogger(__name__)
@@ -23,11 +24,7 @@ Encode = Callable[[str], list[int]]
 
 
 class PromptBuilder:
-    """Problems of a task as prompts, of a length the engines can take.
-
-    Raises:
-        ConfigError: a prompt leaves no room for `max_tokens` in `max_model_len`.
-    """
+    """Builder of prompts from the problems of a task, within the length that the engines can take."""
 
     def __init__(self, task: Task, encode: Encode, *, max_model_len: int, max_tokens: int) -> None:
         self.task = task
@@ -35,6 +32,16 @@ class PromptBuilder:
         self.longest = max_model_len - max_tokens
 
     def build(self, split: Split, index: int, suffix: str = "") -> Prompt:
+        """Return the prompt of a problem.
+
+        Args:
+            split: Split of the task.
+            index: Index of the problem in the split.
+            suffix: Text to append to the problem's id.
+
+        Raises:
+            ConfigError: The prompt leaves no room for `max_tokens` in `max_model_len`.
+        """
         problem = self.task.problem(split, index)
         token_ids = self.encode(problem.question)
         if len(token_ids) > self.longest:
@@ -50,12 +57,16 @@ class PromptBuilder:
         )
 
     def held_out(self, count: int) -> list[Prompt]:
-        """The first `count` held-out prompts, or all where there are fewer."""
+        """Return the first `count` held-out prompts, or all if there are fewer."""
         size = self.task.size("held_out")
         return [self.build("held_out", index) for index in range(count if size is None else min(count, size))]
 
     def check(self, split: Split) -> None:
-        """Build the first prompts of a split, of a finite one all, so that a too long one is found before the start."""
+        """Build the prompts of a finite split, or the first ones of a generator, to find a too long prompt early.
+
+        Raises:
+            ConfigError: A prompt is too long.
+        """
         size = self.task.size(split)
         if size is not None and size > SLOW_TO_CHECK:
             log.warning("task: measuring %d prompts in tokens before the start, about %d s", size, size // 5000)
@@ -64,30 +75,30 @@ class PromptBuilder:
 
 
 class PromptStream:
-    """Training prompts by stream index: epoch after epoch, each in its own seeded order.
+    """Training prompts by stream index. A finite task is shuffled epoch by epoch.
 
-    `cursor` is the next new index.
+    Attributes:
+        cursor: The next new stream index.
     """
 
     def __init__(self, builder: PromptBuilder, seed: int) -> None:
+        size = builder.task.size("train")
         self._builder = builder
-        self._seed = seed
+        self._epochs = None if size is None else Epochs(size, seed)
         self.cursor = 0
         self._reissue: deque[int] = deque()
-        self._epoch = -1
-        self._order = np.zeros(0, dtype=np.int64)
 
     def seek(self, cursor: int, reissue: Iterable[int] = ()) -> None:
-        """Continue at `cursor`, after the indices in `reissue`, which were issued before and not trained."""
+        """Continue with the indices in `reissue`, which were issued before but not trained, and then at `cursor`."""
         self.cursor = cursor
         self._reissue = deque(reissue)
 
     def waiting(self) -> tuple[int, ...]:
-        """Indices that are still to be issued again."""
+        """Return the indices that are still to be issued again."""
         return tuple(self._reissue)
 
     def take(self) -> tuple[int, Prompt]:
-        """The next stream index and its prompt."""
+        """Return the next stream index and its prompt."""
         if self._reissue:
             index = self._reissue.popleft()
         else:
@@ -95,12 +106,7 @@ class PromptStream:
         return index, self.prompt(index)
 
     def prompt(self, index: int) -> Prompt:
-        """The prompt of a stream index. Its id names the epoch, so that it is sampled anew in each."""
-        size = self._builder.task.size("train")
-        if size is None:
+        """Return the prompt of a stream index. The epoch in its id makes its random draws differ between epochs."""
+        if self._epochs is None:
             return self._builder.build("train", index)
-        epoch, position = divmod(index, size)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self._seed, epoch]).permutation(size)
-        return self._builder.build("train", int(self._order[position]), suffix=f"@{epoch}")
+        return self._builder.build("train", self._epochs.position(index), suffix=f"@{self._epochs.epoch(index)}")

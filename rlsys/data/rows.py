@@ -1,7 +1,7 @@
-"""Rows to train on, out of files: chains to imitate and preference pairs, kept as arrays of token ids.
+"""Training rows from files: demonstrations and preference pairs, kept as arrays of token ids.
 
-A file has the columns of `rlsys extract`, or the text columns that other trainers write. Text is encoded with the
-policy's tokenizer, the prompt as it is, and the end token follows; only token ids stay in memory.
+A file has the columns of `rlsys extract`, or the text columns that other trainers write. The policy's tokenizer
+encodes texts: the prompt unchanged, the completion with the end token. Only token ids stay in memory.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from numpy.typing import NDArray
 
 from rlsys.errors import DataError
 from rlsys.models.scratch import end_token_id
-from rlsys.tables.read import COUNT, IDS, MASK, TEXT, UNKNOWN, VISITS, Batch, Element, Kind, Ragged, RowFile
+from rlsys.sequences import common_prefix_length
+from rlsys.tables.read import UNKNOWN, Batch, Element, Layout, Ragged, RowFile
+from rlsys.tables.schemas import PREFERENCES, STEP_PREFERENCES, SUPERVISED
 from rlsys.types import Demonstration, Preference
 
-BRANCHES = {"chosen_visits": VISITS, "rejected_visits": VISITS}
-SUPERVISED: Kind = {"token_ids": IDS, "loss_mask": MASK}
-SUPERVISED_TEXT: Kind = {"prompt": TEXT, "completion": TEXT}
-CHAINS: Kind = {"chosen_ids": IDS, "rejected_ids": IDS, "prompt_length": COUNT, "common_prefix": COUNT, **BRANCHES}
-STEPS: Kind = {"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS, **BRANCHES}
-PAIRS_TEXT: Kind = {"prompt": TEXT, "chosen": TEXT, "rejected": TEXT}
+_VISITS = ("chosen_visits", "rejected_visits")
+SUPERVISED_IDS: Layout = SUPERVISED.subset("token_ids", "loss_mask")
+SUPERVISED_TEXT: Layout = SUPERVISED.subset("prompt", "completion")
+CHAINS: Layout = PREFERENCES.subset("chosen_ids", "rejected_ids", "prompt_length", "common_prefix", *_VISITS)
+STEPS: Layout = STEP_PREFERENCES.subset("prompt_ids", "chosen_ids", "rejected_ids", *_VISITS)
+PAIRS_TEXT: Layout = PREFERENCES.subset("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True, slots=True)
 class SupervisedRows:
-    """Chains to imitate. notes: what the user should know of the file, a line each."""
+    """Demonstrations of a file. `notes` are lines for the user about the file."""
 
     token_ids: Ragged[np.int32]
     loss_mask: Ragged[np.bool_]
@@ -42,13 +44,20 @@ class SupervisedRows:
         return Demonstration(token_ids=self.token_ids[number], loss_mask=self.loss_mask[number])
 
     def digest(self) -> str:
-        """sha256 of all rows."""
+        """Return the sha256 of all rows."""
         return _digest(self.token_ids.values, self.token_ids.starts, self.loss_mask.values)
 
 
 @dataclass(frozen=True, slots=True)
 class PairRows:
-    """Preference pairs. prompt_lengths, commons: [P]; visits: [P, 2], `UNKNOWN` where there are none."""
+    """P preference pairs of a file.
+
+    Attributes:
+        chosen, rejected: Token ids of the two sides, prompt first.
+        prompt_lengths, commons: [P] lengths of the prompt and of the common prefix, in tokens.
+        visits: [P, 2] visits of both sides, `UNKNOWN` where the file has none.
+        notes: Lines for the user about the file.
+    """
 
     chosen: Ragged[np.int32]
     rejected: Ragged[np.int32]
@@ -61,7 +70,12 @@ class PairRows:
         return len(self.chosen)
 
     def row(self, number: int, reference: Sequence[float] | None = None) -> Preference:
-        """A pair. reference: scores of its two sides under the reference policy."""
+        """Return a pair.
+
+        Args:
+            number: Index of the pair.
+            reference: Scores of its two sides under the reference policy.
+        """
         chosen, rejected = (None if visits == UNKNOWN else int(visits) for visits in self.visits[number])
         return Preference(
             chosen_ids=self.chosen[number],
@@ -75,16 +89,19 @@ class PairRows:
         )
 
     def digest(self) -> str:
-        """sha256 of all pairs."""
+        """Return the sha256 of all pairs."""
         sides = [array for side in (self.chosen, self.rejected) for array in (side.values, side.starts)]
         return _digest(*sides, self.prompt_lengths, self.commons, self.visits)
 
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Reads files for one policy.
+    """Reader of row files for one policy.
 
-    vocabulary: how many token ids there are. longest: tokens of the longest row (actors.max_model_len).
+    Attributes:
+        tokenizer: Hugging Face tokenizer of the policy.
+        vocabulary: Number of token ids.
+        longest: Maximal tokens of a row (actors.max_model_len).
     """
 
     tokenizer: Any
@@ -92,34 +109,41 @@ class Reader:
     longest: int
 
     def supervised(self, path: str, source: str) -> SupervisedRows:
-        """The rows of a file.
+        """Read the demonstrations of a file.
 
         Args:
-            source: the config field that names the file, for error messages.
+            path: The file.
+            source: Config field that names the file, for error messages.
+
         Raises:
-            DataError: the file or a row of it cannot be used; names file, row and column.
+            DataError: The file or one of its rows cannot be used. The message names the file, the row and the column.
         """
         file = RowFile(path, source)
-        kind = file.kind([SUPERVISED, SUPERVISED_TEXT])
+        layout = file.layout([SUPERVISED_IDS, SUPERVISED_TEXT])
         token_ids, masks = _Rows[np.int32](np.int32), _Rows[np.bool_](np.bool_)
-        for batch in file.batches(kind):
-            ids, mask = self._supervised(batch) if kind is SUPERVISED else self._supervised_text(batch)
+        for batch in file.batches(layout):
+            ids, mask = self._supervised(batch) if layout is SUPERVISED_IDS else self._supervised_text(batch)
             token_ids.add(ids)
             masks.add(mask)
         return SupervisedRows(token_ids.joined(), masks.joined())
 
     def pairs(self, path: str, source: str) -> PairRows:
-        """The pairs of a file, without those that cannot teach anything: they are counted in a note.
+        """Read the pairs of a file. Pairs without a difference to learn are left out and counted in a note.
 
-        Args and raises: as `supervised`; also where no pair is left.
+        Args:
+            path: The file.
+            source: Config field that names the file, for error messages.
+
+        Raises:
+            DataError: The file or one of its rows cannot be used, or no pair is left.
         """
         file = RowFile(path, source)
-        kind = file.kind([CHAINS, STEPS, PAIRS_TEXT])
-        found = _Pairs()
-        for batch in file.batches(kind):
-            prompts, chosen, rejected = self._sides(batch, kind)
-            found.add(batch, prompts, chosen, rejected)
-        return found.joined(file.where)
+        layout = file.layout([CHAINS, STEPS, PAIRS_TEXT])
+        pairs = _Pairs()
+        for batch in file.batches(layout):
+            prompts, chosen, rejected = self._sides(batch, layout)
+            pairs.add(batch, prompts, chosen, rejected)
+        return pairs.joined(file.where)
 
     def _supervised(self, batch: Batch) -> tuple[Ragged[np.int32], Ragged[np.bool_]]:
         ids, mask = self._ids(batch, "token_ids"), batch.masks("loss_mask")
@@ -139,14 +163,14 @@ class Reader:
         masks = [[False] * len(a) + [True] * len(b) for a, b in zip(prompts, completions, strict=True)]
         return ids, _ragged(masks, np.bool_)
 
-    def _sides(self, batch: Batch, kind: Kind) -> tuple[NDArray[np.int64], Ragged[np.int32], Ragged[np.int32]]:
-        """Lengths of the prompts, and both sides with the prompt first."""
-        if kind is CHAINS:
+    def _sides(self, batch: Batch, layout: Layout) -> tuple[NDArray[np.int64], Ragged[np.int32], Ragged[np.int32]]:
+        """Return the prompt lengths and the token ids of both sides, prompt first."""
+        if layout is CHAINS:
             lengths = batch.counts("prompt_length")
             chosen, rejected = self._ids(batch, "chosen_ids"), self._ids(batch, "rejected_ids")
             batch.refuse(lengths < 1, "prompt_length", lambda row: f"expected 1 or more, found {lengths[row]}")
             return lengths, chosen, rejected
-        if kind is STEPS:
+        if layout is STEPS:
             prefix = self._ids(batch, "prompt_ids")
             own = [self._ids(batch, name) for name in ("chosen_ids", "rejected_ids")]
             prompts = [list(prefix[row]) for row in range(len(prefix))]
@@ -154,7 +178,7 @@ class Reader:
         else:
             prompts = self._encoded(batch, "prompt")
             sides = [self._encoded(batch, name, ended=True) for name in ("chosen", "rejected")]
-        names = [name for name in kind if name.startswith(("chosen", "rejected"))]
+        names = [name for name in layout if name.startswith(("chosen", "rejected"))]
         both = [
             self._fitting(batch, name, [[*a, *b] for a, b in zip(prompts, side, strict=True)])
             for name, side in zip(names, sides, strict=False)
@@ -187,29 +211,30 @@ class Reader:
         return Ragged(rows.values.astype(np.int32), rows.starts)
 
     def _encoded(self, batch: Batch, name: str, *, ended: bool = False) -> list[list[int]]:
-        """Token ids of a column of texts, with the end token after them, once, where they are `ended`."""
+        """Return the token ids of a text column. With `ended`, each row ends with one end token."""
         texts = batch.texts(name)
         rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         end = end_token_id(self.tokenizer)
         # An end token right after the prompt would teach to give no answer.
-        nothing = ([], [end]) if ended else ([],)
-        blank = [not text.strip() or row in nothing for text, row in zip(texts, rows, strict=True)]
+        empty = ([], [end]) if ended else ([],)
+        blank = [not text.strip() or row in empty for text, row in zip(texts, rows, strict=True)]
         batch.refuse(np.array(blank, dtype=np.bool_), name, lambda row: f"expected text, found {texts[row][:40]!r}")
         return [[*row, end] if ended and row[-1] != end else row for row in rows]
 
 
 class _Pairs:
-    """Pairs of all batches so far. Equal sides, and those of which one only goes on, are left out."""
+    """Pairs of all batches so far, without those whose sides are equal or one of which begins with the other."""
 
     def __init__(self) -> None:
         self._chosen, self._rejected = _Rows[np.int32](np.int32), _Rows[np.int32](np.int32)
         self._prompts, self._commons, self._visits = (list[NDArray[np.int64]]() for _ in range(3))
-        self.total = self.equal = self.empty = 0
+        self._total = self._equal = self._empty = 0
 
     def add(
         self, batch: Batch, prompts: NDArray[np.int64], chosen: Ragged[np.int32], rejected: Ragged[np.int32]
     ) -> None:
-        commons = np.array([_common(chosen[row], rejected[row]) for row in range(len(chosen))], dtype=np.int64)
+        common_lengths = [common_prefix_length(chosen[row], rejected[row]) for row in range(len(chosen))]
+        commons = np.array(common_lengths, dtype=np.int64)
         batch.refuse(
             commons < prompts,
             "prompt_length",
@@ -222,26 +247,25 @@ class _Pairs:
                 "common_prefix",
                 lambda row: f"expected {commons[row]}, the length of what both sides begin with, found {given[row]}",
             )
-        visits = np.stack([batch.visits(name) for name in BRANCHES], axis=1)
-        shorter = np.minimum(chosen.lengths, rejected.lengths)
+        visits = np.stack([batch.visits(name) for name in _VISITS], axis=1)
         equal = (commons == chosen.lengths) & (commons == rejected.lengths)
-        empty = (commons == shorter) & ~equal
-        kept = np.flatnonzero(~equal & ~empty)
-        self.total += len(chosen)
-        self.equal += int(equal.sum())
-        self.empty += int(empty.sum())
-        self._chosen.add(chosen, kept)
-        self._rejected.add(rejected, kept)
-        self._prompts.append(prompts[kept])
-        self._commons.append(commons[kept])
-        self._visits.append(visits[kept])
+        empty = (commons == np.minimum(chosen.lengths, rejected.lengths)) & ~equal
+        selected = np.flatnonzero(~equal & ~empty)
+        self._total += len(chosen)
+        self._equal += int(equal.sum())
+        self._empty += int(empty.sum())
+        self._chosen.add(chosen, selected)
+        self._rejected.add(rejected, selected)
+        self._prompts.append(prompts[selected])
+        self._commons.append(commons[selected])
+        self._visits.append(visits[selected])
 
     def joined(self, where: str) -> PairRows:
-        dropped = {"whose sides are equal": self.equal, "with no token after the common prefix": self.empty}
-        reasons = ", ".join(f"{count} {why}" for why, count in dropped.items() if count)
-        if self.equal + self.empty == self.total:
+        dropped = {"whose sides are equal": self._equal, "with no token after the common prefix": self._empty}
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+        if self._equal + self._empty == self._total:
             raise DataError(f"{where}: expected pairs of two chains, found {reasons}")
-        notes = (f"{where}: {self.equal + self.empty} of {self.total} pairs left out: {reasons}",) if reasons else ()
+        notes = (f"{where}: {self._equal + self._empty} of {self._total} pairs left out: {reasons}",) if reasons else ()
         prompts, commons, visits = map(np.concatenate, (self._prompts, self._commons, self._visits))
         return PairRows(self._chosen.joined(), self._rejected.joined(), prompts, commons, visits, notes)
 
@@ -250,39 +274,33 @@ class _Pairs:
 class _Rows(Generic[Element]):
     """Ragged rows of many batches."""
 
-    kind: type[Element]
+    dtype: type[Element]
     values: list[NDArray[Element]] = field(default_factory=list)
     lengths: list[NDArray[np.int64]] = field(default_factory=list)
 
-    def add(self, rows: Ragged[Element], kept: NDArray[np.int64] | None = None) -> None:
-        """Append all rows, or the `kept` ones."""
-        if kept is None or len(kept) == len(rows):
+    def add(self, rows: Ragged[Element], selected: NDArray[np.int64] | None = None) -> None:
+        """Append all rows, or the selected ones."""
+        if selected is None or len(selected) == len(rows):
             self.values.append(rows.values)
             self.lengths.append(rows.lengths)
         else:
-            self.values += [rows[int(row)] for row in kept]
-            self.lengths.append(rows.lengths[kept])
+            self.values += [rows[int(row)] for row in selected]
+            self.lengths.append(rows.lengths[selected])
 
     def joined(self) -> Ragged[Element]:
         lengths = np.concatenate([np.zeros(1, dtype=np.int64), *self.lengths])
-        return Ragged(np.concatenate([np.zeros(0, dtype=self.kind), *self.values]), np.cumsum(lengths))
+        return Ragged(np.concatenate([np.zeros(0, dtype=self.dtype), *self.values]), np.cumsum(lengths))
 
 
-def _ragged(rows: Sequence[Sequence[Any]], kind: Any) -> Ragged[Any]:
+def _ragged(rows: Sequence[Sequence[Any]], dtype: Any) -> Ragged[Any]:
     lengths = np.array([0, *(len(row) for row in rows)], dtype=np.int64)
-    values = np.fromiter((entry for row in rows for entry in row), dtype=kind, count=int(lengths.sum()))
+    values = np.fromiter((entry for row in rows for entry in row), dtype=dtype, count=int(lengths.sum()))
     return Ragged(values, np.cumsum(lengths))
 
 
-def _common(first: NDArray[np.int32], second: NDArray[np.int32]) -> int:
-    length = min(len(first), len(second))
-    differing = np.flatnonzero(first[:length] != second[:length])
-    return int(differing[0]) if len(differing) else length
-
-
 def _digest(*arrays: NDArray[Any]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for array in arrays:
-        found.update(f"{array.dtype.str}{array.shape}".encode())
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -1,8 +1,8 @@
-"""Thought nodes to and from the tokens of one writer's tokenizer.
+"""Encoding and decoding of thought nodes for one tokenizer.
 
-A tag may be one added token, or several tokens of a BPE tokenizer whose merges cross its edges: the last token of a
-node can then hold the first characters of the next one. Cuts are always made between tokens; `Reading.spill` says
-what such a token holds too much.
+A tag may be one added token, or several tokens of a BPE tokenizer. The merges of a BPE tokenizer can cross the edges of
+a tag, so the last token of a node can hold the first characters of the next node. Nodes are always cut between tokens;
+`Reading.spill` has these extra characters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ReadingDefect = Literal["truncated", "unclosed", "malformed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
-    """Where a completion must stop, in the words of an engine."""
+    """Stop tokens and stop strings of a completion, as an engine takes them."""
 
     token_ids: tuple[int, ...] = ()
     strings: tuple[str, ...] = ()
@@ -33,13 +33,15 @@ class Stop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """One piece of a completion: a thought node, or what could not be read as one.
+    """One piece of a completion: a thought node, or text that is not a node.
 
-    tag: None where the text does not begin with a known opening tag.
-    start, stop: its tokens are [start, stop) of the ids given.
-    text: what it says, white space around its tags included.
-    spill: text past the closing tag that its last token also holds, "" where that is white space only. It is the
-        beginning of the text that follows. A character that the token holds only in part shows as U+FFFD.
+    Attributes:
+        tag: Name of its tag; None if the text does not begin with a known opening tag.
+        start, stop: Range [start, stop) of its tokens.
+        text: Its text, including white space around the tags.
+        spill: Text after the closing tag that its last token also holds, "" if it is white space only. The text of the
+            next node begins with it. An incomplete character of the token shows as U+FFFD.
+        defect: Reason why the piece is not a whole node; None for a whole node.
     """
 
     tag: str | None
@@ -51,17 +53,17 @@ class Reading:
 
 
 class TagCodec:
-    """Encodes, stops and reads chains of nodes for one tokenizer. Pure: the same text gives the same tokens.
+    """Encoder and decoder of chains for one tokenizer. The same text always gives the same tokens.
 
     Args:
-        tokenizer: a Hugging Face tokenizer.
-        tags: names of all tags of the search, without their brackets.
-        end_token_ids: tokens that end a completion, the tokenizer's own first.
+        tokenizer: A Hugging Face tokenizer.
+        tags: Names of all tags of the search, without brackets.
+        end_token_ids: Tokens that end a completion, the tokenizer's own end token first.
         digest: `rlsys.models.scratch.tokenizer_digest` of the tokenizer.
-        question_template: what the model is asked; {question} is replaced.
+        question_template: Template of the prompt; the question replaces {question}.
 
     Raises:
-        ConfigError: a tag does not come back unchanged from this tokenizer.
+        ConfigError: Encoding and decoding with this tokenizer changes a tag.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class TagCodec:
         self._tag = re.compile("</?(?:" + "|".join(map(re.escape, tags)) + ")>")
         self._anchor: list[int] = []
         self._anchor_text = ""
-        # Tags and prefixes come again at every node; encoding them anew took a third of the search's own time.
+        # Every node has the same tags and prefixes. Encoding them each time took a third of the search's own time.
         self._encoded = lru_cache(maxsize=4096)(self._encode)
         self._check(tags)
         added = tokenizer.get_added_vocab()
@@ -91,11 +93,11 @@ class TagCodec:
 
     @property
     def needs_stop_strings(self) -> bool:
-        """Whether a tag is no single token, so that its engine must read text to stop there."""
+        """Whether some tag is not a single token, so that the engine must compare text to stop at it."""
         return len(self._tag_tokens) < 2 * len(self._openings)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text inside a chain; no special tokens are added."""
+        """Return the token ids of a text inside a chain, without added special tokens."""
         return list(self._encoded(text))
 
     def _encode(self, text: str) -> tuple[int, ...]:
@@ -103,31 +105,32 @@ class TagCodec:
         return tuple(self._tokenizer(given, add_special_tokens=False, verbose=False)["input_ids"][len(self._anchor) :])
 
     def decode(self, token_ids: Sequence[int] | Int32Array) -> str:
-        """Exact text of tokens inside a chain, special tokens included but for end tokens."""
-        kept = self._anchor + [token for token in _integers(token_ids) if token not in self.end_token_ids]
-        text: str = self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        """Return the exact text of tokens inside a chain, with special tokens but without end tokens."""
+        ids = self._anchor + [token for token in _integers(token_ids) if token not in self.end_token_ids]
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text[len(self._anchor_text) :]
 
     def prompt(self, question: str) -> list[int]:
-        """Token ids of a question, put into the template, ready for the chain."""
+        """Return the token ids of the prompt for a question. The chain follows them directly."""
         return encode_prompt(self._tokenizer, self._template.replace("{question}", question))
 
     def stop(self, tag: str) -> Stop:
-        """How a completion stops at </tag>: at its token where it is one added token, else at its text."""
+        """Return the stop of a completion at a closing tag: its token if the tag is one added token, else its text."""
         closing = f"</{tag}>"
         tokens = tuple(token for token, text in self._tag_tokens.items() if text == closing)
         return Stop(token_ids=tokens) if tokens else Stop(strings=(closing,))
 
     def read(self, before: str, token_ids: Sequence[int] | Int32Array, finish_reason: str) -> list[Reading]:
-        """Cut the tokens of one call into nodes.
-
-        The spans of the readings partition the tokens. Their texts, joined, are `before` and the text of the tokens,
-        up to the spill of the last reading. End tokens at the very end are tokens of the last reading.
+        """Split the tokens of one engine call into nodes.
 
         Args:
-            before: spill of the token that precedes the first one.
-            token_ids: forced and generated tokens. Without any there is nothing to read.
-            finish_reason: the engine's; "length" makes a last piece without its closing tag `truncated`.
+            before: Spill of the token that precedes the first token.
+            token_ids: Forced and generated tokens.
+            finish_reason: Finish reason of the engine. "length" makes a last piece without closing tag `truncated`.
+
+        Returns:
+            The pieces. Their spans partition the tokens. Their joined texts are `before` and the text of the tokens,
+            without the spill of the last piece. The last piece includes end tokens at the end.
         """
         ids = _integers(token_ids)
         body = len(ids)
@@ -158,7 +161,7 @@ class TagCodec:
         return [*readings, Reading(tag=tag, start=token, stop=len(ids), text=rest, defect=defect)]
 
     def _places(self, ids: list[int], marks: list[re.Match[str]]) -> list[int]:
-        """Index of the token of every tag in the text, where each is one added token; else empty."""
+        """Return the token index of each tag in the text, or [] if not every tag is one added token."""
         places = [place for place, token in enumerate(ids) if token in self._tag_tokens]
         same = len(places) == len(marks) and all(
             self._tag_tokens[ids[place]] == mark.group() for place, mark in zip(places, marks, strict=True)
@@ -166,7 +169,7 @@ class TagCodec:
         return places if same else []
 
     def _locate(self, before: str, ids: list[int], text: str, cut: int, low: int) -> tuple[int, str]:
-        """How many tokens reach character `cut` of the text, at least `low`, and what they say past it."""
+        """Return how many tokens reach character `cut` of the text (at least `low`), and their text after it."""
 
         def reached(count: int) -> bool:
             return (before + self.decode(ids[:count]))[:cut] == text[:cut]
@@ -175,7 +178,7 @@ class TagCodec:
         return count, (before + self.decode(ids[:count]))[cut:]
 
     def _unclosed(self, rest: str, unfinished: ReadingDefect) -> tuple[str | None, ReadingDefect]:
-        """Tag and defect of a text that does not begin with a whole node."""
+        """Return the tag and the defect of a text that does not begin with a whole node."""
         begun = rest.lstrip()
         marks = self._tag.findall(begun)
         if marks and begun.startswith(marks[0]) and marks[0] in self._openings:
@@ -184,40 +187,39 @@ class TagCodec:
         return None, unfinished if cut_off else "malformed"
 
     def _check(self, tags: Sequence[str]) -> None:
-        """Find a way to encode and decode inside a chain that keeps every tag.
+        """Find a way to encode and decode that keeps every tag, or raise ConfigError.
 
-        Tokenizers in the manner of SentencePiece treat the beginning of a text in a way of their own (a space is put
-        before it); behind an end token they do not.
+        A tokenizer like SentencePiece puts a space before the beginning of a text, but not after an end token.
         """
-        lost = [self._lost(tag) for tag in tags]
-        if not any(lost):
+        changes = [self._change(tag) for tag in tags]
+        if not any(changes):
             return
         end = self._tokenizer.convert_ids_to_tokens(self.end_token_id)
         if self._tokenizer(end, add_special_tokens=False)["input_ids"] == [self.end_token_id]:
             self._anchor, self._anchor_text = [self.end_token_id], end
             self._encoded.cache_clear()
-            if not any(self._lost(tag) for tag in tags):
+            if not any(self._change(tag) for tag in tags):
                 return
-        tag, found = next((tag, found) for tag, found in zip(tags, lost, strict=True) if found)
+        tag, change = next((tag, change) for tag, change in zip(tags, changes, strict=True) if change)
         raise ConfigError(
             f"search.nodes: the tag {tag} is not closable by this tokenizer: expected <{tag}> and </{tag}> to come "
-            f"back unchanged from encoding and decoding, {found}; give that node type another tag, or use a model "
+            f"back unchanged from encoding and decoding, {change}; give that node type another tag, or use a model "
             "whose tokenizer keeps this one (model.path, search.model.path, search.reviewer.path)"
         )
 
-    def _lost(self, tag: str) -> str:
-        """What becomes of a tag that this tokenizer does not keep, alone or in a chain; "" of one that it does."""
+    def _change(self, tag: str) -> str:
+        """Return how encoding and decoding changes a tag, alone or in a chain; "" if it does not."""
         opening, closing = f"<{tag}>", f"</{tag}>"
         for parts in ((opening,), (closing,), (opening, "a b", closing, opening), (f"{closing}\n{opening} a",)):
             given = "".join(parts)
-            found = self.decode([token for part in parts for token in self.encode(part)])
-            if found != given:
-                return f"found {given!r} as {found!r}"
+            decoded = self.decode([token for part in parts for token in self.encode(part)])
+            if decoded != given:
+                return f"found {given!r} as {decoded!r}"
         return ""
 
 
 def _closings(text: str, marks: list[re.Match[str]]) -> Iterator[int]:
-    """Numbers of the closing tags of the whole nodes that a text begins with."""
+    """Yield the indices in `marks` of the closing tags of the whole nodes at the start of a text."""
     position = 0
     for number in range(1, len(marks), 2):
         opening, closing = marks[number - 1], marks[number]

@@ -1,9 +1,9 @@
-"""Search against independent samples at inference: solved at least once, by answers and by generated tokens.
+"""Comparison of search with independent samples at inference: shares solved, by answers and by generated tokens.
 
-A prompt counts as solved from its first right answer on. Only generated tokens are counted: of a tree all of them,
-whatever became of them (discarded branches, merged duplicates, another model's nodes), in the order in which it asked
-for them; of samples all of theirs, in the order of the samples. What is under way beside an answer counts after it in
-both. What a search puts into a chain itself, and prompts, are not generated.
+A prompt is solved once it has one right answer. Only generated tokens count, not prompts or the tokens that the search
+puts into a chain. A tree counts all its tokens in the order of its requests, including discarded branches, merged
+duplicates and nodes of another model. Samples count all their tokens in the order of the samples. In both, tokens of
+requests that are still running when an answer arrives count after this answer.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ COUNTS = (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Attempts:
-    """The answers to one prompt, A of them, in the order in which they came.
+    """A answers to one prompt in the order of their arrival.
 
-    right: [A] bool.
-    tokens: [A] int64, ascending: generated for this prompt until the answer was there.
-    total: generated for this prompt, all told.
+    Attributes:
+        right: [A] bool.
+        tokens: [A] int64, ascending: tokens generated for the prompt until the answer arrived.
+        total: All tokens generated for the prompt.
     """
 
     right: BoolArray
@@ -37,10 +38,13 @@ class Attempts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Solved shares of the same prompts with as many answers, or as many tokens.
+    """Solved shares of search and samples for the same prompts and the same budget of answers or tokens.
 
-    difference: search minus samples, paired.
-    ended: share of the prompts whose search ended unsolved with less; more of it might have solved them.
+    Attributes:
+        search: Share that the search solved.
+        samples: Share that the samples solved.
+        difference: Search minus samples, paired by prompt.
+        ended: Share of the prompts whose search ended unsolved before it had used the budget.
     """
 
     search: Estimate
@@ -50,7 +54,7 @@ class Comparison:
 
 
 def tree_attempts(tree: Tree | TreeFailure) -> Attempts:
-    """The scored answers of a tree; none where there is no tree."""
+    """Return the scored answers of a tree; a failed tree has none."""
     if isinstance(tree, TreeFailure):
         return _attempts([], [], 0)
     nodes = [tree.nodes[number] for number in tree.answers()]
@@ -58,7 +62,7 @@ def tree_attempts(tree: Tree | TreeFailure) -> Attempts:
 
 
 def sample_attempts(trajectories: Sequence[Trajectory]) -> Attempts:
-    """Independent samples of one prompt; one without an answer is an attempt as well."""
+    """Return the attempts of independent samples of one prompt. A sample without an answer is also an attempt."""
     tokens = np.cumsum([t.completion_length for t in trajectories], dtype=np.int64)
     right = [t.outcome == "ok" and t.reward > 0 for t in trajectories]
     return _attempts(right, tokens, int(tokens[-1]) if len(tokens) else 0)
@@ -69,47 +73,47 @@ def _attempts(right: Sequence[bool], tokens: Sequence[int] | NDArray[np.int64], 
 
 
 def solved_in_answers(attempts: Sequence[Attempts], counts: Sequence[int]) -> BoolArray:
-    """[prompts, counts] bool: whether one of the first so many answers is right (Test@N)."""
-    return _first(attempts, [np.arange(1, len(found.right) + 1) for found in attempts]) <= np.array(counts)
+    """Return whether one of the first N answers is right (Test@N), [prompts, counts] bool."""
+    return _first(attempts, [np.arange(1, len(attempt.right) + 1) for attempt in attempts]) <= np.array(counts)
 
 
 def solved_in_tokens(attempts: Sequence[Attempts], budgets: Sequence[int]) -> BoolArray:
-    """[prompts, budgets] bool: whether a right answer was there before more than so many tokens were generated."""
-    return _first(attempts, [found.tokens for found in attempts]) <= np.array(budgets)
+    """Return whether a right answer arrived within each token budget, [prompts, budgets] bool."""
+    return _first(attempts, [attempt.tokens for attempt in attempts]) <= np.array(budgets)
 
 
 def _first(attempts: Sequence[Attempts], places: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
-    """[prompts, 1] place of the first right answer, infinity where there is none."""
-    firsts = [place[found.right] for found, place in zip(attempts, places, strict=True)]
+    """Return the place of the first right answer, [prompts, 1]; infinity without a right answer."""
+    firsts = [place[attempt.right] for attempt, place in zip(attempts, places, strict=True)]
     return np.array([[first[0] if len(first) else np.inf] for first in firsts]).reshape(-1, 1)
 
 
 def answer_counts(most: int) -> list[int]:
-    """The N of Test@N up to `most`, itself included."""
+    """Return the values of N for Test@N: those of `COUNTS` below `most`, and `most`."""
     return sorted({count for count in (*COUNTS, most) if count <= most})
 
 
 def token_budgets(search: Sequence[Attempts], parts: Sequence[float] = (1 / 8, 1 / 4, 1 / 2, 1)) -> list[int]:
-    """Parts of as many tokens as nine in ten trees generated at least; beyond that too many searches have ended."""
-    top = float(np.quantile([found.total for found in search], 0.1, method="lower"))
+    """Return fractions of the 10 % quantile of the tokens per tree. With more tokens, too many searches have ended."""
+    top = float(np.quantile([attempt.total for attempt in search], 0.1, method="lower"))
     return sorted({max(1, int(top * part)) for part in parts})
 
 
 def compare_answers(
     search: Sequence[Attempts], samples: Sequence[Attempts], counts: Sequence[int]
 ) -> dict[int, Comparison]:
-    """Test@N of both by N. samples: of every prompt at least as many as the largest N."""
+    """Return Test@N of search and samples by N. Each prompt needs at least as many samples as the largest N."""
     first, second = solved_in_answers(search, counts), solved_in_answers(samples, counts)
-    ended = np.array([[len(found.right)] for found in search]) < np.array(counts)
+    ended = np.array([[len(attempt.right)] for attempt in search]) < np.array(counts)
     return {count: _compare(first[:, i], second[:, i], ended[:, i]) for i, count in enumerate(counts)}
 
 
 def compare_tokens(
     search: Sequence[Attempts], samples: Sequence[Attempts], budgets: Sequence[int]
 ) -> dict[int, Comparison]:
-    """Solved shares by tokens per prompt. samples: of every unsolved prompt enough for the largest budget."""
+    """Return the solved shares by tokens per prompt. An unsolved prompt needs samples for the largest budget."""
     first, second = solved_in_tokens(search, budgets), solved_in_tokens(samples, budgets)
-    ended = np.array([[found.total] for found in search]) < np.array(budgets)
+    ended = np.array([[attempt.total] for attempt in search]) < np.array(budgets)
     return {budget: _compare(first[:, i], second[:, i], ended[:, i]) for i, budget in enumerate(budgets)}
 
 

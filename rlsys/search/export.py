@@ -1,16 +1,4 @@
-"""The trees of a search as files of training data.
-
-Every table has text columns under the names that trainers of other projects read, and the exact token ids beside them.
-`prompt` is the text that the policy is given, its chat template and special tokens included, and `completion`,
-`chosen` and `rejected` are what follows without the end token: a trainer that takes `prompt` as plain text adds no
-template of its own, and puts the end token after the completion itself. The id columns are what was generated: the
-same text, encoded again, can be split into other tokens, and a tokenizer that adds a beginning token adds a second one.
-
-A loss mask has an entry for every id of its column and is True on the tokens to train: of `supervised`, all that follow
-the prompt, and of `preferences`, all that follow the common prefix, since a chain is judged as a whole, whoever wrote
-it. Of `step_preferences` and `step_values`, what a model generated for the node: tags and prefixes that the search put
-there are no choice that the values could be of.
-"""
+"""Export of searched trees as training tables. `rlsys.tables.schemas` declares and explains the columns."""
 
 from __future__ import annotations
 
@@ -23,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from rlsys.config.patterns import resolve
 from rlsys.config.schema import Config
@@ -34,52 +21,14 @@ from rlsys.search import extract
 from rlsys.search.codec import TagCodec
 from rlsys.search.paths import prompt_tokens
 from rlsys.search.tree_json import read_trees
-from rlsys.tables.write import Table, TableFiles, whole_or_nothing
+from rlsys.tables.schemas import TABLES
+from rlsys.tables.write import TableFiles, whole_or_nothing
 from rlsys.trees import Tree, TreeFailure
-
-TEXT, REAL, COUNT = pa.string(), pa.float64(), pa.int32()
-IDS, MASK = pa.list_(pa.int32()), pa.list_(pa.bool_())
-
-SUPERVISED = Table(
-    "supervised",
-    {
-        "prompt": TEXT, "completion": TEXT, "prompt_id": TEXT, "token_ids": IDS, "loss_mask": MASK, "reward": REAL,
-        "length": COUNT, "pattern": TEXT, "value": REAL,
-    },
-    key=("token_ids",),
-)  # fmt: skip
-PREFERENCES = Table(
-    "preferences",
-    {
-        "prompt": TEXT, "chosen": TEXT, "rejected": TEXT, "prompt_id": TEXT, "chosen_ids": IDS, "rejected_ids": IDS,
-        "prompt_length": COUNT, "common_prefix": COUNT, "chosen_visits": COUNT, "rejected_visits": COUNT,
-        "chosen_loss_mask": MASK, "rejected_loss_mask": MASK,
-    },
-    key=("chosen_ids", "rejected_ids"),
-)  # fmt: skip
-STEP_PREFERENCES = Table(
-    "step_preferences",
-    {
-        "prompt": TEXT, "chosen": TEXT, "rejected": TEXT, "prompt_id": TEXT, "prompt_ids": IDS, "chosen_ids": IDS,
-        "rejected_ids": IDS, "chosen_value": REAL, "rejected_value": REAL, "chosen_visits": COUNT,
-        "rejected_visits": COUNT, "chosen_loss_mask": MASK, "rejected_loss_mask": MASK,
-    },
-    key=("prompt_ids", "chosen_ids", "rejected_ids"),
-)  # fmt: skip
-STEP_VALUES = Table(
-    "step_values",
-    {
-        "prompt": TEXT, "completion": TEXT, "prompt_id": TEXT, "token_ids": IDS, "start": COUNT, "type": TEXT,
-        "value": REAL, "visits": COUNT, "loss_mask": MASK,
-    },
-    key=("token_ids", "start", "type"),
-)  # fmt: skip
-TABLES = (SUPERVISED, PREFERENCES, STEP_PREFERENCES, STEP_VALUES)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A run directory whose trees are to be read, and the policy that is to be trained on them."""
+    """A folder of trees and the policy that is trained on them."""
 
     config: Config
     trees: Path
@@ -87,12 +36,12 @@ class Source:
     tokenizer: Any
 
     def text(self, token_ids: Any) -> str:
-        """Text of a prompt, its end-of-turn tokens included."""
+        """Return the text of a prompt, including its end-of-turn tokens."""
         return self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def source_of(config: Config, trees: Path, model: Path) -> Source:
-    """A folder of trees and the policy that is to be trained on them, given as a model folder."""
+    """Return the source for a folder of trees. `model` is the folder of the policy that is trained on them."""
     tokenizer = load_tokenizer(model)
     tags = sorted({kind.tag for pattern in resolve(config.search).values() for kind in pattern.types.values()})
     codec = TagCodec(tokenizer, tags, end_token_ids(tokenizer, model), digest=tokenizer_digest(model))
@@ -100,12 +49,13 @@ def source_of(config: Config, trees: Path, model: Path) -> Source:
 
 
 def run(source: Source, output: Path) -> dict[str, Any]:
-    """Write all tables and the report into a folder; answers with the report.
+    """Write all tables and the report into a folder, and return the report.
 
-    One tree is in memory at a time. Of rows with the same tokens the first is kept, and the others are counted.
+    One tree is in memory at a time. The first of several rows with the same tokens is written; the others are counted.
 
     Raises:
-        DataError: a line of the tree files is damaged, naming file and line; nothing is written then.
+        DataError: A line of the tree files is damaged. The message names file and line, and nothing is written.
+        ConfigError: A policy with another tokenizer grew a tree.
     """
     with whole_or_nothing(output) as folder:
         with ExitStack() as stack:
@@ -124,7 +74,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 class _Extraction:
-    """Rows and figures of all trees so far."""
+    """Writer of the rows of all trees, and their statistics."""
 
     def __init__(self, source: Source, files: Mapping[str, TableFiles]) -> None:
         self._source, self._files = source, files
@@ -138,11 +88,11 @@ class _Extraction:
             self._counts["failed"] += 1
             return
         codec = self._source.codec
-        own = tree.tokenizers.get("policy", codec.digest)
-        if own != codec.digest:
+        digest = tree.tokenizers.get("policy", codec.digest)
+        if digest != codec.digest:
             raise ConfigError(
                 f"{self._source.trees}: the tree of {tree.prompt_id} was grown by a policy with another tokenizer "
-                f"(digest {own[:12]}) than model.path has ({codec.digest[:12]}): give the model that grew it"
+                f"(digest {digest[:12]}) than model.path has ({codec.digest[:12]}): give the model that grew it"
             )
         self._counts["trees"] += 1
         self._counts["solved"] += tree.solved
@@ -175,15 +125,15 @@ class _Extraction:
                     self._origins.update(extract.token_origins(tree, chain.number, codec))
 
     def report(self) -> dict[str, Any]:
-        """Lengths are in tokens after the prompt, those of chains with the end token."""
+        """Return the report. Lengths are in tokens after the prompt; those of chains include the end token."""
         trees, failed = self._counts["trees"], self._counts["failed"]
-        wanted = self._source.config.search.prompts
+        prompts = self._source.config.search.prompts
         names = ("supervised", "chosen", "rejected", "common_prefix")
         return {
             "trees": trees,
             "failed": failed,
             "solved": self._counts["solved"],
-            "missing": max(0, wanted - trees - failed),
+            "missing": max(0, prompts - trees - failed),
             "rows": {name: file.rows for name, file in self._files.items()},
             "duplicates": {name: file.duplicates for name, file in self._files.items()},
             "tokens": {name: _quantiles(self._lengths[name]) for name in names},
@@ -201,20 +151,20 @@ NO_PAIR = {
 
 
 def _why_no_pair(tree: Tree) -> str:
-    correct, wrong = tree.solved, any(map(extract.is_wrong, tree.nodes))
-    if correct and wrong:
-        return "equal_tokens"
-    return "no_wrong" if correct else "no_correct" if wrong else "no_answer"
+    has_wrong = any(map(extract.is_wrong, tree.nodes))
+    if tree.solved:
+        return "equal_tokens" if has_wrong else "no_wrong"
+    return "no_correct" if has_wrong else "no_answer"
 
 
 def _supervised_row(tree: Tree, prompt: str, chain: extract.Chain, codec: TagCodec) -> dict[str, Any]:
-    row = extract.demonstration(tree, chain.number, codec)
+    demonstration = extract.demonstration(tree, chain.number, codec)
     return {
         "prompt": prompt,
         "completion": chain.text,
         "prompt_id": tree.prompt_id,
-        "token_ids": row.token_ids.tolist(),
-        "loss_mask": row.loss_mask.tolist(),
+        "token_ids": demonstration.token_ids.tolist(),
+        "loss_mask": demonstration.loss_mask.tolist(),
         "reward": chain.reward,
         "length": chain.length,
         "pattern": tree.pattern,
@@ -281,4 +231,4 @@ QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
 def _quantiles(lengths: Sequence[int]) -> dict[str, float] | None:
     if not lengths:
         return None
-    return {name: float(np.quantile(lengths, at)) for name, at in QUANTILES.items()}
+    return {name: float(np.quantile(lengths, share)) for name, share in QUANTILES.items()}

@@ -1,7 +1,7 @@
-"""Training data out of finished trees.
+"""Extraction of training data from finished trees.
 
-Nothing depends on the order of a node's children: ties go by token ids and texts, never by node numbers.
-Token ids are the policy's throughout (`rlsys.search.paths`). Lengths are in tokens and relative to one tree.
+The order of a node's children has no influence: token ids and texts break ties, node numbers never do.
+All token ids are in the policy's tokenizer (`rlsys.search.paths`). Lengths are in tokens and relative to one tree.
 
 Source: Marco-o1 v2, arXiv:2503.01461, sec. 3 and 4 (chains, pairs, thoughts length balance, prefix masking).
 """
@@ -19,17 +19,18 @@ import numpy as np
 from rlsys.config.search import ExtractConfig
 from rlsys.search.paths import Codec as PathCodec
 from rlsys.search.paths import PathTokens, path_tokens
+from rlsys.sequences import common_prefix_length
 from rlsys.trees import ThoughtNode, Tree
 from rlsys.types import BoolArray, Demonstration, Int32Array, Preference, StepPreference
 
 ROUNDING = 1e-9
-"""Values are quotients: 0.5 - 0.4 counts as a difference of 0.1."""
+"""Tolerance for differences of values, which are quotients: 0.5 - 0.4 counts as a difference of 0.1."""
 
 Rule = Literal["highest_value", "longest", "median", "shortest", "none"]
 
 
 class Codec(PathCodec, Protocol):
-    """What is needed of the policy's tokenizer; see `rlsys.search.codec.TagCodec`."""
+    """Interface to the policy's tokenizer; see `rlsys.search.codec.TagCodec`."""
 
     end_token_id: int
     end_token_ids: frozenset[int]
@@ -39,9 +40,12 @@ class Codec(PathCodec, Protocol):
 class Chain:
     """A judged chain of a tree.
 
-    number: its terminal node. token_ids: [T] int32, the prompt first, one end token last.
-    value: mean over its nodes of their search values (mean reward of the scored answers below and at a node).
-    nodes: where each of its nodes ends in token_ids, and how many visits it has.
+    Attributes:
+        number: Number of its terminal node.
+        token_ids: [T] int32, from the prompt to one end token.
+        value: Mean of the values of its nodes. The value of a node is the mean reward of the chains that ended at or
+            below it.
+        nodes: End in token_ids, and visits, of each of its nodes.
     """
 
     number: int
@@ -60,12 +64,14 @@ class Chain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepValue:
-    """What the search found a thought node to be worth.
+    """A thought node with its value in the search.
 
-    prefix: text of the chain before the node. text: the node's.
-    token_ids: [T] int32, the prompt, the chain before and the node; the node's own are token_ids[start:].
-    forced: how many of those, the first ones, no model generated. Of a node that was encoded from its text it is not
-        known: none, or all where nobody wrote the node.
+    Attributes:
+        prefix: Text of the chain before the node.
+        text: Text of the node.
+        token_ids: [T] int32: the prompt, the chain before the node, and the node as token_ids[start:].
+        forced: Number of tokens at the start of the node that no model generated. This number is unknown for a node
+            that was encoded from its text; it is then 0, or all tokens if no model wrote any part of the node.
     """
 
     prefix: str
@@ -79,23 +85,28 @@ class StepValue:
 
     @property
     def loss_mask(self) -> BoolArray:
-        """[T] bool, True on the tokens of the node that a model generated."""
+        """[T] bool mask, True for the tokens of the node that a model generated."""
         return np.arange(len(self.token_ids)) >= self.start + self.forced
 
 
 def supervised_chain(tree: Tree, rule: Rule, codec: Codec) -> int | None:
-    """Number of the terminal node of the correct chain that a rule picks; None without one, or for "none".
-
-    `longest` and `shortest` go by tokens after the prompt, `median` is the lower one of an even number, and
-    `highest_value` is the largest mean, over the nodes of the chain, of their values: mean rewards of the scored
-    answers below and at a node. Ties: the smallest token ids, compared from the left.
-    """
-    found = pick_chain(tree, rule, codec)
-    return found.number if found else None
+    """Return the number of the terminal node of the chain that `pick_chain` returns, or None."""
+    chain = pick_chain(tree, rule, codec)
+    return chain.number if chain else None
 
 
 def pick_chain(tree: Tree, rule: Rule, codec: Codec) -> Chain | None:
-    """The chain of `supervised_chain`."""
+    """Return the correct chain that a rule selects; None without a correct chain, or for "none".
+
+    Args:
+        tree: A finished tree.
+        rule: `longest`, `shortest` and `median` compare the tokens after the prompt. The median of an even number of
+            chains is the lower one. `highest_value` compares `Chain.value`.
+        codec: Codec of the policy.
+
+    Returns:
+        The chain. Of equal chains it is the one with the smallest token ids, compared from the left.
+    """
     if rule == "none":
         return None
     chains = _chains(tree, codec, lambda node: node.correct)
@@ -112,31 +123,31 @@ def pick_chain(tree: Tree, rule: Rule, codec: Codec) -> Chain | None:
 
 
 def demonstration(tree: Tree, number: int, codec: Codec) -> Demonstration:
-    """A complete chain as a supervised row: prompt, chain, end token; everything after the prompt is trained on."""
+    """Return a complete chain as a demonstration. All tokens after the prompt are trained, including the end token."""
     path = path_tokens(tree, number, codec)
-    token_ids = _ended(path.token_ids, codec)
+    token_ids = _with_end(path.token_ids, codec)
     return Demonstration(token_ids=token_ids, loss_mask=np.arange(len(token_ids)) >= path.prompt_length)
 
 
 def preference_pairs(tree: Tree, config: ExtractConfig, codec: Codec) -> list[Preference]:
-    """Preference pairs of a tree, see `preferred_chains`."""
+    """Return the preference pairs of a tree; see `preferred_chains`."""
     return [preference(chosen, rejected) for chosen, rejected in preferred_chains(tree, config, codec)]
 
 
 def preferred_chains(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tuple[Chain, Chain]]:
-    """Pairs of a correct chain and a wrong one, the shortest common token prefix first.
+    """Return at most `extract.pairs_per_tree` pairs of the correct chain and a wrong chain of a tree.
 
-    The correct one is that of `extract.chosen`. The wrong ones are judged wrong (never those whose verifier failed),
-    complete, and share as few tokens with it as there are; ties go to the closest length, then to the token ids.
-    The end token counts, so that of two chains one of which begins with the other, one has only it to differ in.
-    At most `extract.pairs_per_tree`.
+    The rule `extract.chosen` selects the correct chain. A wrong chain is complete and was judged wrong; a chain whose
+    verifier failed is not used. Pairs with the shortest common token prefix come first, then those with the closest
+    lengths, then those with the smallest token ids. If one chain begins with the other, the two can differ in the end
+    token alone, because the end token counts.
     """
     chosen = pick_chain(tree, config.chosen, codec)
     if chosen is None:
         return []
     ranked = []
     for wrong in _chains(tree, codec, is_wrong):
-        common = common_prefix(chosen.token_ids, wrong.token_ids)
+        common = common_prefix_length(chosen.token_ids, wrong.token_ids)
         if common < min(len(chosen.token_ids), len(wrong.token_ids)):
             ranked.append((common, abs(chosen.length - wrong.length), *_tie(wrong), wrong))
     ranked.sort(key=lambda entry: entry[:-1])
@@ -144,8 +155,8 @@ def preferred_chains(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tu
 
 
 def preference(chosen: Chain, rejected: Chain) -> Preference:
-    """Two chains of one tree as a pair. Its visits are those of the nodes in which they part."""
-    common = common_prefix(chosen.token_ids, rejected.token_ids)
+    """Return two chains of one tree as a pair. Its visits are those of the nodes in which the chains diverge."""
+    common = common_prefix_length(chosen.token_ids, rejected.token_ids)
     chosen_visits, rejected_visits = _branch_visits(chosen, rejected, common)
     return Preference(
         chosen_ids=chosen.token_ids,
@@ -158,29 +169,29 @@ def preference(chosen: Chain, rejected: Chain) -> Preference:
 
 
 def _branch_visits(chosen: Chain, rejected: Chain, common: int) -> tuple[int, int]:
-    """Visits of the first two nodes, one of each chain, that do not both lie in the common prefix.
+    """Return the visits of the first pair of nodes, one per chain, that is not inside the common prefix.
 
-    Two nodes of equal tokens are no branches, though the tree has both: one of them may follow a hint.
+    The tree can have two nodes with equal tokens, for example if one follows a hint. The chains do not diverge there.
     """
     both = list(zip(chosen.nodes, rejected.nodes, strict=False))
-    parted = ((mine[1], other[1]) for mine, other in both if max(mine[0], other[0]) > common)
-    return next(parted, (both[-1][0][1], both[-1][1][1]))  # chains that differ in their end tokens alone
+    diverging = ((mine[1], other[1]) for mine, other in both if max(mine[0], other[0]) > common)
+    last = (both[-1][0][1], both[-1][1][1])  # for chains that differ in their end tokens alone
+    return next(diverging, last)
 
 
 def step_preferences(tree: Tree, config: ExtractConfig, codec: Codec) -> list[StepPreference]:
-    """Pairs of sibling nodes, see `preferred_steps`."""
+    """Return the preference pairs of sibling nodes; see `preferred_steps`."""
     return [step_preference(better, worse) for better, worse in preferred_steps(tree, config, codec)]
 
 
 def preferred_steps(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tuple[StepValue, StepValue]]:
-    """Of every node with several children, the best against the worst of them: at most one pair a parent.
+    """Return the best and the worst child of each node as a pair, at most one pair per set of siblings.
 
-    Backtracking children are no siblings of the others, only of one another: they follow a hint of the verifier.
-
-    Only children count that a model wrote at least in part and that have `extract.step_min_visits` visits. Best and
-    worst are by value, then the more visits, then the smallest token ids, then the fewer forced ones. A pair needs a
-    difference of at least `extract.step_min_gap`, and two texts. Ordered by the token ids of prefix, better and worse
-    node.
+    Children that backtrack are siblings of each other only, because they follow a hint of the verifier. A child takes
+    part if a model wrote some of it and it has at least `extract.step_min_visits` visits. Best and worst are determined
+    by value, then by more visits, then by smaller token ids, then by fewer forced tokens. The values of a pair differ
+    by at least `extract.step_min_gap`, and its texts differ. The pairs are ordered by the token ids of the prefix, the
+    better node and the worse node.
     """
     if not config.step_preferences:
         return []
@@ -214,17 +225,18 @@ def step_preference(better: StepValue, worse: StepValue) -> StepPreference:
 
 
 def step_values(tree: Tree, codec: Codec) -> list[StepValue]:
-    """Every node with visits, ordered by token ids.
+    """Return all nodes with visits, ordered by token ids.
 
-    Nodes of equal tokens, text and type are pooled by visits; a token that one of them generated counts as generated.
+    Nodes with equal tokens, text and type become one, with the mean value over all visits. A token counts as generated
+    if a model generated it in at least one of them.
     """
     pools = defaultdict(list)
     for number, step in _steps(tree, codec).items():
         pools[_place(step)].append((step, tree.nodes[number].total))
-    found = []
+    merged = []
     for _, pool in sorted(pools.items()):
         step, visits = pool[0][0], sum(step.visits for step, _ in pool)
-        found.append(
+        merged.append(
             StepValue(
                 prefix=step.prefix,
                 text=step.text,
@@ -232,44 +244,37 @@ def step_values(tree: Tree, codec: Codec) -> list[StepValue]:
                 token_ids=step.token_ids,
                 start=step.start,
                 forced=min(step.forced for step, _ in pool),
-                value=math.fsum(total for _, total in pool) / visits,  # exact, so in any order the same
+                value=math.fsum(total for _, total in pool) / visits,  # fsum is exact, so the order has no influence
                 visits=visits,
             )
         )
-    return found
-
-
-def common_prefix(first: Int32Array, second: Int32Array) -> int:
-    """Length of the longest common prefix, in tokens."""
-    length = min(len(first), len(second))
-    differing = np.flatnonzero(first[:length] != second[:length])
-    return int(differing[0]) if len(differing) else length
+    return merged
 
 
 def token_origins(tree: Tree, number: int, codec: Codec) -> dict[str, int]:
-    """Tokens of a chain, by who they are from.
+    """Return the numbers of tokens of a chain by origin.
 
-    `policy` chose them itself, `forced` were put into what it wrote or were written by nobody, and `other_model` are
-    all tokens of nodes that search.model or search.reviewer wrote.
+    The policy chose the tokens of `policy`. The search put the tokens of `forced` into the policy's nodes, or into
+    nodes that no model wrote. `other_model` counts all tokens of nodes that search.model or search.reviewer wrote.
     """
     path = path_tokens(tree, number, codec)
-    found = {"policy": 0, "forced": 0, "other_model": 0}
+    counts = {"policy": 0, "forced": 0, "other_model": 0}
     for n, start, stop in path.spans:
         node, own = tree.nodes[n], int(path.chosen[start:stop].sum())
-        found["policy"] += own
-        found["forced" if node.writer == "policy" or not node.generated else "other_model"] += stop - start - own
-    return found
+        counts["policy"] += own
+        counts["forced" if node.writer == "policy" or not node.generated else "other_model"] += stop - start - own
+    return counts
 
 
 def is_wrong(node: ThoughtNode) -> bool:
-    """Whether a node ends a chain that the verifier judged, and not correct."""
+    """Return whether a node ends a chain that the verifier judged as not correct."""
     return node.verdict is not None and node.verdict.outcome in ("ok", "wrong") and not node.correct
 
 
-def _chains(tree: Tree, codec: Codec, wanted: Callable[[ThoughtNode], bool]) -> list[Chain]:
-    """The complete chains whose terminal node is as wanted, no two of the same token ids."""
+def _chains(tree: Tree, codec: Codec, accepts: Callable[[ThoughtNode], bool]) -> list[Chain]:
+    """Return the complete chains whose terminal node `accepts` allows, without repeated token ids."""
     unique: dict[bytes, Chain] = {}
-    numbers = [n for n in tree.answers() if tree.nodes[n].visits and wanted(tree.nodes[n])]
+    numbers = [n for n in tree.answers() if tree.nodes[n].visits and accepts(tree.nodes[n])]
     for chain in sorted((_chain(tree, n, codec) for n in numbers), key=_tie):
         unique.setdefault(chain.token_ids.tobytes(), chain)
     return list(unique.values())
@@ -281,7 +286,7 @@ def _chain(tree: Tree, number: int, codec: Codec) -> Chain:
     verdict = tree.nodes[number].verdict
     return Chain(
         number=number,
-        token_ids=_ended(path.token_ids, codec),
+        token_ids=_with_end(path.token_ids, codec),
         prompt_length=path.prompt_length,
         text=tree.completion(number),
         value=sum(values) / len(values),
@@ -290,22 +295,22 @@ def _chain(tree: Tree, number: int, codec: Codec) -> Chain:
     )
 
 
-def _ended(token_ids: Int32Array, codec: Codec) -> Int32Array:
-    """With the end token, once; a chain that the writer ended keeps the one it chose."""
+def _with_end(token_ids: Int32Array, codec: Codec) -> Int32Array:
+    """Append the end token, unless the writer of the chain ended it with one."""
     if int(token_ids[-1]) in codec.end_token_ids:
         return token_ids
     return np.append(token_ids, np.int32(codec.end_token_id))
 
 
 def _steps(tree: Tree, codec: Codec) -> dict[int, StepValue]:
-    """All nodes with visits, by number."""
-    found: dict[int, StepValue] = {}
-    # Children have larger numbers than their parents, so every path is walked once, from its last node.
+    """Return all nodes with visits by number."""
+    steps: dict[int, StepValue] = {}
+    # A child has a larger number than its parent, so this order encodes every path only once, from its last node.
     for number in range(len(tree.nodes) - 1, 0, -1):
-        if tree.nodes[number].visits and number not in found:
+        if tree.nodes[number].visits and number not in steps:
             path = path_tokens(tree, number, codec)
-            found |= {step[0]: _step(tree, path, codec, *step) for step in path.spans if step[0] not in found}
-    return found
+            steps |= {span[0]: _step(tree, path, codec, *span) for span in path.spans if span[0] not in steps}
+    return steps
 
 
 def _step(tree: Tree, path: PathTokens, codec: Codec, number: int, start: int, stop: int) -> StepValue:
@@ -325,16 +330,16 @@ def _step(tree: Tree, path: PathTokens, codec: Codec, number: int, start: int, s
 
 
 def _tie(chain: Chain) -> tuple[bytes, str, float, float, tuple[tuple[int, int], ...]]:
-    """Order of chains that are otherwise equal: by all that becomes data."""
+    """Return a sort key of a chain that includes everything that becomes data."""
     return _sortable(chain.token_ids), chain.text, -chain.value, -chain.reward, chain.nodes
 
 
 def _place(step: StepValue) -> tuple[bytes, bytes, str, str, str]:
-    """Which node it is, without its number."""
+    """Return the identity of a node, independent of its number."""
     prefix_ids, own_ids = step.token_ids[: step.start], step.token_ids[step.start :]
     return _sortable(prefix_ids), _sortable(own_ids), step.prefix, step.text, step.type
 
 
 def _sortable(token_ids: Int32Array) -> bytes:
-    """Bytes in the order of the ids, compared from the left; ids are not negative."""
+    """Return bytes that sort like the ids, which are not negative, compared from the left."""
     return token_ids.astype(">i4").tobytes()

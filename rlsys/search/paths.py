@@ -1,4 +1,4 @@
-"""The tokens of a path through a tree, in the tokenizer of whoever is to read them."""
+"""Tokens of a path through a tree, in the tokenizer of the model that reads them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlsys.types import BoolArray, Float32Array, Int32Array, VersionSpan
 
 
 class Codec(Protocol):
-    """What is needed of a tokenizer here; see `rlsys.search.codec.TagCodec`."""
+    """Interface to a tokenizer; see `rlsys.search.codec.TagCodec`."""
 
     digest: str
 
@@ -23,7 +23,7 @@ class Codec(Protocol):
 
 
 class PathNode(Protocol):
-    """What is needed of a node, of a growing tree or a finished one."""
+    """Common interface of the nodes of growing and finished trees."""
 
     @property
     def text(self) -> str: ...
@@ -39,11 +39,13 @@ class PathNode(Protocol):
 class PathTokens:
     """A chain as tokens of the policy.
 
-    token_ids: [T] int32, the prompt first.
-    chosen: [T] bool, True on tokens that the policy itself chose.
-    logprobs: [T] float32, nats, 0 where not chosen.
-    versions: weight versions of the chosen tokens.
-    spans: (node, start, stop) of every node of the chain.
+    Attributes:
+        token_ids: [T] int32, prompt first.
+        prompt_length: Number of tokens of the prompt.
+        chosen: [T] bool, True for tokens that the policy itself chose.
+        logprobs: [T] float32, nats, 0 for tokens that the policy did not choose.
+        versions: Weight versions of the chosen tokens.
+        spans: (node, start, stop) of each node of the chain.
     """
 
     token_ids: Int32Array
@@ -57,9 +59,10 @@ class PathTokens:
 def node_ids(
     path: Sequence[PathNode], is_native: Callable[[Writer], bool], codec: Codec
 ) -> Iterator[tuple[PathNode, Sequence[int] | Int32Array]]:
-    """Tokens of every node: its own where its writer has the codec's tokenizer, else its text, encoded node by node.
+    """Yield each node with its tokens.
 
-    The last token of a node may hold the beginning of the next one's text (`spill`), which is not encoded again.
+    A node keeps its own tokens if its writer has the codec's tokenizer (`is_native`). Otherwise its text is encoded,
+    without the characters that the last token of the node before already holds (`spill`).
     """
     spill = ""
     for node in path:
@@ -72,16 +75,18 @@ def node_ids(
 
 
 def prompt_tokens(tree: Tree, codec: Codec) -> Int32Array:
-    """The policy's own prompt. [T] int32."""
+    """Return the policy's prompt, [T] int32."""
     own = tree.prompt_token_ids.get("policy")
     return own if own is not None else np.asarray(codec.prompt(tree.question), dtype=np.int32)
 
 
 def path_tokens(tree: Tree, number: int, codec: Codec) -> PathTokens:
-    """The chain from the prompt to a node in the policy's tokens.
+    """Return the chain from the prompt to a node in the policy's tokens.
 
     Args:
-        codec: of the policy.
+        tree: A finished tree.
+        number: Number of the last node.
+        codec: Codec of the policy.
     """
     prompt = prompt_tokens(tree, codec)
     path = tree.path(number)

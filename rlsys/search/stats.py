@@ -1,4 +1,4 @@
-"""Figures of many trees, and of the engines that grew them."""
+"""Statistics of many trees and of the engines that generated them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from rlsys.trees import Defect, SearchUsage, Tree, TreeFailure, Writer
 
 @dataclass(slots=True)
 class TreeFigures:
-    """Sums over trees; the order in which they come does not matter.
+    """Sums over trees. The order of the trees has no influence.
 
-    solved: by the number of the prompt. counts: of `Tree.counts`.
+    Attributes:
+        failed: Number of failed trees.
+        solved: Whether a tree has a correct answer, by the number of its prompt.
+        stops: Number of trees by reason of their end.
+        counts: Sums of `Tree.counts`.
     """
 
     failed: int = 0
@@ -46,11 +50,11 @@ class TreeFigures:
 
     @property
     def solved_fraction(self) -> float | None:
-        """Share of the trees with a correct answer; a prompt without a tree is in neither number."""
+        """Share of the trees with a correct answer. Failed trees do not count."""
         return sum(self.solved.values()) / len(self.solved) if self.solved else None
 
     def report(self) -> dict[str, Any]:
-        """JSON-able figures; the trees alone decide them."""
+        """Return figures for JSON. Only the trees determine them."""
         trees = len(self.solved)
         solved = np.array([[self.solved[number]] for number in sorted(self.solved)], dtype=float)
         return {
@@ -71,10 +75,7 @@ class TreeFigures:
 
 @dataclass(slots=True)
 class EngineFigures:
-    """Sums of what engines told of themselves.
-
-    in_flight_mean: mean of what was told of each interval, weighted by the seconds that the engine was busy in it.
-    """
+    """Sums of engine statistics. `in_flight_mean` is averaged over intervals, weighted by the busy seconds."""
 
     usages: dict[tuple[Writer, int], SearchUsage] = field(default_factory=dict)
 
@@ -84,7 +85,7 @@ class EngineFigures:
             self.usages[key] = _sum(self.usages[key], usage) if key in self.usages else usage
 
     def report(self, wall_s: float, grown: int) -> dict[str, Any]:
-        """JSON-able figures of one command that took wall_s and grew so many trees."""
+        """Return figures for JSON of one command that took `wall_s` seconds and finished `grown` trees."""
         usages = [usage for _, usage in sorted(self.usages.items())]
         return {
             "wall_s": wall_s,
@@ -105,12 +106,12 @@ class EngineFigures:
 
 
 def prefix_hit_rate(usages: Sequence[SearchUsage]) -> float | None:
-    """Share of the prompt tokens that the prefix caches had."""
+    """Return the share of the prompt tokens that were found in the prefix caches."""
     return _ratio(sum(usage.cached_tokens for usage in usages), sum(usage.prompt_tokens for usage in usages))
 
 
 def figures_table(trees: dict[str, Any], engines: dict[str, Any] | None) -> Table:
-    """The figures for people. engines: None where nothing was grown."""
+    """Return the figures as a table for the terminal. `engines` is None if no tree was grown."""
     table = Table(title=f"{trees['trees']} trees")
     table.add_column("figure")
     table.add_column("value")
@@ -155,8 +156,8 @@ def _sum(one: SearchUsage, other: SearchUsage) -> SearchUsage:
     )
 
 
-def _ratio(amount: float, of: float) -> float | None:
-    return amount / of if of else None
+def _ratio(amount: float, total: float) -> float | None:
+    return amount / total if total else None
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -1,11 +1,11 @@
-"""The trees of one run directory: shards of lines, and the finished trees of shards that are still open.
+"""Trees of a run directory: complete shards, and the finished trees of shards that are still open.
 
-    trees/00000.jsonl     `search.shard_size` trees in the order of the prompts; the last one may be shorter
+    trees/00000.jsonl     `search.shard_size` trees in the order of the prompts; the last shard may be shorter
     trees/.open/130.json  a finished tree whose shard is not complete
-    search.json           what decided the trees
+    search.json           the config values and digests that determine the trees
 
-Every file appears whole, by one rename, so a kill at any moment loses no finished tree. A shard that is shorter than
-`search.prompts` asks for stays as it is until its further trees are there too.
+A rename puts every file in place as a whole, so a kill at any moment loses no finished tree. If `search.prompts` was
+raised, a short shard is rewritten once all its further trees are finished.
 """
 
 from __future__ import annotations
@@ -24,27 +24,30 @@ from rlsys.trees import Tree, TreeFailure
 
 _SHARD = re.compile(r"(\d{5,})\.jsonl")
 _OPEN_TREE = re.compile(r"(0|[1-9]\d*)\.json")
-_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}")  # of rlsys.run.checkpoints.write_text
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}")  # a temporary file of rlsys.files
 
 Visit = Callable[[int, Tree | TreeFailure], object]
 
 
 class TreeStore:
-    """The trees of a run directory, by the number of their prompt. One process at a time: see `RunLock`.
+    """Store of the trees of a run directory by prompt number, for one process at a time (see `RunLock`).
 
     Args:
-        names: ids of all prompts asked for, in order.
-        visit: called with number and tree of every finished one.
+        run_dir: The run directory.
+        shard_size: Number of trees in a shard.
+        names: Ids of all prompts of the search, in order.
+        visit: Function that is called with the number and the tree of every finished prompt.
+
     Raises:
-        DataError: a file in the folder is damaged or none of this store; it is left as it is.
-        ConfigError: there are trees of more prompts than asked for.
+        DataError: A file in the folder is damaged or does not belong to the store. The file stays as it is.
+        ConfigError: The folder has trees of more prompts than `names`.
     """
 
     def __init__(self, run_dir: Path, shard_size: int, names: Sequence[str], visit: Visit) -> None:
         directory = SearchDirectory(run_dir)
         self.folder, self._open_folder = directory.trees, directory.open_trees
         self._size, self._names = shard_size, names
-        self._lines: dict[int, int] = {}  # of each shard's file
+        self._lines: dict[int, int] = {}  # number of trees in each shard's file
         self._open: set[int] = set()
         self.folder.mkdir(parents=True, exist_ok=True)
         for folder in (run_dir, self.folder, self._open_folder):
@@ -55,14 +58,14 @@ class TreeStore:
             self._close_if_complete(shard)
 
     def missing(self) -> list[int]:
-        """Numbers of the prompts whose trees are still to be grown."""
+        """Return the numbers of the prompts without a tree."""
         return [number for number in range(len(self._names)) if not self._has(number)]
 
     def add(self, number: int, tree: Tree | TreeFailure) -> None:
-        """Keep a finished tree, and write its shard where that is now complete.
+        """Store a finished tree, and write its shard if it is now complete.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: The tree cannot be written.
         """
         if self._has(number) or tree.prompt_id != self._names[number]:
             raise ValueError(f"expected a missing tree of {self._names[number]}, found one of {tree.prompt_id}")
@@ -90,13 +93,13 @@ class TreeStore:
             if match is None or not path.is_file():
                 raise _foreign(path)
             if self._has(int(match[1])):
-                path.unlink()  # a kill came between the shard and this
+                path.unlink()  # the process was killed after it had written the shard
                 continue
             self._load(path, int(match[1]), 1, visit)
             self._open.add(int(match[1]))
 
     def _load(self, path: Path, first: int, most: int, visit: Visit) -> int:
-        """Read a file of trees from number `first` on; how many there are."""
+        """Read a file whose first tree has number `first`. Return the number of its trees."""
         number = first
         for number, tree in enumerate(read_trees(path), start=first + 1):
             if number > first + most:
@@ -129,7 +132,7 @@ class TreeStore:
         self._open.difference_update(waiting)
         for number in waiting:
             self._open_file(number).unlink()
-        with contextlib.suppress(OSError):  # not empty: another shard is open
+        with contextlib.suppress(OSError):  # the folder is not empty if another shard is open
             self._open_folder.rmdir()
 
     def _shard_file(self, shard: int) -> Path:
@@ -143,26 +146,28 @@ _ADVICE = "restore the file, or move it away to have its trees grown again"
 
 
 def check_origin(run_dir: Path, fixed: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
-    """Compare with what the trees of a run directory were made of, or note it where there is none yet.
+    """Raise if the trees of a run directory have another origin. Record the origin if there are no trees yet.
 
-    A search that ended before its first tree binds nobody: its engines may have refused the config.
+    A recorded origin without trees is replaced, because the engines may have refused its config.
 
     Args:
-        fixed: values that decide the trees, by the dotted name of their config field.
-        inputs: digests of what the config only names, by the field that names it.
+        run_dir: The run directory.
+        fixed: Config values that determine the trees, by dotted field name.
+        inputs: Digests of files that the config names, by the name of the field.
+
     Raises:
-        ConfigError: one differs; names the field.
-        DataError: search.json is damaged, or trees are there without it.
+        ConfigError: A value or digest differs. The message names the field.
+        DataError: search.json is damaged, or the directory has trees without it.
     """
     directory = SearchDirectory(run_dir)
     path = directory.origin
-    now: dict[str, Any] = {"format": FORMAT, "fixed": dict(fixed), "inputs": dict(inputs)}
+    origin: dict[str, Any] = {"format": FORMAT, "fixed": dict(fixed), "inputs": dict(inputs)}
     holds_trees = _holds_files(directory.trees) or _holds_files(directory.open_trees)
     if holds_trees and not path.exists():
         raise DataError(f"{path}: missing, though {directory.trees} holds trees; restore it, or choose a new run.dir")
-    before = _read_origin(path) if path.exists() else now
+    before = _read_origin(path) if path.exists() else origin
     if not holds_trees:
-        write_json(path, now)
+        write_json(path, origin)
         return
     different = _different(before["fixed"], fixed)
     if different:
@@ -180,28 +185,28 @@ def check_origin(run_dir: Path, fixed: Mapping[str, Any], inputs: Mapping[str, s
 
 
 def _holds_files(folder: Path) -> bool:
-    """Whether any is there, those left aside that a killed process was still writing."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return any(path.is_file() and not _UNFINISHED.fullmatch(path.name) for path in found)
+    """Return whether a folder has files, apart from unfinished files of a killed process."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return any(path.is_file() and not _UNFINISHED.fullmatch(path.name) for path in paths)
 
 
 def _read_origin(path: Path) -> dict[str, Any]:
     try:
-        found = read_json(path)
+        origin = read_json(path)
     except CheckpointError as error:
         raise DataError(error.message) from None
-    whole = isinstance(found, dict) and set(found) == {"format", "fixed", "inputs"} and found["format"] == FORMAT
-    if not whole or not isinstance(found["fixed"], dict) or not isinstance(found["inputs"], dict):
+    whole = isinstance(origin, dict) and set(origin) == {"format", "fixed", "inputs"} and origin["format"] == FORMAT
+    if not whole or not isinstance(origin["fixed"], dict) or not isinstance(origin["inputs"], dict):
         raise DataError(f"{path}: expected format {FORMAT} with the keys fixed and inputs; choose a new run.dir")
-    return found
+    return origin
 
 
-def _different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+def _different(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    return [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
 
 
 def _sweep(folder: Path) -> None:
-    """Remove files that a killed process was still writing."""
+    """Remove the unfinished files of a killed process."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if _UNFINISHED.fullmatch(path.name) and path.is_file():
             path.unlink()

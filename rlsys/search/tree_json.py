@@ -1,9 +1,10 @@
-"""Trees as lines of JSON: one tree, or the failure that stands in its place, a line.
+"""Trees as lines of JSON. Each line holds one tree, or the failure that stands in its place.
 
-A line holds the fields of `Tree` or `TreeFailure` by their names, behind `"format": 1`; only a failure has a `reason`.
-What timing decides (`TreeFailure.tokens`) is left out.
-Lines are ASCII, so that no reader splits one at a separator inside a text. Log-probabilities are the shortest decimals
-that read back to the same float32.
+A line starts with `"format": 1`. The fields of `Tree` or `TreeFailure` follow under their own names; only a failure
+has a `reason`. The dataclasses of `rlsys.trees` are the only declaration: the writer and the reader both follow their
+fields. A field that does not take part in comparisons (`compare=False`) is left out, because timing decides it.
+Lines are ASCII, so no reader splits a line at a separator inside a text. Each log-probability is the shortest decimal
+that reads back as the same float32.
 """
 
 from __future__ import annotations
@@ -11,63 +12,65 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from types import UnionType
+from typing import Annotated, Any, NoReturn, Optional, get_args, get_origin, get_type_hints
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic_core import PydanticCustomError
 
 from rlsys.errors import DataError
-from rlsys.trees import Defect, StopReason, ThoughtNode, Tree, TreeFailure, Writer
-from rlsys.types import FinishReason, Outcome, Verdict, VersionSpan
+from rlsys.trees import ThoughtNode, Tree, TreeFailure
+from rlsys.types import Float32Array, Int32Array
 
 FORMAT = 1
 _SHOWN = 60
 
-Count = Annotated[int, Field(ge=0)]
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-
 
 def tree_line(tree: Tree | TreeFailure) -> str:
-    """The line of a tree, without its line end. Equal trees give equal lines.
+    """Return the line of a tree without its line end. Equal trees give equal lines.
 
     Raises:
-        ValueError: a number of the tree is not finite.
+        ValueError: A number of the tree is not finite.
     """
     return json.dumps({"format": FORMAT, **_plain(tree)}, separators=(",", ":"), allow_nan=False)
 
 
 def parse_line(text: str, where: str = "tree") -> Tree | TreeFailure:
-    """The tree of a line.
+    """Return the tree of a line.
 
     Args:
-        where: where the line stands, for the message.
+        text: The line.
+        where: Position of the line, for the error message.
+
     Raises:
-        DataError: the line is not exactly what `tree_line` writes; says which field, what was expected and found.
+        DataError: The line is not exactly what `tree_line` writes. The message names the field, the expected and the
+            given value.
     """
     try:
-        values = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_not_finite)
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            found = values.get("format") if isinstance(values, dict) else values
-            raise ValueError(f"expected an object with format {FORMAT}, found {_short(found)}")
-        if "reason" in values:
-            failure = dict(_FailureLine.model_validate(values))
-            failure.pop("format")
-            return TreeFailure(**failure)
-        return _tree(_TreeLine.model_validate(values))
+        values = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
+        line_format = values.pop("format", None) if isinstance(values, dict) else values
+        if type(line_format) is not int or line_format != FORMAT:
+            raise ValueError(f"expected an object with format {FORMAT}, found {_short(line_format)}")
+        tree = _adapter(TreeFailure if "reason" in values else Tree).validate_python(values)
+        if isinstance(tree, Tree):
+            _check_tree(tree)
     except ValidationError as error:
         raise DataError(f"{where}: {_first(error)}") from None
     except RecursionError:
         raise DataError(f"{where}: expected a tree, found JSON that is nested too deeply") from None
     except ValueError as error:
         raise DataError(f"{where}: {error}") from None
+    return tree
 
 
 def read_trees(path: Path) -> Iterator[Tree | TreeFailure]:
-    """The trees of a file, in its order.
+    """Yield the trees of a file in file order.
 
     Raises:
-        DataError: the file cannot be read, or a line is no tree; names file and line.
+        DataError: The file cannot be read, or a line is not a tree. The message names the file and the line.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -80,100 +83,77 @@ def read_trees(path: Path) -> Iterator[Tree | TreeFailure]:
 
 
 class _Line(BaseModel):
-    """Strict: no key too many or too few, no conversion between types, finite numbers."""
+    """Strict model: all keys and no other, no conversion between types, finite numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class _VersionLine(_Line):
-    start: Count
-    version: int
+@cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    return TypeAdapter(_json_type(kind))
 
 
-class _VerdictLine(_Line):
-    outcome: Outcome
-    reward: float
-    answered: bool
-    detail: str
+def _json_type(hint: Any) -> Any:
+    """Return the pydantic type that reads the JSON form of a field type and converts it to that type."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if is_dataclass(hint):
+        build: Any = hint
+        return Annotated[_line_model(hint), AfterValidator(lambda line: build(**dict(line)))]
+    if hint == Int32Array:
+        return Annotated[list[_TokenId], AfterValidator(lambda ids: np.array(ids, np.int32))]
+    if hint == Float32Array:
+        return Annotated[list[float], AfterValidator(_float32)]
+    if origin is tuple:
+        return Annotated[list[_json_type(arguments[0])], AfterValidator(tuple)]  # type: ignore[misc]
+    if origin is Mapping:
+        return dict[arguments[0], _json_type(arguments[1])]  # type: ignore[misc,valid-type]
+    if origin is UnionType:
+        return Optional[_json_type(arguments[0])]  # noqa: UP045 - `|` cannot join types made at run time
+    return hint
 
 
-class _NodeLine(_Line):
-    parent: int
-    type: str
-    text: str
-    token_ids: list[TokenId]
-    forced: Count
-    logprobs: list[float]
-    spill: str
-    writer: Writer
-    finish_reason: FinishReason | None
-    versions: list[_VersionLine]
-    defect: Defect | None
-    backtrack: bool
-    samples: Count
-    visits: Count
-    total: float
-    verdict: _VerdictLine | None
-    scored: Annotated[int, Field(ge=-1)]
-    scored_tokens: Count
+def _line_model(kind: Any) -> type[_Line]:
+    """Return the model of a dataclass. Every field that the line holds is required."""
+    hints = get_type_hints(kind, include_extras=True)
+    types = {field.name: (_json_type(hints[field.name]), ...) for field in fields(kind) if field.compare}
+    model: type[_Line] = create_model(kind.__name__, __base__=_Line, **types)  # type: ignore[call-overload]
+    return model
 
 
-class _TreeLine(_Line):
-    format: int
-    prompt_id: str
-    question: str
-    answer: str
-    pattern: str
-    tokenizers: dict[str, str]
-    models: dict[str, str]
-    prompt_token_ids: dict[str, list[TokenId]]
-    nodes: Annotated[list[_NodeLine], Field(min_length=1)]
-    stop: StopReason
-    simulations: Count
-    calls: Count
-    tokens: Count
-    counts: dict[str, int]
+_TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
-class _FailureLine(_Line):
-    format: int
-    prompt_id: str
-    question: str
-    answer: str
-    reason: str
-
-
-def _tree(line: _TreeLine) -> Tree:
-    values = dict(line)
-    values.pop("format")
-    values["prompt_token_ids"] = {name: np.array(ids, np.int32) for name, ids in line.prompt_token_ids.items()}
-    values["nodes"] = tuple(_node(number, node) for number, node in enumerate(line.nodes))
-    return Tree(**values)
-
-
-def _node(number: int, line: _NodeLine) -> ThoughtNode:
-    """Raises ValueError where the numbers of a node contradict each other."""
-    where, tokens = f"nodes.{number}", len(line.token_ids)
-    if not (-1 if number == 0 else 0) <= line.parent <= number - 1:
-        expected = "-1" if number == 0 else f"0 to {number - 1}"
-        raise ValueError(f"{where}.parent: expected {expected}, found {line.parent}")
-    if len(line.logprobs) != tokens:
-        raise ValueError(f"{where}.logprobs: expected one for each of {tokens} token_ids, found {len(line.logprobs)}")
-    if line.forced > tokens:
-        raise ValueError(f"{where}.forced: expected at most the {tokens} token_ids, found {line.forced}")
-    values = dict(line)
-    values["token_ids"] = np.array(line.token_ids, np.int32)
+def _float32(numbers: list[float]) -> Float32Array:
     with np.errstate(over="ignore"):
-        values["logprobs"] = np.array(line.logprobs, np.float32)
-    if not np.isfinite(values["logprobs"]).all():
-        raise ValueError(f"{where}.logprobs: expected numbers of float32, found a larger one")
-    values["versions"] = tuple(VersionSpan(**dict(span)) for span in line.versions)
-    values["verdict"] = None if line.verdict is None else Verdict(**dict(line.verdict))
-    return ThoughtNode(**values)
+        array = np.array(numbers, np.float32)
+    if not np.isfinite(array).all():
+        raise PydanticCustomError("float32", "expected numbers of float32")
+    return array
+
+
+def _check_tree(tree: Tree) -> None:
+    """Raise ValueError if the tree has no node or the numbers of a node contradict each other."""
+    if not tree.nodes:
+        raise ValueError("nodes: expected at least 1 item, found none")
+    for number, node in enumerate(tree.nodes):
+        _check_node(number, node)
+
+
+def _check_node(number: int, node: ThoughtNode) -> None:
+    where, tokens = f"nodes.{number}", len(node.token_ids)
+    if not (-1 if number == 0 else 0) <= node.parent <= number - 1:
+        expected = "-1" if number == 0 else f"0 to {number - 1}"
+        raise ValueError(f"{where}.parent: expected {expected}, found {node.parent}")
+    if len(node.logprobs) != tokens:
+        raise ValueError(f"{where}.logprobs: expected one for each of {tokens} token_ids, found {len(node.logprobs)}")
+    if node.forced > tokens:
+        raise ValueError(f"{where}.forced: expected at most the {tokens} token_ids, found {node.forced}")
+    if (start := min((span.start for span in node.versions), default=0)) < 0:
+        raise ValueError(f"{where}.versions: expected starts of 0 or more, found {start}")
 
 
 def _plain(value: Any) -> Any:
-    """JSON-able values, in an order that only the value decides."""
+    """Return the JSON form of a value, in an order that depends on the value alone."""
     if isinstance(value, np.ndarray):
         return value.tolist() if value.dtype.kind == "i" else [float(str(number)) for number in value]
     if is_dataclass(value):
@@ -184,20 +164,20 @@ def _plain(value: Any) -> Any:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in values:
             raise ValueError(f"expected every key once, found {name} twice")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
-def _not_finite(text: str) -> NoReturn:
+def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"expected finite numbers, found {text}")
 
 
 def _first(error: ValidationError) -> str:
-    """One line for the first thing wrong, of which pydantic lists all."""
+    """Return one line about the first of the errors that pydantic lists."""
     first = error.errors(include_url=False)[0]
     name, kind = ".".join(map(str, first["loc"])), first["type"]
     if kind == "missing":

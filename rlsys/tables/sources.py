@@ -1,4 +1,4 @@
-"""Rows of a JSONL file, a Parquet file or a Hugging Face data set, each with its number in the source."""
+"""Rows of a JSONL file, a Parquet file or a Hugging Face data set, numbered as in the source."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ from typing import Any
 from rlsys.errors import ConfigError, DataError
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}|\$(\w+)")
-# Kinds of data sets whose files hold tables or text; of the others some decode what is packed into them, pickles too.
+# Kinds of data sets whose files are tables or text. Some other kinds decode archives, which can contain pickles.
 _TABLES = ("Arrow", "Csv", "Json", "Parquet", "Text")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One row. number: line (JSONL) or row, from 1. values: its columns, or why it cannot be read."""
+    """One row of a source.
+
+    Attributes:
+        number: Line number (JSONL) or row number, from 1.
+        values: Values by column, or the reason why the row cannot be read.
+    """
 
     number: int
     values: dict[str, Any] | str
@@ -29,7 +34,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A data set as read. path: with its variables replaced; columns: those that exist in any row."""
+    """All rows of a data set.
+
+    Attributes:
+        path: Path with its variables replaced.
+        columns: Columns that at least one row has.
+        rows: Rows in the order of the source.
+    """
 
     path: str
     columns: tuple[str, ...]
@@ -40,13 +51,14 @@ def read_source(path: str, split: str, field: str, subset: str | None = None) ->
     """Read all rows of a file or data set.
 
     Args:
-        path: as in the config; `${NAME}` is replaced from the environment.
-        split: split of a Hugging Face data set; files have none.
-        field: config field that `path` comes from, for error messages.
-        subset: configuration name of a Hugging Face data set that has several.
+        path: Path or hub id as in the config; see `expand`.
+        split: Split of a Hugging Face data set; files have no splits.
+        field: Config field that names the path, for error messages.
+        subset: Configuration name of a Hugging Face data set that has several.
+
     Raises:
-        ConfigError: an environment variable is not set.
-        DataError: the data set is missing, not readable, or empty.
+        ConfigError: An environment variable is not set.
+        DataError: The data set is missing, not readable, or empty.
     """
     path = expand(path, field)
     where = f"{field} {path}"
@@ -60,7 +72,11 @@ def read_source(path: str, split: str, field: str, subset: str | None = None) ->
 
 
 def expand(path: str, field: str) -> str:
-    """Replace `${NAME}` and a leading `~`; a variable that is not set is a ConfigError."""
+    """Replace environment variables (`${NAME}` or `$NAME`) and a leading `~` in a path.
+
+    Raises:
+        ConfigError: An environment variable is not set.
+    """
 
     def value(match: re.Match[str]) -> str:
         name = match[1] or match[2]
@@ -86,7 +102,7 @@ def _read_file(path: Path, where: str) -> tuple[tuple[str, ...], list[Row]]:
 
 
 def json_object(line: bytes) -> dict[str, Any] | str:
-    """The object of a line of JSON, or why it cannot be read."""
+    """Return the object of a line of JSON, or the reason why it cannot be read."""
     try:
         value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_without_repeats)
     except UnicodeDecodeError:
@@ -99,16 +115,16 @@ def json_object(line: bytes) -> dict[str, Any] | str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be encoded: JSON may hold half a surrogate pair."""
+    """Return whether a text can be encoded. A text from JSON can have half a surrogate pair."""
     return text.encode("utf-8", "ignore").decode("utf-8") == text
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
-        raise DataError(f"column {twice}: expected it once in a row, found it twice")
-    return found
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        repeated = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        raise DataError(f"column {repeated}: expected it once in a row, found it twice")
+    return values
 
 
 def _read_parquet(path: Path, where: str) -> tuple[tuple[str, ...], list[Row]]:
@@ -116,7 +132,7 @@ def _read_parquet(path: Path, where: str) -> tuple[tuple[str, ...], list[Row]]:
     import pyarrow.parquet
 
     try:
-        refuse_repeats(pyarrow.parquet.read_schema(path).names, where)  # read_table does not say which it is
+        refuse_repeats(pyarrow.parquet.read_schema(path).names, where)  # read_table does not name the column
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{where}: not a readable Parquet file: {first_line(error)}") from None
@@ -124,7 +140,7 @@ def _read_parquet(path: Path, where: str) -> tuple[tuple[str, ...], list[Row]]:
 
 
 def refuse_repeats(columns: Sequence[str], where: str) -> None:
-    """Raise DataError for a column that a Parquet file has twice."""
+    """Raise DataError if a Parquet file has two columns with the same name."""
     for name, times in Counter(columns).items():
         if times > 1:
             raise DataError(f"{where}, column {name}: expected it once, found it {times} times")
@@ -133,26 +149,26 @@ def refuse_repeats(columns: Sequence[str], where: str) -> None:
 def _read_hugging_face(path: str, split: str, subset: str | None, where: str) -> tuple[tuple[str, ...], list[Row]]:
     if not Path(path).is_dir() and not _HUB_ID.fullmatch(path):
         raise DataError(f"{where}: no such file or folder")
-    import datasets  # 0.7 s to import, so only where it is needed
+    import datasets  # the import takes 0.7 s
 
     try:
         if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
-            found = datasets.load_from_disk(path)
+            data = datasets.load_from_disk(path)
         else:
             kinds = [kind.__name__ for kind in type(datasets.load_dataset_builder(path, subset)).__mro__]
             if not set(kinds) & set(_TABLES):
                 raise DataError(f"{where}: expected files of the kinds {', '.join(_TABLES)}, found {kinds[0]}")
-            found = datasets.load_dataset(path, subset)
+            data = datasets.load_dataset(path, subset)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        several = "Config name is missing" in lines[0]  # the names follow in the second line
-        reason = f"set task.subset: {' '.join(lines[:2])}" if several else lines[0]
+        has_subsets = "Config name is missing" in lines[0]  # the second line has their names
+        reason = f"set task.subset: {' '.join(lines[:2])}" if has_subsets else lines[0]
         raise DataError(f"{where}: not a readable data set: {reason}") from None
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise DataError(f"{where}: has no split {split!r}; the splits are {', '.join(map(str, found))}")
-        found = found[split]
-    return tuple(found.column_names), _numbered(found)
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise DataError(f"{where}: has no split {split!r}; the splits are {', '.join(map(str, data))}")
+        data = data[split]
+    return tuple(data.column_names), _numbered(data)
 
 
 def _numbered(values: Iterable[dict[str, Any]]) -> list[Row]:
@@ -160,4 +176,5 @@ def _numbered(values: Iterable[dict[str, Any]]) -> list[Row]:
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error message, or the name of the error if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

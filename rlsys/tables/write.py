@@ -1,4 +1,4 @@
-"""Sets of rows as JSONL and Parquet with the same content, written side by side and put in place when whole."""
+"""Tables written as JSONL and Parquet with the same content. Their files are put in place when they are complete."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,27 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlsys.directory import REPORT
+from rlsys.tables.schemas import Table
 
-# A row group of Parquet is closed after so many characters of JSON, which bounds the rows held in memory.
+# A Parquet row group is closed after this many characters of JSON, which bounds the rows held in memory.
 GROUP_CHARACTERS = 16 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Columns of a set of rows, and those of them that make two rows the same."""
-
-    name: str
-    columns: Mapping[str, pa.DataType]
-    key: tuple[str, ...]
-
-
 class TableFiles:
-    """One table as NAME.jsonl and NAME.parquet. A row that is there already is dropped and counted."""
+    """Writer of one table as NAME.jsonl and NAME.parquet. It drops and counts duplicate rows."""
 
     def __init__(self, folder: Path, table: Table) -> None:
         self.rows = self.duplicates = 0
         self._table = table
-        self._schema = pa.schema(list(table.columns.items()))
+        self._schema = pa.schema([(name, column.type) for name, column in table.columns.items()])
         self._lines = (folder / f"{table.name}.jsonl").open("w", encoding="utf-8")
         self._parquet = pq.ParquetWriter(folder / f"{table.name}.parquet", self._schema, compression="zstd")
         self._group: list[Mapping[str, Any]] = []
@@ -54,7 +45,7 @@ class TableFiles:
         self._lines.close()
 
     def add(self, row: Mapping[str, Any]) -> bool:
-        """Append a row, of plain Python values; whether it is new."""
+        """Append a row of plain Python values, unless it is a duplicate. Return whether it was new."""
         key = json.dumps([row[name] for name in self._table.key]).encode()
         digest = hashlib.blake2b(key, digest_size=16).digest()
         if digest in self._seen:
@@ -78,9 +69,9 @@ class TableFiles:
 
 @contextmanager
 def whole_or_nothing(folder: Path) -> Iterator[Path]:
-    """A folder to write into; its files go to `folder` at the end, and nowhere after an error.
+    """Yield a folder to write into. Its files move to `folder` at the end; after an error they are deleted.
 
-    The report goes last and the old one first, so that a folder with a report holds files of one run.
+    The old report is removed first and the new report moves last. A folder with a report thus holds files of one run.
     """
     unfinished = folder / ".unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -22,8 +22,8 @@ from rlsys.config.files import dump_config, parse_config
 from rlsys.data.inputs import prepare_model
 from rlsys.errors import ConfigError, DataError
 from rlsys.search.codec import TagCodec
-from rlsys.search.export import TABLES
 from rlsys.search.tree_json import tree_line
+from rlsys.tables.schemas import TABLES
 from rlsys.tables.write import whole_or_nothing
 from rlsys.trees import ThoughtNode, Tree, TreeFailure
 

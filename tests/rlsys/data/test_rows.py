@@ -15,8 +15,8 @@ import pytest
 
 from rlsys.data.rows import PairRows, Reader, SupervisedRows
 from rlsys.errors import DataError
-from rlsys.search import export as extraction
 from rlsys.tables.read import BATCH
+from rlsys.tables.schemas import TABLES
 from rlsys.tables.write import TableFiles
 
 Rows = list[dict[str, Any]]
@@ -321,7 +321,7 @@ def test_what_extract_writes_can_be_read(tmp_path: Path) -> None:
         | {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "chosen_visits": 2, "rejected_visits": 1}
         | {"chosen_value": 1.0, "rejected_value": 0.0},
     }
-    for table in extraction.TABLES[:3]:
+    for table in TABLES[:3]:
         with TableFiles(tmp_path, table) as files:
             files.add(rows[table.name])
     for ending in ("jsonl", "parquet"):

@@ -229,6 +229,7 @@ def test_every_field_is_required() -> None:
         (changed(node_token_ids=[5, 9]), r"nodes\.1\.logprobs: expected one for each of 2 token_ids, found 3"),
         (changed(node_forced=4), r"nodes\.1\.forced: expected at most the 3 token_ids, found 4"),
         (changed(node_logprobs=[0, -1, -1e39]), r"nodes\.1\.logprobs: expected numbers of float32"),
+        (changed(node_versions=[{"start": -1, "version": 0}]), r"nodes\.1\.versions: expected starts of 0 or more"),
         (changed(node_logprobs=[0, -1, float("nan")]), "expected finite numbers, found NaN"),
         (changed(node_total=None), r"nodes\.1\.total: .*valid number, found None"),
         (changed().replace('"parent": -1', '"parent": 0'), r"nodes\.0\.parent: expected -1, found 0"),
