@@ -145,7 +145,7 @@ async def measure(config: Config, model: Path, folder: Path, rounds: int, trees:
         async with launch.rollout_pool(cluster, model, Searching()) as pool:
             for _ in range(1 + rounds):
                 prompts = [inputs.builder.build("held_out", next(numbers)) for _ in range(trees)]
-                handles = [member.handle.handle for member in pool._members]
+                handles = [handle.handle for handle in pool.handles]
                 found.append(await grow(pool, handles, prompts, serial))
     return found[1:]
 

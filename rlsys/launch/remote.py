@@ -17,7 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 from rlsys.config.engine_roles import trees_ahead
 from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plan
-from rlsys.control.watchdog import WATCH_INTERVAL_S, Silence
+from rlsys.control.watchdog import ProgressTimer, WatchClock
 from rlsys.errors import CheckpointError, EngineError, LearnerLostError, NonFiniteLossError, ProcessDiedError
 from rlsys.ray_errors import translated
 from rlsys.trees import Tree, TreeFailure
@@ -238,21 +238,21 @@ class RayLearner:
     async def _watch(self, moving: bool) -> None:
         """Ends with an error where a rank is silent for learner.hang_timeout_s."""
         limit = self._config.learner.hang_timeout_s
-        silences = [Silence() for _ in self._handles]
+        silences = [ProgressTimer(WatchClock()) for _ in self._handles]
         asked: dict[int, asyncio.Task[None]] = {}
 
         async def ask(rank: int) -> None:
             with contextlib.suppress(EngineError):  # a death is the other call's to tell
                 found = await answer(self._handles[rank].progress.remote(), limit / 4, f"learner rank {rank}", "")
-                silences[rank].heard(found, idle=not moving)
+                silences[rank].report(found, idle=not moving)
 
         try:
             while True:
                 for rank in range(len(silences)):
                     if rank not in asked or asked[rank].done():
                         asked[rank] = asyncio.create_task(ask(rank))
-                await asyncio.sleep(WATCH_INTERVAL_S)
-                silent = [silence.look() for silence in silences]
+                await asyncio.sleep(WatchClock().interval_s)
+                silent = [silence.update() for silence in silences]
                 if max(silent) > limit:
                     # Ranks that wait for a stopped one make no progress either, but they answer.
                     rank = max(range(len(silent)), key=lambda each: (not asked[each].done(), silent[each]))

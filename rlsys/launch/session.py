@@ -406,8 +406,8 @@ async def rollout_pool(
         config.actors.count,
         max_restarts=config.actors.max_restarts,
         hang_timeout_s=config.actors.hang_timeout_s,
-        writer=searching.writer if searching else "policy",
-        beside=others,
+        role=searching.writer if searching else "policy",
+        auxiliary=others,
         say=say,
     ) as pool:
         yield pool

@@ -120,9 +120,9 @@ def test_every_process_has_a_bundle_of_its_own(
     ]
     assert [bundle for bundle, kind, _ in cluster.placed if kind is LearnerActor] == [5, 6]
     beside = {"model": ["ModelActor in 2"], "reviewer": ["ModelActor in 3", "ModelActor in 4"]}
-    assert pools[0]["writer"] == "policy"
+    assert pools[0]["role"] == "policy"
     named = [("model", 0, "ModelActor in 2"), ("reviewer", 0, "ModelActor in 3"), ("reviewer", 1, "ModelActor in 4")]
-    assert [(writer, number, found.handle) for writer, number, found in pools[0]["beside"]] == named
+    assert [(writer, number, found.handle) for writer, number, found in pools[0]["auxiliary"]] == named
     actor = next(settings for _, kind, settings in cluster.placed if kind is RolloutActor)
     assert (actor.search, actor.writer, actor.writers) == (found.search, "policy", beside)
     assert actor.writer_paths == {"model": Path("l"), "reviewer": Path("r")}
@@ -141,7 +141,7 @@ def test_actors_that_are_never_asked_to_search_know_nothing_of_it(
     asyncio.run(start())
     assert [kind for _, kind, _ in cluster.placed] == [RolloutActor, RolloutActor]
     assert cluster.placed[0][2].search is None
-    assert (pools[0]["writer"], pools[0]["beside"]) == ("policy", [])
+    assert (pools[0]["role"], pools[0]["auxiliary"]) == ("policy", [])
 
 
 def test_a_replaced_actor_loads_a_folder_that_is_still_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
