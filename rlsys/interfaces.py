@@ -73,7 +73,11 @@ class RolloutPool(Protocol):
     """The fleet of actors, by number from 0; where one is lost, another answers. Every call has a deadline."""
 
     count: int
-    restarts: int
+
+    @property
+    def restarts(self) -> int:
+        """Actors that were lost and replaced so far."""
+        ...
 
     async def generate(
         self, actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
@@ -105,9 +109,12 @@ class RolloutPool(Protocol):
 
 
 class Learner(Protocol):
-    """The DeepSpeed ranks, seen as one. restarts: attempts before this one, since the command began."""
+    """The DeepSpeed ranks, seen as one."""
 
-    restarts: int
+    @property
+    def restarts(self) -> int:
+        """Attempts before the present one, since the command began."""
+        ...
 
     async def start_stage(self, stage: StageName, policy: Path, resume: Path | None, reference: Path | None) -> None:
         """Build the engines for a stage from a policy folder.
