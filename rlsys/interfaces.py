@@ -89,8 +89,12 @@ class RolloutPool(Protocol):
         """The searched group of a prompt, or why there is none."""
         ...
 
-    async def search_usage(self) -> Sequence[SearchUsage]:
-        """What every engine has done since the last call of this, those of other models than the policy too."""
+    async def engine_stats(self) -> Sequence[SearchUsage]:
+        """Return what every engine, auxiliary ones included, has done since the last call of this or of the reset."""
+        ...
+
+    async def reset_engine_stats(self) -> None:
+        """Start a new interval of `engine_stats`."""
         ...
 
     async def probe(self, actor: int, rows: Sequence[Int32Array]) -> Sequence[Float32Array]:

@@ -133,15 +133,20 @@ class Fleet:
         """Return the log-probabilities of given rows."""
         return await self._issue(actor, "scoring of probe rows", lambda handle: handle.probe(rows))
 
-    async def search_usage(self) -> list[SearchUsage]:
-        """What every engine has done since the last call of this; nothing of actors that are not serving."""
+    async def engine_stats(self) -> list[SearchUsage]:
+        """Return what every engine has done since the last call of this or of `reset_engine_stats`.
+
+        Engines of actors that are not serving are left out.
+        """
         serving = [slot for slot in self._supervisor.actors if slot.state is ActorState.SERVING]
-        own = await asyncio.gather(*(self._usage(slot) for slot in serving))
-        auxiliary = self._supervisor.auxiliary
-        other = await asyncio.gather(*(self._usage(slot) for slot in auxiliary))
+        slots = [*serving, *self._supervisor.auxiliary]
         roles = [self._role] * len(serving) + self._auxiliary_roles
-        measured = zip(roles, [*serving, *auxiliary], [*own, *other], strict=True)
+        measured = zip(roles, slots, await asyncio.gather(*map(self._usage, slots)), strict=True)
         return [SearchUsage(model=role, engine=slot.number, **asdict(usage)) for role, slot, usage in measured if usage]
+
+    async def reset_engine_stats(self) -> None:
+        """Start a new interval of `engine_stats`."""
+        await self.engine_stats()
 
     async def _usage(self, slot: ActorSlot) -> Any:
         try:

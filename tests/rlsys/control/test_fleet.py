@@ -149,7 +149,7 @@ def test_usage_tells_whose_it_is_and_leaves_out_who_is_not_there() -> None:
     async def test(world: World) -> None:
         reviewer = world.spawn(7, 0)
         async with world.fleet(role="model", auxiliary=[("reviewer", 0, reviewer)]) as found:
-            figures = await found.search_usage()
+            figures = await found.engine_stats()
             assert [(u.model, u.engine, u.generated_tokens) for u in figures] == [
                 ("model", 0, 0),
                 ("model", 1, 1),
@@ -157,9 +157,9 @@ def test_usage_tells_whose_it_is_and_leaves_out_who_is_not_there() -> None:
             ]
             assert (figures[0].busy_s, figures[0].wall_s, figures[0].in_flight_mean) == (1.0, 4.0, 2.5)
             world.processes[1].kill()
-            assert [(u.model, u.engine) for u in await found.search_usage()] == [("model", 1), ("reviewer", 0)]
+            assert [(u.model, u.engine) for u in await found.engine_stats()] == [("model", 1), ("reviewer", 0)]
             await settle()
-            assert [u.generated_tokens for u in await found.search_usage()] == [10, 1, 7]
+            assert [u.generated_tokens for u in await found.engine_stats()] == [10, 1, 7]
         assert reviewer.closed
 
     run(test)
