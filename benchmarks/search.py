@@ -111,14 +111,14 @@ class Round:
 async def grow(pool: Any, handles: Sequence[Any], prompts: Sequence[Prompt], serial: bool) -> Round:
     """Search prompts; one tree at a time on one actor where `serial`, else all at once on all."""
     before = await asyncio.gather(*(handle.begin.remote(serial) for handle in handles))
-    await pool.search_usage()
+    await pool.reset_engine_stats()
     started = time.perf_counter()
     if serial:
         trees = [await pool.grow(0, prompt) for prompt in prompts]
     else:
         trees = await asyncio.gather(*(pool.grow(i % pool.count, prompt) for i, prompt in enumerate(prompts)))
     seconds = time.perf_counter() - started
-    usage = await pool.search_usage()
+    usage = await pool.engine_stats()
     after = await asyncio.gather(*(handle.search_seconds.remote() for handle in handles))
     if not all(isinstance(tree, Tree) for tree in trees):
         raise SystemExit("a tree failed")
@@ -145,7 +145,7 @@ async def measure(config: Config, model: Path, folder: Path, rounds: int, trees:
         async with launch.rollout_pool(cluster, model, Searching()) as pool:
             for _ in range(1 + rounds):
                 prompts = [inputs.builder.build("held_out", next(numbers)) for _ in range(trees)]
-                handles = [member.handle.handle for member in pool._members]
+                handles = [handle.handle for handle in pool.handles]
                 found.append(await grow(pool, handles, prompts, serial))
     return found[1:]
 

@@ -73,7 +73,11 @@ class RolloutPool(Protocol):
     """The fleet of actors, by number from 0; where one is lost, another answers. Every call has a deadline."""
 
     count: int
-    restarts: int
+
+    @property
+    def restarts(self) -> int:
+        """Actors that were lost and replaced so far."""
+        ...
 
     async def generate(
         self, actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
@@ -85,8 +89,12 @@ class RolloutPool(Protocol):
         """The searched group of a prompt, or why there is none."""
         ...
 
-    async def search_usage(self) -> Sequence[SearchUsage]:
-        """What every engine has done since the last call of this, those of other models than the policy too."""
+    async def engine_stats(self) -> Sequence[SearchUsage]:
+        """Return what every engine, auxiliary ones included, has done since the last call of this or of the reset."""
+        ...
+
+    async def reset_engine_stats(self) -> None:
+        """Start a new interval of `engine_stats`."""
         ...
 
     async def probe(self, actor: int, rows: Sequence[Int32Array]) -> Sequence[Float32Array]:
@@ -105,9 +113,12 @@ class RolloutPool(Protocol):
 
 
 class Learner(Protocol):
-    """The DeepSpeed ranks, seen as one. restarts: attempts before this one, since the command began."""
+    """The DeepSpeed ranks, seen as one."""
 
-    restarts: int
+    @property
+    def restarts(self) -> int:
+        """Attempts before the present one, since the command began."""
+        ...
 
     async def start_stage(self, stage: StageName, policy: Path, resume: Path | None, reference: Path | None) -> None:
         """Build the engines for a stage from a policy folder.

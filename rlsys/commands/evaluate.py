@@ -14,14 +14,14 @@ from rich.table import Table
 
 from rlsys.config.files import load_config
 from rlsys.config.schema import Config
-from rlsys.control.evaluation import error_rate, sample_groups, solved, unanswered
+from rlsys.control.evaluation import error_rate, evaluate_held_out, solved, unanswered
 from rlsys.control.search_evaluation import search_and_sample, show_search, with_search
 from rlsys.directory import RunDirectory
 from rlsys.errors import ConfigError
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.stats import Estimate, mean_over_prompts, pass_at_k
 from rlsys.tasks import build_task
-from rlsys.types import Prompt, SamplingSettings, TrajectoryGroup
+from rlsys.types import Prompt, TrajectoryGroup
 
 # Fewer problems of one answer say little about it, so they stay out of the macro mean.
 MACRO_MINIMUM = 30
@@ -63,22 +63,15 @@ def find_target(target: str, config_path: str | None, overrides: Sequence[str]) 
 async def evaluate(pool: Any, prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
     """All figures as JSON-able values: estimates with intervals, and accuracy by true answer where there is one."""
     one_answer = build_task(config.task, config.run.seed).one_answer
-    settings = SamplingSettings(
-        samples=1, temperature=0.0, top_p=1.0, max_tokens=config.sampling.max_tokens, seed=config.run.seed
-    )
-    samples, limit = config.evaluation.samples, config.train.max_verifier_failures
+    samples = config.evaluation.samples
     found: dict[str, Any] = {"problems": len(prompts), "samples": samples}
-    if config.evaluation.greedy:
-        groups = await sample_groups(pool, prompts, settings, limit)
-        found["greedy"] = _figures(groups, by_answer=one_answer)
-    if samples:
-        many = SamplingSettings(
-            samples=samples, temperature=1.0, top_p=1.0, max_tokens=settings.max_tokens, seed=settings.seed
-        )
-        groups = await sample_groups(pool, prompts, many, limit)
-        found["sampled"] = _figures(groups, by_answer=one_answer)
+    greedy, sampled = await evaluate_held_out(pool, prompts, config)
+    if greedy:
+        found["greedy"] = _figures(greedy, by_answer=one_answer)
+    if sampled:
+        found["sampled"] = _figures(sampled, by_answer=one_answer)
         ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, samples) if k <= samples})
-        found["pass_at_k"] = {str(k): asdict(mean_over_prompts(pass_at_k(solved(groups), k))) for k in ks}
+        found["pass_at_k"] = {str(k): asdict(mean_over_prompts(pass_at_k(solved(sampled), k))) for k in ks}
     if config.evaluation.search_answers:
         found["search"] = await search_and_sample(pool, prompts, config)
     if one_answer:

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from rlsys.config.files import dump_config
 from rlsys.config.schema import Config
-from rlsys.control.tree_search import Search, TreePool, find_prompts, open_trees, writer_digests
+from rlsys.control.dispatch import TreePool
+from rlsys.control.tree_search import Search, find_prompts, open_trees, writer_digests
 from rlsys.data.inputs import Inputs
 from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.display import Display

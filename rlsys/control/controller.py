@@ -230,7 +230,7 @@ class Controller:
             parts.metrics.log("online", 0, self.state.weight_version, figures)
             parts.display.evaluation(figures)
         buffer = Buffer(train.groups_per_step, train.max_staleness)
-        await parts.pool.search_usage()  # what the engines did before the first prompt counts for no step
+        await parts.pool.reset_engine_stats()  # what the engines did before the first prompt counts for no step
         async with self._producing(buffer):
             while self.state.step < total:
                 started = time.monotonic()
@@ -262,7 +262,7 @@ class Controller:
             "rollout/filtered_tokens": float(self._filtering.tokens),
             "time/rollout_s": seconds,
         }
-        figures |= engine_metrics(await self.parts.pool.search_usage())
+        figures |= engine_metrics(await self.parts.pool.engine_stats())
         figures["rollout/failed"] = float(self._rollouts.failed)
         self._verifications.add_verdicts(groups)
         self._check_staleness(figures["rollout/staleness_max"])
@@ -336,7 +336,7 @@ class Controller:
             limit = self._config.train.max_verifier_failures
             first = await sample_groups(pool, prompts, greedy, limit) if evaluation.greedy else []
             second = await sample_groups(pool, prompts, sampled, limit) if evaluation.samples else []
-        await self.parts.pool.search_usage()  # the next figures are of training rollouts alone
+        await self.parts.pool.reset_engine_stats()  # the next figures are of training rollouts alone
         return {**held_out_metrics(first, second), "time/evaluate_s": watch.seconds}
 
     def _snapshot(self, buffer: Buffer) -> None:

@@ -1,26 +1,28 @@
-"""Keeps the buffer's slots filled: prompts out to the actors, groups back into their slots."""
+"""Keeps the slots of the buffer filled: issues prompts to the actors and puts their groups into the slots."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from rlsys.control.budgets import FailureLimit
 from rlsys.control.buffer import Buffer
+from rlsys.control.dispatch import Rollout, roll_out
 from rlsys.control.dynamic_sampling import GroupFilter
 from rlsys.data.prompts import PromptStream
 from rlsys.interfaces import RolloutPool
 from rlsys.types import Prompt, RolloutFailure, SamplingSettings, TrajectoryGroup
 
-Issued = tuple[int, Prompt]
+IssuedPrompt = tuple[int, Prompt]
+"""A prompt with its index in the stream."""
 
 
 def is_searched(index: int, fraction: float) -> bool:
-    """Whether the prompt of a stream index is searched instead of sampled: floor((i + 1) f) > floor(i f).
+    """Return whether the prompt of a stream index is searched: floor((i + 1) f) > floor(i f).
 
-    So of the first n prompts floor(n f) are searched, evenly spread, and a prompt that is issued again is again.
+    Of the first n prompts floor(n f) are searched, evenly spread. The index alone decides, so a prompt that is issued
+    again gets the same answer.
     """
     return math.floor((index + 1) * fraction) > math.floor(index * fraction)
 
@@ -28,17 +30,14 @@ def is_searched(index: int, fraction: float) -> bool:
 class Producer:
     """Issues prompts into free slots as soon as there are any.
 
-    All free slots are a wave, dealt over the actors. What an actor samples is one dispatch, so that an engine's first
-    batch does not depend on timing; every searched prompt is one of its own, so that no tree waits for another to
-    reach its slot. A failed rollout is counted and its slot given to the next prompt, once the whole wave has answered
-    and in order of issue. So are groups without a learning signal, together with the failures, in the first
-    `filtering.rounds` rounds in which a wave has any; after those they are trained as they are.
-    So with train.max_staleness 0, where a wave is a step, the replacements do not depend on timing either; with more,
-    waves overlap and the one that answers first takes the next prompt. What is replaced is decided by the group alone,
-    but for the round that its wave is in: a resumed run issues what was in flight as a new wave, with all its rounds.
+    All slots that are free at once form a wave. After all rollouts of a wave have ended, the slots of failed rollouts
+    get the next prompts of the stream, in order of issue. In the first `filtering.rounds` rounds that have any, groups
+    without a learning signal are replaced too; after those rounds they are trained. With train.max_staleness 0 a wave
+    is a training step, so the replacements do not depend on timing. With more staleness, waves overlap and the wave
+    that ends first takes the next prompt. A resumed run issues the prompts in flight as a new wave with all its rounds.
 
     Args:
-        failures: counts the rollouts of the run, searched ones too, and ends it where too many fail.
+        failures: counts all rollouts of the run, and ends the run if too many fail.
         search_fraction: share of the prompts that are searched instead of sampled.
         filtering: decides which groups are replaced, and counts them.
     """
@@ -62,7 +61,7 @@ class Producer:
         self._filtering = filtering
 
     async def run(self) -> None:
-        """Never returns; ends by being cancelled or by the first error of a dispatch."""
+        """Issue prompts until cancelled, or until a call raises."""
         async with asyncio.TaskGroup() as waves:
             while True:
                 free = await self._buffer.free()
@@ -71,48 +70,39 @@ class Producer:
                     self._buffer.reserve(index)
                 waves.create_task(self._fill(issued))
 
-    async def _fill(self, issued: Sequence[Issued]) -> None:
-        """Dispatch a wave, then what replaces its failures and groups without a signal, until none is left."""
+    async def _fill(self, issued: Sequence[IssuedPrompt]) -> None:
+        """Fill the slots of a wave, in as many rounds of replacements as it takes."""
         rounds = self._filtering.rounds
         while issued:
-            found = _Found(filtered=rounds > 0)
-            # The sort is stable: either kind is dealt evenly, in order, and so are both together.
-            dealt = sorted(issued, key=self._is_searched)
-            async with asyncio.TaskGroup() as dispatches:
-                for actor in range(self._pool.count):
-                    part = dealt[actor :: self._pool.count]
-                    sampled = [item for item in part if not self._is_searched(item)]
-                    if sampled:
-                        dispatches.create_task(self._sample(actor, sampled, found))
-                    for item in part[len(sampled) :]:
-                        dispatches.create_task(self._search(actor, item, found))
-            # After the good ones, so that the share does not depend on the order within a wave.
-            issued = [self._replace(index, found.unused[index]) for index, _ in issued if index in found.unused]
-            rounds -= any(isinstance(unused, TrajectoryGroup) for unused in found.unused.values())
+            unused = await self._roll_out(issued, filtered=rounds > 0)
+            # Failures are counted after the good rollouts, so that their share does not depend on timing in the wave.
+            issued = [self._replace(index, unused[index]) for index, _ in issued if index in unused]
+            rounds -= any(isinstance(rollout, TrajectoryGroup) for rollout in unused.values())
 
-    def _is_searched(self, item: Issued) -> bool:
-        return is_searched(item[0], self._search_fraction)
+    async def _roll_out(self, issued: Sequence[IssuedPrompt], *, filtered: bool) -> dict[int, Rollout]:
+        """Roll out prompts into their slots and return the rollouts to replace, by stream index.
 
-    async def _sample(self, actor: int, issued: Sequence[Issued], found: _Found) -> None:
-        groups = await self._pool.generate(actor, [prompt for _, prompt in issued], self._settings)
-        for (index, _), group in zip(issued, groups, strict=True):
-            await self._finish(index, group, found)
+        Args:
+            filtered: whether groups without a learning signal are replaced.
+        """
+        unused: dict[int, Rollout] = {}
 
-    async def _search(self, actor: int, item: Issued, found: _Found) -> None:
-        index, prompt = item
-        await self._finish(index, await self._pool.search(actor, prompt), found)
+        async def deliver(position: int, rollout: Rollout) -> None:
+            index = issued[position][0]
+            if isinstance(rollout, RolloutFailure):
+                unused[index] = rollout
+                return
+            self._failures.add(total=1)
+            if filtered and not self._filtering.has_signal(rollout):
+                unused[index] = rollout
+            else:
+                await self._buffer.finish(index, rollout)
 
-    async def _finish(self, index: int, result: TrajectoryGroup | RolloutFailure, found: _Found) -> None:
-        if isinstance(result, RolloutFailure):
-            found.unused[index] = result
-            return
-        self._failures.add(total=1)
-        if found.filtered and not self._filtering.has_signal(result):
-            found.unused[index] = result
-        else:
-            await self._buffer.finish(index, result)
+        searched = [is_searched(index, self._search_fraction) for index, _ in issued]
+        await roll_out(self._pool, [prompt for _, prompt in issued], searched, self._settings, deliver)
+        return unused
 
-    def _replace(self, index: int, unused: TrajectoryGroup | RolloutFailure) -> Issued:
+    def _replace(self, index: int, unused: Rollout) -> IssuedPrompt:
         if isinstance(unused, RolloutFailure):
             self._filtering.add_failure(unused)
             self._failures.add(failed=1, total=1, details=[unused.reason])
@@ -121,11 +111,3 @@ class Producer:
         replacement = self._stream.take()
         self._buffer.replace(index, replacement[0])
         return replacement
-
-
-@dataclass(slots=True)
-class _Found:
-    """What a round of a wave leaves to be replaced, by stream index. filtered: whether groups without a signal are."""
-
-    filtered: bool
-    unused: dict[int, TrajectoryGroup | RolloutFailure] = field(default_factory=dict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ from rich.table import Table
 from rlsys.config.engine_roles import trees_ahead
 from rlsys.config.schema import Config
 from rlsys.control.budgets import verifier_limit
+from rlsys.control.dispatch import TreePool, grow
 from rlsys.control.evaluation import sample_groups
 from rlsys.errors import TooManyFailuresError
 from rlsys.interfaces import RolloutPool
@@ -35,10 +35,8 @@ SIMULATIONS_PER_ANSWER = 4
 """Simulations that may be spent on an answer, at least: some end without one."""
 
 
-class SearchPool(RolloutPool, Protocol):
-    """Actors that search."""
-
-    async def grow(self, actor: int, prompt: Prompt) -> Tree | TreeFailure: ...
+class SearchPool(RolloutPool, TreePool, Protocol):
+    """Actors that sample and grow trees."""
 
 
 def with_search(config: Config) -> Config:
@@ -95,15 +93,9 @@ async def grow_trees(pool: SearchPool, prompts: Sequence[Prompt], config: Config
     Raises:
         TooManyFailuresError: more than train.max_verifier_failures of the verifications failed.
     """
-    ahead = trees_ahead(config)
-    turns = [asyncio.Semaphore(ahead) for _ in range(pool.count)]
-
-    async def grow(number: int, prompt: Prompt) -> Tree | TreeFailure:
-        actor = number % pool.count
-        async with turns[actor]:
-            return await pool.grow(actor, prompt)
-
-    trees = list(await asyncio.gather(*(grow(number, prompt) for number, prompt in enumerate(prompts))))
+    finished: dict[int, Tree | TreeFailure] = {}
+    await grow(pool, dict(enumerate(prompts)), trees_ahead(config), finished.__setitem__)
+    trees = [finished[number] for number in range(len(prompts))]
     verdicts = [node.verdict for tree in trees if isinstance(tree, Tree) for node in tree.nodes if node.verdict]
     failed = [verdict for verdict in verdicts if verdict.outcome in ("error", "timeout")]
     verifier_limit(config.train.max_verifier_failures).add(

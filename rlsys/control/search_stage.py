@@ -15,7 +15,8 @@ from typing import Any
 
 from rlsys.config.compare import extraction_request
 from rlsys.config.schema import Config
-from rlsys.control.tree_search import Search, TreePool, deciding_fields, open_trees
+from rlsys.control.dispatch import TreePool
+from rlsys.control.tree_search import Search, deciding_fields, open_trees
 from rlsys.directory import SearchDirectory
 from rlsys.display import Display
 from rlsys.errors import CheckpointError, DataError, InterruptedRunError
@@ -117,7 +118,8 @@ class _NamingPool:
 
     def __init__(self, pool: TreePool, policy: str) -> None:
         self._pool, self._policy = pool, policy
-        self.count, self.search_usage = pool.count, pool.search_usage
+        self.count = pool.count
+        self.engine_stats, self.reset_engine_stats = pool.engine_stats, pool.reset_engine_stats
 
     async def grow(self, actor: int, prompt: Prompt) -> Tree | TreeFailure:
         tree = await self._pool.grow(actor, prompt)

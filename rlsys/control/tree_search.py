@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,13 +14,14 @@ from rlsys.config.files import flat_fields, select_fields
 from rlsys.config.patterns import resolve
 from rlsys.config.schema import Config
 from rlsys.control.budgets import FailureLimit
+from rlsys.control.dispatch import TreePool, grow
 from rlsys.data.inputs import Inputs
 from rlsys.errors import InterruptedRunError
 from rlsys.models.folder import model_digest
 from rlsys.models.scratch import tokenizer_digest
 from rlsys.search.stats import EngineFigures, TreeFigures, prefix_hit_rate
 from rlsys.search.store import TreeStore, check_origin
-from rlsys.trees import SearchUsage, Tree, TreeFailure, Writer
+from rlsys.trees import Tree, TreeFailure, Writer
 from rlsys.types import Prompt
 
 # What decides a tree. Everything in `search` does unless it is named below, so that a new key counts at first.
@@ -50,19 +50,6 @@ FREE = (
 USAGE_INTERVAL_S = 5.0
 # Before so many verifications are known, a search under way is not ended for their failures: trees come in any order.
 ENOUGH_VERIFICATIONS = 500
-
-
-class TreePool(Protocol):
-    """The actors that grow trees; see `rlsys.control.fleet.Fleet`."""
-
-    @property
-    def count(self) -> int: ...
-
-    async def grow(self, actor: int, prompt: Prompt) -> Tree | TreeFailure: ...
-
-    async def search_usage(self) -> Sequence[SearchUsage]:
-        """Of every engine, since the last call."""
-        ...
 
 
 class TreeDisplay(Protocol):
@@ -124,19 +111,18 @@ class Search:
             TooManyFailuresError: more trees or verifications failed than allowed.
         """
         missing = self.missing()
-        queues = [deque(number for number in missing if number % pool.count == actor) for actor in range(pool.count)]
         display.begin(len(self._prompts), len(self._prompts) - len(missing))
-        await pool.search_usage()  # the time before the first tree counts for nobody
+        await pool.reset_engine_stats()
         started, grown = time.perf_counter(), asyncio.Event()
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._watch(pool, display, grown))
-                await asyncio.gather(
-                    *(
-                        group.create_task(self._grow(pool, actor, queue, display))
-                        for actor, queue in enumerate(queues)
-                        for _ in range(min(self._ahead, len(queue)))
-                    )
+                await grow(
+                    pool,
+                    {number: self._prompts[number] for number in missing},
+                    self._ahead,
+                    lambda number, tree: self._keep(number, tree, display),
+                    stopped=lambda: bool(self._stopped_by),
                 )
                 grown.set()
         except ExceptionGroup as errors:
@@ -149,26 +135,24 @@ class Search:
             )
         self._failed_verdicts.check()
 
-    async def _grow(self, pool: TreePool, actor: int, queue: deque[int], display: TreeDisplay) -> None:
-        while queue and not self._stopped_by:
-            number = queue.popleft()
-            tree = await pool.grow(actor, self._prompts[number])
-            self._store.add(number, tree)
-            if isinstance(tree, TreeFailure):
-                display.message(f"no tree of {tree.prompt_id}: {tree.reason}")
-            self._count(number, tree)
-            self._failed_trees.check()
-            if self._failed_verdicts.total >= ENOUGH_VERIFICATIONS:
-                self._failed_verdicts.check()
-            solved = self.trees.solved_fraction
-            display.step({"failed": self.trees.failed} | ({} if solved is None else {"solved": solved}))
+    def _keep(self, number: int, tree: Tree | TreeFailure, display: TreeDisplay) -> None:
+        """Store and count a finished tree."""
+        self._store.add(number, tree)
+        if isinstance(tree, TreeFailure):
+            display.message(f"no tree of {tree.prompt_id}: {tree.reason}")
+        self._count(number, tree)
+        self._failed_trees.check()
+        if self._failed_verdicts.total >= ENOUGH_VERIFICATIONS:
+            self._failed_verdicts.check()
+        solved = self.trees.solved_fraction
+        display.step({"failed": self.trees.failed} | ({} if solved is None else {"solved": solved}))
 
     async def _watch(self, pool: TreePool, display: TreeDisplay, grown: asyncio.Event) -> None:
         """Ask for the usage now and then, and once when all is grown."""
         while not grown.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(grown.wait(), USAGE_INTERVAL_S)
-            usages = await pool.search_usage()
+            usages = await pool.engine_stats()
             self.engines.add(usages)
             wall_s, hits = max((usage.wall_s for usage in usages), default=0.0), prefix_hit_rate(usages)
             rates = {"tokens_per_s": sum(usage.generated_tokens for usage in usages) / wall_s} if wall_s else {}

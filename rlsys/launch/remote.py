@@ -1,10 +1,9 @@
-"""Actors and learner ranks behind Ray handles. Every call has a deadline and names who failed."""
+"""Adapters of Ray handles to actors and learner ranks. Every call has a deadline and names the process that failed."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +16,9 @@ from ray.exceptions import RayError, RayTaskError
 from rlsys.config.engine_roles import trees_ahead
 from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plan
-from rlsys.control.watchdog import WATCH_INTERVAL_S, Silence
-from rlsys.errors import CheckpointError, EngineError, LearnerLostError, NonFiniteLossError, ProcessDiedError
+from rlsys.control.learner_group import LearnerGroup
+from rlsys.control.watchdog import WatchClock
+from rlsys.errors import EngineError
 from rlsys.ray_errors import translated
 from rlsys.trees import Tree, TreeFailure
 from rlsys.types import (
@@ -35,27 +35,23 @@ from rlsys.types import (
     WeightManifest,
 )
 
-log = logging.getLogger(__name__)
-FIRST_CAUSE_S = 3.0  # after which a death that broke other ranks is known
-# Of these the learner is as it was before, if all ranks say so.
-SURVIVED = (NonFiniteLossError, CheckpointError)
-
 
 async def answer(reference: ray.ObjectRef, timeout_s: float, who: str, field: str) -> Any:
-    """The value of a remote call.
+    """Return the value of a remote call.
 
     Args:
+        who: the process in error messages.
         field: the config field that holds the deadline.
     Raises:
-        RlsysError: the remote error itself where it is one of ours; else EngineError naming `who`.
+        RlsysError: the remote error itself if it is an RlsysError, otherwise an EngineError that names `who`.
     """
     try:
         return await asyncio.wait_for(asyncio.wrap_future(reference.future()), timeout_s)
     except RayError as error:
-        found = translated(error, who)
-        raise found from None if isinstance(error, RayTaskError) and found is error.cause else error
-    except (TimeoutError, asyncio.CancelledError) as ended:  # ours: a remote TimeoutError is a RayError as well
-        if isinstance(reference, ray.ObjectRef):  # nobody waits for it any more
+        ours = translated(error, who)
+        raise ours from None if isinstance(error, RayTaskError) and ours is error.cause else error
+    except (TimeoutError, asyncio.CancelledError) as ended:  # a local timeout: a remote TimeoutError is a RayError
+        if isinstance(reference, ray.ObjectRef):
             ray.cancel(reference)
         if isinstance(ended, asyncio.CancelledError):
             raise
@@ -77,19 +73,19 @@ class RayActor:
         self._process: psutil.Process | None = None
 
     async def start(self) -> None:
-        place = await self._call("start", self._config.actors.start_timeout_s, "actors.start_timeout_s")
-        self._process = process_at(*place)
+        host, pid = await self._call("start", self._config.actors.start_timeout_s, "actors.start_timeout_s")
+        self._process = process_at(host, pid)
 
     async def generate(
         self, prompts: Sequence[Prompt], settings: SamplingSettings
     ) -> Sequence[TrajectoryGroup | RolloutFailure]:
-        found: Sequence[TrajectoryGroup | RolloutFailure] = await self._rollout("generate", list(prompts), settings)
-        return found
+        groups: Sequence[TrajectoryGroup | RolloutFailure] = await self._rollout("generate", list(prompts), settings)
+        return groups
 
     async def search(self, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
-        async with self._turns:  # a deadline should not run while a tree only waits for others
-            found: TrajectoryGroup | RolloutFailure = await self._rollout("search", prompt)
-            return found
+        async with self._turns:  # the deadline must not run while the tree only waits for others
+            group: TrajectoryGroup | RolloutFailure = await self._rollout("search", prompt)
+            return group
 
     async def grow(self, prompt: Prompt) -> Tree | TreeFailure:
         tree: Tree | TreeFailure = await self._rollout("grow", prompt)
@@ -99,12 +95,12 @@ class RayActor:
         return await self._rollout("usage")
 
     async def progress(self) -> int:
-        found: int = await self._rollout("progress")
-        return found
+        steps: int = await self._rollout("progress")
+        return steps
 
     async def probe(self, rows: Sequence[Int32Array]) -> Sequence[Float32Array]:
-        found: Sequence[Float32Array] = await self._update("probe", list(rows))
-        return found
+        logprobs: Sequence[Float32Array] = await self._update("probe", list(rows))
+        return logprobs
 
     async def update_weights(
         self, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array]
@@ -128,153 +124,100 @@ class RayActor:
         return await answer(getattr(self.handle, method).remote(*arguments), timeout_s, self._who, field)
 
 
-class RayLearner:
-    """Learner over one Ray actor per DeepSpeed rank. A failure on one rank is the failure of all.
+class RayRank:
+    """RankHandle of a Ray actor that holds one DeepSpeed rank.
 
     Args:
-        spawn: starts the processes of all ranks, by attempt, from 0.
+        who: the rank in error messages.
     """
 
-    def __init__(self, spawn: Callable[[int], Sequence[Any]], config: Config) -> None:
+    def __init__(self, handle: Any, config: Config, who: str) -> None:
+        self.handle = handle
+        self.process: psutil.Process | None = None
+        self._config = config
+        self._who = who
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        reference = getattr(self.handle, method).remote(*arguments)
+        return await answer(reference, self._config.learner.timeout_s, self._who, "learner.timeout_s")
+
+    async def progress(self, timeout_s: float) -> int:
+        steps: int = await answer(self.handle.progress.remote(), timeout_s, self._who, "")
+        return steps
+
+    def kill(self) -> None:
+        kill(self.handle, self.process)
+
+
+class RayLearner:
+    """Learner over one Ray actor per DeepSpeed rank.
+
+    Args:
+        spawn: starts the Ray actors of all ranks, by attempt, from 0.
+        clock: the clock of the watch.
+    """
+
+    def __init__(self, spawn: Callable[[int], Sequence[Any]], config: Config, clock: WatchClock | None = None) -> None:
         self._spawn = spawn
         self._config = config
-        self.restarts = 0
-        self._handles = spawn(0)
-        self._processes: list[psutil.Process | None] = [None] * len(self._handles)
+        self._ranks: list[RayRank] = []
+        self._group = LearnerGroup(self._start_ranks, hang_timeout_s=config.learner.hang_timeout_s, clock=clock)
+
+    @property
+    def restarts(self) -> int:
+        """Attempts before the present one, since the command began."""
+        return self._group.restarts
+
+    def _start_ranks(self, attempt: int) -> Sequence[RayRank]:
+        handles = self._spawn(attempt)
+        self._ranks = [RayRank(handle, self._config, f"learner rank {n}") for n, handle in enumerate(handles)]
+        return self._ranks
 
     async def restart(self) -> None:
-        """Kill all ranks and start new ones, which know nothing."""
-        for rank, (handle, process) in enumerate(zip(self._handles, self._processes, strict=True)):
-            try:
-                kill(handle, process)
-            except Exception:  # the other ranks are to end too
-                log.exception("learner rank %d could not be ended", rank)
-        self.restarts += 1
-        self._handles = self._spawn(self.restarts)
-        self._processes = [None] * len(self._handles)
-
-    async def _find_processes(self) -> None:
-        """A rank that is stopped later cannot be asked for its process any more."""
-        places = await self._answers("place")
-        self._processes = [process_at(*place) for place in places]
+        """Kill all ranks and start new ones, which have no state."""
+        self._group.restart()
 
     async def start_stage(self, stage: StageName, policy: Path, resume: Path | None, reference: Path | None) -> None:
-        await self._find_processes()
-        await self._all("start_stage", stage_plan(self._config, stage).settings, policy, resume, reference)
+        # The processes are looked up now: a rank that is stopped later cannot be asked.
+        for rank, place in zip(self._ranks, await self._group.answers("place"), strict=True):
+            rank.process = process_at(*place)
+        await self._group.call("start_stage", stage_plan(self._config, stage).settings, policy, resume, reference)
 
     async def train(self, batch: TrainingBatch, step: int, version: int) -> Mapping[str, float]:
-        shared = await asyncio.to_thread(ray.put, batch)  # one copy for all ranks; an object store may take its time
-        figures: Mapping[str, float] = (await self._all("train", shared, step, version, moving=True))[0]
-        return figures
+        # One copy for all ranks, in a thread because the object store may take its time.
+        shared = await asyncio.to_thread(ray.put, batch)
+        metrics: Mapping[str, float] = (await self._group.call("train", shared, step, version, moving=True))[0]
+        return metrics
 
     async def score_pairs(self, pairs: Sequence[Preference]) -> Sequence[tuple[float, float]]:
         shared = await asyncio.to_thread(ray.put, list(pairs))
-        found: list[tuple[float, float]] = (await self._all("score_pairs", shared))[0]
-        return found
+        scores: list[tuple[float, float]] = (await self._group.call("score_pairs", shared))[0]
+        return scores
 
     async def export(
         self, version: int, probe: Sequence[Int32Array]
     ) -> tuple[WeightManifest, Sequence[Any], Sequence[Float32Array]]:
         bucket_bytes = int(self._config.weight_sync.bucket_mib * 2**20)
         found: tuple[WeightManifest, Sequence[Any], Sequence[Float32Array]]
-        found = (await self._all("export", version, bucket_bytes, list(probe)))[0]
+        found = (await self._group.call("export", version, bucket_bytes, list(probe)))[0]
         return found
 
     async def save(self, folder: Path) -> None:
-        await self._all("save", folder)
-
-    async def _all(self, method: str, *arguments: Any, moving: bool = False) -> list[Any]:
-        """The answers of all ranks to a call of all, which are watched meanwhile.
-
-        Args:
-            moving: whether their progress must grow; else it is enough that they tell it.
-        Raises:
-            LearnerLostError: a rank died, broke or hangs, or not all of them have the same error.
-            RlsysError: the error of all.
-        """
-        work = asyncio.create_task(self._answers(method, *arguments))
-        watch = asyncio.create_task(self._watch(moving))
-        try:
-            await asyncio.wait({watch, work}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                await watch
-            return await work
-        finally:
-            for task in (watch, work):
-                task.cancel()
-            await asyncio.gather(watch, work, return_exceptions=True)
-
-    async def _answers(self, method: str, *arguments: Any) -> list[Any]:
-        references = [getattr(handle, method).remote(*arguments) for handle in self._handles]
-        timeout = self._config.learner.timeout_s
-        calls = [
-            asyncio.create_task(answer(reference, timeout, f"learner rank {rank}", "learner.timeout_s"))
-            for rank, reference in enumerate(references)
-        ]
-        try:
-            await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
-            if all(call.done() and not call.exception() for call in calls):
-                return [call.result() for call in calls]
-            raise await self._error_of(calls)
-        finally:
-            for call in calls:
-                call.cancel()
-
-    async def _error_of(self, calls: Sequence[asyncio.Task[Any]]) -> BaseException:
-        """What to say where a rank has failed."""
-        first = next(error for call in calls if call.done() and (error := call.exception()))
-        # Where all survive, all say so, one after the other; where a rank dies the others fail too, and may be heard
-        # of first: of what is known soon, the death counts.
-        survived = isinstance(first, SURVIVED)
-        await asyncio.wait(calls, timeout=self._config.learner.hang_timeout_s if survived else FIRST_CAUSE_S)
-        errors = [error for call in calls if call.done() and (error := call.exception())]
-        if survived and all(isinstance(error, type(first)) for error in errors) and len(errors) == len(calls):
-            return first
-        error = min(errors, key=lambda each: (not isinstance(each, ProcessDiedError), isinstance(each, SURVIVED)))
-        if isinstance(error, EngineError):
-            return LearnerLostError(error.message)
-        return LearnerLostError(f"not all ranks have met what one has: {error}") if survived else error
-
-    async def _watch(self, moving: bool) -> None:
-        """Ends with an error where a rank is silent for learner.hang_timeout_s."""
-        limit = self._config.learner.hang_timeout_s
-        silences = [Silence() for _ in self._handles]
-        asked: dict[int, asyncio.Task[None]] = {}
-
-        async def ask(rank: int) -> None:
-            with contextlib.suppress(EngineError):  # a death is the other call's to tell
-                found = await answer(self._handles[rank].progress.remote(), limit / 4, f"learner rank {rank}", "")
-                silences[rank].heard(found, idle=not moving)
-
-        try:
-            while True:
-                for rank in range(len(silences)):
-                    if rank not in asked or asked[rank].done():
-                        asked[rank] = asyncio.create_task(ask(rank))
-                await asyncio.sleep(WATCH_INTERVAL_S)
-                silent = [silence.look() for silence in silences]
-                if max(silent) > limit:
-                    # Ranks that wait for a stopped one make no progress either, but they answer.
-                    rank = max(range(len(silent)), key=lambda each: (not asked[each].done(), silent[each]))
-                    what = f"learner rank {rank} made no progress within learner.hang_timeout_s = {limit} s"
-                    raise LearnerLostError(what)
-        finally:
-            for task in asked.values():
-                task.cancel()
+        await self._group.call("save", folder)
 
 
 def process_at(host: str, pid: int) -> psutil.Process | None:
-    """A process of this host; None of another one, or where it is gone."""
+    """Return a process of this host, or None if the host is another one or the process is gone."""
     if host == socket.gethostname():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             process = psutil.Process(pid)
-            # Containers may share a name and not their process ids.
+            # Two containers may have the same host name and other process ids.
             return process if any("ray::" in part for part in process.cmdline()) else None
     return None
 
 
 def kill(handle: Any, process: psutil.Process | None) -> None:
-    """End a Ray actor at once. Ray asks its process to end, and a stopped one hears nothing."""
+    """End a Ray actor at once. Ray asks its process to end, which a stopped process ignores, so it is killed too."""
     try:
         ray.kill(handle)
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import shutil
@@ -34,11 +33,11 @@ from rlsys.config.engine_roles import ModelEngines, Searching, growing, searches
 from rlsys.config.files import dump_config
 from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plans
-from rlsys.control.budgets import causes
 from rlsys.control.checkpointing import check_best_metric
 from rlsys.control.controller import Controller
 from rlsys.control.fleet import Fleet
 from rlsys.control.parts import Parts
+from rlsys.control.recovery import Recovery
 from rlsys.control.search_stage import GrownSearch
 from rlsys.control.tree_search import find_prompts, writer_digests
 from rlsys.control.weights import WeightBus
@@ -50,9 +49,6 @@ from rlsys.errors import (
     ConfigError,
     EngineError,
     InterruptedRunError,
-    LearnerLostError,
-    NonFiniteStepsError,
-    RlsysError,
 )
 from rlsys.fault_injection import fault
 from rlsys.files import write_text
@@ -233,75 +229,39 @@ async def _train(cluster: Cluster, session: Session) -> None:
     display.message(start.describe())
     bus: WeightBus | None = None
 
-    def again() -> Path:
-        """Until the calibration all actors hold the same policy; afterwards its checkpoint may be removed."""
+    def replacement_policy() -> Path:
+        """Return the folder for replaced actors: after the calibration, retention may remove the checkpoint."""
         return session.model if bus and bus.calibrated else serving
 
-    async with rollout_pool(cluster, serving, session.searching, again, display.message) as pool:
+    async with rollout_pool(cluster, serving, session.searching, replacement_policy, display.message) as pool:
         first = len(actor_bundles(config) + beside_bundles(config, _beside(session.searching)))
         learner = RayLearner(lambda attempt: learner_handles(cluster, inputs.pad_token_id, first, attempt), config)
         bus = WeightBus(learner, pool, config.weight_sync, _dtype(config), inputs.probe())
-        asked: list[str] = []  # signals
-        lost: list[LearnerLostError] = []  # since the newest checkpoint
+        signals: list[str] = []
+        recovery = Recovery(
+            config=config,
+            actors=pool,
+            learner=learner,
+            versions=bus,
+            newest_start=lambda: find_again(config, session.run_dir, session.store),
+            sweep=session.store.sweep,
+            say=display.message,
+            signals=signals,
+        )
         fault("driver.up")
-        while True:
-            try:
-                await _run(session, start, pool, learner, bus, asked)
-                return
-            except LearnerLostError as error:
-                before, start = start, await asyncio.to_thread(_start_again, error, session)
-                if start.state.weight_version > before.state.weight_version:  # it has made progress in between
-                    lost.clear()
-                lost.append(error)
-                _check_interrupted(asked, error, start, config)
-                not_finite = sum(isinstance(each, NonFiniteStepsError) for each in lost)
-                if len(lost) > config.learner.max_restarts or not_finite > 1:
-                    raise _given_up(lost, not_finite > 1, config) from None
-                display.message(f"the learner is lost and started again: {error.message}; {start.describe()}")
-                await asyncio.gather(pool.withdraw(), learner.restart())
-                await asyncio.to_thread(session.store.sweep)  # a rank may have written on after its save was given up
-                bus.forget()
-                _check_interrupted(asked, error, start, config)
-
-
-def _start_again(error: LearnerLostError, session: Session) -> Start:
-    try:
-        return find_again(session.config, session.run_dir, session.store)
-    except RlsysError as problem:  # with what it came from
-        raise type(problem)(f"{problem.message}; looked for it because {error.message}") from error
-
-
-def _check_interrupted(asked: Sequence[str], error: LearnerLostError, start: Start, config: Config) -> None:
-    """Raises InterruptedRunError where a signal asked for an end: nothing is left to save without a learner."""
-    if asked:
-        saved = f"weight version {start.state.weight_version}" if start.checkpoint else "nothing"
-        what = f"the learner was lost as well: {error.message}; {saved} is saved"
-        raise InterruptedRunError(asked[-1] + report.interrupted(config, what)) from None
-
-
-def _given_up(lost: Sequence[LearnerLostError], returned: bool, config: Config) -> LearnerLostError:
-    """The error of a learner that is not started again.
-
-    Args:
-        lost: how it was lost since the newest checkpoint.
-        returned: whether steps were not finite before a return to it, too.
-    """
-    last = lost[-1]
-    if len(lost) == 1:
-        return last
-    if returned:
-        return NonFiniteStepsError(f"{last.message}; that was so before a return to the newest checkpoint, too")
-    limit = f"learner.max_restarts = {config.learner.max_restarts}"
-    times = f"the learner was lost {len(lost)} times without a checkpoint in between ({limit})"
-    return type(last)(f"{times}; {causes(lost[0].message, last.message)}")
+        await recovery.run(start, lambda start: _run(session, start, pool, learner, bus, signals))
 
 
 async def _run(
-    session: Session, start: Start, pool: Fleet, learner: RayLearner, bus: WeightBus, asked: list[str]
+    session: Session, start: Start, pool: Fleet, learner: RayLearner, bus: WeightBus, signals: list[str]
 ) -> None:
-    """From a start to the end of the last stage. asked: gets the name of a signal that asks for an end before that."""
+    """Train from a start to the end of the last stage.
+
+    Args:
+        signals: names of the signals that asked for an end; a new one is appended.
+    """
     config, run_dir, inputs, display = session.config, session.run_dir, session.inputs, session.display
-    # Rows of an attempt that never reached a checkpoint are of no run: -1 drops them all.
+    # -1 drops all rows: those of an attempt that never reached a checkpoint belong to no run.
     version = start.state.weight_version if start.checkpoint else -1
     metrics, ledger = MetricsWriter(run_dir, version, display.message), Ledger(run_dir, version, display.message)
     parts = Parts(
@@ -326,11 +286,11 @@ async def _run(
 
     def ask(name: str) -> None:
         display.message(FIRST_SIGNAL.format(name) + ("" if name == TIME_LIMIT else ONCE_MORE))
-        asked.append(name)
+        signals.append(name)
         controller.interrupt(name)
 
-    if asked:  # while the learner was started again; the next signal aborts
-        controller.interrupt(asked[-1])
+    if signals:  # one came while the learner was started again; the next signal aborts
+        controller.interrupt(signals[-1])
     else:
         session.stop.ask_first(ask, ABORTED)
     try:
@@ -406,8 +366,8 @@ async def rollout_pool(
         config.actors.count,
         max_restarts=config.actors.max_restarts,
         hang_timeout_s=config.actors.hang_timeout_s,
-        writer=searching.writer if searching else "policy",
-        beside=others,
+        role=searching.writer if searching else "policy",
+        auxiliary=others,
         say=say,
     ) as pool:
         yield pool

@@ -166,7 +166,10 @@ class FakePool:
             if self.hold:
                 await self.hold.wait()
 
-    async def search_usage(self) -> Sequence[SearchUsage]:
+    async def reset_engine_stats(self) -> None:
+        await self.engine_stats()
+
+    async def engine_stats(self) -> Sequence[SearchUsage]:
         """Every engine worked a second of four for 5 tokens, since the last call and however long ago that was."""
         return [
             SearchUsage(

@@ -71,10 +71,10 @@ def main(policy: str, reviewer: str, run_dir: str) -> None:
         prompts = [inputs.builder.build("train", index) for index in range(TREES)]
 
         async def grow(pool: Any, _stop: Any) -> None:
-            await pool.search_usage()
+            await pool.reset_engine_stats()
             trees = await asyncio.gather(*(pool.grow(0, prompt) for prompt in prompts))
             found["trees"] = [tree_line(tree) for tree in trees]
-            found["usage"] = [asdict(usage) for usage in await pool.search_usage()]
+            found["usage"] = [asdict(usage) for usage in await pool.engine_stats()]
             kill_reviewer()
             await pool.grow(0, prompts[0])
 

@@ -436,7 +436,10 @@ class Grove:
     async def grow(self, actor: int, wanted: Prompt) -> Tree | TreeFailure:
         return await self._forest.grow(wanted)
 
-    async def search_usage(self) -> Sequence[SearchUsage]:
+    async def reset_engine_stats(self) -> None:
+        await self.engine_stats()
+
+    async def engine_stats(self) -> Sequence[SearchUsage]:
         return []
 
 

@@ -122,7 +122,10 @@ class Pool:
         self.finished += 1
         return found
 
-    async def search_usage(self) -> Sequence[SearchUsage]:
+    async def reset_engine_stats(self) -> None:
+        await self.engine_stats()
+
+    async def engine_stats(self) -> Sequence[SearchUsage]:
         self.asked += 1
         return [
             SearchUsage(

@@ -415,7 +415,7 @@ def test_engines_are_measured_over_the_rollouts_of_a_step_alone(tmp_path: Path) 
         done = {"busy_s": float(new), "wall_s": 8.0, "generated_tokens": new * new, "prompt_tokens": 10}
         return [SearchUsage(model="policy", engine=0, cached_tokens=new, in_flight_mean=1.0, **done)]
 
-    run.pool.search_usage = usage
+    run.pool.engine_stats = usage
     run()
     rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if row["step"] > 0]
     names = ("rollout/tokens_per_s", "rollout/prefix_cache_hits", "rollout/idle_policy")

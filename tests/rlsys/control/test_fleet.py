@@ -13,8 +13,10 @@ from fakes import prompt
 
 from actors.engine_stats import EngineUsage
 from actors.rollout_actor import RolloutActor
-from rlsys.control import fleet
-from rlsys.control.fleet import ActorState, Fleet
+from rlsys.control.actor_slots import ActorState
+from rlsys.control.fleet import Fleet
+from rlsys.control.supervisor import LOSSES_WITHIN_S
+from rlsys.control.watchdog import WatchClock
 from rlsys.errors import (
     ConfigError,
     EngineError,
@@ -27,7 +29,7 @@ from rlsys.errors import (
 from rlsys.types import SamplingSettings, WeightAck, WeightManifest
 
 SETTINGS = SamplingSettings(samples=1, temperature=1.0, top_p=1.0, max_tokens=4, seed=0)
-SERVING, STALE, STARTING, DEAD = ActorState.SERVING, ActorState.STALE, ActorState.STARTING, ActorState.DEAD
+SERVING, STALE = ActorState.SERVING, ActorState.STALE
 
 
 class Process:
@@ -102,6 +104,7 @@ class World:
         self.said: list[str] = []
         self.current: int | None = None
         self.now = 0.0
+        self.interval_s = 1.0
         self.looking = asyncio.Event()
         self.looking.set()
 
@@ -111,14 +114,18 @@ class World:
         self.processes.append(Process(self, number, attempt))
         return self.processes[-1]
 
-    def fleet(self, count: int = 2, max_restarts: int = 4) -> Fleet:
+    def fleet(
+        self, count: int = 2, max_restarts: int = 4, auxiliary: Sequence[Any] = (), role: Any = "policy"
+    ) -> Fleet:
         return Fleet(
-            self.spawn,
+            lambda number, attempt: self.spawn(number, attempt),
             count,
             max_restarts=max_restarts,
             hang_timeout_s=10.0,
+            role=role,
+            auxiliary=auxiliary,
             say=self.said.append,
-            clock=lambda: self.now,
+            clock=WatchClock(monotonic=lambda: self.now, interval_s=self.interval_s),
         )
 
     async def publish(self, found: Fleet, version: int, check: Callable[[WeightAck], object] = lambda ack: ack) -> None:
@@ -141,11 +148,8 @@ async def settle() -> None:
 def test_usage_tells_whose_it_is_and_leaves_out_who_is_not_there() -> None:
     async def test(world: World) -> None:
         reviewer = world.spawn(7, 0)
-        own = Fleet(
-            world.spawn, 2, max_restarts=2, hang_timeout_s=10.0, writer="model", beside=[("reviewer", 0, reviewer)]
-        )
-        async with own as found:
-            figures = await found.search_usage()
+        async with world.fleet(role="model", auxiliary=[("reviewer", 0, reviewer)]) as found:
+            figures = await found.engine_stats()
             assert [(u.model, u.engine, u.generated_tokens) for u in figures] == [
                 ("model", 0, 0),
                 ("model", 1, 1),
@@ -153,9 +157,9 @@ def test_usage_tells_whose_it_is_and_leaves_out_who_is_not_there() -> None:
             ]
             assert (figures[0].busy_s, figures[0].wall_s, figures[0].in_flight_mean) == (1.0, 4.0, 2.5)
             world.processes[1].kill()
-            assert [(u.model, u.engine) for u in await found.search_usage()] == [("model", 1), ("reviewer", 0)]
+            assert [(u.model, u.engine) for u in await found.engine_stats()] == [("model", 1), ("reviewer", 0)]
             await settle()
-            assert [u.generated_tokens for u in await found.search_usage()] == [10, 1, 7]
+            assert [u.generated_tokens for u in await found.engine_stats()] == [10, 1, 7]
         assert reviewer.closed
 
     run(test)
@@ -166,7 +170,7 @@ def test_engines_beside_the_actors_are_started_with_them() -> None:
         reviewer = world.spawn(7, 0)
         reviewer.error = EngineError("reviewer engine 0 died: no memory")
         with pytest.raises(EngineError, match="^reviewer engine 0 died"):
-            async with Fleet(world.spawn, 1, max_restarts=2, hang_timeout_s=10.0, beside=[("reviewer", 0, reviewer)]):
+            async with world.fleet(count=1, auxiliary=[("reviewer", 0, reviewer)]):
                 pass
         assert all(process.closed for process in world.processes)
 
@@ -226,8 +230,7 @@ def test_a_hanging_actor_is_lost_by_its_progress_and_a_slow_one_is_not() -> None
             for _ in range(12):  # 24 seconds
                 world.now += 2
                 slow.steps += 1
-                for member in found._members:
-                    found.look(member)
+                found.look()
                 await settle()
             assert hung.killed and not slow.killed
             assert "made no progress within actors.hang_timeout_s = 10.0 s" in world.said[0]
@@ -242,10 +245,10 @@ def test_an_actor_that_answers_nothing_at_all_is_lost_also_when_it_has_nothing_t
         async with world.fleet(count=1) as found:
             world.looking.clear()
             for _ in range(6):
-                found.look(found._members[0])
+                found.look()
                 await settle()
                 world.now += 2
-            found.look(found._members[0])
+            found.look()
             await settle()
             assert world.processes[0].killed and len(world.processes) == 2
 
@@ -256,7 +259,7 @@ def test_an_idle_actor_may_be_idle_for_any_time() -> None:
     async def test(world: World) -> None:
         async with world.fleet(count=1) as found:
             for _ in range(20):
-                found.look(found._members[0])
+                found.look()
                 await settle()
                 world.now += 2
             assert await found.generate(0, [prompt("a")], SETTINGS)
@@ -272,20 +275,19 @@ def test_the_time_that_an_actor_takes_to_come_up_is_no_hang() -> None:
 
         world.starting = starting  # type: ignore[method-assign]
         async with world.fleet(count=1) as found:
-            found.look(found._members[0])
+            found.look()
             world.processes[0].kill()
             await found.generate(0, [prompt("a")], SETTINGS)
-            found.look(found._members[0])
+            found.look()
             await settle()
             assert found.restarts == 1
 
     run(test)
 
 
-def test_the_watch_runs_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "WATCH_INTERVAL_S", 0.001)
-
+def test_the_watch_runs_by_itself() -> None:
     async def test(world: World) -> None:
+        world.interval_s = 0.001
         async with world.fleet(count=1) as found:
             world.processes[0].killed = True  # nobody asks it anything but the watch
             while found.restarts == 0:
@@ -529,8 +531,7 @@ def test_a_storm(seed: int) -> None:
                     victim = draw.choice([p for p in world.processes if not p.killed] or world.processes)
                     victim.kill()
                 await asyncio.gather(*calls)
-            for member in found._members:
-                found.look(member)  # those that were killed with nothing to do are found out
+            found.look()  # those that were killed with nothing to do are found out
             await settle()
             assert found.states() == [SERVING] * 3
             assert len(world.processes) == 3 + found.restarts
@@ -588,10 +589,14 @@ def test_a_lost_learner_is_no_loss_of_actors_and_whoever_waits_for_them_hears_of
             await world.publish(found, 1)
 
             async def starting(process: Process) -> None:
-                process.update_weights = gone  # type: ignore[method-assign]
+                update = process.update_weights
 
-            async def gone(*_arguments: Any) -> WeightAck:
-                raise LearnerLostError("weight version 1 was lost")
+                async def gone(*arguments: Any) -> WeightAck:
+                    if world.current == 1:
+                        raise LearnerLostError("weight version 1 was lost")
+                    return await update(*arguments)
+
+                process.update_weights = gone  # type: ignore[method-assign]
 
             world.starting = starting  # type: ignore[method-assign]
             world.processes[0].kill()
@@ -603,7 +608,9 @@ def test_a_lost_learner_is_no_loss_of_actors_and_whoever_waits_for_them_hears_of
                 await found.generate(0, [prompt("b")], SETTINGS)
             await settle()
             assert len(world.processes) <= 6, "no storm of replacements"
-            assert found._failed is None, "two actors were killed, and two are allowed"
+            await found.withdraw()
+            await world.publish(found, 2)  # two actors were killed, and two are allowed
+            assert found.states() == [SERVING, SERVING]
 
     run(test)
 
@@ -637,8 +644,7 @@ def test_a_driver_that_stood_still_blames_nobody() -> None:
             asked = asyncio.create_task(found.generate(0, [prompt("a")], SETTINGS))
             await settle()
             world.now += 3600
-            for member in found._members:
-                found.look(member)
+            found.look()
             await settle()
             assert found.restarts == 0
             world.processes[0].gate.set()
@@ -651,18 +657,9 @@ def test_an_engine_beside_the_actors_that_is_lost_ends_the_run_by_its_own_name()
     async def test(world: World) -> None:
         reviewer = world.spawn(7, 0)
         reviewer.steps = 5  # and never more
-        own = Fleet(
-            world.spawn,
-            1,
-            max_restarts=2,
-            hang_timeout_s=10.0,
-            beside=[("reviewer", 0, reviewer)],
-            clock=lambda: world.now,
-        )
-        async with own as found:
-            [(_, _, member)] = found._beside
+        async with world.fleet(count=1, auxiliary=[("reviewer", 0, reviewer)]) as found:
             for _ in range(7):
-                found.look(member)
+                found.look()
                 await settle()
                 world.now += 2
             with pytest.raises(EngineError, match=r"^reviewer engine 0 made no progress within actors.hang_timeout_s"):
@@ -693,7 +690,7 @@ def test_an_actor_that_waits_for_an_engine_beside_it_does_not_hang_by_itself(fau
 
             async def watch() -> None:
                 for _ in range(12):  # 24 seconds
-                    found.look(found._members[0])
+                    found.look()
                     await settle()
                     world.now += 2
 
@@ -720,7 +717,7 @@ def test_supervision_that_breaks_ends_the_run() -> None:
             def broken(number: int, attempt: int) -> Process:
                 raise ValueError("no such bundle")
 
-            found._spawn = broken
+            world.spawn = broken  # type: ignore[method-assign]
             world.processes[0].kill()
             with pytest.raises(EngineError, match="supervision of the actors failed: ValueError: no such bundle"):
                 await found.generate(0, [prompt("a")], SETTINGS)
@@ -812,7 +809,7 @@ def test_replacements_that_never_start_end_the_run_however_slowly_they_fail() ->
         async with world.fleet(count=1, max_restarts=100) as found:
 
             async def starting(process: Process) -> None:
-                world.now += fleet.LOSSES_WITHIN_S  # so that the losses of an hour are never two
+                world.now += LOSSES_WITHIN_S  # so that the losses of an hour are never two
                 raise EngineError(f"attempt {process.attempt} did not start")
 
             world.starting = starting  # type: ignore[method-assign]
@@ -824,19 +821,19 @@ def test_replacements_that_never_start_end_the_run_however_slowly_they_fail() ->
     run(test)
 
 
-def test_an_actor_that_dies_between_its_answer_and_the_check_does_not_serve() -> None:
+def test_an_actor_that_is_lost_between_its_answer_and_the_check_does_not_serve() -> None:
     async def test(world: World) -> None:
-        async with world.fleet() as found:
+        async with world.fleet(count=1) as found:
 
             def check(ack: WeightAck) -> None:
-                if ack.actor == "0" and not world.processes[0].killed:
-                    found._lose(found._members[0], EngineError("actor 0 died"))
+                while not world.processes[0].killed:
+                    world.now += 2
+                    found.look()
 
             await world.publish(found, 1, check)
-            assert found._members[0].handle is not world.processes[0] or found.states()[0] is DEAD
-            await settle()
-            assert found.states() == [SERVING, SERVING]
-            assert found._members[0].attempt == 1 and world.processes[2].version == 1
+            assert found.states() == [SERVING]
+            assert [process.version for process in world.processes] == [1, 1]
+            assert await found.generate(0, [prompt("a")], SETTINGS) == [("a", 0, 1)]
 
     run(test)
 
@@ -848,9 +845,7 @@ def test_a_stale_actor_is_watched_too() -> None:
             await found.withdraw()
             world.looking.clear()
             for _ in range(7):
-                for member in list(found._members):
-                    if member.state is STALE:
-                        found.look(member)
+                found.look()
                 await settle()
                 world.now += 2
             assert world.processes[0].killed

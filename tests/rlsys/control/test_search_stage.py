@@ -105,7 +105,10 @@ class Pool:
         await asyncio.sleep(0)
         return self._tree_of(prompt)
 
-    async def search_usage(self) -> Sequence[SearchUsage]:
+    async def reset_engine_stats(self) -> None:
+        await self.engine_stats()
+
+    async def engine_stats(self) -> Sequence[SearchUsage]:
         return []
 
 

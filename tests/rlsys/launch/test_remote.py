@@ -1,16 +1,13 @@
-"""What the driver makes of remote failures and figures; Ray itself is not started."""
+"""Adapters of Ray handles: deadlines, errors and kills. Ray itself is not started."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError, Ra
 
 from rlsys.config.engine_roles import trees_ahead
 from rlsys.config.files import parse_config
-from rlsys.control import watchdog as members
+from rlsys.control.watchdog import WatchClock
 from rlsys.errors import (
     CheckpointError,
     ConfigError,
@@ -209,112 +206,59 @@ def test_a_process_on_another_host_is_left_to_ray(monkeypatch: pytest.MonkeyPatc
 
 
 class Rank:
-    """A learner rank whose calls are answered as told; `steps` is its progress."""
+    """The Ray handle of a learner rank, with one answer for every method."""
 
-    def __init__(self, train: Any, steps: Sequence[int] = (0,), place: tuple[str, int] = ("elsewhere", 1)) -> None:
-        self.answers: dict[str, Callable[[], Any]] = {
-            "train": lambda: train,
-            "place": lambda: place,
-            "progress": partial(next, itertools.chain(steps, itertools.repeat(steps[-1]))),
-        }
+    def __init__(self, **answers: Any) -> None:
+        self.answers = answers
+        self.arguments: dict[str, tuple[Any, ...]] = {}
 
     def __getattr__(self, name: str) -> Any:
         def remote(*arguments: Any) -> Any:
-            value = self.answers[name]()
+            self.arguments[name] = arguments
+            value = self.answers.get(name, 3 if name == "progress" else None)
             return type("Pending", (), {"future": lambda _: value})() if isinstance(value, Future) else Reference(value)
 
         return type("Method", (), {"remote": staticmethod(remote)})()
 
 
 def learner_of(*ranks: Rank, **settings: float) -> RayLearner:
-    found = CONFIG.model_copy(update={"learner": CONFIG.learner.model_copy(update=settings)})
-    return RayLearner(lambda attempt: ranks, found)
+    config = CONFIG.model_copy(update={"learner": CONFIG.learner.model_copy(update=settings)})
+    return RayLearner(lambda attempt: ranks, config, WatchClock(interval_s=0.005))
 
 
 @pytest.fixture
 def no_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "put", lambda value: value)
-    monkeypatch.setattr(remote, "WATCH_INTERVAL_S", 0.005)
-    monkeypatch.setattr(members, "WATCH_INTERVAL_S", 0.005)
-    monkeypatch.setattr(remote, "FIRST_CAUSE_S", 0.05)
 
 
 @pytest.mark.usefixtures("no_store")
-def test_of_the_errors_of_all_ranks_the_death_is_told() -> None:
-    broken = RayTaskError("train", "traceback", RuntimeError("Connection closed by peer"))
-    learner = learner_of(Rank(broken), Rank(ActorDiedError()))
-    with pytest.raises(LearnerLostError, match="learner rank 1 died: "):
-        asyncio.run(learner.train(TrainingBatch(), 0, 1))
+def test_a_training_step_goes_to_every_rank_and_the_first_answers() -> None:
+    ranks = [Rank(train={"rank": 0.0}), Rank(train={"rank": 1.0})]
+    batch = TrainingBatch()
+    assert asyncio.run(learner_of(*ranks).train(batch, 4, 5)) == {"rank": 0.0}
+    assert [rank.arguments["train"] for rank in ranks] == [(batch, 4, 5)] * 2
 
 
 @pytest.mark.usefixtures("no_store")
-@pytest.mark.parametrize("kind", [NonFiniteLossError, CheckpointError])
-def test_what_all_ranks_have_met_and_survived_stays_what_it_is(kind: type[RlsysError]) -> None:
+@pytest.mark.parametrize("kind", [NonFiniteLossError, CheckpointError, ConfigError])
+def test_an_error_of_rlsys_on_all_ranks_stays_what_it_is(kind: type[RlsysError]) -> None:
     error = RayTaskError("train", "traceback", kind("loss nan"))
     with pytest.raises(kind, match="loss nan"):
-        asyncio.run(learner_of(Rank(error), Rank(error)).train(TrainingBatch(), 0, 1))
+        asyncio.run(learner_of(Rank(train=error), Rank(train=error)).train(TrainingBatch(), 0, 1))
 
 
 @pytest.mark.usefixtures("no_store")
-@pytest.mark.parametrize("other", [{"learner/tokens": 1.0}, Future()], ids=["went on", "hangs"])
-def test_what_one_rank_alone_has_met_is_not_survived(other: Any) -> None:
-    error = RayTaskError("train", "traceback", NonFiniteLossError("loss nan"))
-    with pytest.raises(LearnerLostError, match="not all ranks have met what one has: loss nan"):
-        asyncio.run(learner_of(Rank(error), Rank(other), hang_timeout_s=0.1).train(TrainingBatch(), 0, 1))
-
-
-@pytest.mark.usefixtures("no_store")
-def test_our_own_other_errors_stay_what_they_are() -> None:
-    error = RayTaskError("train", "traceback", ConfigError("no such file"))
-    with pytest.raises(ConfigError, match="no such file"):
-        asyncio.run(learner_of(Rank(error), Rank({"learner/tokens": 1.0})).train(TrainingBatch(), 0, 1))
-
-
-@pytest.mark.usefixtures("no_store")
-def test_a_rank_without_progress_is_a_lost_learner_and_a_slow_one_is_not() -> None:
-    stuck = learner_of(Rank(Future(), range(10_000)), Rank(Future(), [3]), hang_timeout_s=0.05)
-    with pytest.raises(LearnerLostError, match=r"rank 1 made no progress within learner.hang_timeout_s = 0.05 s"):
-        asyncio.run(stuck.train(TrainingBatch(), 0, 1))
-
-    async def slow() -> None:
-        done: list[Future[Any]] = [Future(), Future()]
-        learner = learner_of(*(Rank(future, range(10_000)) for future in done), hang_timeout_s=0.05)
-        training = asyncio.create_task(learner.train(TrainingBatch(), 0, 1))
-        await asyncio.sleep(0.3)
-        for future in done:
-            future.set_result({"learner/tokens": 1.0})
-        assert await training == {"learner/tokens": 1.0}
-
-    asyncio.run(slow())
-
-
-@pytest.mark.usefixtures("no_store")
-def test_of_two_silent_ranks_the_one_that_does_not_answer_is_blamed() -> None:
-    stopped = Rank(Future())
-    stopped.answers["progress"] = Future
-    for ranks in ((Rank(Future(), [3]), stopped), (stopped, Rank(Future(), [3]))):
-        number = ranks.index(stopped)
-        with pytest.raises(LearnerLostError, match=f"rank {number} made no progress"):
-            asyncio.run(learner_of(*ranks, hang_timeout_s=0.05).train(TrainingBatch(), 0, 1))
-
-
-@pytest.mark.usefixtures("no_store")
-def test_calls_without_steps_are_watched_too_but_need_no_progress() -> None:
-    stopped = Rank(Future())
-    stopped.answers |= {"progress": Future, "save": Future}
-    with pytest.raises(LearnerLostError, match="rank 0 made no progress"):
+def test_a_rank_that_does_not_report_progress_is_a_lost_learner() -> None:
+    stopped = Rank(save=Future(), progress=Future())
+    with pytest.raises(LearnerLostError, match=r"rank 0 made no progress within learner.hang_timeout_s = 0.05 s"):
         asyncio.run(learner_of(stopped, hang_timeout_s=0.05).save(Path("folder")))
-    slow = Rank(None, [3])
-    done: Future[Any] = Future()
-    slow.answers["save"] = lambda: done
 
-    async def save() -> None:
-        saving = asyncio.create_task(learner_of(slow, hang_timeout_s=0.05).save(Path("folder")))
-        await asyncio.sleep(0.3)
-        done.set_result(None)
-        await saving
 
-    asyncio.run(save())
+@pytest.mark.usefixtures("no_store")
+def test_a_rank_that_does_not_answer_in_time_is_a_lost_learner() -> None:
+    silent = Rank(save=Future())
+    with pytest.raises(LearnerLostError, match=r"^learner rank 0 did not answer within learner.timeout_s = 0.05 s"):
+        asyncio.run(learner_of(silent, timeout_s=0.05).save(Path("folder")))
 
 
 @pytest.mark.parametrize(
@@ -322,27 +266,27 @@ def test_calls_without_steps_are_watched_too_but_need_no_progress() -> None:
     [
         (OutOfMemoryError("killed"), "out of memory (lower actors.kv_cache_gib, learner.micro_batch_tokens"),
         (WorkerCrashedError(), "WorkerCrashedError"),
+        (ActorDiedError(), "The actor died unexpectedly"),
     ],
 )
 @pytest.mark.usefixtures("no_store")
-def test_every_death_is_told_rather_than_what_follows_from_it(error: Exception, words: str) -> None:
+def test_a_death_is_reported_before_the_errors_that_follow_from_it(error: Exception, words: str) -> None:
     broken = RayTaskError("train", "traceback", RuntimeError("Connection closed by peer"))
     with pytest.raises(LearnerLostError) as caught:
-        asyncio.run(learner_of(Rank(broken), Rank(error)).train(TrainingBatch(), 0, 1))
+        asyncio.run(learner_of(Rank(train=broken), Rank(train=error)).train(TrainingBatch(), 0, 1))
     assert caught.value.message.startswith("learner rank 1 died: ") and words in caught.value.message
 
 
 def test_a_stopped_rank_is_killed_by_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "kill", lambda handle: None)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "ray::Test"]) as process:
-        rank = Rank(None, place=(socket.gethostname(), process.pid))
-        rank.answers["start_stage"] = lambda: None
+        rank = Rank(place=(socket.gethostname(), process.pid))
 
         async def main() -> None:
             learner = learner_of(rank)
             await learner.start_stage("warm_start", Path("policy"), None, None)
             process.send_signal(signal.SIGSTOP)
-            rank.answers["place"] = Future  # it hears nothing
+            rank.answers["place"] = Future()  # a stopped process answers nothing
             await asyncio.wait_for(learner.restart(), 2)
 
         asyncio.run(main())
@@ -353,14 +297,3 @@ def test_a_process_that_is_none_of_ray_is_never_killed() -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
         assert remote.process_at(socket.gethostname(), process.pid) is None
         process.kill()
-
-
-@pytest.mark.usefixtures("no_store")
-def test_a_restart_kills_all_ranks_and_starts_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    killed: list[Any] = []
-    monkeypatch.setattr(ray, "kill", killed.append)
-    groups = [[Rank({"n": 0.0}), Rank(ActorDiedError())], [Rank({"n": 1.0}), Rank({"n": 1.0})]]
-    learner = RayLearner(lambda attempt: groups[attempt], CONFIG)
-    asyncio.run(learner.restart())
-    assert killed == groups[0]
-    assert asyncio.run(learner.train(TrainingBatch(), 0, 1)) == {"n": 1.0}

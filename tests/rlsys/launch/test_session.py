@@ -21,14 +21,7 @@ from learners.learner_actor import LearnerActor
 from rlsys.config.engine_roles import ModelEngines, Searching, engine_settings, given_models
 from rlsys.config.files import parse_config
 from rlsys.config.schema import Config
-from rlsys.errors import (
-    AbortedRunError,
-    CheckpointError,
-    EngineError,
-    InterruptedRunError,
-    LearnerLostError,
-    NonFiniteStepsError,
-)
+from rlsys.errors import AbortedRunError, EngineError
 from rlsys.launch import ray_cluster as cluster_module
 from rlsys.launch import session as launch
 from rlsys.launch.signals import StopSignals
@@ -120,9 +113,9 @@ def test_every_process_has_a_bundle_of_its_own(
     ]
     assert [bundle for bundle, kind, _ in cluster.placed if kind is LearnerActor] == [5, 6]
     beside = {"model": ["ModelActor in 2"], "reviewer": ["ModelActor in 3", "ModelActor in 4"]}
-    assert pools[0]["writer"] == "policy"
+    assert pools[0]["role"] == "policy"
     named = [("model", 0, "ModelActor in 2"), ("reviewer", 0, "ModelActor in 3"), ("reviewer", 1, "ModelActor in 4")]
-    assert [(writer, number, found.handle) for writer, number, found in pools[0]["beside"]] == named
+    assert [(writer, number, found.handle) for writer, number, found in pools[0]["auxiliary"]] == named
     actor = next(settings for _, kind, settings in cluster.placed if kind is RolloutActor)
     assert (actor.search, actor.writer, actor.writers) == (found.search, "policy", beside)
     assert actor.writer_paths == {"model": Path("l"), "reviewer": Path("r")}
@@ -141,7 +134,7 @@ def test_actors_that_are_never_asked_to_search_know_nothing_of_it(
     asyncio.run(start())
     assert [kind for _, kind, _ in cluster.placed] == [RolloutActor, RolloutActor]
     assert cluster.placed[0][2].search is None
-    assert (pools[0]["writer"], pools[0]["beside"]) == ("policy", [])
+    assert (pools[0]["role"], pools[0]["auxiliary"]) == ("policy", [])
 
 
 def test_a_replaced_actor_loads_a_folder_that_is_still_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,159 +289,41 @@ def test_an_evaluation_with_search_has_the_reviewer_beside_it(
     assert started.tokenizers == ([asked] if answers else [])
 
 
-class Recovery:
-    """`_train` over a run that fails as it is told to; what was done between the attempts."""
+def test_a_replaced_actor_loads_a_policy_that_retention_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools: list[Any] = []
+    attempts: list[Any] = []
+    bus = SimpleNamespace(calibrated=False)
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, errors: list[Exception | None], **learner: Any) -> None:
-        self.done: list[str] = []
-        self.errors = errors
-        nothing = SimpleNamespace(describe=lambda: "resuming", checkpoint=None, state=SimpleNamespace(weight_version=0))
-        self.versions: list[int] = []
-        self.asked: list[str] = []
-        self.said: list[str] = []
-        self.pools: list[Any] = []
-        self.lists: list[list[str]] = []
-        actions = self.actions = SimpleNamespace(
-            restart=self.act("restart"), withdraw=self.act("withdraw"), forget=lambda: self.done.append("forget")
-        )
+    @contextlib.asynccontextmanager
+    async def pool(*arguments: Any):
+        pools.append(arguments)
+        yield None
 
-        @contextlib.asynccontextmanager
-        async def pool(*arguments: Any):
-            self.pools.append(arguments)
-            yield actions
+    async def attempt(_session: Any, start: Any, *_arguments: Any) -> None:
+        attempts.append(start)
 
-        def again(*_arguments: Any) -> Any:
-            version = self.versions.pop(0) if self.versions else 0
-            state = SimpleNamespace(weight_version=version)
-            return SimpleNamespace(describe=lambda: "resuming", checkpoint=Path("c") if version else None, state=state)
-
-        async def run(*arguments: Any) -> None:
-            self.done.append("run")
-            self.lists.append(arguments[-1])
-            arguments[-1].extend(self.asked)
-            if error := self.errors.pop(0):
-                raise error
-
-        monkeypatch.setattr(launch, "rollout_pool", pool)
-        monkeypatch.setattr(launch, "RayLearner", lambda *_arguments: actions)
-        monkeypatch.setattr(launch, "WeightBus", lambda *_arguments: actions)
-        monkeypatch.setattr(launch, "find_again", again)
-        monkeypatch.setattr(launch, "_run", run)
-        inputs = SimpleNamespace(notes=(), probe=lambda: None)
-        self.session: Any = SimpleNamespace(
-            config=config(learner=learner),
-            run_dir=Path("d"),
-            store=SimpleNamespace(sweep=lambda: self.done.append("sweep")),
-            start=nothing,
-            model=Path("m"),
-            searching=None,
-            inputs=inputs,
-            display=SimpleNamespace(message=self.said.append),
-        )
-
-    def act(self, name: str) -> Any:
-        async def action() -> None:
-            self.done.append(name)
-
-        return action
-
-    def __call__(self) -> list[str]:
-        cluster: Any = SimpleNamespace(config=self.session.config)
-        asyncio.run(launch._train(cluster, self.session))
-        return self.done
-
-
-AGAIN = ["run", "withdraw", "restart", "sweep", "forget"]
-
-
-def test_a_lost_learner_is_started_again_as_often_as_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    lost = [LearnerLostError("rank 1 died"), LearnerLostError("rank 0 died")]
-    assert Recovery(monkeypatch, [*lost, None], max_restarts=2)() == [*AGAIN, *AGAIN, "run"]
-    recovery = Recovery(monkeypatch, [*lost, None], max_restarts=1)
-    with pytest.raises(LearnerLostError) as caught:
-        recovery()
-    assert caught.value.message == (
-        "the learner was lost 2 times without a checkpoint in between (learner.max_restarts = 1); the first: rank 1 "
-        "died; the last: rank 0 died"
+    monkeypatch.setattr(launch, "rollout_pool", pool)
+    monkeypatch.setattr(launch, "RayLearner", lambda *_arguments: None)
+    monkeypatch.setattr(launch, "WeightBus", lambda *_arguments: bus)
+    monkeypatch.setattr(launch, "_run", attempt)
+    start = SimpleNamespace(describe=lambda: "resuming", checkpoint=Path("checkpoint"))
+    session: Any = SimpleNamespace(
+        config=config(),
+        run_dir=Path("d"),
+        store=SimpleNamespace(sweep=lambda: None),
+        start=start,
+        model=Path("m"),
+        searching=None,
+        inputs=SimpleNamespace(notes=(), probe=lambda: None),
+        display=SimpleNamespace(message=lambda text: None),
     )
-    assert recovery.done == [*AGAIN, "run"]
-
-
-def test_steps_that_are_not_finite_take_the_run_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = [NonFiniteStepsError("4 steps"), LearnerLostError("rank 1 died"), NonFiniteStepsError("4 more")]
-    recovery = Recovery(monkeypatch, [*bad, None], max_restarts=9)
-    with pytest.raises(NonFiniteStepsError, match="^4 more; that was so before a return"):
-        recovery()
-    assert recovery.done == [*AGAIN, *AGAIN, "run"]
-
-
-def test_bad_steps_after_the_last_restart_are_not_said_to_have_been_there_before(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    recovery = Recovery(monkeypatch, [LearnerLostError("rank 1 died"), NonFiniteStepsError("4 steps")], max_restarts=1)
-    with pytest.raises(NonFiniteStepsError, match=r"lost 2 times .*max_restarts = 1\); the first: rank 1 .*4 steps$"):
-        recovery()
-
-
-def test_without_a_valid_checkpoint_the_error_says_what_it_was_needed_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    recovery = Recovery(monkeypatch, [LearnerLostError("rank 1 died")])
-
-    def none(*_arguments: Any) -> Any:
-        raise CheckpointError("none of the 2 checkpoints is valid")
-
-    monkeypatch.setattr(launch, "find_again", none)
-    with pytest.raises(CheckpointError, match="none of the 2 .* is valid; looked for it because rank 1 died"):
-        recovery()
-
-
-def test_a_signal_while_the_learner_is_started_again_ends_the_run_before_it_goes_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    recovery = Recovery(monkeypatch, [LearnerLostError("rank 1 died"), None])
-    recovery.versions = [40]
-    forget = recovery.actions.forget
-
-    def told() -> None:  # in the list that the first attempt was given
-        forget()
-        recovery.lists[0].append("SIGTERM")
-
-    recovery.actions.forget = told
-    with pytest.raises(InterruptedRunError, match="^SIGTERM; .*weight version 40 is saved, the same command continues"):
-        recovery()
-    assert recovery.done == AGAIN
-
-
-def test_a_replaced_actor_loads_what_stays_once_actors_and_learner_are_compared(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    recovery = Recovery(monkeypatch, [None])
-    recovery.session.start.checkpoint = Path("checkpoint")
-    recovery.actions.calibrated = False
-    assert recovery() == ["run"]
-    _, serving, _, again, _ = recovery.pools[0]
-    assert serving == again() == Path("checkpoint/policy")
-    recovery.actions.calibrated = True  # from then on training may remove the checkpoint
-    assert again() == Path("m")
-
-
-def test_a_checkpoint_between_two_losses_begins_the_count_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = [NonFiniteStepsError("4 steps"), LearnerLostError("rank 1 died"), NonFiniteStepsError("4 more")]
-    recovery = Recovery(monkeypatch, [*bad, None], max_restarts=1)
-    recovery.versions = [10, 20, 30]
-    assert recovery() == [*AGAIN, *AGAIN, *AGAIN, "run"]
-
-
-@pytest.mark.parametrize(("version", "kept"), [(40, "weight version 40 is saved"), (0, "nothing is saved")])
-def test_a_signal_and_a_lost_learner_are_an_interruption(
-    monkeypatch: pytest.MonkeyPatch, version: int, kept: str
-) -> None:
-    recovery = Recovery(monkeypatch, [LearnerLostError("rank 1 died")])
-    recovery.asked, recovery.versions = ["SIGTERM"], [version]
-    with pytest.raises(InterruptedRunError) as caught:
-        recovery()
-    assert recovery.done == ["run"]
-    lost = "the learner was lost as well: rank 1 died"
-    assert caught.value.message == f"SIGTERM; {lost}; {kept}, the same command continues"
+    cluster: Any = SimpleNamespace(config=session.config)
+    asyncio.run(launch._train(cluster, session))
+    assert attempts == [start]
+    _, serving, _, replacement_policy, _ = pools[0]
+    assert serving == replacement_policy() == Path("checkpoint/policy")
+    bus.calibrated = True  # from then on training may remove the checkpoint
+    assert replacement_policy() == Path("m")
 
 
 def test_a_ray_that_is_gone_ends_the_work_by_name() -> None:

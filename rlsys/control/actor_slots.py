@@ -1,0 +1,102 @@
+"""A rollout process as the fleet sees it: its handle, its state and its progress."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rlsys.control.watchdog import ProgressTimer
+from rlsys.errors import RlsysError
+from rlsys.trees import Tree, TreeFailure
+from rlsys.types import (
+    Float32Array,
+    Int32Array,
+    Prompt,
+    RolloutFailure,
+    SamplingSettings,
+    TrajectoryGroup,
+    WeightAck,
+    WeightManifest,
+)
+
+
+class ActorState(enum.Enum):
+    """The states of an actor; `rlsys.control.fleet` shows the transitions."""
+
+    STARTING = "starting"
+    STALE = "stale"
+    SERVING = "serving"
+    DEAD = "dead"
+
+
+class WatchedHandle(Protocol):
+    """A watched process. A call raises EngineError if the process must not be used again."""
+
+    async def start(self) -> None:
+        """Return when the process is up."""
+        ...
+
+    async def usage(self) -> Any:
+        """Return what the engine did since the last call, an actors.engine_stats.EngineUsage."""
+        ...
+
+    async def progress(self) -> int:
+        """Return a number that grows with every piece of work. The process answers while other calls are under way."""
+        ...
+
+    async def close(self) -> None: ...
+
+    def kill(self) -> None:
+        """End the process at once, even a stopped one."""
+        ...
+
+
+class ActorHandle(WatchedHandle, Protocol):
+    """One actor. A call raises EngineError or WeightSyncError if the process must not be used again."""
+
+    async def generate(
+        self, prompts: Sequence[Prompt], settings: SamplingSettings
+    ) -> Sequence[TrajectoryGroup | RolloutFailure]: ...
+
+    async def search(self, prompt: Prompt) -> TrajectoryGroup | RolloutFailure: ...
+
+    async def grow(self, prompt: Prompt) -> Tree | TreeFailure: ...
+
+    async def probe(self, rows: Sequence[Int32Array]) -> Sequence[Float32Array]: ...
+
+    async def update_weights(
+        self, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array]
+    ) -> WeightAck: ...
+
+
+@dataclass(eq=False, slots=True)
+class ActorSlot:
+    """One process of an actor, or an auxiliary engine.
+
+    Attributes:
+        who: the name of the process in messages.
+        attempt: how often the actor was replaced before this process.
+        calls: calls under way.
+        asking_progress: whether a question for the progress is under way.
+        cause: why the process was lost.
+        lost: set once the process must not be used again.
+    """
+
+    who: str
+    number: int
+    attempt: int
+    handle: Any
+    timer: ProgressTimer
+    state: ActorState = ActorState.STARTING
+    calls: int = 0
+    asking_progress: bool = False
+    cause: RlsysError | None = None
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def up(self) -> bool:
+        """Whether the process has started and is not lost."""
+        return self.state in (ActorState.STALE, ActorState.SERVING)
