@@ -112,7 +112,12 @@ class RayActor:
         return found
 
     async def close(self) -> None:
+        """Close the engine and the verifiers, then end the process.
+
+        Ray must end it. A process that ends by itself may crash in a library's exit handler, which Ray reports.
+        """
         await self._call("close", 5.0, "the shutdown")
+        ray.kill(self.handle)
 
     def kill(self) -> None:
         kill(self.handle, self._process)
@@ -151,6 +156,11 @@ class RayLearner:
         self.restarts += 1
         self._handles = self._spawn(self.restarts)
         self._processes = [None] * len(self._handles)
+
+    def close(self) -> None:
+        """End all ranks. No call may be under way."""
+        for handle in self._handles:
+            ray.kill(handle)
 
     async def _find_processes(self) -> None:
         """A rank that is stopped later cannot be asked for its process any more."""

@@ -241,6 +241,7 @@ async def _train(cluster: Cluster, session: Session) -> None:
         while True:
             try:
                 await _run(session, start, pool, learner, bus, asked)
+                learner.close()
                 return
             except LearnerLostError as error:
                 before, start = start, await asyncio.to_thread(_start_again, error, session)

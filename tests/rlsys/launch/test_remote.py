@@ -208,6 +208,20 @@ def test_a_process_on_another_host_is_left_to_ray(monkeypatch: pytest.MonkeyPatc
         process.kill()
 
 
+@pytest.mark.parametrize("acknowledged", [True, False])
+def test_an_actor_that_has_closed_is_ended_by_ray(monkeypatch: pytest.MonkeyPatch, acknowledged: bool) -> None:
+    killed: list[Any] = []
+    monkeypatch.setattr(ray, "kill", killed.append)
+    handle = Handle(None if acknowledged else ActorDiedError())
+    closing = RayActor(handle, CONFIG, "actor 0").close()
+    if acknowledged:
+        asyncio.run(closing)
+    else:
+        with pytest.raises(ProcessDiedError, match="actor 0 died"):
+            asyncio.run(closing)
+    assert killed == [handle] * acknowledged
+
+
 class Rank:
     """A learner rank whose calls are answered as told; `steps` is its progress."""
 
@@ -356,6 +370,14 @@ def test_a_process_that_is_none_of_ray_is_never_killed() -> None:
 
 
 @pytest.mark.usefixtures("no_store")
+def test_closing_the_learner_ends_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[Any] = []
+    monkeypatch.setattr(ray, "kill", killed.append)
+    ranks = Rank(None), Rank(None)
+    learner_of(*ranks).close()
+    assert killed == list(ranks)
+
+
 def test_a_restart_kills_all_ranks_and_starts_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     killed: list[Any] = []
     monkeypatch.setattr(ray, "kill", killed.append)

@@ -309,7 +309,10 @@ class Recovery:
         self.pools: list[Any] = []
         self.lists: list[list[str]] = []
         actions = self.actions = SimpleNamespace(
-            restart=self.act("restart"), withdraw=self.act("withdraw"), forget=lambda: self.done.append("forget")
+            restart=self.act("restart"),
+            withdraw=self.act("withdraw"),
+            forget=lambda: self.done.append("forget"),
+            close=lambda: self.done.append("close"),
         )
 
         @contextlib.asynccontextmanager
@@ -363,7 +366,7 @@ AGAIN = ["run", "withdraw", "restart", "sweep", "forget"]
 
 def test_a_lost_learner_is_started_again_as_often_as_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = [LearnerLostError("rank 1 died"), LearnerLostError("rank 0 died")]
-    assert Recovery(monkeypatch, [*lost, None], max_restarts=2)() == [*AGAIN, *AGAIN, "run"]
+    assert Recovery(monkeypatch, [*lost, None], max_restarts=2)() == [*AGAIN, *AGAIN, "run", "close"]
     recovery = Recovery(monkeypatch, [*lost, None], max_restarts=1)
     with pytest.raises(LearnerLostError) as caught:
         recovery()
@@ -424,7 +427,7 @@ def test_a_replaced_actor_loads_what_stays_once_actors_and_learner_are_compared(
     recovery = Recovery(monkeypatch, [None])
     recovery.session.start.checkpoint = Path("checkpoint")
     recovery.actions.calibrated = False
-    assert recovery() == ["run"]
+    assert recovery() == ["run", "close"]
     _, serving, _, again, _ = recovery.pools[0]
     assert serving == again() == Path("checkpoint/policy")
     recovery.actions.calibrated = True  # from then on training may remove the checkpoint
@@ -435,7 +438,7 @@ def test_a_checkpoint_between_two_losses_begins_the_count_again(monkeypatch: pyt
     bad = [NonFiniteStepsError("4 steps"), LearnerLostError("rank 1 died"), NonFiniteStepsError("4 more")]
     recovery = Recovery(monkeypatch, [*bad, None], max_restarts=1)
     recovery.versions = [10, 20, 30]
-    assert recovery() == [*AGAIN, *AGAIN, *AGAIN, "run"]
+    assert recovery() == [*AGAIN, *AGAIN, *AGAIN, "run", "close"]
 
 
 @pytest.mark.parametrize(("version", "kept"), [(40, "weight version 40 is saved"), (0, "nothing is saved")])
