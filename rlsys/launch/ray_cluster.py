@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlsys.config.schema import Config
 from rlsys.errors import AbortedRunError, ConfigError, EngineError, RlsysError
 from rlsys.launch.access import check_address, child_environment, close_local_ray
+from rlsys.launch.ray_log import output_to, ray_logging_to
 from rlsys.launch.resources import MINIMUM_STORE_BYTES
 from rlsys.launch.signals import signals_ignored
 from rlsys.processes import kill_and_wait, kill_with_this_process, processes_of_ray
@@ -35,6 +36,7 @@ PLACEMENT_TIMEOUT_S = 180.0
 SHUTDOWN_TIMEOUT_S = 10.0
 TEMPORARY_NOTE = ".temporary-folder"
 RENDEZVOUS = ".rendezvous-"
+RAY_LOG = "ray.log"
 
 # Whatever a run writes is for its owner alone: the run directory, and the folder of Ray, whose processes inherit this.
 os.umask(0o077)
@@ -98,40 +100,57 @@ class Cluster:
 def ray_cluster(
     config: Config, run_dir: Path, bundles: Sequence[Mapping[str, float]], store_bytes: int = MINIMUM_STORE_BYTES
 ) -> Iterator[Cluster]:
-    """Start Ray (on loopback) or join a cluster, and reserve everything the run needs.
+    """Start Ray on loopback, or join a cluster, and reserve the resources of the run.
+
+    Ray's own messages go to `logs/ray.log` in the run directory.
 
     Args:
+        run_dir: holds the logs, and a note of the scratch folder until that folder is removed.
+        bundles: the resources of each process of the run, by Ray's names ("CPU", "GPU").
         store_bytes: size of the object store of a Ray started here.
     Raises:
-        ConfigError: no cluster at run.address, one that is too small, or one that would be joined without a token.
+        ConfigError: no cluster answers at run.address, it is too small, or it would be joined without a token.
+        EngineError: Ray failed while the block ran.
         RlsysError: Ray did not start.
     """
     check_address(config.run.address)
     local = config.run.address == "local"
-    temporary = _temporary_folder(run_dir)
-    with contextlib.ExitStack() as last:
-        reaper = last.enter_context(kill_with_this_process(temporary)) if local else None
+    temporary, log_file = _temporary_folder(run_dir), run_dir / "logs" / RAY_LOG
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ray_logging_to(log_file))
+        reaper = stack.enter_context(kill_with_this_process(temporary)) if local else None
         try:
-            _start_ray(config.run.address, temporary, len(bundles), store_bytes)
+            with output_to(log_file):
+                _start_ray(config.run.address, temporary, len(bundles), store_bytes)
             children = psutil.Process().children() if local else []
             services = {child.name(): child for child in children if child.name() in SERVICES}
             yield Cluster(_reserve(bundles), config, run_dir, temporary, services)
         except RayError as error:
             raise EngineError(f"Ray: {type(error).__name__}: {' '.join(str(error).split())}") from error
         finally:
-            with signals_ignored():
-                children = psutil.Process().children(recursive=True) if local else []
-                try:
-                    ray.shutdown()
-                finally:
-                    # On a busy machine workers would outlive the driver by seconds, and agents of a Ray that failed
-                    # to start are nobody's children.
-                    left = [child for child in children if child != reaper]
-                    try:
-                        strays = processes_of_ray(str(temporary)) if local else []
-                        kill_and_wait([*left, *strays], SHUTDOWN_TIMEOUT_S)
-                    finally:
-                        remove_leftovers(run_dir)
+            with signals_ignored(), output_to(log_file):
+                _stop_ray(run_dir, temporary if local else None, reaper)
+
+
+def _stop_ray(run_dir: Path, temporary: Path | None, reaper: psutil.Process | None) -> None:
+    """Disconnect from Ray. End a Ray that was started here, with all its processes, and remove its files.
+
+    Args:
+        temporary: the scratch folder of a Ray that was started here; None if a cluster was joined.
+        reaper: the process that the caller ends itself.
+    """
+    children = psutil.Process().children(recursive=True) if temporary else []
+    try:
+        ray.shutdown()
+    finally:
+        # On a busy machine workers outlive the driver by seconds. If Ray failed to start, its agents are no longer
+        # children of this process.
+        left = [child for child in children if child != reaper]
+        try:
+            strays = processes_of_ray(str(temporary)) if temporary else []
+            kill_and_wait([*left, *strays], SHUTDOWN_TIMEOUT_S)
+        finally:
+            remove_leftovers(run_dir)
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -146,7 +165,6 @@ def _start_ray(address: str, temporary: Path, processes: int, store_bytes: int) 
     if address == "local":
         close_local_ray()
         options |= {
-            "configure_logging": False,
             "include_dashboard": False,
             "_temp_dir": str(temporary / "ray"),  # which Ray opens to everybody; the folder above is not
             "num_cpus": processes,  # logical: phases alternate, threads are set by OMP_NUM_THREADS

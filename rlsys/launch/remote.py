@@ -109,7 +109,12 @@ class RayActor:
         return found
 
     async def close(self) -> None:
+        """Close the engine and the verifiers, then end the process.
+
+        Ray must end it. A process that ends by itself may crash in a library's exit handler, which Ray reports.
+        """
         await self._call("close", 5.0, "the shutdown")
+        ray.kill(self.handle)
 
     def kill(self) -> None:
         kill(self.handle, self._process)
@@ -176,6 +181,11 @@ class RayLearner:
     async def restart(self) -> None:
         """Kill all ranks and start new ones, which have no state."""
         self._group.restart()
+
+    def close(self) -> None:
+        """End all ranks. No call may be under way."""
+        for rank in self._ranks:
+            ray.kill(rank.handle)
 
     async def start_stage(self, stage: StageName, policy: Path, resume: Path | None, reference: Path | None) -> None:
         # The processes are looked up now: a rank that is stopped later cannot be asked.

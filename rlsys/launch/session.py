@@ -250,6 +250,7 @@ async def _train(cluster: Cluster, session: Session) -> None:
         )
         fault("driver.up")
         await recovery.run(start, lambda start: _run(session, start, pool, learner, bus, signals))
+        learner.close()
 
 
 async def _run(

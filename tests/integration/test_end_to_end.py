@@ -15,6 +15,10 @@ from rlsys.run.metrics import METRICS, read_rows
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 LARGEST_GAP = 5e-4
+OURS = re.compile(
+    r"starting from the initial model$|probe gap of a fresh load |stage (warm_start|online): step |"
+    r"(warm_start|online) \d+/\d+  |evaluation  |checkpoint |(run directory|held-out|evaluate|continue): "
+)
 
 
 def test_metrics_have_a_row_for_every_step(finished_run: FinishedRun) -> None:
@@ -55,10 +59,21 @@ def test_run_directory(finished_run: FinishedRun) -> None:
         "actor-1.log",
         "learner-0.log",
         "learner-1.log",
+        "ray.log",
     ]
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_000065", "step_000070"]
     for stage in ("warm_start", "online"):
         assert (run / "stages" / stage / "model.safetensors").is_file()
+
+
+def test_every_line_of_output_is_ours(finished_run: FinishedRun) -> None:
+    lines = finished_run.command.stdout.splitlines()
+    assert len(lines) > 10
+    assert [line for line in lines if not OURS.match(line)] == []
+    assert finished_run.command.stderr == ""
+    log = (finished_run.dir / "logs" / "ray.log").read_text()
+    assert "Started a local Ray instance" in log
+    assert "worker died" not in log  # all processes left before Ray did
 
 
 def test_tensorboard_holds_the_same_numbers(finished_run: FinishedRun) -> None:
@@ -121,6 +136,8 @@ def test_evaluate_repeats_the_last_evaluation_of_the_run(finished_run: FinishedR
     output = tmp_path / "figures.json"
     command = start("evaluate", str(finished_run.dir), "--output", str(output)).finish()
     command.assert_gone(within_s=5)
+    assert re.fullmatch(r"starting 2 actors on \S+\n", command.stderr)
+    assert "Ray" not in command.stdout
     figures = json.loads(output.read_text())
     row = read_rows(finished_run.dir / "metrics.jsonl")[-1]
     # The same problems, seeds and weights, loaded from files instead of published.

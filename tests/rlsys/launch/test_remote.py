@@ -205,6 +205,20 @@ def test_a_process_on_another_host_is_left_to_ray(monkeypatch: pytest.MonkeyPatc
         process.kill()
 
 
+@pytest.mark.parametrize("acknowledged", [True, False])
+def test_an_actor_that_has_closed_is_ended_by_ray(monkeypatch: pytest.MonkeyPatch, acknowledged: bool) -> None:
+    killed: list[Any] = []
+    monkeypatch.setattr(ray, "kill", killed.append)
+    handle = Handle(None if acknowledged else ActorDiedError())
+    closing = RayActor(handle, CONFIG, "actor 0").close()
+    if acknowledged:
+        asyncio.run(closing)
+    else:
+        with pytest.raises(ProcessDiedError, match="actor 0 died"):
+            asyncio.run(closing)
+    assert killed == [handle] * acknowledged
+
+
 class Rank:
     """The Ray handle of a learner rank, with one answer for every method."""
 
@@ -297,3 +311,11 @@ def test_a_process_that_is_none_of_ray_is_never_killed() -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
         assert remote.process_at(socket.gethostname(), process.pid) is None
         process.kill()
+
+
+def test_closing_the_learner_ends_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[Any] = []
+    monkeypatch.setattr(ray, "kill", killed.append)
+    ranks = [Rank(), Rank()]
+    RayLearner(lambda _attempt: ranks, CONFIG).close()
+    assert killed == ranks

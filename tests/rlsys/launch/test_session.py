@@ -303,7 +303,9 @@ def test_a_replaced_actor_loads_a_policy_that_retention_keeps(monkeypatch: pytes
         attempts.append(start)
 
     monkeypatch.setattr(launch, "rollout_pool", pool)
-    monkeypatch.setattr(launch, "RayLearner", lambda *_arguments: None)
+    closed: list[bool] = []
+    learner = SimpleNamespace(close=lambda: closed.append(True))
+    monkeypatch.setattr(launch, "RayLearner", lambda *_arguments: learner)
     monkeypatch.setattr(launch, "WeightBus", lambda *_arguments: bus)
     monkeypatch.setattr(launch, "_run", attempt)
     start = SimpleNamespace(describe=lambda: "resuming", checkpoint=Path("checkpoint"))
@@ -319,7 +321,7 @@ def test_a_replaced_actor_loads_a_policy_that_retention_keeps(monkeypatch: pytes
     )
     cluster: Any = SimpleNamespace(config=session.config)
     asyncio.run(launch._train(cluster, session))
-    assert attempts == [start]
+    assert attempts == [start] and closed == [True]
     _, serving, _, replacement_policy, _ = pools[0]
     assert serving == replacement_policy() == Path("checkpoint/policy")
     bus.calibrated = True  # from then on training may remove the checkpoint
