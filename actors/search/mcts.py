@@ -1,73 +1,46 @@
 """Monte Carlo tree search over thought nodes for one prompt, as a state machine without input or output.
 
-`start` and `deliver` answer with what is to be asked next. Whatever the order in which answers are delivered, those of
-the writers are applied in the order in which they were asked for, each with the verdict on the chain that it ends: a
-verdict comes before all completions that were asked for meanwhile, so that a short chain's place is not held by longer
-ones behind it. So a tree is a function of its seed and the answers alone.
+`start` and `deliver` return the next requests. A tree is a function of its seed and of the answers alone, because
+`actors.search.jobs` applies answers in a fixed order.
 
-A simulation goes down from the prompt, or from the node that the frontier offers, until it finds a node with capacity;
-it asks for children there, goes on into one of them, and ends at an answer, which is judged once and backed up, or
-where nothing can follow. Up to `parallel_simulations` are under way at once; each counts along its path (WU-UCT).
+A simulation goes down from the prompt, or begins at the best node of the global frontier, until it reaches a node with
+room for children. It requests children there and continues into one of them. It ends at an answer, which is judged
+once and whose reward is backed up, or at a node that nothing can follow. Up to `parallel_simulations` simulations run
+at once, and each counts along its path (WU-UCT).
+
 Sources: Marco-o1 v2, arXiv:2503.01461, sec. 3; Liu et al., WU-UCT, ICLR 2020.
 """
 
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from actors.rollouts.single_turn import sample_seed
+from actors.search.backtracking import Backtracking
 from actors.search.expansion import Expander, Plan
+from actors.search.jobs import Answer, Job, JobQueue, Request
 from actors.search.requests import Ask, Drawn, Judge, SearchWriter
 from actors.search.selection import choose, draw_best, frontier_score
-from actors.search.tree import GrowingTree, Node, Status
+from actors.search.simulations import Simulation, Simulations
+from actors.search.stopping import StopRule
+from actors.search.tree import GrowingTree, NewNode, Node, Status
 from rlsys.config.patterns import Pattern
 from rlsys.config.search import FrontierConfig, SearchConfig
-from rlsys.trees import ENDINGS, StopReason, Tree, Writer
+from rlsys.trees import ENDINGS, Tree, Writer
 from rlsys.types import Prompt, Verdict
-
-Request = Ask | Judge
-
-
-@dataclass(slots=True, eq=False)
-class _Simulation:
-    """One pass under way; path: from the prompt down to where it is; asked: a writer was asked for it."""
-
-    path: list[Node] = field(default_factory=list)
-    asked: bool = False
-
-    @property
-    def node(self) -> Node:
-        return self.path[-1]
-
-    def enter(self, node: Node) -> None:
-        node.in_flight += 1
-        self.path.append(node)
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """Something asked for and not applied yet: what comes below a node, or its verdict."""
-
-    number: int
-    kind: Literal["children", "single", "chain", "verdict"]
-    node: Node
-    simulations: list[_Simulation]
-    plan: Plan = field(default_factory=Plan)
 
 
 class TreeSearch:
     """The search of one prompt.
 
     Args:
-        writers: "policy" or "model", who grows the tree, and "reviewer" where there is one.
-        max_chain_tokens: longest chain, in tokens of whoever writes.
-        seed: run.seed; with the prompt's id it decides everything that is drawn.
+        writers: the models by role: "policy" or "model", which proposes nodes, and "reviewer" if there is one.
+        max_chain_tokens: longest chain, in tokens of the model that writes it.
+        seed: run.seed; together with the prompt's id it decides every draw.
     """
 
     def __init__(
@@ -82,7 +55,7 @@ class TreeSearch:
     ) -> None:
         self.prompt = prompt
         self._pattern, self._config, self._writers = pattern, config, writers
-        self._grower: Writer = "model" if "model" in writers else "policy"
+        self._proposer: Writer = "model" if "model" in writers else "policy"
         self._rng = random.Random(sample_seed(seed, prompt.prompt_id, "search"))
         self._tree = GrowingTree(pattern, chains=config.expansion == "chain", max_depth=config.max_depth)
         self._expander = Expander(
@@ -93,39 +66,34 @@ class TreeSearch:
             tree_seed=(seed, prompt.prompt_id),
             max_chain_tokens=max_chain_tokens,
         )
-        self._jobs: deque[_Job] = deque()
-        self._verdicts: deque[_Job] = deque()
-        self._answers: dict[int, Sequence[Drawn] | Verdict] = {}
-        self._expansions: dict[Node, _Job] = {}
-        self._backtracks: deque[tuple[Node, str]] = deque()
-        self._requests: list[Request] = []
-        self._stop: StopReason | None = None
-        self._numbered = self._running = self._begun = self._finished = 0
-        self._scored = self._correct = self._calls = self._tokens = 0
+        self._jobs = JobQueue()
+        self._simulations = Simulations(self._tree)
+        self._backtracking = Backtracking(self._tree)
+        self._stop = StopRule(config.stop)
+        self._expansions: dict[Node, Job] = {}
+        self._calls = 0
 
     def start(self) -> list[Request]:
-        """The first requests. None at all where the prompt leaves no room for a node: the tree is finished then."""
+        """Return the first requests; none if the prompt leaves no room for a node, and the tree is then finished."""
         self._begin_simulations()
-        return self._take_requests()
+        return self._jobs.take_requests()
 
-    def deliver(self, number: int, answer: Sequence[Drawn] | Verdict) -> list[Request]:
-        """Take the answer to a request; apply all answers whose turn it is; what is to be asked next."""
-        self._answers[number] = answer
-        while (queue := self._verdicts or self._jobs) and queue[0].number in self._answers:
-            job = queue.popleft()
-            self._apply(job, self._answers.pop(job.number))
+    def deliver(self, number: int, answer: Answer) -> list[Request]:
+        """Take the answer to a request, apply all answers whose turn it is, and return the next requests."""
+        self._jobs.answer(number, answer)
+        while (ready := self._jobs.pop_ready()) is not None:
+            self._apply(*ready)
             self._begin_simulations()
-        return self._take_requests()
+        return self._jobs.take_requests()
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is under way any more."""
-        return not self._jobs and not self._verdicts
+        """Whether no request is under way."""
+        return self._jobs.empty
 
     def tree(self) -> Tree:
-        """The finished tree."""
-        used_up = self._begun >= self._config.stop.simulations
-        tree, stop = self._tree, self._stop or ("simulations" if used_up else "exhausted")
+        """Return the finished tree."""
+        used_up = self._simulations.begun >= self._config.stop.simulations
         return Tree(
             prompt_id=self.prompt.prompt_id,
             question=self.prompt.question,
@@ -136,40 +104,37 @@ class TreeSearch:
             prompt_token_ids={
                 name: np.asarray(writer.prompt_ids, dtype=np.int32) for name, writer in self._writers.items()
             },
-            nodes=tuple(node.freeze() for node in tree.nodes),
-            stop=stop,
-            simulations=self._begun,
+            nodes=tuple(node.freeze() for node in self._tree.nodes),
+            stop=self._stop.reason or ("simulations" if used_up else "exhausted"),
+            simulations=self._simulations.begun,
             calls=self._calls,
-            tokens=self._tokens,
-            counts=dict(sorted(tree.counts.items())),
+            tokens=self._stop.tokens,
+            counts=dict(sorted(self._tree.counts.items())),
         )
 
     # --- simulations ---
 
     def _begin_simulations(self) -> None:
-        """As many as may be under way. Backtracking comes first: it is what a wrong answer has just called for."""
-        limit = self._config.stop.simulations
-        while not self._is_stopped() and self._begun < limit and self._running < self._config.parallel_simulations:
-            if self._backtracks:
-                self._backtrack(*self._backtracks.popleft())
+        """Begin as many simulations as may run. Backtracking comes first."""
+        simulations, limit = self._simulations, self._config.stop.simulations
+        while (
+            not self._is_stopped()
+            and simulations.begun < limit
+            and simulations.running < self._config.parallel_simulations
+        ):
+            if self._backtracking.queue:
+                self._backtrack()
             elif self._tree.root.status is Status.OPEN:
-                begun = self._begun
-                self._continue(self._begin(self._frontier() if self._is_frontier else self._tree.root))
-                if self._begun == begun:  # others are in the way
+                begun = simulations.begun
+                start = self._frontier(self._config.selection) if self._is_frontier else self._tree.root
+                self._continue(simulations.begin(start))
+                if simulations.begun == begun:  # other simulations block its way
                     return
             else:
                 return
 
-    def _begin(self, node: Node) -> _Simulation:
-        simulation = _Simulation()
-        for above in [*node.upwards()][::-1]:
-            simulation.enter(above)
-        self._begun += 1
-        self._running += 1
-        return simulation
-
-    def _continue(self, simulation: _Simulation) -> None:
-        """Go down until something has to be asked, or nothing can follow."""
+    def _continue(self, simulation: Simulation) -> None:
+        """Go down until the simulation has to wait for an answer, or nothing can follow."""
         while True:
             node = simulation.node
             if node.terminal and not node.defect:
@@ -180,44 +145,26 @@ class TreeSearch:
                 return
             if self._tree.has_capacity(node):
                 if self._is_stopped():  # nothing more is generated
-                    self._leave(simulation)
+                    self._simulations.leave(simulation)
                     return
                 if self._expand(node, simulation):
                     return
             children = [child for child in node.children if child.status is Status.OPEN]
             if not children:
-                self._leave(simulation)
+                self._simulations.leave(simulation)
                 return
             simulation.enter(children[choose(children, node, self._config.selection, self._rng)])
 
-    def _leave(self, simulation: _Simulation) -> None:
-        """End a simulation without an answer. One that asked for nothing, others being in its way, has never been."""
-        ended = simulation.asked or simulation.node.status is not Status.BLOCKED
-        self._finished += ended
-        self._begun -= not ended
-        self._running -= 1
-        for node in simulation.path:
-            node.in_flight -= 1
-            node.tried += ended
-
-    def _back_up(self, simulation: _Simulation, reward: float) -> None:
-        self._finished += 1
-        self._running -= 1
-        for node in simulation.path:
-            node.in_flight -= 1
-        self._tree.back_up(simulation.node, reward)
-
-    def _ends(self, node: Node) -> bool:
-        """Whether the one who grows the tree ended the chain here without an answer. Such a chain has reward 0."""
-        return node.defect in ENDINGS and node.writer == self._grower
+    def _is_wrong_ending(self, node: Node) -> bool:
+        """Return whether the proposer ended the chain here without an answer. Such a chain has reward 0."""
+        return node.defect in ENDINGS and node.writer == self._proposer
 
     @property
     def _is_frontier(self) -> bool:
         return isinstance(self._config.selection, FrontierConfig)
 
-    def _frontier(self) -> Node:
-        """The best of all nodes from which a simulation can ask or judge something at once."""
-        config = self._config.selection
+    def _frontier(self, config: object) -> Node:
+        """Return the best node at which a simulation can request something at once."""
         assert isinstance(config, FrontierConfig)  # noqa: S101 - see _is_frontier
         able = [node for node in self._tree.nodes if node.status is Status.OPEN and self._can_act(node)]
         # A node that is being expanded is open as well, but another one is better.
@@ -229,13 +176,17 @@ class TreeSearch:
     def _can_act(self, node: Node) -> bool:
         return node.expanding or self._tree.has_capacity(node) or (node.terminal and not node.defect)
 
-    # --- asking ---
+    def _is_stopped(self) -> bool:
+        """Return whether nothing more may be generated."""
+        return self._stop.reached(self._simulations.finished)
 
-    def _expand(self, node: Node, simulation: _Simulation) -> bool:
-        """Ask for children of a node; False where nothing had to be asked or nothing could be."""
+    # --- requests ---
+
+    def _expand(self, node: Node, simulation: Simulation) -> bool:
+        """Request children of a node. Return False if no request was necessary or possible."""
         if self._tree.chains:
             plan = self._expander.chain(node)
-            node.asked += 1
+            node.draws += 1
             node.full = not plan.parts  # there will not be more room later
             job = self._job("chain", node, simulation, plan)
         else:
@@ -250,69 +201,58 @@ class TreeSearch:
             self._returned(job)
         return False
 
-    def _hand_over(self, node: Node, name: str, simulation: _Simulation) -> None:
-        """Let the reviewer write the node of a chain that is his."""
-        plan = Plan() if self._is_stopped() else self._expander.single(node, name, backtrack=False)
+    def _request_review(self, node: Node, type_name: str, simulation: Simulation) -> None:
+        """Request a node that the reviewer writes within a chain."""
+        plan = Plan() if self._is_stopped() else self._expander.single(node, type_name, backtrack=False)
         job = self._job("single", node, simulation, plan)
         if not plan.parts:
             self._apply_single(job, ())
 
-    def _backtrack(self, node: Node, name: str) -> None:
-        """Begin a simulation with a child of a type below the ancestor of a wrong answer."""
-        simulation = self._begin(node)
-        chain = self._tree.chains and self._expander.writer_of(name) not in (None, "reviewer")
+    def _backtrack(self) -> None:
+        """Begin a simulation with the next backtracking child."""
+        node, type_name = self._backtracking.take()
+        simulation = self._simulations.begin(node)
+        chain = self._tree.chains and self._expander.writer_of(type_name) not in (None, "reviewer")
         if chain:
-            plan = self._expander.backtrack_chain(node, name)
+            plan = self._expander.backtrack_chain(node, type_name)
         else:
-            plan = self._expander.single(node, name, backtrack=True)
-        node.waiting -= 1  # it was counted when it was put in the queue
+            plan = self._expander.single(node, type_name, backtrack=True)
         job = self._job("chain" if chain else "single", node, simulation, plan)
         self._tree.counts["backtracks"] += 1
         if not plan.parts:
             self._apply_single(job, ())
 
-    def _judge(self, node: Node, simulation: _Simulation) -> None:
-        """Back up the verdict of a whole chain; ask for it where there is none yet.
+    def _judge(self, node: Node, simulation: Simulation) -> None:
+        """Back up the verdict of a complete chain, or request the verdict if there is none yet.
 
-        No other simulation comes here meanwhile: none goes to a node that waits, and no completion is applied.
+        No other simulation can arrive here meanwhile: none goes to a waiting node, and no completion is applied.
         """
         if node.verdict is not None:
             self._end(simulation, node.verdict)
             return
-        job = _Job(self._numbered, "verdict", node, [simulation])
+        job = Job(self._jobs.next_number, "verdict", node, [simulation])
         node.waiting += 1
-        self._ask(job, Judge(job.number, "".join(step.text for step in node.path())))
+        self._jobs.put(job, Judge(job.number, "".join(step.text for step in node.path())))
         self._tree.refresh(node)
 
-    def _job(
-        self, kind: Literal["children", "single", "chain"], node: Node, simulation: _Simulation, plan: Plan
-    ) -> _Job:
-        """A job for a plan, which is asked for where a model has to be."""
+    def _job(self, kind: Literal["children", "single", "chain"], node: Node, simulation: Simulation, plan: Plan) -> Job:
+        """Return the job of a plan, and request its completions if it has any."""
         node.waiting += 1
-        job = _Job(self._numbered, kind, node, [simulation], plan)
+        job = Job(self._jobs.next_number, kind, node, [simulation], plan)
         if plan.parts:
-            self._ask(job, Ask(job.number, tuple(part.call for part in plan.parts)))
+            self._jobs.put(job, Ask(job.number, tuple(part.call for part in plan.parts)))
             self._calls += len(plan.parts)
-            simulation.asked = True
+            simulation.requested = True
             self._tree.refresh(node)
         return job
 
-    def _ask(self, job: _Job, request: Request) -> None:
-        self._numbered += 1
-        (self._verdicts if isinstance(request, Judge) else self._jobs).append(job)
-        self._requests.append(request)
+    # --- answers ---
 
-    def _take_requests(self) -> list[Request]:
-        found, self._requests = self._requests, []
-        return found
-
-    # --- applying answers ---
-
-    def _apply(self, job: _Job, answer: Sequence[Drawn] | Verdict) -> None:
+    def _apply(self, job: Job, answer: Answer) -> None:
         if isinstance(answer, Verdict):
             self._apply_verdict(job, answer)
             return
-        self._tokens += sum(len(drawn.token_ids) for drawn in answer)
+        self._stop.tokens += sum(len(drawn.token_ids) for drawn in answer)
         if job.kind == "children":
             self._apply_children(job, answer)
             for simulation in job.simulations:
@@ -322,101 +262,77 @@ class TreeSearch:
         else:
             self._apply_chain(job, answer[0])
 
-    def _returned(self, job: _Job) -> None:
+    def _returned(self, job: Job) -> None:
         job.node.waiting -= 1
         self._tree.refresh(job.node)
 
-    def _apply_children(self, job: _Job, answer: Sequence[Drawn]) -> None:
+    def _apply_children(self, job: Job, answer: Sequence[Drawn]) -> None:
         node = job.node
         node.expanding, node.expanded = False, True
         del self._expansions[node]
-        found = [*job.plan.fixed, *map(self._expander.read_node, job.plan.parts, answer)]
-        for new in found:
+        for new in self._new_nodes(job, answer):
             child = self._tree.add(node, new)
             self._tree.refresh(child)
-            if self._ends(child):  # seen without a simulation of its own
+            if self._is_wrong_ending(child):  # it is backed up although no simulation went to it
                 self._tree.back_up(child, 0.0)
         self._returned(job)
 
-    def _apply_single(self, job: _Job, answer: Sequence[Drawn]) -> None:
+    def _apply_single(self, job: Job, answer: Sequence[Drawn]) -> None:
         [simulation] = job.simulations
-        for new in [*job.plan.fixed, *map(self._expander.read_node, job.plan.parts, answer)]:
+        for new in self._new_nodes(job, answer):
             child = self._tree.add(job.node, new)
             simulation.enter(child)
             self._tree.refresh(child)
         self._returned(job)
-        if simulation.node is job.node:  # there was no room for it
-            self._leave(simulation)
-        elif self._ends(simulation.node):
-            self._back_up(simulation, 0.0)
+        if simulation.node is job.node:  # there was no room for a child
+            self._simulations.leave(simulation)
+        elif self._is_wrong_ending(simulation.node):
+            self._simulations.back_up(simulation, 0.0)
         else:
             self._continue(simulation)
 
-    def _apply_chain(self, job: _Job, drawn: Drawn) -> None:
+    def _new_nodes(self, job: Job, answer: Sequence[Drawn]) -> list[NewNode]:
+        return [*job.plan.fixed, *map(self._expander.read_node, job.plan.parts, answer)]
+
+    def _apply_chain(self, job: Job, drawn: Drawn) -> None:
         [simulation], [part] = job.simulations, job.plan.parts
-        handed_over: str | None = None
+        reviewed_type: str | None = None
         for piece in self._expander.read_chain(job.node, part, drawn):
             node = simulation.node
             if node is not job.node:  # one draw from every node that the chain goes through
-                node.asked += 1
-            if piece.handover:
-                handed_over = piece.node.type
+                node.draws += 1
+            if piece.for_reviewer:
+                reviewed_type = piece.node.type
                 break
             simulation.enter(self._tree.add(node, piece.node))
         for node in reversed(simulation.path[simulation.path.index(job.node) + 1 :]):
             self._tree.refresh(node)
         self._returned(job)
-        if handed_over is not None:
-            self._hand_over(simulation.node, handed_over, simulation)
-        elif self._ends(simulation.node):
-            self._back_up(simulation, 0.0)
+        if reviewed_type is not None:
+            self._request_review(simulation.node, reviewed_type, simulation)
+        elif self._is_wrong_ending(simulation.node):
+            self._simulations.back_up(simulation, 0.0)
         elif simulation.node is job.node or not simulation.node.terminal:
-            self._leave(simulation)
+            self._simulations.leave(simulation)
         else:
             self._continue(simulation)
 
-    def _apply_verdict(self, job: _Job, verdict: Verdict) -> None:
+    def _apply_verdict(self, job: Job, verdict: Verdict) -> None:
         node, [simulation] = job.node, job.simulations
-        node.verdict, node.scored_tokens = verdict, self._tokens
+        node.verdict, node.scored_tokens = verdict, self._stop.tokens
         if verdict.outcome in ("ok", "wrong"):
-            node.scored, self._scored = self._scored, self._scored + 1
+            node.scored, self._stop.scored = self._stop.scored, self._stop.scored + 1
         else:
             self._tree.counts[f"verifier_{verdict.outcome}"] += 1
         if verdict.outcome == "ok" and verdict.reward > 0:
-            self._correct += 1
+            self._stop.correct += 1
         elif verdict.outcome in ("ok", "wrong") and self._config.backtracking:
-            self._plan_backtrack(node)
+            self._backtracking.plan(node)
         self._returned(job)
         self._end(simulation, verdict)
 
-    def _plan_backtrack(self, answer: Node) -> None:
-        """Queue one child, of the type that the table names, for the nearest ancestor that has any such row."""
-        for node in answer.upwards():
-            row = self._pattern.after_wrong.get(node.type)
-            if node is answer or row is None:
-                continue
-            name = next((name for name, most in row.items() if node.backtracks[name] < most), None)
-            if name is not None and self._tree.fits(node, name):
-                node.backtracks[name] += 1
-                node.waiting += 1
-                self._backtracks.append((node, name))
-                self._tree.refresh(node)
-            return
-
-    def _end(self, simulation: _Simulation, verdict: Verdict) -> None:
+    def _end(self, simulation: Simulation, verdict: Verdict) -> None:
         if verdict.outcome in ("ok", "wrong"):
-            self._back_up(simulation, verdict.reward)
-        else:  # masked: an answer that could not be judged says nothing of the chain
-            self._leave(simulation)
-
-    def _is_stopped(self) -> bool:
-        """Whether nothing more may be asked of a writer. Once true it stays true."""
-        stop = self._config.stop
-        if self._stop is None:
-            if any(self._correct >= rule.count and self._finished >= rule.after for rule in stop.correct):
-                self._stop = "correct"
-            elif stop.answers is not None and self._scored >= stop.answers:
-                self._stop = "answers"
-            elif stop.tokens is not None and self._tokens >= stop.tokens:
-                self._stop = "tokens"
-        return self._stop is not None
+            self._simulations.back_up(simulation, verdict.reward)
+        else:  # masked: the verdict is missing, so the chain keeps its value
+            self._simulations.leave(simulation)

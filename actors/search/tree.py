@@ -1,6 +1,6 @@
-"""A tree while it grows: nodes, their counts, and which of them a simulation may still go to.
+"""A tree while it grows: nodes, their counts, and the status that says where a simulation may still go.
 
-One thread, no locks. Backing up costs O(depth).
+One thread uses it, without locks. Backing up costs O(depth).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rlsys.types import FinishReason, Verdict, VersionSpan
 
 
 class Status(IntEnum):
-    """Whether a simulation can get anywhere at or below a node: now; once what is under way is back; never again."""
+    """Availability of a node and of the nodes below it: now, after answers that are under way, or never again."""
 
     OPEN = 0
     BLOCKED = 1
@@ -28,7 +28,11 @@ class Status(IntEnum):
 
 @dataclass(slots=True, kw_only=True)
 class NewNode:
-    """A node as it was read, before the tree has it. logprobs: of the generated tokens only."""
+    """A node that was read from a completion and is not in the tree yet.
+
+    Attributes:
+        logprobs: log-probabilities of the generated tokens, in nats; forced tokens have none.
+    """
 
     type: str
     text: str
@@ -45,15 +49,20 @@ class NewNode:
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A node of the growing tree; see `rlsys.trees.ThoughtNode` for what it becomes.
+    """A node of the growing tree; it becomes a `rlsys.trees.ThoughtNode`.
 
-    tried: simulations through it that the search broke off or that could not be judged: they say nothing of its value.
-    logprob, drawn: sum over, and number of, the tokens that the writer chose.
-    asked: draws from this node so far (chain expansion). in_flight: simulations under way through it.
-    waiting: calls and verdicts under way that belong to it, and backtracking children that are still to be asked for.
-    expanding, expanded: its children are being asked for, or have been (node expansion).
-    full: the context leaves no room for a child.
-    backtracks: how many backtracking children it was given, or is to get, by type.
+    Attributes:
+        tried: simulations through the node that the search broke off or that could not be judged. They do not change
+            its value.
+        logprob: sum of the log-probabilities of the tokens that the model chose, in nats.
+        drawn: number of these tokens.
+        draws: chains that were drawn from this node so far (chain expansion).
+        in_flight: running simulations that have passed the node.
+        waiting: requests under way for this node, and backtracking children that are not requested yet.
+        expanding: whether its children are requested (node expansion).
+        expanded: whether its children are known (node expansion).
+        full: whether the context has no room for a child.
+        backtracks: backtracking children that it has or will get, by type.
     """
 
     number: int
@@ -80,7 +89,7 @@ class Node:
     scored_tokens: int = 0
     logprob: float = 0.0
     drawn: int = 0
-    asked: int = 0
+    draws: int = 0
     in_flight: int = 0
     waiting: int = 0
     expanding: bool = False
@@ -92,21 +101,22 @@ class Node:
     backtracks: Counter[str] = field(default_factory=Counter)
 
     def path(self) -> list[Node]:
-        """From the first node below the prompt to this one."""
-        found, node = deque[Node](), self
+        """Return the nodes from the first one below the prompt to this one."""
+        nodes, node = deque[Node](), self
         while node.parent is not None:
-            found.appendleft(node)
+            nodes.appendleft(node)
             node = node.parent
-        return list(found)
+        return list(nodes)
 
     def upwards(self) -> Iterator[Node]:
-        """This node and all above it."""
+        """Yield this node and its ancestors, up to the root."""
         node: Node | None = self
         while node is not None:
             yield node
             node = node.parent
 
     def freeze(self) -> ThoughtNode:
+        """Return the finished node."""
         logprobs = np.zeros(len(self.token_ids), dtype=np.float32)
         logprobs[self.forced :] = self.logprobs
         return ThoughtNode(
@@ -132,12 +142,12 @@ class Node:
 
 
 class GrowingTree:
-    """The nodes, and what the pattern allows below each of them.
+    """The nodes of a tree, and the children that the pattern allows each of them.
 
     Args:
-        chains: chain expansion: draws are asked for one by one, and a node that was drawn s times may have s times
-            the children of its table row, as s separate siblings would.
-        max_depth: nodes of the longest chain, None for no limit.
+        chains: whether chains are drawn one by one (chain expansion). A node that was drawn s times may then have s
+            times the children of its table row, as s separate siblings would.
+        max_depth: nodes of the longest chain; None for no limit.
     """
 
     def __init__(self, pattern: Pattern, *, chains: bool, max_depth: int | None) -> None:
@@ -152,7 +162,7 @@ class GrowingTree:
         self.refresh(self.root)
 
     def add(self, parent: Node, new: NewNode) -> Node:
-        """Put a node under its parent, or count one more draw of a sibling with the very same tokens and versions."""
+        """Add a node below its parent, or count one more draw of a sibling with equal tokens and weight versions."""
         key = (new.type, tuple(new.token_ids), new.versions)
         same = parent.by_ids.get(key)
         if same is not None:
@@ -186,36 +196,39 @@ class GrowingTree:
         return node
 
     def allowed(self, node: Node) -> Mapping[str, int]:
-        """Types that may follow a node and how many of each; near the depth limit only those that lead to an answer."""
+        """Return the types that may follow a node, with their numbers.
+
+        Near the depth limit only types that can still lead to an answer are allowed.
+        """
         if node.defect or node.terminal:
             return {}
-        place = node.type, node.depth
-        found = self._allowed.get(place)
-        if found is None:
+        key = node.type, node.depth
+        allowed = self._allowed.get(key)
+        if allowed is None:
             row = self.pattern.children.get(node.type, {})
-            found = self._allowed[place] = {name: count for name, count in row.items() if self.fits(node, name)}
-        return found
+            allowed = self._allowed[key] = {name: count for name, count in row.items() if self.fits(node, name)}
+        return allowed
 
     def fits(self, node: Node, name: str) -> bool:
-        """Whether a chain that goes on with a type can come to an answer within the depth limit."""
+        """Return whether a chain that continues with a type can reach an answer within the depth limit."""
         return self.max_depth is None or node.depth + self._shortest[name] <= self.max_depth
 
     def has_capacity(self, node: Node) -> bool:
-        """Whether more children may be asked of a node."""
+        """Return whether more children of a node may be requested."""
         if node.full:
             return False
         if self.chains:
-            return node.asked < sum(self.allowed(node).values()) * node.samples
+            return node.draws < sum(self.allowed(node).values()) * node.samples
         return not (node.expanded or node.expanding) and bool(self.allowed(node))
 
     def back_up(self, node: Node, reward: float) -> None:
-        """Count a chain that ended at a node, there and at all above it."""
+        """Add the reward of a chain to the node where it ended and to all its ancestors."""
         for above in node.upwards():
             above.visits += 1
             above.total += reward
 
     def refresh(self, node: Node) -> None:
-        """Bring the status of a node and of those above it up to date."""
+        """Update the status of a node and of its ancestors."""
         for above in node.upwards():
             status = self._status(above)
             if status == above.status and above is not node:
@@ -227,19 +240,19 @@ class GrowingTree:
             if node.verdict is not None:
                 return Status.EXHAUSTED
             return Status.BLOCKED if node.waiting else Status.OPEN
-        if node.expanding or self.has_capacity(node):  # simulations may wait for one and the same expansion
+        if node.expanding or self.has_capacity(node):  # several simulations may wait for the same expansion
             return Status.OPEN
         best = min((child.status for child in node.children), default=Status.EXHAUSTED)
         return min(best, Status.BLOCKED) if node.waiting else best
 
 
 def _shortest(pattern: Pattern) -> dict[str, int]:
-    """Nodes of the shortest chain that begins with a type and ends with an answer."""
-    found = {name: 1 for name, node_type in pattern.types.items() if node_type.terminal}
+    """Return, by type, the number of nodes of the shortest chain that begins with it and ends with an answer."""
+    lengths = {name: 1 for name, node_type in pattern.types.items() if node_type.terminal}
     length = 1
-    while length in found.values():
-        before, length = [name for name in found if found[name] == length], length + 1
+    while length in lengths.values():
+        nearer, length = [name for name in lengths if lengths[name] == length], length + 1
         for name, row in pattern.children.items():
-            if name not in found and any(child in before for child in row):
-                found[name] = length
-    return found
+            if name not in lengths and any(child in nearer for child in row):
+                lengths[name] = length
+    return lengths

@@ -267,7 +267,7 @@ def grow(
             answer = [world.complete(call, writers[call.writer]) for call in request.calls]
         else:
             answer = world.judge(request.completion)
-        events.append((request.number, answer, search._finished))
+        events.append((request.number, answer, search._simulations.finished))
         new = search.deliver(request.number, answer)
         events += new
         waiting += new

@@ -232,7 +232,7 @@ def check_stop(grown: Grown, config: SearchConfig) -> None:
         assert tree.simulations < stop.simulations and not reached
         assert search._tree.root.status is Status.EXHAUSTED
     # Nothing is under way; only backtracking that the end has cut off may still wait to be begun.
-    queued = Counter(node.number for node, _ in search._backtracks)
+    queued = Counter(node.number for node, _ in search._backtracking.queue)
     assert all(node.in_flight == 0 and not node.expanding for node in search._tree.nodes)
     assert {node.number: node.waiting for node in search._tree.nodes if node.waiting} == queued
     assert not queued or tree.stop != "exhausted"
