@@ -84,6 +84,14 @@ class DataSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractedTable:
+    """A table that the stage `search` has extracted: its name without suffix, and the digest of its rows."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan:
     """Everything that differs between stages.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from typing import Any
 
 from rlsys.directory import RunDirectory
 from rlsys.errors import CheckpointError, RlsysError
-from rlsys.files import RecordFile
+from rlsys.files import RecordFile, json_record, read_records, resume_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +192,9 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, resume_version: int, say: Callable[[str], None] = lambda _text: None) -> None:
         path = RunDirectory(run_dir).metrics
-        rows = [row for row in read_rows(path) if row["weights/version"] <= resume_version]
-        self._file = RecordFile(path, say, map(_line, rows))
+        rows, self._file = resume_records(
+            path, read_rows(path), say, version_key="weights/version", last_version=resume_version
+        )
         self._written = {(row["stage"], row["step"]) for row in rows}
         self._repeatable = {(row["stage"], row["step"]) for row in rows if row["weights/version"] == resume_version}
         self._events = _EventFile(RunDirectory(run_dir).tensorboard, purge_step=resume_version + 1, say=say)
@@ -215,7 +215,7 @@ class MetricsWriter:
             raise RlsysError(f"metrics of stage {stage}, step {step} were written before")
         self._written.add((stage, step))
         row = _ordered({**metrics, "weights/version": version})
-        self._file.write(_line({"stage": stage, "step": step, **row}))
+        self._file.write(json_record({"stage": stage, "step": step, **row}))
         self._events.scalars(version, {name: value for name, value in row.items() if value is not None})
 
     def sync(self) -> None:
@@ -235,22 +235,16 @@ class MetricsWriter:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl. A last line without its newline was cut short by a kill and is left out.
+    """Return the rows of a metrics.jsonl; see `rlsys.files.read_records`.
 
     Raises:
-        RlsysError: a line is not a row of metrics.
+        CheckpointError: a line is not a row of metrics.
     """
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-            row["stage"], row["step"], row["weights/version"] + 0
-        except (ValueError, KeyError, TypeError) as error:
-            raise RlsysError(f"{path}:{number}: not a row of metrics ({error}); remove the line") from error
-        rows.append(row)
-    return rows
+    return read_records(path, _is_row, "a row with stage, step and weights/version; remove the line")
+
+
+def _is_row(row: Any) -> bool:
+    return {"stage", "step"} <= set(row) and isinstance(row["weights/version"], int | float)
 
 
 def _ordered(metrics: Mapping[str, float]) -> dict[str, float | None]:
@@ -262,10 +256,6 @@ def _ordered(metrics: Mapping[str, float]) -> dict[str, float | None]:
             number = value if type(value) is int else float(value)
             row[name] = number if math.isfinite(number) else None
     return row
-
-
-def _line(row: Mapping[str, Any]) -> bytes:
-    return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 
 class _EventFile:
