@@ -12,7 +12,7 @@ from typing import Any
 
 from storm_plan import KINDS, Fault
 
-from rlsys.run.ledger import FATES
+from rlsys.run.ledger import OUTCOMES
 
 SLACK_MIB = 1.0  # by which what was there before a storm may differ after it
 
@@ -46,7 +46,7 @@ def prompts_of(ledger: Sequence[Mapping[str, Any]], cursor: int, in_flight: Sequ
     Args:
         ledger: lines of ledger.jsonl. cursor: prompts issued. in_flight: those whose fate is open.
     """
-    fates = Counter(index for line in ledger for fate in ("before", *FATES) for index in line.get(fate, ()))
+    fates = Counter(index for line in ledger for fate in ("before", *OUTCOMES) for index in line.get(fate, ()))
     return len(set(range(cursor)) - set(fates) - set(in_flight)), sum(count > 1 for count in fates.values())
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from rlsys.errors import CheckpointError
-from rlsys.run.checkpoints import CheckpointStore
+from rlsys.run.manifest import verify_checkpoint
 
 # Environment variables that all processes of a run inherit; a verifier's clean one has only the second.
 MARK, RUN_ID = "RLSYS_CHAOS_MARK", "RLSYS_RUN_ID"
@@ -100,7 +100,7 @@ def _versions(run_dir: Path) -> list[tuple[int, Path]]:
     found = []
     for path in (run_dir / "checkpoints").glob("step_*"):
         with contextlib.suppress(CheckpointError, OSError):
-            found.append((CheckpointStore.verify(path)["weight_version"], path))
+            found.append((verify_checkpoint(path)["weight_version"], path))
     return sorted(found)
 
 

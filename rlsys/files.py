@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,25 @@ from rlsys.errors import CheckpointError
 
 
 class RecordFile:
-    """Appends records, whole and in order.
+    """A file to which whole records are appended, in order.
 
-    Those that cannot be written wait in memory and go with the next one, in the place of what was begun of them. So do
-    those that cannot be brought to disk: some disks say only then that they are full, and only once. For that, records
-    are held in memory until the next `sync`. What still waits when the process ends is lost.
+    A record that cannot be written waits in memory. The next write tries again and overwrites a partly written record.
+    Records also stay in memory until the next `sync`, because some disks report only there, and only once, that they
+    are full. Records that still wait when the process ends are lost.
 
     Args:
-        path: what is there is replaced, as a whole, by `records`.
-        say: is told when records begin to wait.
+        path: an existing file is replaced by `records`, in one rename.
+        say: called with a message when records begin to wait.
+        records: the first records.
     Raises:
-        CheckpointError: it cannot be written now.
+        CheckpointError: the file cannot be written now.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None], records: Iterable[bytes] = ()) -> None:
         self._path, self._say = path, say
         self._waiting = list(records)
-        self._size = 0  # of the whole records
-        self._unsynced: list[bytes] = []  # written since the last sync
+        self._size = 0  # bytes of the whole records in the file
+        self._unsynced: list[bytes] = []  # records written since the last sync
         temporary = path.with_name(f".{path.name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,19 +43,19 @@ class RecordFile:
             raise self._cannot_write(error) from error
 
     def write(self, record: bytes) -> None:
-        """Append a record, after those that wait."""
+        """Append a record after the waiting records."""
         self._waiting.append(record)
         try:
             self._write_waiting()
         except OSError as error:
-            if len(self._waiting) == 1:  # of several the first ones were said
+            if len(self._waiting) == 1:  # report the first waiting record only
                 self._say(f"NOT WRITTEN, training goes on: {self._path}: {error}; its lines wait in memory")
 
     def sync(self) -> None:
-        """Bring all records to disk.
+        """Flush all records to disk.
 
         Raises:
-            CheckpointError: they cannot be written; they wait on.
+            CheckpointError: they cannot be written. They keep waiting in memory.
         """
         try:
             self._write_waiting()
@@ -67,7 +68,7 @@ class RecordFile:
         self._unsynced.clear()
 
     def close(self) -> None:
-        """Close the file. What cannot be written of it now is said to be lost."""
+        """Close the file, and report the records that still cannot be written as lost."""
         try:
             self._write_waiting()
         except OSError as error:
@@ -79,7 +80,7 @@ class RecordFile:
             return
         data, written = memoryview(b"".join(self._waiting)), 0
         while written < len(data):
-            # At its place, over what was begun of it before.
+            # At a fixed position, so that a partly written record is overwritten.
             written += os.pwrite(self._file.fileno(), data[written:], self._size + written)
         self._size += written
         self._unsynced += self._waiting
@@ -92,7 +93,7 @@ class RecordFile:
 
 
 def fsync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to disk."""
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -101,15 +102,19 @@ def fsync(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of a value as JSON."""
+    """Write a value as JSON, in the way of `write_text`.
+
+    Raises:
+        CheckpointError: the file could not be written. An existing file is unchanged.
+    """
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old content or the new one, also after a power cut.
+    """Write a file so that a reader sees the old content or the new content, also after a power cut.
 
     Raises:
-        CheckpointError: it could not be written; the old file is as it was.
+        CheckpointError: the file could not be written. An existing file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -123,7 +128,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
+    """Return the value in a JSON file.
 
     Raises:
         CheckpointError: the file is missing, unreadable or not JSON.
@@ -132,3 +137,52 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def json_record(value: Mapping[str, Any]) -> bytes:
+    """Return a value as one line of a file of JSON records."""
+    return json.dumps(value, allow_nan=False).encode() + b"\n"
+
+
+def read_records(path: Path, valid: Callable[[Any], bool], expected: str) -> list[dict[str, Any]]:
+    """Return the JSON records of a file, one for each line; no records if the file does not exist.
+
+    A last line without a newline is left out: a kill cut it short.
+
+    Args:
+        valid: returns whether a record has the expected form; it may also raise KeyError or TypeError if not.
+        expected: the expected form and a remedy, for the message.
+    Raises:
+        CheckpointError: a line is not a valid record.
+    """
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+            is_valid = valid(record)
+        except (ValueError, KeyError, TypeError):
+            is_valid = False
+        if not is_valid:
+            raise CheckpointError(f"{path}:{number}: expected {expected}")
+        records.append(record)
+    return records
+
+
+def resume_records(
+    path: Path, records: Sequence[Mapping[str, Any]], say: Callable[[str], None], *, version_key: str, last_version: int
+) -> tuple[list[Mapping[str, Any]], RecordFile]:
+    """Open a file of JSON records to continue it after a weight version.
+
+    Args:
+        records: the records of the file.
+        version_key: the key of a record's weight version.
+        last_version: records of later versions are removed from the file.
+    Returns:
+        The remaining records, and the file to append to.
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    remaining = [record for record in records if record[version_key] <= last_version]
+    return remaining, RecordFile(path, say, map(json_record, remaining))

@@ -1,4 +1,4 @@
-"""Protocols at the seams. The controller and the bus know these and nothing behind them."""
+"""Define the protocols between the controller, the actors, the learner and the tasks."""
 
 from __future__ import annotations
 
@@ -30,42 +30,42 @@ Verify = Callable[[WeightAck, Sequence[Float32Array]], None]
 
 
 class Task(Protocol):
-    """Prompts, verifier and demonstrations. Pure functions of (seed, split, index); no ray, no torch.
+    """Problems, verifier and demonstrations: pure functions of seed, split and index, without ray and torch.
 
-    Instances are picklable and are rebuilt from their config section in reward processes.
+    Instances are picklable. Verifier processes rebuild them from their config section.
     """
 
     @property
     def one_answer(self) -> bool:
-        """Whether every problem has one right answer, which is `Problem.answer`. False: `verify` accepts several."""
+        """Whether `Problem.answer` is the only correct answer. If not, `verify` accepts several answers."""
         ...
 
     def size(self, split: Split) -> int | None:
-        """Number of problems of a split, or None where a generator makes as many as wanted."""
+        """Return the number of problems of a split, or None for an unlimited generator."""
         ...
 
     def problem(self, split: Split, index: int) -> Problem:
-        """The index-th problem. The same index gives the same problem in every process."""
+        """Return the problem with an index, which is the same in every process."""
         ...
 
     def verify(self, problem_answer: str, completion: str) -> Verdict:
-        """Judge the text of a completion (what follows the prompt, without the end token)."""
+        """Judge the text of a completion, which excludes the prompt and the end token."""
         ...
 
     def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str] | None:
-        """The index-th worked example of the train split, or None where the task has none."""
+        """Return the worked example with an index in the train split, or None if the task has no examples."""
         ...
 
     def digest(self) -> str:
-        """sha256 of the data that was read, "" where there is none: a resume must find the same."""
+        """Return the sha256 of the data that was read, or "" without data. A resume requires the same digest."""
         ...
 
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the data that was read, a line each: rows that were left out."""
+        """Return notes for the user about the data that was read, one line each, such as skipped rows."""
         ...
 
     def vocabulary(self) -> tuple[str, ...]:
-        """Strings that a from-scratch tokenizer makes single tokens: tags, words, characters."""
+        """Return the strings that a from-scratch tokenizer makes single tokens: tags, words and characters."""
         ...
 
 

@@ -20,11 +20,17 @@ class Estimate:
 
 
 def mean_over_prompts(values: np.ndarray, seed: int = 0, resamples: int = 2000) -> Estimate:
-    """Mean of [prompts, samples] with a 95 % interval over prompts.
+    """Return the mean of samples with a 95 % bootstrap interval over prompts.
 
-    Samples of one prompt are not independent, so whole prompts are drawn. Where all prompts are 0, or all 1,
-    every draw is the same and says nothing of the uncertainty: there the interval is Wilson's for n prompts,
-    [0, z^2 / (n + z^2)] or [n / (n + z^2), 1]. Source: Efron, percentile bootstrap; Wilson 1927, score interval.
+    Samples of one prompt are not independent, so the bootstrap draws whole prompts. If all prompts are 0, or all are 1,
+    every draw is equal and shows no uncertainty. Then the interval is Wilson's for n prompts: [0, z^2 / (n + z^2)] or
+    [n / (n + z^2), 1].
+
+    Args:
+        values: [prompts, samples].
+        seed: seed of the bootstrap.
+        resamples: number of bootstrap draws.
+    Source: Efron 1979, percentile bootstrap; Wilson 1927, score interval.
     """
     per_prompt = values.mean(axis=1)
     mean = float(per_prompt.mean())
@@ -35,10 +41,16 @@ def mean_over_prompts(values: np.ndarray, seed: int = 0, resamples: int = 2000) 
 
 
 def mean_difference(first: np.ndarray, second: np.ndarray, seed: int = 0, resamples: int = 2000) -> Estimate:
-    """Mean of first - second, both [prompts] and in [0, 1], with a 95 % interval over the same prompts.
+    """Return the mean of first - second with a 95 % bootstrap interval over the prompts.
 
-    Pairs are drawn, so what both find hard cancels. Where all differences are equal the interval is as wide as the
-    one that `mean_over_prompts` gives there, to both sides.
+    The bootstrap draws pairs, so the difficulty of a prompt cancels. If all differences are equal, the interval extends
+    to both sides by the width of Wilson's interval, as in `mean_over_prompts`.
+
+    Args:
+        first: [prompts], in [0, 1].
+        second: [prompts], in [0, 1], for the same prompts.
+        seed: seed of the bootstrap.
+        resamples: number of bootstrap draws.
     """
     differences = first.astype(float) - second.astype(float)
     if np.ptp(differences) == 0:
@@ -54,17 +66,26 @@ def _bootstrap(values: np.ndarray, seed: int, resamples: int) -> Estimate:
 
 
 def _width_without_variation(count: int) -> float:
-    """Of Wilson's interval for a share of 0, or of 1, among `count`."""
+    """Return the width of Wilson's interval for a share of 0, or of 1, of `count` prompts."""
     return _Z**2 / (count + _Z**2)
 
 
 def pass_at_k(values: np.ndarray, k: int) -> np.ndarray:
-    """[prompts, 1] chance that one of k samples drawn without replacement is right.
+    """Return, for each prompt, the probability that one of k samples drawn without replacement is correct.
 
-    1 - C(n - c, k) / C(n, k) with c right ones of n. Source: Chen et al., arXiv:2107.03374, eq. 1.
+    1 - C(n - c, k) / C(n, k) with c correct samples of n.
+
+    Args:
+        values: [prompts, samples], 1 for a correct sample and 0 otherwise.
+        k: number of drawn samples, 1 to n.
+    Returns:
+        [prompts, 1].
+    Raises:
+        ValueError: k is out of range.
+    Source: Chen et al., arXiv:2107.03374, eq. 1.
     """
     total = values.shape[1]
     if not 1 <= k <= total:
         raise ValueError(f"pass@k needs 1 <= k <= samples ({total}), found {k}")
-    right = values.sum(axis=1)
-    return np.array([[1 - math.comb(total - int(c), k) / math.comb(total, k)] for c in right])
+    correct = values.sum(axis=1)
+    return np.array([[1 - math.comb(total - int(c), k) / math.comb(total, k)] for c in correct])

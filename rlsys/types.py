@@ -1,7 +1,7 @@
-"""Every dataclass that crosses a process boundary. numpy and the standard library only.
+"""Define every dataclass that crosses a process boundary, with numpy and the standard library only.
 
 Shapes: T tokens of one trajectory, G trajectories of a group, B rows, P pairs.
-Log-probabilities are in nats, of the distribution that was actually sampled from.
+Log-probabilities are in nats, under the distribution that was actually sampled from.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ StageName = Literal["warm_start", "search", "sft", "preference", "online"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One question of a task, as text, before any tokenizer has seen it."""
+    """One question of a task, as text."""
 
     problem_id: str
     question: str
@@ -34,10 +34,12 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What a verifier says of one completion.
+    """The judgement of a verifier on one completion.
 
-    reward: finite; 0.0 unless the outcome is "ok" or "wrong".
-    answered: False where the completion holds no valid answer (the no-answer rate counts these).
+    Attributes:
+        reward: finite; 0.0 unless the outcome is "ok" or "wrong".
+        answered: whether the completion has a valid answer; the no-answer rate counts completions without one.
+        detail: the reason, for people.
     """
 
     outcome: Outcome
@@ -48,7 +50,12 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """A problem as token ids. token_ids: [T] int32; question: its text, for models with another tokenizer."""
+    """A problem as token ids.
+
+    Attributes:
+        token_ids: [T] int32.
+        question: the text of the question, for models with another tokenizer.
+    """
 
     prompt_id: str
     token_ids: Int32Array
@@ -58,10 +65,13 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionSpan:
-    """Tokens from `start` (index into token_ids) on were sampled by weights `version`.
+    """The weight version that sampled the tokens from `start` on.
 
-    attempt: how often the learner that made them had been started again, within the command. After a return to a
-    checkpoint a version is made once more, and only this tells the two apart. No tree file holds it.
+    Attributes:
+        start: index into token_ids.
+        version: the weight version.
+        attempt: restarts of the learner, within the command, before it made these weights. After a return to a
+            checkpoint a version is made again, and only this number distinguishes the two. Tree files do not store it.
     """
 
     start: int
@@ -73,13 +83,17 @@ class VersionSpan:
 class Step:
     """A thought node inside a searched trajectory.
 
-    node, parent: numbers in the tree; 0 is the prompt. Trajectories of one group that share a node number share the
-    node and all before it.
-    start, stop: its tokens are token_ids[start:stop].
-    type: name of its node type.
-    samples: how often this node was drawn from its parent; duplicates are merged.
-    visits, value: chains that ended below it and their mean reward, as the search saw them (value None without visits).
-    backtrack: put there because the verifier had found an answer below its parent wrong.
+    Attributes:
+        node: number of the node in the tree. Trajectories of a group that share a number share the node and all nodes
+            before it.
+        parent: number of the parent node; 0 is the prompt.
+        start: the tokens of the node are token_ids[start:stop].
+        stop: see `start`.
+        type: name of the node type.
+        samples: how often this node was drawn from its parent; duplicates are merged.
+        visits: chains that ended below the node during the search.
+        value: mean reward of these chains; None without visits.
+        backtrack: whether the node was added because the verifier had judged an answer below its parent as wrong.
     """
 
     node: int
@@ -95,15 +109,16 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """A prompt and everything generated after it.
+    """A prompt and all tokens generated after it.
 
-    token_ids: [T] int32, the prompt first.
-    loss_mask: [T] bool, True only on tokens the policy itself chose.
-    behavior_logprobs: [T] float32, 0 where the mask is False.
-    versions: spans of weight versions over the generated tokens, ascending start.
-    reward: the verifier's; meaningless where outcome is "error" or "timeout".
-    detail: what the verifier said of it, such as why it failed.
-    steps: its thought nodes in order, for a trajectory from a tree.
+    Attributes:
+        token_ids: [T] int32, the prompt first.
+        loss_mask: [T] bool, True only on tokens that the policy itself chose.
+        behavior_logprobs: [T] float32, in nats; 0 where the mask is False.
+        versions: spans of weight versions over the generated tokens, by ascending start.
+        reward: the reward of the verifier; meaningless if the outcome is "error" or "timeout".
+        detail: the verifier's reason, for example why it failed.
+        steps: thought nodes in order, for a trajectory from a tree.
     """
 
     token_ids: Int32Array
@@ -119,23 +134,28 @@ class Trajectory:
 
     @property
     def completion_length(self) -> int:
-        """Number of tokens after the prompt that the policy chose."""
+        """Number of tokens that the policy chose."""
         return int(self.loss_mask.sum())
 
     @property
     def judged(self) -> bool:
-        """Whether the verifier came to a verdict."""
+        """Whether the verifier reached a verdict."""
         return self.outcome in ("ok", "wrong")
 
     @property
     def oldest_version(self) -> int | None:
-        """None where no token is the policy's own."""
+        """The oldest weight version that sampled a token; None if the policy chose no token."""
         return min((span.version for span in self.versions), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demonstration:
-    """A supervised row. token_ids: [T] int32; loss_mask: [T] bool, True on the completion."""
+    """A supervised row.
+
+    Attributes:
+        token_ids: [T] int32.
+        loss_mask: [T] bool, True on the completion.
+    """
 
     token_ids: Int32Array
     loss_mask: BoolArray
@@ -143,14 +163,18 @@ class Demonstration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preference:
-    """Two complete chains for one prompt, of which the first is better.
+    """Two complete chains for one prompt; the chosen chain is better than the rejected chain.
 
-    chosen_ids, rejected_ids: [T] int32 each, the prompt first, the end token last.
-    prompt_length: tokens of the prompt. common: length of the longest common prefix, prompt included; both have
-    tokens after it.
-    chosen_visits, rejected_visits: of the first nodes in which they differ, where the pair comes from a tree.
-    chosen_reference, rejected_reference: sums of the log-probabilities, under the reference policy, of the tokens that
-    the preference loss compares; None until they are computed.
+    Attributes:
+        chosen_ids: [T] int32, the prompt first, the end token last.
+        rejected_ids: as `chosen_ids`.
+        prompt_length: number of tokens of the prompt.
+        common: length of the longest common prefix, prompt included. Both chains have tokens after it.
+        chosen_visits: visits of the first node in which the chosen chain differs; None for a pair without a tree.
+        rejected_visits: as `chosen_visits`.
+        chosen_reference: sum of the log-probabilities, in nats, of the tokens that the preference loss compares, under
+            the reference policy; None until it is computed.
+        rejected_reference: as `chosen_reference`.
     """
 
     chosen_ids: Int32Array
@@ -165,9 +189,12 @@ class Preference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPreference:
-    """Two continuations of one prefix by one thought node each, of which the first has the higher value.
+    """Two thought nodes that continue the same prefix; the chosen node has the higher value.
 
-    prefix_ids: [T] int32, the prompt and the chain before. chosen_ids, rejected_ids: the tokens of the nodes.
+    Attributes:
+        prefix_ids: [T] int32, the prompt and the chain before the nodes.
+        chosen_ids: [T] int32, tokens of the chosen node.
+        rejected_ids: [T] int32, tokens of the rejected node.
     """
 
     prefix_ids: Int32Array
@@ -181,10 +208,14 @@ class StepPreference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryGroup:
-    """All trajectories of one prompt (G of them), and what else a search of it gave.
+    """All G trajectories of one prompt, and the other data that a search of the prompt gave.
 
-    searched: the trajectories are leaves of a tree, not independent samples.
-    metrics: figures of the search by name, without "search/"; see `rlsys.run.metrics`.
+    Attributes:
+        searched: whether the trajectories are leaves of a tree instead of independent samples.
+        pairs: preference pairs of whole chains.
+        step_preferences: preference pairs of sibling nodes.
+        demonstrations: chains to imitate.
+        metrics: figures of the search by name, without "search/"; see `rlsys.run.metrics`.
     """
 
     prompt: Prompt
@@ -197,15 +228,18 @@ class TrajectoryGroup:
 
     @property
     def oldest_version(self) -> int | None:
-        """None where no token is the policy's own, as in a tree that another model has grown."""
+        """The oldest weight version that sampled a token; None if another model generated all tokens."""
         return min((span.version for trajectory in self.trajectories for span in trajectory.versions), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingBatch:
-    """What one training step learns from; what is not there trains nothing.
+    """The data of one training step. A term of the loss without data trains nothing.
 
-    pairs, demonstrations: those beside the ones that the groups bring.
+    Attributes:
+        groups: trajectory groups with their own pairs and demonstrations.
+        pairs: preference pairs in addition to those of the groups.
+        demonstrations: supervised rows in addition to those of the groups.
     """
 
     groups: tuple[TrajectoryGroup, ...] = ()
@@ -215,9 +249,11 @@ class TrainingBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutFailure:
-    """A rollout that produced no group. Data, counted; never a traceback in a log.
+    """A rollout that produced no group. It is counted as data and never logged as a traceback.
 
-    tokens: generated for it all the same, as far as that is known.
+    Attributes:
+        reason: the reason, for people.
+        tokens: number of tokens known to have been generated for it.
     """
 
     prompt: Prompt
@@ -227,7 +263,15 @@ class RolloutFailure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSettings:
-    """How completions are drawn. max_tokens bounds the completion; greedy is temperature 0."""
+    """Settings for sampling the completions of a prompt.
+
+    Attributes:
+        samples: completions of each prompt.
+        temperature: 0 is greedy decoding.
+        top_p: nucleus mass.
+        max_tokens: maximum length of a completion.
+        seed: seed of the random numbers.
+    """
 
     samples: int
     temperature: float
@@ -238,7 +282,7 @@ class SamplingSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """One tensor of a publish: its Hugging Face name, shape and torch dtype name."""
+    """The Hugging Face name, shape and torch dtype name of one published tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -252,7 +296,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightBucket:
-    """Consecutive tensors, flattened into one byte array, with the sha256 of those bytes."""
+    """Consecutive tensors, flattened into one byte array, and the sha256 of these bytes."""
 
     tensors: tuple[TensorSpec, ...]
     sha256: str
@@ -261,7 +305,12 @@ class WeightBucket:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightManifest:
-    """What a publish of `version` consists of, in the order it is sent. attempt: as in `VersionSpan`."""
+    """The contents of a publish, in the order of sending.
+
+    Attributes:
+        version: the weight version.
+        attempt: as in `VersionSpan`.
+    """
 
     version: int
     buckets: tuple[WeightBucket, ...]
@@ -278,10 +327,11 @@ class WeightManifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightAck:
-    """An actor's answer to a publish: what it now serves and the probe's log-probabilities.
+    """An actor's answer to a publish: the version that it now serves, and the log-probabilities of the probe.
 
-    attempt: as in `VersionSpan`.
-    probe_logprobs: one [T-1] float32 array a probe row, log p(token t+1 | tokens 0..t).
+    Attributes:
+        probe_logprobs: one [T-1] float32 array for each probe row, log p(token t+1 | tokens 0..t), in nats.
+        attempt: as in `VersionSpan`.
     """
 
     actor: str
@@ -292,11 +342,15 @@ class WeightAck:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """Everything the driver must remember; with the learner's own files it is a checkpoint.
+    """The state of the driver. Together with the learner's files it makes a checkpoint.
 
-    stage: index into the config's stages; step: finished training steps of that stage;
-    weight_version: finished training steps of all stages.
-    cursor: next prompt index of the stream; in_flight: prompt indices issued, not trained, in order.
+    Attributes:
+        stage: index into the stages of the config.
+        step: finished training steps of this stage.
+        weight_version: finished training steps of all stages.
+        cursor: next prompt index of the stream.
+        in_flight: indices of prompts that were issued and not trained, in order.
+        counters: totals of the run so far, by name.
     """
 
     stage: int

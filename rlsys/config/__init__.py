@@ -1,1 +1,1 @@
-"""The config: schema, files, comparison, and what it means for stages and engines."""
+"""The config: its schema, files and rules, and the plans of stages and engines that follow from it."""

@@ -1,4 +1,4 @@
-"""The fields of a config against those that a run was begun with: which must be the same, and which have changed."""
+"""Compare the config of a run with the config that it began with: fields that must be equal, fields that changed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from rlsys.directory import RunDirectory
 from rlsys.errors import ConfigError
 from rlsys.types import RunState, StageName
 
-# Say how a command is run, not how its steps are made.
-_OF_THE_COMMAND = ("run.dir", "run.resume", "run.address", "run.time_limit")
+# Fields that decide how a command runs, and nothing about the training steps.
+_COMMAND_FIELDS = ("run.dir", "run.resume", "run.address", "run.time_limit")
 
 
-def config_of(run_dir: Path) -> Config:
-    """What the run to be resumed was begun with."""
+def load_run_config(run_dir: Path) -> Config:
+    """Return the config that a run began with.
+
+    Raises:
+        ConfigError: its config.yaml is missing or not valid.
+    """
     try:
         return load_config(RunDirectory(run_dir).config)
     except ConfigError as error:
@@ -29,58 +33,74 @@ def config_of(run_dir: Path) -> Config:
 
 
 def check_fields(config: Config, before: Config, state: RunState, path: Path) -> None:
-    """Refuse a config with which a run would not go on as it began.
+    """Raise if a run cannot continue with a config.
 
     Args:
-        before: the config of the run, as it stands in `path`. state: where it goes on.
+        before: the config that the run began with.
+        state: the run state to continue from.
+        path: the file of `before`.
     Raises:
-        ConfigError: names the first field that differs and must not, and the others.
+        ConfigError: names the first field that must be equal and differs, and lists the others.
     """
-    _check_equal(fixed_fields(before), fixed_fields(config), f"the run to be resumed ({path})")
-    _check_taken(config, before, state, path)
+    check_equal(fixed_fields(before), fixed_fields(config), f"the run to be resumed ({path})")
+    _check_rows_per_step(config, before, state, path)
 
 
 def changed_fields(before: Config, now: Config) -> tuple[str, ...]:
-    """Fields that a resume may change and that differ, each as `name old -> new`."""
-    was, found = (flat_fields(config.model_dump(mode="json")) for config in (before, now))
-    left_out = select_fields({**was, **found}, [*FIXED_FIELDS, *_OF_THE_COMMAND])
-    names = [name for name in {**was, **found} if name not in left_out and was.get(name) != found.get(name)]
-    return tuple(f"{name} {was.get(name)} -> {found.get(name)}" for name in names)
+    """Return the fields that a resume may change and that differ, each as `name old -> new`."""
+    old, new = (flat_fields(config.model_dump(mode="json")) for config in (before, now))
+    ignored = select_fields({**old, **new}, [*FIXED_FIELDS, *_COMMAND_FIELDS])
+    names = [name for name in different(old, new) if name not in ignored]
+    return tuple(f"{name} {old.get(name)} -> {new.get(name)}" for name in names)
 
 
-def _check_taken(config: Config, earlier: Config, state: RunState, path: Path) -> None:
-    """Within a stage step n takes the rows from n * count on: with another count some would come twice, or never."""
-    stage = config.stages[state.stage]
-    if not 0 < state.step < config.max_steps(stage):
-        return
-    before, now = (_taken_by_step(each, stage) for each in (earlier, config))
-    before = {name: count for name, count in before.items() if name in now}  # a term of online may be turned off and on
-    now = {name: count for name, count in now.items() if name in before}
-    _check_equal(before, now, f"the run to be resumed ({path}), which is within stage {stage}, at step {state.step}")
+def check_equal(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """Raise if values differ from those recorded before.
 
-
-def _check_equal(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Name what differs: values by field."""
-    names = list({**before, **now})  # another type of task or model has other fields
-    different = [name for name in names if before.get(name) != now.get(name)]
-    if different:
-        name = different[0]
+    Args:
+        before: recorded values by config field.
+        now: present values by config field.
+        where: what recorded the values, for the message.
+    Raises:
+        ConfigError: names the first field that differs, and lists the others.
+    """
+    names = different(before, now)
+    if names:
+        name = names[0]
         raise ConfigError(
             f"{name} differs from {where}: expected {before.get(name)}, found {now.get(name)}; "
-            "set it back, or start a new run.dir"
-            + (f" (also different: {', '.join(different[1:])})" if different[1:] else "")
+            "set it back, or start a new run.dir" + (f" (also different: {', '.join(names[1:])})" if names[1:] else "")
         )
 
 
-def _taken_by_step(config: Config, stage: StageName) -> dict[str, int]:
-    """Return how many rows or pairs a step takes of each ordered data source, by config field."""
-    return {source.per_step_field: source.per_step for source in stage_plan(config, stage).data}
+def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the names whose values differ; a missing value counts as None."""
+    return [name for name in {**before, **now} if before.get(name) != now.get(name)]
 
 
 def extraction_request(config: Config, prompts: int) -> dict[str, Any]:
-    """Return what the stage `search` is asked for, besides what decides its trees.
+    """Return what the stage `search` is asked to extract, without the fields that decide its trees.
 
     Args:
         prompts: number of prompts to grow trees for.
     """
     return {"prompts": prompts, "extract": config.extract.model_dump(mode="json")}
+
+
+def _check_rows_per_step(config: Config, earlier: Config, state: RunState, path: Path) -> None:
+    """Raise if a started stage would take another number of rows in a step.
+
+    Step n takes the rows from n * count on, so another count would repeat or skip rows.
+    """
+    stage = config.stages[state.stage]
+    if not 0 < state.step < config.max_steps(stage):
+        return
+    before, now = (_rows_per_step(each, stage) for each in (earlier, config))
+    before = {name: count for name, count in before.items() if name in now}  # a term may be turned off and on
+    now = {name: count for name, count in now.items() if name in before}
+    check_equal(before, now, f"the run to be resumed ({path}), which is within stage {stage}, at step {state.step}")
+
+
+def _rows_per_step(config: Config, stage: StageName) -> dict[str, int]:
+    """Return how many rows or pairs a step takes from each ordered data source, by config field."""
+    return {source.per_step_field: source.per_step for source in stage_plan(config, stage).data}

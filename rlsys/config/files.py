@@ -1,6 +1,6 @@
-"""Config files: strict YAML, `section.key=value` overrides, and the resolved dump.
+"""Read config files as strict YAML with `section.key=value` overrides, and write resolved configs.
 
-A config is one YAML file. Unknown and duplicate keys are errors, and every error is one line naming the field.
+Unknown and duplicate keys are errors. Every error is one line that names the field.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rlsys.errors import ConfigError
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice and YAML aliases."""
+    """A SafeLoader that refuses duplicate keys and YAML aliases."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -40,10 +40,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes what the loader would read as a number."""
+    """A SafeDumper that quotes text which the loader would read as a number."""
 
 
-# YAML 1.1 reads `1e-4` as a string; JSON and every user mean a number.
+# YAML 1.1 reads `1e-4` as a string, but users mean a number.
 for _side in (_UniqueKeyLoader, _Dumper):
     _side.add_implicit_resolver(
         "tag:yaml.org,2002:float",
@@ -53,7 +53,13 @@ for _side in (_UniqueKeyLoader, _Dumper):
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Read YAML with the safe loader; errors become ConfigError naming `source` and the line."""
+    """Return the value of a YAML text.
+
+    Args:
+        source: name of the text, for messages.
+    Raises:
+        ConfigError: the text is not valid; names the source and the line.
+    """
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader subclass
     except yaml.YAMLError as error:
@@ -61,12 +67,16 @@ def parse_yaml(text: str, source: str) -> Any:
         where = f"{source}:{mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise ConfigError(f"{where}: {problem}") from None
-    except (ValueError, RecursionError) as error:  # `2026-13-45` is a date to YAML; brackets a thousand deep
+    except (ValueError, RecursionError) as error:  # an invalid date such as 2026-13-45; very deep nesting
         raise ConfigError(f"{source}: {error}") from None
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set `a.b.c=value` in nested dictionaries; the value is read as YAML."""
+    """Apply `a.b.c=value` to nested dictionaries. The value is read as YAML.
+
+    Raises:
+        ConfigError: the override is not valid.
+    """
     path, separator, text = override.partition("=")
     keys = path.strip().split(".")
     if not separator or not all(keys):
@@ -82,10 +92,10 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read and validate a config file with overrides.
+    """Return the validated config of a file with overrides.
 
     Raises:
-        ConfigError: one line for each problem, naming the field and what was found.
+        ConfigError: names the field and the value of every problem.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -100,7 +110,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(values: dict[str, Any], source: str) -> Config:
-    """Validate nested dictionaries; errors become one ConfigError."""
+    """Return the validated config of nested dictionaries.
+
+    Args:
+        source: name of the file, for messages.
+    Raises:
+        ConfigError: names the field and the value of every problem.
+    """
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -108,7 +124,7 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
 
 
 def _explain(source: str, problem: Any) -> str:
-    # The place of a problem names the alternative that was chosen, which is no key of the file.
+    # pydantic adds the chosen alternative of a union to the location, but it is not a key of the file.
     parts = [str(part) for part in problem["loc"]]
     alternatives = {"task": ("letter_count", "blocksworld", "dataset"), "selection": ("ucb", "puct", "frontier")}
     before = ["", *parts]
@@ -121,29 +137,29 @@ def _explain(source: str, problem: Any) -> str:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML; `load_config` reads it back to an equal Config."""
+    """Return a resolved config as YAML, which `load_config` reads back to an equal config."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=100)
 
 
-# A resumed run continues the same experiment only where these sections are unchanged.
 FIXED_FIELDS = ("run.seed", "stages", "model", "task", "learner.dtype")
+"""Sections and fields that a resume must not change: they define the experiment."""
 
 
 def fixed_fields(config: Config) -> dict[str, Any]:
-    """The part of a config that a resume must not change: values by dotted name of the innermost field."""
+    """Return the values that a resume must not change, by dotted name of the innermost field."""
     return select_fields(flat_fields(config.model_dump(mode="json")), FIXED_FIELDS)
 
 
 def flat_fields(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted name of the innermost field."""
-    found: dict[str, Any] = {}
+    """Return nested values by dotted name of the innermost field."""
+    fields: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat_fields(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        fields |= flat_fields(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return fields
 
 
 def select_fields(fields: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Those fields that are, or are inside, one of the names."""
+    """Return the fields that equal one of the names or are inside one of them."""
     return {
         field: value
         for field, value in fields.items()

@@ -1,4 +1,4 @@
-"""The schema of the section `objective`: the terms of the joint loss, and what each is made of."""
+"""The schema of the section `objective`: the terms of the joint loss and their settings."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ KlEstimator = Literal["k1", "k2", "k3"]
 
 class Component(Section):
     weight: float = Field(default=0.0, ge=0)
-    """Weight of this term in the joint loss; 0 leaves it out, at no cost."""
+    """Weight of this term in the joint loss. 0 leaves the term out, at no cost."""
     final_weight: float | None = Field(default=None, ge=0)
-    """Weight in the last step of the stage, approached linearly from `weight`; null keeps `weight`. In the first and in
-    the last step a term of the stage must have one above 0."""
+    """Weight in the last step of the stage, reached linearly from `weight`. null: the weight stays constant. At least
+    one term must have a weight above 0 in the first step of the stage, and in the last."""
 
     @property
     def used(self) -> bool:
-        """Whether the term has any weight in any step."""
+        """Whether the term has a weight above 0 in any step."""
         return self.weight > 0 or (self.final_weight or 0) > 0
 
     def weight_at(self, step: int, steps: int) -> float:
-        """Weight in a training step.
+        """Return the weight in a training step.
 
-        weight + (final_weight - weight) * min(1, step / (steps - 1)),   step counted from 0 of `steps`
+        weight + (final_weight - weight) * min(1, step / (steps - 1))
+
+        Args:
+            step: the training step within the stage, from 0.
+            steps: training steps of the stage.
         """
         if self.final_weight is None:
             return self.weight
@@ -38,98 +42,108 @@ class Component(Section):
 
 class PolicyConfig(Component):
     weight: float = Field(default=1.0, ge=0)
-    """Weight of the policy-gradient term of the online stage; 0 leaves it out."""
+    """Weight of the policy-gradient term of the stage online. 0 leaves the term out."""
     estimator: Estimator = "grpo"
-    """Advantages of sampled groups. grpo: reward minus the group's mean, over its standard deviation; dr_grpo: without
-    the division; rloo: minus the mean of the others; reinforce_pp: the step's rewards, whitened; reinforce_pp_baseline:
-    minus the group's mean, then whitened; gae: of a critic (objective.value)."""
+    """Advantage estimator of sampled groups. grpo: reward minus the mean of the group, divided by its standard
+    deviation; dr_grpo: grpo without the division; rloo: reward minus the mean of the other rewards in the group;
+    reinforce_pp: rewards whitened over the step; reinforce_pp_baseline: reward minus the mean of the group, then
+    whitened over the step; gae: generalised advantage estimation with a critic (objective.value)."""
     tree_estimator: TreeEstimator = "sibling_mean"
-    """Advantages of searched groups: sibling_mean (SPO), treerl, treepo, backed_up (DeepSearch), or group: as if the
-    chains were independent samples. Divided by the standard deviation where estimator is grpo."""
+    """Advantage estimator of searched groups: sibling_mean (SPO), treerl, treepo, backed_up (DeepSearch), or group,
+    which treats the chains as independent samples. If estimator is grpo, they are divided by the standard deviation."""
     surrogate: Literal["clip", "gspo", "cispo"] = "clip"
-    """clip: PPO's; gspo: with the ratio of the whole sequence; cispo: clipped weights, no gradient is dropped."""
+    """Surrogate loss. clip: PPO's clipped ratio of each token; gspo: clipped ratio of the whole sequence; cispo:
+    clipped importance weights, which drop no gradient."""
     clip_low: float = Field(default=0.2, ge=0, lt=1)
-    """Lower bound of the probability ratio is 1 - clip_low."""
+    """The lower bound of the probability ratio is 1 - clip_low."""
     clip_high: float = Field(default=0.28, ge=0)
-    """Upper bound of the probability ratio is 1 + clip_high."""
+    """The upper bound of the probability ratio is 1 + clip_high."""
     dual_clip: float | None = Field(default=None, gt=1)
-    """With a negative advantage no term is above this times its size; null for no such bound. Only with clip."""
+    """If the advantage A is negative, the loss of a token is at most dual_clip * |A|. null: no bound. Only for the
+    surrogate clip."""
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
-    """Divide by all tokens; average within then over sequences; or divide by rows * sampling.max_tokens."""
+    """token_mean: divide by the number of tokens; sequence_mean: average over the tokens of each sequence, then over
+    sequences; constant: divide by rows * sampling.max_tokens."""
     decoupled: bool = True
-    """Ratios are against the policy at the start of the step, and tokens are weighted by importance_cap's weight.
-    False: ratios are against the policy that sampled the token, and there is no such weight."""
+    """true: probability ratios refer to the old policy (start of the step), and tokens get the truncated importance
+    weights of importance_cap. false: ratios refer to the behavior policy, without importance weights."""
     importance_cap: float | None = Field(default=2.0, ge=1)
-    """Truncated importance sampling: a token's loss is times min(p_start / p_sampler, this); null leaves it out."""
+    """Truncated importance sampling: the loss of a token is multiplied by min(p_old / p_behavior, importance_cap).
+    null: no importance weights."""
     entropy_coef: float = Field(default=0.0, ge=0)
-    """Weight of the entropy bonus, over the policy's tokens."""
+    """Weight of the entropy bonus on the policy's tokens."""
     gamma: float = Field(default=1.0, gt=0, le=1)
-    """Discount of a token's reward, for gae and reinforce_pp."""
+    """Discount factor per token, for the estimators gae and reinforce_pp."""
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
-    """Trace of generalised advantage estimation: 1 is the return minus the value, 0 the temporal difference."""
+    """Lambda of generalised advantage estimation. 1: return minus value; 0: one-step temporal difference."""
     overlong_buffer: int = Field(default=0, ge=0)
-    """Over the last so many tokens before sampling.max_tokens the reward falls linearly; 0 for no such shaping."""
+    """Number of tokens before sampling.max_tokens over which the reward falls linearly. 0: no such penalty."""
     overlong_penalty: float = Field(default=1.0, ge=0)
-    """How far it has fallen at sampling.max_tokens."""
+    """Amount by which the reward has fallen at sampling.max_tokens."""
 
 
 class KlConfig(Component):
     estimator: KlEstimator = "k3"
-    """k1: the log-ratio, for in_reward: as a loss its expected gradient is 0; k2: half its square, the one with the
-    right gradient as a loss; k3: never negative, the one of GRPO."""
+    """Estimator of the KL divergence. k1: the log-ratio, meant for in_reward, because as a loss its expected gradient
+    is 0; k2: half the squared log-ratio, which has the right gradient as a loss; k3: never negative, used by GRPO."""
     in_reward: bool = False
-    """Take the term off every token's reward instead of adding it to the loss (sampled groups only)."""
+    """Subtract the term from the reward of every token instead of adding it to the loss. Only for sampled groups."""
 
 
 class ValueConfig(Component):
     clip: float | None = Field(default=0.2, gt=0)
-    """A new value counts as at most so far from the old one; null for no bound."""
+    """Largest change of a value in the value loss (PPO's value clipping). null: no bound."""
     warmup_steps: int = Field(default=0, ge=0)
-    """First steps of the stage in which only the critic learns."""
+    """Number of first training steps of the stage in which the critic learns and the policy term has no weight."""
 
 
 class PreferenceConfig(Component):
     loss: Literal["dpo", "ipo"] = "dpo"
-    """dpo: the logistic loss, conservative with a label_smoothing; ipo: the squared distance to 1 / (2 beta)."""
+    """dpo: the logistic loss, conservative DPO with label_smoothing; ipo: the squared distance of the margin to 1 / (2
+    beta)."""
     beta: float = Field(default=0.1, gt=0)
-    """Inverse temperature of the margin."""
+    """Inverse temperature of the preference margin."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Probability that a preference is wrong (conservative DPO); the margin's optimum is logit(1 - this) / beta."""
+    """Probability eps that a preference is wrong (conservative DPO). The optimal margin is logit(1 - eps) / beta."""
     adaptive_smoothing: bool = False
-    """Take it from the visits of the two branches instead, where a pair has them: 1 - 1/(1 + rejected/chosen)."""
+    """For pairs with visit counts, use 1 - 1/(1 + rejected/chosen) visits of the two branches instead of
+    label_smoothing."""
     length_norm: bool = False
-    """Compare means over a chain's trained tokens instead of sums."""
+    """Compare mean log-probabilities of the trained tokens instead of sums."""
     mask_prefix_dpo: bool = True
-    """Train no token before the first difference of the two chains. It changes nothing where sums are compared."""
+    """Do not train the common prefix of the two chains. It has no effect if sums are compared (length_norm false)."""
     pairs: Literal["chains", "steps"] = "chains"
-    """From trees: pairs of whole chains, or of sibling nodes."""
+    """Pairs from trees: chains are pairs of whole chains, steps are pairs of sibling nodes."""
     source: Literal["search", "file"] = "search"
-    """Online: the trees of the step (search.fraction), or the pairs of the stage `preference` (preference.path)."""
+    """Source of the pairs in the stage online. search: the trees of the step (search.fraction); file: preference.path,
+    or the pairs that an earlier stage search has extracted."""
 
 
 class SftConfig(Component):
     source: Literal["chosen", "trees", "demonstrations"] = "chosen"
-    """Online: the chosen side of the step's pairs, the chains that extract.supervised takes from the step's trees, or
-    the task's own demonstrations. The stage `preference` trains on the chosen side."""
+    """Source of the chains in the stage online. chosen: the chosen side of the step's pairs; trees: the chains that
+    extract.supervised selects from the step's trees; demonstrations: the demonstrations of the task. The stage
+    preference always trains on the chosen side."""
     rows_per_step: int = Field(default=64, ge=1)
-    """Demonstrations of one online step, for `demonstrations`."""
+    """Demonstrations in one online training step, for the source demonstrations."""
     mask_prefix_sft: bool = False
-    """Train the chosen side only from its first difference to the rejected one on."""
+    """Do not train the prefix that the chosen side shares with the rejected side."""
 
 
 class ObjectiveConfig(Section):
     policy: PolicyConfig = PolicyConfig()
-    """Policy gradient on sampled and searched trajectories."""
+    """Policy-gradient term on sampled and searched trajectories."""
     kl: KlConfig = KlConfig()
-    """Divergence from the policy that the stage began with."""
+    """KL divergence from the reference policy, which is the policy that the stage began with."""
     value: ValueConfig = ValueConfig()
-    """The critic, for the estimator gae; its optimizer is train.critic_optimizer."""
+    """Value term of the critic, for the estimator gae. Its optimizer is train.critic_optimizer."""
     preference: PreferenceConfig = PreferenceConfig()
-    """Better and worse chains of one prompt."""
+    """Preference term on pairs of a better and a worse chain of one prompt."""
     sft: SftConfig = SftConfig()
-    """Negative log-likelihood of chains to imitate; its weight is the alpha of the paper."""
+    """Supervised term: negative log-likelihood of chains. Its weight is the alpha of the Marco-o1 v2 paper."""
     grad_norm_interval: int = Field(default=10, ge=0)
-    """Steps between measurements of every term's own gradient norm, in the last transformer layer; 0 for never."""
+    """Training steps between measurements of the gradient norm of each term, in the last transformer layer. 0:
+    never."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ObjectiveConfig:

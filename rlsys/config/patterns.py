@@ -1,7 +1,7 @@
-"""What the search may do: the shipped node types and transition tables, and the checks of a config's own.
+"""Define the shipped node types and transition tables, and check the tables of a config.
 
 Source: Marco-o1 v2, arXiv:2503.01461, Figure 2 (the tables a to d), and its released search for letter counting.
-The paper names no counts; the released program's are taken: two children of a kind, one answer, one reflection.
+The paper gives no counts. They come from the released program: two children of a type, one answer, one reflection.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ NODE_TYPES: Mapping[str, NodeTypeConfig] = MappingProxyType(
         ),
     }
 )
-"""The shipped node types by name. A type of this name in search.nodes takes its place."""
+"""The shipped node types by name. A type of the same name in search.nodes replaces it."""
 
 TABLES: Mapping[str, PatternConfig] = MappingProxyType(
     {
@@ -85,7 +85,7 @@ TABLES: Mapping[str, PatternConfig] = MappingProxyType(
             },
             after_wrong={"thinking": {"reclarify": 1}},
         ),
-        # Without the released row of `hypothesis`, which nothing leads to.
+        # The released program also has a row for `hypothesis`, which no other row leads to.
         "letter_count": PatternConfig(
             children={
                 START: {"sub_task": 2},
@@ -99,17 +99,18 @@ TABLES: Mapping[str, PatternConfig] = MappingProxyType(
         ),
     }
 )
-"""The shipped tables by name. A table of this name in search.tables takes its place."""
+"""The shipped tables by name. A table of the same name in search.tables replaces it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """A checked table with its node types.
+    """A checked transition table with its node types.
 
-    types: of every node in the table, by name.
-    children: type of a node, or "start" for the prompt -> type of its children -> how many; terminal types have none.
-    after_wrong: after a wrong answer the nearest ancestor of the first type gets a child of the second, at most so
-        many.
+    Attributes:
+        types: the node types in the table, by name.
+        children: node type, or "start" for the prompt -> child type -> number of children. Terminal types have no row.
+        after_wrong: node type -> child type -> maximum number. After a wrong answer, the nearest ancestor of the first
+            type gets a child of the second type.
     """
 
     name: str
@@ -119,10 +120,10 @@ class Pattern:
 
 
 def resolve(search: SearchConfig) -> dict[str, Pattern]:
-    """The patterns of a config by name, in the order of search.patterns.
+    """Return the patterns of a config by name, in the order of search.patterns.
 
     Raises:
-        ConfigError: a table cannot be searched, naming the table and the row.
+        ConfigError: a table cannot be searched; names the table and the row.
     """
     if START in search.nodes:
         raise ConfigError(f"search.nodes.{START}: the name of the prompt cannot be that of a node type; rename it")
@@ -154,8 +155,8 @@ def _pattern(name: str, table: PatternConfig, nodes: Mapping[str, NodeTypeConfig
 
 
 def _types(where: str, table: PatternConfig, nodes: Mapping[str, NodeTypeConfig]) -> dict[str, NodeTypeConfig]:
-    """Configs of the node types in a table, in the order in which it names them."""
-    found: dict[str, NodeTypeConfig] = {}
+    """Return the node types in a table, in the order of their first mention."""
+    types: dict[str, NodeTypeConfig] = {}
     for field, rows in (("children", table.children), ("after_wrong", table.after_wrong)):
         for parent, row in rows.items():
             for name in (parent, *row):
@@ -168,12 +169,12 @@ def _types(where: str, table: PatternConfig, nodes: Mapping[str, NodeTypeConfig]
                         f"{where}.{field}.{parent}: unknown node type {name!r}; {_known(name, nodes, 'search.nodes')}"
                     )
                 if name != START:
-                    found[name] = nodes[name]
-    return found
+                    types[name] = nodes[name]
+    return types
 
 
 def _check_types(where: str, table: PatternConfig, types: Mapping[str, NodeTypeConfig]) -> None:
-    """Raise where types contradict themselves, each other or the rows."""
+    """Raise if node types contradict themselves, each other or the rows."""
     by_tag: dict[str, str] = {}
     brackets = [string for node in types.values() for string in (f"<{node.tag}>", f"</{node.tag}>")]
     for name, node in types.items():
@@ -212,7 +213,7 @@ def _check_types(where: str, table: PatternConfig, types: Mapping[str, NodeTypeC
 
 
 def _edges(table: PatternConfig) -> dict[str, set[str]]:
-    """Type -> all types that may follow it, after a wrong answer included."""
+    """Return, for each type, all types that may follow it, also after a wrong answer."""
     edges: dict[str, set[str]] = {}
     for rows in (table.children, table.after_wrong):
         for parent, row in rows.items():
@@ -223,7 +224,7 @@ def _edges(table: PatternConfig) -> dict[str, set[str]]:
 def _check_reach(
     where: str, table: PatternConfig, types: Mapping[str, NodeTypeConfig], edges: Mapping[str, Iterable[str]]
 ) -> None:
-    """Raise where a row is never used, or an answer cannot be reached from a type that can."""
+    """Raise if a row is never used, or if no answer can be reached from a used type."""
     reached = _closure({START}, edges)
     for field, rows in (("children", table.children), ("after_wrong", table.after_wrong)):
         for parent in rows:
@@ -232,7 +233,7 @@ def _check_reach(
                     f"{where}.{field}.{parent}: no row that can be reached from `{START}` leads to {parent!r}; "
                     "take this row out, or name the type in another row"
                 )
-    # Backwards from the answers. A child after a wrong answer does not count: there has to be an answer first.
+    # Search backwards from the answers. Children after a wrong answer do not count, because they need an answer first.
     parents: dict[str, set[str]] = {}
     for parent, row in table.children.items():
         for child in row:
@@ -246,17 +247,17 @@ def _check_reach(
 
 
 def _closure(names: set[str], edges: Mapping[str, Iterable[str]]) -> set[str]:
-    """Everything that can be reached from names, themselves included."""
-    found, waiting = set(names), list(names)
+    """Return all types that can be reached from names, including the names."""
+    reached, waiting = set(names), list(names)
     while waiting:
-        new = set(edges.get(waiting.pop(), ())) - found
-        found |= new
+        new = set(edges.get(waiting.pop(), ())) - reached
+        reached |= new
         waiting += new
-    return found
+    return reached
 
 
 def _shortest(table: PatternConfig, types: Mapping[str, NodeTypeConfig]) -> int:
-    """Nodes of the shortest chain from the prompt to an answer; there is one."""
+    """Return the number of nodes of the shortest chain from the prompt to an answer."""
     level, length = {START}, 0
     while not any(name in types and types[name].terminal for name in level):
         level, length = {child for name in level for child in table.children.get(name, {})}, length + 1
@@ -264,6 +265,7 @@ def _shortest(table: PatternConfig, types: Mapping[str, NodeTypeConfig]) -> int:
 
 
 def _check_loop(where: str, edges: Mapping[str, Iterable[str]]) -> None:
+    """Raise if the table has a loop."""
     try:
         TopologicalSorter({parent: sorted(row) for parent, row in edges.items()}).prepare()
     except CycleError as error:
@@ -274,7 +276,7 @@ def _check_loop(where: str, edges: Mapping[str, Iterable[str]]) -> None:
 
 
 def _known(name: str, known: Iterable[str], section: str) -> str:
-    """What somebody who wrote an unknown name may have meant."""
+    """Return suggestions for an unknown name, for a message."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3)
     meant = f"did you mean {' or '.join(close)}? " if close else ""

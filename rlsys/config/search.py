@@ -1,4 +1,4 @@
-"""The schema of the sections `search` and `extract`; `rlsys.config.patterns` gives its node tables their meaning."""
+"""The schema of the sections `search` and `extract`. `rlsys.config.patterns` checks and resolves the node tables."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ from pydantic import Field, model_validator
 from rlsys.config.section import Section
 
 START = "start"
-"""The name of the prompt in a table of transitions."""
+"""Name of the prompt in a transition table."""
 
 
 class NodeTypeConfig(Section):
     tag: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
-    """The node's text stands between <tag> and </tag>."""
+    """Name of the tag. The text of a node stands between <tag> and </tag>."""
     prefixes: tuple[str, ...] = ()
-    """Texts put after the opening tag; one is drawn per expansion, and all siblings of it share it."""
+    """Texts to put after the opening tag. Each expansion draws one text, which all children of the expansion share."""
     writer: Literal["model", "reviewer", "nobody"] = "model"
-    """`model` grows the tree; `reviewer` is search.reviewer (the model itself where there is none); `nobody`: the
-    prefix is the whole text."""
+    """Who writes the text of the node. `model`: the model that grows the tree; `reviewer`: search.reviewer, or the same
+    model if there is no reviewer; `nobody`: the prefix is the whole text."""
     terminal: bool = False
-    """A node that ends the chain: the verifier judges the chain then."""
+    """Whether the node ends the chain, which the verifier then judges."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Longest node of this type, in generated tokens; by default search.max_node_tokens."""
+    """Maximum length of a node of this type, in generated tokens. By default search.max_node_tokens."""
 
 
 class PatternConfig(Section):
     children: dict[str, dict[str, Annotated[int, Field(ge=1)]]]
-    """Type of a node -> type of its children -> how many of them an expansion asks for; with chain expansion, where the
-    writer chooses the types, their sum is how many chains are drawn from the node. `start` is the prompt."""
+    """Node type -> child type -> number of children of that type in an expansion. `start` is the prompt. With chain
+    expansion the model chooses the types, and the sum of a row is the number of chains drawn from the node."""
     after_wrong: dict[str, dict[str, Annotated[int, Field(ge=1)]]] = Field(default={})
-    """After a wrong answer the nearest ancestor of the first type gets one child of the second, at most so many."""
+    """Node type -> child type -> maximum number. After a wrong answer, the nearest ancestor of the first type gets a
+    child of the second type."""
 
 
 class UcbConfig(Section):
     type: Literal["ucb"] = "ucb"
     form: Literal["paper", "code"] = "paper"
-    """`paper`: Q + c sqrt(ln N_p / N); `code`: Q + c sqrt(2 ln N_p / N), the authors' program."""
+    """`paper`: Q + c sqrt(ln N_p / N); `code`: Q + c sqrt(2 ln N_p / N), as in the program of the paper's authors."""
     exploration: float = Field(default=2.0, ge=0)
-    """The constant c; the authors' program has 1.414 in its form, which is 2.0 in the paper's."""
+    """The constant c. The authors' program has 1.414 with the form code, which equals 2.0 with the form paper."""
 
 
 class PuctConfig(Section):
@@ -47,19 +48,20 @@ class PuctConfig(Section):
     exploration: float = Field(default=1.0, ge=0)
     """The constant c of Q + c P sqrt(N_p) / (1 + N)."""
     length_exponent: float = Field(default=1.0, ge=0)
-    """The prior P of a sibling is proportional to exp(sum of log-probabilities / tokens ** this)."""
+    """Exponent a of the length: the prior P of a sibling is proportional to exp(sum of log-probabilities / tokens **
+    a)."""
 
 
 class FrontierConfig(Section):
     type: Literal["frontier"]
     value_weight: float = Field(default=0.4, ge=0)
-    """Weight of tanh(Q of the node's parent)."""
+    """Weight of tanh(Q), with the value Q of the node's parent."""
     entropy_weight: float = Field(default=0.4, ge=0)
-    """Weight of the node's mean negative log-probability, nats per token."""
+    """Weight of the node's mean negative log-probability, in nats per token."""
     depth_weight: float = Field(default=0.01, ge=0)
     """Weight of sqrt(depth / search.max_depth)."""
     exploration: float = Field(default=2.0, ge=0)
-    """The constant c of UCB (paper's form) among the children that a simulation has just expanded."""
+    """The constant c of UCB (form paper), which chooses among the children that a simulation has just expanded."""
 
 
 SelectionConfig = Annotated[UcbConfig | PuctConfig | FrontierConfig, Field(discriminator="type")]
@@ -67,39 +69,41 @@ SelectionConfig = Annotated[UcbConfig | PuctConfig | FrontierConfig, Field(discr
 
 class CorrectRule(Section):
     count: int = Field(ge=1)
-    """Distinct correct answers that end the search of a tree ..."""
+    """Number of distinct correct answers that end the search of a tree."""
     after: int = Field(default=0, ge=0)
-    """... once so many simulations are finished."""
+    """Number of finished simulations from which the rule applies."""
 
 
 class StopConfig(Section):
     simulations: int = Field(default=128, ge=1)
-    """Simulations of one tree."""
+    """Maximum number of simulations of one tree."""
     tokens: int | None = Field(default=None, ge=1)
-    """Generated tokens of one tree, of all models; what is under way when they are reached is still counted."""
+    """Maximum number of tokens that all models generate for one tree. Requests in progress at the limit are completed
+    and counted. null: no limit."""
     answers: int | None = Field(default=None, ge=1)
-    """Distinct scored answers of one tree."""
+    """Maximum number of distinct scored answers of one tree. null: no limit."""
     correct: tuple[CorrectRule, ...] = (CorrectRule(count=8), CorrectRule(count=4, after=32))
-    """Thresholds on distinct correct answers."""
+    """Rules that end the search after a number of distinct correct answers."""
 
 
 class SearchModelConfig(Section):
     path: str
     """Folder or hub id of the model."""
     count: int = Field(default=1, ge=1)
-    """Engines of this model, one process each."""
+    """Number of engines of this model. Each is a process."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs of one engine; above 1 only with run.device cuda."""
+    """GPUs of one engine. A value above 1 needs run.device cuda."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Number format of the engine's weights and cache."""
     max_model_len: int = Field(default=256, ge=16)
-    """Longest prompt plus chain, in tokens of this model."""
+    """Maximum length of a prompt plus its chain, in tokens of this model."""
     max_num_seqs: int = Field(default=256, ge=1)
-    """Sequences an engine decodes at once."""
+    """Maximum number of sequences that an engine decodes at the same time."""
     kv_cache_gib: float = Field(default=1.0, gt=0)
-    """Key-value cache of one engine, GiB."""
+    """Size of the key-value cache of one engine, in GiB."""
     question_template: str = "{question}"
-    """What this model is asked, instructions on the tags included; {question} is replaced. Never part of the data."""
+    """Text of the user message for this model, with any instructions about tags. {question} is replaced by the
+    question. The text is not part of the extracted data."""
 
     @model_validator(mode="after")
     def _template(self) -> SearchModelConfig:
@@ -110,60 +114,60 @@ class SearchModelConfig(Section):
 
 class SearchConfig(Section):
     fraction: float = Field(default=0.0, ge=0, le=1)
-    """Share of each online step's prompts that are searched instead of sampled."""
+    """Share of the prompts of each online training step that are searched instead of sampled."""
     split: Literal["train", "held_out"] = "train"
-    """Problems that `rlsys search` works on."""
+    """Split of the problems that `rlsys search` and the stage search grow trees for."""
     prompts: int = Field(default=512, ge=1)
-    """How many of them, from the first on."""
+    """Number of these problems, from the first one."""
     shard_size: int = Field(default=64, ge=1)
-    """Trees of one file."""
+    """Trees in one file."""
     model: SearchModelConfig | None = None
-    """The model that grows the trees; by default the policy."""
+    """The model that grows the trees. By default the policy."""
     reviewer: SearchModelConfig | None = None
-    """The model that writes the nodes of writer `reviewer`; by default the one that grows the trees."""
+    """The model that writes the nodes of writer `reviewer`. By default the model that grows the trees."""
     nodes: dict[str, NodeTypeConfig] = Field(default={})
-    """Node types by name, in place of or beside the shipped ones: sub_task, thinking, hypothesis, double_check,
+    """Node types by name. They replace or extend the shipped types: sub_task, thinking, hypothesis, double_check,
     reflection, reclarify, answer, thinking_from_scratch."""
     tables: dict[str, PatternConfig] = Field(default={})
-    """Transition tables by name, in place of or beside the shipped ones (see patterns)."""
+    """Transition tables by name. They replace or extend the shipped tables (see patterns)."""
     patterns: tuple[str, ...] = Field(default=("a",), min_length=1)
-    """Names of tables; each tree draws one of them. Shipped: a, b, c, d (the paper's four) and letter_count (of its
-    authors' program)."""
+    """Names of transition tables. Each tree draws one of them. Shipped: a, b, c, d (the four of the paper) and
+    letter_count (from the program of its authors)."""
     expansion: Literal["node", "chain"] = "node"
-    """`node` asks for all children of a node, node by node; `chain` samples the rest of the chain in one call and cuts
-    it into nodes at the tags."""
+    """`node`: an expansion generates all children of a node; `chain`: it samples the rest of the chain in one call and
+    splits it into nodes at the tags."""
     selection: SelectionConfig = UcbConfig()
-    """Which node a simulation expands."""
+    """Rule that selects the node that a simulation expands."""
     parallel_simulations: int = Field(default=8, ge=1)
-    """Simulations of one tree that are under way at once (WU-UCT). More fill the engines, fewer see more results before
-    they choose; a quarter of stop.simulations is a good bound."""
+    """Number of simulations of one tree that run at the same time (WU-UCT). More simulations keep the engines busy;
+    with fewer, each selection knows more results. A quarter of stop.simulations is a good upper bound."""
     backtracking: bool = True
-    """Follow the tables' after_wrong."""
+    """Whether to apply the rows after_wrong of the tables."""
     temperature: float | None = Field(default=None, gt=0, le=5)
-    """Sampling temperature; by default sampling.temperature."""
+    """Sampling temperature of the search. By default sampling.temperature."""
     top_p: float | None = Field(default=None, gt=0, le=1)
-    """Nucleus mass; by default sampling.top_p."""
+    """Nucleus (top-p) mass of the search. By default sampling.top_p."""
     max_node_tokens: int = Field(default=64, ge=1)
-    """Longest node, in generated tokens; one that reaches it is invalid."""
+    """Maximum length of a node, in generated tokens. A node that reaches it is invalid."""
     max_depth: int | None = Field(default=16, ge=1)
-    """Nodes of the longest chain; null for no limit, where no table has a loop."""
+    """Maximum number of nodes in a chain. null: no limit, which is allowed only for tables without loops."""
     max_failed_trees: float = Field(default=0.1, ge=0, le=1)
-    """Share of the trees, and of the verifications, of `rlsys search` that may fail and be recorded; more is an
-    error."""
+    """Largest share of the trees, and of the verifications, that may fail in `rlsys search` or the stage search.
+    Failures are recorded; a larger share is an error."""
     stop: StopConfig = StopConfig()
-    """When a tree is finished."""
+    """Limits at which the search of a tree ends."""
 
 
 class ExtractConfig(Section):
     supervised: Literal["highest_value", "longest", "median", "shortest", "none"] = "longest"
-    """Which correct chain of a tree becomes a supervised row."""
+    """Which correct chain of a tree becomes a supervised row. none: no supervised rows."""
     chosen: Literal["highest_value", "longest", "median", "shortest", "none"] = "shortest"
-    """Which correct chain of a tree is the chosen side of a preference pair."""
+    """Which correct chain of a tree becomes the chosen side of preference pairs. none: no pairs of chains."""
     pairs_per_tree: int = Field(default=1, ge=1)
-    """Preference pairs of one tree, those with the shortest common prefix first."""
+    """Maximum number of preference pairs of one tree. Pairs with the shortest common prefix come first."""
     step_preferences: bool = True
-    """Pairs of sibling nodes whose values differ."""
+    """Whether to extract step preferences: pairs of sibling nodes whose values differ."""
     step_min_visits: int = Field(default=2, ge=1)
-    """Visits that both siblings of a step preference need."""
+    """Minimum number of visits of both siblings of a step preference."""
     step_min_gap: float = Field(default=0.25, gt=0)
-    """Difference of their values, at least."""
+    """Minimum difference of the values of the two siblings."""

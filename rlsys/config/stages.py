@@ -1,4 +1,4 @@
-"""The plan of every stage: its loop, loss terms, data, reference policy and what it leaves behind.
+"""Plan every stage: its loop, loss terms, data and reference policy.
 
 A new stage is one branch of `stage_plan` and one name in `rlsys.types.StageName`.
 """
@@ -33,13 +33,14 @@ Loop = Literal["offline", "online", "search"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSettings:
-    """What the learner ranks are told about a stage.
+    """Settings of a stage for the learner ranks.
 
     Attributes:
         steps: training steps of the stage, >= 1.
         updates_per_step: optimizer updates of each training step.
+        optimizer: the optimizer of the policy.
         critic: the optimizer of the critic; None for a stage without a critic.
-        warmup_steps: first steps of the stage, in which only the critic learns.
+        warmup_steps: first steps of the stage, in which the critic learns and the policy term has no weight.
     """
 
     stage: StageName
@@ -66,14 +67,14 @@ class StageSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSource:
-    """Ordered data that every step of a stage takes a part of.
+    """Ordered data from which every step of a stage takes a part.
 
     Attributes:
         kind: worked examples of the task, supervised rows, or preference pairs.
         per_step: rows or pairs of one step.
         per_step_field: the config field that holds `per_step`.
         path_field: the config field that names the file; "" for the task's own demonstrations.
-        extracted: whether the data are those that the stage `search` has extracted.
+        extracted: whether the stage `search` extracts the data.
     """
 
     kind: Literal["demonstrations", "rows", "pairs"]
@@ -84,16 +85,24 @@ class DataSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractedTable:
+    """A table that the stage `search` has extracted: its name without suffix, and the digest of its rows."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan:
     """Everything that differs between stages.
 
     Attributes:
         section: the config section with the number of training steps.
-        loop: which loop runs the stage; `offline` trains on data, `online` on rollouts, `search` grows trees.
+        loop: the loop that runs the stage. `offline` trains on data, `online` on rollouts, and `search` grows trees.
         steps: training steps; 0 for the stage `search`.
-        progress_total: what a progress display counts to: training steps, or trees of the stage `search`.
-        settings: what the learner ranks are told.
-        data: ordered data beside the rollouts.
+        progress_total: total of a progress display: training steps, or trees of the stage `search`.
+        settings: settings for the learner ranks.
+        data: ordered data in addition to rollouts.
         keeps_reference: whether the learner keeps the policy that the stage began with.
         scores_pairs: whether that policy must score the pairs of a file before the first step.
         asks_for_trees: whether the actors are asked for trees.

@@ -10,38 +10,39 @@ from rlsys.config.section import PathName, Section
 
 
 class TagShares(Section):
-    """How often a demonstration holds each thought node (probabilities; thinking and answer always appear)."""
+    """Probability that a demonstration has a thought node of each type. Thinking and answer nodes always appear."""
 
     sub_task: float = Field(default=0.3, ge=0, le=1)
-    """Share with a <sub-task> node."""
+    """Share of demonstrations with a <sub-task> node."""
     hypothesis: float = Field(default=0.1, ge=0, le=1)
-    """Share with a <hypothesis> node."""
+    """Share of demonstrations with a <hypothesis> node."""
     double_check: float = Field(default=0.1, ge=0, le=1)
-    """Share with a <double-check> node."""
+    """Share of demonstrations with a <double-check> node."""
     reflection: float = Field(default=0.1, ge=0, le=1)
-    """Share with a planted error that a <reflection> node corrects."""
+    """Share of demonstrations with a planted error that a <reflection> node corrects."""
     reclarify: float = Field(default=0.1, ge=0, le=1)
-    """Share with a <reclarify> node."""
+    """Share of demonstrations with a <reclarify> node."""
 
 
 class LetterCountConfig(Section):
     type: Literal["letter_count"] = "letter_count"
     form: Literal["simple", "words"] = "simple"
-    """`simple`: one letter in a random string; `words`: two letters in a word, in the authors' seven phrasings."""
+    """`simple`: count one letter in a random string. `words`: count two letters in a word, in the seven phrasings of
+    the paper's authors."""
     min_length: int = Field(default=5, ge=1)
     """Shortest word, in letters."""
     max_length: int = Field(default=12, ge=1, le=32)
     """Longest word, in letters."""
     alphabet: str = Field(default="abcdefgh", pattern="^[a-z]+$")
-    """Letters of the simple form."""
+    """Letters of the random strings, for the form simple."""
     chunk: int = Field(default=3, ge=1)
-    """Letters worked through in one <thinking> node."""
+    """Letters that one <thinking> node of a demonstration counts."""
     error_rate: float = Field(default=0.1, ge=0, lt=1)
-    """Probability that one increment of a demonstration is wrong and stays wrong."""
+    """Probability that a demonstration miscounts a letter and does not correct it."""
     shares: TagShares = TagShares()
-    """Shares of the thought nodes in the demonstrations."""
+    """How often each type of thought node appears in the demonstrations."""
     questions_path: PathName | None = None
-    """JSON list of {id, problem, solution} used as the held-out split instead of generated questions."""
+    """JSON file with a list of {id, problem, solution}: the held-out problems, instead of generated ones."""
 
     @model_validator(mode="after")
     def _lengths(self) -> LetterCountConfig:
@@ -53,19 +54,19 @@ class LetterCountConfig(Section):
 class BlocksworldConfig(Section):
     type: Literal["blocksworld"] = "blocksworld"
     min_blocks: int = Field(default=3, ge=3, le=5)
-    """Fewest blocks of a generated problem."""
+    """Smallest number of blocks in a generated problem."""
     max_blocks: int = Field(default=3, ge=3, le=5)
-    """Most blocks of a generated problem."""
+    """Largest number of blocks in a generated problem."""
     alphabet: str = Field(default="abcdefghijkl", pattern="^[a-z]+$")
-    """Names of blocks; each problem draws its own among them."""
+    """Letters that name blocks. Each problem draws its block names from them."""
     moves_per_node: int = Field(default=2, ge=1)
-    """Moves worked through in one <thinking> node; two carry one block."""
+    """Moves that one <thinking> node of a demonstration makes. Carrying one block takes two moves."""
     error_rate: float = Field(default=0.2, ge=0, le=1)
-    """Share of the demonstrations that note the state after one node wrongly and plan on from there."""
+    """Share of demonstrations that write a wrong state after one node and continue from it."""
     shares: TagShares = TagShares()
-    """Shares of the thought nodes in the demonstrations."""
+    """How often each type of thought node appears in the demonstrations."""
     problems_path: PathName | None = None
-    """JSONL file of {instance, pddl} used as the held-out split instead of generated problems."""
+    """JSONL file of {instance, pddl}: the held-out problems, instead of generated ones."""
 
     @model_validator(mode="after")
     def _blocks(self) -> BlocksworldConfig:
@@ -81,29 +82,30 @@ class BlocksworldConfig(Section):
 class DatasetConfig(Section):
     type: Literal["dataset"] = "dataset"
     path: PathName
-    """JSONL or Parquet file, or a Hugging Face dataset folder or id, for training."""
+    """Training data: a JSONL or Parquet file, or the folder or hub id of a Hugging Face dataset."""
     held_out_path: PathName | None = None
-    """The same for evaluation; without it every `held_out_every`-th row of `path` is held out."""
+    """Evaluation data, in the same formats. By default, every `held_out_every`-th row of `path` is held out."""
     held_out_every: int = Field(default=10, ge=2)
-    """Without held_out_path: one row in this many is held out."""
+    """Without held_out_path, one row in this many is held out."""
     split: str = "train"
-    """Split of a Hugging Face dataset for training."""
+    """Split of a Hugging Face dataset that is used for training."""
     held_out_split: str = "test"
-    """Split of a Hugging Face dataset for evaluation."""
+    """Split of a Hugging Face dataset that is used for evaluation."""
     subset: str | None = None
-    """Configuration name of a Hugging Face hub dataset, for training and evaluation (GSM8K: main)."""
+    """Configuration name of a Hugging Face dataset, for both splits (GSM8K: main)."""
     question_column: str = "question"
     """Column with the question."""
     answer_column: str = "answer"
     """Column with the reference answer."""
     answer_pattern: str | None = None
-    """Regular expression whose first group is the reference answer inside the column (GSM8K: `#### (.+)`)."""
+    """Regular expression whose first group is the reference answer in answer_column (GSM8K: `#### (.+)`). By default,
+    the whole text is the answer."""
     demonstration_column: str | None = None
-    """Column with a worked solution, for the warm start."""
+    """Column with a worked solution, which is a demonstration. null: no demonstrations."""
     prompt_template: str = "{question}"
-    """The user message; {question} is replaced."""
+    """Text of the user message. {question} is replaced by the question."""
     max_bad_rows: float = Field(default=0.01, ge=0, le=1)
-    """Share of unreadable rows that is skipped and counted; more is an error."""
+    """Largest share of unreadable rows, which are skipped and counted. A larger share is an error."""
 
     @model_validator(mode="after")
     def _template(self) -> DatasetConfig:

@@ -18,8 +18,9 @@ from rlsys.control.parts import Parts
 from rlsys.directory import RunDirectory
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.files import fsync, write_json
-from rlsys.run.checkpoints import state_to_json
 from rlsys.run.metrics import METRICS
+from rlsys.run.provenance import Provenance
+from rlsys.run.state import state_to_json
 from rlsys.types import RunState, StageName
 
 
@@ -116,7 +117,9 @@ class Saving:
         info: dict[str, Any] = {
             "weight_version": state.weight_version,
             "stage": parts.config.stages[state.stage],
-            "inputs": {**parts.fingerprint, **parts.data.extracted(), **self.anchor},
+            "inputs": Provenance(
+                inputs=parts.fingerprint, extracted=parts.data.extracted(), reference=self.anchor.get("reference")
+            ).to_json(),
         }
         metric = parts.config.checkpoint.best_metric
         if self._score and self._score[0] == state.weight_version:

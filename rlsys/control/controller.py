@@ -25,10 +25,9 @@ from rlsys.control.producer import Producer
 from rlsys.control.reference_scores import ReferenceScores
 from rlsys.control.rollout_metrics import engine_metrics, rollout_metrics
 from rlsys.directory import RunDirectory
-from rlsys.errors import CheckpointError, InterruptedRunError, NonFiniteLossError, RlsysError
+from rlsys.errors import InterruptedRunError, NonFiniteLossError, RlsysError
 from rlsys.fault_injection import fault
-from rlsys.files import read_json
-from rlsys.run.checkpoints import MANIFEST
+from rlsys.run.provenance import check_extracted, check_reference
 from rlsys.types import RunState, SamplingSettings, StageName, TrainingBatch, TrajectoryGroup
 
 Result = TypeVar("Result")
@@ -135,7 +134,8 @@ class Controller:
             self.parts.display.message(note)
         resume = self.saving.checkpoint if self.state.step > 0 else None
         if resume:
-            self.parts.data.check_extracted(read_json(resume / MANIFEST)["info"]["inputs"], resume)
+            folder = RunDirectory(self.parts.run_dir).search_stage.data
+            check_extracted(resume, self.parts.data.extracted(), folder)
         plan = stage_plan(self._config, stage)
         reference = self.saving.reference(self.state.stage) if plan.keeps_reference else None
         scored = plan.scores_pairs
@@ -161,15 +161,9 @@ class Controller:
             CheckpointError: it is not the one any more.
         """
         policy = self.saving.reference(self.state.stage)
-        found = self.saving.digest(policy)
-        # Checkpoints of older versions do not know it. At its beginning the policy has just been handed over.
-        expected = read_json(resume / MANIFEST)["info"]["inputs"].get("reference", found) if resume else found
-        if found != expected:
-            raise CheckpointError(
-                f"{policy}: expected the policy that the stage began with, sha256 {expected}, found {found}; restore "
-                "the folder, or start a new run.dir"
-            )
-        return {"reference": found}
+        digest = self.saving.digest(policy)
+        check_reference(resume, policy, digest)
+        return {"reference": digest}
 
     def _reference_scores(self, stage: StageName) -> ReferenceScores:
         """What the policy that a stage begins with says of the pairs of a file."""

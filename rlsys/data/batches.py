@@ -6,14 +6,14 @@ The same stage and step always get the same rows and pairs.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlsys.config.schema import Config
-from rlsys.config.stages import SEARCHED, StagePlan, stage_plan, stage_plans
+from rlsys.config.stages import SEARCHED, ExtractedTable, StagePlan, stage_plan, stage_plans
 from rlsys.data.demonstrations import DemonstrationStream
 from rlsys.data.epochs import Epochs
 from rlsys.data.rows import PairRows, Reader, SupervisedRows
@@ -40,7 +40,7 @@ class TrainingData:
         self._plans = stage_plans(config)
         self._rows: SupervisedRows | None = None
         self._pairs: PairRows | None = None
-        self._extracted: dict[str, str] = {}
+        self._extracted: dict[str, ExtractedTable] = {}
         self._epochs: dict[str, Epochs] = {}
         self.references: NDArray[np.float64] | None = None
 
@@ -112,33 +112,9 @@ class TrainingData:
             digests["preference.path"] = self.pairs().digest() if self._config.preference.path else SEARCHED
         return digests
 
-    def extracted(self) -> dict[str, str]:
-        """Return name and digest of each extracted table that was read, by the path field that it stands for."""
+    def extracted(self) -> dict[str, ExtractedTable]:
+        """Return each extracted table that was read, by the path field that it replaces."""
         return dict(self._extracted)
-
-    def check_extracted(self, trained: Mapping[str, str], checkpoint: Path) -> None:
-        """Raise if the extracted rows differ from those this checkpoint was trained on.
-
-        Args:
-            trained: the recorded inputs of the checkpoint.
-        Raises:
-            ConfigError: another table was read, or its rows differ.
-        """
-        for name, now in self._extracted.items():
-            before = trained.get(name, SEARCHED)
-            if before in (SEARCHED, now):  # SEARCHED: the checkpoint's stage had not read the table yet
-                continue
-            table = before.removeprefix(f"{SEARCHED} ").split(" ")[0]
-            if name == "preference.path" and table != self._pair_table:
-                pairs = "chains" if table == "preferences" else "steps"
-                raise ConfigError(
-                    f"objective.preference.pairs: {checkpoint} was trained on {pairs}, found "
-                    f"{self._config.objective.preference.pairs}; set it back, or start a new run.dir"
-                )
-            raise ConfigError(
-                f"{self._extracted_folder / table}.parquet: the rows differ from those that {checkpoint} was trained "
-                "with; put them back, or start a new run.dir"
-            )
 
     @property
     def _pair_table(self) -> str:
@@ -151,7 +127,7 @@ class TrainingData:
             if path is None:
                 with _naming_report(self._extracted_folder):
                     self._rows = self._reader.supervised(str(self._extracted_folder / "supervised.parquet"), SEARCHED)
-                self._extracted["sft.path"] = f"{SEARCHED} supervised {self._rows.digest()}"
+                self._extracted["sft.path"] = ExtractedTable(name="supervised", digest=self._rows.digest())
             else:
                 self._rows = self._reader.supervised(path, "sft.path")
         return self._rows
@@ -164,7 +140,8 @@ class TrainingData:
                 with _naming_report(self._extracted_folder):
                     file = self._extracted_folder / f"{self._pair_table}.parquet"
                     self._pairs = self._reader.pairs(str(file), SEARCHED)
-                self._extracted["preference.path"] = f"{SEARCHED} {self._pair_table} {self._pairs.digest()}"
+                table = ExtractedTable(name=self._pair_table, digest=self._pairs.digest())
+                self._extracted["preference.path"] = table
             else:
                 self._pairs = self._reader.pairs(path, "preference.path")
         return self._pairs

@@ -59,10 +59,12 @@ from rlsys.launch.remote import RayActor, RayLearner
 from rlsys.launch.signals import TIME_LIMIT, StopSignals
 from rlsys.models.folder import search_engines, tokenizer_files
 from rlsys.run import report
-from rlsys.run.checkpoints import CheckpointStore, RunLock
+from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.ledger import Ledger
+from rlsys.run.lock import RunLock
 from rlsys.run.metrics import MetricsWriter
-from rlsys.run.resume import Start, all_steps_made, check_extraction, check_inputs, find_again, find_start
+from rlsys.run.provenance import check_extraction, check_inputs
+from rlsys.run.resume import Start, all_steps_made, find_again, find_start
 from rlsys.trees import Writer
 from rlsys.types import Prompt
 
@@ -121,8 +123,8 @@ def train(config: Config) -> str:
             check_tags(config.search, {"policy": model, **{found.writer: found.path for found in beside}})
         inputs = Inputs(config, model)  # bad data must be found before anything is started
         to_search = find_prompts(config, inputs) if not all(plan.trains for plan in stage_plans(config)) else []
-        check_inputs(start, inputs.fingerprint())
-        check_extraction(config, start, len(to_search))
+        check_inputs(start.checkpoint, inputs.fingerprint())
+        check_extraction(config, start.state, start.checkpoint, len(to_search))
         start.settle(run_dir)  # a refused command has changed nothing
         write_text(directory.config, dump_config(config))
         bundles = actor_bundles(config) + beside_bundles(config, beside) + rank_bundles(config)

@@ -1,1 +1,1 @@
-"""A run directory: checkpoints, resume, metrics and ledger."""
+"""The run directory: checkpoints, resume, metrics and ledger."""

@@ -1,4 +1,4 @@
-"""What `rlsys train` says when a run has reached its end."""
+"""Describe the end of a run for the user of `rlsys train`."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ FIGURES = {
     "held_out/sampled_accuracy": "sampled accuracy",
     "held_out/pass_at_k": "pass@k",
 }
-# A directory that holds a run is refused where run.resume is never.
-AGAIN = "run.resume=auto"
+# run.resume `never` refuses a directory that holds a run.
+RESUME = "run.resume=auto"
 
 
 def finished(config: Config) -> str:
-    """Where the run is, its last held-out figures, and what to do next, a line each."""
+    """Return lines with the run directory, the last held-out figures, and the commands to evaluate and continue."""
     stage = config.stages[-1]
     section = stage_plan(config, stage).section
-    more = 2 * config.max_steps(stage)
+    max_steps = 2 * config.max_steps(stage)
     return (
         f"run directory: {config.run.dir}\n"
         f"held-out: {_held_out(config)}\n"
         f"evaluate: rlsys evaluate {config.run.dir}\n"
-        f"continue: rlsys train {config.run.dir}/config.yaml {section}.max_steps={more}"
-        + (f" {AGAIN}" if config.run.resume == "never" else "")
+        f"continue: rlsys train {config.run.dir}/config.yaml {section}.max_steps={max_steps}"
+        + (f" {RESUME}" if config.run.resume == "never" else "")
     )
 
 
 def interrupted(config: Config, saved: str) -> str:
-    """What to do after a stop; follows the name of the signal."""
-    how = f" with {AGAIN}" if config.run.resume == "never" else ""
+    """Return how to continue after a stop. The text follows the name of the signal."""
+    how = f" with {RESUME}" if config.run.resume == "never" else ""
     return f"; {saved}, the same command continues{how}"
 
 
 def complete(config: Config, step: int) -> str:
-    """The line for a command that finds nothing to do."""
+    """Return the line for a run that has made all its steps."""
     stage = config.stages[-1]
     return f"already complete ({step} of {config.max_steps(stage)} {stage} steps)\n"
 
 
 def _held_out(config: Config) -> str:
-    """The figures of the last evaluation in metrics.jsonl."""
+    """Return the figures of the last evaluation in metrics.jsonl."""
     for row in reversed(read_rows(RunDirectory(Path(config.run.dir)).metrics)):
-        found = [f"{label} {row[name]:.3f}" for name, label in FIGURES.items() if row.get(name) is not None]
-        if found:
-            return f"{', '.join(found)} (weight version {row['weights/version']})"
+        figures = [f"{label} {row[name]:.3f}" for name, label in FIGURES.items() if row.get(name) is not None]
+        if figures:
+            return f"{', '.join(figures)} (weight version {row['weights/version']})"
     return "not measured"

@@ -1,31 +1,32 @@
-"""Where a run starts: from scratch, or from a checkpoint of the same experiment."""
+"""Find the state that a run starts from: the initial model, or a checkpoint of the same experiment."""
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlsys.config.compare import changed_fields, check_fields, config_of, extraction_request
-from rlsys.config.files import flat_fields
+from rlsys.config.compare import changed_fields, check_fields, load_run_config
 from rlsys.config.schema import Config
-from rlsys.config.stages import SEARCHED, stage_plan, stage_plans
+from rlsys.config.stages import stage_plan
 from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.files import read_json, write_json
-from rlsys.run.checkpoints import MANIFEST, CheckpointStore, state_from_json
-from rlsys.run.resume_paths import check_folders, check_named, check_unused, has_metrics, resumed_from
+from rlsys.run.checkpoints import CheckpointStore
+from rlsys.run.manifest import MANIFEST, verify_checkpoint
+from rlsys.run.state import state_from_json
 from rlsys.types import RunState
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The state a run begins with, and the checkpoint it comes from.
+    """The state that a run starts from.
 
-    named: the checkpoint is that of `run.resume`, none of the run's own line. changed: fields that may change and have,
-    since the run last began, as text.
+    Attributes:
+        checkpoint: the checkpoint of the state; None for the initial model.
+        named: whether `run.resume` names the checkpoint, which is then not one of the run's own.
+        changed: fields that may change and have changed since the run last started, as text.
     """
 
     state: RunState
@@ -34,162 +35,85 @@ class Start:
     changed: tuple[str, ...] = ()
 
     def describe(self) -> str:
+        """Return a line for the user about where the run starts."""
         if self.checkpoint is None:
             return "starting from the initial model"
         changed = f"; changed: {', '.join(self.changed)}" if self.changed else ""
         return f"resuming from {self.checkpoint} (weight version {self.state.weight_version}){changed}"
 
     def settle(self, run_dir: Path) -> None:
-        """Bring into the run directory what this start needs there, once everything about it is accepted."""
+        """Write what this start needs into the run directory. Call it once all checks have passed."""
         if self.checkpoint is None:
-            RunDirectory(run_dir).resumed_from.unlink(missing_ok=True)  # this run begins anew
+            RunDirectory(run_dir).resumed_from.unlink(missing_ok=True)  # the run begins anew
         elif self.named:
             origin, stages = self.checkpoint.parent.parent, RunDirectory(run_dir).stages
             if origin.resolve() != run_dir.resolve():
                 shutil.rmtree(stages, ignore_errors=True)
-                if RunDirectory(origin).stages.is_dir():  # a stage may be anchored to the policy of the one before
+                if RunDirectory(origin).stages.is_dir():  # they may hold the reference policy of a stage
                     shutil.copytree(RunDirectory(origin).stages, stages)
             write_json(RunDirectory(run_dir).resumed_from, {"checkpoint": str(self.checkpoint.resolve())})
 
 
 def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
-    """Apply `run.resume`. The same command again continues: a path is where the run begins, not where it stays.
+    """Return the start that `run.resume` asks for, without changing any file.
 
-    Nothing is changed; `Start.settle` does that.
+    A path in `run.resume` names where the run begins. The same command run again continues from the newest checkpoint.
 
     Raises:
-        ConfigError: a fixed field differs from that of the run to be resumed, the directory is that of a search, or is
-            used although `run.resume` is never or a path that it does not descend from, or the path is no checkpoint,
-            or one of another run that leaves no step to make.
-        CheckpointError: checkpoints exist and none is valid.
+        ConfigError: a fixed field differs from the run to be resumed; the directory holds a search; the directory is
+            in use although `run.resume` is `never` or names a checkpoint of another line; the path is not a valid
+            checkpoint, or is the finished end of another run.
+        CheckpointError: checkpoints exist and all are invalid.
     """
     search = SearchDirectory(run_dir)
     if search.origin.exists() and any(search.trees.rglob("*.json*")):
         raise ConfigError(f"run.dir {run_dir} holds the trees of a search: choose another run.dir")
-    check_folders(store.folder)
+    _check_folders(store.folder)
     resume, own = config.run.resume, store.latest()
-    if resume == "never" and (own is not None or has_metrics(run_dir)):
+    if resume == "never" and (own is not None or _has_metrics(run_dir)):
         raise ConfigError(f"run.resume is never and run.dir {run_dir} holds a run: choose another run.dir")
     if resume in ("auto", "never"):
         if own is None:
             return Start(RunState(stage=0, step=0, weight_version=0, cursor=0), None)
         return _start_at(config, own, run_dir)
     path = Path(resume).absolute()
-    descends = resumed_from(run_dir) == str(path.resolve())
+    descends = _resumed_from(run_dir) == str(path.resolve())
     if descends and own is not None:
         return _start_at(config, own, run_dir)
-    check_named(path, store)
+    _check_named(path)
     if not descends:
-        check_unused(path, own, run_dir)
+        _check_unused(path, own, run_dir)
     return _branch(config, path, run_dir)
 
 
 def find_again(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
-    """Where a run goes on that has lost its learner: its newest checkpoint, else where this command began.
+    """Return the start of a run whose learner was lost: its newest checkpoint, else where this command began.
 
     Raises:
-        CheckpointError: checkpoints exist and none is valid.
+        CheckpointError: checkpoints exist and all are invalid.
     """
-    if config.run.resume == "never":  # that the directory is in use now is this command's doing
+    if config.run.resume == "never":  # this command itself has written to the directory by now
         config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
     return replace(find_start(config, run_dir, store), named=False)
 
 
-def check_inputs(start: Start, fingerprint: Mapping[str, str]) -> None:
-    """Compare the contents of data, model and tokenizer with those that the checkpoint was trained with.
-
-    Args:
-        fingerprint: of the inputs as they are now (`Inputs.fingerprint`).
-    Raises:
-        ConfigError: one differs; names the field.
-    """
-    if start.checkpoint is None:
-        return
-    before = read_json(start.checkpoint / MANIFEST)["info"].get("inputs")
-    if before is None:
-        raise ConfigError(
-            f"{start.checkpoint} was made by an older version of rlsys, which did not record the contents of data, "
-            "model and tokenizer; continue with that version, or start a new run.dir"
-        )
-    if "preference.path" in fingerprint and "preference.path" not in before:
-        raise ConfigError(
-            f"preference.path: {start.checkpoint} was trained without pairs of a file, which objective.preference or "
-            "objective.sft asks for now; set these back, or start a new run.dir"
-        )
-    different = [name for name, digest in fingerprint.items() if _known_now(before.get(name), digest) != digest]
-    if different:
-        digests = [
-            f"expected sha256 {_short(before.get(name))}, found {_short(fingerprint[name])}" for name in different
-        ]
-        raise ConfigError(
-            f"{' and '.join(different)}: the contents differ from those that {start.checkpoint} was trained with "
-            f"({'; '.join(digests)}); put them back, or start a new run.dir"
-        )
-
-
-def _short(digest: str | None) -> str:
-    """Enough of a digest to tell it from others; what is no digest, as it is."""
-    return digest[:12] if digest and re.fullmatch("[0-9a-f]{64}", digest) else digest or "none"
-
-
-def _known_now(before: str | None, now: str) -> str | None:
-    """What a checkpoint recorded, without what is not known before the data of the stage `search` are read."""
-    return SEARCHED if now == SEARCHED and before and before.startswith(SEARCHED) else before
-
-
-def check_extraction(config: Config, start: Start, prompts: int) -> None:
-    """Compare what the stage `search` would be asked for now with what it was, once it is passed and yet to be read.
-
-    Args:
-        prompts: how many the stage grows trees for.
-    Raises:
-        ConfigError: one differs; names the field.
-        CheckpointError: what the stage has noted cannot be read.
-    """
-    plans, state = stage_plans(config), start.state
-    if start.checkpoint is None or all(plan.trains for plan in plans[: state.stage]):
-        return
-    left = plans[state.stage + (state.step >= plans[state.stage].steps) :]
-    path = RunDirectory(start.checkpoint.parent.parent).search_stage.stage_record
-    if not any(plan.reads_extracted for plan in left) or not path.exists():
-        return
-    try:
-        before, now = (
-            flat_fields({"search": {"prompts": asked["prompts"]}, "extract": asked["extract"]})
-            for asked in (read_json(path)["asked"], extraction_request(config, prompts))
-        )
-    except (KeyError, TypeError):
-        raise CheckpointError(f"{path}: damaged; restore it, or start a new run.dir") from None
-    for name in before | now:
-        if before.get(name) != now.get(name):
-            raise ConfigError(
-                f"{name} differs from what the stage search has extracted ({path}): expected {before.get(name)}, found "
-                f"{now.get(name)}; set it back, or start a new run.dir"
-            )
+def all_steps_made(config: Config, state: RunState) -> bool:
+    """Return whether the last stage has made all its training steps."""
+    last = len(config.stages) - 1
+    return state.stage == last and state.step >= config.max_steps(config.stages[last])
 
 
 def _start_at(config: Config, checkpoint: Path, origin: Path) -> Start:
-    """Continue from a checkpoint of the run directory `origin`."""
-    before = config_of(origin)
+    """Return the start at a checkpoint of the run directory `origin`."""
+    before = load_run_config(origin)
     state = state_from_json(read_json(checkpoint / "state.json"))
     check_fields(config, before, state, RunDirectory(origin).config)
     _check_critic(config, state, checkpoint)
     return Start(state, checkpoint, changed=changed_fields(before, config))
 
 
-def _check_critic(config: Config, state: RunState, checkpoint: Path) -> None:
-    """A critic begins with the policy that its stage begins with: within the stage there is no place to begin one."""
-    plan = stage_plan(config, config.stages[state.stage])
-    if plan.settings.critic and 0 < state.step < plan.steps and not (checkpoint / "critic").is_dir():
-        raise ConfigError(
-            f"objective.value.weight and objective.policy.estimator gae need a critic, and {checkpoint} has none: the "
-            f"first {state.step} steps of stage online were made without; set both back, or begin the stage with a "
-            f"critic, in a new run.dir with stages [online] and model.path {checkpoint / 'policy'}"
-        )
-
-
 def _branch(config: Config, checkpoint: Path, run_dir: Path) -> Start:
-    """Begin a line of checkpoints in run_dir with one that was named."""
+    """Return the start at a named checkpoint, from which run_dir begins a line of its own."""
     origin = checkpoint.parent.parent
     start = _start_at(config, checkpoint, origin)
     if origin.resolve() != run_dir.resolve() and all_steps_made(config, start.state):
@@ -201,7 +125,72 @@ def _branch(config: Config, checkpoint: Path, run_dir: Path) -> Start:
     return replace(start, named=True)
 
 
-def all_steps_made(config: Config, state: RunState) -> bool:
-    """Whether the last stage has none left."""
-    last = len(config.stages) - 1
-    return state.stage == last and state.step >= config.max_steps(config.stages[last])
+def _check_critic(config: Config, state: RunState, checkpoint: Path) -> None:
+    """Raise if a started stage needs a critic and has none. A critic can only begin together with its stage."""
+    plan = stage_plan(config, config.stages[state.stage])
+    if plan.settings.critic and 0 < state.step < plan.steps and not (checkpoint / "critic").is_dir():
+        raise ConfigError(
+            f"objective.value.weight and objective.policy.estimator gae need a critic, and {checkpoint} has none: the "
+            f"first {state.step} steps of stage online were made without; set both back, or begin the stage with a "
+            f"critic, in a new run.dir with stages [online] and model.path {checkpoint / 'policy'}"
+        )
+
+
+def _check_folders(folder: Path) -> None:
+    """Raise if the folder of checkpoints has a foreign subfolder, which would be removed as a damaged checkpoint."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        foreign = path.is_dir() and not path.name.startswith(".") and not re.match(r"step_\d", path.name)
+        if foreign and not (path / MANIFEST).exists():
+            raise ConfigError(
+                f"run.dir {folder.parent}: expected checkpoints of rlsys alone in {folder}, found the folder "
+                f"{path.name} without a {MANIFEST}; move it away, or choose another run.dir"
+            )
+
+
+def _check_named(path: Path) -> None:
+    """Raise if the path in run.resume is not a valid checkpoint."""
+    expected = "expected auto, never or the folder of a checkpoint, RUN_DIR/checkpoints/step_N"
+    if not (path / MANIFEST).is_file():
+        folders = [path / "checkpoints", path] if path.is_dir() else []
+        nearby = sorted(manifest.parent for folder in folders for manifest in folder.glob(f"*/{MANIFEST}"))
+        kind = "a file" if path.is_file() else "no such folder" if not path.is_dir() else f"a folder without {MANIFEST}"
+        hint = f"; did you mean {nearby[-1]}?" if nearby else ""
+        raise ConfigError(f"run.resume {path}: {expected}, found {kind}{hint}")
+    try:
+        verify_checkpoint(path)
+    except CheckpointError as error:
+        raise ConfigError(f"run.resume: {error.message}; choose another checkpoint, or restore this one") from None
+
+
+def _check_unused(path: Path, own: Path | None, run_dir: Path) -> None:
+    """Raise if run_dir holds another line of checkpoints, which would be overwritten or mixed with the new line.
+
+    Args:
+        path: the checkpoint that run.resume names.
+        own: the newest checkpoint in run_dir.
+    """
+    if own is not None and own.resolve() == path.resolve():
+        return
+    if own is not None and own.resolve().parent == path.resolve().parent:
+        raise ConfigError(
+            f"run.resume {path}: {own} is newer; move the newer ones out of {own.parent}, or choose a new run.dir"
+        )
+    if own is not None or _has_metrics(run_dir):
+        raise ConfigError(
+            f"run.resume {path}: run.dir {run_dir} holds another run; move it away, or choose a new run.dir"
+        )
+
+
+def _has_metrics(run_dir: Path) -> bool:
+    return RunDirectory(run_dir).metrics.exists()
+
+
+def _resumed_from(run_dir: Path) -> str | None:
+    """Return the checkpoint of another line from which the run began, or None."""
+    file = RunDirectory(run_dir).resumed_from
+    if not file.exists():
+        return None
+    try:
+        return str(read_json(file)["checkpoint"])
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{file}: damaged: expected a checkpoint; restore it, or start a new run.dir") from None

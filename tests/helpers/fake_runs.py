@@ -22,9 +22,10 @@ from rlsys.data.prompts import PromptBuilder, PromptStream
 from rlsys.data.rows import Reader
 from rlsys.display import Display
 from rlsys.files import read_json
-from rlsys.run.checkpoints import CheckpointStore, state_from_json
+from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.ledger import Ledger
 from rlsys.run.metrics import MetricsWriter, read_rows
+from rlsys.run.state import state_from_json
 from rlsys.types import RunState
 
 START = RunState(stage=0, step=0, weight_version=0, cursor=0)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rlsys.run.ledger import FATES, read_ledger
+from rlsys.run.ledger import OUTCOMES, read_ledger
 
 VARIABLE = "RLSYS_WRITE_FIGURES"
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -110,7 +110,7 @@ def lost_and_twice(run: Path) -> tuple[int, int]:
     """Prompts of a finished run, by its ledger: without a fate up to the last that has one, and those that have two."""
     lines = read_ledger(run / "ledger.jsonl")
     assert lines, f"{run} has no ledger"
-    fates = Counter(index for line in lines for fate in FATES for index in line[fate])
+    fates = Counter(index for line in lines for fate in OUTCOMES for index in line[fate])
     return max(fates) + 1 - len(fates), sum(count > 1 for count in fates.values())
 
 

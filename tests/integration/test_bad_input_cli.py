@@ -20,7 +20,8 @@ from rlsys.config.schema import FromScratchConfig
 from rlsys.errors import ConfigError
 from rlsys.launch import session as launch
 from rlsys.models.scratch import build_from_scratch
-from rlsys.run.checkpoints import CheckpointStore, RunLock
+from rlsys.run.checkpoints import CheckpointStore
+from rlsys.run.lock import RunLock
 from rlsys.run.resume import find_start
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]

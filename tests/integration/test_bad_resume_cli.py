@@ -19,7 +19,8 @@ from rlsys.errors import ConfigError
 from rlsys.files import write_json
 from rlsys.launch import session as launch
 from rlsys.models.scratch import build_from_scratch
-from rlsys.run.checkpoints import CheckpointStore, state_to_json
+from rlsys.run.checkpoints import CheckpointStore
+from rlsys.run.state import state_to_json
 from rlsys.types import RunState
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]

@@ -24,7 +24,8 @@ from reliability import begin, record, recorded
 from safetensors.numpy import load_file, save_file
 
 from rlsys.files import read_json, write_json
-from rlsys.run.checkpoints import MANIFEST, CheckpointStore
+from rlsys.run.checkpoints import CheckpointStore
+from rlsys.run.manifest import MANIFEST, verify_checkpoint
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -70,7 +71,7 @@ def killed(undisturbed: Path, finished_run: FinishedRun, tmp_path: Path) -> Path
 def reopened(run: Path) -> Iterator[Path]:
     """The files of the newest checkpoint, to be changed; it is valid again afterwards."""
     checkpoint = last_checkpoint(run)
-    store, info = CheckpointStore(run / "checkpoints", 9), CheckpointStore.verify(checkpoint)
+    store, info = CheckpointStore(run / "checkpoints", 9), verify_checkpoint(checkpoint)
     temporary = store.begin(checkpoint.name)
     shutil.copytree(checkpoint, temporary, dirs_exist_ok=True)
     (temporary / MANIFEST).unlink()

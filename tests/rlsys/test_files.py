@@ -15,7 +15,7 @@ from fake_runs import Run, config
 
 from rlsys import files as record_file
 from rlsys.errors import CheckpointError
-from rlsys.files import RecordFile
+from rlsys.files import RecordFile, json_record, read_json, read_records, resume_records, write_json
 from rlsys.run.ledger import read_ledger
 from rlsys.run.metrics import read_rows
 
@@ -95,6 +95,60 @@ def test_a_file_that_cannot_be_begun_is_named_and_the_old_one_stays(tmp_path: Pa
     with pytest.raises(CheckpointError, match="lines could not be written: .*large"), small_disk(5):
         RecordFile(tmp_path / "lines", print, RECORDS)
     assert (tmp_path / "lines").read_bytes() == RECORDS[0]
+
+
+def test_write_json_replaces_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state.json"
+    write_json(path, {"a": 1})
+    write_json(path, {"a": 2})
+    assert read_json(path) == {"a": 2}
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"state\.json: could not be written: .*No space left"):
+        write_json(path, {"a": 3})
+    assert read_json(path) == {"a": 2}
+    assert [file.name for file in tmp_path.iterdir()] == ["state.json"]
+
+
+@pytest.mark.parametrize("text", [None, "{", b"\xff"])
+def test_read_json_says_which_file(tmp_path: Path, text: str | bytes | None) -> None:
+    path = tmp_path / "state.json"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(CheckpointError, match=r"state\.json: cannot be read"):
+        read_json(path)
+
+
+def has_number(record: Any) -> bool:
+    return record["number"] > 0
+
+
+def test_records_are_read_up_to_a_line_that_was_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    assert read_records(path, has_number, "a number") == []
+    path.write_bytes(json_record({"number": 1}) + json_record({"number": 2}) + b'{"number": 3')
+    assert read_records(path, has_number, "a number") == [{"number": 1}, {"number": 2}]
+
+
+@pytest.mark.parametrize("line", ["[]", "5", "{}", "nonsense", '{"number": 0}'])
+def test_a_line_that_is_not_a_valid_record_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(json_record({"number": 1}) + line.encode() + b"\n")
+    with pytest.raises(CheckpointError, match=r"lines\.jsonl:2: expected a number; restore the file$"):
+        read_records(path, has_number, "a number; restore the file")
+
+
+def test_records_of_later_versions_are_removed_when_a_file_is_continued(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    records = [{"version": version} for version in (1, 2, 3)]
+    remaining, file = resume_records(path, records, print, version_key="version", last_version=2)
+    assert remaining == records[:2]
+    file.write(json_record({"version": 4}))
+    file.close()
+    assert path.read_text() == '{"version": 1}\n{"version": 2}\n{"version": 4}\n'
 
 
 # --- in a run ---

@@ -14,7 +14,8 @@ from fake_runs import Run, config
 
 from rlsys.control.checkpointing import check_best_metric
 from rlsys.errors import CheckpointError, ConfigError
-from rlsys.run.checkpoints import MANIFEST, CheckpointStore
+from rlsys.run.checkpoints import CheckpointStore
+from rlsys.run.manifest import MANIFEST, verify_checkpoint
 from rlsys.run.metrics import read_rows
 from rlsys.types import Prompt, RolloutFailure, SamplingSettings
 
@@ -226,7 +227,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_put_aside(
     monkeypatch.undo()
     assert store.latest() == tmp_path / "step_000005"
     store.sweep()
-    assert CheckpointStore.verify(aside)
+    assert verify_checkpoint(aside)
 
 
 def test_a_checkpoint_has_the_score_of_its_own_step(tmp_path: Path) -> None:
@@ -239,7 +240,7 @@ def test_a_checkpoint_has_the_score_of_its_own_step(tmp_path: Path) -> None:
         }
     )
     run = Run(tmp_path, settings)()
-    found = {name: run.checkpoints.verify(tmp_path / "checkpoints" / name).get("score") for name in names(run)}
+    found = {name: verify_checkpoint(tmp_path / "checkpoints" / name).get("score") for name in names(run)}
     assert [name for name, score in found.items() if score] == ["step_000002", "step_000004"]
     assert found["step_000004"]["metric"] == "held_out/greedy_accuracy"
 

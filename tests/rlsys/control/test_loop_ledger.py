@@ -14,6 +14,7 @@ from rlsys.errors import CheckpointError
 from rlsys.files import read_json, write_json
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.ledger import read_ledger
+from rlsys.run.manifest import verify_checkpoint
 
 
 def saved(run_dir: Path, max_staleness: int, **changes: Any) -> Run:
@@ -23,7 +24,7 @@ def saved(run_dir: Path, max_staleness: int, **changes: Any) -> Run:
     Run(run_dir, settings)()
     shutil.rmtree(run_dir / "checkpoints" / "step_000004")
     checkpoint = run_dir / "checkpoints" / "step_000002"
-    store, info = CheckpointStore(run_dir / "checkpoints", 9), CheckpointStore.verify(checkpoint)
+    store, info = CheckpointStore(run_dir / "checkpoints", 9), verify_checkpoint(checkpoint)
     temporary = store.begin("step_000002")
     shutil.copytree(checkpoint, temporary, dirs_exist_ok=True)
     (temporary / "MANIFEST.json").unlink()

@@ -15,7 +15,7 @@ from fakes import NumberTask
 
 from rlsys.config.files import parse_config
 from rlsys.config.schema import Config
-from rlsys.config.stages import stage_plan, stage_plans
+from rlsys.config.stages import ExtractedTable, stage_plan, stage_plans
 from rlsys.data.batches import TrainingData
 from rlsys.data.demonstrations import DemonstrationStream
 from rlsys.data.rows import Reader
@@ -161,40 +161,39 @@ def searched(folder: Path, pairs: str = "chains") -> TrainingData:
 
 
 def test_what_the_stage_search_has_extracted_has_a_digest_once_it_is_read(tmp_path: Path) -> None:
-    found, checkpoint = searched(tmp_path), Path("step_7")
+    found = searched(tmp_path)
     assert found.extracted() == {}
-    found.check_extracted({}, checkpoint)
     found.load("sft")
-    assert found.extracted() == {"sft.path": f"stage search: supervised {found.rows().digest()}"}
+    assert found.extracted() == {"sft.path": ExtractedTable(name="supervised", digest=found.rows().digest())}
     found.load("preference")
     trained = found.extracted()
-    assert trained["preference.path"] == f"stage search: preferences {found.pairs().digest()}"
+    assert trained["preference.path"] == ExtractedTable(name="preferences", digest=found.pairs().digest())
     again = searched(tmp_path)
     again.load("preference")
-    again.check_extracted(trained, checkpoint)
-    again.check_extracted(again.fingerprint(), checkpoint)  # a checkpoint of before they were read
+    assert again.extracted()["preference.path"] == trained["preference.path"]
     assert offline(tmp_path).extracted() == {}
 
 
-def test_other_rows_than_a_checkpoint_was_trained_on_are_refused(tmp_path: Path) -> None:
-    first, checkpoint = searched(tmp_path), Path("step_7")
+def test_other_extracted_rows_have_another_digest(tmp_path: Path) -> None:
+    first = searched(tmp_path)
     first.load("sft"), first.load("preference")
-    for name, old, new in (("supervised", "[1, 13]", "[1, 14]"), ("preferences", "[1, 50]", "[1, 51]")):
-        path = tmp_path / ("rows.jsonl" if name == "supervised" else "pairs.jsonl")
+    for stage, file, name, old, new in (
+        ("sft", "rows.jsonl", "supervised", "[1, 13]", "[1, 14]"),
+        ("preference", "pairs.jsonl", "preferences", "[1, 50]", "[1, 51]"),
+    ):
+        path = tmp_path / file
         path.write_text(path.read_text().replace(old, new, 1))
         pq.write_table(pyarrow.json.read_json(path), tmp_path / f"{name}.parquet")
         changed = data(first._config, tmp_path)
-        changed.load("sft" if name == "supervised" else "preference")
-        with pytest.raises(ConfigError, match=rf"/{name}\.parquet: the rows differ from those that step_7 was trained"):
-            changed.check_extracted(first.extracted(), checkpoint)
+        changed.load(stage)
+        assert changed.extracted()[f"{stage}.path"].digest != first.extracted()[f"{stage}.path"].digest
 
 
-def test_chains_do_not_become_steps_within_a_stage(tmp_path: Path) -> None:
-    chains, steps = searched(tmp_path), searched(tmp_path, "steps")
-    chains.load("preference"), steps.load("preference")
-    for now, before, message in ((steps, chains, "chains, found steps"), (chains, steps, "steps, found chains")):
-        with pytest.raises(ConfigError, match=rf"^objective\.preference\.pairs: step_7 was trained on {message}; set"):
-            now.check_extracted(before.extracted(), Path("step_7"))
+def test_the_table_of_pairs_follows_the_config(tmp_path: Path) -> None:
+    for pairs, table in (("chains", "preferences"), ("steps", "step_preferences")):
+        source = searched(tmp_path, pairs)
+        source.load("preference")
+        assert source.extracted()["preference.path"].name == table
 
 
 @pytest.mark.parametrize(

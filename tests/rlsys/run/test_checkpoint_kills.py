@@ -20,7 +20,8 @@ from checkpoint_child import save
 
 from rlsys.errors import CheckpointError
 from rlsys.files import read_json, write_json
-from rlsys.run.checkpoints import MANIFEST, CheckpointStore
+from rlsys.run.checkpoints import CheckpointStore
+from rlsys.run.manifest import MANIFEST, verify_checkpoint
 
 HERE = Path(__file__).parent
 Saver = Callable[..., dict[str, Any]]
@@ -56,7 +57,7 @@ def saver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saver]:
 def digests(path: Path | None) -> dict[str, str]:
     """sha256 of every file of a checkpoint that passes the loader's checks."""
     assert path is not None
-    CheckpointStore.verify(path)
+    verify_checkpoint(path)
     return {
         file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in path.rglob("*")
@@ -223,7 +224,7 @@ def files(folder: Path) -> list[Path]:
 def damaged(path: Path) -> str:
     """What the loader says of a damaged checkpoint."""
     with pytest.raises(CheckpointError) as caught:
-        CheckpointStore.verify(path)
+        verify_checkpoint(path)
     assert str(path) in caught.value.message
     return caught.value.message
 

@@ -7,20 +7,15 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from rlsys.errors import CheckpointError, ConfigError
-from rlsys.files import read_json, write_json
-from rlsys.run import checkpoints as checkpoint
-from rlsys.run.checkpoints import MANIFEST, CheckpointStore, RunLock, state_from_json, state_to_json
-from rlsys.types import RunState
+from rlsys.errors import CheckpointError
+from rlsys.run.checkpoints import CheckpointStore
+from rlsys.run.manifest import MANIFEST, render_manifest, verify_checkpoint
 
 Content = dict[str, bytes]
 
@@ -76,7 +71,7 @@ def test_commit_and_latest(store: CheckpointStore) -> None:
     assert path == store.folder / "step-1"
     assert store.latest() == path
     assert stored(path) == content("one")
-    assert CheckpointStore.verify(path) == {"weight_version": 1}
+    assert verify_checkpoint(path) == {"weight_version": 1}
     manifest = json.loads((path / MANIFEST).read_text())
     # sha256 of b"one": from `printf one | sha256sum`
     assert manifest["files"][-1] == {
@@ -238,7 +233,7 @@ def test_disk_full_at_every_call(tmp_path: Path) -> None:
         assert not [name for name in names(store) if name.startswith(".tmp-")]
         if outcomes[-1] == "refused":
             assert stored(store.folder / "step-1") == small("old")
-            CheckpointStore.verify(store.folder / "step-1")
+            verify_checkpoint(store.folder / "step-1")
         else:
             assert stored(store.latest()) == small("new")
     assert outcomes.count("refused") > 10
@@ -324,19 +319,19 @@ def test_corruption_is_found_and_the_previous_one_used(
         assert store.latest() == previous
     assert name in caplog.text
     with pytest.raises(CheckpointError):
-        CheckpointStore.verify(newest)
+        verify_checkpoint(newest)
 
 
 def test_swapped_and_added_files_are_found(store: CheckpointStore) -> None:
     path = save(store, "step-1", 1, content("one"))
     swap(path / "learner/a.bin", path / "learner/b.bin")
     with pytest.raises(CheckpointError, match=r"a\.bin: expected sha256"):
-        CheckpointStore.verify(path)
+        verify_checkpoint(path)
     swap(path / "learner/a.bin", path / "learner/b.bin")
-    CheckpointStore.verify(path)
+    verify_checkpoint(path)
     (path / "learner/c.bin").write_bytes(b"c")
     with pytest.raises(CheckpointError, match=r"learner/c\.bin is not in the manifest"):
-        CheckpointStore.verify(path)
+        verify_checkpoint(path)
 
 
 def test_a_flip_in_every_byte_of_the_manifest_is_found(store: CheckpointStore) -> None:
@@ -345,9 +340,9 @@ def test_a_flip_in_every_byte_of_the_manifest_is_found(store: CheckpointStore) -
         mask = (0x01, 0x20)[position % 2]  # 0x20 turns a letter's case, which a lenient comparison would accept
         flip(path / MANIFEST, position, mask)
         with pytest.raises(CheckpointError):
-            CheckpointStore.verify(path)
+            verify_checkpoint(path)
         flip(path / MANIFEST, position, mask)
-    CheckpointStore.verify(path)
+    verify_checkpoint(path)
 
 
 def test_refuses_to_start_over_where_no_checkpoint_is_valid(tmp_path: Path) -> None:
@@ -366,9 +361,9 @@ def test_a_manifest_that_leads_out_is_refused(store: CheckpointStore, evil: str)
     manifest = json.loads((path / MANIFEST).read_text())
     del manifest["sha256"]
     manifest["files"][-1]["path"] = evil
-    (path / MANIFEST).write_text(checkpoint._render_manifest(manifest))
+    (path / MANIFEST).write_text(render_manifest(manifest))
     with pytest.raises(CheckpointError, match="leads out of the checkpoint"):
-        CheckpointStore.verify(path)
+        verify_checkpoint(path)
 
 
 @pytest.mark.parametrize("how", ["link", "manifest"])
@@ -381,137 +376,3 @@ def test_what_writers_must_not_make_is_refused(store: CheckpointStore, how: str)
     with pytest.raises(CheckpointError, match=r"link|writer made MANIFEST"):
         store.commit(temporary, "step-1", {"weight_version": 1})
     assert names(store) == []
-
-
-# --- run lock ---
-
-
-def test_second_holder_is_told_who_the_first_is(tmp_path: Path) -> None:
-    with RunLock(tmp_path) as lock:
-        assert json.loads((tmp_path / "lock").read_text()) == lock.owner
-        with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on {lock.owner['host']}"):
-            RunLock(tmp_path).__enter__()
-    with RunLock(tmp_path):
-        pass
-
-
-def test_race_for_the_lock_has_one_winner(tmp_path: Path) -> None:
-    """Eight processes try at the same moment and stay until all have tried: one holds, seven name it."""
-    ready, go = os.pipe()
-    results, report = os.pipe()
-    children = []
-    for _ in range(8):
-        pid = os.fork()
-        if pid == 0:
-            os.close(go)
-            os.read(ready, 1)  # ends for all at once, when the parent closes `go`
-            try:
-                RunLock(tmp_path).__enter__()
-                os.write(report, b"held %d;" % os.getpid())
-                signal.pause()
-            except ConfigError as error:
-                os.write(report, b"%s;" % error.message.split(" on ")[0].split("use by ")[1].encode())
-            os._exit(0)
-        children.append(pid)
-    os.close(go)
-    answers: list[str] = []
-    while len(answers) < 8:
-        answers += os.read(results, 4096).decode().split(";")[:-1]
-    winners = [answer.split()[1] for answer in answers if answer.startswith("held")]
-    assert len(winners) == 1
-    assert sorted(set(answers)) == sorted({f"held {winners[0]}", f"process {winners[0]}"})
-    os.kill(int(winners[0]), signal.SIGKILL)
-    for pid in children:
-        os.waitpid(pid, 0)
-    with RunLock(tmp_path):  # the kernel dropped the killed holder's lock
-        pass
-
-
-def test_a_started_program_does_not_hold_the_lock(tmp_path: Path) -> None:
-    with RunLock(tmp_path):
-        child = subprocess.Popen(["sleep", "30"], close_fds=False)
-    try:
-        with RunLock(tmp_path):
-            pass
-    finally:
-        child.kill()
-        child.wait()
-
-
-def test_unusable_run_dir_is_a_config_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"run\.dir"):
-        RunLock(tmp_path / "file" / "run").__enter__()
-
-
-# --- JSON ---
-
-counts = st.integers(0, 2**40)
-states = st.builds(
-    RunState,
-    stage=counts,
-    step=counts,
-    weight_version=counts,
-    cursor=counts,
-    in_flight=st.lists(counts, max_size=5).map(tuple),
-    counters=st.dictionaries(st.text(), st.integers() | st.floats(allow_nan=False, allow_infinity=False)),
-)
-
-
-@settings(max_examples=40, deadline=None)
-@given(states)
-def test_run_state_survives_json(state: RunState) -> None:
-    assert state_from_json(json.loads(json.dumps(state_to_json(state)))) == state
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"step": None},
-        {"step": True},
-        {"step": -1},
-        {"step": 1.0},
-        {"extra": 1},
-        {"in_flight": [1, "2"]},
-        {"in_flight": 3},
-        {"counters": {"failed": "many"}},
-        {"counters": []},
-    ],
-)
-def test_run_state_is_read_strictly(change: dict[str, object]) -> None:
-    value = state_to_json(RunState(stage=0, step=1, weight_version=1, cursor=8, in_flight=(7,)))
-    with pytest.raises(CheckpointError, match="run state: expected"):
-        state_from_json({**value, **change})
-
-
-@pytest.mark.parametrize("key", ["stage", "step", "weight_version", "cursor", "in_flight", "counters"])
-def test_run_state_needs_every_key(key: str) -> None:
-    value = state_to_json(RunState(stage=0, step=1, weight_version=1, cursor=8))
-    del value[key]
-    with pytest.raises(CheckpointError, match=key):
-        state_from_json(value)
-
-
-def test_write_json_replaces_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "state.json"
-    write_json(path, {"a": 1})
-    write_json(path, {"a": 2})
-    assert read_json(path) == {"a": 2}
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match=r"state\.json: could not be written: .*No space left"):
-        write_json(path, {"a": 3})
-    assert read_json(path) == {"a": 2}
-    assert [file.name for file in tmp_path.iterdir()] == ["state.json"]
-
-
-@pytest.mark.parametrize("text", [None, "{", b"\xff"])
-def test_read_json_says_which_file(tmp_path: Path, text: str | bytes | None) -> None:
-    path = tmp_path / "state.json"
-    if text is not None:
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(CheckpointError, match=r"state\.json: cannot be read"):
-        read_json(path)

@@ -158,7 +158,7 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:
     run(tmp_path, 1, 2).close()
     text = (tmp_path / "metrics.jsonl").read_text()
     (tmp_path / "metrics.jsonl").write_text(text.replace('"step": 2', '"stop": 2'))
-    with pytest.raises(RlsysError, match=r"metrics\.jsonl:2: not a row"):
+    with pytest.raises(RlsysError, match=r"metrics\.jsonl:2: expected a row with stage, step"):
         MetricsWriter(tmp_path, 2)
 
 

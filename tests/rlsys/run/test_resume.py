@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import copy
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlsys.config.compare import extraction_request
 from rlsys.config.files import apply_override, dump_config, parse_config
 from rlsys.config.schema import Config
-from rlsys.config.stages import SEARCHED
-from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.files import write_json
-from rlsys.run.checkpoints import CheckpointStore, state_to_json
-from rlsys.run.resume import Start, check_extraction, check_inputs, find_again, find_start
+from rlsys.run.checkpoints import CheckpointStore
+from rlsys.run.resume import Start, find_again, find_start
+from rlsys.run.state import state_to_json
 from rlsys.types import RunState, StageName
 
 INPUTS = {"task.path": "d1", "model.path": "d2", "tokenizer": "d3"}
@@ -175,32 +172,6 @@ def test_a_run_that_began_anew_descends_from_no_path(tmp_path: Path) -> None:
     save(tmp_path / "b", 1)
     with pytest.raises(ConfigError, match="holds another run"):
         start(tmp_path / "b", config(path))
-
-
-def test_contents_that_changed_behind_an_unchanged_name(tmp_path: Path) -> None:
-    save(tmp_path, 2)
-    found = start(tmp_path, config())
-    check_inputs(found, INPUTS)
-    check_inputs(Start(FRESH, None), {"task.path": "anything"})
-    with pytest.raises(ConfigError, match=r"^task\.path: the contents differ .*step_000002 .* new run\.dir"):
-        check_inputs(found, {**INPUTS, "task.path": "another"})
-    with pytest.raises(ConfigError, match=r"^model\.path and tokenizer: "):
-        check_inputs(found, {**INPUTS, "model.path": "another", "tokenizer": "another"})
-
-
-def test_pairs_of_a_file_that_there_were_none_of_before(tmp_path: Path) -> None:
-    save(tmp_path, 2)
-    found = start(tmp_path, config())
-    for now in ("digest", SEARCHED):
-        with pytest.raises(ConfigError, match=r"^preference\.path: .*step_000002 was trained without pairs of a file"):
-            check_inputs(found, {**INPUTS, "preference.path": now})
-
-
-def test_a_checkpoint_without_digests_is_of_an_older_version(tmp_path: Path) -> None:
-    temporary = store(tmp_path).begin("old")
-    path = store(tmp_path).commit(temporary, "old", {"weight_version": 1})
-    with pytest.raises(ConfigError, match="old was made by an older version of rlsys"):
-        check_inputs(Start(state(1), path), INPUTS)
 
 
 def test_the_end_of_another_run_leaves_nothing_to_do(tmp_path: Path) -> None:
@@ -418,67 +389,6 @@ def test_a_checkpoint_with_a_critic_goes_on_with_and_without_it(tmp_path: Path) 
     (temporary / "critic" / "config.json").write_text("{}")
     store(tmp_path).commit(temporary, "step_000002", {"weight_version": 2, "inputs": INPUTS})
     assert start(tmp_path, config(objective=CRITIC)).state == start(tmp_path, config()).state == state(2)
-
-
-def test_what_is_read_later_is_compared_then() -> None:
-    start = Start(state(2), Path("c"))
-    for before in (SEARCHED, f"{SEARCHED} supervised digest"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                "rlsys.run.resume.read_json", lambda _path, found=before: {"info": {"inputs": {"sft.path": found}}}
-            )
-            check_inputs(start, {"sft.path": SEARCHED})
-            with pytest.raises(ConfigError, match=r"^sft\.path: the contents differ"):
-                check_inputs(start, {"sft.path": "digest"})  # of a file that sft.path names now
-
-
-def searched(stage: int, step: int, tmp_path: Path) -> Start:
-    """A run whose stage search was asked for the data of `config` without changes, of 9 prompts."""
-    folder = RunDirectory(tmp_path).search_stage.path
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(SearchDirectory(folder).stage_record, {"asked": extraction_request(after_search(), 9), "figures": {}})
-    return Start(replace(FRESH, stage=stage, step=step), tmp_path / "checkpoints" / "step_000001")
-
-
-def after_search(stages: tuple[str, ...] = ("search", "sft", "preference"), **changes: Any) -> Config:
-    return config(
-        stages=list(stages), objective={"preference": {"weight": 1.0}, **changes.pop("objective", {})}, **changes
-    )
-
-
-@pytest.mark.parametrize(("stage", "step"), [(1, 1), (1, 100), (2, 1)])
-def test_data_are_not_extracted_in_another_way_once_a_stage_reads_them(tmp_path: Path, stage: int, step: int) -> None:
-    start = searched(stage, step, tmp_path)
-    check_extraction(after_search(), start, 9)
-    with pytest.raises(ConfigError, match=r"^extract\.chosen differs from what the stage search .*stage\.json\): "):
-        check_extraction(after_search(extract={"chosen": "longest"}), start, 9)
-    with pytest.raises(ConfigError, match=r"^search\.prompts differs .*: expected 9, found 8; set it back"):
-        check_extraction(after_search(), start, 8)
-
-
-def test_extraction_may_change_where_nothing_reads_it_or_it_is_done_again(tmp_path: Path) -> None:
-    changed = after_search(extract={"chosen": "longest"})
-    check_extraction(changed, searched(0, 0, tmp_path), 8)  # the stage search is still to come, and does it
-    check_extraction(changed, Start(FRESH, None), 8)
-    check_extraction(changed, searched(2, 100, tmp_path), 8)  # the last stage has made its steps
-    stages = ("search", "preference", "online")
-    trees = after_search(stages, extract={"chosen": "longest"}, search={"fraction": 0.5})
-    check_extraction(trees, searched(2, 1, tmp_path), 9)  # of the trees of the steps now
-    filed = {"preference": {"weight": 1.0, "source": "file"}}
-    with pytest.raises(ConfigError, match=r"^extract\.chosen differs"):
-        check_extraction(
-            after_search(stages, extract={"chosen": "longest"}, objective=filed), searched(2, 1, tmp_path), 9
-        )
-    paths = {"sft": {"path": "rows"}, "preference": {"path": "pairs"}}
-    check_extraction(after_search(extract={"chosen": "longest"}, **paths), searched(1, 1, tmp_path), 9)
-
-
-@pytest.mark.parametrize("found", [{}, [], {"asked": 1}])
-def test_a_damaged_note_of_the_stage_search_is_named(tmp_path: Path, found: Any) -> None:
-    start = searched(1, 1, tmp_path)
-    write_json(RunDirectory(tmp_path).search_stage.stage_record, found)
-    with pytest.raises(CheckpointError, match=r"stage\.json: damaged; restore it"):
-        check_extraction(after_search(), start, 9)
 
 
 def test_the_directory_of_a_search_is_left_to_it(tmp_path):
