@@ -1,1 +1,1 @@
-"""What a step trains on: prompts, demonstrations, rows and pairs."""
+"""Training data of a step: prompts, demonstrations, rows and pairs."""

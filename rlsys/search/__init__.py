@@ -1,1 +1,1 @@
-"""Finished trees: reading, writing, extraction and statistics. No engine is needed."""
+"""Finished trees: reading, writing, extraction and statistics, without an engine."""

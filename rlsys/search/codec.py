@@ -93,7 +93,7 @@ class TagCodec:
 
     @property
     def needs_stop_strings(self) -> bool:
-        """Whether some tag is not a single token, so that the engine must compare text to stop at it."""
+        """True if a tag is not a single token, so that the engine must compare text to stop at it."""
         return len(self._tag_tokens) < 2 * len(self._openings)
 
     def encode(self, text: str) -> list[int]:

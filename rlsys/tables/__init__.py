@@ -1,1 +1,1 @@
-"""Tables in JSONL and Parquet files: reading, writing, and where a data set comes from."""
+"""Tables in JSONL and Parquet files: schemas, reading and writing; rows of data sets."""

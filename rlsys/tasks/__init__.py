@@ -1,4 +1,4 @@
-"""Prompts, verifiers and demonstrations; one file per task. No ray, no torch."""
+"""Tasks: prompts, verifiers and demonstrations. They import neither ray nor torch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from rlsys.interfaces import Task
 
 
 def build_task(config: TaskConfig, seed: int) -> Task:
-    """Build the task of a config section. The module of a task is imported only when it is used.
+    """Build the task of a config section. Only the module of this task is imported.
 
     Args:
-        config: the `task` section.
-        seed: run.seed; the same config and seed give the same problems in every process.
+        config: The `task` section.
+        seed: run.seed. The same config and seed give the same problems in every process.
     """
     if config.type == "letter_count":
         from rlsys.tasks.letter_count.task import LetterCountTask

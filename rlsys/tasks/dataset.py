@@ -1,4 +1,4 @@
-"""Problems from a file or data set, answers checked with math-verify."""
+"""Task with problems from a file or data set. math-verify checks the answers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rlsys.tasks.math_answers import judge
 from rlsys.tasks.tags import tag_strings
 from rlsys.types import Problem, Split, Verdict
 
+# Number of unreadable rows that a message lists.
 _EXAMPLES = 3
 
 
@@ -38,10 +39,10 @@ class _Data:
 
 
 class DatasetTask:
-    """A Task over the rows of a data set, in file order.
+    """Task with the rows of a data set in file order.
 
-    Rows are read on first use, so a reward process, which only verifies, never loads them.
-    A training row whose question is also held out is left out, so that the splits are disjoint.
+    Rows are read on first use, so a reward process, which only verifies, never loads them. A training row with a
+    held-out question is left out, so the splits are disjoint.
     """
 
     one_answer = True
@@ -56,29 +57,29 @@ class DatasetTask:
 
     @property
     def skip_reasons(self) -> tuple[str, ...]:
-        """Why the first few unreadable rows were left out, each with its file and line."""
+        """Reasons why the first unreadable rows were left out, each with its file and line."""
         return self._data.skipped[:_EXAMPLES]
 
     def digest(self) -> str:
-        """sha256 of the texts of all rows that are used, of both splits."""
+        """Return the sha256 of the texts of all rows that are used, of both splits."""
         rows = [list(map(astuple, split)) for split in (self._data.train, self._data.held_out)]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def notes(self) -> tuple[str, ...]:
-        """Which rows were left out, and why."""
+        """Return lines about the rows that were left out, and the reasons."""
         return self._data.notes
 
     def size(self, split: Split) -> int:
         return len(self._examples(split))
 
     def problem(self, split: Split, index: int) -> Problem:
-        """The index-th readable row of the split; its id holds the line number (JSONL) or row number.
+        """Return the index-th readable row of a split. Its id has the line number (JSONL) or row number.
 
         Raises:
-            IndexError: index is outside [0, size).
+            IndexError: The index is outside [0, size).
         """
         example = self._example(split, index)
-        # Not str.format: LaTeX is full of braces.
+        # str.format would fail, because LaTeX has braces.
         question = self.config.prompt_template.replace("{question}", example.question)
         return Problem(problem_id=f"{split}/{example.number}", question=question, answer=example.answer)
 
@@ -90,7 +91,7 @@ class DatasetTask:
         return None if text is None else (self.problem("train", index), text)
 
     def vocabulary(self) -> tuple[str, ...]:
-        """The thought tags and the sorted characters of all texts, for a character tokenizer."""
+        """Return the thought tags and the sorted characters of all texts, for a character tokenizer."""
         examples = self._data.train + self._data.held_out
         characters = set(self.config.prompt_template)
         for example in examples:
@@ -111,13 +112,13 @@ class DatasetTask:
 
 
 def _load(config: DatasetConfig) -> _Data:
-    """Read both splits, count unreadable rows, and refuse a data set that cannot be used."""
+    """Read both splits, and raise ConfigError or DataError if the data set cannot be used."""
     _check_pattern(config.answer_pattern)
     source = read_source(config.path, config.split, "task.path", config.subset)
     readable, skipped = _read_examples(source, config, "task.path")
     notes = _note("task.path", source, skipped)
     if config.held_out_path is None:
-        # By position in the source, not among the readable rows: mending one row moves no other.
+        # The position in the source decides, so repairing an unreadable row moves no other row between the splits.
         held_out = tuple(row for row in readable if row.number % config.held_out_every == 0)
         readable = tuple(row for row in readable if row.number % config.held_out_every)
     else:
@@ -141,15 +142,15 @@ def _note(field: str, source: Source, skipped: tuple[str, ...]) -> tuple[str, ..
 
 
 def _read_examples(source: Source, config: DatasetConfig, field: str) -> tuple[tuple[_Example, ...], tuple[str, ...]]:
-    """The readable rows of a source, and for each other row a line that says why."""
-    wanted = {
+    """Return the readable rows of a source, and a line with the reason for each other row."""
+    columns = {
         "task.question_column": config.question_column,
         "task.answer_column": config.answer_column,
         "task.demonstration_column": config.demonstration_column,
     }
-    any_row = any(isinstance(row.values, dict) for row in source.rows)
-    for name, column in wanted.items():
-        if any_row and column is not None and column not in source.columns:
+    has_readable = any(isinstance(row.values, dict) for row in source.rows)
+    for name, column in columns.items():
+        if has_readable and column is not None and column not in source.columns:
             known = ", ".join(source.columns)
             raise DataError(f"{name}: {source.path} has no column {column!r}; its columns are {known}")
     examples, skipped = [], []
@@ -168,7 +169,7 @@ def _read_examples(source: Source, config: DatasetConfig, field: str) -> tuple[t
 
 
 def _parse(row: Row, config: DatasetConfig) -> _Example | str:
-    """A row's texts, or why it cannot be used."""
+    """Return the texts of a row, or the reason why it cannot be used."""
     if isinstance(row.values, str):
         return row.values
     texts: dict[str, str] = {}
@@ -181,8 +182,8 @@ def _parse(row: Row, config: DatasetConfig) -> _Example | str:
         texts[column] = text
     answer = texts[config.answer_column]
     if config.answer_pattern is not None:
-        found = re.search(config.answer_pattern, answer)
-        answer = (found[1] or "").strip() if found else ""
+        match = re.search(config.answer_pattern, answer)
+        answer = (match[1] or "").strip() if match else ""
         if not answer:
             return f"column {config.answer_column!r}: no answer that matches task.answer_pattern"
     demonstration = texts[config.demonstration_column] if config.demonstration_column else None
@@ -191,7 +192,7 @@ def _parse(row: Row, config: DatasetConfig) -> _Example | str:
 
 
 def _text(value: Any) -> str | None:
-    """A cell as text; numbers are common in answer columns. None where it is empty or something else."""
+    """Return a text or number as text, None for an empty or other value. Answer columns often have numbers."""
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:  # NaN
         return None
     text = str(value).strip()
@@ -213,12 +214,12 @@ def _check_not_empty(
     config: DatasetConfig, train: Sequence[_Example], held_out: Sequence[_Example], *, repeated: int
 ) -> None:
     if not held_out:
-        how = (
+        rule = (
             f"one in task.held_out_every {config.held_out_every} of task.path {config.path}"
             if config.held_out_path is None
             else f"task.held_out_path {config.held_out_path}"
         )
-        raise DataError(f"{how}: no row is left for evaluation")
+        raise DataError(f"{rule}: no row is left for evaluation")
     if not train:
-        because = f"; {repeated} of its questions are also held out" if repeated else ""
-        raise DataError(f"task.path {config.path}: no row is left for training{because}")
+        reason = f"; {repeated} of its questions are also held out" if repeated else ""
+        raise DataError(f"task.path {config.path}: no row is left for training{reason}")

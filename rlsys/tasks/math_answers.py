@@ -1,7 +1,7 @@
-"""Judges mathematical answers with math-verify: extraction from free text, then symbolic comparison.
+"""Verifier of mathematical answers with math-verify: extraction from free text, then symbolic comparison.
 
-math-verify's own time limits use SIGALRM, which only works on a main thread; they are switched off here.
-A formula such as 9**9**9**9 can therefore run forever: call `judge` only in a process that has a deadline.
+The time limits of math-verify use SIGALRM, which works only on a main thread, so they are switched off here. A formula
+such as 9**9**9**9 can run forever. Call `judge` only in a process that has a deadline.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from math_verify import verify as equal
 from rlsys.tasks.tags import final_answer
 from rlsys.types import Verdict
 
-# Long enough for any proof's last page; the extraction's regular expressions are not linear in the text.
+# Enough for the last page of a proof. The time of the extraction's regular expressions is not linear in the text.
 MAX_COMPLETION_CHARS = 8192
 MAX_ANSWER_CHARS = 1024
 
 _MARKED = re.compile(r"\\boxed|(?<!\\)\$|\\\(|\\\[")
-# "18 dollars" and "1 000" as LaTeX would be products of letters and digits.
+# Read as LaTeX, "18 dollars" and "1 000" would be products of letters and digits.
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}|\d \d")
 
-# It warns once that the caller must provide the time limit, which the module docstring promises.
+# math-verify warns once that the caller must provide the time limit; the module docstring requires it.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 def judge(reference: str, completion: str) -> Verdict:
     """Compare the final answer of a completion with the reference answer.
 
-    The final answer is the completion's one valid `<answer>` node (`tags.final_answer`). Only a completion
-    without any such tag is searched by math-verify: boxed, other LaTeX, or the last plain number.
+    The final answer is the only `<answer>` node of the completion (`tags.final_answer`). If the completion has no such
+    tag, math-verify searches it for a boxed answer, other LaTeX, or the last plain number.
 
     Returns:
-        reward 1 where the answers are the same text or mathematically equal, else 0; `answered` is False
-        where no answer could be extracted.
+        Reward 1 if the answers are the same text or mathematically equal, else 0. `answered` is False if no answer
+        could be extracted.
     """
     if not any(tag in completion for tag in ("<answer>", "</answer>")):
         return _compare(reference, _extract(completion[-MAX_COMPLETION_CHARS:]))
@@ -46,7 +46,7 @@ def judge(reference: str, completion: str) -> Verdict:
         return _NO_ANSWER
     if _same_text(reference, text):
         return _CORRECT
-    if not read_answer(reference):  # a textual reference such as "yes": any text is an answer
+    if not read_answer(reference):  # the reference is a text such as "yes", so any text is an answer
         return _WRONG
     return _compare(reference, read_answer(text))
 
@@ -60,7 +60,7 @@ def _compare(reference: str, answer: tuple[Any, ...]) -> Verdict:
 
 @lru_cache(maxsize=256)
 def read_answer(text: str) -> tuple[Any, ...]:
-    """Parse a text that is nothing but an answer; empty where it is no mathematics."""
+    """Parse a text that consists of an answer only. Return () if it is not mathematics."""
     text = text.strip().removesuffix(".")
     if not text or _MARKED.search(text) or _PROSE.search(text):
         return _extract(text)

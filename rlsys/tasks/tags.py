@@ -1,4 +1,4 @@
-"""The thought tags of the paper and how the final answer of a completion is read.
+"""Thought tags of the paper, and the final answer of a completion.
 
 Source: Marco-o1 v2, arXiv:2503.01461, sec. 3 (thought nodes of the tree search).
 """
@@ -24,12 +24,12 @@ _FINAL_ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>\s*\Z", re.D
 
 
 def node(tag: str, text: str) -> str:
-    """One thought node: the text between its tags."""
+    """Return a thought node: the text between its tags."""
     return f"<{tag}>{text}</{tag}>"
 
 
 def draw(shares: TagShares, rng: random.Random) -> dict[str, bool]:
-    """Which of the nodes that a demonstration may leave out it has, by tag; one draw each, in a fixed order."""
+    """Return whether a demonstration has each of its optional nodes, by tag. Each takes one draw, in a fixed order."""
     return {
         tag: rng.random() < share
         for tag, share in (
@@ -43,17 +43,17 @@ def draw(shares: TagShares, rng: random.Random) -> dict[str, bool]:
 
 
 def tag_strings() -> tuple[str, ...]:
-    """Every opening and closing tag, in a fixed order, for a tokenizer's vocabulary."""
+    """Return all opening and closing tags in a fixed order, for the vocabulary of a tokenizer."""
     return tuple(string for tag in TAGS for string in (f"<{tag}>", f"</{tag}>"))
 
 
 def final_answer(completion: str) -> str | None:
-    """Text of the final <answer> node, stripped; None where the completion has no valid answer.
+    """Return the stripped text of the final <answer> node; None if the completion has no valid answer.
 
-    Valid means: exactly one answer node, closed, and nothing but white space after it. A second
-    answer makes the completion invalid, so that a policy cannot collect reward by trying several.
+    A valid completion has exactly one answer node. It is closed, and only white space follows. A second answer is
+    invalid, because a policy could otherwise collect reward by trying several.
     """
-    found = _FINAL_ANSWER.search(completion)
-    if found is None or completion.count("<answer>") != 1 or completion.count("</answer>") != 1:
+    match = _FINAL_ANSWER.search(completion)
+    if match is None or completion.count("<answer>") != 1 or completion.count("</answer>") != 1:
         return None
-    return found.group(1).strip()
+    return match.group(1).strip()

@@ -1,4 +1,4 @@
-"""A tiny Qwen2 whose tokenizer is a byte-level BPE trained on given texts: tags are several tokens there."""
+"""A tiny Qwen2 model with a byte-level BPE trained on given texts. Tags are several tokens of it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ def build_bpe_model(
     max_positions: int = 512,
     seed: int = 0,
 ) -> Any:
-    """Write the model in Hugging Face format and answer with its tokenizer, as read back from the folder.
+    """Write the model in Hugging Face format, and return its tokenizer as read from the folder.
 
     The same arguments give the same bytes.
 
     Args:
-        texts: what the BPE is trained on. "><", ".</" and ">" with line breaks become one token where they are
-            frequent, as in Qwen's own vocabulary.
-        vocab_size: entries of the vocabulary at most; 4 special tokens and 256 bytes come first.
+        folder: Folder of the model.
+        texts: Training texts of the BPE. If "><", ".</" and ">" with line breaks are frequent, they become one token,
+            as in Qwen's own vocabulary.
+        vocab_size: Maximal size of the vocabulary, including 4 special tokens and 256 bytes.
+        hidden_size, layers, heads, intermediate_size, max_positions: Size of the model.
+        seed: Seed of the weights.
     """
     from transformers import AutoTokenizer, Qwen2Tokenizer
 
@@ -60,7 +63,7 @@ def build_bpe_model(
 
 
 def _train(texts: Sequence[str], vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a byte-level BPE over the pieces that Qwen2's pre-tokenizer cuts."""
+    """Return vocabulary and merges of a byte-level BPE with the pre-tokenizer of Qwen2."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 

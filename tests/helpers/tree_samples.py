@@ -1,4 +1,4 @@
-"""Searched trees made by hand or at random, and a tokenizer of single letters for them. They search nothing."""
+"""Trees made by hand or at random, without a search, and a codec of single letters for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPT, END, OTHER_END = 2, 0, 1
 
 
 class CharCodec:
-    """One token a letter. The prompt is PROMPT and the question; END, OTHER_END end a chain."""
+    """Codec with one token per letter. The prompt is PROMPT and the question. END and OTHER_END end a chain."""
 
     def __init__(self, digest: str = "letters") -> None:
         self.digest = digest
@@ -36,7 +36,7 @@ def ids(text: str, *more: int) -> Int32Array:
 
 
 def node(parent: int, text: str, kind: str = "thinking", *, forced: int = 0, **fields: Any) -> ThoughtNode:
-    """A node without a verdict. The first `forced` letters were put there."""
+    """Return a node without a verdict. Its first `forced` letters are forced."""
     token_ids = fields.pop("token_ids", ids(text))
     logprobs = np.where(np.arange(len(token_ids)) < forced, 0, -0.5).astype(np.float32)
     return ThoughtNode(
@@ -45,7 +45,7 @@ def node(parent: int, text: str, kind: str = "thinking", *, forced: int = 0, **f
 
 
 def answer(parent: int, text: str, outcome: Outcome, reward: float | None = None, **fields: Any) -> ThoughtNode:
-    """A judged terminal node; without a reward it is 1 for "ok", else 0."""
+    """Return a judged terminal node. The default reward is 1 for "ok", else 0."""
     if reward is None:
         reward = float(outcome == "ok")
     verdict = Verdict(outcome=outcome, reward=reward, answered=outcome in ("ok", "wrong"))
@@ -53,18 +53,18 @@ def answer(parent: int, text: str, outcome: Outcome, reward: float | None = None
 
 
 def tree(*below: ThoughtNode, prompt_id: str = "p", question: str = "q", **fields: Any) -> Tree:
-    """A tree of the prompt and the nodes below it, from number 1 on; visits, totals and order of scores are counted."""
+    """Return a tree of the prompt and the nodes below it, from number 1. Visits, totals and scores are computed."""
     nodes = [replace(node(-1, ""), type="start"), *below]
     scored = 0
-    for number, found in enumerate(below, start=1):
-        if found.verdict is None:
+    for number, leaf in enumerate(below, start=1):
+        if leaf.verdict is None:
             continue
         nodes[number] = replace(nodes[number], scored=scored)
         scored += 1
-        while found.verdict.outcome in ("ok", "wrong") and number >= 0:
+        while leaf.verdict.outcome in ("ok", "wrong") and number >= 0:
             above = nodes[number]
             nodes[number] = replace(
-                above, visits=above.visits + found.samples, total=above.total + found.samples * found.verdict.reward
+                above, visits=above.visits + leaf.samples, total=above.total + leaf.samples * leaf.verdict.reward
             )
             number = above.parent
     values: dict[str, Any] = {
@@ -76,14 +76,14 @@ def tree(*below: ThoughtNode, prompt_id: str = "p", question: str = "q", **field
         "stop": "simulations",
         "simulations": scored,
         "calls": len(below),
-        "tokens": sum(found.generated for found in below),
+        "tokens": sum(child.generated for child in below),
         "counts": {},
     }
     return Tree(prompt_id=prompt_id, question=question, nodes=tuple(nodes), **values | fields)
 
 
 def golden() -> Tree:
-    """Four correct chains, four wrong ones, one whose verifier failed and a truncated node.
+    """Return a tree with four correct chains, four wrong ones, one whose verifier failed and a truncated node.
 
     number  chain     verdict  tokens with the end token   value (visits) of the nodes
     3       aabbX     ok       6                           1: 2/4 (4)  2: 1/2 (2)  3: 1
@@ -117,12 +117,12 @@ def golden() -> Tree:
 
 
 def children_of(tree: Tree, number: int) -> list[int]:
-    """Numbers of a node's children."""
-    return [child for child, found in enumerate(tree.nodes) if found.parent == number]
+    """Return the numbers of a node's children."""
+    return [child for child, node in enumerate(tree.nodes) if node.parent == number]
 
 
 def renumbered(original: Tree, order: Sequence[int]) -> Tree:
-    """The same tree with its nodes in another order: by `order`, one number a node, as far as parents come first."""
+    """Return the tree with its nodes in another order. `order` ranks the nodes, but parents always come first."""
     ranks = dict(enumerate(order))
     placed: list[int] = []
     open_nodes = [0]
@@ -134,13 +134,13 @@ def renumbered(original: Tree, order: Sequence[int]) -> Tree:
     places = {number: place for place, number in enumerate(placed)} | {-1: -1}
     nodes = [replace(original.nodes[number], parent=places[original.nodes[number].parent]) for number in placed]
     scored = iter(range(len(nodes)))
-    nodes = [replace(found, scored=next(scored)) if found.scored >= 0 else found for found in nodes]
+    nodes = [replace(node, scored=next(scored)) if node.scored >= 0 else node for node in nodes]
     return replace(original, nodes=tuple(nodes))
 
 
 @st.composite
 def trees(draw: st.DrawFn) -> Tree:
-    """Small trees over two letters, so that equal nodes, chains and prefixes are common; two writers and tokenizers."""
+    """Draw small trees with two letters, so that equal nodes and prefixes are common, and two roles and tokenizers."""
     below: list[ThoughtNode] = []
     parents = [0]
     for number in range(1, draw(st.integers(1, 14)) + 1):
@@ -167,7 +167,7 @@ _OUTCOMES = st.sampled_from(("ok", "wrong", "wrong", "error", "timeout"))
 
 
 def plain(value: Any) -> Any:
-    """Data classes, sequences and arrays as nested tuples, which can be compared."""
+    """Return dataclasses, sequences and arrays as nested tuples, which can be compared."""
     if dataclasses.is_dataclass(value):
         return tuple(plain(getattr(value, field.name)) for field in dataclasses.fields(value))
     if isinstance(value, np.ndarray):

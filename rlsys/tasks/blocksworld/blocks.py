@@ -1,7 +1,7 @@
-"""The blocks world: states, the four moves, an exact check of plans, and shortest plans.
+"""States, moves, the exact plan check and shortest plans of the blocks world.
 
-One hand moves blocks that stand in towers on a table, one at a time, from the top of one tower to the
-top of another or to the table.
+Blocks stand in towers on a table. One hand moves one block at a time from the top of a tower to the top of another
+tower or to the table.
 
 Source: the domain blocksworld-4ops of PlanBench, arXiv:2206.10498.
 """
@@ -22,13 +22,13 @@ Fact = tuple[str, ...]
 Goal = frozenset[Fact]
 
 MOVES = {"pick-up": 1, "put-down": 1, "stack": 2, "unstack": 2}
-"""How many blocks each move names."""
+"""Number of blocks of each move."""
 
 
 class State(NamedTuple):
-    """Towers in the order in which they are told, and the block in the hand.
+    """Towers in the order of the text, and the block in the hand.
 
-    A tower keeps its place when a block is put on it or taken off it; a new one is the last.
+    A tower keeps its place when a block is put on it or taken off it. A new tower is the last one.
     """
 
     towers: tuple[Tower, ...]
@@ -36,17 +36,17 @@ class State(NamedTuple):
 
 
 def facts(state: State) -> frozenset[Fact]:
-    """Everything that is true in a state; equal for states that differ in the order of towers only."""
-    found: set[Fact] = {("handempty",) if state.held is None else ("holding", state.held)}
+    """Return all facts that are true in a state. The order of the towers has no influence."""
+    true: set[Fact] = {("handempty",) if state.held is None else ("holding", state.held)}
     for tower in state.towers:
-        found.add(("clear", tower[0]))
-        found.add(("ontable", tower[-1]))
-        found.update(("on", upper, lower) for upper, lower in pairwise(tower))
-    return frozenset(found)
+        true.add(("clear", tower[0]))
+        true.add(("ontable", tower[-1]))
+        true.update(("on", upper, lower) for upper, lower in pairwise(tower))
+    return frozenset(true)
 
 
 def successors(state: State) -> Iterator[tuple[Move, State]]:
-    """Every possible move and the state after it, in the order of the towers."""
+    """Yield every possible move and the state after it, in the order of the towers."""
     towers, held = state
     for place, tower in enumerate(towers):
         before, after = towers[:place], towers[place + 1 :]
@@ -61,10 +61,9 @@ def successors(state: State) -> Iterator[tuple[Move, State]]:
 
 
 def shortest_plan(state: State, goal: Goal) -> tuple[Move, ...] | None:
-    """A plan with the fewest moves, by breadth-first search; None where the goal cannot be reached.
+    """Return a plan with the fewest moves, by breadth-first search; None if the goal cannot be reached.
 
-    Of several it is the one whose moves come first in the order of `successors`, so it does not
-    depend on the blocks' names.
+    The order of `successors` decides between several plans, so the plan does not depend on the names of the blocks.
     """
     seen = {facts(state)}
     waiting: deque[tuple[State, tuple[Move, ...]]] = deque([(state, ())])
@@ -83,7 +82,7 @@ def shortest_plan(state: State, goal: Goal) -> tuple[Move, ...] | None:
 
 
 def check_plan(state: State, goal: Goal, moves: Sequence[Move]) -> str:
-    """Why the moves do not lead to the goal: the first impossible move, or a fact that is missing; "" where they do."""
+    """Return why the moves do not reach the goal (an impossible move or a missing fact), or "" if they reach it."""
     for number, move in enumerate(moves, 1):
         following = dict(successors(state)).get(move)
         if following is None:
@@ -94,7 +93,7 @@ def check_plan(state: State, goal: Goal, moves: Sequence[Move]) -> str:
 
 
 def _why_impossible(state: State, move: Move) -> str:
-    """The first precondition of a move that a state does not meet."""
+    """Return the first precondition of a move that a state does not meet."""
     true = facts(state)
     name, block, other = (*move, "")[:3]
     blocks = {state.held, *(block for tower in state.towers for block in tower)}

@@ -1,4 +1,4 @@
-"""Worked chains of thought for the blocks world: a few moves, the state after them, and at the end the plan."""
+"""Worked chains of thought for the blocks world. A node notes a few moves and the state after them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ from rlsys.config.tasks import TagShares
 from rlsys.tasks import tags
 from rlsys.tasks.blocksworld.blocks import Goal, Move, State, facts, shortest_plan, successors
 from rlsys.tasks.blocksworld.text import goal_text, plan_text, state_text
+from rlsys.tasks.generated import join_nodes
 
-# Pieces of chain text that a from-scratch tokenizer makes single tokens.
+# Pieces of chains that are single tokens of a from-scratch tokenizer.
 PIECES = ("get", "not", " moves")
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One <thinking> node: moves, the state noted after them, and one that is noted first and taken back."""
+    """Content of a <thinking> node.
+
+    Attributes:
+        moves: The moves.
+        state: The state noted after the moves.
+        taken_back: A wrong state that is noted first and then taken back.
+    """
 
     moves: tuple[Move, ...]
     state: State
@@ -27,40 +34,34 @@ class Note:
 def build_chain(
     state: State, goal: Goal, *, moves_per_node: int, error_rate: float, shares: TagShares, rng: random.Random
 ) -> str:
-    """A chain that plans from a state to a goal, which must be reachable.
+    """Return a chain that plans from a state to a reachable goal, with one thinking node per `moves_per_node` moves.
 
-    Order of the nodes: sub-task, reclarify, hypothesis, thinking (one per `moves_per_node` moves),
-    double-check, answer; all but thinking and answer with the probability in `shares`. With
-    probability shares.reflection one state is first noted wrongly, a reflection takes it back and
-    the node is written again; of the other chains a share of error_rate notes a state wrongly and
-    plans on from there (a silent error), so that the answer, all moves in order, is seldom right.
+    `shares` has the probabilities of the optional nodes. With probability shares.reflection, one state is first noted
+    wrongly; a reflection takes it back and the node is written again. A fraction `error_rate` of the other chains notes
+    a state wrongly and continues from there (a silent error). Their answer, all moves in order, is seldom right.
     """
-    chance = tags.draw(shares, rng)
-    reflects = chance[tags.REFLECTION]
+    present = tags.draw(shares, rng)
+    reflects = present[tags.REFLECTION]
     wrong = reflects or rng.random() < error_rate
     notes = take_notes(state, goal, moves_per_node, rng if wrong else None, silent=not reflects)
     moves = [move for note in notes for move in note.moves]
-    nodes = []
-    if chance[tags.SUB_TASK]:
-        nodes.append(tags.node(tags.SUB_TASK, f"get {goal_text(goal - facts(state))}"))
-    if chance[tags.RECLARIFY]:
-        nodes.append(tags.node(tags.RECLARIFY, f"goal {goal_text(goal)}"))
-    if chance[tags.HYPOTHESIS]:
-        nodes.append(tags.node(tags.HYPOTHESIS, f"{max(1, len(moves) + rng.choice((-2, 0, 2)))} moves"))
-    for note in notes:
-        nodes.extend(_thinking_nodes(note))
-    if chance[tags.DOUBLE_CHECK]:
-        nodes.append(tags.node(tags.DOUBLE_CHECK, state_text(notes[-1].state)))
-    nodes.append(tags.node(tags.ANSWER, plan_text(moves)))
-    return "".join(nodes)
+    return join_nodes(
+        present,
+        sub_task=lambda: f"get {goal_text(goal - facts(state))}",
+        reclarify=lambda: f"goal {goal_text(goal)}",
+        hypothesis=lambda: f"{max(1, len(moves) + rng.choice((-2, 0, 2)))} moves",
+        thinking=lambda: [node for note in notes for node in _thinking_nodes(note)],
+        double_check=lambda: state_text(notes[-1].state),
+        answer=plan_text(moves),
+    )
 
 
 def take_notes(
     state: State, goal: Goal, moves_per_node: int, planted: random.Random | None, *, silent: bool
 ) -> list[Note]:
-    """A shortest plan in pieces of `moves_per_node` moves; with `planted`, one of them noted wrongly.
+    """Return a shortest plan in pieces of `moves_per_node` moves. With `planted`, one state is noted wrongly.
 
-    A silent error stays, and the plan goes on from the state that was noted; any other is taken back.
+    After a silent error the plan continues from the wrong state. Another error is taken back.
     """
     notes = _notes(state, goal, moves_per_node)
     if planted is None:
@@ -68,14 +69,14 @@ def take_notes(
     place = planted.randrange(len(notes))
     before = notes[place - 1].state if place else state
     moves = notes[place].moves
-    others = _other_states(before, moves)
-    if not others:
+    wrong_states = _other_states(before, moves)
+    if not wrong_states:
         return notes
-    other = planted.choice(others)
+    wrong = planted.choice(wrong_states)
     if not silent:
-        notes[place] = Note(moves, notes[place].state, taken_back=other)
+        notes[place] = Note(moves, notes[place].state, taken_back=wrong)
         return notes
-    return [*notes[:place], Note(moves, other), *_notes(other, goal, moves_per_node)]
+    return [*notes[:place], Note(moves, wrong), *_notes(wrong, goal, moves_per_node)]
 
 
 def _notes(state: State, goal: Goal, moves_per_node: int) -> list[Note]:
@@ -97,7 +98,7 @@ def _after(state: State, moves: Sequence[Move]) -> State:
 
 
 def _other_states(state: State, moves: Sequence[Move]) -> list[State]:
-    """Where another last move would have led."""
+    """Return the states after the same moves with another last move."""
     before_last = _after(state, moves[:-1])
     return [other for move, other in successors(before_last) if move != moves[-1]]
 
@@ -116,7 +117,7 @@ def _thinking(moves: Sequence[Move], state: State) -> str:
 
 
 def _difference(wrong: State, right: State) -> str:
-    """A place of a block that only the wrong state has."""
+    """Return a place of a block that is true in the wrong state only."""
     places = [fact for fact in facts(wrong) - facts(right) if fact[0] in ("on", "ontable", "holding")]
     kind, *blocks = min(places)
     return {"on": " on ".join(blocks), "ontable": f"{blocks[0]} on table", "holding": f"hold {blocks[0]}"}[kind]

@@ -1,133 +1,99 @@
-"""Blocks world: which moves bring blocks from one arrangement to another; a generator and its exact verifier."""
+"""Blocks world: moves that bring blocks from one arrangement to another. Generator and exact verifier."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
-from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
 
 from rlsys.config.tasks import BlocksworldConfig
-from rlsys.errors import ConfigError, DataError
+from rlsys.errors import DataError
 from rlsys.tables.sources import Row, is_unicode, read_source
 from rlsys.tasks import tags
 from rlsys.tasks.blocksworld import chains as plan_chains
 from rlsys.tasks.blocksworld import text as block_text
 from rlsys.tasks.blocksworld.blocks import Goal, State, Tower, check_plan, facts
 from rlsys.tasks.blocksworld.pddl import read_pddl
-from rlsys.tasks.generated import hashed_random
-from rlsys.types import Problem, Split, Verdict
+from rlsys.tasks.generated import CORRECT, GeneratedTask, check_ids, wrong
+from rlsys.types import Problem, Verdict
 
-# One problem in HELD_OUT_EVERY belongs to the held-out split, by its hash, whatever the seed.
 HELD_OUT_EVERY = 5
-_MAX_DRAWS = 10_000
+"""The hash of a problem assigns one problem in HELD_OUT_EVERY to the held-out split, for every seed."""
 
 
-class BlocksworldTask:
-    """Blocks in towers, facts that are wanted, and four moves.
+class BlocksworldTask(GeneratedTask[tuple[State, Goal]]):
+    """Planning of moves from towers of blocks to a goal.
 
-    A problem belongs to the held-out split if the sha256 of its facts falls into a fixed bucket, so the
-    two splits share no problem for any seeds and indices, in whatever order its towers are told. The
-    same arrangement of blocks with other names is another problem. With `problems_path` the held-out
-    split is that file, and its problems are excluded from the train split.
+    The sha256 of its facts decides the split of a problem, so the order in which its towers are listed has no
+    influence. The same arrangement with other block names is another problem. `problems_path` names a held-out file.
 
-    The answer of a problem is its question: the verifier tries out the moves, and any plan is right that works.
+    The answer of a problem is its question: the verifier executes the moves and accepts every plan that works.
     """
 
     one_answer = False
 
     def __init__(self, config: BlocksworldConfig, seed: int) -> None:
+        super().__init__(seed)
         self.config = config
-        self.seed = seed
 
-    def size(self, split: Split) -> int | None:
-        """Number of problems of a held-out file; None for the generators."""
-        return len(self._problems) if split == "held_out" and self._problems else None
+    def vocabulary(self) -> tuple[str, ...]:
+        """Return the tags, words of questions and chains, and block names with the space before them."""
+        names = (f" {letter}" for letter in self.config.alphabet)
+        return (*tags.tag_strings(), *block_text.PIECES, *plan_chains.PIECES, *names, *"0123456789")
 
-    def problem(self, split: Split, index: int) -> Problem:
-        """The index-th problem of a split."""
-        if split == "held_out" and self._problems:
-            return self._problems[index]
-        return _as_problem(f"{split}-{index}", *self._generate(split, index))
+    def _read_problems(self) -> tuple[Problem, ...]:
+        path = self.config.problems_path
+        return load_problems(path, self.config.alphabet) if path else ()
 
-    def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str]:
-        """The index-th train problem and a chain for it; `rng` decides tags and errors."""
-        state, goal = self._generate("train", index)
-        chain = plan_chains.build_chain(
-            state,
-            goal,
+    def _draw(self, rng: random.Random) -> tuple[State, Goal] | None:
+        """Return two random arrangements of the same blocks. The goal is a random part of the second one.
+
+        An arrangement that already meets the goal is rejected.
+        """
+        count = rng.randint(self.config.min_blocks, self.config.max_blocks)
+        blocks = rng.sample(self.config.alphabet, count)
+        state = _random_state(blocks, rng)
+        placed = sorted(fact for fact in facts(_random_state(blocks, rng)) if fact[0] == "on")
+        goal = frozenset(rng.sample(placed, rng.randint(min(1, len(placed)), len(placed))))
+        return None if goal <= facts(state) else (state, goal)
+
+    def _problem(self, problem_id: str, instance: tuple[State, Goal]) -> Problem:
+        return _as_problem(problem_id, *instance)
+
+    def _chain(self, instance: tuple[State, Goal], rng: random.Random) -> str:
+        return plan_chains.build_chain(
+            *instance,
             moves_per_node=self.config.moves_per_node,
             error_rate=self.config.error_rate,
             shares=self.config.shares,
             rng=rng,
         )
-        return _as_problem(f"train-{index}", state, goal), chain
 
-    def verify(self, problem_answer: str, completion: str) -> Verdict:
-        """Reward 1 where the one final <answer> is a plan that reaches the goal, else 0."""
-        text = tags.final_answer(completion)
-        moves = "no final <answer>" if text is None else block_text.read_plan(text)
+    def _judge(self, problem_answer: str, text: str) -> Verdict:
+        moves = block_text.read_plan(text)
         if isinstance(moves, str):
-            return Verdict(outcome="wrong", reward=0.0, answered=False, detail=moves)
+            return wrong(moves, answered=False)
         fault = check_plan(*block_text.read_problem(problem_answer), moves)
-        if fault:
-            return Verdict(outcome="wrong", reward=0.0, answered=True, detail=fault)
-        return Verdict(outcome="ok", reward=1.0, answered=True)
+        return wrong(fault) if fault else CORRECT
 
-    def digest(self) -> str:
-        """sha256 of the held-out problems that were read, "" where all are generated."""
-        rows = [[problem.problem_id, problem.question] for problem in self._problems]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest() if rows else ""
+    def _identity(self, question: str) -> str:
+        return fingerprint(*block_text.read_problem(question))
 
-    def notes(self) -> tuple[str, ...]:
-        return ()
+    def _is_held_out(self, identity: str) -> bool:
+        return is_held_out(identity)
 
-    def vocabulary(self) -> tuple[str, ...]:
-        """Tags, words of questions and chains, and the names of blocks with the space before them."""
-        named = (f" {letter}" for letter in self.config.alphabet)
-        return (*tags.tag_strings(), *block_text.PIECES, *plan_chains.PIECES, *named, *"0123456789")
-
-    @cached_property
-    def _problems(self) -> tuple[Problem, ...]:
-        """The problems of `problems_path`, read on first use: a reward process needs none."""
-        path = self.config.problems_path
-        return load_problems(path, self.config.alphabet) if path else ()
-
-    @cached_property
-    def _excluded(self) -> frozenset[str]:
-        return frozenset(fingerprint(*block_text.read_problem(problem.question)) for problem in self._problems)
-
-    def _generate(self, split: Split, index: int) -> tuple[State, Goal]:
-        """State and goal, by rejection of problems of the other split and of solved ones."""
-        rng = hashed_random(self.seed, split, index)
-        for _ in range(_MAX_DRAWS):
-            state, goal = self._draw(rng)
-            name = fingerprint(state, goal)
-            if not goal <= facts(state) and is_held_out(name) == (split == "held_out") and name not in self._excluded:
-                return state, goal
-        raise ConfigError(
-            f"task: no {split} problem among {_MAX_DRAWS} drawn; expected many possible problems, found "
-            f"{len(self.config.alphabet)} letters in task.alphabet; add letters to it"
-        )
-
-    def _draw(self, rng: random.Random) -> tuple[State, Goal]:
-        """Two random arrangements of the same blocks; the goal is a random part of what lies on what in the second."""
-        count = rng.randint(self.config.min_blocks, self.config.max_blocks)
-        blocks = rng.sample(self.config.alphabet, count)
-        state = _random_state(blocks, rng)
-        placed = sorted(fact for fact in facts(_random_state(blocks, rng)) if fact[0] == "on")
-        return state, frozenset(rng.sample(placed, rng.randint(min(1, len(placed)), len(placed))))
+    def _advice(self) -> str:
+        return f"{len(self.config.alphabet)} letters in task.alphabet; add letters to it"
 
 
 def fingerprint(state: State, goal: Goal) -> str:
-    """sha256 of the facts of a problem; the order in which its towers are told does not matter."""
+    """Return the sha256 of the facts of a problem. The order of its towers has no influence."""
     return hashlib.sha256(json.dumps([sorted(facts(state)), sorted(goal)]).encode()).hexdigest()
 
 
 def is_held_out(name: str) -> bool:
-    """Whether the problem with this fingerprint belongs to the held-out split."""
+    """Return whether the problem with this fingerprint belongs to the held-out split."""
     return int(name[:8], 16) % HELD_OUT_EVERY == 0
 
 
@@ -137,7 +103,7 @@ def _as_problem(problem_id: str, state: State, goal: Goal) -> Problem:
 
 
 def _random_state(blocks: Sequence[str], rng: random.Random) -> State:
-    """The blocks in random order, each on the table or under the tower before it, with equal probability."""
+    """Put the blocks, in random order, on the table or under the tower before, with equal probability."""
     towers: list[Tower] = []
     for block in rng.sample(blocks, len(blocks)):
         if towers and rng.random() < 0.5:
@@ -148,19 +114,17 @@ def _random_state(blocks: Sequence[str], rng: random.Random) -> State:
 
 
 def load_problems(path: str, alphabet: str) -> tuple[Problem, ...]:
-    """Read JSONL rows of {instance, pddl}; the objects of each get the letters of the alphabet in order.
+    """Read JSONL rows of {instance, pddl}. The objects of each problem get the letters of the alphabet in order.
 
     Raises:
-        ConfigError: a variable of the path is not set.
-        DataError: the file is missing or empty, a row cannot be read or is solved before a move, or an instance occurs
-            twice.
+        ConfigError: An environment variable in the path is not set.
+        DataError: The file is missing or empty; a row cannot be read; a problem is solved before the first move; or
+            two rows have the same instance.
     """
     source = read_source(path, "", "task.problems_path")
     where = f"task.problems_path {source.path}"
     problems = tuple(_read_row(row, alphabet, where) for row in source.rows)
-    [(name, times)] = Counter(problem.problem_id for problem in problems).most_common(1)
-    if times > 1:  # seeds of completions are hashed from the id
-        raise DataError(f"{where}: two rows have the instance {name!r}; expected one each")
+    check_ids(problems, f"{where}: two rows have the instance")
     return problems
 
 
@@ -168,15 +132,15 @@ def _read_row(row: Row, alphabet: str, where: str) -> Problem:
     if isinstance(row.values, str):
         raise DataError(f"{where}: row {row.number}: {row.values}")
     instance, text = row.values.get("instance"), row.values.get("pddl")
-    named = isinstance(instance, str | int) and not isinstance(instance, bool) and is_unicode(str(instance))
-    if not named or not isinstance(text, str) or not is_unicode(text):
+    is_named = isinstance(instance, str | int) and not isinstance(instance, bool) and is_unicode(str(instance))
+    if not is_named or not isinstance(text, str) or not is_unicode(text):
         raise DataError(
             f"{where}: row {row.number}: expected {{instance: number or text, pddl: text}}, "
             f"found instance {str(instance)[:40]!r}, pddl {str(text)[:40]!r}"
         )
     try:
         state, goal = read_pddl(text, alphabet)
-        if goal <= facts(state):  # the plan would be empty, which is no answer
+        if goal <= facts(state):  # the plan would be empty, which is not an answer
             raise DataError("expected a goal that takes a move, found one that :init meets")
         return _as_problem(str(instance), state, goal)
     except DataError as error:

@@ -1,7 +1,7 @@
-"""Blocks-world problems, states and plans as text, and back.
+"""Text of blocks-world problems, states and plans, and its parsers.
 
-`now a on b, c` is a tower of a on b and the block c; `goal b on c on a` asks for two facts; a plan has one
-move a line. Every word, and every block with the space before it, can be one token.
+`now a on b, c` is a tower of a on b and the block c. `goal b on c on a` requires two facts. A plan has one move per
+line. Every word, and every block with the space before it, can be one token.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from itertools import pairwise
 
 from rlsys.tasks.blocksworld.blocks import MOVES, Fact, Goal, Move, State
 
-# Pieces of the texts that a from-scratch tokenizer makes single tokens, beside the blocks' names.
+# Pieces of the texts that are single tokens of a from-scratch tokenizer, in addition to the names of the blocks.
 PIECES = (*MOVES, "now", "goal", " on", " on table", " clear", " hold", ",", "\n")
 
 
 def state_text(state: State) -> str:
-    """The towers from left to right, each from the top, and what is in the hand: `now a on b, c, hold d`."""
+    """Return the towers in order, each from the top, and the block in the hand: `now a on b, c, hold d`."""
     items = [" on ".join(tower) for tower in state.towers]
     held = [f"hold {state.held}"] if state.held is not None else []
     return f"now {', '.join(items + held)}"
 
 
 def goal_text(goal: Goal) -> str:
-    """Facts of a goal in a fixed order, those about one tower together: `a on b on table, clear c`."""
+    """Return the facts of a goal in a fixed order, joined by tower: `a on b on table, clear c`."""
     lower_of = {fact[1]: fact[2] for fact in goal if fact[0] == "on"}
     lower_of |= {fact[1]: "table" for fact in goal if fact[0] == "ontable"}
     items = []
@@ -37,13 +37,13 @@ def goal_text(goal: Goal) -> str:
 
 
 def problem_text(state: State, goal: Goal) -> str:
-    """The question: two lines, which say all there is to know."""
+    """Return the question: a line with the state and a line with the goal."""
     return f"{state_text(state)}\ngoal {goal_text(goal)}"
 
 
 @lru_cache(maxsize=256)
 def read_problem(text: str) -> tuple[State, Goal]:
-    """State and goal of `problem_text`."""
+    """Return the state and the goal of a text of `problem_text`."""
     now, _, goal = text.partition("\n")
     towers, held = [], None
     for item in now.removeprefix("now ").split(", "):
@@ -51,8 +51,8 @@ def read_problem(text: str) -> tuple[State, Goal]:
             held = item.removeprefix("hold ")
         else:
             towers.append(tuple(item.split(" on ")))
-    wanted = (fact for item in goal.removeprefix("goal ").split(", ") for fact in _item_facts(item))
-    return State(tuple(towers), held), frozenset(wanted)
+    goal_facts = (fact for item in goal.removeprefix("goal ").split(", ") for fact in _item_facts(item))
+    return State(tuple(towers), held), frozenset(goal_facts)
 
 
 def _item_facts(item: str) -> Iterable[Fact]:
@@ -63,12 +63,12 @@ def _item_facts(item: str) -> Iterable[Fact]:
 
 
 def plan_text(moves: Iterable[Move]) -> str:
-    """One move a line."""
+    """Return the moves, one per line."""
     return "\n".join(" ".join(move) for move in moves)
 
 
 def read_plan(text: str) -> tuple[Move, ...] | str:
-    """The moves of a text, one a line, or why it is no plan. Blank lines and spaces do not matter."""
+    """Return the moves of a text, one per line, or the reason why it is not a plan. Extra white space is ignored."""
     moves: list[Move] = []
     for line in text.splitlines():
         move = tuple(line.split())

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 
 from rlsys.config.tasks import TagShares
 from rlsys.tasks import tags
+from rlsys.tasks.generated import join_nodes
 
-# Pieces of chain text that a from-scratch tokenizer makes single tokens.
+# Pieces of chains that are single tokens of a from-scratch tokenizer.
 PIECES = ("count", " and", " is wrong")
 
 
 def running_counts(word: str, targets: str, error_rate: float, rng: random.Random) -> list[int]:
-    """Count after each letter of `word`. [len(word)], each 0 to len(word).
+    """Return the count after each letter of `word`: [len(word)], each from 0 to len(word).
 
-    A letter of `targets` adds 1, another 0; with probability error_rate a letter does the opposite
-    and nothing corrects it later (a silent error).
+    A letter of `targets` adds 1 and another letter adds 0. With probability `error_rate` a letter adds the other
+    number, and nothing corrects it later (a silent error).
     """
     counts, total = [], 0
     for letter in word:
@@ -28,33 +29,30 @@ def running_counts(word: str, targets: str, error_rate: float, rng: random.Rando
 def build_chain(
     word: str, targets: str, *, chunk: int, error_rate: float, shares: TagShares, rng: random.Random
 ) -> str:
-    """A chain for the question how often the letters `targets` occur in `word`.
+    """Return a chain that counts the letters `targets` in `word`, with one thinking node per `chunk` letters.
 
-    Order of the nodes: sub-task, reclarify, hypothesis, thinking (one per `chunk` letters),
-    double-check, answer; all but thinking and answer with the probability in `shares`. With
-    probability shares.reflection one thinking node is first written with a wrong count and a
-    reflection node follows it; such a chain has no silent error, so its answer is right.
+    `shares` has the probabilities of the optional nodes. With probability shares.reflection, one thinking node is first
+    written with a wrong count, and a reflection node corrects it. Such a chain has no silent error, so its answer is
+    right.
     """
     named = " and ".join(targets)
-    chance = tags.draw(shares, rng)
-    counts = running_counts(word, targets, 0.0 if chance[tags.REFLECTION] else error_rate, rng)
+    present = tags.draw(shares, rng)
+    reflects = present[tags.REFLECTION]
+    counts = running_counts(word, targets, 0.0 if reflects else error_rate, rng)
     total = counts[-1]
-    nodes = []
-    if chance[tags.SUB_TASK]:
-        nodes.append(tags.node(tags.SUB_TASK, f"count {named}"))
-    if chance[tags.RECLARIFY]:
-        nodes.append(tags.node(tags.RECLARIFY, f"{named}?"))
-    if chance[tags.HYPOTHESIS]:
-        nodes.append(tags.node(tags.HYPOTHESIS, str(max(0, total + rng.choice((-1, 0, 1))))))
-    nodes.extend(_thinking_nodes(word, counts, chunk, rng if chance[tags.REFLECTION] else None))
-    if chance[tags.DOUBLE_CHECK]:
-        nodes.append(tags.node(tags.DOUBLE_CHECK, f"{targets}{total}"))
-    nodes.append(tags.node(tags.ANSWER, str(total)))
-    return "".join(nodes)
+    return join_nodes(
+        present,
+        sub_task=lambda: f"count {named}",
+        reclarify=lambda: f"{named}?",
+        hypothesis=lambda: str(max(0, total + rng.choice((-1, 0, 1)))),
+        thinking=lambda: _thinking_nodes(word, counts, chunk, rng if reflects else None),
+        double_check=lambda: f"{targets}{total}",
+        answer=str(total),
+    )
 
 
 def _thinking_nodes(word: str, counts: Sequence[int], chunk: int, planted: random.Random | None) -> list[str]:
-    """Thinking nodes of `chunk` letters; with `planted`, one of them wrong, reflected on and repeated."""
+    """Return thinking nodes of `chunk` letters. With `planted`, one is first written wrongly and then corrected."""
     starts = range(0, len(word), chunk)
     wrong_start = planted.choice(starts) if planted else -1
     nodes = []
@@ -74,7 +72,7 @@ def _thinking(letters: str, counts: Sequence[int]) -> str:
 
 
 def _miscount(right: Sequence[int], before: int, rng: random.Random) -> list[int]:
-    """The counts of one node with one increment flipped; `before` is the count ahead of the node."""
+    """Return the counts of one node with one increment flipped. `before` is the count before the node."""
     position = rng.randrange(len(right))
     matched = right[position] > (right[position - 1] if position else before)
     shift = -1 if matched else 1

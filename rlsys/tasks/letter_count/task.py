@@ -1,146 +1,122 @@
-"""Letter counting, the paper authors' own example: a generator, its verifier and worked chains."""
+"""Letter counting, the example of the paper's authors: generator, verifier and worked chains."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from string import ascii_lowercase
+from typing import NamedTuple
 
 from rlsys.config.tasks import LetterCountConfig
-from rlsys.errors import ConfigError, DataError
+from rlsys.errors import DataError
+from rlsys.tables.sources import expand
 from rlsys.tasks import tags
-from rlsys.tasks.generated import hashed_random
+from rlsys.tasks.generated import CORRECT, GeneratedTask, check_ids, wrong
 from rlsys.tasks.letter_count import chains, words
-from rlsys.types import Problem, Split, Verdict
+from rlsys.types import Problem, Verdict
 
-# One word in HELD_OUT_EVERY belongs to the held-out split, by its hash, whatever the seed.
 HELD_OUT_EVERY = 10
-_MAX_DRAWS = 10_000
+"""The hash of a word assigns one word in HELD_OUT_EVERY to the held-out split, for every seed."""
 
 
-class LetterCountTask:
-    """How often one letter (form simple) or two letters (form words) occur in a word.
+class Question(NamedTuple):
+    """A question about the number of the letters `targets` in a word."""
 
-    A word belongs to the held-out split if its sha256 falls into a fixed bucket, so the two splits
-    share no word for any seeds and indices. With `questions_path` the held-out split is that file,
-    and its words are excluded from the train split.
+    word: str
+    targets: str
+    text: str
+
+
+class LetterCountTask(GeneratedTask[Question]):
+    """Counting of one letter (form simple) or two letters (form words) in a word.
+
+    The sha256 of the word decides the split of a question, so the splits share no word. `questions_path` names a
+    held-out file.
     """
 
     one_answer = True
+    noun = "word"
 
     def __init__(self, config: LetterCountConfig, seed: int) -> None:
+        super().__init__(seed)
         self.config = config
-        self.seed = seed
-        self.questions = load_questions(config.questions_path) if config.questions_path else ()
-        self.excluded = frozenset(_last_word(question.question) for question in self.questions)
 
-    def size(self, split: Split) -> int | None:
-        """Number of questions of a held-out file; None for the generators."""
-        return len(self.questions) if split == "held_out" and self.questions else None
+    def vocabulary(self) -> tuple[str, ...]:
+        """Return the tags, pieces of questions and chains, letters and digits."""
+        phrases = words.question_words() if self.config.form == "words" else ()
+        characters = sorted({character for problem in self._file_problems for character in problem.question})
+        letters = self.config.alphabet if self.config.form == "simple" else ascii_lowercase
+        # A target letter follows a space and is one token with it, as in byte-pair tokenizers.
+        # It is then easy to tell from the letters of the word.
+        targets = (f" {letter}" for letter in letters)
+        pieces = (
+            *tags.tag_strings(), *chains.PIECES, " in ", *phrases, *targets, *letters, *"0123456789?", *characters,
+        )  # fmt: skip
+        return tuple(dict.fromkeys(pieces))
 
-    def problem(self, split: Split, index: int) -> Problem:
-        """The index-th problem of a split."""
-        if split == "held_out" and self.questions:
-            return self.questions[index]
-        return self._generate(split, index)[0]
+    def _read_problems(self) -> tuple[Problem, ...]:
+        return load_questions(self.config.questions_path) if self.config.questions_path else ()
 
-    def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str]:
-        """The index-th train problem and a chain for it; `rng` decides tags and errors."""
-        problem, word, targets = self._generate("train", index)
-        chain = chains.build_chain(
-            word,
-            targets,
+    def _draw(self, rng: random.Random) -> Question:
+        length = rng.randint(self.config.min_length, self.config.max_length)
+        if self.config.form == "words":
+            word = words.made_up_word(length, rng)
+            targets = words.pick_two_letters(word, rng)
+            return Question(word, targets, words.ask(word, targets, rng))
+        target = rng.choice(self.config.alphabet)
+        density = rng.uniform(0.1, 0.5)
+        word = "".join(target if rng.random() < density else rng.choice(self.config.alphabet) for _ in range(length))
+        return Question(word, target, f"count {target} in {word}")
+
+    def _problem(self, problem_id: str, instance: Question) -> Problem:
+        answer = sum(instance.word.count(letter) for letter in instance.targets)
+        return Problem(problem_id=problem_id, question=instance.text, answer=str(answer))
+
+    def _chain(self, instance: Question, rng: random.Random) -> str:
+        return chains.build_chain(
+            instance.word,
+            instance.targets,
             chunk=self.config.chunk,
             error_rate=self.config.error_rate,
             shares=self.config.shares,
             rng=rng,
         )
-        return problem, chain
 
-    def verify(self, problem_answer: str, completion: str) -> Verdict:
-        """Reward 1 where the one final <answer> is the right integer, else 0."""
-        text = tags.final_answer(completion)
-        if text is None:
-            return Verdict(outcome="wrong", reward=0.0, answered=False, detail="no final <answer>")
+    def _judge(self, problem_answer: str, text: str) -> Verdict:
         if not re.fullmatch(r"[0-9]{1,9}", text):
-            return Verdict(outcome="wrong", reward=0.0, answered=False, detail=f"not a number: {text[:40]!r}")
-        if int(text) != int(problem_answer):
-            return Verdict(outcome="wrong", reward=0.0, answered=True)
-        return Verdict(outcome="ok", reward=1.0, answered=True)
+            return wrong(f"not a number: {text[:40]!r}", answered=False)
+        return CORRECT if int(text) == int(problem_answer) else wrong()
 
-    def digest(self) -> str:
-        """sha256 of the held-out questions that were read, "" where all are generated."""
-        rows = [[question.problem_id, question.question, question.answer] for question in self.questions]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest() if rows else ""
+    def _identity(self, question: str) -> str:
+        """Return the last word of a question."""
+        return (re.findall(r"[a-z]+", question.lower()) or [""])[-1]
 
-    def notes(self) -> tuple[str, ...]:
-        return ()
+    def _is_held_out(self, identity: str) -> bool:
+        return is_held_out(identity)
 
-    def vocabulary(self) -> tuple[str, ...]:
-        """Tags, pieces of questions and chains, letters and digits."""
-        asked = words.question_words() if self.config.form == "words" else ()
-        characters = sorted({character for question in self.questions for character in question.question})
-        letters = self.config.alphabet if self.config.form == "simple" else ascii_lowercase
-        # A letter that is asked for follows a space and is one token with it, as in byte-pair tokenizers:
-        # the letter to look for and the letters of the word are then easy to tell apart.
-        named = (f" {letter}" for letter in letters)
-        pieces = (*tags.tag_strings(), *chains.PIECES, " in ", *asked, *named, *letters, *"0123456789?", *characters)
-        return tuple(dict.fromkeys(pieces))
-
-    def _generate(self, split: Split, index: int) -> tuple[Problem, str, str]:
-        """Problem, word and letters to count, by rejection of words of the other split."""
-        rng = hashed_random(self.seed, split, index)
-        draw = self._draw_simple if self.config.form == "simple" else self._draw_words
-        for _ in range(_MAX_DRAWS):
-            word, targets, question = draw(rng)
-            if is_held_out(word) == (split == "held_out") and word not in self.excluded:
-                answer = sum(word.count(letter) for letter in targets)
-                problem = Problem(problem_id=f"{split}-{index}", question=question, answer=str(answer))
-                return problem, word, targets
-        raise ConfigError(
-            f"task: no {split} word among {_MAX_DRAWS} drawn; expected many possible words, found "
+    def _advice(self) -> str:
+        return (
             f"alphabet {self.config.alphabet!r} with {self.config.min_length} to {self.config.max_length} "
             "letters; widen task.alphabet or task.max_length"
         )
 
-    def _draw_simple(self, rng: random.Random) -> tuple[str, str, str]:
-        length = rng.randint(self.config.min_length, self.config.max_length)
-        target = rng.choice(self.config.alphabet)
-        density = rng.uniform(0.1, 0.5)
-        word = "".join(target if rng.random() < density else rng.choice(self.config.alphabet) for _ in range(length))
-        return word, target, f"count {target} in {word}"
-
-    def _draw_words(self, rng: random.Random) -> tuple[str, str, str]:
-        length = rng.randint(self.config.min_length, self.config.max_length)
-        word = words.made_up_word(length, rng)
-        targets = words.pick_two_letters(word, rng)
-        return word, targets, words.ask(word, targets, rng)
-
 
 def is_held_out(word: str) -> bool:
-    """Whether a word belongs to the held-out split."""
+    """Return whether a word belongs to the held-out split."""
     return hashlib.sha256(word.encode()).digest()[0] % HELD_OUT_EVERY == 0
 
 
-def _last_word(question: str) -> str:
-    found = re.findall(r"[a-z]+", question.lower())
-    return found[-1] if found else ""
-
-
 def load_questions(path: str) -> tuple[Problem, ...]:
-    """Read a JSON list of {id, problem, solution}; `${NAME}` in the path is an environment variable.
+    """Read a JSON list of {id, problem, solution}.
 
     Raises:
-        ConfigError: a variable of the path is not set.
-        DataError: the file is missing, not JSON, empty, a row has another form, or an id occurs twice.
+        ConfigError: An environment variable in the path is not set.
+        DataError: The file is missing, not JSON, or empty; a row has another form; or two rows have the same id.
     """
-    file = Path(re.sub(r"\$\{(\w+)\}", _variable(path), path))
+    file = Path(expand(path, "task.questions_path"))
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -148,29 +124,14 @@ def load_questions(path: str) -> tuple[Problem, ...]:
     if not isinstance(rows, list) or not rows:
         raise DataError(f"task.questions_path {file}: expected a list of questions, found {str(rows)[:40]}")
     questions = tuple(_question(row, number, file) for number, row in enumerate(rows))
-    [(name, times)] = Counter(question.problem_id for question in questions).most_common(1)
-    if times > 1:  # seeds of completions are hashed from the id
-        raise DataError(f"task.questions_path {file}: two questions have the id {name!r}; expected one each")
+    check_ids(questions, f"task.questions_path {file}: two questions have the id")
     return questions
-
-
-def _variable(path: str) -> Callable[[re.Match[str]], str]:
-    def value(match: re.Match[str]) -> str:
-        name = match.group(1)
-        if name not in os.environ:
-            raise ConfigError(
-                f"task.questions_path {path}: environment variable {name} is not set; "
-                f"set it to the folder of the file or give the path itself"
-            )
-        return os.environ[name]
-
-    return value
 
 
 def _question(row: object, number: int, file: Path) -> Problem:
     row = row if isinstance(row, dict) else {}
     text, count = row.get("problem"), row.get("solution")
-    # `type(...) is int`, because true is an int for isinstance.
+    # `type(...) is int`, because isinstance accepts true as an int.
     if not isinstance(text, str) or type(count) is not int or count < 0:
         raise DataError(
             f"task.questions_path {file}: row {number}: expected {{id, problem: text, solution: integer}}, "

@@ -1,12 +1,12 @@
-"""Made-up words and their questions. No word list is used or shipped."""
+"""Made-up words and questions about them, without a word list."""
 
 from __future__ import annotations
 
 import random
 from string import ascii_lowercase
 
-# The seven phrasings of the authors' questions: before the first letter, between the second letter
-# and the word, after the word. Source: Marco-o1 v2, arXiv:2503.01461, published letter counting set.
+# The seven phrasings of the authors' questions: text before the first letter, between the second letter and the word,
+# and after the word. Source: Marco-o1 v2, arXiv:2503.01461, published letter counting set.
 PHRASINGS = (
     ("Add up the counts of", " in ", "."),
     ("Calculate the total occurrences of", " together in ", "."),
@@ -26,18 +26,18 @@ _CODAS = (*"bcdgklmnprst", "", "", "", "", "", "", "ck", "ll", "mp", "nd", "ng",
 
 
 def question_words() -> tuple[str, ...]:
-    """Pieces of the seven phrasings, each to be one token of a from-scratch tokenizer."""
+    """Return the pieces of the seven phrasings. Each is one token of a from-scratch tokenizer."""
     return tuple(dict.fromkeys(piece for phrasing in PHRASINGS for piece in phrasing))
 
 
 def ask(word: str, targets: str, rng: random.Random) -> str:
-    """One of the seven questions about the two letters `targets` in `word`."""
+    """Return one of the seven questions about the two letters `targets` in `word`."""
     head, middle, end = rng.choice(PHRASINGS)
     return f"{head} {targets[0]} and {targets[1]}{middle}{word}{end}"
 
 
 def made_up_word(length: int, rng: random.Random) -> str:
-    """A word of `length` letters: pronounceable, random, or drawn from few letters (many repeats)."""
+    """Return a word of `length` letters: pronounceable, random, or with many repeats of few letters."""
     kind = rng.random()
     if kind < 0.4:
         return _pronounceable(length, rng)
@@ -56,7 +56,7 @@ def _pronounceable(length: int, rng: random.Random) -> str:
 
 
 def pick_two_letters(word: str, rng: random.Random) -> str:
-    """Two different letters to count; mostly letters of the word, so that answers 2 to 4 are common."""
+    """Return two different letters to count, mostly letters of the word, so that answers from 2 to 4 are common."""
     kind = rng.random()
     present = sorted(set(word))
     if len(present) < 2 or kind < 0.1:
@@ -64,7 +64,7 @@ def pick_two_letters(word: str, rng: random.Random) -> str:
     elif kind < 0.6:
         first, second = rng.sample(present, 2)
     else:
-        # A letter in proportion to its count, so that repeated letters are asked for often.
+        # The probability of a letter is proportional to its count, so repeated letters are common targets.
         first = rng.choice(word)
         second = rng.choice([letter for letter in word if letter != first])
     return first + second

@@ -1,4 +1,4 @@
-"""Rows of the warm start depend on the step alone."""
+"""Demonstrations by step: they depend on the step alone."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rlsys.types import Demonstration, Problem
 
 
 class Recording(NumberTask):
-    """Remembers which demonstrations were asked for; the chain is drawn from the given generator."""
+    """Task that records the indices of the demonstrations it was asked for."""
 
     def __init__(self, train: int | None) -> None:
         super().__init__(train)
-        self.asked: list[int] = []
+        self.indices: list[int] = []
 
     def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str] | None:
-        self.asked.append(index)
+        self.indices.append(index)
         return super().demonstration(index, rng)
 
 
@@ -39,11 +39,11 @@ def texts(rows: list[Demonstration]) -> list[str]:
 
 
 @pytest.mark.parametrize("size", [None, 5])
-def test_a_step_gets_the_same_rows_in_any_order_of_asking(size: int | None) -> None:
+def test_a_step_gets_the_same_rows_in_any_order_of_calls(size: int | None) -> None:
     in_order = [texts(stream(NumberTask(size)).rows(step)) for step in range(6)]
     one_stream = stream(NumberTask(size))
     assert [texts(one_stream.rows(step)) for step in (5, 0, 3)] == [in_order[5], in_order[0], in_order[3]]
-    assert len({text for step in in_order for text in step}) == 24  # drawn anew for every row
+    assert len({text for step in in_order for text in step}) == 24  # every row has its own random numbers
     assert texts(stream(NumberTask(size), seed=1).rows(0)) != in_order[0]
 
 
@@ -52,16 +52,16 @@ def test_a_finite_task_is_shuffled_epoch_by_epoch() -> None:
     source = stream(task)
     for step in range(6):  # 24 rows: 4 epochs of 6
         source.rows(step)
-    epochs = [task.asked[start : start + 6] for start in range(0, 24, 6)]
+    epochs = [task.indices[start : start + 6] for start in range(0, 24, 6)]
     assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert set(Counter(task.asked).values()) == {4}
+    assert set(Counter(task.indices).values()) == {4}
 
 
 def test_a_generator_is_read_in_order() -> None:
     task = Recording(None)
     stream(task).rows(2)
-    assert task.asked == [8, 9, 10, 11]
+    assert task.indices == [8, 9, 10, 11]
 
 
 def test_only_the_completion_is_trained() -> None:
@@ -77,17 +77,17 @@ def test_the_longest_demonstration_just_fits() -> None:
         stream(NumberTask(None), max_tokens=10).rows(0)
 
 
-@pytest.mark.parametrize(("size", "looked_at"), [(37, 37), (None, GENERATED_CHECKED)])
-def test_check_looks_at_all_demonstrations_or_the_first_of_a_generator(size: int | None, looked_at: int) -> None:
+@pytest.mark.parametrize(("size", "checked"), [(37, 37), (None, GENERATED_CHECKED)])
+def test_check_builds_all_demonstrations_or_the_first_of_a_generator(size: int | None, checked: int) -> None:
     class OneTooLong(NumberTask):
         def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str] | None:
-            asked.append(index)
-            return self.problem("train", index), "12345678" + "x" * (index == looked_at - 1)
+            indices.append(index)
+            return self.problem("train", index), "12345678" + "x" * (index == checked - 1)
 
-    asked: list[int] = []
+    indices: list[int] = []
     stream(OneTooLong(size), max_tokens=12).check()
-    assert sorted(asked) == list(range(looked_at))
-    with pytest.raises(ConfigError, match=rf"demonstration of train-{looked_at - 1} has 12 tokens"):
+    assert sorted(indices) == list(range(checked))
+    with pytest.raises(ConfigError, match=rf"demonstration of train-{checked - 1} has 12 tokens"):
         stream(OneTooLong(size), max_tokens=11).check()
 
 

@@ -1,4 +1,4 @@
-"""The prompt stream: a seek continues as if nothing had happened; every epoch is its own permutation."""
+"""The prompt stream: it continues after a seek without a difference, and every epoch has its own order."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def test_a_seek_issues_what_was_in_flight_and_then_continues(data: st.DataObject
     after.seek(before.cursor, in_flight)
     assert after.waiting() == tuple(in_flight)
     expected = [undisturbed[index] for index in in_flight] + undisturbed[done:]
-    again = data.draw(st.integers(0, len(in_flight)))  # interrupted once more, before all were issued
-    first = take(after, again)
+    count = data.draw(st.integers(0, len(in_flight)))  # a second interruption, before all are issued
+    first = take(after, count)
     final = stream(size)
     final.seek(after.cursor, after.waiting())
-    assert first + take(final, len(expected) - again) == expected
+    assert first + take(final, len(expected) - count) == expected
 
 
 def test_every_epoch_is_a_permutation_and_they_differ() -> None:
@@ -62,7 +62,7 @@ def test_the_seed_decides_the_order() -> None:
 
 
 def test_a_prompt_has_another_id_in_every_epoch() -> None:
-    # Seeds of completions are hashed from the id: the same id would draw the same completions again.
+    # The seed of a completion is a hash of the id. The same id would give the same completions.
     ids = [prompt_id for _, prompt_id in take(stream(5), 25)]
     assert len(set(ids)) == 25
 
@@ -82,13 +82,13 @@ def test_the_longest_prompt_just_fits() -> None:
         builder.check("train")
 
 
-def test_check_passes_where_all_fit() -> None:
+def test_check_passes_if_all_prompts_fit() -> None:
     short = PromptBuilder(NumberTask(4, same_length=False), encode, max_model_len=10, max_tokens=6)
     short.check("train")
 
 
-def test_check_looks_at_the_first_prompts_of_a_generator() -> None:
-    # The prompt of index i has i + 1 tokens: the last one that is looked at has GENERATED_CHECKED.
+def test_check_builds_the_first_prompts_of_a_generator() -> None:
+    # The prompt of index i has i + 1 tokens, so the last one that is built has GENERATED_CHECKED tokens.
     def check(longest: int) -> None:
         task = NumberTask(None, same_length=False)
         PromptBuilder(task, encode, max_model_len=longest + 6, max_tokens=6).check("train")
@@ -98,7 +98,7 @@ def test_check_looks_at_the_first_prompts_of_a_generator() -> None:
         check(GENERATED_CHECKED - 1)
 
 
-def test_a_check_that_takes_long_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_long_check_is_announced(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("rlsys.data.prompts.SLOW_TO_CHECK", 3)
     for size in (3, 4):
         PromptBuilder(NumberTask(size), encode, max_model_len=10, max_tokens=6).check("train")
@@ -107,7 +107,7 @@ def test_a_check_that_takes_long_says_so(monkeypatch: pytest.MonkeyPatch, caplog
     ]
 
 
-@pytest.mark.parametrize(("asked", "size", "given"), [(2, 4, 2), (9, 4, 4), (5, None, 5)])
-def test_held_out_prompts_are_the_first_ones(asked: int, size: int | None, given: int) -> None:
+@pytest.mark.parametrize(("requested", "size", "returned"), [(2, 4, 2), (9, 4, 4), (5, None, 5)])
+def test_held_out_prompts_are_the_first_ones(requested: int, size: int | None, returned: int) -> None:
     builder = PromptBuilder(NumberTask(1, size), encode, max_model_len=10, max_tokens=6)
-    assert [prompt.prompt_id for prompt in builder.held_out(asked)] == [f"held_out-{i}" for i in range(given)]
+    assert [prompt.prompt_id for prompt in builder.held_out(requested)] == [f"held_out-{i}" for i in range(returned)]

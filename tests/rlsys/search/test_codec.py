@@ -1,4 +1,4 @@
-"""The codec, with one token a tag and with a trained BPE whose merges cross the tags' edges."""
+"""The codec, for tags of one token and for a trained BPE whose merges cross the edges of tags."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def wrap(backend: Any, end: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end)
 
 
-# Qwen's word borders: ">\n", "><" and " </" are words, so merges join the edges of tags.
+# Pre-tokenizer of Qwen: ">\n", "><" and " </" are words, so merges join the edges of tags.
 QWEN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def trained(words: bool, name: str) -> TagCodec:
-    """Byte-level BPE trained on tagged chains; without word borders it also joins text with tags and tags with tags."""
+    """Return the codec of a byte-level BPE trained on chains. Without `words`, merges also join text and tags."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     rng, letters = random.Random(0), "ab3é\n"
@@ -72,7 +72,7 @@ def wild() -> TagCodec:
 
 @cache
 def added() -> TagCodec:
-    """The project's own tokenizer: every tag is one added token."""
+    """Return the codec of a from-scratch tokenizer. Every tag is one added token."""
     tokenizer = _build_tokenizer([*tag_strings(), "so", "xy"], 512)
     return TagCodec(tokenizer, TAGS, [tokenizer.eos_token_id], digest="own")
 
@@ -99,7 +99,7 @@ def assert_partition(readings: list[Reading], tokens: int) -> None:
 
 
 def crossing(codec: TagCodec) -> set[str]:
-    """Texts of tokens that hold an edge of a tag and something past it."""
+    """Return the texts of tokens that hold an edge of a tag and further characters."""
     inner = ("a", "3", "a ", "so\n")
     text = "".join(node(tag, a) + gap for tag in TAGS for gap in ("", "\n", " ", "\n\n") for a in inner)
     pieces = {codec.decode([token]) for token in codec.encode(text)}
@@ -127,7 +127,7 @@ def test_a_chain_is_cut_into_its_nodes(codec: TagCodec, chain: list[tuple[str, s
     assert all(reading.defect is None for reading in readings)
     for reading, (_, tag, inner) in zip(readings, chain, strict=True):
         assert reading.text.strip() == node(tag, inner)
-        # The last token of a node is needed for its closing tag, and holds exactly the spill too much.
+        # The closing tag needs the last token of a node. Its further characters are the spill.
         assert codec.decode(ids[: reading.stop]).endswith(reading.text + reading.spill)
         assert f"</{tag}>" not in codec.decode(ids[reading.start : reading.stop - 1])
         assert reading.spill == "" or reading.spill.strip()
@@ -159,11 +159,11 @@ def test_a_spill_in_numbers() -> None:
         Reading(tag="thinking", start=0, stop=edge + 1, text="<thinking>a</thinking>", spill="<"),
         Reading(tag="answer", start=edge + 1, stop=len(ids), text="<answer>3</answer>"),
     ]
-    # Generation that stopped at the string ends with the same token: the spill is no reading of its own.
+    # A completion that stops at the tag ends with the same token. The spill is not a separate piece.
     assert codec.read("", ids[: edge + 1], "stop") == codec.read("", ids, "stop")[:1]
 
 
-def test_white_space_that_a_closing_token_holds_is_no_spill() -> None:
+def test_white_space_in_a_closing_token_is_not_a_spill() -> None:
     codec = merged()
     ids = codec.encode("<thinking>a</thinking>\n<answer>3</answer>")
     edge = [codec.decode([token]) for token in ids].index(">\n")
@@ -171,12 +171,12 @@ def test_white_space_that_a_closing_token_holds_is_no_spill() -> None:
         (edge + 1, "<thinking>a</thinking>\n", ""),
         (len(ids), "<answer>3</answer>", ""),
     ]
-    # As tokens of its own it belongs to the node that follows.
-    own = [(r.text, r.spill) for r in added().read("", added().encode(codec.decode(ids)), "stop")]
-    assert own == [("<thinking>a</thinking>", ""), ("\n<answer>3</answer>", "")]
+    # White space in separate tokens belongs to the next node.
+    separate = [(r.text, r.spill) for r in added().read("", added().encode(codec.decode(ids)), "stop")]
+    assert separate == [("<thinking>a</thinking>", ""), ("\n<answer>3</answer>", "")]
 
 
-def test_a_token_that_holds_a_whole_node_too_much_is_one_node_and_its_spill() -> None:
+def test_a_closing_token_with_a_whole_further_node_has_it_as_spill() -> None:
     tokenizer = _build_tokenizer(["</thinking><answer>3</answer>"], 512)
     codec = TagCodec(tokenizer, TAGS, [tokenizer.eos_token_id], digest="own")
     ids = codec.encode("<thinking>a</thinking><answer>3</answer>")
@@ -185,7 +185,7 @@ def test_a_token_that_holds_a_whole_node_too_much_is_one_node_and_its_spill() ->
     ]
 
 
-def test_a_spill_of_white_space_and_a_tag_is_whole() -> None:
+def test_a_spill_includes_white_space_before_a_tag() -> None:
     codec = wild()
     text = "<answer>3</answer>\n<answer>3</answer>"
     first, second = codec.read("", codec.encode(text), "stop")
@@ -198,7 +198,7 @@ fragments = st.sampled_from([*tag_strings()[2:4], *tag_strings()[-2:], "a", "é"
 
 @settings(deadline=None)
 @given(text=st.lists(fragments, max_size=9).map("".join))
-def test_both_ways_of_finding_tokens_agree(text: str) -> None:
+def test_both_ways_to_locate_tokens_agree(text: str) -> None:
     codec = added()
     ids = codec.encode(text)
     slow = TagCodec(codec._tokenizer, TAGS, [codec.end_token_id], digest="own")
@@ -209,7 +209,7 @@ def test_both_ways_of_finding_tokens_agree(text: str) -> None:
 @EVERY
 @settings(deadline=None)
 @given(data=st.data(), finish=st.sampled_from(["stop", "length"]))
-def test_any_tokens_are_partitioned_and_lose_no_text(codec: TagCodec, data: Any, finish: str) -> None:
+def test_any_tokens_are_partitioned_without_loss_of_text(codec: TagCodec, data: Any, finish: str) -> None:
     parts = [*tag_strings()[:4], "<answer>", "</answer>", "a", "é", "😀", "\n", "<", ">"]
     ids = codec.encode("".join(data.draw(st.lists(st.sampled_from(parts), max_size=12))))
     ids = ids[: data.draw(st.integers(0, len(ids)))]  # may end inside a character
@@ -224,7 +224,7 @@ def test_any_tokens_are_partitioned_and_lose_no_text(codec: TagCodec, data: Any,
 
 
 @EVERY
-def test_end_tokens_belong_to_the_last_node_and_to_no_text(codec: TagCodec) -> None:
+def test_end_tokens_belong_to_the_last_node_and_have_no_text(codec: TagCodec) -> None:
     ids = [*codec.encode("<answer>3</answer>"), codec.end_token_id]
     assert codec.read("", ids, "stop") == [
         Reading(tag="answer", start=0, stop=len(ids), text="<answer>3</answer>"),
@@ -253,7 +253,7 @@ def test_an_end_token_after_a_spill_leaves_the_spill_as_a_piece() -> None:
 @pytest.mark.parametrize(
     ("text", "finish", "expected"),
     [
-        # (tag, text, defect) of each piece, by the contract's words.
+        # (tag, text, defect) of each piece.
         ("<thinking>a", "length", [("thinking", "<thinking>a", "truncated")]),
         ("<thinking>a", "stop", [("thinking", "<thinking>a", "unclosed")]),
         ("<thinking>a</think", "length", [("thinking", "<thinking>a</think", "truncated")]),
@@ -282,18 +282,18 @@ def test_an_end_token_after_a_spill_leaves_the_spill_as_a_piece() -> None:
     ],
 )
 def test_defects(codec: TagCodec, text: str, finish: str, expected: list[tuple[str | None, str, str | None]]) -> None:
-    found = codec.read("", codec.encode(text), finish)
-    # The white space of a token ">\n" stays with the node it closes.
-    assert [(r.tag, r.text.strip(), r.defect) for r in found] == [(tag, t.strip(), d) for tag, t, d in expected]
-    assert joined(found) == text
+    readings = codec.read("", codec.encode(text), finish)
+    # The white space of a token ">\n" belongs to the node that the token closes.
+    assert [(r.tag, r.text.strip(), r.defect) for r in readings] == [(tag, t.strip(), d) for tag, t, d in expected]
+    assert joined(readings) == text
 
 
 def test_a_character_of_several_tokens_does_not_shift_the_cuts() -> None:
-    codec = added()  # bytes: the emoji has four tokens
+    codec = added()  # the emoji has four tokens, one per byte
     ids = codec.encode("<thinking>😀</thinking><answer>é</answer>")
     assert [(r.start, r.stop) for r in codec.read("", ids, "stop")] == [(0, 6), (6, 10)]
-    found = codec.read("", ids[:3], "length")
-    assert found == [Reading(tag="thinking", start=0, stop=3, text="<thinking>\ufffd", defect="truncated")]
+    cut_off = codec.read("", ids[:3], "length")
+    assert cut_off == [Reading(tag="thinking", start=0, stop=3, text="<thinking>\ufffd", defect="truncated")]
 
 
 def test_a_tag_spelled_in_bytes_is_a_tag() -> None:
@@ -318,14 +318,14 @@ def test_special_tokens_are_text_and_end_tokens_are_not() -> None:
 def test_prompt() -> None:
     tokenizer = added()._tokenizer
     codec = TagCodec(tokenizer, TAGS, [tokenizer.eos_token_id], digest="own", question_template="Do: {question}!")
-    # The chat template is <user>, the text, <assistant>; a {question} in the question itself stays.
+    # The chat template is <user>, the text, <assistant>. A {question} in the question itself stays.
     assert codec.decode(codec.prompt("a {question}")) == "<user>Do: a {question}!<assistant>"
     plain = merged()
     assert plain.prompt("ab") == plain._tokenizer("ab")["input_ids"]
 
 
 def test_a_tokenizer_that_begins_texts_with_a_space() -> None:
-    """In the manner of SentencePiece: encoded alone, a text gets a space before it; inside a chain it must not."""
+    """A tokenizer like SentencePiece puts a space before a text. Inside a chain there must be none."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     letters = ["</s>", "▁", *"abcdefghijklmnopqrstuvwxyz</>-3\n"]
@@ -365,7 +365,7 @@ def broken(kind: str) -> Any:
         ("dropped", ("thinking",), "thinking"),
     ],
 )
-def test_a_tag_that_the_tokenizer_does_not_keep_is_named(kind: str, tags: tuple[str, ...], named: str) -> None:
+def test_a_tag_that_the_tokenizer_changes_is_named(kind: str, tags: tuple[str, ...], named: str) -> None:
     tokenizer = broken(kind)
     with pytest.raises(
         ConfigError, match=rf"^search\.nodes: the tag {named} is not closable .* another tag.*model\.path"

@@ -1,4 +1,4 @@
-"""Search against independent samples: Test@N and solved shares by tokens, by hand and as properties."""
+"""Comparison of search and samples: Test@N and solved shares by tokens, by hand and as properties."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FAILURE = TreeFailure(prompt_id="p", question="q", answer="1", reason="too long"
 
 
 def late() -> Tree:
-    """Wrong after 10 tokens, right after 25, right after 25; 40 tokens in the end."""
+    """Return a tree of 40 tokens: wrong after 10 tokens, and twice right after 25 tokens."""
     below = (
         node(0, "a"),
         answer(1, "x", "wrong", scored_tokens=10),
@@ -39,7 +39,7 @@ def late() -> Tree:
 
 
 def early() -> Tree:
-    """Right after 30 tokens, and nothing more."""
+    """Return a tree of 30 tokens that ends with a right answer."""
     return tree(answer(0, "y", "ok", scored_tokens=30), tokens=30)
 
 
@@ -53,7 +53,7 @@ def attempts(*pairs: tuple[bool, int], total: int | None = None) -> Attempts:
 
 
 SEARCH = [tree_attempts(late()), tree_attempts(early()), tree_attempts(FAILURE)]
-# Right with the second sample after 20 tokens; never right in 36; right at once after 8.
+# The second sample is right after 20 tokens; no sample is right in 36 tokens; the first sample is right after 8 tokens.
 SAMPLES = [
     attempts((False, 12), (True, 20)),
     attempts((False, 18), (False, 36)),
@@ -62,49 +62,49 @@ SAMPLES = [
 
 
 def test_answers_of_a_tree_come_in_the_order_of_scoring() -> None:
-    found = tree_attempts(late())
-    assert (found.right.tolist(), found.tokens.tolist(), found.total) == ([False, True, True], [10, 25, 25], 40)
+    attempt = tree_attempts(late())
+    assert (attempt.right.tolist(), attempt.tokens.tolist(), attempt.total) == ([False, True, True], [10, 25, 25], 40)
     nodes = late().nodes
-    places = (2, 0, 1)  # of the answers, by number of node
-    scored = [replace(found, scored=place) for found, place in zip(nodes[2:], places, strict=True)]
+    places = (2, 0, 1)  # new places of the answers, in the order of the nodes
+    scored = [replace(node, scored=place) for node, place in zip(nodes[2:], places, strict=True)]
     other = tree_attempts(replace(late(), nodes=(*nodes[:2], *scored)))
     assert other.right.tolist() == [True, True, False]
 
 
 def test_every_token_of_the_samples_before_counts() -> None:
     wrong, right = trajectory(reward=0.0, outcome="wrong", length=2), trajectory(length=3)
-    unpaid, timeout = trajectory(reward=0.0, length=1), trajectory(reward=0.0, outcome="timeout", length=5)
-    found = sample_attempts([wrong, right, unpaid, timeout])
-    assert found.right.tolist() == [False, True, False, False]
-    assert (found.tokens.tolist(), found.total) == ([2, 5, 6, 11], 11)
+    unrewarded, timeout = trajectory(reward=0.0, length=1), trajectory(reward=0.0, outcome="timeout", length=5)
+    attempt = sample_attempts([wrong, right, unrewarded, timeout])
+    assert attempt.right.tolist() == [False, True, False, False]
+    assert (attempt.tokens.tolist(), attempt.total) == ([2, 5, 6, 11], 11)
     assert sample_attempts([]).total == 0
 
 
 def test_solved_in_so_many_answers_by_hand() -> None:
     assert solved_in_answers(SEARCH, [1, 2, 3]).tolist() == [[False, True, True], [True] * 3, [False] * 3]
-    found = compare_answers(SEARCH, SAMPLES, [1, 2])
-    assert (found[1].search.mean, found[1].samples.mean) == pytest.approx((1 / 3, 1 / 3))
-    assert (found[2].search.mean, found[2].samples.mean) == pytest.approx((2 / 3, 2 / 3))
-    assert found[2].difference.mean == pytest.approx(0, abs=1e-15)  # 0, 1 and -1
-    # The second tree has 1 answer, and it is right; the third has none.
-    assert [row.ended for row in found.values()] == pytest.approx([1 / 3, 1 / 3])
+    rows = compare_answers(SEARCH, SAMPLES, [1, 2])
+    assert (rows[1].search.mean, rows[1].samples.mean) == pytest.approx((1 / 3, 1 / 3))
+    assert (rows[2].search.mean, rows[2].samples.mean) == pytest.approx((2 / 3, 2 / 3))
+    assert rows[2].difference.mean == pytest.approx(0, abs=1e-15)  # the mean of 0, 1 and -1
+    # The second tree has one answer, which is right. The third tree has none.
+    assert [row.ended for row in rows.values()] == pytest.approx([1 / 3, 1 / 3])
 
 
 def test_solved_in_so_many_tokens_by_hand() -> None:
     budgets = [8, 20, 24, 25, 30]
-    found = compare_tokens(SEARCH, SAMPLES, budgets)
-    assert [round(3 * row.search.mean) for row in found.values()] == [0, 0, 0, 1, 2]
-    assert [round(3 * row.samples.mean) for row in found.values()] == [1, 2, 2, 2, 2]
-    assert [round(3 * row.difference.mean) for row in found.values()] == [-1, -2, -2, -1, 0]
-    assert [row.ended for row in found.values()] == pytest.approx([1 / 3] * 5)  # where there is no tree
+    rows = compare_tokens(SEARCH, SAMPLES, budgets).values()
+    assert [round(3 * row.search.mean) for row in rows] == [0, 0, 0, 1, 2]
+    assert [round(3 * row.samples.mean) for row in rows] == [1, 2, 2, 2, 2]
+    assert [round(3 * row.difference.mean) for row in rows] == [-1, -2, -2, -1, 0]
+    assert [row.ended for row in rows] == pytest.approx([1 / 3] * 5)  # the prompt without a tree
 
 
 def test_a_search_that_ended_counts_as_ended_only_while_it_is_unsolved() -> None:
     never = attempts((False, 10), total=15)
-    found = compare_tokens([never, SEARCH[1]], SAMPLES[:2], [15, 16, 40])
-    assert [row.ended for row in found.values()] == [0, 1 / 2, 1 / 2]
-    found = compare_answers([never, SEARCH[1]], SAMPLES[:2], [1, 2])
-    assert [row.ended for row in found.values()] == [0, 1 / 2]
+    by_tokens = compare_tokens([never, SEARCH[1]], SAMPLES[:2], [15, 16, 40])
+    assert [row.ended for row in by_tokens.values()] == [0, 1 / 2, 1 / 2]
+    by_answers = compare_answers([never, SEARCH[1]], SAMPLES[:2], [1, 2])
+    assert [row.ended for row in by_answers.values()] == [0, 1 / 2]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_numbers_of_answers(most: int, expected: list[int]) -> None:
 
 
 def test_budgets_end_where_a_tenth_of_the_searches_has_ended() -> None:
-    # 21 trees of 100, 110, ..., 300 tokens: the tenth quantile is the third of them.
+    # 21 trees have 100, 110, ..., 300 tokens. The 10 % quantile is the third value, 120.
     assert token_budgets([attempts(total=100 + 10 * i) for i in range(21)]) == [15, 30, 60, 120]
     assert token_budgets([attempts(total=2)]) == [1, 2]
 
@@ -132,8 +132,8 @@ ROWS = st.lists(
 @settings(deadline=None, max_examples=60)
 @given(rows=ROWS)
 def test_solved_means_that_one_is_right_so_far(rows: list[list[tuple[bool, int]]]) -> None:
-    found = [attempts(*row) for row in rows]
-    by_answers, by_tokens = solved_in_answers(found, range(7)), solved_in_tokens(found, range(11))
+    of_rows = [attempts(*row) for row in rows]
+    by_answers, by_tokens = solved_in_answers(of_rows, range(7)), solved_in_tokens(of_rows, range(11))
     for i, row in enumerate(rows):
         assert by_answers[i].tolist() == [any(right for right, _ in row[:count]) for count in range(7)]
         assert by_tokens[i].tolist() == [any(right and at <= budget for right, at in row) for budget in range(11)]

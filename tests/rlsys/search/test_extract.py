@@ -1,4 +1,4 @@
-"""Training data of trees: by hand on a golden tree, and what holds for every tree."""
+"""Training data from trees: by hand on a golden tree, and properties of all trees."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RULES = ("highest_value", "longest", "median", "shortest")
 
 
 def text(token_ids: np.ndarray) -> str:
-    """PROMPT, END and OTHER_END as ^ $ and !."""
+    """Return the text of token ids, with ^ $ and ! for PROMPT, END and OTHER_END."""
     marks = {PROMPT: "^", END: "$", OTHER_END: "!"}
     return "".join(marks.get(token, chr(token)) for token in token_ids.tolist())
 
@@ -34,12 +34,12 @@ def sides(pairs: list[Preference]) -> list[tuple[str, str, int]]:
 @pytest.mark.parametrize(
     ("rule", "number"),
     [
-        # Lengths with the end token: 3 has 6, 6 and 10 have 7, 13 has 8.
+        # Lengths with the end token: 6 of number 3, 7 of numbers 6 and 10, 8 of number 13.
         ("shortest", 3),
         ("longest", 13),
-        ("median", 6),  # of 6 7 7 8 the second; aabcdX is before effffX
-        # Means of the nodes' values: 3 and 6 (1/2 + 1/2 + 1) / 3 = 0.667; 10 and 13 (2/5 + 2/3 + 1) / 3 = 0.689,
-        # of which effffX$ has the smaller ids: $ is 0.
+        ("median", 6),  # the second of 6, 7, 7, 8; aabcdX sorts before effffX
+        # The means of the node values are (1/2 + 1/2 + 1) / 3 = 0.667 for 3 and 6, and (2/5 + 2/3 + 1) / 3 = 0.689
+        # for 10 and 13. Of the latter, effffX$ has the smaller ids, because $ is 0.
         ("highest_value", 10),
         ("none", None),
     ],
@@ -82,8 +82,8 @@ def test_an_end_token_that_the_policy_chose_stays_and_is_the_only_one() -> None:
 
 
 def test_rejected_chains_share_the_shortest_prefix() -> None:
-    # Against ^qaabbX$ (shortest): ehhhu and effffw share only the prompt's 2 tokens, and ehhhu has the same length;
-    # aabcdz shares 2 + 3, aabby 2 + 4. The chain whose verifier failed (effffv) is never among them.
+    # With ^qaabbX$ (shortest), ehhhu and effffw share only the 2 tokens of the prompt, and ehhhu has the same length.
+    # aabcdz shares 2 + 3 tokens and aabby 2 + 4. The chain whose verifier failed (effffv) is not used.
     expected = [
         ("^qaabbX$", "^qehhhu$", 2),
         ("^qaabbX$", "^qeffffw$", 2),
@@ -95,30 +95,30 @@ def test_rejected_chains_share_the_shortest_prefix() -> None:
     assert sides(extract.preference_pairs(golden(), ExtractConfig(pairs_per_tree=9), CODEC)) == expected
 
 
-def test_the_visits_of_a_pair_are_those_of_the_branches_in_which_it_parts() -> None:
+def test_the_visits_of_a_pair_are_those_of_the_nodes_where_it_diverges() -> None:
     pairs = extract.preference_pairs(golden(), ExtractConfig(pairs_per_tree=9), CODEC)
-    # Against aabbX: ehhhu and effffw part from it in nodes 1 and 8, aabcdz in 2 and 5, aabby in the answers.
+    # From aabbX, ehhhu and effffw diverge in nodes 1 and 8, aabcdz diverges in 2 and 5, and aabby in the answers.
     assert [(pair.chosen_visits, pair.rejected_visits) for pair in pairs] == [(4, 5), (4, 5), (2, 2), (1, 1)]
 
 
-def test_nodes_of_equal_tokens_are_no_branches() -> None:
-    # Both nodes "a" have other visits (2 and 3) than the answers in which the chains part.
-    of = tree(
+def test_chains_do_not_diverge_in_nodes_of_equal_tokens() -> None:
+    # Both nodes "a" have other visits (2 and 3) than the answers in which the chains diverge.
+    two_equal = tree(
         node(0, "a"), answer(1, "b", "ok"), answer(1, "d", "wrong"),
         node(0, "a", backtrack=True), answer(4, "c", "wrong", samples=3),
     )  # fmt: skip
-    pair = extract.preference_pairs(of, ExtractConfig(), CODEC)[0]
+    pair = extract.preference_pairs(two_equal, ExtractConfig(), CODEC)[0]
     assert (sides([pair]), pair.chosen_visits, pair.rejected_visits) == ([("^qab$", "^qac$", 3)], 1, 3)
 
 
 def test_pairs_follow_the_rule_of_the_chosen_side() -> None:
-    # Against ^qeffffXx$ (longest, 8): aabcdz (7) is closer in length than aabby (6), the prompt is all they share.
+    # With ^qeffffXx$ (longest, 8 tokens), all share the prompt alone. aabcdz (7) is closer in length than aabby (6).
     pairs = extract.preference_pairs(golden(), ExtractConfig(chosen="longest", pairs_per_tree=2), CODEC)
     assert sides(pairs) == [("^qeffffXx$", "^qaabcdz$", 2), ("^qeffffXx$", "^qaabby$", 2)]
     assert extract.preference_pairs(golden(), ExtractConfig(chosen="none"), CODEC) == []
 
 
-def test_equal_prefix_and_length_go_by_token_ids() -> None:
+def test_token_ids_order_pairs_of_equal_prefix_and_length() -> None:
     three = tree(answer(0, "c", "wrong"), answer(0, "b", "wrong"), answer(0, "a", "ok"))
     assert sides(extract.preference_pairs(three, ExtractConfig(), CODEC)) == [("^qa$", "^qb$", 2)]
 
@@ -128,16 +128,16 @@ def test_a_chain_that_begins_with_the_other_differs_in_the_end_token() -> None:
     pair = extract.preference_pairs(one, ExtractConfig(), CODEC)[0]
     assert sides([pair]) == [("^qab$", "^qabc$", 4)]
     assert pair.prompt_length == 2
-    assert (pair.chosen_visits, pair.rejected_visits) == (1, 1)  # of the answers, not of the node before, which has 2
+    assert (pair.chosen_visits, pair.rejected_visits) == (1, 1)  # visits of the answers; the node before has 2
 
 
-def test_chains_of_equal_tokens_are_no_pair() -> None:
+def test_chains_of_equal_tokens_are_not_a_pair() -> None:
     same = tree(node(0, "a"), answer(1, "bc", "ok"), node(0, "ab"), answer(3, "c", "wrong"))
     assert extract.preference_pairs(same, ExtractConfig(), CODEC) == []
 
 
 @pytest.mark.parametrize("outcome", ["error", "timeout"])
-def test_a_chain_that_was_not_judged_is_no_rejected_side(outcome: Any) -> None:
+def test_a_chain_that_was_not_judged_is_not_a_rejected_side(outcome: Any) -> None:
     unjudged = tree(answer(0, "a", "ok"), answer(0, "b", outcome))
     assert extract.preference_pairs(unjudged, ExtractConfig(), CODEC) == []
 
@@ -148,21 +148,21 @@ def test_an_answer_judged_without_reward_is_wrong() -> None:
 
 
 def steps(of: Tree, **config: Any) -> list[tuple[Any, ...]]:
-    found = extract.step_preferences(of, ExtractConfig(**config), CODEC)
+    pairs = extract.step_preferences(of, ExtractConfig(**config), CODEC)
     return [
         (text(s.prefix_ids), text(s.chosen_ids), text(s.rejected_ids), s.chosen_value, s.rejected_value,
          s.chosen_visits, s.rejected_visits)
-        for s in found
+        for s in pairs
     ]  # fmt: skip
 
 
 def test_step_preferences_by_hand() -> None:
-    # Two visits at least: aa 1/2 against e 2/5 differ by 0.1, bb and bcd not at all, ffff 2/3 and hhh 0 by 0.67.
+    # With 2 visits or more: aa (1/2) and e (2/5) differ by 0.1, bb and bcd by 0, ffff (2/3) and hhh (0) by 0.67.
     below_e = ("^qe", "ffff", "hhh", 2 / 3, 0.0, 3, 2)
     assert steps(golden()) == [below_e]
     assert steps(golden(), step_min_gap=0.1) == [("^q", "aa", "e", 0.5, 0.4, 4, 5), below_e]
     assert steps(golden(), step_min_gap=0.7) == []
-    # One visit is enough: the answers too. Below effff the best is X, before Xx by its ids; v was never judged.
+    # With 1 visit the answers take part. Below effff the best is X, with smaller ids than Xx; v was not judged.
     assert steps(golden(), step_min_visits=1) == [
         ("^qaabb", "X", "y", 1.0, 0.0, 1, 1),
         ("^qaabcd", "X", "z", 1.0, 0.0, 1, 1),
@@ -176,17 +176,17 @@ def test_one_pair_a_parent_of_the_best_and_the_worst_by_value_then_visits() -> N
     several = tree(
         *(node(0, name) for name in "abcd"),
         answer(1, "1", "ok", samples=2),
-        answer(2, "1", "ok", samples=3),  # as good as a, and better known
+        answer(2, "1", "ok", samples=3),  # the value of a, with more visits
         answer(3, "2", "wrong", samples=2),
-        answer(4, "2", "wrong", samples=2),  # as bad as c, which has the smaller ids
+        answer(4, "2", "wrong", samples=2),  # the value and visits of c, which has smaller ids
     )
     assert steps(several) == [("^q", "b", "c", 1.0, 0.0, 3, 2)]
 
 
-def test_a_step_after_a_hint_is_compared_with_its_like_only() -> None:
+def test_steps_after_a_hint_are_compared_with_each_other_only() -> None:
     several = tree(
         node(0, "a"),
-        node(0, "b", "reflection", backtrack=True),  # right, but only because the verifier had spoken
+        node(0, "b", "reflection", backtrack=True),  # right after a hint of the verifier
         node(0, "c", "reflection", backtrack=True),
         answer(1, "2", "wrong", samples=2),
         answer(2, "1", "ok", samples=2),
@@ -197,7 +197,7 @@ def test_a_step_after_a_hint_is_compared_with_its_like_only() -> None:
     assert steps(plain) == [("^q", "b", "a", 1.0, 0.0, 2, 2)]
 
 
-def test_a_step_that_nobody_wrote_is_no_side() -> None:
+def test_a_step_that_no_model_wrote_is_not_used() -> None:
     fixed = tree(
         node(0, "ab"),
         node(0, "cd", "reflection", forced=2),
@@ -211,9 +211,9 @@ def test_a_step_that_nobody_wrote_is_no_side() -> None:
 
 def test_step_values_by_hand() -> None:
     small = tree(node(0, "a", "sub_task"), node(1, "c"), node(1, "b"), answer(3, "1", "ok"), answer(3, "2", "wrong"))
-    found = [(s.prefix, s.text, s.type, text(s.token_ids), s.start, s.value, s.visits)
-             for s in extract.step_values(small, CODEC)]  # fmt: skip
-    assert found == [  # c has no visits
+    values = [(s.prefix, s.text, s.type, text(s.token_ids), s.start, s.value, s.visits)
+              for s in extract.step_values(small, CODEC)]  # fmt: skip
+    assert values == [  # c has no visits
         ("", "a", "sub_task", "^qa", 2, 0.5, 2),
         ("a", "b", "thinking", "^qab", 3, 0.5, 2),
         ("ab", "1", "answer", "^qab1", 4, 1.0, 1),
@@ -223,12 +223,12 @@ def test_step_values_by_hand() -> None:
 
 def test_equal_nodes_are_pooled() -> None:
     twice = tree(node(0, "a"), answer(1, "1", "ok", samples=3), node(0, "a"), answer(3, "2", "wrong"))
-    found = {s.prefix + s.text: (s.value, s.visits) for s in extract.step_values(twice, CODEC)}
-    assert found == {"a": (0.75, 4), "a1": (1.0, 3), "a2": (0.0, 1)}
+    values = {s.prefix + s.text: (s.value, s.visits) for s in extract.step_values(twice, CODEC)}
+    assert values == {"a": (0.75, 4), "a1": (1.0, 3), "a2": (0.0, 1)}
 
 
 def test_the_pooled_value_does_not_depend_on_the_order_of_the_sum() -> None:
-    # In floating point (0.1 + 0.2) + 0.3 is not (0.3 + 0.2) + 0.1.
+    # In floating point, (0.1 + 0.2) + 0.3 differs from (0.3 + 0.2) + 0.1.
     def pooled(*rewards: float) -> float:
         below = [n for i, r in enumerate(rewards) for n in (node(0, "a"), answer(2 * i + 1, str(r), "ok", r))]
         return extract.step_values(tree(*below), CODEC)[0].value
@@ -257,45 +257,45 @@ def test_nodes_of_another_tokenizer_become_tokens_of_the_policy() -> None:
 
 
 def generated(of: Tree) -> dict[str, str]:
-    """For the text of every chain, the letters of its last node that a model generated."""
+    """Return, by the text of a chain, the letters of its last node that a model generated."""
     return {s.prefix + s.text: text(s.token_ids[s.loss_mask]) for s in extract.step_values(of, CODEC)}
 
 
-def test_the_mask_of_a_step_is_what_a_model_generated_there() -> None:
+def test_the_mask_of_a_step_marks_generated_tokens() -> None:
     mixed = tree(
         node(0, "abcd", forced=3),
-        node(1, "ef", "reflection", forced=2, writer="reviewer"),  # written by nobody
+        node(1, "ef", "reflection", forced=2, writer="reviewer"),  # no model wrote it
         node(2, "ghi", forced=1, writer="reviewer"),
         answer(3, "j", "ok", token_ids=ids("j", END)),
         tokenizers={"policy": "letters", "reviewer": "letters"},
     )
     chains = {"abcd": "d", "abcdef": "", "abcdefghi": "hi", "abcdefghij": "j$"}
     assert generated(mixed) == chains
-    # Of nodes in another tokenizer it is only known whether anybody wrote them.
+    # For a node in another tokenizer it is only known whether a model wrote any part of it.
     foreign = replace(mixed, tokenizers={"policy": "letters", "reviewer": "other"})
     assert generated(foreign) == {**chains, "abcdefghi": "ghi"}
 
 
-def test_of_pooled_steps_the_one_that_generated_more_decides_the_mask() -> None:
+def test_the_mask_of_pooled_steps_is_that_of_the_most_generated_tokens() -> None:
     for first, second in ((2, 1), (1, 2)):
         below = [node(0, "abc", forced=first), node(0, "abc", forced=second)]
         assert generated(tree(*below, answer(1, "1", "ok"), answer(2, "1", "ok")))["abc"] == "bc"
 
 
-def test_whose_tokens_a_chain_is_made_of() -> None:
+def test_the_origins_of_the_tokens_of_a_chain() -> None:
     mixed = tree(
         node(0, "abcd", forced=3),
-        node(1, "ef", "reflection", forced=2, writer="reviewer"),  # written by nobody
+        node(1, "ef", "reflection", forced=2, writer="reviewer"),  # no model wrote it
         node(2, "ghi", forced=1, writer="reviewer"),
         answer(3, "j", "ok"),
         tokenizers={"policy": "letters", "reviewer": "letters"},
     )
-    # d and j; abc and ef; ghi
+    # policy: d and j; forced: abc and ef; other_model: ghi
     assert extract.token_origins(mixed, 4, CODEC) == {"policy": 2, "forced": 5, "other_model": 3}
 
 
 def everything(of: Tree, config: ExtractConfig) -> Any:
-    """All that is extracted, by content."""
+    """Return everything that is extracted, as comparable values without node numbers."""
     chains = [extract.supervised_chain(of, rule, CODEC) for rule in RULES]
     rows = [None if n is None else extract.demonstration(of, n, CODEC) for n in chains]
     picked = [extract.pick_chain(of, rule, CODEC) for rule in RULES]
@@ -335,7 +335,7 @@ def completions(of: Tree, correct: bool) -> set[str]:
 
 
 @given(of=trees(), config=CONFIGS)
-def test_what_holds_for_every_pair(of: Tree, config: ExtractConfig) -> None:
+def test_properties_of_every_pair(of: Tree, config: ExtractConfig) -> None:
     pairs = extract.preference_pairs(of, config, CODEC)
     assert len(pairs) <= config.pairs_per_tree
     assert [pair.common for pair in pairs] == sorted(pair.common for pair in pairs)
@@ -352,9 +352,9 @@ def test_what_holds_for_every_pair(of: Tree, config: ExtractConfig) -> None:
 
 
 @given(of=trees(), config=CONFIGS)
-def test_what_holds_for_every_step(of: Tree, config: ExtractConfig) -> None:
+def test_properties_of_every_step(of: Tree, config: ExtractConfig) -> None:
     values = extract.step_values(of, CODEC)
-    visited = [n for n, found in enumerate(of.nodes) if n and found.visits]
+    visited = [n for n, node in enumerate(of.nodes) if n and node.visits]
     assert sum(step.visits for step in values) == sum(of.nodes[n].visits for n in visited)
     assert {step.prefix + step.text for step in values} == {of.completion(n) for n in visited}
     whole = {text(path_tokens(of, n, CODEC).token_ids) for n in visited}

@@ -1,4 +1,4 @@
-"""Figures of trees and engines, by hand."""
+"""Statistics of trees and engines, by hand."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ def tree(*answers: Answer, stop: StopReason = "correct", **counts: int) -> Tree:
 
 
 def figures() -> TreeFigures:
-    found = TreeFigures()
-    found.add(2, tree(RIGHT, RIGHT, WRONG, truncated=1, duplicates=2))
-    found.add(0, tree(WRONG, stop="simulations", truncated=2))
-    found.add(1, TreeFailure(prompt_id="p", question="q", answer="a", reason="too long"))
-    return found
+    sums = TreeFigures()
+    sums.add(2, tree(RIGHT, RIGHT, WRONG, truncated=1, duplicates=2))
+    sums.add(0, tree(WRONG, stop="simulations", truncated=2))
+    sums.add(1, TreeFailure(prompt_id="p", question="q", answer="a", reason="too long"))
+    return sums
 
 
 def test_figures_of_trees_by_hand() -> None:
     report = figures().report()
-    # Two trees with 3 and 1 scored answers, of which 2 and 0 are correct; 6 calls and 60 tokens each.
+    # Two trees have 3 and 1 scored answers, with 2 and 0 correct ones. Each has 6 calls and 60 tokens.
     assert report.pop("solved")["mean"] == 0.5
     assert report == {
         "trees": 2,
@@ -82,7 +82,7 @@ def test_figures_of_trees_by_hand() -> None:
     assert figures().solved_fraction == 0.5
 
 
-def test_the_order_of_trees_does_not_show() -> None:
+def test_the_order_of_trees_has_no_influence() -> None:
     trees = {number: tree(*([RIGHT] if number % 3 else [WRONG])) for number in range(9)}
     one, other = TreeFigures(), TreeFigures()
     for number in range(9):
@@ -91,7 +91,7 @@ def test_the_order_of_trees_does_not_show() -> None:
     assert one.report() == other.report()
 
 
-def test_no_tree_at_all_has_no_fractions() -> None:
+def test_without_trees_there_are_no_fractions() -> None:
     report = TreeFigures().report()
     assert report["solved"] is None and report["tokens_per_scored_answer"] is None
     assert TreeFigures().solved_fraction is None
@@ -112,15 +112,15 @@ def usage(**changes: Any) -> SearchUsage:
 
 
 def engines() -> EngineFigures:
-    found = EngineFigures()
-    found.add([usage(), usage(model="reviewer", generated_tokens=20, prompt_tokens=0, cached_tokens=0)])
-    found.add([usage(busy_s=1.0, wall_s=4.0, in_flight_mean=2.0, cached_tokens=100)])
-    return found
+    sums = EngineFigures()
+    sums.add([usage(), usage(model="reviewer", generated_tokens=20, prompt_tokens=0, cached_tokens=0)])
+    sums.add([usage(busy_s=1.0, wall_s=4.0, in_flight_mean=2.0, cached_tokens=100)])
+    return sums
 
 
 def test_figures_of_engines_by_hand() -> None:
     report = engines().report(wall_s=8.0, grown=2)
-    # The policy: busy 4 of 8 s; (10 * 3 + 2 * 1) / 4 = 8 requests in flight. Cached: 150 of 400 prompt tokens.
+    # The policy is busy for 4 of 8 s, with (10 * 3 + 2 * 1) / 4 = 8 requests in flight. 150 of 400 tokens are cached.
     assert report == {
         "wall_s": 8.0,
         "grown": 2,
@@ -133,16 +133,16 @@ def test_figures_of_engines_by_hand() -> None:
     }
 
 
-def test_engines_that_did_nothing() -> None:
-    found = EngineFigures()
-    found.add([usage(busy_s=0.0, wall_s=0.0, prompt_tokens=0, cached_tokens=0)] * 2)
-    report = found.report(wall_s=0.0, grown=0)
+def test_idle_engines() -> None:
+    sums = EngineFigures()
+    sums.add([usage(busy_s=0.0, wall_s=0.0, prompt_tokens=0, cached_tokens=0)] * 2)
+    report = sums.report(wall_s=0.0, grown=0)
     assert report["prefix_cache_hit_rate"] is None and report["tokens_per_s"] is None
     assert report["engines"][0]["idle_fraction"] is None
 
 
 @pytest.mark.parametrize("with_engines", [False, True])
-def test_the_table_shows_them(with_engines: bool) -> None:
+def test_the_table_has_the_figures(with_engines: bool) -> None:
     output = io.StringIO()
     rates = engines().report(wall_s=8.0, grown=2) if with_engines else None
     Console(file=output, width=120).print(figures_table(figures().report(), rates))

@@ -1,4 +1,4 @@
-"""The trees of a run directory: shards, what waits for them, and kills at every moment."""
+"""The tree store of a run directory: shards, open trees, and kills at every moment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlsys.search.store import TreeStore, check_origin
 from rlsys.search.tree_json import read_trees, tree_line
 from rlsys.trees import ThoughtNode, Tree, TreeFailure
 
-Found = dict[int, Tree | TreeFailure]
+Trees = dict[int, Tree | TreeFailure]
 
 
 def names(count: int) -> list[str]:
@@ -26,7 +26,7 @@ def names(count: int) -> list[str]:
 
 
 def tree(number: int) -> Tree | TreeFailure:
-    """The same for the same number; every fifth prompt could not be searched."""
+    """Return the tree of a number. Every fifth one is a failure."""
     text = {"prompt_id": f"p{number}", "question": f"q{number}", "answer": f"{number}"}
     if number % 5 == 4:
         return TreeFailure(**text, reason="too long")
@@ -47,9 +47,10 @@ def tree(number: int) -> Tree | TreeFailure:
     )
 
 
-def opened(folder: Path, count: int, size: int = 4) -> tuple[TreeStore, Found]:
-    found: Found = {}
-    return TreeStore(folder, size, names(count), lambda number, each: found.update({number: each})), found
+def opened(folder: Path, count: int, size: int = 4) -> tuple[TreeStore, Trees]:
+    """Return the store of a folder, and the trees that it visited."""
+    visited: Trees = {}
+    return TreeStore(folder, size, names(count), lambda number, each: visited.update({number: each})), visited
 
 
 def grow(folder: Path, count: int, size: int = 4, order: Callable[[list[int]], Sequence[int]] = list) -> None:
@@ -71,9 +72,9 @@ def test_shards_hold_the_trees_in_the_order_of_the_prompts(tmp_path: Path) -> No
     grow(tmp_path, 10, order=lambda missing: missing[::-1])
     assert sorted(files(tmp_path)) == ["trees/00000.jsonl", "trees/00001.jsonl", "trees/00002.jsonl"]
     assert (tmp_path / "trees/00002.jsonl").read_text() == f"{tree_line(tree(8))}\n{tree_line(tree(9))}\n"
-    store, found = opened(tmp_path, 10)
+    store, visited = opened(tmp_path, 10)
     assert store.missing() == []
-    assert sorted(found) == list(range(10)) and all(found[n].prompt_id == f"p{n}" for n in found)
+    assert sorted(visited) == list(range(10)) and all(visited[n].prompt_id == f"p{n}" for n in visited)
 
 
 def test_a_finished_tree_of_an_open_shard_is_kept(tmp_path: Path) -> None:
@@ -81,10 +82,10 @@ def test_a_finished_tree_of_an_open_shard_is_kept(tmp_path: Path) -> None:
     store.add(5, tree(5))
     store.add(0, tree(0))
     assert sorted(files(tmp_path)) == ["trees/.open/0.json", "trees/.open/5.json"]
-    again, found = opened(tmp_path, 10)
-    assert again.missing() == [1, 2, 3, 4, 6, 7, 8, 9]
-    assert sorted(found) == [0, 5]
-    assert [found[number].prompt_id for number in (0, 5)] == ["p0", "p5"]
+    reopened, visited = opened(tmp_path, 10)
+    assert reopened.missing() == [1, 2, 3, 4, 6, 7, 8, 9]
+    assert sorted(visited) == [0, 5]
+    assert [visited[number].prompt_id for number in (0, 5)] == ["p0", "p5"]
 
 
 def test_a_tree_is_added_once_and_under_its_own_number(tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_a_tree_is_added_once_and_under_its_own_number(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(data=st.data(), size=st.integers(1, 5), counts=st.lists(st.integers(1, 13), min_size=1, max_size=3))
-def test_neither_order_nor_growth_shows(
+def test_the_files_do_not_depend_on_order_or_growth(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, size: int, counts: list[int]
 ) -> None:
     folder = tmp_path_factory.mktemp("store")
@@ -106,7 +107,7 @@ def test_neither_order_nor_growth_shows(
     assert files(folder) == undisturbed(tmp_path_factory.mktemp("other"), max(counts), size)
 
 
-def test_a_short_shard_stays_until_its_further_trees_are_there(tmp_path: Path) -> None:
+def test_a_short_shard_stays_until_its_further_trees_are_finished(tmp_path: Path) -> None:
     grow(tmp_path, 6)
     short = files(tmp_path)["trees/00001.jsonl"]
     store, _ = opened(tmp_path, 9)
@@ -120,7 +121,7 @@ def test_a_short_shard_stays_until_its_further_trees_are_there(tmp_path: Path) -
 
 
 class Killed(BaseException):
-    """Stands for the end of the process: nothing of the program cleans up after it."""
+    """Simulated end of the process. The program does not catch it, so it cleans up nothing."""
 
 
 STEPS = ("replace", "unlink", "rmdir", "mkdir", "fsync")
@@ -128,21 +129,21 @@ STEPS = ("replace", "unlink", "rmdir", "mkdir", "fsync")
 
 @pytest.fixture
 def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
-    """A function that lets the process die just before the n-th change of the disk from now on, or half-way in it."""
-    left: list[int | None] = [None]
+    """Return a function that raises Killed before or during the n-th later change of the disk."""
+    changes_left: list[int | None] = [None]
 
     def watched(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
-            if left[0] is not None:
-                left[0] -= 1
-                if left[0] < 0:
+            if changes_left[0] is not None:
+                changes_left[0] -= 1
+                if changes_left[0] < 0:
                     raise Killed
             return real(*arguments, **keywords)
 
         return call
 
     def half_written(path: Path, text: str, **keywords: Any) -> int:
-        if left[0] == 0:
+        if changes_left[0] == 0:
             real_write(path, text[: len(text) // 2], **keywords)
             raise Killed
         return watched(real_write)(path, text, **keywords)
@@ -153,7 +154,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
         monkeypatch.setattr(os, name, watched(getattr(os, name)))
 
     def arm(step: int | None) -> None:
-        left[0] = step
+        changes_left[0] = step
 
     return arm
 
@@ -165,28 +166,28 @@ def test_a_kill_at_any_step_changes_nothing(tmp_path: Path, kill_at: Callable[[i
     while killed:
         run_dir = tmp_path / f"{step}"
         grow(run_dir, before)
-        kept = set(range(before))
+        finished = set(range(before))
         kill_at(step)
         try:
             store, _ = opened(run_dir, 9)
             for number in (0, 8, 2, 6, 4, 7, 5, 3, 1):
                 if number >= before:
                     store.add(number, tree(number))
-                    kept.add(number)
+                    finished.add(number)
         except Killed:
             step += 1
         else:
             killed = False
         kill_at(None)
-        _, found = opened(run_dir, 9)
-        assert kept <= set(found)
-        assert all(tree_line(each) == tree_line(tree(number)) for number, each in found.items())
+        _, visited = opened(run_dir, 9)
+        assert finished <= set(visited)
+        assert all(tree_line(each) == tree_line(tree(number)) for number, each in visited.items())
         grow(run_dir, 9)
         assert files(run_dir) == expected
     assert step >= 4 * (9 - before)  # a tree takes at least one write, one rename and two syncs
 
 
-def test_a_kill_between_a_shard_and_its_clearing_up_is_healed_by_opening(
+def test_opening_removes_open_trees_that_are_already_in_a_shard(
     tmp_path: Path, kill_at: Callable[[int | None], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, _ = opened(tmp_path, 4)
@@ -249,7 +250,7 @@ def test_the_same_origin_continues(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_an_origin_without_a_tree_binds_nobody(tmp_path: Path, killed: bool) -> None:
+def test_an_origin_without_a_tree_is_replaced(tmp_path: Path, killed: bool) -> None:
     check_origin(tmp_path, FIXED, INPUTS)
     if killed:  # while it was writing its first tree
         (tmp_path / "trees" / ".open").mkdir(parents=True)
@@ -266,7 +267,7 @@ def test_an_origin_without_a_tree_binds_nobody(tmp_path: Path, killed: bool) -> 
 def test_another_origin_is_refused_by_field(tmp_path: Path, count: int) -> None:
     check_origin(tmp_path, FIXED, INPUTS)
     store, _ = opened(tmp_path, 4)
-    for number in range(count):  # in the open, or in a shard
+    for number in range(count):  # 2 trees are open, 4 are a shard
         store.add(number, tree(number))
     before = files(tmp_path)
     with pytest.raises(ConfigError, match=r"^run\.seed differs .*expected 0, found 1; set it back, or choose a new"):

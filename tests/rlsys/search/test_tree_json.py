@@ -20,25 +20,25 @@ from rlsys.trees import Defect, StopReason, ThoughtNode, Tree, TreeFailure, Writ
 from rlsys.types import FinishReason, Outcome, Verdict, VersionSpan
 
 
-def assert_same_tree(found: object, expected: object) -> None:
-    """Equal, arrays with their dtype; `==` of dataclasses with arrays has no truth value."""
+def assert_same_tree(actual: object, expected: object) -> None:
+    """Check equality of values and array dtypes. `==` of dataclasses with arrays has no truth value."""
     if isinstance(expected, np.ndarray):
-        assert isinstance(found, np.ndarray) and found.dtype == expected.dtype
-        assert found.tobytes() == expected.tobytes()  # tells 0.0 from -0.0
+        assert isinstance(actual, np.ndarray) and actual.dtype == expected.dtype
+        assert actual.tobytes() == expected.tobytes()  # distinguishes 0.0 and -0.0
     elif dataclasses.is_dataclass(expected):
-        assert type(found) is type(expected)
+        assert type(actual) is type(expected)
         for field in dataclasses.fields(expected):
-            assert_same_tree(getattr(found, field.name), getattr(expected, field.name))
+            assert_same_tree(getattr(actual, field.name), getattr(expected, field.name))
     elif isinstance(expected, Mapping):
-        assert isinstance(found, Mapping) and set(found) == set(expected)
+        assert isinstance(actual, Mapping) and set(actual) == set(expected)
         for name in expected:
-            assert_same_tree(found[name], expected[name])
+            assert_same_tree(actual[name], expected[name])
     elif isinstance(expected, tuple):
-        assert isinstance(found, tuple) and len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
+        assert isinstance(actual, tuple) and len(actual) == len(expected)
+        for one, other in zip(actual, expected, strict=True):
             assert_same_tree(one, other)
     else:
-        assert type(found) is type(expected) and found == expected
+        assert type(actual) is type(expected) and actual == expected
 
 
 def start() -> ThoughtNode:
@@ -85,7 +85,7 @@ def small_tree(prompt_id: str = "train-0", **changes: Any) -> Tree:
 
 
 def changed(**values: object) -> str:
-    """The line of the small tree with other values; a dotted name with __ reaches into node 1."""
+    """Return the line of the small tree with other values. A name with the prefix node_ is a field of node 1."""
     line = json.loads(tree_line(small_tree()))
     for name, value in values.items():
         (line["nodes"][1] if name.startswith("node_") else line)[name.removeprefix("node_")] = value
@@ -164,7 +164,7 @@ def test_reading_gives_a_failure_back(failure: TreeFailure) -> None:
     assert_same_tree(parse_line(tree_line(failure)), failure)
 
 
-def test_what_timing_decides_is_no_part_of_a_line() -> None:
+def test_a_line_leaves_out_the_tokens_of_a_failure() -> None:
     one, other = (TreeFailure(prompt_id="p", question="q", answer="1", reason="no", tokens=n) for n in (0, 7))
     assert tree_line(one) == tree_line(other) and one == other
 
@@ -179,13 +179,13 @@ def test_a_line_reads_as_plain_json() -> None:
     assert line.startswith('{"format":1,"prompt_id":"train-0","question":"how many b in abb?","answer":"2",')
     node = json.loads(line)["nodes"][1]
     assert node["text"] == "<answer>2</answer>" and node["token_ids"] == [5, 9, 6]
-    # The float32 next to -0.1 is -0.100000001490116...; 0.1 is the shortest decimal that rounds to it.
+    # The float32 nearest to -0.1 is -0.100000001490116..., and -0.1 is the shortest decimal that rounds to it.
     assert '"logprobs":[0.0,-0.1,-2.5e-07]' in line
     assert node["versions"] == [{"start": 1, "version": 3}]
     assert node["verdict"] == {"outcome": "ok", "reward": 1.0, "answered": True, "detail": ""}
 
 
-def test_the_order_of_a_mapping_does_not_show() -> None:
+def test_the_order_of_a_mapping_has_no_influence() -> None:
     one, other = small_tree(counts={"a": 1, "b": 2}), small_tree(counts={"b": 2, "a": 1})
     assert tree_line(one) == tree_line(other)
 
@@ -235,7 +235,7 @@ def test_every_field_is_required() -> None:
         (changed().replace('"parent": -1', '"parent": 0'), r"nodes\.0\.parent: expected -1, found 0"),
     ],
 )
-def test_a_line_that_is_no_tree_is_refused(line: str, message: str) -> None:
+def test_a_line_that_is_not_a_tree_is_refused(line: str, message: str) -> None:
     with pytest.raises(DataError, match=f"^tree: {message}"):
         parse_line(line)
 
@@ -243,13 +243,13 @@ def test_a_line_that_is_no_tree_is_refused(line: str, message: str) -> None:
 def test_the_message_names_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "00000.jsonl"
     path.write_text(f"{tree_line(small_tree())}\n{changed(tokens=-1)}\n")
-    found = read_trees(path)
-    assert_same_tree(next(found), small_tree())
+    trees_of_file = read_trees(path)
+    assert_same_tree(next(trees_of_file), small_tree())
     with pytest.raises(DataError, match=r"00000\.jsonl, line 2: tokens: .* greater than or equal to 0, found -1"):
-        next(found)
+        next(trees_of_file)
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "00000.jsonl"
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"00000\.jsonl: cannot be read: 'utf-8'"):

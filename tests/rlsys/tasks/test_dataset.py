@@ -1,4 +1,4 @@
-"""The data set task: sources, splits, unreadable rows, and answers judged by math-verify."""
+"""The data set task: sources, splits, unreadable rows, and verdicts of math-verify."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_jsonl(path, rows):
 
 
 def sums(count):
-    """Row i (from 1) asks for i + i."""
+    """Return rows whose question is i + i, for i from 1."""
     return [{"question": f"{i} + {i}?", "answer": 2 * i} for i in range(1, count + 1)]
 
 
@@ -73,7 +73,7 @@ def test_parquet_and_hugging_face_folder_give_the_same_problems(tmp_path, monkey
     tasks = [task_of(source, held_out_every=3) for source in sources]
     problems = [[task.problem("train", index) for index in range(task.size("train"))] for task in tasks]
     assert [problem.answer for problem in problems[0]] == ["2", "4", "8", "10"]
-    assert all(found == problems[0] for found in problems[1:])
+    assert all(other == problems[0] for other in problems[1:])
 
 
 def test_held_out_split_of_a_hugging_face_folder(tmp_path):
@@ -150,7 +150,7 @@ BAD_ROWS = {
 def test_unreadable_row_is_skipped_counted_and_explained(tmp_path, bad):
     good = [{"question": f"q{i}", "answer": f"so #### {i}"} for i in range(7)]
     path = write_jsonl(tmp_path / "a.jsonl", [*good[:2], bad, *good[2:]])
-    # 1 of 8 rows is bad: a share of 0.125 is allowed, 0.124 is not.
+    # 1 of 8 rows is bad. A max_bad_rows of 0.125 allows it, 0.124 does not.
     task = task_of(path, answer_pattern="#### (.+)", max_bad_rows=0.125, held_out_every=4)
     assert task.skipped == 1
     assert task.skip_reasons[0].startswith(f"{path}:3: ")
@@ -166,7 +166,7 @@ def test_bytes_that_are_not_utf8_are_one_bad_row(tmp_path):
     lines = [json.dumps(row).encode() for row in sums(4)]
     path.write_bytes(b"\xef\xbb\xbf" + b"\n\n".join([*lines, b'{"question": "\xff", "answer": 1}']))
     task = task_of(path, max_bad_rows=0.2, held_out_every=3)
-    # Blank lines count as lines, not as rows; a byte order mark is no error.
+    # Blank lines count as lines, not as rows. A byte order mark is allowed.
     assert task.skip_reasons == (f"{path}:9: not UTF-8",)
     assert all_ids(task, "train") == ["train/1", "train/5", "train/7"]
 
@@ -239,7 +239,7 @@ def test_template_demonstrations_and_vocabulary(tmp_path):
         (r"\frac{1}{2}", "<answer>1/2</answer>", "ok", True),
         (r"2\sqrt{2}", r"it is \boxed{\sqrt{8}}", "ok", True),
         ("x^2+1", "<answer>1+x^2</answer>", "ok", True),
-        # The leading number is the same; the formula is not.
+        # The leading number is equal, but the formula is not.
         ("2x+1", "<answer>2x+3</answer>", "wrong", True),
         ("(1,2)", "<answer>(1,3)</answer>", "wrong", True),
         ("18", "I computed 3*6 and get 18", "ok", True),
@@ -249,11 +249,11 @@ def test_template_demonstrations_and_vocabulary(tmp_path):
         ("18", "", "wrong", False),
         ("18", "18 <answer></answer>", "wrong", False),
         ("18", "18 <answer>no idea</answer>", "wrong", False),
-        # An answer node that is open or double is invalid, wherever the right number stands.
+        # An open or repeated answer node is invalid, even if the right number follows or precedes it.
         ("18", "18 <answer>18", "wrong", False),
         ("18", "<answer>17</answer><answer>18</answer>", "wrong", False),
         ("18", f"<answer>{'1' * 2000}</answer>", "wrong", False),
-        # Textual references are compared as text; as mathematics "stop" would be the product of "pots".
+        # References that are words are compared as text. As products of letters, "stop" and "pots" would be equal.
         ("Yes", "<answer> yes </answer>", "ok", True),
         ("stop", "<answer>pots</answer>", "wrong", True),
         ("yes", "so yes", "wrong", False),

@@ -1,4 +1,4 @@
-"""States, moves, plans and their texts: against an independent STRIPS simulator and by hand."""
+"""States, moves, plans and their texts, by hand and in comparison with an independent STRIPS simulator."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def grounded(pattern: str, x: str, y: str) -> set[Fact]:
 
 
 def strips(true: frozenset[Fact], move: Move) -> frozenset[Fact] | None:
-    """The facts after a move, or None where a precondition is missing."""
+    """Return the facts after a move, or None if a precondition is missing."""
     x, y = (*move[1:], "")[:2]
     needed, added, deleted = (grounded(pattern, x, y) for pattern in DOMAIN[move[0]])
     return frozenset(true - deleted | added) if needed <= true else None
@@ -39,7 +39,7 @@ def all_moves(blocks: str) -> list[Move]:
 
 @st.composite
 def states(draw: st.DrawFn, most: int = 5) -> State:
-    """Towers of up to `most` blocks, one of them perhaps in the hand."""
+    """Draw towers of up to `most` blocks. One block may be in the hand."""
     order = draw(st.permutations("abcde"[: draw(st.integers(2, most))]))
     held = order.pop() if draw(st.booleans()) else None
     cuts = [True, *(draw(st.booleans()) for _ in order[1:])]
@@ -61,9 +61,9 @@ def goal_of(text: str) -> Goal:
 def test_successors_are_those_of_the_published_domain(state: State) -> None:
     blocks = "".join(block for fact in facts(state) if fact[0] in ("clear", "on", "holding") for block in fact[1:])
     expected = {move: strips(facts(state), move) for move in all_moves("".join(sorted(set(blocks))))}
-    found = [(move, facts(following)) for move, following in successors(state)]
-    assert dict(found) == {move: true for move, true in expected.items() if true is not None}
-    assert len(dict(found)) == len(found)
+    after = [(move, facts(following)) for move, following in successors(state)]
+    assert dict(after) == {move: true for move, true in expected.items() if true is not None}
+    assert len(dict(after)) == len(after)
 
 
 def test_facts_by_hand() -> None:
@@ -80,7 +80,7 @@ def test_facts_by_hand() -> None:
     assert facts(state_of("a, b on c")) == facts(state_of("b on c, a"))
 
 
-def test_towers_keep_their_places() -> None:
+def test_towers_keep_their_order() -> None:
     after = dict(successors(state_of("a on b, c")))
     assert after["unstack", "a", "b"] == state_of("b, c, hold a")
     assert after["pick-up", "c"] == state_of("a on b, hold c")
@@ -90,7 +90,7 @@ def test_towers_keep_their_places() -> None:
 
 
 def length_by_levels(state: State, goal: Goal, blocks: str) -> int:
-    """Fewest moves, by STRIPS and level by level."""
+    """Return the fewest moves to a goal, by a search over levels with STRIPS."""
     level, seen, steps = {facts(state)}, {facts(state)}, 0
     while not any(goal <= true for true in level):
         level = {after for true in level for move in all_moves(blocks) if (after := strips(true, move))} - seen
@@ -102,8 +102,8 @@ def length_by_levels(state: State, goal: Goal, blocks: str) -> int:
 @given(state=states(4), other=states(4), data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_plans_are_shortest_and_work(state: State, other: State, data: st.DataObject) -> None:
-    wanted = sorted(fact for fact in facts(other) if fact[0] != "handempty")
-    goal = frozenset(data.draw(st.sets(st.sampled_from(wanted), min_size=1)))
+    possible = sorted(fact for fact in facts(other) if fact[0] != "handempty")
+    goal = frozenset(data.draw(st.sets(st.sampled_from(possible), min_size=1)))
     plan = shortest_plan(state, goal)
     if {block for fact in goal for block in fact[1:]} <= {block for fact in facts(state) for block in fact[1:]}:
         assert plan is not None and check_plan(state, goal, plan) == ""
@@ -113,23 +113,23 @@ def test_plans_are_shortest_and_work(state: State, other: State, data: st.DataOb
 
 
 def test_the_deepest_three_block_problem_by_hand() -> None:
-    # c on b on a from a on b on c: the top two go down, then b goes on a, which is free, and c on b.
+    # From a on b on c to c on b on a: a goes to the table, b goes on a, and c goes on b.
     plan = shortest_plan(state_of("a on b on c"), goal_of("c on b on a"))
     assert plan_text(plan or ()) == "unstack a b\nput-down a\nunstack b c\nstack b a\npick-up c\nstack c b"
 
 
 @pytest.mark.parametrize("goal", ["a on b, b on a", "a on b, c on b", "a on b, clear b", "a on z"])
 def test_a_goal_that_no_state_meets_has_no_plan(goal: str) -> None:
-    wanted = frozenset(fact for part in goal.split(", ") for fact in goal_of(part))
-    assert shortest_plan(state_of("a, b, c"), wanted) is None
+    facts_of_goal = frozenset(fact for part in goal.split(", ") for fact in goal_of(part))
+    assert shortest_plan(state_of("a, b, c"), facts_of_goal) is None
 
 
 @given(state=states(), names=st.permutations("vwxyz"))
 @settings(max_examples=40, deadline=None)
 def test_plans_do_not_depend_on_names(state: State, names: list[str]) -> None:
-    # Blocks with other names in the same places get the same moves, so a model need not know the alphabet.
+    # Blocks with other names in the same places get the same moves, so a model need not learn the alphabet.
     def renamed(text: str) -> str:
-        return re.sub(r"\b[a-e]\b", lambda found: names["abcde".index(found[0])], text)
+        return re.sub(r"\b[a-e]\b", lambda match: names["abcde".index(match[0])], text)
 
     question = problem_text(state, frozenset({("on", "b", "a")}))
     plan, other = (shortest_plan(*read_problem(text)) for text in (question, renamed(question)))
@@ -158,7 +158,7 @@ def test_plans_do_not_depend_on_names(state: State, names: list[str]) -> None:
         ("pick-up c\nstack c table", "move 2 (stack c table): no block table"),
     ],
 )
-def test_check_plan_says_what_is_wrong(plan: str, detail: str) -> None:
+def test_check_plan_names_the_defect(plan: str, detail: str) -> None:
     moves = read_plan(plan)
     assert isinstance(moves, tuple)
     assert check_plan(state_of("a on b, c"), goal_of("c on a"), moves) == detail
@@ -186,7 +186,7 @@ def test_check_plan_agrees_with_the_published_domain(state: State, data: st.Data
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [
         ("", "no moves"),
         (" \n ", "no moves"),
@@ -200,8 +200,8 @@ def test_check_plan_agrees_with_the_published_domain(state: State, data: st.Data
         (" pick-up  a \n\n stack a b\n", (("pick-up", "a"), ("stack", "a", "b"))),
     ],
 )
-def test_read_plan(text: str, found: object) -> None:
-    assert read_plan(text) == found
+def test_read_plan(text: str, expected: object) -> None:
+    assert read_plan(text) == expected
 
 
 def test_texts_by_hand() -> None:
@@ -215,13 +215,13 @@ def test_texts_by_hand() -> None:
 
 @given(state=states(), other=states(), data=st.data())
 def test_a_problem_survives_its_text(state: State, other: State, data: st.DataObject) -> None:
-    wanted = sorted(fact for fact in facts(other) if fact[0] in ("on", "ontable", "clear"))
-    goal = frozenset(data.draw(st.sets(st.sampled_from(wanted), min_size=1)))
+    possible = sorted(fact for fact in facts(other) if fact[0] in ("on", "ontable", "clear"))
+    goal = frozenset(data.draw(st.sets(st.sampled_from(possible), min_size=1)))
     assert read_problem(problem_text(state, goal)) == (state, goal)
 
 
 def test_every_three_block_state_is_reached() -> None:
-    # Sets of lists of 3 blocks: 13; with one block in the hand 3 times the 3 of 2 blocks: 9.
+    # 13 arrangements of 3 blocks in towers, and 3 * 3 with one block in the hand.
     first = state_of("a, b, c")
     seen, waiting = {facts(first)}, deque([first])
     while waiting:

@@ -1,4 +1,4 @@
-"""Problem files: what is read, and that every defect is named."""
+"""Problem files: their content, and errors that name the defect."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pddl(objects: str = "red blue b3", init: str = INIT, goal: str = "(and (on b
     ("fields", "expected"),
     [
         ({}, "now a on b, c\ngoal c on a"),
-        # Names go by the order of the objects, and so do towers.
+        # The order of the objects decides the names of the blocks and the order of the towers.
         ({"objects": "b3 blue red"}, "now a, c on b\ngoal a on c"),
         ({"goal": "(on b3 red)"}, "now a on b, c\ngoal c on a"),
         (
@@ -41,7 +41,7 @@ def test_read_pddl(fields: dict[str, str], expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "message"),
     [
         ("", "expected one (define ...), found "),
         ("hello", "expected one (define ...), found 'hello'"),
@@ -82,15 +82,15 @@ def test_read_pddl(fields: dict[str, str], expected: str) -> None:
         (pddl(init=INIT + "(shiny red)"), ":init: expected (on x y), (ontable x), (clear x), (holding x), (handempty)"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_problem_is_named(text: str, found: str) -> None:
+def test_the_defect_of_a_problem_is_named(text: str, message: str) -> None:
     with pytest.raises(DataError) as caught:
         read_pddl(text, "abc")
-    assert found in caught.value.message
+    assert message in caught.value.message
     assert "\n" not in caught.value.message
 
 
 @pytest.mark.parametrize(
-    ("line", "found"),
+    ("line", "message"),
     [
         ("{", "row 2: not JSON"),
         ('{"instance": 2}', "row 2: expected {instance: number or text, pddl: text}, found instance '2', pddl 'None'"),
@@ -101,7 +101,7 @@ def test_what_is_wrong_with_a_problem_is_named(text: str, found: str) -> None:
         ('{"instance": null, "pddl": "x"}', "row 2: expected {instance"),
         ('{"instance": true, "pddl": "x"}', "row 2: expected {instance"),
         (json.dumps({"instance": 9, "pddl": pddl(goal="")}), "row 2 (instance 9): :goal: expected at least one fact"),
-        # A part of what INIT says: an empty plan would solve it.
+        # INIT meets this goal, so an empty plan would solve the problem.
         (
             json.dumps({"instance": 9, "pddl": pddl(goal="(and (on red blue) (clear b3))")}),
             "row 2 (instance 9): expected a goal that takes a move, found one that :init meets",
@@ -109,13 +109,13 @@ def test_what_is_wrong_with_a_problem_is_named(text: str, found: str) -> None:
         (json.dumps({"instance": "1", "pddl": pddl()}), "two rows have the instance '1'; expected one each"),
     ],
 )
-def test_a_bad_row_is_named(line: str, found: str, tmp_path: Path) -> None:
+def test_a_bad_row_is_named(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "problems.jsonl"
     path.write_text(json.dumps({"instance": 1, "pddl": pddl()}) + "\n" + line + "\n")
     with pytest.raises(DataError) as caught:
         load_problems(str(path), "abc")
     assert caught.value.message.startswith(f"task.problems_path {path}: ")
-    assert found in caught.value.message
+    assert message in caught.value.message
 
 
 @pytest.mark.skipif("RLSYS_DATA" not in os.environ, reason="RLSYS_DATA does not name the data folder")
@@ -126,8 +126,8 @@ def test_every_planbench_instance_is_solved() -> None:
         state, goal = read_problem(problem.question)
         plan = shortest_plan(state, goal)
         assert plan and check_plan(state, goal, plan) == "", problem
-        # One move less does not reach the goal, since the plan is shortest.
+        # The plan is shortest, so it fails with one move less.
         assert check_plan(state, goal, plan[:-1]).startswith("goal not reached"), problem
-    # Written down by hand from instances 1 and 3 of the file: b on c, goal c on b; d on a, c on d, b on c.
+    # By hand from instances 1 and 3 of the file: b on c, goal c on b; d on a, c on d, b on c.
     assert problems[0].question == "now a, b on c, d\ngoal c on b"
     assert problems[2].question == "now b on c on d on a\ngoal d on a on c"

@@ -36,10 +36,10 @@ def name_of(question: str) -> str:
 
 
 def chain_of(text: str, **fields: object) -> str:
-    """A chain without errors and extra nodes, unless `fields` say otherwise."""
+    """Return a chain for a problem. By default it has no errors and no optional nodes."""
     state, goal = read_problem(text)
-    known = {"moves_per_node": 2, "error_rate": 0.0, "shares": NO_SHARES, "rng": random.Random(0)}
-    return build_chain(state, goal, **(known | fields))
+    defaults = {"moves_per_node": 2, "error_rate": 0.0, "shares": NO_SHARES, "rng": random.Random(0)}
+    return build_chain(state, goal, **(defaults | fields))
 
 
 def test_problem_is_a_pure_function_of_seed_split_and_index() -> None:
@@ -50,7 +50,7 @@ def test_problem_is_a_pure_function_of_seed_split_and_index() -> None:
 
 
 def test_a_known_problem_stays_the_same_over_versions() -> None:
-    # The stream is part of a run's reproducibility: a change of the generator must be deliberate.
+    # Runs are reproducible only if the generator does not change.
     assert make_task().problem("train", 0).question == "now b, j, g\ngoal j on b"
 
 
@@ -66,7 +66,7 @@ def test_problems_have_their_blocks_and_are_not_solved(blocks: int) -> None:
         goals[len(goal)] += 1
         assert not goal <= facts(state) and shortest_plan(state, goal)
     assert set(counts) == set(range(3, blocks + 1))
-    assert set(goals) == set(range(1, blocks))  # a tower of all blocks has one fact less
+    assert set(goals) == set(range(1, blocks))  # a tower of all blocks has one "on" fact less
 
 
 def test_train_and_held_out_share_no_problem() -> None:
@@ -74,22 +74,22 @@ def test_train_and_held_out_share_no_problem() -> None:
     held_out = {name_of(make_task(seed).problem("held_out", i).question) for seed in (3, 4) for i in range(1500)}
     assert not train & held_out
     assert all(is_held_out(name) for name in held_out) and not any(is_held_out(name) for name in train)
-    # Enough of them for an evaluation.
+    # An evaluation needs many different problems.
     assert len(held_out) > 1000
 
 
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=30, deadline=None)
-def test_the_split_does_not_depend_on_how_a_problem_is_told(seed: int) -> None:
+def test_the_split_does_not_depend_on_the_order_of_the_towers(seed: int) -> None:
     state, goal = read_problem(make_task().problem("train", seed).question)
     other = State(tuple(random.Random(seed).sample(state.towers, len(state.towers))))
     assert fingerprint(other, goal) == fingerprint(state, goal)
-    # But other facts are another problem.
+    # Other facts are another problem.
     assert fingerprint(state, frozenset()) != fingerprint(state, goal)
 
 
 def test_a_chain_by_hand() -> None:
-    # c stands on a, which is to be on b: c goes down, then a goes up.
+    # c is on a, and the goal is a on b. First c goes to the table, then a goes on b.
     assert chain_of("now c on a, b\ngoal a on b") == (
         "<thinking>unstack c a\nput-down c\nnow a, b, c</thinking>"
         "<thinking>pick-up a\nstack a b\nnow a on b, c</thinking>"
@@ -104,7 +104,7 @@ def test_a_chain_by_hand() -> None:
 
 
 def test_all_nodes_by_hand() -> None:
-    # One node, and only one other place for a: the table. The plan has 2 moves, guessed as 1 (no fewer), 2 or 4.
+    # There is one node, and the table is the only other place for a. The plan has 2 moves; the guess is 1, 2 or 4.
     chain = chain_of("now a, b\ngoal b on table, a on b", shares=ALL_SHARES, error_rate=1.0)
     guess = re.search(r"<hypothesis>(\d) moves</hypothesis>", chain)
     assert guess and guess[1] in "124"
@@ -119,19 +119,19 @@ def test_all_nodes_by_hand() -> None:
 @pytest.mark.parametrize(
     ("text", "moves_per_node", "reflections"),
     [
-        ("now a on b\ngoal b on a", 2, {"not a on b", "not b on table"}),  # each could only be put where it was not
+        ("now a on b\ngoal b on a", 2, {"not a on b", "not b on table"}),  # each has only one wrong place
         ("now a on b, c\ngoal clear b", 1, {"not hold c"}),
     ],
 )
 def test_a_reflection_names_a_place_that_is_wrong(text: str, moves_per_node: int, reflections: set[str]) -> None:
     shares = NO_SHARES.model_copy(update={"reflection": 1.0})
     chains = [chain_of(text, shares=shares, moves_per_node=moves_per_node, rng=random.Random(i)) for i in range(20)]
-    found = {node for chain in chains for node in re.findall(r"<reflection>(.*?)</reflection>", chain)}
-    assert found >= reflections
+    texts = {node for chain in chains for node in re.findall(r"<reflection>(.*?)</reflection>", chain)}
+    assert texts >= reflections
 
 
 def test_a_silent_error_stays_in_the_notes_and_in_the_plan() -> None:
-    # The one node for a on b can only be noted as "b, a"; the plan then goes on with the same two moves.
+    # "b, a" is the only wrong state that can be noted. The plan continues from there with the same two moves.
     chain = chain_of("now a, b\ngoal a on b", error_rate=1.0)
     assert chain == (
         "<thinking>pick-up a\nstack a b\nnow b, a</thinking><thinking>pick-up a\nstack a b\nnow a on b</thinking>"
@@ -140,7 +140,7 @@ def test_a_silent_error_stays_in_the_notes_and_in_the_plan() -> None:
 
 
 def test_a_move_without_an_alternative_is_noted_right() -> None:
-    # One tower and an empty hand: a must be taken.
+    # With one tower and an empty hand, taking a is the only move.
     chain = chain_of("now a on b\ngoal clear b", moves_per_node=1, error_rate=1.0)
     assert chain == "<thinking>unstack a b\nnow b, hold a</thinking><answer>unstack a b</answer>"
 
@@ -152,7 +152,7 @@ def test_an_unreachable_goal_is_an_error() -> None:
 
 @given(seed=st.integers(0, 10**6), moves_per_node=st.integers(1, 3), blocks=st.integers(3, 5))
 @settings(max_examples=60, deadline=None)
-def test_chains_without_silent_errors_are_right_and_say_what_is_true(
+def test_chains_without_silent_errors_are_right_and_note_true_states(
     seed: int, moves_per_node: int, blocks: int
 ) -> None:
     fields = {"error_rate": 0, "shares": {"reflection": 0.5}, "min_blocks": blocks, "max_blocks": blocks}
@@ -161,11 +161,11 @@ def test_chains_without_silent_errors_are_right_and_say_what_is_true(
     assert problem == task.problem("train", seed)
     verdict = task.verify(problem.answer, chain)
     assert (verdict.outcome, verdict.reward, verdict.answered) == ("ok", 1.0, True)
-    # Without the node that a reflection takes back, the moves are the plan and each state follows from them.
-    kept = re.sub(r"<thinking>[^<]*</thinking><reflection>[^<]*</reflection>", "", chain)
+    # Without a node that a reflection takes back, the moves are the plan and lead to each noted state.
+    accepted = re.sub(r"<thinking>[^<]*</thinking><reflection>[^<]*</reflection>", "", chain)
     state, goal = read_problem(problem.question)
     moves = []
-    for node in re.findall(r"<thinking>(.*?)</thinking>", kept, re.DOTALL):
+    for node in re.findall(r"<thinking>(.*?)</thinking>", accepted, re.DOTALL):
         *lines, now = node.split("\n")
         moves += lines
         noted = read_problem(f"{now}\ngoal clear a")[0]
@@ -177,26 +177,26 @@ def test_chains_without_silent_errors_are_right_and_say_what_is_true(
 def test_shares_of_the_tags_and_errors_are_met() -> None:
     shares = {"sub_task": 0.3, "hypothesis": 0.1, "double_check": 0.2, "reflection": 0.15, "reclarify": 0.05}
     task, rng, rows = make_task(shares=shares, error_rate=0.4), random.Random(0), 2000
-    found = [task.demonstration(i, rng) for i in range(rows)]
+    demonstrations = [task.demonstration(i, rng) for i in range(rows)]
 
     def near(count: int, share: float) -> bool:
         # Four standard deviations of a binomial share: 4 sqrt(p (1-p) / n).
         return abs(count / rows - share) < 4 * math.sqrt(share * (1 - share) / rows)
 
     for name, share in shares.items():
-        assert near(sum(f"<{name.replace('_', '-')}>" in chain for _, chain in found), share), name
-    # Notes are wrong in 0.4 of the chains without reflection: 0.34; a longer plan shows it (a few come out shortest).
+        assert near(sum(f"<{name.replace('_', '-')}>" in chain for _, chain in demonstrations), share), name
+    # Of the chains, 0.85 have no reflection, and 0.4 of these note a wrong state: 0.34. Most of their plans are longer.
     longest = sum(
         len(read_plan(tags.final_answer(chain) or "")) > len(shortest_plan(*read_problem(problem.question)) or ())
-        for problem, chain in found
+        for problem, chain in demonstrations
     )
-    wrong = sum(not task.verify(problem.answer, chain).reward for problem, chain in found)
+    wrong = sum(not task.verify(problem.answer, chain).reward for problem, chain in demonstrations)
     assert 0.8 * 0.34 < wrong / rows < 0.36 and longest / rows > 0.2
-    assert all("<thinking>" in chain and chain.count("<answer>") == 1 for _, chain in found)
+    assert all("<thinking>" in chain and chain.count("<answer>") == 1 for _, chain in demonstrations)
 
 
 def test_every_text_is_made_of_the_vocabulary() -> None:
-    # Every piece is a token of a from-scratch tokenizer; what is left over would become bytes.
+    # Each piece is a token of a from-scratch tokenizer. Other text would become bytes.
     task = make_task(min_blocks=3, max_blocks=5, moves_per_node=1, shares=ALL_SHARES.model_dump(), error_rate=0.5)
     pieces = sorted(map(re.escape, task.vocabulary()), key=len, reverse=True)
     pattern = re.compile(f"(?:{'|'.join(pieces)})*")
@@ -214,7 +214,7 @@ RIGHT = "unstack a b\nput-down a\npick-up b\nstack b a"
     [
         (f"<thinking>now b</thinking><answer>{RIGHT}</answer>", "ok", True, ""),
         (f"<answer>\n{RIGHT}\n</answer>\n", "ok", True, ""),
-        # Longer than it has to be, but it works.
+        # A plan that is longer than necessary is right.
         (f"<answer>pick-up c\nput-down c\n{RIGHT}</answer>", "ok", True, ""),
         ("<answer>unstack a b\nput-down a</answer>", "wrong", True, "goal not reached: b is not on a"),
         ("<answer>pick-up b\nstack b a</answer>", "wrong", True, "move 1 (pick-up b): b is not clear"),
@@ -236,12 +236,12 @@ def test_verify(completion: str, outcome: str, answered: bool, detail: str) -> N
 
 
 def as_pddl(question: str) -> str:
-    """A problem file that asks a question; its blocks are named in the order of the question's first line."""
+    """Return a question as PDDL, with its own block names in alphabetical order."""
     state, goal = read_problem(question)
     objects = sorted({fact[1] for fact in facts(state) if len(fact) > 1})
 
-    def written(found: object) -> str:
-        return " ".join(f"({' '.join(fact)})" for fact in sorted(found))
+    def written(fact_set: frozenset[tuple[str, ...]]) -> str:
+        return " ".join(f"({' '.join(fact)})" for fact in sorted(fact_set))
 
     return (
         f"(define (problem p) (:objects {' '.join(objects)}) (:init {written(facts(state))}) "
@@ -250,17 +250,17 @@ def as_pddl(question: str) -> str:
 
 
 def test_a_problem_file_is_the_held_out_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The file asks what the train split would otherwise hold; with 3 letters, all of them keep their names.
-    taken = {make_task(alphabet="abc").problem("train", i).question for i in range(30)}
-    rows = [{"instance": number, "pddl": as_pddl(question)} for number, question in enumerate(sorted(taken))]
+    # The file has problems that the train split would have without it. With 3 letters all blocks keep their names.
+    file_questions = {make_task(alphabet="abc").problem("train", i).question for i in range(30)}
+    rows = [{"instance": number, "pddl": as_pddl(question)} for number, question in enumerate(sorted(file_questions))]
     path = tmp_path / "problems.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.setenv("PROBLEMS", str(tmp_path))
     task = make_task(alphabet="abc", problems_path="${PROBLEMS}/problems.jsonl")
-    assert task.size("held_out") == len(taken) and task.size("train") is None
+    assert task.size("held_out") == len(file_questions) and task.size("train") is None
     assert task.problem("held_out", 7).problem_id == "7"
-    held_out = {name_of(task.problem("held_out", i).question) for i in range(len(taken))}
-    assert held_out == {name_of(question) for question in taken}
+    held_out = {name_of(task.problem("held_out", i).question) for i in range(len(file_questions))}
+    assert held_out == {name_of(question) for question in file_questions}
     assert not held_out & {name_of(task.problem("train", i).question) for i in range(300)}
     digest = task.digest()
     assert make_task().size("held_out") is None and make_task().digest() == "" and len(digest) == 64
@@ -306,7 +306,7 @@ def test_planbench_is_a_held_out_split() -> None:
     assert task.size("held_out") == 501
     held_out = {name_of(task.problem("held_out", i).question) for i in range(501)}
     without = make_task(alphabet="abcde", min_blocks=4, max_blocks=5)
-    # Some of its problems would have been trained on, and none is.
+    # Without the file, the train split would have some of its problems.
     assert held_out & {name_of(without.problem("train", i).question) for i in range(3000)}
     assert not held_out & {name_of(task.problem("train", i).question) for i in range(3000)}
     for index in (0, 250, 500):

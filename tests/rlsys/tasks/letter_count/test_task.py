@@ -1,3 +1,5 @@
+"""The letter counting task: splits, chains and verdicts."""
+
 from __future__ import annotations
 
 import json
@@ -30,9 +32,9 @@ def word_of(question: str) -> str:
 
 
 def thinking_letters(chain: str) -> str:
-    """Letters of the thinking nodes; a node that a reflection rejects is left out."""
-    kept = re.sub(r"<thinking>[^<]*</thinking><reflection>[^<]*</reflection>", "", chain)
-    return "".join(re.findall(r"[a-z]", "".join(re.findall(r"<thinking>(.*?)</thinking>", kept))))
+    """Return the letters of the thinking nodes, without a node that a reflection rejects."""
+    accepted = re.sub(r"<thinking>[^<]*</thinking><reflection>[^<]*</reflection>", "", chain)
+    return "".join(re.findall(r"[a-z]", "".join(re.findall(r"<thinking>(.*?)</thinking>", accepted))))
 
 
 @pytest.mark.parametrize("form", ["simple", "words"])
@@ -44,7 +46,7 @@ def test_problem_is_a_pure_function_of_seed_split_and_index(form: str) -> None:
 
 
 def test_a_known_problem_stays_the_same_over_versions() -> None:
-    # The stream is part of a run's reproducibility: a change of the generator must be deliberate.
+    # Runs are reproducible only if the generator does not change.
     assert make_task().problem("train", 0).question == "count a in aaabhghabf"
 
 
@@ -78,19 +80,19 @@ def test_answers_zero_to_six_all_occur() -> None:
 
 
 def test_a_chain_by_hand() -> None:
-    # Letters a and c of "abcab", three letters a node: a1 b1 c2, then a3 b3.
+    # Letters a and c of "abcab", three letters per node: a1 b1 c2, then a3 b3.
     chain = chains.build_chain("abcab", "ac", chunk=3, error_rate=0.0, shares=NO_SHARES, rng=random.Random(0))
     assert chain == "<thinking>a1b1c2</thinking><thinking>a3b3</thinking><answer>3</answer>"
 
 
 def test_every_increment_is_wrong_at_error_rate_near_one() -> None:
-    # Each letter does the opposite: a adds 0, b adds 1.
+    # Each letter adds the wrong number: a adds 0, b adds 1.
     assert chains.running_counts("aab", "a", 1.0, random.Random(0)) == [0, 0, 1]
 
 
 def test_all_nodes_by_hand() -> None:
     shares = TagShares(sub_task=1, hypothesis=1, double_check=1, reflection=1, reclarify=1)
-    # One letter, so the planted error is known: a is a match, the wrong count is 0 instead of 1.
+    # With one letter, the planted error is known: the wrong count is 0 instead of 1.
     chain = chains.build_chain("a", "a", chunk=3, error_rate=0.9, shares=shares, rng=random.Random(0))
     guess = re.search(r"<hypothesis>(\d)</hypothesis>", chain)
     assert guess and guess.group(1) in "012"
@@ -118,8 +120,8 @@ def test_a_reflected_chain_holds_an_error_and_ends_right(seed: int) -> None:
     rng = random.Random(seed)
     chain = chains.build_chain("abcabcab", "a", chunk=3, error_rate=0.5, shares=shares, rng=rng)
     pattern = r"<thinking>(\w*)</thinking><reflection>(\d) is wrong</reflection><thinking>(\w*)</thinking>"
-    wrong, said, right = re.findall(pattern, chain)[0]
-    assert wrong != right and wrong.endswith(said)
+    wrong, rejected, right = re.findall(pattern, chain)[0]
+    assert wrong != right and wrong.endswith(rejected)
     assert abs(int(wrong[-1]) - int(right[-1])) == 1
     assert tags.final_answer(chain) == "3"
 
@@ -129,9 +131,9 @@ def test_shares_of_the_tags_are_met() -> None:
     task, rng, rows = make_task(shares=shares), random.Random(0), 3000
     texts = [task.demonstration(i, rng)[1] for i in range(rows)]
     for name, share in shares.items():
-        found = sum(f"<{name.replace('_', '-')}>" in text for text in texts) / rows
+        measured = sum(f"<{name.replace('_', '-')}>" in text for text in texts) / rows
         # Four standard deviations of a binomial share: 4 sqrt(p (1-p) / n), at most 0.034 here.
-        assert abs(found - share) < 4 * math.sqrt(share * (1 - share) / rows), name
+        assert abs(measured - share) < 4 * math.sqrt(share * (1 - share) / rows), name
     assert all("<thinking>" in text and text.count("<answer>") == 1 for text in texts)
 
 
@@ -175,9 +177,9 @@ def write_questions(folder: Path, rows: object) -> Path:
 
 
 def test_questions_file_is_the_held_out_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The file asks for words that the train split would otherwise hold.
-    taken = [make_task("words").problem("train", i).question for i in range(50)]
-    rows = [{"id": f"q{i}", "problem": question, "solution": i} for i, question in enumerate(taken)]
+    # The file has words that the train split would have without it.
+    file_questions = [make_task("words").problem("train", i).question for i in range(50)]
+    rows = [{"id": f"q{i}", "problem": question, "solution": i} for i, question in enumerate(file_questions)]
     write_questions(tmp_path, rows)
     monkeypatch.setenv("QUESTIONS", str(tmp_path))
     task = make_task("words", questions_path="${QUESTIONS}/questions.json")
@@ -188,7 +190,7 @@ def test_questions_file_is_the_held_out_split(tmp_path: Path, monkeypatch: pytes
     write_questions(tmp_path, [*rows[:-1], {**rows[-1], "solution": 9}])
     assert make_task("words", questions_path="${QUESTIONS}/questions.json").digest() != digest
     assert (task.problem("held_out", 7).problem_id, task.problem("held_out", 7).answer) == ("q7", "7")
-    excluded = {word_of(question) for question in taken}
+    excluded = {word_of(question) for question in file_questions}
     assert not excluded & {word_of(task.problem("train", i).question) for i in range(300)}
 
 
@@ -235,9 +237,9 @@ def test_no_word_of_the_authors_questions_is_trained_on() -> None:
 @pytest.mark.skipif("RLSYS_DATA" not in os.environ, reason="RLSYS_DATA does not name the data folder")
 def test_the_seven_phrasings_are_the_authors() -> None:
     rows = json.loads((Path(os.environ["RLSYS_DATA"]) / AUTHORS_FILE).read_text())
-    found = set()
+    phrasings = set()
     for row in rows:
-        # The letters and the word are cut out; what is left are the three pieces of the phrasing.
+        # Without the letters and the word, the three pieces of the phrasing remain.
         without_word = re.sub(r"[a-z]+([.?])$", r"|\1", row["problem"])
-        found.add(tuple(re.sub(r" [a-z] and [a-z]\b", "|", without_word).split("|")))
-    assert found == set(words.PHRASINGS)
+        phrasings.add(tuple(re.sub(r" [a-z] and [a-z]\b", "|", without_word).split("|")))
+    assert phrasings == set(words.PHRASINGS)
