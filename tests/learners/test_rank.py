@@ -31,6 +31,7 @@ from rlsys.config.schema import LearnerConfig, OptimizerConfig
 from rlsys.config.stages import TERMS, StageSettings, stage_plan
 from rlsys.errors import LearnerLostError, NonFiniteLossError
 from rlsys.run.metrics import METRICS
+from rlsys.transfer.object_store import ObjectStoreSender
 from rlsys.types import Demonstration, Preference, StageName, StepPreference, TrainingBatch, TrajectoryGroup
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -680,11 +681,11 @@ def test_a_bucket_that_cannot_be_put_away_is_an_error_of_all_ranks() -> None:
         return len(put)
 
     with pytest.raises(LearnerLostError, match="learner rank 0: RuntimeError: the object store is full"):
-        made.export(1000, refuse)
-    found = made.export(10**9, lambda data: data.nbytes)
+        made.send(ObjectStoreSender(refuse, 1000), 3)
+    offer = made.send(ObjectStoreSender(lambda data: data.nbytes, 10**9), 3)
     tensors = dict(made.policy.module.named_parameters())
-    assert [size for _, size in found] == [found[0][0].bytes]
-    assert {spec.name for spec in found[0][0].tensors} >= set(tensors)
+    assert offer.payload == (offer.manifest.bytes,)
+    assert set(offer.manifest.names) >= set(tensors)
 
 
 def test_pairs_of_which_one_side_begins_with_the_other_are_counted() -> None:
