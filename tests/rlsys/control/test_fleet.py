@@ -408,6 +408,7 @@ def test_an_actor_that_comes_up_during_a_publish_takes_that_one() -> None:
             await settle()
             assert found.states() == [SERVING, SERVING] and world.processes[2].version == 2
             assert world.calls.count(("update", 0, 1)) == 1  # never an old version first
+            assert world.repeated == [2], "the other actor got the offer of the publish"
 
     run(test)
 
@@ -590,7 +591,8 @@ def test_an_answer_that_was_made_of_weights_that_fail_verification_is_asked_for_
     run(test)
 
 
-def test_a_lost_learner_is_no_loss_of_actors_and_whoever_waits_for_them_hears_of_it() -> None:
+@pytest.mark.parametrize("place", ["actor", "transfer"])
+def test_a_lost_learner_is_no_loss_of_actors_and_whoever_waits_for_them_hears_of_it(place: str) -> None:
     async def test(world: World) -> None:
         async with world.fleet(max_restarts=2) as found:
             await world.publish(found, 1)
@@ -605,7 +607,13 @@ def test_a_lost_learner_is_no_loss_of_actors_and_whoever_waits_for_them_hears_of
 
                 process.update_weights = gone  # type: ignore[method-assign]
 
-            world.starting = starting  # type: ignore[method-assign]
+            async def no_offer(version: int) -> WeightOffer:
+                raise LearnerLostError(f"weight version {version} was lost")
+
+            if place == "actor":
+                world.starting = starting  # type: ignore[method-assign]
+            else:
+                world.offer_for_late_actor = no_offer  # type: ignore[method-assign]
             world.processes[0].kill()
             assert await found.generate(0, [prompt("a")], SETTINGS) == [("a", 1, 0)]  # the other one still serves
             await settle()
