@@ -28,15 +28,17 @@ from actors.search.group import build_searched_group
 from actors.search.scheduler import Forest
 from actors.search.writers import WriterEngine
 from actors.verifiers.pool import RewardPool
-from actors.weights import Progress, check_names, expected_tensors, verified_tensors
+from actors.weights import LoadProgress, check_names, expected_tensors
 from rlsys.config.schema import ActorsConfig, RewardsConfig, SamplingConfig
 from rlsys.config.search import ExtractConfig, SearchConfig
 from rlsys.config.tasks import TaskConfig
 from rlsys.errors import EngineError, LearnerLostError, RolloutError, WeightSyncError
 from rlsys.fault_injection import fault, identify
+from rlsys.interfaces import WeightReceiver
 from rlsys.models.scratch import end_token_ids, load_tokenizer
 from rlsys.processes import die_with_parent, quiet_worker
 from rlsys.search.codec import TagCodec
+from rlsys.transfer.object_store import ObjectStoreReceiver
 from rlsys.trees import Tree, TreeFailure, Writer
 from rlsys.types import (
     Float32Array,
@@ -47,6 +49,7 @@ from rlsys.types import (
     TrajectoryGroup,
     WeightAck,
     WeightManifest,
+    WeightOffer,
 )
 
 logger = logging.getLogger(__name__)
@@ -87,7 +90,8 @@ class RolloutActor:
         die_with_parent()
         identify("actor", settings.name, settings.attempt)
         self.name, self.extract = settings.name, settings.extract
-        self.loading, self.loaded = Progress(), 0  # tensors of the last update, and of those before it
+        self.receiver: WeightReceiver = ObjectStoreReceiver(self.name, ray.get)
+        self.loading, self.loaded = LoadProgress(), 0  # tensors of the last update, and of those before it
         self.beside = {name: RemoteWriter(handles, name) for name, handles in settings.writers.items()}
         self.waited = 0
         try:
@@ -200,32 +204,36 @@ class RolloutActor:
         """Log-probabilities of given tokens under the weights served now."""
         return tuple(await asyncio.to_thread(self.engine.prompt_logprobs, rows))
 
-    async def update_weights(
-        self, manifest: WeightManifest, references: Sequence[ray.ObjectRef], probe: Sequence[Int32Array]
-    ) -> WeightAck:
-        """Replace the weights between two engine steps, then answer with the probe's log-probabilities."""
+    async def update_weights(self, offer: WeightOffer, probe: Sequence[Int32Array]) -> WeightAck:
+        """Replace the weights between two engine steps, and return the probe's log-probabilities under them.
+
+        Raises:
+            WeightSyncError: a tensor is missing or damaged, or could not be loaded.
+            LearnerLostError: the weights vanished with the learner rank that had sent them.
+        """
+        manifest = offer.manifest
         check_names(self.name, manifest, self.tensors)
         self.loaded += self.loading.count
-        self.loading = sent = Progress(verified_tensors(self.name, manifest, references, ray.get))
+        self.loading = tensors = LoadProgress(self.receiver.receive(offer))
         try:
-            await asyncio.to_thread(self.engine.update_weights, manifest.version, manifest.attempt, sent)
+            await asyncio.to_thread(self.engine.update_weights, manifest.version, manifest.attempt, tensors)
         except WeightSyncError:
             raise
         except (ObjectFetchTimedOutError, ObjectFreedError, ReferenceCountingAssertionError) as error:
-            raise self._not_loaded(manifest, sent, error) from error  # the rank is there, out of this actor's reach
-        except ObjectLostError as error:  # the rank that had put it there is no more
+            raise self._load_error(manifest, error) from error  # the rank lives, but this actor cannot reach it
+        except ObjectLostError as error:  # the rank that had stored the bucket died
             raise LearnerLostError(
                 f"weight version {manifest.version} was lost before actor {self.name} had all of it: "
                 f"{type(error).__name__}"
             ) from error
         except Exception as error:
-            raise self._not_loaded(manifest, sent, error) from error
-        found = await self.probe(probe)
-        return WeightAck(actor=self.name, version=manifest.version, attempt=manifest.attempt, probe_logprobs=found)
+            raise self._load_error(manifest, error) from error
+        scores = await self.probe(probe)
+        return WeightAck(actor=self.name, version=manifest.version, attempt=manifest.attempt, probe_logprobs=scores)
 
-    def _not_loaded(self, manifest: WeightManifest, sent: Progress, error: Exception) -> WeightSyncError:
+    def _load_error(self, manifest: WeightManifest, error: Exception) -> WeightSyncError:
         return WeightSyncError(
-            f"actor {self.name}, weight version {manifest.version}: loading failed at tensor {sent.last}: "
+            f"actor {self.name}, weight version {manifest.version}: loading failed at tensor {self.loading.last}: "
             f"{type(error).__name__}: {error}"
         )
 

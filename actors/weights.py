@@ -1,26 +1,21 @@
-"""Receiving a publish: fetch, verify and load, bucket by bucket."""
+"""The weights that an actor receives: which tensors it needs, and how far the loading is."""
 
 from __future__ import annotations
 
-import hashlib
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from rlsys.errors import WeightSyncError
-from rlsys.fault_injection import fault
-from rlsys.types import WeightBucket, WeightManifest
+from rlsys.types import WeightManifest
 
 
 def expected_tensors(model_path: Path) -> frozenset[str]:
-    """Names of all parameters of a model, a tied output layer by its own name too; no weights are read.
+    """Return the names of all parameters of a model, and of a tied output layer. No weights are read.
 
-    They are those of the Hugging Face class, which the learner trains, and not those in the files: old files
-    hold buffers, or names without the class's prefix.
+    The names come from the Hugging Face class, which the learner trains. Old files may hold buffers, or names without
+    the prefix of the class.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -34,10 +29,10 @@ def expected_tensors(model_path: Path) -> frozenset[str]:
 
 
 def check_names(actor: str, manifest: WeightManifest, expected: Iterable[str]) -> None:
-    """Every tensor of the model must be in the manifest.
+    """Raise if a tensor of the model is not in the manifest.
 
     Raises:
-        WeightSyncError: naming actor, tensor and version.
+        WeightSyncError: names actor, tensor and version.
     """
     missing = sorted(set(expected) - set(manifest.names))
     if missing:
@@ -47,29 +42,8 @@ def check_names(actor: str, manifest: WeightManifest, expected: Iterable[str]) -
         )
 
 
-def verified_tensors(
-    actor: str, manifest: WeightManifest, references: Sequence[Any], fetch: Callable[[Any], np.ndarray]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Fetch one bucket after another and yield its tensors, once its checksum agreed.
-
-    Raises:
-        WeightSyncError: a checksum or size differs, naming actor, first tensor of the bucket and version.
-    """
-    for bucket, reference in zip(manifest.buckets, references, strict=True):
-        data = fetch(reference)
-        found = hashlib.sha256(data.data).hexdigest()
-        if found != bucket.sha256:
-            raise WeightSyncError(
-                f"actor {actor}, weight version {manifest.version}: the bucket that starts with tensor "
-                f"{bucket.tensors[0].name} has sha256 {found[:12]}, expected {bucket.sha256[:12]}"
-            )
-        dropped = fault("publish.drop", version=manifest.version)
-        yield from (item for item in unpack(bucket, data) if item[0] != dropped)
-        fault("publish.bucket", version=manifest.version)
-
-
-class Progress:
-    """Iterates over tensors and remembers the last name, for the message of a failed load, and how many there were."""
+class LoadProgress:
+    """Iterator over tensors that counts them and keeps the last name, for the message of a failed load."""
 
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]] = ()) -> None:
         self._tensors = tensors
@@ -81,14 +55,3 @@ class Progress:
             self.last = name
             self.count += 1
             yield name, tensor
-
-
-def unpack(bucket: WeightBucket, data: np.ndarray) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a bucket, as views of `data` ([bytes] uint8)."""
-    start = 0
-    # Ray's shared memory is read-only, which torch warns of; the engine only copies out of these views.
-    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-    for spec in bucket.tensors:
-        raw = torch.from_numpy(data[start : start + spec.bytes])
-        yield spec.name, raw.view(getattr(torch, spec.dtype)).view(spec.shape)
-        start += spec.bytes

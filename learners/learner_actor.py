@@ -1,4 +1,4 @@
-"""Thin Ray shell around one DeepSpeed rank."""
+"""Ray shell around one DeepSpeed rank."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from learners.settings import RankSettings
 from rlsys.config.stages import StageSettings
 from rlsys.fault_injection import fault, identify
 from rlsys.processes import die_with_parent, quiet_worker
-from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch, WeightManifest
+from rlsys.transfer.object_store import ObjectStoreSender
+from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch, WeightOffer
 
-WATCH = "watch"  # the concurrency group of calls that do not wait for others
+WATCH = "watch"  # the concurrency group of calls that are answered while another call runs
 
 logger = logging.getLogger(__name__)
 
 
 class LearnerActor:
-    """One rank. Every method is called on all ranks at once and returns the same figures on each."""
+    """One rank. Every method is called on all ranks at once, and returns the same on each, except `send`."""
 
     def __init__(self, settings: RankSettings, log_file: str) -> None:
         quiet_worker(log_file)
         die_with_parent()
-        from learners.rank import LearnerRank  # not on the driver, which only makes handles
+        from learners.rank import LearnerRank  # here, because the driver imports this module without torch
 
         identify("learner", settings.rank, settings.attempt)
-        self.rank, self.attempt = settings.rank, settings.attempt
         try:
             self.learner = LearnerRank(settings)
         except Exception:
@@ -39,12 +39,12 @@ class LearnerActor:
 
     @ray.method(concurrency_group=WATCH)
     def place(self) -> tuple[str, int]:
-        """Host and process id."""
+        """Return host and process id."""
         return socket.gethostname(), os.getpid()
 
     @ray.method(concurrency_group=WATCH)
     def progress(self) -> int:
-        """Grows with every pass of a model; answered while other calls are under way."""
+        """Return the number of model passes so far; answered while another call runs."""
         return self.learner.passes
 
     def start_stage(self, stage: StageSettings, policy: Path, resume: Path | None, reference: Path | None) -> None:
@@ -56,18 +56,14 @@ class LearnerActor:
     def score_pairs(self, pairs: Sequence[Preference]) -> list[tuple[float, float]]:
         return self.learner.score_pairs(pairs)
 
-    def export(
-        self, version: int, bucket_bytes: int, probe: Sequence[Int32Array]
-    ) -> tuple[WeightManifest, list[ray.ObjectRef], list[Float32Array]] | None:
-        """Put the policy into the object store, bucket by bucket. Rank 0 answers, the others None."""
+    def score(self, probe: Sequence[Int32Array]) -> list[Float32Array]:
+        """Return the log-probabilities of given rows under the present policy, `[T-1]` each."""
+        return self.learner.score(probe)
+
+    def send(self, version: int, bucket_bytes: int) -> WeightOffer | None:
+        """Put the policy into the object store in buckets. Rank 0 returns the offer, the other ranks None."""
         fault("learner.export", version=version)
-        found = self.learner.export(bucket_bytes, ray.put)
-        scores = self.learner.score(probe)
-        if self.rank:
-            return None
-        buckets = tuple(bucket for bucket, _ in found)
-        manifest = WeightManifest(version=version, attempt=self.attempt, buckets=buckets)
-        return manifest, [reference for _, reference in found], scores
+        return self.learner.send(ObjectStoreSender(ray.put, bucket_bytes), version)
 
     def save(self, folder: Path) -> None:
         self.learner.save(folder)

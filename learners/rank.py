@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from learners.deepspeed import parameters as weight_source
 from learners.deepspeed.collective_errors import fail_on_all_ranks
 from learners.deepspeed.engine import TrainedModel, join_process_group
 from learners.deepspeed.model import load_critic, load_model, saved_config
 from learners.deepspeed.model_files import restore_model, save_model
+from learners.deepspeed.parameters import full_parameters
 from learners.deepspeed.rollback import rollback_on_non_finite
 from learners.forward import ForwardPasses
 from learners.objective.logprobs import masked_token_logprobs
@@ -32,7 +31,8 @@ from learners.training_step import TrainingStep, UpdateContext
 from rlsys.config.stages import StageSettings, term_weights
 from rlsys.errors import LearnerLostError
 from rlsys.fault_injection import fault
-from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch, WeightBucket
+from rlsys.interfaces import WeightSender
+from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch, WeightOffer
 
 
 class LearnerRank:
@@ -106,24 +106,25 @@ class LearnerRank:
         if self.critic is not None:
             save_model(self.critic, folder / "critic", folder / "critic_learner")
 
-    def export(self, bucket_bytes: int, put: Callable[[np.ndarray], Any]) -> list[tuple[WeightBucket, Any]]:
-        """Hand the bytes of the whole policy to `put`, bucket by bucket, on rank 0. Collective.
+    def send(self, sender: WeightSender, version: int) -> WeightOffer | None:
+        """Let the sender take the weights of the whole policy, on rank 0. Collective.
 
         Returns:
-            Every bucket with what `put` answered; nothing on other ranks.
+            The sender's offer; None on other ranks.
+
         Raises:
-            LearnerLostError: on all ranks, where a bucket could not be made or put away.
+            LearnerLostError: on all ranks, if the sender could not take the weights.
         """
-        tensors = weight_source.full_parameters(self._policy.module, self._policy.gather)
-        found = []
+        tensors = full_parameters(self._policy.module, self._policy.gather)
+        offer = None
         with fail_on_all_ranks(LearnerLostError, self.settings.device):
             try:
                 if self.settings.rank == 0:
-                    found = [(bucket, put(data)) for bucket, data in weight_source.pack(tensors, bucket_bytes)]
+                    offer = sender.send(tensors, version=version, attempt=self.settings.attempt)
             finally:
                 for _ in tensors:  # gathering needs every rank, packing and hashing only one
                     pass
-        return found
+        return offer
 
     @torch.no_grad()
     def score(self, rows: Sequence[Int32Array]) -> list[Float32Array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,11 +22,11 @@ from rlsys.types import (
     TrajectoryGroup,
     Verdict,
     WeightAck,
-    WeightManifest,
+    WeightOffer,
 )
 
-# Compares what an actor acknowledged with the learner's log-probabilities of the probe.
-Verify = Callable[[WeightAck, Sequence[Float32Array]], None]
+CheckAck = Callable[[WeightAck], object]
+"""Raises WeightSyncError if the acknowledgement of an actor is not good enough."""
 
 
 class Task(Protocol):
@@ -102,13 +102,16 @@ class RolloutPool(Protocol):
         ...
 
     async def publish(
-        self,
-        manifest: WeightManifest,
-        references: Sequence[Any],
-        probe: Sequence[Int32Array],
-        check: Callable[[WeightAck], object],
+        self, transfer: WeightTransfer, offer: WeightOffer, probe: Sequence[Int32Array], check: CheckAck
     ) -> None:
-        """Bring every actor to new weights; `check` raises WeightSyncError where an acknowledgement is not enough."""
+        """Bring every actor to an offered version, and from then on every actor that comes late.
+
+        Args:
+            transfer: the transport of the offer, for actors that come late.
+            offer: the version that the learner sent.
+            probe: rows of token ids, `[T]` each, that every actor scores with the new weights.
+            check: judges every acknowledgement.
+        """
         ...
 
 
@@ -138,10 +141,12 @@ class Learner(Protocol):
         """
         ...
 
-    async def export(
-        self, version: int, probe: Sequence[Int32Array]
-    ) -> tuple[WeightManifest, Sequence[Any], Sequence[Float32Array]]:
-        """Buckets of the full parameters, a reference to each, and the probe's log-probabilities."""
+    async def score(self, probe: Sequence[Int32Array]) -> Sequence[Float32Array]:
+        """Return the log-probabilities of given rows under the present policy, `[T-1]` each. Nothing is sent."""
+        ...
+
+    async def send(self, version: int) -> WeightOffer:
+        """Hand the present weights of the policy to the transport, as `version`."""
         ...
 
     async def save(self, folder: Path) -> None:
@@ -149,12 +154,58 @@ class Learner(Protocol):
         ...
 
 
-class WeightChannel(Protocol):
-    """How parameters get from the learner into every actor. It drives both sides, so a collective transfer fits."""
+class WeightTransfer(Protocol):
+    """A transport of weights, as the driver sees it.
 
-    async def transfer(self, version: int, probe: Sequence[Int32Array], verify: Verify) -> WeightManifest:
-        """Bring the learner's present parameters into all actors; returns when each serves them.
+    A transport has three parts. In the learner, a WeightSender makes an offer out of the present weights. In every
+    actor, a WeightReceiver makes tensors out of the offer. In the driver, the WeightTransfer decides how long a version
+    stays available. The bus, the fleet and the controller pass offers on and do not look into them.
+    """
 
-        verify: raises WeightSyncError where an acknowledgement does not agree with the learner's log-probabilities.
+    async def send(self, version: int) -> WeightOffer:
+        """Let the learner send its present weights; the offer is for all actors that are up."""
+        ...
+
+    async def offer_for_late_actor(self, version: int) -> WeightOffer:
+        """Return an offer of the published version for one actor that came up after its publish.
+
+        The learner may already train towards the next version, so its present weights are not an answer. A transport
+        repeats its offer, or asks its sender for the weights that the sender keeps.
+
+        Raises:
+            LearnerLostError: the weights were lost with the learner.
+            WeightSyncError: the version is not available any more.
+        """
+        ...
+
+    def acknowledged(self) -> None:
+        """Note that every actor serves the version that was sent last. Versions before it may be released."""
+        ...
+
+
+class WeightSender(Protocol):
+    """The part of a transport in learner rank 0."""
+
+    def send(self, tensors: Iterator[tuple[str, Any]], *, version: int, attempt: int) -> WeightOffer:
+        """Take all tensors of the policy, by name, and return the offer of them.
+
+        The tensors are valid only during the call: the next training step changes them.
+
+        Args:
+            tensors: name and value of every tensor; whole, detached.
+            version: weight version of these tensors.
+            attempt: as in `rlsys.types.VersionSpan`.
+        """
+        ...
+
+
+class WeightReceiver(Protocol):
+    """The part of a transport in an actor."""
+
+    def receive(self, offer: WeightOffer) -> Iterator[tuple[str, Any]]:
+        """Yield name and value of every tensor of an offer, after its checksum agreed.
+
+        Raises:
+            WeightSyncError: the bytes differ from those that were sent; names actor, tensor and version.
         """
         ...

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -323,6 +323,19 @@ class WeightManifest:
     @property
     def bytes(self) -> int:
         return sum(bucket.bytes for bucket in self.buckets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightOffer:
+    """A weight version that the learner has sent: all that an actor needs to receive it.
+
+    Attributes:
+        manifest: description of the version.
+        payload: data of the transport, picklable; only its sender and receiver look into it.
+    """
+
+    manifest: WeightManifest
+    payload: Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

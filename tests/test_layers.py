@@ -39,6 +39,8 @@ WITHOUT_TORCH = (
     "rlsys.data.prompts",
     "rlsys.control.buffer",
     "rlsys.control.weights",
+    "rlsys.transfer.wire",
+    "rlsys.transfer.object_store",
     "rlsys.control.fleet",
     "rlsys.control.controller",
     "rlsys.tasks",

@@ -19,7 +19,7 @@ from rlsys.types import (
     SamplingSettings,
     TrajectoryGroup,
     WeightAck,
-    WeightManifest,
+    WeightOffer,
 )
 
 
@@ -67,9 +67,7 @@ class ActorHandle(WatchedHandle, Protocol):
 
     async def probe(self, rows: Sequence[Int32Array]) -> Sequence[Float32Array]: ...
 
-    async def update_weights(
-        self, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array]
-    ) -> WeightAck: ...
+    async def update_weights(self, offer: WeightOffer, probe: Sequence[Int32Array]) -> WeightAck: ...
 
 
 @dataclass(eq=False, slots=True)

@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 
 from rlsys.control.actor_slots import ActorHandle, ActorSlot, ActorState, WatchedHandle
 from rlsys.control.budgets import causes
-from rlsys.control.publisher import Check, LostActorError, Publisher
+from rlsys.control.publisher import LostActorError, Publisher
 from rlsys.control.supervisor import ActorSupervisor
 from rlsys.control.watchdog import WatchClock
 from rlsys.errors import TooManyFailuresError
+from rlsys.interfaces import CheckAck, WeightTransfer
 from rlsys.trees import SearchUsage, Tree, TreeFailure, Writer
 from rlsys.types import (
     Float32Array,
@@ -31,7 +32,7 @@ from rlsys.types import (
     RolloutFailure,
     SamplingSettings,
     TrajectoryGroup,
-    WeightManifest,
+    WeightOffer,
 )
 
 Result = TypeVar("Result")
@@ -210,18 +211,22 @@ class Fleet:
     # --- weights ---
 
     async def publish(
-        self, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array], check: Check
+        self, transfer: WeightTransfer, offer: WeightOffer, probe: Sequence[Int32Array], check: CheckAck
     ) -> None:
         """Bring every actor that is up to a new version; return when all serve it or are lost, and one serves it.
 
         Args:
+            transfer: the transport of the offer, for actors that come up later.
+            offer: the version that the learner sent.
+            probe: rows of token ids that every actor scores with the new weights.
             check: raises WeightSyncError if an acknowledgement is not good enough.
+
         Raises:
             WeightSyncError: two processes could not take it and none could, so another one would not either.
-            LearnerLostError: the weights vanished with the rank that had put them there.
+            LearnerLostError: the weights vanished with the rank that had sent them.
             RlsysError: too many actors were lost.
         """
-        await self._publisher.publish(manifest, references, probe, check)
+        await self._publisher.publish(transfer, offer, probe, check)
         await self._serving(0)
 
     async def withdraw(self) -> None:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlsys.control.actor_slots import ActorSlot, ActorState
 from rlsys.errors import LearnerLostError, RlsysError, WeightSyncError
-from rlsys.types import Int32Array, WeightAck, WeightManifest
+from rlsys.interfaces import CheckAck, WeightTransfer
+from rlsys.types import Int32Array, WeightOffer
 
-Check = Callable[[WeightAck], object]
-REFUSALS = 2  # processes that could not take a version, and none that could: another one could not either
+REFUSALS = 2  # so many processes that could not take a version, and none that could, blame the version
 
 
 @dataclass(frozen=True, slots=True)
 class _Published:
-    manifest: WeightManifest
-    references: Sequence[Any]
+    """A published version, as a late actor needs it."""
+
+    version: int
+    transfer: WeightTransfer
     probe: Sequence[Int32Array]
-    check: Check
+    check: CheckAck
 
 
 class LostActorError(Exception):
@@ -54,24 +56,29 @@ class Publisher:
         self._updating = asyncio.Lock()
 
     async def publish(
-        self, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array], check: Check
+        self, transfer: WeightTransfer, offer: WeightOffer, probe: Sequence[Int32Array], check: CheckAck
     ) -> None:
         """Bring every actor that is up to a new version; actors that come up later get it as well.
 
         Returns when each of them serves the version or is lost.
 
         Args:
+            transfer: the transport of the offer, for actors that come up later.
+            offer: the version that the learner sent.
+            probe: rows of token ids that every actor scores with the new weights.
             check: raises WeightSyncError if an acknowledgement is not good enough.
+
         Raises:
             LearnerLostError: the weights vanished with the rank that had put them there.
         """
         async with self._updating:
-            self._published, self._serves_files = _Published(manifest, references, probe, check), False
+            self._published = _Published(offer.manifest.version, transfer, probe, check)
+            self._serves_files = False
             self._acknowledged, self._refused = False, []
             up = [slot for slot in self._supervision.actors if slot.up]
             for slot in up:
                 slot.state = ActorState.STALE
-            await asyncio.gather(*(self._update(slot) for slot in up))
+            await asyncio.gather(*(self._update(slot, offer) for slot in up))
         for slot in up:
             if isinstance(slot.cause, LearnerLostError):
                 raise slot.cause
@@ -94,20 +101,20 @@ class Publisher:
             if slot.state is ActorState.STALE:
                 await self._update(slot)
 
-    async def _update(self, slot: ActorSlot) -> None:
-        """Leave the actor serving, or lost. The caller holds the lock."""
+    async def _update(self, slot: ActorSlot, offer: WeightOffer | None = None) -> None:
+        """Leave the actor serving, or lost. The caller holds the lock; a late actor comes without an offer."""
         published = self._published
         if published is None and not self._serves_files:
             return
         if published is not None:
-            work = slot.handle.update_weights(published.manifest, published.references, published.probe)
             try:
-                ack = await self._supervision.call(slot, work)
+                offer = offer or await published.transfer.offer_for_late_actor(published.version)
+                ack = await self._supervision.call(slot, slot.handle.update_weights(offer, published.probe))
                 published.check(ack)
             except LostActorError:
                 self._refuse(slot)
                 return
-            except WeightSyncError as error:
+            except (LearnerLostError, WeightSyncError) as error:
                 self._supervision.lose(slot, error)
                 self._refuse(slot)
                 return

@@ -1,9 +1,8 @@
-"""The weight-sync bus: the one owner of the version ledger. A publish is sent, verified and acknowledged.
+"""The weight-sync bus: it owns the ledger of weight versions, and publishes and verifies them.
 
-How bytes travel is the channel's business. The one there is uses Ray's object store: the learner puts its
-full parameters there in buckets; every actor fetches them, checks names and checksums, loads them between two
-engine steps, and answers with the log-probabilities of fixed probe rows. Only if those agree with the learner's
-is the version acknowledged.
+A publish is sent, verified and acknowledged. How the bytes travel is the business of the WeightTransfer. Every actor
+checks names and checksums, loads the tensors between two engine steps, and answers with the log-probabilities of fixed
+probe rows. The version is acknowledged only if they agree with the learner's.
 """
 
 from __future__ import annotations
@@ -11,47 +10,35 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from rlsys.config.schema import WeightSyncConfig
 from rlsys.errors import ConfigError, WeightSyncError
-from rlsys.interfaces import Learner, RolloutPool, Verify, WeightChannel
-from rlsys.types import Float32Array, Int32Array, WeightAck, WeightManifest
+from rlsys.interfaces import Learner, RolloutPool, WeightTransfer
+from rlsys.types import Float32Array, Int32Array, WeightAck
 
-# Largest gap in nats that rounding alone explains after many updates. A stale output layer exceeds the
-# first even when every weight moved by only 1e-4 (measured: 2.5e-3).
 TOLERANCE_FLOOR = {"fp32": 5e-4, "bf16": 0.1}
+"""Largest gap in nats that rounding alone explains after many updates, by dtype.
+
+A stale output layer exceeds that of fp32 even if every weight moved by only 1e-4 (measured: 2.5e-3).
+"""
 TOLERANCE_FACTOR = 20.0
-# A fresh load that differs by more than this is not rounding: actor and learner do not compute the same model.
 FRESH_LOAD_CEILING = {"fp32": 5e-4, "bf16": 0.5}
-
-
-class ObjectStoreChannel:
-    """WeightChannel through Ray's object store: one copy a node, cross-node transfer is Ray's.
-
-    The buckets of a version stay referenced until the next one has been acknowledged.
-    """
-
-    def __init__(self, learner: Learner, pool: RolloutPool) -> None:
-        self._learner = learner
-        self._pool = pool
-        self._held: Sequence[Any] = ()
-
-    async def transfer(self, version: int, probe: Sequence[Int32Array], verify: Verify) -> WeightManifest:
-        manifest, references, expected = await self._learner.export(version, probe)
-        await self._pool.publish(manifest, references, probe, lambda ack: verify(ack, expected))
-        self._held = references
-        return manifest
+"""Largest gap in nats after both sides loaded the same files; a larger one shows two different computations."""
 
 
 class WeightBus:
-    """Publishes versions and knows which one is served.
+    """Publishes weight versions and knows which version the actors serve.
 
     Args:
-        dtype: "bf16" where actors or learner compute in it, else "fp32".
-        probe: rows of token ids whose log-probabilities are compared.
+        learner: scores the probe with its present weights.
+        transfer: brings the learner's weights to the actors.
+        pool: the actors.
+        config: tolerance of the verification.
+        dtype: "bf16" if the actors or the learner compute in it, else "fp32".
+        probe: rows of token ids, `[T]` each, whose log-probabilities are compared.
+
     Raises:
         ConfigError: no row has a token to predict.
     """
@@ -59,6 +46,7 @@ class WeightBus:
     def __init__(
         self,
         learner: Learner,
+        transfer: WeightTransfer,
         pool: RolloutPool,
         config: WeightSyncConfig,
         dtype: str,
@@ -67,27 +55,30 @@ class WeightBus:
         if max(len(row) for row in probe) < 2:
             raise ConfigError("no held-out prompt has two tokens or more: a publish could not be verified with them")
         self._learner = learner
+        self._transfer = transfer
         self._pool = pool
         self._config = config
         self._floor = TOLERANCE_FLOOR[dtype]
         self._ceiling = FRESH_LOAD_CEILING[dtype]
         self._probe = probe
-        self._channel: WeightChannel = ObjectStoreChannel(learner, pool)
         self.tolerance = config.probe_tolerance or self._floor
         self.calibrated = False
         self.version: int | None = None
-        self._before: Sequence[Float32Array] | None = None
+        self._acknowledged_scores: Sequence[Float32Array] | None = None  # of the learner, for `version`
         self._fresh_gap = 0.0
 
     async def calibrate(self) -> float:
-        """Set the tolerance from actors that have just loaded the learner's weights from files.
+        """Set the tolerance from actors that have just loaded the learner's weights from files. Nothing is sent.
 
-        Returns the largest gap found. An explicit weight_sync.probe_tolerance stays as it is.
+        An explicit weight_sync.probe_tolerance stays as it is.
+
+        Returns:
+            The largest gap between an actor and the learner, in nats.
 
         Raises:
             WeightSyncError: the gap is too large to be rounding.
         """
-        _, _, expected = await self._learner.export(0, self._probe)
+        expected = await self._learner.score(self._probe)
         answers = await asyncio.gather(*(self._pool.probe(actor, self._probe) for actor in range(self._pool.count)))
         gap = max(_largest_gap(expected, answer)[0] for answer in answers)
         if not gap <= max(self._ceiling, self._config.probe_tolerance or 0.0):
@@ -101,34 +92,44 @@ class WeightBus:
         return gap
 
     def forget(self) -> None:
-        """The learner begins again from a checkpoint: the next publish is the first of its versions."""
-        self.version = self._before = None
+        """Empty the ledger, because the learner starts again from a checkpoint and may repeat versions."""
+        self.version = self._acknowledged_scores = None
 
     async def publish(self, version: int) -> Mapping[str, float]:
         """Bring every actor to the learner's present weights as `version`.
 
-        Returns when all that live have acknowledged. The buckets of the version before are released then.
+        Returns when all live actors have acknowledged the version. The weights of the version before are released then.
+
+        Returns:
+            Values by metric name.
 
         Raises:
-            WeightSyncError: naming actor, tensor and version, where no actor acknowledged.
+            WeightSyncError: no actor acknowledged; names actor, tensor and version.
         """
         if self.version is not None and version <= self.version:
             raise WeightSyncError(f"weight version {version} was offered after {self.version}; versions only grow")
         started, gaps = time.monotonic(), [0.0]
-        attempt = self._learner.restarts  # a replaced actor may acknowledge while the next one begins
-        probed: list[Sequence[Float32Array]] = [()]
+        attempt = self._learner.restarts  # a replaced actor may acknowledge after the next attempt has begun
+        offer = await self._transfer.send(version)
+        expected = await self._learner.score(self._probe)
 
-        def verify(ack: WeightAck, expected: Sequence[Float32Array]) -> None:
-            probed[0] = expected
-            gaps.append(self._verify(ack, version, attempt, expected))
+        def check(ack: WeightAck) -> None:
+            self._check_version(ack, version, attempt)
+            gaps.append(self._check_gap(ack, expected))
+            self._check_moved(ack, expected)
 
-        manifest = await self._channel.transfer(version, self._probe, verify)
-        self.version, self._before = version, probed[0]
+        await self._pool.publish(self._transfer, offer, self._probe, check)
+        self._transfer.acknowledged()
+        self.version, self._acknowledged_scores = version, expected
         seconds = time.monotonic() - started
-        figures = {"weights/publish_bytes": manifest.bytes, "weights/publish_s": seconds, "time/publish_s": seconds}
-        return {**figures, "weights/probe_gap_max": max(gaps)}
+        return {
+            "weights/publish_bytes": offer.manifest.bytes,
+            "weights/publish_s": seconds,
+            "time/publish_s": seconds,
+            "weights/probe_gap_max": max(gaps),
+        }
 
-    def _verify(self, ack: WeightAck, version: int, attempt: int, expected: Sequence[Float32Array]) -> float:
+    def _check_version(self, ack: WeightAck, version: int, attempt: int) -> None:
         if ack.version != version:
             raise WeightSyncError(f"actor {ack.actor} acknowledged version {ack.version}, expected {version}")
         if ack.attempt != attempt:
@@ -136,30 +137,34 @@ class WeightBus:
                 f"actor {ack.actor} acknowledged weight version {version} of attempt {ack.attempt} of the learner, "
                 f"expected attempt {attempt}"
             )
+
+    def _check_gap(self, ack: WeightAck, expected: Sequence[Float32Array]) -> float:
+        """Return the largest gap; raise if it exceeds the tolerance."""
         gap, row, position = _largest_gap(expected, ack.probe_logprobs)
         if not gap <= self.tolerance:
             raise WeightSyncError(
-                f"actor {ack.actor}, weight version {version}: log-probabilities differ from the learner's by "
+                f"actor {ack.actor}, weight version {ack.version}: log-probabilities differ from the learner's by "
                 f"{gap:.2e} nats (probe row {row}, token {position}), allowed are {self.tolerance:.2e}. All tensors "
                 "arrived with the right checksum, so the engine computes with others: an output layer tied to the "
                 "embedding (lm_head.weight) that was not sent is the usual cause"
             )
-        self._check_moved(ack, expected)
         return gap
 
     def _check_moved(self, ack: WeightAck, expected: Sequence[Float32Array]) -> None:
-        """A step may move less than the tolerance. Then old weights would pass, but they are nearer to the old ones.
+        """Raise if an actor still computes with the version before, although its gap is within the tolerance.
 
-        Only where the step moved further, in the mean, than twice the largest gap of a fresh load: then rounding
-        cannot bring right weights nearer to the old ones.
+        A step may move less than the tolerance. Then the scores of old weights are nearer to the old scores. This
+        proves something only if the mean move exceeds twice the largest gap of a fresh load: then rounding cannot bring
+        the scores of the right weights nearer to the old ones.
         """
-        if not self._before or _mean_gap(expected, self._before) <= 2 * self._fresh_gap:
+        if not self._acknowledged_scores or _mean_gap(expected, self._acknowledged_scores) <= 2 * self._fresh_gap:
             return
-        new, old = (_mean_gap(ack.probe_logprobs, each) for each in (expected, self._before))
-        if new > old:
+        to_new, to_old = (_mean_gap(ack.probe_logprobs, scores) for scores in (expected, self._acknowledged_scores))
+        if to_new > to_old:
             raise WeightSyncError(
                 f"actor {ack.actor} acknowledged weight version {ack.version} and computes with the one before: its "
-                f"log-probabilities are {new:.2e} nats from the learner's, and {old:.2e} from those of that version"
+                f"log-probabilities are {to_new:.2e} nats from the learner's, and {to_old:.2e} from those of that "
+                "version"
             )
 
 
@@ -167,15 +172,15 @@ def _mean_gap(left: Sequence[Float32Array], right: Sequence[Float32Array]) -> fl
     return float(np.mean(np.abs(np.concatenate(left) - np.concatenate(right)), dtype=np.float64))
 
 
-def _largest_gap(expected: Sequence[Float32Array], found: Sequence[Float32Array]) -> tuple[float, int, int]:
-    """(largest absolute difference, its row, its token); NaN and missing numbers count as infinite."""
-    if [row.shape for row in expected] != [row.shape for row in found]:
+def _largest_gap(expected: Sequence[Float32Array], answer: Sequence[Float32Array]) -> tuple[float, int, int]:
+    """Return the largest absolute difference, its row and its token; NaN and missing numbers count as infinite."""
+    if [row.shape for row in expected] != [row.shape for row in answer]:
         return np.inf, 0, 0
-    worst = (-1.0, 0, 0)
-    for row, (left, right) in enumerate(zip(expected, found, strict=True)):
+    largest = (-1.0, 0, 0)
+    for row, (left, right) in enumerate(zip(expected, answer, strict=True)):
         if not left.size:  # a row of one token predicts nothing
             continue
         gaps = np.nan_to_num(np.abs(left - right), nan=np.inf)
         position = int(gaps.argmax())
-        worst = max(worst, (float(gaps[position]), row, position + 1))
-    return worst
+        largest = max(largest, (float(gaps[position]), row, position + 1))
+    return largest

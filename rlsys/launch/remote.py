@@ -32,7 +32,7 @@ from rlsys.types import (
     TrainingBatch,
     TrajectoryGroup,
     WeightAck,
-    WeightManifest,
+    WeightOffer,
 )
 
 
@@ -102,11 +102,9 @@ class RayActor:
         logprobs: Sequence[Float32Array] = await self._update("probe", list(rows))
         return logprobs
 
-    async def update_weights(
-        self, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array]
-    ) -> WeightAck:
-        found: WeightAck = await self._update("update_weights", manifest, list(references), list(probe))
-        return found
+    async def update_weights(self, offer: WeightOffer, probe: Sequence[Int32Array]) -> WeightAck:
+        ack: WeightAck = await self._update("update_weights", offer, list(probe))
+        return ack
 
     async def close(self) -> None:
         """Close the engine and the verifiers, then end the process.
@@ -204,13 +202,14 @@ class RayLearner:
         scores: list[tuple[float, float]] = (await self._group.call("score_pairs", shared))[0]
         return scores
 
-    async def export(
-        self, version: int, probe: Sequence[Int32Array]
-    ) -> tuple[WeightManifest, Sequence[Any], Sequence[Float32Array]]:
+    async def score(self, probe: Sequence[Int32Array]) -> Sequence[Float32Array]:
+        scores: Sequence[Float32Array] = (await self._group.call("score", list(probe)))[0]
+        return scores
+
+    async def send(self, version: int) -> WeightOffer:
         bucket_bytes = int(self._config.weight_sync.bucket_mib * 2**20)
-        found: tuple[WeightManifest, Sequence[Any], Sequence[Float32Array]]
-        found = (await self._group.call("export", version, bucket_bytes, list(probe)))[0]
-        return found
+        offer: WeightOffer = (await self._group.call("send", version, bucket_bytes))[0]
+        return offer
 
     async def save(self, folder: Path) -> None:
         await self._group.call("save", folder)

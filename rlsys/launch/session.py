@@ -65,6 +65,7 @@ from rlsys.run.lock import RunLock
 from rlsys.run.metrics import MetricsWriter
 from rlsys.run.provenance import check_extraction, check_inputs
 from rlsys.run.resume import Start, all_steps_made, find_again, find_start
+from rlsys.transfer.object_store import ObjectStoreTransfer
 from rlsys.trees import Writer
 from rlsys.types import Prompt
 
@@ -238,7 +239,8 @@ async def _train(cluster: Cluster, session: Session) -> None:
     async with rollout_pool(cluster, serving, session.searching, replacement_policy, display.message) as pool:
         first = len(actor_bundles(config) + beside_bundles(config, _beside(session.searching)))
         learner = RayLearner(lambda attempt: learner_handles(cluster, inputs.pad_token_id, first, attempt), config)
-        bus = WeightBus(learner, pool, config.weight_sync, _dtype(config), inputs.probe())
+        transfer = ObjectStoreTransfer(learner)
+        bus = WeightBus(learner, transfer, pool, config.weight_sync, _dtype(config), inputs.probe())
         signals: list[str] = []
         recovery = Recovery(
             config=config,

@@ -10,9 +10,10 @@ from ray import exceptions
 
 from actors import rollout_actor
 from actors.rollout_actor import RolloutActor
-from actors.weights import Progress
+from actors.weights import LoadProgress
 from rlsys.errors import LearnerLostError, RlsysError, WeightSyncError
-from rlsys.types import WeightManifest
+from rlsys.transfer.object_store import ObjectStoreReceiver
+from rlsys.types import WeightManifest, WeightOffer
 
 WITH_THE_RANK = [exceptions.OwnerDiedError, exceptions.ObjectLostError]
 OUT_OF_REACH = [
@@ -34,8 +35,9 @@ def test_weights_are_lost_with_their_rank_or_for_this_actor_alone(
 
     monkeypatch.setattr(rollout_actor, "check_names", lambda *_: None)
     actor = RolloutActor.__new__(RolloutActor)
-    actor.name, actor.tensors, actor.loaded, actor.loading = "1", {}, 0, Progress()
+    actor.name, actor.tensors, actor.loaded, actor.loading = "1", {}, 0, LoadProgress()
+    actor.receiver = ObjectStoreReceiver("1", lambda reference: reference)
     actor.engine = SimpleNamespace(update_weights=update)  # type: ignore[assignment]
     with pytest.raises(RlsysError, match=f"weight version 7.*{lost.__name__}") as caught:
-        asyncio.run(actor.update_weights(WeightManifest(version=7, buckets=()), [], []))
+        asyncio.run(actor.update_weights(WeightOffer(manifest=WeightManifest(version=7, buckets=()), payload=()), []))
     assert type(caught.value) is expected

@@ -32,6 +32,7 @@ from rlsys.types import (
     WeightAck,
     WeightBucket,
     WeightManifest,
+    WeightOffer,
 )
 
 SAMPLING = SamplingSettings(samples=2, temperature=1.0, top_p=1.0, max_tokens=4, seed=0)
@@ -189,23 +190,18 @@ class FakePool:
         self.calls.append(("probe", actor))
         return self.answer.get(actor, logprobs(rows))
 
-    async def publish(
-        self, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array], check: Any
-    ) -> None:
-        updates = [self.update_weights(actor, manifest, references, probe) for actor in range(self.count)]
+    async def publish(self, transfer: Any, offer: WeightOffer, probe: Sequence[Int32Array], check: Any) -> None:
+        updates = [self.update_weights(actor, offer, probe) for actor in range(self.count)]
         for ack in await asyncio.gather(*updates):
             check(ack)
 
-    async def update_weights(
-        self, actor: int, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array]
-    ) -> WeightAck:
+    async def update_weights(self, actor: int, offer: WeightOffer, probe: Sequence[Int32Array]) -> WeightAck:
+        manifest = offer.manifest
         self.calls.append(("update", actor, manifest.version))
         await asyncio.sleep(0)
         self.versions[actor] = manifest.version
-        found = self.answer.get(actor, logprobs(probe))
-        return WeightAck(
-            actor=str(actor), version=manifest.version, attempt=manifest.attempt, probe_logprobs=tuple(found)
-        )
+        scores = tuple(self.answer.get(actor, logprobs(probe)))
+        return WeightAck(actor=str(actor), version=manifest.version, attempt=manifest.attempt, probe_logprobs=scores)
 
 
 class FakeLearner:
@@ -244,13 +240,15 @@ class FakeLearner:
         self.calls.append(("score", len(pairs)))
         return [(-float(pair.chosen_ids.sum()), -float(pair.rejected_ids.sum())) for pair in pairs]
 
-    async def export(
-        self, version: int, probe: Sequence[Int32Array]
-    ) -> tuple[WeightManifest, Sequence[Any], Sequence[Float32Array]]:
-        self.calls.append(("export", version))
+    async def score(self, probe: Sequence[Int32Array]) -> Sequence[Float32Array]:
+        self.calls.append(("score_probe", len(probe)))
+        return logprobs(probe)
+
+    async def send(self, version: int) -> WeightOffer:
+        self.calls.append(("send", version))
         bucket = WeightBucket(tensors=(), sha256="", bytes=16)
         manifest = WeightManifest(version=version, attempt=self.restarts, buckets=(bucket,))
-        return manifest, [self.reference()], logprobs(probe)
+        return WeightOffer(manifest=manifest, payload=(self.reference(),))
 
     async def save(self, folder: Path) -> None:
         self.calls.append(("save", self.version))

@@ -17,10 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.engine import Completion, CompletionRequest, Engine
-from actors.weights import verified_tensors
-from learners.deepspeed import parameters as weight_source
+from learners.deepspeed.parameters import full_parameters
 from rlsys.config.schema import ActorsConfig
-from rlsys.types import WeightManifest
+from rlsys.transfer.object_store import ObjectStoreReceiver, ObjectStoreSender
 
 # 70 tokens: two full blocks of 32 go into the prefix cache.
 PROMPT = [5 + i % 40 for i in range(70)]
@@ -60,9 +59,9 @@ def completion_gap(completion: Completion, model: Any, tokens: int) -> float:
 
 def publish(engine: Engine, model: Any, version: int) -> None:
     """The bus's own path: parameters by name, buckets, checksums, load."""
-    packed = list(weight_source.pack(weight_source.full_parameters(model, lambda p: p.detach()), 100_000))
-    manifest = WeightManifest(version=version, buckets=tuple(bucket for bucket, _ in packed))
-    engine.update_weights(version, 0, verified_tensors("0", manifest, [data for _, data in packed], lambda data: data))
+    sender = ObjectStoreSender(lambda data: data, 100_000)
+    offer = sender.send(full_parameters(model, lambda p: p.detach()), version=version, attempt=0)
+    engine.update_weights(version, 0, ObjectStoreReceiver("0", lambda data: data).receive(offer))
 
 
 def step(model: Any, size: float, seed: int) -> None:
@@ -105,7 +104,7 @@ def main(folder: Path) -> None:
     found |= updated_in_flight(engine, model)
     found["gap_after_flight"] = row_gap(engine, model)
     step(model, 1e-4, seed=3)  # as small as one optimizer update at learning rate 1e-4
-    names = [name for name, _ in weight_source.full_parameters(model, lambda p: p.detach())]
+    names = [name for name, _ in full_parameters(model, lambda p: p.detach())]
     found["names"] = names
     tensors = [(name, value) for name, value in model.state_dict().items() if name != "lm_head.weight"]
     engine.update_weights(3, 0, tensors)

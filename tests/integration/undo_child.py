@@ -23,6 +23,7 @@ from torch import Tensor, is_grad_enabled
 
 from rlsys import fault_injection as faults
 from rlsys.errors import CheckpointError, LearnerLostError, NonFiniteLossError
+from rlsys.transfer.object_store import ObjectStoreSender
 from rlsys.types import TrainingBatch
 
 SMALL = 2**14  # bytes of the largest file that a full disk still takes; the models' are larger
@@ -108,7 +109,7 @@ def broken(learner: Any, job: dict[str, Any], fault: dict[str, Any]) -> str:
 
     own = fault["rank"] == learner.settings.rank
     if "export" in fault:
-        return raised(LearnerLostError, lambda: learner.export(SMALL, refuse))
+        return raised(LearnerLostError, lambda: learner.send(ObjectStoreSender(refuse, SMALL), 0))
     module, kind = {
         "load_model": (learner_rank, LearnerLostError),
         "read_tensors": (model_files, CheckpointError),
@@ -154,7 +155,7 @@ def run(learner: Any, job: dict[str, Any]) -> dict[str, Any]:
     learner.save(whole / "disturbed")
     for name, fault in job.get("others", {}).items():
         seen[name] = {"raised": broken(learner, job, fault), "unchanged": digest(learner) == expected[steps]}
-        learner.export(SMALL, len)
+        learner.send(ObjectStoreSender(len, SMALL), 0)
         seen[name]["went_on"] = len(learner.score([np.arange(3, 9)])) == 1
     return seen
 

@@ -1,38 +1,40 @@
-"""The shell around a rank: what it makes of an export."""
+"""The Ray shell around a rank: how it sends weights and scores the probe."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
+import torch
 from joint_samples import ids
 
 from learners import learner_actor
 from learners.learner_actor import LearnerActor
-from rlsys.types import TensorSpec, WeightBucket
+from rlsys.interfaces import WeightSender
+from rlsys.types import WeightOffer
 
 
 def actor(rank: int) -> LearnerActor:
-    bucket = WeightBucket(tensors=(TensorSpec(name="w", shape=(3,), dtype="uint8"),), sha256="", bytes=3)
+    def send(sender: WeightSender, version: int) -> WeightOffer | None:
+        tensors = iter([("a", torch.zeros(2)), ("b", torch.zeros(1))])
+        return sender.send(tensors, version=version, attempt=2) if rank == 0 else None
 
-    def export(bucket_bytes: int, put: Callable[[np.ndarray], Any]) -> list[tuple[WeightBucket, Any]]:
-        return [(bucket, put(np.arange(3, dtype=np.uint8)))] if rank == 0 else []
-
-    found = LearnerActor.__new__(LearnerActor)
-    found.rank, found.attempt = rank, 2
-    found.learner = SimpleNamespace(export=export, score=lambda rows: [np.ones(len(rows[0]) - 1)])
-    return found
+    shell = LearnerActor.__new__(LearnerActor)
+    shell.learner = SimpleNamespace(send=send, score=lambda rows: [row[1:] * -1.0 for row in rows])
+    return shell
 
 
-def test_rank_0_answers_with_what_was_put_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_0_returns_an_offer_of_what_ray_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learner_actor.ray, "put", lambda data: f"reference to {data.nbytes} bytes")
-    found = actor(0).export(7, 2**20, [ids(5, 6, 7)])
-    assert found is not None
-    manifest, references, scores = found
-    assert (manifest.version, manifest.attempt, [bucket.bytes for bucket in manifest.buckets]) == (7, 2, [3])
-    assert references == ["reference to 3 bytes"]
-    assert [row.shape for row in scores] == [(2,)]
-    assert actor(1).export(7, 2**20, [ids(5, 6, 7)]) is None
+    offer = actor(0).send(7, 8)
+    assert offer is not None
+    assert (offer.manifest.version, offer.manifest.attempt) == (7, 2)
+    assert [bucket.bytes for bucket in offer.manifest.buckets] == [8, 4]
+    assert offer.payload == ("reference to 8 bytes", "reference to 4 bytes")
+    assert actor(1).send(7, 8) is None
+
+
+def test_scoring_the_probe_stores_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learner_actor.ray, "put", lambda data: pytest.fail("the weights were exported"))
+    for rank in (0, 1):
+        assert [row.tolist() for row in actor(rank).score([ids(5, 6, 7)])] == [[-6.0, -7.0]]

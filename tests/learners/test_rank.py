@@ -32,6 +32,7 @@ from rlsys.config.schema import OptimizerConfig
 from rlsys.config.stages import TERMS, stage_plan
 from rlsys.errors import LearnerLostError, NonFiniteLossError
 from rlsys.run.metrics import METRICS
+from rlsys.transfer.object_store import ObjectStoreSender
 from rlsys.types import StageName, StepPreference, TrainingBatch
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -223,11 +224,11 @@ def test_a_bucket_that_cannot_be_put_away_is_an_error_of_all_ranks() -> None:
         return len(put)
 
     with pytest.raises(LearnerLostError, match="learner rank 0: RuntimeError: the object store is full"):
-        rank.export(1000, refuse)
-    buckets = rank.export(10**9, lambda data: data.nbytes)
+        rank.send(ObjectStoreSender(refuse, 1000), 3)
+    offer = rank.send(ObjectStoreSender(lambda data: data.nbytes, 10**9), 3)
     tensors = dict(rank.policy.module.named_parameters())
-    assert [size for _, size in buckets] == [buckets[0][0].bytes]
-    assert {spec.name for spec in buckets[0][0].tensors} >= set(tensors)
+    assert offer.payload == (offer.manifest.bytes,)
+    assert set(offer.manifest.names) >= set(tensors)
 
 
 def test_step_pairs_with_one_side_a_prefix_of_the_other_are_counted() -> None:

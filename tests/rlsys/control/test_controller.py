@@ -28,13 +28,13 @@ def test_a_step_takes_trains_publishes_evaluates_and_releases(tmp_path: Path) ->
     held_out = [("generate", 0, ("held_out-0",)), ("generate", 1, ("held_out-1",))]
 
     def publish(version: int) -> list[Any]:
-        return [("export", version), ("update", 0, version), ("update", 1, version)]
+        return [("send", version), ("score_probe", 2), ("update", 0, version), ("update", 1, version)]
 
     sampled = [call for call in run.calls if call[0] == "generate" and call[2][0].startswith("train")]
     # Two dispatches of one prompt before each step; those after the last release are cut off unseen.
     assert run.calls == [
         ("start_stage", "online", run.model, None, None),
-        ("export", 0), ("probe", 0), ("probe", 1),  # calibration
+        ("score_probe", 2), ("probe", 0), ("probe", 1),  # calibration
         *publish(0),
         *held_out,
         *sampled[:2], ("train", 1), *publish(1), *held_out,
@@ -61,14 +61,13 @@ def test_the_warm_start_is_published_once_before_the_online_stage(tmp_path: Path
     first = tmp_path / "checkpoints" / "step_000002"
     assert run.only(*KINDS) == [
         ("start_stage", "warm_start", run.model, None, None),
-        ("export", 0),  # calibration
         ("train", 1),
         ("train", 2),
         ("save", 2),
         ("start_stage", "online", first / "policy", None, None),
-        ("export", 2),
+        ("send", 2),
         ("train", 3),
-        ("export", 3),
+        ("send", 3),
         ("save", 3),
     ]
     assert {call[2] for call in run.only("update")} == {2, 3}
@@ -76,7 +75,7 @@ def test_the_warm_start_is_published_once_before_the_online_stage(tmp_path: Path
 
 def test_a_warm_start_alone_is_published_and_evaluated_at_its_end(tmp_path: Path) -> None:
     run = Run(tmp_path, config(stages=["warm_start"]))()
-    assert run.only("train", "export") == [("export", 0), ("train", 1), ("train", 2), ("export", 2)]
+    assert run.only("train", "send") == [("train", 1), ("train", 2), ("send", 2)]
     assert "held_out/greedy_accuracy" in read_rows(tmp_path / "metrics.jsonl")[-1]
 
 
@@ -168,7 +167,7 @@ def test_a_resume_within_a_stage_hands_the_checkpoint_to_the_learner(tmp_path: P
     checkpoint = tmp_path / "checkpoints" / "step_000004"
     second = Run(tmp_path, config())()
     assert second.only("start_stage") == [("start_stage", "online", checkpoint / "policy", checkpoint, None)]
-    assert second.only("export") == [("export", 0), ("export", 4), ("export", 5)]
+    assert second.only("send") == [("send", 4), ("send", 5)]
 
 
 def test_a_run_whose_warm_start_is_complete_starts_online_from_its_policy(tmp_path: Path) -> None:

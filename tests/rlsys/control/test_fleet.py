@@ -26,10 +26,14 @@ from rlsys.errors import (
     WeightSyncError,
     WriterLostError,
 )
-from rlsys.types import SamplingSettings, WeightAck, WeightManifest
+from rlsys.types import SamplingSettings, WeightAck, WeightManifest, WeightOffer
 
 SETTINGS = SamplingSettings(samples=1, temperature=1.0, top_p=1.0, max_tokens=4, seed=0)
 SERVING, STALE = ActorState.SERVING, ActorState.STALE
+
+
+def offer(version: int) -> WeightOffer:
+    return WeightOffer(manifest=WeightManifest(version=version, buckets=()), payload=None)
 
 
 class Process:
@@ -72,10 +76,10 @@ class Process:
         await self._work("probe")
         return rows
 
-    async def update_weights(self, manifest: WeightManifest, references: Sequence[Any], probe: Any) -> WeightAck:
+    async def update_weights(self, offer: WeightOffer, probe: Any) -> WeightAck:
         await self._work("update")
-        self.version = manifest.version
-        return WeightAck(actor=f"{self.number}", version=manifest.version, probe_logprobs=())
+        self.version = offer.manifest.version
+        return WeightAck(actor=f"{self.number}", version=self.version, probe_logprobs=())
 
     async def usage(self) -> EngineUsage:
         await self._work("usage")
@@ -102,6 +106,7 @@ class World:
         self.processes: list[Process] = []
         self.calls: list[tuple[str, int, int]] = []
         self.said: list[str] = []
+        self.repeated: list[int] = []  # versions that were offered to late actors
         self.current: int | None = None
         self.now = 0.0
         self.interval_s = 1.0
@@ -128,9 +133,13 @@ class World:
             clock=WatchClock(monotonic=lambda: self.now, interval_s=self.interval_s),
         )
 
+    async def offer_for_late_actor(self, version: int) -> WeightOffer:
+        self.repeated.append(version)
+        return offer(version)
+
     async def publish(self, found: Fleet, version: int, check: Callable[[WeightAck], object] = lambda ack: ack) -> None:
         self.current = version
-        await found.publish(WeightManifest(version=version, buckets=()), (), (), check)
+        await found.publish(self, offer(version), (), check)
 
 
 def run(test: Callable[[World], Awaitable[None]]) -> None:
@@ -399,6 +408,7 @@ def test_an_actor_that_comes_up_during_a_publish_takes_that_one() -> None:
             await settle()
             assert found.states() == [SERVING, SERVING] and world.processes[2].version == 2
             assert world.calls.count(("update", 0, 1)) == 1  # never an old version first
+            assert world.repeated == [2], "the other actor got the offer of the publish"
 
     run(test)
 
@@ -554,9 +564,7 @@ def test_an_answer_that_was_made_of_weights_that_fail_verification_is_asked_for_
                 if ack.actor == "0":
                     raise WeightSyncError("actor 0: log-probabilities differ")
 
-            publish = asyncio.create_task(
-                found.publish(WeightManifest(version=2, buckets=()), (), (), lambda ack: late(ack))
-            )
+            publish = asyncio.create_task(found.publish(world, offer(2), (), lambda ack: late(ack)))
             judged = asyncio.Event()
 
             def late(ack: WeightAck) -> None:
@@ -583,7 +591,8 @@ def test_an_answer_that_was_made_of_weights_that_fail_verification_is_asked_for_
     run(test)
 
 
-def test_a_lost_learner_is_no_loss_of_actors_and_whoever_waits_for_them_hears_of_it() -> None:
+@pytest.mark.parametrize("place", ["actor", "transfer"])
+def test_a_lost_learner_is_no_loss_of_actors_and_whoever_waits_for_them_hears_of_it(place: str) -> None:
     async def test(world: World) -> None:
         async with world.fleet(max_restarts=2) as found:
             await world.publish(found, 1)
@@ -598,7 +607,13 @@ def test_a_lost_learner_is_no_loss_of_actors_and_whoever_waits_for_them_hears_of
 
                 process.update_weights = gone  # type: ignore[method-assign]
 
-            world.starting = starting  # type: ignore[method-assign]
+            async def no_offer(version: int) -> WeightOffer:
+                raise LearnerLostError(f"weight version {version} was lost")
+
+            if place == "actor":
+                world.starting = starting  # type: ignore[method-assign]
+            else:
+                world.offer_for_late_actor = no_offer  # type: ignore[method-assign]
             world.processes[0].kill()
             assert await found.generate(0, [prompt("a")], SETTINGS) == [("a", 1, 0)]  # the other one still serves
             await settle()

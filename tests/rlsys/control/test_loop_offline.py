@@ -69,12 +69,11 @@ def test_sft_learns_rows_and_hands_its_policy_over(tmp_path: Path) -> None:
     first, second = (tmp_path / "checkpoints" / f"step_00000{n}" / "policy" for n in (2, 4))
     assert run.only(*KINDS) == [
         ("start_stage", "warm_start", run.model, None, None),
-        ("export", 0),  # calibration
         *[("train", 1), ("train", 2), ("save", 2)],
         ("start_stage", "sft", first, None, None),
         *[("train", 3), ("train", 4), ("save", 4)],  # nobody samples: nothing is published
         ("start_stage", "online", second, None, None),
-        *[("export", 4), ("train", 5), ("export", 5), ("save", 5)],
+        *[("send", 4), ("train", 5), ("send", 5), ("save", 5)],
     ]
     assert [step for step, _ in run.learner.batches] == [0, 1, 0, 1, 0]
     sizes = [(len(batch.demonstrations), len(batch.pairs), len(batch.groups)) for _, batch in run.learner.batches]
@@ -87,7 +86,7 @@ def test_sft_learns_rows_and_hands_its_policy_over(tmp_path: Path) -> None:
 def test_the_last_stage_is_published_and_evaluated(tmp_path: Path, last: str) -> None:
     run = Run(tmp_path, config(stages=[last], **files(tmp_path)))()
     total = {"sft": 2, "preference": 4}[last]
-    assert run.only("export") == [("export", 0), ("export", total)]
+    assert run.only("send") == [("send", total)]
     assert "held_out/greedy_accuracy" in read_rows(tmp_path / "metrics.jsonl")[-1]
 
 
@@ -154,11 +153,11 @@ def test_without_fitting_scores_the_stage_is_started_on_the_policy_that_it_began
         sections["objective"]["preference"]["mask_prefix_dpo"] = False
     run = Run(tmp_path / "run", config(stages=["sft", "preference"], **sections))()
     checkpoint, handed = tmp_path / "run" / "checkpoints" / "step_000004", tmp_path / "run" / "stages" / "sft"
-    assert run.only("start_stage", "score", "export")[:5] == [
+    assert run.only("start_stage", "score", "score_probe")[:5] == [
         ("start_stage", "preference", handed, None, None),
         *SCORED,
         ("start_stage", "preference", checkpoint / "policy", checkpoint, None),
-        ("export", 0),  # actors and learner are compared once both have the checkpoint
+        ("score_probe", 2),  # actors and learner are compared once both have the checkpoint
     ]
 
 
@@ -246,11 +245,11 @@ def test_the_search_publishes_the_policy_and_changes_no_weights(tmp_path: Path) 
     run, _ = searching(tmp_path, settings)
     run()
     policy = tmp_path / "checkpoints" / "step_000002" / "policy"
-    assert run.only(*KINDS, "is_complete", "grow")[4:12] == [
+    assert run.only(*KINDS, "is_complete", "grow")[3:11] == [
         ("save", 2),
         ("is_complete", policy),
         ("start_stage", "search", policy, None, None),
-        ("export", 2),
+        ("send", 2),
         ("grow", policy),
         ("start_stage", "sft", policy, None, None),
         ("train", 3),
@@ -266,10 +265,9 @@ def test_a_search_comes_first_without_a_checkpoint(tmp_path: Path) -> None:
     settings = config(stages=["search", "sft"], **files(tmp_path))
     run, _ = searching(tmp_path, settings)
     run()
-    assert run.only("start_stage", "export", "grow")[:4] == [
+    assert run.only("start_stage", "send", "grow")[:3] == [
         ("start_stage", "search", run.model, None, None),
-        ("export", 0),  # calibration
-        ("export", 0),
+        ("send", 0),
         ("grow", run.model),
     ]
     assert run.rows()[0] == ("search", 0)

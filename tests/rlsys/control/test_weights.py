@@ -1,10 +1,10 @@
-"""The weight-sync bus: order of a publish, what refuses to be acknowledged, and the ledger of versions."""
+"""The weight-sync bus: the order of a publish, refused acknowledgements, and the ledger of versions."""
 
 from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,8 @@ from fakes import PROBE, FakeLearner, FakePool, logprobs
 from rlsys.config.schema import WeightSyncConfig
 from rlsys.control.weights import TOLERANCE_FLOOR, WeightBus
 from rlsys.errors import ConfigError, WeightSyncError
-from rlsys.types import Float32Array, Int32Array, WeightAck, WeightManifest
+from rlsys.transfer.object_store import ObjectStoreTransfer
+from rlsys.types import Float32Array, Int32Array, WeightAck, WeightOffer
 
 
 class Setup:
@@ -23,39 +24,42 @@ class Setup:
         self.calls: list[Any] = []
         self.pool = FakePool(actors, self.calls)
         self.learner = FakeLearner(self.calls)
-        self.bus = WeightBus(self.learner, self.pool, WeightSyncConfig(**config), dtype, PROBE)
+        self.bus = self.make_bus(self.pool, WeightSyncConfig(**config), dtype)
+
+    def make_bus(self, pool: FakePool, config: WeightSyncConfig | None = None, dtype: str = "fp32") -> WeightBus:
+        transfer = ObjectStoreTransfer(self.learner)
+        return WeightBus(self.learner, transfer, pool, config or WeightSyncConfig(), dtype, PROBE)
 
     def publish(self, *versions: int) -> dict[str, float]:
-        async def all_of_them() -> dict[str, float]:
-            found: dict[str, float] = {}
-            for version in versions:
-                found = dict(await self.bus.publish(version))
-            return found
+        """Publish versions in order and return the metrics of the last."""
 
-        return asyncio.run(all_of_them())
+        async def publish_all() -> dict[str, float]:
+            metrics: dict[str, float] = {}
+            for version in versions:
+                metrics = dict(await self.bus.publish(version))
+            return metrics
+
+        return asyncio.run(publish_all())
 
     def answer(self, actor: int, row: int, position: int, offset: float) -> None:
         """Let an actor's log-probability of one probe token differ by `offset`."""
-        found = logprobs(PROBE)
-        found[row][position] += offset
-        self.pool.answer[actor] = found
+        scores = logprobs(PROBE)
+        scores[row][position] += offset
+        self.pool.answer[actor] = scores
 
 
-def test_a_publish_exports_updates_every_actor_and_then_counts() -> None:
+def test_a_publish_sends_scores_and_updates_every_actor_and_then_counts() -> None:
     setup = Setup()
-    figures = setup.publish(0, 1)
+    metrics = setup.publish(0, 1)
     assert setup.calls == [
-        ("export", 0),
-        ("update", 0, 0),
-        ("update", 1, 0),
-        ("export", 1),
-        ("update", 0, 1),
-        ("update", 1, 1),
+        *[("send", 0), ("score_probe", 2), ("update", 0, 0), ("update", 1, 0)],
+        *[("send", 1), ("score_probe", 2), ("update", 0, 1), ("update", 1, 1)],
     ]
     assert setup.bus.version == 1
-    assert figures["weights/publish_bytes"] == 16
-    assert figures["weights/probe_gap_max"] == 0
-    assert figures["weights/publish_s"] == figures["time/publish_s"] > 0
+    assert metrics.keys() == {"weights/publish_bytes", "weights/probe_gap_max", "weights/publish_s", "time/publish_s"}
+    assert metrics["weights/publish_bytes"] == 16
+    assert metrics["weights/probe_gap_max"] == 0
+    assert metrics["weights/publish_s"] == metrics["time/publish_s"] > 0
 
 
 @pytest.mark.parametrize("offered", [4, 3])
@@ -64,38 +68,36 @@ def test_versions_only_grow(offered: int) -> None:
     setup.publish(4)
     with pytest.raises(WeightSyncError, match=f"version {offered} was offered after 4"):
         setup.publish(offered)
-    assert len(setup.calls) == 3  # nothing was exported
+    assert setup.calls.count(("send", 4)) == 1 and len(setup.calls) == 4  # nothing was sent
     assert setup.bus.version == 4
 
 
 class Reference:
-    """An object store reference; the object is gone when nobody holds it."""
+    """An object store reference; the object is gone once no reference is left."""
 
 
 def test_references_are_held_until_the_next_version_is_acknowledged() -> None:
     setup = Setup(actors=2)
-    exported: list[weakref.ref[Reference]] = []
+    stored: list[weakref.ref[Reference]] = []
     alive: list[list[bool]] = []
 
     def reference() -> Reference:
         made = Reference()
-        exported.append(weakref.ref(made))
+        stored.append(weakref.ref(made))
         return made
 
     class Watching(FakePool):
-        async def update_weights(
-            self, actor: int, manifest: WeightManifest, references: Sequence[Any], probe: Sequence[Int32Array]
-        ) -> WeightAck:
-            ack = await super().update_weights(actor, manifest, references, probe)
-            alive.append([found() is not None for found in exported])
+        async def update_weights(self, actor: int, offer: WeightOffer, probe: Sequence[Int32Array]) -> WeightAck:
+            ack = await super().update_weights(actor, offer, probe)
+            alive.append([reference() is not None for reference in stored])
             return ack
 
     setup.learner.reference = reference
-    setup.bus = WeightBus(setup.learner, Watching(2, setup.calls), WeightSyncConfig(), "fp32", PROBE)
+    setup.bus = setup.make_bus(Watching(2, setup.calls))
     setup.publish(0, 1, 2)
-    # While an actor loads version n, versions n - 1 and n exist; what is older is gone.
+    # While an actor loads version n, versions n - 1 and n exist; older versions are gone.
     assert alive == [[True]] * 2 + [[True, True]] * 2 + [[False, True, True]] * 2
-    assert [found() is not None for found in exported] == [False, False, True]
+    assert [reference() is not None for reference in stored] == [False, False, True]
 
 
 def test_a_failed_publish_leaves_the_ledger_as_it_was() -> None:
@@ -150,21 +152,21 @@ def test_a_wrong_version_is_refused() -> None:
         setup.publish(3)
 
 
-def test_weights_of_a_learner_that_is_no_more_are_refused() -> None:
+def test_weights_of_an_earlier_attempt_of_the_learner_are_refused() -> None:
     setup = Setup()
     setup.publish(3)
     setup.bus.forget()
     setup.learner.restarts = 1
-    exported = setup.learner.export
+    send = setup.learner.send
 
-    async def old(*arguments: Any) -> Any:
-        manifest, *rest = await exported(*arguments)
-        return replace(manifest, attempt=0), *rest
+    async def send_old(version: int) -> WeightOffer:
+        offer = await send(version)
+        return replace(offer, manifest=replace(offer.manifest, attempt=0))
 
-    setup.learner.export = old
+    setup.learner.send = send_old  # type: ignore[method-assign]
     with pytest.raises(WeightSyncError, match="acknowledged weight version 3 of attempt 0 .*, expected attempt 1"):
         setup.publish(3)
-    setup.learner.export = exported
+    setup.learner.send = send  # type: ignore[method-assign]
     setup.publish(3)
 
 
@@ -185,11 +187,11 @@ def test_calibration_sets_the_tolerance_from_a_fresh_load(dtype: str, gap: float
     assert setup.bus.calibrated
     assert setup.bus.tolerance == pytest.approx(tolerance, rel=1e-2)  # 2e-7 rounding in 1e-4, times 20
     assert setup.bus.version is None  # nothing was published
-    assert setup.calls == [("export", 0), ("probe", 0), ("probe", 1)]
+    assert setup.calls == [("score_probe", 2), ("probe", 0), ("probe", 1)]  # nothing was sent
 
 
 @pytest.mark.parametrize(("dtype", "gap"), [("fp32", 2e-3), ("bf16", 0.6), ("fp32", np.nan)])
-def test_calibration_refuses_what_is_no_rounding(dtype: str, gap: float) -> None:
+def test_calibration_refuses_a_gap_beyond_rounding(dtype: str, gap: float) -> None:
     setup = Setup(dtype=dtype)
     setup.answer(0, 1, 0, gap)
     with pytest.raises(WeightSyncError, match="loaded the same files"):
@@ -211,61 +213,46 @@ def test_an_explicit_tolerance_stays() -> None:
 
 def test_a_probe_must_test_something() -> None:
     setup = Setup()
-    one_token = [np.zeros(1, dtype=np.int32)]
+    one_token, transfer = [np.zeros(1, dtype=np.int32)], ObjectStoreTransfer(setup.learner)
     with pytest.raises(ConfigError, match="two tokens"):
-        WeightBus(setup.learner, setup.pool, WeightSyncConfig(), "fp32", one_token)
-    bus = WeightBus(setup.learner, setup.pool, WeightSyncConfig(), "fp32", [*one_token, PROBE[0]])
+        WeightBus(setup.learner, transfer, setup.pool, WeightSyncConfig(), "fp32", one_token)
+    bus = WeightBus(setup.learner, transfer, setup.pool, WeightSyncConfig(), "fp32", [*one_token, PROBE[0]])
     asyncio.run(bus.publish(0))
     assert bus.version == 0
 
 
-def moving(setup: Setup, drift: float) -> None:
-    """The learner's log-probabilities move by `drift` a version, and the actors' with them."""
-    export = setup.learner.export
+def drifting(setup: Setup, drift: float, actors: Callable[[int], dict[int, list[Float32Array]]]) -> None:
+    """Let the learner's log-probabilities move by `drift` a version.
 
-    async def drifting(version: int, probe: Sequence[Int32Array]) -> Any:
-        manifest, references, found = await export(version, probe)
-        moved = [row - drift * version for row in found]
-        setup.pool.answer = dict.fromkeys(range(setup.pool.count), moved)
-        return manifest, references, moved
+    Args:
+        actors: returns the answers of the actors that do not move with the learner, for a version.
+    """
+    score = setup.learner.score
+    version = iter(range(100))
 
-    setup.learner.export = drifting  # type: ignore[method-assign]
+    async def score_moved(probe: Sequence[Int32Array]) -> list[Float32Array]:
+        number = next(version)
+        moved = [row - drift * number for row in await score(probe)]
+        setup.pool.answer = {**dict.fromkeys(range(setup.pool.count), moved), **actors(number)}
+        return moved
+
+    setup.learner.score = score_moved  # type: ignore[method-assign]
 
 
-def test_old_weights_do_not_pass_where_a_step_moves_less_than_the_tolerance() -> None:
+def test_old_weights_do_not_pass_if_a_step_moves_less_than_the_tolerance() -> None:
     drift = TOLERANCE_FLOOR["fp32"] / 20
-    fresh = Setup()
-    moving(fresh, drift)
-    fresh.publish(*range(10))
-    setup = Setup()
-    setup.pool.answer[1] = logprobs(PROBE)  # of version 0, for ever
-    frozen = setup.pool.answer[1]
-    moving(setup, drift)
-    export = setup.learner.export
-
-    async def with_frozen(version: int, probe: Sequence[Int32Array]) -> Any:
-        found = await export(version, probe)
-        setup.pool.answer[1] = frozen
-        return found
-
-    setup.learner.export = with_frozen  # type: ignore[method-assign]
-    setup.publish(0)
+    right = Setup()
+    drifting(right, drift, lambda version: {})
+    right.publish(*range(10))
+    frozen = Setup()
+    drifting(frozen, drift, lambda version: {1: logprobs(PROBE)})  # version 0 for ever
+    frozen.publish(0)
     with pytest.raises(WeightSyncError, match="actor 1 acknowledged weight version 1 and computes with the one before"):
-        setup.publish(1)
+        frozen.publish(1)
 
 
 def test_a_step_that_moves_no_further_than_rounding_proves_nothing() -> None:
     setup = Setup()
     setup.bus._fresh_gap = 1e-5
-    moving(setup, 1e-5)
-    setup.publish(0)
-    setup.pool.answer = {}
-    export = setup.learner.export
-
-    async def unmoved(version: int, probe: Sequence[Int32Array]) -> Any:
-        found = await export(version, probe)
-        setup.pool.answer = {actor: logprobs(PROBE) for actor in range(2)}
-        return found
-
-    setup.learner.export = unmoved  # type: ignore[method-assign]
-    setup.publish(1)
+    drifting(setup, 1e-5, lambda version: {actor: logprobs(PROBE) for actor in range(2)} if version else {})
+    setup.publish(0, 1)
