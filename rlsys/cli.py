@@ -7,31 +7,23 @@ so, aborted without.
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+# Each command imports the rest itself, so that `rlsys --help` stays fast.
 from rlsys import fault_injection as faults
-from rlsys.config.engine_roles import ModelEngines, describes_a_search, growing, searches_in_training
-from rlsys.config.files import dump_config, load_config
-from rlsys.config.keys import all_keys, suggestion
-from rlsys.config.schema import Config
-from rlsys.directory import SearchDirectory
 from rlsys.errors import AbortedRunError, ConfigError, InterruptedRunError, RlsysError
-from rlsys.launch import resources
-from rlsys.launch.signals import TIME_LIMIT
+
+if TYPE_CHECKING:
+    from rlsys.config.engine_roles import ModelEngines
+    from rlsys.config.schema import Config
+    from rlsys.launch import resources
 
 app = typer.Typer(
     help="Post-training of reasoning models with Ray actors, vLLM, DeepSpeed and a verified weight-sync bus.",
@@ -47,6 +39,8 @@ def main() -> None:
     """Entry point. Expected errors become one line and an exit code, never a traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import logging
+
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     _exit_with(_command)
 
@@ -62,6 +56,8 @@ def _exit_with(command: Callable[[], None]) -> None:
     except ConfigError as error:
         _fail(f"error: {error.message}", 2)
     except (InterruptedRunError, AbortedRunError) as error:
+        from rlsys.launch.signals import TIME_LIMIT
+
         name = error.message.split()[0].rstrip(";")
         code = os.EX_TEMPFAIL if name == TIME_LIMIT else 128 + signal.Signals[name].value
         _fail(f"stopped by {error.message}", code)
@@ -80,6 +76,8 @@ def _fail(message: str, code: int) -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         print(f"rlsys {version('rlsys')}")
         raise typer.Exit
 
@@ -96,6 +94,8 @@ def options(
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train, or continue a run."""
+    from rlsys.config.files import load_config
+
     resolved = load_config(config, overrides or [])
     from rlsys.launch import session as launch
 
@@ -105,10 +105,16 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Validate a config, its model and its data; print the resolved config and the resource plan; start nothing."""
+    import tempfile
+
+    from rlsys.config.engine_roles import describes_a_search, growing, searches_in_training
+    from rlsys.config.files import dump_config, load_config
+
     resolved = load_config(config, overrides or [])
     from actors.search.build import check_tags
     from rlsys.control.checkpointing import check_best_metric
     from rlsys.data.inputs import Inputs, prepare_model
+    from rlsys.launch import resources
     from rlsys.launch.access import check_address
     from rlsys.models.folder import search_engines
 
@@ -139,17 +145,16 @@ def _show_plan(
     config: Config, title: str, needs: list[resources.Need], beside: Sequence[ModelEngines], ranks: int
 ) -> None:
     others = [f"{engines.actors.count} of search.{engines.writer}" for engines in beside]
+    from rlsys.display import print_table, standard_output
+
     parts = [f"{config.actors.count} actors", *others, *([f"{ranks} learner ranks"] if ranks else [])]
-    table = Table(title=f"{title}: {', '.join(parts)}")
-    for column in ("phase", "needs", "amount", "this machine"):
-        table.add_column(column)
-    for need in needs:
-        table.add_row(need.phase, need.what, f"{need.amount:.4g}", f"{need.available:.4g}")
+    rows = [(need.phase, need.what, f"{need.amount:.4g}", f"{need.available:.4g}") for need in needs]
     if config.run.device == "cuda":
         sections = [config.actors, *(engines.actors for engines in beside)]
         gpus = sum(actors.count * actors.tensor_parallel_size for actors in sections) + ranks
-        table.add_row("all", "GPUs", str(gpus), "the cluster's")
-    Console().print(table)
+        rows.append(("all", "GPUs", str(gpus), "the cluster's"))
+    columns = ("phase", "needs", "amount", "this machine")
+    print_table(standard_output(), columns, rows, title=f"{title}: {', '.join(parts)}")
 
 
 @app.command()
@@ -160,12 +165,15 @@ def evaluate(
     output: Annotated[str | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
 ) -> None:
     """Greedy, sampled and searched accuracy, pass@k and no-answer rate on held-out problems, with intervals."""
+    import json
+
     from rlsys.commands import evaluate as evaluation
+    from rlsys.display import standard_output
 
     chosen = evaluation.find_target(target, config, overrides or [])
     print(f"starting {chosen.config.actors.count} actors on {chosen.policy}", file=sys.stderr)
     found = evaluation.run(chosen)
-    evaluation.show(found, Console())
+    evaluation.show(found, standard_output())
     if output:
         Path(output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
@@ -178,15 +186,19 @@ def extract(
 ) -> None:
     """Turn the trees of a search into supervised rows, preference pairs and step values, as JSONL and Parquet."""
     from rlsys.commands import extract as extract_command
+    from rlsys.directory import SearchDirectory
+    from rlsys.display import standard_output
 
     source = extract_command.find_source(Path(run_dir), overrides or [])
     folder = Path(output) if output else SearchDirectory(Path(run_dir)).data
-    extract_command.show(extract_command.run(source, folder), folder, Console())
+    extract_command.show(extract_command.run(source, folder), folder, standard_output())
 
 
 @app.command()
 def search(config: ConfigPath, overrides: Overrides = None) -> None:
     """Search a tree of thought nodes for every prompt, or continue a search; `rlsys extract` makes data of them."""
+    from rlsys.config.files import load_config
+
     resolved = load_config(config, overrides or [])
     from rlsys.commands import search as search_command
 
@@ -195,16 +207,18 @@ def search(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def keys(section: Annotated[str, typer.Argument(help="Only what begins with this, e.g. train.")] = "") -> None:
-    """Every key of a config file with its type, default and meaning."""
-    table = Table()
-    for column in ("key", "type", "default", "meaning"):
-        table.add_column(column, overflow="fold", no_wrap=column == "key")
-    for key in all_keys():
-        if not section or key.name == section or key.name.startswith(f"{section}."):
-            table.add_row(*map(escape, (key.name, key.type, key.default, key.meaning)))
-    if not table.row_count:
+    """Show every key of a config file with its type, default and meaning."""
+    from rlsys.config.keys import all_keys, suggestion
+    from rlsys.display import print_table, standard_output
+
+    rows = [
+        (key.name, key.type, key.default, key.meaning)
+        for key in all_keys()
+        if not section or key.name == section or key.name.startswith(f"{section}.")
+    ]
+    if not rows:
         raise ConfigError(f"{section}: no such section or key; {suggestion(section)}")
-    Console().print(table)
+    print_table(standard_output(), ("key", "type", "default", "meaning"), rows, below=True)
 
 
 if __name__ == "__main__":
