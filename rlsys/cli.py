@@ -1,8 +1,8 @@
-"""The command line: train, check, evaluate, extract, keys.
+"""The command line: train, check, evaluate, search, extract, keys.
 
-Exit codes: 0 the run reached its end; 1 it failed; 2 the input is not usable; 75 run.time_limit is over; 128 + n it
-was stopped by signal n (130 SIGINT, 143 SIGTERM). The last two with the state saved, or, where the line does not say
-so, aborted without.
+Exit codes: 0 the command reached its end; 1 it failed; 2 the input is not usable; 75 run.time_limit has passed;
+128 + n it was stopped by signal n (130 SIGINT, 143 SIGTERM). For the last two, the last line of output says whether the
+state is saved.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 ConfigPath = Annotated[str, typer.Argument(help="YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, any number.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Any number of section.key=value.")]
 
 
 def main() -> None:
-    """Entry point. Expected errors become one line and an exit code, never a traceback."""
+    """Run the command line. Expected errors become one line and an exit code, never a traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import logging
@@ -88,7 +88,7 @@ def options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Options of the program itself; typer shows the help of `app` instead of this."""
+    """Define the options of the program itself. Typer shows the help of `app` instead of this."""
 
 
 @app.command()
@@ -104,7 +104,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Validate a config, its model and its data; print the resolved config and the resource plan; start nothing."""
+    """Validate a config, its model and its data, and print the resolved config and the resource plan."""
     import tempfile
 
     from rlsys.config.engine_roles import describes_a_search, growing, searches_in_training
@@ -161,10 +161,10 @@ def _show_plan(
 def evaluate(
     target: Annotated[str, typer.Argument(help="Run directory, checkpoint or model folder.")],
     overrides: Overrides = None,
-    config: Annotated[str | None, typer.Option(help="Config that tells the task; default: the run's.")] = None,
+    config: Annotated[str | None, typer.Option(help="Config that names the task. Default: the run's.")] = None,
     output: Annotated[str | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
 ) -> None:
-    """Greedy, sampled and searched accuracy, pass@k and no-answer rate on held-out problems, with intervals."""
+    """Measure accuracy, pass@k and no-answer rate on held-out problems, with confidence intervals."""
     import json
 
     from rlsys.commands import evaluate as evaluation
@@ -172,19 +172,19 @@ def evaluate(
 
     chosen = evaluation.find_target(target, config, overrides or [])
     print(f"starting {chosen.config.actors.count} actors on {chosen.policy}", file=sys.stderr)
-    found = evaluation.run(chosen)
-    evaluation.show(found, standard_output())
+    figures = evaluation.run(chosen)
+    evaluation.show(figures, standard_output())
     if output:
-        Path(output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        Path(output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 @app.command()
 def extract(
     run_dir: Annotated[str, typer.Argument(help="Run directory of `rlsys search`.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="extract.key=value or model.path=PATH.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the files; default: RUN_DIR/data.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the files. Default: RUN_DIR/data.")] = None,
 ) -> None:
-    """Turn the trees of a search into supervised rows, preference pairs and step values, as JSONL and Parquet."""
+    """Extract supervised rows, preference pairs and step values from the trees of a search, as JSONL and Parquet."""
     from rlsys.commands import extract as extract_command
     from rlsys.directory import SearchDirectory
     from rlsys.display import standard_output
@@ -196,7 +196,7 @@ def extract(
 
 @app.command()
 def search(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Search a tree of thought nodes for every prompt, or continue a search; `rlsys extract` makes data of them."""
+    """Search a tree of thought nodes for every prompt, or continue a search. See also `rlsys extract`."""
     from rlsys.config.files import load_config
 
     resolved = load_config(config, overrides or [])
@@ -206,7 +206,7 @@ def search(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def keys(section: Annotated[str, typer.Argument(help="Only what begins with this, e.g. train.")] = "") -> None:
+def keys(section: Annotated[str, typer.Argument(help="Show only this section or key, e.g. train.")] = "") -> None:
     """Show every key of a config file with its type, default and meaning."""
     from rlsys.config.keys import all_keys, suggestion
     from rlsys.display import print_table, standard_output
