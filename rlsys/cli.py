@@ -1,37 +1,29 @@
-"""The command line: train, check, evaluate, extract, keys.
+"""The command line: train, check, evaluate, search, extract, keys.
 
-Exit codes: 0 the run reached its end; 1 it failed; 2 the input is not usable; 75 run.time_limit is over; 128 + n it
-was stopped by signal n (130 SIGINT, 143 SIGTERM). The last two with the state saved, or, where the line does not say
-so, aborted without.
+Exit codes: 0 the command reached its end; 1 it failed; 2 the input is not usable; 75 run.time_limit has passed;
+128 + n it was stopped by signal n (130 SIGINT, 143 SIGTERM). For the last two, the last line of output says whether the
+state is saved.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+# Each command imports the rest itself, so that `rlsys --help` stays fast.
 from rlsys import fault_injection as faults
-from rlsys.config.engine_roles import ModelEngines, describes_a_search, growing, searches_in_training
-from rlsys.config.files import dump_config, load_config
-from rlsys.config.keys import all_keys, suggestion
-from rlsys.config.schema import Config
-from rlsys.directory import SearchDirectory
 from rlsys.errors import AbortedRunError, ConfigError, InterruptedRunError, RlsysError
-from rlsys.launch import resources
-from rlsys.launch.signals import TIME_LIMIT
+
+if TYPE_CHECKING:
+    from rlsys.config.engine_roles import ModelEngines
+    from rlsys.config.schema import Config
+    from rlsys.launch import resources
 
 app = typer.Typer(
     help="Post-training of reasoning models with Ray actors, vLLM, DeepSpeed and a verified weight-sync bus.",
@@ -40,13 +32,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 ConfigPath = Annotated[str, typer.Argument(help="YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, any number.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Any number of section.key=value.")]
 
 
 def main() -> None:
-    """Entry point. Expected errors become one line and an exit code, never a traceback."""
+    """Run the command line. Expected errors become one line and an exit code, never a traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import logging
+
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     _exit_with(_command)
 
@@ -62,6 +56,8 @@ def _exit_with(command: Callable[[], None]) -> None:
     except ConfigError as error:
         _fail(f"error: {error.message}", 2)
     except (InterruptedRunError, AbortedRunError) as error:
+        from rlsys.launch.signals import TIME_LIMIT
+
         name = error.message.split()[0].rstrip(";")
         code = os.EX_TEMPFAIL if name == TIME_LIMIT else 128 + signal.Signals[name].value
         _fail(f"stopped by {error.message}", code)
@@ -80,6 +76,8 @@ def _fail(message: str, code: int) -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         print(f"rlsys {version('rlsys')}")
         raise typer.Exit
 
@@ -90,12 +88,14 @@ def options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Options of the program itself; typer shows the help of `app` instead of this."""
+    """Define the options of the program itself. Typer shows the help of `app` instead of this."""
 
 
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train, or continue a run."""
+    from rlsys.config.files import load_config
+
     resolved = load_config(config, overrides or [])
     from rlsys.launch import session as launch
 
@@ -104,11 +104,17 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Validate a config, its model and its data; print the resolved config and the resource plan; start nothing."""
+    """Validate a config, its model and its data, and print the resolved config and the resource plan."""
+    import tempfile
+
+    from rlsys.config.engine_roles import describes_a_search, growing, searches_in_training
+    from rlsys.config.files import dump_config, load_config
+
     resolved = load_config(config, overrides or [])
     from actors.search.build import check_tags
     from rlsys.control.checkpointing import check_best_metric
     from rlsys.data.inputs import Inputs, prepare_model
+    from rlsys.launch import resources
     from rlsys.launch.access import check_address
     from rlsys.models.folder import search_engines
 
@@ -139,54 +145,60 @@ def _show_plan(
     config: Config, title: str, needs: list[resources.Need], beside: Sequence[ModelEngines], ranks: int
 ) -> None:
     others = [f"{engines.actors.count} of search.{engines.writer}" for engines in beside]
+    from rlsys.display import print_table, standard_output
+
     parts = [f"{config.actors.count} actors", *others, *([f"{ranks} learner ranks"] if ranks else [])]
-    table = Table(title=f"{title}: {', '.join(parts)}")
-    for column in ("phase", "needs", "amount", "this machine"):
-        table.add_column(column)
-    for need in needs:
-        table.add_row(need.phase, need.what, f"{need.amount:.4g}", f"{need.available:.4g}")
+    rows = [(need.phase, need.what, f"{need.amount:.4g}", f"{need.available:.4g}") for need in needs]
     if config.run.device == "cuda":
         sections = [config.actors, *(engines.actors for engines in beside)]
         gpus = sum(actors.count * actors.tensor_parallel_size for actors in sections) + ranks
-        table.add_row("all", "GPUs", str(gpus), "the cluster's")
-    Console().print(table)
+        rows.append(("all", "GPUs", str(gpus), "the cluster's"))
+    columns = ("phase", "needs", "amount", "this machine")
+    print_table(standard_output(), columns, rows, title=f"{title}: {', '.join(parts)}")
 
 
 @app.command()
 def evaluate(
     target: Annotated[str, typer.Argument(help="Run directory, checkpoint or model folder.")],
     overrides: Overrides = None,
-    config: Annotated[str | None, typer.Option(help="Config that tells the task; default: the run's.")] = None,
+    config: Annotated[str | None, typer.Option(help="Config that names the task. Default: the run's.")] = None,
     output: Annotated[str | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
 ) -> None:
-    """Greedy, sampled and searched accuracy, pass@k and no-answer rate on held-out problems, with intervals."""
+    """Measure accuracy, pass@k and no-answer rate on held-out problems, with confidence intervals."""
+    import json
+
     from rlsys.commands import evaluate as evaluation
+    from rlsys.display import standard_output
 
     chosen = evaluation.find_target(target, config, overrides or [])
     print(f"starting {chosen.config.actors.count} actors on {chosen.policy}", file=sys.stderr)
-    found = evaluation.run(chosen)
-    evaluation.show(found, Console())
+    figures = evaluation.run(chosen)
+    evaluation.show(figures, standard_output())
     if output:
-        Path(output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        Path(output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 @app.command()
 def extract(
     run_dir: Annotated[str, typer.Argument(help="Run directory of `rlsys search`.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="extract.key=value or model.path=PATH.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the files; default: RUN_DIR/data.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the files. Default: RUN_DIR/data.")] = None,
 ) -> None:
-    """Turn the trees of a search into supervised rows, preference pairs and step values, as JSONL and Parquet."""
+    """Extract supervised rows, preference pairs and step values from the trees of a search, as JSONL and Parquet."""
     from rlsys.commands import extract as extract_command
+    from rlsys.directory import SearchDirectory
+    from rlsys.display import standard_output
 
     source = extract_command.find_source(Path(run_dir), overrides or [])
     folder = Path(output) if output else SearchDirectory(Path(run_dir)).data
-    extract_command.show(extract_command.run(source, folder), folder, Console())
+    extract_command.show(extract_command.run(source, folder), folder, standard_output())
 
 
 @app.command()
 def search(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Search a tree of thought nodes for every prompt, or continue a search; `rlsys extract` makes data of them."""
+    """Search a tree of thought nodes for every prompt, or continue a search. See also `rlsys extract`."""
+    from rlsys.config.files import load_config
+
     resolved = load_config(config, overrides or [])
     from rlsys.commands import search as search_command
 
@@ -194,17 +206,19 @@ def search(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def keys(section: Annotated[str, typer.Argument(help="Only what begins with this, e.g. train.")] = "") -> None:
-    """Every key of a config file with its type, default and meaning."""
-    table = Table()
-    for column in ("key", "type", "default", "meaning"):
-        table.add_column(column, overflow="fold", no_wrap=column == "key")
-    for key in all_keys():
-        if not section or key.name == section or key.name.startswith(f"{section}."):
-            table.add_row(*map(escape, (key.name, key.type, key.default, key.meaning)))
-    if not table.row_count:
+def keys(section: Annotated[str, typer.Argument(help="Show only this section or key, e.g. train.")] = "") -> None:
+    """Show every key of a config file with its type, default and meaning."""
+    from rlsys.config.keys import all_keys, suggestion
+    from rlsys.display import print_table, standard_output
+
+    rows = [
+        (key.name, key.type, key.default, key.meaning)
+        for key in all_keys()
+        if not section or key.name == section or key.name.startswith(f"{section}.")
+    ]
+    if not rows:
         raise ConfigError(f"{section}: no such section or key; {suggestion(section)}")
-    Console().print(table)
+    print_table(standard_output(), ("key", "type", "default", "meaning"), rows, below=True)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,31 @@
-"""Progress of a run: a live panel on a terminal, plain lines elsewhere.
+"""What a command shows: the progress of a run, and tables.
 
-The display only shows. A terminal that goes away or a closed pipe silences it and never ends the run.
+A run's progress is a live panel on a terminal, and plain lines elsewhere. A terminal that goes away or a closed pipe
+silences the display and never ends the run.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import ClassVar, Self
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-# Metric, label, format: what is worth a look while a run goes on. The rest is in TensorBoard.
-FIGURES = (
+Figures = Sequence[tuple[str, str, str]]  # metric, label, format
+
+# The metrics worth watching during a run. TensorBoard has the others.
+FIGURES: Figures = (
     ("rollout/reward", "reward", "{:.3f}"),
     ("search/reward", "search reward", "{:.3f}"),
     ("search/solved", "solved trees", "{:.3f}"),
@@ -34,41 +39,51 @@ FIGURES = (
     ("weights/probe_gap_max", "publish gap", "{:.1e}"),
     ("time/step_s", "step", "{:.2f} s"),
 )
+# The same for `rlsys search`.
+SEARCH_FIGURES: Figures = (
+    ("search/solved", "solved", "{:.3f}"),
+    ("rollout/tokens_per_s", "tokens/s", "{:,.0f}"),
+    ("search/prefix_hits", "prefix-cache hits", "{:.3f}"),
+    ("search/failed", "failed trees", "{:.0f}"),
+)
 _MESSAGES = 5
 _STEPS_IN_MEDIAN = 21
 _FIGURE_WIDTH = 29  # columns of the terminal for a label and its number
+_TABLE_WIDTH = 100  # a narrower terminal gets plain lines
 
 
 class Display:
-    """Shows stage, step, time left, the latest figures and the last messages.
+    """Show the stage, its progress in steps or trees, the time left, the latest figures and the last messages.
 
     Args:
-        console: where to show; by default standard output. A live panel only where it is a capable terminal.
-        totals: training steps of every stage, in order, for the heading.
-        interval_s: shortest time between two lines of steps where there is no terminal; messages always show.
+        console: where to show; standard output by default. The live panel needs a capable terminal.
+        totals: number of steps or trees of every stage, in order, for the heading.
+        figures: the metrics to show.
+        interval_s: shortest time between two plain lines of progress, seconds; messages always show.
         clock: monotonic seconds.
     """
-
-    figures: ClassVar[tuple[tuple[str, str, str], ...]] = FIGURES
 
     def __init__(
         self,
         console: Console | None = None,
         totals: Mapping[str, int] | None = None,
         *,
+        figures: Figures = FIGURES,
         interval_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        # A colour setting in the environment makes rich take a log file for a terminal; the file knows.
-        self._console = console or Console(force_terminal=None if sys.stdout.isatty() else False)
+        self._console = console or standard_output()
         self._totals = dict(totals or {})
+        self._shown_figures = figures
         self._interval_s = interval_s
         self._clock = clock
-        self._stage, self._total, self._done = "", 0, 0
+        self._stage, self._unit, self._total, self._done = "", "", 0, 0
+        self._done_before = 0  # steps or trees that an earlier command has finished
         self._figures: dict[str, float] = {}
+        self._rates: dict[str, float] = {}  # updates of a stage that counts trees
         self._messages: deque[str] = deque(maxlen=_MESSAGES)
         self._step_times: deque[float] = deque(maxlen=_STEPS_IN_MEDIAN)
-        self._started = self._last_step = clock()
+        self._started = self._stage_started = self._last_step = clock()
         self._last_line = -interval_s
         self._silent = False
         self._live: Live | None = None
@@ -84,14 +99,21 @@ class Display:
         self.close()
 
     def stage(self, name: str, total: int, done: int) -> None:
-        """A stage begins (or goes on, on resume) with `done` of its `total` steps finished."""
-        self._stage, self._total, self._done = name, total, done
-        self._step_times.clear()
-        self._last_step = self._clock()
+        """Begin or resume a stage of training, with `done` of its `total` steps finished."""
+        self._begin(name, name, total, done)
         self._line(f"stage {name}: step {done} of {total}")
 
+    def trees(self, total: int, done: int) -> None:
+        """Begin or resume a search, with `done` of its `total` trees finished."""
+        self._begin("search", "trees", total, done)
+        self._line(f"trees: {done} of {total} are there")
+
     def step(self, metrics: Mapping[str, float]) -> None:
-        """A training step is finished. metrics: names of the registry; what is not given stays as it was."""
+        """Count a finished training step or tree.
+
+        Args:
+            metrics: names of the registry; a metric that is not given keeps its last value.
+        """
         now = self._clock()
         self._step_times.append(now - self._last_step)
         self._last_step = now
@@ -100,40 +122,57 @@ class Display:
         if now - self._last_line >= self._interval_s or self._done == self._total:
             self._last_line = now
             left = f"  left {_duration(self.seconds_left)}" if self._done < self._total else ""
-            shown = "".join(f"  {label} {value}" for label, value in self._shown(metrics))
-            self._line(f"{self._stage} {self._done}/{self._total}{shown}{left}")
+            self._line(f"{self._unit} {self._done}/{self._total}{self._labelled({**self._rates, **metrics})}{left}")
 
     def update(self, metrics: Mapping[str, float]) -> None:
-        """New figures without a new step."""
+        """Show new figures without a new step."""
         self._figures.update(metrics)
+        if self._unit == "trees":
+            self._rates.update(metrics)
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Held-out figures were measured outside a step."""
+        """Show held-out figures that were measured outside a step."""
         self._figures.update(metrics)
-        self._line("evaluation" + "".join(f"  {label} {value}" for label, value in self._shown(metrics)))
+        self._line(f"evaluation{self._labelled(metrics)}")
 
     def message(self, text: str) -> None:
-        """An event worth a line: a resume, a checkpoint, a warning."""
+        """Show an event, such as a resume, a checkpoint or a warning."""
         self._messages.append(text)
         self._line(text)
 
     def close(self) -> None:
-        """Leave the last panel on the screen. More than one call is fine."""
+        """Leave the last panel on the screen. Further calls do nothing."""
         if self._live and self._live.is_started:
             self._show(self._live.stop)
 
     @property
     def seconds_left(self) -> float | None:
-        """Running median of the step times, times the stage's steps left; None before its first step."""
+        """Estimated seconds until the end of the stage; None before its first step.
+
+        Steps use the median of the last step times. Trees end in bursts, so they use the mean.
+        """
         if not self._step_times:
             return None
-        return statistics.median(self._step_times) * (self._total - self._done)
+        if self._unit == "trees":
+            per_step = (self._clock() - self._stage_started) / (self._done - self._done_before)
+        else:
+            per_step = statistics.median(self._step_times)
+        return per_step * (self._total - self._done)
 
-    def _shown(self, metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-        return [(label, form.format(metrics[name])) for name, label, form in self.figures if name in metrics]
+    def _begin(self, stage: str, unit: str, total: int, done: int) -> None:
+        self._stage, self._unit, self._total, self._done, self._done_before = stage, unit, total, done, done
+        self._step_times.clear()
+        self._rates.clear()
+        self._stage_started = self._last_step = self._clock()
+
+    def _labelled(self, metrics: Mapping[str, float]) -> str:
+        return "".join(f"  {label} {value}" for label, value in self._formatted(metrics))
+
+    def _formatted(self, metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+        return [(label, form.format(metrics[name])) for name, label, form in self._shown_figures if name in metrics]
 
     def _line(self, text: str) -> None:
-        """Without a terminal: one line. rich would fold it at 80 columns."""
+        """Print a line, unless there is a panel. rich would wrap it at 80 columns."""
         if not self._live:
             self._show(lambda: print(text, file=self._console.file, flush=True))
 
@@ -142,11 +181,11 @@ class Display:
             return
         try:
             action()
-        except (OSError, ValueError, SystemExit):  # gone terminal, closed file; rich exits on a broken pipe
+        except (OSError, ValueError, SystemExit):  # a lost terminal, a closed file; rich exits on a broken pipe
             self._silent = True
 
     def _panel(self) -> RenderableType:
-        """Everything in one renderable; called by the refresh thread too, so it only reads."""
+        """Render everything. The refresh thread calls this too, so it only reads."""
         heading = Text(overflow="ellipsis", no_wrap=True)
         for name, total in self._totals.items():
             heading.append(f" {name} {total} ", style="reverse" if name == self._stage else "dim")
@@ -155,7 +194,7 @@ class Display:
         progress.add_column(ratio=1)
         progress.add_column(no_wrap=True)
         progress.add_row(
-            f"{self._stage} {self._done}/{self._total}",
+            f"{self._unit} {self._done}/{self._total}",
             ProgressBar(max(self._total, 1), self._done, complete_style="green", finished_style="green"),
             f"left {_duration(self.seconds_left)}, elapsed {_duration(self._clock() - self._started)}",
         )
@@ -165,23 +204,75 @@ class Display:
         return Panel(Group(*parts), title="rlsys", title_align="left")
 
     def _figure_table(self) -> Table:
-        """Up to three figures a row. Every figure has its place from the start: the panel does not jump."""
+        """Place up to three figures in a row. Each has its place from the start, so that the panel does not jump."""
         columns = max(1, min(3, self._console.width // _FIGURE_WIDTH))
         table = Table.grid(padding=(0, 2), expand=True)
         for _ in range(columns):
             table.add_column(style="dim", no_wrap=True)
             table.add_column(justify="right", no_wrap=True, ratio=1)
-        known = dict(self._shown(dict(self._figures)))
-        cells = [cell for _, label, _ in self.figures for cell in (label, known.get(label, "-"))]
+        known = dict(self._formatted(dict(self._figures)))
+        cells = [cell for _, label, _ in self._shown_figures for cell in (label, known.get(label, "-"))]
         for start in range(0, len(cells), 2 * columns):
             table.add_row(*cells[start : start + 2 * columns])
         return table
 
 
 def _duration(seconds: float | None) -> str:
-    """h:mm:ss or m:ss; a dash where unknown."""
+    """Format seconds as h:mm:ss or m:ss, and None as a dash."""
     if seconds is None:
         return "-"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def standard_output() -> Console:
+    """Return a console on standard output. It is a terminal only if standard output is one.
+
+    A colour setting in the environment makes rich take a log file for a terminal.
+    """
+    return Console(force_terminal=None if sys.stdout.isatty() else False)
+
+
+def print_lines(console: Console, lines: Iterable[str]) -> None:
+    """Print lines as they are, without wrapping. A reader that has gone, such as `head`, is not an error."""
+    try:
+        for line in lines:
+            print(line, file=console.file)
+        console.file.flush()
+    except BrokenPipeError:
+        # Python flushes the file again at exit, which would fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), console.file.fileno())
+
+
+def print_table(
+    console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", below: bool = False
+) -> None:
+    """Print a table in a box on a terminal of at least 100 columns, and as plain lines elsewhere.
+
+    Args:
+        columns: the headings.
+        rows: the cells, one for each column.
+        below: put the last cell of each plain line on an indented line below it, and leave the headings out.
+    """
+    if not console.is_terminal or console.width < _TABLE_WIDTH:
+        print_lines(console, _plain_lines(columns, rows, title, below))
+        return
+    table = Table(title=escape(title) or None)
+    for number, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=not number)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def _plain_lines(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str, below: bool) -> list[str]:
+    lines = [title] if title else []
+    if below:
+        for row in rows:
+            lines += ["  ".join(row[:-1]), f"    {row[-1]}"]
+        return lines
+    cells = [columns, *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    aligned = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+    return lines + [line.rstrip() for line in aligned]

@@ -1,13 +1,13 @@
-"""The error hierarchy. Every error survives pickling, so it can cross a Ray boundary unchanged.
+"""The error hierarchy. Every error can be pickled, so it crosses a Ray boundary unchanged.
 
-A message says what was expected, what was found, and which field or file to change.
+A message names the expected value, the actual value, and the field or file to change.
 """
 
 from __future__ import annotations
 
 
 class RlsysError(Exception):
-    """Base of every error that rlsys raises on purpose. Built from one message."""
+    """Base class of all errors that rlsys raises on purpose, made from one message."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -15,56 +15,56 @@ class RlsysError(Exception):
 
 
 class ConfigError(RlsysError):
-    """The user's input (config, override, data file, resumed run) is not usable. Exit code 2."""
+    """Unusable input of the user: config, override, data file or resumed run. Exit code 2."""
 
 
 class DataError(ConfigError):
-    """A data set cannot be used: missing column, no rows, too many unreadable rows."""
+    """Unusable data set: missing column, no rows, or too many unreadable rows."""
 
 
 class RolloutError(RlsysError):
-    """One prompt could not be rolled out. Counted, never fatal alone."""
+    """Failed rollout of one prompt. It is counted, and never fatal alone."""
 
 
 class EngineError(RlsysError):
-    """An actor's engine is broken; the actor must not be used again."""
+    """Broken engine of an actor. The actor must not be used again."""
 
 
 class ProcessDiedError(EngineError):
-    """The process of an actor or rank is no more."""
+    """Death of the process of an actor or a learner rank."""
 
 
 class WriterLostError(EngineError):
-    """An engine of search.model or search.reviewer is broken; the actor that asked it is not."""
+    """Broken engine of search.model or search.reviewer. The actor that called it is intact."""
 
 
 class LearnerLostError(EngineError):
-    """A learner rank died, hangs or broke. The ranks cannot go on without it: all of them must be started again."""
+    """Dead, hanging or broken learner rank. All ranks must be restarted, because none can continue alone."""
 
 
 class WeightSyncError(RlsysError):
-    """A publish failed or could not be verified. Names actor, tensor and version."""
+    """Failed or unverified publish. The message names actor, tensor and version."""
 
 
 class NonFiniteLossError(RlsysError):
-    """A loss or gradient norm is NaN or infinite; the training step was not made and nothing of it was published."""
+    """NaN or infinite loss or gradient norm. The training step was not applied or published."""
 
 
 class NonFiniteStepsError(LearnerLostError):
-    """Too many training steps in a row were not finite: the learner is no longer trusted."""
+    """Too many consecutive training steps that were not finite. The learner is no longer trusted."""
 
 
 class CheckpointError(RlsysError):
-    """A checkpoint cannot be written or read."""
+    """Checkpoint that cannot be written or read."""
 
 
 class TooManyFailuresError(RlsysError):
-    """Failures that are tolerated one by one passed their limit."""
+    """More failures than allowed, each of which is tolerated alone."""
 
 
 class InterruptedRunError(RlsysError):
-    """The run was asked to end; its state is saved. The message begins with the signal's name, or run.time_limit."""
+    """Requested end of a run, with its state saved. The message begins with the signal's name or run.time_limit."""
 
 
 class AbortedRunError(RlsysError):
-    """The command was ended by a signal and saved nothing. The message begins with the signal's name."""
+    """End of a command by a signal, with nothing saved. The message begins with the signal's name."""

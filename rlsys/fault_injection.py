@@ -1,17 +1,16 @@
-"""Named fault points: places where a test lets a process fail. Off, and free, where RLSYS_FAULTS is not set.
+"""Fault points: named places where a test makes a process fail. They do nothing unless RLSYS_FAULTS is set.
 
 RLSYS_FAULTS="point@key=value,key=value:action;point:action"
 
-A point acts where all given keys agree. The keys `role` (driver, actor, learner), `number` and `attempt` (0 for the
-first process of a number) are those of the process, see `identify`; a point adds its own, such as `step`. `hit=N` is
-the N-th time in this process that the point is passed with the other keys in agreement; without it, every time.
+A fault acts if all its keys match. The keys `role` (driver, actor, learner), `number` and `attempt` (0 for the first
+process with a number) describe the process, see `identify`. A point adds further keys, such as `step`. `hit=N` selects
+the N-th pass of the point in this process at which the other keys match. Without it, the fault acts at every pass.
 
-Actions: kill9 and stop send SIGKILL and SIGSTOP to the own process, kill_driver sends SIGKILL to the driver and goes
-on, hang never returns, raise raises RuntimeError, full raises OSError(ENOSPC). Any other word is the point's own and is
-answered to it.
+Actions: kill9 and stop send SIGKILL and SIGSTOP to this process. kill_driver sends SIGKILL to the driver and continues.
+hang never returns, raise raises RuntimeError, full raises OSError(ENOSPC). Any other word is returned to the point.
 
-Where RLSYS_FAULTS_LOG names a file, a fault that acts first appends a line of JSON to it: `time` on CLOCK_MONOTONIC,
-which all processes of a host share, point, action, the process and the point's own keys (`where`).
+If RLSYS_FAULTS_LOG names a file, a fault appends a JSON line to it before it acts: `time` on CLOCK_MONOTONIC, which all
+processes of a host share, the point, the action, the process and the keys of the point (`where`).
 """
 
 from __future__ import annotations
@@ -51,12 +50,12 @@ class _Fault:
 
 
 def parse(text: str) -> list[_Fault]:
-    """The faults of a value of RLSYS_FAULTS.
+    """Return the faults that a value of RLSYS_FAULTS describes.
 
     Raises:
-        ConfigError: an entry that is no `point:action`, so that no test passes for want of its fault.
+        ConfigError: an entry is malformed. Without this check a test could pass because its fault never acts.
     """
-    found = []
+    faults = []
     for entry in filter(None, (part.strip() for part in text.split(";"))):
         place, colon, action = entry.partition(":")
         point, _, keys = place.partition("@")
@@ -65,41 +64,54 @@ def parse(text: str) -> list[_Fault]:
         good = point and colon and action and all(where) and all(where.values())
         if not good or (hit is not None and not (hit.isdecimal() and int(hit) > 0)):
             raise ConfigError(f"{VARIABLE}: expected point@key=value,hit=number:action, found {entry!r}")
-        found.append(_Fault(point, action, where, int(hit) if hit else None))
-    return found
+        faults.append(_Fault(point, action, where, int(hit) if hit else None))
+    return faults
 
 
-def _given() -> list[_Fault]:
+def _from_environment() -> list[_Fault]:
     try:
         return parse(os.environ.get(VARIABLE, ""))
-    except ConfigError:  # which the command line says
+    except ConfigError:  # the command line reports it
         return []
 
 
-_faults = _given()
+_faults = _from_environment()
 if _faults:
-    os.environ.setdefault(DRIVER_PID, str(os.getpid()))  # the driver is the first process of a run that comes here
+    os.environ.setdefault(DRIVER_PID, str(os.getpid()))  # the driver is the first process of a run to import this
 
 
 def identify(role: str, number: int | str, attempt: int) -> None:
-    """Say which process this is. Without it: the driver."""
+    """Set the keys of this process. A process that never calls this counts as the driver.
+
+    Args:
+        role: actor or learner.
+        number: number of the actor or rank.
+        attempt: number of earlier processes with this role and number.
+    """
     _process.update(role=role, number=str(number), attempt=str(attempt))
 
 
 def fault(point: str, **where: object) -> str | None:
-    """Fail as the active faults of this point say, or answer with the point's own action; None where there is none."""
+    """Fail as the first matching fault of this point demands.
+
+    Args:
+        point: name of the fault point.
+        where: keys that the point adds to those of the process.
+    Returns:
+        The action, if it is a word that only the point understands or one that continues. None if no fault matches.
+    """
     if not _faults:
         return None
     here = _process | {key: str(value) for key, value in where.items()}
-    for found in _faults:
-        if found.point == point and found.acts(here):
-            _log(point, found.action, where)
-            return _act(point, found.action)
+    for candidate in _faults:
+        if candidate.point == point and candidate.acts(here):
+            _log(point, candidate.action, where)
+            return _act(point, candidate.action)
     return None
 
 
 def _log(point: str, action: str, where: Mapping[str, object]) -> None:
-    """Append what happens to the file of RLSYS_FAULTS_LOG, in one write, so that lines of processes do not mix."""
+    """Append the fault to the file of RLSYS_FAULTS_LOG in one write, so that lines of processes do not mix."""
     if path := os.environ.get(LOG):
         entry = {"time": time.monotonic(), "point": point, "action": action, "pid": os.getpid(), **_process}
         line = json.dumps({**entry, "where": {key: str(value) for key, value in where.items()}}) + "\n"

@@ -1,6 +1,6 @@
-"""What every process of a run does at its start, and what happens to them when the driver is killed.
+"""Set up the processes of a run at their start, and end them when the driver is killed.
 
-Run as a program this module is the reaper of `kill_with_this_process`.
+Run as a program, this module is the reaper of `kill_with_this_process`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ REAPING_ROUNDS, REAPING_PAUSE_S = 5, 0.5
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to SIGKILL this process when the one that started it is gone (Linux)."""
+    """Ask the Linux kernel to send SIGKILL to this process when its parent dies."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def quiet_worker(log_file: str) -> None:
-    """Send this process's stdout, stderr and logging to its own file in the run directory."""
+    """Send stdout, stderr and logging of this process to a file.
+
+    Args:
+        log_file: path in the run directory. The file is appended to.
+    """
     path = Path(log_file)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -42,10 +46,15 @@ def quiet_worker(log_file: str) -> None:
 
 @contextlib.contextmanager
 def kill_with_this_process(folder: Path) -> Iterator[psutil.Process]:
-    """SIGKILL Ray's processes that belong to its folder `folder` as soon as this process dies inside the block.
+    """Send SIGKILL to the processes of a Ray as soon as this process dies inside the block.
 
-    Ray's agents outlive a killed driver by a minute, because they try to tell it. They are programs of Ray's
-    own, so they cannot call `die_with_parent`; a reaper in a session of its own waits for the end of a pipe.
+    Ray's agents outlive a killed driver by a minute because they try to reach it. They are not our programs, so they
+    cannot call `die_with_parent`. A reaper process in a separate session waits for the end of a pipe instead.
+
+    Args:
+        folder: the temporary folder of the Ray.
+    Yields:
+        The reaper.
     """
     with subprocess.Popen(
         [sys.executable, "-m", "rlsys.processes", str(folder)],
@@ -61,7 +70,11 @@ def kill_with_this_process(folder: Path) -> Iterator[psutil.Process]:
 
 
 def kill_and_wait(processes: Sequence[psutil.Process], timeout_s: float) -> None:
-    """SIGKILL what still runs of `processes` and wait for the end of all, at most `timeout_s`."""
+    """Send SIGKILL to the processes that still run, and wait until all have ended.
+
+    Args:
+        timeout_s: longest wait, seconds.
+    """
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
@@ -69,8 +82,8 @@ def kill_and_wait(processes: Sequence[psutil.Process], timeout_s: float) -> None
 
 
 def _reap(folder: str) -> None:
-    sys.stdin.read()  # ends when the other process is gone
-    for _ in range(REAPING_ROUNDS):  # a process may be just about to start another
+    sys.stdin.read()  # returns when the other process has died
+    for _ in range(REAPING_ROUNDS):  # a process may be about to start another
         for process in processes_of_ray(folder):
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -78,19 +91,22 @@ def _reap(folder: str) -> None:
 
 
 def processes_of_ray(folder: str) -> list[psutil.Process]:
-    """Ray's processes that belong to its folder, whoever started them: what one has started outlives it."""
-    found = []
+    """Return the processes of the Ray with this temporary folder.
+
+    Children of Ray's processes outlive their parents, so the search covers all processes of the machine.
+    """
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.pid != os.getpid() and _is_ray_of(folder, process):
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def _is_ray_of(folder: str, process: psutil.Process) -> bool:
-    """Ray's programs name the folder in their command line, or hide that and have a log open there."""
+    """Return whether the process is a program of Ray and uses the folder, by its command line or its open files."""
     line = " ".join(process.cmdline())
-    if not (line.startswith("ray::") or "/ray/" in line):  # not the pager someone reads a log with
+    if not (line.startswith("ray::") or "/ray/" in line):  # excludes a pager that shows a log
         return False
     return folder in line or any(file.path.startswith(folder) for file in process.open_files())
 

@@ -1,4 +1,4 @@
-"""What the errors of Ray mean, in ours."""
+"""Translate errors of Ray into errors of rlsys."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ from ray.exceptions import (
 from rlsys import errors
 from rlsys.errors import EngineError, ProcessDiedError, RlsysError
 
-MAX_CAUSE = 1000  # characters of what an actor raised
+MAX_CAUSE = 1000  # characters of a remote message
 
 
 def translated(error: RayError, who: str) -> RlsysError:
-    """The remote error itself where it is one of ours; else an EngineError that names `who`, in one line."""
+    """Return the remote error itself if it is an RlsysError, and otherwise an EngineError in one line.
+
+    Args:
+        error: the error of a remote call.
+        who: name of the process in the message.
+    """
     if isinstance(error, RayTaskError):
         if isinstance(error.cause, RlsysError):
             return error.cause
@@ -40,9 +45,13 @@ def _line(text: str) -> str:
 
 
 def death(text: str, who: str) -> RlsysError:
-    """The error for a dead actor, from Ray's account of it.
+    """Return the error of a dead actor.
 
-    What an actor raised in its __init__ is known here only as a traceback; one of our errors becomes itself again.
+    Ray reports an exception of `__init__` only as a traceback. The class of an RlsysError is restored from it.
+
+    Args:
+        text: the message of Ray.
+        who: name of the process in the message.
     """
     lines = [line for line in text.splitlines() if line.strip()]
     raised = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b")

@@ -19,6 +19,7 @@ FRAMEWORKS = ("deepspeed", "ray", "vllm")
 HEAVY = {
     "rlsys.cli",
     "rlsys.launch.ray_cluster",
+    "rlsys.launch.ray_log",
     "rlsys.commands.evaluate",
     "rlsys.launch.session",
     "rlsys.ray_errors",

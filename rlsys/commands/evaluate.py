@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from rlsys.config.files import load_config
 from rlsys.config.schema import Config
 from rlsys.control.evaluation import error_rate, evaluate_held_out, solved, unanswered
 from rlsys.control.search_evaluation import search_and_sample, show_search, with_search
 from rlsys.directory import RunDirectory
+from rlsys.display import print_table
 from rlsys.errors import ConfigError
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.stats import Estimate, mean_over_prompts, pass_at_k
@@ -114,21 +114,20 @@ def _by_answer(answers: Sequence[str], right: np.ndarray) -> dict[str, Any]:
 
 def show(found: Mapping[str, Any], console: Console) -> None:
     """Print the figures as tables."""
-    table = Table(title=f"{found['problems']} problems, {found['samples']} samples each")
-    for column in ("figure", "value", "95 % interval"):
-        table.add_column(column)
+    rows = []
     for mode in ("greedy", "sampled"):
+        if mode not in found:
+            continue
         for name in ("accuracy", "no_answer_rate"):
-            if mode in found:
-                _add(table, f"{mode} {name.replace('_', ' ')}", found[mode][name])
-        if mode in found and found[mode]["error_rate"]:
-            table.add_row(f"{mode} verifier errors", f"{found[mode]['error_rate']:.3f}", "")
-    for k, estimate in found.get("pass_at_k", {}).items():
-        _add(table, f"pass@{k}", estimate)
+            rows.append(_row(f"{mode} {name.replace('_', ' ')}", found[mode][name]))
+        if found[mode]["error_rate"]:
+            rows.append((f"{mode} verifier errors", f"{found[mode]['error_rate']:.3f}", ""))
+    rows += [_row(f"pass@{k}", estimate) for k, estimate in found.get("pass_at_k", {}).items()]
     if "constant_answer" in found:
         constant = found["constant_answer"]
-        table.add_row(f"always answering {constant['answer'][:20]}", f"{constant['accuracy']:.3f}", "")
-    console.print(table)
+        rows.append((f"always answering {constant['answer'][:20]}", f"{constant['accuracy']:.3f}", ""))
+    title = f"{found['problems']} problems, {found['samples']} samples each"
+    print_table(console, ("figure", "value", "95 % interval"), rows, title=title)
     by_answer: Mapping[str, Any] = next(
         (found[mode].get("accuracy_by_answer", {}) for mode in ("greedy", "sampled") if mode in found), {}
     )
@@ -139,22 +138,20 @@ def show(found: Mapping[str, Any], console: Console) -> None:
 
 
 def _show_by_answer(found: Mapping[str, Any], console: Console, answers: Sequence[str]) -> None:
-    table = Table(title="accuracy by true answer")
     modes = [mode for mode in ("greedy", "sampled") if mode in found]
-    for column in ("answer", "problems", *modes):
-        table.add_column(column)
+    rows = []
     for answer in answers:
         cells = [found[mode]["accuracy_by_answer"][answer] for mode in modes]
-        table.add_row(answer, str(cells[0]["problems"]), *(f"{cell['accuracy']:.3f}" for cell in cells))
+        rows.append((answer, str(cells[0]["problems"]), *(f"{cell['accuracy']:.3f}" for cell in cells)))
     macro = [found[mode]["macro_accuracy"] for mode in modes]
     if None not in macro:
-        table.add_row("macro", f">= {MACRO_MINIMUM} each", *(f"{value:.3f}" for value in macro))
-    console.print(table)
+        rows.append(("macro", f">= {MACRO_MINIMUM} each", *(f"{value:.3f}" for value in macro)))
+    print_table(console, ("answer", "problems", *modes), rows, title="accuracy by true answer")
 
 
-def _add(table: Table, name: str, estimate: Mapping[str, float]) -> None:
+def _row(name: str, estimate: Mapping[str, float]) -> tuple[str, str, str]:
     value = Estimate(**estimate)
-    table.add_row(name, f"{value.mean:.3f}", f"{value.low:.3f} to {value.high:.3f}")
+    return name, f"{value.mean:.3f}", f"{value.low:.3f} to {value.high:.3f}"
 
 
 def run(target: Target) -> dict[str, Any]:

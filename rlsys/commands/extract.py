@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as ShownTable
 
 from rlsys.config.files import load_config
 from rlsys.data.inputs import prepare_model
 from rlsys.directory import RunDirectory, SearchDirectory
+from rlsys.display import print_lines, print_table
 from rlsys.errors import ConfigError
 from rlsys.search.export import NO_PAIR, QUANTILES, Source, run, source_of
 
@@ -43,18 +43,15 @@ def find_source(run_dir: Path, overrides: Sequence[str]) -> Source:
 def show(report: Mapping[str, Any], output: Path, console: Console) -> None:
     """Print the report as tables."""
     for title, columns, rows in _tables(report):
-        table = ShownTable(title=title)
-        for column in columns:
-            table.add_column(column)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        print_table(console, columns, rows, title=title)
+    lines = [f"written to {output}"]
     if report["missing"]:
-        console.print(
+        lines.insert(
+            0,
             f"{report['missing']} of the prompts that search.prompts asks for have no tree in a finished file: "
-            "the search is not finished, or its data set is smaller"
+            "the search is not finished, or its data set is smaller",
         )
-    console.print(f"written to {output}", soft_wrap=True)
+    print_lines(console, lines)
 
 
 def _tables(report: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:

@@ -16,44 +16,16 @@ from rlsys.control.dispatch import TreePool
 from rlsys.control.tree_search import Search, find_prompts, open_trees, writer_digests
 from rlsys.data.inputs import Inputs
 from rlsys.directory import RunDirectory, SearchDirectory
-from rlsys.display import Display
+from rlsys.display import SEARCH_FIGURES, Display, print_table, standard_output
 from rlsys.errors import ConfigError
 from rlsys.files import write_json, write_text
 from rlsys.launch.signals import StopSignals
-from rlsys.search.stats import figures_table
+from rlsys.search.stats import figure_rows
 from rlsys.trees import Writer
 
 FIRST_SIGNAL = "{}: the trees that the actors hold are finished and kept, no others are begun; once more to abort"
 ABORTED = " for the second time; the trees under way are lost, the same command continues"
 AFTER_THE_END = " while the processes of the complete search were ending; nothing is lost"
-
-
-class SearchDisplay(Display):
-    """Trees instead of training steps. Trees end in bursts, so the time left follows from the mean."""
-
-    _before = 0  # trees that were there at the beginning
-
-    figures = (
-        ("solved", "solved", "{:.3f}"),
-        ("tokens_per_s", "tokens/s", "{:,.0f}"),
-        ("prefix_hits", "prefix-cache hits", "{:.3f}"),
-        ("failed", "failed trees", "{:.0f}"),
-    )
-
-    def begin(self, total: int, done: int) -> None:
-        """`done` of the `total` trees are there."""
-        self._stage, self._total, self._done, self._before = "trees", total, done, done
-        self._started = self._last_step = self._clock()
-        self._line(f"trees: {done} of {total} are there")
-
-    def step(self, metrics: Mapping[str, float]) -> None:
-        """A tree is finished. Its line shows the latest rates too."""
-        super().step({**self._figures, **metrics})
-
-    @property
-    def seconds_left(self) -> float | None:
-        grown = self._done - self._before
-        return (self._clock() - self._started) / grown * (self._total - self._done) if grown else None
 
 
 def run(config: Config) -> str:
@@ -72,7 +44,7 @@ def run(config: Config) -> str:
         return grow_missing(opened[0]) if opened[0].missing() else None
 
     launch.grow_trees(config, run_dir, prepare)
-    return conclude(opened[0], config, run_dir, Console())
+    return conclude(opened[0], config, run_dir, standard_output())
 
 
 def open_search(config: Config, run_dir: Path, inputs: Inputs, models: Mapping[Writer, Path]) -> Search:
@@ -94,7 +66,7 @@ def grow_missing(search: Search) -> Callable[[TreePool, StopSignals], Coroutine[
     """What is to be done once the actors are up."""
 
     async def work(pool: TreePool, stop: StopSignals) -> None:
-        with SearchDisplay() as display:
+        with Display(figures=SEARCH_FIGURES) as display:
 
             def ask(name: str) -> None:
                 display.message(FIRST_SIGNAL.format(name))
@@ -114,7 +86,7 @@ def conclude(search: Search, config: Config, run_dir: Path, console: Console) ->
     path = SearchDirectory(run_dir).summary
     if engines is not None or not _is_summary_of(path, trees):
         write_json(path, {"trees": trees, "last_command": engines})
-    console.print(figures_table(trees, engines))
+    print_table(console, ("figure", "value"), figure_rows(trees, engines), title=f"{trees['trees']} trees")
     already = "" if engines else f"already complete ({len(search.trees.solved)} trees)\n"
     return f"{already}run directory: {config.run.dir}\nextract: rlsys extract {config.run.dir}"
 

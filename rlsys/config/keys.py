@@ -1,4 +1,4 @@
-"""The keys of a config file, read from the schema: for `rlsys keys` and for the message about an unknown key."""
+"""List the keys of a config file from the schema, for `rlsys keys` and for messages about unknown keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from rlsys.config.section import Section
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key with its dotted name. default: as it is written in YAML, "required" where there is none."""
+    """A key of a config file.
+
+    Attributes:
+        name: dotted name.
+        default: the default as it is written in YAML, or "required".
+    """
 
     name: str
     type: str
@@ -27,28 +32,30 @@ class Key:
 
 
 def all_keys(section: type[Section] = Config, prefix: str = "", defaults: Section | None = None) -> list[Key]:
-    """Keys in the order of the schema; those of alternative sections (task) one after the other.
+    """Return the keys in the order of the schema. The keys of alternative sections, such as task, follow one another.
 
-    NAME and NUMBER stand for the name and the place of an entry that the user adds.
+    In a dotted name, NAME and NUMBER stand for the name and the index of an entry that the user adds.
 
     Args:
-        defaults: an instance that holds the defaults where the schema around has its own for this section.
+        section: the section to list.
+        prefix: dotted name of the section, with a final dot.
+        defaults: the section's defaults, if the enclosing schema overrides them.
     """
-    found = []
+    keys = []
     for name, field in section.model_fields.items():
         full = f"{prefix}{name}"
         default = getattr(defaults, name) if defaults is not None else field.default
         sections = list(_sections(field.annotation))
         entry = _entry(field.annotation)
         if not sections or entry or type(None) in typing.get_args(field.annotation):
-            found.append(Key(full, _type_name(field.annotation), _written(default), _meaning(name, field)))
+            keys.append(Key(full, _type_name(field.annotation), _written(default), _meaning(name, field)))
         for inner in sections:
-            found += all_keys(inner, f"{full}{entry}.", default if isinstance(default, inner) else None)
-    return found
+            keys += all_keys(inner, f"{full}{entry}.", default if isinstance(default, inner) else None)
+    return keys
 
 
 def suggestion(name: str) -> str:
-    """What somebody who wrote an unknown key may have meant."""
+    """Return a hint for a user who wrote an unknown key."""
     known = {key.name for key in all_keys()}
     if name in known:
         section = name.rpartition(".")[0]
@@ -62,7 +69,7 @@ def suggestion(name: str) -> str:
 
 
 def _sections(annotation: Any) -> Iterator[type[Section]]:
-    """Section classes in an annotation such as `A`, `A | None` or `Annotated[A | B, ...]`."""
+    """Yield the section classes in an annotation such as `A`, `A | None` or `Annotated[A | B, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for argument in typing.get_args(annotation):
@@ -70,7 +77,7 @@ def _sections(annotation: Any) -> Iterator[type[Section]]:
 
 
 def _entry(annotation: Any) -> str:
-    """What stands between the name of a mapping or a list of sections and the keys of one of them."""
+    """Return the placeholder between the name of a mapping or list of sections and the keys of an entry."""
     return {dict: ".NAME", tuple: ".NUMBER"}.get(typing.get_origin(annotation), "")
 
 

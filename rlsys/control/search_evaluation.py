@@ -8,13 +8,13 @@ from typing import Any, Protocol
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from rlsys.config.engine_roles import trees_ahead
 from rlsys.config.schema import Config
 from rlsys.control.budgets import verifier_limit
 from rlsys.control.dispatch import TreePool, grow
 from rlsys.control.evaluation import sample_groups
+from rlsys.display import print_lines, print_table
 from rlsys.errors import TooManyFailuresError
 from rlsys.interfaces import RolloutPool
 from rlsys.search.compare import (
@@ -135,13 +135,12 @@ def _by_number(found: Mapping[int, Comparison]) -> dict[str, Any]:
 def show_search(found: Mapping[str, Any], problems: int, console: Console) -> None:
     """Print the figures of `search_and_sample` as tables."""
     for name, of in (("at_equal_answers", "answers"), ("at_equal_tokens", "tokens")):
-        table = Table(title=f"solved at least once in as many {of}, {problems} problems (95 % intervals)")
-        for column in (of, "search", "samples", "difference", "ended"):
-            table.add_column(column)
+        rows = []
         for number, row in found[name].items():
             cells = [_interval(row["search"]), _interval(row["samples"]), _interval(row["difference"], sign="+")]
-            table.add_row(number, *cells, f"{row['ended']:.3f}")
-        console.print(table)
+            rows.append((number, *cells, f"{row['ended']:.3f}"))
+        title = f"solved at least once in as many {of}, {problems} problems (95 % intervals)"
+        print_table(console, (of, "search", "samples", "difference", "ended"), rows, title=title)
     tokens = found["tokens_per_problem"]
     lines = [
         "the search was told which of its answers are right, and chose by it; the samples were not",
@@ -151,8 +150,7 @@ def show_search(found: Mapping[str, Any], problems: int, console: Console) -> No
     ]
     if found["failed_trees"]:
         lines.append(f"{found['failed_trees']} trees failed and count as unsolved; the first: {found['first_failure']}")
-    for line in lines:
-        console.print(line, markup=False, highlight=False)
+    print_lines(console, lines)
 
 
 def _interval(estimate: Mapping[str, float], sign: str = "") -> str:

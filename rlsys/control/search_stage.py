@@ -85,7 +85,7 @@ class GrownSearch:
 
         stop.add_done_callback(end)
         try:
-            await search.run(_NamingPool(self.pool, policy), _Progress(self.display))
+            await search.run(_NamingPool(self.pool, policy), self.display)
         except InterruptedRunError:
             left = len(search.missing())
             self.display.message(f"{len(self.prompts) - left} of {len(self.prompts)} trees are kept")
@@ -126,25 +126,6 @@ class _NamingPool:
         if isinstance(tree, Tree) and "policy" in tree.models:
             return replace(tree, models={**tree.models, "policy": self._policy})
         return tree
-
-
-class _Progress:
-    """The display of a run, for the trees of a stage."""
-
-    def __init__(self, display: Display) -> None:
-        self._display = display
-
-    def begin(self, total: int, done: int) -> None:
-        self._display.stage("search", total, done)
-
-    def step(self, metrics: Mapping[str, float]) -> None:
-        self._display.step({f"search/{name}": value for name, value in metrics.items() if name == "solved"})
-
-    def update(self, metrics: Mapping[str, float]) -> None:
-        self._display.update({f"rollout/{name}": value for name, value in metrics.items() if name == "tokens_per_s"})
-
-    def message(self, text: str) -> None:
-        self._display.message(text)
 
 
 def _figures(trees: TreeFigures, report: Mapping[str, Any]) -> dict[str, float]:

@@ -53,9 +53,9 @@ ENOUGH_VERIFICATIONS = 500
 
 
 class TreeDisplay(Protocol):
-    """Shows a search under way; see `rlsys.commands.search.SearchDisplay`."""
+    """The display of a search under way; see `rlsys.display.Display`."""
 
-    def begin(self, total: int, done: int) -> None: ...
+    def trees(self, total: int, done: int) -> None: ...
 
     def step(self, metrics: Mapping[str, float]) -> None: ...
 
@@ -111,7 +111,7 @@ class Search:
             TooManyFailuresError: more trees or verifications failed than allowed.
         """
         missing = self.missing()
-        display.begin(len(self._prompts), len(self._prompts) - len(missing))
+        display.trees(len(self._prompts), len(self._prompts) - len(missing))
         await pool.reset_engine_stats()
         started, grown = time.perf_counter(), asyncio.Event()
         try:
@@ -145,7 +145,7 @@ class Search:
         if self._failed_verdicts.total >= ENOUGH_VERIFICATIONS:
             self._failed_verdicts.check()
         solved = self.trees.solved_fraction
-        display.step({"failed": self.trees.failed} | ({} if solved is None else {"solved": solved}))
+        display.step({"search/failed": self.trees.failed} | ({} if solved is None else {"search/solved": solved}))
 
     async def _watch(self, pool: TreePool, display: TreeDisplay, grown: asyncio.Event) -> None:
         """Ask for the usage now and then, and once when all is grown."""
@@ -155,8 +155,8 @@ class Search:
             usages = await pool.engine_stats()
             self.engines.add(usages)
             wall_s, hits = max((usage.wall_s for usage in usages), default=0.0), prefix_hit_rate(usages)
-            rates = {"tokens_per_s": sum(usage.generated_tokens for usage in usages) / wall_s} if wall_s else {}
-            display.update(rates | ({} if hits is None else {"prefix_hits": hits}))
+            rates = {"rollout/tokens_per_s": sum(usage.generated_tokens for usage in usages) / wall_s} if wall_s else {}
+            display.update(rates | ({} if hits is None else {"search/prefix_hits": hits}))
 
     def _count(self, number: int, tree: Tree | TreeFailure) -> None:
         self.trees.add(number, tree)

@@ -1,7 +1,7 @@
-"""Who can reach a run: Ray on this machine for this command alone, and no cluster without Ray's tokens.
+"""Restrict who can reach a run: a local Ray serves one command, and a cluster is joined only with a token.
 
-Whoever reaches a Ray cluster runs code on it. Ray takes its settings from the environment: RAY_AUTH_MODE, and the
-token from RAY_AUTH_TOKEN, the file of RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, in this order.
+A client of a Ray cluster can run any code on it. Ray reads its settings from the environment: RAY_AUTH_MODE, and the
+token from RAY_AUTH_TOKEN, the file of RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token, in this order.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from rlsys.errors import ConfigError
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-# Ray keeps the first token that it sees in a process, so all clusters that one command starts have the same.
+# Ray keeps the first token that it reads in a process, so all clusters of one command share this token.
 _OWN_TOKEN = secrets.token_hex(32)
 
 
 def check_address(address: str) -> None:
-    """Check who could reach the Ray of run.address, before anything is started or sent.
+    """Raise if other users could reach the Ray of run.address. Nothing is started or sent before.
 
+    Args:
+        address: run.address, `local` or the address of a cluster.
     Raises:
-        ConfigError: `local`, and the environment asks Ray to listen on every interface or to go without tokens; or a
-            cluster, and Ray's tokens are not turned on, there is none, or others can read its file.
+        ConfigError: for `local`, the environment makes Ray listen on every interface or turns its tokens off. For a
+            cluster, Ray's tokens are not turned on, the token is missing, or other users can read its file.
     """
     mode = os.environ.get(MODE, "")
     if address == "local":
         wide = os.environ.get(CLUSTER, "0")
         if wide.lower() not in ("0", "false"):
             raise ConfigError(f"run.address local: {CLUSTER}={wide} makes Ray listen on every interface; unset it")
-        # Ray turns its tokens on by itself where this is not set at all; an empty value is one.
+        # Ray turns its tokens on by itself only if the variable is not set. An empty value counts as set.
         if MODE in os.environ and mode.lower() != "token":
             raise ConfigError(
                 f"run.address local: {MODE}={mode} takes away the token that keeps other users of this machine out; "
@@ -50,20 +52,20 @@ def check_address(address: str) -> None:
 
 
 def close_local_ray() -> None:
-    """Prepare the environment for a Ray of this command's own: no other cluster, a token that is in no file."""
+    """Prepare the environment for a local Ray: forget any other cluster, and set a token that is in no file."""
     os.environ.pop("RAY_ADDRESS", None)
     os.environ[TOKEN] = _OWN_TOKEN
 
 
 def child_environment(local: bool) -> dict[str, str]:
-    """Variables of every process that Ray starts for a run: nothing is fetched or reported, no pickle is accepted.
+    """Return the variables of every process that Ray starts for a run.
 
-    What a hub id names is a folder here before anything is started.
+    They turn off downloads, usage reports and pickles. Models of the hub have been downloaded before.
 
     Args:
-        local: whether all of them run on this machine; they talk over loopback only then.
+        local: whether all processes run on this machine and should use loopback only.
     """
-    found = {
+    variables = {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
@@ -71,27 +73,27 @@ def child_environment(local: bool) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray can set a variable of its children, not take it away.
+        # Ray can set a variable of its children but cannot remove it.
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",
         "VLLM_SERVER_DEV_MODE": "0",
     }
     if local:
-        # Without a name of an interface, gloo and NCCL listen on the one that the host name resolves to.
-        found |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
-    return found
+        # Without an interface name, gloo and NCCL listen on the interface that the host name resolves to.
+        variables |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
+    return variables
 
 
-def _check_file(path: Path, what: str) -> None:
-    """Raises ConfigError where a secret is not in the file, or not safe there."""
+def _check_file(path: Path, name: str) -> None:
+    """Raise ConfigError if the file holds no token, or if other users can read it."""
     try:
-        found = path.stat()
-        empty = stat.S_ISREG(found.st_mode) and not path.read_bytes().strip()
+        status = path.stat()
+        empty = stat.S_ISREG(status.st_mode) and not path.read_bytes().strip()
     except OSError as error:
         raise ConfigError(
-            f"{what}: cannot be read: {error.strerror}; expected one of mode 600 with the token"
+            f"{name}: cannot be read: {error.strerror}; expected one of mode 600 with the token"
         ) from None
-    if not stat.S_ISREG(found.st_mode) or empty:
-        raise ConfigError(f"{what}: expected a file with the token, found {'an empty one' if empty else 'none'}")
-    if found.st_mode & 0o077:
-        mode = stat.S_IMODE(found.st_mode)
-        raise ConfigError(f"{what}: expected one that its owner alone can read, found mode {mode:o}; chmod 600 {path}")
+    if not stat.S_ISREG(status.st_mode) or empty:
+        raise ConfigError(f"{name}: expected a file with the token, found {'an empty one' if empty else 'none'}")
+    if status.st_mode & 0o077:
+        mode = stat.S_IMODE(status.st_mode)
+        raise ConfigError(f"{name}: expected one that its owner alone can read, found mode {mode:o}; chmod 600 {path}")

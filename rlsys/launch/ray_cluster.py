@@ -1,4 +1,4 @@
-"""Ray: started on loopback or joined, a placement group for the run, and an end that leaves nothing behind."""
+"""Start Ray on loopback or join a cluster, reserve the resources of a run, and leave nothing behind at its end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from rlsys.launch.signals import signals_ignored
 from rlsys.processes import kill_and_wait, kill_with_this_process, processes_of_ray
 
 Result = TypeVar("Result")
-SERVICES = ("gcs_server", "raylet")  # without either nothing of Ray works
+SERVICES = ("gcs_server", "raylet")  # Ray works only while both run
 WATCH_INTERVAL_S = 1.0
 PLACEMENT_TIMEOUT_S = 180.0
 SHUTDOWN_TIMEOUT_S = 10.0
@@ -38,15 +38,18 @@ TEMPORARY_NOTE = ".temporary-folder"
 RENDEZVOUS = ".rendezvous-"
 RAY_LOG = "ray.log"
 
-# Whatever a run writes is for its owner alone: the run directory, and the folder of Ray, whose processes inherit this.
+# Only the owner may read what a run writes in its run directory and in Ray's folder. Ray's processes inherit this.
 os.umask(0o077)
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A running Ray and the bundles of a placement group: actors first, then learner ranks.
+    """A running Ray and the placement group of a run.
 
-    services: processes of a Ray started here that everything depends on.
+    Attributes:
+        group: the bundles: rollout actors first, then engines of other models, then learner ranks.
+        temporary: the scratch folder of a Ray that was started here.
+        services: the processes of a Ray that was started here on which everything depends, by name.
     """
 
     group: PlacementGroup
@@ -56,12 +59,12 @@ class Cluster:
     services: Mapping[str, psutil.Process] = field(default_factory=dict)
 
     async def watched(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """The result of `work`. It ends at once where a service of the Ray started here has died.
+        """Return the result of `work`, unless a service of Ray dies before.
 
-        Ray itself would not say so for a minute, or never: calls to its actors only hang.
+        Ray itself reports such a death after a minute or never, and calls to its actors hang.
 
         Raises:
-            EngineError: names the service.
+            EngineError: a service of the Ray that was started here has died.
         """
         task = asyncio.create_task(work)
         try:
@@ -75,7 +78,13 @@ class Cluster:
             await asyncio.wait({task}, timeout=SHUTDOWN_TIMEOUT_S)
 
     def options(self, bundle: int, gpus: int, environment: Mapping[str, str]) -> dict[str, Any]:
-        """Where and how Ray starts the process of a bundle."""
+        """Return Ray's options for the process of a bundle.
+
+        Args:
+            bundle: index of the bundle in the placement group.
+            gpus: number of GPUs if run.device is cuda.
+            environment: variables of the process.
+        """
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
         return {
             "num_cpus": 1,
@@ -88,12 +97,12 @@ class Cluster:
 
     def _common_environment(self) -> dict[str, str]:
         local = self.config.run.address == "local"
-        found = {name: os.environ[name] for name in ("RLSYS_FAULTS", "RLSYS_DATA") if name in os.environ}
-        found |= child_environment(local)
-        found |= {"RLSYS_RUN_ID": self.run_dir.name, "TOKENIZERS_PARALLELISM": "false"}
+        variables = {name: os.environ[name] for name in ("RLSYS_FAULTS", "RLSYS_DATA") if name in os.environ}
+        variables |= child_environment(local)
+        variables |= {"RLSYS_RUN_ID": self.run_dir.name, "TOKENIZERS_PARALLELISM": "false"}
         if local:
-            found["TMPDIR"] = str(self.temporary / "tmp")
-        return found
+            variables["TMPDIR"] = str(self.temporary / "tmp")
+        return variables
 
 
 @contextlib.contextmanager
@@ -166,8 +175,8 @@ def _start_ray(address: str, temporary: Path, processes: int, store_bytes: int) 
         close_local_ray()
         options |= {
             "include_dashboard": False,
-            "_temp_dir": str(temporary / "ray"),  # which Ray opens to everybody; the folder above is not
-            "num_cpus": processes,  # logical: phases alternate, threads are set by OMP_NUM_THREADS
+            "_temp_dir": str(temporary / "ray"),  # Ray opens this folder to all users, but not the one above
+            "num_cpus": processes,  # logical CPUs; OMP_NUM_THREADS sets the threads
             "object_store_memory": store_bytes,
             "_node_ip_address": "127.0.0.1",
         }
@@ -178,17 +187,17 @@ def _start_ray(address: str, temporary: Path, processes: int, store_bytes: int) 
         raise AbortedRunError("SIGTERM while Ray was starting") from None
     except RlsysError:
         raise
-    except Exception as error:  # of no kind of its own where Ray's processes are too slow on a busy machine
+    except Exception as error:  # Ray raises a bare Exception if its processes start too slowly
         reason = " ".join(str(error).split())
         if address == "local":
             raise RlsysError(f"Ray did not start: {reason}") from error
         raise ConfigError(f"run.address {address}: no Ray cluster can be joined there: {reason}") from error
     finally:
-        signal.signal(signal.SIGTERM, handler)  # Ray has put its own, which exits without a word
+        signal.signal(signal.SIGTERM, handler)  # Ray has installed a handler that exits silently
 
 
 def _reserve(bundles: Sequence[Mapping[str, float]]) -> PlacementGroup:
-    """Raises ConfigError where the cluster is too small, at once, or too busy, after PLACEMENT_TIMEOUT_S."""
+    """Reserve the bundles. Raise ConfigError if the cluster is too small, or too busy for PLACEMENT_TIMEOUT_S."""
     check_cluster(bundles, ray.cluster_resources())
     group = placement_group([dict(bundle) for bundle in bundles], strategy="PACK")
     if not group.wait(PLACEMENT_TIMEOUT_S):
@@ -199,41 +208,48 @@ def _reserve(bundles: Sequence[Mapping[str, float]]) -> PlacementGroup:
     return group
 
 
-def check_cluster(bundles: Sequence[Mapping[str, float]], found: Mapping[str, float]) -> None:
-    """Raises ConfigError where all bundles together ask for more CPUs or GPUs than the cluster has."""
+def check_cluster(bundles: Sequence[Mapping[str, float]], resources: Mapping[str, float]) -> None:
+    """Raise if all bundles together need more CPUs or GPUs than the cluster has.
+
+    Args:
+        bundles: resources of each process, by Ray's names.
+        resources: resources of the whole cluster, by the same names.
+    Raises:
+        ConfigError: names the config fields to lower.
+    """
     needed: Counter[str] = Counter()
     for bundle in bundles:
         needed.update(bundle)
     for name, amount in needed.items():
-        if amount > found.get(name, 0):
+        if amount > resources.get(name, 0):
             fields = "actors.count, learner.ranks" + (" or actors.tensor_parallel_size" if name == "GPU" else "")
-            raise ConfigError(f"{fields}: the run needs {amount:g} {name}s, the cluster has {found.get(name, 0):g}")
+            raise ConfigError(f"{fields}: the run needs {amount:g} {name}s, the cluster has {resources.get(name, 0):g}")
 
 
 def _temporary_folder(run_dir: Path) -> Path:
-    """A new folder for sockets and scratch files, noted in the run directory so that it can never be lost.
+    """Make a folder for sockets and scratch files, and note it in the run directory so that it is always removed.
 
-    Socket paths below it must stay under 107 bytes, so neither $TMPDIR nor the run directory itself will do.
+    Socket paths in it must stay under 107 bytes, so $TMPDIR and the run directory may be too deep.
     """
     remove_leftovers(run_dir)
     folder = Path(f"/tmp/rl-{uuid.uuid4().hex[:8]}")  # noqa: S108 - unpredictable name, mode 700
     note = run_dir / TEMPORARY_NOTE
-    kept = note.read_text(encoding="utf-8").split() if note.exists() else []  # what could not be removed yet
-    note.write_text("".join(f"{each}\n" for each in (*kept, folder)), encoding="utf-8")
+    undeleted = note.read_text(encoding="utf-8").split() if note.exists() else []
+    note.write_text("".join(f"{each}\n" for each in (*undeleted, folder)), encoding="utf-8")
     folder.mkdir(mode=0o700)
     (folder / "tmp").mkdir(mode=0o700)
     return folder
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove the scratch folders of this and of killed attempts, and rendezvous files."""
+    """Remove rendezvous files and the scratch folders of this attempt and of killed ones."""
     note = run_dir / TEMPORARY_NOTE
     if note.exists():
         text = note.read_text(encoding="utf-8")
-        found = re.findall(r"^/tmp/rl-[0-9a-f]{8}$", text, re.MULTILINE)  # nothing else is ever removed
-        for folder in found:
+        folders = re.findall(r"^/tmp/rl-[0-9a-f]{8}$", text, re.MULTILINE)  # nothing else is ever removed
+        for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
-        if any(Path(folder).exists() for folder in found):  # what is dying still writes there: the next call removes it
+        if any(Path(folder).exists() for folder in folders):  # dying processes write there; the next call retries
             return
         note.unlink()
     for path in run_dir.glob(f"{RENDEZVOUS}*"):

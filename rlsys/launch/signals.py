@@ -1,4 +1,4 @@
-"""What SIGINT, SIGTERM and run.time_limit do to a command, from its first second to its last."""
+"""Stop a command on SIGINT, SIGTERM or run.time_limit, from its first second to its last."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from rlsys.errors import AbortedRunError
 
 Result = TypeVar("Result")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-TIME_LIMIT = "run.time_limit"  # in place of a signal's name
+TIME_LIMIT = "run.time_limit"  # used like the name of a signal
 
 
 class _Stopped(BaseException):
-    """What a signal raises wherever the program is. No `except Exception` of a library may take it for its own."""
+    """Raised by a signal wherever the program is. It is no Exception, so libraries do not catch it by accident."""
 
 
 class StopSignals:
-    """A signal ends the `with` block by AbortedRunError; after `ask_first` the first one only asks for an end.
+    """End the `with` block by AbortedRunError on a signal. After `ask_first`, the first signal only requests an end.
 
-    Once the work of `run` has ended, signals are ignored: what is left is a cleanup that ends by itself.
+    Signals are ignored once the work of `run` has ended, because the cleanup that follows ends by itself.
 
     Args:
-        outcome: ends the sentence "stopped by SIGINT ...".
-        time_limit_s: seconds from now after which an end is asked for as by a first signal, under the name
-            run.time_limit. It never aborts what is being saved, and the signal that follows it is still the first.
+        outcome: the end of the message "stopped by SIGINT ...".
+        time_limit_s: seconds from now after which an end is requested, under the name run.time_limit. The limit never
+            aborts a save, and the signal that follows it still counts as the first.
     """
 
     def __init__(self, outcome: str = "", time_limit_s: float | None = None) -> None:
         self._outcome = outcome
         self._deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
-        self._asked = False
-        self._ask: Callable[[str], None] | None = None
+        self._end_requested = False
+        self._request_end: Callable[[str], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[Any] | None = None
         self._aborted: AbortedRunError | None = None
@@ -52,11 +52,16 @@ class StopSignals:
             raise self._aborted from None
 
     def ask_first(self, ask: Callable[[str], None], outcome: str) -> None:
-        """From now on the first signal calls `ask` with its name in the event loop; the next one aborts."""
-        self._ask, self._outcome = ask, outcome
+        """Make the next signal call `ask` with its name in the event loop, and the one after it abort.
+
+        Args:
+            ask: requests an end.
+            outcome: the end of the message if the run is aborted.
+        """
+        self._request_end, self._outcome = ask, outcome
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """asyncio.run, of which an abort cancels the main task."""
+        """Run `work` in an event loop and return its result. An abort cancels it and raises AbortedRunError."""
         try:
             with asyncio.Runner() as runner:
                 self._loop = runner.get_loop()
@@ -69,7 +74,7 @@ class StopSignals:
     async def _main(self, work: Coroutine[Any, Any, Result]) -> Result:
         self._task = asyncio.current_task()
         try:
-            if self._aborted is not None:  # between the start of the loop and this
+            if self._aborted is not None:  # by a signal after the loop had started
                 work.close()
                 raise asyncio.CancelledError
             if self._deadline is not None:
@@ -91,10 +96,10 @@ class StopSignals:
     def _in_loop(self, name: str) -> None:
         if self._ended:
             return
-        if self._ask is not None:
-            ask, self._ask = self._ask, None
-            self._asked = True
-            ask(name)
+        if self._request_end is not None:
+            request_end, self._request_end = self._request_end, None
+            self._end_requested = True
+            request_end(name)
         else:
             self._abort(name)
 
@@ -104,17 +109,17 @@ class StopSignals:
             self._task.cancel()
 
     def _time_is_up(self) -> None:
-        if self._ended or self._asked:
+        if self._ended or self._end_requested:
             return
-        if self._ask is not None:
-            self._ask(TIME_LIMIT)
-        else:  # nothing has begun that could be saved
+        if self._request_end is not None:
+            self._request_end(TIME_LIMIT)
+        else:  # there is no state to save yet
             self._abort(TIME_LIMIT)
 
 
 @contextlib.contextmanager
 def signals_ignored() -> Iterator[None]:
-    """For a cleanup that takes seconds: cut short, it would leave processes behind."""
+    """Ignore signals while the block runs. An interrupted cleanup would leave processes behind."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     try:
         yield

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 import numpy as np
-from rich.table import Table
 
 from rlsys.stats import mean_over_prompts
 from rlsys.trees import Defect, SearchUsage, Tree, TreeFailure, Writer
@@ -110,11 +109,12 @@ def prefix_hit_rate(usages: Sequence[SearchUsage]) -> float | None:
     return _ratio(sum(usage.cached_tokens for usage in usages), sum(usage.prompt_tokens for usage in usages))
 
 
-def figures_table(trees: dict[str, Any], engines: dict[str, Any] | None) -> Table:
-    """Return the figures as a table for the terminal. `engines` is None if no tree was grown."""
-    table = Table(title=f"{trees['trees']} trees")
-    table.add_column("figure")
-    table.add_column("value")
+def figure_rows(trees: dict[str, Any], engines: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Return names and values of the figures to show.
+
+    Args:
+        engines: None if no tree was grown.
+    """
     solved, defects = trees["solved"], get_args(Defect)
     rows = {
         "failed": f"{trees['failed']}",
@@ -136,9 +136,7 @@ def figures_table(trees: dict[str, Any], engines: dict[str, Any] | None) -> Tabl
             idle, full = _shown(engine["idle_fraction"], ".3f"), _shown(engine["in_flight_mean"], ".1f")
             rows[f"{engine['model']} engine {engine['engine']}"] = f"idle {idle}, in flight {full}"
         rows["wall time"] = f"{engines['wall_s']:.1f} s for {engines['grown']} trees"
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
+    return list(rows.items())
 
 
 def _sum(one: SearchUsage, other: SearchUsage) -> SearchUsage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from learners.settings import learner_environment
 from rlsys import cli
 from rlsys.config.files import dump_config, parse_config
+from rlsys.config.keys import all_keys
 from rlsys.config.schema import Config, FromScratchConfig, LearnerConfig
 from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedRunError, RlsysError
 from rlsys.launch import ray_cluster as cluster
@@ -95,18 +97,26 @@ def test_version(run) -> None:
 def test_keys(run) -> None:
     code, output, _ = run("keys", "rewards")
     assert code == 0
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "rewards." in line]
-    assert rows == [
-        ["rewards.workers", "whole number", "1", "Number of verifier processes of each actor."],
-        [
-            "rewards.timeout_s",
-            "number",
-            "10.0",
-            "Seconds that a verification may take; then its process is killed: outcome `timeout`.",
-        ],
-        ["rewards.memory_mib", "whole number", "2048", "Address-space limit of a verifier process, in MiB."],
+    rewards = [key for key in all_keys() if key.name.startswith("rewards.")]
+    assert len(rewards) == 3
+    assert output.splitlines() == [
+        line for key in rewards for line in (f"{key.name}  {key.type}  {key.default}", f"    {key.meaning}")
     ]
     assert "train.optimizer.learning_rate" in run("keys")[1]
+
+
+def test_keys_of_a_reader_that_has_gone(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m rlsys.cli keys 2>{tmp_path / 'errors'} | head -n 1; echo ${{PIPESTATUS[0]}}"
+    shown = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert shown.splitlines() == ["run.dir  text  required", "0"]
+    assert (tmp_path / "errors").read_text() == ""
+
+
+def test_help_imports_nothing_that_only_commands_need() -> None:
+    heavy = {"pydantic", "yaml", "numpy", "asyncio", "ray", "torch", "rlsys.config.schema", "rlsys.display"}
+    code = f"import sys, rlsys.cli; print(sorted({heavy} & set(sys.modules)))"
+    shown = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert shown == "[]\n"
 
 
 def test_keys_of_a_section_that_is_not_there(run) -> None:
@@ -270,7 +280,8 @@ def test_ray_that_does_not_start(
         pass
     assert type(caught.value) is kind
     assert caught.value.message.startswith(message)
-    assert list(tmp_path.iterdir()) == [], "the scratch folder's note is gone, and with it the folder"
+    # The scratch folder's note is gone, and with it the folder.
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
 
 
 @pytest.mark.parametrize("broken", ["shutdown", "kill_and_wait"])
@@ -293,7 +304,7 @@ def test_an_end_that_fails_leaves_nothing_behind(broken: str, tmp_path: Path, mo
     else:
         left[0].kill()
         left[0].wait()
-    assert not folder.exists() and list(tmp_path.iterdir()) == []
+    assert not folder.exists() and [path.name for path in tmp_path.iterdir()] == ["logs"]
 
 
 def test_local_processes_speak_over_loopback_only(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from rlsys.display import FIGURES, Display
+from rlsys.display import FIGURES, SEARCH_FIGURES, Display, print_table
 from rlsys.run.metrics import METRICS
 
 STEP = {
@@ -151,6 +151,70 @@ def test_any_width(width: int) -> None:
     if width >= 40:
         assert "0.512" in output.getvalue()
         assert "2.3e-06" in output.getvalue()
+
+
+def test_trees_show_the_latest_rates_and_a_mean_time_left() -> None:
+    clock, output = Clock(), io.StringIO()
+    display = Display(Console(file=output, force_terminal=False), figures=SEARCH_FIGURES, interval_s=0, clock=clock)
+    display.trees(10, 4)
+    assert display.seconds_left is None
+    for seconds, solved in ((9.0, 1.0), (0.0, 0.5), (0.0, 2 / 3)):  # 3 trees in 9 s: 3 are left, at 3 s each
+        clock.now += seconds
+        display.step({"search/failed": 0, "search/solved": solved})
+        display.update({"rollout/tokens_per_s": 5000.0, "search/prefix_hits": 0.25})
+    assert display.seconds_left == 9.0
+    assert output.getvalue().splitlines() == [
+        "trees: 4 of 10 are there",
+        "trees 5/10  solved 1.000  failed trees 0  left 0:45",
+        "trees 6/10  solved 0.500  tokens/s 5,000  prefix-cache hits 0.250  failed trees 0  left 0:18",
+        "trees 7/10  solved 0.667  tokens/s 5,000  prefix-cache hits 0.250  failed trees 0  left 0:09",
+    ]
+
+
+def test_a_stage_after_a_search_shows_none_of_its_rates() -> None:
+    clock = Clock()
+    display, output = plain(clock, interval_s=0)
+    display.trees(1, 0)
+    display.update({"rollout/tokens_per_s": 5000.0})
+    display.stage("sft", 1, 0)
+    display.step({"objective/sft_loss": 2.0})
+    assert output.getvalue().splitlines()[-1] == "sft 1/1  sft loss 2.000"
+
+
+COLUMNS, ROWS = ("key", "default", "meaning"), [("a.b", "[x]", "Long words. " * 20), ("a.long_one", "2", "Short.")]
+
+
+def table(*, terminal: bool, width: int, below: bool = False) -> list[str]:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=terminal, width=width, color_system=None)
+    print_table(console, COLUMNS, ROWS, title="all [keys]", below=below)
+    return output.getvalue().splitlines()
+
+
+@pytest.mark.parametrize(("terminal", "width"), [(False, 80), (False, 200), (True, 99)])
+def test_a_table_is_plain_lines_elsewhere_than_on_a_wide_terminal(terminal: bool, width: int) -> None:
+    meaning = ROWS[0][2].strip()
+    assert table(terminal=terminal, width=width) == [
+        "all [keys]",
+        "key         default  meaning",
+        f"a.b         [x]      {meaning}",
+        "a.long_one  2        Short.",
+    ]
+    below = [line.rstrip() for line in table(terminal=terminal, width=width, below=True)]
+    assert below == [
+        "all [keys]",
+        "a.b  [x]",
+        f"    {meaning}",
+        "a.long_one  2",
+        "    Short.",
+    ]
+
+
+def test_a_table_is_a_box_on_a_wide_terminal() -> None:
+    shown = table(terminal=True, width=100)
+    assert shown[0].strip() == "all [keys]" and shown[1].startswith("┏")
+    assert max(map(len, shown)) <= 100
+    assert [cell.strip() for cell in shown[-2].strip("│").split("│")] == ["a.long_one", "2", "Short."]
 
 
 class Broken(io.StringIO):

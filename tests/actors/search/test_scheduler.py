@@ -24,11 +24,11 @@ from actors.rollout_actor import RolloutActor
 from actors.search.requests import Call
 from actors.search.scheduler import Forest, ForestSettings, ForestWriter, Verifier
 from actors.verifiers.pool import RewardPool
-from rlsys.commands.search import SearchDisplay
 from rlsys.config.schema import RewardsConfig
 from rlsys.config.search import SearchConfig, StopConfig
 from rlsys.config.tasks import LetterCountConfig
 from rlsys.control.tree_search import Search
+from rlsys.display import Display
 from rlsys.errors import EngineError, RolloutError, TooManyFailuresError
 from rlsys.search.codec import Stop
 from rlsys.search.tree_json import read_trees, tree_line
@@ -453,7 +453,7 @@ def search_with_bad_verifiers(run_dir: Path, engine: ThreadEngine, *, share: flo
         prompts = [prompt(f"p{number}") for number in range(6)]
         search = Search(run_dir, prompts, shard_size=4, share=share, ahead=ahead)
         try:
-            with SearchDisplay(Console(file=StringIO())) as display:
+            with Display(Console(file=StringIO())) as display:
                 await search.run(Grove(forest({"policy": engine}, rewards)), display)
         finally:
             await rewards.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -328,8 +329,8 @@ def test_the_command(
 def test_nothing_to_show_is_left_out(write: Callable[..., Path], tmp_path: Path) -> None:
     report = run(find_source(write([]), []), tmp_path)
     assert report["tokens"] == dict.fromkeys(("supervised", "chosen", "rejected", "common_prefix"))
-    console = Console(record=True, width=160, quiet=False)
-    extract_command.show(report, tmp_path, console)
-    shown = console.export_text()
+    output = io.StringIO()
+    extract_command.show(report, tmp_path, Console(file=output))
+    shown = output.getvalue()
     assert "0 of 0 trees solved" in shown and "trees without a pair" not in shown
     assert "4 of the prompts" in shown

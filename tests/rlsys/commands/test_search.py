@@ -25,12 +25,13 @@ from rich.console import Console
 
 from rlsys import cli
 from rlsys.commands import search as search_command
-from rlsys.commands.search import SearchDisplay, conclude, grow_missing, open_search
+from rlsys.commands.search import conclude, grow_missing, open_search
 from rlsys.config.files import load_config
 from rlsys.config.schema import Config
 from rlsys.control import tree_search
 from rlsys.control.tree_search import Search, deciding_fields, find_prompts
 from rlsys.data.prompts import PromptBuilder
+from rlsys.display import SEARCH_FIGURES, Display
 from rlsys.errors import (
     AbortedRunError,
     ConfigError,
@@ -147,8 +148,9 @@ def opened(run_dir: Path, count: int = 10, *, share: float = 0.1, ahead: int = 3
     return Search(run_dir, prompts(count), shard_size=4, share=share, ahead=ahead)
 
 
-def display(output: io.StringIO | None = None, **settings: Any) -> SearchDisplay:
-    return SearchDisplay(Console(file=output or io.StringIO(), force_terminal=False), **settings)
+def display(output: io.StringIO | None = None, **settings: Any) -> Display:
+    console = Console(file=output or io.StringIO(), force_terminal=False)
+    return Display(console, figures=SEARCH_FIGURES, **settings)
 
 
 def run(search: Search, pool: Pool) -> None:
@@ -342,18 +344,6 @@ def test_a_verifier_that_is_broken_ends_the_search_once_enough_is_known(tmp_path
         run(opened(tmp_path, ahead=1), pool)
     assert pool.finished == 5
     assert len(opened(tmp_path).missing()) == 5  # nothing is said of a search that is not at its end
-
-
-def test_what_is_left_follows_from_the_mean() -> None:
-    now = [100.0]
-    shown = display(clock=lambda: now[0])
-    shown.begin(10, 4)
-    assert shown.seconds_left is None
-    now[0] += 6.0
-    for _ in range(3):  # in one burst
-        shown.step({})
-    # 3 trees in 6 s; 3 of 10 are left.
-    assert shown.seconds_left == 6.0
 
 
 def shipped(*overrides: str) -> Config:

@@ -173,7 +173,7 @@ def test_trees_and_their_data(
         "search/step_preferences": 0,
         "search/demonstrations": 5,
     }
-    assert "search 5/5  solved trees 1.000" in made.output.getvalue()
+    assert "trees 5/5  solved trees 1.000" in made.output.getvalue()
     reader = Reader(None, 9999, 512)
     rows = reader.supervised(str(tmp_path / "search" / "data" / "supervised.parquet"), "x")
     pairs = reader.pairs(str(tmp_path / "search" / "data" / "preferences.parquet"), "x")
