@@ -21,7 +21,8 @@ import numpy as np
 
 from actors.engine import Completion, CompletionRequest
 from actors.rollouts.single_turn import sample_seed
-from actors.search.mcts import Request, TreeSearch
+from actors.search.jobs import Request
+from actors.search.mcts import TreeSearch
 from actors.search.requests import Codec, Judge, SearchWriter
 from actors.search.writers import WriterEngine
 from rlsys.config.patterns import Pattern
