@@ -268,4 +268,6 @@ def test_the_help_names_what_is_shipped() -> None:
     help_of = {key.name: key.meaning for key in all_keys()}
     assert all(name in help_of["search.nodes"] for name in NODE_TYPES)
     *first, last = TABLES
-    assert f"Shipped: {', '.join(first)} (the four of the paper) and {last} " in " ".join(help_of["search.patterns"].split())
+    assert f"Shipped: {', '.join(first)} (the four of the paper) and {last} " in " ".join(
+        help_of["search.patterns"].split()
+    )
