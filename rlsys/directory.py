@@ -1,25 +1,25 @@
-"""Name every path of a run directory, once.
+"""Define every path of a run directory in one place.
 
     config.yaml           the resolved config
-    model/, model.sha256  the initial model of model.from_scratch, and the digest of what it was built from
+    model/, model.sha256  the initial model of model.from_scratch, and the digest of its settings
     metrics.jsonl         one row for each training step
-    ledger.jsonl          what became of every prompt
+    ledger.jsonl          the outcome of every prompt
     tensorboard/          the same metrics for TensorBoard
-    checkpoints/step_N/   see rlsys.run.checkpoints
-    resumed_from.json     the checkpoint of run.resume that this run descends from
-    stages/NAME/          the policy that a stage has exported; of the stage `search` a search directory
+    checkpoints/step_N/   checkpoints; see rlsys.run.checkpoints
+    resumed_from.json     the checkpoint, named by run.resume, with which this run began
+    stages/NAME/          the exported policy of a stage; for the stage `search`, a search directory
     stages/NAME.references.json   scores of preference pairs under the policy that the stage began with
     logs/                 one file for each process
     lock                  held by the process that uses the directory
 
-A search directory, which is a run directory of `rlsys search` or the folder of the stage `search`:
+A search directory is the run directory of `rlsys search` or the folder of the stage `search`:
 
     trees/00000.jsonl     finished trees, in the order of the prompts
     trees/.open/130.json  a finished tree whose shard is not complete
-    search.json           what decided the trees
+    search.json           config values and digests that determine the trees
     summary.json          figures of `rlsys search`
     data/                 the extracted tables and report.json
-    stage.json            what the stage `search` was asked for, and its figures
+    stage.json            the request to the stage `search`, and its figures
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pathlib import Path
 from rlsys.types import StageName
 
 REPORT = "report.json"
-"""Figures of an extraction, beside its tables."""
+"""Name of the file with the figures of an extraction, in the folder of its tables."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlsys.config.compare import check_equal, different
 from rlsys.directory import SearchDirectory
 from rlsys.errors import CheckpointError, ConfigError, DataError
 from rlsys.files import read_json, write_json, write_text
@@ -169,15 +170,8 @@ def check_origin(run_dir: Path, fixed: Mapping[str, Any], inputs: Mapping[str, s
     if not holds_trees:
         write_json(path, origin)
         return
-    different = _different(before["fixed"], fixed)
-    if different:
-        name = different[0]
-        raise ConfigError(
-            f"{name} differs from the search to be continued ({path}): expected {before['fixed'].get(name)!r}, "
-            f"found {fixed.get(name)!r}; set it back, or choose a new run.dir"
-            + (f" (also different: {', '.join(different[1:])})" if different[1:] else "")
-        )
-    if changed := _different(before["inputs"], inputs):
+    check_equal(before["fixed"], fixed, f"the search to be continued ({path})")
+    if changed := different(before["inputs"], inputs):
         raise ConfigError(
             f"{' and '.join(changed)}: the contents differ from those that the trees of {run_dir} were made with; "
             "put them back, or choose a new run.dir"
@@ -199,10 +193,6 @@ def _read_origin(path: Path) -> dict[str, Any]:
     if not whole or not isinstance(origin["fixed"], dict) or not isinstance(origin["inputs"], dict):
         raise DataError(f"{path}: expected format {FORMAT} with the keys fixed and inputs; choose a new run.dir")
     return origin
-
-
-def _different(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    return [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
 
 
 def _sweep(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Records are written whole and in order, or wait; a checkpoint is not made without the lines of its steps."""
+"""Files are written whole: records in order, and on disk before the checkpoint that needs them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from fake_runs import Run, config
 
-from rlsys import files as record_file
+from rlsys import files as files_module
 from rlsys.errors import CheckpointError
 from rlsys.files import RecordFile, json_record, read_json, read_records, resume_records, write_json
 from rlsys.run.ledger import read_ledger
@@ -24,7 +24,7 @@ RECORDS = [f"{number:09d}\n".encode() for number in range(9)]
 
 @contextlib.contextmanager
 def small_disk(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: for a moment, because it holds for the file pytest writes to as well."""
+    """Limit every file of the process to `size` bytes. Keep the block short: the limit includes the files of pytest."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -33,8 +33,8 @@ def small_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_what_the_disk_refuses_late_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the room is taken when pages are written back, a write succeeds, fsync fails, and the lines are gone."""
+def test_records_that_fsync_refuses_are_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems allocate space late: the write succeeds, fsync fails, and the lines are lost."""
     path, full = tmp_path / "lines", [True]
     file = RecordFile(path, lambda said: None, RECORDS[:2])
     real = os.fsync
@@ -56,14 +56,14 @@ def test_what_the_disk_refuses_late_is_written_again(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("size", [20, 24, 0])
-def test_what_does_not_fit_waits_and_takes_the_place_of_what_was_begun_of_it(size: int, tmp_path: Path) -> None:
+def test_records_that_do_not_fit_wait_and_overwrite_a_partial_record(size: int, tmp_path: Path) -> None:
     path, said = tmp_path / "folder" / "lines", list[str]()
     file = RecordFile(path, said.append, RECORDS[:2])
     with small_disk(size):
         for number in (2, 3, 4):
             file.write(RECORDS[number])
             assert path.read_bytes() == b"".join(RECORDS[:3])[: max(20, size)]
-            assert len(said) == 1, "once, however many lines wait"
+            assert len(said) == 1, "one message, however many lines wait"
         with pytest.raises(CheckpointError, match=rf"^{path} could not be written: .*large; free disk space"):
             file.sync()
     assert said[0].startswith(f"NOT WRITTEN, training goes on: {path}: ")
@@ -80,7 +80,7 @@ def test_what_does_not_fit_waits_and_takes_the_place_of_what_was_begun_of_it(siz
     assert [each.name for each in path.parent.iterdir()] == ["lines"]
 
 
-def test_what_still_waits_in_the_end_is_said_to_be_lost(tmp_path: Path) -> None:
+def test_records_that_still_wait_at_the_end_are_reported_as_lost(tmp_path: Path) -> None:
     said: list[str] = []
     file = RecordFile(tmp_path / "lines", said.append)
     with small_disk(5):
@@ -90,14 +90,14 @@ def test_what_still_waits_in_the_end_is_said_to_be_lost(tmp_path: Path) -> None:
     assert said[1].startswith(f"{tmp_path / 'lines'}: its last 2 lines are lost: ")
 
 
-def test_a_file_that_cannot_be_begun_is_named_and_the_old_one_stays(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_created_is_named_and_the_old_one_stays(tmp_path: Path) -> None:
     RecordFile(tmp_path / "lines", print, RECORDS[:1]).close()
     with pytest.raises(CheckpointError, match="lines could not be written: .*large"), small_disk(5):
         RecordFile(tmp_path / "lines", print, RECORDS)
     assert (tmp_path / "lines").read_bytes() == RECORDS[0]
 
 
-def test_write_json_replaces_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_json_replaces_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "state.json"
     write_json(path, {"a": 1})
     write_json(path, {"a": 2})
@@ -114,7 +114,7 @@ def test_write_json_replaces_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("text", [None, "{", b"\xff"])
-def test_read_json_says_which_file(tmp_path: Path, text: str | bytes | None) -> None:
+def test_read_json_names_the_file(tmp_path: Path, text: str | bytes | None) -> None:
     path = tmp_path / "state.json"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -157,7 +157,7 @@ FILES = ("metrics.jsonl", "ledger.jsonl", "events.out.tfevents.0000000000")
 
 
 def full_disk(run: Run, versions: set[int], names: tuple[str, ...], patch: pytest.MonkeyPatch) -> None:
-    """Half of a line fits, in files of these names, in the steps that make these versions."""
+    """Let only half of a line fit, in files with these names, in the steps that make these versions."""
     pwrite = os.pwrite
 
     def write(descriptor: int, data: Any, offset: int) -> int:
@@ -168,7 +168,7 @@ def full_disk(run: Run, versions: set[int], names: tuple[str, ...], patch: pytes
             return pwrite(descriptor, data[:40], offset)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    patch.setattr(record_file.os, "pwrite", write)
+    patch.setattr(files_module.os, "pwrite", write)
 
 
 def steps(count: int, **checkpoint: Any) -> Any:
@@ -176,7 +176,7 @@ def steps(count: int, **checkpoint: Any) -> Any:
 
 
 @pytest.mark.parametrize("names", [(name,) for name in FILES] + [FILES])
-def test_a_disk_that_is_full_for_a_while_costs_no_line(
+def test_a_disk_that_is_full_for_some_time_loses_no_line(
     names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(tmp_path, steps(5))
@@ -211,12 +211,12 @@ def test_lines_that_wait_for_too_long_or_to_the_end_of_a_stage_end_the_run(
     with pytest.raises(CheckpointError, match=f"{name} could not be written: .*No space left.*; free disk space"):
         ended()
     monkeypatch.undo()
-    for folder, last in (("a", 9), ("b", 3)):  # what waited is made again
+    for folder, last in (("a", 9), ("b", 3)):  # the lost steps are made again
         again = Run(tmp_path / folder, steps(last))()
         assert [line["version"] for line in read_ledger(again.run_dir / "ledger.jsonl")] == list(range(1, last + 1))
 
 
-def test_the_lines_of_a_checkpoint_are_on_disk_before_it_is_seen(
+def test_the_lines_of_a_checkpoint_are_on_disk_before_it_is_visible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[str, str]] = []
@@ -238,7 +238,7 @@ def test_the_lines_of_a_checkpoint_are_on_disk_before_it_is_seen(
         before = calls[: calls.index(("rename", f"step_{version:06d}"))]
         for file in FILES[:2]:
             lines = [number for number, call in enumerate(before) if call == ("pwrite", file)]
-            assert len(lines) == version + (file == FILES[0]), "a line a step, and a row for the start"
+            assert len(lines) == version + (file == FILES[0]), "one line for each step, and a row for the start"
             assert ("fsync", file) in before[lines[-1] :]
         events = [number for number, call in enumerate(before) if call == ("pwrite", FILES[2])]
-        assert ("fsync", FILES[2]) in before[events[-1] :], "what is not on disk is held in memory"
+        assert ("fsync", FILES[2]) in before[events[-1] :], "unflushed events stay in memory"

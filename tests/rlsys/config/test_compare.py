@@ -1,4 +1,4 @@
-"""Which fields of a config a resume refuses to change: all of them are classified, and every refusal is shown."""
+"""Every config field is classified as fixed or free in a resume, and every change of a fixed field is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlsys.config.files import FIXED_FIELDS, flat_fields, parse_config, select_f
 from rlsys.config.keys import all_keys
 from rlsys.errors import ConfigError
 
-# What a resume must not change, each with another value; by the rest of the config it needs.
+# Fields that a resume must not change, each with another value, by the config that they need.
 FIXED: dict[str, dict[str, Any]] = {
     "letter_count": {
         "run.seed": 4,
@@ -71,14 +71,14 @@ BEGUN: dict[str, dict[str, Any]] = {
     "blocksworld": {"task": {"type": "blocksworld", "max_blocks": 4}},
     "dataset": {"task": {"type": "dataset", "path": "x.jsonl"}},
 }
-# Fixed while their stage is under way, see above.
+# Fields that are fixed while their stage runs.
 WITHIN = {
     "warm_start.rows_per_step",
     "sft.rows_per_step",
     "preference.pairs_per_step",
     "objective.sft.rows_per_step",
 }
-# How a run is run, and how it learns, may change; by section.
+# Fields that a resume may change, by section: how a run is executed, and how it learns.
 _OPTIMIZER = "learning_rate beta1 beta2 eps weight_decay warmup_updates schedule final_fraction max_grad_norm"
 FREE_FIELDS = {
     "run": "dir resume device address time_limit",
@@ -120,12 +120,12 @@ FREE_FIELDS = {
     "search.stop.correct.NUMBER": "count after",
     "extract": "supervised chosen pairs_per_tree step_preferences step_min_visits step_min_gap",
 }
-# What tells which alternative a section is; another one has other fields, which are compared.
+# Fields that select an alternative of a section. Another alternative has other fields, which are compared.
 ALTERNATIVES = {"task.type", "model.from_scratch"}
 
 
 def test_every_field_is_classified_as_fixed_or_free() -> None:
-    """Whoever adds a field decides: what would make a resumed run another experiment belongs into FIXED_FIELDS."""
+    """A new field belongs to FIXED_FIELDS if changing it would make a resumed run another experiment."""
     fixed = {name for fields in FIXED.values() for name in fields}
     free = {f"{section}.{name}" for section, fields in FREE_FIELDS.items() for name in fields.split()}
     known = {key.name for key in all_keys()}
@@ -144,7 +144,7 @@ def test_every_fixed_field_is_refused(begun: str, field: str, tmp_path: Path) ->
     for key in name[:-1]:
         section = section.setdefault(key, {})
     section[name[-1]] = FIXED[begun][field]
-    was, now = (flat_fields(found.model_dump(mode="json"))[field] for found in (before, parse_config(values, "test")))
+    was, now = (flat_fields(each.model_dump(mode="json"))[field] for each in (before, parse_config(values, "test")))
     with pytest.raises(ConfigError) as caught:
         start(tmp_path, parse_config(values, "test"))
     assert caught.value.message == (

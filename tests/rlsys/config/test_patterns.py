@@ -1,4 +1,4 @@
-"""Shipped node types and tables, and what is said of a table that cannot be searched."""
+"""The shipped node types and tables, and the errors for tables that cannot be searched."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlsys.config.search import SearchConfig
 from rlsys.errors import ConfigError
 from rlsys.tasks.tags import TAGS
 
-# start -> a -> answer, and what a test adds.
+# start -> a -> answer, to which the tests add rows.
 NODES: dict[str, Any] = {
     "a": {"tag": "a"},
     "b": {"tag": "b"},
@@ -32,9 +32,9 @@ def search(children: dict[str, Any], nodes: dict[str, Any] | None = None, **more
 
 
 def refused(config: SearchConfig) -> str:
-    with pytest.raises(ConfigError) as found:
+    with pytest.raises(ConfigError) as caught:
         resolve(config)
-    return str(found.value)
+    return str(caught.value)
 
 
 def test_every_shipped_table_is_sound() -> None:
@@ -45,7 +45,7 @@ def test_every_shipped_table_is_sound() -> None:
         assert set(pattern.types) == {name for row in pattern.children.values() for name in row} | {
             name for row in pattern.after_wrong.values() for name in row
         }
-        assert pattern.children["start"] == {"sub_task": 2}  # every table of the paper begins so
+        assert pattern.children["start"] == {"sub_task": 2}  # every table of the paper begins with sub-tasks
 
 
 def test_the_papers_tables() -> None:
@@ -69,7 +69,7 @@ def test_the_papers_tables() -> None:
     assert set(patterns["c"].children["double_check"]) == {"thinking", "answer"}
 
 
-def test_the_authors_table_has_no_row_that_nothing_leads_to() -> None:
+def test_every_row_of_the_authors_table_is_reached() -> None:
     pattern = resolve(SearchConfig(patterns=("letter_count",)))["letter_count"]
     assert "hypothesis" not in pattern.types
     assert pattern.children == {
@@ -105,7 +105,7 @@ def test_a_table_of_the_user_takes_the_place_of_the_shipped_one() -> None:
     assert (pattern.name, pattern.children, pattern.after_wrong) == ("a", {"start": {"answer": 3}}, {})
 
 
-def test_an_empty_row_is_no_row() -> None:
+def test_an_empty_row_is_left_out() -> None:
     assert resolve(search({**CHILDREN, "answer": {}}))["t"].children == CHILDREN
 
 
@@ -137,7 +137,7 @@ def test_a_type_that_only_a_wrong_answer_leads_to_is_reached() -> None:
             {"children": {"start": {"a": 1, "b": 1}, "a": {"answer": 1}}},
             "search.tables.t.children.b: no way leads from 'b' to a terminal type",
         ),
-        (  # a child after a wrong answer must lead on, too
+        (  # a child after a wrong answer must lead to an answer too
             {"children": CHILDREN, "after_wrong": {"a": {"fixed": 1}}},
             "search.tables.t.children.fixed: no way leads from 'fixed' to a terminal type",
         ),
@@ -212,7 +212,7 @@ def test_a_type_that_only_a_wrong_answer_leads_to_is_reached() -> None:
         ),
     ],
 )
-def test_what_cannot_be_searched(config: dict[str, Any], expected: str) -> None:
+def test_tables_that_cannot_be_searched_are_refused(config: dict[str, Any], expected: str) -> None:
     assert refused(search(**config)).startswith(expected)
 
 
@@ -231,10 +231,10 @@ def test_a_loop_needs_a_depth_limit(children: dict[str, Any], after_wrong: dict[
     message = refused(search(children, after_wrong=after_wrong, max_depth=None))
     start, _, rest = message.partition("the loop ")
     assert start == "search.tables.t: "
-    found, _, rest = rest.partition(" has no end without a depth limit; ")
+    reported, _, rest = rest.partition(" has no end without a depth limit; ")
     assert rest.startswith("set search.max_depth")
-    # A loop has no first node: the same steps, wherever it begins.
-    steps, expected = found.split(" -> "), loop.split(" -> ")
+    # A loop has no first node, so compare its steps from any beginning.
+    steps, expected = reported.split(" -> "), loop.split(" -> ")
     assert set(pairwise(steps)) == set(pairwise(expected))
 
 
@@ -252,8 +252,8 @@ def test_a_config_with_such_a_table_is_refused() -> None:
         parse_config({**values, "search": {"patterns": ["q"]}}, "f")
 
 
-def test_a_table_in_a_file_with_an_unknown_key_is_named_whole() -> None:
-    # "letter_count" is a task.type as well, and must not be taken out of the name.
+def test_the_full_name_of_a_table_with_an_unknown_key_is_given() -> None:
+    # "letter_count" is also a task.type, which is left out of names; here it must stay.
     values = {"run": {"dir": "d"}, "model": {"from_scratch": {}}, "task": {"type": "letter_count"}}
     table = {"children": {"start": {"answer": 1}}, "after": {}}
     with pytest.raises(ConfigError, match=r"^f: search\.tables\.letter_count\.after: unknown key;"):

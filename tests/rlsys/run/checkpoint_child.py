@@ -1,6 +1,7 @@
-"""Writes checkpoints in forks that die at a chosen call. Started with tests/kill_at_call.c preloaded.
+"""Write checkpoints in forked processes that are killed at a chosen call. Run with kill_at_call.c preloaded.
 
-Usage: checkpoint_child.py LIBRARY. A job is a line of JSON on standard input, its outcome a line on standard output.
+Usage: checkpoint_child.py LIBRARY. Each line of standard input is a job as JSON. Its outcome is a line of standard
+output.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from rlsys.run.checkpoints import CheckpointStore
 
 
 def save(store: CheckpointStore, name: str, version: int, text: str) -> Path:
-    """Commit a small checkpoint of the form of a real one; `text` tells it from others."""
+    """Commit a small checkpoint with the files of a real one. `text` makes its contents unique."""
     temporary = store.begin(name)
     tensors = [(f"w {text}", torch.full((3,), float(version)))]
     for folder, stem in (("policy", "model"), ("learner", "exp_avg")):
@@ -34,20 +35,20 @@ def save(store: CheckpointStore, name: str, version: int, text: str) -> Path:
 
 
 def act(job: dict[str, Any]) -> None:
-    """Do what a job says: save, sweep or write."""
+    """Run a job: save, sweep or write."""
     path = Path(job["path"])
-    if job["what"] == "write":
+    if job["action"] == "write":
         write_json(path, job["value"])
         return
     store = CheckpointStore(path, job["keep_last"])
-    if job["what"] == "sweep":
+    if job["action"] == "sweep":
         store.sweep()
     else:
         save(store, job["name"], job["version"], job["text"])
 
 
 def in_fork(job: dict[str, Any], arm: Callable[[int, int, int], None]) -> dict[str, Any]:
-    """Exit code, or minus the signal, of a fork that does the job, and its calls, each a line `name path`."""
+    """Run a job in a fork. Return its exit code, or minus the signal, and its calls, each as a line `name path`."""
     with tempfile.TemporaryFile() as notes:
         pid = os.fork()
         if pid == 0:
@@ -64,7 +65,7 @@ def in_fork(job: dict[str, Any], arm: Callable[[int, int, int], None]) -> dict[s
 
 
 def main(library: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:  # imports whatever is imported late
+    with tempfile.TemporaryDirectory() as folder:  # import now what would be imported late
         save(CheckpointStore(Path(folder), 1), "a", 1, "")
         save(CheckpointStore(Path(folder), 1), "b", 2, "")
     arm = ctypes.CDLL(library).arm

@@ -1,6 +1,6 @@
-/* Preloaded into a process: counts its calls that change files, notes them, and sends SIGKILL to it at the n-th.
+/* Preload this library to count and record the calls of a process that change files, and to kill it at the n-th call.
  *
- * The calls are those of libc, whichever library makes them. Only the renames within the safetensors library go past it.
+ * It sees all calls of libc functions, from any library. It misses only the renames inside the safetensors library.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -19,7 +19,7 @@
 static long calls, last;
 static int halved, notes = -1;
 
-/* Begin to count. kill_at: the call that is not made any more, 0 for none; half: of a write, half is made. */
+/* Start to count. kill_at: the process is killed before this call, 0 for never; half: after half of a write. */
 void arm(long kill_at, int half, int descriptor) {
     calls = 0;
     last = kill_at;
@@ -29,15 +29,15 @@ void arm(long kill_at, int half, int descriptor) {
 
 static void die(void) { syscall(SYS_kill, getpid(), SIGKILL); }
 
-/* Whether this is the call to die at. A path is noted as it was given, or as that of an open file. */
+/* Record a call, with its path or the path of its open file. Return whether the process must die at this call. */
 static int reached(const char *name, int descriptor, const char *path) {
     if (notes < 0) return 0;
-    char line[2 * PATH_MAX], link[64], found[PATH_MAX];
+    char line[2 * PATH_MAX], link[64], target[PATH_MAX];
     if (!path) {
         snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
-        ssize_t size = readlink(link, found, sizeof found - 1);
-        found[size < 0 ? 0 : size] = 0;
-        path = found;
+        ssize_t size = readlink(link, target, sizeof target - 1);
+        target[size < 0 ? 0 : size] = 0;
+        path = target;
         if (path[0] != '/') return 0; /* a pipe or a socket */
     }
     int size = snprintf(line, sizeof line, "%s %s\n", name, path);

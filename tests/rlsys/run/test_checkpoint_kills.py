@@ -1,4 +1,4 @@
-"""SIGKILL at every call of libc that writes a checkpoint, and every way to damage one."""
+"""A SIGKILL at every libc call that writes a checkpoint, and every way to damage a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Saver = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def saver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saver]:
-    """Does a job of checkpoint_child.py in a process of its own, which dies before call `kill_at`, or in its middle."""
+    """Return a function that runs a job of checkpoint_child.py in a fork, killed before or halfway through a call."""
     library = tmp_path_factory.mktemp("library") / "kill_at_call.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, HERE / "kill_at_call.c", "-ldl"], check=True)
     process = subprocess.Popen(
@@ -55,7 +55,7 @@ def saver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saver]:
 
 
 def digests(path: Path | None) -> dict[str, str]:
-    """sha256 of every file of a checkpoint that passes the loader's checks."""
+    """Return the sha256 of every file of a checkpoint, which must be valid."""
     assert path is not None
     verify_checkpoint(path)
     return {
@@ -69,7 +69,7 @@ def names(store: CheckpointStore) -> set[str]:
     return {path.name for path in store.folder.iterdir()}
 
 
-# Checkpoints there were before, by name: version. What is saved then; what is there afterwards.
+# Earlier checkpoints (name: version), keep_last, name and version of the new checkpoint, and the names afterwards.
 Before = dict[str, int]
 CASES: dict[str, tuple[Before, int, str, int, set[str]]] = {
     "the one before is pruned": ({"a": 1}, 1, "b", 2, {"b"}),
@@ -97,36 +97,38 @@ def test_a_kill_at_every_call_leaves_the_previous_or_the_new_one(
 
 
 def kill_at_every_call(saver: Saver, folder: Path, case: str, half: bool) -> int:
-    """Check what the loader finds after each kill, and that the next save works; how many kills there were.
+    """Kill a save at every call, then check what `latest` returns and that the next save works.
 
     Args:
-        half: SIGKILL comes when half of a write is made, instead of before a call.
+        half: send SIGKILL after half of a write, instead of before a call.
+    Returns:
+        The number of kills.
     """
     before, keep_last, name, version, after = CASES[case]
-    job = {"what": "save", "name": name, "version": version, "text": "new", "keep_last": keep_last}
+    job = {"action": "save", "name": name, "version": version, "text": "new", "keep_last": keep_last}
     store = earlier(folder / "whole", before, keep_last)
     old, calls = digests(store.latest()), saver(store.folder, **job)["calls"]
     new = digests(store.latest())
     assert new != old and names(store) == after
-    seen = []
+    new_is_visible = []
     for number, call in enumerate(calls, start=1):
         if half and not call.startswith("write"):
             continue
         store = earlier(folder / str(number), before, keep_last)
         outcome = saver(store.folder, number, half, **job)
         assert outcome["code"] == -signal.SIGKILL, call
-        found = digests(store.latest())
-        assert found in (old, new), call
-        seen.append(found == new)
+        latest = digests(store.latest())
+        assert latest in (old, new), call
+        new_is_visible.append(latest == new)
         store.sweep()
-        assert digests(store.latest()) == found
+        assert digests(store.latest()) == latest
         save(store, "next", 9, "next")
         assert digests(store.latest())["state.json"] not in (old["state.json"], new["state.json"])
         assert len(names(store)) == keep_last and not any(name.startswith(".") for name in names(store)), call
         shutil.rmtree(store.folder)
-    assert seen == sorted(seen), "once the new one is visible it stays so"
-    assert not seen[0] and (half or seen[-1]), "from the first write to the removal of old ones"
-    return len(seen)
+    assert new_is_visible == sorted(new_is_visible), "once the new checkpoint is visible, it stays visible"
+    assert not new_is_visible[0] and (half or new_is_visible[-1]), "from the first write to the last removal"
+    return len(new_is_visible)
 
 
 def test_a_kill_at_every_call_of_the_removal_of_leftovers(saver: Saver, tmp_path: Path) -> None:
@@ -137,12 +139,12 @@ def test_a_kill_at_every_call_of_the_removal_of_leftovers(saver: Saver, tmp_path
         return store
 
     store = leftovers(tmp_path / "whole")
-    calls = saver(store.folder, what="sweep", keep_last=1)["calls"]
+    calls = saver(store.folder, action="sweep", keep_last=1)["calls"]
     assert names(store) == {"a"} and len(calls) > 6
     for number in range(1, len(calls) + 1):
         store = leftovers(tmp_path / str(number))
         good = digests(store.latest())
-        assert saver(store.folder, number, what="sweep", keep_last=1)["code"] == -signal.SIGKILL
+        assert saver(store.folder, number, action="sweep", keep_last=1)["code"] == -signal.SIGKILL
         assert digests(store.latest()) == good
         store.sweep()
         assert names(store) == {"a"} and digests(store.latest()) == good
@@ -152,21 +154,21 @@ def test_a_kill_at_every_call_of_the_removal_of_leftovers(saver: Saver, tmp_path
 def test_a_kill_at_every_call_leaves_a_json_file_old_or_new(saver: Saver, tmp_path: Path, half: bool) -> None:
     path = tmp_path / "state.json"
     write_json(path, "old")
-    calls = saver(tmp_path / "other.json", what="write", value="new")["calls"]
-    found = []
+    calls = saver(tmp_path / "other.json", action="write", value="new")["calls"]
+    values = []
     for number in range(1, len(calls) + 1):
-        outcome = saver(path, number, half, what="write", value="new")
+        outcome = saver(path, number, half, action="write", value="new")
         assert outcome["code"] == -signal.SIGKILL
-        found.append(read_json(path))
-    assert found == sorted(found, reverse=True) and set(found) == {"old", "new"}
+        values.append(read_json(path))
+    assert values == sorted(values, reverse=True) and set(values) == {"old", "new"}
 
 
-# --- a power cut keeps what was brought to disk ---
+# --- power cuts: the order of flushes and renames ---
 
 
 def test_everything_is_on_disk_before_the_rename_and_the_rename_before_a_removal(saver: Saver, tmp_path: Path) -> None:
     store = earlier(tmp_path / "checkpoints", {"a": 1}, 1)
-    job = {"what": "save", "name": "b", "version": 2, "text": "new", "keep_last": 1}
+    job = {"action": "save", "name": "b", "version": 2, "text": "new", "keep_last": 1}
     calls = saver(store.folder, **job)["calls"]
     temporary, new = Path(calls[0].removeprefix("mkdir ").strip()), store.folder / "b"
     assert temporary.name.startswith(".tmp-b-")
@@ -189,13 +191,13 @@ def test_everything_is_on_disk_before_the_rename_and_the_rename_before_a_removal
 
 
 def _changed_folder(call: str) -> str:
-    """The folder whose entries a call changes."""
+    """Return the folder whose entries a call changes."""
     kind, path = call.split(" ", 1)
     return str(Path(path.strip()).parent) if kind in ("open", "mkdir", "rename") else ""
 
 
 def test_a_json_file_is_on_disk_before_its_rename(saver: Saver, tmp_path: Path) -> None:
-    calls = [call.split() for call in saver(tmp_path / "state.json", what="write", value="new")["calls"]]
+    calls = [call.split() for call in saver(tmp_path / "state.json", action="write", value="new")["calls"]]
     assert [kind for kind, _ in calls] == ["open", "write", "fsync", "rename", "fsync"]
     assert calls[0][1] == calls[1][1] == calls[2][1] != str(tmp_path / "state.json")
     assert [path for _, path in calls[3:]] == [str(tmp_path / "state.json"), str(tmp_path)]
@@ -206,7 +208,7 @@ def test_a_json_file_is_on_disk_before_its_rename(saver: Saver, tmp_path: Path) 
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
-    """A good checkpoint and a newer one."""
+    """Return a store with a valid checkpoint `old` and a newer one `new`."""
     store = CheckpointStore(tmp_path / "checkpoints", keep_last=2)
     for name, version in (("old", 1), ("new", 2)):
         temporary = store.begin(name)
@@ -222,7 +224,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def damaged(path: Path) -> str:
-    """What the loader says of a damaged checkpoint."""
+    """Return the error message for a damaged checkpoint."""
     with pytest.raises(CheckpointError) as caught:
         verify_checkpoint(path)
     assert str(path) in caught.value.message
@@ -230,7 +232,7 @@ def damaged(path: Path) -> str:
 
 
 def assert_skipped(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
-    """The newest is passed over with a message, and the one before is used."""
+    """Assert that `latest` skips the damaged checkpoint `new` with a warning and returns `old`."""
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert store.latest() == store.folder / "old"
@@ -240,18 +242,18 @@ def assert_skipped(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> 
 
 
 def flipped(data: bytes) -> Iterator[bytes]:
-    """With every bit turned, one at a time."""
+    """Yield the data with each bit flipped, one at a time."""
     for position, bit in itertools.product(range(len(data)), range(8)):
         yield data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :]
 
 
 def truncated(data: bytes) -> Iterator[bytes]:
-    """Of every smaller size."""
+    """Yield every shorter prefix of the data."""
     return (data[:size] for size in range(len(data)))
 
 
 @pytest.mark.parametrize("way", [flipped, truncated])
-def test_every_flipped_bit_and_every_truncation_is_found(
+def test_every_flipped_bit_and_every_truncation_is_detected(
     store: CheckpointStore, caplog: pytest.LogCaptureFixture, way: Callable[[bytes], Iterator[bytes]]
 ) -> None:
     assert damage_every_file(store, caplog, way) > 500
@@ -260,7 +262,7 @@ def test_every_flipped_bit_and_every_truncation_is_found(
 def damage_every_file(
     store: CheckpointStore, caplog: pytest.LogCaptureFixture, way: Callable[[bytes], Iterator[bytes]]
 ) -> int:
-    """How often a file of the newest checkpoint was damaged in a way, and that was found."""
+    """Damage every file of the newest checkpoint and assert that it is detected. Return the number of damages."""
     times = 0
     for file in files(store.folder / "new"):
         data = file.read_bytes()
@@ -274,7 +276,9 @@ def damage_every_file(
     return times
 
 
-def test_every_deleted_and_every_added_file_is_found(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_deleted_and_every_added_file_is_detected(
+    store: CheckpointStore, caplog: pytest.LogCaptureFixture
+) -> None:
     new = store.folder / "new"
     for file in files(new):
         data = file.read_bytes()
@@ -294,12 +298,16 @@ def test_every_deleted_and_every_added_file_is_found(store: CheckpointStore, cap
     assert_skipped(store, caplog)
 
 
-def test_every_swap_of_two_files_is_found(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_swap_of_two_files_is_detected(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
     assert swap_every_two_files(store, caplog) == 10
 
 
 def swap_every_two_files(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> int:
-    """How often two files were swapped, within the newest checkpoint or with the one before, and that was found."""
+    """Swap pairs of files, within the newest checkpoint or with the previous one, and assert that it is detected.
+
+    Returns:
+        The number of swaps.
+    """
     old, new = store.folder / "old", store.folder / "new"
     pairs = list(itertools.combinations(files(new), 2)) + list(zip(files(old), files(new), strict=True))
     for one, other in pairs:
@@ -321,14 +329,14 @@ def swap(one: Path, other: Path) -> None:
 
 
 def test_checkpoints_of_each_others_names_keep_their_order(store: CheckpointStore) -> None:
-    """The manifest decides which is newer, so that a renamed one is no other run state."""
+    """The manifest, not the name of the folder, decides which checkpoint is newer."""
     for name, other in (("old", "aside"), ("new", "old"), ("aside", "new")):
         (store.folder / name).rename(store.folder / other)
     assert read_json(store.latest() / MANIFEST)["info"]["weight_version"] == 2
 
 
 @pytest.mark.parametrize("file", ["state.json", "learner/a.bin", MANIFEST])
-def test_where_none_is_valid_a_run_does_not_begin_anew(store: CheckpointStore, file: str) -> None:
+def test_a_run_without_a_valid_checkpoint_does_not_start_from_scratch(store: CheckpointStore, file: str) -> None:
     for name in ("old", "new"):
         (store.folder / name / file).write_text("{}")
     with pytest.raises(CheckpointError) as caught:

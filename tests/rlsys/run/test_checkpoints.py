@@ -1,4 +1,4 @@
-"""Checkpoints survive a crash, a full disk and a flipped byte; one run directory has one owner."""
+"""Checkpoints survive a crash, a full disk and a flipped byte."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_keeps_the_last_k_by_version_not_by_name(tmp_path: Path, keep_last: int)
     assert store.latest() == tmp_path / "step-11"
 
 
-def test_a_run_resumed_from_an_earlier_version_replaces_what_followed(tmp_path: Path) -> None:
+def test_a_run_resumed_from_an_earlier_version_replaces_later_checkpoints(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last=2)
     save(store, "step-10", 10, content("ten"))
     broken = save(store, "step-20", 20, content("twenty"))
@@ -128,7 +128,7 @@ def test_name_must_be_a_plain_folder(store: CheckpointStore, name: str) -> None:
 
 
 def in_child(action: Callable[[], int]) -> int:
-    """Exit code of `action` in a forked process."""
+    """Return the exit code of `action` in a forked process."""
     pid = os.fork()
     if pid == 0:
         code = 99
@@ -140,7 +140,7 @@ def in_child(action: Callable[[], int]) -> int:
 
 
 def at_call(number: int, fault: Callable[[], None]) -> None:
-    """Call `fault` at the number-th system call that changes or opens something. For forked children only.
+    """Call `fault` at the number-th system call that opens or changes a file. Use it only in forked children.
 
     Python reports open, mkdir, rename, unlink and rmdir to audit hooks; fsync is wrapped.
     """
@@ -177,7 +177,7 @@ def crash_during_save(store: CheckpointStore, number: int, name: str, version: i
 
 @pytest.mark.parametrize(("name", "version"), [("step-2", 2), ("step-1", 1)], ids=["next", "same-name"])
 def test_crash_at_every_call(tmp_path: Path, name: str, version: int) -> None:
-    """SIGKILL before call i, for every i until the save runs through: the previous one or the new one."""
+    """A SIGKILL before any call of a save leaves the previous checkpoint or the new one."""
     old, new = small("old"), small("new")
     seen = []
     code = -signal.SIGKILL
@@ -186,22 +186,22 @@ def test_crash_at_every_call(tmp_path: Path, name: str, version: int) -> None:
         save(store, "step-1", 1, old)
         code = crash_during_save(store, len(seen) + 1, name, version, new)
         assert code in (0, -signal.SIGKILL)
-        found = stored(store.latest())
-        assert found in (old, new)
-        seen.append(found == new)
+        latest = stored(store.latest())
+        assert latest in (old, new)
+        seen.append(latest == new)
         store.sweep()
-        assert stored(store.latest()) == found
+        assert stored(store.latest()) == latest
         assert not [entry for entry in names(store) if entry.startswith(".")]
-    # 2 folders made; 2 files opened to write, hash and sync, synced: 8; 2 folders: 4; manifest: 3;
-    # top folder: 2; 1 rename at least, parent: 2; then what removes the old one
+    # mkdir of 2 folders; open (write, hash, fsync) and fsync of 2 files: 8; fsync of 2 folders: 4; manifest: 3;
+    # fsync of the top folder: 2; at least 1 rename; fsync of the parent: 2; then the removal of the old checkpoint
     assert len(seen) > 22
-    assert seen == sorted(seen), "once the new one is visible it stays so"
+    assert seen == sorted(seen), "once the new checkpoint is visible, it stays visible"
     assert not seen[0]
-    assert seen[-2], "the last calls remove the old one"
+    assert seen[-2], "the last calls remove the old checkpoint"
 
 
 def commit_on_a_full_disk(store: CheckpointStore, number: int) -> str:
-    """Outcome of a commit whose number-th call raises ENOSPC: refused, unharmed or not reached."""
+    """Return the outcome of a commit whose number-th call raises ENOSPC: refused, unharmed or not reached."""
     outcomes = ["not reached", "unharmed", "refused", "another error"]
 
     def child() -> int:
@@ -224,7 +224,7 @@ def commit_on_a_full_disk(store: CheckpointStore, number: int) -> str:
 
 
 def test_disk_full_at_every_call(tmp_path: Path) -> None:
-    """Refused: no temporary folder, the old checkpoint as it was. After the rename: the new one stands."""
+    """An error before the rename leaves only the old checkpoint. After the rename, the new checkpoint stays."""
     outcomes = []
     while "not reached" not in outcomes:
         store = CheckpointStore(tmp_path / str(len(outcomes)), keep_last=1)
@@ -240,14 +240,14 @@ def test_disk_full_at_every_call(tmp_path: Path) -> None:
     assert set(outcomes) == {"refused", "unharmed", "not reached"}
 
 
-def test_begin_says_what_cannot_be_written(tmp_path: Path) -> None:
+def test_begin_names_the_checkpoint_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"step-1 could not be written.*Not a directory"):
         CheckpointStore(tmp_path / "file" / "checkpoints", 1).begin("step-1")
 
 
 def test_order_of_sync_and_rename(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A power cut keeps what was synced: data before the manifest, all before the rename, then the parent."""
+    """Data are flushed before the manifest, all files before the rename, and the parent folder after it."""
     save(store, "step-1", 1, content("old"))
     calls: list[str] = []
     real_fsync, real_rename = os.fsync, os.rename
@@ -308,7 +308,7 @@ CORRUPTIONS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("way", CORRUPTIONS)
 @pytest.mark.parametrize("name", ["learner/a.bin", "learner/b.bin", "state.json", MANIFEST])
-def test_corruption_is_found_and_the_previous_one_used(
+def test_a_corrupted_checkpoint_is_skipped_for_the_previous_one(
     tmp_path: Path, name: str, way: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = CheckpointStore(tmp_path, keep_last=2)
@@ -322,7 +322,7 @@ def test_corruption_is_found_and_the_previous_one_used(
         verify_checkpoint(newest)
 
 
-def test_swapped_and_added_files_are_found(store: CheckpointStore) -> None:
+def test_swapped_and_added_files_are_detected(store: CheckpointStore) -> None:
     path = save(store, "step-1", 1, content("one"))
     swap(path / "learner/a.bin", path / "learner/b.bin")
     with pytest.raises(CheckpointError, match=r"a\.bin: expected sha256"):
@@ -334,10 +334,10 @@ def test_swapped_and_added_files_are_found(store: CheckpointStore) -> None:
         verify_checkpoint(path)
 
 
-def test_a_flip_in_every_byte_of_the_manifest_is_found(store: CheckpointStore) -> None:
+def test_a_flip_in_every_byte_of_the_manifest_is_detected(store: CheckpointStore) -> None:
     path = save(store, "step-1", 1, {"state.json": b"one"})
     for position in range((path / MANIFEST).stat().st_size):
-        mask = (0x01, 0x20)[position % 2]  # 0x20 turns a letter's case, which a lenient comparison would accept
+        mask = (0x01, 0x20)[position % 2]  # 0x20 changes the case of a letter, which a lenient comparison would accept
         flip(path / MANIFEST, position, mask)
         with pytest.raises(CheckpointError):
             verify_checkpoint(path)
@@ -345,7 +345,7 @@ def test_a_flip_in_every_byte_of_the_manifest_is_found(store: CheckpointStore) -
     verify_checkpoint(path)
 
 
-def test_refuses_to_start_over_where_no_checkpoint_is_valid(tmp_path: Path) -> None:
+def test_without_a_valid_checkpoint_latest_is_an_error(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last=2)
     for version in (1, 2):
         save(store, f"step-{version}", version, content("x"))
@@ -367,7 +367,7 @@ def test_a_manifest_that_leads_out_is_refused(store: CheckpointStore, evil: str)
 
 
 @pytest.mark.parametrize("how", ["link", "manifest"])
-def test_what_writers_must_not_make_is_refused(store: CheckpointStore, how: str) -> None:
+def test_a_link_or_a_manifest_of_a_writer_is_refused(store: CheckpointStore, how: str) -> None:
     temporary = store.begin("step-1")
     if how == "link":
         (temporary / "link").symlink_to("/etc/hostname")

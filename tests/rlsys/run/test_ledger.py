@@ -1,4 +1,4 @@
-"""What became of every prompt is written down, and adds up."""
+"""The ledger records the outcome of every prompt, and the outcomes add up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlsys.errors import CheckpointError
 from rlsys.run.ledger import Ledger, read_ledger
 
 
-def test_every_step_has_a_line_and_every_prompt_a_fate(tmp_path: Path) -> None:
+def test_every_step_has_a_line_and_every_prompt_an_outcome(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, -1)
     ledger.resume(0, ())
     ledger.note("trained", [0, 2])
@@ -50,9 +50,9 @@ def test_a_resume_checks_prompt_by_prompt(
     before.note("trained", [0, 1])
     before.close_step(1, 3, (2,))
     before.close()
-    again = Ledger(tmp_path, 1)
+    resumed = Ledger(tmp_path, 1)
     with pytest.raises(CheckpointError, match=message):
-        again.resume(cursor, in_flight)
+        resumed.resume(cursor, in_flight)
     Ledger(tmp_path, 1).resume(3, (2,))
 
 
@@ -64,15 +64,15 @@ def test_lines_after_the_checkpoint_and_a_cut_one_are_left_out(tmp_path: Path) -
     before.close()
     with before.path.open("a") as stream:
         stream.write('{"version": 3, "trai')
-    again = Ledger(tmp_path, 1)
-    assert [line["version"] for line in read_ledger(again.path)] == [1]
-    again.resume(1, ())
-    again.note("trained", [1])
-    again.close_step(2, 2, ())
-    assert [line["trained"] for line in read_ledger(again.path)] == [[0], [1]]
+    resumed = Ledger(tmp_path, 1)
+    assert [line["version"] for line in read_ledger(resumed.path)] == [1]
+    resumed.resume(1, ())
+    resumed.note("trained", [1])
+    resumed.close_step(2, 2, ())
+    assert [line["trained"] for line in read_ledger(resumed.path)] == [[0], [1]]
 
 
-def test_a_run_without_a_ledger_begins_one_with_what_it_had_trained(tmp_path: Path) -> None:
+def test_a_run_without_a_ledger_begins_one_with_its_earlier_prompts(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, 5)
     ledger.resume(4, (2,))
     ledger.note("trained", [2])
@@ -90,7 +90,7 @@ def test_a_run_without_a_ledger_begins_one_with_what_it_had_trained(tmp_path: Pa
 
 def test_a_ledger_that_ended_before_its_first_line_is_begun_again(tmp_path: Path) -> None:
     for cut in ("", '{"version": 5, "before": [0, 1'):
-        Ledger(tmp_path, 5).close()  # the weights are still to be loaded, and a kill comes
+        Ledger(tmp_path, 5).close()  # killed while it loads the weights
         (tmp_path / "ledger.jsonl").write_text(cut)
     ledger = Ledger(tmp_path, 5)
     ledger.resume(4, (2,))

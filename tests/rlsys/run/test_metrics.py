@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard carry the same names and values; a resumed file equals an undisturbed one."""
+"""metrics.jsonl and TensorBoard carry the same names and values, also after a resume."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from rlsys.run.metrics import METRICS, MetricsWriter, read_rows
 
 
 def events(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of every tag, as TensorBoard itself reads them."""
+    """Return (step, value) of every tag, as TensorBoard reads them."""
     accumulator = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
     accumulator.Reload()
     return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
 
 
 def rows_as_events(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """What the events of a metrics.jsonl must be. TensorBoard holds float32."""
+    """Return the events that a metrics.jsonl should have. TensorBoard stores float32."""
     expected: dict[str, list[tuple[int, float]]] = {}
     for row in read_rows(run_dir / "metrics.jsonl"):
         for name in METRICS:
@@ -55,8 +55,7 @@ def run(run_dir: Path, first: int, last: int, resume_version: int = 0) -> Metric
 def test_registry() -> None:
     assert all(name == spec.name and re.fullmatch(r"[a-z_]+/[a-z_]+", name) for name, spec in METRICS.items())
     assert all(spec.unit and spec.meaning for spec in METRICS.values())
-    # Times, rates, the driver's memory and what depends on the order of requests, and nothing else, may differ
-    # between equal runs.
+    # Only times, rates, memory and figures that depend on the order of requests may differ between equal runs.
     volatile = ("time/", "process/", "rollout/idle_", "rollout/prefix_cache_")
     machine = [name for name in METRICS if name.startswith(volatile) or name.endswith("_s")]
     assert [name for name, spec in METRICS.items() if spec.volatile] == machine
@@ -116,8 +115,8 @@ def test_tensorboard_equals_jsonl(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("checkpoint", range(7))
 @pytest.mark.parametrize("killed_after", [3, 6])
-def test_resumed_files_equal_undisturbed_ones(tmp_path: Path, checkpoint: int, killed_after: int) -> None:
-    """Checkpoint at a version, kill later in the middle of a line, resume: the same rows, the same series."""
+def test_resumed_files_equal_uninterrupted_ones(tmp_path: Path, checkpoint: int, killed_after: int) -> None:
+    """A run that is killed in the middle of a line and resumed from a checkpoint has the same rows and events."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     run(whole, 1, 8).close()
 
@@ -132,7 +131,7 @@ def test_resumed_files_equal_undisturbed_ones(tmp_path: Path, checkpoint: int, k
 
 
 def test_the_row_at_the_checkpoint_may_be_written_again(tmp_path: Path) -> None:
-    """The row of step 0 is written after the checkpoint that ended the stage before: same version."""
+    """The row of step 0 has the version of the checkpoint that ended the previous stage, and is written after it."""
     run(tmp_path, 1, 3).close()
     before = lines(tmp_path)
     writer = MetricsWriter(tmp_path, 3)
@@ -154,7 +153,7 @@ def test_event_file_cut_short_by_a_kill(tmp_path: Path) -> None:
     assert events(tmp_path) == rows_as_events(tmp_path)
 
 
-def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:
+def test_a_line_that_is_not_a_row_is_named(tmp_path: Path) -> None:
     run(tmp_path, 1, 2).close()
     text = (tmp_path / "metrics.jsonl").read_text()
     (tmp_path / "metrics.jsonl").write_text(text.replace('"step": 2', '"stop": 2'))

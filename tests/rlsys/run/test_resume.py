@@ -1,4 +1,4 @@
-"""Where a run starts, for every value of run.resume."""
+"""The start of a run, for every value of run.resume."""
 
 from __future__ import annotations
 
@@ -43,7 +43,11 @@ def state(version: int) -> RunState:
 
 
 def save(run_dir: Path, *versions: int, of: Config | None = None) -> None:
-    """A run directory as a run of `config()`, or of another one, leaves it."""
+    """Write the run directory of a run with checkpoints of these versions.
+
+    Args:
+        of: the config of the run; by default `config()`.
+    """
     run_dir.mkdir(exist_ok=True)
     (run_dir / "config.yaml").write_text(dump_config(of or config()))
     for version in versions:
@@ -58,28 +62,28 @@ def start(run_dir: Path, now: Config) -> Start:
 
 
 def begin(run_dir: Path, now: Config) -> Start:
-    """`start`, accepted."""
+    """Find the start of a run and settle it."""
     run_dir.mkdir(exist_ok=True)
-    found = start(run_dir, now)
-    found.settle(run_dir)
-    return found
+    beginning = start(run_dir, now)
+    beginning.settle(run_dir)
+    return beginning
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_an_empty_directory_starts_from_the_model(resume: str, tmp_path: Path) -> None:
-    found = start(tmp_path, config(resume))
-    assert found == Start(FRESH, None)
-    assert found.describe() == "starting from the initial model"
+    beginning = start(tmp_path, config(resume))
+    assert beginning == Start(FRESH, None)
+    assert beginning.describe() == "starting from the initial model"
 
 
 def test_auto_continues_from_the_newest_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 2, 5)
-    found = start(tmp_path, config())
-    assert found == Start(state(5), tmp_path / "checkpoints" / "step_000005")
-    assert "step_000005 (weight version 5)" in found.describe()
+    beginning = start(tmp_path, config())
+    assert beginning == Start(state(5), tmp_path / "checkpoints" / "step_000005")
+    assert "step_000005 (weight version 5)" in beginning.describe()
 
 
-def test_auto_passes_over_a_damaged_checkpoint_and_never_starts_over_silently(tmp_path: Path) -> None:
+def test_auto_skips_a_damaged_checkpoint_and_never_starts_over_silently(tmp_path: Path) -> None:
     save(tmp_path, 2, 5)
     (tmp_path / "checkpoints" / "step_000005" / "state.json").write_text("{}")
     assert start(tmp_path, config()).state == state(2)
@@ -89,17 +93,17 @@ def test_auto_passes_over_a_damaged_checkpoint_and_never_starts_over_silently(tm
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
-def test_a_run_that_has_lost_its_learner_goes_on_from_its_newest_checkpoint(resume: str, tmp_path: Path) -> None:
+def test_a_run_that_lost_its_learner_continues_from_its_newest_checkpoint(resume: str, tmp_path: Path) -> None:
     begin(tmp_path, config(resume))
     save(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     assert find_again(config(resume), tmp_path, store(tmp_path)) == Start(FRESH, None)
     save(tmp_path, 5, 9)
-    found = find_again(config(resume), tmp_path, store(tmp_path))
-    assert found.state == state(9) and not found.named
+    beginning = find_again(config(resume), tmp_path, store(tmp_path))
+    assert beginning.state == state(9) and not beginning.named
 
 
-def test_a_run_that_was_branched_goes_on_from_where_it_began_and_then_from_its_own(tmp_path: Path) -> None:
+def test_a_branched_run_continues_from_the_named_checkpoint_and_then_from_its_own(tmp_path: Path) -> None:
     save(tmp_path / "a", 5)
     named = config(str(tmp_path / "a" / "checkpoints" / "step_000005"))
     begin(tmp_path / "b", named)
@@ -118,14 +122,14 @@ def test_never_refuses_a_used_directory(tmp_path: Path) -> None:
         start(tmp_path, config("never"))
 
 
-def test_a_path_is_where_a_run_begins_and_the_same_command_continues_it(tmp_path: Path) -> None:
+def test_a_path_names_the_beginning_of_a_run_and_the_same_command_continues_it(tmp_path: Path) -> None:
     save(tmp_path / "a", 2, 5)
     (tmp_path / "a" / "stages" / "warm_start").mkdir(parents=True)
     earlier = tmp_path / "a" / "checkpoints" / "step_000002"
     command = config(str(earlier))
     assert start(tmp_path / "b", command) == Start(state(2), earlier, named=True)
     assert not (tmp_path / "b").exists(), "nothing is changed before the start is accepted"
-    (tmp_path / "b" / "stages" / "online").mkdir(parents=True)  # of something else
+    (tmp_path / "b" / "stages" / "online").mkdir(parents=True)  # from an unrelated run
     begin(tmp_path / "b", command)
     assert [path.name for path in (tmp_path / "b" / "stages").iterdir()] == ["warm_start"]
     (tmp_path / "b" / "metrics.jsonl").write_text("")  # killed before its first own checkpoint
@@ -135,7 +139,7 @@ def test_a_path_is_where_a_run_begins_and_the_same_command_continues_it(tmp_path
     assert start(tmp_path / "b", command) == Start(state(4), tmp_path / "b" / "checkpoints" / "step_000004")
 
 
-def test_a_path_does_not_touch_what_another_run_left(tmp_path: Path) -> None:
+def test_a_path_is_refused_in_the_directory_of_another_run(tmp_path: Path) -> None:
     save(tmp_path / "a", 2)
     save(tmp_path / "b", 7)
     (tmp_path / "c").mkdir()
@@ -157,7 +161,7 @@ def test_a_path_within_the_run_directory_is_refused_while_there_are_newer_ones(t
     (tmp_path / "stages" / "warm_start").mkdir(parents=True)
     assert begin(tmp_path, config(str(path))) == Start(state(2), path, named=True)
     assert (tmp_path / "stages" / "warm_start").is_dir()
-    save(tmp_path, 3)  # and goes on from there, also where retention has removed the first
+    save(tmp_path, 3)  # the run continues from here, even if retention has removed the first checkpoint
     shutil.rmtree(path)
     assert start(tmp_path, config(str(path))).state == state(3)
 
@@ -181,7 +185,7 @@ def test_the_end_of_another_run_leaves_nothing_to_do(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         start(tmp_path / "b", config(path, train={"max_steps": 8}))
     assert start(tmp_path / "b", config(path, train={"max_steps": 9})).state == state(9)
-    assert start(tmp_path / "a", config(path, train={"max_steps": 8})).state == state(9)  # is complete itself
+    assert start(tmp_path / "a", config(path, train={"max_steps": 8})).state == state(9)  # the run itself is complete
 
 
 def test_a_path_is_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +196,7 @@ def test_a_path_is_relative_to_the_working_directory(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("path", "found"),
+    ("path", "reason"),
     [
         ("nowhere", "no such folder$"),
         ("always", "no such folder$"),
@@ -202,12 +206,12 @@ def test_a_path_is_relative_to_the_working_directory(tmp_path: Path, monkeypatch
         ("a/checkpoints", r"a folder without MANIFEST\.json; did you mean .*/a/checkpoints/step_000002\?$"),
     ],
 )
-def test_a_path_that_is_no_checkpoint(path: str, found: str, tmp_path: Path) -> None:
+def test_a_path_that_is_no_checkpoint(path: str, reason: str, tmp_path: Path) -> None:
     save(tmp_path / "a", 1, 2)
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
-    wanted = r"expected auto, never or the folder of a checkpoint, RUN_DIR/checkpoints/step_N, found "
-    with pytest.raises(ConfigError, match=rf"^run\.resume {tmp_path / path}: {wanted}{found}"):
+    expected = r"expected auto, never or the folder of a checkpoint, RUN_DIR/checkpoints/step_N, found "
+    with pytest.raises(ConfigError, match=rf"^run\.resume {tmp_path / path}: {expected}{reason}"):
         start(tmp_path / "b", config(str(tmp_path / path)))
 
 
@@ -222,9 +226,9 @@ def test_a_path_of_a_damaged_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_folders_of_others_among_the_checkpoints_are_refused_and_stay(tmp_path: Path, resume: str) -> None:
-    """They would count as damaged checkpoints, and those are removed with the next save."""
+    """They would count as damaged checkpoints, which the next save removes."""
     save(tmp_path, 2)
-    (tmp_path / "checkpoints" / "step_000009").mkdir()  # damaged, and of the form of one of ours
+    (tmp_path / "checkpoints" / "step_000009").mkdir()  # damaged, but with the name of a checkpoint
     (tmp_path / "checkpoints" / "step_000002.pinned").write_text("")
     assert start(tmp_path, config()).state == state(2)
     foreign = tmp_path / "checkpoints" / "checkpoint-500"
@@ -250,7 +254,7 @@ def test_a_run_without_a_usable_config_cannot_be_resumed(tmp_path: Path, text: s
 
 
 @pytest.mark.parametrize("text", ["[]", "{}"])
-def test_a_damaged_note_of_where_a_run_began_is_named(tmp_path: Path, text: str) -> None:
+def test_a_damaged_resumed_from_file_is_named(tmp_path: Path, text: str) -> None:
     save(tmp_path / "a", 2)
     begin(tmp_path / "b", config(str(tmp_path / "a" / "checkpoints" / "step_000002")))
     (tmp_path / "b" / "resumed_from.json").write_text(text)
@@ -258,12 +262,12 @@ def test_a_damaged_note_of_where_a_run_began_is_named(tmp_path: Path, text: str)
         start(tmp_path / "b", config(str(tmp_path / "a" / "checkpoints" / "step_000002")))
 
 
-def test_what_has_changed_and_may_is_told(tmp_path: Path) -> None:
+def test_changed_fields_are_listed(tmp_path: Path) -> None:
     save(tmp_path, 2)
     now = config(train={"max_steps": 500}, learner={"ranks": 1, "zero_stage": 0}, run__address="127.0.0.1:6379")
-    found = start(tmp_path, now)
-    assert found.changed == ("learner.ranks 2 -> 1", "learner.zero_stage 1 -> 0", "train.max_steps 80 -> 500")
-    assert found.describe().endswith(
+    beginning = start(tmp_path, now)
+    assert beginning.changed == ("learner.ranks 2 -> 1", "learner.zero_stage 1 -> 0", "train.max_steps 80 -> 500")
+    assert beginning.describe().endswith(
         "; changed: learner.ranks 2 -> 1, learner.zero_stage 1 -> 0, train.max_steps 80 -> 500"
     )
     assert start(tmp_path, config()).changed == ()
@@ -329,15 +333,15 @@ ROWS = {"sft": {"path": "rows"}, "preference": {"path": "pairs"}}
 def test_the_rows_of_a_step_are_fixed_within_their_stage(
     second: StageName, objective: dict[str, Any], field: str, tmp_path: Path
 ) -> None:
-    """Version 1 is at step 0 of the second stage, version 4 at its step 3."""
+    """Version 1 is step 0 of the second stage; version 4 is step 3."""
     stages = ["sft" if second == "warm_start" else "warm_start", second]
     sections: dict[str, Any] = {"stages": stages, "objective": objective, **ROWS}
 
     def changed(max_steps: int) -> Config:
-        found = copy.deepcopy(sections)
+        values = copy.deepcopy(sections)
         for override in (f"{field}=7", f"{'train' if second == 'online' else second}.max_steps={max_steps}"):
-            apply_override(found, override)
-        return config(**found)
+            apply_override(values, override)
+        return config(**values)
 
     save(tmp_path, 4, of=config(**sections))
     with pytest.raises(ConfigError) as caught:
@@ -347,12 +351,12 @@ def test_the_rows_of_a_step_are_fixed_within_their_stage(
         "step 3: expected "
     )
     assert caught.value.message.endswith(", found 7; set it back, or start a new run.dir")
-    assert start(tmp_path, changed(3)).state == state(4)  # the stage has made its steps: no row is taken any more
+    assert start(tmp_path, changed(3)).state == state(4)  # the stage has made all its steps and takes no more rows
     save(tmp_path / "before", 1, of=config(**sections))
     assert start(tmp_path / "before", changed(9)).state == state(1)
 
 
-def test_rows_that_are_not_taken_before_and_now_are_not_fixed(tmp_path: Path) -> None:
+def test_rows_per_step_are_fixed_only_if_the_stage_takes_rows_before_and_now(tmp_path: Path) -> None:
     save(tmp_path, 4, of=config(**ROWS))  # within stage online
     for changes in ({"sft": {"rows_per_step": 7}}, {"objective": IMITATING}):
         assert start(tmp_path, config(**changes)).state == state(4)
@@ -374,10 +378,10 @@ def test_a_critic_cannot_begin_within_the_online_stage(tmp_path: Path, resume: s
     )
     with pytest.raises(ConfigError, match=expected):
         start(tmp_path, now)
-    # Nothing is left to train in the stage: nothing asks for a critic.
+    # The stage has made all its steps, so it needs no critic.
     assert start(tmp_path, config(now.run.resume, objective=CRITIC, train={"max_steps": 1})).state == state(2)
     store(tmp_path).discard(checkpoint)
-    save(tmp_path, 1)  # at step 0 of the stage, which begins with a critic then
+    save(tmp_path, 1)  # step 0 of the stage, which then begins with a critic
     assert start(tmp_path, config(objective=CRITIC)).state == state(1)
 
 
@@ -391,9 +395,9 @@ def test_a_checkpoint_with_a_critic_goes_on_with_and_without_it(tmp_path: Path) 
     assert start(tmp_path, config(objective=CRITIC)).state == start(tmp_path, config()).state == state(2)
 
 
-def test_the_directory_of_a_search_is_left_to_it(tmp_path):
+def test_the_directory_of_a_search_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "search.json", {})
-    assert start(tmp_path, config()).checkpoint is None  # a search that has grown nothing
+    assert start(tmp_path, config()).checkpoint is None  # the search has no trees
     (tmp_path / "trees").mkdir()
     (tmp_path / "trees" / "00000.jsonl").write_text("")
     with pytest.raises(ConfigError, match="holds the trees of a search: choose another run.dir"):
