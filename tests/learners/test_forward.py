@@ -1,0 +1,58 @@
+"""Temperature and entropy of forward passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from joint_samples import ids, policy_sample, random_preferences, sft_sample
+from plain_rank import (
+    EVERY_TERM,
+    NOTHING_SCORED,
+    TEMPERATURE,
+    chain,
+    distribution,
+    everything,
+    logprob,
+    plain_rank,
+)
+
+from learners.objective import logprobs
+from learners.samples.batching import collate
+from learners.samples.types import PackItem
+from rlsys.types import TrainingBatch
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+
+def test_only_the_policys_own_tokens_use_the_sampling_temperature() -> None:
+    rank = plain_rank({})
+    module = rank.policy.module
+    samples = [policy_sample([5, 6, 7], [0, 1, 1], [0, 1, 1]), sft_sample([5, 6, 7], [0, 1, 1])]
+    batch = collate([PackItem(samples=(sample,)) for sample in samples], 0)
+    target_logprobs, entropy = rank.forward.logprobs(rank.policy, batch, entropy=True)
+    expected = [logprob(module, [5, 6, 7], 1, temperature) for temperature in (TEMPERATURE, 1.0)]
+    torch.testing.assert_close(target_logprobs, torch.cat(expected), rtol=1e-7, atol=0)  # 0.8 is rounded to fp32
+    likely = distribution(module, [5, 6, 7], TEMPERATURE)
+    torch.testing.assert_close(entropy, -(likely.exp() * likely).sum(dim=-1).detach(), rtol=1e-7, atol=0)
+    assert not torch.allclose(*expected)
+
+
+def test_entropy_is_computed_only_for_the_policys_targets_in_updates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted: list[int] = []
+    chunk = logprobs._chunk_entropy
+    monkeypatch.setattr(logprobs, "_chunk_entropy", lambda logits: counted.append(len(logits)) or chunk(logits))
+    rank = plain_rank({**EVERY_TERM, "grad_norm_interval": 0}, updates=2)  # all models compute scores too
+    metrics = rank.train(everything(), 0, 1)
+    assert sum(counted) == 2 * metrics["objective/policy_denominator"]
+    counted.clear()
+    batch = TrainingBatch(pairs=tuple(random_preferences(3)), demonstrations=(chain([5, 6, 7], 1),))
+    plain_rank({**NOTHING_SCORED, "sft": {"weight": 1.0}}, stage="preference").train(batch, 0, 1)
+    plain_rank({}, stage="sft").train(batch, 0, 1)
+    samples = [policy_sample([5, 6, 7], [0, 1, 1], [0] * 3)]
+    for score in (rank.scorer.old_logprobs, rank.scorer.reference_logprobs, rank.scorer.values):
+        score(samples)
+    rank.score_pairs(random_preferences(2))
+    rank.score([ids(5, 6, 7)])
+    assert counted == []
