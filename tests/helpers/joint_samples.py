@@ -1,4 +1,4 @@
-"""What the tests of the joint loss share: a tiny model, samples of every kind, and a whole update on plain torch."""
+"""A tiny model, samples of every kind, and a whole update on plain torch, for tests of the joint loss."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def floats(*values: float) -> np.ndarray:
 
 
 def policy_sample(tokens: Sequence[int], mask: Sequence[int], advantages: Sequence[float], **figures: Any) -> Sample:
-    """A sample of the policy term; behavior log-probabilities of -2 unless said otherwise."""
+    """Return a sample of the policy term; behavior log-probabilities are -2 by default."""
     figures.setdefault("behavior_logprobs", np.full(len(tokens), -2.0, dtype=np.float32))
     return Sample(
         token_ids=ids(*tokens), policy=PolicyTokens(mask=flags(*mask), advantages=floats(*advantages), **figures)
@@ -66,7 +66,7 @@ def sft_sample(tokens: Sequence[int], mask: Sequence[int]) -> Sample:
 
 
 def random_policy_samples(count: int, seed: int = 5, *, reference: bool = True, old: bool = True) -> list[Sample]:
-    """Prompts of 1 to 4 tokens, completions of 1 to 12, one token that is not trained inside each longer one."""
+    """Return prompts of 1 to 4 tokens with completions of 1 to 12; above 3 one token inside is untrained."""
     rng, samples = np.random.default_rng(seed), []
     for _ in range(count):
         prompt, completion = int(rng.integers(1, 5)), int(rng.integers(1, 13))
@@ -84,15 +84,15 @@ def random_policy_samples(count: int, seed: int = 5, *, reference: bool = True, 
 
 
 def random_preferences(count: int, seed: int = 6) -> list[Preference]:
-    """Pairs whose sides share the prompt and a few tokens more."""
-    rng, found = np.random.default_rng(seed), []
+    """Return pairs whose sides share the prompt and a few more tokens."""
+    rng, pairs = np.random.default_rng(seed), []
     for _ in range(count):
         prompt, shared = int(rng.integers(1, 4)), int(rng.integers(1, 5))
         common = rng.integers(0, VOCABULARY, prompt + shared)
         tails = [rng.integers(0, VOCABULARY, rng.integers(1, 7)) for _ in range(2)]
         tails[0][0], tails[1][0] = 3, 4
         chosen, rejected = (np.concatenate([common, tail]).astype(np.int32) for tail in tails)
-        found.append(
+        pairs.append(
             Preference(
                 chosen_ids=chosen,
                 rejected_ids=rejected,
@@ -102,7 +102,7 @@ def random_preferences(count: int, seed: int = 6) -> list[Preference]:
                 rejected_reference=float(-rng.uniform(5, 9)),
             )
         )
-    return found
+    return pairs
 
 
 def pair_item(
@@ -116,7 +116,7 @@ def pair_item(
 
 
 def mixed_items() -> list[PackItem]:
-    """Sampled and searched samples, one with nothing to train, pairs whose chosen side is imitated, demonstrations."""
+    """Return policy samples, one without targets, demonstrations, and pairs with a supervised chosen side."""
     policy = [*random_policy_samples(11), *searched_samples()]
     assert policy[0].policy is not None
     nothing = replace(policy[0].policy, mask=np.zeros_like(policy[0].policy.mask))
@@ -128,17 +128,17 @@ def mixed_items() -> list[PackItem]:
 
 
 def searched_samples() -> list[Sample]:
-    """Of a tree in which samples share nodes, with what is known of the others too."""
+    """Return samples of a tree that share nodes, with old and reference log-probabilities."""
     tree = searched(([1, 2], "ok", 1.0), ([1, 3], "wrong", 0.0), ([4], "ok", 1.0), forced=[2], samples={1: 2})
-    nobody: Any = None  # there is nothing to ask other models
-    (samples,) = policy_samples([tree], ObjectiveConfig(), max_tokens=MAX_TOKENS, kl_weight=0.0, scorer=nobody)
-    found = []
+    no_scorer: Any = None  # no scores are needed
+    (samples,) = policy_samples([tree], ObjectiveConfig(), max_tokens=MAX_TOKENS, kl_weight=0.0, scorer=no_scorer)
+    changed = []
     for sample in samples:
         assert sample.policy is not None
         known = sample.policy.behavior_logprobs - 2
         policy = replace(sample.policy, behavior_logprobs=known, old_logprobs=known, reference_logprobs=known - 0.5)
-        found.append(replace(sample, token_ids=sample.token_ids % VOCABULARY, policy=policy))
-    return found
+        changed.append(replace(sample, token_ids=sample.token_ids % VOCABULARY, policy=policy))
+    return changed
 
 
 def one_by_one(items: Sequence[PackItem]) -> Plan:
@@ -159,9 +159,9 @@ def update(
     pad_id: int = 0,
     weigh: bool = True,
 ) -> tuple[dict[str, float], Tensor]:
-    """Losses by term, and in all as "total", and the gradient: sums over ranks and micro-batches, in double precision.
+    """Compute the losses by term and as "total", and the gradient, summed over ranks and micro-batches in float64.
 
-    weigh: False where the items have their weights already.
+    weigh: False if the items have their weights already.
     """
     model = TinyCausalModel()
     items = weigh_items(items, objective.policy, MAX_TOKENS)[0] if weigh else items
@@ -182,7 +182,7 @@ def update(
 
 
 def target_logprobs(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    """As the learner computes them: the policy's targets at the temperature that they were sampled at."""
+    """Compute log-probabilities as the learner does: the policy's targets at the sampling temperature."""
     logits = model(batch.input_ids)[:, batch.first_target : -1]
     temperature = torch.ones(batch.targets, dtype=torch.float64)
     if batch.policy is not None:
@@ -196,7 +196,7 @@ def target_logprobs(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def trajectory(tokens: Sequence[int], mask: Sequence[int], reward: float, **changes: Any) -> Trajectory:
-    """Judged unless said otherwise. Behavior log-probabilities: minus the place, over 10."""
+    """Return a trajectory, judged by default, with behavior log-probabilities of -position / 10."""
     figures: dict[str, Any] = {"outcome": "ok" if reward > 0 else "wrong", "finish_reason": "stop", **changes}
     places = np.arange(len(tokens)) / 10
     return Trajectory(
@@ -218,11 +218,11 @@ def group(*trajectories: Trajectory, **others: Any) -> TrajectoryGroup:
 def searched(
     *chains: tuple[Sequence[int], str, float], forced: Sequence[int] = (), samples: Mapping[int, int] | None = None
 ) -> TrajectoryGroup:
-    """Trajectories over nodes of two tokens, 10 n and 10 n + 1, after a prompt of two.
+    """Return trajectories over nodes of two tokens, 10 n and 10 n + 1, after a prompt of two.
 
     forced: nodes whose first token the policy did not choose.
     """
-    found = []
+    trajectories = []
     for nodes, outcome, reward in chains:
         tokens = [1, 2, *(token for node in nodes for token in (10 * node, 10 * node + 1))]
         mask = [False, False, *(flag for node in nodes for flag in (node not in forced, True))]
@@ -239,5 +239,5 @@ def searched(
             )
             for place, (parent, node) in enumerate(zip((0, *nodes), nodes, strict=False))
         )
-        found.append(trajectory(tokens, mask, reward, outcome=outcome, steps=steps))
-    return group(*found, searched=True)
+        trajectories.append(trajectory(tokens, mask, reward, outcome=outcome, steps=steps))
+    return group(*trajectories, searched=True)

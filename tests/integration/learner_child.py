@@ -151,10 +151,13 @@ def save(learner: Any, folder: Path, figures: dict[str, float]) -> None:
 
 def begin(learner: Any, job: dict[str, Any]) -> None:
     """Build the models of a job."""
+    from learners.forward import ForwardPasses
+
     # Small micro-batches: several of them, unequal in size, and one rank gets a padding one.
     config = LearnerConfig(**{"ranks": learner.settings.ranks, "micro_batch_tokens": 256, **job["learner"]})
     objective = ObjectiveConfig(**{**OBJECTIVE, **job.get("objective", {})})
     learner.settings = replace(learner.settings, learner=config, objective=objective)
+    learner.forward = ForwardPasses(learner.settings)
     resume = Path(job["resume"]) if job.get("resume") else None
     start = resume / "policy" if resume else Path(job["model"])
     optimizer = OptimizerConfig(

@@ -1,4 +1,4 @@
-"""Hypothesis judges results, not speed: a busy machine must not fail a test. And a process group of one."""
+"""A hypothesis profile without deadlines, for busy machines, and a process group of one rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ settings.load_profile("no deadline")
 
 @pytest.fixture(scope="module")
 def process_group() -> Iterator[None]:
-    """What is summed over ranks is summed over one."""
+    """Join a process group of one rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()

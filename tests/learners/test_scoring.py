@@ -58,7 +58,7 @@ def test_scores_of_pairs_are_sums_without_a_temperature() -> None:
         ("values", "critic", "values of the critic"),
     ],
 )
-def test_a_score_that_is_not_finite_is_an_error_with_its_name(method: str, spoilt: str, description: str) -> None:
+def test_a_score_that_is_not_finite_is_an_error_with_its_name(method: str, spoilt: str, name: str) -> None:
     rank = plain_rank(EVERY_TERM)
     models = {"policy": rank.policy.module, "reference": rank.reference, "critic": rank.critic.module}
     spoil(models.pop(spoilt))

@@ -1,4 +1,4 @@
-"""Errors that become those of all ranks, on one rank; two are in tests/integration/test_learner_undo.py."""
+"""Errors shared by all ranks, on one rank; tests/integration/test_learner_undo.py has two ranks."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from rlsys.errors import CheckpointError, ConfigError
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
-@pytest.mark.parametrize(("said", "heard"), [("", ""), ("disk füll", "disk füll"), ("x" * 5000, "x" * MESSAGE_BYTES)])
-def test_a_problem_is_told_as_it_was_said(said: str, heard: str) -> None:
-    assert first_problem(said, "cpu") == heard
+@pytest.mark.parametrize(("own", "shared"), [("", ""), ("disk füll", "disk füll"), ("x" * 5000, "x" * MESSAGE_BYTES)])
+def test_a_problem_is_shared_up_to_its_length_limit(own: str, shared: str) -> None:
+    assert first_problem(own, "cpu") == shared
 
 
-def test_a_letter_that_is_cut_in_two_is_left_out() -> None:
+def test_a_character_that_is_cut_in_two_is_left_out() -> None:
     assert first_problem("x" * (MESSAGE_BYTES - 1) + "ü", "cpu") == "x" * (MESSAGE_BYTES - 1)
 
 
-def test_where_nothing_is_wrong_nothing_is_raised() -> None:
+def test_without_an_error_nothing_is_raised() -> None:
     with fail_on_all_ranks(CheckpointError, "cpu"):
         pass
 
@@ -31,12 +31,12 @@ def test_where_nothing_is_wrong_nothing_is_raised() -> None:
         (ConfigError("model.path: no such folder"), "learner rank 0: model.path: no such folder"),
     ],
 )
-def test_any_error_becomes_one_of_the_given_kind(error: Exception, message: str) -> None:
-    with pytest.raises(CheckpointError) as found, fail_on_all_ranks(CheckpointError, "cpu"):
+def test_any_error_becomes_an_error_of_the_given_class(error: Exception, message: str) -> None:
+    with pytest.raises(CheckpointError) as raised, fail_on_all_ranks(CheckpointError, "cpu"):
         raise error
-    assert (found.value.message, found.value.__cause__) == (message, error)
+    assert (raised.value.message, raised.value.__cause__) == (message, error)
 
 
-def test_an_interrupt_is_no_failure_of_the_work() -> None:
+def test_an_interrupt_is_not_converted() -> None:
     with pytest.raises(KeyboardInterrupt), fail_on_all_ranks(CheckpointError, "cpu"):
         raise KeyboardInterrupt

@@ -89,23 +89,23 @@ def test_training_mode_computes_what_evaluation_mode_does(build, tmp_path: Path)
     assert torch.equal(logits(model, 1), expected)
 
 
-def test_a_critic_begins_with_values_of_exactly_zero_and_then_keeps_its_own(tmp_path: Path) -> None:
+def test_a_critic_starts_at_values_of_zero_and_is_restored_from_its_own_folder(tmp_path: Path) -> None:
     torch.manual_seed(0)
     qwen2().save_pretrained(tmp_path / "policy")
-    torch.manual_seed(1)  # of whatever the library draws for a head that the folder lacks
+    torch.manual_seed(1)  # the library draws a head that the folder lacks
     critic = load_critic(tmp_path / "policy", "fp32", "cpu").train()
-    found = logits(critic, 0)
-    assert found.shape == (1, 16, 1)
-    assert torch.equal(found, torch.zeros_like(found))
+    values = logits(critic, 0)
+    assert values.shape == (1, 16, 1)
+    assert torch.equal(values, torch.zeros_like(values))
     policy = dict(load_model(tmp_path / "policy", "fp32", "cpu").named_parameters())
     body = {name: value for name, value in critic.named_parameters() if name in policy}
     assert body and all(torch.equal(value, policy[name]) for name, value in body.items())
-    # Trained and saved, it comes back as it was, head included, and without the dropout that such models have.
+    # A saved critic is restored with its head, and without dropout.
     with torch.no_grad():
         for parameter in critic.parameters():
             parameter += 0.1
     critic.save_pretrained(tmp_path / "critic")
-    again = load_critic(tmp_path / "critic", "fp32", "cpu").train()
+    restored = load_critic(tmp_path / "critic", "fp32", "cpu").train()
     assert logits(critic, 0).abs().max() > 0
-    assert torch.equal(logits(again, 0), logits(critic, 1))
+    assert torch.equal(logits(restored, 0), logits(critic, 1))
     assert load_critic(tmp_path / "critic", "bf16", "cpu").dtype == torch.bfloat16

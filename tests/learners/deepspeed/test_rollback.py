@@ -1,4 +1,4 @@
-"""When the updates of a training step are copied and taken back; what DeepSpeed holds is in the integration tests."""
+"""When snapshots are taken and restored; the integration tests cover the state of DeepSpeed."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ from rlsys.errors import NonFiniteLossError
 
 
 class Model:
-    """Remembers what it was asked."""
+    """Records the calls of its methods."""
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
+        self.calls: list[str] = []
 
     def take_snapshot(self) -> None:
-        self.asked.append("keep")
+        self.calls.append("take_snapshot")
 
     def roll_back(self) -> None:
-        self.asked.append("put back")
+        self.calls.append("roll_back")
 
     def discard_gradients(self) -> None:
-        self.asked.append("discard")
+        self.calls.append("discard_gradients")
 
 
 @pytest.mark.parametrize(
     ("models", "updates", "expected"),
     [
-        (1, 1, ["discard"]),
-        (1, 2, ["keep", "discard", "put back"]),
-        (2, 1, ["keep", "discard", "put back"]),
+        (1, 1, ["discard_gradients"]),
+        (1, 2, ["take_snapshot", "discard_gradients", "roll_back"]),
+        (2, 1, ["take_snapshot", "discard_gradients", "roll_back"]),
         (0, 4, []),
     ],
 )
-def test_copies_are_kept_where_an_update_may_follow_another(models: int, updates: int, expected: list[str]) -> None:
+def test_snapshots_are_taken_only_for_more_than_one_update(models: int, updates: int, expected: list[str]) -> None:
     made = [Model() for _ in range(models)]
     with pytest.raises(NonFiniteLossError, match="the loss"), rollback_on_non_finite(made, updates):
         raise NonFiniteLossError("the loss")
-    assert [model.asked for model in made] == [expected] * models
+    assert [model.calls for model in made] == [expected] * models
 
 
-def test_a_step_that_ends_well_is_left_alone() -> None:
+def test_a_step_without_error_is_not_rolled_back() -> None:
     model = Model()
     with rollback_on_non_finite([model], 2):
         pass
-    assert model.asked == ["keep"]
+    assert model.calls == ["take_snapshot"]
 
 
-def test_other_errors_end_the_learner_and_are_not_undone() -> None:
+def test_other_errors_are_not_rolled_back() -> None:
     model = Model()
     with pytest.raises(RuntimeError), rollback_on_non_finite([model], 2):
         raise RuntimeError
-    assert model.asked == ["keep"]
+    assert model.calls == ["take_snapshot"]

@@ -28,13 +28,13 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("shard_bytes", "files"), [(10**6, 1), (64, 3), (1, 5), (160, 1), (161, 1), (159, 1)])
-def test_what_was_written_is_read_in_order(shard_bytes: int, files: int, tmp_path: Path) -> None:
+def test_tensors_are_read_in_the_order_of_writing(shard_bytes: int, files: int, tmp_path: Path) -> None:
     # 5 tensors of 32 bytes; a shard closes at the first tensor that fills it: 64 bytes hold 2.
     write_tensors(iter(numbered(5)), tmp_path, "exp_avg", True, shard_bytes)
     assert len(list(tmp_path.glob("*.safetensors"))) == files
-    found = list(read_tensors(tmp_path, "exp_avg"))
-    assert [name for name, _ in found] == [name for name, _ in numbered(5)]
-    assert all(torch.equal(got, sent) for (_, got), (_, sent) in zip(found, numbered(5), strict=True))
+    tensors = list(read_tensors(tmp_path, "exp_avg"))
+    assert [name for name, _ in tensors] == [name for name, _ in numbered(5)]
+    assert all(torch.equal(got, sent) for (_, got), (_, sent) in zip(tensors, numbered(5), strict=True))
 
 
 def test_one_file_has_no_index_and_several_have_one(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_one_file_has_no_index_and_several_have_one(tmp_path: Path) -> None:
 def test_a_rank_that_does_not_write_still_gathers(tmp_path: Path) -> None:
     tensors = iter(numbered(3))
     write_tensors(tensors, tmp_path / "policy", "model", False)
-    assert list(tensors) == []  # all were asked for: gathering is collective
+    assert list(tensors) == []  # the iterator is exhausted: gathering is collective
     assert not (tmp_path / "policy").exists()
 
 
@@ -65,9 +65,9 @@ def test_dtypes_views_and_ties_survive(tmp_path: Path) -> None:
     shared = torch.arange(6, dtype=torch.bfloat16)
     tensors = [("whole", shared), ("view", shared[2:4]), ("transposed", torch.arange(6.0).reshape(2, 3).T)]
     write_tensors(tensors, tmp_path, "model", True)
-    found = dict(read_tensors(tmp_path, "model"))
-    assert found["whole"].dtype == torch.bfloat16
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors)
+    restored = dict(read_tensors(tmp_path, "model"))
+    assert restored["whole"].dtype == torch.bfloat16
+    assert all(torch.equal(restored[name], tensor) for name, tensor in tensors)
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 2000])
@@ -108,7 +108,7 @@ def test_missing_and_damaged_files_are_checkpoint_errors(tmp_path: Path) -> None
 
 @contextlib.contextmanager
 def small_disk() -> Iterator[None]:
-    """No file may grow beyond 8 KiB: for a moment, because it holds for the file that pytest writes to as well."""
+    """Limit files to 8 KiB. Keep it short, because the limit also applies to the output file of pytest."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, before[1]))
     try:
@@ -118,7 +118,7 @@ def small_disk() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("size", [10**5, 10**6])
-def test_a_file_that_does_not_fit_is_named_after_the_last_tensor_was_asked_for(size: int, tmp_path: Path) -> None:
+def test_a_file_that_does_not_fit_is_an_error_after_all_tensors_were_gathered(size: int, tmp_path: Path) -> None:
     # The shard that fails is the first of two; other ranks gather for the second one too.
     tensors = iter([("small", torch.ones(8)), ("large", torch.ones(size)), ("last", torch.ones(8))])
     expected = r"policy: model cannot be written: .*File too large.*run\.dir full"
@@ -136,11 +136,11 @@ def test_a_folder_that_cannot_be_made_is_named_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("writes", [True, False])
-def test_a_full_disk_can_be_feigned_on_any_rank(writes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_can_be_injected_on_any_rank(writes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faults, "_faults", faults.parse("checkpoint.learner@file=critic:full"))
     tensors = iter(numbered(3))
-    with pytest.raises(CheckpointError) as found:
+    with pytest.raises(CheckpointError) as raised:
         write_tensors(tensors, tmp_path / "critic", "model", writes)
-    assert isinstance(found.value.__cause__, OSError) and found.value.__cause__.errno == errno.ENOSPC
+    assert isinstance(raised.value.__cause__, OSError) and raised.value.__cause__.errno == errno.ENOSPC
     assert list(tensors) == []
     write_tensors(numbered(3), tmp_path / "policy", "model", True)

@@ -23,8 +23,8 @@ CENTRED: tuple[GroupEstimator, ...] = ("grpo", "dr_grpo", "rloo", "reinforce_pp_
 
 def test_grpo_by_hand():
     # mean 1/4; deviations 3/4, -1/4, -1/4, -1/4; squares 9/16 + 3/16 = 3/4; over n - 1 = 3: 1/4; std 1/2
-    found = advantages([1.0, 0.0, 0.0, 0.0], "grpo")
-    assert found == pytest.approx([0.75 / 0.500001] + [-0.25 / 0.500001] * 3, rel=1e-12)
+    estimates = advantages([1.0, 0.0, 0.0, 0.0], "grpo")
+    assert estimates == pytest.approx([0.75 / 0.500001] + [-0.25 / 0.500001] * 3, rel=1e-12)
 
 
 @pytest.mark.parametrize("estimator", ["dr_grpo", "reinforce_pp_baseline"])
@@ -39,9 +39,9 @@ def test_rloo_by_hand():
 
 def test_reinforce_pp_is_the_reward_itself():
     valid = np.array([True, False, True, True])
-    found = group_advantages(np.array([0.5, math.nan, -2.0, 0.5]), valid, estimator="reinforce_pp")
-    assert found.tolist() == [0.5, 0.0, -2.0, 0.5]
-    # Also where nothing is there to compare: what it lacks is a baseline, which `whiten` gives it.
+    estimates = group_advantages(np.array([0.5, math.nan, -2.0, 0.5]), valid, estimator="reinforce_pp")
+    assert estimates.tolist() == [0.5, 0.0, -2.0, 0.5]
+    # Also with a single reward or equal rewards: the baseline comes later, from `whiten`.
     alone = group_advantages(np.array([0.5, 9.0]), np.array([True, False]), estimator="reinforce_pp")
     assert alone.tolist() == [0.5, 0.0]
     assert advantages([0.1, 0.1, 0.1], "reinforce_pp").tolist() == [0.1, 0.1, 0.1]
@@ -51,10 +51,10 @@ def test_invalid_entries_are_zero_and_do_not_move_the_baseline():
     # valid rewards 3 and 1: mean 2, deviations +-1, sum of squares 2 over n - 1 = 1: std sqrt(2)
     valid = np.array([True, False, True, False])
     rewards = np.array([3.0, math.nan, 1.0, 99.0])
-    found = group_advantages(rewards, valid, estimator="grpo")
+    estimates = group_advantages(rewards, valid, estimator="grpo")
     unit = 1 / (math.sqrt(2) + 1e-6)
-    assert found == pytest.approx([unit, 0.0, -unit, 0.0], rel=1e-12)
-    assert found[1] == found[3] == 0.0
+    assert estimates == pytest.approx([unit, 0.0, -unit, 0.0], rel=1e-12)
+    assert estimates[1] == estimates[3] == 0.0
     # two valid rewards: each is compared with the other one, 3 - 1 and 1 - 3
     assert group_advantages(rewards, valid, estimator="rloo").tolist() == [2.0, 0.0, -2.0, 0.0]
 
@@ -99,9 +99,9 @@ def test_dr_grpo_is_grpo_without_the_division(rewards):
 def test_rloo_leaves_one_out_and_is_dr_grpo_scaled(rewards):
     n, total = len(rewards), sum(rewards)
     left_out = [reward - (total - reward) / (n - 1) for reward in rewards]
-    found = advantages(rewards, "rloo")
-    assert found == pytest.approx(left_out, rel=1e-12, abs=1e-14)
-    assert found == pytest.approx(advantages(rewards, "dr_grpo") * n / (n - 1), rel=1e-12, abs=1e-14)
+    estimates = advantages(rewards, "rloo")
+    assert estimates == pytest.approx(left_out, rel=1e-12, abs=1e-14)
+    assert estimates == pytest.approx(advantages(rewards, "dr_grpo") * n / (n - 1), rel=1e-12, abs=1e-14)
 
 
 @given(rewards=reward_lists, estimator=st.sampled_from(CENTRED), shift=st.integers(-4, 4))
@@ -112,11 +112,11 @@ def test_only_differences_of_rewards_matter(rewards, estimator, shift):
 
 @given(rewards=reward_lists, estimator=st.sampled_from(CENTRED))
 def test_a_better_reward_never_gets_a_lower_advantage(rewards, estimator):
-    found = advantages(rewards, estimator)
+    estimates = advantages(rewards, estimator)
     order = np.argsort(rewards, kind="stable")
-    assert (np.diff(found[order]) >= 0).all()
+    assert (np.diff(estimates[order]) >= 0).all()
     if max(rewards) > min(rewards):
-        assert found[np.argmax(rewards)] > 0 > found[np.argmin(rewards)]
+        assert estimates[np.argmax(rewards)] > 0 > estimates[np.argmin(rewards)]
 
 
 @given(rewards=reward_lists, estimator=st.sampled_from((*CENTRED, "reinforce_pp")), data=st.data())

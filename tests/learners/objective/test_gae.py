@@ -22,7 +22,7 @@ def trained(tokens: int) -> np.ndarray:
 
 @st.composite
 def token_rows(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rewards, values and mask; numbers that would spoil everything stand where the mask is False."""
+    """Draw rewards, values and mask; rewards and values are NaN or infinite where the mask is False."""
     mask = np.array(draw(st.lists(st.booleans(), max_size=12)), dtype=bool)
     rewards, values = (np.array([draw(numbers) for _ in mask], dtype=np.float64) for _ in range(2))
     rewards[~mask] = math.nan
@@ -40,7 +40,7 @@ def test_gae_by_hand():
 
 
 def test_masked_tokens_carry_value_and_advantage_through():
-    # the three tokens above, with others before, between and after them
+    # the three tokens above, with untrained tokens before, between and after them
     mask = np.array([False, True, False, False, True, True, False])
     rewards = np.array([math.nan, 0, 99, -99, 0, 1, 5])
     values = np.array([7, 1, math.inf, 3, 2, 4, math.nan])
@@ -66,11 +66,14 @@ def test_nothing_to_train_is_nothing():
 @given(row=token_rows(), gamma=fractions)
 def test_returns_are_discounted_sums_over_the_trained_tokens(row, gamma):
     rewards, _, mask = row
-    kept = rewards[mask]
-    expected = [sum(gamma**far * reward for far, reward in enumerate(kept[place:])) for place in range(len(kept))]
-    found = token_returns(rewards, mask, gamma)
-    assert found[mask] == pytest.approx(expected, rel=1e-12, abs=1e-12)
-    assert not found[~mask].any()
+    trained_rewards = rewards[mask]
+    expected = [
+        sum(gamma**far * reward for far, reward in enumerate(trained_rewards[place:]))
+        for place in range(len(trained_rewards))
+    ]
+    returns = token_returns(rewards, mask, gamma)
+    assert returns[mask] == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    assert not returns[~mask].any()
 
 
 @few
@@ -143,8 +146,8 @@ def test_equal_advantages_are_whitened_to_exactly_zero():
 
 def test_whitening_where_nothing_is_trained():
     assert whiten([], []) == []
-    (found,) = whiten([np.array([math.nan, 3.0])], [np.zeros(2, dtype=bool)])
-    assert found.tolist() == [0.0, 0.0]
+    (whitened,) = whiten([np.array([math.nan, 3.0])], [np.zeros(2, dtype=bool)])
+    assert whitened.tolist() == [0.0, 0.0]
 
 
 def test_whiten_needs_a_mask_for_every_row():
@@ -157,14 +160,14 @@ def test_whiten_needs_a_mask_for_every_row():
 @few
 @given(flat=st.lists(numbers, min_size=2, max_size=20), mask=st.lists(st.booleans(), min_size=20, max_size=20))
 def test_whitened_tokens_have_mean_zero_and_std_one(flat, mask):
-    kept = np.array(mask[: len(flat)])
-    (found,) = whiten([np.array(flat)], [kept])
-    assert not found[~kept].any()
-    if kept.any() and np.ptp(np.array(flat)[kept]) > 0:
-        std = np.array(flat)[kept].std()
-        assert found[kept].mean() == pytest.approx(0.0, abs=1e-12)
-        assert found[kept].std() == pytest.approx(std / (std + WHITEN_EPSILON), rel=1e-12)
-        assert np.argmax(found[kept]) == np.argmax(np.array(flat)[kept])
+    selected = np.array(mask[: len(flat)])
+    (whitened,) = whiten([np.array(flat)], [selected])
+    assert not whitened[~selected].any()
+    if selected.any() and np.ptp(np.array(flat)[selected]) > 0:
+        std = np.array(flat)[selected].std()
+        assert whitened[selected].mean() == pytest.approx(0.0, abs=1e-12)
+        assert whitened[selected].std() == pytest.approx(std / (std + WHITEN_EPSILON), rel=1e-12)
+        assert np.argmax(whitened[selected]) == np.argmax(np.array(flat)[selected])
 
 
 @few

@@ -20,7 +20,7 @@ def random_case(rows: int, columns: int, vocabulary: int, dtype: torch.dtype = t
 
 
 def everywhere(mask: torch.Tensor) -> torch.Tensor:
-    """The places of all targets."""
+    """Return the indices of all targets."""
     return torch.arange(int(mask.sum()))
 
 
@@ -170,7 +170,7 @@ def test_bad_input_is_refused():
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_agrees_with_the_sampler_of_the_engine(temperature, dtype):
-    """The same logits through the engine's own code for processed log-probabilities."""
+    """The engine's own code for processed log-probabilities gives the same values for the same logits."""
     sampler = pytest.importorskip("vllm.v1.sample.sampler").Sampler
     logits, targets, mask = random_case(4, 6, 80, dtype)
     ours, _ = masked_token_logprobs(logits, targets, mask, temperature)
@@ -180,4 +180,4 @@ def test_agrees_with_the_sampler_of_the_engine(temperature, dtype):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)  # fp32, |log p| up to 30
     if temperature != 1:
         raw = sampler.compute_logprobs(raised).gather(-1, targets[mask].unsqueeze(-1)).squeeze(-1)
-        assert (ours - raw).abs().max() > 0.5  # a learner that forgot the temperature would be seen
+        assert (ours - raw).abs().max() > 0.5  # without the temperature the comparison would fail

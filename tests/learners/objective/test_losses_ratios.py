@@ -1,4 +1,4 @@
-"""Surrogates with other ratios: of a whole sequence (GSPO), clipped and kept (CISPO), over a third policy."""
+"""Sequence-level ratios (GSPO), clipped importance weights (CISPO) and off-policy importance weights."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def columns(seed: int) -> list[Tensor]:
 
 
 def evaluate(loss: Loss, values: list[Tensor], keep: Tensor) -> tuple[LossOutput, Tensor]:
-    """The loss of the kept entries alone, and its gradient, 0 at the others."""
+    """Return the loss of the selected entries and its gradient, which is 0 at the others."""
     x = values[0].clone().requires_grad_()
     out = loss(*(column[keep] for column in (x, *values[1:], ROWS, SMOOTHING)))
     out.loss.backward()
@@ -72,8 +72,8 @@ def test_partial_losses_add_up(loss, parts, seed):
     assert sum(out.loss.item() for out, _ in partial) == pytest.approx(whole.loss.item(), rel=1e-12, abs=1e-14)
     assert sum(grad for _, grad in partial).tolist() == pytest.approx(gradient.tolist(), rel=1e-12, abs=1e-14)
     for name, total in metrics_of(whole).items():
-        found = [metrics_of(out)[name] for out, _ in partial]
-        combined = max(found) if name.endswith("_max") else math.fsum(found)
+        values = [metrics_of(out)[name] for out, _ in partial]
+        combined = max(values) if name.endswith("_max") else math.fsum(values)
         assert combined == pytest.approx(total, rel=1e-12, abs=1e-14)
 
 

@@ -1,4 +1,4 @@
-"""Preference losses by hand, their optimum, and what masking the shared prefix of a pair changes."""
+"""Preference losses by hand, their optimum, and the effect of masking the shared prefix of a pair."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_ipo_by_hand():
 
 
 def dpo_of(margin: float, smoothing: float, beta: float = 1.0) -> tuple[float, float]:
-    """Loss and its derivative by the margin, of one pair."""
+    """Return the loss of one pair and its derivative with respect to the margin."""
     chosen = t64([margin], grad=True)
     loss = preference_loss(chosen, t64([0.0]), t64([1.0]), loss="dpo", beta=beta, label_smoothing=t64([smoothing])).loss
     loss.backward()
@@ -124,7 +124,7 @@ def test_scores_by_hand():
     segments = torch.tensor([0, 3, 1, 0, 3, 3])
     scores = pair_scores(logprobs, segments, 4)
     assert scores.tolist() == [-4.0, -0.5, 0.0, -3.0]
-    # gradient: what arrives at the own segment
+    # the gradient of a target is the gradient of its own segment
     (scores * t64([1, 10, 100, 1000])).sum().backward()
     assert logprobs.grad.tolist() == [1, 1000, 10, 1, 1000, 1000]
 
@@ -168,9 +168,9 @@ def pair_loss(logratios: Tensor, segments: Tensor, form: Form) -> LossOutput:
 
 
 def without_prefix(form: Form) -> list[tuple[float, list[float]]]:
-    """Loss, and gradient by the log-ratios of the differing tokens, with the shared prefix and without it."""
+    """Return loss and gradient, with and without the shared prefix, for the log-ratios of the differing tokens."""
     shared, chosen, rejected = [0.4, -0.2, 0.9], [0.5, -0.1], [-0.3, 0.2, 0.1, -0.6]
-    found = []
+    results = []
     for prefix in (shared, []):
         logratios = t64([*prefix, *chosen, *prefix, *rejected], grad=True)
         segments = torch.tensor([0] * len(prefix + chosen) + [1] * len(prefix + rejected))
@@ -178,8 +178,8 @@ def without_prefix(form: Form) -> list[tuple[float, list[float]]]:
         out.loss.backward()
         k = len(prefix)
         gradient = logratios.grad.tolist()
-        found.append((out.loss.item(), gradient[k : k + 2] + gradient[2 * k + 2 :]))
-    return found
+        results.append((out.loss.item(), gradient[k : k + 2] + gradient[2 * k + 2 :]))
+    return results
 
 
 @pytest.mark.parametrize("form", SUMMED)
@@ -212,7 +212,7 @@ def tiny_model(seed: int) -> torch.nn.Module:
 
 
 def model_loss(policy: torch.nn.Module, reference: torch.nn.Module, form: Form, masked: int) -> Tensor:
-    """Loss of one pair with `masked` tokens of the shared prefix left out; its gradient is in the policy."""
+    """Return the loss of one pair without `masked` tokens of the shared prefix; the policy holds its gradient."""
     rows = [PROMPT + PREFIX + completion for completion in (CHOSEN, REJECTED)]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
@@ -231,12 +231,12 @@ def model_loss(policy: torch.nn.Module, reference: torch.nn.Module, form: Form, 
 @pytest.mark.parametrize("form", SUMMED + NORMALISED)
 def test_masking_the_prefix_through_a_model(form):
     policy, reference = tiny_model(0), tiny_model(1)
-    found = []
+    results = []
     for masked in (0, len(PREFIX)):
         loss = model_loss(policy, reference, form, masked)
         gradient = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
-        found.append((loss.item(), gradient.clone()))
-    (whole, whole_gradient), (part, part_gradient) = found
+        results.append((loss.item(), gradient.clone()))
+    (whole, whole_gradient), (part, part_gradient) = results
     size = whole_gradient.norm().item()
     difference = (whole_gradient - part_gradient).norm().item()
     assert size > 1e-2
@@ -262,9 +262,9 @@ def test_adaptive_smoothing_by_hand():
     # q_w, q_l: c = 1 / (1 + q_l / max(1, q_w)), eps = min(1 - c, 0.499)
     #  4, 1: c = 1 / 1.25 = 0.8, eps 0.2       3, 1: c = 0.75, eps 0.25      0, 0: c = 1, eps 0
     #  0, 1: c = 1/2, eps 0.499                1, 9: c = 0.1, eps 0.499      5, 0: eps 0
-    found = adaptive_smoothing(np.array([4, 3, 0, 0, 1, 5.0]), np.array([1, 1, 0, 1, 9, 0.0]))
-    assert found.dtype == np.float64
-    assert found.tolist() == pytest.approx([0.2, 0.25, 0, 0.499, 0.499, 0], rel=1e-12, abs=0)
+    smoothing = adaptive_smoothing(np.array([4, 3, 0, 0, 1, 5.0]), np.array([1, 1, 0, 1, 9, 0.0]))
+    assert smoothing.dtype == np.float64
+    assert smoothing.tolist() == pytest.approx([0.2, 0.25, 0, 0.499, 0.499, 0], rel=1e-12, abs=0)
 
 
 @given(chosen=st.integers(0, 1000), rejected=st.integers(0, 1000))
@@ -275,7 +275,7 @@ def test_adaptive_smoothing_is_bounded_and_grows_with_doubt(chosen, rejected):
     assert 0 <= less <= here <= more <= 0.499
     confidence = 1 / (1 + rejected / max(1, chosen))
     assert here == pytest.approx(min(1 - confidence, 0.499), rel=1e-9, abs=1e-12)
-    # what it returns is what the loss takes
+    # the loss accepts every value that it returns
     dpo_of(1.0, float(here))
 
 

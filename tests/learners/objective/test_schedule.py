@@ -20,20 +20,20 @@ def course(total: int, **settings) -> list[float]:
 
 def test_warm_up_by_hand():
     # W = 3: 0.8 * 1/4, 2/4, 3/4, then the peak
-    found = course(6, warmup_updates=3, schedule="constant")
-    assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8], rel=1e-12)
+    rates = course(6, warmup_updates=3, schedule="constant")
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8], rel=1e-12)
 
 
 def test_linear_by_hand():
     # W = 1: 0.4, then p = 0, 1/4, 1/2, 3/4, 1 of the way from 0.8 to 0.8 * 0.25 = 0.2, 0.15 a step
-    found = course(6, warmup_updates=1, schedule="linear", final_fraction=0.25)
-    assert found == pytest.approx([0.4, 0.8, 0.65, 0.5, 0.35, 0.2], rel=1e-12)
+    rates = course(6, warmup_updates=1, schedule="linear", final_fraction=0.25)
+    assert rates == pytest.approx([0.4, 0.8, 0.65, 0.5, 0.35, 0.2], rel=1e-12)
 
 
 def test_cosine_by_hand():
     # p = 0, 1/3, 2/3, 1: (1 + cos) / 2 = 1, 3/4, 1/4, 0; times 0.8 * (1 - 0.5), plus 0.4
-    found = course(4, warmup_updates=0, schedule="cosine", final_fraction=0.5)
-    assert found == pytest.approx([0.8, 0.7, 0.5, 0.4], rel=1e-12)
+    rates = course(4, warmup_updates=0, schedule="cosine", final_fraction=0.5)
+    assert rates == pytest.approx([0.8, 0.7, 0.5, 0.4], rel=1e-12)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -55,14 +55,14 @@ def test_updates_past_the_end_keep_the_last_value(schedule):
     final=st.floats(0, 1),
 )
 def test_rises_to_the_peak_then_never_rises(total, warmup, schedule, final):
-    found = course(total, warmup_updates=warmup, schedule=schedule, final_fraction=final)
-    assert all(rate > 0 for rate in found[:-1])
-    rising, falling = found[: warmup + 1], found[warmup:]
+    rates = course(total, warmup_updates=warmup, schedule=schedule, final_fraction=final)
+    assert all(rate > 0 for rate in rates[:-1])
+    rising, falling = rates[: warmup + 1], rates[warmup:]
     assert rising == sorted(rising)
     assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(falling))
     if warmup < total - 1:
         last = 0.8 if schedule == "constant" else 0.8 * final
-        assert math.isclose(found[-1], last, rel_tol=1e-9, abs_tol=1e-15)
+        assert math.isclose(rates[-1], last, rel_tol=1e-9, abs_tol=1e-15)
 
 
 def test_bad_input_is_refused():

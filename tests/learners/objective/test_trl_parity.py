@@ -21,6 +21,8 @@ def test_losses_and_gradients_equal_those_of_trl() -> None:
     assert (TRL / "trl").is_dir(), f"{TRL} lacks TRL: run make install"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{TRL}"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/peers/trl_parity.py"]
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
-    assert re.search(rf"^{COMPARISONS} passed", found.stdout, re.MULTILINE), found.stdout[-500:]
+    completed = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert completed.returncode == 0, completed.stdout[-5000:] + completed.stderr[-2000:]
+    assert re.search(rf"^{COMPARISONS} passed", completed.stdout, re.MULTILINE), completed.stdout[-500:]

@@ -1,4 +1,4 @@
-"""Parts, micro-batch plans and the shift to targets."""
+"""Splitting into updates, micro-batch plans and the shift to targets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def alone(*samples: Sample) -> list[PackItem]:
 
 
 def sides(chosen: list[int], rejected: list[int], start: int, *, sft: list[int] | None = None) -> PackItem:
-    """A pair that is scored from `start` on."""
+    """Return a pair that is scored from `start` on."""
     samples = [
         Sample(token_ids=ids(*tokens), preference_mask=np.arange(len(tokens)) >= start) for tokens in (chosen, rejected)
     ]
@@ -53,19 +53,19 @@ def test_collate_of_policy_rows_by_hand():
     assert (batch.policy.weights.dtype, batch.policy.advantages.dtype) == (torch.float32, torch.float32)
 
 
-def test_what_is_known_of_every_row_comes_along_and_what_is_known_of_some_does_not():
+def test_optional_values_are_collated_only_if_every_sample_has_them():
     known = {"old_logprobs": floats(0, -1, -2), "values": floats(0, 0.5, 0.25), "returns": floats(0, 1, 2)}
     sample = policy_sample([5, 6, 7], [0, 1, 1], [0, 1, 1], **known, reference_logprobs=floats(7, -3, -4))
     batch = collate(alone(sample, sample), pad_id=0).policy
     assert batch is not None
-    found = [batch.old_logprobs, batch.reference_logprobs, batch.values, batch.returns]
-    assert [None if x is None else x.tolist() for x in found] == [
+    optional = [batch.old_logprobs, batch.reference_logprobs, batch.values, batch.returns]
+    assert [None if x is None else x.tolist() for x in optional] == [
         [-1.0, -2.0] * 2,
         [-3.0, -4.0] * 2,
         [0.5, 0.25] * 2,
         [1.0, 2.0] * 2,
     ]
-    # A sample of a searched group has no values: the whole has none, rather than a shifted part.
+    # A sample of a searched group has no values, so the batch has none.
     mixed = collate(alone(sample, policy_sample([5, 6], [0, 1], [0, 1])), pad_id=0).policy
     assert mixed is not None
     assert (mixed.values, mixed.returns) == (None, None)
@@ -95,26 +95,26 @@ def test_collate_of_mixed_items_by_hand():
 
 
 def test_segments_of_pairs_interleave():
-    # Other samples between the pairs, of other terms, move nothing.
+    # Samples of other terms between the pairs do not change the segments.
     pairs = [sides([1, 2, 3], [1, 4], 1), sides([5, 6], [5, 7, 8], 1)]
     items = [pairs[0], *alone(sft_sample([9, 9, 9], [0, 1, 1])), pairs[1]]
-    found = collate(items, pad_id=0)
-    assert found.pairs is not None
+    batch = collate(items, pad_id=0)
+    assert batch.pairs is not None
     # targets: 2 3 | 4 | 9 9 | 6 | 7 8
-    assert found.pairs.at.tolist() == [0, 1, 2, 5, 6, 7]
-    assert found.pairs.segments.tolist() == [0, 0, 1, 2, 3, 3]
-    assert found.input_ids[:, 1:][found.loss_mask][found.pairs.at].tolist() == [2, 3, 4, 6, 7, 8]
+    assert batch.pairs.at.tolist() == [0, 1, 2, 5, 6, 7]
+    assert batch.pairs.segments.tolist() == [0, 0, 1, 2, 3, 3]
+    assert batch.input_ids[:, 1:][batch.loss_mask][batch.pairs.at].tolist() == [2, 3, 4, 6, 7, 8]
 
 
-def test_a_row_of_a_pair_may_be_imitated_alone():
-    # The step has no preference term: one sample, and no pair to number.
+def test_the_chosen_side_of_a_pair_may_be_trained_alone():
+    # Without a preference term there is one sample and no pair.
     batch = collate(alone(sft_sample([1, 2, 3], [0, 1, 1])), pad_id=0)
     assert batch.sft is not None
     assert (batch.policy, batch.pairs, batch.sft.at.tolist()) == (None, None, [0, 1])
 
 
 def test_the_first_token_is_never_a_target():
-    # It has no prediction, in no term.
+    # The first token has no prediction, whatever the term.
     samples = [
         policy_sample([5, 6, 7], [1, 0, 1], [1, 1, 1], behavior_logprobs=floats(-1, 0, -2)),
         sft_sample([5, 6, 7], [1, 1, 0]),
@@ -140,7 +140,7 @@ def test_nothing_to_train_still_makes_a_batch():
     assert untrained.first_target == 2  # the last column: one logit of one position is enough
 
 
-def test_a_row_without_targets_moves_no_other():
+def test_a_sample_without_targets_shifts_no_other():
     sample = policy_sample([5, 6], [0, 1], [0, 2])
     batch = collate(alone(policy_sample([7, 8], [0, 0], [1, 1]), sample, sft_sample([7, 8], [0, 0]), sample), pad_id=0)
     assert batch.policy is not None and batch.sft is not None
@@ -148,7 +148,7 @@ def test_a_row_without_targets_moves_no_other():
     assert batch.sft.at.tolist() == batch.sft.weights.tolist() == []
 
 
-def test_figures_are_those_of_the_targets_and_nothing_else_is_read():
+def test_only_values_at_targets_are_read():
     nan = np.nan
     sample = policy_sample(
         [5, 6, 7, 8], [0, 1, 0, 1], [nan, 0.5, nan, -0.25], behavior_logprobs=floats(nan, -1, nan, -2)
@@ -159,7 +159,7 @@ def test_figures_are_those_of_the_targets_and_nothing_else_is_read():
     assert batch.behavior_logprobs.tolist() == [-1.0, -2.0, -2.0]
 
 
-def test_places_of_every_term_point_at_its_own_tokens():
+def test_positions_of_every_term_point_at_its_own_tokens():
     # Each term's targets, looked up through `at`, are the tokens under its own mask, sample by sample.
     items = mixed_items()
     samples = [sample for item in items for sample in item.samples]
@@ -280,7 +280,7 @@ def test_plan_wastes_little_padding_and_is_balanced():
     assert sum(lengths) / sum(loads) > 0.93
     assert max(loads) / min(loads) < 1.01
     unsorted = sum(padded(list(range(start, start + 32)), lengths) for start in range(0, 512, 32))
-    assert sum(lengths) / unsorted < 0.7  # what the sorting is for
+    assert sum(lengths) / unsorted < 0.7  # without sorting
 
 
 @pytest.mark.parametrize(("lengths", "ranks", "budget"), [([1], 0, 1), ([1], 1, 0), ([0, 1], 1, 1)])

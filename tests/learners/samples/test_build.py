@@ -1,4 +1,4 @@
-"""What a step trains on, and what the models are asked for to make it."""
+"""Samples of a step, and the scores that building them needs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ BATCH = TrainingBatch(groups=(SAMPLED, TREE), pairs=(PAIR,), demonstrations=(CHA
 
 
 class FakeScorer:
-    """Records what it is asked for."""
+    """Counts the samples and pairs that it scores, by method."""
 
     def __init__(self) -> None:
         self.calls: dict[str, int] = {}
@@ -77,16 +77,16 @@ def items(
     kl_weight: float = 0.0,
     **settings: dict[str, Any],
 ) -> tuple[list[list[list[PackItem]]], dict[str, int]]:
-    """What `build_samples` makes, and how many samples or pairs each model was asked about."""
+    """Return the result of `build_samples`, and the number of samples or pairs scored by each method."""
     scorer = FakeScorer()
-    found = build_samples(
+    built = build_samples(
         batch,
         ObjectiveConfig(**settings),
         StepTerms(weights=dict.fromkeys(weights, 1.0), chosen_sft=chosen_sft, kl_weight=kl_weight),
         max_tokens=10,
         scorer=scorer,
     )
-    return found, {name: count for name, count in scorer.calls.items() if count}
+    return built, {name: count for name, count in scorer.calls.items() if count}
 
 
 FILE = {"preference": {"source": "file"}}
@@ -96,32 +96,34 @@ FILE = {"preference": {"source": "file"}}
     ("weights", "options", "expected"),
     [
         (["policy"], {}, {}),
-        # A term of weight 0 is in no step's weights: its models are not asked, whatever else is configured.
+        # A term of weight 0 is not among the weights of a step, so its models compute no scores.
         (["policy"], {"preference": {"weight": 0.0, "final_weight": 1.0}, "kl": {"final_weight": 1.0}}, {}),
         (["policy", "kl"], {"kl": {"weight": 0.1}, "kl_weight": 0.1}, {"reference": 4}),
         (["policy"], {"kl": {"weight": 0.1, "in_reward": True}, "kl_weight": 0.1}, {"reference": 4, "old": 2}),
         (["sft"], {"kl": {"weight": 0.1}}, {}),
         (["preference"], {}, {"pairs": 1}),
         (["preference", "sft"], {"chosen_sft": True}, {"pairs": 1}),
-        (["preference"], FILE, {}),  # a file's pairs bring their scores
+        (["preference"], FILE, {}),  # the pairs of a file have their scores
         (["sft"], {"chosen_sft": True}, {}),  # no preference term, no scores
         (["policy", "value"], {"policy": {"estimator": "gae"}, "value": {"weight": 1.0}}, {"values": 2}),
         (["value"], {"policy": {"estimator": "gae"}, "value": {"weight": 1.0}}, {"values": 2}),
         ([], {}, {}),
     ],
 )
-def test_models_are_asked_for_what_the_step_needs_and_no_more(weights, options, expected):
+def test_only_the_scores_that_the_step_needs_are_computed(weights, options, expected):
     assert items(weights, **options)[1] == expected
 
 
-def test_every_source_has_its_own_units():
-    # Units of a group stay together: samples of the policy, demonstrations of its tree, its pairs.
-    (groups, others, samples), _ = items(["policy", "preference", "sft"], sft={"source": "trees"})
-    assert [[len(item.samples) for item in found] for found in groups] == [[1, 1], [1, 1, 1, 2]]
+def test_every_source_has_its_own_items():
+    # Items of a group stay together: samples of the policy, demonstrations of its tree, its pairs.
+    (groups, others, demonstrations), _ = items(["policy", "preference", "sft"], sft={"source": "trees"})
+    assert [[len(item.samples) for item in group_items] for group_items in groups] == [[1, 1], [1, 1, 1, 2]]
     assert groups[1][2].samples[0].sft_mask.tolist() == [False, False, True, True]
     assert groups[1][3].pair.reference == (-10.0, -20.0)
-    assert [[item.pair.reference for item in found] for found in others] == [[(-1.0, -2.0)]]
-    assert [[item.samples[0].token_ids.tolist() for item in found] for found in samples] == [[[1, 2, 7, 8]]] * 2
+    assert [[item.pair.reference for item in pair_items] for pair_items in others] == [[(-1.0, -2.0)]]
+    assert [
+        [item.samples[0].token_ids.tolist() for item in demonstration_items] for demonstration_items in demonstrations
+    ] == [[[1, 2, 7, 8]]] * 2
 
 
 @pytest.mark.parametrize(
@@ -137,12 +139,13 @@ def test_every_source_has_its_own_units():
         ([], {"chosen_sft": True}, [0, 0, 0, 0]),
     ],
 )
-def test_nothing_is_made_for_a_term_that_the_step_has_not(weights, options, sizes):
-    (groups, others, samples), _ = items(weights, **options)
-    assert [*(len(found) for found in groups), sum(map(len, others)), sum(map(len, samples))] == sizes
+def test_no_samples_are_built_for_terms_outside_the_step(weights, options, sizes):
+    (groups, others, demonstrations), _ = items(weights, **options)
+    counts = [len(group_items) for group_items in groups]
+    assert [*counts, sum(map(len, others)), sum(map(len, demonstrations))] == sizes
 
 
-def test_a_chosen_side_without_the_preference_term_is_a_row_to_imitate():
+def test_without_the_preference_term_the_chosen_side_is_a_supervised_sample():
     (groups, others, _), _ = items(["sft"], chosen_sft=True)
     for item in (groups[1][0], others[0][0]):
         (sample,) = item.samples
@@ -153,7 +156,7 @@ def test_a_chosen_side_without_the_preference_term_is_a_row_to_imitate():
     assert others[0][0].samples[0].sft_mask.tolist() == [False, False, False, True, True]
 
 
-def test_a_chosen_side_is_imitated_where_the_step_says_so():
+def test_the_chosen_side_is_supervised_if_the_step_has_the_term():
     for chosen_sft, weights in ((True, ["preference", "sft"]), (True, ["preference"]), (False, ["preference", "sft"])):
         (_, others, _), _ = items(weights, chosen_sft=chosen_sft)
         chosen, rejected = others[0][0].samples
@@ -195,13 +198,13 @@ def test_a_pair_without_scores_is_refused():
         items(["preference"], batch=TrainingBatch(pairs=(pair,)))
 
 
-def test_the_critic_learns_from_what_has_returns_and_the_others_from_what_is_not_the_policys():
+def test_items_of_the_critic_and_items_without_the_policy_term():
     with_return = policy_sample([1, 2], [0, 1], [0, 1], values=np.zeros(2), returns=np.zeros(2))
     parts = [policy_sample([1, 2], [0, 1], [0, 1]), with_return, sft_sample([1, 2], [0, 1])]
     pair = PackItem(samples=pair_samples(PAIR, mask_prefix=True, sft=True, mask_prefix_sft=False))
-    found = [*(PackItem(samples=(sample,)) for sample in parts), pair]
-    assert critic_items(found) == [found[1]]
-    assert without_policy(found) == [found[2], pair]
+    mixed = [*(PackItem(samples=(sample,)) for sample in parts), pair]
+    assert critic_items(mixed) == [mixed[1]]
+    assert without_policy(mixed) == [mixed[2], pair]
 
 
 def test_pairs_are_scored_on_the_tokens_that_are_compared():

@@ -1,4 +1,4 @@
-"""Rows of the policy term: who is trained, with which advantage, and what the scorer is asked for."""
+"""Samples of the policy term: trained tokens, their advantages, and the scores that they need."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from rlsys.types import Float32Array, TrajectoryGroup
 
 
 class FakeScorer:
-    """Log-probabilities of -1 (old) and -1.5 (reference), values of 0.5; records what it is asked for."""
+    """Log-probabilities of -1 (old) and -1.5 (reference), values of 0.5; records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
 
     def old_logprobs(self, samples: Sequence[Sample]) -> list[Float32Array]:
-        return self._figures("old", samples, -1.0)
+        return self._scores("old", samples, -1.0)
 
     def reference_logprobs(self, samples: Sequence[Sample]) -> list[Float32Array]:
-        return self._figures("reference", samples, -1.5)
+        return self._scores("reference", samples, -1.5)
 
     def values(self, samples: Sequence[Sample]) -> list[Float32Array]:
-        return self._figures("values", samples, 0.5)
+        return self._scores("values", samples, 0.5)
 
-    def _figures(self, name: str, samples: Sequence[Sample], value: float) -> list[Float32Array]:
+    def _scores(self, name: str, samples: Sequence[Sample], value: float) -> list[Float32Array]:
         self.calls.append((name, len(samples)))
         return [np.where(sample.targets, value, 0).astype(np.float32) for sample in samples]
 
@@ -57,7 +57,7 @@ def samples_of(
 
 
 def targets(samples: Sequence[Sample]) -> list[tuple[int, float]]:
-    """(token, advantage) of all targets that a batch of the samples trains."""
+    """Return (token, advantage) of all targets in a batch of the samples."""
     batch = collate([PackItem(samples=(sample,)) for sample in samples], pad_id=0)
     if batch.policy is None:
         return []
@@ -69,23 +69,23 @@ def advantages(samples: Sequence[Sample]) -> list[float]:
 
 
 def ends(*rewards: float) -> TrajectoryGroup:
-    """Completions of one token, 10, 11, ..., after a prompt of two."""
+    """Return a group with completions of one token, 10, 11, ..., after a prompt of two."""
     return group(*(trajectory([1, 2, 10 + n], [0, 0, 1], reward) for n, reward in enumerate(rewards)))
 
 
 # --- sampled groups ---
 
 
-def test_rows_carry_advantages_and_leave_unjudged_trajectories_out():
+def test_samples_have_advantages_and_unjudged_trajectories_are_left_out():
     # judged rewards 1, 0: mean 1/2. The timeout's reward of 9 counts nowhere.
-    found = group(
+    sampled_group = group(
         trajectory([1, 2, 10], [0, 0, 1], 1.0),
         trajectory([1, 2, 11], [0, 0, 1], 9.0, outcome="timeout"),
         trajectory([1, 2, 12], [0, 0, 1], 0.0),
         trajectory([1, 2, 13], [0, 0, 1], math.nan, outcome="error"),
     )
     nothing = group(trajectory([1, 2, 10], [0, 0, 1], math.nan, outcome="error"))
-    samples, none = samples_of([found, nothing])
+    samples, none = samples_of([sampled_group, nothing])
     assert targets(samples) == [(10, 0.5), (12, -0.5)]
     assert none == []
     assert samples[0].policy.behavior_logprobs.tolist() == floats(0, 0, -0.2).tolist()
@@ -105,7 +105,7 @@ def test_estimators_of_a_group_by_hand(estimator, expected):
     assert advantages(samples) == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_baseline_is_of_its_own_group_and_whitening_is_of_the_step():
+def test_baselines_are_per_group_and_whitening_is_per_step():
     # Group means 1/2 and 3: centred 1/2, -1/2, 1, -1, whose mean is 0 and std sqrt(2.5 / 4).
     first, second = samples_of([ends(1.0, 0.0), ends(4.0, 2.0)], estimator="reinforce_pp_baseline")
     std = math.sqrt(2.5 / 4)
@@ -118,20 +118,20 @@ def test_a_baseline_is_of_its_own_group_and_whitening_is_of_the_step():
 
 def test_reinforce_pp_discounts_and_whitens_over_tokens():
     # Completions of 2 tokens with reward 1 and of 1 token with reward 0; gamma 1/2: returns 1/2, 1 | 0.
-    found = group(trajectory([1, 2, 10, 11], [0, 0, 1, 1], 1.0), trajectory([1, 2, 12], [0, 0, 1], 0.0))
-    (samples,) = samples_of([found], estimator="reinforce_pp", gamma=0.5)
+    sampled_group = group(trajectory([1, 2, 10, 11], [0, 0, 1, 1], 1.0), trajectory([1, 2, 12], [0, 0, 1], 0.0))
+    (samples,) = samples_of([sampled_group], estimator="reinforce_pp", gamma=0.5)
     std = math.sqrt((1.25 - 0.75) / 3)  # mean 1/2; squares 1/4 + 1 + 0 less 3 * 1/4
     assert advantages(samples) == pytest.approx([0.0, 0.5 / std, -0.5 / std], rel=1e-6, abs=1e-7)
 
 
 def test_forced_and_foreign_tokens_are_not_trained_and_end_no_return():
-    # The last token is another model's: the reward stands on the last own one.
-    found = group(
+    # The last token is from another model: the reward is on the last token of the policy.
+    sampled_group = group(
         trajectory([1, 2, 10, 98, 11, 99], [0, 0, 1, 0, 1, 0], 1.0), trajectory([1, 2, 12, 99], [0, 0, 1, 0], 0.0)
     )
-    (samples,) = samples_of([found])
+    (samples,) = samples_of([sampled_group])
     assert targets(samples) == [(10, 0.5), (11, 0.5), (12, -0.5)]
-    (samples,) = samples_of([found], estimator="reinforce_pp", gamma=0.5)
+    (samples,) = samples_of([sampled_group], estimator="reinforce_pp", gamma=0.5)
     # Returns 1/2 at token 10: the foreign token between discounts nothing. Mean 1/2 of (1/2, 1, 0).
     std = math.sqrt((1.25 - 0.75) / 3)
     assert targets(samples) == [
@@ -141,18 +141,18 @@ def test_forced_and_foreign_tokens_are_not_trained_and_end_no_return():
     ]
 
 
-def test_a_trajectory_without_own_tokens_is_a_row_that_trains_nothing():
-    # Its reward is part of the baseline all the same: it was judged.
+def test_a_trajectory_without_policy_tokens_gives_a_sample_without_targets():
+    # It was judged, so its reward is part of the baseline.
     (samples,) = samples_of([group(trajectory([1, 2, 99], [0, 0, 0], 1.0), trajectory([1, 2, 10], [0, 0, 1], 0.0))])
     assert (len(samples), targets(samples)) == (2, [(10, -0.5)])
 
 
 def test_rewards_fall_over_the_overlong_buffer():
     # max_tokens 4, buffer 2, penalty 0.5: lengths 2, 3, 4 lose 0, 1/4, 1/2. Rewards 1 each: mean of 1, 3/4, 1/2.
-    found = group(*(trajectory([1, *([7] * n)], [0, *([1] * n)], 1.0) for n in (2, 3, 4)))
-    (samples,) = samples_of([found], max_tokens=4, overlong_buffer=2, overlong_penalty=0.5)
+    sampled_group = group(*(trajectory([1, *([7] * n)], [0, *([1] * n)], 1.0) for n in (2, 3, 4)))
+    (samples,) = samples_of([sampled_group], max_tokens=4, overlong_buffer=2, overlong_penalty=0.5)
     assert [sample.policy.advantages[-1] for sample in samples] == [0.25, 0.0, -0.25]
-    (samples,) = samples_of([found], max_tokens=4)
+    (samples,) = samples_of([sampled_group], max_tokens=4)
     assert advantages(samples) == [0.0] * 9
 
 
@@ -162,36 +162,36 @@ def test_rewards_fall_over_the_overlong_buffer():
 def test_kl_in_the_reward_by_hand():
     # k1 of a token: log p_old - log p_ref = -1 + 1.5 = 1/2; weight 1/4: 1/8 a token. Rewards 1 of 2 tokens and
     # 0 of 1: 1 - 1/4 = 3/4 and -1/8, mean 5/16.
-    found = group(trajectory([1, 2, 10, 11], [0, 0, 1, 1], 1.0), trajectory([1, 2, 12], [0, 0, 1], 0.0))
+    sampled_group = group(trajectory([1, 2, 10, 11], [0, 0, 1, 1], 1.0), trajectory([1, 2, 12], [0, 0, 1], 0.0))
     kl = {"weight": 0.25, "estimator": "k1", "in_reward": True}
     scorer = FakeScorer()
-    (samples,) = samples_of([found], scorer=scorer, kl=kl, kl_weight=0.25)
+    (samples,) = samples_of([sampled_group], scorer=scorer, kl=kl, kl_weight=0.25)
     assert advantages(samples) == [7 / 16, 7 / 16, -7 / 16]
     assert scorer.calls == [("reference", 2), ("old", 2)]
     # Token by token, before the whitening: (1 - 1/8) - 1/8 and 7/8 | -1/8; mean 1/2, squares 9/16 + 49/64 + 1/64.
-    (samples,) = samples_of([found], estimator="reinforce_pp", kl=kl, kl_weight=0.25)
+    (samples,) = samples_of([sampled_group], estimator="reinforce_pp", kl=kl, kl_weight=0.25)
     std = math.sqrt((9 / 16 + 50 / 64) / 3 - 1 / 4)
     assert advantages(samples) == pytest.approx([0.25 / std, 0.375 / std, -0.625 / std], rel=1e-6)
-    # The log-probabilities stay with the sample: what is scored once is not scored again.
+    # The log-probabilities stay with the sample, so that nothing is scored twice.
     assert samples[0].policy.old_logprobs.tolist() == [0, 0, -1, -1]
     assert samples[0].policy.reference_logprobs.tolist() == [0, 0, -1.5, -1.5]
 
 
-def test_the_penalty_of_foreign_tokens_is_none():
+def test_foreign_tokens_have_no_kl_penalty():
     class Everywhere(FakeScorer):
-        """Gives figures of the context too, as a scorer should not."""
+        """Scores the context too, which a scorer should not do."""
 
-        def _figures(self, name: str, samples: Sequence[Sample], value: float) -> list[Float32Array]:
+        def _scores(self, name: str, samples: Sequence[Sample], value: float) -> list[Float32Array]:
             return [np.full(sample.length, value, dtype=np.float32) for sample in samples]
 
-    found = group(trajectory([1, 2, 10, 99], [0, 0, 1, 0], 1.0), trajectory([1, 2, 12], [0, 0, 1], 0.0))
+    sampled_group = group(trajectory([1, 2, 10, 99], [0, 0, 1, 0], 1.0), trajectory([1, 2, 12], [0, 0, 1], 0.0))
     kl = {"weight": 0.25, "estimator": "k1", "in_reward": True}
-    (samples,) = samples_of([found], scorer=Everywhere(), kl=kl, kl_weight=0.25)
+    (samples,) = samples_of([sampled_group], scorer=Everywhere(), kl=kl, kl_weight=0.25)
     assert advantages(samples) == [0.5, -0.5]  # both lose 1/8
 
 
 @pytest.mark.parametrize("in_reward", [False, True])
-def test_a_weight_of_zero_asks_for_nothing(in_reward):
+def test_a_weight_of_zero_needs_no_scores(in_reward):
     # A schedule may begin or end at 0.
     scorer = FakeScorer()
     kl = {"final_weight": 0.1, "in_reward": in_reward}
@@ -208,34 +208,34 @@ def test_a_weight_of_zero_asks_for_nothing(in_reward):
 def test_generalised_advantages_by_hand():
     # Values 1/2 everywhere, gamma 1, lambda 1/2. Sample 1: rewards 0, 1: deltas 0, 1/2: A = 1/4, 1/2.
     # Sample 2: reward 0: A = -1/2. Returns A + V: 3/4, 1 | 0. The foreign token in between passes V and A on.
-    found = group(trajectory([1, 2, 10, 99, 11], [0, 0, 1, 0, 1], 1.0), trajectory([1, 2, 12], [0, 0, 1], 0.0))
-    (samples,) = samples_of([found], estimator="gae", gae_lambda=0.5)
+    sampled_group = group(trajectory([1, 2, 10, 99, 11], [0, 0, 1, 0, 1], 1.0), trajectory([1, 2, 12], [0, 0, 1], 0.0))
+    (samples,) = samples_of([sampled_group], estimator="gae", gae_lambda=0.5)
     mean, squares = (0.25 + 0.5 - 0.5) / 3, 0.0625 + 0.25 + 0.25
     std = math.sqrt(squares / 3 - mean**2)
     assert advantages(samples) == pytest.approx([(x - mean) / std for x in (0.25, 0.5, -0.5)], rel=1e-6)
-    # Returns are of what was not whitened.
+    # Returns come from advantages before whitening.
     assert [sample.policy.returns.tolist() for sample in samples] == [[0, 0, 0.75, 0, 1], [0, 0, 0]]
     assert [sample.policy.values.tolist() for sample in samples] == [[0, 0, 0.5, 0, 0.5], [0, 0, 0.5]]
 
 
-def test_the_critic_is_asked_about_sampled_groups_alone():
+def test_the_critic_scores_only_sampled_groups():
     scorer = FakeScorer()
     tree = searched(([1], "ok", 1.0), ([2], "wrong", 0.0))
-    found, sampled = samples_of([tree, ends(1.0, 0.0)], estimator="gae", scorer=scorer)
+    searched_samples, sampled = samples_of([tree, ends(1.0, 0.0)], estimator="gae", scorer=scorer)
     assert scorer.calls == [("values", 2)]
-    assert targets(found) == [(10, 0.5), (11, 0.5), (20, -0.5), (21, -0.5)]  # and no whitening
-    assert all(sample.policy.values is None and sample.policy.returns is None for sample in found)
+    assert targets(searched_samples) == [(10, 0.5), (11, 0.5), (20, -0.5), (21, -0.5)]  # without whitening
+    assert all(sample.policy.values is None and sample.policy.returns is None for sample in searched_samples)
     assert all(sample.policy.values is not None for sample in sampled)
-    # Of searched groups alone nothing is asked that a rank could not answer.
+    # With only searched groups there is nothing to score.
     samples_of([tree], estimator="gae", scorer=scorer)
     assert scorer.calls[1:] == [("values", 0)]
 
 
-def test_searched_groups_do_not_move_what_whitening_makes_of_sampled_ones():
+def test_searched_groups_do_not_change_the_whitening_of_sampled_groups():
     tree = searched(([1], "ok", 1.0), ([2], "wrong", 0.0))
     (alone,) = samples_of([ends(1.0, 0.0, 0.0)], estimator="reinforce_pp")
-    _, beside = samples_of([tree, ends(1.0, 0.0, 0.0)], estimator="reinforce_pp")
-    assert targets(beside) == targets(alone)
+    _, with_tree = samples_of([tree, ends(1.0, 0.0, 0.0)], estimator="reinforce_pp")
+    assert targets(with_tree) == targets(alone)
 
 
 # --- searched groups ---
@@ -258,16 +258,16 @@ def test_searched_groups_do_not_move_what_whitening_makes_of_sampled_ones():
         ("backed_up", {1: (math.tanh(2 / 3) - 1 / 3) * 2, 2: 2 / 3, 3: -4 / 3, 4: 2 / 3}),
     ],
 )
-def test_a_node_weighs_as_often_as_it_was_drawn(tree_estimator, expected):
+def test_a_node_counts_as_often_as_it_was_drawn(tree_estimator, expected):
     # Where chains are counted the draws are those through a node: 2, 1, 1, 1 as well.
     tree = searched(([1, 2], "ok", 1.0), ([1, 3], "wrong", 0.0), ([4], "ok", 1.0), samples={1: 2})
     (samples,) = samples_of([tree], tree_estimator=tree_estimator)
-    found = {token // 10: advantage for token, advantage in targets(samples)}
+    by_node = {token // 10: advantage for token, advantage in targets(samples)}
     assert len(targets(samples)) == 8  # two tokens a node, each once
-    assert found == pytest.approx({node: value / (5 / 4) for node, value in expected.items()}, rel=1e-6)
+    assert by_node == pytest.approx({node: value / (5 / 4) for node, value in expected.items()}, rel=1e-6)
 
 
-def test_searched_rows_by_hand():
+def test_searched_samples_by_hand():
     # Node 1 holds 2 (right) and 3 (wrong): V(1) = 1/2; node 4 was right: V(4) = 1; V(0) = 3/4.
     group = searched(([1, 2], "ok", 1.0), ([1, 3], "wrong", 0.0), ([4], "ok", 1.0), forced=[2, 4])
     (samples,) = samples_of([group])
@@ -276,7 +276,7 @@ def test_searched_rows_by_hand():
         [1, 2, 10, 11, 30, 31],
         [1, 2, 40, 41],
     ]
-    # Node 1 is trained by the first sample alone; the first tokens of 2 and 4 were put there.
+    # Only the first sample trains node 1; the first tokens of 2 and 4 were forced.
     assert targets(samples) == [(10, -0.25), (11, -0.25), (21, 0.5), (30, -0.5), (31, -0.5), (41, 0.25)]
     # Denominators count the same targets.
     assert [count_targets(sample.policy_mask) for sample in samples] == [3, 2, 1]
@@ -289,12 +289,12 @@ def test_a_node_drawn_three_times_weighs_three_times_as_much_within_its_group():
     group = searched(([1], "ok", 1.0), ([2], "wrong", 0.0), samples={1: 3})
     (samples,) = samples_of([group])
     assert targets(samples) == [(10, 0.375), (11, 0.375), (20, -0.375), (21, -0.375)]
-    # Of the group of four samples that it stands for, the weights sum to the number of tokens all the same.
+    # With twice the draws of each node the weights are the same: they sum to the number of tokens.
     (same,) = samples_of([searched(([1], "ok", 1.0), ([2], "wrong", 0.0), samples={1: 6, 2: 2})])
     assert targets(same) == targets(samples)
 
 
-def test_a_searched_row_in_which_nothing_is_left_to_train_is_dropped():
+def test_a_searched_trajectory_with_nothing_to_train_gives_no_sample():
     # The second trajectory ends in a node that the first goes on from; the third was never judged, nor is its node.
     group = searched(([1, 2], "ok", 1.0), ([1], "wrong", 0.0), ([3], "error", math.nan))
     (samples,) = samples_of([group])
@@ -309,7 +309,7 @@ def test_an_unjudged_trajectory_leaves_its_shared_nodes_to_the_next_one():
     assert targets(samples) == [(10, 0.5), (11, 0.5), (30, 0.0), (31, 0.0), (40, -0.5), (41, -0.5)]
 
 
-def test_tokens_of_no_node_are_not_trained():
+def test_tokens_outside_nodes_are_not_trained():
     group = searched(([1], "ok", 1.0), ([2], "wrong", 0.0))
     longer = [
         replace(
@@ -324,7 +324,7 @@ def test_tokens_of_no_node_are_not_trained():
     assert targets(samples) == [(10, 0.5), (11, 0.5), (20, -0.5), (21, -0.5)]
 
 
-def test_a_searched_group_without_trajectories_gives_no_rows():
+def test_a_searched_group_without_trajectories_gives_no_samples():
     assert samples_of([searched()]) == [[]]
 
 
