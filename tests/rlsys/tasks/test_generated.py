@@ -94,15 +94,15 @@ def test_hashed_random_is_the_same_in_every_version() -> None:
     assert hashed_random(0, "train", 3).random() == random.Random(13823076544659827054).random()
 
 
-def chain(present: set[str], asked: Iterator[int]) -> str:
+def chain(present: set[str], numbers: Iterator[int]) -> str:
     """A chain whose optional texts count the calls for a text."""
     return join_nodes(
         {tag: tag in present for tag in OPTIONAL},
-        sub_task=lambda: f"{next(asked)}",
-        reclarify=lambda: f"{next(asked)}",
-        hypothesis=lambda: f"{next(asked)}",
-        thinking=lambda: [tags.node(tags.THINKING, f"{next(asked)}")],
-        double_check=lambda: f"{next(asked)}",
+        sub_task=lambda: f"{next(numbers)}",
+        reclarify=lambda: f"{next(numbers)}",
+        hypothesis=lambda: f"{next(numbers)}",
+        thinking=lambda: [tags.node(tags.THINKING, f"{next(numbers)}")],
+        double_check=lambda: f"{next(numbers)}",
         answer="a",
     )
 
@@ -115,6 +115,6 @@ def test_nodes_are_joined_in_order() -> None:
 
 
 def test_the_text_of_an_absent_node_is_not_computed() -> None:
-    asked = iter(range(5))
-    assert chain({tags.HYPOTHESIS}, asked) == "<hypothesis>0</hypothesis><thinking>1</thinking><answer>a</answer>"
-    assert next(asked) == 2
+    numbers = iter(range(5))
+    assert chain({tags.HYPOTHESIS}, numbers) == "<hypothesis>0</hypothesis><thinking>1</thinking><answer>a</answer>"
+    assert next(numbers) == 2
