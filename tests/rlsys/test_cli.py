@@ -1,4 +1,4 @@
-"""The command line without a run: exit codes, messages, and what a finished run says."""
+"""The command line without a run: exit codes and messages."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_an_unknown_bug_keeps_its_traceback() -> None:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run a command in this process; (exit code, stdout, stderr)."""
+    """Run a command in this process, and return exit code, stdout and stderr."""
 
     def command(*arguments: str) -> tuple[Any, str, str]:
         monkeypatch.setattr(sys, "argv", ["rlsys", *arguments])
@@ -126,7 +126,7 @@ def test_keys_of_a_section_that_is_not_there(run) -> None:
 
 @pytest.fixture(scope="module")
 def model_without_a_bracket(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose tags are entries of their own; it has no other way to write "<"."""
+    """Make a model whose tokenizer has an entry for each tag, but none for "<"."""
     folder = tmp_path_factory.mktemp("model")
     sizes = FromScratchConfig(hidden_size=32, layers=1, heads=1, intermediate_size=32)
     build_from_scratch(sizes, build_task(config().task, 0).vocabulary(), 0, folder)
@@ -260,7 +260,7 @@ def test_a_cluster_that_is_too_small_is_refused_at_once() -> None:
     ("address", "error", "kind", "message"),
     [
         ("local", RuntimeError("no\n port"), RlsysError, "Ray did not start: no port"),
-        ("local", Exception("timed out"), RlsysError, "Ray did not start: timed out"),  # what it raises when too busy
+        ("local", Exception("timed out"), RlsysError, "Ray did not start: timed out"),  # raised on a busy machine
         ("local", AbortedRunError("SIGINT"), AbortedRunError, "SIGINT"),
         ("10.0.0.1:1", ConnectionError("refused"), ConfigError, "run.address 10.0.0.1:1: no Ray cluster can be joined"),
         ("local", SystemExit(15), AbortedRunError, "SIGTERM while Ray was starting"),

@@ -68,7 +68,7 @@ def test_plain_lines() -> None:
     ]
 
 
-def test_a_step_that_was_only_searched_shows_its_reward() -> None:
+def test_a_step_of_searched_prompts_shows_its_reward() -> None:
     clock = Clock()
     display, output = plain(clock)
     display.stage("online", 2, 1)
@@ -129,7 +129,7 @@ def test_panel_keeps_the_last_messages() -> None:
     assert [f"event {number}" in output.getvalue() for number in range(9)] == [False] * 4 + [True] * 5
 
 
-def test_panel_has_the_same_height_whatever_is_known() -> None:
+def test_the_height_of_the_panel_does_not_depend_on_the_figures() -> None:
     clock = Clock()
     display, console, output = terminal(clock)
     display.stage("online", 80, 0)
@@ -192,7 +192,7 @@ def table(*, terminal: bool, width: int, below: bool = False) -> list[str]:
 
 
 @pytest.mark.parametrize(("terminal", "width"), [(False, 80), (False, 200), (True, 99)])
-def test_a_table_is_plain_lines_elsewhere_than_on_a_wide_terminal(terminal: bool, width: int) -> None:
+def test_a_table_is_plain_lines_without_a_wide_terminal(terminal: bool, width: int) -> None:
     meaning = ROWS[0][2].strip()
     assert table(terminal=terminal, width=width) == [
         "all [keys]",
@@ -218,7 +218,7 @@ def test_a_table_is_a_box_on_a_wide_terminal() -> None:
 
 
 class Broken(io.StringIO):
-    """A terminal or pipe that goes away after some writes."""
+    """A terminal or pipe that breaks after some writes."""
 
     def __init__(self, writes: int, error: Exception) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Fault points: their grammar, where they act, and that they cost nothing when unset."""
+"""Fault points: their grammar, their conditions, and no effect if RLSYS_FAULTS is not set."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_point_without_a_fault_does_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert faults.fault("publish.omit") == "lm_head.weight"
 
 
-def test_a_fault_acts_where_all_of_its_keys_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_acts_if_all_its_keys_match(monkeypatch: pytest.MonkeyPatch) -> None:
     given("publish.bucket@role=actor,number=1,version=3:mine; other:x", monkeypatch)
     assert faults.fault("publish.bucket", version=3) is None
     faults.identify("actor", "1", 0)
@@ -43,13 +43,13 @@ def test_a_fault_acts_where_all_of_its_keys_agree(monkeypatch: pytest.MonkeyPatc
     assert faults.fault("publish.bucket") is None
 
 
-def test_a_replacement_is_told_from_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_distinguish_a_replacement_from_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
     given("generate@attempt=0:mine", monkeypatch)
     faults.identify("actor", "0", 1)
     assert faults.fault("generate") is None
 
 
-def test_hits_are_counted_where_the_other_keys_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hits_are_counted_if_the_other_keys_match(monkeypatch: pytest.MonkeyPatch) -> None:
     given("step@stage=online,hit=2:mine", monkeypatch)
     answers = [faults.fault("step", stage=stage) for stage in ("online", "sft", "online", "online")]
     assert answers == [None, None, "mine", None]
@@ -58,7 +58,7 @@ def test_hits_are_counted_where_the_other_keys_agree(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "text", ["publish", "publish:", ":kill9", "a@b:c", "a@=1:c", "a@b=:c", "a@hit=0:c", "a@hit=x:c", "a@b=1,:c"]
 )
-def test_what_is_no_fault_is_refused(text: str) -> None:
+def test_a_malformed_fault_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="RLSYS_FAULTS: expected point@key=value,hit=number:action, found"):
         faults.parse(text)
 
@@ -101,14 +101,14 @@ print("the actor went on", flush=True)
 
 
 @pytest.mark.parametrize("point", ["here@role=actor,version=3", "here@role=learner"])
-def test_an_actor_kills_the_driver_where_its_point_says_so(point: str, tmp_path: Path) -> None:
+def test_an_actor_kills_the_driver_at_its_fault_point(point: str, tmp_path: Path) -> None:
     log = tmp_path / "faults.jsonl"
     environment = {name: value for name, value in os.environ.items() if name != "RLSYS_DRIVER_PID"}
     environment |= {"RLSYS_FAULTS": f"{point}:kill_driver", "RLSYS_FAULTS_LOG": str(log)}
     begun = time.monotonic()
     command = [sys.executable, "-c", DRIVER, ACTOR]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as driver:
-        output = driver.communicate(timeout=60)[0]  # ends when both have
+        output = driver.communicate(timeout=60)[0]  # returns when both processes have ended
     if "learner" in point:
         assert driver.returncode == 0 and output == "the actor went on\nthe driver went on\n" and not log.exists()
         return
@@ -119,7 +119,7 @@ def test_an_actor_kills_the_driver_where_its_point_says_so(point: str, tmp_path:
     assert found == {"point": "here", "action": "kill_driver", **process, "where": {"version": "3"}}
 
 
-def test_what_acts_is_logged_before_it_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_fault_is_logged_before_it_acts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     log = tmp_path / "faults.jsonl"
     monkeypatch.setenv("RLSYS_FAULTS_LOG", str(log))
     given("step@version=2:full;step@version=4:mine", monkeypatch)
@@ -135,7 +135,7 @@ def test_what_acts_is_logged_before_it_does(monkeypatch: pytest.MonkeyPatch, tmp
     ]
 
 
-def test_without_faults_nothing_is_set_for_other_processes() -> None:
+def test_without_faults_no_variable_is_set_for_other_processes() -> None:
     code = "import os, rlsys.fault_injection; print(os.environ.get('RLSYS_DRIVER_PID'), os.getpid())"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RLSYS_")}
     for text, expected in (("", "None"), ("here:stop", None)):

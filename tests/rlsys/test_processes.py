@@ -1,4 +1,4 @@
-"""Processes that must end, do; signals mean what they should in every phase of a command."""
+"""End the processes of a run reliably, and handle signals in every phase of a command."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rlsys.processes import kill_with_this_process
 folder = sys.argv[1]
 with kill_with_this_process(Path(folder)):
     extra = (["/ray/agent.py", folder + "/session"], ["/ray/agent.py", "/tmp/rl-other"], ["less", folder + "/log"])
-    log = open(folder + "/agent.log", "w")  # the first process names the folder nowhere and has a file open there
+    log = open(folder + "/agent.log", "w")  # this process does not name the folder, but has a file open in it
     hidden = subprocess.Popen([sys.executable, "-c", {SLEEPER!r}, "/ray/"], stdout=log, start_new_session=True)
     started = [hidden]
     for more in extra:
@@ -45,7 +45,7 @@ def test_a_killed_driver_takes_the_processes_of_its_ray_with_it(tmp_path: Path) 
         hidden, ours, other, pager = (psutil.Process(int(number)) for number in driver.stdout.readline().split())
         try:
             driver.kill()
-            # The children are the init process's now, which may take a moment to fetch them: a zombie is dead too.
+            # The init process has adopted the children. It may reap them late, so a zombie counts as dead.
             assert ended_within(ours, 10.0) and ended_within(hidden, 10.0)
             assert other.is_running() and pager.is_running()
         finally:
@@ -62,7 +62,7 @@ def ended_within(process: psutil.Process, seconds: float) -> bool:
     return False
 
 
-def test_kill_and_wait_ends_what_runs_and_bears_what_is_gone() -> None:
+def test_kill_and_wait_ends_running_processes_and_ignores_dead_ones() -> None:
     running = subprocess.Popen([sys.executable, "-c", SLEEPER])
     gone = subprocess.Popen([sys.executable, "-c", ""])
     both = [psutil.Process(running.pid), psutil.Process(gone.pid)]
@@ -85,7 +85,7 @@ def test_before_the_event_loop_a_signal_ends_the_command(number: signal.Signals)
     assert signal.getsignal(number) is before
 
 
-def test_no_library_takes_a_signal_for_an_error_of_its_own() -> None:
+def test_no_library_catches_a_signal_as_an_exception() -> None:
     with (
         pytest.raises(AbortedRunError, match="^SIGTERM early$"),
         StopSignals(" early"),
@@ -134,14 +134,14 @@ async def wait_long(cleaned: list[str]) -> None:
         cleaned.append("cleaned")
 
 
-def test_in_the_event_loop_it_cancels_the_task_and_lets_it_clean_up() -> None:
+def test_a_signal_in_the_event_loop_cancels_the_task_and_lets_it_clean_up() -> None:
     cleaned: list[str] = []
     with StopSignals(" early") as stop, pytest.raises(AbortedRunError, match="^SIGTERM early$"):
         stop.run(wait_long(cleaned))
     assert cleaned == ["cleaned"]
 
 
-def test_the_first_signal_asks() -> None:
+def test_the_first_signal_requests_an_end() -> None:
     asked: list[str] = []
 
     async def work(stop: StopSignals) -> None:
@@ -176,7 +176,7 @@ def test_the_second_signal_aborts() -> None:
     assert asked == ["SIGINT"]
 
 
-def test_an_own_cancellation_is_no_signal() -> None:
+def test_a_cancellation_without_a_signal_is_not_an_abort() -> None:
     async def work() -> None:
         raise asyncio.CancelledError
 
@@ -184,7 +184,7 @@ def test_an_own_cancellation_is_no_signal() -> None:
         stop.run(work())
 
 
-def test_a_cleanup_is_not_cut_short() -> None:
+def test_signals_do_not_interrupt_a_cleanup() -> None:
     with StopSignals(), signals_ignored():
         raise_signal(signal.SIGINT)
         raise_signal(signal.SIGTERM)
@@ -194,8 +194,8 @@ def test_a_cleanup_is_not_cut_short() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_processes_of_a_ray_are_found_though_they_are_nobodys_children(tmp_path: Path) -> None:
-    # An agent whose parent has ended: the shell starts it in the background and leaves.
+def test_processes_of_a_ray_are_listed_after_their_parents_have_died(tmp_path: Path) -> None:
+    # The shell starts the agent in the background and exits, so the agent loses its parent.
     agent = f'{sys.executable} -c "import time; time.sleep(60)" /ray/agent.py {tmp_path}/session >/dev/null & echo $!'
     shell = subprocess.run(["sh", "-c", agent], stdout=subprocess.PIPE, text=True, check=True)
     orphan = psutil.Process(int(shell.stdout))
@@ -209,12 +209,12 @@ def test_processes_of_a_ray_are_found_though_they_are_nobodys_children(tmp_path:
         orphan.kill()
 
 
-def test_the_time_limit_asks_like_a_first_signal_and_never_aborts_what_is_asked_for() -> None:
+def test_the_time_limit_requests_an_end_and_never_aborts_a_save() -> None:
     asked: list[str] = []
 
     async def work(stop: StopSignals) -> None:
         stop.ask_first(asked.append, " for the second time")
-        asyncio.get_running_loop().call_later(0.2, raise_signal, signal.SIGTERM)  # the end of the job's own time
+        asyncio.get_running_loop().call_later(0.2, raise_signal, signal.SIGTERM)  # the scheduler ends the job
         await asyncio.sleep(0.5)
         raise InterruptedRunError(asked[0])
 
@@ -236,7 +236,7 @@ def test_the_time_limit_after_a_signal_changes_nothing() -> None:
     assert asked == ["SIGTERM"]
 
 
-def test_a_time_limit_that_ends_before_there_is_anything_to_save_ends_the_command() -> None:
+def test_a_time_limit_that_passes_before_the_first_state_ends_the_command() -> None:
     cleaned: list[str] = []
 
     async def work() -> None:

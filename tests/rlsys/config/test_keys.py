@@ -1,4 +1,4 @@
-"""The list of config keys is complete, has the defaults of a parsed config, and helps with typing errors."""
+"""The list of config keys is complete, has the effective defaults, and suggests keys for typing errors."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ SMALLEST = {"run": {"dir": "d"}, "model": {"from_scratch": {}}, "task": {"type":
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    fields: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        fields |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return fields
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def test_every_key_of_a_dumped_config_is_listed_with_its_default() -> None:
-    # parse_config and dump_config give the same names and defaults in another way.
+    # parse_config and dump_config give the same names and defaults independently.
     dumped = flat(yaml.safe_load(dump_config(parse_config(SMALLEST, "test"))))
-    keys = {key.name: key for key in reversed(all_keys())}  # the first task.type: letter_count
+    keys = {key.name: key for key in reversed(all_keys())}  # the first alternative of task wins: letter_count
     assert set(dumped) <= set(keys)
     for name, value in dumped.items():
         if name not in ("run.dir", "task.questions_path"):
@@ -40,7 +40,7 @@ def test_some_keys() -> None:
     assert Key("run.device", "cpu | cuda", "cpu", "Device of the engines and learner ranks.") in keys
     assert [key.default for key in keys if key.name == "task.type"] == ["letter_count", "blocksworld", "dataset"]
     assert [key.default for key in keys if key.name == "run.dir"] == ["required"]
-    # The optimizer of every stage has its own defaults.
+    # The optimizer of every stage has separate defaults.
     rates = {key.name: key.default for key in keys if key.name.endswith("learning_rate")}
     assert rates == {
         "warm_start.optimizer.learning_rate": "0.001",
@@ -62,7 +62,7 @@ def test_keys_of_mappings_and_lists_of_sections() -> None:
     )
     assert keys["search.stop.correct.NUMBER.after"].default == "0"
     assert keys["search.max_depth"].type == "whole number | null"
-    # Without quotes, braces would be a mapping in YAML.
+    # Without quotes, YAML would read a mapping.
     assert yaml.safe_load(keys["search.model.question_template"].default) == "{question}"
 
 

@@ -1,4 +1,4 @@
-"""No cluster without a token, and what every process that Ray starts is told."""
+"""A cluster is joined only with a token, and every process of Ray gets safe settings."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def refusal(address: str = ADDRESS) -> str:
 def test_without_tokens_no_cluster_is_joined(monkeypatch: pytest.MonkeyPatch, address: str, mode: str) -> None:
     monkeypatch.setenv(access.TOKEN, "a token alone turns nothing on")
     monkeypatch.setenv(access.MODE, mode)
-    found = refusal(address)
-    assert found.startswith(f"run.address {address}: ")
+    message = refusal(address)
+    assert message.startswith(f"run.address {address}: ")
     assert (
         f"expected the environment variable RAY_AUTH_MODE=token, here and where the cluster is started, found {mode}"
-        in found
+        in message
     )
-    assert "a token alone" not in found
+    assert "a token alone" not in message
 
 
 def test_a_token_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(access.MODE, "Token")  # Ray reads it without regard to case
+    monkeypatch.setenv(access.MODE, "Token")  # Ray ignores the case
     monkeypatch.setenv(access.TOKEN, "secret")
     access.check_address(ADDRESS)
     monkeypatch.setenv(access.TOKEN, "  ")
@@ -50,7 +50,7 @@ def test_a_token_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("by_default", [False, True])
-def test_a_token_file_is_its_owners_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, by_default: bool) -> None:
+def test_only_the_owner_reads_a_token_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, by_default: bool) -> None:
     path = tmp_path / ".ray" / "auth_token" if by_default else tmp_path / "token"
     monkeypatch.setenv(access.MODE, "token")
     if not by_default:
@@ -63,9 +63,9 @@ def test_a_token_file_is_its_owners_alone(monkeypatch: pytest.MonkeyPatch, tmp_p
     path.write_text("secret\n")
     for mode in (0o640, 0o604, 0o644, 0o660):
         path.chmod(mode)
-        found = refusal()
-        assert f"expected one that its owner alone can read, found mode {mode:o}; chmod 600 {path}" in found
-        assert "secret" not in found
+        message = refusal()
+        assert f"expected one that its owner alone can read, found mode {mode:o}; chmod 600 {path}" in message
+        assert "secret" not in message
     for mode in (0o600, 0o400):
         path.chmod(mode)
         access.check_address(ADDRESS)
@@ -87,7 +87,7 @@ def test_a_local_run_needs_no_token_and_takes_no_other_interface(monkeypatch: py
 
 @pytest.mark.parametrize("mode", ["disabled", "k8s", ""])
 def test_a_local_run_never_goes_without_tokens(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    for harmless in ("token", "Token"):  # the first is what Ray itself leaves after a local run
+    for harmless in ("token", "Token"):  # Ray sets the first after a local run
         monkeypatch.setenv(access.MODE, harmless)
         access.check_address("local")
     monkeypatch.setenv(access.MODE, mode)
@@ -105,15 +105,15 @@ def test_a_local_ray_has_a_token_of_this_process(monkeypatch: pytest.MonkeyPatch
     assert len(bytes.fromhex(os.environ[access.TOKEN])) == 32
     first = os.environ[access.TOKEN]
     access.close_local_ray()
-    assert os.environ[access.TOKEN] == first  # Ray keeps the first that it sees
+    assert os.environ[access.TOKEN] == first  # Ray keeps the first token that it reads
 
 
-def test_what_processes_of_a_run_are_told() -> None:
+def test_environment_of_the_processes_of_a_run() -> None:
     local, joined = access.child_environment(local=True), access.child_environment(local=False)
     assert {local[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")} == {"lo"}
     assert local["VLLM_HOST_IP"] == "127.0.0.1"
     assert not {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "VLLM_HOST_IP"} & set(joined)
-    for found in (local, joined):
-        assert {found[name] for name in ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")} == {"1"}
-        assert found["RAY_USAGE_STATS_ENABLED"] == "0"
-        assert found["VLLM_ALLOW_INSECURE_SERIALIZATION"] == found["VLLM_SERVER_DEV_MODE"] == "0"
+    for variables in (local, joined):
+        assert {variables[name] for name in ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")} == {"1"}
+        assert variables["RAY_USAGE_STATS_ENABLED"] == "0"
+        assert variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] == variables["VLLM_SERVER_DEV_MODE"] == "0"

@@ -1,4 +1,4 @@
-"""What a killed attempt leaves is removed by the next one, and nothing that is another's."""
+"""The next attempt removes the leftovers of a killed one, and nothing that belongs to another run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlsys.run.checkpoints import CheckpointStore
 
 @pytest.fixture
 def scratch() -> Iterator[list[Path]]:
-    """Folders of the form that runs use for sockets: of the dead attempt, and of a run that goes on."""
+    """Make two folders named like scratch folders: one of a dead attempt, one of another running command."""
     folders = [Path(f"/tmp/rl-{uuid.uuid4().hex[:8]}") for _ in range(2)]
     for folder in folders:
         (folder / "tmp").mkdir(parents=True)
@@ -25,9 +25,7 @@ def scratch() -> Iterator[list[Path]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_the_scratch_folder_of_the_dead_attempt_goes_and_that_of_others_stays(
-    scratch: list[Path], tmp_path: Path
-) -> None:
+def test_only_the_scratch_folder_of_the_dead_attempt_is_removed(scratch: list[Path], tmp_path: Path) -> None:
     dead, alive = scratch
     (tmp_path / cluster.TEMPORARY_NOTE).write_text(str(dead))
     (tmp_path / f"{cluster.RENDEZVOUS}0").write_text("")
@@ -42,7 +40,7 @@ def test_the_scratch_folder_of_the_dead_attempt_goes_and_that_of_others_stays(
     assert not own.exists() and (alive / "tmp" / "socket").exists()
 
 
-def test_a_scratch_folder_that_cannot_be_removed_yet_is_not_forgotten(
+def test_a_scratch_folder_that_cannot_be_removed_yet_stays_in_the_note(
     scratch: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy, other = scratch
@@ -59,7 +57,7 @@ def test_a_scratch_folder_that_cannot_be_removed_yet_is_not_forgotten(
 
 
 @pytest.mark.parametrize("note", ["{tmp}/precious", "/tmp/rl-0123456g", "/tmp/rl-01234567/../{name}", "{tmp}", "/", ""])
-def test_a_note_of_anything_else_removes_nothing(tmp_path: Path, note: str) -> None:
+def test_a_note_of_any_other_path_removes_nothing(tmp_path: Path, note: str) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
     run = tmp_path / "run"
@@ -69,7 +67,7 @@ def test_a_note_of_anything_else_removes_nothing(tmp_path: Path, note: str) -> N
     assert precious.is_dir() and not (run / cluster.TEMPORARY_NOTE).exists()
 
 
-def test_the_sweep_of_checkpoints_leaves_what_is_not_half_made(tmp_path: Path) -> None:
+def test_the_sweep_of_checkpoints_removes_only_unfinished_ones(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "checkpoints", keep_last=1)
     for name in (".tmp-step_000001-a", ".trash-step_000001-b", ".snapshot", "notes"):
         (store.folder / name).mkdir(parents=True)
