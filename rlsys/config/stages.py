@@ -141,7 +141,6 @@ def stage_plans(config: Config) -> tuple[StagePlan, ...]:
 
 def stage_plan(config: Config, stage: StageName) -> StagePlan:
     """Return the plan of a stage, which the run need not contain."""
-    objective = config.objective
     match stage:
         case "warm_start":
             rows = config.warm_start.rows_per_step
@@ -151,41 +150,48 @@ def stage_plan(config: Config, stage: StageName) -> StagePlan:
         case "preference":
             return _offline(config, stage, config.preference.optimizer, _pairs(config))
         case "search":
-            settings = StageSettings(stage=stage, steps=1, updates_per_step=1, optimizer=config.train.optimizer)
-            return StagePlan(
-                name=stage,
-                section=stage,
-                loop="search",
-                steps=0,
-                progress_total=config.search.prompts,
-                settings=settings,
-                asks_for_trees=True,
-            )
+            return _search(config)
         case "online":
-            sft = objective.sft
-            demonstrated = sft.used and sft.source == "demonstrations"
-            own = (_demonstrations(sft.rows_per_step, "objective.sft"),) if demonstrated else ()
-            pairs = (_pairs(config),) if config.pairs_online else ()
-            steps, value = config.train.max_steps, objective.value
-            return StagePlan(
-                name=stage,
-                section="train",
-                loop="online",
-                steps=steps,
-                progress_total=steps,
-                settings=StageSettings(
-                    stage=stage,
-                    steps=max(1, steps),
-                    updates_per_step=config.train.updates_per_step,
-                    optimizer=config.train.optimizer,
-                    critic=config.train.critic_optimizer if value.used else None,
-                    warmup_steps=value.warmup_steps,
-                ),
-                data=(*own, *pairs),
-                keeps_reference=config.reference,
-                scores_pairs=bool(pairs) and objective.preference.used,
-                asks_for_trees=config.search.fraction > 0,
-            )
+            return _online(config)
+
+
+def _search(config: Config) -> StagePlan:
+    return StagePlan(
+        name="search",
+        section="search",
+        loop="search",
+        steps=0,
+        progress_total=config.search.prompts,
+        settings=StageSettings(stage="search", steps=1, updates_per_step=1, optimizer=config.train.optimizer),
+        asks_for_trees=True,
+    )
+
+
+def _online(config: Config) -> StagePlan:
+    objective, train = config.objective, config.train
+    sft = objective.sft
+    demonstrated = sft.used and sft.source == "demonstrations"
+    demonstrations = (_demonstrations(sft.rows_per_step, "objective.sft"),) if demonstrated else ()
+    pairs = (_pairs(config),) if config.pairs_online else ()
+    return StagePlan(
+        name="online",
+        section="train",
+        loop="online",
+        steps=train.max_steps,
+        progress_total=train.max_steps,
+        settings=StageSettings(
+            stage="online",
+            steps=max(1, train.max_steps),
+            updates_per_step=train.updates_per_step,
+            optimizer=train.optimizer,
+            critic=train.critic_optimizer if objective.value.used else None,
+            warmup_steps=objective.value.warmup_steps,
+        ),
+        data=(*demonstrations, *pairs),
+        keeps_reference=config.reference,
+        scores_pairs=bool(pairs) and objective.preference.used,
+        asks_for_trees=config.search.fraction > 0,
+    )
 
 
 def _offline(config: Config, stage: StageName, optimizer: OptimizerConfig, source: DataSource) -> StagePlan:
