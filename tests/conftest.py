@@ -1,9 +1,92 @@
-"""What holds for all tests."""
+"""Options and settings of all tests."""
 
 from __future__ import annotations
 
-import hypothesis
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
-# A machine that is busy with something else is no failure.
+import hypothesis
+import pytest
+
+# A machine that is busy with something else is not a failure.
 hypothesis.settings.register_profile("rlsys", deadline=None)
 hypothesis.settings.load_profile("rlsys")
+
+HERE = Path(__file__).parent
+# Files and folders whose tests load torch, or start processes. `make test-fast` leaves them out.
+HEAVY = {
+    "actors/search/test_mcts.py",
+    "actors/search/test_scheduler.py",
+    "actors/test_model_actor.py",
+    "actors/test_rollout_actor.py",
+    "actors/test_weights.py",
+    "integration",
+    "learners/deepspeed/test_collective_errors.py",
+    "learners/deepspeed/test_model.py",
+    "learners/deepspeed/test_parameters.py",
+    "learners/deepspeed/test_rollback.py",
+    "learners/deepspeed/test_tensor_files.py",
+    "learners/objective/test_joint.py",
+    "learners/objective/test_joint_terms.py",
+    "learners/objective/test_logprobs.py",
+    "learners/objective/test_losses.py",
+    "learners/objective/test_losses_kl_value.py",
+    "learners/objective/test_losses_ratios.py",
+    "learners/objective/test_losses_sums.py",
+    "learners/objective/test_preferences.py",
+    "learners/samples/test_batching.py",
+    "learners/samples/test_build.py",
+    "learners/samples/test_policy.py",
+    "learners/test_forward.py",
+    "learners/test_learner_actor.py",
+    "learners/test_rank.py",
+    "learners/test_scoring.py",
+    "learners/test_step_metrics.py",
+    "learners/test_training_step.py",
+    "peers",
+    "rlsys/commands/test_evaluate.py",
+    "rlsys/commands/test_search.py",
+    "rlsys/control/test_fleet.py",
+    "rlsys/launch/test_leftovers.py",
+    "rlsys/launch/test_ray_log.py",
+    "rlsys/launch/test_remote.py",
+    "rlsys/launch/test_session.py",
+    "rlsys/run/test_checkpoint_kills.py",
+    "rlsys/search/test_codec.py",
+    "rlsys/test_cli.py",
+    "rlsys/transfer/test_object_store.py",
+    "rlsys/transfer/test_second_transport.py",
+    "rlsys/transfer/test_wire.py",
+    "test_security.py",
+}
+FRAMEWORKS = {"torch", "transformers", "ray", "vllm", "deepspeed"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="only tests without torch and without processes")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if config.getoption("--fast") and collection_path.is_relative_to(HERE):
+        name = collection_path.relative_to(HERE).as_posix()
+        return True if name in HEAVY else None
+    return None
+
+
+@pytest.fixture(autouse=True)
+def keep_fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail a test of `make test-fast` that starts a process or loads a framework."""
+    if not request.config.getoption("--fast"):
+        yield
+        return
+
+    def refuse(*arguments: object, **_options: object) -> None:
+        pytest.fail(f"a fast test starts a process: {arguments}; add its file to HEAVY in tests/conftest.py")
+
+    loaded = FRAMEWORKS & sys.modules.keys()
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    yield
+    new = FRAMEWORKS & sys.modules.keys() - loaded
+    assert not new, f"a fast test loads {', '.join(sorted(new))}; add its file to HEAVY in tests/conftest.py"
