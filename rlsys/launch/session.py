@@ -36,9 +36,9 @@ from rlsys.config.stages import stage_plans
 from rlsys.control.checkpointing import check_best_metric
 from rlsys.control.controller import Controller
 from rlsys.control.fleet import Fleet
-from rlsys.control.parts import Parts
 from rlsys.control.recovery import Recovery
-from rlsys.control.search_stage import GrownSearch
+from rlsys.control.run_context import RunContext
+from rlsys.control.stages.search import GrownSearch
 from rlsys.control.tree_search import find_prompts, writer_digests
 from rlsys.control.weights import WeightBus
 from rlsys.data.inputs import Inputs, prepare_model
@@ -269,7 +269,7 @@ async def _run(
     # -1 drops all rows: those of an attempt that never reached a checkpoint belong to no run.
     version = start.state.weight_version if start.checkpoint else -1
     metrics, ledger = MetricsWriter(run_dir, version, display.message), Ledger(run_dir, version, display.message)
-    parts = Parts(
+    context = RunContext(
         config=config,
         run_dir=run_dir,
         model=session.model,
@@ -287,7 +287,7 @@ async def _run(
         search=_search_stage(session, pool) if session.to_search else None,
         fingerprint=inputs.fingerprint(),
     )
-    controller = Controller(parts, start.state, start.checkpoint)
+    controller = Controller(context, start.state, start.checkpoint)
 
     def ask(name: str) -> None:
         display.message(FIRST_SIGNAL.format(name) + ("" if name == TIME_LIMIT else ONCE_MORE))
@@ -302,7 +302,7 @@ async def _run(
         await controller.run()
         session.stop.ask_first(lambda _name: None, AFTER_THE_END)
     except InterruptedRunError as error:
-        saved = "the state is saved" if controller.saving.checkpoint else "nothing was trained yet"
+        saved = "the state is saved" if controller.checkpoint else "nothing was trained yet"
         raise InterruptedRunError(f"{error.message}{report.interrupted(config, saved)}") from None
     finally:
         metrics.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 from collections.abc import Mapping
@@ -14,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from fake_runs import KINDS, Run, config
 
-from rlsys.control.parts import Parts
+from rlsys.control.run_context import RunContext
+from rlsys.control.stop_request import StopRequest
 from rlsys.errors import CheckpointError, ConfigError, DataError, InterruptedRunError, NonFiniteLossError
 from rlsys.models.folder import weights_digest
 from rlsys.run.metrics import read_rows
@@ -48,11 +48,11 @@ class FakeSearch:
         self.run_.calls.append(("is_complete", policy))
         return self.done
 
-    async def run(self, policy: Path, stop: asyncio.Future[str]) -> Mapping[str, float]:
+    async def run(self, policy: Path, stop: StopRequest) -> Mapping[str, float]:
         self.run_.calls.append(("grow", policy))
         if self.signal:
             self.run_.controller.interrupt(self.signal)
-            raise InterruptedRunError(stop.result())
+            stop.check()
         return {"search/trees": 3.0}
 
 
@@ -189,7 +189,7 @@ def test_a_policy_that_a_stage_refers_to_and_that_has_changed_is_refused(tmp_pat
 
 
 def test_runs_tell_reference_policies_apart_by_all_their_weights() -> None:
-    assert Parts.policy_digest is weights_digest
+    assert RunContext.policy_digest is weights_digest
 
 
 def test_chosen_sides_alone_need_no_reference(tmp_path: Path) -> None:

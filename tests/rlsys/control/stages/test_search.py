@@ -19,7 +19,8 @@ from tree_samples import answer, ids, node, tree
 
 from rlsys.config.files import parse_config
 from rlsys.config.schema import Config
-from rlsys.control.search_stage import GrownSearch
+from rlsys.control.stages.search import GrownSearch
+from rlsys.control.stop_request import StopRequest
 from rlsys.data.rows import Reader
 from rlsys.display import Display
 from rlsys.errors import ConfigError, DataError, InterruptedRunError, TooManyFailuresError
@@ -140,9 +141,9 @@ class Stage:
 
     def run(self, policy: Path, signal_at: int = 0) -> dict[str, float]:
         async def work() -> dict[str, float]:
-            stop: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+            stop = StopRequest()
             if signal_at:
-                self.pool._before = lambda asked: asked == signal_at and stop.set_result("SIGTERM")
+                self.pool._before = lambda asked: asked == signal_at and stop.request("SIGTERM")
             self.stage.is_complete(policy)
             return dict(await self.stage.run(policy, stop))
 
