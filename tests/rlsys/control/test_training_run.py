@@ -1,4 +1,4 @@
-"""Training steps that are not finite are left out, and too many in a row are not tolerated."""
+"""Training steps that are left out because they are not finite."""
 
 from __future__ import annotations
 
