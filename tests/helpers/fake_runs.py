@@ -50,7 +50,7 @@ def config(**sections: Any) -> Config:
 
 
 class Run:
-    """A controller over fakes in a run directory; a second one in the same directory resumes."""
+    """A controller over fakes in a run directory. A second run in the same directory resumes."""
 
     def __init__(self, run_dir: Path, settings: Config, failing: tuple[str, ...] = ()) -> None:
         self.run_dir, self.config = run_dir, settings
@@ -119,7 +119,7 @@ class Run:
         return self
 
     def interrupt_at(self, version: int) -> None:
-        """Ask for the end while the learner makes a version."""
+        """Interrupt the run while the learner makes a version."""
         self.learner.on_train = lambda now: now == version and self.controller.interrupt("SIGTERM")
 
     def only(self, *kinds: str) -> list[Any]:

@@ -26,7 +26,7 @@ def offer(version: int) -> WeightOffer:
 
 
 class Process:
-    """An actor process whose calls a test lets go on, fail or hang."""
+    """A fake actor process. A test makes its calls succeed, fail or hang."""
 
     def __init__(self, world: World, number: int, attempt: int) -> None:
         self.world, self.number, self.attempt = world, number, attempt
@@ -53,7 +53,7 @@ class Process:
     async def generate(self, prompts: Sequence[Any], settings: SamplingSettings) -> Any:
         await self._work("generate")
         if self.world.current is not None:
-            assert self.version == self.world.current  # nobody generates with other weights
+            assert self.version == self.world.current  # no actor generates with other weights
         return [(each.prompt_id, self.number, self.attempt) for each in prompts]
 
     async def search(self, each: Any) -> Any:
@@ -126,9 +126,9 @@ class World:
         self.repeated.append(version)
         return offer(version)
 
-    async def publish(self, found: Fleet, version: int, check: Callable[[WeightAck], object] = lambda ack: ack) -> None:
+    async def publish(self, fleet: Fleet, version: int, check: Callable[[WeightAck], object] = lambda ack: ack) -> None:
         self.current = version
-        await found.publish(self, offer(version), (), check)
+        await fleet.publish(self, offer(version), (), check)
 
 
 def run(test: Callable[[World], Awaitable[None]]) -> None:

@@ -10,7 +10,7 @@ PAIRS = 7
 
 
 def files(folder: Path) -> dict[str, Any]:
-    """Sections of a config: the rejected side of pair n ends with the token 10 + n."""
+    """Write data files and return the config sections that use them; rejected side n ends with the token 10 + n."""
     rows = [{"token_ids": [1, 10 + n], "loss_mask": [False, True]} for n in range(5)]
     sides = [{"chosen_ids": [1, 2], "rejected_ids": [1, 10 + n], "prompt_length": 1, "common_prefix": 1}
              for n in range(PAIRS)]  # fmt: skip

@@ -100,7 +100,7 @@ def test_the_save_at_the_end_of_a_stage_and_of_an_interrupted_run_must_succeed(t
         interrupted()
 
 
-def test_a_policy_that_cannot_be_handed_over_ends_the_run_by_name_and_the_same_command_continues(
+def test_a_failed_export_ends_the_run_and_the_same_command_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copyfile = shutil.copyfile
@@ -130,9 +130,9 @@ def test_a_checkpoint_has_the_score_of_its_own_step(tmp_path: Path) -> None:
         }
     )
     run = Run(tmp_path, settings)()
-    found = {name: verify_checkpoint(tmp_path / "checkpoints" / name).get("score") for name in names(run)}
-    assert [name for name, score in found.items() if score] == ["step_000002", "step_000004"]
-    assert found["step_000004"]["metric"] == "held_out/greedy_accuracy"
+    scores = {name: verify_checkpoint(tmp_path / "checkpoints" / name).get("score") for name in names(run)}
+    assert [name for name, score in scores.items() if score] == ["step_000002", "step_000004"]
+    assert scores["step_000004"]["metric"] == "held_out/greedy_accuracy"
 
 
 def test_an_unknown_metric_is_refused_with_the_nearest_name() -> None:

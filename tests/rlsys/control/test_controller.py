@@ -52,12 +52,12 @@ def test_a_warm_start_alone_is_published_and_evaluated_at_its_end(tmp_path: Path
     assert "held_out/greedy_accuracy" in read_rows(tmp_path / "metrics.jsonl")[-1]
 
 
-def test_a_stage_hands_over_its_policy_with_tokenizer_and_the_kl_anchor_is_that(tmp_path: Path) -> None:
+def test_a_stage_exports_its_policy_with_tokenizer_as_the_reference_of_the_next(tmp_path: Path) -> None:
     run = Run(tmp_path, config(objective={"kl": {"weight": 0.1}}, train={"max_steps": 1}))()
-    handed = tmp_path / "stages" / "warm_start"
-    assert (handed / "model.safetensors").read_text() == "2"
-    assert (handed / "tokenizer.json").read_text() == "{}"
-    assert run.only("start_stage")[1][4] == handed
+    exported = tmp_path / "stages" / "warm_start"
+    assert (exported / "model.safetensors").read_text() == "2"
+    assert (exported / "tokenizer.json").read_text() == "{}"
+    assert run.only("start_stage")[1][4] == exported
     assert (tmp_path / "stages" / "online" / "model.safetensors").read_text() == "3"
     alone = Run(tmp_path / "alone", config(stages=["online"], objective={"kl": {"weight": 0.1}}))()
     assert alone.only("start_stage")[0][4] == alone.model
@@ -106,7 +106,7 @@ def test_an_interruption_in_the_last_step_changes_nothing(tmp_path: Path) -> Non
     assert (tmp_path / "stages" / "online" / "model.safetensors").read_text() == "5"
 
 
-def test_an_interruption_in_the_last_step_of_a_stage_comes_after_its_hand_over(tmp_path: Path) -> None:
+def test_an_interruption_in_the_last_step_of_a_stage_comes_after_the_export(tmp_path: Path) -> None:
     run = Run(tmp_path, config())
     run.interrupt_at(2)
     with pytest.raises(InterruptedRunError, match="SIGTERM"):
@@ -115,7 +115,7 @@ def test_an_interruption_in_the_last_step_of_a_stage_comes_after_its_hand_over(t
     assert [path.name for path in (tmp_path / "stages").iterdir()] == ["warm_start"]
 
 
-def test_the_hand_over_of_a_smaller_max_steps_is_gone_while_the_stage_goes_on(tmp_path: Path) -> None:
+def test_the_export_of_a_smaller_max_steps_is_removed_while_the_stage_goes_on(tmp_path: Path) -> None:
     Run(tmp_path, config())()
     longer = Run(tmp_path, config(train={"max_steps": 5}))
     longer.interrupt_at(6)
@@ -124,7 +124,7 @@ def test_the_hand_over_of_a_smaller_max_steps_is_gone_while_the_stage_goes_on(tm
     assert not (tmp_path / "stages" / "online").exists()
 
 
-def test_a_run_that_was_killed_before_its_last_hand_over_only_hands_over(tmp_path: Path) -> None:
+def test_a_run_that_was_killed_before_its_last_export_only_exports(tmp_path: Path) -> None:
     Run(tmp_path, config())()
     (tmp_path / "stages" / "online").rename(tmp_path / "elsewhere")
     again = Run(tmp_path, config())()
@@ -153,9 +153,9 @@ def test_a_run_whose_warm_start_is_complete_starts_online_from_its_policy(tmp_pa
     # and, at the latest moment, before the hand-over
     (tmp_path / "stages" / "warm_start" / "model.safetensors").unlink()
     second = Run(tmp_path, config(train={"max_steps": 1}, objective={"kl": {"weight": 0.1}}))()
-    policy, handed = tmp_path / "checkpoints" / "step_000002" / "policy", tmp_path / "stages" / "warm_start"
-    assert second.only("start_stage") == [("start_stage", "online", policy, None, handed)]
-    assert (handed / "model.safetensors").read_text() == "2"
+    policy, exported = tmp_path / "checkpoints" / "step_000002" / "policy", tmp_path / "stages" / "warm_start"
+    assert second.only("start_stage") == [("start_stage", "online", policy, None, exported)]
+    assert (exported / "model.safetensors").read_text() == "2"
 
 
 def test_a_raised_max_steps_continues_the_last_stage(tmp_path: Path) -> None:

@@ -20,11 +20,11 @@ from rlsys.errors import (
 from rlsys.types import WeightAck
 
 
-def test_usage_tells_whose_it_is_and_leaves_out_who_is_not_there() -> None:
+def test_engine_stats_name_the_engine_and_leave_out_lost_actors() -> None:
     async def test(world: World) -> None:
         reviewer = world.spawn(7, 0)
-        async with world.fleet(role="model", auxiliary=[("reviewer", 0, reviewer)]) as found:
-            figures = await found.engine_stats()
+        async with world.fleet(role="model", auxiliary=[("reviewer", 0, reviewer)]) as fleet:
+            figures = await fleet.engine_stats()
             assert [(u.model, u.engine, u.generated_tokens) for u in figures] == [
                 ("model", 0, 0),
                 ("model", 1, 1),
@@ -32,15 +32,15 @@ def test_usage_tells_whose_it_is_and_leaves_out_who_is_not_there() -> None:
             ]
             assert (figures[0].busy_s, figures[0].wall_s, figures[0].in_flight_mean) == (1.0, 4.0, 2.5)
             world.processes[1].kill()
-            assert [(u.model, u.engine) for u in await found.engine_stats()] == [("model", 1), ("reviewer", 0)]
+            assert [(u.model, u.engine) for u in await fleet.engine_stats()] == [("model", 1), ("reviewer", 0)]
             await settle()
-            assert [u.generated_tokens for u in await found.engine_stats()] == [10, 1, 7]
+            assert [u.generated_tokens for u in await fleet.engine_stats()] == [10, 1, 7]
         assert reviewer.closed
 
     run(test)
 
 
-def test_engines_beside_the_actors_are_started_with_them() -> None:
+def test_auxiliary_engines_are_started_with_the_actors() -> None:
     async def test(world: World) -> None:
         reviewer = world.spawn(7, 0)
         reviewer.error = EngineError("reviewer engine 0 died: no memory")
@@ -54,41 +54,41 @@ def test_engines_beside_the_actors_are_started_with_them() -> None:
 
 def test_a_call_goes_to_the_actor_it_names() -> None:
     async def test(world: World) -> None:
-        async with world.fleet() as found:
-            assert found.states() == [SERVING, SERVING]
-            assert await found.generate(1, [prompt("a")], SETTINGS) == [("a", 1, 0)]
-            assert await found.search(0, prompt("b")) == ("b", 0, 0)
+        async with world.fleet() as fleet:
+            assert fleet.states() == [SERVING, SERVING]
+            assert await fleet.generate(1, [prompt("a")], SETTINGS) == [("a", 1, 0)]
+            assert await fleet.search(0, prompt("b")) == ("b", 0, 0)
         assert all(process.closed for process in world.processes)
 
     run(test)
 
 
-def test_what_a_lost_actor_was_asked_is_asked_of_another_one_and_it_comes_back_with_the_current_weights() -> None:
+def test_another_actor_takes_the_calls_of_a_lost_one_which_returns_with_the_current_weights() -> None:
     async def test(world: World) -> None:
-        async with world.fleet() as found:
-            await world.publish(found, 3)
+        async with world.fleet() as fleet:
+            await world.publish(fleet, 3)
             first = world.processes[0]
             first.gate.clear()
-            asked = asyncio.create_task(found.generate(0, [prompt("a")], SETTINGS))
+            asked = asyncio.create_task(fleet.generate(0, [prompt("a")], SETTINGS))
             await settle()
             first.kill()  # as the kernel would, not the fleet
             assert await asked == [("a", 1, 0)]
             await settle()
-            assert found.states() == [SERVING, SERVING] and found.restarts == 1
+            assert fleet.states() == [SERVING, SERVING] and fleet.restarts == 1
             again = world.processes[2]
             assert (again.number, again.attempt, again.version) == (0, 1, 3)
-            assert await found.generate(0, [prompt("b")], SETTINGS) == [("b", 0, 1)]
+            assert await fleet.generate(0, [prompt("b")], SETTINGS) == [("b", 0, 1)]
             assert world.said == ["actor 0 is lost and replaced: actor 0 died: killed", "actor 0 serves again"]
 
     run(test)
 
 
-def test_with_nobody_left_calls_wait_for_a_replacement() -> None:
+def test_without_a_serving_actor_calls_wait_for_a_replacement() -> None:
     async def test(world: World) -> None:
-        async with world.fleet(count=1) as found:
-            await world.publish(found, 1)
+        async with world.fleet(count=1) as fleet:
+            await world.publish(fleet, 1)
             world.processes[0].kill()
-            assert await found.generate(0, [prompt("a")], SETTINGS) == [("a", 0, 1)]
+            assert await fleet.generate(0, [prompt("a")], SETTINGS) == [("a", 0, 1)]
             assert world.processes[1].version == 1
 
     run(test)
@@ -96,12 +96,12 @@ def test_with_nobody_left_calls_wait_for_a_replacement() -> None:
 
 def test_other_errors_are_no_loss() -> None:
     async def test(world: World) -> None:
-        async with world.fleet() as found:
+        async with world.fleet() as fleet:
             for error in (RlsysError("no module"), WriterLostError("reviewer engine 0 died")):
                 world.processes[0].error = error
                 with pytest.raises(type(error), match=error.message):
-                    await found.generate(0, [prompt("a")], SETTINGS)
-                assert found.states() == [SERVING, SERVING]
+                    await fleet.generate(0, [prompt("a")], SETTINGS)
+                assert fleet.states() == [SERVING, SERVING]
 
     run(test)
 
@@ -113,14 +113,14 @@ def test_a_storm(seed: int) -> None:
     async def test(world: World) -> None:
         draw = random.Random(seed)
         answered: list[str] = []
-        async with world.fleet(count=3, max_restarts=1000) as found:
+        async with world.fleet(count=3, max_restarts=1000) as fleet:
 
             async def ask(name: str) -> None:
-                [(back, _, _)] = await found.generate(draw.randrange(3), [prompt(name)], SETTINGS)
+                [(back, _, _)] = await fleet.generate(draw.randrange(3), [prompt(name)], SETTINGS)
                 answered.append(back)
 
             for step in range(12):
-                await world.publish(found, step)
+                await world.publish(fleet, step)
                 calls = [asyncio.create_task(ask(f"{step}-{n}")) for n in range(8)]
                 for _ in range(draw.randrange(6)):
                     for _ in range(draw.randrange(20)):
@@ -128,30 +128,30 @@ def test_a_storm(seed: int) -> None:
                     victim = draw.choice([p for p in world.processes if not p.killed] or world.processes)
                     victim.kill()
                 await asyncio.gather(*calls)
-            found.look()  # those that were killed with nothing to do are found out
+            fleet.look()  # those that were killed with nothing to do are fleet out
             await settle()
-            assert found.states() == [SERVING] * 3
-            assert len(world.processes) == 3 + found.restarts
+            assert fleet.states() == [SERVING] * 3
+            assert len(world.processes) == 3 + fleet.restarts
         assert sorted(answered) == sorted(f"{step}-{n}" for step in range(12) for n in range(8))
         assert [p.closed for p in world.processes if not p.killed] == [True] * 3
 
     run(test)
 
 
-def test_an_answer_that_was_made_of_weights_that_fail_verification_is_asked_for_again() -> None:
+def test_a_call_answered_with_weights_that_fail_verification_is_repeated() -> None:
     async def test(world: World) -> None:
-        async with world.fleet() as found:
-            await world.publish(found, 1)
+        async with world.fleet() as fleet:
+            await world.publish(fleet, 1)
             world.processes[0].gate.clear()
             world.current = None  # what is under way goes on with the new weights
-            asked = asyncio.create_task(found.generate(0, [prompt("a")], SETTINGS))
+            asked = asyncio.create_task(fleet.generate(0, [prompt("a")], SETTINGS))
             await settle()
 
             def check(ack: WeightAck) -> None:
                 if ack.actor == "0":
                     raise WeightSyncError("actor 0: log-probabilities differ")
 
-            publish = asyncio.create_task(found.publish(world, offer(2), (), lambda ack: late(ack)))
+            publish = asyncio.create_task(fleet.publish(world, offer(2), (), lambda ack: late(ack)))
             judged = asyncio.Event()
 
             def late(ack: WeightAck) -> None:
@@ -180,7 +180,7 @@ def test_an_answer_that_was_made_of_weights_that_fail_verification_is_asked_for_
 
 def test_a_call_that_breaks_every_actor_ends_the_run_and_names_its_prompts() -> None:
     async def test(world: World) -> None:
-        async with world.fleet(count=2, max_restarts=100) as found:
+        async with world.fleet(count=2, max_restarts=100) as fleet:
 
             async def starting(process: Process) -> None:
                 process.generate = broken  # type: ignore[method-assign]
@@ -194,15 +194,15 @@ def test_a_call_that_breaks_every_actor_ends_the_run_and_names_its_prompts() -> 
             with pytest.raises(
                 TooManyFailuresError, match=r"prompts bad: 5 actors .* were lost; the first: KeyError: 7"
             ):
-                await found.generate(0, [prompt("bad")], SETTINGS)
+                await fleet.generate(0, [prompt("bad")], SETTINGS)
 
     run(test)
 
 
 def test_nothing_is_started_while_the_fleet_closes() -> None:
     async def test(world: World) -> None:
-        async with world.fleet(count=1) as found:
-            asked = asyncio.create_task(found.generate(0, [prompt("a")], SETTINGS))
+        async with world.fleet(count=1) as fleet:
+            asked = asyncio.create_task(fleet.generate(0, [prompt("a")], SETTINGS))
             world.processes[0].gate.clear()
             await settle()
         world.processes[0].kill()

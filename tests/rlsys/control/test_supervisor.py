@@ -19,18 +19,18 @@ from rlsys.errors import (
 )
 
 
-def test_a_hanging_actor_is_lost_by_its_progress_and_a_slow_one_is_not() -> None:
+def test_an_actor_without_progress_is_lost_and_a_slow_one_is_not() -> None:
     async def test(world: World) -> None:
-        async with world.fleet() as found:
+        async with world.fleet() as fleet:
             slow, hung = world.processes
             slow.gate.clear()
             hung.gate.clear()
-            calls = [asyncio.create_task(found.generate(n, [prompt(f"{n}")], SETTINGS)) for n in range(2)]
+            calls = [asyncio.create_task(fleet.generate(n, [prompt(f"{n}")], SETTINGS)) for n in range(2)]
             await settle()
             for _ in range(12):  # 24 seconds
                 world.now += 2
                 slow.steps += 1
-                found.look()
+                fleet.look()
                 await settle()
             assert hung.killed and not slow.killed
             assert "made no progress within actors.hang_timeout_s = 10.0 s" in world.said[0]
@@ -40,47 +40,47 @@ def test_a_hanging_actor_is_lost_by_its_progress_and_a_slow_one_is_not() -> None
     run(test)
 
 
-def test_an_actor_that_answers_nothing_at_all_is_lost_also_when_it_has_nothing_to_do() -> None:
+def test_an_idle_actor_that_does_not_report_progress_is_lost() -> None:
     async def test(world: World) -> None:
-        async with world.fleet(count=1) as found:
+        async with world.fleet(count=1) as fleet:
             world.looking.clear()
             for _ in range(6):
-                found.look()
+                fleet.look()
                 await settle()
                 world.now += 2
-            found.look()
+            fleet.look()
             await settle()
             assert world.processes[0].killed and len(world.processes) == 2
 
     run(test)
 
 
-def test_an_idle_actor_may_be_idle_for_any_time() -> None:
+def test_an_idle_actor_that_reports_progress_is_never_lost() -> None:
     async def test(world: World) -> None:
-        async with world.fleet(count=1) as found:
+        async with world.fleet(count=1) as fleet:
             for _ in range(20):
-                found.look()
+                fleet.look()
                 await settle()
                 world.now += 2
-            assert await found.generate(0, [prompt("a")], SETTINGS)
-            assert found.restarts == 0
+            assert await fleet.generate(0, [prompt("a")], SETTINGS)
+            assert fleet.restarts == 0
 
     run(test)
 
 
-def test_the_time_that_an_actor_takes_to_come_up_is_no_hang() -> None:
+def test_the_start_of_an_actor_does_not_count_as_a_hang() -> None:
     async def test(world: World) -> None:
         async def starting(process: Process) -> None:
             world.now += 60
 
         world.starting = starting  # type: ignore[method-assign]
-        async with world.fleet(count=1) as found:
-            found.look()
+        async with world.fleet(count=1) as fleet:
+            fleet.look()
             world.processes[0].kill()
-            await found.generate(0, [prompt("a")], SETTINGS)
-            found.look()
+            await fleet.generate(0, [prompt("a")], SETTINGS)
+            fleet.look()
             await settle()
-            assert found.restarts == 1
+            assert fleet.restarts == 1
 
     run(test)
 
@@ -88,9 +88,9 @@ def test_the_time_that_an_actor_takes_to_come_up_is_no_hang() -> None:
 def test_the_watch_runs_by_itself() -> None:
     async def test(world: World) -> None:
         world.interval_s = 0.001
-        async with world.fleet(count=1) as found:
-            world.processes[0].killed = True  # nobody asks it anything but the watch
-            while found.restarts == 0:
+        async with world.fleet(count=1) as fleet:
+            world.processes[0].killed = True  # only the watch calls it
+            while fleet.restarts == 0:
                 await asyncio.sleep(0.001)
             assert [(process.number, process.attempt) for process in world.processes] == [(0, 0), (0, 1)]
 
@@ -99,7 +99,7 @@ def test_the_watch_runs_by_itself() -> None:
 
 def test_more_losses_than_allowed_end_the_run_and_the_calls_that_wait() -> None:
     async def test(world: World) -> None:
-        async with world.fleet(count=1, max_restarts=1) as found:
+        async with world.fleet(count=1, max_restarts=1) as fleet:
 
             async def starting(process: Process) -> None:
                 process.error = EngineError(f"actor 0 died: attempt {process.attempt}") if process.attempt else None
@@ -107,7 +107,7 @@ def test_more_losses_than_allowed_end_the_run_and_the_calls_that_wait() -> None:
             world.starting = starting  # type: ignore[method-assign]
             world.processes[0].kill()
             with pytest.raises(TooManyFailuresError) as caught:
-                await found.generate(0, [prompt("a")], SETTINGS)
+                await fleet.generate(0, [prompt("a")], SETTINGS)
             assert caught.value.message == (
                 "2 actors were lost within an hour, more than actors.max_restarts = 1; the first: actor 0 died: "
                 "killed; the last: actor 0 died: attempt 1"
@@ -118,25 +118,25 @@ def test_more_losses_than_allowed_end_the_run_and_the_calls_that_wait() -> None:
 
 def test_a_replacement_that_cannot_start_is_one_more_loss() -> None:
     async def test(world: World) -> None:
-        async with world.fleet(count=1) as found:
+        async with world.fleet(count=1) as fleet:
 
             async def starting(process: Process) -> None:
                 process.error = ConfigError("the folder cannot be read now") if process.attempt == 1 else None
 
             world.starting = starting  # type: ignore[method-assign]
             world.processes[0].kill()
-            assert await found.generate(0, [prompt("a")], SETTINGS) == [("a", 0, 2)]
-            assert found.restarts == 2
+            assert await fleet.generate(0, [prompt("a")], SETTINGS) == [("a", 0, 2)]
+            assert fleet.restarts == 2
 
     run(test)
 
 
 def test_without_restarts_the_first_loss_is_the_error() -> None:
     async def test(world: World) -> None:
-        async with world.fleet(max_restarts=0) as found:
+        async with world.fleet(max_restarts=0) as fleet:
             world.processes[1].kill()
             with pytest.raises(EngineError, match="actor 1 died: killed"):
-                await found.generate(1, [prompt("a")], SETTINGS)
+                await fleet.generate(1, [prompt("a")], SETTINGS)
 
     run(test)
 
@@ -166,49 +166,49 @@ def test_an_actor_that_alone_does_not_start_at_first_is_replaced() -> None:
             process.error = EngineError("its host is gone") if (process.number, process.attempt) == (1, 0) else None
 
         world.starting = starting  # type: ignore[method-assign]
-        async with world.fleet() as found:
+        async with world.fleet() as fleet:
             await settle()
-            assert found.states() == [SERVING, SERVING] and found.restarts == 1
-            assert await found.generate(1, [prompt("a")], SETTINGS) == [("a", 1, 1)]
+            assert fleet.states() == [SERVING, SERVING] and fleet.restarts == 1
+            assert await fleet.generate(1, [prompt("a")], SETTINGS) == [("a", 1, 1)]
             assert world.said == ["actor 1 is lost and replaced: its host is gone", "actor 1 serves again"]
 
     run(test)
 
 
-def test_a_driver_that_stood_still_blames_nobody() -> None:
+def test_a_driver_that_stood_still_blames_no_actor() -> None:
     async def test(world: World) -> None:
-        async with world.fleet(count=2) as found:
+        async with world.fleet(count=2) as fleet:
             world.processes[0].gate.clear()
-            asked = asyncio.create_task(found.generate(0, [prompt("a")], SETTINGS))
+            asked = asyncio.create_task(fleet.generate(0, [prompt("a")], SETTINGS))
             await settle()
             world.now += 3600
-            found.look()
+            fleet.look()
             await settle()
-            assert found.restarts == 0
+            assert fleet.restarts == 0
             world.processes[0].gate.set()
             await asked
 
     run(test)
 
 
-def test_an_engine_beside_the_actors_that_is_lost_ends_the_run_by_its_own_name() -> None:
+def test_a_lost_auxiliary_engine_ends_the_run_and_is_named() -> None:
     async def test(world: World) -> None:
         reviewer = world.spawn(7, 0)
         reviewer.steps = 5  # and never more
-        async with world.fleet(count=1, auxiliary=[("reviewer", 0, reviewer)]) as found:
+        async with world.fleet(count=1, auxiliary=[("reviewer", 0, reviewer)]) as fleet:
             for _ in range(7):
-                found.look()
+                fleet.look()
                 await settle()
                 world.now += 2
             with pytest.raises(EngineError, match=r"^reviewer engine 0 made no progress within actors.hang_timeout_s"):
-                await found.generate(0, [prompt("a")], SETTINGS)
-            assert reviewer.killed and found.restarts == 0
+                await fleet.generate(0, [prompt("a")], SETTINGS)
+            assert reviewer.killed and fleet.restarts == 0
 
     run(test)
 
 
 def waiting_actor() -> Any:
-    """A rollout actor whose trees all wait for the reviewer."""
+    """Return a rollout actor whose trees all wait for the reviewer."""
     actor: Any = object.__new__(RolloutActor)
     actor.forest, actor.rewards, actor.loading = None, SimpleNamespace(verdicts=2), SimpleNamespace(count=0)
     actor.loaded = actor.waited = 0
@@ -217,18 +217,18 @@ def waiting_actor() -> Any:
 
 
 @pytest.mark.parametrize("fault", ["none", "its engine hangs", "no answer is owed", "it is stopped"])
-def test_an_actor_that_waits_for_an_engine_beside_it_does_not_hang_by_itself(fault: str) -> None:
+def test_an_actor_that_waits_for_an_auxiliary_engine_does_not_hang_by_itself(fault: str) -> None:
     async def test(world: World) -> None:
-        async with world.fleet(count=1) as found:
+        async with world.fleet(count=1) as fleet:
             process, actor = world.processes[0], waiting_actor()
             process.progress = actor.progress  # type: ignore[method-assign]
             process.gate.clear()
-            asked = asyncio.create_task(found.search(0, prompt("a")))
+            asked = asyncio.create_task(fleet.search(0, prompt("a")))
             await settle()
 
             async def watch() -> None:
                 for _ in range(12):  # 24 seconds
-                    found.look()
+                    fleet.look()
                     await settle()
                     world.now += 2
 
@@ -250,7 +250,7 @@ def test_an_actor_that_waits_for_an_engine_beside_it_does_not_hang_by_itself(fau
 
 def test_supervision_that_breaks_ends_the_run() -> None:
     async def test(world: World) -> None:
-        async with world.fleet(count=1) as found:
+        async with world.fleet(count=1) as fleet:
 
             def broken(number: int, attempt: int) -> Process:
                 raise ValueError("no such bundle")
@@ -258,14 +258,14 @@ def test_supervision_that_breaks_ends_the_run() -> None:
             world.spawn = broken  # type: ignore[method-assign]
             world.processes[0].kill()
             with pytest.raises(EngineError, match="supervision of the actors failed: ValueError: no such bundle"):
-                await found.generate(0, [prompt("a")], SETTINGS)
+                await fleet.generate(0, [prompt("a")], SETTINGS)
 
     run(test)
 
 
-def test_a_process_that_cannot_be_killed_is_logged_and_replaced_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_process_that_cannot_be_killed_is_logged_and_replaced(caplog: pytest.LogCaptureFixture) -> None:
     async def test(world: World) -> None:
-        async with world.fleet(count=1) as found:
+        async with world.fleet(count=1) as fleet:
 
             def kill() -> None:
                 raise RuntimeError("Ray is not there")
@@ -273,7 +273,7 @@ def test_a_process_that_cannot_be_killed_is_logged_and_replaced_all_the_same(cap
             first = world.processes[0]
             first.error = EngineError("actor 0: its engine broke")
             first.kill = kill  # type: ignore[method-assign]
-            assert await found.generate(0, [prompt("a")], SETTINGS) == [("a", 0, 1)]
+            assert await fleet.generate(0, [prompt("a")], SETTINGS) == [("a", 0, 1)]
 
     run(test)
     assert "actor 0 is not used again, but could not be killed" in caplog.text
@@ -282,19 +282,19 @@ def test_a_process_that_cannot_be_killed_is_logged_and_replaced_all_the_same(cap
 
 def test_losses_are_counted_within_an_hour() -> None:
     async def test(world: World) -> None:
-        async with world.fleet(count=1, max_restarts=1) as found:
+        async with world.fleet(count=1, max_restarts=1) as fleet:
             for _ in range(5):
                 world.processes[-1].kill()
-                await found.generate(0, [prompt("a")], SETTINGS)
+                await fleet.generate(0, [prompt("a")], SETTINGS)
                 world.now += 3601
-            assert found.restarts == 5
+            assert fleet.restarts == 5
 
     run(test)
 
 
 def test_replacements_that_cannot_be_configured_end_the_run() -> None:
     async def test(world: World) -> None:
-        async with world.fleet(count=1, max_restarts=2) as found:
+        async with world.fleet(count=1, max_restarts=2) as fleet:
 
             async def starting(process: Process) -> None:
                 raise ConfigError("model.path is gone")
@@ -302,14 +302,14 @@ def test_replacements_that_cannot_be_configured_end_the_run() -> None:
             world.starting = starting  # type: ignore[method-assign]
             world.processes[0].kill()
             with pytest.raises(TooManyFailuresError, match=r"3 actors .*the first: .* killed; the last: model.path is"):
-                await found.generate(0, [prompt("a")], SETTINGS)
+                await fleet.generate(0, [prompt("a")], SETTINGS)
 
     run(test)
 
 
 def test_replacements_that_never_start_end_the_run_however_slowly_they_fail() -> None:
     async def test(world: World) -> None:
-        async with world.fleet(count=1, max_restarts=100) as found:
+        async with world.fleet(count=1, max_restarts=100) as fleet:
 
             async def starting(process: Process) -> None:
                 world.now += LOSSES_WITHIN_S  # so that the losses of an hour are never two
@@ -319,19 +319,19 @@ def test_replacements_that_never_start_end_the_run_however_slowly_they_fail() ->
             world.processes[0].kill()
             message = "5 actors in a row did not start again; the first: attempt 1 did not .*; the last: attempt 5 did"
             with pytest.raises(TooManyFailuresError, match=message):
-                await found.generate(0, [prompt("a")], SETTINGS)
+                await fleet.generate(0, [prompt("a")], SETTINGS)
 
     run(test)
 
 
 def test_a_stale_actor_is_watched_too() -> None:
     async def test(world: World) -> None:
-        async with world.fleet(count=1) as found:
-            await world.publish(found, 1)
-            await found.withdraw()
+        async with world.fleet(count=1) as fleet:
+            await world.publish(fleet, 1)
+            await fleet.withdraw()
             world.looking.clear()
             for _ in range(7):
-                found.look()
+                fleet.look()
                 await settle()
                 world.now += 2
             assert world.processes[0].killed

@@ -135,7 +135,7 @@ def test_trees_of_training_wait_for_their_turn_before_their_deadline_runs() -> N
     class Slow(Handle):
         def remote(self, *arguments: Any) -> Any:
             asked.append(Future())
-            return type("Pending", (), {"future": lambda _, found=asked[-1]: found})()
+            return type("Pending", (), {"future": lambda _, call=asked[-1]: call})()
 
     async def main() -> None:
         small = CONFIG.model_copy(update={"actors": CONFIG.actors.model_copy(update={"max_num_seqs": 1})})
@@ -144,8 +144,8 @@ def test_trees_of_training_wait_for_their_turn_before_their_deadline_runs() -> N
         await asyncio.sleep(0.01)
         assert len(asked) == trees_ahead(small) == 8
         while not all(call.done() for call in calls):
-            for found in [found for found in asked if not found.done()]:
-                found.set_result(None)
+            for call in [call for call in asked if not call.done()]:
+                call.set_result(None)
             await asyncio.sleep(0.001)
 
     asyncio.run(main())

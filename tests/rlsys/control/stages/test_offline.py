@@ -11,7 +11,7 @@ from staged_files import files
 from rlsys.run.metrics import read_rows
 
 
-def test_sft_learns_rows_and_hands_its_policy_over(tmp_path: Path) -> None:
+def test_sft_learns_rows_and_exports_its_policy(tmp_path: Path) -> None:
     sections = {"sft": files(tmp_path)["sft"], "train": {"max_steps": 1}}
     settings = config(stages=["warm_start", "sft", "online"], **sections)
     run = Run(tmp_path, settings)()
@@ -20,7 +20,7 @@ def test_sft_learns_rows_and_hands_its_policy_over(tmp_path: Path) -> None:
         ("start_stage", "warm_start", run.model, None, None),
         *[("train", 1), ("train", 2), ("save", 2)],
         ("start_stage", "sft", first, None, None),
-        *[("train", 3), ("train", 4), ("save", 4)],  # nobody samples: nothing is published
+        *[("train", 3), ("train", 4), ("save", 4)],  # no actor samples, so nothing is published
         ("start_stage", "online", second, None, None),
         *[("send", 4), ("train", 5), ("send", 5), ("save", 5)],
     ]
@@ -45,7 +45,7 @@ def test_chosen_sides_alone_need_no_reference(tmp_path: Path) -> None:
     assert run.only("score") == [] and len(run.learner.batches[0][1].pairs) == 2
 
 
-def test_no_data_of_a_step_that_is_never_trained_are_asked_for(tmp_path: Path) -> None:
+def test_only_the_data_of_trained_steps_are_loaded(tmp_path: Path) -> None:
     run = Run(tmp_path, config(stages=["warm_start"]))
     asked: list[int] = []
     batch = run.data.batch

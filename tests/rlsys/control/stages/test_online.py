@@ -91,7 +91,7 @@ def test_failures_are_counted_over_a_resume(tmp_path: Path) -> None:
 
 
 class BrokenVerifier:
-    """From prompt `first` of the stream on, the first verification of every group fails."""
+    """Fails the first verification of every group, from prompt `first` of the stream on."""
 
     def __init__(self, run: Run, first: int) -> None:
         self.run, self.first, self.seen = run, first, 0
@@ -100,14 +100,14 @@ class BrokenVerifier:
 
     async def generate(self, actor: int, prompts: Any, settings: Any) -> Any:
         groups = await self.train(actor, prompts, settings)
-        return [self.judge(found) if found.prompt.prompt_id.startswith("train") else found for found in groups]
+        return [self.judge(group) if group.prompt.prompt_id.startswith("train") else group for group in groups]
 
-    def judge(self, found: TrajectoryGroup) -> TrajectoryGroup:
+    def judge(self, group: TrajectoryGroup) -> TrajectoryGroup:
         self.seen += 1
         if self.seen <= self.first:
-            return found
-        bad = replace(found.trajectories[0], outcome="error", reward=0.0, detail="no such module")
-        return replace(found, trajectories=(bad, *found.trajectories[1:]))
+            return group
+        bad = replace(group.trajectories[0], outcome="error", reward=0.0, detail="no such module")
+        return replace(group, trajectories=(bad, *group.trajectories[1:]))
 
 
 def test_a_verifier_that_fails_ends_the_run_before_anything_is_learned_from_it(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_group_above_the_staleness_bound_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_group_of_a_lost_attempt_is_refused(tmp_path: Path) -> None:
-    """After a return to a checkpoint versions come again, with other weights."""
+    """After a return to a checkpoint the same versions have other weights."""
     run = Run(tmp_path, config(stages=["online"]))
     run.learner.restarts = 1
     with pytest.raises(RlsysError, match="attempt 0 of the learner sampled, with weight version 0, .* in attempt 1"):
@@ -170,7 +170,7 @@ def test_a_group_of_a_lost_attempt_is_refused(tmp_path: Path) -> None:
 def test_the_state_in_a_checkpoint_counts_what_is_not_trained(tmp_path: Path) -> None:
     run = Run(tmp_path, config(stages=["online"], train={"max_staleness": 1}, checkpoint={"interval": 1}))()
     for step, state in enumerate(run.saved().values(), start=1):
-        # 2 groups a step are trained, in order: what was issued since is in flight.
+        # 2 groups a step are trained, in order; the prompts issued since then are in flight.
         assert state.step == step
         assert list(state.in_flight) == list(range(2 * step, state.cursor))
     info = json.loads((tmp_path / "checkpoints" / "step_000003" / "MANIFEST.json").read_text())["info"]
@@ -193,7 +193,7 @@ def test_an_interrupted_run_with_searched_prompts_goes_on_as_if_nothing_had_happ
     assert first.saved()["step_000002"].in_flight == tuple(range(4, 4 + 2 * max_staleness))
     second = Run(tmp_path / "b", settings)()
     assert first.learner.trained + second.learner.trained == undisturbed.learner.trained
-    # What was searched before the interruption and not trained is searched again, and never sampled.
+    # A prompt that was searched and not trained before the interruption is searched again.
     assert first.learner.kinds + second.learner.kinds == undisturbed.learner.kinds
     # 10 prompts of 5 steps; at 0.4, those of index 2, 4, 7 and 9.
     kinds = [is_searched(index, fraction) for index in range(10)]
@@ -238,8 +238,8 @@ def test_verifications_of_trees_count_too(tmp_path: Path) -> None:
     settings = config(stages=["online"], train={"max_verifier_failures": 0.4}, search={"fraction": 0.5})
     run = Run(tmp_path, settings)
 
-    async def search(actor: int, found: Any) -> Any:
-        return searched_group(found, verifier_errors=3.0)
+    async def search(actor: int, prompt: Any) -> Any:
+        return searched_group(prompt, verifier_errors=3.0)
 
     run.pool.search = search
     message = r"3 of 7 verifications failed, .* in the tree of prompt train-\d@0, see the log of its actor"
@@ -262,7 +262,7 @@ def test_a_searched_group_above_the_staleness_bound_is_refused(tmp_path: Path) -
         run()
 
 
-def test_what_a_smaller_buffer_could_not_issue_yet_is_not_forgotten(tmp_path: Path) -> None:
+def test_prompts_that_a_smaller_buffer_cannot_issue_yet_stay_in_flight(tmp_path: Path) -> None:
     def interrupted(max_staleness: int, version: int) -> RunState:
         run = Run(tmp_path, config(stages=["online"], train={"max_staleness": max_staleness, "max_steps": 9}))
         run.interrupt_at(version)

@@ -54,14 +54,14 @@ def config(**sections: Any) -> Config:
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two model folders with the same tokenizer and other weights."""
-    found = []
+    folders = []
     for seed in range(2):
         folder = tmp_path_factory.mktemp("policy")
         scratch = config().model.from_scratch
         assert scratch
         build_from_scratch(scratch, build_task(config().task, 0).vocabulary(), seed, folder)
-        found.append(folder)
-    return found
+        folders.append(folder)
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -185,15 +185,15 @@ def test_trees_and_their_data(
 def sums(codec: TagCodec) -> dict[str, float]:
     prompts = [Prompt(prompt_id="p", token_ids=np.zeros(0, np.int32), answer=f"{n}") for n in range(COUNT)]
     trees = [grown(codec, prompt) for prompt in prompts]
-    found = {name: sum(getattr(one, name) for one in trees) for name in ("simulations", "calls", "tokens")}
-    return {f"search/{name}": float(value) for name, value in {**found, "scored": 10, "correct": 5}.items()}
+    totals = {name: sum(getattr(one, name) for one in trees) for name in ("simulations", "calls", "tokens")}
+    return {f"search/{name}": float(value) for name, value in {**totals, "scored": 10, "correct": 5}.items()}
 
 
 def test_trees_name_the_policy_that_the_stage_begins_with(stage: Callable[..., Stage], policies: list[Path]) -> None:
     made = stage()
     made.run(policies[1])
-    trees = [found for path in sorted((made.stage.folder / "trees").glob("*.jsonl")) for found in read_trees(path)]
-    named = {tuple(sorted(found.models.items())) for found in trees if isinstance(found, Tree)}
+    trees = [each for path in sorted((made.stage.folder / "trees").glob("*.jsonl")) for each in read_trees(path)]
+    named = {tuple(sorted(each.models.items())) for each in trees if isinstance(each, Tree)}
     assert named == {(("policy", weights_digest(policies[1])), ("reviewer", "another"))}
 
 

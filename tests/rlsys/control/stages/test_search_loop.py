@@ -18,7 +18,7 @@ from rlsys.run.metrics import read_rows
 
 
 class FakeSearch:
-    """Keeps what it was asked. done: whether it finds its work done."""
+    """Records its calls. done: whether its work is already done."""
 
     def __init__(self, run: Run, done: bool = False) -> None:
         self.run_, self.done = run, done
@@ -75,7 +75,7 @@ def test_a_search_comes_first_without_a_checkpoint(tmp_path: Path) -> None:
     assert run.rows()[0] == ("search", 0)
 
 
-def test_a_finished_search_is_passed_by_and_a_later_stage_never_sees_it(tmp_path: Path) -> None:
+def test_a_finished_search_is_skipped_and_a_resume_in_a_later_stage_ignores_it(tmp_path: Path) -> None:
     settings = config(stages=["warm_start", "search", "sft", "online"], sft=files(tmp_path)["sft"])
     first, search = searching(tmp_path, settings)
     search.signal = "SIGTERM"
@@ -107,17 +107,17 @@ def test_an_interruption_before_the_first_tree_begins_none(tmp_path: Path) -> No
     assert run.only("grow") == []
 
 
-def test_the_anchor_after_a_search_is_the_policy_before_it(tmp_path: Path) -> None:
+def test_the_reference_after_a_search_is_the_policy_before_it(tmp_path: Path) -> None:
     imitated = {"sft": {"weight": 0.1}, "preference": {"source": "file"}}
     sections = files(tmp_path) | {"objective": {"kl": {"weight": 0.1}, **imitated}, "train": {"max_steps": 1}}
     run, _ = searching(tmp_path, config(stages=["warm_start", "search", "online"], **sections))
     run()
     assert run.only("start_stage")[-1][4] == tmp_path / "stages" / "warm_start"
-    assert not (tmp_path / "stages" / "search").exists()  # no policy is handed over
+    assert not (tmp_path / "stages" / "search").exists()  # the stage exports no policy
 
 
 def extract(run_dir: Path, chosen: int) -> None:
-    """What the stage search leaves behind: the chosen side of every pair ends with this token."""
+    """Write the files of the stage search; the chosen side of every pair ends with the given token."""
     folder = run_dir / "stages" / "search" / "data"
     folder.mkdir(parents=True, exist_ok=True)
     pairs = {"chosen_ids": [[1, chosen]], "rejected_ids": [[1, 3]], "prompt_length": [1], "common_prefix": [1]}
@@ -143,7 +143,7 @@ def test_a_resume_trains_on_what_the_search_extracted_before(tmp_path: Path) -> 
     assert third.only("start_stage", "train") == []
 
 
-def test_files_that_the_search_did_not_write_are_named(tmp_path: Path) -> None:
+def test_a_missing_file_of_the_search_is_named(tmp_path: Path) -> None:
     run, _ = searching(tmp_path, config(stages=["search", "sft"]))
     with pytest.raises(DataError, match=r"^stage search: .*stages/search/data/supervised\.parquet: no such file"):
         run()

@@ -41,7 +41,7 @@ def interrupted(run_dir: Path, settings: Any, version: int) -> Run:
     return run
 
 
-def test_a_resume_within_the_stage_takes_the_kept_scores(tmp_path: Path) -> None:
+def test_a_resume_within_the_stage_uses_the_kept_scores(tmp_path: Path) -> None:
     settings = config(stages=["sft", "preference"], **files(tmp_path))
     undisturbed = Run(tmp_path / "a", settings)()
     first = interrupted(tmp_path / "b", settings, 4)
@@ -64,9 +64,7 @@ def test_a_resume_within_the_stage_takes_the_kept_scores(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("change", ["gone", "damaged", "other pairs", "other tokens"])
-def test_without_fitting_scores_the_stage_is_started_on_the_policy_that_it_began_with(
-    tmp_path: Path, change: str
-) -> None:
+def test_without_matching_scores_the_learner_starts_on_the_reference_policy(tmp_path: Path, change: str) -> None:
     sections = files(tmp_path)
     interrupted(tmp_path / "run", config(stages=["sft", "preference"], **sections), 4)
     kept = tmp_path / "run" / "stages" / "preference.references.json"
@@ -80,9 +78,9 @@ def test_without_fitting_scores_the_stage_is_started_on_the_policy_that_it_began
     else:
         sections["objective"]["preference"]["mask_prefix_dpo"] = False
     run = Run(tmp_path / "run", config(stages=["sft", "preference"], **sections))()
-    checkpoint, handed = tmp_path / "run" / "checkpoints" / "step_000004", tmp_path / "run" / "stages" / "sft"
+    checkpoint, exported = tmp_path / "run" / "checkpoints" / "step_000004", tmp_path / "run" / "stages" / "sft"
     assert run.only("start_stage", "score", "score_probe")[:5] == [
-        ("start_stage", "preference", handed, None, None),
+        ("start_stage", "preference", exported, None, None),
         *SCORED,
         ("start_stage", "preference", checkpoint / "policy", checkpoint, None),
         ("score_probe", 2),  # actors and learner are compared once both have the checkpoint
@@ -102,25 +100,25 @@ def test_another_reference_policy_has_other_scores(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["preference", "online"])
-def test_a_policy_that_a_stage_refers_to_and_that_has_changed_is_refused(tmp_path: Path, stage: str) -> None:
+def test_a_changed_reference_policy_is_refused(tmp_path: Path, stage: str) -> None:
     sections = files(tmp_path) if stage == "preference" else {"objective": {"kl": {"weight": 0.1}}}
     settings = config(stages=["warm_start", stage], **sections)
     interrupted(tmp_path, settings, 3)  # the warm start makes version 2
-    handed = tmp_path / "stages" / "warm_start" / "model.safetensors"
-    content = handed.read_bytes()
-    handed.unlink()  # a hard link into a checkpoint
-    handed.write_bytes(content + b"!")
+    exported = tmp_path / "stages" / "warm_start" / "model.safetensors"
+    content = exported.read_bytes()
+    exported.unlink()  # a hard link into a checkpoint
+    exported.write_bytes(content + b"!")
     with pytest.raises(CheckpointError, match="warm_start: expected the policy that the stage began with, sha256 "):
         Run(tmp_path, settings)()
-    handed.write_bytes(content)
+    exported.write_bytes(content)
     assert Run(tmp_path, settings)().rows()[-1][0] == stage
 
 
-def test_runs_tell_reference_policies_apart_by_all_their_weights() -> None:
+def test_the_reference_digest_covers_all_weights() -> None:
     assert RunContext.policy_digest is weights_digest
 
 
-def test_pairs_of_a_file_beside_the_groups_of_the_online_stage(tmp_path: Path) -> None:
+def test_the_online_stage_trains_pairs_of_a_file_and_groups(tmp_path: Path) -> None:
     sections = files(tmp_path)
     sections["objective"] = {
         "preference": {"weight": 0.1, "source": "file"},
@@ -128,8 +126,8 @@ def test_pairs_of_a_file_beside_the_groups_of_the_online_stage(tmp_path: Path) -
     }
     run = Run(tmp_path, config(stages=["sft", "online"], train={"max_steps": 2}, **sections))()
     assert run.only("score") == SCORED
-    for step, (found, batch) in enumerate(run.learner.batches[2:]):
-        assert (found, len(batch.groups), len(batch.pairs), len(batch.demonstrations)) == (step, 2, 2, 2)
+    for step, (trained_step, batch) in enumerate(run.learner.batches[2:]):
+        assert (trained_step, len(batch.groups), len(batch.pairs), len(batch.demonstrations)) == (step, 2, 2, 2)
         assert all(pair.chosen_reference == -3.0 for pair in batch.pairs)
     assert (tmp_path / "stages" / "online.references.json").exists()
 
