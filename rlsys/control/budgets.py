@@ -17,7 +17,7 @@ def causes(first: str, last: str) -> str:
 
 @dataclass(slots=True, kw_only=True)
 class FailureLimit:
-    """Counts failures and raises above a share of all. One failure is always allowed, unless the share is 0.
+    """Limit of failures as a share of all attempts. One failure is always allowed, unless the share is 0.
 
     Attributes:
         what: the plural noun of the message, such as rollouts.
@@ -92,7 +92,7 @@ def verifier_limit(share: float, failed: int = 0, total: int = 0) -> FailureLimi
 
 @dataclass(slots=True, kw_only=True)
 class SkippedSteps:
-    """Counts training steps that were left out because a loss or gradient was not finite.
+    """Count of training steps that were left out because a loss or gradient was not finite.
 
     Attributes:
         limit: steps in a row that may be left out, learner.max_skipped_steps.

@@ -48,7 +48,7 @@ class SyncedFile(Protocol):
 
 @dataclass(kw_only=True)
 class Checkpointing:
-    """Saves run states and knows the newest checkpoint.
+    """The saves of a run, and its newest checkpoint.
 
     A failed save leaves the earlier checkpoints as they are. If the save was not needed, the run goes on, for at most
     checkpoint.max_failed_saves failures in a row.

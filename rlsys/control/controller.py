@@ -29,7 +29,7 @@ LOOPS: dict[Loop, type[StageLoop]] = {"offline": OfflineStage, "online": OnlineS
 
 
 class Controller:
-    """Runs the stages in order, from a run state to the end of the last stage.
+    """All stages of a run in order, from a run state to the end of the last stage.
 
     An interruption ends a wait for groups, for rows of data and for the evaluation before the first step. The work of
     the learner, a publish, its calibration, an evaluation within a step and the trees that actors hold are finished

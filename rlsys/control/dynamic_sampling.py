@@ -56,7 +56,7 @@ def _rewards_differ(group: TrajectoryGroup, policy: PolicyConfig, max_tokens: in
 
 @dataclass(slots=True, kw_only=True)
 class GroupFilter:
-    """Decides which groups are replaced, and counts the tokens of rollouts that are not trained.
+    """Filter of groups without a learning signal, and count of the tokens that are not trained.
 
     Attributes:
         rounds: rounds in which groups of one wave are replaced, train.dynamic_sampling_rounds; 0 replaces none.

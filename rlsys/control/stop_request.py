@@ -13,7 +13,10 @@ Result = TypeVar("Result")
 
 
 class StopRequest:
-    """Takes the first reason to end a run: the name of a signal, or an error. Create it inside a running event loop."""
+    """Request to end a run, with the first reason: the name of a signal, or an error.
+
+    It must be created inside a running event loop.
+    """
 
     def __init__(self) -> None:
         self._reason: asyncio.Future[str] = asyncio.get_running_loop().create_future()

@@ -151,7 +151,7 @@ class TrainingRun:
         return {**held_out_metrics(greedy, sampled), "time/evaluate_s": watch.seconds}
 
     async def finish_step(self, plan: StagePlan, metrics: Mapping[str, float], started: float) -> None:
-        """Log a step, then save if a save is due, so that a checkpoint never lacks the row of its step.
+        """Log a step, then save if a save is due: a checkpoint never lacks the row of its step.
 
         Args:
             started: monotonic seconds at the beginning of the step.

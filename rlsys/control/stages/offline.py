@@ -10,7 +10,9 @@ from rlsys.errors import NonFiniteLossError
 
 
 class OfflineStage(TrainingStage):
-    """Trains on rows or pairs. No actor samples meanwhile, so the weights are published once, at the end of the run.
+    """Loop of a stage that trains on rows or pairs.
+
+    No actor samples meanwhile, so the weights are published once, at the end of the run.
 
     Waits for the rows of a step, which are loaded while the learner makes the step before; `TrainingRun.stop` ends
     the wait.

@@ -24,7 +24,7 @@ from rlsys.types import SamplingSettings, TrajectoryGroup
 
 
 class OnlineStage(TrainingStage):
-    """Trains on rollouts of the actors, which a producer keeps ready in a buffer.
+    """Loop of the stage that trains on rollouts, which a producer keeps ready in a buffer.
 
     Waits for the groups of a step; the producer finishes them, and `TrainingRun.stop` or an error of the producer ends
     the wait. Learner, publish and evaluation within a step are not interrupted: the weights would be a step ahead of

@@ -36,7 +36,10 @@ POLICY = "the policy that the stage search begins with"
 
 
 class SearchLoop:
-    """Grows trees with the present policy and extracts their data. No weights change; finished work is not repeated."""
+    """Loop of the stage that grows trees with the present policy and extracts their data.
+
+    No weights change, and finished work is not repeated.
+    """
 
     def __init__(self, run: TrainingRun, plan: StagePlan) -> None:
         self._run, self._plan = run, plan
