@@ -22,7 +22,7 @@ ONLINE: dict[str, Any] = {"stages": ["online"], "checkpoint": {"interval": 1, "k
 
 
 def failing(run: Run, versions: set[int]) -> None:
-    """Let the learner fail to write these versions, after a part of them."""
+    """Make the learner fail to write these versions, after it has written a part."""
     save = run.learner.save
 
     async def fail(folder: Path) -> None:
@@ -52,7 +52,7 @@ def test_training_goes_on_after_a_failed_save_and_the_last_good_one_stays(tmp_pa
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
 def test_actors_go_on_sampling_while_a_checkpoint_is_written(max_staleness: int, tmp_path: Path) -> None:
-    """A save that waits for a call of an actor which begins and ends within it."""
+    """The save waits for a call of an actor that begins and ends during the save."""
     train = {"max_steps": 2, "max_staleness": max_staleness, "max_failed_rollouts": 0.9}
     run = Run(tmp_path, config(stages=["online"], train=train, checkpoint={"interval": 1}))
     generate, save = run.pool.generate, run.learner.save

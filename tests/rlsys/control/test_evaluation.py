@@ -1,4 +1,4 @@
-"""Held-out figures by hand, and the figures of a step's groups."""
+"""Held-out metrics, their intervals, and the metrics of the groups of a step, by hand."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_a_search_without_an_answer_has_figures() -> None:
 
 
 def usage(model: Writer, busy_s: float, tokens: int = 0, prompt_tokens: int = 0, cached: int = 0) -> SearchUsage:
-    """Of 4 seconds."""
+    """Return the stats of an engine over 4 seconds."""
     return SearchUsage(
         model=model,
         engine=0,

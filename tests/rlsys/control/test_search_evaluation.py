@@ -1,4 +1,4 @@
-"""The searched part of an evaluation, with actors that are scripted."""
+"""The searched part of an evaluation, over scripted actors."""
 
 from __future__ import annotations
 
@@ -42,9 +42,10 @@ def config(answers: int = 2, **sections: dict[str, Any]) -> Config:
 
 
 class SearchingPool(FakePool):
-    """Samples of 5 tokens, the last of every third dispatch right; trees of 40 tokens with two answers.
+    """Actors that return samples of 5 tokens and trees of 40 tokens with two answers.
 
-    Only the tree of an even prompt has a right one, its second, after 30 tokens.
+    The last sample of every third call is right. Of the trees, only those of even prompts have a right answer: the
+    second one, after 30 tokens.
     """
 
     def __init__(self, count: int = 2, failing: Sequence[str] = (), *, verdicts: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoints a commit keeps."""
+"""Retention: the checkpoints that a commit keeps."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_smallest_score_may_be_the_best_and_none_at_all_keeps_none(tmp_path:
 
 
 def test_scores_of_another_metric_do_not_count(tmp_path: Path) -> None:
-    """checkpoint.best_metric may change on a resume."""
+    """A resume may change checkpoint.best_metric."""
     store = CheckpointStore(tmp_path, keep_last=1, best=(ACCURACY, "max"))
     for version, score in ((1, 0.5), (2, None)):
         commit(store, version, score)
