@@ -38,12 +38,8 @@ WITHOUT_TORCH = (
     "rlsys.config.schema",
     "rlsys.interfaces",
     "rlsys.data.prompts",
-    "rlsys.control.buffer",
-    "rlsys.control.weights",
     "rlsys.transfer.wire",
     "rlsys.transfer.object_store",
-    "rlsys.control.fleet",
-    "rlsys.control.controller",
     "rlsys.tasks",
     "rlsys.config.patterns",
     "rlsys.trees",
@@ -100,6 +96,12 @@ def test_light_modules_load_no_framework() -> None:
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_coordination_loads_no_torch(module: str) -> None:
     assert brought([module], (*FRAMEWORKS, "torch", "transformers")) == {}
+
+
+def test_control_loads_no_torch() -> None:
+    control = [name for name in all_modules() if name.startswith("rlsys.control")]
+    assert {"rlsys.control.fleet", "rlsys.control.stages.online"} <= set(control)
+    assert brought(control, (*FRAMEWORKS, "torch", "transformers")) == {}
 
 
 def test_every_heavy_module_exists() -> None:

@@ -1,4 +1,4 @@
-"""Failures that are tolerated one by one, up to a share of all."""
+"""Limits of failures that are tolerated one by one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from rlsys.types import TrajectoryGroup
 
 
 def causes(first: str, last: str) -> str:
-    """Why there were too many failures, as the end of a message: the first one is mostly what the others come from."""
+    """Return the end of a message about too many failures; the first failure often causes the others."""
     return f"the first: {first}" + (f"; the last: {last}" if last != first else "")
 
 
 @dataclass(slots=True, kw_only=True)
 class FailureLimit:
-    """Counts failures; above `share` of all it raises. A single one is no share yet, unless the share is 0.
+    """Limit of failures as a share of all attempts. One failure is always allowed, unless the share is 0.
 
-    what: plural of what may fail, for the message; field: the config field that holds `share`.
-    failed, total: counted before, where a run is resumed.
+    Attributes:
+        what: the plural noun of the message, such as rollouts.
+        field: the config field that holds `share`.
+        failed, total: counts so far; a resumed run begins with those of its checkpoint.
     """
 
     what: str
@@ -28,29 +30,29 @@ class FailureLimit:
     share: float
     failed: int = 0
     total: int = 0
-    _details: list[str] = dataclasses.field(
-        default_factory=list
-    )  # of the first and the last that failed in this command
+    _details: list[str] = dataclasses.field(default_factory=list)  # the first and the last failure of this command
 
     def add(self, *, total: int, failed: int = 0, details: Sequence[str] = ()) -> None:
-        """Count `failed` of `total` more; `details`: why, of some of them in order.
+        """Count more attempts and check the limit.
 
+        Args:
+            details: reasons of some of the failures, in order.
         Raises:
-            TooManyFailuresError: there are more than allowed.
+            TooManyFailuresError: more attempts failed than allowed.
         """
         self.count(failed=failed, total=total, details=details)
         if failed:
             self.check()
 
     def count(self, *, failed: int, total: int, details: Sequence[str]) -> None:
-        """The same, and say nothing yet."""
+        """Count more attempts without a check; see `add`."""
         self.failed += failed
         self.total += total
         known = [*self._details, *details]
         self._details = [known[0], known[-1]] if known else []
 
     def check(self) -> None:
-        """Raises TooManyFailuresError where there are more than allowed."""
+        """Raise TooManyFailuresError if more attempts failed than allowed."""
         allowed = max(1.0, self.share * self.total) if self.share else 0.0
         if self.failed > allowed:
             raise TooManyFailuresError(
@@ -59,10 +61,10 @@ class FailureLimit:
             )
 
     def add_verdicts(self, groups: Sequence[TrajectoryGroup]) -> None:
-        """Count the verifications of groups, of a tree those of its answers.
+        """Count the verifications of groups; a searched group has those of the answers in its tree.
 
         Raises:
-            TooManyFailuresError: more of them than allowed raised or ran out of time.
+            TooManyFailuresError: more verifications than allowed raised or ran out of time.
         """
         counts = [_verifications(group) for group in groups]
         self.add(
@@ -73,7 +75,7 @@ class FailureLimit:
 
 
 def _verifications(group: TrajectoryGroup) -> tuple[int, int, list[str]]:
-    """How many failed, how many there were, and why."""
+    """Return failed verifications, all verifications, and the reasons of the failures."""
     if group.searched:
         failed, scored = int(group.metrics["verifier_errors"]), int(group.metrics["scored"])
         detail = f"in the tree of prompt {group.prompt.prompt_id}, see the log of its actor"
@@ -83,32 +85,34 @@ def _verifications(group: TrajectoryGroup) -> tuple[int, int, list[str]]:
 
 
 def verifier_limit(share: float, failed: int = 0, total: int = 0) -> FailureLimit:
-    """The limit of train.max_verifier_failures. failed, total: counted before, where a run is resumed."""
+    """Return the limit of train.max_verifier_failures, beginning with the counts of a resumed run."""
     field = "train.max_verifier_failures"
     return FailureLimit(what="verifications", field=field, share=share, failed=failed, total=total)
 
 
 @dataclass(slots=True, kw_only=True)
 class SkippedSteps:
-    """Counts training steps that are left out because a loss or gradient was not finite.
+    """Count of training steps that were left out because a loss or gradient was not finite.
 
-    limit: learner.max_skipped_steps, in a row. total: of the run so far.
+    Attributes:
+        limit: steps in a row that may be left out, learner.max_skipped_steps.
+        total: left-out steps of the stage so far.
     """
 
     limit: int
     total: int = 0
     in_a_row: int = 0
-    _first: str = ""  # of those in a row
+    _first: str = ""  # the reason of the first step in the row
 
     def made(self) -> None:
-        """A step was made."""
+        """Note that a step was made."""
         self.in_a_row = 0
 
     def skip(self, error: NonFiniteLossError) -> None:
-        """Count one.
+        """Count a left-out step.
 
         Raises:
-            NonFiniteStepsError: there are too many in a row.
+            NonFiniteStepsError: too many steps in a row were left out.
         """
         self.total += 1
         self.in_a_row += 1

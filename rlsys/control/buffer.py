@@ -1,9 +1,9 @@
-"""Slots, and the life of a group in them: reserved, finished, taken, released.
+"""Slots of groups, which are reserved, finished, taken and released in this order.
 
-There are (max_staleness + 1) * groups_per_step slots. A prompt is issued only into a free slot, a step takes
-the oldest groups_per_step slots, and they become free only when the step's weights are published. So a
-prompt issued at version v is trained by the step that makes version v + max_staleness + 1 at the latest:
-its staleness is at most max_staleness, and with max_staleness 0 every group is sampled from the newest weights.
+There are (max_staleness + 1) * groups_per_step slots. A prompt is issued only into a free slot. A step takes the
+oldest groups_per_step slots, which become free only when the weights of the step are published. So a prompt that is
+issued at version v is trained, at the latest, by the step that makes version v + max_staleness + 1, and its staleness
+is at most max_staleness. With max_staleness 0 every group is sampled from the newest weights.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class _Slot:
 
 
 class Buffer:
-    """FIFO of slots. Consumes stream indices and groups; one asyncio loop, no threads.
+    """First-in-first-out queue of slots, for one asyncio loop.
 
-    free() waits for a free slot, unblocked by release(). take() waits for the oldest groups, unblocked by
-    finish().
+    Consumes stream indices and groups. `free` waits for a free slot, which `release` provides. `take` waits for the
+    oldest groups, which `finish` provides.
     """
 
     def __init__(self, groups_per_step: int, max_staleness: int) -> None:
@@ -37,35 +37,35 @@ class Buffer:
         self._changed = asyncio.Condition()
 
     async def free(self) -> int:
-        """Wait until slots are free; their number."""
+        """Wait until slots are free, and return their number."""
         async with self._changed:
             await self._changed.wait_for(lambda: len(self._slots) < self.capacity)
             return self.capacity - len(self._slots)
 
     def reserve(self, index: int) -> None:
-        """Occupy a slot for the prompt of a stream index."""
+        """Reserve a free slot for the prompt of a stream index."""
         if len(self._slots) >= self.capacity:
             raise RuntimeError(f"reserve without a free slot: {self.capacity} of {self.capacity} are taken")
         self._slots.append(_Slot(index))
 
     def replace(self, unused: int, index: int) -> None:
-        """Give the slot of a prompt that came to nothing to another one; it keeps its place in the queue."""
+        """Give the slot of a prompt without a usable rollout to another prompt; it keeps its place in the queue."""
         self._find(unused).index = index
         self._unused.append(unused)
 
     def take_unused(self) -> list[int]:
-        """Stream indices that came to nothing since the last call."""
-        found, self._unused = self._unused, []
-        return found
+        """Return the stream indices that were replaced since the last call."""
+        unused, self._unused = self._unused, []
+        return unused
 
     async def finish(self, index: int, group: TrajectoryGroup) -> None:
-        """Fill the slot reserved for a stream index."""
+        """Put a group into the slot of its stream index."""
         async with self._changed:
             self._find(index).group = group
             self._changed.notify_all()
 
     async def take(self) -> list[TrajectoryGroup]:
-        """Wait until the oldest groups_per_step slots are finished; their groups, in order of issue."""
+        """Wait until the oldest groups_per_step slots are finished, and return their groups in order of issue."""
         async with self._changed:
             await self._changed.wait_for(self._oldest_are_finished)
             slots = [self._slots[i] for i in range(self._groups_per_step)]
@@ -74,7 +74,7 @@ class Buffer:
             return [slot.group for slot in slots if slot.group is not None]
 
     async def release(self) -> list[int]:
-        """Free the slots that were taken; answers with their stream indices."""
+        """Free the slots that were taken, and return their stream indices."""
         freed = []
         async with self._changed:
             while self._slots and self._slots[0].taken:
@@ -83,7 +83,7 @@ class Buffer:
         return freed
 
     def in_flight(self) -> tuple[int, ...]:
-        """Stream indices that were issued and not taken, in order: what a resumed run issues again."""
+        """Return the stream indices that were issued and not taken, in order. A resumed run issues them again."""
         return tuple(slot.index for slot in self._slots if not slot.taken)
 
     def _oldest_are_finished(self) -> bool:

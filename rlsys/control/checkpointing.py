@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when one fails, what it is worth, and the policies that stages hand on."""
+"""Saves the checkpoints of a run, and tolerates saves that fail."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ import difflib
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rlsys.config.schema import Config
-from rlsys.config.stages import stage_plans
 from rlsys.control.budgets import causes
-from rlsys.control.parts import Parts
-from rlsys.directory import RunDirectory
 from rlsys.errors import CheckpointError, ConfigError
-from rlsys.files import fsync, write_json
+from rlsys.files import write_json
+from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.metrics import METRICS
 from rlsys.run.provenance import Provenance
 from rlsys.run.state import state_to_json
-from rlsys.types import RunState, StageName
+from rlsys.types import RunState
 
 
 def check_best_metric(config: Config) -> None:
-    """Raises ConfigError where checkpoint.best_metric is none that a run measures."""
+    """Raise ConfigError if checkpoint.best_metric is not the name of a metric."""
     name = config.checkpoint.best_metric
     if name is not None and name not in METRICS:
         near = difflib.get_close_matches(name, METRICS, 1)
@@ -35,153 +34,121 @@ def check_best_metric(config: Config) -> None:
         )
 
 
-class Saving:
-    """Saves run states, and knows the newest checkpoint.
+class Savable(Protocol):
+    """A learner that writes its files."""
 
-    A save that fails leaves the checkpoints before it as they are. Where the run can do without it, it goes on, for
-    checkpoint.max_failed_saves of them in a row.
+    async def save(self, folder: Path) -> None: ...
 
-    checkpoint: the newest one; failed: saves that failed since this command began; seconds: of the last save, until
-    `take_seconds`; anchor: by the name "reference" the digest of the policy that the stage began with, where its loss
-    refers to that.
+
+class SyncedFile(Protocol):
+    """A file of the run directory that must be on disk before a checkpoint is."""
+
+    def sync(self) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Checkpointing:
+    """The saves of a run, and its newest checkpoint.
+
+    A failed save leaves the earlier checkpoints as they are. If the save was not needed, the run goes on, for at most
+    checkpoint.max_failed_saves failures in a row.
+
+    Attributes:
+        logs: files whose lines a checkpoint must never lack.
+        tokenizer_files: files to copy into the policy of every checkpoint.
+        provenance: returns the provenance of the present policy.
+        say: takes a message about every failed save.
+        checkpoint: the newest checkpoint.
+        saved_version: the weight version of the newest checkpoint; -1 for none.
+        failed: failed saves since the command began.
     """
 
-    def __init__(self, parts: Parts, state: RunState, checkpoint: Path | None) -> None:
-        self.checkpoint = checkpoint
-        self.failed = 0
-        self.anchor: Mapping[str, str] = {}
-        self._parts = parts
-        self._saved_version = state.weight_version if checkpoint else -1
-        self._failed_in_a_row = 0
-        self._first = ""  # why the first of those failed
-        self._seconds = 0.0
-        self._score: tuple[int, float] | None = None
+    config: Config
+    store: CheckpointStore
+    learner: Savable
+    logs: Sequence[SyncedFile]
+    tokenizer_files: Sequence[Path]
+    provenance: Callable[[], Provenance]
+    say: Callable[[str], None]
+    checkpoint: Path | None
+    saved_version: int
+    failed: int = 0
+    _failed_in_a_row: int = 0
+    _first_failure: str = ""
+    _seconds: float = 0.0
+    _score: tuple[int, float] | None = field(default=None)
 
-    def measured(self, version: int, figures: Mapping[str, float]) -> None:
-        """Take what was measured of a weight version; checkpoint.best_metric says what of it counts."""
-        name = self._parts.config.checkpoint.best_metric
-        if name is not None and name in figures and math.isfinite(figures[name]):
-            self._score = (version, float(figures[name]))
+    def note_metrics(self, version: int, metrics: Mapping[str, float]) -> None:
+        """Keep the value of checkpoint.best_metric for a weight version, if it was measured."""
+        name = self.config.checkpoint.best_metric
+        if name is not None and name in metrics and math.isfinite(metrics[name]):
+            self._score = (version, float(metrics[name]))
 
     async def save(self, state: RunState, *, needed: bool) -> None:
-        """Commit a checkpoint of the present state, unless there is one already.
+        """Commit a checkpoint of the present state, unless one exists.
 
         Args:
-            needed: the run cannot do without it.
+            needed: whether the run cannot go on without the checkpoint.
         Raises:
-            CheckpointError: it failed and is needed, or too many failed before.
+            CheckpointError: the save failed and is needed, or too many failed in a row.
         """
-        if self._saved_version == state.weight_version or state.weight_version == 0:
+        if self.saved_version == state.weight_version or state.weight_version == 0:
             return
         started = time.monotonic()
         try:
             self.checkpoint = await self._commit(state)
         except CheckpointError as error:
-            self._survive(error, needed)
+            self._tolerate(error, needed)
             return
         self._failed_in_a_row = 0
-        self._saved_version = state.weight_version
+        self.saved_version = state.weight_version
         self._seconds = time.monotonic() - started
 
-    def _survive(self, error: CheckpointError, needed: bool) -> None:
+    def _tolerate(self, error: CheckpointError, needed: bool) -> None:
         self.failed += 1
         self._failed_in_a_row += 1
-        self._first = error.message if self._failed_in_a_row == 1 else self._first
-        limit = self._parts.config.checkpoint.max_failed_saves
+        if self._failed_in_a_row == 1:
+            self._first_failure = error.message
+        limit = self.config.checkpoint.max_failed_saves
         if needed:
             raise error
         if self._failed_in_a_row > limit:
             raise CheckpointError(
                 f"{self._failed_in_a_row} saves in a row failed, more than checkpoint.max_failed_saves = {limit}; "
-                f"{causes(self._first, error.message)}"
+                f"{causes(self._first_failure, error.message)}"
             )
-        last = self.checkpoint.name if self.checkpoint else "none, training so far would be lost"
-        self._parts.display.message(f"SAVE FAILED, training goes on: {error.message}; the newest checkpoint: {last}")
+        newest = self.checkpoint.name if self.checkpoint else "none, training so far would be lost"
+        self.say(f"SAVE FAILED, training goes on: {error.message}; the newest checkpoint: {newest}")
 
     async def _commit(self, state: RunState) -> Path:
-        parts, store = self._parts, self._parts.checkpoints
-        for lines in (parts.metrics, parts.ledger):  # a checkpoint never lacks them, also after a power cut
-            await asyncio.to_thread(lines.sync)
+        for log in self.logs:  # on disk before the checkpoint, also after a power cut
+            await asyncio.to_thread(log.sync)
         name = f"step_{state.weight_version:06d}"
-        temporary = store.begin(name)
+        temporary = self.store.begin(name)
         try:
-            await parts.learner.save(temporary)
-            for path in parts.tokenizer_files:
-                shutil.copyfile(path, temporary / "policy" / path.name)  # as open as the run, not as its source
+            await self.learner.save(temporary)
+            for path in self.tokenizer_files:
+                shutil.copyfile(path, temporary / "policy" / path.name)  # with the permissions of the run directory
             write_json(temporary / "state.json", state_to_json(state))
         except BaseException as error:
-            store.discard(temporary)
+            self.store.discard(temporary)
             if isinstance(error, OSError):
                 raise CheckpointError(f"checkpoint {name} could not be written: {error}") from error
             raise
+        return await asyncio.to_thread(self.store.commit, temporary, name, self._info(state))
+
+    def _info(self, state: RunState) -> dict[str, Any]:
+        """Return the facts that the manifest of a checkpoint keeps."""
         info: dict[str, Any] = {
             "weight_version": state.weight_version,
-            "stage": parts.config.stages[state.stage],
-            "inputs": Provenance(
-                inputs=parts.fingerprint, extracted=parts.data.extracted(), reference=self.anchor.get("reference")
-            ).to_json(),
+            "stage": self.config.stages[state.stage],
+            "inputs": self.provenance().to_json(),
         }
-        metric = parts.config.checkpoint.best_metric
         if self._score and self._score[0] == state.weight_version:
-            info["score"] = {"metric": metric, "value": self._score[1]}
-        return await asyncio.to_thread(store.commit, temporary, name, info)
+            info["score"] = {"metric": self.config.checkpoint.best_metric, "value": self._score[1]}
+        return info
 
     def take_seconds(self) -> float:
-        """Seconds of a save since the last call; 0 where there was none."""
+        """Return the seconds of the last save once; 0 if there was none since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
-
-    # --- policies handed from stage to stage ---
-
-    def hand_over(self, stage: StageName) -> None:
-        """Keep the policy a finished stage hands to the next one, as hard links into its checkpoint where it can.
-
-        Raises:
-            CheckpointError: it cannot be written. The stage is saved, so the same command tries again.
-        """
-        assert self.checkpoint is not None  # noqa: S101 - every finished stage has saved one
-        target = self.handed(stage)
-        temporary = target.with_name(f".{stage}")  # under its name it is complete
-        for folder in (target, temporary):
-            shutil.rmtree(folder, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
-            for path in sorted((self.checkpoint / "policy").iterdir()):
-                _link(path, temporary / path.name)
-                fsync(temporary / path.name)
-            fsync(temporary)
-            temporary.rename(target)
-            for folder in (target.parent, target.parent.parent):  # `stages` may be new
-                fsync(folder)
-        except OSError as error:
-            raise CheckpointError(
-                f"{target} could not be written: {error}; free disk space, or check the folder of run.dir. "
-                f"{self.checkpoint.name} is saved, the same command continues"
-            ) from error
-
-    def handed(self, stage: StageName) -> Path:
-        """The folder of the policy that a stage hands over."""
-        return RunDirectory(self._parts.run_dir).exported_policy(stage)
-
-    def policy(self) -> Path:
-        """The newest policy: that of the newest checkpoint, or the initial one."""
-        return self.checkpoint / "policy" if self.checkpoint else self._parts.model
-
-    def reference(self, stage: int) -> Path:
-        """The policy that a stage, by index, began with: what the stage before handed over, or the initial one."""
-        before = [plan.name for plan in stage_plans(self._parts.config)[:stage] if plan.trains]
-        return self.handed(before[-1]) if before else self._parts.model
-
-    def digest(self, policy: Path) -> str:
-        """Raises CheckpointError where the folder of a policy cannot be read."""
-        try:
-            return self._parts.policy_digest(policy)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{policy}: the policy cannot be read: {error}; restore the folder") from error
-
-
-def _link(path: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(path)
-    except OSError:  # some network file systems have no hard links
-        shutil.copyfile(path, target)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from rlsys.interfaces import RolloutPool
 from rlsys.trees import SearchUsage, Tree, TreeFailure
-from rlsys.types import Prompt, RolloutFailure, SamplingSettings, TrajectoryGroup
+from rlsys.types import Float32Array, Int32Array, Prompt, RolloutFailure, SamplingSettings, TrajectoryGroup
 
 Rollout = TrajectoryGroup | RolloutFailure
 Deliver = Callable[[int, Rollout], Awaitable[None]]
@@ -77,6 +77,11 @@ async def sample(pool: RolloutPool, prompts: Sequence[Prompt], settings: Samplin
     count = min(pool.count, len(prompts))
     parts = await asyncio.gather(*(pool.generate(n, prompts[n :: pool.count], settings) for n in range(count)))
     return [parts[n % pool.count][n // pool.count] for n in range(len(prompts))]
+
+
+async def probe(pool: RolloutPool, rows: Sequence[Int32Array]) -> list[Sequence[Float32Array]]:
+    """Return the log-probabilities of given rows from every actor, `[T-1]` for each row."""
+    return await asyncio.gather(*(pool.probe(actor, rows) for actor in range(pool.count)))
 
 
 async def grow(

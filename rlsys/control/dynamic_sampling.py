@@ -1,4 +1,4 @@
-"""Dynamic sampling: groups that teach nothing are replaced, in so many rounds at most, and their cost is counted."""
+"""Dynamic sampling: decides which groups have no learning signal, and counts the cost of replacing them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from rlsys.types import RolloutFailure, TrajectoryGroup
 
 
 def has_signal(group: TrajectoryGroup, objective: ObjectiveConfig, max_tokens: int) -> bool:
-    """Whether a group holds anything that sets one of its chains above another, for a term that the objective has.
+    """Return whether a group ranks one of its chains above another, for a term of the objective.
 
-    The policy term: two judged rewards differ, where rewards are shaped (objective.policy.overlong_buffer) the shaped
-    ones. The terms preference and sft: the group brings what they are made of, pairs, step preferences or
-    demonstrations, whichever objective.preference and objective.sft take from the step's own trees.
+    For the policy term, two judged rewards must differ, after the overlong shaping if objective.policy.overlong_buffer
+    asks for it. For the terms preference and sft, the group must contain the pairs, step preferences or demonstrations
+    that the term takes from the trees of the step.
 
-    The rule is about rewards whatever the estimator does with them: reinforce_pp and gae would train on equal rewards
-    too, by what the step or the critic makes of them; the term kl and the critic train on any group and are no signal.
-    A tree whose rewards differ counts although its estimator may compare none of them, as where all that is right
-    followed a hint. Where there is no policy term no sampled group could ever be better than another, so all pass.
+    The rule looks at rewards and ignores the estimator. The estimators reinforce_pp and gae also learn from equal
+    rewards, and the term kl and the critic learn from every group; none of this counts as a signal. A tree whose
+    rewards differ has a signal even if its estimator compares none of them, for example if every right answer followed
+    a hint. Without a policy term no sampled group is better than another, so all sampled groups pass.
 
     Args:
         max_tokens: sampling.max_tokens, for the shaping.
@@ -56,13 +56,15 @@ def _rewards_differ(group: TrajectoryGroup, policy: PolicyConfig, max_tokens: in
 
 @dataclass(slots=True, kw_only=True)
 class GroupFilter:
-    """Says which groups are to be replaced, and counts what was generated for rollouts that train nothing.
+    """Filter of groups without a learning signal, and count of the tokens that are not trained.
 
-    rounds: train.dynamic_sampling_rounds, in which groups of one wave are replaced; 0 replaces none.
-    has_signal: whether a group is worth training.
-    verifications: counts those of replaced groups too, so that a verifier that always fails cannot hide behind them.
-    groups, tokens: replaced ones of the run so far, and what was generated for them.
-    unlogged_tokens: generated for replaced groups and failed rollouts since `take_unlogged`.
+    Attributes:
+        rounds: rounds in which groups of one wave are replaced, train.dynamic_sampling_rounds; 0 replaces none.
+        has_signal: returns whether a group has a learning signal.
+        verifications: counts the verifications of replaced groups too, so that a broken verifier cannot go unnoticed.
+        groups: replaced groups so far.
+        tokens: tokens of the replaced groups.
+        unlogged_tokens: tokens of replaced groups and failed rollouts since the last `take_unlogged`.
     """
 
     rounds: int
@@ -73,7 +75,7 @@ class GroupFilter:
     unlogged_tokens: int = 0
 
     def add(self, group: TrajectoryGroup) -> None:
-        """Count a group that is replaced.
+        """Count a replaced group.
 
         Raises:
             TooManyFailuresError: more verifications than allowed have failed.
@@ -85,10 +87,10 @@ class GroupFilter:
         self.verifications.add_verdicts([group])
 
     def add_failure(self, failure: RolloutFailure) -> None:
-        """Count the tokens of a failed rollout; it is no filtered group."""
+        """Count the tokens of a failed rollout, which is not a filtered group."""
         self.unlogged_tokens += failure.tokens
 
     def take_unlogged(self) -> int:
-        """Tokens that no row of metrics has counted yet; from now on one has."""
-        found, self.unlogged_tokens = self.unlogged_tokens, 0
-        return found
+        """Return the tokens that no row of metrics contains yet, for a row that will contain them."""
+        tokens, self.unlogged_tokens = self.unlogged_tokens, 0
+        return tokens

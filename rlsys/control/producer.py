@@ -28,7 +28,7 @@ def is_searched(index: int, fraction: float) -> bool:
 
 
 class Producer:
-    """Issues prompts into free slots as soon as there are any.
+    """Producer of groups: issues prompts into the free slots of the buffer as soon as there are any.
 
     All slots that are free at once form a wave. After all rollouts of a wave have ended, the slots of failed rollouts
     get the next prompts of the stream, in order of issue. In the first `filtering.rounds` rounds that have any, groups

@@ -45,7 +45,7 @@ class Supervision(Protocol):
 
 
 class Publisher:
-    """Brings every actor to the published version, and a replaced actor to the version of its time."""
+    """Publisher of weight versions to all actors, and later to every replaced actor."""
 
     def __init__(self, supervision: Supervision) -> None:
         self._supervision = supervision

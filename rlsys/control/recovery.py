@@ -34,7 +34,7 @@ class VersionLedger(Protocol):
 
 @dataclass(kw_only=True)
 class Recovery:
-    """Repeats the attempts of a run until one reaches the end.
+    """The attempts of a run, repeated until one reaches the end.
 
     Attributes:
         newest_start: returns the newest checkpoint as the start of an attempt.

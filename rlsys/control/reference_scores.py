@@ -1,4 +1,4 @@
-"""What a reference policy says of preference pairs: computed once for a stage, and kept in the run directory."""
+"""Scores of preference pairs under a reference policy, computed once for a stage and kept in the run directory."""
 
 from __future__ import annotations
 
@@ -15,41 +15,43 @@ from rlsys.errors import CheckpointError, NonFiniteLossError
 from rlsys.files import read_json, write_json
 from rlsys.interfaces import Learner
 
-# A pass without gradients takes about a third of the time of a training step, which has learner.timeout_s too.
 STEPS_IN_CALL = 3
+"""Training steps whose pairs are scored in one call. A pass without gradients takes about a third of a training step,
+and both have the deadline learner.timeout_s."""
 
 
 class ReferenceScores:
-    """The scores of all pairs of a file, [P, 2]: of the chosen and the rejected side, in nats.
+    """Scores of all pairs of a file, [P, 2]: the chosen and the rejected side, in nats.
 
     Args:
-        path: where they are kept.
-        key: JSON-able facts that decide them. What was kept under others is computed again.
+        path: the file of the scores.
+        key: JSON-able facts that decide the scores. Scores that were kept under another key are computed again.
     """
 
     def __init__(self, path: Path, pairs: PairRows, key: Mapping[str, Any]) -> None:
         self._path, self._pairs, self._key = path, pairs, {**key, "pairs": pairs.digest()}
-        self.scores = self._kept()
+        self.scores = self._read()
 
     @property
     def missing(self) -> bool:
+        """Whether the scores are still to be computed."""
         return self.scores is None
 
     async def compute(self, learner: Learner, pairs_per_step: int, between: Callable[[], None]) -> None:
-        """Ask the learner, which holds the reference policy now, in calls of a bounded size, and keep the answers.
+        """Score all pairs with a learner that holds the reference policy, and keep the scores.
 
         Args:
-            between: called before every call; what it raises ends the scoring.
+            between: called before every call of the learner; an error that it raises ends the scoring.
         Raises:
             NonFiniteLossError: a score is not finite.
         """
         size = STEPS_IN_CALL * pairs_per_step
-        found: list[tuple[float, float]] = []
+        answers: list[tuple[float, float]] = []
         for first in range(0, len(self._pairs), size):
             between()
             numbers = range(first, min(first + size, len(self._pairs)))
-            found += await learner.score_pairs([self._pairs.row(number) for number in numbers])
-        scores = np.array(found, dtype=np.float64).reshape(len(self._pairs), 2)
+            answers += await learner.score_pairs([self._pairs.row(number) for number in numbers])
+        scores = np.array(answers, dtype=np.float64).reshape(len(self._pairs), 2)
         if not np.isfinite(scores).all():
             row = int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0])
             raise NonFiniteLossError(f"pair {row + 1} of the preference data has a score that is not finite")
@@ -57,10 +59,11 @@ class ReferenceScores:
         write_json(self._path, {"key": self._key, "scores": scores.tolist()})
         self.scores = scores
 
-    def _kept(self) -> NDArray[np.float64] | None:
+    def _read(self) -> NDArray[np.float64] | None:
+        """Return the kept scores, or None if they are missing, damaged or have another key."""
         with contextlib.suppress(CheckpointError, KeyError, TypeError, ValueError):
-            found = read_json(self._path)
-            scores = np.array(found["scores"], dtype=np.float64)
-            if found["key"] == self._key and scores.shape == (len(self._pairs), 2):
+            record = read_json(self._path)
+            scores = np.array(record["scores"], dtype=np.float64)
+            if record["key"] == self._key and scores.shape == (len(self._pairs), 2):
                 return scores
         return None

@@ -1,4 +1,4 @@
-"""Figures of the groups that a training step consumed, and of the engines that made groups meanwhile."""
+"""Metrics of the groups of a training step, and of the engines over the same time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from rlsys.trees import SearchUsage
 from rlsys.types import TrajectoryGroup
 
-# Figures of a tree that a step adds up under their own names.
+# Metrics of a tree that are summed over the trees of a step, under the same names.
 SUMMED = (
     "simulations",
     "calls",
@@ -24,10 +24,13 @@ SUMMED = (
 
 
 def rollout_metrics(groups: Sequence[TrajectoryGroup], version: int, unused_tokens: int = 0) -> Mapping[str, float]:
-    """Names of the metrics registry; only those of the kinds of groups, sampled and searched, that there are.
+    """Return the metrics of a step by names of rlsys.run.metrics.
 
-    version: weight version of the learner before the step.
-    unused_tokens: generated for rollouts that none of the groups shows: replaced and failed ones.
+    Sampled and searched groups have metrics of their own, which are left out if there is no such group.
+
+    Args:
+        version: the weight version of the learner before the step.
+        unused_tokens: tokens of replaced and failed rollouts, which are not in `groups`.
     """
     sampled = [group for group in groups if not group.searched]
     searched = [group for group in groups if group.searched]
@@ -40,35 +43,34 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], version: int, unused_toke
 
 
 def generated_tokens(group: TrajectoryGroup) -> int:
-    """What all engines generated for a group: of a tree, what all writers did, cut off and merged nodes included."""
+    """Return the tokens that all engines generated for a group, with cut-off and merged nodes of a tree."""
     if group.searched:
         return int(group.metrics["tokens"])
     return sum(trajectory.completion_length for trajectory in group.trajectories)
 
 
 def engine_metrics(usages: Sequence[SearchUsage]) -> Mapping[str, float]:
-    """Names of the metrics registry, from what all engines did in the same stretch of time.
+    """Return the metrics of all engines over the same time, by names of rlsys.run.metrics.
 
-    Engines that served prompts of no token tell nothing of the prefix cache, and engines that are not there are not
-    idle. The tokens are those of the policy's engines over the seconds in which each worked, so waiting for the
-    learner or the verifiers costs none.
+    Without prompt tokens there is no hit rate of the prefix cache. The token rate adds up the engines of the policy,
+    each over the seconds in which it worked, so that waiting for the learner or the verifiers does not lower it.
     """
     prompt_tokens = sum(usage.prompt_tokens for usage in usages)
-    figures = {
+    metrics = {
         "rollout/tokens_per_s": sum(
             usage.generated_tokens / usage.busy_s for usage in usages if usage.model == "policy" and usage.busy_s
         )
     }
     if prompt_tokens:
-        figures["rollout/prefix_cache_hits"] = sum(usage.cached_tokens for usage in usages) / prompt_tokens
-    for writer in dict.fromkeys(usage.model for usage in usages):
-        idle = [_idle(usage) for usage in usages if usage.model == writer]
-        figures[f"rollout/idle_{writer}"] = float(np.mean(idle))
-    return figures
+        metrics["rollout/prefix_cache_hits"] = sum(usage.cached_tokens for usage in usages) / prompt_tokens
+    for role in dict.fromkeys(usage.model for usage in usages):
+        idle = [_idle(usage) for usage in usages if usage.model == role]
+        metrics[f"rollout/idle_{role}"] = float(np.mean(idle))
+    return metrics
 
 
 def _idle(usage: SearchUsage) -> float:
-    """A step counts when it ends, so an engine can have been busy for longer than it was asked about."""
+    """Return the idle share of an engine. An engine step counts when it ends, so busy_s can exceed wall_s."""
     return max(0.0, 1 - usage.busy_s / usage.wall_s) if usage.wall_s else 0.0
 
 
@@ -92,9 +94,9 @@ def _sampled_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
 
 
 def _staleness(groups: Sequence[TrajectoryGroup], version: int) -> Mapping[str, float]:
-    """Of both kinds; a tree of another model is of no version and as fresh as can be."""
+    """Return the staleness of both kinds of groups; that of a tree of another model is 0."""
     oldest = [group.oldest_version for group in groups]
-    staleness = [0 if found is None else version - found for found in oldest]
+    staleness = [0 if group_version is None else version - group_version for group_version in oldest]
     return {
         "rollout/staleness_mean": float(np.mean(staleness)),
         "rollout/staleness_max": float(np.max(staleness)),
@@ -117,7 +119,7 @@ def _searched_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
 
 
 def _trained_tokens(group: TrajectoryGroup) -> int:
-    """Tokens of the policy on judged trajectories, those of a shared node once: what the learner trains."""
+    """Return the tokens that the learner trains: those of the policy on judged trajectories, shared nodes once."""
     nodes = {
         step.node: int(trajectory.loss_mask[step.start : step.stop].sum())
         for trajectory in group.trajectories

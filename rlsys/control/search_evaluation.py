@@ -1,4 +1,4 @@
-"""The searched part of `rlsys evaluate`: a tree of every held-out prompt, independent samples beside it, tables."""
+"""The searched part of `rlsys evaluate`: compares a tree of every held-out prompt with independent samples."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from rlsys.trees import Tree, TreeFailure
 from rlsys.types import Prompt, SamplingSettings, Trajectory
 
 SIMULATIONS_PER_ANSWER = 4
-"""Simulations that may be spent on an answer, at least: some end without one."""
+"""Simulations that are allowed for each answer, at least. Some simulations end without an answer."""
 
 
 class SearchPool(RolloutPool, TreePool, Protocol):
@@ -40,7 +40,7 @@ class SearchPool(RolloutPool, TreePool, Protocol):
 
 
 def with_search(config: Config) -> Config:
-    """The config of actors that search with the policy until a tree has evaluation.search_answers answers."""
+    """Return the config of actors that search with the policy until a tree has evaluation.search_answers answers."""
     answers, stop = config.evaluation.search_answers, config.search.stop
     simulations = max(stop.simulations, SIMULATIONS_PER_ANSWER * answers)
     stop = stop.model_copy(update={"answers": answers, "correct": (), "simulations": simulations, "tokens": None})
@@ -48,7 +48,7 @@ def with_search(config: Config) -> Config:
 
 
 def sampling_of(config: Config) -> SamplingSettings:
-    """Independent samples of the distribution that the search draws its nodes from."""
+    """Return the settings of independent samples from the distribution that the search draws its nodes from."""
     return SamplingSettings(
         samples=config.evaluation.search_answers,
         temperature=config.search.temperature or config.sampling.temperature,
@@ -59,36 +59,36 @@ def sampling_of(config: Config) -> SamplingSettings:
 
 
 async def search_and_sample(pool: SearchPool, prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
-    """All figures as JSON-able values.
+    """Return the comparison of search and samples as JSON-able values.
 
     Raises:
-        TooManyFailuresError: no tree could be grown, a sample failed, or too many verifications did.
+        TooManyFailuresError: no tree could be grown, a sample failed, or too many verifications failed.
     """
     limit, counts = config.train.max_verifier_failures, answer_counts(config.evaluation.search_answers)
     trees = await grow_trees(pool, prompts, config)
     failures = [tree for tree in trees if isinstance(tree, TreeFailure)]
     if len(failures) == len(trees):
         raise TooManyFailuresError(f"none of {len(trees)} trees could be grown; the first: {failures[0].reason}")
-    search = [tree_attempts(tree) for tree in trees]
+    searches = [tree_attempts(tree) for tree in trees]
     budgets = token_budgets([tree_attempts(tree) for tree in trees if isinstance(tree, Tree)])
     samples = await sample_until(
-        pool, prompts, sampling_of(config), lambda found: found.total >= budgets[-1] or bool(found.right.any()), limit
+        pool, prompts, sampling_of(config), lambda drawn: drawn.total >= budgets[-1] or bool(drawn.right.any()), limit
     )
     return {
         "answers": counts[-1],
         "failed_trees": len(failures),
         "first_failure": failures[0].reason if failures else None,
         "tokens_per_problem": {
-            "search": float(np.mean([found.total for found in search])),
-            "samples": float(np.mean([found.tokens[counts[-1] - 1] for found in samples])),
+            "search": float(np.mean([attempts.total for attempts in searches])),
+            "samples": float(np.mean([attempts.tokens[counts[-1] - 1] for attempts in samples])),
         },
-        "at_equal_answers": _by_number(compare_answers(search, samples, counts)),
-        "at_equal_tokens": _by_number(compare_tokens(search, samples, budgets)),
+        "at_equal_answers": _by_number(compare_answers(searches, samples, counts)),
+        "at_equal_tokens": _by_number(compare_tokens(searches, samples, budgets)),
     }
 
 
 async def grow_trees(pool: SearchPool, prompts: Sequence[Prompt], config: Config) -> list[Tree | TreeFailure]:
-    """A tree or failure of every prompt, dealt over the actors, a few at a time, in the order of the prompts.
+    """Return a tree or failure of every prompt, in order.
 
     Raises:
         TooManyFailuresError: more than train.max_verifier_failures of the verifications failed.
@@ -111,45 +111,48 @@ async def sample_until(
     enough: Callable[[Attempts], bool],
     max_verifier_failures: float,
 ) -> list[Attempts]:
-    """Independent samples of every prompt, `settings.samples` at a time, until it has enough of them.
+    """Draw independent samples of every prompt, `settings.samples` at a time, until `enough` of them are drawn.
 
+    Returns:
+        The attempts of every prompt, in order.
     Raises:
         TooManyFailuresError: see `sample_groups`.
     """
     drawn: list[list[Trajectory]] = [[] for _ in prompts]
-    wanting, seed = list(range(len(prompts))), settings.seed
-    while wanting:
+    unfinished, seed = list(range(len(prompts))), settings.seed
+    while unfinished:
         more = replace(settings, seed=seed)
-        groups = await sample_groups(pool, [prompts[number] for number in wanting], more, max_verifier_failures)
-        for number, group in zip(wanting, groups, strict=True):
+        groups = await sample_groups(pool, [prompts[number] for number in unfinished], more, max_verifier_failures)
+        for number, group in zip(unfinished, groups, strict=True):
             drawn[number].extend(group.trajectories)
-        wanting = [number for number in wanting if not enough(sample_attempts(drawn[number]))]
+        unfinished = [number for number in unfinished if not enough(sample_attempts(drawn[number]))]
         seed += 2**31  # above every run.seed, so that no other run draws the same
     return [sample_attempts(trajectories) for trajectories in drawn]
 
 
-def _by_number(found: Mapping[int, Comparison]) -> dict[str, Any]:
-    return {str(number): asdict(comparison) for number, comparison in found.items()}
+def _by_number(comparisons: Mapping[int, Comparison]) -> dict[str, Any]:
+    return {str(number): asdict(comparison) for number, comparison in comparisons.items()}
 
 
-def show_search(found: Mapping[str, Any], problems: int, console: Console) -> None:
-    """Print the figures of `search_and_sample` as tables."""
-    for name, of in (("at_equal_answers", "answers"), ("at_equal_tokens", "tokens")):
+def show_search(results: Mapping[str, Any], problems: int, console: Console) -> None:
+    """Print the results of `search_and_sample` as tables."""
+    for name, unit in (("at_equal_answers", "answers"), ("at_equal_tokens", "tokens")):
         rows = []
-        for number, row in found[name].items():
+        for number, row in results[name].items():
             cells = [_interval(row["search"]), _interval(row["samples"]), _interval(row["difference"], sign="+")]
             rows.append((number, *cells, f"{row['ended']:.3f}"))
-        title = f"solved at least once in as many {of}, {problems} problems (95 % intervals)"
-        print_table(console, (of, "search", "samples", "difference", "ended"), rows, title=title)
-    tokens = found["tokens_per_problem"]
+        title = f"solved at least once in as many {unit}, {problems} problems (95 % intervals)"
+        print_table(console, (unit, "search", "samples", "difference", "ended"), rows, title=title)
+    tokens = results["tokens_per_problem"]
     lines = [
         "the search was told which of its answers are right, and chose by it; the samples were not",
         "ended: share of the searches that came to their end with less, and unsolved",
         f"generated tokens per problem: search {tokens['search']:.0f}, "
-        f"{found['answers']} samples {tokens['samples']:.0f}",
+        f"{results['answers']} samples {tokens['samples']:.0f}",
     ]
-    if found["failed_trees"]:
-        lines.append(f"{found['failed_trees']} trees failed and count as unsolved; the first: {found['first_failure']}")
+    if results["failed_trees"]:
+        failed, first = results["failed_trees"], results["first_failure"]
+        lines.append(f"{failed} trees failed and count as unsolved; the first: {first}")
     print_lines(console, lines)
 
 

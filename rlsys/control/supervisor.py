@@ -43,7 +43,7 @@ class WeightSource(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class LossBudget:
-    """Counts lost actors within an hour, and replacements in a row that did not start.
+    """Budget of lost actors within an hour, and of replacements in a row that did not start.
 
     Attributes:
         limit: actors.max_restarts.
@@ -85,7 +85,7 @@ class LossBudget:
 
 
 class ActorSupervisor:
-    """Keeps `count` actors alive and watches the auxiliary engines, whose loss ends the run.
+    """Supervision of `count` actors, which are replaced, and of auxiliary engines, whose loss ends the run.
 
     Attributes:
         actors: the present process of every actor, by number.
@@ -204,7 +204,7 @@ class ActorSupervisor:
     # --- losing and replacing ---
 
     def lose(self, slot: ActorSlot, cause: RlsysError) -> None:
-        """Kill a process that must not be used again, and replace it if it is an actor and the budget allows it."""
+        """Kill a process that must not be used again, and replace it if the budget allows it."""
         if slot.state is ActorState.DEAD:
             return
         slot.state, slot.cause = ActorState.DEAD, cause

@@ -1,4 +1,4 @@
-"""The trees of one folder: those that are there, how the missing ones are grown, and what decides them."""
+"""The trees of one folder: reads the finished ones, grows the missing ones, and compares what decides them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rlsys.search.store import TreeStore, check_origin
 from rlsys.trees import Tree, TreeFailure, Writer
 from rlsys.types import Prompt
 
-# What decides a tree. Everything in `search` does unless it is named below, so that a new key counts at first.
+# The fields that decide a tree. A new key of `search` decides until FREE names it.
 DECIDING = (
     "run.seed",
     "run.device",
@@ -39,21 +39,21 @@ DECIDING = (
     "rewards.memory_mib",
     "search",
 )
-# The paths of models are not compared, but what they lead to is.
+# Fields of `search` that decide no tree. Paths of models are compared by the digests of the models.
 FREE = (
     "search.fraction",
     "search.prompts",
     "search.max_failed_trees",
-    *(f"search.{writer}.{key}" for writer in ("model", "reviewer") for key in ("path", "count", "max_num_seqs")),
-    *(f"search.{writer}.kv_cache_gib" for writer in ("model", "reviewer")),
+    *(f"search.{role}.{key}" for role in ("model", "reviewer") for key in ("path", "count", "max_num_seqs")),
+    *(f"search.{role}.kv_cache_gib" for role in ("model", "reviewer")),
 )
-USAGE_INTERVAL_S = 5.0
-# Before so many verifications are known, a search under way is not ended for their failures: trees come in any order.
+STATS_INTERVAL_S = 5.0
 ENOUGH_VERIFICATIONS = 500
+"""Fewer verifications do not end a search under way: trees finish in any order, so the first may be the worst."""
 
 
 class TreeDisplay(Protocol):
-    """The display of a search under way; see `rlsys.display.Display`."""
+    """Display of a search under way; see `rlsys.display.Display`."""
 
     def trees(self, total: int, done: int) -> None: ...
 
@@ -65,14 +65,15 @@ class TreeDisplay(Protocol):
 
 
 class Search:
-    """The trees of one run directory: those that are there, and how the missing ones are grown.
+    """The trees of one run directory. Reads the finished ones and grows the missing ones.
 
     Args:
-        prompts: all that are asked for, in order.
+        prompts: all prompts of the search, in order.
         share: search.max_failed_trees.
         ahead: trees that one actor holds at once.
     Raises:
-        TooManyFailuresError: more trees have failed than allowed, or, where none is missing, more verifications.
+        TooManyFailuresError: more of the finished trees failed than allowed, or all trees are finished and more
+            verifications failed than allowed.
     """
 
     def __init__(self, run_dir: Path, prompts: Sequence[Prompt], *, shard_size: int, share: float, ahead: int) -> None:
@@ -89,22 +90,20 @@ class Search:
             self._failed_verdicts.check()
 
     def missing(self) -> list[int]:
-        """Numbers of the prompts that have no tree yet."""
+        """Return the numbers of the prompts without a tree."""
         return self._store.missing()
 
     @property
     def grown(self) -> int:
-        """Trees that this object has added."""
+        """Trees that this object has grown."""
         return len(self._prompts) - len(self.missing()) - self._before
 
     def stop(self, name: str) -> None:
-        """Hand no more trees to the actors, because of the signal `name`."""
+        """Begin no further tree, because of the signal `name`."""
         self._stopped_by = name
 
     async def run(self, pool: TreePool, display: TreeDisplay) -> None:
-        """Grow what is missing. Every tree is kept as soon as it is finished.
-
-        A tree's place is decided by its number alone, so that a tree never changes its actor.
+        """Grow the missing trees and store each one as soon as it is finished.
 
         Raises:
             InterruptedRunError: `stop` was called and trees are missing.
@@ -148,14 +147,16 @@ class Search:
         display.step({"search/failed": self.trees.failed} | ({} if solved is None else {"search/solved": solved}))
 
     async def _watch(self, pool: TreePool, display: TreeDisplay, grown: asyncio.Event) -> None:
-        """Ask for the usage now and then, and once when all is grown."""
+        """Add up and show the engine stats at intervals, and once after the last tree."""
         while not grown.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(grown.wait(), USAGE_INTERVAL_S)
-            usages = await pool.engine_stats()
-            self.engines.add(usages)
-            wall_s, hits = max((usage.wall_s for usage in usages), default=0.0), prefix_hit_rate(usages)
-            rates = {"rollout/tokens_per_s": sum(usage.generated_tokens for usage in usages) / wall_s} if wall_s else {}
+                await asyncio.wait_for(grown.wait(), STATS_INTERVAL_S)
+            stats = await pool.engine_stats()
+            self.engines.add(stats)
+            wall_s, hits = max((engine.wall_s for engine in stats), default=0.0), prefix_hit_rate(stats)
+            rates = (
+                {"rollout/tokens_per_s": sum(engine.generated_tokens for engine in stats) / wall_s} if wall_s else {}
+            )
             display.update(rates | ({} if hits is None else {"search/prefix_hits": hits}))
 
     def _count(self, number: int, tree: Tree | TreeFailure) -> None:
@@ -169,13 +170,13 @@ class Search:
 
 
 def open_trees(config: Config, folder: Path, prompts: Sequence[Prompt], inputs: Mapping[str, str]) -> Search:
-    """Check that a folder holds the trees of this very search, or none yet, and read them.
+    """Check that a folder holds trees of the same search or none, and read them.
 
     Args:
-        inputs: digests of what the config only names, by the field that names it.
+        inputs: digests of files and models that the config names, by config field.
     Raises:
-        ConfigError, DataError: it holds those of another one, or damaged files; nothing was changed.
-        TooManyFailuresError: more of the trees that are there have failed than allowed.
+        ConfigError, DataError: the folder holds another search or damaged files; nothing was changed.
+        TooManyFailuresError: more of the finished trees failed than allowed.
     """
     check_origin(folder, deciding_fields(config), inputs)
     return Search(
@@ -188,10 +189,10 @@ def open_trees(config: Config, folder: Path, prompts: Sequence[Prompt], inputs: 
 
 
 def find_prompts(config: Config, inputs: Inputs) -> list[Prompt]:
-    """The first search.prompts prompts of search.split, or all where there are fewer.
+    """Return the first search.prompts prompts of search.split, or all if there are fewer.
 
     Raises:
-        ConfigError: one leaves too little room for a chain.
+        ConfigError: a prompt leaves too little room for a chain.
     """
     split, count = config.search.split, config.search.prompts
     size = inputs.builder.task.size(split)
@@ -199,19 +200,19 @@ def find_prompts(config: Config, inputs: Inputs) -> list[Prompt]:
 
 
 def writer_digests(models: Mapping[Writer, Path]) -> dict[str, str]:
-    """Digests of the models beside the policy, by config field."""
-    found = {}
-    for writer, folder in models.items():
-        if writer != "policy":
-            found[f"search.{writer}.path"] = model_digest(folder)
-            found[f"the tokenizer of search.{writer}.path"] = tokenizer_digest(folder)
-    return found
+    """Return the digests of all models except the policy, by config field."""
+    digests = {}
+    for role, folder in models.items():
+        if role != "policy":
+            digests[f"search.{role}.path"] = model_digest(folder)
+            digests[f"the tokenizer of search.{role}.path"] = tokenizer_digest(folder)
+    return digests
 
 
 def deciding_fields(config: Config) -> dict[str, Any]:
-    """Everything in a config that decides a tree, by dotted name.
+    """Return everything in a config that decides a tree, by dotted name.
 
-    Of node types and tables only those that the patterns use, the shipped ones included; the order of a row counts.
+    Node types and tables are those that the patterns use, shipped ones included. The order of a table row counts.
     """
     values = config.model_dump(mode="json")
     patterns = resolve(config.search)
@@ -225,7 +226,7 @@ def deciding_fields(config: Config) -> dict[str, Any]:
         for name, pattern in patterns.items()
     }
     for key in ("temperature", "top_p"):
-        if values["search"][key] is not None:  # it takes the place of the other
+        if values["search"][key] is not None:  # replaces the value of `sampling`
             del values["sampling"][key]
-    found = select_fields(flat_fields(values), DECIDING)
-    return {name: value for name, value in found.items() if name not in FREE}
+    deciding = select_fields(flat_fields(values), DECIDING)
+    return {name: value for name, value in deciding.items() if name not in FREE}

@@ -7,13 +7,13 @@ probe rows. The version is acknowledged only if they agree with the learner's.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from rlsys.config.schema import WeightSyncConfig
+from rlsys.control.dispatch import probe
 from rlsys.errors import ConfigError, WeightSyncError
 from rlsys.interfaces import Learner, RolloutPool, WeightTransfer
 from rlsys.types import Float32Array, Int32Array, WeightAck
@@ -79,7 +79,7 @@ class WeightBus:
             WeightSyncError: the gap is too large to be rounding.
         """
         expected = await self._learner.score(self._probe)
-        answers = await asyncio.gather(*(self._pool.probe(actor, self._probe) for actor in range(self._pool.count)))
+        answers = await probe(self._pool, self._probe)
         gap = max(_largest_gap(expected, answer)[0] for answer in answers)
         if not gap <= max(self._ceiling, self._config.probe_tolerance or 0.0):
             raise WeightSyncError(

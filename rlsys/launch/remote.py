@@ -226,7 +226,7 @@ def process_at(host: str, pid: int) -> psutil.Process | None:
 
 
 def kill(handle: Any, process: psutil.Process | None) -> None:
-    """End a Ray actor at once. Ray asks its process to end, which a stopped process ignores, so it is killed too."""
+    """End a Ray actor at once. A stopped process ignores the request of Ray, so the process is killed too."""
     try:
         ray.kill(handle)
     finally:

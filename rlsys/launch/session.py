@@ -36,9 +36,9 @@ from rlsys.config.stages import stage_plans
 from rlsys.control.checkpointing import check_best_metric
 from rlsys.control.controller import Controller
 from rlsys.control.fleet import Fleet
-from rlsys.control.parts import Parts
 from rlsys.control.recovery import Recovery
-from rlsys.control.search_stage import GrownSearch
+from rlsys.control.run_context import RunContext
+from rlsys.control.stages.search import GrownSearch
 from rlsys.control.tree_search import find_prompts, writer_digests
 from rlsys.control.weights import WeightBus
 from rlsys.data.inputs import Inputs, prepare_model
@@ -265,13 +265,40 @@ async def _run(
     Args:
         signals: names of the signals that asked for an end; a new one is appended.
     """
-    config, run_dir, inputs, display = session.config, session.run_dir, session.inputs, session.display
+    config, display = session.config, session.display
     # -1 drops all rows: those of an attempt that never reached a checkpoint belong to no run.
     version = start.state.weight_version if start.checkpoint else -1
-    metrics, ledger = MetricsWriter(run_dir, version, display.message), Ledger(run_dir, version, display.message)
-    parts = Parts(
-        config=config,
-        run_dir=run_dir,
+    with (
+        contextlib.closing(MetricsWriter(session.run_dir, version, display.message)) as metrics,
+        contextlib.closing(Ledger(session.run_dir, version, display.message)) as ledger,
+    ):
+        context = _run_context(session, pool, learner, bus, metrics, ledger)
+        controller = Controller(context, start.state, start.checkpoint)
+
+        def ask(name: str) -> None:
+            display.message(FIRST_SIGNAL.format(name) + ("" if name == TIME_LIMIT else ONCE_MORE))
+            signals.append(name)
+            controller.interrupt(name)
+
+        if signals:  # one came while the learner was started again; the next signal aborts
+            controller.interrupt(signals[-1])
+        else:
+            session.stop.ask_first(ask, ABORTED)
+        try:
+            await controller.run()
+            session.stop.ask_first(lambda _name: None, AFTER_THE_END)
+        except InterruptedRunError as error:
+            saved = "the state is saved" if controller.checkpoint else "nothing was trained yet"
+            raise InterruptedRunError(f"{error.message}{report.interrupted(config, saved)}") from None
+
+
+def _run_context(
+    session: Session, pool: Fleet, learner: RayLearner, bus: WeightBus, metrics: MetricsWriter, ledger: Ledger
+) -> RunContext:
+    inputs = session.inputs
+    return RunContext(
+        config=session.config,
+        run_dir=session.run_dir,
         model=session.model,
         tokenizer_files=tokenizer_files(session.model),
         pool=pool,
@@ -280,33 +307,13 @@ async def _run(
         checkpoints=session.store,
         metrics=metrics,
         ledger=ledger,
-        display=display,
+        display=session.display,
         prompts=inputs.prompts,
         data=inputs.data,
         held_out=inputs.held_out,
         search=_search_stage(session, pool) if session.to_search else None,
         fingerprint=inputs.fingerprint(),
     )
-    controller = Controller(parts, start.state, start.checkpoint)
-
-    def ask(name: str) -> None:
-        display.message(FIRST_SIGNAL.format(name) + ("" if name == TIME_LIMIT else ONCE_MORE))
-        signals.append(name)
-        controller.interrupt(name)
-
-    if signals:  # one came while the learner was started again; the next signal aborts
-        controller.interrupt(signals[-1])
-    else:
-        session.stop.ask_first(ask, ABORTED)
-    try:
-        await controller.run()
-        session.stop.ask_first(lambda _name: None, AFTER_THE_END)
-    except InterruptedRunError as error:
-        saved = "the state is saved" if controller.saving.checkpoint else "nothing was trained yet"
-        raise InterruptedRunError(f"{error.message}{report.interrupted(config, saved)}") from None
-    finally:
-        metrics.close()
-        ledger.close()
 
 
 def _search_stage(session: Session, pool: Fleet) -> GrownSearch:

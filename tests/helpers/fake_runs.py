@@ -14,7 +14,7 @@ from rlsys.config.files import parse_config
 from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plans
 from rlsys.control.controller import Controller
-from rlsys.control.parts import Parts
+from rlsys.control.run_context import RunContext
 from rlsys.control.weights import WeightBus
 from rlsys.data.batches import TrainingData
 from rlsys.data.demonstrations import DemonstrationStream
@@ -50,7 +50,7 @@ def config(**sections: Any) -> Config:
 
 
 class Run:
-    """A controller over fakes in a run directory; a second one in the same directory resumes."""
+    """A controller over fakes in a run directory. A second run in the same directory resumes."""
 
     def __init__(self, run_dir: Path, settings: Config, failing: tuple[str, ...] = ()) -> None:
         self.run_dir, self.config = run_dir, settings
@@ -82,7 +82,7 @@ class Run:
     async def start(self) -> None:
         metrics = MetricsWriter(self.run_dir, self.state.weight_version)
         builder = PromptBuilder(self.task, lambda text: [1] * len(text), max_model_len=256, max_tokens=8)
-        parts = Parts(
+        context = RunContext(
             config=self.config,
             run_dir=self.run_dir,
             model=self.model,
@@ -108,7 +108,7 @@ class Run:
             held_out=[prompt("held_out-0"), prompt("held_out-1")],
             fingerprint={"model.path": "digest"},
         )
-        self.controller = Controller(parts, self.state, self.checkpoint)
+        self.controller = Controller(context, self.state, self.checkpoint)
         try:
             await asyncio.wait_for(self.controller.run(), 20)
         finally:
@@ -119,7 +119,7 @@ class Run:
         return self
 
     def interrupt_at(self, version: int) -> None:
-        """Ask for the end while the learner makes a version."""
+        """Interrupt the run while the learner makes a version."""
         self.learner.on_train = lambda now: now == version and self.controller.interrupt("SIGTERM")
 
     def only(self, *kinds: str) -> list[Any]:

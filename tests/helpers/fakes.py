@@ -1,4 +1,4 @@
-"""Stand-ins for the seams of rlsys.interfaces that record the order of calls. They compute nothing."""
+"""Fakes of the protocols in rlsys.interfaces. They record the order of calls and compute nothing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def prompt(name: str, length: int = 3) -> Prompt:
 def trajectory(
     version: int = 0, reward: float = 1.0, outcome: Outcome = "ok", answered: bool = True, length: int = 2
 ) -> Trajectory:
-    """Three prompt tokens and `length` sampled ones."""
+    """Return a trajectory of three prompt tokens and `length` sampled tokens."""
     total = 3 + length
     return Trajectory(
         token_ids=np.arange(total, dtype=np.int32),
@@ -61,26 +61,27 @@ def trajectory(
 
 
 def group(of: Prompt, version: int = 0, rewards: Sequence[float] = (1.0, 0.0)) -> TrajectoryGroup:
-    found = tuple(trajectory(version, reward, "ok" if reward else "wrong") for reward in rewards)
-    return TrajectoryGroup(prompt=of, trajectories=found)
+    trajectories = tuple(trajectory(version, reward, "ok" if reward else "wrong") for reward in rewards)
+    return TrajectoryGroup(prompt=of, trajectories=trajectories)
 
 
 def searched_group(
     of: Prompt, version: int = 0, rewards: Sequence[float] = (1.0, 0.0), **changes: Any
 ) -> TrajectoryGroup:
-    """A tree of one thought of one token, and an answer of one token for every reward.
+    """Return a tree of one thought of one token, with an answer of one token for every reward.
 
-    changes: figures of the search other than those that follow from the rewards.
+    Args:
+        changes: metrics of the search that replace those that follow from the rewards.
     """
     trajectories = []
     for number, reward in enumerate(rewards, start=2):
-        found = trajectory(version, reward, "ok" if reward else "wrong")
+        sampled = trajectory(version, reward, "ok" if reward else "wrong")
         nodes = ((1, 0, 3, 4, "thinking"), (number, 1, 4, 5, "answer"))
         steps = tuple(
             Step(node=node, parent=parent, start=start, stop=stop, type=kind, samples=1, visits=1, value=reward)
             for node, parent, start, stop, kind in nodes
         )
-        trajectories.append(replace(found, steps=steps))
+        trajectories.append(replace(sampled, steps=steps))
     metrics = dict.fromkeys((*SUMMED, "solved", "reward_sum"), 0.0)
     metrics |= {"scored": float(len(rewards)), "reward_sum": sum(rewards), "tokens": 10.0}
     metrics |= {"correct": float(sum(reward > 0 for reward in rewards)), "solved": float(any(rewards))}
@@ -88,7 +89,7 @@ def searched_group(
 
 
 class NumberTask:
-    """The question of problem i is i + 1 letters long, so an encoder of letters gives i + 1 tokens."""
+    """A task whose questions have 3 letters, or i + 1 letters for problem i."""
 
     one_answer = True
 
@@ -120,7 +121,7 @@ class NumberTask:
 
 
 class FakePool:
-    """Actors that serve the version they were last given.
+    """Actors that serve the version they got last.
 
     Args:
         calls: where every call is recorded, in order.
@@ -171,7 +172,7 @@ class FakePool:
         await self.engine_stats()
 
     async def engine_stats(self) -> Sequence[SearchUsage]:
-        """Every engine worked a second of four for 5 tokens, since the last call and however long ago that was."""
+        """Return the same stats after any time: every engine worked one second of four, for 5 tokens."""
         return [
             SearchUsage(
                 model="policy",
@@ -205,10 +206,12 @@ class FakePool:
 
 
 class FakeLearner:
-    """Trains nothing; `save` writes the version of the last call, so that a checkpoint can be told apart.
+    """A learner that trains nothing. `save` writes the version of the last call, which identifies the checkpoint.
 
-    batches: step and batch of every call. trained, kinds: prompt ids of the groups of every online step, and which of
-    them were searched.
+    Attributes:
+        batches: step and batch of every call.
+        trained: prompt ids of the groups of every online step.
+        kinds: which groups of every online step were searched.
     """
 
     restarts = 0
@@ -229,14 +232,14 @@ class FakeLearner:
         self.calls.append(("train", version))
         self.batches.append((step, batch))
         if batch.groups:
-            self.trained.append([found.prompt.prompt_id for found in batch.groups])
-            self.kinds.append([found.searched for found in batch.groups])
+            self.trained.append([each.prompt.prompt_id for each in batch.groups])
+            self.kinds.append([each.searched for each in batch.groups])
         self.version = version
         self.on_train(version)
         return {"learner/tokens": 8.0}
 
     async def score_pairs(self, pairs: Sequence[Preference]) -> list[tuple[float, float]]:
-        """Sums of the token ids, negative."""
+        """Return the negative sums of the token ids."""
         self.calls.append(("score", len(pairs)))
         return [(-float(pair.chosen_ids.sum()), -float(pair.rejected_ids.sum())) for pair in pairs]
 

@@ -210,7 +210,7 @@ def test_the_time_before_the_first_tree_counts_for_nobody(tmp_path: Path) -> Non
 
 
 def test_rates_are_asked_for_while_trees_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tree_search, "USAGE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(tree_search, "STATS_INTERVAL_S", 0.0)
     pool, output = Pool(1), io.StringIO()
     search = opened(tmp_path, ahead=1)
     asyncio.run(search.run(pool, display(output, interval_s=0.0)))

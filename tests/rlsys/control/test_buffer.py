@@ -48,8 +48,8 @@ class Simulation:
     async def learn(self, steps: int) -> None:
         for _ in range(steps):
             taken = await self.buffer.take()
-            self.staleness += [self.version - found.oldest_version for found in taken]
-            self.trained += [int(found.prompt.prompt_id) for found in taken]
+            self.staleness += [self.version - group.oldest_version for group in taken]
+            self.trained += [int(group.prompt.prompt_id) for group in taken]
             await self.pause()  # training: rollouts go on with the old weights
             self.version += 1
             await self.pause()  # published, not yet released
@@ -102,7 +102,7 @@ def test_staleness_0_alternates_between_sampling_and_training() -> None:
             await asyncio.sleep(0)
             assert not taking.done()
             await buffer.finish(2 * version, group(prompt("a")))
-            assert [found.prompt.prompt_id for found in await taking] == ["a", "b"]
+            assert [group.prompt.prompt_id for group in await taking] == ["a", "b"]
             with pytest.raises(TimeoutError):  # while the learner works nothing may be sampled
                 await asyncio.wait_for(buffer.free(), 0.01)
             await buffer.release()
@@ -110,7 +110,7 @@ def test_staleness_0_alternates_between_sampling_and_training() -> None:
     asyncio.run(scenario())
 
 
-def test_take_waits_for_the_oldest_whatever_else_is_finished() -> None:
+def test_take_waits_for_the_oldest_groups_only() -> None:
     async def scenario() -> None:
         buffer = Buffer(groups_per_step=1, max_staleness=2)
         issued(buffer, range(3))
@@ -120,7 +120,7 @@ def test_take_waits_for_the_oldest_whatever_else_is_finished() -> None:
             await asyncio.wait_for(buffer.take(), 0.01)
         assert buffer.in_flight() == (0, 1, 2)  # the cancelled wait took nothing
         await buffer.finish(0, group(prompt("0")))
-        assert [found.prompt.prompt_id for found in await buffer.take()] == ["0"]
+        assert [group.prompt.prompt_id for group in await buffer.take()] == ["0"]
         assert buffer.in_flight() == (1, 2)
 
     asyncio.run(scenario())
@@ -134,7 +134,7 @@ def test_a_replacement_keeps_the_place_of_the_failed_one() -> None:
         buffer.replace(0, 7)
         assert buffer.in_flight() == (7, 1)
         await buffer.finish(7, group(prompt("7")))
-        assert [found.prompt.prompt_id for found in await buffer.take()] == ["7", "1"]
+        assert [group.prompt.prompt_id for group in await buffer.take()] == ["7", "1"]
 
     asyncio.run(scenario())
 

@@ -43,15 +43,16 @@ def objective(**terms: Any) -> ObjectiveConfig:
     return ObjectiveConfig.model_validate(terms)
 
 
-def judged(*found: tuple[float, Outcome], lengths: Sequence[int] = ()) -> TrajectoryGroup:
-    """Rewards with their outcomes; completions of 2 tokens, or of `lengths`."""
-    sizes = lengths or [2] * len(found)
-    made = [trajectory(0, reward, outcome, length=size) for (reward, outcome), size in zip(found, sizes, strict=True)]
+def judged(*verdicts: tuple[float, Outcome], lengths: Sequence[int] = ()) -> TrajectoryGroup:
+    """Return a group of rewards with outcomes; completions have 2 tokens, or `lengths`."""
+    sizes = lengths or [2] * len(verdicts)
+    pairs = zip(verdicts, sizes, strict=True)
+    made = [trajectory(0, reward, outcome, length=size) for (reward, outcome), size in pairs]
     return TrajectoryGroup(prompt=prompt("a"), trajectories=tuple(made))
 
 
 @pytest.mark.parametrize(
-    ("found", "expected"),
+    ("group", "expected"),
     [
         (judged((1.0, "ok"), (0.0, "wrong")), True),
         (judged((1.0, "ok"), (1.0, "ok")), False),
@@ -67,8 +68,8 @@ def judged(*found: tuple[float, Outcome], lengths: Sequence[int] = ()) -> Trajec
         (replace(searched_group(prompt("a")), trajectories=()), False),  # of another model
     ],
 )
-def test_judged_rewards_that_differ_are_a_signal(found: TrajectoryGroup, expected: bool) -> None:
-    assert has_signal(found, objective(), 8) is expected
+def test_judged_rewards_that_differ_are_a_signal(group: TrajectoryGroup, expected: bool) -> None:
+    assert has_signal(group, objective(), 8) is expected
 
 
 @given(
@@ -76,12 +77,12 @@ def test_judged_rewards_that_differ_are_a_signal(found: TrajectoryGroup, expecte
     st.sampled_from(["grpo", "dr_grpo", "rloo"]),
 )
 def test_without_a_signal_all_advantages_are_zero_and_with_one_some_are_not(
-    found: list[tuple[float, Outcome]], estimator: Any
+    verdicts: list[tuple[float, Outcome]], estimator: Any
 ) -> None:
-    rewards, valid = np.array([reward for reward, _ in found]), np.array([which != "error" for _, which in found])
+    rewards, valid = np.array([reward for reward, _ in verdicts]), np.array([which != "error" for _, which in verdicts])
     advantages = group_advantages(rewards, valid, estimator=estimator)
     terms = objective(policy={"estimator": estimator})
-    assert has_signal(judged(*found), terms, 8) == bool(advantages.any())
+    assert has_signal(judged(*verdicts), terms, 8) == bool(advantages.any())
 
 
 @pytest.mark.parametrize(
@@ -104,12 +105,12 @@ def test_a_level_tree_has_a_signal_where_it_brings_what_a_term_trains(
     terms: dict[str, Any], source: str | None, policy: dict[str, Any]
 ) -> None:
     tree = searched_group(prompt("a"), 0, (1.0, 1.0))
-    found = [
+    sources = [
         name
         for name, made in PAIRS.items()
         if has_signal(replace(tree, **{name: made}), objective(**terms, **policy), 8)
     ]
-    assert found == ([source] if source else [])
+    assert sources == ([source] if source else [])
 
 
 def test_rewards_are_no_signal_without_a_policy_term_but_sampled_groups_pass() -> None:
@@ -143,12 +144,12 @@ def test_shaping_is_the_learners_bit_for_bit(
     kept = rewards[: len(lengths)]
     penalties = soft_overlong_penalty(np.array(lengths), max_tokens=12, buffer=buffer, factor=factor)
     shaped = {reward + float(penalty) for reward, penalty in zip(kept, penalties, strict=True)}
-    found = judged(*((reward, "ok") for reward in kept), lengths=lengths)
-    assert has_signal(found, terms, 12) == (len(shaped) > 1)
+    shaped_group = judged(*((reward, "ok") for reward in kept), lengths=lengths)
+    assert has_signal(shaped_group, terms, 12) == (len(shaped) > 1)
 
 
 def group_filter(share: float = 0.5) -> GroupFilter:
-    return GroupFilter(rounds=1, has_signal=lambda found: False, verifications=verifier_limit(share))
+    return GroupFilter(rounds=1, has_signal=lambda _group: False, verifications=verifier_limit(share))
 
 
 def test_tokens_of_replaced_groups_and_of_failures_are_counted_until_a_row_has_them() -> None:

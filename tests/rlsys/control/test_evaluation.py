@@ -1,4 +1,4 @@
-"""Held-out figures by hand, and the figures of a step's groups."""
+"""Held-out metrics, their intervals, and the metrics of the groups of a step, by hand."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from rlsys.types import Prompt, SamplingSettings, Trajectory, TrajectoryGroup
 def test_groups_come_back_in_the_order_of_the_prompts(actors: int, count: int) -> None:
     prompts = [prompt(f"p{number}") for number in range(count)]
     groups = asyncio.run(sample_groups(FakePool(actors, []), prompts, SAMPLING, 0.1))
-    assert [found.prompt.prompt_id for found in groups] == [p.prompt_id for p in prompts]
+    assert [each.prompt.prompt_id for each in groups] == [p.prompt_id for p in prompts]
 
 
-def test_a_failed_rollout_is_not_left_out_of_a_figure() -> None:
+def test_a_failed_rollout_fails_the_evaluation() -> None:
     prompts = [prompt(f"p{number}") for number in range(5)]
     pool = FakePool(2, [], failing=["p3", "p4"])
     with pytest.raises(TooManyFailuresError, match="2 of 5 evaluation rollouts failed; the first: scripted"):
         asyncio.run(sample_groups(pool, prompts, SAMPLING, 1.0))
 
 
-def test_a_verifier_that_fails_is_an_error_and_no_figure() -> None:
+def test_a_verifier_that_fails_too_often_fails_the_evaluation() -> None:
     class Broken(FakePool):
         async def generate(
             self, actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
@@ -66,8 +66,8 @@ def test_held_out_metrics_by_hand() -> None:
     right = trajectory(length=2)
     wrong = trajectory(reward=0, outcome="wrong", length=4)
     timeout = trajectory(reward=0, outcome="timeout", answered=False, length=6)
-    found = held_out_metrics([of(right), of(silent)], [of(right, wrong), of(timeout, wrong)])
-    assert found == {
+    metrics = held_out_metrics([of(right), of(silent)], [of(right, wrong), of(timeout, wrong)])
+    assert metrics == {
         "held_out/greedy_accuracy": 1 / 2,
         "held_out/greedy_no_answer_rate": 1 / 2,
         "held_out/sampled_accuracy": 1 / 4,
@@ -76,7 +76,7 @@ def test_held_out_metrics_by_hand() -> None:
         "held_out/pass_at_k": 1 / 2,  # of 2 samples: one of the first prompt's is right
         "held_out/completion_length": (2 + 4 + 6 + 4) / 4,  # of the sampled part
     }
-    assert set(found) <= set(METRICS)
+    assert set(metrics) <= set(METRICS)
 
 
 def test_only_what_was_measured_is_reported() -> None:
@@ -89,8 +89,8 @@ def test_only_what_was_measured_is_reported() -> None:
 
 
 def test_an_ok_without_reward_is_not_solved() -> None:
-    found = TrajectoryGroup(prompt=prompt("p"), trajectories=(trajectory(reward=0.0), trajectory(reward=0.5)))
-    assert solved([found]).tolist() == [[False, True]]
+    mixed = TrajectoryGroup(prompt=prompt("p"), trajectories=(trajectory(reward=0.0), trajectory(reward=0.5)))
+    assert solved([mixed]).tolist() == [[False, True]]
 
 
 def test_rollout_metrics_by_hand() -> None:
@@ -101,27 +101,27 @@ def test_rollout_metrics_by_hand() -> None:
     second = TrajectoryGroup(
         prompt=prompt("b"), trajectories=(trajectory(5, 0.1), trajectory(5, 0.0, "timeout", answered=False))
     )
-    found = rollout_metrics([first, second], version=5)
-    assert found["rollout/reward"] == pytest.approx(1.1 / 3, rel=1e-12)  # the timeout has no verdict
-    assert found["rollout/accuracy"] == 2 / 4
-    assert found["rollout/no_answer_rate"] == 1 / 4
-    assert found["rollout/completion_length"] == (2 + 6 + 2 + 2) / 4
-    assert found["rollout/completion_length_max"] == 6
-    assert found["rollout/tokens"] == 12
-    assert found["rollout/group_reward_std"] == pytest.approx((0.5 + 0) / 2, rel=1e-12)  # the second has one reward
-    assert found["rollout/zero_advantage_groups"] == 1 / 2
-    assert found["rollout/verifier_errors"] == 1
-    assert found["rollout/truncated_rate"] == 0
-    assert found["rollout/staleness_mean"] == (2 + 0) / 2  # 5 - 3, the oldest of the first group, and 5 - 5
-    assert found["rollout/staleness_max"] == 2
-    assert set(found) <= set(METRICS)
+    metrics = rollout_metrics([first, second], version=5)
+    assert metrics["rollout/reward"] == pytest.approx(1.1 / 3, rel=1e-12)  # the timeout has no verdict
+    assert metrics["rollout/accuracy"] == 2 / 4
+    assert metrics["rollout/no_answer_rate"] == 1 / 4
+    assert metrics["rollout/completion_length"] == (2 + 6 + 2 + 2) / 4
+    assert metrics["rollout/completion_length_max"] == 6
+    assert metrics["rollout/tokens"] == 12
+    assert metrics["rollout/group_reward_std"] == pytest.approx((0.5 + 0) / 2, rel=1e-12)  # the second has one reward
+    assert metrics["rollout/zero_advantage_groups"] == 1 / 2
+    assert metrics["rollout/verifier_errors"] == 1
+    assert metrics["rollout/truncated_rate"] == 0
+    assert metrics["rollout/staleness_mean"] == (2 + 0) / 2  # 5 - 3, the oldest of the first group, and 5 - 5
+    assert metrics["rollout/staleness_max"] == 2
+    assert set(metrics) <= set(METRICS)
 
 
 def test_equal_rewards_that_floating_point_cannot_average_have_no_advantage() -> None:
     # numpy's standard deviation of three times 0.1 is 1.4e-17.
     assert np.std([0.1] * 3) > 0
-    found = rollout_metrics([group(prompt("a"), rewards=[0.1] * 3), group(prompt("b"), rewards=[1, 0])], 0)
-    assert found["rollout/zero_advantage_groups"] == 1 / 2
+    metrics = rollout_metrics([group(prompt("a"), rewards=[0.1] * 3), group(prompt("b"), rewards=[1, 0])], 0)
+    assert metrics["rollout/zero_advantage_groups"] == 1 / 2
 
 
 def test_a_step_in_which_every_verifier_failed_has_a_row() -> None:

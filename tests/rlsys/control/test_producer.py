@@ -21,7 +21,11 @@ from rlsys.types import Prompt, RolloutFailure, SamplingSettings, TrajectoryGrou
 
 
 class Setup:
-    """level: names of the prompts whose groups have no learning signal."""
+    """A producer over fakes.
+
+    Args:
+        level: names of the prompts whose groups have no learning signal.
+    """
 
     def __init__(
         self,
@@ -57,7 +61,7 @@ class Setup:
         return group.prompt.prompt_id not in self.level
 
     def during(self, scenario: Callable[[], Awaitable[object]]) -> None:
-        """Run a scenario beside the producer; the producer's own error is raised."""
+        """Run a scenario while the producer runs; an error of the producer is raised."""
 
         async def both() -> None:
             producing = asyncio.create_task(self.producer.run())
@@ -103,8 +107,8 @@ def test_searched_prompts_are_evenly_spread() -> None:
 
 @given(fraction=st.floats(0, 1), start=st.integers(0, 10**6), count=st.integers(1, 200))
 def test_any_stretch_of_the_stream_holds_the_fraction(fraction: float, start: int, count: int) -> None:
-    found = sum(is_searched(index, fraction) for index in range(start, start + count))
-    assert abs(found - count * fraction) <= 1 + 1e-6
+    searched = sum(is_searched(index, fraction) for index in range(start, start + count))
+    assert abs(searched - count * fraction) <= 1 + 1e-6
 
 
 def test_an_actor_samples_in_one_dispatch_and_searches_one_by_one_and_groups_keep_their_order() -> None:
@@ -255,7 +259,7 @@ def test_a_replacement_may_fail_too() -> None:
 
 @pytest.mark.parametrize("slow", [0, 1])
 def test_replacements_do_not_depend_on_which_actor_answers_first(slow: int) -> None:
-    # Prompts 0 and 1 fail on different actors: 4 replaces 0 and 5 replaces 1, whoever is late.
+    # Prompts 0 and 1 fail on different actors: 4 replaces 0 and 5 replaces 1, in either order of the answers.
     setup = Setup(actors=2, groups_per_step=4, failing=["train-0", "train-1"])
     generate = setup.pool.generate
 
@@ -289,7 +293,7 @@ def test_groups_without_a_signal_are_replaced_with_the_failures_in_order_of_issu
 
 @pytest.mark.parametrize(("rounds", "taken"), [(0, "0"), (1, "4"), (2, "5"), (3, "6"), (4, "6")])
 def test_after_the_last_round_a_group_is_taken_as_it_is(rounds: int, taken: str) -> None:
-    # 0 is replaced by 4, 4 by 5 and 5 by 6, which has a signal; with fewer rounds that is where it ends.
+    # 0 is replaced by 4, 4 by 5 and 5 by 6, which has a signal; with fewer rounds the last replacement is trained.
     setup = Setup(groups_per_step=4, rounds=rounds, level=["0", "4", "5"])
 
     async def scenario() -> None:
@@ -340,7 +344,7 @@ def test_a_failure_after_the_last_round_is_replaced_all_the_same() -> None:
     setup.during(scenario)
 
 
-def test_a_tree_without_a_signal_is_replaced_by_the_next_prompt_of_whatever_kind() -> None:
+def test_a_tree_without_a_signal_is_replaced_by_the_next_prompt_of_either_kind() -> None:
     # 1 and 3 are searched, and 5. 1 is replaced by 4, which is sampled, and 3 by 5. A tree is 10 tokens.
     setup = Setup(actors=1, groups_per_step=4, fraction=0.5, rounds=1, level=["1", "3"])
 

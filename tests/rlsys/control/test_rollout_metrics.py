@@ -1,4 +1,4 @@
-"""Figures of searched groups beside those of sampled ones."""
+"""Metrics of sampled and searched groups, and of engines."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_figures_of_trees_by_hand() -> None:
         searched_group(prompt("b"), 5, (0.0,), simulations=4.0, backtracks=3.0, verifier_errors=1.0),
         step_preferences=(STEP,),
     )
-    found = rollout_metrics([first, second], version=5)
-    assert {name: value for name, value in found.items() if name.startswith("search/")} == {
+    metrics = rollout_metrics([first, second], version=5)
+    assert {name: value for name, value in metrics.items() if name.startswith("search/")} == {
         "search/trees": 2,
         "search/solved": 1 / 2,
         "search/reward": 1.5 / 4,
@@ -59,14 +59,14 @@ def test_figures_of_trees_by_hand() -> None:
         "search/step_preferences": 1,
         "search/demonstrations": 1,
     }
-    assert {name for name in found if name.startswith("rollout/")} == BOTH
-    assert (found["rollout/staleness_mean"], found["rollout/staleness_max"]) == ((2 + 0) / 2, 2)
+    assert {name for name in metrics if name.startswith("rollout/")} == BOTH
+    assert (metrics["rollout/staleness_mean"], metrics["rollout/staleness_max"]) == ((2 + 0) / 2, 2)
 
 
 def test_every_figure_of_a_search_is_in_the_registry_and_made() -> None:
-    found = rollout_metrics([searched_group(prompt("a")), group(prompt("b"))], 0)
-    assert set(found) <= set(METRICS)
-    assert {name for name in METRICS if name.startswith("search/")} <= set(found)
+    metrics = rollout_metrics([searched_group(prompt("a")), group(prompt("b"))], 0)
+    assert set(metrics) <= set(METRICS)
+    assert {name for name in METRICS if name.startswith("search/")} <= set(metrics)
 
 
 def test_searched_groups_do_not_touch_the_figures_of_sampled_ones() -> None:
@@ -82,8 +82,8 @@ def test_searched_groups_do_not_touch_the_figures_of_sampled_ones() -> None:
 
 def test_a_tree_of_another_model_is_never_stale_and_trains_nothing() -> None:
     other = replace(searched_group(prompt("a"), 0, (1.0,)), trajectories=())
-    found = rollout_metrics([other], 9)
-    assert (found["rollout/staleness_max"], found["search/trained_share"], found["search/reward"]) == (0, 0, 1)
+    metrics = rollout_metrics([other], 9)
+    assert (metrics["rollout/staleness_max"], metrics["search/trained_share"], metrics["search/reward"]) == (0, 0, 1)
 
 
 def test_every_generated_token_of_a_step_is_counted() -> None:
@@ -94,35 +94,35 @@ def test_every_generated_token_of_a_step_is_counted() -> None:
     )
     tree = searched_group(prompt("b"))
     other = replace(searched_group(prompt("c"), tokens=7.0), trajectories=())
-    assert [generated_tokens(found) for found in (sampled, tree, other)] == [8, 10, 7]
+    assert [generated_tokens(each) for each in (sampled, tree, other)] == [8, 10, 7]
     assert rollout_metrics([sampled, tree, other], 0, 5)["rollout/generated_tokens"] == 8 + 10 + 7 + 5
     assert rollout_metrics([sampled], 0)["rollout/generated_tokens"] == 8
 
 
 def test_a_group_with_one_verdict_has_no_advantage() -> None:
-    # Two verdicts that differ; one verdict beside a timeout, whose reward of 0 is none; no verdict.
+    # Two verdicts that differ; one verdict and a timeout, which has no reward; no verdict.
     lone = TrajectoryGroup(prompt=prompt("a"), trajectories=(trajectory(), trajectory(0, 0.0, "timeout")))
     none = TrajectoryGroup(prompt=prompt("a"), trajectories=(trajectory(0, 0.0, "error"),) * 2)
-    found = rollout_metrics([group(prompt("a")), lone, none], 0)
-    assert found["rollout/zero_advantage_groups"] == 2 / 3
-    assert found["rollout/group_reward_std"] == pytest.approx(0.5 / 3, rel=1e-12)
+    metrics = rollout_metrics([group(prompt("a")), lone, none], 0)
+    assert metrics["rollout/zero_advantage_groups"] == 2 / 3
+    assert metrics["rollout/group_reward_std"] == pytest.approx(0.5 / 3, rel=1e-12)
 
 
 def test_unjudged_and_forced_tokens_are_not_trained() -> None:
     made = searched_group(prompt("a"), 0, (1.0, 0.0))
     first, second = made.trajectories
     forced = replace(first, loss_mask=np.array([False, False, False, True, False]))
-    found = rollout_metrics([replace(made, trajectories=(forced, replace(second, outcome="error")))], 0)
-    assert found["search/trained_share"] == 1 / 10
+    metrics = rollout_metrics([replace(made, trajectories=(forced, replace(second, outcome="error")))], 0)
+    assert metrics["search/trained_share"] == 1 / 10
 
 
 def test_a_search_without_an_answer_has_figures() -> None:
-    found = rollout_metrics([searched_group(prompt("a"), 0, (), tokens=0.0)], 0)
-    assert (found["search/reward"], found["search/solved"], found["search/trained_share"]) == (0, 0, 0)
+    metrics = rollout_metrics([searched_group(prompt("a"), 0, (), tokens=0.0)], 0)
+    assert (metrics["search/reward"], metrics["search/solved"], metrics["search/trained_share"]) == (0, 0, 0)
 
 
 def usage(model: Writer, busy_s: float, tokens: int = 0, prompt_tokens: int = 0, cached: int = 0) -> SearchUsage:
-    """Of 4 seconds."""
+    """Return the stats of an engine over 4 seconds."""
     return SearchUsage(
         model=model,
         engine=0,
@@ -138,14 +138,14 @@ def usage(model: Writer, busy_s: float, tokens: int = 0, prompt_tokens: int = 0,
 def test_figures_of_engines_by_hand() -> None:
     # Actors: 12 tokens in 2 s and 8 in 1 s, one had nothing to do. The reviewer's tokens are no rollout of an actor.
     usages = [usage("policy", 2.0, 12, 30, 10), usage("policy", 1.0, 8, 10, 10), usage("policy", 0.0)]
-    found = engine_metrics([*usages, usage("reviewer", 3.0, 99, 40, 0)])
-    assert found == {
+    metrics = engine_metrics([*usages, usage("reviewer", 3.0, 99, 40, 0)])
+    assert metrics == {
         "rollout/tokens_per_s": 12 / 2 + 8 / 1,
         "rollout/prefix_cache_hits": 20 / 80,
         "rollout/idle_policy": (2 / 4 + 3 / 4 + 4 / 4) / 3,
         "rollout/idle_reviewer": 1 / 4,
     }
-    assert all(METRICS[name].volatile for name in found)
+    assert all(METRICS[name].volatile for name in metrics)
 
 
 def test_engines_that_had_nothing_to_do_and_one_that_ended_a_long_step() -> None:

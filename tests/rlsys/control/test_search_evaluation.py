@@ -1,4 +1,4 @@
-"""The searched part of an evaluation, with actors that are scripted."""
+"""The searched part of an evaluation, over scripted actors."""
 
 from __future__ import annotations
 
@@ -42,9 +42,10 @@ def config(answers: int = 2, **sections: dict[str, Any]) -> Config:
 
 
 class SearchingPool(FakePool):
-    """Samples of 5 tokens, the last of every third dispatch right; trees of 40 tokens with two answers.
+    """Actors that return samples of 5 tokens and trees of 40 tokens with two answers.
 
-    Only the tree of an even prompt has a right one, its second, after 30 tokens.
+    The last sample of every third call is right. Of the trees, only those of even prompts have a right answer: the
+    second one, after 30 tokens.
     """
 
     def __init__(self, count: int = 2, failing: Sequence[str] = (), *, verdicts: bool = True) -> None:
@@ -65,12 +66,12 @@ class SearchingPool(FakePool):
             answer(0, "x", "wrong", scored_tokens=12),
             answer(0, "y", "ok" if even else "wrong", scored_tokens=30),
         )
-        found = tree(*below, prompt_id=prompt.prompt_id, tokens=40)
+        grown = tree(*below, prompt_id=prompt.prompt_id, tokens=40)
         if self.verdicts:
-            return found
+            return grown
         assert below[0].verdict
         bad = replace(below[0].verdict, outcome="error", detail="scripted")
-        return replace(found, nodes=(found.nodes[0], *(replace(n, verdict=bad, scored=-1) for n in found.nodes[1:])))
+        return replace(grown, nodes=(grown.nodes[0], *(replace(n, verdict=bad, scored=-1) for n in grown.nodes[1:])))
 
     async def generate(
         self, actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
@@ -82,7 +83,7 @@ class SearchingPool(FakePool):
         return [TrajectoryGroup(prompt=p, trajectories=samples) for p in prompts]
 
 
-def test_the_search_of_an_evaluation_stops_at_answers_alone_and_is_the_policys() -> None:
+def test_the_search_of_an_evaluation_stops_at_answers_and_uses_the_policy() -> None:
     given = config(
         64,
         search={
@@ -92,9 +93,9 @@ def test_the_search_of_an_evaluation_stops_at_answers_alone_and_is_the_policys()
             "temperature": 0.5,
         },
     )
-    found = with_search(given).search
-    assert found.stop.model_dump() == {"simulations": 256, "tokens": None, "answers": 64, "correct": ()}
-    assert (found.model, found.reviewer) == (None, given.search.reviewer)
+    search_section = with_search(given).search
+    assert search_section.stop.model_dump() == {"simulations": 256, "tokens": None, "answers": 64, "correct": ()}
+    assert (search_section.model, search_section.reviewer) == (None, given.search.reviewer)
     assert with_search(config(2)).search.stop.simulations == 128  # what the config allows is not lowered
     drawn = sampling_of(given)
     assert (drawn.samples, drawn.temperature, drawn.top_p, drawn.max_tokens, drawn.seed) == (64, 0.5, 1.0, 160, 5)
@@ -104,19 +105,19 @@ def test_trees_come_back_in_the_order_of_the_prompts_and_wait_for_their_turn() -
     pool = SearchingPool(count=3)
     settings = config(actors={"max_num_seqs": 40}, search={"parallel_simulations": 8})
     trees = asyncio.run(grow_trees(pool, [prompt(f"p{i}") for i in range(100)], settings))
-    assert [found.prompt_id for found in trees] == [f"p{i}" for i in range(100)]
+    assert [each.prompt_id for each in trees] == [f"p{i}" for i in range(100)]
     assert sorted(pool.calls, key=lambda call: int(call[2][1:])) == [("grow", i % 3, f"p{i}") for i in range(100)]
     assert pool.most == 3 * 10  # of each actor 2 * 40 / 8, so that the deadlines of the others do not run yet
 
 
-def test_more_samples_are_drawn_only_where_they_are_wanted_and_are_new_ones() -> None:
+def test_more_samples_are_drawn_for_unfinished_prompts_only_and_are_new() -> None:
     pool = SearchingPool(count=1)
     settings = SamplingSettings(samples=2, temperature=1.0, top_p=1.0, max_tokens=9, seed=5)
     prompts = [prompt(name) for name in ("p0", "p1")]
     enough = iter([True, False, True])  # p0 and p1 in the first round, p1 in the second
-    found = asyncio.run(sample_until(pool, prompts, settings, lambda _: next(enough), 0.1))
+    attempts = asyncio.run(sample_until(pool, prompts, settings, lambda _: next(enough), 0.1))
     assert pool.calls == [("generate", 5, ("p0", "p1")), ("generate", 5 + 2**31, ("p1",))]
-    assert [drawn.tokens.tolist() for drawn in found] == [[5, 10], [5, 10, 15, 20]]
+    assert [drawn.tokens.tolist() for drawn in attempts] == [[5, 10], [5, 10, 15, 20]]
 
 
 def evaluated(pool: SearchingPool, count: int = 10) -> dict[str, Any]:
@@ -124,12 +125,12 @@ def evaluated(pool: SearchingPool, count: int = 10) -> dict[str, Any]:
 
 
 def test_the_figures_by_hand() -> None:
-    found = evaluated(SearchingPool(failing=["p0", "p1"]))
-    assert json.loads(json.dumps(found)) == found
-    assert (found["answers"], found["failed_trees"], found["first_failure"]) == (2, 2, "no [node] fits")
+    results = evaluated(SearchingPool(failing=["p0", "p1"]))
+    assert json.loads(json.dumps(results)) == results
+    assert (results["answers"], results["failed_trees"], results["first_failure"]) == (2, 2, "no [node] fits")
     # 8 trees of 40 tokens and two failures; the first 2 samples of 5 tokens.
-    assert found["tokens_per_problem"] == {"search": pytest.approx(32), "samples": pytest.approx(10)}
-    answers, tokens = found["at_equal_answers"], found["at_equal_tokens"]
+    assert results["tokens_per_problem"] == {"search": pytest.approx(32), "samples": pytest.approx(10)}
+    answers, tokens = results["at_equal_answers"], results["at_equal_tokens"]
     assert list(answers) == ["1", "2"] and list(tokens) == ["5", "10", "20", "40"]
     # p2, p4, p6 and p8 are solved by the second answer, after 30 tokens; no sample is right before the sixth,
     # which is there after 30 tokens as well. Drawing goes on for it, since 4 samples do not fill 40 tokens.
@@ -142,8 +143,8 @@ def test_the_figures_by_hand() -> None:
 
 
 def test_the_tables_say_what_failed() -> None:
-    found, stream = evaluated(SearchingPool(failing=["p0"])), io.StringIO()
-    show_search(found, 10, Console(file=stream, width=160))
+    results, stream = evaluated(SearchingPool(failing=["p0"])), io.StringIO()
+    show_search(results, 10, Console(file=stream, width=160))
     shown = stream.getvalue()
     # 4 of 10 against none: as many as the tables say.
     assert [cell.split(" ")[0] for line in shown.splitlines() if line.startswith("2 ") for cell in cells(line)] == [
@@ -163,17 +164,17 @@ def test_a_search_without_a_tree_has_no_figures() -> None:
         evaluated(SearchingPool(failing=["p0", "p1"]), 2)
 
 
-def test_a_verifier_that_fails_in_trees_is_an_error_and_no_figure() -> None:
+def test_a_verifier_that_fails_in_trees_fails_the_evaluation() -> None:
     with pytest.raises(TooManyFailuresError, match=r"20 of 20 verifications .*scripted"):
         evaluated(SearchingPool(verdicts=False))
 
 
-def test_the_figures_of_a_search_stand_beside_the_others() -> None:
+def test_an_evaluation_contains_the_results_of_the_search() -> None:
     pool, stream = SearchingPool(), io.StringIO()
     prompts = [prompt(f"p{number}") for number in range(4)]
-    found = asyncio.run(evaluate(pool, prompts, with_search(config(2, evaluation={"search_answers": 2}))))
-    assert found["search"]["at_equal_answers"]["2"]["search"]["mean"] == 0.5  # of the even ones
-    show(found, Console(file=stream, width=140))
+    results = asyncio.run(evaluate(pool, prompts, with_search(config(2, evaluation={"search_answers": 2}))))
+    assert results["search"]["at_equal_answers"]["2"]["search"]["mean"] == 0.5  # of the even ones
+    show(results, Console(file=stream, width=140))
     assert "sampled accuracy" in stream.getvalue()
     assert "solved at least once in as many tokens, 4 problems" in stream.getvalue()
     without = asyncio.run(evaluate(pool, prompts, config(0, evaluation={"search_answers": 0})))

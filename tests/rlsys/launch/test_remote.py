@@ -62,7 +62,7 @@ def test_a_failed_init_tells_its_cause() -> None:
     assert error.message == "actor 0 died: ValueError: no kernel for head size 7"
 
 
-def test_our_own_error_in_init_stays_what_it_is() -> None:
+def test_an_error_of_rlsys_in_init_keeps_its_type() -> None:
     error = death(IN_INIT + "rlsys.errors.ConfigError: actors.dtype: bf16: not here\n", "actor 0")
     assert type(error) is ConfigError
     assert error.message == "actor 0: actors.dtype: bf16: not here"
@@ -79,7 +79,7 @@ def test_a_killed_process() -> None:
 
 
 class Reference:
-    """Stands for a Ray reference that holds a value or an error."""
+    """A fake Ray reference that holds a value or an error."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -107,7 +107,7 @@ def test_errors_of_ray_become_one_line_that_names_the_actor(error: Exception, ex
 
 
 class Handle:
-    """An actor whose every call answers the same."""
+    """A fake Ray actor that gives the same answer to every call."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -129,27 +129,27 @@ def test_groups_come_back_as_the_actor_gave_them() -> None:
 
 
 def test_trees_of_training_wait_for_their_turn_before_their_deadline_runs() -> None:
-    """Of 12 prompts an actor gets as many at once as keep its engine full, 8 at least; the others are not asked yet."""
-    asked: list[Future[Any]] = []
+    """Of 12 prompts an actor gets as many at once as fill its engine, at least 8. The others wait in the driver."""
+    calls: list[Future[Any]] = []
 
     class Slow(Handle):
         def remote(self, *arguments: Any) -> Any:
-            asked.append(Future())
-            return type("Pending", (), {"future": lambda _, found=asked[-1]: found})()
+            calls.append(Future())
+            return type("Pending", (), {"future": lambda _, call=calls[-1]: call})()
 
     async def main() -> None:
         small = CONFIG.model_copy(update={"actors": CONFIG.actors.model_copy(update={"max_num_seqs": 1})})
         actor = RayActor(Slow(None), small, "actor 0")
-        calls = [asyncio.create_task(actor.search(prompt(f"{number}"))) for number in range(12)]
+        searches = [asyncio.create_task(actor.search(prompt(f"{number}"))) for number in range(12)]
         await asyncio.sleep(0.01)
-        assert len(asked) == trees_ahead(small) == 8
-        while not all(call.done() for call in calls):
-            for found in [found for found in asked if not found.done()]:
-                found.set_result(None)
+        assert len(calls) == trees_ahead(small) == 8
+        while not all(search.done() for search in searches):
+            for call in [call for call in calls if not call.done()]:
+                call.set_result(None)
             await asyncio.sleep(0.001)
 
     asyncio.run(main())
-    assert len(asked) == 12
+    assert len(calls) == 12
 
 
 class Silent(Handle):
@@ -179,7 +179,7 @@ def test_a_stopped_process_is_killed_although_ray_cannot_reach_it(monkeypatch: p
     assert killed == [handle, handle]
 
 
-def test_a_process_is_killed_also_where_ray_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_is_killed_even_if_ray_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def kill(handle: Any) -> None:
         raise RuntimeError("Ray is not there")
 
@@ -308,7 +308,7 @@ def test_a_stopped_rank_is_killed_by_a_restart(monkeypatch: pytest.MonkeyPatch) 
         assert process.wait(10) == -signal.SIGKILL
 
 
-def test_a_process_that_is_none_of_ray_is_never_killed() -> None:
+def test_a_process_that_does_not_belong_to_ray_is_never_killed() -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
         assert remote.process_at(socket.gethostname(), process.pid) is None
         process.kill()

@@ -1,4 +1,4 @@
-"""The stage `search` of a run over a pool that only pretends: trees, data, kills and what must not change."""
+"""The work of the stage `search` over a fake pool: trees, data, interruptions and changed inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from tree_samples import answer, ids, node, tree
 
 from rlsys.config.files import parse_config
 from rlsys.config.schema import Config
-from rlsys.control.search_stage import GrownSearch
+from rlsys.control.stages.search import GrownSearch
+from rlsys.control.stop_request import StopRequest
 from rlsys.data.rows import Reader
 from rlsys.display import Display
 from rlsys.errors import ConfigError, DataError, InterruptedRunError, TooManyFailuresError
@@ -52,15 +53,15 @@ def config(**sections: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two model folders with the same tokenizer and other weights."""
-    found = []
+    """Two model folders with the same tokenizer and different weights."""
+    folders = []
     for seed in range(2):
         folder = tmp_path_factory.mktemp("policy")
         scratch = config().model.from_scratch
         assert scratch
         build_from_scratch(scratch, build_task(config().task, 0).vocabulary(), seed, folder)
-        found.append(folder)
-    return found
+        folders.append(folder)
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def codec(policies: list[Path]) -> TagCodec:
 
 
 def grown(codec: TagCodec, prompt: Prompt) -> Tree:
-    """A right and a wrong answer, in words that the number of the prompt decides."""
+    """Return a tree with a right and a wrong answer. The number of the prompt decides the words."""
     below = (
         node(0, f"<thinking>{'ab' * (1 + int(prompt.answer))}</thinking>"),
         answer(1, "<answer>2</answer>", "ok"),
@@ -89,7 +90,11 @@ def grown(codec: TagCodec, prompt: Prompt) -> Tree:
 
 
 class Pool:
-    """before: called with the number of trees asked for so far; may raise."""
+    """Actors that grow scripted trees.
+
+    Args:
+        before: called with the number of calls so far, before each tree; may raise.
+    """
 
     count = 2
 
@@ -97,11 +102,11 @@ class Pool:
         self, tree_of: Callable[[Prompt], Tree | TreeFailure], before: Callable[[int], object] = lambda _asked: None
     ) -> None:
         self._tree_of, self._before = tree_of, before
-        self.asked: list[str] = []
+        self.calls: list[str] = []
 
     async def grow(self, actor: int, prompt: Prompt) -> Tree | TreeFailure:
-        self.asked.append(prompt.prompt_id)
-        self._before(len(self.asked))
+        self.calls.append(prompt.prompt_id)
+        self._before(len(self.calls))
         await asyncio.sleep(0)
         return self._tree_of(prompt)
 
@@ -113,7 +118,7 @@ class Pool:
 
 
 class Stage:
-    """The stage in a folder, with a pool of its own."""
+    """The stage in a folder, over its own pool."""
 
     def __init__(
         self, folder: Path, policies: list[Path], codec: TagCodec, settings: Config | None = None, **changes: Any
@@ -140,9 +145,9 @@ class Stage:
 
     def run(self, policy: Path, signal_at: int = 0) -> dict[str, float]:
         async def work() -> dict[str, float]:
-            stop: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+            stop = StopRequest()
             if signal_at:
-                self.pool._before = lambda asked: asked == signal_at and stop.set_result("SIGTERM")
+                self.pool._before = lambda asked: asked == signal_at and stop.request("SIGTERM")
             self.stage.is_complete(policy)
             return dict(await self.stage.run(policy, stop))
 
@@ -163,7 +168,7 @@ def test_trees_and_their_data(
 ) -> None:
     made = stage()
     figures = made.run(policies[0])
-    assert sorted(made.pool.asked) == [f"p{n}" for n in range(COUNT)]
+    assert sorted(made.pool.calls) == [f"p{n}" for n in range(COUNT)]
     # A tree has a right and a wrong answer, and one chain and one pair are taken of it.
     assert figures == {
         "search/trees": 5,
@@ -184,15 +189,15 @@ def test_trees_and_their_data(
 def sums(codec: TagCodec) -> dict[str, float]:
     prompts = [Prompt(prompt_id="p", token_ids=np.zeros(0, np.int32), answer=f"{n}") for n in range(COUNT)]
     trees = [grown(codec, prompt) for prompt in prompts]
-    found = {name: sum(getattr(one, name) for one in trees) for name in ("simulations", "calls", "tokens")}
-    return {f"search/{name}": float(value) for name, value in {**found, "scored": 10, "correct": 5}.items()}
+    totals = {name: sum(getattr(one, name) for one in trees) for name in ("simulations", "calls", "tokens")}
+    return {f"search/{name}": float(value) for name, value in {**totals, "scored": 10, "correct": 5}.items()}
 
 
 def test_trees_name_the_policy_that_the_stage_begins_with(stage: Callable[..., Stage], policies: list[Path]) -> None:
     made = stage()
     made.run(policies[1])
-    trees = [found for path in sorted((made.stage.folder / "trees").glob("*.jsonl")) for found in read_trees(path)]
-    named = {tuple(sorted(found.models.items())) for found in trees if isinstance(found, Tree)}
+    trees = [each for path in sorted((made.stage.folder / "trees").glob("*.jsonl")) for each in read_trees(path)]
+    named = {tuple(sorted(each.models.items())) for each in trees if isinstance(each, Tree)}
     assert named == {(("policy", weights_digest(policies[1])), ("reviewer", "another"))}
 
 
@@ -204,7 +209,7 @@ def test_a_finished_stage_does_nothing_again(stage: Callable[..., Stage], polici
     again = stage()
     assert again.stage.is_complete(policies[0])
     assert again.run(policies[0]) == figures
-    assert again.pool.asked == [] and contents(first.stage.folder) == before
+    assert again.pool.calls == [] and contents(first.stage.folder) == before
 
 
 def test_a_signal_keeps_the_finished_trees_and_the_rest_is_grown_later(
@@ -217,12 +222,12 @@ def test_a_signal_keeps_the_finished_trees_and_the_rest_is_grown_later(
         patch.setattr("rlsys.control.tree_search.trees_ahead", lambda _config: 1)
         with pytest.raises(InterruptedRunError, match="^SIGTERM$"):
             first.run(policies[0], signal_at=2)
-    kept = len(first.pool.asked)  # what had begun is finished
+    kept = len(first.pool.calls)  # what had begun is finished
     assert 2 <= kept < COUNT and f"{kept} of 5 trees are kept" in first.output.getvalue()
     assert not (first.stage.folder / "stage.json").exists()
     second = stage(name="b")
     assert second.run(policies[0]) == figures
-    assert sorted(first.pool.asked + second.pool.asked) == [f"p{n}" for n in range(COUNT)]
+    assert sorted(first.pool.calls + second.pool.calls) == [f"p{n}" for n in range(COUNT)]
     assert contents(second.stage.folder) == contents(undisturbed.stage.folder)
 
 
@@ -233,7 +238,7 @@ def test_a_kill_before_the_data_grows_nothing_again(stage: Callable[..., Stage],
     (first.stage.folder / "data" / "report.json").unlink()
     again = stage()
     assert not again.stage.is_complete(policies[0])
-    assert again.run(policies[0]) == figures and again.pool.asked == []
+    assert again.run(policies[0]) == figures and again.pool.calls == []
 
 
 def test_other_rules_of_extraction_make_other_data_of_the_same_trees(
@@ -242,13 +247,13 @@ def test_other_rules_of_extraction_make_other_data_of_the_same_trees(
     stage().run(policies[0])
     other = stage(config(extract={"chosen": "none"}))
     assert not other.stage.is_complete(policies[0])
-    assert other.run(policies[0])["search/pairs"] == 0 and other.pool.asked == []
+    assert other.run(policies[0])["search/pairs"] == 0 and other.pool.calls == []
 
 
 def test_more_prompts_add_trees(stage: Callable[..., Stage], policies: list[Path]) -> None:
     stage().run(policies[0])
     more = stage(config(search={"prompts": 7}))
-    assert more.run(policies[0])["search/trees"] == 7 and sorted(more.pool.asked) == ["p5", "p6"]
+    assert more.run(policies[0])["search/trees"] == 7 and sorted(more.pool.calls) == ["p5", "p6"]
 
 
 def test_trees_of_another_policy_config_or_data_are_refused(stage: Callable[..., Stage], policies: list[Path]) -> None:

@@ -1,4 +1,4 @@
-"""Dynamic sampling in the main loop over fakes: what a step trains, what its row counts, and what a resume knows."""
+"""Dynamic sampling in the loop of the stage online: trained groups, counted tokens and resumes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIGURES = ("rollout/filtered", "rollout/filtered_tokens", "rollout/generated_tok
 
 
 class LevelRun(Run):
-    """All rewards are equal in the group of every prompt but each third of the stream."""
+    """A run in which only every third prompt of the stream has a group with different rewards."""
 
     def __init__(self, run_dir: Path, failing: tuple[str, ...] = (), **train: Any) -> None:
         settings = config(stages=["online"], train=train, checkpoint={"interval": 2})
@@ -31,18 +31,18 @@ class LevelRun(Run):
         self.index = {stream.prompt(index).prompt_id: index for index in range(100)}
 
     async def learning(self, *arguments: Any) -> dict[str, float]:
-        """Rollouts go on meanwhile, so that groups are filtered between the figures of a step and its checkpoint."""
+        """Let rollouts go on, so that groups are filtered between the metrics of a step and its checkpoint."""
         for _ in range(100):
             await asyncio.sleep(0)
         return await self.learn(*arguments)
 
     async def level(self, actor: int, prompts: Any, settings: Any) -> Any:
-        return [self._leveled(found) for found in await self.generate(actor, prompts, settings)]
+        return [self._leveled(rollout) for rollout in await self.generate(actor, prompts, settings)]
 
-    def _leveled(self, found: TrajectoryGroup | RolloutFailure) -> TrajectoryGroup | RolloutFailure:
-        if isinstance(found, RolloutFailure) or self.index.get(found.prompt.prompt_id, 0) % 3 == 0:
-            return found
-        return replace(found, trajectories=tuple(replace(each, reward=1.0) for each in found.trajectories))
+    def _leveled(self, rollout: TrajectoryGroup | RolloutFailure) -> TrajectoryGroup | RolloutFailure:
+        if isinstance(rollout, RolloutFailure) or self.index.get(rollout.prompt.prompt_id, 0) % 3 == 0:
+            return rollout
+        return replace(rollout, trajectories=tuple(replace(each, reward=1.0) for each in rollout.trajectories))
 
     def interrupted_at(self, version: int) -> LevelRun:
         self.interrupt_at(version)
@@ -125,9 +125,9 @@ def test_tokens_of_failed_rollouts_are_counted(tmp_path: Path) -> None:
     run = Run(tmp_path, config(stages=["online"], train={"max_steps": 1}, search={"fraction": 0.5}))
     search = run.pool.search
 
-    async def once(actor: int, found: Any) -> Any:
+    async def once(actor: int, prompt: Any) -> Any:
         run.pool.search = search
-        return RolloutFailure(prompt=found, reason="nothing came of it", tokens=30)
+        return RolloutFailure(prompt=prompt, reason="nothing came of it", tokens=30)
 
     run.pool.search = once
     run()

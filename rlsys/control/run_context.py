@@ -1,14 +1,14 @@
-"""Everything the controller drives."""
+"""Everything a run is made of, as the controller sees it."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from rlsys.config.schema import Config
+from rlsys.control.stop_request import StopRequest
 from rlsys.control.weights import WeightBus
 from rlsys.data.batches import TrainingData
 from rlsys.data.prompts import PromptStream
@@ -22,28 +22,31 @@ from rlsys.types import Prompt
 
 
 class SearchStage(Protocol):
-    """The stage `search`: grows trees with the present policy, and makes of them the data of the stages after it."""
+    """The work of the stage `search`: grow trees with the present policy, and extract the data of later stages."""
 
     def is_complete(self, policy: Path) -> bool:
-        """Whether all of it was done before, by this very policy."""
+        """Return whether all of the work was done before, with this policy."""
         ...
 
-    async def run(self, policy: Path, stop: asyncio.Future[str]) -> Mapping[str, float]:
-        """Do what is missing, with actors that serve `policy`; answers with names of rlsys.run.metrics.
+    async def run(self, policy: Path, stop: StopRequest) -> Mapping[str, float]:
+        """Do the missing work with actors that serve `policy`; return metrics by names of rlsys.run.metrics.
 
         Raises:
-            InterruptedRunError: `stop` has the name of a signal and trees are missing; finished ones are kept.
+            InterruptedRunError: the run was asked to stop and trees are missing; finished ones are kept.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What a run is made of.
+class RunContext:
+    """Everything that the controller drives.
 
-    model: the initial policy folder; tokenizer_files: files to put beside a policy; search: where stages name it;
-    fingerprint: digests of what the run reads (`Inputs.fingerprint`), kept in every checkpoint;
-    policy_digest: tells the weights of policy folders apart.
+    Attributes:
+        model: the folder of the initial policy.
+        tokenizer_files: files to copy into the folder of every policy.
+        search: the work of the stage `search`; None for a run without that stage.
+        fingerprint: digests of everything that the run reads (`Inputs.fingerprint`), kept in every checkpoint.
+        policy_digest: returns a digest of all weights of a policy folder.
     """
 
     config: Config

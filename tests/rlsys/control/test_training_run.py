@@ -1,4 +1,4 @@
-"""Training steps that are not finite are left out, and too many in a row are not tolerated."""
+"""Training steps that are left out because they are not finite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlsys.run.metrics import read_rows
 
 
 def spoilt(run: Run, calls: set[int]) -> Callable[[int], None]:
-    """Fails the calls of `train` with these numbers, from 1."""
+    """Return a hook that fails the calls of `train` with these numbers, from 1."""
 
     def fail(_version: int) -> None:
         if len(run.only("train")) in calls:
@@ -37,7 +37,7 @@ def test_online_the_groups_of_a_skipped_step_are_replaced_and_nothing_is_publish
     assert [line["skipped"] for line in read_ledger(tmp_path / "ledger.jsonl")] == [[], [2, 3], []]
     assert [row["learner/skipped_steps"] for row in rows(run)] == [0, 1, 1]
     tokens = [row["rollout/generated_tokens"] for row in rows(run)]
-    assert tokens[1] == 2 * tokens[0], "what was generated for a skipped step counts in the next"
+    assert tokens[1] == 2 * tokens[0], "the next row contains the tokens of the skipped step"
 
 
 def test_offline_a_skipped_step_counts_and_its_rows_do_not_come_again(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["online", "warm_start"])
-def test_too_many_in_a_row_give_the_learner_up(stage: str, tmp_path: Path) -> None:
+def test_too_many_skipped_steps_in_a_row_end_the_attempt(stage: str, tmp_path: Path) -> None:
     steps = {"warm_start": {"max_steps": 9, "rows_per_step": 2}} if stage == "warm_start" else {}
     run = Run(tmp_path, config(stages=[stage], checkpoint={"interval": 1}, learner={"max_skipped_steps": 2}, **steps))
     run.learner.on_train = spoilt(run, {2, 3, 4})

@@ -1,4 +1,4 @@
-"""A run state that lost a prompt is refused by the ledger, and would train other prompts without it."""
+"""The ledger refuses a run state that lost a prompt, and without it the run would train other prompts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlsys.run.manifest import verify_checkpoint
 
 
 def saved(run_dir: Path, max_staleness: int, **changes: Any) -> Run:
-    """A run of four steps of two prompts, to be resumed after its second with a changed state."""
+    """Return a run of four steps of two prompts that resumes after its second step, with a changed state."""
     train = {"max_steps": 4, "max_staleness": max_staleness}
     settings = config(stages=["online"], train=train, checkpoint={"interval": 2, "keep_last": 9})
     Run(run_dir, settings)()
@@ -68,13 +68,13 @@ def test_a_lost_prompt_is_refused_and_would_be_missed(
     assert lost not in before + trained(tmp_path)
 
 
-@pytest.mark.parametrize("fate", ["trained", "filtered", "skipped"])
-def test_a_prompt_with_two_fates_is_refused(fate: str, tmp_path: Path) -> None:
-    """One that is in flight was trained, filtered or skipped before, by a ledger that was changed."""
+@pytest.mark.parametrize("outcome", ["trained", "filtered", "skipped"])
+def test_a_prompt_with_two_outcomes_is_refused(outcome: str, tmp_path: Path) -> None:
+    """A changed ledger says that a prompt in flight was trained, filtered or skipped before."""
     run = saved(tmp_path, 1)
     path = tmp_path / "ledger.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines[1][fate].append(4)
+    lines[1][outcome].append(4)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(CheckpointError, match=r"has issued 6 prompts, .* have twice \[4\] \(1\); restore the file"):
         run()

@@ -1,0 +1,86 @@
+"""The policies that stages export and that later stages begin with or refer to."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlsys.config.schema import Config
+from rlsys.config.stages import stage_plans
+from rlsys.directory import RunDirectory
+from rlsys.errors import CheckpointError
+from rlsys.files import fsync
+from rlsys.types import StageName
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePolicies:
+    """Policy folders of a run.
+
+    Attributes:
+        model: the folder of the initial policy.
+        policy_digest: returns a digest of all weights of a policy folder.
+    """
+
+    config: Config
+    run_dir: Path
+    model: Path
+    policy_digest: Callable[[Path], str]
+
+    def exported(self, stage: StageName) -> Path:
+        """Return the folder of the policy that a stage exports."""
+        return RunDirectory(self.run_dir).exported_policy(stage)
+
+    def discard(self, stage: StageName) -> None:
+        """Remove the exported policy of a stage that goes on, as after max_steps was raised."""
+        shutil.rmtree(self.exported(stage), ignore_errors=True)
+
+    def export_policy(self, stage: StageName, checkpoint: Path) -> None:
+        """Export the policy of a finished stage, as hard links into its checkpoint where the file system has them.
+
+        Raises:
+            CheckpointError: the folder cannot be written. The stage is saved, so the same command tries again.
+        """
+        target = self.exported(stage)
+        temporary = target.with_name(f".{stage}")  # a folder under the final name is complete
+        for folder in (target, temporary):
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            for path in sorted((checkpoint / "policy").iterdir()):
+                _link(path, temporary / path.name)
+                fsync(temporary / path.name)
+            fsync(temporary)
+            temporary.rename(target)
+            for folder in (target.parent, target.parent.parent):  # `stages` may be new
+                fsync(folder)
+        except OSError as error:
+            raise CheckpointError(
+                f"{target} could not be written: {error}; free disk space, or check the folder of run.dir. "
+                f"{checkpoint.name} is saved, the same command continues"
+            ) from error
+
+    def initial_policy(self, stage_number: int) -> Path:
+        """Return the policy that a stage began with: the export of the training stage before it, or the model."""
+        before = [plan.name for plan in stage_plans(self.config)[:stage_number] if plan.trains]
+        return self.exported(before[-1]) if before else self.model
+
+    def digest(self, policy: Path) -> str:
+        """Return the digest of a policy.
+
+        Raises:
+            CheckpointError: the folder cannot be read.
+        """
+        try:
+            return self.policy_digest(policy)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{policy}: the policy cannot be read: {error}; restore the folder") from error
+
+
+def _link(path: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(path)
+    except OSError:  # some network file systems have no hard links
+        shutil.copyfile(path, target)

@@ -1,0 +1,1 @@
+"""The loops of the stages, one class for each kind of loop."""

@@ -1,0 +1,194 @@
+"""The loop of the stage `online`: sample, learn, publish, release."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+from rlsys.config.stages import StagePlan
+from rlsys.control.budgets import FailureLimit, verifier_limit
+from rlsys.control.buffer import Buffer
+from rlsys.control.counters import Counters
+from rlsys.control.dynamic_sampling import GroupFilter, has_signal
+from rlsys.control.producer import Producer
+from rlsys.control.rollout_metrics import engine_metrics, rollout_metrics
+from rlsys.control.stages.training import TrainingStage
+from rlsys.control.training_run import Stopwatch, TrainingRun
+from rlsys.errors import NonFiniteLossError, RlsysError
+from rlsys.fault_injection import fault
+from rlsys.types import SamplingSettings, TrajectoryGroup
+
+
+class OnlineStage(TrainingStage):
+    """Loop of the stage that trains on rollouts, which a producer keeps ready in a buffer.
+
+    Waits for the groups of a step; the producer finishes them, and `TrainingRun.stop` or an error of the producer ends
+    the wait. Learner, publish and evaluation within a step are not interrupted: the weights would be a step ahead of
+    the saved state.
+    """
+
+    def __init__(self, run: TrainingRun, plan: StagePlan) -> None:
+        super().__init__(run, plan)
+        config, counters = run.config, Counters.of(run.state.counters)
+        train = config.train
+        self._rollouts = FailureLimit(
+            what="rollouts",
+            field="train.max_failed_rollouts",
+            share=train.max_failed_rollouts,
+            failed=counters.failed_rollouts,
+        )
+        self._verifications = verifier_limit(
+            train.max_verifier_failures, failed=counters.failed_verifications, total=counters.verifications
+        )
+        self._filtering = GroupFilter(
+            rounds=train.dynamic_sampling_rounds,
+            has_signal=partial(has_signal, objective=config.objective, max_tokens=config.sampling.max_tokens),
+            verifications=self._verifications,
+            groups=counters.filtered_groups,
+            tokens=counters.filtered_tokens,
+            unlogged_tokens=counters.unlogged_tokens,
+        )
+        self._buffer = Buffer(train.groups_per_step, train.max_staleness)
+
+    async def train(self) -> None:
+        run, plan, buffer = self.training, self.plan, self._buffer
+        context = run.context
+        await run.publish_if_new()
+        if run.state.step == 0:
+            await self._evaluate_first()
+        await context.pool.reset_engine_stats()
+        async with self._producing():
+            while run.state.step < plan.steps:
+                started = time.monotonic()
+                fault("driver.rollout", step=run.state.step + 1)
+                with Stopwatch() as waiting:
+                    groups = await run.stop.wait_for(buffer.take())
+                metrics = await self._check_groups(groups, waiting.seconds)
+                data = await run.load_batch(plan.name, run.state.step)
+                try:
+                    metrics |= await run.learn(replace(data, groups=tuple(groups)))
+                except NonFiniteLossError as error:
+                    run.skip(error)
+                    self._filtering.unlogged_tokens += int(metrics["rollout/generated_tokens"])
+                    context.ledger.note("skipped", await buffer.release())
+                    continue
+                metrics |= await run.publish()
+                interval = run.config.evaluation.interval
+                if run.state.step == plan.steps or (interval and run.state.step % interval == 0):
+                    metrics |= await run.evaluate()
+                context.ledger.note("trained", await buffer.release())
+                self._record_state()
+                await run.finish_step(plan, metrics, started)
+
+    async def _evaluate_first(self) -> None:
+        """Evaluate the policy before the first step."""
+        run = self.training
+        metrics = await run.stop.wait_for(run.evaluate())
+        run.context.metrics.log("online", 0, run.state.weight_version, metrics)
+        run.context.display.evaluation(metrics)
+
+    async def _check_groups(self, groups: Sequence[TrajectoryGroup], seconds: float) -> dict[str, float]:
+        """Count and check the groups of a step, and return their metrics.
+
+        Args:
+            seconds: the wait for the groups.
+        """
+        run = self.training
+        metrics = {
+            **rollout_metrics(groups, run.state.weight_version, self._filtering.take_unlogged()),
+            "rollout/filtered": float(self._filtering.groups),
+            "rollout/filtered_tokens": float(self._filtering.tokens),
+            "time/rollout_s": seconds,
+        }
+        metrics |= engine_metrics(await run.context.pool.engine_stats())
+        metrics["rollout/failed"] = float(self._rollouts.failed)
+        self._verifications.add_verdicts(groups)
+        self._check_staleness(metrics["rollout/staleness_max"])
+        self._check_attempt(groups)
+        return metrics
+
+    def _check_staleness(self, staleness: float) -> None:
+        bound = self.training.config.train.max_staleness
+        if staleness > bound:
+            raise RlsysError(
+                f"a group of staleness {staleness:.0f} reached the learner; train.max_staleness is {bound}"
+            )
+
+    def _check_attempt(self, groups: Sequence[TrajectoryGroup]) -> None:
+        """Raise if a group was sampled for steps that were lost by a return to a checkpoint."""
+        restarts = self.training.context.learner.restarts
+        spans = (span for group in groups for trajectory in group.trajectories for span in trajectory.versions)
+        other = next((span for span in spans if span.attempt != restarts), None)
+        if other:
+            raise RlsysError(
+                f"a group that attempt {other.attempt} of the learner sampled, with weight version {other.version}, "
+                f"reached the learner in attempt {restarts}"
+            )
+
+    @contextlib.asynccontextmanager
+    async def _producing(self) -> AsyncIterator[None]:
+        """Fill the buffer in the background. An error of the producer ends the wait for groups."""
+        run, context = self.training, self.training.context
+        sampling, train = run.config.sampling, run.config.train
+        context.prompts.seek(run.state.cursor, run.state.in_flight)
+        context.ledger.resume(run.state.cursor, run.state.in_flight)
+        settings = SamplingSettings(
+            samples=train.group_size,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            seed=run.config.run.seed,
+        )
+        trained = (run.state.step + run.skipped.total) * train.groups_per_step
+        self._rollouts.total = self._rollouts.failed + self._filtering.groups + trained
+        producer = Producer(
+            context.pool,
+            context.prompts,
+            self._buffer,
+            settings,
+            self._rollouts,
+            run.config.search.fraction,
+            self._filtering,
+        )
+        task = asyncio.create_task(producer.run())
+        task.add_done_callback(self._producer_ended)
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    def _producer_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            self.training.stop.fail(_first_cause(error))
+
+    def _record_state(self) -> None:
+        """Put the prompts in flight and the counters into the run state, and close the step in the ledger."""
+        run, context = self.training, self.training.context
+        counters = Counters(
+            failed_rollouts=self._rollouts.failed,
+            failed_verifications=self._verifications.failed,
+            verifications=self._verifications.total,
+            filtered_groups=self._filtering.groups,
+            filtered_tokens=self._filtering.tokens,
+            unlogged_tokens=self._filtering.unlogged_tokens,
+            skipped_steps=run.skipped.total,
+        )
+        run.state = replace(
+            run.state,
+            cursor=context.prompts.cursor,
+            in_flight=self._buffer.in_flight() + context.prompts.waiting(),
+            counters=counters.as_floats(),
+        )
+        context.ledger.note("filtered", self._buffer.take_unused())
+        context.ledger.close_step(run.state.weight_version, run.state.cursor, run.state.in_flight)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
