@@ -128,14 +128,14 @@ class LearnerRank:
 
     @torch.no_grad()
     def score(self, rows: Sequence[Int32Array]) -> list[Float32Array]:
-        """log p(token t+1 | tokens 0..t) of every row, [T-1] each, temperature 1. Collective under ZeRO 3."""
-        found = []
+        """Return log p(token t+1 | tokens 0..t) of every row, `[T-1]` each, at temperature 1. Collective."""
+        scores = []
         for row in rows:
             ids = torch.from_numpy(np.asarray(row, dtype=np.int64))[None].to(self.settings.device)
             logits = self._policy(input_ids=ids, use_cache=False).logits[:, :-1]
             mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
-            found.append(masked_token_logprobs(logits, ids[:, 1:], mask, 1.0)[0].cpu().numpy())
-        return found
+            scores.append(masked_token_logprobs(logits, ids[:, 1:], mask, 1.0)[0].cpu().numpy())
+        return scores
 
     def score_pairs(self, pairs: Sequence[Preference]) -> list[tuple[float, float]]:
         """Return the scores of the chosen and the rejected side under the current policy, sums in nats. Collective."""

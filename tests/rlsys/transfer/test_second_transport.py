@@ -127,7 +127,7 @@ class SocketTransfer:
 
 def build_model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8, dtype=torch.float32))
+    return nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8))
 
 
 @torch.no_grad()
