@@ -70,7 +70,7 @@ class Task(Protocol):
 
 
 class RolloutPool(Protocol):
-    """The fleet of actors, by number from 0; where one is lost, another answers. Every call has a deadline."""
+    """The fleet of actors, numbered from 0. If an actor is lost, another one answers. Every call has a deadline."""
 
     count: int
 
@@ -82,11 +82,11 @@ class RolloutPool(Protocol):
     async def generate(
         self, actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
     ) -> Sequence[TrajectoryGroup | RolloutFailure]:
-        """A group or failure for every prompt, in order."""
+        """Return a group or failure for every prompt, in order."""
         ...
 
     async def search(self, actor: int, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
-        """The searched group of a prompt, or why there is none."""
+        """Return the searched group of a prompt, or the failure of its search."""
         ...
 
     async def engine_stats(self) -> Sequence[SearchUsage]:
@@ -98,7 +98,7 @@ class RolloutPool(Protocol):
         ...
 
     async def probe(self, actor: int, rows: Sequence[Int32Array]) -> Sequence[Float32Array]:
-        """Log-probabilities of given rows under the weights served now, [T-1] each."""
+        """Return the log-probabilities of given rows under the weights served now, `[T-1]` each."""
         ...
 
     async def publish(
@@ -126,18 +126,32 @@ class Learner(Protocol):
     async def start_stage(self, stage: StageName, policy: Path, resume: Path | None, reference: Path | None) -> None:
         """Build the engines for a stage from a policy folder.
 
-        resume: a checkpoint of the same stage. reference: the frozen policy of the KL term and of the step's own pairs.
+        Args:
+            stage: name of the stage.
+            policy: the policy folder.
+            resume: a checkpoint of the same stage, to continue from.
+            reference: folder of the reference policy, for the KL term and for the pairs that a step makes itself.
         """
         ...
 
     async def train(self, batch: TrainingBatch, step: int, version: int) -> Mapping[str, float]:
-        """One training step: `step` of the stage, from 0, makes the weights `version`. Names of rlsys.run.metrics."""
+        """Make one training step.
+
+        Args:
+            batch: the data of the step.
+            step: number of the step in its stage, from 0.
+            version: weight version that the step makes.
+
+        Returns:
+            Values by metric name, see `rlsys.run.metrics`.
+        """
         ...
 
     async def score_pairs(self, pairs: Sequence[Preference]) -> Sequence[tuple[float, float]]:
-        """What a reference policy must tell of pairs: the scores of chosen and rejected side under the present policy.
+        """Return the scores of the chosen and the rejected side of every pair under the present policy.
 
-        A score is the sum of the log-probabilities of the tokens that the preference loss compares, in nats.
+        A score is the sum of the log-probabilities of the tokens that the preference loss compares, in nats. The
+        scores under a reference policy come from here as well, while the learner holds it as its policy.
         """
         ...
 
@@ -150,7 +164,7 @@ class Learner(Protocol):
         ...
 
     async def save(self, folder: Path) -> None:
-        """Write policy/ and learner/ below the folder."""
+        """Write the files of policy and learner below the folder."""
         ...
 
 

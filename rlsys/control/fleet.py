@@ -213,7 +213,9 @@ class Fleet:
     async def publish(
         self, transfer: WeightTransfer, offer: WeightOffer, probe: Sequence[Int32Array], check: CheckAck
     ) -> None:
-        """Bring every actor that is up to a new version; return when all serve it or are lost, and one serves it.
+        """Bring every actor that is up to a new version.
+
+        Returns when every one of them serves it or is lost, and at least one actor serves it.
 
         Args:
             transfer: the transport of the offer, for actors that come up later.
