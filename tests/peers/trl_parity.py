@@ -2,8 +2,8 @@
 
 Both sides get the same token ids and weights, and each pads and computes log-probabilities in its own way: TRL pads
 prompts left and completions right and has a fused head; ours has rows that start at 0 and drops masked targets.
-TRL 1.16.0 has no conservative DPO (its `sigmoid` ignores label smoothing); tests/learners/test_preferences.py holds
-that one against its formula.
+TRL 1.16.0 has no conservative DPO (its `sigmoid` ignores label smoothing);
+tests/learners/objective/test_preferences.py compares it with its formula.
 """
 
 from __future__ import annotations
