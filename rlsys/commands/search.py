@@ -20,6 +20,7 @@ from rlsys.display import SEARCH_FIGURES, Display, print_table, standard_output
 from rlsys.errors import ConfigError
 from rlsys.files import write_json, write_text
 from rlsys.launch.signals import StopSignals
+from rlsys.models.folder import ModelFolder
 from rlsys.search.stats import figure_rows
 from rlsys.trees import Writer
 
@@ -39,15 +40,15 @@ def run(config: Config) -> str:
     run_dir = Path(config.run.dir).absolute()
     opened: list[Search] = []
 
-    def prepare(inputs: Inputs, models: Mapping[Writer, Path]) -> launch.Grow | None:
+    def begin(inputs: Inputs, models: Mapping[Writer, ModelFolder]) -> launch.Grow | None:
         opened.append(open_search(config, run_dir, inputs, models))
         return grow_missing(opened[0]) if opened[0].missing() else None
 
-    launch.grow_trees(config, run_dir, prepare)
+    launch.grow_trees(config, begin)
     return conclude(opened[0], config, run_dir, standard_output())
 
 
-def open_search(config: Config, run_dir: Path, inputs: Inputs, models: Mapping[Writer, Path]) -> Search:
+def open_search(config: Config, run_dir: Path, inputs: Inputs, models: Mapping[Writer, ModelFolder]) -> Search:
     """Check that the run directory holds this very search, or none yet, and read its trees.
 
     Raises:

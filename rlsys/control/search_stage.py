@@ -21,7 +21,7 @@ from rlsys.directory import SearchDirectory
 from rlsys.display import Display
 from rlsys.errors import CheckpointError, DataError, InterruptedRunError
 from rlsys.files import read_json, write_json
-from rlsys.models.folder import weights_digest
+from rlsys.models.folder import ModelFolder, weights_digest
 from rlsys.search import export as extraction
 from rlsys.search.stats import TreeFigures
 from rlsys.search.store import check_origin
@@ -35,13 +35,13 @@ POLICY = "the policy that the stage search begins with"
 class GrownSearch:
     """The stage `search` over actors that grow trees; see `rlsys.control.parts.SearchStage`.
 
-    folder: of the stage. model: a folder with the policy's tokenizer. prompts: all to grow trees for.
+    folder: of the stage. model: the initial policy, whose tokenizer all policies share. prompts: all to grow trees for.
     inputs: digests of what decides the trees beside the config and the policy.
     """
 
     config: Config
     folder: Path
-    model: Path
+    model: ModelFolder
     prompts: Sequence[Prompt]
     inputs: Mapping[str, str]
     pool: TreePool

@@ -17,8 +17,7 @@ from rlsys.control.budgets import FailureLimit
 from rlsys.control.dispatch import TreePool, grow
 from rlsys.data.inputs import Inputs
 from rlsys.errors import InterruptedRunError
-from rlsys.models.folder import model_digest
-from rlsys.models.scratch import tokenizer_digest
+from rlsys.models.folder import ModelFolder
 from rlsys.search.stats import EngineFigures, TreeFigures, prefix_hit_rate
 from rlsys.search.store import TreeStore, check_origin
 from rlsys.trees import Tree, TreeFailure, Writer
@@ -198,14 +197,14 @@ def find_prompts(config: Config, inputs: Inputs) -> list[Prompt]:
     return [inputs.builder.build(split, number) for number in range(count if size is None else min(count, size))]
 
 
-def writer_digests(models: Mapping[Writer, Path]) -> dict[str, str]:
-    """Digests of the models beside the policy, by config field."""
-    found = {}
-    for writer, folder in models.items():
+def writer_digests(models: Mapping[Writer, ModelFolder]) -> dict[str, str]:
+    """Return digests of all models except the policy, and of their tokenizers, by config field."""
+    digests = {}
+    for writer, model in models.items():
         if writer != "policy":
-            found[f"search.{writer}.path"] = model_digest(folder)
-            found[f"the tokenizer of search.{writer}.path"] = tokenizer_digest(folder)
-    return found
+            digests[f"search.{writer}.path"] = model.digest
+            digests[f"the tokenizer of search.{writer}.path"] = model.tokenizer_digest
+    return digests
 
 
 def deciding_fields(config: Config) -> dict[str, Any]:

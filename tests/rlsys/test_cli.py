@@ -15,12 +15,14 @@ import pytest
 
 from learners.settings import learner_environment
 from rlsys import cli
+from rlsys.config.engine_roles import ModelEngines, engine_settings
 from rlsys.config.files import dump_config, parse_config
 from rlsys.config.keys import all_keys
 from rlsys.config.schema import Config, FromScratchConfig, LearnerConfig
 from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedRunError, RlsysError
 from rlsys.launch import ray_cluster as cluster
 from rlsys.launch import session as launch
+from rlsys.launch.resources import ResourcePlan
 from rlsys.models.scratch import build_from_scratch
 from rlsys.run import report
 from rlsys.run.resume import Start
@@ -136,6 +138,19 @@ def model_without_a_bracket(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_plan_shows_all_engines_and_their_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    values = config(device="cuda").model_dump()
+    reviewer = {"path": "r", "count": 3, "max_model_len": 1024, "tensor_parallel_size": 2}
+    own = parse_config({**values, "actors": {"count": 4}, "search": {"reviewer": reviewer}}, "test")
+    assert own.search.reviewer
+    actors = engine_settings(own, "reviewer", own.search.reviewer)
+    engines = ModelEngines(writer="reviewer", path=Path("r"), actors=actors)
+    cli._show_plan("resource plan", ResourcePlan(config=own, auxiliary=[engines], ranks=1, needs=[]))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "resource plan: 4 actors, 3 of search.reviewer, 1 learner ranks" in shown
+    assert "all GPUs 11 the cluster's" in shown  # 4 + 3 * 2 + 1
+
+
 LOST = ("search.nodes={guess: {tag: guess, terminal: true}}", "search.tables={mine: {children: {start: {guess: 1}}}}")
 
 
@@ -232,7 +247,7 @@ def test_a_finished_run_starts_nothing(run, tmp_path: Path, monkeypatch: pytest.
     hand_over(tmp_path)
     done = start_at(1, 80, tmp_path / "checkpoints" / "step_000380")
     monkeypatch.setattr(launch, "find_start", lambda *_: done)
-    monkeypatch.setattr(launch, "prepare_model", raising(AssertionError("must not be called")))
+    monkeypatch.setattr(launch, "prepare", raising(AssertionError("must not be called")))
     monkeypatch.setattr(sys, "argv", ["rlsys"])
     said = launch.train(config(tmp_path))
     assert said.splitlines()[:2] == ["already complete (80 of 80 online steps)", f"run directory: {tmp_path}"]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,24 +63,6 @@ def test_a_folder_elsewhere_needs_a_config(run: Path, tmp_path_factory: pytest.T
     with pytest.raises(ConfigError, match="needs --config"):
         find_target(str(elsewhere), None, [])
     assert find_target(str(elsewhere), str(run / "config.yaml"), []).policy == elsewhere
-
-
-def test_an_evaluation_tells_what_was_left_out_and_checks_no_training_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def inputs(_config: Config, _policy: Path, *, training: bool) -> SimpleNamespace:
-        assert not training
-        return SimpleNamespace(notes=["1 row skipped"], held_out=["prompts"])
-
-    async def measure(_pool: object, prompts: object, _config: Config) -> dict[str, object]:
-        return {"measured": prompts}
-
-    monkeypatch.setattr(launch, "Inputs", inputs)
-    monkeypatch.setattr(launch.resources, "plan", lambda *_, **__: [])
-    monkeypatch.setattr(launch, "ray_cluster", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(launch, "rollout_pool", lambda *_: contextlib.nullcontext())
-    assert launch.evaluate_policy(tmp_path, config(), measure) == {"measured": ["prompts"]}
-    assert capsys.readouterr() == ("", "1 row skipped\n")
 
 
 class OneError(FakePool):
