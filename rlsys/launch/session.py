@@ -238,29 +238,11 @@ async def _run(
     Args:
         signals: names of the signals that asked for an end; a new one is appended.
     """
-    config, run_dir, display = session.config, session.run_dir, session.display
-    inputs, policy = session.prepared.inputs, session.prepared.policy
+    run_dir, display = session.run_dir, session.display
     # -1 drops all rows: those of an attempt that never reached a checkpoint belong to no run.
     version = start.state.weight_version if start.checkpoint else -1
     metrics, ledger = MetricsWriter(run_dir, version, display.message), Ledger(run_dir, version, display.message)
-    parts = Parts(
-        config=config,
-        run_dir=run_dir,
-        model=policy.path,
-        tokenizer_files=policy.tokenizer_files,
-        pool=pool,
-        learner=learner,
-        bus=bus,
-        checkpoints=session.store,
-        metrics=metrics,
-        ledger=ledger,
-        display=display,
-        prompts=inputs.prompts,
-        data=inputs.data,
-        held_out=inputs.held_out,
-        search=_search_stage(session, pool) if session.prepared.tree_prompts else None,
-        fingerprint=inputs.fingerprint(),
-    )
+    parts = _parts(session, pool, learner, bus, metrics, ledger)
     controller = Controller(parts, start.state, start.checkpoint)
 
     def ask(name: str) -> None:
@@ -277,10 +259,34 @@ async def _run(
         session.stop.ask_first(lambda _name: None, AFTER_THE_END)
     except InterruptedRunError as error:
         saved = "the state is saved" if controller.saving.checkpoint else "nothing was trained yet"
-        raise InterruptedRunError(f"{error.message}{report.interrupted(config, saved)}") from None
+        raise InterruptedRunError(f"{error.message}{report.interrupted(session.config, saved)}") from None
     finally:
         metrics.close()
         ledger.close()
+
+
+def _parts(
+    session: Session, pool: Fleet, learner: RayLearner, bus: WeightBus, metrics: MetricsWriter, ledger: Ledger
+) -> Parts:
+    inputs, policy = session.prepared.inputs, session.prepared.policy
+    return Parts(
+        config=session.config,
+        run_dir=session.run_dir,
+        model=policy.path,
+        tokenizer_files=policy.tokenizer_files,
+        pool=pool,
+        learner=learner,
+        bus=bus,
+        checkpoints=session.store,
+        metrics=metrics,
+        ledger=ledger,
+        display=session.display,
+        prompts=inputs.prompts,
+        data=inputs.data,
+        held_out=inputs.held_out,
+        search=_search_stage(session, pool) if session.prepared.tree_prompts else None,
+        fingerprint=inputs.fingerprint(),
+    )
 
 
 def _search_stage(session: Session, pool: Fleet) -> GrownSearch:

@@ -16,7 +16,6 @@ from actors.rollout_actor import ActorSettings, RolloutActor
 from learners.learner_actor import WATCH, LearnerActor
 from learners.settings import RankSettings, learner_environment
 from rlsys.config.engine_roles import ModelEngines, Searching
-from rlsys.config.schema import Config
 from rlsys.control.fleet import Fleet
 from rlsys.directory import RunDirectory
 from rlsys.launch.placement import ROLLOUT, Placement, place
@@ -53,18 +52,8 @@ async def rollout_pool(
     handles = _auxiliary_handles(cluster, auxiliary, placement)
 
     def spawn(number: int, attempt: int) -> RayActor:
-        settings = ActorSettings(
-            name=f"{number}",
-            attempt=attempt,
-            model_path=replacement_model() if replacement_model and attempt else model,
-            device=config.run.device,
-            seed=config.run.seed,
-            actors=config.actors,
-            task=config.task,
-            rewards=config.rewards,
-            log_file=str(RunDirectory(cluster.run_dir).logs / f"actor-{number}.log"),
-            **(_search_settings(config, searching, handles) if searching else {}),
-        )
+        folder = replacement_model() if replacement_model and attempt else model
+        settings = _actor_settings(cluster, number, attempt, folder, searching, handles)
         options = cluster.options(placement.indices[ROLLOUT][number], config.actors.tensor_parallel_size, environment)
         return RayActor(_start(RolloutActor, options, settings), config, f"actor {number}")
 
@@ -90,16 +79,38 @@ def _start(kind: type, options: Mapping[str, Any], settings: Any) -> Any:
     return ray.remote(kind).options(**options, max_concurrency=MAX_CALLS).remote(settings)
 
 
-def _search_settings(config: Config, searching: Searching, handles: Mapping[Writer, Sequence[Any]]) -> dict[str, Any]:
-    """Return the fields of ActorSettings that only a search needs."""
-    return {
-        "search": config.search,
-        "extract": config.extract,
-        "sampling": config.sampling,
-        "writer": searching.writer,
-        "writers": handles,
-        "writer_paths": {engines.writer: engines.path for engines in searching.beside},
-    }
+def _actor_settings(
+    cluster: Cluster,
+    number: int,
+    attempt: int,
+    model: Path,
+    searching: Searching | None,
+    handles: Mapping[Writer, Sequence[Any]],
+) -> ActorSettings:
+    """Return the settings of a rollout actor; `handles` are those of the auxiliary engines."""
+    config = cluster.config
+    search: dict[str, Any] = {}
+    if searching:
+        search = {
+            "search": config.search,
+            "extract": config.extract,
+            "sampling": config.sampling,
+            "writer": searching.writer,
+            "writers": handles,
+            "writer_paths": {engines.writer: engines.path for engines in searching.beside},
+        }
+    return ActorSettings(
+        name=f"{number}",
+        attempt=attempt,
+        model_path=model,
+        device=config.run.device,
+        seed=config.run.seed,
+        actors=config.actors,
+        task=config.task,
+        rewards=config.rewards,
+        log_file=str(RunDirectory(cluster.run_dir).logs / f"actor-{number}.log"),
+        **search,
+    )
 
 
 def _auxiliary_handles(
