@@ -82,7 +82,7 @@ class Started:
         self.steps.append(("prepare", purpose, policy.path if policy else None))
         searching = None
         if purpose == "search" or config.evaluation.search_answers:
-            auxiliary = tuple(found for writer, found in engines(config).items() if writer != "model")
+            auxiliary = tuple(model for writer, model in engines(config).items() if writer != "model")
             searching = Searching(writer="model" if config.search.model else "policy", beside=auxiliary)
         return prepared(config, SimpleNamespace(notes=["1 row skipped"], held_out=["a prompt"]), searching)
 
@@ -199,7 +199,7 @@ def test_a_replaced_actor_loads_a_policy_that_retention_keeps(monkeypatch: pytes
     assert replacement_policy() == Path("policy")
 
 
-def test_a_ray_that_is_gone_ends_the_work_by_name() -> None:
+def test_a_dead_ray_ends_the_work_with_its_name() -> None:
     async def main() -> list[str]:
         ended: list[str] = []
 
@@ -222,7 +222,7 @@ def test_a_ray_that_is_gone_ends_the_work_by_name() -> None:
         assert asyncio.run(main()) == ["cancelled"]
 
 
-def test_a_ray_that_is_there_changes_nothing() -> None:
+def test_a_living_ray_changes_nothing() -> None:
     async def work() -> str:
         return "done"
 
