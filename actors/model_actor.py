@@ -20,7 +20,7 @@ from actors.engine import Completion, CompletionRequest, Engine
 from actors.engine_stats import EngineUsage
 from rlsys.config.schema import ActorsConfig
 from rlsys.errors import RolloutError, WriterLostError
-from rlsys.models.scratch import end_token_ids, load_tokenizer
+from rlsys.models.folder import ModelFolder
 from rlsys.processes import die_with_parent, quiet_worker
 from rlsys.ray_errors import translated
 
@@ -47,7 +47,7 @@ class ModelActor:
         self.name = settings.name
         self._waited, self._asked = 0, 0
         try:
-            ends = end_token_ids(load_tokenizer(settings.model_path), settings.model_path)
+            ends = ModelFolder(settings.model_path).end_token_ids
             self.engine = Engine(settings.model_path, settings.actors, settings.device, ends, stop_strings=True)
         except Exception:
             logger.exception("%s could not start", settings.name)

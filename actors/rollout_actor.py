@@ -35,7 +35,7 @@ from rlsys.config.tasks import TaskConfig
 from rlsys.errors import EngineError, LearnerLostError, RolloutError, WeightSyncError
 from rlsys.fault_injection import fault, identify
 from rlsys.interfaces import WeightReceiver
-from rlsys.models.scratch import end_token_ids, load_tokenizer
+from rlsys.models.folder import ModelFolder
 from rlsys.processes import die_with_parent, quiet_worker
 from rlsys.search.codec import TagCodec
 from rlsys.transfer.object_store import ObjectStoreReceiver
@@ -95,9 +95,10 @@ class RolloutActor:
         self.beside = {name: RemoteWriter(handles, name) for name, handles in settings.writers.items()}
         self.waited = 0
         try:
-            self.tokenizer = load_tokenizer(settings.model_path)
+            self.model = ModelFolder(settings.model_path)
+            self.tokenizer = self.model.tokenizer
             self.tensors = expected_tensors(settings.model_path)
-            ends = end_token_ids(self.tokenizer, settings.model_path)
+            ends = self.model.end_token_ids
             self.codec = self._codec(settings)
             strings = self.codec is not None and self.codec.needs_stop_strings
             self.engine = Engine(settings.model_path, settings.actors, settings.device, ends, stop_strings=strings)
@@ -110,19 +111,18 @@ class RolloutActor:
     def _codec(self, settings: ActorSettings) -> TagCodec | None:
         if settings.search is None:
             return None
-        model = model_settings(settings.search, settings.writer)
-        return build_codec(settings.model_path, settings.search, model)
+        return build_codec(self.model, settings.search, model_settings(settings.search, settings.writer))
 
     def _forest(self, settings: ActorSettings) -> Forest | None:
         if settings.search is None or self.codec is None:
             return None
-        others: dict[Writer, tuple[WriterEngine, Path]] = {
-            name: (engine, settings.writer_paths[name]) for name, engine in self.beside.items()
+        others: dict[Writer, tuple[WriterEngine, ModelFolder]] = {
+            name: (engine, ModelFolder(settings.writer_paths[name])) for name, engine in self.beside.items()
         }
         return build_forest(
             settings.writer,
             self.engine,
-            settings.model_path,
+            self.model,
             self.codec,
             others,
             self.rewards,

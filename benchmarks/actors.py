@@ -27,7 +27,7 @@ sys.path[0] = str(ROOT)  # in place of this folder, where this file would hide t
 from rlsys.config.files import load_config  # noqa: E402
 from rlsys.config.schema import ActorsConfig, Config  # noqa: E402
 from rlsys.data.inputs import Inputs, prepare_model  # noqa: E402
-from rlsys.models.scratch import end_token_id, load_tokenizer  # noqa: E402
+from rlsys.models.folder import ModelFolder  # noqa: E402
 from rlsys.processes import die_with_parent, quiet_worker  # noqa: E402
 from rlsys.types import Prompt, SamplingSettings, TrajectoryGroup  # noqa: E402
 
@@ -81,7 +81,7 @@ class BareEngines:
 
     def __init__(self, model: Path, config: Config, folder: Path) -> None:
         spawn = multiprocessing.get_context("spawn")
-        self.end_token = end_token_id(load_tokenizer(model))
+        self.end_token = ModelFolder(model).end_token_ids[0]
         self.logs = [folder / f"bare-{number}.log" for number in range(config.actors.count)]
         self.pipes = []
         for log in self.logs:
@@ -128,9 +128,11 @@ def _tokens(group: Any) -> Iterator[list[int]]:
 
 async def measure(config: Config, model: Path, folder: Path, rounds: int) -> list[tuple[int, float, float]]:
     """(tokens, our seconds, the peer's seconds) of every round, after one to warm up."""
-    from rlsys.launch.session import actor_bundles, ray_cluster, rollout_pool
+    from rlsys.launch.placement import place
+    from rlsys.launch.ray_cluster import ray_cluster
+    from rlsys.launch.start import rollout_pool
 
-    stream = Inputs(config, model).prompts
+    stream = Inputs(config, ModelFolder(model)).prompts
     sampling, train, count = config.sampling, config.train, config.actors.count
     settings = SamplingSettings(
         samples=train.group_size,
@@ -141,7 +143,7 @@ async def measure(config: Config, model: Path, folder: Path, rounds: int) -> lis
     )
     bare = BareEngines(model, config, folder)
     found = []
-    with ray_cluster(config, folder, actor_bundles(config)) as cluster:
+    with ray_cluster(config, folder, place(config).bundles) as cluster:
         async with rollout_pool(cluster, model) as pool:
             for _ in range(1 + rounds):
                 prompts = [stream.take()[1] for _ in range(train.groups_per_step)]
@@ -178,7 +180,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = load_config(ROOT / "configs" / "quickstart.yaml", overrides)
-        model = arguments.policy.absolute() if arguments.policy else prepare_model(config, folder)
+        model = arguments.policy.absolute() if arguments.policy else prepare_model(config, folder).path
         found = asyncio.run(measure(config, model, folder, arguments.rounds))
     tokens = sum(row[0] for row in found) / len(found)
     size, actors = config.train.group_size, config.actors.count

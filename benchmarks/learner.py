@@ -211,7 +211,7 @@ def make_work(folder: Path, groups: int) -> Work:
     steps = range(-(-groups * size // per_step))
     rows = [row for step in steps for row in inputs.data.batch("warm_start", step).demonstrations]
     made = [_group(rows[size * i : size * (i + 1)], rng) for i in range(groups)]
-    return Work(model, folder, made, inputs.pad_token_id, config)
+    return Work(model.path, folder, made, inputs.pad_token_id, config)
 
 
 def _group(rows: list[Demonstration], rng: np.random.Generator) -> TrajectoryGroup:

@@ -31,7 +31,10 @@ from rlsys.config.engine_roles import Searching  # noqa: E402
 from rlsys.config.files import load_config  # noqa: E402
 from rlsys.config.schema import Config  # noqa: E402
 from rlsys.data.inputs import Inputs  # noqa: E402
-from rlsys.launch import session as launch  # noqa: E402
+from rlsys.launch import start  # noqa: E402
+from rlsys.launch.placement import place  # noqa: E402
+from rlsys.launch.ray_cluster import ray_cluster  # noqa: E402
+from rlsys.models.folder import ModelFolder  # noqa: E402
 from rlsys.trees import SearchUsage, Tree  # noqa: E402
 from rlsys.types import Prompt  # noqa: E402
 
@@ -138,11 +141,11 @@ async def replay(handles: Sequence[Any], tokens: int) -> float:
 
 async def measure(config: Config, model: Path, folder: Path, rounds: int, trees: int, *, serial: bool) -> list[Round]:
     """Rounds of one kind, after one to warm up."""
-    inputs = Inputs(config, model, training=False)
+    inputs = Inputs(config, ModelFolder(model), training=False)
     numbers = itertools.count()
     found = []
-    with launch.ray_cluster(config, folder, launch.actor_bundles(config)) as cluster:
-        async with launch.rollout_pool(cluster, model, Searching()) as pool:
+    with ray_cluster(config, folder, place(config).bundles) as cluster:
+        async with start.rollout_pool(cluster, model, Searching()) as pool:
             for _ in range(1 + rounds):
                 prompts = [inputs.builder.build("held_out", next(numbers)) for _ in range(trees)]
                 handles = [handle.handle for handle in pool.handles]
@@ -201,7 +204,7 @@ def main() -> int:
     parser.add_argument("--parallel", type=int, default=16, help="simulations of a tree that are under way at once")
     parser.add_argument("--serial-trees", type=int, default=4, help="trees of the one round that runs one by one")
     arguments = parser.parse_args()
-    launch.RolloutActor = RecordingActor
+    start.RolloutActor = RecordingActor
     stop = [
         "search.stop.correct=[]",
         f"search.stop.simulations={arguments.simulations}",

@@ -29,7 +29,9 @@ from rlsys.config.files import load_config  # noqa: E402
 from rlsys.config.schema import Config  # noqa: E402
 from rlsys.control.search_evaluation import grow_trees, sample_until, sampling_of  # noqa: E402
 from rlsys.data.inputs import Inputs  # noqa: E402
+from rlsys.launch.placement import place  # noqa: E402
 from rlsys.launch.ray_cluster import Cluster, ray_cluster  # noqa: E402
+from rlsys.models.folder import ModelFolder  # noqa: E402
 from rlsys.search.compare import Attempts, solved_in_tokens, tree_attempts  # noqa: E402
 from rlsys.stats import Estimate, mean_difference, mean_over_prompts  # noqa: E402
 from rlsys.types import Prompt  # noqa: E402
@@ -81,19 +83,17 @@ def prompts_of(config: Config, policy: Path, seed: int, count: int) -> list[Prom
     evaluation = config.evaluation.model_copy(update={"prompts": count})
     run = config.run.model_copy(update={"seed": seed})
     own = config.model_copy(update={"run": run, "evaluation": evaluation})
-    prompts = Inputs(own, policy, training=False).held_out
+    prompts = Inputs(own, ModelFolder(policy), training=False).held_out
     return [replace(prompt, prompt_id=f"seed-{seed}/{prompt.prompt_id}") for prompt in prompts]
 
 
 async def measure(policy: Path, seeds: int, count: int, folder: Path) -> dict[str, list[Attempts]]:
     """Attempts of every arm, seed by seed."""
-    from rlsys.launch.session import actor_bundles
-
     configs = {name: config_of(policy, *arm) for name, arm in ARMS.items()}
     first = next(iter(configs.values()))
     prompts = [prompt for seed in range(seeds) for prompt in prompts_of(first, policy, seed, count)]
     found: dict[str, list[Attempts]] = {}
-    with ray_cluster(first, folder, actor_bundles(first)) as cluster:
+    with ray_cluster(first, folder, place(first).bundles) as cluster:
         for name, config in configs.items():
             found |= await attempts_of(name, replace(cluster, config=config), policy, prompts, sample=config is first)
     return found
@@ -106,7 +106,7 @@ async def attempts_of(
 
     A function of its own: Ray gives the place of the actors free once nothing here holds their handles.
     """
-    from rlsys.launch.session import rollout_pool
+    from rlsys.launch.start import rollout_pool
 
     config = cluster.config
     async with rollout_pool(cluster, policy, Searching()) as pool:

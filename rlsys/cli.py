@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,9 +21,7 @@ from rlsys import fault_injection as faults
 from rlsys.errors import AbortedRunError, ConfigError, InterruptedRunError, RlsysError
 
 if TYPE_CHECKING:
-    from rlsys.config.engine_roles import ModelEngines
-    from rlsys.config.schema import Config
-    from rlsys.launch import resources
+    from rlsys.launch.resources import ResourcePlan
 
 app = typer.Typer(
     help="Post-training of reasoning models with Ray actors, vLLM, DeepSpeed and a verified weight-sync bus.",
@@ -105,56 +103,32 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Validate a config, its model and its data, and print the resolved config and the resource plan."""
-    import tempfile
-
-    from rlsys.config.engine_roles import describes_a_search, growing, searches_in_training
     from rlsys.config.files import dump_config, load_config
 
     resolved = load_config(config, overrides or [])
-    from actors.search.build import check_tags
-    from rlsys.control.checkpointing import check_best_metric
-    from rlsys.data.inputs import Inputs, prepare_model
-    from rlsys.launch import resources
-    from rlsys.launch.access import check_address
-    from rlsys.models.folder import search_engines
+    from rlsys.launch.prepare import check_settings, prepare
 
-    check_address(resolved.run.address)
-    check_best_metric(resolved)
-    with tempfile.TemporaryDirectory() as folder:
-        model = prepare_model(resolved, Path(folder))
-        engines = search_engines(resolved)
-        beside = tuple(engines.values()) if searches_in_training(resolved) else ()
-        needs = resources.plan(resolved, model, beside=beside)
-        serving, served, searching = growing(resolved, model, engines)
-        search_needs = resources.plan(serving, served, learner=False, beside=searching.beside) if engines else []
-        if describes_a_search(resolved):
-            check_tags(resolved.search, {"policy": model, **{writer: found.path for writer, found in engines.items()}})
-        notes = Inputs(resolved, model).notes
+    check_settings(resolved, "check")
+    prepared = prepare(resolved, "check")
     print(dump_config(resolved))
-    ranks = resolved.learner.ranks
-    _show_plan(resolved, "resource plan", needs, beside, ranks)
-    if engines:
-        _show_plan(serving, "resource plan of rlsys search", search_needs, searching.beside, 0)
-    for note in notes:
+    for title, plan in zip(("resource plan", "resource plan of rlsys search"), prepared.plans, strict=False):
+        _show_plan(title, plan)
+    for note in prepared.inputs.notes:
         print(note)
-    resources.check(needs)
-    resources.check(search_needs)
+    for plan in prepared.plans:
+        plan.check()
 
 
-def _show_plan(
-    config: Config, title: str, needs: list[resources.Need], beside: Sequence[ModelEngines], ranks: int
-) -> None:
-    others = [f"{engines.actors.count} of search.{engines.writer}" for engines in beside]
+def _show_plan(title: str, plan: ResourcePlan) -> None:
     from rlsys.display import print_table, standard_output
 
-    parts = [f"{config.actors.count} actors", *others, *([f"{ranks} learner ranks"] if ranks else [])]
-    rows = [(need.phase, need.what, f"{need.amount:.4g}", f"{need.available:.4g}") for need in needs]
-    if config.run.device == "cuda":
-        sections = [config.actors, *(engines.actors for engines in beside)]
-        gpus = sum(actors.count * actors.tensor_parallel_size for actors in sections) + ranks
-        rows.append(("all", "GPUs", str(gpus), "the cluster's"))
-    columns = ("phase", "needs", "amount", "this machine")
-    print_table(standard_output(), columns, rows, title=f"{title}: {', '.join(parts)}")
+    auxiliary = [f"{engines.actors.count} of search.{engines.writer}" for engines in plan.auxiliary]
+    learner = [f"{plan.ranks} learner ranks"] if plan.ranks else []
+    processes = ", ".join([f"{plan.config.actors.count} actors", *auxiliary, *learner])
+    rows = [(need.phase, need.what, f"{need.amount:.4g}", f"{need.available:.4g}") for need in plan.needs]
+    if plan.config.run.device == "cuda":
+        rows.append(("all", "GPUs", str(plan.gpus), "the cluster's"))
+    print_table(standard_output(), ("phase", "needs", "amount", "this machine"), rows, title=f"{title}: {processes}")
 
 
 @app.command()

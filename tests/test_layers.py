@@ -22,6 +22,7 @@ HEAVY = {
     "rlsys.launch.ray_log",
     "rlsys.commands.evaluate",
     "rlsys.launch.session",
+    "rlsys.launch.start",
     "rlsys.ray_errors",
     "rlsys.launch.remote",
     "actors.engine",

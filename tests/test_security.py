@@ -35,7 +35,7 @@ from rlsys.config.schema import FromScratchConfig, RewardsConfig
 from rlsys.config.tasks import LetterCountConfig
 from rlsys.errors import CheckpointError, ConfigError, DataError
 from rlsys.models import scratch as models
-from rlsys.models.folder import model_folder
+from rlsys.models.folder import given_model
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.search.tree_json import read_trees
 from rlsys.types import Prompt, TrainingBatch, VersionSpan
@@ -204,7 +204,7 @@ def test_pickles_beside_the_weights_are_not_read(model: Path, canary: bytes) -> 
 
     for name in PICKLED_WEIGHTS:
         (model / name).write_bytes(canary)
-    assert model_folder(str(model), "model.path") == model
+    assert given_model(str(model), "model.path").path == model
     assert load_model(model, "fp32", "cpu").num_parameters() > 0
     assert load_critic(model, "fp32", "cpu").num_parameters() > 0
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from actors.search.scheduler import Forest, ForestSettings, ForestWriter, Verifier
 from actors.search.writers import WriterEngine
@@ -12,32 +10,36 @@ from rlsys.config.patterns import resolve
 from rlsys.config.schema import ActorsConfig, SamplingConfig
 from rlsys.config.search import SearchConfig, SearchModelConfig
 from rlsys.errors import ConfigError
-from rlsys.models.folder import model_digest
-from rlsys.models.scratch import end_token_ids, load_tokenizer, tokenizer_digest
+from rlsys.models.folder import ModelFolder
 from rlsys.search.codec import TagCodec
 from rlsys.trees import Writer
 
 
-def build_codec(model_path: Path, search: SearchConfig, model: SearchModelConfig | None = None) -> TagCodec:
-    """The codec of a model folder for all tags of the search; `model` holds the question template of a second model."""
-    tokenizer: Any = load_tokenizer(model_path)
+def build_codec(model: ModelFolder, search: SearchConfig, section: SearchModelConfig | None = None) -> TagCodec:
+    """Return the codec of a model for all tags of the search.
+
+    Args:
+        model: the model, whose tokenizer the codec uses.
+        search: the section `search`, which names the tags.
+        section: the section of another model than the policy, with its question template.
+    """
     types = [node_type for pattern in resolve(search).values() for node_type in pattern.types.values()]
     return TagCodec(
-        tokenizer,
+        model.tokenizer,
         list(dict.fromkeys(node_type.tag for node_type in types)),
-        end_token_ids(tokenizer, model_path),
-        digest=tokenizer_digest(model_path),
-        question_template=model.question_template if model else "{question}",
+        model.end_token_ids,
+        digest=model.tokenizer_digest,
+        question_template=section.question_template if section else "{question}",
     )
 
 
-def check_tags(search: SearchConfig, models: Mapping[Writer, Path]) -> None:
-    """Raises ConfigError where the tokenizer of a model folder loses a tag of the search."""
-    for writer, folder in models.items():
+def check_tags(search: SearchConfig, models: Mapping[Writer, ModelFolder]) -> None:
+    """Raise ConfigError if the tokenizer of a model loses a tag of the search."""
+    for writer, model in models.items():
         try:
-            build_codec(folder, search, model_settings(search, writer))
+            build_codec(model, search, model_settings(search, writer))
         except ConfigError as error:
-            raise ConfigError(f"{error.message}; the model is {folder}") from None
+            raise ConfigError(f"{error.message}; the model is {model.path}") from None
 
 
 def model_settings(search: SearchConfig, writer: Writer) -> SearchModelConfig | None:
@@ -48,9 +50,9 @@ def model_settings(search: SearchConfig, writer: Writer) -> SearchModelConfig | 
 def build_forest(
     own: Writer,
     engine: WriterEngine,
-    model_path: Path,
+    model: ModelFolder,
     codec: TagCodec,
-    others: Mapping[Writer, tuple[WriterEngine, Path]],
+    others: Mapping[Writer, tuple[WriterEngine, ModelFolder]],
     rewards: Verifier,
     *,
     search: SearchConfig,
@@ -62,21 +64,19 @@ def build_forest(
 
     Args:
         own: what the actor's own engine is to a tree; the policy leaves the growing to "model" where `others` has one.
-        model_path, codec: the model folder of that engine, and its codec.
-        others: engine and model folder of every other writer.
+        model, codec: the model of that engine, and its codec.
+        others: engine and model of every other writer.
     """
     writers: dict[Writer, ForestWriter] = {}
     if own == "model" or "model" not in others:
-        writers[own] = ForestWriter(
-            engine=engine, model=model_digest(model_path), codec=codec, max_model_len=actors.max_model_len
-        )
-    for name, (other, folder) in others.items():
+        writers[own] = ForestWriter(engine=engine, model=model.digest, codec=codec, max_model_len=actors.max_model_len)
+    for name, (other, other_model) in others.items():
         section = model_settings(search, name)
         assert section is not None  # noqa: S101 - only models of the section `search` are others
         writers[name] = ForestWriter(
             engine=other,
-            model=model_digest(folder),
-            codec=build_codec(folder, search, section),
+            model=other_model.digest,
+            codec=build_codec(other_model, search, section),
             max_model_len=section.max_model_len,
         )
     settings = ForestSettings(

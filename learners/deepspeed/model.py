@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from rlsys.models.scratch import refuse_code
+from rlsys.models.folder import refuse_code
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -29,17 +29,22 @@ MACRO_MINIMUM = 30
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What to evaluate: a policy folder and the config that tells the task."""
+    """The policy folder to evaluate, and the config that names the task."""
 
     policy: Path
     config: Config
 
 
 def find_target(target: str, config_path: str | None, overrides: Sequence[str]) -> Target:
-    """Resolve a run directory, a checkpoint or a model folder.
+    """Find policy and config of a run directory, a checkpoint or a model folder.
+
+    Args:
+        target: the path of one of them.
+        config_path: a config to use in place of the run's own; required for a model folder outside a run directory.
+        overrides: overrides of the config, `section.key=value`.
 
     Raises:
-        ConfigError: it is none of them, or a model folder without a config.
+        ConfigError: the target is none of them, or a model folder without a config.
     """
     path = Path(target).absolute()
     if RunDirectory(path).checkpoints.is_dir():
@@ -50,7 +55,7 @@ def find_target(target: str, config_path: str | None, overrides: Sequence[str]) 
     elif (path / "policy").is_dir():
         policy, config = path / "policy", RunDirectory(path.parent.parent).config
     elif (path / "config.json").is_file():
-        # RUN/stages/online, or RUN/checkpoints/step_000080/policy
+        # The model folder is RUN/stages/online or RUN/checkpoints/step_000080/policy.
         above = (RunDirectory(folder).config for folder in path.parents[1:3])
         policy, config = path, next((file for file in above if file.is_file()), RunDirectory(path).config)
     else:
@@ -61,27 +66,34 @@ def find_target(target: str, config_path: str | None, overrides: Sequence[str]) 
 
 
 async def evaluate(pool: Any, prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
-    """All figures as JSON-able values: estimates with intervals, and accuracy by true answer where there is one."""
+    """Measure a policy on prompts.
+
+    Returns:
+        All figures as JSON-able values: estimates with intervals, and the accuracy by true answer if the task has one.
+    """
     one_answer = build_task(config.task, config.run.seed).one_answer
     samples = config.evaluation.samples
-    found: dict[str, Any] = {"problems": len(prompts), "samples": samples}
+    figures: dict[str, Any] = {"problems": len(prompts), "samples": samples}
     greedy, sampled = await evaluate_held_out(pool, prompts, config)
     if greedy:
-        found["greedy"] = _figures(greedy, by_answer=one_answer)
+        figures["greedy"] = _figures(greedy, by_answer=one_answer)
     if sampled:
-        found["sampled"] = _figures(sampled, by_answer=one_answer)
+        figures["sampled"] = _figures(sampled, by_answer=one_answer)
         ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, samples) if k <= samples})
-        found["pass_at_k"] = {str(k): asdict(mean_over_prompts(pass_at_k(solved(sampled), k))) for k in ks}
+        figures["pass_at_k"] = {str(k): asdict(mean_over_prompts(pass_at_k(solved(sampled), k))) for k in ks}
     if config.evaluation.search_answers:
-        found["search"] = await search_and_sample(pool, prompts, config)
+        figures["search"] = await search_and_sample(pool, prompts, config)
     if one_answer:
         [(answer, count)] = Counter(prompt.answer for prompt in prompts).most_common(1)
-        found["constant_answer"] = {"answer": answer, "accuracy": count / len(prompts)}
-    return found
+        figures["constant_answer"] = {"answer": answer, "accuracy": count / len(prompts)}
+    return figures
 
 
 def _figures(groups: Sequence[TrajectoryGroup], *, by_answer: bool) -> dict[str, Any]:
-    """by_problem: means over the samples of every problem in order, for paired comparisons of policies."""
+    """Return the figures of one way of sampling.
+
+    The figures `by_problem` are means over the samples of each problem, in order, for paired comparisons of policies.
+    """
     right = solved(groups)
     lengths = [t.completion_length for group in groups for t in group.trajectories]
     return {
@@ -112,38 +124,38 @@ def _by_answer(answers: Sequence[str], right: np.ndarray) -> dict[str, Any]:
     }
 
 
-def show(found: Mapping[str, Any], console: Console) -> None:
+def show(figures: Mapping[str, Any], console: Console) -> None:
     """Print the figures as tables."""
     rows = []
     for mode in ("greedy", "sampled"):
-        if mode not in found:
+        if mode not in figures:
             continue
         for name in ("accuracy", "no_answer_rate"):
-            rows.append(_row(f"{mode} {name.replace('_', ' ')}", found[mode][name]))
-        if found[mode]["error_rate"]:
-            rows.append((f"{mode} verifier errors", f"{found[mode]['error_rate']:.3f}", ""))
-    rows += [_row(f"pass@{k}", estimate) for k, estimate in found.get("pass_at_k", {}).items()]
-    if "constant_answer" in found:
-        constant = found["constant_answer"]
+            rows.append(_row(f"{mode} {name.replace('_', ' ')}", figures[mode][name]))
+        if figures[mode]["error_rate"]:
+            rows.append((f"{mode} verifier errors", f"{figures[mode]['error_rate']:.3f}", ""))
+    rows += [_row(f"pass@{k}", estimate) for k, estimate in figures.get("pass_at_k", {}).items()]
+    if "constant_answer" in figures:
+        constant = figures["constant_answer"]
         rows.append((f"always answering {constant['answer'][:20]}", f"{constant['accuracy']:.3f}", ""))
-    title = f"{found['problems']} problems, {found['samples']} samples each"
+    title = f"{figures['problems']} problems, {figures['samples']} samples each"
     print_table(console, ("figure", "value", "95 % interval"), rows, title=title)
     by_answer: Mapping[str, Any] = next(
-        (found[mode].get("accuracy_by_answer", {}) for mode in ("greedy", "sampled") if mode in found), {}
+        (figures[mode].get("accuracy_by_answer", {}) for mode in ("greedy", "sampled") if mode in figures), {}
     )
     if 1 < len(by_answer) <= 12:
-        _show_by_answer(found, console, list(by_answer))
-    if "search" in found:
-        show_search(found["search"], found["problems"], console)
+        _show_by_answer(figures, console, list(by_answer))
+    if "search" in figures:
+        show_search(figures["search"], figures["problems"], console)
 
 
-def _show_by_answer(found: Mapping[str, Any], console: Console, answers: Sequence[str]) -> None:
-    modes = [mode for mode in ("greedy", "sampled") if mode in found]
+def _show_by_answer(figures: Mapping[str, Any], console: Console, answers: Sequence[str]) -> None:
+    modes = [mode for mode in ("greedy", "sampled") if mode in figures]
     rows = []
     for answer in answers:
-        cells = [found[mode]["accuracy_by_answer"][answer] for mode in modes]
+        cells = [figures[mode]["accuracy_by_answer"][answer] for mode in modes]
         rows.append((answer, str(cells[0]["problems"]), *(f"{cell['accuracy']:.3f}" for cell in cells)))
-    macro = [found[mode]["macro_accuracy"] for mode in modes]
+    macro = [figures[mode]["macro_accuracy"] for mode in modes]
     if None not in macro:
         rows.append(("macro", f">= {MACRO_MINIMUM} each", *(f"{value:.3f}" for value in macro)))
     print_table(console, ("answer", "problems", *modes), rows, title="accuracy by true answer")
@@ -155,7 +167,7 @@ def _row(name: str, estimate: Mapping[str, float]) -> tuple[str, str, str]:
 
 
 def run(target: Target) -> dict[str, Any]:
-    """Start the actors on the target's policy and measure."""
+    """Start actors on the target's policy and return its figures."""
     from rlsys.launch import session as launch
 
     config = with_search(target.config) if target.config.evaluation.search_answers else target.config

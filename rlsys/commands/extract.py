@@ -1,4 +1,4 @@
-"""`rlsys extract`: the trees of a search as files of training data, see `rlsys.search.export`."""
+"""`rlsys extract`: export the trees of a search as training data, see `rlsys.search.export`."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ __all__ = ["Source", "find_source", "run", "show"]
 
 
 def find_source(run_dir: Path, overrides: Sequence[str]) -> Source:
-    """What to extract from.
+    """Return the trees of a run directory, with the policy that is trained on them.
+
+    Args:
+        run_dir: the run directory of `rlsys search`.
+        overrides: overrides of extract.* and model.path.
 
     Raises:
-        ConfigError: no run directory of a search, or an override of something that made the trees.
+        ConfigError: the folder holds no search, or an override changes a setting that decided the trees.
     """
     path = RunDirectory(run_dir).config
     if not path.is_file():
         raise ConfigError(f"{run_dir}: expected the run directory of `rlsys search`, found no config.yaml in it")
     config = load_config(path, overrides)
-    made = load_config(path)
-    if made.model_copy(update={"extract": config.extract, "model": config.model}) != config:
+    search_config = load_config(path)
+    if search_config.model_copy(update={"extract": config.extract, "model": config.model}) != config:
         raise ConfigError(f"{run_dir}: only extract.* and model.path can differ from the search; drop other overrides")
-    if config.model != made.model and config.model.from_scratch:
+    if config.model != search_config.model and config.model.from_scratch:
         raise ConfigError(f"{run_dir}: a model.from_scratch cannot differ from the search; give model.path instead")
     trees = SearchDirectory(run_dir).trees
     if not any(trees.glob("*.jsonl")):
         raise ConfigError(f"{trees}: expected *.jsonl files of trees, found none; `rlsys search {path}` writes them")
-    model = prepare_model(config, run_dir)
-    return source_of(config, trees, model)
+    return source_of(config, trees, prepare_model(config, run_dir))
 
 
 def show(report: Mapping[str, Any], output: Path, console: Console) -> None:
@@ -58,13 +61,13 @@ def _tables(report: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[li
     solved = f"{report['solved']} of {report['trees']} trees solved, {report['failed']} prompts failed"
     rows = [[name, str(count), str(report["duplicates"][name])] for name, count in report["rows"].items()]
     yield solved, ["rows", "written", "duplicates dropped"], rows
-    lengths = {name: found for name, found in report["tokens"].items() if found}
+    lengths = {name: quantiles for name, quantiles in report["tokens"].items() if quantiles}
     if lengths:
-        rows = [[name.replace("_", " "), *(f"{found[q]:g}" for q in QUANTILES)] for name, found in lengths.items()]
+        rows = [[name.replace("_", " "), *(f"{values[q]:g}" for q in QUANTILES)] for name, values in lengths.items()]
         yield "tokens after the prompt", ["", *QUANTILES], rows
-    own = report["pair_tokens"]
-    if any(own.values()):
-        rows = [[name.replace("_", " "), str(count)] for name, count in own.items()]
+    pair_tokens = report["pair_tokens"]
+    if any(pair_tokens.values()):
+        rows = [[name.replace("_", " "), str(count)] for name, count in pair_tokens.items()]
         yield "tokens of the pairs, by who chose them", ["", "tokens"], rows
     without = {name: count for name, count in report["trees_without_pair"].items() if count}
     if without:

@@ -1,4 +1,4 @@
-"""`rlsys search`: a tree for each of a task's prompts, kept in the run directory as soon as it is finished."""
+"""`rlsys search`: grow a tree for each prompt of a task. A finished tree is written to the run directory at once."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rlsys.display import SEARCH_FIGURES, Display, print_table, standard_output
 from rlsys.errors import ConfigError
 from rlsys.files import write_json, write_text
 from rlsys.launch.signals import StopSignals
+from rlsys.models.folder import ModelFolder
 from rlsys.search.stats import figure_rows
 from rlsys.trees import Writer
 
@@ -29,30 +30,34 @@ AFTER_THE_END = " while the processes of the complete search were ending; nothin
 
 
 def run(config: Config) -> str:
-    """Grow the missing trees of a config; answers with what there is to say then.
+    """Grow the missing trees of a config.
+
+    Returns:
+        The closing lines for the user.
 
     Raises:
-        RlsysError: every expected failure; InterruptedRunError after SIGINT or SIGTERM, with finished trees kept.
+        RlsysError: every expected failure. After SIGINT or SIGTERM it is an InterruptedRunError, with finished trees
+            kept.
     """
     from rlsys.launch import session as launch
 
     run_dir = Path(config.run.dir).absolute()
-    opened: list[Search] = []
+    searches: list[Search] = []
 
-    def prepare(inputs: Inputs, models: Mapping[Writer, Path]) -> launch.Grow | None:
-        opened.append(open_search(config, run_dir, inputs, models))
-        return grow_missing(opened[0]) if opened[0].missing() else None
+    def begin(inputs: Inputs, models: Mapping[Writer, ModelFolder]) -> launch.Grow | None:
+        searches.append(open_search(config, run_dir, inputs, models))
+        return grow_missing(searches[0]) if searches[0].missing() else None
 
-    launch.grow_trees(config, run_dir, prepare)
-    return conclude(opened[0], config, run_dir, standard_output())
+    launch.grow_trees(config, begin)
+    return conclude(searches[0], config, run_dir, standard_output())
 
 
-def open_search(config: Config, run_dir: Path, inputs: Inputs, models: Mapping[Writer, Path]) -> Search:
-    """Check that the run directory holds this very search, or none yet, and read its trees.
+def open_search(config: Config, run_dir: Path, inputs: Inputs, models: Mapping[Writer, ModelFolder]) -> Search:
+    """Check that the run directory holds no other search, and read its trees.
 
     Raises:
-        ConfigError, DataError: it holds another one, a training run, or damaged files; nothing was changed.
-        TooManyFailuresError: more of the trees that are there have failed than allowed.
+        ConfigError, DataError: it holds another search, a training run, or damaged files; nothing was changed.
+        TooManyFailuresError: more of the finished trees have failed than allowed.
     """
     if RunDirectory(run_dir).checkpoints.exists():
         raise ConfigError(f"run.dir: {run_dir} holds a training run; choose another one for the search")
@@ -63,7 +68,7 @@ def open_search(config: Config, run_dir: Path, inputs: Inputs, models: Mapping[W
 
 
 def grow_missing(search: Search) -> Callable[[TreePool, StopSignals], Coroutine[Any, Any, None]]:
-    """What is to be done once the actors are up."""
+    """Return the function that grows the missing trees once the actors are up."""
 
     async def work(pool: TreePool, stop: StopSignals) -> None:
         with Display(figures=SEARCH_FIGURES) as display:
@@ -80,7 +85,10 @@ def grow_missing(search: Search) -> Callable[[TreePool, StopSignals], Coroutine[
 
 
 def conclude(search: Search, config: Config, run_dir: Path, console: Console) -> str:
-    """Show the figures and write summary.json, where a command that grew nothing leaves the last one's rates."""
+    """Show the figures, write summary.json and return the closing lines.
+
+    A command that grew nothing keeps the rates of the last one that did.
+    """
     trees = search.trees.report()
     engines = search.engines.report(search.wall_s, search.grown) if search.grown else None
     path = SearchDirectory(run_dir).summary
@@ -93,6 +101,6 @@ def conclude(search: Search, config: Config, run_dir: Path, console: Console) ->
 
 def _is_summary_of(path: Path, trees: Mapping[str, Any]) -> bool:
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return isinstance(found, dict) and found.get("trees") == json.loads(json.dumps(trees))
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(summary, dict) and summary.get("trees") == json.loads(json.dumps(trees))
     return False

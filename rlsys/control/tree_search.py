@@ -17,8 +17,7 @@ from rlsys.control.budgets import FailureLimit
 from rlsys.control.dispatch import TreePool, grow
 from rlsys.data.inputs import Inputs
 from rlsys.errors import InterruptedRunError
-from rlsys.models.folder import model_digest
-from rlsys.models.scratch import tokenizer_digest
+from rlsys.models.folder import ModelFolder
 from rlsys.search.stats import EngineFigures, TreeFigures, prefix_hit_rate
 from rlsys.search.store import TreeStore, check_origin
 from rlsys.trees import Tree, TreeFailure, Writer
@@ -199,13 +198,13 @@ def find_prompts(config: Config, inputs: Inputs) -> list[Prompt]:
     return [inputs.builder.build(split, number) for number in range(count if size is None else min(count, size))]
 
 
-def writer_digests(models: Mapping[Writer, Path]) -> dict[str, str]:
-    """Return the digests of all models except the policy, by config field."""
+def writer_digests(models: Mapping[Writer, ModelFolder]) -> dict[str, str]:
+    """Return digests of all models except the policy, and of their tokenizers, by config field."""
     digests = {}
-    for role, folder in models.items():
+    for role, model in models.items():
         if role != "policy":
-            digests[f"search.{role}.path"] = model_digest(folder)
-            digests[f"the tokenizer of search.{role}.path"] = tokenizer_digest(folder)
+            digests[f"search.{role}.path"] = model.digest
+            digests[f"the tokenizer of search.{role}.path"] = model.tokenizer_digest
     return digests
 
 

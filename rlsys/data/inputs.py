@@ -1,4 +1,4 @@
-"""What a run reads: task, tokenizer, and the streams made of them."""
+"""The checked inputs of a command: task, tokenizer, and the streams of prompts and training data."""
 
 from __future__ import annotations
 
@@ -11,37 +11,57 @@ from rlsys.data.demonstrations import DemonstrationStream
 from rlsys.data.prompts import PromptBuilder, PromptStream
 from rlsys.data.rows import Reader
 from rlsys.directory import RunDirectory
-from rlsys.models.folder import initial_model_folder, model_digest
-from rlsys.models.scratch import encode_demonstration, encode_prompt, load_tokenizer, tokenizer_digest
+from rlsys.models.chat import encode_demonstration, encode_prompt
+from rlsys.models.folder import ModelFolder, given_model
+from rlsys.models.scratch import UnbuiltModel, scratch_model
 from rlsys.tasks import build_task
 from rlsys.types import Int32Array, StageName
 
 TOKENIZER = "the tokenizer of model.path"
 
 
-def prepare_model(config: Config, run_dir: Path) -> Path:
-    """Return the folder of the initial policy: built in the run directory, local, or downloaded from the hub.
+def prepare_model(config: Config, run_dir: Path, *, build: bool = True) -> ModelFolder:
+    """Return the initial policy: made from scratch in the run directory, a local folder, or downloaded from the hub.
+
+    Args:
+        config: the config of the run.
+        run_dir: the run directory that gets a model from scratch.
+        build: False to leave a model from scratch unbuilt, with tokenizer and size alone; nothing is written then.
 
     Raises:
         ConfigError: model.path is neither a model folder nor a hub id that can be fetched.
     """
-    return initial_model_folder(config, run_dir, lambda: build_task(config.task, config.run.seed).vocabulary())
+    scratch = config.model.from_scratch
+    if scratch is None:
+        return given_model(str(config.model.path), "model.path")
+    vocabulary = build_task(config.task, config.run.seed).vocabulary()
+    if not build:
+        return UnbuiltModel(scratch, vocabulary, RunDirectory(run_dir).model)
+    return scratch_model(scratch, vocabulary, config.run.seed, run_dir)
 
 
 class Inputs:
-    """Task, tokenizer and the streams made of them. data: what stages train on beside rollouts.
+    """Task, tokenizer and the streams made of them.
 
-    notes: what the user should know of the data, a line each.
+    Attributes:
+        builder: makes prompts of the task's problems.
+        held_out: the held-out prompts of an evaluation.
+        prompts: the stream of training prompts.
+        data: ordered training data besides the rollouts.
+        pad_token_id: the token that fills up rows of a batch.
+        notes: remarks on the data for the user, one line each.
 
     Args:
-        training: whether training prompts, demonstrations and data files will be used, so that they must be checked.
+        config: the config of the command.
+        model: the policy, whose tokenizer encodes the data.
+        training: whether training prompts, demonstrations and data files will be used; if so they are checked.
+
     Raises:
         ConfigError, DataError: the data cannot be used.
     """
 
-    def __init__(self, config: Config, model: Path, *, training: bool = True) -> None:
-        task = build_task(config.task, config.run.seed)
-        tokenizer = load_tokenizer(model)
+    def __init__(self, config: Config, model: ModelFolder, *, training: bool = True) -> None:
+        task, tokenizer = build_task(config.task, config.run.seed), model.tokenizer
         self.builder = PromptBuilder(
             task,
             lambda question: encode_prompt(tokenizer, question),
@@ -68,25 +88,23 @@ class Inputs:
         self.data = TrainingData(config, reader, demonstrations, extracted)
         if training:
             self.data.check()
-        self.pad_token_id = int(
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
-        self._rows = config.weight_sync.probe_rows
+        pad = tokenizer.pad_token_id
+        self.pad_token_id = int(pad if pad is not None else tokenizer.eos_token_id)
         self.notes = [*task.notes(), *self.data.notes]
         self._config, self._model, self._task, self._training = config, model, task, training
 
     def fingerprint(self) -> dict[str, str]:
-        """Digests of what the config only names, by the field that names it: data, model and tokenizer."""
+        """Return digests of data, model and tokenizer, by the config field that names each."""
         data = {"dataset": "task.path", "blocksworld": "task.problems_path"}.get(
             self._config.task.type, "task.questions_path"
         )
         return {
             data: self._task.digest(),
-            "model.path" if self._config.model.path else "model.from_scratch": model_digest(self._model),
-            TOKENIZER: tokenizer_digest(self._model),
+            "model.path" if self._config.model.path else "model.from_scratch": self._model.digest,
+            TOKENIZER: self._model.tokenizer_digest,
             **(self.data.fingerprint() if self._training else {}),
         }
 
     def probe(self) -> list[Int32Array]:
-        """Fixed rows for the check of every publish: held-out prompts."""
-        return [prompt.token_ids for prompt in self.held_out[: self._rows]]
+        """Return the token ids of the held-out prompts that every publish is checked with."""
+        return [prompt.token_ids for prompt in self.held_out[: self._config.weight_sync.probe_rows]]

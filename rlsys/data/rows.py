@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlsys.errors import DataError
-from rlsys.models.scratch import end_token_id
+from rlsys.models.chat import end_token_id
 from rlsys.sequences import common_prefix_length
 from rlsys.tables.read import UNKNOWN, Batch, Element, Layout, Ragged, RowFile
 from rlsys.tables.schemas import PREFERENCES, STEP_PREFERENCES, SUPERVISED

@@ -1,21 +1,21 @@
-"""What a run needs of the machine it starts on: threads of each phase, and memory."""
+"""The resource plan of a command: memory and threads of its processes, compared with this machine."""
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from rlsys.config.engine_roles import ModelEngines
+from rlsys.config.engine_roles import ModelEngines, Searching
 from rlsys.config.schema import ActorsConfig, Config
 from rlsys.config.stages import stage_plans
 from rlsys.errors import ConfigError
-from rlsys.models.scratch import tensor_header
+from rlsys.models.folder import ModelFolder
+from rlsys.trees import Writer
 
 GIB = 2**30
 # Resident memory of a process that has imported its frameworks and holds no model (measured).
@@ -29,7 +29,15 @@ COPIED_BYTES = 12  # master weight and two moments
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """One line of the plan. field: what to change in the config."""
+    """One line of a resource plan.
+
+    Attributes:
+        phase: the phase that needs the resource, or "all".
+        what: the resource with its unit.
+        amount: the amount that is needed.
+        available: the amount that this machine has.
+        field: the config fields that lower the need.
+    """
 
     phase: str
     what: str
@@ -42,92 +50,131 @@ class Need:
         return self.amount <= self.available
 
 
-def plan(config: Config, model: Path, learner: bool = True, beside: Sequence[ModelEngines] = ()) -> list[Need]:
-    """Needs of every phase against this machine; none where the run joins a cluster elsewhere.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResourcePlan:
+    """The processes of a command and their needs.
 
-    Rollout and learning alternate on CPUs. On GPUs, memory of this machine holds no models.
+    Attributes:
+        config: the config of the processes.
+        auxiliary: engines of other models than that of the rollout actors.
+        ranks: learner ranks; 0 without a learner.
+        needs: needs on this machine; empty if the command joins a cluster elsewhere.
+    """
+
+    config: Config
+    auxiliary: Sequence[ModelEngines]
+    ranks: int
+    needs: Sequence[Need]
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all processes."""
+        sections = [self.config.actors, *(engines.actors for engines in self.auxiliary)]
+        return sum(actors.count * actors.tensor_parallel_size for actors in sections) + self.ranks
+
+    def check(self) -> None:
+        """Raise ConfigError for the first need beyond this machine."""
+        for need in self.needs:
+            if not need.fits:
+                who = "the run" if need.phase == "all" else f"the {need.phase} phase"
+                raise ConfigError(
+                    f"{need.field}: {who} needs {need.amount:.4g} {need.what}, "
+                    f"this machine has {need.available:.4g}; lower one of them"
+                )
+
+
+def plan_resources(
+    config: Config, models: Mapping[Writer, ModelFolder], searching: Searching | None, *, learner: bool
+) -> ResourcePlan:
+    """Plan the needs of every phase. Rollout and learning alternate on CPUs. On GPUs, host memory holds no models.
 
     Args:
-        learner: False for the actors alone.
-        beside: engines of other models, which write nodes of trees.
+        config: the config of the processes.
+        models: the models by the role in which they write nodes of trees.
+        searching: how the rollout actors search; None if they do not search and serve the policy.
+        learner: whether there are learner ranks.
     """
-    if config.run.address != "local":
-        return []
-    cores = float(len(os.sched_getaffinity(0)))
-    parameters = parameter_count(model)
-    store = object_store_bytes(config, parameters) if learner else MINIMUM_STORE_BYTES
+    auxiliary = searching.beside if searching else ()
     ranks = config.learner.ranks if learner else 0
-    memory = _engines_gib(config, config.actors, parameters) + ranks * _rank_gib(config, parameters)
-    memory += sum(_engines_gib(config, engines.actors, parameter_count(engines.path)) for engines in beside)
-    memory_fields = (
+    needs: list[Need] = []
+    if config.run.address == "local":
+        served = models[searching.writer if searching else "policy"].parameters
+        store = object_store_bytes(config, served) if learner else MINIMUM_STORE_BYTES
+        memory = _engines_gib(config, config.actors, served) + ranks * _rank_gib(config, served)
+        memory += sum(_engines_gib(config, engines.actors, models[engines.writer].parameters) for engines in auxiliary)
+        needs = _memory_needs(memory + store / GIB, store, auxiliary, learner)
+        if config.run.device == "cpu":
+            needs += _thread_needs(config, auxiliary, ranks)
+    return ResourcePlan(config=config, auxiliary=auxiliary, ranks=ranks, needs=needs)
+
+
+def _memory_needs(memory_gib: float, store: int, auxiliary: Sequence[ModelEngines], learner: bool) -> list[Need]:
+    own_fields = (
         "actors.count, actors.kv_cache_gib or learner.ranks" if learner else "actors.count or actors.kv_cache_gib"
     )
-    others = "".join(f"search.{engines.writer}.count, " for engines in beside)
     store_fields = "model or learner.dtype (or, in a container, its --shm-size)"
-    needs = [
-        Need("all", "memory, GiB", memory + store / GIB, psutil.virtual_memory().total / GIB, others + memory_fields),
+    total = psutil.virtual_memory().total / GIB
+    return [
+        Need("all", "memory, GiB", memory_gib, total, _count_fields(auxiliary) + own_fields),
         Need("all", "shared memory, GiB", store / GIB, _shared_memory_bytes() / GIB, store_fields),
     ]
-    if config.run.device == "cpu":
-        # Engines of a tree's models take turns, but those of many trees compute at the same time.
-        threads = sum(actors.count * actors.threads for actors in (config.actors, *(e.actors for e in beside)))
-        needs.append(Need("rollout", "threads", threads, cores, f"{others}actors.count or actors.threads"))
-        if learner:
-            threads = ranks * config.learner.threads
-            needs.append(Need("learning", "threads", threads, cores, "learner.ranks or learner.threads"))
+
+
+def _thread_needs(config: Config, auxiliary: Sequence[ModelEngines], ranks: int) -> list[Need]:
+    cores = float(len(os.sched_getaffinity(0)))
+    # The engines of one tree take turns, but those of many trees compute at the same time.
+    sections = (config.actors, *(engines.actors for engines in auxiliary))
+    threads = sum(actors.count * actors.threads for actors in sections)
+    fields = f"{_count_fields(auxiliary)}actors.count or actors.threads"
+    needs = [Need("rollout", "threads", threads, cores, fields)]
+    if ranks:
+        threads = ranks * config.learner.threads
+        needs.append(Need("learning", "threads", threads, cores, "learner.ranks or learner.threads"))
     return needs
 
 
-def check(needs: Sequence[Need]) -> None:
-    """Raises ConfigError for the first need beyond the machine's."""
-    for need in needs:
-        if not need.fits:
-            who = "the run" if need.phase == "all" else f"the {need.phase} phase"
-            raise ConfigError(
-                f"{need.field}: {who} needs {need.amount:.4g} {need.what}, "
-                f"this machine has {need.available:.4g}; lower one of them"
-            )
+def _count_fields(auxiliary: Sequence[ModelEngines]) -> str:
+    return "".join(f"search.{engines.writer}.count, " for engines in auxiliary)
 
 
 def object_store_bytes(config: Config, parameters: int) -> int:
-    """Size of Ray's object store: during a publish it holds two versions of the policy, besides trajectories."""
+    """Return the size of Ray's object store, which holds two versions of the policy and trajectories.
+
+    Args:
+        config: the config of the run.
+        parameters: number of parameters of the policy.
+    """
     return max(MINIMUM_STORE_BYTES, int(VERSIONS_IN_STORE * parameters * BYTES[config.learner.dtype]))
 
 
 def _engines_gib(config: Config, actors: ActorsConfig, parameters: int) -> float:
-    """Host memory of all actors of a section."""
+    """Return the host memory of all engines of a config section."""
     if config.run.device == "cuda":
         return actors.count * ACTOR_BASE_GIB
     return actors.count * (ACTOR_BASE_GIB + actors.kv_cache_gib + parameters * BYTES[actors.dtype] / GIB)
 
 
 def _rank_gib(config: Config, parameters: int) -> float:
-    """Host memory of one rank: parameters, gradients, its part of the optimizer's state; a reference and a critic.
+    """Return the host memory of one rank: parameters, gradients, its optimizer state, the reference and the critic.
 
-    With several updates a step, or a critic, also copies by which a step that is not finite is taken back.
+    Several updates per step, or a critic, also need the copies by which a non-finite step is rolled back.
     """
     learner = config.learner
     width = BYTES[learner.dtype]
     share = learner.ranks if learner.zero_stage >= 1 else 1
-    # Two moments, and master weights: beside bf16, and from ZeRO 1 on DeepSpeed keeps its own in fp32 too.
+    # Two moments, and fp32 master weights: for bf16, and from ZeRO 1 on DeepSpeed keeps them for fp32 too.
     state = (8.0 + (4 if learner.dtype != "fp32" or learner.zero_stage >= 1 else 0)) / share
-    stages = [plan.settings for plan in stage_plans(config)]
-    models = 2 if any(stage.critic for stage in stages) else 1
-    several = models > 1 or any(stage.updates_per_step > 1 for stage in stages)
+    plans = stage_plans(config)
+    models = 2 if any(plan.settings.critic for plan in plans) else 1
+    several = models > 1 or any(plan.settings.updates_per_step > 1 for plan in plans)
     copies = COPIED_BYTES / share if several else 0.0
     if config.run.device == "cuda":
         return RANK_BASE_GIB + models * parameters * (copies + (state if learner.optimizer_offload else 0.0)) / GIB
-    reference = width if any(plan.keeps_reference for plan in stage_plans(config)) else 0
+    reference = width if any(plan.keeps_reference for plan in plans) else 0
     return RANK_BASE_GIB + parameters * (models * (2 * width + state + copies) + reference) / GIB
 
 
 def _shared_memory_bytes() -> int:
-    """Free bytes of the file system that Ray's object store lies in."""
+    """Return the free bytes of the file system that holds Ray's object store."""
     folder = Path("/dev/shm")  # noqa: S108 - Ray's choice; nothing is written here
     return shutil.disk_usage(folder).free if folder.is_dir() else 0
-
-
-def parameter_count(model: Path) -> int:
-    """Elements of all tensors in a folder's safetensors files, from their headers."""
-    files = sorted(model.glob("*.safetensors"))
-    return sum(math.prod(tensor["shape"]) for path in files for tensor in tensor_header(path).values())

@@ -1,1 +1,1 @@
-"""Model folders, models made from scratch, and text as token ids."""
+"""Model folders, tiny models made from scratch, and text as token ids."""

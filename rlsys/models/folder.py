@@ -1,132 +1,108 @@
-"""The initial model of a run, as a folder."""
+"""Model folders: tokenizer, digests and size, and the checks that make a folder safe to load."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Sequence
+import math
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from rlsys.config.engine_roles import ModelEngines, engine_settings, given_models
-from rlsys.config.schema import Config, FromScratchConfig
-from rlsys.directory import RunDirectory
 from rlsys.errors import ConfigError
-from rlsys.models.scratch import build_from_scratch, load_tokenizer, tensor_header
-from rlsys.trees import Writer
+from rlsys.models.chat import end_token_ids
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.md")
+SAMPLE_BYTES = 2**20
+"""Bytes at each end of a weight file that decide `ModelFolder.digest`."""
 
 
-def initial_model_folder(config: Config, run_dir: Path, vocabulary: Callable[[], Sequence[str]]) -> Path:
-    """The folder of the initial policy: built in the run directory, local, or downloaded from the hub.
+class ModelFolder:
+    """A model folder whose tokenizer, digests and size are each computed once, when they are first needed.
 
     Args:
-        vocabulary: returns the strings that become single tokens of a model from scratch.
-    Raises:
-        ConfigError: model.path is neither a model folder nor a hub id that can be fetched.
+        path: the folder, in Hugging Face format.
+        field: the config field that names the model, for error messages.
     """
-    scratch = config.model.from_scratch
-    if scratch is not None:
-        folder = RunDirectory(run_dir).model
-        entries = vocabulary()
-        built = _digest([scratch.model_dump(), entries, config.run.seed])
-        record = RunDirectory(run_dir).model_digest  # of what it was built from: the config may have changed since
-        if not record.exists() or record.read_text() != built:
-            unfinished = run_dir / ".model"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            _build(scratch, entries, config.run.seed, unfinished)
-            shutil.rmtree(folder, ignore_errors=True)
-            unfinished.rename(folder)
-            record.write_text(built)
-        return folder
-    return model_folder(str(config.model.path), "model.path")
+
+    def __init__(self, path: Path, field: str = "model.path") -> None:
+        self.path = path
+        self.field = field
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer; see `load_tokenizer` for the errors."""
+        return load_tokenizer(self.path, self.field)
+
+    @cached_property
+    def end_token_ids(self) -> list[int]:
+        """All tokens that end a completion."""
+        return end_token_ids(self.tokenizer, self.path)
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """sha256 of everything that decides the token ids of a text: tokenizer, chat template, eos and pad ids."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)  # tokenizers written in Python have none
+        parts = {
+            "tokenizer": backend.to_str() if backend else sorted(self.tokenizer.get_vocab().items()),
+            "chat_template": self.tokenizer.chat_template,
+            "eos": self.tokenizer.eos_token_id,
+            "pad": self.tokenizer.pad_token_id,
+        }
+        return json_digest(parts)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of config.json, the tensors' names, shapes and formats, and samples of their values.
+
+        The samples are the first and the last MiB of each file. They tell apart models that were downloaded or built
+        separately, at no cost for large files. `weights_digest` reads every byte.
+        """
+        parts: list[Any] = [json.loads((self.path / "config.json").read_text(encoding="utf-8"))]
+        for path in self._weight_files():
+            header = tensor_header(path)
+            tensors = {name: [entry["dtype"], entry["shape"]] for name, entry in header.items()}
+            with path.open("rb") as file:
+                first = hashlib.sha256(file.read(SAMPLE_BYTES)).hexdigest()
+                file.seek(max(0, path.stat().st_size - SAMPLE_BYTES))
+                parts.append([tensors, first, hashlib.sha256(file.read()).hexdigest()])
+        return json_digest(parts)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of elements of all tensors, from the headers of the safetensors files."""
+        files = self._weight_files()
+        return sum(math.prod(tensor["shape"]) for path in files for tensor in tensor_header(path).values())
+
+    @cached_property
+    def tokenizer_files(self) -> list[Path]:
+        """The files to copy next to every saved policy: tokenizer, chat template and generation config."""
+        skipped = {path for pattern in WEIGHT_PATTERNS for path in self.path.glob(pattern)}
+        skipped.add(self.path / "config.json")
+        return sorted(path for path in self.path.iterdir() if path.is_file() and path not in skipped)
+
+    def _weight_files(self) -> list[Path]:
+        return sorted(self.path.glob("*.safetensors"))
 
 
-def _build(scratch: FromScratchConfig, vocabulary: Sequence[str], seed: int, folder: Path) -> None:
-    """`build_from_scratch`, whose libraries say in three ways that a disk is full."""
-    try:
-        build_from_scratch(scratch, vocabulary, seed, folder)
-    except Exception as error:
-        if type(error) is Exception or isinstance(error, OSError | SafetensorError):  # tokenizers raises the first
-            raise ConfigError(
-                f"run.dir: the model of model.from_scratch cannot be written to {folder}: {error}; free disk space, or "
-                "choose another run.dir"
-            ) from error
-        raise
-
-
-def model_folder(name: str, field: str) -> Path:
-    """The folder of a model given as a folder or hub id, downloaded where it must be.
+def given_model(name: str, field: str) -> ModelFolder:
+    """Return a model given as a folder or hub id, with its tokenizer loaded; a hub model is downloaded if needed.
 
     Args:
+        name: the folder or hub id.
         field: the config field that names the model.
+
     Raises:
-        ConfigError: it is neither a model folder nor a hub id that can be fetched.
+        ConfigError: the name is neither a model folder nor a hub id that can be fetched.
     """
     path = Path(name)
-    folder = path.absolute() if path.is_dir() else _from_hub(name, field)
-    if not (folder / "config.json").is_file():
+    model = ModelFolder(path.absolute() if path.is_dir() else _from_hub(name, field), field)
+    if not (model.path / "config.json").is_file():
         raise ConfigError(f"{field} {name}: the folder has no config.json, so it is no model")
-    if not list(folder.glob("*.safetensors")):
+    if not list(model.path.glob("*.safetensors")):
         raise ConfigError(f"{field} {name}: no *.safetensors; other weight formats are not read")
-    load_tokenizer(folder, field)
-    return folder
-
-
-def search_engines(config: Config) -> dict[Writer, ModelEngines]:
-    """The engines of search.model and search.reviewer, where they are given, with their folders.
-
-    Raises:
-        ConfigError: see `model_folder`; an engine over several devices on CPUs.
-    """
-    return {
-        writer: ModelEngines(
-            writer=writer,
-            path=model_folder(model.path, f"search.{writer}.path"),
-            actors=engine_settings(config, writer, model),
-        )
-        for writer, model in given_models(config).items()
-    }
-
-
-def tokenizer_files(model: Path) -> list[Path]:
-    """The files of a model folder that belong beside every saved policy: tokenizer, template, generation config."""
-    skipped = {path for pattern in WEIGHT_PATTERNS for path in model.glob(pattern)} | {model / "config.json"}
-    return sorted(path for path in model.iterdir() if path.is_file() and path not in skipped)
-
-
-def model_digest(folder: Path) -> str:
-    """sha256 of what a model is: its config.json, its tensors' names, shapes and formats, and samples of their values.
-
-    The samples are the first and last MiB of every file, at no cost for large ones: enough to tell models apart that
-    were downloaded or built apart. Weights that differ between the samples alone have the same digest; where that
-    matters, `weights_digest` reads all of them.
-    """
-    parts: list[Any] = [json.loads((folder / "config.json").read_text(encoding="utf-8"))]
-    for path in sorted(folder.glob("*.safetensors")):
-        header = tensor_header(path)
-        tensors = {name: [entry["dtype"], entry["shape"]] for name, entry in header.items()}
-        with path.open("rb") as file:
-            first = hashlib.sha256(file.read(2**20)).hexdigest()
-            file.seek(max(0, path.stat().st_size - 2**20))
-            parts.append([tensors, first, hashlib.sha256(file.read()).hexdigest()])
-    return _digest(parts)
-
-
-def weights_digest(folder: Path) -> str:
-    """sha256 of a policy, every byte of its weights: config.json, and the names and contents of the safetensors files.
-
-    It takes as long as reading the files, about a second for every GB.
-    """
-    parts: list[Any] = [json.loads((folder / "config.json").read_text(encoding="utf-8"))]
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            parts.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
-    return _digest(parts)
+    _ = model.tokenizer  # raises if it cannot be loaded
+    return model
 
 
 def _from_hub(name: str, field: str) -> Path:
@@ -141,6 +117,115 @@ def _from_hub(name: str, field: str) -> Path:
         raise ConfigError(f"{field} {name}: neither a folder here nor a model that the hub gave ({reason})") from None
 
 
-def _digest(values: Any) -> str:
-    """sha256 of a JSON-able value."""
+def load_tokenizer(path: Path, field: str = "model.path") -> Any:
+    """Load the tokenizer of a model folder.
+
+    Args:
+        path: the model folder.
+        field: the config field that names the model.
+
+    Raises:
+        ConfigError: the folder has no tokenizer, or asks for Python code of its own; the message names the field.
+    """
+    from transformers import AutoTokenizer
+
+    refuse_code(path, field)
+    try:
+        # Without an explicit False, transformers asks the terminal whether to run the folder's code.
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"{field} {path}: expected a model with its tokenizer: {reason}") from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # A folder without tokenizer files gives an empty tokenizer of the model's class, not an error.
+        raise ConfigError(f"{field} {path}: expected a model with its tokenizer, found no tokenizer files")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{field} {path}: the tokenizer has no end-of-sequence token")
+    return tokenizer
+
+
+def refuse_code(folder: Path, field: str) -> None:
+    """Raise if a model folder asks for more than data: Python code of its own, or pickled weights.
+
+    Args:
+        folder: the model folder.
+        field: the config field that names the model.
+
+    Raises:
+        ConfigError: a config has an `auto_map`, or the weight index names files other than its safetensors.
+    """
+    for path in sorted(folder.glob("*config*.json")):
+        if _names_code(_json(path)):
+            raise ConfigError(
+                f"{field} {folder}: {path.name} names Python code of its own (auto_map), which is never run; take the "
+                "key out where transformers has a class for this model, or choose another model"
+            )
+    for path in sorted(folder.glob("*.safetensors.index.json")):
+        index = _json(path)
+        files = index.get("weight_map") if isinstance(index, dict) else None
+        for name in sorted(map(str, files.values())) if isinstance(files, dict) else ():
+            if "/" in name or not name.endswith(".safetensors"):
+                raise ConfigError(
+                    f"{field} {folder}: {path.name} names {name!r}; expected *.safetensors in the same folder, other "
+                    "weight formats are not read"
+                )
+
+
+def _json(path: Path) -> Any:
+    """Read a JSON file; return None if it is not JSON, because its reader reports that."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _names_code(values: Any) -> bool:
+    """Return whether there is an `auto_map` at any depth: composite models keep one in the config of a part."""
+    waiting = [values]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if value.get("auto_map"):
+                return True
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return False
+
+
+def tensor_header(path: Path) -> dict[str, Any]:
+    """Read names, formats and shapes of the tensors in a safetensors file, without their values.
+
+    Raises:
+        ConfigError: the file is not a whole safetensors file, e.g. a Git LFS pointer or a partial download.
+    """
+    try:
+        with path.open("rb") as file:  # 8 bytes of length, then JSON, then the tensors
+            length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            if not 2 <= length <= size - 8:
+                raise ValueError("no header")
+            header: dict[str, Any] = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        if max((entry["data_offsets"][1] for entry in header.values()), default=0) != size - 8 - length:
+            raise ValueError("cut short")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"model.path: {path} is no whole safetensors file") from error
+    return header
+
+
+def weights_digest(folder: Path) -> str:
+    """Return the sha256 of a policy: config.json, and names and contents of the safetensors files.
+
+    Every byte is read, which takes about one second per GB.
+    """
+    parts: list[Any] = [json.loads((folder / "config.json").read_text(encoding="utf-8"))]
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            parts.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
+    return json_digest(parts)
+
+
+def json_digest(values: Any) -> str:
+    """Return the sha256 of a JSON-able value."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

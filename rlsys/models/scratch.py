@@ -1,18 +1,23 @@
-"""Tiny models made from scratch, and how text becomes token ids for any model.
+"""Tiny Qwen2 models made from scratch, with a tokenizer whose vocabulary holds a task's words.
 
 torch and transformers are imported inside the functions, so that importing this module stays light.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from rlsys.config.schema import FromScratchConfig
+from rlsys.directory import RunDirectory
 from rlsys.errors import ConfigError
+from rlsys.models.chat import end_token_id
+from rlsys.models.folder import ModelFolder, json_digest
 
 PAD, EOS, USER, ASSISTANT = "<pad>", "<eos>", "<user>", "<assistant>"
 SPECIAL_TOKENS = (PAD, EOS, USER, ASSISTANT)
@@ -31,6 +36,77 @@ CHAT_TEMPLATE = (
 )
 
 
+class UnbuiltModel(ModelFolder):
+    """A model from scratch that is not written: it has a tokenizer and a size, but no weights and no digest.
+
+    Args:
+        config: sizes of the model.
+        vocabulary: strings that become single tokens.
+        path: the folder that a run would write the model to; nothing is read from it.
+    """
+
+    def __init__(self, config: FromScratchConfig, vocabulary: Sequence[str], path: Path) -> None:
+        super().__init__(path, "model.from_scratch")
+        self._config = config
+        self._vocabulary = vocabulary
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer that `build_from_scratch` would write."""
+        return build_tokenizer(self._vocabulary, self._config.max_positions)
+
+    @cached_property
+    def end_token_ids(self) -> list[int]:
+        """The end token of the tokenizer."""
+        return [end_token_id(self.tokenizer)]
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of parameters of the Qwen2 of this size."""
+        config, hidden = self._config, self._config.hidden_size
+        embeddings = len(self.tokenizer) * hidden * (1 if config.tie_embeddings else 2)
+        attention = 4 * hidden * hidden + 3 * hidden  # queries, keys and values have biases
+        layer = attention + 3 * hidden * config.intermediate_size + 2 * hidden  # two norms
+        return embeddings + config.layers * layer + hidden
+
+
+def scratch_model(config: FromScratchConfig, vocabulary: Sequence[str], seed: int, run_dir: Path) -> ModelFolder:
+    """Return the model from scratch of a run directory, built if it is missing or was built from other settings.
+
+    Args:
+        config: sizes of the model.
+        vocabulary: strings that become single tokens.
+        seed: seed of the initial weights.
+        run_dir: the run directory that gets the model.
+
+    Raises:
+        ConfigError: the disk is full.
+    """
+    folder, record = RunDirectory(run_dir).model, RunDirectory(run_dir).model_digest
+    settings_digest = json_digest([config.model_dump(), vocabulary, seed])
+    if not record.exists() or record.read_text() != settings_digest:
+        unfinished = run_dir / ".model"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        _build(config, vocabulary, seed, unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+        record.write_text(settings_digest)
+    return ModelFolder(folder)
+
+
+def _build(config: FromScratchConfig, vocabulary: Sequence[str], seed: int, folder: Path) -> None:
+    """Call `build_from_scratch`, whose libraries report a full disk in three ways, and turn these into one error."""
+    try:
+        build_from_scratch(config, vocabulary, seed, folder)
+    except Exception as error:
+        if type(error) is Exception or isinstance(error, OSError | SafetensorError):  # tokenizers raises the first
+            raise ConfigError(
+                f"run.dir: the model of model.from_scratch cannot be written to {folder}: {error}; free disk space, or "
+                "choose another run.dir"
+            ) from error
+        raise
+
+
 def build_from_scratch(config: FromScratchConfig, vocabulary: Sequence[str], seed: int, folder: Path) -> None:
     """Write a tiny Qwen2 and its tokenizer in Hugging Face format. The same arguments give the same bytes.
 
@@ -38,18 +114,19 @@ def build_from_scratch(config: FromScratchConfig, vocabulary: Sequence[str], see
         config: sizes of the model.
         vocabulary: strings that become single tokens.
         seed: seed of the initial weights.
-        folder: created where missing.
+        folder: created if missing.
     """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _build_tokenizer(vocabulary, config.max_positions)
+    tokenizer = build_tokenizer(vocabulary, config.max_positions)
     tokenizer.save_pretrained(folder)
-    _build_qwen2(config, len(tokenizer), seed, tokenizer).save_pretrained(folder)
+    build_qwen2(config, len(tokenizer), seed, tokenizer).save_pretrained(folder)
 
 
-def _build_qwen2(config: FromScratchConfig, vocab_size: int, seed: int, tokenizer: Any) -> Any:
+def build_qwen2(config: FromScratchConfig, vocab_size: int, seed: int, tokenizer: Any) -> Any:
+    """Return a Qwen2 with seeded initial weights; the global random generator is left alone."""
     import torch
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -78,13 +155,13 @@ def _build_qwen2(config: FromScratchConfig, vocab_size: int, seed: int, tokenize
     return model
 
 
-def _build_tokenizer(vocabulary: Sequence[str], max_positions: int) -> Any:
-    """Bytes, and the entries of the vocabulary as added tokens.
+def build_tokenizer(vocabulary: Sequence[str], max_positions: int) -> Any:
+    """Return a byte-level tokenizer with the entries of the vocabulary as added tokens.
 
-    The class is Qwen2's own, because transformers' AutoTokenizer uses it for every Qwen2 model
-    whatever the folder says, and its pre-tokenizer leaves added tokens alone. Longer entries win.
-    A word is only matched where no other letter touches it: `in` is one token in `letters in x`,
-    never inside `begin`. Text outside the vocabulary becomes bytes, so no text is lost.
+    The class is Qwen2's own, because transformers' AutoTokenizer uses it for every Qwen2 model, whatever the folder
+    says. Its pre-tokenizer leaves added tokens alone. Longer entries win. A word matches only between non-letters:
+    `in` is one token in `letters in x`, but not in `begin`. Text outside the vocabulary becomes bytes, so no text is
+    lost.
     """
     from tokenizers import AddedToken
     from tokenizers.pre_tokenizers import ByteLevel
@@ -102,153 +179,12 @@ def _build_tokenizer(vocabulary: Sequence[str], max_positions: int) -> Any:
         clean_up_tokenization_spaces=False,
         model_max_length=max_positions,
     )
-    several = [entry for entry in dict.fromkeys(vocabulary) if len(entry) > 1]
+    longer = [entry for entry in dict.fromkeys(vocabulary) if len(entry) > 1]
     tokenizer.add_tokens(
-        [AddedToken(entry, normalized=False, special=False, single_word=_is_word(entry)) for entry in several]
+        [AddedToken(entry, normalized=False, special=False, single_word=_is_word(entry)) for entry in longer]
     )
     return tokenizer
 
 
 def _is_word(entry: str) -> bool:
     return entry[0].isalnum() and entry[-1].isalnum()
-
-
-def load_tokenizer(path: str | Path, field: str = "model.path") -> Any:
-    """The tokenizer of a model folder or hub id.
-
-    Args:
-        field: the config field that names the model.
-    Raises:
-        ConfigError: there is none, or the folder asks for code of its own; names the field.
-    """
-    from transformers import AutoTokenizer
-
-    refuse_code(Path(path), field)
-    try:
-        # Said, not left out: else transformers asks the terminal whether to run the code of a folder.
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{field} {path}: expected a model with its tokenizer: {reason}") from None
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        # A folder without tokenizer files gives an empty tokenizer of the model's class, not an error.
-        raise ConfigError(f"{field} {path}: expected a model with its tokenizer, found no tokenizer files")
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"{field} {path}: the tokenizer has no end-of-sequence token")
-    return tokenizer
-
-
-def refuse_code(folder: Path, field: str) -> None:
-    """Check that a model folder asks for nothing but data: no Python of its own, no weights that are pickles.
-
-    Args:
-        field: the config field that names the model.
-    Raises:
-        ConfigError: one of its configs has an `auto_map`, or its index names other files than its safetensors.
-    """
-    for path in sorted(folder.glob("*config*.json")):
-        if _names_code(_json(path)):
-            raise ConfigError(
-                f"{field} {folder}: {path.name} names Python code of its own (auto_map), which is never run; take the "
-                "key out where transformers has a class for this model, or choose another model"
-            )
-    for path in sorted(folder.glob("*.safetensors.index.json")):
-        index = _json(path)
-        files = index.get("weight_map") if isinstance(index, dict) else None
-        for name in sorted(map(str, files.values())) if isinstance(files, dict) else ():
-            if "/" in name or not name.endswith(".safetensors"):
-                raise ConfigError(
-                    f"{field} {folder}: {path.name} names {name!r}; expected *.safetensors in the same folder, other "
-                    "weight formats are not read"
-                )
-
-
-def _json(path: Path) -> Any:
-    """None where it is no JSON: whoever needs the file says so."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
-def _names_code(values: Any) -> bool:
-    """Whether there is an `auto_map` at any depth: composite models keep one in the config of a part."""
-    waiting = [values]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            if value.get("auto_map"):
-                return True
-            waiting += value.values()
-        elif isinstance(value, list):
-            waiting += value
-    return False
-
-
-def encode_prompt(tokenizer: Any, question: str) -> list[int]:
-    """Token ids of a question as one user turn, ready for the answer; plain text without a chat template."""
-    if not tokenizer.chat_template:
-        return list(tokenizer(question)["input_ids"])
-    messages = [{"role": "user", "content": question}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-
-
-def encode_demonstration(tokenizer: Any, question: str, chain: str) -> tuple[list[int], int]:
-    """Token ids of prompt, chain and end token, and the length of the prompt, in tokens."""
-    prompt = encode_prompt(tokenizer, question)
-    completion = tokenizer(chain, add_special_tokens=False)["input_ids"]
-    return [*prompt, *completion, end_token_id(tokenizer)], len(prompt)
-
-
-def end_token_ids(tokenizer: Any, folder: Path) -> list[int]:
-    """All tokens that end a completion: the tokenizer's, and those of the model's generation config.
-
-    Chat models name the end of a turn in either place.
-    """
-    path = folder / "generation_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    several = found if isinstance(found, list) else [found]
-    return list(dict.fromkeys([end_token_id(tokenizer), *(int(token) for token in several if token is not None)]))
-
-
-def end_token_id(tokenizer: Any) -> int:
-    """The token that ends a completion."""
-    return int(tokenizer.eos_token_id)
-
-
-def tensor_header(path: Path) -> dict[str, Any]:
-    """Names, formats and shapes of the tensors in a safetensors file; nothing else of it is read.
-
-    Raises:
-        ConfigError: it is none, a Git LFS pointer or a download cut short, for example.
-    """
-    try:
-        with path.open("rb") as file:  # 8 bytes of length, then JSON, then the tensors
-            length = int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size
-            if not 2 <= length <= size - 8:
-                raise ValueError("no header")
-            header: dict[str, Any] = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        if max((entry["data_offsets"][1] for entry in header.values()), default=0) != size - 8 - length:
-            raise ValueError("cut short")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(f"model.path: {path} is no whole safetensors file") from error
-    return header
-
-
-def tokenizer_digest(folder: str | Path) -> str:
-    """sha256 of what decides the token ids of a text: tokenizer.json, chat template, eos and pad ids.
-
-    Raises:
-        ConfigError: the folder has no tokenizer.
-    """
-    tokenizer = load_tokenizer(folder)
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # tokenizers written in Python have none
-    parts = {
-        "tokenizer": backend.to_str() if backend else sorted(tokenizer.get_vocab().items()),
-        "chat_template": tokenizer.chat_template,
-        "eos": tokenizer.eos_token_id,
-        "pad": tokenizer.pad_token_id,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rlsys.errors import ConfigError
-from rlsys.models.scratch import encode_prompt
+from rlsys.models.chat import encode_prompt
 from rlsys.types import Int32Array
 
 ReadingDefect = Literal["truncated", "unclosed", "malformed"]
@@ -59,7 +59,7 @@ class TagCodec:
         tokenizer: A Hugging Face tokenizer.
         tags: Names of all tags of the search, without brackets.
         end_token_ids: Tokens that end a completion, the tokenizer's own end token first.
-        digest: `rlsys.models.scratch.tokenizer_digest` of the tokenizer.
+        digest: `rlsys.models.folder.ModelFolder.tokenizer_digest`.
         question_template: Template of the prompt; the question replaces {question}.
 
     Raises:

@@ -16,7 +16,7 @@ from rlsys.config.patterns import resolve
 from rlsys.config.schema import Config
 from rlsys.directory import REPORT
 from rlsys.errors import ConfigError
-from rlsys.models.scratch import end_token_ids, load_tokenizer, tokenizer_digest
+from rlsys.models.folder import ModelFolder
 from rlsys.search import extract
 from rlsys.search.codec import TagCodec
 from rlsys.search.paths import prompt_tokens
@@ -40,12 +40,11 @@ class Source:
         return self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def source_of(config: Config, trees: Path, model: Path) -> Source:
-    """Return the source for a folder of trees. `model` is the folder of the policy that is trained on them."""
-    tokenizer = load_tokenizer(model)
+def source_of(config: Config, trees: Path, model: ModelFolder) -> Source:
+    """Return the source for a folder of trees and the policy that is trained on them."""
     tags = sorted({kind.tag for pattern in resolve(config.search).values() for kind in pattern.types.values()})
-    codec = TagCodec(tokenizer, tags, end_token_ids(tokenizer, model), digest=tokenizer_digest(model))
-    return Source(config, trees, codec, tokenizer)
+    codec = TagCodec(model.tokenizer, tags, model.end_token_ids, digest=model.tokenizer_digest)
+    return Source(config, trees, codec, model.tokenizer)
 
 
 def run(source: Source, output: Path) -> dict[str, Any]:

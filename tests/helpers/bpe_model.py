@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.config.schema import FromScratchConfig
-from rlsys.models.scratch import CHAT_TEMPLATE, EOS, PAD, SPECIAL_TOKENS, _build_qwen2
+from rlsys.models.scratch import CHAT_TEMPLATE, EOS, PAD, SPECIAL_TOKENS, build_qwen2
 
 
 def build_bpe_model(
@@ -58,7 +58,7 @@ def build_bpe_model(
         intermediate_size=intermediate_size,
         max_positions=max_positions,
     )
-    _build_qwen2(size, len(tokenizer), seed, tokenizer).save_pretrained(folder)
+    build_qwen2(size, len(tokenizer), seed, tokenizer).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 

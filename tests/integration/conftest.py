@@ -30,7 +30,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """The tiny config from the start to the end, undisturbed, beside planted secrets and pickles, looked at once."""
     folder = tmp_path_factory.mktemp("finished")
     config, run_dir, unpickled, log = write_config(folder, TINY), folder / "run", folder / "unpickled", folder / "log"
-    pickles = [prepare_model(load_config(config), run_dir) / name for name in PICKLES]  # the run finds its model made
+    model = prepare_model(load_config(config), run_dir)  # the run finds its model built
+    pickles = [model.path / name for name in PICKLES]
     for path in pickles:
         path.write_bytes(pickle.dumps(Canary(unpickled)))
     for path in (run_dir, *run_dir.rglob("*")):  # as if the run itself had made it

@@ -15,7 +15,7 @@ import numpy as np
 
 from actors.engine import Completion, CompletionRequest, Engine
 from rlsys.config.schema import ActorsConfig
-from rlsys.models.scratch import end_token_ids, load_tokenizer
+from rlsys.models.folder import ModelFolder
 
 PROMPT = [5 + i % 40 for i in range(70)]  # two full blocks of 32 go into the prefix cache
 MAX_TOKENS, REQUESTS = 40, 24
@@ -74,9 +74,10 @@ def rows(completions: list[Completion]) -> list[dict[str, Any]]:
 
 
 def main(folder: Path) -> None:
-    tokenizer = load_tokenizer(folder)
+    model = ModelFolder(folder)
+    tokenizer = model.tokenizer
     config = ActorsConfig(max_model_len=256, max_num_seqs=64, kv_cache_gib=0.1, block_size=32)
-    engine = Engine(folder, config, "cpu", end_token_ids(tokenizer, folder), stop_strings=True)
+    engine = Engine(folder, config, "cpu", model.end_token_ids, stop_strings=True)
     engine.usage()
     (first,) = draw(engine, [request(99)])
     free = draw(engine, [request(seed) for seed in range(REQUESTS)])

@@ -29,8 +29,7 @@ from real_searches import (
 
 from rlsys.commands import extract as extract_command
 from rlsys.config.tasks import LetterCountConfig
-from rlsys.models.folder import model_digest
-from rlsys.models.scratch import end_token_ids, load_tokenizer, tokenizer_digest
+from rlsys.models.folder import ModelFolder
 from rlsys.search.codec import TagCodec
 from rlsys.search.paths import path_tokens
 from rlsys.search.tree_json import read_trees, tree_line
@@ -89,11 +88,12 @@ def undisturbed(request: pytest.FixtureRequest, searched: Callable[..., Searched
 
 
 def codec_of(policy: Path, trees: list[Tree]) -> TagCodec:
-    tokenizer = load_tokenizer(policy)
+    model = ModelFolder(policy)
+    tokenizer = model.tokenizer
     tags = ("thinking", "reflection", "answer")
-    codec = TagCodec(tokenizer, tags, end_token_ids(tokenizer, policy), digest=tokenizer_digest(policy))
+    codec = TagCodec(tokenizer, tags, model.end_token_ids, digest=model.tokenizer_digest)
     assert {tree.tokenizers["policy"] for tree in trees} == {codec.digest}
-    assert {tree.models["policy"] for tree in trees} == {model_digest(policy)}
+    assert {tree.models["policy"] for tree in trees} == {model.digest}
     return codec
 
 

@@ -14,8 +14,8 @@ from bpe_model import build_bpe_model
 from two_models_child import TREES
 
 from rlsys.config.schema import FromScratchConfig
-from rlsys.models.folder import model_digest
-from rlsys.models.scratch import build_from_scratch, load_tokenizer, tokenizer_digest
+from rlsys.models.folder import ModelFolder
+from rlsys.models.scratch import build_from_scratch
 from rlsys.search.tree_json import parse_line
 from rlsys.trees import Tree
 
@@ -57,11 +57,11 @@ def test_each_type_of_node_is_written_by_its_model(trees: list[Tree]) -> None:
 
 
 def test_each_model_reads_and_writes_tokens_of_its_own(trees: list[Tree], models: dict[str, Path]) -> None:
-    tokenizers = {name: load_tokenizer(folder) for name, folder in models.items()}
-    digests = {name: tokenizer_digest(folder) for name, folder in models.items()}
+    tokenizers = {name: ModelFolder(folder).tokenizer for name, folder in models.items()}
+    digests = {name: ModelFolder(folder).tokenizer_digest for name, folder in models.items()}
     for tree in trees:
         assert tree.tokenizers == digests
-        assert tree.models == {name: model_digest(folder) for name, folder in models.items()}
+        assert tree.models == {name: ModelFolder(folder).digest for name, folder in models.items()}
         for writer, ids in tree.prompt_token_ids.items():
             assert tree.question in tokenizers[writer].decode(ids)
         for node in tree.nodes[1:]:

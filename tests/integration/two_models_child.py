@@ -14,7 +14,6 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,6 +23,7 @@ from rlsys.config.schema import Config
 from rlsys.data.inputs import Inputs
 from rlsys.errors import EngineError
 from rlsys.launch import session as launch
+from rlsys.models.folder import ModelFolder
 from rlsys.search.tree_json import tree_line
 
 TREES = 6
@@ -66,8 +66,8 @@ def kill_reviewer() -> None:
 def main(policy: str, reviewer: str, run_dir: str) -> None:
     found: dict[str, Any] = {}
 
-    def prepare(inputs: Inputs, models: Mapping[Any, Path]) -> launch.Grow:
-        found["models"] = {writer: str(path) for writer, path in models.items()}
+    def begin(inputs: Inputs, models: Mapping[Any, ModelFolder]) -> launch.Grow:
+        found["models"] = {writer: str(model.path) for writer, model in models.items()}
         prompts = [inputs.builder.build("train", index) for index in range(TREES)]
 
         async def grow(pool: Any, _stop: Any) -> None:
@@ -81,7 +81,7 @@ def main(policy: str, reviewer: str, run_dir: str) -> None:
         return grow
 
     try:
-        launch.grow_trees(config(policy, reviewer, run_dir), Path(run_dir), prepare)
+        launch.grow_trees(config(policy, reviewer, run_dir), begin)
     except EngineError as error:
         found["error"] = error.message
     print(json.dumps(found))

@@ -1,4 +1,4 @@
-"""The command line without a run: exit codes and messages."""
+"""The command line without a run: exit codes, messages, and the closing lines of a finished run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ import pytest
 
 from learners.settings import learner_environment
 from rlsys import cli
+from rlsys.config.engine_roles import ModelEngines, engine_settings
 from rlsys.config.files import dump_config, parse_config
 from rlsys.config.keys import all_keys
 from rlsys.config.schema import Config, FromScratchConfig, LearnerConfig
 from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedRunError, RlsysError
 from rlsys.launch import ray_cluster as cluster
 from rlsys.launch import session as launch
+from rlsys.launch.resources import ResourcePlan
 from rlsys.models.scratch import build_from_scratch
 from rlsys.run import report
 from rlsys.run.resume import Start
@@ -78,7 +80,7 @@ def test_an_unknown_bug_keeps_its_traceback() -> None:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run a command in this process, and return exit code, stdout and stderr."""
+    """Return a function that runs a command in this process: (exit code, stdout, stderr)."""
 
     def command(*arguments: str) -> tuple[Any, str, str]:
         monkeypatch.setattr(sys, "argv", ["rlsys", *arguments])
@@ -126,7 +128,7 @@ def test_keys_of_a_section_that_is_not_there(run) -> None:
 
 @pytest.fixture(scope="module")
 def model_without_a_bracket(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a model whose tokenizer has an entry for each tag, but none for "<"."""
+    """Build a model whose tags are vocabulary entries, and whose tokenizer has no other token for "<"."""
     folder = tmp_path_factory.mktemp("model")
     sizes = FromScratchConfig(hidden_size=32, layers=1, heads=1, intermediate_size=32)
     build_from_scratch(sizes, build_task(config().task, 0).vocabulary(), 0, folder)
@@ -134,6 +136,19 @@ def model_without_a_bracket(tmp_path_factory: pytest.TempPathFactory) -> Path:
     del tokenizer["model"]["vocab"]["<"]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
+
+
+def test_the_plan_shows_all_engines_and_their_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    values = config(device="cuda").model_dump()
+    reviewer = {"path": "r", "count": 3, "max_model_len": 1024, "tensor_parallel_size": 2}
+    own = parse_config({**values, "actors": {"count": 4}, "search": {"reviewer": reviewer}}, "test")
+    assert own.search.reviewer
+    actors = engine_settings(own, "reviewer", own.search.reviewer)
+    engines = ModelEngines(writer="reviewer", path=Path("r"), actors=actors)
+    cli._show_plan("resource plan", ResourcePlan(config=own, auxiliary=[engines], ranks=1, needs=[]))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "resource plan: 4 actors, 3 of search.reviewer, 1 learner ranks" in shown
+    assert "all GPUs 11 the cluster's" in shown  # 4 + 3 * 2 + 1
 
 
 LOST = ("search.nodes={guess: {tag: guess, terminal: true}}", "search.tables={mine: {children: {start: {guess: 1}}}}")
@@ -178,24 +193,24 @@ def start_at(stage: int, step: int, checkpoint: Path | None) -> Start:
     return Start(RunState(stage=stage, step=step, weight_version=step, cursor=0), checkpoint)
 
 
-def hand_over(run_dir: Path) -> None:
+def export_policy(run_dir: Path) -> None:
     (run_dir / "stages" / "online").mkdir(parents=True)
     (run_dir / "stages" / "online" / "config.json").write_text("{}")
 
 
 def test_a_run_is_complete_only_at_the_end_of_its_last_stage(tmp_path: Path) -> None:
-    hand_over(tmp_path)
+    export_policy(tmp_path)
     own = tmp_path / "checkpoints" / "step_000080"
     # The default config: 300 steps of the warm start, then 80 online.
     places = ((0, 0), (0, 300), (1, 79), (1, 80), (1, 90))
-    found = [launch.is_complete(config(), start_at(*at, own), tmp_path) for at in places]
-    assert found == [False, False, False, True, True]
+    complete = [launch.is_complete(config(), start_at(*at, own), tmp_path) for at in places]
+    assert complete == [False, False, False, True, True]
 
 
-def test_a_run_is_complete_only_where_its_own_policy_is_handed_over(tmp_path: Path) -> None:
+def test_a_run_is_complete_only_if_its_own_policy_is_exported(tmp_path: Path) -> None:
     done = start_at(1, 80, tmp_path / "checkpoints" / "step_000080")
-    assert not launch.is_complete(config(), done, tmp_path), "killed before the hand-over"
-    hand_over(tmp_path)
+    assert not launch.is_complete(config(), done, tmp_path), "killed before the export"
+    export_policy(tmp_path)
     assert launch.is_complete(config(), done, tmp_path)
     other = start_at(1, 80, tmp_path / "other" / "checkpoints" / "step_000080")
     assert not launch.is_complete(config(), other, tmp_path)
@@ -218,7 +233,7 @@ def test_the_end_of_a_run_says_what_to_do_next(tmp_path: Path) -> None:
     assert report.complete(config(tmp_path), 80) == "already complete (80 of 80 online steps)\n"
 
 
-def test_a_run_that_may_not_be_resumed_is_told_how_it_can(tmp_path: Path) -> None:
+def test_the_closing_lines_of_a_run_with_resume_never_tell_how_to_resume(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     continued = report.finished(config(tmp_path, resume="never")).splitlines()[-1]
     assert continued == f"continue: rlsys train {tmp_path}/config.yaml train.max_steps=160 run.resume=auto"
@@ -229,16 +244,16 @@ def test_a_run_that_may_not_be_resumed_is_told_how_it_can(tmp_path: Path) -> Non
 
 def test_a_finished_run_starts_nothing(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.yaml").write_text(dump_config(config(tmp_path)))
-    hand_over(tmp_path)
+    export_policy(tmp_path)
     done = start_at(1, 80, tmp_path / "checkpoints" / "step_000380")
     monkeypatch.setattr(launch, "find_start", lambda *_: done)
-    monkeypatch.setattr(launch, "prepare_model", raising(AssertionError("must not be called")))
+    monkeypatch.setattr(launch, "prepare", raising(AssertionError("must not be called")))
     monkeypatch.setattr(sys, "argv", ["rlsys"])
     said = launch.train(config(tmp_path))
     assert said.splitlines()[:2] == ["already complete (80 of 80 online steps)", f"run directory: {tmp_path}"]
 
 
-def test_logs_are_named_where_an_engine_is_broken(tmp_path: Path) -> None:
+def test_the_error_of_a_broken_engine_names_the_logs(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=f"actor 0 died \\(logs: {tmp_path}\\)"), launch.naming_logs(tmp_path):
         raise EngineError("actor 0 died")
     with pytest.raises(ConfigError, match="^bad$"), launch.naming_logs(tmp_path):

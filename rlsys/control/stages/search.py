@@ -25,7 +25,7 @@ from rlsys.directory import SearchDirectory
 from rlsys.display import Display
 from rlsys.errors import CheckpointError, DataError, InterruptedRunError
 from rlsys.files import read_json, write_json
-from rlsys.models.folder import weights_digest
+from rlsys.models.folder import ModelFolder, weights_digest
 from rlsys.search import export as extraction
 from rlsys.search.stats import TreeFigures
 from rlsys.search.store import check_origin
@@ -63,14 +63,14 @@ class GrownSearch:
 
     Attributes:
         folder: the folder of the stage.
-        model: a folder with the tokenizer of the policy.
+        model: the initial policy, whose tokenizer all policies share.
         prompts: all prompts to grow trees for.
         inputs: digests of the data and models that decide the trees, besides config and policy.
     """
 
     config: Config
     folder: Path
-    model: Path
+    model: ModelFolder
     prompts: Sequence[Prompt]
     inputs: Mapping[str, str]
     pool: TreePool

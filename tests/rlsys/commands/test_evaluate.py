@@ -1,13 +1,11 @@
-"""`rlsys evaluate`: what is evaluated, and how figures are shown."""
+"""`rlsys evaluate`: targets, figures and their tables."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +29,7 @@ def config(samples: int = 2, answers: int = 0, task: str = "letter_count") -> Co
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run directory with a checkpoint and what a stage handed over."""
+    """A run directory with a checkpoint and an exported policy."""
     store = CheckpointStore(tmp_path / "checkpoints", 1)
     temporary = store.begin("step_000002")
     for policy in (temporary / "policy", tmp_path / "stages" / "online"):
@@ -51,10 +49,10 @@ def run(tmp_path: Path) -> Path:
         ("stages/online", "stages/online"),
     ],
 )
-def test_every_folder_of_a_run_that_holds_a_policy(run: Path, target: str, policy: str) -> None:
-    found = find_target(str(run / target), None, ["evaluation.samples=7"])
-    assert found.policy == run / policy
-    assert (found.config.run.seed, found.config.evaluation.samples) == (5, 7)
+def test_every_folder_of_a_run_with_a_policy_can_be_evaluated(run: Path, target: str, policy: str) -> None:
+    chosen = find_target(str(run / target), None, ["evaluation.samples=7"])
+    assert chosen.policy == run / policy
+    assert (chosen.config.run.seed, chosen.config.evaluation.samples) == (5, 7)
 
 
 def test_a_folder_elsewhere_needs_a_config(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -67,77 +65,59 @@ def test_a_folder_elsewhere_needs_a_config(run: Path, tmp_path_factory: pytest.T
     assert find_target(str(elsewhere), str(run / "config.yaml"), []).policy == elsewhere
 
 
-def test_an_evaluation_tells_what_was_left_out_and_checks_no_training_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def inputs(_config: Config, _policy: Path, *, training: bool) -> SimpleNamespace:
-        assert not training
-        return SimpleNamespace(notes=["1 row skipped"], held_out=["prompts"])
-
-    async def measure(_pool: object, prompts: object, _config: Config) -> dict[str, object]:
-        return {"measured": prompts}
-
-    monkeypatch.setattr(launch, "Inputs", inputs)
-    monkeypatch.setattr(launch.resources, "plan", lambda *_, **__: [])
-    monkeypatch.setattr(launch, "ray_cluster", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(launch, "rollout_pool", lambda *_: contextlib.nullcontext())
-    assert launch.evaluate_policy(tmp_path, config(), measure) == {"measured": ["prompts"]}
-    assert capsys.readouterr() == ("", "1 row skipped\n")
-
-
 class OneError(FakePool):
-    """The first sample of prompt p0 gets no verdict."""
+    """A pool that gives the first sample of each failing prompt no verdict."""
 
     async def generate(self, actor: int, prompts: list[Prompt], settings: SamplingSettings) -> list[TrajectoryGroup]:
         return [self.judge(group(p, 0, [1.0, 0.0][: settings.samples])) for p in prompts]
 
-    def judge(self, found: TrajectoryGroup) -> TrajectoryGroup:
-        if found.prompt.prompt_id not in self.failing:
-            return found
-        bad = replace(found.trajectories[0], outcome="timeout", reward=0.0, answered=False)
-        return replace(found, trajectories=(bad, *found.trajectories[1:]))
+    def judge(self, sampled: TrajectoryGroup) -> TrajectoryGroup:
+        if sampled.prompt.prompt_id not in self.failing:
+            return sampled
+        bad = replace(sampled.trajectories[0], outcome="timeout", reward=0.0, answered=False)
+        return replace(sampled, trajectories=(bad, *sampled.trajectories[1:]))
 
 
 @pytest.mark.parametrize("failing", [(), ("p0",)])
-def test_verifier_errors_are_shown_apart(failing: tuple[str, ...]) -> None:
+def test_verifier_errors_have_their_own_row(failing: tuple[str, ...]) -> None:
     prompts = [prompt(f"p{number}") for number in range(5)]
-    found = asyncio.run(evaluate(OneError(2, [], failing), prompts, config()))
+    figures = asyncio.run(evaluate(OneError(2, [], failing), prompts, config()))
     # 1 of 5 greedy completions, 1 of 5 * 2 samples.
-    assert found["greedy"]["error_rate"] == pytest.approx(0.2 if failing else 0)
-    assert found["sampled"]["error_rate"] == pytest.approx(0.1 if failing else 0)
-    assert found["greedy"]["accuracy"]["mean"] == pytest.approx(0.8 if failing else 1)
-    assert found["greedy"]["no_answer_rate"]["mean"] == 0
+    assert figures["greedy"]["error_rate"] == pytest.approx(0.2 if failing else 0)
+    assert figures["sampled"]["error_rate"] == pytest.approx(0.1 if failing else 0)
+    assert figures["greedy"]["accuracy"]["mean"] == pytest.approx(0.8 if failing else 1)
+    assert figures["greedy"]["no_answer_rate"]["mean"] == 0
     stream = io.StringIO()
-    show(found, Console(file=stream, width=100))
+    show(figures, Console(file=stream, width=100))
     shown = [line for line in stream.getvalue().splitlines() if "verifier errors" in line]
     assert [line.split()[-1] for line in shown] == (["0.200", "0.100"] if failing else [])
 
 
-def test_figures_by_true_answer_where_a_problem_has_one() -> None:
+def test_figures_by_true_answer_of_tasks_with_one_answer() -> None:
     # One greedy sample each, right for all: answers 1, 1, 1, 2 and 2.
     prompts = [replace(prompt(f"p{n}"), answer="1" if n < 3 else "2") for n in range(5)]
 
     def measured(task: str) -> tuple[dict[str, Any], str]:
-        found = asyncio.run(evaluate(OneError(2, []), prompts, config(task=task)))
+        figures = asyncio.run(evaluate(OneError(2, []), prompts, config(task=task)))
         stream = io.StringIO()
-        show(found, Console(file=stream, width=100))
-        return found, stream.getvalue()
+        show(figures, Console(file=stream, width=100))
+        return figures, stream.getvalue()
 
-    found, shown = measured("letter_count")
-    assert found["constant_answer"] == {"answer": "1", "accuracy": 0.6}
+    figures, shown = measured("letter_count")
+    assert figures["constant_answer"] == {"answer": "1", "accuracy": 0.6}
     by_answer = {"1": {"problems": 3, "accuracy": 1.0}, "2": {"problems": 2, "accuracy": 1.0}}
-    assert found["greedy"]["accuracy_by_answer"] == by_answer
-    assert found["greedy"]["macro_accuracy"] is None  # fewer than MACRO_MINIMUM of each
+    assert figures["greedy"]["accuracy_by_answer"] == by_answer
+    assert figures["greedy"]["macro_accuracy"] is None  # fewer than MACRO_MINIMUM of each
     assert "always answering 1" in shown and "accuracy by true answer" in shown
-    # Any plan that works is right: the answer of a problem tells nothing.
+    # Any plan that works is right, so there is no accuracy by answer.
     plans, shown = measured("blocksworld")
-    assert set(found) - set(plans) == {"constant_answer"}
+    assert set(figures) - set(plans) == {"constant_answer"}
     for mode in ("greedy", "sampled"):
-        assert set(found[mode]) - set(plans[mode]) == {"accuracy_by_answer", "macro_accuracy"}
+        assert set(figures[mode]) - set(plans[mode]) == {"accuracy_by_answer", "macro_accuracy"}
     assert "always answering" not in shown and "true answer" not in shown and "greedy accuracy" in shown
 
 
-def test_an_evaluation_searches_only_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_evaluation_searches_only_if_asked_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def measured(_policy: Path, given: Config, measure: object) -> dict[str, object]:
         assert measure is evaluate
         return {"stop": given.search.stop.answers}

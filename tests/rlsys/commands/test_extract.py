@@ -216,9 +216,9 @@ def test_the_files_load_as_data_sets(extracted: tuple[Path, dict[str, Any]], tmp
     for table in TABLES:
         for kind, suffix in (("json", "jsonl"), ("parquet", "parquet")):
             path = str(extracted[0] / f"{table.name}.{suffix}")
-            found = datasets.load_dataset(kind, data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
-            assert found.column_names == list(table.columns)
-            assert found.to_list() == lines(extracted[0], table.name)
+            rows = datasets.load_dataset(kind, data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
+            assert rows.column_names == list(table.columns)
+            assert rows.to_list() == lines(extracted[0], table.name)
 
 
 def test_a_second_time_gives_the_same_bytes(extracted: tuple[Path, dict[str, Any]], search_dir: Path) -> None:

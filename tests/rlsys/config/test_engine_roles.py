@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from rlsys import cli
 from rlsys.config.engine_roles import (
     ModelEngines,
     describes_a_search,
@@ -20,7 +19,6 @@ from rlsys.config.engine_roles import (
 from rlsys.config.files import parse_config
 from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
-from rlsys.models.folder import search_engines
 
 LARGE = {"path": "large", "count": 3, "dtype": "bf16", "max_model_len": 4096, "max_num_seqs": 64, "kv_cache_gib": 8}
 
@@ -104,24 +102,6 @@ def test_an_engine_over_several_cpus_is_refused() -> None:
         engines(config(search={"reviewer": reviewer}))
     on_gpus = engines(config(run={"dir": "d", "device": "cuda"}, search={"reviewer": reviewer}))
     assert on_gpus["reviewer"].actors.tensor_parallel_size == 2
-
-
-def test_a_folder_that_is_no_model_names_its_field(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"search\.model\.path .*: the folder has no config\.json"):
-        search_engines(config(search={"model": {**LARGE, "path": str(tmp_path)}}))
-
-
-def test_without_models_there_are_no_engines() -> None:
-    assert search_engines(config()) == {}
-
-
-def test_the_plan_shows_the_engines_and_their_gpus(capsys: pytest.CaptureFixture[str]) -> None:
-    sections = {"search": {"reviewer": {**LARGE, "tensor_parallel_size": 2}}, "run": {"dir": "d", "device": "cuda"}}
-    found = config(actors={"count": 4}, **sections)
-    cli._show_plan(found, "resource plan", [], list(engines(found).values()), ranks=1)
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "resource plan: 4 actors, 3 of search.reviewer, 1 learner ranks" in shown
-    assert "all GPUs 11 the cluster's" in shown  # 4 + 3 * 2 + 1
 
 
 def test_the_stage_search_asks_the_actors_of_a_training_run_for_trees() -> None:

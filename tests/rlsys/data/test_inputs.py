@@ -1,4 +1,4 @@
-"""What a run reads, checked before anything is started."""
+"""The inputs of a command, checked before anything is started."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from rlsys.config.files import parse_config
 from rlsys.config.schema import Config
 from rlsys.data.inputs import TOKENIZER, Inputs
 from rlsys.errors import ConfigError
+from rlsys.models.folder import ModelFolder
 from rlsys.models.scratch import build_from_scratch
 
 TINY = {"hidden_size": 32, "layers": 1, "heads": 1, "intermediate_size": 16, "max_positions": 512}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     """A byte-level tokenizer: a text of n letters has n tokens, and a prompt two more."""
     folder = tmp_path_factory.mktemp("model")
     values = {"run": {"dir": "x"}, "model": {"from_scratch": TINY}, "task": {"type": "letter_count"}}
     scratch = parse_config(values, "test").model.from_scratch
     assert scratch
     build_from_scratch(scratch, [], 0, folder)
-    return folder
+    return ModelFolder(folder)
 
 
 def rows(count: int, **last: str) -> list[dict[str, str]]:
-    found = [{"question": f"q{i:03d}", "answer": "1", "solution": "s" * 4} for i in range(count)]
-    return [*found[:-1], {**found[-1], **last}]
+    data = [{"question": f"q{i:03d}", "answer": "1", "solution": "s" * 4} for i in range(count)]
+    return [*data[:-1], {**data[-1], **last}]
 
 
 def config(folder: Path, data: list[dict[str, str]], **sections: Any) -> Config:
@@ -48,19 +49,19 @@ def config(folder: Path, data: list[dict[str, str]], **sections: Any) -> Config:
     return parse_config({**values, **sections}, "test")
 
 
-def test_every_demonstration_is_checked_and_only_where_it_is_needed(model: Path, tmp_path: Path) -> None:
+def test_every_demonstration_is_checked_and_only_where_it_is_needed(model: ModelFolder, tmp_path: Path) -> None:
     long = rows(26, solution="s" * 40)
     with pytest.raises(ConfigError, match=r"demonstration of train/26 has 47 tokens, actors\.max_model_len is 32"):
         Inputs(config(tmp_path, long), model)
     Inputs(config(tmp_path, long, stages=["online"]), model)
 
 
-def test_every_prompt_is_checked(model: Path, tmp_path: Path) -> None:
+def test_every_prompt_is_checked(model: ModelFolder, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"prompt train/26 has 22 tokens; .* leaves 16"):
         Inputs(config(tmp_path, rows(26, question="q" * 20)), model)
 
 
-def test_an_evaluation_checks_only_what_it_samples(model: Path, tmp_path: Path) -> None:
+def test_an_evaluation_checks_only_what_it_samples(model: ModelFolder, tmp_path: Path) -> None:
     inputs = Inputs(config(tmp_path, rows(26, question="q" * 20, solution="s" * 40)), model, training=False)
     assert [prompt.prompt_id for prompt in inputs.held_out] == ["held_out/9", "held_out/18"]
     long = [{**row, "question": "q" * 20 + row["question"]} for row in rows(26)]
@@ -69,14 +70,14 @@ def test_an_evaluation_checks_only_what_it_samples(model: Path, tmp_path: Path) 
         Inputs(config(tmp_path, long), model, training=False)
 
 
-def test_generated_prompts_are_checked(model: Path, tmp_path: Path) -> None:
+def test_generated_prompts_are_checked(model: ModelFolder, tmp_path: Path) -> None:
     # Tokens: 2 and `count x in ` 11, and 3 to 5 letters: the longest that is allowed has 16, so 4 letters fail.
     task = {"type": "letter_count", "min_length": 3, "max_length": 5}
     with pytest.raises(ConfigError, match=r"prompt train-\d+ has 1[78] tokens; .* leaves 16"):
         Inputs(config(tmp_path, rows(20), task=task, evaluation={"prompts": 1}, stages=["online"]), model)
 
 
-def test_notes_tell_what_was_left_out(model: Path, tmp_path: Path) -> None:
+def test_notes_name_skipped_rows(model: ModelFolder, tmp_path: Path) -> None:
     assert Inputs(config(tmp_path, rows(20)), model).notes == []
     settings = config(tmp_path, rows(20, answer=""))
     settings = settings.model_copy(update={"task": settings.task.model_copy(update={"max_bad_rows": 0.1})})
@@ -84,22 +85,22 @@ def test_notes_tell_what_was_left_out(model: Path, tmp_path: Path) -> None:
     assert note.startswith("task.path: 1 of 20 rows skipped, the first: ") and "data.jsonl:20" in note
 
 
-def test_the_fingerprint_follows_data_model_and_tokenizer(model: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_follows_data_model_and_tokenizer(model: ModelFolder, tmp_path: Path) -> None:
     before = Inputs(config(tmp_path, rows(20)), model).fingerprint()
     assert set(before) == {"task.path", "model.path", TOKENIZER}
     assert Inputs(config(tmp_path, rows(20)), model).fingerprint() == before
 
     def changed(data: list[dict[str, str]], folder: Path) -> set[str]:
-        now = Inputs(config(tmp_path, data), folder).fingerprint()
+        now = Inputs(config(tmp_path, data), ModelFolder(folder)).fingerprint()
         return {name for name in before if now[name] != before[name]}
 
-    assert changed(rows(20, answer="2"), model) == {"task.path"}
+    assert changed(rows(20, answer="2"), model.path) == {"task.path"}
     other = tmp_path / "model"
-    shutil.copytree(model, other)
+    shutil.copytree(model.path, other)
     template = other / "chat_template.jinja"
     template.write_text(template.read_text().replace("<user>{{", "<user>{{ '' }}{{"))
     assert changed(rows(20), other) == {TOKENIZER}
-    (other / "config.json").write_text((model / "config.json").read_text().replace("100.0", "200.0"))
+    (other / "config.json").write_text((model.path / "config.json").read_text().replace("100.0", "200.0"))
     assert changed(rows(20), other) == {TOKENIZER, "model.path"}
 
 
@@ -117,7 +118,7 @@ TEXT = {"prompt": "<user>a<assistant>", "completion": "bc"}
 SIDES = {"prompt": "<user>a<assistant>", "chosen": "bc", "rejected": "bd"}
 
 
-def test_data_files_are_read_with_the_tokenizer_of_the_policy(model: Path, tmp_path: Path) -> None:
+def test_data_files_are_read_with_the_tokenizer_of_the_policy(model: ModelFolder, tmp_path: Path) -> None:
     inputs = Inputs(with_files(tmp_path, [TEXT], [SIDES, {**SIDES, "rejected": "bc"}]), model)
     assert inputs.notes == [
         "sft: 1 rows",
@@ -132,7 +133,7 @@ def test_data_files_are_read_with_the_tokenizer_of_the_policy(model: Path, tmp_p
     assert pair.chosen_ids[-1] == row.token_ids[-1]
 
 
-def test_bad_data_files_are_found_before_the_start(model: Path, tmp_path: Path) -> None:
+def test_bad_data_files_are_found_before_the_start(model: ModelFolder, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"sft\.path .*, row 1, column completion: 34 tokens .*max_model_len is 32"):
         Inputs(with_files(tmp_path, [{**TEXT, "completion": "b" * 30}], [SIDES]), model)
     bad = with_files(tmp_path, [TEXT], [{"prompt": "a"}])
@@ -141,14 +142,14 @@ def test_bad_data_files_are_found_before_the_start(model: Path, tmp_path: Path) 
     Inputs(bad, model, training=False)  # an evaluation does not need them
 
 
-def test_the_fingerprint_follows_the_data_files(model: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_follows_the_data_files(model: ModelFolder, tmp_path: Path) -> None:
     before = Inputs(with_files(tmp_path, [TEXT], [SIDES]), model).fingerprint()
     assert set(before) == {"task.path", "model.path", TOKENIZER, "sft.path", "preference.path"}
     now = Inputs(with_files(tmp_path, [TEXT, TEXT], [SIDES]), model).fingerprint()
     assert {name for name in before if now[name] != before[name]} == {"sft.path"}
 
 
-def test_demonstrations_beside_rollouts_are_checked_too(model: Path, tmp_path: Path) -> None:
+def test_demonstrations_of_the_online_stage_are_checked_too(model: ModelFolder, tmp_path: Path) -> None:
     long, sft = rows(26, solution="s" * 40), {"weight": 0.5, "source": "demonstrations", "rows_per_step": 5}
     with pytest.raises(ConfigError, match=r"demonstration of train/26 has 47 tokens"):
         Inputs(config(tmp_path, long, stages=["online"], objective={"sft": sft}), model)

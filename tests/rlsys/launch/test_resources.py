@@ -1,31 +1,33 @@
-"""The resource plan: hand-made sums, and what is compared with what."""
+"""The resource plan: sums by hand, and the comparison with this machine."""
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlsys.config.engine_roles import ModelEngines, engine_settings
+from rlsys.config.engine_roles import ModelEngines, Searching, engine_settings
 from rlsys.config.files import parse_config
 from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
 from rlsys.launch import resources
-from rlsys.launch.resources import GIB, Need
+from rlsys.launch.resources import GIB, Need, ResourcePlan, plan_resources
+from rlsys.models.folder import ModelFolder
 
 PARAMETERS = 2**30  # 1 Gi elements: 4 GiB in fp32, 2 GiB in bf16
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """Only headers of safetensors files are read: [2^15, 2^14] and [2^29] elements are 2^29 each."""
+def model(tmp_path: Path) -> ModelFolder:
+    """A model of headers without tensors: [2^15, 2^14] and [2^29] elements are 2^29 each."""
     for number, shape in enumerate(([2**15, 2**14], [2**29])):
         header = json.dumps({"__metadata__": {}, "w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}})
         (tmp_path / f"{number}.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
-    return tmp_path
+    return ModelFolder(tmp_path)
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -36,59 +38,69 @@ def config(**sections: dict[str, Any]) -> Config:
     return parse_config(values, "test")
 
 
-def amounts(needs: list[Need]) -> dict[tuple[str, str], float]:
+def needs_of(
+    config: Config, model: ModelFolder, searching: Searching | None = None, *, learner: bool = True
+) -> Sequence[Need]:
+    return plan_resources(config, {"policy": model, "reviewer": model}, searching, learner=learner).needs
+
+
+def amounts(needs: Sequence[Need]) -> dict[tuple[str, str], float]:
     return {(need.phase, need.what): need.amount for need in needs}
 
 
-def memory(needs: list[Need]) -> float:
+def plan(needs: Sequence[Need]) -> ResourcePlan:
+    return ResourcePlan(config=config(), auxiliary=(), ranks=0, needs=needs)
+
+
+def memory(needs: Sequence[Need]) -> float:
     return amounts(needs)[("all", "memory, GiB")]
 
 
-def test_parameters_are_counted_from_headers(model: Path) -> None:
-    assert resources.parameter_count(model) == PARAMETERS
+def test_parameters_are_counted_from_headers(model: ModelFolder) -> None:
+    assert model.parameters == PARAMETERS
 
 
-def test_cpu_plan_by_hand(model: Path) -> None:
+def test_cpu_plan_by_hand(model: ModelFolder) -> None:
     # 2 actors * (1.2 + 1 cache + 4 weights) = 12.4; 2 ranks * (0.8 + 4 weights + 4 gradients + (8 moments +
     # 4 of DeepSpeed's own weights)/2) = 29.6; store 2.5 * 4 = 10. Sum 52.
-    found = amounts(resources.plan(config(), model))
-    assert found.pop(("all", "memory, GiB")) == pytest.approx(52.0)
-    assert found.pop(("all", "shared memory, GiB")) == pytest.approx(10.0)
-    assert found == {("rollout", "threads"): 2, ("learning", "threads"): 2}
+    needs = amounts(needs_of(config(), model))
+    assert needs.pop(("all", "memory, GiB")) == pytest.approx(52.0)
+    assert needs.pop(("all", "shared memory, GiB")) == pytest.approx(10.0)
+    assert needs == {("rollout", "threads"): 2, ("learning", "threads"): 2}
 
 
-def test_kl_reference_is_counted_where_it_is_loaded(model: Path) -> None:
-    plain = memory(resources.plan(config(), model))
+def test_kl_reference_is_counted_where_it_is_loaded(model: ModelFolder) -> None:
+    plain = memory(needs_of(config(), model))
     kl = {"kl": {"weight": 0.1}}
-    assert memory(resources.plan(config(objective=kl), model)) == pytest.approx(plain + 2 * 4)  # 2 ranks, 4 GiB
+    assert memory(needs_of(config(objective=kl), model)) == pytest.approx(plain + 2 * 4)  # 2 ranks, 4 GiB
     warm = parse_config({**config(objective=kl).model_dump(), "stages": ["warm_start"]}, "test")
-    assert memory(resources.plan(warm, model)) == pytest.approx(plain)
+    assert memory(needs_of(warm, model)) == pytest.approx(plain)
 
 
-def test_a_critic_is_counted_as_a_second_trained_model(model: Path) -> None:
+def test_a_critic_is_counted_as_a_second_trained_model(model: ModelFolder) -> None:
     critic = {"policy": {"estimator": "gae"}, "value": {"weight": 0.5}}
     # 2 ranks * (4 weights + 4 gradients + 12/2 of state) more than the 52 of the plan without it.
     # With two models there are copies of both, 2 ranks * 2 models * 12 / 2, too.
-    assert memory(resources.plan(config(objective=critic), model)) == pytest.approx(52.0 + 28.0 + 24.0)
+    assert memory(needs_of(config(objective=critic), model)) == pytest.approx(52.0 + 28.0 + 24.0)
     offloaded = config(run={"device": "cuda"}, learner={"optimizer_offload": True}, objective=critic)
-    assert memory(resources.plan(offloaded, model)) == pytest.approx(14.0 + 2 * 2 * 12 / 2 + 24.0)
+    assert memory(needs_of(offloaded, model)) == pytest.approx(14.0 + 2 * 2 * 12 / 2 + 24.0)
 
 
-def test_copies_for_taking_a_step_back_are_counted_where_they_are_kept(model: Path) -> None:
+def test_copies_for_taking_a_step_back_are_counted_where_they_are_kept(model: ModelFolder) -> None:
     several = {"updates_per_step": 2}
-    assert memory(resources.plan(config(train=several), model)) == pytest.approx(52.0 + 2 * 12 / 2)
+    assert memory(needs_of(config(train=several), model)) == pytest.approx(52.0 + 2 * 12 / 2)
     whole = config(train=several, learner={"zero_stage": 0})
     one = config(learner={"zero_stage": 0})
-    assert memory(resources.plan(whole, model)) == pytest.approx(memory(resources.plan(one, model)) + 2 * 12)
-    assert memory(resources.plan(config(train=several, run={"device": "cuda"}), model)) == pytest.approx(14.0 + 12.0)
+    assert memory(needs_of(whole, model)) == pytest.approx(memory(needs_of(one, model)) + 2 * 12)
+    assert memory(needs_of(config(train=several, run={"device": "cuda"}), model)) == pytest.approx(14.0 + 12.0)
     warm = parse_config({**config(train=several).model_dump(), "stages": ["warm_start"]}, "test")
-    assert memory(resources.plan(warm, model)) == pytest.approx(52.0)
+    assert memory(needs_of(warm, model)) == pytest.approx(52.0)
 
 
-def test_evaluation_counts_actors_only(model: Path) -> None:
-    found = amounts(resources.plan(config(), model, learner=False))
-    assert found.pop(("all", "memory, GiB")) == pytest.approx(12.4 + 0.5)
-    assert found == {("all", "shared memory, GiB"): 0.5, ("rollout", "threads"): 2}
+def test_evaluation_counts_actors_only(model: ModelFolder) -> None:
+    needs = amounts(needs_of(config(), model, learner=False))
+    assert needs.pop(("all", "memory, GiB")) == pytest.approx(12.4 + 0.5)
+    assert needs == {("all", "shared memory, GiB"): 0.5, ("rollout", "threads"): 2}
 
 
 def test_object_store_holds_two_versions() -> None:
@@ -97,51 +109,49 @@ def test_object_store_holds_two_versions() -> None:
     assert resources.object_store_bytes(config(), 1000) == 512 * 2**20
 
 
-def test_a_store_beyond_shared_memory_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_beyond_shared_memory_is_refused(model: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "_shared_memory_bytes", lambda: 2**26)
-    needs = [need for need in resources.plan(config(), model) if need.what == "shared memory, GiB"]
+    needs = [need for need in needs_of(config(), model) if need.what == "shared memory, GiB"]
     with pytest.raises(ConfigError, match=r"--shm-size.*the run needs 10 shared memory, GiB.* has 0\.0625"):
-        resources.check(needs)
+        plan(needs).check()
 
 
-def test_on_gpus_this_machine_holds_no_models(model: Path) -> None:
+def test_on_gpus_this_machine_holds_no_models(model: ModelFolder) -> None:
     run = {"device": "cuda"}
     # 2 * 1.2 + 2 * 0.8 + store 10
-    found = amounts(resources.plan(config(run=run), model))
-    assert found.pop(("all", "memory, GiB")) == pytest.approx(14.0)
-    assert list(found) == [("all", "shared memory, GiB")]
-    offloaded = resources.plan(config(run=run, learner={"optimizer_offload": True}), model)
+    needs = amounts(needs_of(config(run=run), model))
+    assert needs.pop(("all", "memory, GiB")) == pytest.approx(14.0)
+    assert list(needs) == [("all", "shared memory, GiB")]
+    offloaded = needs_of(config(run=run, learner={"optimizer_offload": True}), model)
     assert memory(offloaded) == pytest.approx(14.0 + 2 * 12 / 2)  # 12 bytes of state, shared by 2 ranks
 
 
-def test_a_joined_cluster_is_not_compared_with_this_machine(model: Path) -> None:
-    assert resources.plan(config(run={"address": "10.0.0.1:6379"}), model) == []
+def test_a_joined_cluster_is_not_compared_with_this_machine(model: ModelFolder) -> None:
+    assert needs_of(config(run={"address": "10.0.0.1:6379"}), model) == []
 
 
 def test_check_names_field_and_numbers() -> None:
-    resources.check([Need("all", "memory, GiB", 4.0, 4.0, "x")])
+    plan([Need("all", "memory, GiB", 4.0, 4.0, "x")]).check()
     with pytest.raises(ConfigError, match=r"actors\.threads: the rollout phase needs 3 threads, this machine has 2"):
-        resources.check([Need("rollout", "threads", 3, 2, "actors.threads")])
+        plan([Need("rollout", "threads", 3, 2, "actors.threads")]).check()
 
 
-def engines(found: Config, folder: Path) -> ModelEngines:
-    assert found.search.reviewer is not None
-    return ModelEngines(
-        writer="reviewer", path=folder, actors=engine_settings(found, "reviewer", found.search.reviewer)
-    )
+def reviewer(config: Config) -> Searching:
+    assert config.search.reviewer is not None
+    actors = engine_settings(config, "reviewer", config.search.reviewer)
+    return Searching(beside=(ModelEngines(writer="reviewer", path=Path("r"), actors=actors),))
 
 
-def test_engines_of_other_models_are_counted(model: Path) -> None:
-    found = config(search={"reviewer": {"path": "r", "count": 3, "dtype": "bf16", "kv_cache_gib": 0.5}})
-    beside = [engines(found, model)]
-    # 3 * (1.2 + 0.5 cache + 2 weights) = 11.1 beside the 52 of the plan without them.
-    needs = resources.plan(found, model, beside=beside)
+def test_auxiliary_engines_are_counted(model: ModelFolder) -> None:
+    own = config(search={"reviewer": {"path": "r", "count": 3, "dtype": "bf16", "kv_cache_gib": 0.5}})
+    # 3 * (1.2 + 0.5 cache + 2 weights) = 11.1 on top of the 52 of the plan without them.
+    needs = needs_of(own, model, reviewer(own))
     assert memory(needs) == pytest.approx(52 + 11.1)
     assert amounts(needs)[("rollout", "threads")] == 5
     assert [need.field for need in needs if need.what == "threads" and need.phase == "rollout"] == [
         "search.reviewer.count, actors.count or actors.threads"
     ]
-    alone = resources.plan(found, model, learner=False, beside=beside)
+    alone = needs_of(own, model, reviewer(own), learner=False)
     assert memory(alone) == pytest.approx(12.4 + 0.5 + 11.1)
-    on_gpus = config(run={"device": "cuda"}, search=found.search.model_dump())
-    assert memory(resources.plan(on_gpus, model, beside=[engines(on_gpus, model)])) == pytest.approx(14.0 + 3 * 1.2)
+    on_gpus = config(run={"device": "cuda"}, search=own.search.model_dump())
+    assert memory(needs_of(on_gpus, model, reviewer(on_gpus))) == pytest.approx(14.0 + 3 * 1.2)

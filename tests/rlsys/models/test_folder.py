@@ -1,7 +1,8 @@
-"""The initial model: built once, or a folder that must hold what is needed."""
+"""Model folders: digests, size, files, and the errors of folders that cannot be used."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from rlsys.config.files import parse_config
-from rlsys.config.schema import Config
+from rlsys.config.schema import Config, FromScratchConfig
 from rlsys.data.inputs import prepare_model
 from rlsys.errors import ConfigError
-from rlsys.launch.resources import parameter_count
-from rlsys.models import folder as setup
-from rlsys.models.folder import model_digest, tokenizer_files, weights_digest
+from rlsys.models import folder as folders
+from rlsys.models import scratch
+from rlsys.models.folder import ModelFolder, load_tokenizer, weights_digest
 
 TINY = {"hidden_size": 32, "layers": 1, "heads": 1, "intermediate_size": 16, "max_positions": 256}
+SIZES = FromScratchConfig.model_validate(TINY)
 
 
 def config(model: dict[str, Any], seed: int = 0) -> Config:
@@ -27,9 +29,13 @@ def config(model: dict[str, Any], seed: int = 0) -> Config:
     return parse_config(values, "test")
 
 
+def build(model: dict[str, Any], run_dir: Path, seed: int = 0) -> Path:
+    return prepare_model(config(model, seed), run_dir).path
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_model(config({"from_scratch": TINY}), tmp_path_factory.mktemp("run"))
+    return build({"from_scratch": TINY}, tmp_path_factory.mktemp("run"))
 
 
 def weights(folder: Path) -> bytes:
@@ -39,73 +45,77 @@ def weights(folder: Path) -> bytes:
 def test_a_model_from_scratch_is_built_once(built: Path) -> None:
     assert built.name == "model"
     before = (built / "model.safetensors").stat().st_mtime_ns
-    assert prepare_model(config({"from_scratch": TINY}), built.parent) == built
+    assert build({"from_scratch": TINY}, built.parent) == built
     assert (built / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_it_is_built_again_where_the_config_changed(tmp_path: Path, built: Path) -> None:
-    # A run that ended before its first checkpoint may be started again with another config.
-    folder = prepare_model(config({"from_scratch": TINY}), tmp_path)
+def test_it_is_built_again_if_the_config_changed(tmp_path: Path, built: Path) -> None:
+    # A run that ended before its first checkpoint may start again with another config.
+    folder = build({"from_scratch": TINY}, tmp_path)
     assert weights(folder) == weights(built)
-    assert weights(prepare_model(config({"from_scratch": TINY}, seed=1), tmp_path)) != weights(built)
-    wider = config({"from_scratch": {**TINY, "hidden_size": 64}})
-    assert len(weights(prepare_model(wider, tmp_path))) > len(weights(built))
+    assert weights(build({"from_scratch": TINY}, tmp_path, seed=1)) != weights(built)
+    wider = {"from_scratch": {**TINY, "hidden_size": 64}}
+    assert len(weights(build(wider, tmp_path))) > len(weights(built))
 
 
-def test_the_digest_of_a_model_is_of_its_config_and_its_tensors(tmp_path: Path, built: Path) -> None:
-    same = prepare_model(config({"from_scratch": TINY}), tmp_path / "a")
-    assert model_digest(same) == model_digest(built)
-    other_seed = prepare_model(config({"from_scratch": TINY}, seed=1), tmp_path / "b")
-    assert model_digest(other_seed) != model_digest(built)  # same shapes, other values
+def digest(folder: Path) -> str:
+    return ModelFolder(folder).digest
+
+
+def test_the_digest_covers_config_and_tensors(tmp_path: Path, built: Path) -> None:
+    same = build({"from_scratch": TINY}, tmp_path / "a")
+    assert digest(same) == digest(built)
+    other_seed = build({"from_scratch": TINY}, tmp_path / "b", seed=1)
+    assert digest(other_seed) != digest(built)  # same shapes, other values
     (same / "config.json").write_text((built / "config.json").read_text().replace("100.0", "200.0"))
-    assert model_digest(same) != model_digest(built)
+    assert digest(same) != digest(built)
 
 
 def middle_changed(path: Path, byte: int) -> None:
-    """A safetensors file of 3 MiB in which a byte in the middle has a value."""
+    """Write a safetensors file of 3 MiB whose middle byte has the given value."""
     values = np.zeros(3 * 2**20, dtype=np.uint8)
     values[len(values) // 2] = byte
     save_file({"weight": values}, path)
 
 
-def test_the_digest_of_weights_is_of_all_of_them(tmp_path: Path, built: Path) -> None:
-    folders = [tmp_path / name for name in ("a", "b", "same")]
-    for folder, byte in zip(folders, (0, 1, 0), strict=True):
+def test_the_digest_of_weights_covers_every_byte(tmp_path: Path, built: Path) -> None:
+    model_folders = [tmp_path / name for name in ("a", "b", "same")]
+    for folder, byte in zip(model_folders, (0, 1, 0), strict=True):
         folder.mkdir()
         shutil.copy(built / "config.json", folder)
         middle_changed(folder / "model.safetensors", byte)
-    first, second, same = map(weights_digest, folders)
+    first, second, same = map(weights_digest, model_folders)
     assert first == same != second
-    assert len(set(map(model_digest, folders))) == 1  # its samples do not reach the middle
-    (folders[2] / "model.safetensors").rename(folders[2] / "other.safetensors")
-    assert weights_digest(folders[2]) != first
-    (folders[0] / "config.json").write_text((built / "config.json").read_text().replace("100.0", "200.0"))
-    assert weights_digest(folders[0]) != first
+    assert len(set(map(digest, model_folders))) == 1  # its samples do not reach the middle
+    (model_folders[2] / "model.safetensors").rename(model_folders[2] / "other.safetensors")
+    assert weights_digest(model_folders[2]) != first
+    (model_folders[0] / "config.json").write_text((built / "config.json").read_text().replace("100.0", "200.0"))
+    assert weights_digest(model_folders[0]) != first
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"])
-def test_weights_that_are_none_are_named(tmp_path: Path, content: bytes) -> None:
+def test_a_file_without_weights_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ConfigError, match=r"model\.safetensors is no whole safetensors file"):
-        parameter_count(tmp_path)
+        _ = ModelFolder(tmp_path).parameters
 
 
 def test_weights_cut_short_are_named(tmp_path: Path, built: Path) -> None:
     whole = (built / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-1])
     with pytest.raises(ConfigError, match="no whole safetensors file"):
-        parameter_count(tmp_path)
+        _ = ModelFolder(tmp_path).parameters
 
 
 def test_a_build_that_was_cut_short_is_not_used(tmp_path: Path, built: Path) -> None:
     (tmp_path / ".model").mkdir()
     (tmp_path / ".model" / "model.safetensors").write_bytes(b"half")
-    assert weights(prepare_model(config({"from_scratch": TINY}), tmp_path)) == weights(built)
+    assert weights(build({"from_scratch": TINY}, tmp_path)) == weights(built)
     assert not (tmp_path / ".model").exists()
 
 
 def test_a_local_folder_is_used_where_it_is(built: Path, tmp_path: Path) -> None:
-    assert prepare_model(config({"path": str(built)}), tmp_path) == built
+    assert build({"path": str(built)}, tmp_path) == built
     assert list(tmp_path.iterdir()) == []
 
 
@@ -131,22 +141,28 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for name in ("nobody/no-such-model", "not/a/valid/name"):
         with pytest.raises(ConfigError, match=rf"model\.path {name}: neither a folder here") as caught:
-            prepare_model(config({"path": name}), tmp_path)
+            build({"path": name}, tmp_path)
         assert "\n" not in caught.value.message
 
 
-def test_what_goes_beside_every_policy(tmp_path: Path) -> None:
-    kept = ["added_tokens.json", "chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer.model"]
+def test_tokenizer_files_are_all_files_but_weights_and_config(tmp_path: Path) -> None:
+    expected = [
+        "added_tokens.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+    ]
     dropped = ["config.json", "README.md", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
                "pytorch_model.bin", "pytorch_model.bin.index.json"]  # fmt: skip
-    for name in (*kept, *dropped):
+    for name in (*expected, *dropped):
         (tmp_path / name).write_text("{}")
     (tmp_path / "original").mkdir()
-    assert [path.name for path in tokenizer_files(tmp_path)] == kept
+    assert [path.name for path in ModelFolder(tmp_path).tokenizer_files] == expected
 
 
 def test_the_tokenizer_of_a_built_model_is_among_them(built: Path) -> None:
-    names = {path.name for path in tokenizer_files(built)}
+    names = {path.name for path in ModelFolder(built).tokenizer_files}
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
     assert not names & {"config.json", "model.safetensors"}
 
@@ -154,21 +170,87 @@ def test_the_tokenizer_of_a_built_model_is_among_them(built: Path) -> None:
 @pytest.mark.parametrize(
     "error", [Exception("No space left"), OSError(28, "No space left"), SafetensorError("No space")]
 )
-def test_a_full_disk_under_a_model_that_is_built_is_one_line(
+def test_a_full_disk_while_a_model_is_built_is_one_line(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(setup, "build_from_scratch", full)
+    monkeypatch.setattr(scratch, "build_from_scratch", full)
     with pytest.raises(ConfigError, match=r"^run.dir: the model of model.from_scratch cannot be written .*No space"):
-        prepare_model(config({"from_scratch": TINY}), tmp_path)
+        build({"from_scratch": TINY}, tmp_path)
 
 
-def test_other_errors_of_building_a_model_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_of_building_a_model_pass_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_arguments: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(setup, "build_from_scratch", broken)
+    monkeypatch.setattr(scratch, "build_from_scratch", broken)
     with pytest.raises(ZeroDivisionError):
-        prepare_model(config({"from_scratch": TINY}), tmp_path)
+        build({"from_scratch": TINY}, tmp_path)
+
+
+def test_a_tokenizer_is_loaded_once(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Path] = []
+
+    def load(path: Path, field: str) -> Any:
+        loaded.append(path)
+        return load_tokenizer(path, field)
+
+    monkeypatch.setattr(folders, "load_tokenizer", load)
+    model = folders.given_model(str(built), "model.path")
+    assert model.end_token_ids == [model.tokenizer.eos_token_id]
+    assert len(model.tokenizer_digest) == 64
+    assert loaded == [built]
+
+
+def tokenizer_digest(folder: Path) -> str:
+    return ModelFolder(folder).tokenizer_digest
+
+
+def test_the_tokenizer_digest_covers_vocabulary_and_template(tmp_path: Path) -> None:
+    scratch.build_from_scratch(SIZES, ("a", "in"), 0, tmp_path / "first")
+    first = tokenizer_digest(tmp_path / "first")
+    scratch.build_from_scratch(SIZES, ("a", "in"), 9, tmp_path / "weights")
+    assert tokenizer_digest(tmp_path / "weights") == first
+    scratch.build_from_scratch(SIZES, ("xyz",), 0, tmp_path / "vocabulary")
+    assert tokenizer_digest(tmp_path / "vocabulary") != first
+    (tmp_path / "weights" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert tokenizer_digest(tmp_path / "weights") != first
+
+
+def test_missing_models_name_the_field(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.path .*nowhere"):
+        load_tokenizer(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    with pytest.raises(ConfigError, match=r"model.path .*no tokenizer files"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_code_of_a_model_folder_is_never_run(tmp_path: Path, name: str, nested: bool) -> None:
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    scratch.build_from_scratch(SIZES, "ab", 0, folder)
+    (folder / "own.py").write_text(
+        f"open({str(ran)!r}, 'w')\n"
+        "from transformers import Qwen2Config as C, Qwen2ForCausalLM as M, Qwen2Tokenizer as T\n"
+    )
+    values = json.loads((folder / name).read_text())
+    where = values.setdefault("text_config", {}) if nested else values
+    where["auto_map"] = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M", "AutoTokenizer": ["own.T", None]}
+    (folder / name).write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=rf"^search\.model\.path .*: {name} names Python code of its own"):
+        load_tokenizer(folder, "search.model.path")
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("named", ["pytorch_model.bin", "../model.safetensors", "/model.safetensors"])
+def test_index_that_names_other_files_is_refused(tmp_path: Path, named: str) -> None:
+    scratch.build_from_scratch(SIZES, "ab", 0, tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "model.safetensors"}}))
+    load_tokenizer(tmp_path)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": named}}))
+    with pytest.raises(ConfigError, match=rf"^model\.path .*index\.json names '{named}'; expected \*\.safetensors"):
+        load_tokenizer(tmp_path)

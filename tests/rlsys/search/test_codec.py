@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rlsys.errors import ConfigError
-from rlsys.models.scratch import _build_tokenizer
+from rlsys.models.scratch import build_tokenizer
 from rlsys.search.codec import Reading, Stop, TagCodec
 from rlsys.tasks.tags import tag_strings
 
@@ -73,7 +73,7 @@ def wild() -> TagCodec:
 @cache
 def added() -> TagCodec:
     """Return the codec of a from-scratch tokenizer. Every tag is one added token."""
-    tokenizer = _build_tokenizer([*tag_strings(), "so", "xy"], 512)
+    tokenizer = build_tokenizer([*tag_strings(), "so", "xy"], 512)
     return TagCodec(tokenizer, TAGS, [tokenizer.eos_token_id], digest="own")
 
 
@@ -177,7 +177,7 @@ def test_white_space_in_a_closing_token_is_not_a_spill() -> None:
 
 
 def test_a_closing_token_with_a_whole_further_node_has_it_as_spill() -> None:
-    tokenizer = _build_tokenizer(["</thinking><answer>3</answer>"], 512)
+    tokenizer = build_tokenizer(["</thinking><answer>3</answer>"], 512)
     codec = TagCodec(tokenizer, TAGS, [tokenizer.eos_token_id], digest="own")
     ids = codec.encode("<thinking>a</thinking><answer>3</answer>")
     assert codec.read("", ids, "stop") == [
@@ -374,6 +374,6 @@ def test_a_tag_that_the_tokenizer_changes_is_named(kind: str, tags: tuple[str, .
 
 
 def test_a_tag_that_is_an_end_token_is_refused() -> None:
-    tokenizer = _build_tokenizer(tag_strings(), 512)
+    tokenizer = build_tokenizer(tag_strings(), 512)
     with pytest.raises(ConfigError, match="the tag eos is not closable"):
         TagCodec(tokenizer, ("thinking", "eos"), [tokenizer.eos_token_id], digest="x")

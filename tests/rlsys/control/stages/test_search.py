@@ -24,7 +24,7 @@ from rlsys.control.stop_request import StopRequest
 from rlsys.data.rows import Reader
 from rlsys.display import Display
 from rlsys.errors import ConfigError, DataError, InterruptedRunError, TooManyFailuresError
-from rlsys.models.folder import weights_digest
+from rlsys.models.folder import ModelFolder, weights_digest
 from rlsys.models.scratch import build_from_scratch
 from rlsys.search import export as extraction
 from rlsys.search.codec import TagCodec
@@ -66,7 +66,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def codec(policies: list[Path]) -> TagCodec:
-    return extraction.source_of(config(), Path(), policies[0]).codec
+    return extraction.source_of(config(), Path(), ModelFolder(policies[0])).codec
 
 
 def grown(codec: TagCodec, prompt: Prompt) -> Tree:
@@ -134,7 +134,7 @@ class Stage:
             **{
                 "config": self.settings,
                 "folder": folder,
-                "model": policies[0],
+                "model": ModelFolder(policies[0]),
                 "prompts": prompts,
                 "inputs": {"task.path": "digest"},
                 "pool": self.pool,

@@ -1,0 +1,146 @@
+"""The preflight of every command: models, engine roles, resources, tags and data, checked before anything starts.
+
+It imports neither Ray nor vLLM nor torch, so that `rlsys check` stays fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from actors.search.build import check_tags
+from rlsys.config.engine_roles import (
+    ModelEngines,
+    Searching,
+    describes_a_search,
+    engine_settings,
+    given_models,
+    growing,
+    searches_in_training,
+)
+from rlsys.config.schema import Config
+from rlsys.config.stages import stage_plans
+from rlsys.control.checkpointing import check_best_metric
+from rlsys.control.tree_search import find_prompts
+from rlsys.data.inputs import Inputs, prepare_model
+from rlsys.launch.access import check_address
+from rlsys.launch.resources import ResourcePlan, plan_resources
+from rlsys.models.folder import ModelFolder, given_model
+from rlsys.trees import Writer
+from rlsys.types import Prompt
+
+Purpose = Literal["train", "check", "evaluate", "search"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """The checked input of a command. Nothing is started yet, and at most the initial model is written.
+
+    Attributes:
+        config: the config of the processes to start; its section `actors` is that of the model they serve.
+        models: all models that the command uses, by role.
+        searching: how the rollout actors search; None if they do not.
+        inputs: task, tokenizer and the streams made of them.
+        tree_prompts: the prompts that the stage `search` grows trees for.
+        plans: the resource plan; `check` adds that of `rlsys search` if the config names models of the search.
+    """
+
+    config: Config
+    models: Mapping[Writer, ModelFolder]
+    searching: Searching | None
+    inputs: Inputs
+    tree_prompts: Sequence[Prompt]
+    plans: Sequence[ResourcePlan]
+
+    @property
+    def policy(self) -> ModelFolder:
+        """The initial policy, whose tokenizer all policies share."""
+        return self.models["policy"]
+
+    @property
+    def served(self) -> ModelFolder:
+        """The model of the rollout actors."""
+        return self.models[self.searching.writer if self.searching else "policy"]
+
+    @property
+    def auxiliary(self) -> tuple[ModelEngines, ...]:
+        """Engines of other models than that of the rollout actors."""
+        return self.searching.beside if self.searching else ()
+
+
+def check_settings(config: Config, purpose: Purpose) -> None:
+    """Check the settings that need no model and no data.
+
+    Raises:
+        ConfigError: run.address is not safe to use, or a training run does not measure checkpoint.best_metric.
+    """
+    check_address(config.run.address)
+    if purpose in ("train", "check"):
+        check_best_metric(config)
+
+
+def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None) -> Prepared:
+    """Check the input of a command, in the same order for all commands.
+
+    Args:
+        config: the config of the command.
+        purpose: the command. `check` checks what `train` would, but writes no model, and leaves the comparison of the
+            plans with this machine to the caller, who shows them first.
+        policy: the policy to evaluate; None for the config's initial model, which is built in run.dir if it is missing.
+
+    Raises:
+        ConfigError, DataError: the input cannot be used.
+    """
+    trains = purpose in ("train", "check")
+    policy = policy or prepare_model(config, Path(config.run.dir).absolute(), build=purpose != "check")
+    searches = _searches(config, purpose)
+    models, engines = _load_models(config, policy, search_models=searches or purpose == "check")
+    search_config, _, searcher = growing(config, policy.path, engines)
+    if trains:  # the actors serve the policy, whatever model grows the trees
+        searching = Searching(beside=tuple(engines.values())) if searches else None
+    else:
+        searching = searcher if searches else None
+    serving = search_config if purpose == "search" else config
+    plans = [plan_resources(serving, models, searching, learner=trains)]
+    if purpose != "check":
+        plans[0].check()
+    elif engines:
+        plans.append(plan_resources(search_config, models, searcher, learner=False))
+    if searches or (purpose == "check" and describes_a_search(config)):
+        check_tags(config.search, models)  # also of the policy, which is trained on the data
+    inputs = Inputs(config, policy, training=trains)
+    grows_trees = trains and not all(plan.trains for plan in stage_plans(config))
+    return Prepared(
+        config=serving,
+        models=models,
+        searching=searching,
+        inputs=inputs,
+        tree_prompts=find_prompts(config, inputs) if grows_trees else (),
+        plans=plans,
+    )
+
+
+def _searches(config: Config, purpose: Purpose) -> bool:
+    """Return whether a command asks its rollout actors for trees."""
+    if purpose == "evaluate":
+        return config.evaluation.search_answers > 0
+    return purpose == "search" or searches_in_training(config)
+
+
+def _load_models(
+    config: Config, policy: ModelFolder, *, search_models: bool
+) -> tuple[dict[Writer, ModelFolder], dict[Writer, ModelEngines]]:
+    """Return all models by role, and the engines of search.model and search.reviewer.
+
+    Raises:
+        ConfigError: see `given_model`; or an engine would need several devices on CPUs.
+    """
+    models: dict[Writer, ModelFolder] = {"policy": policy}
+    engines: dict[Writer, ModelEngines] = {}
+    for writer, section in given_models(config).items() if search_models else ():
+        models[writer] = given_model(section.path, f"search.{writer}.path")
+        settings = engine_settings(config, writer, section)
+        engines[writer] = ModelEngines(writer=writer, path=models[writer].path, actors=settings)
+    return models, engines

@@ -1,0 +1,168 @@
+"""Start the processes of a run in their bundles: rollout actors, auxiliary engines and learner ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.engine import engine_environment
+from actors.model_actor import ModelActor, ModelSettings
+from actors.rollout_actor import ActorSettings, RolloutActor
+from learners.learner_actor import WATCH, LearnerActor
+from learners.settings import RankSettings, learner_environment
+from rlsys.config.engine_roles import ModelEngines, Searching
+from rlsys.control.fleet import Fleet
+from rlsys.directory import RunDirectory
+from rlsys.launch.placement import ROLLOUT, Placement, place
+from rlsys.launch.ray_cluster import RENDEZVOUS, Cluster
+from rlsys.launch.remote import RayActor
+from rlsys.trees import Writer
+
+# Concurrent calls of one actor. With Ray's default of 1000, calls for statistics would wait behind trees.
+MAX_CALLS = 10_000
+
+
+@contextlib.asynccontextmanager
+async def rollout_pool(
+    cluster: Cluster,
+    model: Path,
+    searching: Searching | None = None,
+    replacement_model: Callable[[], Path] | None = None,
+    say: Callable[[str], None] = lambda _text: None,
+) -> AsyncIterator[Fleet]:
+    """Start the rollout actors and auxiliary engines; close them at the end of the block.
+
+    Args:
+        cluster: the Ray that starts them.
+        model: the model folder that the rollout actors load.
+        searching: how the actors search; None if they are never asked for trees.
+        replacement_model: returns the model folder of a replaced actor; None if it is `model`. The actor gets the
+            current weights before it serves.
+        say: gets a message about every lost actor.
+    """
+    config = cluster.config
+    auxiliary = searching.beside if searching else ()
+    placement = place(config, auxiliary)
+    environment = engine_environment(config.actors, config.run.device)
+    handles = _auxiliary_handles(cluster, auxiliary, placement)
+
+    def spawn(number: int, attempt: int) -> RayActor:
+        folder = replacement_model() if replacement_model and attempt else model
+        settings = _actor_settings(cluster, number, attempt, folder, searching, handles)
+        options = cluster.options(placement.indices[ROLLOUT][number], config.actors.tensor_parallel_size, environment)
+        return RayActor(_start(RolloutActor, options, settings), config, f"actor {number}")
+
+    engines = [
+        (writer, number, RayActor(handle, config, f"{writer} engine {number}"))
+        for writer, writer_handles in handles.items()
+        for number, handle in enumerate(writer_handles)
+    ]
+    async with Fleet(
+        spawn,
+        config.actors.count,
+        max_restarts=config.actors.max_restarts,
+        hang_timeout_s=config.actors.hang_timeout_s,
+        role=searching.writer if searching else "policy",
+        auxiliary=engines,
+        say=say,
+    ) as pool:
+        yield pool
+
+
+def _start(kind: type, options: Mapping[str, Any], settings: Any) -> Any:
+    """Start an actor that takes calls while others are under way."""
+    return ray.remote(kind).options(**options, max_concurrency=MAX_CALLS).remote(settings)
+
+
+def _actor_settings(
+    cluster: Cluster,
+    number: int,
+    attempt: int,
+    model: Path,
+    searching: Searching | None,
+    handles: Mapping[Writer, Sequence[Any]],
+) -> ActorSettings:
+    """Return the settings of a rollout actor; `handles` are those of the auxiliary engines."""
+    config = cluster.config
+    search: dict[str, Any] = {}
+    if searching:
+        search = {
+            "search": config.search,
+            "extract": config.extract,
+            "sampling": config.sampling,
+            "writer": searching.writer,
+            "writers": handles,
+            "writer_paths": {engines.writer: engines.path for engines in searching.beside},
+        }
+    return ActorSettings(
+        name=f"{number}",
+        attempt=attempt,
+        model_path=model,
+        device=config.run.device,
+        seed=config.run.seed,
+        actors=config.actors,
+        task=config.task,
+        rewards=config.rewards,
+        log_file=str(RunDirectory(cluster.run_dir).logs / f"actor-{number}.log"),
+        **search,
+    )
+
+
+def _auxiliary_handles(
+    cluster: Cluster, auxiliary: Sequence[ModelEngines], placement: Placement
+) -> dict[Writer, list[Any]]:
+    """Start the engines of other models; return their handles by role."""
+    config = cluster.config
+    handles: dict[Writer, list[Any]] = {}
+    for engines in auxiliary:
+        environment = engine_environment(engines.actors, config.run.device)
+        for number, bundle in enumerate(placement.indices[engines.writer]):
+            settings = ModelSettings(
+                name=f"{engines.writer} engine {number}",
+                model_path=engines.path,
+                device=config.run.device,
+                actors=engines.actors,
+                log_file=str(RunDirectory(cluster.run_dir).logs / f"{engines.writer}-{number}.log"),
+            )
+            options = cluster.options(bundle, engines.actors.tensor_parallel_size, environment)
+            handles.setdefault(engines.writer, []).append(_start(ModelActor, options, settings))
+    return handles
+
+
+def learner_handles(cluster: Cluster, bundles: Sequence[int], pad_token_id: int, attempt: int) -> list[Any]:
+    """Start the learner ranks and return their handles. Every attempt has its own rendezvous file.
+
+    Args:
+        cluster: the Ray that starts them.
+        bundles: the bundle index of every rank.
+        pad_token_id: the token that fills up rows of a batch.
+        attempt: how often the learner was restarted before.
+    """
+    config = cluster.config
+    store = cluster.run_dir / f"{RENDEZVOUS}{uuid.uuid4().hex}"
+    handles = []
+    for rank, bundle in enumerate(bundles):
+        settings = RankSettings(
+            rank=rank,
+            ranks=config.learner.ranks,
+            device=config.run.device,
+            store=str(store),
+            seed=config.run.seed,
+            pad_token_id=pad_token_id,
+            temperature=config.sampling.temperature,
+            max_tokens=config.sampling.max_tokens,
+            learner=config.learner,
+            objective=config.objective,
+            attempt=attempt,
+        )
+        environment = learner_environment(config.learner, config.run.device, rank)
+        options = cluster.options(bundle, 1, environment)
+        log_file = str(RunDirectory(cluster.run_dir).logs / f"learner-{rank}.log")
+        kind = ray.remote(concurrency_groups={WATCH: 1})(LearnerActor)
+        handles.append(kind.options(**options).remote(settings, log_file))
+    return handles

@@ -1,0 +1,186 @@
+"""The preflight: the same checks in the same order for every command. Models and data are replaced."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlsys.config.engine_roles import Searching
+from rlsys.config.files import parse_config
+from rlsys.config.schema import Config
+from rlsys.errors import ConfigError
+from rlsys.launch import prepare as preflight
+from rlsys.launch.prepare import Purpose, check_settings, prepare
+from rlsys.launch.resources import Need, ResourcePlan
+from rlsys.models.folder import ModelFolder
+
+MODELS = {"model": {"path": "l", "count": 1, "max_model_len": 4096}, "reviewer": {"path": "r", "max_model_len": 1024}}
+TOO_MUCH = Need("all", "memory, GiB", 2.0, 1.0, "actors.count")
+
+
+def config(**sections: Any) -> Config:
+    values = {"run": {"dir": "d"}, "model": {"path": "m"}, "task": {"type": "letter_count"}, **sections}
+    return parse_config(values, "test")
+
+
+class Checks:
+    """Records the checks in their order, each with the arguments that matter. `needs` become those of every plan."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done: list[Any] = []
+        self.needs: list[Need] = []
+        monkeypatch.setattr(preflight, "prepare_model", self.prepare_model)
+        monkeypatch.setattr(preflight, "given_model", self.given_model)
+        monkeypatch.setattr(preflight, "plan_resources", self.plan)
+        monkeypatch.setattr(preflight, "check_tags", lambda _search, models: self.done.append(("tags", [*models])))
+        monkeypatch.setattr(preflight, "Inputs", self.inputs)
+        monkeypatch.setattr(preflight, "find_prompts", lambda *_: ["a prompt"])
+
+    def prepare_model(self, config: Config, _run_dir: Path, *, build: bool) -> ModelFolder:
+        self.done.append(("policy", build))
+        return ModelFolder(Path("policy"))
+
+    def given_model(self, name: str, field: str) -> ModelFolder:
+        self.done.append(field)
+        return ModelFolder(Path(name), field)
+
+    def plan(
+        self, config: Config, models: Mapping[str, ModelFolder], searching: Searching | None, *, learner: bool
+    ) -> ResourcePlan:
+        auxiliary = searching.beside if searching else ()
+        self.done.append(("plan", config.actors.max_model_len, learner, [engines.writer for engines in auxiliary]))
+        return ResourcePlan(config=config, auxiliary=auxiliary, ranks=int(learner), needs=self.needs)
+
+    def inputs(self, _config: Config, model: ModelFolder, *, training: bool) -> Any:
+        self.done.append(("inputs", model.path, training))
+        return SimpleNamespace(notes=[])
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> Checks:
+    return Checks(monkeypatch)
+
+
+POLICY = Path("policy")
+TRAIN = [("policy", True), ("plan", 256, True, []), ("inputs", POLICY, True)]
+FIELDS = ["search.model.path", "search.reviewer.path"]
+ALL = ["policy", "model", "reviewer"]
+CASES: dict[str, tuple[Purpose, dict[str, Any], list[Any]]] = {
+    "train": ("train", {}, TRAIN),
+    "train that never searches": ("train", {"search": MODELS}, TRAIN),
+    "train with trees": (
+        "train",
+        {"search": {**MODELS, "fraction": 0.5}},
+        [("policy", True), *FIELDS, ("plan", 256, True, ALL[1:]), ("tags", ALL), ("inputs", POLICY, True)],
+    ),
+    "check": ("check", {}, [("policy", False), ("plan", 256, True, []), ("inputs", POLICY, True)]),
+    "check of a search": (
+        "check",
+        {"search": MODELS},
+        [
+            ("policy", False),
+            *FIELDS,
+            ("plan", 256, True, []),
+            ("plan", 4096, False, ["reviewer"]),
+            ("tags", ALL),
+            ("inputs", POLICY, True),
+        ],
+    ),
+    "search": (
+        "search",
+        {"search": MODELS},
+        [("policy", True), *FIELDS, ("plan", 4096, False, ["reviewer"]), ("tags", ALL), ("inputs", POLICY, False)],
+    ),
+    "evaluate": ("evaluate", {"search": MODELS}, [("plan", 256, False, []), ("inputs", Path("e"), False)]),
+    "evaluate with search": (
+        "evaluate",
+        {"search": {"reviewer": MODELS["reviewer"]}, "evaluation": {"search_answers": 2}},
+        [
+            "search.reviewer.path",
+            ("plan", 256, False, ["reviewer"]),
+            ("tags", ["policy", "reviewer"]),
+            ("inputs", Path("e"), False),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_command_checks_in_the_same_order(checks: Checks, case: str) -> None:
+    purpose, sections, expected = CASES[case]
+    prepare(config(**sections), purpose, ModelFolder(Path("e")) if purpose == "evaluate" else None)
+    assert checks.done == expected
+
+
+def test_the_model_of_the_search_is_served_in_place_of_the_policy(checks: Checks) -> None:
+    prepared = prepare(config(search=MODELS), "search")
+    assert (prepared.served.path, prepared.policy.path) == (Path("l"), POLICY)
+    assert prepared.config.actors.max_model_len == 4096
+    assert [engines.writer for engines in prepared.auxiliary] == ["reviewer"]
+
+
+def test_a_training_run_serves_the_policy(checks: Checks) -> None:
+    prepared = prepare(config(search={**MODELS, "fraction": 0.5}), "train")
+    assert prepared.served is prepared.policy
+    assert [engines.writer for engines in prepared.auxiliary] == ["model", "reviewer"]
+
+
+@pytest.mark.parametrize(("stages", "prompts"), [(["online"], ()), (["search", "sft"], ["a prompt"])])
+def test_the_stage_search_has_prompts(checks: Checks, stages: list[str], prompts: Any) -> None:
+    assert prepare(config(stages=stages), "train").tree_prompts == prompts
+
+
+@pytest.mark.parametrize("purpose", ["train", "search", "evaluate"])
+def test_resources_beyond_this_machine_are_refused_before_the_data_are_read(checks: Checks, purpose: Purpose) -> None:
+    checks.needs = [TOO_MUCH]
+    with pytest.raises(ConfigError, match=r"^actors\.count: the run needs 2 memory, GiB, this machine has 1"):
+        prepare(config(), purpose, ModelFolder(Path("e")))
+    assert checks.done[-1][0] == "plan"
+
+
+def test_check_shows_a_plan_that_does_not_fit(checks: Checks) -> None:
+    checks.needs = [TOO_MUCH]
+    assert [plan.needs for plan in prepare(config(), "check").plans] == [[TOO_MUCH]]
+
+
+def test_only_a_training_run_needs_its_best_metric() -> None:
+    bad = config(checkpoint={"best_metric": "held_out/none"})
+    for purpose in ("train", "check"):
+        with pytest.raises(ConfigError, match=r"^checkpoint\.best_metric: "):
+            check_settings(bad, purpose)
+    for purpose in ("evaluate", "search"):
+        check_settings(bad, purpose)
+
+
+@pytest.mark.parametrize("purpose", ["train", "check", "evaluate", "search"])
+def test_every_command_refuses_an_unsafe_address(purpose: Purpose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
+    with pytest.raises(ConfigError, match=r"^run\.address local: "):
+        check_settings(config(), purpose)
+
+
+def test_a_folder_that_is_no_model_names_its_field(tmp_path: Path) -> None:
+    search = {"reviewer": {**MODELS["reviewer"], "path": str(tmp_path)}}
+    with pytest.raises(ConfigError, match=r"search\.reviewer\.path .*: the folder has no config\.json"):
+        prepare(config(search=search, evaluation={"search_answers": 2}), "evaluate", ModelFolder(tmp_path))
+
+
+def test_a_check_of_a_tiny_model_loads_neither_torch_nor_vllm(tmp_path: Path) -> None:
+    """Their imports take longer than the whole check."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"run: {{dir: {tmp_path / 'run'}}}\nmodel: {{from_scratch: {{}}}}\ntask: {{type: letter_count}}\n")
+    code = (
+        f"import sys; from rlsys import cli; sys.argv = ['rlsys', 'check', {str(path)!r}]\n"
+        "try:\n    cli.main()\n"
+        "except SystemExit as end:\n"
+        "    print('loaded', end.code, {'torch', 'vllm', 'ray', 'datasets', 'math_verify'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded 0 set()"
+    assert not (tmp_path / "run").exists()
