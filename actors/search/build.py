@@ -1,4 +1,4 @@
-"""The forest of one rollout actor, from its settings: codecs, writers and their limits."""
+"""Construction of a rollout actor's tree scheduler from its settings."""
 
 from __future__ import annotations
 
@@ -6,93 +6,94 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from actors.search.scheduler import Forest, ForestSettings, ForestWriter, Verifier
-from actors.search.writers import WriterEngine
+from actors.search.scheduler import CompletionEngine, RoleEngine, SchedulerSettings, TreeScheduler, Verifier
+from actors.settings import ActorSettings
 from rlsys.config.patterns import resolve
-from rlsys.config.schema import ActorsConfig, SamplingConfig
+from rlsys.config.schema import ActorsConfig
 from rlsys.config.search import SearchConfig, SearchModelConfig
 from rlsys.errors import ConfigError
 from rlsys.models.folder import model_digest
 from rlsys.models.scratch import end_token_ids, load_tokenizer, tokenizer_digest
 from rlsys.search.codec import TagCodec
-from rlsys.trees import Writer
+from rlsys.trees import Role
 
 
-def build_codec(model_path: Path, search: SearchConfig, model: SearchModelConfig | None = None) -> TagCodec:
-    """The codec of a model folder for all tags of the search; `model` holds the question template of a second model."""
+def build_codec(model_path: Path, search: SearchConfig, role: Role) -> TagCodec:
+    """Return the codec of a model folder for all tags of the search, with the question template of its role."""
     tokenizer: Any = load_tokenizer(model_path)
     types = [node_type for pattern in resolve(search).values() for node_type in pattern.types.values()]
+    section = _section(search, role)
     return TagCodec(
         tokenizer,
         list(dict.fromkeys(node_type.tag for node_type in types)),
         end_token_ids(tokenizer, model_path),
         digest=tokenizer_digest(model_path),
-        question_template=model.question_template if model else "{question}",
+        question_template=section.question_template if section else "{question}",
     )
 
 
-def check_tags(search: SearchConfig, models: Mapping[Writer, Path]) -> None:
-    """Raises ConfigError where the tokenizer of a model folder loses a tag of the search."""
-    for writer, folder in models.items():
+def check_tags(search: SearchConfig, models: Mapping[Role, Path]) -> None:
+    """Check that the tokenizers of all model folders keep the tags of the search.
+
+    Raises:
+        ConfigError: A tokenizer loses a tag.
+    """
+    for role, folder in models.items():
         try:
-            build_codec(folder, search, model_settings(search, writer))
+            build_codec(folder, search, role)
         except ConfigError as error:
             raise ConfigError(f"{error.message}; the model is {folder}") from None
 
 
-def model_settings(search: SearchConfig, writer: Writer) -> SearchModelConfig | None:
-    """The section of a writer; None for the policy."""
-    return {"policy": None, "model": search.model, "reviewer": search.reviewer}[writer]
-
-
-def build_forest(
-    own: Writer,
-    engine: WriterEngine,
-    model_path: Path,
-    codec: TagCodec,
-    others: Mapping[Writer, tuple[WriterEngine, Path]],
-    rewards: Verifier,
-    *,
+def build_scheduler(
+    settings: ActorSettings,
     search: SearchConfig,
-    sampling: SamplingConfig,
-    actors: ActorsConfig,
-    seed: int,
-) -> Forest:
-    """A forest that writes with the actor's own engine, and with others where the search has more models.
+    codec: TagCodec,
+    engines: Mapping[Role, CompletionEngine],
+    verifier: Verifier,
+) -> TreeScheduler:
+    """Return the tree scheduler of an actor.
 
     Args:
-        own: what the actor's own engine is to a tree; the policy leaves the growing to "model" where `others` has one.
-        model_path, codec: the model folder of that engine, and its codec.
-        others: engine and model folder of every other writer.
+        codec: Codec of the actor's own engine.
+        engines: Engines of all roles, the actor's own included. The policy's engine writes no nodes if there is one
+            with the role "model".
     """
-    writers: dict[Writer, ForestWriter] = {}
-    if own == "model" or "model" not in others:
-        writers[own] = ForestWriter(
-            engine=engine, model=model_digest(model_path), codec=codec, max_model_len=actors.max_model_len
-        )
-    for name, (other, folder) in others.items():
-        section = model_settings(search, name)
-        assert section is not None  # noqa: S101 - only models of the section `search` are others
-        writers[name] = ForestWriter(
-            engine=other,
+    role_engines: dict[Role, RoleEngine] = {}
+    for role, engine in engines.items():
+        section = _section(search, role)
+        if role == settings.role:
+            folder, max_model_len = settings.model_path, settings.actors.max_model_len
+        else:
+            assert section is not None  # noqa: S101 - only the policy has no section, and no auxiliary engine
+            folder, max_model_len = settings.auxiliary_paths[role], section.max_model_len
+        if role == "policy" and "model" in engines:
+            continue
+        role_engines[role] = RoleEngine(
+            engine=engine,
             model=model_digest(folder),
-            codec=build_codec(folder, search, section),
-            max_model_len=section.max_model_len,
+            codec=codec if role == settings.role else build_codec(folder, search, role),
+            max_model_len=max_model_len,
         )
-    settings = ForestSettings(
+    scheduler_settings = SchedulerSettings(
         config=search,
         patterns=resolve(search),
-        seed=seed,
-        temperature=search.temperature or sampling.temperature,
-        top_p=search.top_p or sampling.top_p,
-        max_chain_tokens=sampling.max_tokens,
-        in_flight=_share_of_grower(search, actors, others),
+        seed=settings.seed,
+        temperature=search.temperature or settings.sampling.temperature,
+        top_p=search.top_p or settings.sampling.top_p,
+        max_chain_tokens=settings.sampling.max_tokens,
+        in_flight=_share_of_proposer(search, settings.actors, settings.auxiliary_paths),
     )
-    return Forest(writers, rewards, settings)
+    return TreeScheduler(role_engines, verifier, scheduler_settings)
 
 
-def _share_of_grower(search: SearchConfig, actors: ActorsConfig, others: Mapping[Writer, object]) -> int:
-    """Sequences that the engines which grow trees decode at once, for each of the actors that ask them."""
-    if search.model is None or "model" not in others:
+def _section(search: SearchConfig, role: Role) -> SearchModelConfig | None:
+    """Return the config section of a role; None for the policy."""
+    return {"policy": None, "model": search.model, "reviewer": search.reviewer}[role]
+
+
+def _share_of_proposer(search: SearchConfig, actors: ActorsConfig, auxiliary: Mapping[Role, Path]) -> int:
+    """Return how many sequences the proposing engines decode at once for each actor."""
+    if search.model is None or "model" not in auxiliary:
         return actors.max_num_seqs
     return max(1, search.model.max_num_seqs * search.model.count // actors.count)

@@ -21,7 +21,7 @@ from rlsys.errors import ConfigError
 from rlsys.files import write_json, write_text
 from rlsys.launch.signals import StopSignals
 from rlsys.search.stats import figure_rows
-from rlsys.trees import Writer
+from rlsys.trees import Role
 
 FIRST_SIGNAL = "{}: the trees that the actors hold are finished and kept, no others are begun; once more to abort"
 ABORTED = " for the second time; the trees under way are lost, the same command continues"
@@ -39,7 +39,7 @@ def run(config: Config) -> str:
     run_dir = Path(config.run.dir).absolute()
     opened: list[Search] = []
 
-    def prepare(inputs: Inputs, models: Mapping[Writer, Path]) -> launch.Grow | None:
+    def prepare(inputs: Inputs, models: Mapping[Role, Path]) -> launch.Grow | None:
         opened.append(open_search(config, run_dir, inputs, models))
         return grow_missing(opened[0]) if opened[0].missing() else None
 
@@ -47,7 +47,7 @@ def run(config: Config) -> str:
     return conclude(opened[0], config, run_dir, standard_output())
 
 
-def open_search(config: Config, run_dir: Path, inputs: Inputs, models: Mapping[Writer, Path]) -> Search:
+def open_search(config: Config, run_dir: Path, inputs: Inputs, models: Mapping[Role, Path]) -> Search:
     """Check that the run directory holds this very search, or none yet, and read its trees.
 
     Raises:

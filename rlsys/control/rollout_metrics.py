@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rlsys.trees import SearchUsage
+from rlsys.interfaces import EngineStats
 from rlsys.types import TrajectoryGroup
 
 # Figures of a tree that a step adds up under their own names.
@@ -46,7 +46,7 @@ def generated_tokens(group: TrajectoryGroup) -> int:
     return sum(trajectory.completion_length for trajectory in group.trajectories)
 
 
-def engine_metrics(usages: Sequence[SearchUsage]) -> Mapping[str, float]:
+def engine_metrics(usages: Sequence[EngineStats]) -> Mapping[str, float]:
     """Names of the metrics registry, from what all engines did in the same stretch of time.
 
     Engines that served prompts of no token tell nothing of the prefix cache, and engines that are not there are not
@@ -67,7 +67,7 @@ def engine_metrics(usages: Sequence[SearchUsage]) -> Mapping[str, float]:
     return figures
 
 
-def _idle(usage: SearchUsage) -> float:
+def _idle(usage: EngineStats) -> float:
     """A step counts when it ends, so an engine can have been busy for longer than it was asked about."""
     return max(0.0, 1 - usage.busy_s / usage.wall_s) if usage.wall_s else 0.0
 

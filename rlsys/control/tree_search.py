@@ -21,7 +21,7 @@ from rlsys.models.folder import model_digest
 from rlsys.models.scratch import tokenizer_digest
 from rlsys.search.stats import EngineFigures, TreeFigures, prefix_hit_rate
 from rlsys.search.store import TreeStore, check_origin
-from rlsys.trees import Tree, TreeFailure, Writer
+from rlsys.trees import Role, Tree, TreeFailure
 from rlsys.types import Prompt
 
 # What decides a tree. Everything in `search` does unless it is named below, so that a new key counts at first.
@@ -198,7 +198,7 @@ def find_prompts(config: Config, inputs: Inputs) -> list[Prompt]:
     return [inputs.builder.build(split, number) for number in range(count if size is None else min(count, size))]
 
 
-def writer_digests(models: Mapping[Writer, Path]) -> dict[str, str]:
+def writer_digests(models: Mapping[Role, Path]) -> dict[str, str]:
     """Digests of the models beside the policy, by config field."""
     found = {}
     for writer, folder in models.items():

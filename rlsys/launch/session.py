@@ -25,8 +25,9 @@ import ray
 
 from actors.engine import engine_environment
 from actors.model_actor import ModelActor, ModelSettings
-from actors.rollout_actor import ActorSettings, RolloutActor
+from actors.rollout_actor import RolloutActor
 from actors.search.build import check_tags
+from actors.settings import ActorSettings
 from learners.learner_actor import WATCH, LearnerActor
 from learners.settings import RankSettings, learner_environment
 from rlsys.config.engine_roles import ModelEngines, Searching, growing, searches_in_training
@@ -66,7 +67,7 @@ from rlsys.run.metrics import MetricsWriter
 from rlsys.run.provenance import check_extraction, check_inputs
 from rlsys.run.resume import Start, all_steps_made, find_again, find_start
 from rlsys.transfer.object_store import ObjectStoreTransfer
-from rlsys.trees import Writer
+from rlsys.trees import Role
 from rlsys.types import Prompt
 
 Measure = Callable[[Fleet, list[Prompt], Config], Awaitable[dict[str, Any]]]
@@ -184,7 +185,7 @@ def evaluate_policy(policy: Path, config: Config, measure: Measure) -> dict[str,
     return found
 
 
-def grow_trees(config: Config, run_dir: Path, prepare: Callable[[Inputs, Mapping[Writer, Path]], Grow | None]) -> None:
+def grow_trees(config: Config, run_dir: Path, prepare: Callable[[Inputs, Mapping[Role, Path]], Grow | None]) -> None:
     """Start the engines that grow trees, and let what `prepare` answers use them.
 
     Args:
@@ -197,7 +198,7 @@ def grow_trees(config: Config, run_dir: Path, prepare: Callable[[Inputs, Mapping
         engines = search_engines(config)
         serving, model, searching = growing(config, policy, engines)
         resources.check(resources.plan(serving, model, learner=False, beside=searching.beside))
-        models: dict[Writer, Path] = {"policy": policy, **{writer: found.path for writer, found in engines.items()}}
+        models: dict[Role, Path] = {"policy": policy, **{writer: found.path for writer, found in engines.items()}}
         check_tags(config.search, models)  # of the policy too: it is what the data are for
         inputs = Inputs(config, policy, training=False)
         for note in inputs.notes:
@@ -383,23 +384,23 @@ def _start(kind: type, options: Mapping[str, Any], settings: Any) -> Any:
     return ray.remote(kind).options(**options, max_concurrency=MAX_CALLS).remote(settings)
 
 
-def _search_settings(config: Config, searching: Searching, beside: Mapping[Writer, Sequence[Any]]) -> dict[str, Any]:
+def _search_settings(config: Config, searching: Searching, beside: Mapping[Role, Sequence[Any]]) -> dict[str, Any]:
     """The fields of ActorSettings that only a search needs."""
     return {
         "search": config.search,
         "extract": config.extract,
         "sampling": config.sampling,
-        "writer": searching.writer,
-        "writers": beside,
-        "writer_paths": {engines.writer: engines.path for engines in searching.beside},
+        "role": searching.writer,
+        "auxiliary_handles": beside,
+        "auxiliary_paths": {engines.writer: engines.path for engines in searching.beside},
     }
 
 
-def model_handles(cluster: Cluster, beside: Sequence[ModelEngines]) -> dict[Writer, list[Any]]:
+def model_handles(cluster: Cluster, beside: Sequence[ModelEngines]) -> dict[Role, list[Any]]:
     """Start the engines of other models, in the bundles after those of the rollout actors."""
     config = cluster.config
     bundle = config.actors.count
-    handles: dict[Writer, list[Any]] = {}
+    handles: dict[Role, list[Any]] = {}
     for engines in beside:
         environment = engine_environment(engines.actors, config.run.device)
         for number in range(engines.actors.count):

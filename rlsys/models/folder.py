@@ -16,7 +16,7 @@ from rlsys.config.schema import Config, FromScratchConfig
 from rlsys.directory import RunDirectory
 from rlsys.errors import ConfigError
 from rlsys.models.scratch import build_from_scratch, load_tokenizer, tensor_header
-from rlsys.trees import Writer
+from rlsys.trees import Role
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.md")
 
@@ -77,7 +77,7 @@ def model_folder(name: str, field: str) -> Path:
     return folder
 
 
-def search_engines(config: Config) -> dict[Writer, ModelEngines]:
+def search_engines(config: Config) -> dict[Role, ModelEngines]:
     """The engines of search.model and search.reviewer, where they are given, with their folders.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What an actor makes of weights that do not arrive. Neither Ray nor an engine is started."""
+"""Errors of a rollout actor whose weights do not arrive. Neither Ray nor an engine is started."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlsys.errors import LearnerLostError, RlsysError, WeightSyncError
 from rlsys.transfer.object_store import ObjectStoreReceiver
 from rlsys.types import WeightManifest, WeightOffer
 
-WITH_THE_RANK = [exceptions.OwnerDiedError, exceptions.ObjectLostError]
+LOST_WITH_THE_RANK = [exceptions.OwnerDiedError, exceptions.ObjectLostError]
 OUT_OF_REACH = [
     exceptions.ObjectFetchTimedOutError,
     exceptions.ObjectFreedError,
@@ -25,9 +25,9 @@ OUT_OF_REACH = [
 
 @pytest.mark.parametrize(
     ("lost", "expected"),
-    [*((kind, LearnerLostError) for kind in WITH_THE_RANK), *((kind, WeightSyncError) for kind in OUT_OF_REACH)],
+    [*((kind, LearnerLostError) for kind in LOST_WITH_THE_RANK), *((kind, WeightSyncError) for kind in OUT_OF_REACH)],
 )
-def test_weights_are_lost_with_their_rank_or_for_this_actor_alone(
+def test_lost_weights_blame_the_rank_or_this_actor(
     lost: type[exceptions.ObjectLostError], expected: type[RlsysError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def update(*_arguments: object) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlsys.control.rollout_metrics import SUMMED
-from rlsys.trees import SearchUsage
+from rlsys.interfaces import EngineStats
 from rlsys.types import (
     Float32Array,
     Int32Array,
@@ -170,10 +170,10 @@ class FakePool:
     async def reset_engine_stats(self) -> None:
         await self.engine_stats()
 
-    async def engine_stats(self) -> Sequence[SearchUsage]:
+    async def engine_stats(self) -> Sequence[EngineStats]:
         """Every engine worked a second of four for 5 tokens, since the last call and however long ago that was."""
         return [
-            SearchUsage(
+            EngineStats(
                 model="policy",
                 engine=engine,
                 busy_s=1.0,

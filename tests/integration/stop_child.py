@@ -77,10 +77,10 @@ def main(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     config = ActorsConfig(max_model_len=256, max_num_seqs=64, kv_cache_gib=0.1, block_size=32)
     engine = Engine(folder, config, "cpu", end_token_ids(tokenizer, folder), stop_strings=True)
-    engine.usage()
+    engine.engine_stats()
     (first,) = draw(engine, [request(99)])
     free = draw(engine, [request(seed) for seed in range(REQUESTS)])
-    usage = engine.usage()
+    usage = engine.engine_stats()
     strings = {seed: text for seed, completion in enumerate(free) if (text := piece(tokenizer, completion))}
     stopped = draw(engine, [request(seed, stop_strings=("~~~", text)) for seed, text in strings.items()])
     token = int(np.bincount(np.concatenate([completion.token_ids for completion in free])).argmax())

@@ -11,21 +11,21 @@ from typing import Any
 import pytest
 from fakes import prompt
 
-from actors.engine_stats import EngineUsage
 from actors.rollout_actor import RolloutActor
 from rlsys.control.actor_slots import ActorState
 from rlsys.control.fleet import Fleet
 from rlsys.control.supervisor import LOSSES_WITHIN_S
 from rlsys.control.watchdog import WatchClock
 from rlsys.errors import (
+    AuxiliaryEngineLostError,
     ConfigError,
     EngineError,
     LearnerLostError,
     RlsysError,
     TooManyFailuresError,
     WeightSyncError,
-    WriterLostError,
 )
+from rlsys.interfaces import EngineStats
 from rlsys.types import SamplingSettings, WeightAck, WeightManifest, WeightOffer
 
 SETTINGS = SamplingSettings(samples=1, temperature=1.0, top_p=1.0, max_tokens=4, seed=0)
@@ -81,9 +81,9 @@ class Process:
         self.version = offer.manifest.version
         return WeightAck(actor=f"{self.number}", version=self.version, probe_logprobs=())
 
-    async def usage(self) -> EngineUsage:
-        await self._work("usage")
-        return EngineUsage(busy_s=1.0, wall_s=4.0, in_flight_mean=2.5, generated_tokens=10 * self.attempt + self.number)
+    async def engine_stats(self) -> EngineStats:
+        await self._work("engine_stats")
+        return EngineStats(busy_s=1.0, wall_s=4.0, in_flight_mean=2.5, generated_tokens=10 * self.attempt + self.number)
 
     async def progress(self) -> int:
         await self.world.looking.wait()
@@ -494,7 +494,7 @@ def test_an_actor_that_alone_does_not_start_at_first_is_replaced() -> None:
 def test_other_errors_are_no_loss() -> None:
     async def test(world: World) -> None:
         async with world.fleet() as found:
-            for error in (RlsysError("no module"), WriterLostError("reviewer engine 0 died")):
+            for error in (RlsysError("no module"), AuxiliaryEngineLostError("reviewer engine 0 died")):
                 world.processes[0].error = error
                 with pytest.raises(type(error), match=error.message):
                     await found.generate(0, [prompt("a")], SETTINGS)
@@ -687,9 +687,12 @@ def test_an_engine_beside_the_actors_that_is_lost_ends_the_run_by_its_own_name()
 def waiting_actor() -> Any:
     """A rollout actor whose trees all wait for the reviewer."""
     actor: Any = object.__new__(RolloutActor)
-    actor.forest, actor.rewards, actor.loading = None, SimpleNamespace(verdicts=2), SimpleNamespace(count=0)
+    actor.scheduler, actor.rewards, actor.loading = None, SimpleNamespace(verdicts=2), SimpleNamespace(count=0)
     actor.loaded = actor.waited = 0
-    actor.engine, actor.beside = SimpleNamespace(steps=3, idle=True), {"reviewer": SimpleNamespace(owes=True)}
+    actor.engine, actor.auxiliary = (
+        SimpleNamespace(steps=3, idle=True),
+        {"reviewer": SimpleNamespace(has_open_requests=True)},
+    )
     return actor
 
 
@@ -714,7 +717,7 @@ def test_an_actor_that_waits_for_an_engine_beside_it_does_not_hang_by_itself(fau
             if fault == "its engine hangs":
                 actor.engine.idle = False
             elif fault == "no answer is owed":
-                actor.beside["reviewer"].owes = False
+                actor.auxiliary["reviewer"].has_open_requests = False
             elif fault == "it is stopped":
                 process.progress = asyncio.Event().wait  # type: ignore[assignment,method-assign]
             await watch()

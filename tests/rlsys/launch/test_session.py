@@ -117,8 +117,8 @@ def test_every_process_has_a_bundle_of_its_own(
     named = [("model", 0, "ModelActor in 2"), ("reviewer", 0, "ModelActor in 3"), ("reviewer", 1, "ModelActor in 4")]
     assert [(writer, number, found.handle) for writer, number, found in pools[0]["auxiliary"]] == named
     actor = next(settings for _, kind, settings in cluster.placed if kind is RolloutActor)
-    assert (actor.search, actor.writer, actor.writers) == (found.search, "policy", beside)
-    assert actor.writer_paths == {"model": Path("l"), "reviewer": Path("r")}
+    assert (actor.search, actor.role, actor.auxiliary_handles) == (found.search, "policy", beside)
+    assert actor.auxiliary_paths == {"model": Path("l"), "reviewer": Path("r")}
 
 
 def test_actors_that_are_never_asked_to_search_know_nothing_of_it(
