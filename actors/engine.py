@@ -1,8 +1,8 @@
-"""One vLLM engine, inside this process, stepped by one thread. The only file that imports vllm.
+"""One vLLM engine inside this process, stepped by one thread. Only this file imports vllm.
 
-Everything that touches the engine runs on that thread, between two engine steps: requests are added there
-and weights are replaced there. So a weight update never meets a half-computed step, and in-flight requests
-go on with the new weights; vLLM reports which output tokens each weight version made.
+All work on the engine runs on that thread between two engine steps: new requests, and new weights. So a weight update
+never interrupts a step, and requests in flight continue with the new weights. vLLM reports the weight version of every
+output token.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from actors.engine_stats import EngineUsage, Meter
+from actors.engine_stats import Meter
 from rlsys.config.schema import ActorsConfig
 from rlsys.errors import EngineError, RolloutError
+from rlsys.interfaces import EngineStats
 from rlsys.types import FinishReason, Float32Array, Int32Array, VersionSpan
 
 if TYPE_CHECKING:
@@ -36,10 +37,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRequest:
-    """One completion to draw. seed decides the tokens together with the prompt and the weights.
+    """One completion to draw. Prompt, weights and seed decide its tokens.
 
-    It ends with the first end token, the first of stop_token_ids, or the token that completes the first of
-    stop_strings in what was drawn; that token belongs to it.
+    The completion ends with the first end token, stop token, or token that completes a stop string in the drawn text.
+    This token is part of the completion.
     """
 
     request_id: str
@@ -54,10 +55,14 @@ class CompletionRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What the engine drew. logprobs: [T] of the distribution sampled from (after temperature and top_p).
+    """A drawn completion.
 
-    versions: spans over token_ids (index into the completion, not into prompt plus completion).
-    prompt_tokens, cached_tokens: length of the prompt, and how much of it came from the prefix cache.
+    Attributes:
+        token_ids: [T] int32.
+        logprobs: [T] float32, nats, of the distribution sampled from (after temperature and top_p).
+        versions: Weight versions, by index into token_ids.
+        prompt_tokens: Length of the prompt.
+        cached_tokens: Number of prompt tokens found in the prefix cache.
     """
 
     token_ids: Int32Array
@@ -69,20 +74,20 @@ class Completion:
 
 
 def engine_environment(config: ActorsConfig, device: str) -> dict[str, str]:
-    """Environment variables that must be set before vllm is imported."""
+    """Return the environment variables that must be set before vllm is imported."""
     variables = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "OMP_NUM_THREADS": str(config.threads),
-        # A subprocess engine would outlive a killed actor; in process there is nothing to orphan.
+        # An engine in a subprocess would outlive a killed actor.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     if device == "cpu":
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         if config.enforce_eager:
-            # One sampler function is compiled even in eager mode: 16 s on first use, no gain for small models.
+            # vLLM compiles a sampler function even in eager mode: 16 s at the first use, without gain for small models.
             variables["TORCHDYNAMO_DISABLE"] = "1"
     return variables
 
@@ -90,11 +95,15 @@ def engine_environment(config: ActorsConfig, device: str) -> dict[str, str]:
 class Engine:
     """A running engine. All public methods may be called from any thread.
 
+    After a failed step or update the engine is broken: every future raises EngineError from then on.
+
     Args:
-        end_token_ids: tokens that end a completion.
-        stop_strings: load the model's tokenizer, so that requests may have stop strings.
-    Raises:
-        EngineError: from every future, once a step or an update has failed; the engine stays unusable.
+        end_token_ids: Tokens that end a completion.
+        stop_strings: Whether to load the model's tokenizer, so that requests may have stop strings.
+
+    Attributes:
+        steps: Number of engine steps so far.
+        idle: Whether the engine has no request and no command.
     """
 
     def __init__(
@@ -116,19 +125,23 @@ class Engine:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._pending: dict[str, _Pending] = {}
         self._requests = 0
-        self.steps = 0  # so far
-        self.idle = True  # nothing to do, and nothing asked
+        self.steps = 0
+        self.idle = True
         self._broken: EngineError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, requests: Sequence[CompletionRequest], affinity: int = 0) -> list[Future[Completion]]:
-        """Add requests in one go, so that the batch does not depend on arrival times.
+        """Add requests together, so that the batch does not depend on arrival times.
 
         Args:
-            affinity: which engine of several; this is the only one.
+            affinity: Ignored: it selects one of several engines in `actors.search.scheduler.CompletionEngine`.
+
+        Returns:
+            A future for every request, in order.
+
         Raises:
-            ValueError: a request has stop strings, and the engine was built without them.
+            ValueError: A request has stop strings, and the engine was built without them.
         """
         if not self._stop_strings and any(request.stop_strings for request in requests):
             raise ValueError("stop strings need an engine with a tokenizer: Engine(..., stop_strings=True)")
@@ -144,7 +157,7 @@ class Engine:
         return futures
 
     def prompt_logprobs(self, rows: Sequence[Int32Array]) -> list[Float32Array]:
-        """log p(token t+1 | tokens 0..t) of every row, [T-1] each; computed afresh, never from cached prefixes."""
+        """Return log p(token t+1 | tokens 0..t) for every row, [T-1] each, in nats. Cached prefixes are not used."""
         futures: list[Future[Float32Array]] = [Future() for _ in rows]
 
         def add() -> None:
@@ -155,7 +168,7 @@ class Engine:
         return [future.result() for future in futures]
 
     def update_weights(self, version: int, attempt: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace all weights between two steps; cached prefixes of older versions are not used again."""
+        """Replace all weights between two steps. Prefixes cached by older weights are not used again."""
 
         def apply() -> None:
             try:
@@ -164,15 +177,15 @@ class Engine:
                 else:
                     self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
             except BaseException as error:
-                self._break(error)  # half-loaded: neither the old version nor the new one
+                self._break(error)  # a half-loaded model has neither the old weights nor the new ones
                 raise
             self._updates += 1
             self._engine.set_weight_version(_label(version, attempt))
 
         self._ask(apply).result()
 
-    def usage(self) -> EngineUsage:
-        """What the engine has done since the last call of this."""
+    def engine_stats(self) -> EngineStats:
+        """Return the engine's statistics since the last call."""
         return self._meter.take()
 
     def close(self) -> None:
@@ -182,7 +195,7 @@ class Engine:
     # --- everything below runs on the engine's thread ---
 
     def _run(self) -> None:
-        """Until close. A broken engine stays in the loop, so that every later command learns of it."""
+        """Step the engine until `close`. The loop outlives a failure, so that later commands get the error."""
         while self._take_commands(block=not self._pending):
             if self._pending:
                 started = time.monotonic()
@@ -194,29 +207,29 @@ class Engine:
                         if output.finished:
                             self._pending[output.request_id].finish(output)
                             del self._pending[output.request_id]
-                except BaseException as error:  # noqa: BLE001 - becomes data: every waiting future gets it
+                except BaseException as error:  # noqa: BLE001 - every waiting future gets it
                     self._break(error)
 
     def _break(self, error: BaseException) -> None:
-        """Nothing more is asked of the engine: all that wait, and all that will ask, get an EngineError."""
+        """Fail all waiting requests, and all later ones, with an EngineError."""
         logger.exception("the engine failed")
         self._broken = EngineError(f"engine failed: {type(error).__name__}: {error}")
-        _fail([waiting.future for waiting in self._pending.values()], self._broken)
+        _fail([pending.future for pending in self._pending.values()], self._broken)
         self._pending.clear()
 
     def _reload_from_folder(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Workers of a tensor-parallel engine are processes: they read a folder in shared memory, each its part."""
+        """Load weights through a folder in shared memory. Each tensor-parallel process reads its part."""
         from safetensors.torch import save_file
 
-        shared = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108 - a folder of our own is made below
+        shared = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108 - a temporary folder is made below
         with tempfile.TemporaryDirectory(dir=shared, prefix="rl-weights-") as folder:
-            # Clones: buckets are read-only views, and tied tensors share memory, which the format refuses.
+            # Buckets are read-only views, and safetensors refuses tied tensors that share memory: clone both.
             whole = {name: tensor.clone() for name, tensor in tensors}
             save_file(whole, os.path.join(folder, "model.safetensors"))
             self._engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
 
     def _take_commands(self, block: bool) -> bool:
-        """Run waiting commands; wait for one if there is nothing to decode. False means stop."""
+        """Run all waiting commands. With `block`, wait for the first one. Return False after `close`."""
         while block or not self._commands.empty():
             self.idle = block
             command = self._commands.get()
@@ -233,7 +246,7 @@ class Engine:
                 if self._broken is not None:
                     raise self._broken
                 function()
-            except BaseException as error:  # noqa: BLE001 - handed to the caller's future; the thread must live
+            except BaseException as error:  # noqa: BLE001 - the caller's future gets it; the thread must go on
                 fail(error)
 
         self._commands.put(command)
@@ -257,7 +270,7 @@ class Engine:
             stop_token_ids=[*self._end_token_ids, *request.stop_token_ids],
             stop=list(request.stop_strings),
             detokenize=bool(request.stop_strings),
-            skip_special_tokens=False,  # a stop string may hold a special token
+            skip_special_tokens=False,  # a stop string may contain a special token
             include_stop_str_in_output=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -270,41 +283,42 @@ class Engine:
         self._start("probe", row, params, _Pending(future, lambda output: _read_prompt_logprobs(output, row)))
 
     def _completion(self, output: Any) -> Completion:
-        found = _read_completion(output)
-        self._meter.add_completion(len(found.token_ids), found.prompt_tokens, found.cached_tokens)
-        return found
+        completion = _read_completion(output)
+        self._meter.add_completion(len(completion.token_ids), completion.prompt_tokens, completion.cached_tokens)
+        return completion
 
-    def _start(self, name: str, token_ids: Sequence[int] | Int32Array, params: Any, waiting: _Pending) -> None:
+    def _start(self, name: str, token_ids: Sequence[int] | Int32Array, params: Any, pending: _Pending) -> None:
         self._requests += 1
-        request_id = str(self._requests)  # ours, so that two requests of one name cannot meet
+        request_id = str(self._requests)  # unique, unlike the callers' names
         try:
             self._engine.add_request(request_id, self._prompt(token_ids), params)
-        except ValueError as error:  # too long for max_model_len, for example: this request alone fails
-            _fail([waiting.future], RolloutError(f"request {name} was refused: {error}"))
+        except ValueError as error:  # for example longer than max_model_len; only this request fails
+            _fail([pending.future], RolloutError(f"request {name} was refused: {error}"))
         else:
-            self._pending[request_id] = waiting
+            self._pending[request_id] = pending
 
     def _prompt(self, token_ids: Sequence[int] | Int32Array) -> dict[str, Any]:
-        # The salt keeps prefixes that older weights computed out of reach; after a rollback a version comes again.
+        # The salt separates prefixes that older weights computed. A weight version would not do: it returns after a
+        # rollback.
         return {"prompt_token_ids": [int(token) for token in token_ids], "cache_salt": f"u{self._updates}"}
 
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """A request the engine works on, and how its output is read."""
+    """A request of the engine, and the function that reads its output."""
 
     future: Future[Any]
     read: Callable[[Any], Any]
 
     def finish(self, output: Any) -> None:
         result = self.read(output)
-        with contextlib.suppress(InvalidStateError):  # the event loop may cancel it at any moment
+        with contextlib.suppress(InvalidStateError):  # the event loop may cancel the future at any moment
             self.future.set_result(result)
 
 
 def _fail(futures: Sequence[Future[Any]], error: BaseException) -> None:
     for future in futures:
-        with contextlib.suppress(InvalidStateError):  # cancelled, or answered before the rest of its batch
+        with contextlib.suppress(InvalidStateError):  # it was cancelled, or it has its result already
             future.set_exception(error)
 
 
@@ -321,7 +335,7 @@ def _read_completion(output: Any) -> Completion:
 
 
 def _label(version: int, attempt: int) -> str:
-    """What vLLM keeps beside every token that it samples."""
+    """Return the label that vLLM attaches to every token that it samples."""
     return f"{version}.{attempt}"
 
 
@@ -353,10 +367,10 @@ def _build(model_path: Path, config: ActorsConfig, device: str, stop_strings: bo
         "disable_log_stats": True,
         "trust_remote_code": False,
         "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
-        "generation_config": "vllm",  # the model folder's own sampling defaults must not leak in
+        "generation_config": "vllm",  # ignore the sampling defaults of the model folder
     }
     if device == "cpu":
-        # Of a prompt in parts vLLM takes back the first parts' draws, which a seeded generator of the CPU cannot.
+        # vLLM reverts the draws of a prompt's first chunks, but a seeded CPU generator cannot be rewound.
         arguments["enable_chunked_prefill"] = False
     if config.tensor_parallel_size == 1:
         arguments["distributed_executor_backend"] = "uni"

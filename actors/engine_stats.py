@@ -1,33 +1,15 @@
-"""What an engine has done since it was last asked."""
+"""Counting of the work of one engine."""
 
 from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineUsage:
-    """Since the last question.
-
-    busy_s, wall_s: seconds the engine's thread spent adding requests and in steps, of so many that went by. A step
-        counts when it ends, so busy_s can exceed wall_s by a step.
-    in_flight_mean: unfinished requests, mean over the steps; 0 without a step.
-    generated_tokens, prompt_tokens, cached_tokens: of the completions that ended; cached: prompt tokens whose
-        keys and values came from the prefix cache.
-    """
-
-    busy_s: float = 0.0
-    wall_s: float = 0.0
-    in_flight_mean: float = 0.0
-    generated_tokens: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
+from rlsys.interfaces import EngineStats
 
 
 class Meter:
-    """Counts on one thread, is read on any."""
+    """Counter of one engine's work. One thread counts; any thread may read."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -55,10 +37,10 @@ class Meter:
             self._prompt += prompt
             self._cached += cached
 
-    def take(self) -> EngineUsage:
-        """All that was counted since the last call."""
+    def take(self) -> EngineStats:
+        """Return the statistics since the last call and start a new interval."""
         with self._lock:
-            found = EngineUsage(
+            stats = EngineStats(
                 busy_s=self._busy_s,
                 wall_s=time.monotonic() - self._since,
                 in_flight_mean=self._in_flight / self._steps if self._steps else 0.0,
@@ -67,4 +49,4 @@ class Meter:
                 cached_tokens=self._cached,
             )
             self._clear()
-        return found
+        return stats

@@ -1,4 +1,4 @@
-"""Thin Ray shell around one engine of another model, and the handle by which trees have their nodes written there."""
+"""Thin Ray shell around one auxiliary engine, and the client through which trees use such engines."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from typing import Any
 from ray.exceptions import RayError
 
 from actors.engine import Completion, CompletionRequest, Engine
-from actors.engine_stats import EngineUsage
 from rlsys.config.schema import ActorsConfig
-from rlsys.errors import RolloutError, WriterLostError
+from rlsys.errors import AuxiliaryEngineLostError, RolloutError
+from rlsys.interfaces import EngineStats
 from rlsys.models.folder import ModelFolder
 from rlsys.processes import die_with_parent, quiet_worker
 from rlsys.ray_errors import translated
@@ -29,7 +29,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSettings:
-    """What the actor must know. actors: the settings of its engine."""
+    """Settings of one ModelActor.
+
+    Attributes:
+        actors: Settings of its engine.
+    """
 
     name: str
     model_path: Path
@@ -39,13 +43,13 @@ class ModelSettings:
 
 
 class ModelActor:
-    """Serves completions of a model that is not trained."""
+    """Ray actor that samples with a model that is not trained."""
 
     def __init__(self, settings: ModelSettings) -> None:
         quiet_worker(settings.log_file)
         die_with_parent()
         self.name = settings.name
-        self._waited, self._asked = 0, 0
+        self._idle_checks, self._open_requests = 0, 0
         try:
             ends = ModelFolder(settings.model_path).end_token_ids
             self.engine = Engine(settings.model_path, settings.actors, settings.device, ends, stop_strings=True)
@@ -54,40 +58,40 @@ class ModelActor:
             raise
 
     async def start(self) -> tuple[str, int]:
-        """Answers with host and process id once it is up."""
+        """Return host and process id."""
         return socket.gethostname(), os.getpid()
 
     async def complete(self, request: CompletionRequest) -> Completion | RolloutError:
-        """What the engine drew, or why it refused the request."""
+        """Return the completion, or the error of a refused request."""
         (future,) = self.engine.submit([request])
-        self._asked += 1
+        self._open_requests += 1
         try:
             return await asyncio.wrap_future(future)
         except RolloutError as error:
             return error
         finally:
-            self._asked -= 1
+            self._open_requests -= 1
 
     async def progress(self) -> int:
-        """Grows with every engine step, and while there is nothing to do."""
-        self._waited += not self._asked
-        return self.engine.steps + self._waited
+        """Return a number that grows with every engine step, and with every call while no request is open."""
+        self._idle_checks += not self._open_requests
+        return self.engine.steps + self._idle_checks
 
-    async def usage(self) -> EngineUsage:
-        """What the engine has done since the last call of this."""
-        return self.engine.usage()
+    async def engine_stats(self) -> EngineStats:
+        """Return the engine's statistics since the last call."""
+        return self.engine.engine_stats()
 
     async def close(self) -> None:
         await asyncio.to_thread(self.engine.close)
 
 
-class RemoteWriter:
-    """WriterEngine over the actors of one model.
+class RemoteEngine:
+    """CompletionEngine over the ModelActors of one role.
 
-    Every request is a call of its own, so that none waits for another of its batch.
+    Every request is a remote call, so that no request waits for another one of its batch.
 
     Args:
-        name: of the model in error messages.
+        name: Role of the engines, for error messages.
     """
 
     def __init__(self, handles: Sequence[Any], name: str) -> None:
@@ -96,32 +100,30 @@ class RemoteWriter:
         self._open: set[Future[Completion]] = set()
 
     @property
-    def owes(self) -> bool:
-        """Whether a request is without its answer."""
+    def has_open_requests(self) -> bool:
         return bool(self._open)
 
     def submit(self, requests: Sequence[CompletionRequest], affinity: int = 0) -> list[Future[Completion]]:
         number = affinity % len(self._handles)
-        who, complete = f"{self._name} engine {number}", self._handles[number].complete
+        engine, complete = f"{self._name} engine {number}", self._handles[number].complete
         futures: list[Future[Completion]] = [Future() for _ in requests]
         for request, future in zip(requests, futures, strict=True):
             answered = complete.remote(request).future()
             self._open.add(future)
             future.add_done_callback(self._open.discard)
-            answered.add_done_callback(partial(_settle, future, who))
+            answered.add_done_callback(partial(_settle, future, engine))
         return futures
 
 
-def _settle(future: Future[Completion], who: str, answered: Future[Completion | RolloutError]) -> None:
-    """Hand on what an actor answered; its failure in our own words."""
+def _settle(future: Future[Completion], engine: str, answered: Future[Completion | RolloutError]) -> None:
+    """Pass an actor's answer on to the caller's future. Ray's errors become errors of rlsys."""
     error = CancelledError() if answered.cancelled() else answered.exception()
-    with contextlib.suppress(InvalidStateError):  # nobody waits for it any more
-        if error is None:
-            outcome = answered.result()
-            if isinstance(outcome, RolloutError):
-                future.set_exception(outcome)
-            else:
-                future.set_result(outcome)
+    with contextlib.suppress(InvalidStateError):  # the caller has cancelled the future
+        if isinstance(error, RayError):
+            future.set_exception(AuxiliaryEngineLostError(translated(error, engine).message))
+        elif error is not None:
+            future.set_exception(error)
+        elif isinstance(outcome := answered.result(), RolloutError):
+            future.set_exception(outcome)
         else:
-            lost = WriterLostError(translated(error, who).message) if isinstance(error, RayError) else error
-            future.set_exception(lost)
+            future.set_result(outcome)

@@ -6,10 +6,8 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import ray
 from ray.exceptions import (
@@ -20,26 +18,22 @@ from ray.exceptions import (
 )
 
 from actors.engine import Completion, Engine
-from actors.engine_stats import EngineUsage
-from actors.model_actor import RemoteWriter
+from actors.model_actor import RemoteEngine
 from actors.rollouts.single_turn import build_group, completion_requests
-from actors.search.build import build_codec, build_forest, model_settings
+from actors.search.build import build_codec, build_scheduler
 from actors.search.group import build_searched_group
-from actors.search.scheduler import Forest
-from actors.search.writers import WriterEngine
+from actors.search.scheduler import CompletionEngine, TreeScheduler
+from actors.settings import ActorSettings
 from actors.verifiers.pool import RewardPool
 from actors.weights import LoadProgress, check_names, expected_tensors
-from rlsys.config.schema import ActorsConfig, RewardsConfig, SamplingConfig
-from rlsys.config.search import ExtractConfig, SearchConfig
-from rlsys.config.tasks import TaskConfig
 from rlsys.errors import EngineError, LearnerLostError, RolloutError, WeightSyncError
 from rlsys.fault_injection import fault, identify
-from rlsys.interfaces import WeightReceiver
+from rlsys.interfaces import EngineStats, WeightReceiver
 from rlsys.models.folder import ModelFolder
 from rlsys.processes import die_with_parent, quiet_worker
 from rlsys.search.codec import TagCodec
 from rlsys.transfer.object_store import ObjectStoreReceiver
-from rlsys.trees import Tree, TreeFailure, Writer
+from rlsys.trees import Role, Tree, TreeFailure
 from rlsys.types import (
     Float32Array,
     Int32Array,
@@ -55,35 +49,8 @@ from rlsys.types import (
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ActorSettings:
-    """What an actor must know that does not change during the run.
-
-    attempt: how many processes of this name there were before.
-    search: None for an actor that is never asked to search.
-    writer: what its own engine is to a tree: the policy, or, in `rlsys search`, search.model.
-    writers, writer_paths: handles of the ModelActors of other writers, and the folders of their models.
-    """
-
-    name: str
-    attempt: int
-    model_path: Path
-    device: str
-    seed: int
-    actors: ActorsConfig
-    task: TaskConfig
-    rewards: RewardsConfig
-    log_file: str
-    search: SearchConfig | None = None
-    extract: ExtractConfig = field(default_factory=ExtractConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    writer: Writer = "policy"
-    writers: Mapping[Writer, Sequence[Any]] = field(default_factory=dict)
-    writer_paths: Mapping[Writer, Path] = field(default_factory=dict)
-
-
 class RolloutActor:
-    """Serves completions of the weights it last acknowledged."""
+    """Ray actor that samples and searches with the weights that it last acknowledged."""
 
     def __init__(self, settings: ActorSettings) -> None:
         quiet_worker(settings.log_file)
@@ -92,64 +59,48 @@ class RolloutActor:
         self.name, self.extract = settings.name, settings.extract
         self.receiver: WeightReceiver = ObjectStoreReceiver(self.name, ray.get)
         self.loading, self.loaded = LoadProgress(), 0  # tensors of the last update, and of those before it
-        self.beside = {name: RemoteWriter(handles, name) for name, handles in settings.writers.items()}
+        self.auxiliary = {role: RemoteEngine(handles, role) for role, handles in settings.auxiliary_handles.items()}
         self.waited = 0
         try:
             self.model = ModelFolder(settings.model_path)
             self.tokenizer = self.model.tokenizer
             self.tensors = expected_tensors(settings.model_path)
             ends = self.model.end_token_ids
-            self.codec = self._codec(settings)
+            search = settings.search
+            self.codec = build_codec(self.model, search, settings.role) if search else None
             strings = self.codec is not None and self.codec.needs_stop_strings
             self.engine = Engine(settings.model_path, settings.actors, settings.device, ends, stop_strings=strings)
             self.rewards = RewardPool(settings.task, settings.seed, settings.rewards)
-            self.forest = self._forest(settings)
+            self.scheduler = self._scheduler(settings)
         except Exception:
             logger.exception("actor %s could not start", settings.name)
             raise
 
-    def _codec(self, settings: ActorSettings) -> TagCodec | None:
-        if settings.search is None:
-            return None
-        return build_codec(self.model, settings.search, model_settings(settings.search, settings.writer))
-
-    def _forest(self, settings: ActorSettings) -> Forest | None:
+    def _scheduler(self, settings: ActorSettings) -> TreeScheduler | None:
         if settings.search is None or self.codec is None:
             return None
-        others: dict[Writer, tuple[WriterEngine, ModelFolder]] = {
-            name: (engine, ModelFolder(settings.writer_paths[name])) for name, engine in self.beside.items()
-        }
-        return build_forest(
-            settings.writer,
-            self.engine,
-            self.model,
-            self.codec,
-            others,
-            self.rewards,
-            search=settings.search,
-            sampling=settings.sampling,
-            actors=settings.actors,
-            seed=settings.seed,
-        )
+        engines: dict[Role, CompletionEngine] = {settings.role: self.engine, **self.auxiliary}
+        return build_scheduler(settings, settings.search, self.model, self.codec, engines, self.rewards)
 
     async def start(self) -> tuple[str, int]:
-        """Start the verifiers; answers with host and process id."""
+        """Start the verifiers and return host and process id."""
         await self.rewards.start()
         return socket.gethostname(), os.getpid()
 
     async def progress(self) -> int:
-        """Grows with every engine step, answer of another engine, verdict and tensor that is loaded.
+        """Return a number that grows with every engine step, arriving completion, verdict and loaded tensor.
 
-        And while its own engine has nothing to do because another one owes it an answer: that one is watched itself.
+        It also grows with every call while the own engine is idle and an auxiliary engine has an open request. The
+        watchdog watches that engine itself.
         """
-        self.waited += self.engine.idle and any(engine.owes for engine in self.beside.values())
-        arrivals = self.forest.arrivals if self.forest else 0
+        self.waited += self.engine.idle and any(engine.has_open_requests for engine in self.auxiliary.values())
+        arrivals = self.scheduler.arrivals if self.scheduler else 0
         return self.engine.steps + arrivals + self.rewards.verdicts + self.loaded + self.loading.count + self.waited
 
     async def generate(
         self, prompts: Sequence[Prompt], settings: SamplingSettings
     ) -> list[TrajectoryGroup | RolloutFailure]:
-        """A group for every prompt, in order."""
+        """Return a group or failure for every prompt, in order."""
         fault("generate")
         requests = [completion_requests(prompt, settings) for prompt in prompts]
         futures = self.engine.submit([request for group in requests for request in group])
@@ -159,30 +110,31 @@ class RolloutActor:
         return list(await asyncio.gather(*groups))
 
     async def grow(self, prompt: Prompt) -> Tree | TreeFailure:
-        """Search one prompt."""
-        if self.forest is None:
+        """Return the tree of a prompt."""
+        if self.scheduler is None:
             raise EngineError(f"actor {self.name} was started without a search")
         fault("search")
-        return await self.forest.grow(prompt)
+        return await self.scheduler.grow(prompt)
 
     async def search(self, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
-        """The searched group of a prompt."""
+        """Return the group of a searched prompt."""
         tree = await self.grow(prompt)
         if isinstance(tree, TreeFailure):
             return RolloutFailure(prompt=prompt, reason=tree.reason, tokens=tree.tokens)
         return build_searched_group(tree, prompt, cast(TagCodec, self.codec), self.extract)
 
-    async def usage(self) -> EngineUsage:
-        """What the engine did since the last call."""
-        return self.engine.usage()
+    async def engine_stats(self) -> EngineStats:
+        """Return the engine's statistics since the last call."""
+        return self.engine.engine_stats()
 
     async def search_seconds(self) -> float:
-        """CPU seconds spent in the trees themselves so far."""
-        return self.forest.search_s if self.forest else 0.0
+        """Return the CPU seconds spent in the trees themselves so far."""
+        return self.scheduler.search_s if self.scheduler else 0.0
 
     async def _finish(
         self, prompt: Prompt, outcomes: Sequence[Completion | BaseException]
     ) -> TrajectoryGroup | RolloutFailure:
+        """Return the group of a prompt, or a failure if the engine refused one of its requests."""
         completions, refused = [], []
         for outcome in outcomes:
             if isinstance(outcome, RolloutError):
@@ -201,7 +153,7 @@ class RolloutActor:
         return build_group(prompt, completions, verdicts)
 
     async def probe(self, rows: Sequence[Int32Array]) -> tuple[Float32Array, ...]:
-        """Log-probabilities of given tokens under the weights served now."""
+        """Return the log-probabilities of the given rows under the present weights, [T-1] each."""
         return tuple(await asyncio.to_thread(self.engine.prompt_logprobs, rows))
 
     async def update_weights(self, offer: WeightOffer, probe: Sequence[Int32Array]) -> WeightAck:
@@ -243,5 +195,5 @@ class RolloutActor:
 
 
 def _content_length(completion: Completion) -> int:
-    """Tokens before the end token, which a completion that stopped by itself ends with."""
+    """Return the number of tokens without the end token."""
     return len(completion.token_ids) - (completion.finish_reason == "stop")

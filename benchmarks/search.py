@@ -1,4 +1,4 @@
-"""Generated tokens/s of a searched forest against the same requests, all given to the same engines at once.
+"""Generated tokens/s of a tree search against the same requests, all given to the same engines at once.
 
 Ours is what grows the trees of `rlsys search`: two Ray actors, verifiers, finished trees at the driver, timed there
 from the first prompt to the last tree; writing the files is not in it. The peer is what the same engines need for the
@@ -26,16 +26,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, where a file would hide the package `actors`
 
-from actors.rollout_actor import ActorSettings, RolloutActor  # noqa: E402
+from actors.rollout_actor import RolloutActor  # noqa: E402
+from actors.settings import ActorSettings  # noqa: E402
 from rlsys.config.engine_roles import Searching  # noqa: E402
 from rlsys.config.files import load_config  # noqa: E402
 from rlsys.config.schema import Config  # noqa: E402
 from rlsys.data.inputs import Inputs  # noqa: E402
-from rlsys.launch import start  # noqa: E402
-from rlsys.launch.placement import place  # noqa: E402
-from rlsys.launch.ray_cluster import ray_cluster  # noqa: E402
-from rlsys.models.folder import ModelFolder  # noqa: E402
-from rlsys.trees import SearchUsage, Tree  # noqa: E402
+from rlsys.interfaces import EngineStats  # noqa: E402
+from rlsys.launch import session as launch  # noqa: E402
+from rlsys.trees import Tree  # noqa: E402
 from rlsys.types import Prompt  # noqa: E402
 
 LIMIT = 0.80
@@ -44,7 +43,7 @@ PYTHON_LIMIT = 0.10
 
 
 class RecordingActor(RolloutActor):
-    """A rollout actor that keeps the requests of its forest, to make them again."""
+    """A rollout actor that keeps the requests of its trees, to make them again."""
 
     def __init__(self, settings: ActorSettings) -> None:
         super().__init__(settings)
@@ -76,7 +75,7 @@ class RecordingActor(RolloutActor):
         if not await asyncio.wrap_future(reset):
             raise RuntimeError("the prefix cache was in use")
         self._requests, self._serial = [], serial
-        self.engine.usage()
+        self.engine.engine_stats()
         return await self.search_seconds()
 
     async def replay(self) -> tuple[float, float, int]:
@@ -90,13 +89,13 @@ class RecordingActor(RolloutActor):
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One forest: its seconds, those of the same requests at once, CPU seconds in the trees, its trees, the engines."""
+    """One tree search: its seconds, those of the same requests at once, CPU seconds in the trees, trees and engines."""
 
     seconds: float
     replay_s: float
     search_s: float
     trees: list[Tree]
-    usage: list[SearchUsage]
+    usage: list[EngineStats]
 
     @property
     def tokens(self) -> int:
@@ -141,11 +140,11 @@ async def replay(handles: Sequence[Any], tokens: int) -> float:
 
 async def measure(config: Config, model: Path, folder: Path, rounds: int, trees: int, *, serial: bool) -> list[Round]:
     """Rounds of one kind, after one to warm up."""
-    inputs = Inputs(config, ModelFolder(model), training=False)
+    inputs = Inputs(config, model, training=False)
     numbers = itertools.count()
     found = []
-    with ray_cluster(config, folder, place(config).bundles) as cluster:
-        async with start.rollout_pool(cluster, model, Searching()) as pool:
+    with launch.ray_cluster(config, folder, launch.actor_bundles(config)) as cluster:
+        async with launch.rollout_pool(cluster, model, Searching()) as pool:
             for _ in range(1 + rounds):
                 prompts = [inputs.builder.build("held_out", next(numbers)) for _ in range(trees)]
                 handles = [handle.handle for handle in pool.handles]
@@ -190,12 +189,12 @@ def report(name: str, rounds: Sequence[Round]) -> bool:
     return good
 
 
-def _sum(usage: Sequence[SearchUsage], name: str) -> int:
+def _sum(usage: Sequence[EngineStats], name: str) -> int:
     return sum(getattr(use, name) for use in usage)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="A searched forest against the same requests at once.")
+    parser = argparse.ArgumentParser(description="A tree search against the same requests at once.")
     parser.add_argument("--policy", default="runs/quickstart/stages/warm_start", help="folder of the policy")
     parser.add_argument("--config", default=str(ROOT / "configs" / "search_letter_count.yaml"))
     parser.add_argument("--trees", type=int, default=64, help="trees of a round")
@@ -204,7 +203,7 @@ def main() -> int:
     parser.add_argument("--parallel", type=int, default=16, help="simulations of a tree that are under way at once")
     parser.add_argument("--serial-trees", type=int, default=4, help="trees of the one round that runs one by one")
     arguments = parser.parse_args()
-    start.RolloutActor = RecordingActor
+    launch.RolloutActor = RecordingActor
     stop = [
         "search.stop.correct=[]",
         f"search.stop.simulations={arguments.simulations}",

@@ -34,7 +34,7 @@ class ProcessDiedError(EngineError):
     """Death of the process of an actor or a learner rank."""
 
 
-class WriterLostError(EngineError):
+class AuxiliaryEngineLostError(EngineError):
     """Broken engine of search.model or search.reviewer. The actor that called it is intact."""
 
 

@@ -14,7 +14,7 @@ from pydantic import Field, NonNegativeInt
 
 from rlsys.types import FinishReason, Float32Array, Int32Array, Verdict, VersionSpan
 
-Writer = Literal["policy", "model", "reviewer"]
+Role = Literal["policy", "model", "reviewer"]
 """Role of the engine that wrote a node. The policy or, if there is one, search.model proposes the nodes of a tree;
 search.reviewer writes some of them."""
 
@@ -76,7 +76,7 @@ class ThoughtNode:
     forced: NonNegativeInt
     logprobs: Float32Array
     spill: str = ""
-    writer: Writer = "policy"
+    writer: Role = "policy"
     finish_reason: FinishReason | None = None
     versions: tuple[VersionSpan, ...] = ()
     defect: Defect | None = None
@@ -135,8 +135,8 @@ class Tree:
     counts: Mapping[str, int]
 
     @property
-    def grower(self) -> Writer:
-        """Writer that proposed the nodes of the tree."""
+    def proposer(self) -> Role:
+        """Role that proposed the nodes of the tree."""
         return "model" if "model" in self.tokenizers else "policy"
 
     def path(self, number: int) -> list[int]:
@@ -158,31 +158,6 @@ class Tree:
     @property
     def solved(self) -> bool:
         return any(node.correct for node in self.nodes)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchUsage:
-    """Statistics of one engine since they were last read. wall_s minus busy_s is its idle time.
-
-    Attributes:
-        model: Role of the engine.
-        engine: Number of the engine.
-        busy_s: Seconds that the engine spent adding requests and running steps.
-        wall_s: Seconds since the statistics were last read.
-        generated_tokens: Number of generated tokens.
-        prompt_tokens: Number of prompt tokens.
-        cached_tokens: Number of prompt tokens found in the prefix cache.
-        in_flight_mean: Mean number of unfinished requests while busy.
-    """
-
-    model: Writer
-    engine: int
-    busy_s: float
-    wall_s: float
-    generated_tokens: int
-    prompt_tokens: int
-    cached_tokens: int
-    in_flight_mean: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""How an actor samples completions."""
+"""Sampling of completions."""

@@ -1,8 +1,7 @@
-"""On-policy groups: a prompt and its independently sampled completions."""
+"""On-policy groups: one prompt with independently sampled completions."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,19 +9,14 @@ from dataclasses import replace
 import numpy as np
 
 from actors.engine import Completion, CompletionRequest
+from actors.rollouts.seeds import sample_seed
 from rlsys.types import Prompt, SamplingSettings, Trajectory, TrajectoryGroup, Verdict
 
 log = logging.getLogger(__name__)
 
 
-def sample_seed(run_seed: int, prompt_id: str, sample: int | str) -> int:
-    """Seed of one completion: a 63-bit hash, so that tokens depend on nothing but the run's seed and the prompt."""
-    digest = hashlib.sha256(f"{run_seed}/{prompt_id}/{sample}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 def completion_requests(prompt: Prompt, settings: SamplingSettings) -> list[CompletionRequest]:
-    """One request per sample. Each has its own seed, which vLLM's `n` could not give."""
+    """Return one request per sample. Each has its own seed, which vLLM's `n` could not give."""
     return [
         CompletionRequest(
             request_id=f"{prompt.prompt_id}#{sample}/{settings.temperature}",
@@ -37,7 +31,7 @@ def completion_requests(prompt: Prompt, settings: SamplingSettings) -> list[Comp
 
 
 def build_group(prompt: Prompt, completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> TrajectoryGroup:
-    """Join what the engine drew and what the verifier said; failed verifications are logged."""
+    """Return the group of a prompt, its completions and their verdicts. Log failed verifications."""
     failed = [verdict for verdict in verdicts if verdict.outcome in ("error", "timeout")]
     if failed:
         count, first = f"{len(failed)} of {len(verdicts)}", failed[0]

@@ -1,29 +1,24 @@
-"""The forest of one rollout actor, from its settings: codecs, writers and their limits."""
+"""Construction of a rollout actor's tree scheduler from its settings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from actors.search.scheduler import Forest, ForestSettings, ForestWriter, Verifier
-from actors.search.writers import WriterEngine
+from actors.search.scheduler import CompletionEngine, RoleEngine, SchedulerSettings, TreeScheduler, Verifier
+from actors.settings import ActorSettings
 from rlsys.config.patterns import resolve
-from rlsys.config.schema import ActorsConfig, SamplingConfig
+from rlsys.config.schema import ActorsConfig
 from rlsys.config.search import SearchConfig, SearchModelConfig
 from rlsys.errors import ConfigError
 from rlsys.models.folder import ModelFolder
 from rlsys.search.codec import TagCodec
-from rlsys.trees import Writer
+from rlsys.trees import Role
 
 
-def build_codec(model: ModelFolder, search: SearchConfig, section: SearchModelConfig | None = None) -> TagCodec:
-    """Return the codec of a model for all tags of the search.
-
-    Args:
-        model: the model, whose tokenizer the codec uses.
-        search: the section `search`, which names the tags.
-        section: the section of another model than the policy, with its question template.
-    """
+def build_codec(model: ModelFolder, search: SearchConfig, role: Role) -> TagCodec:
+    """Return the codec of a model for all tags of the search, with the question template of its role."""
     types = [node_type for pattern in resolve(search).values() for node_type in pattern.types.values()]
+    section = _section(search, role)
     return TagCodec(
         model.tokenizer,
         list(dict.fromkeys(node_type.tag for node_type in types)),
@@ -33,66 +28,70 @@ def build_codec(model: ModelFolder, search: SearchConfig, section: SearchModelCo
     )
 
 
-def check_tags(search: SearchConfig, models: Mapping[Writer, ModelFolder]) -> None:
-    """Raise ConfigError if the tokenizer of a model loses a tag of the search."""
-    for writer, model in models.items():
+def check_tags(search: SearchConfig, models: Mapping[Role, ModelFolder]) -> None:
+    """Check that the tokenizers of all models keep the tags of the search.
+
+    Raises:
+        ConfigError: A tokenizer loses a tag.
+    """
+    for role, model in models.items():
         try:
-            build_codec(model, search, model_settings(search, writer))
+            build_codec(model, search, role)
         except ConfigError as error:
             raise ConfigError(f"{error.message}; the model is {model.path}") from None
 
 
-def model_settings(search: SearchConfig, writer: Writer) -> SearchModelConfig | None:
-    """The section of a writer; None for the policy."""
-    return {"policy": None, "model": search.model, "reviewer": search.reviewer}[writer]
-
-
-def build_forest(
-    own: Writer,
-    engine: WriterEngine,
-    model: ModelFolder,
-    codec: TagCodec,
-    others: Mapping[Writer, tuple[WriterEngine, ModelFolder]],
-    rewards: Verifier,
-    *,
+def build_scheduler(
+    settings: ActorSettings,
     search: SearchConfig,
-    sampling: SamplingConfig,
-    actors: ActorsConfig,
-    seed: int,
-) -> Forest:
-    """A forest that writes with the actor's own engine, and with others where the search has more models.
+    own_model: ModelFolder,
+    codec: TagCodec,
+    engines: Mapping[Role, CompletionEngine],
+    verifier: Verifier,
+) -> TreeScheduler:
+    """Return the tree scheduler of an actor.
 
     Args:
-        own: what the actor's own engine is to a tree; the policy leaves the growing to "model" where `others` has one.
-        model, codec: the model of that engine, and its codec.
-        others: engine and model of every other writer.
+        own_model: Model of the actor's own engine.
+        codec: Codec of the actor's own engine.
+        engines: Engines of all roles, the actor's own included. The policy's engine writes no nodes if there is one
+            with the role "model".
     """
-    writers: dict[Writer, ForestWriter] = {}
-    if own == "model" or "model" not in others:
-        writers[own] = ForestWriter(engine=engine, model=model.digest, codec=codec, max_model_len=actors.max_model_len)
-    for name, (other, other_model) in others.items():
-        section = model_settings(search, name)
-        assert section is not None  # noqa: S101 - only models of the section `search` are others
-        writers[name] = ForestWriter(
-            engine=other,
-            model=other_model.digest,
-            codec=build_codec(other_model, search, section),
-            max_model_len=section.max_model_len,
+    role_engines: dict[Role, RoleEngine] = {}
+    for role, engine in engines.items():
+        section = _section(search, role)
+        if role == settings.role:
+            model, max_model_len = own_model, settings.actors.max_model_len
+        else:
+            assert section is not None  # noqa: S101 - only the policy has no section, and no auxiliary engine
+            model, max_model_len = ModelFolder(settings.auxiliary_paths[role]), section.max_model_len
+        if role == "policy" and "model" in engines:
+            continue
+        role_engines[role] = RoleEngine(
+            engine=engine,
+            model=model.digest,
+            codec=codec if role == settings.role else build_codec(model, search, role),
+            max_model_len=max_model_len,
         )
-    settings = ForestSettings(
+    scheduler_settings = SchedulerSettings(
         config=search,
         patterns=resolve(search),
-        seed=seed,
-        temperature=search.temperature or sampling.temperature,
-        top_p=search.top_p or sampling.top_p,
-        max_chain_tokens=sampling.max_tokens,
-        in_flight=_share_of_grower(search, actors, others),
+        seed=settings.seed,
+        temperature=search.temperature or settings.sampling.temperature,
+        top_p=search.top_p or settings.sampling.top_p,
+        max_chain_tokens=settings.sampling.max_tokens,
+        in_flight=_share_of_proposer(search, settings.actors, settings.auxiliary_paths),
     )
-    return Forest(writers, rewards, settings)
+    return TreeScheduler(role_engines, verifier, scheduler_settings)
 
 
-def _share_of_grower(search: SearchConfig, actors: ActorsConfig, others: Mapping[Writer, object]) -> int:
-    """Sequences that the engines which grow trees decode at once, for each of the actors that ask them."""
-    if search.model is None or "model" not in others:
+def _section(search: SearchConfig, role: Role) -> SearchModelConfig | None:
+    """Return the config section of a role; None for the policy."""
+    return {"policy": None, "model": search.model, "reviewer": search.reviewer}[role]
+
+
+def _share_of_proposer(search: SearchConfig, actors: ActorsConfig, auxiliary: Mapping[Role, object]) -> int:
+    """Return how many sequences the proposing engines decode at once for each actor."""
+    if search.model is None or "model" not in auxiliary:
         return actors.max_num_seqs
     return max(1, search.model.max_num_seqs * search.model.count // actors.count)

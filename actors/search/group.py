@@ -1,4 +1,4 @@
-"""What a searched tree gives a training step."""
+"""The group of trajectories, pairs and demonstrations that a searched tree gives to a training step."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ log = logging.getLogger(__name__)
 def build_searched_group(
     tree: Tree, prompt: Prompt, codec: Codec, extract: ExtractConfig
 ) -> TrajectoryGroup | RolloutFailure:
-    """The trajectories of a tree, its preference pairs and its demonstration.
+    """Return the trajectories, preference pairs and demonstrations of a tree.
 
-    There is a trajectory for every scored answer and for every chain that the policy itself has ended without one:
-    wrong, of reward 0, since a loop without an answer is what training must see. They come in the order in which
-    their last nodes were added to the tree. Where none holds a token that the policy chose, as in a tree that another
-    model has grown, there are none; pairs and demonstration are then what the tree is for.
+    There is one trajectory for every scored answer and for every chain that the policy itself ended without an answer.
+    The latter have reward 0: training must see chains that never reach an answer. Trajectories come in the order in
+    which their last nodes were added. If the policy chose no token of any trajectory, as in a tree that another model
+    proposed, the group has pairs and demonstrations only.
 
     Args:
-        codec: of the policy.
-        extract: what the pairs and the demonstration are.
+        codec: Codec of the policy.
+        extract: Selection of the pairs and the demonstration.
 
     Returns:
-        A failure where no answer was scored and there is no trajectory: nothing came out of the tree. A tree of
-        another model whose answers are all wrong is none: the search has done what it could.
+        The group, or a failure if there is no trajectory and no answer was scored. A tree that another model proposed
+        and whose answers are all wrong is not a failure.
     """
     _log_failed_verifications(tree)
     ends = [(n, verdict) for n, node in enumerate(tree.nodes) if (verdict := _verdict(node))]
@@ -54,10 +54,10 @@ def build_searched_group(
 
 
 def search_metrics(tree: Tree) -> Mapping[str, float]:
-    """Figures of one tree by name; answers and nodes are distinct ones. reward_sum: of the scored answers."""
+    """Return figures of one tree by name. They count distinct answers and nodes; reward_sum adds scored answers."""
     nodes = tree.nodes[1:]
     rewards = [node.verdict.reward for node in nodes if node.verdict and node.scored >= 0]
-    found = {
+    figures = {
         "simulations": tree.simulations,
         "calls": tree.calls,
         "tokens": tree.tokens,
@@ -70,11 +70,11 @@ def search_metrics(tree: Tree) -> Mapping[str, float]:
         "backtracks": sum(node.backtrack for node in nodes),
         "verifier_errors": len(list(_failed_verifications(tree))),
     }
-    return {name: float(value) for name, value in found.items()}
+    return {name: float(value) for name, value in figures.items()}
 
 
 def _verdict(node: ThoughtNode) -> Verdict | None:
-    """What a trajectory that ends at a node is judged to be; None where none does."""
+    """Return the verdict on the trajectory that ends at a node; None if no trajectory ends there."""
     if node.scored >= 0:
         return node.verdict
     if node.defect in ENDINGS and node.writer == "policy":
@@ -99,7 +99,7 @@ def _trajectory(tree: Tree, number: int, verdict: Verdict, codec: Codec) -> Traj
 
 
 def _finish_reason(node: ThoughtNode) -> FinishReason:
-    """A whole node ends the chain by itself, whatever was generated after it."""
+    """Return "stop" for a whole node: it ends the chain, even if the engine call went on after it."""
     return (node.finish_reason or "stop") if node.defect else "stop"
 
 

@@ -1,9 +1,4 @@
-"""Keep the requests of one tree in order, and release their answers in that order.
-
-Answers of models are applied in the order of their requests. A verdict is applied before all completions that were
-requested in the meantime. So the tree does not depend on which answer arrives first, and a short chain does not wait
-for longer ones behind it.
-"""
+"""Open requests of one tree, and the order in which their answers are applied."""
 
 from __future__ import annotations
 
@@ -12,61 +7,74 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from actors.engine import Completion
 from actors.search.expansion import Plan
-from actors.search.requests import Ask, Drawn, Judge
+from actors.search.requests import Ask, Judge, Request
 from actors.search.simulations import Simulation
 from actors.search.tree import Node
 from rlsys.types import Verdict
 
-Request = Ask | Judge
-Answer = Sequence[Drawn] | Verdict
+Answer = Sequence[Completion] | Verdict
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A request whose answer is not applied yet: nodes below `node`, or its verdict."""
+    """An expansion or a verdict that is not applied yet.
 
-    number: int
+    Attributes:
+        simulations: Simulations that wait for it. Only "children" jobs have more than one.
+        number: Number of its request; -1 if nothing had to be requested.
+    """
+
     kind: Literal["children", "single", "chain", "verdict"]
     node: Node
     simulations: list[Simulation]
     plan: Plan = field(default_factory=Plan)
+    number: int = -1
 
 
 class JobQueue:
-    """The requests of one tree that wait for answers, and answers that wait for their turn."""
+    """Jobs whose requests are open.
+
+    Completions are applied in the order of their requests, whatever the order of their arrival. Every open verdict is
+    applied before the next completion, so that the simulation of a short chain does not wait for longer chains.
+    """
 
     def __init__(self) -> None:
-        self._completions: deque[Job] = deque()
+        self._expansions: deque[Job] = deque()
         self._verdicts: deque[Job] = deque()
         self._answers: dict[int, Answer] = {}
         self._requests: list[Request] = []
-        self.next_number = 0
+        self._numbered = 0
 
-    @property
-    def empty(self) -> bool:
-        """Whether no request waits for its answer to be applied."""
-        return not self._completions and not self._verdicts
-
-    def put(self, job: Job, request: Request) -> None:
-        """Add the next request."""
-        self.next_number += 1
-        (self._verdicts if isinstance(request, Judge) else self._completions).append(job)
-        self._requests.append(request)
+    def add(self, job: Job) -> None:
+        """Number a job and queue its request."""
+        job.number = self._numbered
+        self._numbered += 1
+        if job.kind == "verdict":
+            self._verdicts.append(job)
+            self._requests.append(Judge(job.number, "".join(step.text for step in job.node.path())))
+        else:
+            self._expansions.append(job)
+            self._requests.append(Ask(job.number, tuple(part.call for part in job.plan.parts)))
 
     def take_requests(self) -> list[Request]:
-        """Return the requests that were added since the last call."""
+        """Return the requests since the last call."""
         requests, self._requests = self._requests, []
         return requests
 
-    def answer(self, number: int, answer: Answer) -> None:
-        """Keep the answer to a request."""
+    def put_answer(self, number: int, answer: Answer) -> None:
+        """Keep the answer to a request until its turn comes."""
         self._answers[number] = answer
 
-    def pop_ready(self) -> tuple[Job, Answer] | None:
-        """Return the job whose turn it is with its answer, or None while that answer is missing."""
-        queue = self._verdicts or self._completions
-        if not queue or queue[0].number not in self._answers:
+    def take_answered(self) -> tuple[Job, Answer] | None:
+        """Return the next job and its answer; None if the answer has not arrived."""
+        jobs = self._verdicts or self._expansions
+        if not jobs or jobs[0].number not in self._answers:
             return None
-        job = queue.popleft()
+        job = jobs.popleft()
         return job, self._answers.pop(job.number)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._expansions and not self._verdicts

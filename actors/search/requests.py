@@ -1,67 +1,74 @@
-"""What a tree asks of the world, and what it is told: completions of a writer, verdicts of the verifier."""
+"""Requests of a tree search: completions of a model and verdicts of the verifier."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container
 from dataclasses import dataclass
-from typing import Protocol
 
-from rlsys.search.codec import Reading, Stop
-from rlsys.trees import Writer
-from rlsys.types import FinishReason, Float32Array, Int32Array, VersionSpan
-
-
-class Codec(Protocol):
-    """The tokenizer's side of thought nodes; see `rlsys.search.codec.TagCodec`."""
-
-    digest: str
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def prompt(self, question: str) -> list[int]: ...
-
-    def stop(self, tag: str) -> Stop: ...
-
-    def read(self, before: str, token_ids: Sequence[int], finish_reason: str) -> list[Reading]: ...
-
-
-class Drawn(Protocol):
-    """A completion; see `actors.engine.Completion`."""
-
-    @property
-    def token_ids(self) -> Int32Array: ...
-    @property
-    def logprobs(self) -> Float32Array: ...
-    @property
-    def finish_reason(self) -> FinishReason: ...
-    @property
-    def versions(self) -> tuple[VersionSpan, ...]: ...
+from rlsys.search.codec import Stop, TagCodec
+from rlsys.trees import Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SearchWriter:
-    """A model as one tree sees it: its digest, its tokenizer, the prompt in its tokens, and the room it has."""
+class SearchModel:
+    """A model in the search of one prompt.
+
+    Attributes:
+        model: Digest of the model.
+        prompt_ids: The prompt in the model's tokens.
+        max_model_len: Longest context in tokens, prompt included.
+    """
 
     model: str
-    codec: Codec
+    codec: TagCodec
     prompt_ids: tuple[int, ...]
     max_model_len: int
 
 
+def proposing_role(roles: Container[Role]) -> Role:
+    """Return the role that proposes the nodes of a tree: "model" if it is among `roles`, otherwise "policy"."""
+    return "model" if "model" in roles else "policy"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One completion to draw. token_ids: prompt, chain so far and forced tokens."""
+    """One completion to draw.
 
-    writer: Writer
+    Attributes:
+        token_ids: Prompt, chain so far and forced tokens.
+    """
+
+    role: Role
     token_ids: list[int]
     seed: int
     max_tokens: int
     stop: Stop
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A call, and the information that is needed to read its completion.
+
+    Attributes:
+        type: Type of the requested node; None if the model chooses the types of a whole chain.
+        forced: Tokens that the search puts before the completion.
+        before: Text at the start of the node that the last token of the context already holds.
+        backtrack: Whether the node is requested because of a wrong answer.
+        own_limit: Whether the token limit of the node type ends the call before chain or context is full.
+    """
+
+    type: str | None
+    role: Role
+    forced: list[int]
+    before: str
+    backtrack: bool
+    own_limit: bool
+    call: Call
+
+
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Completions that belong together: the answer is a list of `Drawn`, in the order of the calls."""
+    """Request for completions. The answer is a list of `Completion`, in the order of the calls."""
 
     number: int
     calls: tuple[Call, ...]
@@ -69,7 +76,10 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """A chain to score: the answer is a `Verdict`."""
+    """Request for a verdict on a chain. The answer is a `Verdict`."""
 
     number: int
     completion: str
+
+
+Request = Ask | Judge

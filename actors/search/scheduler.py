@@ -1,8 +1,8 @@
-"""All trees of an actor in one event loop: requests out to the engines, answers back into the trees.
+"""All growing trees of an actor in one event loop: requests go out to the engines, answers come back into the trees.
 
-No barrier anywhere: whatever a tree asks for goes to its engine at once, and whatever is back moves its tree on.
-Consumes prompts; waits for engines and verifiers; a tree is admitted while fewer requests are in flight than the
-engine decodes at once. What a tree becomes depends on none of that.
+There is no barrier: every request of a tree goes to its engine at once, and every answer continues its tree.
+Consumes prompts. Waits for engines and verifiers. Admits another tree while fewer requests are in flight than the
+engine decodes at once. The timing does not change the finished trees.
 """
 
 from __future__ import annotations
@@ -15,21 +15,36 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from actors.engine import Completion, CompletionRequest
-from actors.rollouts.single_turn import sample_seed
-from actors.search.jobs import Request
+from actors.rollouts.seeds import sample_seed
+from actors.search.jobs import Answer
 from actors.search.mcts import TreeSearch
-from actors.search.requests import Codec, Judge, SearchWriter
-from actors.search.writers import WriterEngine
+from actors.search.requests import Call, Judge, Request, SearchModel
 from rlsys.config.patterns import Pattern
 from rlsys.config.search import SearchConfig
 from rlsys.errors import RolloutError
-from rlsys.trees import Tree, TreeFailure, Writer
+from rlsys.search.codec import TagCodec
+from rlsys.trees import Role, Tree, TreeFailure
 from rlsys.types import Prompt, Verdict
+
+
+class CompletionEngine(Protocol):
+    """Draws completions: one engine in this process, or several engines of one model elsewhere."""
+
+    def submit(self, requests: Sequence[CompletionRequest], affinity: int = 0) -> list[Future[Completion]]:
+        """Return a future for every request, in order.
+
+        A future raises RolloutError if its request failed, EngineError if the engine broke.
+
+        Args:
+            affinity: Selects one of several engines, modulo their number. A tree keeps to one engine for its prefix
+                cache.
+        """
+        ...
 
 
 class Verifier(Protocol):
@@ -43,18 +58,27 @@ class Verifier(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ForestWriter:
-    """A model of the search: its engine or engines, its digest, its tokenizer, its longest context in tokens."""
+class RoleEngine:
+    """The engine or engines of a role.
 
-    engine: WriterEngine
+    Attributes:
+        model: Digest of the model.
+        max_model_len: Longest context in tokens, prompt included.
+    """
+
+    engine: CompletionEngine
     model: str
-    codec: Codec
+    codec: TagCodec
     max_model_len: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ForestSettings:
-    """What all trees share. in_flight: requests below which another tree is admitted."""
+class SchedulerSettings:
+    """Settings that all trees share.
+
+    Attributes:
+        in_flight: Number of open requests below which another tree is admitted.
+    """
 
     config: SearchConfig
     patterns: Mapping[str, Pattern]
@@ -66,52 +90,65 @@ class ForestSettings:
 
 
 @dataclass(slots=True, eq=False)
-class _Growing:
-    """A tree under way. answers: what is back of an Ask, by its number. tokens: generated for it so far."""
+class _ActiveTree:
+    """A tree that is growing or waits to be admitted.
+
+    Attributes:
+        completions: Completions that have arrived, by the number of their request.
+        tokens: Tokens generated for the tree so far.
+    """
 
     search: TreeSearch
     prompt: Prompt
     result: asyncio.Future[Tree | TreeFailure]
     affinity: int
-    answers: dict[int, list[Completion | None]] = field(default_factory=dict)
+    completions: dict[int, list[Completion | None]] = field(default_factory=dict)
     tokens: int = 0
 
 
-_Arrival = tuple[_Growing, int, int, Future[Completion]]
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Place of a completion: index `index` of the answer to a request of a tree."""
+
+    tree: _ActiveTree
+    number: int
+    index: int
 
 
-class Forest:
-    """Grows any number of trees at once. Use it from one event loop.
+class TreeScheduler:
+    """Grows any number of trees at once. All calls must come from one event loop.
 
-    search_s: CPU seconds spent in the trees themselves: reading completions, selection, backing up.
+    Attributes:
+        search_s: CPU seconds spent in the trees themselves: reading completions, selection, backing up.
+        arrivals: Number of completions that engines have returned.
     """
 
-    def __init__(self, writers: Mapping[Writer, ForestWriter], rewards: Verifier, settings: ForestSettings) -> None:
-        self._writers, self._rewards, self._settings = writers, rewards, settings
-        self._waiting: deque[_Growing] = deque()
-        self._inbox: deque[_Arrival] = deque()
+    def __init__(self, engines: Mapping[Role, RoleEngine], verifier: Verifier, settings: SchedulerSettings) -> None:
+        self._engines, self._verifier, self._settings = engines, verifier, settings
+        self._waiting: deque[_ActiveTree] = deque()
+        self._inbox: deque[tuple[_Slot, Future[Completion]]] = deque()
         self._woken = False
         self._in_flight = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self.search_s = 0.0
-        self.arrivals = 0  # answers of engines so far
+        self.arrivals = 0
 
     async def grow(self, prompt: Prompt) -> Tree | TreeFailure:
         """Search one prompt to its end.
 
         Raises:
-            EngineError: an engine or the verifiers broke.
+            EngineError: An engine or the verifiers broke.
         """
         self._loop = asyncio.get_running_loop()
         reason = self._too_long(prompt)
         if reason is not None:
             return _failure(prompt, reason)
-        growing = _Growing(
+        tree = _ActiveTree(
             self._search(prompt), prompt, self._loop.create_future(), sample_seed(0, prompt.prompt_id, "engine")
         )
-        self._waiting.append(growing)
+        self._waiting.append(tree)
         self._admit()
-        return await growing.result
+        return await tree.result
 
     def _search(self, prompt: Prompt) -> TreeSearch:
         settings = self._settings
@@ -121,176 +158,174 @@ class Forest:
             settings.patterns[rng.choice(settings.config.patterns)],
             settings.config,
             {
-                name: SearchWriter(
-                    model=writer.model,
-                    codec=writer.codec,
-                    prompt_ids=self._prompt_ids(name, prompt),
-                    max_model_len=writer.max_model_len,
+                role: SearchModel(
+                    model=engine.model,
+                    codec=engine.codec,
+                    prompt_ids=self._prompt_ids(role, prompt),
+                    max_model_len=engine.max_model_len,
                 )
-                for name, writer in self._writers.items()
+                for role, engine in self._engines.items()
             },
             max_chain_tokens=settings.max_chain_tokens,
             seed=settings.seed,
         )
 
-    def _prompt_ids(self, name: Writer, prompt: Prompt) -> tuple[int, ...]:
-        if name == "policy":
+    def _prompt_ids(self, role: Role, prompt: Prompt) -> tuple[int, ...]:
+        if role == "policy":
             return tuple(prompt.token_ids.tolist())
-        return tuple(self._writers[name].codec.prompt(prompt.question))
+        return tuple(self._engines[role].codec.prompt(prompt.question))
 
     def _too_long(self, prompt: Prompt) -> str | None:
-        for name, writer in self._writers.items():
-            length = len(self._prompt_ids(name, prompt))
-            if length >= writer.max_model_len:
-                field_name = "actors.max_model_len" if name == "policy" else f"search.{name}.max_model_len"
-                return f"the prompt has {length} tokens; {field_name} {writer.max_model_len} leaves no room for a node"
+        """Return the reason why a prompt cannot be searched; None if it fits every model."""
+        for role, engine in self._engines.items():
+            length = len(self._prompt_ids(role, prompt))
+            if length >= engine.max_model_len:
+                field_name = "actors.max_model_len" if role == "policy" else f"search.{role}.max_model_len"
+                return f"the prompt has {length} tokens; {field_name} {engine.max_model_len} leaves no room for a node"
         return None
 
     def _admit(self) -> None:
         while self._waiting and self._in_flight < self._settings.in_flight:
-            growing = self._waiting.popleft()
-            self._send(self._advance(growing, growing.search.start))
-            self._settle(growing)
+            tree = self._waiting.popleft()
+            self._send(self._advance(tree, tree.search.start))
+            self._settle(tree)
 
-    def _advance(self, growing: _Growing, step: Callable[[], list[Request]]) -> list[tuple[_Growing, Request]]:
-        """Move a tree on, unless nobody waits for it any more."""
-        if growing.result.done():
+    def _advance(self, tree: _ActiveTree, step: Callable[[], list[Request]]) -> list[tuple[_ActiveTree, Request]]:
+        """Run a step of a tree and return its requests. Skip a tree that failed or whose caller has left."""
+        if tree.result.done():
             return []
         started = time.thread_time()
         try:
-            return [(growing, request) for request in step()]
-        except Exception as error:  # noqa: BLE001 - for whoever waits for the tree; the event loop would only log it
-            error.add_note(f"while searching prompt {growing.prompt.prompt_id}")
-            self._fail(growing, error)
+            return [(tree, request) for request in step()]
+        except Exception as error:  # noqa: BLE001 - the tree's caller gets it; the event loop would only log it
+            error.add_note(f"while searching prompt {tree.prompt.prompt_id}")
+            self._fail(tree, error)
             return []
         finally:
             self.search_s += time.thread_time() - started
 
-    def _settle(self, growing: _Growing) -> None:
-        """Hand a finished tree over."""
-        if growing.result.done() or not growing.search.finished:
+    def _settle(self, tree: _ActiveTree) -> None:
+        """Give a finished tree to its caller."""
+        if tree.result.done() or not tree.search.finished:
             return
         try:
-            tree = growing.search.tree()
-        except Exception as error:  # noqa: BLE001 - for whoever waits for the tree, as above
-            self._fail(growing, error)
+            finished = tree.search.tree()
+        except Exception as error:  # noqa: BLE001 - the tree's caller gets it, as above
+            self._fail(tree, error)
             return
-        if tree.calls:
-            growing.result.set_result(tree)
+        if finished.calls:
+            tree.result.set_result(finished)
         else:
-            reason = f"no node fits after the prompt ({', '.join(tree.counts) or 'the table allows none'})"
-            growing.result.set_result(_failure(growing.prompt, reason))
+            reason = f"no node fits after the prompt ({', '.join(finished.counts) or 'the table allows none'})"
+            tree.result.set_result(_failure(tree.prompt, reason))
 
-    def _send(self, requests: Sequence[tuple[_Growing, Request]]) -> None:
-        """Give requests to the engines, all of one engine in one go, and chains to the verifiers."""
-        batches: dict[tuple[Writer, int], tuple[list[CompletionRequest], list[tuple[_Growing, int, int]]]] = {}
-        chains: list[tuple[_Growing, Judge]] = []
-        for growing, request in requests:
+    def _send(self, requests: Sequence[tuple[_ActiveTree, Request]]) -> None:
+        """Send calls to the engines, those of one engine together, and chains to the verifiers."""
+        batches: dict[tuple[Role, int], tuple[list[CompletionRequest], list[_Slot]]] = {}
+        chains: list[tuple[_ActiveTree, Judge]] = []
+        for tree, request in requests:
             if isinstance(request, Judge):
-                chains.append((growing, request))
+                chains.append((tree, request))
                 continue
-            growing.answers[request.number] = [None] * len(request.calls)
-            for slot, call in enumerate(request.calls):
-                batch = batches.setdefault((call.writer, growing.affinity), ([], []))
-                batch[0].append(
-                    CompletionRequest(
-                        request_id=f"{growing.prompt.prompt_id}/{request.number}.{slot}",
-                        token_ids=call.token_ids,
-                        seed=call.seed,
-                        temperature=self._settings.temperature,
-                        top_p=self._settings.top_p,
-                        max_tokens=call.max_tokens,
-                        stop_token_ids=call.stop.token_ids,
-                        stop_strings=call.stop.strings,
-                    )
-                )
-                batch[1].append((growing, request.number, slot))
-        for (name, affinity), (calls, places) in batches.items():
-            try:
-                futures = self._writers[name].engine.submit(calls, affinity)
-            except Exception as error:  # noqa: BLE001 - for whoever waits for these trees, as above
-                for growing, _, _ in places:
-                    self._fail(growing, error)
-                continue
-            self._in_flight += len(futures)
-            for place, future in zip(places, futures, strict=True):
-                future.add_done_callback(_Arrived(self, place))
+            tree.completions[request.number] = [None] * len(request.calls)
+            for index, call in enumerate(request.calls):
+                slot = _Slot(tree, request.number, index)
+                calls, slots = batches.setdefault((call.role, tree.affinity), ([], []))
+                calls.append(self._completion_request(slot, call))
+                slots.append(slot)
+        for (role, affinity), (calls, slots) in batches.items():
+            self._submit(role, affinity, calls, slots)
         if chains:
             task = self._loop.create_task(self._verify(chains))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    def arrived(self, growing: _Growing, number: int, slot: int, future: Future[Completion]) -> None:
-        """Called on the engine's thread."""
-        self._inbox.append((growing, number, slot, future))
+    def _completion_request(self, slot: _Slot, call: Call) -> CompletionRequest:
+        return CompletionRequest(
+            request_id=f"{slot.tree.prompt.prompt_id}/{slot.number}.{slot.index}",
+            token_ids=call.token_ids,
+            seed=call.seed,
+            temperature=self._settings.temperature,
+            top_p=self._settings.top_p,
+            max_tokens=call.max_tokens,
+            stop_token_ids=call.stop.token_ids,
+            stop_strings=call.stop.strings,
+        )
+
+    def _submit(self, role: Role, affinity: int, calls: list[CompletionRequest], slots: list[_Slot]) -> None:
+        try:
+            futures = self._engines[role].engine.submit(calls, affinity)
+        except Exception as error:  # noqa: BLE001 - the trees' callers get it, as above
+            for slot in slots:
+                self._fail(slot.tree, error)
+            return
+        self._in_flight += len(futures)
+        for slot, future in zip(slots, futures, strict=True):
+            future.add_done_callback(partial(self._arrived, slot))
+
+    def _arrived(self, slot: _Slot, future: Future[Completion]) -> None:
+        """Queue the outcome of a call and wake the event loop. Runs on the engine's thread."""
+        self._inbox.append((slot, future))
         if not self._woken:
             self._woken = True
-            self._loop.call_soon_threadsafe(self._work)
+            self._loop.call_soon_threadsafe(self._take_arrivals)
 
-    def _work(self) -> None:
-        """Put all that has arrived into the trees, and send what they ask for in return."""
+    def _take_arrivals(self) -> None:
+        """Deliver all outcomes that have arrived and send the requests that follow from them."""
         self._woken = False
-        complete: list[tuple[_Growing, int, Any]] = []
+        complete: list[tuple[_ActiveTree, int, Answer]] = []
         while self._inbox:
-            growing, number, slot, future = self._inbox.popleft()
+            slot, future = self._inbox.popleft()
+            tree = slot.tree
             self._in_flight -= 1
             self.arrivals += 1
             error = future.exception()
             if error is None:
-                growing.tokens += len(future.result().token_ids)
+                tree.tokens += len(future.result().token_ids)
                 if not np.isfinite(future.result().logprobs).all():
                     error = RolloutError("the engine gave a log-probability that is not finite")
             if error is not None:
-                self._fail(growing, error)
+                self._fail(tree, error)
                 continue
-            answers = growing.answers[number]
-            answers[slot] = future.result()
-            if all(answer is not None for answer in answers):
-                complete.append((growing, number, growing.answers.pop(number)))
+            completions = tree.completions[slot.number]
+            completions[slot.index] = future.result()
+            arrived = [completion for completion in completions if completion is not None]
+            if len(arrived) == len(completions):
+                del tree.completions[slot.number]
+                complete.append((tree, slot.number, arrived))
         self._deliver(complete)
 
-    def _deliver(self, answers: Sequence[tuple[_Growing, int, Any]]) -> None:
-        requests: list[tuple[_Growing, Request]] = []
-        for growing, number, answer in answers:
-            requests += self._advance(growing, partial(growing.search.deliver, number, answer))
+    def _deliver(self, answers: Sequence[tuple[_ActiveTree, int, Answer]]) -> None:
+        requests: list[tuple[_ActiveTree, Request]] = []
+        for tree, number, answer in answers:
+            requests += self._advance(tree, partial(tree.search.deliver, number, answer))
         self._send(requests)
-        for growing, _, _ in answers:
-            self._settle(growing)
+        for tree, _, _ in answers:
+            self._settle(tree)
         self._admit()
 
-    async def _verify(self, chains: Sequence[tuple[_Growing, Judge]]) -> None:
-        """Judge chains; each goes on with its own verdict as soon as that is there."""
+    async def _verify(self, chains: Sequence[tuple[_ActiveTree, Judge]]) -> None:
+        """Verify chains. Each tree gets its verdict as soon as it is there."""
         waiting = dict(enumerate(chains))
 
         def tell(verdicts: Sequence[tuple[int, Verdict]]) -> None:
-            found = [(*waiting.pop(number), verdict) for number, verdict in verdicts]
-            self._deliver([(growing, judge.number, verdict) for growing, judge, verdict in found])
+            judged = [(*waiting.pop(number), verdict) for number, verdict in verdicts]
+            self._deliver([(tree, judge.number, verdict) for tree, judge, verdict in judged])
 
         try:
-            await self._rewards.verify([(growing.prompt.answer, judge.completion) for growing, judge in chains], tell)
-        except Exception as error:  # noqa: BLE001 - for whoever waits for these trees, as above
-            for growing, _ in waiting.values():
-                self._fail(growing, error)
+            await self._verifier.verify([(tree.prompt.answer, judge.completion) for tree, judge in chains], tell)
+        except Exception as error:  # noqa: BLE001 - the trees' callers get it, as above
+            for tree, _ in waiting.values():
+                self._fail(tree, error)
 
-    def _fail(self, growing: _Growing, error: BaseException) -> None:
-        """A refused request costs its tree; a broken engine is everybody's error."""
-        if growing.result.done():
+    def _fail(self, tree: _ActiveTree, error: BaseException) -> None:
+        """End a tree. A RolloutError becomes a failed tree; any other error goes to its caller."""
+        if tree.result.done():
             return
         if isinstance(error, RolloutError):
-            growing.result.set_result(_failure(growing.prompt, error.message, growing.tokens))
+            tree.result.set_result(_failure(tree.prompt, error.message, tree.tokens))
         else:
-            growing.result.set_exception(error)
-
-
-@dataclass(frozen=True, slots=True)
-class _Arrived:
-    """The callback of one request."""
-
-    forest: Forest
-    place: tuple[_Growing, int, int]
-
-    def __call__(self, future: Future[Completion]) -> None:
-        self.forest.arrived(*self.place, future)
+            tree.result.set_exception(error)
 
 
 def _failure(prompt: Prompt, reason: str, tokens: int = 0) -> TreeFailure:

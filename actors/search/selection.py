@@ -1,8 +1,8 @@
-"""Which child a simulation goes to, and which node a global frontier offers. Pure scores.
+"""Selection of the child that a simulation enters, and of the node at which a frontier search begins.
 
-Q is the mean reward of a node, N its visits, O the simulations under way through it, p its parent. In-flight
-simulations count as visits in the exploration term and leave Q as it is. The one that chooses is under way through the
-parent as well; UCB does not count it, so that one simulation at a time gives the paper's formula.
+Q is the mean reward of a node, N its visits, O its unfinished simulations, p its parent. Unfinished simulations count
+as visits in the exploration term and leave Q unchanged. The choosing simulation itself is one of those of the parent;
+UCB does not count it, so that one simulation at a time gives the paper's formula.
 Source: Liu et al., Watch the Unobserved (WU-UCT), ICLR 2020, eq. 4.
 """
 
@@ -13,15 +13,12 @@ import random
 from collections.abc import Sequence
 from typing import Protocol
 
+from actors.search.tree import GrowingTree, Node, Status
 from rlsys.config.search import FrontierConfig, PuctConfig, SelectionConfig, UcbConfig
 
 
 class Stats(Protocol):
-    """What is known of a node.
-
-    tried: simulations that ended without a value. drawn, logprob: tokens that its writer chose, and the sum of their
-    log-probabilities, nats.
-    """
+    """Statistics of a node that decide its scores; see `actors.search.tree.Node`."""
 
     visits: int
     total: float
@@ -32,7 +29,7 @@ class Stats(Protocol):
 
 
 def choose(children: Sequence[Stats], parent: Stats, config: SelectionConfig, rng: random.Random) -> int:
-    """Index of the child with the largest score; ties are drawn."""
+    """Return the index of the child with the largest score. A random draw decides between equal scores."""
     if len(children) == 1:
         return 0
     if isinstance(config, PuctConfig):
@@ -43,25 +40,29 @@ def choose(children: Sequence[Stats], parent: Stats, config: SelectionConfig, rn
 
 
 def ucb_scores(children: Sequence[Stats], parent: Stats, config: UcbConfig) -> list[float]:
-    """Q + c sqrt(ln(N_p + O_p - 1) / (N + O)), in the code's form with 2 ln; infinite where N + O = 0.
+    """Return the UCB score of each child.
 
-    A child without a visit but with simulations has its parent's Q.
+    score = Q + c sqrt(ln(N_p + O_p - 1) / (N + O)), infinite if N + O = 0. The "code" form has 2 ln in place of ln.
+    A child with unfinished simulations and no visit has the Q of its parent.
+
     Source: Marco-o1 v2, arXiv:2503.01461, sec. 3, and its released program; UCB1 (Auer et al. 2002).
     """
     factor = 2.0 if config.form == "code" else 1.0
     logarithm = factor * math.log(max(1, _count(parent) - 1))
-    found = []
+    scores = []
     for child in children:
         count = _count(child)
-        found.append(_q(child, parent) + config.exploration * math.sqrt(logarithm / count) if count else math.inf)
-    return found
+        scores.append(_q(child, parent) + config.exploration * math.sqrt(logarithm / count) if count else math.inf)
+    return scores
 
 
 def puct_scores(children: Sequence[Stats], parent: Stats, config: PuctConfig) -> list[float]:
-    """Q + c P sqrt(N_p + O_p) / (1 + N + O), P proportional to exp(sum of log-probabilities / tokens ** exponent).
+    """Return the PUCT score of each child.
 
-    P sums to 1 over the children given, and decides alone where nothing has a visit yet. A node that nobody sampled,
-    a fixed text, has log-probability 0. A child without a visit has its parent's Q.
+    score = Q + c P sqrt(N_p + O_p) / (1 + N + O)
+    P is proportional to exp(sum of log-probabilities / tokens ** length_exponent) and sums to 1 over `children`.
+    A fixed text has log-probability 0. A child without a visit has the Q of its parent.
+
     Source: Silver et al. 2017 (PUCT); priors as in MCTS-DPO, arXiv:2405.00451, and AlphaMath.
     """
     priors = [math.exp(child.logprob / max(1, child.drawn) ** config.length_exponent) for child in children]
@@ -72,7 +73,10 @@ def puct_scores(children: Sequence[Stats], parent: Stats, config: PuctConfig) ->
 
 
 def frontier_score(node: Stats, parent: Stats | None, depth: int, deepest: int, config: FrontierConfig) -> float:
-    """w_v tanh(Q_parent) + w_H H + w_d sqrt(depth / deepest), H the mean negative log-probability of the node.
+    """Return the score of a node of the global frontier.
+
+    score = w_v tanh(Q_p) + w_H H + w_d sqrt(depth / deepest), with H the mean negative log-probability of the node's
+    drawn tokens in nats.
 
     Source: DeepSearch, arXiv:2509.25454, global frontier selection.
     """
@@ -85,11 +89,27 @@ def frontier_score(node: Stats, parent: Stats | None, depth: int, deepest: int, 
     )
 
 
+def frontier_node(tree: GrowingTree, config: FrontierConfig, rng: random.Random) -> Node:
+    """Return the best of the nodes at which a simulation can request something at once.
+
+    A node that is being expanded is chosen only if there is no other.
+    """
+    able = [node for node in tree.nodes if node.status is Status.OPEN and _can_act(tree, node)]
+    nodes = [node for node in able if not node.expanding] or able
+    deepest = tree.max_depth or max(node.depth for node in tree.nodes)
+    scores = [frontier_score(node, node.parent, node.depth, deepest, config) for node in nodes]
+    return nodes[draw_best(scores, rng)]
+
+
 def draw_best(scores: Sequence[float], rng: random.Random) -> int:
-    """Index of the largest score; one of them at random where several are equal."""
+    """Return the index of the largest score. A random draw decides between equal scores."""
     best = max(scores)
     ties = [index for index, score in enumerate(scores) if score == best]
     return ties[0] if len(ties) == 1 else rng.choice(ties)
+
+
+def _can_act(tree: GrowingTree, node: Node) -> bool:
+    return node.expanding or tree.has_capacity(node) or (node.terminal and not node.defect)
 
 
 def _count(node: Stats) -> int:

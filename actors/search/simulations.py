@@ -1,23 +1,25 @@
-"""Count the simulations of a tree that are under way, and back up their results."""
+"""Unfinished simulations of one tree, and what their end adds to its nodes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from actors.search.stopping import StopRule
 from actors.search.tree import GrowingTree, Node, Status
+from rlsys.types import Verdict
 
 
 @dataclass(slots=True, eq=False)
 class Simulation:
-    """One pass through the tree.
+    """An unfinished simulation.
 
     Attributes:
-        path: the nodes from the prompt down to the present one.
-        requested: whether it has asked a model for a completion.
+        path: Nodes from the prompt to its present position.
+        asked: Whether a model was asked for it.
     """
 
     path: list[Node] = field(default_factory=list)
-    requested: bool = False
+    asked: bool = False
 
     @property
     def node(self) -> Node:
@@ -29,38 +31,46 @@ class Simulation:
 
 
 class Simulations:
-    """The simulations of one tree: how many have begun, are running and have finished."""
+    """Begins and ends the simulations of one tree, and counts them.
 
-    def __init__(self, tree: GrowingTree) -> None:
-        self._tree = tree
-        self.begun = self.running = self.finished = 0
+    Attributes:
+        running: Number of unfinished simulations.
+    """
+
+    def __init__(self, tree: GrowingTree, stop: StopRule) -> None:
+        self._tree, self._stop = tree, stop
+        self.running = 0
 
     def begin(self, node: Node) -> Simulation:
-        """Begin a simulation that has gone from the prompt down to `node`."""
+        """Begin a simulation at a node. It counts at the node's ancestors, too."""
         simulation = Simulation()
-        for ancestor in [*node.upwards()][::-1]:
-            simulation.enter(ancestor)
-        self.begun += 1
+        for above in [*node.upwards()][::-1]:
+            simulation.enter(above)
+        self._stop.begun += 1
         self.running += 1
         return simulation
 
     def leave(self, simulation: Simulation) -> None:
-        """End a simulation without a value.
-
-        A simulation that requested nothing because others blocked its way does not count as begun.
-        """
-        counts = simulation.requested or simulation.node.status is not Status.BLOCKED
-        self.finished += counts
-        self.begun -= not counts
+        """End a simulation without a reward. It does not count if others blocked it before it asked for anything."""
+        counts = simulation.asked or simulation.node.status is not Status.BLOCKED
+        self._stop.finished += counts
+        self._stop.begun -= not counts
         self.running -= 1
         for node in simulation.path:
             node.in_flight -= 1
             node.tried += counts
 
     def back_up(self, simulation: Simulation, reward: float) -> None:
-        """End a simulation with the reward of its chain."""
-        self.finished += 1
+        """End a simulation with the reward of the chain that it reached."""
+        self._stop.finished += 1
         self.running -= 1
         for node in simulation.path:
             node.in_flight -= 1
         self._tree.back_up(simulation.node, reward)
+
+    def end(self, simulation: Simulation, verdict: Verdict) -> None:
+        """End a simulation with a verdict. A failed verification gives no reward."""
+        if verdict.outcome in ("ok", "wrong"):
+            self.back_up(simulation, verdict.reward)
+        else:
+            self.leave(simulation)

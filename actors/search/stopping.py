@@ -1,34 +1,61 @@
-"""Decide when a tree asks for nothing more."""
+"""The limits that end the search of one prompt."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from rlsys.config.search import StopConfig
 from rlsys.trees import StopReason
+from rlsys.types import Verdict
 
 
+def is_correct(verdict: Verdict) -> bool:
+    return verdict.outcome == "ok" and verdict.reward > 0
+
+
+@dataclass(slots=True)
 class StopRule:
-    """The limits of `search.stop` on tokens and answers, and the counts that they are compared with.
+    """Counts of one search, compared with its limits.
 
     Attributes:
-        scored: distinct answers with a verdict.
-        correct: distinct correct answers.
-        tokens: generated tokens.
-        reason: the limit that was reached first; None until then. It never changes again.
+        begun: Simulations begun.
+        finished: Simulations that ended.
+        tokens: Generated tokens of all models.
+        scored: Distinct answers with the outcome "ok" or "wrong".
+        correct: Distinct correct answers.
+        reason: First limit that was reached; None before.
     """
 
-    def __init__(self, config: StopConfig) -> None:
-        self._config = config
-        self.scored = self.correct = self.tokens = 0
-        self.reason: StopReason | None = None
+    config: StopConfig
+    begun: int = 0
+    finished: int = 0
+    tokens: int = 0
+    scored: int = 0
+    correct: int = 0
+    reason: StopReason | None = None
 
-    def reached(self, finished_simulations: int) -> bool:
-        """Return whether a limit is reached. Once true, it stays true."""
-        config = self._config
+    def count(self, verdict: Verdict) -> None:
+        """Count the verdict on a distinct answer."""
+        self.scored += verdict.outcome in ("ok", "wrong")
+        self.correct += is_correct(verdict)
+
+    def is_reached(self) -> bool:
+        """Return whether no model may be asked for more. Once true, it stays true."""
+        config = self.config
         if self.reason is None:
-            if any(self.correct >= rule.count and finished_simulations >= rule.after for rule in config.correct):
+            if any(self.correct >= rule.count and self.finished >= rule.after for rule in config.correct):
                 self.reason = "correct"
             elif config.answers is not None and self.scored >= config.answers:
                 self.reason = "answers"
             elif config.tokens is not None and self.tokens >= config.tokens:
                 self.reason = "tokens"
         return self.reason is not None
+
+    def may_begin(self) -> bool:
+        """Return whether another simulation may begin."""
+        return not self.is_reached() and self.begun < self.config.simulations
+
+    @property
+    def final_reason(self) -> StopReason:
+        """Reason why a finished search ended."""
+        return self.reason or ("simulations" if self.begun >= self.config.simulations else "exhausted")

@@ -1,6 +1,6 @@
-"""A tree while it grows: nodes, their counts, and the status that says where a simulation may still go.
+"""A tree under construction: its nodes, their counts, and which of them a simulation may still enter.
 
-One thread uses it, without locks. Backing up costs O(depth).
+One thread uses a tree, so there are no locks. Backing up a reward costs O(depth).
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-import numpy as np
-
 from rlsys.config.patterns import Pattern
 from rlsys.config.search import START
-from rlsys.trees import Defect, ThoughtNode, Writer
+from rlsys.trees import Defect, Role
 from rlsys.types import FinishReason, Verdict, VersionSpan
 
 
 class Status(IntEnum):
-    """Availability of a node and of the nodes below it: now, after answers that are under way, or never again."""
+    """Prospects of a simulation that enters a node.
+
+    OPEN: It can request something at or below the node. BLOCKED: It must wait for open requests. EXHAUSTED: Nothing is
+    left to request.
+    """
 
     OPEN = 0
     BLOCKED = 1
@@ -31,7 +33,8 @@ class NewNode:
     """A node that was read from a completion and is not in the tree yet.
 
     Attributes:
-        logprobs: log-probabilities of the generated tokens, in nats; forced tokens have none.
+        logprobs: Log-probabilities of the generated tokens only. The other fields are those of
+            `rlsys.trees.ThoughtNode`.
     """
 
     type: str
@@ -40,7 +43,7 @@ class NewNode:
     forced: int
     logprobs: Sequence[float]
     spill: str
-    writer: Writer
+    writer: Role
     finish_reason: FinishReason | None
     versions: tuple[VersionSpan, ...]
     defect: Defect | None
@@ -49,20 +52,21 @@ class NewNode:
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A node of the growing tree; it becomes a `rlsys.trees.ThoughtNode`.
+    """A node of a growing tree. Fields that are missing here are those of `rlsys.trees.ThoughtNode`.
 
     Attributes:
-        tried: simulations through the node that the search broke off or that could not be judged. They do not change
-            its value.
-        logprob: sum of the log-probabilities of the tokens that the model chose, in nats.
-        drawn: number of these tokens.
-        draws: chains that were drawn from this node so far (chain expansion).
-        in_flight: running simulations that have passed the node.
-        waiting: requests under way for this node, and backtracking children that are not requested yet.
-        expanding: whether its children are requested (node expansion).
-        expanded: whether its children are known (node expansion).
-        full: whether the context has no room for a child.
-        backtracks: backtracking children that it has or will get, by type.
+        terminal: Whether the type of the node ends a chain.
+        tried: Simulations through the node that ended without a reward. They leave the mean reward unchanged.
+        logprob: Sum of the log-probabilities of the tokens that a model chose, in nats.
+        drawn: Number of the tokens that a model chose.
+        draws: Chains drawn from this node so far (chain expansion).
+        in_flight: Unfinished simulations through the node.
+        waiting: Open calls and verdicts of the node, and queued backtracking children.
+        expanding: Whether its children have been requested and are not there yet (node expansion).
+        expanded: Whether its children have been requested and are there (node expansion).
+        full: Whether the context leaves no room for a child.
+        children_children_by_ids: Children by type, tokens and weight versions.
+        backtracks: Number of backtracking children, queued ones included, by type.
     """
 
     number: int
@@ -74,7 +78,7 @@ class Node:
     forced: int = 0
     logprobs: Sequence[float] = ()
     spill: str = ""
-    writer: Writer = "policy"
+    writer: Role = "policy"
     finish_reason: FinishReason | None = None
     versions: tuple[VersionSpan, ...] = ()
     defect: Defect | None = None
@@ -97,7 +101,7 @@ class Node:
     full: bool = False
     status: Status = Status.OPEN
     children: list[Node] = field(default_factory=list)
-    by_ids: dict[tuple[str, tuple[int, ...], tuple[VersionSpan, ...]], Node] = field(default_factory=dict)
+    children_by_ids: dict[tuple[str, tuple[int, ...], tuple[VersionSpan, ...]], Node] = field(default_factory=dict)
     backtracks: Counter[str] = field(default_factory=Counter)
 
     def path(self) -> list[Node]:
@@ -109,52 +113,27 @@ class Node:
         return list(nodes)
 
     def upwards(self) -> Iterator[Node]:
-        """Yield this node and its ancestors, up to the root."""
+        """Yield this node and all its ancestors."""
         node: Node | None = self
         while node is not None:
             yield node
             node = node.parent
 
-    def freeze(self) -> ThoughtNode:
-        """Return the finished node."""
-        logprobs = np.zeros(len(self.token_ids), dtype=np.float32)
-        logprobs[self.forced :] = self.logprobs
-        return ThoughtNode(
-            parent=self.parent.number if self.parent else -1,
-            type=self.type,
-            text=self.text,
-            token_ids=np.asarray(self.token_ids, dtype=np.int32),
-            forced=self.forced,
-            logprobs=logprobs,
-            spill=self.spill,
-            writer=self.writer,
-            finish_reason=self.finish_reason,
-            versions=self.versions,
-            defect=self.defect,
-            backtrack=self.backtrack,
-            samples=self.samples,
-            visits=self.visits,
-            total=self.total,
-            verdict=self.verdict,
-            scored=self.scored,
-            scored_tokens=self.scored_tokens,
-        )
-
 
 class GrowingTree:
-    """The nodes of a tree, and the children that the pattern allows each of them.
+    """The nodes of a tree, and the children that the pattern allows for each of them.
 
     Args:
-        chains: whether chains are drawn one by one (chain expansion). A node that was drawn s times may then have s
-            times the children of its table row, as s separate siblings would.
-        max_depth: nodes of the longest chain; None for no limit.
+        chains: Whether the search uses chain expansion: it draws chains one by one, and a node that was drawn s times
+            may have s times the children of its table row, as s separate siblings would.
+        max_depth: Nodes of the longest chain; None for no limit.
     """
 
     def __init__(self, pattern: Pattern, *, chains: bool, max_depth: int | None) -> None:
         self.pattern = pattern
         self.chains = chains
         self.max_depth = max_depth
-        self._shortest = _shortest(pattern)
+        self._chain_lengths = _shortest_chains(pattern)
         self._allowed: dict[tuple[str, int], dict[str, int]] = {}
         self.root = Node(0, None, 0, START)
         self.nodes = [self.root]
@@ -162,13 +141,17 @@ class GrowingTree:
         self.refresh(self.root)
 
     def add(self, parent: Node, new: NewNode) -> Node:
-        """Add a node below its parent, or count one more draw of a sibling with equal tokens and weight versions."""
+        """Add a node, or count one more sample of the sibling with the same type, tokens and versions.
+
+        Returns:
+            The added node or the sibling.
+        """
         key = (new.type, tuple(new.token_ids), new.versions)
-        same = parent.by_ids.get(key)
-        if same is not None:
-            same.samples += 1
+        duplicate = parent.children_by_ids.get(key)
+        if duplicate is not None:
+            duplicate.samples += 1
             self.counts["duplicates"] += 1
-            return same
+            return duplicate
         node = Node(
             len(self.nodes),
             parent,
@@ -190,28 +173,27 @@ class GrowingTree:
         )
         self.nodes.append(node)
         parent.children.append(node)
-        parent.by_ids[key] = node
+        parent.children_by_ids[key] = node
         if new.defect:
             self.counts[new.defect] += 1
         return node
 
     def allowed(self, node: Node) -> Mapping[str, int]:
-        """Return the types that may follow a node, with their numbers.
+        """Return the number of children that a node may have, by type.
 
-        Near the depth limit only types that can still lead to an answer are allowed.
+        Near the depth limit these are only the types from which a chain can still reach an answer.
         """
         if node.defect or node.terminal:
             return {}
-        key = node.type, node.depth
-        allowed = self._allowed.get(key)
-        if allowed is None:
+        place = node.type, node.depth
+        if place not in self._allowed:
             row = self.pattern.children.get(node.type, {})
-            allowed = self._allowed[key] = {name: count for name, count in row.items() if self.fits(node, name)}
-        return allowed
+            self._allowed[place] = {name: count for name, count in row.items() if self.fits(node, name)}
+        return self._allowed[place]
 
     def fits(self, node: Node, name: str) -> bool:
-        """Return whether a chain that continues with a type can reach an answer within the depth limit."""
-        return self.max_depth is None or node.depth + self._shortest[name] <= self.max_depth
+        """Return whether a chain can reach an answer within the depth limit if this type follows the node."""
+        return self.max_depth is None or node.depth + self._chain_lengths[name] <= self.max_depth
 
     def has_capacity(self, node: Node) -> bool:
         """Return whether more children of a node may be requested."""
@@ -222,7 +204,7 @@ class GrowingTree:
         return not (node.expanded or node.expanding) and bool(self.allowed(node))
 
     def back_up(self, node: Node, reward: float) -> None:
-        """Add the reward of a chain to the node where it ended and to all its ancestors."""
+        """Add the reward of a chain that ended at a node to the node and all its ancestors."""
         for above in node.upwards():
             above.visits += 1
             above.total += reward
@@ -240,19 +222,19 @@ class GrowingTree:
             if node.verdict is not None:
                 return Status.EXHAUSTED
             return Status.BLOCKED if node.waiting else Status.OPEN
-        if node.expanding or self.has_capacity(node):  # several simulations may wait for the same expansion
+        if node.expanding or self.has_capacity(node):  # several simulations may wait for one expansion
             return Status.OPEN
         best = min((child.status for child in node.children), default=Status.EXHAUSTED)
         return min(best, Status.BLOCKED) if node.waiting else best
 
 
-def _shortest(pattern: Pattern) -> dict[str, int]:
-    """Return, by type, the number of nodes of the shortest chain that begins with it and ends with an answer."""
+def _shortest_chains(pattern: Pattern) -> dict[str, int]:
+    """Return the number of nodes of the shortest chain from each type to an answer, both included."""
     lengths = {name: 1 for name, node_type in pattern.types.items() if node_type.terminal}
     length = 1
     while length in lengths.values():
-        nearer, length = [name for name in lengths if lengths[name] == length], length + 1
+        newest, length = [name for name in lengths if lengths[name] == length], length + 1
         for name, row in pattern.children.items():
-            if name not in lengths and any(child in nearer for child in row):
+            if name not in lengths and any(child in newest for child in row):
                 lengths[name] = length
     return lengths

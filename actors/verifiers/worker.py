@@ -1,10 +1,11 @@
-"""A process that runs one verifier, below a guard, so that a hanging or greedy verification can be killed.
+"""A process that runs one verifier below a guard, so that a verification that hangs can be killed.
 
-JSON lines. First line in: {"parent": pid, "memory_mib": int, "seed": int, "task": the config section} or, in
-place of "task", {"verifier": "module:factory"}, where `factory()` returns a function of (answer, completion).
-Then one [number, answer, completion] a line in, one verdict a line out with the number of its request, in order;
-{"ready": true} comes first.
-Started by actors.verifiers.pool as `python -m actors.verifiers.worker`.
+`actors.verifiers.process` starts it as `python -m actors.verifiers.worker`. The protocol is JSON lines:
+
+- First line in: {"parent": pid, "memory_mib": int, "seed": int, "task": section `task` of the config}. In place of
+  "task" there may be "verifier": "module:factory", where `factory()` returns a function of (answer, completion).
+- First line out: {"ready": true}.
+- Then lines [number, answer, completion] in, and lines [number, outcome, reward, answered, detail] out, in order.
 """
 
 from __future__ import annotations
@@ -33,30 +34,30 @@ Verifier = Callable[[str, str], Verdict]
 MAX_FILE_MIB = 16
 MAX_DETAIL_CHARS = 500
 LARGEST_REWARD = 1e6
-"""Beyond it a float32 no longer tells rewards apart that differ by a tenth."""
+"""Above this bound a float32 cannot distinguish rewards that differ by 0.1."""
 
 
 def main() -> None:
     requests, answers = _take_over_pipes()
     hello = json.loads(requests.readline())
-    die_with(hello["parent"], signal.SIGCONT)  # which a stopped process hears too
+    die_with(hello["parent"], signal.SIGCONT)  # a stopped process receives SIGCONT, too
     _limit(resource.RLIMIT_CORE, 0)
 
-    def take_leave() -> None:
+    def close_pipes() -> None:
         requests.close()
         answers.close()
 
-    guard(partial(_serve, requests, answers, hello), take_leave, hello["memory_mib"], hello["parent"])
+    guard(partial(_serve, requests, answers, hello), close_pipes, hello["memory_mib"], hello["parent"])
 
 
 def _serve(requests: BinaryIO, answers: BinaryIO, hello: dict[str, Any]) -> None:
-    """Judge until the requests end. What a verification starts ends before its verdict is sent."""
+    """Judge requests until they end. Processes that a verification starts end before its verdict is sent."""
     _limit(resource.RLIMIT_AS, hello["memory_mib"] << 20)
     _limit(resource.RLIMIT_FSIZE, MAX_FILE_MIB << 20)
     adopt_orphans()
     with _forks_end_here():
         verifier = _build_verifier(hello)
-    helpers = descendants()  # that a plug-in keeps for all its verifications
+    helpers = descendants()  # a plug-in may keep these for all its verifications
     _send(answers, {"ready": True})
     for line in requests:
         number, answer, completion = json.loads(line)
@@ -68,20 +69,21 @@ def _serve(requests: BinaryIO, answers: BinaryIO, hello: dict[str, Any]) -> None
 
 @contextlib.contextmanager
 def _forks_end_here() -> Iterator[None]:
-    """End a process that was forked inside and comes out, whether it returns or raises.
+    """End every process that is forked in this context when it leaves the context, by return or exception.
 
-    It has the pipes and the requests that were read ahead: it would serve them a second time. Nothing is flushed.
+    Such a process has the pipes and the requests that were read ahead, so it would serve them a second time. It ends
+    without flushing the pipes.
     """
-    served_by = os.getpid()
+    owner = os.getpid()
     try:
         yield
     finally:
-        if os.getpid() != served_by:
+        if os.getpid() != owner:
             os._exit(1)
 
 
 def _take_over_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """Move the protocol away from stdin and stdout, so that a verifier that prints cannot break it."""
+    """Move the protocol from stdin and stdout to other descriptors, so that a verifier that prints cannot break it."""
     requests, answers = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -107,24 +109,24 @@ def _build_verifier(hello: dict[str, Any]) -> Verifier:
 def _judge(verifier: Verifier, answer: str, completion: str) -> Verdict:
     try:
         return _checked(verifier(answer, completion))
-    # A failure becomes data. BaseException, as math-verify's TimeoutException and sys.exit are no Exception.
+    # A failure becomes data. math-verify's TimeoutException and SystemExit derive from BaseException only.
     except BaseException as error:  # noqa: BLE001
         return _error(f"{type(error).__name__}: {error}")
 
 
 def _checked(verdict: Any) -> Verdict:
-    """A verdict of plain values, out of what a plug-in returned."""
+    """Return the verdict of a plug-in with plain values, or an error if it is not valid."""
     if not isinstance(verdict, Verdict):
         return _error(f"expected a Verdict, found {type(verdict).__name__}")
     if verdict.outcome not in get_args(Outcome):
         return _error(f"expected an outcome of {', '.join(get_args(Outcome))}, found {verdict.outcome!r}")
     detail = str(verdict.detail)[:MAX_DETAIL_CHARS]
-    if verdict.outcome not in ("ok", "wrong"):  # by its own account it has none
+    if verdict.outcome not in ("ok", "wrong"):  # the plug-in itself reports a failure
         return Verdict(outcome=verdict.outcome, reward=0.0, answered=False, detail=detail)
-    found: Any = verdict.reward
-    if isinstance(found, bool) or not isinstance(found, Real):  # Real: numpy's numbers too
-        return _error(f"expected a number as reward, found {type(found).__name__}")
-    reward = float(found)
+    number: Any = verdict.reward
+    if isinstance(number, bool) or not isinstance(number, Real):  # Real includes numpy's numbers
+        return _error(f"expected a number as reward, found {type(number).__name__}")
+    reward = float(number)
     if not math.isfinite(reward):
         return _error(f"expected a finite reward, found {reward}")
     if abs(reward) > LARGEST_REWARD:

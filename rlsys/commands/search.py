@@ -22,7 +22,7 @@ from rlsys.files import write_json, write_text
 from rlsys.launch.signals import StopSignals
 from rlsys.models.folder import ModelFolder
 from rlsys.search.stats import figure_rows
-from rlsys.trees import Writer
+from rlsys.trees import Role
 
 FIRST_SIGNAL = "{}: the trees that the actors hold are finished and kept, no others are begun; once more to abort"
 ABORTED = " for the second time; the trees under way are lost, the same command continues"
@@ -44,7 +44,7 @@ def run(config: Config) -> str:
     run_dir = Path(config.run.dir).absolute()
     searches: list[Search] = []
 
-    def begin(inputs: Inputs, models: Mapping[Writer, ModelFolder]) -> launch.Grow | None:
+    def begin(inputs: Inputs, models: Mapping[Role, ModelFolder]) -> launch.Grow | None:
         searches.append(open_search(config, run_dir, inputs, models))
         return grow_missing(searches[0]) if searches[0].missing() else None
 
@@ -52,7 +52,7 @@ def run(config: Config) -> str:
     return conclude(searches[0], config, run_dir, standard_output())
 
 
-def open_search(config: Config, run_dir: Path, inputs: Inputs, models: Mapping[Writer, ModelFolder]) -> Search:
+def open_search(config: Config, run_dir: Path, inputs: Inputs, models: Mapping[Role, ModelFolder]) -> Search:
     """Check that the run directory holds no other search, and read its trees.
 
     Raises:

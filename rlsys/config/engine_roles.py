@@ -10,7 +10,7 @@ from rlsys.config.schema import ActorsConfig, Config
 from rlsys.config.search import SearchConfig, SearchModelConfig
 from rlsys.config.stages import stage_plans
 from rlsys.errors import ConfigError
-from rlsys.trees import Writer
+from rlsys.trees import Role
 
 # Trees that an actor may hold, over those that keep its engine full: it starts on what waits without asking.
 AHEAD = 2
@@ -22,7 +22,7 @@ SHARED_FIELDS = ("count", "tensor_parallel_size", "dtype", "max_model_len", "max
 class ModelEngines:
     """Engines of search.model or search.reviewer. actors: the settings of one, and how many there are."""
 
-    writer: Writer
+    writer: Role
     path: Path
     actors: ActorsConfig
 
@@ -31,7 +31,7 @@ class ModelEngines:
 class Searching:
     """How rollout actors search. writer: what their own engine is to a tree; beside: engines of other models."""
 
-    writer: Writer = "policy"
+    writer: Role = "policy"
     beside: tuple[ModelEngines, ...] = ()
 
 
@@ -45,13 +45,13 @@ def describes_a_search(config: Config) -> bool:
     return config.search != SearchConfig() or config.evaluation.search_answers > 0 or "search" in config.stages
 
 
-def given_models(config: Config) -> dict[Writer, SearchModelConfig]:
+def given_models(config: Config) -> dict[Role, SearchModelConfig]:
     """Those of search.model and search.reviewer that the config gives."""
-    both: dict[Writer, SearchModelConfig | None] = {"model": config.search.model, "reviewer": config.search.reviewer}
+    both: dict[Role, SearchModelConfig | None] = {"model": config.search.model, "reviewer": config.search.reviewer}
     return {writer: model for writer, model in both.items() if model is not None}
 
 
-def engine_settings(config: Config, writer: Writer, model: SearchModelConfig) -> ActorsConfig:
+def engine_settings(config: Config, writer: Role, model: SearchModelConfig) -> ActorsConfig:
     """The section `actors` as it is for a model of the search: its own sizes, the rest as for the policy.
 
     Raises:
@@ -67,11 +67,11 @@ def trees_ahead(config: Config) -> int:
 
     No more, since the time that a tree may take runs from when it is handed over.
     """
-    grower = config.search.model or config.actors
-    return max(MINIMUM_AHEAD, AHEAD * grower.max_num_seqs // config.search.parallel_simulations)
+    proposer = config.search.model or config.actors
+    return max(MINIMUM_AHEAD, AHEAD * proposer.max_num_seqs // config.search.parallel_simulations)
 
 
-def growing(config: Config, policy: Path, engines: Mapping[Writer, ModelEngines]) -> tuple[Config, Path, Searching]:
+def growing(config: Config, policy: Path, engines: Mapping[Role, ModelEngines]) -> tuple[Config, Path, Searching]:
     """Config and model of the rollout actors of `rlsys search`, and how they search.
 
     Where search.model is given they serve that, and nobody serves the policy.

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from rlsys.control.watchdog import ProgressTimer
 from rlsys.errors import RlsysError
+from rlsys.interfaces import EngineStats
 from rlsys.trees import Tree, TreeFailure
 from rlsys.types import (
     Float32Array,
@@ -39,8 +40,8 @@ class WatchedHandle(Protocol):
         """Return when the process is up."""
         ...
 
-    async def usage(self) -> Any:
-        """Return what the engine did since the last call, an actors.engine_stats.EngineUsage."""
+    async def engine_stats(self) -> EngineStats:
+        """Return the engine's statistics since the last call. The fleet fills in `model` and `engine`."""
         ...
 
     async def progress(self) -> int:

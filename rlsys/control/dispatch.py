@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
-from rlsys.interfaces import RolloutPool
-from rlsys.trees import SearchUsage, Tree, TreeFailure
+from rlsys.interfaces import EngineStats, RolloutPool
+from rlsys.trees import Tree, TreeFailure
 from rlsys.types import Float32Array, Int32Array, Prompt, RolloutFailure, SamplingSettings, TrajectoryGroup
 
 Rollout = TrajectoryGroup | RolloutFailure
@@ -26,7 +26,7 @@ class TreePool(Protocol):
 
     async def grow(self, actor: int, prompt: Prompt) -> Tree | TreeFailure: ...
 
-    async def engine_stats(self) -> Sequence[SearchUsage]:
+    async def engine_stats(self) -> Sequence[EngineStats]:
         """Return what every engine has done since the last call of this or of `reset_engine_stats`."""
         ...
 

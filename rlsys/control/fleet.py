@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from rlsys.control.actor_slots import ActorHandle, ActorSlot, ActorState, WatchedHandle
@@ -23,8 +23,8 @@ from rlsys.control.publisher import LostActorError, Publisher
 from rlsys.control.supervisor import ActorSupervisor
 from rlsys.control.watchdog import WatchClock
 from rlsys.errors import TooManyFailuresError
-from rlsys.interfaces import CheckAck, WeightTransfer
-from rlsys.trees import SearchUsage, Tree, TreeFailure, Writer
+from rlsys.interfaces import CheckAck, EngineStats, WeightTransfer
+from rlsys.trees import Role, Tree, TreeFailure
 from rlsys.types import (
     Float32Array,
     Int32Array,
@@ -59,8 +59,8 @@ class Fleet:
         *,
         max_restarts: int,
         hang_timeout_s: float,
-        role: Writer = "policy",
-        auxiliary: Sequence[tuple[Writer, int, WatchedHandle]] = (),
+        role: Role = "policy",
+        auxiliary: Sequence[tuple[Role, int, WatchedHandle]] = (),
         say: Callable[[str], None] = lambda _text: None,
         clock: WatchClock | None = None,
     ) -> None:
@@ -134,7 +134,7 @@ class Fleet:
         """Return the log-probabilities of given rows."""
         return await self._issue(actor, "scoring of probe rows", lambda handle: handle.probe(rows))
 
-    async def engine_stats(self) -> list[SearchUsage]:
+    async def engine_stats(self) -> list[EngineStats]:
         """Return what every engine has done since the last call of this or of `reset_engine_stats`.
 
         Engines of actors that are not serving are left out.
@@ -142,16 +142,16 @@ class Fleet:
         serving = [slot for slot in self._supervisor.actors if slot.state is ActorState.SERVING]
         slots = [*serving, *self._supervisor.auxiliary]
         roles = [self._role] * len(serving) + self._auxiliary_roles
-        measured = zip(roles, slots, await asyncio.gather(*map(self._usage, slots)), strict=True)
-        return [SearchUsage(model=role, engine=slot.number, **asdict(usage)) for role, slot, usage in measured if usage]
+        measured = zip(roles, slots, await asyncio.gather(*map(self._engine_stats, slots)), strict=True)
+        return [replace(stats, model=role, engine=slot.number) for role, slot, stats in measured if stats]
 
     async def reset_engine_stats(self) -> None:
         """Start a new interval of `engine_stats`."""
         await self.engine_stats()
 
-    async def _usage(self, slot: ActorSlot) -> Any:
+    async def _engine_stats(self, slot: ActorSlot) -> EngineStats | None:
         try:
-            return await self._supervisor.call(slot, slot.handle.usage())
+            return await self._supervisor.call(slot, slot.handle.engine_stats())
         except LostActorError:
             return None
 

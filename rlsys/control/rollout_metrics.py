@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rlsys.trees import SearchUsage
+from rlsys.interfaces import EngineStats
 from rlsys.types import TrajectoryGroup
 
 # Metrics of a tree that are summed over the trees of a step, under the same names.
@@ -49,7 +49,7 @@ def generated_tokens(group: TrajectoryGroup) -> int:
     return sum(trajectory.completion_length for trajectory in group.trajectories)
 
 
-def engine_metrics(usages: Sequence[SearchUsage]) -> Mapping[str, float]:
+def engine_metrics(usages: Sequence[EngineStats]) -> Mapping[str, float]:
     """Return the metrics of all engines over the same time, by names of rlsys.run.metrics.
 
     Without prompt tokens there is no hit rate of the prefix cache. The token rate adds up the engines of the policy,
@@ -69,7 +69,7 @@ def engine_metrics(usages: Sequence[SearchUsage]) -> Mapping[str, float]:
     return metrics
 
 
-def _idle(usage: SearchUsage) -> float:
+def _idle(usage: EngineStats) -> float:
     """Return the idle share of an engine. An engine step counts when it ends, so busy_s can exceed wall_s."""
     return max(0.0, 1 - usage.busy_s / usage.wall_s) if usage.wall_s else 0.0
 

@@ -14,12 +14,12 @@ from rlsys.control.budgets import causes
 from rlsys.control.publisher import LostActorError
 from rlsys.control.watchdog import ProgressTimer, WatchClock
 from rlsys.errors import (
+    AuxiliaryEngineLostError,
     EngineError,
     LearnerLostError,
     RlsysError,
     TooManyFailuresError,
     WeightSyncError,
-    WriterLostError,
 )
 
 Result = TypeVar("Result")
@@ -188,7 +188,7 @@ class ActorSupervisor:
             if slot.lost.is_set():
                 raise LostActorError
             return call.result()
-        except WriterLostError:  # the auxiliary engine is lost, and another actor could not ask it either
+        except AuxiliaryEngineLostError:  # another actor could not ask this engine either
             raise
         except (EngineError, WeightSyncError) as error:
             self.lose(slot, error)

@@ -20,7 +20,7 @@ from rlsys.errors import InterruptedRunError
 from rlsys.models.folder import ModelFolder
 from rlsys.search.stats import EngineFigures, TreeFigures, prefix_hit_rate
 from rlsys.search.store import TreeStore, check_origin
-from rlsys.trees import Tree, TreeFailure, Writer
+from rlsys.trees import Role, Tree, TreeFailure
 from rlsys.types import Prompt
 
 # The fields that decide a tree. A new key of `search` decides until FREE names it.
@@ -198,7 +198,7 @@ def find_prompts(config: Config, inputs: Inputs) -> list[Prompt]:
     return [inputs.builder.build(split, number) for number in range(count if size is None else min(count, size))]
 
 
-def writer_digests(models: Mapping[Writer, ModelFolder]) -> dict[str, str]:
+def writer_digests(models: Mapping[Role, ModelFolder]) -> dict[str, str]:
     """Return digests of all models except the policy, and of their tokenizers, by config field."""
     digests = {}
     for role, model in models.items():

@@ -28,7 +28,7 @@ from rlsys.data.inputs import Inputs, prepare_model
 from rlsys.launch.access import check_address
 from rlsys.launch.resources import ResourcePlan, plan_resources
 from rlsys.models.folder import ModelFolder, given_model
-from rlsys.trees import Writer
+from rlsys.trees import Role
 from rlsys.types import Prompt
 
 Purpose = Literal["train", "check", "evaluate", "search"]
@@ -48,7 +48,7 @@ class Prepared:
     """
 
     config: Config
-    models: Mapping[Writer, ModelFolder]
+    models: Mapping[Role, ModelFolder]
     searching: Searching | None
     inputs: Inputs
     tree_prompts: Sequence[Prompt]
@@ -131,14 +131,14 @@ def _searches(config: Config, purpose: Purpose) -> bool:
 
 def _load_models(
     config: Config, policy: ModelFolder, *, search_models: bool
-) -> tuple[dict[Writer, ModelFolder], dict[Writer, ModelEngines]]:
+) -> tuple[dict[Role, ModelFolder], dict[Role, ModelEngines]]:
     """Return all models by role, and the engines of search.model and search.reviewer.
 
     Raises:
         ConfigError: see `given_model`; or an engine would need several devices on CPUs.
     """
-    models: dict[Writer, ModelFolder] = {"policy": policy}
-    engines: dict[Writer, ModelEngines] = {}
+    models: dict[Role, ModelFolder] = {"policy": policy}
+    engines: dict[Role, ModelEngines] = {}
     for writer, section in given_models(config).items() if search_models else ():
         models[writer] = given_model(section.path, f"search.{writer}.path")
         settings = engine_settings(config, writer, section)

@@ -19,6 +19,7 @@ from rlsys.config.stages import stage_plan
 from rlsys.control.learner_group import LearnerGroup
 from rlsys.control.watchdog import WatchClock
 from rlsys.errors import EngineError
+from rlsys.interfaces import EngineStats
 from rlsys.ray_errors import translated
 from rlsys.trees import Tree, TreeFailure
 from rlsys.types import (
@@ -91,8 +92,9 @@ class RayActor:
         tree: Tree | TreeFailure = await self._rollout("grow", prompt)
         return tree
 
-    async def usage(self) -> Any:
-        return await self._rollout("usage")
+    async def engine_stats(self) -> EngineStats:
+        stats: EngineStats = await self._rollout("engine_stats")
+        return stats
 
     async def progress(self) -> int:
         steps: int = await self._rollout("progress")

@@ -15,7 +15,7 @@ from rlsys.config.schema import ActorsConfig, Config
 from rlsys.config.stages import stage_plans
 from rlsys.errors import ConfigError
 from rlsys.models.folder import ModelFolder
-from rlsys.trees import Writer
+from rlsys.trees import Role
 
 GIB = 2**30
 # Resident memory of a process that has imported its frameworks and holds no model (measured).
@@ -84,7 +84,7 @@ class ResourcePlan:
 
 
 def plan_resources(
-    config: Config, models: Mapping[Writer, ModelFolder], searching: Searching | None, *, learner: bool
+    config: Config, models: Mapping[Role, ModelFolder], searching: Searching | None, *, learner: bool
 ) -> ResourcePlan:
     """Plan the needs of every phase. Rollout and learning alternate on CPUs. On GPUs, host memory holds no models.
 

@@ -43,7 +43,7 @@ from rlsys.run.metrics import MetricsWriter
 from rlsys.run.provenance import check_extraction, check_inputs
 from rlsys.run.resume import Start, all_steps_made, find_again, find_start
 from rlsys.transfer.object_store import ObjectStoreTransfer
-from rlsys.trees import Writer
+from rlsys.trees import Role
 from rlsys.types import Prompt
 
 Measure = Callable[[Fleet, list[Prompt], Config], Awaitable[dict[str, Any]]]
@@ -154,7 +154,7 @@ def evaluate_policy(policy: Path, config: Config, measure: Measure) -> dict[str,
     return metrics
 
 
-def grow_trees(config: Config, begin: Callable[[Inputs, Mapping[Writer, ModelFolder]], Grow | None]) -> None:
+def grow_trees(config: Config, begin: Callable[[Inputs, Mapping[Role, ModelFolder]], Grow | None]) -> None:
     """Start the engines that grow trees, and let the result of `begin` use them.
 
     Args:

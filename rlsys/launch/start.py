@@ -12,7 +12,8 @@ import ray
 
 from actors.engine import engine_environment
 from actors.model_actor import ModelActor, ModelSettings
-from actors.rollout_actor import ActorSettings, RolloutActor
+from actors.rollout_actor import RolloutActor
+from actors.settings import ActorSettings
 from learners.learner_actor import WATCH, LearnerActor
 from learners.settings import RankSettings, learner_environment
 from rlsys.config.engine_roles import ModelEngines, Searching
@@ -21,7 +22,7 @@ from rlsys.directory import RunDirectory
 from rlsys.launch.placement import ROLLOUT, Placement, place
 from rlsys.launch.ray_cluster import RENDEZVOUS, Cluster
 from rlsys.launch.remote import RayActor
-from rlsys.trees import Writer
+from rlsys.trees import Role
 
 # Concurrent calls of one actor. With Ray's default of 1000, calls for statistics would wait behind trees.
 MAX_CALLS = 10_000
@@ -85,7 +86,7 @@ def _actor_settings(
     attempt: int,
     model: Path,
     searching: Searching | None,
-    handles: Mapping[Writer, Sequence[Any]],
+    handles: Mapping[Role, Sequence[Any]],
 ) -> ActorSettings:
     """Return the settings of a rollout actor; `handles` are those of the auxiliary engines."""
     config = cluster.config
@@ -95,9 +96,9 @@ def _actor_settings(
             "search": config.search,
             "extract": config.extract,
             "sampling": config.sampling,
-            "writer": searching.writer,
-            "writers": handles,
-            "writer_paths": {engines.writer: engines.path for engines in searching.beside},
+            "role": searching.writer,
+            "auxiliary_handles": handles,
+            "auxiliary_paths": {engines.writer: engines.path for engines in searching.beside},
         }
     return ActorSettings(
         name=f"{number}",
@@ -115,10 +116,10 @@ def _actor_settings(
 
 def _auxiliary_handles(
     cluster: Cluster, auxiliary: Sequence[ModelEngines], placement: Placement
-) -> dict[Writer, list[Any]]:
+) -> dict[Role, list[Any]]:
     """Start the engines of other models; return their handles by role."""
     config = cluster.config
-    handles: dict[Writer, list[Any]] = {}
+    handles: dict[Role, list[Any]] = {}
     for engines in auxiliary:
         environment = engine_environment(engines.actors, config.run.device)
         for number, bundle in enumerate(placement.indices[engines.writer]):

@@ -73,7 +73,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 class _Extraction:
-    """Writer of the rows of all trees, and their statistics."""
+    """Role of the rows of all trees, and their statistics."""
 
     def __init__(self, source: Source, files: Mapping[str, TableFiles]) -> None:
         self._source, self._files = source, files

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from rlsys.trees import Tree, Writer
+from rlsys.trees import Role, Tree
 from rlsys.types import BoolArray, Float32Array, Int32Array, VersionSpan
 
 
@@ -32,7 +32,7 @@ class PathNode(Protocol):
     @property
     def spill(self) -> str: ...
     @property
-    def writer(self) -> Writer: ...
+    def writer(self) -> Role: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class PathTokens:
 
 
 def node_ids(
-    path: Sequence[PathNode], is_native: Callable[[Writer], bool], codec: Codec
+    path: Sequence[PathNode], is_native: Callable[[Role], bool], codec: Codec
 ) -> Iterator[tuple[PathNode, Sequence[int] | Int32Array]]:
     """Yield each node with its tokens.
 

@@ -9,8 +9,9 @@ from typing import Any, get_args
 
 import numpy as np
 
+from rlsys.interfaces import EngineStats
 from rlsys.stats import mean_over_prompts
-from rlsys.trees import Defect, SearchUsage, Tree, TreeFailure, Writer
+from rlsys.trees import Defect, Role, Tree, TreeFailure
 
 
 @dataclass(slots=True)
@@ -76,9 +77,9 @@ class TreeFigures:
 class EngineFigures:
     """Sums of engine statistics. `in_flight_mean` is averaged over intervals, weighted by the busy seconds."""
 
-    usages: dict[tuple[Writer, int], SearchUsage] = field(default_factory=dict)
+    usages: dict[tuple[Role, int], EngineStats] = field(default_factory=dict)
 
-    def add(self, usages: Iterable[SearchUsage]) -> None:
+    def add(self, usages: Iterable[EngineStats]) -> None:
         for usage in usages:
             key = (usage.model, usage.engine)
             self.usages[key] = _sum(self.usages[key], usage) if key in self.usages else usage
@@ -104,7 +105,7 @@ class EngineFigures:
         }
 
 
-def prefix_hit_rate(usages: Sequence[SearchUsage]) -> float | None:
+def prefix_hit_rate(usages: Sequence[EngineStats]) -> float | None:
     """Return the share of the prompt tokens that were found in the prefix caches."""
     return _ratio(sum(usage.cached_tokens for usage in usages), sum(usage.prompt_tokens for usage in usages))
 
@@ -139,10 +140,10 @@ def figure_rows(trees: dict[str, Any], engines: dict[str, Any] | None) -> list[t
     return list(rows.items())
 
 
-def _sum(one: SearchUsage, other: SearchUsage) -> SearchUsage:
+def _sum(one: EngineStats, other: EngineStats) -> EngineStats:
     busy = one.busy_s + other.busy_s
     in_flight = one.in_flight_mean * one.busy_s + other.in_flight_mean * other.busy_s
-    return SearchUsage(
+    return EngineStats(
         model=one.model,
         engine=one.engine,
         busy_s=busy,

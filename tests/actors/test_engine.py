@@ -1,4 +1,4 @@
-"""The engine's thread over a scripted stand-in for vLLM: failures reach everybody who waits."""
+"""The engine's thread over a scripted stand-in for vLLM."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEP_S = 0.02
 
 
 class Script:
-    """Finishes every request in the next step with what `output` says."""
+    """An engine that finishes every request in the next step, always with the same two tokens."""
 
     def __init__(self) -> None:
         self.added: list[str] = []
@@ -57,16 +57,16 @@ class Script:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Script:
-    found = Script()
-    monkeypatch.setattr(module, "_build", lambda *_: found)
-    return found
+    scripted = Script()
+    monkeypatch.setattr(module, "_build", lambda *_: scripted)
+    return scripted
 
 
 @pytest.fixture
 def engine(script: Script) -> Any:
-    found = Engine(module.Path("unused"), ActorsConfig(), "cpu", [2])
-    yield found
-    found.close()
+    running = Engine(module.Path("unused"), ActorsConfig(), "cpu", [2])
+    yield running
+    running.close()
 
 
 def request(*token_ids: int, name: str = "p#0") -> CompletionRequest:
@@ -74,25 +74,25 @@ def request(*token_ids: int, name: str = "p#0") -> CompletionRequest:
 
 
 def outcome(future: Future[Completion]) -> Completion:
-    return future.result(timeout=120)  # a future nobody resolves fails the test instead of hanging it
+    return future.result(timeout=20)  # a future without a result fails the test instead of hanging it
 
 
 def test_a_completion_comes_back_with_its_spans(engine: Engine) -> None:
-    (found,) = map(outcome, engine.submit([request(1, 2)]))
-    assert found.token_ids.tolist() == [7, 2] and found.logprobs.tolist() == [-1.0, -2.0]
-    assert [(span.start, span.version, span.attempt) for span in found.versions] == [(0, 3, 0)]
+    (completion,) = map(outcome, engine.submit([request(1, 2)]))
+    assert completion.token_ids.tolist() == [7, 2] and completion.logprobs.tolist() == [-1.0, -2.0]
+    assert [(span.start, span.version, span.attempt) for span in completion.versions] == [(0, 3, 0)]
 
 
-def test_the_spans_tell_a_version_from_one_of_the_same_number(engine: Engine) -> None:
-    found = []
+def test_the_spans_distinguish_attempts_at_the_same_version(engine: Engine) -> None:
+    spans = []
     for attempt in (0, 2):
         engine.update_weights(65, attempt, [])
         (completion,) = map(outcome, engine.submit([request(1, 2)]))
-        found += [(span.version, span.attempt) for span in completion.versions]
-    assert found == [(65, 0), (65, 2)]
+        spans += [(span.version, span.attempt) for span in completion.versions]
+    assert spans == [(65, 0), (65, 2)]
 
 
-def test_two_requests_of_one_name_both_come_back(engine: Engine) -> None:
+def test_two_requests_with_the_same_name_both_finish(engine: Engine) -> None:
     assert len([outcome(future) for future in engine.submit([request(1), request(1)])]) == 2
 
 
@@ -103,30 +103,30 @@ def test_a_refused_request_fails_alone(engine: Engine) -> None:
     assert outcome(good).finish_reason == "stop"
 
 
-def test_a_failed_step_fails_all_and_stays_failed(script: Script, engine: Engine) -> None:
+def test_a_failed_step_breaks_the_engine_for_good(script: Script, engine: Engine) -> None:
     script.fails_at_step = True
     futures = engine.submit([request(1), request(2)])
     for future in [*futures, *engine.submit([request(3)])]:
         with pytest.raises(EngineError, match="MemoryError: no blocks"):
             outcome(future)
-    script.fails_at_step = False  # too late: nothing more is asked of a broken engine
+    script.fails_at_step = False  # too late: a broken engine is not used again
     with pytest.raises(EngineError, match="no blocks"):
         outcome(engine.submit([request(4)])[0])
 
 
-def test_an_output_that_cannot_be_read_fails_its_own_request_too(script: Script, engine: Engine) -> None:
+def test_an_unreadable_output_breaks_the_engine(script: Script, engine: Engine) -> None:
     script.logprobs = None
     with pytest.raises(EngineError, match="AttributeError"):
         outcome(engine.submit([request(1)])[0])
 
 
 class Cancelled(Future[Any]):
-    """The event loop cancels it between a look at it and the answer."""
+    """A future that the event loop cancels between a check of its state and its result."""
 
     def done(self) -> bool:
-        found = super().done()
+        is_done = super().done()
         self.cancel()
-        return found
+        return is_done
 
     def set_result(self, result: Any) -> None:
         self.cancel()
@@ -137,22 +137,22 @@ class Cancelled(Future[Any]):
         super().set_exception(exception)
 
 
-def test_a_caller_that_leaves_at_the_last_moment_breaks_nothing(
+def test_a_future_that_is_cancelled_at_the_last_moment_breaks_nothing(
     script: Script, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def leave() -> Future[Completion]:
+    def submit_cancelled() -> Future[Completion]:
         with monkeypatch.context() as patched:
             patched.setattr(module, "Future", Cancelled)
             return engine.submit([request(1)])[0]
 
-    left = leave()
+    cancelled = submit_cancelled()
     assert outcome(engine.submit([request(2)])[0]).finish_reason == "stop"
-    assert left.cancelled()
+    assert cancelled.cancelled()
     script.fails_at_step = True
-    left, stays = leave(), engine.submit([request(2)])[0]
+    cancelled, waiting = submit_cancelled(), engine.submit([request(2)])[0]
     with pytest.raises(EngineError, match="MemoryError: no blocks"):
-        outcome(stays)
-    assert left.cancelled()
+        outcome(waiting)
+    assert cancelled.cancelled()
 
 
 @pytest.mark.parametrize("busy", ["step", "collective_rpc"])
@@ -160,7 +160,7 @@ def test_an_engine_is_idle_only_while_it_waits_for_a_command(script: Script, eng
     reached, go_on = threading.Event(), threading.Event()
     original = getattr(script, busy)
 
-    def held(*arguments: Any, **named: Any) -> Any:
+    def delayed(*arguments: Any, **named: Any) -> Any:
         reached.set()
         assert go_on.wait(20)
         return original(*arguments, **named)
@@ -171,18 +171,18 @@ def test_an_engine_is_idle_only_while_it_waits_for_a_command(script: Script, eng
             time.sleep(0.001)
         return engine.idle
 
-    setattr(script, busy, held)
+    setattr(script, busy, delayed)
     assert becomes_idle()
-    asks = {"step": lambda: engine.submit([request(1)]), "collective_rpc": lambda: engine.update_weights(4, 0, [])}
-    asking = threading.Thread(target=asks[busy])
-    asking.start()
+    work = {"step": lambda: engine.submit([request(1)]), "collective_rpc": lambda: engine.update_weights(4, 0, [])}
+    thread = threading.Thread(target=work[busy])
+    thread.start()
     assert reached.wait(20) and not engine.idle
     go_on.set()
-    asking.join(20)
+    thread.join(20)
     assert becomes_idle()
 
 
-def test_an_interrupted_update_poisons_the_engine(script: Script, engine: Engine) -> None:
+def test_an_interrupted_update_breaks_the_engine(script: Script, engine: Engine) -> None:
     script.fails_at_reload = True
     tensors: list[Any] = [("a", None), ("b", None)]
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -198,7 +198,7 @@ def test_a_request_stops_at_end_tokens_and_its_own(script: Script, engine: Engin
     outcome(future)
     (params,) = script.params
     assert params.stop_token_ids == [2, 9]
-    assert params.stop == [] and not params.detokenize  # nothing to look for in the text
+    assert params.stop == [] and not params.detokenize  # there are no strings to find in the text
 
 
 def test_stop_strings_stay_in_the_output(script: Script) -> None:
@@ -209,7 +209,7 @@ def test_stop_strings_stay_in_the_output(script: Script) -> None:
         engine.close()
     (params,) = script.params
     assert params.stop == ["</a>"] and params.detokenize and params.include_stop_str_in_output
-    assert not params.skip_special_tokens  # they may be part of a stop string
+    assert not params.skip_special_tokens  # special tokens may be part of a stop string
 
 
 def test_stop_strings_without_a_tokenizer_are_refused_at_once(engine: Engine) -> None:
@@ -217,15 +217,15 @@ def test_stop_strings_without_a_tokenizer_are_refused_at_once(engine: Engine) ->
         engine.submit([replace(request(1), stop_strings=("</a>",))])
 
 
-def test_usage_counts_from_question_to_question(engine: Engine) -> None:
+def test_engine_stats_cover_the_time_since_the_last_call(engine: Engine) -> None:
     for future in engine.submit([request(1), request(2), request(3)]):
         assert (outcome(future).prompt_tokens, outcome(future).cached_tokens) == (2, 1)
-    first = engine.usage()
+    first = engine.engine_stats()
     # One step with three requests, each of 2 tokens, a prompt of 2 and 1 of it cached.
     assert (first.generated_tokens, first.prompt_tokens, first.cached_tokens) == (6, 6, 3)
     assert first.in_flight_mean == 3.0
     assert first.busy_s >= STEP_S
     time.sleep(5 * STEP_S)  # idle
-    second = engine.usage()
+    second = engine.engine_stats()
     assert second.wall_s >= 5 * STEP_S
     assert (second.busy_s, second.in_flight_mean, second.generated_tokens) == (0.0, 0.0, 0)

@@ -1,4 +1,4 @@
-"""The handle on another model's engines: who gets a request, and what becomes of an answer. Ray is not started."""
+"""The client of auxiliary engines: the engine of each request, answers and errors. Ray is not started."""
 
 from __future__ import annotations
 
@@ -9,66 +9,66 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from actors.engine import CompletionRequest
-from actors.model_actor import RemoteWriter
+from actors.model_actor import RemoteEngine
 from rlsys.errors import EngineError, RolloutError
 
 
 class Handle:
-    """Keeps what it is asked; the test answers."""
+    """An actor handle that records requests. The test sets their answers."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, Future[Any]]] = []
+        self.requests: list[tuple[str, Future[Any]]] = []
 
     @property
     def complete(self) -> Handle:
         return self
 
     def remote(self, request: CompletionRequest) -> Handle:
-        self.asked.append((request.request_id, Future()))
+        self.requests.append((request.request_id, Future()))
         return self
 
     def future(self) -> Future[Any]:
-        return self.asked[-1][1]
+        return self.requests[-1][1]
 
 
 def request(name: str) -> CompletionRequest:
     return CompletionRequest(request_id=name, token_ids=(1,), seed=0, temperature=1.0, top_p=1.0, max_tokens=1)
 
 
-def test_an_affinity_keeps_to_one_engine() -> None:
+def test_an_affinity_always_selects_the_same_engine() -> None:
     handles = [Handle(), Handle(), Handle()]
-    writer = RemoteWriter(handles, "reviewer")
+    engine = RemoteEngine(handles, "reviewer")
     for affinity in (0, 4, 7, 2**63):  # 2 ** 63 = 2 mod 3, as 2 = -1 and 63 is odd
-        writer.submit([request(f"{affinity}")], affinity)
-    assert [[name for name, _ in handle.asked] for handle in handles] == [["0"], ["4", "7"], [str(2**63)]]
+        engine.submit([request(f"{affinity}")], affinity)
+    assert [[name for name, _ in handle.requests] for handle in handles] == [["0"], ["4", "7"], [str(2**63)]]
 
 
 def test_a_completion_waits_for_no_other_of_its_batch() -> None:
     handle = Handle()
-    slow, fast = RemoteWriter([handle], "reviewer").submit([request("slow"), request("fast")])
-    handle.asked[1][1].set_result("completion")
+    slow, fast = RemoteEngine([handle], "reviewer").submit([request("slow"), request("fast")])
+    handle.requests[1][1].set_result("completion")
     assert fast.result(timeout=0) == "completion" and not slow.done()
 
 
 def test_a_refused_request_fails_alone() -> None:
     handle = Handle()
-    refused, good = RemoteWriter([handle], "reviewer").submit([request("a"), request("b")])
-    handle.asked[0][1].set_result(RolloutError("request a was refused: too long"))
-    handle.asked[1][1].set_result("completion")
+    refused, good = RemoteEngine([handle], "reviewer").submit([request("a"), request("b")])
+    handle.requests[0][1].set_result(RolloutError("request a was refused: too long"))
+    handle.requests[1][1].set_result("completion")
     with pytest.raises(RolloutError, match="^request a was refused: too long$"):
         refused.result(timeout=0)
     assert good.result(timeout=0) == "completion"
 
 
-def test_what_is_not_answered_is_owed() -> None:
+def test_unanswered_requests_are_open() -> None:
     handle = Handle()
-    writer = RemoteWriter([handle], "reviewer")
-    owed = [writer.owes]
-    writer.submit([request("a"), request("b")])
-    for (_, answered), outcome in zip(list(handle.asked), ("completion", RolloutError("too long")), strict=True):
-        owed.append(writer.owes)
+    engine = RemoteEngine([handle], "reviewer")
+    is_open = [engine.has_open_requests]
+    engine.submit([request("a"), request("b")])
+    for (_, answered), outcome in zip(list(handle.requests), ("completion", RolloutError("too long")), strict=True):
+        is_open.append(engine.has_open_requests)
         answered.set_result(outcome)
-    assert [*owed, writer.owes] == [False, True, True, False]
+    assert [*is_open, engine.has_open_requests] == [False, True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_what_is_not_answered_is_owed() -> None:
 )
 def test_a_failure_of_the_actor_is_an_engine_error(error: Exception, message: str) -> None:
     handle = Handle()
-    (future,) = RemoteWriter([Handle(), handle], "reviewer").submit([request("a")], 3)
-    handle.asked[0][1].set_exception(error)
+    (future,) = RemoteEngine([Handle(), handle], "reviewer").submit([request("a")], 3)
+    handle.requests[0][1].set_exception(error)
     with pytest.raises(EngineError, match=message):
         future.result(timeout=0)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlsys.control.rollout_metrics import SUMMED
-from rlsys.trees import SearchUsage
+from rlsys.interfaces import EngineStats
 from rlsys.types import (
     Float32Array,
     Int32Array,
@@ -171,10 +171,10 @@ class FakePool:
     async def reset_engine_stats(self) -> None:
         await self.engine_stats()
 
-    async def engine_stats(self) -> Sequence[SearchUsage]:
+    async def engine_stats(self) -> Sequence[EngineStats]:
         """Return the same stats after any time: every engine worked one second of four, for 5 tokens."""
         return [
-            SearchUsage(
+            EngineStats(
                 model="policy",
                 engine=engine,
                 busy_s=1.0,

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from actors.engine_stats import EngineUsage
 from rlsys.control.actor_slots import ActorState
 from rlsys.control.fleet import Fleet
 from rlsys.control.watchdog import WatchClock
 from rlsys.errors import (
     EngineError,
 )
+from rlsys.interfaces import EngineStats
 from rlsys.types import SamplingSettings, WeightAck, WeightManifest, WeightOffer
 
 SETTINGS = SamplingSettings(samples=1, temperature=1.0, top_p=1.0, max_tokens=4, seed=0)
@@ -70,9 +70,9 @@ class Process:
         self.version = offer.manifest.version
         return WeightAck(actor=f"{self.number}", version=self.version, probe_logprobs=())
 
-    async def usage(self) -> EngineUsage:
+    async def usage(self) -> EngineStats:
         await self._work("usage")
-        return EngineUsage(busy_s=1.0, wall_s=4.0, in_flight_mean=2.5, generated_tokens=10 * self.attempt + self.number)
+        return EngineStats(busy_s=1.0, wall_s=4.0, in_flight_mean=2.5, generated_tokens=10 * self.attempt + self.number)
 
     async def progress(self) -> int:
         await self.world.looking.wait()

@@ -1,8 +1,8 @@
-"""A scripted world for tree search: writers and a verifier that are functions of what they are shown.
+"""A scripted world for tree search: models and a verifier that are pure functions of their input.
 
-The tokenizers are real. What a writer says is decided by the chain so far and the seed of the call, the
-log-probability and the weight version of a token by the tokens up to it, the verdict by the text. So whatever a
-search keeps of a token can be checked against the context that it claims to have been drawn in.
+The tokenizers are real. The chain so far and the seed of a call decide the text of a completion. The tokens up to a
+token decide its log-probability and its weight version. The text decides the verdict. So a test can check all that a
+search records of a token against the context in which the token was drawn.
 """
 
 from __future__ import annotations
@@ -20,30 +20,37 @@ import numpy as np
 
 from actors.engine import Completion
 from actors.search.mcts import TreeSearch
-from actors.search.requests import Ask, Call, Judge, SearchWriter
+from actors.search.requests import Ask, Call, Judge, SearchModel
 from rlsys.config.patterns import NODE_TYPES, TABLES, Pattern, resolve
-from rlsys.config.search import START, NodeTypeConfig, SearchConfig
-from rlsys.models.scratch import build_tokenizer
+from rlsys.config.search import START, NodeTypeConfig, SearchConfig, StopConfig
+from rlsys.models.scratch import _build_tokenizer
 from rlsys.search.codec import TagCodec
-from rlsys.trees import Tree, Writer
+from rlsys.trees import Role, Tree
 from rlsys.types import Prompt, Verdict, VersionSpan
 
 QUESTION = "how many a in aab"
+THINK = "<thinking>a</thinking>"
+ONE_THOUGHT = {"start": {"thinking": 1}}
 TAGS = tuple(node.tag for node in NODE_TYPES.values())
 MARK = re.compile("<(/?)(" + "|".join(TAGS) + ")>")
 BARE = {name: node.model_copy(update={"prefixes": ()}) for name, node in NODE_TYPES.items() if node.writer != "nobody"}
-"""The shipped node types without prefixes, so that chains are short. A fixed node keeps its text."""
+"""The shipped node types without prefixes, so that chains are short. The reflection has fixed texts."""
 BARE["reflection"] = NodeTypeConfig(tag="reflection", prefixes=("wait", "no"), writer="nobody")
 
 
 @cache
 def codec(kind: str = "tags") -> TagCodec:
-    """tags: one added token a tag; bytes: one token a byte; bpe: trained, "><" is one token across a tag's edge."""
+    """Return a codec.
+
+    Args:
+        kind: "tags" has one added token for each tag; "bytes" one token for each byte; "bpe" is trained, with a token
+            "><" that crosses the edge of a tag.
+    """
     if kind == "bpe":
         tokenizer = _bpe()
     else:
         entries = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")]
-        tokenizer = build_tokenizer([*entries, *"ab01"] if kind == "tags" else [], 4096)
+        tokenizer = _build_tokenizer([*entries, *"ab01"] if kind == "tags" else [], 4096)
     return TagCodec(tokenizer, TAGS, [tokenizer.eos_token_id], digest=kind)
 
 
@@ -57,8 +64,8 @@ def _bpe() -> Any:
     return Qwen2Tokenizer(vocab=vocab, merges=merges, unk_token=None, pad_token=PAD, eos_token=EOS, **special)
 
 
-def writer(kind: str = "tags", max_model_len: int = 600) -> SearchWriter:
-    return SearchWriter(
+def search_model(kind: str = "tags", max_model_len: int = 600) -> SearchModel:
+    return SearchModel(
         model=f"{kind} model",
         codec=codec(kind),
         prompt_ids=tuple(codec(kind).prompt(QUESTION)),
@@ -72,7 +79,7 @@ def prompt(prompt_id: str = "p") -> Prompt:
 
 
 def shipped(name: str) -> Pattern:
-    """A shipped table, its nodes without prefixes."""
+    """Return a shipped table. Its nodes have no prefixes."""
     return resolve(SearchConfig(patterns=(name,), nodes=BARE))[name]
 
 
@@ -81,7 +88,7 @@ def table(
     after_wrong: Mapping[str, Mapping[str, int]] | None = None,
     nodes: Mapping[str, NodeTypeConfig] | None = None,
 ) -> Pattern:
-    """A table of one's own over the shipped types without prefixes."""
+    """Return a new table over the shipped types without prefixes."""
     config = SearchConfig.model_validate(
         {
             "patterns": ["own"],
@@ -93,17 +100,17 @@ def table(
 
 
 def token_logprob(token_ids: Sequence[int]) -> float:
-    """Of the last token, given those before it; a float32 exactly."""
+    """Return the log-probability of the last token given the tokens before it, exact as a float32."""
     return -(zlib.crc32(np.asarray(token_ids, dtype=np.int32).tobytes()) % 997 + 1) / 256
 
 
 def token_version(position: int) -> int:
-    """Weights change in the middle of nodes."""
+    """Return the weight version of a token. It changes in the middle of nodes."""
     return position // 5
 
 
 def completion(call: Call, token_ids: Sequence[int], finish_reason: str = "stop") -> Completion:
-    """What a writer drew in a call, with the log-probabilities and versions that its context gives it."""
+    """Return the completion with the given tokens. Its context decides log-probabilities and versions."""
     start = len(call.token_ids)
     whole = [*call.token_ids, *token_ids]
     places = range(start, len(whole))
@@ -119,7 +126,12 @@ def completion(call: Call, token_ids: Sequence[int], finish_reason: str = "stop"
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """defects: how often a node or a chain goes wrong; failures: how often the verifier does."""
+    """Models and a verifier that behave at random, with the seed of each call.
+
+    Attributes:
+        defects: Probability of a defect in a node or a chain.
+        failures: Probability of a failed verification.
+    """
 
     pattern: Pattern
     defects: float = 0.1
@@ -127,11 +139,11 @@ class World:
     letters: str = "ab"
     answers: str = "01"
 
-    def complete(self, call: Call, found: SearchWriter) -> Completion:
-        said = found.codec.decode(call.token_ids[len(found.prompt_ids) :])
+    def complete(self, call: Call, model: SearchModel) -> Completion:
+        said = model.codec.decode(call.token_ids[len(model.prompt_ids) :])
         rng = random.Random(f"{said}/{call.seed}")
         text = self._node(said, rng) if call.stop.token_ids or call.stop.strings else self._chain(said, rng)
-        return spoken(call, found.codec, text)
+        return spoken(call, model.codec, text)
 
     def judge(self, chain: str) -> Verdict:
         rng = random.Random(chain)
@@ -147,7 +159,7 @@ class World:
         return "".join(rng.choices(self.letters, k=rng.randint(0, 2)))
 
     def _node(self, said: str, rng: random.Random) -> str:
-        """The rest of the node that was begun; what stands behind its closing tag is never drawn."""
+        """Return the rest of the open node. The call ends at its closing tag."""
         tag = MARK.findall(said)[-1][1]
         body, rest = self._body(tag, rng), f"</{tag}><thinking>"
         if rng.random() >= self.defects:
@@ -172,7 +184,7 @@ class World:
             before = rng.choice([n for n in names if f"<{self.pattern.types[n].tag}>".startswith(held)] or names)
             tag, gap = self.pattern.types[before].tag, rng.choice(("", "", "\n")) if number else ""
             if rng.random() < self.defects / 2:
-                tag = rng.choice(TAGS)  # perhaps one that may not stand here
+                tag = rng.choice(TAGS)  # may be a tag that the table does not allow here
             parts.append(f"{gap}<{tag}>{self._body(tag, rng)}</{tag}>")
             if rng.random() < self.defects / 4:
                 parts.append("b")  # text outside a node
@@ -181,21 +193,24 @@ class World:
 
 
 class Script:
-    """A world that says what it is told to: for the text that a writer continues, what it says there, call by call.
+    """A world that plays a script.
 
-    An answer with a 1 in it is right, with a 0 wrong; e is an error of the verifier, t a timeout.
+    An answer with a 1 is right, one with a 0 wrong. The verifier fails with an error on e, with a timeout on t.
+
+    Args:
+        proposals: Completions by the chain that they continue, in the order of the calls.
     """
 
     def __init__(self, pattern: Pattern, proposals: Mapping[str, Sequence[str]]) -> None:
         self.pattern = pattern
         self.left = {said: deque(texts) for said, texts in proposals.items()}
 
-    def complete(self, call: Call, found: SearchWriter) -> Completion:
-        said = found.codec.decode(call.token_ids[len(found.prompt_ids) :])
-        return spoken(call, found.codec, self.left[said].popleft())
+    def complete(self, call: Call, model: SearchModel) -> Completion:
+        said = model.codec.decode(call.token_ids[len(model.prompt_ids) :])
+        return spoken(call, model.codec, self.left[said].popleft())
 
     def judge(self, chain: str) -> Verdict:
-        text = MARK.split(chain)[-4]  # in front of the last closing tag, which is split in three
+        text = MARK.split(chain)[-4]  # the text before the last closing tag, which the pattern splits in three
         for letter, outcome in (("e", "error"), ("t", "timeout")):
             if letter in text:
                 return Verdict(outcome=outcome, reward=0.0, answered=False)
@@ -203,7 +218,7 @@ class Script:
 
 
 def spoken(call: Call, codec: TagCodec, text: str) -> Completion:
-    """A completion that says a text and then ends, cut where an engine would stop."""
+    """Return a completion with a text and an end token, cut where an engine would stop."""
     said: list[int] = []
     for token in [*codec.encode(text), codec.end_token_id]:
         said.append(token)
@@ -217,9 +232,11 @@ def spoken(call: Call, codec: TagCodec, text: str) -> Completion:
 
 @dataclass(kw_only=True)
 class Grown:
-    """A finished tree and how it came about.
+    """A finished tree and its history.
 
-    events: requests when they were made, answers when they were delivered, with the simulations finished by then.
+    Attributes:
+        events: Requests, and answers as (number, answer, simulations finished before), in the order of time.
+        most_running: Largest number of simulations that ran at once.
     """
 
     tree: Tree
@@ -243,19 +260,19 @@ def grow(
     config: SearchConfig,
     *,
     arrivals: random.Random | None = None,
-    writers: Mapping[Writer, SearchWriter] | None = None,
+    models: Mapping[Role, SearchModel] | None = None,
     prompt_id: str = "p",
     seed: int = 0,
     max_chain_tokens: int = 500,
 ) -> Grown:
-    """Search to the end.
+    """Search one prompt to its end.
 
     Args:
-        arrivals: draws the order in which answers come; None for the order in which they are applied: verdicts first,
-            otherwise as asked.
+        arrivals: Draws the order in which answers arrive. None: they arrive in the order in which they are applied,
+            verdicts first and otherwise in the order of the requests.
     """
-    writers = writers or {"policy": writer()}
-    search = TreeSearch(prompt(prompt_id), world.pattern, config, writers, max_chain_tokens=max_chain_tokens, seed=seed)
+    models = models or {"policy": search_model()}
+    search = TreeSearch(prompt(prompt_id), world.pattern, config, models, max_chain_tokens=max_chain_tokens, seed=seed)
     events: list[Any] = []
     waiting, most = search.start(), 0
     events += waiting
@@ -264,16 +281,26 @@ def grow(
         request = waiting.pop(arrivals.randrange(len(waiting)) if arrivals else first)
         answer: Sequence[Completion] | Verdict
         if isinstance(request, Ask):
-            answer = [world.complete(call, writers[call.writer]) for call in request.calls]
+            answer = [world.complete(call, models[call.role]) for call in request.calls]
         else:
             answer = world.judge(request.completion)
-        events.append((request.number, answer, search._simulations.finished))
+        events.append((request.number, answer, search._stop.finished))
         new = search.deliver(request.number, answer)
         events += new
         waiting += new
         most = max(most, search._tree.root.in_flight)
     assert search.finished
     return Grown(tree=search.tree(), search=search, events=events, most_running=most)
+
+
+def search_config(**fields: Any) -> SearchConfig:
+    """Return a config with one simulation at a time and no rule on correct answers, unless `fields` change this."""
+    stop = StopConfig.model_validate({"correct": (), **fields.pop("stop", {})})
+    return SearchConfig(**{"parallel_simulations": 1, "stop": stop, **fields})
+
+
+def scripted(children: Mapping[str, Any], proposals: Mapping[str, Any], after_wrong: Mapping[str, Any] = {}) -> Script:
+    return Script(table(children, after_wrong), proposals)
 
 
 def shipped_names() -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from actors.engine import Completion, CompletionRequest, Engine
 from rlsys.config.schema import ActorsConfig
-from rlsys.models.folder import ModelFolder
+from rlsys.models.scratch import end_token_ids, load_tokenizer
 
 PROMPT = [5 + i % 40 for i in range(70)]  # two full blocks of 32 go into the prefix cache
 MAX_TOKENS, REQUESTS = 40, 24
@@ -74,14 +74,13 @@ def rows(completions: list[Completion]) -> list[dict[str, Any]]:
 
 
 def main(folder: Path) -> None:
-    model = ModelFolder(folder)
-    tokenizer = model.tokenizer
+    tokenizer = load_tokenizer(folder)
     config = ActorsConfig(max_model_len=256, max_num_seqs=64, kv_cache_gib=0.1, block_size=32)
-    engine = Engine(folder, config, "cpu", model.end_token_ids, stop_strings=True)
-    engine.usage()
+    engine = Engine(folder, config, "cpu", end_token_ids(tokenizer, folder), stop_strings=True)
+    engine.engine_stats()
     (first,) = draw(engine, [request(99)])
     free = draw(engine, [request(seed) for seed in range(REQUESTS)])
-    usage = engine.usage()
+    usage = engine.engine_stats()
     strings = {seed: text for seed, completion in enumerate(free) if (text := piece(tokenizer, completion))}
     stopped = draw(engine, [request(seed, stop_strings=("~~~", text)) for seed, text in strings.items()])
     token = int(np.bincount(np.concatenate([completion.token_ids for completion in free])).argmax())

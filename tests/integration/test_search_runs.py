@@ -380,7 +380,7 @@ def test_a_large_model_builds_the_data_of_a_small_one(
         chosen = (f"run.dir={run_dir}", f"search.expansion={expansion}", "actors.count=1")
         start("search", config, *chosen).finish()
         trees = [tree for path in sorted((run_dir / "trees").glob("*.jsonl")) for tree in read_trees(path)]
-        assert len(trees) == 8 and all(isinstance(tree, Tree) and tree.grower == "model" for tree in trees)
+        assert len(trees) == 8 and all(isinstance(tree, Tree) and tree.proposer == "model" for tree in trees)
         nodes = [node for tree in trees if isinstance(tree, Tree) for node in tree.nodes[1:]]
         assert {node.writer for node in nodes} == {"model", "reviewer"}
         assert all((node.writer == "reviewer") == (node.type == "thinking") for node in nodes if not node.defect)

@@ -1,15 +1,14 @@
-"""Requests of a prompt and the group made of their answers."""
+"""Requests for a prompt, and the group of their completions."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from actors.engine import Completion
-from actors.rollouts.single_turn import build_group, completion_requests, sample_seed
+from actors.rollouts.single_turn import build_group, completion_requests
 from rlsys.types import Prompt, SamplingSettings, Verdict, VersionSpan
 
 PROMPT = Prompt(prompt_id="train-4@1", token_ids=np.array([7, 8, 9], dtype=np.int32), answer="2")
@@ -33,24 +32,18 @@ def test_a_request_for_every_sample() -> None:
     assert len({request.request_id for request in requests}) == 3
 
 
-def test_greedy_and_sampled_requests_of_a_prompt_may_be_under_way_together() -> None:
+def test_greedy_and_sampled_requests_of_a_prompt_have_different_ids() -> None:
     sampled = completion_requests(PROMPT, SETTINGS)
     greedy = completion_requests(PROMPT, replace(SETTINGS, samples=1, temperature=0.0))
     assert not {r.request_id for r in sampled} & {r.request_id for r in greedy}
 
 
-def test_a_seed_depends_on_run_prompt_and_sample_and_on_nothing_else() -> None:
-    parts = [(0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1), (0, "a@1", 0)]
-    assert len({sample_seed(*part) for part in parts}) == len(parts)
-    # The first 8 bytes of the hash of "0/a/0", without the sign bit, so that it fits an int64.
-    expected = int.from_bytes(hashlib.sha256(b"0/a/0").digest()[:8], "big") // 2
-    assert sample_seed(0, "a", 0) == expected
-    assert all(0 <= sample_seed(0, "a", sample) < 2**63 for sample in range(100))
+def test_the_seeds_do_not_depend_on_the_number_of_samples() -> None:
     fewer = completion_requests(PROMPT, replace(SETTINGS, samples=2))
     assert [r.seed for r in fewer] == [r.seed for r in completion_requests(PROMPT, SETTINGS)][:2]
 
 
-def test_a_trajectory_is_the_prompt_and_what_followed(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_trajectory_is_the_prompt_and_the_completion(caplog: pytest.LogCaptureFixture) -> None:
     spans = (VersionSpan(start=0, version=2), VersionSpan(start=1, version=3))
     verdicts = [
         Verdict(outcome="ok", reward=1.0, answered=True),

@@ -1,4 +1,4 @@
-"""What a tree becomes in training: trajectories, masks, pairs and figures."""
+"""Groups from searched trees: trajectories, masks, pairs and figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXTRACT = ExtractConfig(step_min_visits=1)
 
 
 class Letters:
-    """A tokenizer of characters: token 100 + place in the alphabet, 0 ends."""
+    """A codec with one token for each letter: 100 plus its place in the alphabet. Token 0 is the end token."""
 
     digest = "letters"
     end_token_id = 0
@@ -39,7 +39,7 @@ CODEC = Letters()
 
 
 def node(parent: int, text: str, **changes: Any) -> ThoughtNode:
-    """A node of a character a token, of which the first was put there."""
+    """Return a node with one token for each character. The first token is forced."""
     ids = CODEC.encode(text)
     logprobs = [0.0, *(-0.5 for _ in ids[1:])]
     values: dict[str, Any] = {
@@ -60,16 +60,16 @@ def answer(parent: int, text: str, verdict: Verdict, scored: int, **changes: Any
     return node(parent, text, type="answer", verdict=verdict, scored=scored, visits=1, total=reward, **changes)
 
 
-def tree(*nodes: ThoughtNode, grower: str = "policy", **changes: Any) -> Tree:
+def tree(*nodes: ThoughtNode, proposer: str = "policy", **changes: Any) -> Tree:
     start = node(-1, "", type="start", logprobs=np.zeros(0, np.float32), forced=0, versions=(), finish_reason=None)
     values: dict[str, Any] = {
         "prompt_id": "p",
         "question": "2+2?",
         "answer": "4",
         "pattern": "a",
-        "tokenizers": {grower: "letters"},
-        "models": {grower: "a model"},
-        "prompt_token_ids": {grower: np.array([1, 2], dtype=np.int32)},
+        "tokenizers": {proposer: "letters"},
+        "models": {proposer: "a model"},
+        "prompt_token_ids": {proposer: np.array([1, 2], dtype=np.int32)},
         "nodes": (start, *nodes),
         "stop": "simulations",
         "simulations": 5,
@@ -80,13 +80,13 @@ def tree(*nodes: ThoughtNode, grower: str = "policy", **changes: Any) -> Tree:
     return Tree(**{**values, **changes})
 
 
-def build(of: Tree, extract: ExtractConfig = EXTRACT) -> TrajectoryGroup:
-    found = build_searched_group(of, PROMPT, CODEC, extract)
-    assert isinstance(found, TrajectoryGroup)
-    return found
+def build(searched: Tree, extract: ExtractConfig = EXTRACT) -> TrajectoryGroup:
+    group = build_searched_group(searched, PROMPT, CODEC, extract)
+    assert isinstance(group, TrajectoryGroup)
+    return group
 
 
-# 1 was drawn three times; it holds a right answer, a wrong one and a truncated thought.
+# Node 1 was drawn three times. Below it are a right answer, a wrong one and a truncated thought.
 SMALL = (
     node(0, "abc", samples=3, visits=2, total=1.0),
     answer(1, "de", RIGHT, 0),
@@ -96,8 +96,8 @@ SMALL = (
 
 
 def test_a_trajectory_by_hand() -> None:
-    found = build(tree(*SMALL))
-    first, _, third = found.trajectories
+    group = build(tree(*SMALL))
+    first, _, third = group.trajectories
     assert first.token_ids.tolist() == [1, 2, 100, 101, 102, 103, 104]
     assert first.loss_mask.tolist() == [False, False, False, True, True, False, True]
     assert first.behavior_logprobs.tolist() == [0, 0, 0, -0.5, -0.5, 0, -0.5]
@@ -107,50 +107,50 @@ def test_a_trajectory_by_hand() -> None:
     assert steps == [(1, 0, 2, 5, "thinking", 3, 2, 0.5), (2, 1, 5, 7, "answer", 1, 1, 1.0)]
     assert (third.reward, third.outcome, third.answered, third.detail) == (0.0, "wrong", False, "truncated")
     assert third.steps[-1].value is None
-    assert [trajectory.finish_reason for trajectory in found.trajectories] == ["stop", "stop", "length"]
-    assert found.searched and found.prompt is PROMPT and found.oldest_version == 6
+    assert [trajectory.finish_reason for trajectory in group.trajectories] == ["stop", "stop", "length"]
+    assert group.searched and group.prompt is PROMPT and group.oldest_version == 6
 
 
 @pytest.mark.parametrize("defect", ["truncated", "unclosed", "malformed", "unanswered"])
 def test_a_chain_that_the_policy_ended_without_an_answer_is_wrong(defect: str) -> None:
-    found = build(tree(*SMALL[:2], node(1, "hi", defect=defect)))
-    assert [t.detail for t in found.trajectories] == ["right", defect]
+    group = build(tree(*SMALL[:2], node(1, "hi", defect=defect)))
+    assert [t.detail for t in group.trajectories] == ["right", defect]
 
 
-def test_limits_of_the_search_and_what_others_wrote_are_no_trajectories() -> None:
+def test_chains_that_the_search_or_another_model_ended_are_no_trajectories() -> None:
     others = (
         node(1, "hi", defect="off_pattern"),
         node(1, "jk", defect="too_deep"),
         node(1, "lm", defect="truncated", writer="reviewer"),
-        node(1, "no"),  # never went on
+        node(1, "no"),  # has no child
         node(1, "pq", verdict=Verdict(outcome="timeout", reward=0.0, answered=False, detail="late"), type="answer"),
     )
     two = {"policy": "letters", "reviewer": "letters"}
-    found = build(tree(*SMALL, *others, tokenizers=two))
-    assert [t.steps[-1].node for t in found.trajectories] == [2, 3, 4]
+    group = build(tree(*SMALL, *others, tokenizers=two))
+    assert [t.steps[-1].node for t in group.trajectories] == [2, 3, 4]
 
 
-def test_a_whole_answer_ends_by_itself_whatever_followed_it_in_its_call() -> None:
-    found = build(tree(node(0, "abc", visits=1, total=1.0), answer(1, "de", RIGHT, 0, finish_reason="length")))
-    assert [t.finish_reason for t in found.trajectories] == ["stop"]
+def test_a_whole_answer_has_the_finish_reason_stop() -> None:
+    group = build(tree(node(0, "abc", visits=1, total=1.0), answer(1, "de", RIGHT, 0, finish_reason="length")))
+    assert [t.finish_reason for t in group.trajectories] == ["stop"]
 
 
 def test_tokens_of_a_second_model_are_never_the_policys() -> None:
     reviewed = node(0, "abc", writer="reviewer", visits=1, total=1.0)
-    of = tree(reviewed, answer(1, "de", RIGHT, 0), tokenizers={"policy": "letters", "reviewer": "other"})
-    (found,) = build(of).trajectories
-    assert found.loss_mask.tolist() == [False] * 6 + [True]
-    assert found.versions == (VersionSpan(start=6, version=7),)
-    # A chain of which the policy chose nothing still says what its siblings are worth.
-    beside = answer(0, "fg", WRONG, 1, writer="reviewer")
-    more = build(replace(of, nodes=(*of.nodes, beside))).trajectories
+    searched = tree(reviewed, answer(1, "de", RIGHT, 0), tokenizers={"policy": "letters", "reviewer": "other"})
+    (trajectory,) = build(searched).trajectories
+    assert trajectory.loss_mask.tolist() == [False] * 6 + [True]
+    assert trajectory.versions == (VersionSpan(start=6, version=7),)
+    # A chain without a token of the policy still counts for the advantages of its siblings.
+    reviewed_answer = answer(0, "fg", WRONG, 1, writer="reviewer")
+    more = build(replace(searched, nodes=(*searched.nodes, reviewed_answer))).trajectories
     assert [t.loss_mask.any() for t in more] == [True, False]
     assert more[1].oldest_version is None
 
 
 def test_pairs_steps_and_demonstration_follow_the_extract_section() -> None:
-    found = build(tree(*SMALL))
-    ((pair,), (step,), (shown,)) = (found.pairs, found.step_preferences, found.demonstrations)
+    group = build(tree(*SMALL))
+    ((pair,), (step,), (shown,)) = (group.pairs, group.step_preferences, group.demonstrations)
     assert pair.chosen_ids.tolist() == [1, 2, 100, 101, 102, 103, 104, 0]
     assert pair.rejected_ids.tolist() == [1, 2, 100, 101, 102, 105, 106, 0]
     assert (step.chosen_ids.tolist(), step.rejected_ids.tolist()) == ([103, 104], [105, 106])
@@ -161,48 +161,48 @@ def test_pairs_steps_and_demonstration_follow_the_extract_section() -> None:
     assert len(nothing.trajectories) == 3
 
 
-def grown_by_another(*nodes: ThoughtNode) -> Tree:
-    written = tuple(replace(found, writer="model") for found in nodes)
-    return tree(*written, grower="model", tokenizers={"model": "other"})
+def proposed_by_another(*nodes: ThoughtNode) -> Tree:
+    written = tuple(replace(node, writer="model") for node in nodes)
+    return tree(*written, proposer="model", tokenizers={"model": "other"})
 
 
-def test_a_tree_of_another_model_gives_pairs_and_a_demonstration_and_nothing_to_reinforce() -> None:
-    found = build(grown_by_another(*SMALL))
-    assert found.trajectories == ()
-    assert found.oldest_version is None
-    assert (len(found.pairs), len(found.step_preferences), len(found.demonstrations)) == (1, 1, 1)
-    assert found.metrics["scored"] == 2
+def test_a_tree_of_another_model_gives_pairs_and_a_demonstration_and_no_trajectory() -> None:
+    group = build(proposed_by_another(*SMALL))
+    assert group.trajectories == ()
+    assert group.oldest_version is None
+    assert (len(group.pairs), len(group.step_preferences), len(group.demonstrations)) == (1, 1, 1)
+    assert group.metrics["scored"] == 2
 
 
-def test_an_unsolved_tree_of_another_model_is_no_failure() -> None:
-    found = build(grown_by_another(node(0, "abc", visits=1), answer(1, "fg", WRONG, 0)))
-    assert (found.trajectories, found.pairs, found.demonstrations) == ((), (), ())
-    assert (found.metrics["scored"], found.metrics["solved"]) == (1, 0)
+def test_an_unsolved_tree_of_another_model_is_not_a_failure() -> None:
+    group = build(proposed_by_another(node(0, "abc", visits=1), answer(1, "fg", WRONG, 0)))
+    assert (group.trajectories, group.pairs, group.demonstrations) == ((), (), ())
+    assert (group.metrics["scored"], group.metrics["solved"]) == (1, 0)
 
 
 @pytest.mark.parametrize(
-    "of",
+    "searched",
     [
         tree(node(0, "ab", defect="off_pattern"), node(0, "cd", defect="too_deep"), counts={"off_pattern": 1}),
-        grown_by_another(node(0, "ab", defect="truncated")),
+        proposed_by_another(node(0, "ab", defect="truncated")),
         tree(tokens=0),
     ],
 )
-def test_a_tree_of_which_nothing_came_is_a_failure_that_says_what_happened_and_cost(of: Tree) -> None:
-    found = build_searched_group(of, PROMPT, CODEC, EXTRACT)
-    assert isinstance(found, RolloutFailure)
-    assert found.prompt is PROMPT
-    expected = "1 off_pattern" if of.counts else "no node could be asked for"
-    assert found.reason == f"no chain of the tree was judged or ended: {expected}"
-    assert found.tokens == of.tokens
+def test_a_tree_without_a_judged_or_ended_chain_is_a_failure_with_reason_and_cost(searched: Tree) -> None:
+    failure = build_searched_group(searched, PROMPT, CODEC, EXTRACT)
+    assert isinstance(failure, RolloutFailure)
+    assert failure.prompt is PROMPT
+    expected = "1 off_pattern" if searched.counts else "no node could be asked for"
+    assert failure.reason == f"no chain of the tree was judged or ended: {expected}"
+    assert failure.tokens == searched.tokens
 
 
 def test_figures_by_hand(caplog: pytest.LogCaptureFixture) -> None:
     late = Verdict(outcome="timeout", reward=0.0, answered=False, detail="too late")
     extra = (node(0, "no", type="answer", verdict=late, samples=2), node(0, "rs", backtrack=True))
     with caplog.at_level(logging.WARNING):
-        found = build(tree(*SMALL, *extra, answer(0, "tu", replace(RIGHT, reward=0.5), 2)))
-    assert found.metrics == {
+        group = build(tree(*SMALL, *extra, answer(0, "tu", replace(RIGHT, reward=0.5), 2)))
+    assert group.metrics == {
         "simulations": 5.0,
         "calls": 6.0,
         "tokens": 40.0,
@@ -211,11 +211,11 @@ def test_figures_by_hand(caplog: pytest.LogCaptureFixture) -> None:
         "correct": 2.0,
         "solved": 1.0,
         "defects": 1.0,
-        "duplicates": 3.0,  # two of the first thought, one of the answer that was too late
+        "duplicates": 3.0,  # two of the first thought, one of the late answer
         "backtracks": 1.0,
         "verifier_errors": 1.0,
     }
-    assert all(type(value) is float for value in found.metrics.values())
+    assert all(type(value) is float for value in group.metrics.values())
     assert [record.getMessage() for record in caplog.records] == [
         "prompt p: verification failed for 1 answers of its tree: too late"
     ]
@@ -223,14 +223,14 @@ def test_figures_by_hand(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_same_nodes_have_the_same_tokens_in_all_trajectories() -> None:
-    found = build(tree(*SMALL))
+    group = build(tree(*SMALL))
 
-    def held(name: str) -> set[tuple[int, Sequence[Any]]]:
+    def values(name: str) -> set[tuple[int, Sequence[Any]]]:
         return {
             (step.node, tuple(getattr(t, name)[step.start : step.stop].tolist()))
-            for t in found.trajectories
+            for t in group.trajectories
             for step in t.steps
         }
 
     for name in ("token_ids", "loss_mask", "behavior_logprobs"):
-        assert len(held(name)) == 4
+        assert len(values(name)) == 4

@@ -1,4 +1,4 @@
-"""What holds of every tree, whatever the table, the settings, the writers and the order in which answers arrive."""
+"""Properties of all trees, for any table, settings, models and order of arriving answers."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from search_world import (
     World,
     codec,
     grow,
+    search_model,
     shipped,
     shipped_names,
     table,
     token_logprob,
     token_version,
-    writer,
 )
 from tree_samples import children_of
 
-from actors.search.requests import Ask, SearchWriter
+from actors.search.requests import Ask, SearchModel
 from actors.search.tree import Status
 from rlsys.config.patterns import Pattern
 from rlsys.config.search import START, CorrectRule, FrontierConfig, PuctConfig, SearchConfig, StopConfig, UcbConfig
 from rlsys.search.paths import path_tokens
 from rlsys.search.tree_json import parse_line, tree_line
-from rlsys.trees import ENDINGS, ThoughtNode, Tree, Writer
+from rlsys.trees import ENDINGS, Role, ThoughtNode, Tree
 from rlsys.types import Verdict, VersionSpan
 
 SELECTIONS = (
@@ -44,7 +44,7 @@ INNER = ("sub_task", "thinking", "hypothesis", "double_check", "reclarify", "ref
 
 @st.composite
 def tables(draw: st.DrawFn) -> Pattern:
-    """Tables of up to four inner types; every one of them may be followed by an answer, so all are searchable."""
+    """Draw a table of up to four inner types. An answer may follow each of them, so every table is searchable."""
     used = draw(st.permutations(INNER))[: draw(st.integers(1, 4))]
     counts = st.integers(1, 2)
     children = {START: {used[0]: draw(counts)}}
@@ -82,25 +82,28 @@ WORLDS = st.builds(
     failures=st.sampled_from((0.0, 0.2)),
     letters=st.sampled_from(("a", "ab", "ab01")),
 )
-WRITERS: Mapping[str, Mapping[Writer, SearchWriter]] = {
-    "policy": {"policy": writer()},
-    "policy in a tokenizer that merges": {"policy": writer("bpe")},
-    "policy with little room": {"policy": writer(max_model_len=len(writer().prompt_ids) + 18)},
-    "policy and reviewer": {"policy": writer(), "reviewer": writer("bytes", 2000)},
-    "model and reviewer of one tokenizer": {"model": writer("bytes", 2000), "reviewer": writer("bytes", 1500)},
-    "merging model and reviewer": {"model": writer("bpe", 900), "reviewer": writer()},
+MODELS: Mapping[str, Mapping[Role, SearchModel]] = {
+    "policy": {"policy": search_model()},
+    "policy in a tokenizer that merges": {"policy": search_model("bpe")},
+    "policy with little room": {"policy": search_model(max_model_len=len(search_model().prompt_ids) + 18)},
+    "policy and reviewer": {"policy": search_model(), "reviewer": search_model("bytes", 2000)},
+    "model and reviewer of one tokenizer": {
+        "model": search_model("bytes", 2000),
+        "reviewer": search_model("bytes", 1500),
+    },
+    "merging model and reviewer": {"model": search_model("bpe", 900), "reviewer": search_model()},
 }
 
 
 @settings(max_examples=150, deadline=None)
-@given(WORLDS, configs(), st.sampled_from(sorted(WRITERS)), st.integers(0, 3), st.sampled_from((30, 500)))
+@given(WORLDS, configs(), st.sampled_from(sorted(MODELS)), st.integers(0, 3), st.sampled_from((30, 500)))
 def test_properties_of_every_tree(
     world: World, config: SearchConfig, who: str, seed: int, max_chain_tokens: int
 ) -> None:
-    writers = WRITERS[who]
+    models = MODELS[who]
 
     def grown(arrivals: random.Random | None) -> Grown:
-        return grow(world, config, arrivals=arrivals, writers=writers, seed=seed, max_chain_tokens=max_chain_tokens)
+        return grow(world, config, arrivals=arrivals, models=models, seed=seed, max_chain_tokens=max_chain_tokens)
 
     in_order = grown(None)
     tree = in_order.tree
@@ -111,15 +114,15 @@ def test_properties_of_every_tree(
     check_bounds(tree, world.pattern, config)
     check_verdicts(in_order, world)
     check_stop(in_order, config)
-    check_calls(in_order, writers, config, max_chain_tokens)
-    check_tokens(tree, writers)
-    check_round_trip(tree, writers)
+    check_calls(in_order, models, config, max_chain_tokens)
+    check_tokens(tree, models)
+    check_round_trip(tree, models)
     parsed = parse_line(tree_line(tree))
     assert isinstance(parsed, Tree) and tree_line(parsed) == tree_line(tree)
 
 
 def check_shape(tree: Tree, pattern: Pattern, config: SearchConfig) -> None:
-    """Parents before children; types as in the table; the depth limit; nothing below a defect or an answer."""
+    """Check order, types and depth of the nodes. No node is below a defect or an answer."""
     root = tree.nodes[0]
     assert (root.parent, root.type, len(root.token_ids)) == (-1, START, 0)
     for number, node in enumerate(tree.nodes[1:], start=1):
@@ -141,7 +144,7 @@ def is_terminal(node: ThoughtNode, pattern: Pattern) -> bool:
 
 
 def check_counts(tree: Tree) -> None:
-    """A node's visits are its children's, those of an answer, or of an end without one, its own; values are rewards."""
+    """Check that visits and rewards add up: those of an inner node are the sums over its children."""
     for number, node in enumerate(tree.nodes):
         below = [tree.nodes[child] for child in children_of(tree, number)]
         if below:
@@ -149,14 +152,14 @@ def check_counts(tree: Tree) -> None:
             assert abs(node.total - sum(child.total for child in below)) < 1e-9
         elif node.verdict is not None and node.scored >= 0:
             assert node.visits >= 1 and abs(node.total - node.visits * node.verdict.reward) < 1e-9
-        elif node.defect in ENDINGS and node.writer == tree.grower:
+        elif node.defect in ENDINGS and node.writer == tree.proposer:
             assert (node.visits, node.total) == (node.samples, 0.0)
         else:
             assert node.visits == 0 and node.total == 0
         assert node.value is None or 0 <= node.value <= 1
     scored = [tree.nodes[n] for n in tree.answers()]
     assert [node.scored for node in scored] == list(range(len(scored)))
-    ended = [node for node in tree.nodes if node.defect in ENDINGS and node.writer == tree.grower]
+    ended = [node for node in tree.nodes if node.defect in ENDINGS and node.writer == tree.proposer]
     assert tree.nodes[0].visits == sum(node.visits for node in [*scored, *ended])
     tokens = [node.scored_tokens for node in scored]
     assert tokens == sorted(tokens) and all(0 < count <= tree.tokens for count in tokens)
@@ -166,7 +169,7 @@ def check_counts(tree: Tree) -> None:
 
 
 def check_bounds(tree: Tree, pattern: Pattern, config: SearchConfig) -> None:
-    """No node has more children than its table row and the rows of after_wrong give it, draw by draw."""
+    """Check that no node has more children than its rows in `children` and `after_wrong` allow, counted by draw."""
     for number, node in enumerate(tree.nodes):
         below = Counter[str]()
         for child in children_of(tree, number):
@@ -176,14 +179,14 @@ def check_bounds(tree: Tree, pattern: Pattern, config: SearchConfig) -> None:
             for name, count in below.items():
                 assert count <= row.get(name, 0) + (wrong.get(name, 0) if config.backtracking else 0)
         else:
-            # Each draw of a node may have the children of its row; a chain that goes on beyond that is cut below it.
+            # Each draw of a node may have the children of its row. A longer chain is cut below the node.
             bound = max(1, sum(row.values())) * node.samples
             assert sum(below.values()) <= bound + (sum(wrong.values()) if config.backtracking else 0)
     assert tree.counts.get("backtracks", 0) >= sum(node.backtrack for node in tree.nodes)
 
 
 def check_verdicts(grown: Grown, world: World) -> None:
-    """Every answer is judged at most once, and by all of its chain; every one of them where the tree is exhausted."""
+    """Check that each answer is judged at most once, with its whole chain, and in an exhausted tree exactly once."""
     tree = grown.tree
     judged = [n for n, node in enumerate(tree.nodes) if node.verdict is not None]
     assert Counter(grown.judged) == Counter(tree.completion(n) for n in judged)
@@ -198,7 +201,7 @@ def check_verdicts(grown: Grown, world: World) -> None:
 
 
 def check_stop(grown: Grown, config: SearchConfig) -> None:
-    """After the answer that reaches a threshold no writer is asked any more. Every answer was applied as it came."""
+    """Check that no model is asked after the answer that reaches a limit. Answers were applied as they came."""
     stop, tree, search = config.stop, grown.tree, grown.search
     assert tree.simulations <= stop.simulations
     assert grown.most_running <= config.parallel_simulations
@@ -231,23 +234,21 @@ def check_stop(grown: Grown, config: SearchConfig) -> None:
     else:
         assert tree.simulations < stop.simulations and not reached
         assert search._tree.root.status is Status.EXHAUSTED
-    # Nothing is under way; only backtracking that the end has cut off may still wait to be begun.
+    # Nothing is running. Only backtracking children that the end of the search cut off may still be queued.
     queued = Counter(node.number for node, _ in search._backtracking.queue)
     assert all(node.in_flight == 0 and not node.expanding for node in search._tree.nodes)
     assert {node.number: node.waiting for node in search._tree.nodes if node.waiting} == queued
     assert not queued or tree.stop != "exhausted"
 
 
-def check_calls(
-    grown: Grown, writers: Mapping[Writer, SearchWriter], config: SearchConfig, max_chain_tokens: int
-) -> None:
-    """What the tree says it used is what it was given; no call asks beyond any limit; no seed is used twice."""
+def check_calls(grown: Grown, models: Mapping[Role, SearchModel], config: SearchConfig, max_chain_tokens: int) -> None:
+    """Check the tree's counts of calls and tokens, the limits of every call, and that each seed is used once."""
     calls = grown.calls
     assert grown.tree.calls == len(calls)
     assert grown.tree.tokens == sum(len(drawn.token_ids) for _, drawn in calls)
     assert len({call.seed for call, _ in calls}) == len(calls)
     for call, drawn in calls:
-        room = writers[call.writer]
+        room = models[call.role]
         assert 1 <= len(drawn.token_ids) <= call.max_tokens
         assert len(call.token_ids) + call.max_tokens <= room.max_model_len
         assert len(call.token_ids) - len(room.prompt_ids) + call.max_tokens <= max_chain_tokens
@@ -256,29 +257,29 @@ def check_calls(
 
 
 def in_tokens_of(
-    tree: Tree, number: int, reader: SearchWriter, writers: Mapping[Writer, SearchWriter]
+    tree: Tree, number: int, reader: SearchModel, models: Mapping[Role, SearchModel]
 ) -> Iterator[tuple[int, list[int]]]:
-    """The tokens of each node on a path as a writer must have seen them: its own, and others' texts encoded."""
-    held = ""
+    """Yield the tokens of each node on a path as `reader` must have seen them. It encodes the texts of other models."""
+    spill = ""
     for step in tree.path(number):
         node = tree.nodes[step]
-        if writers[node.writer].codec.digest == reader.codec.digest:
+        if models[node.writer].codec.digest == reader.codec.digest:
             yield step, node.token_ids.tolist()
-            held = node.spill
+            spill = node.spill
         else:
-            yield step, reader.codec.encode(node.text.removeprefix(held))
-            held = ""
+            yield step, reader.codec.encode(node.text.removeprefix(spill))
+            spill = ""
 
 
-def check_tokens(tree: Tree, writers: Mapping[Writer, SearchWriter]) -> None:
-    """Every generated token was drawn behind exactly the prompt and the nodes above it, and its version is kept.
+def check_tokens(tree: Tree, models: Mapping[Role, SearchModel]) -> None:
+    """Check that every token was drawn after exactly the prompt and the nodes above it, and kept its version.
 
-    A log-probability of the scripted world is a hash of all tokens up to its own.
+    In the scripted world a log-probability is a hash of all tokens up to its own.
     """
     for number, node in enumerate(tree.nodes[1:], start=1):
-        reader = writers[node.writer]
+        reader = models[node.writer]
         context = list(reader.prompt_ids)
-        for step, ids in in_tokens_of(tree, number, reader, writers):
+        for step, ids in in_tokens_of(tree, number, reader, models):
             if step != number:
                 context += ids
         whole = [*context, *node.token_ids.tolist()]
@@ -291,9 +292,9 @@ def check_tokens(tree: Tree, writers: Mapping[Writer, SearchWriter]) -> None:
         assert node.versions == tuple(VersionSpan(start=n, version=own[n]) for n in changes)
 
 
-def check_round_trip(tree: Tree, writers: Mapping[Writer, SearchWriter]) -> None:
-    """A path as training sees it: spans partition it, and the policy's own tokens are marked with what they were."""
-    policy = writers.get("policy", writer())
+def check_round_trip(tree: Tree, models: Mapping[Role, SearchModel]) -> None:
+    """Check paths as training gets them: their spans, and the policy's tokens with log-probabilities and versions."""
+    policy = models.get("policy", search_model())
     for number in tree.answers():
         path = path_tokens(tree, number, policy.codec)
         assert path.token_ids[: path.prompt_length].tolist() == codec(policy.codec.digest).prompt(tree.question)
@@ -301,7 +302,7 @@ def check_round_trip(tree: Tree, writers: Mapping[Writer, SearchWriter]) -> None
         edges = [path.prompt_length, *(stop for _, _, stop in path.spans)]
         assert [start for _, start, _ in path.spans] == edges[:-1] and edges[-1] == len(path.token_ids)
         chosen = np.zeros(len(path.token_ids), dtype=bool)
-        readings = in_tokens_of(tree, number, policy, {**writers, "policy": policy})
+        readings = in_tokens_of(tree, number, policy, {**models, "policy": policy})
         for (step, start, stop), (_, ids) in zip(path.spans, readings, strict=True):
             node = tree.nodes[step]
             assert path.token_ids[start:stop].tolist() == ids

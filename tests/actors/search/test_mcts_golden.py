@@ -1,8 +1,8 @@
 """Whole trees for scripted proposals, as JSON in the folder `golden`.
 
-`proposals` are those of `search_world.Script`. Nothing writes `expected` by itself. Where a tree is meant to change,
-`PYTHONPATH=.:tests/helpers python tests/actors/search/test_mcts_golden.py NAME` prints the tree of a case;
-check it against the derivations below, change those, and put it under `expected` by hand.
+`proposals` are those of `search_world.Script`. No program writes `expected`. If a tree has to change,
+`PYTHONPATH=.:tests/helpers python tests/actors/search/test_mcts_golden.py NAME` prints the tree of a case. Check it
+against the derivations below, change these, and edit `expected` by hand.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def test_every_golden_file_is_played() -> None:
 
 
 def test_node_by_node_is_what_the_formula_says() -> None:
-    """Which thought each simulation goes to.
+    """Derive the thought that each simulation enters.
 
-    1, 2: a and b in an order that is drawn, for neither has a visit. Then Q of a is 1 and of b 0, c is 2:
+    1, 2: a and b in random order, since neither has a visit. Then Q of a is 1 and of b 0; c is 2:
     3: ln 2 = 0.6931, both N 1, the same bonus: a by its Q.
     4: ln 3 = 1.0986.  a, N 2: 1 + 2 sqrt(0.5493) = 2.4823;  b, N 1: 2 sqrt(1.0986) = 2.0963.  a.
     5: ln 4 = 1.3863.  a, N 3: 1 + 2 sqrt(0.4621) = 2.3596;  b, N 1: 2 sqrt(1.3863) = 2.3548.  a, its last answer.
-    6: a has no answer left to judge, so b, though there is no hope in it.
+    6: a has no unjudged answer left, so b, although its Q is 0.
     """
     tree, _ = play(load("node_by_node"))
     texts = {n: tree.nodes[n].text for n in children_of(tree, 0)}
@@ -81,16 +81,15 @@ def test_node_by_node_is_what_the_formula_says() -> None:
 
 
 def test_chain_with_duplicates_by_hand() -> None:
-    """There is never more than one child to choose, so nothing is drawn.
+    """Derive the tree. There is never a choice between children, so the generator is not used.
 
-    1, 2: the prompt may be drawn from twice. Both chains begin with a: one node, 2 samples; answers 1 and 0.
-    Now a may have (1 + 1) * 2 = 4 children, and 2 are drawn. 3: answer 1 once more: the same node, 2 samples, backed up
-    a second time, judged once. 4: b and its answer 1; a is used up. 5: b may have 2 children and has 1: its answer 0.
-    Then all is used up. Visits of a: 5, rewards 1 + 0 + 1 + 1 + 0 = 3; of b: 2 and 1.
+    1, 2: the prompt allows two draws. Both chains begin with a: one node, 2 samples; answers 1 and 0.
+    Now a may have (1 + 1) * 2 = 4 children, and has 2. 3: answer 1 once more: the same node, 2 samples, backed up
+    a second time, judged once. 4: b and its answer 1; a is exhausted. 5: b may have 2 children and has 1: its answer 0.
+    Then the tree is exhausted. Visits of a: 5, rewards 1 + 0 + 1 + 1 + 0 = 3; of b: 2 and 1.
     """
     tree, _ = play(load("chain_duplicates"))
-    found = [(node.text, node.samples, node.visits, node.total) for node in tree.nodes[1:]]
-    assert found == [
+    assert [(node.text, node.samples, node.visits, node.total) for node in tree.nodes[1:]] == [
         ("<thinking>a</thinking>", 2, 5, 3.0),
         ("<answer>1</answer>", 2, 2, 2.0),
         ("<answer>0</answer>", 1, 1, 0.0),
@@ -102,8 +101,12 @@ def test_chain_with_duplicates_by_hand() -> None:
 
 
 def test_backtracking_by_hand() -> None:
-    """Simulation 1 ends at the wrong answer below thought a, so 2 begins with a reflection there; thought b after it is
-    wrong too, and the nearest thought is now b: 3 begins with a reflection below b, and ends right."""
+    """Derive the tree.
+
+    Simulation 1 ends at the wrong answer below thought a, so 2 begins with a reflection there. The answer below the
+    following thought b is wrong, too, and the nearest thought is now b: 3 begins with a reflection below b. Its answer
+    is right.
+    """
     tree, _ = play(load("backtracking"))
     reflections = [node for node in tree.nodes if node.backtrack]
     assert [(node.type, tree.nodes[node.parent].text) for node in reflections] == [
@@ -112,7 +115,7 @@ def test_backtracking_by_hand() -> None:
     ]
     assert [tree.nodes[n].verdict.reward for n in tree.answers()] == [0.0, 0.0, 1.0]
     assert (tree.simulations, tree.nodes[0].visits, tree.nodes[0].total) == (3, 3, 1.0)
-    # 7 nodes are written, 2 are fixed.
+    # Models write 7 nodes; 2 have fixed texts.
     assert (tree.calls, len(tree.nodes), dict(tree.counts)) == (7, 10, {"backtracks": 2})
 
 

@@ -1,4 +1,4 @@
-"""A verifier that does what the completion says; run only inside reward workers."""
+"""A verifier that runs the command in the completion. It runs only inside verifier processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from rlsys.types import Verdict
 
-HEAD_START_S = 0.2  # of a forked child, to do whatever it does before its parent goes on
+HEAD_START_S = 0.2  # time for a forked child to act before its parent goes on
 
 
 def build() -> Callable[[str, str], Any]:
@@ -30,7 +30,7 @@ def build_for_chains() -> Callable[[str, str], Any]:
 
 
 def build_with_helper() -> Callable[[str, str], Any]:
-    """A verifier that asks a process of its own, which it starts once."""
+    """Return a verifier that starts a helper process once and uses it for every verification."""
     helper = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(answer: str, completion: str) -> Verdict:
@@ -42,7 +42,7 @@ def build_with_helper() -> Callable[[str, str], Any]:
 
 
 def build_with_fork() -> Callable[[str, str], Any]:
-    """The child of a factory that forks returns first."""
+    """Fork in the factory; the child returns first."""
     if os.fork():
         time.sleep(HEAD_START_S)
     return verify
@@ -57,16 +57,16 @@ def verify(answer: str, completion: str) -> Any:
     return _COMMANDS[command](answer, argument)
 
 
-def fate(completion: str) -> str:
-    """What happens to the verifier of a chain: most are judged; a few are not, the same ones every time."""
+def chain_command(completion: str) -> str:
+    """Return the command for a chain. Most chains are judged; the same few fail every time."""
     return {0: "raise", 1: "hang", 2: "nan", 3: "exit"}.get(zlib.crc32(completion.encode()) % 30, "judged")
 
 
 def judge_chain(answer: str, completion: str) -> Any:
-    found = fate(completion)
-    if found == "judged":
+    command = chain_command(completion)
+    if command == "judged":
         return _verdict(float(completion.endswith(f"{answer}</answer>")))
-    return _COMMANDS[found](answer, completion)
+    return _COMMANDS[command](answer, completion)
 
 
 def _verdict(reward: Any) -> Verdict:
@@ -111,7 +111,7 @@ def _map(answer: str, argument: str) -> Verdict:
 
 
 def _daemon() -> None:
-    """Twice forked, in a session of its own, and it holds every pipe of this process open."""
+    """Start a daemon: forked twice, in its own session, with all pipes of this process open."""
     if os.fork():
         os.wait()
         return
@@ -140,9 +140,9 @@ def _orphans_of(number: int, of_mib: int) -> None:
     for _ in range(number):
         if os.fork() == 0:
             os.setsid()
-            held = b"x" * (of_mib << 20)  # not zeros, which the kernel does not keep
+            memory = b"x" * (of_mib << 20)  # the kernel does not allocate pages of zeros
             time.sleep(600)
-            os._exit(len(held) % 2)
+            os._exit(len(memory) % 2)
 
 
 def _fork_many(answer: str, argument: str) -> None:
@@ -183,7 +183,7 @@ def _print_endlessly(answer: str, argument: str) -> None:
 
 
 def _fork(answer: str, argument: str) -> Any:
-    """The child does what the argument says, and the parent answers."""
+    """Fork. The child runs the command in the argument; the parent returns a verdict."""
     if os.fork() == 0:
         command, _, rest = argument.partition(" ")
         return _COMMANDS[command](answer, rest)
@@ -192,7 +192,7 @@ def _fork(answer: str, argument: str) -> Any:
 
 
 def _write(text: str) -> None:
-    """Into whatever is open, the pipe of the verdicts too."""
+    """Write a text into all open descriptors, among them the pipe of the verdicts."""
     for descriptor in range(3, 32):
         try:
             os.write(descriptor, text.encode().decode("unicode_escape").encode())
@@ -217,7 +217,7 @@ def _where(answer: str, argument: str) -> Verdict:
 
 
 class _Stop(BaseException):
-    """As math-verify's TimeoutException is."""
+    """An exception that does not derive from Exception, like math-verify's TimeoutException."""
 
 
 def _raise(error: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""Verifiers that fork, allocate, listen, print, never return or lie: a typed outcome in time, and nothing is left."""
+"""Verifiers that fork, allocate, listen, print, hang or write false verdicts. No process or folder may be left."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ import pytest
 
 from actors.verifiers.guard import MAX_PROCESSES
 from actors.verifiers.pool import RewardPool, _decode
+from actors.verifiers.process import _environment
 from rlsys.config.schema import RewardsConfig
 from rlsys.config.tasks import LetterCountConfig
 from rlsys.types import Verdict
 
 HERE = Path(__file__).parent
 SETTINGS = RewardsConfig(workers=1, timeout_s=2.0, memory_mib=1024)
-PATIENT = SETTINGS.model_copy(update={"timeout_s": 30.0})  # where a timeout is not what is looked for
-RUN = "RLSYS_RUN_ID"  # the one variable of the run that verifiers and all that they start inherit
+PATIENT = SETTINGS.model_copy(update={"timeout_s": 30.0})  # for tests that expect no timeout
+RUN = "RLSYS_RUN_ID"  # verifiers and all their processes inherit this variable
 
 
 @pytest.fixture(autouse=True)
@@ -33,22 +34,22 @@ def own_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def processes() -> list[int]:
-    """Of this run, wherever they hide; zombies have no environment and are looked for among the children."""
+    """Return the ids of all processes of this test. Zombies have no environment, but are children of this process."""
     mark = f"{RUN}={os.environ[RUN]}".encode()
-    found = [child.pid for child in psutil.Process().children(recursive=True)]
-    for pid in set(psutil.pids()) - {os.getpid(), *found}:
+    pids = [child.pid for child in psutil.Process().children(recursive=True)]
+    for pid in set(psutil.pids()) - {os.getpid(), *pids}:
         try:
             if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                found.append(pid)
+                pids.append(pid)
         except OSError:
             continue
-    return found
+    return pids
 
 
 def judge(
     completions: Sequence[str], settings: RewardsConfig = SETTINGS, factory: str = "build"
 ) -> tuple[list[Verdict], float]:
-    """The verdicts of a running pool, and how long they took, in seconds; nothing is left when it is closed."""
+    """Return the verdicts of a running pool and the time in seconds. Check that the closed pool leaves nothing."""
 
     async def run() -> tuple[list[Verdict], float]:
         pool = RewardPool(LetterCountConfig(), 0, settings, verifier=f"scripted_verifier:{factory}")
@@ -61,22 +62,22 @@ def judge(
             await pool.close()
 
     assert processes() == []
-    found = asyncio.run(run())
+    judged = asyncio.run(run())
     assert processes() == []
     assert list(Path(tempfile.gettempdir()).glob("rl-verifier-*")) == []
-    return found
+    return judged
 
 
 ENDLESS = ["hang", "regex", "power", "daemon_and_hang", "print_endlessly", "kill_guard", "stop_guard"]
 
 
 @pytest.mark.parametrize("command", ENDLESS)
-def test_what_never_returns_is_over_after_its_deadline(command: str) -> None:
+def test_an_endless_verification_ends_after_its_deadline(command: str) -> None:
     (verdict,), seconds = judge([command])
-    # Who kills its own guard dies with it.
+    # A verifier that kills its guard dies with it.
     assert verdict.outcome == ("error" if command == "kill_guard" else "timeout")
     assert (verdict.reward, verdict.answered) == (0.0, False)
-    assert seconds <= SETTINGS.timeout_s + 5.0  # within 1 s on a free core; by itself it would take for ever
+    assert seconds <= SETTINGS.timeout_s + 5.0  # within 1 s on a free core
 
 
 FAILING = {
@@ -104,8 +105,8 @@ FAILING = {
 }
 
 
-def test_what_fails_is_an_error_that_says_why_and_the_next_is_judged() -> None:
-    """Every second one is a plain verification in what the one before has left of the process."""
+def test_a_failure_has_a_reason_and_the_next_item_is_judged() -> None:
+    """A plain verification follows each failing one, in the same process if it survived."""
     verdicts, _ = judge([command for failing in FAILING for command in (failing, "say 3")], PATIENT)
     for (command, reason), verdict, after in zip(FAILING.items(), verdicts[::2], verdicts[1::2], strict=True):
         assert (verdict.outcome, verdict.reward, verdict.answered) == ("error", 0.0, False), command
@@ -113,15 +114,15 @@ def test_what_fails_is_an_error_that_says_why_and_the_next_is_judged() -> None:
         assert (after.outcome, after.reward) == ("ok", 1.0), command
 
 
-def test_what_a_verifier_starts_shares_its_memory_limit() -> None:
-    """Six processes of 100 MiB: each alone is well below it."""
+def test_processes_of_a_verifier_share_its_memory_limit() -> None:
+    """Each of six processes has 100 MiB, well below the limit of 512 MiB."""
     (verdict,), seconds = judge(["fork_large"], SETTINGS.model_copy(update={"timeout_s": 30.0, "memory_mib": 512}))
     assert verdict.outcome == "error"
     assert "hold more than rewards.memory_mib = 512" in verdict.detail
     assert seconds < 15.0
 
 
-def test_what_was_answered_before_garbage_counts_although_it_came_in_the_same_read() -> None:
+def test_verdicts_before_garbage_in_the_same_read_count() -> None:
     lines = [b'[3, "ok", 1.0, true, ""]', b"garbage", b'[4, "ok", 1.0, true, ""]']
     assert [(number, verdict.outcome) for number, verdict in _decode(lines)] == [(3, "ok")]
     assert _decode(lines[1:]) == []
@@ -132,13 +133,13 @@ def test_what_was_answered_before_garbage_counts_although_it_came_in_the_same_re
 
 
 @pytest.mark.parametrize("numbers", [(0, 1, 2), (0, 0), (1,)], ids=str)
-def test_more_or_other_verdicts_than_questions_are_none(numbers: tuple[int, ...]) -> None:
+def test_too_many_or_misnumbered_verdicts_are_an_error(numbers: tuple[int, ...]) -> None:
     lines = "".join(f'[{number}, "ok", 1.0, true, ""]\\n' for number in numbers)
     (verdict,), _ = judge([f"write_anywhere {lines}"], PATIENT)
     assert (verdict.outcome, verdict.detail) == ("error", "the verifier process wrote what is no verdict")
 
 
-def test_what_a_verification_starts_ends_with_its_verdict() -> None:
+def test_processes_of_a_verification_end_with_its_verdict() -> None:
     counts: list[int] = []
 
     async def run() -> None:
@@ -159,8 +160,8 @@ def test_what_a_verification_starts_ends_with_its_verdict() -> None:
 
 
 @pytest.mark.parametrize("child", ["say 4", "raise", "exit", "stop"])
-def test_a_child_that_a_verification_forks_never_answers(child: str) -> None:
-    """It comes out of the verifier before its parent does; the verdict is the parent's, also of what follows."""
+def test_a_forked_child_of_a_verification_never_answers(child: str) -> None:
+    """The child leaves the verifier before its parent. All verdicts are the parent's."""
     verdicts: list[Verdict] = []
 
     async def run() -> None:
@@ -176,13 +177,13 @@ def test_a_child_that_a_verification_forks_never_answers(child: str) -> None:
     assert processes() == []
 
 
-def test_a_child_that_a_factory_forks_never_answers() -> None:
+def test_a_forked_child_of_a_factory_never_answers() -> None:
     verdicts, _ = judge(["sleep 0.4", "say 3", "say 4"], PATIENT, factory="build_with_fork")
     assert [verdict.outcome for verdict in verdicts] == ["ok", "ok", "wrong"]
 
 
-def test_a_verdict_that_comes_when_its_items_have_theirs_is_nobodys() -> None:
-    """Of the next batch it costs the first item, and moves none."""
+def test_a_verdict_without_an_item_is_an_error_of_the_next_item() -> None:
+    """It costs the first item of the next batch, and shifts no other verdict."""
     verdicts: list[Verdict] = []
 
     async def run() -> None:
@@ -197,7 +198,7 @@ def test_a_verdict_that_comes_when_its_items_have_theirs_is_nobodys() -> None:
     assert [verdict.outcome for verdict in verdicts] == ["ok", "error", "wrong", "ok"]
 
 
-def test_a_helper_of_a_plug_in_stays_from_verdict_to_verdict() -> None:
+def test_a_helper_process_of_a_plug_in_survives_verdicts() -> None:
     verdicts, _ = judge(["3", "4", "3"], factory="build_with_helper")
     assert [verdict.outcome for verdict in verdicts] == ["ok", "wrong", "ok"]
 
@@ -206,7 +207,8 @@ def test_a_socket_that_a_verifier_opens_is_closed_with_the_pool(tmp_path: Path) 
     (verdict,), _ = judge([f"listen {tmp_path / 'port'}"])
     assert verdict.outcome == "ok"
     port = int((tmp_path / "port").read_text())
-    open_ports = {found.laddr.port for found in psutil.net_connections("tcp") if found.status == psutil.CONN_LISTEN}
+    connections = psutil.net_connections("tcp")
+    open_ports = {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
     assert port not in open_ports
 
 
@@ -217,7 +219,7 @@ def test_a_gigabyte_is_not_written(tmp_path: Path) -> None:
     assert (tmp_path / "large").stat().st_size <= 16 << 20
 
 
-def test_a_verifier_has_a_folder_and_a_home_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verifier_has_its_own_folder_as_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (verdict,), _ = judge(["where"])
     folder, home = verdict.detail.split()
@@ -228,15 +230,21 @@ def test_a_verifier_has_a_folder_and_a_home_of_its_own(tmp_path: Path, monkeypat
 SECRETS = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "RAY_AUTH_TOKEN")
 
 
-def test_a_verifier_sees_no_variable_but_those_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verifier_sees_only_the_variables_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in SECRETS:
         monkeypatch.setenv(name, "1")
     (verdict,), _ = judge(["environment"])
     expected = {"PATH", "LD_LIBRARY_PATH", "LANG", "RLSYS_DATA", RUN, "HOME", "TMPDIR", "PYTHONUSERBASE"}
-    expected |= {"PYTHONPATH", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LC_CTYPE"}  # the last is Python's own
+    expected |= {"PYTHONPATH", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LC_CTYPE"}  # Python itself sets LC_CTYPE
     assert {"PATH", "HOME"} <= set(verdict.detail.split()) <= expected
 
 
-def test_limits_do_not_slow_what_is_trivial(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verifier_process_finds_our_packages_from_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH")
+    (root,) = _environment("unused")["PYTHONPATH"].split(os.pathsep)
+    assert (Path(root) / "actors" / "verifiers" / "worker.py").is_file()
+
+
+def test_limits_do_not_slow_trivial_verifications(monkeypatch: pytest.MonkeyPatch) -> None:
     _, seconds = judge(["say 3"] * 512)
     assert seconds < 5.0  # 0.03 s on a free core

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors.verifiers import pool as rewards
+from actors.verifiers import process as processes
 from actors.verifiers.pool import RewardPool
 from rlsys.config.schema import RewardsConfig
 from rlsys.config.tasks import DatasetConfig, LetterCountConfig
@@ -126,7 +126,7 @@ def test_deadline_is_per_item_not_per_batch():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_verdicts_are_told_as_they_come(workers):
-    """Of a batch whose second item hangs until its deadline, the first verdict is known long before."""
+    """The second item hangs until its deadline; the verdict on the first is told long before."""
     items = [("3", "say 3"), ("3", "hang"), ("3", "say 4"), ("3", "say 3")]
     settings = SETTINGS.model_copy(update={"workers": workers, "timeout_s": 2.0})
     told: dict[int, tuple[float, str]] = {}
@@ -136,7 +136,7 @@ def test_verdicts_are_told_as_they_come(workers):
         try:
             await pool.start()
             started = time.monotonic()
-            tell = lambda found: told.update({n: (time.monotonic() - started, v.outcome) for n, v in found})  # noqa: E731
+            tell = lambda new: told.update({n: (time.monotonic() - started, v.outcome) for n, v in new})  # noqa: E731
             return await pool.verify(items, tell)
         finally:
             await pool.close()
@@ -144,13 +144,13 @@ def test_verdicts_are_told_as_they_come(workers):
     verdicts = asyncio.run(run())
     assert [told[number][1] for number in range(4)] == [verdict.outcome for verdict in verdicts]
     assert [verdict.outcome for verdict in verdicts] == ["ok", "timeout", "wrong", "ok"]
-    # The deadline of the second runs from the first verdict; half of it is left for a driver that is held up.
+    # The deadline of the second item runs from the first verdict. Half of it allows for delays of this process.
     assert told[1][0] - told[0][0] > settings.timeout_s / 2
 
 
-def test_answers_under_way_belong_to_nobody_once_the_caller_has_failed():
-    def tell(found):
-        raise KeyError(found[0][0])
+def test_a_failed_caller_leaves_no_answers_for_the_next():
+    def tell(verdicts):
+        raise KeyError(verdicts[0][0])
 
     async def run():
         pool = RewardPool(LetterCountConfig(), 0, SETTINGS, verifier="scripted_verifier:build")
@@ -237,7 +237,7 @@ def test_cancelled_caller_leaves_no_answers_for_the_next():
     assert [verdict.outcome for verdict in asyncio.run(run())] == ["wrong"]
 
 
-def test_timeout_also_kills_what_the_verifier_started(tmp_path):
+def test_a_timeout_also_kills_processes_that_the_verifier_started(tmp_path):
     verdicts = judge([("3", f"spawn_and_hang {tmp_path / 'pids'}")])
     assert verdicts[0].outcome == "timeout"
     assert wait_until_gone(map(int, (tmp_path / "pids").read_text().split()))
@@ -245,7 +245,6 @@ def test_timeout_also_kills_what_the_verifier_started(tmp_path):
 
 PARENT = """
 import asyncio, sys
-from actors.verifiers import pool as rewards
 from actors.verifiers.pool import RewardPool
 from rlsys.config.schema import RewardsConfig
 from rlsys.config.tasks import LetterCountConfig
@@ -255,7 +254,7 @@ asyncio.run(pool.verify([("3", "spawn_and_hang " + sys.argv[1])]))
 
 
 @pytest.mark.parametrize("stopped", ["", "verifier", "guard"])
-def test_death_of_the_parent_kills_a_hanging_worker_and_what_it_has_started(tmp_path, stopped):
+def test_death_of_the_parent_kills_a_hanging_worker_and_its_processes(tmp_path, stopped):
     pids = tmp_path / "pids"
     path = os.pathsep.join([str(HERE), str(HERE.parents[2])])
     environment = os.environ | {"PYTHONPATH": path}
@@ -280,8 +279,8 @@ def test_death_of_the_parent_kills_a_hanging_worker_and_what_it_has_started(tmp_
 
 
 @pytest.mark.parametrize("kills", [1, 2])
-def test_a_worker_that_is_killed_while_it_starts_is_started_once_more(kills, monkeypatch):
-    spawn, spawned = rewards._spawn, []
+def test_a_worker_that_is_killed_at_its_start_is_started_a_second_time(kills, monkeypatch):
+    spawn, spawned = processes.spawn, []
 
     async def killed():
         child = await spawn()
@@ -298,7 +297,7 @@ def test_a_worker_that_is_killed_while_it_starts_is_started_once_more(kills, mon
         finally:
             await pool.close()
 
-    monkeypatch.setattr(rewards, "_spawn", killed)
+    monkeypatch.setattr(processes, "spawn", killed)
     if kills == 1:
         assert [verdict.outcome for verdict in asyncio.run(run())] == ["ok"]
     else:
@@ -320,7 +319,7 @@ def test_512_trivial_verdicts_of_the_real_task_are_cheap():
 
     verdicts, seconds = asyncio.run(run())
     assert [verdict.reward for verdict in verdicts] == [float(index % 4 == 3) for index in range(512)]
-    # 0.01 to 0.03 s on a free core; the bound leaves room for a busy machine, none for a process a verdict.
+    # 0.01 to 0.03 s on a free core. The bound allows for a busy machine, but not for one process per verdict.
     assert seconds < 5.0
 
 

@@ -39,9 +39,10 @@ from rlsys.errors import (
     InterruptedRunError,
     TooManyFailuresError,
 )
+from rlsys.interfaces import EngineStats
 from rlsys.launch import session as launch
 from rlsys.launch.signals import StopSignals
-from rlsys.trees import SearchUsage, ThoughtNode, Tree, TreeFailure
+from rlsys.trees import ThoughtNode, Tree, TreeFailure
 from rlsys.types import Outcome, Prompt, Verdict
 
 CONFIG = Path(__file__).parents[3] / "configs" / "search_letter_count.yaml"
@@ -126,10 +127,10 @@ class Pool:
     async def reset_engine_stats(self) -> None:
         await self.engine_stats()
 
-    async def engine_stats(self) -> Sequence[SearchUsage]:
+    async def engine_stats(self) -> Sequence[EngineStats]:
         self.asked += 1
         return [
-            SearchUsage(
+            EngineStats(
                 model="policy",
                 engine=actor,
                 busy_s=1.0,

@@ -11,11 +11,11 @@ from fakes import prompt
 from fleet_world import SERVING, SETTINGS, Process, World, offer, run, settle
 
 from rlsys.errors import (
+    AuxiliaryEngineLostError,
     EngineError,
     RlsysError,
     TooManyFailuresError,
     WeightSyncError,
-    WriterLostError,
 )
 from rlsys.types import WeightAck
 
@@ -97,7 +97,7 @@ def test_without_a_serving_actor_calls_wait_for_a_replacement() -> None:
 def test_other_errors_are_no_loss() -> None:
     async def test(world: World) -> None:
         async with world.fleet() as fleet:
-            for error in (RlsysError("no module"), WriterLostError("reviewer engine 0 died")):
+            for error in (RlsysError("no module"), AuxiliaryEngineLostError("reviewer engine 0 died")):
                 world.processes[0].error = error
                 with pytest.raises(type(error), match=error.message):
                     await fleet.generate(0, [prompt("a")], SETTINGS)

@@ -9,8 +9,9 @@ import pytest
 from fakes import group, prompt, searched_group, trajectory
 
 from rlsys.control.rollout_metrics import engine_metrics, generated_tokens, rollout_metrics
+from rlsys.interfaces import EngineStats
 from rlsys.run.metrics import METRICS
-from rlsys.trees import SearchUsage, Writer
+from rlsys.trees import Role
 from rlsys.types import Demonstration, Preference, StepPreference, TrajectoryGroup
 
 IDS = np.arange(3, dtype=np.int32)
@@ -121,9 +122,9 @@ def test_a_search_without_an_answer_has_figures() -> None:
     assert (metrics["search/reward"], metrics["search/solved"], metrics["search/trained_share"]) == (0, 0, 0)
 
 
-def usage(model: Writer, busy_s: float, tokens: int = 0, prompt_tokens: int = 0, cached: int = 0) -> SearchUsage:
+def usage(model: Role, busy_s: float, tokens: int = 0, prompt_tokens: int = 0, cached: int = 0) -> EngineStats:
     """Return the stats of an engine over 4 seconds."""
-    return SearchUsage(
+    return EngineStats(
         model=model,
         engine=0,
         busy_s=busy_s,

@@ -109,8 +109,8 @@ def test_every_process_has_its_own_bundle(
     named = [("model", 0, "ModelActor in 2"), ("reviewer", 0, "ModelActor in 3"), ("reviewer", 1, "ModelActor in 4")]
     assert [(writer, number, engine.handle) for writer, number, engine in pools[0]["auxiliary"]] == named
     actor = next(settings for _, kind, settings in cluster.placed if kind is RolloutActor)
-    assert (actor.search, actor.writer, actor.writers) == (own.search, "policy", handles)
-    assert actor.writer_paths == {"model": Path("l"), "reviewer": Path("r")}
+    assert (actor.search, actor.role, actor.auxiliary_handles) == (own.search, "policy", handles)
+    assert actor.auxiliary_paths == {"model": Path("l"), "reviewer": Path("r")}
 
 
 def test_actors_that_never_search_have_no_search_settings(

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlsys.interfaces import EngineStats
 from rlsys.search.stats import EngineFigures, TreeFigures, figure_rows
-from rlsys.trees import SearchUsage, StopReason, ThoughtNode, Tree, TreeFailure
+from rlsys.trees import StopReason, ThoughtNode, Tree, TreeFailure
 from rlsys.types import Outcome, Verdict
 
 NONE = np.zeros(0, np.int32)
@@ -95,7 +96,7 @@ def test_without_trees_there_are_no_fractions() -> None:
     assert TreeFigures().solved_fraction is None
 
 
-def usage(**changes: Any) -> SearchUsage:
+def usage(**changes: Any) -> EngineStats:
     values: dict[str, Any] = {
         "model": "policy",
         "engine": 0,
@@ -106,7 +107,7 @@ def usage(**changes: Any) -> SearchUsage:
         "cached_tokens": 50,
         "in_flight_mean": 10.0,
     }
-    return SearchUsage(**{**values, **changes})
+    return EngineStats(**{**values, **changes})
 
 
 def engines() -> EngineFigures:

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as arrays
 
 from rlsys.errors import DataError
 from rlsys.search.tree_json import parse_line, read_trees, tree_line
-from rlsys.trees import Defect, StopReason, ThoughtNode, Tree, TreeFailure, Writer
+from rlsys.trees import Defect, Role, StopReason, ThoughtNode, Tree, TreeFailure
 from rlsys.types import FinishReason, Outcome, Verdict, VersionSpan
 
 
@@ -109,7 +109,7 @@ def nodes(draw: st.DrawFn, number: int) -> ThoughtNode:
         forced=draw(st.integers(0, len(ids))),
         logprobs=draw(arrays.arrays(np.float32, len(ids), elements=floats)),
         spill=draw(st.text(max_size=2)),
-        writer=draw(st.sampled_from(get_args(Writer))),
+        writer=draw(st.sampled_from(get_args(Role))),
         finish_reason=draw(st.none() | st.sampled_from(get_args(FinishReason))),
         versions=tuple(draw(st.lists(st.builds(VersionSpan, start=counts, version=counts), max_size=2))),
         defect=draw(st.none() | st.sampled_from(get_args(Defect))),
@@ -139,9 +139,9 @@ def trees(draw: st.DrawFn) -> Tree:
         question=draw(st.text(max_size=20)),
         answer=draw(st.text(max_size=5)),
         pattern=draw(st.text(max_size=3)),
-        tokenizers=draw(st.dictionaries(st.sampled_from(get_args(Writer)), st.text(max_size=4))),
-        models=draw(st.dictionaries(st.sampled_from(get_args(Writer)), st.text(max_size=4))),
-        prompt_token_ids=draw(st.dictionaries(st.sampled_from(get_args(Writer)), token_arrays)),
+        tokenizers=draw(st.dictionaries(st.sampled_from(get_args(Role)), st.text(max_size=4))),
+        models=draw(st.dictionaries(st.sampled_from(get_args(Role)), st.text(max_size=4))),
+        prompt_token_ids=draw(st.dictionaries(st.sampled_from(get_args(Role)), token_arrays)),
         nodes=(start(), *(draw(nodes(number)) for number in range(1, draw(st.integers(1, 5))))),
         stop=draw(st.sampled_from(get_args(StopReason))),
         simulations=draw(counts),

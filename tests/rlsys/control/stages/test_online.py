@@ -15,8 +15,8 @@ from fakes import searched_group
 
 from rlsys.control.producer import is_searched
 from rlsys.errors import EngineError, InterruptedRunError, RlsysError, TooManyFailuresError
+from rlsys.interfaces import EngineStats
 from rlsys.run.metrics import read_rows
-from rlsys.trees import SearchUsage
 from rlsys.types import RunState, TrajectoryGroup
 
 
@@ -219,12 +219,12 @@ def test_engines_are_measured_over_the_rollouts_of_a_step_alone(tmp_path: Path) 
     run = Run(tmp_path, config(stages=["online"], evaluation={"interval": 1}))
     counted = 0
 
-    async def usage() -> Sequence[SearchUsage]:
+    async def usage() -> Sequence[EngineStats]:
         nonlocal counted
         prompts = sum(len(call[2]) for call in run.only("generate"))
         new, counted = prompts - counted, prompts
         done = {"busy_s": float(new), "wall_s": 8.0, "generated_tokens": new * new, "prompt_tokens": 10}
-        return [SearchUsage(model="policy", engine=0, cached_tokens=new, in_flight_mean=1.0, **done)]
+        return [EngineStats(model="policy", engine=0, cached_tokens=new, in_flight_mean=1.0, **done)]
 
     run.pool.engine_stats = usage
     run()

@@ -24,13 +24,14 @@ from rlsys.control.stop_request import StopRequest
 from rlsys.data.rows import Reader
 from rlsys.display import Display
 from rlsys.errors import ConfigError, DataError, InterruptedRunError, TooManyFailuresError
+from rlsys.interfaces import EngineStats
 from rlsys.models.folder import ModelFolder, weights_digest
 from rlsys.models.scratch import build_from_scratch
 from rlsys.search import export as extraction
 from rlsys.search.codec import TagCodec
 from rlsys.search.tree_json import read_trees
 from rlsys.tasks import build_task
-from rlsys.trees import SearchUsage, Tree, TreeFailure
+from rlsys.trees import Tree, TreeFailure
 from rlsys.types import Prompt
 
 COUNT = 5
@@ -113,7 +114,7 @@ class Pool:
     async def reset_engine_stats(self) -> None:
         await self.engine_stats()
 
-    async def engine_stats(self) -> Sequence[SearchUsage]:
+    async def engine_stats(self) -> Sequence[EngineStats]:
         return []
 
 

@@ -1,0 +1,43 @@
+"""Settings of rollout actors that do not change during a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlsys.config.schema import ActorsConfig, RewardsConfig, SamplingConfig
+from rlsys.config.search import ExtractConfig, SearchConfig
+from rlsys.config.tasks import TaskConfig
+from rlsys.trees import Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorSettings:
+    """Settings of one rollout actor.
+
+    Attributes:
+        attempt: Number of earlier processes with this name.
+        seed: run.seed.
+        search: Section `search`; None if the actor never searches. The fields after it concern the search only.
+        role: Role of the actor's own engine in a tree: "policy", or "model" in `rlsys search` with search.model.
+        auxiliary_handles: Ray handles of the ModelActors of the other roles.
+        auxiliary_paths: Model folders of the other roles.
+    """
+
+    name: str
+    attempt: int
+    model_path: Path
+    device: str
+    seed: int
+    actors: ActorsConfig
+    task: TaskConfig
+    rewards: RewardsConfig
+    log_file: str
+    search: SearchConfig | None = None
+    extract: ExtractConfig = field(default_factory=ExtractConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    role: Role = "policy"
+    auxiliary_handles: Mapping[Role, Sequence[Any]] = field(default_factory=dict)
+    auxiliary_paths: Mapping[Role, Path] = field(default_factory=dict)
