@@ -91,7 +91,7 @@ class CompletionReader:
         )
 
     def read_chain(self, node: Node, part: Part, completion: Completion) -> Iterator[ChainPiece]:
-        """Yield the nodes of a chain below `node`, up to its end, its first defect or a node for the reviewer."""
+        """Yield the nodes of a chain, up to its end, its first defect or a node for the reviewer."""
         ids, readings = self._read(part, completion)
         parent_type, depth = node.type, node.depth
         for number, reading in enumerate(readings):
@@ -149,7 +149,7 @@ class CompletionReader:
 def _chain_node(
     place: _Place, rest: Sequence[Reading], defect: Defect | None, ids: list[int], part: Part, completion: Completion
 ) -> NewNode:
-    """Return the node at a place of a chain with the pieces `rest`; `ids` are the forced and the drawn tokens."""
+    """Return the node of a chain that holds the pieces `rest`. `ids` are the forced and the drawn tokens."""
     start, stop = place.reading.start, rest[-1].stop
     forced = len(part.forced)  # forced tokens stand at the start of `ids`
     own_forced = max(0, forced - start)

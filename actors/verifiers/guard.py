@@ -101,7 +101,7 @@ class _Family:
         self._checked = -POLL_S
 
     def problem(self) -> str:
-        """Return the limit that is exceeded, as text; "" if none is, or if the last check was less than POLL_S ago."""
+        """Return a text that names the exceeded limit; "" if there is none. Check at most every POLL_S seconds."""
         if time.monotonic() - self._checked < POLL_S:
             return ""
         ids = _all_ids()
