@@ -82,7 +82,7 @@ class Run:
     async def start(self) -> None:
         metrics = MetricsWriter(self.run_dir, self.state.weight_version)
         builder = PromptBuilder(self.task, lambda text: [1] * len(text), max_model_len=256, max_tokens=8)
-        context = RunContext(
+        self.context = RunContext(
             config=self.config,
             run_dir=self.run_dir,
             model=self.model,
@@ -108,7 +108,7 @@ class Run:
             held_out=[prompt("held_out-0"), prompt("held_out-1")],
             fingerprint={"model.path": "digest"},
         )
-        self.controller = Controller(context, self.state, self.checkpoint)
+        self.controller = Controller(self.context, self.state, self.checkpoint)
         try:
             await asyncio.wait_for(self.controller.run(), 20)
         finally:

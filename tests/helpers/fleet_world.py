@@ -70,8 +70,8 @@ class Process:
         self.version = offer.manifest.version
         return WeightAck(actor=f"{self.number}", version=self.version, probe_logprobs=())
 
-    async def usage(self) -> EngineStats:
-        await self._work("usage")
+    async def engine_stats(self) -> EngineStats:
+        await self._work("engine_stats")
         return EngineStats(busy_s=1.0, wall_s=4.0, in_flight_mean=2.5, generated_tokens=10 * self.attempt + self.number)
 
     async def progress(self) -> int:

@@ -23,7 +23,7 @@ from actors.search.mcts import TreeSearch
 from actors.search.requests import Ask, Call, Judge, SearchModel
 from rlsys.config.patterns import NODE_TYPES, TABLES, Pattern, resolve
 from rlsys.config.search import START, NodeTypeConfig, SearchConfig, StopConfig
-from rlsys.models.scratch import _build_tokenizer
+from rlsys.models.scratch import build_tokenizer
 from rlsys.search.codec import TagCodec
 from rlsys.trees import Role, Tree
 from rlsys.types import Prompt, Verdict, VersionSpan
@@ -50,7 +50,7 @@ def codec(kind: str = "tags") -> TagCodec:
         tokenizer = _bpe()
     else:
         entries = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")]
-        tokenizer = _build_tokenizer([*entries, *"ab01"] if kind == "tags" else [], 4096)
+        tokenizer = build_tokenizer([*entries, *"ab01"] if kind == "tags" else [], 4096)
     return TagCodec(tokenizer, TAGS, [tokenizer.eos_token_id], digest=kind)
 
 

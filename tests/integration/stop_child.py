@@ -15,7 +15,8 @@ import numpy as np
 
 from actors.engine import Completion, CompletionRequest, Engine
 from rlsys.config.schema import ActorsConfig
-from rlsys.models.scratch import end_token_ids, load_tokenizer
+from rlsys.models.chat import end_token_ids
+from rlsys.models.folder import load_tokenizer
 
 PROMPT = [5 + i % 40 for i in range(70)]  # two full blocks of 32 go into the prefix cache
 MAX_TOKENS, REQUESTS = 40, 24

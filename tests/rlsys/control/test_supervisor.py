@@ -210,9 +210,12 @@ def test_a_lost_auxiliary_engine_ends_the_run_and_is_named() -> None:
 def waiting_actor() -> Any:
     """Return a rollout actor whose trees all wait for the reviewer."""
     actor: Any = object.__new__(RolloutActor)
-    actor.forest, actor.rewards, actor.loading = None, SimpleNamespace(verdicts=2), SimpleNamespace(count=0)
+    actor.scheduler, actor.rewards, actor.loading = None, SimpleNamespace(verdicts=2), SimpleNamespace(count=0)
     actor.loaded = actor.waited = 0
-    actor.engine, actor.beside = SimpleNamespace(steps=3, idle=True), {"reviewer": SimpleNamespace(owes=True)}
+    actor.engine, actor.auxiliary = (
+        SimpleNamespace(steps=3, idle=True),
+        {"reviewer": SimpleNamespace(has_open_requests=True)},
+    )
     return actor
 
 
@@ -237,7 +240,7 @@ def test_an_actor_that_waits_for_an_auxiliary_engine_does_not_hang_by_itself(fau
             if fault == "its engine hangs":
                 actor.engine.idle = False
             elif fault == "no answer is owed":
-                actor.beside["reviewer"].owes = False
+                actor.auxiliary["reviewer"].has_open_requests = False
             elif fault == "it is stopped":
                 process.progress = asyncio.Event().wait  # type: ignore[assignment,method-assign]
             await watch()

@@ -110,7 +110,7 @@ def test_a_run_whose_prompt_vanishes_ends_before_it_is_saved(tmp_path: Path) -> 
 
     def lose(version: int) -> None:
         if version == 2:
-            run.controller.parts.prompts.cursor += 1
+            run.context.prompts.cursor += 1
 
     run.learner.on_train = lose
     with pytest.raises(CheckpointError, match="version 2 does not add up"):
