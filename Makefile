@@ -13,7 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart reproduce chaos docs test test-long lint lock clean
+.PHONY: help install quickstart reproduce chaos docs test-fast test test-long lint lock clean
 
 help: ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -31,14 +31,15 @@ reproduce: .venv/.installed ## the paper's ablation, joint training against GRPO
 chaos: .venv/.installed ## 20 minutes of faults around the main job, against undisturbed runs: lost steps, goodput, leftovers
 	$(TEST_ENV) $(BIN)/python benchmarks/chaos.py $(ARGS)
 
-# Two at once where the real stack, which needs both cores, is not in them. With ARGS one of the two may find no test (5).
-test: .venv/.installed ## run the tests, 8 to 10 minutes on 2 cores
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not long and not integration" -n 2 --dist worksteal $(ARGS) || \
-	  { code=$$?; [ $$code -eq 5 ] && echo "none of these but perhaps others:" || exit $$code; }; \
-	found=$${code:-0}; $(TEST_ENV) $(BIN)/python -m pytest -m "integration and not long" $(ARGS) || \
-	  { code=$$?; [ $$code -eq 5 ] && [ $$found -eq 0 ]; }
+test-fast: .venv/.installed ## run the tests that need no torch and no processes, under 40 s on 2 cores
+	$(TEST_ENV) $(BIN)/python -m pytest tests --fast -m "not long" -n 2 --dist worksteal $(ARGS)
 
-test-long: .venv/.installed ## run the tests that take longer, and write the table of docs/reliability.md
+# Tests that share a run of the real stack stay on one worker: see tests/integration/conftest.py.
+test: .venv/.installed ## run the tests, 5 minutes on 2 cores
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" -n 3 --dist loadgroup $(ARGS)
+
+test-long: .venv/.installed ## run the long tests and those of the benchmarks, and write the table of docs/reliability.md
+	$(TEST_ENV) $(BIN)/python -m pytest benchmarks/tests
 	RLSYS_WRITE_FIGURES=1 $(TEST_ENV) $(BIN)/python -m pytest -m long --timeout 3600 $(ARGS)
 
 lint: .venv/.installed ## ruff, the type checker and the layer contracts

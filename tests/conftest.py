@@ -12,16 +12,22 @@ import pytest
 
 # A machine that is busy with something else is not a failure.
 hypothesis.settings.register_profile("rlsys", deadline=None)
+hypothesis.settings.register_profile("fast", deadline=None, max_examples=10)
 hypothesis.settings.load_profile("rlsys")
 
 HERE = Path(__file__).parent
-# Files and folders whose tests load torch, or start processes. `make test-fast` leaves them out.
+# Files and folders whose tests load torch or transformers, start processes, or take long. `make test-fast` leaves
+# them out.
 HEAVY = {
+    "actors/search/test_expansion.py",
     "actors/search/test_mcts.py",
+    "actors/search/test_mcts_golden.py",
     "actors/search/test_scheduler.py",
+    "actors/test_engine.py",
     "actors/test_model_actor.py",
     "actors/test_rollout_actor.py",
     "actors/test_weights.py",
+    "actors/verifiers",
     "integration",
     "learners/deepspeed/test_collective_errors.py",
     "learners/deepspeed/test_model.py",
@@ -36,6 +42,7 @@ HEAVY = {
     "learners/objective/test_losses_ratios.py",
     "learners/objective/test_losses_sums.py",
     "learners/objective/test_preferences.py",
+    "learners/objective/test_trl_parity.py",
     "learners/samples/test_batching.py",
     "learners/samples/test_build.py",
     "learners/samples/test_policy.py",
@@ -47,18 +54,29 @@ HEAVY = {
     "learners/test_training_step.py",
     "peers",
     "rlsys/commands/test_evaluate.py",
+    "rlsys/commands/test_extract.py",
     "rlsys/commands/test_search.py",
-    "rlsys/control/test_fleet.py",
+    "rlsys/control/test_supervisor.py",
+    "rlsys/data/test_inputs.py",
     "rlsys/launch/test_leftovers.py",
+    "rlsys/launch/test_prepare.py",
     "rlsys/launch/test_ray_log.py",
     "rlsys/launch/test_remote.py",
     "rlsys/launch/test_session.py",
+    "rlsys/launch/test_start.py",
+    "rlsys/models",
     "rlsys/run/test_checkpoint_kills.py",
+    "rlsys/run/test_lock.py",
+    "rlsys/run/test_metrics.py",
     "rlsys/search/test_codec.py",
+    "rlsys/search/test_store.py",
     "rlsys/test_cli.py",
+    "rlsys/test_fault_injection.py",
+    "rlsys/test_processes.py",
     "rlsys/transfer/test_object_store.py",
     "rlsys/transfer/test_second_transport.py",
     "rlsys/transfer/test_wire.py",
+    "test_layers.py",
     "test_security.py",
 }
 FRAMEWORKS = {"torch", "transformers", "ray", "vllm", "deepspeed"}
@@ -66,6 +84,11 @@ FRAMEWORKS = {"torch", "transformers", "ray", "vllm", "deepspeed"}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="only tests without torch and without processes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--fast"):
+        hypothesis.settings.load_profile("fast")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
