@@ -39,8 +39,8 @@ Result = TypeVar("Result")
 class CompletionRequest:
     """One completion to draw. Prompt, weights and seed decide its tokens.
 
-    The completion ends with the first end token, stop token, or token that completes a stop string in the drawn text.
-    This token is part of the completion.
+    The completion ends at the first end token, stop token, or token that completes a stop string in the drawn text,
+    and otherwise after `max_tokens`. The last token is part of the completion.
     """
 
     request_id: str
@@ -60,7 +60,7 @@ class Completion:
     Attributes:
         token_ids: [T] int32.
         logprobs: [T] float32, nats, of the distribution sampled from (after temperature and top_p).
-        versions: Weight versions, by index into token_ids.
+        versions: Spans of tokens that one weight version sampled; `start` is an index into token_ids.
         prompt_tokens: Length of the prompt.
         cached_tokens: Number of prompt tokens found in the prefix cache.
     """
@@ -132,16 +132,16 @@ class Engine:
         self._thread.start()
 
     def submit(self, requests: Sequence[CompletionRequest], affinity: int = 0) -> list[Future[Completion]]:
-        """Add requests together, so that the batch does not depend on arrival times.
+        """Add all requests between the same two engine steps, so that the batch does not depend on their timing.
 
         Args:
-            affinity: Ignored: it selects one of several engines in `actors.search.scheduler.CompletionEngine`.
+            affinity: Not used here. It selects one of several engines; see `actors.search.scheduler.CompletionEngine`.
 
         Returns:
             A future for every request, in order.
 
         Raises:
-            ValueError: A request has stop strings, and the engine was built without them.
+            ValueError: A request has stop strings, but the engine was built with `stop_strings=False`.
         """
         if not self._stop_strings and any(request.stop_strings for request in requests):
             raise ValueError("stop strings need an engine with a tokenizer: Engine(..., stop_strings=True)")
@@ -157,7 +157,7 @@ class Engine:
         return futures
 
     def prompt_logprobs(self, rows: Sequence[Int32Array]) -> list[Float32Array]:
-        """Return log p(token t+1 | tokens 0..t) for every row, [T-1] each, in nats. Cached prefixes are not used."""
+        """Return log p(token t+1 | tokens 0..t) for every row, [T-1] each, in nats. No cached prefix is used."""
         futures: list[Future[Float32Array]] = [Future() for _ in rows]
 
         def add() -> None:
@@ -177,12 +177,12 @@ class Engine:
                 else:
                     self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
             except BaseException as error:
-                self._break(error)  # a half-loaded model has neither the old weights nor the new ones
+                self._break(error)  # the model may have a mixture of old and new weights
                 raise
             self._updates += 1
             self._engine.set_weight_version(_label(version, attempt))
 
-        self._ask(apply).result()
+        self._run_on_thread(apply).result()
 
     def engine_stats(self) -> EngineStats:
         """Return the engine's statistics since the last call."""
@@ -191,6 +191,25 @@ class Engine:
     def close(self) -> None:
         self._commands.put(None)
         self._thread.join(timeout=10)
+
+    def _call(self, function: Callable[[], None], fail: Callable[[BaseException], None]) -> None:
+        """Queue a function for the engine's thread. `fail` gets the error of the function or of a broken engine."""
+
+        def command() -> None:
+            try:
+                if self._broken is not None:
+                    raise self._broken
+                function()
+            except BaseException as error:  # noqa: BLE001 - the caller's future gets it; the thread must go on
+                fail(error)
+
+        self._commands.put(command)
+
+    def _run_on_thread(self, function: Callable[[], Result]) -> Future[Result]:
+        """Queue a function for the engine's thread and return a future for its result."""
+        future: Future[Result] = Future()
+        self._call(lambda: future.set_result(function()), lambda error: _fail([future], error))
+        return future
 
     # --- everything below runs on the engine's thread ---
 
@@ -223,9 +242,9 @@ class Engine:
 
         shared = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108 - a temporary folder is made below
         with tempfile.TemporaryDirectory(dir=shared, prefix="rl-weights-") as folder:
-            # Buckets are read-only views, and safetensors refuses tied tensors that share memory: clone both.
-            whole = {name: tensor.clone() for name, tensor in tensors}
-            save_file(whole, os.path.join(folder, "model.safetensors"))
+            # Clone, because buckets are read-only views and safetensors refuses tied tensors that share memory.
+            copies = {name: tensor.clone() for name, tensor in tensors}
+            save_file(copies, os.path.join(folder, "model.safetensors"))
             self._engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
 
     def _take_commands(self, block: bool) -> bool:
@@ -239,22 +258,6 @@ class Engine:
             command()
             block = False
         return True
-
-    def _call(self, function: Callable[[], None], fail: Callable[[BaseException], None]) -> None:
-        def command() -> None:
-            try:
-                if self._broken is not None:
-                    raise self._broken
-                function()
-            except BaseException as error:  # noqa: BLE001 - the caller's future gets it; the thread must go on
-                fail(error)
-
-        self._commands.put(command)
-
-    def _ask(self, function: Callable[[], Result]) -> Future[Result]:
-        future: Future[Result] = Future()
-        self._call(lambda: future.set_result(function()), lambda error: _fail([future], error))
-        return future
 
     def _add(self, request: CompletionRequest, future: Future[Completion]) -> None:
         from vllm import SamplingParams
@@ -298,8 +301,8 @@ class Engine:
             self._pending[request_id] = pending
 
     def _prompt(self, token_ids: Sequence[int] | Int32Array) -> dict[str, Any]:
-        # The salt separates prefixes that older weights computed. A weight version would not do: it returns after a
-        # rollback.
+        # The salt keeps the engine from using prefixes that older weights computed. A weight version cannot be the
+        # salt, because the same version comes again after a rollback.
         return {"prompt_token_ids": [int(token) for token in token_ids], "cache_salt": f"u{self._updates}"}
 
 
@@ -318,7 +321,7 @@ class _Pending:
 
 def _fail(futures: Sequence[Future[Any]], error: BaseException) -> None:
     for future in futures:
-        with contextlib.suppress(InvalidStateError):  # it was cancelled, or it has its result already
+        with contextlib.suppress(InvalidStateError):  # it was cancelled or already has its result
             future.set_exception(error)
 
 
@@ -370,7 +373,7 @@ def _build(model_path: Path, config: ActorsConfig, device: str, stop_strings: bo
         "generation_config": "vllm",  # ignore the sampling defaults of the model folder
     }
     if device == "cpu":
-        # vLLM reverts the draws of a prompt's first chunks, but a seeded CPU generator cannot be rewound.
+        # vLLM samples after every chunk of a prompt and then rewinds the generator; a seeded CPU generator cannot.
         arguments["enable_chunked_prefill"] = False
     if config.tensor_parallel_size == 1:
         arguments["distributed_executor_backend"] = "uni"

@@ -1,4 +1,4 @@
-"""Counting of the work of one engine."""
+"""Counters of the work of one engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlsys.interfaces import EngineStats
 
 
 class Meter:
-    """Counter of one engine's work. One thread counts; any thread may read."""
+    """Counters of one engine since the last `take`. One thread counts, and any thread may read."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -18,7 +18,7 @@ class Meter:
     def _clear(self) -> None:
         self._since = time.monotonic()
         self._busy_s = 0.0
-        self._steps = self._in_flight = 0
+        self._steps = self._in_flight_sum = 0
         self._generated = self._prompt = self._cached = 0
 
     def add_time(self, seconds: float) -> None:
@@ -29,7 +29,7 @@ class Meter:
         with self._lock:
             self._busy_s += seconds
             self._steps += 1
-            self._in_flight += in_flight
+            self._in_flight_sum += in_flight
 
     def add_completion(self, generated: int, prompt: int, cached: int) -> None:
         with self._lock:
@@ -43,7 +43,7 @@ class Meter:
             stats = EngineStats(
                 busy_s=self._busy_s,
                 wall_s=time.monotonic() - self._since,
-                in_flight_mean=self._in_flight / self._steps if self._steps else 0.0,
+                in_flight_mean=self._in_flight_sum / self._steps if self._steps else 0.0,
                 generated_tokens=self._generated,
                 prompt_tokens=self._prompt,
                 cached_tokens=self._cached,

@@ -88,7 +88,7 @@ class ModelActor:
 class RemoteEngine:
     """CompletionEngine over the ModelActors of one role.
 
-    Every request is a remote call, so that no request waits for another one of its batch.
+    Every request is a separate remote call, so that no request waits for the rest of its batch.
 
     Args:
         name: Role of the engines, for error messages.
@@ -104,26 +104,26 @@ class RemoteEngine:
         return bool(self._open)
 
     def submit(self, requests: Sequence[CompletionRequest], affinity: int = 0) -> list[Future[Completion]]:
-        number = affinity % len(self._handles)
-        engine, complete = f"{self._name} engine {number}", self._handles[number].complete
+        index = affinity % len(self._handles)
+        engine_name, complete = f"{self._name} engine {index}", self._handles[index].complete
         futures: list[Future[Completion]] = [Future() for _ in requests]
         for request, future in zip(requests, futures, strict=True):
-            answered = complete.remote(request).future()
+            reply = complete.remote(request).future()
             self._open.add(future)
             future.add_done_callback(self._open.discard)
-            answered.add_done_callback(partial(_settle, future, engine))
+            reply.add_done_callback(partial(_settle, future, engine_name))
         return futures
 
 
-def _settle(future: Future[Completion], engine: str, answered: Future[Completion | RolloutError]) -> None:
-    """Pass an actor's answer on to the caller's future. Ray's errors become errors of rlsys."""
-    error = CancelledError() if answered.cancelled() else answered.exception()
+def _settle(future: Future[Completion], engine_name: str, reply: Future[Completion | RolloutError]) -> None:
+    """Copy an actor's reply to the caller's future. Turn a Ray error into an AuxiliaryEngineLostError."""
+    error = CancelledError() if reply.cancelled() else reply.exception()
     with contextlib.suppress(InvalidStateError):  # the caller has cancelled the future
         if isinstance(error, RayError):
-            future.set_exception(AuxiliaryEngineLostError(translated(error, engine).message))
+            future.set_exception(AuxiliaryEngineLostError(translated(error, engine_name).message))
         elif error is not None:
             future.set_exception(error)
-        elif isinstance(outcome := answered.result(), RolloutError):
+        elif isinstance(outcome := reply.result(), RolloutError):
             future.set_exception(outcome)
         else:
             future.set_result(outcome)

@@ -58,18 +58,21 @@ class RolloutActor:
         identify("actor", settings.name, settings.attempt)
         self.name, self.extract = settings.name, settings.extract
         self.receiver: WeightReceiver = ObjectStoreReceiver(self.name, ray.get)
-        self.loading, self.loaded = LoadProgress(), 0  # tensors of the last update, and of those before it
+        self.loading = LoadProgress()  # of the latest weight update
+        self.loaded = 0  # tensors of all earlier weight updates
         self.auxiliary = {role: RemoteEngine(handles, role) for role, handles in settings.auxiliary_handles.items()}
         self.waited = 0
         try:
             self.model = ModelFolder(settings.model_path)
             self.tokenizer = self.model.tokenizer
             self.tensors = expected_tensors(settings.model_path)
-            ends = self.model.end_token_ids
+            end_ids = self.model.end_token_ids
             search = settings.search
             self.codec = build_codec(self.model, search, settings.role) if search else None
-            strings = self.codec is not None and self.codec.needs_stop_strings
-            self.engine = Engine(settings.model_path, settings.actors, settings.device, ends, stop_strings=strings)
+            stop_strings = self.codec is not None and self.codec.needs_stop_strings
+            self.engine = Engine(
+                settings.model_path, settings.actors, settings.device, end_ids, stop_strings=stop_strings
+            )
             self.rewards = RewardPool(settings.task, settings.seed, settings.rewards)
             self.scheduler = self._scheduler(settings)
         except Exception:
@@ -90,8 +93,8 @@ class RolloutActor:
     async def progress(self) -> int:
         """Return a number that grows with every engine step, arriving completion, verdict and loaded tensor.
 
-        It also grows with every call while the own engine is idle and an auxiliary engine has an open request. The
-        watchdog watches that engine itself.
+        The number also grows with every call while this actor's engine is idle and an auxiliary engine has an open
+        request: the watchdog watches auxiliary engines separately.
         """
         self.waited += self.engine.idle and any(engine.has_open_requests for engine in self.auxiliary.values())
         arrivals = self.scheduler.arrivals if self.scheduler else 0
@@ -128,7 +131,7 @@ class RolloutActor:
         return self.engine.engine_stats()
 
     async def search_seconds(self) -> float:
-        """Return the CPU seconds spent in the trees themselves so far."""
+        """Return the CPU seconds spent on tree operations so far; see `TreeScheduler.search_s`."""
         return self.scheduler.search_s if self.scheduler else 0.0
 
     async def _finish(
@@ -161,7 +164,7 @@ class RolloutActor:
 
         Raises:
             WeightSyncError: a tensor is missing or damaged, or could not be loaded.
-            LearnerLostError: the weights vanished with the learner rank that had sent them.
+            LearnerLostError: the learner rank that had sent the weights died, and its weights were lost.
         """
         manifest = offer.manifest
         check_names(self.name, manifest, self.tensors)
@@ -195,5 +198,5 @@ class RolloutActor:
 
 
 def _content_length(completion: Completion) -> int:
-    """Return the number of tokens without the end token."""
+    """Return the number of tokens of a completion without its end token."""
     return len(completion.token_ids) - (completion.finish_reason == "stop")

@@ -20,10 +20,10 @@ class ActorSettings:
     Attributes:
         attempt: Number of earlier processes with this name.
         seed: run.seed.
-        search: Section `search`; None if the actor never searches. The fields after it concern the search only.
+        search: Section `search`; None if the actor never searches. All later fields concern only the search.
         role: Role of the actor's own engine in a tree: "policy", or "model" in `rlsys search` with search.model.
-        auxiliary_handles: Ray handles of the ModelActors of the other roles.
-        auxiliary_paths: Model folders of the other roles.
+        auxiliary_handles: Ray handles of the ModelActors, for every other role.
+        auxiliary_paths: Model folder of every other role.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The weights that an actor receives: which tensors it needs, and how far the loading is."""
+"""Checks and progress of a weight update on an actor."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rlsys.types import WeightManifest
 def expected_tensors(model_path: Path) -> frozenset[str]:
     """Return the names of all parameters of a model, and of a tied output layer. No weights are read.
 
-    The names come from the Hugging Face class, which the learner trains. Old files may hold buffers, or names without
-    the prefix of the class.
+    The names come from the Hugging Face class that the learner trains. The files of an old model are no source of
+    names, because they may hold buffers, or names without the prefix of the class.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -32,7 +32,7 @@ def check_names(actor: str, manifest: WeightManifest, expected: Iterable[str]) -
     """Raise if a tensor of the model is not in the manifest.
 
     Raises:
-        WeightSyncError: names actor, tensor and version.
+        WeightSyncError: A tensor is missing. The message names actor, tensor and version.
     """
     missing = sorted(set(expected) - set(manifest.names))
     if missing:
@@ -43,7 +43,7 @@ def check_names(actor: str, manifest: WeightManifest, expected: Iterable[str]) -
 
 
 class LoadProgress:
-    """Iterator over tensors that counts them and keeps the last name, for the message of a failed load."""
+    """Iterable over tensors that counts them and keeps the last name, for the message of a failed load."""
 
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]] = ()) -> None:
         self._tensors = tensors

@@ -71,7 +71,7 @@ class RecordingActor(RolloutActor):
 
     async def begin(self, serial: bool) -> float:
         """Empty the prefix cache and forget what was recorded; CPU seconds of the trees so far."""
-        reset = self.engine._ask(lambda: self.engine._engine.reset_prefix_cache())
+        reset = self.engine._run_on_thread(lambda: self.engine._engine.reset_prefix_cache())
         if not await asyncio.wrap_future(reset):
             raise RuntimeError("the prefix cache was in use")
         self._requests, self._serial = [], serial

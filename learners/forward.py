@@ -1,4 +1,4 @@
-"""Forward passes of one rank: its share of the samples, and log-probabilities and values of their targets."""
+"""Forward passes of one rank over its share of the samples, for log-probabilities and values of targets."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from learners.settings import RankSettings
 
 
 class ForwardPasses:
-    """Runs models over micro-batches of this rank and counts the passes."""
+    """Runner of models over the micro-batches of this rank, and counter of the passes."""
 
     def __init__(self, settings: RankSettings) -> None:
         self._settings = settings
-        self.passes = 0  # of any model over a micro-batch, since the start of the process
+        self.passes = 0  # of all models, since the start of the process
 
     def shares(self, items: Sequence[PackItem]) -> list[list[int]]:
-        """Return the indices of the items in each pass of this rank."""
+        """Return the item indices of every pass of this rank."""
         plan = plan_micro_batches(
             [item.length for item in items],
             ranks=self._settings.ranks,
             budget_tokens=self._settings.learner.micro_batch_tokens,
-            heights=[len(item.samples) for item in items],
+            sample_counts=[len(item.samples) for item in items],
         )
         return plan[self._settings.rank]
 
@@ -53,24 +53,24 @@ class ForwardPasses:
         """
         self.passes += 1
         ids, mask = batch.input_ids, batch.loss_mask[:, batch.first_target :]
-        # Right padding needs no attention mask under causal attention: no real token looks at it.
+        # No attention mask is needed: under causal attention, no real token attends to padding on its right.
         keep = ids.shape[1] - batch.first_target
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, :-1]
         temperature: float | Tensor = 1.0
         if batch.policy is not None and self._settings.temperature != 1:
             temperature = torch.ones(batch.targets, device=ids.device)
-            temperature[batch.policy.at] = self._settings.temperature
+            temperature[batch.policy.positions] = self._settings.temperature
         return masked_token_logprobs(
             logits,
             ids[:, batch.first_target + 1 :],
             mask,
             temperature,
-            entropy_at=batch.policy.at if entropy and batch.policy is not None else None,
+            entropy_at=batch.policy.positions if entropy and batch.policy is not None else None,
             entropy_gradient=self._settings.objective.policy.entropy_coef > 0,
         )
 
     def values(self, critic: Any, batch: MicroBatch) -> Tensor:
-        """Compute the critic's estimates, [N], of the return from before each target on."""
+        """Compute the critic's [N] estimates of the return that follows each target, made before the target."""
         self.passes += 1
         values = critic(input_ids=batch.input_ids, use_cache=False).logits[:, :-1, 0].float()
         return values[batch.loss_mask]

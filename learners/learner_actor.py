@@ -17,18 +17,18 @@ from rlsys.processes import die_with_parent, quiet_worker
 from rlsys.transfer.object_store import ObjectStoreSender
 from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch, WeightOffer
 
-WATCH = "watch"  # the concurrency group of calls that are answered while another call runs
+WATCH = "watch"  # concurrency group of the calls that are answered while another call runs
 
 logger = logging.getLogger(__name__)
 
 
 class LearnerActor:
-    """One rank. Every method is called on all ranks at once, and returns the same on each, except `send`."""
+    """Ray actor of one rank. Calls for training go to all ranks at once. Only the results of `send` differ."""
 
     def __init__(self, settings: RankSettings, log_file: str) -> None:
         quiet_worker(log_file)
         die_with_parent()
-        from learners.rank import LearnerRank  # here, because the driver imports this module without torch
+        from learners.rank import LearnerRank  # not at the top: the driver imports this module without torch
 
         identify("learner", settings.rank, settings.attempt)
         try:

@@ -1,6 +1,6 @@
 """One learner rank: turns trajectories, pairs and demonstrations into training steps of the joint objective.
 
-All ranks make the same calls at once. Each rank plans the whole of an update, deterministically, and runs its share.
+All ranks make the same calls at once. Each rank computes the same plan for the whole update and runs its own share.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch, Wei
 
 
 class LearnerRank:
-    """The models of one rank: policy, critic and reference policy."""
+    """Policy, critic and reference policy on one rank."""
 
     def __init__(self, settings: RankSettings) -> None:
         self.settings = settings
@@ -48,7 +48,7 @@ class LearnerRank:
 
     @property
     def passes(self) -> int:
-        """Number of forward passes so far, of any model over a micro-batch."""
+        """Number of forward passes over micro-batches so far, of all models."""
         return self.forward.passes
 
     # --- stages and files ---
@@ -80,7 +80,7 @@ class LearnerRank:
             self.reference = self._loaded(load_model, reference).eval()
 
     def _loaded(self, load: Callable[[Path, str, str], PreTrainedModel], folder: Path) -> PreTrainedModel:
-        """Load a model; fails on all ranks if one cannot read it, because the next calls need all ranks."""
+        """Load a model. Raise on all ranks if one cannot read it, because the next calls need all ranks."""
         with fail_on_all_ranks(LearnerLostError, self.settings.device):
             return load(folder, self.settings.learner.dtype, self.settings.device)
 
@@ -107,13 +107,13 @@ class LearnerRank:
             save_model(self.critic, folder / "critic", folder / "critic_learner")
 
     def send(self, sender: WeightSender, version: int) -> WeightOffer | None:
-        """Let the sender take the weights of the whole policy, on rank 0. Collective.
+        """Pass the weights of the whole policy to the sender of rank 0. Collective.
 
         Returns:
             The sender's offer; None on other ranks.
 
         Raises:
-            LearnerLostError: on all ranks, if the sender could not take the weights.
+            LearnerLostError: on all ranks, if the sender failed.
         """
         tensors = full_parameters(self._policy.module, self._policy.gather)
         offer = None
@@ -122,7 +122,7 @@ class LearnerRank:
                 if self.settings.rank == 0:
                     offer = sender.send(tensors, version=version, attempt=self.settings.attempt)
             finally:
-                for _ in tensors:  # gathering needs every rank, packing and hashing only one
+                for _ in tensors:  # every rank must take part in gathering, even if only rank 0 sends
                     pass
         return offer
 
@@ -151,13 +151,13 @@ class LearnerRank:
     def train(self, batch: TrainingBatch, step: int, version: int) -> dict[str, float]:
         """Run one training step of the joint objective. Collective.
 
-        A step of several updates, or of two models, keeps snapshots of the models that it updates, to roll back an
-        update. One update of one model needs none.
+        Before a step of several updates or two models, snapshots of the models are taken for a rollback. One update of
+        one model needs no snapshot.
 
         Args:
             batch: data of the step.
             step: number of the step in its stage, from 0; sets the weights of the terms.
-            version: weight version that the step makes; seeds the random choices of the step.
+            version: weight version that the step makes; it seeds the random choices of the step.
 
         Returns:
             Metrics by registered name.
@@ -179,40 +179,45 @@ class LearnerRank:
             weights=weights,
             metrics=StepMetrics(self.settings.device, tuple(weights)),
         )
-        measured = bool(objective.grad_norm_interval) and step % objective.grad_norm_interval == 0
-        made = 0
+        measures = bool(objective.grad_norm_interval) and step % objective.grad_norm_interval == 0
+        updates_made = 0
         with rollback_on_non_finite(training.models, len(updates)):
             for number, items in enumerate(updates):
-                context = UpdateContext(version=version, update=number, measured=measured and not number)
-                made += training.update(items, context)
+                context = UpdateContext(version=version, update=number, measures_gradients=measures and not number)
+                updates_made += training.update(items, context)
         metrics = training.metrics
         for term, weight in weights.items():
             metrics.note(f"objective/{term}_weight", weight)
         preference = objective.preference
         if "preference" in weights and preference.source == "search" and preference.pairs == "steps":
             metrics.note("preference/left_out", float(count_dropped_step_pairs(batch.groups)))
-        return metrics.reduce(made)
+        return metrics.reduce(updates_made)
 
     def _updates(self, batch: TrainingBatch, step: int, weights: dict[str, float], seed: int) -> list[list[PackItem]]:
         """Return the items of each update of a training step."""
         kl, sft = self.settings.objective.kl, self.stage.sft_on_chosen(self.settings.objective)
         kl_weight = kl.weight_at(step, self.stage.steps) if kl.in_reward else weights.get("kl", 0.0)
-        parts = build_samples(
+        by_source = build_samples(
             batch,
             self.settings.objective,
             StepTerms(weights=weights, chosen_sft=sft, kl_weight=kl_weight),
             max_tokens=self.settings.max_tokens,
             scorer=self.scorer,
         )
-        deals = [split_updates(part, self.stage.updates_per_step, seed=seed) for part in parts]
-        updates = [[item for part in update for items in part for item in items] for update in zip(*deals, strict=True)]
+        split = [split_updates(entries, self.stage.updates_per_step, seed=seed) for entries in by_source]
+        updates = [
+            [item for entries in update for items in entries for item in items] for update in zip(*split, strict=True)
+        ]
         if "policy" in weights and self.settings.objective.policy.decoupled:
-            # The first update starts from the old policy itself. Later updates need its log-probabilities.
+            # In the first update, the current policy is the old policy. Later updates need its log-probabilities.
             updates[1:] = [self._with_old_logprobs(items) for items in updates[1:]]
         return updates
 
     def _with_old_logprobs(self, items: list[PackItem]) -> list[PackItem]:
-        """Score the samples of the policy term under the current policy, unless they have old log-probabilities."""
+        """Return items in which every sample of the policy term has old log-probabilities.
+
+        Missing values come from the current policy.
+        """
         missing = [sample for item in items for sample in item.samples if lacks_old_logprobs(sample)]
         old = iter(self.scorer.old_logprobs(missing))
         return [
@@ -229,7 +234,7 @@ class LearnerRank:
     def _reseed(self, version: int) -> int:
         """Seed torch from run seed, version and rank; return the seed of the step's shuffles.
 
-        Every random choice of a step is a function of seed and version, so a checkpoint holds no generator state.
+        Every random choice of a step depends only on seed, version and rank, so a checkpoint needs no generator state.
         """
         torch.manual_seed(_seed(self.settings.seed, version, self.settings.rank))
         return _seed(self.settings.seed, version)

@@ -24,8 +24,8 @@ Forward = Callable[[MicroBatch], Tensor]
 class RankScorer:
     """Scores under the current policy, the reference policy and the critic.
 
-    Every method is collective. Each rank computes its share, and all ranks get all scores. A score that is not finite
-    is a NonFiniteLossError on all ranks.
+    Every method is collective. Each rank computes its share, and all ranks get all scores. If a score is not finite,
+    all ranks raise a NonFiniteLossError.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class RankScorer:
         return self._score("log-probabilities of the reference policy", samples, self._logprobs_under(self._reference))
 
     def values(self, samples: Sequence[Sample]) -> list[Float32Array]:
-        """Return the critic's [T] estimates of the return from before each target on."""
+        """Return the critic's [T] estimates of the return that follows each target, made before the target."""
         return self._score("values of the critic", samples, lambda batch: self._forward.values(self._critic, batch))
 
     def policy_pair_scores(self, pairs: Sequence[Preference]) -> list[tuple[float, float]]:
@@ -89,7 +89,7 @@ class RankScorer:
                 size = int(starts[number + 1] - starts[number])
                 flat[int(starts[number]) : int(starts[number + 1])] = scores[offset : offset + size]
                 offset += size
-        dist.all_reduce(flat)  # each target is scored on one rank; the other ranks add 0
+        dist.all_reduce(flat)  # one rank scores each target; the other ranks add 0
         values = flat.cpu().numpy()
         if bad := int((~np.isfinite(values)).sum()):
             raise NonFiniteLossError(

@@ -13,9 +13,10 @@ from rlsys.config.schema import LearnerConfig, OptimizerConfig
 class RankSettings:
     """Settings of a rank that stay the same during the run.
 
-    store: file of the process-group rendezvous, a new one per attempt.
-    max_tokens: length limit of a completion, `sampling.max_tokens`.
-    attempt: number of earlier groups of ranks in this command.
+    Attributes:
+        store: file of the process-group rendezvous; every attempt has a new file.
+        max_tokens: length limit of a completion, `sampling.max_tokens`.
+        attempt: number of earlier groups of ranks in this command.
     """
 
     rank: int
@@ -53,8 +54,8 @@ def deepspeed_config(learner: LearnerConfig, optimizer: OptimizerConfig, paramet
         optimizer: configuration of the optimizer.
         parameters: number of parameters of the model.
     """
-    # DeepSpeed allocates whole buckets in every step; its default of 5e8 costs seconds on a small model. The size must
-    # be even.
+    # DeepSpeed allocates whole buckets in every step, and its default size of 5e8 costs seconds on a small model. The
+    # size must be even.
     bucket = min(parameters + parameters % 2, 50_000_000)
     zero: dict[str, Any] = {
         "stage": learner.zero_stage,
@@ -67,7 +68,7 @@ def deepspeed_config(learner: LearnerConfig, optimizer: OptimizerConfig, paramet
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,  # step() ends an update: micro-batches differ in size and number
+        "managed_gradient_accumulation": False,  # our step() ends an update: its micro-batches vary in number
         "gradient_clipping": optimizer.max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

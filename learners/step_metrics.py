@@ -15,8 +15,8 @@ from learners.objective.losses import LossOutput
 from learners.samples.batching import MicroBatch
 from learners.samples.types import Sample
 
-# Metric names by term and by name in LossOutput.metrics. Each is a mean over the targets or pairs of its term, and is
-# left out if there are none.
+# Metric names, by term and by name in LossOutput.metrics. Each metric is a mean over the targets or pairs of its term.
+# It is left out if the term has no targets or pairs.
 MEANS = {
     "policy": {
         "gap": "learner/logprob_gap_mean",
@@ -48,15 +48,15 @@ IMPORTANCE = ("learner/importance_mean", "learner/importance_max", "learner/impo
 
 
 class StepMetrics:
-    """Sums, maxima and notes of one training step.
+    """Sums, maxima and noted values of one training step.
 
     `add_*` takes values of this rank, and `reduce` combines them over the ranks. `note*` takes values that are the
     same on all ranks.
 
     Args:
         device: device of the ranks' process group.
-        terms: terms of the step. Ranks reduce by position, so all ranks must pass the same terms, even if a term has
-            no target on one of them.
+        terms: terms of the step. Ranks reduce by position, so all ranks must pass the same terms, even a term without
+            a target on this rank.
     """
 
     def __init__(self, device: str, terms: tuple[str, ...]) -> None:
@@ -96,7 +96,7 @@ class StepMetrics:
                 self._maxima[name] = max(self._maxima[name], float(output.metrics[key]))
 
     def note(self, name: str, value: float) -> None:
-        """Add a value that is the same on all ranks; the step reports the mean of such values."""
+        """Add a value that is the same on all ranks. `reduce` returns the mean of the values with one name."""
         self._notes.setdefault(name, []).append(value)
 
     def note_denominators(self, denominators: Denominators) -> None:
@@ -113,7 +113,10 @@ class StepMetrics:
             self.note(f"objective/{term}_grad_share", norm / sum(norms.values()) if sum(norms.values()) else 0.0)
 
     def note_explained_variance(self, samples: Sequence[Sample]) -> None:
-        """Note 1 - Var(return - value) / Var(return), for the values at the start of the step, and their mean."""
+        """Note the explained variance and the mean of the critic's values at the start of the step.
+
+        explained variance = 1 - Var(return - value) / Var(return)
+        """
         tokens = [sample.policy for sample in samples if sample.policy and sample.policy.returns is not None]
         returns, values = (
             np.concatenate([getattr(each, name)[each.mask] for each in tokens]).astype(np.float64)
@@ -139,7 +142,7 @@ class StepMetrics:
                 metrics[name] = value / max(1, updates)
         counts = {term: sums[f"count/{term}"] for term in self._terms}
         for term, count in counts.items():
-            if count:  # without pairs there is no accuracy: 0 would mean that all pairs are wrong
+            if count:  # an accuracy of 0 would mean that all pairs are wrong, not that there are none
                 metrics |= {name: sums[f"{term}/{key}"] / count for key, name in MEANS[term].items()}
             if sum(counts.values()):
                 metrics[f"objective/{term}_share"] = count / sum(counts.values())

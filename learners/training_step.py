@@ -22,11 +22,17 @@ from rlsys.fault_injection import fault
 
 @dataclass(frozen=True, slots=True)
 class UpdateContext:
-    """Version that the step makes and number of the update in it, from 0. `measured`: log gradient norms of terms."""
+    """Position of an update in the run.
+
+    Attributes:
+        version: weight version that the training step makes.
+        update: number of the update in the training step, from 0.
+        measures_gradients: whether to log the gradient norm of every term.
+    """
 
     version: int
     update: int
-    measured: bool
+    measures_gradients: bool
 
     @property
     def fault_tags(self) -> dict[str, int]:
@@ -36,9 +42,11 @@ class UpdateContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingStep:
-    """Updates policy and critic with the weights of one training step, and gathers its metrics.
+    """Models, term weights and metrics of the updates of one training step.
 
-    critic: None if the objective has no value term. weights: weight of each term that the step has.
+    Attributes:
+        critic: None if the objective has no value term.
+        weights: weight of each term in this step.
     """
 
     settings: RankSettings
@@ -69,31 +77,31 @@ class TrainingStep:
         """
         items, denominators = weigh_items(items, self.settings.objective.policy, self.settings.max_tokens)
         self.metrics.note_denominators(denominators)
-        # AdamW moves weights without a gradient too, so a model without targets is not updated.
-        moving: dict[str, TrainedModel] = {}
+        # AdamW also moves weights without a gradient, so a model without targets must not be updated.
+        updated: dict[str, TrainedModel] = {}  # by the metric name of the gradient norm
         if self.critic is not None and "value" in self.weights and denominators.value:
             self._critic_gradient(self.critic, critic_items(items), denominators.value, context)
-            moving["objective/value_grad_norm"] = self.critic
+            updated["objective/value_grad_norm"] = self.critic
         if "policy" not in self.weights:
             items = without_policy(items)
         items = [item for item in items if any(sample.targets.any() for sample in item.samples)]
         if items:
             self._policy_gradient(items, context)
-            moving["learner/grad_norm"] = self.policy
+            updated["learner/grad_norm"] = self.policy
         fault("learner.update", **context.fault_tags)
-        for model in moving.values():
-            model.check_finite()  # all models, before the first of them is updated
-        for name, model in moving.items():
+        for model in updated.values():
+            model.check_finite()  # of all models, before any of them is updated
+        for name, model in updated.items():
             fault("learner.optimizer", **context.fault_tags, model=model.name)
             norm, rate = model.update()
             self.metrics.note(name, norm)
             if model is self.policy:
                 self.metrics.note("learner/learning_rate", rate)
-        return bool(moving)
+        return bool(updated)
 
     def _policy_gradient(self, items: list[PackItem], context: UpdateContext) -> None:
         batches = self.forward.micro_batches(items)
-        if context.measured:
+        if context.measures_gradients:
             self._measure_gradient_norms(batches)
         for batch in batches:
             logprobs, entropy = self.forward.logprobs(self.policy, batch, entropy=True)
@@ -105,9 +113,10 @@ class TrainingStep:
             self.policy.backward(loss, "joint loss", context.fault_tags)
 
     def _measure_gradient_norms(self, batches: Sequence[MicroBatch]) -> None:
-        """Note the norm of every term's gradient in the last layer, which costs little more than a forward pass.
+        """Log the norm of every term's gradient in the last layer.
 
-        The bare module runs: DeepSpeed's engine would count the gradients as part of an update.
+        The last layer alone costs little more than a forward pass. The bare module computes it, because DeepSpeed's
+        engine would add the gradients to the update.
         """
         parameters = self.policy.last_layer()
         if not parameters:
@@ -141,7 +150,7 @@ class TrainingStep:
 
 
 def _add_gradient(sums: Sequence[Tensor], loss: Tensor, parameters: Sequence[Tensor]) -> None:
-    """Add the gradient of a loss to running sums, one per parameter."""
+    """Add the gradient of a loss to running sums, one sum per parameter."""
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     for total, gradient in zip(sums, gradients, strict=True):
         if gradient is not None:

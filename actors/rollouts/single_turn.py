@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def completion_requests(prompt: Prompt, settings: SamplingSettings) -> list[CompletionRequest]:
-    """Return one request per sample. Each has its own seed, which vLLM's `n` could not give."""
+    """Return one request per sample. vLLM's `n` could not give each sample its own seed."""
     return [
         CompletionRequest(
             request_id=f"{prompt.prompt_id}#{sample}/{settings.temperature}",
@@ -31,7 +31,7 @@ def completion_requests(prompt: Prompt, settings: SamplingSettings) -> list[Comp
 
 
 def build_group(prompt: Prompt, completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> TrajectoryGroup:
-    """Return the group of a prompt, its completions and their verdicts. Log failed verifications."""
+    """Build the group of a prompt from its completions and their verdicts, and log failed verifications."""
     failed = [verdict for verdict in verdicts if verdict.outcome in ("error", "timeout")]
     if failed:
         count, first = f"{len(failed)} of {len(verdicts)}", failed[0]

@@ -8,7 +8,7 @@ from actors.search.tree import GrowingTree, Node
 
 
 class Backtracking:
-    """Queue of the children that wrong answers call for.
+    """Queue of the children to request because of wrong answers.
 
     Attributes:
         queue: Parent and type of each child. `Node.waiting` of the parent counts it.
@@ -19,15 +19,15 @@ class Backtracking:
         self.queue: deque[tuple[Node, str]] = deque()
 
     def plan(self, answer: Node) -> None:
-        """Queue one child for a wrong answer, unless the table's limit is reached.
+        """Queue one child for a wrong answer, unless the table or the depth limit forbids it.
 
-        Its parent is the nearest ancestor of the answer whose type has a row in `after_wrong`.
+        The parent of the child is the nearest ancestor of the answer whose type has a row in `after_wrong`.
         """
         for node in answer.upwards():
             row = self._tree.pattern.after_wrong.get(node.type)
             if node is answer or row is None:
                 continue
-            name = next((name for name, most in row.items() if node.backtracks[name] < most), None)
+            name = next((name for name, limit in row.items() if node.backtracks[name] < limit), None)
             if name is not None and self._tree.fits(node, name):
                 node.backtracks[name] += 1
                 node.waiting += 1

@@ -1,4 +1,4 @@
-"""Construction of a rollout actor's tree scheduler from its settings."""
+"""Construction of a rollout actor's tree scheduler from the actor's settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_tags(search: SearchConfig, models: Mapping[Role, ModelFolder]) -> None
     """Check that the tokenizers of all models keep the tags of the search.
 
     Raises:
-        ConfigError: A tokenizer loses a tag.
+        ConfigError: Encoding and decoding with a tokenizer changes a tag.
     """
     for role, model in models.items():
         try:
@@ -54,8 +54,8 @@ def build_scheduler(
     Args:
         own_model: Model of the actor's own engine.
         codec: Codec of the actor's own engine.
-        engines: Engines of all roles, the actor's own included. The policy's engine writes no nodes if there is one
-            with the role "model".
+        engines: Engines of all roles, the actor's own included. With an engine of the role "model", the policy's
+            engine is not used.
     """
     role_engines: dict[Role, RoleEngine] = {}
     for role, engine in engines.items():
@@ -63,7 +63,7 @@ def build_scheduler(
         if role == settings.role:
             model, max_model_len = own_model, settings.actors.max_model_len
         else:
-            assert section is not None  # noqa: S101 - only the policy has no section, and no auxiliary engine
+            assert section is not None  # noqa: S101 - only the policy has no section
             model, max_model_len = ModelFolder(settings.auxiliary_paths[role]), section.max_model_len
         if role == "policy" and "model" in engines:
             continue
@@ -91,7 +91,7 @@ def _section(search: SearchConfig, role: Role) -> SearchModelConfig | None:
 
 
 def _share_of_proposer(search: SearchConfig, actors: ActorsConfig, auxiliary: Mapping[Role, object]) -> int:
-    """Return how many sequences the proposing engines decode at once for each actor."""
+    """Return the number of sequences that the proposing engines decode at once, per actor."""
     if search.model is None or "model" not in auxiliary:
         return actors.max_num_seqs
     return max(1, search.model.max_num_seqs * search.model.count // actors.count)

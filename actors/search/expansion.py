@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from actors.rollouts.seeds import sample_seed
-from actors.search.requests import Call, Part, SearchModel, proposing_role
+from actors.search.requests import Call, PlannedCall, SearchModel, proposing_role
 from actors.search.tree import GrowingTree, NewNode, Node
 from rlsys.config.search import SearchConfig
 from rlsys.search.codec import Stop
@@ -17,17 +17,17 @@ from rlsys.trees import Role
 
 @dataclass(slots=True)
 class Plan:
-    """The calls of an expansion, and its nodes that need no model."""
+    """The calls of an expansion, and its new nodes with a fixed text."""
 
-    parts: list[Part] = field(default_factory=list)
+    calls: list[PlannedCall] = field(default_factory=list)
     fixed: list[NewNode] = field(default_factory=list)
 
 
 class Expander:
-    """Plans the expansions of one tree. It draws prefixes with the tree's generator.
+    """Planner of the expansions of one tree. It draws prefixes from the tree's random generator.
 
     Args:
-        tree_seed: run.seed and the prompt's id, from which the seeds of all calls follow.
+        tree_seed: run.seed and the prompt's id. They decide the seeds of all calls.
         max_chain_tokens: Longest chain, in tokens of the model that continues it.
     """
 
@@ -48,7 +48,7 @@ class Expander:
         self._draws: dict[int, int] = {}
 
     def children(self, node: Node) -> Plan:
-        """Plan all children that the table allows. Siblings of one type share a prefix."""
+        """Plan all children that the table allows. Siblings that a model writes share the prefix of their type."""
         plan = Plan()
         for name, count in self._tree.allowed(node).items():
             self._plan_nodes(plan, node, name, count, backtrack=False)
@@ -62,12 +62,12 @@ class Expander:
 
     def chain(self, node: Node) -> Plan:
         """Plan the rest of a chain. The proposer chooses the types of its nodes."""
-        return Plan(self._parts(node, None, self._proposer, "", 1))
+        return Plan(self._planned_calls(node, None, self._proposer, "", 1))
 
     def backtrack_chain(self, node: Node, name: str) -> Plan:
         """Plan the rest of a chain whose first node has a given type. The proposer writes this node."""
         text = f"<{self._types[name].tag}>{self._prefix(name)}"
-        return Plan(self._parts(node, name, self._proposer, text, 1, backtrack=True))
+        return Plan(self._planned_calls(node, name, self._proposer, text, 1, backtrack=True))
 
     def role_of(self, name: str) -> Role | None:
         """Return the role that writes nodes of a type; None if their text is fixed."""
@@ -87,9 +87,9 @@ class Expander:
             return
         text = f"<{node_type.tag}>{self._prefix(name)}"
         stop = self._models[role].codec.stop(node_type.tag)
-        plan.parts += self._parts(node, name, role, text, count, stop=stop, backtrack=backtrack)
+        plan.calls += self._planned_calls(node, name, role, text, count, stop=stop, backtrack=backtrack)
 
-    def _parts(
+    def _planned_calls(
         self,
         node: Node,
         name: str | None,
@@ -99,12 +99,15 @@ class Expander:
         *,
         stop: Stop | None = None,
         backtrack: bool = False,
-    ) -> list[Part]:
-        """Return calls that differ only in their seeds; none if the context leaves no room for a token (counted).
+    ) -> list[PlannedCall]:
+        """Return `count` calls that differ only in their seeds.
+
+        Return none if the context leaves no room for a token, or if its last token begins another node. The tree counts
+        both cases, as "no_room" and "other_node_begun".
 
         Args:
             text: Text that the search puts before the completion.
-            stop: End of the requested node. Without it the rest of the chain is requested.
+            stop: Stop at the end of the requested node; None to request the rest of the chain.
         """
         model = self._models[role]
         if text and self._has_other_beginning(node, text):
@@ -116,18 +119,20 @@ class Expander:
         if room < 1:
             self._tree.counts["no_room"] += count
             return []
-        tokens = room
+        max_tokens = room
         if stop is not None and name is not None:
-            tokens = min(room, self._types[name].max_tokens or self._config.max_node_tokens)
+            max_tokens = min(room, self._types[name].max_tokens or self._config.max_node_tokens)
         return [
-            Part(
+            PlannedCall(
                 type=name,
                 role=role,
                 forced=forced,
-                before=spill,
+                spill=spill,
                 backtrack=backtrack,
-                own_limit=tokens < room,
-                call=Call(role=role, token_ids=ids, seed=self._seed_of(node), max_tokens=tokens, stop=stop or Stop()),
+                limited_by_type=max_tokens < room,
+                call=Call(
+                    role=role, token_ids=ids, seed=self._seed_of(node), max_tokens=max_tokens, stop=stop or Stop()
+                ),
             )
             for _ in range(count)
         ]
@@ -139,14 +144,14 @@ class Expander:
         return sample_seed(run_seed, prompt_id, f"{node.number}.{draw}")
 
     def _has_other_beginning(self, node: Node, text: str) -> bool:
-        """Return whether the last token of a node holds the beginning of a text other than `text` (counted)."""
+        """Return whether a node's last token begins another text than `text`. Count it as "other_node_begun"."""
         if text.startswith(node.spill):
             return False
         self._tree.counts["other_node_begun"] += 1
         return True
 
     def _context(self, node: Node, role: Role) -> tuple[list[int], str]:
-        """Return prompt and chain in a model's tokens, and the text behind the node that the last token holds."""
+        """Return the tokens of prompt and chain for a model, and the spill of the last token."""
         model = self._models[role]
         ids, spill = list(model.prompt_ids), ""
         for step, tokens in node_ids(node.path(), lambda writer: self._is_native(writer, role), model.codec):

@@ -1,4 +1,4 @@
-"""The group of trajectories, pairs and demonstrations that a searched tree gives to a training step."""
+"""Conversion of a searched tree to the group of trajectories, pairs and demonstrations for training."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def build_searched_group(
     """Return the trajectories, preference pairs and demonstrations of a tree.
 
     There is one trajectory for every scored answer and for every chain that the policy itself ended without an answer.
-    The latter have reward 0: training must see chains that never reach an answer. Trajectories come in the order in
-    which their last nodes were added. If the policy chose no token of any trajectory, as in a tree that another model
+    The latter have reward 0, so that training sees chains that never reach an answer. Trajectories have the order of
+    their last nodes in the tree. If the policy chose no token of any trajectory, as in a tree that another model
     proposed, the group has pairs and demonstrations only.
 
     Args:
@@ -54,7 +54,7 @@ def build_searched_group(
 
 
 def search_metrics(tree: Tree) -> Mapping[str, float]:
-    """Return figures of one tree by name. They count distinct answers and nodes; reward_sum adds scored answers."""
+    """Return counts of one tree by name, and `reward_sum`, the sum of the rewards of its distinct scored answers."""
     nodes = tree.nodes[1:]
     rewards = [node.verdict.reward for node in nodes if node.verdict and node.scored >= 0]
     figures = {
@@ -99,7 +99,7 @@ def _trajectory(tree: Tree, number: int, verdict: Verdict, codec: Codec) -> Traj
 
 
 def _finish_reason(node: ThoughtNode) -> FinishReason:
-    """Return "stop" for a whole node: it ends the chain, even if the engine call went on after it."""
+    """Return "stop" for a whole node, even if the engine call went on after it, else the call's finish reason."""
     return (node.finish_reason or "stop") if node.defect else "stop"
 
 
@@ -133,4 +133,4 @@ def _log_failed_verifications(tree: Tree) -> None:
 
 
 def _events(tree: Tree) -> str:
-    return ", ".join(f"{count} {name}" for name, count in sorted(tree.counts.items())) or "no node could be asked for"
+    return ", ".join(f"{count} {name}" for name, count in sorted(tree.counts.items())) or "no node could be requested"

@@ -19,11 +19,11 @@ Answer = Sequence[Completion] | Verdict
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """An expansion or a verdict that is not applied yet.
+    """An expansion or a verdict that has not been applied to the tree.
 
     Attributes:
         simulations: Simulations that wait for it. Only "children" jobs have more than one.
-        number: Number of its request; -1 if nothing had to be requested.
+        number: Number of its request; -1 if it needs no request.
     """
 
     kind: Literal["children", "single", "chain", "verdict"]
@@ -45,18 +45,18 @@ class JobQueue:
         self._verdicts: deque[Job] = deque()
         self._answers: dict[int, Answer] = {}
         self._requests: list[Request] = []
-        self._numbered = 0
+        self._next_number = 0
 
     def add(self, job: Job) -> None:
         """Number a job and queue its request."""
-        job.number = self._numbered
-        self._numbered += 1
+        job.number = self._next_number
+        self._next_number += 1
         if job.kind == "verdict":
             self._verdicts.append(job)
             self._requests.append(Judge(job.number, "".join(step.text for step in job.node.path())))
         else:
             self._expansions.append(job)
-            self._requests.append(Ask(job.number, tuple(part.call for part in job.plan.parts)))
+            self._requests.append(Ask(job.number, tuple(planned.call for planned in job.plan.calls)))
 
     def take_requests(self) -> list[Request]:
         """Return the requests since the last call."""
@@ -64,11 +64,11 @@ class JobQueue:
         return requests
 
     def put_answer(self, number: int, answer: Answer) -> None:
-        """Keep the answer to a request until its turn comes."""
+        """Store the answer to a request until `take_answered` returns it."""
         self._answers[number] = answer
 
     def take_answered(self) -> tuple[Job, Answer] | None:
-        """Return the next job and its answer; None if the answer has not arrived."""
+        """Remove and return the next job and its answer; None if the answer has not arrived."""
         jobs = self._verdicts or self._expansions
         if not jobs or jobs[0].number not in self._answers:
             return None

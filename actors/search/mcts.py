@@ -1,10 +1,11 @@
 """Monte Carlo tree search over thought nodes for one prompt, as a state machine without input or output.
 
 A simulation starts at the prompt, or at a node of the frontier, and goes down to a node that may have more children. It
-requests children there and enters one of them. It ends at an answer, which is judged once and whose reward is backed
-up, or at a node that nothing can follow. Up to `parallel_simulations` run at once; each counts along its path (WU-UCT).
+requests children there and enters one of them. It ends at an answer or at a node that nothing can follow. An answer is
+judged once, and its reward is backed up in every simulation that ends there. Up to `parallel_simulations` run at once;
+an unfinished one counts as in flight at all nodes of its path (WU-UCT).
 
-The tree depends on the seed and the answers alone: `JobQueue` fixes the order in which answers are applied.
+The tree depends only on the seed and the answers: `JobQueue` fixes the order in which answers are applied.
 Sources: Marco-o1 v2, arXiv:2503.01461, sec. 3; Liu et al., WU-UCT, ICLR 2020.
 """
 
@@ -87,7 +88,7 @@ class TreeSearch:
 
     @property
     def finished(self) -> bool:
-        """Whether no request is open."""
+        """True if no request is open."""
         return self._queue.is_empty
 
     def tree(self) -> Tree:
@@ -107,13 +108,13 @@ class TreeSearch:
                 if isinstance(selection, FrontierConfig):
                     node = frontier_node(self._tree, selection, self._rng)
                 self._continue(self._simulations.begin(node))
-                if self._stop.begun == begun:  # other simulations block it
+                if self._stop.begun == begun:  # others block the new simulation
                     return
             else:
                 return
 
     def _continue(self, simulation: Simulation) -> None:
-        """Go down until something is requested or nothing can follow."""
+        """Move a simulation down until it requests something, waits for an expansion, or ends."""
         while True:
             node = simulation.node
             if node.terminal and not node.defect:
@@ -144,14 +145,14 @@ class TreeSearch:
         """Request children of a node. Return False if no request was possible or necessary."""
         if self._tree.chains:
             plan = self._expander.chain(node)
-            node.draws += 1
-            node.full = not plan.parts  # there will not be more room later
+            node.drawn_chains += 1
+            node.full = not plan.calls  # the room for a child never grows
             job = self._job("chain", node, simulation, plan)
         else:
             plan = self._expander.children(node)
             node.expanding = True
             job = self._expansions[node] = self._job("children", node, simulation, plan)
-        if plan.parts:
+        if plan.calls:
             return True
         if job.kind == "children":
             self._apply_children(job, ())
@@ -160,28 +161,28 @@ class TreeSearch:
         return False
 
     def _request_review(self, node: Node, name: str, simulation: Simulation) -> None:
-        """Let the reviewer continue the chain with a node of its type."""
+        """Request the next node of a chain, of type `name`, from the reviewer."""
         plan = Plan() if self._stop.is_reached() else self._expander.single(node, name, backtrack=False)
         job = self._job("single", node, simulation, plan)
-        if not plan.parts:
+        if not plan.calls:
             self._apply_single(job, ())
 
     def _backtrack(self, node: Node, name: str) -> None:
-        """Begin a simulation with a child of a type below the ancestor of a wrong answer."""
+        """Begin a simulation at an ancestor of a wrong answer and request its backtracking child of type `name`."""
         simulation = self._simulations.begin(node)
-        chain = self._tree.chains and self._expander.role_of(name) not in (None, "reviewer")
-        if chain:
+        is_chain = self._tree.chains and self._expander.role_of(name) not in (None, "reviewer")
+        if is_chain:
             plan = self._expander.backtrack_chain(node, name)
         else:
             plan = self._expander.single(node, name, backtrack=True)
-        job = self._job("chain" if chain else "single", node, simulation, plan)
-        if not plan.parts:
+        job = self._job("chain" if is_chain else "single", node, simulation, plan)
+        if not plan.calls:
             self._apply_single(job, ())
 
     def _judge(self, node: Node, simulation: Simulation) -> None:
         """Back up the verdict of a whole chain, or request the verdict if there is none yet.
 
-        No other simulation arrives before the verdict: a waiting node is blocked, and completions are applied later.
+        No other simulation arrives before the verdict: the node is blocked, and completions wait for open verdicts.
         """
         if node.verdict is not None:
             self._simulations.end(simulation, node.verdict)
@@ -194,10 +195,10 @@ class TreeSearch:
         """Return a job for a plan. Queue it if the plan has calls."""
         node.waiting += 1
         job = Job(kind, node, [simulation], plan)
-        if plan.parts:
+        if plan.calls:
             self._queue.add(job)
-            self._calls += len(plan.parts)
-            simulation.asked = True
+            self._calls += len(plan.calls)
+            simulation.has_requested = True
             self._tree.refresh(node)
         return job
 
@@ -225,7 +226,7 @@ class TreeSearch:
         node = job.node
         node.expanding, node.expanded = False, True
         del self._expansions[node]
-        for new in [*job.plan.fixed, *map(self._reader.read_node, job.plan.parts, completions)]:
+        for new in [*job.plan.fixed, *map(self._reader.read_node, job.plan.calls, completions)]:
             child = self._tree.add(node, new)
             self._tree.refresh(child)
             if self._is_ending(child):  # its reward is known without a simulation
@@ -234,7 +235,7 @@ class TreeSearch:
 
     def _apply_single(self, job: Job, completions: Sequence[Completion]) -> None:
         [simulation] = job.simulations
-        for new in [*job.plan.fixed, *map(self._reader.read_node, job.plan.parts, completions)]:
+        for new in [*job.plan.fixed, *map(self._reader.read_node, job.plan.calls, completions)]:
             child = self._tree.add(job.node, new)
             simulation.enter(child)
             self._tree.refresh(child)
@@ -247,12 +248,12 @@ class TreeSearch:
             self._continue(simulation)
 
     def _apply_chain(self, job: Job, completion: Completion) -> None:
-        [simulation], [part] = job.simulations, job.plan.parts
+        [simulation], [planned] = job.simulations, job.plan.calls
         reviewed_type: str | None = None
-        for piece in self._reader.read_chain(job.node, part, completion):
+        for piece in self._reader.read_chain(job.node, planned, completion):
             node = simulation.node
             if node is not job.node:  # the chain is one draw from each node that it passes
-                node.draws += 1
+                node.drawn_chains += 1
             if piece.is_reviewed:
                 reviewed_type = piece.node.type
                 break

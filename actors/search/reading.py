@@ -1,4 +1,4 @@
-"""Thought nodes from completions."""
+"""Reading of thought nodes from completions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from actors.engine import Completion
-from actors.search.requests import Part, SearchModel, proposing_role
+from actors.search.requests import PlannedCall, SearchModel, proposing_role
 from actors.search.tree import GrowingTree, NewNode, Node
 from rlsys.config.search import SearchConfig
 from rlsys.search.codec import Reading
@@ -19,7 +19,7 @@ class ChainPiece:
     """A node that was read from a chain.
 
     Attributes:
-        is_reviewed: Whether the reviewer must write a node of this type in its place.
+        is_reviewed: Whether the reviewer must write another node of the same type in its place.
     """
 
     node: NewNode
@@ -28,10 +28,11 @@ class ChainPiece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Place:
-    """A piece of a chain and its place there.
+    """A piece of a chain, its position, and the properties of its type.
 
     Attributes:
-        parent_type, parent_depth: Type and depth of the node before it.
+        parent_type: Type of the node before it.
+        parent_depth: Depth of the node before it.
         given: Whether the search chose its type.
         forced: Number of its forced tokens, if the search chose its type.
         terminal: Whether its type ends a chain.
@@ -50,76 +51,79 @@ class _Place:
 
 
 class CompletionReader:
-    """Reads the nodes of one tree."""
+    """Reader of the completions of one tree."""
 
     def __init__(self, tree: GrowingTree, config: SearchConfig, models: Mapping[Role, SearchModel]) -> None:
         self._tree, self._config, self._models = tree, config, models
         self._pattern = tree.pattern
         self._proposer = proposing_role(models)
         self._types = {node_type.tag: name for name, node_type in self._pattern.types.items()}
-        # In the order in which they apply; a later test may rely on the earlier ones.
+        # They are checked in this order. A later check may rely on the earlier ones.
         self._defects: tuple[tuple[Defect, Callable[[_Place], bool]], ...] = (
             ("off_pattern", self._is_off_pattern),
             ("too_deep", self._is_too_deep),
             ("too_long", self._is_too_long),
-            ("malformed", lambda place: place.terminal and not place.last),  # the verifier refuses it, too
+            (
+                "malformed",
+                lambda place: place.terminal and not place.last,
+            ),  # the verifier refuses text after an answer, too
             ("unanswered", lambda place: place.last and not place.terminal and place.finish_reason == "stop"),
         )
 
-    def read_node(self, part: Part, completion: Completion) -> NewNode:
-        """Return the node of a call that was to stop at the node's closing tag."""
-        ids, readings = self._read(part, completion)
+    def read_node(self, planned: PlannedCall, completion: Completion) -> NewNode:
+        """Return the node of a call that requested a single node."""
+        ids, readings = self._read(planned, completion)
         first = readings[0]
         defect: Defect | None = first.defect
         if defect is None and (len(readings) > 1 or not self._may_begin_node(first.spill)):
             defect = "malformed"
-        if defect == "truncated" and part.own_limit:
+        if defect == "truncated" and planned.limited_by_type:
             defect = "too_long"
-        assert part.type is not None  # noqa: S101 - only chains leave the type open
+        assert planned.type is not None  # noqa: S101 - only chains leave the type open
         return NewNode(
-            type=part.type,
+            type=planned.type,
             text="".join(reading.text for reading in readings),
             token_ids=ids,
-            forced=len(part.forced),
+            forced=len(planned.forced),
             logprobs=completion.logprobs.tolist(),
             spill=first.spill if defect is None else "",
-            writer=part.role,
+            writer=planned.role,
             finish_reason=completion.finish_reason,
-            versions=tuple(_shifted(completion.versions, 0, len(completion.token_ids), len(part.forced))),
+            versions=tuple(_shifted(completion.versions, 0, len(completion.token_ids), len(planned.forced))),
             defect=defect,
-            backtrack=part.backtrack,
+            backtrack=planned.backtrack,
         )
 
-    def read_chain(self, node: Node, part: Part, completion: Completion) -> Iterator[ChainPiece]:
-        """Yield the nodes of a chain, up to its end, its first defect or a node for the reviewer."""
-        ids, readings = self._read(part, completion)
+    def read_chain(self, node: Node, planned: PlannedCall, completion: Completion) -> Iterator[ChainPiece]:
+        """Yield the nodes of a chain, up to its end, its first defective node, or a node for the reviewer."""
+        ids, readings = self._read(planned, completion)
         parent_type, depth = node.type, node.depth
         for number, reading in enumerate(readings):
             name = self._types.get(reading.tag or "", TEXT)
-            given = part.backtrack and number == 0
+            given = planned.backtrack and number == 0
             place = _Place(
                 reading=reading,
                 type=name,
                 parent_type=parent_type,
                 parent_depth=depth,
                 given=given,
-                forced=len(part.forced) if given else 0,
+                forced=len(planned.forced) if given else 0,
                 terminal=name in self._pattern.types and self._pattern.types[name].terminal,
                 last=number + 1 == len(readings),
                 finish_reason=completion.finish_reason,
             )
             defect = self._defect(place)
             is_reviewed = defect in (None, "unanswered") and not given and self._is_reviewed(name)
-            # A defective node takes all the text that follows it.
+            # A defective node includes all later text of the completion.
             rest = readings[number:] if defect else [reading]
-            yield ChainPiece(_chain_node(place, rest, defect, ids, part, completion), is_reviewed)
+            yield ChainPiece(_chain_node(place, rest, defect, ids, planned, completion), is_reviewed)
             if defect or is_reviewed or place.terminal:
                 return
             parent_type, depth = name, depth + 1
 
-    def _read(self, part: Part, completion: Completion) -> tuple[list[int], list[Reading]]:
-        ids = [*part.forced, *completion.token_ids.tolist()]
-        return ids, self._models[part.role].codec.read(part.before, ids, completion.finish_reason)
+    def _read(self, planned: PlannedCall, completion: Completion) -> tuple[list[int], list[Reading]]:
+        ids = [*planned.forced, *completion.token_ids.tolist()]
+        return ids, self._models[planned.role].codec.read(planned.spill, ids, completion.finish_reason)
 
     def _may_begin_node(self, spill: str) -> bool:
         return not spill or any(f"<{tag}>".startswith(spill) for tag in self._types)
@@ -139,7 +143,7 @@ class CompletionReader:
         return self._tree.max_depth is not None and place.parent_depth >= self._tree.max_depth
 
     def _is_too_long(self, place: _Place) -> bool:
-        """Return whether a node has more tokens than a call for it alone could give, its opening tag not counted."""
+        """Return whether a node exceeds the token limit of its type. Forced tokens or the opening tag do not count."""
         node_type = self._pattern.types[place.type]
         opening = place.forced or len(self._models[self._proposer].codec.encode(f"<{node_type.tag}>"))
         length = place.reading.stop - place.reading.start - opening
@@ -147,11 +151,16 @@ class CompletionReader:
 
 
 def _chain_node(
-    place: _Place, rest: Sequence[Reading], defect: Defect | None, ids: list[int], part: Part, completion: Completion
+    place: _Place,
+    rest: Sequence[Reading],
+    defect: Defect | None,
+    ids: list[int],
+    planned: PlannedCall,
+    completion: Completion,
 ) -> NewNode:
-    """Return the node of a chain that holds the pieces `rest`. `ids` are the forced and the drawn tokens."""
+    """Return the node that joins the pieces `rest` of a chain. `ids` are the forced and the drawn tokens."""
     start, stop = place.reading.start, rest[-1].stop
-    forced = len(part.forced)  # forced tokens stand at the start of `ids`
+    forced = len(planned.forced)  # forced tokens stand at the start of `ids`
     own_forced = max(0, forced - start)
     low, high = max(0, start - forced), stop - forced
     return NewNode(
@@ -161,7 +170,7 @@ def _chain_node(
         forced=own_forced,
         logprobs=completion.logprobs[low:high].tolist(),
         spill=place.reading.spill if defect is None else "",
-        writer=part.role,
+        writer=planned.role,
         finish_reason=completion.finish_reason,
         versions=tuple(_shifted(completion.versions, low, high, own_forced)),
         defect=defect,
@@ -170,7 +179,7 @@ def _chain_node(
 
 
 def _shifted(spans: Sequence[VersionSpan], low: int, high: int, offset: int) -> Iterator[VersionSpan]:
-    """Yield the version spans of tokens [low, high) of a completion, counted from `low` and moved by `offset`."""
+    """Yield the version spans of tokens [low, high) of a completion, shifted so that token `low` is at `offset`."""
     for number, span in enumerate(spans):
         stop = spans[number + 1].start if number + 1 < len(spans) else high
         if stop > low and span.start < high:

@@ -46,23 +46,23 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class PlannedCall:
     """A call, and the information that is needed to read its completion.
 
     Attributes:
         type: Type of the requested node; None if the model chooses the types of a whole chain.
         forced: Tokens that the search puts before the completion.
-        before: Text at the start of the node that the last token of the context already holds.
+        spill: First characters of the node, which the last token of the context already holds.
         backtrack: Whether the node is requested because of a wrong answer.
-        own_limit: Whether the token limit of the node type ends the call before chain or context is full.
+        limited_by_type: Whether the node type's token limit ends the call before the chain or the context is full.
     """
 
     type: str | None
     role: Role
     forced: list[int]
-    before: str
+    spill: str
     backtrack: bool
-    own_limit: bool
+    limited_by_type: bool
     call: Call
 
 

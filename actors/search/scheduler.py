@@ -1,8 +1,8 @@
-"""All growing trees of an actor in one event loop: requests go out to the engines, answers come back into the trees.
+"""Scheduler of all growing trees of an actor, in one event loop.
 
-There is no barrier: every request of a tree goes to its engine at once, and every answer continues its tree.
-Consumes prompts. Waits for engines and verifiers. Admits another tree while fewer requests are in flight than the
-engine decodes at once. The timing does not change the finished trees.
+The scheduler sends every request of a tree to its engine at once, and continues the tree with every answer; there is no
+barrier between trees or requests. It admits another tree while fewer requests are in flight than the engine decodes at
+once. The timing of answers does not change the finished trees.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from rlsys.types import Prompt, Verdict
 
 
 class CompletionEngine(Protocol):
-    """Draws completions: one engine in this process, or several engines of one model elsewhere."""
+    """Source of completions: one engine in this process, or several engines of one model elsewhere."""
 
     def submit(self, requests: Sequence[CompletionRequest], affinity: int = 0) -> list[Future[Completion]]:
         """Return a future for every request, in order.
@@ -41,19 +41,19 @@ class CompletionEngine(Protocol):
         A future raises RolloutError if its request failed, EngineError if the engine broke.
 
         Args:
-            affinity: Selects one of several engines, modulo their number. A tree keeps to one engine for its prefix
-                cache.
+            affinity: Number that selects one of several engines, modulo their number. All requests of a tree have
+                the same affinity, so that they share the prefix cache of one engine.
         """
         ...
 
 
 class Verifier(Protocol):
-    """See `actors.verifiers.pool.RewardPool`."""
+    """Source of verdicts; see `actors.verifiers.pool.RewardPool`."""
 
     async def verify(
         self,
         items: Sequence[tuple[str, str]],
-        tell: Callable[[Sequence[tuple[int, Verdict]]], None] | None = None,
+        on_verdicts: Callable[[Sequence[tuple[int, Verdict]]], None] | None = None,
     ) -> list[Verdict]: ...
 
 
@@ -108,7 +108,7 @@ class _ActiveTree:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """Place of a completion: index `index` of the answer to a request of a tree."""
+    """Position of a completion: its index in the answer to request `number` of a tree."""
 
     tree: _ActiveTree
     number: int
@@ -116,10 +116,10 @@ class _Slot:
 
 
 class TreeScheduler:
-    """Grows any number of trees at once. All calls must come from one event loop.
+    """Scheduler of any number of growing trees. All calls must come from one event loop.
 
     Attributes:
-        search_s: CPU seconds spent in the trees themselves: reading completions, selection, backing up.
+        search_s: CPU seconds spent on tree operations: reading completions, selection, backing up.
         arrivals: Number of completions that engines have returned.
     """
 
@@ -140,7 +140,7 @@ class TreeScheduler:
             EngineError: An engine or the verifiers broke.
         """
         self._loop = asyncio.get_running_loop()
-        reason = self._too_long(prompt)
+        reason = self._reason_too_long(prompt)
         if reason is not None:
             return _failure(prompt, reason)
         tree = _ActiveTree(
@@ -175,8 +175,8 @@ class TreeScheduler:
             return tuple(prompt.token_ids.tolist())
         return tuple(self._engines[role].codec.prompt(prompt.question))
 
-    def _too_long(self, prompt: Prompt) -> str | None:
-        """Return the reason why a prompt cannot be searched; None if it fits every model."""
+    def _reason_too_long(self, prompt: Prompt) -> str | None:
+        """Return a text that names the model whose context the prompt fills; None if it fits every model."""
         for role, engine in self._engines.items():
             length = len(self._prompt_ids(role, prompt))
             if length >= engine.max_model_len:
@@ -191,7 +191,7 @@ class TreeScheduler:
             self._settle(tree)
 
     def _advance(self, tree: _ActiveTree, step: Callable[[], list[Request]]) -> list[tuple[_ActiveTree, Request]]:
-        """Run a step of a tree and return its requests. Skip a tree that failed or whose caller has left."""
+        """Run a step of a tree and return its requests. Skip a tree that failed or that its caller cancelled."""
         if tree.result.done():
             return []
         started = time.thread_time()
@@ -205,7 +205,7 @@ class TreeScheduler:
             self.search_s += time.thread_time() - started
 
     def _settle(self, tree: _ActiveTree) -> None:
-        """Give a finished tree to its caller."""
+        """Give the tree to its caller if it is finished."""
         if tree.result.done() or not tree.search.finished:
             return
         try:
@@ -220,7 +220,7 @@ class TreeScheduler:
             tree.result.set_result(_failure(tree.prompt, reason))
 
     def _send(self, requests: Sequence[tuple[_ActiveTree, Request]]) -> None:
-        """Send calls to the engines, those of one engine together, and chains to the verifiers."""
+        """Send calls to the engines, in one batch per engine, and chains to the verifiers."""
         batches: dict[tuple[Role, int], tuple[list[CompletionRequest], list[_Slot]]] = {}
         chains: list[tuple[_ActiveTree, Judge]] = []
         for tree, request in requests:
@@ -305,15 +305,15 @@ class TreeScheduler:
         self._admit()
 
     async def _verify(self, chains: Sequence[tuple[_ActiveTree, Judge]]) -> None:
-        """Verify chains. Each tree gets its verdict as soon as it is there."""
+        """Verify chains. Each tree gets its verdict as soon as the verdict arrives."""
         waiting = dict(enumerate(chains))
 
-        def tell(verdicts: Sequence[tuple[int, Verdict]]) -> None:
+        def deliver(verdicts: Sequence[tuple[int, Verdict]]) -> None:
             judged = [(*waiting.pop(number), verdict) for number, verdict in verdicts]
             self._deliver([(tree, judge.number, verdict) for tree, judge, verdict in judged])
 
         try:
-            await self._verifier.verify([(tree.prompt.answer, judge.completion) for tree, judge in chains], tell)
+            await self._verifier.verify([(tree.prompt.answer, judge.completion) for tree, judge in chains], deliver)
         except Exception as error:  # noqa: BLE001 - the trees' callers get it, as above
             for tree, _ in waiting.values():
                 self._fail(tree, error)

@@ -1,8 +1,9 @@
 """Selection of the child that a simulation enters, and of the node at which a frontier search begins.
 
-Q is the mean reward of a node, N its visits, O its unfinished simulations, p its parent. Unfinished simulations count
-as visits in the exploration term and leave Q unchanged. The choosing simulation itself is one of those of the parent;
-UCB does not count it, so that one simulation at a time gives the paper's formula.
+Q is the mean reward of a node, N the number of its ended simulations, with or without a reward, O the number of its
+unfinished simulations, and p its parent. Unfinished simulations count in the exploration term and leave Q unchanged.
+O_p includes the simulation that makes the choice. UCB subtracts it, so that one simulation at a time gives the paper's
+formula.
 Source: Liu et al., Watch the Unobserved (WU-UCT), ICLR 2020, eq. 4.
 """
 
@@ -18,14 +19,14 @@ from rlsys.config.search import FrontierConfig, PuctConfig, SelectionConfig, Ucb
 
 
 class Stats(Protocol):
-    """Statistics of a node that decide its scores; see `actors.search.tree.Node`."""
+    """Statistics from which the scores of a node follow; see `actors.search.tree.Node`."""
 
     visits: int
     total: float
-    tried: int
+    unrewarded: int
     in_flight: int
     logprob: float
-    drawn: int
+    chosen_tokens: int
 
 
 def choose(children: Sequence[Stats], parent: Stats, config: SelectionConfig, rng: random.Random) -> int:
@@ -65,7 +66,7 @@ def puct_scores(children: Sequence[Stats], parent: Stats, config: PuctConfig) ->
 
     Source: Silver et al. 2017 (PUCT); priors as in MCTS-DPO, arXiv:2405.00451, and AlphaMath.
     """
-    priors = [math.exp(child.logprob / max(1, child.drawn) ** config.length_exponent) for child in children]
+    priors = [math.exp(child.logprob / max(1, child.chosen_tokens) ** config.length_exponent) for child in children]
     scale = config.exploration * math.sqrt(_count(parent)) / (sum(priors) or 1.0)
     return [
         _q(child, parent) + scale * prior / (1 + _count(child)) for child, prior in zip(children, priors, strict=True)
@@ -81,7 +82,7 @@ def frontier_score(node: Stats, parent: Stats | None, depth: int, deepest: int, 
     Source: DeepSearch, arXiv:2509.25454, global frontier selection.
     """
     value = parent.total / parent.visits if parent is not None and parent.visits else 0.0
-    entropy = -node.logprob / node.drawn if node.drawn else 0.0
+    entropy = -node.logprob / node.chosen_tokens if node.chosen_tokens else 0.0
     return (
         config.value_weight * math.tanh(value)
         + config.entropy_weight * entropy
@@ -90,12 +91,12 @@ def frontier_score(node: Stats, parent: Stats | None, depth: int, deepest: int, 
 
 
 def frontier_node(tree: GrowingTree, config: FrontierConfig, rng: random.Random) -> Node:
-    """Return the best of the nodes at which a simulation can request something at once.
+    """Return the node with the best frontier score among those at which a simulation can begin.
 
-    A node that is being expanded is chosen only if there is no other.
+    A node that waits for its expansion is chosen only if there is no other.
     """
-    able = [node for node in tree.nodes if node.status is Status.OPEN and _can_act(tree, node)]
-    nodes = [node for node in able if not node.expanding] or able
+    candidates = [node for node in tree.nodes if node.status is Status.OPEN and _can_begin_at(tree, node)]
+    nodes = [node for node in candidates if not node.expanding] or candidates
     deepest = tree.max_depth or max(node.depth for node in tree.nodes)
     scores = [frontier_score(node, node.parent, node.depth, deepest, config) for node in nodes]
     return nodes[draw_best(scores, rng)]
@@ -108,12 +109,12 @@ def draw_best(scores: Sequence[float], rng: random.Random) -> int:
     return ties[0] if len(ties) == 1 else rng.choice(ties)
 
 
-def _can_act(tree: GrowingTree, node: Node) -> bool:
+def _can_begin_at(tree: GrowingTree, node: Node) -> bool:
     return node.expanding or tree.has_capacity(node) or (node.terminal and not node.defect)
 
 
 def _count(node: Stats) -> int:
-    return node.visits + node.tried + node.in_flight
+    return node.visits + node.unrewarded + node.in_flight
 
 
 def _q(child: Stats, parent: Stats) -> float:

@@ -1,4 +1,4 @@
-"""Unfinished simulations of one tree, and what their end adds to its nodes."""
+"""Unfinished simulations of one tree, and the effect of their end on its nodes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Simulation:
 
     Attributes:
         path: Nodes from the prompt to its present position.
-        asked: Whether a model was asked for it.
+        has_requested: Whether it has requested completions.
     """
 
     path: list[Node] = field(default_factory=list)
-    asked: bool = False
+    has_requested: bool = False
 
     @property
     def node(self) -> Node:
@@ -31,7 +31,7 @@ class Simulation:
 
 
 class Simulations:
-    """Begins and ends the simulations of one tree, and counts them.
+    """The simulations of one tree: their begin, their end and their number.
 
     Attributes:
         running: Number of unfinished simulations.
@@ -42,7 +42,7 @@ class Simulations:
         self.running = 0
 
     def begin(self, node: Node) -> Simulation:
-        """Begin a simulation at a node. It counts at the node's ancestors, too."""
+        """Begin a simulation at a node. It is in flight at the node and all its ancestors."""
         simulation = Simulation()
         for above in [*node.upwards()][::-1]:
             simulation.enter(above)
@@ -51,14 +51,14 @@ class Simulations:
         return simulation
 
     def leave(self, simulation: Simulation) -> None:
-        """End a simulation without a reward. It does not count if others blocked it before it asked for anything."""
-        counts = simulation.asked or simulation.node.status is not Status.BLOCKED
+        """End a simulation without a reward. Do not count it if others blocked it before its first request."""
+        counts = simulation.has_requested or simulation.node.status is not Status.BLOCKED
         self._stop.finished += counts
         self._stop.begun -= not counts
         self.running -= 1
         for node in simulation.path:
             node.in_flight -= 1
-            node.tried += counts
+            node.unrewarded += counts
 
     def back_up(self, simulation: Simulation, reward: float) -> None:
         """End a simulation with the reward of the chain that it reached."""

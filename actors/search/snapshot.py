@@ -1,4 +1,4 @@
-"""Immutable trees from growing ones."""
+"""Conversion of growing trees to immutable trees."""
 
 from __future__ import annotations
 

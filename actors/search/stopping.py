@@ -18,12 +18,12 @@ class StopRule:
     """Counts of one search, compared with its limits.
 
     Attributes:
-        begun: Simulations begun.
-        finished: Simulations that ended.
+        begun: Simulations begun, without those that others blocked before their first request.
+        finished: Those that ended.
         tokens: Generated tokens of all models.
         scored: Distinct answers with the outcome "ok" or "wrong".
         correct: Distinct correct answers.
-        reason: First limit that was reached; None before.
+        reason: First limit that was reached; None if no limit was reached.
     """
 
     config: StopConfig
@@ -40,7 +40,7 @@ class StopRule:
         self.correct += is_correct(verdict)
 
     def is_reached(self) -> bool:
-        """Return whether no model may be asked for more. Once true, it stays true."""
+        """Return whether a limit forbids further requests to models. Once true, it stays true."""
         config = self.config
         if self.reason is None:
             if any(self.correct >= rule.count and self.finished >= rule.after for rule in config.correct):

@@ -1,4 +1,4 @@
-"""A tree under construction: its nodes, their counts, and which of them a simulation may still enter.
+"""A tree under construction: its nodes, their counts, and their status for simulations.
 
 One thread uses a tree, so there are no locks. Backing up a reward costs O(depth).
 """
@@ -17,10 +17,12 @@ from rlsys.types import FinishReason, Verdict, VersionSpan
 
 
 class Status(IntEnum):
-    """Prospects of a simulation that enters a node.
+    """Status of a node for a simulation that enters it.
 
-    OPEN: It can request something at or below the node. BLOCKED: It must wait for open requests. EXHAUSTED: Nothing is
-    left to request.
+    Attributes:
+        OPEN: The simulation can request something at or below the node.
+        BLOCKED: The simulation must wait for open requests.
+        EXHAUSTED: Nothing at or below the node is left to request.
     """
 
     OPEN = 0
@@ -56,16 +58,17 @@ class Node:
 
     Attributes:
         terminal: Whether the type of the node ends a chain.
-        tried: Simulations through the node that ended without a reward. They leave the mean reward unchanged.
+        unrewarded: Number of simulations through the node that ended without a reward. They leave the mean reward
+            unchanged.
         logprob: Sum of the log-probabilities of the tokens that a model chose, in nats.
-        drawn: Number of the tokens that a model chose.
-        draws: Chains drawn from this node so far (chain expansion).
-        in_flight: Unfinished simulations through the node.
-        waiting: Open calls and verdicts of the node, and queued backtracking children.
-        expanding: Whether its children have been requested and are not there yet (node expansion).
-        expanded: Whether its children have been requested and are there (node expansion).
+        chosen_tokens: Number of the tokens that a model chose.
+        drawn_chains: Number of chains drawn from this node so far (chain expansion).
+        in_flight: Number of unfinished simulations through the node.
+        waiting: Number of open expansions and verdicts of the node, and of its queued backtracking children.
+        expanding: Whether its children have been requested and have not arrived (node expansion).
+        expanded: Whether its children have arrived (node expansion).
         full: Whether the context leaves no room for a child.
-        children_children_by_ids: Children by type, tokens and weight versions.
+        children_by_ids: Children by type, tokens and weight versions.
         backtracks: Number of backtracking children, queued ones included, by type.
     """
 
@@ -87,13 +90,13 @@ class Node:
     samples: int = 1
     visits: int = 0
     total: float = 0.0
-    tried: int = 0
+    unrewarded: int = 0
     verdict: Verdict | None = None
     scored: int = -1
     scored_tokens: int = 0
     logprob: float = 0.0
-    drawn: int = 0
-    draws: int = 0
+    chosen_tokens: int = 0
+    drawn_chains: int = 0
     in_flight: int = 0
     waiting: int = 0
     expanding: bool = False
@@ -124,9 +127,9 @@ class GrowingTree:
     """The nodes of a tree, and the children that the pattern allows for each of them.
 
     Args:
-        chains: Whether the search uses chain expansion: it draws chains one by one, and a node that was drawn s times
-            may have s times the children of its table row, as s separate siblings would.
-        max_depth: Nodes of the longest chain; None for no limit.
+        chains: Whether the search uses chain expansion, which draws chains one by one. A node that was drawn s times
+            stands for s siblings, so it may have s times the children in its row of the table.
+        max_depth: Largest number of nodes in a chain; None for no limit.
     """
 
     def __init__(self, pattern: Pattern, *, chains: bool, max_depth: int | None) -> None:
@@ -169,7 +172,7 @@ class GrowingTree:
             backtrack=new.backtrack,
             terminal=new.type in self.pattern.types and self.pattern.types[new.type].terminal,
             logprob=float(sum(new.logprobs)),
-            drawn=len(new.logprobs),
+            chosen_tokens=len(new.logprobs),
         )
         self.nodes.append(node)
         parent.children.append(node)
@@ -181,18 +184,18 @@ class GrowingTree:
     def allowed(self, node: Node) -> Mapping[str, int]:
         """Return the number of children that a node may have, by type.
 
-        Near the depth limit these are only the types from which a chain can still reach an answer.
+        Only types from which a chain can still reach an answer within the depth limit are included.
         """
         if node.defect or node.terminal:
             return {}
-        place = node.type, node.depth
-        if place not in self._allowed:
+        key = node.type, node.depth
+        if key not in self._allowed:
             row = self.pattern.children.get(node.type, {})
-            self._allowed[place] = {name: count for name, count in row.items() if self.fits(node, name)}
-        return self._allowed[place]
+            self._allowed[key] = {name: count for name, count in row.items() if self.fits(node, name)}
+        return self._allowed[key]
 
     def fits(self, node: Node, name: str) -> bool:
-        """Return whether a chain can reach an answer within the depth limit if this type follows the node."""
+        """Return whether a chain that goes on with type `name` can still reach an answer within the depth limit."""
         return self.max_depth is None or node.depth + self._chain_lengths[name] <= self.max_depth
 
     def has_capacity(self, node: Node) -> bool:
@@ -200,7 +203,7 @@ class GrowingTree:
         if node.full:
             return False
         if self.chains:
-            return node.draws < sum(self.allowed(node).values()) * node.samples
+            return node.drawn_chains < sum(self.allowed(node).values()) * node.samples
         return not (node.expanded or node.expanding) and bool(self.allowed(node))
 
     def back_up(self, node: Node, reward: float) -> None:

@@ -1,11 +1,15 @@
 """The parent process of a verifier, which kills everything that a verification starts.
 
 Processes that a verifier forks may leave its process group and session, so a kill of the group would miss them. Linux
-gives orphans to the nearest ancestor that has asked for them (PR_SET_CHILD_SUBREAPER), here the guard. So all of them
-stay below the guard, which kills them in four cases: the actor sends SIGTERM; the actor is gone (the kernel then sends
-SIGCONT, which a stopped process receives, too); the verifier has ended; they exceed the limits on number or memory.
+gives an orphan to its nearest ancestor with PR_SET_CHILD_SUBREAPER, here the guard. So all these processes stay below
+the guard. The guard kills them in four cases:
 
-This contains faults. It does not protect against a malicious program, which can kill the guard.
+- The actor sends SIGTERM.
+- The actor has ended. The kernel then sends SIGCONT, which even a stopped process receives.
+- The verifier has ended.
+- The processes exceed the limit on their number or their memory.
+
+The guard contains faults. It does not protect against a malicious program, which can kill the guard.
 """
 
 from __future__ import annotations
@@ -22,8 +26,8 @@ from typing import NoReturn
 
 MAX_PROCESSES = 32
 POLL_S = 0.2
-PAUSE_S = 0.001
-KILL_TIMEOUT_S = 2.0  # after this time a process in an uninterruptible system call is left behind
+KILL_POLL_S = 0.001
+KILL_TIMEOUT_S = 2.0  # a process that still lives then, in an uninterruptible system call, is left behind
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -31,9 +35,9 @@ def guard(work: Callable[[], None], close_pipes: Callable[[], None], memory_mib:
     """Fork, run `work` in the child, and guard the child and its descendants in this process until the child ends.
 
     Args:
-        close_pipes: Closes the pipes of the child; called in this process.
+        close_pipes: Closes this process's copies of the child's pipes.
         memory_mib: Memory limit of the child and its descendants together.
-        actor: Id of the process that started this one.
+        actor: Process id of the actor, which started this process.
     """
     adopt_orphans()
     watched = {signal.SIGTERM, signal.SIGCHLD, signal.SIGCONT}
@@ -61,42 +65,42 @@ def adopt_orphans() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def end_descendants(kept: Collection[int] = ()) -> None:
-    """Kill all descendants but `kept` and their descendants, and wait until they have ended.
+def end_descendants(spared: Collection[int] = ()) -> None:
+    """Kill all descendants except `spared` and their descendants, and wait until they have ended.
 
-    This costs one system call if there are no children.
+    Without children, this costs one system call.
     """
     deadline = time.monotonic() + KILL_TIMEOUT_S
-    while _has_children() and (pids := descendants(kept)) and time.monotonic() < deadline:
+    while _has_children() and (pids := descendants(spared)) and time.monotonic() < deadline:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         for pid in pids:
-            with contextlib.suppress(ChildProcessError):  # not a direct child yet: it will come here as an orphan
+            with contextlib.suppress(ChildProcessError):  # not a direct child yet: it becomes one as an orphan
                 os.waitpid(pid, os.WNOHANG)
-        time.sleep(PAUSE_S)
+        time.sleep(KILL_POLL_S)
 
 
-def descendants(kept: Collection[int] = ()) -> set[int]:
-    """Return the ids of all descendants, zombies included, without `kept` and their descendants."""
+def descendants(spared: Collection[int] = ()) -> set[int]:
+    """Return the ids of all descendants, zombies included, except `spared` and their descendants."""
     children: dict[int | None, list[int]] = {}
     for pid in _all_ids():
         children.setdefault(_parent(pid), []).append(pid)
     pids: set[int] = set()
     waiting = [os.getpid()]
     while waiting:
-        new = [pid for pid in children.get(waiting.pop(), ()) if pid not in kept]
+        new = [pid for pid in children.get(waiting.pop(), ()) if pid not in spared]
         pids.update(new)
         waiting += new
     return pids
 
 
 class _Family:
-    """The descendants of this process. Every update lists /proc."""
+    """Number and memory of the descendants of this process, from listings of /proc."""
 
     def __init__(self, memory_mib: int) -> None:
         self._memory_mib = memory_mib
-        self._strangers: set[int] = set()
+        self._unrelated: set[int] = set()
         self._members: set[int] = set()
         self._checked = -POLL_S
 
@@ -105,17 +109,17 @@ class _Family:
         if time.monotonic() - self._checked < POLL_S:
             return ""
         ids = _all_ids()
-        self._strangers &= ids
+        self._unrelated &= ids
         self._members &= ids
-        for pid in sorted(ids - self._strangers - self._members):
+        for pid in sorted(ids - self._unrelated - self._members):
             related = _parent(pid) in {os.getpid(), *self._members}
-            (self._members if related else self._strangers).add(pid)
+            (self._members if related else self._unrelated).add(pid)
         self._checked = time.monotonic()
         if len(self._members) > MAX_PROCESSES:
-            return f"the verifier and what it started are more than {MAX_PROCESSES} processes"
-        # The kernel limits the memory of a single process (RLIMIT_AS).
+            return f"the verifier and its descendants are more than {MAX_PROCESSES} processes"
+        # RLIMIT_AS already limits the memory of a single process.
         if len(self._members) > 1 and sum(map(_memory_kib, self._members)) > self._memory_mib << 10:
-            return f"the verifier and what it started hold more than rewards.memory_mib = {self._memory_mib}"
+            return f"the verifier and its descendants hold more than rewards.memory_mib = {self._memory_mib}"
         return ""
 
 
@@ -128,7 +132,7 @@ def _watch(child: int, family: _Family, watched: Collection[signal.Signals], act
         terminated = received is not None and received.si_signo == signal.SIGTERM
         if problem or terminated or os.getppid() != actor:
             end_descendants()
-            os._exit(1)  # at once: the actor waits, and nothing needs a cleanup
+            os._exit(1)  # without cleanup, because the actor waits
         status = _collect().get(child)
         if status is not None:
             end_descendants()
@@ -168,14 +172,14 @@ def _all_ids() -> set[int]:
 
 def _parent(pid: int) -> int | None:
     """Return the parent of a process; None if the process is gone."""
-    try:  # the name, in parentheses, may have spaces and parentheses
+    try:  # the process name, in parentheses, may itself contain spaces and parentheses
         return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
     except OSError:
         return None
 
 
 def _memory_kib(pid: int) -> int:
-    """Return the proportional set size of a process: processes that share a page each count a part of it."""
+    """Return the proportional set size of a process, in which a shared page counts in equal parts."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_bytes().splitlines():
             if line.startswith(b"Pss:"):

@@ -1,7 +1,7 @@
 """A pool of verifier processes with a deadline for every verification.
 
-Consumes (answer, completion) pairs of any number of concurrent callers. Waits for a free process. A verification that
-hangs, crashes or takes too much memory costs its own verdict and one process, nothing else.
+Any number of callers may submit (answer, completion) pairs at the same time; each call waits for free processes. A
+verification that hangs, crashes or takes too much memory loses only its own verdict and one process.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from rlsys.errors import EngineError
 from rlsys.types import Outcome, Verdict
 
 Item = tuple[str, str]
-Tell = Callable[[Sequence[tuple[int, Verdict]]], None]
-TellPart = Callable[[int, Sequence[Verdict]], None]  # number of earlier verdicts, and the new verdicts
+OnVerdicts = Callable[[Sequence[tuple[int, Verdict]]], None]
+OnPartVerdicts = Callable[[int, Sequence[Verdict]], None]  # gets the number of earlier verdicts and the new verdicts
 
 START_TIMEOUT_S = 60.0
-# Items written to a process at once: enough to hide the round trip, few enough to share among processes.
+# Items written to a process at once: enough to hide the round trip, few enough to spread over all processes.
 PIPELINE_ITEMS = 32
-# A process that closed its pipe is about to end by itself; its exit status tells why.
+# A process that closed its pipe is about to end by itself, with an exit status that says why.
 EXIT_PATIENCE_S = 2.0
 
 
@@ -67,14 +67,14 @@ class RewardPool:
         """
         await asyncio.gather(*(self._verify_part(()) for _ in self._workers))
 
-    async def verify(self, items: Sequence[Item], tell: Tell | None = None) -> list[Verdict]:
+    async def verify(self, items: Sequence[Item], on_verdicts: OnVerdicts | None = None) -> list[Verdict]:
         """Judge (answer, completion) pairs.
 
         A verification that passes the deadline has the outcome "timeout". One that raises, returns a reward that is
         not finite, or ends its process has the outcome "error". Both have reward 0 and a reason in `detail`.
 
         Args:
-            tell: Gets number and verdict of every pair as soon as they are there, in one or more calls.
+            on_verdicts: Called as verdicts arrive, with the index and the verdict of every new pair.
 
         Returns:
             The verdicts in the order of `items`.
@@ -84,19 +84,21 @@ class RewardPool:
         """
         size = max(1, min(PIPELINE_ITEMS, -(-len(items) // len(self._workers))))
         parts = [items[start : start + size] for start in range(0, len(items), size)]
-        tells = [partial(_tell_from, tell, start) if tell else None for start in range(0, len(items), size)]
-        verdicts = await asyncio.gather(*map(self._verify_part, parts, tells))
+        callbacks = [
+            partial(_report_part, on_verdicts, start) if on_verdicts else None for start in range(0, len(items), size)
+        ]
+        verdicts = await asyncio.gather(*map(self._verify_part, parts, callbacks))
         return [verdict for part in verdicts for verdict in part]
 
-    async def _verify_part(self, items: Sequence[Item], tell: TellPart | None = None) -> list[Verdict]:
-        def count_and_tell(before: int, verdicts: Sequence[Verdict]) -> None:
+    async def _verify_part(self, items: Sequence[Item], on_verdicts: OnPartVerdicts | None = None) -> list[Verdict]:
+        def count_and_report(earlier: int, verdicts: Sequence[Verdict]) -> None:
             self.verdicts += len(verdicts)
-            if tell:
-                tell(before, verdicts)
+            if on_verdicts:
+                on_verdicts(earlier, verdicts)
 
         worker = await self._free.get()
         try:
-            return await worker.verify(items, count_and_tell)
+            return await worker.verify(items, count_and_report)
         finally:
             self._free.put_nowait(worker)
 
@@ -106,7 +108,7 @@ class RewardPool:
 
 
 class _Worker:
-    """A verifier process, with a successor whenever it had to be killed."""
+    """One place in the pool: a verifier process, and a new process after each one that had to be killed."""
 
     def __init__(self, hello: dict[str, Any], timeout_s: float) -> None:
         self._hello = hello
@@ -114,18 +116,16 @@ class _Worker:
         self._process: VerifierProcess | None = None
         self._ready = False
         self._closed = False
-        self._numbered = 0  # items sent so far, to all processes
+        self._items_sent = 0  # to all its processes
 
-    async def verify(self, items: Sequence[Item], tell: TellPart | None) -> list[Verdict]:
+    async def verify(self, items: Sequence[Item], on_verdicts: OnPartVerdicts) -> list[Verdict]:
         verdicts: list[Verdict] = []
         try:
             while True:
                 process = await self._running_process()
-                before = len(verdicts)
-                async for new in self._run(process, items[before:]):
+                async for new in self._run(process, items[len(verdicts) :]):
                     self._check_open()  # a process killed by `close` gives no verdict
-                    if tell:
-                        tell(len(verdicts), new)
+                    on_verdicts(len(verdicts), new)
                     verdicts += new
                 self._check_open()
                 if len(verdicts) == len(items):
@@ -135,9 +135,9 @@ class _Worker:
             raise
 
     async def _run(self, process: VerifierProcess, items: Sequence[Item]) -> AsyncIterator[list[Verdict]]:
-        """Yield verdicts as they come: all of them, or those up to and including the item that ended the process."""
-        numbers = range(self._numbered, self._numbered + len(items))
-        self._numbered = numbers.stop
+        """Yield verdicts as they arrive, up to the last item or the item that ended the process."""
+        numbers = range(self._items_sent, self._items_sent + len(items))
+        self._items_sent = numbers.stop
         process.write(*((number, *item) for number, item in zip(numbers, items, strict=True)))
         unread = b""
         while numbers:
@@ -155,7 +155,7 @@ class _Worker:
             verdicts = _verdicts_of(lines, numbers)
             if len(verdicts) < len(lines) or len(unread) > READ_BYTES:
                 await process.end()
-                failure = _failed("error", "the verifier process wrote what is no verdict")
+                failure = _failed("error", "the verifier process wrote something other than a verdict")
                 yield [*verdicts, failure][: len(numbers)]
                 return
             numbers = numbers[len(verdicts) :]
@@ -166,7 +166,7 @@ class _Worker:
         self._check_open()
         if self._process is not None and self._ready and self._process.exit_status is None:
             return self._process
-        for is_first_try in (True, False):  # a process that is killed while it starts does not prove a broken verifier
+        for is_first_try in (True, False):  # a SIGKILL during the start is no proof of a broken verifier
             await self._stop()
             self._process = process = await processes.spawn()
             process.write(self._hello)
@@ -193,22 +193,22 @@ class _Worker:
             raise EngineError("the reward pool was closed; no further verification is possible")
 
 
-def _tell_from(tell: Tell, start: int, before: int, verdicts: Sequence[Verdict]) -> None:
-    """Tell the verdicts of a part that begins with item `start`, after the part's first `before` verdicts."""
-    tell(list(enumerate(verdicts, start=start + before)))
+def _report_part(on_verdicts: OnVerdicts, start: int, earlier: int, verdicts: Sequence[Verdict]) -> None:
+    """Report new verdicts of a part that begins with item `start` and has `earlier` verdicts already."""
+    on_verdicts(list(enumerate(verdicts, start=start + earlier)))
 
 
 def _verdicts_of(lines: Sequence[bytes], numbers: Sequence[int]) -> list[Verdict]:
     """Return the verdicts of lines that answer the items `numbers` in order, up to the first line that does not.
 
-    With more verdicts than items it is unknown which of them are genuine, so none is returned.
+    Return no verdict if there are more verdicts than items: it is unknown which of them are genuine.
     """
     numbered = _decode(lines)
     if len(numbered) > len(numbers):
         return []
     verdicts: list[Verdict] = []
     for expected, (number, verdict) in zip(numbers, numbered, strict=False):
-        if number != expected:  # another program wrote it, or it belongs to another item
+        if number != expected:  # another program wrote the line, or it answers another item
             break
         verdicts.append(verdict)
     return verdicts

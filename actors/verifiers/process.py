@@ -1,4 +1,4 @@
-"""The process of one verifier, as the actor sees it."""
+"""The actor's handle of a verifier process."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, cast
 
 READ_BYTES = 1 << 16
-# If this process itself was held up past a deadline, the answer may already be in the pipe.
-LAST_LOOK_S = 0.05
-# The guard ends everything that a verifier started within milliseconds, unless the guard itself was stopped or killed.
-# Together these limits end a verification within a second of its deadline if cores are free.
-GUARD_PATIENCE_S, KILL_PATIENCE_S, LAST_WORDS_S = 0.6, 0.1, 0.1
+# If the actor itself was delayed past a deadline, the answer may already be in the pipe.
+LATE_READ_S = 0.05
+# Within milliseconds, the guard ends every process that a verifier started, unless the guard was stopped or killed.
+# With all these limits, a verification ends within a second of its deadline if cores are free.
+GUARD_PATIENCE_S, KILL_PATIENCE_S, STDERR_PATIENCE_S = 0.6, 0.1, 0.1
 _STDERR_BYTES = 4096
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "RLSYS_DATA", "RLSYS_RUN_ID")
 
@@ -32,7 +32,7 @@ class VerifierProcess:
     """A running verifier process; see `actors.verifiers.worker`.
 
     Attributes:
-        stderr_tail: Task that returns the end of the process's stderr when stderr is closed.
+        stderr_tail: Task that reads stderr until it is closed and returns its last bytes.
         folder: Temporary working and home folder of the process.
     """
 
@@ -48,12 +48,12 @@ class VerifierProcess:
         return self.process.returncode
 
     def write(self, *messages: Any) -> None:
-        # No drain: a worker that reads nothing must meet the deadline, and PIPELINE_ITEMS bounds the memory.
+        # No drain: a worker that reads nothing would block it past the deadline. PIPELINE_ITEMS bounds the memory.
         self.stdin.write(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
 
     async def read(self, timeout_s: float) -> bytes | None:
         """Return output of the process: b"" if it ended, None if it wrote nothing before the deadline."""
-        for patience in (timeout_s, LAST_LOOK_S):
+        for patience in (timeout_s, LATE_READ_S):
             with suppress(TimeoutError):
                 async with asyncio.timeout(patience):
                     return await self.stdout.read(READ_BYTES)
@@ -66,7 +66,7 @@ class VerifierProcess:
             patience_s: Seconds in which the process may end by itself before it is killed.
 
         Returns:
-            Its exit status and the last lines of its stderr.
+            Exit status and the last lines of stderr of the process.
         """
         await self._wait(patience_s)
         self._send(os.kill, signal.SIGTERM)  # to the guard, which knows the processes below it
@@ -74,7 +74,7 @@ class VerifierProcess:
         self._send(os.killpg, signal.SIGKILL)
         await self._wait(KILL_PATIENCE_S)
         # A process that escaped from a killed guard may keep stderr open for ever.
-        await asyncio.wait([self.stderr_tail], timeout=LAST_WORDS_S)
+        await asyncio.wait([self.stderr_tail], timeout=STDERR_PATIENCE_S)
         self.stderr_tail.cancel()
         await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
         is_read = self.stderr_tail.done() and not self.stderr_tail.cancelled()
@@ -118,7 +118,7 @@ async def _tail(stream: asyncio.StreamReader) -> bytes:
 
 
 def _environment(folder: str) -> dict[str, str]:
-    """Return the environment of a verifier. No credential is in its variables or in files of its home folder.
+    """Return the environment of a verifier, without credentials in its variables or its home folder.
 
     PYTHONPATH has absolute paths, so that the process finds our packages from its temporary folder.
     """

@@ -2,8 +2,8 @@
 
 `actors.verifiers.process` starts it as `python -m actors.verifiers.worker`. The protocol is JSON lines:
 
-- First line in: {"parent": pid, "memory_mib": int, "seed": int, "task": section `task` of the config}. In place of
-  "task" there may be "verifier": "module:factory", where `factory()` returns a function of (answer, completion).
+- First line in: {"parent": pid, "memory_mib": int, "seed": int, "task": section `task` of the config}. "task"
+  may be replaced by "verifier": "module:factory", where `factory()` returns a function of (answer, completion).
 - First line out: {"ready": true}.
 - Then lines [number, answer, completion] in, and lines [number, outcome, reward, answered, detail] out, in order.
 """
@@ -33,8 +33,8 @@ Verifier = Callable[[str, str], Verdict]
 
 MAX_FILE_MIB = 16
 MAX_DETAIL_CHARS = 500
+# Above this bound a float32 cannot distinguish rewards that differ by 0.1.
 LARGEST_REWARD = 1e6
-"""Above this bound a float32 cannot distinguish rewards that differ by 0.1."""
 
 
 def main() -> None:
@@ -51,19 +51,19 @@ def main() -> None:
 
 
 def _serve(requests: BinaryIO, answers: BinaryIO, hello: dict[str, Any]) -> None:
-    """Judge requests until they end. Processes that a verification starts end before its verdict is sent."""
+    """Judge requests until their pipe closes. Kill all processes of a verification before sending its verdict."""
     _limit(resource.RLIMIT_AS, hello["memory_mib"] << 20)
     _limit(resource.RLIMIT_FSIZE, MAX_FILE_MIB << 20)
     adopt_orphans()
     with _forks_end_here():
         verifier = _build_verifier(hello)
-    helpers = descendants()  # a plug-in may keep these for all its verifications
+    helpers = descendants()  # a plug-in may start processes that serve all its verifications
     _send(answers, {"ready": True})
     for line in requests:
         number, answer, completion = json.loads(line)
         with _forks_end_here():
             verdict = _judge(verifier, answer, completion)
-        end_descendants(kept=helpers)
+        end_descendants(spared=helpers)
         _send(answers, [number, verdict.outcome, verdict.reward, verdict.answered, verdict.detail])
 
 
@@ -71,7 +71,7 @@ def _serve(requests: BinaryIO, answers: BinaryIO, hello: dict[str, Any]) -> None
 def _forks_end_here() -> Iterator[None]:
     """End every process that is forked in this context when it leaves the context, by return or exception.
 
-    Such a process has the pipes and the requests that were read ahead, so it would serve them a second time. It ends
+    A forked process has the pipes and the buffered requests, so it would serve the same requests a second time. It ends
     without flushing the pipes.
     """
     owner = os.getpid()
@@ -85,9 +85,9 @@ def _forks_end_here() -> Iterator[None]:
 def _take_over_pipes() -> tuple[BinaryIO, BinaryIO]:
     """Move the protocol from stdin and stdout to other descriptors, so that a verifier that prints cannot break it."""
     requests, answers = os.dup(0), os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
     os.dup2(2, 1)
     return os.fdopen(requests, "rb"), os.fdopen(answers, "wb")
 
@@ -121,7 +121,7 @@ def _checked(verdict: Any) -> Verdict:
     if verdict.outcome not in get_args(Outcome):
         return _error(f"expected an outcome of {', '.join(get_args(Outcome))}, found {verdict.outcome!r}")
     detail = str(verdict.detail)[:MAX_DETAIL_CHARS]
-    if verdict.outcome not in ("ok", "wrong"):  # the plug-in itself reports a failure
+    if verdict.outcome not in ("ok", "wrong"):  # the plug-in reports that it failed
         return Verdict(outcome=verdict.outcome, reward=0.0, answered=False, detail=detail)
     number: Any = verdict.reward
     if isinstance(number, bool) or not isinstance(number, Real):  # Real includes numpy's numbers

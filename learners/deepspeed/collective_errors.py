@@ -1,4 +1,4 @@
-"""Errors shared by all ranks: an error on one rank is raised on all, so that no rank goes on or waits alone."""
+"""Errors shared by all ranks: all ranks raise the error of one rank, so that no rank goes on or waits alone."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MESSAGE_BYTES = 2000  # longer messages are cut
 
 
 def first_problem(own: str, device: str) -> str:
-    """Return the problem of the first rank that has one, the same on all ranks; "" if none has. Collective.
+    """Return the problem of the first rank that has a problem, or "" if no rank has. Collective.
 
-    It takes one exchange without a problem, and two with one.
+    All ranks get the same text. This takes one exchange, and a second one if there is a problem.
 
     Args:
         own: problem of this rank, or "".
@@ -29,14 +29,16 @@ def first_problem(own: str, device: str) -> str:
     messages = torch.zeros((dist.get_world_size(), MESSAGE_BYTES), dtype=torch.uint8, device=device)
     encoded = own.encode()[:MESSAGE_BYTES]
     messages[dist.get_rank(), : len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
-    dist.all_reduce(messages)  # each rank fills its own row; the other ranks add 0
+    dist.all_reduce(messages)  # each rank fills its own row and adds 0 to the others
     decoded = (bytes(row[row != 0].tolist()).decode(errors="ignore") for row in messages.cpu())
     return next(filter(None, decoded))
 
 
 @contextmanager
 def fail_on_all_ranks(kind: type[RlsysError], device: str) -> Iterator[None]:
-    """Raise an error on all ranks if the body fails on one. The body must not be collective; leaving it is.
+    """Raise an error on all ranks if the body fails on one.
+
+    The body must not be collective. The exit from the context is collective.
 
     Args:
         kind: class of the error that all ranks raise.
@@ -45,12 +47,12 @@ def fail_on_all_ranks(kind: type[RlsysError], device: str) -> Iterator[None]:
     Raises:
         RlsysError: of class `kind`, on all ranks, with the message of the first rank that failed.
     """
-    own, cause = "", None
+    problem, cause = "", None
     try:
         yield
     except Exception as error:  # noqa: BLE001 - it becomes the error of all ranks
         cause = error
         message = error.message if isinstance(error, RlsysError) else f"{type(error).__name__}: {error}"
-        own = f"learner rank {dist.get_rank()}: {message}"
-    if problem := first_problem(own, device):
-        raise kind(problem) from cause
+        problem = f"learner rank {dist.get_rank()}: {message}"
+    if shared_problem := first_problem(problem, device):
+        raise kind(shared_problem) from cause

@@ -1,7 +1,8 @@
 """One model under DeepSpeed on one rank: build, forward, backward, update, and whole tensors at any ZeRO stage.
 
-The only module that imports deepspeed. A model always starts from files: its weights as a Hugging Face folder and, if
-it is resumed, its moments by parameter name. So building, resuming and changing ranks or ZeRO stage are the same path.
+Only this module imports deepspeed. A model always starts from files: its weights come from a Hugging Face folder and,
+after a resume, its moments come by parameter name. So a start, a resume, and a change of ranks or ZeRO stage use the
+same code.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class TrainedModel:
         self.engine.backward(loss * self.settings.ranks)
 
     def _add_to_gradient_sum(self, gradient: Tensor) -> Tensor:
-        """Add a gradient to one running sum, which is not finite if any element is not."""
+        """Add a gradient to one running sum, which stays finite only if every element is finite."""
         if self._spoil_next:  # set by a fault point
             self._spoil_next, gradient = False, gradient.clone()
             gradient[(0,) * gradient.dim()] = math.nan
@@ -96,7 +97,7 @@ class TrainedModel:
     def check_finite(self) -> None:
         """Check losses and gradients since the last update, before an optimizer sees them. Collective.
 
-        One exchange per update, not one per pass.
+        This takes one exchange per update, not one per pass.
 
         Raises:
             NonFiniteLossError: on all ranks, if a loss or gradient of a pass is not finite on one.
@@ -105,8 +106,8 @@ class TrainedModel:
         if not problem and not math.isfinite(self._gradient_sum.item()):
             problem = f"gradient of the {self.name} is not finite on rank {self.settings.rank}"
         self._reset_checks()
-        if first := first_problem(problem, self.settings.device):
-            raise NonFiniteLossError(f"{first}, at update {self.updates}, which was not made; {UNPUBLISHED}")
+        if shared_problem := first_problem(problem, self.settings.device):
+            raise NonFiniteLossError(f"{shared_problem}, at update {self.updates}, which was not made; {UNPUBLISHED}")
 
     def _reset_checks(self) -> None:
         self._problem, self._spoil_next = "", False
@@ -119,8 +120,8 @@ class TrainedModel:
             The global gradient norm before clipping, and the learning rate.
 
         Raises:
-            NonFiniteLossError: on all ranks, if the gradients of the ranks are finite and their norm is not. This
-                optimizer has not seen the gradients. Models that were updated before need `roll_back`.
+            NonFiniteLossError: on all ranks, if the gradients are finite but their norm is not. This model is then not
+                updated. Models that the same step updated before need `roll_back`.
         """
         rate = learning_rate(self._optimizer_config, self.updates, self._total_updates)
         for group in self.engine.optimizer.param_groups:
@@ -133,7 +134,7 @@ class TrainedModel:
         return norm, rate
 
     def _clip(self) -> None:
-        """Clip as DeepSpeed does, but store the norm and raise if it is not finite."""
+        """Clip gradients as DeepSpeed does, store their norm, and raise if the norm is not finite."""
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._optimizer_config.max_grad_norm)
         self.engine._global_grad_norm = norm
         self._check_norm(float(norm))
@@ -169,7 +170,7 @@ class TrainedModel:
         discard_gradients(self.engine)
 
     def set_updates(self, updates: int) -> None:
-        """Set the number of finished updates, also in the optimizer's bias correction."""
+        """Set the number of finished updates, which the optimizer's bias correction also uses."""
         self.updates = updates
         inner = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
         for entry in inner.state.values():
@@ -232,7 +233,7 @@ class TrainedModel:
         if plain is not None:
             plain[parameter][key].copy_(tensor)
         elif hasattr(parameter, "ds_id"):
-            # The setters of whole tensors fail under ZeRO 3 if the last rank's part is padded.
+            # Under ZeRO 3, DeepSpeed's setters of whole tensors fail if the last rank's part is padded.
             size = parameter.ds_tensor.numel()
             own = tensor.flatten()[size * self.settings.rank :][:size]
             part = nn.functional.pad(own, (0, size - own.numel()))
@@ -268,7 +269,7 @@ def join_process_group(settings: RankSettings) -> None:
         world_size=settings.ranks,
         timeout=datetime.timedelta(seconds=settings.learner.timeout_s),
     )
-    # This inference-only all-reduce over shared memory is compiled at first use; training never calls it.
+    # Disable an all-reduce for inference, which would be compiled at its first use. Training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
@@ -309,7 +310,7 @@ def _forget_partitioned_modules() -> None:
 def _create_states(engine: Any) -> None:
     """Create the zero moments of every optimizer tensor, so that they can be restored before the first update."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    # ZeRO 3 hands its partitions to the inner optimizer only while it steps.
+    # Under ZeRO 3, the inner optimizer holds the partitions only during a step.
     flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
     for parameter in flat or [parameter for group in inner.param_groups for parameter in group["params"]]:
         inner.state[parameter] = {

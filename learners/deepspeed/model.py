@@ -38,7 +38,7 @@ def load_model(path: Path, dtype: str, device: str) -> PreTrainedModel:
 def load_critic(path: Path, dtype: str, device: str) -> PreTrainedModel:
     """Load a critic: a model with one output per token in place of the vocabulary, without training noise.
 
-    From the folder of a policy, the output layer starts at 0, so that the first values are 0 for any seed.
+    If `path` is the folder of a policy, the output layer starts at 0, so that the first values are 0 for any seed.
 
     Args:
         path: folder of a policy or of a saved critic.
@@ -67,7 +67,7 @@ def load_critic(path: Path, dtype: str, device: str) -> PreTrainedModel:
 
 
 def saved_config(path: Path, dtype: str) -> PreTrainedConfig:
-    """Return the config to store with the trained weights: the one in `path`, dropout included, with their dtype."""
+    """Return the config to store with the trained weights: the config in `path`, with its dropout, and `dtype`."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     config.dtype = DTYPES[dtype]
     return config
@@ -76,8 +76,8 @@ def saved_config(path: Path, dtype: str) -> PreTrainedConfig:
 def remove_noise(model: nn.Module) -> None:
     """Set every dropout and jitter of a model to 0.
 
-    The ratio of the objective compares two evaluations of one policy, and the probe compares the learner with an
-    engine that has no dropout. Noise would make both meaningless. `eval()` does not help, because gradient
+    The ratio in the objective compares two evaluations of one policy, and the probe compares the learner with an
+    engine that has no dropout. Noise would make both comparisons meaningless. `eval()` is no solution, because gradient
     checkpointing works only in training mode. Architectures keep the probability in a Dropout module, in a number on
     another module, or in the config that is read during the forward pass; all three are set.
     """
@@ -89,7 +89,7 @@ def remove_noise(model: nn.Module) -> None:
 
 
 def _zero_noise(holder: Any) -> None:
-    """Set the attributes of an object that name a dropout or jitter probability to 0."""
+    """Set every dropout or jitter probability among the attributes of an object to 0."""
     for name, value in getattr(holder, "__dict__", {}).items():
         if isinstance(value, float) and ("drop" in name or "jitter" in name):
             setattr(holder, name, 0.0)

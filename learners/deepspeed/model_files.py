@@ -22,28 +22,28 @@ def save_model(model: TrainedModel, weights: Path, state: Path) -> None:
     Raises:
         CheckpointError: on all ranks, if one cannot write.
     """
-    first, problem = model.settings.rank == 0, ""
+    writes, problem = model.settings.rank == 0, ""
     files = [(model.named_weights(), weights, "model")]
     files += [(model.named_states(key), state, key) for key in _state_keys(model)]
     for tensors, folder, stem in files:
         try:
-            write_tensors(tensors, folder, stem, first and not problem)
+            write_tensors(tensors, folder, stem, writes and not problem)
         except CheckpointError as error:  # go on: gathering the other tensors needs every rank
             problem = problem or error.message
     with fail_on_all_ranks(CheckpointError, model.settings.device):
         if problem:
             raise CheckpointError(problem)
-        if first:
+        if writes:
             model.saved_config.save_pretrained(weights)
             (state / "learner.json").write_text(json.dumps({"updates": model.updates}))
 
 
 def restore_model(model: TrainedModel, state: Path | None) -> None:
-    """Restore master weights, moments and counters from a folder of `save_model`. Collective.
+    """Restore master weights, moments and counters that `save_model` wrote. Collective.
 
     Args:
         model: policy or critic, built from the weights of the same checkpoint.
-        state: folder of the state; None leaves the model at its first update.
+        state: folder of the state; None to start at the first update.
 
     Raises:
         CheckpointError: on all ranks, if one cannot read the state.
@@ -66,7 +66,7 @@ def _restore_states(model: TrainedModel, folder: Path) -> None:
         missing = set(parameters)
         for name, tensor in read_tensors(folder, key):
             if name not in missing:
-                raise CheckpointError(f"{folder}: {key} holds {name}, which the model has not")
+                raise CheckpointError(f"{folder}: {key} has a tensor for {name}, which is not a parameter of the model")
             missing.discard(name)
             model.set_state(parameters[name], key, tensor)
         if missing:

@@ -1,6 +1,6 @@
 """The parameters that the learner publishes: whole tensors under their Hugging Face names, in a fixed order.
 
-They come from any ZeRO stage. Gathering is collective: every rank must iterate, and only rank 0 uses the tensors.
+This works at any ZeRO stage. Gathering is collective: every rank must iterate, and only rank 0 uses the tensors.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from rlsys.fault_injection import fault
 
 
 def full_parameters(module: PreTrainedModel, gather: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and value of every parameter in `named_parameters` order; whole and detached.
+    """Yield name and value of every parameter, whole and detached, in the order of `named_parameters`.
 
-    A tied output layer is yielded under its own name as well: engines that pack it would silently keep its old weights
-    otherwise.
+    A tied output layer is also yielded under its own name. Otherwise, an engine that has a packed copy of the layer
+    would silently keep its old weights.
 
     Args:
         module: the policy.

@@ -1,6 +1,6 @@
-"""Roll back a training step that failed: weights, moments, counters and accumulated gradients.
+"""Rollback of a failed training step: weights, moments, counters and accumulated gradients.
 
-DeepSpeed 0.19.8 has no call for this. The code sets the same fields as DeepSpeed's own optimizers before and after an
+DeepSpeed 0.19.8 has no call for this. The code sets the fields that DeepSpeed's own optimizers set before and after an
 update. Tests compare the bits of the next training step at every ZeRO stage.
 """
 
@@ -35,8 +35,8 @@ def rollback_on_non_finite(models: Sequence[Reversible], updates: int) -> Iterat
 
     Args:
         models: models that the body may update.
-        updates: number of updates of each model. One update of one model needs no snapshot: it comes last, and only
-            if everything is finite.
+        updates: number of updates of each model. One update of one model needs no snapshot: nothing can fail after it,
+            and it is made only if everything is finite.
     """
     needs_snapshot = updates * len(models) > 1
     if needs_snapshot:
@@ -82,7 +82,7 @@ class UpdateSnapshot:
     def _optimizer_tensors(self) -> list[Tensor]:
         inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         tensors = []
-        for weights, entry in inner.state.items():  # every parameter has an entry since the engine was built
+        for weights, entry in inner.state.items():  # the engine's construction made an entry for every parameter
             tensors += [weights.data, *(value for value in entry.values() if isinstance(value, Tensor))]
         return tensors
 
@@ -93,7 +93,7 @@ def _rebuild_parameters(optimizer: Any) -> None:
     At ZeRO 0 the module's own weights are the master weights.
     """
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        optimizer._partition_all_parameters()  # gathered copies would stay stale; the next pass gathers them again
+        optimizer._partition_all_parameters()  # drops gathered copies, which are stale; the next pass gathers again
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
     elif hasattr(optimizer, "update_lp_params"):
@@ -102,7 +102,7 @@ def _rebuild_parameters(optimizer: Any) -> None:
 
 def discard_gradients(engine: Any) -> None:
     """Discard the gradients since the last update, at any ZeRO stage."""
-    engine._running_engine_step = False  # an update that raises leaves it set, and then every pass would reduce
+    engine._running_engine_step = False  # left True by a failed update; every pass would then reduce gradients
     engine._unmanaged_backward_count = 0
     engine.zero_grad()
     optimizer = engine.optimizer
@@ -117,13 +117,13 @@ def _discard_at_stage_1_and_2(optimizer: Any) -> None:
     optimizer.averaged_gradients.clear()
     optimizer.all_grad_tensors.clear()
     optimizer._release_ipg_buffers()
-    optimizer.micro_step_id = -1  # the next pass counts as the first, which starts new offloaded sums
+    optimizer.micro_step_id = -1  # the next pass is the first again, and starts new offloaded sums
     optimizer._offload_accumulated_param_ids = set()
     optimizer.reset_cpu_buffers()
 
 
 def _discard_at_stage_3(optimizer: Any) -> None:
-    optimizer.zero_grad()  # also resets its count of passes, so the next pass replaces the sums
+    optimizer.zero_grad()  # also resets the count of passes, so that the next pass replaces the sums
     optimizer.averaged_gradients = {}
     optimizer._offload_boundary_param_ids = set()
     optimizer.reset_cpu_buffers()

@@ -1,6 +1,6 @@
 """Named tensors on disk: one safetensors file, or shards with an index.
 
-The layout is that of Hugging Face (`model.safetensors`, or `model-00001-of-00003.safetensors` and
+The layout is the one of Hugging Face (`model.safetensors`, or `model-00001-of-00003.safetensors` and
 `model.safetensors.index.json`), so a folder of policy tensors opens as a model.
 """
 
@@ -34,7 +34,7 @@ def write_tensors(
         folder: folder of the files, created if missing.
         stem: start of the file names.
         writes: False on ranks that only take part in gathering.
-        shard_bytes: size at which a shard is closed.
+        shard_bytes: size at which a new shard begins.
 
     Raises:
         CheckpointError: a file cannot be written.

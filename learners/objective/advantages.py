@@ -28,11 +28,11 @@ def group_advantages(rewards: Float64Array, valid: BoolArray, *, estimator: Grou
     reinforce_pp:           A_i = R_i
     reinforce_pp_baseline:  A_i = R_i - mean
 
-    The last two are intermediate: `whiten` centres and scales them over the tokens of a whole training step.
+    The last two are not final: `whiten` then centres and scales them over the tokens of a whole training step.
 
-    All but reinforce_pp sum to 0 over a group. They are exactly 0 if all valid rewards are equal or fewer than two are
-    valid, so that rounding in the mean is never amplified by 1 / std. Invalid entries get 0 and have no effect on the
-    others, even if they are NaN.
+    Except with reinforce_pp, the advantages of a group sum to 0. They are exactly 0 if all valid rewards are equal or
+    fewer than two are valid, so that rounding in the mean is never amplified by 1 / std. Invalid entries get 0 and have
+    no effect on the others, even if they are NaN.
 
     Args:
         rewards: [G], one reward per completion.
@@ -59,7 +59,7 @@ def group_advantages(rewards: Float64Array, valid: BoolArray, *, estimator: Grou
 
 
 def _relative(rewards: Float64Array, estimator: GroupEstimator) -> Float64Array:
-    """Return every reward relative to the rewards of its group."""
+    """Return every reward relative to the rewards of its group, by the formula of the estimator."""
     count = len(rewards)
     equal = count < 2 or rewards.min() == rewards.max()
     centred = np.zeros(count) if equal else rewards - rewards.mean()
@@ -168,7 +168,9 @@ def whiten(advantages: Sequence[Float64Array], masks: Sequence[BoolArray]) -> li
             f"expected a mask of every sample's shape, found {len(advantages)} samples, {len(masks)} masks"
         )
     trained = np.concatenate([np.zeros(0), *(each[mask] for each, mask in zip(advantages, masks, strict=True))])
-    _check_finite("advantages of trained tokens", trained)  # the comparison below would take NaN for equal advantages
+    _check_finite(
+        "advantages of trained tokens", trained
+    )  # with NaN, the comparison below would treat all advantages as equal
     whitened = [np.zeros(each.shape) for each in advantages]
     if len(trained) and trained.min() < trained.max():
         mean, std = trained.mean(), trained.std() + WHITEN_EPSILON

@@ -2,9 +2,9 @@
 
     loss = sum_c weight_c * loss_c / denominator_c
 
-The denominator of a term counts its own tokens or pairs in the whole update, over all ranks and micro-batches. So a
-term depends neither on the other terms nor on how samples are spread. The critic has its own parameters and its own
-loss, the term value, with a denominator of the same kind.
+The denominator of a term counts its own tokens or pairs in the whole update, over all ranks and micro-batches. So the
+value of a term depends neither on the other terms nor on the spread of samples over ranks and micro-batches. The critic
+has its own parameters and its own loss, the term value, with a denominator of the same kind.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def token_weights(completion_lengths: Sequence[int], *, aggregation: LossAggrega
     sequence_mean:  w_i = 1 / (n |o_i|)                every sample counts the same (GRPO)
     constant:       w_i = 1 / (samples * max_tokens)   no dependence on lengths (Dr.GRPO)
 
-    A sample without trained tokens adds no loss. It counts in the denominator of constant, which must not depend on
-    the sampled lengths. It is not one of the n samples of sequence_mean, because it has no mean over tokens.
+    A sample without trained tokens adds no loss. It counts in the denominator of `constant`, which must not depend on
+    the sampled lengths. It does not count in the n of `sequence_mean`, because it has no mean over tokens.
 
     Args:
         completion_lengths: |o_i|, trained tokens of every sample of the optimizer update. They must cover all ranks
-            and micro-batches; otherwise the loss depends on how samples are spread.
+            and micro-batches; otherwise the loss depends on the spread of samples over them.
         aggregation: one of the above.
         max_tokens: length limit of a completion, `sampling.max_tokens`; used by constant only.
 
@@ -71,8 +71,11 @@ def token_weights(completion_lengths: Sequence[int], *, aggregation: LossAggrega
 class Denominators:
     """Global denominators of the terms in one update; 0 for a term without targets.
 
-    policy: tokens, samples, or samples * max_tokens, by aggregation; the term kl has the same denominator.
-    value: tokens with a return. pairs: preference pairs. sft: supervised tokens.
+    Attributes:
+        policy: tokens, samples, or samples * max_tokens, by aggregation; also the denominator of the term kl.
+        value: tokens with a return.
+        pairs: preference pairs.
+        sft: supervised tokens.
     """
 
     policy: float
@@ -103,7 +106,7 @@ def weigh_items(
         max_tokens: length limit of a completion, `sampling.max_tokens`.
 
     Returns:
-        The items with their weights, and the denominators behind them.
+        The items with their weights, and the denominators from which the weights follow.
     """
     samples = [sample for item in items for sample in item.samples]
     lengths = [count_targets(sample.policy_mask) for sample in samples if sample.policy]
@@ -152,12 +155,14 @@ def joint_loss(
         terms["policy"] = _policy_term(logprobs, entropy, batch.policy, objective.policy)
         reference = batch.policy.reference_logprobs
         if reference is not None and not objective.kl.in_reward:
-            own, weights = logprobs.index_select(0, batch.policy.at), batch.policy.weights.to(logprobs)
+            own, weights = logprobs.index_select(0, batch.policy.positions), batch.policy.weights.to(logprobs)
             terms["kl"] = losses.kl_loss(own, reference.to(own), weights, estimator=objective.kl.estimator)
     if batch.pairs is not None:
         terms["preference"] = preference_term(logprobs, batch.pairs, objective.preference)
     if batch.sft is not None:
-        terms["sft"] = losses.supervised_loss(logprobs.index_select(0, batch.sft.at), batch.sft.weights.to(logprobs))
+        terms["sft"] = losses.supervised_loss(
+            logprobs.index_select(0, batch.sft.positions), batch.sft.weights.to(logprobs)
+        )
     return terms
 
 
@@ -167,33 +172,33 @@ def total_loss(terms: Mapping[str, LossOutput], weights: Mapping[str, float], lo
     Args:
         terms: losses by term.
         weights: weights by term.
-        logprobs: [N]; without any term the result is 0 with a gradient of 0 for them.
+        logprobs: [N]; without terms, the result is 0 and has zero gradients for these log-probabilities.
     """
     return sum((weights[name] * term.loss for name, term in terms.items()), logprobs.sum() * 0)
 
 
 def _policy_term(logprobs: Tensor, entropy: Tensor, targets: PolicyTargets, policy: PolicyConfig) -> LossOutput:
-    own, behavior = logprobs.index_select(0, targets.at), targets.behavior_logprobs.to(logprobs)
+    own, behavior = logprobs.index_select(0, targets.positions), targets.behavior_logprobs.to(logprobs)
     advantages, weights = targets.advantages.to(logprobs), targets.weights.to(logprobs)
     metrics: dict[str, Tensor] = {}
-    start = own.detach() if targets.old_logprobs is None else targets.old_logprobs.to(own)
-    old = start if policy.decoupled else behavior
+    old = own.detach() if targets.old_logprobs is None else targets.old_logprobs.to(own)
+    base = old if policy.decoupled else behavior  # denominator of the ratio
     if policy.decoupled and policy.importance_cap is not None:
-        importance, metrics = losses.importance_weights(start, behavior, cap=policy.importance_cap)
+        importance, metrics = losses.importance_weights(old, behavior, cap=policy.importance_cap)
         weights = weights * importance
     bounds = {"clip_low": policy.clip_low, "clip_high": policy.clip_high}
     match policy.surrogate:
         case "clip":
-            surrogate = losses.policy_loss(own, old, advantages, weights, **bounds, dual_clip=policy.dual_clip)
+            surrogate = losses.policy_loss(own, base, advantages, weights, **bounds, dual_clip=policy.dual_clip)
         case "gspo":
-            surrogate = losses.gspo_loss(own, old, advantages, weights, targets.row_ids, **bounds)
+            surrogate = losses.gspo_loss(own, base, advantages, weights, targets.row_ids, **bounds)
         case "cispo":
-            surrogate = losses.cispo_loss(own, old, advantages, weights, **bounds)
+            surrogate = losses.cispo_loss(own, base, advantages, weights, **bounds)
     loss = surrogate.loss
     if policy.entropy_coef:
         bonus = losses.entropy_loss(entropy, targets.weights.to(logprobs))
         loss = loss + policy.entropy_coef * bonus.loss
-    gap = (start - behavior).abs()
+    gap = (old - behavior).abs()
     metrics |= surrogate.metrics | {
         "entropy": entropy.detach().sum(),
         "gap": gap.sum(),
@@ -203,7 +208,7 @@ def _policy_term(logprobs: Tensor, entropy: Tensor, targets: PolicyTargets, poli
 
 
 def preference_term(logprobs: Tensor, targets: PairTargets, preference: PreferenceConfig) -> LossOutput:
-    """Compute the preference loss of the pairs of a micro-batch from the log-ratios of their sides.
+    """Compute the preference loss of a micro-batch from the log-ratio of each side of its pairs.
 
     r_j = sum over t in j of logprobs_t - reference_j                                          for side j of a pair
     r_j = (sum over t in j of logprobs_t - reference_j) / number of targets of side j          with length_norm
@@ -215,8 +220,8 @@ def preference_term(logprobs: Tensor, targets: PairTargets, preference: Preferen
 
     Source: length_norm: LN-DPO, Tulu 3, arXiv:2411.15124.
     """
-    # Double precision: a small difference between sums of hundreds of terms matters, and the targets are few.
-    own = logprobs.index_select(0, targets.at).double()
+    # Double precision, because small differences between sums of hundreds of terms matter. The targets are few.
+    own = logprobs.index_select(0, targets.positions).double()
     scores = pair_scores(own, targets.segments, 2 * len(targets.weights))
     ratios = scores - targets.reference
     if preference.length_norm:

@@ -24,7 +24,12 @@ KlEstimator = Literal["k1", "k2", "k3"]
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """loss: scalar, carries gradient. metrics: scalars, detached."""
+    """Loss and metrics of a term.
+
+    Attributes:
+        loss: scalar; carries gradient.
+        metrics: scalars by name, detached.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -230,7 +235,7 @@ def kl_loss(logprobs: Tensor, reference_logprobs: Tensor, weights: Tensor, *, es
 
 
 def entropy_loss(entropy: Tensor, weights: Tensor) -> LossOutput:
-    """Compute the negative entropy; minimising it keeps the policy from collapsing.
+    """Compute the negative entropy. Its minimisation keeps the policy from collapsing.
 
     loss = sum_t w_t * -entropy_t,   d loss / d entropy_t = -w_t
 
@@ -297,8 +302,8 @@ def importance_weights(
 
     rho_t = exp(old_logprobs_t - behavior_logprobs_t),   w_t = min(rho_t, cap)
 
-    Multiplied by the weights of any policy loss they give decoupled PPO: the loss clips around the old policy, and the
-    importance weights correct for the behavior policy. Equal policies give exactly 1.
+    Multiplied with the weights of any policy loss, they give decoupled PPO: the loss clips around the old policy, and
+    the importance weights correct for the behavior policy. Equal policies give weights of exactly 1.
 
     Args:
         old_logprobs: [N] nats, of the policy at the start of the training step.
@@ -309,7 +314,7 @@ def importance_weights(
         weights: [N], detached.
         metrics: is_ratio_sum, is_ratio_max (of rho, before the cap; 0 without tokens), is_truncated (count).
 
-    Source: decoupled PPO, arXiv:2110.00641; over old policies of an asynchronous learner: AReaL,
+    Source: decoupled PPO, arXiv:2110.00641; in asynchronous training: AReaL,
         arXiv:2505.24298; token-level truncation: verl's rollout correction.
     """
     ratio = _bounded_exp((old_logprobs - behavior_logprobs).detach())

@@ -1,8 +1,8 @@
 """Preference losses over pairs of a chosen and a rejected completion.
 
-Losses are weighted sums over pairs, and metrics are sums over pairs. In losses of summed log-probabilities the shared
-prefix of a pair cancels, in value and gradient. In length-normalised losses it does not cancel, because masking it
-changes the denominators.
+Losses are weighted sums over pairs, and metrics are sums over pairs. The shared prefix of a pair cancels in losses of
+summed log-probabilities, in value and gradient. In length-normalised losses it does not cancel, because its tokens
+count in the denominators.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def preference_loss(
     beta: float,
     label_smoothing: Tensor,
 ) -> LossOutput:
-    """Compute conservative DPO, for preferences that are wrong with probability eps, or IPO.
+    """Compute the loss of conservative DPO, whose labels are wrong with probability eps, or of IPO.
 
     d    = chosen_logratio - rejected_logratio
     dpo:   sum_p w_p [ -(1 - eps_p) log sigmoid(beta d_p) - eps_p log sigmoid(-beta d_p) ]
@@ -86,7 +86,7 @@ def preference_loss(
             terms = -(1 - label_smoothing) * logsigmoid(logit) - label_smoothing * logsigmoid(-logit)
         case "ipo":
             if label_smoothing.any():
-                raise ValueError("expected label_smoothing 0 with the loss ipo, which knows no noisy labels")
+                raise ValueError("expected label_smoothing 0 with the loss ipo, which has no label smoothing")
             terms = (margin - 1 / (2 * beta)).square()
         case _:
             raise ValueError(f"expected the loss dpo or ipo, found {loss!r}")

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the update; a resumed stage needs no scheduler state."""
+"""Learning rate as a pure function of the update number, so that a resumed stage needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def learning_rate(config: OptimizerConfig, update: int, total_updates: int) -> f
     linear:    peak * (1 - (1 - f) p)
     cosine:    peak * (f + (1 - f) (1 + cos(pi p)) / 2)
 
-    Update W has the peak rate, and the last update has peak * f. A stage that ends with or before update W never
-    decays. Updates past the end, in a stage that was lengthened, keep the last rate.
+    Update W has the peak rate, and the last update has peak * f. The rate never decays if update W is the last one or
+    is not reached. Updates past the end of the stage keep the last rate.
 
     Args:
         config: peak rate, warmup and schedule.

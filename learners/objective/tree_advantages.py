@@ -21,7 +21,12 @@ ROOT = 0  # number of the prompt in every tree
 
 @dataclass(frozen=True, slots=True)
 class NodeAdvantage:
-    """Advantage of every token of a node, and the number of draws, > 0, that these tokens stand for."""
+    """Advantage of a node.
+
+    Attributes:
+        advantage: advantage of each of its tokens.
+        draws: number of samples that its tokens stand for, > 0.
+    """
 
     advantage: float
     draws: float
@@ -31,8 +36,10 @@ class NodeAdvantage:
 class _Tree:
     """Sampled chains of one tree and their rewards.
 
-    chains: nodes of every chain, without the root. rewards: [chains].
-    through: indices of the chains through each node.
+    Attributes:
+        chains: nodes of every chain, without the root.
+        rewards: [chains], the reward of every chain.
+        through: indices of the chains through each node.
     """
 
     chains: list[tuple[int, ...]]
@@ -53,30 +60,31 @@ def tree_advantages(
     sibling_mean: see `_sibling_mean`, which compares a node with its siblings; draws are the node's `samples`.
 
     The other estimators count chains: c(s) are the sampled chains through node s, R_i is the reward of chain i, and
-    draws(s) = |c(s)|. A node is trained once, with advantage * draws. Before clipping this gives the policy gradient of
-    training every sampled chain whole, as in the papers.
+    draws(s) = |c(s)|. A node is trained once, with advantage * draws. Before clipping, the policy gradient equals that
+    of the papers, which train every sampled chain in full.
 
     group:      A(s) = mean over c(s) of R_i - mean R
     treepo:     A(s) = mean over c(s) of  sum_g |g| (R_i - mean_g R) / sum_g |g|;  g: the set of all chains, and for
-                each inner node of chain i the chains through it, if they are at least two
+                each inner node of chain i the set of chains through it, if it has at least two
     treerl:     A(s) = [(V(s) - V(root)) + (V(s) - V(parent))] / sqrt|c(s)|;  V(s) = mean over c(s) of R~_i, the reward
-                less the mean of all other rewards. The division offsets the draws: a node shared by many chains would
-                otherwise outweigh the nodes in which they differ.
+                minus the mean of all other rewards. The division partly offsets the factor `draws`: otherwise, a node
+                shared by many chains would outweigh the nodes in which they differ.
     backed_up:  A(s) = score(s) - mean (2 R - 1);  see `_backed_up`
     use_std:    A(s) / (std + 1e-6), std of all R (of 2 R - 1 for backed_up), n - 1 in the denominator
 
     A leaf that was drawn `samples` times counts as that many chains. A chain that ends at an inner node counts once.
     All advantages of a tree are exactly 0 if its rewards are equal or it has only one chain. (Without this rule,
-    backed_up would reward every thought of a tree with only wrong answers: no score is as low as the mean of -1.)
+    backed_up would reward the inner nodes of a tree with only wrong answers: the score tanh(q) of an inner node is
+    always above the mean reward, which is -1.)
 
-    A backtracking child exists because the verifier found an answer below its parent wrong. The policy has no such hint
-    when it is used. So the backtracking children of a node start a tree of their own with that node as root, and a
-    chain counts only in the tree of its last backtracking child. The result of a hint is therefore neither merit nor
-    baseline of nodes that were sampled without it. A node that lies only on chains with a later hint gets advantage 0
-    and draws 1.
+    A backtracking child exists because the verifier rejected an answer below its parent. This is a hint that the policy
+    does not get when it is used. So the backtracking children of a node form a separate tree with that node as root,
+    and a chain counts only in the tree of its last backtracking child. A reward that followed a hint therefore changes
+    neither the value nor the baseline of nodes that were sampled without the hint. A node that lies only on chains with
+    a later hint gets advantage 0 and draws 1.
 
-    The tree is rebuilt from the steps of the judged trajectories. A node outside them has no advantage, and unjudged
-    trajectories count nowhere. The order of the trajectories does not matter.
+    The tree is rebuilt from the steps of the judged trajectories, in any order. Unjudged trajectories are ignored. A
+    node outside the judged trajectories has no advantage.
 
     Args:
         trajectories: trajectories of one searched group.
@@ -115,9 +123,9 @@ def _trees(judged: Sequence[Trajectory], *, signed: bool) -> list[_Tree]:
         steps = trajectory.steps
         steps = steps[max((place for place, step in enumerate(steps) if step.backtrack), default=0) :]
         root = (steps[0].parent, steps[0].backtrack) if steps else (ROOT, False)
-        drawn = steps[-1].samples if steps and steps[-1].node not in inner else 1
+        count = steps[-1].samples if steps and steps[-1].node not in inner else 1
         reward = 2.0 * trajectory.reward - 1.0 if signed else trajectory.reward
-        chains[root] += [(tuple(step.node for step in steps), reward)] * drawn
+        chains[root] += [(tuple(step.node for step in steps), reward)] * count
     return [_tree(rewarded_chains) for rewarded_chains in chains.values()]
 
 
@@ -151,8 +159,8 @@ def _treepo(tree: _Tree) -> dict[int, float]:
 
 
 def _treerl(tree: _Tree) -> dict[int, float]:
-    everything = np.ones(len(tree.rewards), dtype=np.bool_)
-    leave_one_out = group_advantages(tree.rewards, everything, estimator="rloo")
+    all_valid = np.ones(len(tree.rewards), dtype=np.bool_)
+    leave_one_out = group_advantages(tree.rewards, all_valid, estimator="rloo")
     values = _means(tree, leave_one_out)
     parents = {node: parent for chain in tree.chains for parent, node in itertools.pairwise(chain)}
     advantages = {}
@@ -163,14 +171,14 @@ def _treerl(tree: _Tree) -> dict[int, float]:
 
 
 def _backed_up(tree: _Tree) -> dict[int, float]:
-    """Return the scores that the search backs up, less the mean reward.
+    """Return the scores that DeepSearch backs up, minus the mean reward.
 
     w = max((i + 1) / (l + 1), 0.1) r   for the i-th of the l nodes of a chain with reward r in [-1, 1]
     q = sum of the positive w of a node; if it has none, sum of all w
     score = r at a leaf, tanh(q) elsewhere
 
-    Backing up chain by chain gives this q in any order: w is added to a q of the same sign, replaces q if q < 0 < w,
-    and is dropped if w < 0 < q. The temperature and the bound of tanh are 1, as in the authors' code.
+    This q equals that of backing up the chains one by one, in any order: w is added to a q of the same sign, replaces q
+    if q < 0 < w, and is dropped if w < 0 < q. The temperature and the bound of tanh are 1, as in the authors' code.
     """
     shares: dict[int, list[float]] = defaultdict(list)
     for chain, reward in zip(tree.chains, tree.rewards.tolist(), strict=True):
@@ -199,18 +207,18 @@ def _sibling_mean(judged: Sequence[Trajectory], use_std: bool) -> dict[int, Node
     A(c)   = (V(c) - V(n)) / (std(n) + 1e-6)                 use_std
     A(c)   = V(c) - V(n)                                     otherwise
 
-    The end of a trajectory is one more child of its last node: without tokens, drawn once, with the reward as value.
-    So the value of a leaf is its reward, and a node at which only some trajectories end averages over both kinds. A
-    branch counts as often as it was drawn, not as often as it was visited, because the search chooses its visits.
-    Advantages weighted by samples sum to 0 over the children of a node, ends included. They are exactly 0 if all
-    values are equal or there is only one child.
+    The end of a trajectory counts as an additional child of its last node: it has no tokens, was drawn once, and its
+    value is the reward. So the value of a leaf is its reward, and the value of a node at which only some trajectories
+    end averages over ends and children. A branch counts as often as it was drawn, not as often as it was visited,
+    because the search chooses its visits. Advantages weighted by samples sum to 0 over the children of a node, ends
+    included. They are exactly 0 if all values are equal or there is only one child.
 
-    Backtracking children are siblings only of one another. They exist because the verifier found an answer below n
-    wrong, a hint that the policy does not have, so their values are not a merit of n. V(n) is their mean only if n has
-    no other child on a judged trajectory.
+    Backtracking children are siblings only of one another. They exist because the verifier rejected an answer below n,
+    a hint that the policy does not have, so their values do not count in V(n). V(n) is their mean only if n has no
+    other child on a judged trajectory.
 
-    Nodes outside the trajectories are unknown here. With node expansion, a child that failed at once counts, and a
-    child from which the search never continued does not.
+    Nodes outside the trajectories are unknown here. With node expansion, this includes a child from which the search
+    never continued, but not a child that failed at once.
     """
     steps = {step.node: step for trajectory in judged for step in trajectory.steps}
     branches: dict[tuple[int, bool], list[tuple[int, float]]] = defaultdict(list)
@@ -238,7 +246,7 @@ def _sibling_mean(judged: Sequence[Trajectory], use_std: bool) -> dict[int, Node
 
 
 def _weighted_mean(branches: Sequence[tuple[int, float]]) -> float:
-    """Return the mean of (weight, value) pairs: the same in any order, and exact if all values are equal."""
+    """Return the weighted mean of (weight, value) pairs. It is independent of order, and exact for equal values."""
     values = [value for _, value in branches]
     if min(values) == max(values):
         return values[0]

@@ -1,7 +1,8 @@
-"""From training samples to the tensors of one forward pass.
+"""Conversion of training samples to the tensors of one forward pass.
 
-Items of an optimizer update -> micro-batches of every rank -> padded tensors, with the targets of every term of the
-loss. The plan is deterministic, so every rank computes the same plan and takes its own share.
+The items of an optimizer update are assigned to micro-batches of all ranks. Each micro-batch becomes padded tensors
+with the targets of every term of the loss. The plan is deterministic, so every rank computes the same plan and takes
+its own share.
 """
 
 from __future__ import annotations
@@ -21,22 +22,26 @@ from rlsys.types import BoolArray, Float32Array
 
 Entry = TypeVar("Entry")
 Tensors = TypeVar("Tensors")
-Span = tuple[int, int]  # [start, stop) of the items in descending order of length
+Span = tuple[int, int]  # range [start, stop) of items that are sorted by descending length
 
 # Fixed cost of a forward and backward pass, in tokens. Measured as 45 for the tiny model on one CPU thread
-# (2.5 ms at 18,000 tokens/s); the rest is a margin for the overhead of the engine.
+# (2.5 ms at 18,000 tokens/s). The rest is a margin for the overhead of the engine.
 PASS_OVERHEAD_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyTargets:
-    """M targets of the policy term and the critic; see `learners.samples.types.PolicyTokens` for the values.
+    """M targets of the policy term and the critic.
 
-    at: [M] int64, positions among the N targets of the micro-batch. row_ids: [M] int64, row of each target.
-    behavior_logprobs, advantages, weights: [M] float32. The others: [M] float32, or None if a sample lacks them.
+    The other attributes are [M] float32 tensors; see `learners.samples.types.PolicyTokens`. An optional tensor is None
+    if any sample lacks its values.
+
+    Attributes:
+        positions: [M] int64, indices into the N targets of the micro-batch.
+        row_ids: [M] int64, row of each target.
     """
 
-    at: Tensor
+    positions: Tensor
     row_ids: Tensor
     behavior_logprobs: Tensor
     advantages: Tensor
@@ -49,9 +54,14 @@ class PolicyTargets:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SftTargets:
-    """M targets of the supervised term. at: [M] int64, positions among the N targets. weights: [M] float32."""
+    """M targets of the supervised term.
 
-    at: Tensor
+    Attributes:
+        positions: [M] int64, indices into the N targets of the micro-batch.
+        weights: [M] float32.
+    """
+
+    positions: Tensor
     weights: Tensor
 
 
@@ -59,11 +69,15 @@ class SftTargets:
 class PairTargets:
     """M targets of the P pairs of a micro-batch.
 
-    at: [M] int64, positions among the N targets. segments: [M] int64, 2p for the chosen side of pair p and 2p + 1 for
-    the rejected side. reference: [2P] float64, scores under the reference policy. smoothing, weights: [P] float64.
+    Attributes:
+        positions: [M] int64, indices into the N targets of the micro-batch.
+        segments: [M] int64, 2p for the chosen side of pair p and 2p + 1 for the rejected side.
+        reference: [2P] float64, scores under the reference policy.
+        smoothing: [P] float64, label smoothing.
+        weights: [P] float64.
     """
 
-    at: Tensor
+    positions: Tensor
     segments: Tensor
     reference: Tensor
     smoothing: Tensor
@@ -77,12 +91,15 @@ class MicroBatch:
     Target column s is token s + 1, predicted by the logits at position s. A target may be trained by several terms.
     Padding on the right needs no attention mask, because causal attention never looks to the right.
 
-    input_ids: [B, L] int64.
-    loss_mask: [B, L-1] bool, True where the target is trained; the N targets are numbered in row-major order.
-    first_target: smallest column trained in any row (L - 2 if none is). `logits_to_keep = L - first_target`
-        gives all logits that are needed; the last of them predicts past the end.
-    real_tokens: number of tokens without padding.
-    policy, sft, pairs: targets of the terms; None if no sample has any.
+    Attributes:
+        input_ids: [B, L] int64.
+        loss_mask: [B, L-1] bool, True where the target is trained; the N targets are numbered in row-major order.
+        first_target: smallest column trained in any row (L - 2 if none is). `logits_to_keep = L - first_target` gives
+            all necessary logits, and those of the last position, which have no target.
+        real_tokens: number of tokens without padding.
+        policy: targets of the policy term and the critic; None if no sample has any.
+        sft: targets of the supervised term; None if no sample has any.
+        pairs: targets of the preference term; None if there is no pair.
     """
 
     input_ids: Tensor
@@ -103,13 +120,13 @@ class MicroBatch:
         if term == "preference":
             return len(self.pairs.weights) if self.pairs else 0
         targets = self.sft if term == "sft" else self.policy
-        return len(targets.at) if targets else 0
+        return len(targets.positions) if targets else 0
 
 
 def split_updates(entries: Sequence[Entry], updates: int, *, seed: int | Sequence[int]) -> list[list[Entry]]:
     """Shuffle entries and deal them to the optimizer updates of one training step.
 
-    The shuffle keeps neighbours in the prompt stream from always sharing an update.
+    Without the shuffle, neighbours in the prompt stream would always share an update.
 
     Args:
         entries: entries to deal, such as the list of items of each group.
@@ -130,46 +147,47 @@ def split_updates(entries: Sequence[Entry], updates: int, *, seed: int | Sequenc
 
 @dataclass(frozen=True, slots=True)
 class _Ordered:
-    """Items in descending order of length; before[n] counts the samples of all items before the n-th."""
+    """Items in descending order of length. `samples_before[n]` counts the samples of the first n items."""
 
     lengths: Sequence[int]
-    before: Sequence[int]
+    samples_before: Sequence[int]
 
     def padded_tokens(self, span: Span) -> int:
         start, stop = span
-        return (self.before[stop] - self.before[start]) * self.lengths[start] if stop > start else 0
+        return (self.samples_before[stop] - self.samples_before[start]) * self.lengths[start] if stop > start else 0
 
 
 def plan_micro_batches(
-    lengths: Sequence[int], *, ranks: int, budget_tokens: int, heights: Sequence[int] | None = None
+    lengths: Sequence[int], *, ranks: int, budget_tokens: int, sample_counts: Sequence[int] | None = None
 ) -> list[list[list[int]]]:
     """Assign items to the micro-batches of all ranks.
 
-    Items are sorted by length and cut into K * ranks micro-batches. Among the cuts for one K, the cut with the
-    smallest largest micro-batch is taken, so that micro-batches are nearly equal. K is at least the number that the
-    budget demands, and larger if that saves more padding than the extra passes cost. All ranks run the same number of
-    passes: if a cut gives too few micro-batches, the largest are halved, and if only single items are left, empty
-    micro-batches are added.
+    Items are sorted by length and cut into K * ranks micro-batches. For each K, the plan uses the cut whose largest
+    micro-batch is smallest, so that micro-batches are nearly equal. K is at least the number that the budget demands.
+    It is larger if that saves more padding than the extra passes cost. All ranks run the same number of passes: if a
+    cut gives too few micro-batches, the largest are halved. If only single items are left, empty micro-batches are
+    added.
 
     Args:
         lengths: tokens of the longest sample of every item, each >= 1.
         ranks: R, >= 1.
-        budget_tokens: upper bound on samples * longest sample of a micro-batch. An item above it gets its own.
-        heights: number of samples of every item, each >= 1; 1 by default.
+        budget_tokens: upper bound on samples * longest sample of a micro-batch. An item above the bound gets a
+            micro-batch for itself.
+        sample_counts: number of samples of every item, each >= 1; None for 1 each.
 
     Returns:
-        [R][K] lists of item indices, K >= 1; every item is in exactly one. Padded tokens of two ranks differ by at
-        most the difference between two micro-batches. The k-th micro-batches of all ranks are similar in size, which
-        matters if ranks synchronise in every pass (ZeRO 3).
+        [R][K] lists of item indices, K >= 1; every item is in exactly one list. The padded tokens of two ranks differ
+        by at most the difference between two micro-batches. The k-th micro-batches of all ranks are similar in size.
+        This matters if ranks synchronise in every pass (ZeRO 3).
 
     Raises:
         ValueError: ranks, budget_tokens or a length is below 1.
     """
     if ranks < 1 or budget_tokens < 1 or min(lengths, default=1) < 1:
         raise ValueError(f"expected ranks, budget_tokens and lengths >= 1, found {ranks}, {budget_tokens}, {lengths}")
-    heights = heights or [1] * len(lengths)
+    sample_counts = sample_counts or [1] * len(lengths)
     order = sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))
-    items = _Ordered([lengths[item] for item in order], [0, *accumulate(heights[item] for item in order)])
+    items = _Ordered([lengths[item] for item in order], [0, *accumulate(sample_counts[item] for item in order)])
     fewest = max(1, -(-len(_cut(items, budget_tokens)) // ranks))
     candidates = range(fewest, 4 * fewest + 1, max(1, fewest // 4))
     plans = [_plan(items, ranks, passes, budget_tokens) for passes in candidates]
@@ -192,8 +210,8 @@ def _cut(items: _Ordered, budget: int) -> list[Span]:
     """Cut items into consecutive spans, each as wide as the budget allows and at least one item wide."""
     spans, start = [], 0
     while start < len(items.lengths):
-        samples = items.before[start] + budget // items.lengths[start]
-        stop = max(start + 1, bisect_right(items.before, samples, lo=start) - 1)
+        samples = items.samples_before[start] + budget // items.lengths[start]
+        stop = max(start + 1, bisect_right(items.samples_before, samples, lo=start) - 1)
         spans.append((start, stop))
         start = stop
     return spans
@@ -239,9 +257,9 @@ def _deal(spans: Sequence[Span], ranks: int, items: _Ordered) -> list[list[Span]
 
 
 def collate(items: Sequence[PackItem], pad_id: int) -> MicroBatch:
-    """Pad samples to one length and shift everything that belongs to targets.
+    """Pad samples to one length, and align masks and values with the targets.
 
-    An empty micro-batch becomes one row of padding that trains nothing, because all ranks must run the same number of
+    Without items, the result is one row of padding that trains nothing, because all ranks must run the same number of
     forward and backward passes.
 
     Args:
@@ -259,8 +277,8 @@ def collate(items: Sequence[PackItem], pad_id: int) -> MicroBatch:
     numbers = np.cumsum(targets).reshape(targets.shape) - 1
 
     def positions(mask: BoolArray | None, index: int) -> np.ndarray:
-        """Return the numbers of the targets of one term in a sample; an empty array if the term does not train it."""
-        return _NONE if mask is None else numbers[index, : len(mask) - 1][mask[1:]]
+        """Return the target numbers of a term in a sample; an empty array without a mask."""
+        return _NO_TARGETS if mask is None else numbers[index, : len(mask) - 1][mask[1:]]
 
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
@@ -280,7 +298,7 @@ def collate(items: Sequence[PackItem], pad_id: int) -> MicroBatch:
     )
 
 
-_NONE = np.zeros(0, dtype=np.int64)
+_NO_TARGETS = np.zeros(0, dtype=np.int64)
 
 
 def _policy_targets(samples: Sequence[Sample], positions: Sequence[np.ndarray]) -> PolicyTargets | None:
@@ -300,7 +318,7 @@ def _policy_targets(samples: Sequence[Sample], positions: Sequence[np.ndarray]) 
     behavior, advantages = gather(lambda tokens: tokens.behavior_logprobs), gather(lambda tokens: tokens.advantages)
     assert behavior is not None and advantages is not None  # noqa: S101 - every sample has them
     return PolicyTargets(
-        at=torch.from_numpy(np.concatenate([positions[index] for index, _ in trained])),
+        positions=torch.from_numpy(np.concatenate([positions[index] for index, _ in trained])),
         row_ids=torch.from_numpy(np.repeat([index for index, _ in trained], counts)),
         behavior_logprobs=behavior,
         advantages=advantages,
@@ -317,16 +335,16 @@ def _sft_targets(samples: Sequence[Sample], positions: Sequence[np.ndarray]) -> 
         return None
     weights = np.repeat([sample.sft_weight for sample in samples], [len(numbers) for numbers in positions])
     return SftTargets(
-        at=torch.from_numpy(np.concatenate(positions)), weights=torch.from_numpy(weights.astype(np.float32))
+        positions=torch.from_numpy(np.concatenate(positions)), weights=torch.from_numpy(weights.astype(np.float32))
     )
 
 
 def _pair_targets(pairs: Sequence[Pair], positions: Sequence[np.ndarray]) -> PairTargets | None:
-    """Return the targets of pairs; `positions` holds chosen and rejected side of every pair in turn."""
+    """Return the targets of pairs. `positions` has the chosen and the rejected side of every pair in turn."""
     if not pairs:
         return None
     return PairTargets(
-        at=torch.from_numpy(np.concatenate(positions)),
+        positions=torch.from_numpy(np.concatenate(positions)),
         segments=torch.from_numpy(np.repeat(np.arange(len(positions)), [len(numbers) for numbers in positions])),
         reference=torch.tensor([pair.reference for pair in pairs], dtype=torch.float64).flatten(),
         smoothing=torch.tensor([pair.smoothing for pair in pairs], dtype=torch.float64),

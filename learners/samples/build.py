@@ -1,4 +1,4 @@
-"""From the data of a training step to the packed items that its updates train on."""
+"""Construction of the packed items of a training step from its data."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class Scorer(PolicyScorer, Protocol):
 class StepTerms:
     """Terms of the joint loss in one training step.
 
-    weights: weight of each term; a term without a weight needs no samples and no scores.
-    chosen_sft: whether the term sft trains the chosen side of pairs.
-    kl_weight: coefficient of the KL term in this step, in the reward or in the loss.
+    Attributes:
+        weights: weight of each term; a term without a weight needs no samples and no scores.
+        chosen_sft: whether the term sft trains the chosen side of pairs.
+        kl_weight: coefficient of the KL term in this step, in the reward or in the loss.
     """
 
     weights: Mapping[str, float]
@@ -50,8 +51,8 @@ def build_samples(
         scorer: called only for the scores that the objective needs.
 
     Returns:
-        Three lists: of the groups, of the other pairs, and of the demonstrations. Each holds lists of items, and the
-        items of one list must be trained in the same update.
+        Three lists: for the groups, for the other pairs, and for the demonstrations. Each has one list of items per
+        entry, and the items of an entry must be trained in the same update.
     """
     weights = terms.weights
     chosen_sft = terms.chosen_sft and "sft" in weights
@@ -85,7 +86,7 @@ def _policy_items(
 def _tree_pairs(
     groups: Sequence[TrajectoryGroup], objective: ObjectiveConfig, weights: Mapping[str, float], scorer: Scorer
 ) -> list[list[Preference]]:
-    """Return the pairs of every group's tree, scored under the reference policy if the preference term needs them."""
+    """Return the pairs of every tree. Add reference scores if the step has a preference term."""
     if objective.preference.source != "search":
         return [[] for _ in groups]
     chains = objective.preference.pairs == "chains"
@@ -102,7 +103,7 @@ def _tree_pairs(
 
 
 def count_dropped_step_pairs(groups: Sequence[TrajectoryGroup]) -> int:
-    """Return the number of sibling pairs that are not trained, because one side is a prefix of the other."""
+    """Return the number of sibling pairs that cannot be trained because one side is a prefix of the other."""
     return sum(step_pair(preference) is None for group in groups for preference in group.step_preferences)
 
 
@@ -138,12 +139,12 @@ def critic_items(items: Sequence[PackItem]) -> list[PackItem]:
 
 
 def without_policy(items: Sequence[PackItem]) -> list[PackItem]:
-    """Return the items that no policy term trains."""
+    """Return the items that the policy term does not train."""
     return [item for item in items if all(sample.policy is None for sample in item.samples)]
 
 
 def pair_score_samples(pairs: Sequence[Preference], objective: ObjectiveConfig) -> list[Sample]:
-    """Return chosen and rejected side of every pair in turn, with the tokens that make up their scores."""
+    """Return the samples whose scores a preference term needs: chosen and rejected side of each pair in turn."""
     mask_prefix = objective.preference.mask_prefix_dpo
     return [
         sample

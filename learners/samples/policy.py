@@ -1,4 +1,4 @@
-"""Samples of the policy term: trajectory groups with an advantage for every token that the policy chose."""
+"""Construction of the policy term's samples, with advantages, from trajectory groups."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class PolicyScorer(Protocol):
         ...
 
     def values(self, samples: Sequence[Sample]) -> list[Float32Array]:
-        """Return the critic's estimates of the return from before each token on."""
+        """Return the critic's estimates of the return that follows each token, made before the token."""
         ...
 
 
@@ -48,13 +48,13 @@ def policy_samples(
 
     Trajectories without a verdict (outcome "error" or "timeout") are left out of the samples, the baselines and every
     count. A group without any verdict gives an empty list. Sampled groups use `policy.estimator`, and estimators that
-    whiten do so over all sampled groups of the step. Searched groups use `policy.tree_estimator`.
+    whiten use all sampled groups of the step. Searched groups use `policy.tree_estimator`.
 
     Args:
         groups: trajectory groups of the step.
         objective: the joint objective.
         max_tokens: length limit of a completion, `sampling.max_tokens`, for overlong shaping.
-        kl_weight: coefficient of the KL term in this step, in the reward or in the loss; 0 needs no reference policy.
+        kl_weight: coefficient of the KL term in this step, in the reward or in the loss; 0 without a reference policy.
         scorer: called only for the scores that the objective needs.
 
     Returns:
@@ -66,7 +66,7 @@ def policy_samples(
     ]
     if kl_weight:
         reference = iter(scorer.reference_logprobs([sample for samples in by_group for sample in samples]))
-        by_group = [[_with(sample, reference_logprobs=next(reference)) for sample in samples] for samples in by_group]
+        by_group = [[_set(sample, reference_logprobs=next(reference)) for sample in samples] for samples in by_group]
     sampled = [number for number, group in enumerate(groups) if not group.searched]
     rewards = [np.array([t.reward for t in shaped[number].trajectories if t.judged]) for number in sampled]
     finished = _with_advantages([by_group[number] for number in sampled], rewards, objective, kl_weight, scorer)
@@ -117,10 +117,10 @@ def _with_advantages(
     estimator = objective.policy.estimator
     samples = [sample for group in groups for sample in group]
     if objective.kl.in_reward and kl_weight:
-        samples = _with_each(samples, "old_logprobs", scorer.old_logprobs(samples))
+        samples = _set_each(samples, "old_logprobs", scorer.old_logprobs(samples))
     penalties = iter([_kl_penalty(sample, objective, kl_weight) for sample in samples])
     if estimator == "gae":
-        samples = _with_each(samples, "values", scorer.values(samples))
+        samples = _set_each(samples, "values", scorer.values(samples))
     remaining = iter(samples)
     rewarded = [
         _RewardedGroup([next(remaining) for _ in group], group_rewards, [next(penalties) for _ in group])
@@ -129,9 +129,9 @@ def _with_advantages(
     advantages, returns = _estimate(rewarded, objective.policy)
     if estimator in WHITENED:
         advantages = whiten(advantages, [_mask(sample) for sample in samples])
-    samples = _with_each(samples, "advantages", advantages)
+    samples = _set_each(samples, "advantages", advantages)
     if returns is not None:
-        samples = _with_each(samples, "returns", returns)
+        samples = _set_each(samples, "returns", returns)
     finished = iter(samples)
     return [[next(finished) for _ in group] for group in groups]
 
@@ -141,7 +141,7 @@ def _kl_penalty(sample: Sample, objective: ObjectiveConfig, kl_weight: float) ->
     tokens = sample.policy
     if not objective.kl.in_reward or tokens is None or tokens.old_logprobs is None or tokens.reference_logprobs is None:
         return np.zeros(sample.length)
-    # The estimators of the loss, in torch: numpy's expm1 gives other last bits.
+    # Use the estimator of the loss, which is in torch: numpy's expm1 rounds differently.
     old, reference = (
         torch.from_numpy(logprobs.astype(np.float64)) for logprobs in (tokens.old_logprobs, tokens.reference_logprobs)
     )
@@ -154,14 +154,14 @@ def _kl_penalty(sample: Sample, objective: ObjectiveConfig, kl_weight: float) ->
 
 @dataclass(frozen=True, slots=True)
 class _RewardedGroup:
-    """Samples of one group, their rewards [n] and the KL penalties of their tokens, [T] each."""
+    """n samples of one group, their rewards, [n], and the KL penalties of their tokens, [T] per sample."""
 
     samples: Sequence[Sample]
     rewards: Float64Array
     penalties: Sequence[Float64Array]
 
     def token_rewards(self) -> Iterator[tuple[Sample, Float64Array]]:
-        """Yield every sample with its [T] rewards: minus the penalty, plus the reward on the last trained token."""
+        """Yield every sample with its [T] token rewards: -penalty, plus the reward on the last trained token."""
         for sample, reward, penalty in zip(self.samples, self.rewards, self.penalties, strict=True):
             token_rewards = -penalty
             trained = np.flatnonzero(_mask(sample))
@@ -185,7 +185,7 @@ def _estimate(groups: Sequence[_RewardedGroup], policy: PolicyConfig) -> Estimat
 
 
 def _critic_estimate(groups: Sequence[_RewardedGroup], policy: PolicyConfig) -> Estimate:
-    """Return generalised advantage estimates, with the critic's values of the samples."""
+    """Return generalised advantage estimates and returns, from the critic's values in the samples."""
     advantages, returns = [], []
     for group in groups:
         for sample, rewards in group.token_rewards():
@@ -204,12 +204,12 @@ def _return_estimate(groups: Sequence[_RewardedGroup], gamma: float) -> list[Flo
 
 
 def _group_estimate(groups: Sequence[_RewardedGroup], estimator: GroupEstimator) -> list[Float64Array]:
-    """Compare rewards less their KL penalties within each group; all tokens of a sample get the same advantage."""
+    """Return group advantages of rewards minus KL penalties, the same for all tokens of a sample."""
     advantages: list[Float64Array] = []
     for group in groups:
         penalties = np.array([float(penalty.sum()) for penalty in group.penalties])
-        everyone = np.ones(len(group.samples), dtype=np.bool_)
-        estimate = group_advantages(group.rewards - penalties, everyone, estimator=estimator)
+        all_valid = np.ones(len(group.samples), dtype=np.bool_)
+        estimate = group_advantages(group.rewards - penalties, all_valid, estimator=estimator)
         advantages += [
             np.full(sample.length, advantage) for sample, advantage in zip(group.samples, estimate, strict=True)
         ]
@@ -220,7 +220,7 @@ def _searched_samples(group: TrajectoryGroup, policy: PolicyConfig) -> list[Samp
     """Return samples in which every thought node of the group is trained once, with its own advantage.
 
     The first judged trajectory that holds a node trains it; in later trajectories the node is context. Tokens outside
-    nodes and tokens that the policy did not choose are not trained. A trajectory with nothing to train gives no sample.
+    nodes and tokens that the policy did not choose are not trained. A trajectory without a trained token gives none.
 
     A node that was drawn s times stands for s samples of the policy. Its advantage is multiplied by s and divided by
     the mean of s over all trained tokens of the group, so that each group keeps its weight relative to other groups.
@@ -251,22 +251,22 @@ def _searched_samples(group: TrajectoryGroup, policy: PolicyConfig) -> list[Samp
             draws.append(token_draws[1:][mask[1:]])
     mean = np.concatenate(draws).mean(dtype=np.float64) if draws else 1.0
     return [
-        _with(sample, advantages=(sample.policy.advantages / mean).astype(np.float32))
+        _set(sample, advantages=(sample.policy.advantages / mean).astype(np.float32))
         for sample in samples
         if sample.policy
     ]
 
 
 def _mask(sample: Sample) -> BoolArray:
-    assert sample.policy is not None  # noqa: S101 - made here
+    assert sample.policy is not None  # noqa: S101 - all samples here have policy tokens
     return sample.policy.mask
 
 
-def _with(sample: Sample, **values: Any) -> Sample:
-    assert sample.policy is not None  # noqa: S101 - made here
+def _set(sample: Sample, **values: Any) -> Sample:
+    assert sample.policy is not None  # noqa: S101 - all samples here have policy tokens
     return replace(sample, policy=replace(sample.policy, **values))
 
 
-def _with_each(samples: Sequence[Sample], name: str, arrays: Sequence[np.ndarray]) -> list[Sample]:
-    """Return the samples with one array each, as float32, in the field `name` of their policy tokens."""
-    return [_with(sample, **{name: array.astype(np.float32)}) for sample, array in zip(samples, arrays, strict=True)]
+def _set_each(samples: Sequence[Sample], name: str, arrays: Sequence[np.ndarray]) -> list[Sample]:
+    """Return the samples with the field `name` of their policy tokens set to one float32 array each."""
+    return [_set(sample, **{name: array.astype(np.float32)}) for sample, array in zip(samples, arrays, strict=True)]

@@ -12,15 +12,17 @@ from rlsys.types import BoolArray, Demonstration, Float32Array, Int32Array, Pref
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyTokens:
-    """Tokens of a sample that the policy term trains; the arrays are [T] and defined where `mask` is True.
+    """Tokens of a sample that the policy term trains. The arrays have valid values where `mask` is True.
 
-    mask: [T] bool, True on tokens that may be trained. Token 0 has no prediction and is never trained.
-    behavior_logprobs: [T] float32, nats, as the sampler reported them.
-    advantages: [T] float32.
-    weight: weight of each of these tokens in the loss of the update, with aggregation and global denominator.
-    old_logprobs: [T] float32, nats, of the policy at the start of the step. None means the current policy.
-    reference_logprobs: [T] float32, nats, of the reference policy; None without a KL term.
-    values, returns: [T] float32, the critic's estimate at the start of the step and its target; None without a critic.
+    Attributes:
+        mask: [T] bool, True on tokens that may be trained. Token 0 has no prediction and is never trained.
+        behavior_logprobs: [T] float32, nats, as the sampler reported them.
+        advantages: [T] float32.
+        weight: weight of each of these tokens in the loss of the update; includes aggregation and global denominator.
+        old_logprobs: [T] float32, nats, of the policy at the start of the step. None means the current policy.
+        reference_logprobs: [T] float32, nats, of the reference policy; None without a KL term.
+        values: [T] float32, the critic's estimates at the start of the step; None without a critic.
+        returns: [T] float32, the critic's targets; None without a critic.
     """
 
     mask: BoolArray
@@ -37,10 +39,12 @@ class PolicyTokens:
 class Sample:
     """One training sequence.
 
-    token_ids: [T] int32, T >= 1.
-    policy: the tokens that the policy term trains.
-    sft_mask: [T] bool, tokens whose negative log-likelihood is trained. sft_weight: weight of each of them in the loss.
-    preference_mask: [T] bool, tokens whose log-probabilities are summed into the score of this side of a pair.
+    Attributes:
+        token_ids: [T] int32, T >= 1.
+        policy: the tokens that the policy term trains.
+        sft_mask: [T] bool, tokens whose negative log-likelihood is trained.
+        sft_weight: weight of each token of `sft_mask` in the loss.
+        preference_mask: [T] bool, tokens whose log-probabilities are summed into the score of this side of a pair.
     """
 
     token_ids: Int32Array
@@ -74,8 +78,10 @@ class Sample:
 class Pair:
     """Inputs of the preference term for one pair, in addition to its two samples.
 
-    reference: scores of the chosen and the rejected side under the reference policy, sums in nats.
-    smoothing: label smoothing eps of this pair. weight: weight of the pair in the loss.
+    Attributes:
+        reference: scores of the chosen and the rejected side under the reference policy, sums in nats.
+        smoothing: label smoothing eps of this pair.
+        weight: weight of the pair in the loss.
     """
 
     reference: tuple[float, float]
@@ -97,7 +103,7 @@ class PackItem:
 
 
 def count_targets(mask: BoolArray | None) -> int:
-    """Return the number of trained tokens in a mask; the first token has no prediction and never counts."""
+    """Return the number of trained tokens in a mask. The first token has no prediction and never counts."""
     return 0 if mask is None else int(mask[1:].sum())
 
 
@@ -107,7 +113,7 @@ def demonstration_sample(demonstration: Demonstration) -> Sample:
 
 
 def step_pair(preference: StepPreference) -> Preference | None:
-    """Join the prefix and the two continuations into a pair; None if one side is a prefix of the other."""
+    """Return the pair of the prefix with each continuation; None if one side is a prefix of the other."""
     prefix = preference.prefix_ids
     chosen, rejected = (np.concatenate([prefix, ids]) for ids in (preference.chosen_ids, preference.rejected_ids))
     common = common_prefix_length(chosen, rejected)
@@ -129,7 +135,7 @@ def pair_samples(pair: Preference, *, mask_prefix: bool, sft: bool, mask_prefix_
     Args:
         pair: two complete chains for one prompt.
         mask_prefix: score only the tokens after the common prefix, not all tokens after the prompt.
-        sft: train the likelihood of the chosen side too.
+        sft: also train the likelihood of the chosen side.
         mask_prefix_sft: train that likelihood only after the common prefix.
     """
 

@@ -147,7 +147,7 @@ def one_by_one(items: Sequence[PackItem]) -> Plan:
 
 def planned(items: Sequence[PackItem], ranks: int, budget: int) -> Plan:
     lengths, heights = [item.length for item in items], [len(item.samples) for item in items]
-    return plan_micro_batches(lengths, ranks=ranks, budget_tokens=budget, heights=heights)
+    return plan_micro_batches(lengths, ranks=ranks, budget_tokens=budget, sample_counts=heights)
 
 
 def update(
@@ -186,9 +186,9 @@ def target_logprobs(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     logits = model(batch.input_ids)[:, batch.first_target : -1]
     temperature = torch.ones(batch.targets, dtype=torch.float64)
     if batch.policy is not None:
-        temperature[batch.policy.at] = TEMPERATURE
+        temperature[batch.policy.positions] = TEMPERATURE
     targets, mask = batch.input_ids[:, batch.first_target + 1 :], batch.loss_mask[:, batch.first_target :]
-    at = None if batch.policy is None else batch.policy.at
+    at = None if batch.policy is None else batch.policy.positions
     return masked_token_logprobs(logits, targets, mask, temperature, entropy_at=at, entropy_gradient=True)
 
 

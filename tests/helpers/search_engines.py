@@ -99,7 +99,7 @@ def call_of(request: CompletionRequest) -> Call:
     )
 
 
-Tell = Callable[[Sequence[tuple[int, Verdict]]], None]
+OnVerdicts = Callable[[Sequence[tuple[int, Verdict]]], None]
 
 
 @dataclass
@@ -110,10 +110,10 @@ class Judges:
     raises: Callable[[str], Exception | None] = lambda chain: None
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
-    async def verify(self, items: Sequence[tuple[str, str]], tell: Tell | None = None) -> list[Verdict]:
-        return await asyncio.gather(*(self._judge(number, *item, tell) for number, item in enumerate(items)))
+    async def verify(self, items: Sequence[tuple[str, str]], on_verdicts: OnVerdicts | None = None) -> list[Verdict]:
+        return await asyncio.gather(*(self._judge(number, *item, on_verdicts) for number, item in enumerate(items)))
 
-    async def _judge(self, number: int, answer: str, chain: str, tell: Tell | None) -> Verdict:
+    async def _judge(self, number: int, answer: str, chain: str, on_verdicts: OnVerdicts | None) -> Verdict:
         for _ in range(self.rng.randrange(4)):
             await asyncio.sleep(0)
         assert answer == "1"
@@ -123,6 +123,6 @@ class Judges:
         if error is not None:
             raise error
         verdict = WORLD.judge(chain)
-        if tell is not None:
-            tell([(number, verdict)])
+        if on_verdicts is not None:
+            on_verdicts([(number, verdict)])
         return verdict

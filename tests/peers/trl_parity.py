@@ -141,7 +141,7 @@ def test_preference_losses(trl, loss_type, loss, length_norm):
     with torch.no_grad():
         reference = pair_scores(our_logprobs(trl.reference, rows, 1.0)[0].double(), segments, len(rows))
     targets = PairTargets(
-        at=torch.arange(len(logprobs)),
+        positions=torch.arange(len(logprobs)),
         segments=segments,
         reference=reference,
         smoothing=torch.zeros(len(pairs), dtype=torch.float64),

@@ -92,7 +92,7 @@ def test_only_a_matching_node_follows_the_beginning_of_a_node() -> None:
         defect=None,
     )
     plan = expander.children(tree.add(tree.root, new))
-    assert (plan.fixed, [part.type for part in plan.parts]) == ([], ["thinking"])
+    assert (plan.fixed, [part.type for part in plan.calls]) == ([], ["thinking"])
     # "<t" is there already, so only the rest of the opening tag is forced.
-    assert codec().decode(plan.parts[0].forced) == "hinking>"
+    assert codec().decode(plan.calls[0].forced) == "hinking>"
     assert tree.counts == {"other_node_begun": 2}

@@ -192,7 +192,7 @@ def test_a_tree_without_a_judged_or_ended_chain_is_a_failure_with_reason_and_cos
     failure = build_searched_group(searched, PROMPT, CODEC, EXTRACT)
     assert isinstance(failure, RolloutFailure)
     assert failure.prompt is PROMPT
-    expected = "1 off_pattern" if searched.counts else "no node could be asked for"
+    expected = "1 off_pattern" if searched.counts else "no node could be requested"
     assert failure.reason == f"no chain of the tree was judged or ended: {expected}"
     assert failure.tokens == searched.tokens
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from scripted_verifier import chain_command
-from search_engines import WORLD, Judges, Tell, ThreadEngine, call_of
+from search_engines import WORLD, Judges, OnVerdicts, ThreadEngine, call_of
 from search_world import QUESTION, codec, grow, prompt, search_model
 
 from actors.engine import Completion, CompletionRequest
@@ -240,9 +240,11 @@ def test_enough_requests_are_open_while_trees_wait(engines: Any) -> None:
     seen: list[tuple[int, int]] = []
 
     class Watching(Judges):
-        async def verify(self, items: Sequence[tuple[str, str]], tell: Tell | None = None) -> list[Verdict]:
+        async def verify(
+            self, items: Sequence[tuple[str, str]], on_verdicts: OnVerdicts | None = None
+        ) -> list[Verdict]:
             seen.append((len(scheduler._waiting), scheduler._in_flight))
-            return await super().verify(items, tell)
+            return await super().verify(items, on_verdicts)
 
     scheduler = new_scheduler({"policy": engines()}, Watching(), in_flight=8)
     names = [f"p{number}" for number in range(40)]

@@ -21,8 +21,8 @@ class NodeStats:
     total: float = 0.0
     in_flight: int = 0
     logprob: float = 0.0
-    drawn: int = 0
-    tried: int = 0
+    chosen_tokens: int = 0
+    unrewarded: int = 0
 
 
 def chooser(visits: int, total: float, others: int = 0) -> NodeStats:
@@ -96,21 +96,24 @@ def test_puct_by_hand() -> None:
     # N_p 8 and the choosing simulation: sqrt 9 = 3; c = 2, so c sqrt(..) = 6.
     # N 3, O 0, total 1:  1/3 + 6 * 0.73105857863 / 4 = 0.33333... + 1.09658786794... = 1.4299212012783407
     # N 5, O 1, total 4:  4/5 + 6 * 0.26894142137 / 7 = 0.8 + 0.23052121831... = 1.0305212183171387
-    children = [NodeStats(3, 1.0, logprob=-2.0, drawn=2), NodeStats(5, 4.0, in_flight=1, logprob=-8.0, drawn=4)]
+    children = [
+        NodeStats(3, 1.0, logprob=-2.0, chosen_tokens=2),
+        NodeStats(5, 4.0, in_flight=1, logprob=-8.0, chosen_tokens=4),
+    ]
     scores = puct_scores(children, chooser(8, 5.0), PuctConfig(type="puct", exploration=2.0))
     assert scores == pytest.approx([1.4299212012783407, 1.0305212183171387], rel=1e-12)
 
 
 def test_the_length_exponent_of_a_prior() -> None:
     # Exponent 0: exp(-2) against exp(-8); P_0 = 1/(1 + e^-6) = 0.9975273768433653. sqrt(1) = 1, N = 0, Q = 0.
-    children = [NodeStats(logprob=-2.0, drawn=2), NodeStats(logprob=-8.0, drawn=4)]
+    children = [NodeStats(logprob=-2.0, chosen_tokens=2), NodeStats(logprob=-8.0, chosen_tokens=4)]
     scores = puct_scores(children, chooser(0, 0.0), PuctConfig(type="puct", length_exponent=0.0))
     assert scores == pytest.approx([0.9975273768433653, 1 - 0.9975273768433653], rel=1e-12)
 
 
 def test_priors_too_small_for_a_float_and_fixed_texts() -> None:
     # exp(-1000) is 0 as a float: no prior counts, and no division by 0 either. Q of the parent is 1/2.
-    hopeless = [NodeStats(logprob=-1000.0, drawn=1), NodeStats(logprob=-1000.0, drawn=1)]
+    hopeless = [NodeStats(logprob=-1000.0, chosen_tokens=1), NodeStats(logprob=-1000.0, chosen_tokens=1)]
     assert puct_scores(hopeless, NodeStats(2, 1.0), PuctConfig(type="puct")) == [0.5, 0.5]
     # Two fixed texts: prior 1/2 each. sqrt(2 + 2) = 2; 0.5 + 2 * 0.5 / 1 = 1.5.
     assert puct_scores([NodeStats(), NodeStats()], chooser(2, 1.0, others=1), PuctConfig(type="puct")) == [1.5, 1.5]
@@ -120,7 +123,7 @@ def test_frontier_by_hand() -> None:
     # Q_p = 3/4: 0.4 tanh(0.75) = 0.4 * 0.6351489523872873 = 0.25405958095491495
     # H = 6/4 = 1.5 nats a token: 0.4 * 1.5 = 0.6; depth 4 of 16: 0.01 sqrt(1/4) = 0.005. Sum 0.859059580954915
     config = FrontierConfig(type="frontier")
-    node = NodeStats(logprob=-6.0, drawn=4)
+    node = NodeStats(logprob=-6.0, chosen_tokens=4)
     assert frontier_score(node, NodeStats(4, 3.0), 4, 16, config) == pytest.approx(0.859059580954915, rel=1e-12)
     # The prompt has no parent and no tokens. The Q of a parent without a visit is 0.
     assert frontier_score(NodeStats(), None, 0, 16, config) == 0.0
@@ -161,7 +164,7 @@ def test_without_a_tie_nothing_is_drawn() -> None:
 def test_simulations_that_ended_without_a_reward_shrink_exploration() -> None:
     # Five simulations ended below the first child without a reward. Q of both is 1, N_p = 10: the first has
     # 1 + 2 sqrt(ln 10 / 5) = 2.357, the second, with four visits, 1 + 2 sqrt(ln 10 / 4) = 2.517.
-    children = [NodeStats(tried=5), NodeStats(visits=4, total=4.0)]
-    parent = NodeStats(visits=4, total=4.0, tried=5, in_flight=2)
+    children = [NodeStats(unrewarded=5), NodeStats(visits=4, total=4.0)]
+    parent = NodeStats(visits=4, total=4.0, unrewarded=5, in_flight=2)
     expected = [1 + 2 * math.sqrt(math.log(10) / count) for count in (5, 4)]
     assert ucb_scores(children, parent, UcbConfig()) == pytest.approx(expected)

@@ -97,11 +97,11 @@ FAILING = {
     "kill_group": "exit status -9",
     "daemon_and_exit": "exit status 3",
     "fork_many": f"more than {MAX_PROCESSES} processes",
-    "write_anywhere garbage\\n": "wrote what is no verdict",
-    f"write_anywhere {'[' * 60_000}\\n": "wrote what is no verdict",
-    'write_anywhere [0, "ok", NaN, true, ""]\\n': "wrote what is no verdict",
-    'write_anywhere ["ok", 1.0, true, ""]\\n': "wrote what is no verdict",
-    'write_anywhere [999, "ok", 1.0, true, ""]\\n': "wrote what is no verdict",
+    "write_anywhere garbage\\n": "wrote something other than a verdict",
+    f"write_anywhere {'[' * 60_000}\\n": "wrote something other than a verdict",
+    'write_anywhere [0, "ok", NaN, true, ""]\\n': "wrote something other than a verdict",
+    'write_anywhere ["ok", 1.0, true, ""]\\n': "wrote something other than a verdict",
+    'write_anywhere [999, "ok", 1.0, true, ""]\\n': "wrote something other than a verdict",
 }
 
 
@@ -136,7 +136,7 @@ def test_verdicts_before_garbage_in_the_same_read_count() -> None:
 def test_too_many_or_misnumbered_verdicts_are_an_error(numbers: tuple[int, ...]) -> None:
     lines = "".join(f'[{number}, "ok", 1.0, true, ""]\\n' for number in numbers)
     (verdict,), _ = judge([f"write_anywhere {lines}"], PATIENT)
-    assert (verdict.outcome, verdict.detail) == ("error", "the verifier process wrote what is no verdict")
+    assert (verdict.outcome, verdict.detail) == ("error", "the verifier process wrote something other than a verdict")
 
 
 def test_processes_of_a_verification_end_with_its_verdict() -> None:

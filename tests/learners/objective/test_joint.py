@@ -310,5 +310,5 @@ def test_the_learner_recomputes_the_samplers_log_probabilities():
         logprobs, _ = target_logprobs(model, batch)
         plain = torch.log_softmax(model(torch.tensor([[1, 2, 3]])), dim=-1)[0, [0, 1], [2, 3]]
     # Behavior log-probabilities are stored in fp32.
-    assert (logprobs[batch.policy.at] - batch.policy.behavior_logprobs).abs().max() < 1e-6
-    assert (logprobs[batch.sft.at] - plain).abs().max() < 1e-12  # supervised targets use temperature 1
+    assert (logprobs[batch.policy.positions] - batch.policy.behavior_logprobs).abs().max() < 1e-6
+    assert (logprobs[batch.sft.positions] - plain).abs().max() < 1e-12  # supervised targets use temperature 1

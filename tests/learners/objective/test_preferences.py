@@ -158,7 +158,7 @@ def pair_loss(logratios: Tensor, segments: Tensor, form: Form) -> LossOutput:
     """One pair; segment 0 is the chosen completion, 1 the rejected one."""
     loss, length_norm, smoothing = form
     pair = PairTargets(
-        at=torch.arange(len(logratios)),
+        positions=torch.arange(len(logratios)),
         segments=segments,
         reference=t64([0, 0]),
         smoothing=t64([smoothing]),

@@ -42,7 +42,7 @@ def test_collate_of_policy_rows_by_hand():
     assert batch.first_target == 1  # token 2 is the first one trained; logits 1 and 2 predict all targets
     assert (batch.targets, batch.real_tokens) == (3, 7)
     assert batch.policy is not None
-    assert batch.policy.at.tolist() == [0, 1, 2]
+    assert batch.policy.positions.tolist() == [0, 1, 2]
     assert batch.policy.row_ids.tolist() == [0, 0, 1]
     assert batch.policy.behavior_logprobs.tolist() == [-0.5, -0.25, -1.5]
     assert batch.policy.advantages.tolist() == [2.0, -2.0, -1.0]
@@ -85,10 +85,10 @@ def test_collate_of_mixed_items_by_hand():
     assert batch.loss_mask.int().tolist() == [[1, 1, 1], [0, 1, 0], [1, 0, 0], [0, 1, 0]]
     assert batch.first_target == 0
     assert batch.policy is not None and batch.sft is not None and batch.pairs is not None
-    assert (batch.policy.at.tolist(), batch.policy.row_ids.tolist()) == ([5], [3])
-    assert batch.sft.at.tolist() == [0, 1, 2, 4]
+    assert (batch.policy.positions.tolist(), batch.policy.row_ids.tolist()) == ([5], [3])
+    assert batch.sft.positions.tolist() == [0, 1, 2, 4]
     assert batch.sft.weights.tolist() == [0.25] * 4
-    assert batch.pairs.at.tolist() == [1, 2, 3]
+    assert batch.pairs.positions.tolist() == [1, 2, 3]
     assert batch.pairs.segments.tolist() == [0, 0, 1]
     assert batch.pairs.reference.tolist() == [-3.0, -5.0]
     assert (batch.pairs.smoothing.tolist(), batch.pairs.weights.tolist()) == ([0.1], [0.5])
@@ -101,16 +101,16 @@ def test_segments_of_pairs_interleave():
     batch = collate(items, pad_id=0)
     assert batch.pairs is not None
     # targets: 2 3 | 4 | 9 9 | 6 | 7 8
-    assert batch.pairs.at.tolist() == [0, 1, 2, 5, 6, 7]
+    assert batch.pairs.positions.tolist() == [0, 1, 2, 5, 6, 7]
     assert batch.pairs.segments.tolist() == [0, 0, 1, 2, 3, 3]
-    assert batch.input_ids[:, 1:][batch.loss_mask][batch.pairs.at].tolist() == [2, 3, 4, 6, 7, 8]
+    assert batch.input_ids[:, 1:][batch.loss_mask][batch.pairs.positions].tolist() == [2, 3, 4, 6, 7, 8]
 
 
 def test_the_chosen_side_of_a_pair_may_be_trained_alone():
     # Without a preference term there is one sample and no pair.
     batch = collate(alone(sft_sample([1, 2, 3], [0, 1, 1])), pad_id=0)
     assert batch.sft is not None
-    assert (batch.policy, batch.pairs, batch.sft.at.tolist()) == (None, None, [0, 1])
+    assert (batch.policy, batch.pairs, batch.sft.positions.tolist()) == (None, None, [0, 1])
 
 
 def test_the_first_token_is_never_a_target():
@@ -122,8 +122,8 @@ def test_the_first_token_is_never_a_target():
     batch = collate([*alone(*samples), sides([5, 6], [5, 7], 0)], pad_id=0)
     assert batch.loss_mask.tolist() == [[False, True], [True, False], [True, False], [True, False]]
     assert batch.policy is not None and batch.sft is not None and batch.pairs is not None
-    assert (batch.policy.at.tolist(), batch.policy.behavior_logprobs.tolist()) == ([0], [-2.0])
-    assert (batch.sft.at.tolist(), batch.pairs.at.tolist()) == ([1], [2, 3])
+    assert (batch.policy.positions.tolist(), batch.policy.behavior_logprobs.tolist()) == ([0], [-2.0])
+    assert (batch.sft.positions.tolist(), batch.pairs.positions.tolist()) == ([1], [2, 3])
 
 
 def test_nothing_to_train_still_makes_a_batch():
@@ -135,7 +135,7 @@ def test_nothing_to_train_still_makes_a_batch():
     single = collate(alone(policy_sample([5], [1], [1])), pad_id=3)
     assert (single.input_ids.tolist(), single.loss_mask.tolist()) == ([[5, 3]], [[False]])
     assert single.policy is not None
-    assert (single.policy.at.tolist(), single.policy.row_ids.tolist()) == ([], [])
+    assert (single.policy.positions.tolist(), single.policy.row_ids.tolist()) == ([], [])
     untrained = collate(alone(policy_sample([5, 6, 7, 8], [0, 0, 0, 0], [1, 1, 1, 1])), pad_id=3)
     assert untrained.first_target == 2  # the last column: one logit of one position is enough
 
@@ -144,8 +144,8 @@ def test_a_sample_without_targets_shifts_no_other():
     sample = policy_sample([5, 6], [0, 1], [0, 2])
     batch = collate(alone(policy_sample([7, 8], [0, 0], [1, 1]), sample, sft_sample([7, 8], [0, 0]), sample), pad_id=0)
     assert batch.policy is not None and batch.sft is not None
-    assert (batch.policy.at.tolist(), batch.policy.row_ids.tolist()) == ([0, 1], [1, 3])
-    assert batch.sft.at.tolist() == batch.sft.weights.tolist() == []
+    assert (batch.policy.positions.tolist(), batch.policy.row_ids.tolist()) == ([0, 1], [1, 3])
+    assert batch.sft.positions.tolist() == batch.sft.weights.tolist() == []
 
 
 def test_only_values_at_targets_are_read():
@@ -167,9 +167,9 @@ def test_positions_of_every_term_point_at_its_own_tokens():
     targets = batch.input_ids[:, 1:][batch.loss_mask]
     assert batch.policy is not None and batch.sft is not None and batch.pairs is not None
     for at, masks in (
-        (batch.policy.at, [sample.policy_mask for sample in samples]),
-        (batch.sft.at, [sample.sft_mask for sample in samples]),
-        (batch.pairs.at, [sample.preference_mask for sample in samples]),
+        (batch.policy.positions, [sample.policy_mask for sample in samples]),
+        (batch.sft.positions, [sample.sft_mask for sample in samples]),
+        (batch.pairs.positions, [sample.preference_mask for sample in samples]),
     ):
         expected = [
             sample.token_ids[1:][mask[1:]] for sample, mask in zip(samples, masks, strict=True) if mask is not None
@@ -217,7 +217,7 @@ def padded(batch: list[int], lengths: list[int], heights: list[int] | None = Non
 )
 def test_plan_properties(items, ranks, budget):
     lengths, heights = [length for length, _ in items], [height for _, height in items]
-    plan = plan_micro_batches(lengths, ranks=ranks, budget_tokens=budget, heights=heights)
+    plan = plan_micro_batches(lengths, ranks=ranks, budget_tokens=budget, sample_counts=heights)
     batches = [batch for share in plan for batch in share]
     costs = [padded(batch, lengths, heights) for batch in batches]
     assert sorted(item for batch in batches for item in batch) == list(range(len(lengths)))
@@ -230,15 +230,15 @@ def test_plan_properties(items, ranks, budget):
         assert all(any(share) for share in plan)
     loads = [sum(padded(batch, lengths, heights) for batch in share) for share in plan]
     assert max(loads) - min(loads) <= max(costs) - min(costs)
-    assert plan == plan_micro_batches(lengths, ranks=ranks, budget_tokens=budget, heights=heights)
+    assert plan == plan_micro_batches(lengths, ranks=ranks, budget_tokens=budget, sample_counts=heights)
 
 
 def test_plan_counts_the_rows_of_pairs():
     # 4 pairs of 10 tokens in 40: two pairs a pass, not four.
-    assert plan_micro_batches([10] * 4, ranks=1, budget_tokens=40, heights=[2] * 4) == [[[0, 1], [2, 3]]]
+    assert plan_micro_batches([10] * 4, ranks=1, budget_tokens=40, sample_counts=[2] * 4) == [[[0, 1], [2, 3]]]
     assert plan_micro_batches([10] * 4, ranks=1, budget_tokens=40) == [[[0, 1, 2, 3]]]
     # A pair beside two single samples: 4 samples of 10 in a budget of 40, on two ranks two samples each.
-    assert plan_micro_batches([10] * 3, ranks=2, budget_tokens=40, heights=[2, 1, 1]) == [[[0]], [[1, 2]]]
+    assert plan_micro_batches([10] * 3, ranks=2, budget_tokens=40, sample_counts=[2, 1, 1]) == [[[0]], [[1, 2]]]
 
 
 def test_plan_of_equal_rows_by_hand():
