@@ -122,7 +122,7 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
 def _show_plan(title: str, plan: ResourcePlan) -> None:
     from rlsys.display import print_table, standard_output
 
-    auxiliary = [f"{engines.actors.count} of search.{engines.writer}" for engines in plan.auxiliary]
+    auxiliary = [f"{engines.actors.count} of search.{engines.role}" for engines in plan.auxiliary]
     learner = [f"{plan.ranks} learner ranks"] if plan.ranks else []
     processes = ", ".join([f"{plan.config.actors.count} actors", *auxiliary, *learner])
     rows = [(need.phase, need.what, f"{need.amount:.4g}", f"{need.available:.4g}") for need in plan.needs]

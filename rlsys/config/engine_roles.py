@@ -1,4 +1,7 @@
-"""Which engines write the nodes of trees: the rollout actors' own, and those of other models beside them."""
+"""Roles of the engines that write the nodes of trees.
+
+The rollout actors have an engine themselves. Auxiliary engines serve the other models of a search.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from rlsys.config.stages import stage_plans
 from rlsys.errors import ConfigError
 from rlsys.trees import Role
 
-# Trees that an actor may hold, over those that keep its engine full: it starts on what waits without asking.
+# An actor holds AHEAD times as many trees as keep its engine full, so that it can begin the next one at once.
 AHEAD = 2
 MINIMUM_AHEAD = 8
 SHARED_FIELDS = ("count", "tensor_parallel_size", "dtype", "max_model_len", "max_num_seqs", "kv_cache_gib")
@@ -20,64 +23,85 @@ SHARED_FIELDS = ("count", "tensor_parallel_size", "dtype", "max_model_len", "max
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEngines:
-    """Engines of search.model or search.reviewer. actors: the settings of one, and how many there are."""
+    """The engines of search.model or search.reviewer.
 
-    writer: Role
+    Attributes:
+        role: the role of the model in the search.
+        path: the folder of the model.
+        actors: the number of engines and their settings.
+    """
+
+    role: Role
     path: Path
     actors: ActorsConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Searching:
-    """How rollout actors search. writer: what their own engine is to a tree; beside: engines of other models."""
+    """The engines of a search.
 
-    writer: Role = "policy"
-    beside: tuple[ModelEngines, ...] = ()
+    Attributes:
+        role: the role of the rollout actors' engines.
+        auxiliary: the engines of the other models.
+    """
+
+    role: Role = "policy"
+    auxiliary: tuple[ModelEngines, ...] = ()
 
 
 def searches_in_training(config: Config) -> bool:
-    """Whether the actors of a training run are asked for trees."""
+    """Return whether a training run asks its actors for trees."""
     return any(plan.asks_for_trees for plan in stage_plans(config))
 
 
 def describes_a_search(config: Config) -> bool:
-    """Whether a command is meant to search with this config."""
+    """Return whether the config sets anything that only a search uses."""
     return config.search != SearchConfig() or config.evaluation.search_answers > 0 or "search" in config.stages
 
 
 def given_models(config: Config) -> dict[Role, SearchModelConfig]:
-    """Those of search.model and search.reviewer that the config gives."""
-    both: dict[Role, SearchModelConfig | None] = {"model": config.search.model, "reviewer": config.search.reviewer}
-    return {writer: model for writer, model in both.items() if model is not None}
+    """Return the sections search.model and search.reviewer by role, without those that the config leaves out."""
+    sections: dict[Role, SearchModelConfig | None] = {"model": config.search.model, "reviewer": config.search.reviewer}
+    return {role: section for role, section in sections.items() if section is not None}
 
 
-def engine_settings(config: Config, writer: Role, model: SearchModelConfig) -> ActorsConfig:
-    """The section `actors` as it is for a model of the search: its own sizes, the rest as for the policy.
+def engine_settings(config: Config, role: Role, model: SearchModelConfig) -> ActorsConfig:
+    """Return the section `actors` for the engines of a search model.
+
+    The fields of SHARED_FIELDS are those of the search model; the rest is as for the policy.
 
     Raises:
         ConfigError: an engine over several devices on CPUs.
     """
     if model.tensor_parallel_size > 1 and config.run.device != "cuda":
-        raise ConfigError(f"search.{writer}.tensor_parallel_size above 1 needs run.device: cuda")
+        raise ConfigError(f"search.{role}.tensor_parallel_size above 1 needs run.device: cuda")
     return config.actors.model_copy(update={name: getattr(model, name) for name in SHARED_FIELDS})
 
 
 def trees_ahead(config: Config) -> int:
-    """Trees that one actor holds at once: enough that its engine is never short of work.
+    """Return the number of trees that an actor holds at once, which keeps its engine busy.
 
-    No more, since the time that a tree may take runs from when it is handed over.
+    The number is small because the time limit of a tree begins when the actor receives it.
     """
     proposer = config.search.model or config.actors
     return max(MINIMUM_AHEAD, AHEAD * proposer.max_num_seqs // config.search.parallel_simulations)
 
 
-def growing(config: Config, policy: Path, engines: Mapping[Role, ModelEngines]) -> tuple[Config, Path, Searching]:
-    """Config and model of the rollout actors of `rlsys search`, and how they search.
+def assign_search_roles(
+    config: Config, policy: Path, engines: Mapping[Role, ModelEngines]
+) -> tuple[Config, Path, Searching]:
+    """Return the config and the model of the rollout actors of `rlsys search`, and the engines of the search.
 
-    Where search.model is given they serve that, and nobody serves the policy.
+    The rollout actors serve search.model if it is given, and otherwise the policy. If search.model is given, no engine
+    serves the policy.
+
+    Args:
+        policy: the model folder of the policy.
+        engines: the engines of search.model and search.reviewer, by role.
     """
-    beside = tuple(found for writer, found in engines.items() if writer != "model")
+    auxiliary = tuple(role_engines for role, role_engines in engines.items() if role != "model")
     if "model" not in engines:
-        return config, policy, Searching(beside=beside)
-    own = engines["model"]
-    return config.model_copy(update={"actors": own.actors}), own.path, Searching(writer="model", beside=beside)
+        return config, policy, Searching(auxiliary=auxiliary)
+    proposer = engines["model"]
+    serving = config.model_copy(update={"actors": proposer.actors})
+    return serving, proposer.path, Searching(role="model", auxiliary=auxiliary)

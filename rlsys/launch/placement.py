@@ -34,7 +34,7 @@ def place(config: Config, auxiliary: Sequence[ModelEngines] = (), *, learner: bo
         learner: whether there are learner ranks.
     """
     counts = {ROLLOUT: (config.actors.count, config.actors.tensor_parallel_size)}
-    counts |= {engines.writer: (engines.actors.count, engines.actors.tensor_parallel_size) for engines in auxiliary}
+    counts |= {engines.role: (engines.actors.count, engines.actors.tensor_parallel_size) for engines in auxiliary}
     if learner:
         counts[LEARNER] = (config.learner.ranks, 1)
     bundles: list[Mapping[str, float]] = []

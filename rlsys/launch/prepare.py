@@ -14,10 +14,10 @@ from actors.search.build import check_tags
 from rlsys.config.engine_roles import (
     ModelEngines,
     Searching,
+    assign_search_roles,
     describes_a_search,
     engine_settings,
     given_models,
-    growing,
     searches_in_training,
 )
 from rlsys.config.schema import Config
@@ -62,12 +62,12 @@ class Prepared:
     @property
     def served(self) -> ModelFolder:
         """The model of the rollout actors."""
-        return self.models[self.searching.writer if self.searching else "policy"]
+        return self.models[self.searching.role if self.searching else "policy"]
 
     @property
     def auxiliary(self) -> tuple[ModelEngines, ...]:
         """Engines of other models than that of the rollout actors."""
-        return self.searching.beside if self.searching else ()
+        return self.searching.auxiliary if self.searching else ()
 
 
 def check_settings(config: Config, purpose: Purpose) -> None:
@@ -97,9 +97,9 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
     policy = policy or prepare_model(config, Path(config.run.dir).absolute(), build=purpose != "check")
     searches = _searches(config, purpose)
     models, engines = _load_models(config, policy, search_models=searches or purpose == "check")
-    search_config, _, searcher = growing(config, policy.path, engines)
+    search_config, _, searcher = assign_search_roles(config, policy.path, engines)
     if trains:  # the actors serve the policy, whatever model grows the trees
-        searching = Searching(beside=tuple(engines.values())) if searches else None
+        searching = Searching(auxiliary=tuple(engines.values())) if searches else None
     else:
         searching = searcher if searches else None
     serving = search_config if purpose == "search" else config
@@ -139,8 +139,8 @@ def _load_models(
     """
     models: dict[Role, ModelFolder] = {"policy": policy}
     engines: dict[Role, ModelEngines] = {}
-    for writer, section in given_models(config).items() if search_models else ():
-        models[writer] = given_model(section.path, f"search.{writer}.path")
-        settings = engine_settings(config, writer, section)
-        engines[writer] = ModelEngines(writer=writer, path=models[writer].path, actors=settings)
+    for role, section in given_models(config).items() if search_models else ():
+        models[role] = given_model(section.path, f"search.{role}.path")
+        settings = engine_settings(config, role, section)
+        engines[role] = ModelEngines(role=role, path=models[role].path, actors=settings)
     return models, engines

@@ -94,14 +94,14 @@ def plan_resources(
         searching: how the rollout actors search; None if they do not search and serve the policy.
         learner: whether there are learner ranks.
     """
-    auxiliary = searching.beside if searching else ()
+    auxiliary = searching.auxiliary if searching else ()
     ranks = config.learner.ranks if learner else 0
     needs: list[Need] = []
     if config.run.address == "local":
-        served = models[searching.writer if searching else "policy"].parameters
+        served = models[searching.role if searching else "policy"].parameters
         store = object_store_bytes(config, served) if learner else MINIMUM_STORE_BYTES
         memory = _engines_gib(config, config.actors, served) + ranks * _rank_gib(config, served)
-        memory += sum(_engines_gib(config, engines.actors, models[engines.writer].parameters) for engines in auxiliary)
+        memory += sum(_engines_gib(config, engines.actors, models[engines.role].parameters) for engines in auxiliary)
         needs = _memory_needs(memory + store / GIB, store, auxiliary, learner)
         if config.run.device == "cpu":
             needs += _thread_needs(config, auxiliary, ranks)
@@ -134,7 +134,7 @@ def _thread_needs(config: Config, auxiliary: Sequence[ModelEngines], ranks: int)
 
 
 def _count_fields(auxiliary: Sequence[ModelEngines]) -> str:
-    return "".join(f"search.{engines.writer}.count, " for engines in auxiliary)
+    return "".join(f"search.{engines.role}.count, " for engines in auxiliary)
 
 
 def object_store_bytes(config: Config, parameters: int) -> int:

@@ -47,7 +47,7 @@ async def rollout_pool(
         say: gets a message about every lost actor.
     """
     config = cluster.config
-    auxiliary = searching.beside if searching else ()
+    auxiliary = searching.auxiliary if searching else ()
     placement = place(config, auxiliary)
     environment = engine_environment(config.actors, config.run.device)
     handles = _auxiliary_handles(cluster, auxiliary, placement)
@@ -68,7 +68,7 @@ async def rollout_pool(
         config.actors.count,
         max_restarts=config.actors.max_restarts,
         hang_timeout_s=config.actors.hang_timeout_s,
-        role=searching.writer if searching else "policy",
+        role=searching.role if searching else "policy",
         auxiliary=engines,
         say=say,
     ) as pool:
@@ -96,9 +96,9 @@ def _actor_settings(
             "search": config.search,
             "extract": config.extract,
             "sampling": config.sampling,
-            "role": searching.writer,
+            "role": searching.role,
             "auxiliary_handles": handles,
-            "auxiliary_paths": {engines.writer: engines.path for engines in searching.beside},
+            "auxiliary_paths": {engines.role: engines.path for engines in searching.auxiliary},
         }
     return ActorSettings(
         name=f"{number}",
@@ -122,16 +122,16 @@ def _auxiliary_handles(
     handles: dict[Role, list[Any]] = {}
     for engines in auxiliary:
         environment = engine_environment(engines.actors, config.run.device)
-        for number, bundle in enumerate(placement.indices[engines.writer]):
+        for number, bundle in enumerate(placement.indices[engines.role]):
             settings = ModelSettings(
-                name=f"{engines.writer} engine {number}",
+                name=f"{engines.role} engine {number}",
                 model_path=engines.path,
                 device=config.run.device,
                 actors=engines.actors,
-                log_file=str(RunDirectory(cluster.run_dir).logs / f"{engines.writer}-{number}.log"),
+                log_file=str(RunDirectory(cluster.run_dir).logs / f"{engines.role}-{number}.log"),
             )
             options = cluster.options(bundle, engines.actors.tensor_parallel_size, environment)
-            handles.setdefault(engines.writer, []).append(_start(ModelActor, options, settings))
+            handles.setdefault(engines.role, []).append(_start(ModelActor, options, settings))
     return handles
 
 

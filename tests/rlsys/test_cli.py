@@ -144,7 +144,7 @@ def test_the_plan_shows_all_engines_and_their_gpus(capsys: pytest.CaptureFixture
     own = parse_config({**values, "actors": {"count": 4}, "search": {"reviewer": reviewer}}, "test")
     assert own.search.reviewer
     actors = engine_settings(own, "reviewer", own.search.reviewer)
-    engines = ModelEngines(writer="reviewer", path=Path("r"), actors=actors)
+    engines = ModelEngines(role="reviewer", path=Path("r"), actors=actors)
     cli._show_plan("resource plan", ResourcePlan(config=own, auxiliary=[engines], ranks=1, needs=[]))
     shown = " ".join(capsys.readouterr().out.split())
     assert "resource plan: 4 actors, 3 of search.reviewer, 1 learner ranks" in shown

@@ -9,10 +9,10 @@ import pytest
 
 from rlsys.config.engine_roles import (
     ModelEngines,
+    assign_search_roles,
     describes_a_search,
     engine_settings,
     given_models,
-    growing,
     searches_in_training,
     trees_ahead,
 )
@@ -30,8 +30,8 @@ def config(**sections: Any) -> Config:
 
 def engines(found: Config) -> dict[Any, ModelEngines]:
     return {
-        writer: ModelEngines(writer=writer, path=Path(model.path), actors=engine_settings(found, writer, model))
-        for writer, model in given_models(found).items()
+        role: ModelEngines(role=role, path=Path(model.path), actors=engine_settings(found, role, model))
+        for role, model in given_models(found).items()
     }
 
 
@@ -45,15 +45,15 @@ def test_a_model_of_the_search_has_its_own_sizes_and_the_rest_of_the_actors() ->
 
 def test_the_policy_grows_trees_where_no_other_model_is_given() -> None:
     found = config(search={"reviewer": LARGE})
-    serving, model, searching = growing(found, Path("policy"), engines(found))
-    assert (serving, model, searching.writer) == (found, Path("policy"), "policy")
-    assert [(beside.writer, beside.path) for beside in searching.beside] == [("reviewer", Path("large"))]
+    serving, model, searching = assign_search_roles(found, Path("policy"), engines(found))
+    assert (serving, model, searching.role) == (found, Path("policy"), "policy")
+    assert [(auxiliary.role, auxiliary.path) for auxiliary in searching.auxiliary] == [("reviewer", Path("large"))]
 
 
 def test_search_model_takes_the_place_of_the_policy() -> None:
     found = config(search={"model": LARGE})
-    serving, model, searching = growing(found, Path("policy"), engines(found))
-    assert (model, searching.writer, searching.beside) == (Path("large"), "model", ())
+    serving, model, searching = assign_search_roles(found, Path("policy"), engines(found))
+    assert (model, searching.role, searching.auxiliary) == (Path("large"), "model", ())
     assert (serving.actors.count, serving.actors.max_model_len) == (3, 4096)
     assert serving.search == found.search
 

@@ -27,8 +27,8 @@ def test_auxiliary_engines_lie_between_actors_and_ranks() -> None:
     reviewer = {"path": "r", "count": 2, "max_model_len": 1024, "tensor_parallel_size": 2}
     own = config(run={"dir": "d", "device": "cuda"}, search={"reviewer": reviewer})
     engines = [
-        ModelEngines(writer=writer, path=Path(model.path), actors=engine_settings(own, writer, model))
-        for writer, model in given_models(own).items()
+        ModelEngines(role=role, path=Path(model.path), actors=engine_settings(own, role, model))
+        for role, model in given_models(own).items()
     ]
     placement = place(own, engines, learner=True)
     assert placement.indices == {"rollout": range(2), "reviewer": range(2, 4), "learner": range(4, 6)}

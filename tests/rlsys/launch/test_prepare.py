@@ -53,8 +53,8 @@ class Checks:
     def plan(
         self, config: Config, models: Mapping[str, ModelFolder], searching: Searching | None, *, learner: bool
     ) -> ResourcePlan:
-        auxiliary = searching.beside if searching else ()
-        self.done.append(("plan", config.actors.max_model_len, learner, [engines.writer for engines in auxiliary]))
+        auxiliary = searching.auxiliary if searching else ()
+        self.done.append(("plan", config.actors.max_model_len, learner, [engines.role for engines in auxiliary]))
         return ResourcePlan(config=config, auxiliary=auxiliary, ranks=int(learner), needs=self.needs)
 
     def inputs(self, _config: Config, model: ModelFolder, *, training: bool) -> Any:
@@ -122,13 +122,13 @@ def test_the_model_of_the_search_is_served_in_place_of_the_policy(checks: Checks
     prepared = prepare(config(search=MODELS), "search")
     assert (prepared.served.path, prepared.policy.path) == (Path("l"), POLICY)
     assert prepared.config.actors.max_model_len == 4096
-    assert [engines.writer for engines in prepared.auxiliary] == ["reviewer"]
+    assert [engines.role for engines in prepared.auxiliary] == ["reviewer"]
 
 
 def test_a_training_run_serves_the_policy(checks: Checks) -> None:
     prepared = prepare(config(search={**MODELS, "fraction": 0.5}), "train")
     assert prepared.served is prepared.policy
-    assert [engines.writer for engines in prepared.auxiliary] == ["model", "reviewer"]
+    assert [engines.role for engines in prepared.auxiliary] == ["model", "reviewer"]
 
 
 @pytest.mark.parametrize(("stages", "prompts"), [(["online"], ()), (["search", "sft"], ["a prompt"])])

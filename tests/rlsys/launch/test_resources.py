@@ -139,7 +139,7 @@ def test_check_names_field_and_numbers() -> None:
 def reviewer(config: Config) -> Searching:
     assert config.search.reviewer is not None
     actors = engine_settings(config, "reviewer", config.search.reviewer)
-    return Searching(beside=(ModelEngines(writer="reviewer", path=Path("r"), actors=actors),))
+    return Searching(auxiliary=(ModelEngines(role="reviewer", path=Path("r"), actors=actors),))
 
 
 def test_auxiliary_engines_are_counted(model: ModelFolder) -> None:

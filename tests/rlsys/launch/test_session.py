@@ -37,8 +37,8 @@ def config(run_dir: Path | str = "d", **sections: Any) -> Config:
 
 def engines(config: Config) -> dict[Any, ModelEngines]:
     return {
-        writer: ModelEngines(writer=writer, path=Path(model.path), actors=engine_settings(config, writer, model))
-        for writer, model in given_models(config).items()
+        role: ModelEngines(role=role, path=Path(model.path), actors=engine_settings(config, role, model))
+        for role, model in given_models(config).items()
     }
 
 
@@ -58,7 +58,7 @@ def test_the_trees_of_the_stage_search_do_not_depend_on_training_data(
     own = config(stages=["search", "sft"], search={"reviewer": REVIEWER}, sft={"path": "rows.jsonl"})
     data = SimpleNamespace(fingerprint=lambda: {"sft.path": "d"})
     inputs = SimpleNamespace(data=data, fingerprint=lambda: {"task.path": "t", "sft.path": "d"})
-    searching = Searching(beside=tuple(engines(own).values()))
+    searching = Searching(auxiliary=tuple(engines(own).values()))
     session: Any = SimpleNamespace(
         config=own, run_dir=tmp_path, prepared=prepared(own, inputs, searching, ["a prompt"]), display="display"
     )
@@ -82,8 +82,8 @@ class Started:
         self.steps.append(("prepare", purpose, policy.path if policy else None))
         searching = None
         if purpose == "search" or config.evaluation.search_answers:
-            auxiliary = tuple(model for writer, model in engines(config).items() if writer != "model")
-            searching = Searching(writer="model" if config.search.model else "policy", beside=auxiliary)
+            auxiliary = tuple(model for role, model in engines(config).items() if writer != "model")
+            searching = Searching(role="model" if config.search.model else "policy", auxiliary=auxiliary)
         return prepared(config, SimpleNamespace(notes=["1 row skipped"], held_out=["a prompt"]), searching)
 
     @contextlib.contextmanager
@@ -93,7 +93,7 @@ class Started:
 
     @contextlib.asynccontextmanager
     async def pool(self, _cluster: None, model: Path, searching: Searching | None) -> Any:
-        self.steps.append(("pool", model, searching.writer if searching else None))
+        self.steps.append(("pool", model, searching.role if searching else None))
         yield "pool"
 
     def begin(self, inputs: Any, models: Any) -> Any:

@@ -29,8 +29,8 @@ def config(**sections: Any) -> Config:
 
 def engines(config: Config) -> dict[Any, ModelEngines]:
     return {
-        writer: ModelEngines(writer=writer, path=Path(model.path), actors=engine_settings(config, writer, model))
-        for writer, model in given_models(config).items()
+        role: ModelEngines(role=role, path=Path(model.path), actors=engine_settings(config, role, model))
+        for role, model in given_models(config).items()
     }
 
 
@@ -83,7 +83,7 @@ def test_every_process_has_its_own_bundle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pools: list[dict[str, Any]]
 ) -> None:
     own = config(actors={"count": 2}, learner={"ranks": 2}, search={"reviewer": REVIEWER, "model": LARGE})
-    searching = Searching(beside=tuple(engines(own).values()))
+    searching = Searching(auxiliary=tuple(engines(own).values()))
     cluster: Any = Cluster(own, tmp_path)
     monkeypatch.setattr(start.ray, "remote", cluster.remote)
 
@@ -92,7 +92,7 @@ def test_every_process_has_its_own_bundle(
             pass
 
     asyncio.run(run())
-    ranks = place(own, searching.beside, learner=True).indices[LEARNER]
+    ranks = place(own, searching.auxiliary, learner=True).indices[LEARNER]
     start.learner_handles(cluster, ranks, pad_token_id=0, attempt=1)
     assert sorted((bundle, kind) for bundle, kind, _ in cluster.placed if kind is RolloutActor) == [
         (0, RolloutActor),
