@@ -1,4 +1,4 @@
-"""What a command shows: the progress of a run, and tables.
+"""Output of the commands: the progress of a run, and tables.
 
 A run's progress is a live panel on a terminal, and plain lines elsewhere. A terminal that goes away or a closed pipe
 silences the display and never ends the run.
@@ -106,7 +106,7 @@ class Display:
     def trees(self, total: int, done: int) -> None:
         """Begin or resume a search, with `done` of its `total` trees finished."""
         self._begin("search", "trees", total, done)
-        self._line(f"trees: {done} of {total} are there")
+        self._line(f"trees: {done} of {total} are finished")
 
     def step(self, metrics: Mapping[str, float]) -> None:
         """Count a finished training step or tree.
@@ -204,7 +204,7 @@ class Display:
         return Panel(Group(*parts), title="rlsys", title_align="left")
 
     def _figure_table(self) -> Table:
-        """Place up to three figures in a row. Each has its place from the start, so that the panel does not jump."""
+        """Place up to three figures in a row, each at a fixed place, so that the panel does not jump."""
         columns = max(1, min(3, self._console.width // _FIGURE_WIDTH))
         table = Table.grid(padding=(0, 2), expand=True)
         for _ in range(columns):

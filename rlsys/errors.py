@@ -59,7 +59,7 @@ class CheckpointError(RlsysError):
 
 
 class TooManyFailuresError(RlsysError):
-    """More failures than allowed, each of which is tolerated alone."""
+    """More tolerated failures than the config allows."""
 
 
 class InterruptedRunError(RlsysError):

@@ -92,13 +92,14 @@ def identify(role: str, number: int | str, attempt: int) -> None:
 
 
 def fault(point: str, **where: object) -> str | None:
-    """Fail as the first matching fault of this point demands.
+    """Carry out the first matching fault of a fault point, if there is one.
 
     Args:
         point: name of the fault point.
         where: keys that the point adds to those of the process.
     Returns:
-        The action, if it is a word that only the point understands or one that continues. None if no fault matches.
+        The action, if the process continues after it: the point handles words that are unknown here. None without a
+        matching fault.
     """
     if not _faults:
         return None

@@ -27,7 +27,7 @@ from rlsys.types import (
 )
 
 CheckAck = Callable[[WeightAck], object]
-"""Raises WeightSyncError if the acknowledgement of an actor is not good enough."""
+"""Function that raises WeightSyncError if it rejects the acknowledgement of an actor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ class Task(Protocol):
 
     @property
     def one_answer(self) -> bool:
-        """Whether `Problem.answer` is the only correct answer. If not, `verify` accepts several answers."""
+        """True if `Problem.answer` is the only correct answer. If False, `verify` accepts several answers."""
         ...
 
     def size(self, split: Split) -> int | None:
@@ -117,7 +117,7 @@ class RolloutPool(Protocol):
         ...
 
     async def engine_stats(self) -> Sequence[EngineStats]:
-        """Return what every engine, auxiliary ones included, has done since the last call of this or of the reset."""
+        """Return statistics of every engine, including auxiliary ones, since the last call or reset."""
         ...
 
     async def reset_engine_stats(self) -> None:
@@ -131,10 +131,10 @@ class RolloutPool(Protocol):
     async def publish(
         self, transfer: WeightTransfer, offer: WeightOffer, probe: Sequence[Int32Array], check: CheckAck
     ) -> None:
-        """Bring every actor to an offered version, and from then on every actor that comes late.
+        """Bring every actor to an offered version, and later every actor that starts after the publish.
 
         Args:
-            transfer: the transport of the offer, for actors that come late.
+            transfer: the transport of the offer, for actors that start later.
             offer: the version that the learner sent.
             probe: rows of token ids, `[T]` each, that every actor scores with the new weights.
             check: judges every acknowledgement.
@@ -147,7 +147,7 @@ class Learner(Protocol):
 
     @property
     def restarts(self) -> int:
-        """Attempts before the present one, since the command began."""
+        """Number of restarts of the learner since the command began."""
         ...
 
     async def start_stage(self, stage: StageName, policy: Path, resume: Path | None, reference: Path | None) -> None:
@@ -178,16 +178,16 @@ class Learner(Protocol):
         """Return the scores of the chosen and the rejected side of every pair under the present policy.
 
         A score is the sum of the log-probabilities of the tokens that the preference loss compares, in nats. The
-        scores under a reference policy come from here as well, while the learner holds it as its policy.
+        scores under a reference policy come from a call while the learner holds this policy as its own.
         """
         ...
 
     async def score(self, probe: Sequence[Int32Array]) -> Sequence[Float32Array]:
-        """Return the log-probabilities of given rows under the present policy, `[T-1]` each. Nothing is sent."""
+        """Return the log-probabilities of given rows under the present policy, `[T-1]` each."""
         ...
 
     async def send(self, version: int) -> WeightOffer:
-        """Hand the present weights of the policy to the transport, as `version`."""
+        """Send the present weights of the policy through the transport, as `version`."""
         ...
 
     async def save(self, folder: Path) -> None:
@@ -210,8 +210,8 @@ class WeightTransfer(Protocol):
     async def offer_for_late_actor(self, version: int) -> WeightOffer:
         """Return an offer of the published version for one actor that came up after its publish.
 
-        The learner may already train towards the next version, so its present weights are not an answer. A transport
-        repeats its offer, or asks its sender for the weights that the sender keeps.
+        The learner may already train towards the next version, so its present weights can differ from the published
+        ones. A transport repeats its offer, or asks its sender for the weights that the sender keeps.
 
         Raises:
             LearnerLostError: the weights were lost with the learner.
@@ -228,7 +228,7 @@ class WeightSender(Protocol):
     """The part of a transport in learner rank 0."""
 
     def send(self, tensors: Iterator[tuple[str, Any]], *, version: int, attempt: int) -> WeightOffer:
-        """Take all tensors of the policy, by name, and return the offer of them.
+        """Send all tensors of the policy, and return their offer.
 
         The tensors are valid only during the call: the next training step changes them.
 
@@ -244,7 +244,7 @@ class WeightReceiver(Protocol):
     """The part of a transport in an actor."""
 
     def receive(self, offer: WeightOffer) -> Iterator[tuple[str, Any]]:
-        """Yield name and value of every tensor of an offer, after its checksum agreed.
+        """Yield name and value of every tensor of an offer, after its checksum was verified.
 
         Raises:
             WeightSyncError: the bytes differ from those that were sent; names actor, tensor and version.

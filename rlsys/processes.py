@@ -46,13 +46,13 @@ def quiet_worker(log_file: str) -> None:
 
 @contextlib.contextmanager
 def kill_with_this_process(folder: Path) -> Iterator[psutil.Process]:
-    """Send SIGKILL to the processes of a Ray as soon as this process dies inside the block.
+    """Send SIGKILL to the processes of a Ray cluster as soon as this process dies inside the block.
 
     Ray's agents outlive a killed driver by a minute because they try to reach it. They are not our programs, so they
     cannot call `die_with_parent`. A reaper process in a separate session waits for the end of a pipe instead.
 
     Args:
-        folder: the temporary folder of the Ray.
+        folder: the temporary folder of the cluster.
     Yields:
         The reaper.
     """
@@ -91,7 +91,7 @@ def _reap(folder: str) -> None:
 
 
 def processes_of_ray(folder: str) -> list[psutil.Process]:
-    """Return the processes of the Ray with this temporary folder.
+    """Return the processes of the Ray cluster with this temporary folder.
 
     Children of Ray's processes outlive their parents, so the search covers all processes of the machine.
     """
@@ -104,7 +104,7 @@ def processes_of_ray(folder: str) -> list[psutil.Process]:
 
 
 def _is_ray_of(folder: str, process: psutil.Process) -> bool:
-    """Return whether the process is a program of Ray and uses the folder, by its command line or its open files."""
+    """Return whether the process belongs to Ray and uses the folder, by its command line or open files."""
     line = " ".join(process.cmdline())
     if not (line.startswith("ray::") or "/ray/" in line):  # excludes a pager that shows a log
         return False

@@ -162,7 +162,9 @@ class Tree:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeFailure:
-    """A prompt whose tree could not be grown. A failure is data: it is counted and kept in the place of the tree.
+    """A prompt whose tree could not be grown.
+
+    A failure is data: it is counted, and stored in the place of the tree.
 
     Attributes:
         tokens: Number of tokens that had been generated for the prompt when it failed. Timing decides this number, so

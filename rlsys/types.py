@@ -70,8 +70,9 @@ class VersionSpan:
     Attributes:
         start: index into token_ids.
         version: the weight version.
-        attempt: restarts of the learner, within the command, before it made these weights. After a return to a
-            checkpoint a version is made again, and only this number distinguishes the two. Tree files do not store it.
+        attempt: number of restarts of the learner, within the command, before it made these weights. After a rollback
+            to a checkpoint a version is made a second time, and only this number distinguishes the two. Tree files do
+            not store it.
     """
 
     start: int
@@ -139,7 +140,7 @@ class Trajectory:
 
     @property
     def judged(self) -> bool:
-        """Whether the verifier reached a verdict."""
+        """True if the verifier reached a verdict."""
         return self.outcome in ("ok", "wrong")
 
     @property

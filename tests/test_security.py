@@ -237,7 +237,7 @@ def test_a_pickle_that_calls_itself_safetensors(
 ) -> None:
     (model / "model.safetensors").write_bytes(canary)
     config = {"model": {"path": str(model)}, "task": {"type": "letter_count"}}
-    assert "model.safetensors is no whole safetensors file" in refused(capfd, monkeypatch, config, tmp_path)
+    assert "model.safetensors is not a complete safetensors file" in refused(capfd, monkeypatch, config, tmp_path)
 
 
 def planted_data(kind: str, folder: Path, canary: bytes) -> Path:

@@ -1,4 +1,4 @@
-"""Serve what a training step learns from besides the groups of its rollouts.
+"""Demonstrations and preference pairs of a training step, from files, the task or the stage `search`.
 
 The same stage and step always get the same rows and pairs.
 """
@@ -26,8 +26,8 @@ class TrainingData:
     """Rows and pairs by stage and step. A file is read when it is first needed.
 
     Args:
-        demonstrations: the task's own demonstrations, by the stages that use them.
-        extracted: the folder that the stage `search` extracts data into, for stages without a path.
+        demonstrations: the task's demonstrations, by the stage that uses them.
+        extracted: folder into which the stage `search` extracts tables; used if the config names no path.
     Attributes:
         references: [P, 2] scores of all pairs under the reference policy, in nats; None until they are known.
     """
@@ -104,7 +104,7 @@ class TrainingData:
         return tuple(notes)
 
     def fingerprint(self) -> dict[str, str]:
-        """Return what decides the rows, by path field: the digest of a file, or `SEARCHED`."""
+        """Return the digest of each data file, or `SEARCHED` for an extracted table, by path field."""
         digests = {}
         if self._needs("rows"):
             digests["sft.path"] = self.rows().digest() if self._config.sft.path else SEARCHED
@@ -180,4 +180,4 @@ def _naming_report(folder: Path) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(f"{error.message}; {folder / REPORT} tells what the trees gave") from None
+        raise DataError(f"{error.message}; see the figures of the extraction in {folder / REPORT}") from None

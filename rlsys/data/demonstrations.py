@@ -44,8 +44,8 @@ class DemonstrationStream:
         demonstration = self._task.demonstration(position, random.Random(f"{self._seed}/{index}"))
         if demonstration is None:
             raise DataError(
-                "stage warm_start and objective.sft.source demonstrations need demonstrations, and the task has none: "
-                "set task.demonstration_column, or leave them out"
+                "the task has no demonstrations, but the stage warm_start or objective.sft.source demonstrations needs "
+                "them: set task.demonstration_column, or change stages or objective.sft"
             )
         problem, chain = demonstration
         token_ids, prompt_length = self._encode(problem.question, chain)

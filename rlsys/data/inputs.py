@@ -26,7 +26,7 @@ def prepare_model(config: Config, run_dir: Path, *, build: bool = True) -> Model
     Args:
         config: the config of the run.
         run_dir: the run directory that gets a model from scratch.
-        build: False to leave a model from scratch unbuilt, with tokenizer and size alone; nothing is written then.
+        build: False to write nothing; a model from scratch then has a tokenizer and a size, but no weights.
 
     Raises:
         ConfigError: model.path is neither a model folder nor a hub id that can be fetched.
@@ -41,14 +41,14 @@ def prepare_model(config: Config, run_dir: Path, *, build: bool = True) -> Model
 
 
 class Inputs:
-    """Task, tokenizer and the streams made of them.
+    """Task, tokenizer and data streams of a command.
 
     Attributes:
-        builder: makes prompts of the task's problems.
+        builder: builder of prompts from the task's problems.
         held_out: the held-out prompts of an evaluation.
         prompts: the stream of training prompts.
-        data: ordered training data besides the rollouts.
-        pad_token_id: the token that fills up rows of a batch.
+        data: demonstrations and preference pairs of the training steps.
+        pad_token_id: the token that pads the rows of a batch.
         notes: remarks on the data for the user, one line each.
 
     Args:
@@ -106,5 +106,5 @@ class Inputs:
         }
 
     def probe(self) -> list[Int32Array]:
-        """Return the token ids of the held-out prompts that every publish is checked with."""
+        """Return the token ids of the held-out prompts that check every publish."""
         return [prompt.token_ids for prompt in self.held_out[: self._config.weight_sync.probe_rows]]

@@ -62,14 +62,14 @@ class PromptBuilder:
         return [self.build("held_out", index) for index in range(count if size is None else min(count, size))]
 
     def check(self, split: Split) -> None:
-        """Build the prompts of a finite split, or the first ones of a generator, to find a too long prompt early.
+        """Build the prompts of a finite split, or the first ones of a generator, to find overlong prompts early.
 
         Raises:
             ConfigError: A prompt is too long.
         """
         size = self.task.size(split)
         if size is not None and size > SLOW_TO_CHECK:
-            log.warning("task: measuring %d prompts in tokens before the start, about %d s", size, size // 5000)
+            log.warning("task: counting the tokens of %d prompts before the start, about %d s", size, size // 5000)
         for index in range(GENERATED_CHECKED if size is None else size):
             self.build(split, index)
 
@@ -94,7 +94,7 @@ class PromptStream:
         self._reissue = deque(reissue)
 
     def waiting(self) -> tuple[int, ...]:
-        """Return the indices that are still to be issued again."""
+        """Return the indices that still wait to be reissued."""
         return tuple(self._reissue)
 
     def take(self) -> tuple[int, Prompt]:

@@ -101,7 +101,7 @@ class Reader:
     Attributes:
         tokenizer: Hugging Face tokenizer of the policy.
         vocabulary: Number of token ids.
-        longest: Maximal tokens of a row (actors.max_model_len).
+        longest: Largest number of tokens of a row (actors.max_model_len).
     """
 
     tokenizer: Any
@@ -215,7 +215,7 @@ class Reader:
         texts = batch.texts(name)
         rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         end = end_token_id(self.tokenizer)
-        # An end token right after the prompt would teach to give no answer.
+        # An end token right after the prompt would teach the policy to give no answer.
         empty = ([], [end]) if ended else ([],)
         blank = [not text.strip() or row in empty for text, row in zip(texts, rows, strict=True)]
         batch.refuse(np.array(blank, dtype=np.bool_), name, lambda row: f"expected text, found {texts[row][:40]!r}")
@@ -223,7 +223,7 @@ class Reader:
 
 
 class _Pairs:
-    """Pairs of all batches so far, without those whose sides are equal or one of which begins with the other."""
+    """Collector of pairs. It drops a pair if its sides are equal, or if one side begins with the other."""
 
     def __init__(self) -> None:
         self._chosen, self._rejected = _Rows[np.int32](np.int32), _Rows[np.int32](np.int32)
@@ -245,7 +245,7 @@ class _Pairs:
             batch.refuse(
                 given != commons,
                 "common_prefix",
-                lambda row: f"expected {commons[row]}, the length of what both sides begin with, found {given[row]}",
+                lambda row: f"expected {commons[row]}, the length of their common prefix, found {given[row]}",
             )
         visits = np.stack([batch.visits(name) for name in _VISITS], axis=1)
         equal = (commons == chosen.lengths) & (commons == rejected.lengths)

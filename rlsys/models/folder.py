@@ -55,8 +55,8 @@ class ModelFolder:
     def digest(self) -> str:
         """sha256 of config.json, the tensors' names, shapes and formats, and samples of their values.
 
-        The samples are the first and the last MiB of each file. They tell apart models that were downloaded or built
-        separately, at no cost for large files. `weights_digest` reads every byte.
+        The samples are the first and the last MiB of each file. They distinguish models that were downloaded or
+        built separately, without the cost of reading large files. `weights_digest` reads every byte.
         """
         parts: list[Any] = [json.loads((self.path / "config.json").read_text(encoding="utf-8"))]
         for path in self._weight_files():
@@ -86,7 +86,9 @@ class ModelFolder:
 
 
 def given_model(name: str, field: str) -> ModelFolder:
-    """Return a model given as a folder or hub id, with its tokenizer loaded; a hub model is downloaded if needed.
+    """Return a model given as a folder or hub id, with its tokenizer loaded.
+
+    A hub model is downloaded if the cache does not have it.
 
     Args:
         name: the folder or hub id.
@@ -98,7 +100,7 @@ def given_model(name: str, field: str) -> ModelFolder:
     path = Path(name)
     model = ModelFolder(path.absolute() if path.is_dir() else _from_hub(name, field), field)
     if not (model.path / "config.json").is_file():
-        raise ConfigError(f"{field} {name}: the folder has no config.json, so it is no model")
+        raise ConfigError(f"{field} {name}: the folder has no config.json, so it is not a model")
     if not list(model.path.glob("*.safetensors")):
         raise ConfigError(f"{field} {name}: no *.safetensors; other weight formats are not read")
     _ = model.tokenizer  # raises if it cannot be loaded
@@ -114,7 +116,7 @@ def _from_hub(name: str, field: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{field} {name}: neither a folder here nor a model that the hub gave ({reason})") from None
+        raise ConfigError(f"{field} {name}: neither a folder here nor a model of the hub ({reason})") from None
 
 
 def load_tokenizer(path: Path, field: str = "model.path") -> Any:
@@ -145,7 +147,7 @@ def load_tokenizer(path: Path, field: str = "model.path") -> Any:
 
 
 def refuse_code(folder: Path, field: str) -> None:
-    """Raise if a model folder asks for more than data: Python code of its own, or pickled weights.
+    """Raise if a model folder names Python code of its own, or weights that are not safetensors.
 
     Args:
         folder: the model folder.
@@ -157,8 +159,8 @@ def refuse_code(folder: Path, field: str) -> None:
     for path in sorted(folder.glob("*config*.json")):
         if _names_code(_json(path)):
             raise ConfigError(
-                f"{field} {folder}: {path.name} names Python code of its own (auto_map), which is never run; take the "
-                "key out where transformers has a class for this model, or choose another model"
+                f"{field} {folder}: {path.name} names Python code of its own (auto_map), which is never run; remove "
+                "the key if transformers has a class for this model, or choose another model"
             )
     for path in sorted(folder.glob("*.safetensors.index.json")):
         index = _json(path)
@@ -180,7 +182,7 @@ def _json(path: Path) -> Any:
 
 
 def _names_code(values: Any) -> bool:
-    """Return whether there is an `auto_map` at any depth: composite models keep one in the config of a part."""
+    """Return whether a JSON value has an `auto_map` at any depth. Composite models have one in a nested config."""
     waiting = [values]
     while waiting:
         value = waiting.pop()
@@ -210,7 +212,7 @@ def tensor_header(path: Path) -> dict[str, Any]:
         if max((entry["data_offsets"][1] for entry in header.values()), default=0) != size - 8 - length:
             raise ValueError("cut short")
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(f"model.path: {path} is no whole safetensors file") from error
+        raise ConfigError(f"model.path: {path} is not a complete safetensors file") from error
     return header
 
 

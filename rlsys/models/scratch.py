@@ -22,9 +22,9 @@ from rlsys.models.folder import ModelFolder, json_digest
 PAD, EOS, USER, ASSISTANT = "<pad>", "<eos>", "<user>", "<assistant>"
 SPECIAL_TOKENS = (PAD, EOS, USER, ASSISTANT)
 
-# A rotary base this low makes nearby positions easy to tell apart in short sequences: together with
-# initial weights of about 1/sqrt(hidden_size), a tiny model learns to copy a word letter by letter in
-# 300 steps; with the usual 10000 and 0.02 it copied a third of the words after the same training.
+# A rotary base this low makes nearby positions in short sequences easy to tell apart. With it and initial weights of
+# about 1/sqrt(hidden_size), a tiny model learns to copy a word letter by letter in 300 steps. With the usual base of
+# 10000 and weights of 0.02, it copies only a third of the words after the same training.
 ROPE_BASE = 100.0
 
 CHAT_TEMPLATE = (
@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 
 
 class UnbuiltModel(ModelFolder):
-    """A model from scratch that is not written: it has a tokenizer and a size, but no weights and no digest.
+    """A model from scratch without files: it has a tokenizer and a size, but no weights and no digest.
 
     Args:
         config: sizes of the model.
@@ -95,7 +95,7 @@ def scratch_model(config: FromScratchConfig, vocabulary: Sequence[str], seed: in
 
 
 def _build(config: FromScratchConfig, vocabulary: Sequence[str], seed: int, folder: Path) -> None:
-    """Call `build_from_scratch`, whose libraries report a full disk in three ways, and turn these into one error."""
+    """Call `build_from_scratch`, and turn the three ways in which its libraries report a full disk into ConfigError."""
     try:
         build_from_scratch(config, vocabulary, seed, folder)
     except Exception as error:
@@ -126,7 +126,7 @@ def build_from_scratch(config: FromScratchConfig, vocabulary: Sequence[str], see
 
 
 def build_qwen2(config: FromScratchConfig, vocab_size: int, seed: int, tokenizer: Any) -> Any:
-    """Return a Qwen2 with seeded initial weights; the global random generator is left alone."""
+    """Return a Qwen2 with seeded initial weights; the global random generator is unchanged."""
     import torch
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -158,10 +158,10 @@ def build_qwen2(config: FromScratchConfig, vocab_size: int, seed: int, tokenizer
 def build_tokenizer(vocabulary: Sequence[str], max_positions: int) -> Any:
     """Return a byte-level tokenizer with the entries of the vocabulary as added tokens.
 
-    The class is Qwen2's own, because transformers' AutoTokenizer uses it for every Qwen2 model, whatever the folder
-    says. Its pre-tokenizer leaves added tokens alone. Longer entries win. A word matches only between non-letters:
-    `in` is one token in `letters in x`, but not in `begin`. Text outside the vocabulary becomes bytes, so no text is
-    lost.
+    The class is Qwen2Tokenizer, because AutoTokenizer of transformers uses it for every Qwen2 model, even if the
+    folder names another class. Its pre-tokenizer does not split added tokens. The longest matching entry wins. A word
+    matches only between non-letters: `in` is one token in `letters in x`, but not in `begin`. Text outside the
+    vocabulary becomes bytes, so no text is lost.
     """
     from tokenizers import AddedToken
     from tokenizers.pre_tokenizers import ByteLevel

@@ -1,8 +1,8 @@
 """Encoding and decoding of thought nodes for one tokenizer.
 
 A tag may be one added token, or several tokens of a BPE tokenizer. The merges of a BPE tokenizer can cross the edges of
-a tag, so the last token of a node can hold the first characters of the next node. Nodes are always cut between tokens;
-`Reading.spill` has these extra characters.
+a tag, so the last token of a node can hold the first characters of the next node. Nodes are always cut between tokens.
+`Reading.spill` holds these extra characters.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Reading:
         tag: Name of its tag; None if the text does not begin with a known opening tag.
         start, stop: Range [start, stop) of its tokens.
         text: Its text, including white space around the tags.
-        spill: Text after the closing tag that its last token also holds, "" if it is white space only. The text of the
-            next node begins with it. An incomplete character of the token shows as U+FFFD.
+        spill: Characters of its last token that follow the closing tag; "" if they are only white space. The text of
+            the next node begins with them. An incomplete character of the token shows as U+FFFD.
         defect: Reason why the piece is not a whole node; None for a whole node.
     """
 
@@ -82,6 +82,7 @@ class TagCodec:
         self._template = question_template
         self._openings = tuple(f"<{tag}>" for tag in tags)
         self._tag = re.compile("</?(?:" + "|".join(map(re.escape, tags)) + ")>")
+        # An end token before every text, if the tokenizer changes the beginning of a text; see `_check`.
         self._anchor: list[int] = []
         self._anchor_text = ""
         # Every node has the same tags and prefixes. Encoding them each time took a third of the search's own time.
@@ -115,7 +116,10 @@ class TagCodec:
         return encode_prompt(self._tokenizer, self._template.replace("{question}", question))
 
     def stop(self, tag: str) -> Stop:
-        """Return the stop of a completion at a closing tag: its token if the tag is one added token, else its text."""
+        """Return the stop of a completion at a closing tag.
+
+        The stop is the token of the tag if the tag is one added token, and otherwise its text.
+        """
         closing = f"</{tag}>"
         tokens = tuple(token for token, text in self._tag_tokens.items() if text == closing)
         return Stop(token_ids=tokens) if tokens else Stop(strings=(closing,))
@@ -169,7 +173,7 @@ class TagCodec:
         return places if same else []
 
     def _locate(self, before: str, ids: list[int], text: str, cut: int, low: int) -> tuple[int, str]:
-        """Return how many tokens reach character `cut` of the text (at least `low`), and their text after it."""
+        """Return how many tokens cover the first `cut` characters (at least `low`), and their text after these."""
 
         def reached(count: int) -> bool:
             return (before + self.decode(ids[:count]))[:cut] == text[:cut]
@@ -190,6 +194,7 @@ class TagCodec:
         """Find a way to encode and decode that keeps every tag, or raise ConfigError.
 
         A tokenizer like SentencePiece puts a space before the beginning of a text, but not after an end token.
+        Every text is then encoded and decoded behind an end token.
         """
         changes = [self._change(tag) for tag in tags]
         if not any(changes):
@@ -202,7 +207,7 @@ class TagCodec:
                 return
         tag, change = next((tag, change) for tag, change in zip(tags, changes, strict=True) if change)
         raise ConfigError(
-            f"search.nodes: the tag {tag} is not closable by this tokenizer: expected <{tag}> and </{tag}> to come "
+            f"search.nodes: the tag {tag} is changed by this tokenizer: expected <{tag}> and </{tag}> to come "
             f"back unchanged from encoding and decoding, {change}; give that node type another tag, or use a model "
             "whose tokenizer keeps this one (model.path, search.model.path, search.reviewer.path)"
         )
@@ -219,7 +224,7 @@ class TagCodec:
 
 
 def _closings(text: str, marks: list[re.Match[str]]) -> Iterator[int]:
-    """Yield the indices in `marks` of the closing tags of the whole nodes at the start of a text."""
+    """Yield the index in `marks` of each closing tag, for the whole nodes at the start of a text."""
     position = 0
     for number in range(1, len(marks), 2):
         opening, closing = marks[number - 1], marks[number]

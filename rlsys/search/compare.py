@@ -94,7 +94,7 @@ def answer_counts(most: int) -> list[int]:
 
 
 def token_budgets(search: Sequence[Attempts], parts: Sequence[float] = (1 / 8, 1 / 4, 1 / 2, 1)) -> list[int]:
-    """Return fractions of the 10 % quantile of the tokens per tree. With more tokens, too many searches have ended."""
+    """Return fractions of the 10 % quantile of the tokens per tree. At larger budgets too many searches have ended."""
     top = float(np.quantile([attempt.total for attempt in search], 0.1, method="lower"))
     return sorted({max(1, int(top * part)) for part in parts})
 
@@ -111,7 +111,7 @@ def compare_answers(
 def compare_tokens(
     search: Sequence[Attempts], samples: Sequence[Attempts], budgets: Sequence[int]
 ) -> dict[int, Comparison]:
-    """Return the solved shares by tokens per prompt. An unsolved prompt needs samples for the largest budget."""
+    """Return the solved shares by tokens per prompt. Samples of an unsolved prompt must reach the largest budget."""
     first, second = solved_in_tokens(search, budgets), solved_in_tokens(samples, budgets)
     ended = np.array([[attempt.total] for attempt in search]) < np.array(budgets)
     return {budget: _compare(first[:, i], second[:, i], ended[:, i]) for i, budget in enumerate(budgets)}

@@ -73,7 +73,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 class _Extraction:
-    """Role of the rows of all trees, and their statistics."""
+    """Writer of the rows of all trees, with their statistics."""
 
     def __init__(self, source: Source, files: Mapping[str, TableFiles]) -> None:
         self._source, self._files = source, files
@@ -91,7 +91,8 @@ class _Extraction:
         if digest != codec.digest:
             raise ConfigError(
                 f"{self._source.trees}: the tree of {tree.prompt_id} was grown by a policy with another tokenizer "
-                f"(digest {digest[:12]}) than model.path has ({codec.digest[:12]}): give the model that grew it"
+                f"(digest {digest[:12]}) than model.path has ({codec.digest[:12]}): set model.path to the model that "
+                "grew it"
             )
         self._counts["trees"] += 1
         self._counts["solved"] += tree.solved
@@ -145,7 +146,7 @@ NO_PAIR = {
     "no_answer": "no judged answer",
     "no_correct": "no correct answer",
     "no_wrong": "no wrong answer",
-    "equal_tokens": "right and wrong are the same tokens",
+    "equal_tokens": "right and wrong chains have the same tokens",
 }
 
 

@@ -45,7 +45,7 @@ class Chain:
         token_ids: [T] int32, from the prompt to one end token.
         value: Mean of the values of its nodes. The value of a node is the mean reward of the chains that ended at or
             below it.
-        nodes: End in token_ids, and visits, of each of its nodes.
+        nodes: (end, visits) of each of its nodes; `end` is an index into token_ids.
     """
 
     number: int
@@ -139,8 +139,8 @@ def preferred_chains(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tu
 
     The rule `extract.chosen` selects the correct chain. A wrong chain is complete and was judged wrong; a chain whose
     verifier failed is not used. Pairs with the shortest common token prefix come first, then those with the closest
-    lengths, then those with the smallest token ids. If one chain begins with the other, the two can differ in the end
-    token alone, because the end token counts.
+    lengths, then those with the smallest token ids. A chain includes its end token,
+    so two chains can differ even if the text of one begins with the text of the other.
     """
     chosen = pick_chain(tree, config.chosen, codec)
     if chosen is None:
@@ -155,7 +155,7 @@ def preferred_chains(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tu
 
 
 def preference(chosen: Chain, rejected: Chain) -> Preference:
-    """Return two chains of one tree as a pair. Its visits are those of the nodes in which the chains diverge."""
+    """Return two chains of one tree as a pair, with the visits of the nodes in which they diverge."""
     common = common_prefix_length(chosen.token_ids, rejected.token_ids)
     chosen_visits, rejected_visits = _branch_visits(chosen, rejected, common)
     return Preference(
@@ -185,7 +185,7 @@ def step_preferences(tree: Tree, config: ExtractConfig, codec: Codec) -> list[St
 
 
 def preferred_steps(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tuple[StepValue, StepValue]]:
-    """Return the best and the worst child of each node as a pair, at most one pair per set of siblings.
+    """Return the best and the worst node of each set of siblings as a pair.
 
     Children that backtrack are siblings of each other only, because they follow a hint of the verifier. A child takes
     part if a model wrote some of it and it has at least `extract.step_min_visits` visits. Best and worst are determined
@@ -252,7 +252,7 @@ def step_values(tree: Tree, codec: Codec) -> list[StepValue]:
 
 
 def token_origins(tree: Tree, number: int, codec: Codec) -> dict[str, int]:
-    """Return the numbers of tokens of a chain by origin.
+    """Return the token counts of a chain by origin.
 
     The policy chose the tokens of `policy`. The search put the tokens of `forced` into the policy's nodes, or into
     nodes that no model wrote. `other_model` counts all tokens of nodes that search.model or search.reviewer wrote.
@@ -267,7 +267,7 @@ def token_origins(tree: Tree, number: int, codec: Codec) -> dict[str, int]:
 
 
 def is_wrong(node: ThoughtNode) -> bool:
-    """Return whether a node ends a chain that the verifier judged as not correct."""
+    """Return whether a node ends a chain that the verifier judged as incorrect."""
     return node.verdict is not None and node.verdict.outcome in ("ok", "wrong") and not node.correct
 
 
@@ -341,5 +341,5 @@ def _place(step: StepValue) -> tuple[bytes, bytes, str, str, str]:
 
 
 def _sortable(token_ids: Int32Array) -> bytes:
-    """Return bytes that sort like the ids, which are not negative, compared from the left."""
+    """Return bytes that sort like the ids compared from the left. No id is negative."""
     return token_ids.astype(">i4").tobytes()

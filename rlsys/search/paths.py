@@ -62,7 +62,7 @@ def node_ids(
     """Yield each node with its tokens.
 
     A node keeps its own tokens if its writer has the codec's tokenizer (`is_native`). Otherwise its text is encoded,
-    without the characters that the last token of the node before already holds (`spill`).
+    without the characters that the last token of the previous node already holds (`spill`).
     """
     spill = ""
     for node in path:

@@ -113,7 +113,7 @@ def _json_type(hint: Any) -> Any:
 
 
 def _line_model(kind: Any) -> type[_Line]:
-    """Return the model of a dataclass. Every field that the line holds is required."""
+    """Return the pydantic model of a dataclass. Every field that the line holds is required."""
     hints = get_type_hints(kind, include_extras=True)
     types = {field.name: (_json_type(hints[field.name]), ...) for field in fields(kind) if field.compare}
     model: type[_Line] = create_model(kind.__name__, __base__=_Line, **types)  # type: ignore[call-overload]

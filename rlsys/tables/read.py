@@ -121,7 +121,7 @@ class RowFile:
         """Return the first layout whose required columns the file has.
 
         Raises:
-            DataError: The file has a required column missing in every layout.
+            DataError: The file lacks a required column of every layout.
         """
         names = self._names()
         required = [[name for name, column in layout.items() if not column.optional] for layout in layouts]

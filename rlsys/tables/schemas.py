@@ -2,8 +2,8 @@
 
 Every table has text columns under the names that other trainers read, and columns with the exact token ids. `prompt`
 is the text that the policy receives, including its chat template and special tokens. `completion`, `chosen` and
-`rejected` are the text that follows, without the end token. A trainer that takes `prompt` as plain text adds no
-template, and puts the end token after the completion itself. The id columns hold the tokens that were generated.
+`rejected` are the text that follows, without the end token. A trainer that takes `prompt` as plain text must add no
+template, and must append the end token to the completion. The id columns hold the tokens that were generated.
 Encoding the text again can give other tokens, and a tokenizer that adds a beginning token adds a second one.
 
 A loss mask has one entry for each id of its column. True marks a token to train. In `supervised` these are all tokens

@@ -23,7 +23,7 @@ GROUP_CHARACTERS = 16 * 2**20
 
 
 class TableFiles:
-    """Role of one table as NAME.jsonl and NAME.parquet. It drops and counts duplicate rows."""
+    """Writer of one table as NAME.jsonl and NAME.parquet. It drops and counts duplicate rows."""
 
     def __init__(self, folder: Path, table: Table) -> None:
         self.rows = self.duplicates = 0

@@ -131,7 +131,7 @@ def _load(config: DatasetConfig) -> _Data:
     repeated = len(readable) - len(train)
     _check_not_empty(config, train, held_out, repeated=repeated)
     if repeated:
-        notes += (f"task.path: {repeated} of {len(readable)} training rows left out, whose question is held out too",)
+        notes += (f"task.path: {repeated} of {len(readable)} training rows left out: their questions are held out",)
     return _Data(train=train, held_out=held_out, skipped=skipped, notes=notes)
 
 

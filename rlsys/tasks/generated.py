@@ -30,7 +30,7 @@ class GeneratedTask(ABC, Generic[Instance]):
 
     Attributes:
         one_answer: Whether every problem has one right answer.
-        noun: Noun for what the hash assigns to a split, for error messages.
+        noun: Name of the things that the hash assigns to a split, for error messages.
     """
 
     one_answer: ClassVar[bool]
@@ -129,7 +129,7 @@ def wrong(detail: str = "", *, answered: bool = True) -> Verdict:
 
 
 def check_ids(problems: Sequence[Problem], message: str) -> None:
-    """Raise DataError with `message` if two problems have the same id. Seeds of completions are hashed from it."""
+    """Raise DataError with `message` if two problems have the same id. Seeds of completions are hashed from ids."""
     [(name, times)] = Counter(problem.problem_id for problem in problems).most_common(1)
     if times > 1:
         raise DataError(f"{message} {name!r}; expected one each")

@@ -1,6 +1,6 @@
-"""Weights through Ray's object store: one copy a node, and Ray moves them between nodes.
+"""Transport of weights through Ray's object store: one copy per node. Ray copies them between nodes.
 
-The processes that use Ray hand in its `put` and `get`, so this module does not import it.
+The callers pass in Ray's `put` and `get`, so this module does not import Ray.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class ObjectStoreReceiver:
 class ObjectStoreTransfer:
     """WeightTransfer that holds the references, and with them the stored weights.
 
-    Weights stay in the store until the next version is acknowledged, for the actors that come up until then. The
-    store loses them when the learner rank that stored them dies. Then no learner has this version any more.
+    Weights stay in the store until the next version is acknowledged, for the actors that start until then. The
+    store loses them when the learner rank that stored them dies. Then no learner has this version.
     """
 
     def __init__(self, learner: Learner) -> None:
@@ -85,7 +85,7 @@ class ObjectStoreTransfer:
         for offer in (self._newest, self._acknowledged):
             if offer is not None and offer.manifest.version == version:
                 return offer
-        raise WeightSyncError(f"weight version {version} is no longer in the object store for an actor that comes late")
+        raise WeightSyncError(f"weight version {version} is no longer in the object store for a late actor")
 
     def acknowledged(self) -> None:
         """Release the version before the newest one."""

@@ -58,7 +58,7 @@ def unpack(bucket: WeightBucket, data: np.ndarray) -> Iterator[tuple[str, Tensor
 def verified_tensors(
     actor: str, manifest: WeightManifest, buckets: Iterable[np.ndarray]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a version. A bucket is taken when it is needed, and checked before its first tensor.
+    """Yield the tensors of a version. Each bucket is fetched when it is needed, and verified first.
 
     Args:
         actor: name of the receiving actor, for error messages.

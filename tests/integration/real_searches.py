@@ -85,7 +85,7 @@ def wait_until(command: Command, happened: Callable[[], bool]) -> None:
 
 def announced(command: Command) -> tuple[int, int]:
     """How many trees a finished command said were there when it began, and how many there would be."""
-    found = re.search(r"^trees: (\d+) of (\d+) are there$", command.stdout, re.MULTILINE)
+    found = re.search(r"^trees: (\d+) of (\d+) are finished$", command.stdout, re.MULTILINE)
     assert found is not None, command.stdout
     return int(found[1]), int(found[2])
 

@@ -316,7 +316,7 @@ def test_a_tag_that_the_tokenizer_loses(refused, policy: Path, tmp_path: Path) -
     del tokenizer["model"]["vocab"]["<"]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = write_config(tmp_path, search_config(folder, 8))
-    expected = "search.nodes: the tag guess is not closable by this tokenizer: "
+    expected = "search.nodes: the tag guess is changed by this tokenizer: "
     for command in ("search", "train"):
         overrides = ("search.nodes.thinking.tag=guess", "search.fraction=0.5")
         assert expected in refused(command, config, *overrides)

@@ -162,7 +162,7 @@ def test_check_finds_a_tag_that_the_tokenizer_loses(
     given = ("check", str(tmp_path / "config.yaml"), "model.from_scratch=null", f"model.path={model_without_a_bracket}")
     code, _, errors = run(*given, *LOST, *search)
     assert code == 2
-    assert errors.startswith("error: search.nodes: the tag guess is not closable by this tokenizer: expected <guess>")
+    assert errors.startswith("error: search.nodes: the tag guess is changed by this tokenizer: expected <guess>")
     assert errors.endswith(f"; the model is {model_without_a_bracket}\n")
     assert run(*given, "search.fraction=0.5")[0] == 0  # the shipped tags are not lost
 

@@ -164,7 +164,7 @@ def test_trees_show_the_latest_rates_and_a_mean_time_left() -> None:
         display.update({"rollout/tokens_per_s": 5000.0, "search/prefix_hits": 0.25})
     assert display.seconds_left == 9.0
     assert output.getvalue().splitlines() == [
-        "trees: 4 of 10 are there",
+        "trees: 4 of 10 are finished",
         "trees 5/10  solved 1.000  failed trees 0  left 0:45",
         "trees 6/10  solved 0.500  tokens/s 5,000  prefix-cache hits 0.250  failed trees 0  left 0:18",
         "trees 7/10  solved 0.667  tokens/s 5,000  prefix-cache hits 0.250  failed trees 0  left 0:09",

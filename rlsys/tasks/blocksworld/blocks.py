@@ -82,7 +82,7 @@ def shortest_plan(state: State, goal: Goal) -> tuple[Move, ...] | None:
 
 
 def check_plan(state: State, goal: Goal, moves: Sequence[Move]) -> str:
-    """Return why the moves do not reach the goal (an impossible move or a missing fact), or "" if they reach it."""
+    """Return the first reason why the moves fail (an impossible move or a missing goal fact), or ""."""
     for number, move in enumerate(moves, 1):
         following = dict(successors(state)).get(move)
         if following is None:

@@ -61,7 +61,7 @@ def take_notes(
 ) -> list[Note]:
     """Return a shortest plan in pieces of `moves_per_node` moves. With `planted`, one state is noted wrongly.
 
-    After a silent error the plan continues from the wrong state. Another error is taken back.
+    After a silent error the plan continues from the wrong state. Any other error is taken back.
     """
     notes = _notes(state, goal, moves_per_node)
     if planted is None:

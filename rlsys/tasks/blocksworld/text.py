@@ -17,7 +17,7 @@ PIECES = (*MOVES, "now", "goal", " on", " on table", " clear", " hold", ",", "\n
 
 
 def state_text(state: State) -> str:
-    """Return the towers in order, each from the top, and the block in the hand: `now a on b, c, hold d`."""
+    """Return the towers, each from the top, and the block in the hand: `now a on b, c, hold d`."""
     items = [" on ".join(tower) for tower in state.towers]
     held = [f"hold {state.held}"] if state.held is not None else []
     return f"now {', '.join(items + held)}"
@@ -68,7 +68,10 @@ def plan_text(moves: Iterable[Move]) -> str:
 
 
 def read_plan(text: str) -> tuple[Move, ...] | str:
-    """Return the moves of a text, one per line, or the reason why it is not a plan. Extra white space is ignored."""
+    """Return the moves of a text, one per line, or the reason why it is not a plan.
+
+    Extra white space is ignored.
+    """
     moves: list[Move] = []
     for line in text.splitlines():
         move = tuple(line.split())

@@ -103,7 +103,7 @@ def test_a_long_check_is_announced(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     for size in (3, 4):
         PromptBuilder(NumberTask(size), encode, max_model_len=10, max_tokens=6).check("train")
     assert [record.getMessage() for record in caplog.records] == [
-        "task: measuring 4 prompts in tokens before the start, about 0 s"
+        "task: counting the tokens of 4 prompts before the start, about 0 s"
     ]
 
 

@@ -165,7 +165,7 @@ def test_errors_name_file_row_and_column(write: Write, bad: dict[str, Any], mess
 BAD_PAIRS: list[tuple[dict[str, Any], str]] = [
     (pair([1, 2], [3, 2], 1, 0), "column prompt_length: 1, but chosen_ids and rejected_ids have only 0 tokens in"),
     (pair([1, 2], [1, 3], 0, 1), "column prompt_length: expected 1 or more, found 0"),
-    (pair([1, 2], [1, 3], 1, 2), "column common_prefix: expected 1, the length of what both sides begin with, found 2"),
+    (pair([1, 2], [1, 3], 1, 2), "column common_prefix: expected 1, the length of their common prefix, found 2"),
     (pair([1, 2], [1, 3], 1, 1, chosen_visits=-1), "column chosen_visits: expected 0 or more, found -1"),
     (pair([1, 2], [1, 27], 1, 1), "column rejected_ids: expected token ids from 0 to 26"),
 ]

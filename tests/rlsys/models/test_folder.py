@@ -96,14 +96,14 @@ def test_the_digest_of_weights_covers_every_byte(tmp_path: Path, built: Path) ->
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"])
 def test_a_file_without_weights_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"model\.safetensors is no whole safetensors file"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors is not a complete safetensors file"):
         _ = ModelFolder(tmp_path).parameters
 
 
 def test_weights_cut_short_are_named(tmp_path: Path, built: Path) -> None:
     whole = (built / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-1])
-    with pytest.raises(ConfigError, match="no whole safetensors file"):
+    with pytest.raises(ConfigError, match="not a complete safetensors file"):
         _ = ModelFolder(tmp_path).parameters
 
 

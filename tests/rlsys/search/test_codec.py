@@ -368,12 +368,12 @@ def broken(kind: str) -> Any:
 def test_a_tag_that_the_tokenizer_changes_is_named(kind: str, tags: tuple[str, ...], named: str) -> None:
     tokenizer = broken(kind)
     with pytest.raises(
-        ConfigError, match=rf"^search\.nodes: the tag {named} is not closable .* another tag.*model\.path"
+        ConfigError, match=rf"^search\.nodes: the tag {named} is changed by .* another tag.*model\.path"
     ):
         TagCodec(tokenizer, tags, [tokenizer.eos_token_id], digest="x")
 
 
 def test_a_tag_that_is_an_end_token_is_refused() -> None:
     tokenizer = build_tokenizer(tag_strings(), 512)
-    with pytest.raises(ConfigError, match="the tag eos is not closable"):
+    with pytest.raises(ConfigError, match="the tag eos is changed by"):
         TagCodec(tokenizer, ("thinking", "eos"), [tokenizer.eos_token_id], digest="x")

@@ -118,7 +118,7 @@ def test_training_rows_that_repeat_a_held_out_question_are_left_out(tmp_path):
     held_out = write_jsonl(tmp_path / "test.jsonl", sums(2))
     task = task_of(train, held_out_path=held_out)
     assert all_ids(task, "train") == ["train/3", "train/4"]
-    assert task.notes() == ("task.path: 2 of 4 training rows left out, whose question is held out too",)
+    assert task.notes() == ("task.path: 2 of 4 training rows left out: their questions are held out",)
     with pytest.raises(DataError, match="no row is left for training; 4 of its questions are also held out"):
         task_of(train, held_out_path=train).size("train")
 
