@@ -82,7 +82,7 @@ class Started:
         self.steps.append(("prepare", purpose, policy.path if policy else None))
         searching = None
         if purpose == "search" or config.evaluation.search_answers:
-            auxiliary = tuple(model for role, model in engines(config).items() if writer != "model")
+            auxiliary = tuple(model for role, model in engines(config).items() if role != "model")
             searching = Searching(role="model" if config.search.model else "policy", auxiliary=auxiliary)
         return prepared(config, SimpleNamespace(notes=["1 row skipped"], held_out=["a prompt"]), searching)
 
