@@ -63,10 +63,8 @@ class CompletionReader:
             ("off_pattern", self._is_off_pattern),
             ("too_deep", self._is_too_deep),
             ("too_long", self._is_too_long),
-            (
-                "malformed",
-                lambda place: place.terminal and not place.last,
-            ),  # the verifier refuses text after an answer, too
+            # The verifier, too, refuses text after an answer.
+            ("malformed", lambda place: place.terminal and not place.last),
             ("unanswered", lambda place: place.last and not place.terminal and place.finish_reason == "stop"),
         )
 
