@@ -1,10 +1,10 @@
-"""Generated tokens/s of the rollout actors against bare vLLM engines that get the same requests.
+"""Compare generated tokens/s of the rollout actors and of bare vLLM engines with the same requests.
 
-Ours is the whole path of a training step's rollouts: `Fleet.generate` on two Ray actors, with verifiers,
-group building and the transfer to the driver, timed there from the call to the last group. The peer is two plain
-processes with a bare `LLMEngine` each, built with the same arguments and stepped in a loop; requests are made
-before and results read after the clock runs. Both start cold: every round has prompts of its own. Sides take turns,
-and the sampled tokens of both must be the same. Exit code 1 where the median ratio is below the limit.
+Our side is the whole path of a training step's rollouts: `Fleet.generate` on two Ray actors, with verifiers, group
+building and the transfer to the driver. The driver measures the time from the call to the last group. The peer is two
+plain processes with one bare `LLMEngine` each, built with the same arguments and stepped in a loop. Its time excludes
+the making of requests and the reading of results. Every round has new prompts, so both sides start with cold caches.
+The sides take turns, and both must sample the same tokens. The exit code is 1 if the median ratio is below the limit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Round = tuple[float, list[Tokens]]  # seconds, tokens by actor
 
 
 def serve_bare(pipe: Any, model: Path, config: ActorsConfig, log: Path) -> None:
-    """A bare engine in its own process: for every list of requests answer (start, end, tokens of each)."""
+    """Run a bare engine in this process. It answers a list of requests with (start, end, tokens of each request)."""
     quiet_worker(str(log))
     die_with_parent()
     from actors.engine import _build, engine_environment
@@ -65,7 +65,7 @@ def serve_bare(pipe: Any, model: Path, config: ActorsConfig, log: Path) -> None:
             )
             prepared.append((request.request_id, {"prompt_token_ids": list(request.token_ids)}, params))
         pipe.send(None)
-        pipe.recv()  # the signal to start, which both processes get at once
+        pipe.recv()  # the start signal, sent to both processes at once
         started = time.perf_counter()
         for request_id, prompt, params in prepared:
             engine.add_request(request_id, prompt, params)
@@ -77,7 +77,7 @@ def serve_bare(pipe: Any, model: Path, config: ActorsConfig, log: Path) -> None:
 
 
 class BareEngines:
-    """The peer: as many bare engines as there are actors."""
+    """The peer: one bare engine for every actor."""
 
     def __init__(self, model: Path, config: Config, folder: Path) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -92,7 +92,7 @@ class BareEngines:
         self._receive()
 
     def round(self, parts: Sequence[Sequence[Prompt]], settings: SamplingSettings) -> Round:
-        """Seconds from the first start to the last end, measured in the processes."""
+        """Return the seconds from the first start to the last end, measured in the processes, and the tokens."""
         from actors.rollouts.single_turn import completion_requests
 
         for pipe, part in zip(self.pipes, parts, strict=True):
@@ -112,7 +112,7 @@ class BareEngines:
 
 
 async def ours(pool: Any, parts: Sequence[Sequence[Prompt]], settings: SamplingSettings) -> Round:
-    """Seconds until the driver holds every group."""
+    """Return the seconds until the driver has every group, and the tokens."""
     started = time.perf_counter()
     answers = await asyncio.gather(*(pool.generate(actor, part, settings) for actor, part in enumerate(parts)))
     seconds = time.perf_counter() - started
@@ -127,7 +127,7 @@ def _tokens(group: Any) -> Iterator[list[int]]:
 
 
 async def measure(config: Config, model: Path, folder: Path, rounds: int) -> list[tuple[int, float, float]]:
-    """(tokens, our seconds, the peer's seconds) of every round, after one to warm up."""
+    """Return (tokens, our seconds, the peer's seconds) of every round. A warm-up round comes first."""
     from rlsys.launch.placement import place
     from rlsys.launch.ray_cluster import ray_cluster
     from rlsys.launch.start import rollout_pool
@@ -158,7 +158,7 @@ async def measure(config: Config, model: Path, folder: Path, rounds: int) -> lis
 
 
 def report(found: list[tuple[int, float, float]]) -> bool:
-    """Print the table; whether the limit holds."""
+    """Print the table, and return whether the limit is met."""
     print(f"{'tokens/s':34}{'min':>10}{'median':>10}{'max':>10}")
     ratios = [theirs / ours for _, ours, theirs in found]
     for name, position in (("actors (Ray, verifiers, groups)", 1), ("bare engines", 2)):
@@ -166,14 +166,14 @@ def report(found: list[tuple[int, float, float]]) -> bool:
         print(f"{name:34}{min(rates):>10,.0f}{statistics.median(rates):>10,.0f}{max(rates):>10,.0f}")
     ratio = statistics.median(ratios)
     print(f"{'ratio, round by round':34}{min(ratios):>10.3f}{ratio:>10.3f}{max(ratios):>10.3f}")
-    print(f"limit {LIMIT:.2f}: {'holds' if ratio >= LIMIT else 'missed'}")
+    print(f"limit {LIMIT:.2f}: {'met' if ratio >= LIMIT else 'missed'}")
     return ratio >= LIMIT
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Actors' generated tokens/s against bare vLLM engines.")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each side")
-    parser.add_argument("--prompts", type=int, default=64, help="prompts of a round")
+    parser.add_argument("--rounds", type=int, default=9, help="number of timed rounds of each side")
+    parser.add_argument("--prompts", type=int, default=64, help="number of prompts of a round")
     parser.add_argument("--policy", type=Path, help="policy folder of a run; by default the untrained model")
     arguments = parser.parse_args()
     overrides = [f"train.groups_per_step={arguments.prompts}"]
@@ -184,7 +184,7 @@ def main() -> int:
         found = asyncio.run(measure(config, model, folder, arguments.rounds))
     tokens = sum(row[0] for row in found) / len(found)
     size, actors = config.train.group_size, config.actors.count
-    print(f"{arguments.prompts} prompts x {size} completions a round, {tokens:,.0f} tokens, {actors} actors")
+    print(f"{arguments.prompts} prompts x {size} completions per round, {tokens:,.0f} tokens, {actors} actors")
     return 0 if report(found) else 1
 
 

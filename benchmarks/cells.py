@@ -1,4 +1,4 @@
-"""Cells of an experiment: a training run and what was measured of it, kept so that none is done twice."""
+"""Cells of an experiment: training runs and their evaluations, stored so that none is made twice."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ RLSYS = Path(sys.executable).parent / "rlsys"
 
 
 def record_of(run_dir: Path, config: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """What is known of a run, a new record where it was never begun.
+    """Return the record of a run; a new record if the run never began.
 
-    Another config or other overrides are another run: that of before is an error, not a result.
+    Exit if the run was made with another config or other overrides, because its figures would be wrong.
     """
     record = run_dir / "cell.json"
     asked = [hashlib.sha256(config.read_bytes()).hexdigest(), *map(str, overrides)]
@@ -34,10 +34,13 @@ def record_of(run_dir: Path, config: Path, overrides: Sequence[str]) -> dict[str
 
 
 def trained(run_dir: Path, config: Path, overrides: Sequence[str], timeout_s: float | None = None) -> float:
-    """Make a run, or continue it; answers with the seconds of all its commands. A finished one is left as it is.
+    """Make or continue a run, unless it is finished. Return the seconds of all its commands.
 
     Args:
-        timeout_s: of the command.
+        run_dir: The run directory.
+        config: The config file.
+        overrides: Overrides of the config.
+        timeout_s: Time limit of the command in seconds; None for no limit.
     """
     record, found = run_dir / "cell.json", record_of(run_dir, config, overrides)
     if not found["done"]:
@@ -56,7 +59,7 @@ def trained(run_dir: Path, config: Path, overrides: Sequence[str], timeout_s: fl
 
 
 def evaluated(policy: Path, config: Path, overrides: Sequence[str], output: Path) -> dict[str, Any]:
-    """The figures of `rlsys evaluate` for a policy folder, measured once for these weights and this question."""
+    """Return the figures of `rlsys evaluate` for a policy folder. The same weights and settings are evaluated once."""
     weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(policy.glob("*.safetensors"))]
     asked = [*weights, hashlib.sha256(config.read_bytes()).hexdigest(), *map(str, overrides)]
     found = json.loads(output.read_text()) if output.exists() else {}
@@ -74,19 +77,19 @@ def evaluated(policy: Path, config: Path, overrides: Sequence[str], output: Path
 
 
 def seconds_of(folder: Path) -> float:
-    """Of all commands of the cells below a folder, their training and their evaluations."""
+    """Return the seconds of all trainings and evaluations below a folder."""
     records = [*folder.rglob("cell.json"), *folder.rglob("*evaluation.json")]
     return float(sum(json.loads(path.read_text())["seconds"] for path in records))
 
 
 def metrics(run_dir: Path, stage: str) -> list[dict[str, Any]]:
-    """The rows of a stage."""
+    """Return the metrics of a stage, one row for each step."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["stage"] == stage]
 
 
 def tokens_to(goal: float, tokens: np.ndarray, accuracy: np.ndarray) -> float:
-    """Tokens at which an accuracy is first reached, linear between evaluations; NaN if never."""
+    """Return the tokens at which an accuracy is first reached, linear between evaluations; NaN if it never is."""
     above = np.flatnonzero(accuracy >= goal)
     if not len(above):
         return float("nan")

@@ -1,17 +1,17 @@
-"""Joint training against GRPO alone at equal generated tokens: held-out accuracy, reward, wall time.
+"""Compare joint training with GRPO alone at equal generated tokens: held-out accuracy, reward, wall time.
 
 `python benchmarks/joint_online.py [--folder runs/joint_online_benchmark] [--write]`
 
-Both arms start from the same warm start of a seed and take as many prompts a step. GRPO samples them all; the joint arm
-searches a part of them, and its pairs and chains to imitate come from these trees alone. Every generated token counts,
-those of discarded branches, duplicates and failed trees too. Both arms get the same sweep of learning rates, on a seed
-that is not in the comparison; the rate with the larger area under its accuracy over tokens is taken. The joint arm's
-other settings are those of the config, whose search.fraction and weights of preference and sft were chosen after a few
-trials on that same seed. GRPO's are the quickstart's, where they were found.
+Both arms of a seed start from the same warm start and use the same number of prompts per step. GRPO samples all
+prompts. The joint arm searches a part of them, and its preference pairs and demonstrations come from these trees alone.
+Every generated token counts, including those of discarded branches, duplicates and failed trees. Both arms get the same
+sweep of learning rates, on a seed that is not in the comparison; the rate with the largest area under the curve of
+accuracy over tokens is used. The joint arm has the other settings of its config. Their search.fraction and weights of
+preference and sft were chosen after a few trials on the same seed. GRPO has the settings of the quickstart.
 
-Limit: the joint arm reaches the accuracy that GRPO has at its end with at most 0.6 of GRPO's tokens, mean of the seeds.
-A curve that flattens reaches its own last accuracy early too, so GRPO's own share stands beside it, and what both need
-to an accuracy below the plateau.
+Limit: the joint arm reaches the last accuracy of GRPO with at most 0.6 of GRPO's tokens, mean of the seeds. A curve
+that flattens also reaches its own last accuracy early, so the page shows GRPO's own share too, and the tokens that both
+arms need to an accuracy below the plateau.
 """
 
 from __future__ import annotations
@@ -52,10 +52,13 @@ SMOOTHED = 3  # evaluations in a moving mean: one of 512 problems x 4 samples ha
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """What a run reached at every evaluation.
+    """Results of a run at its evaluations, [points] each.
 
-    tokens, accuracy, reward, seconds: [points] generated tokens so far, held-out sampled accuracy, mean reward of the
-    steps since the evaluation before (of the first step, before it), seconds so far without evaluations.
+    Attributes:
+        tokens: Generated tokens so far.
+        accuracy: Held-out sampled accuracy.
+        reward: Mean reward of the steps since the previous evaluation; at the first evaluation, of the first step.
+        seconds: Seconds so far, without evaluations.
     """
 
     tokens: np.ndarray
@@ -64,17 +67,17 @@ class Curve:
     seconds: np.ndarray
 
     def area(self, budget: float) -> float:
-        """Mean accuracy over the first `budget` tokens."""
+        """Return the mean accuracy over the first `budget` tokens."""
         grid = np.linspace(0, budget, 200)
         return float(np.interp(grid, self.tokens, self.accuracy).mean())
 
     def tokens_to(self, accuracy: float) -> float:
-        """Tokens at which the smoothed accuracy is first reached; NaN if never."""
+        """Return the tokens at which the smoothed accuracy first reaches a value; NaN if it never does."""
         return tokens_to(accuracy, self.tokens, smoothed(self.accuracy))
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Means of each value and those just before it."""
+    """Return the mean of each value and the values just before it."""
     return np.array([values[max(0, n + 1 - SMOOTHED) : n + 1].mean() for n in range(len(values))])
 
 
@@ -91,7 +94,7 @@ def main() -> int:
     shares = {arm: [share(each, grpo) for each, grpo in zip(curves[arm], curves["GRPO"], strict=True)] for arm in ARMS}
     mean = float(np.mean(shares["joint"]))
     shown = [
-        f"`python benchmarks/joint_online.py`; {seconds_of(folder) / 60:.0f} minutes on 2 cores.",
+        f"Measured by `python benchmarks/joint_online.py` in {seconds_of(folder) / 60:.0f} minutes on 2 cores.",
         "",
         *sweep_lines(swept, rates),
         "",
@@ -103,7 +106,7 @@ def main() -> int:
     if arguments.write:
         found = {arm: [{key: getattr(c, key).tolist() for key in c.__slots__} for c in curves[arm]] for arm in ARMS}
         results_page.keep("joint_online", {"rates": rates, "curves": found, "shares": shares, "lines": shown})
-    return int(not mean <= LIMIT and not arguments.write)  # the page says it then
+    return int(not mean <= LIMIT and not arguments.write)  # with --write, the page reports it
 
 
 def end_of(found: Curve) -> float:
@@ -111,7 +114,10 @@ def end_of(found: Curve) -> float:
 
 
 def share(found: Curve, grpo: Curve) -> float:
-    """Tokens until GRPO's last accuracy, as a share of all of GRPO's; of a run that never reaches it, all its own."""
+    """Return the tokens to GRPO's last accuracy, divided by all of GRPO's tokens.
+
+    A run that never reaches this accuracy counts with all of its tokens.
+    """
     tokens = found.tokens_to(end_of(grpo))
     return float((found.tokens[-1] if np.isnan(tokens) else tokens) / grpo.tokens[-1])
 
@@ -122,17 +128,18 @@ def best_rate(found: dict[float, Curve]) -> float:
 
 
 def areas_of(found: dict[float, Curve]) -> dict[float, float]:
-    """Mean accuracy of every rate over the tokens that all of them generated."""
+    """Return the mean accuracy of every rate over the tokens that all rates generated."""
     budget = min(each.tokens[-1] for each in found.values())
     return {rate: each.area(budget) for rate, each in found.items()}
 
 
 def sweep_lines(swept: dict[str, dict[float, Curve]], rates: dict[str, float]) -> list[str]:
     lines = [
-        f"Learning rates, the same sweep for both arms, {SWEEP_STEPS} steps on seed {SWEEP_SEED}: mean held-out "
-        "accuracy over the tokens that all rates generated, in brackets the last; the largest mean is taken.",
+        f"Both arms get the same sweep of learning rates: {SWEEP_STEPS} steps on seed {SWEEP_SEED}. The table has the "
+        "mean held-out accuracy over the tokens that all rates generated, and in brackets the last accuracy. The rate "
+        "with the largest mean is used.",
         "",
-        f"| arm | {' | '.join(f'{rate:g}' for rate in RATES)} | taken |",
+        f"| arm | {' | '.join(f'{rate:g}' for rate in RATES)} | used |",
         f"|---|{'---|' * len(RATES)}---|",
     ]
     for arm, found in swept.items():
@@ -143,20 +150,21 @@ def sweep_lines(swept: dict[str, dict[float, Curve]], rates: dict[str, float]) -
 
 
 def verdict(shares: dict[str, list[float]], curves: dict[str, list[Curve]]) -> list[str]:
-    """The judged figure, and two that tell what it is worth."""
+    """Return the figure with a limit, and two figures that put it into perspective."""
     last = [end_of(each) for each in curves["GRPO"]]
     never = sum(np.isnan(each.tokens_to(bar)) for each, bar in zip(curves["joint"], last, strict=True))
     joint, own = (float(np.mean(shares[arm])) for arm in ("joint", "GRPO"))
     early = {arm: np.array([each.tokens_to(BELOW_PLATEAU) for each in curves[arm]]) for arm in curves}
     needed = {arm: f"{np.mean(tokens):,.0f}" for arm, tokens in early.items()}
     return [
-        f"To GRPO's last accuracy the joint arm needs {joint:.3f} of GRPO's tokens, mean of the seeds; the limit is "
-        f"{LIMIT}: {'yes' if joint <= LIMIT else 'no'}."
-        + (f" {never} of {len(last)} seeds never reach it; they count with all of their tokens." if never else "")
-        + f" GRPO itself is at its last accuracy after {own:.3f}.",
+        f"The joint arm needs {joint:.3f} of GRPO's tokens to reach GRPO's last accuracy, mean of the seeds. The limit "
+        f"is {LIMIT}. Met: {'yes' if joint <= LIMIT else 'no'}."
+        + (f" {never} of {len(last)} seeds never reach it and count with all of their tokens." if never else "")
+        + f" GRPO itself first reaches its last accuracy after {own:.3f} of its tokens.",
         "",
-        f"To an accuracy of {BELOW_PLATEAU:g}, below the plateau: {needed['joint']} tokens jointly, {needed['GRPO']} "
-        f"with GRPO, by seed {', '.join(f'{ratio:.3f}' for ratio in early['joint'] / early['GRPO'])} of GRPO's.",
+        f"To reach an accuracy of {BELOW_PLATEAU:g}, which is below the plateau, the joint arm needs "
+        f"{needed['joint']} tokens and GRPO {needed['GRPO']}. Ratio of the two by seed: "
+        f"{', '.join(f'{ratio:.3f}' for ratio in early['joint'] / early['GRPO'])}.",
     ]
 
 
@@ -181,24 +189,25 @@ def curve(folder: Path, arm: str, seed: int, rate: float, steps: int = STEPS) ->
 
 def curve_of(rows: Sequence[dict[str, float]]) -> Curve:
     tokens = np.cumsum([row.get("rollout/generated_tokens", 0.0) for row in rows])
-    # The first row is the evaluation before the first step. Those between steps are no part of training.
+    # The first row is the evaluation before the first step. The time of later evaluations does not count as training.
     steps = [row["time/step_s"] - row.get("time/evaluate_s", 0.0) if "time/step_s" in row else 0.0 for row in rows]
     seconds = np.cumsum(steps)
     at = [n for n, row in enumerate(rows) if row.get("held_out/sampled_accuracy") is not None]
     accuracy = np.array([rows[n]["held_out/sampled_accuracy"] for n in at])
-    spans = [(1, 1), *itertools.pairwise(at)]  # of steps: those since the evaluation before
+    spans = [(1, 1), *itertools.pairwise(at)]  # the steps since the previous evaluation
     rewards = [np.mean([row["rollout/reward"] for row in rows[low + 1 : n + 1] or rows[1:2]]) for low, n in spans]
     return Curve(tokens[at], accuracy, np.array(rewards), seconds[at])
 
 
 def lines(seeds: Sequence[int], rates: dict[str, float], curves: dict[str, list[Curve]]) -> list[str]:
-    """A row for every seed and arm; accuracy, reward and seconds at as many tokens as both arms generated."""
+    """Return a table of seeds and arms, with accuracy, reward and seconds at equal tokens and at the end."""
     found = [
-        "Accuracy is held-out, at temperature 1, a mean of 3 evaluations but for that before training. Reward is the "
-        "mean of the steps around; the joint arm's holds the answers of its trees. Seconds are without evaluations.",
+        "Accuracy is held-out accuracy at temperature 1, a mean of 3 evaluations except before training. Reward is the "
+        "mean over the steps of these evaluations; for the joint arm it includes the answers of trees. Seconds exclude "
+        "evaluations. Equal tokens are the tokens that both arms of a seed have generated.",
         "",
-        "| seed | arm | rate | accuracy before | tokens of both | accuracy | reward | seconds | all its tokens "
-        "| accuracy | tokens to GRPO's last accuracy, share of GRPO's |",
+        "| seed | arm | rate | accuracy before | equal tokens | accuracy | reward | seconds | all tokens of the arm "
+        "| accuracy | share of GRPO's tokens to reach GRPO's last accuracy |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for number, seed in enumerate(seeds):

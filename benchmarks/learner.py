@@ -1,12 +1,13 @@
-"""Tokens/s of the learner (2 ranks under DeepSpeed) against bare torch doing the same optimizer updates.
+"""Compare tokens/s of the learner (2 ranks under DeepSpeed) and of bare torch for the same optimizer updates.
 
-Every side trains the same rows (demonstrations of configs/quickstart.yaml with made-up rewards) by the clipped
-policy loss, in micro-batches of the same plan, one optimizer update after another: forward, loss, backward,
-clipping, AdamW. The learner does it with `LearnerRank.train`, one plain process a rank, without Ray. The
-peer is the faster of one bare process with two threads and two with one thread each, whose gradients are views of
-one flat buffer that is summed with one all-reduce. Sides take turns; gradient norms show that the work is the same.
+Every side trains the same rows (demonstrations of configs/quickstart.yaml with made-up rewards) with the clipped policy
+loss and the same micro-batches. It makes one optimizer update after another: forward, loss, backward, clipping, AdamW.
+The learner uses `LearnerRank.train`, in one plain process per rank, without Ray. The peer is the faster of two bare
+programs: one process with two threads, and two processes with one thread each. Two processes sum their gradients, which
+are views of one flat buffer, with one all-reduce. The sides take turns. Equal gradient norms show that they do the same
+work.
 
-Tokens are real ones, padding not counted. Exit code 1 where neither ZeRO 0 nor ZeRO 1 reaches the limit.
+Padding does not count as tokens. The exit code is 1 if neither ZeRO 0 nor ZeRO 1 reaches the limit.
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ from rlsys.processes import die_with_parent, quiet_worker  # noqa: E402
 from rlsys.types import Demonstration, Prompt, TrainingBatch, Trajectory, TrajectoryGroup, VersionSpan  # noqa: E402
 
 LIMIT = 0.80
-# The learning rate of the first update, no importance weights (nobody sampled these tokens), and no figures beside.
+# No warm-up of the learning rate; no importance weights, because no policy sampled these tokens; no extra metrics.
 OVERRIDES = (
     "train.optimizer.warmup_updates=0",
     "objective.policy.importance_cap=null",
     "objective.grad_norm_interval=0",
 )
 TOKENS_PER_RANK = 4096
-Step = Callable[[], float]  # one optimizer update; the gradient norm before clipping
+Step = Callable[[], float]  # makes one optimizer update and returns the gradient norm before clipping
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One way to do the work. stage: ZeRO stage of the learner, None for bare torch."""
+    """One side of the comparison. `stage` is the ZeRO stage of the learner; None for bare torch."""
 
     name: str
     ranks: int
@@ -64,7 +65,7 @@ PEERS = (Side("bare torch, 1 process x 2 threads", 1, 2), Side("bare torch, 2 pr
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What every side trains, and how."""
+    """The data and settings that every side trains with."""
 
     model: Path
     folder: Path
@@ -78,7 +79,7 @@ class Work:
 
 
 def learner_step(work: Work, side: Side, rank: int) -> Step:
-    """Our own learner."""
+    """Return the update of our learner."""
     from learners.rank import LearnerRank
 
     settings = RankSettings(
@@ -106,7 +107,7 @@ def learner_step(work: Work, side: Side, rank: int) -> Step:
 
 
 def bare_step(work: Work, side: Side, rank: int) -> Step:
-    """The peer: nothing but torch and the model."""
+    """Return the update of the peer, which uses only torch and the model."""
     import torch
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM
@@ -131,8 +132,8 @@ def bare_step(work: Work, side: Side, rank: int) -> Step:
         parameter.grad = part.view_as(parameter)
     objective = work.config.objective
     low, high = 1 - objective.policy.clip_low, 1 + objective.policy.clip_high
-    nobody: Any = None  # without KL and critic there is nothing to ask of other models
-    by_group = policy_samples(work.groups, objective, max_tokens=1, kl_weight=0.0, scorer=nobody)
+    no_scorer: Any = None  # without KL and critic, no other model is scored
+    by_group = policy_samples(work.groups, objective, max_tokens=1, kl_weight=0.0, scorer=no_scorer)
     items = [PackItem(samples=(sample,)) for samples in by_group for sample in samples]
     loss_tokens = sum(count_targets(sample.policy_mask) for item in items for sample in item.samples)
     lengths = [item.length for item in items]
@@ -164,7 +165,7 @@ def bare_step(work: Work, side: Side, rank: int) -> Step:
 
 
 def serve(pipe: Any, work: Work, side: Side, rank: int, log: Path) -> None:
-    """A process of a side: for every number received do so many updates, answer (start, end, gradient norms)."""
+    """Run a process of a side. It makes the received number of updates and answers (start, end, gradient norms)."""
     quiet_worker(str(log))
     die_with_parent()
     settings = work.config.learner.model_copy(update={"ranks": side.ranks, "threads": side.threads})
@@ -191,7 +192,7 @@ class Running:
             self.pipes.append(pipe)
 
     def round(self, updates: int) -> tuple[float, float]:
-        """Seconds from the first start to the last end, and the first gradient norm."""
+        """Return the seconds from the first start to the last end, and the first gradient norm."""
         try:
             for pipe in self.pipes:
                 pipe.send(updates)
@@ -202,7 +203,7 @@ class Running:
 
 
 def make_work(folder: Path, groups: int) -> Work:
-    """Groups of the quickstart's size out of its demonstrations, with rewards drawn at random."""
+    """Make groups of the quickstart's size from its demonstrations, with random rewards."""
     config = load_config(ROOT / "configs" / "quickstart.yaml", OVERRIDES)
     model = prepare_model(config, folder)
     inputs = Inputs(config, model)
@@ -233,7 +234,7 @@ def _group(rows: list[Demonstration], rng: np.random.Generator) -> TrajectoryGro
 
 
 def measure(work: Work, rounds: int, updates: int) -> dict[Side, list[float]]:
-    """Seconds of every round of every side, after one round to warm up."""
+    """Return the seconds of every round of every side. A warm-up round comes first."""
     running = {side: Running(work, side) for side in LEARNERS + PEERS}
     norms = {side: processes.round(1)[1] for side, processes in running.items()}
     if not np.allclose(list(norms.values()), norms[PEERS[0]], rtol=1e-3):
@@ -248,7 +249,7 @@ def measure(work: Work, rounds: int, updates: int) -> dict[Side, list[float]]:
 
 
 def report(seconds: dict[Side, list[float]], tokens: int) -> bool:
-    """Print the table; whether the limit holds. tokens: of one round."""
+    """Print the table, and return whether the limit is met. `tokens` is the number of tokens of a round."""
     peer = min(PEERS, key=lambda side: statistics.median(seconds[side]))
     print(f"{'':38}{'tokens/s: min':>14}{'median':>9}{'max':>9}{'ratio: median':>15}{'min':>7}{'max':>7}")
     medians = {}
@@ -271,9 +272,9 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = make_work(Path(folder), arguments.groups)
-        print(f"{work.tokens // 2:,} real tokens a rank and update, {arguments.updates} updates a round")
+        print(f"{work.tokens // 2:,} real tokens per rank and update, {arguments.updates} updates per round")
         if work.tokens // 2 < TOKENS_PER_RANK:
-            raise SystemExit(f"expected at least {TOKENS_PER_RANK} tokens a rank and update: raise --groups")
+            raise SystemExit(f"expected at least {TOKENS_PER_RANK} tokens per rank and update: raise --groups")
         seconds = measure(work, arguments.rounds, arguments.updates)
     return 0 if report(seconds, work.tokens * arguments.updates) else 1
 

@@ -1,8 +1,8 @@
-"""PPO with a critic on the quickstart task: sampled accuracy before and after, tokens against GRPO's.
+"""Compare PPO with a critic and GRPO on the quickstart task: sampled accuracy before and after, generated tokens.
 
 `python benchmarks/ppo.py [--folder runs/ppo]` trains `configs/ppo_letter_count.yaml` and `configs/quickstart.yaml` with
-seeds 0, 1 and 2, from the same warm start of a seed. Limits: from at most 0.50 to at least 0.70 with at most twice the
-tokens that GRPO generates, both of all tokens and of those until 0.70.
+seeds 0, 1 and 2. Both configs of a seed have the same warm start. Limits: PPO raises the accuracy from at most 0.50 to
+at least 0.70. It generates at most twice as many tokens as GRPO, in total and until an accuracy of 0.70.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def main() -> int:
     rows = [measure(arguments.folder.absolute(), name, seed) for seed in SEEDS for name in CONFIGS]
     critic, plain = ([row for row in rows if row.name == name] for name in CONFIGS)
     shown = [
-        f"`python benchmarks/ppo.py`; {seconds_of(arguments.folder) / 60:.0f} minutes on 2 cores. Accuracy is "
-        "held-out, at temperature 1.",
+        f"Measured by `python benchmarks/ppo.py` in {seconds_of(arguments.folder) / 60:.0f} minutes on 2 cores. "
+        "Accuracy is held-out accuracy at temperature 1.",
         "",
-        f"| seed | config | accuracy before | after | no answer after | tokens to {GOAL:g} | all its tokens "
-        "| explained variance, last 10 steps | s |",
+        f"| seed | config | accuracy before | after | no answer after | tokens to {GOAL:g} | all tokens "
+        "| explained variance, last 10 steps | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
         *(row.line() for row in rows),
         "",
@@ -47,15 +47,16 @@ def main() -> int:
     if arguments.write:
         results_page.keep("ppo", {"lines": shown})
     good = all(is_good(own, grpo) for own, grpo in zip(critic, plain, strict=True))
-    return int(not good and not arguments.write)  # the page shows it then
+    return int(not good and not arguments.write)  # with --write, the page reports it
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run reached.
+    """Results of a run.
 
-    to_goal: generated tokens until an evaluation found GOAL, linear between evaluations; NaN where none did.
-    explained: variance of the returns that the critic explains; None without one.
+    Attributes:
+        to_goal: Generated tokens until the accuracy GOAL, linear between evaluations; NaN if it is never reached.
+        explained: Share of the variance of the returns that the critic explains; None without a critic.
     """
 
     name: str
@@ -83,9 +84,9 @@ def is_good(own: Run, grpo: Run) -> bool:
 
 def verdict(own: Run, grpo: Run) -> str:
     return (
-        f"- Seed {own.seed}: {own.tokens / grpo.tokens:.2f} of all of GRPO's tokens, "
-        f"{own.to_goal / grpo.to_goal:.2f} of its tokens to {GOAL:g}; from at most 0.50 to at least {GOAL:.2f} with at "
-        f"most twice of both: {'yes' if is_good(own, grpo) else 'no'}."
+        f"- Seed {own.seed}: PPO's tokens divided by GRPO's are {own.tokens / grpo.tokens:.2f} in total, and "
+        f"{own.to_goal / grpo.to_goal:.2f} until an accuracy of {GOAL:g}. Expected: accuracy from at most 0.50 to at "
+        f"least {GOAL:.2f}, and both ratios at most 2. Met: {'yes' if is_good(own, grpo) else 'no'}."
     )
 
 

@@ -1,4 +1,4 @@
-"""The quickstart on several seeds: a table of accuracies and times, and the learning curve as a picture.
+"""Run the quickstart on several seeds: a table of accuracies and times, and a picture of the learning curves.
 
 `python benchmarks/quickstart.py [runs folder]` runs `configs/quickstart.yaml` with seeds 0, 1 and 2 one after
 the other (runs that are finished are reused), prints the table and writes docs/quickstart.png. Exit code 1 if
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def run(seed: int, run_dir: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl of a finished run."""
+    """Make the run of a seed unless it is finished, and return its rows of metrics.jsonl."""
     seconds = run_dir / "wall-seconds"
     if not seconds.exists():
         if (run_dir / "metrics.jsonl").exists():

@@ -1,12 +1,12 @@
-"""The paper's ablation on tiny models: SFT, then DPO, Thoughts Length Balance, cDPO, the joint loss, masking; alpha.
+"""Reproduce the paper's ablation on tiny models: SFT, DPO, length balance, cDPO, joint loss, masking, and alpha.
 
 `python benchmarks/reproduce.py [--folder runs/reproduce] [--tasks letter_count blocksworld] [--write]`
 
-A task's config gives, for every seed, a warm start, a search with that policy, and SFT on the longest right chain of
-each tree. Every cell trains that SFT policy on preference pairs of the same trees, with the same optimizer, number of
-steps and order of prompts; a row of the table changes one setting of the row before it. (Thoughts Length Balance
-changes the rejected chain too: it is the wrong one whose length is closest to the chosen one's.) Nothing is chosen by
-seed or by cell. Cells that are finished are not made again, and one that was cut short goes on from its checkpoint.
+For every seed, the config of a task makes a warm start, a search with this policy, and SFT on the longest right chain
+of each tree. Every cell trains the SFT policy on preference pairs of the same trees, with the same optimizer, number of
+steps and order of prompts. Each row of the table changes one setting of the row before it. (Thoughts Length Balance
+also changes the rejected chain, which is the wrong chain with the closest length.) No setting depends on the seed, and
+only the row decides it. Finished cells are reused, and an interrupted cell continues from its checkpoint.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ ALPHAS = (0.0, 0.5, 1.0, 1.5, 2.0)
 SEEDS = (1, 2, 3)
 LEARNING_RATE = 3e-4
 WHY_THIS_RATE = (
-    "three times that of the task's config, taken after a trial with seed 0 on letter counting: at 1e-4 conservative "
-    "DPO leaves no answer missing that the joint loss could save"
+    "three times that of the task's config. It was chosen after a trial with seed 0 on letter counting: at 1e-4, "
+    "conservative DPO leaves no missing answers for the joint loss to restore"
 )
 PROBLEMS = {"letter_count": 1024, "blocksworld": 512}
-SCORED = 256  # pairs of a seed whose chosen chains every cell scores
-# Which right chain is the chosen side, eps, alpha, prefix masking.
+SCORED = 256  # number of pairs of a seed whose chosen chains every cell scores
+# Rule for the chosen chain, eps, alpha, prefix masking.
 CELLS: dict[str, tuple[str, float, float, bool]] = {
     "+DPO": ("longest", 0.0, 0.0, False),
     "+Thoughts Length Balance": ("shortest", 0.0, 0.0, False),
@@ -61,7 +61,7 @@ Figures = dict[str, Any]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/reproduce"), help="where the runs are kept")
+    parser.add_argument("--folder", type=Path, default=Path("runs/reproduce"), help="folder of the runs")
     parser.add_argument("--tasks", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--write", action="store_true", help=f"write {results_page.PAGE} and its figures")
@@ -89,7 +89,7 @@ def main() -> int:
 
 
 def of_seed(task: str, seed: int, folder: Path) -> dict[str, Figures]:
-    """All cells of a task and a seed, by name: SFT, those of the ablation, and `alpha X` of the sweep."""
+    """Return the figures of all cells of a task and a seed: warm start, SFT, ablation, and `alpha X` of the sweep."""
     config, own = CONFIGS[task], folder / task / f"seed-{seed}"
     quick = [f"run.seed={seed}", "evaluation.prompts=16", "evaluation.samples=0"]
     base = own / "sft"
@@ -114,7 +114,7 @@ def of_seed(task: str, seed: int, folder: Path) -> dict[str, Figures]:
         trained(runs[name], config, overrides)
     found = {}
     for name, policy in policies.items():
-        # Beside the folder that `rlsys` owns for SFT and the warm start; names with dots must not be cut at them.
+        # For SFT and the warm start, outside the folder that `rlsys` owns. A name with a dot keeps its whole stem.
         output = runs[name] / "evaluation.json" if name in runs else own / f"{policy.name}.evaluation.json"
         figures = measured(policy, config, seed, PROBLEMS[task], output)
         found[name] = figures | {"chosen_logprob": chosen_logprob(policy, pairs["shortest"])}
@@ -122,7 +122,7 @@ def of_seed(task: str, seed: int, folder: Path) -> dict[str, Figures]:
 
 
 def chosen_logprob(policy: Path, pairs: Path) -> float:
-    """Mean log-probability of the chosen chains of one fixed set of pairs, all of their tokens, in nats."""
+    """Return the mean log-probability of the chosen chains of a fixed set of pairs, summed over tokens, in nats."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -139,12 +139,12 @@ def chosen_logprob(policy: Path, pairs: Path) -> float:
 
 
 def alpha_cells() -> dict[str, tuple[str, float, float, bool]]:
-    """The joint loss without masking at every alpha; alpha 0 and 1 are cells of the ablation too."""
+    """Return the cells of the sweep: the joint loss without masking. Alpha 0 and 1 are also in the ablation."""
     return {f"alpha {alpha:g}": ("shortest", 0.1, alpha, False) for alpha in ALPHAS}
 
 
 def pairs_of(base: Path, chosen: str) -> Path:
-    """The pairs of the base run's trees with the longest or the shortest right chain as their chosen side."""
+    """Extract pairs from the trees of the base run. The chosen side is the longest or the shortest right chain."""
     output = base / "pairs" / chosen
     if not (output / "report.json").exists():
         config = load_config(base / "config.yaml", [f"extract.chosen={chosen}"])
@@ -154,19 +154,19 @@ def pairs_of(base: Path, chosen: str) -> Path:
 
 
 def measured(policy: Path, config: Path, seed: int, problems: int, output: Path) -> Figures:
-    """Held-out figures of a policy; the problems of a seed are the same for all its cells."""
+    """Return the held-out figures of a policy. All cells of a seed have the same problems."""
     overrides = [f"run.seed={seed}", f"evaluation.prompts={problems}", "evaluation.samples=4"]
     found = evaluated(policy, config, overrides, output)
     return {mode: found[mode]["by_problem"] for mode in MODES}
 
 
 def values(cells: Sequence[Figures], mode: str, name: str) -> np.ndarray:
-    """[seeds * problems] of a cell."""
+    """Return the values of a cell, [seeds * problems]."""
     return np.concatenate([np.array(cell[mode][name]) for cell in cells])
 
 
 def rows_of(found: Mapping[str, Sequence[Figures]]) -> dict[str, Any]:
-    """Every cell's figures with intervals; differences to the row before it are paired by problem and seed."""
+    """Return the figures of every cell with intervals. Differences to the row before are paired by problem and seed."""
     rows: dict[str, Any] = {}
     before: str | None = None
     for name, cells in found.items():
@@ -184,7 +184,7 @@ def rows_of(found: Mapping[str, Sequence[Figures]]) -> dict[str, Any]:
 
 
 def effects_of(found: Mapping[str, Sequence[Figures]]) -> list[str]:
-    """The effects that the paper's tables show most clearly, each with the figures that it is judged by."""
+    """Return lines about the clearest effects of the paper, with the figures that confirm or refute them."""
     lines = []
     for mode in MODES:
         sft, dpo, cdpo, joint = (
@@ -193,28 +193,28 @@ def effects_of(found: Mapping[str, Sequence[Figures]]) -> list[str]:
         rise = mean_difference(dpo, sft)
         holds = dpo.mean() >= 3 * sft.mean() and rise.mean >= 0.05 and rise.low > 0
         lines.append(
-            f"Plain DPO on long chains, {mode}: no answer {sft.mean():.3f} after SFT, {dpo.mean():.3f} after DPO, "
-            f"difference {rise.mean:+.3f} ({rise.low:+.3f} to {rise.high:+.3f}): at least threefold and 5 points, "
-            f"interval above 0: {'yes' if holds else 'no'}."
+            f"Plain DPO on long chains, {mode}: the no-answer rate is {sft.mean():.3f} after SFT and {dpo.mean():.3f} "
+            f"after DPO, difference {rise.mean:+.3f} ({rise.low:+.3f} to {rise.high:+.3f}). Expected: at least three "
+            f"times as high, at least 5 points higher, and an interval above 0. Met: {'yes' if holds else 'no'}."
         )
         left = mean_difference(cdpo / 2, joint)
         lines.append(
-            f"The joint loss, {mode}: no answer {cdpo.mean():.3f} after cDPO, {joint.mean():.3f} with alpha 1; half of "
-            f"cDPO's minus the joint one's {left.mean:+.3f} ({left.low:+.3f} to {left.high:+.3f}): at least halved: "
-            f"{halved(cdpo.mean(), joint.mean(), left.low)}."
+            f"The joint loss, {mode}: the no-answer rate is {cdpo.mean():.3f} after cDPO and {joint.mean():.3f} with "
+            f"alpha 1. Half of the first rate minus the second is {left.mean:+.3f} ({left.low:+.3f} to "
+            f"{left.high:+.3f}). Expected: at least halved. Met: {halved(cdpo.mean(), joint.mean(), left.low)}."
         )
     return lines
 
 
 def halved(before: float, after: float, low: float) -> str:
-    """Judged by the means; where the interval says less than they do, that is said."""
+    """Judge by the means, and mention an interval that does not confirm them."""
     if before == 0:
-        return "nothing was left to save"
-    return "no" if after > before / 2 else "yes" if low > 0 else "yes, but the interval holds 0"
+        return "there were no missing answers"
+    return "no" if after > before / 2 else "yes" if low > 0 else "yes, but the interval includes 0"
 
 
 def pair_lines(folders: Sequence[Path]) -> list[str]:
-    """What the pairs look like: lengths of both sides and what they share, in tokens, medians of each seed's trees."""
+    """Return lines with the number of pairs and the median lengths of both sides and their common prefix, in tokens."""
     lines = []
     for chosen in ("longest", "shortest"):
         found = [json.loads((own / "sft" / "pairs" / chosen / "report.json").read_text()) for own in folders]
@@ -222,9 +222,9 @@ def pair_lines(folders: Sequence[Path]) -> list[str]:
         medians = {side: ", ".join(f"{each[side]['median']:.0f}" for each in tokens) for side in tokens[0]}
         pairs = ", ".join(f"{report['rows']['preferences']:,}" for report in found)
         lines.append(
-            f"Pairs with the {chosen} right chain, by seed: {pairs}; median tokens of the chosen side "
-            f"{medians['chosen']}, of the rejected one {medians['rejected']}, of their common prefix "
-            f"{medians['common_prefix']}, {max(each['common_prefix']['max'] for each in tokens):.0f} at most."
+            f"Number of pairs with the {chosen} right chain, by seed: {pairs}. Median tokens by seed: chosen side "
+            f"{medians['chosen']}; rejected side {medians['rejected']}; common prefix {medians['common_prefix']} "
+            f"(at most {max(each['common_prefix']['max'] for each in tokens):.0f})."
         )
     return lines
 

@@ -1,11 +1,13 @@
-"""Generated tokens/s of a tree search against the same requests, all given to the same engines at once.
+"""Compare generated tokens/s of a tree search and of the same requests, submitted to the same engines at once.
 
-Ours is what grows the trees of `rlsys search`: two Ray actors, verifiers, finished trees at the driver, timed there
-from the first prompt to the last tree; writing the files is not in it. The peer is what the same engines need for the
-very requests that the search made (same contexts, seeds and stops; as many tokens, which is checked), submitted in
-one go, without trees and verifiers; prefix caches are emptied before either. Exit code 1 where a median ratio is
-below the limit, or where reading, selection and backup take a larger share of the time than allowed. Beside it: scored
-answers/s of node and chain expansion, and of one tree and one request at a time, the way of the published program.
+Our side grows the trees of `rlsys search` with two Ray actors and their verifiers. The driver measures the time from
+the first prompt to the last tree, without writing files. The peer submits the recorded requests of this search to the
+same engines at once, without trees and verifiers. The requests have the same contexts, seeds and stops, and must give
+the same number of tokens. The prefix caches are emptied before both sides. The table also has the scored answers/s of
+node and chain expansion, and of one tree and one request at a time, as in the published program.
+
+The exit code is 1 if a median ratio is below the limit, or if reading, selection and backup take more than the allowed
+share of the time.
 """
 
 from __future__ import annotations
@@ -33,17 +35,20 @@ from rlsys.config.files import load_config  # noqa: E402
 from rlsys.config.schema import Config  # noqa: E402
 from rlsys.data.inputs import Inputs  # noqa: E402
 from rlsys.interfaces import EngineStats  # noqa: E402
-from rlsys.launch import session as launch  # noqa: E402
+from rlsys.launch import start  # noqa: E402
+from rlsys.launch.placement import place  # noqa: E402
+from rlsys.launch.ray_cluster import ray_cluster  # noqa: E402
+from rlsys.models.folder import ModelFolder  # noqa: E402
 from rlsys.trees import Tree  # noqa: E402
 from rlsys.types import Prompt  # noqa: E402
 
 LIMIT = 0.80
-SHIPPED = "the config as it is"  # it stops at a few right answers, so that trees end while others go on
+SHIPPED = "the config as it is"  # its trees stop at a few right answers, so some end early
 PYTHON_LIMIT = 0.10
 
 
 class RecordingActor(RolloutActor):
-    """A rollout actor that keeps the requests of its trees, to make them again."""
+    """A rollout actor that records the requests of its trees, to submit them a second time."""
 
     def __init__(self, settings: ActorSettings) -> None:
         super().__init__(settings)
@@ -55,7 +60,7 @@ class RecordingActor(RolloutActor):
         return self._one_by_one(requests) if self._serial else self._submit(requests)
 
     def _one_by_one(self, requests: Sequence[Any]) -> list[Future[Any]]:
-        """Each request only once the one before has ended; trees ask for little at a time then."""
+        """Submit each request after the previous one has ended."""
         futures: list[Future[Any]] = [Future() for _ in requests]
 
         def ask(number: int) -> None:
@@ -70,7 +75,7 @@ class RecordingActor(RolloutActor):
         return futures
 
     async def begin(self, serial: bool) -> float:
-        """Empty the prefix cache and forget what was recorded; CPU seconds of the trees so far."""
+        """Empty the prefix cache and the record, and return the CPU seconds of the trees so far."""
         reset = self.engine._run_on_thread(lambda: self.engine._engine.reset_prefix_cache())
         if not await asyncio.wrap_future(reset):
             raise RuntimeError("the prefix cache was in use")
@@ -79,7 +84,7 @@ class RecordingActor(RolloutActor):
         return await self.search_seconds()
 
     async def replay(self) -> tuple[float, float, int]:
-        """Make the recorded requests again, all at once, from an empty cache: start, end and generated tokens."""
+        """Submit all recorded requests at once with an empty cache. Return start, end and generated tokens."""
         requests = self._requests
         await self.begin(False)
         started = time.perf_counter()
@@ -89,7 +94,15 @@ class RecordingActor(RolloutActor):
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One tree search: its seconds, those of the same requests at once, CPU seconds in the trees, trees and engines."""
+    """One round of tree search.
+
+    Attributes:
+        seconds: Seconds of the search.
+        replay_s: Seconds of the same requests at once.
+        search_s: CPU seconds of reading, selection and backup.
+        trees: The finished trees.
+        usage: Statistics of the engines.
+    """
 
     seconds: float
     replay_s: float
@@ -111,7 +124,7 @@ class Round:
 
 
 async def grow(pool: Any, handles: Sequence[Any], prompts: Sequence[Prompt], serial: bool) -> Round:
-    """Search prompts; one tree at a time on one actor where `serial`, else all at once on all."""
+    """Search the prompts: one tree at a time on one actor if `serial`, and otherwise all at once on all actors."""
     before = await asyncio.gather(*(handle.begin.remote(serial) for handle in handles))
     await pool.reset_engine_stats()
     started = time.perf_counter()
@@ -139,12 +152,12 @@ async def replay(handles: Sequence[Any], tokens: int) -> float:
 
 
 async def measure(config: Config, model: Path, folder: Path, rounds: int, trees: int, *, serial: bool) -> list[Round]:
-    """Rounds of one kind, after one to warm up."""
-    inputs = Inputs(config, model, training=False)
+    """Return the rounds of one kind. A warm-up round comes first."""
+    inputs = Inputs(config, ModelFolder(model), training=False)
     numbers = itertools.count()
     found = []
-    with launch.ray_cluster(config, folder, launch.actor_bundles(config)) as cluster:
-        async with launch.rollout_pool(cluster, model, Searching()) as pool:
+    with ray_cluster(config, folder, place(config).bundles) as cluster:
+        async with start.rollout_pool(cluster, model, Searching()) as pool:
             for _ in range(1 + rounds):
                 prompts = [inputs.builder.build("held_out", next(numbers)) for _ in range(trees)]
                 handles = [handle.handle for handle in pool.handles]
@@ -153,11 +166,11 @@ async def measure(config: Config, model: Path, folder: Path, rounds: int, trees:
 
 
 def report(name: str, rounds: Sequence[Round]) -> bool:
-    """Print the figures of one kind; whether its limits hold."""
+    """Print the figures of one kind of search, and return whether its limits are met."""
 
-    def row(what: str, values: Sequence[float], digits: int = 0) -> float:
+    def row(label: str, values: Sequence[float], digits: int = 0) -> float:
         low, middle, high = min(values), statistics.median(values), max(values)
-        print(f"{what:46}{low:>12,.{digits}f}{middle:>12,.{digits}f}{high:>12,.{digits}f}")
+        print(f"{label:46}{low:>12,.{digits}f}{middle:>12,.{digits}f}{high:>12,.{digits}f}")
         return middle
 
     trees = [tree for found in rounds for tree in found.trees]
@@ -185,7 +198,7 @@ def report(name: str, rounds: Sequence[Round]) -> bool:
         print("no limit")
         return True
     good = ratio >= LIMIT and share < PYTHON_LIMIT
-    print(f"limits: ratio {LIMIT:.2f}, share {PYTHON_LIMIT:.2f}: {'hold' if good else 'missed'}")
+    print(f"limits: ratio {LIMIT:.2f}, share {PYTHON_LIMIT:.2f}: {'met' if good else 'missed'}")
     return good
 
 
@@ -200,10 +213,10 @@ def main() -> int:
     parser.add_argument("--trees", type=int, default=64, help="trees of a round")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each kind")
     parser.add_argument("--simulations", type=int, default=64, help="simulations of a tree")
-    parser.add_argument("--parallel", type=int, default=16, help="simulations of a tree that are under way at once")
-    parser.add_argument("--serial-trees", type=int, default=4, help="trees of the one round that runs one by one")
+    parser.add_argument("--parallel", type=int, default=16, help="number of simultaneous simulations of a tree")
+    parser.add_argument("--serial-trees", type=int, default=4, help="trees of the serial round")
     arguments = parser.parse_args()
-    launch.RolloutActor = RecordingActor
+    start.RolloutActor = RecordingActor
     stop = [
         "search.stop.correct=[]",
         f"search.stop.simulations={arguments.simulations}",

@@ -1,9 +1,10 @@
 """Solved fraction against generated tokens per prompt: tree search with and without backtracking, independent samples.
 
-Every arm has the same policy, the same held-out prompts and the same sampling temperature. A search, or a row of
-samples, ends at its first right answer or at the largest budget: what follows would change nothing. All generated
-tokens of a prompt count; what the search itself puts into a chain (opening tags, prefixes) is not generated. A seed
-draws its own problems, and its own tokens for them; the policy is one. There is no limit: the table is the result.
+Every arm has the same policy, the same held-out prompts and the same sampling temperature. A search, or a sequence of
+samples, ends at its first right answer or at the largest budget, because later tokens cannot change the result. All
+generated tokens of a prompt count. Opening tags and prefixes that the search puts into a chain are not generated. Every
+seed has different problems and different random draws; the policy is the same. There is no limit to meet: the table is
+the result.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ Solved = Mapping[str, np.ndarray]  # by arm: [seeds, prompts, budgets] bool
 
 
 def find_policy(given: Path | None) -> Path:
-    """A given policy, that of the quickstart, or a warm start of its own: of that one, in another folder, since the
-    quickstart could not continue from a run without its second stage."""
+    """Return the given policy, that of the quickstart, or a new warm start of the quickstart's config.
+
+    The new warm start has a separate folder, because the quickstart cannot continue a run without its second stage.
+    """
     if given is not None or POLICY.is_dir():
         return (given or POLICY).absolute()
     own = OWN_RUN / "stages" / "warm_start"
@@ -62,24 +65,24 @@ def find_policy(given: Path | None) -> Path:
 
 
 def config_of(policy: Path, expansion: str, backtracking: bool) -> Config:
-    """One arm. Simulations never bind: nearly all of them generate something."""
+    """Return the config of an arm. The limit of simulations is never reached, as nearly all of them generate tokens."""
     stop = f"{{simulations: {max(BUDGETS)}, tokens: {max(BUDGETS)}, correct: [{{count: 1}}]}}"
     return load_config(
         ROOT / "configs" / "search_letter_count.yaml",
         [
             f"model.path={policy}",
-            "evaluation.search_answers=4",  # samples of one dispatch; more are drawn where they are needed
+            "evaluation.search_answers=4",  # samples of one dispatch; unsolved prompts get more
             f"search.expansion={expansion}",
             f"search.patterns=[{TABLES[expansion]}]",
             f"search.backtracking={str(backtracking).lower()}",
             f"search.stop={stop}",
-            "search.parallel_simulations=1",  # each knows what all before it have found
+            "search.parallel_simulations=1",  # each knows the results of all earlier ones
         ],
     )
 
 
 def prompts_of(config: Config, policy: Path, seed: int, count: int) -> list[Prompt]:
-    """Held-out prompts that a seed draws. Their ids, which every token's seed is made of, name the seed too."""
+    """Return the held-out prompts of a seed. Their ids include the seed, because the ids seed the sampling."""
     evaluation = config.evaluation.model_copy(update={"prompts": count})
     run = config.run.model_copy(update={"seed": seed})
     own = config.model_copy(update={"run": run, "evaluation": evaluation})
@@ -88,36 +91,37 @@ def prompts_of(config: Config, policy: Path, seed: int, count: int) -> list[Prom
 
 
 async def measure(policy: Path, seeds: int, count: int, folder: Path) -> dict[str, list[Attempts]]:
-    """Attempts of every arm, seed by seed."""
+    """Return the attempts of every arm, seed by seed."""
     configs = {name: config_of(policy, *arm) for name, arm in ARMS.items()}
     first = next(iter(configs.values()))
     prompts = [prompt for seed in range(seeds) for prompt in prompts_of(first, policy, seed, count)]
-    found: dict[str, list[Attempts]] = {}
+    attempts: dict[str, list[Attempts]] = {}
     with ray_cluster(first, folder, place(first).bundles) as cluster:
         for name, config in configs.items():
-            found |= await attempts_of(name, replace(cluster, config=config), policy, prompts, sample=config is first)
-    return found
+            own = replace(cluster, config=config)
+            attempts |= await attempts_of(name, own, policy, prompts, sample=config is first)
+    return attempts
 
 
 async def attempts_of(
     name: str, cluster: Cluster, policy: Path, prompts: Sequence[Prompt], *, sample: bool
 ) -> dict[str, list[Attempts]]:
-    """Attempts of an arm and, where asked to, of independent samples.
+    """Return the attempts of an arm and, if `sample`, of independent samples.
 
-    A function of its own: Ray gives the place of the actors free once nothing here holds their handles.
+    This is a separate function because Ray frees the resources of the actors once nothing holds their handles.
     """
     from rlsys.launch.start import rollout_pool
 
     config = cluster.config
     async with rollout_pool(cluster, policy, Searching()) as pool:
         started = time.perf_counter()
-        found = {name: [tree_attempts(tree) for tree in await grow_trees(pool, prompts, config)]}
-        report(name, found[name], started)
+        attempts = {name: [tree_attempts(tree) for tree in await grow_trees(pool, prompts, config)]}
+        report(name, attempts[name], started)
         if sample:
             started, limit = time.perf_counter(), config.train.max_verifier_failures
-            found[SAMPLES] = await sample_until(pool, prompts, sampling_of(config), is_enough, limit)
-            report(SAMPLES, found[SAMPLES], started)
-    return found
+            attempts[SAMPLES] = await sample_until(pool, prompts, sampling_of(config), is_enough, limit)
+            report(SAMPLES, attempts[SAMPLES], started)
+    return attempts
 
 
 def is_enough(samples: Attempts) -> bool:
@@ -125,12 +129,12 @@ def is_enough(samples: Attempts) -> bool:
 
 
 def report(name: str, attempts: Sequence[Attempts], started: float) -> None:
-    seconds, tokens = time.perf_counter() - started, sum(found.total for found in attempts)
+    seconds, tokens = time.perf_counter() - started, sum(attempt.total for attempt in attempts)
     print(f"{name}: {tokens:,} tokens in {seconds:.0f} s", file=sys.stderr)
 
 
 def tables(solved: Solved, ended: Mapping[str, float]) -> str:
-    """The figures as Markdown. ended: of every search, see the last line."""
+    """Return the figures as Markdown. `ended` has the share of early ended searches by arm, for the last line."""
     seeds, prompts, _ = solved[SAMPLES].shape
     lines = [
         f"Solved fraction (95 % interval over {seeds * prompts} prompts; lowest to highest of {seeds} seeds):",
@@ -141,7 +145,7 @@ def tables(solved: Solved, ended: Mapping[str, float]) -> str:
         "",
         *_table(ended, lambda name, i: _difference(solved[name][:, :, i], solved[SAMPLES][:, :, i])),
         "",
-        f"Share of the searches that ended unsolved before {max(BUDGETS)} tokens, as nothing was left to search: "
+        f"Share of the searches that ended unsolved before {max(BUDGETS)} tokens because nothing was left to search: "
         + "; ".join(f"{name} {share:.3f}" for name, share in ended.items())
         + ".",
     ]
@@ -162,23 +166,23 @@ def _difference(search: np.ndarray, samples: np.ndarray) -> str:
     return _interval(mean_difference(search.ravel(), samples.ravel()), "+")
 
 
-def _interval(found: Estimate, sign: str = "") -> str:
-    return f"{found.mean:{sign}.3f} ({found.low:{sign}.3f} to {found.high:{sign}.3f})"
+def _interval(estimate: Estimate, sign: str = "") -> str:
+    return f"{estimate.mean:{sign}.3f} ({estimate.low:{sign}.3f} to {estimate.high:{sign}.3f})"
 
 
 def page(figures: str, config: Config, seeds: int, prompts: int) -> str:
-    """What was measured, and how."""
+    """Return the page: the method and the figures."""
     settings = sampling_of(config)
     paragraph = (
-        "The policy is the warm start of `configs/quickstart.yaml`, the search is the section `search` of "
-        "`configs/search_letter_count.yaml` (for node expansion with the table `narrow`), one simulation of a tree at "
-        "a time, with other stop rules: a search ends at its first right answer or at the largest budget, and so do "
-        "independent samples of the policy, which are taken in their order. Temperature "
-        f"{settings.temperature:g} and top_p {settings.top_p:g} for both; a chain has at most {settings.max_tokens} "
-        f"tokens. Each of {seeds} seeds draws {prompts} held-out problems, and its own tokens for them; the policy is "
-        "the same. All tokens that were generated for a prompt before its answer count, those of discarded branches "
-        "and duplicates too, in the order in which the search asked for them; opening tags and prefixes that the "
-        "search puts there itself, and prompts, do not."
+        "The policy is the warm start of `configs/quickstart.yaml`. The search has the settings of the section "
+        "`search` of `configs/search_letter_count.yaml` (node expansion has the table `narrow`), except that a tree "
+        "runs one simulation at a time and ends at its first right answer or at the largest budget. Independent "
+        "samples of the policy are drawn one after the other and end in the same way. Both have temperature "
+        f"{settings.temperature:g} and top_p {settings.top_p:g}; a chain has at most {settings.max_tokens} "
+        f"tokens. Each of {seeds} seeds has {prompts} held-out problems and different random draws; the policy is "
+        "the same. All tokens that were generated for a prompt before its right answer count, in the order in which "
+        "the search requested them. This includes discarded branches and duplicates. Prompts, and the opening tags "
+        "and prefixes that the search puts into a chain, do not count."
     )
     return f"""# Solved fraction against generated tokens
 
@@ -192,7 +196,7 @@ As measured by `python benchmarks/search_use.py --prompts {prompts} --seeds {see
 
 
 def plot(solved: Solved) -> None:
-    """Means of the seeds as lines, from the lowest to the highest seed as bands."""
+    """Draw the mean of the seeds as a line, and the range of the seeds as a band."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -214,17 +218,17 @@ def plot(solved: Solved) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Solved fraction against tokens: tree search, independent samples.")
-    parser.add_argument("--policy", type=Path, help=f"policy folder; by default {POLICY}, or a warm start made for it")
-    parser.add_argument("--prompts", type=int, default=512, help="held-out prompts of a seed")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...")
+    parser.add_argument("--policy", type=Path, help=f"policy folder; by default {POLICY}, or a new warm start")
+    parser.add_argument("--prompts", type=int, default=512, help="number of held-out prompts of a seed")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE} and {PICTURE}")
     arguments = parser.parse_args()
     policy, started = find_policy(arguments.policy), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        found = asyncio.run(measure(policy, arguments.seeds, arguments.prompts, Path(folder)))
+        attempts = asyncio.run(measure(policy, arguments.seeds, arguments.prompts, Path(folder)))
     shape = (arguments.seeds, arguments.prompts, len(BUDGETS))
-    solved = {name: solved_in_tokens(found[name], BUDGETS).reshape(shape) for name in (*ARMS, SAMPLES)}
-    ended = {name: ended_unsolved(found[name]) for name in ARMS}
+    solved = {name: solved_in_tokens(attempts[name], BUDGETS).reshape(shape) for name in (*ARMS, SAMPLES)}
+    ended = {name: ended_unsolved(attempts[name]) for name in ARMS}
     figures = tables(solved, ended)
     print(figures)
     print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
@@ -236,7 +240,7 @@ def main() -> int:
 
 
 def ended_unsolved(attempts: Sequence[Attempts]) -> float:
-    return float(np.mean([not found.right.any() and found.total < max(BUDGETS) for found in attempts]))
+    return float(np.mean([not each.right.any() and each.total < max(BUDGETS) for each in attempts]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One job in a storm: `rlsys train`, started again until it ends by 0, and the faults that meet its processes."""
+"""One job in a storm: `rlsys train`, restarted until its exit code is 0, and the faults injected into it."""
 
 from __future__ import annotations
 
@@ -34,22 +34,27 @@ from storm_processes import (
 from rlsys.run.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-# Between two looks; until leftovers of a driver are orphans; for a driver to end; for a fault to find its target.
+# Interval of the checks; time until leftovers of a driver are orphans; limits for a driver to end, and for a fault to
+# get a target.
 LOOK_S, GONE_S, STOP_LIMIT_S, READY_LIMIT_S = 0.2, 15.0, 150.0, 120.0
-KILL_LIMIT_S = 10.0  # for killed processes to be gone
-FULL_BYTES, FULL_S = 1 << 16, 60.0  # what fits on the full disk, and for how long it is full at most
-ENDS_IN_A_ROW = 3  # unasked and without a completed step, after which the job is given up
-LEARNER_LOST = "the learner was lost as well"  # when the driver was told to stop
-SAVE_FAILED, PASSED_OVER = "SAVE FAILED", "checkpoint skipped: "  # what the driver says of a save; of a damaged one
-TOLD = (SAVE_FAILED, "SKIPPED", "skipped", "lost", "could not", "error", "stopped", "resum")  # of its lines
+KILL_LIMIT_S = 10.0  # limit for killed processes to be gone
+FULL_BYTES, FULL_S = 1 << 16, 60.0  # largest file on the full disk, and the longest time that it stays full
+ENDS_IN_A_ROW = 3  # a job ends after so many starts in a row that end without a fault and without a completed step
+LEARNER_LOST = "the learner was lost as well"  # message of a driver that got a stop request
+# Messages of the driver about a failed save and about a damaged checkpoint.
+SAVE_FAILED, PASSED_OVER = "SAVE FAILED", "checkpoint skipped: "
+# The timeline repeats lines of the driver that have one of these words.
+TOLD = (SAVE_FAILED, "SKIPPED", "skipped", "lost", "could not", "error", "stopped", "resum")
 
 
 @dataclass(slots=True)
 class Start:
     """One process of the driver.
 
-    asked: the fault that is to end it, empty where none is. steps: rows of training steps that it has written.
-    told: lines of its log that have been looked at.
+    Attributes:
+        asked: The fault that is to end it; "" without one.
+        steps: Number of rows of training steps that it has written.
+        told: Number of lines of its log that were read.
     """
 
     process: subprocess.Popen[bytes]
@@ -64,12 +69,16 @@ class Start:
 
 
 class JobStorm:
-    """Runs a job in a storm. One use.
+    """Runs one job in a storm.
 
     Args:
-        job: its number. run_dir: a new folder, of a name that no other run has.
-        overrides: of the config. environment: what the driver gets besides ours.
-        began: of the whole storm, on the monotonic clock. tell: is told what happens, with its seconds.
+        job: Number of the job.
+        run_dir: A new folder whose name no other run has.
+        config: The config file.
+        overrides: Overrides of the config.
+        environment: Variables of the driver in addition to those of this process.
+        began: Start of the whole storm on the monotonic clock.
+        tell: Called with the seconds since the start of the storm and an event.
     """
 
     def __init__(
@@ -85,21 +94,21 @@ class JobStorm:
         self.job, self.run_dir = job, run_dir
         self.faults: list[Fault] = []
         self.starts: list[Start] = []
-        self.unasked: list[str] = []  # ends of the driver that no fault was to bring about
+        self.unasked: list[str] = []  # ends of the driver that no fault caused
         self.orphans: list[str] = []
         self.problems: list[str] = []
         self.rows = Seen()
         self.finished = self.given_up = False
         self.ended_at = 0.0  # on the monotonic clock
         self._command = [sys.executable, "-m", "rlsys.cli", "train", str(config), f"run.dir={run_dir}", *overrides]
-        self._environment = {**os.environ, "COLUMNS": "400", **environment}  # no broken lines in the log
+        self._environment = {**os.environ, "COLUMNS": "400", **environment}  # so that lines of the log are not wrapped
         self._began, self._tell = began, tell
-        self._targets: dict[int, psutil.Process] = {}  # by fault, while they are there
+        self._targets: dict[int, psutil.Process] = {}  # by fault, while they exist
         self._damaged: dict[str, Fault] = {}  # by checkpoint, until the next start names it
         self._file = (0, 0, 0)
 
     def run(self, plan: Iterable[Injection], deadline: float) -> None:
-        """Until the job is finished, or given up at `deadline`. Nothing of it runs afterwards."""
+        """Run the job until it is finished, or given up at `deadline`. No process of it is left afterwards."""
         self._deadline = deadline
         try:
             self._start()
@@ -117,7 +126,7 @@ class JobStorm:
 
     @property
     def stuck(self) -> list[Fault]:
-        """Faults whose process was there until the job ended."""
+        """Faults whose process was never gone before the job ended."""
         return [self.faults[number] for number in self._targets]
 
     # --- the driver ---
@@ -151,10 +160,12 @@ class JobStorm:
         self._tell(time.monotonic() - self._began, what)
 
     def _wait(self, seconds: float, until: Callable[[], bool] = lambda: False, again: bool = True) -> bool:
-        """Look after the job until a condition holds; answers whether it does.
+        """Watch the job until a condition holds or the time is over. Return whether the condition holds.
 
         Args:
-            again: a driver that has ended is started again.
+            seconds: The longest wait.
+            until: The condition.
+            again: Whether to restart a driver that has ended.
         """
         limit = time.monotonic() + seconds
         while True:
@@ -187,7 +198,7 @@ class JobStorm:
         return time.monotonic() - self._began - fault.at_s
 
     def _look_at_files(self) -> None:
-        """New rows of training steps, and what the driver has said, without its steps."""
+        """Read new rows of training steps and new lines of the driver's log."""
         path, start = self.run_dir / "metrics.jsonl", self._last
         with contextlib.suppress(FileNotFoundError):
             found = path.stat()
@@ -209,12 +220,12 @@ class JobStorm:
         start.told = len(lines)
 
     def _ended(self, code: int) -> None:
-        """What the end of a driver means."""
+        """Record the end of a driver, and decide whether the job is finished or given up."""
         self._look_at_files()
         start = self._last
         start.ended_at = time.monotonic()
         words = start.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        end = f"exit code {code}, {words[-1].strip()[:300] if words else 'without a word'}"
+        end = f"exit code {code}, {words[-1].strip()[:300] if words else 'no output'}"
         self._say(f"the driver ended: {end}")
         for name in self._damaged:
             self.problems.append(f"{DAMAGED}: start {len(self.starts) - 1} of the driver did not name {name}")
@@ -225,7 +236,7 @@ class JobStorm:
             self.unasked.append(f"start {len(self.starts) - 1}: {end}")
             last = self.starts[-ENDS_IN_A_ROW:]
             if len(last) == ENDS_IN_A_ROW and not any(each.asked or each.steps for each in last):
-                self._give_up(f"{ENDS_IN_A_ROW} starts in a row came to nothing")
+                self._give_up(f"{ENDS_IN_A_ROW} starts in a row made no step")
         if code == 2:
             self._give_up("the command was refused")
 
@@ -242,11 +253,11 @@ class JobStorm:
             self._last.process.wait()
 
     def _audit(self, wait: bool = False) -> None:
-        """Processes of an ended driver that are there GONE_S later are orphans.
+        """Report processes of an ended driver that still exist GONE_S later as orphans.
 
         Args:
-            wait: for that time of the last driver, then look at all that is left of the job: reward workers too,
-                which carry no mark of a driver.
+            wait: Whether to wait this long for the last driver, and then report all processes of the job, including
+                reward workers, which carry no mark of a driver.
         """
         if wait:
             while (left := self._left()) and time.monotonic() - self._last.ended_at < GONE_S:
@@ -259,7 +270,7 @@ class JobStorm:
                 self._bury(marked(MARK, start.mark))
 
     def _left(self) -> list[psutil.Process]:
-        """All processes of the job, each once: most carry both marks."""
+        """Return all processes of the job, each once, although most carry both marks."""
         found = [*marked(MARK, self.run_dir.name), *marked(RUN_ID, self.run_dir.name)]
         return list({process.pid: process for process in found}.values())
 
@@ -267,18 +278,18 @@ class JobStorm:
         for process in orphans:
             with contextlib.suppress(psutil.NoSuchProcess):
                 found = f"process {process.pid} {line(process)[:200]} ({status(process)})"
-                process.kill()  # first: one that has ended meanwhile is no orphan
+                process.kill()  # raises if the process has ended in the meantime, which is not an orphan
                 self.orphans.append(found)
                 self._say(f"orphan: {found}")
 
     # --- faults ---
 
     def _ready(self, kind: str) -> bool:
-        """Whether a fault can be injected now."""
+        """Return whether a fault can be injected now."""
         start = self._last
         if start.process.poll() is not None:
             return False
-        if kind in ENDS_DRIVER:  # never before a step is completed, or none ever would be
+        if kind in ENDS_DRIVER:  # only after a completed step, so that every start makes progress
             return start.steps > 0 and (kind != DAMAGED or len(valid_checkpoints(self.run_dir)) > 1)
         return bool(running("rank" if kind == DISK_FULL else kind.partition(" ")[2], start.mark))
 
@@ -293,7 +304,7 @@ class JobStorm:
         else:
             number, _, what = kind.partition(" ")
             found = running(what, self._last.mark)
-            if found:  # it may have ended since the last look
+            if found:  # it may have ended since the last check
                 process = found[injection.pick(len(found))]
                 self._note(kind, f"process {process.pid} {line(process)[:60]}")
                 self._targets[len(self.faults) - 1] = process
@@ -319,11 +330,11 @@ class JobStorm:
             self._kill_driver()
         code = start.process.returncode
         fault.gone_s, fault.followed, fault.took_effect = self._since(fault), f"exit code {code}", code != 0
-        ends = (0, -number if number == signal.SIGKILL else 128 + number)  # 0: it had made its last step
+        ends = (0, -number if number == signal.SIGKILL else 128 + number)  # 0 if it had just made its last step
         if code not in ends and not self._over:
             self.problems.append(f"{kind}: exit code {code}")
         words = start.log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
-        if code == 128 + number and LEARNER_LOST not in words:  # what that loses is said
+        if code == 128 + number and LEARNER_LOST not in words:  # the message names the lost steps
             made, saved = read_rows(self.run_dir / "metrics.jsonl")[-1]["weights/version"], saved_version(self.run_dir)
             if made != saved:
                 self.problems.append(f"{kind}: its last step made version {made}, its last checkpoint has {saved}")
@@ -343,15 +354,15 @@ class JobStorm:
         start = self._last
         ranks, before = running("rank", start.mark), start.failed_saves
         fault = self._note(DISK_FULL, f"processes {[rank.pid for rank in ranks]}")
-        start.asked = DISK_FULL  # at the end of a stage it ends the run
+        start.asked = DISK_FULL  # at the end of a stage, a full disk ends the run
         limit_files(ranks, FULL_BYTES)
         self._wait(FULL_S, lambda: start.failed_saves > before or bool(start.ended_at), again=False)
         limit_files(ranks, -1)
         self._say(f"  space again after {self._since(fault):.1f} s")
-        steps = start.steps  # at the end of a stage the next save, which is needed, has begun by now
+        steps = start.steps  # at the end of a stage, the next required save has begun by now
         self._wait(STOP_LIMIT_S, lambda: start.steps > steps or bool(start.ended_at), again=False)
         failed = start.failed_saves - before
-        fault.took_effect = failed > 0 or bool(start.process.returncode)  # a save that is needed ends the driver
+        fault.took_effect = failed > 0 or bool(start.process.returncode)  # a required save that fails ends the driver
         fault.followed = "the driver ended" if start.ended_at else f"{failed} saves failed, and training went on"
         self._say(f"  {fault.followed}")
         if not start.ended_at:

@@ -1,4 +1,4 @@
-"""Which fault comes when in a storm: a function of its seed."""
+"""Schedule of the faults of a storm, as a function of its seed."""
 
 from __future__ import annotations
 
@@ -11,26 +11,32 @@ DISK_FULL, DAMAGED, STOP_VERIFIER = "disk full", "damaged checkpoint", "SIGSTOP 
 ENDS_DRIVER = ("SIGKILL driver", "SIGTERM driver", "SIGINT driver", DAMAGED)
 KINDS = (*(f"{how} {what}" for what in PROCESSES for how in ("SIGKILL", "SIGSTOP")), *ENDS_DRIVER, DISK_FULL)
 MEAN_S = 35.0
-SHORTEST, LONGEST = 0.3, 1.7  # of the mean: some come while the fault before is still dealt with
+SHORTEST, LONGEST = 0.3, 1.7  # times the mean: some faults come during the recovery from the previous one
 
 
 @dataclass(frozen=True, slots=True)
 class Injection:
-    """A fault to come. wait_s: seconds after the one before; draw: in [0, 1), which process or file it hits."""
+    """A planned fault.
+
+    Attributes:
+        kind: One of KINDS.
+        wait_s: Seconds after the previous fault.
+        draw: Random number in [0, 1) that selects the process or file.
+    """
 
     kind: str
     wait_s: float
     draw: float
 
     def pick(self, count: int) -> int:
-        """A number below `count`."""
+        """Return a number below `count`."""
         return int(self.draw * count)
 
 
 def schedule(seed: int, job: int, mean_s: float = MEAN_S) -> Iterator[Injection]:
-    """Faults of a job without end, a function of the arguments: every kind once in some order, then all again.
+    """Yield the faults of a job without end: every kind once in random order, then every kind again, and so on.
 
-    A stopped verifier costs a verdict, after which the weights are others; jobs of even number are spared it.
+    A stopped verifier costs a verdict, and a lost verdict changes the weights. Jobs with even numbers do not get it.
     """
     chance = random.Random(f"{seed}/{job}")
     kinds = [kind for kind in KINDS if job % 2 or kind != STOP_VERIFIER]
@@ -41,11 +47,14 @@ def schedule(seed: int, job: int, mean_s: float = MEAN_S) -> Iterator[Injection]
 
 @dataclass(slots=True)
 class Fault:
-    """A fault that was injected, and what followed.
+    """An injected fault and its consequences.
 
-    at_s: since the storm began. took_effect: not where its target had ended by itself, no save was made on the full
-    disk, or no start of the driver named the damaged checkpoint. gone_s: until the process that was hit was gone;
-    next_step_s: until the next completed training step; both from the injection on, None where it never was.
+    Attributes:
+        at_s: Seconds since the storm began.
+        took_effect: False if the target had already ended, no save was made on the full disk, or no start of the
+            driver named the damaged checkpoint.
+        gone_s: Seconds from the injection until the target process was gone; None if it never was.
+        next_step_s: Seconds from the injection until the next completed training step; None if there was none.
     """
 
     job: int

@@ -1,4 +1,4 @@
-"""The processes and files of a job in a storm: found by what they inherited, limited, damaged."""
+"""Find the processes of a job in a storm by their environment, limit their files, and damage a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import psutil
 from rlsys.errors import CheckpointError
 from rlsys.run.manifest import verify_checkpoint
 
-# Environment variables that all processes of a run inherit; a verifier's clean one has only the second.
+# Environment variables that all processes of a run inherit. A verifier inherits only the second one.
 MARK, RUN_ID = "RLSYS_CHAOS_MARK", "RLSYS_RUN_ID"
 TITLES = {"actor": "ray::RolloutActor", "rank": "ray::LearnerActor"}
 VERIFIER = "actors.verifiers.worker"
 
 
 def marked(name: str, value: str) -> Iterator[psutil.Process]:
-    """Processes that inherited `name=value`, or one of its starts, `name=value.N`; no zombies."""
+    """Yield the processes with `name=value`, or `name=value.N` of its N-th start, in their environment; no zombies."""
     wanted, more = f"{name}={value}".encode(), f"{name}={value}.".encode()
     for pid in psutil.pids():
         try:
@@ -31,27 +31,27 @@ def marked(name: str, value: str) -> Iterator[psutil.Process]:
             continue
 
 
-def running(what: str, mark: str) -> list[psutil.Process]:
-    """Actors, ranks or reward workers that carry a mark and are not stopped, in the order of their ids.
+def running(kind: str, mark: str) -> list[psutil.Process]:
+    """Return the actors, ranks or reward workers that carry a mark and are not stopped, ordered by process id.
 
-    A reward worker is two processes: the verifier, and the one above that watches over it.
+    A reward worker consists of two processes: the verifier and the parent that watches it.
     """
-    if what in TITLES:
-        ours = [process for process in marked(MARK, mark) if line(process).startswith(TITLES[what])]
+    if kind in TITLES:
+        ours = [process for process in marked(MARK, mark) if line(process).startswith(TITLES[kind])]
     else:
         ours = [child for actor in running("actor", mark) for child in _children(actor) if VERIFIER in line(child)]
     return sorted((each for each in ours if status(each) not in ("", psutil.STATUS_STOPPED)), key=lambda each: each.pid)
 
 
 def line(process: psutil.Process) -> str:
-    """The command line, which Ray sets to a title; empty where the process is gone."""
+    """Return the command line, which Ray replaces by a title; "" if the process is gone."""
     with contextlib.suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""
 
 
 def status(process: psutil.Process) -> str:
-    """As psutil names it; empty where the process is gone."""
+    """Return the status that psutil reports; "" if the process is gone."""
     with contextlib.suppress(psutil.Error):
         return process.status()
     return ""
@@ -62,7 +62,7 @@ def is_gone(process: psutil.Process) -> bool:
 
 
 def kill_and_wait(processes: Sequence[psutil.Process], limit_s: float) -> None:
-    """SIGKILL processes and wait until they are gone, at most `limit_s`. Zombies count as gone."""
+    """Send SIGKILL to processes and wait at most `limit_s` seconds until they are gone. Zombies count as gone."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
@@ -78,7 +78,7 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 
 def limit_files(processes: Sequence[psutil.Process], limit: int) -> None:
-    """Let no file of the processes grow past `limit` bytes; -1 lifts it. Writing then fails as on a full disk."""
+    """Limit the files of processes to `limit` bytes, so that writing fails as on a full disk; -1 removes the limit."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
@@ -87,12 +87,12 @@ def limit_files(processes: Sequence[psutil.Process], limit: int) -> None:
 
 
 def valid_checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints that fit their manifest, the newest last."""
+    """Return the checkpoints that match their manifest, the newest last."""
     return [path for _, path in _versions(run_dir)]
 
 
 def saved_version(run_dir: Path) -> int:
-    """The weight version of the newest of them, 0 where there is none."""
+    """Return the weight version of the newest valid checkpoint; 0 without one."""
     return max((version for version, _ in _versions(run_dir)), default=0)
 
 
@@ -105,12 +105,13 @@ def _versions(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def flip_a_bit(checkpoint: Path, draw: float) -> str:
-    """Flip a bit of a file of a checkpoint; says where.
+    """Flip a bit in a file of a checkpoint, and return a description of the place.
 
-    The file is replaced: as a hard link it may be a file of the policy that a stage handed over, too.
+    The file is replaced, because it can be a hard link to a file of an exported policy.
 
     Args:
-        draw: in [0, 1); decides file and bit.
+        checkpoint: The checkpoint folder.
+        draw: Random number in [0, 1) that decides the file and the byte.
     """
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size)
     path = files[int(draw * len(files))]

@@ -163,18 +163,18 @@ def test_effects_are_judged_by_the_figures(reproduce: ModuleType) -> None:
 
     names = {"SFT": 2, "+DPO": 8, "+cDPO": 6, "+joint, alpha 1": 3}
     rise, halved = reproduce.effects_of({name: cell(missing) for name, missing in names.items()})[:2]
-    assert rise.endswith("interval above 0: yes.")
-    assert halved.endswith("at least halved: yes, but the interval holds 0.")  # exactly half
+    assert rise.endswith("interval above 0. Met: yes.")
+    assert halved.endswith("Met: yes, but the interval includes 0.")  # exactly half
     rise, halved = reproduce.effects_of({name: cell(missing) for name, missing in {**names, "+DPO": 5}.items()})[:2]
-    assert rise.endswith("interval above 0: no.")
+    assert rise.endswith("interval above 0. Met: no.")
     rise, halved = reproduce.effects_of(
         {name: cell(missing) for name, missing in {**names, "+joint, alpha 1": 4}.items()}
     )[:2]
-    assert halved.endswith("at least halved: no.")
+    assert halved.endswith("Met: no.")
     halved = reproduce.effects_of({name: cell(n) for name, n in {**names, "+cDPO": 40}.items()})[1]
-    assert halved.endswith("at least halved: yes.")
+    assert halved.endswith("Met: yes.")
     halved = reproduce.effects_of({name: cell(n) for name, n in {**names, "+cDPO": 0}.items()})[1]
-    assert halved.endswith("at least halved: nothing was left to save.")
+    assert halved.endswith("Met: there were no missing answers.")
 
 
 def test_an_evaluation_of_other_weights_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,10 +239,10 @@ def test_what_joint_training_is_judged_by(joint_online: ModuleType, monkeypatch:
     curves = {"GRPO": [grpo, grpo], "joint": [joint, never]}
     shares = {arm: [joint_online.share(each, grpo) for each in found] for arm, found in curves.items()}
     judged, _, early = joint_online.verdict(shares, curves)
-    assert "0.477 of GRPO's tokens" in judged and "the limit is 0.6: yes." in judged
+    assert "0.477 of GRPO's tokens" in judged and "The limit is 0.6. Met: yes." in judged
     assert "1 of 2 seeds never reach it" in judged and "after 0.667" in judged
     # 0.9 after 183.3 tokens with GRPO; after 50 * 0.5 / 0.56 = 44.6 and after 120 jointly.
-    assert "82 tokens jointly, 183 with GRPO, by seed 0.244, 0.655" in early
+    assert "needs 82 tokens and GRPO 183. Ratio of the two by seed: 0.244, 0.655" in early
     # As many tokens as both arms generated: 100 of the first pair, 240 of the second.
     table = joint_online.lines([1, 2], {"GRPO": 1e-4, "joint": 2e-4}, curves)[4:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
@@ -285,7 +285,7 @@ def test_ppo_is_judged_by_its_tokens_to_the_goal_too(monkeypatch: pytest.MonkeyP
     own, grpo = (ppo.measure(tmp_path, name, 0) for name in found)
     assert (own.before, own.after, own.tokens, own.explained) == (0.4, 0.8, 400, 0.5)
     assert own.to_goal == pytest.approx(200 + 200 * 2 / 3) and grpo.to_goal == pytest.approx(150)
-    assert ppo.verdict(own, grpo).startswith("- Seed 0: 1.00 of all of GRPO's tokens, 2.22 of its tokens to 0.7")
+    assert "divided by GRPO's are 1.00 in total, and 2.22 until" in ppo.verdict(own, grpo)
     assert not ppo.is_good(own, grpo)
     found["ppo_letter_count"] = [0.4, 0.75, 0.8]
     assert ppo.is_good(ppo.measure(tmp_path, "ppo_letter_count", 0), grpo)
@@ -338,7 +338,7 @@ def test_the_page_says_how_it_was_measured(
     (tmp_path / "results" / "ablation_letter_count.md").write_text("A note by hand.\n")
     page.keep("ablation_letter_count", result | rows)
     text = page.PAGE.read_text()
-    for part in ("is 0.0003: because.", "2 minutes on 2 cores", "A note by hand.", "| +masking |", "| alpha 0.5 |"):
+    for part in ("is 0.0003, because.", "2 minutes on 2 cores", "A note by hand.", "| +masking |", "| alpha 0.5 |"):
         assert part in text
     assert (tmp_path / "results" / "ablation_letter_count.png").stat().st_size > 0
     page.keep("ppo", {"lines": ["a line of PPO"]})
@@ -354,4 +354,4 @@ def test_the_page_tells_of_the_pairs(reproduce: ModuleType, tmp_path: Path) -> N
             report = {"rows": {"preferences": 1000 + seed}, "tokens": tokens}
             (folder / "report.json").write_text(json.dumps(report))
     shown = reproduce.pair_lines([tmp_path / "seed-1", tmp_path / "seed-2"])
-    assert "by seed: 1,001, 1,002; median tokens of the chosen side 28, 30" in shown[0] and "12 at most" in shown[1]
+    assert "by seed: 1,001, 1,002. Median tokens by seed: chosen side 28, 30" in shown[0] and "at most 12" in shown[1]

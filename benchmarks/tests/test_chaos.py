@@ -127,8 +127,8 @@ def test_what_a_job_is_blamed_for(figures: ModuleType, job: Any) -> None:
     assert figures.noise(0.96, 0.91, 512) == pytest.approx(3 * ((0.0384 + 0.0819) / 512) ** 0.5)
     assert blamed(accuracy={"greedy": 0.98, "sampled": 0.92}) == []
     assert blamed(accuracy={"greedy": 0.98, "sampled": 0.91})[0].startswith("sampled accuracy 0.910")
-    assert blamed(prompts_lost=2) == ["2 prompts lost, 0 with two fates"]
-    assert blamed(two_fates=1) == ["0 prompts lost, 1 with two fates"]
+    assert blamed(prompts_lost=2) == ["2 prompts lost, 0 with two outcomes"]
+    assert blamed(two_fates=1) == ["0 prompts lost, 1 with two outcomes"]
     assert blamed(unasked=("start 2: exit code 1",)) == ["the driver ended unasked: start 2: exit code 1"]
     assert blamed(finished=False, accuracy={}, undisturbed={}, same_bytes=False) == ["the job was not finished"]
     assert blamed(undisturbed={}, undisturbed_s=0.0, same_bytes=False) == ["its undisturbed run failed"]
@@ -509,7 +509,7 @@ def test_undisturbed_runs_are_made_anew_for_every_storm_unless_a_folder_is_named
     known = command.record_of(tmp_path / "new", command.CONFIG, asked)
     (tmp_path / "kept" / "seed-0" / "cell.json").write_text(json.dumps(known))  # of the same settings
     _, page, result = chaos(options=("--undisturbed", str(tmp_path / "kept")))
-    assert result["made"] == [tmp_path / "kept" / "seed-0"] and f"kept in {tmp_path / 'kept'}" in page
+    assert result["made"] == [tmp_path / "kept" / "seed-0"] and f"reused from {tmp_path / 'kept'}" in page
 
 
 def test_runs_of_other_settings_are_refused_before_the_storm(chaos: Any, tmp_path: Path) -> None:
@@ -535,17 +535,17 @@ def test_the_distance_of_the_faults_is_measured(chaos: Any) -> None:
     assert f"one every {result['jobs'][0]['seconds']:.0f} s on average" in page
     assert 'ARGS="--seed 0 --minutes 0.001 --mean 35 train.max_steps=2"' in page
     _, page, result = chaos(kind="SIGKILL actor")  # never there
-    assert result["faults"] == [] and "; 0 faults in " in page
+    assert result["faults"] == [] and ": 0 faults in " in page
 
 
 def test_kinds_that_never_took_effect_are_named(chaos: Any) -> None:
     code, page, _ = chaos("same", "wait")
-    assert code == 0 and "**Not met in this storm: SIGKILL actor, " in page and ", disk full.**" in page
-    assert "SIGTERM driver" not in page.partition("Not met")[2]
+    assert code == 0 and "**Faults that never took effect: SIGKILL actor, " in page and ", disk full.**" in page
+    assert "SIGTERM driver" not in page.partition("Faults that never took effect")[2]
 
 
 def test_the_command_fails_where_the_bytes_differ_or_something_is_left(chaos: Any) -> None:
     code, page, _ = chaos("other", "litter")
     assert code == 1
-    assert "- **job 0: no verdict was lost and no step skipped, and the last checkpoint has other bytes**" in page
+    assert "- **job 0: no verdict was lost and no step skipped, but the last checkpoint has other bytes**" in page
     assert "- **left: " in page and "/checkpoints/.tmp-x, 0.0 MiB**" in page

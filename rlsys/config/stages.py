@@ -1,6 +1,6 @@
 """Plan every stage: its loop, loss terms, data and reference policy.
 
-A new stage is one branch of `stage_plan` and one name in `rlsys.types.StageName`.
+docs/extending.md lists the other files of a new stage or loss term.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ SEARCHED = "stage search:"
 """Stands for a config field in errors about files that the stage `search` has written."""
 
 Loop = Literal["offline", "online", "search"]
+Publishes = Literal["every step", "at its end", "never"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +103,8 @@ class StagePlan:
         steps: training steps; 0 for the stage `search`.
         progress_total: total of a progress display: training steps, or trees of the stage `search`.
         settings: settings for the learner ranks.
+        publishes: when the learner's weights go to the actors while the stage trains. An offline stage publishes, for
+            the evaluation, only if it is the last one.
         data: ordered data in addition to rollouts.
         keeps_reference: whether the learner keeps the policy that the stage began with.
         scores_pairs: whether that policy must score the pairs of a file before the first step.
@@ -114,10 +117,16 @@ class StagePlan:
     steps: int
     progress_total: int
     settings: StageSettings
+    publishes: Publishes = "never"
     data: tuple[DataSource, ...] = ()
     keeps_reference: bool = False
     scores_pairs: bool = False
     asks_for_trees: bool = False
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Terms of the joint loss that the stage can train."""
+        return _TERMS_OF_STAGE[self.name]
 
     @property
     def trains(self) -> bool:
@@ -187,6 +196,7 @@ def _online(config: Config) -> StagePlan:
             critic=train.critic_optimizer if objective.value.used else None,
             warmup_steps=objective.value.warmup_steps,
         ),
+        publishes="every step",
         data=(*demonstrations, *pairs),
         keeps_reference=config.reference,
         scores_pairs=bool(pairs) and objective.preference.used,
@@ -203,6 +213,7 @@ def _offline(config: Config, stage: StageName, optimizer: OptimizerConfig, sourc
         steps=steps,
         progress_total=steps,
         settings=StageSettings(stage=stage, steps=max(1, steps), updates_per_step=1, optimizer=optimizer),
+        publishes="at its end" if config.stages[-1] == stage else "never",
         data=(source,),
         scores_pairs=source.kind == "pairs" and config.objective.preference.used,
     )

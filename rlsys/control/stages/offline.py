@@ -33,6 +33,6 @@ class OfflineStage(TrainingStage):
                 metrics = {}
                 run.advance()
                 run.state = replace(run.state, counters={"skipped_steps": float(run.skipped.total)})
-            if run.state.step == plan.steps and run.config.stages[-1] == plan.name:
+            if run.state.step == plan.steps and plan.publishes == "at its end":
                 metrics |= {**await run.publish(), **await run.evaluate()}
             await run.finish_step(plan, metrics, started)

@@ -98,3 +98,15 @@ def test_settings_of_a_stage() -> None:
     assert (warm.steps, warm.updates_per_step, warm.total_updates, warm.critic) == (7, 1, 7, None)
     assert stage_plan(parse_config(minimal(), "c.yaml"), "online").settings.critic is None
     assert stage_plan(config, "search").settings.steps == 1
+
+
+def test_only_the_last_offline_stage_publishes() -> None:
+    settings = config(stages=["warm_start", "sft"], sft={"path": "rows.jsonl"})
+    assert [plan.publishes for plan in stage_plans(settings)] == ["never", "at its end"]
+    assert stage_plan(config(stages=["online"]), "online").publishes == "every step"
+
+
+def test_progress_counts_trees_of_the_stage_search_and_steps_of_the_others() -> None:
+    settings = config(stages=["search", "sft"], search={"prompts": 7}, sft={"max_steps": 3})
+    assert [plan.progress_total for plan in stage_plans(settings)] == [7, 3]
+    assert [plan.terms for plan in stage_plans(settings)] == [(), ("sft",)]
