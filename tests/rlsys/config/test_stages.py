@@ -10,7 +10,7 @@ from minimal_config import minimal
 from rlsys.config.files import parse_config
 from rlsys.config.objective import ObjectiveConfig
 from rlsys.config.schema import OptimizerConfig
-from rlsys.config.stages import TERMS, StageSettings, stage_plan, term_weights
+from rlsys.config.stages import TERMS, StageSettings, stage_plan, stage_plans, term_weights
 from rlsys.types import StageName
 
 ALL_TERMS: dict[str, Any] = {
@@ -101,12 +101,12 @@ def test_settings_of_a_stage() -> None:
 
 
 def test_only_the_last_offline_stage_publishes() -> None:
-    settings = config(stages=["warm_start", "sft"], sft={"path": "rows.jsonl"})
-    assert [plan.publishes for plan in stage_plans(settings)] == ["never", "at its end"]
-    assert stage_plan(config(stages=["online"]), "online").publishes == "every step"
+    config = parse_config(minimal(stages=["warm_start", "sft"], sft={"path": "rows.jsonl"}), "test")
+    assert [plan.publishes for plan in stage_plans(config)] == ["never", "at its end"]
+    assert stage_plan(config, "online").publishes == "every step"
 
 
 def test_progress_counts_trees_of_the_stage_search_and_steps_of_the_others() -> None:
-    settings = config(stages=["search", "sft"], search={"prompts": 7}, sft={"max_steps": 3})
-    assert [plan.progress_total for plan in stage_plans(settings)] == [7, 3]
-    assert [plan.terms for plan in stage_plans(settings)] == [(), ("sft",)]
+    config = parse_config(minimal(stages=["search", "sft"], search={"prompts": 7}, sft={"max_steps": 3}), "test")
+    assert [plan.progress_total for plan in stage_plans(config)] == [7, 3]
+    assert [plan.terms for plan in stage_plans(config)] == [(), ("sft",)]
