@@ -53,7 +53,9 @@ def test_the_trees_of_the_stage_search_do_not_depend_on_training_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        launch, "writer_digests", lambda models: {f"search.{name}.path": "w" for name in models if name != "policy"}
+        launch,
+        "search_model_digests",
+        lambda models: {f"search.{name}.path": "w" for name in models if name != "policy"},
     )
     own = config(stages=["search", "sft"], search={"reviewer": REVIEWER}, sft={"path": "rows.jsonl"})
     data = SimpleNamespace(fingerprint=lambda: {"sft.path": "d"})
@@ -82,7 +84,7 @@ class Started:
         self.steps.append(("prepare", purpose, policy.path if policy else None))
         searching = None
         if purpose == "search" or config.evaluation.search_answers:
-            auxiliary = tuple(model for role, model in engines(config).items() if writer != "model")
+            auxiliary = tuple(model for role, model in engines(config).items() if role != "model")
             searching = Searching(role="model" if config.search.model else "policy", auxiliary=auxiliary)
         return prepared(config, SimpleNamespace(notes=["1 row skipped"], held_out=["a prompt"]), searching)
 
