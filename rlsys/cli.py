@@ -125,7 +125,7 @@ def _show_plan(title: str, plan: ResourcePlan) -> None:
     auxiliary = [f"{engines.actors.count} of search.{engines.role}" for engines in plan.auxiliary]
     learner = [f"{plan.ranks} learner ranks"] if plan.ranks else []
     processes = ", ".join([f"{plan.config.actors.count} actors", *auxiliary, *learner])
-    rows = [(need.phase, need.what, f"{need.amount:.4g}", f"{need.available:.4g}") for need in plan.needs]
+    rows = [(need.phase, need.resource, f"{need.amount:.4g}", f"{need.available:.4g}") for need in plan.needs]
     if plan.config.run.device == "cuda":
         rows.append(("all", "GPUs", str(plan.gpus), "the cluster's"))
     print_table(standard_output(), ("phase", "needs", "amount", "this machine"), rows, title=f"{title}: {processes}")

@@ -46,6 +46,13 @@ def size_faults(tree: ast.Module, lines: int) -> list[str]:
     return faults
 
 
+def is_bool_property(node: ast.AST) -> bool:
+    """Return whether a node defines a property of type bool, whose docstring may begin with "Whether"."""
+    if not isinstance(node, ast.FunctionDef) or not isinstance(node.returns, ast.Name) or node.returns.id != "bool":
+        return False
+    return any(isinstance(decorator, ast.Name) and decorator.id == "property" for decorator in node.decorator_list)
+
+
 def word_faults(tree: ast.Module) -> list[str]:
     faults = []
     for node in (tree, *definitions(tree)):
@@ -54,7 +61,8 @@ def word_faults(tree: ast.Module) -> list[str]:
         name = getattr(node, "name", "module")
         if isinstance(node, Function) and len(words) > FIRST_LINE_WORDS and "\n" not in first_line:
             faults.append(f"{name}: {len(words)} words in the first line of its docstring")
-        if words and words[0].lower().rstrip(".,:") in QUESTIONS:
+        first_word = words[0].lower().rstrip(".,:") if words else ""
+        if first_word in QUESTIONS and not (first_word == "whether" and is_bool_property(node)):
             faults.append(f"{name}: its docstring begins with {words[0]!r}")
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in EMPTY_NAMES:
@@ -86,5 +94,9 @@ def test_the_rules_find_what_they_forbid() -> None:
         "line 1: the name 'what' says nothing about its content",
         "line 3: the name 'found' says nothing about its content",
     ]
+    flag = '@property\ndef f(self) -> {}:\n    """{} it is so."""\n'
+    assert word_faults(ast.parse(flag.format("bool", "Whether"))) == []
+    assert word_faults(ast.parse(flag.format("str", "Whether"))) == ["f: its docstring begins with 'Whether'"]
+    assert word_faults(ast.parse(flag.format("bool", "What"))) == ["f: its docstring begins with 'What'"]
     wordy = f'def g():\n    """{"Do it " * FIRST_LINE_WORDS}"""\n'
     assert word_faults(ast.parse(wordy)) == [f"g: {2 * FIRST_LINE_WORDS} words in the first line of its docstring"]

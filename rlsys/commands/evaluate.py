@@ -1,4 +1,4 @@
-"""`rlsys evaluate`: a run, checkpoint or model folder on a task, with intervals."""
+"""`rlsys evaluate`: measure a run, checkpoint or model folder on a task, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlsys.stats import Estimate, mean_over_prompts, pass_at_k
 from rlsys.tasks import build_task
 from rlsys.types import Prompt, TrajectoryGroup
 
-# Fewer problems of one answer say little about it, so they stay out of the macro mean.
+# Answers with fewer problems are left out of the macro mean, because their accuracy is uncertain.
 MACRO_MINIMUM = 30
 
 

@@ -1,4 +1,4 @@
-"""`rlsys search`: grow a tree for each prompt of a task. A finished tree is written to the run directory at once."""
+"""`rlsys search`: grow a tree for each prompt of a task, and write every finished tree at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rlsys.config.files import dump_config
 from rlsys.config.schema import Config
 from rlsys.control.dispatch import TreePool
-from rlsys.control.tree_search import Search, find_prompts, open_trees, writer_digests
+from rlsys.control.tree_search import Search, find_prompts, open_trees, search_model_digests
 from rlsys.data.inputs import Inputs
 from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.display import SEARCH_FIGURES, Display, print_table, standard_output
@@ -61,7 +61,7 @@ def open_search(config: Config, run_dir: Path, inputs: Inputs, models: Mapping[R
     """
     if RunDirectory(run_dir).checkpoints.exists():
         raise ConfigError(f"run.dir: {run_dir} holds a training run; choose another one for the search")
-    digests = inputs.fingerprint() | writer_digests(models)
+    digests = inputs.fingerprint() | search_model_digests(models)
     search = open_trees(config, run_dir, find_prompts(config, inputs), digests)
     write_text(RunDirectory(run_dir).config, dump_config(config))
     return search
@@ -87,7 +87,7 @@ def grow_missing(search: Search) -> Callable[[TreePool, StopSignals], Coroutine[
 def conclude(search: Search, config: Config, run_dir: Path, console: Console) -> str:
     """Show the figures, write summary.json and return the closing lines.
 
-    A command that grew nothing keeps the rates of the last one that did.
+    A command that grew no trees keeps the rates of the last command that grew some.
     """
     trees = search.trees.report()
     engines = search.engines.report(search.wall_s, search.grown) if search.grown else None

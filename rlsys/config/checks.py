@@ -84,7 +84,8 @@ def overlong_buffer_fits_completion(config: Config) -> None:
 def searched_groups_train_by_token(config: Config) -> None:
     """Raise if the policy loss averages over sequences although groups come from trees.
 
-    The rows of a searched group share prefixes, and each row trains only what earlier rows left: no row is a sequence.
+    The rows of a searched group share prefixes, and each row trains only the tokens that earlier rows do not train. So
+    a row is not a whole sequence.
     """
     policy = config.objective.policy
     if not (config.search.fraction and policy.used):

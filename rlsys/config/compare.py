@@ -1,4 +1,4 @@
-"""Compare the config of a run with the config that it began with: fields that must be equal, fields that changed."""
+"""Compare the config of a run with the config that it began with."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def changed_fields(before: Config, now: Config) -> tuple[str, ...]:
     """Return the fields that a resume may change and that differ, each as `name old -> new`."""
     old, new = (flat_fields(config.model_dump(mode="json")) for config in (before, now))
     ignored = select_fields({**old, **new}, [*FIXED_FIELDS, *_COMMAND_FIELDS])
-    names = [name for name in different(old, new) if name not in ignored]
+    names = [name for name in differing_names(old, new) if name not in ignored]
     return tuple(f"{name} {old.get(name)} -> {new.get(name)}" for name in names)
 
 
@@ -60,11 +60,11 @@ def check_equal(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -
     Args:
         before: recorded values by config field.
         now: present values by config field.
-        where: what recorded the values, for the message.
+        where: the record of the earlier values, for the message.
     Raises:
         ConfigError: names the first field that differs, and lists the others.
     """
-    names = different(before, now)
+    names = differing_names(before, now)
     if names:
         name = names[0]
         raise ConfigError(
@@ -73,13 +73,13 @@ def check_equal(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -
         )
 
 
-def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differing_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return the names whose values differ; a missing value counts as None."""
     return [name for name in {**before, **now} if before.get(name) != now.get(name)]
 
 
 def extraction_request(config: Config, prompts: int) -> dict[str, Any]:
-    """Return what the stage `search` is asked to extract, without the fields that decide its trees.
+    """Return the extraction settings of the stage `search`, without the fields that decide its trees.
 
     Args:
         prompts: number of prompts to grow trees for.

@@ -131,9 +131,9 @@ def _explain(source: str, problem: Any) -> str:
     where = ".".join(part for last, part in zip(before, parts, strict=False) if part not in alternatives.get(last, ()))
     if problem["type"] == "extra_forbidden":
         return f"{source}: {where}: unknown key; {suggestion(where)}"
-    found = f", found {problem['input']!r}" if not isinstance(problem["input"], dict) else ""
+    found_value = f", found {problem['input']!r}" if not isinstance(problem["input"], dict) else ""
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{source}: {where + ': ' if where else ''}{message}{found}"
+    return f"{source}: {where + ': ' if where else ''}{message}{found_value}"
 
 
 def dump_config(config: Config) -> str:

@@ -149,7 +149,7 @@ class ObjectiveConfig(Section):
     def _consistent(self) -> ObjectiveConfig:
         policy, preference, kl = self.policy, self.preference, self.kl
         if kl.used and not policy.used:
-            raise ValueError("kl.weight has no effect: the term is of the policy term's tokens, and policy.weight is 0")
+            raise ValueError("kl.weight has no effect: it covers the policy term's tokens, and policy.weight is 0")
         if kl.in_reward and not kl.used:
             raise ValueError("kl.in_reward has no effect with kl.weight 0: raise it, or leave in_reward out")
         if policy.dual_clip is not None and policy.surrogate != "clip":

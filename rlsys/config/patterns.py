@@ -191,8 +191,8 @@ def _check_types(where: str, table: PatternConfig, types: Mapping[str, NodeTypeC
         inside = next((string for string in brackets if any(string in prefix for prefix in node.prefixes)), None)
         if inside:
             raise ConfigError(
-                f"search.nodes.{name}.prefixes: {inside} stands in a prefix, but tags are put around a node's text by "
-                "the search; take it out"
+                f"search.nodes.{name}.prefixes: a prefix contains {inside}, but the search puts tags around a node's "
+                "text itself; take it out"
             )
         if node.terminal and table.children.get(name):
             raise ConfigError(
@@ -207,8 +207,8 @@ def _check_types(where: str, table: PatternConfig, types: Mapping[str, NodeTypeC
         other = by_tag.setdefault(node.tag, name)
         if other != name:
             raise ConfigError(
-                f"{where}: the node types {other!r} and {name!r} both have the tag {node.tag!r}, so nobody can tell "
-                f"them apart; change search.nodes.{name}.tag"
+                f"{where}: the node types {other!r} and {name!r} both have the tag {node.tag!r}, so they cannot be "
+                f"told apart; change search.nodes.{name}.tag"
             )
 
 

@@ -134,7 +134,7 @@ class StagePlan:
         return self.loop != "search"
 
     def source(self, kind: str) -> DataSource | None:
-        """Return the data source of a kind, or None where the stage has none."""
+        """Return the data source of a kind, or None if the stage has none."""
         return next((source for source in self.data if source.kind == kind), None)
 
     @property

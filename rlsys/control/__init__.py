@@ -1,1 +1,1 @@
-"""The training loop and what it steers. No Ray and no torch."""
+"""The training loop and the supervision of its processes. This package imports neither Ray nor torch."""

@@ -1,4 +1,4 @@
-"""A rollout process as the fleet sees it: its handle, its state and its progress."""
+"""The handle, state and progress of each process in the fleet."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ class ActorSlot:
 
     Attributes:
         who: the name of the process in messages.
-        attempt: how often the actor was replaced before this process.
-        calls: calls under way.
-        asking_progress: whether a question for the progress is under way.
+        attempt: number of earlier processes of the actor, from 0.
+        calls: number of pending calls.
+        asking_progress: whether a request for the progress is pending.
         cause: why the process was lost.
         lost: set once the process must not be used again.
     """

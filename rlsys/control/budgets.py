@@ -1,4 +1,4 @@
-"""Limits of failures that are tolerated one by one."""
+"""Limits of failed rollouts, trees and verifications, and of skipped training steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from rlsys.types import TrajectoryGroup
 
 
 def causes(first: str, last: str) -> str:
-    """Return the end of a message about too many failures; the first failure often causes the others."""
+    """Return the end of a message about too many failures.
+
+    It names the first failure, which often causes the others, and the last one.
+    """
     return f"the first: {first}" + (f"; the last: {last}" if last != first else "")
 
 
@@ -20,12 +23,12 @@ class FailureLimit:
     """Limit of failures as a share of all attempts. One failure is always allowed, unless the share is 0.
 
     Attributes:
-        what: the plural noun of the message, such as rollouts.
+        noun: the plural noun in messages, such as rollouts.
         field: the config field that holds `share`.
         failed, total: counts so far; a resumed run begins with those of its checkpoint.
     """
 
-    what: str
+    noun: str
     field: str
     share: float
     failed: int = 0
@@ -56,7 +59,7 @@ class FailureLimit:
         allowed = max(1.0, self.share * self.total) if self.share else 0.0
         if self.failed > allowed:
             raise TooManyFailuresError(
-                f"{self.failed} of {self.total} {self.what} failed, more than {self.field} = {self.share:g}; "
+                f"{self.failed} of {self.total} {self.noun} failed, more than {self.field} = {self.share:g}; "
                 f"{causes(*self._details)}"
             )
 
@@ -87,16 +90,16 @@ def _verifications(group: TrajectoryGroup) -> tuple[int, int, list[str]]:
 def verifier_limit(share: float, failed: int = 0, total: int = 0) -> FailureLimit:
     """Return the limit of train.max_verifier_failures, beginning with the counts of a resumed run."""
     field = "train.max_verifier_failures"
-    return FailureLimit(what="verifications", field=field, share=share, failed=failed, total=total)
+    return FailureLimit(noun="verifications", field=field, share=share, failed=failed, total=total)
 
 
 @dataclass(slots=True, kw_only=True)
 class SkippedSteps:
-    """Count of training steps that were left out because a loss or gradient was not finite.
+    """Count of training steps that were skipped because a loss or gradient was not finite.
 
     Attributes:
-        limit: steps in a row that may be left out, learner.max_skipped_steps.
-        total: left-out steps of the stage so far.
+        limit: consecutive steps that may be skipped, learner.max_skipped_steps.
+        total: skipped steps of the stage so far.
     """
 
     limit: int
@@ -104,15 +107,15 @@ class SkippedSteps:
     in_a_row: int = 0
     _first: str = ""  # the reason of the first step in the row
 
-    def made(self) -> None:
-        """Note that a step was made."""
+    def end_row(self) -> None:
+        """End the row of skipped steps, because a step was made."""
         self.in_a_row = 0
 
     def skip(self, error: NonFiniteLossError) -> None:
-        """Count a left-out step.
+        """Count a skipped step.
 
         Raises:
-            NonFiniteStepsError: too many steps in a row were left out.
+            NonFiniteStepsError: too many steps in a row were skipped.
         """
         self.total += 1
         self.in_a_row += 1

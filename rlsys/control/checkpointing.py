@@ -35,13 +35,13 @@ def check_best_metric(config: Config) -> None:
 
 
 class Savable(Protocol):
-    """A learner that writes its files."""
+    """A learner that can write its state into a folder."""
 
     async def save(self, folder: Path) -> None: ...
 
 
 class SyncedFile(Protocol):
-    """A file of the run directory that must be on disk before a checkpoint is."""
+    """A file of the run directory that is flushed to disk before a checkpoint is committed."""
 
     def sync(self) -> None: ...
 
@@ -54,7 +54,7 @@ class Checkpointing:
     checkpoint.max_failed_saves failures in a row.
 
     Attributes:
-        logs: files whose lines a checkpoint must never lack.
+        logs: files to flush to disk before every checkpoint.
         tokenizer_files: files to copy into the policy of every checkpoint.
         provenance: returns the provenance of the present policy.
         say: takes a message about every failed save.
@@ -149,6 +149,6 @@ class Checkpointing:
         return info
 
     def take_seconds(self) -> float:
-        """Return the seconds of the last save once; 0 if there was none since the last call."""
+        """Return the seconds of the last save, or 0 if there was none since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds

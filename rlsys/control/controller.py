@@ -1,4 +1,4 @@
-"""Runs the stages of a run in order. Knows only protocols: real actors and recorded fakes look the same."""
+"""Run the stages of a run in order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StageLoop(Protocol):
     def __init__(self, run: TrainingRun, plan: StagePlan) -> None: ...
 
     async def run(self) -> None:
-        """Do what is left of the stage."""
+        """Do the remaining work of the stage."""
         ...
 
 
@@ -29,11 +29,11 @@ LOOPS: dict[Loop, type[StageLoop]] = {"offline": OfflineStage, "online": OnlineS
 
 
 class Controller:
-    """All stages of a run in order, from a run state to the end of the last stage.
+    """Controller that runs the stages in order, from a run state to the end of the last stage.
 
-    An interruption ends a wait for groups, for rows of data and for the evaluation before the first step. The work of
-    the learner, a publish, its calibration, an evaluation within a step and the trees that actors hold are finished
-    first. An interruption in the last step changes nothing.
+    An interruption ends three waits at once: for groups, for rows of data and for the evaluation before the first
+    step. Other work is finished first: a call of the learner, a publish, its calibration, an evaluation within a step,
+    and the trees that actors hold. An interruption in the last step changes nothing.
 
     Args:
         checkpoint: the checkpoint that `state` comes from, if any.
@@ -48,7 +48,7 @@ class Controller:
         return self._run.checkpointing.checkpoint
 
     def interrupt(self, reason: str) -> None:
-        """Ask for an orderly end: a checkpoint, then InterruptedRunError."""
+        """Request an orderly end: a checkpoint, then InterruptedRunError."""
         self._run.stop.request(reason)
 
     async def run(self) -> None:

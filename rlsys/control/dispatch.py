@@ -1,4 +1,4 @@
-"""Deals prompts over the actors of a pool. No caller above this module names an actor.
+"""Distribute prompts over the actors of a pool, so that callers need not name an actor.
 
 Prompt number n goes to actor n modulo the number of actors, counted in the order that each function states.
 """
@@ -27,7 +27,7 @@ class TreePool(Protocol):
     async def grow(self, actor: int, prompt: Prompt) -> Tree | TreeFailure: ...
 
     async def engine_stats(self) -> Sequence[EngineStats]:
-        """Return what every engine has done since the last call of this or of `reset_engine_stats`."""
+        """Return the work of every engine since the last call of this method or of `reset_engine_stats`."""
         ...
 
     async def reset_engine_stats(self) -> None:
@@ -96,7 +96,7 @@ async def grow(
     Args:
         prompts: prompts by number; the number decides the actor, so that a tree never changes its actor.
         ahead: trees that one actor holds at once.
-        deliver: takes the number of a prompt and its tree; an error that it raises ends the growing.
+        deliver: takes the number of a prompt and its tree. If it raises an error, no further trees are grown.
         stopped: whether no further tree may begin.
     """
     queues = [deque(n for n in prompts if n % pool.count == actor) for actor in range(pool.count)]

@@ -15,7 +15,7 @@ from rlsys.types import RolloutFailure, TrajectoryGroup
 
 
 def has_signal(group: TrajectoryGroup, objective: ObjectiveConfig, max_tokens: int) -> bool:
-    """Return whether a group ranks one of its chains above another, for a term of the objective.
+    """Return whether a group has a learning signal: it ranks its chains for a term of the objective.
 
     For the policy term, two judged rewards must differ, after the overlong shaping if objective.policy.overlong_buffer
     asks for it. For the terms preference and sft, the group must contain the pairs, step preferences or demonstrations

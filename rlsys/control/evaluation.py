@@ -23,7 +23,7 @@ async def sample_groups(
 
     Raises:
         TooManyFailuresError: a rollout failed, or more than a share of `max_verifier_failures` of the verifications.
-            A figure over the rest would be a different figure.
+            The accuracy of the other groups would not be comparable.
     """
     rollouts = await sample(pool, prompts, settings)
     failures = [rollout for rollout in rollouts if isinstance(rollout, RolloutFailure)]
@@ -58,13 +58,13 @@ async def evaluate_held_out(
 
 
 def solved(groups: Sequence[TrajectoryGroup]) -> np.ndarray:
-    """Return which trajectories are right, [prompts, samples] bool."""
+    """Return the mask of correct trajectories, [prompts, samples] bool."""
     rows = [[t.outcome == "ok" and t.reward > 0 for t in group.trajectories] for group in groups]
     return np.array(rows, dtype=bool)
 
 
 def unanswered(groups: Sequence[TrajectoryGroup]) -> np.ndarray:
-    """Return which trajectories hold no valid answer according to the verifier, [prompts, samples] bool."""
+    """Return the mask of trajectories in which the verifier finds no valid answer, [prompts, samples] bool."""
     return np.array([[t.judged and not t.answered for t in group.trajectories] for group in groups], dtype=bool)
 
 

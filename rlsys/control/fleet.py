@@ -1,9 +1,9 @@
-"""The fleet of rollout actors: which actor takes a call, and how a lost actor comes back.
+"""The fleet of rollout actors: it assigns calls to actors and replaces lost actors.
 
     starting --it is up--> stale --acknowledged the current version--> serving
        ^                     ^---------- a publish begins ----------------+
        |
-       +--- its replacement <-- dead: its process died, it hangs, its engine broke or took a publish wrongly
+       +--- its replacement <-- dead: its process died, it hangs, its engine broke, or it failed a publish
 
 Only a serving actor gets calls. The calls of a lost actor are repeated on another actor: draws are functions of seed,
 prompt and sample, so the answer is the same. An engine that failed in a weight update holds neither version and is
@@ -48,7 +48,7 @@ class Fleet:
         hang_timeout_s: seconds without progress after which an actor with calls under way is lost.
         role: the role of the actors' own engines in a tree.
         auxiliary: role, number and handle of the auxiliary engines; the loss of one ends the run.
-        say: takes a message about every loss and every return.
+        say: takes a message about every lost actor and every replacement that serves.
         clock: the clock of the watch.
     """
 
@@ -109,9 +109,9 @@ class Fleet:
         """Return the state of every actor."""
         return [slot.state for slot in self._supervisor.actors]
 
-    def look(self) -> None:
-        """Judge all processes by their progress now, as the watch does in every interval."""
-        self._supervisor.look()
+    def check_progress(self) -> None:
+        """Check the progress of all processes now, as the watch does in every interval."""
+        self._supervisor.check_progress()
 
     # --- calls of a serving actor ---
 
@@ -119,11 +119,11 @@ class Fleet:
         self, actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
     ) -> Sequence[TrajectoryGroup | RolloutFailure]:
         """Return a group or failure for every prompt, in order. Another actor answers if `actor` does not serve."""
-        what = f"sampling of prompts {_names(prompts)}"
-        return await self._issue(actor, what, lambda handle: handle.generate(prompts, settings))
+        description = f"sampling of prompts {_names(prompts)}"
+        return await self._issue(actor, description, lambda handle: handle.generate(prompts, settings))
 
     async def search(self, actor: int, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
-        """Return the searched group of a prompt, or why there is none."""
+        """Return the searched group of a prompt, or the failure with its reason."""
         return await self._issue(actor, f"search of prompt {_names([prompt])}", lambda handle: handle.search(prompt))
 
     async def grow(self, actor: int, prompt: Prompt) -> Tree | TreeFailure:
@@ -135,7 +135,7 @@ class Fleet:
         return await self._issue(actor, "scoring of probe rows", lambda handle: handle.probe(rows))
 
     async def engine_stats(self) -> list[EngineStats]:
-        """Return what every engine has done since the last call of this or of `reset_engine_stats`.
+        """Return the work of every engine since the last call of this method or of `reset_engine_stats`.
 
         Engines of actors that are not serving are left out.
         """
@@ -155,8 +155,10 @@ class Fleet:
         except LostActorError:
             return None
 
-    async def _issue(self, preferred: int, what: str, work: Callable[[ActorHandle], Awaitable[Result]]) -> Result:
-        """Return the answer of the first actor that outlives the call and its weights' verification."""
+    async def _issue(
+        self, preferred: int, description: str, work: Callable[[ActorHandle], Awaitable[Result]]
+    ) -> Result:
+        """Return the answer of the first actor that survives the call and the verification of its weights."""
         reasons: list[str] = []
         while True:
             slot = await self._serving(preferred)
@@ -168,12 +170,12 @@ class Fleet:
                 reasons.append(slot.cause.message if slot.cause else "")
                 if len(reasons) == MAX_LOST_BY_ONE_CALL:
                     raise TooManyFailuresError(
-                        f"{what}: {len(reasons)} actors that were asked for it were lost; "
+                        f"{description}: {len(reasons)} actors were lost during this call; "
                         f"{causes(reasons[0], reasons[-1])}"
                     ) from None
 
     async def _serving(self, preferred: int) -> ActorSlot:
-        """Wait for a serving actor; prefer the named one, else the one with the fewest calls."""
+        """Wait for a serving actor. Return the preferred actor, or else the one with the fewest calls."""
         supervisor = self._supervisor
 
         def choose() -> ActorSlot | None:
@@ -191,10 +193,10 @@ class Fleet:
         return slot
 
     async def _verified(self, slot: ActorSlot) -> None:
-        """Wait until no publish is under way: the answer may come from weights that are not verified yet.
+        """Wait until the actor serves verified weights: a publish may have changed them during the call.
 
         Raises:
-            LostActorError: the weights were not the right ones.
+            LostActorError: the actor was lost, for example because its weights failed the verification.
         """
         supervisor = self._supervisor
 
@@ -224,8 +226,8 @@ class Fleet:
             check: raises WeightSyncError if an acknowledgement is not good enough.
 
         Raises:
-            WeightSyncError: two processes could not take it and none could, so another one would not either.
-            LearnerLostError: the weights vanished with the rank that had sent them.
+            WeightSyncError: two processes refused the version and no process accepted it.
+            LearnerLostError: the weights were lost with the rank that had sent them.
             RlsysError: too many actors were lost.
         """
         await self._publisher.publish(transfer, offer, probe, check)

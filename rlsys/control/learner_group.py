@@ -1,4 +1,4 @@
-"""Calls of all learner ranks: every rank must answer, and all are watched meanwhile."""
+"""Calls to all learner ranks. Every rank must answer, and all ranks are watched during a call."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from rlsys.errors import (
 )
 
 log = logging.getLogger(__name__)
-FIRST_CAUSE_S = 3.0  # by then a death that broke other ranks is known
+FIRST_CAUSE_S = 3.0  # after this time the death of a rank that broke the others is known
 ROLLED_BACK = (NonFiniteLossError, CheckpointError)
-"""Errors after which the learner is as it was before the call, if all ranks raise them."""
+"""Errors that leave the learner in its state before the call, if all ranks raise them."""
 
 
 class RankHandle(Protocol):
@@ -109,8 +109,8 @@ class LearnerGroup:
     async def _choose_error(self, calls: Sequence[asyncio.Task[Any]]) -> BaseException:
         """Return the error to raise after a rank has failed.
 
-        If all ranks rolled back, each reports it, one after the other. If a rank dies, the others fail too and may
-        report first. Of the errors that arrive soon, the death is the cause.
+        After a rollback all ranks report the same kind of error, one after the other. If a rank dies, the other ranks
+        fail too and may report first. So the death of a rank has precedence over other errors that arrive soon.
         """
         first = next(error for call in calls if call.done() and (error := call.exception()))
         rolled_back = isinstance(first, ROLLED_BACK)
@@ -121,7 +121,7 @@ class LearnerGroup:
         error = min(errors, key=lambda each: (not isinstance(each, ProcessDiedError), isinstance(each, ROLLED_BACK)))
         if isinstance(error, EngineError):
             return LearnerLostError(error.message)
-        return LearnerLostError(f"not all ranks have met what one has: {error}") if rolled_back else error
+        return LearnerLostError(f"one rank rolled back and another did not: {error}") if rolled_back else error
 
     async def _watch(self, moving: bool) -> None:
         """Raise LearnerLostError once a rank shows no progress for hang_timeout_s."""

@@ -12,12 +12,12 @@ from rlsys.errors import LearnerLostError, RlsysError, WeightSyncError
 from rlsys.interfaces import CheckAck, WeightTransfer
 from rlsys.types import Int32Array, WeightOffer
 
-REFUSALS = 2  # so many processes that could not take a version, and none that could, blame the version
+REFUSALS = 2  # if so many processes refuse a version and none accepts it, the version is broken
 
 
 @dataclass(frozen=True, slots=True)
 class _Published:
-    """A published version, as a late actor needs it."""
+    """A published version, with everything that a late actor needs to load it."""
 
     version: int
     transfer: WeightTransfer
@@ -69,7 +69,7 @@ class Publisher:
             check: raises WeightSyncError if an acknowledgement is not good enough.
 
         Raises:
-            LearnerLostError: the weights vanished with the rank that had put them there.
+            LearnerLostError: the weights were lost with the rank that had sent them.
         """
         async with self._updating:
             self._published = _Published(offer.manifest.version, transfer, probe, check)
@@ -92,17 +92,23 @@ class Publisher:
                     slot.state = ActorState.STALE
 
     def drop(self) -> None:
-        """Offer the published weights to no further actor: they vanished with the learner."""
+        """Forget the published weights, because they were lost with the learner."""
         self._published = None
 
     async def catch_up(self, slot: ActorSlot) -> None:
-        """Bring a replaced actor to the published version. A publish that began meanwhile takes it along."""
+        """Bring a replaced actor to the published version, unless a publish has already done so."""
         async with self._updating:
             if slot.state is ActorState.STALE:
                 await self._update(slot)
 
     async def _update(self, slot: ActorSlot, offer: WeightOffer | None = None) -> None:
-        """Leave the actor serving, or lost. The caller holds the lock; a late actor comes without an offer."""
+        """Bring an actor to the current weights, after which it serves them or is lost.
+
+        An actor stays stale if the learner is lost and its weights are gone. The caller holds the lock.
+
+        Args:
+            offer: the version that the learner sent; None for a late actor, which gets an offer of its own.
+        """
         published = self._published
         if published is None and not self._serves_files:
             return
@@ -123,7 +129,10 @@ class Publisher:
             await self._supervision.notify()
 
     def _refuse(self, slot: ActorSlot) -> None:
-        """Count a process that could not take the version; one alone may have been broken itself."""
+        """Count a process that refused the version, and end the run if all processes so far refused it.
+
+        A single refusal may be the fault of the process.
+        """
         if isinstance(slot.cause, WeightSyncError):
             self._refused.append(slot.cause)
         if len(self._refused) >= REFUSALS and not self._acknowledged:

@@ -27,14 +27,14 @@ class RestartableLearner(Protocol):
 
 
 class VersionLedger(Protocol):
-    """A record of published weight versions that can begin again."""
+    """A record of published weight versions that can be emptied."""
 
     def forget(self) -> None: ...
 
 
 @dataclass(kw_only=True)
 class Recovery:
-    """The attempts of a run, repeated until one reaches the end.
+    """Recovery of a run: it repeats attempts until one reaches the end.
 
     Attributes:
         newest_start: returns the newest checkpoint as the start of an attempt.
@@ -87,7 +87,7 @@ class Recovery:
         try:
             return self.newest_start()
         except RlsysError as problem:
-            raise type(problem)(f"{problem.message}; looked for it because {error.message}") from error
+            raise type(problem)(f"{problem.message}; a checkpoint is needed because {error.message}") from error
 
     def _check_interrupted(self, error: LearnerLostError, start: Start) -> None:
         """Raise InterruptedRunError after a signal: without a learner there is nothing left to save."""
@@ -106,7 +106,7 @@ class Recovery:
             raise last from None
         if not_finite_again:
             raise NonFiniteStepsError(
-                f"{last.message}; that was so before a return to the newest checkpoint, too"
+                f"{last.message}; the same happened before the return to the newest checkpoint"
             ) from None
         times = f"the learner was lost {len(self._losses)} times without a checkpoint in between"
         raise type(last)(f"{times} (learner.max_restarts = {limit}); {causes(first.message, last.message)}") from None

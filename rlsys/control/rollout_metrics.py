@@ -26,7 +26,8 @@ SUMMED = (
 def rollout_metrics(groups: Sequence[TrajectoryGroup], version: int, unused_tokens: int = 0) -> Mapping[str, float]:
     """Return the metrics of a step by names of rlsys.run.metrics.
 
-    Sampled and searched groups have metrics of their own, which are left out if there is no such group.
+    Some metrics are for sampled groups only, and some for searched groups only. They are left out if there is no such
+    group.
 
     Args:
         version: the weight version of the learner before the step.
@@ -43,35 +44,35 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], version: int, unused_toke
 
 
 def generated_tokens(group: TrajectoryGroup) -> int:
-    """Return the tokens that all engines generated for a group, with cut-off and merged nodes of a tree."""
+    """Return the number of tokens generated for a group, including cut-off and merged nodes of a tree."""
     if group.searched:
         return int(group.metrics["tokens"])
     return sum(trajectory.completion_length for trajectory in group.trajectories)
 
 
-def engine_metrics(usages: Sequence[EngineStats]) -> Mapping[str, float]:
+def engine_metrics(stats: Sequence[EngineStats]) -> Mapping[str, float]:
     """Return the metrics of all engines over the same time, by names of rlsys.run.metrics.
 
     Without prompt tokens there is no hit rate of the prefix cache. The token rate adds up the engines of the policy,
     each over the seconds in which it worked, so that waiting for the learner or the verifiers does not lower it.
     """
-    prompt_tokens = sum(usage.prompt_tokens for usage in usages)
+    prompt_tokens = sum(engine.prompt_tokens for engine in stats)
     metrics = {
         "rollout/tokens_per_s": sum(
-            usage.generated_tokens / usage.busy_s for usage in usages if usage.model == "policy" and usage.busy_s
+            engine.generated_tokens / engine.busy_s for engine in stats if engine.model == "policy" and engine.busy_s
         )
     }
     if prompt_tokens:
-        metrics["rollout/prefix_cache_hits"] = sum(usage.cached_tokens for usage in usages) / prompt_tokens
-    for role in dict.fromkeys(usage.model for usage in usages):
-        idle = [_idle(usage) for usage in usages if usage.model == role]
+        metrics["rollout/prefix_cache_hits"] = sum(engine.cached_tokens for engine in stats) / prompt_tokens
+    for role in dict.fromkeys(engine.model for engine in stats):
+        idle = [_idle(engine) for engine in stats if engine.model == role]
         metrics[f"rollout/idle_{role}"] = float(np.mean(idle))
     return metrics
 
 
-def _idle(usage: EngineStats) -> float:
+def _idle(engine: EngineStats) -> float:
     """Return the idle share of an engine. An engine step counts when it ends, so busy_s can exceed wall_s."""
-    return max(0.0, 1 - usage.busy_s / usage.wall_s) if usage.wall_s else 0.0
+    return max(0.0, 1 - engine.busy_s / engine.wall_s) if engine.wall_s else 0.0
 
 
 def _sampled_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
@@ -94,7 +95,7 @@ def _sampled_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
 
 
 def _staleness(groups: Sequence[TrajectoryGroup], version: int) -> Mapping[str, float]:
-    """Return the staleness of both kinds of groups; that of a tree of another model is 0."""
+    """Return the staleness metrics of all groups. A tree that another model grew has staleness 0."""
     oldest = [group.oldest_version for group in groups]
     staleness = [0 if group_version is None else version - group_version for group_version in oldest]
     return {
@@ -119,7 +120,7 @@ def _searched_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
 
 
 def _trained_tokens(group: TrajectoryGroup) -> int:
-    """Return the tokens that the learner trains: those of the policy on judged trajectories, shared nodes once."""
+    """Return the number of trained tokens in judged trajectories. A node that they share counts once."""
     nodes = {
         step.node: int(trajectory.loss_mask[step.start : step.stop].sum())
         for trajectory in group.trajectories

@@ -1,4 +1,4 @@
-"""Everything a run is made of, as the controller sees it."""
+"""The parts of a run that the controller uses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SearchStage(Protocol):
     """The work of the stage `search`: grow trees with the present policy, and extract the data of later stages."""
 
     def is_complete(self, policy: Path) -> bool:
-        """Return whether all of the work was done before, with this policy."""
+        """Return whether the stage is already finished, with this policy."""
         ...
 
     async def run(self, policy: Path, stop: StopRequest) -> Mapping[str, float]:
@@ -39,7 +39,7 @@ class SearchStage(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """Everything that the controller drives.
+    """The parts of a run that the controller uses.
 
     Attributes:
         model: the folder of the initial policy.

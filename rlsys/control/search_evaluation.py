@@ -32,7 +32,7 @@ from rlsys.trees import Tree, TreeFailure
 from rlsys.types import Prompt, SamplingSettings, Trajectory
 
 SIMULATIONS_PER_ANSWER = 4
-"""Simulations that are allowed for each answer, at least. Some simulations end without an answer."""
+"""Minimum number of simulations for each answer. Some simulations end without an answer."""
 
 
 class SearchPool(RolloutPool, TreePool, Protocol):
@@ -145,8 +145,8 @@ def show_search(results: Mapping[str, Any], problems: int, console: Console) -> 
         print_table(console, (unit, "search", "samples", "difference", "ended"), rows, title=title)
     tokens = results["tokens_per_problem"]
     lines = [
-        "the search was told which of its answers are right, and chose by it; the samples were not",
-        "ended: share of the searches that came to their end with less, and unsolved",
+        "the search used the verifier's verdicts on its answers to choose nodes; the samples did not",
+        "ended: share of the searches that ended unsolved, with fewer answers or tokens",
         f"generated tokens per problem: search {tokens['search']:.0f}, "
         f"{results['answers']} samples {tokens['samples']:.0f}",
     ]

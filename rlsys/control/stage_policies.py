@@ -34,11 +34,11 @@ class StagePolicies:
         return RunDirectory(self.run_dir).exported_policy(stage)
 
     def discard(self, stage: StageName) -> None:
-        """Remove the exported policy of a stage that goes on, as after max_steps was raised."""
+        """Remove the exported policy of a stage that continues, for example because max_steps was raised."""
         shutil.rmtree(self.exported(stage), ignore_errors=True)
 
     def export_policy(self, stage: StageName, checkpoint: Path) -> None:
-        """Export the policy of a finished stage, as hard links into its checkpoint where the file system has them.
+        """Export the policy of a finished stage, as hard links to its checkpoint if the file system has them.
 
         Raises:
             CheckpointError: the folder cannot be written. The stage is saved, so the same command tries again.

@@ -1,4 +1,4 @@
-"""The request to end a run before its last step, which also ends a wait for work that would take long."""
+"""The request to end a run before its last step. It also ends long waits."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def calling(self, receive: Callable[[str], None]) -> Iterator[None]:
-        """Pass the reason to `receive` inside a with block, also if the end was asked for before."""
+        """Call `receive` with the reason if an end is requested in the with block, or was requested before."""
 
         def done(reason: asyncio.Future[str]) -> None:
             if not reason.cancelled():

@@ -23,8 +23,8 @@ from rlsys.errors import (
 )
 
 Result = TypeVar("Result")
-LOSSES_WITHIN_S = 3600.0  # the period that actors.max_restarts counts
-MAX_FAILED_STARTS = 5  # replacements in a row that do not start
+LOSSES_WITHIN_S = 3600.0  # actors.max_restarts limits the losses within this period
+MAX_FAILED_STARTS = 5  # so many replacements in a row that do not start end the run
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class WeightSource(Protocol):
         ...
 
     def drop(self) -> None:
-        """Forget the current weights: they vanished with the learner."""
+        """Forget the current weights, because they were lost with the learner."""
         ...
 
 
@@ -55,7 +55,7 @@ class LossBudget:
     _failed_starts: list[str] = field(default_factory=list)
 
     def lose(self, cause: RlsysError) -> RlsysError | None:
-        """Count a loss and return the error that ends the run, if the loss is one too many."""
+        """Count a loss and return the error that ends the run, if there were too many."""
         now = self.clock.monotonic()
         self._losses.append((now, cause))
         while now - self._losses[0][0] > LOSSES_WITHIN_S:
@@ -91,14 +91,14 @@ class ActorSupervisor:
         actors: the present process of every actor, by number.
         restarts: losses of actors so far.
         failed: the error that ends the run.
-        learner_lost: set if published weights vanished with the learner.
+        learner_lost: set if published weights were lost with the learner.
         changed: notified when a state or `failed` changes.
 
     Args:
         spawn: starts the process of an actor, by number and attempt, both from 0.
-        auxiliary: names and handles of the auxiliary engines.
+        auxiliary: role, number and handle of each auxiliary engine.
         hang_timeout_s: seconds without progress after which a process counts as hung.
-        say: takes a message about every loss and every return.
+        say: takes a message about every lost actor and every replacement that serves.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class ActorSupervisor:
         self._begin(self._watch())
 
     async def _first_start(self, slot: ActorSlot) -> tuple[ActorSlot, EngineError | None]:
-        """Start a process and return its error. The error of an auxiliary engine is raised: none is replaced."""
+        """Start a process and return its error. The error of an auxiliary engine is raised, as it is not replaced."""
         try:
             await slot.handle.start()
         except EngineError as error:
@@ -161,7 +161,7 @@ class ActorSupervisor:
         return slot, None
 
     async def close(self) -> None:
-        """Stop the supervision and close the processes, unless the run is aborted: then they are killed anyway."""
+        """Stop the supervision and close the processes. An aborted run leaves them to be killed with Ray."""
         self._closing = True
         for task in self._tasks:
             task.cancel()
@@ -275,7 +275,7 @@ class ActorSupervisor:
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """Report a supervision that fails; without this, callers would wait for ever."""
+        """End the run if a task of the supervision fails. Otherwise callers would wait forever."""
         self._tasks.discard(task)
         if task.cancelled() or (error := task.exception()) is None:
             return
@@ -288,10 +288,13 @@ class ActorSupervisor:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(self._clock.interval_s)
-            self.look()
+            self.check_progress()
 
-    def look(self) -> None:
-        """Judge every process by its progress: one that answers and does no work hangs, a slow one does not."""
+    def check_progress(self) -> None:
+        """Lose every process without progress for hang_timeout_s, and ask the others for their progress.
+
+        A process that answers but does no work counts as hung. A slow process that works does not.
+        """
         for slot in [*self.actors, *self.auxiliary]:
             if not slot.up:
                 continue

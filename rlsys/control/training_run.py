@@ -38,12 +38,12 @@ class Stopwatch:
 
 
 class TrainingRun:
-    """A run under way.
+    """State of a run, and the actions that its stages share.
 
     Attributes:
         state: the present state; a checkpoint of it continues the run.
         stop: the request to end the run.
-        skipped: counts the training steps that were left out.
+        skipped: counts the skipped training steps.
         reference_digest: the digest of the policy that the stage began with, if its loss refers to that policy.
 
     Args:
@@ -114,7 +114,7 @@ class TrainingRun:
         """
         with Stopwatch() as watch:
             metrics = await self.context.learner.train(batch, self.state.step, self.state.weight_version + 1)
-        self.skipped.made()
+        self.skipped.end_row()
         self.advance()
         rate = metrics["learner/tokens"] / watch.seconds
         return {**metrics, "time/learn_s": watch.seconds, "learner/tokens_per_s": rate}
@@ -124,10 +124,10 @@ class TrainingRun:
         self.state = replace(self.state, step=self.state.step + 1, weight_version=self.state.weight_version + 1)
 
     def skip(self, error: NonFiniteLossError) -> None:
-        """Count a training step that the learner left out.
+        """Count a training step that the learner skipped.
 
         Raises:
-            NonFiniteStepsError: too many steps in a row were left out.
+            NonFiniteStepsError: too many steps in a row were skipped.
         """
         self.skipped.skip(error)
         self.context.display.message(f"STEP SKIPPED: {error.message}")

@@ -1,4 +1,4 @@
-"""The trees of one folder: reads the finished ones, grows the missing ones, and compares what decides them."""
+"""The trees of one folder: read the finished trees, and grow the missing ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlsys.search.store import TreeStore, check_origin
 from rlsys.trees import Role, Tree, TreeFailure
 from rlsys.types import Prompt
 
-# The fields that decide a tree. A new key of `search` decides until FREE names it.
+# Fields that decide the content of a tree. Every key of `search` is among them unless FREE names it.
 DECIDING = (
     "run.seed",
     "run.device",
@@ -38,7 +38,7 @@ DECIDING = (
     "rewards.memory_mib",
     "search",
 )
-# Fields of `search` that decide no tree. Paths of models are compared by the digests of the models.
+# Fields of `search` that do not change the content of a tree. Paths of models are compared by digest.
 FREE = (
     "search.fraction",
     "search.prompts",
@@ -48,7 +48,8 @@ FREE = (
 )
 STATS_INTERVAL_S = 5.0
 ENOUGH_VERIFICATIONS = 500
-"""Fewer verifications do not end a search under way: trees finish in any order, so the first may be the worst."""
+"""Minimum number of verifications before their failures can end a search. Trees finish in any order, so the failures
+may come first."""
 
 
 class TreeDisplay(Protocol):
@@ -64,7 +65,7 @@ class TreeDisplay(Protocol):
 
 
 class Search:
-    """The trees of one run directory. Reads the finished ones and grows the missing ones.
+    """The trees of one run directory. It reads the finished trees and grows the missing ones.
 
     Args:
         prompts: all prompts of the search, in order.
@@ -79,8 +80,8 @@ class Search:
         self._prompts, self._ahead = prompts, ahead
         self.trees, self.engines, self.wall_s = TreeFigures(), EngineFigures(), 0.0
         field = "search.max_failed_trees"
-        self._failed_trees = FailureLimit(what="trees", field=field, share=share, total=len(prompts))
-        self._failed_verdicts = FailureLimit(what="verifications", field=field, share=share)
+        self._failed_trees = FailureLimit(noun="trees", field=field, share=share, total=len(prompts))
+        self._failed_verdicts = FailureLimit(noun="verifications", field=field, share=share)
         self._store = TreeStore(run_dir, shard_size, [prompt.prompt_id for prompt in prompts], self._count)
         self._before = len(prompts) - len(self._store.missing())
         self._stopped_by = ""
@@ -98,7 +99,7 @@ class Search:
         return len(self._prompts) - len(self.missing()) - self._before
 
     def stop(self, name: str) -> None:
-        """Begin no further tree, because of the signal `name`."""
+        """Do not begin further trees, because of the signal `name`."""
         self._stopped_by = name
 
     async def run(self, pool: TreePool, display: TreeDisplay) -> None:
@@ -169,7 +170,7 @@ class Search:
 
 
 def open_trees(config: Config, folder: Path, prompts: Sequence[Prompt], inputs: Mapping[str, str]) -> Search:
-    """Check that a folder holds trees of the same search or none, and read them.
+    """Check that a folder holds no trees of another search, and read its trees.
 
     Args:
         inputs: digests of files and models that the config names, by config field.
@@ -198,7 +199,7 @@ def find_prompts(config: Config, inputs: Inputs) -> list[Prompt]:
     return [inputs.builder.build(split, number) for number in range(count if size is None else min(count, size))]
 
 
-def writer_digests(models: Mapping[Role, ModelFolder]) -> dict[str, str]:
+def search_model_digests(models: Mapping[Role, ModelFolder]) -> dict[str, str]:
     """Return digests of all models except the policy, and of their tokenizers, by config field."""
     digests = {}
     for role, model in models.items():

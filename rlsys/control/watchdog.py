@@ -1,4 +1,4 @@
-"""Time without progress, measured by a clock that is handed in."""
+"""Measure the time without progress of a watched process, with a clock that tests can replace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class WatchClock:
 
     Attributes:
         monotonic: returns monotonic seconds.
-        interval_s: seconds between two looks at a watched process.
+        interval_s: seconds between two checks of a watched process.
     """
 
     monotonic: Callable[[], float] = time.monotonic
@@ -23,7 +23,7 @@ class WatchClock:
 class ProgressTimer:
     """Seconds without observed progress.
 
-    An update adds at most two watch intervals, so that a driver that stood still blames no process for its own pause.
+    An update adds at most two watch intervals, so that a pause of the driver does not count against the process.
     """
 
     def __init__(self, clock: WatchClock) -> None:
@@ -51,5 +51,5 @@ class ProgressTimer:
         self._progress = progress
 
     def restart(self) -> None:
-        """Count from now on."""
+        """Set the sum to 0 and count from now on."""
         self.seconds, self._updated = 0.0, self._clock.monotonic()

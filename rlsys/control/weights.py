@@ -1,6 +1,6 @@
-"""The weight-sync bus: it owns the ledger of weight versions, and publishes and verifies them.
+"""The weight-sync bus: it publishes and verifies weight versions, and knows the served version.
 
-A publish is sent, verified and acknowledged. How the bytes travel is the business of the WeightTransfer. Every actor
+A publish is sent, verified and acknowledged. A WeightTransfer moves the bytes. Every actor
 checks names and checksums, loads the tensors between two engine steps, and answers with the log-probabilities of fixed
 probe rows. The version is acknowledged only if they agree with the learner's.
 """
@@ -21,11 +21,11 @@ from rlsys.types import Float32Array, Int32Array, WeightAck
 TOLERANCE_FLOOR = {"fp32": 5e-4, "bf16": 0.1}
 """Largest gap in nats that rounding alone explains after many updates, by dtype.
 
-A stale output layer exceeds that of fp32 even if every weight moved by only 1e-4 (measured: 2.5e-3).
+A stale output layer exceeds the fp32 value even if every weight moved by only 1e-4 (measured: 2.5e-3).
 """
 TOLERANCE_FACTOR = 20.0
 FRESH_LOAD_CEILING = {"fp32": 5e-4, "bf16": 0.5}
-"""Largest gap in nats after both sides loaded the same files; a larger one shows two different computations."""
+"""Largest gap in nats after both sides loaded the same files. A larger gap shows that they compute differently."""
 
 
 class WeightBus:
@@ -98,7 +98,8 @@ class WeightBus:
     async def publish(self, version: int) -> Mapping[str, float]:
         """Bring every actor to the learner's present weights as `version`.
 
-        Returns when all live actors have acknowledged the version. The weights of the version before are released then.
+        Returns when all live actors have acknowledged the version. Then the weights of the
+        previous version are released.
 
         Returns:
             Values by metric name.
@@ -151,20 +152,20 @@ class WeightBus:
         return gap
 
     def _check_moved(self, ack: WeightAck, expected: Sequence[Float32Array]) -> None:
-        """Raise if an actor still computes with the version before, although its gap is within the tolerance.
+        """Raise if an actor still computes with the previous version, although its gap is within the tolerance.
 
-        A step may move less than the tolerance. Then the scores of old weights are nearer to the old scores. This
-        proves something only if the mean move exceeds twice the largest gap of a fresh load: then rounding cannot bring
-        the scores of the right weights nearer to the old ones.
+        A step may change the scores by less than the tolerance. An actor with old weights is then detected because its
+        scores are nearer to the old scores. The comparison is made only if the mean change exceeds twice the largest
+        gap of a fresh load. Otherwise rounding could bring the scores of the right weights nearer to the old ones.
         """
         if not self._acknowledged_scores or _mean_gap(expected, self._acknowledged_scores) <= 2 * self._fresh_gap:
             return
         to_new, to_old = (_mean_gap(ack.probe_logprobs, scores) for scores in (expected, self._acknowledged_scores))
         if to_new > to_old:
             raise WeightSyncError(
-                f"actor {ack.actor} acknowledged weight version {ack.version} and computes with the one before: its "
-                f"log-probabilities are {to_new:.2e} nats from the learner's, and {to_old:.2e} from those of that "
-                "version"
+                f"actor {ack.actor} acknowledged weight version {ack.version} but computes with the previous one: its "
+                f"log-probabilities are {to_new:.2e} nats from the learner's, and {to_old:.2e} from those of the "
+                "previous version"
             )
 
 

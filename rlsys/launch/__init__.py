@@ -1,6 +1,6 @@
-"""The only place that wires: Ray, placement, actors and learner ranks.
+"""Start Ray, the actors and the learner ranks, and connect them.
 
-The settings of Ray are made here, because Ray reads them when it is imported.
+This module sets the environment variables of Ray, because Ray reads them when it is imported.
 """
 
 import os

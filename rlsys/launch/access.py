@@ -1,4 +1,4 @@
-"""Restrict who can reach a run: a local Ray serves one command, and a cluster is joined only with a token.
+"""Restrict access to a run: a local Ray serves one command, and a cluster needs a token.
 
 A client of a Ray cluster can run any code on it. Ray reads its settings from the environment: RAY_AUTH_MODE, and the
 token from RAY_AUTH_TOKEN, the file of RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token, in this order.
@@ -42,8 +42,8 @@ def check_address(address: str) -> None:
         return
     if mode.lower() != "token":
         raise ConfigError(
-            f"run.address {address}: a Ray cluster runs the code of whoever reaches it, so one is joined with a token "
-            f"only: expected the environment variable {MODE}=token, here and where the cluster is started, found "
+            f"run.address {address}: a Ray cluster runs the code of every client, so joining one needs a token: "
+            f"expected the environment variable {MODE}=token, here and where the cluster is started, found "
             f"{mode or 'none'}"
         )
     if not os.environ.get(TOKEN, "").strip():
@@ -90,10 +90,12 @@ def _check_file(path: Path, name: str) -> None:
         empty = stat.S_ISREG(status.st_mode) and not path.read_bytes().strip()
     except OSError as error:
         raise ConfigError(
-            f"{name}: cannot be read: {error.strerror}; expected one of mode 600 with the token"
+            f"{name}: cannot be read: {error.strerror}; expected a file of mode 600 with the token"
         ) from None
     if not stat.S_ISREG(status.st_mode) or empty:
-        raise ConfigError(f"{name}: expected a file with the token, found {'an empty one' if empty else 'none'}")
+        raise ConfigError(f"{name}: expected a file with the token, found {'an empty file' if empty else 'none'}")
     if status.st_mode & 0o077:
         mode = stat.S_IMODE(status.st_mode)
-        raise ConfigError(f"{name}: expected one that its owner alone can read, found mode {mode:o}; chmod 600 {path}")
+        raise ConfigError(
+            f"{name}: expected a file that only its owner can read, found mode {mode:o}; chmod 600 {path}"
+        )

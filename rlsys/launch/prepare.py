@@ -41,7 +41,7 @@ class Prepared:
     Attributes:
         config: the config of the processes to start; its section `actors` is that of the model they serve.
         models: all models that the command uses, by role.
-        searching: how the rollout actors search; None if they do not.
+        searching: the engines of the search; None if the command does not search.
         inputs: task, tokenizer and the streams made of them.
         tree_prompts: the prompts that the stage `search` grows trees for.
         plans: the resource plan; `check` adds that of `rlsys search` if the config names models of the search.
@@ -86,8 +86,8 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
 
     Args:
         config: the config of the command.
-        purpose: the command. `check` checks what `train` would, but writes no model, and leaves the comparison of the
-            plans with this machine to the caller, who shows them first.
+        purpose: the command. `check` makes the checks of `train`, but it writes no model. It also leaves
+            `ResourcePlan.check` to the caller, which shows the plans first.
         policy: the policy to evaluate; None for the config's initial model, which is built in run.dir if it is missing.
 
     Raises:

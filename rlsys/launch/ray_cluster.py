@@ -1,4 +1,4 @@
-"""Start Ray on loopback or join a cluster, reserve the resources of a run, and leave nothing behind at its end."""
+"""Start Ray on loopback or join a cluster, reserve the resources of a run, and clean up after it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Cluster:
     Attributes:
         group: the bundles: rollout actors first, then engines of other models, then learner ranks.
         temporary: the scratch folder of a Ray that was started here.
-        services: the processes of a Ray that was started here on which everything depends, by name.
+        services: the essential processes of a Ray that was started here, by name.
     """
 
     group: PlacementGroup
@@ -227,7 +227,7 @@ def check_cluster(bundles: Sequence[Mapping[str, float]], resources: Mapping[str
 
 
 def _temporary_folder(run_dir: Path) -> Path:
-    """Make a folder for sockets and scratch files, and note it in the run directory so that it is always removed.
+    """Make a folder for sockets and scratch files, and note it in the run directory for its removal.
 
     Socket paths in it must stay under 107 bytes, so $TMPDIR and the run directory may be too deep.
     """

@@ -33,14 +33,14 @@ class Need:
 
     Attributes:
         phase: the phase that needs the resource, or "all".
-        what: the resource with its unit.
+        resource: the resource with its unit.
         amount: the amount that is needed.
         available: the amount that this machine has.
         field: the config fields that lower the need.
     """
 
     phase: str
-    what: str
+    resource: str
     amount: float
     available: float
     field: str
@@ -78,7 +78,7 @@ class ResourcePlan:
             if not need.fits:
                 who = "the run" if need.phase == "all" else f"the {need.phase} phase"
                 raise ConfigError(
-                    f"{need.field}: {who} needs {need.amount:.4g} {need.what}, "
+                    f"{need.field}: {who} needs {need.amount:.4g} {need.resource}, "
                     f"this machine has {need.available:.4g}; lower one of them"
                 )
 
@@ -90,8 +90,8 @@ def plan_resources(
 
     Args:
         config: the config of the processes.
-        models: the models by the role in which they write nodes of trees.
-        searching: how the rollout actors search; None if they do not search and serve the policy.
+        models: the models by role.
+        searching: the engines of the search; None if the rollout actors only sample from the policy.
         learner: whether there are learner ranks.
     """
     auxiliary = searching.auxiliary if searching else ()
@@ -162,7 +162,7 @@ def _rank_gib(config: Config, parameters: int) -> float:
     learner = config.learner
     width = BYTES[learner.dtype]
     share = learner.ranks if learner.zero_stage >= 1 else 1
-    # Two moments, and fp32 master weights: for bf16, and from ZeRO 1 on DeepSpeed keeps them for fp32 too.
+    # Two moments, and fp32 master weights for bf16. From ZeRO 1 on, DeepSpeed keeps master weights for fp32 too.
     state = (8.0 + (4 if learner.dtype != "fp32" or learner.zero_stage >= 1 else 0)) / share
     plans = stage_plans(config)
     models = 2 if any(plan.settings.critic for plan in plans) else 1

@@ -18,8 +18,8 @@ from rlsys.control.controller import Controller
 from rlsys.control.fleet import Fleet
 from rlsys.control.recovery import Recovery
 from rlsys.control.run_context import RunContext
-from rlsys.control.stages.search import GrownSearch
-from rlsys.control.tree_search import writer_digests
+from rlsys.control.stages.search import TreeSearchStage
+from rlsys.control.tree_search import search_model_digests
 from rlsys.control.weights import WeightBus
 from rlsys.data.inputs import Inputs
 from rlsys.directory import RunDirectory
@@ -41,7 +41,7 @@ from rlsys.run.ledger import Ledger
 from rlsys.run.lock import RunLock
 from rlsys.run.metrics import MetricsWriter
 from rlsys.run.provenance import check_extraction, check_inputs
-from rlsys.run.resume import Start, all_steps_made, find_again, find_start
+from rlsys.run.resume import Start, all_steps_made, find_newest_start, find_start
 from rlsys.transfer.object_store import ObjectStoreTransfer
 from rlsys.trees import Role
 from rlsys.types import Prompt
@@ -57,7 +57,7 @@ AFTER_THE_END = " while the processes of the complete run were ending; nothing i
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """One call of `train` whose input is accepted."""
+    """The checked input and the tools of one call of `train`."""
 
     config: Config
     run_dir: Path
@@ -93,7 +93,7 @@ def train(config: Config) -> str:
         prepared = prepare(config, "train")
         check_inputs(start.checkpoint, prepared.inputs.fingerprint())
         check_extraction(config, start.state, start.checkpoint, len(prepared.tree_prompts))
-        start.settle(run_dir)  # the first change to the run directory: a refused command leaves it as it was
+        start.prepare_directory(run_dir)  # the first change to the run directory: a refused command leaves it as it was
         write_text(directory.config, dump_config(config))
         placement = place(config, prepared.auxiliary, learner=True)
         store_bytes = object_store_bytes(config, prepared.policy.parameters)
@@ -125,7 +125,7 @@ def is_complete(config: Config, start: Start, run_dir: Path) -> bool:
 
 
 def evaluate_policy(policy: Path, config: Config, measure: Measure) -> dict[str, Any]:
-    """Start actors on a policy folder and return what `measure` finds on the held-out prompts.
+    """Start actors on a policy folder and return the result of `measure` on the held-out prompts.
 
     With evaluation.search_answers the actors search too, together with the engines of search.reviewer. The logs are
     kept if the evaluation fails, and the error names their folder.
@@ -155,7 +155,7 @@ def evaluate_policy(policy: Path, config: Config, measure: Measure) -> dict[str,
 
 
 def grow_trees(config: Config, begin: Callable[[Inputs, Mapping[Role, ModelFolder]], Grow | None]) -> None:
-    """Start the engines that grow trees, and let the result of `begin` use them.
+    """Start the engines that grow trees, and give them to the function that `begin` returns.
 
     Args:
         config: the config of the search.
@@ -220,7 +220,7 @@ async def _train(cluster: Cluster, session: Session) -> None:
             actors=pool,
             learner=learner,
             versions=bus,
-            newest_start=lambda: find_again(config, session.run_dir, session.store),
+            newest_start=lambda: find_newest_start(config, session.run_dir, session.store),
             sweep=session.store.sweep,
             say=display.message,
             signals=signals,
@@ -239,7 +239,7 @@ async def _run(
         signals: names of the signals that asked for an end; a new one is appended.
     """
     display = session.display
-    # -1 drops all rows: those of an attempt that never reached a checkpoint belong to no run.
+    # -1 drops all rows, because an attempt that never reached a checkpoint cannot be continued.
     version = start.state.weight_version if start.checkpoint else -1
     with (
         contextlib.closing(MetricsWriter(session.run_dir, version, display.message)) as metrics,
@@ -253,7 +253,7 @@ async def _run(
             signals.append(name)
             controller.interrupt(name)
 
-        if signals:  # one came while the learner was started again; the next signal aborts
+        if signals:  # a signal came while the learner was restarted; the next signal aborts
             controller.interrupt(signals[-1])
         else:
             session.stop.ask_first(ask, ABORTED)
@@ -289,17 +289,17 @@ def _run_context(
     )
 
 
-def _search_stage(session: Session, pool: Fleet) -> GrownSearch:
+def _search_stage(session: Session, pool: Fleet) -> TreeSearchStage:
     """Return the stage `search`. The training data of later stages do not count among the inputs of its trees."""
     prepared = session.prepared
     data = prepared.inputs.data.fingerprint()
     digests = {name: digest for name, digest in prepared.inputs.fingerprint().items() if name not in data}
-    return GrownSearch(
+    return TreeSearchStage(
         config=session.config,
         folder=RunDirectory(session.run_dir).search_stage.path,
         model=prepared.policy,
         prompts=prepared.tree_prompts,
-        inputs=digests | writer_digests(prepared.models),
+        inputs=digests | search_model_digests(prepared.models),
         pool=pool,
         display=session.display,
     )

@@ -41,7 +41,7 @@ async def rollout_pool(
     Args:
         cluster: the Ray that starts them.
         model: the model folder that the rollout actors load.
-        searching: how the actors search; None if they are never asked for trees.
+        searching: the engines of the search; None if the actors grow no trees.
         replacement_model: returns the model folder of a replaced actor; None if it is `model`. The actor gets the
             current weights before it serves.
         say: gets a message about every lost actor.
@@ -59,9 +59,9 @@ async def rollout_pool(
         return RayActor(_start(RolloutActor, options, settings), config, f"actor {number}")
 
     engines = [
-        (writer, number, RayActor(handle, config, f"{writer} engine {number}"))
-        for writer, writer_handles in handles.items()
-        for number, handle in enumerate(writer_handles)
+        (role, number, RayActor(handle, config, f"{role} engine {number}"))
+        for role, role_handles in handles.items()
+        for number, handle in enumerate(role_handles)
     ]
     async with Fleet(
         spawn,
@@ -142,7 +142,7 @@ def learner_handles(cluster: Cluster, bundles: Sequence[int], pad_token_id: int,
         cluster: the Ray that starts them.
         bundles: the bundle index of every rank.
         pad_token_id: the token that fills up rows of a batch.
-        attempt: how often the learner was restarted before.
+        attempt: number of earlier restarts of the learner.
     """
     config = cluster.config
     store = cluster.run_dir / f"{RENDEZVOUS}{uuid.uuid4().hex}"

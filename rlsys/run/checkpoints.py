@@ -145,7 +145,7 @@ class CheckpointStore:
         free = shutil.disk_usage(self.folder).free
         if free < _REQUIRED_SPACE * last:
             raise OSError(
-                errno.ENOSPC, f"{free / 2**20:,.0f} MiB are free, and the last one has {last / 2**20:,.0f} MiB"
+                errno.ENOSPC, f"{free / 2**20:,.0f} MiB are free, and the last checkpoint has {last / 2**20:,.0f} MiB"
             )
 
     def _make_visible(self, temporary: Path, name: str) -> Path:

@@ -62,7 +62,7 @@ class Ledger:
         indices = sorted([*self._indices, *in_flight])
         if indices != list(range(cursor)):
             raise CheckpointError(
-                f"{self.path}: the checkpoint has issued {cursor} prompts, and the ledger with those in flight "
+                f"{self.path}: the checkpoint has issued {cursor} prompts; the ledger and the prompts in flight "
                 f"{_difference(indices, cursor)}; restore the file, or resume from another checkpoint"
             )
         self._closed, self._indices = cursor - len(in_flight), []
@@ -127,5 +127,5 @@ def _difference(indices: Sequence[int], cursor: int) -> str:
     lost = sorted(set(range(cursor)) - set(indices))
     twice = sorted({index for index, after in itertools.pairwise(indices) if index == after})
     beyond = [index for index in indices if not 0 <= index < cursor]
-    parts = {"lack": lost, "have twice": twice, "have beyond them": beyond}
+    parts = {"lack": lost, "contain twice": twice, "contain, although not issued,": beyond}
     return ", ".join(f"{verb} {part[:5]} ({len(part)})" for verb, part in parts.items() if part)

@@ -32,7 +32,7 @@ def seal(folder: Path, name: str, info: Mapping[str, Any]) -> None:
     """
     files = _plain_files(folder)
     if MANIFEST in files:
-        raise CheckpointError(f"{folder}: a writer made {MANIFEST}; that name is the checkpoint's own")
+        raise CheckpointError(f"{folder}: a writer made {MANIFEST}, a name that is reserved for the manifest")
     entries = [
         {"path": path, "size": file.stat().st_size, "sha256": _sha256(file)} for path, file in sorted(files.items())
     ]
@@ -47,7 +47,7 @@ def seal(folder: Path, name: str, info: Mapping[str, Any]) -> None:
 
 
 def render_manifest(body: Mapping[str, Any]) -> str:
-    """Return the only valid text of a manifest. It holds its own digest, so a change of any byte is detected."""
+    """Return the only valid text of a manifest. Its own digest reveals a change of any byte."""
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps({**body, "sha256": digest}, indent=1, sort_keys=True) + "\n"
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlsys.config.compare import check_equal, different, extraction_request
+from rlsys.config.compare import check_equal, differing_names, extraction_request
 from rlsys.config.files import flat_fields
 from rlsys.config.schema import Config
 from rlsys.config.stages import SEARCHED, ExtractedTable, stage_plans
@@ -87,7 +87,7 @@ def check_inputs(checkpoint: Path | None, digests: Mapping[str, str]) -> None:
             f"preference.path: {checkpoint} was trained without pairs of a file, which objective.preference or "
             "objective.sft asks for now; set these back, or start a new run.dir"
         )
-    names = different({name: trained.get(name) for name in digests}, digests)
+    names = differing_names({name: trained.get(name) for name in digests}, digests)
     if names:
         pairs = [f"expected sha256 {_short(trained.get(name))}, found {_short(digests[name])}" for name in names]
         raise ConfigError(
@@ -140,7 +140,7 @@ def check_reference(checkpoint: Path | None, policy: Path, digest: str) -> None:
 
 
 def check_extraction(config: Config, state: RunState, checkpoint: Path | None, prompts: int) -> None:
-    """Raise if the finished stage `search` was asked for other data than this config asks for.
+    """Raise if this config asks for other data than the finished stage `search` has extracted.
 
     Nothing is compared if the stage is still to come, or if no stage will read its data.
 

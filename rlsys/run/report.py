@@ -33,9 +33,9 @@ def finished(config: Config) -> str:
 
 
 def interrupted(config: Config, saved: str) -> str:
-    """Return how to continue after a stop. The text follows the name of the signal."""
-    how = f" with {RESUME}" if config.run.resume == "never" else ""
-    return f"; {saved}, the same command continues{how}"
+    """Return the advice to continue after a stop. The text follows the name of the signal."""
+    option = f" with {RESUME}" if config.run.resume == "never" else ""
+    return f"; {saved}, the same command continues{option}"
 
 
 def complete(config: Config, step: int) -> str:

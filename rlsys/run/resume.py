@@ -35,14 +35,14 @@ class Start:
     changed: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """Return a line for the user about where the run starts."""
+        """Return a line that tells the user from which state the run starts."""
         if self.checkpoint is None:
             return "starting from the initial model"
         changed = f"; changed: {', '.join(self.changed)}" if self.changed else ""
         return f"resuming from {self.checkpoint} (weight version {self.state.weight_version}){changed}"
 
-    def settle(self, run_dir: Path) -> None:
-        """Write what this start needs into the run directory. Call it once all checks have passed."""
+    def prepare_directory(self, run_dir: Path) -> None:
+        """Change the run directory for this start. Call it only after all checks have passed."""
         if self.checkpoint is None:
             RunDirectory(run_dir).resumed_from.unlink(missing_ok=True)  # the run begins anew
         elif self.named:
@@ -57,12 +57,13 @@ class Start:
 def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
     """Return the start that `run.resume` asks for, without changing any file.
 
-    A path in `run.resume` names where the run begins. The same command run again continues from the newest checkpoint.
+    If `run.resume` is a path, the run begins from that checkpoint. The same command later continues from the run's
+    newest checkpoint.
 
     Raises:
-        ConfigError: a fixed field differs from the run to be resumed; the directory holds a search; the directory is
-            in use although `run.resume` is `never` or names a checkpoint of another line; the path is not a valid
-            checkpoint, or is the finished end of another run.
+        ConfigError: a fixed field differs from the run to be resumed; the directory holds a search; the directory
+            holds a run although `run.resume` is `never`, or a run that did not begin from the named checkpoint; the
+            path is not a valid checkpoint, or is the last checkpoint of another finished run.
         CheckpointError: checkpoints exist and all are invalid.
     """
     search = SearchDirectory(run_dir)
@@ -86,8 +87,8 @@ def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
     return _branch(config, path, run_dir)
 
 
-def find_again(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
-    """Return the start of a run whose learner was lost: its newest checkpoint, else where this command began.
+def find_newest_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
+    """Return the start after a loss of the learner: the newest checkpoint, or else the start of this command.
 
     Raises:
         CheckpointError: checkpoints exist and all are invalid.
@@ -113,7 +114,7 @@ def _start_at(config: Config, checkpoint: Path, origin: Path) -> Start:
 
 
 def _branch(config: Config, checkpoint: Path, run_dir: Path) -> Start:
-    """Return the start at a named checkpoint, from which run_dir begins a line of its own."""
+    """Return the start at a named checkpoint, from which run_dir begins its own series of checkpoints."""
     origin = checkpoint.parent.parent
     start = _start_at(config, checkpoint, origin)
     if origin.resolve() != run_dir.resolve() and all_steps_made(config, start.state):
@@ -131,7 +132,7 @@ def _check_critic(config: Config, state: RunState, checkpoint: Path) -> None:
     if plan.settings.critic and 0 < state.step < plan.steps and not (checkpoint / "critic").is_dir():
         raise ConfigError(
             f"objective.value.weight and objective.policy.estimator gae need a critic, and {checkpoint} has none: the "
-            f"first {state.step} steps of stage online were made without; set both back, or begin the stage with a "
+            f"first {state.step} steps of stage online were made without one; set both back, or begin the stage with a "
             f"critic, in a new run.dir with stages [online] and model.path {checkpoint / 'policy'}"
         )
 
@@ -163,7 +164,7 @@ def _check_named(path: Path) -> None:
 
 
 def _check_unused(path: Path, own: Path | None, run_dir: Path) -> None:
-    """Raise if run_dir holds another line of checkpoints, which would be overwritten or mixed with the new line.
+    """Raise if run_dir holds another run, whose checkpoints would be overwritten or mixed with the new ones.
 
     Args:
         path: the checkpoint that run.resume names.
@@ -186,7 +187,7 @@ def _has_metrics(run_dir: Path) -> bool:
 
 
 def _resumed_from(run_dir: Path) -> str | None:
-    """Return the checkpoint of another line from which the run began, or None."""
+    """Return the named checkpoint from which the run began, or None."""
     file = RunDirectory(run_dir).resumed_from
     if not file.exists():
         return None

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlsys.config.compare import check_equal, different
+from rlsys.config.compare import check_equal, differing_names
 from rlsys.directory import SearchDirectory
 from rlsys.errors import CheckpointError, ConfigError, DataError
 from rlsys.files import read_json, write_json, write_text
@@ -171,7 +171,7 @@ def check_origin(run_dir: Path, fixed: Mapping[str, Any], inputs: Mapping[str, s
         write_json(path, origin)
         return
     check_equal(before["fixed"], fixed, f"the search to be continued ({path})")
-    if changed := different(before["inputs"], inputs):
+    if changed := differing_names(before["inputs"], inputs):
         raise ConfigError(
             f"{' and '.join(changed)}: the contents differ from those that the trees of {run_dir} were made with; "
             "put them back, or choose a new run.dir"

@@ -70,7 +70,7 @@ def test_too_many_bad_steps_take_the_run_back_once_and_then_end_it(
     faults = "learner.loss@role=learner,number=1,version=67:nan"
     command = start("train", config, environment={"RLSYS_FAULTS": faults})
     message = command.fail(1)
-    assert "that was so before a return to the newest checkpoint, too" in message
+    assert "the same happened before the return to the newest checkpoint" in message
     returns = [line for _, line in command.lines if "the learner is lost and started again" in line]
     assert len(returns) == 1 and "step_000065 (weight version 65)" in returns[0]
     assert "2 training steps in a row were not finite, more than learner.max_skipped_steps = 1" in message

@@ -189,7 +189,7 @@ def test_a_cursor_off_by_one_is_refused_and_would_train_other_prompts(start, kil
     change_state(run, cursor=cursor + 1)
     assert accounts(run) == ([cursor], [])
     message = start("train", str(killed / "config.yaml")).fail(1)
-    assert f"issued {cursor + 1} prompts, and the ledger with those in flight lack [{cursor}] (1)" in message
+    assert f"issued {cursor + 1} prompts; the ledger and the prompts in flight lack [{cursor}] (1)" in message
     (run / "ledger.jsonl").unlink()  # what refuses it
     start("train", str(killed / "config.yaml")).finish()
     found = differences(run, undisturbed / "run")
@@ -294,4 +294,4 @@ def test_a_prompt_that_is_dropped_from_those_in_flight_is_missed(
         change_state(run, in_flight=in_flight)
         assert accounts(run) == ([dropped], [])
         message = start("train", str(folder / "config.yaml")).fail(1)
-        assert f"the ledger with those in flight lack [{dropped}] (1)" in message
+        assert f"the ledger and the prompts in flight lack [{dropped}] (1)" in message

@@ -36,7 +36,7 @@ class OnlineStage(TrainingStage):
         config, counters = run.config, Counters.of(run.state.counters)
         train = config.train
         self._rollouts = FailureLimit(
-            what="rollouts",
+            noun="rollouts",
             field="train.max_failed_rollouts",
             share=train.max_failed_rollouts,
             failed=counters.failed_rollouts,
@@ -119,7 +119,7 @@ class OnlineStage(TrainingStage):
             )
 
     def _check_attempt(self, groups: Sequence[TrajectoryGroup]) -> None:
-        """Raise if a group was sampled for steps that were lost by a return to a checkpoint."""
+        """Raise if a group was sampled by an earlier attempt of the learner, before a return to a checkpoint."""
         restarts = self.training.context.learner.restarts
         spans = (span for group in groups for trajectory in group.trajectories for span in trajectory.versions)
         other = next((span for span in spans if span.attempt != restarts), None)

@@ -58,8 +58,8 @@ class SearchLoop:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrownSearch:
-    """The work of the stage `search` over actors that grow trees; see `rlsys.control.run_context.SearchStage`.
+class TreeSearchStage:
+    """The `rlsys.control.run_context.SearchStage` of a run, whose actors grow the trees.
 
     Attributes:
         folder: the folder of the stage.
@@ -77,7 +77,7 @@ class GrownSearch:
     display: Display
 
     def is_complete(self, policy: Path) -> bool:
-        """Return whether all of the work was done before, with this policy.
+        """Return whether the stage is already finished, with this policy.
 
         Raises:
             ConfigError, DataError: the folder holds trees that another policy, model or config has grown.
@@ -87,7 +87,7 @@ class GrownSearch:
         return self._recorded_metrics() is not None
 
     async def run(self, policy: Path, stop: StopRequest) -> Mapping[str, float]:
-        """Grow the missing trees and extract their data, unless that is done; return the metrics of both.
+        """Grow the missing trees and extract their data, unless both are done. Return their metrics.
 
         Raises:
             InterruptedRunError: the run was asked to stop and trees are missing; finished ones are kept.
@@ -119,7 +119,7 @@ class GrownSearch:
             raise
 
     def _recorded_metrics(self) -> dict[str, float] | None:
-        """Return the metrics of the finished stage, or None if the same request is not finished."""
+        """Return the metrics of the finished stage, or None if this request is not finished."""
         directory = SearchDirectory(self.folder)
         path = directory.stage_record
         if not path.exists():
@@ -154,7 +154,7 @@ class _NamingPool:
 
 
 def _metrics(trees: TreeFigures, report: Mapping[str, Any]) -> dict[str, float]:
-    """Return metrics by names of rlsys.run.metrics. The trees alone decide them."""
+    """Return metrics by names of rlsys.run.metrics. They depend on the trees alone."""
     rows = report["rows"]
     values = {
         "trees": len(trees.solved),

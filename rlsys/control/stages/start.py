@@ -13,7 +13,7 @@ from rlsys.run.provenance import check_extracted, check_reference
 
 
 async def start_stage(run: TrainingRun, plan: StagePlan) -> None:
-    """Load the data of a stage, start the learner on it, and compare actors and learner once in a command.
+    """Load the data of a stage, start the learner on it, and compare actors and learner once per command.
 
     Raises:
         InterruptedRunError: an end was asked for.

@@ -34,7 +34,7 @@ DEMONSTRATIONS: dict[str, Any] = {"policy": {"weight": 0.0}, "sft": {"weight": 1
         ({"policy": {"surrogate": "cispo", "dual_clip": 3.0}}, "policy.dual_clip needs policy.surrogate clip"),
         (
             {**DEMONSTRATIONS, "kl": {"weight": 0.1}},
-            "kl.weight has no effect: the term is of the policy term's tokens, and policy.weight is 0",
+            "kl.weight has no effect: it covers the policy term's tokens, and policy.weight is 0",
         ),
         ({**DEMONSTRATIONS, "kl": {"final_weight": 0.1}}, "kl.weight has no effect"),
         ({"kl": {"in_reward": True}}, "kl.in_reward has no effect with kl.weight 0"),

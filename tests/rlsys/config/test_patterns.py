@@ -189,12 +189,12 @@ def test_a_type_that_only_a_wrong_answer_leads_to_is_reached() -> None:
         ),
         (
             {"children": CHILDREN, "nodes": {"a": {"tag": "answer"}}},
-            "search.tables.t: the node types 'a' and 'answer' both have the tag 'answer', so nobody can tell "
-            "them apart; change search.nodes.answer.tag",
+            "search.tables.t: the node types 'a' and 'answer' both have the tag 'answer', so they cannot be "
+            "told apart; change search.nodes.answer.tag",
         ),
         (
             {"children": CHILDREN, "nodes": {"a": {"tag": "a", "prefixes": ["Well", "Wait!</a>"]}}},
-            "search.nodes.a.prefixes: </a> stands in a prefix",
+            "search.nodes.a.prefixes: a prefix contains </a>",
         ),
         (
             {"children": CHILDREN, "after_wrong": {"answer": {"a": 1}}},

@@ -128,7 +128,7 @@ def test_a_storm(seed: int) -> None:
                     victim = draw.choice([p for p in world.processes if not p.killed] or world.processes)
                     victim.kill()
                 await asyncio.gather(*calls)
-            fleet.look()  # those that were killed with nothing to do are fleet out
+            fleet.check_progress()  # those that were killed with nothing to do are fleet out
             await settle()
             assert fleet.states() == [SERVING] * 3
             assert len(world.processes) == 3 + fleet.restarts

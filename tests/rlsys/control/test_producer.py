@@ -47,7 +47,7 @@ class Setup:
         self.stream = PromptStream(builder, 0)
         self.buffer = Buffer(groups_per_step, max_staleness)
         self.failures = FailureLimit(
-            what="rollouts", field="train.max_failed_rollouts", share=share, failed=failed, total=failed + finished
+            noun="rollouts", field="train.max_failed_rollouts", share=share, failed=failed, total=failed + finished
         )
         self.asked: list[str] = []
         self.filtering = GroupFilter(

@@ -207,7 +207,7 @@ def test_an_actor_that_is_lost_between_its_answer_and_the_check_does_not_serve()
             def check(ack: WeightAck) -> None:
                 while not world.processes[0].killed:
                     world.now += 2
-                    fleet.look()
+                    fleet.check_progress()
 
             await world.publish(fleet, 1, check)
             assert fleet.states() == [SERVING]

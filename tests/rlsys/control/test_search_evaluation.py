@@ -150,7 +150,7 @@ def test_the_tables_say_what_failed() -> None:
     assert [cell.split(" ")[0] for line in shown.splitlines() if line.startswith("2 ") for cell in cells(line)] == [
         *("2", "0.400", "0.000", "+0.400", "0.100")
     ]
-    assert "the search was told which of its answers are right, and chose by it; the samples were not\n" in shown
+    assert "the search used the verifier's verdicts on its answers to choose nodes; the samples did not\n" in shown
     assert "1 trees failed and count as unsolved; the first: no [node] fits" in shown
     assert "search 36, 2 samples 10" in shown
 

@@ -30,7 +30,7 @@ def test_an_actor_without_progress_is_lost_and_a_slow_one_is_not() -> None:
             for _ in range(12):  # 24 seconds
                 world.now += 2
                 slow.steps += 1
-                fleet.look()
+                fleet.check_progress()
                 await settle()
             assert hung.killed and not slow.killed
             assert "made no progress within actors.hang_timeout_s = 10.0 s" in world.said[0]
@@ -45,10 +45,10 @@ def test_an_idle_actor_that_does_not_report_progress_is_lost() -> None:
         async with world.fleet(count=1) as fleet:
             world.looking.clear()
             for _ in range(6):
-                fleet.look()
+                fleet.check_progress()
                 await settle()
                 world.now += 2
-            fleet.look()
+            fleet.check_progress()
             await settle()
             assert world.processes[0].killed and len(world.processes) == 2
 
@@ -59,7 +59,7 @@ def test_an_idle_actor_that_reports_progress_is_never_lost() -> None:
     async def test(world: World) -> None:
         async with world.fleet(count=1) as fleet:
             for _ in range(20):
-                fleet.look()
+                fleet.check_progress()
                 await settle()
                 world.now += 2
             assert await fleet.generate(0, [prompt("a")], SETTINGS)
@@ -75,10 +75,10 @@ def test_the_start_of_an_actor_does_not_count_as_a_hang() -> None:
 
         world.starting = starting  # type: ignore[method-assign]
         async with world.fleet(count=1) as fleet:
-            fleet.look()
+            fleet.check_progress()
             world.processes[0].kill()
             await fleet.generate(0, [prompt("a")], SETTINGS)
-            fleet.look()
+            fleet.check_progress()
             await settle()
             assert fleet.restarts == 1
 
@@ -182,7 +182,7 @@ def test_a_driver_that_stood_still_blames_no_actor() -> None:
             asked = asyncio.create_task(fleet.generate(0, [prompt("a")], SETTINGS))
             await settle()
             world.now += 3600
-            fleet.look()
+            fleet.check_progress()
             await settle()
             assert fleet.restarts == 0
             world.processes[0].gate.set()
@@ -197,7 +197,7 @@ def test_a_lost_auxiliary_engine_ends_the_run_and_is_named() -> None:
         reviewer.steps = 5  # and never more
         async with world.fleet(count=1, auxiliary=[("reviewer", 0, reviewer)]) as fleet:
             for _ in range(7):
-                fleet.look()
+                fleet.check_progress()
                 await settle()
                 world.now += 2
             with pytest.raises(EngineError, match=r"^reviewer engine 0 made no progress within actors.hang_timeout_s"):
@@ -231,7 +231,7 @@ def test_an_actor_that_waits_for_an_auxiliary_engine_does_not_hang_by_itself(fau
 
             async def watch() -> None:
                 for _ in range(12):  # 24 seconds
-                    fleet.look()
+                    fleet.check_progress()
                     await settle()
                     world.now += 2
 
@@ -334,7 +334,7 @@ def test_a_stale_actor_is_watched_too() -> None:
             await fleet.withdraw()
             world.looking.clear()
             for _ in range(7):
-                fleet.look()
+                fleet.check_progress()
                 await settle()
                 world.now += 2
             assert world.processes[0].killed

@@ -247,7 +247,9 @@ def test_old_weights_do_not_pass_if_a_step_moves_less_than_the_tolerance() -> No
     frozen = Setup()
     drifting(frozen, drift, lambda version: {1: logprobs(PROBE)})  # version 0 for ever
     frozen.publish(0)
-    with pytest.raises(WeightSyncError, match="actor 1 acknowledged weight version 1 and computes with the one before"):
+    with pytest.raises(
+        WeightSyncError, match="actor 1 acknowledged weight version 1 but computes with the previous one"
+    ):
         frozen.publish(1)
 
 

@@ -55,16 +55,16 @@ def test_only_the_owner_reads_a_token_file(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv(access.MODE, "token")
     if not by_default:
         monkeypatch.setenv(access.TOKEN_PATH, str(path))
-    assert f"{path}: cannot be read: No such file or directory; expected one of mode 600" in refusal()
+    assert f"{path}: cannot be read: No such file or directory; expected a file of mode 600" in refusal()
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n")
     path.chmod(0o600)
-    assert "expected a file with the token, found an empty one" in refusal()
+    assert "expected a file with the token, found an empty file" in refusal()
     path.write_text("secret\n")
     for mode in (0o640, 0o604, 0o644, 0o660):
         path.chmod(mode)
         message = refusal()
-        assert f"expected one that its owner alone can read, found mode {mode:o}; chmod 600 {path}" in message
+        assert f"expected a file that only its owner can read, found mode {mode:o}; chmod 600 {path}" in message
         assert "secret" not in message
     for mode in (0o600, 0o400):
         path.chmod(mode)

@@ -45,7 +45,7 @@ def needs_of(
 
 
 def amounts(needs: Sequence[Need]) -> dict[tuple[str, str], float]:
-    return {(need.phase, need.what): need.amount for need in needs}
+    return {(need.phase, need.resource): need.amount for need in needs}
 
 
 def plan(needs: Sequence[Need]) -> ResourcePlan:
@@ -111,7 +111,7 @@ def test_object_store_holds_two_versions() -> None:
 
 def test_a_store_beyond_shared_memory_is_refused(model: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "_shared_memory_bytes", lambda: 2**26)
-    needs = [need for need in needs_of(config(), model) if need.what == "shared memory, GiB"]
+    needs = [need for need in needs_of(config(), model) if need.resource == "shared memory, GiB"]
     with pytest.raises(ConfigError, match=r"--shm-size.*the run needs 10 shared memory, GiB.* has 0\.0625"):
         plan(needs).check()
 
@@ -148,7 +148,7 @@ def test_auxiliary_engines_are_counted(model: ModelFolder) -> None:
     needs = needs_of(own, model, reviewer(own))
     assert memory(needs) == pytest.approx(52 + 11.1)
     assert amounts(needs)[("rollout", "threads")] == 5
-    assert [need.field for need in needs if need.what == "threads" and need.phase == "rollout"] == [
+    assert [need.field for need in needs if need.resource == "threads" and need.phase == "rollout"] == [
         "search.reviewer.count, actors.count or actors.threads"
     ]
     alone = needs_of(own, model, reviewer(own), learner=False)

@@ -53,7 +53,9 @@ def test_the_trees_of_the_stage_search_do_not_depend_on_training_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        launch, "writer_digests", lambda models: {f"search.{name}.path": "w" for name in models if name != "policy"}
+        launch,
+        "search_model_digests",
+        lambda models: {f"search.{name}.path": "w" for name in models if name != "policy"},
     )
     own = config(stages=["search", "sft"], search={"reviewer": REVIEWER}, sft={"path": "rows.jsonl"})
     data = SimpleNamespace(fingerprint=lambda: {"sft.path": "d"})

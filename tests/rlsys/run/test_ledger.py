@@ -39,8 +39,8 @@ def test_a_step_that_does_not_add_up_is_an_error(cursor: int, in_flight: tuple[i
     ("cursor", "in_flight", "message"),
     [
         (4, (3,), r"lack \[2\]"),  # lost
-        (3, (1, 2), r"have twice \[1\]"),
-        (3, (2, 3), r"have beyond them \[3\]"),
+        (3, (1, 2), r"contain twice \[1\]"),
+        (3, (2, 3), r"contain, although not issued, \[3\]"),
     ],
 )
 def test_a_resume_checks_prompt_by_prompt(

@@ -14,7 +14,7 @@ from rlsys.config.schema import Config
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.files import write_json
 from rlsys.run.checkpoints import CheckpointStore
-from rlsys.run.resume import Start, find_again, find_start
+from rlsys.run.resume import Start, find_newest_start, find_start
 from rlsys.run.state import state_to_json
 from rlsys.types import RunState, StageName
 
@@ -65,7 +65,7 @@ def begin(run_dir: Path, now: Config) -> Start:
     """Find the start of a run and settle it."""
     run_dir.mkdir(exist_ok=True)
     beginning = start(run_dir, now)
-    beginning.settle(run_dir)
+    beginning.prepare_directory(run_dir)
     return beginning
 
 
@@ -97,9 +97,9 @@ def test_a_run_that_lost_its_learner_continues_from_its_newest_checkpoint(resume
     begin(tmp_path, config(resume))
     save(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
-    assert find_again(config(resume), tmp_path, store(tmp_path)) == Start(FRESH, None)
+    assert find_newest_start(config(resume), tmp_path, store(tmp_path)) == Start(FRESH, None)
     save(tmp_path, 5, 9)
-    beginning = find_again(config(resume), tmp_path, store(tmp_path))
+    beginning = find_newest_start(config(resume), tmp_path, store(tmp_path))
     assert beginning.state == state(9) and not beginning.named
 
 
@@ -108,9 +108,9 @@ def test_a_branched_run_continues_from_the_named_checkpoint_and_then_from_its_ow
     named = config(str(tmp_path / "a" / "checkpoints" / "step_000005"))
     begin(tmp_path / "b", named)
     save(tmp_path / "b")
-    assert find_again(named, tmp_path / "b", store(tmp_path / "b")).state == state(5)
+    assert find_newest_start(named, tmp_path / "b", store(tmp_path / "b")).state == state(5)
     save(tmp_path / "b", 7)
-    assert find_again(named, tmp_path / "b", store(tmp_path / "b")).state == state(7)
+    assert find_newest_start(named, tmp_path / "b", store(tmp_path / "b")).state == state(7)
 
 
 def test_never_refuses_a_used_directory(tmp_path: Path) -> None:
@@ -374,7 +374,7 @@ def test_a_critic_cannot_begin_within_the_online_stage(tmp_path: Path, resume: s
     now = config("auto" if resume == "auto" else str(checkpoint), objective=CRITIC)
     expected = (
         r"^objective\.value\.weight and objective\.policy\.estimator gae need a critic, and .*step_000002 has none: "
-        r"the first 1 steps of stage online were made without; set both back, .*model\.path .*step_000002/policy$"
+        r"the first 1 steps of stage online were made without one; set both back, .*model\.path .*step_000002/policy$"
     )
     with pytest.raises(ConfigError, match=expected):
         start(tmp_path, now)

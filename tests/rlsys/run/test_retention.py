@@ -27,7 +27,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypa
         if enough:
             store.discard(store.begin("step_000002"))
         else:
-            with pytest.raises(CheckpointError, match="are free, and the last one has .*; free disk space"):
+            with pytest.raises(CheckpointError, match="are free, and the last checkpoint has .*; free disk space"):
                 store.begin("step_000002")
     assert versions(store) == [1, 9]
 

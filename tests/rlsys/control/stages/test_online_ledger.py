@@ -58,7 +58,7 @@ def test_a_lost_prompt_is_refused_and_would_be_missed(
 ) -> None:
     run = saved(tmp_path, max_staleness, **changes)
     message = (
-        rf"has issued {issued} prompts, and the ledger with those in flight lack \[{lost}\] \(1\); restore the file"
+        rf"has issued {issued} prompts; the ledger and the prompts in flight lack \[{lost}\] \(1\); restore the file"
     )
     with pytest.raises(CheckpointError, match=message):
         run()
@@ -76,5 +76,5 @@ def test_a_prompt_with_two_outcomes_is_refused(outcome: str, tmp_path: Path) -> 
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[1][outcome].append(4)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(CheckpointError, match=r"has issued 6 prompts, .* have twice \[4\] \(1\); restore the file"):
+    with pytest.raises(CheckpointError, match=r"has issued 6 prompts, .* contain twice \[4\] \(1\); restore the file"):
         run()

@@ -19,7 +19,7 @@ from tree_samples import answer, ids, node, tree
 
 from rlsys.config.files import parse_config
 from rlsys.config.schema import Config
-from rlsys.control.stages.search import GrownSearch
+from rlsys.control.stages.search import TreeSearchStage
 from rlsys.control.stop_request import StopRequest
 from rlsys.data.rows import Reader
 from rlsys.display import Display
@@ -131,7 +131,7 @@ class Stage:
             for n in range(self.settings.search.prompts)
         ]
         self.pool = Pool(lambda prompt: grown(codec, prompt))
-        self.stage = GrownSearch(
+        self.stage = TreeSearchStage(
             **{
                 "config": self.settings,
                 "folder": folder,
