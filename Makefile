@@ -31,11 +31,11 @@ reproduce: .venv/.installed ## the paper's ablation, joint training against GRPO
 chaos: .venv/.installed ## 20 minutes of faults around the main job, against undisturbed runs: lost steps, goodput, leftovers
 	$(TEST_ENV) $(BIN)/python benchmarks/chaos.py $(ARGS)
 
-test-fast: .venv/.installed ## run the tests that need no torch and no processes, under 40 s on 2 cores
+test-fast: .venv/.installed ## run the tests that need no torch and no processes
 	$(TEST_ENV) $(BIN)/python -m pytest tests --fast -m "not long" -n 2 --dist worksteal $(ARGS)
 
 # Tests that share a run of the real stack stay on one worker: see tests/integration/conftest.py.
-test: .venv/.installed ## run the tests, 5 minutes on 2 cores
+test: .venv/.installed ## run the tests, with the real Ray, vLLM and DeepSpeed
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" -n 3 --dist loadgroup $(ARGS)
 
 test-long: .venv/.installed ## run the long tests and those of the benchmarks, and write the table of docs/reliability.md
