@@ -36,7 +36,7 @@ test-fast: .venv/.installed ## run the tests that need no torch and no processes
 
 # Tests that share a run of the real stack stay on one worker: see tests/integration/conftest.py.
 test: .venv/.installed ## run the tests, with the real Ray, vLLM and DeepSpeed
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" -n 3 --dist loadgroup $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" -n 2 --dist loadgroup $(ARGS)
 
 test-long: .venv/.installed ## run the long tests and those of the benchmarks, and write the table of docs/reliability.md
 	$(TEST_ENV) $(BIN)/python -m pytest benchmarks/tests
