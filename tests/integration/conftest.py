@@ -21,6 +21,7 @@ from rlsys.data.inputs import prepare_model
 IN_PROCESS = ("test_bad_input_cli", "test_bad_resume_cli", "test_shipped_configs")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group the tests that share a run of the real stack, and start these groups before all other tests."""
     for item in items:
