@@ -17,7 +17,7 @@ TIME_LIMIT = "run.time_limit"  # used like the name of a signal
 
 
 class _Stopped(BaseException):
-    """Raised by a signal at any point. It is not an Exception, so that libraries do not catch it by accident."""
+    """Raised by a signal at any point. It is no subclass of Exception, which libraries may catch."""
 
 
 class StopSignals:

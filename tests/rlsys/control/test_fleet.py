@@ -192,7 +192,7 @@ def test_a_call_that_breaks_every_actor_ends_the_run_and_names_its_prompts() -> 
             for process in world.processes:
                 process.generate = broken  # type: ignore[method-assign]
             with pytest.raises(
-                TooManyFailuresError, match=r"prompts bad: 5 actors .* were lost; the first: KeyError: 7"
+                TooManyFailuresError, match=r"prompts bad: 5 actors were lost during this call; the first: KeyError: 7"
             ):
                 await fleet.generate(0, [prompt("bad")], SETTINGS)
 

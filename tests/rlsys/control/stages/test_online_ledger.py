@@ -76,5 +76,5 @@ def test_a_prompt_with_two_outcomes_is_refused(outcome: str, tmp_path: Path) -> 
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[1][outcome].append(4)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(CheckpointError, match=r"has issued 6 prompts, .* contain twice \[4\] \(1\); restore the file"):
+    with pytest.raises(CheckpointError, match=r"has issued 6 prompts; .* contain twice \[4\] \(1\); restore the file"):
         run()
