@@ -8,8 +8,9 @@ LOCK := requirements-cpu.lock
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
-# One thread a process: Ray starts several, and results must not depend on the number of cores.
-TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
+# One thread a process: Ray starts several, and results must not depend on the number of cores. Compiled modules are
+# kept, whatever the shell says: the tests start hundreds of processes that import them.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing.process
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,9 +21,6 @@ HERE = Path(__file__).parent
 # Files and folders whose tests load torch or transformers, start processes, or take long. `make test-fast` leaves
 # them out.
 HEAVY = {
-    "actors/search/test_expansion.py",
-    "actors/search/test_mcts.py",
-    "actors/search/test_mcts_golden.py",
     "actors/search/test_scheduler.py",
     "actors/test_engine.py",
     "actors/test_model_actor.py",
@@ -56,10 +55,10 @@ HEAVY = {
     "rlsys/commands/test_evaluate.py",
     "rlsys/commands/test_extract.py",
     "rlsys/commands/test_search.py",
+    "rlsys/control/stages/test_search.py",
     "rlsys/control/test_supervisor.py",
     "rlsys/data/test_inputs.py",
     "rlsys/launch/test_leftovers.py",
-    "rlsys/launch/test_prepare.py",
     "rlsys/launch/test_ray_log.py",
     "rlsys/launch/test_remote.py",
     "rlsys/launch/test_session.py",
@@ -67,11 +66,7 @@ HEAVY = {
     "rlsys/models",
     "rlsys/run/test_checkpoint_kills.py",
     "rlsys/run/test_lock.py",
-    "rlsys/run/test_metrics.py",
-    "rlsys/search/test_codec.py",
-    "rlsys/search/test_store.py",
     "rlsys/test_cli.py",
-    "rlsys/test_fault_injection.py",
     "rlsys/test_processes.py",
     "rlsys/transfer/test_object_store.py",
     "rlsys/transfer/test_second_transport.py",
@@ -79,7 +74,8 @@ HEAVY = {
     "test_layers.py",
     "test_security.py",
 }
-FRAMEWORKS = {"torch", "transformers", "ray", "vllm", "deepspeed"}
+FRAMEWORKS = {"torch", "ray", "vllm", "deepspeed"}
+blamed: set[str] = set()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -98,6 +94,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        heavy = [item for item in items if item.get_closest_marker("heavy")]
+        items[:] = [item for item in items if item not in heavy]
+        config.hook.pytest_deselected(items=heavy)
+
+
 @pytest.fixture(autouse=True)
 def keep_fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail a test of `make test-fast` that starts a process or loads a framework."""
@@ -106,10 +110,11 @@ def keep_fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         return
 
     def refuse(*arguments: object, **_options: object) -> None:
-        pytest.fail(f"a fast test starts a process: {arguments}; add its file to HEAVY in tests/conftest.py")
+        pytest.fail(f"a fast test starts a process: {arguments}; mark it heavy, or add its file to HEAVY")
 
-    loaded = FRAMEWORKS & sys.modules.keys()
-    monkeypatch.setattr(subprocess, "Popen", refuse)
+    for module, name in ((subprocess, "Popen"), (os, "fork"), (multiprocessing.process.BaseProcess, "start")):
+        monkeypatch.setattr(module, name, refuse)
     yield
-    new = FRAMEWORKS & sys.modules.keys() - loaded
-    assert not new, f"a fast test loads {', '.join(sorted(new))}; add its file to HEAVY in tests/conftest.py"
+    new = FRAMEWORKS & sys.modules.keys() - blamed
+    blamed.update(new)
+    assert not new, f"the fast tests load {', '.join(sorted(new))} here; mark this test heavy, or mend its imports"

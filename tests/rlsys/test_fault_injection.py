@@ -72,6 +72,7 @@ def test_actions_that_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.errno == errno.ENOSPC
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("action", "signal_sent"), [("kill9", signal.SIGKILL), ("stop", signal.SIGSTOP)])
 def test_actions_that_end_or_stop_the_process(action: str, signal_sent: signal.Signals) -> None:
     code = "from rlsys.fault_injection import fault; fault('here'); print('went on')"
@@ -100,6 +101,7 @@ print("the actor went on", flush=True)
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("point", ["here@role=actor,version=3", "here@role=learner"])
 def test_an_actor_kills_the_driver_at_its_fault_point(point: str, tmp_path: Path) -> None:
     log = tmp_path / "faults.jsonl"
@@ -135,6 +137,7 @@ def test_a_fault_is_logged_before_it_acts(monkeypatch: pytest.MonkeyPatch, tmp_p
     ]
 
 
+@pytest.mark.heavy
 def test_without_faults_no_variable_is_set_for_other_processes() -> None:
     code = "import os, rlsys.fault_injection; print(os.environ.get('RLSYS_DRIVER_PID'), os.getpid())"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RLSYS_")}

@@ -33,6 +33,7 @@ def test_unusable_yaml_names_the_line(text: str, line: int, found: str) -> None:
     assert caught.value.message.startswith(f"c.yaml:{line}: ")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("text", ["a: 2026-13-45", "a: \x00", "[" * 5000])
 def test_text_that_the_yaml_library_chokes_on_is_a_config_error(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^c\.yaml: ") as caught:
@@ -113,6 +114,7 @@ def test_there_are_shipped_configs() -> None:
     assert "quickstart.yaml" in [path.name for path in CONFIGS]
 
 
+@pytest.mark.heavy
 @settings(deadline=None, max_examples=40)
 @given(name=st.text(min_size=1), rate=st.floats(1e-12, 1.0), seed=st.integers(0, 2**31 - 1))
 def test_a_dump_reloads_equal(name: str, rate: float, seed: int) -> None:

@@ -171,6 +171,7 @@ def test_a_folder_that_is_no_model_names_its_field(tmp_path: Path) -> None:
         prepare(config(search=search, evaluation={"search_answers": 2}), "evaluate", ModelFolder(tmp_path))
 
 
+@pytest.mark.heavy
 def test_a_check_of_a_tiny_model_loads_neither_torch_nor_vllm(tmp_path: Path) -> None:
     """Their imports take longer than the whole check."""
     path = tmp_path / "config.yaml"

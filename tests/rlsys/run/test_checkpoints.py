@@ -175,6 +175,7 @@ def crash_during_save(store: CheckpointStore, number: int, name: str, version: i
     return in_child(child)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "version"), [("step-2", 2), ("step-1", 1)], ids=["next", "same-name"])
 def test_crash_at_every_call(tmp_path: Path, name: str, version: int) -> None:
     """A SIGKILL before any call of a save leaves the previous checkpoint or the new one."""
@@ -223,6 +224,7 @@ def commit_on_a_full_disk(store: CheckpointStore, number: int) -> str:
     return outcomes[in_child(child)]
 
 
+@pytest.mark.heavy
 def test_disk_full_at_every_call(tmp_path: Path) -> None:
     """An error before the rename leaves only the old checkpoint. After the rename, the new checkpoint stays."""
     outcomes = []

@@ -161,6 +161,7 @@ def test_a_line_that_is_not_a_row_is_named(tmp_path: Path) -> None:
         MetricsWriter(tmp_path, 2)
 
 
+@pytest.mark.heavy
 def test_writing_does_not_load_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from rlsys.run.metrics import MetricsWriter\n"

@@ -96,6 +96,7 @@ def test_a_tree_is_added_once_and_under_its_own_number(tmp_path: Path) -> None:
             store.add(number, each)
 
 
+@pytest.mark.heavy
 @settings(deadline=None, max_examples=30)
 @given(data=st.data(), size=st.integers(1, 5), counts=st.lists(st.integers(1, 13), min_size=1, max_size=3))
 def test_the_files_do_not_depend_on_order_or_growth(
@@ -159,6 +160,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     return arm
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("before", [0, 6], ids=["fresh", "grown"])
 def test_a_kill_at_any_step_changes_nothing(tmp_path: Path, kill_at: Callable[[int | None], None], before: int) -> None:
     expected = undisturbed(tmp_path, 9)

@@ -58,6 +58,7 @@ def test_index_outside_the_split_is_an_index_error(tmp_path, index):
         task.problem("train", index)
 
 
+@pytest.mark.heavy
 def test_parquet_and_hugging_face_folder_give_the_same_problems(tmp_path, monkeypatch):
     import datasets
 
@@ -76,6 +77,7 @@ def test_parquet_and_hugging_face_folder_give_the_same_problems(tmp_path, monkey
     assert all(other == problems[0] for other in problems[1:])
 
 
+@pytest.mark.heavy
 def test_held_out_split_of_a_hugging_face_folder(tmp_path):
     import datasets
 
@@ -272,6 +274,7 @@ def test_judge_of_integers_is_equality(number, other):
     assert judge(f"{number:,}", rf"it is \boxed{{{number}}}").outcome == "ok"
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not GSM8K.is_file(), reason="RLSYS_DATA names no folder with gsm8k_test.jsonl")
 def test_every_gsm8k_reference_verifies_against_itself_only():
     task = task_of("${RLSYS_DATA}/gsm8k_test.jsonl", answer_pattern="#### (.+)", held_out_every=2)

@@ -118,6 +118,7 @@ def test_a_bad_row_is_named(line: str, message: str, tmp_path: Path) -> None:
     assert message in caught.value.message
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif("RLSYS_DATA" not in os.environ, reason="RLSYS_DATA does not name the data folder")
 def test_every_planbench_instance_is_solved() -> None:
     problems = load_problems("${RLSYS_DATA}/planbench_blocksworld.jsonl", "abcde")

@@ -69,6 +69,7 @@ def test_problems_have_their_blocks_and_are_not_solved(blocks: int) -> None:
     assert set(goals) == set(range(1, blocks))  # a tower of all blocks has one "on" fact less
 
 
+@pytest.mark.heavy
 def test_train_and_held_out_share_no_problem() -> None:
     train = {name_of(make_task(3).problem("train", i).question) for i in range(3000)}
     held_out = {name_of(make_task(seed).problem("held_out", i).question) for seed in (3, 4) for i in range(1500)}
@@ -174,6 +175,7 @@ def test_chains_without_silent_errors_are_right_and_note_true_states(
     assert len(moves) == len(shortest_plan(state, goal) or ())
 
 
+@pytest.mark.heavy
 def test_shares_of_the_tags_and_errors_are_met() -> None:
     shares = {"sub_task": 0.3, "hypothesis": 0.1, "double_check": 0.2, "reflection": 0.15, "reclarify": 0.05}
     task, rng, rows = make_task(shares=shares, error_rate=0.4), random.Random(0), 2000
@@ -276,6 +278,7 @@ def test_problems_path_errors_name_the_field(tmp_path: Path, monkeypatch: pytest
         make_task(problems_path=str(tmp_path / "missing.jsonl")).size("held_out")
 
 
+@pytest.mark.heavy
 def test_a_split_without_problems_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlsys.tasks.blocksworld.task.is_held_out", lambda name: True)
     with pytest.raises(ConfigError, match=r"no train problem among 10000 drawn.*3 letters in task\.alphabet"):
@@ -299,6 +302,7 @@ def test_build_task_takes_the_config_section() -> None:
     assert isinstance(build_task(BlocksworldConfig(), 0), BlocksworldTask)
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif("RLSYS_DATA" not in os.environ, reason="RLSYS_DATA does not name the data folder")
 def test_planbench_is_a_held_out_split() -> None:
     fields = {"min_blocks": 4, "max_blocks": 5, "problems_path": "${RLSYS_DATA}/planbench_blocksworld.jsonl"}
