@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from rlsys.control.actor_slots import ActorSlot, ActorState
 from rlsys.errors import LearnerLostError, RlsysError, WeightSyncError
 from rlsys.interfaces import CheckAck, WeightTransfer
-from rlsys.types import Int32Array, WeightOffer
+from rlsys.types import Int32Array, WeightAck, WeightOffer
 
 REFUSALS = 2  # if so many processes refuse a version and none accepts it, the version is broken
 
@@ -114,9 +114,8 @@ class Publisher:
             return
         if published is not None:
             try:
-                offer = offer or await published.transfer.offer_for_late_actor(published.version)
-                ack = await self._supervision.call(slot, slot.handle.update_weights(offer, published.probe))
-                published.check(ack)
+                # The offer is part of the supervised call, so that a transport that hangs cannot hold the lock forever.
+                published.check(await self._supervision.call(slot, self._load(slot, published, offer)))
             except LostActorError:
                 self._refuse(slot)
                 return
@@ -127,6 +126,10 @@ class Publisher:
         if slot.state is ActorState.STALE:
             slot.state, self._acknowledged = ActorState.SERVING, True
             await self._supervision.notify()
+
+    async def _load(self, slot: ActorSlot, published: _Published, offer: WeightOffer | None) -> WeightAck:
+        offer = offer or await published.transfer.offer_for_late_actor(published.version)
+        return await slot.handle.update_weights(offer, published.probe)
 
     def _refuse(self, slot: ActorSlot) -> None:
         """Count a process that refused the version, and end the run if all processes so far refused it.
