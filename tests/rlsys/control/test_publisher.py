@@ -215,3 +215,30 @@ def test_an_actor_that_is_lost_between_its_answer_and_the_check_does_not_serve()
             assert await fleet.generate(0, [prompt("a")], SETTINGS) == [("a", 0, 1)]
 
     run(test)
+
+
+def test_an_offer_that_never_comes_loses_the_late_actor_alone() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet() as fleet:
+            await world.publish(fleet, 1)
+            repeat = world.offer_for_late_actor
+
+            async def hang_once(version: int) -> WeightOffer:
+                world.offer_for_late_actor = repeat  # type: ignore[method-assign]
+                await asyncio.Event().wait()
+                raise AssertionError
+
+            world.offer_for_late_actor = hang_once  # type: ignore[method-assign]
+            world.processes[0].kill()
+            await fleet.generate(0, [prompt("a")], SETTINGS)
+            await settle()
+            assert fleet.states() == [STALE, SERVING]
+            for _ in range(8):  # the first look counts as progress
+                world.now += 2
+                fleet.check_progress()
+                await settle()
+            assert fleet.states() == [SERVING, SERVING]
+            assert len(world.processes) == 4 and world.processes[3].number == 0
+            assert any("actor 0 made no progress within actors.hang_timeout_s" in line for line in world.said)
+
+    run(test)
