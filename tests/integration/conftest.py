@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from real_runs import TINY, Command, FinishedRun, commands, wait_for_row, write_config
+from real_runs import WHOLE, Command, FinishedRun, commands, wait_for_row, write_config
 from watched_runs import AUDIT, PICKLES, Canary, Watched, files_with, look, new_secrets, planted
 
 from rlsys import cli
@@ -48,9 +48,9 @@ def start() -> Iterator[Callable[..., Command]]:
 
 @pytest.fixture(scope="session")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """The tiny config from the start to the end, undisturbed, beside planted secrets and pickles, looked at once."""
+    """A run of all stages, undisturbed, beside planted secrets and pickles, looked at once."""
     folder = tmp_path_factory.mktemp("finished")
-    config, run_dir, unpickled, log = write_config(folder, TINY), folder / "run", folder / "unpickled", folder / "log"
+    config, run_dir, unpickled, log = write_config(folder, WHOLE), folder / "run", folder / "unpickled", folder / "log"
     model = prepare_model(load_config(config), run_dir)  # the run finds its model built
     pickles = [model.path / name for name in PICKLES]
     for path in pickles:

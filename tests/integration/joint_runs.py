@@ -11,29 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_runs import TINY, Command, FinishedRun, last_checkpoint, marked, wait_for_row
-from real_searches import SHARD, TREES
+from real_runs import STEADY, TINY, TREES, WHOLE, Command, FinishedRun, last_checkpoint, marked, wait_for_row
 
 from rlsys.run.metrics import METRICS, read_rows
 
-WARM, SFT, PREFERENCE, TREE_COUNT = TINY["warm_start"]["max_steps"], 4, 10, 24
-STEADY = {"learning_rate": 1e-3, "warmup_updates": 0}
-
 # An engine of two sequences grows trees one after the other, so that a kill finds some of them.
 OFFLINE: dict[str, Any] = {
-    **TINY,
-    "stages": ["warm_start", "search", "sft", "preference"],
+    **WHOLE,
+    "stages": WHOLE["stages"][:-1],
     "actors": {**TINY["actors"], "max_num_seqs": 2},
-    "sampling": {"max_tokens": 60},
-    "search": {**TREES, "expansion": "chain", "prompts": TREE_COUNT, "shard_size": SHARD},
-    "extract": {"supervised": "longest", "chosen": "shortest"},
-    "sft": {"max_steps": SFT, "rows_per_step": 8, "optimizer": {**STEADY}},
-    "preference": {"max_steps": PREFERENCE, "pairs_per_step": 8, "optimizer": {**STEADY}},
-    "objective": {
-        "preference": {"weight": 1.0, "label_smoothing": 0.1},
-        "sft": {"weight": 1.0},
-        "grad_norm_interval": 2,
-    },
     "checkpoint": {"interval": 4, "keep_last": 2},
     "evaluation": {"prompts": 8, "samples": 1},
 }

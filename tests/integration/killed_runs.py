@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from real_runs import TINY, FinishedRun
-from real_searches import TREES
+from real_runs import STEADY, TINY, TREES, FinishedRun
 
 from rlsys.run.metrics import read_rows
 
 STEPS, INTERVAL, KEPT, SEED = 12, 2, 2, 36
-STEADY = {"learning_rate": 1e-3, "warmup_updates": 0}
 PHASES = ("start-up", "rollout", "search", "backward", "optimizer", "publish", "checkpoint")
 
 

@@ -1,16 +1,20 @@
-"""One rank of a learner without Ray: runs the jobs of a JSON file one after another.
+"""Learners without Ray: all ranks of a learner run the jobs of its JSON file one after another.
 
-Usage: learner_child.py RANK RANKS JOBS. A job says how the models are partitioned, where they start, which training
-steps they make, where the result is saved, and which model at the end meets gradients and losses that are not finite.
+Usage: learner_child.py RANKS JOBS [RANKS JOBS]... [then RANKS JOBS...]. Learners work at the same time, but for those
+after `then`, which follow. A job says how the models are partitioned,
+where they start, which training steps they make, where the result is saved, and which model at the end meets gradients
+and losses that are not finite.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -204,6 +208,31 @@ def join(rank: int, ranks: int, store: Path) -> Any:
     return LearnerRank(settings)
 
 
+def fork_ranks(main: Callable[[int, int, Path], None]) -> None:
+    """Run main(rank, ranks, jobs) for every rank of every learner, each in a fork; exit with 1 if a rank failed.
+
+    The forks share what takes seconds to import, and do not search it for garbage.
+    """
+    os.environ.update(learner_environment(LearnerConfig(), "cpu", 0))
+
+    import learners.rank  # noqa: F401
+
+    gc.freeze()
+    for group in " ".join(sys.argv[1:]).split(" then "):
+        words, forks = group.split(), []
+        for ranks, jobs in zip(map(int, words[::2]), map(Path, words[1::2]), strict=True):
+            for rank in range(ranks):
+                if (child := os.fork()) == 0:
+                    with jobs.with_suffix(f".{rank}.errors").open("w") as errors:
+                        os.dup2(errors.fileno(), sys.stderr.fileno())
+                    main(rank, ranks, jobs)
+                    sys.exit()
+                forks.append(child)
+        codes = [os.waitpid(child, 0)[1] for child in forks]  # of all, also after one has failed
+        if any(codes):
+            sys.exit(1)
+
+
 def main(rank: int, ranks: int, jobs_file: Path) -> None:
     learner = join(rank, ranks, jobs_file.with_suffix(".store"))
     for job in json.loads(jobs_file.read_text()):
@@ -211,4 +240,4 @@ def main(rank: int, ranks: int, jobs_file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    fork_ranks(main)

@@ -63,6 +63,50 @@ TINY: dict[str, Any] = {
     "evaluation": {"prompts": 16, "samples": 2},
 }
 
+# Chains of the tiny warm start are thinking nodes and an answer; the fixed reflection is in words it can read.
+TREES: dict[str, Any] = {
+    "nodes": {
+        "thinking": {"tag": "thinking"},
+        "reflection": {"tag": "reflection", "prefixes": ["0 is wrong", "1 is wrong"], "writer": "nobody"},
+        "answer": {"tag": "answer", "terminal": True},
+    },
+    "tables": {
+        "tiny": {
+            "children": {
+                "start": {"thinking": 2},
+                "thinking": {"thinking": 2, "answer": 1},
+                "reflection": {"thinking": 2},
+            },
+            "after_wrong": {"thinking": {"reflection": 1}},
+        }
+    },
+    "patterns": ["tiny"],
+    "parallel_simulations": 4,
+    "max_node_tokens": 16,
+    "max_depth": 5,
+    "stop": {"simulations": 16, "correct": [{"count": 8}, {"count": 3, "after": 8}]},
+}
+STEADY = {"learning_rate": 1e-3, "warmup_updates": 0}
+WARM, SFT, PREFERENCE, TREE_COUNT, SHARD = 50, 4, 6, 24, 5
+BEGINS = WARM + SFT + PREFERENCE  # the weight version that the online stage of WHOLE begins with
+
+# All stages in one run; online, all terms but the critic's learn together.
+WHOLE: dict[str, Any] = {
+    **TINY,
+    "stages": ["warm_start", "search", "sft", "preference", "online"],
+    "warm_start": {**TINY["warm_start"], "max_steps": WARM},
+    "search": {**TREES, "expansion": "chain", "prompts": TREE_COUNT, "shard_size": SHARD},
+    "extract": {"supervised": "longest", "chosen": "shortest"},
+    "sft": {"max_steps": SFT, "rows_per_step": 8, "optimizer": {**STEADY}},
+    "preference": {"max_steps": PREFERENCE, "pairs_per_step": 8, "optimizer": {**STEADY}},
+    "objective": {
+        "kl": {"weight": 0.01},
+        "preference": {"weight": 0.1, "label_smoothing": 0.1, "source": "file"},
+        "sft": {"weight": 0.1},
+        "grad_norm_interval": 2,
+    },
+}
+
 
 @dataclass
 class Seen:

@@ -9,32 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from real_runs import TINY, Command
-
-# Chains of the tiny warm start are thinking nodes and an answer; the fixed reflection is in words it can read.
-TREES: dict[str, Any] = {
-    "nodes": {
-        "thinking": {"tag": "thinking"},
-        "reflection": {"tag": "reflection", "prefixes": ["0 is wrong", "1 is wrong"], "writer": "nobody"},
-        "answer": {"tag": "answer", "terminal": True},
-    },
-    "tables": {
-        "tiny": {
-            "children": {
-                "start": {"thinking": 2},
-                "thinking": {"thinking": 2, "answer": 1},
-                "reflection": {"thinking": 2},
-            },
-            "after_wrong": {"thinking": {"reflection": 1}},
-        }
-    },
-    "patterns": ["tiny"],
-    "parallel_simulations": 4,
-    "max_node_tokens": 16,
-    "max_depth": 5,
-    "stop": {"simulations": 16, "correct": [{"count": 8}, {"count": 3, "after": 8}]},
-}
-SHARD = 5
+from real_runs import SHARD, TINY, TREES, Command
 
 
 def search_config(policy: Path, prompts: int) -> dict[str, Any]:

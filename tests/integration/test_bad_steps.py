@@ -9,7 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from real_runs import TINY, Command, FinishedRun, digests, last_checkpoint, steady_rows, wait_for_row, write_config
+from real_runs import (
+    TINY,
+    WHOLE,
+    Command,
+    FinishedRun,
+    digests,
+    last_checkpoint,
+    steady_rows,
+    wait_for_row,
+    write_config,
+)
 from reliability import begin, lost_and_twice, record
 
 from rlsys.run.ledger import read_ledger
@@ -95,7 +105,7 @@ def test_a_run_that_is_told_to_stop_saves_and_the_same_command_continues(
         promise=promise.format(75),
         injection="run.time_limit=120, while an actor hangs",
     )
-    config, run = write_config(tmp_path, TINY), tmp_path / "run"
+    config, run = write_config(tmp_path, WHOLE), tmp_path / "run"
     first = start("train", config)
     wait_for_row(first, run, "online", 2)
     began = time.monotonic()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from real_runs import LOOPBACK, FinishedRun, last_checkpoint
+from real_runs import BEGINS, LOOPBACK, PREFERENCE, SFT, WARM, FinishedRun, last_checkpoint
 
 from rlsys.config.files import load_config
 from rlsys.run.metrics import METRICS, read_rows
@@ -16,16 +16,23 @@ from rlsys.run.metrics import METRICS, read_rows
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 LARGEST_GAP = 5e-4
 OURS = re.compile(
-    r"starting from the initial model$|probe gap of a fresh load |stage (warm_start|online): step |"
-    r"(warm_start|online) \d+/\d+  |evaluation  |checkpoint |(run directory|held-out|evaluate|continue): "
+    r"starting from the initial model$|probe gap of a fresh load |stage (warm_start|sft|preference|online): step |"
+    r"(warm_start|sft|preference|online) \d+/\d+  |trees \d+/\d+  |trees: 0 of \d+ are finished$|"
+    r"extracting the data of the trees$|(sft: \d+ rows|preference: \d+ pairs)$|scoring the preference pairs under |"
+    r"evaluation  |checkpoint |(run directory|held-out|evaluate|continue): "
 )
 
 
 def test_metrics_have_a_row_for_every_step(finished_run: FinishedRun) -> None:
     rows = read_rows(finished_run.dir / "metrics.jsonl")
-    expected = [("warm_start", step, step) for step in range(1, 61)]
-    # Step 0 of the online stage is the evaluation of the policy it starts from.
-    expected += [("online", step, 60 + step) for step in range(11)]
+    expected = [
+        *[("warm_start", step, step) for step in range(1, WARM + 1)],
+        ("search", 0, WARM),
+        *[("sft", step, WARM + step) for step in range(1, SFT + 1)],
+        *[("preference", step, WARM + SFT + step) for step in range(1, PREFERENCE + 1)],
+        # Step 0 of the online stage is the evaluation of the policy it starts from.
+        *[("online", step, BEGINS + step) for step in range(11)],
+    ]
     assert [(row["stage"], row["step"], row["weights/version"]) for row in rows] == expected
     assert all(set(row) - {"stage", "step"} <= set(METRICS) for row in rows)
 
@@ -62,7 +69,7 @@ def test_run_directory(finished_run: FinishedRun) -> None:
         "ray.log",
     ]
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_000065", "step_000070"]
-    for stage in ("warm_start", "online"):
+    for stage in ("warm_start", "sft", "preference", "online"):
         assert (run / "stages" / stage / "model.safetensors").is_file()
 
 

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reliability
 from real_runs import (
-    TINY,
+    BEGINS,
+    WHOLE,
     Command,
     FinishedRun,
     commands,
@@ -30,13 +32,15 @@ from rlsys.run.metrics import read_rows
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
+# One actor, where the undisturbed run has two: neither a kill nor the number of actors changes a byte.
+DISTURBED: dict[str, Any] = {**WHOLE, "actors": {**WHOLE["actors"], "count": 1}}
 # Where the driver is killed in the online stage, which makes the versions 61 to 70 with checkpoints at 65 and 70.
 # test_killed_driver.py has thirty such moments.
 MOMENTS = (
     "driver.rollout@step=8:kill9",
     "learner.backward@role=learner,number=1,version=67:kill_driver",
     "learner.optimizer@role=learner,number=0,version=68:kill_driver",
-    "publish.bucket@role=actor,number=1,version=67:kill_driver",
+    "publish.bucket@role=actor,number=0,version=67:kill_driver",
     "checkpoint.rename@version=70:kill9",
 )
 SEED = os.environ.get("RLSYS_TEST_SEED", "11")
@@ -48,7 +52,7 @@ def disturbed_run(
 ) -> Path:
     """SIGKILL of the driver at a drawn moment, and the same command again. Before it Ctrl-C in the online stage."""
     folder = tmp_path_factory.mktemp("disturbed")
-    config, run = write_config(folder, TINY), folder / "run"
+    config, run = write_config(folder, DISTURBED), folder / "run"
     with commands() as start:
         row, stopped = stop(start, config, run) if request.param != "killed" else (None, [])
         moment = random.Random(SEED).choice(MOMENTS)
@@ -112,4 +116,4 @@ def test_tensorboard_shows_every_version_once(disturbed_run: Path) -> None:
 
     events = EventAccumulator(str(disturbed_run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    assert [event.step for event in events.Scalars("rollout/reward")] == list(range(61, 71))
+    assert [event.step for event in events.Scalars("rollout/reward")] == list(range(BEGINS + 1, BEGINS + 11))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,14 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 HERE = Path(__file__).parent
 # Every one is trained undisturbed, and again from its half-way checkpoint.
 VARIANTS: dict[str, dict[str, Any]] = {
-    **{f"zero{stage}": {"zero_stage": stage} for stage in (1, 2, 3)},
+    **{f"zero{stage}": {"zero_stage": stage} for stage in (2, 3)},
     "bf16-1": {"zero_stage": 1, "dtype": "bf16"},
 }
 # The same with a critic, which is a second model under DeepSpeed.
 CRITICS: dict[str, dict[str, Any]] = {"critic3": {"zero_stage": 3}}
 # What others of the same kind show too, in `make test-long`.
 MORE: dict[str, dict[str, Any]] = {
-    "zero0": {"zero_stage": 0},
+    **{f"zero{stage}": {"zero_stage": stage} for stage in (0, 1)},
     **{f"offload{stage}": {"zero_stage": stage, "optimizer_offload": True} for stage in (1, 2, 3)},
     **{f"bf16-{stage}": {"zero_stage": stage, "dtype": "bf16"} for stage in (2, 3)},
     **{f"critic{stage}": {"zero_stage": stage} for stage in (0, 1, 2)},
@@ -56,31 +58,37 @@ def variants(*kinds: str) -> list[Any]:
     return [*quick, *(pytest.param(name, marks=pytest.mark.long) for name in MORE if name.startswith(kinds))]
 
 
-def run_ranks(folder: Path, name: str, ranks: int, jobs: list[dict[str, Any]], child: str = "learner_child.py") -> None:
-    """Run jobs on so many ranks, each a process of the child; every rank must end well."""
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(jobs))
+def run_ranks(folder: Path, *groups: Mapping[str, tuple[int, list[Any]]], child: str = "learner_child.py") -> None:
+    """Run groups of learners one after the other: name to ranks and jobs. Every rank is a process and must end well."""
+    arguments = []
+    for group in groups:
+        for name, (ranks, jobs) in group.items():
+            (folder / f"{name}.json").write_text(json.dumps(jobs))
+            arguments += [str(ranks), str(folder / f"{name}.json")]
+        arguments.append("then")
+    names = [name for group in groups for name in group]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
     # No pipes: the ranks wait for each other, and one whose warnings fill a pipe would wait for its reader.
-    errors = [folder / f"{name}.{rank}.errors" for rank in range(ranks)]
-    processes = []
-    for rank, file in enumerate(errors):
-        command = [sys.executable, str(HERE / child), str(rank), str(ranks), str(path)]
-        with file.open("w") as stream:
-            processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stream))
+    with (folder / f"{'-'.join(names)}.errors").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / child), *arguments[:-1]],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
+        )
     try:
-        for process in processes:
-            process.wait(timeout=1200)
-        codes = [process.returncode for process in processes]
-        assert codes == [0] * ranks, "\n".join(file.read_text() for file in errors)
+        code = process.wait(timeout=1200)
+        said = "\n".join(path.read_text() for name in names for path in folder.glob(f"*{name}*.errors"))
+        assert code == 0, said
     finally:
-        for process in processes:
-            process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of all jobs: one pair of processes makes those of two ranks, one process those of one.
+    """Results of all jobs.
 
     One rank at ZeRO 0 and three at ZeRO 3 continue the half-way checkpoint of two ranks at ZeRO 2.
     """
@@ -92,17 +100,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one.append({**whole(folder, "one-critic", zero_stage=0), "objective": CRITIC})
     for name, variant in PLAIN.items():
         (one if variant["ranks"] == 1 else two).append(plain_job(folder, name, variant))
-    run_ranks(folder, "two", 2, two)
     three = [resumed(folder, "three", "zero2", zero_stage=3)]
-    with ThreadPoolExecutor() as threads:
-        list(threads.map(run_ranks, [folder] * 2, ("one", "three"), (1, 3), (one, three)))
+    run_ranks(folder, {"two": (2, two)}, {"one": (1, one), "three": (3, three)})
     return folder
 
 
 @pytest.fixture(scope="module")
 def finished_more(finished: Path) -> None:
     """The results of MORE beside the others."""
-    run_ranks(finished, "more", 2, jobs(finished, MORE))
+    run_ranks(finished, {"more": (2, jobs(finished, MORE))})
 
 
 @pytest.fixture

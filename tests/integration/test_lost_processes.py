@@ -14,6 +14,8 @@ import psutil
 import pytest
 from real_runs import (
     TINY,
+    TREES,
+    WHOLE,
     Command,
     FinishedRun,
     commands,
@@ -25,7 +27,6 @@ from real_runs import (
     wait_for_row,
     write_config,
 )
-from real_searches import TREES
 from reliability import begin, lost_and_twice, record
 
 from rlsys.run.metrics import read_rows
@@ -143,7 +144,7 @@ def test_a_run_that_loses_its_learner_three_times_ends_where_an_undisturbed_one_
         for fault, text in LOST_RANKS.items()
     ]
     run, log = tmp_path / "run", tmp_path / "faults.jsonl"
-    config = write_config(tmp_path, {**TINY, "learner": {**TINY["learner"], "hang_timeout_s": HANG_S}})
+    config = write_config(tmp_path, {**WHOLE, "learner": {**WHOLE["learner"], "hang_timeout_s": HANG_S}})
     environment = {"RLSYS_FAULTS": ";".join(LOST_RANKS.values()), "RLSYS_FAULTS_LOG": str(log)}
     with row_times(run) as versions:
         command = start("train", config, environment=environment).finish()
@@ -185,7 +186,7 @@ def test_ranks_that_die_while_an_actor_takes_their_weights(
         injection="SIGSTOP of the actor within a publish, SIGKILL of all ranks, SIGCONT",
     )
     run, log = tmp_path / "run", tmp_path / "faults.jsonl"
-    config = write_config(tmp_path, {**TINY, "weight_sync": {"bucket_mib": 0.05}})
+    config = write_config(tmp_path, {**WHOLE, "weight_sync": {"bucket_mib": 0.05}})
     point = "publish.bucket@role=actor,number=1,attempt=0,version=67,hit=1:stop"
     with row_times(run) as versions:
         command = start("train", config, environment={"RLSYS_FAULTS": point, "RLSYS_FAULTS_LOG": str(log)})

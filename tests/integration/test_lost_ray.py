@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from real_runs import (
-    TINY,
+    WHOLE,
     Command,
     FinishedRun,
     digests,
@@ -40,7 +40,7 @@ def test_a_run_that_loses_ray_ends_and_the_same_command_continues(
         promise="the run ends and names it, nothing is left, and the same command continues",
         injection="SIGKILL",
     )
-    config, run = write_config(tmp_path, TINY), tmp_path / "run"
+    config, run = write_config(tmp_path, WHOLE), tmp_path / "run"
     first = start("train", config)
     wait_for_row(first, run, "online", 2)
     began = time.monotonic()

@@ -48,13 +48,13 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("controls")
     build_models(folder)
     first = whole(folder, "plain", zero_stage=0)
-    run_ranks(folder, "undisturbed", 1, [first])
+    run_ranks(folder, {"undisturbed": (1, [first])})
     jobs = []
     for name, remove in WITHOUT.items():
         shutil.copytree(folder / "plain-half", folder / f"{name}-half")
         remove(folder / f"{name}-half")
         jobs.append(resumed(folder, name, name, zero_stage=0))
-    run_ranks(folder, "resumed", 1, jobs)
+    run_ranks(folder, {"resumed": (1, jobs)})
     return folder
 
 

@@ -10,8 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_runs import TINY, Command, FinishedRun, commands, last_checkpoint, steady_rows, wait_for_row, write_config
-from real_searches import TREES
+from real_runs import (
+    TINY,
+    TREES,
+    Command,
+    FinishedRun,
+    commands,
+    last_checkpoint,
+    steady_rows,
+    wait_for_row,
+    write_config,
+)
 
 from rlsys.run.metrics import METRICS, read_rows
 

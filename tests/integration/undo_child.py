@@ -1,6 +1,6 @@
-"""One rank of a learner that meets numbers that are not finite, and saves that fail.
+"""The ranks of a learner that meets numbers that are not finite, and saves that fail.
 
-Usage: undo_child.py RANK RANKS JOBS. Every job is trained twice: undisturbed, and with a fault before each step. What
+Usage: undo_child.py RANKS JOBS. Every job is trained twice: undisturbed, and with a fault before each step. What
 each fault did is written beside the jobs, one file a rank.
 """
 
@@ -11,14 +11,13 @@ import hashlib
 import json
 import math
 import resource
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from learner_child import begin, groups, join, pairs, rows
+from learner_child import begin, fork_ranks, groups, join, pairs, rows
 from torch import Tensor, is_grad_enabled
 
 from rlsys import fault_injection as faults
@@ -168,4 +167,4 @@ def main(rank: int, ranks: int, jobs_file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    fork_ranks(main)
