@@ -95,7 +95,7 @@ MODELS: Mapping[str, Mapping[Role, SearchModel]] = {
 }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(WORLDS, configs(), st.sampled_from(sorted(MODELS)), st.integers(0, 3), st.sampled_from((30, 500)))
 def test_properties_of_every_tree(
     world: World, config: SearchConfig, who: str, seed: int, max_chain_tokens: int

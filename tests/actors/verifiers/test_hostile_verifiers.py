@@ -73,11 +73,11 @@ ENDLESS = ["hang", "regex", "power", "daemon_and_hang", "print_endlessly", "kill
 
 @pytest.mark.parametrize("command", ENDLESS)
 def test_an_endless_verification_ends_after_its_deadline(command: str) -> None:
-    (verdict,), seconds = judge([command])
+    (verdict,), seconds = judge([command], SETTINGS.model_copy(update={"timeout_s": 1.0}))
     # A verifier that kills its guard dies with it.
     assert verdict.outcome == ("error" if command == "kill_guard" else "timeout")
     assert (verdict.reward, verdict.answered) == (0.0, False)
-    assert seconds <= SETTINGS.timeout_s + 5.0  # within 1 s on a free core
+    assert seconds <= 1.0 + 5.0  # within 1 s on a free core
 
 
 FAILING = {
@@ -126,10 +126,8 @@ def test_verdicts_before_garbage_in_the_same_read_count() -> None:
     lines = [b'[3, "ok", 1.0, true, ""]', b"garbage", b'[4, "ok", 1.0, true, ""]']
     assert [(number, verdict.outcome) for number, verdict in _decode(lines)] == [(3, "ok")]
     assert _decode(lines[1:]) == []
-    judged = ["say 3", "write_anywhere garbage\\n"] * 8
-    for _ in range(3):
-        verdicts, _ = judge(judged, PATIENT)
-        assert [verdict.outcome for verdict in verdicts] == ["ok", "error"] * 8
+    verdicts, _ = judge(["say 3", "write_anywhere garbage\\n"] * 4, PATIENT)
+    assert [verdict.outcome for verdict in verdicts] == ["ok", "error"] * 4
 
 
 @pytest.mark.parametrize("numbers", [(0, 1, 2), (0, 0), (1,)], ids=str)

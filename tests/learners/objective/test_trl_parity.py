@@ -12,11 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
 TRL = Path(sys.prefix) / "trl"  # `make install` puts requirements-trl.lock there
 COMPARISONS = 11
 
 
+@pytest.mark.long
 def test_losses_and_gradients_equal_those_of_trl() -> None:
     assert (TRL / "trl").is_dir(), f"{TRL} lacks TRL: run make install"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{TRL}"}
