@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -74,6 +75,14 @@ HEAVY = {
     "test_layers.py",
     "test_security.py",
 }
+# Integration tests that share no run. All others of that folder stay in one worker, where they share one.
+ALONE = {
+    "test_bad_resume_cli",
+    "test_engine_weights",
+    "test_learner_ranks",
+    "test_learner_undo",
+    "test_shipped_configs",
+}
 FRAMEWORKS = {"torch", "ray", "vllm", "deepspeed"}
 blamed: set[str] = set()
 
@@ -92,6 +101,21 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         name = collection_path.relative_to(HERE).as_posix()
         return True if name in HEAVY else None
     return None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each worker whole files, with `--dist loadscope`. (Marks of xdist_group do not reach pytest 9's ids.)"""
+    if config.getvalue("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = Path(nodeid.partition("::")[0])
+            return "runs" if path.parent.name == "integration" and path.stem not in ALONE else str(path)
+
+    return Files(config, log)
 
 
 @pytest.hookimpl(trylast=True)

@@ -17,27 +17,6 @@ from rlsys import cli
 from rlsys.config.files import load_config
 from rlsys.data.inputs import prepare_model
 
-# Their tests start nothing, so that any worker may run any of them.
-IN_PROCESS = ("test_bad_input_cli", "test_bad_resume_cli", "test_shipped_configs")
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests that share a run of the real stack, and start these groups before all other tests."""
-    for item in items:
-        if item.get_closest_marker("integration"):
-            if "finished_run" in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group("finished_run"))
-            elif item.path.stem not in IN_PROCESS:
-                item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    items.sort(key=_turn)
-
-
-def _turn(item: pytest.Item) -> int:
-    """Return when a test starts: the longest group first, then the other groups, then all other tests."""
-    group = item.get_closest_marker("xdist_group")
-    return 2 if group is None else int(group.args[0] != "finished_run")
-
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Command]]:

@@ -210,7 +210,7 @@ FIXED = [
     ("run.seed=4", "run.seed differs"),
     ("task.max_length=5", "task.max_length differs"),
     ("model.from_scratch.layers=3", "model.from_scratch.layers differs"),
-    ("stages=[online]", "stages differs"),
+    ("stages=[warm_start,search,preference,online]", "stages differs"),
 ]
 
 
@@ -235,7 +235,7 @@ def test_used_directory_is_refused_when_resume_is_never(refused, finished_run: F
 def test_raising_max_steps_is_allowed(finished_run: FinishedRun) -> None:
     config = load_config(finished_run.config, ["train.max_steps=20"])
     start = find_start(config, finished_run.dir, CheckpointStore(finished_run.dir / "checkpoints", 2))
-    assert (start.state.stage, start.state.step, start.state.weight_version) == (1, 10, 70)
+    assert (start.state.stage, start.state.step, start.state.weight_version) == (4, 10, 70)
 
 
 def test_check_prints_a_config_that_can_be_read_again(tmp_path: Path) -> None:
