@@ -35,13 +35,9 @@ chaos: .venv/.installed ## 20 minutes of faults around the main job, against und
 test-fast: .venv/.installed ## run the tests that need no torch and no processes (33 s on 2 cores)
 	$(TEST_ENV) $(BIN)/python -m pytest tests --fast -m "not long" -n 2 --dist worksteal $(ARGS)
 
-# The tests of the real stack need both cores, so they run one after the other. With ARGS, one of the two sessions may
-# select no test (exit code 5).
+# Three workers on two cores: while the real stack starts or waits, the others test.
 test: .venv/.installed ## run the tests, with the real Ray, vLLM and DeepSpeed
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not long and not integration" -n 2 --dist worksteal $(ARGS) || \
-	  { code=$$?; [ $$code -eq 5 ] && echo "none of these but perhaps others:" || exit $$code; }; \
-	selected=$${code:-0}; $(TEST_ENV) $(BIN)/python -m pytest -m "integration and not long" $(ARGS) || \
-	  { code=$$?; [ $$code -eq 5 ] && [ $$selected -eq 0 ]; }
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" -n 3 --dist loadscope $(ARGS)
 
 test-long: .venv/.installed ## run the long tests and those of the benchmarks, and write the table of docs/reliability.md
 	$(TEST_ENV) $(BIN)/python -m pytest benchmarks/tests

@@ -80,7 +80,6 @@ ALONE = {
     "test_bad_resume_cli",
     "test_engine_weights",
     "test_learner_ranks",
-    "test_learner_undo",
     "test_shipped_configs",
 }
 FRAMEWORKS = {"torch", "ray", "vllm", "deepspeed"}

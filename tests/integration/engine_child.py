@@ -1,11 +1,13 @@
-"""One engine without Ray: prints as JSON what it computed before, during and after weight updates.
+"""Engines without Ray: write as JSON what each computed before, during and after weight updates.
 
-Usage: engine_child.py MODEL_FOLDER
+Usage: engine_child.py MODEL_FOLDER... Every engine is a fork, which shares the imports, and writes to measured.json in
+the folder of its model.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.engine import Completion, CompletionRequest, Engine
+from actors.engine import Completion, CompletionRequest, Engine, engine_environment
 from learners.deepspeed.parameters import full_parameters
 from rlsys.config.schema import ActorsConfig
 from rlsys.transfer.object_store import ObjectStoreReceiver, ObjectStoreSender
@@ -25,6 +27,7 @@ from rlsys.transfer.object_store import ObjectStoreReceiver, ObjectStoreSender
 PROMPT = [5 + i % 40 for i in range(70)]
 ROWS = [np.arange(5, 55, dtype=np.int32), np.arange(60, 10, -1, dtype=np.int32)]
 MAX_TOKENS = 150
+CONFIG = ActorsConfig(max_model_len=256, max_num_seqs=32, kv_cache_gib=0.1, block_size=32)
 
 
 def request(number: int, name: str, max_tokens: int) -> CompletionRequest:
@@ -90,8 +93,7 @@ def updated_in_flight(engine: Engine, model: Any) -> Iterator[tuple[str, Any]]:
 
 def main(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = ActorsConfig(max_model_len=256, max_num_seqs=32, kv_cache_gib=0.1, block_size=32)
-    engine = Engine(folder, config, "cpu", end_token_ids=[1])
+    engine = Engine(folder, CONFIG, "cpu", end_token_ids=[1])
     found: dict[str, Any] = {"gap_fresh": row_gap(engine, model)}
     engine.submit([request(0, "warm", 4)])[0].result()  # fills the prefix cache with version 0
     step(model, 0.02, seed=1)
@@ -110,8 +112,23 @@ def main(folder: Path) -> None:
     engine.update_weights(3, 0, tensors)
     found["gap_without_output_layer"] = row_gap(engine, model)
     engine.close()
-    print(json.dumps(found))
+    (folder / "measured.json").write_text(json.dumps(found))
+
+
+def fork_engines(folders: list[Path]) -> None:
+    """Run main(folder) for every folder; exit with 1 if an engine failed."""
+    os.environ.update(engine_environment(CONFIG, "cpu"))
+    import vllm.v1.engine.llm_engine  # noqa: F401
+
+    forks = []
+    for folder in folders:
+        if (child := os.fork()) == 0:
+            main(folder)
+            sys.exit()
+        forks.append(child)
+    codes = [os.waitpid(child, 0)[1] for child in forks]
+    sys.exit(any(codes))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    fork_engines([Path(argument) for argument in sys.argv[1:]])

@@ -38,26 +38,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def measured(models: dict[str, Path]) -> dict[str, dict[str, Any]]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
-    processes = {
-        kind: subprocess.Popen(
-            [sys.executable, str(HERE / "engine_child.py"), str(model)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for kind, model in models.items()
-    }
-    try:
-        found = {}
-        for kind, process in processes.items():
-            output, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors[-3000:]
-            found[kind] = json.loads(output.splitlines()[-1])
-        return found
-    finally:
-        for process in processes.values():
-            process.kill()
+    command = [sys.executable, str(HERE / "engine_child.py"), *map(str, models.values())]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {kind: json.loads((model / "measured.json").read_text()) for kind, model in models.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -50,11 +51,18 @@ SEED = os.environ.get("RLSYS_TEST_SEED", "11")
 def disturbed_run(
     request: pytest.FixtureRequest, finished_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """SIGKILL of the driver at a drawn moment, and the same command again. Before it Ctrl-C in the online stage."""
+    """SIGKILL of the driver at a drawn moment, and the same command again. Before it Ctrl-C in the online stage.
+
+    The run that is not stopped before begins with what the undisturbed one had at its middle checkpoint.
+    """
     folder = tmp_path_factory.mktemp("disturbed")
     config, run = write_config(folder, DISTURBED), folder / "run"
     with commands() as start:
-        row, stopped = stop(start, config, run) if request.param != "killed" else (None, [])
+        row, stopped = None, []
+        if request.param == "killed":
+            copy_until(BEGINS + 5, finished_run.dir, run)
+        else:
+            row, stopped = stop(start, config, run)
         moment = random.Random(SEED).choice(MOMENTS)
         print(f"RLSYS_TEST_SEED={SEED}: {moment}")
         umask = os.umask(0o022)
@@ -76,6 +84,16 @@ def disturbed_run(
         assert steady_rows(run) == steady_rows(finished_run.dir) and digests(run) == digests(finished_run.dir)
         reliability.record(row)
     return run
+
+
+def copy_until(version: int, undisturbed: Path, run: Path) -> None:
+    """Make a run directory as a kill leaves it whose newest checkpoint is that of a version."""
+    shutil.copytree(undisturbed, run)
+    shutil.rmtree(last_checkpoint(run))
+    shutil.rmtree(run / "stages" / "online")
+    for name, key in (("metrics.jsonl", "weights/version"), ("ledger.jsonl", "version")):
+        lines = (run / name).read_text().splitlines(keepends=True)
+        (run / name).write_text("".join(line for line in lines if json.loads(line)[key] <= version))
 
 
 def stop(start: Callable[..., Command], config: str, run: Path) -> tuple[reliability.Row, list[Command]]:

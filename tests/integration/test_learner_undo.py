@@ -77,8 +77,6 @@ ROWS = {
     ),
 }
 CASES = {f"{kind}-{learner}": (kind, learner) for kind in KINDS for learner in LEARNERS}
-SAMPLE = ["critic-zero3"]  # two models, each in shares; the others are long
-LONG = [name for name in CASES if name not in SAMPLE]
 
 
 def job(folder: Path, name: str) -> dict[str, Any]:
@@ -115,13 +113,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sample(folder: Path) -> list[dict[str, Any]]:
-    return seen(folder, "sample", SAMPLE)
-
-
-@pytest.fixture(scope="module")
 def grid(folder: Path) -> list[dict[str, Any]]:
-    return seen(folder, "grid", LONG)
+    return seen(folder, "grid", list(CASES))
 
 
 def check(name: str, ranks: list[dict[str, Any]]) -> None:
@@ -133,11 +126,12 @@ def check(name: str, ranks: list[dict[str, Any]]) -> None:
         assert [found[name][what] for found in ranks] == [True, True], f"{name}: {what}"
 
 
-@pytest.mark.parametrize("case", [*SAMPLE, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES)
 def test_a_fault_is_an_error_of_all_ranks_and_changes_nothing(
-    case: str, folder: Path, request: pytest.FixtureRequest
+    case: str, folder: Path, grid: list[dict[str, Any]]
 ) -> None:
-    ranks = [found[case] for found in request.getfixturevalue("sample" if case in SAMPLE else "grid")]
+    ranks = [found[case] for found in grid]
     given = job(folder, case)
     for name in [*given["training"], *given["saving"], *given.get("others", {})]:
         check(name, ranks)
@@ -146,14 +140,12 @@ def test_a_fault_is_an_error_of_all_ranks_and_changes_nothing(
 
 @pytest.mark.long
 @pytest.mark.parametrize("what", ROWS)
-def test_the_whole_grid_makes_a_row_of_the_table(
-    what: str, folder: Path, sample: list[dict[str, Any]], grid: list[dict[str, Any]]
-) -> None:
+def test_the_whole_grid_makes_a_row_of_the_table(what: str, folder: Path, grid: list[dict[str, Any]]) -> None:
     runs = [(name, case) for case in CASES for name in job(folder, case)[what]]
     passed = 0
     for name, case in runs:
         with contextlib.suppress(AssertionError):
-            check(name, [found[case] for found in (sample if case in SAMPLE else grid)])
+            check(name, [found[case] for found in grid])
             passed += 1
     record(replace(ROWS[what], runs=len(runs), passed=passed))
     assert passed == len(runs)
