@@ -60,7 +60,8 @@ def _settings(result: Mapping[str, Any]) -> str:
 def _notes(name: str) -> list[str]:
     """Return the hand-written notes on an experiment, if there are any."""
     path = FOLDER / f"{name}.md"
-    return [path.read_text(encoding="utf-8")] if path.exists() else []
+    # Links of a note are relative to its own folder, those of the page to the folder above.
+    return [path.read_text(encoding="utf-8").replace("](../", "](")] if path.exists() else []
 
 
 def ablation_table(result: Mapping[str, Any]) -> str:

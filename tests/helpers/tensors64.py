@@ -1,4 +1,4 @@
-"""What the tests of the losses share: float64 tensors, and LossOutput as plain numbers."""
+"""Shared helpers of the tests of the losses: float64 tensors, and LossOutput as plain numbers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def t64(values: Sequence[float], *, grad: bool = False) -> Tensor:
 
 
 def metrics_of(out: LossOutput) -> dict[str, float]:
-    """As numbers; a metric that carried gradient would keep the graph of a whole step alive."""
+    """Return metrics as numbers. A metric with a gradient would keep the graph of a whole step alive."""
     assert not any(value.requires_grad for value in out.metrics.values())
     return {name: value.item() for name, value in out.metrics.items()}

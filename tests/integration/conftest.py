@@ -27,14 +27,14 @@ def start() -> Iterator[Callable[..., Command]]:
 
 @pytest.fixture(scope="session")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """A run of all stages, undisturbed, beside planted secrets and pickles, looked at once."""
+    """An undisturbed run of all stages, with planted secrets and pickles, watched while it runs."""
     folder = tmp_path_factory.mktemp("finished")
     config, run_dir, unpickled, log = write_config(folder, WHOLE), folder / "run", folder / "unpickled", folder / "log"
     model = prepare_model(load_config(config), run_dir)  # the run finds its model built
     pickles = [model.path / name for name in PICKLES]
     for path in pickles:
         path.write_bytes(pickle.dumps(Canary(unpickled)))
-    for path in (run_dir, *run_dir.rglob("*")):  # as if the run itself had made it
+    for path in (run_dir, *run_dir.rglob("*")):  # as if the run had made the file
         path.chmod(0o700 if path.is_dir() else 0o600)
     log.touch()
     (folder / "path").mkdir()
@@ -49,7 +49,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         (ray,) = command.seen.ray_folders
         tokens = [token for process in seen if (token := process.environment.get("RAY_AUTH_TOKEN"))]
         hits, files = files_with(Path(ray), [*secrets.values(), *tokens])
-        # Ray opens what it makes to everybody, so that what counts is who can reach it.
+        # Ray makes its files readable for everybody, so the test checks who can reach them.
         open_ray = [ray] if Path(ray).stat().st_mode & 0o077 else []
         command.finish()
         assert [path for path in pickles if not path.exists()] == []  # the model was not made again
@@ -68,7 +68,7 @@ def finished_run(watched: Watched) -> FinishedRun:
 
 @pytest.fixture(scope="module")
 def quiet_transformers() -> Iterator[None]:
-    """As in a process of rlsys, which says so before it imports transformers; here a test may have done that."""
+    """Set the verbosity of transformers as rlsys does. Another test can have imported transformers before."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -83,7 +83,7 @@ def quiet_transformers() -> Iterator[None]:
 def refused(
     quiet_transformers: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """Run a command in this process; the one line it is refused with."""
+    """Run a command in this process, and return the one line of its refusal."""
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["rlsys", *arguments])

@@ -43,7 +43,7 @@ def request(number: int, name: str, max_tokens: int) -> CompletionRequest:
 
 @torch.no_grad()
 def learner_logprobs(model: Any, row: np.ndarray) -> np.ndarray:
-    """log p(token t+1 | tokens 0..t), as a learner computes it."""
+    """Return log p(token t+1 | tokens 0..t) as a learner computes it."""
     ids = torch.from_numpy(row.astype(np.int64))[None]
     return model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0].numpy()
 
@@ -54,7 +54,7 @@ def row_gap(engine: Engine, model: Any) -> float:
 
 
 def completion_gap(completion: Completion, model: Any, tokens: int) -> float:
-    """Largest gap of the first `tokens` sampled tokens."""
+    """Return the largest gap of the first `tokens` sampled tokens."""
     row = np.concatenate([np.array(PROMPT, dtype=np.int32), completion.token_ids])
     expected = learner_logprobs(model, row)[len(PROMPT) - 1 :]
     return float(np.abs(completion.logprobs - expected)[:tokens].max())
@@ -76,7 +76,7 @@ def step(model: Any, size: float, seed: int) -> None:
 
 
 def updated_in_flight(engine: Engine, model: Any) -> Iterator[tuple[str, Any]]:
-    """Change the weights while requests run, and compare what the older weights had made by then."""
+    """Change the weights while requests run, and compare the tokens that the older weights had made by then."""
     futures = engine.submit([request(number, "flight", MAX_TOKENS) for number in range(16)])
     time.sleep(0.1)
     old = {key: value.clone() for key, value in model.state_dict().items()}

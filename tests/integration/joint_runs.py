@@ -26,7 +26,7 @@ OFFLINE: dict[str, Any] = {
 
 
 def online(warmed_up: FinishedRun, steps: int, **sections: Any) -> dict[str, Any]:
-    """From the policy that another run has warmed up, with a checkpoint of every step."""
+    """Start from the warm-started policy of another run, with a checkpoint of every step."""
     return {
         **TINY,
         "stages": ["online"],
@@ -66,13 +66,13 @@ def ppo(warmed_up: FinishedRun) -> dict[str, Any]:
 
 
 def rows_of(run: Path, stage: str) -> list[dict[str, Any]]:
-    """The rows of the training steps of a stage, or the one of a stage that has none."""
+    """Return the rows of the training steps of a stage, or the only row of a stage without steps."""
     found = [row for row in read_rows(run / "metrics.jsonl") if row["stage"] == stage]
     return found if stage == "search" else [row for row in found if row["step"] > 0]
 
 
 def check_figures(rows: Sequence[Mapping[str, Any]]) -> None:
-    """All are in the registry, and finite."""
+    """Assert that all metrics are registered and finite."""
     assert rows
     for row in rows:
         figures = {name: value for name, value in row.items() if name not in ("stage", "step")}
@@ -81,7 +81,7 @@ def check_figures(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_terms(row: Mapping[str, Any], weights: Mapping[str, float]) -> None:
-    """A step has these terms and no others; the joint loss is made of them, and what had no data is counted."""
+    """Assert that a step has exactly these terms, that they add up to the joint loss, and that empty terms count."""
     assert {name.split("/")[1].removesuffix("_loss") for name in row if name.endswith("_loss")} == set(weights)
     assert {term: row[f"objective/{term}_weight"] for term in weights} == weights
     whole = sum(weight * row[f"objective/{term}_loss"] for term, weight in weights.items())
@@ -94,7 +94,7 @@ def check_terms(row: Mapping[str, Any], weights: Mapping[str, float]) -> None:
 
 
 def check_gradients(row: Mapping[str, Any], terms: Sequence[str]) -> None:
-    """A step whose first update measured every term's gradient; the shares are those of the norms."""
+    """Assert that the first update measured the gradient of every term, and that the shares follow the norms."""
     norms = {term: row[f"objective/{term}_grad_norm"] for term in terms}
     whole = sum(norms.values()) or 1.0
     for term, norm in norms.items():
@@ -102,7 +102,7 @@ def check_gradients(row: Mapping[str, Any], terms: Sequence[str]) -> None:
 
 
 def killed_at(start: Callable[..., Command], config: str, run: Path, happened: Callable[[Command], None]) -> None:
-    """SIGKILL of the driver alone, at a moment of the run."""
+    """Kill the driver alone with SIGKILL at a moment of the run."""
     command = start("train", config)
     happened(command)
     command.signal(signal.SIGKILL, group=False)
@@ -118,7 +118,7 @@ def after_row(run: Path, stage: str, step: int) -> Callable[[Command], None]:
 
 
 def policy_digest(folder: Path) -> str:
-    """sha256 of the weights in the folder of a policy."""
+    """Return the sha256 of the weights in the folder of a policy."""
     files = sorted(folder.glob("*.safetensors"))
     assert files
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

@@ -20,7 +20,7 @@ PHASES = ("start-up", "rollout", "search", "backward", "optimizer", "publish", "
 
 
 def killed_config(warmed_up: FinishedRun) -> dict[str, Any]:
-    """From the policy that another run has warmed up. Buckets are small, so that a publish has several."""
+    """Start from the warm-started policy of another run. Small buckets give a publish several of them."""
     return {
         **TINY,
         "stages": ["online"],
@@ -73,20 +73,20 @@ class Moment:
 
 
 def moments() -> list[Moment]:
-    """Thirty of them. Versions, hits and ranks are drawn from SEED."""
+    """Return thirty moments. Versions, hits and ranks are drawn from SEED."""
     rng = random.Random(SEED)
 
     def before(version: int) -> int:
         return (version - 1) // INTERVAL * INTERVAL
 
     def at(phase: str, fault: str, scratch: bool = False) -> Moment:
-        """In the step that makes a drawn version, by the process that is in that phase."""
+        """Return a moment in the step that makes a drawn version, triggered by the process in that phase."""
         version = rng.randint(1, 4) if scratch else rng.randint(3, STEPS)
         drawn = {"version": version, "hit": rng.randint(1, 3), "rank": rng.randrange(2)}
         return Moment(phase, 0 if scratch else before(version), fault.format(**drawn))
 
     def saving(fault: str, scratch: bool = False) -> Moment:
-        """While the checkpoint of a drawn version is written."""
+        """Return a moment while the checkpoint of a drawn version is written."""
         version = INTERVAL * (1 if scratch else rng.randint(2, STEPS // INTERVAL))
         return Moment("checkpoint", before(version), fault.format(version=version, rank=rng.randrange(2)))
 
@@ -126,7 +126,7 @@ def moments() -> list[Moment]:
 
 
 def check_moments(found: list[Moment]) -> None:
-    """Thirty, at least two in each phase, and at least five of runs that begin from scratch."""
+    """Test that there are thirty, at least two in each phase, and at least five in runs from scratch."""
     phases = Counter(moment.phase for moment in found)
     assert len(found) == len({moment.name for moment in found}) == 30
     assert set(phases) == set(PHASES) and min(phases.values()) >= 2
@@ -135,7 +135,7 @@ def check_moments(found: list[Moment]) -> None:
 
 
 def copy_beginning(undisturbed: Path, run: Path, version: int) -> None:
-    """Make a run directory as the undisturbed one was once it had the checkpoint of a version."""
+    """Restore the run directory of the undisturbed run to its state after the checkpoint of a version."""
     if version == 0:
         return
     run.mkdir(parents=True)
@@ -150,7 +150,7 @@ def copy_beginning(undisturbed: Path, run: Path, version: int) -> None:
 
 
 def trained_anew(run: Path, version: int) -> Callable[[], bool]:
-    """Asks whether metrics.jsonl, written again since now, has a step after a version."""
+    """Return a function: whether metrics.jsonl was rewritten since now and has a step after a version."""
     path = run / "metrics.jsonl"
     before = path.stat().st_mtime_ns if path.exists() else 0
 

@@ -72,7 +72,7 @@ def _group(rng: np.random.Generator, size: int) -> TrajectoryGroup:
 
 
 def pairs(rng: np.random.Generator, count: int) -> list[Preference]:
-    """Pairs with a common prefix, and what some reference policy said of them."""
+    """Return pairs with a common prefix, and scores of a made-up reference policy."""
     found = []
     for _ in range(count):
         common = rng.integers(3, 60, PROMPT + 4)
@@ -92,7 +92,7 @@ def pairs(rng: np.random.Generator, count: int) -> list[Preference]:
 
 
 def batch(step: int) -> TrainingBatch:
-    """Something for every term. Follows from the step."""
+    """Return data for every term, as a function of the step."""
     rng = np.random.default_rng(step)
     return TrainingBatch(
         groups=tuple(groups(rng, 3, 4)), demonstrations=tuple(rows(rng, 5)), pairs=tuple(pairs(rng, 5))
@@ -114,12 +114,12 @@ def spoil(learner: Any, job: dict[str, Any]) -> None:
     model = getattr(learner, job["spoil"])
     step, first = job["last"], learner.settings.rank == 0
     if first:
-        # Of a parameter, after the learner has looked at it: only the norm tells.
+        # In a parameter, after the learner has checked it: only the norm shows it.
         hook = next(model.module.parameters()).register_hook(lambda gradient: gradient * math.inf)
     refused(learner, batch(step), step, "gradient norm")
     if first:
         hook.remove()
-    # The policy's turn comes after the critic's: neither may have been updated.
+    # The policy is updated after the critic. Neither may have been updated.
     for name in ("critic", "policy"):
         if getattr(learner, name) is not None:
             if first:
@@ -133,7 +133,7 @@ def spoil(learner: Any, job: dict[str, Any]) -> None:
 
 
 def infinite(module: Any, inputs: Any, embedded: Any) -> None:
-    """Make the gradient of what an embedding gives infinite."""
+    """Make the gradient of the output of an embedding infinite."""
     if embedded.requires_grad:
         embedded.register_hook(lambda gradient: gradient * math.inf)
 
@@ -188,7 +188,7 @@ def run(learner: Any, job: dict[str, Any]) -> None:
 
 
 def join(rank: int, ranks: int, store: Path) -> Any:
-    """This rank of a learner, with the others."""
+    """Run this rank of a learner together with the others."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ.update(learner_environment(LearnerConfig(ranks=ranks), "cpu", rank))
     from learners.rank import LearnerRank

@@ -1,4 +1,4 @@
-"""Runs commands of rlsys in forks, which begin at once: what takes seconds to import is imported.
+"""Runs commands of rlsys in forks that begin at once, because the slow imports are done before.
 
 A line on standard input has the arguments of a command and the file of its errors, as JSON. Two lines answer: the
 process id, and when it has ended its exit code, or minus the signal.
@@ -11,11 +11,11 @@ import os
 import sys
 
 from rlsys import cli
-from rlsys.launch import session as launch  # noqa: F401 - launch: so that the command finds it imported
+from rlsys.launch import session as launch  # noqa: F401 - launch: so that the command need not import it
 
 
 def run(arguments: list[str], errors: str) -> None:
-    """The command, with what it says in the file `errors`; never returns."""
+    """Run the command with its standard error in the file `errors`, and exit."""
     code = 99
     try:
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT, 0o600), 2)

@@ -110,11 +110,11 @@ WHOLE: dict[str, Any] = {
 
 @dataclass
 class Seen:
-    """What was found in the process tree of a run while it went on."""
+    """Observations of the process tree of a run."""
 
     listening: set[tuple[str, int]] = field(default_factory=set)
     ray_folders: set[str] = field(default_factory=set)
-    actor_children: dict[int, list[str]] = field(default_factory=dict)  # command lines by process, one a look
+    actor_children: dict[int, list[str]] = field(default_factory=dict)  # observed command lines by process
     names: set[str] = field(default_factory=set)
     verifiers: dict[int, psutil.Process] = field(default_factory=dict)  # which inherit next to nothing, by process id
 
@@ -124,7 +124,7 @@ class Seen:
 
 
 class Command:
-    """A command of rlsys in its own session, with an eye on everything it starts."""
+    """A command of rlsys in its own session. A thread watches all processes that it starts."""
 
     def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         self.mark = uuid.uuid4().hex
@@ -141,7 +141,7 @@ class Command:
         )
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
-        self.lines: list[tuple[float, str]] = []  # all that was said so far, with the time.monotonic() of its arrival
+        self.lines: list[tuple[float, str]] = []  # output so far, each line with its time.monotonic()
         self._output: tuple[list[str], list[str]] = ([], [])
         streams = zip((self._process.stdout, self._process.stderr), self._output, strict=True)
         self._readers = [threading.Thread(target=self._read, args=each, daemon=True) for each in streams]
@@ -177,7 +177,7 @@ class Command:
         return self
 
     def fail(self, code: int) -> str:
-        """Wait for a failure; its standard error."""
+        """Wait for a failure, and return its standard error."""
         found = self._end()
         assert found == code, f"exit code {found}, expected {code}\n{self.stdout}\n{self.stderr}"
         return self.stderr
@@ -189,7 +189,7 @@ class Command:
         return code
 
     def said(self, text: str, after: float = 0.0) -> tuple[float, str]:
-        """The first line that holds a text, with its time, among those that came after a time."""
+        """Return the first line with a text that came after a time, and the time of the line."""
         found = [(time, line) for time, line in self.lines if text in line and time >= after]
         assert found, f"{text!r} was not said\n{self.stdout}\n{self.stderr}"
         return found[0]
@@ -199,7 +199,7 @@ class Command:
         (os.killpg if group else os.kill)(self._process.pid, number)
 
     def left_over(self) -> list[str]:
-        """Processes of this command that run, ports that listen, and Ray's folders that exist."""
+        """Return the running processes of this command, its listening ports, and the existing folders of its Ray."""
         alive = [*marked(self.mark), *filter(_runs, self.seen.verifiers.values())]
         processes = [f"process {process.pid} {_command_line(process)}" for process in alive]
         connections = psutil.net_connections("tcp")
@@ -207,7 +207,7 @@ class Command:
         return processes + [f"port {port}" for port in sorted(self.seen.ports & listening)]
 
     def assert_gone(self, within_s: float) -> None:
-        """Nothing of the command is left, at the latest `within_s` seconds from now."""
+        """Assert that nothing of the command is left at the latest `within_s` seconds from now."""
         deadline = time.monotonic() + within_s
         while left := self.left_over():
             assert time.monotonic() < deadline, left
@@ -241,7 +241,7 @@ class Command:
                 self.seen.listening.add((connection.laddr.ip, connection.laddr.port))
         if line.startswith("ray::RolloutActor"):
             for child in process.children(recursive=True):
-                if line := _command_line(child):  # one that has ended and is not waited for yet has none
+                if line := _command_line(child):  # an ended process without a wait() has none
                     self.seen.actor_children.setdefault(child.pid, []).append(line)
                     if "actors.verifiers.worker" in line:
                         self.seen.verifiers.setdefault(child.pid, child)
@@ -273,7 +273,7 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def write_config(folder: Path, values: Mapping[str, Any]) -> str:
-    """Write a config that runs in `folder`/run; its path."""
+    """Write a config that runs in `folder`/run, and return its path."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump({**values, "run": {**values["run"], "dir": str(folder / "run")}}))
     return str(path)
@@ -287,14 +287,14 @@ def wait_for_row(command: Command, run_dir: Path, stage: str, step: int) -> None
 
 
 def faults_in(log: Path) -> list[dict[str, Any]]:
-    """What has acted, of a file of RLSYS_FAULTS_LOG, in order."""
+    """Return the faults in a file of RLSYS_FAULTS_LOG, in the order in which they acted."""
     lines = log.read_text().splitlines() if log.exists() else []
     return sorted((json.loads(line) for line in lines), key=lambda entry: entry["time"])
 
 
 @contextlib.contextmanager
 def row_times(run_dir: Path) -> Iterator[list[tuple[float, int]]]:
-    """While in the block: when metrics.jsonl was seen to end with another weight version, and with which."""
+    """Yield a list of (time, version). Inside the block it grows with every new last version of metrics.jsonl."""
     found: list[tuple[float, int]] = []
     over = threading.Event()
 
@@ -315,7 +315,7 @@ def row_times(run_dir: Path) -> Iterator[list[tuple[float, int]]]:
 
 
 def steady_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without times, rates and sizes that depend on the machine."""
+    """Return metrics.jsonl without times, rates and sizes that depend on the machine."""
     volatile = {name for name, spec in METRICS.items() if spec.volatile}
     return [
         {name: value for name, value in row.items() if name not in volatile}
@@ -356,7 +356,7 @@ def commands() -> Iterator[Callable[..., Command]]:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that reached its end. left: what was left of it 5 s later."""
+    """A run that reached its end. `left` has its remains 5 s later."""
 
     config: str
     dir: Path

@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 # The same with a critic, which is a second model under DeepSpeed.
 CRITICS: dict[str, dict[str, Any]] = {"critic3": {"zero_stage": 3}}
-# What others of the same kind show too, in `make test-long`.
+# Further variants of the same kind, only in `make test-long`.
 MORE: dict[str, dict[str, Any]] = {
     **{f"zero{stage}": {"zero_stage": stage} for stage in (0, 1)},
     **{f"offload{stage}": {"zero_stage": stage, "optimizer_offload": True} for stage in (1, 2, 3)},
@@ -53,7 +53,7 @@ IMPORTANCE_CAP = 2.0  # policy.importance_cap as it is shipped
 
 
 def variants(*kinds: str) -> list[Any]:
-    """Names of variants that begin with one of these, as parameters of a test."""
+    """Return the names of variants with one of these prefixes, as parameters of a test."""
     quick = [name for name in (*VARIANTS, *CRITICS) if name.startswith(kinds)]
     return [*quick, *(pytest.param(name, marks=pytest.mark.long) for name in MORE if name.startswith(kinds))]
 
@@ -119,7 +119,7 @@ def folder(finished: Path, request: pytest.FixtureRequest) -> Path:
 
 
 def jobs(folder: Path, variants: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each trained undisturbed, then spoiled; and resumed from half-way."""
+    """Train every variant undisturbed, then with spoiled steps, and resume it from half-way."""
     found = []
     for name, learner in variants.items():
         critic = name.startswith("critic")
@@ -300,7 +300,7 @@ def plain_update(folder: Path, max_grad_norm: float) -> tuple[float, np.ndarray]
     given = batch(PLAIN_STEP)
 
     def logprobs(model: Any, tokens: Any, start: int, temperature: float = 1.0) -> Any:
-        """Of the tokens from `start` on."""
+        """Return the log-probabilities of the tokens from `start` on."""
         ids = torch.tensor(tokens, dtype=torch.int64)[None]
         found = torch.log_softmax(model(ids).logits[0, :-1] / temperature, dim=-1)
         return found.gather(-1, ids[0, 1:, None])[start - 1 :, 0]

@@ -1,4 +1,4 @@
-"""DeepSpeed ranks in plain processes: what is not finite, or cannot be saved, is an error of all ranks and no more."""
+"""DeepSpeed ranks in plain processes: a non-finite step or failed save is an error on all ranks and changes nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEARNERS: dict[str, dict[str, Any]] = {
     **{f"offload{stage}": {"zero_stage": stage, "optimizer_offload": True} for stage in (1, 2, 3)},
     **{f"checkpointing{stage}": {"zero_stage": stage, "gradient_checkpointing": True} for stage in (2, 3)},
 }
-# Of a step of two updates. The ranks take turns, and so do the updates.
+# Faults of a step of two updates. They alternate between the ranks and between the updates.
 POLICY: dict[str, dict[str, Any]] = {
     "loss, first update": {"points": "learner.loss@number=1,update=0:nan"},
     "loss, later update": {"points": "learner.loss@number=0,update=1:nan"},
@@ -92,7 +92,7 @@ def job(folder: Path, name: str) -> dict[str, Any]:
 
 
 def expected(name: str) -> str:
-    """What the error of a fault says."""
+    """Return the expected message of a fault."""
     if name in SAVING or name in OTHERS:
         return "learner rank "
     found = {"loss": "loss is nan on rank", "gradient": "is not finite on rank", "norm": "gradient norm of the"}
@@ -100,7 +100,7 @@ def expected(name: str) -> str:
 
 
 def seen(folder: Path, name: str, cases: list[str]) -> list[dict[str, Any]]:
-    """What the two ranks saw of these cases."""
+    """Return what each of the two ranks saw of these cases."""
     run_ranks(folder, {name: (2, [job(folder, case) for case in cases])}, child="undo_child.py")
     return [json.loads((folder / f"{name}.{rank}.seen").read_text()) for rank in range(2)]
 
@@ -118,7 +118,7 @@ def grid(folder: Path) -> list[dict[str, Any]]:
 
 
 def check(name: str, ranks: list[dict[str, Any]]) -> None:
-    """What is promised of a fault, of what every rank saw of it."""
+    """Assert the promised outcome of a fault in the results of every rank."""
     messages = {found[name]["raised"] for found in ranks}
     assert len(messages) == 1, f"{name}: the ranks say {messages}"
     assert expected(name) in messages.pop(), name

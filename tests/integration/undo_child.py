@@ -29,7 +29,7 @@ SMALL = 2**14  # bytes of the largest file that a full disk still takes; the mod
 
 
 def batch(step: int) -> TrainingBatch:
-    """A little for every term, in two groups: one for each update."""
+    """Return a little data for every term, in two groups: one for each update."""
     rng = np.random.default_rng(step)
     return TrainingBatch(
         groups=tuple(groups(rng, 2, 2)), demonstrations=tuple(rows(rng, 2)), pairs=tuple(pairs(rng, 2))
@@ -52,7 +52,7 @@ def digest(learner: Any) -> str:
 
 
 def share(parameter: Any, rank: int) -> Tensor:
-    """What this rank holds of a parameter, without the end of the last share, which DeepSpeed never writes (ZeRO 3)."""
+    """Return this rank's part of a parameter, without the padding at its end, which DeepSpeed never writes (ZeRO 3)."""
     held = getattr(parameter, "ds_tensor", None)
     if held is None:
         return parameter
@@ -90,7 +90,7 @@ def disturbed(learner: Any, fault: dict[str, Any]) -> Iterator[None]:
 
 
 def raised(kind: type[Exception], call: Callable[[], Any]) -> str:
-    """The message of the error; "" where there was none."""
+    """Return the message of the error; "" without an error."""
     try:
         call()
     except kind as error:

@@ -1,4 +1,4 @@
-"""What can be seen of the processes of a run from outside, and what planted words can be found where."""
+"""Observations of the processes of a run from outside, and a search for planted words in files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Canary:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A process at one moment. listening, connected: addresses of its IP sockets."""
+    """A process at one moment. `listening` and `connected` are addresses of its IP sockets."""
 
     line: str
     environment: Mapping[str, str]
@@ -95,7 +95,7 @@ def look(command: Command) -> list[Seen]:
 
 
 def _look_at(process: psutil.Process) -> Seen | None:
-    """None where it is gone, or has not become its own program yet."""
+    """Return None if the process is gone, or is a fork that has not started its program yet."""
     try:
         line, environment = " ".join(process.cmdline()), process.environ()
         sockets = process.net_connections("inet")
