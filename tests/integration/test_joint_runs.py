@@ -180,7 +180,7 @@ def test_all_terms_learn_in_one_loop(joint_run: Path) -> None:
     for row in rows:
         check_terms(row, WEIGHTS)
         check_gradients(row, tuple(WEIGHTS))
-        assert row["search/trees"] == 4
+        assert 0 < row["search/trees"] < 8  # half of the prompts; a replaced group may be of either half
         assert row["learner/updates"] == 2
         assert row["objective/preference_denominator"] * 2 == row["search/pairs"] > 0
         for term in WEIGHTS:
