@@ -73,6 +73,7 @@ HEAVY = {
     "rlsys/transfer/test_second_transport.py",
     "rlsys/transfer/test_wire.py",
     "test_layers.py",
+    "test_planted_pickles.py",
     "test_security.py",
 }
 # Integration tests that share no run. All others of that folder stay in one worker, where they share one.

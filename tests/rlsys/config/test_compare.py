@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import config, save, start
+from resumable_runs import config, save, start
 
 from rlsys.config.files import FIXED_FIELDS, flat_fields, parse_config, select_fields
 from rlsys.config.keys import all_keys

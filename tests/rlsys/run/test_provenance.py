@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import FRESH, INPUTS, config, store
+from resumable_runs import FRESH, INPUTS, config, store
 
 from rlsys.config.compare import extraction_request
 from rlsys.config.schema import Config
