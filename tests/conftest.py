@@ -56,6 +56,7 @@ HEAVY = {
     "rlsys/commands/test_evaluate.py",
     "rlsys/commands/test_extract.py",
     "rlsys/commands/test_search.py",
+    "rlsys/commands/test_search_command.py",
     "rlsys/control/stages/test_search.py",
     "rlsys/control/test_supervisor.py",
     "rlsys/data/test_inputs.py",

@@ -1,0 +1,108 @@
+"""Which fields of a config decide a tree, and which may differ when a search continues."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from pretended_search import CONFIG, shipped
+
+from rlsys.control.tree_search import deciding_fields
+
+
+def test_the_shipped_config_says_where_its_model_comes_from() -> None:
+    line = next(line for line in CONFIG.read_text().splitlines() if line.strip().startswith("path:"))
+    assert "runs/quickstart/stages/warm_start" in line and "`make quickstart`" in line
+
+
+MODEL, REVIEWER = "search.model={path: a}", "search.reviewer={path: a}"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.dir=elsewhere",
+        "run.address=auto",
+        "actors.count=1",
+        "actors.max_num_seqs=8",
+        "actors.threads=2",
+        "actors.kv_cache_gib=2",
+        "actors.rollout_timeout_s=900",
+        "rewards.workers=2",
+        "search.prompts=600",
+        "search.fraction=0.5",
+        "search.max_failed_trees=0.5",
+        "search.nodes.unused={tag: unused}",
+        "search.tables.unused={children: {start: {answer: 1}}}",
+        "extract.pairs_per_tree=2",
+        "train.max_steps=3",
+        "model.path=moved",
+    ],
+)
+def test_what_does_not_decide_a_tree_may_differ(override: str) -> None:
+    assert shipped(override) != shipped()
+    assert deciding_fields(shipped(override)) == deciding_fields(shipped())
+
+
+@pytest.mark.parametrize("override", ["count=2", "max_num_seqs=8", "kv_cache_gib=2", "path=b"])
+@pytest.mark.parametrize("section", ["model", "reviewer"])
+def test_engines_of_other_models_may_differ_in_number_and_size(section: str, override: str) -> None:
+    before = shipped(MODEL, REVIEWER)
+    after = shipped(MODEL, REVIEWER, f"search.{section}.{override}")
+    assert deciding_fields(after) == deciding_fields(before)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.seed=1",
+        "run.device=cuda",
+        "task.error_rate=0.2",
+        "actors.dtype=bf16",
+        "actors.max_model_len=200",
+        "actors.block_size=64",
+        "actors.enforce_eager=false",
+        "sampling.max_tokens=100",
+        "rewards.timeout_s=1",
+        "rewards.memory_mib=512",
+        "sampling.temperature=0.7",
+        "sampling.top_p=0.9",
+        "search.temperature=0.7",
+        "search.split=held_out",
+        "search.shard_size=8",
+        "search.expansion=node",
+        "search.selection={type: puct}",
+        "search.parallel_simulations=2",
+        "search.backtracking=false",
+        "search.max_depth=12",
+        "search.max_node_tokens=9",
+        "search.stop.simulations=9",
+        "search.stop.correct=[{count: 2}]",
+        "search.nodes.thinking.max_tokens=9",
+        "search.tables.chain.children.thinking.answer=2",
+        "search.tables.chain.after_wrong={}",
+        "search.patterns=[a]",
+        "search.patterns=[chain, a]",
+        MODEL,
+        REVIEWER,
+    ],
+)
+def test_what_decides_a_tree_is_compared(override: str) -> None:
+    assert deciding_fields(shipped(override)) != deciding_fields(shipped())
+
+
+def test_the_order_of_a_row_decides_too() -> None:
+    one = shipped("search.tables.chain.children.start={thinking: 4, sub_task: 2}", "search.patterns=[chain]")
+    other = shipped("search.tables.chain.children.start={sub_task: 2, thinking: 4}", "search.patterns=[chain]")
+    assert deciding_fields(one) != deciding_fields(other)
+
+
+def test_a_sampling_setting_that_the_search_replaces_may_differ() -> None:
+    before = shipped("search.temperature=0.7", "search.top_p=0.9")
+    after = shipped("search.temperature=0.7", "search.top_p=0.9", "sampling.temperature=0.5", "sampling.top_p=0.5")
+    assert deciding_fields(after) == deciding_fields(before)
+
+
+def test_the_deciding_fields_survive_json() -> None:
+    found = deciding_fields(shipped(REVIEWER))
+    assert json.loads(json.dumps(found)) == found
