@@ -15,10 +15,8 @@ ROOT = Path(__file__).parents[1]
 FRAMEWORKS = ("deepspeed", "ray", "vllm")
 # The composition root with its callers, and the rooms where the frameworks live.
 HEAVY = {
-    "rlsys.cli",
     "rlsys.launch.ray_cluster",
     "rlsys.launch.ray_log",
-    "rlsys.commands.evaluate",
     "rlsys.launch.session",
     "rlsys.launch.start",
     "rlsys.ray_errors",

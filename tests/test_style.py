@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [file for package in ("rlsys", "actors", "learners") for file in sorted((ROOT / package).rglob("*.py"))]
+OTHERS = [file for folder in ("tests", "benchmarks") for file in sorted((ROOT / folder).rglob("*.py"))]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 FILE_LINES, FUNCTION_LINES, CLASS_LINES, FIRST_LINE_WORDS = 400, 40, 250, 20
@@ -100,3 +101,8 @@ def test_the_rules_find_what_they_forbid() -> None:
     assert word_faults(ast.parse(flag.format("bool", "What"))) == ["f: its docstring begins with 'What'"]
     wordy = f'def g():\n    """{"Do it " * FIRST_LINE_WORDS}"""\n'
     assert word_faults(ast.parse(wordy)) == [f"g: {2 * FIRST_LINE_WORDS} words in the first line of its docstring"]
+
+
+def test_files_of_tests_and_benchmarks_are_short() -> None:
+    lines = {name_of(file): len(file.read_text(encoding="utf-8").splitlines()) for file in OTHERS}
+    assert {name: count for name, count in lines.items() if count > FILE_LINES} == {}

@@ -135,6 +135,15 @@ def test_kept_scores_are_those_of_the_policy_the_stage_began_with(whole_run: Pat
 
 
 @pytest.mark.long
+def test_an_offline_stage_that_ends_the_run_publishes_and_is_evaluated(offline_run: Path) -> None:
+    rows = read_rows(offline_run / "metrics.jsonl")
+    check_figures(rows)
+    assert last_checkpoint(offline_run).name == f"step_{WARM + SFT + PREFERENCE:06d}"
+    assert 0 < rows[-1]["weights/probe_gap_max"] < LARGEST_GAP
+    assert "held_out/greedy_accuracy" in rows[-1]
+
+
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_offline_stages_killed_and_resumed_end_where_an_undisturbed_run_does(
     offline_run: Path, start: Callable[..., Command], tmp_path: Path

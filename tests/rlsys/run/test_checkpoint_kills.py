@@ -93,6 +93,7 @@ def earlier(folder: Path, before: Before, keep_last: int) -> CheckpointStore:
 def test_a_kill_at_every_call_leaves_the_previous_or_the_new_one(
     saver: Saver, tmp_path: Path, case: str, half: bool
 ) -> None:
+    # Every call of every case is killed in tests/integration/test_checkpoint_rows.py.
     every = 1 if case == "the one before is pruned" else 3
     assert kill_at_every_call(saver, tmp_path, case, half, every) >= (6 if half else 40) // every
 
