@@ -29,6 +29,7 @@ from learners.settings import RankSettings
 from learners.step_metrics import StepMetrics
 from learners.training_step import TrainingStep, UpdateContext
 from rlsys.config.stages import StageSettings, term_weights
+from rlsys.directory import CheckpointDirectory
 from rlsys.errors import LearnerLostError
 from rlsys.fault_injection import fault
 from rlsys.interfaces import WeightSender
@@ -68,14 +69,14 @@ class LearnerRank:
         """
         self._release()
         self.stage = stage
-        settings, dtype, resumed = self.settings, self.settings.learner.dtype, resume or Path()
+        settings, dtype, resumed = self.settings, self.settings.learner.dtype, CheckpointDirectory(resume or Path())
         module, config = self._loaded(load_model, policy), saved_config(policy, dtype)
         self.policy = TrainedModel("policy", module, config, settings, stage.optimizer, stage.policy_updates)
-        restore_model(self.policy, resumed / "learner" if resume else None)
+        restore_model(self.policy, resumed.learner if resume else None)
         if stage.critic:
-            module = self._loaded(load_critic, resumed / "critic" if resume else policy)
+            module = self._loaded(load_critic, resumed.critic if resume else policy)
             self.critic = TrainedModel("critic", module, module.config, settings, stage.critic, stage.total_updates)
-            restore_model(self.critic, resumed / "critic_learner" if resume else None)
+            restore_model(self.critic, resumed.critic_learner if resume else None)
         if reference:
             self.reference = self._loaded(load_model, reference).eval()
 
@@ -102,9 +103,10 @@ class LearnerRank:
         Raises:
             CheckpointError: on all ranks, if one cannot write. Training can go on as if nothing had been saved.
         """
-        save_model(self._policy, folder / "policy", folder / "learner")
+        parts = CheckpointDirectory(folder)
+        save_model(self._policy, parts.policy, parts.learner)
         if self.critic is not None:
-            save_model(self.critic, folder / "critic", folder / "critic_learner")
+            save_model(self.critic, parts.critic, parts.critic_learner)
 
     def send(self, sender: WeightSender, version: int) -> WeightOffer | None:
         """Pass the weights of the whole policy to the sender of rank 0. Collective.

@@ -12,6 +12,12 @@
     logs/                 one file for each process
     lock                  held by the process that uses the directory
 
+A checkpoint has these parts, beside its manifest and its provenance:
+
+    state.json                    position and counters of the run
+    policy/, learner/             the policy as a model folder; optimizer state and generators
+    critic/, critic_learner/      the same of the critic, if the stage has one
+
 A search directory is the run directory of `rlsys search` or the folder of the stage `search`:
 
     trees/00000.jsonl     finished trees, in the order of the prompts
@@ -31,6 +37,33 @@ from rlsys.types import StageName
 
 REPORT = "report.json"
 """Name of the file with the figures of an extraction, in the folder of its tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointDirectory:
+    """Paths of a checkpoint."""
+
+    path: Path
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state.json"
+
+    @property
+    def policy(self) -> Path:
+        return self.path / "policy"
+
+    @property
+    def learner(self) -> Path:
+        return self.path / "learner"
+
+    @property
+    def critic(self) -> Path:
+        return self.path / "critic"
+
+    @property
+    def critic_learner(self) -> Path:
+        return self.path / "critic_learner"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from rlsys.config.files import load_config
 from rlsys.config.schema import Config
 from rlsys.control.evaluation import error_rate, evaluate_held_out, solved, unanswered
 from rlsys.control.search_evaluation import search_and_sample, show_search, with_search
-from rlsys.directory import RunDirectory
+from rlsys.directory import CheckpointDirectory, RunDirectory
 from rlsys.display import print_table
 from rlsys.errors import ConfigError
 from rlsys.run.checkpoints import CheckpointStore
@@ -51,9 +51,9 @@ def find_target(target: str, config_path: str | None, overrides: Sequence[str]) 
         checkpoint = CheckpointStore(RunDirectory(path).checkpoints, 1).latest()
         if checkpoint is None:
             raise ConfigError(f"{target}: the run has no checkpoint yet")
-        policy, config = checkpoint / "policy", RunDirectory(path).config
-    elif (path / "policy").is_dir():
-        policy, config = path / "policy", RunDirectory(path.parent.parent).config
+        policy, config = CheckpointDirectory(checkpoint).policy, RunDirectory(path).config
+    elif CheckpointDirectory(path).policy.is_dir():
+        policy, config = CheckpointDirectory(path).policy, RunDirectory(path.parent.parent).config
     elif (path / "config.json").is_file():
         # The model folder is RUN/stages/online or RUN/checkpoints/step_000080/policy.
         above = (RunDirectory(folder).config for folder in path.parents[1:3])

@@ -5,15 +5,33 @@ A rule raises ValueError with one line that names the fields. `Config` applies `
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rlsys.config.patterns import resolve
+from rlsys.config.stages import TERMS_OF_STAGE, stage_plan, stage_plans, term_with_pairs
 from rlsys.errors import ConfigError
 from rlsys.types import StageName
 
 if TYPE_CHECKING:
     from rlsys.config.schema import Config
+
+Rule = Callable[["Config"], None]
+
+
+def of_stage(stage: StageName) -> Callable[[Rule], Rule]:
+    """Return a decorator of a rule that concerns only runs with a stage."""
+
+    def decorate(rule: Rule) -> Rule:
+        @functools.wraps(rule)
+        def check(config: Config) -> None:
+            if stage in config.stages:
+                rule(config)
+
+        return check
+
+    return decorate
 
 
 def stages_are_distinct(config: Config) -> None:
@@ -101,27 +119,30 @@ def searched_groups_train_by_token(config: Config) -> None:
             )
 
 
+@of_stage("online")
 def online_has_a_term(config: Config) -> None:
     """Raise if no term of the online stage has a weight."""
     objective = config.objective
-    if "online" in config.stages and not (objective.policy.used or objective.preference.used or objective.sft.used):
+    if not (objective.policy.used or objective.preference.used or objective.sft.used):
         raise ValueError(
             "stage online: the weights of objective.policy, objective.preference and objective.sft are all 0; raise one"
         )
 
 
+@of_stage("online")
 def sampled_prompts_train_the_policy(config: Config) -> None:
     """Raise if online prompts are sampled although only the policy term trains on them."""
-    if "online" in config.stages and not config.objective.policy.used and config.search.fraction < 1:
+    if not config.objective.policy.used and config.search.fraction < 1:
         raise ValueError(
             "objective.policy.weight 0: the sampled prompts of stage online would train nothing; set "
             f"search.fraction to 1 (now {config.search.fraction:g}), or use the stages warm_start, sft or preference"
         )
 
 
+@of_stage("online")
 def critic_has_sampled_prompts(config: Config) -> None:
     """Raise if a critic has no sampled prompts to learn from."""
-    if "online" in config.stages and config.objective.value.used and config.search.fraction == 1:
+    if config.objective.value.used and config.search.fraction == 1:
         raise ValueError(
             "objective.value.weight has no effect: the critic learns from sampled prompts alone, and "
             "search.fraction 1 leaves none; lower search.fraction, or set objective.policy.estimator to another "
@@ -129,25 +150,27 @@ def critic_has_sampled_prompts(config: Config) -> None:
         )
 
 
+@of_stage("online")
 def critic_warmup_ends(config: Config) -> None:
     """Raise if the warm-up of the critic lasts for the whole online stage."""
     warmup, steps = config.objective.value.warmup_steps, config.train.max_steps
-    if "online" in config.stages and warmup >= steps:
+    if warmup >= steps:
         raise ValueError(
             f"objective.value.warmup_steps {warmup} leaves the policy no step of stage "
             f"online: expected fewer than train.max_steps, {steps}"
         )
 
 
+@of_stage("online")
 def online_trains_in_every_step(config: Config) -> None:
     """Raise if a step of the online stage has no term with a weight."""
-    if "online" in config.stages:
-        _check_every_step(config, "online", ("policy", "value", "preference", "sft"))
+    _check_every_step(config, "online")
 
 
+@of_stage("online")
 def online_has_pairs(config: Config) -> None:
     """Raise if a term of the online stage needs preference pairs and gets none."""
-    term = _term_with_pairs(config)
+    term = term_with_pairs(config.objective)
     if term is None:
         return
     pairs, from_file = config.objective.preference.pairs, config.objective.preference.source == "file"
@@ -163,60 +186,63 @@ def online_has_pairs(config: Config) -> None:
         raise ValueError("objective.preference.source file needs preference.path, or a stage search before")
 
 
+@of_stage("online")
 def preference_file_is_read(config: Config) -> None:
     """Raise if a run that trains on preference pairs never reads the file it names."""
-    from_file = config.objective.preference.source == "file"
-    if _term_with_pairs(config) and not from_file and config.preference.path and "preference" not in config.stages:
+    unread = config.objective.preference.source != "file" and "preference" not in config.stages
+    if term_with_pairs(config.objective) and config.preference.path and unread:
         raise ValueError(
             "preference.path is never read: stage online takes its pairs from the trees of the step; set "
             "objective.preference.source to file, or leave preference.path out"
         )
 
 
+@of_stage("online")
 def sft_has_trees(config: Config) -> None:
     """Raise if the SFT term of the online stage needs chains of trees and gets none."""
     sft = config.objective.sft
     extracted = config.search.fraction > 0 and config.extract.supervised != "none"
-    if "online" in config.stages and sft.used and sft.source == "trees" and not extracted:
+    if sft.used and sft.source == "trees" and not extracted:
         raise ValueError("objective.sft.source trees needs search.fraction above 0 and extract.supervised")
 
 
 def search_is_not_last(config: Config) -> None:
     """Raise if the stage `search` is the last one."""
-    if config.stages[-1] == "search":
+    if not stage_plans(config)[-1].trains:
         raise ValueError("stage search trains nothing: let another follow, or use `rlsys search`")
 
 
 def offline_stages_have_data(config: Config) -> None:
-    """Raise if the stage `sft` or `preference` has neither a file nor an earlier stage `search`."""
-    for stage in ("sft", "preference"):
-        if stage in config.stages and not getattr(config, stage).path and "search" not in _before(config, stage):
-            raise ValueError(f"stage {stage} has no data: set {stage}.path, or put the stage search before it")
+    """Raise if an offline stage has neither a file nor an earlier stage `search`."""
+    for plan in stage_plans(config):
+        if plan.loop == "offline" and plan.reads_extracted and "search" not in _before(config, plan.name):
+            name = plan.name
+            raise ValueError(f"stage {name} has no data: set {plan.section}.path, or put the stage search before it")
 
 
+@of_stage("search")
 def search_is_read(config: Config) -> None:
     """Raise if no stage after `search` reads the extracted data."""
-    if "search" not in config.stages:
-        return
-    after = config.stages[config.stages.index("search") + 1 :]
-    if not any(s in ("sft", "preference") or (s == "online" and config.pairs_online) for s in after):
+    after = stage_plans(config)[config.stages.index("search") + 1 :]
+    if not any(plan.source("rows") or plan.source("pairs") for plan in after):
         raise ValueError(
             "stage search extracts what no stage after it reads: let sft, preference, or online with "
             "objective.preference.source file follow, or take search out of stages"
         )
 
 
+@of_stage("preference")
 def preference_has_a_term(config: Config) -> None:
     """Raise if no term of the stage `preference` has a weight."""
     objective = config.objective
-    if "preference" in config.stages and not (objective.preference.used or objective.sft.used):
+    if not (objective.preference.used or objective.sft.used):
         raise ValueError("stage preference: objective.preference.weight and objective.sft.weight are 0; raise one")
 
 
+@of_stage("preference")
 def preference_trains_in_every_step(config: Config) -> None:
     """Raise if a step of the stage `preference` has no term with a weight."""
-    if "preference" in config.stages:
-        _check_every_step(config, "preference", ("preference", "sft"))
+    _check_every_step(config, "preference")
 
 
 def model_reaches_context(config: Config) -> None:
@@ -237,7 +263,7 @@ def patterns_are_searchable(config: Config) -> None:
         raise ValueError(str(error)) from None
 
 
-RULES: tuple[Callable[[Config], None], ...] = (
+RULES: tuple[Rule, ...] = (
     stages_are_distinct,
     completion_leaves_room_for_prompt,
     tensor_parallel_needs_cuda,
@@ -270,19 +296,10 @@ def _before(config: Config, stage: StageName) -> tuple[StageName, ...]:
     return config.stages[: config.stages.index(stage)]
 
 
-def _term_with_pairs(config: Config) -> str | None:
-    """Return the term of the online stage that trains on preference pairs, or None."""
-    preference, sft = config.objective.preference, config.objective.sft
-    if "online" not in config.stages:
-        return None
-    if preference.used:
-        return "objective.preference.weight"
-    return "objective.sft.weight with source chosen" if sft.used and sft.source == "chosen" else None
-
-
-def _check_every_step(config: Config, stage: StageName, terms: tuple[str, ...]) -> None:
+def _check_every_step(config: Config, stage: StageName) -> None:
     """Raise if a step has no weight above 0. Weights are linear, so the last and the first step decide."""
-    last, objective = config.max_steps(stage) - 1, config.objective
+    last, objective = stage_plan(config, stage).steps - 1, config.objective
+    terms = [name for name in TERMS_OF_STAGE[stage] if name != "kl"]  # a KL term only goes with a policy term
     for step, end, field in ((last, "last", "final_weight"), (0, "first", "weight")):
         trained = [name for name in terms if name != "policy" or step >= objective.value.warmup_steps]
         if not any(getattr(objective, name).weight_at(step, last + 1) > 0 for name in trained):

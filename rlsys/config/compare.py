@@ -93,7 +93,7 @@ def _check_rows_per_step(config: Config, earlier: Config, state: RunState, path:
     Step n takes the rows from n * count on, so another count would repeat or skip rows.
     """
     stage = config.stages[state.stage]
-    if not 0 < state.step < config.max_steps(stage):
+    if not 0 < state.step < stage_plan(config, stage).steps:
         return
     before, now = (_rows_per_step(each, stage) for each in (earlier, config))
     before = {name: count for name, count in before.items() if name in now}  # a term may be turned off and on

@@ -314,29 +314,3 @@ class Config(Section):
         for check in RULES:
             check(self)
         return self
-
-    @property
-    def pairs_online(self) -> bool:
-        """Whether the stage online trains on the pairs of preference.path or of an earlier stage search."""
-        preference, sft = self.objective.preference, self.objective.sft
-        used = preference.used or (sft.used and sft.source == "chosen")
-        return "online" in self.stages and preference.source == "file" and used
-
-    @property
-    def reference(self) -> bool:
-        """Whether the learner keeps a reference policy in the stage online."""
-        objective = self.objective
-        kl = objective.policy.used and objective.kl.used
-        pairs = objective.preference.used and objective.preference.source == "search"
-        return "online" in self.stages and (kl or pairs)
-
-    def max_steps(self, stage: StageName) -> int:
-        """Return the number of training steps of a stage, which is 0 for the stage `search`."""
-        steps = {
-            "warm_start": self.warm_start.max_steps,
-            "search": 0,
-            "sft": self.sft.max_steps,
-            "preference": self.preference.max_steps,
-            "online": self.train.max_steps,
-        }
-        return steps[stage]

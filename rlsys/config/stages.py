@@ -6,16 +6,18 @@ docs/extending.md lists the other files of a new stage or loss term.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from rlsys.config.objective import ObjectiveConfig
-from rlsys.config.schema import Config, OptimizerConfig
 from rlsys.types import StageName
+
+if TYPE_CHECKING:  # the config is checked by rules that use the plans
+    from rlsys.config.objective import ObjectiveConfig
+    from rlsys.config.schema import Config, OptimizerConfig
 
 TERMS = ("policy", "kl", "value", "preference", "sft")
 """The terms of the joint loss."""
 
-_TERMS_OF_STAGE: dict[StageName, tuple[str, ...]] = {
+TERMS_OF_STAGE: dict[StageName, tuple[str, ...]] = {
     "warm_start": ("sft",),
     "search": (),
     "sft": ("sft",),
@@ -126,7 +128,7 @@ class StagePlan:
     @property
     def terms(self) -> tuple[str, ...]:
         """Terms of the joint loss that the stage can train."""
-        return _TERMS_OF_STAGE[self.name]
+        return TERMS_OF_STAGE[self.name]
 
     @property
     def trains(self) -> bool:
@@ -181,7 +183,8 @@ def _online(config: Config) -> StagePlan:
     sft = objective.sft
     demonstrated = sft.used and sft.source == "demonstrations"
     demonstrations = (_demonstrations(sft.rows_per_step, "objective.sft"),) if demonstrated else ()
-    pairs = (_pairs(config),) if config.pairs_online else ()
+    pairs_online = term_with_pairs(objective) and objective.preference.source == "file"
+    pairs = (_pairs(config),) if pairs_online else ()
     return StagePlan(
         name="online",
         section="train",
@@ -198,14 +201,15 @@ def _online(config: Config) -> StagePlan:
         ),
         publishes="every step",
         data=(*demonstrations, *pairs),
-        keeps_reference=config.reference,
+        keeps_reference=(objective.policy.used and objective.kl.used)
+        or (objective.preference.used and objective.preference.source == "search"),
         scores_pairs=bool(pairs) and objective.preference.used,
         asks_for_trees=config.search.fraction > 0,
     )
 
 
 def _offline(config: Config, stage: StageName, optimizer: OptimizerConfig, source: DataSource) -> StagePlan:
-    steps = config.max_steps(stage)
+    steps: int = getattr(config, stage).max_steps
     return StagePlan(
         name=stage,
         section=stage,
@@ -217,6 +221,14 @@ def _offline(config: Config, stage: StageName, optimizer: OptimizerConfig, sourc
         data=(source,),
         scores_pairs=source.kind == "pairs" and config.objective.preference.used,
     )
+
+
+def term_with_pairs(objective: ObjectiveConfig) -> str | None:
+    """Return the term of the stage `online` that trains on preference pairs, as a config field, or None."""
+    if objective.preference.used:
+        return "objective.preference.weight"
+    sft = objective.sft
+    return "objective.sft.weight with source chosen" if sft.used and sft.source == "chosen" else None
 
 
 def _demonstrations(per_step: int, section: str) -> DataSource:
@@ -249,7 +261,7 @@ def term_weights(objective: ObjectiveConfig, settings: StageSettings, step: int)
     Args:
         step: the training step within the stage, from 0.
     """
-    terms = _TERMS_OF_STAGE[settings.stage]
+    terms = TERMS_OF_STAGE[settings.stage]
     if settings.stage in _CONSTANT_WEIGHTS:
         return dict.fromkeys(terms, 1.0)
     weights = {term: getattr(objective, term).weight_at(step, settings.steps) for term in terms}

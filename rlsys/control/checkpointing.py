@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from rlsys.config.schema import Config
 from rlsys.control.budgets import causes
+from rlsys.directory import CheckpointDirectory
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.files import write_json
 from rlsys.run.checkpoints import CheckpointStore
@@ -125,11 +126,12 @@ class Checkpointing:
             await asyncio.to_thread(log.sync)
         name = f"step_{state.weight_version:06d}"
         temporary = self.store.begin(name)
+        parts = CheckpointDirectory(temporary)
         try:
             await self.learner.save(temporary)
             for path in self.tokenizer_files:
-                shutil.copyfile(path, temporary / "policy" / path.name)  # with the permissions of the run directory
-            write_json(temporary / "state.json", state_to_json(state))
+                shutil.copyfile(path, parts.policy / path.name)  # with the permissions of the run directory
+            write_json(parts.state, state_to_json(state))
         except BaseException as error:
             self.store.discard(temporary)
             if isinstance(error, OSError):

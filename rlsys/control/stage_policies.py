@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plans
-from rlsys.directory import RunDirectory
+from rlsys.directory import CheckpointDirectory, RunDirectory
 from rlsys.errors import CheckpointError
 from rlsys.files import fsync
 from rlsys.types import StageName
@@ -49,7 +49,7 @@ class StagePolicies:
             shutil.rmtree(folder, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
-            for path in sorted((checkpoint / "policy").iterdir()):
+            for path in sorted(CheckpointDirectory(checkpoint).policy.iterdir()):
                 _link(path, temporary / path.name)
                 fsync(temporary / path.name)
             fsync(temporary)

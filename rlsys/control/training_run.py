@@ -18,6 +18,7 @@ from rlsys.control.evaluation import evaluate_held_out, held_out_metrics
 from rlsys.control.run_context import RunContext
 from rlsys.control.stage_policies import StagePolicies
 from rlsys.control.stop_request import StopRequest
+from rlsys.directory import CheckpointDirectory
 from rlsys.errors import NonFiniteLossError
 from rlsys.fault_injection import fault
 from rlsys.run.provenance import Provenance
@@ -93,7 +94,7 @@ class TrainingRun:
     def newest_policy(self) -> Path:
         """The policy of the newest checkpoint, or the initial one."""
         checkpoint = self.checkpointing.checkpoint
-        return checkpoint / "policy" if checkpoint else self.context.model
+        return CheckpointDirectory(checkpoint).policy if checkpoint else self.context.model
 
     @property
     def reference_policy(self) -> Path:

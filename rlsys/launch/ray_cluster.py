@@ -22,6 +22,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlsys.config.schema import Config
+from rlsys.directory import RunDirectory
 from rlsys.errors import AbortedRunError, ConfigError, EngineError, RlsysError
 from rlsys.launch.access import check_address, child_environment, close_local_ray
 from rlsys.launch.ray_log import output_to, ray_logging_to
@@ -124,7 +125,7 @@ def ray_cluster(
     """
     check_address(config.run.address)
     local = config.run.address == "local"
-    temporary, log_file = _temporary_folder(run_dir), run_dir / "logs" / RAY_LOG
+    temporary, log_file = _temporary_folder(run_dir), RunDirectory(run_dir).logs / RAY_LOG
     with contextlib.ExitStack() as stack:
         stack.enter_context(ray_logging_to(log_file))
         reaper = stack.enter_context(kill_with_this_process(temporary)) if local else None

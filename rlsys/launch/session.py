@@ -22,7 +22,7 @@ from rlsys.control.stages.search import TreeSearchStage
 from rlsys.control.tree_search import search_model_digests
 from rlsys.control.weights import WeightBus
 from rlsys.data.inputs import Inputs
-from rlsys.directory import RunDirectory
+from rlsys.directory import CheckpointDirectory, RunDirectory
 from rlsys.display import Display
 from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedRunError
 from rlsys.fault_injection import fault
@@ -199,7 +199,7 @@ async def _train(cluster: Cluster, session: Session) -> None:
     """Start actors and learner, and train until the end; a lost learner is restarted."""
     config, start, display = session.config, session.start, session.display
     inputs, initial_policy = session.prepared.inputs, session.prepared.policy.path
-    serving = start.checkpoint / "policy" if start.checkpoint else initial_policy
+    serving = CheckpointDirectory(start.checkpoint).policy if start.checkpoint else initial_policy
     for note in inputs.notes:
         display.message(note)
     display.message(start.describe())

@@ -22,7 +22,7 @@ def finished(config: Config) -> str:
     """Return lines with the run directory, the last held-out figures, and the commands to evaluate and continue."""
     stage = config.stages[-1]
     section = stage_plan(config, stage).section
-    max_steps = 2 * config.max_steps(stage)
+    max_steps = 2 * stage_plan(config, stage).steps
     return (
         f"run directory: {config.run.dir}\n"
         f"held-out: {_held_out(config)}\n"
@@ -41,7 +41,7 @@ def interrupted(config: Config, saved: str) -> str:
 def complete(config: Config, step: int) -> str:
     """Return the line for a run that has made all its steps."""
     stage = config.stages[-1]
-    return f"already complete ({step} of {config.max_steps(stage)} {stage} steps)\n"
+    return f"already complete ({step} of {stage_plan(config, stage).steps} {stage} steps)\n"
 
 
 def _held_out(config: Config) -> str:

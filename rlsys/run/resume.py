@@ -10,7 +10,7 @@ from pathlib import Path
 from rlsys.config.compare import changed_fields, check_fields, load_run_config
 from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plan
-from rlsys.directory import RunDirectory, SearchDirectory
+from rlsys.directory import CheckpointDirectory, RunDirectory, SearchDirectory
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.files import read_json, write_json
 from rlsys.run.checkpoints import CheckpointStore
@@ -101,13 +101,13 @@ def find_newest_start(config: Config, run_dir: Path, store: CheckpointStore) -> 
 def all_steps_made(config: Config, state: RunState) -> bool:
     """Return whether the last stage has made all its training steps."""
     last = len(config.stages) - 1
-    return state.stage == last and state.step >= config.max_steps(config.stages[last])
+    return state.stage == last and state.step >= stage_plan(config, config.stages[last]).steps
 
 
 def _start_at(config: Config, checkpoint: Path, origin: Path) -> Start:
     """Return the start at a checkpoint of the run directory `origin`."""
     before = load_run_config(origin)
-    state = state_from_json(read_json(checkpoint / "state.json"))
+    state = state_from_json(read_json(CheckpointDirectory(checkpoint).state))
     check_fields(config, before, state, RunDirectory(origin).config)
     _check_critic(config, state, checkpoint)
     return Start(state, checkpoint, changed=changed_fields(before, config))
@@ -121,7 +121,7 @@ def _branch(config: Config, checkpoint: Path, run_dir: Path) -> Start:
         stage = config.stages[-1]
         raise ConfigError(
             f"run.resume: {checkpoint} has made all {start.state.step} steps of the last stage; "
-            f"raise {stage_plan(config, stage).section}.max_steps (now {config.max_steps(stage)})"
+            f"raise {stage_plan(config, stage).section}.max_steps (now {stage_plan(config, stage).steps})"
         )
     return replace(start, named=True)
 
@@ -129,11 +129,11 @@ def _branch(config: Config, checkpoint: Path, run_dir: Path) -> Start:
 def _check_critic(config: Config, state: RunState, checkpoint: Path) -> None:
     """Raise if a started stage needs a critic and has none. A critic can only begin together with its stage."""
     plan = stage_plan(config, config.stages[state.stage])
-    if plan.settings.critic and 0 < state.step < plan.steps and not (checkpoint / "critic").is_dir():
+    if plan.settings.critic and 0 < state.step < plan.steps and not CheckpointDirectory(checkpoint).critic.is_dir():
         raise ConfigError(
             f"objective.value.weight and objective.policy.estimator gae need a critic, and {checkpoint} has none: the "
             f"first {state.step} steps of stage online were made without one; set both back, or begin the stage with a "
-            f"critic, in a new run.dir with stages [online] and model.path {checkpoint / 'policy'}"
+            f"critic, in a new run.dir with stages [online] and model.path {CheckpointDirectory(checkpoint).policy}"
         )
 
 

@@ -46,7 +46,7 @@ def whole_shards(run_dir: Path) -> dict[str, tuple[int, int]]:
 
 
 def count_finished(run_dir: Path) -> int:
-    """How many trees are there while a search goes on; a moved one may be counted at both places."""
+    """Return the number of trees of a search that is running. A tree that is just moved may count twice."""
     shards = len(list((run_dir / "trees").glob("*.jsonl")))
     return SHARD * shards + len(list((run_dir / "trees" / ".open").glob("*.json")))
 
@@ -59,7 +59,7 @@ def wait_until(command: Command, happened: Callable[[], bool]) -> None:
 
 
 def announced(command: Command) -> tuple[int, int]:
-    """How many trees a finished command said were there when it began, and how many there would be."""
+    """Return the number of trees at the start of a finished command and at its end, from its output."""
     found = re.search(r"^trees: (\d+) of (\d+) are finished$", command.stdout, re.MULTILINE)
     assert found is not None, command.stdout
     return int(found[1]), int(found[2])

@@ -64,7 +64,7 @@ def begun(folder: Path, **sections: Any) -> str:
 
 @pytest.fixture
 def refused_resume(refused) -> Callable[..., str]:
-    """What a resume is refused with, which has left the run directory beside the config as it was."""
+    """Return the error of a refused resume. Assert that it left the run directory unchanged."""
 
     def run(config: str, *overrides: str) -> str:
         before = contents(Path(config).with_name("run"))

@@ -96,7 +96,7 @@ def ledger(run: Path) -> dict[int, dict[str, list[int]]]:
 
 
 def differences(run: Path, expected: Path) -> dict[str, set[str]]:
-    """What differs of two runs that end at the same step: names of figures by step, fates, and tensors at the end."""
+    """Return the differences of two runs that end at the same step: figures by step, fates, and final tensors."""
     rows, wanted = ({row["step"]: row for row in steady_rows(each)} for each in (run, expected))
     assert rows.keys() == wanted.keys() == set(range(STEPS + 1))
     found = {
@@ -123,7 +123,7 @@ FIRST = f"step {BEGINS + 1}"
 
 
 def of_rollouts(names: set[str]) -> set[str]:
-    """Figures of what was sampled in a step, before the learner had any of it."""
+    """Return the figures of a step that the sampling alone determines."""
     return {name for name in names if name.startswith("rollout/")}
 
 
@@ -134,7 +134,7 @@ def control(without: str, promise: str, runs: int = 1) -> Any:
 
 
 def test_a_whole_checkpoint_ends_as_the_undisturbed_run(start, killed: Path, undisturbed: Path) -> None:
-    """What every other test here takes something out of."""
+    """The other tests here leave out one part each of what this test resumes."""
     start("train", str(killed / "config.yaml")).finish()
     assert digests(last_checkpoint(killed / "run")).keys() == TENSORS
     assert differences(killed / "run", undisturbed / "run") == {}

@@ -137,7 +137,7 @@ def test_a_cluster_without_a_token_is_refused_in_one_line(refused: Any, tmp_path
 
 @pytest.mark.long
 def test_figures_of_a_watched_run(watched: Watched) -> None:
-    """The rows of what the tests above look at one by one."""
+    """Write the rows of the table from the figures that the tests above check one by one."""
     bound = [address for process in watched.seen for address in process.listening]
     bound += [address for address, _ in watched.finished.command.seen.listening]
     words = [*watched.secrets.values(), *watched.own_tokens]

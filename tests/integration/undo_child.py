@@ -61,7 +61,7 @@ def share(parameter: Any, rank: int) -> Tensor:
 
 @contextlib.contextmanager
 def disturbed(learner: Any, fault: dict[str, Any]) -> Iterator[None]:
-    """Let a fault act inside. points: of rlsys.fault_injection. norm, score: what is not finite on one rank besides."""
+    """Inject a fault into the block: points of rlsys.fault_injection, or a norm or score that is not finite."""
     faults._faults = faults.parse(fault.get("points", ""))
     hook: Any = None
     own = fault.get("rank") == learner.settings.rank
@@ -123,7 +123,7 @@ def broken(learner: Any, job: dict[str, Any], fault: dict[str, Any]) -> str:
 
 
 def run(learner: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """What every fault did: the error it raised, whether it changed nothing, and whether the next step was right."""
+    """Return for every fault its error, whether it changed nothing, and whether the next step was right."""
     training, saving = job["training"], job["saving"]
     steps = len(training) + 1
     begin(learner, job)
