@@ -12,16 +12,13 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 # Each command imports the rest itself, so that `rlsys --help` stays fast.
 from rlsys import fault_injection as faults
 from rlsys.errors import AbortedRunError, ConfigError, InterruptedRunError, RlsysError
-
-if TYPE_CHECKING:
-    from rlsys.launch.resources import ResourcePlan
 
 app = typer.Typer(
     help="Post-training of reasoning models with Ray actors, vLLM, DeepSpeed and a verified weight-sync bus.",
@@ -103,32 +100,12 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Validate a config, its model and its data, and print the resolved config and the resource plan."""
-    from rlsys.config.files import dump_config, load_config
+    from rlsys.config.files import load_config
 
     resolved = load_config(config, overrides or [])
-    from rlsys.launch.prepare import check_settings, prepare
+    from rlsys.commands import check as check_command
 
-    check_settings(resolved, "check")
-    prepared = prepare(resolved, "check")
-    print(dump_config(resolved))
-    for title, plan in zip(("resource plan", "resource plan of rlsys search"), prepared.plans, strict=False):
-        _show_plan(title, plan)
-    for note in prepared.inputs.notes:
-        print(note)
-    for plan in prepared.plans:
-        plan.check()
-
-
-def _show_plan(title: str, plan: ResourcePlan) -> None:
-    from rlsys.display import print_table, standard_output
-
-    auxiliary = [f"{engines.actors.count} of search.{engines.role}" for engines in plan.auxiliary]
-    learner = [f"{plan.ranks} learner ranks"] if plan.ranks else []
-    processes = ", ".join([f"{plan.config.actors.count} actors", *auxiliary, *learner])
-    rows = [(need.phase, need.resource, f"{need.amount:.4g}", f"{need.available:.4g}") for need in plan.needs]
-    if plan.config.run.device == "cuda":
-        rows.append(("all", "GPUs", str(plan.gpus), "the cluster's"))
-    print_table(standard_output(), ("phase", "needs", "amount", "this machine"), rows, title=f"{title}: {processes}")
+    check_command.run(resolved)
 
 
 @app.command()
@@ -182,17 +159,9 @@ def search(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def keys(section: Annotated[str, typer.Argument(help="Show only this section or key, e.g. train.")] = "") -> None:
     """Show every key of a config file with its type, default and meaning."""
-    from rlsys.config.keys import all_keys, suggestion
-    from rlsys.display import print_table, standard_output
+    from rlsys.commands import keys as keys_command
 
-    rows = [
-        (key.name, key.type, key.default, key.meaning)
-        for key in all_keys()
-        if not section or key.name == section or key.name.startswith(f"{section}.")
-    ]
-    if not rows:
-        raise ConfigError(f"{section}: no such section or key; {suggestion(section)}")
-    print_table(standard_output(), ("key", "type", "default", "meaning"), rows, below=True)
+    keys_command.run(section)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pytest
 
 from learners.settings import learner_environment
 from rlsys import cli
+from rlsys.commands import check
 from rlsys.config.engine_roles import ModelEngines, engine_settings
 from rlsys.config.files import dump_config, parse_config
 from rlsys.config.keys import all_keys
@@ -145,7 +146,7 @@ def test_the_plan_shows_all_engines_and_their_gpus(capsys: pytest.CaptureFixture
     assert own.search.reviewer
     actors = engine_settings(own, "reviewer", own.search.reviewer)
     engines = ModelEngines(role="reviewer", path=Path("r"), actors=actors)
-    cli._show_plan("resource plan", ResourcePlan(config=own, auxiliary=[engines], ranks=1, needs=[]))
+    check._show_plan("resource plan", ResourcePlan(config=own, auxiliary=[engines], ranks=1, needs=[]))
     shown = " ".join(capsys.readouterr().out.split())
     assert "resource plan: 4 actors, 3 of search.reviewer, 1 learner ranks" in shown
     assert "all GPUs 11 the cluster's" in shown  # 4 + 3 * 2 + 1
