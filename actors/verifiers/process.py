@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from rlsys.deadlines import within
+
 READ_BYTES = 1 << 16
 # If the actor itself was delayed past a deadline, the answer may already be in the pipe.
 LATE_READ_S = 0.05
@@ -52,11 +54,13 @@ class VerifierProcess:
         self.stdin.write(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
 
     async def read(self, timeout_s: float) -> bytes | None:
-        """Return output of the process: b"" if it ended, None if it wrote nothing before the deadline."""
+        """Return output of the process: b"" if it ended, None if it wrote nothing before the deadline.
+
+        A pause of the whole machine does not count against the process.
+        """
         for patience in (timeout_s, LATE_READ_S):
             with suppress(TimeoutError):
-                async with asyncio.timeout(patience):
-                    return await self.stdout.read(READ_BYTES)
+                return await within(self.stdout.read(READ_BYTES), patience)
         return None
 
     async def end(self, patience_s: float = 0.0) -> str:

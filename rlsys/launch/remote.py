@@ -18,6 +18,7 @@ from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plan
 from rlsys.control.learner_group import LearnerGroup
 from rlsys.control.watchdog import WatchClock
+from rlsys.deadlines import within
 from rlsys.errors import EngineError
 from rlsys.interfaces import EngineStats
 from rlsys.ray_errors import translated
@@ -40,22 +41,22 @@ from rlsys.types import (
 async def answer(reference: ray.ObjectRef, timeout_s: float, who: str, field: str) -> Any:
     """Return the value of a remote call.
 
+    Nothing cancels the call in Ray. A call that Ray drops before it is sent leaves a gap in the numbers of the calls to
+    its process, and an ordered process waits for the missing one until Ray gives the process up.
+
     Args:
+        timeout_s: seconds to wait; a pause of the driver does not count.
         who: the process in error messages.
         field: the config field that holds the deadline.
     Raises:
         RlsysError: the remote error itself if it is an RlsysError, otherwise an EngineError that names `who`.
     """
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(reference.future()), timeout_s)
+        return await within(asyncio.wrap_future(reference.future()), timeout_s)
     except RayError as error:
         ours = translated(error, who)
         raise ours from None if isinstance(error, RayTaskError) and ours is error.cause else error
-    except (TimeoutError, asyncio.CancelledError) as ended:  # a local timeout: a remote TimeoutError is a RayError
-        if isinstance(reference, ray.ObjectRef):
-            ray.cancel(reference)
-        if isinstance(ended, asyncio.CancelledError):
-            raise
+    except TimeoutError:  # a local timeout: a remote TimeoutError is a RayError
         raise EngineError(f"{who} did not answer within {field} = {timeout_s} s") from None
 
 
@@ -126,7 +127,12 @@ class RayActor:
         return await self._call(method, self._config.weight_sync.timeout_s, "weight_sync.timeout_s", *arguments)
 
     async def _call(self, method: str, timeout_s: float, field: str, *arguments: Any) -> Any:
-        return await answer(getattr(self.handle, method).remote(*arguments), timeout_s, self._who, field)
+        reference = getattr(self.handle, method).remote(*arguments)
+        try:
+            return await answer(reference, timeout_s, self._who, field)
+        except asyncio.CancelledError:
+            ray.cancel(reference)  # such an actor takes calls out of order, and need not go on with this one
+            raise
 
 
 class RayRank:

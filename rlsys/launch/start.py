@@ -76,7 +76,7 @@ async def rollout_pool(
 
 
 def _start(kind: type, options: Mapping[str, Any], settings: Any) -> Any:
-    """Start an actor that takes calls while others are under way."""
+    """Start an actor that takes calls out of order, and while others are under way."""
     return ray.remote(kind).options(**options, max_concurrency=MAX_CALLS).remote(settings)
 
 
@@ -164,6 +164,15 @@ def learner_handles(cluster: Cluster, bundles: Sequence[int], pad_token_id: int,
         environment = learner_environment(config.learner, config.run.device, rank)
         options = cluster.options(bundle, 1, environment)
         log_file = str(RunDirectory(cluster.run_dir).logs / f"learner-{rank}.log")
-        kind = ray.remote(concurrency_groups={WATCH: 1})(LearnerActor)
-        handles.append(kind.options(**options).remote(settings, log_file))
+        handles.append(start_rank(LearnerActor, options, settings, log_file))
     return handles
+
+
+def start_rank(kind: type, options: Mapping[str, Any], *arguments: Any) -> Any:
+    """Start the process of a learner rank, which answers calls of the group WATCH while another call runs.
+
+    Its calls carry no order, so that none waits for a lost one. The driver makes one call for training at a time, and
+    the rank has one thread for them.
+    """
+    actor = ray.remote(concurrency_groups={WATCH: 1})(kind)
+    return actor.options(**options, allow_out_of_order_execution=True).remote(*arguments)
