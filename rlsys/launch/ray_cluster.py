@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 import psutil
 import ray
+from ray._private import services as ray_services
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -183,7 +185,8 @@ def _start_ray(address: str, temporary: Path, processes: int, store_bytes: int) 
         }
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**options)
+        with own_process_groups():
+            ray.init(**options)
     except SystemExit:
         raise AbortedRunError("SIGTERM while Ray was starting") from None
     except RlsysError:
@@ -195,6 +198,21 @@ def _start_ray(address: str, temporary: Path, processes: int, store_bytes: int) 
         raise ConfigError(f"run.address {address}: no Ray cluster can be joined there: {reason}") from error
     finally:
         signal.signal(signal.SIGTERM, handler)  # Ray has installed a handler that exits silently
+
+
+@contextlib.contextmanager
+def own_process_groups() -> Iterator[None]:
+    """Let Ray start every service in a process group of its own.
+
+    `timeout`, systemd and batch systems send SIGTERM to the whole group of the driver, and a terminal sends SIGHUP and
+    SIGTSTP. Ray's services would end 10 s later, while the driver is still saving.
+    """
+    original = ray_services.ConsolePopen
+    ray_services.ConsolePopen = functools.partial(original, process_group=0)
+    try:
+        yield
+    finally:
+        ray_services.ConsolePopen = original
 
 
 def _reserve(bundles: Sequence[Mapping[str, float]]) -> PlacementGroup:

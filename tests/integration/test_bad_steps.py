@@ -97,9 +97,9 @@ def test_too_many_bad_steps_take_the_run_back_once_and_then_end_it(
 def test_a_run_that_is_told_to_stop_saves_and_the_same_command_continues(
     start: Callable[..., Command], finished_run: FinishedRun, tmp_path: Path
 ) -> None:
-    """By SIGTERM to the driver alone, then by its time limit, then to the end."""
+    """By SIGTERM to the group of the driver, then by its time limit, then to the end."""
     promise = "the step under way is finished, a checkpoint, exit code {}, the same command continues to the same bytes"
-    told = begin(fault="SIGTERM", promise=promise.format(143), injection="SIGTERM of the driver in the online stage")
+    told = begin(fault="SIGTERM", promise=promise.format(143), injection="SIGTERM to the group of the driver in the online stage")
     over = begin(
         fault="the job's time is over (run.time_limit)",
         promise=promise.format(75),
@@ -109,7 +109,7 @@ def test_a_run_that_is_told_to_stop_saves_and_the_same_command_continues(
     first = start("train", config)
     wait_for_row(first, run, "online", 2)
     began = time.monotonic()
-    first.signal(signal.SIGTERM, group=False)
+    first.signal(signal.SIGTERM, group=True)  # as `timeout` and batch systems send it
     last = stopped(first, run, 143, "SIGTERM")
     told = replace(told, detection_s=first.said("SIGTERM: stopping after what is under way")[0] - began)
     assert 2 <= last < 9
