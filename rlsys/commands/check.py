@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rlsys.config.files import dump_config
 from rlsys.config.schema import Config
 from rlsys.display import print_table, standard_output
 from rlsys.launch.prepare import check_settings, prepare
 from rlsys.launch.resources import ResourcePlan
+from rlsys.run.provenance import check_extraction, check_inputs
+from rlsys.run.resume import checkpoint_store, find_start
 
 
 def run(config: Config) -> None:
-    """Print the resolved config, the resource plans and the notes on the data.
+    """Print the resolved config, the resource plans, the notes on the data, and where training would start.
 
     Raises:
-        ConfigError: the input is not usable, or this machine is too small.
+        ConfigError: the input is not usable, this machine is too small, or run.dir holds a run that this config cannot
+            continue.
     """
     check_settings(config, "check")
+    run_dir = Path(config.run.dir).absolute()
+    start = find_start(config, run_dir, checkpoint_store(config))
     prepared = prepare(config, "check")
+    if start.checkpoint and prepared.policy.path.is_dir():  # `train` builds a model that is missing
+        check_inputs(start.checkpoint, prepared.inputs.fingerprint())
+        check_extraction(config, start.state, start.checkpoint, len(prepared.tree_prompts))
     print(dump_config(config))
     for title, plan in zip(("resource plan", "resource plan of rlsys search"), prepared.plans, strict=False):
         _show_plan(title, plan)
     for note in prepared.inputs.notes:
         print(note)
+    print(start.describe())
     for plan in prepared.plans:
         plan.check()
 

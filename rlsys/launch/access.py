@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 from rlsys.errors import ConfigError
@@ -17,6 +20,9 @@ MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PAT
 CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # Ray keeps the first token that it reads in a process, so all clusters of one command share this token.
 _OWN_TOKEN = secrets.token_hex(32)
+CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 12.0
+# Ray ends a process that cannot reach a cluster, after minutes. So another process asks.
+_ASK = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1]).internal_kv_keys(b'', timeout=5)"
 
 
 def check_address(address: str) -> None:
@@ -26,7 +32,8 @@ def check_address(address: str) -> None:
         address: run.address, `local` or the address of a cluster.
     Raises:
         ConfigError: for `local`, the environment makes Ray listen on every interface or turns its tokens off. For a
-            cluster, Ray's tokens are not turned on, the token is missing, or other users can read its file.
+            cluster, Ray's tokens are not turned on, the token is missing, other users can read its file, or the
+            environment keeps Ray on loopback and the address is not there.
     """
     mode = os.environ.get(MODE, "")
     if address == "local":
@@ -46,9 +53,51 @@ def check_address(address: str) -> None:
             f"expected the environment variable {MODE}=token, here and where the cluster is started, found "
             f"{mode or 'none'}"
         )
+    if not _on_loopback(address) and os.environ.get(CLUSTER, "0").lower() in ("0", "false"):
+        raise ConfigError(
+            f"run.address {address}: expected the environment variable {CLUSTER}=1, with which Ray uses this machine's "
+            "address in the network instead of 127.0.0.1"
+        )
     if not os.environ.get(TOKEN, "").strip():
         path = Path(os.environ.get(TOKEN_PATH) or Path.home() / ".ray" / "auth_token")
         _check_file(path, f"run.address {address}: the file of Ray's token {path}")
+
+
+def _on_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    return address == "auto" or host in ("localhost", "::1") or host.startswith("127.")
+
+
+def check_answer(address: str) -> None:
+    """Raise if no Ray cluster answers at run.address. `local` and `auto`, a cluster of this machine, are not asked.
+
+    Raises:
+        ConfigError: the address is not HOST:PORT; nothing or something else listens there; the token is refused.
+    """
+    if address in ("local", "auto"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in host:
+        raise ConfigError(
+            f"run.address {address}: expected local, auto or HOST:PORT of `ray start --head`, as in 10.0.0.1:6379"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        reason = str(error.strerror or error) if isinstance(error, OSError) else "no such port"
+        raise ConfigError(f"run.address {address}: nothing answers there: {reason}") from None
+    ask = [sys.executable, "-c", _ASK, address]
+    try:
+        asked = subprocess.run(ask, capture_output=True, text=True, timeout=ANSWER_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            f"run.address {address}: what listens there does not answer as the head of Ray does"
+        ) from None
+    if "Auth" in asked.stderr and asked.returncode:
+        raise ConfigError(f"run.address {address}: the cluster refuses Ray's token: use the one it was started with")
+    if asked.returncode:
+        reason = (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ConfigError(f"run.address {address}: no Ray cluster can be joined there: {reason}")
 
 
 def close_local_ray() -> None:

@@ -25,7 +25,8 @@ from rlsys.config.stages import stage_plans
 from rlsys.control.checkpointing import check_best_metric
 from rlsys.control.tree_search import find_prompts
 from rlsys.data.inputs import Inputs, prepare_model
-from rlsys.launch.access import check_address
+from rlsys.errors import ConfigError
+from rlsys.launch.access import check_address, check_answer
 from rlsys.launch.resources import ResourcePlan, plan_resources
 from rlsys.models.folder import ModelFolder, given_model
 from rlsys.trees import Role
@@ -74,11 +75,27 @@ def check_settings(config: Config, purpose: Purpose) -> None:
     """Check the settings that need no model and no data.
 
     Raises:
-        ConfigError: run.address is not safe to use, or a training run does not measure checkpoint.best_metric.
+        ConfigError: run.address is not safe to use or does not answer; run.dir is relative on a cluster; or a training
+            run does not measure checkpoint.best_metric.
     """
     check_address(config.run.address)
+    check_answer(config.run.address)
+    if purpose != "evaluate":
+        _check_run_dir(config)
     if purpose in ("train", "check"):
         check_best_metric(config)
+
+
+def _check_run_dir(config: Config) -> None:
+    """Raise if the run directory depends on the folder in which a job of a cluster starts.
+
+    A job of `ray job submit` starts in a folder of Ray's session, which ends with the cluster.
+    """
+    if config.run.address != "local" and not Path(config.run.dir).is_absolute():
+        raise ConfigError(
+            f"run.dir {config.run.dir}: expected an absolute path on a file system that all nodes share, because "
+            f"run.address is {config.run.address}"
+        )
 
 
 def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None) -> Prepared:

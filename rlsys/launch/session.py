@@ -41,7 +41,7 @@ from rlsys.run.ledger import Ledger
 from rlsys.run.lock import RunLock
 from rlsys.run.metrics import MetricsWriter
 from rlsys.run.provenance import check_extraction, check_inputs
-from rlsys.run.resume import Start, all_steps_made, find_newest_start, find_start
+from rlsys.run.resume import Start, all_steps_made, checkpoint_store, find_newest_start, find_start
 from rlsys.transfer.object_store import ObjectStoreTransfer
 from rlsys.trees import Role
 from rlsys.types import Prompt
@@ -79,11 +79,10 @@ def train(config: Config) -> str:
         RlsysError: every expected failure. After SIGINT or SIGTERM it is an InterruptedRunError, with the state saved.
     """
     run_dir = Path(config.run.dir).absolute()
-    directory, keep = RunDirectory(run_dir), config.checkpoint
+    directory = RunDirectory(run_dir)
     check_settings(config, "train")
     with StopSignals(" before anything was trained", config.run.time_limit) as stop, RunLock(run_dir):
-        best = (keep.best_metric, keep.best_mode) if keep.best_metric else None
-        store = CheckpointStore(directory.checkpoints, keep.keep_last, keep.keep_every, best)
+        store = checkpoint_store(config)
         store.sweep()
         remove_leftovers(run_dir)  # before the check for a complete run, whose processes may have left some
         fault("driver.start")

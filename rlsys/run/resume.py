@@ -54,6 +54,14 @@ class Start:
             write_json(RunDirectory(run_dir).resumed_from, {"checkpoint": str(self.checkpoint.resolve())})
 
 
+def checkpoint_store(config: Config) -> CheckpointStore:
+    """Return the checkpoints of the run directory, which need not exist."""
+    keep = config.checkpoint
+    best = (keep.best_metric, keep.best_mode) if keep.best_metric else None
+    folder = RunDirectory(Path(config.run.dir).absolute()).checkpoints
+    return CheckpointStore(folder, keep.keep_last, keep.keep_every, best)
+
+
 def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
     """Return the start that `run.resume` asks for, without changing any file.
 

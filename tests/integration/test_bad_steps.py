@@ -99,7 +99,7 @@ def test_a_run_that_is_told_to_stop_saves_and_the_same_command_continues(
 ) -> None:
     """By SIGTERM to the group of the driver, then by its time limit, then to the end."""
     promise = "the step under way is finished, a checkpoint, exit code {}, the same command continues to the same bytes"
-    told = begin(fault="SIGTERM", promise=promise.format(143), injection="SIGTERM to the group of the driver in the online stage")
+    told = begin(fault="SIGTERM", promise=promise.format(143), injection="SIGTERM to the driver's group, stage online")
     over = begin(
         fault="the job's time is over (run.time_limit)",
         promise=promise.format(75),

@@ -292,6 +292,7 @@ def test_ray_that_does_not_start(
     monkeypatch.setattr(cluster.ray, "init", init)
     for name, value in (("RAY_AUTH_MODE", "token"), ("RAY_AUTH_TOKEN", "of the cluster")):
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0" if address == "local" else "1")
     with pytest.raises(RlsysError) as caught, launch.ray_cluster(config(address=address), tmp_path, [{"CPU": 1.0}]):
         pass
     assert type(caught.value) is kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ ADDRESS = "10.0.0.1:6379"
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in (access.MODE, access.TOKEN, access.TOKEN_PATH, access.CLUSTER):
+    for name in (access.MODE, access.TOKEN, access.TOKEN_PATH):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(access.CLUSTER, "1")
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
@@ -75,6 +77,7 @@ def test_only_the_owner_reads_a_token_file(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_a_local_run_needs_no_token_and_takes_no_other_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(access.CLUSTER)
     access.check_address("local")
     for harmless in ("0", "false"):
         monkeypatch.setenv(access.CLUSTER, harmless)
@@ -87,6 +90,7 @@ def test_a_local_run_needs_no_token_and_takes_no_other_interface(monkeypatch: py
 
 @pytest.mark.parametrize("mode", ["disabled", "k8s", ""])
 def test_a_local_run_never_goes_without_tokens(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.delenv(access.CLUSTER)
     for harmless in ("token", "Token"):  # Ray sets the first after a local run
         monkeypatch.setenv(access.MODE, harmless)
         access.check_address("local")
@@ -117,3 +121,41 @@ def test_environment_of_the_processes_of_a_run() -> None:
         assert {variables[name] for name in ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")} == {"1"}
         assert variables["RAY_USAGE_STATS_ENABLED"] == "0"
         assert variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] == variables["VLLM_SERVER_DEV_MODE"] == "0"
+
+
+def test_a_cluster_beyond_loopback_needs_the_address_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(access.MODE, "token")
+    monkeypatch.setenv(access.TOKEN, "secret")
+    monkeypatch.setenv(access.CLUSTER, "0")
+    for loopback in ("127.0.0.1:6379", "localhost:6379", "[::1]:6379", "auto"):
+        access.check_address(loopback)
+    with pytest.raises(ConfigError, match="expected the environment variable RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1"):
+        access.check_address("10.0.0.1:6379")
+    monkeypatch.setenv(access.CLUSTER, "1")
+    access.check_address("10.0.0.1:6379")
+
+
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "127.0.0.1", "6379", "http://127.0.0.1:6379", "a:b"])
+def test_an_address_of_another_form_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected local, auto or HOST:PORT of `ray start --head`"):
+        access.check_answer(address)
+
+
+def test_an_address_where_nothing_answers_is_refused_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(ConfigError) as caught:
+        access.check_answer(address)
+    assert caught.value.message == f"run.address {address}: nothing answers there: Connection refused"
+    for wrong in ("no-such-host.invalid:6379", "127.0.0.1:99999"):
+        with pytest.raises(ConfigError, match="nothing answers there"):
+            access.check_answer(wrong)
+
+
+def test_what_is_no_head_of_ray_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It accepts connections and says nothing. Ray itself would try again for minutes."""
+    monkeypatch.setattr(access, "ANSWER_TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ConfigError, match="does not answer as the head of Ray does"):
+            access.check_answer(address)

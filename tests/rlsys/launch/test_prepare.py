@@ -185,3 +185,14 @@ def test_a_check_of_a_tiny_model_loads_neither_torch_nor_vllm(tmp_path: Path) ->
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.splitlines()[-1] == "loaded 0 set()"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("purpose", ["train", "check", "search"])
+def test_a_run_directory_on_a_cluster_is_absolute(purpose: Purpose, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("check_address", "check_answer"):
+        monkeypatch.setattr(f"rlsys.launch.prepare.{name}", lambda _address: None)
+    on_cluster = config(run={"dir": "runs/x", "address": "10.0.0.1:6379"})
+    with pytest.raises(ConfigError, match=r"^run\.dir runs/x: expected an absolute path on a file system that all"):
+        check_settings(on_cluster, purpose)
+    check_settings(on_cluster, "evaluate")  # it writes nothing there
+    check_settings(config(run={"dir": "/runs/x", "address": "10.0.0.1:6379"}), purpose)
