@@ -64,11 +64,12 @@ def begun(folder: Path, **sections: Any) -> str:
 
 @pytest.fixture
 def refused_resume(refused) -> Callable[..., str]:
-    """Return the error of a refused resume. Assert that it left the run directory unchanged."""
+    """Return the error of a refused resume. Assert that `check` finds it too, and that nothing changed."""
 
     def run(config: str, *overrides: str) -> str:
         before = contents(Path(config).with_name("run"))
         message: str = refused("train", config, *overrides)
+        assert refused("check", config, *overrides) == message
         assert contents(Path(config).with_name("run")) == before
         return message
 
