@@ -20,7 +20,7 @@ MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PAT
 CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # Ray keeps the first token that it reads in a process, so all clusters of one command share this token.
 _OWN_TOKEN = secrets.token_hex(32)
-CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 12.0
+CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 10.0
 # Ray ends a process that cannot reach a cluster, after minutes. So another process asks.
 _ASK = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1]).internal_kv_keys(b'', timeout=5)"
 
@@ -88,15 +88,15 @@ def check_answer(address: str) -> None:
         raise ConfigError(f"run.address {address}: nothing answers there: {reason}") from None
     ask = [sys.executable, "-c", _ASK, address]
     try:
-        asked = subprocess.run(ask, capture_output=True, text=True, timeout=ANSWER_TIMEOUT_S, check=False)
+        answer = subprocess.run(ask, capture_output=True, text=True, timeout=ANSWER_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
         raise ConfigError(
             f"run.address {address}: what listens there does not answer as the head of Ray does"
         ) from None
-    if "Auth" in asked.stderr and asked.returncode:
+    if "Auth" in answer.stderr and answer.returncode:
         raise ConfigError(f"run.address {address}: the cluster refuses Ray's token: use the one it was started with")
-    if asked.returncode:
-        reason = (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
+    if answer.returncode:
+        reason = (answer.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ConfigError(f"run.address {address}: no Ray cluster can be joined there: {reason}")
 
 
