@@ -245,7 +245,7 @@ TIMEOUT_S, TIMES = 2.0, 5
 @pytest.mark.long
 @pytest.mark.parametrize("what", HOSTILE)
 def test_a_hostile_verifier_costs_its_verdict(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "tests" / "actors"))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "tests" / "actors" / "verifiers"))
     monkeypatch.setenv("RLSYS_RUN_ID", uuid.uuid4().hex)
     said, outcome = HOSTILE[what]
     took: list[float] = []
