@@ -106,13 +106,12 @@ class CheckedEncoder:
 
     def _contains(self, token_ids: Sequence[int], question: str) -> bool:
         """Return whether the decoded prompt has the question, apart from case, spaces and punctuation."""
-        prompt = _letters(self._decoded(token_ids))
-        if (wanted := _letters(question)) in prompt:
+        prompt = self._decoded(token_ids)
+        if _is_in(question, prompt):
             return True
         # Some tokenizers change a text, for example its accents. The question is then compared in the changed form.
-        alone = self._tokenizer(question, add_special_tokens=False)["input_ids"]
-        changed = _letters(self._decoded(alone))
-        return bool(changed or not wanted) and changed in prompt
+        changed = self._decoded(self._tokenizer(question, add_special_tokens=False)["input_ids"])
+        return bool(changed.strip()) and _is_in(changed, prompt)
 
     def _decoded(self, token_ids: Sequence[int]) -> str:
         return decode_prompt(self._tokenizer, token_ids)
@@ -124,9 +123,11 @@ def decode_prompt(tokenizer: Any, token_ids: Sequence[int]) -> str:
     return text
 
 
-def _letters(text: str) -> str:
-    """Return the letters and digits of a text, or all but its spaces if it has none."""
-    return "".join(filter(str.isalnum, text)).casefold() or "".join(text.split())
+def _is_in(text: str, prompt: str) -> bool:
+    """Return whether a prompt has the letters and digits of a text, or its other characters if it has none."""
+    keep = str.isalnum if any(map(str.isalnum, text)) else lambda character: not character.isspace()
+    wanted, present = ("".join(filter(keep, each)).casefold() for each in (text, prompt))
+    return wanted in present
 
 
 def end_token_id(tokenizer: Any) -> int:
