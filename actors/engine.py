@@ -14,7 +14,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from actors.engine_stats import Meter
+from rlsys.config.checks import BATCH_TOKENS
 from rlsys.config.schema import ActorsConfig
-from rlsys.errors import EngineError, RolloutError
+from rlsys.errors import EngineError, InputError, RolloutError, failed
 from rlsys.interfaces import EngineStats
 from rlsys.types import FinishReason, Float32Array, Int32Array, VersionSpan
 
@@ -232,7 +233,7 @@ class Engine:
     def _break(self, error: BaseException) -> None:
         """Fail all waiting requests, and all later ones, with an EngineError."""
         logger.exception("the engine failed")
-        self._broken = EngineError(f"engine failed: {type(error).__name__}: {error}")
+        self._broken = failed("engine", error)
         _fail([pending.future for pending in self._pending.values()], self._broken)
         self._pending.clear()
 
@@ -260,42 +261,52 @@ class Engine:
         return True
 
     def _add(self, request: CompletionRequest, future: Future[Completion]) -> None:
-        from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        params = SamplingParams(
-            temperature=request.temperature,
-            top_p=request.top_p,
-            max_tokens=request.max_tokens,
-            seed=request.seed,
-            logprobs=0,
-            flat_logprobs=True,
-            stop_token_ids=[*self._end_token_ids, *request.stop_token_ids],
-            stop=list(request.stop_strings),
-            detokenize=bool(request.stop_strings),
-            skip_special_tokens=False,  # a stop string may contain a special token
-            include_stop_str_in_output=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        self._start(request.request_id, request.token_ids, params, _Pending(future, self._completion))
+        settings = {
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "max_tokens": request.max_tokens,
+            "seed": request.seed,
+            "logprobs": 0,
+            "flat_logprobs": True,
+            "stop_token_ids": [*self._end_token_ids, *request.stop_token_ids],
+            "stop": list(request.stop_strings),
+            "detokenize": bool(request.stop_strings),
+            "skip_special_tokens": False,  # a stop string may contain a special token
+            "include_stop_str_in_output": True,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+        }
+        self._start(request.request_id, request.token_ids, settings, _Pending(future, self._completion))
 
     def _score(self, row: Int32Array, future: Future[Float32Array]) -> None:
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        self._start("probe", row, params, _Pending(future, lambda output: _read_prompt_logprobs(output, row)))
+        settings = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+        self._start("probe", row, settings, _Pending(future, lambda output: _read_prompt_logprobs(output, row)))
 
     def _completion(self, output: Any) -> Completion:
         completion = _read_completion(output)
         self._meter.add_completion(len(completion.token_ids), completion.prompt_tokens, completion.cached_tokens)
         return completion
 
-    def _start(self, name: str, token_ids: Sequence[int] | Int32Array, params: Any, pending: _Pending) -> None:
+    def _start(
+        self, name: str, token_ids: Sequence[int] | Int32Array, settings: Mapping[str, Any], pending: _Pending
+    ) -> None:
+        """Give a request to the engine.
+
+        Raises:
+            InputError: the engine refuses a setting, which all requests share.
+        """
+        from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
+
         self._requests += 1
         request_id = str(self._requests)  # unique, unlike the callers' names
         try:
-            self._engine.add_request(request_id, self._prompt(token_ids), params)
-        except ValueError as error:  # for example longer than max_model_len; only this request fails
+            self._engine.add_request(request_id, self._prompt(token_ids), SamplingParams(**settings))
+        except (ValueError, VLLMClientError) as error:
+            if getattr(error, "parameter", None) in settings:
+                raise InputError(f"the engine refuses the sampling settings or end tokens: {error}") from error
+            # For example longer than max_model_len: only this request fails.
             _fail([pending.future], RolloutError(f"request {name} was refused: {error}"))
         else:
             self._pending[request_id] = pending
@@ -360,7 +371,7 @@ def _build(model_path: Path, config: ActorsConfig, device: str, stop_strings: bo
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.dtype],
         "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": max(8192, config.max_model_len),
+        "max_num_batched_tokens": max(BATCH_TOKENS, config.max_model_len),
         "block_size": config.block_size,
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",

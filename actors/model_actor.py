@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 
 from actors.engine import Completion, CompletionRequest, Engine
 from rlsys.config.schema import ActorsConfig
-from rlsys.errors import AuxiliaryEngineLostError, RolloutError
+from rlsys.errors import AuxiliaryEngineLostError, InputError, RolloutError
 from rlsys.interfaces import EngineStats
 from rlsys.models.folder import ModelFolder
 from rlsys.processes import die_with_parent, quiet_worker
@@ -120,7 +120,9 @@ def _settle(future: Future[Completion], engine_name: str, reply: Future[Completi
     error = CancelledError() if reply.cancelled() else reply.exception()
     with contextlib.suppress(InvalidStateError):  # the caller has cancelled the future
         if isinstance(error, RayError):
-            future.set_exception(AuxiliaryEngineLostError(translated(error, engine_name).message))
+            ours = translated(error, engine_name)
+            lost = AuxiliaryEngineLostError(ours.message)
+            future.set_exception(ours if isinstance(ours, InputError) else lost)
         elif error is not None:
             future.set_exception(error)
         elif isinstance(outcome := reply.result(), RolloutError):

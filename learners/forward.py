@@ -12,6 +12,7 @@ from learners.objective.logprobs import masked_token_logprobs
 from learners.samples.batching import MicroBatch, collate, plan_micro_batches, to_device
 from learners.samples.types import PackItem
 from learners.settings import RankSettings
+from rlsys.errors import InputError
 
 
 class ForwardPasses:
@@ -20,6 +21,7 @@ class ForwardPasses:
     def __init__(self, settings: RankSettings) -> None:
         self._settings = settings
         self.passes = 0  # of all models, since the start of the process
+        self.vocabulary: int | None = None  # token ids of the policy, once a stage has started
 
     def shares(self, items: Sequence[PackItem]) -> list[list[int]]:
         """Return the item indices of every pass of this rank."""
@@ -37,7 +39,22 @@ class ForwardPasses:
 
     def collate(self, items: Sequence[PackItem]) -> MicroBatch:
         """Return the micro-batch of these items, on this rank's device."""
-        return to_device(collate(items, self._settings.pad_token_id), self._settings.device)
+        batch = collate(items, self._settings.pad_token_id)
+        self.check_ids(batch.input_ids)
+        return to_device(batch, self._settings.device)
+
+    def check_ids(self, token_ids: Tensor) -> None:
+        """Check that the policy has all tokens; a device would only report a failed assertion.
+
+        Raises:
+            InputError: a token id is beyond the vocabulary.
+        """
+        largest = int(token_ids.max()) if token_ids.numel() else 0
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            raise InputError(
+                f"learner rank {self._settings.rank}: token id {largest} is beyond the vocabulary of the policy, which "
+                f"has {self.vocabulary} tokens; data and model.path belong to different models"
+            )
 
     def logprobs(self, model: Any, batch: MicroBatch, *, entropy: bool) -> tuple[Tensor, Tensor]:
         """Compute log-probabilities of all targets, and entropies at the policy's targets.

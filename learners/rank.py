@@ -71,6 +71,7 @@ class LearnerRank:
         self.stage = stage
         settings, dtype, resumed = self.settings, self.settings.learner.dtype, CheckpointDirectory(resume or Path())
         module, config = self._loaded(load_model, policy), saved_config(policy, dtype)
+        self.forward.vocabulary = int(config.get_text_config().vocab_size)
         self.policy = TrainedModel("policy", module, config, settings, stage.optimizer, stage.policy_updates)
         restore_model(self.policy, resumed.learner if resume else None)
         if stage.critic:
@@ -133,7 +134,9 @@ class LearnerRank:
         """Return log p(token t+1 | tokens 0..t) of every row, `[T-1]` each, at temperature 1. Collective."""
         scores = []
         for row in rows:
-            ids = torch.from_numpy(np.asarray(row, dtype=np.int64))[None].to(self.settings.device)
+            ids = torch.from_numpy(np.asarray(row, dtype=np.int64))[None]
+            self.forward.check_ids(ids)
+            ids = ids.to(self.settings.device)
             logits = self._policy(input_ids=ids, use_cache=False).logits[:, :-1]
             mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
             scores.append(masked_token_logprobs(logits, ids[:, 1:], mask, 1.0)[0].cpu().numpy())

@@ -14,9 +14,7 @@ from ray.exceptions import (
 )
 
 from rlsys import errors
-from rlsys.errors import EngineError, ProcessDiedError, RlsysError
-
-MAX_CAUSE = 1000  # characters of a remote message
+from rlsys.errors import MAX_CAUSE, EngineError, ProcessDiedError, RlsysError, failed
 
 
 def translated(error: RayError, who: str) -> RlsysError:
@@ -29,7 +27,7 @@ def translated(error: RayError, who: str) -> RlsysError:
     if isinstance(error, RayTaskError):
         if isinstance(error.cause, RlsysError):
             return error.cause
-        return EngineError(f"{who} failed: {type(error.cause).__name__}: {_line(str(error.cause))}")
+        return failed(who, error.cause)
     if isinstance(error, OutOfMemoryError):
         advice = "lower actors.kv_cache_gib, learner.micro_batch_tokens or their counts"
         return ProcessDiedError(f"{who} died: the machine ran out of memory ({advice}): {_line(str(error))}")

@@ -10,6 +10,7 @@ from rlsys.config.patterns import resolve
 from rlsys.config.schema import ActorsConfig
 from rlsys.config.search import SearchConfig, SearchModelConfig
 from rlsys.errors import ConfigError
+from rlsys.models.chat import CheckedEncoder
 from rlsys.models.folder import ModelFolder
 from rlsys.search.codec import TagCodec
 from rlsys.trees import Role
@@ -32,11 +33,13 @@ def check_tags(search: SearchConfig, models: Mapping[Role, ModelFolder]) -> None
     """Check that the tokenizers of all models keep the tags of the search.
 
     Raises:
-        ConfigError: Encoding and decoding with a tokenizer changes a tag.
+        ConfigError: Encoding and decoding with a tokenizer changes a tag, or a tag needs a token that the model lacks.
     """
     for role, model in models.items():
         try:
-            build_codec(model, search, role)
+            codec, encoder = build_codec(model, search, role), CheckedEncoder(model.tokenizer, model.vocabulary)
+            for tag in codec.tags:
+                encoder.text(tag)
         except ConfigError as error:
             raise ConfigError(f"{error.message}; the model is {model.path}") from None
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from rlsys.config.files import dump_config
 from rlsys.config.schema import Config
 from rlsys.display import print_table, standard_output
-from rlsys.launch.prepare import check_settings, prepare
+from rlsys.launch.prepare import Prepared, check_settings, prepare
 from rlsys.launch.resources import ResourcePlan
+from rlsys.models.chat import decode_prompt
 from rlsys.run.provenance import check_extraction, check_inputs
 from rlsys.run.resume import checkpoint_store, find_start
 
@@ -32,9 +33,17 @@ def run(config: Config) -> None:
         _show_plan(title, plan)
     for note in prepared.inputs.notes:
         print(note)
+    print(first_prompt(prepared))
     print(start.describe())
     for plan in prepared.plans:
         plan.check()
+
+
+def first_prompt(prepared: Prepared) -> str:
+    """Return the first held-out prompt as the model gets it, for the user to read."""
+    token_ids = prepared.inputs.held_out[0].token_ids
+    text = decode_prompt(prepared.policy.tokenizer, token_ids.tolist())
+    return f"first held-out prompt, {len(token_ids)} tokens (its question is in it): {text!r}"
 
 
 def _show_plan(title: str, plan: ResourcePlan) -> None:

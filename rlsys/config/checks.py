@@ -17,6 +17,9 @@ from rlsys.types import StageName
 if TYPE_CHECKING:
     from rlsys.config.schema import Config
 
+BATCH_TOKENS = 8192
+"""Tokens of one engine step, unless actors.max_model_len is larger."""
+
 Rule = Callable[["Config"], None]
 
 
@@ -47,6 +50,21 @@ def completion_leaves_room_for_prompt(config: Config) -> None:
             f"sampling.max_tokens {config.sampling.max_tokens} leaves no room for a prompt "
             f"in actors.max_model_len {config.actors.max_model_len}"
         )
+
+
+def batch_holds_sequences(config: Config) -> None:
+    """Raise if an engine should decode more sequences at once than tokens fit into one of its batches."""
+    sections = (
+        ("actors", config.actors),
+        ("search.model", config.search.model),
+        ("search.reviewer", config.search.reviewer),
+    )
+    for name, section in sections:
+        if section is None:
+            continue
+        limit = max(BATCH_TOKENS, section.max_model_len)
+        if section.max_num_seqs > limit:
+            raise ValueError(f"{name}.max_num_seqs {section.max_num_seqs} exceeds the {limit} tokens of a batch")
 
 
 def tensor_parallel_needs_cuda(config: Config) -> None:
@@ -266,6 +284,7 @@ def patterns_are_searchable(config: Config) -> None:
 RULES: tuple[Rule, ...] = (
     stages_are_distinct,
     completion_leaves_room_for_prompt,
+    batch_holds_sequences,
     tensor_parallel_needs_cuda,
     deadlines_are_nested,
     offload_needs_zero,

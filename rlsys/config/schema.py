@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from rlsys.config.checks import RULES
 from rlsys.config.objective import ObjectiveConfig
 from rlsys.config.search import ExtractConfig, SearchConfig
-from rlsys.config.section import PathName, Section
+from rlsys.config.section import PathName, Section, Temperature
 from rlsys.config.tasks import TaskConfig
 from rlsys.types import StageName
 
@@ -96,7 +96,7 @@ class ActorsConfig(Section):
 
 
 class SamplingConfig(Section):
-    temperature: float = Field(default=1.0, gt=0, le=5)
+    temperature: Temperature = 1.0
     """Sampling temperature of training rollouts."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus (top-p) mass of training rollouts. Below 1, the learner's log-probabilities differ from the actors'."""

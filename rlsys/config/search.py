@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlsys.config.section import Section
+from rlsys.config.section import Section, Temperature
 
 START = "start"
 """Name of the prompt in a transition table."""
@@ -143,7 +143,7 @@ class SearchConfig(Section):
     with fewer, each selection knows more results. A quarter of stop.simulations is a good upper bound."""
     backtracking: bool = True
     """Whether to apply the rows after_wrong of the tables."""
-    temperature: float | None = Field(default=None, gt=0, le=5)
+    temperature: Temperature | None = None
     """Sampling temperature of the search. By default sampling.temperature."""
     top_p: float | None = Field(default=None, gt=0, le=1)
     """Nucleus (top-p) mass of the search. By default sampling.top_p."""

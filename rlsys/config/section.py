@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 PathName = Annotated[str, Field(min_length=1)]
 """A path that is not empty. To name no file, write null."""
 
+Temperature = Annotated[float, Field(ge=0.01, le=2)]
+"""A sampling temperature. vLLM refuses one above 2, and would sample at 0.01 if it were lower."""
+
 
 class Section(BaseModel):
     """Base class of a section. It refuses unknown keys and infinite numbers, and instances are immutable."""

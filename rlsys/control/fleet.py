@@ -22,7 +22,7 @@ from rlsys.control.budgets import causes
 from rlsys.control.publisher import LostActorError, Publisher
 from rlsys.control.supervisor import ActorSupervisor
 from rlsys.control.watchdog import WatchClock
-from rlsys.errors import TooManyFailuresError
+from rlsys.errors import EngineError, RaisedError, RlsysError, TooManyFailuresError
 from rlsys.interfaces import CheckAck, EngineStats, WeightTransfer
 from rlsys.trees import Role, Tree, TreeFailure
 from rlsys.types import (
@@ -159,7 +159,7 @@ class Fleet:
         self, preferred: int, description: str, work: Callable[[ActorHandle], Awaitable[Result]]
     ) -> Result:
         """Return the answer of the first actor that survives the call and the verification of its weights."""
-        reasons: list[str] = []
+        losses: list[RlsysError] = []
         while True:
             slot = await self._serving(preferred)
             try:
@@ -167,11 +167,11 @@ class Fleet:
                 await self._verified(slot)
                 return result
             except LostActorError:
-                reasons.append(slot.cause.message if slot.cause else "")
-                if len(reasons) == MAX_LOST_BY_ONE_CALL:
+                losses.append(slot.cause or EngineError(""))
+                if len(losses) == MAX_LOST_BY_ONE_CALL or _same_exception(losses[-2:]):
                     raise TooManyFailuresError(
-                        f"{description}: {len(reasons)} actors were lost during this call; "
-                        f"{causes(reasons[0], reasons[-1])}"
+                        f"{description}: {len(losses)} actors were lost during this call; "
+                        f"{causes(losses[0].message, losses[-1].message)}"
                     ) from None
 
     async def _serving(self, preferred: int) -> ActorSlot:
@@ -236,6 +236,12 @@ class Fleet:
     async def withdraw(self) -> None:
         """Stop serving until the next publish, because the learner that made the present weights is lost."""
         await self._publisher.withdraw()
+
+
+def _same_exception(losses: Sequence[RlsysError]) -> bool:
+    """Return whether two processes raised the same exception, which a third one would raise too."""
+    raised = [loss.exception for loss in losses if isinstance(loss, RaisedError)]
+    return len(raised) == 2 and raised[0] == raised[1]
 
 
 def _names(prompts: Sequence[Prompt]) -> str:

@@ -12,9 +12,12 @@ from rlsys.control.watchdog import ProgressTimer, WatchClock
 from rlsys.errors import (
     CheckpointError,
     EngineError,
+    InputError,
     LearnerLostError,
+    LearnerRaisedError,
     NonFiniteLossError,
     ProcessDiedError,
+    RaisedError,
 )
 
 log = logging.getLogger(__name__)
@@ -116,9 +119,13 @@ class LearnerGroup:
         rolled_back = isinstance(first, ROLLED_BACK)
         await asyncio.wait(calls, timeout=self._hang_timeout_s if rolled_back else self._first_cause_s)
         errors = [error for call in calls if call.done() and (error := call.exception())]
+        if refused := next((error for error in errors if isinstance(error, InputError)), None):
+            return refused  # the other ranks wait for the one that refuses
         if rolled_back and all(isinstance(error, type(first)) for error in errors) and len(errors) == len(calls):
             return first
         error = min(errors, key=lambda each: (not isinstance(each, ProcessDiedError), isinstance(each, ROLLED_BACK)))
+        if isinstance(error, RaisedError):
+            return LearnerRaisedError(error.message)
         if isinstance(error, EngineError):
             return LearnerLostError(error.message)
         return LearnerLostError(f"one rank rolled back and another did not: {error}") if rolled_back else error

@@ -9,7 +9,13 @@ from typing import Protocol
 
 from rlsys.config.schema import Config
 from rlsys.control.budgets import causes
-from rlsys.errors import InterruptedRunError, LearnerLostError, NonFiniteStepsError, RlsysError
+from rlsys.errors import (
+    InterruptedRunError,
+    LearnerLostError,
+    LearnerRaisedError,
+    NonFiniteStepsError,
+    RlsysError,
+)
 from rlsys.run import report
 from rlsys.run.resume import Start
 
@@ -58,7 +64,8 @@ class Recovery:
 
         Raises:
             InterruptedRunError: a signal asked for an end, and the learner was lost as well.
-            LearnerLostError: the budget learner.max_restarts is spent.
+            LearnerLostError: the budget learner.max_restarts is spent, or a rank raised the same exception twice in a
+                row.
             NonFiniteStepsError: the steps were not finite again after a return to the newest checkpoint.
         """
         while True:
@@ -98,6 +105,7 @@ class Recovery:
 
     def _check_budget(self) -> None:
         limit = self.config.learner.max_restarts
+        self._check_repetition()
         not_finite_again = sum(isinstance(loss, NonFiniteStepsError) for loss in self._losses) > 1
         if len(self._losses) <= limit and not not_finite_again:
             return
@@ -110,3 +118,14 @@ class Recovery:
             ) from None
         times = f"the learner was lost {len(self._losses)} times without a checkpoint in between"
         raise type(last)(f"{times} (learner.max_restarts = {limit}); {causes(first.message, last.message)}") from None
+
+    def _check_repetition(self) -> None:
+        """Raise if the last two losses are the same exception: draws and data are the same after every restart."""
+        last = self._losses[-1]
+        before = self._losses[-2] if len(self._losses) > 1 else None
+        if not (isinstance(last, LearnerRaisedError) and isinstance(before, LearnerRaisedError)):
+            return
+        if last.exception == before.exception:
+            raise LearnerRaisedError(
+                f"{last.message}; the same happened before the restart, so the learner is not started again"
+            ) from None

@@ -11,7 +11,7 @@ from rlsys.data.demonstrations import DemonstrationStream
 from rlsys.data.prompts import PromptBuilder, PromptStream
 from rlsys.data.rows import Reader
 from rlsys.directory import RunDirectory
-from rlsys.models.chat import encode_demonstration, encode_prompt
+from rlsys.models.chat import CheckedEncoder
 from rlsys.models.folder import ModelFolder, given_model
 from rlsys.models.scratch import UnbuiltModel, scratch_model
 from rlsys.tasks import build_task
@@ -62,9 +62,10 @@ class Inputs:
 
     def __init__(self, config: Config, model: ModelFolder, *, training: bool = True) -> None:
         task, tokenizer = build_task(config.task, config.run.seed), model.tokenizer
+        encoder = CheckedEncoder(tokenizer, model.vocabulary)
         self.builder = PromptBuilder(
             task,
-            lambda question: encode_prompt(tokenizer, question),
+            encoder.prompt,
             max_model_len=config.actors.max_model_len,
             max_tokens=config.sampling.max_tokens,
         )
@@ -75,7 +76,7 @@ class Inputs:
         demonstrations: dict[StageName, DemonstrationStream] = {
             plan.name: DemonstrationStream(
                 task,
-                lambda question, chain: encode_demonstration(tokenizer, question, chain),
+                encoder.demonstration,
                 seed=config.run.seed,
                 rows_per_step=source.per_step,
                 max_tokens=config.actors.max_model_len,
@@ -83,13 +84,15 @@ class Inputs:
             for plan in stage_plans(config)
             if (source := plan.source("demonstrations"))
         }
-        reader = Reader(tokenizer, len(tokenizer), config.actors.max_model_len)
+        vocabulary = min(len(tokenizer), model.vocabulary or len(tokenizer))
+        reader = Reader(tokenizer, vocabulary, config.actors.max_model_len)
         extracted = RunDirectory(Path(config.run.dir).absolute()).search_stage.data
         self.data = TrainingData(config, reader, demonstrations, extracted)
         if training:
             self.data.check()
         pad = tokenizer.pad_token_id
-        self.pad_token_id = int(pad if pad is not None else tokenizer.eos_token_id)
+        usable = pad is not None and pad < vocabulary  # padding is masked, so any token of the model will do
+        self.pad_token_id = int(pad if usable else tokenizer.eos_token_id)
         self.notes = [*task.notes(), *self.data.notes]
         self._config, self._model, self._task, self._training = config, model, task, training
 

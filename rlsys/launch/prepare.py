@@ -28,6 +28,7 @@ from rlsys.data.inputs import Inputs, prepare_model
 from rlsys.errors import ConfigError
 from rlsys.launch.access import check_address, check_answer
 from rlsys.launch.resources import ResourcePlan, plan_resources
+from rlsys.models.checks import Use, check_model
 from rlsys.models.folder import ModelFolder, given_model
 from rlsys.trees import Role
 from rlsys.types import Prompt
@@ -114,6 +115,7 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
     policy = policy or prepare_model(config, Path(config.run.dir).absolute(), build=purpose != "check")
     searches = _searches(config, purpose)
     models, engines = _load_models(config, policy, search_models=searches or purpose == "check")
+    check_models(config, models, trains=trains)
     search_config, _, searcher = assign_search_roles(config, policy.path, engines)
     if trains:  # the actors serve the policy, whatever model grows the trees
         searching = Searching(auxiliary=tuple(engines.values())) if searches else None
@@ -137,6 +139,26 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
         tree_prompts=find_prompts(config, inputs) if grows_trees else (),
         plans=plans,
     )
+
+
+def check_models(config: Config, models: Mapping[Role, ModelFolder], *, trains: bool) -> None:
+    """Refuse model folders that would fail later. A model from scratch was made by this program and is not checked.
+
+    Args:
+        config: the config of the command.
+        models: all models of the command, by role.
+        trains: whether the command trains the policy.
+
+    Raises:
+        ConfigError: see `check_model`.
+    """
+    critic = "online" in config.stages and config.objective.value.used
+    for role, section in given_models(config).items():
+        if role in models:
+            check_model(models[role], Use(longest=section.max_model_len, longest_field=f"search.{role}.max_model_len"))
+    if config.model.from_scratch is None or not trains:
+        longest, field = config.actors.max_model_len, "actors.max_model_len"
+        check_model(models["policy"], Use(longest=longest, longest_field=field, trained=trains, critic=critic))
 
 
 def _searches(config: Config, purpose: Purpose) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rlsys.errors import ConfigError
 from rlsys.models.chat import end_token_ids
+from rlsys.models.weight_files import loaded_tensors, tensor_header
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.md")
 SAMPLE_BYTES = 2**20
@@ -38,6 +39,19 @@ class ModelFolder:
     def end_token_ids(self) -> list[int]:
         """All tokens that end a completion."""
         return end_token_ids(self.tokenizer, self.path)
+
+    @cached_property
+    def config(self) -> Any:
+        """The config of transformers; see `load_config` for the errors."""
+        return load_config(self.path, self.field)
+
+    @cached_property
+    def vocabulary(self) -> int | None:
+        """Number of token ids that the model has; None if its kind is unknown to transformers."""
+        try:
+            return int(self.config.get_text_config().vocab_size)
+        except (ConfigError, AttributeError, TypeError, ValueError):
+            return None  # a model that is not trained may be one that only the engine knows
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -73,6 +87,11 @@ class ModelFolder:
         """Number of elements of all tensors, from the headers of the safetensors files."""
         files = self._weight_files()
         return sum(math.prod(tensor["shape"]) for path in files for tensor in tensor_header(path).values())
+
+    @cached_property
+    def tensors(self) -> dict[str, Any]:
+        """Headers of all tensors that are loaded, by name; see `loaded_tensors` for the errors."""
+        return loaded_tensors(self.path)
 
     @cached_property
     def tokenizer_files(self) -> list[Path]:
@@ -117,6 +136,30 @@ def _from_hub(name: str, field: str) -> Path:
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"{field} {name}: neither a folder here nor a model of the hub ({reason})") from None
+
+
+def load_config(path: Path, field: str) -> Any:
+    """Load the config of a model folder, as transformers understands it.
+
+    Args:
+        path: the model folder.
+        field: the config field that names the model.
+
+    Raises:
+        ConfigError: transformers does not know this kind of model, or a value of config.json is not usable.
+    """
+    import transformers
+
+    refuse_code(path, field)
+    try:
+        return transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - its class computes with the folder's values, which are then at fault
+        kind = (_json(path / "config.json") or {}).get("model_type")
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{field} {path}: expected in config.json a model that transformers {transformers.__version__} can load, "
+            f"found model_type {kind!r}: {reason}"
+        ) from None
 
 
 def load_tokenizer(path: Path, field: str = "model.path") -> Any:
@@ -193,27 +236,6 @@ def _names_code(values: Any) -> bool:
         elif isinstance(value, list):
             waiting += value
     return False
-
-
-def tensor_header(path: Path) -> dict[str, Any]:
-    """Read names, formats and shapes of the tensors in a safetensors file, without their values.
-
-    Raises:
-        ConfigError: the file is not a whole safetensors file, e.g. a Git LFS pointer or a partial download.
-    """
-    try:
-        with path.open("rb") as file:  # 8 bytes of length, then JSON, then the tensors
-            length = int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size
-            if not 2 <= length <= size - 8:
-                raise ValueError("no header")
-            header: dict[str, Any] = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        if max((entry["data_offsets"][1] for entry in header.values()), default=0) != size - 8 - length:
-            raise ValueError("cut short")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(f"model.path: {path} is not a complete safetensors file") from error
-    return header
 
 
 def weights_digest(folder: Path) -> str:

@@ -61,6 +61,11 @@ class UnbuiltModel(ModelFolder):
         return [end_token_id(self.tokenizer)]
 
     @cached_property
+    def vocabulary(self) -> int:
+        """Number of tokens of the tokenizer."""
+        return len(self.tokenizer)
+
+    @cached_property
     def parameters(self) -> int:
         """Number of parameters of the Qwen2 of this size."""
         config, hidden = self._config, self._config.hidden_size

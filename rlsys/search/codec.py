@@ -81,6 +81,7 @@ class TagCodec:
         self.end_token_ids = frozenset(int(token) for token in end_token_ids)
         self._template = question_template
         self._openings = tuple(f"<{tag}>" for tag in tags)
+        self.tags = tuple(string for tag in tags for string in (f"<{tag}>", f"</{tag}>"))
         self._tag = re.compile("</?(?:" + "|".join(map(re.escape, tags)) + ")>")
         # An end token before every text, if the tokenizer changes the beginning of a text; see `_check`.
         self._anchor: list[int] = []
@@ -89,8 +90,7 @@ class TagCodec:
         self._encoded = lru_cache(maxsize=4096)(self._encode)
         self._check(tags)
         added = tokenizer.get_added_vocab()
-        strings = [string for tag in tags for string in (f"<{tag}>", f"</{tag}>")]
-        self._tag_tokens = {int(added[text]): text for text in strings if self.encode(text) == [added.get(text)]}
+        self._tag_tokens = {int(added[text]): text for text in self.tags if self.encode(text) == [added.get(text)]}
 
     @property
     def needs_stop_strings(self) -> bool:

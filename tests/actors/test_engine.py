@@ -10,11 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 
 from actors import engine as module
 from actors.engine import Completion, CompletionRequest, Engine
 from rlsys.config.schema import ActorsConfig
-from rlsys.errors import EngineError, RolloutError
+from rlsys.errors import EngineError, InputError, RaisedError, RolloutError
 
 STEP_S = 0.02
 
@@ -26,19 +27,22 @@ class Script:
         self.added: list[str] = []
         self.params: list[Any] = []
         self.label = "3.0"
-        self.fails_at_step = False
+        self.refusal: Exception = ValueError("longer than the maximum model length")
+        self.fails_at_step: Exception | None = None
         self.fails_at_reload = False
         self.logprobs: Any = SimpleNamespace(logprobs=[-1.0, -2.0])
 
     def add_request(self, request_id: str, prompt: dict[str, Any], params: Any) -> None:
         if len(prompt["prompt_token_ids"]) > 4:
-            raise ValueError("longer than the maximum model length")
+            raise self.refusal
+        if 99 in params.stop_token_ids:
+            raise VLLMValidationError("99 in stop_token_ids", parameter="stop_token_ids", value=[99])
         self.added.append(request_id)
         self.params.append(params)
 
     def step(self) -> list[Any]:
         if self.fails_at_step:
-            raise MemoryError("no blocks")
+            raise self.fails_at_step
         done, self.added = self.added, []
         span = SimpleNamespace(start=0, version=self.label)
         out = SimpleNamespace(token_ids=[7, 2], logprobs=self.logprobs, finish_reason="stop", weight_versions=[span])
@@ -103,13 +107,41 @@ def test_a_refused_request_fails_alone(engine: Engine) -> None:
     assert outcome(good).finish_reason == "stop"
 
 
+def test_a_request_that_vllm_itself_refuses_fails_alone(script: Script, engine: Engine) -> None:
+    script.refusal = VLLMValidationError("longer than the model")  # no ValueError
+    long, good = engine.submit([request(1, 2, 3, 4, 5, name="long#0"), request(1)])
+    with pytest.raises(RolloutError, match="long#0 was refused: longer than"):
+        outcome(long)
+    assert outcome(good).finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"temperature": 3.0}, "temperature must be in"), ({"top_p": 1.5}, "top_p"), ({"stop_token_ids": (99,)}, "99 in")],
+)
+def test_refused_settings_are_an_error_of_the_input(engine: Engine, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=f"refuses the sampling settings or end tokens: .*{message}"):
+        outcome(engine.submit([replace(request(1), **changed)])[0])
+    assert outcome(engine.submit([request(1)])[0]).finish_reason == "stop"  # the engine itself is not broken
+
+
+@pytest.mark.parametrize(("error", "again"), [(IndexError("index out of range"), True), (MemoryError("blocks"), False)])
+def test_a_broken_engine_says_whether_another_would_break_too(
+    script: Script, engine: Engine, error: Exception, again: bool
+) -> None:
+    script.fails_at_step = error
+    with pytest.raises(EngineError, match=rf"^engine failed: {type(error).__name__}: {error}$") as caught:
+        outcome(engine.submit([request(1)])[0])
+    assert isinstance(caught.value, RaisedError) == again
+
+
 def test_a_failed_step_breaks_the_engine_for_good(script: Script, engine: Engine) -> None:
-    script.fails_at_step = True
+    script.fails_at_step = MemoryError("no blocks")
     futures = engine.submit([request(1), request(2)])
     for future in [*futures, *engine.submit([request(3)])]:
         with pytest.raises(EngineError, match="MemoryError: no blocks"):
             outcome(future)
-    script.fails_at_step = False  # too late: a broken engine is not used again
+    script.fails_at_step = None  # too late: a broken engine is not used again
     with pytest.raises(EngineError, match="no blocks"):
         outcome(engine.submit([request(4)])[0])
 
@@ -148,7 +180,7 @@ def test_a_future_that_is_cancelled_at_the_last_moment_breaks_nothing(
     cancelled = submit_cancelled()
     assert outcome(engine.submit([request(2)])[0]).finish_reason == "stop"
     assert cancelled.cancelled()
-    script.fails_at_step = True
+    script.fails_at_step = MemoryError("no blocks")
     cancelled, waiting = submit_cancelled(), engine.submit([request(2)])[0]
     with pytest.raises(EngineError, match="MemoryError: no blocks"):
         outcome(waiting)

@@ -10,7 +10,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from actors.engine import CompletionRequest
 from actors.model_actor import RemoteEngine
-from rlsys.errors import EngineError, RolloutError
+from rlsys.errors import EngineError, InputError, RolloutError
 
 
 class Handle:
@@ -85,3 +85,11 @@ def test_a_failure_of_the_actor_is_an_engine_error(error: Exception, message: st
     handle.requests[0][1].set_exception(error)
     with pytest.raises(EngineError, match=message):
         future.result(timeout=0)
+
+
+def test_refused_settings_stay_an_error_of_the_input() -> None:
+    handle = Handle()
+    (refused,) = RemoteEngine([handle], "reviewer").submit([request("a")])
+    handle.requests[0][1].set_exception(RayTaskError("complete", "traceback", InputError("temperature 3")))
+    with pytest.raises(InputError, match="^temperature 3$"):
+        refused.result(timeout=0)

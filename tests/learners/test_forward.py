@@ -19,6 +19,7 @@ from plain_rank import (
 from learners.objective import logprobs
 from learners.samples.batching import collate
 from learners.samples.types import PackItem
+from rlsys.errors import InputError
 from rlsys.types import TrainingBatch
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -56,3 +57,19 @@ def test_entropy_is_computed_only_for_the_policys_targets_in_updates(
     rank.score_pairs(random_preferences(2))
     rank.score([ids(5, 6, 7)])
     assert counted == []
+
+
+def test_tokens_beyond_the_vocabulary_are_an_error_of_the_input() -> None:
+    rank = plain_rank({})
+    largest = rank.policy.module.config.vocab_size - 1
+    rank.forward.vocabulary = largest + 1
+    batch = TrainingBatch(demonstrations=(chain([5, largest], 1),))
+    assert rank.score([ids(5, largest)])[0].shape == (1,)
+    sft = plain_rank({}, stage="sft")
+    sft.forward.vocabulary = largest + 1
+    sft.train(batch, 0, 1)
+    message = f"token id {largest + 1} is beyond the vocabulary of the policy, which has {largest + 1} tokens"
+    with pytest.raises(InputError, match=message):
+        rank.score([ids(5, largest + 1)])
+    with pytest.raises(InputError, match=message):
+        sft.train(TrainingBatch(demonstrations=(chain([5, largest + 1], 1),)), 0, 1)

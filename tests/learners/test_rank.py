@@ -139,7 +139,8 @@ def test_the_learning_rates_of_policy_and_critic_reach_their_ends_with_the_stage
 
     monkeypatch.setattr(rank_module, "TrainedModel", build)
     for name in ("load_model", "load_critic", "saved_config", "restore_model"):
-        monkeypatch.setattr(rank_module, name, lambda *arguments: SimpleNamespace(config=None))
+        loaded = SimpleNamespace(config=None, get_text_config=lambda: SimpleNamespace(vocab_size=9))
+        monkeypatch.setattr(rank_module, name, lambda *arguments, loaded=loaded: loaded)
     rank = plain_rank({})
     rank._release = lambda: None
     rank.start_stage(stage_plan(parse_config(values, "test"), "online").settings, Path("unused"), None, None)

@@ -29,6 +29,13 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
             "sampling.max_tokens 256 leaves no room for a prompt in actors.max_model_len 256",
         ),
     ],
+    "batch_holds_sequences": [
+        (["actors.max_num_seqs=8193"], "actors.max_num_seqs 8193 exceeds the 8192 tokens of a batch"),
+        (
+            ["search.reviewer={path: r, max_model_len: 9000, max_num_seqs: 9001}"],
+            "search.reviewer.max_num_seqs 9001 exceeds the 9000 tokens of a batch",
+        ),
+    ],
     "tensor_parallel_needs_cuda": [
         (["actors.tensor_parallel_size=2"], "actors.tensor_parallel_size above 1 needs run.device: cuda"),
     ],

@@ -30,6 +30,11 @@ from rlsys.errors import ConfigError
         ({"evaluation__greedy": "perhaps"}, "evaluation.greedy", "'perhaps'"),
         ({"train__group_size": 1}, "train.group_size", "greater than or equal to 2, found 1"),
         ({"sampling__top_p": 0}, "sampling.top_p", "greater than 0, found 0"),
+        # The limits of vLLM's SamplingParams; it would replace a lower temperature by 0.01 without an error.
+        ({"sampling__temperature": 3}, "sampling.temperature", "less than or equal to 2, found 3"),
+        ({"sampling__temperature": 0.001}, "sampling.temperature", "greater than or equal to 0.01, found 0.001"),
+        ({"search__temperature": 2.5}, "search.temperature", "less than or equal to 2, found 2.5"),
+        ({"search__temperature": 0}, "search.temperature", "greater than or equal to 0.01, found 0"),
         ({"actors__kv_cache_gib": float("inf")}, "actors.kv_cache_gib", "finite"),
         ({"warm_start__optimizer__learning_rate": float("nan")}, "optimizer.learning_rate", "nan"),
         ({"learner__zero_stage": 4}, "learner.zero_stage", "found 4"),

@@ -13,6 +13,8 @@ from fleet_world import SERVING, SETTINGS, Process, World, offer, run, settle
 from rlsys.errors import (
     AuxiliaryEngineLostError,
     EngineError,
+    InputError,
+    RaisedError,
     RlsysError,
     TooManyFailuresError,
     WeightSyncError,
@@ -195,6 +197,49 @@ def test_a_call_that_breaks_every_actor_ends_the_run_and_names_its_prompts() -> 
                 TooManyFailuresError, match=r"prompts bad: 5 actors were lost during this call; the first: KeyError: 7"
             ):
                 await fleet.generate(0, [prompt("bad")], SETTINGS)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("errors", "kind", "message", "lost"),
+    [
+        # Two processes raised the same exception: a third one would raise it too.
+        ([RaisedError("actor {} failed: KeyError: 7")] * 9, TooManyFailuresError, "2 actors .*KeyError: 7", 2),
+        ([RaisedError("actor 0 failed: KeyError: 7"), RaisedError("actor 1 failed: KeyError: 8")], None, "", 2),
+        ([EngineError("actor 0 died"), EngineError("actor 0 died")], None, "", 2),
+        ([InputError("the engine refuses temperature 3")], InputError, "^the engine refuses temperature 3$", 0),
+    ],
+    ids=["the same exception", "different exceptions", "deaths", "input"],
+)
+def test_a_call_that_fails_for_certain_is_not_repeated(
+    errors: list[RlsysError], kind: type[RlsysError] | None, message: str, lost: int
+) -> None:
+    waiting = list(errors)
+
+    async def test(world: World) -> None:
+        async with world.fleet(count=2, max_restarts=100) as fleet:
+
+            async def starting(process: Process) -> None:
+                whole = process.generate
+
+                async def generate(*arguments: Any) -> Any:
+                    if not waiting:
+                        return await whole(*arguments)
+                    error = waiting.pop(0)
+                    raise type(error)(error.message.format(process.number))
+
+                process.generate = generate  # type: ignore[method-assign]
+
+            world.starting = starting  # type: ignore[method-assign]
+            for process in world.processes:
+                await starting(process)
+            if kind is None:
+                assert await fleet.generate(0, [prompt("a")], SETTINGS)
+            else:
+                with pytest.raises(kind, match=message):
+                    await fleet.generate(0, [prompt("a")], SETTINGS)
+            assert fleet.restarts == lost
 
     run(test)
 

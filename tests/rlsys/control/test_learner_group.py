@@ -14,9 +14,12 @@ from rlsys.errors import (
     CheckpointError,
     ConfigError,
     EngineError,
+    InputError,
     LearnerLostError,
+    LearnerRaisedError,
     NonFiniteLossError,
     ProcessDiedError,
+    RaisedError,
     RlsysError,
 )
 
@@ -112,6 +115,20 @@ def test_an_error_of_one_rank_alone_is_a_lost_learner(other: Rank) -> None:
 def test_other_errors_of_rlsys_stay_what_they_are() -> None:
     with pytest.raises(ConfigError, match="no such file"):
         train(Rank(ConfigError("no such file")), Rank({"learner/tokens": 1.0}))
+
+
+def test_refused_input_counts_before_the_errors_that_follow_from_it() -> None:
+    refused = InputError("token id 302")
+    for ranks in ([Rank(EngineError("no answer")), Rank(refused)], [Rank(refused), Rank(**HANG)]):
+        with pytest.raises(InputError, match="^token id 302$"):
+            train(*ranks, hang_timeout_s=5.0)
+
+
+def test_a_lost_learner_says_whether_a_rank_raised_an_exception() -> None:
+    for error, kind in ((RaisedError("rank 0 failed: a"), LearnerRaisedError), (EngineError("b"), LearnerLostError)):
+        with pytest.raises(LearnerLostError) as caught:
+            train(Rank(error))
+        assert (type(caught.value), caught.value.message) == (kind, error.message)
 
 
 def test_a_rank_without_progress_is_a_lost_learner() -> None:

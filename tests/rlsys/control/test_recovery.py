@@ -10,7 +10,14 @@ import pytest
 
 from rlsys.config.files import parse_config
 from rlsys.control.recovery import Recovery
-from rlsys.errors import CheckpointError, InterruptedRunError, LearnerLostError, NonFiniteStepsError
+from rlsys.errors import (
+    CheckpointError,
+    InputError,
+    InterruptedRunError,
+    LearnerLostError,
+    LearnerRaisedError,
+    NonFiniteStepsError,
+)
 from rlsys.run.resume import Start
 from rlsys.types import RunState
 
@@ -139,6 +146,38 @@ def test_a_checkpoint_between_two_losses_resets_the_count() -> None:
     script = Script([*bad, None], max_restarts=1)
     script.versions = [10, 20, 30]
     assert script() == [*AGAIN, *AGAIN, *AGAIN, "attempt"]
+
+
+def raised(rank: int, exception: str) -> LearnerRaisedError:
+    return LearnerRaisedError(f"learner rank {rank} failed: {exception}")
+
+
+def test_the_same_exception_twice_in_a_row_ends_the_run() -> None:
+    # The draws and the data of a step are the same after a restart, whichever rank reports first.
+    script = Script([raised(0, "IndexError: 7"), raised(1, "IndexError: 7"), None], max_restarts=9)
+    with pytest.raises(LearnerRaisedError, match="^learner rank 1 failed: IndexError: 7; the same happened before"):
+        script()
+    assert script.done == [*AGAIN, "attempt"]
+
+
+def test_other_exceptions_and_deaths_are_tried_again() -> None:
+    again = [raised(0, "IndexError: 7"), raised(0, "IndexError: 8"), LearnerLostError("rank 0 died"), raised(0, "a")]
+    assert Script([*again, None], max_restarts=9)() == [*AGAIN * 4, "attempt"]
+    deaths = [LearnerLostError("rank 0 died"), LearnerLostError("rank 0 died")]
+    assert Script([*deaths, None], max_restarts=9)() == [*AGAIN * 2, "attempt"]
+
+
+def test_an_exception_that_comes_again_after_progress_is_tried_again() -> None:
+    script = Script([raised(0, "IndexError: 7"), raised(0, "IndexError: 7"), None], max_restarts=9)
+    script.versions = [10, 20]
+    assert script() == [*AGAIN * 2, "attempt"]
+
+
+def test_refused_input_ends_the_run_without_a_restart() -> None:
+    script = Script([InputError("token id 302"), None], max_restarts=9)
+    with pytest.raises(InputError, match="^token id 302$"):
+        script()
+    assert script.done == ["attempt"]
 
 
 def test_other_errors_end_the_run_without_a_restart() -> None:

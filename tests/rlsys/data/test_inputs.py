@@ -70,6 +70,44 @@ def test_an_evaluation_checks_only_what_it_samples(model: ModelFolder, tmp_path:
         Inputs(config(tmp_path, long), model, training=False)
 
 
+def with_tokens(model: ModelFolder, folder: Path, *tokens: str, **special: str) -> ModelFolder:
+    """Return a copy of a model whose tokenizer has tokens that the model does not have."""
+    copy = ModelFolder(Path(shutil.copytree(model.path, folder)))
+    copy.tokenizer.add_tokens(list(tokens))
+    copy.tokenizer.add_special_tokens(special)
+    return copy
+
+
+def test_prompts_and_demonstrations_have_only_tokens_of_the_model(model: ModelFolder, tmp_path: Path) -> None:
+    larger = with_tokens(model, tmp_path / "larger", "<new>")
+    Inputs(config(tmp_path, rows(26)), larger)
+    for column in ("question", "solution"):
+        with pytest.raises(ConfigError, match=r"token id \d+ \('<new>'\) is beyond the vocabulary of the model"):
+            Inputs(config(tmp_path, rows(26, **{column: "<new>"})), larger)
+
+
+def test_rows_of_files_have_only_tokens_of_the_model(model: ModelFolder, tmp_path: Path) -> None:
+    larger = with_tokens(model, tmp_path / "larger", "<new>")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "q", "completion": "<new>"}) + "\n")
+    with pytest.raises(ConfigError, match=r"expected token ids from 0 to \d+ \(the policy's vocabulary\)"):
+        Inputs(config(tmp_path, rows(26), stages=["sft"], sft={"path": str(path)}), larger)
+
+
+def test_a_padding_token_that_the_model_lacks_is_not_used(model: ModelFolder, tmp_path: Path) -> None:
+    larger = with_tokens(model, tmp_path / "larger", **{"pad_token": "<new pad>"})
+    assert larger.tokenizer.pad_token_id >= larger.vocabulary
+    assert Inputs(config(tmp_path, rows(26)), larger).pad_token_id == larger.tokenizer.eos_token_id
+    assert Inputs(config(tmp_path, rows(26)), model).pad_token_id == model.tokenizer.pad_token_id
+
+
+def test_every_prompt_has_its_question(model: ModelFolder, tmp_path: Path) -> None:
+    without = with_tokens(model, tmp_path / "without")
+    without.tokenizer.chat_template = "{{ messages[0].content if 'q025' not in messages[0].content else 'none' }}"
+    with pytest.raises(ConfigError, match="expected the question in its prompt, found 'none' for 'q025'"):
+        Inputs(config(tmp_path, rows(26)), without)
+
+
 def test_generated_prompts_are_checked(model: ModelFolder, tmp_path: Path) -> None:
     # Tokens: 2 and `count x in ` 11, and 3 to 5 letters: the longest that is allowed has 16, so 4 letters fail.
     task = {"type": "letter_count", "min_length": 3, "max_length": 5}

@@ -18,6 +18,7 @@ from rlsys.errors import ConfigError
 from rlsys.launch import prepare as preflight
 from rlsys.launch.prepare import Purpose, check_settings, prepare
 from rlsys.launch.resources import Need, ResourcePlan
+from rlsys.models.checks import Use
 from rlsys.models.folder import ModelFolder
 
 MODELS = {"model": {"path": "l", "count": 1, "max_model_len": 4096}, "reviewer": {"path": "r", "max_model_len": 1024}}
@@ -37,6 +38,7 @@ class Checks:
         self.needs: list[Need] = []
         monkeypatch.setattr(preflight, "prepare_model", self.prepare_model)
         monkeypatch.setattr(preflight, "given_model", self.given_model)
+        monkeypatch.setattr(preflight, "check_model", self.check_model)
         monkeypatch.setattr(preflight, "plan_resources", self.plan)
         monkeypatch.setattr(preflight, "check_tags", lambda _search, models: self.done.append(("tags", [*models])))
         monkeypatch.setattr(preflight, "Inputs", self.inputs)
@@ -49,6 +51,9 @@ class Checks:
     def given_model(self, name: str, field: str) -> ModelFolder:
         self.done.append(field)
         return ModelFolder(Path(name), field)
+
+    def check_model(self, model: ModelFolder, use: Use) -> None:
+        self.done.append(("judged", str(model.path), use.longest, use.trained))
 
     def plan(
         self, config: Config, models: Mapping[str, ModelFolder], searching: Searching | None, *, learner: bool
@@ -68,7 +73,9 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> Checks:
 
 
 POLICY = Path("policy")
-TRAIN = [("policy", True), ("plan", 256, True, []), ("inputs", POLICY, True)]
+JUDGED = ("judged", "policy", 256, True)
+NOT_TRAINED = [("judged", "l", 4096, False), ("judged", "r", 1024, False)]
+TRAIN = [("policy", True), JUDGED, ("plan", 256, True, []), ("inputs", POLICY, True)]
 FIELDS = ["search.model.path", "search.reviewer.path"]
 ALL = ["policy", "model", "reviewer"]
 CASES: dict[str, tuple[Purpose, dict[str, Any], list[Any]]] = {
@@ -77,15 +84,25 @@ CASES: dict[str, tuple[Purpose, dict[str, Any], list[Any]]] = {
     "train with trees": (
         "train",
         {"search": {**MODELS, "fraction": 0.5}},
-        [("policy", True), *FIELDS, ("plan", 256, True, ALL[1:]), ("tags", ALL), ("inputs", POLICY, True)],
+        [
+            ("policy", True),
+            *FIELDS,
+            *NOT_TRAINED,
+            JUDGED,
+            ("plan", 256, True, ALL[1:]),
+            ("tags", ALL),
+            ("inputs", POLICY, True),
+        ],
     ),
-    "check": ("check", {}, [("policy", False), ("plan", 256, True, []), ("inputs", POLICY, True)]),
+    "check": ("check", {}, [("policy", False), *TRAIN[1:]]),
     "check of a search": (
         "check",
         {"search": MODELS},
         [
             ("policy", False),
             *FIELDS,
+            *NOT_TRAINED,
+            JUDGED,
             ("plan", 256, True, []),
             ("plan", 4096, False, ["reviewer"]),
             ("tags", ALL),
@@ -95,14 +112,28 @@ CASES: dict[str, tuple[Purpose, dict[str, Any], list[Any]]] = {
     "search": (
         "search",
         {"search": MODELS},
-        [("policy", True), *FIELDS, ("plan", 4096, False, ["reviewer"]), ("tags", ALL), ("inputs", POLICY, False)],
+        [
+            ("policy", True),
+            *FIELDS,
+            *NOT_TRAINED,
+            ("judged", "policy", 256, False),
+            ("plan", 4096, False, ["reviewer"]),
+            ("tags", ALL),
+            ("inputs", POLICY, False),
+        ],
     ),
-    "evaluate": ("evaluate", {"search": MODELS}, [("plan", 256, False, []), ("inputs", Path("e"), False)]),
+    "evaluate": (
+        "evaluate",
+        {"search": MODELS},
+        [("judged", "e", 256, False), ("plan", 256, False, []), ("inputs", Path("e"), False)],
+    ),
     "evaluate with search": (
         "evaluate",
         {"search": {"reviewer": MODELS["reviewer"]}, "evaluation": {"search_answers": 2}},
         [
             "search.reviewer.path",
+            ("judged", "r", 1024, False),
+            ("judged", "e", 256, False),
             ("plan", 256, False, ["reviewer"]),
             ("tags", ["policy", "reviewer"]),
             ("inputs", Path("e"), False),

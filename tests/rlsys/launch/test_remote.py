@@ -23,9 +23,11 @@ from rlsys.errors import (
     CheckpointError,
     ConfigError,
     EngineError,
+    InputError,
     LearnerLostError,
     NonFiniteLossError,
     ProcessDiedError,
+    RaisedError,
     RlsysError,
 )
 from rlsys.launch import remote
@@ -104,6 +106,22 @@ def test_errors_of_ray_become_one_line_that_names_the_actor(error: Exception, ex
     with pytest.raises(RlsysError) as caught:
         asyncio.run(answer(Reference(error), 1.0, "actor 0", "actors.start_timeout_s"))  # type: ignore[arg-type]
     assert caught.value.message.startswith(expected) and "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [
+        (IndexError("out of range"), RaisedError),
+        (RuntimeError("CUDA out of memory"), EngineError),
+        (InputError("x"), InputError),
+    ],
+)
+def test_an_exception_of_a_living_process_says_whether_it_would_come_again(
+    cause: Exception, kind: type[RlsysError]
+) -> None:
+    with pytest.raises(RlsysError) as caught:
+        asyncio.run(answer(Reference(RayTaskError("train", "traceback", cause)), 1.0, "rank 0", "f"))  # type: ignore[arg-type]
+    assert type(caught.value) is kind
 
 
 class Handle:

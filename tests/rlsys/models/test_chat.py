@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 
 from rlsys.config.schema import FromScratchConfig
 from rlsys.config.tasks import LetterCountConfig
+from rlsys.errors import ConfigError
 from rlsys.models import chat
 from rlsys.models.folder import ModelFolder
-from rlsys.models.scratch import build_from_scratch
+from rlsys.models.scratch import EOS, build_from_scratch
 from rlsys.tasks.letter_count.task import LetterCountTask
 
+UNKNOWN = "[UNK]"
 TINY = FromScratchConfig(hidden_size=32, layers=1, heads=1, intermediate_size=32, max_positions=64)
 
 
@@ -58,3 +60,29 @@ def test_end_tokens_are_those_of_tokenizer_and_generation_config(tmp_path: Path,
     build_from_scratch(TINY, "ab", 0, tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
     assert chat.end_token_ids(ModelFolder(tmp_path).tokenizer, tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["How many?", "  spaces \n around  ", "x\u00b2 + 1 = 0", "\u6570\u5b57", "?!", "", "ÄÖ <user> tags", "a" * 40],
+)
+def test_every_question_is_found_in_its_prompt(question: str) -> None:
+    _, tokenizer = built("simple")
+    encoder = chat.CheckedEncoder(tokenizer, len(tokenizer))
+    assert encoder.prompt(question) == chat.encode_prompt(tokenizer, question)
+
+
+def test_a_tokenizer_that_changes_texts_is_compared_with_its_own_form() -> None:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({EOS: 0, UNKNOWN: 1, "cafe": 2, "user": 3}, unk_token=UNKNOWN))
+    words.normalizer = normalizers.BertNormalizer()  # drops accents and case
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=EOS, unk_token=UNKNOWN)
+    tokenizer.chat_template = "user {{ messages[0].content }}"
+    encoder = chat.CheckedEncoder(tokenizer, 4)
+    assert encoder.prompt("Café unknown") == [3, 2, 1]
+    tokenizer.chat_template = "user {{ messages[0].content[:2] }}"
+    with pytest.raises(ConfigError, match="expected the question in its prompt"):
+        encoder.prompt("Café unknown")
