@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from actors.engine_stats import Meter
+from actors.weights import has_output_layer, without_tensor
 from rlsys.config.checks import BATCH_TOKENS
 from rlsys.config.schema import ActorsConfig
 from rlsys.errors import EngineError, InputError, RolloutError, failed
@@ -168,15 +169,22 @@ class Engine:
         self._call(add, lambda error: _fail(futures, error))
         return [future.result() for future in futures]
 
-    def update_weights(self, version: int, attempt: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace all weights between two steps. Prefixes cached by older weights are not used again."""
+    def update_weights(
+        self,
+        version: int,
+        attempt: int,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        tied_output: str | None = None,
+    ) -> None:
+        """Replace all weights between two steps. Prefixes cached by older weights are not used again.
+
+        Args:
+            tied_output: Name of an output layer tied to the embedding. It is skipped if the engine has none.
+        """
 
         def apply() -> None:
             try:
-                if self._tensor_parallel:
-                    self._reload_from_folder(tensors)
-                else:
-                    self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
+                self._reload(tensors, tied_output)
             except BaseException as error:
                 self._break(error)  # the model may have a mixture of old and new weights
                 raise
@@ -236,6 +244,14 @@ class Engine:
         self._broken = failed("engine", error)
         _fail([pending.future for pending in self._pending.values()], self._broken)
         self._pending.clear()
+
+    def _reload(self, tensors: Iterable[tuple[str, torch.Tensor]], tied_output: str | None) -> None:
+        if tied_output and not all(self._engine.collective_rpc(has_output_layer, args=(tied_output,))):
+            tensors = without_tensor(tensors, tied_output)
+        if self._tensor_parallel:
+            self._reload_from_folder(tensors)
+        else:
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
 
     def _reload_from_folder(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load weights through a folder in shared memory. Each tensor-parallel process reads its part."""

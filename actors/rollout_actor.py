@@ -167,11 +167,17 @@ class RolloutActor:
             LearnerLostError: the learner rank that had sent the weights died, and its weights were lost.
         """
         manifest = offer.manifest
-        check_names(self.name, manifest, self.tensors)
+        check_names(self.name, manifest, self.tensors.all)
         self.loaded += self.loading.count
         self.loading = tensors = LoadProgress(self.receiver.receive(offer))
         try:
-            await asyncio.to_thread(self.engine.update_weights, manifest.version, manifest.attempt, tensors)
+            await asyncio.to_thread(
+                self.engine.update_weights,
+                manifest.version,
+                manifest.attempt,
+                tensors,
+                self.tensors.tied_output,
+            )
         except WeightSyncError:
             raise
         except (ObjectFetchTimedOutError, ObjectFreedError, ReferenceCountingAssertionError) as error:

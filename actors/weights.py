@@ -3,29 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from rlsys.errors import WeightSyncError
+from rlsys.models.tensors import persistent_buffers, tied_output
 from rlsys.types import WeightManifest
 
+if TYPE_CHECKING:
+    import torch
 
-def expected_tensors(model_path: Path) -> frozenset[str]:
-    """Return the names of all parameters of a model, and of a tied output layer. No weights are read.
 
-    The names come from the Hugging Face class that the learner trains. The files of an old model are no source of
-    names, because they may hold buffers, or names without the prefix of the class.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelTensors:
+    """Names of the tensors of a publish.
+
+    Attributes:
+        all: every tensor.
+        tied_output: the output layer's weight if the layer is tied to the embedding; None otherwise.
     """
+
+    all: frozenset[str]
+    tied_output: str | None = None
+
+
+def expected_tensors(model_path: Path) -> ModelTensors:
+    """Return the names of all parameters and persistent buffers of a model, and of a tied output layer.
+
+    The names come from the Hugging Face class that the learner trains, and no weights are read. The files of an old
+    model are no source of names, because they may hold other buffers, or names without the prefix of the class.
+    """
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(model_path, trust_remote_code=False), trust_remote_code=False
         )
-    output = model.get_output_embeddings()
-    tied = {f"{name}.weight" for name, module in model.named_modules() if module is output}
-    return frozenset(name for name, _ in model.named_parameters()) | tied
+    tied = tied_output(model)
+    names = [*(name for name, _ in model.named_parameters()), *(name for name, _ in persistent_buffers(model))]
+    return ModelTensors(all=frozenset([*names, tied] if tied else names), tied_output=tied)
+
+
+def without_tensor(tensors: Iterable[tuple[str, torch.Tensor]], name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield all tensors but one."""
+    return (entry for entry in tensors if entry[0] != name)
+
+
+def has_output_layer(worker: Any, weight: str) -> bool:
+    """Return whether the model of an engine's worker has an output layer beside the embedding.
+
+    Where the two are tied, some models, like Gemma 2, compute the output with the embedding alone and refuse to load an
+    output layer. Other models have one, and it may be a packed copy, which must get its weights.
+
+    Args:
+        worker: a worker of vLLM.
+        weight: name of the output layer's weight at the learner. At the engine, another prefix is possible.
+    """
+    layer = weight.rpartition(".")[0].rpartition(".")[2]
+    return any(
+        name.rpartition(".")[2] == layer or any(base.__name__ == "ParallelLMHead" for base in type(module).__mro__)
+        for name, module in worker.get_model().named_modules(remove_duplicate=False)
+    )
 
 
 def check_names(actor: str, manifest: WeightManifest, expected: Iterable[str]) -> None:

@@ -89,5 +89,5 @@ class ForwardPasses:
     def values(self, critic: Any, batch: MicroBatch) -> Tensor:
         """Compute the critic's [N] estimates of the return that follows each target, made before the target."""
         self.passes += 1
-        values = critic(input_ids=batch.input_ids, use_cache=False).logits[:, :-1, 0].float()
+        values = critic(input_ids=batch.input_ids, use_cache=False)[:, :-1].float()
         return values[batch.loss_mask]

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from learners.deepspeed.collective_errors import fail_on_all_ranks
+from learners.deepspeed.critic import load_critic
 from learners.deepspeed.engine import TrainedModel, join_process_group
-from learners.deepspeed.model import load_critic, load_model, saved_config
+from learners.deepspeed.model import load_model, saved_config
 from learners.deepspeed.model_files import restore_model, save_model
-from learners.deepspeed.parameters import full_parameters
+from learners.deepspeed.parameters import published_tensors
 from learners.deepspeed.rollback import rollback_on_non_finite
 from learners.forward import ForwardPasses
 from learners.objective.logprobs import masked_token_logprobs
@@ -30,10 +34,12 @@ from learners.step_metrics import StepMetrics
 from learners.training_step import TrainingStep, UpdateContext
 from rlsys.config.stages import StageSettings, term_weights
 from rlsys.directory import CheckpointDirectory
-from rlsys.errors import LearnerLostError
+from rlsys.errors import ConfigError, LearnerLostError
 from rlsys.fault_injection import fault
 from rlsys.interfaces import WeightSender
 from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch, WeightOffer
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class LearnerRank:
@@ -65,6 +71,7 @@ class LearnerRank:
 
         Raises:
             LearnerLostError: on all ranks, if one cannot read a model.
+            ConfigError: on all ranks, if a model folder cannot be used.
             CheckpointError: on all ranks, if one cannot read the state of an optimizer.
         """
         self._release()
@@ -75,16 +82,29 @@ class LearnerRank:
         self.policy = TrainedModel("policy", module, config, settings, stage.optimizer, stage.policy_updates)
         restore_model(self.policy, resumed.learner if resume else None)
         if stage.critic:
-            module = self._loaded(load_critic, resumed.critic if resume else policy)
-            self.critic = TrainedModel("critic", module, module.config, settings, stage.critic, stage.total_updates)
+            critic = self._loaded(partial(load_critic, saved=resumed.critic if resume else None), policy)
+            self.critic = TrainedModel("critic", critic, critic.config, settings, stage.critic, stage.total_updates)
             restore_model(self.critic, resumed.critic_learner if resume else None)
         if reference:
             self.reference = self._loaded(load_model, reference).eval()
 
-    def _loaded(self, load: Callable[[Path, str, str], PreTrainedModel], folder: Path) -> PreTrainedModel:
-        """Load a model. Raise on all ranks if one cannot read it, because the next calls need all ranks."""
+    def _loaded(self, load: Callable[[Path, str, str], Module], folder: Path) -> Module:
+        """Load a model. Raise on all ranks if one cannot read it, because the next calls need all ranks.
+
+        Raises:
+            LearnerLostError: a rank failed; new ranks may succeed.
+            ConfigError: a rank refused the folder, as new ranks would.
+        """
+        module, refusal = None, ""
         with fail_on_all_ranks(LearnerLostError, self.settings.device):
-            return load(folder, self.settings.learner.dtype, self.settings.device)
+            try:
+                module = load(folder, self.settings.learner.dtype, self.settings.device)
+            except ConfigError as error:
+                refusal = error.message
+        with fail_on_all_ranks(ConfigError, self.settings.device):
+            if module is None:
+                raise ConfigError(refusal)
+        return module
 
     def _release(self) -> None:
         for model in (self.policy, self.critic):
@@ -118,7 +138,7 @@ class LearnerRank:
         Raises:
             LearnerLostError: on all ranks, if the sender failed.
         """
-        tensors = full_parameters(self._policy.module, self._policy.gather)
+        tensors = published_tensors(self._policy.module, self._policy.gather)
         offer = None
         with fail_on_all_ranks(LearnerLostError, self.settings.device):
             try:

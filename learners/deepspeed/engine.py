@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from learners.deepspeed.collective_errors import first_problem
 from learners.deepspeed.rollback import UpdateSnapshot, discard_gradients
@@ -26,6 +26,7 @@ from learners.settings import RankSettings, deepspeed_config
 from rlsys.config.schema import OptimizerConfig
 from rlsys.errors import NonFiniteLossError
 from rlsys.fault_injection import fault
+from rlsys.models.tensors import persistent_buffers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
@@ -37,7 +38,7 @@ class TrainedModel:
 
     Args:
         name: "policy" or "critic", for error messages and fault points.
-        module: model without training noise, in fp32 or bf16, on the device.
+        module: language model or `Critic` without training noise, in fp32 or bf16, on the device.
         saved_config: configuration to store with the weights.
         settings: settings of the rank.
         optimizer: hyperparameters of the optimizer.
@@ -47,7 +48,7 @@ class TrainedModel:
     def __init__(
         self,
         name: str,
-        module: PreTrainedModel,
+        module: Any,
         saved_config: PreTrainedConfig,
         settings: RankSettings,
         optimizer: OptimizerConfig,
@@ -198,9 +199,10 @@ class TrainedModel:
             return parameter.detach().clone()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every parameter whole, by name. Collective."""
+        """Yield every parameter whole, then every persistent buffer, by name. Collective."""
         for name, parameter in self.module.named_parameters():
             yield name, self.gather(parameter)
+        yield from persistent_buffers(self.module)
 
     def named_states(self, key: str) -> Iterator[tuple[str, Tensor]]:
         """Yield a whole optimizer tensor of every parameter, by name. Collective.
@@ -274,7 +276,7 @@ def join_process_group(settings: RankSettings) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
-def _build(module: PreTrainedModel, settings: RankSettings, optimizer: OptimizerConfig) -> Any:
+def _build(module: Any, settings: RankSettings, optimizer: OptimizerConfig) -> Any:
     import deepspeed
 
     learner = settings.learner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from learners.deepspeed.attention import use_complete_attention
+from rlsys.errors import ConfigError
 from rlsys.models.folder import refuse_code
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_model(path: Path, dtype: str, device: str) -> PreTrainedModel:
-    """Load a causal language model and remove its training noise.
+    """Load a causal language model, with the attention that it defines and without training noise.
 
     Args:
         path: model folder.
@@ -23,47 +26,56 @@ def load_model(path: Path, dtype: str, device: str) -> PreTrainedModel:
         device: "cpu" or "cuda".
 
     Raises:
-        ConfigError: the folder needs its own code, or weights in another format than safetensors.
+        ConfigError: the folder needs its own code, has weights in another format than safetensors, or has other
+            tensors than the model.
     """
     from transformers import AutoModelForCausalLM
 
     refuse_code(path, "model folder")
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True
-    )
-    remove_noise(model)
-    return model.to(device)
-
-
-def load_critic(path: Path, dtype: str, device: str) -> PreTrainedModel:
-    """Load a critic: a model with one output per token in place of the vocabulary, without training noise.
-
-    If `path` is the folder of a policy, the output layer starts at 0, so that the first values are 0 for any seed.
-
-    Args:
-        path: folder of a policy or of a saved critic.
-        dtype: "fp32" or "bf16".
-        device: "cpu" or "cuda".
-
-    Raises:
-        ConfigError: the folder needs its own code, or weights in another format than safetensors.
-    """
-    from transformers import AutoModelForTokenClassification
-
-    refuse_code(path, "model folder")
-    model, loading_info = AutoModelForTokenClassification.from_pretrained(
+    model, loading_info = AutoModelForCausalLM.from_pretrained(
         path,
-        num_labels=1,
         dtype=DTYPES[dtype],
         trust_remote_code=False,
         use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are reported, and refused below
         output_loading_info=True,
     )
-    for name, parameter in model.named_parameters():
-        if name in loading_info["missing_keys"]:
-            nn.init.zeros_(parameter)
+    _refuse_differences(path, loading_info)
     remove_noise(model)
+    use_complete_attention(model)
     return model.to(device)
+
+
+def _refuse_differences(path: Path, loading_info: Mapping[str, Any]) -> None:
+    """Raise if the tensors of a folder are not those of its model.
+
+    transformers gives random values to missing tensors and drops unexpected ones. A tied output layer and buffers that
+    are computed are not missing.
+
+    Args:
+        path: model folder.
+        loading_info: report of transformers on the load.
+
+    Raises:
+        ConfigError: the message names the first tensor of each kind.
+    """
+    shapes = {name: (tuple(given), tuple(expected)) for name, given, expected in loading_info["mismatched_keys"]}
+    kinds = {
+        "lacks": sorted(set(loading_info["missing_keys"]) - set(shapes)),
+        "has other shapes for": [f"{name} (found, expected: {shapes[name]})" for name in sorted(shapes)],
+        "has no place in the model for": sorted(loading_info["unexpected_keys"]),
+    }
+    problems = [
+        f"{kind} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        for kind, names in kinds.items()
+        if names
+    ]
+    if problems:
+        raise ConfigError(
+            f"model folder {path}: expected exactly the tensors of the model in config.json, but the folder "
+            f"{', and '.join(problems)}; choose a complete folder, or save it again with from_pretrained and "
+            "save_pretrained of transformers"
+        )
 
 
 def saved_config(path: Path, dtype: str) -> PreTrainedConfig:

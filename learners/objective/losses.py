@@ -19,6 +19,10 @@ from torch import Tensor
 # exp(20) = 4.9e8: far outside any clip range, and still finite in fp32 together with its gradient.
 MAX_LOG_RATIO = 20.0
 
+# Largest k3 of a token, nats. Without a bound, the gradient of a token at d = 15 is -3.3e6. After clipping by norm, it
+# would leave nothing of the other gradients. verl and OpenRLHF have the same bound.
+MAX_K3 = 10.0
+
 KlEstimator = Literal["k1", "k2", "k3"]
 
 
@@ -178,7 +182,7 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, *, estimator: KlEs
     d_t = reference_logprobs_t - logprobs_t
     k1  = -d_t                   unbiased; can be negative
     k2  = d_t^2 / 2              biased, >= 0
-    k3  = exp(d_t) - 1 - d_t     unbiased, >= 0
+    k3  = exp(d_t) - 1 - d_t     unbiased, >= 0; at most MAX_K3, which is reached at d_t = 2.61 and d_t = -11
 
     Args:
         logprobs: [N] nats, of the policy.
@@ -186,7 +190,7 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, *, estimator: KlEs
         estimator: one of the above.
 
     Returns:
-        [N] nats; carries the gradient of the arguments. k3 is constant where d_t > MAX_LOG_RATIO, to avoid overflow.
+        [N] nats; carries the gradient of the arguments, which is 0 where k3 is at its bound.
 
     Raises:
         ValueError: unknown estimator.
@@ -201,8 +205,8 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, *, estimator: KlEs
             return gap.square() / 2
         case "k3":
             # expm1 keeps the terms exact near d = 0, where exp(d) - 1 would cancel.
-            gap = gap.clamp(max=MAX_LOG_RATIO)
-            return torch.expm1(gap) - gap
+            gap = gap.clamp(max=MAX_LOG_RATIO)  # no overflow
+            return (torch.expm1(gap) - gap).clamp(max=MAX_K3)
         case _:
             raise ValueError(f"objective.kl.estimator: unknown value {estimator!r}")
 
@@ -214,7 +218,8 @@ def kl_loss(logprobs: Tensor, reference_logprobs: Tensor, weights: Tensor, *, es
 
     d loss / d logprobs_t = w_t                   k1; 0 in expectation, so use k1 in the reward, not in the loss
                             -w_t d_t              k2; in expectation the gradient of KL(policy || reference)
-                            w_t (1 - exp(d_t))    k3; in expectation the gradient of KL(reference || policy)
+                            w_t (1 - exp(d_t))    k3; in expectation the gradient of KL(reference || policy);
+                                                  0 where k3 is above MAX_K3
 
     Args:
         logprobs: [N] nats, of the policy; carries gradient.

@@ -31,7 +31,7 @@ def run(config: Config) -> None:
     print(dump_config(config))
     for title, plan in zip(("resource plan", "resource plan of rlsys search"), prepared.plans, strict=False):
         _show_plan(title, plan)
-    for note in prepared.inputs.notes:
+    for note in prepared.notes:
         print(note)
     print(first_prompt(prepared))
     print(start.describe())

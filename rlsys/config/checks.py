@@ -138,6 +138,32 @@ def searched_groups_train_by_token(config: Config) -> None:
 
 
 @of_stage("online")
+def ratios_begin_at_one(config: Config) -> None:
+    """Raise if the ratio to the behavior policy compares a distribution cut by top_p with a whole one.
+
+    The actors report log-probabilities among the tokens that top_p leaves, and the learner among all tokens. So every
+    ratio would begin below 1, at about top_p.
+    """
+    policy, top_p = config.objective.policy, config.sampling.top_p
+    if policy.used and not policy.decoupled and top_p < 1:
+        raise ValueError(
+            f"objective.policy.decoupled false needs sampling.top_p 1, found {top_p:g}: the ratios to the behavior "
+            "policy would begin below 1; set sampling.top_p to 1, or objective.policy.decoupled to true"
+        )
+
+
+@of_stage("online")
+def kl_loss_has_a_gradient(config: Config) -> None:
+    """Raise if the KL term is a loss whose expected gradient is 0."""
+    kl = config.objective.kl
+    if kl.used and kl.estimator == "k1" and not kl.in_reward:
+        raise ValueError(
+            "objective.kl.estimator k1 has an expected gradient of 0 as a loss, so the term would add only noise; set "
+            "objective.kl.estimator to k2 or k3, or objective.kl.in_reward to true"
+        )
+
+
+@of_stage("online")
 def online_has_a_term(config: Config) -> None:
     """Raise if no term of the online stage has a weight."""
     objective = config.objective
@@ -292,6 +318,8 @@ RULES: tuple[Rule, ...] = (
     search_samples_like_training,
     overlong_buffer_fits_completion,
     searched_groups_train_by_token,
+    ratios_begin_at_one,
+    kl_loss_has_a_gradient,
     online_has_a_term,
     sampled_prompts_train_the_policy,
     critic_has_sampled_prompts,
@@ -309,6 +337,46 @@ RULES: tuple[Rule, ...] = (
     patterns_are_searchable,
 )
 """All rules, in the order in which they are checked. The first one that is broken is reported."""
+
+
+# --- warnings ---
+
+LARGE_SEQUENCE_CLIP = 0.05
+"""Bound of the surrogate gspo that is worth a warning: a hundred times the paper's, 3e-4 and 4e-4."""
+
+
+def sequence_ratios_are_clipped(config: Config) -> str | None:
+    """Warn if the bounds of the sequence ratio are as wide as those of a token's ratio."""
+    policy = config.objective.policy
+    if "online" not in config.stages or not policy.used or policy.surrogate != "gspo":
+        return None
+    if max(policy.clip_low, policy.clip_high) < LARGE_SEQUENCE_CLIP:
+        return None
+    return (
+        f"objective.policy.surrogate gspo with clip_low {policy.clip_low:g} and clip_high {policy.clip_high:g}: the "
+        "ratio of a sequence is a mean over its tokens and hardly ever gets there, so nothing is clipped; the paper "
+        "has 3e-4 and 4e-4"
+    )
+
+
+def rows_fit_micro_batch(config: Config) -> str | None:
+    """Warn if a row can have more tokens than a pass of the learner should have."""
+    budget, longest = config.learner.micro_batch_tokens, config.actors.max_model_len
+    if budget >= longest or not any(plan.trains for plan in stage_plans(config)):
+        return None
+    return (
+        f"learner.micro_batch_tokens {budget} is below actors.max_model_len {longest}: a longer row is a pass of its "
+        f"own and needs the memory of up to {longest} tokens; raise the former or lower the latter"
+    )
+
+
+WARNINGS: tuple[Callable[[Config], str | None], ...] = (sequence_ratios_are_clipped, rows_fit_micro_batch)
+"""Checks of settings that are a risk but may be meant. Each returns one line that names the fields, or None."""
+
+
+def warnings(config: Config) -> list[str]:
+    """Return the warnings about the settings of a training run, one line each."""
+    return [f"warning: {text}" for check in WARNINGS if (text := check(config))]
 
 
 def _before(config: Config, stage: StageName) -> tuple[StageName, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from actors.search.build import check_tags
+from rlsys.config.checks import warnings
 from rlsys.config.engine_roles import (
     ModelEngines,
     Searching,
@@ -46,6 +47,7 @@ class Prepared:
         searching: the engines of the search; None if the command does not search.
         inputs: task, tokenizer and the streams made of them.
         tree_prompts: the prompts that the stage `search` grows trees for.
+        notes: lines for the user about settings and data.
         plans: the resource plan; `check` adds that of `rlsys search` if the config names models of the search.
     """
 
@@ -54,6 +56,7 @@ class Prepared:
     searching: Searching | None
     inputs: Inputs
     tree_prompts: Sequence[Prompt]
+    notes: Sequence[str]
     plans: Sequence[ResourcePlan]
 
     @property
@@ -137,6 +140,7 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
         searching=searching,
         inputs=inputs,
         tree_prompts=find_prompts(config, inputs) if grows_trees else (),
+        notes=[*(warnings(config) if trains else ()), *inputs.notes],
         plans=plans,
     )
 

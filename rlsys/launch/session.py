@@ -181,7 +181,7 @@ def grow_trees(config: Config, begin: Callable[[Inputs, Mapping[Role, ModelFolde
 
 
 def _print_notes(prepared: Prepared) -> None:
-    for note in prepared.inputs.notes:
+    for note in prepared.notes:
         print(note, file=sys.stderr)
 
 
@@ -199,7 +199,7 @@ async def _train(cluster: Cluster, session: Session) -> None:
     config, start, display = session.config, session.start, session.display
     inputs, initial_policy = session.prepared.inputs, session.prepared.policy.path
     serving = CheckpointDirectory(start.checkpoint).policy if start.checkpoint else initial_policy
-    for note in inputs.notes:
+    for note in session.prepared.notes:
         display.message(note)
     display.message(start.describe())
     bus: WeightBus | None = None

@@ -10,7 +10,7 @@ from ray import exceptions
 
 from actors import rollout_actor
 from actors.rollout_actor import RolloutActor
-from actors.weights import LoadProgress
+from actors.weights import LoadProgress, ModelTensors
 from rlsys.errors import LearnerLostError, RlsysError, WeightSyncError
 from rlsys.transfer.object_store import ObjectStoreReceiver
 from rlsys.types import WeightManifest, WeightOffer
@@ -35,7 +35,7 @@ def test_lost_weights_blame_the_rank_or_this_actor(
 
     monkeypatch.setattr(rollout_actor, "check_names", lambda *_: None)
     actor = RolloutActor.__new__(RolloutActor)
-    actor.name, actor.tensors, actor.loaded, actor.loading = "1", {}, 0, LoadProgress()
+    actor.name, actor.tensors, actor.loaded, actor.loading = "1", ModelTensors(all=frozenset()), 0, LoadProgress()
     actor.receiver = ObjectStoreReceiver("1", lambda reference: reference)
     actor.engine = SimpleNamespace(update_weights=update)  # type: ignore[assignment]
     with pytest.raises(RlsysError, match=f"weight version 7.*{lost.__name__}") as caught:

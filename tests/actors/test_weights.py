@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors import safe_open
+from torch import nn
+from transformers import ApertusConfig
 
-from actors.weights import LoadProgress, check_names, expected_tensors
+from actors.weights import LoadProgress, check_names, expected_tensors, has_output_layer, without_tensor
 from rlsys.config.schema import FromScratchConfig
 from rlsys.errors import WeightSyncError
 from rlsys.models.scratch import build_from_scratch
@@ -42,7 +46,51 @@ def test_the_names_are_those_of_the_model_class(tmp_path: Path, tied: bool) -> N
     with safe_open(tmp_path / "model.safetensors", "pt") as opened:
         in_files = set(opened.keys())
     assert ("lm_head.weight" in in_files) is not tied
-    assert expected_tensors(tmp_path) == in_files | {"lm_head.weight"}  # tied or not, it must be sent
+    expected = expected_tensors(tmp_path)
+    assert expected.all == in_files | {"lm_head.weight"}  # tied or not, it must be sent
+    assert expected.tied_output == ("lm_head.weight" if tied else None)
+
+
+def test_buffers_that_are_weights_are_expected(tmp_path: Path) -> None:
+    ApertusConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, vocab_size=9).save_pretrained(tmp_path)
+    names = expected_tensors(tmp_path).all
+    assert {"model.layers.0.mlp.act_fn.beta", "model.layers.0.mlp.act_fn.alpha_p"} <= names
+    assert not any("inv_freq" in name for name in names)  # computed, not saved
+
+
+class ParallelLMHead(nn.Module):
+    """Named like the output layer of vLLM."""
+
+
+class PackedHead(ParallelLMHead):
+    """A subclass of the output layer of vLLM."""
+
+
+def engine_model(**modules: nn.Module) -> SimpleNamespace:
+    model = nn.Module()
+    model.model = nn.Module()
+    model.model.embed_tokens = nn.Embedding(2, 2)
+    for name, module in modules.items():
+        setattr(model, name, module)
+    return SimpleNamespace(get_model=lambda: model)
+
+
+def test_an_engine_has_the_output_layer_under_any_prefix_or_as_vllms_class() -> None:
+    named, unnamed = nn.Module(), nn.Module()
+    named.lm_head = nn.Linear(2, 2)
+    unnamed.output = PackedHead()
+    for layer in ({"lm_head": nn.Linear(2, 2)}, {"language_model": named}, {"language_model": unnamed}):
+        assert has_output_layer(engine_model(**layer), "lm_head.weight"), layer
+    assert has_output_layer(engine_model(embed_out=nn.Linear(2, 2)), "embed_out.weight")
+    embedding = nn.Embedding(2, 2)
+    assert has_output_layer(engine_model(first=embedding, lm_head=embedding), "lm_head.weight")  # one module, two names
+    assert not has_output_layer(engine_model(), "lm_head.weight")
+    assert not has_output_layer(engine_model(norm=nn.Linear(2, 2)), "lm_head.weight")
+
+
+def test_only_the_named_tensor_is_left_out() -> None:
+    tensors = [("a", torch.zeros(1)), ("lm_head.weight", torch.zeros(1)), ("b", torch.zeros(1))]
+    assert [name for name, _ in without_tensor(tensors, "lm_head.weight")] == ["a", "b"]
 
 
 def test_the_progress_of_a_load_is_its_last_tensor_and_their_number() -> None:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from joint_samples import group, ids, random_preferences, searched, trajectory
 from torch import Tensor, nn
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForTokenClassification
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from learners import rank as rank_module
+from learners.deepspeed.critic import Critic
 from learners.deepspeed.engine import TrainedModel
 from learners.rank import LearnerRank
 from learners.settings import RankSettings
@@ -101,6 +102,13 @@ def build(kind: Any, seed: int, **changes: Any) -> Any:
     return kind(Qwen2Config(**SIZE, **changes)).double()
 
 
+def build_critic(seed: int) -> Critic:
+    """Build a tiny critic in double precision, whose values are not 0."""
+    critic = Critic(build(Qwen2ForCausalLM, seed))
+    nn.init.normal_(critic.score.weight, std=0.02)
+    return critic.eval()
+
+
 def plain_rank(
     objective: Mapping[str, Any], *, stage: StageName = "online", updates: int = 1, budget: int = 64, steps: int = 11
 ) -> LearnerRank:
@@ -124,8 +132,7 @@ def plain_rank(
     rank.stage = StageSettings(stage=stage, steps=steps, updates_per_step=updates, optimizer=optimizer)
     rank.policy = PlainModel(build(Qwen2ForCausalLM, 0), settings)
     if settings.objective.value.used:
-        critic = build(Qwen2ForTokenClassification, 1, num_labels=1, classifier_dropout=0.0, hidden_dropout=0.0)
-        rank.critic = PlainModel(critic.eval(), settings)
+        rank.critic = PlainModel(build_critic(1), settings)
     rank.reference = build(Qwen2ForCausalLM, 2)
     return rank
 

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.engine import Completion, CompletionRequest, Engine, engine_environment
-from learners.deepspeed.parameters import full_parameters
+from learners.deepspeed.parameters import published_tensors
 from rlsys.config.schema import ActorsConfig
 from rlsys.transfer.object_store import ObjectStoreReceiver, ObjectStoreSender
 
@@ -63,7 +63,7 @@ def completion_gap(completion: Completion, model: Any, tokens: int) -> float:
 def publish(engine: Engine, model: Any, version: int) -> None:
     """The bus's own path: parameters by name, buckets, checksums, load."""
     sender = ObjectStoreSender(lambda data: data, 100_000)
-    offer = sender.send(full_parameters(model, lambda p: p.detach()), version=version, attempt=0)
+    offer = sender.send(published_tensors(model, lambda p: p.detach()), version=version, attempt=0)
     engine.update_weights(version, 0, ObjectStoreReceiver("0", lambda data: data).receive(offer))
 
 
@@ -106,7 +106,7 @@ def main(folder: Path) -> None:
     found |= updated_in_flight(engine, model)
     found["gap_after_flight"] = row_gap(engine, model)
     step(model, 1e-4, seed=3)  # as small as one optimizer update at learning rate 1e-4
-    names = [name for name, _ in full_parameters(model, lambda p: p.detach())]
+    names = [name for name, _ in published_tensors(model, lambda p: p.detach())]
     found["names"] = names
     tensors = [(name, value) for name, value in model.state_dict().items() if name != "lm_head.weight"]
     engine.update_weights(3, 0, tensors)

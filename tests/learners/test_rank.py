@@ -26,11 +26,12 @@ from plain_rank import (
 from torch import Tensor
 
 from learners import rank as rank_module
+from learners.deepspeed.tensor_files import read_tensors, write_tensors
 from learners.objective.schedule import learning_rate
 from rlsys.config.files import parse_config
 from rlsys.config.schema import OptimizerConfig
 from rlsys.config.stages import TERMS, stage_plan
-from rlsys.errors import LearnerLostError, NonFiniteLossError
+from rlsys.errors import ConfigError, LearnerLostError, NonFiniteLossError
 from rlsys.run.metrics import METRICS
 from rlsys.transfer.object_store import ObjectStoreSender
 from rlsys.types import StageName, StepPreference, TrainingBatch
@@ -140,7 +141,7 @@ def test_the_learning_rates_of_policy_and_critic_reach_their_ends_with_the_stage
     monkeypatch.setattr(rank_module, "TrainedModel", build)
     for name in ("load_model", "load_critic", "saved_config", "restore_model"):
         loaded = SimpleNamespace(config=None, get_text_config=lambda: SimpleNamespace(vocab_size=9))
-        monkeypatch.setattr(rank_module, name, lambda *arguments, loaded=loaded: loaded)
+        monkeypatch.setattr(rank_module, name, lambda *arguments, loaded=loaded, **options: loaded)
     rank = plain_rank({})
     rank._release = lambda: None
     rank.start_stage(stage_plan(parse_config(values, "test"), "online").settings, Path("unused"), None, None)
@@ -212,6 +213,18 @@ def test_a_model_that_cannot_be_read_is_an_error_of_all_ranks(tmp_path: Path) ->
     rank._release = lambda: None
     with pytest.raises(LearnerLostError, match="^learner rank 0: .*nothing-here"):
         rank.start_stage(rank.stage, tmp_path / "nothing-here", None, None)
+
+
+def test_a_folder_that_is_refused_is_no_lost_rank(tmp_path: Path) -> None:
+    # New ranks would refuse it too.
+    rank = plain_rank({})
+    rank._release = lambda: None
+    rank.policy.module.float().save_pretrained(tmp_path)
+    tensors = dict(read_tensors(tmp_path, "model"))
+    del tensors["model.norm.weight"]
+    write_tensors(tensors.items(), tmp_path, "model", writes=True)
+    with pytest.raises(ConfigError, match=r"^learner rank 0: model folder .* lacks model\.norm\.weight"):
+        rank.start_stage(rank.stage, tmp_path, None, None)
 
 
 def test_a_bucket_that_cannot_be_put_away_is_an_error_of_all_ranks() -> None:

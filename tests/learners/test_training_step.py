@@ -172,7 +172,7 @@ def test_the_value_loss_is_that_of_plain_torch() -> None:
     # With lambda 1 and gamma 1 the return of every token is the reward of its trajectory.
     errors = []
     for row in (row for part in groups for row in part.trajectories):
-        values = critic(torch.tensor(row.token_ids[None], dtype=torch.int64)).logits[0, 1:-1, 0]
+        values = critic(torch.tensor(row.token_ids[None], dtype=torch.int64))[0, 1:-1]
         errors.append(values - row.reward)
     loss = torch.cat(errors).square().mean() / 2
     assert metrics["objective/value_loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -199,7 +199,7 @@ def test_value_clipping_acts_in_a_second_update() -> None:
     )
     old, losses, clipped = None, [], 0
     for _ in range(2):
-        values = torch.cat([critic(row).logits[0, 1:-1, 0] for row in rows])
+        values = torch.cat([critic(row)[0, 1:-1] for row in rows])
         old = values.detach() if old is None else old
         errors = (values - returns).square()
         inside = (torch.minimum(torch.maximum(values, old - BAND), old + BAND) - returns).square()

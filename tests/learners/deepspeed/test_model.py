@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import (
+    ApertusConfig,
+    ApertusForCausalLM,
     AutoModelForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     OPTConfig,
@@ -17,7 +22,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from learners.deepspeed.model import load_critic, load_model
+from learners.deepspeed.engine import TrainedModel
+from learners.deepspeed.model import load_model
+from learners.deepspeed.tensor_files import read_tensors, write_tensors
+from rlsys.errors import ConfigError
+from rlsys.models.tensors import persistent_buffers
 
 IDS = torch.arange(16)[None]
 
@@ -89,23 +98,125 @@ def test_training_mode_computes_what_evaluation_mode_does(build, tmp_path: Path)
     assert torch.equal(logits(model, 1), expected)
 
 
-def test_a_critic_starts_at_values_of_zero_and_is_restored_from_its_own_folder(tmp_path: Path) -> None:
+def glm4_moe() -> PreTrainedModel:
+    # The choice of experts has a bias that is a buffer, and no gradient reaches it.
+    return Glm4MoeForCausalLM(
+        Glm4MoeConfig(
+            vocab_size=17,
+            hidden_size=16,
+            intermediate_size=16,
+            moe_intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+            head_dim=8,
+        )
+    )
+
+
+def apertus() -> PreTrainedModel:
+    # Its activation function has constants that are buffers.
+    return ApertusForCausalLM(
+        ApertusConfig(vocab_size=17, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    )
+
+
+def saved(model: PreTrainedModel, folder: Path) -> Path:
+    """Write a model as a learner does: tensors by name, and the config."""
+    learner = SimpleNamespace(module=model, gather=lambda parameter: parameter.detach())
+    write_tensors(TrainedModel.named_weights(learner), folder, "model", writes=True)
+    model.config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("build", [glm4_moe, apertus])
+def test_buffers_that_are_weights_are_saved(build, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    qwen2().save_pretrained(tmp_path / "policy")
-    torch.manual_seed(1)  # the library draws a head that the folder lacks
-    critic = load_critic(tmp_path / "policy", "fp32", "cpu").train()
-    values = logits(critic, 0)
-    assert values.shape == (1, 16, 1)
-    assert torch.equal(values, torch.zeros_like(values))
-    policy = dict(load_model(tmp_path / "policy", "fp32", "cpu").named_parameters())
-    body = {name: value for name, value in critic.named_parameters() if name in policy}
-    assert body and all(torch.equal(value, policy[name]) for name, value in body.items())
-    # A saved critic is restored with its head, and without dropout.
+    model = build()
+    buffers = dict(persistent_buffers(model))
+    assert buffers
     with torch.no_grad():
-        for parameter in critic.parameters():
-            parameter += 0.1
-    critic.save_pretrained(tmp_path / "critic")
-    restored = load_critic(tmp_path / "critic", "fp32", "cpu").train()
-    assert logits(critic, 0).abs().max() > 0
-    assert torch.equal(logits(restored, 0), logits(critic, 1))
-    assert load_critic(tmp_path / "critic", "bf16", "cpu").dtype == torch.bfloat16
+        for buffer in buffers.values():
+            buffer += torch.rand_like(buffer)
+    again = load_model(saved(model, tmp_path), "fp32", "cpu")
+    assert set(dict(persistent_buffers(again))) == set(buffers)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in persistent_buffers(again))
+    assert torch.equal(logits(again.eval(), 0), logits(model.eval(), 0))
+
+
+@pytest.mark.parametrize("build", [qwen2, gpt2, opt])
+def test_buffers_that_are_computed_are_not_saved(build) -> None:
+    assert dict(persistent_buffers(build())) == {}
+
+
+class OwnBuffer(Qwen2ForCausalLM):
+    """A Qwen2 with one buffer that is saved and one that is not."""
+
+    def __init__(self, config: Qwen2Config) -> None:
+        super().__init__(config)
+        self.model.layers[1].register_buffer("scale", torch.ones(2))
+        self.model.register_buffer("cache", torch.ones(2), persistent=False)
+
+
+def test_the_name_of_a_buffer_is_that_of_the_state_dict() -> None:
+    model = OwnBuffer(qwen2().config)
+    assert [name for name, _ in persistent_buffers(model)] == ["model.layers.1.scale"]
+    assert set(model.state_dict()) == {
+        *(name for name, _ in model.named_parameters(remove_duplicate=False)),
+        "model.layers.1.scale",
+    }
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(NORM), f"the folder lacks {NORM};"),
+        (lambda tensors: [tensors.pop(name) for name in list(tensors)[:3]], "the folder lacks .* and 2 more;"),
+        (lambda tensors: tensors.update(other=torch.ones(1)), "the folder has no place in the model for other;"),
+        (
+            lambda tensors: tensors.update({NORM: torch.ones(3)}),
+            rf"the folder has other shapes for {NORM} \(found, expected: \(\(3,\), \(16,\)\)\);",
+        ),
+        (
+            lambda tensors: tensors.update(other=tensors.pop(NORM)),
+            f"the folder lacks {NORM}, and has no place in the model for other;",
+        ),
+    ],
+)
+def test_a_folder_with_other_tensors_than_the_model_is_refused_by_name(change, message: str, tmp_path: Path) -> None:
+    folder = saved(qwen2(), tmp_path)
+    load_model(folder, "fp32", "cpu")
+    tensors = dict(read_tensors(folder, "model"))
+    change(tensors)
+    write_tensors(tensors.items(), folder, "model", writes=True)
+    with pytest.raises(ConfigError, match=message) as refused:
+        load_model(folder, "fp32", "cpu")
+    assert "\n" not in refused.value.message
+
+
+def test_a_lost_buffer_is_refused_by_name(tmp_path: Path) -> None:
+    folder = saved(glm4_moe(), tmp_path)
+    tensors = {name: value for name, value in read_tensors(folder, "model") if "e_score" not in name}
+    write_tensors(tensors.items(), folder, "model", writes=True)
+    with pytest.raises(ConfigError, match=r"lacks model\.layers\.1\.mlp\.gate\.e_score_correction_bias;"):
+        load_model(folder, "fp32", "cpu")
+
+
+def test_a_tied_output_layer_may_be_in_the_folder_or_not(tmp_path: Path) -> None:
+    config = qwen2().config
+    config.tie_word_embeddings = True
+    model = Qwen2ForCausalLM(config).eval()
+    folder = saved(model, tmp_path)
+    tensors = dict(read_tensors(folder, "model"))
+    assert "lm_head.weight" not in tensors
+    assert torch.equal(logits(load_model(folder, "fp32", "cpu"), 0), logits(model, 0))
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    write_tensors(tensors.items(), folder, "model", writes=True)
+    assert torch.equal(logits(load_model(folder, "fp32", "cpu"), 0), logits(model, 0))

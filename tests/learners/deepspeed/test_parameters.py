@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from learners.deepspeed.parameters import full_parameters
+from learners.deepspeed.parameters import published_tensors
 from rlsys import fault_injection as faults
 
 
@@ -25,7 +25,7 @@ def tiny(tied: bool) -> nn.Module:
 
 
 def published_by(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return list(full_parameters(model, lambda parameter: parameter.detach()))
+    return list(published_tensors(model, lambda parameter: parameter.detach()))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -57,7 +57,7 @@ def test_every_parameter_is_gathered_once_and_the_gathered_one_is_sent() -> None
         gathered.append(parameter)
         return torch.full_like(parameter.detach(), 7.0)
 
-    published = dict(full_parameters(model, gather))
+    published = dict(published_tensors(model, gather))
     assert [id(parameter) for parameter in gathered] == [id(parameter) for parameter in model.parameters()]
     assert all((tensor == 7).all() for tensor in published.values())
 

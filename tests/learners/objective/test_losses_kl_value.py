@@ -39,7 +39,11 @@ def test_kl_by_hand(estimator, loss, gradient, kl):
     assert metrics_of(out) == pytest.approx({"kl": kl}, rel=1e-12, abs=1e-15)
 
 
-@given(gap=st.floats(-19, 19), weight=st.floats(0.01, 5))
+# k3 is at most 10: exp(d) - 1 - d = 10 at d = 2.6102 and at d = -11 + 1.67e-5
+K3_RANGE = (-11 + 2e-5, 2.61)
+
+
+@given(gap=st.floats(*K3_RANGE), weight=st.floats(0.01, 5))
 def test_kl_gradients_closed_form(gap, weight):
     rounded = (-1.0 + gap) - -1.0
     closed = {"k1": weight, "k2": -weight * rounded, "k3": -weight * math.expm1(rounded)}
@@ -49,6 +53,16 @@ def test_kl_gradients_closed_form(gap, weight):
         out.loss.backward()
         assert logprobs.grad.item() == pytest.approx(closed[estimator], rel=1e-12, abs=1e-15)
         assert estimator == "k1" or out.loss.item() >= -1e-15
+
+
+@pytest.mark.parametrize("gap", [2.62, 5.0, 10.0, 15.0, 19.0, 25.0, 800.0, -11.1, -15.0, -800.0])
+def test_a_token_far_from_the_reference_has_the_largest_k3_and_no_gradient(gap):
+    # Without the bound, the gradient is 1 - exp(d): -3.3e6 at d = 15, and infinite at d = 800.
+    logprobs = t64([-1.0, -1.0], grad=True)
+    out = kl_loss(logprobs, t64([-1.0 + gap, -1.0 - LN2]), t64([3.0, 2.0]), estimator="k3")
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(3 * 10 + 2 * (LN2 - 0.5), rel=1e-12)
+    assert logprobs.grad.tolist() == pytest.approx([0.0, 1.0], rel=1e-12, abs=0)
 
 
 def test_kl_estimators_in_expectation():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from minimal_config import minimal
 
-from rlsys.config.checks import RULES
+from rlsys.config.checks import RULES, WARNINGS, warnings
 from rlsys.config.files import apply_override, parse_config
 from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
@@ -79,6 +79,19 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
             [*SEARCHED, "objective.kl={weight: 0.1, in_reward: true}"],
             "search.fraction 0.5 needs objective.kl.in_reward False, found True",
         ),
+    ],
+    "ratios_begin_at_one": [
+        (
+            ["sampling.top_p=0.95", "objective.policy.decoupled=false"],
+            "objective.policy.decoupled false needs sampling.top_p 1, found 0.95",
+        ),
+    ],
+    "kl_loss_has_a_gradient": [
+        (
+            ["objective.kl={weight: 0.1, estimator: k1}"],
+            "objective.kl.estimator k1 has an expected gradient of 0 as a loss",
+        ),
+        (["objective.kl={final_weight: 0.1, estimator: k1}"], "set objective.kl.estimator to k2 or k3"),
     ],
     "online_has_a_term": [
         (
@@ -217,6 +230,11 @@ ACCEPTED: list[list[str]] = [
     [*PAIRS, *SEARCHED],
     [*PAIRS, *ALL_SEARCHED, "objective.policy.weight=0"],
     ["objective.kl={final_weight: 0.1, in_reward: true}"],
+    ["objective.kl={weight: 0.1, estimator: k1, in_reward: true}"],
+    ["objective.kl.estimator=k1"],  # the term has no weight
+    ["sampling.top_p=0.95"],
+    ["objective.policy.decoupled=false"],
+    ["sampling.top_p=0.95", "objective.policy.decoupled=false", "stages=[warm_start]"],
     [*FILE_PAIRS, "preference.path=p"],
     [*FILE_PAIRS, "stages=[search, online]"],
     # The rules of the online stage do not apply to a run without it.
@@ -264,3 +282,46 @@ def test_what_only_looks_like_a_mistake_is_accepted(overrides: list[str]) -> Non
 
 def test_every_rule_has_a_case() -> None:
     assert list(REFUSED) == [rule.__name__ for rule in RULES]
+
+
+GSPO = "objective.policy.surrogate=gspo"
+PAPER = ["objective.policy.clip_low=3e-4", "objective.policy.clip_high=4e-4"]
+
+# What each warning is about, as overrides of the minimal config, and the beginning of its text.
+WARNED: dict[str, list[tuple[list[str], str]]] = {
+    "sequence_ratios_are_clipped": [
+        ([GSPO], "warning: objective.policy.surrogate gspo with clip_low 0.2 and clip_high 0.28: "),
+        (
+            [GSPO, "objective.policy.clip_low=3e-4"],
+            "warning: objective.policy.surrogate gspo with clip_low 0.0003 and clip_high 0.28: ",
+        ),
+    ],
+    "rows_fit_micro_batch": [
+        (
+            ["learner.micro_batch_tokens=255"],
+            "warning: learner.micro_batch_tokens 255 is below actors.max_model_len 256: ",
+        ),
+        (["learner.micro_batch_tokens=255", "stages=[warm_start]"], "warning: learner.micro_batch_tokens 255 "),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"), [pytest.param(*case, id=rule) for rule, cases in WARNED.items() for case in cases]
+)
+def test_a_risk_is_one_line_and_accepted(overrides: list[str], text: str) -> None:
+    (line,) = warnings(parse(overrides))
+    assert line.startswith(text) and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], [GSPO, *PAPER], [GSPO, "stages=[warm_start]"], ["learner.micro_batch_tokens=256"]],
+    ids=" ".join,
+)
+def test_other_settings_have_no_warning(overrides: list[str]) -> None:
+    assert warnings(parse(overrides)) == []
+
+
+def test_every_warning_has_a_case() -> None:
+    assert list(WARNED) == [check.__name__ for check in WARNINGS]

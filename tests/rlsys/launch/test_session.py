@@ -45,7 +45,13 @@ def engines(config: Config) -> dict[Any, ModelEngines]:
 def prepared(config: Config, inputs: Any, searching: Searching | None, tree_prompts: Any = ()) -> Prepared:
     models = {name: ModelFolder(Path(name)) for name in ("policy", *given_models(config))}
     return Prepared(
-        config=config, models=models, searching=searching, inputs=inputs, tree_prompts=tree_prompts, plans=()
+        config=config,
+        models=models,
+        searching=searching,
+        inputs=inputs,
+        tree_prompts=tree_prompts,
+        notes=getattr(inputs, "notes", ()),
+        plans=(),
     )
 
 
