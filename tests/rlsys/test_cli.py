@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
