@@ -30,16 +30,18 @@ def build_codec(model: ModelFolder, search: SearchConfig, role: Role) -> TagCode
 
 
 def check_tags(search: SearchConfig, models: Mapping[Role, ModelFolder]) -> None:
-    """Check that the tokenizers of all models keep the tags of the search.
+    """Check that all models can read the tags and prefixes of the search, and that their tokenizers keep the tags.
 
     Raises:
-        ConfigError: Encoding and decoding with a tokenizer changes a tag, or a tag needs a token that the model lacks.
+        ConfigError: A tokenizer changes a tag, or a tag or prefix needs a token that the model does not have.
     """
+    types = [node_type for pattern in resolve(search).values() for node_type in pattern.types.values()]
+    prefixes = [prefix for node_type in types for prefix in node_type.prefixes]
     for role, model in models.items():
         try:
             codec, encoder = build_codec(model, search, role), CheckedEncoder(model.tokenizer, model.vocabulary)
-            for tag in codec.tags:
-                encoder.text(tag)
+            for text in (*codec.tags, *prefixes):
+                encoder.text(text)
         except ConfigError as error:
             raise ConfigError(f"{error.message}; the model is {model.path}") from None
 

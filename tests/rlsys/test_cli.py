@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedR
 from rlsys.launch import ray_cluster as cluster
 from rlsys.launch import session as launch
 from rlsys.launch.resources import ResourcePlan
+from rlsys.models.folder import load_tokenizer
 from rlsys.models.scratch import build_from_scratch
 from rlsys.run import report
 from rlsys.run.resume import Start
@@ -166,6 +168,28 @@ def test_check_finds_a_tag_that_the_tokenizer_loses(
     assert errors.startswith("error: search.nodes: the tag guess is changed by this tokenizer: expected <guess>")
     assert errors.endswith(f"; the model is {model_without_a_bracket}\n")
     assert run(*given, "search.fraction=0.5")[0] == 0  # the shipped tags are not lost
+
+
+def test_check_shows_a_prompt(run, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(config(tmp_path / "run")))
+    code, output, _ = run("check", str(tmp_path / "config.yaml"))
+    shown = re.search(
+        r"^first held-out prompt, \d+ tokens \(its question is in it\): '<user>.+<assistant>'$", output, re.M
+    )
+    assert code == 0 and shown
+
+
+def test_check_refuses_tags_that_the_model_lacks(run, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(config(tmp_path / "run")))
+    folder = tmp_path / "model"
+    build_from_scratch(FromScratchConfig(hidden_size=32, layers=1, heads=1, intermediate_size=32), (), 0, folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens(["<thinking>"])
+    tokenizer.save_pretrained(folder)
+    given = ("check", str(tmp_path / "config.yaml"), "model.from_scratch=null", f"model.path={folder}")
+    assert run(*given, "stages=[online]")[0] == 0
+    code, _, errors = run(*given, "stages=[online]", "search.fraction=0.5")
+    assert code == 2 and "('<thinking>') is beyond the vocabulary of the model" in errors
 
 
 def test_check_reads_the_data_files(run, tmp_path: Path) -> None:
