@@ -22,7 +22,7 @@ from rlsys.run.metrics import read_rows
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(900)]
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 ROUNDING = 2e-5  # fp32 log-probabilities of two programs that sum in another order; 2e-6 is usual
-HEADS = {"head_dim": 32, "query_pre_attn_scalar": 32}
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
 
 ARCHITECTURES = (
     Architecture(kind="llama", sharded=True, ends=2),
@@ -31,10 +31,8 @@ ARCHITECTURES = (
     Architecture(kind="qwen2", ends=2, pads=False),
     Architecture(kind="qwen3", changes={"head_dim": 32}, sharded=True, padded_vocabulary=True),
     Architecture(kind="mistral", changes={"head_dim": 32, "sliding_window": 16}, pads=False),
-    Architecture(kind="gemma2", changes={**HEADS, "sliding_window": 16}, tied=True, sharded=True),
-    Architecture(
-        kind="gemma3_text", changes={**HEADS, "sliding_window": 16}, tied=True, ends=2, padded_vocabulary=True
-    ),
+    Architecture(kind="gemma2", changes=GEMMA, tied=True, sharded=True),
+    Architecture(kind="gemma3_text", changes=GEMMA, tied=True, ends=2, padded_vocabulary=True),
     Architecture(kind="phi3", changes={"original_max_position_embeddings": 256}, padded_vocabulary=True),
     Architecture(kind="olmo2", sharded=True, pads=False),
 )
@@ -61,6 +59,7 @@ def run_config(model: Path, *, critic: bool) -> dict[str, Any]:
             "max_steps": 2,
             "groups_per_step": 2,
             "group_size": 4,
+            "updates_per_step": 1,
             "optimizer": {"learning_rate": 1e-3, "warmup_updates": 0},
             "critic_optimizer": {"learning_rate": 1e-2, "warmup_updates": 0},
         },
@@ -73,10 +72,9 @@ def run_config(model: Path, *, critic: bool) -> dict[str, Any]:
 def policy_gap(first: Path, second: Path) -> float:
     """Return the largest difference of the log-probabilities that two policies give to some tokens, nats."""
     ids = torch.arange(5, 55)[None]
-    scores = [
-        load_model(path, "fp32", "cpu").eval()(ids, use_cache=False).logits.log_softmax(-1) for path in (first, second)
-    ]
-    return float((scores[0] - scores[1])[0, :-1].gather(-1, ids[0, 1:, None]).abs().max())
+    scores = [load_model(path, "fp32", "cpu").eval()(ids, use_cache=False).logits for path in (first, second)]
+    first_logprobs, second_logprobs = (each[0, :-1].log_softmax(-1) for each in scores)
+    return float((first_logprobs - second_logprobs).gather(-1, ids[0, 1:, None]).abs().max())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name.replace(" ", "-"))
