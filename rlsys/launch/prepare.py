@@ -156,13 +156,12 @@ def check_models(config: Config, models: Mapping[Role, ModelFolder], *, trains: 
     Raises:
         ConfigError: see `check_model`.
     """
-    critic = "online" in config.stages and config.objective.value.used
     for role, section in given_models(config).items():
         if role in models:
             check_model(models[role], Use(longest=section.max_model_len, longest_field=f"search.{role}.max_model_len"))
     if config.model.from_scratch is None or not trains:
         longest, field = config.actors.max_model_len, "actors.max_model_len"
-        check_model(models["policy"], Use(longest=longest, longest_field=field, trained=trains, critic=critic))
+        check_model(models["policy"], Use(longest=longest, longest_field=field, trained=trains))
 
 
 def _searches(config: Config, purpose: Purpose) -> bool:

@@ -44,13 +44,11 @@ class Use:
         longest: number of tokens of the longest sequence.
         longest_field: the config field that holds `longest`.
         trained: whether the learner trains the model and publishes its weights.
-        critic: whether a critic begins as a copy of the model.
     """
 
     longest: int
     longest_field: str
     trained: bool = False
-    critic: bool = False
 
 
 def check_model(model: ModelFolder, use: Use) -> None:
@@ -72,7 +70,7 @@ def _check(model: ModelFolder, use: Use) -> None:
     if use.trained:
         refuse_quantized(model)
         refuse_experts(model)
-        check_skeleton(model, critic=use.critic)
+        check_skeleton(model)
     elif model.vocabulary is None:
         return  # the engine may know a kind of model that transformers does not
     check_positions(model, use)

@@ -13,17 +13,16 @@ from rlsys.errors import ConfigError
 from rlsys.models.folder import ModelFolder
 
 
-def check_skeleton(model: ModelFolder, *, critic: bool) -> None:
+def check_skeleton(model: ModelFolder) -> None:
     """Check that the learner has a class for a model, and that the weights fill exactly this class.
 
     Args:
         model: the model folder.
-        critic: whether the learner also makes a critic of it.
 
     Raises:
         ConfigError: there is no such class, or tensors are missing, superfluous or of another shape.
     """
-    kind = _learner_class(model, critic=critic)
+    kind = _learner_class(model)
     try:
         loaded = _load_headers(kind, model)
     except Exception as error:
@@ -39,9 +38,9 @@ def check_skeleton(model: ModelFolder, *, critic: bool) -> None:
         )
 
 
-def _learner_class(model: ModelFolder, *, critic: bool) -> Any:
+def _learner_class(model: ModelFolder) -> Any:
     """Return the class with which the learner loads a model."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = model.config
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -52,11 +51,6 @@ def _learner_class(model: ModelFolder, *, critic: bool) -> Any:
         raise ConfigError(
             f"{model.path}: expected architectures [{kind.__name__!r}] in config.json, which is the causal language "
             f"model of model_type {config.model_type!r}, found {given}"
-        )
-    if critic and type(config) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
-        raise ConfigError(
-            f"{model.path}: a critic (objective.value) needs a token classifier, which transformers does not have for "
-            f"model_type {config.model_type!r}; choose an estimator without a critic, or another model"
         )
     return kind
 

@@ -292,10 +292,3 @@ def test_a_model_that_is_not_trained_needs_its_question_too(folder: Path) -> Non
     set_template(folder, PARTS)
     with pytest.raises(ConfigError, match=rf"^search.model.path {folder}: expected the question in its prompt"):
         check_model(ModelFolder(folder, "search.model.path"), SERVED)
-
-
-def test_a_critic_needs_a_class_of_its_own(folder: Path) -> None:
-    other_kind(folder, "olmo2")
-    critic = Use(longest=128, longest_field="actors.max_model_len", trained=True, critic=True)
-    with pytest.raises(ConfigError, match=r"a critic \(objective.value\) needs a token classifier.*'olmo2'"):
-        check_model(ModelFolder(folder), critic)
