@@ -85,7 +85,8 @@ class PolicyConfig(Component):
 class KlConfig(Component):
     estimator: KlEstimator = "k3"
     """Estimator of the KL divergence. k1: the log-ratio, meant for in_reward, because as a loss its expected gradient
-    is 0; k2: half the squared log-ratio, which has the right gradient as a loss; k3: never negative, used by GRPO."""
+    is 0 and refused; k2: half the squared log-ratio, which has the right gradient as a loss; k3: never negative, used
+    by GRPO, at most 10 nats a token."""
     in_reward: bool = False
     """Subtract the term from the reward of every token instead of adding it to the loss. Only for sampled groups."""
 

@@ -148,29 +148,6 @@ def test_buffers_that_are_weights_are_saved(build, tmp_path: Path) -> None:
     assert torch.equal(logits(again.eval(), 0), logits(model.eval(), 0))
 
 
-@pytest.mark.parametrize("build", [qwen2, gpt2, opt])
-def test_buffers_that_are_computed_are_not_saved(build) -> None:
-    assert dict(persistent_buffers(build())) == {}
-
-
-class OwnBuffer(Qwen2ForCausalLM):
-    """A Qwen2 with one buffer that is saved and one that is not."""
-
-    def __init__(self, config: Qwen2Config) -> None:
-        super().__init__(config)
-        self.model.layers[1].register_buffer("scale", torch.ones(2))
-        self.model.register_buffer("cache", torch.ones(2), persistent=False)
-
-
-def test_the_name_of_a_buffer_is_that_of_the_state_dict() -> None:
-    model = OwnBuffer(qwen2().config)
-    assert [name for name, _ in persistent_buffers(model)] == ["model.layers.1.scale"]
-    assert set(model.state_dict()) == {
-        *(name for name, _ in model.named_parameters(remove_duplicate=False)),
-        "model.layers.1.scale",
-    }
-
-
 NORM = "model.norm.weight"
 
 
