@@ -14,7 +14,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ from rlsys.types import FinishReason, Float32Array, Int32Array, VersionSpan
 
 if TYPE_CHECKING:
     import torch
+
+    Tensors = Iterable[tuple[str, torch.Tensor]]
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -169,17 +171,10 @@ class Engine:
         self._call(add, lambda error: _fail(futures, error))
         return [future.result() for future in futures]
 
-    def update_weights(
-        self,
-        version: int,
-        attempt: int,
-        tensors: Iterable[tuple[str, torch.Tensor]],
-        tied_output: str | None = None,
-    ) -> None:
+    def update_weights(self, version: int, attempt: int, tensors: Tensors, tied_output: str | None = None) -> None:
         """Replace all weights between two steps. Prefixes cached by older weights are not used again.
 
-        Args:
-            tied_output: Name of an output layer tied to the embedding. It is skipped if the engine has none.
+        `tied_output` names an output layer tied to the embedding, which is skipped if the engine has none.
         """
 
         def apply() -> None:
@@ -245,7 +240,7 @@ class Engine:
         _fail([pending.future for pending in self._pending.values()], self._broken)
         self._pending.clear()
 
-    def _reload(self, tensors: Iterable[tuple[str, torch.Tensor]], tied_output: str | None) -> None:
+    def _reload(self, tensors: Tensors, tied_output: str | None) -> None:
         if tied_output and not all(self._engine.collective_rpc(has_output_layer, args=(tied_output,))):
             tensors = without_tensor(tensors, tied_output)
         if self._tensor_parallel:
@@ -253,7 +248,7 @@ class Engine:
         else:
             self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
 
-    def _reload_from_folder(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def _reload_from_folder(self, tensors: Tensors) -> None:
         """Load weights through a folder in shared memory. Each tensor-parallel process reads its part."""
         from safetensors.torch import save_file
 
@@ -304,14 +299,8 @@ class Engine:
         self._meter.add_completion(len(completion.token_ids), completion.prompt_tokens, completion.cached_tokens)
         return completion
 
-    def _start(
-        self, name: str, token_ids: Sequence[int] | Int32Array, settings: Mapping[str, Any], pending: _Pending
-    ) -> None:
-        """Give a request to the engine.
-
-        Raises:
-            InputError: the engine refuses a setting, which all requests share.
-        """
+    def _start(self, name: str, token_ids: Sequence[int] | Int32Array, settings: Any, pending: _Pending) -> None:
+        """Give a request to the engine. InputError: it refuses a setting, which all requests share."""
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
 
@@ -319,10 +308,9 @@ class Engine:
         request_id = str(self._requests)  # unique, unlike the callers' names
         try:
             self._engine.add_request(request_id, self._prompt(token_ids), SamplingParams(**settings))
-        except (ValueError, VLLMClientError) as error:
+        except (ValueError, VLLMClientError) as error:  # for example longer than max_model_len
             if getattr(error, "parameter", None) in settings:
                 raise InputError(f"the engine refuses the sampling settings or end tokens: {error}") from error
-            # For example longer than max_model_len: only this request fails.
             _fail([pending.future], RolloutError(f"request {name} was refused: {error}"))
         else:
             self._pending[request_id] = pending

@@ -57,6 +57,9 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
+SMALL: dict[str, Any] = {"actors": {"max_model_len": 64}, "sampling": {"max_tokens": 16}}
+
+
 def refused(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], at: Path
 ) -> str:
@@ -147,7 +150,7 @@ def test_pickles_as_data_set(
     model: Path, canary: bytes, tmp_path: Path, kind: str, capfd: Any, monkeypatch: Any
 ) -> None:
     path = planted_data(kind, tmp_path, canary)
-    config = {"model": {"path": str(model)}, "task": {"type": "dataset", "path": str(path)}}
+    config = {**SMALL, "model": {"path": str(model)}, "task": {"type": "dataset", "path": str(path)}}
     assert f"task.path {path}: " in refused(capfd, monkeypatch, config, tmp_path)
 
 
@@ -196,7 +199,7 @@ def test_pickles_as_problems(
     if kind == "blocksworld":
         path.mkdir()
     (path / "one.pddl" if kind == "blocksworld" else path).write_bytes(canary)
-    config = {"model": {"path": str(model)}, "task": {"type": kind, field: str(path)}}
+    config = {**SMALL, "model": {"path": str(model)}, "task": {"type": kind, field: str(path)}}
     assert f"task.{field}" in refused(capfd, monkeypatch, config, tmp_path)
 
 

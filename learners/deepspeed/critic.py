@@ -40,6 +40,10 @@ class Critic(nn.Module):
         hidden = self.body(input_ids=input_ids, **arguments).last_hidden_state
         return self.score(hidden).squeeze(-1)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding, whose rows are the token ids that the critic knows."""
+        return self.body.get_input_embeddings()
+
     @property
     def body(self) -> Any:
         """The layers of the language model below its output layer."""

@@ -315,7 +315,7 @@ def plain_update(folder: Path, max_grad_norm: float) -> tuple[float, np.ndarray]
         ratio = torch.exp(own - own.detach())  # 1: the first update starts from the old policy
         weight = torch.exp(own.detach() - torch.tensor(row.behavior_logprobs[PROMPT:])).clamp(max=IMPORTANCE_CAP)
         terms["policy"] = terms["policy"] - (weight * ratio * advantage).sum()
-        terms["kl"] = terms["kl"] + (torch.exp(gap) - gap - 1).sum()
+        terms["kl"] = terms["kl"] + (torch.exp(gap) - gap - 1).clamp(max=10.0).sum()
         tokens += len(own)
     settings = OBJECTIVE["preference"]
     for pair in given.pairs:
