@@ -152,7 +152,11 @@ class RolloutActor:
         texts = self.tokenizer.batch_decode(
             [completion.token_ids[: _content_length(completion)] for completion in completions]
         )
-        verdicts = await self.rewards.verify([(prompt.answer, text) for text in texts])
+        items = [
+            (prompt.answer, text, completion.finish_reason == "stop")
+            for text, completion in zip(texts, completions, strict=True)
+        ]
+        verdicts = await self.rewards.verify(items)
         return build_group(prompt, completions, verdicts)
 
     async def probe(self, rows: Sequence[Int32Array]) -> tuple[Float32Array, ...]:

@@ -12,12 +12,12 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rlsys.tasks.math_answers import judge
 
 from rlsys.config.tasks import DatasetConfig
 from rlsys.errors import ConfigError, DataError
 from rlsys.tasks import build_task
 from rlsys.tasks.dataset import DatasetTask
-from rlsys.tasks.math_answers import judge
 from rlsys.tasks.tags import tag_strings
 
 GSM8K = Path(os.environ.get("RLSYS_DATA", "")) / "gsm8k_test.jsonl"
