@@ -105,8 +105,8 @@ class DatasetConfig(Section):
     prompt_template: str = "{question}"
     """Text of the user message. {question} is replaced by the question."""
     strictness: Literal["text", "value", "lenient"] = "value"
-    """Answers that are right. `text`: the text of the reference, whatever its markup. `value`: also another form of the same
-    value. `lenient`: also a number without its percent sign, and a rounded decimal (docs/answers.md)."""
+    """Answers that are right. `text`: the text of the reference, whatever its markup. `value`: also other forms of its
+    value. `lenient`: also a number without its percent sign, and a rounded decimal. docs/answers.md has the rules."""
     relative_tolerance: float = Field(default=1e-6, ge=0, le=0.1)
     """Largest relative difference from a reference that is a decimal. It stays below half a unit of its last digit."""
     accept_cut_off: bool = False

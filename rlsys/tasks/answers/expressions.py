@@ -173,3 +173,8 @@ def symbol(name: str) -> Expr:
 def apply(op: str, *args: Expr) -> Expr:
     """Return an operation on arguments."""
     return Expr(op=op, args=args)
+
+
+def names_of(text: str) -> tuple[str, ...]:
+    """Return the names that a text lists between spaces."""
+    return tuple(text.split())

@@ -82,6 +82,8 @@ class Grammar:
         """Read a product, with or without signs, from left to right."""
         value = self._factor()
         while True:
+            if self.is_sign("/") and self.tokens[self.place + 1 : self.place + 2][:1] and self._is_per():
+                return value
             if self.is_sign("*", "/"):
                 sign = self.take().text
                 factor = self._signed_factor()
@@ -93,6 +95,10 @@ class Grammar:
                 value = apply("multiply", value, self._factor())
             else:
                 return value
+
+    def _is_per(self) -> bool:
+        """Return whether a unit follows a slash, as in "$5/hour"."""
+        return self.tokens[self.place + 1].kind == "word"
 
     def _signed_factor(self) -> Expr:
         if self.is_sign("-", "+"):
@@ -110,6 +116,8 @@ class Grammar:
         token = self.next
         if token.kind == "symbol":
             return not self._starts_unit()
+        if token.kind == "command" and token.text == "frac" and token.spaced and read_unit(self.rest(), nouns=False):
+            return False
         if token.kind == "command":
             return token.text in ("frac", "sqrt", "binom", "pi", "infty")
         if token.kind == "function":
@@ -289,29 +297,25 @@ class Grammar:
             case "frac" | "binom":
                 above = self._group()
                 return apply("divide" if name == "frac" else "binomial", above, self._group())
-            case "sqrt":
-                return self._root()
         self.place -= 1
         raise self.unreadable()
 
-    def _root(self) -> Expr:
-        degree = number(2)
+    def _root(self, degree: Expr) -> Expr:
+        """Read the argument of a root. Without braces, it is a whole number: √12 has two digits."""
         if self.is_sign("["):
             self.take()
             degree = self._enclosed("[")
         if self.is_sign("("):
             self.take()
             return apply("root", self._enclosed("("), degree)
-        if self.next.kind == "number":  # \sqrt2 has the square root of 2, as √2; \sqrt12 that of 12, as √12
+        if self.next.kind == "number":
             return apply("root", self._number(self.take()), degree)
         return apply("root", self._group(), degree)
 
     def _function(self, name: str) -> Expr:
         name = _ALIASES.get(name, name)
         if name in ("sqrt", "cbrt"):
-            if self.is_sign("(", "{"):
-                return apply("root", self._enclosed(self.take().text), number(2 if name == "sqrt" else 3))
-            return apply("root", self._base(), number(2 if name == "sqrt" else 3))
+            return self._root(number(2 if name == "sqrt" else 3))
         base: Expr | None = None
         if self.is_sign("_") and name == "log":
             self.take()

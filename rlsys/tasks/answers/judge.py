@@ -21,7 +21,7 @@ from rlsys.tasks.answers.expressions import UndecidableError, UnreadableError, V
 from rlsys.tasks.answers.extraction import Extracted, find_answer
 from rlsys.tasks.answers.normalise import normalise
 from rlsys.tasks.answers.reader import MAX_ANSWER_CHARS, read_answer
-from rlsys.tasks.answers.words import choice_letter, chosen_letter, squeeze
+from rlsys.tasks.answers.words import choice_letter, chosen_letter, read_any_words, squeeze
 from rlsys.types import Verdict
 
 Strictness = Literal["text", "value", "lenient"]
@@ -71,7 +71,8 @@ class Judge:
         if texts[0] and squeeze(texts[0]) == squeeze(texts[1]):
             return _CORRECT
         if self.strictness == "text":
-            return _wrong("another text")
+            words = [read_any_words(text) for text in texts]
+            return _CORRECT if words[0] and words[0] == words[1] else _wrong("another text")
         if choice_letter(texts[0]) and chosen_letter(texts[1]):
             return _CORRECT if choice_letter(texts[0]) == chosen_letter(texts[1]) else _wrong("another choice")
         reference_value, answer_value = _read(reference), _read(answer.text)

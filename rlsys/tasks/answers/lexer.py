@@ -6,86 +6,22 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlsys.tasks.answers.expressions import UnreadableError
+from rlsys.tasks.answers.expressions import UnreadableError, names_of
 from rlsys.tasks.answers.units import CURRENCIES, GLUED_UNITS
 
 MAX_TOKENS = 400
 
 FUNCTIONS = frozenset(
-    [
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "arccot",
-        "arcsec",
-        "arccsc",
-        "asin",
-        "acos",
-        "atan",
-        "sinh",
-        "cosh",
-        "tanh",
-        "coth",
-        "ln",
-        "log",
-        "lg",
-        "exp",
-        "sqrt",
-        "cbrt",
-        "abs",
-        "floor",
-        "ceil",
-        "gcd",
-        "lcm",
-        "max",
-        "min",
-        "det",
-    ]
+    names_of(
+        "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc asin acos atan sinh cosh tanh coth "
+        "ln log lg exp sqrt cbrt abs floor ceil gcd lcm max min det"
+    )
 )
 _GREEK = frozenset(
-    [
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "iota",
-        "kappa",
-        "lambda",
-        "mu",
-        "nu",
-        "xi",
-        "rho",
-        "sigma",
-        "tau",
-        "upsilon",
-        "phi",
-        "chi",
-        "psi",
-        "omega",
-        "Gamma",
-        "Delta",
-        "Theta",
-        "Lambda",
-        "Xi",
-        "Pi",
-        "Sigma",
-        "Upsilon",
-        "Phi",
-        "Psi",
-        "Omega",
-        "ell",
-        "hbar",
-    ]
+    names_of(
+        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi "
+        "chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar"
+    )
 )
 _SIGNS = {
     "times": "*", "cdot": "*", "div": "/", "le": "≤", "ge": "≥", "ne": "≠", "lt": "<", "gt": ">", "approx": "≈",
@@ -93,7 +29,7 @@ _SIGNS = {
     "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈", "rceil": "⌉", "langle": "⟨", "rangle": "⟩", "colon": ":",
     "lor": "or", "vee": "or", "land": "and", "wedge": "and", "mod": "mod", "bmod": "mod", "pmod": "mod", "sim": "≈",
 }  # fmt: skip
-_COMMANDS = frozenset(["frac", "sqrt", "binom", "choose", "over", "infty", "pi", "emptyset", "mathbb", "prime"])
+_COMMANDS = frozenset(names_of("frac sqrt binom choose over infty pi emptyset mathbb prime"))
 _TOKEN = re.compile(
     r"(?P<space>\s+)"
     r"|(?P<matrix>\\begin\s*\{[a-zA-Z]*(?:matrix|array)\}.*?\\end\s*\{[a-zA-Z]*(?:matrix|array)\})"
@@ -110,8 +46,8 @@ _TOKEN = re.compile(
 )
 _RELATIONS = {"<=": "≤", "=<": "≤", ">=": "≥", "!=": "≠", "==": "="}
 _OPERATORS = frozenset("+-*/^!|()[]{},;:=<>%°_&'." + CURRENCIES + "¢Ω")
-_GROUPED = re.compile(r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])")
-_ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+_GROUPED = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!\d|,\d)")
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +158,7 @@ def _symbols(text: str, start: int, spaced: bool = False) -> list[Token]:
 
 def _is_wordlike(text: str) -> bool:
     """Return whether three letters are a word rather than a product: a vowel, and not three letters in sequence."""
-    return bool(set(text.lower()) & set("aeiou")) and text.lower() not in _ALPHABET
+    return bool(set(text.lower()) & set("aeiou")) and text.lower() not in ALPHABET
 
 
 def join_thousands(text: str) -> str:

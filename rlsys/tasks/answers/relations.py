@@ -6,6 +6,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from rlsys.tasks.answers import numeric
+from rlsys.tasks.answers.evaluate import is_real
 from rlsys.tasks.answers.expressions import (
     Congruence,
     Expr,
@@ -94,7 +95,7 @@ def values_of_list(sequence: Sequence) -> ListValues:
 
 
 def same_relation(reference: Relation, answer: Relation) -> bool | None:
-    """Compare two relations of two sides, up to a constant factor; None if they may still be the same set of numbers."""
+    """Compare two relations up to a constant factor; None if they may still be the same set of numbers."""
     if len(reference.sides) != 2 or len(answer.sides) != 2:
         return None
     left, right = _difference(reference), _difference(answer)
@@ -124,7 +125,7 @@ def _ratio_sign(left: Expr, right: Expr) -> int | None:
     ratios = []
     for point in numeric.points_of((left, right)):
         (one, other), bits = numeric.values_of((left, right), point)
-        if one is None or other is None or not numeric.is_real(one) or not numeric.is_real(other):
+        if one is None or other is None or not is_real(one) or not is_real(other):
             continue
         if one == 0 or other == 0:
             return None

@@ -7,6 +7,7 @@ from functools import cmp_to_key
 from typing import Any
 
 from rlsys.tasks.answers import numeric
+from rlsys.tasks.answers.evaluate import AGREED_BITS
 from rlsys.tasks.answers.expressions import Expr, Relation, Sequence, UndecidableError, Union, Value, apply
 
 _INTERVALS = ("()", "[)", "(]", "[]")
@@ -141,7 +142,7 @@ def _point(value: Any) -> tuple[Bound, Bound]:
 
 def _order(one: Bound, other: Bound) -> int:
     """Return -1, 0 or 1 as a bound is below, at or above another one."""
-    if numeric.agree(one.value, other.value, numeric.AGREED_BITS):
+    if numeric.agree(one.value, other.value, AGREED_BITS):
         return (one.side > other.side) - (one.side < other.side)
     return 1 if numeric.greater(one.value, other.value) else -1
 

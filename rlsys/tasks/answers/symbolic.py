@@ -1,8 +1,8 @@
 """Sums, products, integrals and limits, which math-verify reads and compares.
 
-math-verify reads "17 18" as 35, stops at words and runs without a bound. So a text gets here only if it has such an operator,
-no words and only small numbers, and if the parser has used all of it. The time limits of math-verify use SIGALRM, which
-works only on a main thread, so they are switched off. Call it only in a process that has a deadline.
+math-verify reads "17 18" as 35, stops at words and runs without a bound. So a text gets here only if it has such an
+operator, no words and only small numbers, and if the parser has used all of it. The time limits of math-verify use
+SIGALRM, which works only on a main thread, so they are switched off. Call it only in a process that has a deadline.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from rlsys.tasks.answers.expressions import Unit
+from rlsys.tasks.answers.expressions import Unit, names_of
 
 # Base unit, and for each unit its factor and its names. Letters alone are case-sensitive, longer names are not.
 _TABLE: dict[str, dict[str, str]] = {
@@ -71,150 +71,17 @@ _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 # A text with one of these words is more than an amount with a unit.
 _NO_NOUNS = frozenset(
-    [
-        "a",
-        "about",
-        "above",
-        "add",
-        "added",
-        "all",
-        "almost",
-        "also",
-        "an",
-        "and",
-        "answer",
-        "approx",
-        "approximately",
-        "are",
-        "as",
-        "at",
-        "be",
-        "because",
-        "below",
-        "between",
-        "but",
-        "by",
-        "check",
-        "choose",
-        "correct",
-        "difference",
-        "divided",
-        "double",
-        "either",
-        "equal",
-        "equals",
-        "error",
-        "even",
-        "every",
-        "exactly",
-        "except",
-        "false",
-        "factorial",
-        "first",
-        "for",
-        "from",
-        "greater",
-        "guess",
-        "half",
-        "hence",
-        "if",
-        "incorrect",
-        "infinity",
-        "instead",
-        "invalid",
-        "is",
-        "it",
-        "last",
-        "least",
-        "less",
-        "maximum",
-        "maybe",
-        "minimum",
-        "minus",
-        "mod",
-        "modulo",
-        "more",
-        "most",
-        "multiplied",
-        "negative",
-        "neither",
-        "never",
-        "nine",
-        "no",
-        "none",
-        "nor",
-        "not",
-        "odd",
-        "off",
-        "one",
-        "only",
-        "or",
-        "other",
-        "otherwise",
-        "over",
-        "perhaps",
-        "plus",
-        "positive",
-        "possible",
-        "possibly",
-        "power",
-        "probably",
-        "quarter",
-        "quotient",
-        "remainder",
-        "root",
-        "so",
-        "squared",
-        "cubed",
-        "sum",
-        "than",
-        "that",
-        "the",
-        "then",
-        "there",
-        "third",
-        "thus",
-        "times",
-        "to",
-        "triple",
-        "true",
-        "twice",
-        "two",
-        "undefined",
-        "unknown",
-        "until",
-        "up",
-        "upto",
-        "wait",
-        "was",
-        "when",
-        "where",
-        "whereas",
-        "which",
-        "while",
-        "with",
-        "without",
-        "wrong",
-        "zero",
-        "three",
-        "four",
-        "five",
-        "six",
-        "seven",
-        "eight",
-        "ten",
-        "percent",
-        "per",
-        "hundred",
-        "thousand",
-        "million",
-        "billion",
-        "dozen",
-        "mod",
-        "respectively",
-        "base",
-        "and/or",
-    ]
+    names_of(
+        "a about above add added all almost also an and answer approx approximately are as at be because "
+        "below between but by check choose correct difference divided double either equal equals error even "
+        "every exactly except false factorial first for from greater guess half hence if incorrect infinity "
+        "instead invalid is it last least less maximum maybe minimum minus mod modulo more most multiplied "
+        "negative neither never nine no none nor not odd off one only or other otherwise over perhaps plus "
+        "positive possible possibly power probably quarter quotient remainder root so squared cubed sum than "
+        "that the then there third thus times to triple true twice two undefined unknown until up upto wait "
+        "was when where whereas which while with without wrong zero three four five six seven eight ten "
+        "percent per hundred thousand million billion dozen mod respectively base and/or"
+    )
 )
 
 
@@ -231,38 +98,7 @@ _UNITS = _names()
 SYMBOL_UNITS = frozenset(name for name in _UNITS if len(name) == 1 and name.isalpha())
 CURRENCIES = "$€£₹¥"
 GLUED_UNITS = frozenset(
-    [
-        "cm",
-        "mm",
-        "km",
-        "kg",
-        "mg",
-        "ml",
-        "mL",
-        "cl",
-        "ft",
-        "yd",
-        "min",
-        "hr",
-        "hrs",
-        "sec",
-        "lb",
-        "lbs",
-        "oz",
-        "gal",
-        "mph",
-        "kmh",
-        "kph",
-        "mi",
-        "Hz",
-        "kHz",
-        "MHz",
-        "kPa",
-        "kJ",
-        "kW",
-        "mol",
-        "cc",
-    ]
+    names_of("cm mm km kg mg ml mL cl ft yd min hr hrs sec lb lbs oz gal mph kmh kph mi Hz kHz MHz kPa kJ kW mol cc")
 )
 
 
@@ -279,6 +115,7 @@ def read_unit(text: str, *, nouns: bool = True) -> Unit | None:
         text: The text after an amount, such as "miles per hour", "m/s^2" or "sq. ft".
         nouns: Accept up to three unknown words, such as "red apples", as a counted noun.
     """
+    text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
     text = text.strip().rstrip(".").replace("{", "").replace("}", "").replace(r"\cdot", "*").replace("$", "$ ")
     text = re.sub(r"°\s*([CF])\b", r"deg\1", text)
     text = re.sub(r"(?i)\bdegrees?\s+(celsius|fahrenheit)\b", r"\1", text)
@@ -295,31 +132,31 @@ def read_unit(text: str, *, nouns: bool = True) -> Unit | None:
 
 def _read_known(text: str) -> Unit | None:
     """Read a product and quotient of known units."""
-    tokens = re.findall(r"[A-Za-z$€£₹¥¢°Ω]+\.?|\^\s*-?\d+|[*/]|\S", text)
+    parts = re.findall(r"[A-Za-z$€£₹¥¢°Ω]+\.?|\^\s*-?\d+|[*/]|\S", text)
     exponents: dict[str, int] = {}
     factor = Fraction(1)
     sign, power, pending = 1, 1, False
     count = 0
     position = 0
-    while position < len(tokens):
-        token = tokens[position].rstrip(".")
+    while position < len(parts):
+        part = parts[position].rstrip(".")
         position += 1
-        if token in ("*", "/"):
-            if pending or (token == "*" and not count):
+        if part in ("*", "/"):
+            if pending or (part == "*" and not count):
                 return None
-            sign, pending = (-1 if token == "/" else 1), True
+            sign, pending = (-1 if part == "/" else 1), True
             continue
-        if token.lower() in _POWERS:
-            power, pending = _POWERS[token.lower()], True
+        if part.lower() in _POWERS:
+            power, pending = _POWERS[part.lower()], True
             continue
-        unit = _lookup(token)
+        unit = _lookup(part)
         if unit is None:
             return None
-        if position < len(tokens) and tokens[position].startswith("^"):
-            power *= int(tokens[position][1:])
+        if position < len(parts) and parts[position].startswith("^"):
+            power *= int(parts[position][1:])
             position += 1
-        elif position < len(tokens) and tokens[position] in ("squared", "cubed"):
-            power *= 2 if tokens[position] == "squared" else 3
+        elif position < len(parts) and parts[position] in ("squared", "cubed"):
+            power *= 2 if parts[position] == "squared" else 3
             position += 1
         if abs(power) > 9:
             return None

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import re
 
-from rlsys.tasks.answers.expressions import Clock, Date, Sequence, UnreadableError, Value, Words, apply, number
-from rlsys.tasks.answers.lexer import FUNCTIONS
+from rlsys.tasks.answers.expressions import (
+    Clock,
+    Date,
+    Sequence,
+    UnreadableError,
+    Value,
+    Words,
+    apply,
+    names_of,
+    number,
+)
+from rlsys.tasks.answers.lexer import ALPHABET, FUNCTIONS
 
-_MONTHS = [
-    "january",
-    "february",
-    "march",
-    "april",
-    "may",
-    "june",
-    "july",
-    "august",
-    "september",
-    "october",
-    "november",
-    "december",
-]
+_MONTHS = names_of("january february march april may june july august september october november december")
 _MONTH = "|".join(rf"{name[:3]}(?:{name[3:]}|t)?\.?" if name != "may" else "may" for name in _MONTHS)
 _DAY = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?"
 _WEEKDAY = r"(?:(?:mon|tues|wednes|thurs|fri|satur|sun)day,?\s+)?"
@@ -37,29 +34,11 @@ _SLASHED = re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})")
 _CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?\s*(?:([ap])\.?\s*m\.?)?", re.IGNORECASE)
 _HOUR = re.compile(r"(\d{1,2})\s*([ap])\.?\s*m\.?", re.IGNORECASE)
 
-_ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
-_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_ONES = names_of(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+)
+_TENS = names_of("twenty thirty forty fifty sixty seventy eighty ninety")
 _NUMBERS = {
     **{name: value for value, name in enumerate(_ONES)},
     **{ten: 10 * place for place, ten in enumerate(_TENS, start=2)},
@@ -71,111 +50,11 @@ _REALS = frozenset({"all real numbers", "all reals", "any real number", "the rea
 _NAMES = frozenset({*FUNCTIONS, *["pi", "infinity", "inf", "oo", "mod"]})
 _WORDS = re.compile(r"(?:[^\W\d_]|['’\-.!?\"&,/]|\s)+")
 
-_ELEMENTS = [
-    "He",
-    "Li",
-    "Be",
-    "Ne",
-    "Na",
-    "Mg",
-    "Al",
-    "Si",
-    "Cl",
-    "Ar",
-    "Ca",
-    "Sc",
-    "Ti",
-    "Cr",
-    "Mn",
-    "Fe",
-    "Co",
-    "Ni",
-    "Cu",
-    "Zn",
-    "Ga",
-    "Ge",
-    "As",
-    "Se",
-    "Br",
-    "Kr",
-    "Rb",
-    "Sr",
-    "Zr",
-    "Nb",
-    "Mo",
-    "Tc",
-    "Ru",
-    "Rh",
-    "Pd",
-    "Ag",
-    "Cd",
-    "In",
-    "Sn",
-    "Sb",
-    "Te",
-    "Xe",
-    "Cs",
-    "Ba",
-    "La",
-    "Ce",
-    "Pr",
-    "Nd",
-    "Pm",
-    "Sm",
-    "Eu",
-    "Gd",
-    "Tb",
-    "Dy",
-    "Ho",
-    "Er",
-    "Tm",
-    "Yb",
-    "Lu",
-    "Hf",
-    "Ta",
-    "Re",
-    "Os",
-    "Ir",
-    "Pt",
-    "Au",
-    "Hg",
-    "Tl",
-    "Pb",
-    "Bi",
-    "Po",
-    "At",
-    "Rn",
-    "Fr",
-    "Ra",
-    "Ac",
-    "Th",
-    "Pa",
-    "Np",
-    "Pu",
-    "Am",
-    "Cm",
-    "Bk",
-    "Cf",
-    "Es",
-    "Fm",
-    "Md",
-    "No",
-    "Lr",
-    "H",
-    "B",
-    "C",
-    "N",
-    "O",
-    "F",
-    "P",
-    "S",
-    "K",
-    "V",
-    "Y",
-    "I",
-    "W",
-    "U",
-]
+_ELEMENTS = names_of(
+    "He Li Be Ne Na Mg Al Si Cl Ar Ca Sc Ti Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Zr Nb Mo Tc Ru "
+    "Rh Pd Ag Cd In Sn Sb Te Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta Re Os Ir Pt Au "
+    "Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa Np Pu Am Cm Bk Cf Es Fm Md No Lr H B C N O F P S K V Y I W U"
+)
 _ELEMENT = "|".join(_ELEMENTS)
 _FORMULA = re.compile(rf"(?:(?:{_ELEMENT}|\((?:(?:{_ELEMENT})\d*)+\))\d*)+(?:\^?\d*[+-])?")
 _CHOICE = re.compile(
@@ -197,6 +76,8 @@ def same_words(reference: Words, answer: Words) -> bool:
     """Return whether two texts have the same words; the letters of formulas are case-sensitive."""
     if reference.formula and answer.formula:
         return reference.text == answer.text
+    if reference.letters and answer.letters and not is_wordlike(reference.letters):
+        return reference.letters == answer.letters
     return reference.text.casefold() == answer.text.casefold()
 
 
@@ -216,11 +97,16 @@ def chosen_letter(plain: str) -> str | None:
     return match["letter"].upper()
 
 
+def is_wordlike(letters: str) -> bool:
+    """Return whether two or three letters are a word rather than symbols: "no", or a vowel and not "abc"."""
+    lower = letters.lower()
+    return lower == "no" or (len(lower) == 3 and bool(set(lower) & set("aeiou")) and lower not in ALPHABET)
+
+
 def squeeze(plain: str) -> str:
     """Return a normalised text without the characters that change no meaning, for a comparison of texts."""
     text = re.sub(r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2", plain)
-    text = re.sub(r"(?<![A-Za-z])\s+|\s+(?![A-Za-z])", "", " ".join(text.split()))
-    return text.strip("\"'").casefold() if re.fullmatch(r"[^\W\d_]{2,}(?: [^\W\d_]+)*", text) else text
+    return re.sub(r"(?<![\w,])\s+|\s+(?!\w)|(?<=,)\s+(?!\d)", "", " ".join(text.split()))
 
 
 def _read_clock(plain: str) -> Clock | None:
@@ -304,7 +190,8 @@ def _words(phrase: str) -> Words:
 
 def _read_formula(plain: str) -> Words | None:
     formula = _formula(plain)
-    return Words(formula, formula=True) if formula else None
+    letters = formula if formula and re.fullmatch("[A-Za-z]{2,3}", formula) else ""
+    return Words(formula, formula=True, letters=letters) if formula else None
 
 
 def _formula(plain: str) -> str | None:
@@ -312,6 +199,6 @@ def _formula(plain: str) -> str | None:
     squeezed = re.sub(r"[\s_{}]", "", plain)
     if len(squeezed) < 2 or not _FORMULA.fullmatch(squeezed):
         return None
-    if re.fullmatch(r"[A-Z](?:_.*|[+-].*|\d*[+-].*)", plain.replace(" ", "")) or re.search(r"\)\(|\A\(", squeezed):
-        return None  # a symbol with an index, a sum, or a product of brackets
+    if re.search(r"\)\(|\A\(", squeezed):
+        return None  # a product of brackets, or the letter of a choice
     return squeezed.replace("^", "")
