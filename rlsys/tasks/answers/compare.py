@@ -7,6 +7,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
+from math import gcd
 
 from rlsys.tasks.answers import numeric, relations
 from rlsys.tasks.answers.expressions import (
@@ -81,10 +82,9 @@ class Comparison:
             return False if left is None or right is None else self.same(left, right)
         if isinstance(reference, Clock) and isinstance(answer, Clock):
             return _same_clock(reference, answer)
-        if isinstance(reference, Clock) and not reference.half:
-            return self.same(_clock_ratio(reference), answer)
-        if isinstance(answer, Clock) and not answer.half and not isinstance(reference, Date):
-            return self.same(reference, _clock_ratio(answer))
+        if isinstance(reference, Clock) or isinstance(answer, Clock):
+            left, right = (_clock_ratio(value) if isinstance(value, Clock) else value for value in (reference, answer))
+            return left is not None and right is not None and self.same(left, right)
         if isinstance(reference, Date) or isinstance(answer, Date):
             return reference == answer
         return None
@@ -133,7 +133,8 @@ class Comparison:
         unordered = ("", "{}")
         left, right = relations.values_of_list(reference), relations.values_of_list(answer)
         if isinstance(left, dict) or isinstance(right, dict):
-            return self._same_assignments(left, right)
+            plain = all(one.brackets in ("", "()", "{}") for one in (reference, answer))
+            return plain and self._same_assignments(left, right)
         if reference.brackets in unordered and answer.brackets in unordered:
             if "{}" in (reference.brackets, answer.brackets):
                 left, right = self._distinct(left), self._distinct(right)
@@ -193,7 +194,7 @@ class Comparison:
         if isinstance(reference, Based):
             return _same_based(reference, answer)
         if isinstance(answer, Based):
-            return self.same(reference, answer.value)
+            return answer.base == 10 and self.same(reference, number(int(answer.digits)))
         if isinstance(reference, Ratio) and isinstance(answer, Ratio):
             return _same_ratio(reference, answer)
         for one, other, ordered in ((reference, answer, True), (answer, reference, False)):
@@ -213,6 +214,8 @@ class Comparison:
                 _is_angle(reference, answer) and self.same(_radians(reference), answer)
             )
         if isinstance(answer, Quantity) and isinstance(reference, Expr):
+            if reference.op == "percent":
+                return False
             return self.same(reference, answer.amount) or (
                 _is_angle(answer, reference) and self.same(reference, _radians(answer))
             )
@@ -310,9 +313,11 @@ def _maybe_product(value: Value) -> Value | None:
     return as_product(value) if isinstance(value, Words) else value
 
 
-def _clock_ratio(clock: Clock) -> Value:
-    parts = (clock.hour, clock.minute, clock.second)[: 3 if clock.second else 2]
-    return Ratio(tuple(map(number, parts)))
+def _clock_ratio(clock: Clock) -> Ratio | None:
+    """Return a time without am or pm as a ratio in lowest terms, the other reading of "5:12"."""
+    if clock.half or clock.second or gcd(clock.hour, clock.minute) != 1:
+        return None
+    return Ratio((number(clock.hour), number(clock.minute)))
 
 
 def _same_clock(reference: Clock, answer: Clock) -> bool:
@@ -326,9 +331,12 @@ def _same_clock(reference: Clock, answer: Clock) -> bool:
 
 
 def _same_based(reference: Based, answer: Value) -> bool:
-    """Compare digits. An answer without a base is read in the base of the reference."""
+    """Compare digits. An answer without a base is read in the base of the reference.
+
+    The same number in another base is wrong: a policy could repeat the number that the question asks to convert.
+    """
     if isinstance(answer, Based):
-        return answer.value == reference.value
+        return answer == reference
     if isinstance(answer, Quantity) or not isinstance(answer, Expr) or answer.op != "number" or answer.step is not None:
         return False
     return answer.value == int(reference.digits) if reference.digits.isdigit() else False

@@ -72,10 +72,6 @@ class Based:
     digits: str
     base: int
 
-    @property
-    def value(self) -> Expr:
-        return number(Fraction(int(self.digits, self.base)))
-
 
 @dataclass(frozen=True, slots=True)
 class Sequence:

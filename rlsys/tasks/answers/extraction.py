@@ -32,7 +32,7 @@ _SUBJECT = (
 )
 _LEAD_IN = re.compile(
     rf"(?im)(?:\b{_SUBJECT}\s*(?:\*\*|__)?\s*(?:(?:is|are)\b\s*:?|[:=])|####|^[\s#*_]*(?:the\s+)?final\s+answer[\s*_:]*$)"
-    r"[^\S\n]*(?P<rest>[^\n]*)"
+    r"[^\S\n]*"
 )
 _WORDS_AROUND = re.compile(r"[^\d\\+=<>]*")
 
@@ -68,7 +68,8 @@ def _inside_tag(text: str) -> str:
         answer, start, end = boxed
         return answer if _WORDS_AROUND.fullmatch(text[:start] + text[end:]) else text
     match = _LEAD_IN.match(peel(text))
-    return match["rest"] if match and match["rest"].strip() else text
+    rest = peel(text)[match.end() :].strip() if match else ""
+    return rest or text
 
 
 def _last_boxes(text: str) -> tuple[str, int, int] | None:
@@ -114,7 +115,7 @@ def _led_in(text: str) -> str | None:
         pass
     if match is None:
         return None
-    rest = _balanced(match["rest"])
+    rest = _balanced(text[match.end() :].split("\n")[0])
     if not rest:
         following = text[match.end() :].strip()
         rest = following.split("\n")[0]

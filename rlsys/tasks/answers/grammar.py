@@ -200,8 +200,6 @@ class Grammar:
                 return self._mixed(number(whole), number(above), number(below))
             case "repeating":
                 return number(read_repeating(token.text))
-            case "based":
-                return read_based(token.text).value
             case "symbol":
                 return self._symbol(token)
             case "function":

@@ -11,6 +11,7 @@ Every text must be used whole. What cannot be decided is wrong, and the verdict 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -19,15 +20,19 @@ from rlsys.tasks.answers import symbolic
 from rlsys.tasks.answers.compare import Comparison, Rules
 from rlsys.tasks.answers.expressions import UndecidableError, UnreadableError, Value, Words
 from rlsys.tasks.answers.extraction import Extracted, find_answer
+from rlsys.tasks.answers.lexer import FUNCTIONS
 from rlsys.tasks.answers.normalise import normalise
 from rlsys.tasks.answers.reader import MAX_ANSWER_CHARS, read_answer
-from rlsys.tasks.answers.words import choice_letter, chosen_letter, read_any_words, squeeze
+from rlsys.tasks.answers.words import choice_letter, chosen_letter, read_any_words, same_words, squeeze
 from rlsys.types import Verdict
 
 Strictness = Literal["text", "value", "lenient"]
 
 _CORRECT = Verdict(outcome="ok", reward=1.0, answered=True)
 _SHOWN_CHARS = 60
+# A whole completion with more words is prose rather than a name.
+_NAME_WORDS = 4
+_WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{'|'.join(FUNCTIONS)})(?![a-zA-Z]))[a-zA-Z]{{3,}}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,15 +76,16 @@ class Judge:
         if texts[0] and squeeze(texts[0]) == squeeze(texts[1]):
             return _CORRECT
         if self.strictness == "text":
-            words = [read_any_words(text) for text in texts]
-            return _CORRECT if words[0] and words[0] == words[1] else _wrong("another text")
+            words, others = (read_any_words(text) for text in texts)
+            return _CORRECT if words and others and same_words(words, others) else _wrong("another text")
         if choice_letter(texts[0]) and chosen_letter(texts[1]):
             return _CORRECT if choice_letter(texts[0]) == chosen_letter(texts[1]) else _wrong("another choice")
         reference_value, answer_value = _read(reference), _read(answer.text)
-        if isinstance(answer_value, str) or (isinstance(answer_value, Words) and not _is_text(reference_value)):
-            has_words = not isinstance(answer_value, str) or answer_value.startswith("words")
-            if answer.alone or has_words:
-                return _no_answer(f"{_shown(answer.text)} is not an answer alone")
+        is_prose = isinstance(answer_value, str) and (answer.alone or _WORD.search(texts[1]) is not None)
+        if isinstance(answer_value, Words):
+            is_prose = not _is_text(reference_value) or (answer.alone and len(answer_value.text.split()) > _NAME_WORDS)
+        if is_prose:
+            return _no_answer(f"{_shown(answer.text)} is not an answer alone")
         return self._valued(reference_value, answer_value, texts)
 
     def _valued(self, reference: Value | str, answer: Value | str, texts: tuple[str, str]) -> Verdict:

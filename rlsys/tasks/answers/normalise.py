@@ -169,7 +169,7 @@ def peel(text: str) -> str:
     while previous != text:
         previous = text
         text = text.strip().strip("\u200b")
-        text = re.sub(r"\A#{1,6}\s+(?=\S)", "", text)
+        text = re.sub(r"\A#{1,6}\s+(?=\S)|(?<!\\)\\\Z", "", text)
         if re.search(r"[^.\\]\.\Z|[^.\\][;,]\Z", text) and not text.endswith(r"\right."):
             text = text[:-1]
         for start, end in _WRAPPERS:

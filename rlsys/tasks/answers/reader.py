@@ -179,6 +179,8 @@ class _Reader(Grammar):
             return Sequence("{}", ())
         if token.kind == "command" and token.text == "mathbb":
             return self._field()
+        if token.kind == "based":
+            return read_based(self.take().text)
         if token.kind == "matrix":
             return self._matrix()
         if self.is_sign("(", "[") and self.tokens[self.place + 1 : self.place + 2][:1] and (
@@ -222,13 +224,29 @@ class _Reader(Grammar):
         if unit is None or (prefix and not per and unit != _known(prefix)):
             raise self.unreadable(f"expected a unit, found {text[:30]!r}")
         quantity = Quantity(value, unit)
+        if self.is_sign("and"):
+            return self._and_smaller(quantity)
         if self._at_end():
             return quantity
         other = self._value()
         if not isinstance(other, Quantity) or other.unit.dimension != unit.dimension:
             raise self.unreadable("two amounts with different units")
-        factor = number(other.unit.factor / unit.factor)
-        return Quantity(apply("add", value, apply("multiply", other.amount, factor)), unit)
+        return _sum(quantity, other)
+
+    def _and_smaller(self, quantity: Quantity) -> Quantity:
+        """Read "2 hours and 30 minutes": an amount in a smaller unit of the same kind is added."""
+        start = self.place
+        self.take()
+        other: Value | None
+        try:
+            other = self._value()
+        except UnreadableError:
+            other = None
+        same_kind = isinstance(other, Quantity) and other.unit.dimension == quantity.unit.dimension
+        if isinstance(other, Quantity) and same_kind and other.unit.factor < quantity.unit.factor:
+            return _sum(quantity, other)
+        self.place = start
+        return quantity
 
     def _unit_text(self) -> str:
         """Take the tokens of a unit: up to a number after a word, a separator, or the end."""
@@ -325,6 +343,12 @@ class _Reader(Grammar):
                 raise self.unreadable("a factor of a matrix that is not of numbers")
             rows.append(tuple(apply("multiply", factor, cell) for cell in row if isinstance(cell, Expr)))
         return Matrix(tuple(rows))
+
+
+def _sum(quantity: Quantity, other: Quantity) -> Quantity:
+    """Return the sum of two amounts of the same kind, in the unit of the first."""
+    factor = number(other.unit.factor / quantity.unit.factor)
+    return Quantity(apply("add", quantity.amount, apply("multiply", other.amount, factor)), quantity.unit)
 
 
 def _known(name: str) -> Unit:

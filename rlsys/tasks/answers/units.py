@@ -72,15 +72,16 @@ _SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "bil
 # A text with one of these words is more than an amount with a unit.
 _NO_NOUNS = frozenset(
     names_of(
-        "a about above add added all almost also an and answer approx approximately are as at be because "
-        "below between but by check choose correct difference divided double either equal equals error even "
-        "every exactly except false factorial first for from greater guess half hence if incorrect infinity "
-        "instead invalid is it last least less maximum maybe minimum minus mod modulo more most multiplied "
-        "negative neither never nine no none nor not odd off one only or other otherwise over perhaps plus "
-        "positive possible possibly power probably quarter quotient remainder root so squared cubed sum than "
-        "that the then there third thus times to triple true twice two undefined unknown until up upto wait "
-        "was when where whereas which while with without wrong zero three four five six seven eight ten "
-        "percent per hundred thousand million billion dozen mod respectively base and/or"
+        "a about above add added all almost also an and answer approx approximately are as at base be because "
+        "below between billion but by check choose correct cubed difference divided double dozen eight "
+        "eighteen either eleven equal equals error even every exactly except factorial false fifteen fifty "
+        "first five for forty four from greater guess half hence hundred if incorrect infinity instead "
+        "invalid is it last least less maximum maybe million minimum minus mod modulo more most multiplied "
+        "negative neither never nine no none nor not odd off one only or other otherwise over per percent "
+        "perhaps plus positive possible possibly power probably quarter quotient remainder respectively root "
+        "seven six so squared sum ten than that the then there third thirty thousand three thus times to "
+        "triple true twelve twenty twice two undefined unknown until up upto wait was when where whereas "
+        "which while with without wrong zero"
     )
 )
 

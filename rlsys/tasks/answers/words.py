@@ -58,7 +58,7 @@ _ELEMENTS = names_of(
 _ELEMENT = "|".join(_ELEMENTS)
 _FORMULA = re.compile(rf"(?:(?:{_ELEMENT}|\((?:(?:{_ELEMENT})\d*)+\))\d*)+(?:\^?\d*[+-])?")
 _CHOICE = re.compile(
-    r"(?:(?:the\s+)?(?:option|choice|answer)\s*:?\s*)?\(?\s*(?P<letter>[A-Ja-j])\s*(?P<close>[).:])?(?P<rest>\s.*)?",
+    r"(?:(?i:(?:the\s+)?(?:option|choice|answer))\s*:?\s*)?\(?\s*(?P<letter>[A-Ja-j])\s*(?P<close>[).:])?(?P<rest>\s+[^\s+*/^=<>!-].*)?",
     re.DOTALL,
 )
 
@@ -106,7 +106,7 @@ def is_wordlike(letters: str) -> bool:
 def squeeze(plain: str) -> str:
     """Return a normalised text without the characters that change no meaning, for a comparison of texts."""
     text = re.sub(r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2", plain)
-    return re.sub(r"(?<![\w,])\s+|\s+(?!\w)|(?<=,)\s+(?!\d)", "", " ".join(text.split()))
+    return re.sub(r"(?<![\w,])\s+|\s+(?!\w)|(?<=,)\s+(?!\d{3}(?!\d))", "", " ".join(text.split()))
 
 
 def _read_clock(plain: str) -> Clock | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -44,34 +43,6 @@ def test_right_answers(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_wrong_answers(kind):
     assert faults(kind, "wrong", 0.0) == []
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_references_of_other_pairs_are_wrong(kind):
-    """References are equal only if one is listed as a right answer for the other, directly or by way of a third."""
-    groups: dict[str, int] = {}
-    for row in PAIRS:
-        if row["kind"] == kind:
-            texts = [row["reference"], *row["right"]]
-            number = next((groups[text] for text in texts if text in groups), len(groups))
-            groups.update(dict.fromkeys(texts, number))
-    members = defaultdict(list)
-    for row in PAIRS:
-        if row["kind"] == kind:
-            members[groups[row["reference"]]].append(row["reference"])
-    accepted = [
-        (one, other)
-        for first, references in members.items()
-        for second, others in members.items()
-        if first != second
-        for one, other in [(references[0], others[0])]
-        if JUDGE.verdict(one, f"<answer>{other}</answer>").reward
-    ]
-    assert [pair for pair in accepted if pair not in EQUAL_REFERENCES] == []
-
-
-# Of different rows, but of the same value.
-EQUAL_REFERENCES: set[tuple[str, str]] = set()
 
 
 def perturbed(number: Fraction) -> list[Fraction]:
