@@ -27,12 +27,12 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 _BETWEEN_BOXES = re.compile(
     r"(?:\s|\$|\\[()\[\],;:! ]|[,;.*]|\\(?:quad|qquad)|\\text\s*\{\s*(?:,?\s*(?:and|or)\s*)\}|\band\b|\bor\b)*"
 )
-_SUBJECT = (
-    r"(?:(?:the|my|our)\s+)?(?:(?:final|correct|right|complete)\s+)*(?:answers?|result)(?:\s+to\s+[^.:\n]{1,80})?"
-)
+# Spaces are bounded: a long run of them must not cost quadratic time.
+_SPACES = r"[^\S\n]{0,4}"
+_SUBJECT = r"(?:(?:the|my|our) )?(?:(?:final|correct|right|complete) ){0,3}(?:answers?|result)(?: to [^.:\n]{1,80})?"
 _LEAD_IN = re.compile(
-    rf"(?im)(?:\b{_SUBJECT}\s*(?:\*\*|__)?\s*(?:(?:is|are)\b\s*:?|[:=])|####|^[\s#*_]*(?:the\s+)?final\s+answer[\s*_:]*$)"
-    r"[^\S\n]*"
+    rf"(?im)(?:\b{_SUBJECT}{_SPACES}(?:\*\*|__)?{_SPACES}(?:(?:is|are)\b{_SPACES}:?|[:=])|####"
+    rf"|^[^\S\n]{{0,4}}[#*_]{{0,6}}{_SPACES}(?:the )?final answer[ *_:]{{0,6}}$){_SPACES}"
 )
 _WORDS_AROUND = re.compile(r"[^\d\\+=<>]*")
 
@@ -76,11 +76,12 @@ def _last_boxes(text: str) -> tuple[str, int, int] | None:
     """Return the content of the last box, joined with the boxes right before it, and its place."""
     boxes: list[tuple[int, int, str]] = []
     for match in _BOX.finditer(text):
+        if boxes and match.start() < boxes[-1][1]:  # inside a box
+            continue
         end = _closing_brace(text, match.end())
-        if end is None:
-            return None  # cut off, or not LaTeX
-        if not boxes or match.start() >= boxes[-1][1]:  # the outer one of nested boxes
-            boxes.append((match.start(), end, text[match.end() + 1 : end - 1]))
+        if end is None:  # an open box
+            break
+        boxes.append((match.start(), end, text[match.end() + 1 : end - 1]))
     if not boxes:
         return None
     first = len(boxes) - 1
@@ -91,10 +92,12 @@ def _last_boxes(text: str) -> tuple[str, int, int] | None:
 
 
 def _unboxed(content: str) -> str:
-    """Return the content of a box in a box."""
-    match = _BOX.match(content)
-    if match and _closing_brace(content, match.end()) == len(content):
-        return _unboxed(content[match.end() + 1 : -1].strip())
+    """Return the content of up to three boxes around it."""
+    for _ in range(3):
+        match = _BOX.match(content)
+        if match is None or _closing_brace(content, match.end()) != len(content):
+            break
+        content = content[match.end() + 1 : -1].strip()
     return content
 
 

@@ -191,7 +191,9 @@ def _comma_depths(text: str) -> tuple[list[int], list[int]]:
     depths, commas, stack, count = [], [], [0], 0
     for place, character in enumerate(text):
         if character in "([{⟨":
-            is_group = character == "{" and bool(re.search(r"(?:\\[a-zA-Z]+|[\^_}\]])\s*\Z", text[:place]))
+            is_group = character == "{" and bool(
+                re.search(r"(?:\\[a-zA-Z]+|[\^_}\]])\s*\Z", text[max(0, place - 20) : place])
+            )
             count += 1
             stack.append(stack[-1] if is_group else count)
         elif character in ")]}⟩" and len(stack) > 1:

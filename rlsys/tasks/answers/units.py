@@ -72,16 +72,20 @@ _SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "bil
 # A text with one of these words is more than an amount with a unit.
 _NO_NOUNS = frozenset(
     names_of(
-        "a about above add added all almost also an and answer approx approximately are as at base be because "
-        "below between billion but by check choose correct cubed difference divided double dozen eight "
-        "eighteen either eleven equal equals error even every exactly except factorial false fifteen fifty "
-        "first five for forty four from greater guess half hence hundred if incorrect infinity instead "
-        "invalid is it last least less maximum maybe million minimum minus mod modulo more most multiplied "
-        "negative neither never nine no none nor not odd off one only or other otherwise over per percent "
-        "perhaps plus positive possible possibly power probably quarter quotient remainder respectively root "
-        "seven six so squared sum ten than that the then there third thirty thousand three thus times to "
-        "triple true twelve twenty twice two undefined unknown until up upto wait was when where whereas "
-        "which while with without wrong zero"
+        "a about above add added all almost also although an and answer approx approximately are as at base "
+        "be because below between billion but by check choose circa conjugate correct couple cubed difference "
+        "divided double doubled dozen eight eighteen eighth eighty either eleven equal equals error even "
+        "every exactly except factorial fake false fifteen fifth fifty first five fold for forty four "
+        "fourteen fourth from greater gross guess half halve hence hundred hundredth if incorrect infinity "
+        "instead invalid inverse is it last least less maximum maybe million millionth minimum minus mod "
+        "modulo more most multiplied nearly negated negative neither never nine nineteen ninety ninth no none "
+        "nor not odd off one only opposite or other otherwise over pair per percent percentage perhaps plus "
+        "positive possible possibly power probably quarter quotient reciprocal remainder respectively root "
+        "roughly score seven seventeen seventh seventy six sixteen sixth sixty so squared subtract sum ten "
+        "tenfold tenth than that the then there third thirteen thirty though thousand thousandth three "
+        "through thus times to triple tripled true twelve twenty twice two undefined under unknown unless "
+        "until untrue up upto versus vs wait was when where whereas which while with within without wrong yet "
+        "zero"
     )
 )
 
@@ -126,7 +130,7 @@ def read_unit(text: str, *, nouns: bool = True) -> Unit | None:
     words = [word.lower() for word in text.replace(".", " ").split()]
     if not 1 <= len(words) <= 3 or not all(re.fullmatch(r"[a-z]+(?:[-'][a-z]+)*", word) for word in words):
         return None
-    if any(word in _NO_NOUNS or len(word) == 1 for word in words):
+    if any(word in _NO_NOUNS or _singular(word) in _NO_NOUNS or len(word) == 1 for word in words):
         return None
     return Unit(((" ".join([*words[:-1], _singular(words[-1])]), 1),))
 

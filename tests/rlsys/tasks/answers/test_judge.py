@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -138,6 +139,44 @@ PLACES = [
 def test_the_place_of_the_answer(name, completion, reward, answered):
     result = JUDGE.verdict("18", completion)
     assert (result.reward, result.answered) == (reward, answered), result
+
+
+def test_an_open_box_is_ignored():
+    assert JUDGE.verdict("18", r"\boxed{18} and \boxed{19").reward == 1
+
+
+LONG = 8192
+HARD = {
+    "spaces": "the answer" + " " * LONG,
+    "lines": "\n" * LONG + "final answer",
+    "boxes": r"\boxed{" * 1000 + "18" + "}" * 1000,
+    "open boxes": r"\boxed{" * 1000,
+    "open tags": "<answer>" * 1000,
+    "answers": "answer: " * 1000,
+    "stars": f"<answer>{'*' * 1000}</answer>",
+    "braces": f"<answer>{'{' * 1000}</answer>",
+    "brackets": f"<answer>{'(' * 500}1{')' * 500}</answer>",
+    "a tower": "<answer>9**9**9**9</answer>",
+    "powers of sums": "<answer>" + "(" * 20 + "x+1" + ")^{9}" * 20 + "</answer>",
+    "factorials": f"<answer>9{'!' * 500}</answer>",
+    "factorials of factorials": f"<answer>{'(' * 30}9{')!' * 30}</answer>",
+    "a long sum": f"<answer>{'+'.join(['x^{99}'] * 90)}</answer>",
+    "sines": "<answer>" + r"\sin(" * 30 + "x" + ")" * 30 + "</answer>",
+    "plus-minus": f"<answer>{'±1' * 100}</answer>",
+    "a list": f"<answer>{','.join(map(str, range(250)))}</answer>",
+    "a matrix": r"<answer>\begin{pmatrix}" + "1&" * 400 + r"1\end{pmatrix}</answer>",
+    "commas": f"<answer>{',' * 1000}</answer>",
+    "an exponent": "<answer>1e999999999</answer>",
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_texts_are_judged_in_bounded_time(name):
+    start = time.process_time()
+    verdicts = [JUDGE.verdict(reference, HARD[name]) for reference in ("18", "x^2 + 1", "1, 2, 3", "Evelyn")]
+    # Some 10 ms on a free core; the deadline of a verdict is seconds.
+    assert time.process_time() - start < 2
+    assert name == "boxes" or not any(verdict.reward for verdict in verdicts)
 
 
 def test_boxes_side_by_side_for_a_list():
