@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import product
 from math import gcd
 
 from rlsys.tasks.answers import numeric, relations
@@ -30,6 +28,7 @@ from rlsys.tasks.answers.expressions import (
 )
 from rlsys.tasks.answers.reader import as_product
 from rlsys.tasks.answers.sets import real_set
+from rlsys.tasks.answers.signs import spread_signs
 from rlsys.tasks.answers.words import same_words
 
 MAX_ITEMS = 64
@@ -63,7 +62,7 @@ class Comparison:
         Raises:
             UndecidableError: the values cannot be compared.
         """
-        reference, answer = _spread_signs(reference), _spread_signs(answer)
+        reference, answer = spread_signs(reference), spread_signs(answer)
         for layer in (self._same_words, self._same_relation, self._same_collection, self._same_quantity):
             verdict = layer(reference, answer)
             if verdict is not None:
@@ -266,47 +265,6 @@ def decimal_of(expr: Expr) -> tuple[Fraction, Fraction] | None:
                 None if exponent is None else (inner[0] * Fraction(10) ** exponent, inner[1] * Fraction(10) ** exponent)
             )
     return None
-
-
-def _spread_signs(value: Value) -> Value:
-    """Return an expression with plus-minus signs as the list of its values."""
-    if isinstance(value, Expr):
-        values = _alternatives(value)
-        return value if len(values) == 1 else Sequence("", tuple(values), "or")
-    if isinstance(value, Relation) and any(
-        isinstance(side, Expr) and len(_alternatives(side)) > 1 for side in value.sides
-    ):
-        name = relations.assigned(value)
-        return _spread_signs(name[1]) if name else value
-    if isinstance(value, Sequence) and value.brackets in ("", "{}"):
-        items: list[Value] = []
-        for item in value.items:
-            spread = _spread_signs(item)
-            items.extend(spread.items if spread != item and isinstance(spread, Sequence) else [spread])
-        return Sequence(value.brackets, tuple(items), value.joiner)
-    return value
-
-
-def _alternatives(expr: Expr) -> list[Expr]:
-    """Return the expressions for all choices of signs. Signs are coupled if a minus-plus sign is among them."""
-    nodes = [node.op for node in expr.walk() if node.op in ("plus_minus", "minus_plus")]
-    if not nodes:
-        return [expr]
-    if len(nodes) > 4:
-        raise UndecidableError("more than 4 plus-minus signs")
-    coupled = "minus_plus" in nodes
-    rows = [(first,) * len(nodes) for first in (1, -1)] if coupled else list(product((1, -1), repeat=len(nodes)))
-    return [_chosen(expr, iter(row)) for row in rows]
-
-
-def _chosen(expr: Expr, signs: Callable | object) -> Expr:  # type: ignore[type-arg]
-    if expr.op in ("plus_minus", "minus_plus"):
-        sign = next(signs) * (1 if expr.op == "plus_minus" else -1)  # type: ignore[call-overload]
-        left, right = (_chosen(argument, signs) for argument in expr.args)
-        return apply("add", left, right if sign > 0 else apply("negate", right))
-    if not expr.args:
-        return expr
-    return Expr(op=expr.op, args=tuple(_chosen(argument, signs) for argument in expr.args), name=expr.name)
 
 
 def _maybe_product(value: Value) -> Value | None:

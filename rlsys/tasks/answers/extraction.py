@@ -62,7 +62,10 @@ def find_answer(completion: str) -> Extracted | None:
 
 
 def _inside_tag(text: str) -> str:
-    """Return the answer inside a tag: a box among words without numbers, the text after a lead-in, or all of it."""
+    """Return the answer inside a tag.
+
+    It is a box among words without numbers, the text after a lead-in, or the whole text.
+    """
     boxed = _last_boxes(text)
     if boxed is not None:
         answer, start, end = boxed

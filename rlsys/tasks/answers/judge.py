@@ -104,6 +104,8 @@ class Judge:
             return _CORRECT if Comparison(rules).same(reference, answer) else _wrong("another value")
         except UndecidableError as error:
             return _wrong(f"undecided: {error}")
+        except RecursionError:
+            return _wrong("undecided: too many levels")
 
     def reference_fault(self, reference: str) -> str | None:
         """Return why a reference cannot be verified against itself, or None.
@@ -131,6 +133,8 @@ def _read(text: str) -> Value | str:
         return read_answer(text)
     except UnreadableError as error:
         return str(error)
+    except RecursionError:
+        return "too many levels"
 
 
 def _is_text(value: Value | str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+from rlsys.tasks.answers.atoms import read_based
 from rlsys.tasks.answers.expressions import (
     Congruence,
     Expr,
@@ -22,7 +23,7 @@ from rlsys.tasks.answers.expressions import (
     number,
     symbol,
 )
-from rlsys.tasks.answers.grammar import Grammar, read_based
+from rlsys.tasks.answers.grammar import Grammar
 from rlsys.tasks.answers.lexer import Token, join_thousands, tokens_of
 from rlsys.tasks.answers.normalise import normalise
 from rlsys.tasks.answers.units import CURRENCIES, read_unit
@@ -157,7 +158,7 @@ class _Reader(Grammar):
         if bracket:
             self.take()
         self.expect("mod")
-        modulus = self._group() if self.is_sign("{") else self.expression()
+        modulus = self.group() if self.is_sign("{") else self.expression()
         if bracket:
             self.expect(")")
         if not isinstance(residue, Expr):
@@ -316,7 +317,7 @@ class _Reader(Grammar):
 
     def _field(self) -> Value:
         self.take()
-        name = self._group()
+        name = self.group()
         if name != symbol("R"):
             raise self.unreadable("a set of numbers other than R")
         return real_line()

@@ -27,7 +27,7 @@ _ROUNDED = Fraction(1, 100)
 
 
 def assigned(value: Value) -> tuple[str, Value] | None:
-    """Return the name and the value of "x = 5", "5 = x" or "f(x) = 2x"; None for other relations."""
+    """Return name and value of "x = 5", "5 = x" or "f(x) = 2x"; None for others."""
     if not isinstance(value, Relation) or len(value.sides) != 2 or value.signs not in (("=",), ("∈",)):
         return None
     for side, other in (value.sides, value.sides[::-1]):
@@ -54,9 +54,9 @@ def _name(side: Value) -> tuple[str] | None:
 
 
 def end_of_chain(relation: Relation, same: Callable[[Value, Value], bool]) -> Value | None:
-    """Return the value of a chain such as "x = 36/2 = 18", whose sides must all be equal; None for other relations.
+    """Return the value of a chain such as "x = 36/2 = 18"; None for others.
 
-    The side after "≈" is a rounded value.
+    All sides except a name must be equal. The side after "≈" is a rounded value.
     """
     sides, signs = list(relation.sides), list(relation.signs)
     if signs[-1] == "≈" and len(sides) > 1:

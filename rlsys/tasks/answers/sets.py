@@ -95,7 +95,7 @@ def _of_union(union: Union) -> RealSet | None:
 
 
 def _of_relation(relation: Relation) -> RealSet | None:
-    """Return the set of a < x <= b, x != a, x in S and chains of them, with one unknown alone on a side."""
+    """Return the set of an inequality, membership or chain with one unknown, such as a < x <= b."""
     if relation.signs == ("∈",):
         name, values = relation.sides
         inner = real_set(values)
