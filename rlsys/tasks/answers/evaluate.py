@@ -93,7 +93,7 @@ class Evaluator:
         magnitudes = [self.context.mag(one) for one in (left, right)]
         if not all(isinstance(one, int) for one in magnitudes):  # infinities
             total = left + right
-            return self._finite_or_infinite(total)
+            return self._finite(total)
         self.spread = max(self.spread, abs(magnitudes[0] - magnitudes[1]))
         total = left + right
         # What is left of a difference of equal values is rounding.
@@ -101,24 +101,23 @@ class Evaluator:
             return Fraction(0)
         return total
 
-    def _finite_or_infinite(self, value: Number) -> Number:
-        if self.context.isnan(value):
+    def _finite(self, value: Number) -> Number:
+        if self.context.isnan(value) or self.context.isinf(value):
             raise UndefinedError
         return value
 
     def _multiply(self, left: Number, right: Number) -> Number:
         if isinstance(left, Fraction) and isinstance(right, Fraction):
             return self._reduced(left * right)
-        if left == 0 or right == 0:
-            return Fraction(0)
-        return self._finite_or_infinite(self._float(left) * self._float(right))
+        left, right = self._finite(self._float(left)), self._finite(self._float(right))
+        return Fraction(0) if left == 0 or right == 0 else self._finite(left * right)
 
     def _divide(self, left: Number, right: Number) -> Number:
         if right == 0:
             raise UndefinedError
         if isinstance(left, Fraction) and isinstance(right, Fraction):
             return self._reduced(left / right)
-        return self._finite_or_infinite(self._float(left) / self._float(right))
+        return self._finite(self._finite(self._float(left)) / self._finite(self._float(right)))
 
     def _negate(self, value: Number) -> Number:
         return -value
@@ -130,7 +129,9 @@ class Evaluator:
         return self._multiply(self._divide(value, Fraction(180)), +self.context.pi)
 
     def _power(self, base: Number, exponent: Number) -> Number:
-        if exponent == 0:
+        if self.context.isinf(self._float(base)) or self.context.isinf(self._float(exponent)):
+            raise UndefinedError
+        if exponent == 0 and base != 0:
             return Fraction(1)
         if base == 0:
             if self.context.re(self._float(exponent)) > 0:
@@ -149,7 +150,7 @@ class Evaluator:
         self._check_size(abs(self.context.mag(left)) + 1, right)
         if isinstance(exponent, Fraction) and exponent.denominator == 1:
             return left ** int(exponent)
-        return self._finite_or_infinite(self.context.power(left, right))
+        return self._finite(self.context.power(left, right))
 
     def _check_size(self, bits: int, exponent: Number) -> None:
         size = abs(exponent)

@@ -80,7 +80,7 @@ _DROPPED = re.compile(
     r"(?![a-zA-Z])"
 )
 _SPACING = re.compile(
-    r"(?<!\\)\\[,;:>! ]|~|\\(?:quad|qquad|enspace|thinspace|medspace|thickspace|space|nobreakspace)(?![a-zA-Z])"
+    r"(?<!\\)\\[,;:>! ]|(?!\A)~|\\(?:quad|qquad|enspace|thinspace|medspace|thickspace|space|nobreakspace)(?![a-zA-Z])"
     r"|\\[hv]space\*?\{[^{}]*\}"
 )
 _RENAMED = (

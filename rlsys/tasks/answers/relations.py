@@ -40,7 +40,10 @@ def assigned(value: Value) -> tuple[str, Value] | None:
 
 
 def _name(side: Value) -> tuple[str] | None:
-    """Return the name of a lone symbol or of a function of symbols, such as P(x)."""
+    """Return the name of a lone symbol, a tuple of symbols, or a function of a symbol, such as P(x)."""
+    if isinstance(side, Sequence) and side.brackets == "()" and len(side.items) > 1:
+        names = [_name(item) for item in side.items]
+        return None if None in names else (",".join(name[0] for name in names if name),)
     if not isinstance(side, Expr):
         return None
     if side.op == "symbol":

@@ -58,7 +58,7 @@ _ELEMENTS = names_of(
 _ELEMENT = "|".join(_ELEMENTS)
 _FORMULA = re.compile(rf"(?:(?:{_ELEMENT}|\((?:(?:{_ELEMENT})\d*)+\))\d*)+(?:\^?\d*[+-])?")
 _CHOICE = re.compile(
-    r"(?:(?i:(?:the\s+)?(?:option|choice|answer))\s*:?\s*)?\(?\s*(?P<letter>[A-Ja-j])\s*(?P<close>[).:])?(?P<rest>\s+[^\s+*/^=<>!-].*)?",
+    r"(?:(?i:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)(?:\s+is\b)?)\s*:?\s*)?\(?\s*(?P<letter>[A-Ja-j])\s*(?P<close>[).:])?(?P<rest>\s+[^\s+*/^=<>!-].*)?",
     re.DOTALL,
 )
 
