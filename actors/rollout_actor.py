@@ -19,7 +19,7 @@ from ray.exceptions import (
 
 from actors.engine import Completion, Engine
 from actors.model_actor import RemoteEngine
-from actors.rollouts.single_turn import build_group, completion_requests
+from actors.rollouts.single_turn import build_group, completion_requests, items_to_judge
 from actors.search.build import build_codec, build_scheduler
 from actors.search.group import build_searched_group
 from actors.search.scheduler import CompletionEngine, TreeScheduler
@@ -152,7 +152,7 @@ class RolloutActor:
         texts = self.tokenizer.batch_decode(
             [completion.token_ids[: _content_length(completion)] for completion in completions]
         )
-        verdicts = await self.rewards.verify([(prompt.answer, text) for text in texts])
+        verdicts = await self.rewards.verify(items_to_judge(prompt, completions, texts))
         return build_group(prompt, completions, verdicts)
 
     async def probe(self, rows: Sequence[Int32Array]) -> tuple[Float32Array, ...]:

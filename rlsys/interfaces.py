@@ -75,8 +75,14 @@ class Task(Protocol):
         """Return the problem with an index, which is the same in every process."""
         ...
 
-    def verify(self, problem_answer: str, completion: str) -> Verdict:
-        """Judge the text of a completion, which excludes the prompt and the end token."""
+    def verify(self, problem_answer: str, completion: str, finished: bool = True) -> Verdict:
+        """Judge a completion.
+
+        Args:
+            problem_answer: `Problem.answer`.
+            completion: text of the completion, without the prompt and the end token.
+            finished: False if the completion was cut off. Answers of a tree search are complete by construction.
+        """
         ...
 
     def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str] | None:

@@ -30,6 +30,14 @@ def completion_requests(prompt: Prompt, settings: SamplingSettings) -> list[Comp
     ]
 
 
+def items_to_judge(
+    prompt: Prompt, completions: Sequence[Completion], texts: Sequence[str]
+) -> list[tuple[str, str, bool]]:
+    """Return the arguments of `Task.verify` for the texts of completions. One that was cut off is not finished."""
+    pairs = zip(completions, texts, strict=True)
+    return [(prompt.answer, text, completion.finish_reason == "stop") for completion, text in pairs]
+
+
 def build_group(prompt: Prompt, completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> TrajectoryGroup:
     """Build the group of a prompt from its completions and their verdicts, and log failed verifications."""
     failed = [verdict for verdict in verdicts if verdict.outcome in ("error", "timeout")]

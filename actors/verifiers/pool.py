@@ -1,6 +1,6 @@
 """A pool of verifier processes with a deadline for every verification.
 
-Any number of callers may submit (answer, completion) pairs at the same time; each call waits for free processes. A
+Any number of callers may submit items at the same time; each call waits for free processes. A
 verification that hangs, crashes or takes too much memory loses only its own verdict and one process.
 """
 
@@ -22,7 +22,9 @@ from rlsys.config.tasks import TaskConfig
 from rlsys.errors import EngineError
 from rlsys.types import Outcome, Verdict
 
-Item = tuple[str, str]
+Item = tuple[str, str] | tuple[str, str, bool]
+"""Arguments of `Task.verify`: answer, completion and, if given, whether the completion is finished."""
+
 OnVerdicts = Callable[[Sequence[tuple[int, Verdict]]], None]
 OnPartVerdicts = Callable[[int, Sequence[Verdict]], None]  # gets the number of earlier verdicts and the new verdicts
 
@@ -68,13 +70,13 @@ class RewardPool:
         await asyncio.gather(*(self._verify_part(()) for _ in self._workers))
 
     async def verify(self, items: Sequence[Item], on_verdicts: OnVerdicts | None = None) -> list[Verdict]:
-        """Judge (answer, completion) pairs.
+        """Judge items, each with an answer, a completion and whether it is finished (by default it is).
 
         A verification that passes the deadline has the outcome "timeout". One that raises, returns a reward that is
         not finite, or ends its process has the outcome "error". Both have reward 0 and a reason in `detail`.
 
         Args:
-            on_verdicts: Called as verdicts arrive, with the index and the verdict of every new pair.
+            on_verdicts: Called as verdicts arrive, with the index and the verdict of every new item.
 
         Returns:
             The verdicts in the order of `items`.

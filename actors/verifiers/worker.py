@@ -3,9 +3,11 @@
 `actors.verifiers.process` starts it as `python -m actors.verifiers.worker`. The protocol is JSON lines:
 
 - First line in: {"parent": pid, "memory_mib": int, "seed": int, "task": section `task` of the config}. "task"
-  may be replaced by "verifier": "module:factory", where `factory()` returns a function of (answer, completion).
+  may be replaced by "verifier": "module:factory", where `factory()` returns a function with the arguments of
+  `Task.verify`.
 - First line out: {"ready": true}.
-- Then lines [number, answer, completion] in, and lines [number, outcome, reward, answered, detail] out, in order.
+- Then lines [number, answer, completion, finished] in, where `finished` may be missing, and lines
+  [number, outcome, reward, answered, detail] out, in order.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from rlsys.config.tasks import TaskConfig
 from rlsys.tasks import build_task
 from rlsys.types import Outcome, Verdict
 
-Verifier = Callable[[str, str], Verdict]
+Verifier = Callable[..., Verdict]
+"""`Task.verify`, or the function of a plug-in with the same arguments."""
 
 MAX_FILE_MIB = 16
 MAX_DETAIL_CHARS = 500
@@ -60,9 +63,9 @@ def _serve(requests: BinaryIO, answers: BinaryIO, hello: dict[str, Any]) -> None
     helpers = descendants()  # a plug-in may start processes that serve all its verifications
     _send(answers, {"ready": True})
     for line in requests:
-        number, answer, completion = json.loads(line)
+        number, *arguments = json.loads(line)
         with _forks_end_here():
-            verdict = _judge(verifier, answer, completion)
+            verdict = _judge(verifier, *arguments)
         end_descendants(spared=helpers)
         _send(answers, [number, verdict.outcome, verdict.reward, verdict.answered, verdict.detail])
 
@@ -106,9 +109,9 @@ def _build_verifier(hello: dict[str, Any]) -> Verifier:
     return build_task(config, hello["seed"]).verify
 
 
-def _judge(verifier: Verifier, answer: str, completion: str) -> Verdict:
+def _judge(verifier: Verifier, *arguments: Any) -> Verdict:
     try:
-        return _checked(verifier(answer, completion))
+        return _checked(verifier(*arguments))
     # A failure becomes data. math-verify's TimeoutException and SystemExit derive from BaseException only.
     except BaseException as error:  # noqa: BLE001
         return _error(f"{type(error).__name__}: {error}")

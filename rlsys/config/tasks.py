@@ -104,6 +104,13 @@ class DatasetConfig(Section):
     """Column with a worked solution, which is a demonstration. null: no demonstrations."""
     prompt_template: str = "{question}"
     """Text of the user message. {question} is replaced by the question."""
+    strictness: Literal["text", "value", "lenient"] = "value"
+    """Answers that are right. `text`: the text of the reference, whatever its markup. `value`: also other forms of its
+    value. `lenient`: also a number without its percent sign, and a rounded decimal. docs/answers.md has the rules."""
+    relative_tolerance: float = Field(default=1e-6, ge=0, le=0.1)
+    """Largest relative difference from a reference that is a decimal. It stays below half a unit of its last digit."""
+    accept_cut_off: bool = False
+    """Also judge completions that were cut off at sampling.max_tokens. By default they have no answer."""
     max_bad_rows: float = Field(default=0.01, ge=0, le=1)
     """Largest share of unreadable rows, which are skipped and counted. A larger share is an error."""
 

@@ -1,4 +1,4 @@
-"""Task with problems from a file or data set. math-verify checks the answers."""
+"""Task with problems from a file or data set. `rlsys.tasks.answers` judges the answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any
 from rlsys.config.tasks import DatasetConfig
 from rlsys.errors import ConfigError, DataError
 from rlsys.tables.sources import Row, Source, is_unicode, read_source
-from rlsys.tasks.math_answers import judge
+from rlsys.tasks.answers.judge import Judge
+from rlsys.tasks.answers.references import reference_note
 from rlsys.tasks.tags import tag_strings
 from rlsys.types import Problem, Split, Verdict
 
@@ -49,6 +50,11 @@ class DatasetTask:
 
     def __init__(self, config: DatasetConfig, seed: int) -> None:
         self.config = config
+        self._judge = Judge(
+            strictness=config.strictness,
+            relative_tolerance=config.relative_tolerance,
+            accept_cut_off=config.accept_cut_off,
+        )
 
     @property
     def skipped(self) -> int:
@@ -66,8 +72,15 @@ class DatasetTask:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def notes(self) -> tuple[str, ...]:
-        """Return lines about the rows that were left out, and the reasons."""
-        return self._data.notes
+        """Return lines about the rows that were left out, and about references that cannot be verified."""
+        fields = {"task.path": self._data.train + (() if self.config.held_out_path else self._data.held_out)}
+        if self.config.held_out_path:
+            fields["task.held_out_path"] = self._data.held_out
+        notes = list(self._data.notes)
+        for field, examples in fields.items():
+            note = reference_note(self._judge, [(example.number, example.answer) for example in examples])
+            notes += [f"{field}: {note}"] if note else []
+        return tuple(notes)
 
     def size(self, split: Split) -> int:
         return len(self._examples(split))
@@ -83,8 +96,8 @@ class DatasetTask:
         question = self.config.prompt_template.replace("{question}", example.question)
         return Problem(problem_id=f"{split}/{example.number}", question=question, answer=example.answer)
 
-    def verify(self, problem_answer: str, completion: str) -> Verdict:
-        return judge(problem_answer, completion)
+    def verify(self, problem_answer: str, completion: str, finished: bool = True) -> Verdict:
+        return self._judge.verdict(problem_answer, completion, finished)
 
     def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str] | None:
         text = self._example("train", index).demonstration

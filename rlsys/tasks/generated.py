@@ -54,8 +54,11 @@ class GeneratedTask(ABC, Generic[Instance]):
         problem, instance = self._generate("train", index)
         return problem, self._chain(instance, rng)
 
-    def verify(self, problem_answer: str, completion: str) -> Verdict:
-        """Return reward 1 if the only <answer> of a completion is right, else 0."""
+    def verify(self, problem_answer: str, completion: str, finished: bool = True) -> Verdict:
+        """Return reward 1 if the only <answer>, which ends the completion, is right, else 0.
+
+        Such an answer is complete, so it counts even if the completion then reached its length limit.
+        """
         text = tags.final_answer(completion)
         return wrong("no final <answer>", answered=False) if text is None else self._judge(problem_answer, text)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from actors.engine import Completion
-from actors.rollouts.single_turn import build_group, completion_requests
-from rlsys.types import Prompt, SamplingSettings, Verdict, VersionSpan
+from actors.rollouts.single_turn import build_group, completion_requests, items_to_judge
+from rlsys.types import FinishReason, Prompt, SamplingSettings, Verdict, VersionSpan
 
 PROMPT = Prompt(prompt_id="train-4@1", token_ids=np.array([7, 8, 9], dtype=np.int32), answer="2")
 SETTINGS = SamplingSettings(samples=3, temperature=0.7, top_p=0.9, max_tokens=5, seed=11)
@@ -41,6 +41,14 @@ def test_greedy_and_sampled_requests_of_a_prompt_have_different_ids() -> None:
 def test_the_seeds_do_not_depend_on_the_number_of_samples() -> None:
     fewer = completion_requests(PROMPT, replace(SETTINGS, samples=2))
     assert [r.seed for r in fewer] == [r.seed for r in completion_requests(PROMPT, SETTINGS)][:2]
+
+
+def test_a_completion_that_was_cut_off_is_not_finished() -> None:
+    reasons: tuple[FinishReason, ...] = ("stop", "length", "abort")
+    completions = [replace(completion(4), finish_reason=reason) for reason in reasons]
+    assert items_to_judge(PROMPT, completions, ["a", "b", "c"]) == [
+        (PROMPT.answer, text, finished) for text, finished in (("a", True), ("b", False), ("c", False))
+    ]
 
 
 def test_a_trajectory_is_the_prompt_and_the_completion(caplog: pytest.LogCaptureFixture) -> None:

@@ -327,7 +327,8 @@ def test_worker_of_a_data_set_task_does_not_read_the_data():
     async def run():
         pool = RewardPool(DatasetConfig(path="does/not/exist.jsonl"), 0, RewardsConfig(memory_mib=256))
         try:
-            return await pool.verify([("1/2", "so \\boxed{0.5}"), ("1/2", "so \\boxed{2}"), ("1/2", "hm")])
+            items = [("1/2", "so \\boxed{0.5}"), ("1/2", "so \\boxed{2}"), ("1/2", "hm")]
+            return await pool.verify([*items, ("1/2", "\\boxed{1/2} and", True), ("1/2", "\\boxed{1/2} and", False)])
         finally:
             await pool.close()
 
@@ -335,6 +336,8 @@ def test_worker_of_a_data_set_task_does_not_read_the_data():
     assert [(verdict.outcome, verdict.answered) for verdict in verdicts] == [
         ("ok", True),
         ("wrong", True),
+        ("wrong", False),
+        ("ok", True),
         ("wrong", False),
     ]
 

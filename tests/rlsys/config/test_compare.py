@@ -63,6 +63,9 @@ FIXED: dict[str, dict[str, Any]] = {
         "task.demonstration_column": "d",
         "task.prompt_template": "Q: {question}",
         "task.max_bad_rows": 0.5,
+        "task.strictness": "text",
+        "task.relative_tolerance": 0.01,
+        "task.accept_cut_off": True,
     },
 }
 BEGUN: dict[str, dict[str, Any]] = {

@@ -1,0 +1,176 @@
+"""Values that an answer can have: expressions, quantities, sequences, sets, matrices, relations and ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+
+class UnreadableError(Exception):
+    """A text is not a complete answer of a known form. The message says why."""
+
+
+class UndecidableError(Exception):
+    """Two values cannot be compared in bounded time. The message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expr:
+    """A node of an expression.
+
+    Attributes:
+        op: "number", "symbol", "add", "multiply", "divide", "power", "negate", "percent", "degree", "plus_minus",
+            "minus_plus", or the name of a function.
+        value: Value of a number.
+        step: Unit of the last digit of a number that is written as a decimal; None for other numbers.
+        name: Name of a symbol.
+    """
+
+    op: str
+    args: tuple[Expr, ...] = ()
+    value: Fraction = Fraction(0)
+    step: Fraction | None = None
+    name: str = ""
+
+    def walk(self) -> Iterator[Expr]:
+        """Yield all nodes of the expression."""
+        yield self
+        for argument in self.args:
+            yield from argument.walk()
+
+    def symbols(self) -> set[str]:
+        """Return the names of all symbols."""
+        return {node.name for node in self.walk() if node.op == "symbol"}
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A unit of measurement or a counted noun.
+
+    Attributes:
+        dimension: Base units with their exponents, sorted, such as (("metre", 1), ("second", -1)).
+        factor: Value of the unit in base units.
+    """
+
+    dimension: tuple[tuple[str, int], ...]
+    factor: Fraction = Fraction(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """An amount with a unit."""
+
+    amount: Expr
+    unit: Unit
+
+
+@dataclass(frozen=True, slots=True)
+class Based:
+    """Digits of a number in a base other than ten."""
+
+    digits: str
+    base: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """Values in braces ("{}", a set), in other brackets (a tuple, an interval or a list), or in none ("")."""
+
+    brackets: str
+    items: tuple[Value, ...]
+    joiner: str = ","
+
+
+@dataclass(frozen=True, slots=True)
+class Union:
+    """Sets joined by operators: "union", "intersection" or "minus", from left to right."""
+
+    first: Value
+    rest: tuple[tuple[str, Value], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    rows: tuple[tuple[Value, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """Sides with relation signs between them: = ≠ < > ≤ ≥ ≈ ∈."""
+
+    sides: tuple[Value, ...]
+    signs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    parts: tuple[Expr, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Congruence:
+    """A residue class: a value modulo a number."""
+
+    residue: Expr
+    modulus: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """A time of day.
+
+    Attributes:
+        half: "am", "pm" or "" if the text does not say.
+    """
+
+    hour: int
+    minute: int
+    second: int
+    half: str
+
+
+@dataclass(frozen=True, slots=True)
+class Date:
+    """A date; a year of 0 is not given."""
+
+    year: int
+    month: int
+    day: int
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """A text of words, or a chemical formula.
+
+    Attributes:
+        text: The text in lower case, or the formula without marks of subscripts.
+        letters: Up to three letters as they were written, which may also be a product.
+    """
+
+    text: str
+    formula: bool = False
+    letters: str = ""
+
+
+Value = Expr | Quantity | Based | Sequence | Union | Matrix | Relation | Ratio | Congruence | Clock | Date | Words
+
+
+def number(value: Fraction | int, step: Fraction | None = None) -> Expr:
+    """Return a number."""
+    return Expr(op="number", value=Fraction(value), step=step)
+
+
+def symbol(name: str) -> Expr:
+    """Return a symbol."""
+    return Expr(op="symbol", name=name)
+
+
+def apply(op: str, *args: Expr) -> Expr:
+    """Return an operation on arguments."""
+    return Expr(op=op, args=args)
+
+
+def names_of(text: str) -> tuple[str, ...]:
+    """Return the names that a text lists between spaces."""
+    return tuple(text.split())

@@ -1,0 +1,204 @@
+"""Tokens of a normalised answer. Every character belongs to a token, or the answer is unreadable."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlsys.tasks.answers.expressions import UnreadableError, names_of
+from rlsys.tasks.answers.units import CURRENCIES, GLUED_UNITS
+
+MAX_TOKENS = 400
+
+FUNCTIONS = frozenset(
+    names_of(
+        "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc asin acos atan sinh cosh tanh coth "
+        "ln log lg exp sqrt cbrt abs floor ceil gcd lcm max min det"
+    )
+)
+_GREEK = frozenset(
+    names_of(
+        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi "
+        "chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar"
+    )
+)
+_SIGNS = {
+    "times": "*", "cdot": "*", "div": "/", "le": "≤", "ge": "≥", "ne": "≠", "lt": "<", "gt": ">", "approx": "≈",
+    "in": "∈", "cup": "∪", "cap": "∩", "setminus": "∖", "backslash": "∖", "pm": "±", "mp": "∓", "equiv": "≡",
+    "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈", "rceil": "⌉", "langle": "⟨", "rangle": "⟩", "colon": ":",
+    "lor": "or", "vee": "or", "land": "and", "wedge": "and", "mod": "mod", "bmod": "mod", "pmod": "mod", "sim": "≈",
+}  # fmt: skip
+_COMMANDS = frozenset(names_of("frac sqrt binom choose over infty pi emptyset mathbb prime"))
+_TOKEN = re.compile(
+    r"(?P<space>\s+)"
+    r"|(?P<matrix>\\begin\s*\{[a-zA-Z]*(?:matrix|array)\}.*?\\end\s*\{[a-zA-Z]*(?:matrix|array)\})"
+    r"|(?P<based>[0-9A-F]+\s*_\s*(?:\d+|\{\s*\d+\s*\}))"
+    r"|(?P<mixed>(?<![\d.,/^])\d+\s+\d+\s*/\s*\d+(?![\d.]))"
+    r"|(?P<repeating>\d*\.\d*\\overline\s*\{\d+\}|\d*\.\d*\(\d+\))"
+    r"|(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?![\d.a-zA-Z]))?|\d+\.(?!\d))"
+    r"|(?P<brace>\\[{}])"
+    r"|\\(?P<command>[a-zA-Z]+)"
+    r"|(?P<letters>[a-zA-Z]+(?:'(?!s\b)[a-zA-Z]+)?)"
+    r"|(?P<relation><=|>=|!=|==|=<|->)"
+    r"|(?P<other>\*\*|.)",
+    re.DOTALL,
+)
+_RELATIONS = {"<=": "≤", "=<": "≤", ">=": "≥", "!=": "≠", "==": "="}
+_OPERATORS = frozenset("+-*/^!|()[]{},;:=<>%°_&'." + CURRENCIES + "¢Ω")
+_GROUPED = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!\d|,\d)")
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token.
+
+    Attributes:
+        kind: "number", "mixed", "repeating", "based", "symbol", "function", "word", "matrix", "command" or "sign".
+        start: Position in the text.
+        spaced: Whether white space stands before it.
+    """
+
+    kind: str
+    text: str
+    start: int
+    end: int
+    spaced: bool = False
+
+
+def tokens_of(text: str) -> list[Token]:
+    """Return the tokens of a normalised text.
+
+    Raises:
+        UnreadableError: the text has an unknown command or character, or is too long.
+    """
+    tokens: list[Token] = []
+    spaced = False
+    for match in _TOKEN.finditer(text):
+        if match.lastgroup == "space":
+            spaced = True
+            continue
+        tokens.extend(_read(match, spaced, tokens))
+        spaced = False
+        if len(tokens) > MAX_TOKENS:
+            raise UnreadableError(f"more than {MAX_TOKENS} symbols")
+    return tokens
+
+
+def _read(match: re.Match[str], spaced: bool, before: Sequence[Token]) -> list[Token]:
+    kind, text = match.lastgroup or "", match[0]
+    start, end = match.span()
+    if kind == "brace":
+        return [Token("sign", text, start, end, spaced)]
+    if kind in ("matrix", "mixed", "repeating", "number"):
+        return [Token(kind, text, start, end, spaced)]
+    if kind == "based":
+        return _read_based(text, start, end, spaced)
+    if kind == "command":
+        return [_read_command(match["command"], start, end, spaced)]
+    if kind == "letters":
+        return _read_letters(text, start, spaced, before)
+    sign = _RELATIONS.get(text, "^" if text == "**" else text)
+    if sign not in _OPERATORS and sign not in ("≤", "≥", "≠"):
+        raise UnreadableError(f"the character {text!r}")
+    return [Token("sign", sign, start, end, spaced)]
+
+
+def _read_based(text: str, start: int, end: int, spaced: bool) -> list[Token]:
+    """Read digits with a base; a letter with an index, such as A_1, is a symbol."""
+    digits, _, index = re.sub(r"[\s{}]", "", text).partition("_")
+    if not digits[0].isdigit() and len(digits) == 1:
+        return [Token("symbol", f"{digits}_{index}", start, end, spaced)]
+    return [Token("based", f"{digits}_{index}", start, end, spaced)]
+
+
+def _read_command(name: str, start: int, end: int, spaced: bool) -> Token:
+    if name in _SIGNS:
+        return Token("sign", _SIGNS[name], start, end, spaced)
+    if name in FUNCTIONS:
+        return Token("function", name, start, end, spaced)
+    if name in _GREEK:
+        return Token("symbol", f"\\{name}", start, end, spaced)
+    if name in _COMMANDS:
+        return Token("command", name, start, end, spaced)
+    raise UnreadableError(f"the command \\{name}")
+
+
+def _read_letters(text: str, start: int, spaced: bool, before: Sequence[Token]) -> list[Token]:
+    """Split letters into names of functions and constants, and single symbols. Words stay whole."""
+    end = start + len(text)
+    after_number = bool(before) and before[-1].kind != "sign"
+    if text in ("and", "or", "mod", "modulo"):
+        return [Token("sign", text[:3], start, end, spaced)]
+    if text.lower() in ("infinity", "inf", "oo") and text != "OO":
+        return [Token("command", "infty", start, end, spaced)]
+    if text in ("pi", "Pi"):
+        return [Token("command", "pi", start, end, spaced)]
+    if text in GLUED_UNITS or (text in ("sec", "min", "in") and after_number):
+        return [Token("word", text, start, end, spaced)]
+    if text in FUNCTIONS:
+        return [Token("function", text, start, end, spaced)]
+    for name in sorted({*FUNCTIONS, "pi"}, key=len, reverse=True):
+        if text.startswith(name) and len(text) - len(name) <= 2 and name not in ("max", "min", "det", "abs", "lg"):
+            kind = "command" if name == "pi" else "function"
+            middle = start + len(name)
+            return [Token(kind, name, start, middle, spaced), *_symbols(text[len(name) :], middle)]
+    if len(text) > 3 or (spaced and after_number and len(text) == 3 and _is_wordlike(text)):
+        return [Token("word", text, start, end, spaced)]
+    return _symbols(text, start, spaced)
+
+
+def _symbols(text: str, start: int, spaced: bool = False) -> list[Token]:
+    return [
+        Token("symbol", letter, start + place, start + place + 1, spaced and not place)
+        for place, letter in enumerate(text)
+    ]
+
+
+def _is_wordlike(text: str) -> bool:
+    """Return whether three letters are a word rather than a product: a vowel, and not three letters in sequence."""
+    return bool(set(text.lower()) & set("aeiou")) and text.lower() not in ALPHABET
+
+
+def join_thousands(text: str) -> str:
+    """Remove the separators of thousands: "1,234" and "1 234" outside brackets, and not in "(1,234)".
+
+    Inside brackets, a comma separates items unless another comma of the same brackets has a space after it.
+    """
+    depths, commas = _comma_depths(text)
+    spaced_brackets = {depths[place] for place in commas if text[place + 1 : place + 2] == " "}
+
+    def joined(match: re.Match[str]) -> str:
+        place = match.start() + match[0].index(",")
+        bracket = depths[place]
+        return match[0].replace(",", "") if bracket == 0 or bracket in spaced_brackets else match[0]
+
+    text = re.sub(r"(?<![\d.])\d{1,3}(?:\.\d{3})+,\d+(?![\d.,])", _european, text)
+    return re.sub(
+        r"(?<![\d.,])(?<!\d )\d{1,3}(?: \d{3})+(?![\d,/])(?! \d)",
+        lambda match: match[0].replace(" ", ""),
+        _GROUPED.sub(joined, text) if "," in text else text,
+    )
+
+
+def _european(match: re.Match[str]) -> str:
+    return match[0].replace(".", "").replace(",", ".")
+
+
+def _comma_depths(text: str) -> tuple[list[int], list[int]]:
+    """Return for every position the number of its brackets, 0 outside, and the positions of all commas."""
+    depths, commas, stack, count = [], [], [0], 0
+    for place, character in enumerate(text):
+        if character in "([{⟨":
+            is_group = character == "{" and bool(
+                re.search(r"(?:\\[a-zA-Z]+|[\^_}\]])\s*\Z", text[max(0, place - 20) : place])
+            )
+            count += 1
+            stack.append(stack[-1] if is_group else count)
+        elif character in ")]}⟩" and len(stack) > 1:
+            stack.pop()
+        elif character == ",":
+            commas.append(place)
+        depths.append(stack[-1])
+    return depths, commas

@@ -1,0 +1,172 @@
+"""Equality of expressions by their values: exact where possible, else with enough digits.
+
+Symbols get several values. Two expressions are equal if they have the same value at all points.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+from rlsys.tasks.answers.evaluate import (
+    AGREED_BITS,
+    CONTEXT,
+    GUARD_BITS,
+    MAX_PRECISION,
+    Evaluator,
+    Number,
+    UndefinedError,
+    is_real,
+)
+from rlsys.tasks.answers.expressions import Expr, UndecidableError
+
+_PRECISIONS = (140, 500, 2000, MAX_PRECISION)
+_POINTS = 6
+
+
+def values_of(expressions: Sequence[Expr], point: Mapping[str, Fraction]) -> tuple[list[Number | None], int]:
+    """Return the values of expressions at a point, None where one is undefined, and their number of correct bits.
+
+    The precision grows until two precisions agree and no summand is smaller than the rounding of another.
+
+    Raises:
+        UndecidableError: the largest precision is not enough, or a number is too large.
+    """
+    for precision in _PRECISIONS:
+        rough, spread = _evaluate(expressions, point, precision)
+        bits = spread + AGREED_BITS
+        if bits + GUARD_BITS > precision:
+            continue
+        fine, _ = _evaluate(expressions, point, precision + GUARD_BITS)
+        pairs = zip(rough, fine, strict=True)
+        if all(one is other is None or (None not in (one, other) and agree(one, other, bits)) for one, other in pairs):
+            return fine, bits
+    raise UndecidableError(f"a value that needs more than {_PRECISIONS[-1]} bits")
+
+
+def _evaluate(
+    expressions: Sequence[Expr], point: Mapping[str, Fraction], precision: int
+) -> tuple[list[Number | None], int]:
+    evaluator = Evaluator(point)
+    values: list[Number | None] = []
+    with CONTEXT.workprec(precision):
+        for expr in expressions:
+            try:
+                values.append(evaluator.value(expr))
+            except UndefinedError:
+                values.append(None)
+    return values, evaluator.spread
+
+
+def agree(left: Number, right: Number, bits: int, tolerance: Fraction = Fraction(0)) -> bool:
+    """Return whether two values agree in a number of bits, or up to an absolute tolerance."""
+    if isinstance(left, Fraction) and isinstance(right, Fraction):
+        return abs(left - right) <= tolerance
+    with CONTEXT.workprec(bits + GUARD_BITS):
+        left, right = _float(left), _float(right)
+        if CONTEXT.isinf(left) or CONTEXT.isinf(right):
+            return bool(left == right)
+        limit = max(abs(left), abs(right)) * CONTEXT.mpf(2) ** -bits
+        return bool(abs(left - right) <= max(limit, _float(tolerance)))
+
+
+def _float(value: Number) -> Number:
+    return CONTEXT.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
+
+
+def _counts(expr: Expr) -> bool:
+    """Return whether the symbols of an expression must be whole numbers, as in n! or (-1)^n."""
+    for node in expr.walk():
+        if node.op in ("factorial", "double_factorial", "binomial", "gcd", "lcm") and node.symbols():
+            return True
+        if node.op == "power" and node.args[0].op == "negate" and node.args[1].symbols():
+            return True
+    return False
+
+
+def points_of(expressions: Sequence[Expr]) -> list[dict[str, Fraction]]:
+    """Return values of all symbols: positive ones, then ones of both signs unless they must be whole numbers."""
+    names = sorted(set().union(*(expr.symbols() for expr in expressions)))
+    if not names:
+        return [{}]
+    rng = random.Random(" ".join(names))
+    if any(map(_counts, expressions)):
+        return [{name: Fraction(rng.randint(1, 9 + 2 * row)) for name in names} for row in range(_POINTS)]
+    rows = [[Fraction(rng.randint(11, 400), 97) for _ in names] for _ in range(_POINTS)]
+    for place in range(len(names)):
+        # The second half has every other symbol negative, then the others, then all.
+        rows[3 + place % 2][place] *= -1
+        rows[5][place] *= -1
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def equal(left: Expr, right: Expr, tolerance: Fraction = Fraction(0)) -> bool:
+    """Return whether two expressions have the same values.
+
+    Symbols are real. A point counts where both sides are real, or where all symbols are positive.
+
+    Args:
+        tolerance: Largest difference of two numbers.
+
+    Raises:
+        UndecidableError: a value is too large or undefined.
+    """
+    if left == right:
+        return True
+    compared = 0
+    for point in points_of((left, right)):
+        (one, other), bits = values_of((left, right), point)
+        if one is None or other is None:
+            if one is not other:
+                return False
+            continue
+        real = is_real(one), is_real(other)
+        if not all(real) and min(point.values(), default=1) < 0:
+            if any(real):
+                return False
+            continue
+        if not agree(one, other, bits, tolerance):
+            return False
+        compared += 1
+    if not compared:
+        raise UndecidableError("an expression without a value")
+    return True
+
+
+def real_value(expr: Expr) -> Number:
+    """Return the value of a real constant, for comparisons of size."""
+    if expr.symbols():
+        raise UndecidableError("a symbol where a number is expected")
+    (value,), _ = values_of((expr,), {})
+    if value is None or not is_real(value):
+        raise UndecidableError("a value that is not real")
+    return real_part(value)
+
+
+def real_part(value: Number) -> Number:
+    """Return the real part of a value."""
+    return value.real if isinstance(value, CONTEXT.mpc) else value
+
+
+def times(left: Number, right: Number) -> Number:
+    """Return the product of two values with all their digits."""
+    if isinstance(left, Fraction) and isinstance(right, Fraction):
+        return left * right
+    with CONTEXT.workprec(2 * _PRECISIONS[-1]):
+        return _float(left) * _float(right)
+
+
+def small_integer(expr: Expr) -> int | None:
+    """Return the value of a constant whole number of at most four digits, else None."""
+    (value,), _ = values_of((expr,), {})
+    is_small = isinstance(value, Fraction) and value.denominator == 1 and abs(value) < 10_000
+    return int(value) if is_small and value is not None else None
+
+
+def greater(left: Number, right: Number) -> bool:
+    """Return whether one real value is larger than another one."""
+    if isinstance(left, Fraction) and isinstance(right, Fraction):
+        return left > right
+    with CONTEXT.workprec(_PRECISIONS[1]):
+        return bool(_float(left) > _float(right))

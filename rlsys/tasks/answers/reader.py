@@ -1,0 +1,364 @@
+"""Reader of answers: from a normalised text to a value, or the reason why it is unreadable."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from rlsys.tasks.answers.atoms import read_based
+from rlsys.tasks.answers.expressions import (
+    Congruence,
+    Expr,
+    Matrix,
+    Quantity,
+    Ratio,
+    Relation,
+    Sequence,
+    Union,
+    Unit,
+    UnreadableError,
+    Value,
+    Words,
+    apply,
+    number,
+    symbol,
+)
+from rlsys.tasks.answers.grammar import Grammar
+from rlsys.tasks.answers.lexer import Token, join_thousands, tokens_of
+from rlsys.tasks.answers.normalise import normalise
+from rlsys.tasks.answers.units import CURRENCIES, read_unit
+from rlsys.tasks.answers.words import read_any_words, read_words
+
+MAX_ANSWER_CHARS = 1024
+
+_RELATIONS = ("=", "≠", "<", ">", "≤", "≥", "≈", "∈")
+_SETS = {"∪": "union", "∩": "intersection", "∖": "minus"}
+_PAIRS = {"(": ")]", "[": ")]", "⟨": "⟩", r"\{": (r"\}",), "{": "}"}
+_CURRENCY = re.compile(r"\$\s?-?\d[\d,]*(?:\.\d+)?(?!\s*\$)(?=\Z|[\s,;)/]|-)")
+_SEPARATOR = r"\s*(?::|\bto\b|\\colon)\s*"
+_BASES = {
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+    "twelve": 12,
+}
+_BASE = re.compile(
+    r"\(?\s*([0-9A-Fa-f]+)\s*\)?\s*(?:\(?\s*(?:in\s+)?base[\s-]+(\w+)\s*\)?|_\s*\{?\s*(\w+)\s*\}?)", re.ASCII
+)
+
+
+@lru_cache(maxsize=2048)
+def read_answer(text: str) -> Value:
+    """Return the value of a text that consists of an answer only.
+
+    Raises:
+        UnreadableError: the text, used whole, has none of the known forms.
+    """
+    if len(text) > MAX_ANSWER_CHARS:
+        raise UnreadableError(f"more than {MAX_ANSWER_CHARS} characters")
+    plain = normalise(text)
+    if not plain:
+        raise UnreadableError("an empty text")
+    value = read_words(plain) or _read_ratio(plain)
+    if value is not None:
+        return value
+    try:
+        return _read_mathematics(plain)
+    except UnreadableError:
+        words = read_any_words(plain)
+        if words is None:
+            raise
+        return words
+
+
+def as_product(words: Words) -> Expr | None:
+    """Return up to three letters as a product of symbols, the other reading of "xy"."""
+    tokens = [Token("symbol", letter, place, place + 1) for place, letter in enumerate(words.letters)]
+    return Grammar(words.letters, tokens).expression() if tokens else None
+
+
+def _read_mathematics(plain: str) -> Value:
+    based = _BASE.fullmatch(plain)
+    if based:
+        base = (based[2] or based[3]).lower()
+        if base.isdigit() or base in _BASES:
+            return read_based(f"{based[1].upper()}_{_BASES.get(base, base)}")
+    plain = _without_dollars(plain)
+    plain = re.sub(r"(?<=[a-zA-Z])\s+in\s+(?=[(\[{\\])", r" \\in ", plain)
+    plain = join_thousands(plain)
+    reader = _Reader(plain, tokens_of(plain))
+    return reader.whole()
+
+
+def _without_dollars(text: str) -> str:
+    """Remove the dollar signs that mark formulas, and keep those that are currency."""
+    if "$" not in text or len(_CURRENCY.findall(text)) == text.count("$") or re.fullmatch(r"[^$]*\d\s?\$", text):
+        return text
+    if text.count("$") % 2:
+        raise UnreadableError("a single '$'")
+    return " ".join(text.replace("$", " ").split())
+
+
+def _read_ratio(plain: str) -> Ratio | None:
+    """Read "3:4", "3 to 4" or "1:2:3"."""
+    parts = re.split(_SEPARATOR, plain)
+    if not 2 <= len(parts) <= 6 or "\\{" in plain:
+        return None
+    try:
+        values = [_read_mathematics(part) for part in parts if part]
+    except UnreadableError:
+        return None
+    expressions = tuple(value for value in values if isinstance(value, Expr))
+    return Ratio(expressions) if len(expressions) == len(parts) else None
+
+
+class _Reader(Grammar):
+    """Reader of lists, relations, sets, matrices and quantities."""
+
+    def whole(self) -> Value:
+        """Read all tokens as one answer."""
+        value = self._list()
+        if self.next.kind != "end":
+            raise self.unreadable()
+        return value
+
+    def _list(self) -> Value:
+        """Read statements between separators."""
+        items, joiners = [self._statement()], set()
+        while self.is_sign(",", ";", "and", "or"):
+            joiner = self.take().text
+            if self.is_sign("and", "or"):
+                joiner = self.take().text
+            joiners.add(joiner)
+            items.append(self._statement())
+        joiner = next((word for word in ("or", "and") if word in joiners), ",")
+        return items[0] if len(items) == 1 else Sequence("", tuple(items), joiner)
+
+    def _statement(self) -> Value:
+        """Read a value or a chain of relations."""
+        sides, signs = [self._set()], []
+        while self.is_sign(*_RELATIONS):
+            signs.append(self.take().text)
+            sides.append(self._set())
+        if self.is_sign("≡"):
+            self.take()
+            sides = [self._set()]
+        if self.is_sign("mod") or self.at_modulus():
+            return self._congruence(sides[0])
+        return Relation(tuple(sides), tuple(signs)) if signs else sides[0]
+
+    def _congruence(self, residue: Value) -> Congruence:
+        bracket = self.is_sign("(")
+        if bracket:
+            self.take()
+        self.expect("mod")
+        modulus = self.group() if self.is_sign("{") else self.expression()
+        if bracket:
+            self.expect(")")
+        if not isinstance(residue, Expr):
+            raise self.unreadable("expected a number before 'mod'")
+        return Congruence(residue, modulus)
+
+    def _set(self) -> Value:
+        """Read values between the operators of sets."""
+        first, rest = self._value(), []
+        while self.is_sign(*_SETS):
+            operator = _SETS[self.take().text]
+            rest.append((operator, self._value()))
+        return Union(first, tuple(rest)) if rest else first
+
+    def _value(self) -> Value:
+        token = self.next
+        if token.kind == "command" and token.text == "emptyset":
+            self.take()
+            return Sequence("{}", ())
+        if token.kind == "command" and token.text == "mathbb":
+            return self._field()
+        if token.kind == "based":
+            return read_based(self.take().text)
+        if token.kind == "matrix":
+            return self._matrix()
+        if self.is_sign("(", "[") and self.tokens[self.place + 1 : self.place + 2][:1] and (
+            self.tokens[self.place + 1].kind == "matrix"
+        ):  # fmt: skip
+            closing = _PAIRS[self.take().text]
+            matrix = self._matrix()
+            self.expect(closing[0] if self.is_sign(closing[0]) else closing[1])
+            return matrix
+        if token.kind == "sign" and token.text in _PAIRS and self._is_bracketed():
+            return self._bracketed()
+        prefix = self.take().text if token.kind == "sign" and token.text in CURRENCIES else ""
+        if not prefix and self.is_sign("-") and self.tokens[self.place + 1 : self.place + 2]:
+            following = self.tokens[self.place + 1]
+            if following.kind == "sign" and following.text in CURRENCIES:  # -$5
+                self.take()
+                prefix = self.take().text
+                return Quantity(apply("negate", self.expression()), _known(prefix))
+        value = self.expression()
+        if self.next.kind == "matrix":
+            return self._scaled(value, self._matrix())
+        if not self._at_end():
+            return self._quantity(value, prefix)
+        if prefix:
+            return Quantity(value, _known(prefix))
+        if value.op == "degree":
+            return Quantity(value.args[0], _known("°"))
+        if value.op == "negate" and value.args[0].op == "degree":
+            return Quantity(apply("negate", value.args[0].args[0]), _known("°"))
+        return value
+
+    def _at_end(self) -> bool:
+        stops = (*_RELATIONS, *_SETS, ",", ";", "and", "or", ")", "]", r"\}", "}", "⟩", "mod", "≡", "|", ":")
+        return self.next.kind == "end" or self.is_sign(*stops) or self.at_modulus()
+
+    def _quantity(self, value: Expr, prefix: str) -> Value:
+        """Read the unit after an amount, and further amounts with units, such as "2 hours 30 minutes"."""
+        text = self._unit_text()
+        per = prefix and text.startswith(("/", "per"))
+        unit = read_unit(f"{prefix} {text}" if per else text, nouns=not value.symbols())
+        if unit is None or (prefix and not per and unit != _known(prefix)):
+            raise self.unreadable(f"expected a unit, found {text[:30]!r}")
+        quantity = Quantity(value, unit)
+        if self.is_sign("and"):
+            return self._and_smaller(quantity)
+        if self._at_end():
+            return quantity
+        other = self._value()
+        if not isinstance(other, Quantity) or other.unit.dimension != unit.dimension:
+            raise self.unreadable("two amounts with different units")
+        return _sum(quantity, other)
+
+    def _and_smaller(self, quantity: Quantity) -> Quantity:
+        """Read "2 hours and 30 minutes": an amount in a smaller unit of the same kind is added."""
+        start = self.place
+        self.take()
+        other: Value | None
+        try:
+            other = self._value()
+        except UnreadableError:
+            other = None
+        same_kind = isinstance(other, Quantity) and other.unit.dimension == quantity.unit.dimension
+        if isinstance(other, Quantity) and same_kind and other.unit.factor < quantity.unit.factor:
+            return _sum(quantity, other)
+        self.place = start
+        return quantity
+
+    def _unit_text(self) -> str:
+        """Take the tokens of a unit: up to a number after a word, a separator, or the end."""
+        start, stop = self.next.start, self.next.end
+        while not self._at_end():
+            previous = self.tokens[self.place - 1]
+            if self.next.kind in ("number", "mixed") and previous.text not in ("^", "-", "{"):
+                break
+            stop = self.take().end
+            if self.next.kind == "sign" and self.next.text == "}" and "{" in self.text[start:stop]:
+                stop = self.take().end
+        return self.text[start:stop]
+
+    def _is_bracketed(self) -> bool:
+        """Return whether a bracket encloses a list, an interval or a set rather than a factor."""
+        depth, comma = 0, False
+        for place in range(self.place, len(self.tokens)):
+            token = self.tokens[place]
+            if token.kind != "sign":
+                continue
+            if token.text in ("(", "[", r"\{", "{", "⟨"):
+                depth += 1
+            elif token.text in (")", "]", r"\}", "}", "⟩"):
+                depth -= 1
+                if depth == 0:
+                    opening = self.next.text
+                    return comma or opening in (r"\{", "⟨") or (opening == "{" and place == self.place + 1) or (
+                        opening == "[" and place == len(self.tokens) - 1 and self.place == 0
+                    )  # fmt: skip
+            elif depth == 1 and token.text in (",", ";"):
+                comma = True
+        return False
+
+    def _bracketed(self) -> Value:
+        opening = self.take().text
+        brackets = {"{": "{}", r"\{": "{}", "⟨": "("}.get(opening, opening)
+        closings = _PAIRS[opening]
+        if self.is_sign(*closings):
+            self.take()
+            return Sequence("{}" if brackets == "{}" else f"{opening}{closings[0]}", ())
+        if brackets == "{}" and self._is_builder():
+            return self._builder(closings[0])
+        value = self._list()
+        if not self.is_sign(*closings):
+            raise self.unreadable("expected a closing bracket")
+        closing = self.take().text
+        items = value.items if isinstance(value, Sequence) and not value.brackets else (value,)
+        return Sequence(brackets if brackets == "{}" else brackets + closing.replace("⟩", ")"), items)
+
+    def _is_builder(self) -> bool:
+        texts = [token.text for token in self.tokens[self.place : self.place + 2]]
+        return len(texts) == 2 and self.next.kind == "symbol" and texts[1] in ("|", ":", "∈")
+
+    def _builder(self, closing: str) -> Value:
+        r"""Read \{x | x > 3\} and \{x \in \mathbb{R} : x > 3\} as the relation after the bar."""
+        self.take()
+        if self.is_sign("∈"):
+            self.take()
+            if self._field() != real_line():
+                raise self.unreadable("a set of other than real numbers")
+        if not self.is_sign("|", ":"):
+            raise self.unreadable("expected '|'")
+        self.take()
+        condition = self._list()
+        self.expect(closing)
+        return condition
+
+    def _field(self) -> Value:
+        self.take()
+        name = self.group()
+        if name != symbol("R"):
+            raise self.unreadable("a set of numbers other than R")
+        return real_line()
+
+    def _matrix(self) -> Matrix:
+        """Read the cells of a matrix, each as a value of its own."""
+        content = re.fullmatch(
+            r"\\begin\s*\{([pbB]?matrix|smallmatrix|array)\}(?:\s*\{[lcr| ]*\})?(.*?)\\end\s*\{\1\}",
+            self.take().text,
+            re.DOTALL,
+        )
+        if content is None:
+            raise UnreadableError("an environment other than matrix, pmatrix, bmatrix and array")
+        lines = [line for line in re.split(r"\\\\(?:\[[^\]]*\])?|\\cr(?![a-z])", content[2]) if line.strip()]
+        rows = tuple(tuple(_read_mathematics(cell.strip()) for cell in line.split("&")) for line in lines)
+        if not rows or len({len(row) for row in rows}) != 1:
+            raise UnreadableError("a matrix with rows of different lengths")
+        return Matrix(rows)
+
+    def _scaled(self, factor: Expr, matrix: Matrix) -> Matrix:
+        rows = []
+        for row in matrix.rows:
+            if not all(isinstance(cell, Expr) for cell in row):
+                raise self.unreadable("a factor of a matrix that is not of numbers")
+            rows.append(tuple(apply("multiply", factor, cell) for cell in row if isinstance(cell, Expr)))
+        return Matrix(tuple(rows))
+
+
+def _sum(quantity: Quantity, other: Quantity) -> Quantity:
+    """Return the sum of two amounts of the same kind, in the unit of the first."""
+    factor = number(other.unit.factor / quantity.unit.factor)
+    return Quantity(apply("add", quantity.amount, apply("multiply", other.amount, factor)), quantity.unit)
+
+
+def _known(name: str) -> Unit:
+    unit = read_unit(name, nouns=False)
+    if unit is None:
+        raise UnreadableError(f"the unit {name!r}")
+    return unit
+
+
+def real_line() -> Sequence:
+    """Return the set of all real numbers."""
+    return Sequence("()", (apply("negate", apply("infinity")), apply("infinity")))

@@ -1,0 +1,153 @@
+"""Equations, inequalities, assignments and congruences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+
+from rlsys.tasks.answers import numeric
+from rlsys.tasks.answers.evaluate import is_real
+from rlsys.tasks.answers.expressions import (
+    Congruence,
+    Expr,
+    Relation,
+    Sequence,
+    UndecidableError,
+    Value,
+    apply,
+)
+
+ListValues = list[Value] | dict[str, Value]
+
+_FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
+# Points at which two equations must have the same ratio.
+_MIN_POINTS = 3
+# Largest relative difference of the two sides of "≈".
+_ROUNDED = Fraction(1, 100)
+
+
+def assigned(value: Value) -> tuple[str, Value] | None:
+    """Return name and value of "x = 5", "5 = x" or "f(x) = 2x"; None for others."""
+    if not isinstance(value, Relation) or len(value.sides) != 2 or value.signs not in (("=",), ("∈",)):
+        return None
+    for side, other in (value.sides, value.sides[::-1]):
+        name = _name(side)
+        if name is not None and not (isinstance(other, Expr) and name[0] in other.symbols()):
+            if value.signs == ("∈",) and (side is not value.sides[0] or isinstance(other, Expr)):
+                return None
+            return name[0], other
+    return None
+
+
+def _name(side: Value) -> tuple[str] | None:
+    """Return the name of a lone symbol, a tuple of symbols, or a function of a symbol, such as P(x)."""
+    if isinstance(side, Sequence) and side.brackets == "()" and len(side.items) > 1:
+        names = [_name(item) for item in side.items]
+        return None if None in names else (",".join(name[0] for name in names if name),)
+    if not isinstance(side, Expr):
+        return None
+    if side.op == "symbol":
+        return (side.name,)
+    if side.op == "unknown" and side.args[0].op == "symbol":
+        return (f"{side.name}()",)
+    product = side.op == "multiply" and all(argument.op == "symbol" for argument in side.args)
+    if product and side.args[0].name.isupper() and side.args[1].name.islower():
+        return (f"{side.args[0].name}()",)
+    return None
+
+
+def end_of_chain(relation: Relation, same: Callable[[Value, Value], bool]) -> Value | None:
+    """Return the value of a chain such as "x = 36/2 = 18"; None for others.
+
+    All sides except a name must be equal. The side after "≈" is a rounded value.
+    """
+    sides, signs = list(relation.sides), list(relation.signs)
+    if signs[-1] == "≈" and len(sides) > 1:
+        exact, rounded = sides[-2], sides[-1]
+        if not isinstance(exact, Expr) or not isinstance(rounded, Expr) or exact.symbols() | rounded.symbols():
+            return None
+        value = abs(numeric.real_value(rounded))
+        if not numeric.equal(exact, rounded, Fraction(int(value * 10**6) + 1, 10**6) * _ROUNDED):
+            return None
+        sides, signs = sides[:-1], signs[:-1]
+    if set(signs) - {"="}:
+        return None
+    if len(sides) > 1 and _name(sides[0]) is not None:
+        sides = sides[1:]
+    if any(not same(sides[-1], side) for side in sides[:-1]):
+        return None
+    return sides[-1]
+
+
+def values_of_list(sequence: Sequence) -> ListValues:
+    """Return the items of a list. Assignments of different names give a mapping, of the same name their values.
+
+    "n = 2, 3, 4" is a list of three values.
+    """
+    items = list(sequence.items)
+    pairs = [assigned(item) for item in items]
+    if items and pairs[0] is not None and not any(isinstance(item, Relation) for item in items[1:]):
+        return [pairs[0][1], *items[1:]]
+    named = [pair for pair in pairs if pair is not None]
+    if not items or len(named) < len(items):
+        return items
+    names = [name for name, _ in named]
+    if len(set(names)) == 1:
+        return [value for _, value in named]
+    return dict(named) if len(set(names)) == len(names) else items
+
+
+def same_relation(reference: Relation, answer: Relation) -> bool | None:
+    """Compare two relations up to a constant factor; None if they may still be the same set of numbers."""
+    if len(reference.sides) != 2 or len(answer.sides) != 2:
+        return None
+    left, right = _difference(reference), _difference(answer)
+    if left is None or right is None:
+        return None
+    sign, other = reference.signs[0], answer.signs[0]
+    if sign in ("=", "≠"):
+        return other == sign and _ratio_sign(left, right) is not None
+    ratio = _ratio_sign(left, right)
+    if ratio is None:
+        return None
+    return other == (sign if ratio > 0 else _FLIPPED.get(sign, sign))
+
+
+def _difference(relation: Relation) -> Expr | None:
+    """Return left minus right side of a relation between expressions."""
+    left, right = relation.sides
+    if not isinstance(left, Expr) or not isinstance(right, Expr):
+        return None
+    return apply("add", left, apply("negate", right))
+
+
+def _ratio_sign(left: Expr, right: Expr) -> int | None:
+    """Return the sign of the constant ratio of two expressions, or None if their ratio is not constant."""
+    if left.symbols() != right.symbols():
+        return None
+    ratios = []
+    for point in numeric.points_of((left, right)):
+        (one, other), bits = numeric.values_of((left, right), point)
+        if one is None or other is None or not is_real(one) or not is_real(other):
+            continue
+        if one == 0 or other == 0:
+            return None
+        ratios.append((one, other, bits))
+    if len(ratios) < (_MIN_POINTS if left.symbols() else 1):
+        raise UndecidableError("a relation without values")
+    if not left.symbols():
+        return None
+    first = ratios[0]
+    for one, other, bits in ratios[1:]:
+        if not numeric.agree(numeric.times(one, first[1]), numeric.times(other, first[0]), min(bits, first[2])):
+            return None
+    return 1 if (numeric.real_part(first[0]) > 0) is (numeric.real_part(first[1]) > 0) else -1
+
+
+def same_residues(reference: Congruence, answer: Congruence) -> bool:
+    """Return whether two residue classes are the same."""
+    if not numeric.equal(reference.modulus, answer.modulus):
+        return False
+    quotient = apply("divide", apply("add", reference.residue, apply("negate", answer.residue)), reference.modulus)
+    value = numeric.real_value(quotient)
+    return isinstance(value, Fraction) and value.denominator == 1

@@ -1,0 +1,204 @@
+"""Answers that are words: names, yes and no, number words, dates, times, letters of choices, chemical formulas."""
+
+from __future__ import annotations
+
+import re
+
+from rlsys.tasks.answers.expressions import (
+    Clock,
+    Date,
+    Sequence,
+    UnreadableError,
+    Value,
+    Words,
+    apply,
+    names_of,
+    number,
+)
+from rlsys.tasks.answers.lexer import ALPHABET, FUNCTIONS
+
+_MONTHS = names_of("january february march april may june july august september october november december")
+_MONTH = "|".join(rf"{name[:3]}(?:{name[3:]}|t)?\.?" if name != "may" else "may" for name in _MONTHS)
+_DAY = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?"
+_WEEKDAY = r"(?:(?:mon|tues|wednes|thurs|fri|satur|sun)day,?\s+)?"
+_DATES = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})",
+        rf"{_WEEKDAY}(?P<month>{_MONTH})\s+{_DAY}(?:,?\s+(?P<year>\d{{4}}))?",
+        rf"{_WEEKDAY}(?:the\s+)?{_DAY}\s+(?:of\s+)?(?P<month>{_MONTH})(?:,?\s+(?P<year>\d{{4}}))?",
+        rf"(?P<month>{_MONTH}),?\s+(?P<year>\d{{4}})",
+    )
+)
+_SLASHED = re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})")
+_CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?\s*(?:([ap])\.?\s*m\.?)?", re.IGNORECASE)
+_HOUR = re.compile(r"(\d{1,2})\s*([ap])\.?\s*m\.?", re.IGNORECASE)
+
+_ONES = names_of(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+)
+_TENS = names_of("twenty thirty forty fifty sixty seventy eighty ninety")
+_NUMBERS = {
+    **{name: value for value, name in enumerate(_ONES)},
+    **{ten: 10 * place for place, ten in enumerate(_TENS, start=2)},
+    **{f"{ten}-{_ONES[one]}": 10 * place + one for place, ten in enumerate(_TENS, start=2) for one in range(1, 10)},
+}
+_EMPTY = frozenset({"no solution", "no solutions", "empty set", "the empty set", "there is no solution"})
+_REALS = frozenset({"all real numbers", "all reals", "any real number", "the real numbers", "the set of real numbers"})
+# Letters that name something in mathematics.
+_NAMES = frozenset({*FUNCTIONS, *["pi", "infinity", "inf", "oo", "mod"]})
+_WORDS = re.compile(r"(?:[^\W\d_]|['’\-.!?\"&,/]|\s)+")
+
+_ELEMENTS = names_of(
+    "He Li Be Ne Na Mg Al Si Cl Ar Ca Sc Ti Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Zr Nb Mo Tc Ru "
+    "Rh Pd Ag Cd In Sn Sb Te Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta Re Os Ir Pt Au "
+    "Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa Np Pu Am Cm Bk Cf Es Fm Md No Lr H B C N O F P S K V Y I W U"
+)
+_ELEMENT = "|".join(_ELEMENTS)
+_FORMULA = re.compile(rf"(?:(?:{_ELEMENT}|\((?:(?:{_ELEMENT})\d*)+\))\d*)+(?:\^?\d*[+-])?")
+_CHOICE = re.compile(
+    r"(?:(?i:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)(?:\s+is\b)?)\s*:?\s*)?\(?\s*(?P<letter>[A-Ja-j])\s*(?P<close>[).:])?(?P<rest>\s+[^\s+*/^=<>!-].*)?",
+    re.DOTALL,
+)
+
+
+def read_words(plain: str) -> Value | None:
+    """Return the value of a normalised text without mathematics: words, a date, a time or a formula."""
+    for read in (_read_clock, _read_date, _read_phrase, _read_formula):
+        value = read(plain)
+        if value is not None:
+            return value
+    return None
+
+
+def same_words(reference: Words, answer: Words) -> bool:
+    """Return whether two texts have the same words; the letters of formulas are case-sensitive."""
+    if reference.formula and answer.formula:
+        return reference.text == answer.text
+    if reference.letters and answer.letters and not is_wordlike(reference.letters):
+        return reference.letters == answer.letters
+    return reference.text.casefold() == answer.text.casefold()
+
+
+def choice_letter(plain: str) -> str | None:
+    """Return the letter that a text consists of, such as "B", "(B)" or "option B"."""
+    match = _CHOICE.fullmatch(plain)
+    return match["letter"].upper() if match and not match["rest"] else None
+
+
+def chosen_letter(plain: str) -> str | None:
+    """Return the letter that an answer chooses. The text of the choice may follow, but no other letter."""
+    match = _CHOICE.fullmatch(plain)
+    if match is None:
+        return None
+    if match["rest"] and (not match["close"] or re.search(r"(?<![A-Za-z'])[A-J](?![A-Za-z'])", match["rest"])):
+        return None
+    return match["letter"].upper()
+
+
+def is_wordlike(letters: str) -> bool:
+    """Return whether two or three letters are a word rather than symbols: "no", or a vowel and not "abc"."""
+    lower = letters.lower()
+    return lower == "no" or (len(lower) == 3 and bool(set(lower) & set("aeiou")) and lower not in ALPHABET)
+
+
+def squeeze(plain: str) -> str:
+    """Return a normalised text without the characters that change no meaning, for a comparison of texts."""
+    text = re.sub(r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2", plain)
+    return re.sub(r"(?<![\w,])\s+|\s+(?!\w)|(?<=,)\s+(?!\d{3}(?!\d))", "", " ".join(text.split()))
+
+
+def _read_clock(plain: str) -> Clock | None:
+    match = _CLOCK.fullmatch(plain)
+    if match:
+        hour, minute, second, half = match.groups()
+    else:
+        match = _HOUR.fullmatch(plain)
+        if not match:
+            return {"noon": Clock(12, 0, 0, "pm"), "midnight": Clock(12, 0, 0, "am")}.get(plain.lower())
+        hour, half, minute, second = match[1], match[2], "0", None
+    half = f"{half.lower()}m" if half else ""
+    if int(hour) > (12 if half else 24) or int(minute) > 59 or int(second or 0) > 59:
+        return None
+    return Clock(int(hour), int(minute), int(second or 0), half)
+
+
+def _read_date(plain: str) -> Date | None:
+    slashed = _SLASHED.fullmatch(plain)
+    if slashed:
+        first, second, year = map(int, slashed.groups())
+        if first <= 12 and second <= 12 and first != second:
+            raise UnreadableError(f"{plain!r}: the day and the month cannot be told apart")
+        return _date(year, min(first, second), max(first, second))
+    for pattern in _DATES:
+        match = pattern.fullmatch(plain)
+        if match:
+            fields = match.groupdict()
+            name = fields["month"].lower()
+            month = int(name) if name.isdigit() else 1 + [month[:3] for month in _MONTHS].index(name[:3])
+            return _date(int(fields.get("year") or 0), month, int(fields.get("day") or 0))
+    return None
+
+
+def _date(year: int, month: int, day: int) -> Date:
+    if not 1 <= month <= 12 or day > 31:
+        raise UnreadableError(f"no day {day} of month {month}")
+    return Date(year, month, day)
+
+
+def _read_phrase(plain: str) -> Value | None:
+    """Read letters only: number words, known phrases, names, and lists of names."""
+    if not _WORDS.fullmatch(plain) or len(re.findall(r"[^\W\d_]", plain)) < 2:
+        return None
+    original = re.sub(r"\s+", " ", plain.strip(" .!?\"',-"))
+    phrase = original.casefold()
+    if phrase in _NUMBERS or phrase.replace(" ", "-") in _NUMBERS:
+        return number(_NUMBERS[phrase.replace(" ", "-")])
+    if phrase in _EMPTY:
+        return Sequence("{}", ())
+    if phrase in _REALS:
+        return Sequence("()", (apply("negate", apply("infinity")), apply("infinity")))
+    words = re.findall(r"[^\W\d_]+", phrase)
+    if set(words) & _NAMES or re.search(r"[a-z]\s*/|[a-z]\s*-\s+|!\Z", phrase) or all(len(word) == 1 for word in words):
+        return None
+    if _formula(plain) and phrase not in ("no", "yes"):
+        return None
+    return _list_of_words(original)
+
+
+def read_any_words(plain: str) -> Words | None:
+    """Return a text of words that is not mathematics, though it has letters that stand alone."""
+    return _words(plain.strip(" .!?\"',-")) if _WORDS.fullmatch(plain) and re.search(r"[^\W\d_]{2}", plain) else None
+
+
+def _list_of_words(phrase: str) -> Value | None:
+    parts = re.split(r"\s*,\s*(?:(?:and|or)\s+)?|\s+(?:and|or)\s+", phrase)
+    if len(parts) == 1:
+        return _words(phrase)
+    if any(len(part) < 2 for part in parts):  # "x and y" are symbols
+        return None
+    joiner = "or" if re.search(r"\sor\s", phrase) else ","
+    return Sequence("", tuple(map(_words, parts)), joiner)
+
+
+def _words(phrase: str) -> Words:
+    """Return words without an article."""
+    text = re.sub(r"\A(?:the|an|a)\s+(?=\S)", "", phrase, flags=re.IGNORECASE)
+    return Words(text.casefold(), letters=text if re.fullmatch("[A-Za-z]{2,3}", text) else "")
+
+
+def _read_formula(plain: str) -> Words | None:
+    formula = _formula(plain)
+    letters = formula if formula and re.fullmatch("[A-Za-z]{2,3}", formula) else ""
+    return Words(formula, formula=True, letters=letters) if formula else None
+
+
+def _formula(plain: str) -> str | None:
+    """Return the canonical form of a chemical formula: two elements, an element with two letters, or a count."""
+    squeezed = re.sub(r"[\s_{}]", "", plain)
+    if len(squeezed) < 2 or not _FORMULA.fullmatch(squeezed):
+        return None
+    if re.search(r"\)\(|\A\(", squeezed):
+        return None  # a product of brackets, or the letter of a choice
+    return squeezed.replace("^", "")
