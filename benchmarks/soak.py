@@ -59,9 +59,10 @@ LOOK_S, GONE_S, LIMIT_S = 5.0, 15.0, 3600.0
 PAUSE_S, LONG_PAUSE_S = (5.0, 30.0), 40.0
 # Growth that counts: MiB of memory, and numbers of files, sockets and objects.
 MEMORY_MIB, ENTRIES = 48.0, 8.0
+SEEN = ("driver MiB", "actor MiB", "rank MiB", "stored objects")
 BURN = "while True: sum(i * i for i in range(100_000))"
 NEVER = ("process/actor_restarts", "process/learner_restarts", "process/failed_saves")
-OBJECTS = re.compile(r"^- num local objects: (\d+)", re.MULTILINE)
+OBJECTS = re.compile(r"^- num local plasma objects: (\d+)", re.MULTILINE)
 
 
 @dataclass(slots=True)
@@ -223,6 +224,8 @@ def problems_of(job: Job, run_dir: Path, mark: str, log: Path) -> list[str]:
     left = [*marked(MARK, mark), *marked(RUN_ID, run_dir.name)]
     problems += [f"process left: {process.pid} {line(process)[:60]}" for process in left]
     middle, last = job.quarter(1), job.quarter(3)
+    unseen = [name for name in SEEN if not (name in middle and name in last)]
+    problems += [f"not seen: {', '.join(unseen)}"] if unseen else []
     return [*problems, *grown("within the job", middle, last)]
 
 
@@ -261,7 +264,9 @@ def report(jobs: Sequence[Job], problems: Sequence[str], seconds: float) -> list
         middle, last = job.quarter(1), job.quarter(3)
 
         def pair(*names: str, middle: dict[str, float] = middle, last: dict[str, float] = last) -> str:
-            first, then = (sum(part.get(name, 0.0) for name in names) for part in (middle, last))
+            if not all(name in part for part in (middle, last) for name in names):
+                return "not seen"
+            first, then = (sum(part[name] for name in names) for part in (middle, last))
             return f"{first:,.0f} → {then:,.0f}"
 
         cells = [job.kind, f"{job.seconds / 60:.1f}", str(job.steps), pair("driver MiB"), pair("actor MiB")]

@@ -6,9 +6,9 @@ import asyncio
 import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import ray
@@ -47,21 +47,22 @@ class Rank:
 
 
 @pytest.fixture
-def impatient_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def impatient_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ray that waits 3 s instead of 30 s for a call that another one depends on."""
     monkeypatch.setenv("RAY_actor_scheduling_queue_max_reorder_wait_seconds", "3")
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Ray's workers import this module
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=str(tmp_path),
-    )
-    yield
-    ray.shutdown()
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
+        )
+        yield
+        ray.shutdown()
 
 
 @pytest.mark.long
