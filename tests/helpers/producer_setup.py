@@ -13,7 +13,7 @@ from rlsys.control.buffer import Buffer
 from rlsys.control.dynamic_sampling import GroupFilter
 from rlsys.control.producer import Producer
 from rlsys.data.prompts import PromptBuilder, PromptStream
-from rlsys.types import TrajectoryGroup
+from rlsys.types import Prompt, RolloutFailure, SamplingSettings, TrajectoryGroup
 
 
 class Setup:
@@ -55,6 +55,19 @@ class Setup:
     def _has_signal(self, group: TrajectoryGroup) -> bool:
         self.asked.append(group.prompt.prompt_id)
         return group.prompt.prompt_id not in self.level
+
+    def delay(self, slow: int) -> None:
+        """Let an actor answer later than the others."""
+        generate = self.pool.generate
+
+        async def late(
+            actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
+        ) -> Sequence[TrajectoryGroup | RolloutFailure]:
+            for _ in range(10 if actor == slow else 0):
+                await asyncio.sleep(0)
+            return await generate(actor, prompts, settings)
+
+        self.pool.generate = late  # type: ignore[method-assign]
 
     def during(self, scenario: Callable[[], Awaitable[object]]) -> None:
         """Run a scenario while the producer runs; an error of the producer is raised."""

@@ -22,6 +22,17 @@ SIZE: dict[str, Any] = {
     "max_position_embeddings": 256,
     "initializer_range": 0.1,
 }
+TOY_SIZE: dict[str, Any] = {
+    "vocab_size": 17,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1),
+}
+"""Size of a model that no tokenizer needs to fit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

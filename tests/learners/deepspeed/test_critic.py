@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_architectures import TOY_SIZE
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
@@ -16,16 +17,6 @@ from learners.deepspeed.tensor_files import read_tensors, write_tensors
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.models.tensors import persistent_buffers
 
-SIZE: dict[str, Any] = {
-    "vocab_size": 17,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1),
-}
 IDS = torch.arange(16)[None]
 
 # Kinds of bodies: other names (gpt2: transformer, gpt_neox, mamba: backbone), tied and untied output layers, outputs of
@@ -53,7 +44,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def policy(kind: str, folder: Path) -> Path:
-    config = AutoConfig.for_model(kind, **{**SIZE, **KINDS[kind]})
+    config = AutoConfig.for_model(kind, **{**TOY_SIZE, **KINDS[kind]})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from producer_setup import Setup, dispatches, ids
-
-from rlsys.types import Prompt, RolloutFailure, SamplingSettings, TrajectoryGroup
 
 
 def test_a_failure_is_counted_and_replaced_by_the_next_prompt_in_its_place() -> None:
@@ -38,16 +33,7 @@ def test_a_replacement_may_fail_too() -> None:
 def test_replacements_do_not_depend_on_which_actor_answers_first(slow: int) -> None:
     # Prompts 0 and 1 fail on different actors: 4 replaces 0 and 5 replaces 1, in either order of the answers.
     setup = Setup(actors=2, groups_per_step=4, failing=["train-0", "train-1"])
-    generate = setup.pool.generate
-
-    async def late(
-        actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
-    ) -> Sequence[TrajectoryGroup | RolloutFailure]:
-        for _ in range(10 if actor == slow else 0):
-            await asyncio.sleep(0)
-        return await generate(actor, prompts, settings)
-
-    setup.pool.generate = late  # type: ignore[method-assign]  # the scripted delay
+    setup.delay(slow)
 
     async def scenario() -> None:
         assert ids(await setup.buffer.take()) == ["4", "5", "2", "3"]
@@ -137,16 +123,7 @@ def test_a_tree_without_a_signal_is_replaced_by_the_next_prompt_of_either_kind()
 @pytest.mark.parametrize("slow", [0, 1])
 def test_replacements_for_want_of_a_signal_do_not_depend_on_which_actor_answers_first(slow: int) -> None:
     setup = Setup(actors=2, groups_per_step=4, rounds=2, level=["0", "1", "5"], failing=["train-3"])
-    generate = setup.pool.generate
-
-    async def late(
-        actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
-    ) -> Sequence[TrajectoryGroup | RolloutFailure]:
-        for _ in range(10 if actor == slow else 0):
-            await asyncio.sleep(0)
-        return await generate(actor, prompts, settings)
-
-    setup.pool.generate = late  # type: ignore[method-assign]  # the scripted delay
+    setup.delay(slow)
 
     async def scenario() -> None:
         assert ids(await setup.buffer.take()) == ["4", "7", "2", "6"]

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from tiny_architectures import TOY_SIZE
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from rlsys.models.tensors import persistent_buffers, tied_output
-
-SIZE: dict[str, Any] = {
-    "vocab_size": 17,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1),
-}
 
 
 class OwnBuffers(Qwen2ForCausalLM):
@@ -33,7 +22,7 @@ class OwnBuffers(Qwen2ForCausalLM):
 
 
 def test_the_buffers_are_those_of_the_state_dict() -> None:
-    model = OwnBuffers(Qwen2Config(**SIZE))
+    model = OwnBuffers(Qwen2Config(**TOY_SIZE))
     buffers = dict(persistent_buffers(model))
     assert list(buffers) == ["count", "model.layers.1.scale"]
     assert set(buffers) == set(model.state_dict()) - set(dict(model.named_parameters(remove_duplicate=False)))
@@ -42,7 +31,7 @@ def test_the_buffers_are_those_of_the_state_dict() -> None:
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3_text", "gpt2", "opt", "gpt_neox"])
 def test_buffers_that_are_computed_are_left_out(kind: str) -> None:
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZE))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TOY_SIZE))
     assert list(model.buffers()) or kind in ("gpt2", "opt")
     assert list(persistent_buffers(model)) == []
 
@@ -54,7 +43,7 @@ def test_buffers_that_are_computed_are_left_out(kind: str) -> None:
 def test_a_tied_output_layer_is_known_by_name(kind: str, name: str, device: str) -> None:
     for tied in (True, False):
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZE, tie_word_embeddings=tied))
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TOY_SIZE, tie_word_embeddings=tied))
         assert tied_output(model) == (name if tied else None)
 
 
