@@ -6,19 +6,37 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rlsys.errors import ConfigError, DataError
+from rlsys.models.conversations import chat_messages, plain_text
+from rlsys.types import Question
 
-def encode_prompt(tokenizer: Any, question: str) -> list[int]:
-    """Return the token ids of a question as one user turn, ready for the answer.
+
+def encode_prompt(tokenizer: Any, question: Question) -> list[int]:
+    """Return the token ids of a question as one user turn, or of a conversation, ready for the answer.
 
     Without a chat template the question is encoded as plain text.
+
+    Raises:
+        ConfigError: The chat template cannot render one user turn.
+        DataError: It cannot render the conversation.
     """
     if not tokenizer.chat_template:
-        return list(tokenizer(question)["input_ids"])
-    messages = [{"role": "user", "content": question}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        return list(tokenizer(plain_text(question))["input_ids"])
+    messages = chat_messages(question)
+    try:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    except Exception as error:
+        # A template is a program of the model folder. Whatever it raises for one user turn is a fault of that folder.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if not isinstance(question, str):
+            raise DataError(f"the chat template cannot render the conversation: {reason}") from None
+        raise ConfigError(
+            f"{tokenizer.name_or_path}: expected a chat template that renders one user message, found {reason}; "
+            "mend the chat template of this folder (chat_template.jinja or tokenizer_config.json)"
+        ) from error
 
 
-def encode_demonstration(tokenizer: Any, question: str, chain: str) -> tuple[list[int], int]:
+def encode_demonstration(tokenizer: Any, question: Question, chain: str) -> tuple[list[int], int]:
     """Return the token ids of prompt, chain and end token, and the number of prompt tokens."""
     prompt = encode_prompt(tokenizer, question)
     completion = tokenizer(chain, add_special_tokens=False)["input_ids"]
