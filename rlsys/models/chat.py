@@ -29,7 +29,7 @@ def encode_prompt(tokenizer: Any, question: Question) -> list[int]:
         # A template is a program of the model folder. Whatever it raises for one user turn is a fault of that folder.
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         if not isinstance(question, str):
-            raise DataError(f"the chat template cannot render the conversation: {reason}") from None
+            raise DataError(f"the chat template cannot render the conversation: {reason}") from error
         raise ConfigError(
             f"{tokenizer.name_or_path}: expected a chat template that renders one user message, found {reason}; "
             "mend the chat template of this folder (chat_template.jinja or tokenizer_config.json)"

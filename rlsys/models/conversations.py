@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from rlsys.errors import DataError
@@ -25,23 +26,37 @@ def plain_text(question: Question) -> str:
     raise DataError("expected a chat template in the tokenizer, because the question is a conversation, found none")
 
 
-def completion_text(tokenizer: Any, prompt: tuple[Message, ...], reply: tuple[Message, ...]) -> str:
-    """Return the text that a chat template renders for a reply, after the prompt that the policy receives.
+def encode_reply(tokenizer: Any, prompt: tuple[Message, ...], reply: tuple[Message, ...]) -> list[int]:
+    """Return the token ids that a chat template renders for a reply, after the prompt that the policy receives.
 
     A template may render the prompt in another way once the reply is there, or leave a part of the reply out, such as
     its reasoning. The completion is then the content of the reply alone.
 
     Raises:
-        DataError: The template cannot render the conversation, or only with another prompt before several messages.
+        DataError: The template cannot render the conversation, or it renders the prompt in another way before a reply
+            of several messages.
     """
     before = _rendered(tokenizer, prompt, add_generation_prompt=True)
     whole = _rendered(tokenizer, prompt + reply, add_generation_prompt=False)
     completion = whole[len(before) :]
     if whole.startswith(before) and all(_squeezed(each.content) in _squeezed(completion) for each in reply):
-        return completion
+        prompt_ids, whole_ids = _encoded(tokenizer, before), _encoded(tokenizer, whole)
+        if whole_ids[: len(prompt_ids)] == prompt_ids:
+            return whole_ids[len(prompt_ids) :]
+        return _encoded(tokenizer, completion)
     if len(reply) == 1:
-        return reply[0].content
+        return _encoded(tokenizer, reply[0].content)
     raise DataError("expected a reply of one message: the chat template renders the prompt otherwise with the reply")
+
+
+def cut_after_end(tokenizer: Any, token_ids: list[int], end_tokens: Collection[int]) -> list[int]:
+    """Leave out the white space that a chat template writes after the end token; the policy stops there."""
+    last = max((place for place, token in enumerate(token_ids) if token in end_tokens), default=len(token_ids) - 1)
+    return token_ids if tokenizer.decode(token_ids[last + 1 :]).strip() else token_ids[: last + 1]
+
+
+def _encoded(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _rendered(tokenizer: Any, messages: tuple[Message, ...], *, add_generation_prompt: bool) -> str:
@@ -53,7 +68,7 @@ def _rendered(tokenizer: Any, messages: tuple[Message, ...], *, add_generation_p
         )
     except Exception as error:  # A template is a program and can raise anything; the row is then unreadable.
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DataError(f"the chat template cannot render the conversation: {reason}") from None
+        raise DataError(f"the chat template cannot render the conversation: {reason}") from error
     return text
 
 

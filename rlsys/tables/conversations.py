@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from rlsys.errors import DataError
 from rlsys.tables.files import is_unicode
@@ -19,7 +19,7 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 _RENDERED = ("tool_calls", "reasoning_content", "thinking")
 
 
-def is_conversation(value: Any) -> bool:
+def is_conversation(value: Any) -> TypeGuard[list[Mapping[str, Any]]]:
     """Return whether a cell is a list of messages."""
     return isinstance(value, list) and bool(value) and all(map(_is_message, value))
 
@@ -54,7 +54,7 @@ def _plain_content(content: Any) -> str | None:
     """Return the text of a content. Some data sets write it as a list of parts of the type text."""
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
         parts = [part.get("text") for part in content]
-        return "".join(parts) if all(isinstance(part, str) for part in parts) else None  # type: ignore[arg-type]
+        return "".join(parts) if all(isinstance(part, str) for part in parts) else None
     return content if isinstance(content, str) else None
 
 

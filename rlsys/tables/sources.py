@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.errors import ConfigError, DataError
-from rlsys.tables.files import Row, file_kind, file_rows, first_line, short_float_columns, with_short_floats
+from rlsys.tables.files import Row, file_kind, file_rows, short_float_columns, with_short_floats
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}|\$(\w+)")
 # Kinds of data sets whose files are tables or text. Some other kinds decode archives, which can contain pickles.

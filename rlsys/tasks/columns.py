@@ -121,7 +121,7 @@ def _has(values: Mapping[str, Any], name: str) -> bool:
 
 
 def _cell(values: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a column. A dot leads into a nested column, unless it is a part of the name."""
+    """Return the value of a column. A dot in a name that no column has leads into a nested column."""
     return values[name] if name in values else _nested(values, name)
 
 

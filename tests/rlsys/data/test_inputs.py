@@ -134,7 +134,7 @@ def test_data_files_are_read_with_the_tokenizer_of_the_policy(model: ModelFolder
 
 
 def test_bad_data_files_are_found_before_the_start(model: ModelFolder, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"sft\.path .*, row 1, column completion: 34 tokens .*max_model_len is 32"):
+    with pytest.raises(ConfigError, match=r"sft\.path .*: row 1, column completion: 34 tokens .*max_model_len is 32"):
         Inputs(with_files(tmp_path, [{**TEXT, "completion": "b" * 30}], [SIDES]), model)
     bad = with_files(tmp_path, [TEXT], [{"prompt": "a"}])
     with pytest.raises(ConfigError, match=r"preference\.path .* expected the columns chosen_ids \+ "):
