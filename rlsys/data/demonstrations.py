@@ -14,6 +14,8 @@ from rlsys.errors import DataError
 from rlsys.interfaces import Task
 from rlsys.types import Demonstration, Question
 
+_REMEDY = ": raise it or shorten the demonstrations"
+
 EncodePair = Callable[[Question, str], tuple[list[int], int]]
 """Function of a question and a chain: returns the token ids of both with the end token, and the prompt length."""
 
@@ -77,7 +79,7 @@ class DemonstrationStream:
             except UnusableDemonstrationError as error:
                 if self._left_out is None:
                     raise
-                self._left_out.add(position, error.message)
+                self._left_out.add(position, error.message.removesuffix(_REMEDY))
         self._leave_out()
 
     def leave_out_as(self, other: DemonstrationStream) -> None:
@@ -121,7 +123,7 @@ class DemonstrationStream:
         if len(token_ids) > self._max_tokens:
             raise UnusableDemonstrationError(
                 f"the demonstration of {problem.problem_id} has {len(token_ids)} tokens, "
-                f"actors.max_model_len is {self._max_tokens}: raise it or shorten the demonstrations"
+                f"actors.max_model_len is {self._max_tokens}{_REMEDY}"
             )
         return Demonstration(
             token_ids=np.asarray(token_ids, dtype=np.int32),

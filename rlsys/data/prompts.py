@@ -19,6 +19,8 @@ GENERATED_CHECKED = 2048
 # Number of prompts above which the check logs its expected duration: 0.05 ms to 0.5 ms per prompt.
 SLOW_TO_CHECK = 20_000
 
+_REMEDY = ": raise the former, lower the latter, or drop the prompt"
+
 log = logging.getLogger(__name__)
 
 Encode = Callable[[Question], list[int]]
@@ -64,7 +66,7 @@ class PromptBuilder:
         if len(token_ids) > self.longest:
             raise UnusablePromptError(
                 f"prompt {problem.problem_id} has {len(token_ids)} tokens; actors.max_model_len minus "
-                f"sampling.max_tokens leaves {self.longest}: raise the former, lower the latter, or drop the prompt"
+                f"sampling.max_tokens leaves {self.longest}{_REMEDY}"
             )
         return Prompt(
             prompt_id=problem.problem_id + suffix,
@@ -131,7 +133,7 @@ class PromptBuilder:
                 raise
             noun = "training prompts" if split == "train" else "held-out prompts"
             new = LeftOut(where="task", noun=noun, limit="task.max_bad_rows", share=self._max_bad_rows, total=size)
-            self._left_out.setdefault(split, new).add(index, error.message)
+            self._left_out.setdefault(split, new).add(index, error.message.removesuffix(_REMEDY))
             return None
 
     def _check_share(self, split: Split) -> None:
