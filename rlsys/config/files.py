@@ -72,7 +72,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Apply `a.b.c=value` to nested dictionaries. The value is read as YAML, or as it is if the key takes a text.
+    """Apply `a.b.c=value` to nested dictionaries. Values of text keys stay as they are, others are YAML.
 
     YAML would read a template such as {question} as a mapping, 007 as a number, and leave out what follows a #. The
     value of a text key is therefore read as YAML only if it is in quotes, or null.

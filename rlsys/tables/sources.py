@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +102,14 @@ def _hugging_face_rows(path: str, split: str, subset: str | None, where: str) ->
         has_subsets = "Config name is missing" in lines[0]  # the second line has their names
         reason = f"set task.subset: {' '.join(lines[:2])}" if has_subsets else lines[0]
         raise DataError(f"{where}: not a readable data set: {reason}") from None
-    if isinstance(data, datasets.DatasetDict):
+    if isinstance(data, dict):  # a DatasetDict, or the text files of each split
         if split not in data:
             raise DataError(f"{where}: has no split {split!r}; the splits are {', '.join(map(str, data))}")
         data = data[split]
+    if isinstance(data, list):
+        rows = (row for path in data for row in file_rows(path, where))
+        yield from (replace(row, number=number) for number, row in enumerate(rows, 1))
+        return
     short = short_float_columns(data.features.arrow_schema)
     for number, values in enumerate(data, 1):
         yield Row(number=number, values=with_short_floats(values, short))
@@ -115,12 +119,16 @@ def _load(path: str, subset: str | None, where: str) -> Any:
     """Return the splits of a folder or hub id whose files are tables or text."""
     import datasets
 
-    kinds = [kind.__name__ for kind in type(datasets.load_dataset_builder(path, subset)).__mro__]
+    builder = datasets.load_dataset_builder(path, subset)
+    kinds = [kind.__name__ for kind in type(builder).__mro__]
     if not set(kinds) & set(_TABLES):
         raise DataError(f"{where}: expected files of the kinds {', '.join(_TABLES)}, found {kinds[0]}")
-    # As in a CSV file alone, every cell stays the text that it is.
-    options: dict[str, Any] = {"dtype": str, "keep_default_na": False} if "Csv" in kinds else {}
-    return datasets.load_dataset(path, subset, **options)
+    if "Csv" in kinds:
+        files = {str(name): [Path(file) for file in files] for name, files in (builder.config.data_files or {}).items()}
+        # As in a single file, every cell stays the text that it is: datasets would read 007 as 7.
+        if files and all(file.is_file() for each in files.values() for file in each):
+            return files
+    return datasets.load_dataset(path, subset)
 
 
 def _snapshot(folder: Path) -> Path:
