@@ -43,7 +43,7 @@ class LeftOut:
         """Return the digest of a data set without these rows, from its digest with them."""
         if not self.reasons:
             return digest
-        return hashlib.sha256(json.dumps([digest, sorted(self.reasons)]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([digest, self.noun, sorted(self.reasons)]).encode()).hexdigest()
 
     @property
     def notes(self) -> tuple[str, ...]:
