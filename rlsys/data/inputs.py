@@ -92,12 +92,13 @@ class Inputs:
             self.data.check()
         pad = tokenizer.pad_token_id
         self.pad_token_id = int(pad if pad is not None else tokenizer.eos_token_id)
+        self._task_notes = task.notes()
         self._config, self._model, self._task, self._training = config, model, task, training
 
     @property
     def notes(self) -> list[str]:
         """Remarks on the data for the user, one line each."""
-        return [*self._task.notes(), *self.builder.notes, *self.data.notes]
+        return [*self._task_notes, *self.builder.notes, *self.data.notes]
 
     def fingerprint(self) -> dict[str, str]:
         """Return digests of data, model and tokenizer, by the config field that names each."""
