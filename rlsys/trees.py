@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt
 
-from rlsys.types import FinishReason, Float32Array, Int32Array, Verdict, VersionSpan
+from rlsys.types import FinishReason, Float32Array, Int32Array, Question, Verdict, VersionSpan
 
 Role = Literal["policy", "model", "reviewer"]
 """Role of the engine that wrote a node. The policy or, if there is one, search.model proposes the nodes of a tree;
@@ -121,7 +121,7 @@ class Tree:
     """
 
     prompt_id: str
-    question: str
+    question: Question
     answer: str
     pattern: str
     tokenizers: Mapping[str, str]
@@ -172,7 +172,7 @@ class TreeFailure:
     """
 
     prompt_id: str
-    question: str
+    question: Question
     answer: str
     reason: str
     tokens: int = field(default=0, compare=False)

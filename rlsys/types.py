@@ -24,11 +24,23 @@ StageName = Literal["warm_start", "search", "sft", "preference", "online"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One message of a conversation, under the names that chat templates read."""
+
+    role: str
+    content: str
+
+
+Question = str | tuple[Message, ...]
+"""The text of one user turn, or the conversation up to the turn that the policy writes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One question of a task, as text."""
+    """One question of a task, as text or as a conversation."""
 
     problem_id: str
-    question: str
+    question: Question
     answer: str
 
 
@@ -54,13 +66,13 @@ class Prompt:
 
     Attributes:
         token_ids: [T] int32.
-        question: the text of the question, for models with another tokenizer.
+        question: the question, for models with another tokenizer.
     """
 
     prompt_id: str
     token_ids: Int32Array
     answer: str
-    question: str = ""
+    question: Question = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from rlsys.config.keys import suggestion
+from rlsys.config.keys import schema_path, suggestion, takes_text
 from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
 
@@ -72,7 +72,10 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Apply `a.b.c=value` to nested dictionaries. The value is read as YAML.
+    """Apply `a.b.c=value` to nested dictionaries. Values of text keys stay as they are, others are YAML.
+
+    YAML would read a template such as {question} as a mapping, 007 as a number, and leave out what follows a #. The
+    value of a text key is therefore read as YAML only if it is in quotes, or null.
 
     Raises:
         ConfigError: the override is not valid.
@@ -81,14 +84,24 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     keys = path.strip().split(".")
     if not separator or not all(keys):
         raise ConfigError(f"override {override!r}: expected section.key=value")
+    section = values
     for key in keys[:-1]:
-        child = values.get(key)
+        child = section.get(key)
         if child is None:
-            child = values[key] = {}
+            child = section[key] = {}
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {key} is not a section")
-        values = child
-    values[keys[-1]] = parse_yaml(text, f"override {override!r}")
+        section = child
+    is_plain_text = takes_text(keys, values) and not _is_quoted(text) and text.strip().lower() not in _NULL
+    section[keys[-1]] = text.strip() if is_plain_text else parse_yaml(text, f"override {override!r}")
+
+
+_NULL = ("", "~", "null")
+
+
+def _is_quoted(text: str) -> bool:
+    text = text.strip()
+    return len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -124,14 +137,13 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
 
 
 def _explain(source: str, problem: Any) -> str:
-    # pydantic adds the chosen alternative of a union to the location, but it is not a key of the file.
-    parts = [str(part) for part in problem["loc"]]
-    alternatives = {"task": ("letter_count", "blocksworld", "dataset"), "selection": ("ucb", "puct", "frontier")}
-    before = ["", *parts]
-    where = ".".join(part for last, part in zip(before, parts, strict=False) if part not in alternatives.get(last, ()))
+    where = schema_path(problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"{source}: {where}: unknown key; {suggestion(where)}"
-    found_value = f", found {problem['input']!r}" if not isinstance(problem["input"], dict) else ""
+    is_mapping = isinstance(problem["input"], dict)
+    found_value = "" if is_mapping else f", found {problem['input']!r}"
+    if is_mapping and problem["type"] == "string_type":  # YAML reads {question} as one
+        found_value = ", found a mapping; put a text with braces in quotes"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{source}: {where + ': ' if where else ''}{message}{found_value}"
 

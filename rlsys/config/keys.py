@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,60 @@ def suggestion(name: str) -> str:
     close = same or difflib.get_close_matches(name, sorted(known | sections), n=1)
     meant = f"did you mean {' or '.join(close)}? " if close else ""
     return f"{meant}`rlsys keys` shows all"
+
+
+def takes_text(keys: Sequence[str], values: Mapping[str, Any]) -> bool:
+    """Return whether a key of the schema takes a text, and nothing else but null.
+
+    Args:
+        keys: parts of the dotted name of the key.
+        values: the config so far. The `type` of a section with alternatives decides between them.
+    """
+    annotation: Any = Config
+    for key in keys:
+        if typing.get_origin(annotation) is dict:  # sections by names that the user gives
+            annotation = typing.get_args(annotation)[1]
+        else:
+            sections = _chosen(list(_sections(annotation)), values)
+            fields = [section.model_fields[key].annotation for section in sections if key in section.model_fields]
+            if not fields:
+                return False
+            annotation = typing.Union[tuple(fields)]  # noqa: UP007 - `|` cannot join types made at run time
+        inner = values.get(key)
+        values = inner if isinstance(inner, Mapping) else {}
+    return not any(_sections(annotation)) and _type_name(annotation).removesuffix(" | null") == "text"
+
+
+def _chosen(sections: list[type[Section]], values: Mapping[str, Any]) -> list[type[Section]]:
+    """Return the alternative sections with the `type` that is given, or all."""
+    chosen = [section for section in sections if _tag(section) is not None and _tag(section) == values.get("type")]
+    return chosen or sections
+
+
+def _tag(section: type[Section]) -> str | None:
+    """Return the value of `type` that chooses an alternative section."""
+    field = section.model_fields.get("type")
+    tags = typing.get_args(field.annotation) if field is not None else ()
+    return str(tags[0]) if len(tags) == 1 else None
+
+
+def schema_path(location: Sequence[int | str]) -> str:
+    """Return the dotted name of the key at which pydantic found a problem.
+
+    pydantic adds the chosen alternative of a union to the location, but it is no key of the file.
+    """
+    parts: list[str] = []
+    sections: list[type[Section]] = [Config]
+    for part in location:
+        tagged = [section for section in sections if len(sections) > 1 and _tag(section) == part]
+        if tagged:
+            sections = tagged
+            continue
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        if fields:
+            sections = list(_sections(fields[0].annotation))
+        parts.append(str(part))
+    return ".".join(parts)
 
 
 def _sections(annotation: Any) -> Iterator[type[Section]]:

@@ -173,8 +173,10 @@ class WarmStartConfig(Section):
 
 class SftStageConfig(Section):
     path: PathName | None = None
-    """File of supervised rows (.jsonl or .parquet): the table `supervised` of `rlsys extract`, or a table with the text
-    columns prompt and completion. By default, the rows that an earlier stage search has extracted."""
+    """Supervised rows: the table `supervised` of `rlsys extract`, or rows of prompt and completion, messages or text
+    (docs/data.md). By default, the rows that an earlier stage search has extracted."""
+    max_bad_rows: float = Field(default=0.01, ge=0, le=1)
+    """Largest share of rows that are too long or unreadable. They are left out; a larger share is an error."""
     max_steps: int = Field(default=100, ge=1)
     """Training steps of the stage sft. The rows are shuffled in every epoch."""
     rows_per_step: int = Field(default=64, ge=1)
@@ -185,8 +187,11 @@ class SftStageConfig(Section):
 
 class PreferenceStageConfig(Section):
     path: PathName | None = None
-    """File of preference pairs (.jsonl or .parquet): the table `preferences` of `rlsys extract`, or a table with the
-    text columns prompt, chosen and rejected. By default, the pairs that an earlier stage search has extracted."""
+    """Preference pairs: the tables `preferences` and `step_preferences` of `rlsys extract`, or rows of chosen and
+    rejected with or without a prompt (docs/data.md). By default, the pairs that an earlier stage search has
+    extracted."""
+    max_bad_rows: float = Field(default=0.01, ge=0, le=1)
+    """Largest share of pairs that are too long or unreadable. They are left out; a larger share is an error."""
     max_steps: int = Field(default=100, ge=1)
     """Training steps of the stage preference. The pairs are shuffled in every epoch."""
     pairs_per_step: int = Field(default=32, ge=1)

@@ -82,7 +82,8 @@ class BlocksworldConfig(Section):
 class DatasetConfig(Section):
     type: Literal["dataset"] = "dataset"
     path: PathName
-    """Training data: a JSONL or Parquet file, or the folder or hub id of a Hugging Face dataset."""
+    """Training data: a file (JSON lines, JSON array, CSV, TSV, Parquet, Arrow; also compressed), or the folder or hub
+    id of a Hugging Face dataset (docs/data.md)."""
     held_out_path: PathName | None = None
     """Evaluation data, in the same formats. By default, every `held_out_every`-th row of `path` is held out."""
     held_out_every: int = Field(default=10, ge=2)
@@ -94,16 +95,17 @@ class DatasetConfig(Section):
     subset: str | None = None
     """Configuration name of a Hugging Face dataset, for both splits (GSM8K: main)."""
     question_column: str = "question"
-    """Column with the question."""
+    """Column with the question, as text or as a list of messages. A dot leads into a nested column."""
     answer_column: str = "answer"
-    """Column with the reference answer."""
+    """Column with the reference answer. A dot leads into a nested column (verl: reward_model.ground_truth)."""
     answer_pattern: str | None = None
     """Regular expression whose first group is the reference answer in answer_column (GSM8K: `#### (.+)`). By default,
     the whole text is the answer."""
     demonstration_column: str | None = None
     """Column with a worked solution, which is a demonstration. null: no demonstrations."""
     prompt_template: str = "{question}"
-    """Text of the user message. {question} is replaced by the question."""
+    """Text of the user message. {question} is replaced by the question, or by the last user message of a list of
+    messages."""
     strictness: Literal["text", "value", "lenient"] = "value"
     """Answers that are right. `text`: the text of the reference, whatever its markup. `value`: also other forms of its
     value. `lenient`: also a number without its percent sign, and a rounded decimal. docs/answers.md has the rules."""
@@ -112,7 +114,8 @@ class DatasetConfig(Section):
     accept_cut_off: bool = False
     """Also judge completions that were cut off at sampling.max_tokens. By default they have no answer."""
     max_bad_rows: float = Field(default=0.01, ge=0, le=1)
-    """Largest share of unreadable rows, which are skipped and counted. A larger share is an error."""
+    """Largest share of rows that are unreadable or too long. They are left out and counted. A larger share is an
+    error."""
 
     @model_validator(mode="after")
     def _template(self) -> DatasetConfig:

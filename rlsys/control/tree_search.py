@@ -192,11 +192,9 @@ def find_prompts(config: Config, inputs: Inputs) -> list[Prompt]:
     """Return the first search.prompts prompts of search.split, or all if there are fewer.
 
     Raises:
-        ConfigError: a prompt leaves too little room for a chain.
+        ConfigError: a prompt leaves too little room for a chain, or too many rows of a data set do.
     """
-    split, count = config.search.split, config.search.prompts
-    size = inputs.builder.task.size(split)
-    return [inputs.builder.build(split, number) for number in range(count if size is None else min(count, size))]
+    return inputs.builder.first(config.search.split, config.search.prompts)
 
 
 def search_model_digests(models: Mapping[Role, ModelFolder]) -> dict[str, str]:

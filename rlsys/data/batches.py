@@ -51,8 +51,11 @@ class TrainingData:
             ConfigError, DataError: a file cannot be used, or the stage `search` will not write the data that a later
                 stage needs.
         """
-        if self._demonstrations:
-            next(iter(self._demonstrations.values())).check()
+        for number, stream in enumerate(streams := list(self._demonstrations.values())):
+            if number == 0:
+                stream.check()
+            else:
+                stream.leave_out_as(streams[0])
         if any(plan.loop == "search" for plan in self._plans) and self._config.search.split == "held_out":
             raise ConfigError(
                 "search.split is held_out: the stages after the stage search would train on the problems of the "
@@ -96,9 +99,9 @@ class TrainingData:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user about the files read so far, one line each."""
-        notes = []
+        notes = list(next((stream.notes for stream in self._demonstrations.values()), ()))
         if self._rows is not None:
-            notes.append(f"sft: {len(self._rows):,} rows")
+            notes += [f"sft: {len(self._rows):,} rows", *self._rows.notes]
         if self._pairs is not None:
             notes += [f"preference: {len(self._pairs):,} pairs", *self._pairs.notes]
         return tuple(notes)
@@ -111,6 +114,10 @@ class TrainingData:
         if self._needs("pairs"):
             digests["preference.path"] = self.pairs().digest() if self._config.preference.path else SEARCHED
         return digests
+
+    def demonstrations_digest(self, digest: str) -> str:
+        """Return the digest of a task's rows without the demonstrations that were left out."""
+        return next((stream.digest(digest) for stream in self._demonstrations.values()), digest)
 
     def extracted(self) -> dict[str, ExtractedTable]:
         """Return each extracted table that was read, by the path field that it replaces."""
@@ -126,10 +133,11 @@ class TrainingData:
             path = self._config.sft.path
             if path is None:
                 with _naming_report(self._extracted_folder):
-                    self._rows = self._reader.supervised(str(self._extracted_folder / "supervised.parquet"), SEARCHED)
+                    file = self._extracted_folder / "supervised.parquet"
+                    self._rows = self._reader.supervised(str(file), SEARCHED, self._config.sft.max_bad_rows)
                 self._extracted["sft.path"] = ExtractedTable(name="supervised", digest=self._rows.digest())
             else:
-                self._rows = self._reader.supervised(path, "sft.path")
+                self._rows = self._reader.supervised(path, "sft.path", self._config.sft.max_bad_rows)
         return self._rows
 
     def pairs(self) -> PairRows:
@@ -139,11 +147,11 @@ class TrainingData:
             if path is None:
                 with _naming_report(self._extracted_folder):
                     file = self._extracted_folder / f"{self._pair_table}.parquet"
-                    self._pairs = self._reader.pairs(str(file), SEARCHED)
+                    self._pairs = self._reader.pairs(str(file), SEARCHED, self._config.preference.max_bad_rows)
                 table = ExtractedTable(name=self._pair_table, digest=self._pairs.digest())
                 self._extracted["preference.path"] = table
             else:
-                self._pairs = self._reader.pairs(path, "preference.path")
+                self._pairs = self._reader.pairs(path, "preference.path", self._config.preference.max_bad_rows)
         return self._pairs
 
     def batch(self, stage: StageName, step: int) -> TrainingBatch:

@@ -49,7 +49,6 @@ class Inputs:
         prompts: the stream of training prompts.
         data: demonstrations and preference pairs of the training steps.
         pad_token_id: the token that pads the rows of a batch.
-        notes: remarks on the data for the user, one line each.
 
     Args:
         config: the config of the command.
@@ -63,11 +62,13 @@ class Inputs:
     def __init__(self, config: Config, model: ModelFolder, *, training: bool = True) -> None:
         task, tokenizer = build_task(config.task, config.run.seed), model.tokenizer
         encoder = CheckedEncoder(tokenizer, model.vocabulary)
+        max_bad_rows = config.task.max_bad_rows if config.task.type == "dataset" else None
         self.builder = PromptBuilder(
             task,
             encoder.prompt,
             max_model_len=config.actors.max_model_len,
             max_tokens=config.sampling.max_tokens,
+            max_bad_rows=max_bad_rows,
         )
         if training:
             self.builder.check("train")
@@ -80,12 +81,13 @@ class Inputs:
                 seed=config.run.seed,
                 rows_per_step=source.per_step,
                 max_tokens=config.actors.max_model_len,
+                max_bad_rows=max_bad_rows,
             )
             for plan in stage_plans(config)
             if (source := plan.source("demonstrations"))
         }
         vocabulary = min(len(tokenizer), model.vocabulary or len(tokenizer))
-        reader = Reader(tokenizer, vocabulary, config.actors.max_model_len)
+        reader = Reader(tokenizer, vocabulary, config.actors.max_model_len, frozenset(model.end_token_ids))
         extracted = RunDirectory(Path(config.run.dir).absolute()).search_stage.data
         self.data = TrainingData(config, reader, demonstrations, extracted)
         if training:
@@ -93,16 +95,24 @@ class Inputs:
         pad = tokenizer.pad_token_id
         usable = pad is not None and pad < vocabulary  # padding is masked, so any token of the model will do
         self.pad_token_id = int(pad if usable else tokenizer.eos_token_id)
-        self.notes = [*task.notes(), *self.data.notes]
+        self._task_notes = task.notes()
         self._config, self._model, self._task, self._training = config, model, task, training
+
+    @property
+    def notes(self) -> list[str]:
+        """Remarks on the data for the user, one line each."""
+        return [*self._task_notes, *self.builder.notes, *self.data.notes]
 
     def fingerprint(self) -> dict[str, str]:
         """Return digests of data, model and tokenizer, by the config field that names each."""
         data = {"dataset": "task.path", "blocksworld": "task.problems_path"}.get(
             self._config.task.type, "task.questions_path"
         )
+        digest = self._task.digest()
+        if self._training:
+            digest = self.data.demonstrations_digest(self.builder.digest(digest))
         return {
-            data: self._task.digest(),
+            data: digest,
             "model.path" if self._config.model.path else "model.from_scratch": self._model.digest,
             TOKENIZER: self._model.tokenizer_digest,
             **(self.data.fingerprint() if self._training else {}),

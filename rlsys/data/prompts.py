@@ -4,32 +4,48 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from rlsys.data.epochs import Epochs
-from rlsys.errors import ConfigError
+from rlsys.data.left_out import LeftOut
+from rlsys.errors import DataError
 from rlsys.interfaces import Task
-from rlsys.types import Prompt, Split
+from rlsys.types import Prompt, Question, Split
 
 # Number of generated prompts and demonstrations that are built before the start: 0.3 s for letter counting.
 GENERATED_CHECKED = 2048
 # Number of prompts above which the check logs its expected duration: 0.05 ms to 0.5 ms per prompt.
 SLOW_TO_CHECK = 20_000
 
+_REMEDY = ": raise the former, lower the latter, or drop the prompt"
+
 log = logging.getLogger(__name__)
 
-Encode = Callable[[str], list[int]]
+Encode = Callable[[Question], list[int]]
+
+
+class UnusablePromptError(DataError):
+    """A prompt that is too long, or that the chat template cannot render."""
 
 
 class PromptBuilder:
-    """Builder of prompts from the problems of a task, within the length that the engines can take."""
+    """Builder of prompts from the problems of a task, within the length that the engines can take.
 
-    def __init__(self, task: Task, encode: Encode, *, max_model_len: int, max_tokens: int) -> None:
+    Args:
+        max_bad_rows: Largest share of the problems of a split that may be left out because their prompts are unusable.
+            None: The first unusable prompt is an error.
+    """
+
+    def __init__(
+        self, task: Task, encode: Encode, *, max_model_len: int, max_tokens: int, max_bad_rows: float | None = None
+    ) -> None:
         self.task = task
         self.encode = encode
         self.longest = max_model_len - max_tokens
+        self._max_bad_rows = max_bad_rows
+        self._left_out: dict[Split, LeftOut] = {}
 
     def build(self, split: Split, index: int, suffix: str = "") -> Prompt:
         """Return the prompt of a problem.
@@ -40,14 +56,17 @@ class PromptBuilder:
             suffix: Text to append to the problem's id.
 
         Raises:
-            ConfigError: The prompt leaves no room for `max_tokens` in `max_model_len`.
+            DataError: The prompt leaves no room for `max_tokens` in `max_model_len`, or cannot be rendered.
         """
         problem = self.task.problem(split, index)
-        token_ids = self.encode(problem.question)
+        try:
+            token_ids = self.encode(problem.question)
+        except DataError as error:
+            raise UnusablePromptError(f"prompt {problem.problem_id}: {error.message}") from None
         if len(token_ids) > self.longest:
-            raise ConfigError(
+            raise UnusablePromptError(
                 f"prompt {problem.problem_id} has {len(token_ids)} tokens; actors.max_model_len minus "
-                f"sampling.max_tokens leaves {self.longest}: raise the former, lower the latter, or drop the prompt"
+                f"sampling.max_tokens leaves {self.longest}{_REMEDY}"
             )
         return Prompt(
             prompt_id=problem.problem_id + suffix,
@@ -56,22 +75,70 @@ class PromptBuilder:
             question=problem.question,
         )
 
-    def held_out(self, count: int) -> list[Prompt]:
-        """Return the first `count` held-out prompts, or all if there are fewer."""
-        size = self.task.size("held_out")
-        return [self.build("held_out", index) for index in range(count if size is None else min(count, size))]
-
-    def check(self, split: Split) -> None:
-        """Build the prompts of a finite split, or the first ones of a generator, to find overlong prompts early.
+    def first(self, split: Split, count: int) -> list[Prompt]:
+        """Return the prompts of the first `count` usable problems of a split, or of all if there are fewer.
 
         Raises:
-            ConfigError: A prompt is too long.
+            ConfigError: More prompts are unusable than `max_bad_rows` allows.
+        """
+        size = self.task.size(split)
+        prompts: list[Prompt] = []
+        for index in range(count if size is None else size):
+            if len(prompts) == count:
+                break
+            prompt = self._usable(split, index)
+            prompts += [prompt] if prompt else []
+        self._check_share(split)
+        return prompts
+
+    def held_out(self, count: int) -> list[Prompt]:
+        """Return the first `count` held-out prompts, or all if there are fewer."""
+        return self.first("held_out", count)
+
+    def check(self, split: Split) -> None:
+        """Build the prompts of a finite split, or the first ones of a generator, to find unusable prompts early.
+
+        Raises:
+            ConfigError: More prompts are unusable than `max_bad_rows` allows.
         """
         size = self.task.size(split)
         if size is not None and size > SLOW_TO_CHECK:
             log.warning("task: counting the tokens of %d prompts before the start, about %d s", size, size // 5000)
         for index in range(GENERATED_CHECKED if size is None else size):
-            self.build(split, index)
+            self._usable(split, index)
+        self._check_share(split)
+
+    def usable(self, split: Split) -> Sequence[int] | None:
+        """Return the indices of a finite split without those that `check` has left out; None for a generator."""
+        size = self.task.size(split)
+        left_out = self._left_out.get(split)
+        return None if size is None else left_out.others(size) if left_out else range(size)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes for the user about the prompts that were left out, one line each."""
+        return tuple(note for left_out in self._left_out.values() for note in left_out.notes)
+
+    def digest(self, digest: str) -> str:
+        """Return the digest of the training problems without those that were left out."""
+        left_out = self._left_out.get("train")
+        return left_out.digest(digest) if left_out else digest
+
+    def _usable(self, split: Split, index: int) -> Prompt | None:
+        try:
+            return self.build(split, index)
+        except UnusablePromptError as error:
+            size = self.task.size(split)
+            if self._max_bad_rows is None or size is None:
+                raise
+            noun = "training prompts" if split == "train" else "held-out prompts"
+            new = LeftOut(where="task", noun=noun, limit="task.max_bad_rows", share=self._max_bad_rows, total=size)
+            self._left_out.setdefault(split, new).add(index, error.message.removesuffix(_REMEDY))
+            return None
+
+    def _check_share(self, split: Split) -> None:
+        if left_out := self._left_out.get(split):
+            left_out.check()
 
 
 class PromptStream:
@@ -82,9 +149,10 @@ class PromptStream:
     """
 
     def __init__(self, builder: PromptBuilder, seed: int) -> None:
-        size = builder.task.size("train")
+        usable = builder.usable("train")
         self._builder = builder
-        self._epochs = None if size is None else Epochs(size, seed)
+        self._usable = range(0) if usable is None else usable
+        self._epochs = None if usable is None else Epochs(len(usable), seed)
         self.cursor = 0
         self._reissue: deque[int] = deque()
 
@@ -109,4 +177,5 @@ class PromptStream:
         """Return the prompt of a stream index. The epoch in its id makes its random draws differ between epochs."""
         if self._epochs is None:
             return self._builder.build("train", index)
-        return self._builder.build("train", self._epochs.position(index), suffix=f"@{self._epochs.epoch(index)}")
+        problem = self._usable[self._epochs.position(index)]
+        return self._builder.build("train", problem, suffix=f"@{self._epochs.epoch(index)}")

@@ -1,32 +1,32 @@
 """Training rows from files: demonstrations and preference pairs, kept as arrays of token ids.
 
-A file has the columns of `rlsys extract`, or the text columns that other trainers write. The policy's tokenizer
-encodes texts: the prompt unchanged, the completion with the end token. Only token ids stay in memory.
+A file has the id columns of `rlsys extract`, or rows of text or messages, which `rlsys.data.texts` encodes. Rows that
+are too long or unreadable are left out up to a share. Only token ids stay in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rlsys.data.left_out import LeftOut
+from rlsys.data.texts import PAIR_COLUMNS, SUPERVISED_COLUMNS, EncodedRows, TextEncoder
 from rlsys.errors import DataError
-from rlsys.models.chat import end_token_id
 from rlsys.sequences import common_prefix_length
+from rlsys.tables.forms import form_name
 from rlsys.tables.read import UNKNOWN, Batch, Element, Layout, Ragged, RowFile
 from rlsys.tables.schemas import PREFERENCES, STEP_PREFERENCES, SUPERVISED
 from rlsys.types import Demonstration, Preference
 
 _VISITS = ("chosen_visits", "rejected_visits")
 SUPERVISED_IDS: Layout = SUPERVISED.subset("token_ids", "loss_mask")
-SUPERVISED_TEXT: Layout = SUPERVISED.subset("prompt", "completion")
 CHAINS: Layout = PREFERENCES.subset("chosen_ids", "rejected_ids", "prompt_length", "common_prefix", *_VISITS)
 STEPS: Layout = STEP_PREFERENCES.subset("prompt_ids", "chosen_ids", "rejected_ids", *_VISITS)
-PAIRS_TEXT: Layout = PREFERENCES.subset("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,48 +102,140 @@ class Reader:
         tokenizer: Hugging Face tokenizer of the policy.
         vocabulary: Number of token ids.
         longest: Largest number of tokens of a row (actors.max_model_len).
+        end_tokens: Tokens that end a completion, besides the tokenizer's own.
     """
 
     tokenizer: Any
     vocabulary: int
     longest: int
+    end_tokens: frozenset[int] = frozenset()
 
-    def supervised(self, path: str, source: str) -> SupervisedRows:
+    def supervised(self, path: str, source: str, max_bad_rows: float = 0.0) -> SupervisedRows:
         """Read the demonstrations of a file.
 
         Args:
             path: The file.
             source: Config field that names the file, for error messages.
+            max_bad_rows: Largest share of rows that are left out because they are too long or unreadable.
 
         Raises:
-            DataError: The file or one of its rows cannot be used. The message names the file, the row and the column.
+            DataError: The file cannot be used, or too many of its rows. The message names the file, the row and the
+                column.
         """
         file = RowFile(path, source)
-        layout = file.layout([SUPERVISED_IDS, SUPERVISED_TEXT])
-        token_ids, masks = _Rows[np.int32](np.int32), _Rows[np.bool_](np.bool_)
-        for batch in file.batches(layout):
-            ids, mask = self._supervised(batch) if layout is SUPERVISED_IDS else self._supervised_text(batch)
-            token_ids.add(ids)
-            masks.add(mask)
-        return SupervisedRows(token_ids.joined(), masks.joined())
+        left_out = LeftOut(where=file.where, noun="rows", limit="sft.max_bad_rows", share=max_bad_rows)
+        token_ids, masks, unwanted = _Rows[np.int32](np.int32), _Rows[np.bool_](np.bool_), 0
+        if layout := file.layout([SUPERVISED_IDS]):
+            for batch in file.batches(layout):
+                ids, mask = self._supervised(batch)
+                fitting = self._fitting(batch, "token_ids", [ids], left_out)
+                token_ids.add(ids, fitting)
+                masks.add(mask, fitting)
+        else:
+            for rows in self._texts(file, SUPERVISED_COLUMNS, left_out):
+                unwanted += rows.unwanted
+                pieces = list(zip(rows.prompts, rows.sides[0], strict=True))
+                token_ids.add(_ragged([[*prompt, *side] for prompt, side in pieces], np.int32))
+                masks.add(_ragged([[False] * len(prompt) + [True] * len(side) for prompt, side in pieces], np.bool_))
+        left_out.check()
+        joined = token_ids.joined()
+        if not len(joined):
+            raise DataError(f"{file.where}: expected a row to train, found none: the label of every row is false")
+        labels = f"{file.where}: {unwanted} rows left out: their label is false"
+        return SupervisedRows(joined, masks.joined(), (*left_out.notes, *((labels,) if unwanted else ())))
 
-    def pairs(self, path: str, source: str) -> PairRows:
+    def pairs(self, path: str, source: str, max_bad_rows: float = 0.0) -> PairRows:
         """Read the pairs of a file. Pairs without a difference to learn are left out and counted in a note.
 
         Args:
             path: The file.
             source: Config field that names the file, for error messages.
+            max_bad_rows: Largest share of pairs that are left out because they are too long or unreadable.
 
         Raises:
-            DataError: The file or one of its rows cannot be used, or no pair is left.
+            DataError: The file cannot be used, or too many of its rows, or no pair is left.
         """
         file = RowFile(path, source)
-        layout = file.layout([CHAINS, STEPS, PAIRS_TEXT])
+        left_out = LeftOut(where=file.where, noun="rows", limit="preference.max_bad_rows", share=max_bad_rows)
         pairs = _Pairs()
-        for batch in file.batches(layout):
-            prompts, chosen, rejected = self._sides(batch, layout)
-            pairs.add(batch, prompts, chosen, rejected)
-        return pairs.joined(file.where)
+        if layout := file.layout([CHAINS, STEPS]):
+            for batch in file.batches(layout):
+                prompts, chosen, rejected = self._sides(batch, layout)
+                fitting = self._fitting(batch, "chosen_ids or rejected_ids", [chosen, rejected], left_out)
+                pairs.add(batch, prompts, chosen, rejected, fitting)
+        else:
+            for rows in self._texts(file, PAIR_COLUMNS, left_out):
+                lengths = np.array([len(prompt) for prompt in rows.prompts], dtype=np.int64)
+                chosen, rejected = (_joined(rows.prompts, side) for side in rows.sides)
+                pairs.add(Batch(file.where, rows.numbers, {}), lengths, chosen, rejected)
+        left_out.check()
+        return pairs.joined(file.where, left_out.notes)
+
+    def _texts(self, file: RowFile, known: Sequence[tuple[str, ...]], left_out: LeftOut) -> Iterator[EncodedRows]:
+        """Yield the usable rows of text or messages. The others are added to `left_out`.
+
+        Raises:
+            DataError: The file has none of the known sets of columns, or no row.
+        """
+        names = file.names()
+        columns = next((columns for columns in known if set(columns) <= set(names)), None)
+        if columns is None:
+            ids = [SUPERVISED_IDS] if known is SUPERVISED_COLUMNS else [CHAINS, STEPS]
+            required = [[name for name, column in layout.items() if not column.optional] for layout in ids]
+            expected = ", or ".join(map(" + ".join, [*required, *known]))
+            form = form_name(names)
+            described = f"{form} rows: " if form else ""
+            raise DataError(
+                f"{file.where}: expected the columns {expected}; found {described}{', '.join(names) or 'none'}"
+            )
+        for rows in TextEncoder(self.tokenizer, self.end_tokens, columns).encode(file.rows()):
+            left_out.total += len(rows.numbers) + len(rows.bad) + rows.unwanted
+            for number, reason in rows.bad.items():
+                left_out.add(
+                    number, f"row {number}, {reason}" if reason.startswith("column") else f"row {number}: {reason}"
+                )
+            yield self._fitting_texts(file, columns, rows, left_out)
+
+    def _fitting_texts(
+        self, file: RowFile, columns: Sequence[str], rows: EncodedRows, left_out: LeftOut
+    ) -> EncodedRows:
+        """Return the rows that are not too long. Raise DataError for a token outside the vocabulary."""
+        fitting = []
+        for place, number in enumerate(rows.numbers):
+            prompt, sides = rows.prompts[place], [side[place] for side in rows.sides]
+            longest = max(len(side) for side in sides)
+            name = columns[-len(sides) :][[len(side) for side in sides].index(longest)]
+            where = f"row {number}, column {name}"
+            largest = max(token for tokens in (prompt, *sides) for token in tokens)
+            if largest >= self.vocabulary:
+                raise DataError(f"{file.where}, {where}: {self._expected_ids(largest)}")
+            if len(prompt) + longest > self.longest:
+                left_out.add(number, f"{where}: {self._too_long(len(prompt) + longest)}")
+            else:
+                fitting.append(place)
+        return EncodedRows(
+            numbers=[rows.numbers[place] for place in fitting],
+            prompts=[rows.prompts[place] for place in fitting],
+            sides=[[side[place] for place in fitting] for side in rows.sides],
+            unwanted=rows.unwanted,
+        )
+
+    def _too_long(self, length: int) -> str:
+        return f"{length} tokens with the prompt, actors.max_model_len is {self.longest}"
+
+    def _expected_ids(self, token: int) -> str:
+        return f"expected token ids from 0 to {self.vocabulary - 1} (the policy's vocabulary), found {token}"
+
+    def _fitting(
+        self, batch: Batch, name: str, sides: Sequence[Ragged[np.int32]], left_out: LeftOut
+    ) -> NDArray[np.int64]:
+        """Return the indices of the rows that are not too long, and add the others to `left_out`."""
+        lengths = np.max([side.lengths for side in sides], axis=0)
+        left_out.total += len(lengths)
+        for row in np.flatnonzero(lengths > self.longest):
+            number = batch.numbers[row]
+            left_out.add(number, f"row {number}, column {name}: {self._too_long(int(lengths[row]))}")
+        return np.flatnonzero(lengths <= self.longest)
 
     def _supervised(self, batch: Batch) -> tuple[Ragged[np.int32], Ragged[np.bool_]]:
         ids, mask = self._ids(batch, "token_ids"), batch.masks("loss_mask")
@@ -157,12 +249,6 @@ class Reader:
         batch.refuse(mask.count(mask.values) == 0, "loss_mask", "expected a token to train, found none")
         return ids, mask
 
-    def _supervised_text(self, batch: Batch) -> tuple[Ragged[np.int32], Ragged[np.bool_]]:
-        prompts, completions = self._encoded(batch, "prompt"), self._encoded(batch, "completion", ended=True)
-        ids = self._fitting(batch, "completion", [[*a, *b] for a, b in zip(prompts, completions, strict=True)])
-        masks = [[False] * len(a) + [True] * len(b) for a, b in zip(prompts, completions, strict=True)]
-        return ids, _ragged(masks, np.bool_)
-
     def _sides(self, batch: Batch, layout: Layout) -> tuple[NDArray[np.int64], Ragged[np.int32], Ragged[np.int32]]:
         """Return the prompt lengths and the token ids of both sides, prompt first."""
         if layout is CHAINS:
@@ -170,56 +256,22 @@ class Reader:
             chosen, rejected = self._ids(batch, "chosen_ids"), self._ids(batch, "rejected_ids")
             batch.refuse(lengths < 1, "prompt_length", lambda row: f"expected 1 or more, found {lengths[row]}")
             return lengths, chosen, rejected
-        if layout is STEPS:
-            prefix = self._ids(batch, "prompt_ids")
-            own = [self._ids(batch, name) for name in ("chosen_ids", "rejected_ids")]
-            prompts = [list(prefix[row]) for row in range(len(prefix))]
-            sides = [[list(side[row]) for row in range(len(side))] for side in own]
-        else:
-            prompts = self._encoded(batch, "prompt")
-            sides = [self._encoded(batch, name, ended=True) for name in ("chosen", "rejected")]
-        names = [name for name in layout if name.startswith(("chosen", "rejected"))]
-        both = [
-            self._fitting(batch, name, [[*a, *b] for a, b in zip(prompts, side, strict=True)])
-            for name, side in zip(names, sides, strict=False)
-        ]
-        return np.array([len(prompt) for prompt in prompts], dtype=np.int64), both[0], both[1]
+        prefix = self._ids(batch, "prompt_ids")
+        prompts = [prefix[row].tolist() for row in range(len(prefix))]
+        own = [self._ids(batch, name) for name in ("chosen_ids", "rejected_ids")]
+        both = [_joined(prompts, [side[row].tolist() for row in range(len(side))]) for side in own]
+        return prefix.lengths, both[0], both[1]
 
     def _ids(self, batch: Batch, name: str) -> Ragged[np.int32]:
-        return self._checked(batch, name, batch.ids(name))
-
-    def _fitting(self, batch: Batch, name: str, rows: list[list[int]]) -> Ragged[np.int32]:
-        return self._checked(batch, name, _ragged(rows, np.int64))
-
-    def _checked(self, batch: Batch, name: str, rows: Ragged[Any]) -> Ragged[np.int32]:
-        lengths = rows.lengths
-        batch.refuse(lengths == 0, name, "expected one token or more, found none")
-        batch.refuse(
-            lengths > self.longest,
-            name,
-            lambda row: f"{lengths[row]} tokens with the prompt, actors.max_model_len is {self.longest}",
-        )
+        rows = batch.ids(name)
+        batch.refuse(rows.lengths == 0, name, "expected one token or more, found none")
         outside = (rows.values < 0) | (rows.values >= self.vocabulary)
         batch.refuse(
             rows.count(outside) > 0,
             name,
-            lambda row: (
-                f"expected token ids from 0 to {self.vocabulary - 1} (the policy's vocabulary), found "
-                f"{next(int(i) for i in rows[row] if not 0 <= i < self.vocabulary)}"
-            ),
+            lambda row: self._expected_ids(next(int(i) for i in rows[row] if not 0 <= i < self.vocabulary)),
         )
         return Ragged(rows.values.astype(np.int32), rows.starts)
-
-    def _encoded(self, batch: Batch, name: str, *, ended: bool = False) -> list[list[int]]:
-        """Return the token ids of a text column. With `ended`, each row ends with one end token."""
-        texts = batch.texts(name)
-        rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        end = end_token_id(self.tokenizer)
-        # An end token right after the prompt would teach the policy to give no answer.
-        empty = ([], [end]) if ended else ([],)
-        blank = [not text.strip() or row in empty for text, row in zip(texts, rows, strict=True)]
-        batch.refuse(np.array(blank, dtype=np.bool_), name, lambda row: f"expected text, found {texts[row][:40]!r}")
-        return [[*row, end] if ended and row[-1] != end else row for row in rows]
 
 
 class _Pairs:
@@ -231,8 +283,14 @@ class _Pairs:
         self._total = self._equal = self._empty = 0
 
     def add(
-        self, batch: Batch, prompts: NDArray[np.int64], chosen: Ragged[np.int32], rejected: Ragged[np.int32]
+        self,
+        batch: Batch,
+        prompts: NDArray[np.int64],
+        chosen: Ragged[np.int32],
+        rejected: Ragged[np.int32],
+        fitting: NDArray[np.int64] | None = None,
     ) -> None:
+        """Append the pairs of a batch, or those with the indices `fitting`."""
         common_lengths = [common_prefix_length(chosen[row], rejected[row]) for row in range(len(chosen))]
         commons = np.array(common_lengths, dtype=np.int64)
         batch.refuse(
@@ -248,10 +306,11 @@ class _Pairs:
                 lambda row: f"expected {commons[row]}, the length of their common prefix, found {given[row]}",
             )
         visits = np.stack([batch.visits(name) for name in _VISITS], axis=1)
-        equal = (commons == chosen.lengths) & (commons == rejected.lengths)
-        empty = (commons == np.minimum(chosen.lengths, rejected.lengths)) & ~equal
-        selected = np.flatnonzero(~equal & ~empty)
-        self._total += len(chosen)
+        fits = np.ones(len(chosen), dtype=np.bool_) if fitting is None else np.isin(np.arange(len(chosen)), fitting)
+        equal = (commons == chosen.lengths) & (commons == rejected.lengths) & fits
+        empty = (commons == np.minimum(chosen.lengths, rejected.lengths)) & ~equal & fits
+        selected = np.flatnonzero(~equal & ~empty & fits)
+        self._total += int(fits.sum())
         self._equal += int(equal.sum())
         self._empty += int(empty.sum())
         self._chosen.add(chosen, selected)
@@ -260,12 +319,13 @@ class _Pairs:
         self._commons.append(commons[selected])
         self._visits.append(visits[selected])
 
-    def joined(self, where: str) -> PairRows:
+    def joined(self, where: str, notes: tuple[str, ...]) -> PairRows:
         dropped = {"whose sides are equal": self._equal, "with no token after the common prefix": self._empty}
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
         if self._equal + self._empty == self._total:
             raise DataError(f"{where}: expected pairs of two chains, found {reasons}")
-        notes = (f"{where}: {self._equal + self._empty} of {self._total} pairs left out: {reasons}",) if reasons else ()
+        if reasons:
+            notes = (*notes, f"{where}: {self._equal + self._empty} of {self._total} pairs left out: {reasons}")
         prompts, commons, visits = map(np.concatenate, (self._prompts, self._commons, self._visits))
         return PairRows(self._chosen.joined(), self._rejected.joined(), prompts, commons, visits, notes)
 
@@ -290,6 +350,10 @@ class _Rows(Generic[Element]):
     def joined(self) -> Ragged[Element]:
         lengths = np.concatenate([np.zeros(1, dtype=np.int64), *self.lengths])
         return Ragged(np.concatenate([np.zeros(0, dtype=self.dtype), *self.values]), np.cumsum(lengths))
+
+
+def _joined(prompts: Sequence[Sequence[int]], sides: Sequence[Sequence[int]]) -> Ragged[np.int32]:
+    return _ragged([[*prompt, *side] for prompt, side in zip(prompts, sides, strict=True)], np.int32)
 
 
 def _ragged(rows: Sequence[Sequence[Any]], dtype: Any) -> Ragged[Any]:

@@ -7,32 +7,37 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlsys.errors import ConfigError
+from rlsys.errors import ConfigError, DataError
+from rlsys.models.conversations import chat_messages, plain_text
+from rlsys.types import Question
 
 
-def encode_prompt(tokenizer: Any, question: str) -> list[int]:
-    """Return the token ids of a question as one user turn, ready for the answer.
+def encode_prompt(tokenizer: Any, question: Question) -> list[int]:
+    """Return the token ids of a question as one user turn, or of a conversation, ready for the answer.
 
     Without a chat template the question is encoded as plain text.
 
     Raises:
-        ConfigError: the chat template cannot render one user turn.
+        ConfigError: The chat template cannot render one user turn.
+        DataError: It cannot render the conversation.
     """
     if not tokenizer.chat_template:
-        return list(tokenizer(question)["input_ids"])
-    messages = [{"role": "user", "content": question}]
+        return list(tokenizer(plain_text(question))["input_ids"])
+    messages = chat_messages(question)
     try:
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
     except Exception as error:
-        # A template is a program of the model folder. Whatever it raises is a fault of that folder.
+        # A template is a program of the model folder. Whatever it raises for one user turn is a fault of that folder.
         reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if not isinstance(question, str):
+            raise DataError(f"the chat template cannot render the conversation: {reason}") from error
         raise ConfigError(
             f"{tokenizer.name_or_path}: expected a chat template that renders one user message, found {reason}; "
             "mend the chat template of this folder (chat_template.jinja or tokenizer_config.json)"
         ) from error
 
 
-def encode_demonstration(tokenizer: Any, question: str, chain: str) -> tuple[list[int], int]:
+def encode_demonstration(tokenizer: Any, question: Question, chain: str) -> tuple[list[int], int]:
     """Return the token ids of prompt, chain and end token, and the number of prompt tokens."""
     prompt = encode_prompt(tokenizer, question)
     completion = tokenizer(chain, add_special_tokens=False)["input_ids"]
@@ -51,7 +56,7 @@ class CheckedEncoder:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
 
-    def prompt(self, question: str) -> list[int]:
+    def prompt(self, question: Question) -> list[int]:
         """Return the token ids of a question as one user turn.
 
         Raises:
@@ -60,10 +65,14 @@ class CheckedEncoder:
         """
         token_ids = encode_prompt(self._tokenizer, question)
         self._check_ids(token_ids)
-        if not self._contains(token_ids, question):
-            raise ConfigError(
+        # A template may leave out reasoning in earlier turns of the assistant.
+        given = [each["content"] for each in chat_messages(question) if each["role"] != "assistant"]
+        missing = next((text for text in given if not self._contains(token_ids, text)), None)
+        if missing is not None:
+            kind = ConfigError if isinstance(question, str) else DataError  # other conversations may be rendered
+            raise kind(
                 f"{self._tokenizer.name_or_path}: expected the question in its prompt, found "
-                f"{self._decoded(token_ids)[:200]!r} for {question[:80]!r}; the chat template must write "
+                f"{self._decoded(token_ids)[:200]!r} for {missing[:80]!r}; the chat template must write "
                 "message['content'] as text"
             )
         if not self._tokenizer.chat_template and token_ids[-1] == self._tokenizer.eos_token_id:
@@ -74,7 +83,7 @@ class CheckedEncoder:
             )
         return token_ids
 
-    def demonstration(self, question: str, chain: str) -> tuple[list[int], int]:
+    def demonstration(self, question: Question, chain: str) -> tuple[list[int], int]:
         """Return the token ids of prompt, chain and end token, and the number of prompt tokens.
 
         Raises:

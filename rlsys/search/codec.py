@@ -18,7 +18,8 @@ import numpy as np
 
 from rlsys.errors import ConfigError
 from rlsys.models.chat import encode_prompt
-from rlsys.types import Int32Array
+from rlsys.tables.conversations import with_template
+from rlsys.types import Int32Array, Question
 
 ReadingDefect = Literal["truncated", "unclosed", "malformed"]
 
@@ -111,9 +112,9 @@ class TagCodec:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text[len(self._anchor_text) :]
 
-    def prompt(self, question: str) -> list[int]:
+    def prompt(self, question: Question) -> list[int]:
         """Return the token ids of the prompt for a question. The chain follows them directly."""
-        return encode_prompt(self._tokenizer, self._template.replace("{question}", question))
+        return encode_prompt(self._tokenizer, with_template(question, self._template))
 
     def stop(self, tag: str) -> Stop:
         """Return the stop of a completion at a closing tag.

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from rlsys.trees import Role, Tree
-from rlsys.types import BoolArray, Float32Array, Int32Array, VersionSpan
+from rlsys.types import BoolArray, Float32Array, Int32Array, Question, VersionSpan
 
 
 class Codec(Protocol):
@@ -19,7 +19,7 @@ class Codec(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def prompt(self, question: str) -> list[int]: ...
+    def prompt(self, question: Question) -> list[int]: ...
 
 
 class PathNode(Protocol):

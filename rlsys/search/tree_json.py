@@ -15,7 +15,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, NoReturn, Optional, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
@@ -108,7 +108,7 @@ def _json_type(hint: Any) -> Any:
     if origin is Mapping:
         return dict[arguments[0], _json_type(arguments[1])]  # type: ignore[misc,valid-type]
     if origin is UnionType:
-        return Optional[_json_type(arguments[0])]  # noqa: UP045 - `|` cannot join types made at run time
+        return Union[tuple(map(_json_type, arguments))]  # noqa: UP007 - `|` cannot join types made at run time
     return hint
 
 

@@ -1,4 +1,4 @@
-"""JSONL and Parquet files of rows, read in batches. Types are checked, and errors name the row and the column."""
+"""Data files of rows, read in batches. Types are checked, and errors name the row and the column."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rlsys.errors import DataError
+from rlsys.tables.arrow import BATCH, open_parquet
+from rlsys.tables.files import Row, first_line
 from rlsys.tables.schemas import Column
-from rlsys.tables.sources import expand, first_line, json_object, refuse_repeats
+from rlsys.tables.sources import expand, is_file_name, iterate_rows
 
-BATCH = 1024
 UNKNOWN = -1
 """Value of a row that has no number in an optional column."""
 
@@ -107,29 +107,46 @@ class Batch:
 
 
 class RowFile:
-    """A file of rows. `where` is its name in error messages."""
+    """A file or data set of rows. `where` is its name in error messages.
+
+    Args:
+        path: A file, or the folder or hub id of a data set, whose split `train` is read.
+        source: Config field that names the path.
+    """
 
     def __init__(self, path: str, source: str) -> None:
         self._path = Path(expand(path, source))
         self.where = f"{source} {self._path}"
-        if self._path.suffix not in (".jsonl", ".parquet"):
-            raise DataError(f"{self.where}: expected a .jsonl or .parquet file")
-        if not self._path.is_file():
+        if is_file_name(str(self._path)) and not self._path.is_file():
             raise DataError(f"{self.where}: no such file")
+        # A Parquet file is read by columns; from any other kind of file come rows.
+        self._has_columns = self._path.suffix == ".parquet" and self._path.is_file()
 
-    def layout(self, layouts: Sequence[Layout]) -> Layout:
-        """Return the first layout whose required columns the file has.
+    def rows(self) -> Iterator[Row]:
+        """Yield all rows as they are, with the reason in place of a row that cannot be read."""
+        return iterate_rows(str(self._path), "train", self.where)
+
+    def names(self) -> list[str]:
+        """Return the columns of the file: those of a Parquet file, or else those of the first row.
 
         Raises:
-            DataError: The file lacks a required column of every layout.
+            DataError: The file cannot be read, or has no row.
         """
-        names = self._names()
-        required = [[name for name, column in layout.items() if not column.optional] for layout in layouts]
-        for layout, columns in zip(layouts, required, strict=True):
-            if set(columns) <= set(names):
-                return layout
-        expected = ", or ".join(map(" + ".join, required))
-        raise DataError(f"{self.where}: expected the columns {expected}; found {', '.join(names) or 'none'}")
+        if self._has_columns:
+            return list(open_parquet(self._path, self.where).schema_arrow.names)
+        first = None
+        for row in self.rows():
+            first = first or row
+            if isinstance(row.values, dict):
+                return list(row.values)
+        problem = f", row {first.number}: {first.values}" if first else ": expected at least one row, found none"
+        raise DataError(f"{self.where}{problem}")
+
+    def layout(self, layouts: Sequence[Layout]) -> Layout | None:
+        """Return the first layout whose required columns the file has, or None."""
+        names = set(self.names())
+        required = ({name for name, column in layout.items() if not column.optional} for layout in layouts)
+        return next((layout for layout, columns in zip(layouts, required, strict=True) if columns <= names), None)
 
     def batches(self, layout: Layout) -> Iterator[Batch]:
         """Yield all rows with the columns of a layout.
@@ -138,7 +155,7 @@ class RowFile:
             DataError: A value is missing or has a wrong type, or the file has no row.
         """
         is_empty = True
-        for batch in self._parquet(layout) if self._path.suffix == ".parquet" else self._lines(layout):
+        for batch in self._parquet(layout) if self._has_columns else self._lines(layout):
             is_empty = False
             for name, column in layout.items():
                 if not column.optional:
@@ -148,23 +165,8 @@ class RowFile:
         if is_empty:
             raise DataError(f"{self.where}: expected at least one row, found none")
 
-    def _names(self) -> list[str]:
-        if self._path.suffix == ".parquet":
-            return list(self._open_parquet().schema_arrow.names)
-        for _, values in self._objects():
-            return list(values)
-        raise DataError(f"{self.where}: expected at least one row, found none")
-
-    def _open_parquet(self) -> pq.ParquetFile:
-        try:
-            file = pq.ParquetFile(self._path)
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{self.where}: not a readable Parquet file: {first_line(error)}") from None
-        refuse_repeats(file.schema_arrow.names, self.where)
-        return file
-
     def _parquet(self, layout: Layout) -> Iterator[Batch]:
-        file, first = self._open_parquet(), 1
+        file, first = open_parquet(self._path, self.where), 1
         names = [name for name in layout if name in file.schema_arrow.names]
         for name in names:
             file_type = file.schema_arrow.field(name).type
@@ -209,24 +211,15 @@ class RowFile:
             raise DataError(f"{self.where}, row {number}, column {name}: found a number of more than 64 bits")
 
     def _objects(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the objects of all lines that are not empty, with their line numbers from 1."""
-        try:
-            with self._path.open("rb") as stream:
-                for number, line in enumerate(stream, start=1):
-                    if line.strip():
-                        yield number, self._object(number, line)
-        except OSError as error:
-            raise DataError(f"{self.where}: cannot be read: {error.strerror}") from None
-
-    def _object(self, number: int, line: bytes) -> dict[str, Any]:
-        value = json_object(line)
-        if isinstance(value, str):
-            raise DataError(f"{self.where}, row {number}: {value}")
-        return value
+        """Yield the values of all rows with their numbers."""
+        for row in self.rows():
+            if isinstance(row.values, str):
+                raise DataError(f"{self.where}, row {row.number}: {row.values}")
+            yield row.number, row.values
 
 
 def _described(value: Any) -> str:
     if isinstance(value, list):
-        types = sorted({type(entry).__name__ for entry in value})
+        types = sorted({"float" if isinstance(entry, float) else type(entry).__name__ for entry in value})
         return f"a list of {', '.join(types)}" if types else "an empty list"
     return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rlsys.tables.sources import is_unicode
+from rlsys.tables.files import is_unicode
 
 
 @dataclass(frozen=True, slots=True)

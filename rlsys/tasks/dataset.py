@@ -9,13 +9,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
-from typing import Any
 
 from rlsys.config.tasks import DatasetConfig
 from rlsys.errors import ConfigError, DataError
-from rlsys.tables.sources import Row, Source, is_unicode, read_source
+from rlsys.tables.conversations import question_texts, with_template
+from rlsys.tables.sources import Source, read_source
 from rlsys.tasks.answers.judge import Judge
 from rlsys.tasks.answers.references import reference_note
+from rlsys.tasks.columns import Example, find_columns
 from rlsys.tasks.tags import tag_strings
 from rlsys.types import Problem, Split, Verdict
 
@@ -24,17 +25,9 @@ _EXAMPLES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Example:
-    number: int
-    question: str
-    answer: str
-    demonstration: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Data:
-    train: tuple[_Example, ...]
-    held_out: tuple[_Example, ...]
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]
     skipped: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -92,8 +85,7 @@ class DatasetTask:
             IndexError: The index is outside [0, size).
         """
         example = self._example(split, index)
-        # str.format would fail, because LaTeX has braces.
-        question = self.config.prompt_template.replace("{question}", example.question)
+        question = with_template(example.question, self.config.prompt_template)
         return Problem(problem_id=f"{split}/{example.number}", question=question, answer=example.answer)
 
     def verify(self, problem_answer: str, completion: str, finished: bool = True) -> Verdict:
@@ -108,17 +100,17 @@ class DatasetTask:
         examples = self._data.train + self._data.held_out
         characters = set(self.config.prompt_template)
         for example in examples:
-            characters.update(example.question, example.answer, example.demonstration or "")
+            characters.update(*question_texts(example.question), example.answer, example.demonstration or "")
         return (*tag_strings(), *sorted(characters))
 
     @cached_property
     def _data(self) -> _Data:
         return _load(self.config)
 
-    def _examples(self, split: Split) -> tuple[_Example, ...]:
+    def _examples(self, split: Split) -> tuple[Example, ...]:
         return self._data.train if split == "train" else self._data.held_out
 
-    def _example(self, split: Split, index: int) -> _Example:
+    def _example(self, split: Split, index: int) -> Example:
         if index < 0:
             raise IndexError(f"{split} problem {index}: expected an index of at least 0")
         return self._examples(split)[index]
@@ -154,21 +146,12 @@ def _note(field: str, source: Source, skipped: tuple[str, ...]) -> tuple[str, ..
     return (f"{field}: {len(skipped)} of {len(source.rows)} rows skipped, the first: {skipped[0]}",)
 
 
-def _read_examples(source: Source, config: DatasetConfig, field: str) -> tuple[tuple[_Example, ...], tuple[str, ...]]:
+def _read_examples(source: Source, config: DatasetConfig, field: str) -> tuple[tuple[Example, ...], tuple[str, ...]]:
     """Return the readable rows of a source, and a line with the reason for each other row."""
-    columns = {
-        "task.question_column": config.question_column,
-        "task.answer_column": config.answer_column,
-        "task.demonstration_column": config.demonstration_column,
-    }
-    has_readable = any(isinstance(row.values, dict) for row in source.rows)
-    for name, column in columns.items():
-        if has_readable and column is not None and column not in source.columns:
-            known = ", ".join(source.columns)
-            raise DataError(f"{name}: {source.path} has no column {column!r}; its columns are {known}")
+    columns = find_columns(source, config)
     examples, skipped = [], []
     for row in source.rows:
-        example = _parse(row, config)
+        example = columns.example(row)
         if isinstance(example, str):
             skipped.append(f"{source.path}:{row.number}: {example}")
         else:
@@ -179,37 +162,6 @@ def _read_examples(source: Source, config: DatasetConfig, field: str) -> tuple[t
             f"task.max_bad_rows {config.max_bad_rows:g}; the first: {'; '.join(skipped[:_EXAMPLES])}"
         )
     return tuple(examples), tuple(skipped)
-
-
-def _parse(row: Row, config: DatasetConfig) -> _Example | str:
-    """Return the texts of a row, or the reason why it cannot be used."""
-    if isinstance(row.values, str):
-        return row.values
-    texts: dict[str, str] = {}
-    for column in (config.question_column, config.answer_column, config.demonstration_column):
-        if column is None:
-            continue
-        text = _text(row.values.get(column))
-        if text is None:
-            return f"column {column!r}: expected text, found {str(row.values.get(column))[:40]!r}"
-        texts[column] = text
-    answer = texts[config.answer_column]
-    if config.answer_pattern is not None:
-        match = re.search(config.answer_pattern, answer)
-        answer = (match[1] or "").strip() if match else ""
-        if not answer:
-            return f"column {config.answer_column!r}: no answer that matches task.answer_pattern"
-    demonstration = texts[config.demonstration_column] if config.demonstration_column else None
-    question = texts[config.question_column]
-    return _Example(number=row.number, question=question, answer=answer, demonstration=demonstration)
-
-
-def _text(value: Any) -> str | None:
-    """Return a text or number as text, None for an empty or other value. Answer columns often have numbers."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:  # NaN
-        return None
-    text = str(value).strip()
-    return text if text and is_unicode(text) else None
 
 
 def _check_pattern(pattern: str | None) -> None:
@@ -224,7 +176,7 @@ def _check_pattern(pattern: str | None) -> None:
 
 
 def _check_not_empty(
-    config: DatasetConfig, train: Sequence[_Example], held_out: Sequence[_Example], *, repeated: int
+    config: DatasetConfig, train: Sequence[Example], held_out: Sequence[Example], *, repeated: int
 ) -> None:
     if not held_out:
         rule = (

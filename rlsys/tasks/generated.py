@@ -75,7 +75,7 @@ class GeneratedTask(ABC, Generic[Instance]):
     @cached_property
     def excluded(self) -> frozenset[str]:
         """Identities of the problems in the held-out file."""
-        return frozenset(self._identity(problem.question) for problem in self._file_problems)
+        return frozenset(self._identity(str(problem.question)) for problem in self._file_problems)
 
     @cached_property
     def _file_problems(self) -> tuple[Problem, ...]:
@@ -89,7 +89,7 @@ class GeneratedTask(ABC, Generic[Instance]):
             if instance is None:
                 continue
             problem = self._problem(f"{split}-{index}", instance)
-            identity = self._identity(problem.question)
+            identity = self._identity(str(problem.question))
             if self._is_held_out(identity) == (split == "held_out") and identity not in self.excluded:
                 return problem, instance
         raise ConfigError(

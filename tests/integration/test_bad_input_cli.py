@@ -174,12 +174,15 @@ def test_a_prompt_fits_to_the_token(refused, accepted, tmp_path: Path, place: in
     rows[place - 1]["question"] = "1" * 48
     config = on_rows(tmp_path, rows)
     assert "max_model_len: 90" in accepted("check", config, "actors.max_model_len=90")
-    split = "train" if place == 3 else "held_out"
+    split, count = ("train", "1 of 10 training") if place == 3 else ("held_out", "1 of 1 held-out")
+    reason = f"prompt {split}/{place} has 50 tokens; actors.max_model_len minus sampling.max_tokens leaves 49"
     assert refused("train", config, "actors.max_model_len=89") == (
-        f"error: prompt {split}/{place} has 50 tokens; actors.max_model_len minus sampling.max_tokens leaves 49: raise "
-        "the former, lower the latter, or drop the prompt"
+        f"error: task: {count} prompts are unusable, more than task.max_bad_rows 0.01; the first: {reason}"
     )
     assert_nothing_begun(tmp_path / "run")
+    if place == 3:
+        note = f"task: 1 of 10 training prompts left out, the first: {reason}"
+        assert note in accepted("check", config, "actors.max_model_len=89", "task.max_bad_rows=0.1")
 
 
 DIRECTORIES = [

@@ -202,9 +202,10 @@ def test_check_reads_the_data_files(run, tmp_path: Path) -> None:
     rows.write_text(json.dumps({"prompt": "a", "completion": 3}) + "\n")
     assert run(*given)[::2] == (
         2,
-        f"error: sft.path {rows}, row 1, column completion: expected text, found int '3'\n",
+        f"error: sft.path {rows}: 1 of 1 rows are unusable, more than sft.max_bad_rows 0.01; the first: row 1, column "
+        "completion: expected text or messages, found int '3'\n",
     )
-    assert run(*given[:3], "sft.path=rows.csv")[2] == "error: sft.path rows.csv: expected a .jsonl or .parquet file\n"
+    assert run(*given[:3], "sft.path=rows.csv")[2] == "error: sft.path rows.csv: no such file\n"
 
 
 def test_the_last_stage_names_the_section_to_continue_with(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from rlsys.config.tasks import BlocksworldConfig
 from rlsys.errors import DataError
-from rlsys.tables.sources import Row, is_unicode, read_source
+from rlsys.tables.files import Row, is_unicode
+from rlsys.tables.sources import read_source
 from rlsys.tasks import tags
 from rlsys.tasks.blocksworld import chains as plan_chains
 from rlsys.tasks.blocksworld import text as block_text

@@ -47,7 +47,7 @@ class LetterCountTask(GeneratedTask[Question]):
     def vocabulary(self) -> tuple[str, ...]:
         """Return the tags, pieces of questions and chains, letters and digits."""
         phrases = words.question_words() if self.config.form == "words" else ()
-        characters = sorted({character for problem in self._file_problems for character in problem.question})
+        characters = sorted({character for problem in self._file_problems for character in str(problem.question)})
         letters = self.config.alphabet if self.config.form == "simple" else ascii_lowercase
         # A target letter follows a space and is one token with it, as in byte-pair tokenizers.
         # It is then easy to tell from the letters of the word.

@@ -68,6 +68,19 @@ def test_a_missing_or_binary_file(tmp_path: Path) -> None:
         ("run.dir=runs/a=b", "runs/a=b"),
         ("run.dir='1e-4'", "1e-4"),
         ("task.questions_path=null", None),
+        ("task.questions_path=", None),
+        ("run.dir=007", "007"),
+        ("run.dir=yes", "yes"),
+        ("run.dir={a}", "{a}"),
+        ("run.dir=[a, b]", "[a, b]"),
+        ("run.dir=2026-01-01", "2026-01-01"),
+        ("run.dir= a # b ", "a # b"),
+        ("run.dir='a # b'", "a # b"),
+        ('run.dir="a\\nb"', "a\nb"),
+        ("model.path=#x", "#x"),
+        ("search.nodes.mine.tag=[x]", "[x]"),
+        ("search.nodes.mine.prefixes=[x]", ["x"]),
+        ("unknown.key={a: 1}", {"a": 1}),
         ("evaluation.greedy=false", False),
     ],
 )
@@ -141,3 +154,51 @@ def test_fixed_fields_are_seed_stages_model_and_task_alone() -> None:
     ]:
         after = fixed_fields(parse_config(minimal(**change), "c.yaml"))
         assert [key for key in after if after[key] != before[key]] == [name]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{question}", "{question} Put {x}: here.", "#### {question}", "- {question}", "Q: {question}", "'{question}'"],
+)
+def test_a_text_on_the_command_line_is_taken_as_it_is(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.yaml").write_text("run: {dir: a}\nmodel: {path: b}\ntask: {type: dataset, path: c}\n")
+    config = load_config(tmp_path / "c.yaml", [f"task.prompt_template={text}", "task.answer_pattern=#### (.+)"])
+    assert config.task.type == "dataset"
+    assert config.task.prompt_template == text.strip("'")
+    assert config.task.answer_pattern == "#### (.+)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"task": {"type": "dataset", "path": "c", "prompt_template": {"question": None}}},
+            "c.yaml: task.prompt_template: Input should be a valid string, found a mapping; put a text with braces in",
+        ),
+        (
+            {"task": {"type": "dataset", "path": ""}},
+            "c.yaml: task.path: String should have at least 1 character, found ''",
+        ),
+        ({"task": {"type": "dataset", "path": "c", "dataset": 1}}, "c.yaml: task.dataset: unknown key; "),
+        (
+            {"task": {"type": "letter_count", "shares": {"reflection": 2}}},
+            "c.yaml: task.shares.reflection: Input should be less than or equal to 1, found 2",
+        ),
+        (
+            {"task": {"type": "dataset", "path": "c", "prompt_template": "x"}},
+            "c.yaml: task: prompt_template must contain",
+        ),
+        (
+            {"search": {"selection": {"type": "puct", "exploration": "x"}}},
+            "c.yaml: search.selection.exploration: Input",
+        ),
+        (
+            {"search": {"nodes": {"ucb": {"tag": 3}}}},
+            "c.yaml: search.nodes.ucb.tag: Input should be a valid string, found 3",
+        ),
+    ],
+)
+def test_messages_name_a_key_of_the_schema(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(minimal(**changes), "c.yaml")
+    assert caught.value.message.startswith(message)

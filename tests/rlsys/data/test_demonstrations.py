@@ -98,3 +98,30 @@ def test_a_task_without_demonstrations() -> None:
 
     with pytest.raises(DataError, match=r"task\.demonstration_column"):
         stream(Silent(3)).rows(0)
+
+
+class Growing(NumberTask):
+    """Task whose demonstration i has 3 + i tokens."""
+
+    def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str] | None:
+        return self.problem("train", index), "x" * index
+
+
+def test_demonstrations_that_are_too_long_are_left_out_up_to_a_share() -> None:
+    def tolerant(share: float) -> DemonstrationStream:
+        options = {"seed": 0, "rows_per_step": 4, "max_tokens": 6}
+        return DemonstrationStream(Growing(8), encode, max_bad_rows=share, **options)
+
+    first, second = tolerant(0.5), tolerant(0.5)
+    first.check()
+    assert first.notes == (
+        "task: 4 of 8 demonstrations left out, the first: the demonstration of train-4 has 7 tokens, "
+        "actors.max_model_len is 6",
+    )
+    lengths = sorted(len(row.token_ids) for row in first.rows(0))
+    assert lengths == [3, 4, 5, 6]
+    second.leave_out_as(first)
+    assert texts(second.rows(3)) == texts(first.rows(3))
+    assert first.digest("x") == second.digest("x") != "x"
+    with pytest.raises(DataError, match=r"4 of 8 demonstrations are unusable, more than task\.max_bad_rows 0\.4"):
+        tolerant(0.4).check()

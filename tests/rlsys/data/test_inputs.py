@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def rows(count: int, **last: str) -> list[dict[str, str]]:
     return [*data[:-1], {**data[-1], **last}]
 
 
-def config(folder: Path, data: list[dict[str, str]], **sections: Any) -> Config:
+def config(folder: Path, data: Sequence[Mapping[str, Any]], **sections: Any) -> Config:
     path = folder / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in data))
     values: dict[str, Any] = {
@@ -123,6 +124,41 @@ def test_notes_name_skipped_rows(model: ModelFolder, tmp_path: Path) -> None:
     assert note.startswith("task.path: 1 of 20 rows skipped, the first: ") and "data.jsonl:20" in note
 
 
+def test_rows_that_are_too_long_are_left_out_and_counted(model: ModelFolder, tmp_path: Path) -> None:
+    def tolerant(longest: int, *, demonstrations: bool = True) -> Inputs:
+        data = [*rows(20, question="q" * 30, solution="s" * 60), *rows(10, solution="s" * 40), *rows(10)]
+        data = [{**row, "question": f"{row['question']}{n:02d}"} for n, row in enumerate(data)]
+        settings = config(
+            tmp_path, data, actors={"max_model_len": longest}, **({} if demonstrations else {"stages": ["online"]})
+        )
+        return Inputs(
+            settings.model_copy(update={"task": settings.task.model_copy(update={"max_bad_rows": 0.1})}), model
+        )
+
+    inputs = tolerant(40)
+    assert [note.partition(", the first")[0] for note in inputs.notes] == [
+        "task: 1 of 36 training prompts left out",
+        "task: 2 of 36 demonstrations left out",
+    ]
+    taken = {inputs.prompts.take()[1].prompt_id.partition("@")[0] for _ in range(35)}
+    assert len(taken) == 35 and "train/20" not in taken
+    # A resume with other limits would train on other rows in another order.
+    prints = [tolerant(40), tolerant(60), tolerant(120), tolerant(40, demonstrations=False)]
+    assert len({each.fingerprint()["task.path"] for each in prints}) == 4
+    assert tolerant(40).fingerprint() == inputs.fingerprint()
+
+
+def test_messages_of_a_data_set_go_through_the_chat_template(model: ModelFolder, tmp_path: Path) -> None:
+    data: list[dict[str, Any]] = [
+        {"prompt": [{"role": "user", "content": f"q{n:02d}"}], "reward_model": {"ground_truth": "1"}} for n in range(20)
+    ]
+    task = {"type": "dataset", "held_out_every": 9, "path": str(tmp_path / "data.jsonl")}
+    inputs = Inputs(config(tmp_path, data, task=task, stages=["online"]), model)
+    plain = [{"question": f"q{n:02d}", "answer": "1"} for n in range(20)]
+    same = Inputs(config(tmp_path, plain, task=task, stages=["online"]), model)
+    assert [each.token_ids.tolist() for each in inputs.held_out] == [each.token_ids.tolist() for each in same.held_out]
+
+
 def test_the_fingerprint_follows_data_model_and_tokenizer(model: ModelFolder, tmp_path: Path) -> None:
     before = Inputs(config(tmp_path, rows(20)), model).fingerprint()
     assert set(before) == {"task.path", "model.path", TOKENIZER}
@@ -172,7 +208,7 @@ def test_data_files_are_read_with_the_tokenizer_of_the_policy(model: ModelFolder
 
 
 def test_bad_data_files_are_found_before_the_start(model: ModelFolder, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"sft\.path .*, row 1, column completion: 34 tokens .*max_model_len is 32"):
+    with pytest.raises(ConfigError, match=r"sft\.path .*: row 1, column completion: 34 tokens .*max_model_len is 32"):
         Inputs(with_files(tmp_path, [{**TEXT, "completion": "b" * 30}], [SIDES]), model)
     bad = with_files(tmp_path, [TEXT], [{"prompt": "a"}])
     with pytest.raises(ConfigError, match=r"preference\.path .* expected the columns chosen_ids \+ "):

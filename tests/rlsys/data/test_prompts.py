@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsys.data.prompts import GENERATED_CHECKED, PromptBuilder, PromptStream
-from rlsys.errors import ConfigError
+from rlsys.errors import ConfigError, DataError
 
 
 def encode(text: str) -> list[int]:
@@ -111,3 +111,63 @@ def test_a_long_check_is_announced(monkeypatch: pytest.MonkeyPatch, caplog: pyte
 def test_held_out_prompts_are_the_first_ones(requested: int, size: int | None, returned: int) -> None:
     builder = PromptBuilder(NumberTask(1, size), encode, max_model_len=10, max_tokens=6)
     assert [prompt.prompt_id for prompt in builder.held_out(requested)] == [f"held_out-{i}" for i in range(returned)]
+
+
+def tolerant(share: float, train: int = 9, held_out: int = 9) -> PromptBuilder:
+    """Return a builder whose problem i has i + 1 tokens, of which 4 fit."""
+    task = NumberTask(train, held_out, same_length=False)
+    return PromptBuilder(task, encode, max_model_len=10, max_tokens=6, max_bad_rows=share)
+
+
+def test_prompts_that_are_too_long_are_left_out_up_to_a_share() -> None:
+    builder = tolerant(0.6)
+    builder.check("train")
+    assert builder.usable("train") == [0, 1, 2, 3]
+    [note] = builder.notes
+    assert note == (
+        "task: 5 of 9 training prompts left out, the first: prompt train-4 has 5 tokens; actors.max_model_len minus "
+        "sampling.max_tokens leaves 4"
+    )
+    taken = problems(take(PromptStream(builder, 0), 8))
+    assert sorted(taken) == sorted([f"train-{index}" for index in range(4)] * 2)
+    with pytest.raises(DataError) as caught:
+        tolerant(0.5).check("train")
+    assert caught.value.message.startswith(
+        "task: 5 of 9 training prompts are unusable, more than task.max_bad_rows 0.5; "
+    )
+    assert all(f"prompt train-{index} has {index + 1} tokens" in caught.value.message for index in (4, 5, 6))
+    with pytest.raises(DataError, match="all 9 training prompts are unusable"):
+        PromptBuilder(NumberTask(9), encode, max_model_len=8, max_tokens=6, max_bad_rows=1.0).check("train")
+
+
+def test_the_digest_follows_the_prompts_that_are_left_out() -> None:
+    whole, some = tolerant(1.0, train=4), tolerant(1.0)
+    for builder in (whole, some):
+        builder.check("train")
+        builder.held_out(2)
+    assert whole.digest("x") == "x" and len(some.digest("x")) == 64
+    fewer = tolerant(1.0, train=8)
+    fewer.check("train")
+    assert fewer.digest("x") != some.digest("x")
+
+
+def test_held_out_prompts_that_are_too_long_are_skipped() -> None:
+    builder = tolerant(0.6)
+    assert [prompt.prompt_id for prompt in builder.held_out(3)] == ["held_out-0", "held_out-1", "held_out-2"]
+    assert builder.notes == ()  # the others were not looked at
+    assert len(builder.held_out(9)) == 4
+    assert builder.notes[0].startswith("task: 5 of 9 held-out prompts left out, the first: prompt held_out-4 has")
+    with pytest.raises(DataError, match="5 of 9 held-out prompts are unusable"):
+        tolerant(0.5).held_out(9)
+
+
+def test_a_prompt_that_cannot_be_encoded_counts_as_one_that_is_too_long() -> None:
+    def refuse(text: object) -> list[int]:
+        if text == "xx":
+            raise DataError("no template")
+        return [1]
+
+    builder = PromptBuilder(NumberTask(4, same_length=False), refuse, max_model_len=9, max_tokens=1, max_bad_rows=0.25)
+    builder.check("train")
+    assert builder.usable("train") == [0, 2, 3]
+    assert builder.notes[0].endswith("the first: prompt train-1: no template")

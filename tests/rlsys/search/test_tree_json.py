@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as arrays
 from rlsys.errors import DataError
 from rlsys.search.tree_json import parse_line, read_trees, tree_line
 from rlsys.trees import Defect, Role, StopReason, ThoughtNode, Tree, TreeFailure
-from rlsys.types import FinishReason, Outcome, Verdict, VersionSpan
+from rlsys.types import FinishReason, Message, Outcome, Verdict, VersionSpan
 
 
 def assert_same_tree(actual: object, expected: object) -> None:
@@ -162,6 +162,15 @@ def test_reading_gives_the_tree_back(tree: Tree) -> None:
 @given(failure=st.builds(TreeFailure, prompt_id=st.text(), question=st.text(), answer=st.text(), reason=st.text()))
 def test_reading_gives_a_failure_back(failure: TreeFailure) -> None:
     assert_same_tree(parse_line(tree_line(failure)), failure)
+
+
+def test_a_question_of_messages_is_read_back() -> None:
+    question = (Message(role="system", content="s"), Message(role="user", content="q"))
+    failure = TreeFailure(prompt_id="p", question=question, answer="1", reason="r")
+    assert parse_line(tree_line(failure)) == failure
+    assert '"question":[{"role":"system","content":"s"},' in tree_line(failure)
+    with pytest.raises(DataError, match="question"):
+        parse_line(tree_line(failure).replace('"content":"q"', '"content":3'))
 
 
 def test_a_line_leaves_out_the_tokens_of_a_failure() -> None:

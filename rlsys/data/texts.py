@@ -1,0 +1,292 @@
+"""Rows of text or of messages as token ids. The forms are those that other trainers document; see docs/data.md.
+
+A text is encoded as it is. Messages go through the chat template once: the prompt exactly as for sampling, and the
+completion is what the template renders after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from rlsys.errors import DataError
+from rlsys.models.chat import encode_prompt, end_token_id
+from rlsys.models.conversations import cut_after_end, encode_reply
+from rlsys.sequences import common_prefix_length
+from rlsys.tables.arrow import BATCH
+from rlsys.tables.conversations import (
+    Conversation,
+    check_prompt,
+    check_reply,
+    conversation,
+    is_conversation,
+    split_reply,
+)
+from rlsys.tables.files import Row, is_unicode
+from rlsys.types import Message
+
+SUPERVISED_COLUMNS = (("prompt", "completion"), ("messages",), ("conversations",), ("text",))
+PAIR_COLUMNS = (("chosen", "rejected"),)
+
+
+@dataclass(slots=True, kw_only=True)
+class EncodedRows:
+    """Token ids of consecutive rows of a file.
+
+    Attributes:
+        numbers: Number of each row in the file.
+        prompts: Prompt of each row.
+        sides: For each column with a completion, the tokens after the prompt of each row, the end token last.
+        bad: Reason why a row cannot be used, by its number.
+        unwanted: Number of rows whose label is false.
+    """
+
+    numbers: list[int] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)
+    sides: list[list[list[int]]] = field(default_factory=list)
+    bad: dict[int, str] = field(default_factory=dict)
+    unwanted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """A prompt as plain text and its completions. Without a prompt, the completions are whole texts."""
+
+    prompt: str | None
+    completions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chat:
+    """A conversation and the messages of its replies."""
+
+    prompt: Conversation
+    replies: tuple[Conversation, ...]
+
+
+Parsed = _Texts | _Chat
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoder:
+    """Encoder of rows for one policy.
+
+    Attributes:
+        tokenizer: Hugging Face tokenizer of the policy.
+        end_tokens: Tokens that end a turn, besides the tokenizer's own.
+        columns: Columns of the completions: those of `SUPERVISED_COLUMNS`, or chosen and rejected.
+    """
+
+    tokenizer: Any
+    end_tokens: frozenset[int]
+    columns: tuple[str, ...]
+
+    def encode(self, rows: Iterator[Row]) -> Iterator[EncodedRows]:
+        """Yield the token ids of all rows, in batches."""
+        while batch := list(islice(rows, BATCH)):
+            result = EncodedRows(sides=[[] for _ in self._sides])
+            parsed = [(row.number, each) for row in batch if (each := self._parsed(row, result)) is not None]
+            plain = [text for _, each in parsed if isinstance(each, _Texts) for text in self._plain(each)]
+            encoded = iter(self._tokens(plain))
+            for number, each in parsed:
+                ids = [next(encoded) for _ in self._plain(each)] if isinstance(each, _Texts) else []
+                self._collect(result, number, each, ids)
+            yield result
+
+    @property
+    def _sides(self) -> tuple[str, ...]:
+        """Columns with completions, without the prompt."""
+        return self.columns[-2:] if "rejected" in self.columns else self.columns[-1:]
+
+    def _parsed(self, row: Row, result: EncodedRows) -> Parsed | None:
+        """Return the texts or messages of a row. Otherwise add it to the result as bad or unwanted."""
+        if isinstance(row.values, str):
+            result.bad[row.number] = row.values
+            return None
+        if "completion" in self.columns and _label(row.values) is False:
+            result.unwanted += 1
+            return None
+        try:
+            return (_parsed_pair if "rejected" in self.columns else _parsed_row)(row.values, self.columns)
+        except DataError as error:
+            result.bad[row.number] = error.message
+            return None
+
+    def _plain(self, texts: _Texts) -> tuple[str, ...]:
+        return texts.completions if texts.prompt is None else (texts.prompt, *texts.completions)
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _collect(self, result: EncodedRows, number: int, parsed: Parsed, ids: list[list[int]]) -> None:
+        """Add a row to the result, or the reason why it cannot be used."""
+        try:
+            if isinstance(parsed, _Chat):
+                prompt, sides = self._chat(parsed)
+            elif parsed.prompt is None:
+                prompt, sides = self._whole(ids)
+            else:
+                prompt, sides = self._prompt_and_completions(parsed, ids)
+        except DataError as error:
+            result.bad[number] = error.message
+            return
+        result.numbers.append(number)
+        result.prompts.append(prompt)
+        for column, side in zip(result.sides, sides, strict=True):
+            column.append(side)
+
+    def _prompt_and_completions(self, texts: _Texts, ids: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+        end = end_token_id(self.tokenizer)
+        for name, text, tokens in zip(("prompt", *self._sides), self._plain(texts), ids, strict=True):
+            # An end token right after the prompt would teach the policy to give no answer.
+            if not tokens or (name != "prompt" and tokens == [end]):
+                raise DataError(f"column {name}: expected text, found {text[:40]!r}")
+        return ids[0], [self._ended(completion) for completion in ids[1:]]
+
+    def _whole(self, ids: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+        """Return the part that all texts begin with, and the rests. One text begins with its first token."""
+        sides = [self._ended(self._begun(tokens)) for tokens in ids]
+        if len(sides) == 1:
+            start = 1
+        else:
+            start = common_prefix_length(*(np.array(side, dtype=np.int32) for side in sides))
+            if start == 0:
+                raise DataError("columns chosen and rejected: expected a common beginning, the prompt, found none")
+        if any(len(side) < 2 for side in sides):
+            raise DataError(f"column {self._sides[0]}: expected a text of two tokens or more")
+        return sides[0][:start], [side[start:] for side in sides]
+
+    def _chat(self, chat: _Chat) -> tuple[list[int], list[list[int]]]:
+        ends = {end_token_id(self.tokenizer), *self.end_tokens}
+        sides = [encode_reply(self.tokenizer, chat.prompt, reply) for reply in chat.replies]
+        sides = [cut_after_end(self.tokenizer, side, ends) for side in sides]
+        return encode_prompt(self.tokenizer, chat.prompt), [self._ended(side, ends) for side in sides]
+
+    def _ended(self, token_ids: list[int], ends: set[int] | None = None) -> list[int]:
+        """Return tokens with one end token at the end."""
+        end = end_token_id(self.tokenizer)
+        return token_ids if token_ids and token_ids[-1] in (ends or {end}) else [*token_ids, end]
+
+    def _begun(self, token_ids: list[int]) -> list[int]:
+        """Return a whole text with the beginning token that the tokenizer gives to every text."""
+        begin = getattr(self.tokenizer, "bos_token_id", None)
+        if begin is None or token_ids[:1] == [begin] or self.tokenizer("a")["input_ids"][:1] != [begin]:
+            return token_ids
+        return [begin, *token_ids]
+
+
+def _parsed_row(values: Mapping[str, Any], columns: Sequence[str]) -> Parsed:
+    if columns == ("text",):
+        return _Texts(None, (_text("text", values.get("text")),))
+    if len(columns) > 1:
+        return _with_prompt(values, values.get("prompt"), columns[1:])
+    cell = values.get(columns[0])
+    if not is_conversation(cell):
+        raise DataError(f"column {columns[0]}: expected a list of messages, found {_described(cell)}")
+    _refuse_tools(values)
+    with _in_column(columns[0]):
+        return _last_reply(conversation(cell))
+
+
+def _parsed_pair(values: Mapping[str, Any], columns: Sequence[str]) -> Parsed:
+    """Return a pair of preferences. A prompt that is not given is the common beginning of both sides."""
+    prompt, sides = values.get("prompt"), [values.get(name) for name in columns]
+    if prompt is None and all(isinstance(side, str) for side in sides):
+        return _Texts(None, tuple(_text(name, side) for name, side in zip(columns, sides, strict=True)))
+    if not all(map(is_conversation, sides)) or is_conversation(prompt) or _are_replies(sides):
+        return _with_prompt(values, prompt, columns)
+    _refuse_tools(values)
+    chosen, rejected = (_reply(name, side) for name, side in zip(columns, sides, strict=True))
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    return _checked(_Chat(chosen[:shared], (chosen[shared:], rejected[shared:])), columns)
+
+
+def _with_prompt(values: Mapping[str, Any], prompt: Any, columns: Sequence[str]) -> Parsed:
+    """Return a prompt and its completions, each given as text or as messages."""
+    cells = [values.get(name) for name in columns]
+    if not is_conversation(prompt) and not any(map(is_conversation, cells)):
+        texts = [_text(name, cell) for name, cell in zip(("prompt", *columns), (prompt, *cells), strict=True)]
+        return _Texts(texts[0], tuple(texts[1:]))
+    _refuse_tools(values)
+    replies = tuple(_reply(name, cell) for name, cell in zip(columns, cells, strict=True))
+    if is_conversation(prompt):
+        with _in_column("prompt"):
+            messages = conversation(prompt)
+    elif not _are_replies(cells) and len(replies) == 1:  # the completion repeats the prompt, as messages
+        with _in_column(columns[0]):
+            return _last_reply(replies[0])
+    else:
+        messages = (Message(role="user", content=_text("prompt", prompt)),)
+    size = len(messages)  # some data sets repeat the prompt in the completion
+    replies = tuple(reply[size:] if reply[:size] == messages else reply for reply in replies)
+    return _checked(_Chat(messages, replies), columns)
+
+
+def _last_reply(messages: Conversation) -> _Chat:
+    prompt, reply = split_reply(messages)
+    return _Chat(prompt, (reply,))
+
+
+def _checked(chat: _Chat, columns: Sequence[str]) -> _Chat:
+    with _in_column("prompt"):
+        check_prompt(chat.prompt)
+    for name, reply in zip(columns, chat.replies, strict=True):
+        with _in_column(name):
+            check_reply(reply)
+    return chat
+
+
+def _reply(name: str, cell: Any) -> Conversation:
+    if not is_conversation(cell):
+        return (Message(role="assistant", content=_text(name, cell)),)
+    with _in_column(name):
+        return conversation(cell)
+
+
+def _are_replies(cells: Sequence[Any]) -> bool:
+    """Return whether all cells are text, or messages that begin with a turn of the assistant."""
+    return all(not is_conversation(cell) or conversation(cell)[0].role == "assistant" for cell in cells)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not is_unicode(value):
+        raise DataError(f"column {name}: expected text or messages, found {_described(value)}")
+    if not value.strip():
+        raise DataError(f"column {name}: expected text, found {value[:40]!r}")
+    return value
+
+
+def _refuse_tools(values: Mapping[str, Any]) -> None:
+    if values.get("tools"):
+        raise DataError("column tools: expected none, found tools, which are not read")
+
+
+def _label(values: Mapping[str, Any]) -> bool | None:
+    """Return the label of an unpaired preference, None for a column of another meaning."""
+    label = values.get("label")
+    if isinstance(label, str):  # a file of text cells
+        return {"true": True, "false": False}.get(label.strip().lower())
+    return label if isinstance(label, bool) else None
+
+
+@contextmanager
+def _in_column(name: str) -> Iterator[None]:
+    """Name the column in a DataError."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"column {name}: {error.message}") from None
+
+
+def _described(value: Any) -> str:
+    return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"

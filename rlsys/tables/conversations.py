@@ -1,0 +1,115 @@
+"""Conversations in the cells of a data file: lists of messages, as chat data sets have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeGuard
+
+from rlsys.errors import DataError
+from rlsys.tables.files import is_unicode
+from rlsys.types import Message, Question
+
+Conversation = tuple[Message, ...]
+
+_ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
+# The names that ShareGPT gives to the roles.
+_ROLES = {"human": "user", "gpt": "assistant"}
+# Keys of a message that templates render besides its content.
+_RENDERED = ("tool_calls", "reasoning_content", "thinking")
+
+
+def is_conversation(value: Any) -> TypeGuard[list[Mapping[str, Any]]]:
+    """Return whether a cell is a list of messages."""
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(key in value for key in _ROLE_KEYS)
+
+
+def conversation(value: Sequence[Mapping[str, Any]]) -> Conversation:
+    """Return the messages of a cell for which `is_conversation` holds.
+
+    Raises:
+        DataError: A message has no role, its content is not text, or it has calls of tools or hidden reasoning.
+    """
+    return tuple(_message(number, message) for number, message in enumerate(value, 1))
+
+
+def _message(number: int, message: Mapping[str, Any]) -> Message:
+    for key in _RENDERED:
+        if message.get(key):
+            raise DataError(f"message {number}: expected role and content, found {key}, which is not read")
+    role = next((message[key] for key in _ROLE_KEYS if message.get(key)), None)
+    content = _plain_content(next((message[key] for key in _CONTENT_KEYS if message.get(key) is not None), None))
+    if not isinstance(role, str):
+        raise DataError(f"message {number}: expected a role, found {role!r}")
+    if content is None or not is_unicode(content):
+        raise DataError(f"message {number}: expected text as content, found {str(message)[:60]!r}")
+    return Message(role=_ROLES.get(role, role), content=content)
+
+
+def _plain_content(content: Any) -> str | None:
+    """Return the text of a content. Some data sets write it as a list of parts of the type text."""
+    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        parts = [part.get("text") for part in content]
+        return "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    return content if isinstance(content, str) else None
+
+
+def before_reply(messages: Conversation) -> Conversation:
+    """Return the messages before the last turn of the assistant, or all if the conversation ends with another turn.
+
+    Raises:
+        DataError: Nothing is left to reply to.
+    """
+    prompt = messages[:-1] if messages[-1].role == "assistant" else messages
+    check_prompt(prompt)
+    return prompt
+
+
+def split_reply(messages: Conversation) -> tuple[Conversation, Conversation]:
+    """Split a conversation before its last turn of the assistant. Messages after that turn are left out.
+
+    Raises:
+        DataError: There is no such turn, or nothing before it.
+    """
+    last = max((number for number, message in enumerate(messages) if message.role == "assistant"), default=None)
+    if last is None:
+        raise DataError("expected a message of the assistant, found none")
+    check_prompt(messages[:last])
+    check_reply(messages[last : last + 1])
+    return messages[:last], messages[last : last + 1]
+
+
+def check_prompt(messages: Conversation) -> None:
+    """Raise DataError unless a conversation has a text and ends with a turn that the assistant can reply to."""
+    if not any(message.content.strip() for message in messages):
+        raise DataError("expected a message to reply to, found none")
+    if messages[-1].role in ("assistant", "system"):
+        raise DataError(f"expected a last message of the user or a tool, found one of the {messages[-1].role}")
+
+
+def check_reply(messages: Conversation) -> None:
+    """Raise DataError unless a reply begins and ends with a turn of the assistant that has a text."""
+    for message in (messages[:1] or (None,))[0], (messages[-1:] or (None,))[0]:
+        if message is None or message.role != "assistant" or not message.content.strip():
+            raise DataError(f"expected text of the assistant, found {str(message)[:60]}")
+
+
+def with_template(question: Question, template: str) -> Question:
+    """Put a question, or the last message of the user in a conversation, into a template with {question}."""
+    # str.format would fail, because LaTeX has braces.
+    if isinstance(question, str):
+        return template.replace("{question}", question)
+    last = max((number for number, message in enumerate(question) if message.role == "user"), default=None)
+    if last is None:
+        return question
+    content = template.replace("{question}", question[last].content)
+    return (*question[:last], replace(question[last], content=content), *question[last + 1 :])
+
+
+def question_texts(question: Question) -> tuple[str, ...]:
+    """Return all texts of a question, for its characters."""
+    return (question,) if isinstance(question, str) else tuple(message.content for message in question)

@@ -1,0 +1,206 @@
+"""Rows of one file: JSON lines, a JSON array, CSV, TSV, Parquet or Arrow, each also compressed."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rlsys.errors import DataError
+
+_KINDS = {
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+    ".arrow": "arrow", ".feather": "arrow",
+}  # fmt: skip
+
+
+def _open_zst(path: Path) -> IO[bytes]:
+    import pyarrow as pa  # Python 3.14 is the first with zstd of its own
+
+    return io.BytesIO(pa.input_stream(str(path), compression="zstd").read())
+
+
+_COMPRESSED: Mapping[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zst,
+}
+READ_KINDS = f"{', '.join(_KINDS)} (also compressed: {', '.join(_COMPRESSED)})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row of a source.
+
+    Attributes:
+        number: Line number (JSON lines) or row number, from 1.
+        values: Values by column, or the reason why the row cannot be read.
+    """
+
+    number: int
+    values: dict[str, Any] | str
+
+
+class ExactFloat(float):
+    """A number of a JSON file that keeps its text, because 0.0000001 would become 1e-07, and 2.50 would become 2.5."""
+
+    _text: str
+
+    def __new__(cls, text: str) -> ExactFloat:
+        number = super().__new__(cls, text)
+        number._text = text
+        return number
+
+    def __str__(self) -> str:
+        return self._text
+
+
+def file_kind(path: Path) -> str | None:
+    """Return "json", "csv", "parquet" or "arrow" by the name of a file, or None for another name."""
+    names = [suffix.lower() for suffix in path.suffixes]
+    if names and names[-1] in _COMPRESSED:
+        names.pop()
+    return _KINDS.get(names[-1]) if names else None
+
+
+def file_rows(path: Path, where: str) -> Iterator[Row]:
+    """Yield the rows of a file in order. A file with an unknown ending is read as JSON lines.
+
+    Args:
+        path: The file.
+        where: Name of the file for error messages.
+
+    Raises:
+        DataError: The file is missing, not readable, or of a kind that is not read.
+    """
+    if not path.is_file():
+        raise DataError(f"{where}: no such file")
+    kind = file_kind(path)
+    with open_file(path, where) as stream:
+        if kind in ("parquet", "arrow"):
+            from rlsys.tables import arrow  # with pyarrow, which a verifier's process does not need
+
+            yield from (arrow.parquet_rows if kind == "parquet" else arrow.arrow_rows)(stream, where)
+        elif kind == "csv":
+            yield from _csv_rows(stream, "\t" if ".tsv" in path.name.lower() else ",", where)
+        else:
+            yield from _json_rows(stream, where, is_named_json=kind is not None)
+
+
+@contextmanager
+def open_file(path: Path, where: str) -> Iterator[IO[bytes]]:
+    """Open a file for reading bytes. A compressed file is decompressed.
+
+    Raises:
+        DataError: The file cannot be opened, or a later read fails.
+    """
+    opened = _COMPRESSED.get(path.suffix.lower(), lambda name: name.open("rb"))
+    try:
+        with opened(path) as stream:
+            yield stream
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise DataError(f"{where}: cannot be read: {reason}") from None
+
+
+def json_object(line: bytes) -> dict[str, Any] | str:
+    """Return the object of a line of JSON, or the reason why it cannot be read."""
+    value = _json_value(line)
+    return value if isinstance(value, dict | str) else f"expected a JSON object, found {type(value).__name__}"
+
+
+def _json_value(text: bytes) -> Any:
+    """Return the value of a JSON text, or the reason why it cannot be read."""
+    try:
+        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_without_repeats, parse_float=ExactFloat)
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except DataError as error:
+        return error.message
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
+    return "expected a JSON object, found str" if isinstance(value, str) else value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        repeated = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        raise DataError(f"column {repeated}: expected it once in a row, found it twice")
+    return values
+
+
+def _json_rows(stream: IO[bytes], where: str, *, is_named_json: bool) -> Iterator[Row]:
+    numbered = ((number, line) for number, line in enumerate(stream, 1) if line.strip())
+    first = next(numbered, None)
+    if first is None:
+        return
+    values = json_object(first[1])
+    if isinstance(values, str) and (text := first[1].removeprefix(b"\xef\xbb\xbf").lstrip()).startswith((b"[", b"{")):
+        rest = list(numbered)
+        whole = _json_value(b"".join([text, *(line for _, line in rest)]))
+        if isinstance(whole, list):
+            yield from _array_rows(whole)
+            return
+        if isinstance(whole, dict):
+            keys = ", ".join(map(str, whole))
+            raise DataError(f"{where}: expected an object on every line or a list of objects, found one object: {keys}")
+        numbered = (line for line in rest)
+    elif isinstance(values, str) and not is_named_json:
+        raise DataError(f"{where}: expected a file {READ_KINDS}, or the folder or hub id of a data set")
+    yield Row(number=first[0], values=values)
+    for number, line in numbered:
+        yield Row(number=number, values=json_object(line))
+
+
+def _array_rows(entries: Sequence[Any]) -> Iterator[Row]:
+    for number, entry in enumerate(entries, 1):
+        reason = f"expected a JSON object, found {type(entry).__name__}"
+        yield Row(number=number, values=entry if isinstance(entry, dict) else reason)
+
+
+def _csv_rows(stream: IO[bytes], delimiter: str, where: str) -> Iterator[Row]:
+    # Every cell stays the text that it is. A byte that is not UTF-8 makes a text that `is_unicode` refuses.
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    number = 0
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        refuse_repeats(header, where)
+        for cells in filter(None, reader):
+            number += 1
+            reason = f"expected {len(header)} cells, found {len(cells)}"
+            yield Row(
+                number=number, values=dict(zip(header, cells, strict=False)) if len(cells) == len(header) else reason
+            )
+    except csv.Error as error:
+        raise DataError(f"{where}: not readable after row {number}: {error}") from None
+
+
+def refuse_repeats(columns: Sequence[str], where: str) -> None:
+    """Raise DataError if a file has two columns with the same name."""
+    for name, times in Counter(columns).items():
+        if times > 1:
+            raise DataError(f"{where}, column {name}: expected it once, found it {times} times")
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be encoded. A text from JSON can have half a surrogate pair."""
+    return text.encode("utf-8", "ignore").decode("utf-8") == text
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error message, or the name of the error if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

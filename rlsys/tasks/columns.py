@@ -1,0 +1,180 @@
+"""Question, answer and demonstration of a row, found by the names of its columns or by a known form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, TypeVar
+
+from rlsys.config.tasks import DatasetConfig
+from rlsys.errors import DataError
+from rlsys.tables.conversations import before_reply, conversation, is_conversation
+from rlsys.tables.files import Row, is_unicode, json_object
+from rlsys.tables.forms import form_name
+from rlsys.tables.sources import Source
+from rlsys.types import Question
+
+Content = TypeVar("Content")
+
+_TRUTH = "ground_truth"
+# Columns of question and answer in the known forms, for columns that the config leaves at their defaults.
+_FORMS = (
+    ("prompt", f"reward_model.{_TRUTH}"),
+    ("prompt", "answer"),
+    ("prompt", _TRUTH),
+    ("prompt", "completion"),
+    ("messages", "answer"),
+    ("messages", "messages"),
+    ("conversations", "conversations"),
+)
+_DEFAULTS = {name: DatasetConfig.model_fields[name].default for name in ("question_column", "answer_column")}
+# Columns of rows that hold no question with one right answer.
+_OTHER_FORMS = ({"chosen", "rejected"}, {"prompt", "completion", "label"}, {"completions", "labels"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """Texts of a readable row."""
+
+    number: int
+    question: Question
+    answer: str
+    demonstration: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """Names of the columns to read. A dot leads into a nested column, as in reward_model.ground_truth."""
+
+    question: str
+    answer: str
+    demonstration: str | None = None
+    pattern: re.Pattern[str] | None = None
+
+    def example(self, row: Row) -> Example | str:
+        """Return the texts of a row, or the reason why it cannot be used."""
+        if isinstance(row.values, str):
+            return row.values
+        try:
+            question = _read(row.values, self.question, _question)
+            answer = _read(row.values, self.answer, _answer)
+            demonstration = self.demonstration and _read(row.values, self.demonstration, _demonstration)
+        except DataError as error:
+            return error.message
+        if self.pattern is not None:
+            match = self.pattern.search(answer)
+            answer = (match[1] or "").strip() if match else ""
+            if not answer:
+                return f"column {self.answer!r}: no answer that matches task.answer_pattern"
+        return Example(number=row.number, question=question, answer=answer, demonstration=demonstration)
+
+
+def find_columns(source: Source, config: DatasetConfig) -> Columns:
+    """Return the columns that the config names, or those of a known form in place of missing defaults.
+
+    Raises:
+        DataError: A column is missing. The message names the form of the rows, and the fields to change.
+    """
+    question, answer = config.question_column, config.answer_column
+    rows = [row.values for row in source.rows if isinstance(row.values, dict)]
+    if rows:
+        question, answer = _recognised(question, answer, source, rows[0])
+        fields = {
+            "task.question_column": question,
+            "task.answer_column": answer,
+            "task.demonstration_column": config.demonstration_column,
+        }
+        for name, column in fields.items():
+            if column is not None and not any(_has(values, column) for values in rows):
+                known = f"its columns are {', '.join(source.columns)}"
+                raise DataError(f"{name}: {source.path} has no column {column!r}; {known}{_hint(name, source)}")
+    pattern = None if config.answer_pattern is None else re.compile(config.answer_pattern)
+    return Columns(question=question, answer=answer, demonstration=config.demonstration_column, pattern=pattern)
+
+
+def _recognised(question: str, answer: str, source: Source, first: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the columns of the first known form that the rows have and the config does not contradict."""
+    names = set(source.columns)
+    if any(columns <= names for columns in _OTHER_FORMS):
+        return question, answer
+    question_is_free = question == _DEFAULTS["question_column"] and question not in names
+    answer_is_free = answer == _DEFAULTS["answer_column"] and answer not in names
+    for form in _FORMS:
+        columns = form[0] if question_is_free else question, form[1] if answer_is_free else answer
+        if columns == form and all(_has(first, name) for name in form):
+            return form
+    return question, answer
+
+
+def _hint(name: str, source: Source) -> str:
+    form = form_name(source.columns)
+    described = f" ({form} rows)" if form else ""
+    if any(columns <= set(source.columns) for columns in _OTHER_FORMS):
+        return f"{described}; a task needs a question and its right answer in every row"
+    return f"{described}; set {name} to one of them, or to a part of one (column.part)"
+
+
+def _has(values: Mapping[str, Any], name: str) -> bool:
+    return name in values or _nested(values, name) is not None
+
+
+def _cell(values: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a column. A dot in a name that no column has leads into a nested column."""
+    return values[name] if name in values else _nested(values, name)
+
+
+def _nested(values: Mapping[str, Any], name: str) -> Any:
+    for place in (match.start() for match in re.finditer(r"\.", name)):
+        inner = values.get(name[:place])
+        if isinstance(inner, str) and inner.lstrip().startswith("{"):  # a nested column of a CSV file
+            inner = json_object(inner.encode("utf-8", "ignore"))
+        if isinstance(inner, Mapping) and (value := _cell(inner, name[place + 1 :])) is not None:
+            return value
+    return None
+
+
+def _read(values: Mapping[str, Any], name: str, read: Callable[[Any], Content]) -> Content:
+    try:
+        return read(_cell(values, name))
+    except DataError as error:
+        raise DataError(f"column {name!r}: {error.message}") from None
+
+
+def _question(cell: Any) -> Question:
+    return before_reply(conversation(cell)) if is_conversation(cell) else _required(cell, _text(cell))
+
+
+def _answer(cell: Any) -> str:
+    """Return the reference answer. A list of one text is that text; several texts are joined by commas."""
+    if isinstance(cell, Mapping) and _TRUTH in cell:
+        cell = cell[_TRUTH]
+    if isinstance(cell, list) and not is_conversation(cell):
+        texts = [_text(entry) for entry in cell]
+        return _required(cell, ", ".join(map(str, texts)) if texts and None not in texts else None)
+    return _demonstration(cell)
+
+
+def _demonstration(cell: Any) -> str:
+    """Return a text, or the last turn of the assistant in a conversation."""
+    if is_conversation(cell):
+        replies = [message.content for message in conversation(cell) if message.role == "assistant"]
+        return _required(cell, _text(replies[-1]) if replies else None)
+    return _required(cell, _text(cell))
+
+
+def _required(cell: Any, text: str | None) -> str:
+    if text is None:
+        raise DataError(f"expected text, found {str(cell)[:40]!r}")
+    return text
+
+
+def _text(value: Any) -> str | None:
+    """Return a text or number as text, None for an empty or other value. Answer columns often have numbers."""
+    if isinstance(value, Decimal) and value.is_finite():
+        value = format(value, "f")
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:  # NaN
+        return None
+    text = str(value).strip()
+    return text if text and is_unicode(text) else None
