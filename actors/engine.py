@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from actors.engine_stats import Meter
-from actors.weights import has_output_layer, without_tensor
+from actors.weights import RELOAD_LOGGER, has_output_layer, is_about_weights, without_tensor
 from rlsys.config.checks import BATCH_TOKENS
 from rlsys.config.schema import ActorsConfig
 from rlsys.errors import EngineError, InputError, RolloutError, failed
@@ -370,6 +370,7 @@ def _read_prompt_logprobs(output: Any, row: Int32Array) -> Float32Array:
 def _build(model_path: Path, config: ActorsConfig, device: str, stop_strings: bool) -> Any:
     from vllm import EngineArgs, LLMEngine
 
+    logging.getLogger(RELOAD_LOGGER).addFilter(is_about_weights)
     arguments: dict[str, Any] = {
         "model": str(model_path),
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.dtype],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rlsys.errors import WeightSyncError
 from rlsys.models.tensors import persistent_buffers, tied_output
 from rlsys.types import WeightManifest
+
+RELOAD_LOGGER = "vllm.model_executor.model_loader.reload.layerwise"
 
 if TYPE_CHECKING:
     import torch
@@ -95,3 +98,12 @@ class LoadProgress:
             self.last = name
             self.count += 1
             yield name, tensor
+
+
+def is_about_weights(record: logging.LogRecord) -> bool:
+    """Return whether a warning of vLLM's reload is about weights. Tables of rotary embeddings are computed, not loaded.
+
+    Use it as a filter of the logger RELOAD_LOGGER, which otherwise warns about these tables after every publish.
+    """
+    message = record.getMessage()
+    return not ("RotaryEmbedding" in message and "Failed to load weights" in message)

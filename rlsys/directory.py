@@ -1,6 +1,7 @@
 """Define every path of a run directory in one place.
 
     config.yaml           the resolved config
+    config.until_N.yaml   the config of the steps up to weight version N, if it was changed there
     model/, model.sha256  the initial model of model.from_scratch, and the digest of its settings
     metrics.jsonl         one row for each training step
     ledger.jsonl          the outcome of every prompt
@@ -110,6 +111,10 @@ class RunDirectory:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    def config_until(self, version: int) -> Path:
+        """Return the path of the config that was in use until a weight version, and was changed then."""
+        return self.path / f"config.until_{version:06d}.yaml"
 
     @property
     def model(self) -> Path:

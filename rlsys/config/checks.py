@@ -219,8 +219,10 @@ def online_has_pairs(config: Config) -> None:
         return
     pairs, from_file = config.objective.preference.pairs, config.objective.preference.source == "file"
     if not from_file and not config.search.fraction:
+        two_runs = ", or train the stage online in a run of its own" if "preference" in config.stages else ""
         raise ValueError(
             f"{term} has no pairs in stage online: set search.fraction above 0, or objective.preference.source to file"
+            f"{two_runs}"
         )
     extracted = config.extract.chosen != "none" if pairs == "chains" else config.extract.step_preferences
     if not from_file and not extracted:

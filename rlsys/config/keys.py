@@ -12,6 +12,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from rlsys.config.other_names import OTHER_NAMES
 from rlsys.config.schema import Config
 from rlsys.config.section import Section
 
@@ -63,7 +64,8 @@ def suggestion(name: str) -> str:
     sections = {known_name.rpartition(".")[0] for known_name in known} - {""}
     last = name.rpartition(".")[2]
     same = sorted(known_name for known_name in known if known_name.rpartition(".")[2] == last)
-    close = same or difflib.get_close_matches(name, sorted(known | sections), n=1)
+    elsewhere = [OTHER_NAMES[last]] if last in OTHER_NAMES else []
+    close = [*elsewhere, *same] or difflib.get_close_matches(name, sorted(known | sections), n=1)
     meant = f"did you mean {' or '.join(close)}? " if close else ""
     return f"{meant}`rlsys keys` shows all"
 

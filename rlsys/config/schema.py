@@ -128,6 +128,8 @@ class LearnerConfig(Section):
     """Recompute activations in the backward pass, which saves memory."""
     optimizer_offload: bool = False
     """Keep the optimizer state in host memory. Needs ZeRO stage 1, 2 or 3."""
+    start_timeout_s: float = Field(default=300.0, gt=0)
+    """Seconds until a rank whose process has not started makes the learner count as lost."""
     timeout_s: float = Field(default=1800.0, gt=0)
     """Seconds until a rank that has not answered a call makes the learner count as lost."""
     hang_timeout_s: float = Field(default=300.0, gt=0)

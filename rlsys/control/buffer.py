@@ -33,6 +33,7 @@ class Buffer:
         self.capacity = (max_staleness + 1) * groups_per_step
         self._groups_per_step = groups_per_step
         self._slots: deque[_Slot] = deque()
+        self._unfinished: dict[int, _Slot] = {}  # by stream index
         self._unused: list[int] = []
         self._changed = asyncio.Condition()
 
@@ -46,11 +47,15 @@ class Buffer:
         """Reserve a free slot for the prompt of a stream index."""
         if len(self._slots) >= self.capacity:
             raise RuntimeError(f"reserve without a free slot: {self.capacity} of {self.capacity} are taken")
-        self._slots.append(_Slot(index))
+        slot = _Slot(index)
+        self._slots.append(slot)
+        self._unfinished[index] = slot
 
     def replace(self, unused: int, index: int) -> None:
         """Give the slot of a prompt without a usable rollout to another prompt; it keeps its place in the queue."""
-        self._find(unused).index = index
+        slot = self._unfinished.pop(unused)
+        slot.index = index
+        self._unfinished[index] = slot
         self._unused.append(unused)
 
     def take_unused(self) -> list[int]:
@@ -61,7 +66,7 @@ class Buffer:
     async def finish(self, index: int, group: TrajectoryGroup) -> None:
         """Put a group into the slot of its stream index."""
         async with self._changed:
-            self._find(index).group = group
+            self._unfinished.pop(index).group = group
             self._changed.notify_all()
 
     async def take(self) -> list[TrajectoryGroup]:
@@ -90,6 +95,3 @@ class Buffer:
         if len(self._slots) < self._groups_per_step:
             return False
         return all(self._slots[i].group is not None for i in range(self._groups_per_step))
-
-    def _find(self, index: int) -> _Slot:
-        return next(slot for slot in self._slots if slot.index == index and slot.group is None)

@@ -24,7 +24,8 @@ from rlsys.errors import (
 
 Result = TypeVar("Result")
 LOSSES_WITHIN_S = 3600.0  # actors.max_restarts limits the losses within this period
-MAX_FAILED_STARTS = 5  # so many replacements in a row that do not start end the run
+MAX_FAILED_STARTS = 5  # so many replacements in a row that do not start end the run, if no actor is up
+RETRY_S = 60.0  # between two starts of an actor that does not start while others are up, as when its node is gone
 
 log = logging.getLogger(__name__)
 
@@ -204,9 +205,13 @@ class ActorSupervisor:
     # --- losing and replacing ---
 
     def lose(self, slot: ActorSlot, cause: RlsysError) -> None:
-        """Kill a process that must not be used again, and replace it if the budget allows it."""
+        """Kill a process that must not be used again, and replace it if the budget allows it.
+
+        A replacement that does not start counts only while no actor is up.
+        """
         if slot.state is ActorState.DEAD:
             return
+        not_started = slot.state is ActorState.STARTING
         slot.state, slot.cause = ActorState.DEAD, cause
         slot.lost.set()
         try:
@@ -223,13 +228,21 @@ class ActorSupervisor:
         if isinstance(cause, LearnerLostError):  # not the fault of the actor, so the budget does not count it
             self.weights.drop()
             self.learner_lost = cause
+        elif not_started and self._any_up():  # the run goes on without it
+            self._say(f"{slot.who} did not start and is tried again in {RETRY_S:.0f} s: {cause.message}")
+            self._begin(self._replace(slot.number, slot.attempt + 1, RETRY_S))
+            return
         elif error := self._budget.lose(cause):
             self.fail(error)
             return
         self._say(f"{slot.who} is lost and replaced: {cause.message}")
         self._begin(self._replace(slot.number, slot.attempt + 1))
 
-    async def _replace(self, number: int, attempt: int) -> None:
+    def _any_up(self) -> bool:
+        return any(slot.up for slot in self.actors)
+
+    async def _replace(self, number: int, attempt: int, wait_s: float = 0.0) -> None:
+        await asyncio.sleep(wait_s)
         slot = self._new_slot(number, attempt)
         self.actors[number] = slot
         try:
@@ -249,6 +262,8 @@ class ActorSupervisor:
             self._say(f"{slot.who} serves again")
 
     def _fail_start(self, slot: ActorSlot) -> None:
+        if self._any_up():
+            return
         if error := self._budget.fail_start(slot.cause.message if slot.cause else ""):
             self.fail(error)
 

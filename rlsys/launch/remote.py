@@ -37,6 +37,8 @@ from rlsys.types import (
     WeightOffer,
 )
 
+PLACE = "place"
+
 
 async def answer(reference: ray.ObjectRef, timeout_s: float, who: str, field: str) -> Any:
     """Return the value of a remote call.
@@ -150,7 +152,8 @@ class RayRank:
 
     async def call(self, method: str, *arguments: Any) -> Any:
         reference = getattr(self.handle, method).remote(*arguments)
-        return await answer(reference, self._config.learner.timeout_s, self._who, "learner.timeout_s")
+        field = "start_timeout_s" if method == PLACE else "timeout_s"  # the first call, which waits for the process
+        return await answer(reference, getattr(self._config.learner, field), self._who, f"learner.{field}")
 
     async def progress(self, timeout_s: float) -> int:
         steps: int = await answer(self.handle.progress.remote(), timeout_s, self._who, "")
@@ -195,7 +198,7 @@ class RayLearner:
 
     async def start_stage(self, stage: StageName, policy: Path, resume: Path | None, reference: Path | None) -> None:
         # The processes are looked up now: a rank that is stopped later cannot be asked.
-        for rank, place in zip(self._ranks, await self._group.answers("place"), strict=True):
+        for rank, place in zip(self._ranks, await self._group.answers(PLACE), strict=True):
             rank.process = process_at(*place)
         await self._group.call("start_stage", stage_plan(self._config, stage).settings, policy, resume, reference)
 

@@ -167,7 +167,8 @@ class CheckpointStore:
         weight_versions = {path: _weight_version(path) for path in self._newest_first() if path != newest}
         known = {path: version for path, version in weight_versions.items() if version is not None}
         earlier = [path for path, version in known.items() if version < weight_version]
-        to_keep = {*earlier[: self.keep_last - 1], self._best([newest, *earlier])}
+        best = self._best([newest, *earlier])
+        to_keep = {*earlier[: self.keep_last - 1], *(best[:1] if best else ())}
         if self.keep_every:
             to_keep |= {path for path in earlier if known[path] % self.keep_every == 0}
         for path, version in weight_versions.items():
@@ -177,14 +178,23 @@ class CheckpointStore:
             elif path not in to_keep and not path.with_name(path.name + PINNED).exists():
                 self._remove(path)
 
-    def _best(self, paths: Sequence[Path]) -> Path | None:
-        """Return the path with the best score; of equal scores the first."""
+    def earlier_best(self) -> tuple[Path, float] | None:
+        """Return the checkpoint with the best score, and the score.
+
+        None means that the newest checkpoint is the best, or that no checkpoint has a score.
+        """
+        paths = self._newest_first()
+        best = self._best(paths)
+        return None if best is None or best[0] == paths[0] else best
+
+    def _best(self, paths: Sequence[Path]) -> tuple[Path, float] | None:
+        """Return the path with the best score, and the score; of equal scores the first."""
         if self.best is None:
             return None
         metric, mode = self.best
-        sign = -1 if mode == "min" else 1
-        scores = {path: sign * score for path in paths if (score := _score(path, metric)) is not None}
-        return max(scores, key=lambda path: scores[path], default=None)
+        scores = {path: score for path in paths if (score := _score(path, metric)) is not None}
+        choose = min if mode == "min" else max
+        return choose(scores.items(), key=lambda item: item[1], default=None)
 
     def _remove(self, path: Path) -> None:
         trash = self.folder / f"{_TRASH}{path.name}-{uuid.uuid4().hex}"

@@ -8,6 +8,7 @@ from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plan
 from rlsys.directory import RunDirectory
 from rlsys.run.metrics import read_rows
+from rlsys.run.resume import checkpoint_store
 
 FIGURES = {
     "held_out/greedy_accuracy": "greedy accuracy",
@@ -25,7 +26,7 @@ def finished(config: Config) -> str:
     max_steps = 2 * stage_plan(config, stage).steps
     return (
         f"run directory: {config.run.dir}\n"
-        f"held-out: {_held_out(config)}\n"
+        f"held-out: {_held_out(config)}\n{_best(config)}"
         f"evaluate: rlsys evaluate {config.run.dir}\n"
         f"continue: rlsys train {config.run.dir}/config.yaml {section}.max_steps={max_steps}"
         + (f" {RESUME}" if config.run.resume == "never" else "")
@@ -42,6 +43,16 @@ def complete(config: Config, step: int) -> str:
     """Return the line for a run that has made all its steps."""
     stage = config.stages[-1]
     return f"already complete ({step} of {stage_plan(config, stage).steps} {stage} steps)\n"
+
+
+def _best(config: Config) -> str:
+    """Return the line for the best checkpoint, if it is not the newest."""
+    best = checkpoint_store(config).earlier_best()
+    if best is None:
+        return ""
+    path, score = best
+    folder = f"{config.run.dir}/{path.relative_to(Path(config.run.dir).absolute())}"
+    return f"best {config.checkpoint.best_metric}: {score:.3f}, {folder} (also a target of rlsys evaluate)\n"
 
 
 def _held_out(config: Config) -> str:

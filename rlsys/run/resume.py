@@ -52,6 +52,10 @@ class Start:
                 if RunDirectory(origin).stages.is_dir():  # they may hold the reference policy of a stage
                     shutil.copytree(RunDirectory(origin).stages, stages)
             write_json(RunDirectory(run_dir).resumed_from, {"checkpoint": str(self.checkpoint.resolve())})
+        elif self.changed:
+            earlier = RunDirectory(run_dir).config_until(self.state.weight_version)
+            if not earlier.exists():  # otherwise nothing was trained since the last change
+                shutil.copyfile(RunDirectory(run_dir).config, earlier)
 
 
 def checkpoint_store(config: Config) -> CheckpointStore:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,15 @@ from safetensors import safe_open
 from torch import nn
 from transformers import ApertusConfig
 
-from actors.weights import LoadProgress, check_names, expected_tensors, has_output_layer, without_tensor
+from actors.weights import (
+    RELOAD_LOGGER,
+    LoadProgress,
+    check_names,
+    expected_tensors,
+    has_output_layer,
+    is_about_weights,
+    without_tensor,
+)
 from rlsys.config.schema import FromScratchConfig
 from rlsys.errors import WeightSyncError
 from rlsys.models.scratch import build_from_scratch
@@ -101,3 +110,16 @@ def test_the_progress_of_a_load_is_its_last_tensor_and_their_number() -> None:
     assert (progress.last, progress.count) == ("a", 1)
     list(tensors)
     assert (progress.last, progress.count) == ("b", 2)
+
+
+def test_a_table_of_rotary_embeddings_is_no_warning_and_a_layer_without_weights_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    logger = logging.getLogger(RELOAD_LOGGER)
+    logger.addFilter(is_about_weights)
+    try:
+        for layer in ("RotaryEmbedding", "Llama3RotaryEmbedding", "MLP"):
+            logger.warning("%s: Failed to load weights", layer)
+    finally:
+        logger.removeFilter(is_about_weights)
+    assert caplog.messages == ["MLP: Failed to load weights"]

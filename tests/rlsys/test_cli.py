@@ -28,7 +28,7 @@ from rlsys.launch.resources import ResourcePlan
 from rlsys.models.folder import load_tokenizer
 from rlsys.models.scratch import build_from_scratch
 from rlsys.run import report
-from rlsys.run.resume import Start
+from rlsys.run.resume import Start, checkpoint_store
 from rlsys.tasks import build_task
 from rlsys.types import RunState
 
@@ -257,6 +257,22 @@ def test_the_end_of_a_run_says_what_to_do_next(tmp_path: Path) -> None:
         f"continue: rlsys train {tmp_path}/config.yaml train.max_steps=160",
     ]
     assert report.complete(config(tmp_path), 80) == "already complete (80 of 80 online steps)\n"
+
+
+def test_the_end_of_a_run_names_the_best_checkpoint_if_it_is_not_the_newest(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    scores: dict[int, float] = {70: 0.9, 75: 0.8, 80: 0.7, 85: 0.95}
+    said = []
+    for version, score in scores.items():
+        store = checkpoint_store(config(tmp_path))
+        folder = store.begin(f"step_{version:06d}")
+        info = {"weight_version": version, "score": {"metric": "held_out/sampled_accuracy", "value": score}}
+        store.commit(folder, f"step_{version:06d}", info)
+        said.append([line for line in report.finished(config(tmp_path)).splitlines() if line.startswith("best")])
+    line = (
+        f"best held_out/sampled_accuracy: 0.900, {tmp_path}/checkpoints/step_000070 (also a target of rlsys evaluate)"
+    )
+    assert said == [[], [line], [line], []]
 
 
 def test_the_closing_lines_of_a_run_with_resume_never_tell_how_to_resume(tmp_path: Path) -> None:

@@ -89,8 +89,8 @@ FREE_FIELDS = {
     "enforce_eager start_timeout_s rollout_timeout_s hang_timeout_s max_restarts",
     "sampling": "temperature top_p max_tokens",
     "rewards": "workers timeout_s memory_mib",
-    "learner": "ranks zero_stage threads micro_batch_tokens gradient_checkpointing optimizer_offload timeout_s "
-    "hang_timeout_s max_restarts max_skipped_steps",
+    "learner": "ranks zero_stage threads micro_batch_tokens gradient_checkpointing optimizer_offload "
+    "start_timeout_s timeout_s hang_timeout_s max_restarts max_skipped_steps",
     "warm_start": "max_steps",
     "sft": "path max_bad_rows max_steps",
     "preference": "path max_bad_rows max_steps",

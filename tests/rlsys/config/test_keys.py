@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import yaml
 
 from rlsys.config.files import dump_config, parse_config
 from rlsys.config.keys import Key, all_keys, suggestion
+from rlsys.config.other_names import OTHER_NAMES
 from rlsys.errors import ConfigError
 
 SMALLEST = {"run": {"dir": "d"}, "model": {"from_scratch": {}}, "task": {"type": "letter_count"}}
@@ -85,6 +88,8 @@ def test_keys_of_alternatives_name_the_alternative() -> None:
         ),
         ("search.nodes.mine.tagg", "did you mean search.nodes.NAME.tag? `rlsys keys` shows all"),
         ("train.max_step", "did you mean train.max_steps? `rlsys keys` shows all"),
+        ("train.num_generations", "did you mean train.group_size? `rlsys keys` shows all"),
+        ("grpo.beta", "did you mean objective.kl.weight or objective.preference.beta? `rlsys keys` shows all"),
         ("trains", "did you mean train? `rlsys keys` shows all"),
         (
             "max_steps",
@@ -110,3 +115,10 @@ def test_an_unknown_key_of_an_alternative_is_named_as_in_the_file() -> None:
         ConfigError, match=r"^f: search\.selection\.form: unknown key; it belongs to another search\.sel"
     ):
         parse_config({**SMALLEST, "search": {"selection": selection}}, "f")
+
+
+def test_names_of_other_systems_lead_to_keys_and_are_on_their_page() -> None:
+    assert set(OTHER_NAMES.values()) <= {key.name for key in all_keys()}
+    page = (Path(__file__).parents[3] / "docs" / "other_names.md").read_text(encoding="utf-8")
+    rows = [re.findall("`(.+?)`", line) for line in page.splitlines() if line.startswith("| `")]
+    assert {name: key for key, *names in rows for name in names} == OTHER_NAMES

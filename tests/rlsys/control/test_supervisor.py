@@ -327,6 +327,32 @@ def test_replacements_that_never_start_end_the_run_however_slowly_they_fail() ->
     run(test)
 
 
+def test_actors_that_do_not_start_again_end_no_run_while_another_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlsys.control.supervisor.RETRY_S", 0.001)
+
+    async def test(world: World) -> None:
+        async with world.fleet(count=4, max_restarts=4) as fleet:
+            gone = {1, 2, 3}
+
+            async def starting(process: Process) -> None:
+                process.error = EngineError("its node is gone") if process.number in gone else None
+
+            world.starting = starting  # type: ignore[method-assign]
+            for number in sorted(gone):
+                world.processes[number].kill()
+            while min(sum(each.number == number for each in world.processes) for number in gone) < 8:
+                assert await fleet.generate(1, [prompt("a")], SETTINGS) == [("a", 0, 0)]
+                await asyncio.sleep(0.001)
+            assert "actor 3 did not start and is tried again in 0 s: its node is gone" in world.said
+            gone.clear()
+            while fleet.states() != [SERVING] * 4:
+                await asyncio.sleep(0.001)
+            world.processes[0].kill()  # one loss more than these three, which is within the budget
+            assert len(await fleet.generate(0, [prompt("a")], SETTINGS)) == 1
+
+    run(test)
+
+
 def test_a_stale_actor_is_watched_too() -> None:
     async def test(world: World) -> None:
         async with world.fleet(count=1) as fleet:

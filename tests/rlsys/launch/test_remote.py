@@ -294,6 +294,12 @@ def test_a_rank_that_does_not_answer_in_time_is_a_lost_learner() -> None:
         asyncio.run(learner_of(silent, timeout_s=0.05).save(Path("folder")))
 
 
+def test_a_rank_that_does_not_start_in_time_is_a_lost_learner() -> None:
+    learner = learner_of(Rank(place=Future()), start_timeout_s=0.05)
+    with pytest.raises(LearnerLostError, match=r"did not answer within learner.start_timeout_s = 0.05 s"):
+        asyncio.run(learner.start_stage("online", Path("policy"), None, None))
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [

@@ -28,6 +28,17 @@ def test_changed_fields_are_listed(tmp_path: Path) -> None:
     assert start(tmp_path, config()).changed == ()
 
 
+def test_the_config_before_a_change_is_kept(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    before = (tmp_path / "config.yaml").read_text(encoding="utf-8")
+    for max_steps in (80, 500, 600):  # the first is no change, and nothing is trained between the others
+        beginning = start(tmp_path, config(train={"max_steps": max_steps}))
+        beginning.prepare_directory(tmp_path)
+        (tmp_path / "config.yaml").write_text(dump_config(config(train={"max_steps": max_steps})), encoding="utf-8")
+        assert len(list(tmp_path.glob("config.*_000002.yaml"))) == (max_steps > 80)
+    assert (tmp_path / "config.until_000002.yaml").read_text(encoding="utf-8") == before
+
+
 @pytest.mark.parametrize(
     ("changes", "field", "expected", "found"),
     [

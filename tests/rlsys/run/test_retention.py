@@ -40,9 +40,10 @@ def test_last_best_regular_and_pinned_checkpoints_stay(tmp_path: Path) -> None:
         if version == 6:
             (tmp_path / "step_000006.pinned").touch()
     assert versions(store) == [3, 5, 6, 10, 11, 12]
+    assert store.earlier_best() == (tmp_path / "step_000003", 0.9)
     commit(store, 13, 0.9)  # as good as version 3, and newer
     assert versions(store) == [5, 6, 10, 12, 13]
-    assert store.latest() == tmp_path / "step_000013"
+    assert store.latest() == tmp_path / "step_000013" and store.earlier_best() is None
 
 
 def test_the_smallest_score_may_be_the_best_and_none_at_all_keeps_none(tmp_path: Path) -> None:
