@@ -27,7 +27,8 @@ from learners.forward import ForwardPasses
 from learners.objective.logprobs import masked_token_logprobs
 from learners.samples.batching import split_updates
 from learners.samples.build import StepTerms, build_samples, count_dropped_step_pairs
-from learners.samples.types import PackItem, lacks_old_logprobs, with_old_logprobs
+from learners.samples.signal import policy_changes_weights
+from learners.samples.types import PackItem, Sample, lacks_old_logprobs, with_old_logprobs
 from learners.scoring import RankScorer
 from learners.settings import RankSettings
 from learners.step_metrics import StepMetrics
@@ -235,22 +236,26 @@ class LearnerRank:
         ]
         if "policy" in weights and self.settings.objective.policy.decoupled:
             # In the first update, the current policy is the old policy. Later updates need its log-probabilities.
-            updates[1:] = [self._with_old_logprobs(items) for items in updates[1:]]
+            updates[1:] = [self._with_old_logprobs(items, weights) for items in updates[1:]]
         return updates
 
-    def _with_old_logprobs(self, items: list[PackItem]) -> list[PackItem]:
-        """Return items in which every sample of the policy term has old log-probabilities.
+    def _with_old_logprobs(self, items: list[PackItem], weights: dict[str, float]) -> list[PackItem]:
+        """Return items in which every sample with a gradient of the policy term has old log-probabilities.
 
         Missing values come from the current policy.
         """
-        missing = [sample for item in items for sample in item.samples if lacks_old_logprobs(sample)]
+
+        def lacks(sample: Sample) -> bool:
+            trained = policy_changes_weights(sample, weights, self.settings.objective)
+            return trained and lacks_old_logprobs(sample)
+
+        missing = [sample for item in items for sample in item.samples if lacks(sample)]
         old = iter(self.scorer.old_logprobs(missing))
         return [
             replace(
                 item,
                 samples=tuple(
-                    with_old_logprobs(sample, next(old)) if lacks_old_logprobs(sample) else sample
-                    for sample in item.samples
+                    with_old_logprobs(sample, next(old)) if lacks(sample) else sample for sample in item.samples
                 ),
             )
             for item in items

@@ -150,7 +150,8 @@ class StepMetrics:
         metrics["learner/tokens"] = sums["real"]
         if sums["padded"]:
             metrics["learner/padding_share"] = 1 - sums["real"] / sums["padded"]
-        metrics |= self._all_reduce(self._maxima, dist.ReduceOp.MAX) if self._maxima else {}
+        maxima = self._all_reduce(self._maxima, dist.ReduceOp.MAX) if self._maxima else {}
+        metrics |= maxima if counts.get("policy") else {}
         if not metrics.get("learner/importance_max"):  # ratios are positive, so 0 means that there were none
             for name in IMPORTANCE:
                 metrics.pop(name, None)

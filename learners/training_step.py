@@ -14,6 +14,7 @@ from learners.objective.joint import joint_loss, total_loss, weigh_items
 from learners.objective.losses import LossOutput, value_loss
 from learners.samples.batching import MicroBatch
 from learners.samples.build import critic_items, without_policy
+from learners.samples.signal import changes_weights
 from learners.samples.types import PackItem
 from learners.settings import RankSettings
 from learners.step_metrics import StepMetrics, summed_gradient_norm
@@ -86,7 +87,10 @@ class TrainingStep:
             items = without_policy(items)
         items = [item for item in items if any(sample.targets.any() for sample in item.samples)]
         if items:
-            self._policy_gradient(items, context)
+            objective = self.settings.objective
+            trained = [item for item in items if changes_weights(item, self.weights, objective)]
+            self.metrics.note("learner/left_out_share", 1 - len(trained) / len(items))
+            self._policy_gradient(trained, context)  # without any, its gradient is 0 and AdamW moves on
             updated["learner/grad_norm"] = self.policy
         fault("learner.update", **context.fault_tags)
         for model in updated.values():

@@ -139,13 +139,19 @@ _SPECS = (
     MetricSpec(
         "learner/kl", "nats", "KL divergence from the reference policy per token, estimated by objective.kl.estimator"
     ),
+    MetricSpec(
+        "learner/left_out_share",
+        "share",
+        "share of the policy's samples and pairs without a gradient, such as those of groups with equal rewards; they "
+        "are not passed through the model, and count in denominators alone",
+    ),
     MetricSpec("learner/entropy", "nats", "mean entropy of the policy on trained tokens"),
     MetricSpec("learner/grad_norm", "1", "global gradient norm before clipping, mean over the updates"),
     MetricSpec("learner/clip_low_fraction", "share", "share of the trained tokens whose ratio was clipped from below"),
     MetricSpec("learner/clip_high_fraction", "share", "share of the trained tokens whose ratio was clipped from above"),
     MetricSpec("learner/ratio_max", "1", "largest probability ratio of a trained token"),
     MetricSpec("learner/learning_rate", "1", "learning rate of the policy, mean over the step's updates"),
-    MetricSpec("learner/tokens", "tokens", "tokens of the step's rows, prompts included"),
+    MetricSpec("learner/tokens", "tokens", "tokens of the samples that were trained, prompts included"),
     MetricSpec("learner/tokens_per_s", "tokens/s", "tokens without padding per second of learning, all ranks", True),
     MetricSpec("learner/updates", "updates", "optimizer updates of the step"),
     MetricSpec(

@@ -51,7 +51,7 @@ def run_config(model: Path, *, critic: bool) -> dict[str, Any]:
         "learner": {"ranks": 1, "zero_stage": 3 if critic else 2},
         "objective": {
             # Every completion is cut off and so has a negative reward, which the critic learns.
-            "policy": {"estimator": "gae" if critic else "grpo", "overlong_buffer": 16},
+            "policy": {"estimator": "gae" if critic else "grpo", "overlong_buffer": 16, "entropy_coef": 1e-3},
             "value": {"weight": 0.5 if critic else 0.0},
             "sft": {"weight": 1.0, "source": "demonstrations", "rows_per_step": 8},
         },

@@ -134,6 +134,54 @@ def test_an_update_without_targets_is_not_made() -> None:
         assert torch.equal(rank.policy.vector(), before)
 
 
+EQUAL = group(trajectory([1, 2, 9, 4], [0, 0, 1, 1], 1.0), trajectory([1, 2, 8, 5], [0, 0, 1, 1], 1.0))
+NO_KL = {"policy": {"estimator": "grpo"}}
+
+
+@pytest.mark.parametrize(
+    ("objective", "left_out"),
+    [
+        (NO_KL, 1 / 3),
+        ({"policy": {"estimator": "dr_grpo", "surrogate": "cispo", "aggregation": "constant"}}, 1 / 3),
+        ({**NO_KL, "kl": {"weight": 0.1, "in_reward": True}}, 0.0),
+        ({**NO_KL, "kl": {"weight": 0.1}}, 0.0),
+        ({"policy": {"estimator": "grpo", "entropy_coef": 0.1}}, 0.0),
+        ({"policy": {"estimator": "gae"}, "value": {"weight": 1.0}}, 0.0),
+    ],
+    ids=["grpo", "cispo", "kl in the reward", "kl", "entropy", "gae"],
+)
+@pytest.mark.parametrize("updates", [1, 2])
+def test_samples_without_a_gradient_are_left_out_and_change_nothing(
+    objective: dict[str, Any], left_out: float, updates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = TrainingBatch(groups=(*sampled(2), EQUAL, EQUAL))
+    vectors, tokens, norms = [], [], []
+    for everything_is_trained in (False, True):
+        if everything_is_trained:
+            monkeypatch.setattr("learners.training_step.changes_weights", lambda *_: True)
+            monkeypatch.setattr("learners.rank.policy_changes_weights", lambda *_: True)
+        rank = plain_rank(objective, updates=updates)
+        metrics = rank.train(batch, 0, 1)
+        vectors.append(rank.policy.vector())
+        tokens.append(metrics["learner/tokens"])
+        norms.append([metrics["learner/grad_norm"], metrics["objective/policy_denominator"], metrics["learner/loss"]])
+        if not everything_is_trained:
+            assert metrics["learner/left_out_share"] == pytest.approx(left_out)
+    torch.testing.assert_close(vectors[0], vectors[1], rtol=1e-6, atol=1e-7)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    assert (tokens[0] < tokens[1]) == bool(left_out)
+
+
+def test_an_update_without_any_gradient_is_made_as_one_with_a_gradient_of_0() -> None:
+    rank = plain_rank(NO_KL)
+    before = rank.policy.vector()
+    metrics = rank.train(TrainingBatch(groups=(EQUAL, EQUAL)), 0, 1)
+    assert (metrics["learner/updates"], rank.policy.updates, metrics["learner/grad_norm"]) == (1, 1, 0)
+    assert (metrics["learner/left_out_share"], metrics["learner/tokens"]) == (1, 0)
+    assert "learner/entropy" not in metrics
+    assert torch.equal(rank.policy.vector(), before)  # of plain gradient descent
+
+
 @pytest.mark.parametrize("spoilt", ["policy", "critic"])
 def test_no_model_is_updated_if_one_of_them_is_not_finite(spoilt: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rank = plain_rank(EVERY_TERM)
