@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
+SHARED_SETTINGS = ("temperature", "top_p", "stop_token_ids", "logprobs", "prompt_logprobs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,7 +301,7 @@ class Engine:
         return completion
 
     def _start(self, name: str, token_ids: Sequence[int] | Int32Array, settings: Any, pending: _Pending) -> None:
-        """Give a request to the engine. InputError: it refuses a setting, which all requests share."""
+        """Give a request to the engine. InputError: it refuses a setting that all requests share."""
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
 
@@ -309,7 +310,7 @@ class Engine:
         try:
             self._engine.add_request(request_id, self._prompt(token_ids), SamplingParams(**settings))
         except (ValueError, VLLMClientError) as error:  # for example longer than max_model_len
-            if getattr(error, "parameter", None) in settings:
+            if getattr(error, "parameter", None) in SHARED_SETTINGS:
                 raise InputError(f"the engine refuses the sampling settings or end tokens: {error}") from error
             _fail([pending.future], RolloutError(f"request {name} was refused: {error}"))
         else:

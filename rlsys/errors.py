@@ -8,8 +8,12 @@ from __future__ import annotations
 import re
 
 MAX_CAUSE = 1000  # characters of the message of an exception
-PASSING = re.compile("memory|alloc|cuda|nccl|gloo|connection|socket|peer|time ?out|timed out", re.IGNORECASE)
+_TRANSIENT = re.compile("memory|alloc|cuda|nccl|gloo|connection|socket|peer|time ?out|timed out", re.IGNORECASE)
 """Words in the messages of exceptions that may not come again: of memory, devices and connections."""
+_TRANSIENT_TYPES = re.compile(r"(OS|Memory|EOF|Connection|Timeout|BrokenPipe|FileNotFound|Permission)\w*Error")
+_CERTAIN_TYPES = re.compile(r"(Index|Key|Type|Assertion|Attribute|ZeroDivision|NotImplemented)Error")
+"""Types of exceptions of a program or its input, whatever words they contain."""
+_DEVICE_ASSERTION = "device-side assert"  # that an index is in bounds, for example
 
 
 class RlsysError(Exception):
@@ -41,15 +45,15 @@ class EngineError(RlsysError):
 
 
 class RaisedError(EngineError):
-    """Exception of a living process that computed something. The same computation would raise it again.
+    """Exception of a computation. The same computation in another process would raise it again.
 
-    The message ends with " failed: " and the exception.
+    Attributes:
+        exception: the exception in one line, without the name of the process.
     """
 
-    @property
-    def exception(self) -> str:
-        """The exception, without the name of the process."""
-        return self.message.partition(" failed: ")[2]
+    def __init__(self, message: str, exception: str = "") -> None:
+        super().__init__(message)
+        self.exception = exception or message
 
 
 class ProcessDiedError(EngineError):
@@ -103,7 +107,23 @@ def failed(who: str, error: BaseException) -> EngineError:
         who: name of the process.
         error: the exception.
     """
-    text = " ".join(str(error).split())[:MAX_CAUSE]
-    name = type(error).__name__
-    passes = isinstance(error, OSError | MemoryError | EOFError) or PASSING.search(f"{name} {text}")
-    return (EngineError if passes else RaisedError)(f"{who} failed: {name}: {text}")
+    if isinstance(error, OSError | MemoryError | EOFError):
+        return EngineError(f"{who} failed: {_line(error)}")
+    return raised(f"{who} failed", _line(error))
+
+
+def raised(beginning: str, exception: str) -> EngineError:
+    """Return the error for an exception: a RaisedError, or an EngineError if the exception may not come again.
+
+    Args:
+        beginning: the beginning of the message.
+        exception: type and text of the exception.
+    """
+    message, name = f"{beginning}: {exception}", exception.partition(":")[0]
+    certain = _CERTAIN_TYPES.search(name) or _DEVICE_ASSERTION in exception
+    transient = _TRANSIENT_TYPES.search(name) or _TRANSIENT.search(exception)
+    return RaisedError(message, exception) if certain or not transient else EngineError(message)
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:MAX_CAUSE]}"

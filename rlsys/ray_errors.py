@@ -14,7 +14,7 @@ from ray.exceptions import (
 )
 
 from rlsys import errors
-from rlsys.errors import MAX_CAUSE, EngineError, ProcessDiedError, RlsysError, failed
+from rlsys.errors import MAX_CAUSE, EngineError, ProcessDiedError, RaisedError, RlsysError, failed, raised
 
 
 def translated(error: RayError, who: str) -> RlsysError:
@@ -52,11 +52,15 @@ def death(text: str, who: str) -> RlsysError:
         who: name of the process in the message.
     """
     lines = [line for line in text.splitlines() if line.strip()]
-    raised = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b")
-    starts = [number for number, line in enumerate(lines) if number and raised.match(line)] or [len(lines) - 1]
+    exception = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b")
+    starts = [number for number, line in enumerate(lines) if number and exception.match(line)] or [len(lines) - 1]
     cause = _line(" ".join(lines[starts[-1] :]))
     name, _, message = cause.partition(": ")
     kind = getattr(errors, name.removeprefix("rlsys.errors."), None) if name.startswith("rlsys.errors.") else None
+    if isinstance(kind, type) and issubclass(kind, RaisedError):
+        return kind(f"{who}: {message}", message)
     if isinstance(kind, type) and issubclass(kind, RlsysError):
         return kind(f"{who}: {message}")
+    if "creation task" in text:
+        return raised(f"{who} did not start", cause)
     return ProcessDiedError(f"{who} died: {cause}")

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 from rlsys.control.actor_slots import ActorHandle, ActorSlot, ActorState, WatchedHandle
 from rlsys.control.budgets import causes
 from rlsys.control.publisher import LostActorError, Publisher
-from rlsys.control.supervisor import ActorSupervisor
+from rlsys.control.supervisor import ActorSupervisor, same_exception
 from rlsys.control.watchdog import WatchClock
-from rlsys.errors import EngineError, RaisedError, RlsysError, TooManyFailuresError
+from rlsys.errors import EngineError, RlsysError, TooManyFailuresError
 from rlsys.interfaces import CheckAck, EngineStats, WeightTransfer
 from rlsys.trees import Role, Tree, TreeFailure
 from rlsys.types import (
@@ -168,7 +168,7 @@ class Fleet:
                 return result
             except LostActorError:
                 losses.append(slot.cause or EngineError(""))
-                if len(losses) == MAX_LOST_BY_ONE_CALL or _same_exception(losses[-2:]):
+                if len(losses) == MAX_LOST_BY_ONE_CALL or same_exception(losses[-2:]):
                     raise TooManyFailuresError(
                         f"{description}: {len(losses)} actors were lost during this call; "
                         f"{causes(losses[0].message, losses[-1].message)}"
@@ -236,12 +236,6 @@ class Fleet:
     async def withdraw(self) -> None:
         """Stop serving until the next publish, because the learner that made the present weights is lost."""
         await self._publisher.withdraw()
-
-
-def _same_exception(losses: Sequence[RlsysError]) -> bool:
-    """Return whether two processes raised the same exception, which a third one would raise too."""
-    raised = [loss.exception for loss in losses if isinstance(loss, RaisedError)]
-    return len(raised) == 2 and raised[0] == raised[1]
 
 
 def _names(prompts: Sequence[Prompt]) -> str:

@@ -125,7 +125,7 @@ class LearnerGroup:
             return first
         error = min(errors, key=lambda each: (not isinstance(each, ProcessDiedError), isinstance(each, ROLLED_BACK)))
         if isinstance(error, RaisedError):
-            return LearnerRaisedError(error.message)
+            return LearnerRaisedError(error.message, error.exception)
         if isinstance(error, EngineError):
             return LearnerLostError(error.message)
         return LearnerLostError(f"one rank rolled back and another did not: {error}") if rolled_back else error

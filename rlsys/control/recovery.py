@@ -127,5 +127,6 @@ class Recovery:
             return
         if last.exception == before.exception:
             raise LearnerRaisedError(
-                f"{last.message}; the same happened before the restart, so the learner is not started again"
+                f"{last.message}; the same happened before the restart, so the learner is not started again",
+                last.exception,
             ) from None

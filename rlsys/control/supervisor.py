@@ -17,6 +17,7 @@ from rlsys.errors import (
     AuxiliaryEngineLostError,
     EngineError,
     LearnerLostError,
+    RaisedError,
     RlsysError,
     TooManyFailuresError,
     WeightSyncError,
@@ -28,6 +29,12 @@ MAX_FAILED_STARTS = 5  # so many replacements in a row that do not start end the
 RETRY_S = 60.0  # between two starts of an actor that does not start while others are up, as when its node is gone
 
 log = logging.getLogger(__name__)
+
+
+def same_exception(losses: Sequence[RlsysError]) -> bool:
+    """Return whether two processes raised the same exception, which a third one would raise too."""
+    raised = [loss.exception for loss in losses if isinstance(loss, RaisedError)]
+    return len(raised) == 2 and raised[0] == raised[1]
 
 
 class WeightSource(Protocol):
@@ -53,7 +60,7 @@ class LossBudget:
     limit: int
     clock: WatchClock
     _losses: deque[tuple[float, RlsysError]] = field(default_factory=deque)
-    _failed_starts: list[str] = field(default_factory=list)
+    _failed_starts: list[RlsysError] = field(default_factory=list)
 
     def lose(self, cause: RlsysError) -> RlsysError | None:
         """Count a loss and return the error that ends the run, if there were too many."""
@@ -69,16 +76,17 @@ class LossBudget:
         text = f"{count} actors were lost within an hour, more than actors.max_restarts = {self.limit}"
         return TooManyFailuresError(f"{text}; {causes(first.message, cause.message)}")
 
-    def fail_start(self, reason: str) -> RlsysError | None:
+    def fail_start(self, cause: RlsysError) -> RlsysError | None:
         """Count a failed start and return the error that ends the run, if there were too many in a row.
 
-        A start may take minutes, which is too long for the limit of losses within an hour.
+        A start may take minutes, which is too long for the limit of losses within an hour. Two starts that raise the
+        same exception are enough.
         """
-        self._failed_starts.append(reason)
-        if len(self._failed_starts) != MAX_FAILED_STARTS:
+        self._failed_starts.append(cause)
+        if len(self._failed_starts) < MAX_FAILED_STARTS and not same_exception(self._failed_starts[-2:]):
             return None
-        why = causes(self._failed_starts[0], self._failed_starts[-1])
-        return TooManyFailuresError(f"{MAX_FAILED_STARTS} actors in a row did not start again; {why}")
+        why = causes(self._failed_starts[0].message, cause.message)
+        return TooManyFailuresError(f"{len(self._failed_starts)} actors in a row did not start again; {why}")
 
     def started(self) -> None:
         """Note that a replacement started."""
@@ -264,7 +272,7 @@ class ActorSupervisor:
     def _fail_start(self, slot: ActorSlot) -> None:
         if self._any_up():
             return
-        if error := self._budget.fail_start(slot.cause.message if slot.cause else ""):
+        if slot.cause and (error := self._budget.fail_start(slot.cause)):
             self.fail(error)
 
     def _new_slot(self, number: int, attempt: int) -> ActorSlot:

@@ -22,7 +22,12 @@ CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _OWN_TOKEN = secrets.token_hex(32)
 CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 10.0
 # Ray ends a process that cannot reach a cluster, after minutes. So another process asks.
-_ASK = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1]).internal_kv_keys(b'', timeout=5)"
+_QUESTION = """
+import sys
+from ray._raylet import GcsClient
+print("asking", flush=True)
+GcsClient(address=sys.argv[1]).internal_kv_keys(b'', timeout=5)
+"""
 
 
 def check_address(address: str) -> None:
@@ -53,7 +58,7 @@ def check_address(address: str) -> None:
             f"expected the environment variable {MODE}=token, here and where the cluster is started, found "
             f"{mode or 'none'}"
         )
-    if not _on_loopback(address) and os.environ.get(CLUSTER, "0").lower() in ("0", "false"):
+    if not _on_loopback(_found(address)) and os.environ.get(CLUSTER, "0").lower() in ("0", "false"):
         raise ConfigError(
             f"run.address {address}: expected the environment variable {CLUSTER}=1, with which Ray uses this machine's "
             "address in the network instead of 127.0.0.1"
@@ -65,39 +70,69 @@ def check_address(address: str) -> None:
 
 def _on_loopback(address: str) -> bool:
     host = address.rpartition(":")[0].strip("[]")
-    return address == "auto" or host in ("localhost", "::1") or host.startswith("127.")
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _found(address: str) -> str:
+    """Return run.address, or the address that Ray finds for `auto`: of RAY_ADDRESS, or of a cluster of this machine."""
+    if address != "auto":
+        return address
+    from ray._private.services import find_gcs_addresses, get_ray_address_from_environment
+
+    known = get_ray_address_from_environment("auto", None) or "auto"
+    if known != "auto":
+        return str(known)
+    running = sorted(find_gcs_addresses())
+    if len(running) != 1:
+        raise ConfigError(
+            f"run.address auto: expected one Ray cluster on this machine, found {', '.join(running) or 'none'}; "
+            "write its HOST:PORT"
+        )
+    return str(running[0])
 
 
 def check_answer(address: str) -> None:
-    """Raise if no Ray cluster answers at run.address. `local` and `auto`, a cluster of this machine, are not asked.
+    """Raise if no Ray cluster answers at run.address. `local` is not asked.
 
     Raises:
         ConfigError: the address is not HOST:PORT; nothing or something else listens there; the token is refused.
     """
-    if address in ("local", "auto"):
+    if address == "local":
         return
+    address, written = _found(address), address
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in host:
         raise ConfigError(
             f"run.address {address}: expected local, auto or HOST:PORT of `ray start --head`, as in 10.0.0.1:6379"
         )
+    where = f"run.address {address}" if written == address else f"run.address {written} is {address}"
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         reason = str(error.strerror or error) if isinstance(error, OSError) else "no such port"
-        raise ConfigError(f"run.address {address}: nothing answers there: {reason}") from None
-    ask = [sys.executable, "-c", _ASK, address]
-    try:
-        answer = subprocess.run(ask, capture_output=True, text=True, timeout=ANSWER_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise ConfigError(
-            f"run.address {address}: what listens there does not answer as the head of Ray does"
-        ) from None
-    if "Auth" in answer.stderr and answer.returncode:
-        raise ConfigError(f"run.address {address}: the cluster refuses Ray's token: use the one it was started with")
-    if answer.returncode:
-        reason = (answer.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ConfigError(f"run.address {address}: no Ray cluster can be joined there: {reason}")
+        raise ConfigError(f"{where}: nothing answers there: {reason}") from None
+    code, answer = _ask(address)
+    if code is None:
+        raise ConfigError(f"{where}: what listens there does not answer as the head of Ray does")
+    if "Auth" in answer and code:
+        raise ConfigError(f"{where}: the cluster refuses Ray's token: use the one it was started with")
+    if code:
+        reason = (answer.strip().splitlines() or ["no reason given"])[-1]
+        raise ConfigError(f"{where}: no Ray cluster can be joined there: {reason}")
+
+
+def _ask(address: str) -> tuple[int | None, str]:
+    """Ask a cluster for something in another process; return its exit status and errors, or None without an answer."""
+    command = [sys.executable, "-c", _QUESTION, address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as asking:
+        assert asking.stdout is not None  # noqa: S101 - a pipe
+        asking.stdout.readline()  # Ray is imported, which takes its time on a busy machine
+        try:
+            errors = asking.communicate(timeout=ANSWER_TIMEOUT_S)[1]
+        except subprocess.TimeoutExpired:
+            asking.kill()
+            return None, ""
+    return asking.returncode, errors
 
 
 def close_local_ray() -> None:

@@ -30,6 +30,19 @@ def test_an_exception_of_a_computation_would_come_again(error: Exception) -> Non
 @pytest.mark.parametrize(
     "error",
     [
+        IndexError("index out of range in memory of peers"),
+        TypeError("got an unexpected keyword argument 'socket'"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+    ],
+    ids=repr,
+)
+def test_words_of_a_device_do_not_excuse_a_fault_of_the_input(error: Exception) -> None:
+    assert type(failed("learner rank 0", error)) is RaisedError
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
         MemoryError(),
         OSError(28, "No space left on device"),
         ConnectionResetError("reset"),
@@ -51,5 +64,5 @@ def test_the_message_is_one_line_of_limited_length() -> None:
 
 
 def test_the_exception_crosses_a_process_boundary() -> None:
-    error = pickle.loads(pickle.dumps(LearnerRaisedError("learner rank 0 failed: KeyError: 7")))
+    error = pickle.loads(pickle.dumps(LearnerRaisedError("learner rank 0 failed: KeyError: 7", "KeyError: 7")))
     assert (type(error), error.exception) == (LearnerRaisedError, "KeyError: 7")

@@ -205,8 +205,21 @@ def test_a_call_that_breaks_every_actor_ends_the_run_and_names_its_prompts() -> 
     ("errors", "kind", "message", "lost"),
     [
         # Two processes raised the same exception: a third one would raise it too.
-        ([RaisedError("actor {} failed: KeyError: 7")] * 9, TooManyFailuresError, "2 actors .*KeyError: 7", 2),
-        ([RaisedError("actor 0 failed: KeyError: 7"), RaisedError("actor 1 failed: KeyError: 8")], None, "", 2),
+        (
+            [RaisedError("actor {} failed: KeyError: 7", "KeyError: 7")] * 9,
+            TooManyFailuresError,
+            "2 actors .*KeyError: 7",
+            2,
+        ),
+        (
+            [
+                RaisedError("actor 0 failed: KeyError: 7", "KeyError: 7"),
+                RaisedError("actor 1 failed: KeyError: 8", "KeyError: 8"),
+            ],
+            None,
+            "",
+            2,
+        ),
         ([EngineError("actor 0 died"), EngineError("actor 0 died")], None, "", 2),
         ([InputError("the engine refuses temperature 3")], InputError, "^the engine refuses temperature 3$", 0),
     ],
@@ -227,7 +240,10 @@ def test_a_call_that_fails_for_certain_is_not_repeated(
                     if not waiting:
                         return await whole(*arguments)
                     error = waiting.pop(0)
-                    raise type(error)(error.message.format(process.number))
+                    raise type(error)(
+                        error.message.format(process.number),
+                        *([error.exception] if isinstance(error, RaisedError) else []),
+                    )
 
                 process.generate = generate  # type: ignore[method-assign]
 

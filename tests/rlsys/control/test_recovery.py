@@ -149,7 +149,7 @@ def test_a_checkpoint_between_two_losses_resets_the_count() -> None:
 
 
 def raised(rank: int, exception: str) -> LearnerRaisedError:
-    return LearnerRaisedError(f"learner rank {rank} failed: {exception}")
+    return LearnerRaisedError(f"learner rank {rank} failed: {exception}", exception)
 
 
 def test_the_same_exception_twice_in_a_row_ends_the_run() -> None:

@@ -15,6 +15,7 @@ from rlsys.control.supervisor import LOSSES_WITHIN_S
 from rlsys.errors import (
     ConfigError,
     EngineError,
+    RaisedError,
     TooManyFailuresError,
 )
 
@@ -323,6 +324,22 @@ def test_replacements_that_never_start_end_the_run_however_slowly_they_fail() ->
             message = "5 actors in a row did not start again; the first: attempt 1 did not .*; the last: attempt 5 did"
             with pytest.raises(TooManyFailuresError, match=message):
                 await fleet.generate(0, [prompt("a")], SETTINGS)
+
+    run(test)
+
+
+def test_a_start_that_raises_the_same_exception_again_is_not_repeated() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet(count=1, max_restarts=100) as fleet:
+
+            async def starting(process: Process) -> None:
+                process.error = RaisedError(f"actor 0 did not start ({process.attempt}): KeyError: 7", "KeyError: 7")
+
+            world.starting = starting  # type: ignore[method-assign]
+            world.processes[0].kill()
+            with pytest.raises(TooManyFailuresError, match=r"2 actors in a row did not start again; .*\(2\): KeyError"):
+                await fleet.generate(0, [prompt("a")], SETTINGS)
+            assert len(world.processes) <= 4
 
     run(test)
 

@@ -127,8 +127,12 @@ def test_a_cluster_beyond_loopback_needs_the_address_of_this_machine(monkeypatch
     monkeypatch.setenv(access.MODE, "token")
     monkeypatch.setenv(access.TOKEN, "secret")
     monkeypatch.setenv(access.CLUSTER, "0")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     for loopback in ("127.0.0.1:6379", "localhost:6379", "[::1]:6379", "auto"):
         access.check_address(loopback)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(ConfigError, match=r"^run.address auto: expected the environment variable"):
+        access.check_address("auto")
     with pytest.raises(ConfigError, match="expected the environment variable RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1"):
         access.check_address("10.0.0.1:6379")
     monkeypatch.setenv(access.CLUSTER, "1")
@@ -141,12 +145,16 @@ def test_an_address_of_another_form_is_refused(address: str) -> None:
         access.check_answer(address)
 
 
-def test_an_address_where_nothing_answers_is_refused_at_once() -> None:
+def test_an_address_where_nothing_answers_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
     with pytest.raises(ConfigError) as caught:
         access.check_answer(address)
     assert caught.value.message == f"run.address {address}: nothing answers there: Connection refused"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError) as caught:
+        access.check_answer("auto")
+    assert caught.value.message == f"run.address auto is {address}: nothing answers there: Connection refused"
     for wrong in ("no-such-host.invalid:6379", "127.0.0.1:99999"):
         with pytest.raises(ConfigError, match="nothing answers there"):
             access.check_answer(wrong)

@@ -31,7 +31,8 @@ from rlsys.errors import (
     RlsysError,
 )
 from rlsys.launch import remote
-from rlsys.launch.remote import RayActor, RayLearner, answer
+from rlsys.launch.remote import RayActor, RayLearner, RayRank, answer
+from rlsys.launch.start import start_rank
 from rlsys.ray_errors import death
 from rlsys.trees import TreeFailure
 from rlsys.types import RolloutFailure, SamplingSettings, TrainingBatch, WeightManifest, WeightOffer
@@ -60,8 +61,8 @@ The actor is dead because its worker process has died. Worker exit type: SYSTEM_
 
 def test_a_failed_init_tells_its_cause() -> None:
     error = death(IN_INIT + "ValueError: no kernel for head size 7\n", "actor 0")
-    assert type(error) is ProcessDiedError
-    assert error.message == "actor 0 died: ValueError: no kernel for head size 7"
+    assert type(error) is RaisedError
+    assert error.message == "actor 0 did not start: ValueError: no kernel for head size 7"
 
 
 def test_an_error_of_rlsys_in_init_keeps_its_type() -> None:
@@ -72,7 +73,10 @@ def test_an_error_of_rlsys_in_init_keeps_its_type() -> None:
 
 def test_a_message_of_several_lines_becomes_one() -> None:
     error = death(IN_INIT + "torch.OutOfMemoryError: CUDA out of memory.\nTried to allocate 2 GiB.\n", "actor 0")
-    assert error.message == "actor 0 died: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."
+    assert error.message == (
+        "actor 0 did not start: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."
+    )
+    assert not isinstance(error, RaisedError)  # the memory may be free later
 
 
 def test_a_killed_process() -> None:
@@ -252,6 +256,35 @@ class Rank:
             return type("Pending", (), {"future": lambda _: value})() if isinstance(value, Future) else Reference(value)
 
         return type("Method", (), {"remote": staticmethod(remote)})()
+
+
+def test_calls_of_a_rank_carry_no_order_and_nothing_cancels_a_call_that_ray_may_not_have_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: dict[str, Any] = {}
+
+    class Kind:
+        def options(self, **options: Any) -> Kind:
+            given.update(options)
+            return self
+
+        def remote(self, *_arguments: Any) -> None: ...
+
+    monkeypatch.setattr(ray, "remote", lambda **_options: lambda _kind: Kind())
+    start_rank(object, {"num_cpus": 1})
+    assert given["allow_out_of_order_execution"] is True
+
+    monkeypatch.setattr(ray, "cancel", lambda *_: pytest.fail("a call was cancelled"))
+    silent = RayRank(Rank(progress=Future(), train=Future()), CONFIG, "learner rank 0")
+
+    async def cancelled(call: Any) -> None:
+        task = asyncio.ensure_future(call)
+        await asyncio.sleep(0.01)
+        task.cancel()
+        assert isinstance((await asyncio.gather(task, return_exceptions=True))[0], asyncio.CancelledError)
+
+    asyncio.run(cancelled(silent.progress(5.0)))
+    asyncio.run(cancelled(silent.call("train")))
 
 
 def learner_of(*ranks: Rank, **settings: float) -> RayLearner:
