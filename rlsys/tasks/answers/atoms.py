@@ -17,6 +17,7 @@ MAX_EXPONENT = 5000
 _ARC = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "cot": "arccot", "sec": "arcsec", "csc": "arccsc"}
 _ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _LIST_FUNCTIONS = frozenset({"gcd", "lcm", "max", "min"})
+_PLAIN_FRACTION = re.compile(r"\\frac\s*(?:\d|\{\s*\d+\s*\})\s*(?:\d|\{\s*\d+\s*\})")
 _CLOSING = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", "⌊": "⌋", "⌈": "⌉", "|": "|"}
 
 
@@ -90,20 +91,12 @@ class Atoms(Cursor, ABC):
         if len(token.text) > MAX_DIGITS:
             raise UnreadableError(f"a number with more than {MAX_DIGITS} digits")
         value = read_decimal(token.text)
-        following = self.next
-        if token.text.isdigit() and following.kind == "command" and following.text == "frac":
-            return self._maybe_mixed(value)
+        # 1\frac{1}{2} is the sum 3/2; a fraction with other content is a factor or a unit.
+        is_fraction = self.next.kind == "command" and _PLAIN_FRACTION.match(self.text, self.next.start)
+        if token.text.isdigit() and is_fraction:
+            self.take()
+            return self._mixed(value, self.group(), self.group())
         return value
-
-    def _maybe_mixed(self, whole: Expr) -> Expr:
-        """Read 1\\frac{1}{2} as the sum 3/2. A fraction with other content is a factor."""
-        start, tokens = self.place, list(self.tokens)
-        self.take()
-        above, below = self.group(), self.group()
-        if above.op == below.op == "number" and above.step is None and below.step is None:
-            return self._mixed(whole, above, below)
-        self.place, self.tokens = start, tokens
-        return whole
 
     def _mixed(self, whole: Expr, above: Expr, below: Expr) -> Expr:
         if not 0 < above.value < below.value:

@@ -73,6 +73,8 @@ class Cursor:
             if token.kind == "number" and before.text not in ("^", "{", "-"):
                 stop = token.start
                 break
+            if token.text == "-" and before.text in ("^", "{"):
+                continue
             if token.kind == "sign" and token.text in (",", ";", "=", "or", "and", ")", "]", r"\}", "≈", "+", "-"):
                 stop = token.start
                 break

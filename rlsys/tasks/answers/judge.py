@@ -18,7 +18,7 @@ from typing import Literal
 
 from rlsys.tasks.answers import symbolic
 from rlsys.tasks.answers.compare import Comparison, Rules
-from rlsys.tasks.answers.expressions import UndecidableError, UnreadableError, Value, Words
+from rlsys.tasks.answers.expressions import Based, UndecidableError, UnreadableError, Value, Words
 from rlsys.tasks.answers.extraction import Extracted, find_answer
 from rlsys.tasks.answers.lexer import FUNCTIONS
 from rlsys.tasks.answers.normalise import normalise
@@ -81,6 +81,10 @@ class Judge:
         if choice_letter(texts[0]) and chosen_letter(texts[1]):
             return _CORRECT if choice_letter(texts[0]) == chosen_letter(texts[1]) else _wrong("another choice")
         reference_value, answer_value = _read(reference), _read(answer.text)
+        if (
+            isinstance(reference_value, Based) and not isinstance(answer_value, Based) and texts[1].isalnum()
+        ):  # digits without a base
+            answer_value = Based(texts[1].upper().lstrip("0") or "0", reference_value.base)
         is_prose = isinstance(answer_value, str) and (answer.alone or _WORD.search(texts[1]) is not None)
         if isinstance(answer_value, Words):
             is_prose = not _is_text(reference_value) or (answer.alone and len(answer_value.text.split()) > _NAME_WORDS)

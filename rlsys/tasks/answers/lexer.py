@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlsys.tasks.answers.expressions import UnreadableError, names_of
+from rlsys.tasks.answers.normalise import SIGNS
 from rlsys.tasks.answers.units import CURRENCIES, GLUED_UNITS
 
 MAX_TOKENS = 400
@@ -23,12 +24,6 @@ _GREEK = frozenset(
         "chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar"
     )
 )
-_SIGNS = {
-    "times": "*", "cdot": "*", "div": "/", "le": "≤", "ge": "≥", "ne": "≠", "lt": "<", "gt": ">", "approx": "≈",
-    "in": "∈", "cup": "∪", "cap": "∩", "setminus": "∖", "backslash": "∖", "pm": "±", "mp": "∓", "equiv": "≡",
-    "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈", "rceil": "⌉", "langle": "⟨", "rangle": "⟩", "colon": ":",
-    "lor": "or", "vee": "or", "land": "and", "wedge": "and", "mod": "mod", "bmod": "mod", "pmod": "mod", "sim": "≈",
-}  # fmt: skip
 _COMMANDS = frozenset(names_of("frac sqrt binom choose over infty pi emptyset mathbb prime"))
 _TOKEN = re.compile(
     r"(?P<space>\s+)"
@@ -44,10 +39,11 @@ _TOKEN = re.compile(
     r"|(?P<other>\*\*|.)",
     re.DOTALL,
 )
-_RELATIONS = {"<=": "≤", "=<": "≤", ">=": "≥", "!=": "≠", "==": "="}
-_OPERATORS = frozenset("+-*/^!|()[]{},;:=<>%°_&'." + CURRENCIES + "¢Ω")
+_RENAMED = {"<=": "≤", "=<": "≤", ">=": "≥", "!=": "≠", "==": "=", "**": "^", "&": "and"}
+_OPERATORS = frozenset("+-*/^!|()[]{},;:=<>%_'." + SIGNS + CURRENCIES + "¢Ω")
 _GROUPED = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!\d|,\d)")
-ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+_SHORT_WORDS = frozenset(names_of("am an as at be by do go he hi if in is it me my no of oh ok on or so to up us we"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +95,8 @@ def _read(match: re.Match[str], spaced: bool, before: Sequence[Token]) -> list[T
         return [_read_command(match["command"], start, end, spaced)]
     if kind == "letters":
         return _read_letters(text, start, spaced, before)
-    sign = _RELATIONS.get(text, "^" if text == "**" else text)
-    if sign not in _OPERATORS and sign not in ("≤", "≥", "≠"):
+    sign = _RENAMED.get(text, text)
+    if sign not in _OPERATORS and sign != "and":
         raise UnreadableError(f"the character {text!r}")
     return [Token("sign", sign, start, end, spaced)]
 
@@ -114,8 +110,6 @@ def _read_based(text: str, start: int, end: int, spaced: bool) -> list[Token]:
 
 
 def _read_command(name: str, start: int, end: int, spaced: bool) -> Token:
-    if name in _SIGNS:
-        return Token("sign", _SIGNS[name], start, end, spaced)
     if name in FUNCTIONS:
         return Token("function", name, start, end, spaced)
     if name in _GREEK:
@@ -144,7 +138,7 @@ def _read_letters(text: str, start: int, spaced: bool, before: Sequence[Token]) 
             kind = "command" if name == "pi" else "function"
             middle = start + len(name)
             return [Token(kind, name, start, middle, spaced), *_symbols(text[len(name) :], middle)]
-    if len(text) > 3 or (spaced and after_number and len(text) == 3 and _is_wordlike(text)):
+    if len(text) > 3 or (spaced and after_number and len(text) == 3 and is_wordlike(text)):
         return [Token("word", text, start, end, spaced)]
     return _symbols(text, start, spaced)
 
@@ -156,9 +150,10 @@ def _symbols(text: str, start: int, spaced: bool = False) -> list[Token]:
     ]
 
 
-def _is_wordlike(text: str) -> bool:
-    """Return whether three letters are a word rather than a product: a vowel, and not three letters in sequence."""
-    return bool(set(text.lower()) & set("aeiou")) and text.lower() not in ALPHABET
+def is_wordlike(text: str) -> bool:
+    """Return whether two or three letters are a word rather than a product: a vowel, and not letters in sequence."""
+    lower = text.lower()
+    return lower in _SHORT_WORDS or (len(text) == 3 and bool(set(lower) & set("aeiou")) and lower not in _ALPHABET)
 
 
 def join_thousands(text: str) -> str:
@@ -175,6 +170,9 @@ def join_thousands(text: str) -> str:
         return match[0].replace(",", "") if bracket == 0 or bracket in spaced_brackets else match[0]
 
     text = re.sub(r"(?<![\d.])\d{1,3}(?:\.\d{3})+,\d+(?![\d.,])", _european, text)
+    text = re.sub(
+        r"(?<![\w.])\d{1,3}(?:(?:'\d{3})+|(?:[._]\d{3}){2,})(?![\w.])", lambda m: re.sub(r"\D", "", m[0]), text
+    )
     return re.sub(
         r"(?<![\d.,])(?<!\d )\d{1,3}(?: \d{3})+(?![\d,/])(?! \d)",
         lambda match: match[0].replace(" ", ""),

@@ -17,8 +17,6 @@ from rlsys.tasks.answers.expressions import (
     apply,
 )
 
-ListValues = list[Value] | dict[str, Value]
-
 _FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
 # Points at which two equations must have the same ratio.
 _MIN_POINTS = 3
@@ -79,22 +77,28 @@ def end_of_chain(relation: Relation, same: Callable[[Value, Value], bool]) -> Va
     return sides[-1]
 
 
-def values_of_list(sequence: Sequence) -> ListValues:
-    """Return the items of a list. Assignments of different names give a mapping, of the same name their values.
+def rounded_value(value: Value) -> Value | None:
+    """Return 1.41 for "≈ 1.41" and "x ≈ 1.41"; None for others."""
+    is_rounded = isinstance(value, Relation) and value.signs == ("≈",) and _name(value.sides[0]) is not None
+    return value.sides[1] if is_rounded and isinstance(value, Relation) else None
 
-    "n = 2, 3, 4" is a list of three values.
+
+def named_values(sequence: Sequence) -> tuple[tuple[str, ...], list[Value]]:
+    """Return the names of the unknowns of a list, and its values, in the order of several names.
+
+    "n = 2, 3, 4" is a list of three values of n.
     """
     items = list(sequence.items)
     pairs = [assigned(item) for item in items]
-    if items and pairs[0] is not None and not any(isinstance(item, Relation) for item in items[1:]):
-        return [pairs[0][1], *items[1:]]
-    named = [pair for pair in pairs if pair is not None]
-    if not items or len(named) < len(items):
-        return items
-    names = [name for name, _ in named]
-    if len(set(names)) == 1:
-        return [value for _, value in named]
-    return dict(named) if len(set(names)) == len(names) else items
+    if items and pairs[0] and not any(isinstance(item, Relation) for item in items[1:]):
+        return (pairs[0][0],), [pairs[0][1], *items[1:]]
+    named = [pair for pair in pairs if pair]
+    names = {name for name, _ in named}
+    if not items or len(named) < len(items) or 1 < len(names) < len(named):
+        return (), items
+    return tuple(sorted(names)), [
+        value for _, value in (sorted(named, key=lambda pair: pair[0]) if len(names) > 1 else named)
+    ]
 
 
 def same_relation(reference: Relation, answer: Relation) -> bool | None:

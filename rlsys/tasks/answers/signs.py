@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from itertools import product
 
 from rlsys.tasks.answers.expressions import Expr, Relation, Sequence, UndecidableError, Value, apply
@@ -10,13 +11,11 @@ from rlsys.tasks.answers.relations import assigned
 
 
 def spread_signs(value: Value) -> Value:
-    """Return an expression with plus-minus signs as the list of its values."""
+    """Return an expression or a tuple with plus-minus signs as the list of its values."""
     if isinstance(value, Expr):
-        values = _alternatives(value)
-        return value if len(values) == 1 else Sequence("", tuple(values), "or")
-    if isinstance(value, Relation) and any(
-        isinstance(side, Expr) and len(_alternatives(side)) > 1 for side in value.sides
-    ):
+        values = _alternatives((value,))
+        return value if len(values) == 1 else Sequence("", tuple(row[0] for row in values), "or")
+    if isinstance(value, Relation) and any(isinstance(side, Expr) and _signs((side,)) for side in value.sides):
         name = assigned(value)
         return spread_signs(name[1]) if name else value
     if isinstance(value, Sequence) and value.brackets in ("", "{}"):
@@ -25,19 +24,26 @@ def spread_signs(value: Value) -> Value:
             spread = spread_signs(item)
             items.extend(spread.items if spread != item and isinstance(spread, Sequence) else [spread])
         return Sequence(value.brackets, tuple(items), value.joiner)
+    if isinstance(value, Sequence) and value.brackets == "()":
+        parts = tuple(item for item in value.items if isinstance(item, Expr))
+        signs = _signs(parts)
+        if len(parts) == len(value.items) and (len(signs) == 1 or "minus_plus" in signs):
+            return Sequence("", tuple(Sequence("()", row) for row in _alternatives(parts)))
     return value
 
 
-def _alternatives(expr: Expr) -> list[Expr]:
+def _signs(parts: Items[Expr]) -> list[str]:
+    return [node.op for part in parts for node in part.walk() if node.op in ("plus_minus", "minus_plus")]
+
+
+def _alternatives(parts: Items[Expr]) -> list[tuple[Expr, ...]]:
     """Return the expressions for all choices of signs. Signs are coupled if a minus-plus sign is among them."""
-    nodes = [node.op for node in expr.walk() if node.op in ("plus_minus", "minus_plus")]
-    if not nodes:
-        return [expr]
-    if len(nodes) > 4:
+    count = len(_signs(parts))
+    if count > 4:
         raise UndecidableError("more than 4 plus-minus signs")
-    coupled = "minus_plus" in nodes
-    rows = [(first,) * len(nodes) for first in (1, -1)] if coupled else list(product((1, -1), repeat=len(nodes)))
-    return [_chosen(expr, iter(row)) for row in rows]
+    coupled = "minus_plus" in _signs(parts)
+    rows = [(sign,) * count for sign in (1, -1)] if coupled else product((1, -1), repeat=count)
+    return [tuple(_chosen(part, signs) for part in parts) for signs in map(iter, rows)]
 
 
 def _chosen(expr: Expr, signs: Iterator[int]) -> Expr:
