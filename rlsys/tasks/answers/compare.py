@@ -97,7 +97,9 @@ class Comparison:
         """Compare equations, inequalities and memberships."""
         if not isinstance(reference, Relation) and not isinstance(answer, Relation):
             return None
-        rounded = relations.rounded_value(answer)
+        exact, rounded = relations.rounded_value(reference), relations.rounded_value(answer)
+        if exact is not None:
+            return self.same(exact, answer if rounded is None else rounded)
         if rounded is not None and isinstance(reference, Expr) and decimal_of(reference):
             return self.same(reference, rounded)
         left, right = (relations.assigned(value) for value in (reference, answer))
@@ -374,8 +376,14 @@ def _is_at_most_one(amount: Expr) -> bool:
 
 
 def _glued(answer: Value) -> Value:
-    """Return "500g" as an amount with a unit rather than a product."""
-    if isinstance(answer, Expr) and answer.op == "multiply" and answer.args[1].name in SYMBOL_UNITS:
-        unit = read_unit(answer.args[1].name, nouns=False)
-        return Quantity(answer.args[0], unit) if unit else answer
-    return answer
+    """Return "500g" or "5m/s" as an amount with a unit rather than a product."""
+    amount, text = answer, ""
+    while isinstance(amount, Expr) and amount.op in ("multiply", "divide"):
+        base, exponent = amount.args[1], ""
+        if base.op == "power" and base.args[1].op == "number":
+            base, exponent = base.args[0], f"^{base.args[1].value}"
+        if base.name not in SYMBOL_UNITS:
+            break
+        amount, text = amount.args[0], f"{' ' if amount.op == 'multiply' else '/'}{base.name}{exponent}{text}"
+    unit = read_unit(text, nouns=False) if text else None
+    return Quantity(amount, unit) if isinstance(amount, Expr) and unit else answer

@@ -73,8 +73,9 @@ def _inside_tag(text: str) -> str:
     if boxed is not None:
         answer, start, end = boxed
         return answer if _WORDS_AROUND.fullmatch(text[:start] + text[end:]) else text
-    match = _LEAD_IN.match(peel(text))
-    rest = peel(text)[match.end() :].strip() if match else ""
+    marked = peel(text).lstrip("*_# ")
+    match = _LEAD_IN.match(marked)
+    rest = _balanced(marked[match.end() :]) if match else ""
     return rest or text
 
 

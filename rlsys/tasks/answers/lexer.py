@@ -35,7 +35,7 @@ _TOKEN = re.compile(
     r"|(?P<brace>\\[{}])"
     r"|\\(?P<command>[a-zA-Z]+)"
     r"|(?P<letters>[a-zA-Z]+(?:'(?!s\b)[a-zA-Z]+)?)"
-    r"|(?P<relation><=|>=|!=|==|=<|->)"
+    r"|(?P<relation><=|>=|(?<![\d)}])!=|==|=<|->)"
     r"|(?P<other>\*\*|.)",
     re.DOTALL,
 )
@@ -122,7 +122,7 @@ def _read_command(name: str, start: int, end: int, spaced: bool) -> Token:
 def _read_letters(text: str, start: int, spaced: bool, before: Sequence[Token]) -> list[Token]:
     """Split letters into names of functions and constants, and single symbols. Words stay whole."""
     end = start + len(text)
-    after_number = bool(before) and before[-1].kind != "sign"
+    after_number = bool(before) and (before[-1].kind != "sign" or before[-1].text in ("}", ")"))
     if text in ("and", "or", "mod", "modulo"):
         return [Token("sign", text[:3], start, end, spaced)]
     if text.lower() in ("infinity", "inf", "oo") and text != "OO":

@@ -61,7 +61,7 @@ _RENAMED: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ..
             r"\\begin\s*\{((?:align|equation|gather|split|cases)[a-z]*\*?)\}(.*?)\\end\s*\{\1\}",
             lambda match: _one_line(match[2]),
         ),
-        (r"(=[^\n,;]*[^\n,;\s])\s*\n\s*(?=[a-zA-Z]\s*=)", r"\1, "),
+        (r"(=[^\n,;]*[^\n,;\s])\s*(?:\n|\\\\)\s*(?=[a-zA-Z]\s*=)", r"\1, "),
         (r"<(b|i|u|em|strong|span|code|p)>(.*?)</\1>", r" \2 "),
         (r"<su([pb])>([^<>]*)</su\1>", lambda match: f"{'^' if match[1] == 'p' else '_'}{{{match[2]}}}"),
         (r"(?<=\.)(\d*)\\(?:bar|dot|overline)\s*(?:\{\s*(\d+)\s*\}|(\d))", r"\1\\overline{\2\3}"),

@@ -33,7 +33,7 @@ NUMBER_WORDS = frozenset({*CARDINALS, *SCALES, *_PARTS})
 _CARDINAL = "|".join(sorted({*CARDINALS, *SCALES}, key=len, reverse=True))
 _NUMBER = rf"(?:(?:{_CARDINAL})(?:(?:(?<=hundred|housand|million)\s+and)?[\s-]+(?=(?:{_CARDINAL})\b)|\b))+"
 _LEADING = re.compile(
-    rf"(?:half\s+an?\s+(?P<halved>{'|'.join(SCALES)})\b"
+    rf"(?:half\s+an?\s+(?P<halved>{'|'.join(SCALES)})\b|(?P<half>half)(?:\s+an?\b|\Z)"
     rf"|(?:(?P<count>{_NUMBER})|an?\b)[\s-]+(?P<part>{'|'.join(_PARTS)})\b"
     rf"|(?P<whole>{_NUMBER}|(?=an?\s+(?:{'|'.join(SCALES)})\b)an?\s+{_NUMBER})(?P<and_half>\s+and\s+a\s+half\b)?)",
     re.IGNORECASE,
@@ -47,6 +47,8 @@ def with_digits(text: str) -> str:
         return text
     if match["halved"]:
         value = Fraction(SCALES[match["halved"].lower()], 2)
+    elif match["half"]:
+        value = Fraction(1, 2)
     elif match["part"]:
         value = Fraction(_cardinal(match["count"] or "one") or 0, _PARTS[match["part"].lower()])
     else:

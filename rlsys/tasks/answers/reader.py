@@ -50,7 +50,7 @@ _CURRENCY_NAME = re.compile(r"(?i)\A(us\$|usd|eur|gbp|inr|jpy|rs)\.?\s*(?=-?[\d.
 _LABEL = re.compile(
     r"((?:m\s*)?\\(?:angle|triangle)\s*[A-Z]{1,4}|\|?[A-Z]{2,4}\|?|\[[A-Z]{3,5}\]|[PE]\s*\([^()]*\)"
     r"|[f-hp-rt-wA-Z](?:_\w|'{1,3})?\s*\(\s*-?\w+\s*\)|\\frac\s*\{\s*d\w?\s*\}\s*\{\s*d\w\s*\}"
-    r"|(?P<words>[A-Za-z][a-z]{2,}(?: [A-Za-z]+){0,4}))"
+    r"|[a-zA-Z](?=\s+is\b)|(?:[Tt]he )?(?P<words>[A-Za-z][a-z]{2,}(?: [A-Za-z]+){0,4}))"
     r"\s*(?:=(?!=)|\bis\b)\s*(?=\S)"
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cmp_to_key
+from functools import cmp_to_key, reduce
 from typing import Any
 
 from rlsys.tasks.answers import numeric
@@ -80,10 +80,11 @@ def _joined(joiner: str, sets: list[RealSet]) -> RealSet | None:
     variables = {one.variable for one in sets if one.variable}
     if len(variables) > 1:
         return None
-    result = sets[0]
-    for other in sets[1:]:
-        result = _unite(result, other) if joiner == "or" else _intersect(result, other)
-    return None if result in sets else RealSet(result.intervals, next(iter(variables), ""))
+    join = _unite if joiner == "or" else _intersect
+    result = reduce(join, sets)
+    if any(reduce(join, sets[:place] + sets[place + 1 :]) == result for place in range(len(sets)) if len(sets) > 1):
+        return None
+    return RealSet(result.intervals, next(iter(variables), ""))
 
 
 def _of_union(union: Union) -> RealSet | None:

@@ -187,7 +187,7 @@ def _read_formula(plain: str) -> Words | None:
 def _formula(plain: str) -> str | None:
     """Return the canonical form of a chemical formula: two elements, an element with two letters, or a count."""
     squeezed = re.sub(r"[\s_{}]", "", plain)
-    if len(squeezed) < 2 or not _FORMULA.fullmatch(squeezed):
+    if len(squeezed) < 2 or not _FORMULA.fullmatch(squeezed) or re.fullmatch(r"[0-9A-F]+_\{?1[1-6]\}?", plain):
         return None
     if re.search(r"\)\(|\A\(", squeezed):
         return None  # a product of brackets, or the letter of a choice

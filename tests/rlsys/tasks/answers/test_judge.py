@@ -121,6 +121,7 @@ PLACES = [
     ("a lead-in", "The answer is 18. It is the sum.", 1, True),
     ("a lead-in", "The correct answer is 18 dollars.", 1, True),
     ("a lead-in", "*Answer:* 18", 1, True),
+    ("a lead-in in a tag", "<answer>**Answer:** 18</answer>", 1, True),
     ("an equation after so", "So x = 18", 1, True),
     ("the last lead-in", "The answer is 18. Wait. The answer is 17.", 0, True),
     ("a lead-in with two answers", "The answer is 18 or 19.", 0, True),
