@@ -63,7 +63,7 @@ class Cursor:
         if not token.spaced or token.text not in SYMBOL_UNITS or not self.place:
             return False
         before = self.tokens[self.place - 1]
-        numeric = before.kind in ("number", "mixed", "repeating") or before.text in ("}", ")", "pi")
+        numeric = before.kind in ("number", "repeating") or before.text in ("}", ")", "pi")
         return numeric and read_unit(self.rest(), nouns=False) is not None
 
     def rest(self) -> str:

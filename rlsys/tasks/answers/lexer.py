@@ -29,7 +29,6 @@ _TOKEN = re.compile(
     r"(?P<space>\s+)"
     r"|(?P<matrix>\\begin\s*\{[a-zA-Z]*(?:matrix|array)\}.*?\\end\s*\{[a-zA-Z]*(?:matrix|array)\})"
     r"|(?P<based>[0-9A-F]+\s*_\s*(?:\d+|\{\s*\d+\s*\}))"
-    r"|(?P<mixed>(?<![\d.,/^])\d+\s+\d+\s*/\s*\d+(?![\d.]))"
     r"|(?P<repeating>\d*\.\d*\\overline\s*\{\d+\}|\d*\.\d*\(\d+\))"
     r"|(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?![\d.a-zA-Z]))?|\d+\.(?!\d))"
     r"|(?P<brace>\\[{}])"
@@ -42,6 +41,10 @@ _TOKEN = re.compile(
 _RENAMED = {"<=": "≤", "=<": "≤", ">=": "≥", "!=": "≠", "==": "=", "**": "^", "&": "and"}
 _OPERATORS = frozenset("+-*/^!|()[]{},;:=<>%_'." + SIGNS + CURRENCIES + "¢Ω")
 _GROUPED = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!\d|,\d)")
+_MARKED_GROUPS = re.compile(
+    r"(?<![\w.])\d{1,3}(?:(?:'\d{3})+|(?:[._]\d{3}){2,})(?![\w.])"
+    r"|(?<![\d.,])(?<!\d )\d{1,3}(?: \d{3})+(?![\d,/])(?! \d)"
+)
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 _SHORT_WORDS = frozenset(names_of("am an as at be by do go he hi if in is it me my no of oh ok on or so to up us we"))
 
@@ -51,7 +54,7 @@ class Token:
     """A token.
 
     Attributes:
-        kind: "number", "mixed", "repeating", "based", "symbol", "function", "word", "matrix", "command" or "sign".
+        kind: "number", "repeating", "based", "symbol", "function", "word", "matrix", "command" or "sign".
         start: Position in the text.
         spaced: Whether white space stands before it.
     """
@@ -87,7 +90,7 @@ def _read(match: re.Match[str], spaced: bool, before: Sequence[Token]) -> list[T
     start, end = match.span()
     if kind == "brace":
         return [Token("sign", text, start, end, spaced)]
-    if kind in ("matrix", "mixed", "repeating", "number"):
+    if kind in ("matrix", "repeating", "number"):
         return [Token(kind, text, start, end, spaced)]
     if kind == "based":
         return _read_based(text, start, end, spaced)
@@ -156,8 +159,8 @@ def is_wordlike(text: str) -> bool:
     return lower in _SHORT_WORDS or (len(text) == 3 and bool(set(lower) & set("aeiou")) and lower not in _ALPHABET)
 
 
-def join_thousands(text: str) -> str:
-    """Remove the separators of thousands: "1,234" and "1 234" outside brackets, and not in "(1,234)".
+def join_numbers(text: str) -> str:
+    """Remove the separators of thousands, as in "1,234" and "1 234" but not in "(1,234)", and mark mixed numbers.
 
     Inside brackets, a comma separates items unless another comma of the same brackets has a space after it.
     """
@@ -165,19 +168,13 @@ def join_thousands(text: str) -> str:
     spaced_brackets = {depths[place] for place in commas if text[place + 1 : place + 2] == " "}
 
     def joined(match: re.Match[str]) -> str:
-        place = match.start() + match[0].index(",")
-        bracket = depths[place]
+        bracket = depths[match.start() + match[0].index(",")]
         return match[0].replace(",", "") if bracket == 0 or bracket in spaced_brackets else match[0]
 
+    text = _GROUPED.sub(joined, text) if commas else text
     text = re.sub(r"(?<![\d.])\d{1,3}(?:\.\d{3})+,\d+(?![\d.,])", _european, text)
-    text = re.sub(
-        r"(?<![\w.])\d{1,3}(?:(?:'\d{3})+|(?:[._]\d{3}){2,})(?![\w.])", lambda m: re.sub(r"\D", "", m[0]), text
-    )
-    return re.sub(
-        r"(?<![\d.,])(?<!\d )\d{1,3}(?: \d{3})+(?![\d,/])(?! \d)",
-        lambda match: match[0].replace(" ", ""),
-        _GROUPED.sub(joined, text) if "," in text else text,
-    )
+    text = _MARKED_GROUPS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
+    return re.sub(r"(?<![\d.,/^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}", text)
 
 
 def _european(match: re.Match[str]) -> str:

@@ -71,6 +71,7 @@ _RENAMED: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ..
         (r"\\mathbb\s*R", r"\\mathbb{R}"),
         (r"\\([a-zA-Z]+)", lambda match: _COMMANDS.get(match[1], match[0])),
         (r"(?<=[)\]}])\s*U\s*(?=[(\[{\\])", "∪"),
+        (r"\.\.\.+", r"\\ldots "),
         (r"\+\s?/\s?-", "±"),
         (r"(?<=[\d }])per cent\b", "percent"),
         (r"\\([%#&_])", r"\1"),

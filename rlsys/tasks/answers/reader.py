@@ -24,7 +24,7 @@ from rlsys.tasks.answers.expressions import (
     symbol,
 )
 from rlsys.tasks.answers.grammar import Grammar
-from rlsys.tasks.answers.lexer import Token, join_thousands, tokens_of
+from rlsys.tasks.answers.lexer import Token, join_numbers, tokens_of
 from rlsys.tasks.answers.normalise import normalise
 from rlsys.tasks.answers.number_words import CARDINALS, with_digits
 from rlsys.tasks.answers.units import CURRENCIES, NO_NOUNS, read_unit
@@ -117,7 +117,7 @@ def _read_mathematics(plain: str) -> Value:
             return read_based(f"{(based['digits'] or based['rest']).upper()}_{CARDINALS.get(base, base)}")
     plain = _without_dollars(plain)
     plain = re.sub(r"(?<=[a-zA-Z])\s+in\s+(?=[(\[{\\])", "∈", plain)
-    plain = join_thousands(plain)
+    plain = join_numbers(plain)
     reader = _Reader(plain, tokens_of(plain))
     return reader.whole()
 
@@ -280,7 +280,7 @@ class _Reader(Grammar):
         start, stop = self.next.start, self.next.end
         while not self._at_end():
             previous = self.tokens[self.place - 1]
-            if self.next.kind in ("number", "mixed") and previous.text not in ("^", "-", "{"):
+            if self.next.kind == "number" and previous.text not in ("^", "-", "{"):
                 break
             stop = self.take().end
             if self.next.kind == "sign" and self.next.text == "}" and "{" in self.text[start:stop]:
