@@ -28,7 +28,6 @@ from rlsys.tasks.answers.expressions import (
 )
 from rlsys.tasks.answers.reader import as_product
 from rlsys.tasks.answers.sets import real_set
-from rlsys.tasks.answers.signs import spread_signs
 from rlsys.tasks.answers.units import SYMBOL_UNITS, read_unit, same_dimension
 from rlsys.tasks.answers.words import same_words
 
@@ -64,7 +63,7 @@ class Comparison:
         Raises:
             UndecidableError: the values cannot be compared.
         """
-        reference, answer = spread_signs(reference), spread_signs(answer)
+        reference, answer = relations.spread_signs(reference), relations.spread_signs(answer)
         for layer in (self._same_words, self._same_relation, self._same_collection, self._same_quantity):
             verdict = layer(reference, answer)
             if verdict is not None:

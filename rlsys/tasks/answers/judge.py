@@ -29,7 +29,7 @@ from rlsys.types import Verdict
 Strictness = Literal["text", "value", "lenient"]
 
 _CORRECT = Verdict(outcome="ok", reward=1.0, answered=True)
-_SHOWN_CHARS = 60
+_SHOWN_CHARS = 80
 # A whole completion with more words is prose rather than a name.
 _NAME_WORDS = 4
 _WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{'|'.join(FUNCTIONS)})(?![a-zA-Z]))[a-zA-Z]{{3,}}")
@@ -89,7 +89,7 @@ class Judge:
         if isinstance(answer_value, Words):
             is_prose = not _is_text(reference_value) or (answer.alone and len(answer_value.text.split()) > _NAME_WORDS)
         if is_prose:
-            return _no_answer(f"{_shown(answer.text)} is not an answer alone")
+            return _no_answer(f"{shortened(answer.text)!r} is not an answer alone")
         return self._valued(reference_value, answer_value, texts)
 
     def _valued(self, reference: Value | str, answer: Value | str, texts: tuple[str, str]) -> Verdict:
@@ -145,9 +145,10 @@ def _is_text(value: Value | str) -> bool:
     return isinstance(value, str | Words)
 
 
-def _shown(text: str) -> str:
-    shortened = " ".join(text.split())
-    return repr(shortened if len(shortened) <= _SHOWN_CHARS else shortened[: _SHOWN_CHARS - 1] + "…")
+def shortened(text: str) -> str:
+    """Return the beginning of a text on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN_CHARS else f"{line[: _SHOWN_CHARS - 1]}…"
 
 
 def _wrong(detail: str) -> Verdict:

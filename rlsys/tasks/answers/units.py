@@ -12,68 +12,30 @@ from rlsys.tasks.answers.number_words import NUMBER_WORDS
 # Base unit, or the units it consists of, and for each unit its factor and its names. Names of at most two letters are
 # case-sensitive.
 _TABLE: dict[str, dict[str, str]] = {
-    "metre": {
-        "1": "m meter metre",
-        "1/10": "dm decimeter decimetre",
-        "1/100": "cm centimeter centimetre",
-        "1/1000": "mm millimeter millimetre",
-        "1000": "km kilometer kilometre",
-        "127/5000": "in inch inches",
-        "381/1250": "ft foot feet",
-        "1143/1250": "yd yard",
-        "201168/125": "mi mile",
-    },
-    "second": {
-        "1": "s sec secs second",
-        "1/1000": "ms millisecond",
-        "60": "min mins minute",
-        "3600": "h hr hrs hour",
-        "86400": "day",
-        "604800": "week",
-    },
+    "metre": {"1": "m meter metre", "127/5000": "in inch inches", "381/1250": "ft foot feet", "1143/1250": "yd yard",
+              "201168/125": "mi mile"},
+    "second": {"1": "s sec secs second", "60": "min mins minute", "3600": "h hr hrs hour", "86400": "day",
+               "604800": "week"},
     "month": {"1": "month", "12": "yr yrs year"},
-    "gram": {
-        "1": "g gram gramme",
-        "1/1000": "mg milligram",
-        "1000": "kg kgs kilogram kilo",
-        "1000000": "tonne",
-        "45359237/100000": "lb lbs pound",
-        "45359237/1600000": "oz ounce",
-    },
-    "dm^3": {
-        "1": "L l liter litre",
-        "1/1000": "ml mL milliliter millilitre",
-        "1/100": "cl centiliter centilitre",
-        "473176473/1000000000": "pint",
-        "473176473/500000000": "quart",
-        "473176473/125000000": "gal gallon",
-    },
+    "gram": {"1": "g gram gramme", "1000": "kgs kilo", "1000000": "tonne", "45359237/100000": "lb lbs pound",
+             "45359237/1600000": "oz ounce"},
+    "dm^3": {"1": "L l liter litre", "473176473/1000000000": "pint", "473176473/500000000": "quart",
+             "473176473/125000000": "gal gallon"},
     "dollar": {"1": "$ dollar usd buck", "1/100": "cent ¢"},
-    "euro": {"1": "€ euro eur"},
-    "british pound": {"1": "£ gbp"},
-    "rupee": {"1": "₹ rupee inr rs"},
+    "euro": {"1": "€ euro eur"}, "british pound": {"1": "£ gbp"}, "rupee": {"1": "₹ rupee inr rs"},
     "yen": {"1": "¥ yen jpy"},
-    "degree": {"1": "° degree deg"},
-    "radian": {"1": "rad radian"},
-    "celsius": {"1": "degC celsius"},
-    "fahrenheit": {"1": "degF fahrenheit"},
-    "kelvin": {"1": "K kelvin"},
-    "kg*m/s^2": {"1": "N newton"},
-    "N*m": {"1": "J joule", "1000": "kJ kilojoule"},
-    "J/s": {"1": "W watt", "1000": "kW kilowatt"},
-    "N/m^2": {"1": "Pa pascal", "1000": "kPa kilopascal"},
-    "s^-1": {"1": "Hz hertz", "1000": "kHz kilohertz", "1000000": "MHz megahertz"},
-    "volt": {"1": "V volt"},
-    "ampere": {"1": "A amp ampere"},
-    "ohm": {"1": "Ω ohm"},
-    "mole": {"1": "mol mole"},
-    "unit": {"1": "unit"},
-    "mi/h": {"1": "mph"},
-    "km/h": {"1": "kmh kph kmph"},
-    "ft/s": {"1": "fps"},
-    "cm^3": {"1": "cc"},
+    "degree": {"1": "° degree deg"}, "radian": {"1": "rad radian"},
+    "celsius": {"1": "degC celsius"}, "fahrenheit": {"1": "degF fahrenheit"}, "kelvin": {"1": "K kelvin"},
+    "kg*m/s^2": {"1": "N newton"}, "N*m": {"1": "J joule"}, "J/s": {"1": "W watt"}, "N/m^2": {"1": "Pa pascal"},
+    "s^-1": {"1": "Hz hertz"}, "volt": {"1": "V volt"}, "ampere": {"1": "A amp ampere"}, "ohm": {"1": "Ω ohm"},
+    "mole": {"1": "mol mole"}, "unit": {"1": "unit"},
+    "mi/h": {"1": "mph"}, "km/h": {"1": "kmh kph kmph"}, "ft/s": {"1": "fps"}, "cm^3": {"1": "cc"},
     "ft^2": {"1": "sqft"},
-}
+}  # fmt: skip
+_PREFIXES = {"k kilo": "1000", "M mega": "1000000", "d deci": "1/10", "c centi": "1/100", "m milli": "1/1000"}
+_PREFIXED = names_of(
+    "m meter metre s second g gram gramme L l liter litre N newton J joule W watt Pa pascal Hz hertz V volt A ampere"
+)
 CURRENCIES = "$€£₹¥"
 GLUED_UNITS = frozenset(
     names_of(
@@ -172,8 +134,11 @@ def _fill() -> None:
     for base, factors in _TABLE.items():
         whole = _read_known(base) or Unit(((base, 1),))
         for factor, names in factors.items():
-            unit = Unit(whole.dimension, whole.factor * Fraction(factor))
-            _UNITS.update(dict.fromkeys(names.split(), unit))
+            for name in names.split():
+                _UNITS[name] = Unit(whole.dimension, whole.factor * Fraction(factor))
+                for prefix, power in _PREFIXES.items() if name in _PREFIXED else ():
+                    spelled = prefix.split()[len(name) > 2] + name
+                    _UNITS[spelled] = Unit(whole.dimension, whole.factor * Fraction(factor) * Fraction(power))
 
 
 _fill()
