@@ -87,7 +87,7 @@ def _rephrased(plain: str) -> str:
 
 
 def _read_labelled(plain: str) -> Relation | None:
-    """Read "f(2) = 5", "AB = 5" or "Area = 5": an equation with a name on its left that is more than a symbol."""
+    """Read an equation with more than a symbol as the name on its left, such as "f(2) = 5" or "Area = 5"."""
     match = _LABEL.match(plain)
     if match is None or not NO_NOUNS.isdisjoint((match["words"] or "").lower().split()):
         return None

@@ -14,8 +14,8 @@ from rlsys.tasks.answers.number_words import NUMBER_WORDS
 _TABLE: dict[str, dict[str, str]] = {
     "metre": {"1": "m meter metre", "127/5000": "in inch inches", "381/1250": "ft foot feet", "1143/1250": "yd yard",
               "201168/125": "mi mile"},
-    "second": {"1": "s sec secs second", "60": "min mins minute", "3600": "h hr hrs hour", "86400": "day",
-               "604800": "week"},
+    "second": {"1": "s sec secs second", "1/1000": "ms millisecond", "60": "min mins minute", "3600": "h hr hrs hour",
+               "86400": "day", "604800": "week"},
     "month": {"1": "month", "12": "yr yrs year"},
     "gram": {"1": "g gram gramme", "1000": "kgs kilo", "1000000": "tonne", "45359237/100000": "lb lbs pound",
              "45359237/1600000": "oz ounce"},
@@ -34,7 +34,7 @@ _TABLE: dict[str, dict[str, str]] = {
 }  # fmt: skip
 _PREFIXES = {"k kilo": "1000", "M mega": "1000000", "d deci": "1/10", "c centi": "1/100", "m milli": "1/1000"}
 _PREFIXED = names_of(
-    "m meter metre s second g gram gramme L l liter litre N newton J joule W watt Pa pascal Hz hertz V volt A ampere"
+    "m meter metre g gram gramme L l liter litre N newton J joule W watt Pa pascal Hz hertz V volt A ampere"
 )
 CURRENCIES = "$€£₹¥"
 GLUED_UNITS = frozenset(
@@ -137,6 +137,8 @@ def _fill() -> None:
             for name in names.split():
                 _UNITS[name] = Unit(whole.dimension, whole.factor * Fraction(factor))
                 for prefix, power in _PREFIXES.items() if name in _PREFIXED else ():
+                    if prefix in ("d deci", "c centi") and base not in ("metre", "dm^3"):
+                        continue
                     spelled = prefix.split()[len(name) > 2] + name
                     _UNITS[spelled] = Unit(whole.dimension, whole.factor * Fraction(factor) * Fraction(power))
 

@@ -76,7 +76,8 @@ def same_words(reference: Words, answer: Words) -> bool:
 def choice_letter(plain: str) -> str | None:
     """Return the letter that a text consists of, such as "B", "(B)" or "option B"."""
     match = _CHOICE.fullmatch(plain)
-    return match["letter"].upper() if match and not match["rest"] else None
+    is_constant = plain in ("e", "i")
+    return match["letter"].upper() if match and not match["rest"] and not is_constant else None
 
 
 def chosen_letter(plain: str) -> str | None:
