@@ -67,7 +67,11 @@ def read_answer(text: str) -> Value:
     plain = _rephrased(normalise(text))
     if not plain:
         raise UnreadableError("an empty text")
-    value = _read_labelled(plain) or read_words(plain) or _read_ratio(plain)
+    return _read_labelled(plain) or _read_value(plain)
+
+
+def _read_value(plain: str) -> Value:
+    value = read_words(plain) or _read_ratio(plain)
     if value is not None:
         return value
     try:
@@ -87,12 +91,12 @@ def _rephrased(plain: str) -> str:
 
 
 def _read_labelled(plain: str) -> Relation | None:
-    """Read an equation with more than a symbol as the name on its left, such as "f(2) = 5" or "Area = 5"."""
+    """Read an equation with more than a symbol on its left, such as "Area = 5"."""
     match = _LABEL.match(plain)
     if match is None or not NO_NOUNS.isdisjoint((match["words"] or "").lower().split()):
         return None
     try:
-        value = read_answer(plain[match.end() :])
+        value = _read_value(_rephrased(plain[match.end() :]))
     except UnreadableError:
         return None
     text = re.sub(r"\s", "", match[1])

@@ -76,7 +76,7 @@ def _number(value: Value) -> Any:
 
 
 def _joined(joiner: str, sets: list[RealSet]) -> RealSet | None:
-    """Join sets by "or", others by "and". An item that changes nothing, as in "x < 3 or x < 2", gives None."""
+    """Join sets by "or", others by "and"; None if an item changes nothing."""
     variables = {one.variable for one in sets if one.variable}
     if len(variables) > 1:
         return None
