@@ -15,8 +15,9 @@ MAX_DIGITS = 5000
 MAX_EXPONENT = 5000
 
 _ARC = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "cot": "arccot", "sec": "arcsec", "csc": "arccsc"}
-_ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
+_ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "lg": "log"}
 _LIST_FUNCTIONS = frozenset({"gcd", "lcm", "max", "min"})
+_PLAIN_FRACTION = re.compile(r"\\frac\s*(?:\d|\{\s*\d+\s*\})\s*(?:\d|\{\s*\d+\s*\})")
 _CLOSING = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", "⌊": "⌋", "⌈": "⌉", "|": "|"}
 
 
@@ -44,9 +45,6 @@ class Atoms(Cursor, ABC):
         match token.kind:
             case "number":
                 return self._number(token)
-            case "mixed":
-                whole, above, below = map(int, re.findall(r"\d+", token.text))
-                return self._mixed(number(whole), number(above), number(below))
             case "repeating":
                 return number(read_repeating(token.text))
             case "symbol":
@@ -90,25 +88,15 @@ class Atoms(Cursor, ABC):
         if len(token.text) > MAX_DIGITS:
             raise UnreadableError(f"a number with more than {MAX_DIGITS} digits")
         value = read_decimal(token.text)
-        following = self.next
-        if token.text.isdigit() and following.kind == "command" and following.text == "frac":
-            return self._maybe_mixed(value)
+        # 1\frac{1}{2} is the sum 3/2; a fraction with other content is a factor or a unit.
+        is_fraction = self.next.kind == "command" and _PLAIN_FRACTION.match(self.text, self.next.start)
+        if token.text.isdigit() and is_fraction:
+            self.take()
+            above, below = self.group().value, self.group().value
+            if not 0 < above < below:
+                raise UnreadableError("a mixed number needs a proper fraction")
+            return number(value.value + above / below)
         return value
-
-    def _maybe_mixed(self, whole: Expr) -> Expr:
-        """Read 1\\frac{1}{2} as the sum 3/2. A fraction with other content is a factor."""
-        start, tokens = self.place, list(self.tokens)
-        self.take()
-        above, below = self.group(), self.group()
-        if above.op == below.op == "number" and above.step is None and below.step is None:
-            return self._mixed(whole, above, below)
-        self.place, self.tokens = start, tokens
-        return whole
-
-    def _mixed(self, whole: Expr, above: Expr, below: Expr) -> Expr:
-        if not 0 < above.value < below.value:
-            raise UnreadableError("a mixed number needs a proper fraction")
-        return number(whole.value + above.value / below.value)
 
     def _symbol(self, token: Token) -> Expr:
         name = token.text
@@ -176,7 +164,10 @@ class Atoms(Cursor, ABC):
                     raise self.unreadable(f"{name}^-1 has two meanings")
                 name, exponent = _ARC[name], None
         arguments = self._arguments(name)
-        value = apply("log", *arguments, base) if base else apply(name, *arguments)
+        if name == "exp":
+            value = apply("power", apply("e"), *arguments)
+        else:
+            value = apply("log", *arguments, base) if base else apply(name, *arguments)
         return apply("power", value, exponent) if exponent else value
 
     def _arguments(self, name: str) -> tuple[Expr, ...]:

@@ -28,11 +28,12 @@ from rlsys.tasks.answers.expressions import (
 )
 from rlsys.tasks.answers.reader import as_product
 from rlsys.tasks.answers.sets import real_set
-from rlsys.tasks.answers.signs import spread_signs
+from rlsys.tasks.answers.units import SYMBOL_UNITS, read_unit, same_dimension
 from rlsys.tasks.answers.words import same_words
 
 MAX_ITEMS = 64
 _PAIR = 2
+_DEGREE, _RADIAN = (("degree", 1),), (("radian", 1),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class Comparison:
         Raises:
             UndecidableError: the values cannot be compared.
         """
-        reference, answer = spread_signs(reference), spread_signs(answer)
+        reference, answer = relations.spread_signs(reference), relations.spread_signs(answer)
         for layer in (self._same_words, self._same_relation, self._same_collection, self._same_quantity):
             verdict = layer(reference, answer)
             if verdict is not None:
@@ -82,7 +83,10 @@ class Comparison:
         if isinstance(reference, Clock) and isinstance(answer, Clock):
             return _same_clock(reference, answer)
         if isinstance(reference, Clock) or isinstance(answer, Clock):
-            left, right = (_clock_ratio(value) if isinstance(value, Clock) else value for value in (reference, answer))
+            reduced = not isinstance(reference, Ratio)
+            left, right = (
+                _clock_ratio(value, reduced) if isinstance(value, Clock) else value for value in (reference, answer)
+            )
             return left is not None and right is not None and self.same(left, right)
         if isinstance(reference, Date) or isinstance(answer, Date):
             return reference == answer
@@ -92,6 +96,11 @@ class Comparison:
         """Compare equations, inequalities and memberships."""
         if not isinstance(reference, Relation) and not isinstance(answer, Relation):
             return None
+        exact, rounded = relations.rounded_value(reference), relations.rounded_value(answer)
+        if exact is not None:
+            return self.same(exact, answer if rounded is None else rounded)
+        if rounded is not None and isinstance(reference, Expr) and decimal_of(reference):
+            return self.same(reference, rounded)
         left, right = (relations.assigned(value) for value in (reference, answer))
         if left and right:
             return left[0] == right[0] and self.same(left[1], right[1])
@@ -121,7 +130,7 @@ class Comparison:
         for one, other in ((reference, answer), (answer, reference)):
             if isinstance(one, Sequence):
                 # A set or list with one item is this item.
-                single = one.brackets in ("", "{}") and len(one.items) == 1
+                single = one.brackets in ("", "{}", "[]") and len(one.items) == 1
                 return single and (
                     self.same(one.items[0], answer) if one is reference else self.same(reference, one.items[0])
                 )
@@ -130,29 +139,21 @@ class Comparison:
 
     def _same_sequence(self, reference: Sequence, answer: Sequence) -> bool:
         unordered = ("", "{}")
-        left, right = relations.values_of_list(reference), relations.values_of_list(answer)
-        if isinstance(left, dict) or isinstance(right, dict):
+        (names, left), (others, right) = map(relations.named_values, (reference, answer))
+        if names and others and names != others:
+            return False
+        if len(names) > 1 or len(others) > 1:  # a tuple has the unknowns in the order of their names
             plain = all(one.brackets in ("", "()", "{}") for one in (reference, answer))
-            return plain and self._same_assignments(left, right)
+            return plain and len(left) == len(right) and all(map(self.same, left, right))
         if reference.brackets in unordered and answer.brackets in unordered:
+            if any(isinstance(item, Words) for item in left) and (reference.joiner == "or") != (answer.joiner == "or"):
+                return False
             if "{}" in (reference.brackets, answer.brackets):
                 left, right = self._distinct(left), self._distinct(right)
             return self._same_unordered(left, right)
         if reference.brackets != answer.brackets and not _is_bare_tuple(reference, answer):
             return False
-        return len(left) == len(right) and all(map(self.same, left, right))
-
-    def _same_assignments(self, left: relations.ListValues, right: relations.ListValues) -> bool:
-        """Compare values of named unknowns; a tuple has them in the order of their names."""
-        if isinstance(left, dict) and isinstance(right, dict):
-            return left.keys() == right.keys() and all(self.same(left[name], right[name]) for name in left)
-        names, values = (left, right) if isinstance(left, dict) else (right, left)
-        if not isinstance(names, dict) or isinstance(values, dict) or len(names) != len(values):
-            return False
-        if list(names) != sorted(names):
-            return False
-        pairs = zip(names.values(), values, strict=True)
-        return all(self.same(one, other) if names is left else self.same(other, one) for one, other in pairs)
+        return len(left) == len(right) and all(map(self._same_item, left, right))
 
     def _same_unordered(self, left: Items[Value], right: Items[Value]) -> bool:
         """Return whether every item of one list has its own partner in the other."""
@@ -162,11 +163,15 @@ class Comparison:
             raise UndecidableError(f"a list with more than {MAX_ITEMS} items")
         remaining = list(right)
         for item in left:
-            partner = next((place for place, other in enumerate(remaining) if self.same(item, other)), None)
+            partner = next((place for place, other in enumerate(remaining) if self._same_item(item, other)), None)
             if partner is None:
                 return False
             del remaining[partner]
         return True
+
+    def _same_item(self, one: Value, other: Value) -> bool:
+        """Compare items: a set with one item is not this item here."""
+        return isinstance(one, Sequence) is isinstance(other, Sequence) and self.same(one, other)
 
     def _distinct(self, items: Items[Value]) -> list[Value]:
         kept: list[Value] = []
@@ -191,7 +196,8 @@ class Comparison:
     def _same_quantity(self, reference: Value, answer: Value) -> bool | None:
         """Compare amounts with units, numbers in other bases, and ratios."""
         if isinstance(reference, Based):
-            return _same_based(reference, answer)
+            # The same number in another base is wrong: the question may ask to convert it.
+            return answer == reference
         if isinstance(answer, Based):
             return answer.base == 10 and self.same(reference, number(int(answer.digits)))
         if isinstance(reference, Ratio) and isinstance(answer, Ratio):
@@ -202,8 +208,12 @@ class Comparison:
                     return False
                 quotient = apply("divide", *one.parts)
                 return self.same(quotient, other) if ordered else self.same(other, quotient)
+        if isinstance(reference, Quantity):
+            answer = _glued(answer)
         if isinstance(reference, Quantity) and isinstance(answer, Quantity):
-            if reference.unit.dimension != answer.unit.dimension:
+            if {reference.unit.dimension, answer.unit.dimension} == {_DEGREE, _RADIAN}:
+                return self.same(_radians(reference), _radians(answer))
+            if not same_dimension(reference.unit, answer.unit):
                 return False
             factor = answer.unit.factor / reference.unit.factor
             amount = answer.amount if factor == 1 else apply("multiply", answer.amount, number(factor))
@@ -213,7 +223,7 @@ class Comparison:
                 _is_angle(reference, answer) and self.same(_radians(reference), answer)
             )
         if isinstance(answer, Quantity) and isinstance(reference, Expr):
-            if reference.op == "percent":
+            if reference.op == "percent" or not (answer.unit.counted or _is_at_most_one(answer.amount)):
                 return False
             return self.same(reference, answer.amount) or (
                 _is_angle(answer, reference) and self.same(reference, _radians(answer))
@@ -271,9 +281,9 @@ def _maybe_product(value: Value) -> Value | None:
     return as_product(value) if isinstance(value, Words) else value
 
 
-def _clock_ratio(clock: Clock) -> Ratio | None:
-    """Return a time without am or pm as a ratio in lowest terms, the other reading of "5:12"."""
-    if clock.half or clock.second or gcd(clock.hour, clock.minute) != 1:
+def _clock_ratio(clock: Clock, reduced: bool) -> Ratio | None:
+    """Return a time without am or pm as a ratio, in lowest terms if `reduced`, the other reading of "5:12"."""
+    if clock.half or clock.second or (reduced and gcd(clock.hour, clock.minute) != 1):
         return None
     return Ratio((number(clock.hour), number(clock.minute)))
 
@@ -286,18 +296,6 @@ def _same_clock(reference: Clock, answer: Clock) -> bool:
     ]
     written = [(clock.hour, clock.minute, clock.second) for clock in (reference, answer)]
     return times[0] == times[1] or (written[0] == written[1] and not answer.half)
-
-
-def _same_based(reference: Based, answer: Value) -> bool:
-    """Compare digits. An answer without a base is read in the base of the reference.
-
-    The same number in another base is wrong: a policy could repeat the number that the question asks to convert.
-    """
-    if isinstance(answer, Based):
-        return answer == reference
-    if isinstance(answer, Quantity) or not isinstance(answer, Expr) or answer.op != "number" or answer.step is not None:
-        return False
-    return answer.value == int(reference.digits) if reference.digits.isdigit() else False
 
 
 def _same_ratio(reference: Ratio, answer: Ratio) -> bool:
@@ -363,8 +361,28 @@ def _as_row(rows: tuple[tuple[Value, ...], ...]) -> tuple[tuple[Value, ...], ...
 
 def _is_angle(quantity: Quantity, other: Expr) -> bool:
     """Return whether an angle in degrees is compared with a multiple of pi."""
-    return quantity.unit.dimension == (("degree", 1),) and any(node.op == "pi" for node in other.walk())
+    return quantity.unit.dimension == _DEGREE and any(node.op == "pi" for node in other.walk())
 
 
 def _radians(quantity: Quantity) -> Expr:
-    return apply("degree", quantity.amount)
+    return apply("degree", quantity.amount) if quantity.unit.dimension == _DEGREE else quantity.amount
+
+
+def _is_at_most_one(amount: Expr) -> bool:
+    if amount.op == "divide" and all(part.op == "number" for part in amount.args):
+        return amount.args[0].value <= amount.args[1].value
+    return amount.op == "number" and amount.value <= 1
+
+
+def _glued(answer: Value) -> Value:
+    """Return "500g" or "5m/s" as an amount with a unit rather than a product."""
+    amount, text = answer, ""
+    while isinstance(amount, Expr) and amount.op in ("multiply", "divide"):
+        base, exponent = amount.args[1], ""
+        if base.op == "power" and base.args[1].op == "number":
+            base, exponent = base.args[0], f"^{base.args[1].value}"
+        if base.name not in SYMBOL_UNITS:
+            break
+        amount, text = amount.args[0], f"{' ' if amount.op == 'multiply' else '/'}{base.name}{exponent}{text}"
+    unit = read_unit(text, nouns=False) if text else None
+    return Quantity(amount, unit) if isinstance(amount, Expr) and unit else answer

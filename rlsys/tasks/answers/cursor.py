@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from rlsys.tasks.answers.expressions import UnreadableError
 from rlsys.tasks.answers.lexer import Token
-from rlsys.tasks.answers.units import SYMBOL_UNITS, read_unit
+from rlsys.tasks.answers.units import read_unit
 
 _END = Token("end", "", -1, -1)
 
@@ -60,10 +60,10 @@ class Cursor:
     def starts_unit(self) -> bool:
         """Return whether letters after a space are a unit, such as m/s in "12 m/s"."""
         token = self.next
-        if not token.spaced or token.text not in SYMBOL_UNITS or not self.place:
+        if not token.spaced or token.kind != "symbol" or not self.place:
             return False
         before = self.tokens[self.place - 1]
-        numeric = before.kind in ("number", "mixed", "repeating") or before.text in ("}", ")", "pi")
+        numeric = before.kind in ("number", "repeating") or before.text in ("}", ")", "pi")
         return numeric and read_unit(self.rest(), nouns=False) is not None
 
     def rest(self) -> str:
@@ -73,6 +73,8 @@ class Cursor:
             if token.kind == "number" and before.text not in ("^", "{", "-"):
                 stop = token.start
                 break
+            if token.text == "-" and before.text in ("^", "{"):
+                continue
             if token.kind == "sign" and token.text in (",", ";", "=", "or", "and", ")", "]", r"\}", "≈", "+", "-"):
                 stop = token.start
                 break

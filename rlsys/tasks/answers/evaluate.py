@@ -6,9 +6,10 @@ whose exponent is unbounded, so its digits are never written out.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from math import ceil, floor, gcd, lcm
+from math import floor, gcd, lcm
 from typing import Any
 
 import mpmath
@@ -45,8 +46,6 @@ class Evaluator:
         spread: Largest difference of the binary exponents of two summands. A smaller precision loses a summand.
     """
 
-    context = CONTEXT
-
     def __init__(self, values: Mapping[str, Fraction]) -> None:
         self.values = values
         self.spread = 0
@@ -64,14 +63,12 @@ class Evaluator:
             case "unknown":  # a function that is not known is replaced by an arbitrary one
                 place = self._float(self.value(expr.args[0]))
                 seed = sum(map(ord, expr.name))
-                return self.context.sin(place * seed / 7 + 1) + self.context.exp(place / (seed % 5 + 3))
+                return CONTEXT.sin(place * seed / 7 + 1) + CONTEXT.exp(place / (seed % 5 + 3))
             case "plus_minus" | "minus_plus":
                 raise UndecidableError("a plus-minus sign inside an expression")
-        function: Callable[..., Number] | None = getattr(self, f"_{expr.op}", None)
+        function: Callable[..., Number] | None = _SIMPLE.get(expr.op) or getattr(self, f"_{expr.op}", None)
         arguments = [self.value(argument) for argument in expr.args]
-        if function is not None:
-            return function(*arguments)
-        return self._elementary(expr.op, arguments)
+        return function(*arguments) if function else self._elementary(expr.op, arguments)
 
     def _reduced(self, value: Number) -> Number:
         """Return an exact number of few bits as it is, any other number as a floating-point number."""
@@ -81,7 +78,7 @@ class Evaluator:
 
     def _float(self, value: Number) -> Number:
         if isinstance(value, Fraction):
-            return self.context.mpf(value.numerator) / value.denominator
+            return CONTEXT.mpf(value.numerator) / value.denominator
         return value
 
     def _add(self, left: Number, right: Number) -> Number:
@@ -90,19 +87,19 @@ class Evaluator:
         if left == 0 or right == 0:
             return right if left == 0 else left
         left, right = self._float(left), self._float(right)
-        magnitudes = [self.context.mag(one) for one in (left, right)]
+        magnitudes = [CONTEXT.mag(one) for one in (left, right)]
         if not all(isinstance(one, int) for one in magnitudes):  # infinities
             total = left + right
             return self._finite(total)
         self.spread = max(self.spread, abs(magnitudes[0] - magnitudes[1]))
         total = left + right
         # What is left of a difference of equal values is rounding.
-        if total == 0 or self.context.mag(total) < max(magnitudes) - self.context.prec + GUARD_BITS // 2:
+        if total == 0 or CONTEXT.mag(total) < max(magnitudes) - CONTEXT.prec + GUARD_BITS // 2:
             return Fraction(0)
         return total
 
     def _finite(self, value: Number) -> Number:
-        if self.context.isnan(value) or self.context.isinf(value):
+        if CONTEXT.isnan(value) or CONTEXT.isinf(value):
             raise UndefinedError
         return value
 
@@ -119,22 +116,19 @@ class Evaluator:
             return self._reduced(left / right)
         return self._finite(self._finite(self._float(left)) / self._finite(self._float(right)))
 
-    def _negate(self, value: Number) -> Number:
-        return -value
-
     def _percent(self, value: Number) -> Number:
         return self._divide(value, Fraction(100))
 
     def _degree(self, value: Number) -> Number:
-        return self._multiply(self._divide(value, Fraction(180)), +self.context.pi)
+        return self._multiply(self._divide(value, Fraction(180)), +CONTEXT.pi)
 
     def _power(self, base: Number, exponent: Number) -> Number:
-        if self.context.isinf(self._float(base)) or self.context.isinf(self._float(exponent)):
+        if CONTEXT.isinf(self._float(base)) or CONTEXT.isinf(self._float(exponent)):
             raise UndefinedError
         if exponent == 0 and base != 0:
             return Fraction(1)
         if base == 0:
-            if self.context.re(self._float(exponent)) > 0:
+            if CONTEXT.re(self._float(exponent)) > 0:
                 return Fraction(0)
             raise UndefinedError
         if isinstance(base, Fraction) and isinstance(exponent, Fraction):
@@ -147,25 +141,22 @@ class Evaluator:
                 size = self._power(-base, exponent)
                 return -size if exponent.numerator % 2 else size
         left, right = self._float(base), self._float(exponent)
-        self._check_size(abs(self.context.mag(left)) + 1, right)
+        self._check_size(abs(CONTEXT.mag(left)) + 1, right)
         if isinstance(exponent, Fraction) and exponent.denominator == 1:
             return left ** int(exponent)
-        return self._finite(self.context.power(left, right))
+        return self._finite(CONTEXT.power(left, right))
 
     def _check_size(self, bits: int, exponent: Number) -> None:
         size = abs(exponent)
-        if self.context.isinf(size):
+        if CONTEXT.isinf(size):
             return
-        if self.context.mag(size) > 60 or bits * int(size + 1) > _MAX_MAGNITUDE:
+        if CONTEXT.mag(size) > 60 or bits * int(size + 1) > _MAX_MAGNITUDE:
             raise UndecidableError("a power that is too large")
 
     def _root(self, value: Number, degree: Number) -> Number:
         if degree == 0:
             raise UndefinedError
         return self._power(value, self._divide(Fraction(1), degree))
-
-    def _exp(self, value: Number) -> Number:
-        return self._power(+self.context.e, value)
 
     def _log(self, value: Number, base: Number = Fraction(10)) -> Number:
         if value == 0 or base in (0, 1):
@@ -174,33 +165,24 @@ class Evaluator:
             guess = round(float(mpmath.log(value.numerator) - mpmath.log(value.denominator)) / float(mpmath.log(base)))
             if _exact_power(base, Fraction(guess)) == value:
                 return Fraction(guess)
-        return self._divide(self.context.ln(self._float(value)), self.context.ln(self._float(base)))
-
-    def _lg(self, value: Number) -> Number:
-        return self._log(value)
+        return self._divide(CONTEXT.ln(self._float(value)), CONTEXT.ln(self._float(base)))
 
     def _ln(self, value: Number) -> Number:
         if value == 0:
             raise UndefinedError
-        return Fraction(0) if value == 1 else self.context.ln(self._float(value))
-
-    def _abs(self, value: Number) -> Number:
-        return abs(value)
-
-    def _floor(self, value: Number) -> Number:
-        return self._rounded(value, floor)
+        return Fraction(0) if value == 1 else CONTEXT.ln(self._float(value))
 
     def _ceil(self, value: Number) -> Number:
-        return self._rounded(value, ceil)
+        return -self._floor(-value)
 
-    def _rounded(self, value: Number, rounding: Callable[[Number], int]) -> Number:
+    def _floor(self, value: Number) -> Number:
         if isinstance(value, Fraction):
-            return Fraction(rounding(value))
-        if self.context.mag(value) > self.context.prec - GUARD_BITS:
+            return Fraction(floor(value))
+        if CONTEXT.mag(value) > CONTEXT.prec - GUARD_BITS:
             raise UndecidableError("the rounding of a number that is too large")
-        nearest = self.context.nint(value)
-        near = abs(value - nearest) < self.context.mpf(2) ** -AGREED_BITS
-        return Fraction(int(nearest) if near else rounding(value))
+        nearest = CONTEXT.nint(value)
+        near = abs(value - nearest) < CONTEXT.mpf(2) ** -AGREED_BITS
+        return Fraction(int(nearest) if near else floor(value))
 
     def _factorial(self, value: Number) -> Number:
         count = _whole(value)
@@ -208,9 +190,9 @@ class Evaluator:
             raise UndefinedError
         if count <= 2000:
             return Fraction(int(mpmath.libmp.ifac(count)))
-        if count > _MAX_FACTORIAL or self.context.prec > _FACTORIAL_PRECISION:
+        if count > _MAX_FACTORIAL or CONTEXT.prec > _FACTORIAL_PRECISION:
             raise UndecidableError("a factorial that is too large")
-        return self.context.gamma(count + 1)
+        return CONTEXT.gamma(count + 1)
 
     def _double_factorial(self, value: Number) -> Number:
         count = _whole(value)
@@ -228,48 +210,19 @@ class Evaluator:
         parts = self._factorial(Fraction(chosen)), self._factorial(Fraction(total - chosen))
         return self._divide(self._divide(self._factorial(Fraction(total)), parts[0]), parts[1])
 
-    def _gcd(self, *values: Number) -> Number:
-        return Fraction(gcd(*map(_whole, values)))
-
-    def _lcm(self, *values: Number) -> Number:
-        return Fraction(lcm(*map(_whole, values)))
-
-    def _max(self, *values: Number) -> Number:
-        return max(values, key=lambda value: self._real(value))
-
-    def _min(self, *values: Number) -> Number:
-        return min(values, key=lambda value: self._real(value))
-
-    def _real(self, value: Number) -> Number:
-        if not is_real(value):
-            raise UndefinedError
-        return self.context.re(self._float(value))
-
-    def _pi(self) -> Number:
-        return +self.context.pi
-
-    def _e(self) -> Number:
-        return +self.context.e
-
-    def _i(self) -> Number:
-        return self.context.mpc(0, 1)
-
-    def _infinity(self) -> Number:
-        return self.context.inf
-
     def _elementary(self, name: str, arguments: list[Number]) -> Number:
         """Return the value of a trigonometric or hyperbolic function."""
         function = _ELEMENTARY.get(name)
         if function is None:
             raise UndecidableError(f"the function {name}")
         (argument,) = map(self._float, arguments)
-        if self.context.mag(argument) > MAX_EXPONENT_BITS:
+        if CONTEXT.mag(argument) > MAX_EXPONENT_BITS:
             raise UndecidableError(f"{name} of a number that is too large")
         try:
-            value = getattr(self.context, function)(argument)
+            value = getattr(CONTEXT, function)(argument)
         except (ZeroDivisionError, ValueError):
             raise UndefinedError from None
-        if value != 0 and self.context.mag(value) < -self.context.prec + GUARD_BITS:
+        if value != 0 and CONTEXT.mag(value) < -CONTEXT.prec + GUARD_BITS:
             return Fraction(0)  # sin(pi) up to rounding
         return value
 
@@ -278,6 +231,26 @@ _ELEMENTARY = {
     **{name: name for name in ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth"]},
     **{f"arc{name}": f"a{name}" for name in ["sin", "cos", "tan", "cot", "sec", "csc"]},
 }
+
+
+_SIMPLE: dict[str, Callable[..., Number]] = {
+    "pi": lambda: +CONTEXT.pi,
+    "e": lambda: +CONTEXT.e,
+    "i": lambda: CONTEXT.mpc(0, 1),
+    "infinity": lambda: CONTEXT.inf,
+    "negate": operator.neg,
+    "abs": abs,
+    "gcd": lambda *values: Fraction(gcd(*map(_whole, values))),
+    "lcm": lambda *values: Fraction(lcm(*map(_whole, values))),
+    "max": lambda *values: max(map(_real, values)),
+    "min": lambda *values: min(map(_real, values)),
+}
+
+
+def _real(value: Number) -> Number:
+    if not is_real(value):
+        raise UndefinedError
+    return value.real
 
 
 def _whole(value: Number) -> int:

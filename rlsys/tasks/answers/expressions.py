@@ -51,10 +51,12 @@ class Unit:
     Attributes:
         dimension: Base units with their exponents, sorted, such as (("metre", 1), ("second", -1)).
         factor: Value of the unit in base units.
+        counted: False for words without a plural, which may be no noun.
     """
 
     dimension: tuple[tuple[str, int], ...]
     factor: Fraction = Fraction(1)
+    counted: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,10 @@ _LEAD_IN = re.compile(
     rf"(?im)(?:\b{_SUBJECT}{_SPACES}(?:\*\*|__)?{_SPACES}(?:(?:is|are)\b{_SPACES}:?|[:=])|####"
     rf"|^[^\S\n]{{0,4}}[#*_]{{0,6}}{_SPACES}(?:the )?final answer[ *_:]{{0,6}}$){_SPACES}"
 )
-_WORDS_AROUND = re.compile(r"[^\d\\+=<>]*")
+_WORDS_AROUND = re.compile(
+    r"(?i)(?:(?!\b(?:not|never|or|wrong|incorrect|false|except|unless|maybe|perhaps)\b|n't\b)[^\d\\+=<>])*"
+)
+_CONNECTIVE = r"(?:[Ss]o|[Tt]hus|[Hh]ence|[Tt]herefore),?\s+(?=\$?[a-zA-Z]\w?\s*=)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ def find_answer(completion: str) -> Extracted | None:
     led = _led_in(completion)
     if led is not None:
         return Extracted(led)
-    text = completion.strip()
+    text = re.sub(rf"\A{_CONNECTIVE}", "", completion.strip())
     return Extracted(text, alone=True) if 0 < len(text) <= MAX_ALONE_CHARS else None
 
 
@@ -70,8 +73,9 @@ def _inside_tag(text: str) -> str:
     if boxed is not None:
         answer, start, end = boxed
         return answer if _WORDS_AROUND.fullmatch(text[:start] + text[end:]) else text
-    match = _LEAD_IN.match(peel(text))
-    rest = peel(text)[match.end() :].strip() if match else ""
+    marked = peel(text).lstrip("*_# ")
+    match = _LEAD_IN.match(marked)
+    rest = _balanced(marked[match.end() :]) if match else ""
     return rest or text
 
 
@@ -134,7 +138,7 @@ def _led_in(text: str) -> str | None:
 def _balanced(text: str) -> str:
     """Return a text without a bold mark that has no partner: the lead-in may stand inside the bold text."""
     text = text.strip()
-    for mark in ("**", "__"):
+    for mark in ("**", "__", "*"):
         if text.count(mark) % 2:
             text = text.removeprefix(mark).strip() if text.startswith(mark) else text.removesuffix(mark).strip()
     return text

@@ -6,7 +6,8 @@ import re
 
 from rlsys.tasks.answers.atoms import Atoms
 from rlsys.tasks.answers.expressions import Expr, UnreadableError, apply, number
-from rlsys.tasks.answers.units import read_unit, scale
+from rlsys.tasks.answers.number_words import SCALES
+from rlsys.tasks.answers.units import read_unit
 
 MAX_DEPTH = 40
 
@@ -27,6 +28,8 @@ class Grammar(Atoms):
             value = (
                 apply(op, value, term) if op else apply("add", value, term if sign == "+" else apply("negate", term))
             )
+        if self.next.kind == "command" and self.next.text in ("over", "choose"):
+            value = apply("divide" if self.take().text == "over" else "binomial", value, self.expression())
         self._depth -= 1
         return value
 
@@ -75,6 +78,8 @@ class Grammar(Atoms):
             return True
         if self.at_modulus():
             return False
+        if token.kind == "number":  # 3!7!
+            return before.op == "factorial"
         return self.is_sign("(", "⌊", "⌈", "{") or (self.is_sign("|") and not self._bars)
 
     def factor(self) -> Expr:
@@ -89,7 +94,7 @@ class Grammar(Atoms):
         """Read factorials, percent, degrees and words such as "million" behind a value."""
         while self.is_sign("!", "%", "°") or self.next.kind == "word":
             if self.next.kind == "word":
-                factor = scale(self.next.text)
+                factor = SCALES.get(self.next.text.lower())
                 if self.next.text.lower() != "percent" and factor is None:
                     return value
                 self.take()

@@ -18,7 +18,7 @@ from typing import Literal
 
 from rlsys.tasks.answers import symbolic
 from rlsys.tasks.answers.compare import Comparison, Rules
-from rlsys.tasks.answers.expressions import UndecidableError, UnreadableError, Value, Words
+from rlsys.tasks.answers.expressions import Based, UndecidableError, UnreadableError, Value, Words
 from rlsys.tasks.answers.extraction import Extracted, find_answer
 from rlsys.tasks.answers.lexer import FUNCTIONS
 from rlsys.tasks.answers.normalise import normalise
@@ -29,7 +29,7 @@ from rlsys.types import Verdict
 Strictness = Literal["text", "value", "lenient"]
 
 _CORRECT = Verdict(outcome="ok", reward=1.0, answered=True)
-_SHOWN_CHARS = 60
+_SHOWN_CHARS = 80
 # A whole completion with more words is prose rather than a name.
 _NAME_WORDS = 4
 _WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{'|'.join(FUNCTIONS)})(?![a-zA-Z]))[a-zA-Z]{{3,}}")
@@ -81,11 +81,15 @@ class Judge:
         if choice_letter(texts[0]) and chosen_letter(texts[1]):
             return _CORRECT if choice_letter(texts[0]) == chosen_letter(texts[1]) else _wrong("another choice")
         reference_value, answer_value = _read(reference), _read(answer.text)
+        if (
+            isinstance(reference_value, Based) and not isinstance(answer_value, Based) and texts[1].isalnum()
+        ):  # digits without a base
+            answer_value = Based(texts[1].upper().lstrip("0") or "0", reference_value.base)
         is_prose = isinstance(answer_value, str) and (answer.alone or _WORD.search(texts[1]) is not None)
         if isinstance(answer_value, Words):
             is_prose = not _is_text(reference_value) or (answer.alone and len(answer_value.text.split()) > _NAME_WORDS)
         if is_prose:
-            return _no_answer(f"{_shown(answer.text)} is not an answer alone")
+            return _no_answer(f"{shortened(answer.text)!r} is not an answer alone")
         return self._valued(reference_value, answer_value, texts)
 
     def _valued(self, reference: Value | str, answer: Value | str, texts: tuple[str, str]) -> Verdict:
@@ -141,9 +145,10 @@ def _is_text(value: Value | str) -> bool:
     return isinstance(value, str | Words)
 
 
-def _shown(text: str) -> str:
-    shortened = " ".join(text.split())
-    return repr(shortened if len(shortened) <= _SHOWN_CHARS else shortened[: _SHOWN_CHARS - 1] + "…")
+def shortened(text: str) -> str:
+    """Return the beginning of a text on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN_CHARS else f"{line[: _SHOWN_CHARS - 1]}…"
 
 
 def _wrong(detail: str) -> Verdict:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlsys.tasks.answers.expressions import UnreadableError, names_of
+from rlsys.tasks.answers.normalise import SIGNS
 from rlsys.tasks.answers.units import CURRENCIES, GLUED_UNITS
 
 MAX_TOKENS = 400
@@ -23,31 +24,29 @@ _GREEK = frozenset(
         "chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar"
     )
 )
-_SIGNS = {
-    "times": "*", "cdot": "*", "div": "/", "le": "≤", "ge": "≥", "ne": "≠", "lt": "<", "gt": ">", "approx": "≈",
-    "in": "∈", "cup": "∪", "cap": "∩", "setminus": "∖", "backslash": "∖", "pm": "±", "mp": "∓", "equiv": "≡",
-    "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈", "rceil": "⌉", "langle": "⟨", "rangle": "⟩", "colon": ":",
-    "lor": "or", "vee": "or", "land": "and", "wedge": "and", "mod": "mod", "bmod": "mod", "pmod": "mod", "sim": "≈",
-}  # fmt: skip
 _COMMANDS = frozenset(names_of("frac sqrt binom choose over infty pi emptyset mathbb prime"))
 _TOKEN = re.compile(
     r"(?P<space>\s+)"
     r"|(?P<matrix>\\begin\s*\{[a-zA-Z]*(?:matrix|array)\}.*?\\end\s*\{[a-zA-Z]*(?:matrix|array)\})"
     r"|(?P<based>[0-9A-F]+\s*_\s*(?:\d+|\{\s*\d+\s*\}))"
-    r"|(?P<mixed>(?<![\d.,/^])\d+\s+\d+\s*/\s*\d+(?![\d.]))"
     r"|(?P<repeating>\d*\.\d*\\overline\s*\{\d+\}|\d*\.\d*\(\d+\))"
     r"|(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?![\d.a-zA-Z]))?|\d+\.(?!\d))"
     r"|(?P<brace>\\[{}])"
     r"|\\(?P<command>[a-zA-Z]+)"
     r"|(?P<letters>[a-zA-Z]+(?:'(?!s\b)[a-zA-Z]+)?)"
-    r"|(?P<relation><=|>=|!=|==|=<|->)"
+    r"|(?P<relation><=|>=|(?<![\d)}])!=|==|=<|->)"
     r"|(?P<other>\*\*|.)",
     re.DOTALL,
 )
-_RELATIONS = {"<=": "≤", "=<": "≤", ">=": "≥", "!=": "≠", "==": "="}
-_OPERATORS = frozenset("+-*/^!|()[]{},;:=<>%°_&'." + CURRENCIES + "¢Ω")
+_RENAMED = {"<=": "≤", "=<": "≤", ">=": "≥", "!=": "≠", "==": "=", "**": "^", "&": "and"}
+_OPERATORS = frozenset("+-*/^!|()[]{},;:=<>%_'." + SIGNS + CURRENCIES + "¢Ω")
 _GROUPED = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!\d|,\d)")
-ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+_MARKED_GROUPS = re.compile(
+    r"(?<![\w.])\d{1,3}(?:(?:'\d{3})+|(?:[._]\d{3}){2,})(?![\w.])"
+    r"|(?<![\d.,])(?<!\d )\d{1,3}(?: \d{3})+(?![\d,/])(?! \d)"
+)
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+_SHORT_WORDS = frozenset(names_of("am an as at be by do go he hi if in is it me my no of oh ok on or so to up us we"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ class Token:
     """A token.
 
     Attributes:
-        kind: "number", "mixed", "repeating", "based", "symbol", "function", "word", "matrix", "command" or "sign".
+        kind: "number", "repeating", "based", "symbol", "function", "word", "matrix", "command" or "sign".
         start: Position in the text.
         spaced: Whether white space stands before it.
     """
@@ -91,7 +90,7 @@ def _read(match: re.Match[str], spaced: bool, before: Sequence[Token]) -> list[T
     start, end = match.span()
     if kind == "brace":
         return [Token("sign", text, start, end, spaced)]
-    if kind in ("matrix", "mixed", "repeating", "number"):
+    if kind in ("matrix", "repeating", "number"):
         return [Token(kind, text, start, end, spaced)]
     if kind == "based":
         return _read_based(text, start, end, spaced)
@@ -99,8 +98,8 @@ def _read(match: re.Match[str], spaced: bool, before: Sequence[Token]) -> list[T
         return [_read_command(match["command"], start, end, spaced)]
     if kind == "letters":
         return _read_letters(text, start, spaced, before)
-    sign = _RELATIONS.get(text, "^" if text == "**" else text)
-    if sign not in _OPERATORS and sign not in ("≤", "≥", "≠"):
+    sign = _RENAMED.get(text, text)
+    if sign not in _OPERATORS and sign != "and":
         raise UnreadableError(f"the character {text!r}")
     return [Token("sign", sign, start, end, spaced)]
 
@@ -114,8 +113,6 @@ def _read_based(text: str, start: int, end: int, spaced: bool) -> list[Token]:
 
 
 def _read_command(name: str, start: int, end: int, spaced: bool) -> Token:
-    if name in _SIGNS:
-        return Token("sign", _SIGNS[name], start, end, spaced)
     if name in FUNCTIONS:
         return Token("function", name, start, end, spaced)
     if name in _GREEK:
@@ -128,7 +125,7 @@ def _read_command(name: str, start: int, end: int, spaced: bool) -> Token:
 def _read_letters(text: str, start: int, spaced: bool, before: Sequence[Token]) -> list[Token]:
     """Split letters into names of functions and constants, and single symbols. Words stay whole."""
     end = start + len(text)
-    after_number = bool(before) and before[-1].kind != "sign"
+    after_number = bool(before) and (before[-1].kind != "sign" or before[-1].text in ("}", ")"))
     if text in ("and", "or", "mod", "modulo"):
         return [Token("sign", text[:3], start, end, spaced)]
     if text.lower() in ("infinity", "inf", "oo") and text != "OO":
@@ -144,7 +141,7 @@ def _read_letters(text: str, start: int, spaced: bool, before: Sequence[Token]) 
             kind = "command" if name == "pi" else "function"
             middle = start + len(name)
             return [Token(kind, name, start, middle, spaced), *_symbols(text[len(name) :], middle)]
-    if len(text) > 3 or (spaced and after_number and len(text) == 3 and _is_wordlike(text)):
+    if len(text) > 3 or (spaced and after_number and len(text) == 3 and is_wordlike(text)):
         return [Token("word", text, start, end, spaced)]
     return _symbols(text, start, spaced)
 
@@ -156,13 +153,14 @@ def _symbols(text: str, start: int, spaced: bool = False) -> list[Token]:
     ]
 
 
-def _is_wordlike(text: str) -> bool:
-    """Return whether three letters are a word rather than a product: a vowel, and not three letters in sequence."""
-    return bool(set(text.lower()) & set("aeiou")) and text.lower() not in ALPHABET
+def is_wordlike(text: str) -> bool:
+    """Return whether two or three letters are a word rather than a product: a vowel, and not letters in sequence."""
+    lower = text.lower()
+    return lower in _SHORT_WORDS or (len(text) == 3 and bool(set(lower) & set("aeiou")) and lower not in _ALPHABET)
 
 
-def join_thousands(text: str) -> str:
-    """Remove the separators of thousands: "1,234" and "1 234" outside brackets, and not in "(1,234)".
+def join_numbers(text: str) -> str:
+    """Remove the separators of thousands, as in "1,234" and "1 234" but not in "(1,234)", and mark mixed numbers.
 
     Inside brackets, a comma separates items unless another comma of the same brackets has a space after it.
     """
@@ -170,16 +168,13 @@ def join_thousands(text: str) -> str:
     spaced_brackets = {depths[place] for place in commas if text[place + 1 : place + 2] == " "}
 
     def joined(match: re.Match[str]) -> str:
-        place = match.start() + match[0].index(",")
-        bracket = depths[place]
+        bracket = depths[match.start() + match[0].index(",")]
         return match[0].replace(",", "") if bracket == 0 or bracket in spaced_brackets else match[0]
 
+    text = _GROUPED.sub(joined, text) if commas else text
     text = re.sub(r"(?<![\d.])\d{1,3}(?:\.\d{3})+,\d+(?![\d.,])", _european, text)
-    return re.sub(
-        r"(?<![\d.,])(?<!\d )\d{1,3}(?: \d{3})+(?![\d,/])(?! \d)",
-        lambda match: match[0].replace(" ", ""),
-        _GROUPED.sub(joined, text) if "," in text else text,
-    )
+    text = _MARKED_GROUPS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
+    return re.sub(r"(?<![\d.,/^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}", text)
 
 
 def _european(match: re.Match[str]) -> str:

@@ -4,62 +4,24 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from functools import lru_cache
 
 from rlsys.tasks.answers.expressions import names_of
 
 _CHARACTERS = {
     **dict.fromkeys("\u2212\u2013\u2014\u2010\u2011\u2012\ufe63\uff0d", "-"),
-    **dict.fromkeys("·⋅∙•", r"\cdot "),
-    **dict.fromkeys("“”„«»", '"'),
-    **dict.fromkeys("‘’ʼ", "'"),
-    "′": "'",
-    "″": "''",
-    "×": r"\times ",
-    "÷": r"\div ",
-    "∕": "/",
-    "⁄": "/",
-    "∗": "*",
-    "∶": ":",
-    "∣": "|",
-    "√": r"\sqrt ",
-    "∛": r"\sqrt[3]",
-    "∜": r"\sqrt[4]",
-    "∞": r"\infty ",
-    "≤": r"\le ",
-    "≥": r"\ge ",
-    "⩽": r"\le ",
-    "⩾": r"\ge ",
-    "≠": r"\ne ",
-    "≈": r"\approx ",
-    "≡": r"\equiv ",
-    "∈": r"\in ",
-    "∪": r"\cup ",
-    "∩": r"\cap ",
-    "∖": r"\setminus ",
-    "∅": r"\emptyset ",
-    "±": r"\pm ",
-    "∓": r"\mp ",
-    "º": "°",
-    "˚": "°",
-    "ℝ": r"\mathbb{R}",
-    "ℤ": r"\mathbb{Z}",
-    "⟨": r"\langle ",
-    "⟩": r"\rangle ",
-    "⌊": r"\lfloor ",
-    "⌋": r"\rfloor ",
-    "⌈": r"\lceil ",
-    "⌉": r"\rceil ",
-    "∑": r"\sum ",
-    "∏": r"\prod ",
-    "∫": r"\int ",
-    "…": r"\ldots ",
-    "⋯": r"\ldots ",
-    "π": r"\pi ",
-    "µ": r"\mu ",
-}
+    **dict.fromkeys("·⋅∙•×∗", "*"), **dict.fromkeys("÷∕⁄", "/"), **dict.fromkeys("…⋯", r"\ldots "),
+    **dict.fromkeys("“”„«»", '"'), **dict.fromkeys("‘’ʼ′", "'"), "″": "''", "∶": ":", "∣": "|",
+    "√": r"\sqrt ", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "∞": r"\infty ", "∅": r"\emptyset ", "⩽": "≤", "⩾": "≥",
+    "º": "°", "˚": "°", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "π": r"\pi ", "µ": r"\mu ",
+    "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ",
+}  # fmt: skip
+# Signs that are no ASCII characters; their commands become them.
+SIGNS = "≤≥≠≈≡∈∪∩∖±∓⌊⌋⌈⌉⟨⟩°"
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ", "0123456789+-()nix", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋ₙₓ", "0123456789+-nx", strict=True))
+_FRACTION = re.compile(f"([{''.join(_SUPERSCRIPTS)}]+)[⁄/∕]([{''.join(_SUBSCRIPTS)}]+)")
 _SUPERSCRIPT = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 _SUBSCRIPT = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
 _GREEK = dict(
@@ -71,35 +33,50 @@ _GREEK = dict(
 
 _FORMATTING = (
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|textup|emph|underline|mbox|hbox|mathrm|mathbf|mathit|mathsf|"
-    r"mathtt|mathnormal|boldsymbol|bm|operatorname\*?|ce|fbox|boxed|mathop|phantom)"
+    r"mathtt|mathnormal|boldsymbol|bm|operatorname\*?|ce|fbox|boxed|mathop|phantom|vec|hat|overrightarrow|"
+    r"(?:text)?color\s*\{[a-z]*\})"
 )
 _FORMATTED = re.compile(_FORMATTING + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_DROPPED = re.compile(
-    r"\\(?:left|right)\s*\.|\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])"
-    r"|\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|bf|rm|it|boldmath|hfill|small|large|Large|huge|Huge)"
-    r"(?![a-zA-Z])"
-)
-_SPACING = re.compile(
-    r"(?<!\\)\\[,;:>! ]|(?!\A)~|\\(?:quad|qquad|enspace|thinspace|medspace|thickspace|space|nobreakspace)(?![a-zA-Z])"
-    r"|\\[hv]space\*?\{[^{}]*\}"
-)
-_RENAMED = (
-    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
-    (re.compile(r"\\[dt]binom(?![a-zA-Z])"), r"\\binom"),
-    (re.compile(r"\\leq?(?:slant|q)?(?![a-zA-Z])"), r"\\le "),
-    (re.compile(r"\\geq?(?:slant|q)?(?![a-zA-Z])"), r"\\ge "),
-    (re.compile(r"\\neq(?![a-zA-Z])|\\not\s*="), r"\\ne "),
-    (re.compile(r"\\lbrace(?![a-zA-Z])"), r"\\{"),
-    (re.compile(r"\\rbrace(?![a-zA-Z])"), r"\\}"),
-    (re.compile(r"\\(?:lvert|rvert|vert)(?![a-zA-Z])"), "|"),
-    (re.compile(r"\\(?:mid)(?![a-zA-Z])"), "|"),
-    (re.compile(r"\\(?:varnothing|O)(?![a-zA-Z])"), r"\\emptyset "),
-    (re.compile(r"\\(?:dots|cdots|dotsc|dotsb)(?![a-zA-Z])|\.\.\.+"), r"\\ldots "),
-    (re.compile(r"\\(?:ast|star)(?![a-zA-Z])"), "*"),
-    (re.compile(r"\\var(?=epsilon|theta|phi|rho|sigma)"), r"\\"),
-    (re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree(?:s)?(?![a-zA-Z])|\{\s*°\s*\}|\^\s*°"), "°"),
-    (re.compile(r"\\([%#&_])"), r"\1"),
-    (re.compile(r"\\(?:Re|R)(?![a-zA-Z])|\\mathbb\s*R"), r"\\mathbb{R}"),
+_COMMANDS = {
+    name: replacement
+    for replacement, names in {
+        r"\frac": "dfrac tfrac cfrac sfrac xfrac nicefrac", r"\binom": "dbinom tbinom", r"\emptyset ": "varnothing O",
+        r"\ldots ": "dots cdots dotsc dotsb", r"\{": "lbrace", r"\}": "rbrace", r"\mathbb{R}": "Re R",
+        "|": "lvert rvert vert mid",
+        "*": "times cdot ast star", "/": "div", ":": "colon", "<": "lt", ">": "gt", "≤": "le leq leqslant leqq",
+        "≥": "ge geq geqslant geqq", "≠": "ne neq", "≈": "approx sim", "≡": "equiv", "∈": "in", "∪": "cup bigcup",
+        "∩": "cap bigcap", "∖": "setminus backslash", "±": "pm", "∓": "mp", "⌊": "lfloor", "⌋": "rfloor", "⌈": "lceil",
+        "⌉": "rceil", "⟨": "langle", "⟩": "rangle", "°": "degree degrees", " or ": "lor vee", " and ": "land wedge",
+        " mod ": "mod bmod pmod", " ": "quad qquad enspace thinspace medspace thickspace space nobreakspace",
+        "": "left right middle bigl bigr bigm big biggl biggr biggm bigg Bigl Bigr Bigm Big Biggl Biggr Biggm Bigg "
+        "displaystyle textstyle scriptstyle limits nolimits bf rm it boldmath hfill small large Large huge Huge",
+        **{f"\\{name}": f"var{name}" for name in names_of("epsilon theta phi rho sigma")},
+    }.items()
+    for name in names.split()
+}  # fmt: skip
+_RENAMED: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = tuple(
+    (re.compile(pattern, re.DOTALL), replacement)
+    for pattern, replacement in (
+        (
+            r"\\begin\s*\{((?:align|equation|gather|split|cases)[a-z]*\*?)\}(.*?)\\end\s*\{\1\}",
+            lambda match: _one_line(match[2]),
+        ),
+        (r"(=[^\n,;]*[^\n,;\s])\s*(?:\n|\\\\)\s*(?=[a-zA-Z]\s*=)", r"\1, "),
+        (r"<(b|i|u|em|strong|span|code|p)>(.*?)</\1>", r" \2 "),
+        (r"<su([pb])>([^<>]*)</su\1>", lambda match: f"{'^' if match[1] == 'p' else '_'}{{{match[2]}}}"),
+        (r"(?<=\.)(\d*)\\(?:bar|dot|overline)\s*(?:\{\s*(\d+)\s*\}|(\d))", r"\1\\overline{\2\3}"),
+        (r"\^\s*(?:\{\s*(?:\\circ|o)\s*\}|\\circ(?![a-zA-Z])|o\b|°)|\{\s*°\s*\}", "°"),
+        (r"\\(?:left|right)\s*\.", ""),
+        (r"\\not\s*=", "≠"),
+        (r"\\mathbb\s*R", r"\\mathbb{R}"),
+        (r"\\([a-zA-Z]+)", lambda match: _COMMANDS.get(match[1], match[0])),
+        (r"(?<=[)\]}])\s*U\s*(?=[(\[{\\])", "∪"),
+        (r"\.\.\.+", r"\\ldots "),
+        (r"\+\s?/\s?-", "±"),
+        (r"(?<=[\d }])per cent\b", "percent"),
+        (r"\\([%#&_])", r"\1"),
+        (r"(?<!\\)\\[,;:>! ]|(?!\A)~|\\[hv]space\*?\{[^{}]*\}", " "),
+    )
 )
 _THOUSANDS = (
     # 1{,}234 and 11,\! 111 and 1\,234 are one number each.
@@ -117,7 +94,7 @@ _WRAPPERS = (
 
 @lru_cache(maxsize=1024)
 def normalise(text: str) -> str:
-    """Return a text in ASCII with the core commands of LaTeX, without markup around the whole."""
+    """Return a text with the core commands and signs of mathematics, without markup around the whole."""
     text = peel(plain_characters(text))
     for pattern, replacement in _THOUSANDS:
         text = pattern.sub(replacement, text)
@@ -127,9 +104,8 @@ def normalise(text: str) -> str:
     while previous != text:
         previous = text
         text = _FORMATTED.sub(_unwrap, text)
-    for pattern, replacement in _RENAMED:
-        text = pattern.sub(replacement, text)
-    text = _SPACING.sub(" ", _DROPPED.sub("", text))
+    for pattern, renamed in _RENAMED:
+        text = pattern.sub(renamed, text)
     return peel(" ".join(text.split()))
 
 
@@ -137,9 +113,20 @@ def plain_characters(text: str) -> str:
     """Return a text with the characters of mathematics as LaTeX, and without invisible characters."""
     if text.isascii():
         return text
+    text = _FRACTION.sub(lambda match: rf"\frac{{{_compatible(match[1])}}}{{{_compatible(match[2])}}}", text)
     text = _SUPERSCRIPT.sub(lambda run: f"^{{{''.join(_SUPERSCRIPTS[one] for one in run[0])}}}", text)
     text = _SUBSCRIPT.sub(lambda run: f"_{{{''.join(_SUBSCRIPTS[one] for one in run[0])}}}", text)
-    return unicodedata.normalize("NFKC", "".join(map(_plain_character, text)))
+    return _compatible("".join(map(_plain_character, text)))
+
+
+def _compatible(text: str) -> str:
+    return unicodedata.normalize("NFKC", text)
+
+
+def _one_line(lines: str) -> str:
+    """Return the lines of an aligned formula: a chain of equations, or items of a list."""
+    chain = re.sub(r"\\\\(?:\[[^\]]*\])?\s*(?=&?\s*=)", " ", lines).replace("&", " ")
+    return ", ".join(line.strip(" ,;") for line in re.split(r"\\\\(?:\[[^\]]*\])?", chain) if line.strip())
 
 
 def _plain_character(character: str) -> str:
@@ -156,7 +143,7 @@ def _plain_character(character: str) -> str:
         return ""
     if category in ("Zs", "Zl", "Zp"):
         return " "
-    compatible = unicodedata.normalize("NFKC", character)
+    compatible = _compatible(character)
     if "\u2044" in compatible:  # a fraction such as ½
         above, _, below = compatible.partition("\u2044")
         return rf"\frac{{{above}}}{{{below}}}"

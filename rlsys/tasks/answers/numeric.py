@@ -85,8 +85,19 @@ def _counts(expr: Expr) -> bool:
     return False
 
 
+def _branches(expr: Expr) -> bool:
+    """Return whether an expression can change its form far from zero, as |x + 5| does."""
+    roots = [node for node in expr.walk() if node.op == "root" or (node.op == "power" and not node.args[1].symbols())]
+    return any(node.op in ("abs", "max", "min", "floor", "ceil") for node in expr.walk()) or any(
+        node.args[0].symbols() and (node.op == "root" or node.args[1].op != "number") for node in roots
+    )
+
+
 def points_of(expressions: Sequence[Expr]) -> list[dict[str, Fraction]]:
-    """Return values of all symbols: positive ones, then ones of both signs unless they must be whole numbers."""
+    """Return values of all symbols: positive ones, then ones of both signs unless they must be whole numbers.
+
+    Numbers far from zero follow where an expression has branches.
+    """
     names = sorted(set().union(*(expr.symbols() for expr in expressions)))
     if not names:
         return [{}]
@@ -98,6 +109,8 @@ def points_of(expressions: Sequence[Expr]) -> list[dict[str, Fraction]]:
         # The second half has every other symbol negative, then the others, then all.
         rows[3 + place % 2][place] *= -1
         rows[5][place] *= -1
+    if any(map(_branches, expressions)):
+        rows += [[Fraction(sign * rng.randint(20_000, 90_000), 97) for _ in names] for sign in (1, -1)]
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 

@@ -24,9 +24,10 @@ from rlsys.tasks.answers.expressions import (
     symbol,
 )
 from rlsys.tasks.answers.grammar import Grammar
-from rlsys.tasks.answers.lexer import Token, join_thousands, tokens_of
+from rlsys.tasks.answers.lexer import Token, join_numbers, tokens_of
 from rlsys.tasks.answers.normalise import normalise
-from rlsys.tasks.answers.units import CURRENCIES, read_unit
+from rlsys.tasks.answers.number_words import CARDINALS, with_digits
+from rlsys.tasks.answers.units import CURRENCIES, NO_NOUNS, read_unit
 from rlsys.tasks.answers.words import read_any_words, read_words
 
 MAX_ANSWER_CHARS = 1024
@@ -34,22 +35,23 @@ MAX_ANSWER_CHARS = 1024
 _RELATIONS = ("=", "≠", "<", ">", "≤", "≥", "≈", "∈")
 _SETS = {"∪": "union", "∩": "intersection", "∖": "minus"}
 _PAIRS = {"(": ")]", "[": ")]", "⟨": "⟩", r"\{": (r"\}",), "{": "}"}
-_CURRENCY = re.compile(r"\$\s?-?\d[\d,]*(?:\.\d+)?(?!\s*\$)(?=\Z|[\s,;)/]|-)")
-_SEPARATOR = r"\s*(?::|\bto\b|\\colon)\s*"
-_BASES = {
-    "two": 2,
-    "three": 3,
-    "four": 4,
-    "five": 5,
-    "six": 6,
-    "seven": 7,
-    "eight": 8,
-    "nine": 9,
-    "ten": 10,
-    "twelve": 12,
-}
+_CURRENCY = re.compile(r"\$\s?-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?!\s*\$)(?=\Z|[\s,;)/]|-)")
+_SEPARATOR = r"\s*(?::|\bto\b)\s*"
 _BASE = re.compile(
-    r"\(?\s*([0-9A-Fa-f]+)\s*\)?\s*(?:\(?\s*(?:in\s+)?base[\s-]+(\w+)\s*\)?|_\s*\{?\s*(\w+)\s*\}?)", re.ASCII
+    r"\(?\s*(?P<digits>[0-9A-Fa-f]+)\s*\)?\s*"
+    r"(?:\(?\s*(?:in\s+)?base[\s-]+(?P<named>\w+)\s*\)?|_\s*(?P<open>\{)?\s*\(?\s*(?P<index>\w+)\s*\)?\s*(?(open)\}))"
+    r"|0(?P<letter>[box])(?P<rest>[0-9A-Fa-f]+)",
+    re.ASCII,
+)
+_PREFIX_BASES = {"b": "2", "o": "8", "x": "16"}
+_CURRENCY_NAMES = {"us$": "$", "usd": "$", "eur": "€", "gbp": "£", "inr": "₹", "rs": "₹", "jpy": "¥"}
+_CURRENCY_NAME = re.compile(r"(?i)\A(us\$|usd|eur|gbp|inr|jpy|rs)\.?\s*(?=-?[\d.])")
+# What an equation may have on its left besides a symbol: a quantity of geometry, a value of a function, or words.
+_LABEL = re.compile(
+    r"((?:m\s*)?\\(?:angle|triangle)\s*[A-Z]{1,4}|\|?[A-Z]{2,4}\|?|\[[A-Z]{3,5}\]|[PE]\s*\([^()]*\)"
+    r"|[f-hp-rt-wA-Z](?:_\w|'{1,3})?\s*\(\s*-?\w+\s*\)|\\frac\s*\{\s*d\w?\s*\}\s*\{\s*d\w\s*\}"
+    r"|[a-zA-Z](?=\s+is\b)|(?:[Tt]he )?(?P<words>[A-Za-z][a-z]{2,}(?: [A-Za-z]+){0,4}))"
+    r"\s*(?:=(?!=)|\bis\b)\s*(?=\S)"
 )
 
 
@@ -62,9 +64,13 @@ def read_answer(text: str) -> Value:
     """
     if len(text) > MAX_ANSWER_CHARS:
         raise UnreadableError(f"more than {MAX_ANSWER_CHARS} characters")
-    plain = normalise(text)
+    plain = _rephrased(normalise(text))
     if not plain:
         raise UnreadableError("an empty text")
+    return _read_labelled(plain) or _read_value(plain)
+
+
+def _read_value(plain: str) -> Value:
     value = read_words(plain) or _read_ratio(plain)
     if value is not None:
         return value
@@ -77,6 +83,30 @@ def read_answer(text: str) -> Value:
         return words
 
 
+def _rephrased(plain: str) -> str:
+    """Return a text with a number in words as digits, and names of a sign or a currency as signs."""
+    plain = _CURRENCY_NAME.sub(lambda match: _CURRENCY_NAMES[match[1].lower()], re.sub(r"\Aboth\s+", "", plain))
+    negated = re.match(r"(?i)(?:negative|minus)\s+(?=\S)", plain)
+    return f"-{with_digits(plain[negated.end() :])}" if negated else with_digits(plain)
+
+
+def _read_labelled(plain: str) -> Relation | None:
+    """Read an equation with more than a symbol on its left, such as "Area = 5"."""
+    match = _LABEL.match(plain)
+    if match is None or not NO_NOUNS.isdisjoint((match["words"] or "").lower().split()):
+        return None
+    try:
+        value = _read_value(_rephrased(plain[match.end() :]))
+    except UnreadableError:
+        return None
+    text = re.sub(r"\s", "", match[1])
+    name = symbol("y" if text == "f(x)" else text)
+    if isinstance(value, Relation):
+        return Relation((name, *value.sides), ("=", *value.signs))
+    is_list = isinstance(value, Sequence) and not value.brackets and any(isinstance(x, Relation) for x in value.items)
+    return None if is_list or isinstance(value, Words) else Relation((name, value), ("=",))
+
+
 def as_product(words: Words) -> Expr | None:
     """Return up to three letters as a product of symbols, the other reading of "xy"."""
     tokens = [Token("symbol", letter, place, place + 1) for place, letter in enumerate(words.letters)]
@@ -86,12 +116,12 @@ def as_product(words: Words) -> Expr | None:
 def _read_mathematics(plain: str) -> Value:
     based = _BASE.fullmatch(plain)
     if based:
-        base = (based[2] or based[3]).lower()
-        if base.isdigit() or base in _BASES:
-            return read_based(f"{based[1].upper()}_{_BASES.get(base, base)}")
+        base = (based["named"] or based["index"] or _PREFIX_BASES[based["letter"]]).lower()
+        if base.isdigit() or base in CARDINALS:
+            return read_based(f"{(based['digits'] or based['rest']).upper()}_{CARDINALS.get(base, base)}")
     plain = _without_dollars(plain)
-    plain = re.sub(r"(?<=[a-zA-Z])\s+in\s+(?=[(\[{\\])", r" \\in ", plain)
-    plain = join_thousands(plain)
+    plain = re.sub(r"(?<=[a-zA-Z])\s+in\s+(?=[(\[{\\])", "∈", plain)
+    plain = join_numbers(plain)
     reader = _Reader(plain, tokens_of(plain))
     return reader.whole()
 
@@ -142,7 +172,7 @@ class _Reader(Grammar):
 
     def _statement(self) -> Value:
         """Read a value or a chain of relations."""
-        sides, signs = [self._set()], []
+        sides, signs = [symbol("") if self.is_sign("≈") else self._set()], []
         while self.is_sign(*_RELATIONS):
             signs.append(self.take().text)
             sides.append(self._set())
@@ -254,7 +284,7 @@ class _Reader(Grammar):
         start, stop = self.next.start, self.next.end
         while not self._at_end():
             previous = self.tokens[self.place - 1]
-            if self.next.kind in ("number", "mixed") and previous.text not in ("^", "-", "{"):
+            if self.next.kind == "number" and previous.text not in ("^", "-", "{"):
                 break
             stop = self.take().end
             if self.next.kind == "sign" and self.next.text == "}" and "{" in self.text[start:stop]:

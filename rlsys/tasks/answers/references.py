@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from rlsys.tasks.answers.judge import Judge
+from rlsys.tasks.answers.judge import Judge, shortened
 
 # More references than this are sampled, at equal distances.
 MAX_REFERENCES = 2000
 MAX_SECONDS = 10.0
-_SHOWN_CHARS = 80
 
 
 def reference_note(judge: Judge, references: Sequence[tuple[int, str]]) -> str | None:
@@ -35,9 +34,3 @@ def reference_note(judge: Judge, references: Sequence[tuple[int, str]]) -> str |
         return None
     scope = f"{tried}" if tried == len(references) else f"{tried} sampled of {len(references)}"
     return f"{len(faults)} of {scope} references cannot be verified by value, the first: {faults[0]}"
-
-
-def shortened(text: str) -> str:
-    """Return the beginning of a text on one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= _SHOWN_CHARS else f"{line[: _SHOWN_CHARS - 1]}…"

@@ -1,9 +1,11 @@
-"""Equations, inequalities, assignments and congruences."""
+"""Equations, inequalities, assignments, congruences, and the values that plus-minus signs stand for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from fractions import Fraction
+from itertools import product
 
 from rlsys.tasks.answers import numeric
 from rlsys.tasks.answers.evaluate import is_real
@@ -16,8 +18,6 @@ from rlsys.tasks.answers.expressions import (
     Value,
     apply,
 )
-
-ListValues = list[Value] | dict[str, Value]
 
 _FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
 # Points at which two equations must have the same ratio.
@@ -79,22 +79,28 @@ def end_of_chain(relation: Relation, same: Callable[[Value, Value], bool]) -> Va
     return sides[-1]
 
 
-def values_of_list(sequence: Sequence) -> ListValues:
-    """Return the items of a list. Assignments of different names give a mapping, of the same name their values.
+def rounded_value(value: Value) -> Value | None:
+    """Return 1.41 for "≈ 1.41" and "x ≈ 1.41"; None for others."""
+    is_rounded = isinstance(value, Relation) and value.signs == ("≈",) and _name(value.sides[0]) is not None
+    return value.sides[1] if is_rounded and isinstance(value, Relation) else None
 
-    "n = 2, 3, 4" is a list of three values.
+
+def named_values(sequence: Sequence) -> tuple[tuple[str, ...], list[Value]]:
+    """Return the names of the unknowns of a list, and its values, in the order of several names.
+
+    "n = 2, 3, 4" is a list of three values of n.
     """
     items = list(sequence.items)
     pairs = [assigned(item) for item in items]
-    if items and pairs[0] is not None and not any(isinstance(item, Relation) for item in items[1:]):
-        return [pairs[0][1], *items[1:]]
-    named = [pair for pair in pairs if pair is not None]
-    if not items or len(named) < len(items):
-        return items
-    names = [name for name, _ in named]
-    if len(set(names)) == 1:
-        return [value for _, value in named]
-    return dict(named) if len(set(names)) == len(names) else items
+    if items and pairs[0] and not any(isinstance(item, Relation) for item in items[1:]):
+        return (pairs[0][0],), [pairs[0][1], *items[1:]]
+    named = [pair for pair in pairs if pair]
+    names = {name for name, _ in named}
+    if not items or len(named) < len(items) or 1 < len(names) < len(named):
+        return (), items
+    return tuple(sorted(names)), [
+        value for _, value in (sorted(named, key=lambda pair: pair[0]) if len(names) > 1 else named)
+    ]
 
 
 def same_relation(reference: Relation, answer: Relation) -> bool | None:
@@ -151,3 +157,49 @@ def same_residues(reference: Congruence, answer: Congruence) -> bool:
     quotient = apply("divide", apply("add", reference.residue, apply("negate", answer.residue)), reference.modulus)
     value = numeric.real_value(quotient)
     return isinstance(value, Fraction) and value.denominator == 1
+
+
+def spread_signs(value: Value) -> Value:
+    """Return an expression or a tuple with plus-minus signs as the list of its values."""
+    if isinstance(value, Expr):
+        values = _alternatives((value,))
+        return value if len(values) == 1 else Sequence("", tuple(row[0] for row in values), "or")
+    if isinstance(value, Relation) and any(isinstance(side, Expr) and _signs((side,)) for side in value.sides):
+        name = assigned(value)
+        return spread_signs(name[1]) if name else value
+    if isinstance(value, Sequence) and value.brackets in ("", "{}"):
+        items: list[Value] = []
+        for item in value.items:
+            spread = spread_signs(item)
+            items.extend(spread.items if spread != item and isinstance(spread, Sequence) else [spread])
+        return Sequence(value.brackets, tuple(items), value.joiner)
+    if isinstance(value, Sequence) and value.brackets == "()":
+        parts = tuple(item for item in value.items if isinstance(item, Expr))
+        signs = _signs(parts)
+        if len(parts) == len(value.items) and (len(signs) == 1 or "minus_plus" in signs):
+            return Sequence("", tuple(Sequence("()", row) for row in _alternatives(parts)))
+    return value
+
+
+def _signs(parts: Items[Expr]) -> list[str]:
+    return [node.op for part in parts for node in part.walk() if node.op in ("plus_minus", "minus_plus")]
+
+
+def _alternatives(parts: Items[Expr]) -> list[tuple[Expr, ...]]:
+    """Return the expressions for all choices of signs. Signs are coupled if a minus-plus sign is among them."""
+    count = len(_signs(parts))
+    if count > 4:
+        raise UndecidableError("more than 4 plus-minus signs")
+    coupled = "minus_plus" in _signs(parts)
+    rows = [(sign,) * count for sign in (1, -1)] if coupled else product((1, -1), repeat=count)
+    return [tuple(_chosen(part, signs) for part in parts) for signs in map(iter, rows)]
+
+
+def _chosen(expr: Expr, signs: Iterator[int]) -> Expr:
+    if expr.op in ("plus_minus", "minus_plus"):
+        sign = next(signs) * (1 if expr.op == "plus_minus" else -1)
+        left, right = (_chosen(argument, signs) for argument in expr.args)
+        return apply("add", left, right if sign > 0 else apply("negate", right))
+    if not expr.args:
+        return expr
+    return Expr(op=expr.op, args=tuple(_chosen(argument, signs) for argument in expr.args), name=expr.name)

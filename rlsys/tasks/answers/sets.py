@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cmp_to_key
+from functools import cmp_to_key, reduce
 from typing import Any
 
 from rlsys.tasks.answers import numeric
 from rlsys.tasks.answers.evaluate import AGREED_BITS
-from rlsys.tasks.answers.expressions import Expr, Relation, Sequence, UndecidableError, Union, Value, apply
+from rlsys.tasks.answers.expressions import Expr, Relation, Sequence, UndecidableError, Union, Value, apply, number
 
+_FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
 _INTERVALS = ("()", "[)", "(]", "[]")
 
 
@@ -56,6 +57,8 @@ def real_set(value: Value) -> RealSet | None:
         return None
     if value.brackets in _INTERVALS and len(value.items) == 2 and all(isinstance(item, Expr) for item in value.items):
         low, high = (_number(item) for item in value.items)
+        if numeric.greater(low, high):
+            return None  # a pair
         return _interval(low, high, value.brackets[0] == "[", value.brackets[1] == "]")
     if value.brackets == "{}" and all(isinstance(item, Expr) for item in value.items):
         return _merged([_point(_number(item)) for item in value.items])
@@ -73,13 +76,14 @@ def _number(value: Value) -> Any:
 
 
 def _joined(joiner: str, sets: list[RealSet]) -> RealSet | None:
-    """Join sets by "or", others by "and"."""
+    """Join sets by "or", others by "and"; None if an item changes nothing."""
     variables = {one.variable for one in sets if one.variable}
     if len(variables) > 1:
         return None
-    result = sets[0]
-    for other in sets[1:]:
-        result = _unite(result, other) if joiner == "or" else _intersect(result, other)
+    join = _unite if joiner == "or" else _intersect
+    result = reduce(join, sets)
+    if any(reduce(join, sets[:place] + sets[place + 1 :]) == result for place in range(len(sets)) if len(sets) > 1):
+        return None
     return RealSet(result.intervals, next(iter(variables), ""))
 
 
@@ -101,6 +105,8 @@ def _of_relation(relation: Relation) -> RealSet | None:
         inner = real_set(values)
         is_name = isinstance(name, Expr) and name.op == "symbol"
         return RealSet(inner.intervals, name.name) if inner and isinstance(name, Expr) and is_name else None
+    if len(relation.signs) == 1 and isinstance(relation.sides[0], Expr) and relation.sides[0].op == "abs":
+        return _of_distance(relation.sides[0].args[0], relation.signs[0], relation.sides[1])
     result: RealSet | None = None
     for place, sign in enumerate(relation.signs):
         part = _half_line(relation.sides[place], sign, relation.sides[place + 1])
@@ -110,10 +116,22 @@ def _of_relation(relation: Relation) -> RealSet | None:
     return result
 
 
+def _of_distance(inner: Expr, sign: str, size: Value) -> RealSet | None:
+    """Return the set of |x| < b, |x - a| > b and the like."""
+    name, shift = inner.args if inner.op == "add" else (inner, number(0))
+    if not isinstance(size, Expr) or sign not in _FLIPPED:
+        return None
+    low, high = (apply("add", apply("negate", shift), end) for end in (apply("negate", size), size))
+    if sign in "<≤":
+        return _of_relation(Relation((low, name, high), (sign, sign)))
+    parts = _half_line(name, _FLIPPED[sign], low), _half_line(name, sign, high)
+    return RealSet(_unite(parts[0], parts[1]).intervals, name.name) if parts[0] and parts[1] else None
+
+
 def _half_line(left: Value, sign: str, right: Value) -> RealSet | None:
     if isinstance(right, Expr) and right.op == "symbol":
         left, right = right, left
-        sign = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}.get(sign, sign)
+        sign = _FLIPPED.get(sign, sign)
     if not (isinstance(left, Expr) and left.op == "symbol" and isinstance(right, Expr)) or right.symbols():
         return None
     value, infinity = numeric.real_value(right), numeric.real_value(apply("infinity"))

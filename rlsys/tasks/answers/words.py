@@ -13,9 +13,8 @@ from rlsys.tasks.answers.expressions import (
     Words,
     apply,
     names_of,
-    number,
 )
-from rlsys.tasks.answers.lexer import ALPHABET, FUNCTIONS
+from rlsys.tasks.answers.lexer import FUNCTIONS, is_wordlike
 
 _MONTHS = names_of("january february march april may june july august september october november december")
 _MONTH = "|".join(rf"{name[:3]}(?:{name[3:]}|t)?\.?" if name != "may" else "may" for name in _MONTHS)
@@ -31,20 +30,11 @@ _DATES = tuple(
     )
 )
 _SLASHED = re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})")
-_CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?\s*(?:([ap])\.?\s*m\.?)?", re.IGNORECASE)
-_HOUR = re.compile(r"(\d{1,2})\s*([ap])\.?\s*m\.?", re.IGNORECASE)
-
-_ONES = names_of(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
+_CLOCK = re.compile(
+    r"(?:(\d{1,2})(?::(\d{2})(?::(\d{2}))?)?\s*)?(?:([ap])\.?\s*m\.?|(noon|midnight)|(o'clock))?", re.IGNORECASE
 )
-_TENS = names_of("twenty thirty forty fifty sixty seventy eighty ninety")
-_NUMBERS = {
-    **{name: value for value, name in enumerate(_ONES)},
-    **{ten: 10 * place for place, ten in enumerate(_TENS, start=2)},
-    **{f"{ten}-{_ONES[one]}": 10 * place + one for place, ten in enumerate(_TENS, start=2) for one in range(1, 10)},
-}
-_EMPTY = frozenset({"no solution", "no solutions", "empty set", "the empty set", "there is no solution"})
+
+_EMPTY = re.compile(r"(?:the )?empty set|(?:there (?:is|are) )?no (?:real )?(?:solutions?|roots?)(?: exists?)?")
 _REALS = frozenset({"all real numbers", "all reals", "any real number", "the real numbers", "the set of real numbers"})
 # Letters that name something in mathematics.
 _NAMES = frozenset({*FUNCTIONS, *["pi", "infinity", "inf", "oo", "mod"]})
@@ -58,7 +48,8 @@ _ELEMENTS = names_of(
 _ELEMENT = "|".join(_ELEMENTS)
 _FORMULA = re.compile(rf"(?:(?:{_ELEMENT}|\((?:(?:{_ELEMENT})\d*)+\))\d*)+(?:\^?\d*[+-])?")
 _CHOICE = re.compile(
-    r"(?:(?i:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)(?:\s+is\b)?)\s*:?\s*)?\(?\s*(?P<letter>[A-Ja-j])\s*(?P<close>[).:])?(?P<rest>\s+[^\s+*/^=<>!-].*)?",
+    r"(?:(?i:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)(?:\s+is\b)?)\s*:?\s*)?[(\[]?\s*(?P<letter>[A-Ja-j])\s*(?P<close>[).:\]]{0,2})"
+    r"(?P<rest>\s+(?!\(?\s*(?i:or|and|is|isn't|was|but|nor|wrong|incorrect)\b)(?:-(?=\S))?[\w$\\({\[|\"'.].*)?",
     re.DOTALL,
 )
 
@@ -76,15 +67,17 @@ def same_words(reference: Words, answer: Words) -> bool:
     """Return whether two texts have the same words; the letters of formulas are case-sensitive."""
     if reference.formula and answer.formula:
         return reference.text == answer.text
-    if reference.letters and answer.letters and not is_wordlike(reference.letters):
-        return reference.letters == answer.letters
+    letters = reference.letters, answer.letters
+    if all(letters) and not any(map(is_wordlike, letters)):  # products; two capitals may be a segment
+        return letters[0] == letters[1] or (all(map(str.islower, letters)) and sorted(letters[0]) == sorted(letters[1]))
     return reference.text.casefold() == answer.text.casefold()
 
 
 def choice_letter(plain: str) -> str | None:
     """Return the letter that a text consists of, such as "B", "(B)" or "option B"."""
     match = _CHOICE.fullmatch(plain)
-    return match["letter"].upper() if match and not match["rest"] else None
+    is_constant = plain in ("e", "i")
+    return match["letter"].upper() if match and not match["rest"] and not is_constant else None
 
 
 def chosen_letter(plain: str) -> str | None:
@@ -97,12 +90,6 @@ def chosen_letter(plain: str) -> str | None:
     return match["letter"].upper()
 
 
-def is_wordlike(letters: str) -> bool:
-    """Return whether two or three letters are a word rather than symbols: "no", or a vowel and not "abc"."""
-    lower = letters.lower()
-    return lower == "no" or (len(lower) == 3 and bool(set(lower) & set("aeiou")) and lower not in ALPHABET)
-
-
 def squeeze(plain: str) -> str:
     """Return a normalised text without the characters that change no meaning, for a comparison of texts."""
     text = re.sub(r"([\^_])\s*\{\s*(\w)\s*\}", r"\1\2", plain)
@@ -111,17 +98,12 @@ def squeeze(plain: str) -> str:
 
 def _read_clock(plain: str) -> Clock | None:
     match = _CLOCK.fullmatch(plain)
-    if match:
-        hour, minute, second, half = match.groups()
-    else:
-        match = _HOUR.fullmatch(plain)
-        if not match:
-            return {"noon": Clock(12, 0, 0, "pm"), "midnight": Clock(12, 0, 0, "am")}.get(plain.lower())
-        hour, half, minute, second = match[1], match[2], "0", None
-    half = f"{half.lower()}m" if half else ""
-    if int(hour) > (12 if half else 24) or int(minute) > 59 or int(second or 0) > 59:
+    if match is None or not (match[2] or any(match.groups()[3:])) or not (match[1] or match[5]):
         return None
-    return Clock(int(hour), int(minute), int(second or 0), half)
+    hour, minute, second = (int(match[place] or default) for place, default in ((1, 12), (2, 0), (3, 0)))
+    half = f"{match[4].lower()}m" if match[4] else {"noon": "pm", "midnight": "am"}.get((match[5] or "").lower(), "")
+    is_time = hour <= (12 if half else 24) and minute <= 59 and second <= 59 and (not match[5] or hour == 12)
+    return Clock(hour, minute, second, half) if is_time else None
 
 
 def _read_date(plain: str) -> Date | None:
@@ -151,16 +133,18 @@ def _read_phrase(plain: str) -> Value | None:
     """Read letters only: number words, known phrases, names, and lists of names."""
     if not _WORDS.fullmatch(plain) or len(re.findall(r"[^\W\d_]", plain)) < 2:
         return None
-    original = re.sub(r"\s+", " ", plain.strip(" .!?\"',-"))
+    original = "does not exist" if plain == "DNE" else _trimmed(plain)
     phrase = original.casefold()
-    if phrase in _NUMBERS or phrase.replace(" ", "-") in _NUMBERS:
-        return number(_NUMBERS[phrase.replace(" ", "-")])
-    if phrase in _EMPTY:
+    if _EMPTY.fullmatch(phrase):
         return Sequence("{}", ())
     if phrase in _REALS:
         return Sequence("()", (apply("negate", apply("infinity")), apply("infinity")))
     words = re.findall(r"[^\W\d_]+", phrase)
-    if set(words) & _NAMES or re.search(r"[a-z]\s*/|[a-z]\s*-\s+|!\Z", phrase) or all(len(word) == 1 for word in words):
+    if (
+        set(words) & _NAMES
+        or re.search(r"[a-z]\s*/|[a-z]\s*-\s+|\A-|!\Z", phrase)
+        or all(len(word) == 1 for word in words)
+    ):
         return None
     if _formula(plain) and phrase not in ("no", "yes"):
         return None
@@ -169,7 +153,13 @@ def _read_phrase(plain: str) -> Value | None:
 
 def read_any_words(plain: str) -> Words | None:
     """Return a text of words that is not mathematics, though it has letters that stand alone."""
-    return _words(plain.strip(" .!?\"',-")) if _WORDS.fullmatch(plain) and re.search(r"[^\W\d_]{2}", plain) else None
+    return _words(_trimmed(plain)) if _WORDS.fullmatch(plain) and re.search(r"[^\W\d_]{2}", plain) else None
+
+
+def _trimmed(plain: str) -> str:
+    """Return words without final punctuation. A factorial or a question mark stays."""
+    text = plain.strip(' .",')
+    return text[:-1] if re.fullmatch(r"yes!|no!|.*[^\W\d_]{4,}!", text, re.IGNORECASE) else text
 
 
 def _list_of_words(phrase: str) -> Value | None:
@@ -185,7 +175,8 @@ def _list_of_words(phrase: str) -> Value | None:
 def _words(phrase: str) -> Words:
     """Return words without an article."""
     text = re.sub(r"\A(?:the|an|a)\s+(?=\S)", "", phrase, flags=re.IGNORECASE)
-    return Words(text.casefold(), letters=text if re.fullmatch("[A-Za-z]{2,3}", text) else "")
+    is_product = re.fullmatch("[A-Za-z]{2,3}", text) and text.lower() not in ("no", "yes")
+    return Words(text.casefold().replace(".", ""), letters=text if is_product else "")
 
 
 def _read_formula(plain: str) -> Words | None:
@@ -197,7 +188,7 @@ def _read_formula(plain: str) -> Words | None:
 def _formula(plain: str) -> str | None:
     """Return the canonical form of a chemical formula: two elements, an element with two letters, or a count."""
     squeezed = re.sub(r"[\s_{}]", "", plain)
-    if len(squeezed) < 2 or not _FORMULA.fullmatch(squeezed):
+    if len(squeezed) < 2 or not _FORMULA.fullmatch(squeezed) or re.fullmatch(r"[0-9A-F]+_\{?1[1-6]\}?", plain):
         return None
     if re.search(r"\)\(|\A\(", squeezed):
         return None  # a product of brackets, or the letter of a choice
