@@ -118,7 +118,7 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
     policy = policy or prepare_model(config, Path(config.run.dir).absolute(), build=purpose != "check")
     searches = _searches(config, purpose)
     models, engines = _load_models(config, policy, search_models=searches or purpose == "check")
-    check_models(config, models, trains=trains)
+    notes = check_models(config, models, trains=trains)
     search_config, _, searcher = assign_search_roles(config, policy.path, engines)
     if trains:  # the actors serve the policy, whatever model grows the trees
         searching = Searching(auxiliary=tuple(engines.values())) if searches else None
@@ -140,13 +140,15 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
         searching=searching,
         inputs=inputs,
         tree_prompts=find_prompts(config, inputs) if grows_trees else (),
-        notes=[*(warnings(config) if trains else ()), *inputs.notes],
+        notes=[*notes, *(warnings(config) if trains else ()), *inputs.notes],
         plans=plans,
     )
 
 
-def check_models(config: Config, models: Mapping[Role, ModelFolder], *, trains: bool) -> None:
-    """Refuse model folders that would fail later. A model from scratch was made by this program and is not checked.
+def check_models(config: Config, models: Mapping[Role, ModelFolder], *, trains: bool) -> list[str]:
+    """Refuse model folders that would fail later, and return notes for the user.
+
+    A model from scratch was made by this program and is not checked.
 
     Args:
         config: the config of the command.
@@ -156,12 +158,15 @@ def check_models(config: Config, models: Mapping[Role, ModelFolder], *, trains: 
     Raises:
         ConfigError: see `check_model`.
     """
+    notes: list[str] = []
     for role, section in given_models(config).items():
         if role in models:
-            check_model(models[role], Use(longest=section.max_model_len, longest_field=f"search.{role}.max_model_len"))
+            use = Use(longest=section.max_model_len, longest_field=f"search.{role}.max_model_len")
+            notes += check_model(models[role], use)
     if config.model.from_scratch is None or not trains:
         longest, field = config.actors.max_model_len, "actors.max_model_len"
-        check_model(models["policy"], Use(longest=longest, longest_field=field, trained=trains))
+        notes += check_model(models["policy"], Use(longest=longest, longest_field=field, trained=trains))
+    return notes
 
 
 def _searches(config: Config, purpose: Purpose) -> bool:

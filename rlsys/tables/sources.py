@@ -93,7 +93,7 @@ def _hugging_face_rows(path: str, split: str, subset: str | None, where: str) ->
 
     from rlsys.tables.arrow import short_float_columns, with_short_floats
 
-    path = str(_snapshot(Path(path)))
+    path = str(newest_snapshot(Path(path)))
     try:
         if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
             data = datasets.load_from_disk(path)
@@ -133,7 +133,7 @@ def _load(path: str, subset: str | None, where: str) -> Any:
     return datasets.load_dataset(path, subset)
 
 
-def _snapshot(folder: Path) -> Path:
+def newest_snapshot(folder: Path) -> Path:
     """Return the newest snapshot of a repository in the hub's cache, and any other path unchanged."""
     snapshots = folder / "snapshots"
     if not snapshots.is_dir():

@@ -52,8 +52,9 @@ class Checks:
         self.done.append(field)
         return ModelFolder(Path(name), field)
 
-    def check_model(self, model: ModelFolder, use: Use) -> None:
+    def check_model(self, model: ModelFolder, use: Use) -> tuple[str, ...]:
         self.done.append(("judged", str(model.path), use.longest, use.trained))
+        return ()
 
     def plan(
         self, config: Config, models: Mapping[str, ModelFolder], searching: Searching | None, *, learner: bool
