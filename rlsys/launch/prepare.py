@@ -5,6 +5,7 @@ It imports neither Ray nor vLLM nor torch, so that `rlsys check` stays fast.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +80,8 @@ def check_settings(config: Config, purpose: Purpose) -> None:
     """Check the settings that need no model and no data.
 
     Raises:
-        ConfigError: run.address is not safe to use or does not answer; run.dir is relative on a cluster; or a training
-            run does not measure checkpoint.best_metric.
+        ConfigError: run.address is not safe to use or does not answer; run.dir cannot be written, or is relative on a
+            cluster; or a training run does not measure checkpoint.best_metric.
     """
     check_address(config.run.address)
     check_answer(config.run.address)
@@ -91,10 +92,22 @@ def check_settings(config: Config, purpose: Purpose) -> None:
 
 
 def _check_run_dir(config: Config) -> None:
-    """Raise if the run directory depends on the folder in which a job of a cluster starts.
+    """Raise if the run directory cannot be written, or is relative on a cluster.
 
     A job of `ray job submit` starts in a folder of Ray's session, which ends with the cluster.
     """
+    path = Path(config.run.dir).absolute()
+    nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not nearest.is_dir():
+        kind = "a link to nothing" if nearest.is_symlink() else "no folder"
+        raise ConfigError(
+            f"run.dir {config.run.dir}: expected a folder, but {nearest} is {kind}; choose another run.dir"
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"run.dir {config.run.dir}: expected a folder that can be written, but {nearest} cannot; change its "
+            "permissions, or choose another run.dir"
+        )
     if config.run.address != "local" and not Path(config.run.dir).is_absolute():
         raise ConfigError(
             f"run.dir {config.run.dir}: expected an absolute path on a file system that all nodes share, because "

@@ -200,8 +200,8 @@ def _csv_rows(stream: IO[bytes], delimiter: str, where: str) -> Iterator[Row]:
             )
     except csv.Error as error:
         raise DataError(
-            f"{where}: not readable after row {number}: {error}; a cell that begins with a quotation mark must end with "
-            "one, and those inside are doubled"
+            f"{where}: not readable after row {number}: {error}; a cell that begins with a quotation mark must end "
+            "with one, and those inside are doubled"
         ) from None
 
 
