@@ -99,7 +99,7 @@ def _check_run_dir(config: Config) -> None:
     path = Path(config.run.dir).absolute()
     nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
     if not nearest.is_dir():
-        kind = "a link to nothing" if nearest.is_symlink() else "no folder"
+        kind = "a link to nothing" if not nearest.exists() else "no folder"
         raise ConfigError(
             f"run.dir {config.run.dir}: expected a folder, but {nearest} is {kind}; choose another run.dir"
         )
