@@ -33,6 +33,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Any number of secti
 def main() -> None:
     """Run the command line. Expected errors become one line and an exit code, never a traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import logging
 

@@ -127,6 +127,13 @@ def write_text(path: Path, text: str) -> None:
         raise CheckpointError(f"{path}: could not be written: {error}") from error
 
 
+def is_lfs_pointer(path: Path) -> bool:
+    """Return whether a file only names its content in Git LFS, because it was cloned without it."""
+    beginning = b"version https://git-lfs.github.com/spec"
+    with path.open("rb") as file:
+        return file.read(len(beginning)) == beginning
+
+
 def read_json(path: Path) -> Any:
     """Return the value in a JSON file.
 

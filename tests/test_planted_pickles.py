@@ -109,7 +109,7 @@ def test_pickles_instead_of_the_weights(
     (model / "model.safetensors").unlink()
     (model / name).write_bytes(canary)
     config = {"model": {"path": str(model)}, "task": {"type": "letter_count"}}
-    assert "no *.safetensors; other weight formats are not read" in refused(capfd, monkeypatch, config, tmp_path)
+    assert "expected *.safetensors, found none" in refused(capfd, monkeypatch, config, tmp_path)
 
 
 def test_a_pickle_that_calls_itself_safetensors(

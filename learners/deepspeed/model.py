@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from learners.deepspeed.attention import use_complete_attention
-from rlsys.errors import ConfigError
 from rlsys.models.folder import refuse_code
+from rlsys.models.loading import refuse_differences
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -40,42 +39,10 @@ def load_model(path: Path, dtype: str, device: str) -> PreTrainedModel:
         ignore_mismatched_sizes=True,  # they are reported, and refused below
         output_loading_info=True,
     )
-    _refuse_differences(path, loading_info)
+    refuse_differences(f"model folder {path}", loading_info)
     remove_noise(model)
     use_complete_attention(model)
     return model.to(device)
-
-
-def _refuse_differences(path: Path, loading_info: Mapping[str, Any]) -> None:
-    """Raise if the tensors of a folder are not those of its model.
-
-    transformers gives random values to missing tensors and drops unexpected ones. A tied output layer and buffers that
-    are computed are not missing.
-
-    Args:
-        path: model folder.
-        loading_info: report of transformers on the load.
-
-    Raises:
-        ConfigError: the message names the first tensor of each kind.
-    """
-    shapes = {name: (tuple(given), tuple(expected)) for name, given, expected in loading_info["mismatched_keys"]}
-    kinds = {
-        "lacks": sorted(set(loading_info["missing_keys"]) - set(shapes)),
-        "has other shapes for": [f"{name} (found, expected: {shapes[name]})" for name in sorted(shapes)],
-        "has no place in the model for": sorted(loading_info["unexpected_keys"]),
-    }
-    problems = [
-        f"{kind} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        for kind, names in kinds.items()
-        if names
-    ]
-    if problems:
-        raise ConfigError(
-            f"model folder {path}: expected exactly the tensors of the model in config.json, but the folder "
-            f"{', and '.join(problems)}; choose a complete folder, or save it again with from_pretrained and "
-            "save_pretrained of transformers"
-        )
 
 
 def saved_config(path: Path, dtype: str) -> PreTrainedConfig:

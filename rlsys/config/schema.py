@@ -177,6 +177,10 @@ class SftStageConfig(Section):
     path: PathName | None = None
     """Supervised rows: the table `supervised` of `rlsys extract`, or rows of prompt and completion, messages or text
     (docs/data.md). By default, the rows that an earlier stage search has extracted."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    subset: str | None = None
+    """Configuration name of a Hugging Face dataset that has several."""
     max_bad_rows: float = Field(default=0.01, ge=0, le=1)
     """Largest share of rows that are too long or unreadable. They are left out; a larger share is an error."""
     max_steps: int = Field(default=100, ge=1)
@@ -192,6 +196,10 @@ class PreferenceStageConfig(Section):
     """Preference pairs: the tables `preferences` and `step_preferences` of `rlsys extract`, or rows of chosen and
     rejected with or without a prompt (docs/data.md). By default, the pairs that an earlier stage search has
     extracted."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    subset: str | None = None
+    """Configuration name of a Hugging Face dataset that has several."""
     max_bad_rows: float = Field(default=0.01, ge=0, le=1)
     """Largest share of pairs that are too long or unreadable. They are left out; a larger share is an error."""
     max_steps: int = Field(default=100, ge=1)

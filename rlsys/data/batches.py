@@ -19,6 +19,7 @@ from rlsys.data.epochs import Epochs
 from rlsys.data.rows import PairRows, Reader, SupervisedRows
 from rlsys.directory import REPORT
 from rlsys.errors import ConfigError, DataError
+from rlsys.tables.sources import Part
 from rlsys.types import Demonstration, Preference, StageName, TrainingBatch
 
 
@@ -137,7 +138,9 @@ class TrainingData:
                     self._rows = self._reader.supervised(str(file), SEARCHED, self._config.sft.max_bad_rows)
                 self._extracted["sft.path"] = ExtractedTable(name="supervised", digest=self._rows.digest())
             else:
-                self._rows = self._reader.supervised(path, "sft.path", self._config.sft.max_bad_rows)
+                sft = self._config.sft
+                part = Part(split=sft.split, subset=sft.subset)
+                self._rows = self._reader.supervised(path, "sft.path", sft.max_bad_rows, part)
         return self._rows
 
     def pairs(self) -> PairRows:
@@ -151,7 +154,9 @@ class TrainingData:
                 table = ExtractedTable(name=self._pair_table, digest=self._pairs.digest())
                 self._extracted["preference.path"] = table
             else:
-                self._pairs = self._reader.pairs(path, "preference.path", self._config.preference.max_bad_rows)
+                preference = self._config.preference
+                part = Part(split=preference.split, subset=preference.subset)
+                self._pairs = self._reader.pairs(path, "preference.path", preference.max_bad_rows, part)
         return self._pairs
 
     def batch(self, stage: StageName, step: int) -> TrainingBatch:

@@ -21,6 +21,7 @@ from rlsys.sequences import common_prefix_length
 from rlsys.tables.forms import form_name
 from rlsys.tables.read import UNKNOWN, Batch, Element, Layout, Ragged, RowFile
 from rlsys.tables.schemas import PREFERENCES, STEP_PREFERENCES, SUPERVISED
+from rlsys.tables.sources import WHOLE, Part
 from rlsys.types import Demonstration, Preference
 
 _VISITS = ("chosen_visits", "rejected_visits")
@@ -110,19 +111,20 @@ class Reader:
     longest: int
     end_tokens: frozenset[int] = frozenset()
 
-    def supervised(self, path: str, source: str, max_bad_rows: float = 0.0) -> SupervisedRows:
+    def supervised(self, path: str, source: str, max_bad_rows: float = 0.0, part: Part = WHOLE) -> SupervisedRows:
         """Read the demonstrations of a file.
 
         Args:
             path: The file.
             source: Config field that names the file, for error messages.
             max_bad_rows: Largest share of rows that are left out because they are too long or unreadable.
+            part: Part of a data set.
 
         Raises:
             DataError: The file cannot be used, or too many of its rows. The message names the file, the row and the
                 column.
         """
-        file = RowFile(path, source)
+        file = RowFile(path, source, part)
         left_out = LeftOut(where=file.where, noun="rows", limit="sft.max_bad_rows", share=max_bad_rows)
         token_ids, masks, unwanted = _Rows[np.int32](np.int32), _Rows[np.bool_](np.bool_), 0
         if layout := file.layout([SUPERVISED_IDS]):
@@ -144,18 +146,19 @@ class Reader:
         labels = f"{file.where}: {unwanted} rows left out: their label is false"
         return SupervisedRows(joined, masks.joined(), (*left_out.notes, *((labels,) if unwanted else ())))
 
-    def pairs(self, path: str, source: str, max_bad_rows: float = 0.0) -> PairRows:
+    def pairs(self, path: str, source: str, max_bad_rows: float = 0.0, part: Part = WHOLE) -> PairRows:
         """Read the pairs of a file. Pairs without a difference to learn are left out and counted in a note.
 
         Args:
             path: The file.
             source: Config field that names the file, for error messages.
             max_bad_rows: Largest share of pairs that are left out because they are too long or unreadable.
+            part: Part of a data set.
 
         Raises:
             DataError: The file cannot be used, or too many of its rows, or no pair is left.
         """
-        file = RowFile(path, source)
+        file = RowFile(path, source, part)
         left_out = LeftOut(where=file.where, noun="rows", limit="preference.max_bad_rows", share=max_bad_rows)
         pairs = _Pairs()
         if layout := file.layout([CHAINS, STEPS]):

@@ -25,9 +25,11 @@ from rlsys.tables.conversations import (
     check_reply,
     conversation,
     is_conversation,
+    refuse_media,
     split_reply,
+    unfolded,
 )
-from rlsys.tables.files import Row, is_unicode
+from rlsys.tables.files import Row, described, is_unicode
 from rlsys.types import Message
 
 SUPERVISED_COLUMNS = (("prompt", "completion"), ("messages",), ("conversations",), ("text",))
@@ -108,14 +110,24 @@ class TextEncoder:
         if isinstance(row.values, str):
             result.bad[row.number] = row.values
             return None
-        if "completion" in self.columns and _label(row.values) is False:
-            result.unwanted += 1
-            return None
         try:
-            return (_parsed_pair if "rejected" in self.columns else _parsed_row)(row.values, self.columns)
+            if "completion" in self.columns and _label(row.values) is False:
+                result.unwanted += 1
+                return None
+            refuse_media(row.values)
+            parse = _parsed_pair if "rejected" in self.columns else _parsed_row
+            return parse(self._unfolded(row.values), self.columns)
         except DataError as error:
             result.bad[row.number] = error.message
             return None
+
+    def _unfolded(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the values of a row; messages that are given as JSON text are lists."""
+        values = dict(given)
+        for name in ("prompt", *self.columns) if self.columns != ("text",) else ():
+            with _in_column(name):
+                values[name] = unfolded(values.get(name))
+        return values
 
     def _plain(self, texts: _Texts) -> tuple[str, ...]:
         return texts.completions if texts.prompt is None else (texts.prompt, *texts.completions)
@@ -190,7 +202,7 @@ def _parsed_row(values: Mapping[str, Any], columns: Sequence[str]) -> Parsed:
         return _with_prompt(values, values.get("prompt"), columns[1:])
     cell = values.get(columns[0])
     if not is_conversation(cell):
-        raise DataError(f"column {columns[0]}: expected a list of messages, found {_described(cell)}")
+        raise DataError(f"column {columns[0]}: expected a list of messages, found {described(cell)}")
     _refuse_tools(values)
     with _in_column(columns[0]):
         return _last_reply(conversation(cell))
@@ -260,7 +272,7 @@ def _are_replies(cells: Sequence[Any]) -> bool:
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not is_unicode(value):
-        raise DataError(f"column {name}: expected text or messages, found {_described(value)}")
+        raise DataError(f"column {name}: expected text or messages, found {described(value)}")
     if not value.strip():
         raise DataError(f"column {name}: expected text, found {value[:40]!r}")
     return value
@@ -272,11 +284,19 @@ def _refuse_tools(values: Mapping[str, Any]) -> None:
 
 
 def _label(values: Mapping[str, Any]) -> bool | None:
-    """Return the label of an unpaired preference, None for a column of another meaning."""
+    """Return the label of an unpaired preference. None: there is none, or a text of another meaning.
+
+    Raises:
+        DataError: The label is another number, so it does not tell whether the completion is wanted.
+    """
     label = values.get("label")
-    if isinstance(label, str):  # a file of text cells
-        return {"true": True, "false": False}.get(label.strip().lower())
-    return label if isinstance(label, bool) else None
+    if label is None:
+        return None
+    if isinstance(label, str) and label.strip():
+        return {"true": True, "false": False, "1": True, "0": False}.get(label.strip().lower())
+    if label not in (0, 1):
+        raise DataError(f"column label: expected true or false, found {described(label)}")
+    return bool(label)
 
 
 @contextmanager
@@ -286,7 +306,3 @@ def _in_column(name: str) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(f"column {name}: {error.message}") from None
-
-
-def _described(value: Any) -> str:
-    return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"

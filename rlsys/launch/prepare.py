@@ -5,6 +5,7 @@ It imports neither Ray nor vLLM nor torch, so that `rlsys check` stays fast.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +80,8 @@ def check_settings(config: Config, purpose: Purpose) -> None:
     """Check the settings that need no model and no data.
 
     Raises:
-        ConfigError: run.address is not safe to use or does not answer; run.dir is relative on a cluster; or a training
-            run does not measure checkpoint.best_metric.
+        ConfigError: run.address is not safe to use or does not answer; run.dir cannot be written, or is relative on a
+            cluster; or a training run does not measure checkpoint.best_metric.
     """
     check_address(config.run.address)
     check_answer(config.run.address)
@@ -91,10 +92,22 @@ def check_settings(config: Config, purpose: Purpose) -> None:
 
 
 def _check_run_dir(config: Config) -> None:
-    """Raise if the run directory depends on the folder in which a job of a cluster starts.
+    """Raise if the run directory cannot be written, or is relative on a cluster.
 
     A job of `ray job submit` starts in a folder of Ray's session, which ends with the cluster.
     """
+    path = Path(config.run.dir).absolute()
+    nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not nearest.is_dir():
+        kind = "a link to nothing" if not nearest.exists() else "no folder"
+        raise ConfigError(
+            f"run.dir {config.run.dir}: expected a folder, but {nearest} is {kind}; choose another run.dir"
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"run.dir {config.run.dir}: expected a folder that can be written, but {nearest} cannot; change its "
+            "permissions, or choose another run.dir"
+        )
     if config.run.address != "local" and not Path(config.run.dir).is_absolute():
         raise ConfigError(
             f"run.dir {config.run.dir}: expected an absolute path on a file system that all nodes share, because "
@@ -118,7 +131,7 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
     policy = policy or prepare_model(config, Path(config.run.dir).absolute(), build=purpose != "check")
     searches = _searches(config, purpose)
     models, engines = _load_models(config, policy, search_models=searches or purpose == "check")
-    check_models(config, models, trains=trains)
+    notes = check_models(config, models, trains=trains)
     search_config, _, searcher = assign_search_roles(config, policy.path, engines)
     if trains:  # the actors serve the policy, whatever model grows the trees
         searching = Searching(auxiliary=tuple(engines.values())) if searches else None
@@ -140,13 +153,15 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
         searching=searching,
         inputs=inputs,
         tree_prompts=find_prompts(config, inputs) if grows_trees else (),
-        notes=[*(warnings(config) if trains else ()), *inputs.notes],
+        notes=[*notes, *(warnings(config) if trains else ()), *inputs.notes],
         plans=plans,
     )
 
 
-def check_models(config: Config, models: Mapping[Role, ModelFolder], *, trains: bool) -> None:
-    """Refuse model folders that would fail later. A model from scratch was made by this program and is not checked.
+def check_models(config: Config, models: Mapping[Role, ModelFolder], *, trains: bool) -> list[str]:
+    """Refuse model folders that would fail later, and return notes for the user.
+
+    A model from scratch was made by this program and is not checked.
 
     Args:
         config: the config of the command.
@@ -156,12 +171,15 @@ def check_models(config: Config, models: Mapping[Role, ModelFolder], *, trains: 
     Raises:
         ConfigError: see `check_model`.
     """
+    notes: list[str] = []
     for role, section in given_models(config).items():
         if role in models:
-            check_model(models[role], Use(longest=section.max_model_len, longest_field=f"search.{role}.max_model_len"))
+            use = Use(longest=section.max_model_len, longest_field=f"search.{role}.max_model_len")
+            notes += check_model(models[role], use)
     if config.model.from_scratch is None or not trains:
         longest, field = config.actors.max_model_len, "actors.max_model_len"
-        check_model(models["policy"], Use(longest=longest, longest_field=field, trained=trains))
+        notes += check_model(models["policy"], Use(longest=longest, longest_field=field, trained=trains))
+    return notes
 
 
 def _searches(config: Config, purpose: Purpose) -> bool:

@@ -21,6 +21,9 @@ EXPERTS = re.compile(r"(^|_)(n|num)_([a-z]+_)?experts$")
 QUANTIZED = re.compile(r"\.(qweight|qzeros|scales|g_idx|absmax|quant_state\..*|weight_scale(_inv)?|weight_packed)$")
 """Names of tensors that only quantised weights have."""
 
+QUANTIZED_KEYS = ("quantization_config", "compression_config")
+"""Keys of a config that describe quantised weights."""
+
 POSITIONS = (
     "max_position_embeddings",
     "n_positions",
@@ -51,31 +54,34 @@ class Use:
     trained: bool = False
 
 
-def check_model(model: ModelFolder, use: Use) -> None:
-    """Refuse a model folder that would fail later.
+def check_model(model: ModelFolder, use: Use) -> tuple[str, ...]:
+    """Refuse a model folder that would fail later. Return notes for the user.
 
     Raises:
         ConfigError: one line that begins with the config field of the model.
     """
     try:
-        _check(model, use)
+        return _check(model, use)
     except ConfigError as error:
         named = error.message.startswith((model.field, use.longest_field))
         raise ConfigError(error.message if named else f"{model.field} {error.message}") from error
 
 
-def _check(model: ModelFolder, use: Use) -> None:
-    named = named_tokens(model.path / "config.json")["eos_token_id"]
+def _check(model: ModelFolder, use: Use) -> tuple[str, ...]:
+    named = named_tokens(model.path / "config.json")
     _ = model.tensors  # raises if a file is missing
+    notes: tuple[str, ...] = ()
     if use.trained:
         refuse_quantized(model)
         refuse_experts(model)
-        check_skeleton(model)
+        check_padding(model, named["pad_token_id"])
+        notes = check_skeleton(model)
     elif model.vocabulary is None:
-        return  # the engine may know a kind of model that transformers does not
+        return ()  # the engine may know a kind of model that transformers does not
     check_positions(model, use)
-    check_end_tokens(model, named)
+    check_end_tokens(model, named["eos_token_id"])
     CheckedEncoder(model.tokenizer, model.vocabulary).prompt(PROBE)
+    return notes
 
 
 def refuse_quantized(model: ModelFolder) -> None:
@@ -84,12 +90,13 @@ def refuse_quantized(model: ModelFolder) -> None:
     Raises:
         ConfigError: config.json or a tensor says so.
     """
-    method = next((value for key, value in _items(model.config.to_dict()) if key == "quantization_config"), None)
+    values = dict(_items(model.config.to_dict()))
+    key = next((key for key in QUANTIZED_KEYS if values.get(key)), None)
     tensor = next(
         (name for name, entry in model.tensors.items() if QUANTIZED.search(name) or _is_packed(entry["dtype"])), None
     )
-    if method or tensor:
-        sign = f"quantization_config in config.json ({method.get('quant_method')})" if method else f"tensor {tensor}"
+    if key or tensor:
+        sign = f"{key} in config.json ({values[key].get('quant_method')})" if key else f"tensor {tensor}"
         raise ConfigError(
             f"{model.path}: expected weights in fp32, bf16 or fp16, found quantised ones: {sign}; choose the model "
             "that was not quantised"
@@ -97,7 +104,7 @@ def refuse_quantized(model: ModelFolder) -> None:
 
 
 def _is_packed(dtype: str) -> bool:
-    return dtype.startswith(("F8", "F6", "F4", "I8", "I4"))
+    return dtype.startswith(("F8", "F6_", "F4", "I8", "I4"))
 
 
 def refuse_experts(model: ModelFolder) -> None:
@@ -156,6 +163,25 @@ def _rotary_factor(text_config: Any) -> float:
     kinds = [value for value in rope.values() if isinstance(value, dict)] or [rope]
     factors = [kind.get("factor") or 1.0 for kind in kinds if kind.get("rope_type") not in SCALED_ALREADY]
     return float(factors[-1]) if factors else 1.0
+
+
+def check_padding(model: ModelFolder, named: list[int]) -> None:
+    """Raise if the padding token in config.json is beyond the vocabulary, because the embedding has no row for it.
+
+    Args:
+        model: the model folder.
+        named: padding tokens in config.json.
+
+    Raises:
+        ConfigError: the message names the token.
+    """
+    size = model.vocabulary
+    for token in named:
+        if size is not None and token >= size:
+            raise ConfigError(
+                f"{model.path}: expected a pad_token_id below {size} (vocab_size) in config.json, found {token}; set "
+                "it to a token of the tokenizer, or to null"
+            )
 
 
 def check_end_tokens(model: ModelFolder, named: list[int]) -> None:

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.errors import ConfigError
+from rlsys.files import is_lfs_pointer
 from rlsys.models.chat import end_token_ids
-from rlsys.models.weight_files import loaded_tensors, tensor_header
+from rlsys.models.weight_files import SAMPLE_BYTES, loaded_tensors, tensor_header
+from rlsys.tables.sources import expand, newest_snapshot
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.md")
-SAMPLE_BYTES = 2**20
-"""Bytes at each end of a weight file that decide `ModelFolder.digest`."""
+JSON_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+"""Files of a model folder that hold a JSON object."""
+OTHER_FILES = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja")
+"""Other files of config and tokenizer."""
 
 
 class ModelFolder:
@@ -116,12 +120,24 @@ def given_model(name: str, field: str) -> ModelFolder:
     Raises:
         ConfigError: the name is neither a model folder nor a hub id that can be fetched.
     """
-    path = Path(name)
-    model = ModelFolder(path.absolute() if path.is_dir() else _from_hub(name, field), field)
+    path = Path(expand(name, field))
+    if path.is_file():
+        raise ConfigError(f"{field} {name}: expected the folder of a model, found a file")
+    model = ModelFolder(newest_snapshot(path.absolute()) if path.is_dir() else _from_hub(name, field), field)
+    if (model.path / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{field} {name}: expected a whole model, found adapter_config.json of an adapter; merge the adapter into "
+            "its base model (merge_and_unload of peft), or remove this file if that is done"
+        )
     if not (model.path / "config.json").is_file():
         raise ConfigError(f"{field} {name}: the folder has no config.json, so it is not a model")
     if not list(model.path.glob("*.safetensors")):
-        raise ConfigError(f"{field} {name}: no *.safetensors; other weight formats are not read")
+        others = sorted(each.name for each in model.path.iterdir() if each.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        named = f" beside {', '.join(others[:3])}" if others else ""
+        raise ConfigError(
+            f"{field} {name}: expected *.safetensors, found none{named}; other weight formats are not read, so save "
+            "the model with save_pretrained of transformers"
+        )
     _ = model.tokenizer  # raises if it cannot be loaded
     return model
 
@@ -172,14 +188,18 @@ def load_tokenizer(path: Path, field: str = "model.path") -> Any:
     Raises:
         ConfigError: the folder has no tokenizer, or asks for Python code of its own; the message names the field.
     """
-    from transformers import AutoTokenizer
+    from transformers import CONFIG_MAPPING, AutoTokenizer
 
+    check_text_files(path, field)
     refuse_code(path, field)
     try:
         # Without an explicit False, transformers asks the terminal whether to run the folder's code.
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # noqa: BLE001 - its classes compute with the folder's values, which are then at fault
+        kind = (_json(path / "config.json") or {}).get("model_type")
+        if not isinstance(kind, str) or kind in CONFIG_MAPPING:
+            load_config(path, field)  # transformers reads config.json first, and its faults are reported as such
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(f"{field} {path}: expected a model with its tokenizer: {reason}") from None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         # A folder without tokenizer files gives an empty tokenizer of the model's class, not an error.
@@ -187,6 +207,33 @@ def load_tokenizer(path: Path, field: str = "model.path") -> Any:
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{field} {path}: the tokenizer has no end-of-sequence token")
     return tokenizer
+
+
+def check_text_files(folder: Path, field: str) -> None:
+    """Raise if config or tokenizer are damaged: a Git LFS pointer, or no JSON object.
+
+    Args:
+        folder: the model folder.
+        field: the config field that names the model.
+
+    Raises:
+        ConfigError: the message names the file.
+    """
+    for path in (folder / name for name in (*JSON_FILES, *OTHER_FILES)):
+        if not path.is_file():
+            continue
+        if is_lfs_pointer(path):
+            raise ConfigError(f"{field} {folder}: {path.name} is a Git LFS pointer; run git lfs pull")
+        if path.name in JSON_FILES:
+            try:
+                values = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                reason = f"{path.name} is not JSON: {error}"
+                raise ConfigError(f"{field} {folder}: {reason}; download it again") from None
+            if not isinstance(values, dict):
+                raise ConfigError(
+                    f"{field} {folder}: expected a JSON object in {path.name}, found {type(values).__name__}"
+                )
 
 
 def refuse_code(folder: Path, field: str) -> None:

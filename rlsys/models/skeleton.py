@@ -6,36 +6,71 @@ tied layers, and tensors that a class ignores.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from rlsys.errors import ConfigError
 from rlsys.models.folder import ModelFolder
+from rlsys.models.loading import ignored_tensors, refuse_differences
+from rlsys.models.weight_files import have_equal_values
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of tensors in safetensors files that the learner can train."""
 
 
-def check_skeleton(model: ModelFolder) -> None:
+def check_skeleton(model: ModelFolder) -> tuple[str, ...]:
     """Check that the learner has a class for a model, and that the weights fill exactly this class.
 
     Args:
         model: the model folder.
 
+    Returns:
+        A line for the user about tensors that are not loaded, if there are any.
+
     Raises:
-        ConfigError: there is no such class, or tensors are missing, superfluous or of another shape.
+        ConfigError: there is no such class, or tensors are missing, superfluous, or of another shape or type.
     """
     kind = _learner_class(model)
+    _check_layers(model)
     try:
-        loaded = _load_headers(kind, model)
+        skeleton, loaded = _load_headers(kind, model)
     except Exception as error:
         # The class computes sizes with the values of config.json. Whatever it raises is a fault of the folder.
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ConfigError(f"{model.path}: config.json does not describe a {kind.__name__}: {reason}") from error
-    problems = _problems(model, loaded)
-    if problems:
-        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+    refuse_differences(str(model.path), loaded)
+    _check_values(model, skeleton)
+    ignored = ignored_tensors(skeleton, model.tensors)
+    if not ignored:
+        return ()
+    return (
+        f"{model.field} {model.path}: {len(ignored)} tensors are not loaded, because {kind.__name__} has no use for "
+        f"them, the first: {ignored[0]}; exported policies do not have them",
+    )
+
+
+def _check_layers(model: ModelFolder) -> None:
+    """Raise if config.json has more layers than the folder has tensors, because building them could take hours."""
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > len(model.tensors):
         raise ConfigError(
-            f"{model.path}: config.json and the weights belong to different models: {problems[0]}{more}; download "
-            "both from one model"
+            f"{model.path}: config.json and the weights belong to different models: num_hidden_layers is {layers}, and "
+            f"the weights have only {len(model.tensors)} tensors; download both from one model"
         )
+
+
+def _check_values(model: ModelFolder, skeleton: Any) -> None:
+    """Raise if a weight is no floating-point number, or if tied tensors differ."""
+    for name, _ in skeleton.named_parameters():
+        dtype = model.tensors.get(name, {}).get("dtype")
+        if dtype not in (None, *FLOATS):
+            raise ConfigError(f"{model.path}: expected weights in fp32, bf16 or fp16, found tensor {name} of {dtype}")
+    for tied, source in skeleton.all_tied_weights_keys.items():
+        both = tied in model.tensors and source in model.tensors
+        if both and not have_equal_values(model.path, tied, source):
+            raise ConfigError(
+                f"{model.path}: config.json ties {tied} to {source}, but their values differ; set tie_word_embeddings "
+                f"to false, or take {tied} out of the weights"
+            )
 
 
 def _learner_class(model: ModelFolder) -> Any:
@@ -47,10 +82,11 @@ def _learner_class(model: ModelFolder) -> Any:
         raise ConfigError(f"{model.path}: model_type {config.model_type!r} is no causal language model of transformers")
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     given = config.architectures or [kind.__name__]
-    if kind.__name__.casefold() not in (str(name).casefold() for name in given):
+    names = given if isinstance(given, list) else ()
+    if kind.__name__.casefold() not in (str(name).casefold() for name in names):
         raise ConfigError(
             f"{model.path}: expected architectures [{kind.__name__!r}] in config.json, which is the causal language "
-            f"model of model_type {config.model_type!r}, found {given}"
+            f"model of model_type {config.model_type!r}, found {given!r}"
         )
     return kind
 
@@ -76,8 +112,8 @@ class _Header:
         return "F32"
 
 
-def _load_headers(kind: Any, model: ModelFolder) -> dict[str, Any]:
-    """Load the headers into a model of a class. Return the names of missing, unexpected and mismatched tensors."""
+def _load_headers(kind: Any, model: ModelFolder) -> tuple[Any, dict[str, Any]]:
+    """Return a model of a class with the headers loaded, and the report of transformers on the load."""
     import torch
     from transformers.utils import logging
 
@@ -87,7 +123,7 @@ def _load_headers(kind: Any, model: ModelFolder) -> dict[str, Any]:
     methods = dict.fromkeys(("_move_missing_keys_from_meta_to_device", "_initialize_missing_keys"), keep_empty)
     logging.disable_progress_bar()
     skeleton: Any = type(kind.__name__, (kind,), methods)
-    _, loaded = skeleton.from_pretrained(
+    loaded: tuple[Any, dict[str, Any]] = skeleton.from_pretrained(
         None,
         config=model.config,
         state_dict={name: _Header(entry["shape"]) for name, entry in model.tensors.items()},
@@ -96,26 +132,3 @@ def _load_headers(kind: Any, model: ModelFolder) -> dict[str, Any]:
         output_loading_info=True,
     )
     return loaded
-
-
-def _problems(model: ModelFolder, loaded: dict[str, Any]) -> list[str]:
-    """Return what does not fit, the most telling first.
-
-    Tensors of unknown modules are no problem here: some classes leave out parts that engines use or skip.
-    """
-    shapes = [
-        f"tensor {name} has shape {list(stored)}, config.json makes it {list(expected)}"
-        for name, stored, expected in sorted(loaded["mismatched_keys"])
-    ]
-    missing = [f"tensor {name} is missing" for name in sorted(loaded["missing_keys"])]
-    modules = {_numberless(name.rpartition(".")[0]) for name in model.tensors.keys() - loaded["unexpected_keys"]}
-    superfluous = [
-        f"config.json has no place for tensor {name}"
-        for name in sorted(loaded["unexpected_keys"])
-        if _numberless(name.rpartition(".")[0]) in modules
-    ]
-    return [*shapes, *missing, *superfluous]
-
-
-def _numberless(name: str) -> str:
-    return re.sub(r"\d+", "#", name)

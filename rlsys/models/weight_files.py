@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.errors import ConfigError
+from rlsys.files import is_lfs_pointer
 
+SAMPLE_BYTES = 2**20
+"""Bytes at each end of a file or tensor that are compared or hashed."""
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -19,6 +22,8 @@ def tensor_header(path: Path) -> dict[str, Any]:
         ConfigError: the file is not a whole safetensors file, e.g. a Git LFS pointer or a partial download.
     """
     try:
+        if is_lfs_pointer(path):
+            raise ConfigError(f"{path}: expected a safetensors file, found a Git LFS pointer; run git lfs pull")
         with path.open("rb") as file:  # 8 bytes of length, then JSON, then the tensors
             length = int.from_bytes(file.read(8), "little")
             size = path.stat().st_size
@@ -28,9 +33,26 @@ def tensor_header(path: Path) -> dict[str, Any]:
         header.pop("__metadata__", None)
         if max((entry["data_offsets"][1] for entry in header.values()), default=0) != size - 8 - length:
             raise ValueError("cut short")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(f"model.path: {path} is not a complete safetensors file") from error
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not a complete safetensors file; download it again") from error
     return header
+
+
+def have_equal_values(folder: Path, first: str, second: str) -> bool:
+    """Return whether two tensors of a folder have equal bytes at their beginning and end, up to a MiB each."""
+    return _sampled_bytes(folder, first) == _sampled_bytes(folder, second)
+
+
+def _sampled_bytes(folder: Path, name: str) -> tuple[str, bytes, bytes]:
+    path = folder / (_indexed_files(folder)[name] if (folder / INDEX).is_file() else WEIGHTS)
+    entry = tensor_header(path)[name]
+    start, end = entry["data_offsets"]
+    with path.open("rb") as file:
+        origin = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(origin + start)
+        first = file.read(min(SAMPLE_BYTES, end - start))
+        file.seek(origin + max(start, end - SAMPLE_BYTES))
+        return entry["dtype"], first, file.read(min(SAMPLE_BYTES, end - start))
 
 
 def loaded_tensors(folder: Path) -> dict[str, Any]:

@@ -150,7 +150,12 @@ def _check_critic(config: Config, state: RunState, checkpoint: Path) -> None:
 
 
 def _check_folders(folder: Path) -> None:
-    """Raise if the folder of checkpoints has a foreign subfolder, which would be removed as a damaged checkpoint."""
+    """Raise if the folder of checkpoints is a file, or has a foreign subfolder.
+
+    The subfolder would be removed as a damaged checkpoint.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run.dir {folder.parent}: expected a folder, but {folder} is none; choose another run.dir")
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         foreign = path.is_dir() and not path.name.startswith(".") and not re.match(r"step_\d", path.name)
         if foreign and not (path / MANIFEST).exists():

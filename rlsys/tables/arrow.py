@@ -15,6 +15,7 @@ from rlsys.tables.files import Row, first_line, refuse_repeats
 
 BATCH = 1024
 """Rows of a file that are converted at once."""
+_SHORT = {pa.float32(): np.float32, pa.float16(): np.float16}
 
 
 def parquet_rows(stream: IO[bytes], where: str) -> Iterator[Row]:
@@ -49,19 +50,46 @@ def arrow_rows(stream: IO[bytes], where: str) -> Iterator[Row]:
 def _numbered(batches: Iterable[pa.RecordBatch]) -> Iterator[Row]:
     number = 0
     for batch in batches:
-        names = short_float_columns(batch.schema)
-        for values in batch.to_pylist():
+        names, short = batch.schema.names, short_float_columns(batch.schema)
+        for cells in zip(*map(_values, batch.columns), strict=True):
             number += 1
-            yield Row(number=number, values=with_short_floats(values, names))
+            yield Row(number=number, values=with_short_floats(dict(zip(names, cells, strict=True)), short))
 
 
-def short_float_columns(schema: pa.Schema) -> dict[str, Any]:
-    """Return the columns with fewer than 64 bits for a number, and their numpy types."""
-    short = {pa.float32(): np.float32, pa.float16(): np.float16}
-    return {field.name: short[field.type] for field in schema if field.type in short}
+def _values(column: pa.Array) -> list[Any]:
+    """Return the values of a column; None where Python has no object, as for the year -5000."""
+    try:
+        return column.to_pylist(maps_as_pydicts="lossy")
+    except (OverflowError, ValueError, LookupError, pa.ArrowException):
+        return [_value(scalar) for scalar in column]
 
 
-def with_short_floats(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py(maps_as_pydicts="lossy")
+    except (OverflowError, ValueError, LookupError, pa.ArrowException):
+        return None
+
+
+def short_float_columns(schema: pa.Schema) -> dict[str, pa.DataType]:
+    """Return the types of the columns that have numbers of fewer than 64 bits, also in lists and nested columns."""
+    return {field.name: field.type for field in schema if _has_short_floats(field.type)}
+
+
+def _has_short_floats(kind: pa.DataType) -> bool:
+    return kind in _SHORT or any(_has_short_floats(kind.field(place).type) for place in range(kind.num_fields))
+
+
+def with_short_floats(values: Mapping[str, Any], kinds: Mapping[str, pa.DataType]) -> dict[str, Any]:
     """Return a row whose numbers of 32 and 16 bits have their own digits: 0.1, not 0.10000000149011612."""
-    shortened = {name: float(str(kind(values[name]))) for name, kind in kinds.items() if values[name] is not None}
-    return {**values, **shortened}
+    return {**values, **{name: _shortened(values[name], kind) for name, kind in kinds.items()}}
+
+
+def _shortened(value: Any, kind: pa.DataType) -> Any:
+    if kind in _SHORT and value is not None:
+        return float(str(_SHORT[kind](value)))
+    if isinstance(value, list) and kind.num_fields == 1:
+        return [_shortened(entry, kind.field(0).type) for entry in value]
+    if isinstance(value, dict) and pa.types.is_struct(kind):
+        return {name: _shortened(entry, kind.field(name).type) for name, entry in value.items()}
+    return value

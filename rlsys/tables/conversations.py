@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeGuard
@@ -15,8 +17,40 @@ Conversation = tuple[Message, ...]
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
 # The names that ShareGPT gives to the roles.
 _ROLES = {"human": "user", "gpt": "assistant"}
+# Roles with which ShareGPT rows hold calls of tools.
+_CALLS = ("function_call", "tool_call")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
+_PYTHON_MESSAGES = re.compile(r"\s*\[\s*\{\s*'(role|from|content|value)'\s*:")
 # Keys of a message that templates render besides its content.
 _RENDERED = ("tool_calls", "reasoning_content", "thinking")
+
+
+def unfolded(cell: Any) -> Any:
+    """Return the messages of a cell that holds them as JSON text; any other cell is unchanged.
+
+    CSV files have no other way to hold them.
+
+    Raises:
+        DataError: The cell holds messages as Python prints them.
+    """
+    if not isinstance(cell, str) or not _LIST_OF_OBJECTS.match(cell):
+        return cell
+    try:
+        messages = json.loads(cell)
+    except (ValueError, RecursionError):
+        if _PYTHON_MESSAGES.match(cell):
+            reason = "expected messages as JSON, found the text of a Python list; write them with json.dumps"
+            raise DataError(reason) from None
+        return cell
+    return messages if is_conversation(messages) else cell
+
+
+def refuse_media(values: Mapping[str, Any]) -> None:
+    """Raise DataError if a row has images, videos or sound, which the policy would not get."""
+    for name in _MEDIA:
+        if isinstance(values.get(name), list | Mapping) and values[name]:
+            raise DataError(f"column {name}: expected none, found {name}, which is not read")
 
 
 def is_conversation(value: Any) -> TypeGuard[list[Mapping[str, Any]]]:
@@ -45,6 +79,8 @@ def _message(number: int, message: Mapping[str, Any]) -> Message:
     content = _plain_content(next((message[key] for key in _CONTENT_KEYS if message.get(key) is not None), None))
     if not isinstance(role, str):
         raise DataError(f"message {number}: expected a role, found {role!r}")
+    if role in _CALLS:
+        raise DataError(f"message {number}: expected role and content, found {role}, which is not read")
     if content is None or not is_unicode(content):
         raise DataError(f"message {number}: expected text as content, found {str(message)[:60]!r}")
     return Message(role=_ROLES.get(role, role), content=content)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rlsys.errors import DataError
+from rlsys.files import is_lfs_pointer
 
 _KINDS = {
     ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
@@ -84,8 +85,7 @@ def file_rows(path: Path, where: str) -> Iterator[Row]:
     Raises:
         DataError: The file is missing, not readable, or of a kind that is not read.
     """
-    if not path.is_file():
-        raise DataError(f"{where}: no such file")
+    check_file(path, where)
     kind = file_kind(path)
     with open_file(path, where) as stream:
         if kind in ("parquet", "arrow"):
@@ -96,6 +96,14 @@ def file_rows(path: Path, where: str) -> Iterator[Row]:
             yield from _csv_rows(stream, "\t" if ".tsv" in path.name.lower() else ",", where)
         else:
             yield from _json_rows(stream, where, is_named_json=kind is not None)
+
+
+def check_file(path: Path, where: str) -> None:
+    """Raise DataError if a file is missing, or only names its content in Git LFS."""
+    if not path.is_file():
+        raise DataError(f"{where}: no such file")
+    if is_lfs_pointer(path):
+        raise DataError(f"{where}: expected data, found a Git LFS pointer; run git lfs pull")
 
 
 @contextmanager
@@ -153,6 +161,8 @@ def _json_rows(stream: IO[bytes], where: str, *, is_named_json: bool) -> Iterato
         if isinstance(whole, list):
             yield from _array_rows(whole)
             return
+        if text.startswith(b"[") and values.startswith("not JSON"):  # an array over several lines
+            raise DataError(f"{where}: expected one JSON array, found {whole}")
         if isinstance(whole, dict):
             keys = ", ".join(map(str, whole))
             raise DataError(f"{where}: expected an object on every line or a list of objects, found one object: {keys}")
@@ -178,6 +188,9 @@ def _csv_rows(stream: IO[bytes], delimiter: str, where: str) -> Iterator[Row]:
     number = 0
     try:
         header = [name.strip() for name in next(reader, [])]
+        if len(header) == 1 and any(other in header[0] for other in ",;\t|"):
+            separator = "tabs" if delimiter == "\t" else "commas"
+            raise DataError(f"{where}: expected columns separated by {separator}, found the header {header[0]!r}")
         refuse_repeats(header, where)
         for cells in filter(None, reader):
             number += 1
@@ -186,7 +199,10 @@ def _csv_rows(stream: IO[bytes], delimiter: str, where: str) -> Iterator[Row]:
                 number=number, values=dict(zip(header, cells, strict=False)) if len(cells) == len(header) else reason
             )
     except csv.Error as error:
-        raise DataError(f"{where}: not readable after row {number}: {error}") from None
+        raise DataError(
+            f"{where}: not readable after row {number}: {error}; a cell that begins with a quotation mark must end "
+            "with one, and those inside are doubled"
+        ) from None
 
 
 def refuse_repeats(columns: Sequence[str], where: str) -> None:
@@ -199,6 +215,11 @@ def refuse_repeats(columns: Sequence[str], where: str) -> None:
 def is_unicode(text: str) -> bool:
     """Return whether a text can be encoded. A text from JSON can have half a surrogate pair."""
     return text.encode("utf-8", "ignore").decode("utf-8") == text
+
+
+def described(value: Any) -> str:
+    """Return what a cell holds, for messages."""
+    return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
 def first_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -13,9 +14,9 @@ from numpy.typing import NDArray
 
 from rlsys.errors import DataError
 from rlsys.tables.arrow import BATCH, open_parquet
-from rlsys.tables.files import Row, first_line
+from rlsys.tables.files import Row, check_file, first_line
 from rlsys.tables.schemas import Column
-from rlsys.tables.sources import expand, is_file_name, iterate_rows
+from rlsys.tables.sources import WHOLE, Part, expand, is_file_name, iterate_rows
 
 UNKNOWN = -1
 """Value of a row that has no number in an optional column."""
@@ -110,36 +111,39 @@ class RowFile:
     """A file or data set of rows. `where` is its name in error messages.
 
     Args:
-        path: A file, or the folder or hub id of a data set, whose split `train` is read.
+        path: A file, or the folder or hub id of a data set.
         source: Config field that names the path.
+        part: Part of a data set.
     """
 
-    def __init__(self, path: str, source: str) -> None:
-        self._path = Path(expand(path, source))
+    def __init__(self, path: str, source: str, part: Part = WHOLE) -> None:
+        self._path, self._part = Path(expand(path, source)), part
         self.where = f"{source} {self._path}"
-        if is_file_name(str(self._path)) and not self._path.is_file():
-            raise DataError(f"{self.where}: no such file")
+        if is_file_name(str(self._path)):
+            check_file(self._path, self.where)
         # A Parquet file is read by columns; from any other kind of file come rows.
         self._has_columns = self._path.suffix == ".parquet" and self._path.is_file()
 
     def rows(self) -> Iterator[Row]:
         """Yield all rows as they are, with the reason in place of a row that cannot be read."""
-        return iterate_rows(str(self._path), "train", self.where)
+        return iterate_rows(str(self._path), self._part, self.where)
 
     def names(self) -> list[str]:
-        """Return the columns of the file: those of a Parquet file, or else those of the first row.
+        """Return the columns of the file: those of a Parquet file, or else those of the first rows.
 
         Raises:
             DataError: The file cannot be read, or has no row.
         """
         if self._has_columns:
             return list(open_parquet(self._path, self.where).schema_arrow.names)
-        first = None
-        for row in self.rows():
-            first = first or row
-            if isinstance(row.values, dict):
-                return list(row.values)
-        problem = f", row {first.number}: {first.values}" if first else ": expected at least one row, found none"
+        rows = self.rows()
+        first = list(islice(rows, BATCH))
+        readable = [row.values for row in first if isinstance(row.values, dict)]
+        if not readable:
+            readable = list(islice((row.values for row in rows if isinstance(row.values, dict)), 1))
+        if readable:
+            return list(dict.fromkeys(name for values in readable for name in values))
+        problem = f", row {first[0].number}: {first[0].values}" if first else ": expected at least one row, found none"
         raise DataError(f"{self.where}{problem}")
 
     def layout(self, layouts: Sequence[Layout]) -> Layout | None:

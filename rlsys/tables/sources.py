@@ -19,6 +19,22 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Part of a Hugging Face data set. Files have no parts.
+
+    Attributes:
+        split: Split, such as train.
+        subset: Configuration name of a data set that has several.
+    """
+
+    split: str = "train"
+    subset: str | None = None
+
+
+WHOLE = Part()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """All rows of a data set.
 
@@ -47,22 +63,22 @@ def read_source(path: str, split: str, field: str, subset: str | None = None) ->
         DataError: The data set is missing, not readable, or empty.
     """
     path = expand(path, field)
-    rows = tuple(iterate_rows(path, split, f"{field} {path}", subset))
+    rows = tuple(iterate_rows(path, Part(split=split, subset=subset), f"{field} {path}"))
     if not rows:
         raise DataError(f"{field} {path}: expected at least one row, found none")
     names = (name for row in rows if isinstance(row.values, dict) for name in row.values)
     return Source(path=path, columns=tuple(dict.fromkeys(names)), rows=rows)
 
 
-def iterate_rows(path: str, split: str, where: str, subset: str | None = None) -> Iterator[Row]:
+def iterate_rows(path: str, part: Part, where: str) -> Iterator[Row]:
     """Yield the rows of a file or data set one after the other, as in `read_source`.
 
     Args:
-        where: Name of the data set for error messages.
+        where: Name of the data set for error messages; it begins with the config field of the path.
     """
     if is_file_name(path):
         return file_rows(Path(path), where)
-    return _hugging_face_rows(path, split, subset, where)
+    return _hugging_face_rows(path, part, where)
 
 
 def is_file_name(path: str) -> bool:
@@ -86,28 +102,29 @@ def expand(path: str, field: str) -> str:
     return os.path.expanduser(_VARIABLE.sub(value, path))
 
 
-def _hugging_face_rows(path: str, split: str, subset: str | None, where: str) -> Iterator[Row]:
+def _hugging_face_rows(path: str, part: Part, where: str) -> Iterator[Row]:
     if not Path(path).is_dir() and not _HUB_ID.fullmatch(path):
         raise DataError(f"{where}: no such file or folder")
     import datasets  # the import takes 0.7 s
 
     from rlsys.tables.arrow import short_float_columns, with_short_floats
 
-    path = str(_snapshot(Path(path)))
+    path = str(newest_snapshot(Path(path)))
     try:
         if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
             data = datasets.load_from_disk(path)
         else:
-            data = _load(path, subset, where)
+            data = _load(path, part.subset, where)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        lines = str(_cause(error)).strip().splitlines() or [type(error).__name__]
         has_subsets = "Config name is missing" in lines[0]  # the second line has their names
-        reason = f"set task.subset: {' '.join(lines[:2])}" if has_subsets else lines[0]
+        section = where.partition(".")[0]
+        reason = f"set {section}.subset: {' '.join(lines[:2])}" if has_subsets else lines[0]
         raise DataError(f"{where}: not a readable data set: {reason}") from None
     if isinstance(data, dict):  # a DatasetDict, or the text files of each split
-        if split not in data:
-            raise DataError(f"{where}: has no split {split!r}; the splits are {', '.join(map(str, data))}")
-        data = data[split]
+        if part.split not in data:
+            raise DataError(f"{where}: has no split {part.split!r}; the splits are {', '.join(map(str, data))}")
+        data = data[part.split]
     if isinstance(data, list):
         rows = (row for path in data for row in file_rows(path, where))
         yield from (replace(row, number=number) for number, row in enumerate(rows, 1))
@@ -115,6 +132,11 @@ def _hugging_face_rows(path: str, split: str, subset: str | None, where: str) ->
     short = short_float_columns(data.features.arrow_schema)
     for number, values in enumerate(data, 1):
         yield Row(number=number, values=with_short_floats(values, short))
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the error that a chain of errors began with. The library hides it behind a general one."""
+    return error if error.__cause__ is None else _cause(error.__cause__)
 
 
 def _load(path: str, subset: str | None, where: str) -> Any:
@@ -133,7 +155,7 @@ def _load(path: str, subset: str | None, where: str) -> Any:
     return datasets.load_dataset(path, subset)
 
 
-def _snapshot(folder: Path) -> Path:
+def newest_snapshot(folder: Path) -> Path:
     """Return the newest snapshot of a repository in the hub's cache, and any other path unchanged."""
     snapshots = folder / "snapshots"
     if not snapshots.is_dir():

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, TypeVar
 
 from rlsys.config.tasks import DatasetConfig
 from rlsys.errors import DataError
-from rlsys.tables.conversations import before_reply, conversation, is_conversation
-from rlsys.tables.files import Row, is_unicode, json_object
+from rlsys.tables.conversations import before_reply, conversation, is_conversation, refuse_media, unfolded
+from rlsys.tables.files import ExactFloat, Row, described, is_unicode, json_object
 from rlsys.tables.forms import form_name
 from rlsys.tables.sources import Source
 from rlsys.types import Question
@@ -26,6 +27,7 @@ _FORMS = (
     ("prompt", _TRUTH),
     ("prompt", "completion"),
     ("messages", "answer"),
+    ("conversations", "answer"),
     ("messages", "messages"),
     ("conversations", "conversations"),
 )
@@ -58,6 +60,7 @@ class Columns:
         if isinstance(row.values, str):
             return row.values
         try:
+            refuse_media(row.values)
             question = _read(row.values, self.question, _question)
             answer = _read(row.values, self.answer, _answer)
             demonstration = self.demonstration and _read(row.values, self.demonstration, _demonstration)
@@ -80,7 +83,7 @@ def find_columns(source: Source, config: DatasetConfig) -> Columns:
     question, answer = config.question_column, config.answer_column
     rows = [row.values for row in source.rows if isinstance(row.values, dict)]
     if rows:
-        question, answer = _recognised(question, answer, source, rows[0])
+        question, answer = _recognised(question, answer, source, rows)
         fields = {
             "task.question_column": question,
             "task.answer_column": answer,
@@ -94,17 +97,23 @@ def find_columns(source: Source, config: DatasetConfig) -> Columns:
     return Columns(question=question, answer=answer, demonstration=config.demonstration_column, pattern=pattern)
 
 
-def _recognised(question: str, answer: str, source: Source, first: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the columns of the first known form that the rows have and the config does not contradict."""
+def _recognised(question: str, answer: str, source: Source, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Return the columns of the first known form that the rows have and the config does not contradict.
+
+    A column that the config names itself may be any; the other one is then that of the first form that has it.
+    """
     names = set(source.columns)
     if any(columns <= names for columns in _OTHER_FORMS):
         return question, answer
     question_is_free = question == _DEFAULTS["question_column"] and question not in names
     answer_is_free = answer == _DEFAULTS["answer_column"] and answer not in names
-    for form in _FORMS:
+    forms = [form for form in _FORMS if all(any(_has(values, name) for values in rows) for name in form)]
+    for form in forms:
         columns = form[0] if question_is_free else question, form[1] if answer_is_free else answer
-        if columns == form and all(_has(first, name) for name in form):
+        if columns == form:
             return form
+    if question_is_free and not answer_is_free:
+        question = next((name for name, _ in _FORMS if any(_has(values, name) for values in rows)), question)
     return question, answer
 
 
@@ -137,7 +146,7 @@ def _nested(values: Mapping[str, Any], name: str) -> Any:
 
 def _read(values: Mapping[str, Any], name: str, read: Callable[[Any], Content]) -> Content:
     try:
-        return read(_cell(values, name))
+        return read(unfolded(_cell(values, name)))
     except DataError as error:
         raise DataError(f"column {name!r}: {error.message}") from None
 
@@ -166,7 +175,7 @@ def _demonstration(cell: Any) -> str:
 
 def _required(cell: Any, text: str | None) -> str:
     if text is None:
-        raise DataError(f"expected text, found {str(cell)[:40]!r}")
+        raise DataError(f"expected text, found {repr(cell[:40]) if isinstance(cell, str) else described(cell)}")
     return text
 
 
@@ -174,7 +183,9 @@ def _text(value: Any) -> str | None:
     """Return a text or number as text, None for an empty or other value. Answer columns often have numbers."""
     if isinstance(value, Decimal) and value.is_finite():
         value = format(value, "f")
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:  # NaN
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    if isinstance(value, float) and not isinstance(value, ExactFloat) and not math.isfinite(value):
         return None
     text = str(value).strip()
     return text if text and is_unicode(text) else None

@@ -74,10 +74,13 @@ def same_words(reference: Words, answer: Words) -> bool:
 
 
 def choice_letter(plain: str) -> str | None:
-    """Return the letter that a text consists of, such as "B", "(B)" or "option B"."""
+    """Return the letter that a reference consists of, such as "B", "(b)" or "option B".
+
+    A bare "b" is a variable.
+    """
     match = _CHOICE.fullmatch(plain)
-    is_constant = plain in ("e", "i")
-    return match["letter"].upper() if match and not match["rest"] and not is_constant else None
+    is_variable = len(plain) == 1 and plain.islower()
+    return match["letter"].upper() if match and not match["rest"] and not is_variable else None
 
 
 def chosen_letter(plain: str) -> str | None:

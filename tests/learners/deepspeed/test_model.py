@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +28,8 @@ from learners.deepspeed.engine import TrainedModel
 from learners.deepspeed.model import load_model
 from learners.deepspeed.tensor_files import read_tensors, write_tensors
 from rlsys.errors import ConfigError
+from rlsys.models.folder import ModelFolder
+from rlsys.models.skeleton import check_skeleton
 from rlsys.models.tensors import persistent_buffers
 
 IDS = torch.arange(16)[None]
@@ -154,16 +158,16 @@ NORM = "model.norm.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.pop(NORM), f"the folder lacks {NORM};"),
-        (lambda tensors: [tensors.pop(name) for name in list(tensors)[:3]], "the folder lacks .* and 2 more;"),
-        (lambda tensors: tensors.update(other=torch.ones(1)), "the folder has no place in the model for other;"),
+        (lambda tensors: tensors.pop(NORM), f"tensor {NORM} is missing;"),
+        (lambda tensors: [tensors.pop(name) for name in list(tensors)[:3]], "tensor .* is missing, and 2 more;"),
+        (lambda tensors: tensors.update(other=torch.ones(1)), "config.json has no place for tensor other;"),
         (
             lambda tensors: tensors.update({NORM: torch.ones(3)}),
-            rf"the folder has other shapes for {NORM} \(found, expected: \(\(3,\), \(16,\)\)\);",
+            rf"tensor {NORM} has shape \[3\], config.json makes it \[16\];",
         ),
         (
             lambda tensors: tensors.update(other=tensors.pop(NORM)),
-            f"the folder lacks {NORM}, and has no place in the model for other;",
+            f"tensor {NORM} is missing, and 1 more;",
         ),
     ],
 )
@@ -178,11 +182,37 @@ def test_a_folder_with_other_tensors_than_the_model_is_refused_by_name(change, m
     assert "\n" not in refused.value.message
 
 
+@pytest.mark.parametrize(
+    ("make", "name", "fits"),
+    [
+        (qwen2, "model.layers.0.self_attn.rotary_emb.inv_freq", True),
+        (glm4_moe, "model.layers.46.eh_proj.weight", True),  # a layer that predicts several tokens
+        (qwen2, "model.layers.46.eh_proj.weight", False),
+        (qwen2, "v_head.summary.weight", False),
+        (qwen2, "model.layers.0.self_attn.q_proj.lora_A.weight", False),
+    ],
+)
+def test_check_and_learner_accept_the_same_folders(
+    make: Callable[[], PreTrainedModel], name: str, fits: bool, tmp_path: Path
+) -> None:
+    folder = saved(make(), tmp_path)
+    tensors = [*read_tensors(folder, "model"), (name, torch.ones(1))]
+    write_tensors(tensors, folder, "model", writes=True)
+    if fits:
+        notes = check_skeleton(ModelFolder(folder))
+        assert re.search(rf"1 tensors are not loaded, .* the first: {re.escape(name)}; exported policies", notes[0])
+        load_model(folder, "fp32", "cpu")
+        return
+    for load in (lambda: check_skeleton(ModelFolder(folder)), lambda: load_model(folder, "fp32", "cpu")):
+        with pytest.raises(ConfigError, match=rf"config.json has no place for tensor {name}"):
+            load()
+
+
 def test_a_lost_buffer_is_refused_by_name(tmp_path: Path) -> None:
     folder = saved(glm4_moe(), tmp_path)
     tensors = {name: value for name, value in read_tensors(folder, "model") if "e_score" not in name}
     write_tensors(tensors.items(), folder, "model", writes=True)
-    with pytest.raises(ConfigError, match=r"lacks model\.layers\.1\.mlp\.gate\.e_score_correction_bias;"):
+    with pytest.raises(ConfigError, match=r"tensor model\.layers\.1\.mlp\.gate\.e_score_correction_bias is missing;"):
         load_model(folder, "fp32", "cpu")
 
 

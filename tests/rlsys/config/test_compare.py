@@ -92,8 +92,8 @@ FREE_FIELDS = {
     "learner": "ranks zero_stage threads micro_batch_tokens gradient_checkpointing optimizer_offload "
     "start_timeout_s timeout_s hang_timeout_s max_restarts max_skipped_steps",
     "warm_start": "max_steps",
-    "sft": "path max_bad_rows max_steps",
-    "preference": "path max_bad_rows max_steps",
+    "sft": "path split subset max_bad_rows max_steps",
+    "preference": "path split subset max_bad_rows max_steps",
     "train": "max_steps groups_per_step group_size updates_per_step dynamic_sampling_rounds max_staleness "
     "max_failed_rollouts max_verifier_failures",
     **{f"{section}.optimizer": _OPTIMIZER for section in ("warm_start", "sft", "preference", "train")},

@@ -113,6 +113,10 @@ SUPERVISED: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
     ),
     "unpaired preference": ({"prompt": "Q:", "completion": " yes", "label": True}, ("Q:", " yes<|end|>")),
     "another label": ({"prompt": "Q:", "completion": " yes", "label": "math"}, ("Q:", " yes<|end|>")),
+    "messages as JSON text": (
+        {"messages": json.dumps([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}])},
+        ("<|user|>Q<|end|>\n<|assistant|>", "A<|end|>"),
+    ),
     "null columns": ({"prompt": "Q:", "completion": " yes", "label": None, "tools": None}, ("Q:", " yes<|end|>")),
 }
 
@@ -308,3 +312,32 @@ def test_rows_that_are_too_long_are_left_out(tmp_path: Path, chat: bool) -> None
     assert "21 tokens with the prompt, actors.max_model_len is 20" in rows.notes[0]
     with pytest.raises(DataError, match=r"1 of 3 rows are unusable, more than sft\.max_bad_rows 0\.1"):
         small.supervised(path, "sft.path", 0.1)
+
+
+@pytest.mark.parametrize(("wanted", "unwanted"), [(True, False), (1, 0), (1.0, 0.0), ("1", "0"), ("True", "false")])
+def test_a_completion_whose_label_is_false_in_any_form_is_left_out(wanted: Any, unwanted: Any, tmp_path: Path) -> None:
+    row = {"prompt": "Q:", "completion": " yes"}
+    rows = supervised(tmp_path, {**row, "label": wanted}, {**row, "label": unwanted})
+    assert len(rows) == 1
+    assert rows.notes[-1].endswith("1 rows left out: their label is false")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Q:", "completion": "A", "label": 2}, "column label: expected true or false, found int '2'"),
+        (
+            {"messages": str([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}])},
+            "column messages: expected messages as JSON, found the text of a Python list",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "f"},
+                               {"from": "gpt", "value": "A"}]},
+            "column conversations: message 2: expected role and content, found function_call, which is not read",
+        ),
+        ({"prompt": "Q:", "completion": "A", "images": [{"path": "a"}]}, "column images: expected none, found images"),
+    ],
+)  # fmt: skip
+def test_rows_that_would_lose_something_are_unusable(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"1 of 1 rows are unusable.*{message}"):
+        supervised(tmp_path, row)

@@ -52,8 +52,9 @@ class Checks:
         self.done.append(field)
         return ModelFolder(Path(name), field)
 
-    def check_model(self, model: ModelFolder, use: Use) -> None:
+    def check_model(self, model: ModelFolder, use: Use) -> tuple[str, ...]:
         self.done.append(("judged", str(model.path), use.longest, use.trained))
+        return ()
 
     def plan(
         self, config: Config, models: Mapping[str, ModelFolder], searching: Searching | None, *, learner: bool
@@ -227,3 +228,16 @@ def test_a_run_directory_on_a_cluster_is_absolute(purpose: Purpose, monkeypatch:
         check_settings(on_cluster, purpose)
     check_settings(on_cluster, "evaluate")  # it writes nothing there
     check_settings(config(run={"dir": "/runs/x", "address": "10.0.0.1:6379"}), purpose)
+
+
+def test_a_run_directory_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nothing")
+    for name, kind in {"file": "no folder", "file/run": "no folder", "link": "a link to nothing"}.items():
+        with pytest.raises(ConfigError, match=rf"^run\.dir .*{name}: expected a folder, but \S+ is {kind}; choose"):
+            check_settings(config(run={"dir": str(tmp_path / name)}), "check")
+    check_settings(config(run={"dir": str(tmp_path / "new" / "run")}), "check")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(preflight.os, "access", lambda folder, _mode: folder != tmp_path)  # root may write anywhere
+    with pytest.raises(ConfigError, match=rf"^run\.dir .* but {tmp_path} cannot; change its permissions"):
+        check_settings(config(run={"dir": str(tmp_path / "new" / "run")}), "check")

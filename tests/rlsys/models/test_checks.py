@@ -156,6 +156,8 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Defect:
 
 PARTS = "{% for part in messages[0]['content'] %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+HEAD = "lm_head.weight"
+BUFFER = "model.layers.0.self_attn.rotary_emb.inv_freq"
 UP = "model.layers.1.mlp.up_proj.weight"
 DEFECTS: dict[str, tuple[Defect, str]] = {
     "shard missing": (lose_a_shard, "index.json names model-00002-of-00002.safetensors, which is missing"),
@@ -176,6 +178,23 @@ DEFECTS: dict[str, tuple[Defect, str]] = {
     "another vocabulary": (configured(vocab_size=400), r"embed_tokens.weight has shape .*makes it \[400, 32\]"),
     "no output layer": (configured(tie_word_embeddings=False), "tensor lm_head.weight is missing"),
     "a tensor lost": (weights(lambda tensors: tensors.pop(UP)), f"tensor {UP} is missing"),
+    "no layers": (layers(0), r"no place for tensor model.layers.0\."),
+    "layers without end": (layers(10**5), "num_hidden_layers is 100000, and the weights have only"),
+    "a head of another program": (
+        weights(lambda tensors: tensors.update({"v_head.summary.weight": torch.zeros(1, 32)})),
+        "no place for tensor v_head.summary.weight",
+    ),
+    "an output layer that differs from a tied one": (
+        weights(lambda tensors: tensors.update({HEAD: tensors["model.embed_tokens.weight"] + 1})),
+        f"config.json ties {HEAD} to model.embed_tokens.weight, but their values differ; set tie_word_embeddings to",
+    ),
+    "weights of whole numbers": (
+        weights(lambda tensors: tensors.update({UP: tensors[UP].to(torch.int32)})),
+        f"expected weights in fp32, bf16 or fp16, found tensor {UP} of I32",
+    ),
+    "padding beyond the model": (configured(pad_token_id=9999), "a pad_token_id below .*, found 9999; set it to"),
+    "architectures as text": (configured(architectures="Qwen2ForCausalLM"), r"\['Qwen2ForCausalLM'\].* found 'Qwen2"),
+    "compressed": (configured(compression_config={"quant_method": "x"}), r"quantised ones: compression_config.*\(x\)"),
     "impossible sizes": (configured(num_attention_heads=0), "config.json"),
     "unknown kind": (configured(model_type="qwen9"), "model_type 'qwen9'"),
     "not causal": (configured(model_type="clip"), "model.path .*config.json|no causal language model"),
@@ -267,7 +286,13 @@ HARMLESS: dict[str, Defect] = {
     "tokens beyond the model that no prompt has": lambda folder: add_tokens(folder, "<|image|>"),
     "a template that trims the question": template("{{ messages[0]['content'] | trim }}"),
     "a template with unused variables": template("{% if thinking %}x{% endif %}{{ messages[0].content }}"),
-    "unread tensors": weights(lambda tensors: tensors.update({"v_head.summary.weight": torch.zeros(1, 32)})),
+    "an output layer beside a tied one": weights(
+        lambda tensors: tensors.update({HEAD: tensors["model.embed_tokens.weight"].clone()})
+    ),
+    "old buffers": weights(lambda tensors: tensors.update({BUFFER: torch.zeros(16)})),
+    "weights in fp64": weights(
+        lambda tensors: tensors.update({name: value.double() for name, value in tensors.items()})
+    ),
     "a default among named templates": lambda folder: edit(
         folder,
         "tokenizer_config.json",

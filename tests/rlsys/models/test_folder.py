@@ -21,6 +21,7 @@ from rlsys.models import scratch
 from rlsys.models.folder import ModelFolder, load_tokenizer, weights_digest
 
 TINY = {"hidden_size": 32, "layers": 1, "heads": 1, "intermediate_size": 16, "max_positions": 256}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"
 SIZES = FromScratchConfig.model_validate(TINY)
 
 
@@ -93,10 +94,16 @@ def test_the_digest_of_weights_covers_every_byte(tmp_path: Path, built: Path) ->
     assert weights_digest(model_folders[0]) != first
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"])
-def test_a_file_without_weights_is_named(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"model\.safetensors is not a complete safetensors file; download it again"),
+        (LFS_POINTER, r"model\.safetensors: expected a safetensors file, found a Git LFS pointer; run git lfs pull"),
+    ],
+)
+def test_a_file_without_weights_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"model\.safetensors is not a complete safetensors file"):
+    with pytest.raises(ConfigError, match=message):
         _ = ModelFolder(tmp_path).parameters
 
 
@@ -124,7 +131,7 @@ def test_a_folder_without_a_model_or_with_other_weights(built: Path, tmp_path: P
         prepare_model(config({"path": str(tmp_path)}), tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
+    with pytest.raises(ConfigError, match=r"expected \*\.safetensors, found none"):
         prepare_model(config({"path": str(tmp_path)}), tmp_path)
 
 
@@ -225,6 +232,91 @@ def test_missing_models_name_the_field(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     with pytest.raises(ConfigError, match=r"model.path .*no tokenizer files"):
         load_tokenizer(tmp_path)
+
+
+DAMAGES: dict[str, tuple[str, bytes, str]] = {
+    "tokenizer cut short": (
+        "tokenizer.json",
+        b'{"version": "1.',
+        "tokenizer.json is not JSON: Unterminated .*download",
+    ),
+    "tokenizer a list": ("tokenizer.json", b"[]", "expected a JSON object in tokenizer.json, found list"),
+    "tokenizer config a list": ("tokenizer_config.json", b"[]", "JSON object in tokenizer_config.json, found list"),
+    "tokenizer in LFS": ("tokenizer.json", LFS_POINTER, "tokenizer.json is a Git LFS pointer; run git lfs pull"),
+    "template in LFS": ("chat_template.jinja", LFS_POINTER, "chat_template.jinja is a Git LFS pointer"),
+    "special tokens damaged": ("special_tokens_map.json", b"[", "special_tokens_map.json is not JSON"),
+    "config null": ("config.json", b"null", "expected a JSON object in config.json, found NoneType"),
+    "config nested without end": ("config.json", b"[" * 100_000, "config.json is not JSON: .*recursion"),
+    "config not UTF-8": ("config.json", b"\xff{}", "config.json is not JSON: 'utf-8' codec"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_file_of_config_or_tokenizer_is_named(case: str, built: Path, tmp_path: Path) -> None:
+    name, content, message = DAMAGES[case]
+    folder = Path(shutil.copytree(built, tmp_path / "model"))
+    (folder / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"^model\.path .*{message}") as caught:
+        folders.given_model(str(folder), "model.path")
+    assert "\n" not in caught.value.message
+
+
+# transformers reads config.json before the tokenizer, and its classes raise errors of many kinds.
+UNUSABLE: dict[str, dict[str, Any]] = {
+    "config.json": {"vocab_size": "360"},
+    "model_type": {"model_type": ["qwen2"]},
+    "num_hidden_layers": {"num_hidden_layers": -1},
+    "rope_parameters": {"rope_parameters": [1]},
+    "factor": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+    "float99": {"dtype": "float99"},
+    "to_dict": {"quantization_config": "gptq"},
+}
+
+
+@pytest.mark.parametrize("named", UNUSABLE)
+def test_an_unusable_value_of_the_config_is_an_error_of_the_config(named: str, built: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(built, tmp_path / "model"))
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, **UNUSABLE[named]}))
+    with pytest.raises(ConfigError, match=rf"^model\.path .*expected in config\.json a model .*{named}|{named}"):
+        folders.given_model(str(folder), "model.path")
+
+
+@pytest.mark.parametrize("token", [5, {"a": 1}])
+def test_an_unusable_value_of_the_tokenizer_is_an_error_of_the_tokenizer(
+    token: Any, built: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(built, tmp_path / "model"))
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**values, "eos_token": token}))
+    with pytest.raises(
+        ConfigError, match=r"^model\.path .*: expected a model with its tokenizer: Special token eos_tok"
+    ):
+        folders.given_model(str(folder), "model.path")
+
+
+def test_a_folder_that_is_no_whole_model_is_refused(built: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(built, tmp_path / "model"))
+    with pytest.raises(ConfigError, match="expected the folder of a model, found a file"):
+        folders.given_model(str(folder / "config.json"), "model.path")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"found adapter_config.json of an adapter; merge the adapter"):
+        folders.given_model(str(folder), "model.path")
+    (folder / "adapter_config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "model.gguf")
+    with pytest.raises(ConfigError, match=r"expected \*\.safetensors, found none beside model\.gguf; other weight"):
+        folders.given_model(str(folder), "model.path")
+
+
+def test_a_model_is_found_by_variable_and_in_the_cache_of_the_hub(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "models--owner--name"
+    shutil.copytree(built, cached / "snapshots" / "0a1b")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0a1b")
+    monkeypatch.setenv("MODELS", str(tmp_path))
+    assert folders.given_model("${MODELS}/models--owner--name", "model.path").path == cached / "snapshots" / "0a1b"
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])

@@ -213,3 +213,9 @@ def test_the_directory_of_a_search_is_refused(tmp_path: Path) -> None:
     (tmp_path / "trees" / "00000.jsonl").write_text("")
     with pytest.raises(ConfigError, match="holds the trees of a search: choose another run.dir"):
         start(tmp_path, config())
+
+
+def test_a_file_in_place_of_the_checkpoints_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(ConfigError, match=rf"^run\.dir {tmp_path}: expected a folder, but \S+/checkpoints is none"):
+        start(tmp_path, config())

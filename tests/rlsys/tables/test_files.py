@@ -172,3 +172,45 @@ def test_folders_keep_the_texts_of_csv_and_follow_the_cache_of_the_hub(
     [cached] = (tmp_path / "cache").glob("*/*/*/*/*-train.arrow")
     assert values(cached) == ROWS
     assert values(cached.parent) == ROWS
+
+
+def test_values_that_python_cannot_hold_are_missing_and_the_others_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    times = pa.array([-(10**15), 0], pa.timestamp("s"))
+    places = pa.array([0, 0], pa.timestamp("s", tz="Mars/Base"))
+    pyarrow.parquet.write_table(pa.table({"question": ["a", "b"], "time": times, "place": places}), path)
+    rows = values(path)
+    assert [row["question"] for row in rows] == ["a", "b"]
+    assert [row["time"] is None for row in rows] == [True, False]
+    assert [row["place"] for row in rows] == [None, None]
+
+
+def test_short_numbers_in_lists_and_nested_columns_have_their_own_digits(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    short = pa.array([0.1, None], pa.float32())
+    nested = pa.StructArray.from_arrays([short, pa.array(["x", "y"])], ["truth", "style"])
+    listed = pa.array([[0.1], []], pa.list_(pa.float16()))
+    pairs = pa.array([[("a", "1")], []], pa.map_(pa.string(), pa.string()))
+    table = pa.table({"flat": short, "nested": nested, "listed": listed, "map": pairs})
+    pyarrow.parquet.write_table(table, path)
+    assert values(path)[0] == {"flat": 0.1, "nested": {"truth": 0.1, "style": "x"}, "listed": [0.1], "map": {"a": "1"}}
+    assert values(path)[1] == {"flat": None, "nested": {"truth": None, "style": "y"}, "listed": [], "map": {}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "question;answer\na;b\n", "expected columns separated by commas, found the header 'question;answer'"),
+        ("a.tsv", "question,answer\na,b\n", "expected columns separated by tabs, found the header 'question,answer'"),
+        ("a.tsv", 'question\tanswer\n"a" b\tc\n', "a cell that begins with a quotation mark must end with one"),
+        ("a.json", '[\n{"question": "a"},\n', "expected one JSON array, found not JSON: Expecting value"),
+        ("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid x\n", "found a Git LFS pointer; run git lfs pull"),
+        ("a.parquet", "version https://git-lfs.github.com/spec/v1\noid x\n", "found a Git LFS pointer; run git lfs"),
+    ],
+)
+def test_the_message_says_what_is_wrong_with_the_whole_file(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / name)

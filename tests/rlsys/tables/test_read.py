@@ -13,6 +13,7 @@ import pytest
 from rlsys.errors import DataError
 from rlsys.tables.read import Batch, RowFile
 from rlsys.tables.schemas import SUPERVISED
+from rlsys.tables.sources import Part
 
 IDS, TEXTS = SUPERVISED.subset("token_ids", "loss_mask"), SUPERVISED.subset("prompt", "completion")
 TYPES = {"token_ids": pa.list_(pa.int32()), "loss_mask": pa.list_(pa.bool_())}
@@ -139,3 +140,41 @@ def test_a_path_can_have_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "rows.jsonl").write_text(GOOD)
     monkeypatch.setenv("ROWS", str(tmp_path))
     assert len(read(Path("${ROWS}/rows.jsonl"))) == 1
+
+
+def test_the_first_row_alone_does_not_decide_the_columns(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ({"id": 1}, {"prompt": "a"}, {"completion": "b"})))
+    assert RowFile(str(path), "sft.path").names() == ["id", "prompt", "completion"]
+
+
+def test_the_part_of_a_data_set_can_be_chosen(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {"train_sft": [{"text": "a"}], "test_sft": [{"text": "b"}, {"text": "c"}]}
+    datasets.DatasetDict({name: datasets.Dataset.from_list(each) for name, each in rows.items()}).save_to_disk(
+        str(tmp_path / "d")
+    )
+    file = RowFile(str(tmp_path / "d"), "sft.path", Part(split="test_sft"))
+    assert [row.values for row in file.rows()] == rows["test_sft"]
+    with pytest.raises(DataError, match="has no split 'train'; the splits are train_sft, test_sft"):
+        list(RowFile(str(tmp_path / "d"), "sft.path").rows())
+
+
+def test_a_missing_subset_names_the_own_field(tmp_path: Path) -> None:
+    files = {name: [{"split": "train", "path": f"{name}.jsonl"}] for name in ("main", "small")}
+    listed = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in files)
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+    for name in files:
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    with pytest.raises(DataError, match=r"^preference\.path .*set preference\.subset: .*'main', 'small'"):
+        list(RowFile(str(tmp_path), "preference.path").rows())
+    rows = RowFile(str(tmp_path), "preference.path", Part(subset="small")).rows()
+    assert [row.values for row in rows] == [{"text": "small"}]
+
+
+def test_the_cause_of_an_unreadable_data_set_is_told(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text("{bad")
+    with pytest.raises(DataError) as caught:
+        list(RowFile(str(tmp_path), "sft.path").rows())
+    assert "An error occurred while generating" not in caught.value.message
+    assert "\n" not in caught.value.message

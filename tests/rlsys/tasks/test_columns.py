@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 from decimal import Decimal
 from pathlib import Path
@@ -55,6 +56,11 @@ VERL = {"data_source": "x", "prompt": [SYSTEM, USER], "reward_model": {"style": 
         (VERL, {"question_column": "prompt", "answer_column": "reward_model"}),
         (VERL, {"question_column": "prompt", "answer_column": "reward_model.ground_truth"}),
         (VERL, {"question_column": "prompt"}),
+        (VERL, {"answer_column": "reward_model.ground_truth"}),
+        ({**VERL, "extra_info": {"answer": "2"}}, {"answer_column": "extra_info.answer"}),
+        ({"conversations": [SYSTEM, USER], "answer": "2"}, {}),
+        ({**VERL, "images": [], "image": None}, {}),
+        ({"prompt": json.dumps([SYSTEM, USER]), "answer": "2"}, {}),
         (VERL, {"answer_column": "reward_model.ground_truth", "question_column": "prompt"}),
         ({"prompt": [SYSTEM, USER], "answer": "2"}, {}),
         ({"prompt": [SYSTEM, USER], "ground_truth": 2}, {}),
@@ -188,3 +194,39 @@ def test_a_held_out_conversation_is_not_trained(tmp_path: Path) -> None:
     other = task_of(tmp_path, [{**row, "prompt": row["prompt"][1:]} for row in rows], held_out_path=str(path))
     assert other.size("train") == 3  # the system message makes another question
     assert other.digest() != task.digest()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": str([USER]), "answer": "2"}, "column 'prompt': expected messages as JSON, .* a Python list; write"),
+        ({**VERL, "images": [{"path": "a.png"}]}, "column images: expected none, found images, which is not read"),
+        ({"question": "q", "answer": "2", "image": {"bytes": ""}}, "column image: expected none"),
+        ({"question": "q", "answer": float("inf")}, "column 'answer': expected text, found float 'inf'"),
+        ({"question": "q", "answer": True}, "column 'answer': expected text, found bool 'True'"),
+    ],
+)
+def test_a_row_that_would_lose_something_is_unreadable(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=f"1 of 1 rows are unreadable.*{message}"):
+        task_of(tmp_path, [row]).size("train")
+
+
+def test_the_first_row_may_lack_the_answer(tmp_path: Path) -> None:
+    rows = [{**VERL, "reward_model": {"ground_truth": None}}, VERL, {**VERL, "prompt": "other"}]
+    assert task_of(tmp_path, rows, max_bad_rows=0.5).skip_reasons == (
+        f"{tmp_path}/a.jsonl:1: column 'reward_model.ground_truth': expected text, found null",
+    )
+
+
+def test_an_exact_number_is_plain_text_that_travels_and_is_read_again(tmp_path: Path) -> None:
+    """A run with such answers is sent to actors, saved and resumed."""
+    rows = [{"question": "a", "answer": "X"}, {"question": "b", "answer": "X"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows).replace('"X"', "2.50"))
+    config = DatasetConfig(path=str(path), held_out_every=2)
+    problem = DatasetTask(config, seed=0).problem("train", 0)
+    assert type(problem.answer) is str
+    assert pickle.loads(pickle.dumps(problem)).answer == json.loads(json.dumps(problem.answer)) == "2.50"
+    assert DatasetTask(config, seed=0).digest() == DatasetTask(config, seed=0).digest()
+    path.write_text(path.read_text().replace("2.50", "2.5"))
+    assert DatasetTask(config, seed=0).problem("train", 0).answer == "2.5"

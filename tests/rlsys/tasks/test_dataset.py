@@ -136,11 +136,11 @@ BAD_ROWS = {
     "[1, 2]": "expected a JSON object, found list",
     '{"question": "q", "answer": "#### 1", "answer": "#### 2"}': ":3: column answer: expected it once in a row",
     '{"question": "", "answer": "1"}': "'question': expected text, found ''",
-    '{"question": "q", "answer": null}': "'answer': expected text, found 'None'",
+    '{"question": "q", "answer": null}': "'answer': expected text, found null",
     '{"question": ["q"], "answer": "#### 1"}': "'question': expected text",
     '{"question": "q"}': "'answer': expected text",
     '{"question": "q", "answer": "1"}': "no answer that matches task.answer_pattern",
-    '{"question": "q", "answer": NaN}': "'answer': expected text, found 'nan'",
+    '{"question": "q", "answer": NaN}': "'answer': expected text, found float 'nan'",
     '{"question": "\\ud800", "answer": "#### 1"}': "'question': expected text",
 }
 
