@@ -75,7 +75,7 @@ class CheckedEncoder:
                 f"{self._decoded(token_ids)[:200]!r} for {missing[:80]!r}; the chat template must write "
                 "message['content'] as text"
             )
-        if not self._tokenizer.chat_template and token_ids[-1] == self._tokenizer.eos_token_id:
+        if not self._tokenizer.chat_template and token_ids[-1:] == [self._tokenizer.eos_token_id]:
             raise ConfigError(
                 f"{self._tokenizer.name_or_path}: expected a prompt that the model continues, but the tokenizer ends "
                 f"it with the end token {self._tokenizer.eos_token!r}; set add_eos_token to false in "

@@ -141,8 +141,8 @@ BAD_ROWS = {
     "bad_json": (b'{"question": "1+1?", "answer": ', "not JSON: "),
     "no_object": (b'["1+1?", "2"]', "expected a JSON object, found list"),
     "wrong_type": (b'{"question": "1+1?", "answer": {"value": 2}}', "column 'answer': expected text, found "),
-    "null_answer": (b'{"question": "1+1?", "answer": null}', "column 'answer': expected text, found 'None'"),
-    "no_answer": (b'{"question": "1+1?"}', "column 'answer': expected text, found 'None'"),
+    "null_answer": (b'{"question": "1+1?", "answer": null}', "column 'answer': expected text, found null"),
+    "no_answer": (b'{"question": "1+1?"}', "column 'answer': expected text, found null"),
     "bad_utf8": (b'{"question": "1+1\xff?", "answer": "2"}', "not UTF-8"),
     "half_surrogate": (b'{"question": "\\ud800", "answer": "2"}', "column 'question': expected text, found "),
     "twice": (
@@ -186,9 +186,9 @@ def test_a_prompt_fits_to_the_token(refused, accepted, tmp_path: Path, place: in
 
 
 DIRECTORIES = [
-    ("/proc/rlsys", "/proc/rlsys/lock cannot be locked: "),  # nobody can make a folder there
-    ("{tmp}/file/run", "{tmp}/file/run/lock cannot be locked: [Errno 20] Not a directory"),
-    ("{tmp}/file", "{tmp}/file/lock cannot be locked: "),
+    ("/proc/rlsys", ": /proc/rlsys/lock cannot be locked: "),  # nobody can make a folder there
+    ("{tmp}/file/run", " {tmp}/file/run: expected a folder, but {tmp}/file is no folder; choose another run.dir"),
+    ("{tmp}/file", " {tmp}/file: expected a folder, but {tmp}/file is no folder; choose another run.dir"),
 ]
 
 
@@ -196,7 +196,7 @@ DIRECTORIES = [
 def test_a_run_directory_that_cannot_be_written(refused, tmp_path: Path, run_dir: str, expected: str) -> None:
     (tmp_path / "file").write_text("")
     message = refused("train", write_config(tmp_path, TINY), f"run.dir={run_dir.format(tmp=tmp_path)}")
-    assert message.startswith(f"error: run.dir: {expected.format(tmp=tmp_path)}")
+    assert message.startswith(f"error: run.dir{expected.format(tmp=tmp_path)}")
 
 
 def test_a_run_directory_in_use_is_refused_with_its_owner(refused, tmp_path: Path) -> None:
