@@ -29,3 +29,9 @@ def figures(modules: dict[str, ModuleType]) -> ModuleType:
 @pytest.fixture
 def processes(modules: dict[str, ModuleType]) -> ModuleType:
     return modules["storm_processes"]
+
+
+@pytest.fixture
+def soak(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    return importlib.import_module("soak")

@@ -1,0 +1,36 @@
+"""Which rises of a figure count as growth in the soak."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "grows"),
+    [
+        ("rank MiB", [1500.0 + 10 * minute for minute in range(10)], True),
+        ("rank MiB", [1500.0 + 4 * minute for minute in range(10)], False),  # 36 MiB: below the bound
+        ("rank MiB", [1936.0, 1855.0, 1876.0, 1883.0, 1990.0, 1990.0, 2041.0, 2041.0], False),  # measured, no direction
+        ("rank MiB", [1500.0, 1560.0], True),
+        ("driver files", [100.0, 103.0, 106.0, 109.0], True),
+        ("driver files", [100.0, 100.0, 104.0, 104.0], False),
+        ("stored objects", [4.0, 11.0, 5.0, 13.0, 4.0], False),
+    ],
+)
+def test_a_steady_rise_is_growth_and_a_variation_is_not(
+    name: str, values: list[float], grows: bool, soak: ModuleType
+) -> None:
+    assert bool(soak.grown("within the job", {name: values})) == grows
+
+
+def test_growth_from_job_to_job_is_named_with_its_kind(soak: ModuleType) -> None:
+    def job(files: float) -> Any:
+        return soak.Job("joint", online=[(60.0 * minute, {"driver files": files}) for minute in range(4)])
+
+    assert soak.growth_of_jobs([job(100), job(120), job(140)]) == [
+        "joint: driver files grew over the jobs, from 100 to 140"
+    ]
+    assert not soak.growth_of_jobs([job(100), job(100)])
