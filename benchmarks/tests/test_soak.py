@@ -23,8 +23,6 @@ import pytest
 def test_a_steady_rise_is_growth_and_a_variation_is_not(
     name: str, values: list[float], grows: bool, soak: ModuleType
 ) -> None:
-    name: str, values: list[float], grows: bool, soak: ModuleType
-) -> None:
     assert bool(soak.grown("within the job", {name: values})) == grows
 
 
