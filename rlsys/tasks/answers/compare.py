@@ -14,6 +14,7 @@ from rlsys.tasks.answers.expressions import (
     Congruence,
     Date,
     Expr,
+    Marks,
     Matrix,
     Quantity,
     Ratio,
@@ -21,6 +22,7 @@ from rlsys.tasks.answers.expressions import (
     Sequence,
     UndecidableError,
     Union,
+    Unit,
     Value,
     Words,
     apply,
@@ -33,6 +35,12 @@ from rlsys.tasks.answers.words import same_words
 
 MAX_ITEMS = 64
 _PAIR = 2
+# Base units of what ' and " stand for.
+_MARKS = {
+    "metre": (Fraction(381, 1250), Fraction(127, 5000)),
+    "degree": (Fraction(1, 60), Fraction(1, 3600)),
+    "second": (Fraction(60), Fraction(1)),
+}
 _DEGREE, _RADIAN = (("degree", 1),), (("radian", 1),)
 
 
@@ -64,7 +72,8 @@ class Comparison:
             UndecidableError: the values cannot be compared.
         """
         reference, answer = relations.spread_signs(reference), relations.spread_signs(answer)
-        for layer in (self._same_words, self._same_relation, self._same_collection, self._same_quantity):
+        layers = (self._same_words, self._same_relation, self._same_collection, self._same_marks, self._same_quantity)
+        for layer in layers:
             verdict = layer(reference, answer)
             if verdict is not None:
                 return verdict
@@ -96,28 +105,28 @@ class Comparison:
         """Compare equations, inequalities and memberships."""
         if not isinstance(reference, Relation) and not isinstance(answer, Relation):
             return None
-        exact, rounded = relations.rounded_value(reference), relations.rounded_value(answer)
-        if exact is not None:
-            return self.same(exact, answer if rounded is None else rounded)
-        if rounded is not None and isinstance(reference, Expr) and decimal_of(reference):
-            return self.same(reference, rounded)
-        left, right = (relations.assigned(value) for value in (reference, answer))
-        if left and right:
-            return left[0] == right[0] and self.same(left[1], right[1])
-        if right and not isinstance(reference, Relation):
-            return self.same(reference, right[1])
-        if left and not isinstance(answer, Relation):
-            return self.same(left[1], answer)
+        left, right = (relations.chain_of(value, self.same) for value in (reference, answer))
+        if left and right and (left.names <= right.names or (not right.names and not _is_identity(answer))):
+            return self._same_chain(left, right)
         if isinstance(reference, Relation) and isinstance(answer, Relation):
             same = relations.same_relation(reference, answer)
             if same is not None:
                 return same
-        if isinstance(answer, Relation) and not isinstance(reference, Relation):
-            end = relations.end_of_chain(answer, self.same)
-            if end is not None:
-                return self.same(reference, end)
         sets = real_set(reference), real_set(answer)
         return None not in sets and sets[0] == sets[1]
+
+    def _same_chain(self, reference: relations.Chain, answer: relations.Chain) -> bool:
+        """Compare exact values; a rounded value is right only where the reference is a decimal."""
+        if reference.exact is not None and answer.exact is not None and self.same(reference.exact, answer.exact):
+            return True
+        decimals = (
+            [reference.rounded] if reference.exact is None or not _is_decimal(reference.exact) else [reference.exact]
+        )
+        return any(
+            one is not None and other is not None and self.same(one, other)
+            for one in decimals
+            for other in (answer.rounded, answer.exact)
+        )
 
     def _same_collection(self, reference: Value, answer: Value) -> bool | None:
         if isinstance(reference, Union) or isinstance(answer, Union) or _is_alternative(reference, answer):
@@ -143,7 +152,9 @@ class Comparison:
         if names and others and names != others:
             return False
         if len(names) > 1 or len(others) > 1:  # a tuple has the unknowns in the order of their names
-            plain = all(one.brackets in ("", "()", "{}") for one in (reference, answer))
+            if reference.brackets in unordered and len({name.partition("_")[0] for name in others}) == 1:
+                return not names and self._same_unordered(left, right)  # x_1 = 1, x_2 = 2 for 2, 1
+            plain = all(one.brackets in ("", "()", "{}") and one.joiner != "or" for one in (reference, answer))
             return plain and len(left) == len(right) and all(map(self.same, left, right))
         if reference.brackets in unordered and answer.brackets in unordered:
             if any(isinstance(item, Words) for item in left) and (reference.joiner == "or") != (answer.joiner == "or"):
@@ -193,6 +204,17 @@ class Comparison:
             self.same(one, other) for rows in zip(left, right, strict=True) for one, other in zip(*rows, strict=True)
         )
 
+    def _same_marks(self, reference: Value, answer: Value) -> bool | None:
+        """Compare feet and inches, or minutes and seconds. The unit of the other side says which."""
+        if not isinstance(reference, Marks) and not isinstance(answer, Marks):
+            return None
+        left, right = _in_unit_of(reference, answer), _in_unit_of(answer, reference)
+        if isinstance(left, Marks) or isinstance(right, Marks):
+            if left == right:
+                return True
+            raise UndecidableError("' and \" are feet and inches, or minutes and seconds")
+        return self.same(left, right)
+
     def _same_quantity(self, reference: Value, answer: Value) -> bool | None:
         """Compare amounts with units, numbers in other bases, and ratios."""
         if isinstance(reference, Based):
@@ -237,7 +259,7 @@ class Comparison:
 
     def _tolerance(self, reference: Expr) -> Fraction:
         """Return the largest difference from a reference; 0 unless it is a decimal."""
-        decimal = decimal_of(reference)
+        decimal = numeric.decimal_of(reference)
         if decimal is None:
             return Fraction(0)
         value, step = decimal
@@ -250,31 +272,38 @@ class Comparison:
         if percents[0] != percents[1]:
             left, right = (expr.args[0] if expr.op == "percent" else expr for expr in (reference, answer))
             return numeric.equal(left, right, self._tolerance(left))
-        decimal = decimal_of(answer)
+        decimal = numeric.decimal_of(answer)
         if decimal is None or reference.symbols():
             return False
         value, step = decimal
         return abs(value) >= 100 * step and numeric.equal(reference, answer, step / 2)
 
 
-def decimal_of(expr: Expr) -> tuple[Fraction, Fraction] | None:
-    """Return value and last digit's unit of a decimal such as -1.25, 12.5% or 1.2 * 10^-5, or None."""
-    match expr.op:
-        case "number":
-            return (expr.value, expr.step) if expr.step is not None else None
-        case "negate" | "percent":
-            inner = decimal_of(expr.args[0])
-            factor = Fraction(-1) if expr.op == "negate" else Fraction(1, 100)
-            return (inner[0] * factor, inner[1] * abs(factor)) if inner else None
-        case "multiply":
-            inner, power = decimal_of(expr.args[0]), expr.args[1]
-            if inner is None or power.op != "power" or power.args[0] != number(10) or power.args[1].symbols():
-                return None
-            exponent = numeric.small_integer(power.args[1])
-            return (
-                None if exponent is None else (inner[0] * Fraction(10) ** exponent, inner[1] * Fraction(10) ** exponent)
-            )
-    return None
+def _is_identity(value: Value) -> bool:
+    """Return whether a value is an equation of formulas, such as 2x = x + x."""
+    sides = value.sides if isinstance(value, Relation) else ()
+    return any(isinstance(side, Expr) and side.symbols() for side in sides)
+
+
+def _is_decimal(value: Value) -> bool:
+    amount = value.amount if isinstance(value, Quantity) else value
+    return isinstance(amount, Expr) and numeric.decimal_of(amount) is not None
+
+
+def _in_unit_of(value: Value, other: Value) -> Value:
+    """Return amounts before ' and " in the unit of another value: a length, an angle, a time or a number."""
+    if not isinstance(value, Marks):
+        return value
+    if isinstance(other, Quantity) and other.unit.dimension[0][0] in _MARKS and len(other.unit.dimension) == 1:
+        base = other.unit.dimension[0]
+        first, second = _MARKS[base[0]]
+        return Quantity(number((value.first or 0) * first + (value.second or 0) * second), Unit((base,)))
+    single = value.second if value.first is None else value.first
+    return (
+        number(single)
+        if isinstance(other, Expr) and single is not None and None in (value.first, value.second)
+        else value
+    )
 
 
 def _maybe_product(value: Value) -> Value | None:

@@ -68,6 +68,14 @@ class Quantity:
 
 
 @dataclass(frozen=True, slots=True)
+class Marks:
+    """Amounts before ' and ": feet and inches, or minutes and seconds of an angle or of time."""
+
+    first: Fraction | None
+    second: Fraction | None
+
+
+@dataclass(frozen=True, slots=True)
 class Based:
     """Digits of a number in a base other than ten."""
 
@@ -155,7 +163,9 @@ class Words:
     letters: str = ""
 
 
-Value = Expr | Quantity | Based | Sequence | Union | Matrix | Relation | Ratio | Congruence | Clock | Date | Words
+Value = (
+    Expr | Quantity | Marks | Based | Sequence | Union | Matrix | Relation | Ratio | Congruence | Clock | Date | Words
+)
 
 
 def number(value: Fraction | int, step: Fraction | None = None) -> Expr:

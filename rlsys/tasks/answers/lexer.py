@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rlsys.tasks.answers.expressions import UnreadableError, names_of
 from rlsys.tasks.answers.normalise import SIGNS
-from rlsys.tasks.answers.units import CURRENCIES, GLUED_UNITS
+from rlsys.tasks.answers.units import CURRENCIES, GLUED_UNITS, read_unit
 
 MAX_TOKENS = 400
 
@@ -24,7 +24,7 @@ _GREEK = frozenset(
         "chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar"
     )
 )
-_COMMANDS = frozenset(names_of("frac sqrt binom choose over infty pi emptyset mathbb prime"))
+_COMMANDS = frozenset(names_of("frac sqrt binom choose over infty pi emptyset mathbb"))
 _TOKEN = re.compile(
     r"(?P<space>\s+)"
     r"|(?P<matrix>\\begin\s*\{[a-zA-Z]*(?:matrix|array)\}.*?\\end\s*\{[a-zA-Z]*(?:matrix|array)\})"
@@ -34,7 +34,7 @@ _TOKEN = re.compile(
     r"|(?P<brace>\\[{}])"
     r"|\\(?P<command>[a-zA-Z]+)"
     r"|(?P<letters>[a-zA-Z]+(?:'(?!s\b)[a-zA-Z]+)?)"
-    r"|(?P<relation><=|>=|(?<![\d)}])!=|==|=<|->)"
+    r"|(?P<relation><=|>=|(?<![\d)}])!=|==|=<|->|\+-|-\+)"
     r"|(?P<other>\*\*|.)",
     re.DOTALL,
 )
@@ -132,7 +132,8 @@ def _read_letters(text: str, start: int, spaced: bool, before: Sequence[Token]) 
         return [Token("command", "infty", start, end, spaced)]
     if text in ("pi", "Pi"):
         return [Token("command", "pi", start, end, spaced)]
-    if text in GLUED_UNITS or (text in ("sec", "min", "in") and after_number):
+    is_unit = len(text) > 3 and read_unit(text, nouns=False) is not None  # a pint is not pi*n*t
+    if is_unit or text in GLUED_UNITS or (text in ("sec", "min", "in") and after_number):
         return [Token("word", text, start, end, spaced)]
     if text in FUNCTIONS:
         return [Token("function", text, start, end, spaced)]

@@ -68,6 +68,7 @@ _RENAMED: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ..
         (r"\^\s*(?:\{\s*(?:\\circ|o)\s*\}|\\circ(?![a-zA-Z])|o\b|°)|\{\s*°\s*\}", "°"),
         (r"\\(?:left|right)\s*\.", ""),
         (r"\\not\s*=", "≠"),
+        (r"\^\s*(?:\{((?:\s*\\prime)+)\s*\}|(\\prime)(?![a-zA-Z]))", lambda match: "'" * match[0].count("prime")),
         (r"\\mathbb\s*R", r"\\mathbb{R}"),
         (r"\\([a-zA-Z]+)", lambda match: _COMMANDS.get(match[1], match[0])),
         (r"(?<=[)\]}])\s*U\s*(?=[(\[{\\])", "∪"),

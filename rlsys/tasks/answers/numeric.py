@@ -19,7 +19,7 @@ from rlsys.tasks.answers.evaluate import (
     UndefinedError,
     is_real,
 )
-from rlsys.tasks.answers.expressions import Expr, UndecidableError
+from rlsys.tasks.answers.expressions import Expr, UndecidableError, number
 
 _PRECISIONS = (140, 500, 2000, MAX_PRECISION)
 _POINTS = 6
@@ -175,6 +175,31 @@ def small_integer(expr: Expr) -> int | None:
     (value,), _ = values_of((expr,), {})
     is_small = isinstance(value, Fraction) and value.denominator == 1 and abs(value) < 10_000
     return int(value) if is_small and value is not None else None
+
+
+def decimal_of(expr: Expr, whole_step: Fraction | None = None) -> tuple[Fraction, Fraction] | None:
+    """Return value and last digit's unit of a decimal such as -1.25, 12.5% or 1.2 * 10^-5, or None.
+
+    Args:
+        whole_step: unit of the last digit of a whole number, which is no decimal without it.
+    """
+    match expr.op:
+        case "number":
+            step = whole_step if expr.step is None else expr.step
+            return None if step is None else (expr.value, step)
+        case "negate" | "percent":
+            inner = decimal_of(expr.args[0], whole_step)
+            factor = Fraction(-1) if expr.op == "negate" else Fraction(1, 100)
+            return (inner[0] * factor, inner[1] * abs(factor)) if inner else None
+        case "multiply":
+            inner, power = decimal_of(expr.args[0], whole_step), expr.args[1]
+            if inner is None or power.op != "power" or power.args[0] != number(10) or power.args[1].symbols():
+                return None
+            exponent = small_integer(power.args[1])
+            return (
+                None if exponent is None else (inner[0] * Fraction(10) ** exponent, inner[1] * Fraction(10) ** exponent)
+            )
+    return None
 
 
 def greater(left: Number, right: Number) -> bool:

@@ -20,13 +20,15 @@ from rlsys.tasks.answers.expressions import (
     Value,
     Words,
     apply,
+    names_of,
     number,
     symbol,
 )
 from rlsys.tasks.answers.grammar import Grammar
 from rlsys.tasks.answers.lexer import Token, join_numbers, tokens_of
 from rlsys.tasks.answers.normalise import normalise
-from rlsys.tasks.answers.number_words import CARDINALS, with_digits
+from rlsys.tasks.answers.notations import read_marks, rephrased, standard_notation
+from rlsys.tasks.answers.number_words import CARDINALS
 from rlsys.tasks.answers.units import CURRENCIES, NO_NOUNS, read_unit
 from rlsys.tasks.answers.words import read_any_words, read_words
 
@@ -44,14 +46,14 @@ _BASE = re.compile(
     re.ASCII,
 )
 _PREFIX_BASES = {"b": "2", "o": "8", "x": "16"}
-_CURRENCY_NAMES = {"us$": "$", "usd": "$", "eur": "€", "gbp": "£", "inr": "₹", "rs": "₹", "jpy": "¥"}
-_CURRENCY_NAME = re.compile(r"(?i)\A(us\$|usd|eur|gbp|inr|jpy|rs)\.?\s*(?=-?[\d.])")
+# Words that are no noun after a number, but may be a label.
+_LABEL_WORDS = frozenset(names_of("sum maximum minimum score root roots base power"))
 # What an equation may have on its left besides a symbol: a quantity of geometry, a value of a function, or words.
 _LABEL = re.compile(
-    r"((?:m\s*)?\\(?:angle|triangle)\s*[A-Z]{1,4}|\|?[A-Z]{2,4}\|?|\[[A-Z]{3,5}\]|[PE]\s*\([^()]*\)"
+    r"((?:m\s*)?\\(?:angle|triangle)\s*[A-Z]{1,4}|\|?[A-Z]{2,4}\|?|\[[A-Z]{3,5}\]|[CEP]\s*\([^()]*\)"
     r"|[f-hp-rt-wA-Z](?:_\w|'{1,3})?\s*\(\s*-?\w+\s*\)|\\frac\s*\{\s*d\w?\s*\}\s*\{\s*d\w\s*\}"
     r"|[a-zA-Z](?=\s+is\b)|(?:[Tt]he )?(?P<words>[A-Za-z][a-z]{2,}(?: [A-Za-z]+){0,4}))"
-    r"\s*(?:=(?!=)|\bis\b)\s*(?=\S)"
+    r"\s*(?:=(?!=)|\bis\b|(?(words):|(?!)))\s*(?=\S)"
 )
 
 
@@ -64,14 +66,14 @@ def read_answer(text: str) -> Value:
     """
     if len(text) > MAX_ANSWER_CHARS:
         raise UnreadableError(f"more than {MAX_ANSWER_CHARS} characters")
-    plain = _rephrased(normalise(text))
+    plain = rephrased(normalise(text))
     if not plain:
         raise UnreadableError("an empty text")
     return _read_labelled(plain) or _read_value(plain)
 
 
 def _read_value(plain: str) -> Value:
-    value = read_words(plain) or _read_ratio(plain)
+    value = read_words(plain) or read_marks(plain) or _read_ratio(plain)
     if value is not None:
         return value
     try:
@@ -83,20 +85,13 @@ def _read_value(plain: str) -> Value:
         return words
 
 
-def _rephrased(plain: str) -> str:
-    """Return a text with a number in words as digits, and names of a sign or a currency as signs."""
-    plain = _CURRENCY_NAME.sub(lambda match: _CURRENCY_NAMES[match[1].lower()], re.sub(r"\Aboth\s+", "", plain))
-    negated = re.match(r"(?i)(?:negative|minus)\s+(?=\S)", plain)
-    return f"-{with_digits(plain[negated.end() :])}" if negated else with_digits(plain)
-
-
 def _read_labelled(plain: str) -> Relation | None:
     """Read an equation with more than a symbol on its left, such as "Area = 5"."""
     match = _LABEL.match(plain)
-    if match is None or not NO_NOUNS.isdisjoint((match["words"] or "").lower().split()):
+    if match is None or not (NO_NOUNS - _LABEL_WORDS).isdisjoint((match["words"] or "").lower().split()):
         return None
     try:
-        value = _read_value(_rephrased(plain[match.end() :]))
+        value = _read_value(rephrased(plain[match.end() :]))
     except UnreadableError:
         return None
     text = re.sub(r"\s", "", match[1])
@@ -114,6 +109,7 @@ def as_product(words: Words) -> Expr | None:
 
 
 def _read_mathematics(plain: str) -> Value:
+    plain = standard_notation(plain)
     based = _BASE.fullmatch(plain)
     if based:
         base = (based["named"] or based["index"] or _PREFIX_BASES[based["letter"]]).lower()

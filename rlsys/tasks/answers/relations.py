@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
 
@@ -12,77 +13,114 @@ from rlsys.tasks.answers.evaluate import is_real
 from rlsys.tasks.answers.expressions import (
     Congruence,
     Expr,
+    Quantity,
     Relation,
     Sequence,
     UndecidableError,
     Value,
     apply,
+    number,
 )
 
 _FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
 # Points at which two equations must have the same ratio.
 _MIN_POINTS = 3
-# Largest relative difference of the two sides of "≈".
-_ROUNDED = Fraction(1, 100)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Equal values with their names, such as "x = 36/2 = 18", and the value that they round to.
+
+    Attributes:
+        names: Names that stand for the value.
+        exact: The value; None if only a rounded one is given, as in "x ≈ 2.35".
+        rounded: The first value after "≈", or None.
+    """
+
+    names: frozenset[str]
+    exact: Value | None
+    rounded: Value | None = None
+
+
+def chain_of(value: Value, same: Callable[[Value, Value], bool]) -> Chain | None:
+    """Return the value that a chain of equations states; None if it states none, or two different ones.
+
+    Args:
+        value: a relation, or a value, which is a chain without names.
+        same: comparison of two values.
+    """
+    if not isinstance(value, Relation):
+        return Chain(frozenset(), value)
+    parts = _parts(value)
+    if parts is None:
+        return None
+    names, values, rounded = parts
+    if any(not same(values[-1], other) for other in values[:-1]):
+        return None
+    exact = values[-1] if values else None
+    if isinstance(exact, Expr) and rounded and isinstance(rounded[0], Quantity):  # the unit stands only at the end
+        exact = Quantity(exact, rounded[0].unit)
+    if any(exact is not None and not _rounds(exact, one) for one in rounded):
+        return None
+    return Chain(frozenset(names) - {""}, exact, rounded[0] if rounded else None)
+
+
+def _parts(relation: Relation) -> tuple[list[str], list[Value], list[Value]] | None:
+    """Return the names, the values and the rounded values of a chain, or None if it has a side of another kind."""
+    sides, signs = list(relation.sides), relation.signs
+    if signs == ("∈",):
+        name = _name(sides[0])
+        return None if name is None or isinstance(sides[1], Expr) else ([name], sides[1:], [])
+    equal = signs.index("≈") if "≈" in signs else len(signs)
+    if set(signs[:equal]) - {"="} or set(signs[equal:]) - {"≈"}:
+        return None
+    exact, rounded = sides[: equal + 1], sides[equal + 1 :]
+    values = [side for side in exact if _name(side) is None]
+    if not values and not rounded:  # x = y
+        exact, values = exact[:-1], exact[-1:]
+    names = [name for name in map(_name, exact) if name is not None]
+    if (not values and not rounded) or any(isinstance(one, Expr) and one.symbols() & set(names) for one in values):
+        return None
+    return names, values, rounded
 
 
 def assigned(value: Value) -> tuple[str, Value] | None:
     """Return name and value of "x = 5", "5 = x" or "f(x) = 2x"; None for others."""
-    if not isinstance(value, Relation) or len(value.sides) != 2 or value.signs not in (("=",), ("∈",)):
+    parts = _parts(value) if isinstance(value, Relation) else None
+    if parts is None or (len(parts[0]), len(parts[1]), len(parts[2])) != (1, 1, 0):
         return None
-    for side, other in (value.sides, value.sides[::-1]):
-        name = _name(side)
-        if name is not None and not (isinstance(other, Expr) and name[0] in other.symbols()):
-            if value.signs == ("∈",) and (side is not value.sides[0] or isinstance(other, Expr)):
-                return None
-            return name[0], other
-    return None
+    return parts[0][0], parts[1][0]
 
 
-def _name(side: Value) -> tuple[str] | None:
+def _name(side: Value) -> str | None:
     """Return the name of a lone symbol, a tuple of symbols, or a function of a symbol, such as P(x)."""
     if isinstance(side, Sequence) and side.brackets == "()" and len(side.items) > 1:
-        names = [_name(item) for item in side.items]
-        return None if None in names else (",".join(name[0] for name in names if name),)
+        names = [_name(item) or "" for item in side.items]
+        return ",".join(names) if all(names) else None
     if not isinstance(side, Expr):
         return None
     if side.op == "symbol":
-        return (side.name,)
+        return side.name
     if side.op == "unknown" and side.args[0].op == "symbol":
-        return (f"{side.name}()",)
+        return f"{side.name}()"
     product = side.op == "multiply" and all(argument.op == "symbol" for argument in side.args)
     if product and side.args[0].name.isupper() and side.args[1].name.islower():
-        return (f"{side.args[0].name}()",)
+        return f"{side.args[0].name}()"
     return None
 
 
-def end_of_chain(relation: Relation, same: Callable[[Value, Value], bool]) -> Value | None:
-    """Return the value of a chain such as "x = 36/2 = 18"; None for others.
-
-    All sides except a name must be equal. The side after "≈" is a rounded value.
-    """
-    sides, signs = list(relation.sides), list(relation.signs)
-    if signs[-1] == "≈" and len(sides) > 1:
-        exact, rounded = sides[-2], sides[-1]
-        if not isinstance(exact, Expr) or not isinstance(rounded, Expr) or exact.symbols() | rounded.symbols():
-            return None
-        value = abs(numeric.real_value(rounded))
-        if not numeric.equal(exact, rounded, Fraction(int(value * 10**6) + 1, 10**6) * _ROUNDED):
-            return None
-        sides, signs = sides[:-1], signs[:-1]
-    if set(signs) - {"="}:
-        return None
-    if len(sides) > 1 and _name(sides[0]) is not None:
-        sides = sides[1:]
-    if any(not same(sides[-1], side) for side in sides[:-1]):
-        return None
-    return sides[-1]
-
-
-def rounded_value(value: Value) -> Value | None:
-    """Return 1.41 for "≈ 1.41" and "x ≈ 1.41"; None for others."""
-    is_rounded = isinstance(value, Relation) and value.signs == ("≈",) and _name(value.sides[0]) is not None
-    return value.sides[1] if is_rounded and isinstance(value, Relation) else None
+def _rounds(exact: Value, rounded: Value) -> bool:
+    """Return whether a value, rounded or cut off at its last digit, is another one."""
+    if isinstance(exact, Quantity) and isinstance(rounded, Quantity) and exact.unit == rounded.unit:
+        exact, rounded = exact.amount, rounded.amount
+    if not isinstance(exact, Expr) or not isinstance(rounded, Expr) or exact.symbols():
+        return False
+    decimal = numeric.decimal_of(rounded, whole_step=Fraction(1))
+    if decimal is None:
+        return False
+    value, step = decimal
+    middles = value, value + (step if value > 0 else -step) / 2
+    return any(numeric.equal(exact, number(middle), step / 2) for middle in middles)
 
 
 def named_values(sequence: Sequence) -> tuple[tuple[str, ...], list[Value]]:

@@ -20,7 +20,8 @@ _TABLE: dict[str, dict[str, str]] = {
     "gram": {"1": "g gram gramme", "1000": "kgs kilo", "1000000": "tonne", "45359237/100000": "lb lbs pound",
              "45359237/1600000": "oz ounce"},
     "dm^3": {"1": "L l liter litre", "473176473/1000000000": "pint", "473176473/500000000": "quart",
-             "473176473/125000000": "gal gallon"},
+             "473176473/125000000": "gal gallon", "473176473/2000000000": "cup",
+             "473176473/32000000000": "tbsp tablespoon", "157725491/32000000000": "tsp teaspoon"},
     "dollar": {"1": "$ dollar usd buck", "1/100": "cent ¢"},
     "euro": {"1": "€ euro eur"}, "british pound": {"1": "£ gbp"}, "rupee": {"1": "₹ rupee inr rs"},
     "yen": {"1": "¥ yen jpy"},
@@ -30,7 +31,7 @@ _TABLE: dict[str, dict[str, str]] = {
     "s^-1": {"1": "Hz hertz"}, "volt": {"1": "V volt"}, "ampere": {"1": "A amp ampere"}, "ohm": {"1": "Ω ohm"},
     "mole": {"1": "mol mole"}, "unit": {"1": "unit"},
     "mi/h": {"1": "mph"}, "km/h": {"1": "kmh kph kmph"}, "ft/s": {"1": "fps"}, "cm^3": {"1": "cc"},
-    "ft^2": {"1": "sqft"},
+    "ft^2": {"1": "sqft", "43560": "acre"}, "m^2": {"10000": "ha hectare"},
 }  # fmt: skip
 _PREFIXES = {"k kilo": "1000", "M mega": "1000000", "d deci": "1/10", "c centi": "1/100", "m milli": "1/1000"}
 _PREFIXED = names_of(
