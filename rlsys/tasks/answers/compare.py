@@ -29,7 +29,7 @@ from rlsys.tasks.answers.expressions import (
     number,
 )
 from rlsys.tasks.answers.reader import as_product
-from rlsys.tasks.answers.sets import real_set
+from rlsys.tasks.answers.sets import INTERVALS, same_set
 from rlsys.tasks.answers.units import SYMBOL_UNITS, read_unit, same_dimension
 from rlsys.tasks.answers.words import same_words
 
@@ -112,8 +112,7 @@ class Comparison:
             same = relations.same_relation(reference, answer)
             if same is not None:
                 return same
-        sets = real_set(reference), real_set(answer)
-        return None not in sets and sets[0] == sets[1]
+        return same_set(reference, answer)
 
     def _same_chain(self, reference: relations.Chain, answer: relations.Chain) -> bool:
         """Compare exact values; a rounded value is right only where the reference is a decimal."""
@@ -130,8 +129,7 @@ class Comparison:
 
     def _same_collection(self, reference: Value, answer: Value) -> bool | None:
         if isinstance(reference, Union) or isinstance(answer, Union) or _is_alternative(reference, answer):
-            sets = real_set(reference), real_set(answer)
-            return None not in sets and sets[0] == sets[1]
+            return same_set(reference, answer)
         if isinstance(reference, Matrix) or isinstance(answer, Matrix):
             return self._same_matrix(reference, answer)
         if isinstance(reference, Sequence) and isinstance(answer, Sequence):
@@ -353,7 +351,7 @@ def _is_alternative(reference: Value, answer: Value) -> bool:
 def _is_range(value: Value) -> bool:
     if isinstance(value, Relation):
         return not set(value.signs) & {"=", "≈"}
-    return isinstance(value, Union) or (isinstance(value, Sequence) and value.brackets in ("()", "[)", "(]", "[]"))
+    return isinstance(value, Union) or (isinstance(value, Sequence) and value.brackets in INTERVALS)
 
 
 def _is_bare_tuple(reference: Sequence, answer: Sequence) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from math import floor, gcd, lcm
+from math import floor, gcd, lcm, prod
 from typing import Any
 
 import mpmath
@@ -42,6 +42,8 @@ class UndefinedError(Exception):
 class Evaluator:
     """Values of expressions at one point with the present precision of the context.
 
+    A method with the name of an operation computes it, else the table `_FUNCTIONS`.
+
     Attributes:
         spread: Largest difference of the binary exponents of two summands. A smaller precision loses a summand.
     """
@@ -51,70 +53,45 @@ class Evaluator:
         self.spread = 0
 
     def value(self, expr: Expr) -> Number:
-        match expr.op:
-            case "number":
-                return self._reduced(expr.value)
-            case "symbol":
-                return self.values[expr.name]
-            case "multiply" | "divide" | "add" | "power":
-                left, right = (self.value(argument) for argument in expr.args)
-                operation = {"multiply": self._multiply, "divide": self._divide, "add": self._add, "power": self._power}
-                return operation[expr.op](left, right)
-            case "unknown":  # a function that is not known is replaced by an arbitrary one
-                place = self._float(self.value(expr.args[0]))
-                seed = sum(map(ord, expr.name))
-                return CONTEXT.sin(place * seed / 7 + 1) + CONTEXT.exp(place / (seed % 5 + 3))
-            case "plus_minus" | "minus_plus":
-                raise UndecidableError("a plus-minus sign inside an expression")
-        function: Callable[..., Number] | None = _SIMPLE.get(expr.op) or getattr(self, f"_{expr.op}", None)
+        if expr.op == "symbol":
+            return self.values[expr.name]
+        if expr.op == "number":
+            return _reduced(expr.value)
         arguments = [self.value(argument) for argument in expr.args]
-        return function(*arguments) if function else self._elementary(expr.op, arguments)
-
-    def _reduced(self, value: Number) -> Number:
-        """Return an exact number of few bits as it is, any other number as a floating-point number."""
-        if isinstance(value, Fraction) and _bits(value) > MAX_EXACT_BITS:
-            return self._float(value)
-        return value
-
-    def _float(self, value: Number) -> Number:
-        if isinstance(value, Fraction):
-            return CONTEXT.mpf(value.numerator) / value.denominator
-        return value
+        if expr.op == "unknown":  # a function that is not known is replaced by an arbitrary one
+            place, seed = to_float(arguments[0]), sum(map(ord, expr.name))
+            return CONTEXT.sin(place * seed / 7 + 1) + CONTEXT.exp(place / (seed % 5 + 3))
+        function: Callable[..., Number] | None = getattr(self, f"_{expr.op}", None) or _FUNCTIONS.get(expr.op)
+        if function is None:
+            raise UndecidableError(f"the function {expr.op}")
+        return function(*arguments)
 
     def _add(self, left: Number, right: Number) -> Number:
-        if isinstance(left, Fraction) and isinstance(right, Fraction):
-            return self._reduced(left + right)
+        if _exact(left, right):
+            return _reduced(left + right)
         if left == 0 or right == 0:
             return right if left == 0 else left
-        left, right = self._float(left), self._float(right)
+        left, right = to_float(left), to_float(right)
+        total = left + right
         magnitudes = [CONTEXT.mag(one) for one in (left, right)]
         if not all(isinstance(one, int) for one in magnitudes):  # infinities
-            total = left + right
-            return self._finite(total)
+            return _finite(total)
         self.spread = max(self.spread, abs(magnitudes[0] - magnitudes[1]))
-        total = left + right
         # What is left of a difference of equal values is rounding.
         if total == 0 or CONTEXT.mag(total) < max(magnitudes) - CONTEXT.prec + GUARD_BITS // 2:
             return Fraction(0)
         return total
 
-    def _finite(self, value: Number) -> Number:
-        if CONTEXT.isnan(value) or CONTEXT.isinf(value):
-            raise UndefinedError
-        return value
-
     def _multiply(self, left: Number, right: Number) -> Number:
-        if isinstance(left, Fraction) and isinstance(right, Fraction):
-            return self._reduced(left * right)
-        left, right = self._finite(self._float(left)), self._finite(self._float(right))
-        return Fraction(0) if left == 0 or right == 0 else self._finite(left * right)
+        if _exact(left, right):
+            return _reduced(left * right)
+        left, right = _finite(left), _finite(right)
+        return Fraction(0) if left == 0 or right == 0 else _finite(left * right)
 
     def _divide(self, left: Number, right: Number) -> Number:
         if right == 0:
             raise UndefinedError
-        if isinstance(left, Fraction) and isinstance(right, Fraction):
-            return self._reduced(left / right)
-        return self._finite(self._finite(self._float(left)) / self._finite(self._float(right)))
+        return _reduced(left / right) if _exact(left, right) else _finite(_finite(left) / _finite(right))
 
     def _percent(self, value: Number) -> Number:
         return self._divide(value, Fraction(100))
@@ -123,54 +100,32 @@ class Evaluator:
         return self._multiply(self._divide(value, Fraction(180)), +CONTEXT.pi)
 
     def _power(self, base: Number, exponent: Number) -> Number:
-        if CONTEXT.isinf(self._float(base)) or CONTEXT.isinf(self._float(exponent)):
-            raise UndefinedError
-        if exponent == 0 and base != 0:
-            return Fraction(1)
+        left, right = _finite(base), _finite(exponent)
         if base == 0:
-            if CONTEXT.re(self._float(exponent)) > 0:
+            if CONTEXT.re(right) > 0:
                 return Fraction(0)
             raise UndefinedError
+        is_whole = isinstance(exponent, Fraction) and exponent.denominator == 1
         if isinstance(base, Fraction) and isinstance(exponent, Fraction):
-            if base == 1:
-                return Fraction(1)
-            exact = _exact_power(base, exponent)
-            if exact is not None:
-                return self._reduced(exact)
-            if base < 0 and exponent.denominator % 2 and exponent.denominator > 1:  # real odd roots
+            if base == 1 or (is_whole and abs(exponent) * _bits(base) <= MAX_EXACT_BITS):
+                return _reduced(base ** int(exponent))
+            if base < 0 and exponent.denominator % 2 and not is_whole:  # real odd roots
                 size = self._power(-base, exponent)
                 return -size if exponent.numerator % 2 else size
-        left, right = self._float(base), self._float(exponent)
-        self._check_size(abs(CONTEXT.mag(left)) + 1, right)
-        if isinstance(exponent, Fraction) and exponent.denominator == 1:
-            return left ** int(exponent)
-        return self._finite(CONTEXT.power(left, right))
-
-    def _check_size(self, bits: int, exponent: Number) -> None:
-        size = abs(exponent)
-        if CONTEXT.isinf(size):
-            return
-        if CONTEXT.mag(size) > 60 or bits * int(size + 1) > _MAX_MAGNITUDE:
+        if CONTEXT.mag(right) > 60 or (abs(CONTEXT.mag(left)) + 1) * int(abs(right) + 1) > _MAX_MAGNITUDE:
             raise UndecidableError("a power that is too large")
+        return left ** int(exponent) if is_whole else _finite(CONTEXT.power(left, right))
 
     def _root(self, value: Number, degree: Number) -> Number:
-        if degree == 0:
-            raise UndefinedError
         return self._power(value, self._divide(Fraction(1), degree))
 
     def _log(self, value: Number, base: Number = Fraction(10)) -> Number:
-        if value == 0 or base in (0, 1):
-            raise UndefinedError
-        if isinstance(value, Fraction) and isinstance(base, Fraction) and base > 1 and value > 0:
-            guess = round(float(mpmath.log(value.numerator) - mpmath.log(value.denominator)) / float(mpmath.log(base)))
-            if _exact_power(base, Fraction(guess)) == value:
-                return Fraction(guess)
-        return self._divide(CONTEXT.ln(self._float(value)), CONTEXT.ln(self._float(base)))
+        return self._divide(self._ln(value), self._ln(base))
 
     def _ln(self, value: Number) -> Number:
         if value == 0:
             raise UndefinedError
-        return Fraction(0) if value == 1 else CONTEXT.ln(self._float(value))
+        return Fraction(0) if value == 1 else CONTEXT.ln(to_float(value))
 
     def _ceil(self, value: Number) -> Number:
         return -self._floor(-value)
@@ -198,42 +153,83 @@ class Evaluator:
         count = _whole(value)
         if not 0 <= count <= 3500:
             raise UndecidableError("a double factorial that is too large")
-        result = 1
-        for factor in range(count, 1, -2):
-            result *= factor
-        return Fraction(result)
+        return Fraction(prod(range(count, 1, -2)))
 
     def _binomial(self, above: Number, below: Number) -> Number:
         total, chosen = _whole(above), _whole(below)
-        if chosen < 0 or chosen > total:
+        if not 0 <= chosen <= total:
             return Fraction(0)
-        parts = self._factorial(Fraction(chosen)), self._factorial(Fraction(total - chosen))
-        return self._divide(self._divide(self._factorial(Fraction(total)), parts[0]), parts[1])
+        parts = self._multiply(*(self._factorial(Fraction(part)) for part in (chosen, total - chosen)))
+        return self._divide(self._factorial(Fraction(total)), parts)
 
-    def _elementary(self, name: str, arguments: list[Number]) -> Number:
-        """Return the value of a trigonometric or hyperbolic function."""
-        function = _ELEMENTARY.get(name)
-        if function is None:
-            raise UndecidableError(f"the function {name}")
-        (argument,) = map(self._float, arguments)
+    def _plus_minus(self, *_: Number) -> Number:
+        raise UndecidableError("a plus-minus sign inside an expression")
+
+    _minus_plus = _plus_minus
+
+
+def to_float(value: Number) -> Number:
+    """Return a value as a floating-point number of the present precision."""
+    return CONTEXT.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
+
+
+def _exact(*values: Number) -> bool:
+    return all(isinstance(value, Fraction) for value in values)
+
+
+def _reduced(value: Fraction) -> Number:
+    """Return an exact number of few bits as it is, any other number as a floating-point number."""
+    return to_float(value) if _bits(value) > MAX_EXACT_BITS else value
+
+
+def _bits(value: Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
+
+
+def _finite(value: Number) -> Number:
+    result = to_float(value)
+    if CONTEXT.isnan(result) or CONTEXT.isinf(result):
+        raise UndefinedError
+    return result
+
+
+def _whole(value: Number) -> int:
+    if isinstance(value, Fraction) and value.denominator == 1:
+        return int(value)
+    raise UndefinedError
+
+
+def _real(value: Number) -> Number:
+    if not is_real(value):
+        raise UndefinedError
+    return value.real
+
+
+def is_real(value: Number) -> bool:
+    """Return whether the imaginary part of a value is only rounding."""
+    if not isinstance(value, CONTEXT.mpc):
+        return True
+    return bool(value.imag == 0 or abs(value.imag) < abs(value) * CONTEXT.mpf(2) ** -AGREED_BITS)
+
+
+def _elementary(name: str) -> Callable[[Number], Number]:
+    """Return a trigonometric or hyperbolic function of the context."""
+
+    def function(argument: Number) -> Number:
+        argument = to_float(argument)
         if CONTEXT.mag(argument) > MAX_EXPONENT_BITS:
             raise UndecidableError(f"{name} of a number that is too large")
         try:
-            value = getattr(CONTEXT, function)(argument)
+            value = getattr(CONTEXT, name)(argument)
         except (ZeroDivisionError, ValueError):
             raise UndefinedError from None
-        if value != 0 and CONTEXT.mag(value) < -CONTEXT.prec + GUARD_BITS:
-            return Fraction(0)  # sin(pi) up to rounding
-        return value
+        # sin(pi) is 0 up to rounding.
+        return Fraction(0) if value != 0 and CONTEXT.mag(value) < -CONTEXT.prec + GUARD_BITS else value
+
+    return function
 
 
-_ELEMENTARY = {
-    **{name: name for name in ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth"]},
-    **{f"arc{name}": f"a{name}" for name in ["sin", "cos", "tan", "cot", "sec", "csc"]},
-}
-
-
-_SIMPLE: dict[str, Callable[..., Number]] = {
+_FUNCTIONS: dict[str, Callable[..., Number]] = {
     "pi": lambda: +CONTEXT.pi,
     "e": lambda: +CONTEXT.e,
     "i": lambda: CONTEXT.mpc(0, 1),
@@ -244,53 +240,6 @@ _SIMPLE: dict[str, Callable[..., Number]] = {
     "lcm": lambda *values: Fraction(lcm(*map(_whole, values))),
     "max": lambda *values: max(map(_real, values)),
     "min": lambda *values: min(map(_real, values)),
+    **{name: _elementary(name) for name in ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth"]},
+    **{f"arc{name}": _elementary(f"a{name}") for name in ["sin", "cos", "tan", "cot", "sec", "csc"]},
 }
-
-
-def _real(value: Number) -> Number:
-    if not is_real(value):
-        raise UndefinedError
-    return value.real
-
-
-def _whole(value: Number) -> int:
-    if isinstance(value, Fraction) and value.denominator == 1:
-        return int(value)
-    raise UndefinedError
-
-
-def _bits(value: Fraction) -> int:
-    return max(value.numerator.bit_length(), value.denominator.bit_length())
-
-
-def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
-    """Return a rational power of a rational number if it is rational and small, else None."""
-    if abs(exponent) * _bits(base) > MAX_EXACT_BITS:
-        return None
-    if exponent.denominator == 1:
-        return base ** int(exponent)
-    if exponent.denominator > 64 or base < 0:
-        return None
-    roots = [_integer_root(part, exponent.denominator) for part in (base.numerator, base.denominator)]
-    if None in roots:
-        return None
-    return Fraction(roots[0] or 0, roots[1] or 1) ** exponent.numerator
-
-
-def _integer_root(value: int, degree: int) -> int | None:
-    """Return the exact root of an integer, or None if it is irrational."""
-    low, high = 0, 1 << (value.bit_length() // degree + 1)
-    while low < high:
-        middle = (low + high) // 2
-        if middle**degree < value:
-            low = middle + 1
-        else:
-            high = middle
-    return low if low**degree == value else None
-
-
-def is_real(value: Number) -> bool:
-    """Return whether the imaginary part of a value is only rounding."""
-    if not isinstance(value, CONTEXT.mpc):
-        return True
-    return bool(value.imag == 0 or abs(value.imag) < abs(value) * CONTEXT.mpf(2) ** -AGREED_BITS)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
-from rlsys.tasks.answers.expressions import UnreadableError, names_of
+from rlsys.tasks.answers.expressions import Based, Expr, UnreadableError, apply, names_of, number
 from rlsys.tasks.answers.normalise import SIGNS
 from rlsys.tasks.answers.units import CURRENCIES, GLUED_UNITS, read_unit
 
 MAX_TOKENS = 400
+# A larger power of ten stays an operation.
+MAX_EXPONENT = 5000
 
 FUNCTIONS = frozenset(
     names_of(
@@ -198,3 +201,30 @@ def _comma_depths(text: str) -> tuple[list[int], list[int]]:
             commas.append(place)
         depths.append(stack[-1])
     return depths, commas
+
+
+def read_decimal(text: str) -> Expr:
+    """Return a number with the unit of its last digit; a large power of ten stays an operation."""
+    mantissa, _, exponent = text.lower().partition("e")
+    digits = mantissa.partition(".")[2]
+    power = int(exponent or 0)
+    if abs(power) > MAX_EXPONENT:
+        return apply("multiply", number(Fraction(mantissa)), apply("power", number(10), number(power)))
+    is_exact = "." not in mantissa and not exponent
+    step = None if is_exact else Fraction(10) ** (power - len(digits))
+    return number(Fraction(mantissa.rstrip(".") or "0") * Fraction(10) ** power, step)
+
+
+def read_based(text: str) -> Based:
+    """Return the digits and the base of a text such as 2516_8."""
+    digits, _, base = text.partition("_")
+    if not 2 <= int(base) <= 36 or any(int(digit, 36) >= int(base) for digit in digits):
+        raise UnreadableError(f"{text[:20]!r} has digits outside its base")
+    return Based(digits.lstrip("0") or "0", int(base))
+
+
+def read_repeating(text: str) -> Fraction:
+    r"""Return the value of 0.1\overline{6} or 0.1(6)."""
+    whole, fixed, repeated = re.match(r"(\d*)\.(\d*)[^\d]+(\d+)", text).groups()  # type: ignore[union-attr]
+    size = 10 ** len(fixed)
+    return Fraction(int(f"{whole}{fixed}" or 0), size) + Fraction(int(repeated), size * (10 ** len(repeated) - 1))

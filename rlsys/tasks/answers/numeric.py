@@ -18,11 +18,13 @@ from rlsys.tasks.answers.evaluate import (
     Number,
     UndefinedError,
     is_real,
+    to_float,
 )
 from rlsys.tasks.answers.expressions import Expr, UndecidableError, number
 
 _PRECISIONS = (140, 500, 2000, MAX_PRECISION)
 _POINTS = 6
+_MAX_DECIMAL_EXPONENT = 10_000
 
 
 def values_of(expressions: Sequence[Expr], point: Mapping[str, Fraction]) -> tuple[list[Number | None], int]:
@@ -64,15 +66,11 @@ def agree(left: Number, right: Number, bits: int, tolerance: Fraction = Fraction
     if isinstance(left, Fraction) and isinstance(right, Fraction):
         return abs(left - right) <= tolerance
     with CONTEXT.workprec(bits + GUARD_BITS):
-        left, right = _float(left), _float(right)
+        left, right = to_float(left), to_float(right)
         if CONTEXT.isinf(left) or CONTEXT.isinf(right):
             return bool(left == right)
         limit = max(abs(left), abs(right)) * CONTEXT.mpf(2) ** -bits
-        return bool(abs(left - right) <= max(limit, _float(tolerance)))
-
-
-def _float(value: Number) -> Number:
-    return CONTEXT.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
+        return bool(abs(left - right) <= max(limit, to_float(tolerance)))
 
 
 def _counts(expr: Expr) -> bool:
@@ -154,27 +152,7 @@ def real_value(expr: Expr) -> Number:
     (value,), _ = values_of((expr,), {})
     if value is None or not is_real(value):
         raise UndecidableError("a value that is not real")
-    return real_part(value)
-
-
-def real_part(value: Number) -> Number:
-    """Return the real part of a value."""
-    return value.real if isinstance(value, CONTEXT.mpc) else value
-
-
-def times(left: Number, right: Number) -> Number:
-    """Return the product of two values with all their digits."""
-    if isinstance(left, Fraction) and isinstance(right, Fraction):
-        return left * right
-    with CONTEXT.workprec(2 * _PRECISIONS[-1]):
-        return _float(left) * _float(right)
-
-
-def small_integer(expr: Expr) -> int | None:
-    """Return the value of a constant whole number of at most four digits, else None."""
-    (value,), _ = values_of((expr,), {})
-    is_small = isinstance(value, Fraction) and value.denominator == 1 and abs(value) < 10_000
-    return int(value) if is_small and value is not None else None
+    return value.real
 
 
 def decimal_of(expr: Expr, whole_step: Fraction | None = None) -> tuple[Fraction, Fraction] | None:
@@ -195,10 +173,10 @@ def decimal_of(expr: Expr, whole_step: Fraction | None = None) -> tuple[Fraction
             inner, power = decimal_of(expr.args[0], whole_step), expr.args[1]
             if inner is None or power.op != "power" or power.args[0] != number(10) or power.args[1].symbols():
                 return None
-            exponent = small_integer(power.args[1])
-            return (
-                None if exponent is None else (inner[0] * Fraction(10) ** exponent, inner[1] * Fraction(10) ** exponent)
-            )
+            exponent = real_value(power.args[1])
+            if not isinstance(exponent, Fraction) or exponent.denominator > 1 or abs(exponent) > _MAX_DECIMAL_EXPONENT:
+                return None
+            return inner[0] * Fraction(10) ** int(exponent), inner[1] * Fraction(10) ** int(exponent)
     return None
 
 
@@ -207,4 +185,4 @@ def greater(left: Number, right: Number) -> bool:
     if isinstance(left, Fraction) and isinstance(right, Fraction):
         return left > right
     with CONTEXT.workprec(_PRECISIONS[1]):
-        return bool(_float(left) > _float(right))
+        return bool(to_float(left) > to_float(right))

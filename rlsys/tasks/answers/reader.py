@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from rlsys.tasks.answers.atoms import read_based
 from rlsys.tasks.answers.expressions import (
     Congruence,
     Expr,
@@ -25,7 +24,7 @@ from rlsys.tasks.answers.expressions import (
     symbol,
 )
 from rlsys.tasks.answers.grammar import Grammar
-from rlsys.tasks.answers.lexer import Token, join_numbers, tokens_of
+from rlsys.tasks.answers.lexer import Token, join_numbers, read_based, tokens_of
 from rlsys.tasks.answers.normalise import normalise
 from rlsys.tasks.answers.notations import read_marks, rephrased, standard_notation
 from rlsys.tasks.answers.number_words import CARDINALS

@@ -21,8 +21,8 @@ from rlsys.tasks.answers.expressions import (
     apply,
     number,
 )
+from rlsys.tasks.answers.sets import FLIPPED
 
-_FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
 # Points at which two equations must have the same ratio.
 _MIN_POINTS = 3
 
@@ -154,7 +154,7 @@ def same_relation(reference: Relation, answer: Relation) -> bool | None:
     ratio = _ratio_sign(left, right)
     if ratio is None:
         return None
-    return other == (sign if ratio > 0 else _FLIPPED.get(sign, sign))
+    return other == (sign if ratio > 0 else FLIPPED.get(sign, sign))
 
 
 def _difference(relation: Relation) -> Expr | None:
@@ -167,25 +167,19 @@ def _difference(relation: Relation) -> Expr | None:
 
 def _ratio_sign(left: Expr, right: Expr) -> int | None:
     """Return the sign of the constant ratio of two expressions, or None if their ratio is not constant."""
-    if left.symbols() != right.symbols():
+    if not left.symbols() or left.symbols() != right.symbols():
         return None
     ratios = []
     for point in numeric.points_of((left, right)):
-        (one, other), bits = numeric.values_of((left, right), point)
-        if one is None or other is None or not is_real(one) or not is_real(other):
-            continue
-        if one == 0 or other == 0:
-            return None
-        ratios.append((one, other, bits))
-    if len(ratios) < (_MIN_POINTS if left.symbols() else 1):
+        (ratio,), bits = numeric.values_of((apply("divide", left, right),), point)
+        if ratio is not None and is_real(ratio):
+            ratios.append((ratio, bits))
+    if len(ratios) < _MIN_POINTS:
         raise UndecidableError("a relation without values")
-    if not left.symbols():
+    first = ratios[0][0]
+    if first == 0 or not all(numeric.agree(first, ratio, bits) for ratio, bits in ratios):
         return None
-    first = ratios[0]
-    for one, other, bits in ratios[1:]:
-        if not numeric.agree(numeric.times(one, first[1]), numeric.times(other, first[0]), min(bits, first[2])):
-            return None
-    return 1 if (numeric.real_part(first[0]) > 0) is (numeric.real_part(first[1]) > 0) else -1
+    return 1 if first.real > 0 else -1
 
 
 def same_residues(reference: Congruence, answer: Congruence) -> bool:
