@@ -183,6 +183,9 @@ def apply(op: str, *args: Expr) -> Expr:
     return Expr(op=op, args=args)
 
 
+REAL_LINE = Sequence("()", (apply("negate", apply("infinity")), apply("infinity")))
+
+
 def names_of(text: str) -> tuple[str, ...]:
     """Return the names that a text lists between spaces."""
     return tuple(text.split())

@@ -30,7 +30,8 @@ _GREEK = frozenset(
 _COMMANDS = frozenset(names_of("frac sqrt binom choose over infty pi emptyset mathbb"))
 _TOKEN = re.compile(
     r"(?P<space>\s+)"
-    r"|(?P<matrix>\\begin\s*\{[a-zA-Z]*(?:matrix|array)\}.*?\\end\s*\{[a-zA-Z]*(?:matrix|array)\})"
+    r"|(?P<matrix>(?P<open>[(\[]\s*)?\\begin\s*\{[a-zA-Z]*(?:matrix|array)\}.*?\\end\s*\{[a-zA-Z]*(?:matrix|array)\}"
+    r"(?(open)\s*[)\]]))"
     r"|(?P<based>[0-9A-F]+\s*_\s*(?:\d+|\{\s*\d+\s*\}))"
     r"|(?P<repeating>\d*\.\d*\\overline\s*\{\d+\}|\d*\.\d*\(\d+\))"
     r"|(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?![\d.a-zA-Z]))?|\d+\.(?!\d))"

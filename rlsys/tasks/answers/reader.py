@@ -6,6 +6,7 @@ import re
 from functools import lru_cache
 
 from rlsys.tasks.answers.expressions import (
+    REAL_LINE,
     Congruence,
     Expr,
     Matrix,
@@ -156,11 +157,9 @@ class _Reader(Grammar):
     def _list(self) -> Value:
         """Read statements between separators."""
         items, joiners = [self._statement()], set()
-        while self.is_sign(",", ";", "and", "or"):
-            joiner = self.take().text
-            if self.is_sign("and", "or"):
-                joiner = self.take().text
-            joiners.add(joiner)
+        while self.takes(",", ";", "and", "or"):
+            self.takes("and", "or")
+            joiners.add(self.tokens[self.place - 1].text)
             items.append(self._statement())
         joiner = next((word for word in ("or", "and") if word in joiners), ",")
         return items[0] if len(items) == 1 else Sequence("", tuple(items), joiner)
@@ -171,17 +170,14 @@ class _Reader(Grammar):
         while self.is_sign(*_RELATIONS):
             signs.append(self.take().text)
             sides.append(self._set())
-        if self.is_sign("≡"):
-            self.take()
+        if self.takes("≡"):
             sides = [self._set()]
         if self.is_sign("mod") or self.at_modulus():
             return self._congruence(sides[0])
         return Relation(tuple(sides), tuple(signs)) if signs else sides[0]
 
     def _congruence(self, residue: Value) -> Congruence:
-        bracket = self.is_sign("(")
-        if bracket:
-            self.take()
+        bracket = self.takes("(")
         self.expect("mod")
         modulus = self.group() if self.is_sign("{") else self.expression()
         if bracket:
@@ -209,34 +205,20 @@ class _Reader(Grammar):
             return read_based(self.take().text)
         if token.kind == "matrix":
             return self._matrix()
-        if self.is_sign("(", "[") and self.tokens[self.place + 1 : self.place + 2][:1] and (
-            self.tokens[self.place + 1].kind == "matrix"
-        ):  # fmt: skip
-            closing = _PAIRS[self.take().text]
-            matrix = self._matrix()
-            self.expect(closing[0] if self.is_sign(closing[0]) else closing[1])
-            return matrix
-        if token.kind == "sign" and token.text in _PAIRS and self._is_bracketed():
+        if self.is_sign(*_PAIRS) and self._is_bracketed():
             return self._bracketed()
-        prefix = self.take().text if token.kind == "sign" and token.text in CURRENCIES else ""
-        if not prefix and self.is_sign("-") and self.tokens[self.place + 1 : self.place + 2]:
-            following = self.tokens[self.place + 1]
-            if following.kind == "sign" and following.text in CURRENCIES:  # -$5
-                self.take()
-                prefix = self.take().text
-                return Quantity(apply("negate", self.expression()), _known(prefix))
-        value = self.expression()
+        is_negative = self.is_sign("-") and self.later().kind == "sign" and self.later().text in CURRENCIES  # -$5
+        self.place += is_negative
+        prefix = self.take().text if self.is_sign(*CURRENCIES) else ""
+        value = apply("negate", self.expression()) if is_negative else self.expression()
         if self.next.kind == "matrix":
             return self._scaled(value, self._matrix())
         if not self._at_end():
             return self._quantity(value, prefix)
-        if prefix:
-            return Quantity(value, _known(prefix))
-        if value.op == "degree":
-            return Quantity(value.args[0], _known("°"))
-        if value.op == "negate" and value.args[0].op == "degree":
-            return Quantity(apply("negate", value.args[0].args[0]), _known("°"))
-        return value
+        angle = value.args[0] if value.op == "negate" else value
+        if not prefix and angle.op == "degree":
+            return Quantity(apply("negate", *angle.args) if angle is not value else angle.args[0], _known("°"))
+        return Quantity(value, _known(prefix)) if prefix else value
 
     def _at_end(self) -> bool:
         stops = (*_RELATIONS, *_SETS, ",", ";", "and", "or", ")", "]", r"\}", "}", "⟩", "mod", "≡", "|", ":")
@@ -310,8 +292,7 @@ class _Reader(Grammar):
         opening = self.take().text
         brackets = {"{": "{}", r"\{": "{}", "⟨": "("}.get(opening, opening)
         closings = _PAIRS[opening]
-        if self.is_sign(*closings):
-            self.take()
+        if self.takes(*closings):
             return Sequence("{}" if brackets == "{}" else f"{opening}{closings[0]}", ())
         if brackets == "{}" and self._is_builder():
             return self._builder(closings[0])
@@ -329,28 +310,24 @@ class _Reader(Grammar):
     def _builder(self, closing: str) -> Value:
         r"""Read \{x | x > 3\} and \{x \in \mathbb{R} : x > 3\} as the relation after the bar."""
         self.take()
-        if self.is_sign("∈"):
-            self.take()
-            if self._field() != real_line():
-                raise self.unreadable("a set of other than real numbers")
-        if not self.is_sign("|", ":"):
+        if self.takes("∈"):
+            self._field()
+        if not self.takes("|", ":"):
             raise self.unreadable("expected '|'")
-        self.take()
         condition = self._list()
         self.expect(closing)
         return condition
 
     def _field(self) -> Value:
         self.take()
-        name = self.group()
-        if name != symbol("R"):
+        if self.group() != symbol("R"):
             raise self.unreadable("a set of numbers other than R")
-        return real_line()
+        return REAL_LINE
 
     def _matrix(self) -> Matrix:
         """Read the cells of a matrix, each as a value of its own."""
         content = re.fullmatch(
-            r"\\begin\s*\{([pbB]?matrix|smallmatrix|array)\}(?:\s*\{[lcr| ]*\})?(.*?)\\end\s*\{\1\}",
+            r"\W*?begin\s*\{([pbB]?matrix|smallmatrix|array)\}(?:\s*\{[lcr| ]*\})?(.*?)\\end\s*\{\1\}\W*",
             self.take().text,
             re.DOTALL,
         )
@@ -382,8 +359,3 @@ def _known(name: str) -> Unit:
     if unit is None:
         raise UnreadableError(f"the unit {name!r}")
     return unit
-
-
-def real_line() -> Sequence:
-    """Return the set of all real numbers."""
-    return Sequence("()", (apply("negate", apply("infinity")), apply("infinity")))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 
 from rlsys.tasks.answers.expressions import (
+    REAL_LINE,
     Clock,
     Date,
     Sequence,
     UnreadableError,
     Value,
     Words,
-    apply,
     names_of,
 )
 from rlsys.tasks.answers.lexer import FUNCTIONS, is_wordlike
@@ -141,7 +141,7 @@ def _read_phrase(plain: str) -> Value | None:
     if _EMPTY.fullmatch(phrase):
         return Sequence("{}", ())
     if phrase in _REALS:
-        return Sequence("()", (apply("negate", apply("infinity")), apply("infinity")))
+        return REAL_LINE
     words = re.findall(r"[^\W\d_]+", phrase)
     if (
         set(words) & _NAMES
