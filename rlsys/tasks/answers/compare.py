@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from fractions import Fraction
-from math import gcd
 
 from rlsys.tasks.answers import numeric, relations
+from rlsys.tasks.answers.conversions import DEGREE, RADIAN, like, radians
 from rlsys.tasks.answers.expressions import (
-    Based,
     Clock,
     Congruence,
-    Date,
     Expr,
     Marks,
     Matrix,
@@ -22,31 +20,22 @@ from rlsys.tasks.answers.expressions import (
     Sequence,
     UndecidableError,
     Union,
-    Unit,
     Value,
     Words,
     apply,
     number,
 )
-from rlsys.tasks.answers.reader import as_product
 from rlsys.tasks.answers.sets import INTERVALS, same_set
-from rlsys.tasks.answers.units import SYMBOL_UNITS, read_unit, same_dimension
+from rlsys.tasks.answers.units import same_dimension
 from rlsys.tasks.answers.words import same_words
 
 MAX_ITEMS = 64
 _PAIR = 2
-# Base units of what ' and " stand for.
-_MARKS = {
-    "metre": (Fraction(381, 1250), Fraction(127, 5000)),
-    "degree": (Fraction(1, 60), Fraction(1, 3600)),
-    "second": (Fraction(60), Fraction(1)),
-}
-_DEGREE, _RADIAN = (("degree", 1),), (("radian", 1),)
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
-    """Choices of a comparison.
+class Comparison:
+    """Comparison with fixed rules.
 
     Attributes:
         relative_tolerance: Largest relative difference from a reference that is a decimal. The difference is always
@@ -58,55 +47,45 @@ class Rules:
     relative_tolerance: Fraction = Fraction(1, 10**6)
     lenient: bool = False
 
-
-class Comparison:
-    """Comparison under the same rules."""
-
-    def __init__(self, rules: Rules) -> None:
-        self._rules = rules
-
     def same(self, reference: Value, answer: Value) -> bool:
         """Return whether an answer has the value of a reference.
 
         Raises:
             UndecidableError: the values cannot be compared.
         """
-        reference, answer = relations.spread_signs(reference), relations.spread_signs(answer)
-        layers = (self._same_words, self._same_relation, self._same_collection, self._same_marks, self._same_quantity)
-        for layer in layers:
-            verdict = layer(reference, answer)
-            if verdict is not None:
-                return verdict
-        if isinstance(reference, Expr) and isinstance(answer, Expr):
-            return self._same_expression(reference, answer)
-        if isinstance(reference, Congruence) and isinstance(answer, Congruence):
-            return relations.same_residues(reference, answer)
+        reference, answer = like(reference, answer, is_reference=True), like(answer, reference, is_reference=False)
+        kinds = (type(reference), type(answer))
+        if Relation in kinds:
+            return self._same_relation(reference, answer)
+        if Union in kinds or _is_alternative(reference) or _is_alternative(answer):
+            return same_set(reference, answer)
+        if Matrix in kinds:
+            return self._same_matrix(reference, answer)
+        match reference, answer:
+            case Expr(), Expr():
+                return self._same_expression(reference, answer)
+            case Sequence(), Sequence():
+                return self._same_sequence(reference, answer)
+            case (Sequence(), _) | (_, Sequence()):
+                return self._same_single(reference, answer)
+            case (Quantity(), _) | (_, Quantity()):
+                return self._same_quantity(reference, answer)
+            case Words(), Words():
+                return same_words(reference, answer)
+            case Clock(), Clock():
+                return _same_clock(reference, answer)
+            case Ratio(), Ratio():
+                return _same_ratio(reference, answer)
+            case Congruence(), Congruence():
+                return relations.same_residues(reference, answer)
+            case (Marks(), _) | (_, Marks()) if reference != answer:
+                raise UndecidableError("' and \" are feet and inches, or minutes and seconds")
         return reference == answer
 
-    def _same_words(self, reference: Value, answer: Value) -> bool | None:
-        if isinstance(reference, Words) and isinstance(answer, Words):
-            return same_words(reference, answer)
-        if isinstance(reference, Words) or isinstance(answer, Words):
-            left, right = (_maybe_product(value) for value in (reference, answer))
-            return False if left is None or right is None else self.same(left, right)
-        if isinstance(reference, Clock) and isinstance(answer, Clock):
-            return _same_clock(reference, answer)
-        if isinstance(reference, Clock) or isinstance(answer, Clock):
-            reduced = not isinstance(reference, Ratio)
-            left, right = (
-                _clock_ratio(value, reduced) if isinstance(value, Clock) else value for value in (reference, answer)
-            )
-            return left is not None and right is not None and self.same(left, right)
-        if isinstance(reference, Date) or isinstance(answer, Date):
-            return reference == answer
-        return None
-
-    def _same_relation(self, reference: Value, answer: Value) -> bool | None:
+    def _same_relation(self, reference: Value, answer: Value) -> bool:
         """Compare equations, inequalities and memberships."""
-        if not isinstance(reference, Relation) and not isinstance(answer, Relation):
-            return None
         left, right = (relations.chain_of(value, self.same) for value in (reference, answer))
-        if left and right and (left.names <= right.names or (not right.names and not _is_identity(answer))):
+        if left and right and (left.names <= right.names or (not right.names and not _has_formula(answer))):
             return self._same_chain(left, right)
         if isinstance(reference, Relation) and isinstance(answer, Relation):
             same = relations.same_relation(reference, answer)
@@ -118,31 +97,19 @@ class Comparison:
         """Compare exact values; a rounded value is right only where the reference is a decimal."""
         if reference.exact is not None and answer.exact is not None and self.same(reference.exact, answer.exact):
             return True
-        decimals = (
-            [reference.rounded] if reference.exact is None or not _is_decimal(reference.exact) else [reference.exact]
-        )
-        return any(
-            one is not None and other is not None and self.same(one, other)
-            for one in decimals
-            for other in (answer.rounded, answer.exact)
-        )
+        decimal = reference.exact if _is_decimal(reference.exact) else reference.rounded
+        given = [value for value in (answer.rounded, answer.exact) if value is not None]
+        return decimal is not None and any(self.same(decimal, value) for value in given)
 
-    def _same_collection(self, reference: Value, answer: Value) -> bool | None:
-        if isinstance(reference, Union) or isinstance(answer, Union) or _is_alternative(reference, answer):
-            return same_set(reference, answer)
-        if isinstance(reference, Matrix) or isinstance(answer, Matrix):
-            return self._same_matrix(reference, answer)
-        if isinstance(reference, Sequence) and isinstance(answer, Sequence):
-            return self._same_sequence(reference, answer)
-        for one, other in ((reference, answer), (answer, reference)):
-            if isinstance(one, Sequence):
-                # A set or list with one item is this item.
-                single = one.brackets in ("", "{}", "[]") and len(one.items) == 1
-                return single and (
-                    self.same(one.items[0], answer) if one is reference else self.same(reference, one.items[0])
-                )
-            del other
-        return None
+    def _same_single(self, reference: Value, answer: Value) -> bool:
+        """Compare a set or list of one item with this item."""
+        items = [
+            value.items[0]
+            if isinstance(value, Sequence) and value.brackets in ("", "{}", "[]") and len(value.items) == 1
+            else value
+            for value in (reference, answer)
+        ]
+        return not any(isinstance(item, Sequence) for item in items) and self.same(*items)
 
     def _same_sequence(self, reference: Sequence, answer: Sequence) -> bool:
         unordered = ("", "{}")
@@ -191,48 +158,19 @@ class Comparison:
 
     def _same_matrix(self, reference: Value, answer: Value) -> bool:
         left, right = _rows(reference), _rows(answer)
-        if left is None or right is None:
-            return False
-        vector = Matrix in map(type, (reference, answer)) and Sequence in map(type, (reference, answer))
-        if vector:  # a tuple is a column or a row
-            left, right = (_as_row(rows) for rows in (left, right))
-        if [len(row) for row in left] != [len(row) for row in right]:
+        if isinstance(reference, Sequence) or isinstance(answer, Sequence):  # a tuple is a column or a row
+            left, right = _as_row(left), _as_row(right)
+        if not left or [len(row) for row in left] != [len(row) for row in right]:
             return False
         return all(
             self.same(one, other) for rows in zip(left, right, strict=True) for one, other in zip(*rows, strict=True)
         )
 
-    def _same_marks(self, reference: Value, answer: Value) -> bool | None:
-        """Compare feet and inches, or minutes and seconds. The unit of the other side says which."""
-        if not isinstance(reference, Marks) and not isinstance(answer, Marks):
-            return None
-        left, right = _in_unit_of(reference, answer), _in_unit_of(answer, reference)
-        if isinstance(left, Marks) or isinstance(right, Marks):
-            if left == right:
-                return True
-            raise UndecidableError("' and \" are feet and inches, or minutes and seconds")
-        return self.same(left, right)
-
-    def _same_quantity(self, reference: Value, answer: Value) -> bool | None:
-        """Compare amounts with units, numbers in other bases, and ratios."""
-        if isinstance(reference, Based):
-            # The same number in another base is wrong: the question may ask to convert it.
-            return answer == reference
-        if isinstance(answer, Based):
-            return answer.base == 10 and self.same(reference, number(int(answer.digits)))
-        if isinstance(reference, Ratio) and isinstance(answer, Ratio):
-            return _same_ratio(reference, answer)
-        for one, other, ordered in ((reference, answer, True), (answer, reference, False)):
-            if isinstance(one, Ratio):
-                if len(one.parts) != _PAIR or isinstance(other, Quantity):
-                    return False
-                quotient = apply("divide", *one.parts)
-                return self.same(quotient, other) if ordered else self.same(other, quotient)
-        if isinstance(reference, Quantity):
-            answer = _glued(answer)
+    def _same_quantity(self, reference: Value, answer: Value) -> bool:
+        """Compare amounts with units. A missing unit is right."""
         if isinstance(reference, Quantity) and isinstance(answer, Quantity):
-            if {reference.unit.dimension, answer.unit.dimension} == {_DEGREE, _RADIAN}:
-                return self.same(_radians(reference), _radians(answer))
+            if {reference.unit.dimension, answer.unit.dimension} == {DEGREE, RADIAN}:
+                return self.same(radians(reference), radians(answer))
             if not same_dimension(reference.unit, answer.unit):
                 return False
             factor = answer.unit.factor / reference.unit.factor
@@ -240,20 +178,20 @@ class Comparison:
             return self.same(reference.amount, amount)
         if isinstance(reference, Quantity) and isinstance(answer, Expr):
             return self.same(reference.amount, answer) or (
-                _is_angle(reference, answer) and self.same(_radians(reference), answer)
+                _is_angle(reference, answer) and self.same(radians(reference), answer)
             )
         if isinstance(answer, Quantity) and isinstance(reference, Expr):
             if reference.op == "percent" or not (answer.unit.counted or _is_at_most_one(answer.amount)):
                 return False
             return self.same(reference, answer.amount) or (
-                _is_angle(answer, reference) and self.same(reference, _radians(answer))
+                _is_angle(answer, reference) and self.same(reference, radians(answer))
             )
-        return None
+        return False
 
     def _same_expression(self, reference: Expr, answer: Expr) -> bool:
         if numeric.equal(reference, answer, self._tolerance(reference)):
             return True
-        return self._rules.lenient and self._nearly_same(reference, answer)
+        return self.lenient and self._nearly_same(reference, answer)
 
     def _tolerance(self, reference: Expr) -> Fraction:
         """Return the largest difference from a reference; 0 unless it is a decimal."""
@@ -262,12 +200,11 @@ class Comparison:
             return Fraction(0)
         value, step = decimal
         # Less than half a unit: 0.5 steps away, a value is as near to the next number.
-        return min(abs(value) * self._rules.relative_tolerance, step * Fraction(499, 1000))
+        return min(abs(value) * self.relative_tolerance, step * Fraction(499, 1000))
 
     def _nearly_same(self, reference: Expr, answer: Expr) -> bool:
         """Compare without percent signs, and a decimal answer with the rounded reference."""
-        percents = [expr.op == "percent" for expr in (reference, answer)]
-        if percents[0] != percents[1]:
+        if (reference.op == "percent") != (answer.op == "percent"):
             left, right = (expr.args[0] if expr.op == "percent" else expr for expr in (reference, answer))
             return numeric.equal(left, right, self._tolerance(left))
         decimal = numeric.decimal_of(answer)
@@ -277,42 +214,15 @@ class Comparison:
         return abs(value) >= 100 * step and numeric.equal(reference, answer, step / 2)
 
 
-def _is_identity(value: Value) -> bool:
+def _has_formula(value: Value) -> bool:
     """Return whether a value is an equation of formulas, such as 2x = x + x."""
     sides = value.sides if isinstance(value, Relation) else ()
     return any(isinstance(side, Expr) and side.symbols() for side in sides)
 
 
-def _is_decimal(value: Value) -> bool:
+def _is_decimal(value: Value | None) -> bool:
     amount = value.amount if isinstance(value, Quantity) else value
     return isinstance(amount, Expr) and numeric.decimal_of(amount) is not None
-
-
-def _in_unit_of(value: Value, other: Value) -> Value:
-    """Return amounts before ' and " in the unit of another value: a length, an angle, a time or a number."""
-    if not isinstance(value, Marks):
-        return value
-    if isinstance(other, Quantity) and other.unit.dimension[0][0] in _MARKS and len(other.unit.dimension) == 1:
-        base = other.unit.dimension[0]
-        first, second = _MARKS[base[0]]
-        return Quantity(number((value.first or 0) * first + (value.second or 0) * second), Unit((base,)))
-    single = value.second if value.first is None else value.first
-    return (
-        number(single)
-        if isinstance(other, Expr) and single is not None and None in (value.first, value.second)
-        else value
-    )
-
-
-def _maybe_product(value: Value) -> Value | None:
-    return as_product(value) if isinstance(value, Words) else value
-
-
-def _clock_ratio(clock: Clock, reduced: bool) -> Ratio | None:
-    """Return a time without am or pm as a ratio, in lowest terms if `reduced`, the other reading of "5:12"."""
-    if clock.half or clock.second or (reduced and gcd(clock.hour, clock.minute) != 1):
-        return None
-    return Ratio((number(clock.hour), number(clock.minute)))
 
 
 def _same_clock(reference: Clock, answer: Clock) -> bool:
@@ -334,18 +244,12 @@ def _same_ratio(reference: Ratio, answer: Ratio) -> bool:
     ) and not numeric.equal(first[1], number(0))
 
 
-def _is_alternative(reference: Value, answer: Value) -> bool:
-    """Return whether one side is a list of intervals or inequalities, such as "x < 2 or x > 3"."""
-    return any(
-        isinstance(value, Sequence)
-        and not value.brackets
-        and value.items
-        and all(_is_range(item) for item in value.items)
-        and value.joiner in ("or", "and", ",")
-        and (value.joiner != "," or all(isinstance(item, Relation) for item in value.items))
-        and any(isinstance(item, Relation) or value.joiner == "or" for item in value.items)
-        for value in (reference, answer)
-    )
+def _is_alternative(value: Value) -> bool:
+    """Return whether a value is a list of intervals or inequalities, such as "x < 2 or x > 3"."""
+    if not isinstance(value, Sequence) or value.brackets or not all(map(_is_range, value.items)):
+        return False
+    inequalities = sum(isinstance(item, Relation) for item in value.items)
+    return value.joiner == "or" or inequalities == len(value.items) or (value.joiner == "and" and inequalities > 0)
 
 
 def _is_range(value: Value) -> bool:
@@ -370,15 +274,15 @@ def _is_bare_tuple(reference: Sequence, answer: Sequence) -> bool:
     return numeric.greater(low, high)
 
 
-def _rows(value: Value) -> tuple[tuple[Value, ...], ...] | None:
-    """Return the rows of a matrix, of a nested list, or of a tuple."""
+def _rows(value: Value) -> tuple[tuple[Value, ...], ...]:
+    """Return the rows of a matrix, of a nested list, or of a tuple; none for other values."""
     if isinstance(value, Matrix):
         return value.rows
     if not isinstance(value, Sequence) or value.brackets not in ("()", "[]"):
-        return None
-    if all(isinstance(item, Sequence) and item.brackets in ("()", "[]") for item in value.items):
-        rows = tuple(item.items for item in value.items if isinstance(item, Sequence))
-        return rows if len({len(row) for row in rows}) == 1 else None
+        return ()
+    rows = tuple(item.items for item in value.items if isinstance(item, Sequence) and item.brackets in ("()", "[]"))
+    if rows and len(rows) == len(value.items):
+        return rows if len({len(row) for row in rows}) == 1 else ()
     return (value.items,)
 
 
@@ -388,28 +292,10 @@ def _as_row(rows: tuple[tuple[Value, ...], ...]) -> tuple[tuple[Value, ...], ...
 
 def _is_angle(quantity: Quantity, other: Expr) -> bool:
     """Return whether an angle in degrees is compared with a multiple of pi."""
-    return quantity.unit.dimension == _DEGREE and any(node.op == "pi" for node in other.walk())
-
-
-def _radians(quantity: Quantity) -> Expr:
-    return apply("degree", quantity.amount) if quantity.unit.dimension == _DEGREE else quantity.amount
+    return quantity.unit.dimension == DEGREE and any(node.op == "pi" for node in other.walk())
 
 
 def _is_at_most_one(amount: Expr) -> bool:
     if amount.op == "divide" and all(part.op == "number" for part in amount.args):
         return amount.args[0].value <= amount.args[1].value
     return amount.op == "number" and amount.value <= 1
-
-
-def _glued(answer: Value) -> Value:
-    """Return "500g" or "5m/s" as an amount with a unit rather than a product."""
-    amount, text = answer, ""
-    while isinstance(amount, Expr) and amount.op in ("multiply", "divide"):
-        base, exponent = amount.args[1], ""
-        if base.op == "power" and base.args[1].op == "number":
-            base, exponent = base.args[0], f"^{base.args[1].value}"
-        if base.name not in SYMBOL_UNITS:
-            break
-        amount, text = amount.args[0], f"{' ' if amount.op == 'multiply' else '/'}{base.name}{exponent}{text}"
-    unit = read_unit(text, nouns=False) if text else None
-    return Quantity(amount, unit) if isinstance(amount, Expr) and unit else answer

@@ -162,11 +162,6 @@ class Evaluator:
         parts = self._multiply(*(self._factorial(Fraction(part)) for part in (chosen, total - chosen)))
         return self._divide(self._factorial(Fraction(total)), parts)
 
-    def _plus_minus(self, *_: Number) -> Number:
-        raise UndecidableError("a plus-minus sign inside an expression")
-
-    _minus_plus = _plus_minus
-
 
 def to_float(value: Number) -> Number:
     """Return a value as a floating-point number of the present precision."""

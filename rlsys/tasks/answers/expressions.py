@@ -20,8 +20,8 @@ class Expr:
     """A node of an expression.
 
     Attributes:
-        op: "number", "symbol", "add", "multiply", "divide", "power", "negate", "percent", "degree", "plus_minus",
-            "minus_plus", or the name of a function.
+        op: "number", "symbol", "add", "multiply", "divide", "power", "negate", "percent", "degree", or the
+            name of a function.
         value: Value of a number.
         step: Unit of the last digit of a number that is written as a decimal; None for other numbers.
         name: Name of a symbol.

@@ -14,7 +14,8 @@ from rlsys.tasks.answers.units import read_unit
 MAX_DEPTH = 40
 
 _END = Token("end", "", -1, -1)
-_SUMS = {"+": "add", "-": "add", "±": "plus_minus", "∓": "minus_plus"}
+# The reader of lists replaces plus-minus signs by one sign each.
+_SIGNS = ("+", "-", "±", "∓")
 _POSTFIX = {"!": "factorial", "!!": "double_factorial", "%": "percent", "°": "degree"}
 _ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "lg": "log"}
 _LIST_FUNCTIONS = frozenset({"gcd", "lcm", "max", "min"})
@@ -102,11 +103,10 @@ class Grammar(Cursor):
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise UnreadableError(f"more than {MAX_DEPTH} levels")
-        value = self._signed(self._term, *_SUMS)
-        while self.is_sign(*_SUMS):
-            sign = self.take().text
-            term = self._term()
-            value = apply(_SUMS[sign], value, apply("negate", term) if sign == "-" else term)
+        value = self._signed(self._term, *_SIGNS)
+        while self.is_sign(*_SIGNS):
+            is_minus = self.take().text == "-"
+            value = apply("add", value, apply("negate", self._term()) if is_minus else self._term())
         if self.next.kind == "command" and self.next.text in ("over", "choose"):
             value = apply("divide" if self.take().text == "over" else "binomial", value, self.expression())
         self._depth -= 1
@@ -116,11 +116,9 @@ class Grammar(Cursor):
         """Read what may have signs before it."""
         if not self.is_sign(*signs):
             return read()
-        sign = self.take().text
+        is_minus = self.take().text == "-"
         value = self._signed(read, *signs)
-        if sign in "±∓":
-            return apply(_SUMS[sign], number(0), value)
-        return apply("negate", value) if sign == "-" else value
+        return apply("negate", value) if is_minus else value
 
     def _term(self) -> Expr:
         """Read a product, with or without signs, from left to right."""

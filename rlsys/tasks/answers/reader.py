@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 
 from rlsys.tasks.answers.expressions import (
     REAL_LINE,
@@ -33,6 +36,8 @@ from rlsys.tasks.answers.units import CURRENCIES, NO_NOUNS, read_unit
 from rlsys.tasks.answers.words import read_any_words, read_words
 
 MAX_ANSWER_CHARS = 1024
+# Readings of statements with plus-minus signs.
+MAX_READINGS = 64
 
 _RELATIONS = ("=", "≠", "<", ">", "≤", "≥", "≈", "∈")
 _SETS = {"∪": "union", "∩": "intersection", "∖": "minus"}
@@ -147,6 +152,8 @@ def _read_ratio(plain: str) -> Ratio | None:
 class _Reader(Grammar):
     """Reader of lists, relations, sets, matrices and quantities."""
 
+    _readings = 0
+
     def whole(self) -> Value:
         """Read all tokens as one answer."""
         value = self._list()
@@ -156,13 +163,42 @@ class _Reader(Grammar):
 
     def _list(self) -> Value:
         """Read statements between separators."""
-        items, joiners = [self._statement()], set()
+        items, joiner = self._items(self._alternatives)
+        return items[0] if len(items) == 1 else Sequence("", tuple(items), joiner)
+
+    def _items(self, read: Callable[[], list[Value]]) -> tuple[list[Value], str]:
+        """Return all items, and the word between them: "or", "and" or a comma."""
+        items, joiners = read(), set()
         while self.takes(",", ";", "and", "or"):
             self.takes("and", "or")
             joiners.add(self.tokens[self.place - 1].text)
-            items.append(self._statement())
-        joiner = next((word for word in ("or", "and") if word in joiners), ",")
-        return items[0] if len(items) == 1 else Sequence("", tuple(items), joiner)
+            items += read()
+        return items, next((word for word in ("or", "and") if word in joiners), ",")
+
+    def _alternatives(self) -> list[Value]:
+        """Read a statement once for each choice of its plus-minus signs.
+
+        The signs of a tuple, and those with a minus-plus sign among them, change together.
+        """
+        start, tokens = self.place, list(self.tokens)
+        value = self._statement()
+        places = [place for place in range(start, self.place) if self.tokens[place].text in ("±", "∓")]
+        if not places:
+            return [value]
+        coupled = any(self.tokens[place].text == "∓" for place in places)
+        if len(places) > 1 and not coupled and isinstance(value, Sequence):
+            raise UnreadableError("a tuple with several plus-minus signs")
+        values = []
+        for choice in [(1,) * len(places), (-1,) * len(places)] if coupled else product((1, -1), repeat=len(places)):
+            self._readings += 1
+            if self._readings > MAX_READINGS:
+                raise UnreadableError("too many plus-minus signs")
+            self.place, self.tokens = start, list(tokens)
+            for place, sign in zip(places, choice, strict=True):
+                is_plus = (tokens[place].text == "±") is (sign == 1)
+                self.tokens[place] = replace(tokens[place], text="+" if is_plus else "-")
+            values.append(self._statement())
+        return values
 
     def _statement(self) -> Value:
         """Read a value or a chain of relations."""
@@ -296,12 +332,11 @@ class _Reader(Grammar):
             return Sequence("{}" if brackets == "{}" else f"{opening}{closings[0]}", ())
         if brackets == "{}" and self._is_builder():
             return self._builder(closings[0])
-        value = self._list()
+        items, _ = self._items(self._alternatives if brackets == "{}" else lambda: [self._statement()])
         if not self.is_sign(*closings):
             raise self.unreadable("expected a closing bracket")
         closing = self.take().text
-        items = value.items if isinstance(value, Sequence) and not value.brackets else (value,)
-        return Sequence(brackets if brackets == "{}" else brackets + closing.replace("⟩", ")"), items)
+        return Sequence(brackets if brackets == "{}" else brackets + closing.replace("⟩", ")"), tuple(items))
 
     def _is_builder(self) -> bool:
         texts = [token.text for token in self.tokens[self.place : self.place + 2]]
