@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from itertools import pairwise
 
-from rlsys.tasks.answers.expressions import Expr, UnreadableError, apply, number, symbol
+from rlsys.tasks.answers.expressions import Expr, UnreadableError, apply, names_of, number, symbol
 from rlsys.tasks.answers.lexer import Token, read_decimal, read_repeating
 from rlsys.tasks.answers.number_words import SCALES
 from rlsys.tasks.answers.units import read_unit
@@ -16,6 +15,7 @@ MAX_DEPTH = 40
 _END = Token("end", "", -1, -1)
 # The reader of lists replaces plus-minus signs by one sign each.
 _SIGNS = ("+", "-", "±", "∓")
+_SEPARATORS = frozenset({*names_of(r", ; : = ≠ < > ≤ ≥ ≈ ≡ ∈ ∪ ∩ ∖ ⟩ | ) ] \} + - mod"), "and", "or"})
 _POSTFIX = {"!": "factorial", "!!": "double_factorial", "%": "percent", "°": "degree"}
 _ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "lg": "log"}
 _LIST_FUNCTIONS = frozenset({"gcd", "lcm", "max", "min"})
@@ -77,17 +77,21 @@ class Cursor:
 
     def rest(self) -> str:
         """Return the text from the next token to the next separator."""
-        stop = len(self.text)
-        for before, token in pairwise(self.tokens[self.place - 1 :]):
-            in_power = before.text in ("^", "{")
-            if (token.kind == "number" and not in_power and before.text != "-") or (
-                token.kind == "sign"
-                and token.text in (",", ";", "=", "or", "and", ")", "]", r"\}", "≈", "+", "-")
-                and not (token.text == "-" and in_power)
-            ):
-                stop = token.start
-                break
-        return self.text[self.next.start : stop] if self.place < len(self.tokens) else ""
+        return self.text[self.next.start : self.tokens[self.unit_end() - 1].end] if self.unit_end() > self.place else ""
+
+    def unit_end(self) -> int:
+        """Return the place after the tokens of a unit: a number after a word, a separator, or the end."""
+        depth = 0
+        for place in range(self.place, len(self.tokens)):
+            token, before = self.tokens[place], self.tokens[place - 1].text
+            in_power = before in ("^", "{")
+            if token.kind == "number" and not in_power and before != "-":
+                return place
+            if token.kind == "sign":
+                depth += (token.text == "{") - (token.text == "}")
+                if depth < 0 or (token.text in _SEPARATORS and not (token.text == "-" and in_power)):
+                    return place
+        return len(self.tokens)
 
 
 class Grammar(Cursor):

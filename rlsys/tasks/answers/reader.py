@@ -262,7 +262,7 @@ class _Reader(Grammar):
 
     def _quantity(self, value: Expr, prefix: str) -> Value:
         """Read the unit after an amount, and further amounts with units, such as "2 hours 30 minutes"."""
-        text = self._unit_text()
+        text, self.place = self.rest(), self.unit_end()
         per = prefix and text.startswith(("/", "per"))
         unit = read_unit(f"{prefix} {text}" if per else text, nouns=not value.symbols())
         if unit is None or (prefix and not per and unit != _known(prefix)):
@@ -291,18 +291,6 @@ class _Reader(Grammar):
             return _sum(quantity, other)
         self.place = start
         return quantity
-
-    def _unit_text(self) -> str:
-        """Take the tokens of a unit: up to a number after a word, a separator, or the end."""
-        start, stop = self.next.start, self.next.end
-        while not self._at_end():
-            previous = self.tokens[self.place - 1]
-            if self.next.kind == "number" and previous.text not in ("^", "-", "{"):
-                break
-            stop = self.take().end
-            if self.next.kind == "sign" and self.next.text == "}" and "{" in self.text[start:stop]:
-                stop = self.take().end
-        return self.text[start:stop]
 
     def _is_bracketed(self) -> bool:
         """Return whether a bracket encloses a list, an interval or a set rather than a factor."""

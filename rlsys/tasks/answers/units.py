@@ -76,6 +76,7 @@ def read_unit(text: str, *, nouns: bool = True) -> Unit | None:
         text: The text after an amount, such as "miles per hour", "m/s^2" or "sq. ft".
         nouns: Accept up to three unknown words, such as "red apples", as a counted noun.
     """
+    text = text.replace(r"\Omega", "Ω")
     text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
     text = text.strip().rstrip(".").replace("{", "").replace("}", "").replace("$", "$ ")
     text = re.sub(r"°\s*([CF])\b", r"deg\1", text)
