@@ -65,10 +65,10 @@ class Judge:
         answer = find_answer(completion)
         if answer is None:
             return _no_answer("no tag, box or lead-in, and not an answer alone")
-        if not normalise(answer.text):
-            return _no_answer("the answer is empty")
         if len(answer.text) > MAX_ANSWER_CHARS:
             return _no_answer(f"the answer has more than {MAX_ANSWER_CHARS} characters")
+        if not normalise(answer.text):
+            return _no_answer("the answer is empty")
         return self._compared(reference, answer)
 
     def _compared(self, reference: str, answer: Extracted) -> Verdict:

@@ -96,7 +96,8 @@ def _read_labelled(plain: str) -> Relation | None:
     if match is None or not (NO_NOUNS - _LABEL_WORDS).isdisjoint((match["words"] or "").lower().split()):
         return None
     try:
-        value = _read_value(rephrased(plain[match.end() :]))
+        rest = rephrased(plain[match.end() :])
+        value = _read_labelled(rest) or _read_value(rest)
     except UnreadableError:
         return None
     text = re.sub(r"\s", "", match[1])
@@ -188,11 +189,12 @@ class _Reader(Grammar):
         coupled = any(self.tokens[place].text == "∓" for place in places)
         if len(places) > 1 and not coupled and isinstance(value, Sequence):
             raise UnreadableError("a tuple with several plus-minus signs")
+        self._readings += 2 if coupled else 2 ** len(places)
+        if self._readings > MAX_READINGS:
+            raise UnreadableError("too many plus-minus signs")
+        choices = [(1,) * len(places), (-1,) * len(places)] if coupled else list(product((1, -1), repeat=len(places)))
         values = []
-        for choice in [(1,) * len(places), (-1,) * len(places)] if coupled else product((1, -1), repeat=len(places)):
-            self._readings += 1
-            if self._readings > MAX_READINGS:
-                raise UnreadableError("too many plus-minus signs")
+        for choice in choices:
             self.place, self.tokens = start, list(tokens)
             for place, sign in zip(places, choice, strict=True):
                 is_plus = (tokens[place].text == "±") is (sign == 1)

@@ -54,14 +54,14 @@ _PLURALS = frozenset(names_of("people children men women feet teeth mice geese f
 # A text with one of these words is more than an amount of a counted noun.
 NO_NOUNS = NUMBER_WORDS | frozenset(
     names_of(
-        "a about above add all almost also always and approximately around as at base basis below besides between but "
-        "by couple divided does double doubled either else equal equals error even exactly except exists fails false "
-        "few fewer from greater gross guess has if incorrect instead invalid inverse is it its less likely lower "
-        "maximum maybe means minimum minus mod modulo more most multiplied nearly negative neither never no none nor "
-        "not odd off only opposite or other otherwise over pair per percent percentage perhaps plus possible possibly "
-        "power probably reciprocal respectively root roughly score so sometimes squared sum than the then though thus "
-        "times to too triple twice under unless until upwards versus vs was when where whereas which while without "
-        "works wrong yes yet"
+        "a about above add all almost also always and approximately around as at base basis below besides between "
+        "bound but by couple divided does double doubled either else equal equals error even exactly except exists "
+        "fails false few fewer from greater gross guess has if incorrect instead invalid inverse is it its less "
+        "likely lower maximum maybe means minimum minus mod modulo more most multiplied nearly negative neither never "
+        "no none nor not odd off only opposite or other otherwise over pair per percent percentage perhaps plus "
+        "possible possibly power probably reciprocal respectively root roughly score so sometimes squared sum than "
+        "the then though thus times to too triple twice under unless until upper upwards versus vs was when where "
+        "whereas which while without works wrong yes yet"
     )
 )
 _NO_NOUN = re.compile(r".|.*(?:n't|ly|ish|like)")
