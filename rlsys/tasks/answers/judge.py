@@ -17,13 +17,13 @@ from fractions import Fraction
 from typing import Literal
 
 from rlsys.tasks.answers import symbolic
-from rlsys.tasks.answers.compare import Comparison
-from rlsys.tasks.answers.expressions import Based, UndecidableError, UnreadableError, Value, Words
+from rlsys.tasks.answers.comparing.compare import Comparison
 from rlsys.tasks.answers.extraction import Extracted, find_answer
-from rlsys.tasks.answers.lexer import FUNCTIONS
 from rlsys.tasks.answers.normalise import normalise
-from rlsys.tasks.answers.reader import MAX_ANSWER_CHARS, read_answer
-from rlsys.tasks.answers.words import choice_letter, chosen_letter, read_any_words, same_words, squeeze
+from rlsys.tasks.answers.reading.lexer import FUNCTIONS
+from rlsys.tasks.answers.reading.reader import MAX_ANSWER_CHARS, read_answer
+from rlsys.tasks.answers.reading.words import choice_letter, chosen_letter, read_any_words, same_words, squeeze
+from rlsys.tasks.answers.values import Based, UndecidableError, UnreadableError, Value, Words
 from rlsys.types import Verdict
 
 Strictness = Literal["text", "value", "lenient"]

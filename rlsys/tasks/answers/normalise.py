@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import groupby
 
-from rlsys.tasks.answers.expressions import names_of
+from rlsys.tasks.answers.values import names_of
 
 _CHARACTERS = {
     **dict.fromkeys("\u2212\u2013\u2014\u2010\u2011\u2012\ufe63\uff0d", "-"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from rlsys.tasks.answers.expressions import Marks, Quantity, number
-from rlsys.tasks.answers.number_words import with_digits
-from rlsys.tasks.answers.units import read_unit
+from rlsys.tasks.answers.reading.number_words import with_digits
+from rlsys.tasks.answers.reading.units import read_unit
+from rlsys.tasks.answers.values import Marks, Quantity, number
 
 _CURRENCY_NAMES = {"us$": "$", "usd": "$", "eur": "€", "gbp": "£", "inr": "₹", "rs": "₹", "jpy": "¥"}
 _CURRENCY_NAME = re.compile(r"(?i)\A(us\$|usd|eur|gbp|inr|jpy|rs)\.?\s*(?=-?[\d.])")

@@ -9,7 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
-from rlsys.tasks.answers.evaluate import (
+from rlsys.tasks.answers.comparing.evaluate import (
     AGREED_BITS,
     CONTEXT,
     GUARD_BITS,
@@ -20,7 +20,7 @@ from rlsys.tasks.answers.evaluate import (
     is_real,
     to_float,
 )
-from rlsys.tasks.answers.expressions import Expr, UndecidableError, number
+from rlsys.tasks.answers.values import Expr, UndecidableError, number
 
 _PRECISIONS = (140, 500, 2000, MAX_PRECISION)
 _POINTS = 6

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from rlsys.tasks.answers.expressions import (
+from rlsys.tasks.answers.reading.lexer import FUNCTIONS, is_wordlike
+from rlsys.tasks.answers.values import (
     REAL_LINE,
     Clock,
     Date,
@@ -14,7 +15,6 @@ from rlsys.tasks.answers.expressions import (
     Words,
     names_of,
 )
-from rlsys.tasks.answers.lexer import FUNCTIONS, is_wordlike
 
 _MONTHS = names_of("january february march april may june july august september october november december")
 _MONTH = "|".join(rf"{name[:3]}(?:{name[3:]}|t)?\.?" if name != "may" else "may" for name in _MONTHS)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from rlsys.tasks.answers import numeric
-from rlsys.tasks.answers.evaluate import is_real
-from rlsys.tasks.answers.expressions import (
+from rlsys.tasks.answers.comparing import numeric
+from rlsys.tasks.answers.comparing.evaluate import is_real
+from rlsys.tasks.answers.comparing.sets import FLIPPED
+from rlsys.tasks.answers.values import (
     Congruence,
     Expr,
     Quantity,
@@ -19,7 +20,6 @@ from rlsys.tasks.answers.expressions import (
     apply,
     number,
 )
-from rlsys.tasks.answers.sets import FLIPPED
 
 # Points at which two equations must have the same ratio.
 _MIN_POINTS = 3

@@ -6,9 +6,12 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from fractions import Fraction
 
-from rlsys.tasks.answers import numeric, relations
-from rlsys.tasks.answers.conversions import DEGREE, RADIAN, like, radians
-from rlsys.tasks.answers.expressions import (
+from rlsys.tasks.answers.comparing import numeric, relations
+from rlsys.tasks.answers.comparing.conversions import DEGREE, RADIAN, like, radians
+from rlsys.tasks.answers.comparing.sets import INTERVALS, same_set
+from rlsys.tasks.answers.reading.units import same_dimension
+from rlsys.tasks.answers.reading.words import same_words
+from rlsys.tasks.answers.values import (
     Clock,
     Congruence,
     Expr,
@@ -25,9 +28,6 @@ from rlsys.tasks.answers.expressions import (
     apply,
     number,
 )
-from rlsys.tasks.answers.sets import INTERVALS, same_set
-from rlsys.tasks.answers.units import same_dimension
-from rlsys.tasks.answers.words import same_words
 
 MAX_ITEMS = 64
 _PAIR = 2

@@ -11,9 +11,9 @@ from fractions import Fraction
 from functools import cmp_to_key
 from itertools import pairwise
 
-from rlsys.tasks.answers import numeric
-from rlsys.tasks.answers.evaluate import AGREED_BITS, CONTEXT, MAX_PRECISION, Number, to_float
-from rlsys.tasks.answers.expressions import Expr, Relation, Sequence, Union, Value, apply, number
+from rlsys.tasks.answers.comparing import numeric
+from rlsys.tasks.answers.comparing.evaluate import AGREED_BITS, CONTEXT, MAX_PRECISION, Number, to_float
+from rlsys.tasks.answers.values import Expr, Relation, Sequence, Union, Value, apply, number
 
 FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
 INTERVALS = ("()", "[)", "(]", "[]")

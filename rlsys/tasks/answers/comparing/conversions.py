@@ -5,7 +5,9 @@ from __future__ import annotations
 from fractions import Fraction
 from math import gcd
 
-from rlsys.tasks.answers.expressions import (
+from rlsys.tasks.answers.reading.reader import as_product
+from rlsys.tasks.answers.reading.units import SYMBOL_UNITS, read_unit
+from rlsys.tasks.answers.values import (
     Based,
     Clock,
     Expr,
@@ -18,8 +20,6 @@ from rlsys.tasks.answers.expressions import (
     apply,
     number,
 )
-from rlsys.tasks.answers.reader import as_product
-from rlsys.tasks.answers.units import SYMBOL_UNITS, read_unit
 
 _PAIR = 2
 # What ' and " stand for, in base units.

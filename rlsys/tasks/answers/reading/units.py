@@ -6,8 +6,8 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from rlsys.tasks.answers.expressions import Unit, names_of
-from rlsys.tasks.answers.number_words import NUMBER_WORDS
+from rlsys.tasks.answers.reading.number_words import NUMBER_WORDS
+from rlsys.tasks.answers.values import Unit, names_of
 
 # Base unit, or the units it consists of, and for each unit its factor and its names. Names of at most two letters are
 # case-sensitive.

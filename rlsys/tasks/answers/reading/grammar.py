@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from rlsys.tasks.answers.expressions import Expr, UnreadableError, apply, names_of, number, symbol
-from rlsys.tasks.answers.lexer import Token, read_decimal, read_repeating
-from rlsys.tasks.answers.number_words import SCALES
-from rlsys.tasks.answers.units import read_unit
+from rlsys.tasks.answers.reading.lexer import Token, read_decimal, read_repeating
+from rlsys.tasks.answers.reading.number_words import SCALES
+from rlsys.tasks.answers.reading.units import read_unit
+from rlsys.tasks.answers.values import Expr, UnreadableError, apply, names_of, number, symbol
 
 MAX_DEPTH = 40
 

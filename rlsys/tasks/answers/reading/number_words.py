@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from rlsys.tasks.answers.expressions import names_of
+from rlsys.tasks.answers.values import names_of
 
 _ONES = names_of(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "

@@ -8,7 +8,14 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
-from rlsys.tasks.answers.expressions import (
+from rlsys.tasks.answers.normalise import normalise
+from rlsys.tasks.answers.reading.grammar import Grammar
+from rlsys.tasks.answers.reading.lexer import Token, join_numbers, read_based, tokens_of
+from rlsys.tasks.answers.reading.notations import read_marks, rephrased, standard_notation
+from rlsys.tasks.answers.reading.number_words import CARDINALS
+from rlsys.tasks.answers.reading.units import CURRENCIES, NO_NOUNS, read_unit
+from rlsys.tasks.answers.reading.words import read_any_words, read_words
+from rlsys.tasks.answers.values import (
     REAL_LINE,
     Congruence,
     Expr,
@@ -27,13 +34,6 @@ from rlsys.tasks.answers.expressions import (
     number,
     symbol,
 )
-from rlsys.tasks.answers.grammar import Grammar
-from rlsys.tasks.answers.lexer import Token, join_numbers, read_based, tokens_of
-from rlsys.tasks.answers.normalise import normalise
-from rlsys.tasks.answers.notations import read_marks, rephrased, standard_notation
-from rlsys.tasks.answers.number_words import CARDINALS
-from rlsys.tasks.answers.units import CURRENCIES, NO_NOUNS, read_unit
-from rlsys.tasks.answers.words import read_any_words, read_words
 
 MAX_ANSWER_CHARS = 1024
 # Readings of statements with plus-minus signs.

@@ -14,7 +14,7 @@ from typing import Any
 
 import mpmath
 
-from rlsys.tasks.answers.expressions import Expr, UndecidableError
+from rlsys.tasks.answers.values import Expr, UndecidableError
 
 # Exact numbers have at most this many bits; floating-point numbers at most this precision.
 MAX_EXACT_BITS = 24_000

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from rlsys.tasks.answers.expressions import Based, Expr, UnreadableError, apply, names_of, number
 from rlsys.tasks.answers.normalise import SIGNS
-from rlsys.tasks.answers.units import CURRENCIES, GLUED_UNITS, read_unit
+from rlsys.tasks.answers.reading.units import CURRENCIES, GLUED_UNITS, read_unit
+from rlsys.tasks.answers.values import Based, Expr, UnreadableError, apply, names_of, number
 
 MAX_TOKENS = 400
 # A larger power of ten stays an operation.
