@@ -64,7 +64,7 @@ def chain_of(value: Value, same: Callable[[Value, Value], bool]) -> Chain | None
 
 
 def _parts(relation: Relation) -> tuple[list[str], list[Value], list[Value]] | None:
-    """Return the names, the values and the rounded values of a chain, or None if it has a side of another kind."""
+    """Return names, values and rounded values of a chain, or None for other relations."""
     sides, signs = list(relation.sides), relation.signs
     if signs == ("∈",):
         name = _name(sides[0])

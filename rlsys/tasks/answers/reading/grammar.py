@@ -50,9 +50,9 @@ class Cursor:
 
     def takes(self, *texts: str) -> bool:
         """Take the next token if it is one of some signs, and return whether it is."""
-        found = self.is_sign(*texts)
-        self.place += found
-        return found
+        is_next = self.is_sign(*texts)
+        self.place += is_next
+        return is_next
 
     def expect(self, text: str) -> None:
         if not self.takes(text):
