@@ -57,7 +57,7 @@ def _clock_ratio(clock: Clock, *, reduced: bool) -> Ratio | None:
 
 
 def _measured(marks: Marks, other: Value) -> Value:
-    """Return amounts before ' and " in the unit of a length, an angle or a time, or as a number."""
+    """Return amounts before ' and " in the unit of another value, or as a number."""
     if isinstance(other, Quantity) and len(other.unit.dimension) == 1 and other.unit.dimension[0][0] in _MARKS:
         first, second = _MARKS[other.unit.dimension[0][0]]
         total = (marks.first or 0) * first + (marks.second or 0) * second

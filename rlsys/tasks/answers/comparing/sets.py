@@ -119,7 +119,7 @@ def _joined(operators: list[str], sets: list[RealSet | None]) -> RealSet | None:
 
 
 def _without_idle(joiner: str, sets: list[RealSet | None]) -> RealSet | None:
-    """Join sets by "or", else by "and"; None if one changes nothing, as in "x < 2 or x < 3"."""
+    """Join sets by "or", else by "and"; None if one item changes nothing."""
     operators = [joiner] * len(sets)
     result = _joined(operators, sets)
     for place in range(len(sets) if result and len(sets) > 1 else 0):
