@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
 import io
 import json
 import lzma
+import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import IO, Any
 
 from rlsys.errors import DataError
 from rlsys.files import is_lfs_pointer
+from rlsys.tables.compression import COMPRESSED, Expansion, is_compressed, open_compressed
 
 _KINDS = {
     ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
@@ -25,19 +25,9 @@ _KINDS = {
 }  # fmt: skip
 
 
-def _open_zst(path: Path) -> IO[bytes]:
-    import pyarrow as pa  # Python 3.14 is the first with zstd of its own
-
-    return io.BytesIO(pa.input_stream(str(path), compression="zstd").read())
-
-
-_COMPRESSED: Mapping[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": _open_zst,
-}
-READ_KINDS = f"{', '.join(_KINDS)} (also compressed: {', '.join(_COMPRESSED)})"
+MAX_CHUNK = 2**20
+"""Bytes that are read at once from a file whose content is not kept."""
+READ_KINDS = f"{', '.join(_KINDS)} (also compressed: {', '.join(COMPRESSED)})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +60,7 @@ class ExactFloat(float):
 def file_kind(path: Path) -> str | None:
     """Return "json", "csv", "parquet" or "arrow" by the name of a file, or None for another name."""
     names = [suffix.lower() for suffix in path.suffixes]
-    if names and names[-1] in _COMPRESSED:
+    if names and is_compressed(path):
         names.pop()
     return _KINDS.get(names[-1]) if names else None
 
@@ -91,11 +81,28 @@ def file_rows(path: Path, where: str) -> Iterator[Row]:
         if kind in ("parquet", "arrow"):
             from rlsys.tables import arrow  # with pyarrow, which a verifier's process does not need
 
-            yield from (arrow.parquet_rows if kind == "parquet" else arrow.arrow_rows)(stream, where)
+            table = stream if stream.seekable() else io.BytesIO(stream.read())
+            rows = arrow.parquet_rows if kind == "parquet" else arrow.arrow_rows
+            yield from rows(table, where, Expansion(path, where))
         elif kind == "csv":
             yield from _csv_rows(stream, "\t" if ".tsv" in path.name.lower() else ",", where)
         else:
             yield from _json_rows(stream, where, is_named_json=kind is not None)
+
+
+def check_expansion(path: Path, where: str) -> None:
+    """Raise DataError if a file that another library will read would expand to more than its bound."""
+    if is_compressed(path):
+        with open_file(path, where) as stream:
+            while stream.read(MAX_CHUNK):
+                pass
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:  # it reads no more of a member than this size
+            Expansion(path, where).check(sum(member.file_size for member in archive.infolist()))
+    elif file_kind(path) == "parquet":
+        from rlsys.tables.arrow import open_parquet, refuse_declared
+
+        refuse_declared(open_parquet(path, where), Expansion(path, where))
 
 
 def check_file(path: Path, where: str) -> None:
@@ -108,14 +115,13 @@ def check_file(path: Path, where: str) -> None:
 
 @contextmanager
 def open_file(path: Path, where: str) -> Iterator[IO[bytes]]:
-    """Open a file for reading bytes. A compressed file is decompressed.
+    """Open a file for reading bytes. A compressed file is decompressed and cannot be sought in.
 
     Raises:
-        DataError: The file cannot be opened, or a later read fails.
+        DataError: The file cannot be opened, expands to more than its bound, or a later read fails.
     """
-    opened = _COMPRESSED.get(path.suffix.lower(), lambda name: name.open("rb"))
     try:
-        with opened(path) as stream:
+        with open_compressed(path, where) if is_compressed(path) else path.open("rb") as stream:
             yield stream
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
