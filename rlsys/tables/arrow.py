@@ -74,7 +74,7 @@ def _numbered(batches: Iterable[pa.RecordBatch], expansion: Expansion) -> Iterat
 
 
 def _size(value: Any) -> int:
-    """Return the size of a value as text or numbers. Encodings repeat values, so their size in a file says little."""
+    """Return the size of a value in memory; encodings repeat values, so the buffers of a file say little."""
     if isinstance(value, str | bytes):
         return len(value)
     entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -131,7 +131,7 @@ def open_file(path: Path, where: str) -> Iterator[IO[bytes]]:
 def json_object(line: bytes) -> dict[str, Any] | str:
     """Return the object of a line of JSON, or the reason why it cannot be read."""
     value = _json_value(line)
-    return value if isinstance(value, dict | str) else f"expected a JSON object, found {type(value).__name__}"
+    return value if isinstance(value, dict | str) else f"expected a JSON object, found {type_name(value)}"
 
 
 def _json_value(text: bytes) -> Any:
@@ -182,7 +182,7 @@ def _json_rows(stream: IO[bytes], where: str, *, is_named_json: bool) -> Iterato
 
 def _array_rows(entries: Sequence[Any]) -> Iterator[Row]:
     for number, entry in enumerate(entries, 1):
-        reason = f"expected a JSON object, found {type(entry).__name__}"
+        reason = f"expected a JSON object, found {type_name(entry)}"
         yield Row(number=number, values=entry if isinstance(entry, dict) else reason)
 
 
@@ -225,7 +225,12 @@ def is_unicode(text: str) -> bool:
 
 def described(value: Any) -> str:
     """Return what a cell holds, for messages."""
-    return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+    return "null" if value is None else f"{type_name(value)} {str(value)[:40]!r}"
+
+
+def type_name(value: Any) -> str:
+    """Return the name of a value's type, for messages."""
+    return "float" if isinstance(value, float) else type(value).__name__
 
 
 def first_line(error: Exception) -> str:

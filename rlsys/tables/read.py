@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rlsys.errors import DataError
 from rlsys.tables.arrow import BATCH, open_parquet, refuse_declared
 from rlsys.tables.compression import Expansion
-from rlsys.tables.files import Row, check_file, first_line
+from rlsys.tables.files import Row, check_file, described, first_line, type_name
 from rlsys.tables.schemas import Column
 from rlsys.tables.sources import WHOLE, Part, expand, is_file_name, iterate_rows
 
@@ -228,6 +228,6 @@ class RowFile:
 
 def _described(value: Any) -> str:
     if isinstance(value, list):
-        types = sorted({"float" if isinstance(entry, float) else type(entry).__name__ for entry in value})
+        types = sorted(set(map(type_name, value)))
         return f"a list of {', '.join(types)}" if types else "an empty list"
-    return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+    return described(value)
