@@ -15,11 +15,15 @@ from rlsys.tables.files import ExactFloat, Row, described, is_unicode, json_obje
 from rlsys.tables.forms import FORMS, form_name, forms_of
 from rlsys.tables.messages import before_reply, conversation, is_conversation, refuse_media, unfolded
 from rlsys.tables.sources import Source
+from rlsys.tasks.answers.expressions import Sequence as ValueList
+from rlsys.tasks.answers.expressions import UnreadableError
+from rlsys.tasks.answers.reader import read_answer
 from rlsys.types import Question
 
 Content = TypeVar("Content")
 
 _TRUTH = "ground_truth"
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 # Columns of question and answer, for columns that the config leaves at their defaults.
 _PAIRS = [(form.reads["task"][0], form.reads["task"][1]) for form in FORMS if "task" in form.reads]
 _DEFAULTS = {name: DatasetConfig.model_fields[name].default for name in ("question_column", "answer_column")}
@@ -148,13 +152,40 @@ def _question(cell: Any) -> Question:
 
 
 def _answer(cell: Any) -> str:
-    """Return the reference answer. A list of one text is that text; several texts are joined by commas."""
+    """Return the reference answer. A list of one text is that text; several texts are joined by commas.
+
+    The judge reads the items of a list without its inner order, so an entry that is a list itself would be lost in it:
+    `["1", "2,3"]` and `["1,2", "3"]` are the same to the judge.
+
+    Raises:
+        DataError: there is no text, or an entry of several is more than one value.
+    """
     if isinstance(cell, Mapping) and _TRUTH in cell:
         cell = cell[_TRUTH]
     if isinstance(cell, list) and not is_conversation(cell):
         texts = [_text(entry) for entry in cell]
+        for text in texts if len(texts) > 1 else ():
+            if text is not None and not _is_one_value(text):
+                raise DataError(
+                    f"expected one value in each entry of a list, found {text[:40]!r}; put an entry that is a list "
+                    "itself into brackets, or write the whole answer as one text"
+                )
         return _required(cell, ", ".join(map(str, texts)) if texts and None not in texts else None)
     return _demonstration(cell)
+
+
+def _is_one_value(text: str) -> bool:
+    """Return whether a text is still one item of a list between commas: it has separators in whole brackets only."""
+    depth = 0
+    for character in _THOUSANDS.sub("", text):
+        depth = max(0, depth + (character in "([{") - (character in ")]}"))
+        if depth == 0 and character in ",;":
+            return False
+    try:
+        value = read_answer(text)
+    except (UnreadableError, RecursionError):
+        return depth == 0
+    return depth == 0 and (not isinstance(value, ValueList) or bool(value.brackets))
 
 
 def _demonstration(cell: Any) -> str:
