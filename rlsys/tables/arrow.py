@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlsys.errors import DataError
-from rlsys.tables.compression import Expansion
+from rlsys.tables.compression import ROW_BYTES, Expansion
 from rlsys.tables.files import Row, first_line, refuse_repeats
 
 BATCH = 1024
 """Rows of a file that are converted at once."""
-# Least sizes of a row and of a value in memory.
-_ROW_BYTES, _NUMBER_BYTES = 64, 8
+# Least size of a value in memory.
+_NUMBER_BYTES = 8
 _SHORT = {pa.float32(): np.float32, pa.float16(): np.float16}
 
 
@@ -69,7 +69,7 @@ def _numbered(batches: Iterable[pa.RecordBatch], expansion: Expansion) -> Iterat
         names, short = batch.schema.names, short_float_columns(batch.schema)
         for cells in zip(*map(_values, batch.columns), strict=True):
             number += 1
-            expansion.add(_ROW_BYTES + sum(map(_size, cells)))
+            expansion.add(ROW_BYTES + sum(map(_size, cells)))
             yield Row(number=number, values=with_short_floats(dict(zip(names, cells, strict=True)), short))
 
 

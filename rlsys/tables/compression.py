@@ -19,6 +19,8 @@ MAX_RATIO = 100
 """How many times its size a file may expand to."""
 ALWAYS_ALLOWED_MIB = 64
 """Every file may expand to this size, in MiB, because small files of repeated rows have large ratios."""
+ROW_BYTES = 64
+"""Least size of a row in memory, which counts besides its content: a file can consist of millions of tiny rows."""
 _BUFFER = 2**17
 
 
@@ -94,11 +96,15 @@ def is_compressed(path: Path) -> bool:
     return path.suffix.lower() in COMPRESSED
 
 
-def open_compressed(path: Path, where: str) -> IO[bytes]:
+def open_compressed(path: Path, expansion: Expansion) -> IO[bytes]:
     """Open a compressed file for reading its content from the beginning to the end.
+
+    Args:
+        path: The file.
+        expansion: Counter of the bytes that are read.
 
     Raises:
         DataError: At a later read, if the content is larger than its bound.
     """
     stream = COMPRESSED[path.suffix.lower()](path)
-    return io.BufferedReader(_Counted(stream, Expansion(path, where)), _BUFFER)
+    return io.BufferedReader(_Counted(stream, expansion), _BUFFER)

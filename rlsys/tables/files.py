@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from rlsys.errors import DataError
 from rlsys.files import is_lfs_pointer
-from rlsys.tables.compression import COMPRESSED, Expansion, is_compressed, open_compressed
+from rlsys.tables.compression import COMPRESSED, ROW_BYTES, Expansion, is_compressed, open_compressed
 
 _KINDS = {
     ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
@@ -76,24 +76,29 @@ def file_rows(path: Path, where: str) -> Iterator[Row]:
         DataError: The file is missing, not readable, or of a kind that is not read.
     """
     check_file(path, where)
-    kind = file_kind(path)
-    with open_file(path, where) as stream:
+    kind, expansion = file_kind(path), Expansion(path, where)
+    with open_file(path, where, expansion) as stream:
         if kind in ("parquet", "arrow"):
             from rlsys.tables import arrow  # with pyarrow, which a verifier's process does not need
 
             table = stream if stream.seekable() else io.BytesIO(stream.read())
             rows = arrow.parquet_rows if kind == "parquet" else arrow.arrow_rows
             yield from rows(table, where, Expansion(path, where))
-        elif kind == "csv":
-            yield from _csv_rows(stream, "\t" if ".tsv" in path.name.lower() else ",", where)
+            return
+        if kind == "csv":
+            texts = _csv_rows(stream, "\t" if ".tsv" in path.name.lower() else ",", where)
         else:
-            yield from _json_rows(stream, where, is_named_json=kind is not None)
+            texts = _json_rows(stream, where, is_named_json=kind is not None)
+        for row in texts:
+            if is_compressed(path):
+                expansion.add(ROW_BYTES)
+            yield row
 
 
 def check_expansion(path: Path, where: str) -> None:
     """Raise DataError if a file that another library will read would expand to more than its bound."""
     if is_compressed(path):
-        with open_file(path, where) as stream:
+        with open_file(path, where, Expansion(path, where)) as stream:
             while stream.read(MAX_CHUNK):
                 pass
     elif zipfile.is_zipfile(path):
@@ -114,14 +119,19 @@ def check_file(path: Path, where: str) -> None:
 
 
 @contextmanager
-def open_file(path: Path, where: str) -> Iterator[IO[bytes]]:
+def open_file(path: Path, where: str, expansion: Expansion) -> Iterator[IO[bytes]]:
     """Open a file for reading bytes. A compressed file is decompressed and cannot be sought in.
+
+    Args:
+        path: The file.
+        where: Name of the file for error messages.
+        expansion: Counter of the bytes of a compressed file.
 
     Raises:
         DataError: The file cannot be opened, expands to more than its bound, or a later read fails.
     """
     try:
-        with open_compressed(path, where) if is_compressed(path) else path.open("rb") as stream:
+        with open_compressed(path, expansion) if is_compressed(path) else path.open("rb") as stream:
             yield stream
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import random
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,15 @@ def test_a_compressed_bomb_is_refused_before_it_has_expanded(tmp_path: Path, end
 
 
 @pytest.mark.usefixtures("low_bound")
+@pytest.mark.parametrize("content", [b"{}\n" * 20_000, b"q,a\n" * 20_000])
+def test_many_tiny_rows_are_refused_because_each_costs_memory(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / ("a.csv.gz" if content.startswith(b"q") else "a.jsonl.gz")
+    path.write_bytes(gzip.compress(content))
+    assert len(content) < MIB / 10
+    refused(path)
+
+
+@pytest.mark.usefixtures("low_bound")
 @pytest.mark.parametrize("ending", PACKED)
 def test_no_more_is_expanded_than_the_bound_and_a_buffer(
     tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
@@ -85,7 +95,12 @@ def test_small_files_with_a_large_ratio_and_large_files_below_the_ratio_are_read
     assert path.stat().st_size * compression.MAX_RATIO < 10 * MIB
     assert len(rows(path)) == 1000
     monkeypatch.setattr(compression, "ALWAYS_ALLOWED_MIB", 0)
-    path.write_bytes(PACKED[ending](b"".join(b'{"question": "%d", "answer": "1"}\n' % n for n in range(5000))))
+    draws = random.Random(0)
+    lines = (
+        b'{"question": "%d + %d", "answer": "1"}\n' % (draws.getrandbits(30), draws.getrandbits(30))
+        for _ in range(5000)
+    )
+    path.write_bytes(PACKED[ending](b"".join(lines)))
     assert len(rows(path)) == 5000
 
 
