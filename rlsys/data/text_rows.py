@@ -208,7 +208,8 @@ class TextEncoder:
 
 def _parsed_row(values: Mapping[str, Any], columns: Sequence[str]) -> Parsed:
     if columns == ("text",):
-        return _Texts(None, (_text("text", values.get("text")),), ("column text",) * 2)
+        with _at("column text"):
+            return _Texts(None, (_plain(values.get("text"), "text"),), ("column text",) * 2)
     if len(columns) > 1:
         return _with_prompt(values, columns[1:], _contents(values, columns[1:]))
     cell = values.get(columns[0])
@@ -308,9 +309,9 @@ def _text(name: str, value: Any) -> str:
         return _plain(value)
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any, expected: str = "text or messages") -> str:
     if not isinstance(value, str) or not is_unicode(value):
-        raise DataError(f"expected text or messages, found {described(value)}")
+        raise DataError(f"expected {expected}, found {described(value)}")
     if not value.strip():
         raise DataError(f"expected text, found {value[:40]!r}")
     return value

@@ -51,7 +51,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "Q", "completion": "<|end|>"}, "column completion: expected text, found '<|end|>'"),
     ({"messages": [USER, NO_TEXT]}, "column messages: message 2: expected text as content"),
     ({"conversations": [GOOD, USER]}, "column conversations: expected a message to reply to, found none"),
-    ({"text": None}, "column text: expected text or messages, found null"),
+    ({"text": None}, "column text: expected text, found null"),
 ]
 
 

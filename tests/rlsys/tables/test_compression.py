@@ -188,3 +188,9 @@ def test_a_bomb_in_a_folder_is_refused_before_the_library_expands_it(
     with pytest.raises(DataError, match=rf"task.path {folder}, file {name}: expected at most 1 MiB from a file of"):
         rows(folder)
     assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_the_docs_say_the_bound() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "security.md").read_text(encoding="utf-8")
+    bound = f"may expand to {compression.MAX_RATIO} times its size, and always to {compression.ALWAYS_ALLOWED_MIB} MiB"
+    assert bound in text
