@@ -15,9 +15,9 @@ from rlsys.tables.files import ExactFloat, Row, described, is_unicode, json_obje
 from rlsys.tables.forms import FORMS, form_name, forms_of
 from rlsys.tables.messages import before_reply, conversation, is_conversation, refuse_media, unfolded
 from rlsys.tables.sources import Source
-from rlsys.tasks.answers.expressions import Sequence as ValueList
-from rlsys.tasks.answers.expressions import UnreadableError
-from rlsys.tasks.answers.reader import read_answer
+from rlsys.tasks.answers.reading.reader import read_answer
+from rlsys.tasks.answers.values import Sequence as ValueList
+from rlsys.tasks.answers.values import UnreadableError
 from rlsys.types import Question
 
 Content = TypeVar("Content")
