@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.module = module
         self._divides = self._can_divide()
+        self.__dict__.pop("_head", None)  # DeepSpeed will give the module attributes that its copy needs as well
 
     def forward(
         self,
@@ -101,21 +103,32 @@ class LanguageModel(nn.Module):
         tolerance = ROUNDING.get(whole.dtype, 0.05) * float(whole.abs().max())
         return torch.allclose(whole[0, 1:], divided, rtol=0, atol=tolerance)
 
+    @cached_property
+    def _head(self) -> tuple[Any, _Given]:
+        """The model with another body, and that body. DeepSpeed's record of modules needs the same one in all passes.
+
+        A cached property is no attribute of the kind that a module registers.
+        """
+        head, given = copy.copy(self.module), _Given()
+        head._modules = {**self.module._modules, self.module.base_model_prefix: given}
+        return head, given
+
     def _logits(self, hidden: Tensor) -> Tensor:
         """Return the [N, V] logits of [N, H] hidden states."""
-        head = copy.copy(self.module)
-        head._modules = {**self.module._modules, self.module.base_model_prefix: _Given(hidden[None])}
+        head, given = self._head
         ids = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
-        logits: Tensor = head(input_ids=ids, use_cache=False).logits[0]
+        given.hidden = hidden[None]
+        try:
+            logits: Tensor = head(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            given.hidden = None  # its graph would keep the model in memory
         return logits
 
 
 class _Given(nn.Module):
     """Stands for the body of a model, and returns given hidden states, [1, N, H]."""
 
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
+    hidden: Tensor | None = None
 
     def forward(self, *_arguments: Any, **_inputs: Any) -> _GivenOutput:
         return _GivenOutput(last_hidden_state=self.hidden)
