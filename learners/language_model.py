@@ -171,7 +171,7 @@ def can_pack(module: PreTrainedModel) -> bool:
 
 
 def run_body(body: Any, input_ids: Tensor, depths: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
-    """Return the [B, L, H] hidden states of the body of a language model, or the [B, L, V] logits of the model.
+    """Return the [B, L, H] hidden states of a body, or the [B, L, V] logits of a whole model.
 
     Args:
         body: the model without its output layer, or the whole model.

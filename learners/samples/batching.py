@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learners.samples.packing import PackedRow, pack
+from learners.samples.packing import pack, pad_rows
 from learners.samples.types import PackItem, Pair, PolicyTokens, Sample
 from rlsys.types import BoolArray, Float32Array
 
@@ -277,11 +277,7 @@ def collate(
         packed = [pack([sample.token_ids]) for sample in samples]
     else:
         packed = [pack([sample.token_ids for number in row for sample in items[number].samples]) for row in rows]
-    width = max([2, *(row.length for row in packed)])
-    input_ids = np.full((max(1, len(packed)), width), pad_id, dtype=np.int64)
-    for number, row in enumerate(packed):
-        input_ids[number, : row.length] = row.token_ids
-    places = [number * width + each for number, row in enumerate(packed) for each in row.places]
+    padded = pad_rows(packed, pad_id)
     trained = [np.flatnonzero(sample.targets) for sample in samples]  # never token 0
     starts = np.cumsum([0, *(len(each) for each in trained)])
 
@@ -289,19 +285,14 @@ def collate(
         """Return the target numbers of a term in a sample; an empty array without a mask."""
         return _NO_TARGETS if mask is None else starts[number] + np.flatnonzero(mask[trained[number]])
 
-    shared = any(len(row.places) > 1 for row in packed)
+    targets = (place[at - 1] for place, at in zip(padded.places, trained, strict=True))
+    target_ids = (sample.token_ids[at] for sample, at in zip(samples, trained, strict=True))
     return MicroBatch(
-        input_ids=torch.from_numpy(input_ids),
-        depths=torch.from_numpy(_depths(packed, width)) if shared else None,
-        visible=torch.from_numpy(_visible(packed, width)) if shared else None,
-        targets=torch.from_numpy(
-            np.concatenate([_NO_TARGETS, *(each[at - 1] for each, at in zip(places, trained, strict=True))])
-        ),
-        target_ids=torch.from_numpy(
-            np.concatenate(
-                [_NO_TARGETS, *(sample.token_ids[at] for sample, at in zip(samples, trained, strict=True))]
-            ).astype(np.int64)
-        ),
+        input_ids=torch.from_numpy(padded.input_ids),
+        depths=None if padded.depths is None else torch.from_numpy(padded.depths),
+        visible=None if padded.visible is None else torch.from_numpy(padded.visible),
+        targets=torch.from_numpy(np.concatenate([_NO_TARGETS, *targets])),
+        target_ids=torch.from_numpy(np.concatenate([_NO_TARGETS, *target_ids]).astype(np.int64)),
         parts=parts,
         real_tokens=sum(row.length for row in packed),
         policy=_policy_targets(samples, [positions(sample.policy_mask, n) for n, sample in enumerate(samples)]),
@@ -315,22 +306,6 @@ def collate(
             ],
         ),
     )
-
-
-def _depths(rows: Sequence[PackedRow], width: int) -> np.ndarray:
-    """Return the [B, L] positions of the tokens in their samples; 0 for padding."""
-    depths = np.zeros((len(rows), width), dtype=np.int64)
-    for number, row in enumerate(rows):
-        depths[number, : row.length] = row.depths
-    return depths
-
-
-def _visible(rows: Sequence[PackedRow], width: int) -> BoolArray:
-    """Return the [B, L, L] tokens that each token sees. Padding sees itself, because a softmax of nothing is NaN."""
-    visible = np.repeat(np.eye(width, dtype=np.bool_)[None], len(rows), axis=0)
-    for number, row in enumerate(rows):
-        visible[number, : row.length, : row.length] = row.visible()
-    return visible
 
 
 _NO_TARGETS = np.zeros(0, dtype=np.int64)

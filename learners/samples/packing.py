@@ -63,6 +63,41 @@ def pack(sequences: Sequence[Int32Array]) -> PackedRow:
     return PackedRow(token_ids=np.concatenate(parts), depths=np.concatenate(depths), places=tuple(places))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaddedRows:
+    """B rows, padded to L tokens.
+
+    Attributes:
+        input_ids: [B, L] int64.
+        depths: [B, L] int64, position of every token in its sequences, 0 for padding; None if no row is shared.
+        visible: [B, L, L] bool, the tokens that each token sees; None if no row is shared.
+        places: for each sequence of T tokens, [T] int64: the index of each of its tokens in the flattened input_ids.
+    """
+
+    input_ids: np.ndarray
+    depths: np.ndarray | None
+    visible: BoolArray | None
+    places: tuple[Places, ...]
+
+
+def pad_rows(rows: Sequence[PackedRow], pad_id: int) -> PaddedRows:
+    """Pad rows to one length. Without rows, the result is one row of padding."""
+    width = max([2, *(row.length for row in rows)])
+    input_ids = np.full((max(1, len(rows)), width), pad_id, dtype=np.int64)
+    depths = visible = None
+    if any(len(row.places) > 1 for row in rows):
+        depths = np.zeros(input_ids.shape, dtype=np.int64)
+        # Padding sees itself, because a softmax of nothing is NaN.
+        visible = np.repeat(np.eye(width, dtype=np.bool_)[None], len(rows), axis=0)
+    for number, row in enumerate(rows):
+        input_ids[number, : row.length] = row.token_ids
+        if depths is not None and visible is not None:
+            depths[number, : row.length] = row.depths
+            visible[number, : row.length, : row.length] = row.visible()
+    places = tuple(number * width + each for number, row in enumerate(rows) for each in row.places)
+    return PaddedRows(input_ids=input_ids, depths=depths, visible=visible, places=places)
+
+
 def row_cost(length: int, width: int, *, packed: bool) -> float:
     """Return the cost of a row in tokens without attention.
 
