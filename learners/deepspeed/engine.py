@@ -177,7 +177,7 @@ class TrainedModel:
         self.updates = updates
         inner = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
         for entry in inner.state.values():
-            entry["step"] = torch.tensor(float(updates))
+            entry["step"].fill_(updates)
 
     def destroy(self) -> None:
         """Free the memory of model and optimizer, before another model is built."""
@@ -293,9 +293,10 @@ def _build(module: Any, settings: RankSettings, optimizer: OptimizerConfig) -> A
         betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
+        fused=True,
     )
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=adam, config=deepspeed_config(learner, optimizer, parameters)
+        model=module, optimizer=adam, config=deepspeed_config(learner, optimizer, parameters, settings.device)
     )
     _create_states(engine)
     return engine
@@ -318,7 +319,7 @@ def _create_states(engine: Any) -> None:
     flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
     for parameter in flat or [parameter for group in inner.param_groups for parameter in group["params"]]:
         inner.state[parameter] = {
-            "step": torch.tensor(0.0),
+            "step": torch.zeros((), device=parameter.device),
             **{key: torch.zeros_like(parameter) for key in MOMENTS},
         }
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)

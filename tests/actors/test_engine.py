@@ -62,7 +62,7 @@ class Script:
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     scripted = Script()
-    monkeypatch.setattr(module, "_build", lambda *_: scripted)
+    monkeypatch.setattr(module, "build_engine", lambda *_, **__: scripted)
     return scripted
 
 
