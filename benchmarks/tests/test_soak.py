@@ -28,9 +28,21 @@ def test_a_steady_rise_is_growth_and_a_variation_is_not(
 
 def test_growth_from_job_to_job_is_named_with_its_kind(soak: ModuleType) -> None:
     def job(files: float) -> Any:
-        return soak.Job("joint", online=[(60.0 * minute, {"driver files": files}) for minute in range(4)])
+        return soak.Job("joint", minutes={"driver files": [files] * 4})
 
-    assert soak.growth_of_jobs([job(100), job(120), job(140)]) == [
-        "joint: driver files grew over the jobs, from 100 to 140"
-    ]
-    assert not soak.growth_of_jobs([job(100), job(100)])
+    assert soak.growth([job(100), job(120), job(140)]) == ["joint: driver files grew over the jobs, from 100 to 140"]
+    assert not soak.growth([job(100), job(100)])
+
+
+def test_memory_of_a_short_job_is_not_judged_and_its_files_are(soak: ModuleType) -> None:
+    def job(minutes: int) -> Any:
+        rising = [100.0 + 20 * minute for minute in range(minutes)]
+        return soak.Job("joint", minutes={"rank MiB": rising, "rank files": rising})
+
+    assert [line.split()[2] for line in soak.growth([job(6)])] == ["files"]
+    assert sorted(line.split()[2] for line in soak.growth([job(12)])) == ["MiB", "files"]
+
+
+def test_looks_become_medians_of_minutes(soak: ModuleType) -> None:
+    looks = [(61.0, {"a": 1.0}), (70.0, {"a": 3.0, "b": 1.0}), (119.0, {"a": 2.0}), (121.0, {"a": 9.0})]
+    assert soak.by_minute(looks) == {"a": [2.0, 9.0], "b": [1.0]}
