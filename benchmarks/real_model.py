@@ -94,9 +94,7 @@ def answer(model: Any, tokenizer: Any, question: str) -> tuple[str, bool]:
     import torch
 
     messages = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     with torch.no_grad():
         tokens = model.generate(**prompt, max_new_tokens=32, do_sample=False)
         logprobs = model(tokens).logits.log_softmax(-1)
