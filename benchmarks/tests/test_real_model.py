@@ -64,12 +64,12 @@ def test_worked_answers_are_right_in_every_step(arithmetic: ModuleType) -> None:
 
 def test_the_files_share_no_question_and_the_task_judges_their_answers(arithmetic: ModuleType, tmp_path: Path) -> None:
     arithmetic.write_files(tmp_path)
-    rows = {name: [json.loads(line) for line in open(tmp_path / f"{name}.jsonl")] for name in arithmetic.ROWS}
+    texts = {name: (tmp_path / f"{name}.jsonl").read_text() for name in arithmetic.ROWS}
+    rows = {name: [json.loads(line) for line in text.splitlines()] for name, text in texts.items()}
     questions = [(row.get("prompt") or row["question"])[-1]["content"] for of in rows.values() for row in of]
     assert len(questions) == len(set(questions)) == sum(arithmetic.ROWS.values())
-    first = {name: (tmp_path / f"{name}.jsonl").read_bytes() for name in rows}
     arithmetic.write_files(tmp_path)
-    assert first == {name: (tmp_path / f"{name}.jsonl").read_bytes() for name in rows}
+    assert texts == {name: (tmp_path / f"{name}.jsonl").read_text() for name in rows}
 
     paths = [f"task.path={tmp_path / 'train.jsonl'}", f"task.held_out_path={tmp_path / 'held_out.jsonl'}"]
     config = load_config(CONFIG, [*paths, f"sft.path={tmp_path / 'supervised.jsonl'}"])
