@@ -41,6 +41,8 @@ def _page(results: Mapping[str, Any]) -> list[str]:
         lines += ["![held-out accuracy over generated tokens](results/joint_online.png)", "", *_notes("joint_online")]
     if result := results.get("ppo"):
         lines += ["## PPO with a critic", "", *result["lines"], "", *_notes("ppo")]
+    if result := results.get("real_model"):
+        lines += ["## A pretrained model learns arithmetic", "", *result["lines"], "", *_notes("real_model")]
     if result := results.get("chaos"):
         lines += ["## The quickstart in a storm of faults", "", *result["lines"], "", *_notes("chaos")]
     return lines

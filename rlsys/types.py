@@ -295,14 +295,21 @@ class SamplingSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """The Hugging Face name, shape and torch dtype name of one published tensor."""
+    """The Hugging Face name, shape and torch dtype name of one published tensor.
+
+    Attributes:
+        alias: whether this is another name of the tensor before it, whose bytes are not sent again.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    alias: bool = False
 
     @property
     def bytes(self) -> int:
+        if self.alias:
+            return 0
         width = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
         return width * int(np.prod(self.shape, dtype=np.int64))
 

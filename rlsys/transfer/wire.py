@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 def pack(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[tuple[WeightBucket, np.ndarray]]:
     """Yield consecutive tensors in buckets; a bucket closes with the tensor that fills it.
 
+    The same tensor under two names, one after the other, is packed once.
+
     Args:
         tensors: name and value of every tensor, in the order in which they are sent.
         bucket_bytes: size at which a bucket closes, >= 1.
@@ -32,12 +34,17 @@ def pack(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[t
     """
     specs: list[TensorSpec] = []
     parts: list[np.ndarray] = []
+    last: Tensor | None = None
     for name, tensor in tensors:
-        specs.append(TensorSpec(name=name, shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch.")))
-        parts.append(_tensor_bytes(tensor))
-        if sum(part.nbytes for part in parts) >= bucket_bytes:
+        alias = tensor is last
+        if not alias and sum(part.nbytes for part in parts) >= bucket_bytes:
             yield _close_bucket(specs, parts)
             specs, parts = [], []
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        specs.append(TensorSpec(name=name, shape=tuple(tensor.shape), dtype=dtype, alias=alias))
+        if not alias:
+            parts.append(_tensor_bytes(tensor))
+        last = tensor
     if specs:
         yield _close_bucket(specs, parts)
 
@@ -46,13 +53,15 @@ def unpack(bucket: WeightBucket, data: np.ndarray) -> Iterator[tuple[str, Tensor
     """Yield name and value of every tensor of a bucket. The tensors are views of `data`, `[bytes] uint8`."""
     import torch
 
-    start = 0
+    start, value = 0, torch.empty(0)
     # torch warns about read-only arrays, such as Ray's shared memory; the engine only copies out of these views.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     for spec in bucket.tensors:
-        raw = torch.from_numpy(data[start : start + spec.bytes])
-        yield spec.name, raw.view(getattr(torch, spec.dtype)).view(spec.shape)
-        start += spec.bytes
+        if not spec.alias:
+            raw = torch.from_numpy(data[start : start + spec.bytes])
+            value = raw.view(getattr(torch, spec.dtype)).view(spec.shape)
+            start += spec.bytes
+        yield spec.name, value
 
 
 def verified_tensors(

@@ -59,6 +59,20 @@ def test_a_bucket_closes_with_the_first_tensor_that_fills_it(sizes: list[int], b
         assert bucket.bytes >= bucket_bytes or number == len(buckets) - 1
 
 
+@pytest.mark.parametrize("bucket_bytes", [1, 16, 10**6])
+def test_a_tensor_with_two_names_is_sent_once_and_received_under_both(bucket_bytes: int) -> None:
+    shared, other = torch.arange(4.0), torch.arange(4.0)  # equal values alone are no alias
+    sent = [("embed.weight", shared), ("lm_head.weight", shared), ("w", other), ("v", torch.tensor(5.0))]
+    manifest, arrays = packed(sent, bucket_bytes)
+    received = list(verified_tensors("1", manifest, arrays))
+    assert [name for name, _ in received] == list(manifest.names) == [name for name, _ in sent]
+    assert all(torch.equal(before, after) for (_, before), (_, after) in zip(sent, received, strict=True))
+    assert manifest.bytes == sum(array.nbytes for array in arrays) == 16 + 16 + 4
+    arrays[0][0] ^= 1
+    with pytest.raises(WeightSyncError, match="embed.weight"):
+        list(verified_tensors("1", manifest, arrays))
+
+
 @pytest.mark.parametrize(("dtype", "name", "width"), [(torch.float32, "float32", 4), (torch.bfloat16, "bfloat16", 2)])
 def test_a_bucket_describes_shape_and_dtype(dtype: torch.dtype, name: str, width: int) -> None:
     # A transposed tensor is not contiguous; its bytes are sent in the order of its shape.
