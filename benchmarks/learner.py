@@ -141,12 +141,11 @@ def bare_step(work: Work, side: Side, rank: int) -> Step:
     shares = plan_micro_batches(lengths, ranks=side.ranks, budget_tokens=budget)[rank]
 
     def policy_loss(batch: MicroBatch) -> torch.Tensor:
-        first = batch.first_target
-        keep = batch.input_ids.shape[1] - first
-        logits = model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=keep).logits[:, :-1]
-        kept = batch.loss_mask[:, first:].flatten().nonzero().squeeze(-1)
-        targets = batch.input_ids[:, first + 1 :].flatten().index_select(0, kept)
-        logprobs = logits.flatten(0, 1).index_select(0, kept).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        length = batch.input_ids.shape[1]
+        rows, places = batch.targets // length, batch.targets % length
+        first = int(places.min())
+        logits = model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=length - first).logits
+        logprobs = logits[rows, places - first].log_softmax(-1).gather(-1, batch.target_ids[:, None])[:, 0]
         ratio = (logprobs - logprobs.detach()).exp()
         advantages = batch.policy.advantages
         return -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages).sum() / loss_tokens
