@@ -33,6 +33,40 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import results_page  # noqa: E402
+from rich.console import Console  # noqa: E402
+from storm_figures import prompts_of  # noqa: E402
+
+from rlsys.config.files import parse_config  # noqa: E402
+from rlsys.control.controller import Controller  # noqa: E402
+from rlsys.control.fleet import Fleet  # noqa: E402
+from rlsys.control.run_context import RunContext  # noqa: E402
+from rlsys.control.watchdog import WatchClock, watch_interval  # noqa: E402
+from rlsys.control.weights import WeightBus  # noqa: E402
+from rlsys.data.batches import TrainingData  # noqa: E402
+from rlsys.data.prompts import PromptBuilder, PromptStream  # noqa: E402
+from rlsys.data.rows import Reader  # noqa: E402
+from rlsys.display import Display  # noqa: E402
+from rlsys.errors import EngineError  # noqa: E402
+from rlsys.files import read_json  # noqa: E402
+from rlsys.interfaces import EngineStats  # noqa: E402
+from rlsys.run.checkpoints import CheckpointStore  # noqa: E402
+from rlsys.run.ledger import Ledger, read_ledger  # noqa: E402
+from rlsys.run.metrics import MetricsWriter  # noqa: E402
+from rlsys.tasks import build_task  # noqa: E402
+from rlsys.transfer.object_store import ObjectStoreTransfer  # noqa: E402
+from rlsys.types import (  # noqa: E402
+    RunState,
+    Trajectory,
+    TrajectoryGroup,
+    VersionSpan,
+    WeightAck,
+    WeightBucket,
+    WeightManifest,
+    WeightOffer,
+)
+
+PAGE = ROOT / "docs" / "scaling.md"
+BEGIN, END = "<!-- driver: written by benchmarks/control_plane.py -->", "<!-- end of driver -->"
 
 LIMIT = 2.0
 PROMPTS, SAMPLES, TOKENS = 4, 8, 500  # prompts of an actor in a step, completions of a prompt, tokens of a completion
@@ -89,13 +123,11 @@ class SimulatedActor:
 
     built_s = 0.0  # real seconds in which all actors made up their results
 
-    def __init__(self, name: str, seed: int) -> None:
+    def __init__(self, name: str, seed: str) -> None:
         self.name, self.version, self._draw = name, 0, random.Random(seed)
         self._dies_s = asyncio.get_running_loop().time() + self._draw.expovariate(1 / LIFE_S)
 
     async def _work(self, seconds: float) -> None:
-        from rlsys.errors import EngineError
-
         now = asyncio.get_running_loop().time()
         await asyncio.sleep(min(seconds, max(self._dies_s - now, 0.0)))
         if now + seconds > self._dies_s:
@@ -114,8 +146,6 @@ class SimulatedActor:
         return groups
 
     def _group(self, prompt: Any, samples: int, version: int) -> Any:
-        from rlsys.types import Trajectory, TrajectoryGroup, VersionSpan
-
         length = len(prompt.token_ids)
         total = length + TOKENS
         trajectories = tuple(
@@ -137,16 +167,12 @@ class SimulatedActor:
         return tuple(np.zeros(len(row) - 1, dtype=np.float32) for row in rows)
 
     async def update_weights(self, offer: Any, probe: Sequence[Any]) -> Any:
-        from rlsys.types import WeightAck
-
         await self._work(LOAD_S)
         self.version = offer.manifest.version
         scores = await self.probe(probe)
         return WeightAck(actor=self.name, version=self.version, attempt=offer.manifest.attempt, probe_logprobs=scores)
 
     async def engine_stats(self) -> Any:
-        from rlsys.interfaces import EngineStats
-
         return EngineStats(busy_s=1.0, wall_s=1.0, in_flight_mean=1.0, generated_tokens=1)
 
     async def progress(self) -> int:
@@ -175,8 +201,6 @@ class SimulatedLearner:
         return [np.zeros(len(row) - 1, dtype=np.float32) for row in probe]
 
     async def send(self, version: int) -> Any:
-        from rlsys.types import WeightBucket, WeightManifest, WeightOffer
-
         bucket = WeightBucket(tensors=(), sha256="", bytes=16)
         return WeightOffer(manifest=WeightManifest(version=version, attempt=0, buckets=(bucket,)), payload=())
 
@@ -186,87 +210,45 @@ class SimulatedLearner:
             (folder / name).write_text(str(folder))
 
 
-def context(run_dir: Path, actors: int, steps: int, staleness: int) -> Any:
-    """Return the parts of a run, without its pool."""
-    from rich.console import Console
-
-    from rlsys.config.files import parse_config
-    from rlsys.control.run_context import RunContext
-    from rlsys.data.batches import TrainingData
-    from rlsys.data.prompts import PromptBuilder, PromptStream
-    from rlsys.data.rows import Reader
-    from rlsys.display import Display
-    from rlsys.run.checkpoints import CheckpointStore
-    from rlsys.run.ledger import Ledger
-    from rlsys.run.metrics import MetricsWriter
-    from rlsys.tasks import build_task
-
-    config = parse_config(
-        {
-            "run": {"dir": str(run_dir)},
-            "stages": ["online"],
-            "model": {"path": "unused"},
-            "task": {"type": "letter_count"},
-            "train": {"max_steps": steps, "groups_per_step": PROMPTS * actors, "group_size": SAMPLES}
-            | {"max_staleness": staleness},
-            "checkpoint": {"interval": 5, "keep_last": 2},
-            "evaluation": {"samples": 0, "greedy": True, "interval": 10},
-        },
-        "simulation",
-    )
-    (model := run_dir / "model").mkdir(parents=True)
-    (model / "tokenizer.json").write_text("{}")
-    task = build_task(config.task, 0)
-    builder = PromptBuilder(task, lambda text: [1] * len(text), max_model_len=4096, max_tokens=TOKENS)
-    learner = SimulatedLearner()
-    return RunContext(
-        config=config,
-        run_dir=run_dir,
-        model=model,
-        tokenizer_files=[model / "tokenizer.json"],
-        pool=None,  # set by `simulate`
-        learner=learner,
-        bus=None,
-        checkpoints=CheckpointStore(run_dir / "checkpoints", 2, None, None),
-        metrics=MetricsWriter(run_dir, 0),
-        ledger=Ledger(run_dir, -1),
-        display=Display(Console(file=io.StringIO())),
-        prompts=PromptStream(builder, 0),
-        data=TrainingData(config, Reader(None, 99, 64), {}, run_dir / "stages" / "search" / "data"),
-        search=None,
-        policy_digest=lambda _policy: "",
-        held_out=builder.held_out(64),
-        fingerprint={},
-    )
-
-
 async def simulate(run_dir: Path, actors: int, steps: int, staleness: int) -> dict[str, float]:
     """Run the controller to its end and return the figures of a step."""
-    from dataclasses import replace
-
-    from rlsys.control.controller import Controller
-    from rlsys.control.fleet import Fleet
-    from rlsys.control.watchdog import WatchClock, watch_interval
-    from rlsys.control.weights import WeightBus
-    from rlsys.transfer.object_store import ObjectStoreTransfer
-    from rlsys.types import RunState
-
-    parts, loop = context(run_dir, actors, steps, staleness), asyncio.get_running_loop()
+    loop, learner, config = asyncio.get_running_loop(), SimulatedLearner(), config_of(run_dir, actors, steps, staleness)
+    (model := run_dir / "model").mkdir(parents=True)
+    (model / "tokenizer.json").write_text("{}")
+    builder = PromptBuilder(
+        build_task(config.task, 0), lambda text: [1] * len(text), max_model_len=4096, max_tokens=TOKENS
+    )
     before = time.process_time()
+    metrics = MetricsWriter(run_dir, 0)
     async with Fleet(
-        lambda number, attempt: SimulatedActor(f"{number}", seed=hash((number, attempt))),
+        lambda number, attempt: SimulatedActor(f"{number}", seed=f"{number}.{attempt}"),
         actors,
         max_restarts=1_000_000,
         hang_timeout_s=120.0,
         clock=WatchClock(monotonic=loop.time, interval_s=watch_interval(actors)),
     ) as pool:
-        bus = WeightBus(
-            parts.learner, ObjectStoreTransfer(parts.learner), pool, parts.config.weight_sync, "fp32", PROBE
+        parts = RunContext(
+            config=config,
+            run_dir=run_dir,
+            model=model,
+            tokenizer_files=[model / "tokenizer.json"],
+            pool=pool,
+            learner=learner,
+            bus=WeightBus(learner, ObjectStoreTransfer(learner), pool, config.weight_sync, "fp32", PROBE),
+            checkpoints=CheckpointStore(run_dir / "checkpoints", 2, None, None),
+            metrics=metrics,
+            ledger=Ledger(run_dir, -1),
+            display=Display(Console(file=io.StringIO())),
+            prompts=PromptStream(builder, 0),
+            data=TrainingData(config, Reader(None, 99, 64), {}, run_dir / "stages" / "search" / "data"),
+            search=None,
+            policy_digest=lambda _policy: "",
+            held_out=builder.held_out(64),
+            fingerprint={},
         )
-        state = RunState(stage=0, step=0, weight_version=0, cursor=0)
-        await Controller(replace(parts, pool=pool, bus=bus), state, None).run()
+        await Controller(parts, RunState(stage=0, step=0, weight_version=0, cursor=0), None).run()
         deaths = pool.restarts
-    parts.metrics.close()
+    metrics.close()
     return {
         "actors": actors,
         "max_staleness": staleness,
@@ -279,13 +261,23 @@ async def simulate(run_dir: Path, actors: int, steps: int, staleness: int) -> di
     }
 
 
+def config_of(run_dir: Path, actors: int, steps: int, staleness: int) -> Any:
+    """Return the config of a simulated run."""
+    train = {"max_steps": steps, "groups_per_step": PROMPTS * actors, "group_size": SAMPLES, "max_staleness": staleness}
+    sections = {
+        "run": {"dir": str(run_dir)},
+        "stages": ["online"],
+        "model": {"path": "unused"},
+        "task": {"type": "letter_count"},
+        "train": train,
+        "checkpoint": {"interval": 5, "keep_last": 2},
+        "evaluation": {"samples": 0, "greedy": True, "interval": 10},
+    }
+    return parse_config(sections, "simulation")
+
+
 def lost_prompts(run_dir: Path) -> int:
     """Return the number of prompts without an outcome, and with two, by ledger and newest checkpoint."""
-    from storm_figures import prompts_of
-
-    from rlsys.files import read_json
-    from rlsys.run.ledger import read_ledger
-
     state = read_json(sorted((run_dir / "checkpoints").glob("step_*/state.json"))[-1])
     lost, twice = prompts_of(read_ledger(run_dir / "ledger.jsonl"), state["cursor"], state["in_flight"])
     return int(lost + twice)
@@ -293,10 +285,8 @@ def lost_prompts(run_dir: Path) -> int:
 
 def one(actors: int, steps: int, staleness: int) -> None:
     """Simulate one run in this process, and print its figures as JSON."""
-    with tempfile.TemporaryDirectory() as folder:
-        runner = asyncio.Runner(loop_factory=SimulatedLoop)
-        with runner:
-            figures = runner.run(simulate(Path(folder, "run"), actors, steps, staleness))
+    with tempfile.TemporaryDirectory() as folder, asyncio.Runner(loop_factory=SimulatedLoop) as runner:
+        figures = runner.run(simulate(Path(folder, "run"), actors, steps, staleness))
     print(json.dumps(figures))
 
 
@@ -321,7 +311,7 @@ def main() -> int:
     parser.add_argument("--actors", type=int, nargs="+", default=[1, 10, 100, 1000])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--one", type=int, nargs=2, metavar=("ACTORS", "STALENESS"), help="one run, in this process")
-    parser.add_argument("--write", action="store_true", help="write the figures to docs/results")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     arguments = parser.parse_args()
     if arguments.one:
         one(arguments.one[0], arguments.steps, arguments.one[1])
@@ -334,7 +324,7 @@ def main() -> int:
         print("\n".join(table(results[-1:])[2:]), flush=True)
     print("\n".join(table(results)))
     if arguments.write:
-        results_page.keep("control_plane", {"runs": results})
+        results_page.write_section(PAGE, BEGIN, END, table(results))
     lost = sum(figures["lost"] for figures in results)
     costs = {figures["actors"]: figures["cpu_ms_step"] / figures["actors"] for figures in results}
     ratio = costs[max(costs)] / costs.get(10, costs[max(costs)])

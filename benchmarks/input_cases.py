@@ -71,7 +71,7 @@ def main() -> int:
             case.chmod(0o755)
             if not arguments.names or case.name in arguments.names:
                 lines += problems(case)
-    print("\n".join(["", *lines]) or "no problem")
+    print("", *(lines or ["no problem"]), sep="\n")
     return int(bool(lines))
 
 

@@ -20,6 +20,13 @@ def keep(name: str, result: Mapping[str, Any]) -> None:
     write()
 
 
+def write_section(page: Path, begin: str, end: str, lines: Sequence[str]) -> None:
+    """Replace the lines between two marks of a page. Raise ValueError if the page lacks a mark."""
+    text = page.read_text(encoding="utf-8")
+    start = text.index(begin) + len(begin)
+    page.write_text("\n".join([text[:start], *lines, text[text.index(end, start) :]]), encoding="utf-8")
+
+
 def write() -> None:
     """Regenerate the page from the stored figures."""
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}

@@ -141,9 +141,7 @@ def main() -> int:
     shown = report(jobs, problems, time.monotonic() - began)
     print("\n".join(["", *shown]))
     if arguments.write:
-        page = PAGE.read_text(encoding="utf-8")
-        start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
-        PAGE.write_text("\n".join([page[:start], *shown, page[end:]]), encoding="utf-8")
+        results_page.write_section(PAGE, BEGIN, END, shown)
         results_page.keep("soak", {"jobs": [asdict(job) for job in jobs], "problems": problems})
     return int(bool(problems))
 

@@ -31,7 +31,27 @@ def processes(modules: dict[str, ModuleType]) -> ModuleType:
     return modules["storm_processes"]
 
 
-@pytest.fixture
-def soak(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the tests import the benchmarks."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+
+
+@pytest.fixture
+def soak(importable: None) -> ModuleType:
     return importlib.import_module("soak")
+
+
+@pytest.fixture
+def control_plane(importable: None) -> ModuleType:
+    return importlib.import_module("control_plane")
+
+
+@pytest.fixture
+def input_cases(importable: None) -> ModuleType:
+    return importlib.import_module("input_cases")
+
+
+@pytest.fixture
+def results_page(importable: None) -> ModuleType:
+    return importlib.import_module("results_page")
