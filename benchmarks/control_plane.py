@@ -297,7 +297,7 @@ def table(results: Sequence[dict[str, float]]) -> list[str]:
         "max_staleness": "max_staleness",
         "cpu_ms_step": "driver's CPU, ms a step",
         "simulated_s_step": "simulated s a step",
-        "deaths": "deaths",
+        "deaths": "lost actors",
         "memory_mib": "memory, MiB",
         "prompts": "prompts",
         "lost": "lost or doubled",
