@@ -28,6 +28,7 @@ from rlsys.config.checks import BATCH_TOKENS
 from rlsys.config.schema import ActorsConfig
 from rlsys.errors import EngineError, InputError, RolloutError, failed
 from rlsys.interfaces import EngineStats
+from rlsys.processes import openmp_environment
 from rlsys.types import FinishReason, Float32Array, Int32Array, VersionSpan
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def engine_environment(config: ActorsConfig, device: str) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_LOGGING_LEVEL": "WARNING",
-        "OMP_NUM_THREADS": str(config.threads),
+        **openmp_environment(config.threads),
         # An engine in a subprocess would outlive a killed actor.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
