@@ -1,4 +1,4 @@
-"""One vLLM engine inside this process, stepped by one thread. Only this file imports vllm.
+"""One vLLM engine inside this process, stepped by one thread.
 
 All work on the engine runs on that thread between two engine steps: new requests, and new weights. So a weight update
 never interrupts a step, and requests in flight continue with the new weights. vLLM reports the weight version of every
@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from actors.engine_build import build_engine, engine_environment, weight_label
 from actors.engine_stats import Meter
-from actors.weights import RELOAD_LOGGER, has_output_layer, is_about_weights, without_tensor
-from rlsys.config.checks import BATCH_TOKENS
+from actors.weights import has_output_layer, without_tensor
 from rlsys.config.schema import ActorsConfig
 from rlsys.errors import EngineError, InputError, RolloutError, failed
 from rlsys.interfaces import EngineStats
-from rlsys.processes import openmp_environment
 from rlsys.types import FinishReason, Float32Array, Int32Array, VersionSpan
 
 if TYPE_CHECKING:
@@ -79,25 +78,6 @@ class Completion:
     cached_tokens: int = 0
 
 
-def engine_environment(config: ActorsConfig, device: str) -> dict[str, str]:
-    """Return the environment variables that must be set before vllm is imported."""
-    variables = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        **openmp_environment(config.threads),
-        # An engine in a subprocess would outlive a killed actor.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
-    if device == "cpu":
-        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        if config.enforce_eager:
-            # vLLM compiles a sampler function even in eager mode: 16 s at the first use, without gain for small models.
-            variables["TORCHDYNAMO_DISABLE"] = "1"
-    return variables
-
-
 class Engine:
     """A running engine. All public methods may be called from any thread.
 
@@ -124,7 +104,7 @@ class Engine:
         os.environ.update(engine_environment(config, device))
         self._end_token_ids = list(end_token_ids)
         self._stop_strings = stop_strings
-        self._engine = _build(model_path, config, device, stop_strings)
+        self._engine = build_engine(model_path, config, device, stop_strings=stop_strings)
         self._meter = Meter()
         self._tensor_parallel = config.tensor_parallel_size > 1
         self._updates = 0
@@ -186,7 +166,7 @@ class Engine:
                 self._break(error)  # the model may have a mixture of old and new weights
                 raise
             self._updates += 1
-            self._engine.set_weight_version(_label(version, attempt))
+            self._engine.set_weight_version(weight_label(version, attempt))
 
         self._run_on_thread(apply).result()
 
@@ -354,11 +334,6 @@ def _read_completion(output: Any) -> Completion:
     )
 
 
-def _label(version: int, attempt: int) -> str:
-    """Return the label that vLLM attaches to every token that it samples."""
-    return f"{version}.{attempt}"
-
-
 def _read_span(start: int, label: str) -> VersionSpan:
     version, _, attempt = label.partition(".")
     return VersionSpan(start=start, version=int(version), attempt=int(attempt))
@@ -367,34 +342,3 @@ def _read_span(start: int, label: str) -> VersionSpan:
 def _read_prompt_logprobs(output: Any, row: Int32Array) -> Float32Array:
     values = [output.prompt_logprobs[i][int(row[i])].logprob for i in range(1, len(row))]
     return np.asarray(values, dtype=np.float32)
-
-
-def _build(model_path: Path, config: ActorsConfig, device: str, stop_strings: bool) -> Any:
-    from vllm import EngineArgs, LLMEngine
-
-    logging.getLogger(RELOAD_LOGGER).addFilter(is_about_weights)
-    arguments: dict[str, Any] = {
-        "model": str(model_path),
-        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.dtype],
-        "max_model_len": config.max_model_len,
-        "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": max(BATCH_TOKENS, config.max_model_len),
-        "block_size": config.block_size,
-        "enable_prefix_caching": True,
-        "logprobs_mode": "processed_logprobs",
-        "skip_tokenizer_init": not stop_strings,
-        "enforce_eager": config.enforce_eager,
-        "tensor_parallel_size": config.tensor_parallel_size,
-        "disable_log_stats": True,
-        "trust_remote_code": False,
-        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
-        "generation_config": "vllm",  # ignore the sampling defaults of the model folder
-    }
-    if device == "cpu":
-        # vLLM samples after every chunk of a prompt and then rewinds the generator; a seeded CPU generator cannot.
-        arguments["enable_chunked_prefill"] = False
-    if config.tensor_parallel_size == 1:
-        arguments["distributed_executor_backend"] = "uni"
-    engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
-    engine.set_weight_version(_label(0, 0))
-    return engine

@@ -40,10 +40,10 @@ def serve_bare(pipe: Any, model: Path, config: ActorsConfig, log: Path) -> None:
     """Run a bare engine in this process. It answers a list of requests with (start, end, tokens of each request)."""
     quiet_worker(str(log))
     die_with_parent()
-    from actors.engine import _build, engine_environment
+    from actors.engine_build import build_engine, engine_environment
 
     os.environ.update(engine_environment(config, "cpu"))  # before vllm is imported
-    engine = _build(model, config, "cpu", stop_strings=False)
+    engine = build_engine(model, config, "cpu", stop_strings=False)
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rlsys.tasks.answers.judge import Judge
-from rlsys.tasks.answers.reader import read_answer
+from rlsys.tasks.answers.reading.reader import read_answer
 
 FORMS = ("<answer>%s</answer>", r"So it is \boxed{%s}.", "$%s$", "%s", "The answer is %s.")
 EXTREME = [

@@ -8,9 +8,9 @@ The exit code is 1 if one of these checks fails:
 
 - Every job ends with exit code 0. It restarts nothing, skips nothing, fails no rollout, verification or save, and every
   prompt has one outcome.
-- Memory, files, sockets and stored objects of its processes do not grow after the first quarter of the stage `online`.
+- Files, sockets and stored objects of its processes do not grow after the first quarter of the stage `online`. Nor does
+  their memory after the first half of the long jobs: before, caches of allocators fill.
 - No process of a job, no temporary folder and no shared memory that its processes used is left after it.
-- Jobs of the same kind need as much at the end as at the start.
 
 Memory varies with the lengths of the samples, and what an allocator has kept is not given back at once. So a rise
 counts as growth if it is larger than a bound and also larger than three standard deviations of a random walk with the
@@ -34,7 +34,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
@@ -66,6 +66,8 @@ LOOK_S, GONE_S, LIMIT_S = 5.0, 15.0, 3600.0
 PAUSE_S, LONG_PAUSE_S = (5.0, 30.0), 40.0
 # Growth that counts: MiB of memory, and numbers of files, sockets and objects.
 MEMORY_MIB, ENTRIES = 48.0, 8.0
+# Minutes of the stage `online` that tell growth from the filling of caches, which takes about 150 steps.
+MEMORY_MINUTES = 14
 SEEN = ("driver MiB", "actor MiB", "rank MiB", "stored objects")
 BURN = "while True: sum(i * i for i in range(100_000))"
 NEVER = ("process/actor_restarts", "process/learner_restarts", "process/failed_saves")
@@ -77,31 +79,48 @@ class Job:
     """One job and what was seen of its processes.
 
     Attributes:
-        online: For every look in the stage `online`: seconds since the start, and figure by name, such as "driver MiB".
-        paths: Temporary folders of Ray and files in shared memory that its processes used.
+        minutes: Median of every figure, such as "driver MiB", in each minute of the stage `online`.
     """
 
     kind: str
     seconds: float = 0.0
     code: int = 0
     steps: int = 0
-    online: list[tuple[float, dict[str, float]]] = field(default_factory=list)
-    paths: set[Path] = field(default_factory=set)
+    minutes: dict[str, list[float]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def quarter(self, number: int) -> dict[str, float]:
         """Return the median of every figure in a quarter of the stage `online`, from 0."""
-        part = self.online[number * len(self.online) // 4 : (number + 1) * len(self.online) // 4]
-        names = {name for _, look in part for name in look}
-        return {name: statistics.median([look[name] for _, look in part if name in look]) for name in sorted(names)}
+        parts = {name: values[_quarter(values, number) : _quarter(values, number + 1)] for name, values in self}
+        return {name: statistics.median(part) for name, part in parts.items() if part}
 
-    def minutes(self, start: int = 0) -> dict[str, list[float]]:
-        """Return the medians of every minute, by figure, of the looks from number `start`."""
-        figures: dict[str, dict[int, list[float]]] = {}
-        for at_s, look in self.online[start:]:
-            for name, value in look.items():
-                figures.setdefault(name, {}).setdefault(int(at_s // 60), []).append(value)
-        return {name: [statistics.median(minute) for minute in each.values()] for name, each in sorted(figures.items())}
+    def settled(self) -> dict[str, list[float]]:
+        """Return the figures of the minutes in which they must not grow.
+
+        These are the minutes after the first quarter; for memory after the first half, if there are enough of them.
+        """
+        later = {}
+        for name, values in self:
+            memory = name.endswith("MiB")
+            if not memory or len(values) >= MEMORY_MINUTES:
+                later[name] = values[_quarter(values, 2 if memory else 1) :]
+        return later
+
+    def __iter__(self) -> Iterator[tuple[str, list[float]]]:
+        return iter(sorted(self.minutes.items()))
+
+
+def _quarter(values: Sequence[float], number: int) -> int:
+    return number * len(values) // 4
+
+
+def by_minute(looks: Sequence[tuple[float, dict[str, float]]]) -> dict[str, list[float]]:
+    """Return the median of every figure in each minute, from looks of (seconds since the start, figure by name)."""
+    figures: dict[str, dict[int, list[float]]] = {}
+    for at_s, look in looks:
+        for name, value in look.items():
+            figures.setdefault(name, {}).setdefault(int(at_s // 60), []).append(value)
+    return {name: [round(statistics.median(minute), 1) for minute in each.values()] for name, each in figures.items()}
 
 
 def main() -> int:
@@ -118,14 +137,14 @@ def main() -> int:
             jobs.append(run(kind, folder / f"job-{number}", number, arguments.overrides))
             print(f"{time.monotonic() - began:8.0f} s  {kind}: {'; '.join(jobs[-1].problems) or 'healthy'}", flush=True)
     problems = [f"{job.kind}: {problem}" for job in jobs for problem in job.problems]
-    problems += growth_of_jobs(jobs)
+    problems += growth(jobs)
     shown = report(jobs, problems, time.monotonic() - began)
     print("\n".join(["", *shown]))
     if arguments.write:
         page = PAGE.read_text(encoding="utf-8")
         start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
         PAGE.write_text("\n".join([page[:start], *shown, page[end:]]), encoding="utf-8")
-        results_page.keep("soak", {"jobs": [kept(job) for job in jobs], "problems": problems})
+        results_page.keep("soak", {"jobs": [asdict(job) for job in jobs], "problems": problems})
     return int(bool(problems))
 
 
@@ -137,12 +156,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for all jobs")
     return parser.parse_args()
-
-
-def kept(job: Job) -> dict[str, object]:
-    """Return what docs/results keeps of a job: the medians of every minute instead of all looks."""
-    minutes = {name: [round(value, 1) for value in values] for name, values in job.minutes().items()}
-    return {"kind": job.kind, "seconds": round(job.seconds), "code": job.code, "steps": job.steps, "minutes": minutes}
 
 
 @contextmanager
@@ -175,6 +188,8 @@ def changing_load(seed: int) -> Iterator[None]:
 def run(kind: str, run_dir: Path, seed: int, overrides: Sequence[str]) -> Job:
     """Run a job to its end, and look at its processes meanwhile."""
     config, own = JOBS[kind]
+    looks: list[tuple[float, dict[str, float]]] = []
+    paths: set[Path] = set()
     job, started, mark = Job(kind), time.monotonic(), f"{run_dir.parent.name}-{run_dir.name}"
     command = [str(RLSYS), "train", str(ROOT / "configs" / config), f"run.dir={run_dir}", f"run.seed={seed}"]
     command += [SMALL_CACHE, *own, *overrides]
@@ -187,15 +202,18 @@ def run(kind: str, run_dir: Path, seed: int, overrides: Sequence[str]) -> Job:
             while driver.poll() is None and time.monotonic() - started < LIMIT_S:
                 seconds = time.monotonic() - started
                 if any(row["stage"] == "online" for row in rows_of(run_dir)):
-                    job.online.append((seconds, look(driver.pid, mark, run_dir)))
-                job.paths |= used_paths(mark, run_dir)
+                    looks.append((seconds, look(driver.pid, mark, run_dir)))
+                paths |= used_paths(mark, run_dir)
                 time.sleep(LOOK_S)
         finally:
             if driver.poll() is None:
                 os.killpg(driver.pid, signal.SIGKILL)
-    job.seconds, job.code = time.monotonic() - started, driver.returncode
+    job.seconds, job.code, job.minutes = time.monotonic() - started, driver.returncode, by_minute(looks)
     time.sleep(GONE_S)
-    job.problems = problems_of(job, run_dir, mark, log)
+    job.problems = [
+        *problems_of(job, run_dir, mark, log),
+        *(f"left: {path}" for path in sorted(paths) if path.exists()),
+    ]
     return job
 
 
@@ -256,11 +274,8 @@ def problems_of(job: Job, run_dir: Path, mark: str, log: Path) -> list[str]:
         problems += [f"{twice} prompts with two outcomes"] if twice else []
     left = [*marked(MARK, mark), *marked(RUN_ID, run_dir.name)]
     problems += [f"process left: {process.pid} {line(process)[:60]}" for process in left]
-    problems += [f"left: {path}" for path in sorted(job.paths) if path.exists()]
-    minutes = job.minutes(len(job.online) // 4)
-    unseen = [name for name in SEEN if name not in minutes]
-    problems += [f"not seen: {', '.join(unseen)}"] if unseen else []
-    return [*problems, *grown("within the job", minutes)]
+    unseen = [name for name in SEEN if name not in job.minutes]
+    return [*problems, *([f"not seen: {', '.join(unseen)}"] if unseen else [])]
 
 
 def grown(when: str, series: dict[str, list[float]]) -> list[str]:
@@ -275,15 +290,9 @@ def grown(when: str, series: dict[str, list[float]]) -> list[str]:
     return lines
 
 
-def growth_of_jobs(jobs: Sequence[Job]) -> list[str]:
-    """Return a line for every figure that grows from job to job of a kind, by its median in the last quarter."""
-    lines = []
-    for kind in JOBS:
-        quarters = [job.quarter(3) for job in jobs if job.kind == kind]
-        names = set.intersection(*map(set, quarters)) if len(quarters) > 1 else set()
-        series = {name: [quarter[name] for quarter in quarters] for name in sorted(names)}
-        lines += [f"{kind}: {each}" for each in grown("over the jobs", series)]
-    return lines
+def growth(jobs: Sequence[Job]) -> list[str]:
+    """Return a line for every figure that grows within a job. Every job has new processes, so none grows over jobs."""
+    return [f"{job.kind}: {each}" for job in jobs for each in grown("within the job", job.settled())]
 
 
 def report(jobs: Sequence[Job], problems: Sequence[str], seconds: float) -> list[str]:

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from learners.objective.logprobs import masked_token_logprobs
+from learners.language_model import CHUNK_LOGITS, can_pack
 from learners.samples.batching import MicroBatch, collate, plan_micro_batches, to_device
+from learners.samples.packing import pack, share_rows
 from learners.samples.types import PackItem
 from learners.settings import RankSettings
 from rlsys.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The items of one pass.
+
+    Attributes:
+        rows: numbers of the items of every row.
+        parts: number of parts of the targets.
+    """
+
+    rows: list[list[int]]
+    parts: int
+
+    @property
+    def numbers(self) -> list[int]:
+        """Numbers of all items, in the order of their targets."""
+        return [number for row in self.rows for number in row]
 
 
 class ForwardPasses:
@@ -21,25 +44,47 @@ class ForwardPasses:
     def __init__(self, settings: RankSettings) -> None:
         self._settings = settings
         self.passes = 0  # of all models, since the start of the process
-        self.vocabulary: int | None = None  # token ids of the policy, once a stage has started
+        # Of the policy, once a stage has started. Its reference and critic have the same shape.
+        self.vocabulary: int | None = None
+        self._width, self._packs = 1, False
 
-    def shares(self, items: Sequence[PackItem]) -> list[list[int]]:
-        """Return the item indices of every pass of this rank."""
-        plan = plan_micro_batches(
-            [item.length for item in items],
-            ranks=self._settings.ranks,
-            budget_tokens=self._settings.learner.micro_batch_tokens,
-            sample_counts=[len(item.samples) for item in items],
-        )
-        return plan[self._settings.rank]
+    def describe(self, module: PreTrainedModel) -> None:
+        """Note what the passes over the models of a stage need to know of the policy."""
+        config = module.config.get_text_config()
+        self.vocabulary, self._width = int(config.vocab_size), int(config.hidden_size)
+        self._packs = can_pack(module)
+
+    def shares(self, items: Sequence[PackItem]) -> list[Share]:
+        """Return the items of every pass of this rank."""
+        budget = self._settings.learner.micro_batch_tokens
+        sequences = [[sample.token_ids for sample in item.samples] for item in items]
+        if self._packs:
+            rows = share_rows(sequences, width=self._width, limit=budget)
+            lengths = [pack([each for number in row for each in sequences[number]]).length for row in rows]
+            heights = [1] * len(rows)
+        else:
+            rows, lengths = [[number] for number in range(len(items))], [item.length for item in items]
+            heights = [len(item.samples) for item in items]
+        plan = plan_micro_batches(lengths, ranks=self._settings.ranks, budget_tokens=budget, sample_counts=heights)
+        targets = [sum(int(sample.targets.sum()) for number in row for sample in items[number].samples) for row in rows]
+        # All ranks make the same number of parts, because they gather a partitioned output layer together.
+        largest = [max(sum(targets[row] for row in share) for share in turn) for turn in zip(*plan, strict=True)]
+        vocabulary = self.vocabulary or 1
+        return [
+            Share([rows[row] for row in share], max(1, -(-count * vocabulary // CHUNK_LOGITS)))
+            for share, count in zip(plan[self._settings.rank], largest, strict=True)
+        ]
 
     def micro_batches(self, items: Sequence[PackItem]) -> list[MicroBatch]:
         """Return the micro-batches of this rank, on its device."""
-        return [self.collate([items[number] for number in share]) for share in self.shares(items)]
+        return [self.collate(items, share) for share in self.shares(items)]
 
-    def collate(self, items: Sequence[PackItem]) -> MicroBatch:
-        """Return the micro-batch of these items, on this rank's device."""
-        batch = collate(items, self._settings.pad_token_id)
+    def collate(self, items: Sequence[PackItem], share: Share) -> MicroBatch:
+        """Return the micro-batch of a share of the items, on this rank's device."""
+        ends = [0, *itertools.accumulate(map(len, share.rows))]
+        rows = [range(*ends) for ends in itertools.pairwise(ends)] if self._packs else None
+        own = [items[number] for number in share.numbers]
+        batch = collate(own, self._settings.pad_token_id, rows, parts=share.parts)
         self.check_ids(batch.input_ids)
         return to_device(batch, self._settings.device)
 
@@ -60,7 +105,7 @@ class ForwardPasses:
         """Compute log-probabilities of all targets, and entropies at the policy's targets.
 
         Args:
-            model: a causal language model.
+            model: a LanguageModel, or an engine of one.
             batch: micro-batch with N targets, M of them in the policy term.
             entropy: whether to compute the entropies.
 
@@ -69,25 +114,36 @@ class ForwardPasses:
             entropy: [M] nats; [0] without `entropy`.
         """
         self.passes += 1
-        ids, mask = batch.input_ids, batch.loss_mask[:, batch.first_target :]
-        # No attention mask is needed: under causal attention, no real token attends to padding on its right.
-        keep = ids.shape[1] - batch.first_target
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, :-1]
-        temperature: float | Tensor = 1.0
-        if batch.policy is not None and self._settings.temperature != 1:
-            temperature = torch.ones(batch.targets, device=ids.device)
+        temperature = torch.ones(len(batch.targets), device=batch.targets.device)
+        at = None
+        if batch.policy is not None:
             temperature[batch.policy.positions] = self._settings.temperature
-        return masked_token_logprobs(
-            logits,
-            ids[:, batch.first_target + 1 :],
-            mask,
-            temperature,
-            entropy_at=batch.policy.positions if entropy and batch.policy is not None else None,
+            if entropy:
+                at = torch.zeros_like(batch.targets, dtype=torch.bool).index_fill_(0, batch.policy.positions, True)
+        logprobs, entropies = model(
+            input_ids=batch.input_ids,
+            targets=batch.targets,
+            target_ids=batch.target_ids,
+            temperature=temperature,
+            parts=batch.parts,
+            entropy_at=at,
             entropy_gradient=self._settings.objective.policy.entropy_coef > 0,
+            depths=batch.depths,
+            visible=batch.visible,
         )
+        return logprobs, entropies
+
+    def score(self, model: Any, row: Any) -> Tensor:
+        """Return log p(token t+1 | tokens 0..t) of a row of T tokens, [T-1], at temperature 1."""
+        ids = torch.from_numpy(np.asarray(row, dtype=np.int64))
+        self.check_ids(ids)
+        ids = ids.to(self._settings.device)
+        places, ones = torch.arange(len(ids) - 1, device=ids.device), torch.ones(len(ids) - 1, device=ids.device)
+        logprobs: Tensor = model(input_ids=ids[None], targets=places, target_ids=ids[1:], temperature=ones)[0]
+        return logprobs
 
     def values(self, critic: Any, batch: MicroBatch) -> Tensor:
         """Compute the critic's [N] estimates of the return that follows each target, made before the target."""
         self.passes += 1
-        values = critic(input_ids=batch.input_ids, use_cache=False)[:, :-1].float()
-        return values[batch.loss_mask]
+        values = critic(input_ids=batch.input_ids, depths=batch.depths, visible=batch.visible).float()
+        return values.flatten().index_select(0, batch.targets)

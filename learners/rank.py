@@ -14,7 +14,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from learners.deepspeed.collective_errors import fail_on_all_ranks
 from learners.deepspeed.critic import load_critic
@@ -24,7 +23,7 @@ from learners.deepspeed.model_files import restore_model, save_model
 from learners.deepspeed.parameters import published_tensors
 from learners.deepspeed.rollback import rollback_on_non_finite
 from learners.forward import ForwardPasses
-from learners.objective.logprobs import masked_token_logprobs
+from learners.language_model import LanguageModel
 from learners.samples.batching import split_updates
 from learners.samples.build import StepTerms, build_samples, count_dropped_step_pairs
 from learners.samples.signal import policy_changes_weights
@@ -50,7 +49,7 @@ class LearnerRank:
         self.settings = settings
         self.policy: TrainedModel | None = None
         self.critic: TrainedModel | None = None
-        self.reference: PreTrainedModel | None = None
+        self.reference: LanguageModel | None = None
         self.forward = ForwardPasses(settings)
         join_process_group(settings)
 
@@ -79,7 +78,7 @@ class LearnerRank:
         self.stage = stage
         settings, dtype, resumed = self.settings, self.settings.learner.dtype, CheckpointDirectory(resume or Path())
         module, config = self._loaded(load_model, policy), saved_config(policy, dtype)
-        self.forward.vocabulary = int(config.get_text_config().vocab_size)
+        self.forward.describe(module)
         self.policy = TrainedModel("policy", module, config, settings, stage.optimizer, stage.policy_updates)
         restore_model(self.policy, resumed.learner if resume else None)
         if stage.critic:
@@ -87,7 +86,7 @@ class LearnerRank:
             self.critic = TrainedModel("critic", critic, critic.config, settings, stage.critic, stage.total_updates)
             restore_model(self.critic, resumed.critic_learner if resume else None)
         if reference:
-            self.reference = self._loaded(load_model, reference).eval()
+            self.reference = LanguageModel(self._loaded(load_model, reference)).eval()
 
     def _loaded(self, load: Callable[[Path, str, str], Module], folder: Path) -> Module:
         """Load a model. Raise on all ranks if one cannot read it, because the next calls need all ranks.
@@ -153,15 +152,7 @@ class LearnerRank:
     @torch.no_grad()
     def score(self, rows: Sequence[Int32Array]) -> list[Float32Array]:
         """Return log p(token t+1 | tokens 0..t) of every row, `[T-1]` each, at temperature 1. Collective."""
-        scores = []
-        for row in rows:
-            ids = torch.from_numpy(np.asarray(row, dtype=np.int64))[None]
-            self.forward.check_ids(ids)
-            ids = ids.to(self.settings.device)
-            logits = self._policy(input_ids=ids, use_cache=False).logits[:, :-1]
-            mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
-            scores.append(masked_token_logprobs(logits, ids[:, 1:], mask, 1.0)[0].cpu().numpy())
-        return scores
+        return [self.forward.score(self._policy, row).cpu().numpy() for row in rows]
 
     def score_pairs(self, pairs: Sequence[Preference]) -> list[tuple[float, float]]:
         """Return the scores of the chosen and the rejected side under the current policy, sums in nats. Collective."""

@@ -83,9 +83,9 @@ class RankScorer:
         flat = torch.zeros(int(starts[-1]), dtype=torch.float32, device=self._settings.device)
         items = [PackItem(samples=(sample,)) for sample in samples]
         for share in self._forward.shares(items):
-            scores = forward(self._forward.collate([items[number] for number in share]))
+            scores = forward(self._forward.collate(items, share))
             offset = 0
-            for number in share:
+            for number in share.numbers:
                 size = int(starts[number + 1] - starts[number])
                 flat[int(starts[number]) : int(starts[number + 1])] = scores[offset : offset + size]
                 offset += size

@@ -47,20 +47,26 @@ def learner_environment(config: LearnerConfig, device: str, rank: int) -> dict[s
     return variables
 
 
-def deepspeed_config(learner: LearnerConfig, optimizer: OptimizerConfig, parameters: int) -> dict[str, Any]:
+def deepspeed_config(
+    learner: LearnerConfig, optimizer: OptimizerConfig, parameters: int, device: str
+) -> dict[str, Any]:
     """Build the DeepSpeed configuration from our fields.
 
     Args:
         learner: configuration of the learner.
         optimizer: configuration of the optimizer.
         parameters: number of parameters of the model.
+        device: "cpu" or "cuda".
     """
     # DeepSpeed allocates whole buckets in every step, and its default size of 5e8 costs seconds on a small model. The
     # size must be even.
     bucket = min(parameters + parameters % 2, 50_000_000)
+    bf16 = learner.dtype == "bf16"
+    # DeepSpeed's ZeRO 1 sums the gradients of passes in bf16, or has an optimizer of another kind. Its ZeRO 2 shards
+    # the same states, and the gradients too.
     zero: dict[str, Any] = {
-        "stage": learner.zero_stage,
-        "overlap_comm": False,
+        "stage": max(learner.zero_stage, 2) if bf16 else learner.zero_stage,
+        "overlap_comm": device == "cuda",
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
@@ -74,5 +80,6 @@ def deepspeed_config(learner: LearnerConfig, optimizer: OptimizerConfig, paramet
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # the fused CPU optimizer needs a compiler at run time
-        "bf16": {"enabled": learner.dtype == "bf16"},
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
     }

@@ -119,7 +119,7 @@ class TrainingStep:
     def _measure_gradient_norms(self, batches: Sequence[MicroBatch]) -> None:
         """Log the norm of every term's gradient in the last layer.
 
-        The last layer alone costs little more than a forward pass. The bare module computes it, because DeepSpeed's
+        The last layer alone costs little more than a forward pass. The bare model computes it, because DeepSpeed's
         engine would add the gradients to the update.
         """
         parameters = self.policy.last_layer()
@@ -131,7 +131,7 @@ class TrainingStep:
             if term != "value"
         }
         for batch in batches:
-            logprobs, entropy = self.forward.logprobs(self.policy.module, batch, entropy=True)
+            logprobs, entropy = self.forward.logprobs(self.policy.bare, batch, entropy=True)
             for term, output in joint_loss(logprobs, entropy, batch, self.settings.objective).items():
                 _add_gradient(gradients[term], self.weights[term] * output.loss, parameters)
         self.metrics.note_gradient_norms({term: summed_gradient_norm(parts) for term, parts in gradients.items()})

@@ -1,8 +1,8 @@
 """The command line: train, check, evaluate, search, extract, keys.
 
-Exit codes: 0 the command reached its end; 1 it failed; 2 the input is not usable; 75 run.time_limit has passed;
-128 + n it was stopped by signal n (130 SIGINT, 143 SIGTERM). For the last two, the last line of output says whether the
-state is saved.
+Exit codes: 0 the command reached its end; 1 it failed; 2 the input is not usable, also the files of the run to be
+resumed, and the same command fails again until the user acts; 75 run.time_limit has passed; 128 + n it was stopped by
+signal n (130 SIGINT, 143 SIGTERM). For the last two, the last line of output says whether the state is saved.
 """
 
 from __future__ import annotations

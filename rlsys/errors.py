@@ -25,7 +25,7 @@ class RlsysError(Exception):
 
 
 class ConfigError(RlsysError):
-    """Unusable input of the user: config, override, data file or resumed run. Exit code 2."""
+    """Unusable input of the user: config, override, data file, or files of the run to be resumed. Exit code 2."""
 
 
 class DataError(ConfigError):
@@ -86,6 +86,10 @@ class NonFiniteStepsError(LearnerLostError):
 
 class CheckpointError(RlsysError):
     """Checkpoint that cannot be written or read."""
+
+
+class DamagedFileError(CheckpointError, ConfigError):
+    """File of a run that is missing, damaged or unreadable. The same command fails again until the user acts."""
 
 
 class TooManyFailuresError(RlsysError):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlsys.errors import CheckpointError
+from rlsys.errors import CheckpointError, DamagedFileError
 
 
 class RecordFile:
@@ -138,12 +138,12 @@ def read_json(path: Path) -> Any:
     """Return the value in a JSON file.
 
     Raises:
-        CheckpointError: the file is missing, unreadable or not JSON.
+        DamagedFileError: the file is missing, unreadable or not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        raise DamagedFileError(f"{path}: cannot be read: {error}; restore it, or choose another run.dir") from error
 
 
 def json_record(value: Mapping[str, Any]) -> bytes:
@@ -160,19 +160,23 @@ def read_records(path: Path, valid: Callable[[Any], bool], expected: str) -> lis
         valid: returns whether a record has the expected form; it may also raise KeyError or TypeError if not.
         expected: the expected form and a remedy, for the message.
     Raises:
-        CheckpointError: a line is not a valid record.
+        DamagedFileError: a line is not a valid record, or the file cannot be read.
     """
     if not path.exists():
         return []
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise DamagedFileError(f"{path}: cannot be read: {error}; restore it, or choose another run.dir") from error
     records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
             is_valid = valid(record)
         except (ValueError, KeyError, TypeError):
             is_valid = False
         if not is_valid:
-            raise CheckpointError(f"{path}:{number}: expected {expected}")
+            raise DamagedFileError(f"{path}:{number}: expected {expected}")
         records.append(record)
     return records
 

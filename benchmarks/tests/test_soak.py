@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -26,11 +25,17 @@ def test_a_steady_rise_is_growth_and_a_variation_is_not(
     assert bool(soak.grown("within the job", {name: values})) == grows
 
 
-def test_growth_from_job_to_job_is_named_with_its_kind(soak: ModuleType) -> None:
-    def job(files: float) -> Any:
-        return soak.Job("joint", online=[(60.0 * minute, {"driver files": files}) for minute in range(4)])
+def test_memory_is_judged_in_the_second_half_of_long_jobs_and_files_in_all(soak: ModuleType) -> None:
+    def grown(minutes: list[float]) -> list[str]:
+        job = soak.Job("joint", minutes={"rank MiB": minutes, "rank files": minutes})
+        return sorted(line.split()[2] for line in soak.growth([job]))
 
-    assert soak.growth_of_jobs([job(100), job(120), job(140)]) == [
-        "joint: driver files grew over the jobs, from 100 to 140"
-    ]
-    assert not soak.growth_of_jobs([job(100), job(100)])
+    assert grown([100.0 + 20 * minute for minute in range(6)]) == ["files"]
+    assert grown([100.0 + 20 * minute for minute in range(16)]) == ["MiB", "files"]
+    assert grown([100.0 + 20 * min(minute, 6) for minute in range(16)]) == []
+    assert grown([100.0] * 16) == []
+
+
+def test_looks_become_medians_of_minutes(soak: ModuleType) -> None:
+    looks = [(61.0, {"a": 1.0}), (70.0, {"a": 3.0, "b": 1.0}), (119.0, {"a": 2.0}), (121.0, {"a": 9.0})]
+    assert soak.by_minute(looks) == {"a": [2.0, 9.0], "b": [1.0]}

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from learners.deepspeed.model import load_model
 from learners.deepspeed.tensor_files import read_tensors
+from learners.language_model import run_body
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.models.tensors import persistent_buffers
 
@@ -35,10 +36,9 @@ class Critic(nn.Module):
         self.config = body.config
         self.config.num_labels = 1
 
-    def forward(self, input_ids: Tensor, **arguments: Any) -> Tensor:
-        """Return a value for every token, [B, L]."""
-        hidden = self.body(input_ids=input_ids, **arguments).last_hidden_state
-        return self.score(hidden).squeeze(-1)
+    def forward(self, input_ids: Tensor, depths: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+        """Return a value for every token, [B, L]; the inputs are those of `run_body`."""
+        return self.score(run_body(self.body, input_ids, depths, visible)).squeeze(-1)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding, whose rows are the token ids that the critic knows."""

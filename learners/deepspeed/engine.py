@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from learners.deepspeed.collective_errors import first_problem
 from learners.deepspeed.rollback import UpdateSnapshot, discard_gradients
+from learners.language_model import LanguageModel
 from learners.objective.schedule import learning_rate
 from learners.settings import RankSettings, deepspeed_config
 from rlsys.config.schema import OptimizerConfig
@@ -62,7 +63,8 @@ class TrainedModel:
         self._gradient_sum = torch.zeros((), device=settings.device)
         for parameter in module.parameters():
             parameter.register_hook(self._add_to_gradient_sum)
-        self.engine = _build(module, settings, optimizer)
+        self.bare = LanguageModel(module) if isinstance(module, PreTrainedModel) else module
+        self.engine = _build(self.bare, settings, optimizer)
         if settings.learner.zero_stage == 0 and settings.learner.dtype == "fp32":
             self.engine.clip_fp32_gradients = self._clip
         self._snapshot, self._snapshot_updates = UpdateSnapshot(self.engine), 0
@@ -175,13 +177,13 @@ class TrainedModel:
         self.updates = updates
         inner = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
         for entry in inner.state.values():
-            entry["step"] = torch.tensor(float(updates))
+            entry["step"].fill_(updates)
 
     def destroy(self) -> None:
         """Free the memory of model and optimizer, before another model is built."""
         self.engine.destroy()
         _forget_partitioned_modules()
-        self.module = self.engine = None
+        self.module = self.bare = self.engine = None
         del self._snapshot
         gc.collect()  # module, hooks and engine refer to each other
         if self.settings.device == "cuda":
@@ -291,9 +293,10 @@ def _build(module: Any, settings: RankSettings, optimizer: OptimizerConfig) -> A
         betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
+        fused=True,
     )
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=adam, config=deepspeed_config(learner, optimizer, parameters)
+        model=module, optimizer=adam, config=deepspeed_config(learner, optimizer, parameters, settings.device)
     )
     _create_states(engine)
     return engine
@@ -316,7 +319,7 @@ def _create_states(engine: Any) -> None:
     flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
     for parameter in flat or [parameter for group in inner.param_groups for parameter in group["params"]]:
         inner.state[parameter] = {
-            "step": torch.tensor(0.0),
+            "step": torch.zeros((), device=parameter.device),
             **{key: torch.zeros_like(parameter) for key in MOMENTS},
         }
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)

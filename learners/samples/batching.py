@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from learners.samples.packing import pack, pad_rows
 from learners.samples.types import PackItem, Pair, PolicyTokens, Sample
 from rlsys.types import BoolArray, Float32Array
 
@@ -86,16 +87,18 @@ class PairTargets:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Tensors of one forward pass: B samples, right-padded to L tokens, with N targets.
+    """Tensors of one forward pass: B rows, right-padded to L tokens, with N targets.
 
-    Target column s is token s + 1, predicted by the logits at position s. A target may be trained by several terms.
-    Padding on the right needs no attention mask, because causal attention never looks to the right.
+    A row holds one sample, or several that share their beginnings. A target may be trained by several terms. Rows of
+    one sample need no mask, because causal attention never looks to the padding on the right.
 
     Attributes:
         input_ids: [B, L] int64.
-        loss_mask: [B, L-1] bool, True where the target is trained; the N targets are numbered in row-major order.
-        first_target: smallest column trained in any row (L - 2 if none is). `logits_to_keep = L - first_target` gives
-            all necessary logits, and those of the last position, which have no target.
+        depths: [B, L] int64, positions of the tokens in their samples; None if every row holds one sample.
+        visible: [B, L, L] bool, the tokens that each token sees; None if every row holds one sample.
+        targets: [N] int64, places in the flattened input_ids whose logits predict a target, by sample and token.
+        target_ids: [N] int64, the tokens to predict.
+        parts: number of parts in which the logits of the targets are computed.
         real_tokens: number of tokens without padding.
         policy: targets of the policy term and the critic; None if no sample has any.
         sft: targets of the supervised term; None if no sample has any.
@@ -103,17 +106,15 @@ class MicroBatch:
     """
 
     input_ids: Tensor
-    loss_mask: Tensor
-    first_target: int
+    depths: Tensor | None
+    visible: Tensor | None
+    targets: Tensor
+    target_ids: Tensor
+    parts: int
     real_tokens: int
     policy: PolicyTargets | None
     sft: SftTargets | None
     pairs: PairTargets | None
-
-    @property
-    def targets(self) -> int:
-        """Number of targets, N."""
-        return int(self.loss_mask.sum())
 
     def count(self, term: str) -> int:
         """Return the number of targets of a term; for the term preference, of pairs."""
@@ -256,8 +257,10 @@ def _deal(spans: Sequence[Span], ranks: int, items: _Ordered) -> list[list[Span]
     return shares
 
 
-def collate(items: Sequence[PackItem], pad_id: int) -> MicroBatch:
-    """Pad samples to one length, and align masks and values with the targets.
+def collate(
+    items: Sequence[PackItem], pad_id: int, rows: Sequence[Sequence[int]] | None = None, *, parts: int = 1
+) -> MicroBatch:
+    """Pad rows to one length, and align masks and values with the targets.
 
     Without items, the result is one row of padding that trains nothing, because all ranks must run the same number of
     forward and backward passes.
@@ -265,26 +268,33 @@ def collate(items: Sequence[PackItem], pad_id: int) -> MicroBatch:
     Args:
         items: items of the micro-batch.
         pad_id: token id of the padding.
+        rows: numbers of the items whose samples share a row, in ascending order from the first row to the last; None
+            gives every sample a row of its own.
+        parts: number of parts in which the logits of the targets are computed.
     """
     samples = [sample for item in items for sample in item.samples]
-    width = max([2, *(sample.length for sample in samples)])
-    input_ids = np.full((max(1, len(samples)), width), pad_id, dtype=np.int64)
-    masks = np.zeros((max(1, len(samples)), width), dtype=np.bool_)
-    for index, sample in enumerate(samples):
-        input_ids[index, : sample.length] = sample.token_ids
-        masks[index, : sample.length] = sample.targets
-    targets = masks[:, 1:]
-    numbers = np.cumsum(targets).reshape(targets.shape) - 1
+    if rows is None:
+        packed = [pack([sample.token_ids]) for sample in samples]
+    else:
+        packed = [pack([sample.token_ids for number in row for sample in items[number].samples]) for row in rows]
+    padded = pad_rows(packed, pad_id)
+    trained = [np.flatnonzero(sample.targets) for sample in samples]  # never token 0
+    starts = np.cumsum([0, *(len(each) for each in trained)])
 
-    def positions(mask: BoolArray | None, index: int) -> np.ndarray:
+    def positions(mask: BoolArray | None, number: int) -> np.ndarray:
         """Return the target numbers of a term in a sample; an empty array without a mask."""
-        return _NO_TARGETS if mask is None else numbers[index, : len(mask) - 1][mask[1:]]
+        return _NO_TARGETS if mask is None else starts[number] + np.flatnonzero(mask[trained[number]])
 
+    targets = (place[at - 1] for place, at in zip(padded.places, trained, strict=True))
+    target_ids = (sample.token_ids[at] for sample, at in zip(samples, trained, strict=True))
     return MicroBatch(
-        input_ids=torch.from_numpy(input_ids),
-        loss_mask=torch.from_numpy(targets.copy()),
-        first_target=int(np.nonzero(targets)[1].min(initial=width - 2)),
-        real_tokens=sum(sample.length for sample in samples),
+        input_ids=torch.from_numpy(padded.input_ids),
+        depths=None if padded.depths is None else torch.from_numpy(padded.depths),
+        visible=None if padded.visible is None else torch.from_numpy(padded.visible),
+        targets=torch.from_numpy(np.concatenate([_NO_TARGETS, *targets])),
+        target_ids=torch.from_numpy(np.concatenate([_NO_TARGETS, *target_ids]).astype(np.int64)),
+        parts=parts,
+        real_tokens=sum(row.length for row in packed),
         policy=_policy_targets(samples, [positions(sample.policy_mask, n) for n, sample in enumerate(samples)]),
         sft=_sft_targets(samples, [positions(sample.sft_mask, n) for n, sample in enumerate(samples)]),
         pairs=_pair_targets(

@@ -18,7 +18,15 @@ from rlsys.trees import Role
 # An actor holds AHEAD times as many trees as keep its engine full, so that it can begin the next one at once.
 AHEAD = 2
 MINIMUM_AHEAD = 8
-SHARED_FIELDS = ("count", "tensor_parallel_size", "dtype", "max_model_len", "max_num_seqs", "kv_cache_gib")
+SHARED_FIELDS = (
+    "count",
+    "tensor_parallel_size",
+    "dtype",
+    "max_model_len",
+    "max_num_seqs",
+    "kv_cache_gib",
+    "gpu_memory_utilization",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -83,6 +83,8 @@ class ActorsConfig(Section):
     """Tokens in one block of the prefix cache."""
     kv_cache_gib: float = Field(default=1.0, gt=0)
     """Size of the key-value cache of one engine, in GiB."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of a GPU's memory that must be free when an engine starts. Lower it where other processes use the GPU."""
     enforce_eager: bool = True
     """true: run without compilation. false: vLLM compiles and captures CUDA graphs, which makes the start slower."""
     start_timeout_s: float = Field(default=300.0, gt=0)

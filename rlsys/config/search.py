@@ -101,6 +101,8 @@ class SearchModelConfig(Section):
     """Maximum number of sequences that an engine decodes at the same time."""
     kv_cache_gib: float = Field(default=1.0, gt=0)
     """Size of the key-value cache of one engine, in GiB."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of a GPU's memory that must be free when an engine starts. Lower it where other processes use the GPU."""
     question_template: str = "{question}"
     """Text of the user message for this model, with any instructions about tags. {question} is replaced by the
     question. The text is not part of the extracted data."""

@@ -21,7 +21,7 @@ from rlsys.control.actor_slots import ActorHandle, ActorSlot, ActorState, Watche
 from rlsys.control.budgets import causes
 from rlsys.control.publisher import LostActorError, Publisher
 from rlsys.control.supervisor import ActorSupervisor, same_exception
-from rlsys.control.watchdog import WatchClock
+from rlsys.control.watchdog import WatchClock, watch_interval
 from rlsys.errors import EngineError, RlsysError, TooManyFailuresError
 from rlsys.interfaces import CheckAck, EngineStats, WeightTransfer
 from rlsys.trees import Role, Tree, TreeFailure
@@ -74,7 +74,7 @@ class Fleet:
             max_restarts=max_restarts,
             hang_timeout_s=hang_timeout_s,
             say=say,
-            clock=clock or WatchClock(),
+            clock=clock or WatchClock(interval_s=watch_interval(count + len(auxiliary))),
         )
         self._publisher = Publisher(self._supervisor)
         self._supervisor.weights = self._publisher

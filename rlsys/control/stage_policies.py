@@ -10,7 +10,7 @@ from pathlib import Path
 from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plans
 from rlsys.directory import CheckpointDirectory, RunDirectory
-from rlsys.errors import CheckpointError
+from rlsys.errors import CheckpointError, DamagedFileError
 from rlsys.files import fsync
 from rlsys.types import StageName
 
@@ -71,12 +71,13 @@ class StagePolicies:
         """Return the digest of a policy.
 
         Raises:
-            CheckpointError: the folder cannot be read.
+            DamagedFileError: the folder cannot be read.
         """
         try:
             return self.policy_digest(policy)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{policy}: the policy cannot be read: {error}; restore the folder") from error
+            reason = f"the policy cannot be read: {error}; restore the folder, or start a new run.dir"
+            raise DamagedFileError(f"{policy}: {reason}") from error
 
 
 def _link(path: Path, target: Path) -> None:

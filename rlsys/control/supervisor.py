@@ -339,4 +339,4 @@ class ActorSupervisor:
         finally:
             slot.asking_progress = False
         # Only actors count as idle: auxiliary engines are called by actors, and report progress while idle.
-        slot.timer.report(progress, idle=slot in self.actors and not slot.calls)
+        slot.timer.report(progress, idle=slot not in self.auxiliary and not slot.calls)

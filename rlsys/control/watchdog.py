@@ -6,6 +6,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+QUESTIONS_PER_S = 100.0
+"""Questions about progress that the driver asks in a second. 1,000 in a second would fill a core."""
+
+
+def watch_interval(processes: int) -> float:
+    """Return the seconds between two questions to one of so many processes: 1, or more for more than 100."""
+    return max(1.0, processes / QUESTIONS_PER_S)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchClock:

@@ -1,7 +1,7 @@
 """Training rows from files: demonstrations and preference pairs, kept as arrays of token ids.
 
-A file has the id columns of `rlsys extract`, or rows of text or messages, which `rlsys.data.texts` encodes. Rows that
-are too long or unreadable are left out up to a share. Only token ids stay in memory.
+A file has the id columns of `rlsys extract`, or rows of text or messages, which `rlsys.data.text_rows` encodes. Rows
+that are too long or unreadable are left out up to a share. Only token ids stay in memory.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlsys.data.left_out import LeftOut
-from rlsys.data.texts import PAIR_COLUMNS, SUPERVISED_COLUMNS, EncodedRows, TextEncoder
+from rlsys.data.text_rows import EncodedRows, TextEncoder
 from rlsys.errors import DataError
 from rlsys.sequences import common_prefix_length
-from rlsys.tables.forms import form_name
+from rlsys.tables.forms import Section, expected_columns, form_name, read_columns
 from rlsys.tables.read import UNKNOWN, Batch, Element, Layout, Ragged, RowFile
 from rlsys.tables.schemas import PREFERENCES, STEP_PREFERENCES, SUPERVISED
 from rlsys.tables.sources import WHOLE, Part
 from rlsys.types import Demonstration, Preference
 
+_SIDE_PLACES = ("column prompt_ids", "column chosen_ids", "column rejected_ids")
 _VISITS = ("chosen_visits", "rejected_visits")
 SUPERVISED_IDS: Layout = SUPERVISED.subset("token_ids", "loss_mask")
 CHAINS: Layout = PREFERENCES.subset("chosen_ids", "rejected_ids", "prompt_length", "common_prefix", *_VISITS)
@@ -130,11 +131,12 @@ class Reader:
         if layout := file.layout([SUPERVISED_IDS]):
             for batch in file.batches(layout):
                 ids, mask = self._supervised(batch)
-                fitting = self._fitting(batch, "token_ids", [ids], left_out)
+                prompts = np.zeros(len(ids), dtype=np.int64)
+                fitting = self._fitting(batch, ["column token_ids"] * 2, prompts, [ids], left_out)
                 token_ids.add(ids, fitting)
                 masks.add(mask, fitting)
         else:
-            for rows in self._texts(file, SUPERVISED_COLUMNS, left_out):
+            for rows in self._texts(file, "sft", left_out):
                 unwanted += rows.unwanted
                 pieces = list(zip(rows.prompts, rows.sides[0], strict=True))
                 token_ids.add(_ragged([[*prompt, *side] for prompt, side in pieces], np.int32))
@@ -164,32 +166,31 @@ class Reader:
         if layout := file.layout([CHAINS, STEPS]):
             for batch in file.batches(layout):
                 prompts, chosen, rejected = self._sides(batch, layout)
-                fitting = self._fitting(batch, "chosen_ids or rejected_ids", [chosen, rejected], left_out)
+                own = prompts if layout is STEPS else np.zeros_like(prompts)
+                fitting = self._fitting(batch, _SIDE_PLACES, own, [chosen, rejected], left_out)
                 pairs.add(batch, prompts, chosen, rejected, fitting)
         else:
-            for rows in self._texts(file, PAIR_COLUMNS, left_out):
+            for rows in self._texts(file, "preference", left_out):
                 lengths = np.array([len(prompt) for prompt in rows.prompts], dtype=np.int64)
                 chosen, rejected = (_joined(rows.prompts, side) for side in rows.sides)
                 pairs.add(Batch(file.where, rows.numbers, {}), lengths, chosen, rejected)
         left_out.check()
         return pairs.joined(file.where, left_out.notes)
 
-    def _texts(self, file: RowFile, known: Sequence[tuple[str, ...]], left_out: LeftOut) -> Iterator[EncodedRows]:
+    def _texts(self, file: RowFile, section: Section, left_out: LeftOut) -> Iterator[EncodedRows]:
         """Yield the usable rows of text or messages. The others are added to `left_out`.
 
         Raises:
-            DataError: The file has none of the known sets of columns, or no row.
+            DataError: The section reads none of the forms that the file has, or the file has no row.
         """
         names = file.names()
-        columns = next((columns for columns in known if set(columns) <= set(names)), None)
+        columns = read_columns(names, section)
         if columns is None:
-            ids = [SUPERVISED_IDS] if known is SUPERVISED_COLUMNS else [CHAINS, STEPS]
-            required = [[name for name, column in layout.items() if not column.optional] for layout in ids]
-            expected = ", or ".join(map(" + ".join, [*required, *known]))
             form = form_name(names)
             described = f"{form} rows: " if form else ""
             raise DataError(
-                f"{file.where}: expected the columns {expected}; found {described}{', '.join(names) or 'none'}"
+                f"{file.where}: expected the columns {expected_columns(section)}; found "
+                f"{described}{', '.join(names) or 'none'}"
             )
         for rows in TextEncoder(self.tokenizer, self.end_tokens, columns).encode(file.rows()):
             left_out.total += len(rows.numbers) + len(rows.bad) + rows.unwanted
@@ -197,47 +198,67 @@ class Reader:
                 left_out.add(
                     number, f"row {number}, {reason}" if reason.startswith("column") else f"row {number}: {reason}"
                 )
-            yield self._fitting_texts(file, columns, rows, left_out)
+            yield self._fitting_texts(file, rows, left_out)
 
-    def _fitting_texts(
-        self, file: RowFile, columns: Sequence[str], rows: EncodedRows, left_out: LeftOut
-    ) -> EncodedRows:
+    def _fitting_texts(self, file: RowFile, rows: EncodedRows, left_out: LeftOut) -> EncodedRows:
         """Return the rows that are not too long. Raise DataError for a token outside the vocabulary."""
         fitting = []
-        for place, number in enumerate(rows.numbers):
-            prompt, sides = rows.prompts[place], [side[place] for side in rows.sides]
-            longest = max(len(side) for side in sides)
-            name = columns[-len(sides) :][[len(side) for side in sides].index(longest)]
-            where = f"row {number}, column {name}"
-            largest = max(token for tokens in (prompt, *sides) for token in tokens)
-            if largest >= self.vocabulary:
-                raise DataError(f"{file.where}, {where}: {self._expected_ids(largest)}")
-            if len(prompt) + longest > self.longest:
-                left_out.add(number, f"{where}: {self._too_long(len(prompt) + longest)}")
+        for index, number in enumerate(rows.numbers):
+            parts = [rows.prompts[index], *(side[index] for side in rows.sides)]
+            for place, tokens in zip(rows.places[index], parts, strict=True):
+                if (largest := max(tokens, default=0)) >= self.vocabulary:
+                    raise DataError(f"{file.where}, row {number}, {place}: {self._expected_ids(largest)}")
+            prompt, *sides = map(len, parts)
+            if prompt + max(sides) > self.longest:
+                reason = self._too_long(rows.places[index], prompt, sides)
+                left_out.add(number, f"row {number}, {reason}")
             else:
-                fitting.append(place)
+                fitting.append(index)
         return EncodedRows(
-            numbers=[rows.numbers[place] for place in fitting],
-            prompts=[rows.prompts[place] for place in fitting],
-            sides=[[side[place] for place in fitting] for side in rows.sides],
+            numbers=[rows.numbers[index] for index in fitting],
+            prompts=[rows.prompts[index] for index in fitting],
+            sides=[[side[index] for index in fitting] for side in rows.sides],
             unwanted=rows.unwanted,
         )
 
-    def _too_long(self, length: int) -> str:
-        return f"{length} tokens with the prompt, actors.max_model_len is {self.longest}"
+    def _too_long(self, places: Sequence[str], prompt: int, sides: Sequence[int]) -> str:
+        """Return the column that is too long, and by how much.
+
+        Args:
+            places: Columns of the prompt and of each side.
+            prompt: Tokens of the prompt, which is at fault if it leaves no room for a side.
+            sides: Tokens of each side after the prompt.
+        """
+        length, with_prompt = prompt + max(sides), " with the prompt"
+        place = places[1 + sides.index(max(sides))]
+        if prompt >= self.longest:
+            length, with_prompt, place = prompt, "", places[0]
+        return f"{place}: {length} tokens{with_prompt}, actors.max_model_len is {self.longest}"
 
     def _expected_ids(self, token: int) -> str:
         return f"expected token ids from 0 to {self.vocabulary - 1} (the policy's vocabulary), found {token}"
 
     def _fitting(
-        self, batch: Batch, name: str, sides: Sequence[Ragged[np.int32]], left_out: LeftOut
+        self,
+        batch: Batch,
+        places: Sequence[str],
+        prompts: NDArray[np.int64],
+        sides: Sequence[Ragged[np.int32]],
+        left_out: LeftOut,
     ) -> NDArray[np.int64]:
-        """Return the indices of the rows that are not too long, and add the others to `left_out`."""
+        """Return the indices of the rows that are not too long, and add the others to `left_out`.
+
+        Args:
+            places: Columns of the prompt and of each side.
+            prompts: Tokens of each prompt that has a column of its own, else 0.
+            sides: Token ids of each side, prompt first.
+        """  # fmt: skip
         lengths = np.max([side.lengths for side in sides], axis=0)
         left_out.total += len(lengths)
         for row in np.flatnonzero(lengths > self.longest):
-            number = batch.numbers[row]
-            left_out.add(number, f"row {number}, column {name}: {self._too_long(int(lengths[row]))}")
+            number, prompt = batch.numbers[row], int(prompts[row])
+            reason = self._too_long(places, prompt, [int(side.lengths[row]) - prompt for side in sides])
+            left_out.add(number, f"row {number}, {reason}")
         return np.flatnonzero(lengths <= self.longest)
 
     def _supervised(self, batch: Batch) -> tuple[Ragged[np.int32], Ragged[np.bool_]]:

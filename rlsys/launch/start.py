@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from actors.engine import engine_environment
+from actors.engine_build import engine_environment
 from actors.model_actor import ModelActor, ModelSettings
 from actors.rollout_actor import RolloutActor
 from actors.settings import ActorSettings

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.errors import ConfigError, DataError
-from rlsys.models.conversations import chat_messages, plain_text
+from rlsys.models.chat_template import chat_messages, plain_text
 from rlsys.types import Question
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from rlsys.errors import ConfigError
 from rlsys.models.chat import CheckedEncoder, named_tokens
 from rlsys.models.folder import ModelFolder
-from rlsys.models.skeleton import check_skeleton
+from rlsys.models.weight_shapes import check_weight_shapes
 
 PROBE = "What is 12 + 7? Write the sum."
 """A question that every chat template must be able to render."""
@@ -75,7 +75,7 @@ def _check(model: ModelFolder, use: Use) -> tuple[str, ...]:
         refuse_quantized(model)
         refuse_experts(model)
         check_padding(model, named["pad_token_id"])
-        notes = check_skeleton(model)
+        notes = check_weight_shapes(model)
     elif model.vocabulary is None:
         return ()  # the engine may know a kind of model that transformers does not
     check_positions(model, use)

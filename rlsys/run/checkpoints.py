@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rlsys.errors import CheckpointError
+from rlsys.errors import CheckpointError, DamagedFileError
 from rlsys.fault_injection import fault
 from rlsys.files import fsync
 from rlsys.run.manifest import read_manifest, seal, verify_checkpoint
@@ -114,7 +114,7 @@ class CheckpointStore:
         """Return the newest valid checkpoint, or None if there are no checkpoints.
 
         Raises:
-            CheckpointError: checkpoints exist and all are invalid. Starting from scratch would hide the loss.
+            DamagedFileError: checkpoints exist and all are invalid. Starting from scratch would hide the loss.
         """
         candidates = self._newest_first()
         problem = ""
@@ -127,7 +127,7 @@ class CheckpointStore:
             else:
                 return candidate
         if candidates:
-            raise CheckpointError(
+            raise DamagedFileError(
                 f"{self.folder}: none of the {len(candidates)} checkpoints is valid ({problem}); "
                 f"restore one, or delete {self.folder} to start again from scratch"
             )

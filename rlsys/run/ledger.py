@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.directory import RunDirectory
-from rlsys.errors import CheckpointError
+from rlsys.errors import CheckpointError, DamagedFileError
 from rlsys.files import json_record, read_records, resume_records
 
 OUTCOMES = ("trained", "filtered", "skipped")
@@ -33,7 +33,8 @@ class Ledger:
         resume_version: weight version of the checkpoint that the run continues from; -1 for a new run.
         say: called with a message when lines cannot be written and wait in memory.
     Raises:
-        CheckpointError: a line of the file is not valid, or the file cannot be written.
+        DamagedFileError: a line of the file is not valid.
+        CheckpointError: the file cannot be written.
     """
 
     def __init__(self, run_dir: Path, resume_version: int, say: Callable[[str], None] = lambda _text: None) -> None:
@@ -54,14 +55,14 @@ class Ledger:
             cursor: number of issued prompts of the stream.
             in_flight: issued prompts without an outcome.
         Raises:
-            CheckpointError: a prompt is lost, or has two outcomes.
+            DamagedFileError: a prompt is lost, or has two outcomes.
         """
         if self._first_version is not None and cursor:  # the run has earlier steps that no ledger recorded
             self._indices = sorted(set(range(cursor)) - set(in_flight))
             self._file.write(json_record({"version": self._first_version, "before": self._indices, **self._open}))
         indices = sorted([*self._indices, *in_flight])
         if indices != list(range(cursor)):
-            raise CheckpointError(
+            raise DamagedFileError(
                 f"{self.path}: the checkpoint has issued {cursor} prompts; the ledger and the prompts in flight "
                 f"{_difference(indices, cursor)}; restore the file, or resume from another checkpoint"
             )
@@ -108,9 +109,9 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a ledger.jsonl; see `rlsys.files.read_records`.
 
     Raises:
-        CheckpointError: a line is not valid.
+        DamagedFileError: a line is not valid.
     """
-    return read_records(path, _is_line, f"version, {', '.join(OUTCOMES)}; restore the file")
+    return read_records(path, _is_line, f"version, {', '.join(OUTCOMES)}; restore the file, or start a new run.dir")
 
 
 def _is_line(line: Any) -> bool:

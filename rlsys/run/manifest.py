@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from rlsys.errors import CheckpointError
+from rlsys.errors import CheckpointError, DamagedFileError
 from rlsys.files import fsync
 
 MANIFEST = "MANIFEST.json"
@@ -56,27 +56,27 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest of the checkpoint in a folder, without checking the other files.
 
     Raises:
-        CheckpointError: it cannot be read, or is damaged. The cause is an OSError if the file cannot be read now.
+        DamagedFileError: it cannot be read, or is damaged. The cause is an OSError if the file cannot be read now.
     """
     file = path / MANIFEST
     try:
         text = file.read_text(encoding="utf-8")
         body = json.loads(text)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+        raise DamagedFileError(f"{file}: cannot be read: {error}") from error
     if not isinstance(body, dict) or body.get("schema") != SCHEMA:
-        raise CheckpointError(f"{file}: expected a manifest of schema {SCHEMA}")
+        raise DamagedFileError(f"{file}: expected a manifest of schema {SCHEMA}")
     body.pop("sha256", None)
     if text != render_manifest(body):
-        raise CheckpointError(f"{file}: differs from what was written (its sha256 does not fit)")
+        raise DamagedFileError(f"{file}: differs from what was written (its sha256 does not fit)")
     if not isinstance(body.get("files"), list) or not isinstance(body.get("info"), dict):
-        raise CheckpointError(f"{file}: expected the keys files and info")
+        raise DamagedFileError(f"{file}: expected the keys files and info")
     for entry in body["files"]:
         if not isinstance(entry, dict) or set(entry) != {"path", "size", "sha256"}:
-            raise CheckpointError(f"{file}: expected files with path, size and sha256, found {entry!r}")
+            raise DamagedFileError(f"{file}: expected files with path, size and sha256, found {entry!r}")
         inside = PurePosixPath(str(entry["path"]))
         if inside.is_absolute() or ".." in inside.parts:
-            raise CheckpointError(f"{file}: path {entry['path']!r} leads out of the checkpoint")
+            raise DamagedFileError(f"{file}: path {entry['path']!r} leads out of the checkpoint")
     return body
 
 
@@ -84,7 +84,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Check every file of a checkpoint against its manifest, and return the manifest's `info`.
 
     Raises:
-        CheckpointError: names the first file that is missing, additional or different.
+        DamagedFileError: names the first file that is missing, additional or different.
     """
     manifest = read_manifest(path)
     expected = {entry["path"]: entry for entry in manifest["files"]}
@@ -94,19 +94,19 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         for name in sorted(expected.keys() | files.keys()):
             _verify_file(path, name, expected.get(name), files.get(name))
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        raise DamagedFileError(f"{path}: cannot be read: {error}") from error
     return dict(manifest["info"])
 
 
 def _verify_file(folder: Path, name: str, entry: Mapping[str, Any] | None, file: Path | None) -> None:
     if file is None or entry is None:
-        raise CheckpointError(f"{folder}: {name} is {'missing' if file is None else 'not in the manifest'}")
+        raise DamagedFileError(f"{folder}: {name} is {'missing' if file is None else 'not in the manifest'}")
     size = file.stat().st_size
     if size != entry["size"]:
-        raise CheckpointError(f"{file}: expected {entry['size']} bytes, found {size}")
+        raise DamagedFileError(f"{file}: expected {entry['size']} bytes, found {size}")
     digest = _sha256(file)
     if digest != entry["sha256"]:
-        raise CheckpointError(f"{file}: expected sha256 {entry['sha256']}, found {digest}")
+        raise DamagedFileError(f"{file}: expected sha256 {entry['sha256']}, found {digest}")
 
 
 def _plain_files(folder: Path) -> dict[str, Path]:

@@ -233,7 +233,8 @@ class MetricsWriter:
         resume_version: weight version of the checkpoint that the run continues from; -1 for a new run.
         say: called with a message when rows or events cannot be written and wait in memory.
     Raises:
-        CheckpointError: a line of metrics.jsonl is not a row, or a file cannot be written.
+        DamagedFileError: a line of metrics.jsonl is not a row.
+        CheckpointError: a file cannot be written.
     """
 
     def __init__(self, run_dir: Path, resume_version: int, say: Callable[[str], None] = lambda _text: None) -> None:
@@ -284,7 +285,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a metrics.jsonl; see `rlsys.files.read_records`.
 
     Raises:
-        CheckpointError: a line is not a row of metrics.
+        DamagedFileError: a line is not a row of metrics.
     """
     return read_records(path, _is_row, "a row with stage, step and weights/version; remove the line")
 

@@ -20,7 +20,7 @@ from rlsys.config.files import flat_fields
 from rlsys.config.schema import Config
 from rlsys.config.stages import SEARCHED, ExtractedTable, stage_plans
 from rlsys.directory import RunDirectory
-from rlsys.errors import CheckpointError, ConfigError
+from rlsys.errors import ConfigError, DamagedFileError
 from rlsys.files import read_json
 from rlsys.run.manifest import read_manifest
 from rlsys.types import RunState
@@ -54,7 +54,7 @@ def read_provenance(checkpoint: Path) -> Provenance:
 
     Raises:
         ConfigError: the checkpoint has no record, because an older version of rlsys made it.
-        CheckpointError: the manifest cannot be read.
+        DamagedFileError: the manifest cannot be read.
     """
     record = read_manifest(checkpoint)["info"].get("inputs")
     if record is None:
@@ -129,11 +129,11 @@ def check_reference(checkpoint: Path | None, policy: Path, digest: str) -> None:
         policy: the folder of the reference policy.
         digest: its present digest.
     Raises:
-        CheckpointError: the digests differ.
+        DamagedFileError: the digests differ.
     """
     trained = read_provenance(checkpoint).reference if checkpoint else None
     if trained not in (None, digest):  # None: a checkpoint of an older version
-        raise CheckpointError(
+        raise DamagedFileError(
             f"{policy}: expected the policy that the stage began with, sha256 {trained}, found {digest}; restore "
             "the folder, or start a new run.dir"
         )
@@ -148,7 +148,7 @@ def check_extraction(config: Config, state: RunState, checkpoint: Path | None, p
         prompts: number of prompts that the config grows trees for.
     Raises:
         ConfigError: names the field that differs.
-        CheckpointError: the record of the stage cannot be read.
+        DamagedFileError: the record of the stage cannot be read.
     """
     plans = stage_plans(config)
     if checkpoint is None or all(plan.trains for plan in plans[: state.stage]):
@@ -163,7 +163,7 @@ def check_extraction(config: Config, state: RunState, checkpoint: Path | None, p
             for request in (read_json(path)["asked"], extraction_request(config, prompts))
         )
     except (KeyError, TypeError):
-        raise CheckpointError(f"{path}: damaged; restore it, or start a new run.dir") from None
+        raise DamagedFileError(f"{path}: damaged; restore it, or start a new run.dir") from None
     check_equal(before, now, f"what the stage search has extracted ({path})")
 
 

@@ -11,11 +11,11 @@ from rlsys.config.compare import changed_fields, check_fields, load_run_config
 from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plan
 from rlsys.directory import CheckpointDirectory, RunDirectory, SearchDirectory
-from rlsys.errors import CheckpointError, ConfigError
+from rlsys.errors import CheckpointError, ConfigError, DamagedFileError
 from rlsys.files import read_json, write_json
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.manifest import MANIFEST, verify_checkpoint
-from rlsys.run.state import state_from_json
+from rlsys.run.state import read_state
 from rlsys.types import RunState
 
 
@@ -76,7 +76,7 @@ def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
         ConfigError: a fixed field differs from the run to be resumed; the directory holds a search; the directory
             holds a run although `run.resume` is `never`, or a run that did not begin from the named checkpoint; the
             path is not a valid checkpoint, or is the last checkpoint of another finished run.
-        CheckpointError: checkpoints exist and all are invalid.
+        DamagedFileError: checkpoints exist and all are invalid.
     """
     search = SearchDirectory(run_dir)
     if search.origin.exists() and any(search.trees.rglob("*.json*")):
@@ -103,7 +103,7 @@ def find_newest_start(config: Config, run_dir: Path, store: CheckpointStore) -> 
     """Return the start after a loss of the learner: the newest checkpoint, or else the start of this command.
 
     Raises:
-        CheckpointError: checkpoints exist and all are invalid.
+        DamagedFileError: checkpoints exist and all are invalid.
     """
     if config.run.resume == "never":  # this command itself has written to the directory by now
         config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
@@ -119,7 +119,7 @@ def all_steps_made(config: Config, state: RunState) -> bool:
 def _start_at(config: Config, checkpoint: Path, origin: Path) -> Start:
     """Return the start at a checkpoint of the run directory `origin`."""
     before = load_run_config(origin)
-    state = state_from_json(read_json(CheckpointDirectory(checkpoint).state))
+    state = read_state(CheckpointDirectory(checkpoint).state)
     check_fields(config, before, state, RunDirectory(origin).config)
     _check_critic(config, state, checkpoint)
     return Start(state, checkpoint, changed=changed_fields(before, config))
@@ -211,4 +211,4 @@ def _resumed_from(run_dir: Path) -> str | None:
     try:
         return str(read_json(file)["checkpoint"])
     except (KeyError, TypeError):
-        raise CheckpointError(f"{file}: damaged: expected a checkpoint; restore it, or start a new run.dir") from None
+        raise DamagedFileError(f"{file}: damaged: expected a checkpoint; restore it, or start a new run.dir") from None

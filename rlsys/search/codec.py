@@ -18,7 +18,7 @@ import numpy as np
 
 from rlsys.errors import ConfigError
 from rlsys.models.chat import encode_prompt
-from rlsys.tables.conversations import with_template
+from rlsys.tables.messages import with_template
 from rlsys.types import Int32Array, Question
 
 ReadingDefect = Literal["truncated", "unclosed", "malformed"]

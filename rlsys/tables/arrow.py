@@ -11,17 +11,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlsys.errors import DataError
+from rlsys.tables.compression import ROW_BYTES, Expansion
 from rlsys.tables.files import Row, first_line, refuse_repeats
 
 BATCH = 1024
 """Rows of a file that are converted at once."""
+# Least size of a value in memory.
+_NUMBER_BYTES = 8
 _SHORT = {pa.float32(): np.float32, pa.float16(): np.float16}
 
 
-def parquet_rows(stream: IO[bytes], where: str) -> Iterator[Row]:
+def parquet_rows(stream: IO[bytes], where: str, expansion: Expansion) -> Iterator[Row]:
     file = open_parquet(stream, where)
+    refuse_declared(file, expansion)
     try:
-        yield from _numbered(batch for batch in file.iter_batches(BATCH))
+        yield from _numbered(file.iter_batches(BATCH), expansion)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{where}: not a readable Parquet file: {first_line(error)}") from None
 
@@ -36,24 +40,45 @@ def open_parquet(stream: IO[bytes] | Path, where: str) -> pq.ParquetFile:
     return file
 
 
-def arrow_rows(stream: IO[bytes], where: str) -> Iterator[Row]:
+def refuse_declared(file: pq.ParquetFile, expansion: Expansion) -> None:
+    """Raise DataError if the sizes that a Parquet file declares are beyond the bound of what it may expand to."""
+    groups = range(file.metadata.num_row_groups)
+    expansion.check(sum(file.metadata.row_group(group).total_byte_size for group in groups))
+
+
+def arrow_rows(stream: IO[bytes], where: str, expansion: Expansion) -> Iterator[Row]:
     data = stream.read()
     try:
         is_file = data.startswith(b"ARROW1")  # the other form is a stream, as in the cache of datasets
-        table = (pa.ipc.open_file(data) if is_file else pa.ipc.open_stream(data)).read_all()
+        reader = pa.ipc.open_file(data) if is_file else pa.ipc.open_stream(data)
+        refuse_repeats(reader.schema.names, where)
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
+        yield from _numbered(_split(batches), expansion)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{where}: not a readable Arrow file: {first_line(error)}") from None
-    refuse_repeats(table.column_names, where)
-    yield from _numbered(table.to_batches(BATCH))
 
 
-def _numbered(batches: Iterable[pa.RecordBatch]) -> Iterator[Row]:
+def _split(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        yield from (batch.slice(start, BATCH) for start in range(0, len(batch), BATCH))
+
+
+def _numbered(batches: Iterable[pa.RecordBatch], expansion: Expansion) -> Iterator[Row]:
     number = 0
     for batch in batches:
         names, short = batch.schema.names, short_float_columns(batch.schema)
         for cells in zip(*map(_values, batch.columns), strict=True):
             number += 1
+            expansion.add(ROW_BYTES + sum(map(_size, cells)))
             yield Row(number=number, values=with_short_floats(dict(zip(names, cells, strict=True)), short))
+
+
+def _size(value: Any) -> int:
+    """Return the size of a value in memory; encodings repeat values, so the buffers of a file say little."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return _NUMBER_BYTES + sum(map(_size, entries))
 
 
 def _values(column: pa.Array) -> list[Any]:

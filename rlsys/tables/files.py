@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
 import io
 import json
 import lzma
+import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import IO, Any
 
 from rlsys.errors import DataError
 from rlsys.files import is_lfs_pointer
+from rlsys.tables.compression import COMPRESSED, ROW_BYTES, Expansion, is_compressed, open_compressed
 
 _KINDS = {
     ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
@@ -25,19 +25,9 @@ _KINDS = {
 }  # fmt: skip
 
 
-def _open_zst(path: Path) -> IO[bytes]:
-    import pyarrow as pa  # Python 3.14 is the first with zstd of its own
-
-    return io.BytesIO(pa.input_stream(str(path), compression="zstd").read())
-
-
-_COMPRESSED: Mapping[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": _open_zst,
-}
-READ_KINDS = f"{', '.join(_KINDS)} (also compressed: {', '.join(_COMPRESSED)})"
+MAX_CHUNK = 2**20
+"""Bytes that are read at once from a file whose content is not kept."""
+READ_KINDS = f"{', '.join(_KINDS)} (also compressed: {', '.join(COMPRESSED)})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +60,7 @@ class ExactFloat(float):
 def file_kind(path: Path) -> str | None:
     """Return "json", "csv", "parquet" or "arrow" by the name of a file, or None for another name."""
     names = [suffix.lower() for suffix in path.suffixes]
-    if names and names[-1] in _COMPRESSED:
+    if names and is_compressed(path):
         names.pop()
     return _KINDS.get(names[-1]) if names else None
 
@@ -86,16 +76,38 @@ def file_rows(path: Path, where: str) -> Iterator[Row]:
         DataError: The file is missing, not readable, or of a kind that is not read.
     """
     check_file(path, where)
-    kind = file_kind(path)
-    with open_file(path, where) as stream:
+    kind, expansion = file_kind(path), Expansion(path, where)
+    with open_file(path, where, expansion) as stream:
         if kind in ("parquet", "arrow"):
             from rlsys.tables import arrow  # with pyarrow, which a verifier's process does not need
 
-            yield from (arrow.parquet_rows if kind == "parquet" else arrow.arrow_rows)(stream, where)
-        elif kind == "csv":
-            yield from _csv_rows(stream, "\t" if ".tsv" in path.name.lower() else ",", where)
+            table = stream if stream.seekable() else io.BytesIO(stream.read())
+            rows = arrow.parquet_rows if kind == "parquet" else arrow.arrow_rows
+            yield from rows(table, where, Expansion(path, where))
+            return
+        if kind == "csv":
+            texts = _csv_rows(stream, "\t" if ".tsv" in path.name.lower() else ",", where)
         else:
-            yield from _json_rows(stream, where, is_named_json=kind is not None)
+            texts = _json_rows(stream, where, is_named_json=kind is not None)
+        for row in texts:
+            if is_compressed(path):
+                expansion.add(ROW_BYTES)
+            yield row
+
+
+def check_expansion(path: Path, where: str) -> None:
+    """Raise DataError if a file that another library will read would expand to more than its bound."""
+    if is_compressed(path):
+        with open_file(path, where, Expansion(path, where)) as stream:
+            while stream.read(MAX_CHUNK):
+                pass
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:  # it reads no more of a member than this size
+            Expansion(path, where).check(sum(member.file_size for member in archive.infolist()))
+    elif file_kind(path) == "parquet":
+        from rlsys.tables.arrow import open_parquet, refuse_declared
+
+        refuse_declared(open_parquet(path, where), Expansion(path, where))
 
 
 def check_file(path: Path, where: str) -> None:
@@ -107,15 +119,19 @@ def check_file(path: Path, where: str) -> None:
 
 
 @contextmanager
-def open_file(path: Path, where: str) -> Iterator[IO[bytes]]:
-    """Open a file for reading bytes. A compressed file is decompressed.
+def open_file(path: Path, where: str, expansion: Expansion) -> Iterator[IO[bytes]]:
+    """Open a file for reading bytes. A compressed file is decompressed and cannot be sought in.
+
+    Args:
+        path: The file.
+        where: Name of the file for error messages.
+        expansion: Counter of the bytes of a compressed file.
 
     Raises:
-        DataError: The file cannot be opened, or a later read fails.
+        DataError: The file cannot be opened, expands to more than its bound, or a later read fails.
     """
-    opened = _COMPRESSED.get(path.suffix.lower(), lambda name: name.open("rb"))
     try:
-        with opened(path) as stream:
+        with open_compressed(path, expansion) if is_compressed(path) else path.open("rb") as stream:
             yield stream
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
@@ -125,7 +141,7 @@ def open_file(path: Path, where: str) -> Iterator[IO[bytes]]:
 def json_object(line: bytes) -> dict[str, Any] | str:
     """Return the object of a line of JSON, or the reason why it cannot be read."""
     value = _json_value(line)
-    return value if isinstance(value, dict | str) else f"expected a JSON object, found {type(value).__name__}"
+    return value if isinstance(value, dict | str) else f"expected a JSON object, found {type_name(value)}"
 
 
 def _json_value(text: bytes) -> Any:
@@ -176,7 +192,7 @@ def _json_rows(stream: IO[bytes], where: str, *, is_named_json: bool) -> Iterato
 
 def _array_rows(entries: Sequence[Any]) -> Iterator[Row]:
     for number, entry in enumerate(entries, 1):
-        reason = f"expected a JSON object, found {type(entry).__name__}"
+        reason = f"expected a JSON object, found {type_name(entry)}"
         yield Row(number=number, values=entry if isinstance(entry, dict) else reason)
 
 
@@ -219,7 +235,12 @@ def is_unicode(text: str) -> bool:
 
 def described(value: Any) -> str:
     """Return what a cell holds, for messages."""
-    return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+    return "null" if value is None else f"{type_name(value)} {str(value)[:40]!r}"
+
+
+def type_name(value: Any) -> str:
+    """Return the name of a value's type, for messages."""
+    return "float" if isinstance(value, float) else type(value).__name__
 
 
 def first_line(error: Exception) -> str:

@@ -13,8 +13,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rlsys.errors import DataError
-from rlsys.tables.arrow import BATCH, open_parquet
-from rlsys.tables.files import Row, check_file, first_line
+from rlsys.tables.arrow import BATCH, open_parquet, refuse_declared
+from rlsys.tables.compression import Expansion
+from rlsys.tables.files import Row, check_file, described, first_line, type_name
 from rlsys.tables.schemas import Column
 from rlsys.tables.sources import WHOLE, Part, expand, is_file_name, iterate_rows
 
@@ -171,6 +172,8 @@ class RowFile:
 
     def _parquet(self, layout: Layout) -> Iterator[Batch]:
         file, first = open_parquet(self._path, self.where), 1
+        expansion = Expansion(self._path, self.where)
+        refuse_declared(file, expansion)
         names = [name for name in layout if name in file.schema_arrow.names]
         for name in names:
             file_type = file.schema_arrow.field(name).type
@@ -178,6 +181,7 @@ class RowFile:
                 raise DataError(f"{self.where}, column {name}: expected {layout[name].expected}, found {file_type}")
         try:
             for batch in file.iter_batches(BATCH, columns=names):
+                expansion.add(batch.nbytes)
                 yield Batch(self.where, range(first, first + len(batch)), dict(zip(names, batch.columns, strict=True)))
                 first += len(batch)
         except (OSError, pa.ArrowException) as error:
@@ -224,6 +228,6 @@ class RowFile:
 
 def _described(value: Any) -> str:
     if isinstance(value, list):
-        types = sorted({"float" if isinstance(entry, float) else type(entry).__name__ for entry in value})
+        types = sorted(set(map(type_name, value)))
         return f"a list of {', '.join(types)}" if types else "an empty list"
-    return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+    return described(value)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.errors import ConfigError, DataError
-from rlsys.tables.files import Row, file_kind, file_rows
+from rlsys.tables.files import Row, check_expansion, file_kind, file_rows
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}|\$(\w+)")
 # Kinds of data sets whose files are tables or text. Some other kinds decode archives, which can contain pickles.
@@ -147,11 +147,13 @@ def _load(path: str, subset: str | None, where: str) -> Any:
     kinds = [kind.__name__ for kind in type(builder).__mro__]
     if not set(kinds) & set(_TABLES):
         raise DataError(f"{where}: expected files of the kinds {', '.join(_TABLES)}, found {kinds[0]}")
-    if "Csv" in kinds:
-        files = {str(name): [Path(file) for file in files] for name, files in (builder.config.data_files or {}).items()}
+    files = {str(name): [Path(file) for file in files] for name, files in (builder.config.data_files or {}).items()}
+    local = [file for each in files.values() for file in each if file.is_file()]
+    if "Csv" in kinds and local and len(local) == sum(map(len, files.values())):
         # As in a single file, every cell stays the text that it is: datasets would read 007 as 7.
-        if files and all(file.is_file() for each in files.values() for file in each):
-            return files
+        return files
+    for file in local:
+        check_expansion(file, f"{where}, file {file.name}")
     return datasets.load_dataset(path, subset)
 
 

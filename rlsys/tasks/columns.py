@@ -11,29 +11,22 @@ from typing import Any, TypeVar
 
 from rlsys.config.tasks import DatasetConfig
 from rlsys.errors import DataError
-from rlsys.tables.conversations import before_reply, conversation, is_conversation, refuse_media, unfolded
 from rlsys.tables.files import ExactFloat, Row, described, is_unicode, json_object
-from rlsys.tables.forms import form_name
+from rlsys.tables.forms import FORMS, form_name, forms_of
+from rlsys.tables.messages import before_reply, conversation, is_conversation, refuse_media, unfolded
 from rlsys.tables.sources import Source
+from rlsys.tasks.answers.reading.reader import read_answer
+from rlsys.tasks.answers.values import Sequence as ValueList
+from rlsys.tasks.answers.values import UnreadableError
 from rlsys.types import Question
 
 Content = TypeVar("Content")
 
 _TRUTH = "ground_truth"
-# Columns of question and answer in the known forms, for columns that the config leaves at their defaults.
-_FORMS = (
-    ("prompt", f"reward_model.{_TRUTH}"),
-    ("prompt", "answer"),
-    ("prompt", _TRUTH),
-    ("prompt", "completion"),
-    ("messages", "answer"),
-    ("conversations", "answer"),
-    ("messages", "messages"),
-    ("conversations", "conversations"),
-)
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+# Columns of question and answer, for columns that the config leaves at their defaults.
+_PAIRS = [(form.reads["task"][0], form.reads["task"][1]) for form in FORMS if "task" in form.reads]
 _DEFAULTS = {name: DatasetConfig.model_fields[name].default for name in ("question_column", "answer_column")}
-# Columns of rows that hold no question with one right answer.
-_OTHER_FORMS = ({"chosen", "rejected"}, {"prompt", "completion", "label"}, {"completions", "labels"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,25 +95,28 @@ def _recognised(question: str, answer: str, source: Source, rows: Sequence[Mappi
 
     A column that the config names itself may be any; the other one is then that of the first form that has it.
     """
-    names = set(source.columns)
-    if any(columns <= names for columns in _OTHER_FORMS):
+    names = source.columns
+    if _are_judged(source):
         return question, answer
     question_is_free = question == _DEFAULTS["question_column"] and question not in names
     answer_is_free = answer == _DEFAULTS["answer_column"] and answer not in names
-    forms = [form for form in _FORMS if all(any(_has(values, name) for values in rows) for name in form)]
-    for form in forms:
+    for form in _PAIRS:
         columns = form[0] if question_is_free else question, form[1] if answer_is_free else answer
-        if columns == form:
+        if columns == form and all(any(_has(values, name) for values in rows) for name in form):
             return form
     if question_is_free and not answer_is_free:
-        question = next((name for name, _ in _FORMS if any(_has(values, name) for values in rows)), question)
+        question = next((name for name, _ in _PAIRS if any(_has(values, name) for values in rows)), question)
     return question, answer
+
+
+def _are_judged(source: Source) -> bool:
+    return any(form.judged for form in forms_of(source.columns))
 
 
 def _hint(name: str, source: Source) -> str:
     form = form_name(source.columns)
     described = f" ({form} rows)" if form else ""
-    if any(columns <= set(source.columns) for columns in _OTHER_FORMS):
+    if _are_judged(source):
         return f"{described}; a task needs a question and its right answer in every row"
     return f"{described}; set {name} to one of them, or to a part of one (column.part)"
 
@@ -156,13 +152,40 @@ def _question(cell: Any) -> Question:
 
 
 def _answer(cell: Any) -> str:
-    """Return the reference answer. A list of one text is that text; several texts are joined by commas."""
+    """Return the reference answer. A list of one text is that text; several texts are joined by commas.
+
+    The judge reads the items of a list without its inner order, so an entry that is a list itself would be lost in it:
+    `["1", "2,3"]` and `["1,2", "3"]` are the same to the judge.
+
+    Raises:
+        DataError: there is no text, or an entry of several is more than one value.
+    """
     if isinstance(cell, Mapping) and _TRUTH in cell:
         cell = cell[_TRUTH]
     if isinstance(cell, list) and not is_conversation(cell):
         texts = [_text(entry) for entry in cell]
+        for text in texts if len(texts) > 1 else ():
+            if text is not None and not _is_one_value(text):
+                raise DataError(
+                    f"expected one value in each entry of a list, found {text[:40]!r}; put an entry that is a list "
+                    "itself into brackets, or write the whole answer as one text"
+                )
         return _required(cell, ", ".join(map(str, texts)) if texts and None not in texts else None)
     return _demonstration(cell)
+
+
+def _is_one_value(text: str) -> bool:
+    """Return whether a text is still one item of a list between commas: it has separators in whole brackets only."""
+    depth = 0
+    for character in _THOUSANDS.sub("", text):
+        depth = max(0, depth + (character in "([{") - (character in ")]}"))
+        if depth == 0 and character in ",;":
+            return False
+    try:
+        value = read_answer(text)
+    except (UnreadableError, RecursionError):
+        return depth == 0
+    return depth == 0 and (not isinstance(value, ValueList) or bool(value.brackets))
 
 
 def _demonstration(cell: Any) -> str:

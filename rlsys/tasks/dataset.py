@@ -12,7 +12,7 @@ from functools import cached_property
 
 from rlsys.config.tasks import DatasetConfig
 from rlsys.errors import ConfigError, DataError
-from rlsys.tables.conversations import question_texts, with_template
+from rlsys.tables.messages import question_texts, with_template
 from rlsys.tables.sources import Source, read_source
 from rlsys.tasks.answers.judge import Judge
 from rlsys.tasks.answers.references import reference_note

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 import time
 from concurrent.futures import Future
@@ -61,8 +62,9 @@ class Script:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Script:
+    importlib.import_module("vllm.sampling_params")  # takes up to 30 s on a busy machine, and no future waits for it
     scripted = Script()
-    monkeypatch.setattr(module, "_build", lambda *_: scripted)
+    monkeypatch.setattr(module, "build_engine", lambda *_, **__: scripted)
     return scripted
 
 

@@ -21,11 +21,10 @@ from rlsys.data.demonstrations import DemonstrationStream
 from rlsys.data.prompts import PromptBuilder, PromptStream
 from rlsys.data.rows import Reader
 from rlsys.display import Display
-from rlsys.files import read_json
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.ledger import Ledger
 from rlsys.run.metrics import MetricsWriter, read_rows
-from rlsys.run.state import state_from_json
+from rlsys.run.state import read_state
 from rlsys.transfer.object_store import ObjectStoreTransfer
 from rlsys.types import RunState
 
@@ -64,7 +63,7 @@ class Run:
         best = (kept.best_metric, kept.best_mode) if kept.best_metric else None
         self.checkpoints = CheckpointStore(run_dir / "checkpoints", kept.keep_last, kept.keep_every, best)
         self.checkpoint = self.checkpoints.latest()
-        self.state = state_from_json(read_json(self.checkpoint / "state.json")) if self.checkpoint else START
+        self.state = read_state(self.checkpoint / "state.json") if self.checkpoint else START
         self.task = NumberTask(5)
         rows = DemonstrationStream(
             self.task, lambda question, chain: ([1, 2, 3], 1), seed=0, rows_per_step=2, max_tokens=8
@@ -130,4 +129,4 @@ class Run:
 
     def saved(self) -> dict[str, RunState]:
         folders = sorted((self.run_dir / "checkpoints").iterdir())
-        return {folder.name: state_from_json(read_json(folder / "state.json")) for folder in folders}
+        return {folder.name: read_state(folder / "state.json") for folder in folders}

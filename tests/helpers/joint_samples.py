@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from learners.objective.joint import joint_loss, total_loss, weigh_items
-from learners.objective.logprobs import masked_token_logprobs
+from learners.objective.logprobs import token_logprobs
 from learners.samples.batching import collate, plan_micro_batches
 from learners.samples.policy import policy_samples
 from learners.samples.types import PackItem, Pair, PolicyTokens, Sample, pair_samples
@@ -183,13 +183,13 @@ def update(
 
 def target_logprobs(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """Compute log-probabilities as the learner does: the policy's targets at the sampling temperature."""
-    logits = model(batch.input_ids)[:, batch.first_target : -1]
-    temperature = torch.ones(batch.targets, dtype=torch.float64)
+    logits = model(batch.input_ids).flatten(0, 1)[batch.targets]
+    temperature = torch.ones(len(batch.targets), dtype=torch.float64)
+    at = torch.zeros(len(batch.targets), dtype=torch.bool)
     if batch.policy is not None:
         temperature[batch.policy.positions] = TEMPERATURE
-    targets, mask = batch.input_ids[:, batch.first_target + 1 :], batch.loss_mask[:, batch.first_target :]
-    at = None if batch.policy is None else batch.policy.positions
-    return masked_token_logprobs(logits, targets, mask, temperature, entropy_at=at, entropy_gradient=True)
+        at[batch.policy.positions] = True
+    return token_logprobs(logits, batch.target_ids, temperature, entropy_at=at, entropy_gradient=True)
 
 
 # --- groups ---

@@ -13,11 +13,12 @@ import pytest
 import torch
 from joint_samples import group, ids, random_preferences, searched, trajectory
 from torch import Tensor, nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from learners import rank as rank_module
 from learners.deepspeed.critic import Critic
 from learners.deepspeed.engine import TrainedModel
+from learners.language_model import LanguageModel
 from learners.rank import LearnerRank
 from learners.settings import RankSettings
 from rlsys.config.objective import ObjectiveConfig
@@ -60,10 +61,11 @@ class PlainModel:
 
     def __init__(self, module: nn.Module, settings: RankSettings) -> None:
         self.module, self.settings, self.updates = module, settings, 0
+        self.bare = LanguageModel(module) if isinstance(module, PreTrainedModel) else module
         self.name = type(module).__name__
 
     def __call__(self, **inputs: Any) -> Any:
-        return self.module(**inputs)
+        return self.bare(**inputs)
 
     def backward(self, loss: Tensor, loss_name: str, tags: Mapping[str, int]) -> None:
         assert math.isfinite(loss.item()), loss_name
@@ -133,7 +135,7 @@ def plain_rank(
     rank.policy = PlainModel(build(Qwen2ForCausalLM, 0), settings)
     if settings.objective.value.used:
         rank.critic = PlainModel(build_critic(1), settings)
-    rank.reference = build(Qwen2ForCausalLM, 2)
+    rank.reference = LanguageModel(build(Qwen2ForCausalLM, 2))
     return rank
 
 

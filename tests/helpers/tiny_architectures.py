@@ -34,6 +34,38 @@ TOY_SIZE: dict[str, Any] = {
 }
 """Size of a model that no tokenizer needs to fit."""
 
+# Kinds of bodies: other names (gpt2: transformer, gpt_neox, mamba: backbone), tied and untied output layers, outputs of
+# another width than the layers (opt), a bias on the output layer (phi), soft-capped and scaled logits (gemma2, cohere),
+# buffers that are weights (apertus). Without a token classifier in transformers: all from gemma3_text on.
+TOY_KINDS: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "llama": {},
+    "mistral": {},
+    "qwen3": {},
+    "gemma2": {},
+    "gpt2": {},
+    "gpt_neox": {},
+    "phi": {},
+    "phi3": {"original_max_position_embeddings": 64},
+    "bloom": {"n_layer": 2, "n_head": 2},
+    "gemma3_text": {},
+    "olmo2": {},
+    "granite": {},
+    "cohere": {},
+    "apertus": {},
+    "mamba": {},
+    "opt": {"ffn_dim": 16, "word_embed_proj_dim": 8},
+}
+
+
+def toy_model(kind: str, **changes: Any) -> Any:
+    """Return a causal language model of one of `TOY_KINDS` with random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**TOY_SIZE, **TOY_KINDS[kind], **changes}))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:

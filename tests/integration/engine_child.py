@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.engine import Completion, CompletionRequest, Engine, engine_environment
+from actors.engine import Completion, CompletionRequest, Engine
+from actors.engine_build import engine_environment
 from learners.deepspeed.parameters import published_tensors
 from rlsys.config.schema import ActorsConfig
 from rlsys.transfer.object_store import ObjectStoreReceiver, ObjectStoreSender

@@ -287,9 +287,9 @@ def test_damaged_checkpoints_alone_are_said_in_one_line(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "MANIFEST.json").write_text("{")
     done = _command("train", write_config(tmp_path, TINY))
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1].startswith(
-        f"error: CheckpointError: {folder.parent}: none of the 1 checkpoints is valid ({folder / 'MANIFEST.json'}: "
+        f"error: {folder.parent}: none of the 1 checkpoints is valid ({folder / 'MANIFEST.json'}: "
     )
     assert done.stderr.endswith(f"; restore one, or delete {folder.parent} to start again from scratch\n")
     assert (folder / "MANIFEST.json").read_text() == "{"

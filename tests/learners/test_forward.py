@@ -42,8 +42,8 @@ def test_entropy_is_computed_only_for_the_policys_targets_in_updates(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     counted: list[int] = []
-    chunk = logprobs._chunk_entropy
-    monkeypatch.setattr(logprobs, "_chunk_entropy", lambda logits: counted.append(len(logits)) or chunk(logits))
+    whole = logprobs._entropy
+    monkeypatch.setattr(logprobs, "_entropy", lambda logits: counted.append(len(logits)) or whole(logits))
     rank = plain_rank({**EVERY_TERM, "grad_norm_interval": 0}, updates=2)  # all models compute scores too
     metrics = rank.train(everything(), 0, 1)
     assert sum(counted) == 2 * metrics["objective/policy_denominator"]

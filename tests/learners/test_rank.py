@@ -140,10 +140,11 @@ def test_the_learning_rates_of_policy_and_critic_reach_their_ends_with_the_stage
 
     monkeypatch.setattr(rank_module, "TrainedModel", build)
     for name in ("load_model", "load_critic", "saved_config", "restore_model"):
-        loaded = SimpleNamespace(config=None, get_text_config=lambda: SimpleNamespace(vocab_size=9))
+        loaded = SimpleNamespace(config=None)
         monkeypatch.setattr(rank_module, name, lambda *arguments, loaded=loaded, **options: loaded)
     rank = plain_rank({})
     rank._release = lambda: None
+    rank.forward.describe = lambda _module: None
     rank.start_stage(stage_plan(parse_config(values, "test"), "online").settings, Path("unused"), None, None)
     assert {name: total for name, (_, total) in built.items()} == {"policy": 9, "critic": 15}
     last = {name: learning_rate(config, total - 1, total) for name, (config, total) in built.items()}
@@ -211,6 +212,7 @@ def test_only_models_that_may_be_rolled_back_are_copied(
 def test_a_model_that_cannot_be_read_is_an_error_of_all_ranks(tmp_path: Path) -> None:
     rank = plain_rank({})
     rank._release = lambda: None
+    rank.forward.describe = lambda _module: None
     with pytest.raises(LearnerLostError, match="^learner rank 0: .*nothing-here"):
         rank.start_stage(rank.stage, tmp_path / "nothing-here", None, None)
 
@@ -219,6 +221,7 @@ def test_a_folder_that_is_refused_is_no_lost_rank(tmp_path: Path) -> None:
     # New ranks would refuse it too.
     rank = plain_rank({})
     rank._release = lambda: None
+    rank.forward.describe = lambda _module: None
     rank.policy.module.float().save_pretrained(tmp_path)
     tensors = dict(read_tensors(tmp_path, "model"))
     del tensors["model.norm.weight"]
@@ -265,7 +268,7 @@ def test_step_pairs_with_one_side_a_prefix_of_the_other_are_counted() -> None:
 def test_the_reference_policy_itself_has_a_margin_of_zero() -> None:
     # The pairs of trees are compared with the reference policy, which is the policy itself here.
     rank = plain_rank({"preference": {"weight": 1.0}, "policy": {"weight": 0.0}})
-    rank.reference = copy.deepcopy(rank.policy.module)
+    rank.reference = copy.deepcopy(rank.policy.bare)
     metrics = rank.train(TrainingBatch(groups=(tree(), tree())), 0, 1)
     assert metrics["preference/margin"] == pytest.approx(0.0, abs=1e-5)
     assert metrics["objective/preference_loss"] == pytest.approx(math.log(2), rel=1e-6)

@@ -42,7 +42,7 @@ def test_scores_of_pairs_are_sums_without_a_temperature() -> None:
     pairs: list[Preference] = random_preferences(4)
     for scores, module in (
         (rank.score_pairs(pairs), rank.policy.module),
-        (rank.scorer.reference_pair_scores(pairs), rank.reference),
+        (rank.scorer.reference_pair_scores(pairs), rank.reference.module),
     ):
         for pair, pair_scores in zip(pairs, scores, strict=True):
             sides = (pair.chosen_ids, pair.rejected_ids)
@@ -60,7 +60,7 @@ def test_scores_of_pairs_are_sums_without_a_temperature() -> None:
 )
 def test_a_score_that_is_not_finite_is_an_error_with_its_name(method: str, spoilt: str, name: str) -> None:
     rank = plain_rank(EVERY_TERM)
-    models = {"policy": rank.policy.module, "reference": rank.reference, "critic": rank.critic.module}
+    models = {"policy": rank.policy.module, "reference": rank.reference.module, "critic": rank.critic.module}
     spoil(models.pop(spoilt))
     samples = [policy_sample([5, 6, 7], [0, 1, 1], [0] * 3), policy_sample([5, 8, 9], [0, 1, 1], [0] * 3)]
     with pytest.raises(NonFiniteLossError, match=f"^{name}: 2 of 4 not finite; nothing was updated or published$"):
@@ -76,6 +76,6 @@ def test_pairs_without_finite_scores_are_named() -> None:
     with pytest.raises(NonFiniteLossError, match=r"^log-probabilities of preference pairs under the policy: 2 of 3 "):
         rank.score_pairs([pair])
     assert len(rank.scorer.reference_pair_scores([pair])) == 1
-    spoil(rank.reference)
+    spoil(rank.reference.module)
     with pytest.raises(NonFiniteLossError, match=r"^log-probabilities of preference pairs under the reference policy"):
         rank.scorer.reference_pair_scores([pair])

@@ -25,6 +25,7 @@ from plain_rank import (
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
+from learners.language_model import LanguageModel
 from rlsys.errors import NonFiniteLossError
 from rlsys.types import TrainingBatch
 
@@ -50,7 +51,7 @@ def test_gradient_norms_of_terms_are_those_of_plain_torch() -> None:
         "grad_norm_interval": 1,
     }
     rank = plain_rank(objective, budget=24)  # several micro-batches
-    module, reference = copy.deepcopy(rank.policy.module), rank.reference
+    module, reference = copy.deepcopy(rank.policy.module), rank.reference.module
     metrics = rank.train(TrainingBatch(groups=tuple(groups), pairs=tuple(pairs), demonstrations=tuple(rows)), 0, 1)
 
     policy, kl, tokens = torch.zeros(()), torch.zeros(()), 0
@@ -91,7 +92,7 @@ def test_kl_in_the_reward_is_that_of_plain_torch() -> None:
     }
     groups = sampled(2)
     rank = plain_rank(objective)
-    module, reference = copy.deepcopy(rank.policy.module), rank.reference
+    module, reference = copy.deepcopy(rank.policy.module), rank.reference.module
     metrics = rank.train(TrainingBatch(groups=tuple(groups)), 0, 1)
     # Every reward minus 0.5 times the summed log-ratios of its tokens, then minus the mean of its group.
     loss, tokens = torch.zeros(()), 0
@@ -282,6 +283,6 @@ def test_in_the_warm_up_only_the_critic_moves() -> None:
     # Losses are means over updates: 0.5 * squared error. The metric squared_error is a mean over the tokens of both.
     assert metrics["learner/loss"] == pytest.approx(0.5 * metrics["objective/value_loss"], rel=1e-12)
     assert metrics["objective/value_loss"] == pytest.approx(metrics["value/squared_error"] / 2, rel=0.2)
-    rank.reference = build(Qwen2ForCausalLM, 2)
+    rank.reference = LanguageModel(build(Qwen2ForCausalLM, 2))
     rank.train(TrainingBatch(groups=tuple(sampled(4))), 1, 2)
     assert rank.policy.updates == 2

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from learners.objective.joint import preference_term, token_weights
-from learners.objective.logprobs import masked_token_logprobs
+from learners.objective.logprobs import token_logprobs
 from learners.objective.losses import LossOutput, cispo_loss, gspo_loss, kl_loss, policy_loss
 from learners.objective.preferences import pair_scores
 from learners.samples.batching import PairTargets
@@ -91,8 +91,10 @@ def our_logprobs(
         ids[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
         mask[row, len(prompt) : len(prompt) + len(completion)] = True
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    logprobs, _ = masked_token_logprobs(logits, ids[:, 1:], mask[:, 1:], temperature)
-    return logprobs, mask[:, 1:].nonzero()[:, 0]
+    trained = mask[:, 1:]
+    targets = ids[:, 1:][trained]
+    logprobs, _ = token_logprobs(logits[trained], targets, torch.full(targets.shape, temperature))
+    return logprobs, trained.nonzero()[:, 0]
 
 
 def assert_equal(ours: Tensor, our_model: torch.nn.Module, theirs: Tensor, their_model: torch.nn.Module) -> None:

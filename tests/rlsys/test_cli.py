@@ -21,7 +21,15 @@ from rlsys.config.engine_roles import ModelEngines, engine_settings
 from rlsys.config.files import dump_config, parse_config
 from rlsys.config.keys import all_keys
 from rlsys.config.schema import Config, FromScratchConfig, LearnerConfig
-from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedRunError, RlsysError
+from rlsys.errors import (
+    AbortedRunError,
+    CheckpointError,
+    ConfigError,
+    DamagedFileError,
+    EngineError,
+    InterruptedRunError,
+    RlsysError,
+)
 from rlsys.launch import ray_cluster as cluster
 from rlsys.launch import session as launch
 from rlsys.launch.resources import ResourcePlan
@@ -53,6 +61,8 @@ def raising(error: BaseException) -> Callable[[], None]:
     ("error", "code", "line"),
     [
         (ConfigError("train.max_steps: wrong"), 2, "error: train.max_steps: wrong"),
+        (DamagedFileError("a: cannot be read; restore it"), 2, "error: a: cannot be read; restore it"),
+        (CheckpointError("no space left"), 1, "error: CheckpointError: no space left"),
         (EngineError("actor 0 died: why"), 1, "error: EngineError: actor 0 died: why"),
         (InterruptedRunError("SIGTERM; the state is saved"), 143, "stopped by SIGTERM; the state is saved"),
         (AbortedRunError("SIGINT before anything was trained"), 130, "stopped by SIGINT before anything was trained"),

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from actors.engine import engine_environment
+from actors.engine_build import engine_environment
 from learners.settings import learner_environment
 from rlsys.config.schema import ActorsConfig, LearnerConfig
 from rlsys.errors import AbortedRunError, InterruptedRunError

@@ -17,7 +17,7 @@ async def start_stage(run: TrainingRun, plan: StagePlan) -> None:
 
     Raises:
         InterruptedRunError: an end was asked for.
-        CheckpointError: the reference policy has changed since the stage began.
+        DamagedFileError: the reference policy has changed since the stage began.
         ConfigError, DataError: the data cannot be used.
     """
     context, learner = run.context, run.context.learner
@@ -56,7 +56,7 @@ def _reference_digest(run: TrainingRun, resume: Path | None) -> str:
     """Return the digest of the policy that the stage began with. This reads all its weights.
 
     Raises:
-        CheckpointError: the policy has changed since the stage began.
+        DamagedFileError: the policy has changed since the stage began.
     """
     policy = run.reference_policy
     digest = run.policies.digest(policy)

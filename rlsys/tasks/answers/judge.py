@@ -17,13 +17,13 @@ from fractions import Fraction
 from typing import Literal
 
 from rlsys.tasks.answers import symbolic
-from rlsys.tasks.answers.compare import Comparison, Rules
-from rlsys.tasks.answers.expressions import Based, UndecidableError, UnreadableError, Value, Words
+from rlsys.tasks.answers.comparing.compare import Comparison
 from rlsys.tasks.answers.extraction import Extracted, find_answer
-from rlsys.tasks.answers.lexer import FUNCTIONS
 from rlsys.tasks.answers.normalise import normalise
-from rlsys.tasks.answers.reader import MAX_ANSWER_CHARS, read_answer
-from rlsys.tasks.answers.words import choice_letter, chosen_letter, read_any_words, same_words, squeeze
+from rlsys.tasks.answers.reading.lexer import FUNCTIONS
+from rlsys.tasks.answers.reading.reader import MAX_ANSWER_CHARS, read_answer
+from rlsys.tasks.answers.reading.words import choice_letter, chosen_letter, read_any_words, same_words, squeeze
+from rlsys.tasks.answers.values import Based, UndecidableError, UnreadableError, Value, Words
 from rlsys.types import Verdict
 
 Strictness = Literal["text", "value", "lenient"]
@@ -40,8 +40,8 @@ class Judge:
     """Judge with fixed rules.
 
     Attributes:
-        strictness: "text": the same text after normalisation; "value": the same value; "lenient": see `Rules`.
-        relative_tolerance: see `Rules`.
+        strictness: "text": the same text after normalisation; "value": the same value; "lenient": see `Comparison`.
+        relative_tolerance: see `Comparison`.
         accept_cut_off: Look for an answer in a completion that was cut off at its length limit, too.
     """
 
@@ -65,10 +65,10 @@ class Judge:
         answer = find_answer(completion)
         if answer is None:
             return _no_answer("no tag, box or lead-in, and not an answer alone")
-        if not normalise(answer.text):
-            return _no_answer("the answer is empty")
         if len(answer.text) > MAX_ANSWER_CHARS:
             return _no_answer(f"the answer has more than {MAX_ANSWER_CHARS} characters")
+        if not normalise(answer.text):
+            return _no_answer("the answer is empty")
         return self._compared(reference, answer)
 
     def _compared(self, reference: str, answer: Extracted) -> Verdict:
@@ -100,12 +100,12 @@ class Judge:
             if isinstance(reference, str):
                 return _wrong(f"undecided: the reference can only be compared as text: {reference}")
             return _wrong(f"the answer is not readable: {answer}")
-        rules = Rules(
+        comparison = Comparison(
             relative_tolerance=Fraction(self.relative_tolerance).limit_denominator(10**12),
             lenient=self.strictness == "lenient",
         )
         try:
-            return _CORRECT if Comparison(rules).same(reference, answer) else _wrong("another value")
+            return _CORRECT if comparison.same(reference, answer) else _wrong("another value")
         except UndecidableError as error:
             return _wrong(f"undecided: {error}")
         except RecursionError:
@@ -125,7 +125,7 @@ class Judge:
         value = _read(reference)
         if not isinstance(value, str):
             try:
-                return None if Comparison(Rules()).same(value, value) else "it is not equal to itself"
+                return None if Comparison().same(value, value) else "it is not equal to itself"
             except UndecidableError as error:
                 return str(error)
         return None if symbolic.is_admissible(normalise(reference)) else f"only as text: {value}"

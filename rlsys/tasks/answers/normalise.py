@@ -6,31 +6,21 @@ import re
 import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import groupby
 
-from rlsys.tasks.answers.expressions import names_of
+from rlsys.tasks.answers.values import names_of
 
 _CHARACTERS = {
     **dict.fromkeys("\u2212\u2013\u2014\u2010\u2011\u2012\ufe63\uff0d", "-"),
     **dict.fromkeys("·⋅∙•×∗", "*"), **dict.fromkeys("÷∕⁄", "/"), **dict.fromkeys("…⋯", r"\ldots "),
     **dict.fromkeys("“”„«»", '"'), **dict.fromkeys("‘’ʼ′", "'"), "″": "''", "∶": ":", "∣": "|",
     "√": r"\sqrt ", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "∞": r"\infty ", "∅": r"\emptyset ", "⩽": "≤", "⩾": "≥",
-    "º": "°", "˚": "°", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "π": r"\pi ", "µ": r"\mu ",
+    "º": "°", "˚": "°", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "µ": r"\mu ",
     "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ",
 }  # fmt: skip
 # Signs that are no ASCII characters; their commands become them.
 SIGNS = "≤≥≠≈≡∈∪∩∖±∓⌊⌋⌈⌉⟨⟩°"
-_SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ", "0123456789+-()nix", strict=True))
-_SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋ₙₓ", "0123456789+-nx", strict=True))
-_FRACTION = re.compile(f"([{''.join(_SUPERSCRIPTS)}]+)[⁄/∕]([{''.join(_SUBSCRIPTS)}]+)")
-_SUPERSCRIPT = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
-_SUBSCRIPT = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
-_GREEK = dict(
-    zip("αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΠΣΦΨΩ", names_of(
-        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi "
-        "chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
-    ), strict=True)
-)  # fmt: skip
-
+_GREEK = re.compile("GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)")
 _FORMATTING = (
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|textup|emph|underline|mbox|hbox|mathrm|mathbf|mathit|mathsf|"
     r"mathtt|mathnormal|boldsymbol|bm|operatorname\*?|ce|fbox|boxed|mathop|phantom|vec|hat|overrightarrow|"
@@ -68,6 +58,7 @@ _RENAMED: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ..
         (r"\^\s*(?:\{\s*(?:\\circ|o)\s*\}|\\circ(?![a-zA-Z])|o\b|°)|\{\s*°\s*\}", "°"),
         (r"\\(?:left|right)\s*\.", ""),
         (r"\\not\s*=", "≠"),
+        (r"\^\s*(?:\{((?:\s*\\prime)+)\s*\}|(\\prime)(?![a-zA-Z]))", lambda match: "'" * match[0].count("prime")),
         (r"\\mathbb\s*R", r"\\mathbb{R}"),
         (r"\\([a-zA-Z]+)", lambda match: _COMMANDS.get(match[1], match[0])),
         (r"(?<=[)\]}])\s*U\s*(?=[(\[{\\])", "∪"),
@@ -113,14 +104,17 @@ def plain_characters(text: str) -> str:
     """Return a text with the characters of mathematics as LaTeX, and without invisible characters."""
     if text.isascii():
         return text
-    text = _FRACTION.sub(lambda match: rf"\frac{{{_compatible(match[1])}}}{{{_compatible(match[2])}}}", text)
-    text = _SUPERSCRIPT.sub(lambda run: f"^{{{''.join(_SUPERSCRIPTS[one] for one in run[0])}}}", text)
-    text = _SUBSCRIPT.sub(lambda run: f"_{{{''.join(_SUBSCRIPTS[one] for one in run[0])}}}", text)
-    return _compatible("".join(map(_plain_character, text)))
+    parts = []
+    for mark, run in groupby(text, _script):
+        plain = "".join(map(_plain_character, run))
+        parts.append(f"{mark}{{{plain}}}" if mark else plain)
+    return re.sub(r"\^\{([^{}]+)\}/_\{([^{}]+)\}", r"\\frac{\1}{\2}", unicodedata.normalize("NFC", "".join(parts)))
 
 
-def _compatible(text: str) -> str:
-    return unicodedata.normalize("NFKC", text)
+def _script(character: str) -> str:
+    """Return the mark of a superscript or subscript."""
+    kind = "" if character in _CHARACTERS else unicodedata.decomposition(character).partition(" ")[0]
+    return {"<super>": "^", "<sub>": "_"}.get(kind, "")
 
 
 def _one_line(lines: str) -> str:
@@ -134,20 +128,22 @@ def _plain_character(character: str) -> str:
         return character
     if character in _CHARACTERS:
         return _CHARACTERS[character]
-    if character in _GREEK:
-        return f"\\{_GREEK[character]} "
     if character.isdecimal():
         return str(unicodedata.decimal(character))
+    greek = _GREEK.fullmatch(unicodedata.name(character, ""))
+    if greek:
+        name = greek[2].lower().replace("lamda", "lambda")
+        return f"\\{name if greek[1] == 'SMALL' else name.capitalize()} "
     category = unicodedata.category(character)
     if category == "Cf":
         return ""
     if category in ("Zs", "Zl", "Zp"):
         return " "
-    compatible = _compatible(character)
+    compatible = unicodedata.normalize("NFKC", character)
     if "\u2044" in compatible:  # a fraction such as ½
         above, _, below = compatible.partition("\u2044")
         return rf"\frac{{{above}}}{{{below}}}"
-    return character
+    return character if compatible == character else "".join(map(_plain_character, compatible))
 
 
 def peel(text: str) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny_architectures import TOY_SIZE
+from tiny_architectures import TOY_KINDS, toy_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers import AutoModelForTokenClassification
 
 from learners.deepspeed.critic import Critic, load_critic
 from learners.deepspeed.model import load_model
@@ -19,34 +18,9 @@ from rlsys.models.tensors import persistent_buffers
 
 IDS = torch.arange(16)[None]
 
-# Kinds of bodies: other names (gpt2: transformer, gpt_neox, mamba: backbone), tied and untied output layers, outputs of
-# another width than the layers (opt), a bias on the output layer (phi), soft-capped and scaled logits (gemma2, cohere),
-# buffers that are weights (apertus). Without a token classifier in transformers: all from gemma3_text on.
-KINDS: dict[str, dict[str, Any]] = {
-    "qwen2": {},
-    "llama": {},
-    "mistral": {},
-    "qwen3": {},
-    "gemma2": {},
-    "gpt2": {},
-    "gpt_neox": {},
-    "phi": {},
-    "phi3": {"original_max_position_embeddings": 64},
-    "bloom": {"n_layer": 2, "n_head": 2},
-    "gemma3_text": {},
-    "olmo2": {},
-    "granite": {},
-    "cohere": {},
-    "apertus": {},
-    "mamba": {},
-    "opt": {"ffn_dim": 16, "word_embed_proj_dim": 8},
-}
-
 
 def policy(kind: str, folder: Path) -> Path:
-    config = AutoConfig.for_model(kind, **{**TOY_SIZE, **KINDS[kind]})
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    toy_model(kind).save_pretrained(folder)
     return folder
 
 
@@ -58,14 +32,14 @@ def save(critic: Critic, folder: Path) -> Path:
 
 def values(critic: Critic) -> Tensor:
     with torch.no_grad():
-        return critic(input_ids=IDS, use_cache=False)
+        return critic(input_ids=IDS)
 
 
 def descend(critic: Critic, steps: int = 5) -> list[float]:
     """Fit the values to 1 by gradient descent, and return the losses."""
     losses = []
     for _ in range(steps):
-        loss = (critic(input_ids=IDS, use_cache=False) - 1).square().mean()
+        loss = (critic(input_ids=IDS) - 1).square().mean()
         losses.append(loss.item())
         gradients = torch.autograd.grad(loss, list(critic.parameters()), allow_unused=True)
         with torch.no_grad():
@@ -75,7 +49,7 @@ def descend(critic: Critic, steps: int = 5) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOY_KINDS)
 def test_a_critic_starts_at_values_of_zero_learns_and_is_restored(kind: str, tmp_path: Path) -> None:
     folder = policy(kind, tmp_path / "policy")
     critic = load_critic(folder, "fp32", "cpu").train()

@@ -29,8 +29,8 @@ from learners.deepspeed.model import load_model
 from learners.deepspeed.tensor_files import read_tensors, write_tensors
 from rlsys.errors import ConfigError
 from rlsys.models.folder import ModelFolder
-from rlsys.models.skeleton import check_skeleton
 from rlsys.models.tensors import persistent_buffers
+from rlsys.models.weight_shapes import check_weight_shapes
 
 IDS = torch.arange(16)[None]
 
@@ -199,11 +199,11 @@ def test_check_and_learner_accept_the_same_folders(
     tensors = [*read_tensors(folder, "model"), (name, torch.ones(1))]
     write_tensors(tensors, folder, "model", writes=True)
     if fits:
-        notes = check_skeleton(ModelFolder(folder))
+        notes = check_weight_shapes(ModelFolder(folder))
         assert re.search(rf"1 tensors are not loaded, .* the first: {re.escape(name)}; exported policies", notes[0])
         load_model(folder, "fp32", "cpu")
         return
-    for load in (lambda: check_skeleton(ModelFolder(folder)), lambda: load_model(folder, "fp32", "cpu")):
+    for load in (lambda: check_weight_shapes(ModelFolder(folder)), lambda: load_model(folder, "fp32", "cpu")):
         with pytest.raises(ConfigError, match=rf"config.json has no place for tensor {name}"):
             load()
 

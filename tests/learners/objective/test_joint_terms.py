@@ -187,7 +187,7 @@ def test_the_first_differing_token_keeps_its_log_probability():
     assert batch.pairs is not None
     tails = [len(pair.chosen_ids) - pair.common, len(pair.rejected_ids) - pair.common]
     assert batch.pairs.segments.bincount().tolist() == tails
-    assert batch.input_ids[:, 1:][batch.loss_mask][0].item() == 3  # the first token of the chosen tail
+    assert batch.target_ids[0].item() == 3  # the first token of the chosen tail
 
 
 def pair_term(smoothing: float, **preference: Any) -> tuple[LossOutput, list[float]]:

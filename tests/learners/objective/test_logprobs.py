@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from learners.objective.logprobs import ENTROPY_CHUNK, masked_token_logprobs
+from learners.objective.logprobs import token_logprobs
 
 
 def random_case(rows: int, columns: int, vocabulary: int, dtype: torch.dtype = torch.float64):
@@ -17,6 +17,16 @@ def random_case(rows: int, columns: int, vocabulary: int, dtype: torch.dtype = t
     targets = torch.randint(vocabulary, (rows, columns), generator=generator)
     mask = torch.rand(rows, columns, generator=generator) < 0.6
     return logits.to(dtype), targets, mask
+
+
+def masked_token_logprobs(logits, targets, mask, temperature, *, entropy_at=None, entropy_gradient=False):
+    """Return those of the unmasked positions. `entropy_at` has indices into them."""
+    chosen, at = targets[mask], None
+    if entropy_at is not None:
+        at = torch.zeros(len(chosen), dtype=torch.bool)
+        at[entropy_at] = True
+    temperatures = torch.full((len(chosen),), temperature, dtype=torch.float64)
+    return token_logprobs(logits[mask], chosen, temperatures, entropy_at=at, entropy_gradient=entropy_gradient)
 
 
 def everywhere(mask: torch.Tensor) -> torch.Tensor:
@@ -114,14 +124,6 @@ def test_half_precision_logits_are_raised_before_the_division():
     assert (late.gather(-1, targets[mask].unsqueeze(-1)).squeeze(-1) - expected).abs().max() > 1e-3
 
 
-def test_entropy_of_more_rows_than_a_chunk():
-    logits, targets, _ = random_case(2, ENTROPY_CHUNK + 3, 3)
-    mask = torch.ones_like(targets, dtype=torch.bool)
-    _, entropy = masked_token_logprobs(logits, targets, mask, 1.0, entropy_at=everywhere(mask))
-    expected = torch.distributions.Categorical(logits=logits.flatten(0, 1)).entropy()
-    torch.testing.assert_close(entropy, expected, rtol=1e-11, atol=1e-12)
-
-
 def test_entropy_of_some_positions_and_of_none():
     logits, targets, mask = random_case(3, 5, 4)
     logits.requires_grad_()
@@ -162,8 +164,8 @@ def test_bad_input_is_refused():
     for temperature in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match=r"sampling\.temperature > 0"):
             masked_token_logprobs(logits, targets, mask, temperature)
-    with pytest.raises(ValueError, match=r"\[B, S, V\]"):
-        masked_token_logprobs(logits[:, 1:], targets, mask, 1.0)
+    with pytest.raises(ValueError, match=r"\[N, V\]"):
+        token_logprobs(logits[0], targets[0, 1:], torch.ones(2))
 
 
 @pytest.mark.integration

@@ -14,7 +14,7 @@ from tensors64 import metrics_of, t64
 from torch import Tensor
 
 from learners.objective.joint import preference_term
-from learners.objective.logprobs import masked_token_logprobs
+from learners.objective.logprobs import token_logprobs
 from learners.objective.losses import LossOutput
 from learners.objective.preferences import adaptive_smoothing, pair_scores, preference_loss
 from learners.samples.batching import PairTargets
@@ -219,9 +219,10 @@ def model_loss(policy: torch.nn.Module, reference: torch.nn.Module, form: Form, 
     targets, positions = ids[:, 1:], torch.arange(1, width)
     lengths = torch.tensor([len(row) for row in rows])
     mask = (positions >= len(PROMPT) + masked) & (positions < lengths[:, None])
-    logprobs, _ = masked_token_logprobs(policy(input_ids=ids).logits[:, :-1], targets, mask, 1.0)
+    ones = torch.ones(int(mask.sum()))
+    logprobs, _ = token_logprobs(policy(input_ids=ids).logits[:, :-1][mask], targets[mask], ones)
     with torch.no_grad():
-        frozen, _ = masked_token_logprobs(reference(input_ids=ids).logits[:, :-1], targets, mask, 1.0)
+        frozen, _ = token_logprobs(reference(input_ids=ids).logits[:, :-1][mask], targets[mask], ones)
     policy.zero_grad()
     loss = pair_loss(logprobs - frozen, mask.nonzero()[:, 0], form).loss
     loss.backward()

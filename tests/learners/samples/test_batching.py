@@ -37,10 +37,10 @@ def test_collate_of_policy_rows_by_hand():
     second = replace(second, policy=replace(second.policy, weight=0.5))
     batch = collate(alone(first, second), pad_id=3)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 6, 7, 3]]
-    # target column s is token s + 1
-    assert batch.loss_mask.tolist() == [[False, True, True], [False, True, False]]
-    assert batch.first_target == 1  # token 2 is the first one trained; logits 1 and 2 predict all targets
-    assert (batch.targets, batch.real_tokens) == (3, 7)
+    # The logits at one place predict the next token: 7 and 8 of the first row, 7 of the second.
+    assert (batch.targets.tolist(), batch.target_ids.tolist()) == ([1, 2, 4 + 1], [7, 8, 7])
+    assert (batch.depths, batch.visible) == (None, None)
+    assert batch.real_tokens == 7
     assert batch.policy is not None
     assert batch.policy.positions.tolist() == [0, 1, 2]
     assert batch.policy.row_ids.tolist() == [0, 0, 1]
@@ -49,7 +49,7 @@ def test_collate_of_policy_rows_by_hand():
     assert batch.policy.weights.tolist() == [0.125, 0.125, 0.5]
     assert (batch.policy.old_logprobs, batch.policy.reference_logprobs, batch.policy.values) == (None, None, None)
     assert (batch.sft, batch.pairs) == (None, None)
-    assert (batch.input_ids.dtype, batch.loss_mask.dtype) == (torch.int64, torch.bool)
+    assert {batch.input_ids.dtype, batch.targets.dtype, batch.target_ids.dtype} == {torch.int64}
     assert (batch.policy.weights.dtype, batch.policy.advantages.dtype) == (torch.float32, torch.float32)
 
 
@@ -82,8 +82,7 @@ def test_collate_of_mixed_items_by_hand():
     batch = collate(items, pad_id=0)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 9, 0], [1, 2, 3, 0], [4, 4, 4, 0]]
     # Targets in sample-major order: 6 7 8 | 9 | 2 | 4
-    assert batch.loss_mask.int().tolist() == [[1, 1, 1], [0, 1, 0], [1, 0, 0], [0, 1, 0]]
-    assert batch.first_target == 0
+    assert (batch.targets.tolist(), batch.target_ids.tolist()) == ([0, 1, 2, 5, 8, 13], [6, 7, 8, 9, 2, 4])
     assert batch.policy is not None and batch.sft is not None and batch.pairs is not None
     assert (batch.policy.positions.tolist(), batch.policy.row_ids.tolist()) == ([5], [3])
     assert batch.sft.positions.tolist() == [0, 1, 2, 4]
@@ -103,7 +102,7 @@ def test_segments_of_pairs_interleave():
     # targets: 2 3 | 4 | 9 9 | 6 | 7 8
     assert batch.pairs.positions.tolist() == [0, 1, 2, 5, 6, 7]
     assert batch.pairs.segments.tolist() == [0, 0, 1, 2, 3, 3]
-    assert batch.input_ids[:, 1:][batch.loss_mask][batch.pairs.positions].tolist() == [2, 3, 4, 6, 7, 8]
+    assert batch.target_ids[batch.pairs.positions].tolist() == [2, 3, 4, 6, 7, 8]
 
 
 def test_the_chosen_side_of_a_pair_may_be_trained_alone():
@@ -120,7 +119,7 @@ def test_the_first_token_is_never_a_target():
         sft_sample([5, 6, 7], [1, 1, 0]),
     ]
     batch = collate([*alone(*samples), sides([5, 6], [5, 7], 0)], pad_id=0)
-    assert batch.loss_mask.tolist() == [[False, True], [True, False], [True, False], [True, False]]
+    assert batch.targets.tolist() == [1, 3, 6, 9]
     assert batch.policy is not None and batch.sft is not None and batch.pairs is not None
     assert (batch.policy.positions.tolist(), batch.policy.behavior_logprobs.tolist()) == ([0], [-2.0])
     assert (batch.sft.positions.tolist(), batch.pairs.positions.tolist()) == ([1], [2, 3])
@@ -129,15 +128,12 @@ def test_the_first_token_is_never_a_target():
 def test_nothing_to_train_still_makes_a_batch():
     empty = collate([], pad_id=3)
     assert empty.input_ids.tolist() == [[3, 3]]
-    assert empty.loss_mask.tolist() == [[False]]
     assert (empty.policy, empty.sft, empty.pairs) == (None, None, None)
-    assert (empty.targets, empty.real_tokens, empty.first_target) == (0, 0, 0)
+    assert (len(empty.targets), len(empty.target_ids), empty.real_tokens) == (0, 0, 0)
     single = collate(alone(policy_sample([5], [1], [1])), pad_id=3)
-    assert (single.input_ids.tolist(), single.loss_mask.tolist()) == ([[5, 3]], [[False]])
+    assert (single.input_ids.tolist(), single.targets.tolist()) == ([[5, 3]], [])
     assert single.policy is not None
     assert (single.policy.positions.tolist(), single.policy.row_ids.tolist()) == ([], [])
-    untrained = collate(alone(policy_sample([5, 6, 7, 8], [0, 0, 0, 0], [1, 1, 1, 1])), pad_id=3)
-    assert untrained.first_target == 2  # the last column: one logit of one position is enough
 
 
 def test_a_sample_without_targets_shifts_no_other():
@@ -164,7 +160,7 @@ def test_positions_of_every_term_point_at_its_own_tokens():
     items = mixed_items()
     samples = [sample for item in items for sample in item.samples]
     batch = collate(items, pad_id=0)
-    targets = batch.input_ids[:, 1:][batch.loss_mask]
+    targets = batch.target_ids
     assert batch.policy is not None and batch.sft is not None and batch.pairs is not None
     for at, masks in (
         (batch.policy.positions, [sample.policy_mask for sample in samples]),

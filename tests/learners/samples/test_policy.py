@@ -61,7 +61,7 @@ def targets(samples: Sequence[Sample]) -> list[tuple[int, float]]:
     batch = collate([PackItem(samples=(sample,)) for sample in samples], pad_id=0)
     if batch.policy is None:
         return []
-    return list(zip(batch.input_ids[:, 1:][batch.loss_mask].tolist(), batch.policy.advantages.tolist(), strict=True))
+    return list(zip(batch.target_ids.tolist(), batch.policy.advantages.tolist(), strict=True))
 
 
 def advantages(samples: Sequence[Sample]) -> list[float]:

@@ -86,7 +86,7 @@ _OPTIMIZER = "learning_rate beta1 beta2 eps weight_decay warmup_updates schedule
 FREE_FIELDS = {
     "run": "dir resume device address time_limit",
     "actors": "count tensor_parallel_size threads dtype max_model_len max_num_seqs block_size kv_cache_gib "
-    "enforce_eager start_timeout_s rollout_timeout_s hang_timeout_s max_restarts",
+    "gpu_memory_utilization enforce_eager start_timeout_s rollout_timeout_s hang_timeout_s max_restarts",
     "sampling": "temperature top_p max_tokens",
     "rewards": "workers timeout_s memory_mib",
     "learner": "ranks zero_stage threads micro_batch_tokens gradient_checkpointing optimizer_offload "
@@ -113,7 +113,7 @@ FREE_FIELDS = {
     "backtracking temperature top_p max_node_tokens max_depth max_failed_trees",
     **{
         f"search.{writer}": "path count tensor_parallel_size dtype max_model_len max_num_seqs kv_cache_gib "
-        "question_template"
+        "gpu_memory_utilization question_template"
         for writer in ("model", "reviewer")
     },
     "search.nodes.NAME": "tag prefixes writer terminal max_tokens",

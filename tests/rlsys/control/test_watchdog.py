@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlsys.control.watchdog import ProgressTimer, WatchClock
+from rlsys.control.watchdog import ProgressTimer, WatchClock, watch_interval
 
 
 class Time:
@@ -32,3 +32,7 @@ def test_only_growing_progress_restarts_the_timer_unless_the_process_is_idle() -
     time.now += 1
     timer.restart()
     assert timer.update() == 0
+
+
+def test_questions_to_many_processes_are_further_apart() -> None:
+    assert [watch_interval(count) for count in (1, 100, 1000)] == [1.0, 1.0, 10.0]

@@ -15,6 +15,7 @@ import pytest
 
 from rlsys.config.tasks import DatasetConfig
 from rlsys.errors import DataError
+from rlsys.tasks.answers.judge import Judge
 from rlsys.tasks.dataset import DatasetTask
 from rlsys.types import Message, Problem
 
@@ -112,6 +113,39 @@ def test_other_cells_are_no_answers(tmp_path: Path, cell: Any) -> None:
     task = task_of(tmp_path, [{"question": "q", "answer": cell}, *good], max_bad_rows=0.5)
     assert task.skipped == 1
     assert "column 'answer': expected text, found" in task.skip_reasons[0]
+
+
+LISTS_OF_VALUES = [
+    ["1,234", "5"], ["(1,2)", "3"], ["[1,2)", "(3, 4]"], [r"\{1, 2\}", "3"], ["f(x,y)", "2"], ["a)", "b)"],
+    ["$1,200", "x = 1"], ["yes", "no"], ["12,345 km", "1"],
+]  # fmt: skip
+LISTS_IN_LISTS = [
+    ["1", "2,3"], ["1,2", "3"], ["1; 2", "3"], ["1 and 2", "3"], ["x = 1, y = 2", "x = 3"], ["1,234,5", "6"],
+    ["Paris, France", "Rome"], ["(1", "2)"], ["1, 2)", "3"], [r"\foo, 3", "2"], ["0,5", "1"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", LISTS_OF_VALUES)
+def test_the_entries_of_a_list_stay_apart(tmp_path: Path, cell: list[str]) -> None:
+    answer = first(tmp_path, {"question": "q", "answer": cell}).answer
+    assert answer == ", ".join(cell)
+    assert Judge().verdict(answer, f"<answer>{answer}</answer>").reward == 1.0
+
+
+@pytest.mark.parametrize("cell", LISTS_IN_LISTS)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_list_in_a_list_is_unreadable_because_the_judge_would_flatten_it(
+    tmp_path: Path, cell: list[str], nested: bool
+) -> None:
+    good = [{"question": f"q{n}", "answer": "1"} for n in range(4)]
+    row = {"question": "q", "answer": {"ground_truth": cell} if nested else cell}
+    task = task_of(tmp_path, [row, *good], max_bad_rows=0.5)
+    assert task.skipped == 1
+    reason = task.skip_reasons[0]
+    assert "column 'answer': expected one value in each entry of a list, found" in reason
+    assert "put an entry that is a list itself into brackets, or write the whole answer as one text" in reason
+    assert "\n" not in reason
+    assert first(tmp_path, {"question": "q", "answer": [", ".join(cell)]}).answer == ", ".join(cell)
 
 
 def test_a_decimal_column_is_written_without_an_exponent(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
-from rlsys.tasks.answers.evaluate import (
+from rlsys.tasks.answers.comparing.evaluate import (
     AGREED_BITS,
     CONTEXT,
     GUARD_BITS,
@@ -18,11 +18,13 @@ from rlsys.tasks.answers.evaluate import (
     Number,
     UndefinedError,
     is_real,
+    to_float,
 )
-from rlsys.tasks.answers.expressions import Expr, UndecidableError
+from rlsys.tasks.answers.values import Expr, UndecidableError, number
 
 _PRECISIONS = (140, 500, 2000, MAX_PRECISION)
 _POINTS = 6
+_MAX_DECIMAL_EXPONENT = 10_000
 
 
 def values_of(expressions: Sequence[Expr], point: Mapping[str, Fraction]) -> tuple[list[Number | None], int]:
@@ -64,15 +66,11 @@ def agree(left: Number, right: Number, bits: int, tolerance: Fraction = Fraction
     if isinstance(left, Fraction) and isinstance(right, Fraction):
         return abs(left - right) <= tolerance
     with CONTEXT.workprec(bits + GUARD_BITS):
-        left, right = _float(left), _float(right)
+        left, right = to_float(left), to_float(right)
         if CONTEXT.isinf(left) or CONTEXT.isinf(right):
             return bool(left == right)
         limit = max(abs(left), abs(right)) * CONTEXT.mpf(2) ** -bits
-        return bool(abs(left - right) <= max(limit, _float(tolerance)))
-
-
-def _float(value: Number) -> Number:
-    return CONTEXT.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
+        return bool(abs(left - right) <= max(limit, to_float(tolerance)))
 
 
 def _counts(expr: Expr) -> bool:
@@ -103,7 +101,7 @@ def points_of(expressions: Sequence[Expr]) -> list[dict[str, Fraction]]:
         return [{}]
     rng = random.Random(" ".join(names))
     if any(map(_counts, expressions)):
-        return [{name: Fraction(rng.randint(1, 9 + 2 * row)) for name in names} for row in range(_POINTS)]
+        return [{name: Fraction(rng.randint(1, 9 + row)) for name in names} for row in range(2 * _POINTS)]
     rows = [[Fraction(rng.randint(11, 400), 97) for _ in names] for _ in range(_POINTS)]
     for place in range(len(names)):
         # The second half has every other symbol negative, then the others, then all.
@@ -127,11 +125,13 @@ def equal(left: Expr, right: Expr, tolerance: Fraction = Fraction(0)) -> bool:
     """
     if left == right:
         return True
-    compared = 0
-    for point in points_of((left, right)):
+    compared, points = 0, points_of((left, right))
+    # n! / (n - k)! has no value where a binomial coefficient is 0.
+    is_partial = any(map(_counts, (left, right)))
+    for point in points:
         (one, other), bits = values_of((left, right), point)
         if one is None or other is None:
-            if one is not other:
+            if one is not other and not is_partial:
                 return False
             continue
         real = is_real(one), is_real(other)
@@ -142,7 +142,7 @@ def equal(left: Expr, right: Expr, tolerance: Fraction = Fraction(0)) -> bool:
         if not agree(one, other, bits, tolerance):
             return False
         compared += 1
-    if not compared:
+    if compared < (len(points) // 3 if is_partial else 1):
         raise UndecidableError("an expression without a value")
     return True
 
@@ -154,27 +154,32 @@ def real_value(expr: Expr) -> Number:
     (value,), _ = values_of((expr,), {})
     if value is None or not is_real(value):
         raise UndecidableError("a value that is not real")
-    return real_part(value)
+    return value.real
 
 
-def real_part(value: Number) -> Number:
-    """Return the real part of a value."""
-    return value.real if isinstance(value, CONTEXT.mpc) else value
+def decimal_of(expr: Expr, whole_step: Fraction | None = None) -> tuple[Fraction, Fraction] | None:
+    """Return value and last digit's unit of a decimal such as -1.25, 12.5% or 1.2 * 10^-5, or None.
 
-
-def times(left: Number, right: Number) -> Number:
-    """Return the product of two values with all their digits."""
-    if isinstance(left, Fraction) and isinstance(right, Fraction):
-        return left * right
-    with CONTEXT.workprec(2 * _PRECISIONS[-1]):
-        return _float(left) * _float(right)
-
-
-def small_integer(expr: Expr) -> int | None:
-    """Return the value of a constant whole number of at most four digits, else None."""
-    (value,), _ = values_of((expr,), {})
-    is_small = isinstance(value, Fraction) and value.denominator == 1 and abs(value) < 10_000
-    return int(value) if is_small and value is not None else None
+    Args:
+        whole_step: unit of the last digit of a whole number, which is no decimal without it.
+    """
+    match expr.op:
+        case "number":
+            step = whole_step if expr.step is None else expr.step
+            return None if step is None else (expr.value, step)
+        case "negate" | "percent":
+            inner = decimal_of(expr.args[0], whole_step)
+            factor = Fraction(-1) if expr.op == "negate" else Fraction(1, 100)
+            return (inner[0] * factor, inner[1] * abs(factor)) if inner else None
+        case "multiply":
+            inner, power = decimal_of(expr.args[0], whole_step), expr.args[1]
+            if inner is None or power.op != "power" or power.args[0] != number(10) or power.args[1].symbols():
+                return None
+            exponent = real_value(power.args[1])
+            if not isinstance(exponent, Fraction) or exponent.denominator > 1 or abs(exponent) > _MAX_DECIMAL_EXPONENT:
+                return None
+            return inner[0] * Fraction(10) ** int(exponent), inner[1] * Fraction(10) ** int(exponent)
+    return None
 
 
 def greater(left: Number, right: Number) -> bool:
@@ -182,4 +187,4 @@ def greater(left: Number, right: Number) -> bool:
     if isinstance(left, Fraction) and isinstance(right, Fraction):
         return left > right
     with CONTEXT.workprec(_PRECISIONS[1]):
-        return bool(_float(left) > _float(right))
+        return bool(to_float(left) > to_float(right))

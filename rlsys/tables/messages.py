@@ -129,9 +129,13 @@ def check_prompt(messages: Conversation) -> None:
 
 def check_reply(messages: Conversation) -> None:
     """Raise DataError unless a reply begins and ends with a turn of the assistant that has a text."""
-    for message in (messages[:1] or (None,))[0], (messages[-1:] or (None,))[0]:
-        if message is None or message.role != "assistant" or not message.content.strip():
-            raise DataError(f"expected text of the assistant, found {str(message)[:60]}")
+    if not messages:
+        raise DataError("expected text of the assistant, found none")
+    for message in (messages[0], messages[-1]):
+        if message.role != "assistant":
+            raise DataError(f"expected text of the assistant, found a message of the {message.role}")
+        if not message.content.strip():
+            raise DataError("expected text of the assistant, found a blank message")
 
 
 def with_template(question: Question, template: str) -> Question:

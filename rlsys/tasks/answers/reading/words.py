@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 
-from rlsys.tasks.answers.expressions import (
+from rlsys.tasks.answers.reading.lexer import FUNCTIONS, is_wordlike
+from rlsys.tasks.answers.values import (
+    REAL_LINE,
     Clock,
     Date,
     Sequence,
     UnreadableError,
     Value,
     Words,
-    apply,
     names_of,
 )
-from rlsys.tasks.answers.lexer import FUNCTIONS, is_wordlike
 
 _MONTHS = names_of("january february march april may june july august september october november december")
 _MONTH = "|".join(rf"{name[:3]}(?:{name[3:]}|t)?\.?" if name != "may" else "may" for name in _MONTHS)
@@ -141,7 +141,7 @@ def _read_phrase(plain: str) -> Value | None:
     if _EMPTY.fullmatch(phrase):
         return Sequence("{}", ())
     if phrase in _REALS:
-        return Sequence("()", (apply("negate", apply("infinity")), apply("infinity")))
+        return REAL_LINE
     words = re.findall(r"[^\W\d_]+", phrase)
     if (
         set(words) & _NAMES

@@ -16,10 +16,11 @@ import numpy as np
 
 from rlsys.errors import DataError
 from rlsys.models.chat import encode_prompt, end_token_id
-from rlsys.models.conversations import cut_after_end, encode_reply
+from rlsys.models.chat_template import cut_after_end, encode_reply
 from rlsys.sequences import common_prefix_length
 from rlsys.tables.arrow import BATCH
-from rlsys.tables.conversations import (
+from rlsys.tables.files import Row, described, is_unicode
+from rlsys.tables.messages import (
     Conversation,
     check_prompt,
     check_reply,
@@ -29,11 +30,10 @@ from rlsys.tables.conversations import (
     split_reply,
     unfolded,
 )
-from rlsys.tables.files import Row, described, is_unicode
 from rlsys.types import Message
 
-SUPERVISED_COLUMNS = (("prompt", "completion"), ("messages",), ("conversations",), ("text",))
-PAIR_COLUMNS = (("chosen", "rejected"),)
+_PAIR = "columns chosen and rejected"
+_COMMON = "expected a common beginning, the prompt, or a column prompt; found none"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,6 +43,7 @@ class EncodedRows:
     Attributes:
         numbers: Number of each row in the file.
         prompts: Prompt of each row.
+        places: For each row, the columns of the prompt and of each side, for messages.
         sides: For each column with a completion, the tokens after the prompt of each row, the end token last.
         bad: Reason why a row cannot be used, by its number.
         unwanted: Number of rows whose label is false.
@@ -50,6 +51,7 @@ class EncodedRows:
 
     numbers: list[int] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
+    places: list[tuple[str, ...]] = field(default_factory=list)
     sides: list[list[list[int]]] = field(default_factory=list)
     bad: dict[int, str] = field(default_factory=dict)
     unwanted: int = 0
@@ -57,18 +59,24 @@ class EncodedRows:
 
 @dataclass(frozen=True, slots=True)
 class _Texts:
-    """A prompt as plain text and its completions. Without a prompt, the completions are whole texts."""
+    """A prompt as plain text and its completions. Without a prompt, the completions are whole texts.
+
+    Attributes:
+        places: Columns of the prompt and of each completion, for messages.
+    """
 
     prompt: str | None
     completions: tuple[str, ...]
+    places: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Chat:
-    """A conversation and the messages of its replies."""
+    """A conversation and the messages of its replies. `places` are as in `_Texts`."""
 
     prompt: Conversation
     replies: tuple[Conversation, ...]
+    places: tuple[str, ...]
 
 
 Parsed = _Texts | _Chat
@@ -81,7 +89,7 @@ class TextEncoder:
     Attributes:
         tokenizer: Hugging Face tokenizer of the policy.
         end_tokens: Tokens that end a turn, besides the tokenizer's own.
-        columns: Columns of the completions: those of `SUPERVISED_COLUMNS`, or chosen and rejected.
+        columns: Columns of the completions: those that `read_columns` returns.
     """
 
     tokenizer: Any
@@ -125,7 +133,7 @@ class TextEncoder:
         """Return the values of a row; messages that are given as JSON text are lists."""
         values = dict(given)
         for name in ("prompt", *self.columns) if self.columns != ("text",) else ():
-            with _in_column(name):
+            with _at(f"column {name}"):
                 values[name] = unfolded(values.get(name))
         return values
 
@@ -144,7 +152,7 @@ class TextEncoder:
             if isinstance(parsed, _Chat):
                 prompt, sides = self._chat(parsed)
             elif parsed.prompt is None:
-                prompt, sides = self._whole(ids)
+                prompt, sides = self._whole(parsed, ids)
             else:
                 prompt, sides = self._prompt_and_completions(parsed, ids)
         except DataError as error:
@@ -152,35 +160,38 @@ class TextEncoder:
             return
         result.numbers.append(number)
         result.prompts.append(prompt)
+        result.places.append(parsed.places)
         for column, side in zip(result.sides, sides, strict=True):
             column.append(side)
 
     def _prompt_and_completions(self, texts: _Texts, ids: list[list[int]]) -> tuple[list[int], list[list[int]]]:
         end = end_token_id(self.tokenizer)
-        for name, text, tokens in zip(("prompt", *self._sides), self._plain(texts), ids, strict=True):
+        for number, (place, text, tokens) in enumerate(zip(texts.places, self._plain(texts), ids, strict=True)):
             # An end token right after the prompt would teach the policy to give no answer.
-            if not tokens or (name != "prompt" and tokens == [end]):
-                raise DataError(f"column {name}: expected text, found {text[:40]!r}")
+            if not tokens or (number > 0 and tokens == [end]):
+                raise DataError(f"{place}: expected text, found {text[:40]!r}")
         return ids[0], [self._ended(completion) for completion in ids[1:]]
 
-    def _whole(self, ids: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+    def _whole(self, texts: _Texts, ids: list[list[int]]) -> tuple[list[int], list[list[int]]]:
         """Return the part that all texts begin with, and the rests. One text begins with its first token."""
         sides = [self._ended(self._begun(tokens)) for tokens in ids]
-        if len(sides) == 1:
-            start = 1
-        else:
-            start = common_prefix_length(*(np.array(side, dtype=np.int32) for side in sides))
-            if start == 0:
-                raise DataError("columns chosen and rejected: expected a common beginning, the prompt, found none")
-        if any(len(side) < 2 for side in sides):
-            raise DataError(f"column {self._sides[0]}: expected a text of two tokens or more")
+        for place, side in zip(texts.places[1:], sides, strict=True):
+            if len(side) < 2:
+                raise DataError(f"{place}: expected a text of two tokens or more")
+        start = 1 if len(sides) == 1 else common_prefix_length(*(np.array(side, dtype=np.int32) for side in sides))
+        if start == 0:
+            raise DataError(f"{_PAIR}: {_COMMON}")
         return sides[0][:start], [side[start:] for side in sides]
 
     def _chat(self, chat: _Chat) -> tuple[list[int], list[list[int]]]:
-        ends = {end_token_id(self.tokenizer), *self.end_tokens}
-        sides = [encode_reply(self.tokenizer, chat.prompt, reply) for reply in chat.replies]
-        sides = [cut_after_end(self.tokenizer, side, ends) for side in sides]
-        return encode_prompt(self.tokenizer, chat.prompt), [self._ended(side, ends) for side in sides]
+        ends, sides = {end_token_id(self.tokenizer), *self.end_tokens}, []
+        with _at(chat.places[0]):
+            prompt = encode_prompt(self.tokenizer, chat.prompt)
+        for place, reply in zip(chat.places[1:], chat.replies, strict=True):
+            with _at(place):
+                side = encode_reply(self.tokenizer, chat.prompt, reply)
+            sides.append(self._ended(cut_after_end(self.tokenizer, side, ends), ends))
+        return prompt, sides
 
     def _ended(self, token_ids: list[int], ends: set[int] | None = None) -> list[int]:
         """Return tokens with one end token at the end."""
@@ -197,84 +208,112 @@ class TextEncoder:
 
 def _parsed_row(values: Mapping[str, Any], columns: Sequence[str]) -> Parsed:
     if columns == ("text",):
-        return _Texts(None, (_text("text", values.get("text")),))
+        with _at("column text"):
+            return _Texts(None, (_plain(values.get("text"), "text"),), ("column text",) * 2)
     if len(columns) > 1:
-        return _with_prompt(values, values.get("prompt"), columns[1:])
+        return _with_prompt(values, columns[1:], _contents(values, columns[1:]))
     cell = values.get(columns[0])
     if not is_conversation(cell):
         raise DataError(f"column {columns[0]}: expected a list of messages, found {described(cell)}")
     _refuse_tools(values)
-    with _in_column(columns[0]):
-        return _last_reply(conversation(cell))
+    return _last_reply(columns[0], cell)
 
 
 def _parsed_pair(values: Mapping[str, Any], columns: Sequence[str]) -> Parsed:
     """Return a pair of preferences. A prompt that is not given is the common beginning of both sides."""
-    prompt, sides = values.get("prompt"), [values.get(name) for name in columns]
-    if prompt is None and all(isinstance(side, str) for side in sides):
-        return _Texts(None, tuple(_text(name, side) for name, side in zip(columns, sides, strict=True)))
-    if not all(map(is_conversation, sides)) or is_conversation(prompt) or _are_replies(sides):
-        return _with_prompt(values, prompt, columns)
-    _refuse_tools(values)
-    chosen, rejected = (_reply(name, side) for name, side in zip(columns, sides, strict=True))
+    contents, prompt = _contents(values, columns), values.get("prompt")
+    chats = [content for content in contents if not isinstance(content, str)]
+    if len(chats) == len(contents) and not is_conversation(prompt) and not _are_replies(contents):
+        _refuse_tools(values)
+        return _with_common_prompt(chats, columns)
+    if prompt is None:
+        if chats:
+            raise DataError(f"{_PAIR}: {_COMMON}")
+        texts = tuple(content for content in contents if isinstance(content, str))
+        return _Texts(None, texts, (_PAIR, *_places(columns)))
+    return _with_prompt(values, columns, contents)
+
+
+def _with_common_prompt(sides: Sequence[Conversation], columns: Sequence[str]) -> _Chat:
+    for place, side in zip(_places(columns), sides, strict=True):
+        with _at(place):
+            check_reply(side[-1:])
+    chosen, rejected = sides
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
-    return _checked(_Chat(chosen[:shared], (chosen[shared:], rejected[shared:])), columns)
+    if not shared:
+        raise DataError(f"{_PAIR}: {_COMMON}")
+    return _checked(_Chat(chosen[:shared], (chosen[shared:], rejected[shared:]), (_PAIR, *_places(columns))))
 
 
-def _with_prompt(values: Mapping[str, Any], prompt: Any, columns: Sequence[str]) -> Parsed:
-    """Return a prompt and its completions, each given as text or as messages."""
-    cells = [values.get(name) for name in columns]
-    if not is_conversation(prompt) and not any(map(is_conversation, cells)):
-        texts = [_text(name, cell) for name, cell in zip(("prompt", *columns), (prompt, *cells), strict=True)]
-        return _Texts(texts[0], tuple(texts[1:]))
-    _refuse_tools(values)
-    replies = tuple(_reply(name, cell) for name, cell in zip(columns, cells, strict=True))
+def _with_prompt(values: Mapping[str, Any], columns: Sequence[str], contents: Sequence[str | Conversation]) -> Parsed:
+    """Return the prompt of a row and its completions, each given as text or as messages."""
+    prompt, places = values.get("prompt"), ("column prompt", *_places(columns))
     if is_conversation(prompt):
-        with _in_column("prompt"):
+        _refuse_tools(values)
+        with _at(places[0]):
             messages = conversation(prompt)
-    elif not _are_replies(cells) and len(replies) == 1:  # the completion repeats the prompt, as messages
-        with _in_column(columns[0]):
-            return _last_reply(replies[0])
     else:
+        texts = tuple(content for content in contents if isinstance(content, str))
+        if len(texts) == len(contents):
+            return _Texts(_text("prompt", prompt), texts, places)
+        _refuse_tools(values)
+        if len(contents) == 1 and not _are_replies(contents):  # the completion repeats the prompt, as messages
+            return _last_reply(columns[0], values[columns[0]])
         messages = (Message(role="user", content=_text("prompt", prompt)),)
+    replies = tuple(
+        (Message(role="assistant", content=content),) if isinstance(content, str) else content for content in contents
+    )
     size = len(messages)  # some data sets repeat the prompt in the completion
     replies = tuple(reply[size:] if reply[:size] == messages else reply for reply in replies)
-    return _checked(_Chat(messages, replies), columns)
+    return _checked(_Chat(messages, replies, places))
 
 
-def _last_reply(messages: Conversation) -> _Chat:
-    prompt, reply = split_reply(messages)
-    return _Chat(prompt, (reply,))
+def _last_reply(name: str, cell: Sequence[Mapping[str, Any]]) -> _Chat:
+    with _at(f"column {name}"):
+        prompt, reply = split_reply(conversation(cell))
+    return _Chat(prompt, (reply,), (f"column {name}",) * 2)
 
 
-def _checked(chat: _Chat, columns: Sequence[str]) -> _Chat:
-    with _in_column("prompt"):
+def _checked(chat: _Chat) -> _Chat:
+    with _at(chat.places[0]):
         check_prompt(chat.prompt)
-    for name, reply in zip(columns, chat.replies, strict=True):
-        with _in_column(name):
+    for place, reply in zip(chat.places[1:], chat.replies, strict=True):
+        with _at(place):
             check_reply(reply)
     return chat
 
 
-def _reply(name: str, cell: Any) -> Conversation:
-    if not is_conversation(cell):
-        return (Message(role="assistant", content=_text(name, cell)),)
-    with _in_column(name):
-        return conversation(cell)
+def _contents(values: Mapping[str, Any], columns: Sequence[str]) -> list[str | Conversation]:
+    """Return the text or the messages of each column."""
+    contents: list[str | Conversation] = []
+    for name in columns:
+        cell = values.get(name)
+        with _at(f"column {name}"):
+            contents.append(conversation(cell) if is_conversation(cell) else _plain(cell))
+    return contents
 
 
-def _are_replies(cells: Sequence[Any]) -> bool:
-    """Return whether all cells are text, or messages that begin with a turn of the assistant."""
-    return all(not is_conversation(cell) or conversation(cell)[0].role == "assistant" for cell in cells)
+def _places(columns: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"column {name}" for name in columns)
+
+
+def _are_replies(contents: Sequence[str | Conversation]) -> bool:
+    """Return whether all contents are text, or messages that begin with a turn of the assistant."""
+    return all(isinstance(content, str) or content[0].role == "assistant" for content in contents)
 
 
 def _text(name: str, value: Any) -> str:
+    with _at(f"column {name}"):
+        return _plain(value)
+
+
+def _plain(value: Any, expected: str = "text or messages") -> str:
     if not isinstance(value, str) or not is_unicode(value):
-        raise DataError(f"column {name}: expected text or messages, found {described(value)}")
+        raise DataError(f"expected {expected}, found {described(value)}")
     if not value.strip():
-        raise DataError(f"column {name}: expected text, found {value[:40]!r}")
+        raise DataError(f"expected text, found {value[:40]!r}")
     return value
 
 
@@ -300,9 +339,9 @@ def _label(values: Mapping[str, Any]) -> bool | None:
 
 
 @contextmanager
-def _in_column(name: str) -> Iterator[None]:
-    """Name the column in a DataError."""
+def _at(place: str) -> Iterator[None]:
+    """Put the columns at fault before the message of a DataError."""
     try:
         yield
     except DataError as error:
-        raise DataError(f"column {name}: {error.message}") from None
+        raise DataError(f"{place}: {error.message}") from None

@@ -20,8 +20,8 @@ class Expr:
     """A node of an expression.
 
     Attributes:
-        op: "number", "symbol", "add", "multiply", "divide", "power", "negate", "percent", "degree", "plus_minus",
-            "minus_plus", or the name of a function.
+        op: "number", "symbol", "add", "multiply", "divide", "power", "negate", "percent", "degree", or the
+            name of a function.
         value: Value of a number.
         step: Unit of the last digit of a number that is written as a decimal; None for other numbers.
         name: Name of a symbol.
@@ -65,6 +65,14 @@ class Quantity:
 
     amount: Expr
     unit: Unit
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Amounts before ' and ": feet and inches, or minutes and seconds of an angle or of time."""
+
+    first: Fraction | None
+    second: Fraction | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +163,9 @@ class Words:
     letters: str = ""
 
 
-Value = Expr | Quantity | Based | Sequence | Union | Matrix | Relation | Ratio | Congruence | Clock | Date | Words
+Value = (
+    Expr | Quantity | Marks | Based | Sequence | Union | Matrix | Relation | Ratio | Congruence | Clock | Date | Words
+)
 
 
 def number(value: Fraction | int, step: Fraction | None = None) -> Expr:
@@ -171,6 +181,9 @@ def symbol(name: str) -> Expr:
 def apply(op: str, *args: Expr) -> Expr:
     """Return an operation on arguments."""
     return Expr(op=op, args=args)
+
+
+REAL_LINE = Sequence("()", (apply("negate", apply("infinity")), apply("infinity")))
 
 
 def names_of(text: str) -> tuple[str, ...]:

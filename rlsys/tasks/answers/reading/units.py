@@ -6,8 +6,8 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from rlsys.tasks.answers.expressions import Unit, names_of
-from rlsys.tasks.answers.number_words import NUMBER_WORDS
+from rlsys.tasks.answers.reading.number_words import NUMBER_WORDS
+from rlsys.tasks.answers.values import Unit, names_of
 
 # Base unit, or the units it consists of, and for each unit its factor and its names. Names of at most two letters are
 # case-sensitive.
@@ -20,7 +20,8 @@ _TABLE: dict[str, dict[str, str]] = {
     "gram": {"1": "g gram gramme", "1000": "kgs kilo", "1000000": "tonne", "45359237/100000": "lb lbs pound",
              "45359237/1600000": "oz ounce"},
     "dm^3": {"1": "L l liter litre", "473176473/1000000000": "pint", "473176473/500000000": "quart",
-             "473176473/125000000": "gal gallon"},
+             "473176473/125000000": "gal gallon", "473176473/2000000000": "cup",
+             "473176473/32000000000": "tbsp tablespoon", "157725491/32000000000": "tsp teaspoon"},
     "dollar": {"1": "$ dollar usd buck", "1/100": "cent ¢"},
     "euro": {"1": "€ euro eur"}, "british pound": {"1": "£ gbp"}, "rupee": {"1": "₹ rupee inr rs"},
     "yen": {"1": "¥ yen jpy"},
@@ -30,7 +31,7 @@ _TABLE: dict[str, dict[str, str]] = {
     "s^-1": {"1": "Hz hertz"}, "volt": {"1": "V volt"}, "ampere": {"1": "A amp ampere"}, "ohm": {"1": "Ω ohm"},
     "mole": {"1": "mol mole"}, "unit": {"1": "unit"},
     "mi/h": {"1": "mph"}, "km/h": {"1": "kmh kph kmph"}, "ft/s": {"1": "fps"}, "cm^3": {"1": "cc"},
-    "ft^2": {"1": "sqft"},
+    "ft^2": {"1": "sqft", "43560": "acre"}, "m^2": {"10000": "ha hectare"},
 }  # fmt: skip
 _PREFIXES = {"k kilo": "1000", "M mega": "1000000", "d deci": "1/10", "c centi": "1/100", "m milli": "1/1000"}
 _PREFIXED = names_of(
@@ -53,14 +54,14 @@ _PLURALS = frozenset(names_of("people children men women feet teeth mice geese f
 # A text with one of these words is more than an amount of a counted noun.
 NO_NOUNS = NUMBER_WORDS | frozenset(
     names_of(
-        "a about above add all almost also always and approximately around as at base basis below besides between but "
-        "by couple divided does double doubled either else equal equals error even exactly except exists fails false "
-        "few fewer from greater gross guess has if incorrect instead invalid inverse is it its less likely lower "
-        "maximum maybe means minimum minus mod modulo more most multiplied nearly negative neither never no none nor "
-        "not odd off only opposite or other otherwise over pair per percent percentage perhaps plus possible possibly "
-        "power probably reciprocal respectively root roughly score so sometimes squared sum than the then though thus "
-        "times to too triple twice under unless until upwards versus vs was when where whereas which while without "
-        "works wrong yes yet"
+        "a about above add all almost also always and approximately around as at base basis below besides between "
+        "bound but by couple divided does double doubled either else equal equals error even exactly except exists "
+        "fails false few fewer from greater gross guess has if incorrect instead invalid inverse is it its less "
+        "likely lower maximum maybe means minimum minus mod modulo more most multiplied nearly negative neither never "
+        "no none nor not odd off only opposite or other otherwise over pair per percent percentage perhaps plus "
+        "possible possibly power probably reciprocal respectively root roughly score so sometimes squared sum than "
+        "the then though thus times to too triple twice under unless until upper upwards versus vs was when where "
+        "whereas which while without works wrong yes yet"
     )
 )
 _NO_NOUN = re.compile(r".|.*(?:n't|ly|ish|like)")
@@ -75,6 +76,7 @@ def read_unit(text: str, *, nouns: bool = True) -> Unit | None:
         text: The text after an amount, such as "miles per hour", "m/s^2" or "sq. ft".
         nouns: Accept up to three unknown words, such as "red apples", as a counted noun.
     """
+    text = text.replace(r"\Omega", "Ω")
     text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
     text = text.strip().rstrip(".").replace("{", "").replace("}", "").replace("$", "$ ")
     text = re.sub(r"°\s*([CF])\b", r"deg\1", text)

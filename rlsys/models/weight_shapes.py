@@ -17,7 +17,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of tensors in safetensors files that the learner can train."""
 
 
-def check_skeleton(model: ModelFolder) -> tuple[str, ...]:
+def check_weight_shapes(model: ModelFolder) -> tuple[str, ...]:
     """Check that the learner has a class for a model, and that the weights fill exactly this class.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from rlsys.tasks.answers.expressions import names_of
+from rlsys.tasks.answers.values import names_of
 
 _ONES = names_of(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
@@ -34,7 +34,7 @@ _CARDINAL = "|".join(sorted({*CARDINALS, *SCALES}, key=len, reverse=True))
 _NUMBER = rf"(?:(?:{_CARDINAL})(?:(?:(?<=hundred|housand|million)\s+and)?[\s-]+(?=(?:{_CARDINAL})\b)|\b))+"
 _LEADING = re.compile(
     rf"(?:half\s+an?\s+(?P<halved>{'|'.join(SCALES)})\b|(?P<half>half)(?:\s+an?\b|\Z)"
-    rf"|(?:(?P<count>{_NUMBER})|an?\b)[\s-]+(?P<part>{'|'.join(_PARTS)})\b"
+    rf"|(?:(?P<count>{_NUMBER})|an?\b)[\s-]+(?P<part>{'|'.join(_PARTS)})\b(?:\s+of\s+an?\b)?"
     rf"|(?P<whole>{_NUMBER}|(?=an?\s+(?:{'|'.join(SCALES)})\b)an?\s+{_NUMBER})(?P<and_half>\s+and\s+a\s+half\b)?)",
     re.IGNORECASE,
 )

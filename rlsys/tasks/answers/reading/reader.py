@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 
-from rlsys.tasks.answers.atoms import read_based
-from rlsys.tasks.answers.expressions import (
+from rlsys.tasks.answers.normalise import normalise
+from rlsys.tasks.answers.reading.grammar import Grammar
+from rlsys.tasks.answers.reading.lexer import Token, join_numbers, read_based, tokens_of
+from rlsys.tasks.answers.reading.notations import read_marks, rephrased, standard_notation
+from rlsys.tasks.answers.reading.number_words import CARDINALS
+from rlsys.tasks.answers.reading.units import CURRENCIES, NO_NOUNS, read_unit
+from rlsys.tasks.answers.reading.words import read_any_words, read_words
+from rlsys.tasks.answers.values import (
+    REAL_LINE,
     Congruence,
     Expr,
     Matrix,
@@ -20,17 +30,14 @@ from rlsys.tasks.answers.expressions import (
     Value,
     Words,
     apply,
+    names_of,
     number,
     symbol,
 )
-from rlsys.tasks.answers.grammar import Grammar
-from rlsys.tasks.answers.lexer import Token, join_numbers, tokens_of
-from rlsys.tasks.answers.normalise import normalise
-from rlsys.tasks.answers.number_words import CARDINALS, with_digits
-from rlsys.tasks.answers.units import CURRENCIES, NO_NOUNS, read_unit
-from rlsys.tasks.answers.words import read_any_words, read_words
 
 MAX_ANSWER_CHARS = 1024
+# Readings of statements with plus-minus signs.
+MAX_READINGS = 64
 
 _RELATIONS = ("=", "≠", "<", ">", "≤", "≥", "≈", "∈")
 _SETS = {"∪": "union", "∩": "intersection", "∖": "minus"}
@@ -44,14 +51,14 @@ _BASE = re.compile(
     re.ASCII,
 )
 _PREFIX_BASES = {"b": "2", "o": "8", "x": "16"}
-_CURRENCY_NAMES = {"us$": "$", "usd": "$", "eur": "€", "gbp": "£", "inr": "₹", "rs": "₹", "jpy": "¥"}
-_CURRENCY_NAME = re.compile(r"(?i)\A(us\$|usd|eur|gbp|inr|jpy|rs)\.?\s*(?=-?[\d.])")
+# Words that are no noun after a number, but may be a label.
+_LABEL_WORDS = frozenset(names_of("sum maximum minimum score root roots base power"))
 # What an equation may have on its left besides a symbol: a quantity of geometry, a value of a function, or words.
 _LABEL = re.compile(
-    r"((?:m\s*)?\\(?:angle|triangle)\s*[A-Z]{1,4}|\|?[A-Z]{2,4}\|?|\[[A-Z]{3,5}\]|[PE]\s*\([^()]*\)"
+    r"((?:m\s*)?\\(?:angle|triangle)\s*[A-Z]{1,4}|\|?[A-Z]{2,4}\|?|\[[A-Z]{3,5}\]|[CEP]\s*\([^()]*\)"
     r"|[f-hp-rt-wA-Z](?:_\w|'{1,3})?\s*\(\s*-?\w+\s*\)|\\frac\s*\{\s*d\w?\s*\}\s*\{\s*d\w\s*\}"
     r"|[a-zA-Z](?=\s+is\b)|(?:[Tt]he )?(?P<words>[A-Za-z][a-z]{2,}(?: [A-Za-z]+){0,4}))"
-    r"\s*(?:=(?!=)|\bis\b)\s*(?=\S)"
+    r"\s*(?:=(?!=)|\bis\b|(?(words):|(?!)))\s*(?=\S)"
 )
 
 
@@ -64,14 +71,14 @@ def read_answer(text: str) -> Value:
     """
     if len(text) > MAX_ANSWER_CHARS:
         raise UnreadableError(f"more than {MAX_ANSWER_CHARS} characters")
-    plain = _rephrased(normalise(text))
+    plain = rephrased(normalise(text))
     if not plain:
         raise UnreadableError("an empty text")
     return _read_labelled(plain) or _read_value(plain)
 
 
 def _read_value(plain: str) -> Value:
-    value = read_words(plain) or _read_ratio(plain)
+    value = read_words(plain) or read_marks(plain) or _read_ratio(plain)
     if value is not None:
         return value
     try:
@@ -83,20 +90,14 @@ def _read_value(plain: str) -> Value:
         return words
 
 
-def _rephrased(plain: str) -> str:
-    """Return a text with a number in words as digits, and names of a sign or a currency as signs."""
-    plain = _CURRENCY_NAME.sub(lambda match: _CURRENCY_NAMES[match[1].lower()], re.sub(r"\Aboth\s+", "", plain))
-    negated = re.match(r"(?i)(?:negative|minus)\s+(?=\S)", plain)
-    return f"-{with_digits(plain[negated.end() :])}" if negated else with_digits(plain)
-
-
 def _read_labelled(plain: str) -> Relation | None:
     """Read an equation with more than a symbol on its left, such as "Area = 5"."""
     match = _LABEL.match(plain)
-    if match is None or not NO_NOUNS.isdisjoint((match["words"] or "").lower().split()):
+    if match is None or not (NO_NOUNS - _LABEL_WORDS).isdisjoint((match["words"] or "").lower().split()):
         return None
     try:
-        value = _read_value(_rephrased(plain[match.end() :]))
+        rest = rephrased(plain[match.end() :])
+        value = _read_labelled(rest) or _read_value(rest)
     except UnreadableError:
         return None
     text = re.sub(r"\s", "", match[1])
@@ -114,6 +115,7 @@ def as_product(words: Words) -> Expr | None:
 
 
 def _read_mathematics(plain: str) -> Value:
+    plain = standard_notation(plain)
     based = _BASE.fullmatch(plain)
     if based:
         base = (based["named"] or based["index"] or _PREFIX_BASES[based["letter"]]).lower()
@@ -151,6 +153,8 @@ def _read_ratio(plain: str) -> Ratio | None:
 class _Reader(Grammar):
     """Reader of lists, relations, sets, matrices and quantities."""
 
+    _readings = 0
+
     def whole(self) -> Value:
         """Read all tokens as one answer."""
         value = self._list()
@@ -160,15 +164,43 @@ class _Reader(Grammar):
 
     def _list(self) -> Value:
         """Read statements between separators."""
-        items, joiners = [self._statement()], set()
-        while self.is_sign(",", ";", "and", "or"):
-            joiner = self.take().text
-            if self.is_sign("and", "or"):
-                joiner = self.take().text
-            joiners.add(joiner)
-            items.append(self._statement())
-        joiner = next((word for word in ("or", "and") if word in joiners), ",")
+        items, joiner = self._items(self._alternatives)
         return items[0] if len(items) == 1 else Sequence("", tuple(items), joiner)
+
+    def _items(self, read: Callable[[], list[Value]]) -> tuple[list[Value], str]:
+        """Return all items, and the word between them: "or", "and" or a comma."""
+        items, joiners = read(), set()
+        while self.takes(",", ";", "and", "or"):
+            self.takes("and", "or")
+            joiners.add(self.tokens[self.place - 1].text)
+            items += read()
+        return items, next((word for word in ("or", "and") if word in joiners), ",")
+
+    def _alternatives(self) -> list[Value]:
+        """Read a statement once for each choice of its plus-minus signs.
+
+        The signs of a tuple, and those with a minus-plus sign among them, change together.
+        """
+        start, tokens = self.place, list(self.tokens)
+        value = self._statement()
+        places = [place for place in range(start, self.place) if self.tokens[place].text in ("±", "∓")]
+        if not places:
+            return [value]
+        coupled = any(self.tokens[place].text == "∓" for place in places)
+        if len(places) > 1 and not coupled and isinstance(value, Sequence):
+            raise UnreadableError("a tuple with several plus-minus signs")
+        self._readings += 2 if coupled else 2 ** len(places)
+        if self._readings > MAX_READINGS:
+            raise UnreadableError("too many plus-minus signs")
+        choices = [(1,) * len(places), (-1,) * len(places)] if coupled else list(product((1, -1), repeat=len(places)))
+        values = []
+        for choice in choices:
+            self.place, self.tokens = start, list(tokens)
+            for place, sign in zip(places, choice, strict=True):
+                is_plus = (tokens[place].text == "±") is (sign == 1)
+                self.tokens[place] = replace(tokens[place], text="+" if is_plus else "-")
+            values.append(self._statement())
+        return values
 
     def _statement(self) -> Value:
         """Read a value or a chain of relations."""
@@ -176,17 +208,14 @@ class _Reader(Grammar):
         while self.is_sign(*_RELATIONS):
             signs.append(self.take().text)
             sides.append(self._set())
-        if self.is_sign("≡"):
-            self.take()
+        if self.takes("≡"):
             sides = [self._set()]
         if self.is_sign("mod") or self.at_modulus():
             return self._congruence(sides[0])
         return Relation(tuple(sides), tuple(signs)) if signs else sides[0]
 
     def _congruence(self, residue: Value) -> Congruence:
-        bracket = self.is_sign("(")
-        if bracket:
-            self.take()
+        bracket = self.takes("(")
         self.expect("mod")
         modulus = self.group() if self.is_sign("{") else self.expression()
         if bracket:
@@ -214,34 +243,20 @@ class _Reader(Grammar):
             return read_based(self.take().text)
         if token.kind == "matrix":
             return self._matrix()
-        if self.is_sign("(", "[") and self.tokens[self.place + 1 : self.place + 2][:1] and (
-            self.tokens[self.place + 1].kind == "matrix"
-        ):  # fmt: skip
-            closing = _PAIRS[self.take().text]
-            matrix = self._matrix()
-            self.expect(closing[0] if self.is_sign(closing[0]) else closing[1])
-            return matrix
-        if token.kind == "sign" and token.text in _PAIRS and self._is_bracketed():
+        if self.is_sign(*_PAIRS) and self._is_bracketed():
             return self._bracketed()
-        prefix = self.take().text if token.kind == "sign" and token.text in CURRENCIES else ""
-        if not prefix and self.is_sign("-") and self.tokens[self.place + 1 : self.place + 2]:
-            following = self.tokens[self.place + 1]
-            if following.kind == "sign" and following.text in CURRENCIES:  # -$5
-                self.take()
-                prefix = self.take().text
-                return Quantity(apply("negate", self.expression()), _known(prefix))
-        value = self.expression()
+        is_negative = self.is_sign("-") and self.later().kind == "sign" and self.later().text in CURRENCIES  # -$5
+        self.place += is_negative
+        prefix = self.take().text if self.is_sign(*CURRENCIES) else ""
+        value = apply("negate", self.expression()) if is_negative else self.expression()
         if self.next.kind == "matrix":
             return self._scaled(value, self._matrix())
         if not self._at_end():
             return self._quantity(value, prefix)
-        if prefix:
-            return Quantity(value, _known(prefix))
-        if value.op == "degree":
-            return Quantity(value.args[0], _known("°"))
-        if value.op == "negate" and value.args[0].op == "degree":
-            return Quantity(apply("negate", value.args[0].args[0]), _known("°"))
-        return value
+        angle = value.args[0] if value.op == "negate" else value
+        if not prefix and angle.op == "degree":
+            return Quantity(apply("negate", *angle.args) if angle is not value else angle.args[0], _known("°"))
+        return Quantity(value, _known(prefix)) if prefix else value
 
     def _at_end(self) -> bool:
         stops = (*_RELATIONS, *_SETS, ",", ";", "and", "or", ")", "]", r"\}", "}", "⟩", "mod", "≡", "|", ":")
@@ -249,7 +264,7 @@ class _Reader(Grammar):
 
     def _quantity(self, value: Expr, prefix: str) -> Value:
         """Read the unit after an amount, and further amounts with units, such as "2 hours 30 minutes"."""
-        text = self._unit_text()
+        text, self.place = self.rest(), self.unit_end()
         per = prefix and text.startswith(("/", "per"))
         unit = read_unit(f"{prefix} {text}" if per else text, nouns=not value.symbols())
         if unit is None or (prefix and not per and unit != _known(prefix)):
@@ -279,18 +294,6 @@ class _Reader(Grammar):
         self.place = start
         return quantity
 
-    def _unit_text(self) -> str:
-        """Take the tokens of a unit: up to a number after a word, a separator, or the end."""
-        start, stop = self.next.start, self.next.end
-        while not self._at_end():
-            previous = self.tokens[self.place - 1]
-            if self.next.kind == "number" and previous.text not in ("^", "-", "{"):
-                break
-            stop = self.take().end
-            if self.next.kind == "sign" and self.next.text == "}" and "{" in self.text[start:stop]:
-                stop = self.take().end
-        return self.text[start:stop]
-
     def _is_bracketed(self) -> bool:
         """Return whether a bracket encloses a list, an interval or a set rather than a factor."""
         depth, comma = 0, False
@@ -315,17 +318,15 @@ class _Reader(Grammar):
         opening = self.take().text
         brackets = {"{": "{}", r"\{": "{}", "⟨": "("}.get(opening, opening)
         closings = _PAIRS[opening]
-        if self.is_sign(*closings):
-            self.take()
+        if self.takes(*closings):
             return Sequence("{}" if brackets == "{}" else f"{opening}{closings[0]}", ())
         if brackets == "{}" and self._is_builder():
             return self._builder(closings[0])
-        value = self._list()
+        items, _ = self._items(self._alternatives if brackets == "{}" else lambda: [self._statement()])
         if not self.is_sign(*closings):
             raise self.unreadable("expected a closing bracket")
         closing = self.take().text
-        items = value.items if isinstance(value, Sequence) and not value.brackets else (value,)
-        return Sequence(brackets if brackets == "{}" else brackets + closing.replace("⟩", ")"), items)
+        return Sequence(brackets if brackets == "{}" else brackets + closing.replace("⟩", ")"), tuple(items))
 
     def _is_builder(self) -> bool:
         texts = [token.text for token in self.tokens[self.place : self.place + 2]]
@@ -334,28 +335,24 @@ class _Reader(Grammar):
     def _builder(self, closing: str) -> Value:
         r"""Read \{x | x > 3\} and \{x \in \mathbb{R} : x > 3\} as the relation after the bar."""
         self.take()
-        if self.is_sign("∈"):
-            self.take()
-            if self._field() != real_line():
-                raise self.unreadable("a set of other than real numbers")
-        if not self.is_sign("|", ":"):
+        if self.takes("∈"):
+            self._field()
+        if not self.takes("|", ":"):
             raise self.unreadable("expected '|'")
-        self.take()
         condition = self._list()
         self.expect(closing)
         return condition
 
     def _field(self) -> Value:
         self.take()
-        name = self.group()
-        if name != symbol("R"):
+        if self.group() != symbol("R"):
             raise self.unreadable("a set of numbers other than R")
-        return real_line()
+        return REAL_LINE
 
     def _matrix(self) -> Matrix:
         """Read the cells of a matrix, each as a value of its own."""
         content = re.fullmatch(
-            r"\\begin\s*\{([pbB]?matrix|smallmatrix|array)\}(?:\s*\{[lcr| ]*\})?(.*?)\\end\s*\{\1\}",
+            r"\W*?begin\s*\{([pbB]?matrix|smallmatrix|array)\}(?:\s*\{[lcr| ]*\})?(.*?)\\end\s*\{\1\}\W*",
             self.take().text,
             re.DOTALL,
         )
@@ -387,8 +384,3 @@ def _known(name: str) -> Unit:
     if unit is None:
         raise UnreadableError(f"the unit {name!r}")
     return unit
-
-
-def real_line() -> Sequence:
-    """Return the set of all real numbers."""
-    return Sequence("()", (apply("negate", apply("infinity")), apply("infinity")))

@@ -3,61 +3,18 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from text_rows import BAD, GOOD, NO_SYSTEM, REASONING, SYSTEM, USER, reader, tokenizer, write
 
-from rlsys.data.rows import PairRows, Reader, SupervisedRows
+from rlsys.data.rows import PairRows, SupervisedRows
 from rlsys.errors import ConfigError, DataError
 from rlsys.models.chat import encode_prompt
 from rlsys.types import Message
 
 pytestmark = pytest.mark.heavy
-
-CHATML = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-# Begins the answer with <think> and leaves the reasoning out of the reply, as some templates of reasoning models do.
-REASONING = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'].split('</think>')[-1] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
-)
-NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
-SPECIAL = ("<s>", "<eos>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<think>")
-
-
-@cache
-def tokenizer(template: str | None = CHATML, end: str = "<|end|>", begins: bool = False) -> Any:
-    """Return a tokenizer of single characters and the special tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    characters = [chr(code) for code in range(32, 127)] + ["\n"]
-    numbers = {text: number for number, text in enumerate([*SPECIAL, *characters])}
-    model = Tokenizer(models.WordLevel(numbers, "~"))
-    model.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    model.decoder = decoders.Fuse()
-    model.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIAL])
-    if begins:
-        model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    names = {"eos_token": end, "bos_token": "<s>", "unk_token": "~"}
-    made = PreTrainedTokenizerFast(tokenizer_object=model, **names)
-    made.chat_template = template
-    return made
-
-
-def write(folder: Path, *rows: dict[str, Any]) -> str:
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def reader(encoder: Any = None, longest: int = 99, ends: frozenset[int] = frozenset()) -> Reader:
-    encoder = encoder or tokenizer()
-    return Reader(encoder, len(encoder), longest, ends)
 
 
 def supervised(folder: Path, *rows: dict[str, Any], encoder: Any = None, **options: Any) -> SupervisedRows:
@@ -87,8 +44,6 @@ def sides(rows: PairRows, number: int = 0) -> tuple[str, str, str]:
     return tokenizer().decode(prompt), tokenizer().decode(chosen), tokenizer().decode(rejected)
 
 
-SYSTEM, USER = {"role": "system", "content": "S"}, {"role": "user", "content": "Q"}
-GOOD, BAD = {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
 CHAT = ("<|system|>S<|end|>\n<|user|>Q<|end|>\n<|assistant|>", "yes<|end|>")
 ASKED = ("<|user|>Q<|end|>\n<|assistant|>", "yes<|end|>")
 
@@ -260,7 +215,7 @@ BAD_ROWS = {
     "prompt of the assistant": ({"prompt": [GOOD], "completion": [GOOD]}, "column prompt: expected a last message of"),
     "blank text": ({"text": " "}, "column text: expected text, found ' '"),
     "no difference before a question": (
-        {"chosen": [USER, GOOD], "rejected": [SYSTEM, GOOD]}, "column prompt: expected a message to reply to",
+        {"chosen": [USER, GOOD], "rejected": [SYSTEM, GOOD]}, "columns chosen and rejected: expected a common beg",
     ),
     "nothing in common": ({"chosen": "a", "rejected": "b"}, "columns chosen and rejected: expected a common beg"),
 }  # fmt: skip
@@ -288,7 +243,9 @@ def test_a_template_that_refuses_a_conversation_makes_a_bad_row(tmp_path: Path) 
     path = write(tmp_path, {"messages": [USER, GOOD]}, {"messages": [SYSTEM, USER, GOOD]})
     strict = reader(tokenizer(NO_SYSTEM))
     assert len(strict.supervised(path, "sft.path", 0.5)) == 1
-    with pytest.raises(DataError, match="row 2: the chat template cannot render the conversation: .*no system"):
+    with pytest.raises(
+        DataError, match="row 2, column messages: the chat template cannot render the conversation: .*no system"
+    ):
         strict.supervised(path, "sft.path")
     with pytest.raises(DataError, match="expected a chat template in the tokenizer"):
         reader(tokenizer(None)).supervised(path, "sft.path", 0.5)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
-from rlsys.tasks.answers.expressions import UnreadableError, names_of
 from rlsys.tasks.answers.normalise import SIGNS
-from rlsys.tasks.answers.units import CURRENCIES, GLUED_UNITS
+from rlsys.tasks.answers.reading.units import CURRENCIES, GLUED_UNITS, read_unit
+from rlsys.tasks.answers.values import Based, Expr, UnreadableError, apply, names_of, number
 
 MAX_TOKENS = 400
+# A larger power of ten stays an operation.
+MAX_EXPONENT = 5000
 
 FUNCTIONS = frozenset(
     names_of(
@@ -24,17 +27,18 @@ _GREEK = frozenset(
         "chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar"
     )
 )
-_COMMANDS = frozenset(names_of("frac sqrt binom choose over infty pi emptyset mathbb prime"))
+_COMMANDS = frozenset(names_of("frac sqrt binom choose over infty pi emptyset mathbb"))
 _TOKEN = re.compile(
     r"(?P<space>\s+)"
-    r"|(?P<matrix>\\begin\s*\{[a-zA-Z]*(?:matrix|array)\}.*?\\end\s*\{[a-zA-Z]*(?:matrix|array)\})"
+    r"|(?P<matrix>(?P<open>[(\[]\s*)?\\begin\s*\{[a-zA-Z]*(?:matrix|array)\}.*?\\end\s*\{[a-zA-Z]*(?:matrix|array)\}"
+    r"(?(open)\s*[)\]]))"
     r"|(?P<based>[0-9A-F]+\s*_\s*(?:\d+|\{\s*\d+\s*\}))"
     r"|(?P<repeating>\d*\.\d*\\overline\s*\{\d+\}|\d*\.\d*\(\d+\))"
     r"|(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?![\d.a-zA-Z]))?|\d+\.(?!\d))"
     r"|(?P<brace>\\[{}])"
     r"|\\(?P<command>[a-zA-Z]+)"
     r"|(?P<letters>[a-zA-Z]+(?:'(?!s\b)[a-zA-Z]+)?)"
-    r"|(?P<relation><=|>=|(?<![\d)}])!=|==|=<|->)"
+    r"|(?P<relation><=|>=|(?<![\d)}])!=|==|=<|->|\+-|-\+)"
     r"|(?P<other>\*\*|.)",
     re.DOTALL,
 )
@@ -132,7 +136,8 @@ def _read_letters(text: str, start: int, spaced: bool, before: Sequence[Token]) 
         return [Token("command", "infty", start, end, spaced)]
     if text in ("pi", "Pi"):
         return [Token("command", "pi", start, end, spaced)]
-    if text in GLUED_UNITS or (text in ("sec", "min", "in") and after_number):
+    is_unit = len(text) > 3 and read_unit(text, nouns=False) is not None  # a pint is not pi*n*t
+    if is_unit or text in GLUED_UNITS or (text in ("sec", "min", "in") and after_number):
         return [Token("word", text, start, end, spaced)]
     if text in FUNCTIONS:
         return [Token("function", text, start, end, spaced)]
@@ -197,3 +202,30 @@ def _comma_depths(text: str) -> tuple[list[int], list[int]]:
             commas.append(place)
         depths.append(stack[-1])
     return depths, commas
+
+
+def read_decimal(text: str) -> Expr:
+    """Return a number with the unit of its last digit; a large power of ten stays an operation."""
+    mantissa, _, exponent = text.lower().partition("e")
+    digits = mantissa.partition(".")[2]
+    power = int(exponent or 0)
+    if abs(power) > MAX_EXPONENT:
+        return apply("multiply", number(Fraction(mantissa)), apply("power", number(10), number(power)))
+    is_exact = "." not in mantissa and not exponent
+    step = None if is_exact else Fraction(10) ** (power - len(digits))
+    return number(Fraction(mantissa.rstrip(".") or "0") * Fraction(10) ** power, step)
+
+
+def read_based(text: str) -> Based:
+    """Return the digits and the base of a text such as 2516_8."""
+    digits, _, base = text.partition("_")
+    if not 2 <= int(base) <= 36 or any(int(digit, 36) >= int(base) for digit in digits):
+        raise UnreadableError(f"{text[:20]!r} has digits outside its base")
+    return Based(digits.lstrip("0") or "0", int(base))
+
+
+def read_repeating(text: str) -> Fraction:
+    r"""Return the value of 0.1\overline{6} or 0.1(6)."""
+    whole, fixed, repeated = re.match(r"(\d*)\.(\d*)[^\d]+(\d+)", text).groups()  # type: ignore[union-attr]
+    size = 10 ** len(fixed)
+    return Fraction(int(f"{whole}{fixed}" or 0), size) + Fraction(int(repeated), size * (10 ** len(repeated) - 1))

@@ -1,0 +1,188 @@
+"""A causal language model that returns log-probabilities of given targets and never holds all logits."""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from learners.objective.logprobs import token_logprobs
+from learners.samples.packing import pack
+
+CHUNK_LOGITS = 1 << 24
+"""Largest number of logits at once: 64 MiB in fp32."""
+ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-6}
+"""Differences of two computations of one value; some models compute norms in fp32."""
+
+
+class LanguageModel(nn.Module):
+    """A language model as the learner calls it.
+
+    The output layer runs on targets alone, a part of them at a time, and again in the backward pass. Everything that
+    the model does with its logits, such as scaling or soft-capping, stays: the body of the model is replaced by the
+    hidden states, and the rest of it is called. If that gives other logits, the whole logits are computed.
+
+    Args:
+        module: causal language model of transformers.
+    """
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        super().__init__()
+        self.module = module
+        self._divides = self._can_divide()
+        self.__dict__.pop("_head", None)  # DeepSpeed will give the module attributes that its copy needs as well
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        target_ids: Tensor,
+        temperature: Tensor,
+        *,
+        parts: int = 1,
+        entropy_at: Tensor | None = None,
+        entropy_gradient: bool = False,
+        depths: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and entropies of targets; see `token_logprobs`.
+
+        Args:
+            input_ids: [B, L] int64.
+            targets: [N] int64, places in the flattened input_ids whose logits predict a target.
+            target_ids: [N] int64, the predicted tokens.
+            temperature: [N] float32.
+            parts: number of parts of the targets, one after the other; the same on all ranks, which gather the weights
+                of a partitioned output layer for every part.
+            entropy_at: [N] bool, where entropies are computed; None computes none.
+            entropy_gradient: whether entropies carry gradient.
+            depths, visible: see `MicroBatch`; None if every row holds one sample.
+
+        Returns:
+            logprobs: [N] nats; carries gradient, also for N = 0.
+            entropy: [M] nats.
+        """
+        body = self.module.base_model if self._divides else self.module
+        states = run_body(body, input_ids, depths, visible).flatten(0, 1).index_select(0, targets)
+
+        def part(states: Tensor, target_ids: Tensor, temperature: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor]:
+            logits = self._logits(states) if self._divides else states
+            return token_logprobs(logits, target_ids, temperature, entropy_at=at, entropy_gradient=entropy_gradient)
+
+        if parts == 1:
+            return part(states, target_ids, temperature, entropy_at)
+        split = [each.tensor_split(parts) for each in (states, target_ids, temperature)]
+        at = entropy_at.tensor_split(parts) if entropy_at is not None else [None] * parts
+        results = [checkpoint(part, *each, use_reentrant=False) for each in zip(*split, at, strict=True)]
+        logprobs, entropy = zip(*results, strict=True)
+        return torch.cat(logprobs), torch.cat(entropy)
+
+    def gradient_checkpointing_enable(self, **arguments: Any) -> None:
+        """Compute the activations of the body again in the backward pass."""
+        self.module.gradient_checkpointing_enable(**arguments)
+
+    @torch.no_grad()
+    def _can_divide(self) -> bool:
+        """Return whether the output layer can run without the body. It is tried on two tokens."""
+        module, training = self.module, self.module.training
+        ids = torch.tensor([[0, 1]], device=module.device)
+        module.eval()
+        try:
+            whole = module(input_ids=ids, use_cache=False).logits
+            divided = self._logits(run_body(module.base_model, ids)[0, 1:])
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+            return False
+        finally:
+            module.train(training)
+        tolerance = ROUNDING.get(whole.dtype, 0.05) * float(whole.abs().max())
+        return torch.allclose(whole[0, 1:], divided, rtol=0, atol=tolerance)
+
+    @cached_property
+    def _head(self) -> tuple[Any, _Given]:
+        """The model with another body, and that body. DeepSpeed's record of modules needs the same one in all passes.
+
+        A cached property is no attribute of the kind that a module registers.
+        """
+        head, given = copy.copy(self.module), _Given()
+        head._modules = {**self.module._modules, self.module.base_model_prefix: given}
+        return head, given
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Return the [N, V] logits of [N, H] hidden states."""
+        head, given = self._head
+        ids = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
+        given.hidden = hidden[None]
+        try:
+            logits: Tensor = head(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            given.hidden = None  # its graph would keep the model in memory
+        return logits
+
+
+class _Given(nn.Module):
+    """Stands for the body of a model, and returns given hidden states, [1, N, H]."""
+
+    hidden: Tensor | None = None
+
+    def forward(self, *_arguments: Any, **_inputs: Any) -> _GivenOutput:
+        return _GivenOutput(last_hidden_state=self.hidden)
+
+
+class _GivenOutput(BaseModelOutputWithPast):
+    """Output of a body, with None for all values that only some bodies have."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@torch.no_grad()
+def can_pack(module: PreTrainedModel) -> bool:
+    """Return whether a model computes the same for sequences that share a packed row as for each alone.
+
+    It is tried on two short sequences. A model whose tokens see a window, or keep a state, is never packed.
+    """
+    config = module.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or (getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")):
+        return False
+    first, second = (torch.tensor(ids) % config.vocab_size for ids in ([1, 2, 3, 4], [1, 2, 5, 6]))
+    row = pack([first.numpy(), second.numpy()])
+    ids, depths = torch.from_numpy(row.token_ids)[None], torch.from_numpy(row.depths)[None]
+    visible = torch.from_numpy(row.visible())[None]
+    training = module.training
+    try:
+        body = module.eval().base_model
+        alone = [run_body(body, each[None].to(module.device))[0] for each in (first, second)]
+        packed = run_body(body, *(each.to(module.device) for each in (ids, depths, visible)))[0]
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return False
+    finally:
+        module.train(training)
+    tolerance = ROUNDING.get(packed.dtype, 0.05)
+    pairs = zip(alone, row.places, strict=True)
+    return all(torch.allclose(each, packed[places], rtol=tolerance, atol=tolerance) for each, places in pairs)
+
+
+def run_body(body: Any, input_ids: Tensor, depths: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+    """Return the [B, L, H] hidden states of a body, or the [B, L, V] logits of a whole model.
+
+    Args:
+        body: the model without its output layer, or the whole model.
+        input_ids: [B, L] int64.
+        depths, visible: see `MicroBatch`; None if every row holds one sample.
+    """
+    inputs = {}
+    if visible is not None:
+        dtype = next(body.parameters()).dtype
+        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        mask.masked_fill_(~visible, torch.finfo(dtype).min)  # added to attention scores
+        inputs = {"position_ids": depths, "attention_mask": mask.unsqueeze(1)}
+    outputs: Tensor = body(input_ids=input_ids, use_cache=False, **inputs)[0]
+    return outputs

@@ -1,0 +1,1 @@
+"""Reading of answers: from a normalised text to its value."""

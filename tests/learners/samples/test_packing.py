@@ -1,0 +1,76 @@
+"""Sequences that share a row: what each token sees, and which items share one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from joint_samples import ids
+
+from learners.samples.packing import pack, row_cost, share_rows
+
+
+def test_a_row_by_hand() -> None:
+    row = pack([ids(1, 2, 3), ids(1, 2, 4, 5), ids(1, 2, 4, 6), ids(9, 2)])
+    assert row.token_ids.tolist() == [1, 2, 3, 4, 5, 6, 9, 2]
+    assert row.depths.tolist() == [0, 1, 2, 2, 3, 3, 0, 1]
+    assert [places.tolist() for places in row.places] == [[0, 1, 2], [0, 1, 3, 4], [0, 1, 3, 5], [6, 7]]
+    assert row.visible().astype(int).tolist() == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0, 0, 0],
+        [1, 1, 0, 1, 1, 0, 0, 0],
+        [1, 1, 0, 1, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 0, 1, 1],
+    ]
+
+
+def test_equal_sequences_and_prefixes_take_no_room() -> None:
+    row = pack([ids(1, 2, 3), ids(1, 2, 3), ids(1, 2)])
+    assert row.length == 3
+    assert [places.tolist() for places in row.places] == [[0, 1, 2], [0, 1, 2], [0, 1]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_sequence_can_be_read_from_its_row(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    sequences = [draw.integers(0, 2, draw.integers(1, 9)).astype(np.int32) for _ in range(8)]
+    row = pack(sequences)
+    visible = row.visible()
+    for sequence, places in zip(sequences, row.places, strict=True):
+        assert row.token_ids[places].tolist() == sequence.tolist()
+        assert row.depths[places].tolist() == list(range(len(sequence)))
+        for at, place in enumerate(places):
+            assert np.flatnonzero(visible[place]).tolist() == sorted(places[: at + 1].tolist())
+
+
+def test_groups_share_rows_and_strangers_do_not() -> None:
+    prompts = [np.full(40, prompt, dtype=np.int32) for prompt in (3, 4)]
+    chains = [np.concatenate([prompts[n % 2], ids(n, n + 1)]) for n in range(8)]
+    alone = np.arange(30, dtype=np.int32)
+    rows = share_rows([[chain] for chain in chains] + [[alone]], width=64, limit=1000)
+    assert sorted(map(sorted, rows)) == [[0, 2, 4, 6], [1, 3, 5, 7], [8]]
+
+
+def test_a_row_stays_within_its_limit_and_items_stay_whole() -> None:
+    prompt = np.full(40, 3, dtype=np.int32)
+    pairs = [[np.concatenate([prompt, ids(n, side)]) for side in (1, 2)] for n in range(10, 16)]
+    rows = share_rows(pairs, width=1000, limit=46)
+    assert sorted(number for row in rows for number in row) == list(range(6))
+    assert [len(row) for row in rows] == [2, 2, 2]  # 40 + 2 * 3 tokens
+    assert [len(row) for row in share_rows(pairs, width=1000, limit=10)] == [1] * 6
+
+
+def test_long_rows_of_a_narrow_model_are_not_shared() -> None:
+    """Attention to tokens that are not visible would cost more than the shared beginning."""
+    prompt = np.full(100, 3, dtype=np.int32)
+    chains = [[np.concatenate([prompt, np.full(400, n, dtype=np.int32)])] for n in range(10, 18)]
+    assert max(map(len, share_rows(chains, width=16, limit=100_000))) == 1
+    assert max(map(len, share_rows(chains, width=4096, limit=100_000))) > 1
+
+
+def test_costs_by_hand() -> None:
+    assert row_cost(600, 100, packed=True) == 600 * 2
+    assert row_cost(600, 100, packed=False) == 600 * 1.5
+    assert row_cost(0, 100, packed=True) == 0
