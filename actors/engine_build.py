@@ -9,6 +9,7 @@ from typing import Any
 from actors.weights import RELOAD_LOGGER, is_about_weights
 from rlsys.config.checks import BATCH_TOKENS
 from rlsys.config.schema import ActorsConfig
+from rlsys.processes import openmp_environment
 
 
 def engine_environment(config: ActorsConfig, device: str) -> dict[str, str]:
@@ -18,7 +19,7 @@ def engine_environment(config: ActorsConfig, device: str) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_LOGGING_LEVEL": "WARNING",
-        "OMP_NUM_THREADS": str(config.threads),
+        **openmp_environment(config.threads),
         # An engine in a subprocess would outlive a killed actor.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }

@@ -30,8 +30,8 @@ LEGS = {
     "horses": 4,
     "spiders": 8,
 }
-COUNTS = (2, 12)  # animals of a kind: fewest and most
-NUMBERS = (2, 60)
+COUNTS = (2, 9)  # animals of a kind: fewest and most
+NUMBERS = (2, 20)
 
 
 @dataclass(frozen=True, slots=True)

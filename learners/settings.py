@@ -7,6 +7,7 @@ from typing import Any
 
 from rlsys.config.objective import ObjectiveConfig
 from rlsys.config.schema import LearnerConfig, OptimizerConfig
+from rlsys.processes import openmp_environment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,7 @@ def learner_environment(config: LearnerConfig, device: str, rank: int) -> dict[s
         "RANK": str(rank),
         "LOCAL_RANK": "0",
         "WORLD_SIZE": str(config.ranks),
-        "OMP_NUM_THREADS": str(config.threads),
+        **openmp_environment(config.threads),
         "DS_SKIP_CUDA_CHECK": "1",
     }
     if device == "cpu":

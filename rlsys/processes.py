@@ -27,6 +27,16 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def openmp_environment(threads: int) -> dict[str, str]:
+    """Return the environment variables for the compute threads of a process.
+
+    Threads that wait for each other sleep, unless OMP_WAIT_POLICY says otherwise. By default they spin first, and
+    beside other processes they take the cores from the very threads that they wait for.
+    """
+    policy = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": policy}
+
+
 def quiet_worker(log_file: str) -> None:
     """Send stdout, stderr and logging of this process to a file.
 

@@ -82,7 +82,7 @@ def test_the_files_share_no_question_and_the_task_judges_their_answers(arithmeti
         wrong = task.verify(str(answer + 1), row["completion"])
         assert (wrong.outcome, wrong.answered) == ("wrong", True), row
         assert not task.verify(str(answer), row["completion"], finished=False).answered
-    assert config.sft.max_steps * config.sft.rows_per_step <= len(rows["supervised"])  # at most one epoch
+    assert config.sft.max_steps * config.sft.rows_per_step <= 2 * len(rows["supervised"])
     assert config.train.max_steps * config.train.groups_per_step <= len(rows["train"])
 
 

@@ -15,9 +15,12 @@ from typing import Any
 import psutil
 import pytest
 
+from actors.engine_build import engine_environment
+from learners.settings import learner_environment
+from rlsys.config.schema import ActorsConfig, LearnerConfig
 from rlsys.errors import AbortedRunError, InterruptedRunError
 from rlsys.launch.signals import StopSignals, signals_ignored
-from rlsys.processes import kill_and_wait, processes_of_ray
+from rlsys.processes import kill_and_wait, openmp_environment, processes_of_ray
 
 SLEEPER = "import time; time.sleep(60)"
 # argv: the folder. Starts two sleepers as if they were of the folder's Ray, and two that are not; tells their ids.
@@ -249,3 +252,15 @@ def test_a_time_limit_that_passes_before_the_first_state_ends_the_command() -> N
     with StopSignals(" before anything was trained", 0.05) as stop, pytest.raises(AbortedRunError, match=expected):
         stop.run(work())
     assert cleaned == ["cleaned"]
+
+
+def test_compute_threads_sleep_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert openmp_environment(2) == {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    for found in (
+        engine_environment(ActorsConfig(threads=3), "cpu"),
+        learner_environment(LearnerConfig(threads=3), "cpu", 0),
+    ):
+        assert openmp_environment(3).items() <= found.items()
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert openmp_environment(2)["OMP_WAIT_POLICY"] == "ACTIVE"
