@@ -14,7 +14,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= PATH="$(
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart reproduce chaos soak docs test-fast test test-long lint lock clean
+.PHONY: help install quickstart reproduce chaos soak bench docs test-fast test test-long lint lock clean
 
 help: ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -48,6 +48,9 @@ lint: .venv/.installed ## ruff, the type checker and the layer contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: .venv/.installed ## all ratios against peers, in one table and runs/bench.json; ARGS: names, or --compare BEFORE AFTER
+	$(TEST_ENV) $(BIN)/python benchmarks/bench.py $(ARGS)
 
 soak: .venv/.installed ## 2 hours of healthy runs under a changing load: restarts, lost calls, growth of memory and files
 	$(TEST_ENV) $(BIN)/python benchmarks/soak.py $(ARGS)

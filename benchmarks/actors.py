@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import multiprocessing
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -23,6 +22,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, where this file would hide the package `actors`
+sys.path.append(str(ROOT / "benchmarks"))
+
+from ratios import Ratio, keep, table  # noqa: E402
 
 from rlsys.config.files import load_config  # noqa: E402
 from rlsys.config.schema import ActorsConfig, Config  # noqa: E402
@@ -31,7 +33,7 @@ from rlsys.models.folder import ModelFolder  # noqa: E402
 from rlsys.processes import die_with_parent, quiet_worker  # noqa: E402
 from rlsys.types import Prompt, SamplingSettings, TrajectoryGroup  # noqa: E402
 
-LIMIT = 0.85
+LIMIT = 0.95
 Tokens = list[list[int]]  # of every completion, in order of prompt and sample
 Round = tuple[float, list[Tokens]]  # seconds, tokens by actor
 
@@ -157,35 +159,37 @@ async def measure(config: Config, model: Path, folder: Path, rounds: int) -> lis
     return found[1:]
 
 
-def report(found: list[tuple[int, float, float]]) -> bool:
-    """Print the table, and return whether the limit is met."""
-    print(f"{'tokens/s':34}{'min':>10}{'median':>10}{'max':>10}")
-    ratios = [theirs / ours for _, ours, theirs in found]
-    for name, position in (("actors (Ray, verifiers, groups)", 1), ("bare engines", 2)):
-        rates = [row[0] / row[position] for row in found]
-        print(f"{name:34}{min(rates):>10,.0f}{statistics.median(rates):>10,.0f}{max(rates):>10,.0f}")
-    ratio = statistics.median(ratios)
-    print(f"{'ratio, round by round':34}{min(ratios):>10.3f}{ratio:>10.3f}{max(ratios):>10.3f}")
-    print(f"limit {LIMIT:.2f}: {'met' if ratio >= LIMIT else 'missed'}")
-    return ratio >= LIMIT
+def as_ratio(found: list[tuple[int, float, float]], size: str) -> Ratio:
+    """Return the rates of both sides, round by round."""
+    ours, peer = ([row[0] / row[position] for row in found] for position in (1, 2))
+    name = f"actors' generated tokens/s, {size}"
+    return Ratio(name, "bare vLLM engines", ours, peer, "tokens/s", LIMIT, larger_is_better=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Actors' generated tokens/s against bare vLLM engines.")
     parser.add_argument("--rounds", type=int, default=9, help="number of timed rounds of each side")
     parser.add_argument("--prompts", type=int, default=64, help="number of prompts of a round")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quickstart.yaml")
     parser.add_argument("--policy", type=Path, help="policy folder of a run; by default the untrained model")
+    parser.add_argument("--name", default="1M", help="size of the model, for the table")
+    parser.add_argument("--json", type=Path, help="also keep the ratio in this file")
+    parser.add_argument("overrides", nargs="*", help="overrides of the config")
     arguments = parser.parse_args()
-    overrides = [f"train.groups_per_step={arguments.prompts}"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = load_config(ROOT / "configs" / "quickstart.yaml", overrides)
+        overrides = [f"train.groups_per_step={arguments.prompts}", *arguments.overrides]
+        config = load_config(arguments.config, overrides)
         model = arguments.policy.absolute() if arguments.policy else prepare_model(config, folder).path
         found = asyncio.run(measure(config, model, folder, arguments.rounds))
     tokens = sum(row[0] for row in found) / len(found)
     size, actors = config.train.group_size, config.actors.count
     print(f"{arguments.prompts} prompts x {size} completions per round, {tokens:,.0f} tokens, {actors} actors")
-    return 0 if report(found) else 1
+    ratio = as_ratio(found, arguments.name)
+    print(table([ratio]))
+    if arguments.json:
+        keep(arguments.json, [ratio])
+    return int(not ratio.met)
 
 
 if __name__ == "__main__":
