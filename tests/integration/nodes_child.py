@@ -36,4 +36,5 @@ if __name__ == "__main__":
         serve(int(sys.argv[2]))
     else:
         ray_cluster.STRATEGY = "SPREAD"  # one process on each node in turn
-        sys.exit(cli.main(sys.argv[2:]))
+        del sys.argv[1]
+        sys.exit(cli.main())

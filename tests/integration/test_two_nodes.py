@@ -18,7 +18,6 @@ from real_runs import (
     REPOSITORY,
     TINY,
     Command,
-    FinishedRun,
     digests,
     steady_rows,
     wait_for_row,
@@ -76,14 +75,8 @@ def nodes(tmp_path: Path) -> Iterator[TwoNodes]:
     found.close()
 
 
-def settings(run: FinishedRun, address: str = "local") -> dict[str, Any]:
-    return {
-        **TINY,
-        "run": {**TINY["run"], "address": address},
-        "stages": ["online"],
-        "model": {"path": str(run.dir / "stages" / "warm_start")},
-        "train": {**TINY["train"], "max_steps": 24},
-    }
+def settings(address: str = "local") -> dict[str, Any]:
+    return {**TINY, "run": {**TINY["run"], "address": address}, "train": {**TINY["train"], "max_steps": 24}}
 
 
 def nodes_of(command: Command) -> dict[str, set[str]]:
@@ -97,14 +90,14 @@ def nodes_of(command: Command) -> dict[str, set[str]]:
     return found
 
 
-def test_two_nodes(nodes: TwoNodes, start: Callable[..., Command], finished_run: FinishedRun, tmp_path: Path) -> None:
+def test_two_nodes(nodes: TwoNodes, start: Callable[..., Command], tmp_path: Path) -> None:
     folders = {name: tmp_path / name for name in ("one", "two", "killed")}
     for folder in folders.values():
         folder.mkdir()
-    start("train", write_config(folders["one"], settings(finished_run))).finish()
+    start("train", write_config(folders["one"], settings())).finish()
 
     def begin_run(name: str) -> Command:
-        config = write_config(folders[name], settings(finished_run, nodes.address))
+        config = write_config(folders[name], settings(nodes.address))
         return start("train", config, program=(CHILD, "run"), environment=nodes.environment)
 
     command = begin_run("two")
@@ -126,7 +119,8 @@ def test_two_nodes(nodes: TwoNodes, start: Callable[..., Command], finished_run:
     nodes.order("start")
     command.finish()
     known, _ = command.said("is lost", after=killed)
-    recovered, _ = command.said("serves again", after=killed)
+    learner_known, _ = command.said("the learner is lost and started again", after=killed)
+    recovered, _ = command.said("online ", after=learner_known)  # the first step after it
     lost, twice = lost_and_twice(folders["killed"] / "run")
     assert (lost, twice) == (0, 0)
     for name in ("two", "killed"):
