@@ -86,10 +86,12 @@ class Engine:
     Args:
         end_token_ids: Tokens that end a completion.
         stop_strings: Whether to load the model's tokenizer, so that requests may have stop strings.
+        sleeps: Whether the engine shares its device with the learner.
 
     Attributes:
         steps: Number of engine steps so far.
         idle: Whether the engine has no request and no command.
+        asleep: Whether the device belongs to another process, so that requests are refused.
     """
 
     def __init__(
@@ -100,11 +102,12 @@ class Engine:
         end_token_ids: Sequence[int],
         *,
         stop_strings: bool = False,
+        sleeps: bool = False,
     ) -> None:
         os.environ.update(engine_environment(config, device))
         self._end_token_ids = list(end_token_ids)
         self._stop_strings = stop_strings
-        self._engine = build_engine(model_path, config, device, stop_strings=stop_strings)
+        self._engine = build_engine(model_path, config, device, stop_strings=stop_strings, sleeps=sleeps)
         self._meter = Meter()
         self._tensor_parallel = config.tensor_parallel_size > 1
         self._updates = 0
@@ -113,6 +116,7 @@ class Engine:
         self._requests = 0
         self.steps = 0
         self.idle = True
+        self.asleep = False
         self._broken: EngineError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -161,12 +165,32 @@ class Engine:
 
         def apply() -> None:
             try:
+                if self.asleep:
+                    raise EngineError("weights came while the engine sleeps")
                 self._reload(tensors, tied_output)
             except BaseException as error:
                 self._break(error)  # the model may have a mixture of old and new weights
                 raise
             self._updates += 1
             self._engine.set_weight_version(weight_label(version, attempt))
+
+        self._run_on_thread(apply).result()
+
+    def sleep(self) -> None:
+        """Move the weights to the host and drop the cache, between two steps. A device without sleep keeps both."""
+
+        def apply() -> None:
+            self.asleep = True
+            self._engine.sleep(1, "keep")
+
+        self._run_on_thread(apply).result()
+
+    def wake(self) -> None:
+        """Move the weights back and make a new cache."""
+
+        def apply() -> None:
+            self._engine.wake_up()
+            self.asleep = False
 
         self._run_on_thread(apply).result()
 
@@ -286,6 +310,8 @@ class Engine:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
 
+        if self.asleep:
+            raise EngineError(f"request {name} came while the engine sleeps")
         self._requests += 1
         request_id = str(self._requests)  # unique, unlike the callers' names
         try:

@@ -31,7 +31,9 @@ def engine_environment(config: ActorsConfig, device: str) -> dict[str, str]:
     return variables
 
 
-def build_engine(model_path: Path, config: ActorsConfig, device: str, *, stop_strings: bool) -> Any:
+def build_engine(
+    model_path: Path, config: ActorsConfig, device: str, *, stop_strings: bool, sleeps: bool = False
+) -> Any:
     """Build a vLLM engine that serves a model in this process.
 
     Args:
@@ -39,11 +41,15 @@ def build_engine(model_path: Path, config: ActorsConfig, device: str, *, stop_st
         config: section `actors`.
         device: "cpu" or "cuda".
         stop_strings: whether to load the tokenizer of the model.
+        sleeps: whether the engine shares its device and must be able to sleep.
     """
     from vllm import EngineArgs, LLMEngine
 
     logging.getLogger(RELOAD_LOGGER).addFilter(is_about_weights)
-    engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(model_path, config, device, stop_strings)))
+    arguments = engine_arguments(model_path, config, device, stop_strings)
+    if sleeps and device == "cuda":
+        arguments["enable_sleep_mode"] = True
+    engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
     engine.set_weight_version(weight_label(0, 0))
     return engine
 

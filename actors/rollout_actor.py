@@ -71,7 +71,12 @@ class RolloutActor:
             self.codec = build_codec(self.model, search, settings.role) if search else None
             stop_strings = self.codec is not None and self.codec.needs_stop_strings
             self.engine = Engine(
-                settings.model_path, settings.actors, settings.device, end_ids, stop_strings=stop_strings
+                settings.model_path,
+                settings.actors,
+                settings.device,
+                end_ids,
+                stop_strings=stop_strings,
+                sleeps=settings.shares_device,
             )
             self.rewards = RewardPool(settings.task, settings.seed, settings.rewards)
             self.scheduler = self._scheduler(settings)
@@ -197,6 +202,15 @@ class RolloutActor:
             f"actor {self.name}, weight version {manifest.version}: loading failed at tensor {self.loading.last}: "
             f"{type(error).__name__}: {error}"
         )
+
+    async def sleep(self) -> None:
+        """Free the device: weights go to the host."""
+        fault("engine.sleep")
+        await asyncio.to_thread(self.engine.sleep)
+
+    async def wake(self) -> None:
+        """Take the device back."""
+        await asyncio.to_thread(self.engine.wake)
 
     async def close(self) -> None:
         await self.rewards.close()

@@ -20,6 +20,7 @@ class ActorSettings:
     Attributes:
         attempt: Number of earlier processes with this name.
         seed: run.seed.
+        shares_device: Whether the engine must be able to sleep while the learner uses the device.
         search: Section `search`; None if the actor never searches. All later fields concern only the search.
         role: Role of the actor's own engine in a tree: "policy", or "model" in `rlsys search` with search.model.
         auxiliary_handles: Ray handles of the ModelActors, for every other role.
@@ -35,6 +36,7 @@ class ActorSettings:
     task: TaskConfig
     rewards: RewardsConfig
     log_file: str
+    shares_device: bool = False
     search: SearchConfig | None = None
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

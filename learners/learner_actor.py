@@ -65,5 +65,13 @@ class LearnerActor:
         fault("learner.export", version=version)
         return self.learner.send(ObjectStoreSender(ray.put, bucket_bytes), version)
 
+    def sleep(self) -> None:
+        """Free the device: all states go to the host."""
+        self.learner.sleep()
+
+    def wake(self) -> None:
+        """Take the device back."""
+        self.learner.wake()
+
     def save(self, folder: Path) -> None:
         self.learner.save(folder)

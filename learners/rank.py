@@ -51,6 +51,7 @@ class LearnerRank:
         self.critic: TrainedModel | None = None
         self.reference: LanguageModel | None = None
         self.forward = ForwardPasses(settings)
+        self.asleep = False
         join_process_group(settings)
 
     @property
@@ -112,10 +113,28 @@ class LearnerRank:
                 model.destroy()
         self.policy = self.critic = self.reference = None
 
+    def sleep(self) -> None:
+        """Move all states to the host, so that engines can use the device. Calls fail until `wake`."""
+        for model in filter(None, (self.policy, self.critic)):
+            model.offload()
+        if self.reference is not None:
+            self.reference.to("cpu")
+        self.asleep = True
+
+    def wake(self) -> None:
+        """Move all states back to the device."""
+        self.asleep = False
+        for model in filter(None, (self.policy, self.critic)):
+            model.reload()
+        if self.reference is not None:
+            self.reference.to(self.settings.device)
+
     @property
     def _policy(self) -> TrainedModel:
         if self.policy is None:
             raise RuntimeError("start_stage comes first")
+        if self.asleep:
+            raise RuntimeError("the learner sleeps: engines use its device")
         return self.policy
 
     def save(self, folder: Path) -> None:

@@ -20,6 +20,7 @@ HEAVY = {
     "rlsys.launch.session",
     "rlsys.launch.start",
     "rlsys.ray_errors",
+    "rlsys.launch.colocated",
     "rlsys.launch.remote",
     "actors.engine",
     "actors.model_actor",

@@ -179,6 +179,17 @@ class TrainedModel:
         for entry in inner.state.values():
             entry["step"].fill_(updates)
 
+    def offload(self) -> None:
+        """Move weights, gradients and optimizer states to the host. On CPUs they are there already."""
+        if self.settings.device == "cuda":
+            self.engine.offload_states()
+            torch.cuda.empty_cache()
+
+    def reload(self) -> None:
+        """Move the states back to the device."""
+        if self.settings.device == "cuda":
+            self.engine.reload_states()
+
     def destroy(self) -> None:
         """Free the memory of model and optimizer, before another model is built."""
         self.engine.destroy()

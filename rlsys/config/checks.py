@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from rlsys.config.device_checks import colocated_fit
 from rlsys.config.patterns import resolve
 from rlsys.config.stages import TERMS_OF_STAGE, stage_plan, stage_plans, term_with_pairs
 from rlsys.errors import ConfigError
@@ -314,6 +315,7 @@ RULES: tuple[Rule, ...] = (
     completion_leaves_room_for_prompt,
     batch_holds_sequences,
     tensor_parallel_needs_cuda,
+    colocated_fit,
     deadlines_are_nested,
     offload_needs_zero,
     bf16_needs_zero,

@@ -297,6 +297,9 @@ class Config(Section):
     """The initial policy."""
     task: TaskConfig
     """Prompts, verifier and demonstrations."""
+    placement: Literal["spread", "colocated"] = "spread"
+    """`spread`: every actor and learner rank has devices of its own. `colocated`: actor n and learner rank n share one
+    device in turns; the states of the other side are in host memory meanwhile."""
     actors: ActorsConfig = ActorsConfig()
     """Rollout actors."""
     sampling: SamplingConfig = SamplingConfig()

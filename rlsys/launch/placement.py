@@ -17,16 +17,20 @@ class Placement:
     """Bundles of a placement group.
 
     Attributes:
-        bundles: the resources of every process, by Ray's names ("CPU", "GPU").
+        bundles: the resources of every process, or of the processes that share a device, by Ray's names ("CPU", "GPU").
         indices: the bundle indices of each role, one per process.
+        colocated: whether rollout actor n and learner rank n share bundle n.
     """
 
     bundles: Sequence[Mapping[str, float]]
     indices: Mapping[str, range]
+    colocated: bool = False
 
 
 def place(config: Config, auxiliary: Sequence[ModelEngines] = (), *, learner: bool = False) -> Placement:
     """Give every process a bundle: rollout actors first, then auxiliary engines, then learner ranks.
+
+    With `placement: colocated`, the ranks have the bundles of the actors.
 
     Args:
         config: the config of the processes.
@@ -35,14 +39,18 @@ def place(config: Config, auxiliary: Sequence[ModelEngines] = (), *, learner: bo
     """
     counts = {ROLLOUT: (config.actors.count, config.actors.tensor_parallel_size)}
     counts |= {engines.role: (engines.actors.count, engines.actors.tensor_parallel_size) for engines in auxiliary}
-    if learner:
+    colocated = learner and config.placement == "colocated"
+    if learner and not colocated:
         counts[LEARNER] = (config.learner.ranks, 1)
     bundles: list[Mapping[str, float]] = []
     indices = {}
     for role, (count, gpus) in counts.items():
         indices[role] = range(len(bundles), len(bundles) + count)
         bundles += [_bundle(config, gpus)] * count
-    return Placement(bundles=bundles, indices=indices)
+    if colocated:
+        indices[LEARNER] = indices[ROLLOUT]
+        bundles[: config.actors.count] = [{**_bundle(config, 1), "CPU": 2.0}] * config.actors.count
+    return Placement(bundles=bundles, indices=indices, colocated=colocated)
 
 
 def _bundle(config: Config, gpus: int) -> dict[str, float]:

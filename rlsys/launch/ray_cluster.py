@@ -36,6 +36,7 @@ Result = TypeVar("Result")
 SERVICES = ("gcs_server", "raylet")  # Ray works only while both run
 WATCH_INTERVAL_S = 1.0
 PLACEMENT_TIMEOUT_S = 180.0
+STRATEGY = "PACK"  # as few nodes as possible, which keeps the learner ranks together
 SHUTDOWN_TIMEOUT_S = 10.0
 TEMPORARY_NOTE = ".temporary-folder"
 RENDEZVOUS = ".rendezvous-"
@@ -80,12 +81,12 @@ class Cluster:
             task.cancel()
             await asyncio.wait({task}, timeout=SHUTDOWN_TIMEOUT_S)
 
-    def options(self, bundle: int, gpus: int, environment: Mapping[str, str]) -> dict[str, Any]:
+    def options(self, bundle: int, gpus: float, environment: Mapping[str, str]) -> dict[str, Any]:
         """Return Ray's options for the process of a bundle.
 
         Args:
             bundle: index of the bundle in the placement group.
-            gpus: number of GPUs if run.device is cuda.
+            gpus: number of GPUs, or a share of one, if run.device is cuda.
             environment: variables of the process.
         """
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
@@ -133,7 +134,8 @@ def ray_cluster(
         reaper = stack.enter_context(kill_with_this_process(temporary)) if local else None
         try:
             with output_to(log_file):
-                _start_ray(config.run.address, temporary, len(bundles), store_bytes)
+                cpus = int(sum(bundle["CPU"] for bundle in bundles))
+                _start_ray(config.run.address, temporary, cpus, store_bytes)
             children = psutil.Process().children() if local else []
             services = {child.name(): child for child in children if child.name() in SERVICES}
             yield Cluster(_reserve(bundles), config, run_dir, temporary, services)
@@ -172,14 +174,14 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
-def _start_ray(address: str, temporary: Path, processes: int, store_bytes: int) -> None:
+def _start_ray(address: str, temporary: Path, cpus: int, store_bytes: int) -> None:
     options: dict[str, Any] = {"address": address, "log_to_driver": False}
     if address == "local":
         close_local_ray()
         options |= {
             "include_dashboard": False,
             "_temp_dir": str(temporary / "ray"),  # Ray opens this folder to all users, but not the one above
-            "num_cpus": processes,  # logical CPUs; OMP_NUM_THREADS sets the threads
+            "num_cpus": cpus,  # logical CPUs; OMP_NUM_THREADS sets the threads
             "object_store_memory": store_bytes,
             "_node_ip_address": "127.0.0.1",
         }
@@ -218,7 +220,7 @@ def own_process_groups() -> Iterator[None]:
 def _reserve(bundles: Sequence[Mapping[str, float]]) -> PlacementGroup:
     """Reserve the bundles. Raise ConfigError if the cluster is too small, or too busy for PLACEMENT_TIMEOUT_S."""
     check_cluster(bundles, ray.cluster_resources())
-    group = placement_group([dict(bundle) for bundle in bundles], strategy="PACK")
+    group = placement_group([dict(bundle) for bundle in bundles], strategy=STRATEGY)
     if not group.wait(PLACEMENT_TIMEOUT_S):
         raise ConfigError(
             f"the cluster could not place {list(bundles)} within {PLACEMENT_TIMEOUT_S:.0f} s: of "

@@ -191,6 +191,10 @@ class RayLearner:
         """Kill all ranks and start new ones, which have no state."""
         self._group.restart()
 
+    async def call(self, method: str, *arguments: Any, moving: bool = False) -> Sequence[Any]:
+        """Return the answers of all ranks; see `LearnerGroup.call`."""
+        return await self._group.call(method, *arguments, moving=moving)
+
     def close(self) -> None:
         """End all ranks. No call may be under way."""
         for rank in self._ranks:
@@ -200,30 +204,30 @@ class RayLearner:
         # The processes are looked up now: a rank that is stopped later cannot be asked.
         for rank, place in zip(self._ranks, await self._group.answers(PLACE), strict=True):
             rank.process = process_at(*place)
-        await self._group.call("start_stage", stage_plan(self._config, stage).settings, policy, resume, reference)
+        await self.call("start_stage", stage_plan(self._config, stage).settings, policy, resume, reference)
 
     async def train(self, batch: TrainingBatch, step: int, version: int) -> Mapping[str, float]:
         # One copy for all ranks, in a thread because the object store may take its time.
         shared = await asyncio.to_thread(ray.put, batch)
-        metrics: Mapping[str, float] = (await self._group.call("train", shared, step, version, moving=True))[0]
+        metrics: Mapping[str, float] = (await self.call("train", shared, step, version, moving=True))[0]
         return metrics
 
     async def score_pairs(self, pairs: Sequence[Preference]) -> Sequence[tuple[float, float]]:
         shared = await asyncio.to_thread(ray.put, list(pairs))
-        scores: list[tuple[float, float]] = (await self._group.call("score_pairs", shared))[0]
+        scores: list[tuple[float, float]] = (await self.call("score_pairs", shared))[0]
         return scores
 
     async def score(self, probe: Sequence[Int32Array]) -> Sequence[Float32Array]:
-        scores: Sequence[Float32Array] = (await self._group.call("score", list(probe)))[0]
+        scores: Sequence[Float32Array] = (await self.call("score", list(probe)))[0]
         return scores
 
     async def send(self, version: int) -> WeightOffer:
         bucket_bytes = int(self._config.weight_sync.bucket_mib * 2**20)
-        offer: WeightOffer = (await self._group.call("send", version, bucket_bytes))[0]
+        offer: WeightOffer = (await self.call("send", version, bucket_bytes))[0]
         return offer
 
     async def save(self, folder: Path) -> None:
-        await self._group.call("save", folder)
+        await self.call("save", folder)
 
 
 def process_at(host: str, pid: int) -> psutil.Process | None:

@@ -70,7 +70,8 @@ class ResourcePlan:
     def gpus(self) -> int:
         """GPUs of all processes."""
         sections = [self.config.actors, *(engines.actors for engines in self.auxiliary)]
-        return sum(actors.count * actors.tensor_parallel_size for actors in sections) + self.ranks
+        own = sum(actors.count * actors.tensor_parallel_size for actors in sections)
+        return own if self.config.placement == "colocated" else own + self.ranks
 
     def check(self) -> None:
         """Raise ConfigError for the first need beyond this machine."""

@@ -18,6 +18,7 @@ from rlsys.control.controller import Controller
 from rlsys.control.fleet import Fleet
 from rlsys.control.recovery import Recovery
 from rlsys.control.run_context import RunContext
+from rlsys.control.shared_device import SharedDevice
 from rlsys.control.stages.search import TreeSearchStage
 from rlsys.control.tree_search import search_model_digests
 from rlsys.control.weights import WeightBus
@@ -27,6 +28,7 @@ from rlsys.display import Display
 from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedRunError
 from rlsys.fault_injection import fault
 from rlsys.files import write_text
+from rlsys.launch.colocated import ColocatedLearner
 from rlsys.launch.placement import LEARNER, Placement, place
 from rlsys.launch.prepare import Prepared, check_settings, prepare
 from rlsys.launch.ray_cluster import Cluster, ray_cluster, remove_leftovers
@@ -208,9 +210,14 @@ async def _train(cluster: Cluster, session: Session) -> None:
         """Return the folder for replaced actors: after the calibration, retention may remove the checkpoint."""
         return initial_policy if bus and bus.calibrated else serving
 
-    async with rollout_pool(cluster, serving, session.prepared.searching, replacement_policy, display.message) as pool:
+    device, searching = SharedDevice() if session.placement.colocated else None, session.prepared.searching
+    async with rollout_pool(cluster, serving, searching, replacement_policy, display.message, device) as pool:
         ranks = session.placement.indices[LEARNER]
-        learner = RayLearner(lambda attempt: learner_handles(cluster, ranks, inputs.pad_token_id, attempt), config)
+
+        def spawn(attempt: int) -> list[Any]:
+            return learner_handles(cluster, ranks, inputs.pad_token_id, attempt)
+
+        learner = ColocatedLearner(spawn, config, device) if device else RayLearner(spawn, config)
         transfer = ObjectStoreTransfer(learner)
         bus = WeightBus(learner, transfer, pool, config.weight_sync, _lowest_dtype(config), inputs.probe())
         signals: list[str] = []

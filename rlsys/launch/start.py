@@ -18,7 +18,9 @@ from learners.learner_actor import WATCH, LearnerActor
 from learners.settings import RankSettings, learner_environment
 from rlsys.config.engine_roles import ModelEngines, Searching
 from rlsys.control.fleet import Fleet
+from rlsys.control.shared_device import SharedDevice
 from rlsys.directory import RunDirectory
+from rlsys.launch.colocated import ColocatedActor
 from rlsys.launch.placement import ROLLOUT, Placement, place
 from rlsys.launch.ray_cluster import RENDEZVOUS, Cluster
 from rlsys.launch.remote import RayActor
@@ -26,6 +28,7 @@ from rlsys.trees import Role
 
 # Concurrent calls of one actor. With Ray's default of 1000, calls for statistics would wait behind trees.
 MAX_CALLS = 10_000
+SHARE = 0.5  # of a GPU, for an actor or a rank that share it
 
 
 @contextlib.asynccontextmanager
@@ -35,6 +38,7 @@ async def rollout_pool(
     searching: Searching | None = None,
     replacement_model: Callable[[], Path] | None = None,
     say: Callable[[str], None] = lambda _text: None,
+    device: SharedDevice | None = None,
 ) -> AsyncIterator[Fleet]:
     """Start the rollout actors and auxiliary engines; close them at the end of the block.
 
@@ -45,6 +49,7 @@ async def rollout_pool(
         replacement_model: returns the model folder of a replaced actor; None if it is `model`. The actor gets the
             current weights before it serves.
         say: gets a message about every lost actor.
+        device: the devices that the actors share with the learner; None if they have devices of their own.
     """
     config = cluster.config
     auxiliary = searching.auxiliary if searching else ()
@@ -55,7 +60,10 @@ async def rollout_pool(
     def spawn(number: int, attempt: int) -> RayActor:
         folder = replacement_model() if replacement_model and attempt else model
         settings = _actor_settings(cluster, number, attempt, folder, searching, handles)
-        options = cluster.options(placement.indices[ROLLOUT][number], config.actors.tensor_parallel_size, environment)
+        gpus = SHARE if device else config.actors.tensor_parallel_size
+        options = cluster.options(placement.indices[ROLLOUT][number], gpus, environment)
+        if device:
+            return ColocatedActor(lambda: _start(RolloutActor, options, settings), config, f"actor {number}", device)
         return RayActor(_start(RolloutActor, options, settings), config, f"actor {number}")
 
     engines = [
@@ -110,6 +118,7 @@ def _actor_settings(
         task=config.task,
         rewards=config.rewards,
         log_file=str(RunDirectory(cluster.run_dir).logs / f"actor-{number}.log"),
+        shares_device=config.placement == "colocated",
         **search,
     )
 
@@ -162,7 +171,7 @@ def learner_handles(cluster: Cluster, bundles: Sequence[int], pad_token_id: int,
             attempt=attempt,
         )
         environment = learner_environment(config.learner, config.run.device, rank)
-        options = cluster.options(bundle, 1, environment)
+        options = cluster.options(bundle, SHARE if config.placement == "colocated" else 1, environment)
         log_file = str(RunDirectory(cluster.run_dir).logs / f"learner-{rank}.log")
         handles.append(start_rank(LearnerActor, options, settings, log_file))
     return handles

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -126,11 +126,16 @@ class Seen:
 class Command:
     """A command of rlsys in its own session. A thread watches all processes that it starts."""
 
-    def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = ("-m", "rlsys.cli"),
+    ) -> None:
         self.mark = uuid.uuid4().hex
         self.seen = Seen()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "rlsys.cli", *arguments],
+            [sys.executable, *program, *arguments],
             env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {}), MARK: self.mark},
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,
@@ -343,8 +348,8 @@ def commands() -> Iterator[Callable[..., Command]]:
     """A function that starts commands, which end with the block at the latest."""
     started: list[Command] = []
 
-    def begin(*arguments: str, environment: Mapping[str, str] | None = None) -> Command:
-        started.append(Command(*arguments, environment=environment))
+    def begin(*arguments: str, **options: Any) -> Command:
+        started.append(Command(*arguments, **options))
         return started[-1]
 
     try:

@@ -33,3 +33,12 @@ def test_auxiliary_engines_lie_between_actors_and_ranks() -> None:
     placement = place(own, engines, learner=True)
     assert placement.indices == {"rollout": range(2), "reviewer": range(2, 4), "learner": range(4, 6)}
     assert [bundle["GPU"] for bundle in placement.bundles] == [1, 1, 2, 2, 1, 1]
+
+
+def test_a_colocated_rank_shares_the_device_of_an_actor() -> None:
+    shared = config(run={"dir": "d", "device": "cuda"}, placement="colocated")
+    placement = place(shared, learner=True)
+    assert placement.indices == {"rollout": range(2), "learner": range(2)}
+    assert placement.bundles == [{"CPU": 2.0, "GPU": 1.0}] * 2
+    assert placement.colocated
+    assert place(shared).bundles == [{"CPU": 1.0, "GPU": 1.0}] * 2

@@ -201,7 +201,7 @@ def test_a_replaced_actor_loads_a_policy_that_retention_keeps(monkeypatch: pytes
     cluster: Any = SimpleNamespace(config=session.config)
     asyncio.run(launch._train(cluster, session))
     assert attempts == [start] and closed == [True]
-    _, serving, _, replacement_policy, _ = pools[0]
+    _, serving, _, replacement_policy, *_ = pools[0]
     assert serving == replacement_policy() == Path("checkpoint/policy")
     bus.calibrated = True  # from then on training may remove the checkpoint
     assert replacement_policy() == Path("policy")
