@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,28 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from learners.objective.logprobs import token_logprobs
 from learners.samples.packing import pack
-from learners.small_model import small_model
+from learners.small_model import REFUSALS, small_model
 
 CHUNK_LOGITS = 1 << 24
 """Largest number of logits at once: 64 MiB in fp32."""
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-6}
 """Differences of two computations of one value; some models compute norms in fp32."""
-REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
-"""Errors of models that cannot be run in an unusual way, or not be built small."""
+
+
+class SequenceGroup(Protocol):
+    """Ranks that share every row; see `learners.deepspeed.sequence_parallel`."""
+
+    def use_in(self, model: PreTrainedModel) -> None:
+        """Let the attention of a model see the whole rows."""
+
+    def part(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this rank's part of rows, and the positions of its tokens."""
+
+    def own_places(self, places: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Return which places are in this rank's part, and where."""
+
+    def combine(self, values: Tensor, numbers: Tensor, count: int) -> Tensor:
+        """Return the values of all ranks."""
 
 
 class LanguageModel(nn.Module):
@@ -33,12 +48,15 @@ class LanguageModel(nn.Module):
 
     Args:
         module: causal language model of transformers.
+        sequence: ranks that share every row; None if this rank has whole rows.
     """
 
-    def __init__(self, module: PreTrainedModel) -> None:
+    def __init__(self, module: PreTrainedModel, sequence: SequenceGroup | None = None) -> None:
         super().__init__()
-        self.module = module
+        self.module, self._sequence = module, sequence
         self._divides = can_divide(module)
+        if sequence is not None:
+            sequence.use_in(module)
 
     def forward(
         self,
@@ -70,17 +88,38 @@ class LanguageModel(nn.Module):
             logprobs: [N] nats; carries gradient, also for N = 0.
             entropy: [M] nats.
         """
+        targets_only = _Targets(target_ids, temperature, entropy_at)
+        if self._sequence is None:
+            states = self._states(input_ids, targets, depths, visible)
+            return self._logprobs(states, targets_only, parts, entropy_gradient)
+        own_ids, positions = self._sequence.part(input_ids)
+        numbers, places = self._sequence.own_places(targets, input_ids.shape[1])
+        states = self._states(own_ids, places, positions, None)
+        own, own_entropies = self._logprobs(states, targets_only.select(numbers), parts, entropy_gradient)
+        logprobs = self._sequence.combine(own, numbers, len(targets))
+        if entropy_at is None:
+            return logprobs, own_entropies
+        numbers = (entropy_at.cumsum(0) - 1)[numbers][entropy_at[numbers]]
+        return logprobs, self._sequence.combine(own_entropies, numbers, int(entropy_at.sum()))
+
+    def _states(self, input_ids: Tensor, places: Tensor, depths: Tensor | None, visible: Tensor | None) -> Tensor:
+        """Return the hidden states at places, [N, H], or the logits, [N, V], of a module that is not divided."""
         body = self.module.base_model if self._divides else self.module
-        states = run_body(body, input_ids, depths, visible).flatten(0, 1).index_select(0, targets)
+        return run_body(body, input_ids, depths, visible).flatten(0, 1).index_select(0, places)
+
+    def _logprobs(
+        self, states: Tensor, targets: _Targets, parts: int, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and entropies of targets from the states that predict them."""
 
         def part(states: Tensor, target_ids: Tensor, temperature: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor]:
             logits = self._output_layer(states) if self._divides else states
             return token_logprobs(logits, target_ids, temperature, entropy_at=at, entropy_gradient=entropy_gradient)
 
         if parts == 1:
-            return part(states, target_ids, temperature, entropy_at)
-        split = [each.tensor_split(parts) for each in (states, target_ids, temperature)]
-        at = entropy_at.tensor_split(parts) if entropy_at is not None else [None] * parts
+            return part(states, targets.ids, targets.temperature, targets.entropy_at)
+        split = [each.tensor_split(parts) for each in (states, targets.ids, targets.temperature)]
+        at = targets.entropy_at.tensor_split(parts) if targets.entropy_at is not None else [None] * parts
         results = [checkpoint(part, *each, use_reentrant=False) for each in zip(*split, at, strict=True)]
         logprobs, entropy = zip(*results, strict=True)
         return torch.cat(logprobs), torch.cat(entropy)
@@ -97,6 +136,19 @@ class LanguageModel(nn.Module):
         cached property is no attribute of the kind that a module registers.
         """
         return _OutputLayer(self.module)
+
+
+@dataclass(frozen=True, slots=True)
+class _Targets:
+    """N targets: their tokens, temperatures, and where entropies are computed."""
+
+    ids: Tensor
+    temperature: Tensor
+    entropy_at: Tensor | None
+
+    def select(self, numbers: Tensor) -> _Targets:
+        at = None if self.entropy_at is None else self.entropy_at[numbers]
+        return _Targets(self.ids[numbers], self.temperature[numbers], at)
 
 
 class _OutputLayer:
@@ -191,13 +243,14 @@ def run_body(body: Any, input_ids: Tensor, depths: Tensor | None = None, visible
     Args:
         body: the model without its output layer, or the whole model.
         input_ids: [B, L] int64.
-        depths, visible: see `MicroBatch`; None if every row holds one sample.
+        depths: [B, L] int64, positions of the tokens; None if every row begins with its first token.
+        visible: see `MicroBatch`; None if every row holds one sample.
     """
-    inputs = {}
+    inputs = {} if depths is None else {"position_ids": depths}
     if visible is not None:
         dtype = next(body.parameters()).dtype
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         mask.masked_fill_(~visible, torch.finfo(dtype).min)  # added to attention scores
-        inputs = {"position_ids": depths, "attention_mask": mask.unsqueeze(1)}
+        inputs["attention_mask"] = mask.unsqueeze(1)
     outputs: Tensor = body(input_ids=input_ids, use_cache=False, **inputs)[0]
     return outputs

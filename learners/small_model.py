@@ -1,4 +1,4 @@
-"""A small model of the same kind as a model, on which the learner tries what it may do with the model.
+"""A small model of the same kind as a model, on which a command tries what the learner may do with the model.
 
 Under ZeRO 3 no rank holds a whole layer, so the model itself cannot be tried.
 """
@@ -12,6 +12,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 64
+REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)
+"""Errors of models that cannot be built small, or not be run in an unusual way."""
 
 
 def small_model(model: PreTrainedModel, device: torch.device | str | None = None) -> PreTrainedModel:
@@ -22,7 +24,7 @@ def small_model(model: PreTrainedModel, device: torch.device | str | None = None
         device: device of the small model; None for that of the model.
 
     Raises:
-        Exception: of many kinds, if the class cannot be built with fewer layers.
+        one of REFUSALS: the class cannot be built with fewer layers.
     """
     place, config = device or model.device, _reduced(model.config)
     with torch.random.fork_rng(devices=[]), torch.device(place):

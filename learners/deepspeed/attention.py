@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from learners.small_model import small_model
+from learners.small_model import REFUSALS, small_model
 
 FAST, OWN = "sdpa", "eager"
 
@@ -22,7 +22,11 @@ def use_complete_attention(model: PreTrainedModel) -> None:
     like the soft-capping of Gemma 2. The model's own attention (`eager`) needs memory for the scores of all pairs of
     positions. It is tried on a small model of the same kind.
     """
-    if dropped_features(small_model(model)):
+    try:
+        complete = not dropped_features(small_model(model))
+    except REFUSALS:
+        complete = False
+    if not complete:
         model.set_attn_implementation(OWN)
 
 

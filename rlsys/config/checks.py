@@ -97,6 +97,16 @@ def bf16_needs_zero(config: Config) -> None:
         raise ValueError("learner.dtype bf16 needs learner.zero_stage 1, 2 or 3, which keep fp32 master weights")
 
 
+def sequence_parallel_divides(config: Config) -> None:
+    """Raise if ranks or heads cannot be dealt to groups of ranks that share rows."""
+    size, ranks, scratch = config.learner.sequence_parallel, config.learner.ranks, config.model.from_scratch
+    if ranks % size:
+        raise ValueError(f"learner.ranks {ranks} must be a multiple of learner.sequence_parallel {size}")
+    if scratch is not None and scratch.heads % size:
+        raise ValueError(f"model.from_scratch.heads {scratch.heads} must be a multiple of "
+            f"learner.sequence_parallel {size}")
+
+
 def search_samples_like_training(config: Config) -> None:
     """Raise if the policy writes trees under another distribution than the learner assumes."""
     if not config.search.fraction or config.search.model is not None:
@@ -317,6 +327,7 @@ RULES: tuple[Rule, ...] = (
     deadlines_are_nested,
     offload_needs_zero,
     bf16_needs_zero,
+    sequence_parallel_divides,
     search_samples_like_training,
     overlong_buffer_fits_completion,
     searched_groups_train_by_token,
@@ -361,18 +372,35 @@ def sequence_ratios_are_clipped(config: Config) -> str | None:
     )
 
 
-def rows_fit_micro_batch(config: Config) -> str | None:
-    """Warn if a row can have more tokens than a pass of the learner should have."""
-    budget, longest = config.learner.micro_batch_tokens, config.actors.max_model_len
-    if budget >= longest or not any(plan.trains for plan in stage_plans(config)):
+def shared_rows_hold_one_sample(config: Config) -> str | None:
+    """Warn if ranks share rows, because such rows cannot share the beginnings of samples."""
+    size = config.learner.sequence_parallel
+    if size == 1 or not any(plan.trains for plan in stage_plans(config)):
         return None
     return (
-        f"learner.micro_batch_tokens {budget} is below actors.max_model_len {longest}: a longer row is a pass of its "
-        f"own and needs the memory of up to {longest} tokens; raise the former or lower the latter"
+        f"learner.sequence_parallel {size}: every sample has a row of its own, so the learner computes a prompt again "
+        "for every completion; use it only if samples are too long for one rank"
     )
 
 
-WARNINGS: tuple[Callable[[Config], str | None], ...] = (sequence_ratios_are_clipped, rows_fit_micro_batch)
+def rows_fit_micro_batch(config: Config) -> str | None:
+    """Warn if a row can have more tokens than a pass of the learner should have."""
+    learner, longest = config.learner, config.actors.max_model_len
+    budget, size = learner.micro_batch_tokens, learner.sequence_parallel
+    if budget * size >= longest or not any(plan.trains for plan in stage_plans(config)):
+        return None
+    shared = f" / learner.sequence_parallel {size}" if size > 1 else ""
+    return (
+        f"learner.micro_batch_tokens {budget} is below actors.max_model_len {longest}{shared}: a longer row is a pass "
+        f"of its own and needs the memory of up to {-(-longest // size)} tokens; raise the former or lower the latter"
+    )
+
+
+WARNINGS: tuple[Callable[[Config], str | None], ...] = (
+    sequence_ratios_are_clipped,
+    shared_rows_hold_one_sample,
+    rows_fit_micro_batch,
+)
 """Checks of settings that are a risk but may be meant. Each returns one line that names the fields, or None."""
 
 
