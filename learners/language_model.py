@@ -107,9 +107,7 @@ class LanguageModel(nn.Module):
         body = self.module.base_model if self._divides else self.module
         return run_body(body, input_ids, depths, visible).flatten(0, 1).index_select(0, places)
 
-    def _logprobs(
-        self, states: Tensor, targets: _Targets, parts: int, entropy_gradient: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, states: Tensor, targets: _Targets, parts: int, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and entropies of targets from the states that predict them."""
 
         def part(states: Tensor, target_ids: Tensor, temperature: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,9 @@ class Critic(nn.Module):
         self.body_name = language_model.base_model_prefix
         body, output = language_model.base_model, language_model.get_output_embeddings()
         self.add_module(self.body_name, body)
-        self.score = nn.Linear(whole_shape(output.weight)[-1], 1, dtype=output.weight.dtype, device=output.weight.device)
+        self.score = nn.Linear(
+            whole_shape(output.weight)[-1], 1, dtype=output.weight.dtype, device=output.weight.device
+        )
         for parameter in self.score.parameters():
             nn.init.zeros_(parameter)
         self.sequence: Any = None

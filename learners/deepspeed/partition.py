@@ -1,4 +1,4 @@
-"""Parameters that are partitioned over the ranks (ZeRO 3) while they are loaded, so that no rank holds a whole model."""
+"""Parameters that are partitioned over the ranks while they are loaded (ZeRO 3): no rank ever holds a whole model."""
 
 from __future__ import annotations
 

@@ -103,8 +103,9 @@ def sequence_parallel_divides(config: Config) -> None:
     if ranks % size:
         raise ValueError(f"learner.ranks {ranks} must be a multiple of learner.sequence_parallel {size}")
     if scratch is not None and scratch.heads % size:
-        raise ValueError(f"model.from_scratch.heads {scratch.heads} must be a multiple of "
-            f"learner.sequence_parallel {size}")
+        raise ValueError(
+            f"model.from_scratch.heads {scratch.heads} must be a multiple of learner.sequence_parallel {size}"
+        )
 
 
 def search_samples_like_training(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Models of ZeRO 3 ranks: the values of the whole model, of which no rank ever holds more than its part and a tensor."""
+"""Models of ZeRO 3 ranks: they have the values of the whole model, of which no rank ever holds more than a share."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     torch.nn.init.normal_(critic.score.weight)
     write_tensors(critic.named_parameters(), folder / "critic", "model", writes=True)
     refused = {
-        change(folder / "small", folder / "missing", lambda tensors: tensors.pop(MISSING)): f"tensor {MISSING} is missing",
+        change(
+            folder / "small", folder / "missing", lambda tensors: tensors.pop(MISSING)
+        ): f"tensor {MISSING} is missing",
         change(
             folder / "small", folder / "spare", lambda tensors: tensors.update({SPARE: torch.ones(1)})
         ): f"no place for tensor {SPARE}",
