@@ -128,7 +128,7 @@ class LanguageModel(nn.Module):
 
     @cached_property
     def _output_layer(self) -> _OutputLayer:
-        """What the module does with hidden states.
+        """The output layer with all that the module does with hidden states.
 
         It is made at the first pass, when DeepSpeed has given the module attributes that its copy needs as well. A
         cached property is no attribute of the kind that a module registers.

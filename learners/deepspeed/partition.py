@@ -45,7 +45,7 @@ def _partitioner(dtype: torch.dtype) -> Any:
     """Return DeepSpeed's partitioner of parameters, without its broadcast from rank 0."""
     import deepspeed
 
-    class Partitioner(deepspeed.zero.Init):  # type: ignore[misc]
+    class Partitioner(deepspeed.zero.Init):
         def _zero_init_param(self, parameter: Any) -> None:
             self._convert_to_deepspeed_param(parameter)
             parameter.partition()

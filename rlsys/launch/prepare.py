@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 from actors.search.build import check_tags
-from rlsys.config.checks import warnings
 from rlsys.config.engine_roles import (
     ModelEngines,
     Searching,
@@ -22,6 +21,7 @@ from rlsys.config.engine_roles import (
     given_models,
     searches_in_training,
 )
+from rlsys.config.risks import warnings
 from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plans
 from rlsys.control.checkpointing import check_best_metric

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from minimal_config import minimal
 
-from rlsys.config.checks import RULES, WARNINGS, warnings
+from rlsys.config.checks import RULES
 from rlsys.config.files import apply_override, parse_config
+from rlsys.config.risks import WARNINGS, warnings
 from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
 
