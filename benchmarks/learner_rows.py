@@ -28,13 +28,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from learner import OVERRIDES, ROOT, plain_policy_loss, policy_items
 
-from learners.settings import RankSettings, learner_environment
-from rlsys.config.files import load_config
-from rlsys.config.schema import Config, LearnerConfig
-from rlsys.config.stages import StageSettings
-from rlsys.types import Prompt, TrainingBatch, Trajectory, TrajectoryGroup, VersionSpan
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # in place of this folder, whose actors.py would hide the package of that name
+sys.path.append(str(ROOT / "benchmarks"))
+
+from learner import OVERRIDES, plain_policy_loss, policy_items  # noqa: E402
+
+from learners.settings import RankSettings, learner_environment  # noqa: E402
+from rlsys.config.files import load_config  # noqa: E402
+from rlsys.config.schema import Config, LearnerConfig  # noqa: E402
+from rlsys.config.stages import StageSettings  # noqa: E402
+from rlsys.types import Prompt, TrainingBatch, Trajectory, TrajectoryGroup, VersionSpan  # noqa: E402
 
 GROUP = 8
 TOLERANCE = 1e-5
@@ -58,7 +63,9 @@ class Size:
 REAL = Size(
     hidden=576, layers=30, intermediate=1536, vocabulary=49152, row=512, memory_row=2048, groups=2, micro_batch=4096
 )
-SMALL = Size(hidden=72, layers=3, intermediate=192, vocabulary=4096, row=64, memory_row=512, groups=2, micro_batch=512)
+SMALL = Size(
+    hidden=72, layers=3, intermediate=192, vocabulary=32768, row=64, memory_row=2048, groups=2, micro_batch=512
+)
 
 
 def make_model(size: Size, folder: Path) -> Path:
