@@ -21,6 +21,7 @@ from learners.deepspeed.engine import TrainedModel, join_process_group
 from learners.deepspeed.model import load_model, saved_config
 from learners.deepspeed.model_files import restore_model, save_model
 from learners.deepspeed.parameters import published_tensors
+from learners.deepspeed.partition import restart_numbers
 from learners.deepspeed.reference import ReferencePolicy
 from learners.deepspeed.rollback import rollback_on_non_finite
 from learners.forward import ForwardPasses
@@ -112,6 +113,8 @@ class LearnerRank:
             if model is not None:
                 model.destroy()
         self.policy = self.critic = self.reference = None
+        if self.settings.learner.zero_stage == 3:
+            restart_numbers()
 
     @property
     def _policy(self) -> TrainedModel:

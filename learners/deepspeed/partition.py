@@ -58,6 +58,16 @@ def _partitioner(dtype: torch.dtype) -> Any:
     return Partitioner(module=nn.Module(), config_dict_or_path=config)
 
 
+def restart_numbers() -> None:
+    """Number partitioned parameters from 0 again, when no model is left.
+
+    DeepSpeed counts them and compares the numbers of all ranks. A rank that could not read a model has counted less.
+    """
+    import deepspeed
+
+    deepspeed.zero.Init.param_id = 0
+
+
 def is_partitioned(parameter: Tensor) -> bool:
     """Return whether DeepSpeed has partitioned a parameter."""
     return hasattr(parameter, "ds_id")

@@ -290,7 +290,7 @@ def test_a_model_whose_rows_ranks_cannot_share(
     model = tmp_path / "model"
     build_from_scratch(FromScratchConfig(hidden_size=64, layers=2, heads=2, max_positions=128), [], 0, model)
     if changes:
-        config = AutoConfig.from_pretrained(model, **changes, max_window_layers=0, layer_types=None)
+        config = AutoConfig.from_pretrained(model, **changes, layer_types=["full_attention", "sliding_attention"])
         AutoModelForCausalLM.from_config(config).save_pretrained(model)
     learner = {"ranks": 4, "sequence_parallel": 4}
     config = write_config(tmp_path, {**TINY, "model": {"path": str(model)}, "learner": learner})
