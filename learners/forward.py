@@ -52,11 +52,13 @@ class ForwardPasses:
         """Note what the passes over the models of a stage need to know of the policy."""
         config = module.config.get_text_config()
         self.vocabulary, self._width = int(config.vocab_size), int(config.hidden_size)
-        self._packs = can_pack(module)
+        # Ranks that share rows compute attention from positions in the row alone.
+        self._packs = self._settings.learner.sequence_parallel == 1 and can_pack(module)
 
     def shares(self, items: Sequence[PackItem]) -> list[Share]:
         """Return the items of every pass of this rank."""
-        budget = self._settings.learner.micro_batch_tokens
+        settings = self._settings
+        budget = settings.learner.micro_batch_tokens * settings.learner.sequence_parallel
         sequences = [[sample.token_ids for sample in item.samples] for item in items]
         if self._packs:
             rows = share_rows(sequences, width=self._width, limit=budget)
@@ -65,14 +67,14 @@ class ForwardPasses:
         else:
             rows, lengths = [[number] for number in range(len(items))], [item.length for item in items]
             heights = [len(item.samples) for item in items]
-        plan = plan_micro_batches(lengths, ranks=self._settings.ranks, budget_tokens=budget, sample_counts=heights)
+        plan = plan_micro_batches(lengths, ranks=settings.shares, budget_tokens=budget, sample_counts=heights)
         targets = [sum(int(sample.targets.sum()) for number in row for sample in items[number].samples) for row in rows]
         # All ranks make the same number of parts, because they gather a partitioned output layer together.
         largest = [max(sum(targets[row] for row in share) for share in turn) for turn in zip(*plan, strict=True)]
         vocabulary = self.vocabulary or 1
         return [
             Share([rows[row] for row in share], max(1, -(-count * vocabulary // CHUNK_LOGITS)))
-            for share, count in zip(plan[self._settings.rank], largest, strict=True)
+            for share, count in zip(plan[settings.share], largest, strict=True)
         ]
 
     def micro_batches(self, items: Sequence[PackItem]) -> list[MicroBatch]:

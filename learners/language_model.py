@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from learners.objective.logprobs import token_logprobs
 from learners.samples.packing import pack
+from learners.small_model import REFUSALS, small_model
 
 CHUNK_LOGITS = 1 << 24
 """Largest number of logits at once: 64 MiB in fp32."""
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-6}
 """Differences of two computations of one value; some models compute norms in fp32."""
+
+
+class SequenceGroup(Protocol):
+    """Ranks that share every row; see `learners.deepspeed.sequence_parallel`."""
+
+    def use_in(self, model: PreTrainedModel) -> None:
+        """Let the attention of a model see the whole rows."""
+
+    def part(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this rank's part of rows, and the positions of its tokens."""
+
+    def own_places(self, places: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Return which places are in this rank's part, and where."""
+
+    def combine(self, values: Tensor, numbers: Tensor, count: int) -> Tensor:
+        """Return the values of all ranks."""
 
 
 class LanguageModel(nn.Module):
@@ -30,13 +48,15 @@ class LanguageModel(nn.Module):
 
     Args:
         module: causal language model of transformers.
+        sequence: ranks that share every row; None if this rank has whole rows.
     """
 
-    def __init__(self, module: PreTrainedModel) -> None:
+    def __init__(self, module: PreTrainedModel, sequence: SequenceGroup | None = None) -> None:
         super().__init__()
-        self.module = module
-        self._divides = self._can_divide()
-        self.__dict__.pop("_head", None)  # DeepSpeed will give the module attributes that its copy needs as well
+        self.module, self._sequence = module, sequence
+        self._divides = can_divide(module)
+        if sequence is not None:
+            sequence.use_in(module)
 
     def forward(
         self,
@@ -68,17 +88,36 @@ class LanguageModel(nn.Module):
             logprobs: [N] nats; carries gradient, also for N = 0.
             entropy: [M] nats.
         """
+        targets_only = _Targets(target_ids, temperature, entropy_at)
+        if self._sequence is None:
+            states = self._states(input_ids, targets, depths, visible)
+            return self._logprobs(states, targets_only, parts, entropy_gradient)
+        own_ids, positions = self._sequence.part(input_ids)
+        numbers, places = self._sequence.own_places(targets, input_ids.shape[1])
+        states = self._states(own_ids, places, positions, None)
+        own, own_entropies = self._logprobs(states, targets_only.select(numbers), parts, entropy_gradient)
+        logprobs = self._sequence.combine(own, numbers, len(targets))
+        if entropy_at is None:
+            return logprobs, own_entropies
+        numbers = (entropy_at.cumsum(0) - 1)[numbers][entropy_at[numbers]]
+        return logprobs, self._sequence.combine(own_entropies, numbers, int(entropy_at.sum()))
+
+    def _states(self, input_ids: Tensor, places: Tensor, depths: Tensor | None, visible: Tensor | None) -> Tensor:
+        """Return the hidden states at places, [N, H], or the logits, [N, V], of a module that is not divided."""
         body = self.module.base_model if self._divides else self.module
-        states = run_body(body, input_ids, depths, visible).flatten(0, 1).index_select(0, targets)
+        return run_body(body, input_ids, depths, visible).flatten(0, 1).index_select(0, places)
+
+    def _logprobs(self, states: Tensor, targets: _Targets, parts: int, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and entropies of targets from the states that predict them."""
 
         def part(states: Tensor, target_ids: Tensor, temperature: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor]:
-            logits = self._logits(states) if self._divides else states
+            logits = self._output_layer(states) if self._divides else states
             return token_logprobs(logits, target_ids, temperature, entropy_at=at, entropy_gradient=entropy_gradient)
 
         if parts == 1:
-            return part(states, target_ids, temperature, entropy_at)
-        split = [each.tensor_split(parts) for each in (states, target_ids, temperature)]
-        at = entropy_at.tensor_split(parts) if entropy_at is not None else [None] * parts
+            return part(states, targets.ids, targets.temperature, targets.entropy_at)
+        split = [each.tensor_split(parts) for each in (states, targets.ids, targets.temperature)]
+        at = targets.entropy_at.tensor_split(parts) if targets.entropy_at is not None else [None] * parts
         results = [checkpoint(part, *each, use_reentrant=False) for each in zip(*split, at, strict=True)]
         logprobs, entropy = zip(*results, strict=True)
         return torch.cat(logprobs), torch.cat(entropy)
@@ -87,41 +126,45 @@ class LanguageModel(nn.Module):
         """Compute the activations of the body again in the backward pass."""
         self.module.gradient_checkpointing_enable(**arguments)
 
-    @torch.no_grad()
-    def _can_divide(self) -> bool:
-        """Return whether the output layer can run without the body. It is tried on two tokens."""
-        module, training = self.module, self.module.training
-        ids = torch.tensor([[0, 1]], device=module.device)
-        module.eval()
-        try:
-            whole = module(input_ids=ids, use_cache=False).logits
-            divided = self._logits(run_body(module.base_model, ids)[0, 1:])
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
-            return False
-        finally:
-            module.train(training)
-        tolerance = ROUNDING.get(whole.dtype, 0.05) * float(whole.abs().max())
-        return torch.allclose(whole[0, 1:], divided, rtol=0, atol=tolerance)
-
     @cached_property
-    def _head(self) -> tuple[Any, _Given]:
-        """The model with another body, and that body. DeepSpeed's record of modules needs the same one in all passes.
+    def _output_layer(self) -> _OutputLayer:
+        """The output layer with all that the module does with hidden states.
 
-        A cached property is no attribute of the kind that a module registers.
+        It is made at the first pass, when DeepSpeed has given the module attributes that its copy needs as well. A
+        cached property is no attribute of the kind that a module registers.
         """
-        head, given = copy.copy(self.module), _Given()
-        head._modules = {**self.module._modules, self.module.base_model_prefix: given}
-        return head, given
+        return _OutputLayer(self.module)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+
+@dataclass(frozen=True, slots=True)
+class _Targets:
+    """N targets: their tokens, temperatures, and where entropies are computed."""
+
+    ids: Tensor
+    temperature: Tensor
+    entropy_at: Tensor | None
+
+    def select(self, numbers: Tensor) -> _Targets:
+        at = None if self.entropy_at is None else self.entropy_at[numbers]
+        return _Targets(self.ids[numbers], self.temperature[numbers], at)
+
+
+class _OutputLayer:
+    """A copy of a model whose body returns given hidden states. The weights are those of the model."""
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        # DeepSpeed's record of modules needs the same one in all passes.
+        self._head, self._given = copy.copy(module), _Given()
+        self._head._modules = {**module._modules, module.base_model_prefix: self._given}
+
+    def __call__(self, hidden: Tensor) -> Tensor:
         """Return the [N, V] logits of [N, H] hidden states."""
-        head, given = self._head
         ids = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
-        given.hidden = hidden[None]
+        self._given.hidden = hidden[None]
         try:
-            logits: Tensor = head(input_ids=ids, use_cache=False).logits[0]
+            logits: Tensor = self._head(input_ids=ids, use_cache=False).logits[0]
         finally:
-            given.hidden = None  # its graph would keep the model in memory
+            self._given.hidden = None  # its graph would keep the model in memory
         return logits
 
 
@@ -143,31 +186,53 @@ class _GivenOutput(BaseModelOutputWithPast):
 
 
 @torch.no_grad()
+def can_divide(module: PreTrainedModel) -> bool:
+    """Return whether the output layer of a model can run without the body.
+
+    It is tried on two tokens and a small model of the same kind.
+    """
+    try:
+        small = small_model(module)
+        ids = torch.tensor([[0, 1]], device=small.device)
+        whole = small(input_ids=ids, use_cache=False).logits
+        divided = _OutputLayer(small)(run_body(small.base_model, ids)[0, 1:])
+    except REFUSALS:
+        return False
+    tolerance = ROUNDING.get(whole.dtype, 0.05) * float(whole.abs().max())
+    return torch.allclose(whole[0, 1:], divided, rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
 def can_pack(module: PreTrainedModel) -> bool:
     """Return whether a model computes the same for sequences that share a packed row as for each alone.
 
-    It is tried on two short sequences. A model whose tokens see a window, or keep a state, is never packed.
+    It is tried on two short sequences and a small model of the same kind. A model whose tokens see a window, or keep a
+    state, is never packed.
     """
-    config = module.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or (getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")):
+    if not sees_all_tokens(module.config):
         return False
-    first, second = (torch.tensor(ids) % config.vocab_size for ids in ([1, 2, 3, 4], [1, 2, 5, 6]))
+    first, second = (torch.tensor(ids) for ids in ([1, 2, 3, 4], [1, 2, 5, 6]))
     row = pack([first.numpy(), second.numpy()])
     ids, depths = torch.from_numpy(row.token_ids)[None], torch.from_numpy(row.depths)[None]
     visible = torch.from_numpy(row.visible())[None]
-    training = module.training
     try:
-        body = module.eval().base_model
-        alone = [run_body(body, each[None].to(module.device))[0] for each in (first, second)]
-        packed = run_body(body, *(each.to(module.device) for each in (ids, depths, visible)))[0]
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        small = small_model(module)
+        body, device = small.base_model, small.device
+        alone = [run_body(body, each[None].to(device))[0] for each in (first, second)]
+        packed = run_body(body, *(each.to(device) for each in (ids, depths, visible)))[0]
+    except REFUSALS:
         return False
-    finally:
-        module.train(training)
     tolerance = ROUNDING.get(packed.dtype, 0.05)
     pairs = zip(alone, row.places, strict=True)
     return all(torch.allclose(each, packed[places], rtol=tolerance, atol=tolerance) for each, places in pairs)
+
+
+def sees_all_tokens(config: PreTrainedConfig) -> bool:
+    """Return whether every layer of a model attends to all earlier tokens, without a window or a state."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    windowed = getattr(text, "sliding_window", None) and not hasattr(text, "layer_types")
+    return kinds == {"full_attention"} and not windowed
 
 
 def run_body(body: Any, input_ids: Tensor, depths: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
@@ -176,13 +241,14 @@ def run_body(body: Any, input_ids: Tensor, depths: Tensor | None = None, visible
     Args:
         body: the model without its output layer, or the whole model.
         input_ids: [B, L] int64.
-        depths, visible: see `MicroBatch`; None if every row holds one sample.
+        depths: [B, L] int64, positions of the tokens; None if every row begins with its first token.
+        visible: see `MicroBatch`; None if every row holds one sample.
     """
-    inputs = {}
+    inputs = {} if depths is None else {"position_ids": depths}
     if visible is not None:
         dtype = next(body.parameters()).dtype
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         mask.masked_fill_(~visible, torch.finfo(dtype).min)  # added to attention scores
-        inputs = {"position_ids": depths, "attention_mask": mask.unsqueeze(1)}
+        inputs["attention_mask"] = mask.unsqueeze(1)
     outputs: Tensor = body(input_ids=input_ids, use_cache=False, **inputs)[0]
     return outputs

@@ -21,9 +21,10 @@ from learners.deepspeed.engine import TrainedModel, join_process_group
 from learners.deepspeed.model import load_model, saved_config
 from learners.deepspeed.model_files import restore_model, save_model
 from learners.deepspeed.parameters import published_tensors
+from learners.deepspeed.partition import restart_numbers
+from learners.deepspeed.reference import ReferencePolicy
 from learners.deepspeed.rollback import rollback_on_non_finite
 from learners.forward import ForwardPasses
-from learners.language_model import LanguageModel
 from learners.samples.batching import split_updates
 from learners.samples.build import StepTerms, build_samples, count_dropped_step_pairs
 from learners.samples.signal import policy_changes_weights
@@ -49,7 +50,7 @@ class LearnerRank:
         self.settings = settings
         self.policy: TrainedModel | None = None
         self.critic: TrainedModel | None = None
-        self.reference: LanguageModel | None = None
+        self.reference: ReferencePolicy | None = None
         self.forward = ForwardPasses(settings)
         self.asleep = False
         join_process_group(settings)
@@ -87,9 +88,9 @@ class LearnerRank:
             self.critic = TrainedModel("critic", critic, critic.config, settings, stage.critic, stage.total_updates)
             restore_model(self.critic, resumed.critic_learner if resume else None)
         if reference:
-            self.reference = LanguageModel(self._loaded(load_model, reference)).eval()
+            self.reference = ReferencePolicy(self._loaded(load_model, reference), settings)
 
-    def _loaded(self, load: Callable[[Path, str, str], Module], folder: Path) -> Module:
+    def _loaded(self, load: Callable[..., Module], folder: Path) -> Module:
         """Load a model. Raise on all ranks if one cannot read it, because the next calls need all ranks.
 
         Raises:
@@ -99,7 +100,8 @@ class LearnerRank:
         module, refusal = None, ""
         with fail_on_all_ranks(LearnerLostError, self.settings.device):
             try:
-                module = load(folder, self.settings.learner.dtype, self.settings.device)
+                learner = self.settings.learner
+                module = load(folder, learner.dtype, self.settings.device, partitioned=learner.zero_stage == 3)
             except ConfigError as error:
                 refusal = error.message
         with fail_on_all_ranks(ConfigError, self.settings.device):
@@ -108,10 +110,12 @@ class LearnerRank:
         return module
 
     def _release(self) -> None:
-        for model in (self.policy, self.critic):
+        for model in (self.policy, self.critic, self.reference):
             if model is not None:
                 model.destroy()
         self.policy = self.critic = self.reference = None
+        if self.settings.learner.zero_stage == 3:
+            restart_numbers()
 
     def sleep(self) -> None:
         """Move all states to the host, so that engines can use the device. Calls fail until `wake`."""
@@ -213,7 +217,7 @@ class LearnerRank:
             policy=self._policy,
             critic=self.critic,
             weights=weights,
-            metrics=StepMetrics(self.settings.device, tuple(weights)),
+            metrics=StepMetrics(self.settings.device, tuple(weights), reports=self.settings.reports),
         )
         measures = bool(objective.grad_norm_interval) and step % objective.grad_norm_interval == 0
         updates_made = 0

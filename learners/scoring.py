@@ -40,7 +40,9 @@ class RankScorer:
 
     def reference_logprobs(self, samples: Sequence[Sample]) -> list[Float32Array]:
         """Return [T] log-probabilities of each sample's targets under the reference policy, nats."""
-        return self._score("log-probabilities of the reference policy", samples, self._logprobs_under(self._reference))
+        with self._reference.in_use():
+            forward = self._logprobs_under(self._reference)
+            return self._score("log-probabilities of the reference policy", samples, forward)
 
     def values(self, samples: Sequence[Sample]) -> list[Float32Array]:
         """Return the critic's [T] estimates of the return that follows each target, made before the target."""
@@ -52,7 +54,8 @@ class RankScorer:
 
     def reference_pair_scores(self, pairs: Sequence[Preference]) -> list[tuple[float, float]]:
         """Return the scores of the chosen and the rejected side under the reference policy, sums in nats."""
-        return self._pair_scores("the reference policy", pairs, self._reference)
+        with self._reference.in_use():
+            return self._pair_scores("the reference policy", pairs, self._reference)
 
     def _pair_scores(self, model_name: str, pairs: Sequence[Preference], model: Any) -> list[tuple[float, float]]:
         samples = pair_score_samples(pairs, self._settings.objective)
@@ -89,7 +92,8 @@ class RankScorer:
                 size = int(starts[number + 1] - starts[number])
                 flat[int(starts[number]) : int(starts[number + 1])] = scores[offset : offset + size]
                 offset += size
-        dist.all_reduce(flat)  # one rank scores each target; the other ranks add 0
+        flat *= self._settings.reports
+        dist.all_reduce(flat)  # one rank reports the score of each target; the other ranks add 0
         values = flat.cpu().numpy()
         if bad := int((~np.isfinite(values)).sum()):
             raise NonFiniteLossError(

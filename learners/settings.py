@@ -32,6 +32,21 @@ class RankSettings:
     objective: ObjectiveConfig
     attempt: int = 0
 
+    @property
+    def shares(self) -> int:
+        """Number of shares of the rows. The ranks of a sequence-parallel group have one together."""
+        return self.ranks // self.learner.sequence_parallel
+
+    @property
+    def share(self) -> int:
+        """Number of this rank's share, from 0."""
+        return self.rank // self.learner.sequence_parallel
+
+    @property
+    def reports(self) -> bool:
+        """Whether the values of this rank's share count, which the other ranks of its group have as well."""
+        return self.rank % self.learner.sequence_parallel == 0
+
 
 def learner_environment(config: LearnerConfig, device: str, rank: int) -> dict[str, str]:
     """Return the environment variables that must be set before deepspeed is imported."""

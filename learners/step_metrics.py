@@ -57,10 +57,11 @@ class StepMetrics:
         device: device of the ranks' process group.
         terms: terms of the step. Ranks reduce by position, so all ranks must pass the same terms, even a term without
             a target on this rank.
+        reports: False if another rank has the same values and reports them.
     """
 
-    def __init__(self, device: str, terms: tuple[str, ...]) -> None:
-        self._device, self._terms = device, terms
+    def __init__(self, device: str, terms: tuple[str, ...], *, reports: bool = True) -> None:
+        self._device, self._terms, self._reports = device, terms, reports
         self._sums: dict[str, float] = {"padded": 0.0, "real": 0.0}
         self._maxima: dict[str, float] = dict.fromkeys(MAXIMA.values(), 0.0) if "policy" in terms else {}
         self._notes: dict[str, list[float]] = {}
@@ -135,7 +136,7 @@ class StepMetrics:
         Returns:
             Values by registered metric name, the same on all ranks.
         """
-        sums = self._all_reduce(self._sums, dist.ReduceOp.SUM)
+        sums = self._all_reduce(self._sums if self._reports else dict.fromkeys(self._sums, 0.0), dist.ReduceOp.SUM)
         metrics = {name: sum(values) / len(values) for name, values in self._notes.items()}
         for name, value in sums.items():
             if name.startswith(("objective/", "learner/")):

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from learners.small_model import REFUSALS, small_model
+
 FAST, OWN = "sdpa", "eager"
 
 
@@ -18,9 +20,13 @@ def use_complete_attention(model: PreTrainedModel) -> None:
 
     transformers chooses `sdpa` for every model that may use it, and `sdpa` silently ignores arguments it does not know,
     like the soft-capping of Gemma 2. The model's own attention (`eager`) needs memory for the scores of all pairs of
-    positions.
+    positions. It is tried on a small model of the same kind.
     """
-    if dropped_features(model):
+    try:
+        complete = not dropped_features(small_model(model))
+    except REFUSALS:
+        complete = False
+    if not complete:
         model.set_attn_implementation(OWN)
 
 

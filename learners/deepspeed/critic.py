@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from learners.deepspeed.model import load_model
+from learners.deepspeed.partition import set_whole, whole_shape
 from learners.deepspeed.tensor_files import read_tensors
 from learners.language_model import run_body
 from rlsys.errors import CheckpointError, ConfigError
@@ -30,15 +31,32 @@ class Critic(nn.Module):
         self.body_name = language_model.base_model_prefix
         body, output = language_model.base_model, language_model.get_output_embeddings()
         self.add_module(self.body_name, body)
-        self.score = nn.Linear(output.weight.shape[-1], 1, dtype=output.weight.dtype, device=output.weight.device)
+        self.score = nn.Linear(
+            whole_shape(output.weight)[-1], 1, dtype=output.weight.dtype, device=output.weight.device
+        )
         for parameter in self.score.parameters():
             nn.init.zeros_(parameter)
+        self.sequence: Any = None
         self.config = body.config
         self.config.num_labels = 1
 
     def forward(self, input_ids: Tensor, depths: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
         """Return a value for every token, [B, L]; the inputs are those of `run_body`."""
-        return self.score(run_body(self.body, input_ids, depths, visible)).squeeze(-1)
+        if self.sequence is None:
+            values: Tensor = self.score(run_body(self.body, input_ids, depths, visible)).squeeze(-1)
+            return values
+        places = torch.arange(input_ids.numel(), device=input_ids.device)
+        own_ids, positions = self.sequence.part(input_ids)
+        numbers, own_places = self.sequence.own_places(places, input_ids.shape[1])
+        own_values = self.score(run_body(self.body, own_ids, positions)).flatten().index_select(0, own_places)
+        return self.sequence.combine(own_values, numbers, len(places)).view_as(input_ids)
+
+    def share(self, sequence: Any) -> Critic:
+        """Let the ranks of a `SequenceGroup`, or None, share every row. Return the critic."""
+        self.sequence = sequence
+        if sequence is not None:
+            sequence.use_in(self.body)
+        return self
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding, whose rows are the token ids that the critic knows."""
@@ -54,20 +72,23 @@ class Critic(nn.Module):
         self.body.gradient_checkpointing_enable(**arguments)
 
 
-def load_critic(policy: Path, dtype: str, device: str, saved: Path | None = None) -> Critic:
+def load_critic(
+    policy: Path, dtype: str, device: str, *, partitioned: bool = False, saved: Path | None = None
+) -> Critic:
     """Load a critic.
 
     Args:
         policy: model folder of the policy, whose body a new critic has.
         dtype: "fp32" or "bf16".
         device: "cpu" or "cuda".
+        partitioned: see `load_model`. The output of the critic is whole on every rank.
         saved: folder of a saved critic of the same architecture, whose weights it gets; None for a new critic.
 
     Raises:
         ConfigError: the folder of the policy cannot be used, or the model has no body.
         CheckpointError: the tensors in `saved` are not those of the critic.
     """
-    language_model = load_model(policy, dtype, device)
+    language_model = load_model(policy, dtype, device, partitioned=partitioned)
     if language_model.base_model is language_model or language_model.get_output_embeddings() is None:
         raise ConfigError(
             f"model folder {policy}: objective.value needs a model whose output layer can be replaced, and "
@@ -85,9 +106,9 @@ def _restore(critic: Critic, folder: Path) -> None:
     places = {**dict(critic.named_parameters()), **dict(persistent_buffers(critic))}
     missing = set(places)
     for name, tensor in read_tensors(folder, "model"):
-        if name not in places or tensor.shape != places[name].shape:
+        if name not in places or tensor.shape != whole_shape(places[name]):
             raise CheckpointError(f"{folder}: tensor {name} {tuple(tensor.shape)} has no place in the critic")
-        places[name].copy_(tensor)
+        set_whole(places[name], tensor)
         missing.discard(name)
     if missing:
         raise CheckpointError(f"{folder}: the critic lacks {sorted(missing)[:3]}")

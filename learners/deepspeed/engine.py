@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from learners.deepspeed.collective_errors import first_problem
+from learners.deepspeed.partition import is_partitioned, own_part, whole_shape
 from learners.deepspeed.rollback import UpdateSnapshot, discard_gradients
+from learners.deepspeed.sequence_parallel import sequence_group
 from learners.language_model import LanguageModel
 from learners.objective.schedule import learning_rate
 from learners.settings import RankSettings, deepspeed_config
@@ -63,7 +65,10 @@ class TrainedModel:
         self._gradient_sum = torch.zeros((), device=settings.device)
         for parameter in module.parameters():
             parameter.register_hook(self._add_to_gradient_sum)
-        self.bare = LanguageModel(module) if isinstance(module, PreTrainedModel) else module
+        sequence = sequence_group(settings.learner.sequence_parallel)
+        self.bare = LanguageModel(module, sequence) if isinstance(module, PreTrainedModel) else module
+        if sequence is not None and self.bare is module:
+            module.share(sequence)
         self.engine = _build(self.bare, settings, optimizer)
         if settings.learner.zero_stage == 0 and settings.learner.dtype == "fp32":
             self.engine.clip_fp32_gradients = self._clip
@@ -86,7 +91,8 @@ class TrainedModel:
         self._spoil_next = fault("learner.gradient", **tags, model=self.name) == "nan"
         if not math.isfinite(loss.item()):
             self._problem = f"{loss_name} is {loss.item()} on rank {self.settings.rank}"
-        # DeepSpeed averages gradients over the ranks, but our denominators are global already.
+        # DeepSpeed averages gradients over the ranks, but our denominators are global already. Ranks that share rows
+        # have the same loss, of which each has the gradient of its own tokens.
         self.engine.backward(loss * self.settings.ranks)
 
     def _add_to_gradient_sum(self, gradient: Tensor) -> Tensor:
@@ -193,7 +199,7 @@ class TrainedModel:
     def destroy(self) -> None:
         """Free the memory of model and optimizer, before another model is built."""
         self.engine.destroy()
-        _forget_partitioned_modules()
+        forget_partitioned_modules()
         self.module = self.bare = self.engine = None
         del self._snapshot
         gc.collect()  # module, hooks and engine refer to each other
@@ -204,7 +210,7 @@ class TrainedModel:
 
     def gather(self, parameter: nn.Parameter) -> Tensor:
         """Return a whole parameter, detached. Collective under ZeRO 3."""
-        if not hasattr(parameter, "ds_id"):
+        if not is_partitioned(parameter):
             return parameter.detach()
         import deepspeed
 
@@ -247,11 +253,9 @@ class TrainedModel:
         plain = self._plain_states()
         if plain is not None:
             plain[parameter][key].copy_(tensor)
-        elif hasattr(parameter, "ds_id"):
+        elif is_partitioned(parameter):
             # Under ZeRO 3, DeepSpeed's setters of whole tensors fail if the last rank's part is padded.
-            size = parameter.ds_tensor.numel()
-            own = tensor.flatten()[size * self.settings.rank :][:size]
-            part = nn.functional.pad(own, (0, size - own.numel()))
+            part = own_part(parameter, tensor)
             if key == MASTER:
                 utils.safe_set_local_fp32_param(parameter, part)
             else:
@@ -297,7 +301,7 @@ def _build(module: Any, settings: RankSettings, optimizer: OptimizerConfig) -> A
     module.train()
     if learner.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    parameters = sum(parameter.numel() for parameter in module.parameters())
+    parameters = sum(whole_shape(parameter).numel() for parameter in module.parameters())
     adam = torch.optim.AdamW(
         module.parameters(),
         lr=optimizer.learning_rate,
@@ -313,7 +317,18 @@ def _build(module: Any, settings: RankSettings, optimizer: OptimizerConfig) -> A
     return engine
 
 
-def _forget_partitioned_modules() -> None:
+def partitioned_for_inference(module: nn.Module, settings: RankSettings) -> Any:
+    """Return an engine that gathers the partitioned parameters of a frozen module, layer by layer."""
+    import deepspeed
+
+    config = deepspeed_config(settings.learner, OptimizerConfig(), 0, settings.device)
+    zero = {"stage": 3, "overlap_comm": settings.device == "cuda"}
+    engine, *_ = deepspeed.initialize(model=module, config={**config, "zero_optimization": zero})
+    engine.eval()
+    return engine
+
+
+def forget_partitioned_modules() -> None:
     """Clear the list and the method cache in which DeepSpeed 0.19.8 keeps a destroyed ZeRO 3 engine."""
     from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 

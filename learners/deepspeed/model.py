@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,22 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from learners.deepspeed.attention import use_complete_attention
-from rlsys.models.folder import refuse_code
+from learners.deepspeed.partition import partition_parameters
+from rlsys.models.folder import ModelFolder, refuse_code
 from rlsys.models.loading import refuse_differences
+from rlsys.models.weight_shapes import refuse_other_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_model(path: Path, dtype: str, device: str) -> PreTrainedModel:
+def load_model(path: Path, dtype: str, device: str, *, partitioned: bool = False) -> PreTrainedModel:
     """Load a causal language model, with the attention that it defines and without training noise.
 
     Args:
         path: model folder.
         dtype: "fp32" or "bf16".
         device: "cpu" or "cuda".
+        partitioned: keep only this rank's part of every parameter (ZeRO 3), as soon as it is read.
 
     Raises:
         ConfigError: the folder needs its own code, has weights in another format than safetensors, or has other
@@ -31,14 +35,17 @@ def load_model(path: Path, dtype: str, device: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     refuse_code(path, "model folder")
-    model, loading_info = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=DTYPES[dtype],
-        trust_remote_code=False,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # they are reported, and refused below
-        output_loading_info=True,
-    )
+    if partitioned:  # transformers gives values to missing tensors, which needs whole parameters
+        refuse_other_tensors(ModelFolder(path, "model folder"))
+    with partition_parameters(DTYPES[dtype]) if partitioned else nullcontext():
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES[dtype],
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below
+            output_loading_info=True,
+        )
     refuse_differences(f"model folder {path}", loading_info)
     remove_noise(model)
     use_complete_attention(model)

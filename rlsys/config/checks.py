@@ -98,6 +98,17 @@ def bf16_needs_zero(config: Config) -> None:
         raise ValueError("learner.dtype bf16 needs learner.zero_stage 1, 2 or 3, which keep fp32 master weights")
 
 
+def sequence_parallel_divides(config: Config) -> None:
+    """Raise if ranks or heads cannot be dealt to groups of ranks that share rows."""
+    size, ranks, scratch = config.learner.sequence_parallel, config.learner.ranks, config.model.from_scratch
+    if ranks % size:
+        raise ValueError(f"learner.ranks {ranks} must be a multiple of learner.sequence_parallel {size}")
+    if scratch is not None and scratch.heads % size:
+        raise ValueError(
+            f"model.from_scratch.heads {scratch.heads} must be a multiple of learner.sequence_parallel {size}"
+        )
+
+
 def search_samples_like_training(config: Config) -> None:
     """Raise if the policy writes trees under another distribution than the learner assumes."""
     if not config.search.fraction or config.search.model is not None:
@@ -319,6 +330,7 @@ RULES: tuple[Rule, ...] = (
     deadlines_are_nested,
     offload_needs_zero,
     bf16_needs_zero,
+    sequence_parallel_divides,
     search_samples_like_training,
     overlong_buffer_fits_completion,
     searched_groups_train_by_token,
@@ -341,46 +353,6 @@ RULES: tuple[Rule, ...] = (
     patterns_are_searchable,
 )
 """All rules, in the order in which they are checked. The first one that is broken is reported."""
-
-
-# --- warnings ---
-
-LARGE_SEQUENCE_CLIP = 0.05
-"""Bound of the surrogate gspo that is worth a warning: a hundred times the paper's, 3e-4 and 4e-4."""
-
-
-def sequence_ratios_are_clipped(config: Config) -> str | None:
-    """Warn if the bounds of the sequence ratio are as wide as those of a token's ratio."""
-    policy = config.objective.policy
-    if "online" not in config.stages or not policy.used or policy.surrogate != "gspo":
-        return None
-    if max(policy.clip_low, policy.clip_high) < LARGE_SEQUENCE_CLIP:
-        return None
-    return (
-        f"objective.policy.surrogate gspo with clip_low {policy.clip_low:g} and clip_high {policy.clip_high:g}: the "
-        "ratio of a sequence is a mean over its tokens and hardly ever gets there, so nothing is clipped; the paper "
-        "has 3e-4 and 4e-4"
-    )
-
-
-def rows_fit_micro_batch(config: Config) -> str | None:
-    """Warn if a row can have more tokens than a pass of the learner should have."""
-    budget, longest = config.learner.micro_batch_tokens, config.actors.max_model_len
-    if budget >= longest or not any(plan.trains for plan in stage_plans(config)):
-        return None
-    return (
-        f"learner.micro_batch_tokens {budget} is below actors.max_model_len {longest}: a longer row is a pass of its "
-        f"own and needs the memory of up to {longest} tokens; raise the former or lower the latter"
-    )
-
-
-WARNINGS: tuple[Callable[[Config], str | None], ...] = (sequence_ratios_are_clipped, rows_fit_micro_batch)
-"""Checks of settings that are a risk but may be meant. Each returns one line that names the fields, or None."""
-
-
-def warnings(config: Config) -> list[str]:
-    """Return the warnings about the settings of a training run, one line each."""
-    return [f"warning: {text}" for check in WARNINGS if (text := check(config))]
 
 
 def _before(config: Config, stage: StageName) -> tuple[StageName, ...]:

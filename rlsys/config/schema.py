@@ -120,6 +120,9 @@ class LearnerConfig(Section):
     """Number of learner ranks (DeepSpeed processes)."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage. 0 shards nothing."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Number of neighbouring ranks that share every row, each with a part of its tokens (DeepSpeed Ulysses). It divides
+    `ranks` and the attention heads. 1: every rank has whole rows."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Number format of parameters and gradients. Master weights are always fp32."""
     threads: int = Field(default=1, ge=1)

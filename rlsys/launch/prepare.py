@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 from actors.search.build import check_tags
-from rlsys.config.checks import warnings
 from rlsys.config.engine_roles import (
     ModelEngines,
     Searching,
@@ -22,6 +21,7 @@ from rlsys.config.engine_roles import (
     given_models,
     searches_in_training,
 )
+from rlsys.config.risks import warnings
 from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plans
 from rlsys.control.checkpointing import check_best_metric
@@ -169,7 +169,7 @@ def check_models(config: Config, models: Mapping[Role, ModelFolder], *, trains: 
         trains: whether the command trains the policy.
 
     Raises:
-        ConfigError: see `check_model`.
+        ConfigError: see `check_model` and `check_sequence_parallel`.
     """
     notes: list[str] = []
     for role, section in given_models(config).items():
@@ -179,6 +179,10 @@ def check_models(config: Config, models: Mapping[Role, ModelFolder], *, trains: 
     if config.model.from_scratch is None or not trains:
         longest, field = config.actors.max_model_len, "actors.max_model_len"
         notes += check_model(models["policy"], Use(longest=longest, longest_field=field, trained=trains))
+    if config.model.from_scratch is None and trains and config.learner.sequence_parallel > 1:
+        from learners.deepspeed.sequence_check import check_sequence_parallel  # imports torch
+
+        check_sequence_parallel(models["policy"], config.learner.sequence_parallel)
     return notes
 
 

@@ -163,16 +163,18 @@ def _rank_gib(config: Config, parameters: int) -> float:
     learner = config.learner
     width = BYTES[learner.dtype]
     share = learner.ranks if learner.zero_stage >= 1 else 1
+    whole = 1 if learner.zero_stage < 3 else 1 / learner.ranks  # of the weights, on one rank
     # Two moments, and fp32 master weights for bf16. From ZeRO 1 on, DeepSpeed keeps master weights for fp32 too.
     state = (8.0 + (4 if learner.dtype != "fp32" or learner.zero_stage >= 1 else 0)) / share
     plans = stage_plans(config)
     models = 2 if any(plan.settings.critic for plan in plans) else 1
     several = models > 1 or any(plan.settings.updates_per_step > 1 for plan in plans)
     copies = COPIED_BYTES / share if several else 0.0
-    if config.run.device == "cuda":
-        return RANK_BASE_GIB + models * parameters * (copies + (state if learner.optimizer_offload else 0.0)) / GIB
     reference = width if any(plan.keeps_reference for plan in plans) else 0
-    return RANK_BASE_GIB + parameters * (models * (2 * width + state + copies) + reference) / GIB
+    if config.run.device == "cuda":  # the reference is in host memory, unless it is partitioned
+        held = models * (copies + (state if learner.optimizer_offload else 0.0)) + reference * (whole == 1)
+        return RANK_BASE_GIB + parameters * held / GIB
+    return RANK_BASE_GIB + parameters * (models * (2 * width * whole + state + copies) + reference * whole) / GIB
 
 
 def _shared_memory_bytes() -> int:

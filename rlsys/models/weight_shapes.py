@@ -29,6 +29,23 @@ def check_weight_shapes(model: ModelFolder) -> tuple[str, ...]:
     Raises:
         ConfigError: there is no such class, or tensors are missing, superfluous, or of another shape or type.
     """
+    skeleton = refuse_other_tensors(model)
+    _check_values(model, skeleton)
+    ignored = ignored_tensors(skeleton, model.tensors)
+    if not ignored:
+        return ()
+    return (
+        f"{model.field} {model.path}: {len(ignored)} tensors are not loaded, because {type(skeleton).__name__} has no "
+        f"use for them, the first: {ignored[0]}; exported policies do not have them",
+    )
+
+
+def refuse_other_tensors(model: ModelFolder) -> Any:
+    """Return the model without values, or raise if its tensors are not those of the folder.
+
+    Raises:
+        ConfigError: see `check_weight_shapes`.
+    """
     kind = _learner_class(model)
     _check_layers(model)
     try:
@@ -38,14 +55,7 @@ def check_weight_shapes(model: ModelFolder) -> tuple[str, ...]:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ConfigError(f"{model.path}: config.json does not describe a {kind.__name__}: {reason}") from error
     refuse_differences(str(model.path), loaded)
-    _check_values(model, skeleton)
-    ignored = ignored_tensors(skeleton, model.tensors)
-    if not ignored:
-        return ()
-    return (
-        f"{model.field} {model.path}: {len(ignored)} tensors are not loaded, because {kind.__name__} has no use for "
-        f"them, the first: {ignored[0]}; exported policies do not have them",
-    )
+    return skeleton
 
 
 def _check_layers(model: ModelFolder) -> None:

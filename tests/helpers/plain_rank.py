@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from learners import rank as rank_module
 from learners.deepspeed.critic import Critic
 from learners.deepspeed.engine import TrainedModel
+from learners.deepspeed.reference import ReferencePolicy
 from learners.language_model import LanguageModel
 from learners.rank import LearnerRank
 from learners.settings import RankSettings
@@ -135,7 +136,7 @@ def plain_rank(
     rank.policy = PlainModel(build(Qwen2ForCausalLM, 0), settings)
     if settings.objective.value.used:
         rank.critic = PlainModel(build_critic(1), settings)
-    rank.reference = LanguageModel(build(Qwen2ForCausalLM, 2))
+    rank.reference = ReferencePolicy(build(Qwen2ForCausalLM, 2), settings)
     return rank
 
 

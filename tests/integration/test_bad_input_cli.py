@@ -60,6 +60,7 @@ OVERRIDES = [
     ("train.max_steps=many", "train.max_steps: Input should be a valid integer"),
     ("train.max_steps=0", "train.max_steps: Input should be greater than or equal to 1, found 0"),
     ("learner.zero_stage=4", "learner.zero_stage: "),
+    ("learner.sequence_parallel=3", "learner.ranks 2 must be a multiple of learner.sequence_parallel 3"),
     ("objective.loss_aggregation=mean", "objective.loss_aggregation: "),
     ("sampling.max_tokens=128", "sampling.max_tokens 128 leaves no room for a prompt in actors.max_model_len 128"),
     ("stages=[online, online]", "stages names a stage twice"),
@@ -268,6 +269,32 @@ def test_a_real_process_says_one_line_and_exits_with_2(tmp_path: Path, override:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1 and expected in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "has 2 attention heads and 2 key-value heads, which 4 ranks cannot share; choose one of 1, 2"),
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 1, "sliding_window": 8, "use_sliding_window": True},
+            "has layers with a window or a state, so ranks cannot share its rows; set learner.sequence_parallel to 1",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_a_model_whose_rows_ranks_cannot_share(
+    refused, tmp_path: Path, command: str, changes: dict[str, Any], expected: str
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = tmp_path / "model"
+    build_from_scratch(FromScratchConfig(hidden_size=64, layers=2, heads=2, max_positions=128), [], 0, model)
+    if changes:
+        config = AutoConfig.from_pretrained(model, **changes, layer_types=["full_attention", "sliding_attention"])
+        AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    learner = {"ranks": 4, "sequence_parallel": 4}
+    config = write_config(tmp_path, {**TINY, "model": {"path": str(model)}, "learner": learner})
+    assert f"learner.sequence_parallel 4: model.path {model} {expected}" in refused(command, config)
 
 
 @pytest.mark.long

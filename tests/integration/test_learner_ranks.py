@@ -38,6 +38,11 @@ MORE: dict[str, dict[str, Any]] = {
     **{f"bf16-{stage}": {"zero_stage": stage, "dtype": "bf16"} for stage in (2, 3)},
     **{f"critic{stage}": {"zero_stage": stage} for stage in (0, 1, 2)},
 }
+# Two ranks that share every row, and the ZeRO stage beside it.
+SEQUENCES: dict[str, dict[str, Any]] = {
+    "sequence3": {"zero_stage": 3, "sequence_parallel": 2, "gradient_checkpointing": True},
+    "sequence0": {"zero_stage": 0, "sequence_parallel": 2},
+}
 # One joint update against plain torch: ranks, partitioning, micro-batches, and clipping that bites or does not.
 PLAIN: dict[str, dict[str, Any]] = {
     "one-small": {"ranks": 1, "zero_stage": 0, "micro_batch_tokens": 64, "max_grad_norm": 100.0},
@@ -45,10 +50,18 @@ PLAIN: dict[str, dict[str, Any]] = {
     "two-small": {"ranks": 2, "zero_stage": 1, "micro_batch_tokens": 64, "max_grad_norm": 100.0},
     "two-middle": {"ranks": 2, "zero_stage": 0, "micro_batch_tokens": 200, "max_grad_norm": 0.05},
     "two-large": {"ranks": 2, "zero_stage": 3, "micro_batch_tokens": 4096, "max_grad_norm": 100.0},
+    "two-sequence": {
+        "ranks": 2,
+        "zero_stage": 2,
+        "micro_batch_tokens": 64,
+        "max_grad_norm": 0.05,
+        "sequence_parallel": 2,
+    },
 }
 # An epsilon near the size of the gradients: with the usual one Adam's first update hardly knows their scale.
 PLAIN_OPTIMIZER = {"learning_rate": 1e-2, "eps": 1e-3, "weight_decay": 0.1, "warmup_updates": 0}
 PLAIN_STEP = 1
+LAYOUT = {"learner/padding_share", "learner/tokens"}  # figures that depend on which samples share a row
 IMPORTANCE_CAP = 2.0  # policy.importance_cap as it is shipped
 
 
@@ -96,6 +109,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_models(folder)
     two = jobs(folder, {**VARIANTS, **CRITICS})
     two.append(whole(folder, "checkpointing", zero_stage=2, gradient_checkpointing=True))
+    two += [whole(folder, name, **learner) for name, learner in SEQUENCES.items()]
+    two.append({**whole(folder, "sequence-critic", zero_stage=1, sequence_parallel=2), "objective": CRITIC})
     one = [resumed(folder, "one", "zero2", zero_stage=0), whole(folder, "one", zero_stage=0)]
     one.append({**whole(folder, "one-critic", zero_stage=0), "objective": CRITIC})
     for name, variant in PLAIN.items():
@@ -156,7 +171,7 @@ def build_models(folder: Path) -> None:
 
 
 def plain_job(folder: Path, name: str, variant: dict[str, Any]) -> dict[str, Any]:
-    learner = {key: variant[key] for key in ("zero_stage", "micro_batch_tokens")}
+    learner = {key: value for key, value in variant.items() if key not in ("ranks", "max_grad_norm")}
     return {
         "model": str(folder / "model"),
         "reference": str(folder / "other"),
@@ -217,7 +232,7 @@ def test_what_is_not_finite_changes_nothing(folder: Path, name: str) -> None:
     assert digests(folder / f"{name}-spoiled") == digests(folder / f"{name}-whole")
 
 
-@pytest.mark.parametrize("name", [*variants("zero", "offload"), "checkpointing"])
+@pytest.mark.parametrize("name", [*variants("zero", "offload"), "checkpointing", *SEQUENCES])
 def test_every_way_to_save_memory_makes_the_same_update(folder: Path, name: str) -> None:
     # fp32 sums of other orders differ by about 1e-7 each; Adam divides tiny gradients by their own size.
     assert relative(change(folder, f"{name}-whole"), change(folder, "one-whole")) < 2e-5
@@ -225,7 +240,7 @@ def test_every_way_to_save_memory_makes_the_same_update(folder: Path, name: str)
     # ZeRO 3 holds no layer whole to measure; packing and padding depend on the ranks.
     missing = {key for key in expected if "_grad_" in key} if name.endswith("3") else set()
     assert set(found) == set(expected) - missing
-    for key in found.keys() - {"learner/padding_share"}:
+    for key in found.keys() - LAYOUT:
         assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-7), key
 
 
@@ -253,13 +268,13 @@ def critic_change(folder: Path, name: str) -> np.ndarray:
     return np.concatenate([(after[key].astype(np.float64) - before.get(key, 0)).ravel() for key in sorted(after)])
 
 
-@pytest.mark.parametrize("name", variants("critic"))
+@pytest.mark.parametrize("name", [*variants("critic"), "sequence-critic"])
 def test_ranks_and_partitioning_do_not_change_what_a_critic_learns(folder: Path, name: str) -> None:
     assert relative(critic_change(folder, f"{name}-whole"), critic_change(folder, "one-critic-whole")) < 2e-5
     assert relative(change(folder, f"{name}-whole"), change(folder, "one-critic-whole")) < 2e-5
     found, expected = figures(folder, f"{name}-whole"), figures(folder, "one-critic-whole")
     assert {"objective/value_loss", "objective/value_grad_norm", "value/explained_variance"} <= found.keys()
-    for key in found.keys() - {"learner/padding_share"}:
+    for key in found.keys() - LAYOUT:
         assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-7), key
 
 

@@ -103,7 +103,7 @@ def broken(learner: Any, job: dict[str, Any], fault: dict[str, Any]) -> str:
     from learners import rank as learner_rank
     from learners.deepspeed import model_files
 
-    def refuse(*_: Any) -> Any:
+    def refuse(*_: Any, **_options: Any) -> Any:
         raise PermissionError(f"refused on rank {learner.settings.rank}")
 
     own = fault["rank"] == learner.settings.rank

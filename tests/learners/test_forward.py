@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from joint_samples import ids, policy_sample, random_preferences, sft_sample
@@ -19,6 +21,7 @@ from plain_rank import (
 from learners.objective import logprobs
 from learners.samples.batching import collate
 from learners.samples.types import PackItem
+from rlsys.config.schema import LearnerConfig
 from rlsys.errors import InputError
 from rlsys.types import TrainingBatch
 
@@ -57,6 +60,20 @@ def test_entropy_is_computed_only_for_the_policys_targets_in_updates(
     rank.score_pairs(random_preferences(2))
     rank.score([ids(5, 6, 7)])
     assert counted == []
+
+
+def test_ranks_that_share_rows_have_the_same_passes_with_the_tokens_of_all_of_them() -> None:
+    items = [PackItem(samples=(sft_sample([5] * length, [0] + [1] * (length - 1)),)) for length in range(3, 11)]
+
+    def shares(rank: int, ranks: int, size: int, budget: int) -> list[list[int]]:
+        forward = plain_rank({}).forward
+        learner = LearnerConfig(ranks=ranks, sequence_parallel=size, micro_batch_tokens=budget)
+        forward._settings = replace(forward._settings, rank=rank, ranks=ranks, learner=learner)
+        return [share.numbers for share in forward.shares(items)]
+
+    whole = [shares(rank, 2, 1, 32) for rank in range(2)]
+    assert sorted(number for rank in whole for share in rank for number in share) == list(range(8))
+    assert [shares(rank, 4, 2, 16) for rank in range(4)] == [whole[0], whole[0], whole[1], whole[1]]
 
 
 def test_tokens_beyond_the_vocabulary_are_an_error_of_the_input() -> None:

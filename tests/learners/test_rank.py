@@ -26,6 +26,7 @@ from plain_rank import (
 from torch import Tensor
 
 from learners import rank as rank_module
+from learners.deepspeed.reference import ReferencePolicy
 from learners.deepspeed.tensor_files import read_tensors, write_tensors
 from learners.objective.schedule import learning_rate
 from rlsys.config.files import parse_config
@@ -268,7 +269,7 @@ def test_step_pairs_with_one_side_a_prefix_of_the_other_are_counted() -> None:
 def test_the_reference_policy_itself_has_a_margin_of_zero() -> None:
     # The pairs of trees are compared with the reference policy, which is the policy itself here.
     rank = plain_rank({"preference": {"weight": 1.0}, "policy": {"weight": 0.0}})
-    rank.reference = copy.deepcopy(rank.policy.bare)
+    rank.reference = ReferencePolicy(copy.deepcopy(rank.policy.module), rank.settings)
     metrics = rank.train(TrainingBatch(groups=(tree(), tree())), 0, 1)
     assert metrics["preference/margin"] == pytest.approx(0.0, abs=1e-5)
     assert metrics["objective/preference_loss"] == pytest.approx(math.log(2), rel=1e-6)

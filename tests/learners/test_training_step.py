@@ -25,7 +25,7 @@ from plain_rank import (
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
-from learners.language_model import LanguageModel
+from learners.deepspeed.reference import ReferencePolicy
 from rlsys.errors import NonFiniteLossError
 from rlsys.types import TrainingBatch
 
@@ -283,6 +283,6 @@ def test_in_the_warm_up_only_the_critic_moves() -> None:
     # Losses are means over updates: 0.5 * squared error. The metric squared_error is a mean over the tokens of both.
     assert metrics["learner/loss"] == pytest.approx(0.5 * metrics["objective/value_loss"], rel=1e-12)
     assert metrics["objective/value_loss"] == pytest.approx(metrics["value/squared_error"] / 2, rel=0.2)
-    rank.reference = LanguageModel(build(Qwen2ForCausalLM, 2))
+    rank.reference = ReferencePolicy(build(Qwen2ForCausalLM, 2), rank.settings)
     rank.train(TrainingBatch(groups=tuple(sampled(4))), 1, 2)
     assert rank.policy.updates == 2

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from minimal_config import minimal
 
-from rlsys.config.checks import RULES, WARNINGS, warnings
+from rlsys.config.checks import RULES
 from rlsys.config.files import apply_override, parse_config
+from rlsys.config.risks import WARNINGS, warnings
 from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
 
@@ -52,6 +53,16 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
     ],
     "bf16_needs_zero": [
         (["learner={dtype: bf16, zero_stage: 0}"], "learner.dtype bf16 needs learner.zero_stage 1, 2 or 3"),
+    ],
+    "sequence_parallel_divides": [
+        (
+            ["learner={ranks: 3, sequence_parallel: 2}"],
+            "learner.ranks 3 must be a multiple of learner.sequence_parallel 2",
+        ),
+        (
+            ["learner={ranks: 3, sequence_parallel: 3}", "model={path: null, from_scratch: {heads: 4}}"],
+            "model.from_scratch.heads 4 must be a multiple of learner.sequence_parallel 3",
+        ),
     ],
     "search_samples_like_training": [
         (
@@ -206,6 +217,7 @@ ACCEPTED: list[list[str]] = [
     ["actors.tensor_parallel_size=2", "run.device=cuda"],
     ["rewards.timeout_s=120"],
     ["learner={optimizer_offload: true, dtype: bf16, zero_stage: 1}"],
+    ["learner={ranks: 4, sequence_parallel: 2}", "model={path: null, from_scratch: {heads: 4}}"],
     ["model={from_scratch: {max_positions: 256}}"],
     # Trees are sampled at the temperature of training, unless another model writes them.
     *(
@@ -296,6 +308,9 @@ WARNED: dict[str, list[tuple[list[str], str]]] = {
             "warning: objective.policy.surrogate gspo with clip_low 0.0003 and clip_high 0.28: ",
         ),
     ],
+    "shared_rows_hold_one_sample": [
+        (["learner.sequence_parallel=2"], "warning: learner.sequence_parallel 2: every sample has a row of its own, "),
+    ],
     "rows_fit_micro_batch": [
         (
             ["learner.micro_batch_tokens=255"],
@@ -321,6 +336,16 @@ def test_a_risk_is_one_line_and_accepted(overrides: list[str], text: str) -> Non
 )
 def test_other_settings_have_no_warning(overrides: list[str]) -> None:
     assert warnings(parse(overrides)) == []
+
+
+def test_the_tokens_of_a_pass_are_those_of_all_ranks_that_share_rows() -> None:
+    lines = warnings(parse(["learner={sequence_parallel: 2, micro_batch_tokens: 128}"]))
+    assert len(lines) == 1 and "a row of its own" in lines[0]
+    lines = warnings(parse(["learner={sequence_parallel: 2, micro_batch_tokens: 127}"]))
+    assert lines[1].startswith(
+        "warning: learner.micro_batch_tokens 127 is below actors.max_model_len 256 / learner.sequence_parallel 2: a "
+        "longer row is a pass of its own and needs the memory of up to 128 tokens"
+    )
 
 
 def test_every_warning_has_a_case() -> None:

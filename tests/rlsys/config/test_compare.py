@@ -89,7 +89,7 @@ FREE_FIELDS = {
     "gpu_memory_utilization enforce_eager start_timeout_s rollout_timeout_s hang_timeout_s max_restarts",
     "sampling": "temperature top_p max_tokens",
     "rewards": "workers timeout_s memory_mib",
-    "learner": "ranks zero_stage threads micro_batch_tokens gradient_checkpointing optimizer_offload "
+    "learner": "ranks zero_stage sequence_parallel threads micro_batch_tokens gradient_checkpointing optimizer_offload "
     "start_timeout_s timeout_s hang_timeout_s max_restarts max_skipped_steps",
     "warm_start": "max_steps",
     "sft": "path split subset max_bad_rows max_steps",

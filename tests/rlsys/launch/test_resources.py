@@ -77,6 +77,21 @@ def test_kl_reference_is_counted_where_it_is_loaded(model: ModelFolder) -> None:
     assert memory(needs_of(warm, model)) == pytest.approx(plain)
 
 
+def test_zero_3_divides_weights_gradients_and_reference(model: ModelFolder) -> None:
+    kl = {"kl": {"weight": 0.1}}
+    two, three = (memory(needs_of(config(learner={"zero_stage": n}, objective=kl), model)) for n in (2, 3))
+    assert two - three == pytest.approx(2 * 3 * 4 / 2)  # 2 ranks have half of 4 GiB, three times
+
+
+def test_on_gpus_the_reference_is_in_host_memory_unless_it_is_partitioned(model: ModelFolder) -> None:
+    kl, cuda = {"kl": {"weight": 0.1}}, {"device": "cuda"}
+    plain, one, three = (
+        memory(needs_of(config(run=cuda, learner={"zero_stage": n}, objective=terms), model))
+        for n, terms in ((1, {}), (1, kl), (3, kl))
+    )
+    assert (one - plain, three - plain) == (pytest.approx(2 * 4), 0)
+
+
 def test_a_critic_is_counted_as_a_second_trained_model(model: ModelFolder) -> None:
     critic = {"policy": {"estimator": "gae"}, "value": {"weight": 0.5}}
     # 2 ranks * (4 weights + 4 gradients + 12/2 of state) more than the 52 of the plan without it.

@@ -1,0 +1,321 @@
+"""Compare the learner with plain torch at the size of SmolLM2-135M: rows that share prompts, and memory of the logits.
+
+`tokens` trains groups of 8 completions whose prompt is half of the row. The learner computes every prompt once; plain
+torch computes every row alone, padded. Both make whole updates on one rank with the same threads, in turns. Tokens per
+second count the tokens of the rows alone. The gradients of the first update must agree to 1e-5 of their norm.
+
+`memory` runs one row forward and backward: by parts of its targets, as the learner does, and with whole logits. It
+prints the peak beyond weights and gradients, of one process each. The gradient norms must agree.
+
+Weights and tokens are random. `--small` shows in a minute that everything runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # in place of this folder, whose actors.py would hide the package of that name
+sys.path.append(str(ROOT / "benchmarks"))
+
+from learner import OVERRIDES, plain_policy_loss, policy_items  # noqa: E402
+
+from learners.settings import RankSettings, learner_environment  # noqa: E402
+from rlsys.config.files import load_config  # noqa: E402
+from rlsys.config.schema import Config, LearnerConfig  # noqa: E402
+from rlsys.config.stages import StageSettings  # noqa: E402
+from rlsys.types import Prompt, TrainingBatch, Trajectory, TrajectoryGroup, VersionSpan  # noqa: E402
+
+GROUP = 8
+TOLERANCE = 1e-5
+Update = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """Sizes of the model and its rows, in tokens."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    vocabulary: int
+    row: int
+    memory_row: int
+    groups: int
+    micro_batch: int
+
+
+REAL = Size(
+    hidden=576, layers=30, intermediate=1536, vocabulary=49152, row=512, memory_row=2048, groups=2, micro_batch=4096
+)
+SMALL = Size(
+    hidden=72, layers=3, intermediate=192, vocabulary=32768, row=64, memory_row=2048, groups=2, micro_batch=512
+)
+
+
+def make_model(size: Size, folder: Path) -> Path:
+    """Write a model with 9 heads, 3 key-value heads, a tied output layer and random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=size.vocabulary,
+            hidden_size=size.hidden,
+            num_hidden_layers=size.layers,
+            intermediate_size=size.intermediate,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+            max_position_embeddings=8192,
+        )
+    ).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def make_groups(size: Size) -> list[TrajectoryGroup]:
+    """Make groups whose prompts are half of every row, with rewards 0 and 1."""
+    rng, half = np.random.default_rng(0), size.row // 2
+    groups = []
+    for _ in range(size.groups):
+        prompt = rng.integers(3, size.vocabulary, half).astype(np.int32)
+        completions = [rng.integers(3, size.vocabulary, size.row - half).astype(np.int32) for _ in range(GROUP)]
+        trajectories = tuple(
+            Trajectory(
+                token_ids=np.concatenate([prompt, completion]),
+                loss_mask=np.arange(size.row) >= half,
+                behavior_logprobs=np.zeros(size.row, dtype=np.float32),
+                versions=(VersionSpan(start=half, version=0),),
+                finish_reason="stop",
+                reward=float(number % 2),
+                outcome="ok",
+                answered=True,
+            )
+            for number, completion in enumerate(completions)
+        )
+        groups.append(
+            TrajectoryGroup(prompt=Prompt(prompt_id="", token_ids=prompt, answer=""), trajectories=trajectories)
+        )
+    return groups
+
+
+def learner_update(model: Path, size: Size, config: Config, threads: int) -> tuple[Update, dict[str, Any]]:
+    """Return the update of the learner, and the gradients and tokens that it will have seen."""
+    from learners.rank import LearnerRank
+
+    settings = RankSettings(
+        rank=0,
+        ranks=1,
+        device="cpu",
+        store=str(model.parent / "store"),
+        seed=0,
+        pad_token_id=0,
+        temperature=config.sampling.temperature,
+        max_tokens=size.row,
+        learner=LearnerConfig(ranks=1, zero_stage=0, threads=threads, micro_batch_tokens=size.micro_batch),
+        objective=config.objective,
+    )
+    learner, batch = LearnerRank(settings), TrainingBatch(groups=tuple(make_groups(size)))
+    stage = StageSettings(stage="online", steps=10**6, updates_per_step=1, optimizer=config.train.optimizer)
+    learner.start_stage(stage, model, None, None)
+    seen: dict[str, Any] = {}
+    policy: Any = learner.policy
+    check = policy.check_finite
+
+    def keep_gradients() -> None:
+        if "gradients" not in seen:
+            named = policy.module.named_parameters()
+            seen["gradients"] = {name: parameter.grad.clone() for name, parameter in named}
+        check()
+
+    policy.check_finite = keep_gradients  # at ZeRO 0, the gradients of all passes are there before it
+    steps = itertools.count()
+
+    def update() -> None:
+        number = next(steps)
+        seen["tokens"] = learner.train(batch, number, number + 1)["learner/tokens"]
+
+    return update, seen
+
+
+def torch_update(model: Path, size: Size, config: Config) -> tuple[Update, dict[str, Any]]:
+    """Return the update of plain torch on padded rows that share nothing, and the gradients that it will have seen."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from learners.samples.batching import collate, plan_micro_batches
+
+    module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
+    options = config.train.optimizer
+    adam = torch.optim.AdamW(
+        module.parameters(),
+        options.learning_rate,
+        (options.beta1, options.beta2),
+        options.eps,
+        options.weight_decay,
+        fused=True,
+    )
+    items, loss_tokens = policy_items(make_groups(size), config.objective)
+    lengths = [item.length for item in items]
+    passes = plan_micro_batches(lengths, ranks=1, budget_tokens=size.micro_batch)[0]
+    seen: dict[str, Any] = {"tokens": sum(lengths)}
+
+    def update() -> None:
+        adam.zero_grad()
+        for numbers in passes:
+            batch = collate([items[number] for number in numbers], 0)
+            (plain_policy_loss(module, batch, config.objective) / loss_tokens).backward()
+        if "gradients" not in seen:
+            seen["gradients"] = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+        torch.nn.utils.clip_grad_norm_(module.parameters(), options.max_grad_norm)
+        adam.step()
+
+    return update, seen
+
+
+def difference(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    """Return |found - expected| / |expected| over all parameters."""
+    apart = sum(float((found[name] - value).double().square().sum()) for name, value in expected.items())
+    return math.sqrt(apart / sum(float(value.double().square().sum()) for value in expected.values()))
+
+
+def measure_tokens(size: Size, folder: Path, rounds: int, threads: int) -> bool:
+    """Print tokens per second of both sides, and return whether their gradients agree."""
+    import torch
+
+    config = load_config(ROOT / "configs" / "quickstart.yaml", OVERRIDES)
+    model = make_model(size, folder)
+    sides = {
+        "learner, prompts once": learner_update(model, size, config, threads),
+        "plain torch, rows alone": torch_update(model, size, config),
+    }
+    torch.set_num_threads(threads)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds + 1):  # the first round is a warm-up
+        for name, (update, _) in sides.items():
+            started = time.perf_counter()
+            update()
+            seconds[name].append(time.perf_counter() - started)
+    tokens, medians = GROUP * size.groups * size.row, {}
+    print(f"{size.groups} groups of {GROUP} rows of {size.row} tokens, half of them prompt; {threads} threads")
+    print(f"{'':26}{'computed tokens':>16}{'s: min':>9}{'median':>9}{'max':>9}{'tokens/s':>10}")
+    for name, (_, seen) in sides.items():
+        found = seconds[name][1:]
+        medians[name] = statistics.median(found)
+        figures = f"{min(found):>9.2f}{medians[name]:>9.2f}{max(found):>9.2f}{tokens / medians[name]:>10,.0f}"
+        print(f"{name:26}{seen['tokens']:>16,.0f}{figures}")
+    ours, theirs = medians
+    apart = difference(*(seen["gradients"] for _, seen in sides.values()))
+    print(
+        f"learner to plain torch: {medians[theirs] / medians[ours]:.2f}; gradients differ by {apart:.1e} of their norm"
+    )
+    return apart <= TOLERANCE
+
+
+@contextmanager
+def peak_memory(found: dict[str, float]) -> Iterator[None]:
+    """Note the largest memory of this process in the body beyond that at its start, MiB."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory("VmRSS")
+    yield
+    found["peak"] = (memory("VmHWM") - before) / 1024
+
+
+def memory(key: str) -> int:
+    """Return a memory figure of this process, KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+def one_pass(pipe: Any, model: Path, length: int, threads: int, by_parts: bool) -> None:
+    """Run one row forward and backward in a process of its own; send the peak of memory and the gradient norm."""
+    os.environ.update(learner_environment(LearnerConfig(ranks=1, threads=threads), "cpu", 0))
+    import torch
+
+    from learners.deepspeed.model import load_model
+    from learners.language_model import CHUNK_LOGITS, LanguageModel
+
+    torch.set_num_threads(threads)
+    module = load_model(model, "fp32", "cpu").train()
+    language_model, found = LanguageModel(module), {}
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, module.config.vocab_size, (1, length), generator=generator)
+
+    def backward(row: Any) -> None:
+        targets = row[0, 1:]
+        if by_parts:
+            places, ones = torch.arange(len(targets)), torch.ones(len(targets))
+            parts = max(1, -(-len(targets) * module.config.vocab_size // CHUNK_LOGITS))
+            logprobs, _ = language_model(row, places, targets, ones, parts=parts)
+        else:
+            logits = module(input_ids=row, use_cache=False).logits[0, :-1]
+            logprobs = logits.log_softmax(-1).gather(-1, targets[:, None])
+        logprobs.mean().backward()
+
+    backward(ids[:, :16])  # makes the gradients
+    module.zero_grad(set_to_none=False)
+    with peak_memory(found):
+        backward(ids)
+    squares = sum(float(parameter.grad.double().square().sum()) for parameter in module.parameters())
+    pipe.send({**found, "norm": math.sqrt(squares)})
+
+
+def measure_memory(size: Size, folder: Path, threads: int) -> bool:
+    """Print the peak memory of one row by parts and with whole logits, and return whether the gradient norms agree."""
+    model, spawn = make_model(size, folder), multiprocessing.get_context("spawn")
+    found = {}
+    for name, by_parts in (("learner, by parts", True), ("whole logits", False)):
+        pipe, theirs = spawn.Pipe()
+        process = spawn.Process(target=one_pass, args=(theirs, model, size.memory_row, threads, by_parts))
+        process.start()
+        theirs.close()
+        try:
+            found[name] = pipe.recv()
+        except EOFError:
+            raise SystemExit(f"{name}: the process ended") from None
+        process.join()
+        print(f"{name:20}{found[name]['peak']:>9,.0f} MiB beyond weights and gradients")
+    ours, whole = found.values()
+    logits = size.memory_row * size.vocabulary * 4 / 2**20
+    print(f"one row of {size.memory_row} tokens, {logits:,.0f} MiB of logits; ratio {ours['peak'] / whole['peak']:.2f}")
+    return math.isclose(ours["norm"], whole["norm"], rel_tol=TOLERANCE)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("figure", choices=("tokens", "memory"))
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of `tokens`")
+    parser.add_argument("--threads", type=int, default=2, help="threads of every side")
+    parser.add_argument("--small", action="store_true", help="a small model and short rows")
+    arguments = parser.parse_args()
+    size = SMALL if arguments.small else REAL
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ.update(learner_environment(LearnerConfig(ranks=1, threads=arguments.threads), "cpu", 0))
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.figure == "memory":
+            agrees = measure_memory(size, Path(folder), arguments.threads)
+        else:
+            agrees = measure_tokens(size, Path(folder), arguments.rounds, arguments.threads)
+    if not agrees:
+        print(f"the gradients differ by more than {TOLERANCE:g}")
+    return 0 if agrees else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
