@@ -19,6 +19,7 @@ class ActorSettings:
 
     Attributes:
         attempt: Number of earlier processes with this name.
+        weight_timeout_s: Seconds until learner rank 0 counts as lost that does not answer a question for weights.
         seed: run.seed.
         search: Section `search`; None if the actor never searches. All later fields concern only the search.
         role: Role of the actor's own engine in a tree: "policy", or "model" in `rlsys search` with search.model.
@@ -35,6 +36,7 @@ class ActorSettings:
     task: TaskConfig
     rewards: RewardsConfig
     log_file: str
+    weight_timeout_s: float = 60.0
     search: SearchConfig | None = None
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

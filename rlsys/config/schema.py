@@ -245,8 +245,11 @@ class TrainConfig(Section):
 
 
 class WeightSyncConfig(Section):
+    transport: Literal["object_store", "collective"] = "object_store"
+    """Way of the weights from the learner to the actors. `object_store`: Ray's object store; `collective`: broadcast to
+    all engines over gloo or NCCL. Actors that start late always use the object store."""
     bucket_mib: float = Field(default=64.0, gt=0)
-    """Size of one bucket of tensors, in MiB."""
+    """Size of one bucket of tensors, in MiB. A few buckets are on their way at the same time."""
     timeout_s: float = Field(default=120.0, gt=0)
     """Seconds until an actor that has not acknowledged a publish counts as lost."""
     probe_rows: int = Field(default=4, ge=1)

@@ -96,6 +96,11 @@ class ActorSlot:
     lost: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
+    def member(self) -> str:
+        """The name of this process among all processes of actors, for groups that broadcast weights."""
+        return f"{self.number}.{self.attempt}"
+
+    @property
     def up(self) -> bool:
         """Whether the process has started and is not lost."""
         return self.state in (ActorState.STALE, ActorState.SERVING)

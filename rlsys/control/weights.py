@@ -1,22 +1,23 @@
 """The weight-sync bus: it publishes and verifies weight versions, and knows the served version.
 
-A publish is sent, verified and acknowledged. A WeightTransfer moves the bytes. Every actor
-checks names and checksums, loads the tensors between two engine steps, and answers with the log-probabilities of fixed
-probe rows. The version is acknowledged only if they agree with the learner's.
+A publish is sent, verified and acknowledged. The learner gathers the weights bucket by bucket, and the actors receive
+and load them meanwhile, between two engine steps. Every actor checks names and checksums, and answers with the
+log-probabilities of fixed probe rows. The version is acknowledged only if they agree with the learner's.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from rlsys.config.schema import WeightSyncConfig
 from rlsys.control.dispatch import probe
 from rlsys.errors import ConfigError, WeightSyncError
-from rlsys.interfaces import Learner, RolloutPool, WeightTransfer
-from rlsys.types import Float32Array, Int32Array, WeightAck
+from rlsys.interfaces import Learner, RolloutPool
+from rlsys.types import Float32Array, Int32Array, WeightAck, WeightManifest, WeightOffer
 
 TOLERANCE_FLOOR = {"fp32": 5e-4, "bf16": 0.1}
 """Largest gap in nats that rounding alone explains after many updates, by dtype.
@@ -28,12 +29,64 @@ FRESH_LOAD_CEILING = {"fp32": 5e-4, "bf16": 0.5}
 """Largest gap in nats after both sides loaded the same files. A larger gap shows that they compute differently."""
 
 
+Judge = Callable[[WeightAck, Sequence[Float32Array]], None]
+
+
+class LearnerPublication:
+    """Publication of the learner's present weights.
+
+    Args:
+        learner: sends the weights and scores the probe.
+        version: the weight version.
+        probe: rows of token ids, `[T]` each.
+        judge: raises WeightSyncError if an acknowledgement disagrees with the learner's log-probabilities.
+    """
+
+    def __init__(self, learner: Learner, version: int, probe: Sequence[Int32Array], judge: Judge) -> None:
+        self._learner, self._version, self._judge = learner, version, judge
+        self.probe = probe
+        self.offer: WeightOffer = learner.offer(version)
+        self._work: asyncio.Task[tuple[WeightManifest, Sequence[Float32Array]]] | None = None
+
+    def begin(self, members: Sequence[str]) -> None:
+        """Let the learner send its weights, and then score the probe."""
+        self._work = asyncio.ensure_future(self._send(members))
+
+    async def _send(self, members: Sequence[str]) -> tuple[WeightManifest, Sequence[Float32Array]]:
+        manifest = await self._learner.send(self._version, members)
+        return manifest, await self._learner.score(self.probe)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the learner could not send the version."""
+        work = self._work
+        return work is not None and work.done() and (work.cancelled() or work.exception() is not None)
+
+    async def sent(self) -> None:
+        """Return when the learner has sent and scored everything."""
+        await self.result()
+
+    async def result(self) -> tuple[WeightManifest, Sequence[Float32Array]]:
+        """Return the contents of the version and the learner's log-probabilities of the probe."""
+        assert self._work is not None  # noqa: S101 - begin comes first
+        return await asyncio.shield(self._work)
+
+    async def check(self, ack: WeightAck) -> None:
+        """Judge the acknowledgement of an actor."""
+        self._judge(ack, (await self.result())[1])
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        if self._work is not None:
+            self._work.cancel()
+            await asyncio.gather(self._work, return_exceptions=True)
+
+
 class WeightBus:
     """Publishes weight versions and knows which version the actors serve.
 
     Args:
-        learner: scores the probe with its present weights.
-        transfer: brings the learner's weights to the actors.
+        learner: sends its weights, and scores the probe with them.
         pool: the actors.
         config: tolerance of the verification.
         dtype: "bf16" if the actors or the learner compute in it, else "fp32".
@@ -46,7 +99,6 @@ class WeightBus:
     def __init__(
         self,
         learner: Learner,
-        transfer: WeightTransfer,
         pool: RolloutPool,
         config: WeightSyncConfig,
         dtype: str,
@@ -55,7 +107,6 @@ class WeightBus:
         if max(len(row) for row in probe) < 2:
             raise ConfigError("no held-out prompt has two tokens or more: a publish could not be verified with them")
         self._learner = learner
-        self._transfer = transfer
         self._pool = pool
         self._config = config
         self._floor = TOLERANCE_FLOOR[dtype]
@@ -98,8 +149,7 @@ class WeightBus:
     async def publish(self, version: int) -> Mapping[str, float]:
         """Bring every actor to the learner's present weights as `version`.
 
-        Returns when all live actors have acknowledged the version. Then the weights of the
-        previous version are released.
+        Returns when all live actors have acknowledged the version.
 
         Returns:
             Values by metric name.
@@ -111,20 +161,22 @@ class WeightBus:
             raise WeightSyncError(f"weight version {version} was offered after {self.version}; versions only grow")
         started, gaps = time.monotonic(), [0.0]
         attempt = self._learner.restarts  # a replaced actor may acknowledge after the next attempt has begun
-        offer = await self._transfer.send(version)
-        expected = await self._learner.score(self._probe)
 
-        def check(ack: WeightAck) -> None:
+        def judge(ack: WeightAck, expected: Sequence[Float32Array]) -> None:
             self._check_version(ack, version, attempt)
             gaps.append(self._check_gap(ack, expected))
             self._check_moved(ack, expected)
 
-        await self._pool.publish(self._transfer, offer, self._probe, check)
-        self._transfer.acknowledged()
+        publication = LearnerPublication(self._learner, version, self._probe, judge)
+        try:
+            await self._pool.publish(publication)
+            manifest, expected = await publication.result()
+        finally:
+            await publication.close()
         self.version, self._acknowledged_scores = version, expected
         seconds = time.monotonic() - started
         return {
-            "weights/publish_bytes": offer.manifest.bytes,
+            "weights/publish_bytes": manifest.bytes,
             "weights/publish_s": seconds,
             "time/publish_s": seconds,
             "weights/probe_gap_max": max(gaps),

@@ -34,6 +34,7 @@ from rlsys.types import (
     TrainingBatch,
     TrajectoryGroup,
     WeightAck,
+    WeightManifest,
     WeightOffer,
 )
 
@@ -217,10 +218,12 @@ class RayLearner:
         scores: Sequence[Float32Array] = (await self._group.call("score", list(probe)))[0]
         return scores
 
-    async def send(self, version: int) -> WeightOffer:
-        bucket_bytes = int(self._config.weight_sync.bucket_mib * 2**20)
-        offer: WeightOffer = (await self._group.call("send", version, bucket_bytes))[0]
-        return offer
+    def offer(self, version: int) -> WeightOffer:
+        return WeightOffer(version=version, attempt=self.restarts, source=self._ranks[0].handle)
+
+    async def send(self, version: int, members: Sequence[str]) -> WeightManifest:
+        manifest: WeightManifest = (await self._group.call("send", version, tuple(members)))[0]
+        return manifest
 
     async def save(self, folder: Path) -> None:
         await self._group.call("save", folder)

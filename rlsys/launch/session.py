@@ -42,7 +42,6 @@ from rlsys.run.lock import RunLock
 from rlsys.run.metrics import MetricsWriter
 from rlsys.run.provenance import check_extraction, check_inputs
 from rlsys.run.resume import Start, all_steps_made, checkpoint_store, find_newest_start, find_start
-from rlsys.transfer.object_store import ObjectStoreTransfer
 from rlsys.trees import Role
 from rlsys.types import Prompt
 
@@ -211,8 +210,7 @@ async def _train(cluster: Cluster, session: Session) -> None:
     async with rollout_pool(cluster, serving, session.prepared.searching, replacement_policy, display.message) as pool:
         ranks = session.placement.indices[LEARNER]
         learner = RayLearner(lambda attempt: learner_handles(cluster, ranks, inputs.pad_token_id, attempt), config)
-        transfer = ObjectStoreTransfer(learner)
-        bus = WeightBus(learner, transfer, pool, config.weight_sync, _lowest_dtype(config), inputs.probe())
+        bus = WeightBus(learner, pool, config.weight_sync, _lowest_dtype(config), inputs.probe())
         signals: list[str] = []
         recovery = Recovery(
             config=config,

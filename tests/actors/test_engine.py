@@ -32,6 +32,7 @@ class Script:
         self.fails_at_step: Exception | None = None
         self.fails_at_reload = False
         self.logprobs: Any = SimpleNamespace(logprobs=[-1.0, -2.0])
+        self.engine_core = SimpleNamespace(engine_core=SimpleNamespace(batch_queue=None))
 
     def add_request(self, request_id: str, prompt: dict[str, Any], params: Any) -> None:
         if len(prompt["prompt_token_ids"]) > 4:
@@ -51,10 +52,10 @@ class Script:
         prompt = {"prompt_token_ids": [1, 2], "num_cached_tokens": 1}
         return [SimpleNamespace(finished=True, request_id=name, outputs=[out], **prompt) for name in done]
 
-    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
-        for name, _ in kwargs["weights_iterator"]:
-            if self.fails_at_reload and name == "b":
-                raise RuntimeError("size mismatch")
+    def collective_rpc(self, method: str, kwargs: dict[str, Any] | None = None) -> list[Any]:
+        if self.fails_at_reload and method == "update_weights":
+            raise RuntimeError("size mismatch")
+        return [None]
 
     def set_weight_version(self, version: str) -> None:
         self.label = version
@@ -218,9 +219,8 @@ def test_an_engine_is_idle_only_while_it_waits_for_a_command(script: Script, eng
 
 def test_an_interrupted_update_breaks_the_engine(script: Script, engine: Engine) -> None:
     script.fails_at_reload = True
-    tensors: list[Any] = [("a", None), ("b", None)]
     with pytest.raises(RuntimeError, match="size mismatch"):
-        engine.update_weights(4, 0, tensors)
+        engine.update_weights(4, 0, deliveries([("a", torch.zeros(4)), ("b", torch.zeros(4))], 4))
     with pytest.raises(EngineError, match="size mismatch"):
         outcome(engine.submit([request(1)])[0])
     with pytest.raises(EngineError, match="size mismatch"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,8 +14,7 @@ from fakes import PROBE, FakeLearner, FakePool, logprobs
 from rlsys.config.schema import WeightSyncConfig
 from rlsys.control.weights import TOLERANCE_FLOOR, WeightBus
 from rlsys.errors import ConfigError, WeightSyncError
-from rlsys.transfer.object_store import ObjectStoreTransfer
-from rlsys.types import Float32Array, Int32Array, WeightAck, WeightOffer
+from rlsys.types import Float32Array, Int32Array, WeightAck, WeightManifest, WeightOffer
 
 
 class Setup:
@@ -27,8 +25,7 @@ class Setup:
         self.bus = self.make_bus(self.pool, WeightSyncConfig(**config), dtype)
 
     def make_bus(self, pool: FakePool, config: WeightSyncConfig | None = None, dtype: str = "fp32") -> WeightBus:
-        transfer = ObjectStoreTransfer(self.learner)
-        return WeightBus(self.learner, transfer, pool, config or WeightSyncConfig(), dtype, PROBE)
+        return WeightBus(self.learner, pool, config or WeightSyncConfig(), dtype, PROBE)
 
     def publish(self, *versions: int) -> dict[str, float]:
         """Publish versions in order and return the metrics of the last."""
@@ -72,32 +69,49 @@ def test_versions_only_grow(offered: int) -> None:
     assert setup.bus.version == 4
 
 
-class Reference:
-    """An object store reference; the object is gone once no reference is left."""
+def test_actors_load_while_the_learner_sends_and_are_judged_when_it_has_scored() -> None:
+    setup = Setup()
+    go_on = asyncio.Event()
+    send = setup.learner.send
 
-
-def test_references_are_held_until_the_next_version_is_acknowledged() -> None:
-    setup = Setup(actors=2)
-    stored: list[weakref.ref[Reference]] = []
-    alive: list[list[bool]] = []
-
-    def reference() -> Reference:
-        made = Reference()
-        stored.append(weakref.ref(made))
-        return made
+    async def slow(version: int, members: Sequence[str]) -> WeightManifest:
+        assert members == ["0.0", "1.0"]
+        await go_on.wait()
+        return await send(version, members)
 
     class Watching(FakePool):
         async def update_weights(self, actor: int, offer: WeightOffer, probe: Sequence[Int32Array]) -> WeightAck:
-            ack = await super().update_weights(actor, offer, probe)
-            alive.append([reference() is not None for reference in stored])
-            return ack
+            go_on.set()
+            return await super().update_weights(actor, offer, probe)
 
-    setup.learner.reference = reference
+    setup.learner.send = slow  # type: ignore[method-assign]
     setup.bus = setup.make_bus(Watching(2, setup.calls))
-    setup.publish(0, 1, 2)
-    # While an actor loads version n, versions n - 1 and n exist; older versions are gone.
-    assert alive == [[True]] * 2 + [[True, True]] * 2 + [[False, True, True]] * 2
-    assert [reference() is not None for reference in stored] == [False, False, True]
+    setup.publish(1)
+    assert setup.calls == [("update", 0, 1), ("update", 1, 1), ("send", 1), ("score_probe", 2)]
+
+
+def test_an_interrupted_publish_leaves_no_call_behind() -> None:
+    setup = Setup()
+    ended: list[str] = []
+
+    async def hang(version: int, members: Sequence[str]) -> WeightManifest:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("send")
+        raise AssertionError
+
+    async def main() -> None:
+        setup.learner.send = hang  # type: ignore[method-assign]
+        publish = asyncio.create_task(setup.bus.publish(1))
+        await asyncio.sleep(0.01)
+        publish.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await publish
+        assert ended == ["send"]
+
+    asyncio.run(main())
+    assert setup.bus.version is None
 
 
 def test_a_failed_publish_leaves_the_ledger_as_it_was() -> None:
@@ -157,16 +171,11 @@ def test_weights_of_an_earlier_attempt_of_the_learner_are_refused() -> None:
     setup.publish(3)
     setup.bus.forget()
     setup.learner.restarts = 1
-    send = setup.learner.send
-
-    async def send_old(version: int) -> WeightOffer:
-        offer = await send(version)
-        return replace(offer, manifest=replace(offer.manifest, attempt=0))
-
-    setup.learner.send = send_old  # type: ignore[method-assign]
+    offer = setup.learner.offer
+    setup.learner.offer = lambda version: replace(offer(version), attempt=0)  # type: ignore[method-assign]
     with pytest.raises(WeightSyncError, match="acknowledged weight version 3 of attempt 0 .*, expected attempt 1"):
         setup.publish(3)
-    setup.learner.send = send  # type: ignore[method-assign]
+    setup.learner.offer = offer  # type: ignore[method-assign]
     setup.publish(3)
 
 
@@ -213,10 +222,10 @@ def test_an_explicit_tolerance_stays() -> None:
 
 def test_a_probe_must_test_something() -> None:
     setup = Setup()
-    one_token, transfer = [np.zeros(1, dtype=np.int32)], ObjectStoreTransfer(setup.learner)
+    one_token = [np.zeros(1, dtype=np.int32)]
     with pytest.raises(ConfigError, match="two tokens"):
-        WeightBus(setup.learner, transfer, setup.pool, WeightSyncConfig(), "fp32", one_token)
-    bus = WeightBus(setup.learner, transfer, setup.pool, WeightSyncConfig(), "fp32", [*one_token, PROBE[0]])
+        WeightBus(setup.learner, setup.pool, WeightSyncConfig(), "fp32", one_token)
+    bus = WeightBus(setup.learner, setup.pool, WeightSyncConfig(), "fp32", [*one_token, PROBE[0]])
     asyncio.run(bus.publish(0))
     assert bus.version == 0
 
