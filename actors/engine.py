@@ -75,7 +75,7 @@ class Completion:
 
 
 class Engine:
-    """A running engine. All public methods may be called from any thread.
+    """A running engine. All public methods may be called from any thread. Cancelling a future aborts its request.
 
     After a failed step or update the engine is broken: every future raises EngineError from then on.
 
@@ -104,7 +104,7 @@ class Engine:
         self._stop_strings = stop_strings
         self._engine = build_engine(model_path, config, device, stop_strings=stop_strings)
         self._meter = Meter()
-        self._loader = BucketLoader(name, self._engine.collective_rpc, config.tensor_parallel_size == 1)
+        self._loader = BucketLoader(name, self._engine, config.tensor_parallel_size == 1)
         self._updates = 0
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._pending: dict[str, _Pending] = {}
@@ -211,7 +211,7 @@ class Engine:
                     self.steps += 1
                     self._meter.add_step(time.monotonic() - started, len(self._pending))
                     for output in outputs:
-                        if output.finished:
+                        if output.finished and output.request_id in self._pending:  # not aborted meanwhile
                             self._pending[output.request_id].finish(output)
                             del self._pending[output.request_id]
                 except BaseException as error:  # noqa: BLE001 - every waiting future gets it
@@ -274,6 +274,8 @@ class Engine:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
 
+        if pending.future.cancelled():
+            return
         self._requests += 1
         request_id = str(self._requests)  # unique, unlike the callers' names
         try:
@@ -284,6 +286,21 @@ class Engine:
             _fail([pending.future], RolloutError(f"request {name} was refused: {error}"))
         else:
             self._pending[request_id] = pending
+            pending.future.add_done_callback(lambda future: self._abandon(request_id, future))
+
+    def _abandon(self, request_id: str, future: Future[Any]) -> None:
+        """Abort a request whose future was cancelled, so that no step is spent on it. Runs on any thread."""
+
+        def abort() -> None:
+            if self._pending.pop(request_id, None):
+                self._engine.abort_request([request_id])
+
+        if future.cancelled():
+            self._call(abort, self._break_for)
+
+    def _break_for(self, error: BaseException) -> None:
+        if error is not self._broken:
+            self._break(error)
 
     def _prompt(self, token_ids: Sequence[int] | Int32Array) -> dict[str, Any]:
         # The salt keeps the engine from using prefixes that older weights computed. A weight version cannot be the

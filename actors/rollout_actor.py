@@ -64,12 +64,13 @@ class RolloutActor:
         identify("actor", settings.name, settings.attempt)
         self.name, self.extract = settings.name, settings.extract
         self.weight_timeout_s = settings.weight_timeout_s
-        self.receiver: WeightReceiver = BucketReceiver(
-            self.name, f"{settings.name}.{settings.attempt}", self._ask_learner, ray.get
-        )
+        member = f"{settings.name}.{settings.attempt}"
+        self.receiver: WeightReceiver = BucketReceiver(self.name, member, self._ask_learner, ray.get)
         self.loading = CheckedDeliveries(self.name, 0)  # of the latest weight update
         self.loaded = 0  # tensors of all earlier weight updates
-        self.auxiliary = {role: RemoteEngine(handles, role) for role, handles in settings.auxiliary_handles.items()}
+        self.auxiliary = {
+            role: RemoteEngine(handles, role, member) for role, handles in settings.auxiliary_handles.items()
+        }
         self.waited = 0
         try:
             self.model = ModelFolder(settings.model_path)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,7 +16,14 @@ from rlsys.transfer.object_store import Delivery
 from rlsys.transfer.shelf import GroupInfo
 
 logger = logging.getLogger(__name__)
-Rpc = Callable[..., list[Any]]
+
+
+class Workers(Protocol):
+    """The workers of an engine."""
+
+    def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ..., kwargs: Any = ...) -> list[Any]:
+        """Call a method of every worker and return their answers."""
+        ...
 
 
 class BucketLoader:
@@ -24,12 +31,12 @@ class BucketLoader:
 
     Args:
         actor: name of the actor, for error messages.
-        rpc: calls a method of every worker of the engine, by name or as a function.
+        workers: the engine.
         shares_memory: whether the workers run in this process.
     """
 
-    def __init__(self, actor: str, rpc: Rpc, shares_memory: bool) -> None:
-        self._actor, self._rpc, self._shares_memory = actor, rpc, shares_memory
+    def __init__(self, actor: str, workers: Workers, shares_memory: bool) -> None:
+        self._actor, self._workers, self._shares_memory = actor, workers, shares_memory
         self._group: GroupInfo | None = None
         self._broken: set[str] = set()
 
@@ -40,11 +47,11 @@ class BucketLoader:
             deliveries: the buckets.
             skip: names of tensors that the engine does not have.
         """
-        self._rpc("start_weight_update")
+        self._workers.collective_rpc("start_weight_update")
         for delivery in deliveries:
             self._load_bucket(delivery, skip)
             fault("publish.bucket", version=delivery.version)
-        self._rpc("finish_weight_update")
+        self._workers.collective_rpc("finish_weight_update")
 
     def _load_bucket(self, delivery: Delivery, skip: tuple[str, ...]) -> None:
         data = delivery.data
@@ -58,7 +65,7 @@ class BucketLoader:
             "skip": (*skip, *([dropped] if dropped else [])),
         }
         with self._readable(data) as place:
-            self._rpc("update_weights", kwargs={"update_info": {**update, **place}})
+            self._workers.collective_rpc("update_weights", kwargs={"update_info": {**update, **place}})
 
     def _has_arrived(self, delivery: Delivery) -> bool:
         """Return whether all workers received the bucket by broadcast. After a failure the group is not used again."""
@@ -67,14 +74,14 @@ class BucketLoader:
             return False
         if self._group is None or self._group.path != group.path:
             self._group = group
-            problem = next(filter(None, self._rpc("join_broadcast", args=(group,))), "")
+            problem = next(filter(None, self._workers.collective_rpc("join_broadcast", args=(group,))), "")
         else:
             problem = ""
-        if not problem and all(self._rpc("await_bucket", args=(delivery.version,))):
+        if not problem and all(self._workers.collective_rpc("await_bucket", args=(delivery.version,))):
             return True
         logger.warning("the broadcast of weights failed, the object store takes over: %s", problem or "lost member")
         self._broken = {group.path}
-        self._rpc("leave_broadcast")
+        self._workers.collective_rpc("leave_broadcast")
         return False
 
     @contextmanager

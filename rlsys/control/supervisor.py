@@ -233,6 +233,8 @@ class ActorSupervisor:
             self.fail(cause)
             return
         self.restarts += 1
+        for engine in self.auxiliary:
+            self._begin(self._forget(engine, slot.member))
         if isinstance(cause, LearnerLostError):  # not the fault of the actor, so the budget does not count it
             self.weights.drop()
             self.learner_lost = cause
@@ -245,6 +247,13 @@ class ActorSupervisor:
             return
         self._say(f"{slot.who} is lost and replaced: {cause.message}")
         self._begin(self._replace(slot.number, slot.attempt + 1))
+
+    async def _forget(self, engine: ActorSlot, caller: str) -> None:
+        """Let an auxiliary engine abort the requests of a lost actor, which nobody waits for."""
+        try:
+            await engine.handle.forget(caller)
+        except EngineError as error:
+            self.lose(engine, error)
 
     def _any_up(self) -> bool:
         return any(slot.up for slot in self.actors)

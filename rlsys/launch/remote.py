@@ -112,6 +112,9 @@ class RayActor:
         ack: WeightAck = await self._update("update_weights", offer, list(probe))
         return ack
 
+    async def forget(self, caller: str) -> None:
+        await self._rollout("forget", caller)
+
     async def close(self) -> None:
         """Close the engine and the verifiers, then end the process.
 

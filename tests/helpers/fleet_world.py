@@ -111,6 +111,9 @@ class Process:
             raise EngineError(f"actor {self.number} died: killed")
         return self.steps
 
+    async def forget(self, caller: str) -> None:
+        self.world.forgotten.append((self.number, caller))
+
     async def close(self) -> None:
         self.closed = True
 
@@ -126,6 +129,7 @@ class World:
         self.processes: list[Process] = []
         self.calls: list[tuple[str, int, int]] = []
         self.said: list[str] = []
+        self.forgotten: list[tuple[int, str]] = []  # auxiliary engine, and the lost caller
         self.publications: list[ScriptedPublication] = []
         self.current: int | None = None
         self.now = 0.0

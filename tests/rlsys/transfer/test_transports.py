@@ -96,7 +96,7 @@ class TorchWorker:
         self.by_broadcast = 0
         self.on_bucket: Callable[[], object] = lambda: None
 
-    def rpc(self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> list[Any]:
+    def collective_rpc(self, method: str, *, args: tuple[Any, ...] = (), kwargs: Any = None) -> list[Any]:
         return [getattr(self, method)(*args, **(kwargs or {}))]
 
     def start_weight_update(self) -> None: ...
@@ -141,7 +141,7 @@ class TorchActor:
         self.worker = TorchWorker()
         self.damaged = False
         self.receiver = BucketReceiver(self.name, f"{number}.{attempt}", self.ask, self.get)
-        self.loader = BucketLoader(self.name, self.worker.rpc, shares_memory=True)
+        self.loader = BucketLoader(self.name, self.worker, shares_memory=True)
 
     @property
     def model(self) -> nn.Module:
