@@ -17,8 +17,13 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.parallel_state import get_tp_group
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from rlsys.errors import WeightSyncError
 from rlsys.transfer.collective import BroadcastReceiver
 from rlsys.transfer.shelf import GroupInfo
 from rlsys.transfer.wire import as_tensor, check_digest, unpack
@@ -62,6 +67,7 @@ class BucketTransferEngine(WeightTransferEngine[GroupJoin, BucketUpdate]):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._broadcast: BroadcastReceiver | None = None
+        self._actor, self._version = "", -1  # of the newest bucket
 
     def init_transfer_engine(self, info: GroupJoin) -> None:
         """Join the group; return at once if this worker is a member already."""
@@ -84,6 +90,7 @@ class BucketTransferEngine(WeightTransferEngine[GroupJoin, BucketUpdate]):
             torch.cuda.synchronize(self.device)
 
     def receive_weights(self, info: BucketUpdate) -> None:
+        self._actor, self._version = info.actor, info.version
         self.model.load_weights(unpack(info.bucket, self._bytes(info), info.skip))
 
     def _bytes(self, info: BucketUpdate) -> torch.Tensor:
@@ -97,6 +104,16 @@ class BucketTransferEngine(WeightTransferEngine[GroupJoin, BucketUpdate]):
         return data
 
     def finish_weight_update(self) -> None:
+        """Put the loaded weights in place.
+
+        Raises:
+            WeightSyncError: a layer did not get all its weights and would keep old ones.
+        """
+        if incomplete := incomplete_layers(self.model, tied=bool(self.model_config.hf_config.tie_word_embeddings)):
+            raise WeightSyncError(
+                f"actor {self._actor}, weight version {self._version}: layer {incomplete[0]} of the engine did not get "
+                "all its weights" + (f" (and {len(incomplete) - 1} more layers)" if len(incomplete) > 1 else "")
+            )
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
@@ -104,6 +121,28 @@ class BucketTransferEngine(WeightTransferEngine[GroupJoin, BucketUpdate]):
         broadcast, self._broadcast = self._broadcast, None
         if broadcast is not None:
             broadcast.close()
+
+
+def incomplete_layers(model: torch.nn.Module, tied: bool) -> list[str]:
+    """Return the names of layers that lack weights between the last bucket of an update and its end.
+
+    vLLM gives such a layer its old weights back, with a warning. A linear layer needs every element. Other layers may
+    have padding, so they need at least one. Layers without parameters are computed, not loaded.
+
+    Args:
+        model: the model of a worker.
+        tied: whether the output layer shares its weights with the embedding, and may get none of its own.
+    """
+    names = []
+    for name, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        if not info.can_load() or not info.load_numel_total or is_deferred_attention_layer(layer):
+            continue
+        if next(layer.parameters(recurse=False), None) is None or (tied and isinstance(layer, ParallelLMHead)):
+            continue
+        if isinstance(layer, LinearBase) or info.load_numel <= 0:
+            names.append(name)
+    return names
 
 
 class WorkerExtension:

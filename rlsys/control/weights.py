@@ -11,23 +11,12 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
 from rlsys.config.schema import WeightSyncConfig
 from rlsys.control.dispatch import probe
+from rlsys.control.probe_check import largest_gap, probe_check
 from rlsys.errors import ConfigError, WeightSyncError
 from rlsys.interfaces import Learner, RolloutPool
 from rlsys.types import Float32Array, Int32Array, WeightAck, WeightManifest, WeightOffer
-
-TOLERANCE_FLOOR = {"fp32": 5e-4, "bf16": 0.1}
-"""Largest gap in nats that rounding alone explains after many updates, by dtype.
-
-A stale output layer exceeds the fp32 value even if every weight moved by only 1e-4 (measured: 2.5e-3).
-"""
-TOLERANCE_FACTOR = 20.0
-FRESH_LOAD_CEILING = {"fp32": 5e-4, "bf16": 0.5}
-"""Largest gap in nats after both sides loaded the same files. A larger gap shows that they compute differently."""
-
 
 Judge = Callable[[WeightAck, Sequence[Float32Array]], None]
 
@@ -108,15 +97,16 @@ class WeightBus:
             raise ConfigError("no held-out prompt has two tokens or more: a publish could not be verified with them")
         self._learner = learner
         self._pool = pool
-        self._config = config
-        self._floor = TOLERANCE_FLOOR[dtype]
-        self._ceiling = FRESH_LOAD_CEILING[dtype]
+        self._check = probe_check(dtype, config.probe_tolerance)
         self._probe = probe
-        self.tolerance = config.probe_tolerance or self._floor
         self.calibrated = False
         self.version: int | None = None
         self._acknowledged_scores: Sequence[Float32Array] | None = None  # of the learner, for `version`
-        self._fresh_gap = 0.0
+
+    @property
+    def tolerance(self) -> float:
+        """The bound of the gap, as `ProbeCheck` describes it."""
+        return self._check.tolerance
 
     async def calibrate(self) -> float:
         """Set the tolerance from actors that have just loaded the learner's weights from files. Nothing is sent.
@@ -130,16 +120,8 @@ class WeightBus:
             WeightSyncError: the gap is too large to be rounding.
         """
         expected = await self._learner.score(self._probe)
-        answers = await probe(self._pool, self._probe)
-        gap = max(_largest_gap(expected, answer)[0] for answer in answers)
-        if not gap <= max(self._ceiling, self._config.probe_tolerance or 0.0):
-            raise WeightSyncError(
-                f"actors and learner loaded the same files and their log-probabilities differ by {gap:.2e} nats "
-                f"(at most {self._ceiling:.0e} is rounding): the engine computes this architecture differently"
-            )
-        self.calibrated, self._fresh_gap = True, gap
-        if self._config.probe_tolerance is None:
-            self.tolerance = min(max(self._floor, TOLERANCE_FACTOR * gap), self._ceiling)
+        gap = self._check.calibrate(expected, await probe(self._pool, self._probe))
+        self.calibrated = True
         return gap
 
     def forget(self) -> None:
@@ -192,48 +174,27 @@ class WeightBus:
             )
 
     def _check_gap(self, ack: WeightAck, expected: Sequence[Float32Array]) -> float:
-        """Return the largest gap; raise if it exceeds the tolerance."""
-        gap, row, position = _largest_gap(expected, ack.probe_logprobs)
-        if not gap <= self.tolerance:
+        """Return the largest gap in nats; raise if the check rejects the answer."""
+        if problem := self._check.problem(expected, ack.probe_logprobs):
             raise WeightSyncError(
-                f"actor {ack.actor}, weight version {ack.version}: log-probabilities differ from the learner's by "
-                f"{gap:.2e} nats (probe row {row}, token {position}), allowed are {self.tolerance:.2e}. All tensors "
-                "arrived with the right checksum, so the engine computes with others: an output layer tied to the "
-                "embedding (lm_head.weight) that was not sent is the usual cause"
+                f"actor {ack.actor}, weight version {ack.version}: {problem}. All tensors arrived with the right "
+                "checksum, so the engine computes with others: an output layer tied to the embedding (lm_head.weight) "
+                "that was not sent is the usual cause"
             )
-        return gap
+        return largest_gap(expected, ack.probe_logprobs)[0]
 
     def _check_moved(self, ack: WeightAck, expected: Sequence[Float32Array]) -> None:
         """Raise if an actor still computes with the previous version, although its gap is within the tolerance.
 
         A step may change the scores by less than the tolerance. An actor with old weights is then detected because its
-        scores are nearer to the old scores. The comparison is made only if the mean change exceeds twice the largest
-        gap of a fresh load. Otherwise rounding could bring the scores of the right weights nearer to the old ones.
+        scores are nearer to the old scores. The comparison is made only if the scores moved further than rounding.
+        Otherwise rounding could bring the scores of the right weights nearer to the old ones.
         """
-        if not self._acknowledged_scores or _mean_gap(expected, self._acknowledged_scores) <= 2 * self._fresh_gap:
-            return
-        to_new, to_old = (_mean_gap(ack.probe_logprobs, scores) for scores in (expected, self._acknowledged_scores))
-        if to_new > to_old:
+        previous = self._acknowledged_scores
+        distances = self._check.distances(expected, previous, ack.probe_logprobs) if previous else None
+        if distances and distances[0] > distances[1]:
             raise WeightSyncError(
                 f"actor {ack.actor} acknowledged weight version {ack.version} but computes with the previous one: its "
-                f"log-probabilities are {to_new:.2e} nats from the learner's, and {to_old:.2e} from those of the "
-                "previous version"
+                f"log-probabilities are {distances[0]:.2e} nats from the learner's, and {distances[1]:.2e} from those of "
+                "the previous version"
             )
-
-
-def _mean_gap(left: Sequence[Float32Array], right: Sequence[Float32Array]) -> float:
-    return float(np.mean(np.abs(np.concatenate(left) - np.concatenate(right)), dtype=np.float64))
-
-
-def _largest_gap(expected: Sequence[Float32Array], answer: Sequence[Float32Array]) -> tuple[float, int, int]:
-    """Return the largest absolute difference, its row and its token; NaN and missing numbers count as infinite."""
-    if [row.shape for row in expected] != [row.shape for row in answer]:
-        return np.inf, 0, 0
-    largest = (-1.0, 0, 0)
-    for row, (left, right) in enumerate(zip(expected, answer, strict=True)):
-        if not left.size:  # a row of one token predicts nothing
-            continue
-        gaps = np.nan_to_num(np.abs(left - right), nan=np.inf)
-        position = int(gaps.argmax())
-        largest = max(largest, (float(gaps[position]), row, position + 1))
-    return largest

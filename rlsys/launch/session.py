@@ -16,6 +16,7 @@ from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plans
 from rlsys.control.controller import Controller
 from rlsys.control.fleet import Fleet
+from rlsys.control.probe_check import PROBE_TOKENS
 from rlsys.control.recovery import Recovery
 from rlsys.control.run_context import RunContext
 from rlsys.control.stages.search import TreeSearchStage
@@ -210,7 +211,9 @@ async def _train(cluster: Cluster, session: Session) -> None:
     async with rollout_pool(cluster, serving, session.prepared.searching, replacement_policy, display.message) as pool:
         ranks = session.placement.indices[LEARNER]
         learner = RayLearner(lambda attempt: learner_handles(cluster, ranks, inputs.pad_token_id, attempt), config)
-        bus = WeightBus(learner, pool, config.weight_sync, _lowest_dtype(config), inputs.probe())
+        dtype = _lowest_dtype(config)
+        probe = inputs.probe(PROBE_TOKENS if dtype == "bf16" else 0)
+        bus = WeightBus(learner, pool, config.weight_sync, dtype, probe)
         signals: list[str] = []
         recovery = Recovery(
             config=config,

@@ -12,7 +12,8 @@ import pytest
 from fakes import PROBE, FakeLearner, FakePool, logprobs
 
 from rlsys.config.schema import WeightSyncConfig
-from rlsys.control.weights import TOLERANCE_FLOOR, WeightBus
+from rlsys.control.probe_check import MAXIMUM_FLOOR, MaximumCheck
+from rlsys.control.weights import WeightBus
 from rlsys.errors import ConfigError, WeightSyncError
 from rlsys.types import Float32Array, Int32Array, WeightAck, WeightManifest, WeightOffer
 
@@ -125,7 +126,7 @@ def test_a_failed_publish_leaves_the_ledger_as_it_was() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "row", "position", "offset"),
-    [("fp32", 0, 2, 6e-4), ("fp32", 1, 0, -6e-4), ("fp32", 1, 1, np.nan), ("fp32", 0, 0, -np.inf), ("bf16", 0, 1, 0.2)],
+    [("fp32", 0, 2, 6e-4), ("fp32", 1, 0, -6e-4), ("fp32", 1, 1, np.nan), ("fp32", 0, 0, -np.inf)],
 )
 def test_a_gap_above_the_tolerance_names_actor_version_and_token(
     dtype: str, row: int, position: int, offset: float
@@ -139,7 +140,7 @@ def test_a_gap_above_the_tolerance_names_actor_version_and_token(
     assert setup.bus.version is None
 
 
-@pytest.mark.parametrize(("dtype", "offset"), [("fp32", 4e-4), ("bf16", 0.09)])
+@pytest.mark.parametrize(("dtype", "offset"), [("fp32", 4e-4)])
 def test_rounding_is_acknowledged_and_reported(dtype: str, offset: float) -> None:
     setup = Setup(dtype=dtype)
     setup.answer(0, 1, 1, -offset)
@@ -185,7 +186,6 @@ def test_weights_of_an_earlier_attempt_of_the_learner_are_refused() -> None:
         ("fp32", 0.0, 5e-4),  # the floor
         ("fp32", 1e-5, 5e-4),  # 20 * 1e-5 = 2e-4 is below it
         ("fp32", 1e-4, 5e-4),  # 20 * 1e-4 = 2e-3 would let a stale output layer through: the ceiling
-        ("bf16", 0.02, 0.4),
     ],
 )
 def test_calibration_sets_the_tolerance_from_a_fresh_load(dtype: str, gap: float, tolerance: float) -> None:
@@ -199,14 +199,14 @@ def test_calibration_sets_the_tolerance_from_a_fresh_load(dtype: str, gap: float
     assert setup.calls == [("score_probe", 2), ("probe", 0), ("probe", 1)]  # nothing was sent
 
 
-@pytest.mark.parametrize(("dtype", "gap"), [("fp32", 2e-3), ("bf16", 0.6), ("fp32", np.nan)])
+@pytest.mark.parametrize(("dtype", "gap"), [("fp32", 2e-3), ("fp32", np.nan)])
 def test_calibration_refuses_a_gap_beyond_rounding(dtype: str, gap: float) -> None:
     setup = Setup(dtype=dtype)
     setup.answer(0, 1, 0, gap)
     with pytest.raises(WeightSyncError, match="loaded the same files"):
         asyncio.run(setup.bus.calibrate())
     assert not setup.bus.calibrated
-    assert setup.bus.tolerance == TOLERANCE_FLOOR[dtype]
+    assert setup.bus.tolerance == MAXIMUM_FLOOR
 
 
 def test_an_explicit_tolerance_stays() -> None:
@@ -249,7 +249,7 @@ def drifting(setup: Setup, drift: float, actors: Callable[[int], dict[int, list[
 
 
 def test_old_weights_do_not_pass_if_a_step_moves_less_than_the_tolerance() -> None:
-    drift = TOLERANCE_FLOOR["fp32"] / 20
+    drift = MAXIMUM_FLOOR / 20
     right = Setup()
     drifting(right, drift, lambda version: {})
     right.publish(*range(10))
@@ -264,6 +264,7 @@ def test_old_weights_do_not_pass_if_a_step_moves_less_than_the_tolerance() -> No
 
 def test_a_step_that_moves_no_further_than_rounding_proves_nothing() -> None:
     setup = Setup()
-    setup.bus._fresh_gap = 1e-5
+    setup.bus._check = MaximumCheck()
+    setup.bus._check._fresh_gap = 1e-5
     drifting(setup, 1e-5, lambda version: {actor: logprobs(PROBE) for actor in range(2)} if version else {})
     setup.publish(0, 1)
