@@ -227,7 +227,9 @@ class Engine:
     def _check_between_steps(self) -> None:
         """Raise if a batch is in flight: its tokens would get the label of the new weights."""
         if getattr(self._engine.engine_core.engine_core, "batch_queue", None):
-            raise EngineError("a batch is in flight at a change of weights; expected an engine without async scheduling")
+            raise EngineError(
+                "a batch is in flight at a change of weights; expected an engine without async scheduling"
+            )
 
     def _take_commands(self, block: bool) -> bool:
         """Run all waiting commands. With `block`, wait for the first one. Return False after `close`."""

@@ -80,7 +80,7 @@ class Sender:
 
         torch.set_num_threads(1)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        fields = {name: None for name in RankSettings.__dataclass_fields__}
+        fields = dict.fromkeys(RankSettings.__dataclass_fields__)
         settings = {**fields, "device": "cpu", "store": store, "weight_sync": weight_sync, "engine_workers": 1}
         self.sender = weight_sender(RankSettings(**settings))  # type: ignore[arg-type]
 

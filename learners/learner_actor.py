@@ -13,8 +13,8 @@ import ray
 from learners.settings import RankSettings
 from rlsys.config.stages import StageSettings
 from rlsys.fault_injection import fault, identify
-from rlsys.processes import die_with_parent, quiet_worker
 from rlsys.interfaces import WeightSender
+from rlsys.processes import die_with_parent, quiet_worker
 from rlsys.transfer.collective import CollectiveSender
 from rlsys.transfer.object_store import ObjectStoreSender
 from rlsys.transfer.shelf import BucketReply, BucketRequest

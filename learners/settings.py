@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlsys.config.objective import ObjectiveConfig
@@ -32,7 +32,7 @@ class RankSettings:
     max_tokens: int
     learner: LearnerConfig
     objective: ObjectiveConfig
-    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     engine_workers: int = 1
     attempt: int = 0
 

@@ -27,6 +27,7 @@ from rlsys.types import (
     WeightOffer,
 )
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """Statistics of one engine over an interval. wall_s minus busy_s is its idle time.

@@ -29,7 +29,7 @@ QUANTILE = 0.95
 PROBE_TOKENS = 256
 """Tokens that mean and quantile need at least, if there are so many held-out prompts."""
 SPREAD_FLOOR = (0.02, 0.08)
-"""Mean and quantile of the relative gap in bf16 that rounding explains after many updates, whatever a fresh load gave."""
+"""Mean and quantile of the relative gap in bf16 that rounding explains in any case after many updates."""
 SPREAD_FACTOR = 4.0
 SPREAD_CEILING = (0.1, 0.4)
 """Mean and quantile of the relative gap in bf16 after both sides loaded the same files, at most."""

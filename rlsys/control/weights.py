@@ -195,6 +195,6 @@ class WeightBus:
         if distances and distances[0] > distances[1]:
             raise WeightSyncError(
                 f"actor {ack.actor} acknowledged weight version {ack.version} but computes with the previous one: its "
-                f"log-probabilities are {distances[0]:.2e} nats from the learner's, and {distances[1]:.2e} from those of "
-                "the previous version"
+                f"log-probabilities are {distances[0]:.2e} nats from the learner's, and {distances[1]:.2e} from those "
+                "of the previous version"
             )

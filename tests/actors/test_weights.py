@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import ApertusConfig

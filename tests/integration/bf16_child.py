@@ -1,6 +1,7 @@
 """A bf16 engine and a bf16 learner of one process under the real bus: write as JSON which publishes were accepted.
 
-Usage: bf16_child.py MODEL_FOLDER STALE. The last publish leaves out tensor number STALE of the list below. The learner keeps fp32 master weights, as DeepSpeed does.
+Usage: bf16_child.py MODEL_FOLDER STALE. The last publish leaves out tensor number STALE of the list below. The learner
+keeps fp32 master weights, as DeepSpeed does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The object store's transport: the learner's shelf, its sender and an actor's receiver, with a dictionary as the store."""
+"""The object store's transport: shelf, sender and receiver, with a dictionary as the store."""
 
 from __future__ import annotations
 
@@ -137,4 +137,6 @@ def test_the_memory_of_a_version_is_used_again_for_the_next_one() -> None:
     send(sender, 2)
     assert [id(data) for _, data in sender._shelf._buckets] == first
     sender.send(iter([("a.weight", torch.arange(8.0))]), version=3, attempt=0, members=())
-    assert [data.nbytes for _, data in sender._shelf._buckets] == [data.nbytes for data in sender._shelf._memory] == [32]
+    assert (
+        [data.nbytes for _, data in sender._shelf._buckets] == [data.nbytes for data in sender._shelf._memory] == [32]
+    )

@@ -106,7 +106,7 @@ class TorchWorker:
     def join_broadcast(self, group: GroupInfo) -> str:
         try:
             self.broadcast = BroadcastReceiver(group, group.rank, "cpu")
-        except Exception as error:
+        except RuntimeError as error:
             return f"{type(error).__name__}: {error}"
         return ""
 

@@ -103,6 +103,8 @@ def test_damage_names_actor_version_and_tensor(damage: str) -> None:
     data = packed.data.copy()
     data[5] ^= 1
     arrived = {"flipped": data, "cut": packed.data[:-1], "empty": packed.data[:0]}[damage]
-    with pytest.raises(WeightSyncError, match=r"actor 1, weight version 3: .* tensor a\.weight has xxh3 [0-9a-f]{12}, "):
+    with pytest.raises(
+        WeightSyncError, match=r"actor 1, weight version 3: .* tensor a\.weight has xxh3 [0-9a-f]{12}, "
+    ):
         check_digest("1", 3, packed.bucket, digest_of(arrived))
     check_digest("1", 3, packed.bucket, digest_of(packed.data))
