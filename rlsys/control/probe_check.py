@@ -44,13 +44,12 @@ Scores = Sequence[Float32Array]
 
 
 class ProbeCheck(Protocol):
-    """Bounds of the gap between an actor and the learner.
+    """Bounds of the gap between an actor and the learner."""
 
-    Attributes:
-        tolerance: the bound of the gap that messages and the log show.
-    """
-
-    tolerance: float
+    @property
+    def tolerance(self) -> float:
+        """The bound of the gap that messages and the log show."""
+        ...
 
     def calibrate(self, expected: Scores, answers: Sequence[Scores]) -> float:
         """Set the bounds from actors that have just loaded the learner's weights from files; return the largest gap.

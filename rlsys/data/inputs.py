@@ -124,7 +124,8 @@ class Inputs:
         Args:
             tokens: tokens to be predicted at least, if there are so many held-out prompts.
         """
-        rows, predicted = [], 0
+        rows: list[Int32Array] = []
+        predicted = 0
         for prompt in self.held_out:
             if len(rows) >= self._config.weight_sync.probe_rows and predicted >= tokens:
                 break

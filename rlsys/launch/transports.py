@@ -17,8 +17,8 @@ def check_transport(config: Config) -> None:
     """Raise if a broadcast could not reach the engines.
 
     Raises:
-        ConfigError: the transport is collective, and the GPUs have a torch without NCCL, or gloo on a cluster would
-            listen on loopback.
+        ConfigError: the transport is collective, and the GPUs have a torch without NCCL, or the members of the
+            group on a cluster would listen on loopback.
     """
     if config.weight_sync.transport != "collective":
         return
@@ -31,13 +31,12 @@ def check_transport(config: Config) -> None:
         )
     variable, host = INTERFACES[config.run.device], socket.gethostname()
     address = _address_of(host)
-    if config.run.device == "cpu" and _spans_nodes(config.run.address) and variable not in os.environ:
-        if address.startswith("127."):
-            raise ConfigError(
-                f"weight_sync.transport collective on the cluster at {config.run.address}: expected a host name with "
-                f"an address in the network, but {host} has {address}, which other nodes cannot reach; set {variable} "
-                f"to a network interface here and where the cluster is started, {advice}"
-            )
+    if _spans_nodes(config.run.address) and variable not in os.environ and address.startswith("127."):
+        raise ConfigError(
+            f"weight_sync.transport collective on the cluster at {config.run.address}: expected a host name with an "
+            f"address in the network, but {host} has {address}, which other nodes cannot reach; set {variable} to a "
+            f"network interface here and where the cluster is started, {advice}"
+        )
 
 
 def _spans_nodes(address: str) -> bool:

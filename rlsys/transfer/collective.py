@@ -45,11 +45,12 @@ class BroadcastGroup:
     def __init__(self, info: GroupInfo, rank: int, device: Any) -> None:
         import torch
         import torch.distributed as dist
+        from torch._C import _distributed_c10d as c10d
 
         limit = datetime.timedelta(seconds=info.timeout_s)
-        store = dist.FileStore(info.path, info.size)
+        store = c10d.FileStore(info.path, info.size)
         store.set_timeout(limit)
-        prefix = dist.PrefixStore("weights", store)
+        prefix = c10d.PrefixStore("weights", store)
         self.path, self._device = info.path, torch.device(device)
         self._group: Any
         if self._device.type == "cpu":

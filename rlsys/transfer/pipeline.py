@@ -17,40 +17,36 @@ def prefetched(items: Iterable[Item], ahead: int = 1) -> Iterator[Item]:
 
     An error of the iterable is raised where its item would come. The thread ends when the iterator is closed.
     """
-    arrivals: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(maxsize=ahead)
+    arrivals: queue.Queue[list[Item] | BaseException] = queue.Queue(maxsize=ahead)
     closed = threading.Event()
 
-    def deliver(item: Item | None, error: BaseException | None = None) -> None:
+    def deliver(arrival: list[Item] | BaseException) -> None:
         while not closed.is_set():
             with contextlib.suppress(queue.Full):
-                arrivals.put((item, error), timeout=LOOK_S)
+                arrivals.put(arrival, timeout=LOOK_S)
                 return
 
     def produce() -> None:
         try:
             for item in items:
-                deliver(item)
+                deliver([item])
                 if closed.is_set():
                     return
         except BaseException as error:  # noqa: BLE001 - the consumer raises it
-            deliver(None, error)
+            deliver(error)
         else:
-            deliver(None, StopIteration())
+            deliver([])
 
     threading.Thread(target=produce, name="prefetch", daemon=True).start()
     return _consume(arrivals, closed)
 
 
-def _consume(
-    arrivals: queue.Queue[tuple[Item | None, BaseException | None]], closed: threading.Event
-) -> Iterator[Item]:
+def _consume(arrivals: queue.Queue[list[Item] | BaseException], closed: threading.Event) -> Iterator[Item]:
+    """Yield the arrivals: an item in a list, an empty list at the end, or an error."""
     try:
-        while True:
-            item, error = arrivals.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item  # type: ignore[misc] - an entry without an error has an item
+        while arrival := arrivals.get():
+            if isinstance(arrival, BaseException):
+                raise arrival
+            yield arrival[0]
     finally:
         closed.set()

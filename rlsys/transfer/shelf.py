@@ -89,7 +89,7 @@ class BucketShelf:
             self._changed.notify_all()
 
     def buffer(self, index: int, size: int) -> np.ndarray:
-        """Return memory for a bucket: that of the bucket with this number in the last version, if it has the size."""
+        """Return memory for a bucket, that of the last version if the size is the same."""
         if index == len(self._memory):
             self._memory.append(np.empty(size, dtype=np.uint8))
         elif self._memory[index].nbytes != size:

@@ -316,29 +316,6 @@ def test_a_tree_whose_caller_was_cancelled_requests_nothing(engines: Any) -> Non
     assert not any(request.request_id.startswith("given-up/") for request in engine.requests)
 
 
-@pytest.mark.parametrize("end", ["cancelled", "failed"])
-def test_nothing_is_left_in_the_engine_for_a_tree_that_nobody_waits_for(engines: Any, end: str) -> None:
-    engine = engines(silent=lambda request: True)
-    scheduler = new_scheduler({"policy": engine})
-
-    async def main() -> None:
-        task = asyncio.create_task(scheduler.grow(prompt("p")))
-        while len(engine.futures) < 2:
-            await asyncio.sleep(0.001)
-        if end == "cancelled":
-            task.cancel()
-        else:
-            engine.futures[0].set_exception(RolloutError("too long"))
-        (outcome,) = await asyncio.gather(task, return_exceptions=True)
-        assert isinstance(outcome, asyncio.CancelledError if end == "cancelled" else TreeFailure)
-        await asyncio.sleep(0.05)
-        assert all(future.done() for future in engine.futures)
-        assert any(future.cancelled() for future in engine.futures)
-        assert scheduler._in_flight == 0, "other trees are admitted again"
-
-    run(main)
-
-
 def test_the_cpu_time_of_the_trees_is_measured(engines: Any) -> None:
     scheduler = new_scheduler({"policy": engines()})
     started = time.perf_counter()

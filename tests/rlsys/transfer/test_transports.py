@@ -53,11 +53,7 @@ def score(model: nn.Module, rows: Sequence[Int32Array]) -> tuple[Float32Array, .
 
 
 class TorchLearner:
-    """The parts of a Learner that the bus uses.
-
-    Attributes:
-        on_bucket: called in the learner's thread before a tensor is gathered, with its number from 0.
-    """
+    """The parts of a Learner that the bus uses. `on_tensor` is called before a tensor is gathered, with its number."""
 
     restarts = 0
 
@@ -82,9 +78,7 @@ class TorchLearner:
                 self.on_tensor(number)
                 yield name, parameter.detach()
 
-        return await asyncio.to_thread(
-            self.sender.send, tensors(), version=version, attempt=self.restarts, members=members
-        )
+        return await asyncio.to_thread(self.sender.send, tensors(), version=version, attempt=0, members=members)
 
 
 class TorchWorker:
