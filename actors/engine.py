@@ -11,29 +11,25 @@ import contextlib
 import logging
 import os
 import queue
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from actors.engine_build import build_engine, engine_environment, weight_label
 from actors.engine_stats import Meter
-from actors.weights import has_output_layer, without_tensor
+from actors.weight_loading import BucketLoader
+from actors.weights import has_output_layer
 from rlsys.config.schema import ActorsConfig
 from rlsys.errors import EngineError, InputError, RolloutError, failed
 from rlsys.interfaces import EngineStats
+from rlsys.transfer.object_store import Delivery
 from rlsys.types import FinishReason, Float32Array, Int32Array, VersionSpan
-
-if TYPE_CHECKING:
-    import torch
-
-    Tensors = Iterable[tuple[str, torch.Tensor]]
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -79,7 +75,7 @@ class Completion:
 
 
 class Engine:
-    """A running engine. All public methods may be called from any thread.
+    """A running engine. All public methods may be called from any thread. Cancelling a future aborts its request.
 
     After a failed step or update the engine is broken: every future raises EngineError from then on.
 
@@ -87,6 +83,7 @@ class Engine:
         end_token_ids: Tokens that end a completion.
         stop_strings: Whether to load the model's tokenizer, so that requests may have stop strings.
         sleeps: Whether the engine shares its device with the learner.
+        name: Name of the actor, for error messages.
 
     Attributes:
         steps: Number of engine steps so far.
@@ -103,13 +100,14 @@ class Engine:
         *,
         stop_strings: bool = False,
         sleeps: bool = False,
+        name: str = "0",
     ) -> None:
         os.environ.update(engine_environment(config, device))
         self._end_token_ids = list(end_token_ids)
         self._stop_strings = stop_strings
         self._engine = build_engine(model_path, config, device, stop_strings=stop_strings, sleeps=sleeps)
         self._meter = Meter()
-        self._tensor_parallel = config.tensor_parallel_size > 1
+        self._loader = BucketLoader(name, self._engine, config.tensor_parallel_size == 1)
         self._updates = 0
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._pending: dict[str, _Pending] = {}
@@ -157,17 +155,21 @@ class Engine:
         self._call(add, lambda error: _fail(futures, error))
         return [future.result() for future in futures]
 
-    def update_weights(self, version: int, attempt: int, tensors: Tensors, tied_output: str | None = None) -> None:
-        """Replace all weights between two steps. Prefixes cached by older weights are not used again.
+    def update_weights(
+        self, version: int, attempt: int, deliveries: Iterable[Delivery], tied_output: str | None = None
+    ) -> None:
+        """Replace all weights between two steps. Requests are kept, and prefixes of older weights are not used again.
 
         `tied_output` names an output layer tied to the embedding, which is skipped if the engine has none.
         """
 
         def apply() -> None:
             try:
+                self._check_between_steps()
                 if self.asleep:
                     raise EngineError("weights came while the engine sleeps")
-                self._reload(tensors, tied_output)
+                skips = tied_output and not all(self._engine.collective_rpc(has_output_layer, args=(tied_output,)))
+                self._loader.load(deliveries, (tied_output,) if tied_output and skips else ())
             except BaseException as error:
                 self._break(error)  # the model may have a mixture of old and new weights
                 raise
@@ -233,7 +235,7 @@ class Engine:
                     self.steps += 1
                     self._meter.add_step(time.monotonic() - started, len(self._pending))
                     for output in outputs:
-                        if output.finished:
+                        if output.finished and output.request_id in self._pending:  # not aborted meanwhile
                             self._pending[output.request_id].finish(output)
                             del self._pending[output.request_id]
                 except BaseException as error:  # noqa: BLE001 - every waiting future gets it
@@ -246,24 +248,12 @@ class Engine:
         _fail([pending.future for pending in self._pending.values()], self._broken)
         self._pending.clear()
 
-    def _reload(self, tensors: Tensors, tied_output: str | None) -> None:
-        if tied_output and not all(self._engine.collective_rpc(has_output_layer, args=(tied_output,))):
-            tensors = without_tensor(tensors, tied_output)
-        if self._tensor_parallel:
-            self._reload_from_folder(tensors)
-        else:
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
-
-    def _reload_from_folder(self, tensors: Tensors) -> None:
-        """Load weights through a folder in shared memory. Each tensor-parallel process reads its part."""
-        from safetensors.torch import save_file
-
-        shared = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108 - a temporary folder is made below
-        with tempfile.TemporaryDirectory(dir=shared, prefix="rl-weights-") as folder:
-            # Clone, because buckets are read-only views and safetensors refuses tied tensors that share memory.
-            copies = {name: tensor.clone() for name, tensor in tensors}
-            save_file(copies, os.path.join(folder, "model.safetensors"))
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+    def _check_between_steps(self) -> None:
+        """Raise if a batch is in flight: its tokens would get the label of the new weights."""
+        if getattr(self._engine.engine_core.engine_core, "batch_queue", None):
+            raise EngineError(
+                "a batch is in flight at a change of weights; expected an engine without async scheduling"
+            )
 
     def _take_commands(self, block: bool) -> bool:
         """Run all waiting commands. With `block`, wait for the first one. Return False after `close`."""
@@ -310,6 +300,8 @@ class Engine:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
 
+        if pending.future.cancelled():
+            return
         if self.asleep:
             raise EngineError(f"request {name} came while the engine sleeps")
         self._requests += 1
@@ -322,6 +314,21 @@ class Engine:
             _fail([pending.future], RolloutError(f"request {name} was refused: {error}"))
         else:
             self._pending[request_id] = pending
+            pending.future.add_done_callback(lambda future: self._abandon(request_id, future))
+
+    def _abandon(self, request_id: str, future: Future[Any]) -> None:
+        """Abort a request whose future was cancelled, so that no step is spent on it. Runs on any thread."""
+
+        def abort() -> None:
+            if self._pending.pop(request_id, None):
+                self._engine.abort_request([request_id])
+
+        if future.cancelled():
+            self._call(abort, self._break_for)
+
+    def _break_for(self, error: BaseException) -> None:
+        if error is not self._broken:
+            self._break(error)
 
     def _prompt(self, token_ids: Sequence[int] | Int32Array) -> dict[str, Any]:
         # The salt keeps the engine from using prefixes that older weights computed. A weight version cannot be the

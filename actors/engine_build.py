@@ -76,6 +76,8 @@ def engine_arguments(model_path: Path, config: ActorsConfig, device: str, stop_s
         # In this process; with tensor parallelism, in children of it. By default, vLLM would place them with Ray.
         "distributed_executor_backend": "uni" if config.tensor_parallel_size == 1 else "mp",
         "generation_config": "vllm",  # ignore the sampling defaults of the model folder
+        "weight_transfer_config": {"backend": "rlsys"},
+        "worker_extension_cls": "actors.weight_transfer.WorkerExtension",
     }
     if device == "cpu":
         # vLLM samples after every chunk of a prompt and then rewinds the generator; a seeded CPU generator cannot.

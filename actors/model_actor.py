@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.exceptions import RayError
 
 from actors.engine import Completion, CompletionRequest, Engine
@@ -49,7 +50,8 @@ class ModelActor:
         quiet_worker(settings.log_file)
         die_with_parent()
         self.name = settings.name
-        self._idle_checks, self._open_requests = 0, 0
+        self._idle_checks = 0
+        self._open: dict[str, set[Future[Completion]]] = {}  # by caller
         try:
             ends = ModelFolder(settings.model_path).end_token_ids
             self.engine = Engine(settings.model_path, settings.actors, settings.device, ends, stop_strings=True)
@@ -61,20 +63,29 @@ class ModelActor:
         """Return host and process id."""
         return socket.gethostname(), os.getpid()
 
-    async def complete(self, request: CompletionRequest) -> Completion | RolloutError:
-        """Return the completion, or the error of a refused request."""
+    async def complete(self, request: CompletionRequest, caller: str) -> Completion | RolloutError:
+        """Return the completion, or the error of a refused request.
+
+        Args:
+            caller: Name of the calling process.
+        """
         (future,) = self.engine.submit([request])
-        self._open_requests += 1
+        self._open.setdefault(caller, set()).add(future)
         try:
             return await asyncio.wrap_future(future)
         except RolloutError as error:
             return error
         finally:
-            self._open_requests -= 1
+            self._open.get(caller, set()).discard(future)
+
+    async def forget(self, caller: str) -> None:
+        """Abort all requests of a process that is lost."""
+        for future in self._open.pop(caller, set()):
+            future.cancel()
 
     async def progress(self) -> int:
         """Return a number that grows with every engine step, and with every call while no request is open."""
-        self._idle_checks += not self._open_requests
+        self._idle_checks += not any(self._open.values())
         return self.engine.steps + self._idle_checks
 
     async def engine_stats(self) -> EngineStats:
@@ -92,11 +103,12 @@ class RemoteEngine:
 
     Args:
         name: Role of the engines, for error messages.
+        caller: Name of this process.
     """
 
-    def __init__(self, handles: Sequence[Any], name: str) -> None:
+    def __init__(self, handles: Sequence[Any], name: str, caller: str) -> None:
         self._handles = handles
-        self._name = name
+        self._name, self._caller = name, caller
         self._open: set[Future[Completion]] = set()
 
     @property
@@ -108,11 +120,17 @@ class RemoteEngine:
         engine_name, complete = f"{self._name} engine {index}", self._handles[index].complete
         futures: list[Future[Completion]] = [Future() for _ in requests]
         for request, future in zip(requests, futures, strict=True):
-            reply = complete.remote(request).future()
+            reference = complete.remote(request, self._caller)
             self._open.add(future)
-            future.add_done_callback(self._open.discard)
-            reply.add_done_callback(partial(_settle, future, engine_name))
+            future.add_done_callback(partial(self._settled, reference))
+            reference.future().add_done_callback(partial(_settle, future, engine_name))
         return futures
+
+    def _settled(self, reference: Any, future: Future[Completion]) -> None:
+        """Forget a request; one that its caller has cancelled is cancelled at the engine, too."""
+        self._open.discard(future)
+        if future.cancelled():
+            ray.cancel(reference)
 
 
 def _settle(future: Future[Completion], engine_name: str, reply: Future[Completion | RolloutError]) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import socket
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import ray
 from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
     ObjectFetchTimedOutError,
     ObjectFreedError,
     ObjectLostError,
+    RayActorError,
+    RayTaskError,
     ReferenceCountingAssertionError,
 )
 
@@ -25,14 +30,16 @@ from actors.search.group import build_searched_group
 from actors.search.scheduler import CompletionEngine, TreeScheduler
 from actors.settings import ActorSettings
 from actors.verifiers.pool import RewardPool
-from actors.weights import LoadProgress, check_names, expected_tensors
-from rlsys.errors import EngineError, LearnerLostError, RolloutError, WeightSyncError
+from actors.weights import CheckedDeliveries, expected_tensors
+from rlsys.errors import EngineError, LearnerLostError, RlsysError, RolloutError, WeightSyncError
 from rlsys.fault_injection import fault, identify
 from rlsys.interfaces import EngineStats, WeightReceiver
 from rlsys.models.folder import ModelFolder
 from rlsys.processes import die_with_parent, quiet_worker
 from rlsys.search.codec import TagCodec
-from rlsys.transfer.object_store import ObjectStoreReceiver
+from rlsys.transfer.object_store import BucketReceiver, Delivery
+from rlsys.transfer.pipeline import prefetched
+from rlsys.transfer.shelf import BucketReply, BucketRequest
 from rlsys.trees import Role, Tree, TreeFailure
 from rlsys.types import (
     Float32Array,
@@ -42,7 +49,6 @@ from rlsys.types import (
     SamplingSettings,
     TrajectoryGroup,
     WeightAck,
-    WeightManifest,
     WeightOffer,
 )
 
@@ -57,10 +63,14 @@ class RolloutActor:
         die_with_parent()
         identify("actor", settings.name, settings.attempt)
         self.name, self.extract = settings.name, settings.extract
-        self.receiver: WeightReceiver = ObjectStoreReceiver(self.name, ray.get)
-        self.loading = LoadProgress()  # of the latest weight update
+        self.weight_timeout_s = settings.weight_timeout_s
+        member = f"{settings.name}.{settings.attempt}"
+        self.receiver: WeightReceiver = BucketReceiver(self.name, member, self._ask_learner, ray.get)
+        self.loading = CheckedDeliveries(self.name, 0)  # of the latest weight update
         self.loaded = 0  # tensors of all earlier weight updates
-        self.auxiliary = {role: RemoteEngine(handles, role) for role, handles in settings.auxiliary_handles.items()}
+        self.auxiliary = {
+            role: RemoteEngine(handles, role, member) for role, handles in settings.auxiliary_handles.items()
+        }
         self.waited = 0
         try:
             self.model = ModelFolder(settings.model_path)
@@ -77,6 +87,7 @@ class RolloutActor:
                 end_ids,
                 stop_strings=stop_strings,
                 sleeps=settings.shares_device,
+                name=self.name,
             )
             self.rewards = RewardPool(settings.task, settings.seed, settings.rewards)
             self.scheduler = self._scheduler(settings)
@@ -96,14 +107,15 @@ class RolloutActor:
         return socket.gethostname(), os.getpid()
 
     async def progress(self) -> int:
-        """Return a number that grows with every engine step, arriving completion, verdict and loaded tensor.
+        """Return a number that grows with every engine step, completion, verdict, loaded tensor and learner's answer.
 
         The number also grows with every call while this actor's engine is idle and an auxiliary engine has an open
         request: the watchdog watches auxiliary engines separately.
         """
         self.waited += self.engine.idle and any(engine.has_open_requests for engine in self.auxiliary.values())
         arrivals = self.scheduler.arrivals if self.scheduler else 0
-        return self.engine.steps + arrivals + self.rewards.verdicts + self.loaded + self.loading.count + self.waited
+        weights = self.loaded + self.loading.count + self.receiver.answers
+        return self.engine.steps + arrivals + self.rewards.verdicts + weights + self.waited
 
     async def generate(
         self, prompts: Sequence[Prompt], settings: SamplingSettings
@@ -171,36 +183,54 @@ class RolloutActor:
             WeightSyncError: a tensor is missing or damaged, or could not be loaded.
             LearnerLostError: the learner rank that had sent the weights died, and its weights were lost.
         """
-        manifest = offer.manifest
-        check_names(self.name, manifest, self.tensors.all)
         self.loaded += self.loading.count
-        self.loading = tensors = LoadProgress(self.receiver.receive(offer))
+        # The first bucket is here before generation stops, and later ones arrive while the engine loads.
+        self.loading = CheckedDeliveries(self.name, offer.version)
         try:
+            arriving = await asyncio.to_thread(_begun, prefetched(self.receiver.receive(offer)))
+            self.loading = CheckedDeliveries(self.name, offer.version, arriving, self.tensors.all)
             await asyncio.to_thread(
-                self.engine.update_weights,
-                manifest.version,
-                manifest.attempt,
-                tensors,
-                self.tensors.tied_output,
+                self.engine.update_weights, offer.version, offer.attempt, self.loading, self.tensors.tied_output
             )
-        except WeightSyncError:
+        except RlsysError:
             raise
         except (ObjectFetchTimedOutError, ObjectFreedError, ReferenceCountingAssertionError) as error:
-            raise self._load_error(manifest, error) from error  # the rank lives, but this actor cannot reach it
+            raise self._load_error(offer.version, error) from error  # the rank lives, but this actor cannot reach it
         except ObjectLostError as error:  # the rank that had stored the bucket died
             raise LearnerLostError(
-                f"weight version {manifest.version} was lost before actor {self.name} had all of it: "
+                f"weight version {offer.version} was lost before actor {self.name} had all of it: "
                 f"{type(error).__name__}"
             ) from error
         except Exception as error:
-            raise self._load_error(manifest, error) from error
+            raise self._load_error(offer.version, error) from error
         scores = await self.probe(probe)
-        return WeightAck(actor=self.name, version=manifest.version, attempt=manifest.attempt, probe_logprobs=scores)
+        return WeightAck(actor=self.name, version=offer.version, attempt=offer.attempt, probe_logprobs=scores)
 
-    def _load_error(self, manifest: WeightManifest, error: Exception) -> WeightSyncError:
+    def _ask_learner(self, rank: Any, request: BucketRequest) -> BucketReply:
+        """Ask learner rank 0 for a bucket.
+
+        Raises:
+            LearnerLostError: the rank died or does not answer.
+            WeightSyncError: the rank lives, but this actor cannot reach it.
+        """
+        version = f"weight version {request.version}"
+        try:
+            return ray.get(rank.take.remote(request), timeout=self.weight_timeout_s)
+        except RayTaskError as error:
+            if isinstance(error.cause, RlsysError):
+                raise error.cause from None
+            raise
+        except ActorUnavailableError as error:
+            raise WeightSyncError(f"actor {self.name}, {version}: {type(error).__name__}: {error}") from None
+        except (RayActorError, GetTimeoutError) as error:
+            raise LearnerLostError(
+                f"{version} was lost before actor {self.name} had all of it: {type(error).__name__}"
+            ) from None
+
+    def _load_error(self, version: int, error: Exception) -> WeightSyncError:
         return WeightSyncError(
-            f"actor {self.name}, weight version {manifest.version}: loading failed at tensor {self.loading.last}: "
-            f"{type(error).__name__}: {error}"
+            f"actor {self.name}, weight version {version}: loading failed in the bucket that starts with tensor "
+            f"{self.loading.first}: {type(error).__name__}: {error}"
         )
 
     async def sleep(self) -> None:
@@ -220,3 +250,9 @@ class RolloutActor:
 def _content_length(completion: Completion) -> int:
     """Return the number of tokens of a completion without its end token."""
     return len(completion.token_ids) - (completion.finish_reason == "stop")
+
+
+def _begun(deliveries: Iterator[Delivery]) -> Iterator[Delivery]:
+    """Return an iterator over the same buckets once the first one is there."""
+    first = list(itertools.islice(deliveries, 1))
+    return itertools.chain(first, deliveries)

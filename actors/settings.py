@@ -19,6 +19,7 @@ class ActorSettings:
 
     Attributes:
         attempt: Number of earlier processes with this name.
+        weight_timeout_s: Seconds until learner rank 0 counts as lost that does not answer a question for weights.
         seed: run.seed.
         shares_device: Whether the engine must be able to sleep while the learner uses the device.
         search: Section `search`; None if the actor never searches. All later fields concern only the search.
@@ -37,6 +38,7 @@ class ActorSettings:
     rewards: RewardsConfig
     log_file: str
     shares_device: bool = False
+    weight_timeout_s: float = 60.0
     search: SearchConfig | None = None
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

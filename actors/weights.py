@@ -6,16 +6,13 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlsys.errors import WeightSyncError
 from rlsys.models.tensors import persistent_buffers, tied_output
-from rlsys.types import WeightManifest
+from rlsys.transfer.object_store import Delivery
 
 RELOAD_LOGGER = "vllm.model_executor.model_loader.reload.layerwise"
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +46,6 @@ def expected_tensors(model_path: Path) -> ModelTensors:
     return ModelTensors(all=frozenset([*names, tied] if tied else names), tied_output=tied)
 
 
-def without_tensor(tensors: Iterable[tuple[str, torch.Tensor]], name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield all tensors but one."""
-    return (entry for entry in tensors if entry[0] != name)
-
-
 def has_output_layer(worker: Any, weight: str) -> bool:
     """Return whether the model of an engine's worker has an output layer beside the embedding.
 
@@ -71,33 +63,46 @@ def has_output_layer(worker: Any, weight: str) -> bool:
     )
 
 
-def check_names(actor: str, manifest: WeightManifest, expected: Iterable[str]) -> None:
-    """Raise if a tensor of the model is not in the manifest.
+class CheckedDeliveries:
+    """Iterable over the buckets of a version that ends with a check of their names.
 
-    Raises:
-        WeightSyncError: A tensor is missing. The message names actor, tensor and version.
+    Args:
+        actor: name of the actor, for error messages.
+        version: the weight version.
+        deliveries: the buckets.
+        expected: names of all tensors of the model.
+
+    Attributes:
+        first: name of the first tensor of the newest bucket, for the message of a failed load.
+        count: number of tensors so far.
     """
-    missing = sorted(set(expected) - set(manifest.names))
-    if missing:
-        raise WeightSyncError(
-            f"actor {actor}, weight version {manifest.version}: tensor {missing[0]} is missing from the publish"
-            + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
-        )
 
-
-class LoadProgress:
-    """Iterable over tensors that counts them and keeps the last name, for the message of a failed load."""
-
-    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]] = ()) -> None:
-        self._tensors = tensors
-        self.last = "none"
+    def __init__(
+        self, actor: str, version: int, deliveries: Iterable[Delivery] = (), expected: Iterable[str] = ()
+    ) -> None:
+        self._actor, self._version = actor, version
+        self._deliveries, self._expected = deliveries, expected
+        self.first = "none"
         self.count = 0
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._tensors:
-            self.last = name
-            self.count += 1
-            yield name, tensor
+    def __iter__(self) -> Iterator[Delivery]:
+        """Yield the buckets.
+
+        Raises:
+            WeightSyncError: A tensor of the model is missing. The message names actor, tensor and version.
+        """
+        missing = set(self._expected)
+        for delivery in self._deliveries:
+            tensors = delivery.bucket.tensors
+            self.first = tensors[0].name
+            yield delivery
+            self.count += len(tensors)
+            missing -= {tensor.name for tensor in tensors}
+        if missing:
+            raise WeightSyncError(
+                f"actor {self._actor}, weight version {self._version}: tensor {min(missing)} is missing from the "
+                "publish" + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
+            )
 
 
 def is_about_weights(record: logging.LogRecord) -> bool:

@@ -53,7 +53,6 @@ from rlsys.run.checkpoints import CheckpointStore  # noqa: E402
 from rlsys.run.ledger import Ledger, read_ledger  # noqa: E402
 from rlsys.run.metrics import MetricsWriter  # noqa: E402
 from rlsys.tasks import build_task  # noqa: E402
-from rlsys.transfer.object_store import ObjectStoreTransfer  # noqa: E402
 from rlsys.types import (  # noqa: E402
     RunState,
     Trajectory,
@@ -168,9 +167,9 @@ class SimulatedActor:
 
     async def update_weights(self, offer: Any, probe: Sequence[Any]) -> Any:
         await self._work(LOAD_S)
-        self.version = offer.manifest.version
+        self.version = offer.version
         scores = await self.probe(probe)
-        return WeightAck(actor=self.name, version=self.version, attempt=offer.manifest.attempt, probe_logprobs=scores)
+        return WeightAck(actor=self.name, version=self.version, attempt=offer.attempt, probe_logprobs=scores)
 
     async def engine_stats(self) -> Any:
         return EngineStats(busy_s=1.0, wall_s=1.0, in_flight_mean=1.0, generated_tokens=1)
@@ -200,9 +199,12 @@ class SimulatedLearner:
     async def score(self, probe: Sequence[Any]) -> list[Any]:
         return [np.zeros(len(row) - 1, dtype=np.float32) for row in probe]
 
-    async def send(self, version: int) -> Any:
-        bucket = WeightBucket(tensors=(), sha256="", bytes=16)
-        return WeightOffer(manifest=WeightManifest(version=version, attempt=0, buckets=(bucket,)), payload=())
+    def offer(self, version: int) -> Any:
+        return WeightOffer(version=version, attempt=0, source=None)
+
+    async def send(self, version: int, _members: Sequence[str]) -> Any:
+        bucket = WeightBucket(tensors=(), digest="", bytes=16)
+        return WeightManifest(version=version, attempt=0, buckets=(bucket,))
 
     async def save(self, folder: Path) -> None:
         for name in ("policy/model.safetensors", "learner/exp_avg.safetensors"):
@@ -234,7 +236,7 @@ async def simulate(run_dir: Path, actors: int, steps: int, staleness: int) -> di
             tokenizer_files=[model / "tokenizer.json"],
             pool=pool,
             learner=learner,
-            bus=WeightBus(learner, ObjectStoreTransfer(learner), pool, config.weight_sync, "fp32", PROBE),
+            bus=WeightBus(learner, pool, config.weight_sync, "fp32", PROBE),
             checkpoints=CheckpointStore(run_dir / "checkpoints", 2, None, None),
             metrics=metrics,
             ledger=Ledger(run_dir, -1),

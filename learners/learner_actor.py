@@ -13,11 +13,15 @@ import ray
 from learners.settings import RankSettings
 from rlsys.config.stages import StageSettings
 from rlsys.fault_injection import fault, identify
+from rlsys.interfaces import WeightSender
 from rlsys.processes import die_with_parent, quiet_worker
+from rlsys.transfer.collective import CollectiveSender
 from rlsys.transfer.object_store import ObjectStoreSender
-from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch, WeightOffer
+from rlsys.transfer.shelf import BucketReply, BucketRequest
+from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch, WeightManifest
 
 WATCH = "watch"  # concurrency group of the calls that are answered while another call runs
+TRANSFER = "transfer"  # concurrency group of the calls by which actors take weights
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +35,7 @@ class LearnerActor:
         from learners.rank import LearnerRank  # not at the top: the driver imports this module without torch
 
         identify("learner", settings.rank, settings.attempt)
+        self.sender = weight_sender(settings)
         try:
             self.learner = LearnerRank(settings)
         except Exception:
@@ -60,10 +65,15 @@ class LearnerActor:
         """Return the log-probabilities of given rows under the present policy, `[T-1]` each."""
         return self.learner.score(probe)
 
-    def send(self, version: int, bucket_bytes: int) -> WeightOffer | None:
-        """Put the policy into the object store in buckets. Rank 0 returns the offer, the other ranks None."""
+    def send(self, version: int, members: Sequence[str]) -> WeightManifest | None:
+        """Send the policy to the actors. Rank 0 returns the contents, the other ranks None."""
         fault("learner.export", version=version)
-        return self.learner.send(ObjectStoreSender(ray.put, bucket_bytes), version)
+        return self.learner.send(self.sender, version, members)
+
+    @ray.method(concurrency_group=TRANSFER)
+    def take(self, request: BucketRequest) -> BucketReply:
+        """Answer an actor's question for a bucket of weights; answered while another call runs."""
+        return self.sender.take(request)
 
     def sleep(self) -> None:
         """Free the device: all states go to the host."""
@@ -75,3 +85,19 @@ class LearnerActor:
 
     def save(self, folder: Path) -> None:
         self.learner.save(folder)
+
+
+def weight_sender(settings: RankSettings) -> WeightSender:
+    """Return the sender of the configured transport."""
+    config = settings.weight_sync
+    bucket_bytes = int(config.bucket_mib * 2**20)
+    if config.transport == "object_store":
+        return ObjectStoreSender(ray.put, bucket_bytes)
+    return CollectiveSender(
+        ray.put,
+        bucket_bytes,
+        device=settings.device,
+        rendezvous=settings.store,
+        workers=settings.engine_workers,
+        timeout_s=config.timeout_s,
+    )

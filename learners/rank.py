@@ -38,7 +38,7 @@ from rlsys.directory import CheckpointDirectory
 from rlsys.errors import ConfigError, LearnerLostError
 from rlsys.fault_injection import fault
 from rlsys.interfaces import WeightSender
-from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch, WeightOffer
+from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch, WeightManifest
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -152,25 +152,29 @@ class LearnerRank:
         if self.critic is not None:
             save_model(self.critic, parts.critic, parts.critic_learner)
 
-    def send(self, sender: WeightSender, version: int) -> WeightOffer | None:
+    def send(self, sender: WeightSender, version: int, members: Sequence[str]) -> WeightManifest | None:
         """Pass the weights of the whole policy to the sender of rank 0. Collective.
 
+        Args:
+            members: as in `rlsys.interfaces.Learner.send`.
+
         Returns:
-            The sender's offer; None on other ranks.
+            The contents of the version; None on other ranks.
 
         Raises:
             LearnerLostError: on all ranks, if the sender failed.
         """
         tensors = published_tensors(self._policy.module, self._policy.gather)
-        offer = None
+        manifest = None
         with fail_on_all_ranks(LearnerLostError, self.settings.device):
             try:
                 if self.settings.rank == 0:
-                    offer = sender.send(tensors, version=version, attempt=self.settings.attempt)
+                    attempt = self.settings.attempt
+                    manifest = sender.send(tensors, version=version, attempt=attempt, members=members)
             finally:
                 for _ in tensors:  # every rank must take part in gathering, even if only rank 0 sends
                     pass
-        return offer
+        return manifest
 
     @torch.no_grad()
     def score(self, rows: Sequence[Int32Array]) -> list[Float32Array]:

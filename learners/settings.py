@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlsys.config.objective import ObjectiveConfig
-from rlsys.config.schema import LearnerConfig, OptimizerConfig
+from rlsys.config.schema import LearnerConfig, OptimizerConfig, WeightSyncConfig
 from rlsys.processes import openmp_environment
 
 
@@ -17,6 +17,8 @@ class RankSettings:
     Attributes:
         store: file of the process-group rendezvous; every attempt has a new file.
         max_tokens: length limit of a completion, `sampling.max_tokens`.
+        weight_sync: how rank 0 sends weights.
+        engine_workers: workers of the engine of one actor.
         attempt: number of earlier groups of ranks in this command.
     """
 
@@ -30,6 +32,8 @@ class RankSettings:
     max_tokens: int
     learner: LearnerConfig
     objective: ObjectiveConfig
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
+    engine_workers: int = 1
     attempt: int = 0
 
     @property

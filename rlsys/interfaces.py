@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,11 +23,9 @@ from rlsys.types import (
     TrajectoryGroup,
     Verdict,
     WeightAck,
+    WeightManifest,
     WeightOffer,
 )
-
-CheckAck = Callable[[WeightAck], object]
-"""Function that raises WeightSyncError if it rejects the acknowledgement of an actor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,22 +132,70 @@ class RolloutPool(Protocol):
         """Return the log-probabilities of given rows under the weights served now, `[T-1]` each."""
         ...
 
-    async def publish(
-        self, transfer: WeightTransfer, offer: WeightOffer, probe: Sequence[Int32Array], check: CheckAck
-    ) -> None:
-        """Bring every actor to an offered version, and later every actor that starts after the publish.
+    async def publish(self, publication: Publication) -> None:
+        """Bring every actor to a version, and later every actor that starts after the publish.
+
+        Raises:
+            LearnerLostError: the learner was lost before it had sent everything.
+        """
+        ...
+
+
+class Publication(Protocol):
+    """One weight version on its way to the actors, as the pool sees it.
+
+    Attributes:
+        probe: rows of token ids, `[T]` each, that every actor scores with the new weights.
+        serial: whether the actors must wait until the learner has sent everything, because it has their device.
+    """
+
+    probe: Sequence[Int32Array]
+    serial: bool
+
+    def begin(self, members: Sequence[str]) -> None:
+        """Let the learner begin to send.
 
         Args:
-            transfer: the transport of the offer, for actors that start later.
-            offer: the version that the learner sent.
-            probe: rows of token ids, `[T]` each, that every actor scores with the new weights.
-            check: judges every acknowledgement.
+            members: names of the processes of the actors that are up.
+        """
+        ...
+
+    @property
+    def offer(self) -> WeightOffer:
+        """The offer for every actor, also for one that starts after the publish. `begin` comes first."""
+        ...
+
+    @property
+    def failed(self) -> bool:
+        """Whether the learner could not send the version."""
+        ...
+
+    async def sent(self) -> None:
+        """Return when the learner has sent everything.
+
+        Raises:
+            LearnerLostError: the learner was lost before.
+        """
+        ...
+
+    async def check(self, ack: WeightAck) -> None:
+        """Judge the acknowledgement of an actor.
+
+        Raises:
+            WeightSyncError: the actor does not compute with the published weights.
+            LearnerLostError: the learner was lost before it could tell the right log-probabilities.
         """
         ...
 
 
 class Learner(Protocol):
-    """The DeepSpeed ranks, seen as one."""
+    """The DeepSpeed ranks, seen as one.
+
+    Attributes:
+        shares_device: whether its ranks use the devices of the engines in turns with them.
+    """
+
+    shares_device: bool
 
     @property
     def restarts(self) -> int:
@@ -192,8 +238,19 @@ class Learner(Protocol):
         """Return the log-probabilities of given rows under the present policy, `[T-1]` each."""
         ...
 
-    async def send(self, version: int) -> WeightOffer:
-        """Send the present weights of the policy through the transport, as `version`."""
+    def offer(self, version: int) -> WeightOffer:
+        """Return an offer of a version that `send` is about to send, or has sent last."""
+        ...
+
+    async def send(self, version: int, members: Sequence[str]) -> WeightManifest:
+        """Send the present weights of the policy through the transport, as `version`.
+
+        Actors receive them meanwhile. Actors that come up later can receive them until the next call.
+
+        Args:
+            version: the weight version.
+            members: names of the processes of the actors that are up; see `ActorSlot.member`.
+        """
         ...
 
     async def save(self, folder: Path) -> None:
@@ -201,40 +258,13 @@ class Learner(Protocol):
         ...
 
 
-class WeightTransfer(Protocol):
-    """A transport of weights, as the driver sees it.
-
-    A transport has three parts. In the learner, a WeightSender makes an offer out of the present weights. In every
-    actor, a WeightReceiver makes tensors out of the offer. In the driver, the WeightTransfer decides how long a version
-    stays available. The bus, the fleet and the controller pass offers on and do not look into them.
-    """
-
-    async def send(self, version: int) -> WeightOffer:
-        """Let the learner send its present weights; the offer is for all actors that are up."""
-        ...
-
-    async def offer_for_late_actor(self, version: int) -> WeightOffer:
-        """Return an offer of the published version for one actor that came up after its publish.
-
-        The learner may already train towards the next version, so its present weights can differ from the published
-        ones. A transport repeats its offer, or asks its sender for the weights that the sender keeps.
-
-        Raises:
-            LearnerLostError: the weights were lost with the learner.
-            WeightSyncError: the version is not available any more.
-        """
-        ...
-
-    def acknowledged(self) -> None:
-        """Note that every actor serves the version that was sent last. Versions before it may be released."""
-        ...
-
-
 class WeightSender(Protocol):
-    """The part of a transport in learner rank 0."""
+    """The part of a transport in learner rank 0. It lasts as long as the process."""
 
-    def send(self, tensors: Iterator[tuple[str, Any]], *, version: int, attempt: int) -> WeightOffer:
-        """Send all tensors of the policy, and return their offer.
+    def send(
+        self, tensors: Iterator[tuple[str, Any]], *, version: int, attempt: int, members: Sequence[str]
+    ) -> WeightManifest:
+        """Send all tensors of the policy, and keep their bytes for actors that come later.
 
         The tensors are valid only during the call: the next training step changes them.
 
@@ -242,17 +272,29 @@ class WeightSender(Protocol):
             tensors: name and value of every tensor; whole, detached.
             version: weight version of these tensors.
             attempt: as in `rlsys.types.VersionSpan`.
+            members: as in `Learner.send`.
         """
+        ...
+
+    def take(self, request: Any) -> Any:
+        """Answer the question of a receiver, from any thread."""
         ...
 
 
 class WeightReceiver(Protocol):
-    """The part of a transport in an actor."""
+    """The part of a transport in an actor.
 
-    def receive(self, offer: WeightOffer) -> Iterator[tuple[str, Any]]:
-        """Yield name and value of every tensor of an offer, after its checksum was verified.
+    Attributes:
+        answers: answers of the learner so far.
+    """
+
+    answers: int
+
+    def receive(self, offer: WeightOffer) -> Iterator[Any]:
+        """Yield every bucket of an offer, as `rlsys.transfer.object_store.Delivery`.
 
         Raises:
             WeightSyncError: the bytes differ from those that were sent; names actor, tensor and version.
+            LearnerLostError: the learner was lost before all bytes were there.
         """
         ...

@@ -316,16 +316,20 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightBucket:
-    """Consecutive tensors, flattened into one byte array, and the sha256 of these bytes."""
+    """Consecutive tensors, flattened into one byte array.
+
+    Attributes:
+        digest: xxh3_128 of the bytes, in hexadecimal.
+    """
 
     tensors: tuple[TensorSpec, ...]
-    sha256: str
+    digest: str
     bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightManifest:
-    """The contents of a publish, in the order of sending.
+    """The contents of a publish, in the order of sending. It is complete once the learner has sent everything.
 
     Attributes:
         version: the weight version.
@@ -337,25 +341,23 @@ class WeightManifest:
     attempt: int = 0
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(tensor.name for bucket in self.buckets for tensor in bucket.tensors)
-
-    @property
     def bytes(self) -> int:
         return sum(bucket.bytes for bucket in self.buckets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightOffer:
-    """A weight version that the learner has sent: all that an actor needs to receive it.
+    """A weight version that actors can receive from learner rank 0, also while the rank still gathers it.
 
     Attributes:
-        manifest: description of the version.
-        payload: data of the transport, picklable; only its sender and receiver look into it.
+        version: the weight version.
+        attempt: as in `VersionSpan`.
+        source: handle of the process that answers for buckets, picklable; only the receiver looks into it.
     """
 
-    manifest: WeightManifest
-    payload: Any
+    version: int
+    attempt: int
+    source: Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

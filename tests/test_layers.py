@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 FRAMEWORKS = ("deepspeed", "ray", "vllm")
 # The composition root with its callers, and the rooms where the frameworks live.
 HEAVY = {
+    "actors.weight_transfer",
     "rlsys.launch.ray_cluster",
     "rlsys.launch.ray_log",
     "rlsys.launch.session",

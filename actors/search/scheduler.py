@@ -96,6 +96,7 @@ class _ActiveTree:
     Attributes:
         completions: Completions that have arrived, by the number of their request.
         tokens: Tokens generated for the tree so far.
+        open: Completions that are under way.
     """
 
     search: TreeSearch
@@ -104,6 +105,12 @@ class _ActiveTree:
     affinity: int
     completions: dict[int, list[Completion | None]] = field(default_factory=dict)
     tokens: int = 0
+    open: set[Future[Completion]] = field(default_factory=set)
+
+    def abandon(self, _result: asyncio.Future[Tree | TreeFailure]) -> None:
+        """Cancel all completions under way, because the tree is finished or its caller is gone."""
+        for future in list(self.open):
+            future.cancel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +153,7 @@ class TreeScheduler:
         tree = _ActiveTree(
             self._search(prompt), prompt, self._loop.create_future(), sample_seed(0, prompt.prompt_id, "engine")
         )
+        tree.result.add_done_callback(tree.abandon)
         self._waiting.append(tree)
         self._admit()
         return await tree.result
@@ -261,6 +269,7 @@ class TreeScheduler:
             return
         self._in_flight += len(futures)
         for slot, future in zip(slots, futures, strict=True):
+            slot.tree.open.add(future)
             future.add_done_callback(partial(self._arrived, slot))
 
     def _arrived(self, slot: _Slot, future: Future[Completion]) -> None:
@@ -277,7 +286,10 @@ class TreeScheduler:
         while self._inbox:
             slot, future = self._inbox.popleft()
             tree = slot.tree
+            tree.open.discard(future)
             self._in_flight -= 1
+            if future.cancelled():
+                continue
             self.arrivals += 1
             error = future.exception()
             if error is None:

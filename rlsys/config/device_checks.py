@@ -27,6 +27,11 @@ def colocated_fit(config: Config) -> None:
             "placement colocated: actors and learner work in turns, so expected train.max_staleness 0, found "
             f"{config.train.max_staleness}"
         )
+    if config.weight_sync.transport == "collective":
+        raise ValueError(
+            "placement colocated: a broadcast needs the learner and the engines awake at once; expected "
+            "weight_sync.transport object_store, found collective"
+        )
     if config.run.device == "cuda" and config.learner.zero_stage == 0:
         raise ValueError(
             "placement colocated: expected learner.zero_stage 1, 2 or 3, whose states can leave the GPU, found 0"

@@ -248,15 +248,19 @@ class TrainConfig(Section):
 
 
 class WeightSyncConfig(Section):
+    transport: Literal["object_store", "collective"] = "object_store"
+    """Way of the weights from the learner to the actors. `object_store`: Ray's object store; `collective`: broadcast to
+    all engines over gloo or NCCL. Actors that start late always use the object store."""
     bucket_mib: float = Field(default=64.0, gt=0)
-    """Size of one bucket of tensors, in MiB."""
+    """Size of one bucket of tensors, in MiB. A few buckets are on their way at the same time."""
     timeout_s: float = Field(default=120.0, gt=0)
     """Seconds until an actor that has not acknowledged a publish counts as lost."""
     probe_rows: int = Field(default=4, ge=1)
-    """Number of fixed sequences whose log-probabilities the actors and the learner compare after every publish."""
+    """Number of fixed sequences whose log-probabilities the actors and the learner compare after every publish. In bf16
+    there are more, until they have 256 tokens."""
     probe_tolerance: float | None = Field(default=None, gt=0)
-    """Largest allowed difference of these log-probabilities, in nats. By default it follows from the dtype and the
-    difference measured with freshly loaded weights."""
+    """Largest allowed difference of these log-probabilities, in nats. By default the bounds follow from the difference
+    measured with freshly loaded weights: of the largest difference in fp32, of mean and 95% quantile in bf16."""
 
 
 class CheckpointConfig(Section):

@@ -50,6 +50,14 @@ class WatchedHandle(Protocol):
 
     async def close(self) -> None: ...
 
+    async def forget(self, caller: str) -> None:
+        """Abort the requests of a lost process. Only auxiliary engines have such requests.
+
+        Args:
+            caller: `ActorSlot.member` of the process.
+        """
+        ...
+
     def kill(self) -> None:
         """End the process at once, even a stopped one."""
         ...
@@ -94,6 +102,11 @@ class ActorSlot:
     asking_progress: bool = False
     cause: RlsysError | None = None
     lost: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def member(self) -> str:
+        """The name of this process among all processes of actors: it groups broadcasts and requests."""
+        return f"{self.number}.{self.attempt}"
 
     @property
     def up(self) -> bool:

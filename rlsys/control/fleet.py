@@ -23,7 +23,7 @@ from rlsys.control.publisher import LostActorError, Publisher
 from rlsys.control.supervisor import ActorSupervisor, same_exception
 from rlsys.control.watchdog import WatchClock, watch_interval
 from rlsys.errors import EngineError, RlsysError, TooManyFailuresError
-from rlsys.interfaces import CheckAck, EngineStats, WeightTransfer
+from rlsys.interfaces import EngineStats, Publication
 from rlsys.trees import Role, Tree, TreeFailure
 from rlsys.types import (
     Float32Array,
@@ -32,7 +32,6 @@ from rlsys.types import (
     RolloutFailure,
     SamplingSettings,
     TrajectoryGroup,
-    WeightOffer,
 )
 
 Result = TypeVar("Result")
@@ -212,25 +211,17 @@ class Fleet:
 
     # --- weights ---
 
-    async def publish(
-        self, transfer: WeightTransfer, offer: WeightOffer, probe: Sequence[Int32Array], check: CheckAck
-    ) -> None:
+    async def publish(self, publication: Publication) -> None:
         """Bring every actor that is up to a new version.
 
         Returns when every one of them serves it or is lost, and at least one actor serves it.
 
-        Args:
-            transfer: the transport of the offer, for actors that come up later.
-            offer: the version that the learner sent.
-            probe: rows of token ids that every actor scores with the new weights.
-            check: raises WeightSyncError if an acknowledgement is not good enough.
-
         Raises:
             WeightSyncError: two processes refused the version and no process accepted it.
-            LearnerLostError: the weights were lost with the rank that had sent them.
+            LearnerLostError: the learner was lost before it had sent everything.
             RlsysError: too many actors were lost.
         """
-        await self._publisher.publish(transfer, offer, probe, check)
+        await self._publisher.publish(publication)
         await self._serving(0)
 
     async def withdraw(self) -> None:

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlsys.control.actor_slots import ActorSlot, ActorState
 from rlsys.errors import LearnerLostError, RlsysError, WeightSyncError
-from rlsys.interfaces import CheckAck, WeightTransfer
-from rlsys.types import Int32Array, WeightAck, WeightOffer
+from rlsys.interfaces import Publication
+from rlsys.types import WeightAck
 
 REFUSALS = 2  # if so many processes refuse a version and none accepts it, the version is broken
-
-
-@dataclass(frozen=True, slots=True)
-class _Published:
-    """A published version, with everything that a late actor needs to load it."""
-
-    version: int
-    transfer: WeightTransfer
-    probe: Sequence[Int32Array]
-    check: CheckAck
 
 
 class LostActorError(Exception):
@@ -49,36 +37,32 @@ class Publisher:
 
     def __init__(self, supervision: Supervision) -> None:
         self._supervision = supervision
-        self._published: _Published | None = None
+        self._published: Publication | None = None
         self._serves_files = True
         self._acknowledged = False
         self._refused: list[RlsysError] = []
         self._updating = asyncio.Lock()
 
-    async def publish(
-        self, transfer: WeightTransfer, offer: WeightOffer, probe: Sequence[Int32Array], check: CheckAck
-    ) -> None:
+    async def publish(self, publication: Publication) -> None:
         """Bring every actor that is up to a new version; actors that come up later get it as well.
 
         Returns when each of them serves the version or is lost.
 
-        Args:
-            transfer: the transport of the offer, for actors that come up later.
-            offer: the version that the learner sent.
-            probe: rows of token ids that every actor scores with the new weights.
-            check: raises WeightSyncError if an acknowledgement is not good enough.
-
         Raises:
-            LearnerLostError: the weights were lost with the rank that had sent them.
+            LearnerLostError: the learner was lost before it had sent everything.
         """
         async with self._updating:
-            self._published = _Published(offer.manifest.version, transfer, probe, check)
+            self._published = publication
             self._serves_files = False
             self._acknowledged, self._refused = False, []
             up = [slot for slot in self._supervision.actors if slot.up]
             for slot in up:
                 slot.state = ActorState.STALE
-            await asyncio.gather(*(self._update(slot, offer) for slot in up))
+            publication.begin([slot.member for slot in up])
+            if publication.serial:
+                await publication.sent()
+            await asyncio.gather(*(self._update(slot) for slot in up))
+        await publication.sent()
         for slot in up:
             if isinstance(slot.cause, LearnerLostError):
                 raise slot.cause
@@ -101,25 +85,28 @@ class Publisher:
             if slot.state is ActorState.STALE:
                 await self._update(slot)
 
-    async def _update(self, slot: ActorSlot, offer: WeightOffer | None = None) -> None:
+    async def _update(self, slot: ActorSlot) -> None:
         """Bring an actor to the current weights, after which it serves them or is lost.
 
         An actor stays stale if the learner is lost and its weights are gone. The caller holds the lock.
-
-        Args:
-            offer: the version that the learner sent; None for a late actor, which gets an offer of its own.
         """
         published = self._published
-        if published is None and not self._serves_files:
+        if (published is None and not self._serves_files) or (published is not None and published.failed):
             return
         if published is not None:
             try:
-                # The offer is part of the supervised call, so that a transport that hangs cannot hold the lock forever.
-                published.check(await self._supervision.call(slot, self._load(slot, published, offer)))
+                ack = await self._supervision.call(slot, self._load(slot, published))
             except LostActorError:
                 self._refuse(slot)
                 return
-            except (LearnerLostError, WeightSyncError) as error:
+            except LearnerLostError as error:
+                self._supervision.lose(slot, error)
+                return
+            try:
+                await published.check(ack)
+            except LearnerLostError:  # the engine has all weights of a version that is never served
+                return
+            except WeightSyncError as error:
                 self._supervision.lose(slot, error)
                 self._refuse(slot)
                 return
@@ -127,9 +114,23 @@ class Publisher:
             slot.state, self._acknowledged = ActorState.SERVING, True
             await self._supervision.notify()
 
-    async def _load(self, slot: ActorSlot, published: _Published, offer: WeightOffer | None) -> WeightAck:
-        offer = offer or await published.transfer.offer_for_late_actor(published.version)
-        return await slot.handle.update_weights(offer, published.probe)
+    async def _load(self, slot: ActorSlot, published: Publication) -> WeightAck:
+        """Return the acknowledgement of an actor.
+
+        Raises:
+            LearnerLostError: the learner was lost meanwhile, so that the actor may wait for it in vain.
+        """
+        load = asyncio.ensure_future(slot.handle.update_weights(published.offer, published.probe))
+        sent = asyncio.ensure_future(published.sent())
+        try:
+            await asyncio.wait({load, sent}, return_when=asyncio.FIRST_COMPLETED)
+            if not load.done():
+                await sent
+            return await load
+        finally:
+            for task in (load, sent):
+                task.cancel()
+            await asyncio.wait({load, sent})
 
     def _refuse(self, slot: ActorSlot) -> None:
         """Count a process that refused the version, and end the run if all processes so far refused it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -35,6 +36,12 @@ def same_exception(losses: Sequence[RlsysError]) -> bool:
     """Return whether two processes raised the same exception, which a third one would raise too."""
     raised = [loss.exception for loss in losses if isinstance(loss, RaisedError)]
     return len(raised) == 2 and raised[0] == raised[1]
+
+
+async def _forget(engine: ActorSlot, caller: str) -> None:
+    """Let an auxiliary engine abort the requests of a lost actor, which nobody waits for."""
+    with contextlib.suppress(EngineError):  # a lost engine is noticed by the watch
+        await engine.handle.forget(caller)
 
 
 class WeightSource(Protocol):
@@ -233,6 +240,8 @@ class ActorSupervisor:
             self.fail(cause)
             return
         self.restarts += 1
+        for engine in self.auxiliary:
+            self._begin(_forget(engine, slot.member))
         if isinstance(cause, LearnerLostError):  # not the fault of the actor, so the budget does not count it
             self.weights.drop()
             self.learner_lost = cause

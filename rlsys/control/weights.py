@@ -1,39 +1,81 @@
 """The weight-sync bus: it publishes and verifies weight versions, and knows the served version.
 
-A publish is sent, verified and acknowledged. A WeightTransfer moves the bytes. Every actor
-checks names and checksums, loads the tensors between two engine steps, and answers with the log-probabilities of fixed
-probe rows. The version is acknowledged only if they agree with the learner's.
+A publish is sent, verified and acknowledged. The learner gathers the weights bucket by bucket, and the actors receive
+and load them meanwhile, between two engine steps. Every actor checks names and checksums, and answers with the
+log-probabilities of fixed probe rows. The version is acknowledged only if they agree with the learner's.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Mapping, Sequence
-
-import numpy as np
+from collections.abc import Callable, Mapping, Sequence
 
 from rlsys.config.schema import WeightSyncConfig
 from rlsys.control.dispatch import probe
+from rlsys.control.probe_check import largest_gap, probe_check
 from rlsys.errors import ConfigError, WeightSyncError
-from rlsys.interfaces import Learner, RolloutPool, WeightTransfer
-from rlsys.types import Float32Array, Int32Array, WeightAck
+from rlsys.interfaces import Learner, RolloutPool
+from rlsys.types import Float32Array, Int32Array, WeightAck, WeightManifest, WeightOffer
 
-TOLERANCE_FLOOR = {"fp32": 5e-4, "bf16": 0.1}
-"""Largest gap in nats that rounding alone explains after many updates, by dtype.
+Judge = Callable[[WeightAck, Sequence[Float32Array]], None]
 
-A stale output layer exceeds the fp32 value even if every weight moved by only 1e-4 (measured: 2.5e-3).
-"""
-TOLERANCE_FACTOR = 20.0
-FRESH_LOAD_CEILING = {"fp32": 5e-4, "bf16": 0.5}
-"""Largest gap in nats after both sides loaded the same files. A larger gap shows that they compute differently."""
+
+class LearnerPublication:
+    """Publication of the learner's present weights.
+
+    Args:
+        learner: sends the weights and scores the probe.
+        version: the weight version.
+        probe: rows of token ids, `[T]` each.
+        judge: raises WeightSyncError if an acknowledgement disagrees with the learner's log-probabilities.
+    """
+
+    def __init__(self, learner: Learner, version: int, probe: Sequence[Int32Array], judge: Judge) -> None:
+        self._learner, self._version, self._judge = learner, version, judge
+        self.probe, self.serial = probe, learner.shares_device
+        self.offer: WeightOffer = learner.offer(version)
+        self._work: asyncio.Task[tuple[WeightManifest, Sequence[Float32Array]]] | None = None
+
+    def begin(self, members: Sequence[str]) -> None:
+        """Let the learner send its weights, and then score the probe."""
+        self._work = asyncio.ensure_future(self._send(members))
+
+    async def _send(self, members: Sequence[str]) -> tuple[WeightManifest, Sequence[Float32Array]]:
+        manifest = await self._learner.send(self._version, members)
+        return manifest, await self._learner.score(self.probe)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the learner could not send the version."""
+        work = self._work
+        return work is not None and work.done() and (work.cancelled() or work.exception() is not None)
+
+    async def sent(self) -> None:
+        """Return when the learner has sent and scored everything."""
+        await self.result()
+
+    async def result(self) -> tuple[WeightManifest, Sequence[Float32Array]]:
+        """Return the contents of the version and the learner's log-probabilities of the probe."""
+        assert self._work is not None  # noqa: S101 - begin comes first
+        return await asyncio.shield(self._work)
+
+    async def check(self, ack: WeightAck) -> None:
+        """Judge the acknowledgement of an actor."""
+        self._judge(ack, (await self.result())[1])
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        if self._work is not None:
+            self._work.cancel()
+            await asyncio.gather(self._work, return_exceptions=True)
 
 
 class WeightBus:
     """Publishes weight versions and knows which version the actors serve.
 
     Args:
-        learner: scores the probe with its present weights.
-        transfer: brings the learner's weights to the actors.
+        learner: sends its weights, and scores the probe with them.
         pool: the actors.
         config: tolerance of the verification.
         dtype: "bf16" if the actors or the learner compute in it, else "fp32".
@@ -46,7 +88,6 @@ class WeightBus:
     def __init__(
         self,
         learner: Learner,
-        transfer: WeightTransfer,
         pool: RolloutPool,
         config: WeightSyncConfig,
         dtype: str,
@@ -55,17 +96,17 @@ class WeightBus:
         if max(len(row) for row in probe) < 2:
             raise ConfigError("no held-out prompt has two tokens or more: a publish could not be verified with them")
         self._learner = learner
-        self._transfer = transfer
         self._pool = pool
-        self._config = config
-        self._floor = TOLERANCE_FLOOR[dtype]
-        self._ceiling = FRESH_LOAD_CEILING[dtype]
+        self._check = probe_check(dtype, config.probe_tolerance)
         self._probe = probe
-        self.tolerance = config.probe_tolerance or self._floor
         self.calibrated = False
         self.version: int | None = None
         self._acknowledged_scores: Sequence[Float32Array] | None = None  # of the learner, for `version`
-        self._fresh_gap = 0.0
+
+    @property
+    def tolerance(self) -> float:
+        """The bound of the gap, as `ProbeCheck` describes it."""
+        return self._check.tolerance
 
     async def calibrate(self) -> float:
         """Set the tolerance from actors that have just loaded the learner's weights from files. Nothing is sent.
@@ -79,16 +120,8 @@ class WeightBus:
             WeightSyncError: the gap is too large to be rounding.
         """
         expected = await self._learner.score(self._probe)
-        answers = await probe(self._pool, self._probe)
-        gap = max(_largest_gap(expected, answer)[0] for answer in answers)
-        if not gap <= max(self._ceiling, self._config.probe_tolerance or 0.0):
-            raise WeightSyncError(
-                f"actors and learner loaded the same files and their log-probabilities differ by {gap:.2e} nats "
-                f"(at most {self._ceiling:.0e} is rounding): the engine computes this architecture differently"
-            )
-        self.calibrated, self._fresh_gap = True, gap
-        if self._config.probe_tolerance is None:
-            self.tolerance = min(max(self._floor, TOLERANCE_FACTOR * gap), self._ceiling)
+        gap = self._check.calibrate(expected, await probe(self._pool, self._probe))
+        self.calibrated = True
         return gap
 
     def forget(self) -> None:
@@ -98,8 +131,7 @@ class WeightBus:
     async def publish(self, version: int) -> Mapping[str, float]:
         """Bring every actor to the learner's present weights as `version`.
 
-        Returns when all live actors have acknowledged the version. Then the weights of the
-        previous version are released.
+        Returns when all live actors have acknowledged the version.
 
         Returns:
             Values by metric name.
@@ -111,20 +143,22 @@ class WeightBus:
             raise WeightSyncError(f"weight version {version} was offered after {self.version}; versions only grow")
         started, gaps = time.monotonic(), [0.0]
         attempt = self._learner.restarts  # a replaced actor may acknowledge after the next attempt has begun
-        offer = await self._transfer.send(version)
-        expected = await self._learner.score(self._probe)
 
-        def check(ack: WeightAck) -> None:
+        def judge(ack: WeightAck, expected: Sequence[Float32Array]) -> None:
             self._check_version(ack, version, attempt)
             gaps.append(self._check_gap(ack, expected))
             self._check_moved(ack, expected)
 
-        await self._pool.publish(self._transfer, offer, self._probe, check)
-        self._transfer.acknowledged()
+        publication = LearnerPublication(self._learner, version, self._probe, judge)
+        try:
+            await self._pool.publish(publication)
+            manifest, expected = await publication.result()
+        finally:
+            await publication.close()
         self.version, self._acknowledged_scores = version, expected
         seconds = time.monotonic() - started
         return {
-            "weights/publish_bytes": offer.manifest.bytes,
+            "weights/publish_bytes": manifest.bytes,
             "weights/publish_s": seconds,
             "time/publish_s": seconds,
             "weights/probe_gap_max": max(gaps),
@@ -140,48 +174,27 @@ class WeightBus:
             )
 
     def _check_gap(self, ack: WeightAck, expected: Sequence[Float32Array]) -> float:
-        """Return the largest gap; raise if it exceeds the tolerance."""
-        gap, row, position = _largest_gap(expected, ack.probe_logprobs)
-        if not gap <= self.tolerance:
+        """Return the largest gap in nats; raise if the check rejects the answer."""
+        if problem := self._check.problem(expected, ack.probe_logprobs):
             raise WeightSyncError(
-                f"actor {ack.actor}, weight version {ack.version}: log-probabilities differ from the learner's by "
-                f"{gap:.2e} nats (probe row {row}, token {position}), allowed are {self.tolerance:.2e}. All tensors "
-                "arrived with the right checksum, so the engine computes with others: an output layer tied to the "
-                "embedding (lm_head.weight) that was not sent is the usual cause"
+                f"actor {ack.actor}, weight version {ack.version}: {problem}. All tensors arrived with the right "
+                "checksum, so the engine computes with others: an output layer tied to the embedding (lm_head.weight) "
+                "that was not sent is the usual cause"
             )
-        return gap
+        return largest_gap(expected, ack.probe_logprobs)[0]
 
     def _check_moved(self, ack: WeightAck, expected: Sequence[Float32Array]) -> None:
         """Raise if an actor still computes with the previous version, although its gap is within the tolerance.
 
         A step may change the scores by less than the tolerance. An actor with old weights is then detected because its
-        scores are nearer to the old scores. The comparison is made only if the mean change exceeds twice the largest
-        gap of a fresh load. Otherwise rounding could bring the scores of the right weights nearer to the old ones.
+        scores are nearer to the old scores. The comparison is made only if the scores moved further than rounding.
+        Otherwise rounding could bring the scores of the right weights nearer to the old ones.
         """
-        if not self._acknowledged_scores or _mean_gap(expected, self._acknowledged_scores) <= 2 * self._fresh_gap:
-            return
-        to_new, to_old = (_mean_gap(ack.probe_logprobs, scores) for scores in (expected, self._acknowledged_scores))
-        if to_new > to_old:
+        previous = self._acknowledged_scores
+        distances = self._check.distances(expected, previous, ack.probe_logprobs) if previous else None
+        if distances and distances[0] > distances[1]:
             raise WeightSyncError(
                 f"actor {ack.actor} acknowledged weight version {ack.version} but computes with the previous one: its "
-                f"log-probabilities are {to_new:.2e} nats from the learner's, and {to_old:.2e} from those of the "
-                "previous version"
+                f"log-probabilities are {distances[0]:.2e} nats from the learner's, and {distances[1]:.2e} from those "
+                "of the previous version"
             )
-
-
-def _mean_gap(left: Sequence[Float32Array], right: Sequence[Float32Array]) -> float:
-    return float(np.mean(np.abs(np.concatenate(left) - np.concatenate(right)), dtype=np.float64))
-
-
-def _largest_gap(expected: Sequence[Float32Array], answer: Sequence[Float32Array]) -> tuple[float, int, int]:
-    """Return the largest absolute difference, its row and its token; NaN and missing numbers count as infinite."""
-    if [row.shape for row in expected] != [row.shape for row in answer]:
-        return np.inf, 0, 0
-    largest = (-1.0, 0, 0)
-    for row, (left, right) in enumerate(zip(expected, answer, strict=True)):
-        if not left.size:  # a row of one token predicts nothing
-            continue
-        gaps = np.nan_to_num(np.abs(left - right), nan=np.inf)
-        position = int(gaps.argmax())
-        largest = max(largest, (float(gaps[position]), row, position + 1))
-    return largest

@@ -118,6 +118,17 @@ class Inputs:
             **(self.data.fingerprint() if self._training else {}),
         }
 
-    def probe(self) -> list[Int32Array]:
-        """Return the token ids of the held-out prompts that check every publish."""
-        return [prompt.token_ids for prompt in self.held_out[: self._config.weight_sync.probe_rows]]
+    def probe(self, tokens: int = 0) -> list[Int32Array]:
+        """Return the token ids of the held-out prompts that check every publish.
+
+        Args:
+            tokens: tokens to be predicted at least, if there are so many held-out prompts.
+        """
+        rows: list[Int32Array] = []
+        predicted = 0
+        for prompt in self.held_out:
+            if len(rows) >= self._config.weight_sync.probe_rows and predicted >= tokens:
+                break
+            rows.append(prompt.token_ids)
+            predicted += len(prompt.token_ids) - 1
+        return rows

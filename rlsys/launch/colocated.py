@@ -114,6 +114,8 @@ class ColocatedLearner(RayLearner):
         device: the devices that the ranks share with engines.
     """
 
+    shares_device = True
+
     def __init__(self, spawn: Callable[[int], Sequence[Any]], config: Config, device: SharedDevice) -> None:
         super().__init__(spawn, config)
         self._device = device

@@ -30,6 +30,7 @@ from rlsys.data.inputs import Inputs, prepare_model
 from rlsys.errors import ConfigError
 from rlsys.launch.access import check_address, check_answer
 from rlsys.launch.resources import ResourcePlan, plan_resources
+from rlsys.launch.transports import check_transport
 from rlsys.models.checks import Use, check_model
 from rlsys.models.folder import ModelFolder, given_model
 from rlsys.trees import Role
@@ -81,9 +82,12 @@ def check_settings(config: Config, purpose: Purpose) -> None:
 
     Raises:
         ConfigError: run.address is not safe to use or does not answer; run.dir cannot be written, or is relative on a
-            cluster; or a training run does not measure checkpoint.best_metric.
+            cluster; the processes cannot have weight_sync.transport; or a training run does not measure
+            checkpoint.best_metric.
     """
     check_address(config.run.address)
+    if purpose in ("train", "check"):
+        check_transport(config)
     check_answer(config.run.address)
     if purpose != "evaluate":
         _check_run_dir(config)

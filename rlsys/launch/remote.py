@@ -34,6 +34,7 @@ from rlsys.types import (
     TrainingBatch,
     TrajectoryGroup,
     WeightAck,
+    WeightManifest,
     WeightOffer,
 )
 
@@ -111,6 +112,9 @@ class RayActor:
         ack: WeightAck = await self._update("update_weights", offer, list(probe))
         return ack
 
+    async def forget(self, caller: str) -> None:
+        await self._rollout("forget", caller)
+
     async def close(self) -> None:
         """Close the engine and the verifiers, then end the process.
 
@@ -171,6 +175,8 @@ class RayLearner:
         clock: the clock of the watch.
     """
 
+    shares_device = False
+
     def __init__(self, spawn: Callable[[int], Sequence[Any]], config: Config, clock: WatchClock | None = None) -> None:
         self._spawn = spawn
         self._config = config
@@ -221,10 +227,12 @@ class RayLearner:
         scores: Sequence[Float32Array] = (await self.call("score", list(probe)))[0]
         return scores
 
-    async def send(self, version: int) -> WeightOffer:
-        bucket_bytes = int(self._config.weight_sync.bucket_mib * 2**20)
-        offer: WeightOffer = (await self.call("send", version, bucket_bytes))[0]
-        return offer
+    def offer(self, version: int) -> WeightOffer:
+        return WeightOffer(version=version, attempt=self.restarts, source=self._ranks[0].handle)
+
+    async def send(self, version: int, members: Sequence[str]) -> WeightManifest:
+        manifest: WeightManifest = (await self.call("send", version, tuple(members)))[0]
+        return manifest
 
     async def save(self, folder: Path) -> None:
         await self.call("save", folder)

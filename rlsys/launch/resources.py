@@ -22,7 +22,8 @@ GIB = 2**30
 ACTOR_BASE_GIB = 1.2
 RANK_BASE_GIB = 0.8
 MINIMUM_STORE_BYTES = 512 * 2**20
-VERSIONS_IN_STORE = 2.5
+BUCKETS_IN_STORE = 8
+LARGEST_TENSOR = 0.5  # share of the policy that one or two buckets with the embedding can take
 BYTES = {"fp32": 4, "bf16": 2}
 COPIED_BYTES = 12  # master weight and two moments
 
@@ -102,6 +103,8 @@ def plan_resources(
         served = models[searching.role if searching else "policy"].parameters
         store = object_store_bytes(config, served) if learner else MINIMUM_STORE_BYTES
         memory = _engines_gib(config, config.actors, served) + ranks * _rank_gib(config, served)
+        if learner:  # rank 0 keeps the published policy for actors that start late
+            memory += served * BYTES[config.learner.dtype] / GIB
         memory += sum(_engines_gib(config, engines.actors, models[engines.role].parameters) for engines in auxiliary)
         needs = _memory_needs(memory + store / GIB, store, auxiliary, learner)
         if config.run.device == "cpu":
@@ -139,13 +142,15 @@ def _count_fields(auxiliary: Sequence[ModelEngines]) -> str:
 
 
 def object_store_bytes(config: Config, parameters: int) -> int:
-    """Return the size of Ray's object store, which holds two versions of the policy and trajectories.
+    """Return the size of Ray's object store, which holds a few buckets of the policy, and trajectories.
 
     Args:
         config: the config of the run.
         parameters: number of parameters of the policy.
     """
-    return max(MINIMUM_STORE_BYTES, int(VERSIONS_IN_STORE * parameters * BYTES[config.learner.dtype]))
+    policy = parameters * BYTES[config.learner.dtype]
+    buckets = BUCKETS_IN_STORE * config.weight_sync.bucket_mib * 2**20
+    return max(MINIMUM_STORE_BYTES, int(min(2.5 * policy, LARGEST_TENSOR * policy + buckets)))
 
 
 def _engines_gib(config: Config, actors: ActorsConfig, parameters: int) -> float:

@@ -16,6 +16,7 @@ from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plans
 from rlsys.control.controller import Controller
 from rlsys.control.fleet import Fleet
+from rlsys.control.probe_check import PROBE_TOKENS
 from rlsys.control.recovery import Recovery
 from rlsys.control.run_context import RunContext
 from rlsys.control.shared_device import SharedDevice
@@ -44,7 +45,6 @@ from rlsys.run.lock import RunLock
 from rlsys.run.metrics import MetricsWriter
 from rlsys.run.provenance import check_extraction, check_inputs
 from rlsys.run.resume import Start, all_steps_made, checkpoint_store, find_newest_start, find_start
-from rlsys.transfer.object_store import ObjectStoreTransfer
 from rlsys.trees import Role
 from rlsys.types import Prompt
 
@@ -218,8 +218,9 @@ async def _train(cluster: Cluster, session: Session) -> None:
             return learner_handles(cluster, ranks, inputs.pad_token_id, attempt)
 
         learner = ColocatedLearner(spawn, config, device) if device else RayLearner(spawn, config)
-        transfer = ObjectStoreTransfer(learner)
-        bus = WeightBus(learner, transfer, pool, config.weight_sync, _lowest_dtype(config), inputs.probe())
+        dtype = _lowest_dtype(config)
+        probe = inputs.probe(PROBE_TOKENS if dtype == "bf16" else 0)
+        bus = WeightBus(learner, pool, config.weight_sync, dtype, probe)
         signals: list[str] = []
         recovery = Recovery(
             config=config,

@@ -14,7 +14,7 @@ from actors.engine_build import engine_environment
 from actors.model_actor import ModelActor, ModelSettings
 from actors.rollout_actor import RolloutActor
 from actors.settings import ActorSettings
-from learners.learner_actor import WATCH, LearnerActor
+from learners.learner_actor import TRANSFER, WATCH, LearnerActor
 from learners.settings import RankSettings, learner_environment
 from rlsys.config.engine_roles import ModelEngines, Searching
 from rlsys.control.fleet import Fleet
@@ -119,6 +119,7 @@ def _actor_settings(
         rewards=config.rewards,
         log_file=str(RunDirectory(cluster.run_dir).logs / f"actor-{number}.log"),
         shares_device=config.placement == "colocated",
+        weight_timeout_s=config.weight_sync.timeout_s,
         **search,
     )
 
@@ -168,20 +169,25 @@ def learner_handles(cluster: Cluster, bundles: Sequence[int], pad_token_id: int,
             max_tokens=config.sampling.max_tokens,
             learner=config.learner,
             objective=config.objective,
+            weight_sync=config.weight_sync,
+            engine_workers=config.actors.tensor_parallel_size,
             attempt=attempt,
         )
         environment = learner_environment(config.learner, config.run.device, rank)
         options = cluster.options(bundle, SHARE if config.placement == "colocated" else 1, environment)
         log_file = str(RunDirectory(cluster.run_dir).logs / f"learner-{rank}.log")
-        handles.append(start_rank(LearnerActor, options, settings, log_file))
+        handles.append(start_rank(LearnerActor, options, settings, log_file, takers=config.actors.count))
     return handles
 
 
-def start_rank(kind: type, options: Mapping[str, Any], *arguments: Any) -> Any:
-    """Start the process of a learner rank, which answers calls of the group WATCH while another call runs.
+def start_rank(kind: type, options: Mapping[str, Any], *arguments: Any, takers: int = 1) -> Any:
+    """Start the process of a learner rank, which answers calls of two groups while another call runs.
 
     Its calls carry no order, so that none waits for a lost one. The driver makes one call for training at a time, and
     the rank has one thread for them.
+
+    Args:
+        takers: number of actors that take weights at the same time. Lost ones may still wait for an answer.
     """
-    actor = ray.remote(concurrency_groups={WATCH: 1})(kind)
+    actor = ray.remote(concurrency_groups={WATCH: 1, TRANSFER: 2 * takers})(kind)
     return actor.options(**options, allow_out_of_order_execution=True).remote(*arguments)

@@ -1,26 +1,62 @@
-"""Weights as bytes: consecutive tensors packed into buckets, each with a sha256. All transports share this format.
+"""Weights as bytes: consecutive tensors packed into buckets, each with a digest. All transports share this format.
 
 Functions import torch when they are called, so that the driver can load a transport without torch.
 """
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import xxhash
 
 from rlsys.errors import WeightSyncError
-from rlsys.fault_injection import fault
-from rlsys.types import TensorSpec, WeightBucket, WeightManifest
+from rlsys.types import TensorSpec, WeightBucket
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def pack(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[tuple[WeightBucket, np.ndarray]]:
+@dataclass(frozen=True, slots=True)
+class PackedBucket:
+    """A bucket that is ready to be sent.
+
+    Attributes:
+        data: its bytes in host memory, `[bytes] uint8`.
+        staged: the same bytes on the device of the tensors; on a CPU, a view of `data`.
+    """
+
+    bucket: WeightBucket
+    data: np.ndarray
+    staged: Tensor
+
+
+def digest_of(data: np.ndarray) -> str:
+    """Return the xxh3_128 of bytes, in hexadecimal."""
+    return xxhash.xxh3_128(data.data).hexdigest()
+
+
+def check_digest(actor: str, version: int, bucket: WeightBucket, digest: str) -> None:
+    """Raise if the bytes that arrived are not those that were sent.
+
+    Raises:
+        WeightSyncError: the digests differ; names actor, first tensor of the bucket and version.
+    """
+    if digest != bucket.digest:
+        raise WeightSyncError(
+            f"actor {actor}, weight version {version}: the bucket that starts with tensor "
+            f"{bucket.tensors[0].name} has xxh3 {digest[:12]}, expected {bucket.digest[:12]}"
+        )
+
+
+def pack(
+    tensors: Iterable[tuple[str, Tensor]],
+    bucket_bytes: int,
+    buffer: Callable[[int, int], np.ndarray] = lambda _number, size: np.empty(size, dtype=np.uint8),
+) -> Iterator[PackedBucket]:
     """Yield consecutive tensors in buckets; a bucket closes with the tensor that fills it.
 
     The same tensor under two names, one after the other, is packed once.
@@ -28,75 +64,74 @@ def pack(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[t
     Args:
         tensors: name and value of every tensor, in the order in which they are sent.
         bucket_bytes: size at which a bucket closes, >= 1.
-
-    Yields:
-        The description of a bucket and its bytes, `[bytes] uint8`.
+        buffer: returns the host memory of a bucket, for its number and size.
     """
-    specs: list[TensorSpec] = []
-    parts: list[np.ndarray] = []
-    last: Tensor | None = None
-    for name, tensor in tensors:
-        alias = tensor is last
-        if not alias and sum(part.nbytes for part in parts) >= bucket_bytes:
-            yield _close_bucket(specs, parts)
-            specs, parts = [], []
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        specs.append(TensorSpec(name=name, shape=tuple(tensor.shape), dtype=dtype, alias=alias))
-        if not alias:
-            parts.append(_tensor_bytes(tensor))
-        last = tensor
-    if specs:
-        yield _close_bucket(specs, parts)
+    for number, (specs, values) in enumerate(_groups(tensors, bucket_bytes)):
+        data = buffer(number, sum(spec.bytes for spec in specs))
+        staged = _concatenate(values, data)
+        yield PackedBucket(WeightBucket(tensors=specs, digest=digest_of(data), bytes=data.nbytes), data, staged)
 
 
-def unpack(bucket: WeightBucket, data: np.ndarray) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and value of every tensor of a bucket. The tensors are views of `data`, `[bytes] uint8`."""
+def unpack(bucket: WeightBucket, raw: Tensor, skip: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and value of every tensor of a bucket. The tensors are views of `raw`, `[bytes] uint8`.
+
+    Args:
+        skip: names of tensors that are left out.
+    """
     import torch
 
     start, value = 0, torch.empty(0)
-    # torch warns about read-only arrays, such as Ray's shared memory; the engine only copies out of these views.
-    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     for spec in bucket.tensors:
         if not spec.alias:
-            raw = torch.from_numpy(data[start : start + spec.bytes])
-            value = raw.view(getattr(torch, spec.dtype)).view(spec.shape)
+            dtype: torch.dtype = getattr(torch, spec.dtype)
+            part = raw[start : start + spec.bytes]
+            value = (part.clone() if start % dtype.itemsize else part).view(dtype).view(spec.shape)
             start += spec.bytes
-        yield spec.name, value
+        if spec.name not in skip:
+            yield spec.name, value
 
 
-def verified_tensors(
-    actor: str, manifest: WeightManifest, buckets: Iterable[np.ndarray]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a version. Each bucket is fetched when it is needed, and verified first.
-
-    Args:
-        actor: name of the receiving actor, for error messages.
-        manifest: description of the version.
-        buckets: the bytes of every bucket of the manifest, in order, `[bytes] uint8` each.
-
-    Raises:
-        WeightSyncError: a checksum or size differs; names actor, first tensor of the bucket and version.
-    """
-    for bucket, data in zip(manifest.buckets, buckets, strict=True):
-        digest = hashlib.sha256(data.data).hexdigest()
-        if digest != bucket.sha256:
-            raise WeightSyncError(
-                f"actor {actor}, weight version {manifest.version}: the bucket that starts with tensor "
-                f"{bucket.tensors[0].name} has sha256 {digest[:12]}, expected {bucket.sha256[:12]}"
-            )
-        dropped = fault("publish.drop", version=manifest.version)
-        yield from (item for item in unpack(bucket, data) if item[0] != dropped)
-        fault("publish.bucket", version=manifest.version)
-
-
-def _tensor_bytes(tensor: Tensor) -> np.ndarray:
+def as_tensor(data: np.ndarray) -> Tensor:
+    """Return a tensor that shares the memory of an array, which may be read-only."""
     import torch
 
-    flat = tensor.contiguous().cpu().reshape(-1)
-    return flat.view(torch.uint8).numpy()
+    # torch warns about read-only arrays, such as Ray's shared memory; the engine only copies out of these views.
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    return torch.from_numpy(data)
 
 
-def _close_bucket(specs: list[TensorSpec], parts: list[np.ndarray]) -> tuple[WeightBucket, np.ndarray]:
-    data = np.concatenate(parts)
-    bucket = WeightBucket(tensors=tuple(specs), sha256=hashlib.sha256(data).hexdigest(), bytes=data.nbytes)
-    return bucket, data
+def _groups(
+    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int
+) -> Iterator[tuple[tuple[TensorSpec, ...], list[Tensor]]]:
+    """Yield the descriptions and the distinct values of the tensors of every bucket."""
+    specs: list[TensorSpec] = []
+    values: list[Tensor] = []
+    last: Tensor | None = None
+    for name, tensor in tensors:
+        alias = tensor is last
+        if not alias and sum(spec.bytes for spec in specs) >= bucket_bytes:
+            yield tuple(specs), values
+            specs, values = [], []
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        specs.append(TensorSpec(name=name, shape=tuple(tensor.shape), dtype=dtype, alias=alias))
+        if not alias:
+            values.append(tensor)
+        last = tensor
+    if specs:
+        yield tuple(specs), values
+
+
+def _concatenate(values: list[Tensor], data: np.ndarray) -> Tensor:
+    """Copy the bytes of tensors to `data`, and return them on the device of the tensors."""
+    import torch
+
+    host = torch.from_numpy(data)
+    staged = host if values[0].device.type == "cpu" else torch.empty_like(host, device=values[0].device)
+    start = 0
+    for value in values:
+        part = value.detach().contiguous().reshape(-1).view(torch.uint8)
+        staged[start : start + part.numel()].copy_(part)
+        start += part.numel()
+    if staged is not host:
+        host.copy_(staged)
+    return staged

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from local_weights import deliveries
 from vllm.exceptions import VLLMValidationError
 
 from actors import engine as module
@@ -31,7 +33,10 @@ class Script:
         self.refusal: Exception = ValueError("longer than the maximum model length")
         self.fails_at_step: Exception | None = None
         self.fails_at_reload = False
+        self.holds = False  # whether no request ends
+        self.aborted: list[str] = []
         self.logprobs: Any = SimpleNamespace(logprobs=[-1.0, -2.0])
+        self.engine_core = SimpleNamespace(engine_core=SimpleNamespace(batch_queue=None))
 
     def add_request(self, request_id: str, prompt: dict[str, Any], params: Any) -> None:
         if len(prompt["prompt_token_ids"]) > 4:
@@ -44,17 +49,21 @@ class Script:
     def step(self) -> list[Any]:
         if self.fails_at_step:
             raise self.fails_at_step
-        done, self.added = self.added, []
+        done, self.added = ([], self.added) if self.holds else (self.added, [])
         span = SimpleNamespace(start=0, version=self.label)
         out = SimpleNamespace(token_ids=[7, 2], logprobs=self.logprobs, finish_reason="stop", weight_versions=[span])
         time.sleep(STEP_S)
         prompt = {"prompt_token_ids": [1, 2], "num_cached_tokens": 1}
         return [SimpleNamespace(finished=True, request_id=name, outputs=[out], **prompt) for name in done]
 
-    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
-        for name, _ in kwargs["weights_iterator"]:
-            if self.fails_at_reload and name == "b":
-                raise RuntimeError("size mismatch")
+    def collective_rpc(self, method: str, kwargs: dict[str, Any] | None = None) -> list[Any]:
+        if self.fails_at_reload and method == "update_weights":
+            raise RuntimeError("size mismatch")
+        return [None]
+
+    def abort_request(self, request_ids: list[str]) -> None:
+        self.aborted += request_ids
+        self.added = [name for name in self.added if name not in request_ids]
 
     def set_weight_version(self, version: str) -> None:
         self.label = version
@@ -216,11 +225,51 @@ def test_an_engine_is_idle_only_while_it_waits_for_a_command(script: Script, eng
     assert becomes_idle()
 
 
+def test_a_request_that_nobody_waits_for_is_aborted_and_takes_no_step(script: Script, engine: Engine) -> None:
+    script.holds = True
+    gone, kept = engine.submit([request(1), request(2)])
+    while len(script.added) < 2:
+        time.sleep(0.001)
+    assert gone.cancel()
+    while not script.aborted:
+        time.sleep(0.001)
+    assert script.aborted == ["1"] and script.added == ["2"]
+    script.holds = False
+    assert outcome(kept).finish_reason == "stop"
+    deadline = time.monotonic() + 20
+    while not engine.idle and time.monotonic() < deadline:
+        time.sleep(0.001)
+    steps = engine.steps
+    time.sleep(3 * STEP_S)
+    assert engine.steps == steps, "no step is made for an aborted request"
+
+
+def test_a_request_cancelled_before_its_turn_never_reaches_the_engine(script: Script, engine: Engine) -> None:
+    script.holds = True
+    (first,) = engine.submit([request(1)])
+    while not script.added:
+        time.sleep(0.001)
+    (second,) = engine.submit([request(2)])  # queued behind the present step
+    assert second.cancel()
+    script.holds = False
+    outcome(first)
+    assert len(script.params) <= 2
+    (third,) = engine.submit([request(3)])
+    outcome(third)
+    assert script.added == [] and engine._pending == {}
+
+
+def test_weights_change_only_where_no_batch_is_in_flight(script: Script, engine: Engine) -> None:
+    script.engine_core.engine_core.batch_queue = ["a batch"]
+    with pytest.raises(EngineError, match="a batch is in flight at a change of weights"):
+        engine.update_weights(4, 0, [])
+    assert script.label == "3.0"
+
+
 def test_an_interrupted_update_breaks_the_engine(script: Script, engine: Engine) -> None:
     script.fails_at_reload = True
-    tensors: list[Any] = [("a", None), ("b", None)]
     with pytest.raises(RuntimeError, match="size mismatch"):
-        engine.update_weights(4, 0, tensors)
+        engine.update_weights(4, 0, deliveries([("a", torch.zeros(4)), ("b", torch.zeros(4))], 4))
     with pytest.raises(EngineError, match="size mismatch"):
         outcome(engine.submit([request(1)])[0])
     with pytest.raises(EngineError, match="size mismatch"):

@@ -6,46 +6,45 @@ import logging
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import ApertusConfig
 
 from actors.weights import (
     RELOAD_LOGGER,
-    LoadProgress,
-    check_names,
+    CheckedDeliveries,
     expected_tensors,
     has_output_layer,
     is_about_weights,
-    without_tensor,
 )
 from rlsys.config.schema import FromScratchConfig
 from rlsys.errors import WeightSyncError
 from rlsys.models.scratch import build_from_scratch
-from rlsys.types import TensorSpec, WeightBucket, WeightManifest
+from rlsys.transfer.object_store import Delivery
+from rlsys.types import TensorSpec, WeightBucket
 
 
-def manifest(*names: str) -> WeightManifest:
+def delivery(*names: str) -> Delivery:
     specs = tuple(TensorSpec(name=name, shape=(4,), dtype="float32") for name in names)
-    return WeightManifest(
-        version=3, buckets=tuple(WeightBucket(tensors=(spec,), sha256="", bytes=16) for spec in specs)
-    )
+    bucket = WeightBucket(tensors=specs, digest="", bytes=16 * len(names))
+    return Delivery(version=3, bucket=bucket, data=None, group=None, fetch=lambda: np.zeros(0, dtype=np.uint8))
 
 
-def test_a_missing_name_names_actor_version_and_tensor() -> None:
-    offered = manifest("b.weight", "c.weight")
+def test_a_missing_name_names_actor_version_and_tensor_after_the_last_bucket() -> None:
     message = r"actor 1, weight version 3: tensor a\.weight is missing from the publish$"
+    arriving = iter(CheckedDeliveries("1", 3, [delivery("b.weight", "c.weight")], ["c.weight", "b.weight", "a.weight"]))
+    assert next(arriving).bucket.tensors[0].name == "b.weight"
     with pytest.raises(WeightSyncError, match=message):
-        check_names("1", offered, ["c.weight", "b.weight", "a.weight"])
+        next(arriving)
     with pytest.raises(WeightSyncError, match=r"tensor a\.weight is missing .* \(and 1 more\)"):
-        check_names("1", offered, ["c.weight", "d.weight", "a.weight"])
+        list(CheckedDeliveries("1", 3, [delivery("b.weight")], ["c.weight", "b.weight", "a.weight"]))
 
 
 def test_more_names_than_the_model_has_are_allowed() -> None:
     # The output layer of a tied model is sent and is in no file.
-    check_names("1", manifest("a.weight", "b.weight"), ["a.weight"])
+    assert len(list(CheckedDeliveries("1", 3, [delivery("a.weight"), delivery("b.weight")], ["a.weight"]))) == 2
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -97,19 +96,15 @@ def test_an_engine_has_the_output_layer_under_any_prefix_or_as_vllms_class() -> 
     assert not has_output_layer(engine_model(norm=nn.Linear(2, 2)), "lm_head.weight")
 
 
-def test_only_the_named_tensor_is_left_out() -> None:
-    tensors = [("a", torch.zeros(1)), ("lm_head.weight", torch.zeros(1)), ("b", torch.zeros(1))]
-    assert [name for name, _ in without_tensor(tensors, "lm_head.weight")] == ["a", "b"]
-
-
-def test_the_progress_of_a_load_is_its_last_tensor_and_their_number() -> None:
-    progress = LoadProgress([("a", None), ("b", None)])
-    assert (progress.last, progress.count) == ("none", 0)
-    tensors = iter(progress)
-    next(tensors)
-    assert (progress.last, progress.count) == ("a", 1)
-    list(tensors)
-    assert (progress.last, progress.count) == ("b", 2)
+def test_the_progress_of_a_load_is_its_newest_bucket_and_the_number_of_loaded_tensors() -> None:
+    progress = CheckedDeliveries("1", 3, [delivery("a", "b"), delivery("c")])
+    assert (progress.first, progress.count) == ("none", 0)
+    arriving = iter(progress)
+    next(arriving)
+    assert (progress.first, progress.count) == ("a", 0)
+    next(arriving)
+    assert (progress.first, progress.count) == ("c", 2)
+    assert list(arriving) == [] and progress.count == 3
 
 
 def test_a_table_of_rotary_embeddings_is_no_warning_and_a_layer_without_weights_is(

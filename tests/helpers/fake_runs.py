@@ -25,7 +25,6 @@ from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.ledger import Ledger
 from rlsys.run.metrics import MetricsWriter, read_rows
 from rlsys.run.state import read_state
-from rlsys.transfer.object_store import ObjectStoreTransfer
 from rlsys.types import RunState
 
 START = RunState(stage=0, step=0, weight_version=0, cursor=0)
@@ -88,14 +87,7 @@ class Run:
             tokenizer_files=[self.model / "tokenizer.json"],
             pool=self.pool,
             learner=self.learner,
-            bus=WeightBus(
-                self.learner,
-                ObjectStoreTransfer(self.learner),
-                self.pool,
-                self.config.weight_sync,
-                "fp32",
-                PROBE,
-            ),
+            bus=WeightBus(self.learner, self.pool, self.config.weight_sync, "fp32", PROBE),
             checkpoints=self.checkpoints,
             metrics=metrics,
             ledger=Ledger(self.run_dir, self.state.weight_version if self.checkpoint else -1),

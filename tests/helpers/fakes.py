@@ -191,18 +191,20 @@ class FakePool:
         self.calls.append(("probe", actor))
         return self.answer.get(actor, logprobs(rows))
 
-    async def publish(self, transfer: Any, offer: WeightOffer, probe: Sequence[Int32Array], check: Any) -> None:
-        updates = [self.update_weights(actor, offer, probe) for actor in range(self.count)]
-        for ack in await asyncio.gather(*updates):
-            check(ack)
+    async def publish(self, publication: Any) -> None:
+        publication.begin([f"{actor}.0" for actor in range(self.count)])
+        updates = [self.update_weights(actor, publication.offer, publication.probe) for actor in range(self.count)]
+        acks = await asyncio.gather(*updates)
+        await publication.sent()
+        for ack in acks:
+            await publication.check(ack)
 
     async def update_weights(self, actor: int, offer: WeightOffer, probe: Sequence[Int32Array]) -> WeightAck:
-        manifest = offer.manifest
-        self.calls.append(("update", actor, manifest.version))
+        self.calls.append(("update", actor, offer.version))
         await asyncio.sleep(0)
-        self.versions[actor] = manifest.version
+        self.versions[actor] = offer.version
         scores = tuple(self.answer.get(actor, logprobs(probe)))
-        return WeightAck(actor=str(actor), version=manifest.version, attempt=manifest.attempt, probe_logprobs=scores)
+        return WeightAck(actor=str(actor), version=offer.version, attempt=offer.attempt, probe_logprobs=scores)
 
 
 class FakeLearner:
@@ -223,7 +225,6 @@ class FakeLearner:
         self.kinds: list[list[bool]] = []
         self.version = 0
         self.on_train: Any = lambda version: None
-        self.reference: Any = object
 
     async def start_stage(self, stage: str, policy: Path, resume: Path | None, reference: Path | None) -> None:
         self.calls.append(("start_stage", stage, policy, resume, reference))
@@ -247,11 +248,13 @@ class FakeLearner:
         self.calls.append(("score_probe", len(probe)))
         return logprobs(probe)
 
-    async def send(self, version: int) -> WeightOffer:
+    def offer(self, version: int) -> WeightOffer:
+        return WeightOffer(version=version, attempt=self.restarts, source=None)
+
+    async def send(self, version: int, members: Sequence[str]) -> WeightManifest:
         self.calls.append(("send", version))
-        bucket = WeightBucket(tensors=(), sha256="", bytes=16)
-        manifest = WeightManifest(version=version, attempt=self.restarts, buckets=(bucket,))
-        return WeightOffer(manifest=manifest, payload=(self.reference(),))
+        bucket = WeightBucket(tensors=(), digest="", bytes=16)
+        return WeightManifest(version=version, attempt=self.restarts, buckets=(bucket,))
 
     async def save(self, folder: Path) -> None:
         self.calls.append(("save", self.version))

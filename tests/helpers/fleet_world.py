@@ -13,7 +13,7 @@ from rlsys.errors import (
     EngineError,
 )
 from rlsys.interfaces import EngineStats
-from rlsys.types import SamplingSettings, WeightAck, WeightManifest, WeightOffer
+from rlsys.types import SamplingSettings, WeightAck, WeightOffer
 
 SETTINGS = SamplingSettings(samples=1, temperature=1.0, top_p=1.0, max_tokens=4, seed=0)
 
@@ -21,8 +21,39 @@ SETTINGS = SamplingSettings(samples=1, temperature=1.0, top_p=1.0, max_tokens=4,
 SERVING, STALE = ActorState.SERVING, ActorState.STALE
 
 
-def offer(version: int) -> WeightOffer:
-    return WeightOffer(manifest=WeightManifest(version=version, buckets=()), payload=None)
+class ScriptedPublication:
+    """A publication of a learner that has sent everything, unless a test says otherwise.
+
+    Attributes:
+        members: processes that were up when it began.
+        error: the loss of the learner.
+        gate: the learner has not sent everything until it is set.
+    """
+
+    def __init__(self, version: int, judge: Callable[[WeightAck], object]) -> None:
+        self.offer = WeightOffer(version=version, attempt=0, source=None)
+        self.probe: Sequence[Any] = ()
+        self.members: list[str] = []
+        self.error: Exception | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self._judge = judge
+
+    def begin(self, members: Sequence[str]) -> None:
+        self.members = list(members)
+
+    @property
+    def failed(self) -> bool:
+        return self.error is not None
+
+    async def sent(self) -> None:
+        await self.gate.wait()
+        if self.error:
+            raise self.error
+
+    async def check(self, ack: WeightAck) -> None:
+        await self.sent()
+        self._judge(ack)
 
 
 class Process:
@@ -67,7 +98,7 @@ class Process:
 
     async def update_weights(self, offer: WeightOffer, probe: Any) -> WeightAck:
         await self._work("update")
-        self.version = offer.manifest.version
+        self.version = offer.version
         return WeightAck(actor=f"{self.number}", version=self.version, probe_logprobs=())
 
     async def engine_stats(self) -> EngineStats:
@@ -79,6 +110,9 @@ class Process:
         if self.killed:
             raise EngineError(f"actor {self.number} died: killed")
         return self.steps
+
+    async def forget(self, caller: str) -> None:
+        self.world.forgotten.append((self.number, caller))
 
     async def close(self) -> None:
         self.closed = True
@@ -95,7 +129,8 @@ class World:
         self.processes: list[Process] = []
         self.calls: list[tuple[str, int, int]] = []
         self.said: list[str] = []
-        self.repeated: list[int] = []  # versions that were offered to late actors
+        self.forgotten: list[tuple[int, str]] = []  # auxiliary engine, and the lost caller
+        self.publications: list[ScriptedPublication] = []
         self.current: int | None = None
         self.now = 0.0
         self.interval_s = 1.0
@@ -122,13 +157,10 @@ class World:
             clock=WatchClock(monotonic=lambda: self.now, interval_s=self.interval_s),
         )
 
-    async def offer_for_late_actor(self, version: int) -> WeightOffer:
-        self.repeated.append(version)
-        return offer(version)
-
-    async def publish(self, fleet: Fleet, version: int, check: Callable[[WeightAck], object] = lambda ack: ack) -> None:
+    async def publish(self, fleet: Fleet, version: int, judge: Callable[[WeightAck], object] = lambda ack: ack) -> None:
         self.current = version
-        await fleet.publish(self, offer(version), (), check)
+        self.publications.append(ScriptedPublication(version, judge))
+        await fleet.publish(self.publications[-1])
 
 
 def run(test: Callable[[World], Awaitable[None]]) -> None:
@@ -139,5 +171,5 @@ def run(test: Callable[[World], Awaitable[None]]) -> None:
 
 
 async def settle() -> None:
-    for _ in range(50):
+    for _ in range(100):
         await asyncio.sleep(0)

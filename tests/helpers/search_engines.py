@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
 from search_world import World, search_model, shipped
@@ -46,6 +47,7 @@ class ThreadEngine:
         self._changed = threading.Condition()
         self._open = True
         self.requests: list[CompletionRequest] = []
+        self.futures: list[Future[Completion]] = []
         self.affinities: dict[str, set[int]] = {}
         self.in_flight: list[int] = []
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -54,6 +56,7 @@ class ThreadEngine:
     def submit(self, requests: Sequence[CompletionRequest], affinity: int = 0) -> list[Future[Completion]]:
         futures: list[Future[Completion]] = [Future() for _ in requests]
         with self._changed:
+            self.futures += futures
             for request, future in zip(requests, futures, strict=True):
                 self.requests.append(request)
                 self.affinities.setdefault(request.request_id.split("/")[0], set()).add(affinity)
@@ -82,10 +85,11 @@ class ThreadEngine:
                 time.sleep(0.001)
             for request, future in now:
                 error = self._fails(request)
-                if error is not None:
-                    future.set_exception(error)
-                else:
-                    future.set_result(WORLD.complete(call_of(request), self._model))
+                with contextlib.suppress(InvalidStateError):  # the tree has cancelled it
+                    if error is not None:
+                        future.set_exception(error)
+                    else:
+                        future.set_result(WORLD.complete(call_of(request), self._model))
 
 
 def call_of(request: CompletionRequest) -> Call:

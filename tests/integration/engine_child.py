@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from local_weights import deliveries
 from transformers import AutoModelForCausalLM
 
 from actors.engine import Completion, CompletionRequest, Engine
 from actors.engine_build import engine_environment
 from learners.deepspeed.parameters import published_tensors
 from rlsys.config.schema import ActorsConfig
-from rlsys.transfer.object_store import ObjectStoreReceiver, ObjectStoreSender
 
 # 70 tokens: two full blocks of 32 go into the prefix cache.
 PROMPT = [5 + i % 40 for i in range(70)]
@@ -62,10 +62,8 @@ def completion_gap(completion: Completion, model: Any, tokens: int) -> float:
 
 
 def publish(engine: Engine, model: Any, version: int) -> None:
-    """The bus's own path: parameters by name, buckets, checksums, load."""
-    sender = ObjectStoreSender(lambda data: data, 100_000)
-    offer = sender.send(published_tensors(model, lambda p: p.detach()), version=version, attempt=0)
-    engine.update_weights(version, 0, ObjectStoreReceiver("0", lambda data: data).receive(offer))
+    """Take the bus's own path: parameters by name, buckets, checksums, load."""
+    engine.update_weights(version, 0, deliveries(published_tensors(model, lambda p: p.detach()), version))
 
 
 def step(model: Any, size: float, seed: int) -> None:
@@ -110,7 +108,7 @@ def main(folder: Path) -> None:
     names = [name for name, _ in published_tensors(model, lambda p: p.detach())]
     found["names"] = names
     tensors = [(name, value) for name, value in model.state_dict().items() if name != "lm_head.weight"]
-    engine.update_weights(3, 0, tensors)
+    engine.update_weights(3, 0, deliveries(tensors, 3))
     found["gap_without_output_layer"] = row_gap(engine, model)
     engine.close()
     (folder / "measured.json").write_text(json.dumps(found))

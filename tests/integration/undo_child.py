@@ -108,7 +108,9 @@ def broken(learner: Any, job: dict[str, Any], fault: dict[str, Any]) -> str:
 
     own = fault["rank"] == learner.settings.rank
     if "export" in fault:
-        return raised(LearnerLostError, lambda: learner.send(ObjectStoreSender(refuse, SMALL), 0))
+        sender = ObjectStoreSender(len, SMALL)
+        sender._shelf.buffer = refuse
+        return raised(LearnerLostError, lambda: learner.send(sender, 0, ()))
     module, kind = {
         "load_model": (learner_rank, LearnerLostError),
         "read_tensors": (model_files, CheckpointError),
@@ -154,7 +156,7 @@ def run(learner: Any, job: dict[str, Any]) -> dict[str, Any]:
     learner.save(whole / "disturbed")
     for name, fault in job.get("others", {}).items():
         seen[name] = {"raised": broken(learner, job, fault), "unchanged": digest(learner) == expected[steps]}
-        learner.send(ObjectStoreSender(len, SMALL), 0)
+        learner.send(ObjectStoreSender(len, SMALL), 0, ())
         seen[name]["went_on"] = len(learner.score([np.arange(3, 9)])) == 1
     return seen
 

@@ -6,11 +6,11 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from joint_samples import ids, random_preferences
@@ -35,6 +35,7 @@ from rlsys.config.stages import TERMS, stage_plan
 from rlsys.errors import ConfigError, LearnerLostError, NonFiniteLossError
 from rlsys.run.metrics import METRICS
 from rlsys.transfer.object_store import ObjectStoreSender
+from rlsys.transfer.shelf import BucketRequest
 from rlsys.types import StageName, StepPreference, TrainingBatch
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -231,22 +232,27 @@ def test_a_folder_that_is_refused_is_no_lost_rank(tmp_path: Path) -> None:
         rank.start_stage(rank.stage, tmp_path, None, None)
 
 
-def test_a_bucket_that_cannot_be_put_away_is_an_error_of_all_ranks() -> None:
-    rank, put = plain_rank({}), []
+def test_a_tensor_that_cannot_be_gathered_is_an_error_of_all_ranks_and_of_the_actors() -> None:
+    rank, gathered = plain_rank({}), []
+
+    def refuse(parameter: Any) -> Any:
+        gathered.append(parameter)
+        if len(gathered) == 3:
+            raise RuntimeError("out of memory")
+        return parameter.detach()
+
+    rank.policy.gather = refuse
+    sender = ObjectStoreSender(lambda data: data.nbytes, 1)
+    with pytest.raises(LearnerLostError, match="learner rank 0: RuntimeError: out of memory"):
+        rank.send(sender, 3, ())
+    asked = partial(BucketRequest, version=3, attempt=0, member="0.0")
+    assert sender.take(asked(index=0)).ready
+    with pytest.raises(LearnerLostError, match="weight version 3 was never complete: RuntimeError: out of memory"):
+        sender.take(asked(index=2))
     rank.policy.gather = lambda parameter: parameter.detach()
-
-    def refuse(data: np.ndarray) -> int:
-        put.append(data.nbytes)
-        if len(put) == 2:
-            raise RuntimeError("the object store is full")
-        return len(put)
-
-    with pytest.raises(LearnerLostError, match="learner rank 0: RuntimeError: the object store is full"):
-        rank.send(ObjectStoreSender(refuse, 1000), 3)
-    offer = rank.send(ObjectStoreSender(lambda data: data.nbytes, 10**9), 3)
-    tensors = dict(rank.policy.module.named_parameters())
-    assert offer.payload == (offer.manifest.bytes,)
-    assert set(offer.manifest.names) >= set(tensors)
+    manifest = rank.send(sender, 4, ())
+    names = [tensor.name for bucket in manifest.buckets for tensor in bucket.tensors]
+    assert set(names) >= set(dict(rank.policy.module.named_parameters()))
 
 
 def test_step_pairs_with_one_side_a_prefix_of_the_other_are_counted() -> None:

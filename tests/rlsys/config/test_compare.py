@@ -106,7 +106,7 @@ FREE_FIELDS = {
     "objective.preference": "weight final_weight loss beta label_smoothing adaptive_smoothing length_norm "
     "mask_prefix_dpo pairs source",
     "objective.sft": "weight final_weight source mask_prefix_sft",
-    "weight_sync": "bucket_mib timeout_s probe_rows probe_tolerance",
+    "weight_sync": "transport bucket_mib timeout_s probe_rows probe_tolerance",
     "checkpoint": "interval keep_last keep_every best_metric best_mode max_failed_saves",
     "evaluation": "prompts samples greedy search_answers interval",
     "search": "fraction split prompts shard_size model reviewer nodes tables patterns expansion parallel_simulations "

@@ -22,6 +22,7 @@ COLOCATED = {"placement": "colocated", "actors": {"count": 2}, "learner": {"rank
             {"run": {"dir": "d", "device": "cuda"}, "actors": {"count": 2, "tensor_parallel_size": 2}},
             "expected actors.tensor_parallel_size 1, found 2",
         ),
+        ({"weight_sync": {"transport": "collective"}}, "expected weight_sync.transport object_store, found collective"),
         (
             {"run": {"dir": "d", "device": "cuda"}, "learner": {"ranks": 2, "zero_stage": 0}},
             "expected learner.zero_stage 1, 2 or 3",

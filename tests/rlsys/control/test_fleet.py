@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fakes import prompt
-from fleet_world import SERVING, SETTINGS, Process, World, offer, run, settle
+from fleet_world import SERVING, SETTINGS, Process, ScriptedPublication, World, run, settle
 
 from rlsys.errors import (
     AuxiliaryEngineLostError,
@@ -153,7 +153,7 @@ def test_a_call_answered_with_weights_that_fail_verification_is_repeated() -> No
                 if ack.actor == "0":
                     raise WeightSyncError("actor 0: log-probabilities differ")
 
-            publish = asyncio.create_task(fleet.publish(world, offer(2), (), lambda ack: late(ack)))
+            publish = asyncio.create_task(fleet.publish(ScriptedPublication(2, lambda ack: late(ack))))
             judged = asyncio.Event()
 
             def late(ack: WeightAck) -> None:

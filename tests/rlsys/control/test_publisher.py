@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 from fakes import prompt
-from fleet_world import SERVING, SETTINGS, STALE, Process, World, run, settle
+from fleet_world import SERVING, SETTINGS, STALE, Process, ScriptedPublication, World, run, settle
 
 from rlsys.errors import (
     LearnerLostError,
     WeightSyncError,
 )
-from rlsys.types import WeightAck, WeightOffer
+from rlsys.types import WeightAck
 
 
 def test_a_stale_actor_gets_no_calls_so_versions_never_mix() -> None:
@@ -118,7 +118,7 @@ def test_an_actor_that_comes_up_during_a_publish_takes_that_one() -> None:
             await settle()
             assert fleet.states() == [SERVING, SERVING] and world.processes[2].version == 2
             assert world.calls.count(("update", 0, 1)) == 1  # never an old version first
-            assert world.repeated == [2], "the other actor got the offer of the publish"
+            assert world.publications[1].members == ["1.0"], "the late actor was not up when the publish began"
 
     run(test)
 
@@ -139,8 +139,7 @@ def test_no_actor_serves_withdrawn_weights_until_the_next_publish() -> None:
     run(test)
 
 
-@pytest.mark.parametrize("place", ["actor", "transfer"])
-def test_a_lost_learner_is_not_counted_as_lost_actors_and_ends_waiting_calls(place: str) -> None:
+def test_a_lost_learner_is_not_counted_as_lost_actors_and_ends_waiting_calls() -> None:
     async def test(world: World) -> None:
         async with world.fleet(max_restarts=2) as fleet:
             await world.publish(fleet, 1)
@@ -155,13 +154,7 @@ def test_a_lost_learner_is_not_counted_as_lost_actors_and_ends_waiting_calls(pla
 
                 process.update_weights = gone  # type: ignore[method-assign]
 
-            async def no_offer(version: int) -> WeightOffer:
-                raise LearnerLostError(f"weight version {version} was lost")
-
-            if place == "actor":
-                world.starting = starting  # type: ignore[method-assign]
-            else:
-                world.offer_for_late_actor = no_offer  # type: ignore[method-assign]
+            world.starting = starting  # type: ignore[method-assign]
             world.processes[0].kill()
             assert await fleet.generate(0, [prompt("a")], SETTINGS) == [("a", 1, 0)]  # the other one still serves
             await settle()
@@ -217,18 +210,64 @@ def test_an_actor_that_is_lost_between_its_answer_and_the_check_does_not_serve()
     run(test)
 
 
-def test_an_offer_that_never_comes_loses_the_late_actor_alone() -> None:
+def test_a_learner_lost_while_it_sends_ends_the_publish_and_loses_the_actors_that_wait_for_it() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet(max_restarts=0) as fleet:
+            for process in world.processes:
+                process.gate.clear()  # as if they waited for the rest of the weights
+            publication = ScriptedPublication(1, lambda ack: ack)
+            publication.gate.clear()
+            publish = asyncio.create_task(fleet.publish(publication))
+            await settle()
+            assert publication.members == ["0.0", "1.0"] and not publish.done()
+            publication.error = LearnerLostError("learner rank 1 died")
+            publication.gate.set()
+            with pytest.raises(LearnerLostError, match="learner rank 1 died"):
+                await publish
+            assert [process.killed for process in world.processes[:2]] == [True, True]
+            await fleet.withdraw()
+            await settle()
+            assert fleet.states() == [STALE, STALE], "replaced without a charge, and without weights"
+            await world.publish(fleet, 1)
+            assert fleet.states() == [SERVING, SERVING]
+
+    run(test)
+
+
+def test_an_actor_with_all_weights_survives_a_learner_lost_before_the_check() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet() as fleet:
+            publication = ScriptedPublication(1, lambda ack: ack)
+            publication.gate.clear()
+            publish = asyncio.create_task(fleet.publish(publication))
+            await settle()
+            assert [process.version for process in world.processes] == [1, 1]
+            assert fleet.states() == [STALE, STALE], "nobody has verified them"
+            publication.error = LearnerLostError("learner rank 0 died")
+            publication.gate.set()
+            with pytest.raises(LearnerLostError, match="learner rank 0 died"):
+                await publish
+            assert not any(process.killed for process in world.processes)
+            await world.publish(fleet, 1)
+            assert fleet.states() == [SERVING, SERVING] and len(world.processes) == 2
+
+    run(test)
+
+
+def test_a_late_actor_that_never_gets_its_weights_is_lost_alone() -> None:
     async def test(world: World) -> None:
         async with world.fleet() as fleet:
             await world.publish(fleet, 1)
-            repeat = world.offer_for_late_actor
 
-            async def hang_once(version: int) -> WeightOffer:
-                world.offer_for_late_actor = repeat  # type: ignore[method-assign]
+            async def starting(process: Process) -> None:
+                if process.attempt == 1:
+                    process.update_weights = hang  # type: ignore[method-assign]
+
+            async def hang(*_arguments: Any) -> WeightAck:
                 await asyncio.Event().wait()
                 raise AssertionError
 
-            world.offer_for_late_actor = hang_once  # type: ignore[method-assign]
+            world.starting = starting  # type: ignore[method-assign]
             world.processes[0].kill()
             await fleet.generate(0, [prompt("a")], SETTINGS)
             await settle()

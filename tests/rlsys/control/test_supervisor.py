@@ -192,6 +192,18 @@ def test_a_driver_that_stood_still_blames_no_actor() -> None:
     run(test)
 
 
+def test_auxiliary_engines_abort_the_requests_of_a_lost_actor() -> None:
+    async def test(world: World) -> None:
+        reviewer = world.spawn(7, 0)
+        async with world.fleet(count=2, auxiliary=[("reviewer", 0, reviewer)]) as fleet:
+            world.processes[-1].kill()  # actor 1
+            await fleet.generate(1, [prompt("a")], SETTINGS)
+            await settle()
+            assert world.forgotten == [(7, "1.0")]
+
+    run(test)
+
+
 def test_a_lost_auxiliary_engine_ends_the_run_and_is_named() -> None:
     async def test(world: World) -> None:
         reviewer = world.spawn(7, 0)
@@ -212,6 +224,7 @@ def waiting_actor() -> Any:
     """Return a rollout actor whose trees all wait for the reviewer."""
     actor: Any = object.__new__(RolloutActor)
     actor.scheduler, actor.rewards, actor.loading = None, SimpleNamespace(verdicts=2), SimpleNamespace(count=0)
+    actor.receiver = SimpleNamespace(answers=0)
     actor.loaded = actor.waited = 0
     actor.engine, actor.auxiliary = (
         SimpleNamespace(steps=3, idle=True),

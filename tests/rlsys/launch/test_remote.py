@@ -35,7 +35,7 @@ from rlsys.launch.remote import RayActor, RayLearner, RayRank, answer
 from rlsys.launch.start import start_rank
 from rlsys.ray_errors import death
 from rlsys.trees import TreeFailure
-from rlsys.types import RolloutFailure, SamplingSettings, TrainingBatch, WeightManifest, WeightOffer
+from rlsys.types import RolloutFailure, SamplingSettings, TrainingBatch, WeightOffer
 
 CONFIG = parse_config({"run": {"dir": "d"}, "model": {"path": "m"}, "task": {"type": "letter_count"}}, "test")
 SETTINGS = SamplingSettings(samples=1, temperature=1.0, top_p=1.0, max_tokens=4, seed=0)
@@ -181,7 +181,7 @@ class Silent(Handle):
 
 def test_an_actor_that_does_not_take_a_publish_in_time_is_named() -> None:
     config = CONFIG.model_copy(update={"weight_sync": CONFIG.weight_sync.model_copy(update={"timeout_s": 0.02})})
-    offer = WeightOffer(manifest=WeightManifest(version=5, buckets=()), payload=())
+    offer = WeightOffer(version=5, attempt=0, source=None)
     update = RayActor(Silent(None), config, "actor 1").update_weights(offer, ())
     with pytest.raises(EngineError, match=r"actor 1 did not answer within weight_sync\.timeout_s = 0\.02 s"):
         asyncio.run(update)
