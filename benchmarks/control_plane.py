@@ -188,6 +188,7 @@ class SimulatedLearner:
     """Learner that sleeps instead of training, and saves a few bytes."""
 
     restarts = 0
+    shares_device = False
 
     async def start_stage(self, *_arguments: Any) -> None:
         pass

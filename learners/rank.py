@@ -118,11 +118,12 @@ class LearnerRank:
             restart_numbers()
 
     def sleep(self) -> None:
-        """Move all states to the host, so that engines can use the device. Calls fail until `wake`."""
+        """Move all states to the host, so that engines can use the device. Calls fail until `wake`.
+
+        The reference policy is there between its uses, except at ZeRO 3, where its parts stay on the device.
+        """
         for model in filter(None, (self.policy, self.critic)):
             model.offload()
-        if self.reference is not None:
-            self.reference.to("cpu")
         self.asleep = True
 
     def wake(self) -> None:
@@ -130,8 +131,6 @@ class LearnerRank:
         self.asleep = False
         for model in filter(None, (self.policy, self.critic)):
             model.reload()
-        if self.reference is not None:
-            self.reference.to(self.settings.device)
 
     @property
     def _policy(self) -> TrainedModel:

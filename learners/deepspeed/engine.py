@@ -66,9 +66,9 @@ class TrainedModel:
         for parameter in module.parameters():
             parameter.register_hook(self._add_to_gradient_sum)
         sequence = sequence_group(settings.learner.sequence_parallel)
-        self.bare = LanguageModel(module, sequence) if isinstance(module, PreTrainedModel) else module
+        self.bare: Any = LanguageModel(module, sequence) if isinstance(module, PreTrainedModel) else module
         if sequence is not None and self.bare is module:
-            module.share(sequence)
+            self.bare.share(sequence)
         self.engine = _build(self.bare, settings, optimizer)
         if settings.learner.zero_stage == 0 and settings.learner.dtype == "fp32":
             self.engine.clip_fp32_gradients = self._clip

@@ -217,6 +217,7 @@ class FakeLearner:
     """
 
     restarts = 0
+    shares_device = False
 
     def __init__(self, calls: list[Any]) -> None:
         self.calls = calls

@@ -30,6 +30,8 @@ class ScriptedPublication:
         gate: the learner has not sent everything until it is set.
     """
 
+    serial = False
+
     def __init__(self, version: int, judge: Callable[[WeightAck], object]) -> None:
         self.offer = WeightOffer(version=version, attempt=0, source=None)
         self.probe: Sequence[Any] = ()

@@ -32,6 +32,7 @@ class LocalLearner:
     """The parts of a Learner that the bus uses, over a model of this process."""
 
     restarts = 0
+    shares_device = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
