@@ -65,7 +65,7 @@ class Process:
         self.world, self.number, self.attempt = world, number, attempt
         self.version: int | None = None
         self.steps = 0
-        self.killed = self.closed = False
+        self.started = self.killed = self.closed = False
         self.gate = asyncio.Event()
         self.gate.set()
         self.error: Exception | None = None
@@ -82,6 +82,7 @@ class Process:
     async def start(self) -> None:
         await self.world.starting(self)
         await self._work("start")
+        self.started = True
 
     async def generate(self, prompts: Sequence[Any], settings: SamplingSettings) -> Any:
         await self._work("generate")

@@ -25,6 +25,8 @@ from real_runs import (
 )
 from reliability import begin, lost_and_twice, record
 
+from rlsys.launch.access import TOKEN_PATH
+
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(1800)]
 CHILD = "tests/integration/nodes_child.py"
 
@@ -38,7 +40,7 @@ class TwoNodes:
         token.chmod(0o600)
         self.environment = {
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
+            TOKEN_PATH: str(token),
             "RAY_TMPDIR": f"/tmp/rln-{secrets.token_hex(4)}",
             "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
         }
@@ -79,13 +81,16 @@ def settings(address: str = "local") -> dict[str, Any]:
     return {**TINY, "run": {**TINY["run"], "address": address}, "train": {**TINY["train"], "max_steps": 24}}
 
 
-def nodes_of(command: Command) -> dict[str, set[str]]:
-    """Return the names of the run's processes by the node (the process of a raylet) that started them."""
+def processes_on(nodes: TwoNodes) -> dict[str, set[str]]:
+    """Return the kinds of a run's processes by the node (the process of a raylet) that started them."""
     found: dict[str, set[str]] = {}
     for process in psutil.process_iter(["cmdline", "environ"]):
         line = " ".join(process.info["cmdline"] or ())
         for kind in ("RolloutActor", "LearnerActor"):
-            if line.startswith(f"ray::{kind}") and (process.info["environ"] or {}).get("RLSYS_RUN_ID"):
+            if (
+                line.startswith(f"ray::{kind}")
+                and (process.info["environ"] or {}).get(TOKEN_PATH) == nodes.environment[TOKEN_PATH]
+            ):
                 found.setdefault(str(process.ppid()), set()).add(kind)
     return found
 
@@ -102,7 +107,7 @@ def test_two_nodes(nodes: TwoNodes, start: Callable[..., Command], tmp_path: Pat
 
     command = begin_run("two")
     wait_for_row(command, folders["two"] / "run", "online", 1)
-    assert list(nodes_of(command).values()) == [{"RolloutActor", "LearnerActor"}] * 2
+    assert list(processes_on(nodes).values()) == [{"RolloutActor", "LearnerActor"}] * 2
     command.finish()
 
     row = begin(
