@@ -6,6 +6,7 @@ Log-probabilities are in nats, under the distribution that was actually sampled 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -310,8 +311,8 @@ class TensorSpec:
     def bytes(self) -> int:
         if self.alias:
             return 0
-        width = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
-        return width * int(np.prod(self.shape, dtype=np.int64))
+        bits = 8 if self.dtype == "bool" else int(re.findall(r"\d+", self.dtype)[0])  # as in bfloat16, float8_e4m3fn
+        return bits // 8 * int(np.prod(self.shape, dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

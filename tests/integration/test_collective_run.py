@@ -38,7 +38,7 @@ def test_an_actor_killed_in_a_broadcast_changes_nothing(start: Callable[..., Com
     command.said("actor 1 is lost and replaced")
     stored, broadcast = tmp_path / "store" / "run", tmp_path / "broadcast" / "run"
     assert digests(broadcast) == digests(stored)
-    assert steady_rows(broadcast)[-1] == {**steady_rows(stored)[-1], "process/actor_restarts": 1.0}
+    assert steady_rows(broadcast) == steady_rows(stored)
     publishes = [row["weights/publish_s"] for row in read_rows(broadcast / "metrics.jsonl") if row["stage"] == "online"]
     assert len(publishes) == STEPS and max(publishes) < BUCKETS["timeout_s"] / 2
     # The other actor was a member of the broadcast, and noticed at once.

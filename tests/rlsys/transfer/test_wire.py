@@ -84,6 +84,16 @@ def test_a_bucket_describes_shape_and_dtype(dtype: torch.dtype, name: str, width
     assert torch.from_numpy(packed.data).view(dtype).tolist() == [0, 3, 1, 4, 2, 5, 5]
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]
+)
+def test_buffers_of_any_dtype_are_weights(dtype: torch.dtype) -> None:
+    sent = [("odd", torch.ones(1, dtype=torch.uint8)), ("buffer", torch.ones(3, 2).to(dtype))]
+    (_, (name, received)) = unpacked(pack(iter(sent), 10**6))
+    assert (name, received.dtype) == ("buffer", dtype)
+    assert received.view(torch.uint8).tolist() == sent[1][1].view(torch.uint8).tolist()
+
+
 def test_a_bucket_is_packed_into_the_given_memory() -> None:
     memory = np.zeros(16, dtype=np.uint8)
     asked: list[tuple[int, int]] = []
