@@ -40,6 +40,25 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
     "tensor_parallel_needs_cuda": [
         (["actors.tensor_parallel_size=2"], "actors.tensor_parallel_size above 1 needs run.device: cuda"),
     ],
+    "colocated_fit": [
+        (
+            ["placement=colocated", "actors.count=3", "learner.ranks=2"],
+            "expected actors.count = learner.ranks, found 3 and 2",
+        ),
+        (["placement=colocated", "train.max_staleness=1"], "expected train.max_staleness 0, found 1"),
+        (
+            ["placement=colocated", "run.device=cuda", "actors.tensor_parallel_size=2"],
+            "expected actors.tensor_parallel_size 1, found 2",
+        ),
+        (
+            ["placement=colocated", "weight_sync.transport=collective"],
+            "expected weight_sync.transport object_store, found collective",
+        ),
+        (
+            ["placement=colocated", "run.device=cuda", "learner.zero_stage=0"],
+            "expected learner.zero_stage 1, 2 or 3",
+        ),
+    ],
     "deadlines_are_nested": [
         (["rewards.timeout_s=200"], "rewards.timeout_s 200 exceeds actors.hang_timeout_s 120"),
         (["actors.rollout_timeout_s=60"], "actors.hang_timeout_s 120 exceeds actors.rollout_timeout_s 60"),

@@ -194,7 +194,7 @@ def test_a_replaced_actor_loads_a_policy_that_retention_keeps(monkeypatch: pytes
         run_dir=Path("d"),
         store=SimpleNamespace(sweep=lambda: None),
         start=start,
-        prepared=prepared(own, SimpleNamespace(notes=(), probe=lambda: None), None),
+        prepared=prepared(own, SimpleNamespace(notes=(), probe=lambda _tokens: None), None),
         placement=place(own, learner=True),
         display=SimpleNamespace(message=lambda text: None),
     )

@@ -56,6 +56,7 @@ class TorchLearner:
     """The parts of a Learner that the bus uses. `on_tensor` is called before a tensor is gathered, with its number."""
 
     restarts = 0
+    shares_device = False
 
     def __init__(self, sender: ObjectStoreSender) -> None:
         self.model, self.sender = build_model(), sender
