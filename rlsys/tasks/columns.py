@@ -198,7 +198,8 @@ def _demonstration(cell: Any) -> str:
 
 def _required(cell: Any, text: str | None) -> str:
     if text is None:
-        raise DataError(f"expected text, found {repr(cell[:40]) if isinstance(cell, str) else described(cell)}")
+        is_blank = isinstance(cell, str) and not cell.strip()
+        raise DataError(f"expected text, found {repr(cell[:40]) if is_blank else described(cell)}")
     return text
 
 
