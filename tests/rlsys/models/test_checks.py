@@ -226,6 +226,23 @@ DEFECTS: dict[str, tuple[Defect, str]] = {
     "architectures as text": (configured(architectures="Qwen2ForCausalLM"), r"\['Qwen2ForCausalLM'\].* found 'Qwen2"),
     "compressed": (configured(compression_config={"quant_method": "x"}), r"quantised ones: compression_config.*\(x\)"),
     "impossible sizes": (configured(num_attention_heads=0), "config.json"),
+    "no key-value heads": (
+        configured(num_key_value_heads=0),
+        "does not describe a Qwen2ForCausalLM: num_key_value_heads is 0, expected 1 or more \\(ZeroDiv",
+    ),
+    "a size below 0": (configured(intermediate_size=-1), "intermediate_size is -1, expected 1 or more"),
+    "unknown activation": (
+        configured(hidden_act="nosuch"),
+        "does not describe a Qwen2ForCausalLM: hidden_act is 'nosuch', expected one of .*gelu, .*silu",
+    ),
+    "unknown kind of positions": (
+        configured(rope_parameters={"rope_type": "nosuch", "rope_theta": 1e4}),
+        "rope_parameters.rope_type is 'nosuch', expected one of default, .*yarn",
+    ),
+    "unknown kind of positions, older key": (
+        configured(rope_parameters=None, rope_scaling={"type": "nosuch", "factor": 2.0}),
+        "rope_scaling.type is 'nosuch', expected one of default, .*yarn",
+    ),
     "unknown kind": (configured(model_type="qwen9"), "model_type 'qwen9'"),
     "not causal": (configured(model_type="clip"), "model.path .*config.json|no causal language model"),
     "another architecture": (configured(architectures=["Qwen2ForReward"]), r"\['Qwen2ForCausalLM'\].*Qwen2ForReward"),
