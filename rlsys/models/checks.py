@@ -9,6 +9,7 @@ from typing import Any
 
 from rlsys.errors import ConfigError
 from rlsys.models.chat import CheckedEncoder, named_tokens
+from rlsys.models.chat_template import template_note
 from rlsys.models.end_tokens import check_end_tokens
 from rlsys.models.folder import ModelFolder
 from rlsys.models.weight_shapes import check_weight_shapes
@@ -82,7 +83,8 @@ def _check(model: ModelFolder, use: Use) -> tuple[str, ...]:
     check_positions(model, use)
     notes += check_end_tokens(model, named["eos_token_id"])
     CheckedEncoder(model.tokenizer, model.vocabulary).prompt(PROBE)
-    return notes
+    note = template_note(model.tokenizer, PROBE)
+    return (*notes, f"{model.field} {model.path}: {note}") if note else notes
 
 
 def refuse_quantized(model: ModelFolder) -> None:

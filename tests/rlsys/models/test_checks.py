@@ -337,6 +337,12 @@ def test_whole_folders_of_many_kinds_pass(kind: str, folder: Path) -> None:
 HARMLESS: dict[str, Defect] = {
     "as built": lambda folder: None,
     "two shards": split,
+    "sampling defaults that no engine reads": lambda folder: edit(
+        folder, "generation_config.json", temperature="hot", do_sample=True
+    ),
+    "an unknown class of tokenizer beside tokenizer.json": lambda folder: edit(
+        folder, "tokenizer_config.json", tokenizer_class="FooTokenizer"
+    ),
     "no generation config": lambda folder: (folder / "generation_config.json").unlink(),
     "no chat template": lambda folder: (folder / "chat_template.jinja").unlink(),
     "tokens beyond the model that no prompt has": lambda folder: add_tokens(folder, "<|image|>"),
@@ -372,6 +378,12 @@ def test_an_end_token_beside_the_tokenizers_own_that_it_lacks_is_noted(name: str
     edit(folder, name, eos_token_id=[own, last["vocab_size"] - 1])
     (note,) = check_model(ModelFolder(folder), TRAINED)
     assert f"{name} names the end token {last['vocab_size'] - 1}, which the tokenizer lacks" in note
+
+
+def test_an_empty_template_is_noted(folder: Path) -> None:
+    set_template(folder, "")
+    (note,) = check_model(ModelFolder(folder), TRAINED)
+    assert note.startswith(f"model.path {folder}: the chat template is empty")
 
 
 @pytest.mark.parametrize("case", ["experts", "quantised", "another architecture", "unknown kind"])
