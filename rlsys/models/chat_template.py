@@ -49,6 +49,34 @@ def encode_reply(tokenizer: Any, prompt: tuple[Message, ...], reply: tuple[Messa
     raise DataError("expected a reply of one message: the chat template renders the prompt otherwise with the reply")
 
 
+def template_note(tokenizer: Any, question: str) -> str | None:
+    """Return a line about a template after whose prompts a reply probably does not begin, or None.
+
+    A template without a use for `add_generation_prompt` is right if the reply follows the question at once. It is
+    probably wrong if other text precedes a reply, such as the header of a turn, because sampled prompts then lack it.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    if not tokenizer.chat_template:
+        return "the chat template is empty, so questions are plain text; remove the file if this is meant"
+    messages, reply = (Message(role="user", content=question),), "Nineteen"
+    try:
+        prompt = _rendered(tokenizer, messages, add_generation_prompt=True)
+        if prompt != _rendered(tokenizer, messages, add_generation_prompt=False):
+            return None
+        answered = (*messages, Message(role="assistant", content=reply))
+        whole = _rendered(tokenizer, answered, add_generation_prompt=False)
+    except DataError:
+        return None  # some templates render no reply; sampling needs prompts alone
+    header = whole.removeprefix(prompt).partition(reply)[0]
+    if not whole.startswith(prompt) or reply not in whole or not any(map(str.isalnum, header)):
+        return None
+    return (
+        f"the chat template ends prompts without {header!r}, which it writes before a reply, so the policy has to "
+        "write it; the template should write it if add_generation_prompt is true"
+    )
+
+
 def cut_after_end(tokenizer: Any, token_ids: list[int], end_tokens: Collection[int]) -> list[int]:
     """Leave out the white space that a chat template writes after the end token; the policy stops there."""
     last = max((place for place, token in enumerate(token_ids) if token in end_tokens), default=len(token_ids) - 1)

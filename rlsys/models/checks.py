@@ -9,6 +9,8 @@ from typing import Any
 
 from rlsys.errors import ConfigError
 from rlsys.models.chat import CheckedEncoder, named_tokens
+from rlsys.models.chat_template import template_note
+from rlsys.models.end_tokens import check_end_tokens
 from rlsys.models.folder import ModelFolder
 from rlsys.models.weight_shapes import check_weight_shapes
 
@@ -79,9 +81,10 @@ def _check(model: ModelFolder, use: Use) -> tuple[str, ...]:
     elif model.vocabulary is None:
         return ()  # the engine may know a kind of model that transformers does not
     check_positions(model, use)
-    check_end_tokens(model, named["eos_token_id"])
+    notes += check_end_tokens(model, named["eos_token_id"])
     CheckedEncoder(model.tokenizer, model.vocabulary).prompt(PROBE)
-    return notes
+    note = template_note(model.tokenizer, PROBE)
+    return (*notes, f"{model.field} {model.path}: {note}") if note else notes
 
 
 def refuse_quantized(model: ModelFolder) -> None:
@@ -181,25 +184,4 @@ def check_padding(model: ModelFolder, named: list[int]) -> None:
             raise ConfigError(
                 f"{model.path}: expected a pad_token_id below {size} (vocab_size) in config.json, found {token}; set "
                 "it to a token of the tokenizer, or to null"
-            )
-
-
-def check_end_tokens(model: ModelFolder, named: list[int]) -> None:
-    """Raise if an end token is beyond the vocabulary.
-
-    Args:
-        model: the model folder.
-        named: end tokens in config.json.
-
-    Raises:
-        ConfigError: the message names the token and the file.
-    """
-    size, own = model.vocabulary, int(model.tokenizer.eos_token_id)
-    for token in [*model.end_token_ids, *named]:
-        if size is not None and not 0 <= token < size:
-            file = "config.json" if token in named else "generation_config.json"
-            source = "the tokenizer" if token == own else file
-            raise ConfigError(
-                f"{model.path}: expected end tokens from 0 to {size - 1} (vocab_size of config.json), found {token} "
-                f"in {source}; the files may belong to a model of another size"
             )

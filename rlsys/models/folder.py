@@ -12,13 +12,17 @@ from typing import Any
 from rlsys.errors import ConfigError
 from rlsys.files import is_lfs_pointer
 from rlsys.models.chat import end_token_ids
+from rlsys.models.config_faults import keys_at_fault
 from rlsys.models.weight_files import SAMPLE_BYTES, loaded_tensors, tensor_header
 from rlsys.tables.sources import expand, newest_snapshot
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.md")
-JSON_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+JSON_FILES = (
+    "config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json",
+)  # fmt: skip
 """Files of a model folder that hold a JSON object."""
-OTHER_FILES = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja")
+OTHER_FILES = ("merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja")
 """Other files of config and tokenizer."""
 
 
@@ -170,8 +174,11 @@ def load_config(path: Path, field: str) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - its class computes with the folder's values, which are then at fault
-        kind = (_json(path / "config.json") or {}).get("model_type")
+        values = _json(path / "config.json")
+        kind = (values or {}).get("model_type")
         reason = " ".join(str(error).split())[:200]
+        if values and (fault := keys_at_fault(path, error)):
+            reason = f"{fault} ({reason})"
         raise ConfigError(
             f"{field} {path}: expected in config.json a model that transformers {transformers.__version__} can load, "
             f"found model_type {kind!r}: {reason}"
@@ -210,7 +217,7 @@ def load_tokenizer(path: Path, field: str = "model.path") -> Any:
 
 
 def check_text_files(folder: Path, field: str) -> None:
-    """Raise if config or tokenizer are damaged: a Git LFS pointer, or no JSON object.
+    """Raise if config or tokenizer are damaged: a Git LFS pointer, no JSON object, or no text in UTF-8.
 
     Args:
         folder: the model folder.
@@ -224,6 +231,8 @@ def check_text_files(folder: Path, field: str) -> None:
             continue
         if is_lfs_pointer(path):
             raise ConfigError(f"{field} {folder}: {path.name} is a Git LFS pointer; run git lfs pull")
+        if path.suffix in (".txt", ".jinja"):
+            _check_utf8(path, field)
         if path.name in JSON_FILES:
             try:
                 values = json.loads(path.read_text(encoding="utf-8"))
@@ -234,6 +243,15 @@ def check_text_files(folder: Path, field: str) -> None:
                 raise ConfigError(
                     f"{field} {folder}: expected a JSON object in {path.name}, found {type(values).__name__}"
                 )
+
+
+def _check_utf8(path: Path, field: str) -> None:
+    try:
+        path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{field} {path.parent}: {path.name} is not a text in UTF-8: {error}; save it as UTF-8"
+        ) from None
 
 
 def refuse_code(folder: Path, field: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlsys.errors import ConfigError
+from rlsys.models.config_faults import keys_at_fault
 from rlsys.models.folder import ModelFolder
 from rlsys.models.loading import ignored_tensors, refuse_differences
 from rlsys.models.weight_files import have_equal_values
@@ -53,6 +54,8 @@ def refuse_other_tensors(model: ModelFolder) -> Any:
     except Exception as error:
         # The class computes sizes with the values of config.json. Whatever it raises is a fault of the folder.
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        fault = keys_at_fault(model.path, error)
+        reason = f"{fault} ({reason})" if fault else reason
         raise ConfigError(f"{model.path}: config.json does not describe a {kind.__name__}: {reason}") from error
     refuse_differences(str(model.path), loaded)
     return skeleton

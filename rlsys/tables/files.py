@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import lzma
+import re
 import zipfile
 import zlib
 from collections import Counter
@@ -24,6 +25,9 @@ _KINDS = {
     ".arrow": "arrow", ".feather": "arrow",
 }  # fmt: skip
 
+
+# A byte that is not UTF-8, as `surrogateescape` keeps it in a text, as `repr` shows that, and how messages show it.
+_ESCAPED_BYTE, _SHOWN_BYTE, _BYTE = re.compile("[\udc80-\udcff]"), re.compile(r"\\udc([89a-f][0-9a-f])"), r"\\x\1"
 
 MAX_CHUNK = 2**20
 """Bytes that are read at once from a file whose content is not kept."""
@@ -170,6 +174,7 @@ def _json_rows(stream: IO[bytes], where: str, *, is_named_json: bool) -> Iterato
     first = next(numbered, None)
     if first is None:
         return
+    _refuse_encoding(first[1], where)
     values = json_object(first[1])
     if isinstance(values, str) and (text := first[1].removeprefix(b"\xef\xbb\xbf").lstrip()).startswith((b"[", b"{")):
         rest = list(numbered)
@@ -204,6 +209,7 @@ def _csv_rows(stream: IO[bytes], delimiter: str, where: str) -> Iterator[Row]:
     number = 0
     try:
         header = [name.strip() for name in next(reader, [])]
+        _refuse_encoding(",".join(header).encode("utf-8", "surrogateescape"), where)
         if len(header) == 1 and any(other in header[0] for other in ",;\t|"):
             separator = "tabs" if delimiter == "\t" else "commas"
             raise DataError(f"{where}: expected columns separated by {separator}, found the header {header[0]!r}")
@@ -221,6 +227,13 @@ def _csv_rows(stream: IO[bytes], delimiter: str, where: str) -> Iterator[Row]:
         ) from None
 
 
+def _refuse_encoding(start: bytes, where: str) -> None:
+    """Raise DataError if the first bytes of a file say that it is UTF-16 or UTF-32."""
+    encoding = json.detect_encoding(start)
+    if not encoding.startswith("utf-8"):
+        raise DataError(f"{where}: expected a file in UTF-8, found {encoding[:6].upper()}; save it as UTF-8")
+
+
 def refuse_repeats(columns: Sequence[str], where: str) -> None:
     """Raise DataError if a file has two columns with the same name."""
     for name, times in Counter(columns).items():
@@ -235,6 +248,9 @@ def is_unicode(text: str) -> bool:
 
 def described(value: Any) -> str:
     """Return what a cell holds, for messages."""
+    if isinstance(value, str) and not is_unicode(value):
+        fault = "bytes that are not UTF-8" if _ESCAPED_BYTE.search(value) else "half a surrogate pair"
+        return f"{fault} in {_SHOWN_BYTE.sub(_BYTE, repr(value[:40]))}"
     return "null" if value is None else f"{type_name(value)} {str(value)[:40]!r}"
 
 

@@ -61,6 +61,8 @@ FORMS = (
     Form("language modelling", ("text",), {"sft": ("text",)}),
     Form("question and answer", ("question", "answer"), {"task": ("question", "answer")}),
     Form("prompt-only", ("prompt",)),
+    Form("instruction", ("instruction", "output")),
+    Form("instruction", ("instruction", "response")),
 )
 """All forms. Of several that a file has, the first one that a section reads counts."""
 
@@ -83,4 +85,4 @@ def read_columns(columns: Collection[str], section: Section) -> tuple[str, ...] 
 def expected_columns(section: Section) -> str:
     """Return the columns of all forms that a section reads, for messages."""
     known = dict.fromkeys(form.reads[section] for form in FORMS if section in form.reads)
-    return ", or ".join(map(" + ".join, known))
+    return ", or ".join(" + ".join(dict.fromkeys(columns)) for columns in known)

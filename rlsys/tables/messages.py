@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, TypeGuard
 
 from rlsys.errors import DataError
-from rlsys.tables.files import is_unicode
+from rlsys.tables.files import described, is_unicode
 from rlsys.types import Message, Question
 
 Conversation = tuple[Message, ...]
@@ -81,8 +81,10 @@ def _message(number: int, message: Mapping[str, Any]) -> Message:
         raise DataError(f"message {number}: expected a role, found {role!r}")
     if role in _CALLS:
         raise DataError(f"message {number}: expected role and content, found {role}, which is not read")
-    if content is None or not is_unicode(content):
+    if content is None:
         raise DataError(f"message {number}: expected text as content, found {str(message)[:60]!r}")
+    if not is_unicode(content):
+        raise DataError(f"message {number}: expected text as content, found {described(content)}")
     return Message(role=_ROLES.get(role, role), content=content)
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from rlsys.config.tasks import DatasetConfig
 from rlsys.errors import DataError
 from rlsys.tables.files import ExactFloat, Row, described, is_unicode, json_object
-from rlsys.tables.forms import FORMS, form_name, forms_of
+from rlsys.tables.forms import FORMS, expected_columns, form_name, forms_of
 from rlsys.tables.messages import before_reply, conversation, is_conversation, refuse_media, unfolded
 from rlsys.tables.sources import Source
 from rlsys.tasks.answers.reading.reader import read_answer
@@ -117,7 +117,8 @@ def _hint(name: str, source: Source) -> str:
     form = form_name(source.columns)
     described = f" ({form} rows)" if form else ""
     if _are_judged(source):
-        return f"{described}; a task needs a question and its right answer in every row"
+        known = f"its columns are {expected_columns('task')}, or those that task.question_column and answer_column name"
+        return f"{described}; a task needs a question and its right answer in every row: {known}"
     return f"{described}; set {name} to one of them, or to a part of one (column.part)"
 
 
@@ -198,7 +199,8 @@ def _demonstration(cell: Any) -> str:
 
 def _required(cell: Any, text: str | None) -> str:
     if text is None:
-        raise DataError(f"expected text, found {repr(cell[:40]) if isinstance(cell, str) else described(cell)}")
+        is_blank = isinstance(cell, str) and not cell.strip()
+        raise DataError(f"expected text, found {repr(cell[:40]) if is_blank else described(cell)}")
     return text
 
 

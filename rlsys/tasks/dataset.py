@@ -18,7 +18,7 @@ from rlsys.tasks.answers.judge import Judge
 from rlsys.tasks.answers.references import reference_note
 from rlsys.tasks.columns import Example, find_columns
 from rlsys.tasks.tags import tag_strings
-from rlsys.types import Problem, Split, Verdict
+from rlsys.types import Problem, Question, Split, Verdict
 
 # Number of unreadable rows that a message lists.
 _EXAMPLES = 3
@@ -121,7 +121,7 @@ def _load(config: DatasetConfig) -> _Data:
     _check_pattern(config.answer_pattern)
     source = read_source(config.path, config.split, "task.path", config.subset)
     readable, skipped = _read_examples(source, config, "task.path")
-    notes = _note("task.path", source, skipped)
+    notes = _note("task.path", source, skipped) + _conflicts("task.path", readable)
     if config.held_out_path is None:
         # The position in the source decides, so repairing an unreadable row moves no other row between the splits.
         held_out = tuple(row for row in readable if row.number % config.held_out_every == 0)
@@ -130,7 +130,7 @@ def _load(config: DatasetConfig) -> _Data:
         other = read_source(config.held_out_path, config.held_out_split, "task.held_out_path", config.subset)
         held_out, also_skipped = _read_examples(other, config, "task.held_out_path")
         skipped += also_skipped
-        notes += _note("task.held_out_path", other, also_skipped)
+        notes += _note("task.held_out_path", other, also_skipped) + _conflicts("task.held_out_path", held_out)
     questions = {example.question for example in held_out}
     train = tuple(example for example in readable if example.question not in questions)
     repeated = len(readable) - len(train)
@@ -144,6 +144,23 @@ def _note(field: str, source: Source, skipped: tuple[str, ...]) -> tuple[str, ..
     if not skipped:
         return ()
     return (f"{field}: {len(skipped)} of {len(source.rows)} rows skipped, the first: {skipped[0]}",)
+
+
+def _conflicts(field: str, examples: Sequence[Example]) -> tuple[str, ...]:
+    """Return a line about questions whose rows have answers of different texts, if there are any."""
+    first: dict[Question, Example] = {}
+    conflicts: dict[Question, tuple[Example, Example]] = {}
+    for example in examples:
+        earlier = first.setdefault(example.question, example)
+        if earlier.answer != example.answer:
+            conflicts.setdefault(example.question, (earlier, example))
+    if not conflicts:
+        return ()
+    one, other = next(iter(conflicts.values()))
+    return (
+        f"{field}: {len(conflicts)} questions have rows with different answers, the first: row {one.number} with "
+        f"{one.answer[:40]!r} and row {other.number} with {other.answer[:40]!r}",
+    )
 
 
 def _read_examples(source: Source, config: DatasetConfig, field: str) -> tuple[tuple[Example, ...], tuple[str, ...]]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rlsys.config.tasks import BlocksworldConfig
 from rlsys.errors import DataError
-from rlsys.tables.files import Row, is_unicode
+from rlsys.tables.files import Row, described, is_unicode
 from rlsys.tables.sources import read_source
 from rlsys.tasks import tags
 from rlsys.tasks.blocksworld import chains as plan_chains
@@ -137,7 +137,7 @@ def _read_row(row: Row, alphabet: str, where: str) -> Problem:
     if not is_named or not isinstance(text, str) or not is_unicode(text):
         raise DataError(
             f"{where}: row {row.number}: expected {{instance: number or text, pddl: text}}, "
-            f"found instance {str(instance)[:40]!r}, pddl {str(text)[:40]!r}"
+            f"found instance {described(instance)}, pddl {described(text)}"
         )
     try:
         state, goal = read_pddl(text, alphabet)

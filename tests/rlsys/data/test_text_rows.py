@@ -190,6 +190,7 @@ REFUSED = {
     "verl": ("sft", {"prompt": [USER], "reward_model": {"ground_truth": "1"}}, "found verl rows"),
     "unpaired": ("preference", {"prompt": "a", "completion": "b", "label": True}, "found unpaired preference rows"),
     "chat": ("preference", {"messages": [USER, GOOD]}, "found language modelling rows: messages"),
+    "instruction": ("sft", {"instruction": "a", "input": "", "output": "b"}, "found instruction rows: instr"),
     "other": ("preference", {"x": 1}, "expected the columns .* chosen \\+ rejected; found x$"),
 }  # fmt: skip
 

@@ -112,6 +112,36 @@ def name_a_new_end_token(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def pad_vocabulary(folder: Path) -> None:
+    """Give the model 100 rows more than its tokenizer has tokens, as many pretrained models have."""
+
+    def pad(tensors: dict[str, torch.Tensor]) -> None:
+        name = "model.embed_tokens.weight"
+        tensors[name] = torch.cat([tensors[name], torch.zeros(100, 32)])
+
+    change_weights(folder, pad)
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    edit(folder, "config.json", vocab_size=size + 100)
+
+
+def name_an_unknown_end_token(folder: Path) -> None:
+    pad_vocabulary(folder)
+    edit(folder, "tokenizer_config.json", **{"eos_token": "<nosuch>"})
+
+
+def name_no_end_token(folder: Path) -> None:
+    """Leave the end token to the tokenizer's class, which has one that this tokenizer lacks."""
+    pad_vocabulary(folder)
+    path = folder / "tokenizer_config.json"
+    values = {key: value for key, value in json.loads(path.read_text()).items() if key != "eos_token"}
+    path.write_text(json.dumps({**values, "tokenizer_class": "Qwen2Tokenizer"}))
+
+
+def name_a_new_end_token_with_room(folder: Path) -> None:
+    pad_vocabulary(folder)
+    name_a_new_end_token(folder)
+
+
 def end_every_text(folder: Path) -> None:
     """Make the tokenizer append its end token, as one with add_eos_token does, and drop the template."""
     (folder / "chat_template.jinja").unlink()
@@ -196,6 +226,23 @@ DEFECTS: dict[str, tuple[Defect, str]] = {
     "architectures as text": (configured(architectures="Qwen2ForCausalLM"), r"\['Qwen2ForCausalLM'\].* found 'Qwen2"),
     "compressed": (configured(compression_config={"quant_method": "x"}), r"quantised ones: compression_config.*\(x\)"),
     "impossible sizes": (configured(num_attention_heads=0), "config.json"),
+    "no key-value heads": (
+        configured(num_key_value_heads=0),
+        "does not describe a Qwen2ForCausalLM: num_key_value_heads is 0, expected 1 or more \\(ZeroDiv",
+    ),
+    "a size below 0": (configured(intermediate_size=-1), "intermediate_size is -1, expected 1 or more"),
+    "unknown activation": (
+        configured(hidden_act="nosuch"),
+        "does not describe a Qwen2ForCausalLM: hidden_act is 'nosuch', expected one of .*gelu, .*silu",
+    ),
+    "unknown kind of positions": (
+        configured(rope_parameters={"rope_type": "nosuch", "rope_theta": 1e4}),
+        "rope_parameters.rope_type is 'nosuch', expected one of default, .*yarn",
+    ),
+    "unknown kind of positions, older key": (
+        configured(rope_parameters=None, rope_scaling={"type": "nosuch", "factor": 2.0}),
+        "rope_scaling.type is 'nosuch', expected one of default, .*yarn",
+    ),
     "unknown kind": (configured(model_type="qwen9"), "model_type 'qwen9'"),
     "not causal": (configured(model_type="clip"), "model.path .*config.json|no causal language model"),
     "another architecture": (configured(architectures=["Qwen2ForReward"]), r"\['Qwen2ForCausalLM'\].*Qwen2ForReward"),
@@ -212,6 +259,15 @@ DEFECTS: dict[str, tuple[Defect, str]] = {
     "end token of config.json as text": (configured(eos_token_id=["<eos>"]), "config.json: expected a token id"),
     "end token of config.json beyond the model": (configured(eos_token_id=5000), "found 5000 in config.json"),
     "end token of the tokenizer beyond the model": (name_a_new_end_token, r"found \d+ in the tokenizer"),
+    "end token that the tokenizer lacks": (
+        lambda folder: edit(folder, "tokenizer_config.json", **{"eos_token": "<nosuch>"}),
+        r"eos_token a token that the tokenizer has, found '<nosuch>' \(tokenizer_config.json\), which is in no file",
+    ),
+    "end token that the tokenizer lacks, in a padded vocabulary": (name_an_unknown_end_token, "found '<nosuch>'"),
+    "end token of the tokenizer's class, in a padded vocabulary": (
+        name_no_end_token,
+        r"found '<\|endoftext\|>' \(the default of its class, because tokenizer_config.json has no eos_token\)",
+    ),
     "generation config not JSON": (
         lambda folder: (folder / "generation_config.json").write_text("{,"),
         "generation_config.json: expected JSON",
@@ -281,9 +337,16 @@ def test_whole_folders_of_many_kinds_pass(kind: str, folder: Path) -> None:
 HARMLESS: dict[str, Defect] = {
     "as built": lambda folder: None,
     "two shards": split,
+    "sampling defaults that no engine reads": lambda folder: edit(
+        folder, "generation_config.json", temperature="hot", do_sample=True
+    ),
+    "an unknown class of tokenizer beside tokenizer.json": lambda folder: edit(
+        folder, "tokenizer_config.json", tokenizer_class="FooTokenizer"
+    ),
     "no generation config": lambda folder: (folder / "generation_config.json").unlink(),
     "no chat template": lambda folder: (folder / "chat_template.jinja").unlink(),
     "tokens beyond the model that no prompt has": lambda folder: add_tokens(folder, "<|image|>"),
+    "an added end token in a padded vocabulary": name_a_new_end_token_with_room,
     "a template that trims the question": template("{{ messages[0]['content'] | trim }}"),
     "a template with unused variables": template("{% if thinking %}x{% endif %}{{ messages[0].content }}"),
     "an output layer beside a tied one": weights(
@@ -305,6 +368,22 @@ HARMLESS: dict[str, Defect] = {
 def test_unusual_folders_that_work_pass(case: str, folder: Path) -> None:
     HARMLESS[case](folder)
     check_model(ModelFolder(folder), TRAINED)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_end_token_beside_the_tokenizers_own_that_it_lacks_is_noted(name: str, folder: Path) -> None:
+    pad_vocabulary(folder)
+    assert check_model(ModelFolder(folder), TRAINED) == ()
+    own, last = ModelFolder(folder).tokenizer.eos_token_id, json.loads((folder / "config.json").read_text())
+    edit(folder, name, eos_token_id=[own, last["vocab_size"] - 1])
+    (note,) = check_model(ModelFolder(folder), TRAINED)
+    assert f"{name} names the end token {last['vocab_size'] - 1}, which the tokenizer lacks" in note
+
+
+def test_an_empty_template_is_noted(folder: Path) -> None:
+    set_template(folder, "")
+    (note,) = check_model(ModelFolder(folder), TRAINED)
+    assert note.startswith(f"model.path {folder}: the chat template is empty")
 
 
 @pytest.mark.parametrize("case", ["experts", "quantised", "another architecture", "unknown kind"])

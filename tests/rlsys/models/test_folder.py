@@ -244,6 +244,9 @@ DAMAGES: dict[str, tuple[str, bytes, str]] = {
     "tokenizer config a list": ("tokenizer_config.json", b"[]", "JSON object in tokenizer_config.json, found list"),
     "tokenizer in LFS": ("tokenizer.json", LFS_POINTER, "tokenizer.json is a Git LFS pointer; run git lfs pull"),
     "template in LFS": ("chat_template.jinja", LFS_POINTER, "chat_template.jinja is a Git LFS pointer"),
+    "template not UTF-8": ("chat_template.jinja", b"\xff\xfe{{", "chat_template.jinja is not a text in UTF-8: .* 0xff"),
+    "merges not UTF-8": ("merges.txt", b"a \xff", "merges.txt is not a text in UTF-8: .* save it as UTF-8"),
+    "vocabulary damaged": ("vocab.json", b"{", "vocab.json is not JSON: .*download it again"),
     "special tokens damaged": ("special_tokens_map.json", b"[", "special_tokens_map.json is not JSON"),
     "config null": ("config.json", b"null", "expected a JSON object in config.json, found NoneType"),
     "config nested without end": ("config.json", b"[" * 100_000, "config.json is not JSON: .*recursion"),
@@ -268,7 +271,7 @@ UNUSABLE: dict[str, dict[str, Any]] = {
     "num_hidden_layers": {"num_hidden_layers": -1},
     "rope_parameters": {"rope_parameters": [1]},
     "factor": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
-    "float99": {"dtype": "float99"},
+    r"dtype is 'float99', expected one of bfloat16, float16, float32 \(": {"dtype": "float99"},
     "to_dict": {"quantization_config": "gptq"},
 }
 

@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from rlsys.errors import DataError
+from rlsys.tables.files import described
 from rlsys.tables.sources import Source, read_source
 
 ROWS = [{"question": 'a, "b"\nc', "answer": "007"}, {"question": "é", "answer": "1e-07"}]
@@ -214,3 +215,21 @@ def test_the_message_says_what_is_wrong_with_the_whole_file(
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["a.jsonl", "b.json", "a.txt", "a.csv", "A.TSV"])
+def test_a_file_of_another_encoding_is_refused_as_a_whole(tmp_path: Path, name: str, encoding: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(TEXTS[name].removeprefix("\ufeff").encode(encoding))
+    with pytest.raises(DataError, match=rf"expected a file in UTF-8, found {encoding[:6].upper()}; save it as UTF-8$"):
+        read(path)
+
+
+def test_a_byte_that_is_not_utf_8_is_shown_as_a_byte(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes("question,answer\nWie groß?,2\n".encode("latin-1"))
+    values = read(path).rows[0].values
+    assert isinstance(values, dict)
+    assert described(values["question"]) == r"bytes that are not UTF-8 in 'Wie gro\xdf?'"
+    assert described("a\ud800") == r"half a surrogate pair in 'a\ud800'"

@@ -127,7 +127,9 @@ def test_half_a_surrogate_pair_is_not_text(tmp_path: Path) -> None:
     path.write_text('{"prompt": "a", "completion": "b\\ud83d\\ude00", "other": "\\ud800"}\n')
     assert len(read(path)[0].texts("completion")) == 1
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "b\\ud800"}\n')
-    with pytest.raises(DataError, match=r"row 2, column completion: expected text, found str 'b\\ud800'$"):
+    with pytest.raises(
+        DataError, match=r"row 2, column completion: expected text, found half a surrogate pair in 'b\\ud800'$"
+    ):
         read(path)
 
 

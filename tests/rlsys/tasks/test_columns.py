@@ -202,10 +202,13 @@ def test_conversations_that_cannot_be_used(tmp_path: Path, cell: Any, message: s
     [
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"}, {},
-            r"task\.question_column: .* its columns are prompt, chosen, rejected \(preference rows\); a task needs a",
+            r"task\.question_column: .* its columns are prompt, chosen, rejected \(preference rows\); a task needs a "
+            r"question .* in every row: its columns are .* question \+ answer, or those that task\.question_column",
         ),
         ({"prompt": "a", "completion": "b", "label": True}, {}, r"\(unpaired preference rows\); a task needs"),
         ({"prompt": "a"}, {}, r"its columns are prompt \(prompt-only rows\); set task\.question_column to one of them"),
+        ({"instruction": "a", "input": "", "output": "b"}, {}, r"\(instruction rows\); set task\.question_column to o"),
+        ({"instruction": "a", "response": "b"}, {}, r"\(instruction rows\); set task\.question_column to one"),
         ({"prompt": "a", "solution": "b"}, {"question_column": "prompt"}, r"task\.answer_column: .*; set task\.ans"),
         ({"question": "a", "x": {"a": "b"}}, {"answer_column": "x.b"}, r"task\.answer_column: .* no column 'x\.b'"),
         (VERL, {"question_column": "problem"}, r"no column 'problem'; .* \(verl rows\); set task\.question_column"),

@@ -265,6 +265,19 @@ def test_notes_name_references_that_cannot_be_verified(tmp_path):
     assert line.startswith("task.held_out_path: 1 of 1 references cannot be verified by value, ")
 
 
+def test_questions_with_different_answers_are_noted(tmp_path):
+    rows = [{"question": f"{n // 2}?", "answer": str(n)} for n in range(4)] + sums(4)
+    held_out = write_jsonl(tmp_path / "held.jsonl", rows[:1])
+    path = write_jsonl(tmp_path / "a.jsonl", rows + rows[4:])
+    notes = task_of(path, held_out_path=held_out).notes()
+    assert (
+        "task.path: 2 questions have rows with different answers, the first: row 1 with '0' and row 2 with '1'" in notes
+    )
+    others = [{"question": f"other {n}?", "answer": "1"} for n in range(3)]
+    notes = task_of(write_jsonl(tmp_path / "b.jsonl", others), held_out_path=path).notes()
+    assert any(note.startswith("task.held_out_path: 2 questions have rows with different answers") for note in notes)
+
+
 @pytest.mark.heavy
 @pytest.mark.skipif(not GSM8K.is_file(), reason="RLSYS_DATA names no folder with gsm8k_test.jsonl")
 def test_every_gsm8k_reference_verifies_against_itself_only():

@@ -93,10 +93,19 @@ def test_the_defect_of_a_problem_is_named(text: str, message: str) -> None:
     ("line", "message"),
     [
         ("{", "row 2: not JSON"),
-        ('{"instance": 2}', "row 2: expected {instance: number or text, pddl: text}, found instance '2', pddl 'None'"),
+        (
+            '{"instance": 2}',
+            "row 2: expected {instance: number or text, pddl: text}, found instance int '2', pddl null",
+        ),
         ('{"instance": 2, "pddl": "x", "pddl": "y"}', "row 2: column pddl: expected it once in a row, found it twice"),
-        ('{"instance": 2, "pddl": "\\udfff"}', "pddl: text}, found instance '2', pddl '\\udfff'"),
-        ('{"instance": "\\udfff", "pddl": "x"}', "pddl: text}, found instance '\\udfff', pddl 'x'"),
+        (
+            '{"instance": 2, "pddl": "\\udfff"}',
+            "pddl: text}, found instance int '2', pddl half a surrogate pair in '\\udfff'",
+        ),
+        (
+            '{"instance": "\\udfff", "pddl": "x"}',
+            "pddl: text}, found instance half a surrogate pair in '\\udfff', pddl str 'x'",
+        ),
         (json.dumps({"instance": 2, "pddl": "(" * 9999}), "row 2 (instance 2): expected parentheses at most 16 deep"),
         ('{"instance": null, "pddl": "x"}', "row 2: expected {instance"),
         ('{"instance": true, "pddl": "x"}', "row 2: expected {instance"),
