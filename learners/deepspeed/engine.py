@@ -66,8 +66,9 @@ class TrainedModel:
         for parameter in module.parameters():
             parameter.register_hook(self._add_to_gradient_sum)
         sequence = sequence_group(settings.learner.sequence_parallel)
-        self.bare = LanguageModel(module, sequence) if isinstance(module, PreTrainedModel) else module
-        if sequence is not None and self.bare is module:
+        is_language_model = isinstance(module, PreTrainedModel)
+        self.bare = LanguageModel(module, sequence) if is_language_model else module
+        if sequence is not None and not is_language_model:
             module.share(sequence)
         self.engine = _build(self.bare, settings, optimizer)
         if settings.learner.zero_stage == 0 and settings.learner.dtype == "fp32":
