@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from learners.deepspeed.model import load_model
 from learners.deepspeed.partition import set_whole, whole_shape
 from learners.deepspeed.tensor_files import read_tensors
-from learners.language_model import run_body
+from learners.language_model import SequenceGroup, run_body
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.models.tensors import persistent_buffers
 
@@ -36,7 +36,7 @@ class Critic(nn.Module):
         )
         for parameter in self.score.parameters():
             nn.init.zeros_(parameter)
-        self.sequence: Any = None
+        self.sequence: SequenceGroup | None = None
         self.config = body.config
         self.config.num_labels = 1
 
@@ -51,12 +51,10 @@ class Critic(nn.Module):
         own_values = self.score(run_body(self.body, own_ids, positions)).flatten().index_select(0, own_places)
         return self.sequence.combine(own_values, numbers, len(places)).view_as(input_ids)
 
-    def share(self, sequence: Any) -> Critic:
-        """Let the ranks of a `SequenceGroup`, or None, share every row. Return the critic."""
+    def share(self, sequence: SequenceGroup) -> None:
+        """Let the ranks of a group share every row."""
         self.sequence = sequence
-        if sequence is not None:
-            sequence.use_in(self.body)
-        return self
+        sequence.use_in(self.body)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding, whose rows are the token ids that the critic knows."""

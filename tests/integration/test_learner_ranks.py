@@ -116,7 +116,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, variant in PLAIN.items():
         (one if variant["ranks"] == 1 else two).append(plain_job(folder, name, variant))
     three = [resumed(folder, "three", "zero2", zero_stage=3)]
-    run_ranks(folder, {"two": (2, two)}, {"one": (1, one), "three": (3, three)})
+    four = [{**whole(folder, "two-groups", zero_stage=3, sequence_parallel=2), "objective": CRITIC}]
+    run_ranks(folder, {"two": (2, two)}, {"one": (1, one), "three": (3, three), "four": (4, four)})
     return folder
 
 
@@ -268,7 +269,7 @@ def critic_change(folder: Path, name: str) -> np.ndarray:
     return np.concatenate([(after[key].astype(np.float64) - before.get(key, 0)).ravel() for key in sorted(after)])
 
 
-@pytest.mark.parametrize("name", [*variants("critic"), "sequence-critic"])
+@pytest.mark.parametrize("name", [*variants("critic"), "sequence-critic", "two-groups"])
 def test_ranks_and_partitioning_do_not_change_what_a_critic_learns(folder: Path, name: str) -> None:
     assert relative(critic_change(folder, f"{name}-whole"), critic_change(folder, "one-critic-whole")) < 2e-5
     assert relative(change(folder, f"{name}-whole"), change(folder, "one-critic-whole")) < 2e-5
