@@ -66,10 +66,9 @@ class TrainedModel:
         for parameter in module.parameters():
             parameter.register_hook(self._add_to_gradient_sum)
         sequence = sequence_group(settings.learner.sequence_parallel)
-        is_language_model = isinstance(module, PreTrainedModel)
-        self.bare = LanguageModel(module, sequence) if is_language_model else module
-        if sequence is not None and not is_language_model:
-            module.share(sequence)
+        self.bare: Any = LanguageModel(module, sequence) if isinstance(module, PreTrainedModel) else module
+        if sequence is not None and self.bare is module:
+            self.bare.share(sequence)
         self.engine = _build(self.bare, settings, optimizer)
         if settings.learner.zero_stage == 0 and settings.learner.dtype == "fp32":
             self.engine.clip_fp32_gradients = self._clip
@@ -185,6 +184,17 @@ class TrainedModel:
         inner = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
         for entry in inner.state.values():
             entry["step"].fill_(updates)
+
+    def offload(self) -> None:
+        """Move weights, gradients and optimizer states to the host. On CPUs they are there already."""
+        if self.settings.device == "cuda":
+            self.engine.offload_states()
+            torch.cuda.empty_cache()
+
+    def reload(self) -> None:
+        """Move the states back to the device."""
+        if self.settings.device == "cuda":
+            self.engine.reload_states()
 
     def destroy(self) -> None:
         """Free the memory of model and optimizer, before another model is built."""
