@@ -8,10 +8,10 @@ from types import ModuleType
 import pytest
 
 
-def case(folder: Path, command: str, config: str = "run: {}\n") -> Path:
+def case(folder: Path, command: str, expected: str = "a refusal.", config: str = "run: {}\n") -> Path:
     folder.mkdir()
     (folder / "config.yaml").write_text(config)
-    (folder / "README.md").write_text(f"Command: `{command}`. Expected: a refusal. Got: nothing.\n")
+    (folder / "README.md").write_text(f"Command: `{command}`. Expected: {expected} Got: nothing.\n")
     return folder
 
 
@@ -51,3 +51,45 @@ def test_what_is_a_problem(
     lines = input_cases.problems(case(tmp_path / "a", "rlsys train config.yaml sampling.temperature=3"))
     assert any(problem in line for line in lines)
     assert calls == [[name, "config.yaml", "sampling.temperature=3"] for name in ("check", "train")]
+
+
+@pytest.mark.parametrize(
+    ("expected", "codes"),
+    [
+        ("refusal by check.", [2]),
+        ("one line naming model.path, exit 2.", [2]),
+        ("trains.", [0]),
+        ("refusal before the start, or trains.", [0, 2]),
+        ("reads it, or says that CSV is not read.", [0, 2]),
+        ("something good.", []),
+    ],
+)
+def test_the_words_of_an_expectation_allow_exit_codes(expected: str, codes: list[int], input_cases: ModuleType) -> None:
+    assert input_cases.allowed_codes(expected) == codes
+
+
+@pytest.mark.parametrize(
+    ("expected", "code", "problem"),
+    [
+        ("refusal by check.", 0, "expected to be refused, but check ended with exit code 0"),
+        ("trains.", 2, "expected to be accepted, but check ended with exit code 2"),
+        ("something good.", 0, "README.md does not say whether it is refused or accepted"),
+        ("refusal by check.", 2, None),
+        ("trains.", 0, None),
+        ("refusal before the start, or trains.", 0, None),
+    ],
+)
+def test_an_outcome_that_was_not_expected_is_a_problem(
+    tmp_path: Path,
+    input_cases: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    expected: str,
+    code: int,
+    problem: str | None,
+) -> None:
+    monkeypatch.setattr(input_cases, "run", lambda command, folder: (code, "", 0.0))
+    folder = case(tmp_path / "a", "rlsys check config.yaml", expected)
+    for command in ("check", "train"):
+        folder.joinpath("README.md").write_text(f"Command: `rlsys {command} config.yaml`. Expected: {expected} Got: x.")
+        lines = input_cases.problems(folder)
+        assert lines[:1] == ([f"a: {problem}"] if problem else [])
