@@ -22,8 +22,8 @@ MAX_COMPLETION_CHARS = 8192
 # A whole completion that is longer is not an answer alone.
 MAX_ALONE_CHARS = 300
 
-_REASONING = re.compile(r".*(?:</think(?:ing)?>|\[/THINK\])", re.DOTALL)
-_END_TOKEN = re.compile(r"(?:\s*(?:<\|[\w ]{1,30}\|>|</s>|<eos>|<end_of_turn>)){1,9}\s*\Z")
+_END_OF_REASONING = re.compile(r"</think(?:ing)?>|\[/THINK\]")
+_END_TOKEN = re.compile(r"(?:<\|[\w ]{1,30}\|>|</s>|<eos>|<end_of_turn>){1,9}\Z")
 _TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL | re.IGNORECASE)
 # A box without braces, such as \boxed 18.
 _BARE_BOX = re.compile(r"(\\(?:boxed|fbox))\s+(-?\d+(?:\.\d+)?|[A-Za-z])(?=\s*(?:\Z|\n|[$.,;)]|\\[)\]]))")
@@ -54,8 +54,8 @@ class Extracted:
 
 def find_answer(completion: str) -> Extracted | None:
     """Return the answer of a completion, or None if it has none."""
-    completion = _REASONING.sub("", completion[-MAX_COMPLETION_CHARS:])
-    completion = _BARE_BOX.sub(r"\1{\2}", _END_TOKEN.sub("", completion))
+    completion = _END_OF_REASONING.split(completion[-MAX_COMPLETION_CHARS:])[-1]
+    completion = _BARE_BOX.sub(r"\1{\2}", _END_TOKEN.sub("", completion.rstrip()))
     tags = _TAG.findall(completion)
     if tags:
         return Extracted(_inside_tag(tags[-1].strip()))
