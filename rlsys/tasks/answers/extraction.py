@@ -1,6 +1,6 @@
 r"""Extraction: where the answer of a completion stands.
 
-The first of these places that a completion has counts:
+Reasoning that ends with `</think>` is left out. The first of these places in the rest of a completion counts:
 
 1. the last complete `<answer>` tag; text may follow it;
 2. the last `\boxed{}`; boxes with only "and", "or" and punctuation between them are one list;
@@ -22,7 +22,11 @@ MAX_COMPLETION_CHARS = 8192
 # A whole completion that is longer is not an answer alone.
 MAX_ALONE_CHARS = 300
 
-_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
+_END_OF_REASONING = re.compile(r"</think(?:ing)?>|\[/THINK\]")
+_END_TOKEN = re.compile(r"(?:<\|[\w ]{1,30}\|>|</s>|<eos>|<end_of_turn>){1,9}\Z")
+_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL | re.IGNORECASE)
+# A box without braces, such as \boxed 18.
+_BARE_BOX = re.compile(r"(\\(?:boxed|fbox))\s+(-?\d+(?:\.\d+)?|[A-Za-z])(?=\s*(?:\Z|\n|[$.,;)]|\\[)\]]))")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 _BETWEEN_BOXES = re.compile(
     r"(?:\s|\$|\\[()\[\],;:! ]|[,;.*]|\\(?:quad|qquad)|\\text\s*\{\s*(?:,?\s*(?:and|or)\s*)\}|\band\b|\bor\b)*"
@@ -50,7 +54,8 @@ class Extracted:
 
 def find_answer(completion: str) -> Extracted | None:
     """Return the answer of a completion, or None if it has none."""
-    completion = completion[-MAX_COMPLETION_CHARS:]
+    completion = _END_OF_REASONING.split(completion[-MAX_COMPLETION_CHARS:])[-1]
+    completion = _BARE_BOX.sub(r"\1{\2}", _END_TOKEN.sub("", completion.rstrip()))
     tags = _TAG.findall(completion)
     if tags:
         return Extracted(_inside_tag(tags[-1].strip()))

@@ -23,7 +23,7 @@ from rlsys.tasks.answers.normalise import normalise
 from rlsys.tasks.answers.reading.lexer import FUNCTIONS
 from rlsys.tasks.answers.reading.reader import MAX_ANSWER_CHARS, read_answer
 from rlsys.tasks.answers.reading.words import choice_letter, chosen_letter, read_any_words, same_words, squeeze
-from rlsys.tasks.answers.values import Based, UndecidableError, UnreadableError, Value, Words
+from rlsys.tasks.answers.values import Based, Expr, UndecidableError, UnreadableError, Value, Words
 from rlsys.types import Verdict
 
 Strictness = Literal["text", "value", "lenient"]
@@ -87,7 +87,8 @@ class Judge:
             answer_value = Based(texts[1].upper().lstrip("0") or "0", reference_value.base)
         is_prose = isinstance(answer_value, str) and (answer.alone or _WORD.search(texts[1]) is not None)
         if isinstance(answer_value, Words):
-            is_prose = not _is_text(reference_value) or (answer.alone and len(answer_value.text.split()) > _NAME_WORDS)
+            is_name = _is_text(reference_value) or (answer_value.letters and _has_symbols(reference_value))
+            is_prose = not is_name or (answer.alone and len(answer_value.text.split()) > _NAME_WORDS)
         if is_prose:
             return _no_answer(f"{shortened(answer.text)!r} is not an answer alone")
         return self._valued(reference_value, answer_value, texts)
@@ -143,6 +144,10 @@ def _read(text: str) -> Value | str:
 
 def _is_text(value: Value | str) -> bool:
     return isinstance(value, str | Words)
+
+
+def _has_symbols(value: Value | str) -> bool:
+    return isinstance(value, Expr) and bool(value.symbols())
 
 
 def shortened(text: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import groupby
 
+from rlsys.tasks.answers.reading.units import name_of_letter, read_unit
 from rlsys.tasks.answers.values import names_of
 
 _CHARACTERS = {
@@ -27,6 +28,11 @@ _FORMATTING = (
     r"(?:text)?color\s*\{[a-z]*\})"
 )
 _FORMATTED = re.compile(_FORMATTING + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+# The letters of a unit in upright type after a number, such as 5\text{ m}^2, are no variables.
+_UPRIGHT_UNIT = re.compile(
+    r"(?<=[\d})])((?:\s|\\[,;:! ]|~)*)\\(?:text|textrm|textnormal|textup|mbox|hbox|mathrm)\s*\{([^{}]*)\}"
+)
+_LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 _COMMANDS = {
     name: replacement
     for replacement, names in {
@@ -91,6 +97,7 @@ def normalise(text: str) -> str:
         text = pattern.sub(replacement, text)
     text = re.sub(r"(?<=\d)\u2009(?=\d)", "", text)
     text = text.replace(r"\$", "$")
+    text = _UPRIGHT_UNIT.sub(_spelled_unit, text)
     previous = None
     while previous != text:
         previous = text
@@ -169,6 +176,15 @@ def _without(text: str, start: str, end: str) -> str:
     if start in plain or end in plain or (start.startswith("_") and not inner[0].isalnum()):
         return text
     return inner
+
+
+def _spelled_unit(match: re.Match[str]) -> str:
+    """Return a unit in upright type after a number with the names of its letters, such as " meter/second"."""
+    text = re.sub(r"\\[,;:! ]|~", " ", match[2])
+    names = {letter: name_of_letter(letter) for letter in _LETTER.findall(text)}
+    if not names or not all(names.values()) or read_unit(text, nouns=False) is None:
+        return match[0]
+    return f" {_LETTER.sub(lambda letter: str(names[letter[0]]), text)} "
 
 
 def _unwrap(match: re.Match[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 
@@ -25,6 +25,7 @@ class Expr:
         value: Value of a number.
         step: Unit of the last digit of a number that is written as a decimal; None for other numbers.
         name: Name of a symbol.
+        spaced: A space stands between a number and this symbol or fraction, which may be a unit then.
     """
 
     op: str
@@ -32,6 +33,7 @@ class Expr:
     value: Fraction = Fraction(0)
     step: Fraction | None = None
     name: str = ""
+    spaced: bool = field(default=False, compare=False)
 
     def walk(self) -> Iterator[Expr]:
         """Yield all nodes of the expression."""
@@ -61,10 +63,15 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """An amount with a unit."""
+    """An amount with a unit.
+
+    Attributes:
+        product: The same text as a product, if the letters of the unit may be variables.
+    """
 
     amount: Expr
     unit: Unit
+    product: Expr | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +188,11 @@ def symbol(name: str) -> Expr:
 def apply(op: str, *args: Expr) -> Expr:
     """Return an operation on arguments."""
     return Expr(op=op, args=args)
+
+
+def formula_of(value: Value) -> Expr | None:
+    """Return a value as an expression, in which the letters of a unit may be variables."""
+    return value.product if isinstance(value, Quantity) else value if isinstance(value, Expr) else None
 
 
 REAL_LINE = Sequence("()", (apply("negate", apply("infinity")), apply("infinity")))

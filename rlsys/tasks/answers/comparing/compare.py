@@ -9,6 +9,7 @@ from fractions import Fraction
 from rlsys.tasks.answers.comparing import numeric, relations
 from rlsys.tasks.answers.comparing.conversions import DEGREE, RADIAN, like, radians
 from rlsys.tasks.answers.comparing.sets import INTERVALS, same_set
+from rlsys.tasks.answers.reading.letters import is_certain
 from rlsys.tasks.answers.reading.units import same_dimension
 from rlsys.tasks.answers.reading.words import same_words
 from rlsys.tasks.answers.values import (
@@ -177,11 +178,14 @@ class Comparison:
             amount = answer.amount if factor == 1 else apply("multiply", answer.amount, number(factor))
             return self.same(reference.amount, amount)
         if isinstance(reference, Quantity) and isinstance(answer, Expr):
+            if not is_certain(reference, is_reference=True):
+                return False
             return self.same(reference.amount, answer) or (
                 _is_angle(reference, answer) and self.same(radians(reference), answer)
             )
         if isinstance(answer, Quantity) and isinstance(reference, Expr):
-            if reference.op == "percent" or not (answer.unit.counted or _is_at_most_one(answer.amount)):
+            counted = answer.unit.counted or _is_at_most_one(answer.amount)
+            if reference.op == "percent" or not counted or not is_certain(answer, is_reference=False):
                 return False
             return self.same(reference, answer.amount) or (
                 _is_angle(answer, reference) and self.same(reference, radians(answer))

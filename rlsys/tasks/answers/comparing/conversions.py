@@ -5,8 +5,8 @@ from __future__ import annotations
 from fractions import Fraction
 from math import gcd
 
+from rlsys.tasks.answers.reading.letters import amount_of
 from rlsys.tasks.answers.reading.reader import as_product
-from rlsys.tasks.answers.reading.units import SYMBOL_UNITS, read_unit
 from rlsys.tasks.answers.values import (
     Based,
     Clock,
@@ -34,7 +34,8 @@ DEGREE, RADIAN = (("degree", 1),), (("radian", 1),)
 def like(value: Value, other: Value, *, is_reference: bool) -> Value:
     """Return a value in the reading that another value has, or as it is.
 
-    Letters are also a product, a time is also a ratio, and a ratio of two numbers is also their quotient.
+    Letters are also a product, a time is also a ratio, and a ratio of two numbers is also their quotient. "5 m" is a
+    product beside a formula, and "5m" has a unit beside an amount whose unit is certain.
     """
     if isinstance(value, Words) and not isinstance(other, Words):
         return as_product(value) or value
@@ -46,7 +47,11 @@ def like(value: Value, other: Value, *, is_reference: bool) -> Value:
         return number(int(value.digits))
     if isinstance(value, Marks):
         return _measured(value, other)
-    return value if is_reference or not isinstance(other, Quantity) else _glued(value)
+    if isinstance(value, Quantity) and value.product and isinstance(other, Expr) and other.symbols():
+        return value.product
+    if isinstance(value, Expr) and isinstance(other, Quantity) and not other.product:
+        return amount_of(value, spaced=False) or value
+    return value
 
 
 def _clock_ratio(clock: Clock, *, reduced: bool) -> Ratio | None:
@@ -64,20 +69,6 @@ def _measured(marks: Marks, other: Value) -> Value:
         return Quantity(number(total), Unit(other.unit.dimension))
     amounts = [amount for amount in (marks.first, marks.second) if amount is not None]
     return number(amounts[0]) if isinstance(other, Expr) and len(amounts) == 1 else marks
-
-
-def _glued(value: Value) -> Value:
-    """Return "500g" or "5m/s" as an amount with a unit rather than a product."""
-    amount, text = value, ""
-    while isinstance(amount, Expr) and amount.op in ("multiply", "divide"):
-        base, exponent = amount.args[1], ""
-        if base.op == "power" and base.args[1].op == "number":
-            base, exponent = base.args[0], f"^{base.args[1].value}"
-        if base.name not in SYMBOL_UNITS:
-            break
-        amount, text = amount.args[0], f"{' ' if amount.op == 'multiply' else '/'}{base.name}{exponent}{text}"
-    unit = read_unit(text, nouns=False) if text else None
-    return Quantity(amount, unit) if isinstance(amount, Expr) and unit else value
 
 
 def radians(quantity: Quantity) -> Expr:

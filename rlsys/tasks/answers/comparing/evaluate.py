@@ -21,7 +21,7 @@ MAX_EXACT_BITS = 24_000
 MAX_PRECISION = 8_000
 GUARD_BITS = 60
 # Bits in which two values must agree.
-AGREED_BITS = 80
+AGREED_BITS = 160
 # A power whose result has a larger binary exponent is not computed.
 _MAX_MAGNITUDE = 1 << 60
 _MAX_FACTORIAL = 10**12

@@ -22,7 +22,9 @@ from rlsys.tasks.answers.comparing.evaluate import (
 )
 from rlsys.tasks.answers.values import Expr, UndecidableError, number
 
-_PRECISIONS = (140, 500, 2000, MAX_PRECISION)
+_PRECISIONS = (300, 800, 2000, MAX_PRECISION)
+# Numbers with more bits are counted, because they may be many digits of an irrational number.
+_SMALL_BITS = 20
 _POINTS = 6
 _MAX_DECIMAL_EXPONENT = 10_000
 
@@ -30,14 +32,18 @@ _MAX_DECIMAL_EXPONENT = 10_000
 def values_of(expressions: Sequence[Expr], point: Mapping[str, Fraction]) -> tuple[list[Number | None], int]:
     """Return the values of expressions at a point, None where one is undefined, and their number of correct bits.
 
-    The precision grows until two precisions agree and no summand is smaller than the rounding of another.
+    The precision grows until two precisions agree and no summand is smaller than the rounding of another. It is larger
+    than the numbers that the expressions write out, so the digits of an irrational number are never equal to it.
 
     Raises:
         UndecidableError: the largest precision is not enough, or a number is too large.
     """
+    agreed = max(AGREED_BITS, sum(map(_digits, expressions)) + GUARD_BITS)
     for precision in _PRECISIONS:
+        if agreed + GUARD_BITS > precision:
+            continue
         rough, spread = _evaluate(expressions, point, precision)
-        bits = spread + AGREED_BITS
+        bits = spread + agreed
         if bits + GUARD_BITS > precision:
             continue
         fine, _ = _evaluate(expressions, point, precision + GUARD_BITS)
@@ -45,6 +51,12 @@ def values_of(expressions: Sequence[Expr], point: Mapping[str, Fraction]) -> tup
         if all(one is other is None or (None not in (one, other) and agree(one, other, bits)) for one, other in pairs):
             return fine, bits
     raise UndecidableError(f"a value that needs more than {_PRECISIONS[-1]} bits")
+
+
+def _digits(expr: Expr) -> int:
+    """Return the number of bits of the long numbers of an expression."""
+    bits = (node.value.numerator.bit_length() + node.value.denominator.bit_length() for node in expr.walk())
+    return sum(count for count in bits if count > _SMALL_BITS)
 
 
 def _evaluate(

@@ -18,6 +18,7 @@ from rlsys.tasks.answers.values import (
     UndecidableError,
     Value,
     apply,
+    formula_of,
     number,
 )
 
@@ -157,8 +158,8 @@ def same_relation(reference: Relation, answer: Relation) -> bool | None:
 
 def _difference(relation: Relation) -> Expr | None:
     """Return left minus right side of a relation between expressions."""
-    left, right = relation.sides
-    if not isinstance(left, Expr) or not isinstance(right, Expr):
+    left, right = map(formula_of, relation.sides)
+    if left is None or right is None:
         return None
     return apply("add", left, apply("negate", right))
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from rlsys.tasks.answers.comparing import numeric
 from rlsys.tasks.answers.comparing.evaluate import AGREED_BITS, CONTEXT, MAX_PRECISION, Number, to_float
-from rlsys.tasks.answers.values import Expr, Relation, Sequence, Union, Value, apply, number
+from rlsys.tasks.answers.values import Expr, Relation, Sequence, UndecidableError, Union, Value, apply, number
 
 FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
 INTERVALS = ("()", "[)", "(]", "[]")
@@ -76,6 +76,9 @@ def real_set(value: Value) -> RealSet | None:
 
 def _order(one: Number, other: Number) -> int:
     """Return -1, 0 or 1 as a number is below, equal to or above another one."""
+    exact = [number for number in (one, other) if isinstance(number, Fraction)]
+    if len(exact) == 1 and exact[0].denominator.bit_length() > AGREED_BITS // 4:
+        raise UndecidableError("a long decimal as an end beside an irrational one")
     if numeric.agree(one, other, AGREED_BITS):
         return 0
     return 1 if numeric.greater(one, other) else -1

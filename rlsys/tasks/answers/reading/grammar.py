@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from rlsys.tasks.answers.reading.lexer import Token, read_decimal, read_repeating
 from rlsys.tasks.answers.reading.number_words import SCALES
@@ -67,13 +68,18 @@ class Cursor:
         return (self.next.text, self.later().text) == ("(", "mod")
 
     def starts_unit(self) -> bool:
-        """Return whether letters after a space are a unit, such as m/s in "12 m/s"."""
+        """Return whether a unit with a word follows, such as m/sec. Letters alone may be variables."""
+        words = (token.kind == "word" for token in self.tokens[self.place : self.unit_end()])
+        is_place = self.next.text == "frac" or self.may_be_unit()
+        return is_place and any(words) and read_unit(self.rest(), nouns=False) is not None
+
+    def may_be_unit(self) -> bool:
+        """Return whether a space stands between a number and a symbol or fraction."""
         token = self.next
-        if not token.spaced or token.kind != "symbol" or not self.place:
+        if not token.spaced or not self.place or not (token.kind == "symbol" or token.text == "frac"):
             return False
         before = self.tokens[self.place - 1]
-        numeric = before.kind in ("number", "repeating") or before.text in ("}", ")", "pi")
-        return numeric and read_unit(self.rest(), nouns=False) is not None
+        return before.kind in ("number", "repeating") or before.text in ("}", ")", "pi")
 
     def rest(self) -> str:
         """Return the text from the next token to the next separator."""
@@ -149,8 +155,7 @@ class Grammar(Cursor):
         if token.kind == "symbol":
             return not self.starts_unit()
         if token.kind == "command":
-            is_unit = token.text == "frac" and token.spaced and read_unit(self.rest(), nouns=False)
-            return token.text in ("frac", "sqrt", "binom", "pi", "infty") and not is_unit
+            return token.text in ("frac", "sqrt", "binom", "pi", "infty") and not self.starts_unit()
         if token.kind == "number":  # 3!7!
             return before.op == "factorial"
         is_open = self.is_sign("(", "⌊", "⌈", "{") or (self.is_sign("|") and not self._bars)
@@ -191,6 +196,11 @@ class Grammar(Cursor):
         return self._postfix(base) if self.is_sign("!") else base
 
     def _base(self) -> Expr:
+        spaced = self.may_be_unit()
+        base = self._unspaced_base()
+        return replace(base, spaced=True) if spaced else base
+
+    def _unspaced_base(self) -> Expr:
         token = self.take()
         match token.kind:
             case "number":

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 from rlsys.tasks.answers.normalise import SIGNS
 from rlsys.tasks.answers.reading.units import CURRENCIES, GLUED_UNITS, read_unit
@@ -136,8 +137,11 @@ def _read_letters(text: str, start: int, spaced: bool, before: Sequence[Token]) 
         return [Token("command", "infty", start, end, spaced)]
     if text in ("pi", "Pi"):
         return [Token("command", "pi", start, end, spaced)]
-    is_unit = len(text) > 3 and read_unit(text, nouns=False) is not None  # a pint is not pi*n*t
-    if is_unit or text in GLUED_UNITS or (text in ("sec", "min", "in") and after_number):
+    is_pair = len(text) == 2 and text.islower()
+    is_known = len(text) > 3 or (spaced and after_number and len(text) > 1 and not is_pair)
+    is_unit = is_known and read_unit(text, nouns=False) is not None  # a pint is not pi*n*t
+    is_glued = text in GLUED_UNITS and (not is_pair or _may_be_unit(text, before))  # mg is also m*g
+    if is_unit or is_glued or (text in ("sec", "min", "in") and after_number):
         return [Token("word", text, start, end, spaced)]
     if text in FUNCTIONS:
         return [Token("function", text, start, end, spaced)]
@@ -149,6 +153,20 @@ def _read_letters(text: str, start: int, spaced: bool, before: Sequence[Token]) 
     if len(text) > 3 or (spaced and after_number and len(text) == 3 and is_wordlike(text)):
         return [Token("word", text, start, end, spaced)]
     return _symbols(text, start, spaced)
+
+
+def _may_be_unit(text: str, before: Sequence[Token]) -> bool:
+    """Return whether two letters may be a unit: not in brackets, except in a fraction after a number.
+
+    After pi, they are a length.
+    """
+    signs = [token.text for token in before if token.kind == "sign"]
+    is_inside = signs.count("{") + signs.count("(") > signs.count("}") + signs.count(")")
+    if is_inside and not any(one.kind == "number" and other.text == "frac" for one, other in pairwise(before)):
+        return False
+    unit = read_unit(text, nouns=False)
+    is_length = unit is not None and unit.dimension[0][0] == "metre"
+    return is_length or not before or before[-1].text != "pi"
 
 
 def _symbols(text: str, start: int, spaced: bool = False) -> list[Token]:

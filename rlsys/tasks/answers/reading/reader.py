@@ -10,6 +10,7 @@ from itertools import product
 
 from rlsys.tasks.answers.normalise import normalise
 from rlsys.tasks.answers.reading.grammar import Grammar
+from rlsys.tasks.answers.reading.letters import amount_of
 from rlsys.tasks.answers.reading.lexer import Token, join_numbers, read_based, tokens_of
 from rlsys.tasks.answers.reading.notations import read_marks, rephrased, standard_notation
 from rlsys.tasks.answers.reading.number_words import CARDINALS
@@ -30,6 +31,7 @@ from rlsys.tasks.answers.values import (
     Value,
     Words,
     apply,
+    formula_of,
     names_of,
     number,
     symbol,
@@ -146,7 +148,7 @@ def _read_ratio(plain: str) -> Ratio | None:
         values = [_read_mathematics(part) for part in parts if part]
     except UnreadableError:
         return None
-    expressions = tuple(value for value in values if isinstance(value, Expr))
+    expressions = tuple(value for value in map(formula_of, values) if value is not None)
     return Ratio(expressions) if len(expressions) == len(parts) else None
 
 
@@ -251,6 +253,9 @@ class _Reader(Grammar):
         value = apply("negate", self.expression()) if is_negative else self.expression()
         if self.next.kind == "matrix":
             return self._scaled(value, self._matrix())
+        quantity = None if prefix else amount_of(value, spaced=True)
+        if quantity:
+            return self._with_more(quantity)
         if not self._at_end():
             return self._quantity(value, prefix)
         angle = value.args[0] if value.op == "negate" else value
@@ -263,19 +268,22 @@ class _Reader(Grammar):
         return self.next.kind == "end" or self.is_sign(*stops) or self.at_modulus()
 
     def _quantity(self, value: Expr, prefix: str) -> Value:
-        """Read the unit after an amount, and further amounts with units, such as "2 hours 30 minutes"."""
+        """Read the unit after an amount."""
         text, self.place = self.rest(), self.unit_end()
         per = prefix and text.startswith(("/", "per"))
         unit = read_unit(f"{prefix} {text}" if per else text, nouns=not value.symbols())
         if unit is None or (prefix and not per and unit != _known(prefix)):
             raise self.unreadable(f"expected a unit, found {text[:30]!r}")
-        quantity = Quantity(value, unit)
+        return self._with_more(Quantity(value, unit))
+
+    def _with_more(self, quantity: Quantity) -> Quantity:
+        """Read further amounts with units, such as 30 minutes in "2 hours 30 minutes"."""
         if self.is_sign("and"):
             return self._and_smaller(quantity)
         if self._at_end():
             return quantity
         other = self._value()
-        if not isinstance(other, Quantity) or other.unit.dimension != unit.dimension:
+        if not isinstance(other, Quantity) or other.unit.dimension != quantity.unit.dimension:
             raise self.unreadable("two amounts with different units")
         return _sum(quantity, other)
 
@@ -367,9 +375,10 @@ class _Reader(Grammar):
     def _scaled(self, factor: Expr, matrix: Matrix) -> Matrix:
         rows = []
         for row in matrix.rows:
-            if not all(isinstance(cell, Expr) for cell in row):
+            cells = [cell for cell in map(formula_of, row) if cell is not None]
+            if len(cells) < len(row):
                 raise self.unreadable("a factor of a matrix that is not of numbers")
-            rows.append(tuple(apply("multiply", factor, cell) for cell in row if isinstance(cell, Expr)))
+            rows.append(tuple(apply("multiply", factor, cell) for cell in cells))
         return Matrix(tuple(rows))
 
 

@@ -66,6 +66,8 @@ NO_NOUNS = NUMBER_WORDS | frozenset(
 )
 _NO_NOUN = re.compile(r".|.*(?:n't|ly|ish|like)")
 _UNITS: dict[str, Unit] = {}
+# Names of the units that have a letter.
+_NAMES: dict[str, str] = {}
 
 
 @lru_cache(maxsize=1024)
@@ -124,6 +126,11 @@ def _lookup(name: str) -> Unit | None:
     return _UNITS.get(name.lower()) or _UNITS.get(_singular(name.lower()))
 
 
+def name_of_letter(letter: str) -> str | None:
+    """Return the name of the unit that a letter stands for, such as "meter" for "m"."""
+    return _NAMES.get(letter)
+
+
 def _singular(word: str) -> str:
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"
@@ -137,6 +144,8 @@ def _fill() -> None:
         whole = _read_known(base) or Unit(((base, 1),))
         for factor, names in factors.items():
             for name in names.split():
+                if len(name) == 1:
+                    _NAMES[name] = max(names.split(), key=len)
                 _UNITS[name] = Unit(whole.dimension, whole.factor * Fraction(factor))
                 for prefix, power in _PREFIXES.items() if name in _PREFIXED else ():
                     if prefix in ("d deci", "c centi") and base not in ("metre", "dm^3"):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsys.tasks.answers.judge import Judge
+from rlsys.tasks.answers.reading.units import SYMBOL_UNITS
 from rlsys.tasks.answers.references import reference_note
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "pairs.jsonl").read_text().splitlines()]
@@ -62,6 +63,9 @@ TEMPLATES = (
     r"%s + \sqrt{2}",
     "%s cm",
     "%s x + y",
+    "%s h^2",
+    "%s g t + s",
+    r"\frac{%s m}{n}",
 )
 
 
@@ -72,6 +76,17 @@ def test_a_perturbed_number_is_wrong_in_every_kind(number, template, place):
     reference, answer = (template % f"({value})" for value in (number, other))
     assert verdict(reference, f"<answer>{reference}</answer>").reward == 1
     assert verdict(reference, f"<answer>{answer}</answer>").reward == float(number == other)
+
+
+@pytest.mark.parametrize("letter", sorted(SYMBOL_UNITS - {"Ω"}))
+@pytest.mark.parametrize("template", ["8 %s^2", "x %s", r"\frac{1}{2} %s", "3 x^2 %s", r"2 \pi r %s", "5 %s + 1"])
+def test_a_letter_of_a_unit_may_be_a_variable(letter, template):
+    spaced, glued, none = template % letter, (template % letter).replace(" ", ""), template.split("%s")[0]
+    if "\\pi" in template:
+        glued = rf"2\pi {letter}r"
+    assert verdict(spaced, f"<answer>{glued}</answer>").reward == 1
+    assert verdict(glued, f"<answer>{spaced}</answer>").reward == 1
+    assert verdict(spaced, f"<answer>{none}</answer>").reward == 0
 
 
 @given(digits=st.integers(1, 10**7), exponent=st.integers(-300, 300), change=st.integers(-9, 9))
@@ -140,6 +155,19 @@ PLACES = [
     ("a number on the last line", "first 3, then 6\n18", 0, False),
     ("no answer", "I do not know", 0, False),
     ("no answer", "", 0, False),
+    ("the reasoning is no place", "<think>hmm</think>\n\n18", 1, True),
+    ("the reasoning is no place", "<think>the answer is 17</think>18", 1, True),
+    ("the reasoning is no place", "<think><answer>18</answer></think> I am not sure.", 0, False),
+    ("the reasoning is no place", r"so \boxed{17}</think>\boxed{18}", 1, True),
+    ("the reasoning is no place", r"<think>\boxed{18}</think>", 0, False),
+    ("the reasoning is no place", "<think>a</think><answer>17</answer><think>b</think>The answer is 18.", 1, True),
+    ("the reasoning is no place", "<thinking>The answer is 18.</thinking> It is 17", 0, False),
+    ("the reasoning is no place", "[THINK]17[/THINK]18", 1, True),
+    ("a tag in another case", "<Answer>18</Answer>", 1, True),
+    ("a box without braces", r"so $\boxed 18$.", 1, True),
+    ("a box without braces", r"so \boxed 18 + 1", 0, False),
+    ("an end token", "The answer is 18<|im_end|>", 1, True),
+    ("an end token", "18</s>", 1, True),
     ("too long", f"<answer>{'1' * 2000}</answer>", 0, False),
 ]
 
