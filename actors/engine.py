@@ -166,8 +166,6 @@ class Engine:
         def apply() -> None:
             try:
                 self._check_between_steps()
-                if self.asleep:
-                    raise EngineError("weights came while the engine sleeps")
                 skips = tied_output and not all(self._engine.collective_rpc(has_output_layer, args=(tied_output,)))
                 self._loader.load(deliveries, (tied_output,) if tied_output and skips else ())
             except BaseException as error:
@@ -180,21 +178,13 @@ class Engine:
 
     def sleep(self) -> None:
         """Move the weights to the host and drop the cache, between two steps. A device without sleep keeps both."""
-
-        def apply() -> None:
-            self.asleep = True
-            self._engine.sleep(1, "keep")
-
-        self._run_on_thread(apply).result()
+        self.asleep = True
+        self._run_on_thread(lambda: self._engine.sleep(1, "keep")).result()
 
     def wake(self) -> None:
         """Move the weights back and make a new cache."""
-
-        def apply() -> None:
-            self._engine.wake_up()
-            self.asleep = False
-
-        self._run_on_thread(apply).result()
+        self._run_on_thread(self._engine.wake_up).result()
+        self.asleep = False
 
     def engine_stats(self) -> EngineStats:
         """Return the engine's statistics since the last call."""
@@ -249,11 +239,9 @@ class Engine:
         self._pending.clear()
 
     def _check_between_steps(self) -> None:
-        """Raise if a batch is in flight: its tokens would get the label of the new weights."""
-        if getattr(self._engine.engine_core.engine_core, "batch_queue", None):
-            raise EngineError(
-                "a batch is in flight at a change of weights; expected an engine without async scheduling"
-            )
+        """Raise if the engine sleeps, or a batch is in flight: its tokens would get the label of the new weights."""
+        if self.asleep or getattr(self._engine.engine_core.engine_core, "batch_queue", None):
+            raise EngineError("the engine sleeps, or a batch is in flight, at a change of weights; expected neither")
 
     def _take_commands(self, block: bool) -> bool:
         """Run all waiting commands. With `block`, wait for the first one. Return False after `close`."""

@@ -55,8 +55,7 @@ def score(model: nn.Module, rows: Sequence[Int32Array]) -> tuple[Float32Array, .
 class TorchLearner:
     """The parts of a Learner that the bus uses. `on_tensor` is called before a tensor is gathered, with its number."""
 
-    restarts = 0
-    shares_device = False
+    restarts, shares_device = 0, False
 
     def __init__(self, sender: ObjectStoreSender) -> None:
         self.model, self.sender = build_model(), sender
