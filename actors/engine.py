@@ -239,9 +239,9 @@ class Engine:
         self._pending.clear()
 
     def _check_between_steps(self) -> None:
-        """Raise if the engine sleeps, or a batch is in flight: its tokens would get the label of the new weights."""
+        """Raise if the engine sleeps or a batch is in flight, whose tokens would get a wrong label."""
         if self.asleep or getattr(self._engine.engine_core.engine_core, "batch_queue", None):
-            raise EngineError("the engine sleeps, or a batch is in flight, at a change of weights; expected neither")
+            raise EngineError("the engine sleeps, or a batch is in flight at a change of weights; expected neither")
 
     def _take_commands(self, block: bool) -> bool:
         """Run all waiting commands. With `block`, wait for the first one. Return False after `close`."""
