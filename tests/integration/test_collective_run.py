@@ -39,8 +39,9 @@ def test_an_actor_killed_in_a_broadcast_changes_nothing(start: Callable[..., Com
     stored, broadcast = tmp_path / "store" / "run", tmp_path / "broadcast" / "run"
     assert digests(broadcast) == digests(stored)
     assert steady_rows(broadcast) == steady_rows(stored)
-    publishes = [row["weights/publish_s"] for row in read_rows(broadcast / "metrics.jsonl") if row["stage"] == "online"]
-    assert len(publishes) == STEPS and max(publishes) < BUCKETS["timeout_s"] / 2
+    rows = read_rows(broadcast / "metrics.jsonl")
+    publishes = [row["weights/publish_s"] for row in rows if "weights/publish_s" in row]
+    assert len(publishes) >= STEPS and max(publishes) < BUCKETS["timeout_s"] / 2
     # The other actor was a member of the broadcast, and noticed at once.
     assert (
         "the broadcast of weights failed, the object store takes over"
