@@ -23,6 +23,7 @@ from actors.engine import Completion, CompletionRequest, Engine
 from actors.engine_build import engine_environment
 from learners.deepspeed.parameters import published_tensors
 from rlsys.config.schema import ActorsConfig
+from rlsys.errors import WeightSyncError
 
 # 70 tokens: two full blocks of 32 go into the prefix cache.
 PROMPT = [5 + i % 40 for i in range(70)]
@@ -108,8 +109,12 @@ def main(folder: Path) -> None:
     names = [name for name, _ in published_tensors(model, lambda p: p.detach())]
     found["names"] = names
     tensors = [(name, value) for name, value in model.state_dict().items() if name != "lm_head.weight"]
-    engine.update_weights(3, 0, deliveries(tensors, 3))
-    found["gap_without_output_layer"] = row_gap(engine, model)
+    try:
+        engine.update_weights(3, 0, deliveries(tensors, 3))
+        found["refusal_without_output_layer"] = ""
+        found["gap_without_output_layer"] = row_gap(engine, model)
+    except WeightSyncError as error:
+        found["refusal_without_output_layer"] = error.message
     engine.close()
     (folder / "measured.json").write_text(json.dumps(found))
 
