@@ -31,6 +31,8 @@ _SHOWN_CHARS = 80
 # A whole completion with more words is prose rather than a name.
 _NAME_WORDS = 4
 _OPERATOR = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")
+# Names of environments are no words.
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[a-zA-Z]+\*?\}")
 _WORD = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{'|'.join(FUNCTIONS)})(?![a-zA-Z]))[a-zA-Z]{{3,}}")
 
 
@@ -84,7 +86,8 @@ class Judge:
             isinstance(reference_value, Based) and not isinstance(answer_value, Based) and texts[1].isalnum()
         ):  # digits without a base
             answer_value = Based(texts[1].upper().lstrip("0") or "0", reference_value.base)
-        is_prose = isinstance(answer_value, str) and (answer.alone or _WORD.search(texts[1]) is not None)
+        has_words = _WORD.search(_ENVIRONMENT.sub(" ", texts[1])) is not None
+        is_prose = isinstance(answer_value, str) and (answer.alone or has_words)
         if isinstance(answer_value, Words):
             is_name = _is_text(reference_value) or (answer_value.letters and _has_symbols(reference_value))
             is_prose = not is_name or (answer.alone and len(answer_value.text.split()) > _NAME_WORDS)

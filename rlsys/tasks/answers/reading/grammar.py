@@ -139,7 +139,11 @@ class Grammar(Cursor):
             is_per = self.is_sign("/") and self.later().kind == "word"  # a unit follows, as in "$5/hour"
             if self.is_sign("*", "/") and not is_per:
                 op = "multiply" if self.take().text == "*" else "divide"
-                value = apply(op, value, self.signed(self.factor, "+", "-"))
+                factor = self.signed(self.factor, "+", "-")
+                if op == "divide" and factor.op == "percent" and (value.op, factor.args[0].op) == ("number", "number"):
+                    value = apply("percent", apply(op, value, *factor.args))  # 1/2% is half a percent
+                else:
+                    value = apply(op, value, factor)
             elif self._is_times_letter() or self._starts_factor(value):
                 self.place += self._is_times_letter()
                 value = apply("multiply", value, self.factor())

@@ -178,6 +178,18 @@ def test_the_place_of_the_answer(name, completion, reward, answered):
     assert (result.reward, result.answered) == (reward, answered), result
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", "(-∞,3) union (5,∞)", r"\begin{array}{c}1\end{array} + \foo",
+        r"\begin{Vmatrix}1\end{Vmatrix}", "xy", r"(1,2) intersect \{3\}", r"\left(1,2\right) union \{3\}",
+    ],
+)  # fmt: skip
+def test_pure_mathematics_is_an_answer(answer):
+    result = JUDGE.verdict("x - 2", f"<answer>{answer}</answer>")
+    assert (result.reward, result.answered) == (0, True), result
+
+
 def test_an_open_box_is_ignored():
     assert JUDGE.verdict("18", r"\boxed{18} and \boxed{19").reward == 1
 
