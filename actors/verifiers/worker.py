@@ -112,7 +112,7 @@ def _build_verifier(hello: dict[str, Any]) -> Verifier:
 def _judge(verifier: Verifier, *arguments: Any) -> Verdict:
     try:
         return _checked(verifier(*arguments))
-    # A failure becomes data. math-verify's TimeoutException and SystemExit derive from BaseException only.
+    # A failure becomes data. SystemExit and the timeouts of some libraries derive from BaseException only.
     except BaseException as error:  # noqa: BLE001
         return _error(f"{type(error).__name__}: {error}")
 

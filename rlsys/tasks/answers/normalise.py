@@ -16,7 +16,7 @@ _CHARACTERS = {
     **dict.fromkeys("·⋅∙•×∗", "*"), **dict.fromkeys("÷∕⁄", "/"), **dict.fromkeys("…⋯", r"\ldots "),
     **dict.fromkeys("“”„«»", '"'), **dict.fromkeys("‘’ʼ′", "'"), "″": "''", "∶": ":", "∣": "|",
     "√": r"\sqrt ", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "∞": r"\infty ", "∅": r"\emptyset ", "⩽": "≤", "⩾": "≥",
-    "º": "°", "˚": "°", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "µ": r"\mu ",
+    "º": "°", "˚": "°", "ℝ": r"\mathbb{R}", "∠": r"\angle ", "△": r"\triangle ", "ℤ": r"\mathbb{Z}", "µ": r"\mu ",
     "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ",
 }  # fmt: skip
 # Signs that are no ASCII characters; their commands become them.
@@ -28,6 +28,7 @@ _FORMATTING = (
     r"(?:text)?color\s*\{[a-z]*\})"
 )
 _FORMATTED = re.compile(_FORMATTING + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_BARE_ACCENT = re.compile(r"(\\(?:vec|hat|mathbf|mathrm))\s+([A-Za-z])(?![A-Za-z])")
 # The letters of a unit in upright type after a number, such as 5\text{ m}^2, are no variables.
 _UPRIGHT_UNIT = re.compile(
     r"(?<=[\d})])((?:\s|\\[,;:! ]|~)*)\\(?:text|textrm|textnormal|textup|mbox|hbox|mathrm)\s*\{([^{}]*)\}"
@@ -57,7 +58,7 @@ _RENAMED: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ..
             r"\\begin\s*\{((?:align|equation|gather|split|cases)[a-z]*\*?)\}(.*?)\\end\s*\{\1\}",
             lambda match: _one_line(match[2]),
         ),
-        (r"(=[^\n,;]*[^\n,;\s])\s*(?:\n|\\\\)\s*(?=[a-zA-Z]\s*=)", r"\1, "),
+        (r"(=[^\n,;]*[^\n,;\s])\s*(?:\n|\\\\|\\q?quad(?![a-zA-Z]))\s*(?=[a-zA-Z]\s*=)", r"\1, "),
         (r"<(b|i|u|em|strong|span|code|p)>(.*?)</\1>", r" \2 "),
         (r"<su([pb])>([^<>]*)</su\1>", lambda match: f"{'^' if match[1] == 'p' else '_'}{{{match[2]}}}"),
         (r"(?<=\.)(\d*)\\(?:bar|dot|overline)\s*(?:\{\s*(\d+)\s*\}|(\d))", r"\1\\overline{\2\3}"),
@@ -65,7 +66,10 @@ _RENAMED: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ..
         (r"\\(?:left|right)\s*\.", ""),
         (r"\\not\s*=", "≠"),
         (r"\^\s*(?:\{((?:\s*\\prime)+)\s*\}|(\\prime)(?![a-zA-Z]))", lambda match: "'" * match[0].count("prime")),
-        (r"\\mathbb\s*R", r"\\mathbb{R}"),
+        (r"\\(?:mathbb|Bbb)\s*(?:\{\s*R\s*\}|R(?![a-zA-Z]))", r"\\mathbb{R}"),
+        (r"(?<![\w)}\]])\^\{-\}(?=\d)", "-"),
+        (r"(?<=[)\]}])\s+(?:union|or union)\s+(?=[(\[{\\])", "∪"),
+        (r"(?<=[)\]}])\s+(?:intersection|intersect)\s+(?=[(\[{\\])", "∩"),
         (r"\\([a-zA-Z]+)", lambda match: _COMMANDS.get(match[1], match[0])),
         (r"(?<=[)\]}])\s*U\s*(?=[(\[{\\])", "∪"),
         (r"\.\.\.+", r"\\ldots "),
@@ -97,6 +101,7 @@ def normalise(text: str) -> str:
         text = pattern.sub(replacement, text)
     text = re.sub(r"(?<=\d)\u2009(?=\d)", "", text)
     text = text.replace(r"\$", "$")
+    text = _BARE_ACCENT.sub(r"\1{\2}", text)
     text = _UPRIGHT_UNIT.sub(_spelled_unit, text)
     previous = None
     while previous != text:

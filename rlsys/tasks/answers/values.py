@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+# The variable of a sum, product, integral or limit.
+BOUND = "#"
+OPERATORS = ("sum", "product", "integral", "limit")
+
 
 class UnreadableError(Exception):
     """A text is not a complete answer of a known form. The message says why."""
@@ -20,8 +24,8 @@ class Expr:
     """A node of an expression.
 
     Attributes:
-        op: "number", "symbol", "add", "multiply", "divide", "power", "negate", "percent", "degree", or the
-            name of a function.
+        op: "number", "symbol", "add", "multiply", "divide", "power", "negate", "percent", "degree", the name of a
+            function, or one of `OPERATORS`, whose arguments are the expression and its ends.
         value: Value of a number.
         step: Unit of the last digit of a number that is written as a decimal; None for other numbers.
         name: Name of a symbol.
@@ -42,8 +46,8 @@ class Expr:
             yield from argument.walk()
 
     def symbols(self) -> set[str]:
-        """Return the names of all symbols."""
-        return {node.name for node in self.walk() if node.op == "symbol"}
+        """Return the names of all free symbols."""
+        return {node.name for node in self.walk() if node.op == "symbol" and node.name != BOUND}
 
 
 @dataclass(frozen=True, slots=True)

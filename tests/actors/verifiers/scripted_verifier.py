@@ -217,7 +217,7 @@ def _where(answer: str, argument: str) -> Verdict:
 
 
 class _Stop(BaseException):
-    """An exception that does not derive from Exception, like math-verify's TimeoutException."""
+    """An exception that does not derive from Exception, like the timeouts of some libraries."""
 
 
 def _raise(error: BaseException) -> None:

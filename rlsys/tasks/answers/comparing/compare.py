@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from rlsys.tasks.answers.comparing import numeric, relations
@@ -59,7 +59,7 @@ class Comparison:
         if Relation in kinds:
             return self._same_relation(reference, answer)
         if Union in kinds or _is_alternative(reference) or _is_alternative(answer):
-            return same_set(reference, answer)
+            return self._same_parts(reference, answer) or same_set(reference, answer)
         if Matrix in kinds:
             return self._same_matrix(reference, answer)
         match reference, answer:
@@ -82,6 +82,17 @@ class Comparison:
             case (Marks(), _) | (_, Marks()) if reference != answer:
                 raise UndecidableError("' and \" are feet and inches, or minutes and seconds")
         return reference == answer
+
+    def _same_parts(self, reference: Value, answer: Value) -> bool:
+        """Compare unions or alternatives part by part, in any order: the sets and points in them may be unknown."""
+        match reference, answer:
+            case Union(), Union():
+                operators = {operator for one in (reference, answer) for operator, _ in one.rest}
+                parts = [[one.first, *(item for _, item in one.rest)] for one in (reference, answer)]
+                return operators in ({"union"}, {"intersection"}) and self._same_unordered(*parts)
+            case Sequence(brackets="", joiner=","), Sequence(brackets="", joiner="or"):
+                return self._same_unordered(reference.items, answer.items)
+        return False
 
     def _same_relation(self, reference: Value, answer: Value) -> bool:
         """Compare equations, inequalities and memberships."""
@@ -193,6 +204,8 @@ class Comparison:
         return False
 
     def _same_expression(self, reference: Expr, answer: Expr) -> bool:
+        if _has_constant(reference) and "C" not in answer.symbols():  # of an integral
+            answer = _with_capital(answer)
         if numeric.equal(reference, answer, self._tolerance(reference)):
             return True
         return self.lenient and self._nearly_same(reference, answer)
@@ -216,6 +229,16 @@ class Comparison:
             return False
         value, step = decimal
         return abs(value) >= 100 * step and numeric.equal(reference, answer, step / 2)
+
+
+def _has_constant(reference: Expr) -> bool:
+    """Return whether a formula ends with "+ C"."""
+    return reference.op == "add" and reference.args[1].name == "C" and "c" not in reference.symbols()
+
+
+def _with_capital(expr: Expr) -> Expr:
+    """Return an expression with C in place of c."""
+    return replace(expr, name="C" if expr.name == "c" else expr.name, args=tuple(map(_with_capital, expr.args)))
 
 
 def _has_formula(value: Value) -> bool:

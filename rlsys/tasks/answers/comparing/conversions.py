@@ -8,6 +8,7 @@ from math import gcd
 from rlsys.tasks.answers.reading.letters import amount_of
 from rlsys.tasks.answers.reading.reader import as_product
 from rlsys.tasks.answers.values import (
+    REAL_LINE,
     Based,
     Clock,
     Expr,
@@ -19,6 +20,7 @@ from rlsys.tasks.answers.values import (
     Words,
     apply,
     number,
+    symbol,
 )
 
 _PAIR = 2
@@ -37,6 +39,8 @@ def like(value: Value, other: Value, *, is_reference: bool) -> Value:
     Letters are also a product, a time is also a ratio, and a ratio of two numbers is also their quotient. "5 m" is a
     product beside a formula, and "5m" has a unit beside an amount whose unit is certain.
     """
+    if other == REAL_LINE and value == symbol("R"):
+        return REAL_LINE
     if isinstance(value, Words) and not isinstance(other, Words):
         return as_product(value) or value
     if isinstance(value, Clock) and not isinstance(other, Clock):

@@ -14,15 +14,15 @@ from rlsys.tasks.answers.comparing.evaluate import (
     CONTEXT,
     GUARD_BITS,
     MAX_PRECISION,
-    Evaluator,
     Number,
     UndefinedError,
     is_real,
     to_float,
 )
-from rlsys.tasks.answers.values import Expr, UndecidableError, number
+from rlsys.tasks.answers.comparing.operators import NUMERIC_BITS, OperatorEvaluator
+from rlsys.tasks.answers.values import OPERATORS, Expr, UndecidableError, number
 
-_PRECISIONS = (300, 800, 2000, MAX_PRECISION)
+_PRECISIONS = (140, 300, 800, 2000, MAX_PRECISION)
 # Numbers with more bits are counted, because they may be many digits of an irrational number.
 _SMALL_BITS = 20
 _POINTS = 6
@@ -38,7 +38,9 @@ def values_of(expressions: Sequence[Expr], point: Mapping[str, Fraction]) -> tup
     Raises:
         UndecidableError: the largest precision is not enough, or a number is too large.
     """
-    agreed = max(AGREED_BITS, sum(map(_digits, expressions)) + GUARD_BITS)
+    is_numeric = any(node.op in OPERATORS for expr in expressions for node in expr.walk())
+    digits = sum(map(_digits, expressions))
+    agreed = max(NUMERIC_BITS if is_numeric else AGREED_BITS, digits + GUARD_BITS if digits else 0)
     for precision in _PRECISIONS:
         if agreed + GUARD_BITS > precision:
             continue
@@ -62,7 +64,7 @@ def _digits(expr: Expr) -> int:
 def _evaluate(
     expressions: Sequence[Expr], point: Mapping[str, Fraction], precision: int
 ) -> tuple[list[Number | None], int]:
-    evaluator = Evaluator(point)
+    evaluator = OperatorEvaluator(point)
     values: list[Number | None] = []
     with CONTEXT.workprec(precision):
         for expr in expressions:
@@ -89,6 +91,8 @@ def _counts(expr: Expr) -> bool:
     """Return whether the symbols of an expression must be whole numbers, as in n! or (-1)^n."""
     for node in expr.walk():
         if node.op in ("factorial", "double_factorial", "binomial", "gcd", "lcm") and node.symbols():
+            return True
+        if node.op in ("sum", "product") and any(end.symbols() for end in node.args[1:]):
             return True
         if node.op == "power" and node.args[0].op == "negate" and node.args[1].symbols():
             return True

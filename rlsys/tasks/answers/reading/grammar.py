@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from rlsys.tasks.answers.reading.lexer import Token, read_decimal, read_repeating
 from rlsys.tasks.answers.reading.number_words import SCALES
+from rlsys.tasks.answers.reading.operators import OPERATORS, read_operator
 from rlsys.tasks.answers.reading.units import read_unit
 from rlsys.tasks.answers.values import Expr, UnreadableError, apply, names_of, number, symbol
 
@@ -107,37 +108,42 @@ class Grammar(Cursor):
         super().__init__(text, tokens)
         self._depth = 0
         self._bars = 0
+        self.differential = -1  # the place of dx, after which the variable is known
 
     def expression(self) -> Expr:
         """Read a sum."""
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise UnreadableError(f"more than {MAX_DEPTH} levels")
-        value = self._signed(self._term, *_SIGNS)
+        value = self.signed(self.term, *_SIGNS)
         while self.is_sign(*_SIGNS):
             is_minus = self.take().text == "-"
-            value = apply("add", value, apply("negate", self._term()) if is_minus else self._term())
+            value = apply("add", value, apply("negate", self.term()) if is_minus else self.term())
         if self.next.kind == "command" and self.next.text in ("over", "choose"):
             value = apply("divide" if self.take().text == "over" else "binomial", value, self.expression())
         self._depth -= 1
         return value
 
-    def _signed(self, read: Callable[[], Expr], *signs: str) -> Expr:
+    def signed(self, read: Callable[[], Expr], *signs: str) -> Expr:
         """Read what may have signs before it."""
         if not self.is_sign(*signs):
             return read()
         is_minus = self.take().text == "-"
-        value = self._signed(read, *signs)
+        value = self.signed(read, *signs)
         return apply("negate", value) if is_minus else value
 
-    def _term(self) -> Expr:
+    def term(self) -> Expr:
         """Read a product, with or without signs, from left to right."""
         value = self.factor()
         while True:
             is_per = self.is_sign("/") and self.later().kind == "word"  # a unit follows, as in "$5/hour"
             if self.is_sign("*", "/") and not is_per:
                 op = "multiply" if self.take().text == "*" else "divide"
-                value = apply(op, value, self._signed(self.factor, "+", "-"))
+                factor = self.signed(self.factor, "+", "-")
+                if op == "divide" and factor.op == "percent" and (value.op, factor.args[0].op) == ("number", "number"):
+                    value = apply("percent", apply(op, value, *factor.args))  # 1/2% is half a percent
+                else:
+                    value = apply(op, value, factor)
             elif self._is_times_letter() or self._starts_factor(value):
                 self.place += self._is_times_letter()
                 value = apply("multiply", value, self.factor())
@@ -155,7 +161,8 @@ class Grammar(Cursor):
         if token.kind == "symbol":
             return not self.starts_unit()
         if token.kind == "command":
-            return token.text in ("frac", "sqrt", "binom", "pi", "infty") and not self.starts_unit()
+            is_factor = token.text in ("frac", "sqrt", "binom", "pi", "infty", *OPERATORS)
+            return is_factor and not self.starts_unit()
         if token.kind == "number":  # 3!7!
             return before.op == "factorial"
         is_open = self.is_sign("(", "⌊", "⌈", "{") or (self.is_sign("|") and not self._bars)
@@ -185,7 +192,7 @@ class Grammar(Cursor):
         return value
 
     def _exponent(self) -> Expr:
-        return self.group() if self.is_sign("{") else self._signed(self._unsigned_exponent, "+", "-")
+        return self.group() if self.is_sign("{") else self.signed(self._unsigned_exponent, "+", "-")
 
     def _unsigned_exponent(self) -> Expr:
         if self.is_sign("{"):
@@ -201,6 +208,9 @@ class Grammar(Cursor):
         return replace(base, spaced=True) if spaced else base
 
     def _unspaced_base(self) -> Expr:
+        if self.place == self.differential:
+            self.place += 2
+            return number(1)
         token = self.take()
         match token.kind:
             case "number":
@@ -216,12 +226,14 @@ class Grammar(Cursor):
             case "command" if token.text in ("frac", "binom"):
                 above = self.group()
                 return apply("divide" if token.text == "frac" else "binomial", above, self.group())
+            case "command" if token.text in OPERATORS:
+                return read_operator(self, OPERATORS[token.text])
             case "sign" if token.text in _CLOSING and token.text != r"\{":
-                return self._enclosed(token.text)
+                return self.enclosed(token.text)
         self.place -= 1
         raise self.unreadable()
 
-    def _enclosed(self, opening: str) -> Expr:
+    def enclosed(self, opening: str) -> Expr:
         """Read an expression after a bracket or bar, up to its partner."""
         bars, self._bars = self._bars, self._bars + 1 if opening == "|" else 0
         value = self.expression()
@@ -232,7 +244,7 @@ class Grammar(Cursor):
     def group(self) -> Expr:
         """Read the argument of a LaTeX command: braces, or one character."""
         if self.takes("{"):
-            return self._enclosed("{")
+            return self.enclosed("{")
         token = self.next
         if token.kind == "number" and len(token.text) > 1 and token.text.isdigit():  # \frac12: one digit each
             self.tokens[self.place] = Token("number", token.text[1:], token.start + 1, token.end)
@@ -259,7 +271,7 @@ class Grammar(Cursor):
         while self.takes("'"):
             name += "'"
         if name in ("f", "g") and not self.next.spaced and self.takes("("):
-            return Expr(op="unknown", args=(self._enclosed("("),), name=name)
+            return Expr(op="unknown", args=(self.enclosed("("),), name=name)
         return apply(name) if name in ("e", "i") else symbol(name)
 
     def _index(self) -> str:
@@ -275,9 +287,9 @@ class Grammar(Cursor):
     def _root(self, degree: Expr) -> Expr:
         """Read the argument of a root. Without braces, it is a whole number: √12 has two digits."""
         if self.takes("["):
-            degree = self._enclosed("[")
+            degree = self.enclosed("[")
         if self.takes("("):
-            return apply("root", self._enclosed("("), degree)
+            return apply("root", self.enclosed("("), degree)
         return apply("root", self._number(self.take()) if self.next.kind == "number" else self.group(), degree)
 
     def _function(self, name: str) -> Expr:
@@ -312,8 +324,8 @@ class Grammar(Cursor):
         sin(x)^2 has two meanings; both sides are read in the same way.
         """
         if self.takes("("):
-            return self._enclosed("(")
-        value = self._postfix(self._signed(self._base, "-"))
+            return self.enclosed("(")
+        value = self._postfix(self.signed(self._base, "-"))
         if self.tokens[self.place - 1].text != ")" and self.takes("^"):
             value = apply("power", value, self._exponent())
         while self.next.kind in ("symbol", "command") and self.next.text != "infty" and not self.starts_unit():

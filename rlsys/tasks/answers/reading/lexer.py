@@ -28,7 +28,7 @@ _GREEK = frozenset(
         "chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar"
     )
 )
-_COMMANDS = frozenset(names_of("frac sqrt binom choose over infty pi emptyset mathbb"))
+_COMMANDS = frozenset(names_of("frac sqrt binom choose over infty pi emptyset mathbb sum prod int lim to rightarrow"))
 _TOKEN = re.compile(
     r"(?P<space>\s+)"
     r"|(?P<matrix>(?P<open>[(\[]\s*)?\\begin\s*\{[a-zA-Z]*(?:matrix|array)\}.*?\\end\s*\{[a-zA-Z]*(?:matrix|array)\}"

@@ -11,6 +11,12 @@ from rlsys.tasks.answers.values import Marks, Quantity, number
 
 _CURRENCY_NAMES = {"us$": "$", "usd": "$", "eur": "€", "gbp": "£", "inr": "₹", "rs": "₹", "jpy": "¥"}
 _CURRENCY_NAME = re.compile(r"(?i)\A(us\$|usd|eur|gbp|inr|jpy|rs)\.?\s*(?=-?[\d.])")
+_PLUS_MINUS = re.compile(r"(?i)\bplus(?:\s+or\s+|\s*[/-]\s*)minus\b")
+_HOURS = re.compile(r"\A(\d+)\s*h(?:rs?)?\s*(\d+)\s*m(?:in)?\Z")
+_ORDINAL = re.compile(r"\A(\d+)(?:st|nd|rd|th)\Z")
+# Digits that are written at least three times before an ellipsis.
+_REPEATED = re.compile(r"(?<![\d.])(\d*\.\d{0,9}?)(\d{1,6}?)\2{2,}\s*\\ldots\s*\Z")
+_BASED_LOGARITHM = re.compile(r"(?<![a-zA-Z\\])log(2|10)(?=\s*\()")
 _BRACKETED_UNIT = re.compile(r"(?<=[\d}])\s*\(([A-Za-z]{2,})\)\Z")
 # Brackets that open away from the interval: ]2, 7[ is (2, 7).
 _ENDS = r"\s*[^\[\](),;]+[,;]\s*[^\[\](),;\s][^\[\],;]*"
@@ -37,6 +43,8 @@ _MARKS = re.compile(
 
 def rephrased(plain: str) -> str:
     """Return a text with a number in words as digits, and names of a sign or a currency as signs."""
+    plain = _PLUS_MINUS.sub("±", plain.removeprefix("=").lstrip() if re.match(r"=\s*[^\s=]", plain) else plain)
+    plain = _HOURS.sub(r"\1 hours \2 minutes", _ORDINAL.sub(r"\1", plain))
     plain = _CURRENCY_NAME.sub(lambda match: _CURRENCY_NAMES[match[1].lower()], re.sub(r"\Aboth\s+", "", plain))
     negated = re.match(r"(?i)(?:negative|minus)\s+(?=\S)", plain)
     plain = f"-{with_digits(plain[negated.end() :])}" if negated else with_digits(plain)
@@ -46,6 +54,8 @@ def rephrased(plain: str) -> str:
 
 def standard_notation(plain: str) -> str:
     """Return a formula with round brackets at the open ends of intervals, and combinations as binomials."""
+    plain = re.sub(r"(?<=\\mathbb\{R\})\s*-\s*(?=\\?\{)", "∖", _BASED_LOGARITHM.sub(r"\\log_{\1}", plain))
+    plain = _REPEATED.sub(r"\1\\overline{\2}", plain)
     plain = _OPEN_RIGHT.sub(r"\1)", _OPEN_LEFT.sub("(", plain))
     for pattern in _CHOSEN:
         plain = pattern.sub(_chosen, plain)

@@ -58,7 +58,7 @@ _LABEL_WORDS = frozenset(names_of("sum maximum minimum score root roots base pow
 # What an equation may have on its left besides a symbol: a quantity of geometry, a value of a function, or words.
 _LABEL = re.compile(
     r"((?:m\s*)?\\(?:angle|triangle)\s*[A-Z]{1,4}|\|?[A-Z]{2,4}\|?|\[[A-Z]{3,5}\]|[CEP]\s*\([^()]*\)"
-    r"|[f-hp-rt-wA-Z](?:_\w|'{1,3})?\s*\(\s*-?\w+\s*\)|\\frac\s*\{\s*d\w?\s*\}\s*\{\s*d\w\s*\}"
+    r"|[f-hp-rt-wA-Z](?:_\w|'{1,3}|\^\s*\{?\s*-1\s*\}?)?\s*\(\s*-?\w+\s*\)|\\frac\s*\{\s*d\w?\s*\}\s*\{\s*d\w\s*\}"
     r"|[a-zA-Z](?=\s+is\b)|(?:[Tt]he )?(?P<words>[A-Za-z][a-z]{2,}(?: [A-Za-z]+){0,4}))"
     r"\s*(?:=(?!=)|\bis\b|(?(words):|(?!)))\s*(?=\S)"
 )
@@ -278,7 +278,7 @@ class _Reader(Grammar):
 
     def _with_more(self, quantity: Quantity) -> Quantity:
         """Read further amounts with units, such as 30 minutes in "2 hours 30 minutes"."""
-        if self.is_sign("and"):
+        if self.is_sign("and") or (self.is_sign(",") and not quantity.product):
             return self._and_smaller(quantity)
         if self._at_end():
             return quantity
@@ -314,10 +314,10 @@ class _Reader(Grammar):
             elif token.text in (")", "]", r"\}", "}", "⟩"):
                 depth -= 1
                 if depth == 0:
-                    opening = self.next.text
-                    return comma or opening in (r"\{", "⟨") or (opening == "{" and place == self.place + 1) or (
-                        opening == "[" and place == len(self.tokens) - 1 and self.place == 0
-                    )  # fmt: skip
+                    if self.next.text == "{":
+                        return comma or place == self.place + 1 or self._is_builder(1)
+                    is_whole = self.place == 0 and place == len(self.tokens) - 1
+                    return comma or self.next.text in (r"\{", "⟨") or (self.next.text == "[" and is_whole)
             elif depth == 1 and token.text in (",", ";"):
                 comma = True
         return False
@@ -336,9 +336,8 @@ class _Reader(Grammar):
         closing = self.take().text
         return Sequence(brackets if brackets == "{}" else brackets + closing.replace("⟩", ")"), tuple(items))
 
-    def _is_builder(self) -> bool:
-        texts = [token.text for token in self.tokens[self.place : self.place + 2]]
-        return len(texts) == 2 and self.next.kind == "symbol" and texts[1] in ("|", ":", "∈")
+    def _is_builder(self, ahead: int = 0) -> bool:
+        return self.later(ahead).kind == "symbol" and self.later(ahead + 1).text in ("|", ":", "∈")
 
     def _builder(self, closing: str) -> Value:
         r"""Read \{x | x > 3\} and \{x \in \mathbb{R} : x > 3\} as the relation after the bar."""

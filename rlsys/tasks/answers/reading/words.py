@@ -56,7 +56,7 @@ _CHOICE = re.compile(
 
 def read_words(plain: str) -> Value | None:
     """Return the value of a normalised text without mathematics: words, a date, a time or a formula."""
-    for read in (_read_clock, _read_date, _read_phrase, _read_formula):
+    for read in (_read_clock, _read_date, _read_phrase, _read_set, _read_formula):
         value = read(plain)
         if value is not None:
             return value
@@ -157,6 +157,14 @@ def _read_phrase(plain: str) -> Value | None:
 def read_any_words(plain: str) -> Words | None:
     """Return a text of words that is not mathematics, though it has letters that stand alone."""
     return _words(_trimmed(plain)) if _WORDS.fullmatch(plain) and re.search(r"[^\W\d_]{2}", plain) else None
+
+
+def _read_set(plain: str) -> Sequence | None:
+    """Read a set of words, such as {red, blue}. Up to three letters alone are products."""
+    match = re.fullmatch(r"\\?\{([^{}\\]*)\\?\}", plain)
+    words = _read_phrase(match[1].strip()) if match else None
+    items = words.items if isinstance(words, Sequence) and words.joiner == "," else ()
+    return Sequence("{}", items) if any(isinstance(item, Words) and not item.letters for item in items) else None
 
 
 def _trimmed(plain: str) -> str:

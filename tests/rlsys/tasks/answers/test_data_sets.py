@@ -66,22 +66,23 @@ def test_perturbed_references_are_wrong(name):
 def test_references_of_other_problems_are_wrong():
     texts = list(dict.fromkeys(references("math500.jsonl")))
     accepted = {
-        frozenset((one, other))
+        (one, other)
         for one in texts
         for other in texts
         if one != other and JUDGE.verdict(one, f"<answer>{other}</answer>").reward
     }
     different_notations = {
-        frozenset(pair)
-        for pair in [
+        pair
+        for one, other in [
             ("5", "x=5"), (r"\frac{1}{4}", r"\frac14"), (r"\frac{4}{3}", r"\frac43"), ("\\$36", "36"),
             (r"2\sqrt{5}", r"2 \sqrt{5}"), ("10,\\!080", "10080"), (r"90^\circ", "90"), (r"120^\circ", "120"),
             (r"55^\circ", "55"), (r"36^\circ", "36"),
             (r"145^\circ", "145"), (r"30^\circ", "30"), ("-2,1", "1,-2"),
-            ("15", r"15\mbox{ cm}^2"), (r"\pi", r"180^\circ"), ("40", "40_9"),
+            ("15", r"15\mbox{ cm}^2"), (r"\pi", r"180^\circ"),
         ]
+        for pair in ((one, other), (other, one))
     }  # fmt: skip
-    assert accepted - different_notations == set()
+    assert accepted - different_notations == {("40_9", "40")}  # an answer without a base has that of the reference
 
 
 def test_pairs_made_after_public_reports():
