@@ -21,7 +21,7 @@ from rlsys.tasks.answers.normalise import normalise
 from rlsys.tasks.answers.reading.lexer import FUNCTIONS
 from rlsys.tasks.answers.reading.reader import MAX_ANSWER_CHARS, read_answer
 from rlsys.tasks.answers.reading.words import choice_letter, chosen_letter, read_any_words, same_words, squeeze
-from rlsys.tasks.answers.values import Based, Expr, UndecidableError, UnreadableError, Value, Words
+from rlsys.tasks.answers.values import Based, Expr, UndecidableError, UnreadableError, Value, Words, number
 from rlsys.types import Verdict
 
 Strictness = Literal["text", "value", "lenient"]
@@ -128,6 +128,8 @@ class Judge:
         value = _read(reference)
         if not isinstance(value, str):
             try:
+                if _OPERATOR.search(reference):  # can it be evaluated?
+                    Comparison().same(value, number(1))
                 return None if Comparison().same(value, value) else "it is not equal to itself"
             except UndecidableError as error:
                 return str(error)

@@ -267,6 +267,22 @@ def test_the_work_for_a_sum_is_bounded(reference):
     assert rewards == [0, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("reference", "reason"),
+    [
+        (r"\sum_{k=1}^{10^6} \frac{1}{k}", "too many terms"),
+        (r"\int_0^x t dt", "with a symbol"),
+        (r"\sum_{k=1}^{\infty} \frac{1}{k}", "uncertain"),
+        (r"x = \int_0^1 \frac{1}{t} dt", "uncertain"),
+        (r"\int_0^1 t dt", None),
+        (r"\sum_{k=1}^{n} k", None),
+    ],
+)
+def test_a_reference_that_cannot_be_evaluated_is_reported(reference, reason):
+    fault = JUDGE.reference_fault(reference)
+    assert fault is None if reason is None else reason in (fault or ""), fault
+
+
 def test_boxes_side_by_side_for_a_list():
     assert verdict("1,2", r"the solutions are \boxed{1} and \boxed{2}").reward == 1
 
