@@ -38,6 +38,9 @@ BENCHMARKS = {
     "grpo_135m": ["grpo_step.py", *BIG, "--steps=3", *DATA_KEYS, "train.groups_per_step=4"],
     "actors_1m": ["actors.py", f"--policy={WARM}/stages/warm_start"],
     "actors_135m": ["actors.py", *BIG, "--prompts=12", "--rounds=3", *DATA_KEYS, *TWO_ACTORS],
+    "rows": ["learner_rows.py", "tokens"],
+    "memory": ["learner_rows.py", "memory"],
+    "publish": ["publish.py", "--out=runs/bench/publish.json"],
     "asynchronous": ["asynchronous.py"],
     "search": ["search.py", f"--policy={WARM}/stages/warm_start"],
 }

@@ -6,6 +6,8 @@ verification and load. The peer is `reload_weights` with tensors that are in the
 actors at once. The probe's log-probabilities are left out on all sides. Sides take turns in every round; the first
 round is not counted. Every round is saved at once, and the same command continues after an interruption.
 
+The exit code is 1 if a transport takes more than 2.0 times the time of the reload (median of the rounds).
+
 The default model has the shapes of SmolLM2-135M in fp32: 538 MB.
 """
 
@@ -26,6 +28,9 @@ import ray
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, where a file would hide the package `actors`
+sys.path.append(str(ROOT / "benchmarks"))
+
+from ratios import Ratio, keep  # noqa: E402
 
 from actors.engine_build import engine_environment  # noqa: E402
 from rlsys.config.schema import ActorsConfig, WeightSyncConfig  # noqa: E402
@@ -35,6 +40,7 @@ from rlsys.types import WeightOffer  # noqa: E402
 TRANSPORTS = ("object_store", "collective")
 RELOAD = "vllm_reload"
 SIDES = (*TRANSPORTS, RELOAD)
+LIMIT = 2.0
 ACTORS = 2
 ENGINE = ActorsConfig(max_model_len=64, max_num_seqs=4, kv_cache_gib=0.1)
 HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, VOCABULARY, BYTES = 576, 1536, 9, 3, 49_152, 4
@@ -206,12 +212,23 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def ratios(result: dict[str, Any]) -> list[Ratio]:
+    """Return the ratio of every transport to vLLM's reload."""
+    seconds = {side: [each[side] for each in result["rounds"]] for side in SIDES}
+    size, against = f"{result['bytes'] / 1e6:.0f} MB to {ACTORS} actors", "vLLM's reload from memory"
+    return [
+        Ratio(f"publish of {size}, {transport}", against, seconds[transport], seconds[RELOAD], "s", LIMIT, at_most=True)
+        for transport in TRANSPORTS
+    ]
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=538.0)
     parser.add_argument("--bucket-mib", type=float, default=64.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("publish.json"), help="result so far, and its end")
+    parser.add_argument("--json", type=Path, help="file that keeps the ratios")
     arguments = parser.parse_args()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     settings = {"megabytes": arguments.megabytes, "bucket_mib": arguments.bucket_mib, "actors": ACTORS}
@@ -220,10 +237,14 @@ def main() -> None:
         result = json.loads(arguments.out.read_text())
         if result["settings"] != settings:
             sys.exit(f"{arguments.out} holds rounds of other settings, {result['settings']}; give another --out")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if len(result["rounds"]) < arguments.rounds:
         measure(arguments, result)
     print(table(result))
+    if arguments.json:
+        keep(arguments.json, ratios(result))
+    return int(not all(ratio.met for ratio in ratios(result)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
