@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,10 +133,10 @@ class TrainingRun:
         self.skipped.skip(error)
         self.context.display.message(f"STEP SKIPPED: {error.message}")
 
-    async def publish(self) -> Mapping[str, float]:
-        """Bring every actor to the present weights and return the metrics of the publish."""
+    async def publish(self, when_sent: Callable[[], None] = lambda: None) -> Mapping[str, float]:
+        """Bring every actor to the present weights and return the metrics of the publish; see `WeightBus.publish`."""
         fault("driver.publish", version=self.state.weight_version)
-        return await self.context.bus.publish(self.state.weight_version)
+        return await self.context.bus.publish(self.state.weight_version, when_sent)
 
     async def publish_if_new(self) -> None:
         """Publish the present weights unless the actors serve them."""

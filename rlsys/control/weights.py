@@ -29,10 +29,14 @@ class LearnerPublication:
         version: the weight version.
         probe: rows of token ids, `[T]` each.
         judge: raises WeightSyncError if an acknowledgement disagrees with the learner's log-probabilities.
+        when_sent: is called when the learner has sent and scored everything, so that it may train on.
     """
 
-    def __init__(self, learner: Learner, version: int, probe: Sequence[Int32Array], judge: Judge) -> None:
+    def __init__(
+        self, learner: Learner, version: int, probe: Sequence[Int32Array], judge: Judge, when_sent: Callable[[], None]
+    ) -> None:
         self._learner, self._version, self._judge = learner, version, judge
+        self._when_sent = when_sent
         self.probe, self.serial = probe, learner.shares_device
         self.offer: WeightOffer = learner.offer(version)
         self._work: asyncio.Task[tuple[WeightManifest, Sequence[Float32Array]]] | None = None
@@ -43,7 +47,9 @@ class LearnerPublication:
 
     async def _send(self, members: Sequence[str]) -> tuple[WeightManifest, Sequence[Float32Array]]:
         manifest = await self._learner.send(self._version, members)
-        return manifest, await self._learner.score(self.probe)
+        scores = await self._learner.score(self.probe)
+        self._when_sent()
+        return manifest, scores
 
     @property
     def failed(self) -> bool:
@@ -128,10 +134,14 @@ class WeightBus:
         """Empty the ledger, because the learner starts again from a checkpoint and may repeat versions."""
         self.version = self._acknowledged_scores = None
 
-    async def publish(self, version: int) -> Mapping[str, float]:
+    async def publish(self, version: int, when_sent: Callable[[], None] = lambda: None) -> Mapping[str, float]:
         """Bring every actor to the learner's present weights as `version`.
 
         Returns when all live actors have acknowledged the version.
+
+        Args:
+            version: the weight version.
+            when_sent: is called when the learner may train on, while actors still load.
 
         Returns:
             Values by metric name.
@@ -149,7 +159,7 @@ class WeightBus:
             gaps.append(self._check_gap(ack, expected))
             self._check_moved(ack, expected)
 
-        publication = LearnerPublication(self._learner, version, self._probe, judge)
+        publication = LearnerPublication(self._learner, version, self._probe, judge, when_sent)
         try:
             await self._pool.publish(publication)
             manifest, expected = await publication.result()

@@ -198,7 +198,7 @@ _SPECS = (
     MetricSpec("weights/publish_s", "s", "time from the offer of a version to the last acknowledgement", True),
     MetricSpec("time/rollout_s", "s", "time spent waiting for trajectories", True),
     MetricSpec("time/learn_s", "s", "time of the learner's call", True),
-    MetricSpec("time/publish_s", "s", "time to export and publish the new weights", True),
+    MetricSpec("time/publish_s", "s", "time that the step waits for publishes", True),
     MetricSpec("time/checkpoint_s", "s", "time to write a checkpoint", True),
     MetricSpec("time/evaluate_s", "s", "time of the held-out evaluation", True),
     MetricSpec("time/step_s", "s", "time of the whole training step", True),

@@ -1,13 +1,18 @@
-"""The loop of the stage `online`: sample, learn, publish, release."""
+"""The loop of the stage `online`: sample, learn, publish, release.
+
+With train.max_staleness above 0, actors sample while the learner trains, and they load new weights while the learner
+makes the next step.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from rlsys.config.stages import StagePlan
 from rlsys.control.budgets import FailureLimit, verifier_limit
@@ -53,6 +58,7 @@ class OnlineStage(TrainingStage):
             unlogged_tokens=counters.unlogged_tokens,
         )
         self._buffer = Buffer(train.groups_per_step, train.max_staleness)
+        self._publishing: asyncio.Task[Mapping[str, float]] | None = None  # beside the next step
 
     async def train(self) -> None:
         run, plan, buffer = self.training, self.plan, self._buffer
@@ -61,7 +67,7 @@ class OnlineStage(TrainingStage):
         if run.state.step == 0:
             await self._evaluate_first()
         await context.pool.reset_engine_stats()
-        async with self._producing():
+        async with self._producing(), self._ended_publish():
             while run.state.step < plan.steps:
                 started = time.monotonic()
                 fault("driver.rollout", step=run.state.step + 1)
@@ -74,15 +80,70 @@ class OnlineStage(TrainingStage):
                 except NonFiniteLossError as error:
                     run.skip(error)
                     self._filtering.unlogged_tokens += int(metrics["rollout/generated_tokens"])
-                    context.ledger.note("skipped", await buffer.release())
+                    await self._finish_publish()
+                    await buffer.release()
+                    context.ledger.note("skipped", buffer.taken)
                     continue
-                metrics |= await run.publish()
-                interval = run.config.evaluation.interval
-                if run.state.step == plan.steps or (interval and run.state.step % interval == 0):
-                    metrics |= await run.evaluate()
-                context.ledger.note("trained", await buffer.release())
+                metrics |= await self._publish()
+                context.ledger.note("trained", buffer.taken)
                 self._record_state()
                 await run.finish_step(plan, metrics, started)
+
+    # --- publish ---
+
+    async def _publish(self) -> dict[str, float]:
+        """Publish the weights of a step, evaluate them if that is due, and free the slots of the step.
+
+        With staleness, a publish without evaluation goes on beside the next step; the metrics are then those of the
+        publish that ended meanwhile.
+        """
+        run = self.training
+        interval = run.config.evaluation.interval
+        evaluates = run.state.step == self.plan.steps or bool(interval and run.state.step % interval == 0)
+        with Stopwatch() as waiting:
+            metrics = dict(await self._finish_publish())
+            if run.config.train.max_staleness and not evaluates:
+                metrics |= await self._begin_publish()
+            else:
+                metrics |= await run.publish()
+        metrics["time/publish_s"] = waiting.seconds
+        if not self._publishing:
+            if evaluates:
+                metrics |= await run.evaluate()
+            await self._buffer.release()
+        return metrics
+
+    async def _begin_publish(self) -> Mapping[str, float]:
+        """Begin to publish, and return when the learner has sent everything. Then the slots are freed."""
+        sent = asyncio.Event()
+
+        async def publish_and_release() -> Mapping[str, float]:
+            metrics = await self.training.publish(sent.set)
+            await self._buffer.release()
+            return metrics
+
+        self._publishing = asyncio.create_task(publish_and_release())
+        self._publishing.add_done_callback(self._background_ended)
+        waiting = asyncio.create_task(sent.wait())
+        await asyncio.wait({waiting, self._publishing}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        return {}
+
+    async def _finish_publish(self) -> Mapping[str, float]:
+        """Wait for the end of the publish under way, if any, and return its metrics."""
+        if self._publishing is None:
+            return {}
+        publishing, self._publishing = self._publishing, None
+        return await publishing
+
+    @contextlib.asynccontextmanager
+    async def _ended_publish(self) -> AsyncIterator[None]:
+        """Leave no publish behind after an error. A cancelled one would leave engines with half their weights."""
+        try:
+            yield
+        finally:
+            if self._publishing is not None:
+                await asyncio.wait([self._publishing])
 
     async def _evaluate_first(self) -> None:
         """Evaluate the policy before the first step."""
@@ -155,14 +216,14 @@ class OnlineStage(TrainingStage):
             self._filtering,
         )
         task = asyncio.create_task(producer.run())
-        task.add_done_callback(self._producer_ended)
+        task.add_done_callback(self._background_ended)
         try:
             yield
         finally:
             task.cancel()
             await asyncio.wait([task])
 
-    def _producer_ended(self, task: asyncio.Task[None]) -> None:
+    def _background_ended(self, task: asyncio.Task[Any]) -> None:
         if not task.cancelled() and (error := task.exception()):
             self.training.stop.fail(_first_cause(error))
 
