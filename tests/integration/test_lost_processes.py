@@ -58,7 +58,8 @@ def losing(warmed_up: FinishedRun) -> dict[str, Any]:
         "sampling": {"max_tokens": 60},
         "search": {**TREES, "expansion": "chain", "fraction": 0.5},
         "learner": {"ranks": 1},
-        "train": {**TINY["train"], "max_steps": 40},
+        # Enough steps for the last replacement to serve before the end, also on a busy machine.
+        "train": {**TINY["train"], "max_steps": 60},
         "weight_sync": {"bucket_mib": 0.1},
         "checkpoint": {"interval": 20},
         "evaluation": {"prompts": 8, "samples": 1},
