@@ -208,8 +208,14 @@ class Command:
         alive = [*marked(self.mark), *filter(_runs, self.seen.verifiers.values())]
         processes = [f"process {process.pid} {_command_line(process)}" for process in alive]
         connections = psutil.net_connections("tcp")
-        listening = {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
+        listening = {
+            c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN and not self._of_another(c.pid)
+        }
         return processes + [f"port {port}" for port in sorted(self.seen.ports & listening)]
+
+    def _of_another(self, pid: int | None) -> bool:
+        """Return whether a process belongs to another command, which may have got a port that is free again."""
+        return pid is not None and _mark_of(pid) not in (None, self.mark)
 
     def assert_gone(self, within_s: float) -> None:
         """Assert that nothing of the command is left at the latest `within_s` seconds from now."""
@@ -254,13 +260,20 @@ class Command:
 
 def marked(mark: str) -> Iterator[psutil.Process]:
     """Processes that inherited the mark; zombies have no environment and do not count."""
-    wanted = f"{MARK}={mark}".encode()
     for pid in psutil.pids():
-        try:
-            if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if _mark_of(pid) == mark:
                 yield psutil.Process(pid)
-        except (OSError, psutil.NoSuchProcess):
-            continue
+
+
+def _mark_of(pid: int) -> str | None:
+    """Return the mark of a process; None if it has none or is gone."""
+    begin = f"{MARK}=".encode()
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return next((text.removeprefix(begin).decode() for text in variables if text.startswith(begin)), None)
 
 
 def _command_line(process: psutil.Process) -> str:
