@@ -14,7 +14,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from learners.deepspeed.adapter import AdapterReference, adapter_of, add_adapter
 from learners.deepspeed.collective_errors import fail_on_all_ranks
 from learners.deepspeed.critic import load_critic
 from learners.deepspeed.engine import TrainedModel, join_process_group
@@ -50,7 +52,7 @@ class LearnerRank:
         self.settings = settings
         self.policy: TrainedModel | None = None
         self.critic: TrainedModel | None = None
-        self.reference: ReferencePolicy | None = None
+        self.reference: ReferencePolicy | AdapterReference | None = None
         self.forward = ForwardPasses(settings)
         self.asleep = False
         join_process_group(settings)
@@ -67,7 +69,7 @@ class LearnerRank:
 
         Args:
             stage: settings of the stage.
-            policy: model folder of the policy.
+            policy: model folder of the policy, or of its adapter.
             resume: checkpoint folder whose critic and optimizer states are restored; None starts them anew.
             reference: model folder of the reference policy; None if no term needs one.
 
@@ -79,7 +81,8 @@ class LearnerRank:
         self._release()
         self.stage = stage
         settings, dtype, resumed = self.settings, self.settings.learner.dtype, CheckpointDirectory(resume or Path())
-        module, config = self._loaded(load_model, policy), saved_config(policy, dtype)
+        module = self._loaded(self._load_policy, policy)
+        config = saved_config(policy, dtype) if settings.lora is None else adapter_of(module, settings.lora, settings.base)
         self.forward.describe(module)
         self.policy = TrainedModel("policy", module, config, settings, stage.optimizer, stage.policy_updates)
         restore_model(self.policy, resumed.learner if resume else None)
@@ -88,7 +91,24 @@ class LearnerRank:
             self.critic = TrainedModel("critic", critic, critic.config, settings, stage.critic, stage.total_updates)
             restore_model(self.critic, resumed.critic_learner if resume else None)
         if reference:
-            self.reference = ReferencePolicy(self._loaded(load_model, reference), settings)
+            self.reference = self._load_reference(reference)
+
+    def _load_policy(self, folder: Path, dtype: str, device: str, *, partitioned: bool) -> PreTrainedModel:
+        """Load a policy: a whole model, or the base model with an adapter."""
+        settings = self.settings
+        if settings.lora is None:
+            return load_model(folder, dtype, device, partitioned=partitioned)
+        model = load_model(settings.base, dtype, device, partitioned=partitioned)
+        add_adapter(model, settings.lora, folder, settings.seed)
+        return model
+
+    def _load_reference(self, folder: Path) -> ReferencePolicy | AdapterReference:
+        settings = self.settings
+        if settings.lora is None:
+            return ReferencePolicy(self._loaded(load_model, folder), settings)
+        with fail_on_all_ranks(LearnerLostError, settings.device):
+            reference = AdapterReference(self._policy, folder)
+        return reference
 
     def _loaded(self, load: Callable[..., Module], folder: Path) -> Module:
         """Load a model. Raise on all ranks if one cannot read it, because the next calls need all ranks.
