@@ -160,7 +160,7 @@ class Engine:
     def update_weights(
         self, version: int, attempt: int, deliveries: Iterable[Delivery], tied_output: str | None = None
     ) -> None:
-        """Replace all weights between two steps; see `BucketLoader.load`. Prefixes of older weights are not used again."""
+        """Replace all weights between two steps (`BucketLoader.load`). Prefixes of older weights are not used again."""
 
         def apply() -> None:
             try:

@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 class Workers(Protocol):
     """The workers of an engine."""
 
-    def collective_rpc(self, method: str | Callable[..., Any], *, args: tuple[Any, ...] = ..., kwargs: Any = ...) -> list[Any]:
+    def collective_rpc(
+        self, method: str | Callable[..., Any], *, args: tuple[Any, ...] = ..., kwargs: Any = ...
+    ) -> list[Any]:
         """Call a method of every worker and return their answers."""
         ...
 

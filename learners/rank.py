@@ -82,7 +82,9 @@ class LearnerRank:
         self.stage = stage
         settings, dtype, resumed = self.settings, self.settings.learner.dtype, CheckpointDirectory(resume or Path())
         module = self._loaded(self._load_policy, policy)
-        config = saved_config(policy, dtype) if settings.lora is None else adapter_of(module, settings.lora, settings.base)
+        config = (
+            saved_config(policy, dtype) if settings.lora is None else adapter_of(module, settings.lora, settings.base)
+        )
         self.forward.describe(module)
         self.policy = TrainedModel("policy", module, config, settings, stage.optimizer, stage.policy_updates)
         restore_model(self.policy, resumed.learner if resume else None)

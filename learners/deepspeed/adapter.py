@@ -66,9 +66,9 @@ class LoraLinear(nn.Linear):
         a, b = self._reference
         return output + nn.functional.linear(nn.functional.linear(input, a), b) * self.scale
 
-    def set_reference(self, factors: tuple[Tensor, Tensor] | None) -> None:
-        """Set the factors of the reference policy; None for the layer without an addition."""
-        self._reference = factors and tuple(each.to(self.lora_A.weight) for each in factors)
+    def set_reference(self, a: Tensor, b: Tensor) -> None:
+        """Set the factors of the reference policy, which is otherwise the layer without an addition."""
+        self._reference = a.to(self.lora_A.weight), b.to(self.lora_B.weight)
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraConfig, policy: Path, seed: int) -> None:
@@ -89,8 +89,8 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, policy: Path, seed: in
     switch = AdapterSwitch()
     for name in spec.layers:
         parent, _, child = name.rpartition(".")
-        layer = LoraLinear(model.get_submodule(name), lora.rank, lora.alpha / lora.rank, switch)  # type: ignore[arg-type]
-        setattr(model.get_submodule(parent), child, layer)
+        layer: Any = model.get_submodule(name)
+        setattr(model.get_submodule(parent), child, LoraLinear(layer, lora.rank, lora.alpha / lora.rank, switch))
     set_factors(model, read_factors(policy, spec) if is_adapter(policy) else new_factors(spec, seed))
 
 
@@ -136,8 +136,8 @@ def read_factors(folder: Path, spec: AdapterSpec) -> dict[str, Tensor]:
 def set_factors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy the tensors of an adapter into the layers of a model. Nothing is partitioned yet."""
     for name, layer in adapted_layers(model).items():
-        for factor in FACTORS:
-            layer.get_submodule(factor).weight.copy_(tensors[tensor_name(name, factor)])
+        layer.lora_A.weight.copy_(tensors[tensor_name(name, "lora_A")])
+        layer.lora_B.weight.copy_(tensors[tensor_name(name, "lora_B")])
 
 
 class AdapterReference:
@@ -156,8 +156,8 @@ class AdapterReference:
         tensors = read_factors(folder, policy.saved_config) if is_adapter(folder) else None
         layers = adapted_layers(policy.module)
         for name, layer in layers.items():
-            factors = tensors and tuple(tensors[tensor_name(name, factor)] for factor in FACTORS)
-            layer.set_reference(factors)  # type: ignore[arg-type]
+            if tensors is not None:
+                layer.set_reference(tensors[tensor_name(name, "lora_A")], tensors[tensor_name(name, "lora_B")])
         self._policy = policy
         self._switch = next(iter(layers.values()))._switch
 

@@ -35,8 +35,9 @@ def published_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield name and value of every parameter, in the order of `named_parameters`, then of every persistent buffer.
 
-    Of a policy with an adapter, only the tensors of the adapter are published. The tensors are whole and detached. A tied output layer is also yielded under its own name. Otherwise, an engine
-    that has a packed copy of the layer would silently keep its old weights.
+    Of a policy with an adapter, only the tensors of the adapter are yielded. The tensors are whole and detached. A tied
+    output layer is also yielded under its own name. Otherwise, an engine that has a packed copy of the layer would
+    silently keep its old weights.
 
     Args:
         module: the policy.

@@ -18,11 +18,14 @@ from typing import Any
 from rlsys.config.schema import LoraConfig
 from rlsys.errors import ConfigError
 from rlsys.models.folder import ADAPTER_CONFIG, ModelFolder
+from rlsys.models.scratch import UnbuiltModel
 
 ADAPTER_STEM = "adapter_model"
+ADAPTER_FILES = (ADAPTER_CONFIG, f"{ADAPTER_STEM}.safetensors")
 PREFIX = "base_model.model."
 """Prefix that peft adds to the names of the base model's modules."""
 FACTORS = ("lora_A", "lora_B")
+TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 WITHOUT_ADAPTERS = frozenset(
     {
         "BloomForCausalLM",
@@ -119,6 +122,23 @@ def adapter_spec(model: Any, lora: LoraConfig, base: Path) -> AdapterSpec:
     if type(model).__name__ in WITHOUT_ADAPTERS:
         raise ConfigError(f"model.lora: vLLM serves {type(model).__name__} ({base}) without adapters; take it out")
     linear, others = _linear_layers(model)
+    return choose_layers(linear, others, lora, base)
+
+
+def choose_layers(
+    linear: Mapping[str, tuple[int, int]], others: Sequence[str], lora: LoraConfig, base: Path
+) -> AdapterSpec:
+    """Return the adapter of the layers that model.lora.target_modules names.
+
+    Args:
+        linear: numbers of outputs and inputs of all layers that can have an adapter, by name.
+        others: names of all other modules, for the message.
+        lora: section `model.lora`.
+        base: folder of the model.
+
+    Raises:
+        ConfigError: a target is missing, or cannot have an adapter.
+    """
     targets = lora.target_modules
     if isinstance(targets, str):
         return AdapterSpec(lora=lora, base=base, layers=linear)
@@ -171,6 +191,8 @@ def check_adapter(model: ModelFolder, lora: LoraConfig) -> AdapterSpec:
     Raises:
         ConfigError: the model cannot have the adapter, or the weights of an adapted layer cannot be merged.
     """
+    if isinstance(model, UnbuiltModel):
+        return choose_layers(model.linear_layers, [], lora, model.path)
     spec = adapter_spec(empty_model(model.path), lora, model.path)
     absent = [layer for layer in spec.layers if f"{layer}.weight" not in model.tensors]
     if lora.merge and absent:
@@ -195,42 +217,44 @@ def read_adapter(folder: Path) -> tuple[Path, LoraConfig]:
         lora = LoraConfig(rank=values["r"], alpha=values["lora_alpha"], target_modules=named)
         base = Path(values["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: expected a LoRA adapter as rlsys writes it: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"{path}: expected a LoRA adapter as rlsys writes it: {' '.join(str(error).split())}"
+        ) from None
     if not (base / "config.json").is_file():
         raise ConfigError(
-            f"{path}: base_model_name_or_path {base} is not the folder of a model; set it to the folder of the base model"
+            f"{path}: base_model_name_or_path {base} is no folder of a model; write the folder of the base there"
         )
     return base, lora
 
 
-def merge_adapter(spec: AdapterSpec, adapter: Path, target: Path, dtype: str) -> None:
-    """Write the base model with an adapter merged into its weights. Config and tokenizer are not written.
+def merge_adapter(base: Path, adapter: Path, lora: LoraConfig, target: Path, dtype: str) -> None:
+    """Write the base model with an adapter merged into its weights. The tokenizer is not written.
 
     Args:
-        spec: shape of the adapter.
+        base: folder of the base model.
         adapter: folder of the adapter.
-        target: folder that gets the weights, in the shards of the base.
+        lora: section `model.lora` of the adapter.
+        target: folder that gets config and weights, in the shards of the base.
         dtype: "fp32" or "bf16", the format of the merged model.
     """
     import torch
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
-    factors = load_file(adapter / f"{ADAPTER_STEM}.safetensors")
-    scale, kind = spec.lora.alpha / spec.lora.rank, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    layers = {f"{layer}.weight": [factors[tensor_name(layer, name)] for name in FACTORS] for layer in spec.layers}
-    for file in sorted(spec.base.glob("*.safetensors")):
+    factors, kind = load_file(adapter / f"{ADAPTER_STEM}.safetensors"), getattr(torch, TORCH_NAMES[dtype])
+    for file in sorted(base.glob("*.safetensors")):
         merged: dict[str, Any] = {}
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dictionary
-                tensor = opened.get_tensor(name)
-                if name in layers:
-                    a, b = (each.float() for each in layers[name])
-                    tensor = tensor.float() + scale * (b @ a)
+                tensor, layer = opened.get_tensor(name), name.removesuffix(".weight")
+                a, b = (factors.get(tensor_name(layer, factor)) for factor in FACTORS)
+                if a is not None and b is not None:
+                    tensor = tensor.float() + lora.alpha / lora.rank * (b.float() @ a.float())
                 merged[name] = tensor.to(kind) if tensor.is_floating_point() else tensor
         save_file(merged, target / file.name, metadata={"format": "pt"})
-
-
-def copied_files(base: Path) -> Sequence[Path]:
-    """Return the files that a merged model takes from its base as they are: the index of the shards."""
-    return sorted(base.glob("*.safetensors.index.json"))
+    for file in base.glob("*.safetensors.index.json"):
+        (target / file.name).write_bytes(file.read_bytes())
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    text = json.dumps({**config, "dtype": TORCH_NAMES[dtype]}, indent=2, sort_keys=True) + "\n"
+    (target / "config.json").write_text(text, encoding="utf-8")

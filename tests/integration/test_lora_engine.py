@@ -91,4 +91,6 @@ def test_a_publish_has_the_adapter_alone_and_every_layer_of_it(measured: dict[st
     values = measured[kind]
     assert sorted(values["names"]) == values["expected"]
     layers = len(values["expected"]) // 2
-    assert values["refusal"].endswith(f"weight version 3: the engine applies the adapter to {layers - 1} of {layers} layers")
+    assert values["refusal"].endswith(
+        f"weight version 3: the engine applies the adapter to {layers - 1} of {layers} layers"
+    )

@@ -62,7 +62,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         build_adapter(folder, name, seed)
     one, two = [adapted(whole(folder, "one", zero_stage=0))], []
     for name, learner in VARIANTS.items():
-        two.append({**adapted(whole(folder, name, **learner)), "spoil": "policy", "spoiled": f"{folder}/{name}-spoiled"})
+        two.append(
+            {**adapted(whole(folder, name, **learner)), "spoil": "policy", "spoiled": f"{folder}/{name}-spoiled"}
+        )
         two.append(adapted(resumed(folder, name, name, **learner)))
     for name in PLAIN_VARIANTS:
         variant = PLAIN[name]
@@ -70,7 +72,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         job["reference"] = str(folder / "anchor")
         (one if variant["ranks"] == 1 else two).append(job)
     # A stage that begins with an adapter, and whose reference is the base model without one.
-    one.append({**job, "learner": {"zero_stage": 0}, "reference": str(folder / "model"), "save": {"2": f"{folder}/base"}})
+    one.append(
+        {**job, "learner": {"zero_stage": 0}, "reference": str(folder / "model"), "save": {"2": f"{folder}/base"}}
+    )
     run_ranks(folder, {"two": (2, two)}, {"one": (1, one)})
     return folder
 
@@ -88,14 +92,18 @@ def merged_model(folder: Path, tensors: dict[str, Any]) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval().requires_grad_(False)
     weights = dict(model.named_parameters())
-    changed = {
-        f"{layer}.weight": weights[f"{layer}.weight"]
-        + LORA["alpha"]
-        / LORA["rank"]
-        * tensors[f"base_model.model.{layer}.lora_B.weight"]
-        @ tensors[f"base_model.model.{layer}.lora_A.weight"]
-        for layer in spec_of(folder).layers
-    } if tensors else {}
+    changed = (
+        {
+            f"{layer}.weight": weights[f"{layer}.weight"]
+            + LORA["alpha"]
+            / LORA["rank"]
+            * tensors[f"base_model.model.{layer}.lora_B.weight"]
+            @ tensors[f"base_model.model.{layer}.lora_A.weight"]
+            for layer in spec_of(folder).layers
+        }
+        if tensors
+        else {}
+    )
     return lambda ids: torch.func.functional_call(model, changed, (ids,))
 
 
