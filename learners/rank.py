@@ -14,13 +14,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from learners.deepspeed.adapter import AdapterReference, adapter_of, add_adapter
+from learners.deepspeed.adapter import AdapterReference, load_policy, policy_config
 from learners.deepspeed.collective_errors import fail_on_all_ranks
 from learners.deepspeed.critic import load_critic
 from learners.deepspeed.engine import TrainedModel, join_process_group
-from learners.deepspeed.model import load_model, saved_config
+from learners.deepspeed.model import load_model
 from learners.deepspeed.model_files import restore_model, save_model
 from learners.deepspeed.parameters import published_tensors
 from learners.deepspeed.partition import restart_numbers
@@ -80,11 +79,9 @@ class LearnerRank:
         """
         self._release()
         self.stage = stage
-        settings, dtype, resumed = self.settings, self.settings.learner.dtype, CheckpointDirectory(resume or Path())
-        module = self._loaded(self._load_policy, policy)
-        config = (
-            saved_config(policy, dtype) if settings.lora is None else adapter_of(module, settings.lora, settings.base)
-        )
+        settings, resumed = self.settings, CheckpointDirectory(resume or Path())
+        module = self._loaded(partial(load_policy, settings), policy)
+        config = policy_config(settings, module, policy)
         self.forward.describe(module)
         self.policy = TrainedModel("policy", module, config, settings, stage.optimizer, stage.policy_updates)
         restore_model(self.policy, resumed.learner if resume else None)
@@ -93,22 +90,12 @@ class LearnerRank:
             self.critic = TrainedModel("critic", critic, critic.config, settings, stage.critic, stage.total_updates)
             restore_model(self.critic, resumed.critic_learner if resume else None)
         if reference:
-            self.reference = self._load_reference(reference)
+            self.reference = self._reference(reference)
 
-    def _load_policy(self, folder: Path, dtype: str, device: str, *, partitioned: bool) -> PreTrainedModel:
-        """Load a policy: a whole model, or the base model with an adapter."""
-        settings = self.settings
-        if settings.lora is None:
-            return load_model(folder, dtype, device, partitioned=partitioned)
-        model = load_model(settings.base, dtype, device, partitioned=partitioned)
-        add_adapter(model, settings.lora, folder, settings.seed)
-        return model
-
-    def _load_reference(self, folder: Path) -> ReferencePolicy | AdapterReference:
-        settings = self.settings
-        if settings.lora is None:
-            return ReferencePolicy(self._loaded(load_model, folder), settings)
-        with fail_on_all_ranks(LearnerLostError, settings.device):
+    def _reference(self, folder: Path) -> ReferencePolicy | AdapterReference:
+        if self.settings.lora is None:
+            return ReferencePolicy(self._loaded(load_model, folder), self.settings)
+        with fail_on_all_ranks(LearnerLostError, self.settings.device):
             reference = AdapterReference(self._policy, folder)
         return reference
 

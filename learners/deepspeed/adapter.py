@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from learners.deepspeed.engine import TrainedModel
+from learners.deepspeed.model import load_model, saved_config
 from learners.deepspeed.tensor_files import read_tensors
+from learners.settings import RankSettings
 from rlsys.config.schema import LoraConfig
 from rlsys.errors import CheckpointError
 from rlsys.models.adapters import ADAPTER_STEM, FACTORS, AdapterSpec, adapter_spec, tensor_name
@@ -23,7 +25,7 @@ from rlsys.models.folder import is_adapter
 
 @dataclass(slots=True)
 class AdapterSwitch:
-    """Which adapter all layers of a model use.
+    """Choice between policy and reference policy, for all adapted layers of a model.
 
     Attributes:
         reference: whether layers compute what the reference policy computes.
@@ -100,13 +102,37 @@ def adapter_of(model: nn.Module, lora: LoraConfig, base: Path) -> AdapterSpec:
     return AdapterSpec(lora=lora, base=base, layers=layers)
 
 
+def load_policy(
+    settings: RankSettings, folder: Path, dtype: str, device: str, *, partitioned: bool = False
+) -> PreTrainedModel:
+    """Load a policy: a whole model, or the base model with an adapter.
+
+    Args:
+        settings: settings of the rank.
+        folder: model folder, or folder of the adapter.
+        dtype, device, partitioned: see `load_model`.
+    """
+    if settings.lora is None:
+        return load_model(folder, dtype, device, partitioned=partitioned)
+    model = load_model(settings.base, dtype, device, partitioned=partitioned)
+    add_adapter(model, settings.lora, folder, settings.seed)
+    return model
+
+
+def policy_config(settings: RankSettings, policy: PreTrainedModel, folder: Path) -> PreTrainedConfig | AdapterSpec:
+    """Return the config to store with the weights of a policy that `load_policy` has loaded from a folder."""
+    if settings.lora is None:
+        return saved_config(folder, settings.learner.dtype)
+    return adapter_of(policy, settings.lora, settings.base)
+
+
 def adapted_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """Return the adapted layers of a model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
 def new_factors(spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
-    """Return the tensors of a new adapter: A uniform in +-1 / sqrt(inputs), as peft has it, and B = 0.
+    """Return a new adapter as peft makes it: A uniform in +-1 / sqrt(inputs), and B = 0.
 
     The numbers do not depend on devices, ranks and number formats.
     """

@@ -72,10 +72,7 @@ async def rollout_pool(
 
     def spawn(number: int, attempt: int) -> RayActor:
         folder = replacement_model() if replacement_model and attempt else model
-        settings = _actor_settings(cluster, number, attempt, folder, searching, handles)
-        if adapted:
-            adapter = folder if is_adapter(folder) else None
-            settings = replace(settings, model_path=adapted.base, lora=adapted.lora, adapter=adapter)
+        settings = adapted_settings(_actor_settings(cluster, number, attempt, folder, searching, handles), adapted)
         gpus = SHARE if device else config.actors.tensor_parallel_size
         options = cluster.options(placement.indices[ROLLOUT][number], gpus, environment)
         if device:
@@ -138,6 +135,14 @@ def _actor_settings(
         weight_timeout_s=config.weight_sync.timeout_s,
         **search,
     )
+
+
+def adapted_settings(settings: ActorSettings, adapted: AdaptedModel | None) -> ActorSettings:
+    """Return the settings of an actor that serves an adapter, if its policies are adapters of one base model."""
+    if adapted is None:
+        return settings
+    adapter = settings.model_path if is_adapter(settings.model_path) else None
+    return replace(settings, model_path=adapted.base, lora=adapted.lora, adapter=adapter)
 
 
 def _auxiliary_handles(

@@ -36,6 +36,7 @@ class Checks:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.done: list[Any] = []
         self.needs: list[Need] = []
+        self.trained: int | None = None
         monkeypatch.setattr(preflight, "prepare_model", self.prepare_model)
         monkeypatch.setattr(preflight, "given_model", self.given_model)
         monkeypatch.setattr(preflight, "check_model", self.check_model)
@@ -57,8 +58,15 @@ class Checks:
         return ()
 
     def plan(
-        self, config: Config, models: Mapping[str, ModelFolder], searching: Searching | None, *, learner: bool
+        self,
+        config: Config,
+        models: Mapping[str, ModelFolder],
+        searching: Searching | None,
+        *,
+        learner: bool,
+        trained: int | None = None,
     ) -> ResourcePlan:
+        assert trained == self.trained
         auxiliary = searching.auxiliary if searching else ()
         self.done.append(("plan", config.actors.max_model_len, learner, [engines.role for engines in auxiliary]))
         return ResourcePlan(config=config, auxiliary=auxiliary, ranks=int(learner), needs=self.needs)
