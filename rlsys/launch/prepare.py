@@ -167,7 +167,12 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
         searching=searching,
         inputs=inputs,
         tree_prompts=find_prompts(config, inputs) if grows_trees else (),
-        notes=[*notes, *(warnings(config) if trains else ()), *inputs.notes],
+        notes=[
+            *notes,
+            *([adapter.describe()] if adapter else []),
+            *(warnings(config) if trains else ()),
+            *inputs.notes,
+        ],
         plans=plans,
         adapter=adapter,
     )

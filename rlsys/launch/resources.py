@@ -170,7 +170,8 @@ def _engines_gib(config: Config, actors: ActorsConfig, parameters: int) -> float
 def _rank_gib(config: Config, parameters: int, trained: int | None) -> float:
     """Return the host memory of one rank: parameters, gradients, its optimizer state, the reference and the critic.
 
-    Several updates per step, or a critic, also need the copies by which a non-finite step is rolled back.
+    Several updates per step, or a critic, also need the copies by which a non-finite step is rolled back. With an
+    adapter, only its parameters are trained, and the base is the reference.
     """
     learner = config.learner
     width = BYTES[learner.dtype]
@@ -182,13 +183,13 @@ def _rank_gib(config: Config, parameters: int, trained: int | None) -> float:
     models = 2 if any(plan.settings.critic for plan in plans) else 1
     several = models > 1 or any(plan.settings.updates_per_step > 1 for plan in plans)
     copies = COPIED_BYTES / share if several else 0.0
-    reference = width if any(plan.keeps_reference for plan in plans) else 0
-    if trained is not None:  # the base without gradients and states; it is also the reference policy
-        return RANK_BASE_GIB + (parameters * width * whole + trained * (2 * width + state + copies)) / GIB
+    reference = width if trained is None and any(plan.keeps_reference for plan in plans) else 0
+    trained = parameters if trained is None else trained
     if config.run.device == "cuda":  # the reference is in host memory, unless it is partitioned
-        held = models * (copies + (state if learner.optimizer_offload else 0.0)) + reference * (whole == 1)
-        return RANK_BASE_GIB + parameters * held / GIB
-    return RANK_BASE_GIB + parameters * (models * (2 * width * whole + state + copies) + reference * whole) / GIB
+        states = models * (copies + (state if learner.optimizer_offload else 0.0))
+        return RANK_BASE_GIB + (trained * states + parameters * reference * (whole == 1)) / GIB
+    weights, states = (models * width + reference) * whole, models * (width * whole + state + copies)
+    return RANK_BASE_GIB + (parameters * weights + trained * states) / GIB
 
 
 def _shared_memory_bytes() -> int:

@@ -72,6 +72,10 @@ class AdapterSpec:
         """Number of trained parameters."""
         return sum(rows * columns for rows, columns in self.tensors.values())
 
+    def describe(self) -> str:
+        """Return a line for the user about the size of the adapter."""
+        return f"model.lora: {self.parameters:,} trained parameters in {len(self.layers)} linear layers"
+
     def save_pretrained(self, folder: Path) -> None:
         """Write the adapter_config.json that peft and vLLM read."""
         text = json.dumps(self.to_json(), indent=2, sort_keys=True) + "\n"

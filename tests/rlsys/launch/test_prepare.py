@@ -13,11 +13,12 @@ import pytest
 
 from rlsys.config.engine_roles import Searching
 from rlsys.config.files import parse_config
-from rlsys.config.schema import Config
+from rlsys.config.schema import Config, LoraConfig
 from rlsys.errors import ConfigError
 from rlsys.launch import prepare as preflight
 from rlsys.launch.prepare import Purpose, check_settings, prepare
 from rlsys.launch.resources import Need, ResourcePlan
+from rlsys.models.adapters import AdapterSpec
 from rlsys.models.checks import Use
 from rlsys.models.folder import ModelFolder
 
@@ -169,6 +170,24 @@ def test_a_training_run_serves_the_policy(checks: Checks) -> None:
     prepared = prepare(config(search={**MODELS, "fraction": 0.5}), "train")
     assert prepared.served is prepared.policy
     assert [engines.role for engines in prepared.auxiliary] == ["model", "reviewer"]
+
+
+@pytest.mark.parametrize(("purpose", "trains"), [("train", True), ("check", True), ("search", False)])
+def test_an_adapter_is_checked_and_planned_where_it_is_trained(
+    checks: Checks, monkeypatch: pytest.MonkeyPatch, purpose: Purpose, trains: bool
+) -> None:
+    lora = LoraConfig(rank=2)
+    adapter = AdapterSpec(lora=lora, base=Path("policy"), layers={"q": (3, 5)})
+    checks.trained = 2 * (3 + 5) if trains else None
+    monkeypatch.setattr(
+        preflight, "check_adapter", lambda model, _lora: checks.done.append(("adapter", model)) or adapter
+    )
+    prepared = prepare(config(model={"path": "m", "lora": {"rank": 2}}), purpose)
+    checked = [entry for entry in checks.done if entry[0] == "adapter"]
+    assert checked == ([("adapter", prepared.policy)] if trains else [])
+    if trains:
+        assert prepared.trained_parameters == 16
+        assert "model.lora: 16 trained parameters in 1 linear layers" in prepared.notes
 
 
 @pytest.mark.parametrize(("stages", "prompts"), [(["online"], ()), (["search", "sft"], ["a prompt"])])
