@@ -159,8 +159,8 @@ def test_the_optimizer_holds_the_adapter_alone(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["new0", "new3"])
 def test_a_new_adapter_and_the_reference_without_one_are_equal_at_first(folder: Path, name: str) -> None:
-    # The first update of a stage begins with the base model, to the bit; the KL term compares with it.
-    assert figures(folder, name)["learner/kl"] == 0.0
+    # The KL term compares the base model with itself: the square of fp32 rounding in passes over other rows.
+    assert figures(folder, name)["learner/kl"] < 1e-12
     assert figures(folder, name)["learner/grad_norm"] > 0
     saved = json.loads((folder / name / "policy" / "adapter_config.json").read_text())
     assert (saved["r"], saved["lora_alpha"], saved["target_modules"]) == (4, 6.0, sorted(LORA["target_modules"]))
