@@ -106,8 +106,8 @@ class Engine:
         os.environ.update(engine_environment(config, device))
         self._end_token_ids = list(end_token_ids)
         self._stop_strings = stop_strings
-        rank = adapter.spec.lora.rank if adapter else None
-        self._engine = build_engine(model_path, config, device, stop_strings=stop_strings, sleeps=sleeps, rank=rank)
+        spec = adapter.spec if adapter else None
+        self._engine = build_engine(model_path, config, device, stop_strings=stop_strings, sleeps=sleeps, spec=spec)
         self._meter = Meter()
         self._loader = build_loader(name, self._engine, config.tensor_parallel_size == 1, adapter)
         self._updates = 0

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from actors.weights import RELOAD_LOGGER, is_about_weights
 from rlsys.config.checks import BATCH_TOKENS
 from rlsys.config.schema import ActorsConfig
+from rlsys.models.adapters import AdapterSpec
 from rlsys.processes import openmp_environment
 
 
@@ -38,7 +39,7 @@ def build_engine(
     *,
     stop_strings: bool,
     sleeps: bool = False,
-    rank: int | None = None,
+    spec: AdapterSpec | None = None,
 ) -> Any:
     """Build a vLLM engine that serves a model in this process.
 
@@ -48,7 +49,7 @@ def build_engine(
         device: "cpu" or "cuda".
         stop_strings: whether to load the tokenizer of the model.
         sleeps: whether the engine shares its device and must be able to sleep.
-        rank: rank of the adapter that the engine serves; None for an engine without adapters.
+        spec: shape of the adapter that the engine serves; None for an engine without adapters.
     """
     from vllm import EngineArgs, LLMEngine
 
@@ -56,8 +57,8 @@ def build_engine(
     arguments = engine_arguments(model_path, config, device, stop_strings)
     if sleeps and device == "cuda":
         arguments["enable_sleep_mode"] = True
-    if rank is not None:
-        arguments |= adapter_arguments(rank)
+    if spec is not None:
+        arguments |= adapter_arguments(spec)
     engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
     engine.set_weight_version(weight_label(0, 0))
     return engine
@@ -96,12 +97,18 @@ def engine_arguments(model_path: Path, config: ActorsConfig, device: str, stop_s
     return arguments
 
 
-def adapter_arguments(rank: int) -> dict[str, Any]:
+def adapter_arguments(spec: AdapterSpec) -> dict[str, Any]:
     """Return vLLM's arguments of an engine that serves one adapter."""
     from vllm.config.lora import MaxLoRARanks
 
-    most = min(size for size in get_args(MaxLoRARanks) if size >= rank)
-    return {"enable_lora": True, "max_lora_rank": most, "max_loras": 1, "max_cpu_loras": 1}
+    return {
+        "enable_lora": True,
+        "max_lora_rank": min(size for size in get_args(MaxLoRARanks) if size >= spec.lora.rank),
+        "max_loras": 1,
+        "max_cpu_loras": 1,
+        # Otherwise vLLM also prepares the output layer of some models, and then fails at log-probabilities of prompts.
+        "lora_target_modules": sorted({layer.rpartition(".")[2] for layer in spec.layers}),
+    }
 
 
 def adapter_request(folder: str, in_place: bool = False) -> Any:

@@ -11,14 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from engine_child import CONFIG, completion_gap, fork_engines, publish, request, row_gap, step, updated_in_flight
 from local_weights import deliveries
-from transformers import AutoModelForCausalLM
 
 from actors.adapter_loading import ServedAdapter
 from actors.engine import Engine
 from learners.deepspeed.adapter import adapter_of, add_adapter
+from learners.deepspeed.model import load_model
 from learners.deepspeed.parameters import published_tensors
 from rlsys.config.schema import LoraConfig
 from rlsys.errors import WeightSyncError
@@ -26,8 +25,7 @@ from rlsys.errors import WeightSyncError
 
 def main(folder: Path) -> None:
     lora = LoraConfig(**json.loads((folder / "lora.json").read_text()))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model, base = (load_model(folder, "fp32", "cpu") for _ in range(2))
     first = folder / "adapter"
     add_adapter(model, lora, first, seed=0)
     spec = adapter_of(model, lora, folder)

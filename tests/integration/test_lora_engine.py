@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tiny_architectures import Architecture, build_architecture
 
 from rlsys.config.schema import FromScratchConfig, LoraConfig
 from rlsys.models.adapters import adapter_spec, empty_model
@@ -37,11 +39,16 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
         build_from_scratch(size, ("<answer>", "</answer>"), 0, folder / kind)
         (folder / kind / "lora.json").write_text(json.dumps(lora))
     save_adapter(folder / "saved", LoraConfig(**KINDS["saved"]))
+    return run_engines([folder / kind for kind in KINDS])
+
+
+def run_engines(models: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Return what the engines of model folders measured, by the name of the folder."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
-    command = [sys.executable, str(HERE / "lora_engine_child.py"), *(str(folder / kind) for kind in KINDS)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, str(HERE / "lora_engine_child.py"), *map(str, models)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {kind: json.loads((folder / kind / "measured.json").read_text()) for kind in KINDS}
+    return {model.name: json.loads((model / "measured.json").read_text()) for model in models}
 
 
 def save_adapter(model: Path, lora: LoraConfig) -> None:
@@ -94,3 +101,25 @@ def test_a_publish_has_the_adapter_alone_and_every_layer_of_it(measured: dict[st
     assert values["refusal"].endswith(
         f"weight version 3: the engine applies the adapter to {layers - 1} of {layers} layers"
     )
+
+
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
+ARCHITECTURES = (
+    Architecture(kind="llama", sharded=True),
+    Architecture(kind="mistral", changes={"head_dim": 32, "sliding_window": 16}),
+    Architecture(kind="qwen3", changes={"head_dim": 32}, padded_vocabulary=True),
+    Architecture(kind="gemma2", changes=GEMMA, tied=True),
+    Architecture(kind="gemma3_text", changes=GEMMA, tied=True),
+    Architecture(kind="phi3", changes={"original_max_position_embeddings": 256}),  # layers that are fused already
+    Architecture(kind="olmo2"),
+)
+
+
+@pytest.mark.long
+def test_other_architectures_take_adapters_of_all_linear_layers(tmp_path: Path) -> None:
+    for architecture in ARCHITECTURES:
+        build_architecture(architecture, tmp_path / architecture.kind)
+        (tmp_path / architecture.kind / "lora.json").write_text(json.dumps({"rank": 4, "alpha": 4.0}))
+    for kind, values in run_engines([tmp_path / architecture.kind for architecture in ARCHITECTURES]).items():
+        assert values["gap_before_update"] > 1e-3, kind
+        assert max(values[name] for name in ("gap_fresh", "gap_updated", "gap_after_flight")) < ROUNDING, kind
