@@ -111,7 +111,6 @@ ARCHITECTURES = (
     Architecture(kind="gemma2", changes=GEMMA, tied=True),
     Architecture(kind="gemma3_text", changes=GEMMA, tied=True),
     Architecture(kind="phi3", changes={"original_max_position_embeddings": 256}),  # layers that are fused already
-    Architecture(kind="olmo2"),
 )
 
 
