@@ -21,10 +21,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from actors.adapter_loading import ServedAdapter, build_loader
 from actors.engine_build import build_engine, engine_environment, weight_label
 from actors.engine_stats import Meter
-from actors.weight_loading import BucketLoader
-from actors.weights import has_output_layer
 from rlsys.config.schema import ActorsConfig
 from rlsys.errors import EngineError, InputError, RolloutError, failed
 from rlsys.interfaces import EngineStats
@@ -84,6 +83,7 @@ class Engine:
         stop_strings: Whether to load the model's tokenizer, so that requests may have stop strings.
         sleeps: Whether the engine shares its device with the learner.
         name: Name of the actor, for error messages.
+        adapter: The adapter that all requests use; None to serve the model as it is.
 
     Attributes:
         steps: Number of engine steps so far.
@@ -101,13 +101,15 @@ class Engine:
         stop_strings: bool = False,
         sleeps: bool = False,
         name: str = "0",
+        adapter: ServedAdapter | None = None,
     ) -> None:
         os.environ.update(engine_environment(config, device))
         self._end_token_ids = list(end_token_ids)
         self._stop_strings = stop_strings
-        self._engine = build_engine(model_path, config, device, stop_strings=stop_strings, sleeps=sleeps)
+        spec = adapter.spec if adapter else None
+        self._engine = build_engine(model_path, config, device, stop_strings=stop_strings, sleeps=sleeps, spec=spec)
         self._meter = Meter()
-        self._loader = BucketLoader(name, self._engine, config.tensor_parallel_size == 1)
+        self._loader = build_loader(name, self._engine, config.tensor_parallel_size == 1, adapter)
         self._updates = 0
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._pending: dict[str, _Pending] = {}
@@ -158,16 +160,12 @@ class Engine:
     def update_weights(
         self, version: int, attempt: int, deliveries: Iterable[Delivery], tied_output: str | None = None
     ) -> None:
-        """Replace all weights between two steps. Requests are kept, and prefixes of older weights are not used again.
-
-        `tied_output` names an output layer tied to the embedding, which is skipped if the engine has none.
-        """
+        """Replace all weights between two steps (`BucketLoader.load`). Prefixes of older weights are not used again."""
 
         def apply() -> None:
             try:
                 self._check_between_steps()
-                skips = tied_output and not all(self._engine.collective_rpc(has_output_layer, args=(tied_output,)))
-                self._loader.load(deliveries, (tied_output,) if tied_output and skips else ())
+                self._loader.load(deliveries, tied_output)
             except BaseException as error:
                 self._break(error)  # the model may have a mixture of old and new weights
                 raise
@@ -295,7 +293,8 @@ class Engine:
         self._requests += 1
         request_id = str(self._requests)  # unique, unlike the callers' names
         try:
-            self._engine.add_request(request_id, self._prompt(token_ids), SamplingParams(**settings))
+            prompt, options = self._prompt(token_ids), self._loader.request_options
+            self._engine.add_request(request_id, prompt, SamplingParams(**settings), **options)
         except (ValueError, VLLMClientError) as error:  # for example longer than max_model_len
             if getattr(error, "parameter", None) in SHARED_SETTINGS:
                 raise InputError(f"the engine refuses the sampling settings or end tokens: {error}") from error

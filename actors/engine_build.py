@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from actors.weights import RELOAD_LOGGER, is_about_weights
 from rlsys.config.checks import BATCH_TOKENS
 from rlsys.config.schema import ActorsConfig
+from rlsys.models.adapters import AdapterSpec
 from rlsys.processes import openmp_environment
 
 
@@ -32,7 +33,13 @@ def engine_environment(config: ActorsConfig, device: str) -> dict[str, str]:
 
 
 def build_engine(
-    model_path: Path, config: ActorsConfig, device: str, *, stop_strings: bool, sleeps: bool = False
+    model_path: Path,
+    config: ActorsConfig,
+    device: str,
+    *,
+    stop_strings: bool,
+    sleeps: bool = False,
+    spec: AdapterSpec | None = None,
 ) -> Any:
     """Build a vLLM engine that serves a model in this process.
 
@@ -42,6 +49,7 @@ def build_engine(
         device: "cpu" or "cuda".
         stop_strings: whether to load the tokenizer of the model.
         sleeps: whether the engine shares its device and must be able to sleep.
+        spec: shape of the adapter that the engine serves; None for an engine without adapters.
     """
     from vllm import EngineArgs, LLMEngine
 
@@ -49,6 +57,8 @@ def build_engine(
     arguments = engine_arguments(model_path, config, device, stop_strings)
     if sleeps and device == "cuda":
         arguments["enable_sleep_mode"] = True
+    if spec is not None:
+        arguments |= adapter_arguments(spec)
     engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
     engine.set_weight_version(weight_label(0, 0))
     return engine
@@ -85,6 +95,33 @@ def engine_arguments(model_path: Path, config: ActorsConfig, device: str, stop_s
     else:
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
     return arguments
+
+
+def adapter_arguments(spec: AdapterSpec) -> dict[str, Any]:
+    """Return vLLM's arguments of an engine that serves one adapter."""
+    from vllm.config.lora import MaxLoRARanks
+
+    return {
+        "enable_lora": True,
+        "max_lora_rank": min(size for size in get_args(MaxLoRARanks) if size >= spec.lora.rank),
+        "max_loras": 1,
+        "max_cpu_loras": 1,
+        # Otherwise vLLM also prepares the output layer of some models, and then fails at log-probabilities of prompts.
+        "lora_target_modules": sorted({layer.rpartition(".")[2] for layer in spec.layers}),
+    }
+
+
+def adapter_request(folder: str, in_place: bool = False) -> Any:
+    """Return vLLM's name of the one adapter of an engine.
+
+    Args:
+        folder: folder to load the adapter from. Requests for completions must all have the same one, because it is
+            part of the key of the prefix cache; their folder is not read once an adapter is loaded.
+        in_place: whether to load the adapter although one is loaded.
+    """
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("policy", 1, folder, load_inplace=in_place)
 
 
 def weight_label(version: int, attempt: int) -> str:

@@ -22,6 +22,7 @@ from ray.exceptions import (
     ReferenceCountingAssertionError,
 )
 
+from actors.adapter_loading import served_adapter
 from actors.engine import Completion, Engine
 from actors.model_actor import RemoteEngine
 from actors.rollouts.single_turn import build_group, completion_requests, items_to_judge
@@ -75,7 +76,8 @@ class RolloutActor:
         try:
             self.model = ModelFolder(settings.model_path)
             self.tokenizer = self.model.tokenizer
-            self.tensors = expected_tensors(settings.model_path)
+            adapter = served_adapter(settings)
+            self.tensors = adapter.expected if adapter else expected_tensors(settings.model_path)
             end_ids = self.model.end_token_ids
             search = settings.search
             self.codec = build_codec(self.model, search, settings.role) if search else None
@@ -88,6 +90,7 @@ class RolloutActor:
                 stop_strings=stop_strings,
                 sleeps=settings.shares_device,
                 name=self.name,
+                adapter=adapter,
             )
             self.rewards = RewardPool(settings.task, settings.seed, settings.rewards)
             self.scheduler = self._scheduler(settings)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlsys.config.schema import ActorsConfig, RewardsConfig, SamplingConfig
+from rlsys.config.schema import ActorsConfig, LoraConfig, RewardsConfig, SamplingConfig
 from rlsys.config.search import ExtractConfig, SearchConfig
 from rlsys.config.tasks import TaskConfig
 from rlsys.trees import Role
@@ -21,6 +21,8 @@ class ActorSettings:
         attempt: Number of earlier processes with this name.
         weight_timeout_s: Seconds until learner rank 0 counts as lost that does not answer a question for weights.
         seed: run.seed.
+        lora: Section `model.lora`; None if the actor serves whole models.
+        adapter: Folder of the adapter to begin with; None for one that changes nothing.
         shares_device: Whether the engine must be able to sleep while the learner uses the device.
         search: Section `search`; None if the actor never searches. All later fields concern only the search.
         role: Role of the actor's own engine in a tree: "policy", or "model" in `rlsys search` with search.model.
@@ -37,6 +39,8 @@ class ActorSettings:
     task: TaskConfig
     rewards: RewardsConfig
     log_file: str
+    lora: LoraConfig | None = None
+    adapter: Path | None = None
     shares_device: bool = False
     weight_timeout_s: float = 60.0
     search: SearchConfig | None = None

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
@@ -24,6 +25,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from rlsys.errors import WeightSyncError
+from rlsys.models.adapters import ADAPTER_STEM
 from rlsys.transfer.collective import BroadcastReceiver
 from rlsys.transfer.shelf import GroupInfo
 from rlsys.transfer.wire import as_tensor, check_digest, unpack
@@ -68,6 +70,7 @@ class BucketTransferEngine(WeightTransferEngine[GroupJoin, BucketUpdate]):
         super().__init__(*arguments)
         self._broadcast: BroadcastReceiver | None = None
         self._actor, self._version = "", -1  # of the newest bucket
+        self._adapter: dict[str, torch.Tensor] = {}
 
     def init_transfer_engine(self, info: GroupJoin) -> None:
         """Join the group; return at once if this worker is a member already."""
@@ -92,6 +95,22 @@ class BucketTransferEngine(WeightTransferEngine[GroupJoin, BucketUpdate]):
     def receive_weights(self, info: BucketUpdate) -> None:
         self._actor, self._version = info.actor, info.version
         self.model.load_weights(unpack(info.bucket, self._bytes(info), info.skip))
+
+    def start_adapter(self) -> None:
+        """Begin a new version of an adapter."""
+        self._adapter = {}
+
+    def receive_adapter(self, update_info: dict[str, Any]) -> None:
+        """Keep the tensors of a bucket in host memory, until `write_adapter`."""
+        info = self.parse_update_info(update_info)
+        for name, tensor in unpack(info.bucket, self._bytes(info), info.skip):
+            self._adapter[name] = tensor.to("cpu", copy=True)
+
+    def write_adapter(self, folder: str) -> None:
+        """Write the tensors of all buckets; of several workers, which have the same, the first one does it."""
+        tensors, self._adapter = self._adapter, {}
+        if get_tp_group().rank_in_group == 0:
+            save_file(tensors, f"{folder}/{ADAPTER_STEM}.safetensors")
 
     def _bytes(self, info: BucketUpdate) -> torch.Tensor:
         if info.data is not None:
@@ -145,10 +164,40 @@ def incomplete_layers(model: torch.nn.Module, tied: bool) -> list[str]:
     return names
 
 
+def adapted_layers(manager: Any) -> int:
+    """Return the number of layers, as the model folder has them, to which a worker applies its adapter.
+
+    Args:
+        manager: vLLM's manager of adapters in the worker, which fuses neighbouring layers.
+    """
+    factors = 0
+    for name, layer in manager.get_adapter(1).loras.items():
+        if name in manager.modules:  # vLLM leaves out others without a word
+            factors += sum(each is not None for each in layer.lora_b) if isinstance(layer.lora_b, list) else 1
+    return factors
+
+
 class WorkerExtension:
     """Remote calls that rlsys adds to vLLM's workers."""
 
     weight_transfer_engine: BucketTransferEngine
+    model_runner: Any
+
+    def start_adapter(self) -> None:
+        """Begin a new version of an adapter."""
+        self.weight_transfer_engine.start_adapter()
+
+    def receive_adapter(self, update_info: dict[str, Any]) -> None:
+        """Take a bucket of an adapter."""
+        self.weight_transfer_engine.receive_adapter(update_info)
+
+    def write_adapter(self, folder: str) -> None:
+        """Write the adapter that has arrived."""
+        self.weight_transfer_engine.write_adapter(folder)
+
+    def adapted_layers(self) -> int:
+        """Return the number of layers to which this worker applies its adapter."""
+        return adapted_layers(self.model_runner.lora_manager._adapter_manager)
 
     def join_broadcast(self, group: GroupInfo) -> str:
         """Join a group; return the problem, or "" if all members have joined."""

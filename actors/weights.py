@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.errors import WeightSyncError
+from rlsys.models.adapters import empty_model
 from rlsys.models.tensors import persistent_buffers, tied_output
 from rlsys.transfer.object_store import Delivery
 
@@ -34,13 +35,7 @@ def expected_tensors(model_path: Path) -> ModelTensors:
     The names come from the Hugging Face class that the learner trains, and no weights are read. The files of an old
     model are no source of names, because they may hold other buffers, or names without the prefix of the class.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(model_path, trust_remote_code=False), trust_remote_code=False
-        )
+    model = empty_model(model_path)
     tied = tied_output(model)
     names = [*(name for name, _ in model.named_parameters()), *(name for name, _ in persistent_buffers(model))]
     return ModelTensors(all=frozenset([*names, tied] if tied else names), tied_output=tied)

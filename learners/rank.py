@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from learners.deepspeed.adapter import AdapterReference, load_policy, policy_config
 from learners.deepspeed.collective_errors import fail_on_all_ranks
 from learners.deepspeed.critic import load_critic
 from learners.deepspeed.engine import TrainedModel, join_process_group
-from learners.deepspeed.model import load_model, saved_config
+from learners.deepspeed.model import load_model
 from learners.deepspeed.model_files import restore_model, save_model
 from learners.deepspeed.parameters import published_tensors
 from learners.deepspeed.partition import restart_numbers
@@ -50,7 +51,7 @@ class LearnerRank:
         self.settings = settings
         self.policy: TrainedModel | None = None
         self.critic: TrainedModel | None = None
-        self.reference: ReferencePolicy | None = None
+        self.reference: ReferencePolicy | AdapterReference | None = None
         self.forward = ForwardPasses(settings)
         self.asleep = False
         join_process_group(settings)
@@ -67,7 +68,7 @@ class LearnerRank:
 
         Args:
             stage: settings of the stage.
-            policy: model folder of the policy.
+            policy: model folder of the policy, or of its adapter.
             resume: checkpoint folder whose critic and optimizer states are restored; None starts them anew.
             reference: model folder of the reference policy; None if no term needs one.
 
@@ -78,8 +79,9 @@ class LearnerRank:
         """
         self._release()
         self.stage = stage
-        settings, dtype, resumed = self.settings, self.settings.learner.dtype, CheckpointDirectory(resume or Path())
-        module, config = self._loaded(load_model, policy), saved_config(policy, dtype)
+        settings, resumed = self.settings, CheckpointDirectory(resume or Path())
+        module = self._loaded(partial(load_policy, settings), policy)
+        config = policy_config(settings, module, policy)
         self.forward.describe(module)
         self.policy = TrainedModel("policy", module, config, settings, stage.optimizer, stage.policy_updates)
         restore_model(self.policy, resumed.learner if resume else None)
@@ -88,7 +90,14 @@ class LearnerRank:
             self.critic = TrainedModel("critic", critic, critic.config, settings, stage.critic, stage.total_updates)
             restore_model(self.critic, resumed.critic_learner if resume else None)
         if reference:
-            self.reference = ReferencePolicy(self._loaded(load_model, reference), settings)
+            self.reference = self._reference(reference)
+
+    def _reference(self, folder: Path) -> ReferencePolicy | AdapterReference:
+        if self.settings.lora is None:
+            return ReferencePolicy(self._loaded(load_model, folder), self.settings)
+        with fail_on_all_ranks(LearnerLostError, self.settings.device):
+            reference = AdapterReference(self._policy, folder)
+        return reference
 
     def _loaded(self, load: Callable[..., Module], folder: Path) -> Module:
         """Load a model. Raise on all ranks if one cannot read it, because the next calls need all ranks.

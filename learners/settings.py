@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rlsys.config.objective import ObjectiveConfig
-from rlsys.config.schema import LearnerConfig, OptimizerConfig, WeightSyncConfig
+from rlsys.config.schema import LearnerConfig, LoraConfig, OptimizerConfig, WeightSyncConfig
 from rlsys.processes import openmp_environment
 
 
@@ -20,6 +21,8 @@ class RankSettings:
         weight_sync: how rank 0 sends weights.
         engine_workers: workers of the engine of one actor.
         attempt: number of earlier groups of ranks in this command.
+        lora: section `model.lora`; None if all weights are trained.
+        base: folder of the model that has the adapter; used with `lora` alone.
     """
 
     rank: int
@@ -35,6 +38,8 @@ class RankSettings:
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     engine_workers: int = 1
     attempt: int = 0
+    lora: LoraConfig | None = None
+    base: Path = Path()
 
     @property
     def shares(self) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from learners.deepspeed.collective_errors import first_problem
+from learners.deepspeed.parameters import adapter_tensors, has_adapter, trained_parameters
 from learners.deepspeed.partition import is_partitioned, own_part, whole_shape
 from learners.deepspeed.rollback import UpdateSnapshot, discard_gradients
 from learners.deepspeed.sequence_parallel import sequence_group
@@ -29,6 +30,7 @@ from learners.settings import RankSettings, deepspeed_config
 from rlsys.config.schema import OptimizerConfig
 from rlsys.errors import NonFiniteLossError
 from rlsys.fault_injection import fault
+from rlsys.models.adapters import AdapterSpec
 from rlsys.models.tensors import persistent_buffers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -42,7 +44,7 @@ class TrainedModel:
     Args:
         name: "policy" or "critic", for error messages and fault points.
         module: language model or `Critic` without training noise, in fp32 or bf16, on the device.
-        saved_config: configuration to store with the weights.
+        saved_config: configuration to store with the weights: that of the model, or of its adapter.
         settings: settings of the rank.
         optimizer: hyperparameters of the optimizer.
         total_updates: optimizer updates of the stage, for the schedule of the learning rate.
@@ -52,7 +54,7 @@ class TrainedModel:
         self,
         name: str,
         module: Any,
-        saved_config: PreTrainedConfig,
+        saved_config: PreTrainedConfig | AdapterSpec,
         settings: RankSettings,
         optimizer: OptimizerConfig,
         total_updates: int,
@@ -60,10 +62,10 @@ class TrainedModel:
         self.name, self.settings = name, settings
         self._optimizer_config, self._total_updates = optimizer, total_updates
         self.saved_config = saved_config
-        self.module, self.updates = module, 0
+        self.module, self.updates, self.adapted = module, 0, has_adapter(module)
         self._problem, self._spoil_next = "", False
         self._gradient_sum = torch.zeros((), device=settings.device)
-        for parameter in module.parameters():
+        for _, parameter in trained_parameters(module):
             parameter.register_hook(self._add_to_gradient_sum)
         sequence = sequence_group(settings.learner.sequence_parallel)
         self.bare: Any = LanguageModel(module, sequence) if isinstance(module, PreTrainedModel) else module
@@ -155,11 +157,11 @@ class TrainedModel:
             )
 
     def last_layer(self) -> list[nn.Parameter]:
-        """Return the parameters of the last transformer layer; an empty list under ZeRO 3, which partitions them."""
+        """Return the trained parameters of the last transformer layer; none under ZeRO 3, which partitions them."""
         layers = [child for child in self.module.modules() if isinstance(child, nn.ModuleList) and len(child)]
         if self.settings.learner.zero_stage == 3 or not layers:
             return []
-        return list(max(layers, key=len)[-1].parameters())
+        return [parameter for _, parameter in trained_parameters(max(layers, key=len)[-1])]
 
     # --- rollback ---
 
@@ -218,7 +220,10 @@ class TrainedModel:
             return parameter.detach().clone()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every parameter whole, then every persistent buffer, by name. Collective."""
+        """Yield every parameter whole, then every persistent buffer, by name; or the adapter's tensors. Collective."""
+        if self.adapted:
+            yield from adapter_tensors(self.module, self.gather)
+            return
         for name, parameter in self.module.named_parameters():
             yield name, self.gather(parameter)
         yield from persistent_buffers(self.module)
@@ -232,7 +237,7 @@ class TrainedModel:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         plain = self._plain_states()
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in trained_parameters(self.module):
             if key == MASTER:
                 yield name, safe_get_full_fp32_param(parameter)
             elif plain is not None:
@@ -301,9 +306,10 @@ def _build(module: Any, settings: RankSettings, optimizer: OptimizerConfig) -> A
     module.train()
     if learner.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    parameters = sum(whole_shape(parameter).numel() for parameter in module.parameters())
+    trained = [parameter for _, parameter in trained_parameters(module)]
+    parameters = sum(whole_shape(parameter).numel() for parameter in trained)
     adam = torch.optim.AdamW(
-        module.parameters(),
+        trained,
         lr=optimizer.learning_rate,
         betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.eps,

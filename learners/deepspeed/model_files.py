@@ -7,12 +7,14 @@ from pathlib import Path
 
 from learners.deepspeed.collective_errors import fail_on_all_ranks
 from learners.deepspeed.engine import MASTER, MOMENTS, TrainedModel
+from learners.deepspeed.parameters import trained_parameters
 from learners.deepspeed.tensor_files import read_tensors, write_tensors
 from rlsys.errors import CheckpointError
+from rlsys.models.adapters import ADAPTER_STEM
 
 
 def save_model(model: TrainedModel, weights: Path, state: Path) -> None:
-    """Write the weights without the tokenizer, and the state of the optimizer. Collective.
+    """Write the weights, or the adapter, without the tokenizer, and the state of the optimizer. Collective.
 
     Args:
         model: policy or critic.
@@ -23,7 +25,7 @@ def save_model(model: TrainedModel, weights: Path, state: Path) -> None:
         CheckpointError: on all ranks, if one cannot write.
     """
     writes, problem = model.settings.rank == 0, ""
-    files = [(model.named_weights(), weights, "model")]
+    files = [(model.named_weights(), weights, ADAPTER_STEM if model.adapted else "model")]
     files += [(model.named_states(key), state, key) for key in _state_keys(model)]
     for tensors, folder, stem in files:
         try:
@@ -61,7 +63,7 @@ def _state_keys(model: TrainedModel) -> tuple[str, ...]:
 
 
 def _restore_states(model: TrainedModel, folder: Path) -> None:
-    parameters = dict(model.module.named_parameters())
+    parameters = dict(trained_parameters(model.module))
     for key in _state_keys(model):
         missing = set(parameters)
         for name, tensor in read_tensors(folder, key):

@@ -18,6 +18,7 @@ from rlsys.control.search_evaluation import search_and_sample, show_search, with
 from rlsys.directory import CheckpointDirectory, RunDirectory
 from rlsys.display import print_table
 from rlsys.errors import ConfigError
+from rlsys.models.folder import is_policy
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.stats import Estimate, mean_over_prompts, pass_at_k
 from rlsys.tasks import build_task
@@ -36,7 +37,7 @@ class Target:
 
 
 def find_target(target: str, config_path: str | None, overrides: Sequence[str]) -> Target:
-    """Find policy and config of a run directory, a checkpoint or a model folder.
+    """Find policy and config of a run directory, a checkpoint, or a model or adapter folder.
 
     Args:
         target: the path of one of them.
@@ -54,7 +55,7 @@ def find_target(target: str, config_path: str | None, overrides: Sequence[str]) 
         policy, config = CheckpointDirectory(checkpoint).policy, RunDirectory(path).config
     elif CheckpointDirectory(path).policy.is_dir():
         policy, config = CheckpointDirectory(path).policy, RunDirectory(path.parent.parent).config
-    elif (path / "config.json").is_file():
+    elif is_policy(path):
         # The model folder is RUN/stages/online or RUN/checkpoints/step_000080/policy.
         above = (RunDirectory(folder).config for folder in path.parents[1:3])
         policy, config = path, next((file for file in above if file.is_file()), RunDirectory(path).config)

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from rlsys.config.adapter_checks import adapter_has_no_critic, adapter_stays_on_its_device
 from rlsys.config.device_checks import colocated_fit
 from rlsys.config.patterns import resolve
 from rlsys.config.stages import TERMS_OF_STAGE, stage_plan, stage_plans, term_with_pairs
@@ -327,6 +328,8 @@ RULES: tuple[Rule, ...] = (
     batch_holds_sequences,
     tensor_parallel_needs_cuda,
     colocated_fit,
+    adapter_has_no_critic,
+    adapter_stays_on_its_device,
     deadlines_are_nested,
     offload_needs_zero,
     bf16_needs_zero,

@@ -5,6 +5,10 @@ from __future__ import annotations
 OTHER_NAMES: dict[str, str] = {
     "model_name_or_path": "model.path",
     "pretrain": "model.path",
+    "lora_r": "model.lora.rank",
+    "lora_rank": "model.lora.rank",
+    "lora_alpha": "model.lora.alpha",
+    "lora_target_modules": "model.lora.target_modules",
     "output_dir": "run.dir",
     "default_local_dir": "run.dir",
     "train_files": "task.path",

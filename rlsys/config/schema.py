@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from rlsys.config.checks import RULES
 from rlsys.config.objective import ObjectiveConfig
 from rlsys.config.search import ExtractConfig, SearchConfig
-from rlsys.config.section import PathName, Section, Temperature
+from rlsys.config.section import LayerName, PathName, Section, Temperature
 from rlsys.config.tasks import TaskConfig
 from rlsys.types import StageName
 
@@ -53,11 +53,24 @@ class FromScratchConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    rank: int = Field(default=16, ge=1, le=512)
+    """Rank of the two factors of every adapted layer. 512 is the most that vLLM serves."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The product of the factors is multiplied by alpha / rank."""
+    target_modules: Annotated[tuple[LayerName, ...], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
+    """Names of the adapted linear layers, such as [q_proj, v_proj]; `all-linear`: all but the output layer."""
+    merge: bool = False
+    """Export the policy of the last stage as a whole model; false: as an adapter folder in the format of peft."""
+
+
 class ModelConfig(Section):
     path: PathName | None = None
     """Folder or hub id of a Hugging Face causal language model with a tokenizer."""
     from_scratch: FromScratchConfig | None = None
     """Sizes of a small, randomly initialised Qwen2 with a character-level tokenizer for the task."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters (LoRA) of linear layers, and keep all other weights. null: train all weights."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:

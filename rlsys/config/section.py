@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 PathName = Annotated[str, Field(min_length=1)]
 """A path that is not empty. To name no file, write null."""
 
+LayerName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
+"""The end of the dotted name of a layer, in whole parts: q_proj, or self_attn.q_proj."""
+
 Temperature = Annotated[float, Field(ge=0.01, le=2)]
 """A sampling temperature. vLLM refuses one above 2, and would sample at 0.01 if it were lower."""
 

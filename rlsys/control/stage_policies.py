@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plans
 from rlsys.directory import CheckpointDirectory, RunDirectory
 from rlsys.errors import CheckpointError, DamagedFileError
 from rlsys.files import fsync
+from rlsys.models.adapters import ADAPTER_FILES, merge_adapter
 from rlsys.types import StageName
 
 
@@ -40,6 +43,8 @@ class StagePolicies:
     def export_policy(self, stage: StageName, checkpoint: Path) -> None:
         """Export the policy of a finished stage, as hard links to its checkpoint if the file system has them.
 
+        With model.lora.merge, the last stage exports a whole model; earlier ones export what later ones begin with.
+
         Raises:
             CheckpointError: the folder cannot be written. The stage is saved, so the same command tries again.
         """
@@ -49,14 +54,20 @@ class StagePolicies:
             shutil.rmtree(folder, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
-            for path in sorted(CheckpointDirectory(checkpoint).policy.iterdir()):
-                _link(path, temporary / path.name)
-                fsync(temporary / path.name)
+            policy, lora = CheckpointDirectory(checkpoint).policy, self.config.model.lora
+            merges = lora is not None and lora.merge and stage == self.config.stages[-1]
+            for path in sorted(policy.iterdir()):
+                if not (merges and path.name in ADAPTER_FILES):
+                    _link(path, temporary / path.name)
+            if lora is not None and merges:
+                merge_adapter(self.model, policy, lora, temporary, self.config.learner.dtype)
+            for path in sorted(temporary.iterdir()):
+                fsync(path)
             fsync(temporary)
             temporary.rename(target)
             for folder in (target.parent, target.parent.parent):  # `stages` may be new
                 fsync(folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{target} could not be written: {error}; free disk space, or check the folder of run.dir. "
                 f"{checkpoint.name} is saved, the same command continues"

@@ -31,6 +31,7 @@ from rlsys.errors import ConfigError
 from rlsys.launch.access import check_address, check_answer
 from rlsys.launch.resources import ResourcePlan, plan_resources
 from rlsys.launch.transports import check_transport
+from rlsys.models.adapters import AdapterSpec, check_adapter
 from rlsys.models.checks import Use, check_model
 from rlsys.models.folder import ModelFolder, given_model
 from rlsys.trees import Role
@@ -50,6 +51,7 @@ class Prepared:
         inputs: task, tokenizer and the streams made of them.
         tree_prompts: the prompts that the stage `search` grows trees for.
         notes: lines for the user about settings and data.
+        adapter: the adapter that is trained; None if all weights are.
         plans: the resource plan; `check` adds that of `rlsys search` if the config names models of the search.
     """
 
@@ -60,11 +62,17 @@ class Prepared:
     tree_prompts: Sequence[Prompt]
     notes: Sequence[str]
     plans: Sequence[ResourcePlan]
+    adapter: AdapterSpec | None = None
 
     @property
     def policy(self) -> ModelFolder:
         """The initial policy, whose tokenizer all policies share."""
         return self.models["policy"]
+
+    @property
+    def trained_parameters(self) -> int:
+        """Number of parameters that the learner trains and publishes."""
+        return self.adapter.parameters if self.adapter else self.policy.parameters
 
     @property
     def served(self) -> ModelFolder:
@@ -136,13 +144,15 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
     searches = _searches(config, purpose)
     models, engines = _load_models(config, policy, search_models=searches or purpose == "check")
     notes = check_models(config, models, trains=trains)
+    adapter = check_adapter(policy, config.model.lora) if trains and config.model.lora else None
     search_config, _, searcher = assign_search_roles(config, policy.path, engines)
     if trains:  # the actors serve the policy, whatever model grows the trees
         searching = Searching(auxiliary=tuple(engines.values())) if searches else None
     else:
         searching = searcher if searches else None
     serving = search_config if purpose == "search" else config
-    plans = [plan_resources(serving, models, searching, learner=trains)]
+    trained = adapter.parameters if adapter else None
+    plans = [plan_resources(serving, models, searching, learner=trains, trained=trained)]
     if purpose != "check":
         plans[0].check()
     elif engines:
@@ -157,8 +167,14 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
         searching=searching,
         inputs=inputs,
         tree_prompts=find_prompts(config, inputs) if grows_trees else (),
-        notes=[*notes, *(warnings(config) if trains else ()), *inputs.notes],
+        notes=[
+            *notes,
+            *([adapter.describe()] if adapter else []),
+            *(warnings(config) if trains else ()),
+            *inputs.notes,
+        ],
         plans=plans,
+        adapter=adapter,
     )
 
 

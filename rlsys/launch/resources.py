@@ -86,7 +86,12 @@ class ResourcePlan:
 
 
 def plan_resources(
-    config: Config, models: Mapping[Role, ModelFolder], searching: Searching | None, *, learner: bool
+    config: Config,
+    models: Mapping[Role, ModelFolder],
+    searching: Searching | None,
+    *,
+    learner: bool,
+    trained: int | None = None,
 ) -> ResourcePlan:
     """Plan the needs of every phase. Rollout and learning alternate on CPUs. On GPUs, host memory holds no models.
 
@@ -95,16 +100,18 @@ def plan_resources(
         models: the models by role.
         searching: the engines of the search; None if the rollout actors only sample from the policy.
         learner: whether there are learner ranks.
+        trained: number of parameters of the adapter that is trained; None if the whole policy is.
     """
     auxiliary = searching.auxiliary if searching else ()
     ranks = config.learner.ranks if learner else 0
     needs: list[Need] = []
     if config.run.address == "local":
         served = models[searching.role if searching else "policy"].parameters
-        store = object_store_bytes(config, served) if learner else MINIMUM_STORE_BYTES
-        memory = _engines_gib(config, config.actors, served) + ranks * _rank_gib(config, served)
+        published = served if trained is None else trained
+        store = object_store_bytes(config, published) if learner else MINIMUM_STORE_BYTES
+        memory = _engines_gib(config, config.actors, served) + ranks * _rank_gib(config, served, trained)
         if learner:  # rank 0 keeps the published policy for actors that start late
-            memory += served * BYTES[config.learner.dtype] / GIB
+            memory += published * BYTES[config.learner.dtype] / GIB
         memory += sum(_engines_gib(config, engines.actors, models[engines.role].parameters) for engines in auxiliary)
         needs = _memory_needs(memory + store / GIB, store, auxiliary, learner)
         if config.run.device == "cpu":
@@ -146,7 +153,7 @@ def object_store_bytes(config: Config, parameters: int) -> int:
 
     Args:
         config: the config of the run.
-        parameters: number of parameters of the policy.
+        parameters: number of published parameters: those of the policy, or of its adapter.
     """
     policy = parameters * BYTES[config.learner.dtype]
     buckets = BUCKETS_IN_STORE * config.weight_sync.bucket_mib * 2**20
@@ -160,10 +167,11 @@ def _engines_gib(config: Config, actors: ActorsConfig, parameters: int) -> float
     return actors.count * (ACTOR_BASE_GIB + actors.kv_cache_gib + parameters * BYTES[actors.dtype] / GIB)
 
 
-def _rank_gib(config: Config, parameters: int) -> float:
+def _rank_gib(config: Config, parameters: int, trained: int | None) -> float:
     """Return the host memory of one rank: parameters, gradients, its optimizer state, the reference and the critic.
 
-    Several updates per step, or a critic, also need the copies by which a non-finite step is rolled back.
+    Several updates per step, or a critic, also need the copies by which a non-finite step is rolled back. With an
+    adapter, only its parameters are trained, and the base is the reference.
     """
     learner = config.learner
     width = BYTES[learner.dtype]
@@ -175,11 +183,13 @@ def _rank_gib(config: Config, parameters: int) -> float:
     models = 2 if any(plan.settings.critic for plan in plans) else 1
     several = models > 1 or any(plan.settings.updates_per_step > 1 for plan in plans)
     copies = COPIED_BYTES / share if several else 0.0
-    reference = width if any(plan.keeps_reference for plan in plans) else 0
+    reference = width if trained is None and any(plan.keeps_reference for plan in plans) else 0
+    trained = parameters if trained is None else trained
     if config.run.device == "cuda":  # the reference is in host memory, unless it is partitioned
-        held = models * (copies + (state if learner.optimizer_offload else 0.0)) + reference * (whole == 1)
-        return RANK_BASE_GIB + parameters * held / GIB
-    return RANK_BASE_GIB + parameters * (models * (2 * width * whole + state + copies) + reference * whole) / GIB
+        states = models * (copies + (state if learner.optimizer_offload else 0.0))
+        return RANK_BASE_GIB + (trained * states + parameters * reference * (whole == 1)) / GIB
+    weights, states = (models * width + reference) * whole, models * (width * whole + state + copies)
+    return RANK_BASE_GIB + (parameters * weights + trained * states) / GIB
 
 
 def _shared_memory_bytes() -> int:

@@ -36,8 +36,9 @@ from rlsys.launch.ray_cluster import Cluster, ray_cluster, remove_leftovers
 from rlsys.launch.remote import RayLearner
 from rlsys.launch.resources import object_store_bytes
 from rlsys.launch.signals import TIME_LIMIT, StopSignals
-from rlsys.launch.start import learner_handles, rollout_pool
-from rlsys.models.folder import ModelFolder
+from rlsys.launch.start import AdaptedModel, learner_handles, rollout_pool
+from rlsys.models.adapters import read_adapter
+from rlsys.models.folder import ModelFolder, is_adapter, is_policy
 from rlsys.run import report
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.ledger import Ledger
@@ -97,7 +98,7 @@ def train(config: Config) -> str:
         start.prepare_directory(run_dir)  # the first change to the run directory: a refused command leaves it as it was
         write_text(directory.config, dump_config(config))
         placement = place(config, prepared.auxiliary, learner=True)
-        store_bytes = object_store_bytes(config, prepared.policy.parameters)
+        store_bytes = object_store_bytes(config, prepared.trained_parameters)
         with (
             naming_logs(directory.logs),
             ray_cluster(config, run_dir, placement.bundles, store_bytes) as cluster,
@@ -121,24 +122,25 @@ def is_complete(config: Config, start: Start, run_dir: Path) -> bool:
     """Return whether this run, and not the one it resumes from, has made all steps and exported its policy."""
     checkpoints = RunDirectory(run_dir).checkpoints
     own = start.checkpoint is not None and start.checkpoint.parent.resolve() == checkpoints.resolve()
-    exported = RunDirectory(run_dir).exported_policy(config.stages[-1]) / "config.json"
-    return own and all_steps_made(config, start.state) and exported.is_file()
+    exported = RunDirectory(run_dir).exported_policy(config.stages[-1])
+    return own and all_steps_made(config, start.state) and is_policy(exported)
 
 
 def evaluate_policy(policy: Path, config: Config, measure: Measure) -> dict[str, Any]:
-    """Start actors on a policy folder and return the result of `measure` on the held-out prompts.
+    """Start actors on a model or adapter folder and return the result of `measure` on the held-out prompts.
 
     With evaluation.search_answers the actors search too, together with the engines of search.reviewer. The logs are
     kept if the evaluation fails, and the error names their folder.
     """
     check_settings(config, "evaluate")
-    prepared = prepare(config, "evaluate", ModelFolder(policy))
+    adapted = AdaptedModel(*read_adapter(policy)) if is_adapter(policy) else None
+    prepared = prepare(config, "evaluate", ModelFolder(adapted.base if adapted else policy))
     _print_notes(prepared)
     bundles = place(config, prepared.auxiliary).bundles
     folder = Path(tempfile.mkdtemp(prefix="rlsys-evaluate-"))
 
     async def work(cluster: Cluster) -> dict[str, Any]:
-        async with rollout_pool(cluster, policy, prepared.searching) as pool:
+        async with rollout_pool(cluster, policy, prepared.searching, adapted=adapted) as pool:
             return await measure(pool, prepared.inputs.held_out, config)
 
     try:
@@ -211,11 +213,12 @@ async def _train(cluster: Cluster, session: Session) -> None:
         return initial_policy if bus and bus.calibrated else serving
 
     device, searching = SharedDevice() if session.placement.colocated else None, session.prepared.searching
-    async with rollout_pool(cluster, serving, searching, replacement_policy, display.message, device) as pool:
+    adapted = AdaptedModel(initial_policy, config.model.lora) if config.model.lora else None
+    async with rollout_pool(cluster, serving, searching, replacement_policy, display.message, device, adapted) as pool:
         ranks = session.placement.indices[LEARNER]
 
         def spawn(attempt: int) -> list[Any]:
-            return learner_handles(cluster, ranks, inputs.pad_token_id, attempt)
+            return learner_handles(cluster, ranks, inputs.pad_token_id, attempt, initial_policy)
 
         learner = ColocatedLearner(spawn, config, device) if device else RayLearner(spawn, config)
         dtype = _lowest_dtype(config)

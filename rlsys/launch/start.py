@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from actors.settings import ActorSettings
 from learners.learner_actor import TRANSFER, WATCH, LearnerActor
 from learners.settings import RankSettings, learner_environment
 from rlsys.config.engine_roles import ModelEngines, Searching
+from rlsys.config.schema import LoraConfig
 from rlsys.control.fleet import Fleet
 from rlsys.control.shared_device import SharedDevice
 from rlsys.directory import RunDirectory
@@ -24,11 +26,20 @@ from rlsys.launch.colocated import ColocatedActor
 from rlsys.launch.placement import ROLLOUT, Placement, place
 from rlsys.launch.ray_cluster import RENDEZVOUS, Cluster
 from rlsys.launch.remote import RayActor
+from rlsys.models.folder import is_adapter
 from rlsys.trees import Role
 
 # Concurrent calls of one actor. With Ray's default of 1000, calls for statistics would wait behind trees.
 MAX_CALLS = 10_000
 SHARE = 0.5  # of a GPU, for an actor or a rank that share it
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedModel:
+    """The base model of policies that are adapters: its folder, and the section `model.lora`."""
+
+    base: Path
+    lora: LoraConfig
 
 
 @contextlib.asynccontextmanager
@@ -39,6 +50,7 @@ async def rollout_pool(
     replacement_model: Callable[[], Path] | None = None,
     say: Callable[[str], None] = lambda _text: None,
     device: SharedDevice | None = None,
+    adapted: AdaptedModel | None = None,
 ) -> AsyncIterator[Fleet]:
     """Start the rollout actors and auxiliary engines; close them at the end of the block.
 
@@ -50,6 +62,7 @@ async def rollout_pool(
             current weights before it serves.
         say: gets a message about every lost actor.
         device: the devices that the actors share with the learner; None if they have devices of their own.
+        adapted: the base model, if the actors serve adapters.
     """
     config = cluster.config
     auxiliary = searching.auxiliary if searching else ()
@@ -59,7 +72,7 @@ async def rollout_pool(
 
     def spawn(number: int, attempt: int) -> RayActor:
         folder = replacement_model() if replacement_model and attempt else model
-        settings = _actor_settings(cluster, number, attempt, folder, searching, handles)
+        settings = adapted_settings(_actor_settings(cluster, number, attempt, folder, searching, handles), adapted)
         gpus = SHARE if device else config.actors.tensor_parallel_size
         options = cluster.options(placement.indices[ROLLOUT][number], gpus, environment)
         if device:
@@ -124,6 +137,14 @@ def _actor_settings(
     )
 
 
+def adapted_settings(settings: ActorSettings, adapted: AdaptedModel | None) -> ActorSettings:
+    """Return the settings of an actor that serves an adapter, if its policies are adapters of one base model."""
+    if adapted is None:
+        return settings
+    adapter = settings.model_path if is_adapter(settings.model_path) else None
+    return replace(settings, model_path=adapted.base, lora=adapted.lora, adapter=adapter)
+
+
 def _auxiliary_handles(
     cluster: Cluster, auxiliary: Sequence[ModelEngines], placement: Placement
 ) -> dict[Role, list[Any]]:
@@ -145,7 +166,7 @@ def _auxiliary_handles(
     return handles
 
 
-def learner_handles(cluster: Cluster, bundles: Sequence[int], pad_token_id: int, attempt: int) -> list[Any]:
+def learner_handles(cluster: Cluster, bundles: Sequence[int], pad_token_id: int, attempt: int, base: Path) -> list[Any]:
     """Start the learner ranks and return their handles. Every attempt has its own rendezvous file.
 
     Args:
@@ -153,6 +174,7 @@ def learner_handles(cluster: Cluster, bundles: Sequence[int], pad_token_id: int,
         bundles: the bundle index of every rank.
         pad_token_id: the token that fills up rows of a batch.
         attempt: number of earlier restarts of the learner.
+        base: the initial policy, which is the base model of adapters.
     """
     config = cluster.config
     store = cluster.run_dir / f"{RENDEZVOUS}{uuid.uuid4().hex}"
@@ -172,6 +194,8 @@ def learner_handles(cluster: Cluster, bundles: Sequence[int], pad_token_id: int,
             weight_sync=config.weight_sync,
             engine_workers=config.actors.tensor_parallel_size,
             attempt=attempt,
+            lora=config.model.lora,
+            base=base,
         )
         environment = learner_environment(config.learner, config.run.device, rank)
         options = cluster.options(bundle, SHARE if config.placement == "colocated" else 1, environment)

@@ -26,6 +26,10 @@ OTHER_FILES = ("merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinj
 """Other files of config and tokenizer."""
 
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file that makes a folder an adapter of another model."""
+
+
 class ModelFolder:
     """A model folder whose tokenizer, digests and size are each computed once, when they are first needed.
 
@@ -128,9 +132,9 @@ def given_model(name: str, field: str) -> ModelFolder:
     if path.is_file():
         raise ConfigError(f"{field} {name}: expected the folder of a model, found a file")
     model = ModelFolder(newest_snapshot(path.absolute()) if path.is_dir() else _from_hub(name, field), field)
-    if (model.path / "adapter_config.json").is_file():
+    if is_adapter(model.path):
         raise ConfigError(
-            f"{field} {name}: expected a whole model, found adapter_config.json of an adapter; merge the adapter into "
+            f"{field} {name}: expected a whole model, found {ADAPTER_CONFIG} of an adapter; merge the adapter into "
             "its base model (merge_and_unload of peft), or remove this file if that is done"
         )
     if not (model.path / "config.json").is_file():
@@ -303,12 +307,26 @@ def _names_code(values: Any) -> bool:
     return False
 
 
-def weights_digest(folder: Path) -> str:
-    """Return the sha256 of a policy: config.json, and names and contents of the safetensors files.
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter, not a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file()
 
-    Every byte is read, which takes about one second per GB.
+
+def is_policy(folder: Path) -> bool:
+    """Return whether a folder holds a policy: a whole model, or an adapter."""
+    return (folder / "config.json").is_file() or is_adapter(folder)
+
+
+def weights_digest(folder: Path) -> str:
+    """Return the sha256 of a policy: its config, and names and contents of the safetensors files.
+
+    Every byte is read, which takes about one second per GB. The digest of an adapter leaves out the path of its base.
     """
-    parts: list[Any] = [json.loads((folder / "config.json").read_text(encoding="utf-8"))]
+    adapter = is_adapter(folder)
+    config = json.loads((folder / (ADAPTER_CONFIG if adapter else "config.json")).read_text(encoding="utf-8"))
+    if adapter:
+        config.pop("base_model_name_or_path", None)
+    parts: list[Any] = [config]
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             parts.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])

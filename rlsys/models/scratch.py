@@ -74,6 +74,20 @@ class UnbuiltModel(ModelFolder):
         layer = attention + 3 * hidden * config.intermediate_size + 2 * hidden  # two norms
         return embeddings + config.layers * layer + hidden
 
+    @property
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        """Numbers of outputs and inputs of the linear layers of the Qwen2 of this size, by name."""
+        config = self._config
+        hidden, inner = config.hidden_size, config.intermediate_size
+        sizes = {
+            **{f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"},
+            **{f"mlp.{name}_proj": (inner, hidden) for name in ("gate", "up")},
+            "mlp.down_proj": (hidden, inner),
+        }
+        return {
+            f"model.layers.{number}.{name}": size for number in range(config.layers) for name, size in sizes.items()
+        }
+
 
 def scratch_model(config: FromScratchConfig, vocabulary: Sequence[str], seed: int, run_dir: Path) -> ModelFolder:
     """Return the model from scratch of a run directory, built if it is missing or was built from other settings.

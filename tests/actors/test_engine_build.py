@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from actors.engine_build import engine_arguments
-from rlsys.config.schema import ActorsConfig
+from actors.engine_build import adapter_arguments, engine_arguments
+from rlsys.config.schema import ActorsConfig, LoraConfig
+from rlsys.models.adapters import AdapterSpec
 
 CPU, CUDA = "cpu", "cuda"
 
@@ -39,3 +40,14 @@ def test_vllm_knows_every_argument() -> None:
 
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     assert arguments(CPU).keys() | arguments(CUDA).keys() <= known
+    spec = AdapterSpec(lora=LoraConfig(), base=Path("model"), layers={"model.layers.0.q_proj": (2, 2)})
+    assert adapter_arguments(spec).keys() <= known
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(1, 1), (2, 8), (16, 16), (17, 32), (500, 512), (512, 512)])
+def test_vllm_gets_the_next_rank_that_it_serves_and_the_adapted_layers(rank: int, expected: int) -> None:
+    layers = {f"model.layers.{number}.{name}": (2, 2) for number in (0, 1) for name in ("mlp.up_proj", "attn.q_proj")}
+    spec = AdapterSpec(lora=LoraConfig(rank=rank), base=Path("model"), layers=layers)
+    found = adapter_arguments(spec)
+    assert found["max_lora_rank"] == expected
+    assert found["lora_target_modules"] == ["q_proj", "up_proj"]

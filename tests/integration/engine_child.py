@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.engine import Completion, CompletionRequest, Engine
 from actors.engine_build import engine_environment
-from learners.deepspeed.parameters import published_tensors
+from learners.deepspeed.parameters import published_tensors, trained_parameters
 from rlsys.config.schema import ActorsConfig
 from rlsys.errors import WeightSyncError
 
@@ -68,10 +68,10 @@ def publish(engine: Engine, model: Any, version: int) -> None:
 
 
 def step(model: Any, size: float, seed: int) -> None:
-    """Change every parameter, as an optimizer update would."""
+    """Change every trained parameter, as an optimizer update would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for _, parameter in trained_parameters(model):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
 
 
@@ -119,7 +119,7 @@ def main(folder: Path) -> None:
     (folder / "measured.json").write_text(json.dumps(found))
 
 
-def fork_engines(folders: list[Path]) -> None:
+def fork_engines(folders: list[Path], main: Callable[[Path], None]) -> None:
     """Run main(folder) for every folder; exit with 1 if an engine failed."""
     os.environ.update(engine_environment(CONFIG, "cpu"))
     import vllm.v1.engine.llm_engine  # noqa: F401
@@ -135,4 +135,4 @@ def fork_engines(folders: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    fork_engines([Path(argument) for argument in sys.argv[1:]])
+    fork_engines([Path(argument) for argument in sys.argv[1:]], main)

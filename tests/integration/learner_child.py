@@ -24,7 +24,7 @@ import pytest
 
 from learners.settings import RankSettings, learner_environment
 from rlsys.config.objective import ObjectiveConfig
-from rlsys.config.schema import LearnerConfig, OptimizerConfig
+from rlsys.config.schema import LearnerConfig, LoraConfig, OptimizerConfig
 from rlsys.config.stages import StageSettings
 from rlsys.errors import NonFiniteLossError
 from rlsys.types import Demonstration, Preference, Prompt, TrainingBatch, Trajectory, TrajectoryGroup, VersionSpan
@@ -115,7 +115,7 @@ def spoil(learner: Any, job: dict[str, Any]) -> None:
     step, first = job["last"], learner.settings.rank == 0
     if first:
         # In a parameter, after the learner has checked it: only the norm shows it.
-        hook = next(model.module.parameters()).register_hook(lambda gradient: gradient * math.inf)
+        hook = next(trained_layer(model.module).parameters()).register_hook(lambda gradient: gradient * math.inf)
     refused(learner, batch(step), step, "gradient norm")
     if first:
         hook.remove()
@@ -123,7 +123,7 @@ def spoil(learner: Any, job: dict[str, Any]) -> None:
     for name in ("critic", "policy"):
         if getattr(learner, name) is not None:
             if first:
-                hook = getattr(learner, name).module.get_input_embeddings().register_forward_hook(infinite)
+                hook = trained_layer(getattr(learner, name).module).register_forward_hook(infinite)
             refused(learner, batch(step), step, f"gradient of the {name} is not finite on rank 0")
             if first:
                 hook.remove()
@@ -132,8 +132,14 @@ def spoil(learner: Any, job: dict[str, Any]) -> None:
     save(learner, Path(job["spoiled"]), {})
 
 
+def trained_layer(module: Any) -> Any:
+    """Return the first layer with parameters that are trained: the embedding, or a factor of an adapter."""
+    layers = (layer for layer in module.modules() if next(layer.parameters(recurse=False), None) is not None)
+    return next(layer for layer in layers if next(layer.parameters(recurse=False)).requires_grad)
+
+
 def infinite(module: Any, inputs: Any, embedded: Any) -> None:
-    """Make the gradient of the output of an embedding infinite."""
+    """Make the gradient of the output of a layer infinite."""
     if embedded.requires_grad:
         embedded.register_hook(lambda gradient: gradient * math.inf)
 
@@ -160,10 +166,13 @@ def begin(learner: Any, job: dict[str, Any]) -> None:
     # Small micro-batches: several of them, unequal in size, and one rank gets a padding one.
     config = LearnerConfig(**{"ranks": learner.settings.ranks, "micro_batch_tokens": 256, **job["learner"]})
     objective = ObjectiveConfig(**{**OBJECTIVE, **job.get("objective", {})})
-    learner.settings = replace(learner.settings, learner=config, objective=objective)
+    lora = LoraConfig(**job["lora"]) if "lora" in job else None
+    learner.settings = replace(
+        learner.settings, learner=config, objective=objective, lora=lora, base=Path(job["model"])
+    )
     learner.forward = ForwardPasses(learner.settings)
     resume = Path(job["resume"]) if job.get("resume") else None
-    start = resume / "policy" if resume else Path(job["model"])
+    start = resume / "policy" if resume else Path(job.get("policy", job["model"]))
     optimizer = OptimizerConfig(
         **{"learning_rate": 1e-3, "warmup_updates": 2, "schedule": "linear", **job.get("optimizer", {})}
     )

@@ -305,14 +305,15 @@ def test_bf16_keeps_fp32_masters_and_stays_near_fp32(folder: Path, name: str) ->
     assert found @ expected / (np.linalg.norm(found) * np.linalg.norm(expected)) > 0.99
 
 
-def plain_update(folder: Path, max_grad_norm: float) -> tuple[float, np.ndarray]:
-    """Gradient norm and changed parameters of one joint update in plain torch, row by row, all logits."""
+def plain_loss(policy: Any, reference: Any) -> Any:
+    """Return the joint loss of one update in plain torch, row by row, from all logits.
+
+    Args:
+        policy, reference: return the output of a model for token ids, [1, T].
+    """
     import torch
     from torch.nn.functional import logsigmoid
-    from transformers import AutoModelForCausalLM
 
-    policy, reference = (AutoModelForCausalLM.from_pretrained(folder / name).eval() for name in ("model", "other"))
-    before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
     given = batch(PLAIN_STEP)
 
     def logprobs(model: Any, tokens: Any, start: int, temperature: float = 1.0) -> Any:
@@ -348,16 +349,33 @@ def plain_update(folder: Path, max_grad_norm: float) -> tuple[float, np.ndarray]
         terms["sft"] = terms["sft"] - found.sum()
         imitated += len(found)
     counts = {"policy": tokens, "kl": tokens, "preference": len(given.pairs), "sft": imitated}
-    sum(OBJECTIVE.get(name, {}).get("weight", 1.0) * terms[name] / counts[name] for name in terms).backward()
-    norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm))
+    return sum(OBJECTIVE.get(name, {}).get("weight", 1.0) * terms[name] / counts[name] for name in terms)
+
+
+def plain_step(parameters: list[Any], max_grad_norm: float) -> float:
+    """Make one optimizer step in plain torch and return the gradient norm before clipping."""
+    import torch
+
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     settings = OptimizerConfig(**PLAIN_OPTIMIZER)
     torch.optim.AdamW(
-        policy.parameters(),
+        parameters,
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         weight_decay=settings.weight_decay,
     ).step()
+    return norm
+
+
+def plain_update(folder: Path, max_grad_norm: float) -> tuple[float, np.ndarray]:
+    """Gradient norm and changed parameters of one joint update in plain torch."""
+    from transformers import AutoModelForCausalLM
+
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder / name).eval() for name in ("model", "other"))
+    before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    plain_loss(policy, reference).backward()
+    norm = plain_step(list(policy.parameters()), max_grad_norm)
     after = dict(policy.named_parameters())
     return norm, np.concatenate([(after[key] - before[key]).detach().double().ravel() for key in sorted(before)])
 

@@ -41,7 +41,7 @@ BOTH: dict[str, dict[str, Any]] = {
     "values": {"score": "critic", "rank": 0},
 }
 OTHERS: dict[str, dict[str, Any]] = {
-    "weights that rank 1 cannot read": {"unreadable": "load_model", "rank": 1},
+    "weights that rank 1 cannot read": {"unreadable": "load_policy", "rank": 1},
     "moments that rank 0 cannot read": {"unreadable": "read_tensors", "rank": 0},
     "weights that rank 0 cannot put away": {"export": True, "rank": 0},
 }

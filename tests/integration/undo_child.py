@@ -112,7 +112,7 @@ def broken(learner: Any, job: dict[str, Any], fault: dict[str, Any]) -> str:
         sender._shelf.buffer = refuse
         return raised(LearnerLostError, lambda: learner.send(sender, 0, ()))
     module, kind = {
-        "load_model": (learner_rank, LearnerLostError),
+        "load_policy": (learner_rank, LearnerLostError),
         "read_tensors": (model_files, CheckpointError),
     }[fault["unreadable"]]
     resumed = {**job, "resume": f"{job['folder']}/disturbed"}

@@ -141,7 +141,7 @@ def test_the_learning_rates_of_policy_and_critic_reach_their_ends_with_the_stage
         return SimpleNamespace(destroy=lambda: None)
 
     monkeypatch.setattr(rank_module, "TrainedModel", build)
-    for name in ("load_model", "load_critic", "saved_config", "restore_model"):
+    for name in ("load_policy", "load_critic", "policy_config", "restore_model"):
         loaded = SimpleNamespace(config=None)
         monkeypatch.setattr(rank_module, name, lambda *arguments, loaded=loaded, **options: loaded)
     rank = plain_rank({})

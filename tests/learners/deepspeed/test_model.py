@@ -131,7 +131,7 @@ def apertus() -> PreTrainedModel:
 
 def saved(model: PreTrainedModel, folder: Path) -> Path:
     """Write a model as a learner does: tensors by name, and the config."""
-    learner = SimpleNamespace(module=model, gather=lambda parameter: parameter.detach())
+    learner = SimpleNamespace(adapted=False, module=model, gather=lambda parameter: parameter.detach())
     write_tensors(TrainedModel.named_weights(learner), folder, "model", writes=True)
     model.config.save_pretrained(folder)
     return folder

@@ -59,6 +59,15 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
             "expected learner.zero_stage 1, 2 or 3",
         ),
     ],
+    "adapter_has_no_critic": [
+        (["model.lora={}", *GAE], "model.lora cannot be combined with a critic"),
+    ],
+    "adapter_stays_on_its_device": [
+        (
+            ["model.lora={}", "placement=colocated", "run.device=cuda"],
+            "model.lora cannot be combined with placement colocated on run.device cuda: choose placement spread",
+        ),
+    ],
     "deadlines_are_nested": [
         (["rewards.timeout_s=200"], "rewards.timeout_s 200 exceeds actors.hang_timeout_s 120"),
         (["actors.rollout_timeout_s=60"], "actors.hang_timeout_s 120 exceeds actors.rollout_timeout_s 60"),
@@ -233,6 +242,8 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
 
 ACCEPTED: list[list[str]] = [
     ["sampling.max_tokens=255"],
+    ["model.lora={}", "placement=colocated"],
+    ["model.lora={target_modules: [self_attn.q_proj]}", *GAE, "stages=[warm_start]"],
     ["actors.tensor_parallel_size=2", "run.device=cuda"],
     ["rewards.timeout_s=120"],
     ["learner={optimizer_offload: true, dtype: bf16, zero_stage: 1}"],

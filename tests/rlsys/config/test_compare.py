@@ -39,6 +39,12 @@ FIXED: dict[str, dict[str, Any]] = {
         "model.from_scratch.tie_embeddings": False,
         "model.from_scratch.max_positions": 1024,
     },
+    "lora": {
+        "model.lora.rank": 8,
+        "model.lora.alpha": 8.0,
+        "model.lora.target_modules": ["q_proj", "v_proj"],
+        "model.lora.merge": True,
+    },
     "blocksworld": {
         "task.min_blocks": 4,
         "task.max_blocks": 5,
@@ -71,6 +77,7 @@ FIXED: dict[str, dict[str, Any]] = {
 BEGUN: dict[str, dict[str, Any]] = {
     "letter_count": {},
     "from_scratch": {"model": {"from_scratch": {}}},
+    "lora": {"model": {"path": "m", "lora": {}}},
     "blocksworld": {"task": {"type": "blocksworld", "max_blocks": 4}},
     "dataset": {"task": {"type": "dataset", "path": "x.jsonl"}},
 }
@@ -125,7 +132,7 @@ FREE_FIELDS = {
 }
 FREE_WITHOUT_SECTION = {"placement"}
 # Fields that select an alternative of a section. Another alternative has other fields, which are compared.
-ALTERNATIVES = {"task.type", "model.from_scratch"}
+ALTERNATIVES = {"task.type", "model.from_scratch", "model.lora"}
 
 
 def test_every_field_is_classified_as_fixed_or_free() -> None:

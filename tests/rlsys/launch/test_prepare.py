@@ -13,11 +13,12 @@ import pytest
 
 from rlsys.config.engine_roles import Searching
 from rlsys.config.files import parse_config
-from rlsys.config.schema import Config
+from rlsys.config.schema import Config, LoraConfig
 from rlsys.errors import ConfigError
 from rlsys.launch import prepare as preflight
 from rlsys.launch.prepare import Purpose, check_settings, prepare
 from rlsys.launch.resources import Need, ResourcePlan
+from rlsys.models.adapters import AdapterSpec
 from rlsys.models.checks import Use
 from rlsys.models.folder import ModelFolder
 
@@ -36,6 +37,7 @@ class Checks:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.done: list[Any] = []
         self.needs: list[Need] = []
+        self.trained: int | None = None
         monkeypatch.setattr(preflight, "prepare_model", self.prepare_model)
         monkeypatch.setattr(preflight, "given_model", self.given_model)
         monkeypatch.setattr(preflight, "check_model", self.check_model)
@@ -57,8 +59,15 @@ class Checks:
         return ()
 
     def plan(
-        self, config: Config, models: Mapping[str, ModelFolder], searching: Searching | None, *, learner: bool
+        self,
+        config: Config,
+        models: Mapping[str, ModelFolder],
+        searching: Searching | None,
+        *,
+        learner: bool,
+        trained: int | None = None,
     ) -> ResourcePlan:
+        assert trained == self.trained
         auxiliary = searching.auxiliary if searching else ()
         self.done.append(("plan", config.actors.max_model_len, learner, [engines.role for engines in auxiliary]))
         return ResourcePlan(config=config, auxiliary=auxiliary, ranks=int(learner), needs=self.needs)
@@ -161,6 +170,24 @@ def test_a_training_run_serves_the_policy(checks: Checks) -> None:
     prepared = prepare(config(search={**MODELS, "fraction": 0.5}), "train")
     assert prepared.served is prepared.policy
     assert [engines.role for engines in prepared.auxiliary] == ["model", "reviewer"]
+
+
+@pytest.mark.parametrize(("purpose", "trains"), [("train", True), ("check", True), ("search", False)])
+def test_an_adapter_is_checked_and_planned_where_it_is_trained(
+    checks: Checks, monkeypatch: pytest.MonkeyPatch, purpose: Purpose, trains: bool
+) -> None:
+    lora = LoraConfig(rank=2)
+    adapter = AdapterSpec(lora=lora, base=Path("policy"), layers={"q": (3, 5)})
+    checks.trained = 2 * (3 + 5) if trains else None
+    monkeypatch.setattr(
+        preflight, "check_adapter", lambda model, _lora: checks.done.append(("adapter", model)) or adapter
+    )
+    prepared = prepare(config(model={"path": "m", "lora": {"rank": 2}}), purpose)
+    checked = [entry for entry in checks.done if entry[0] == "adapter"]
+    assert checked == ([("adapter", prepared.policy)] if trains else [])
+    if trains:
+        assert prepared.trained_parameters == 16
+        assert "model.lora: 16 trained parameters in 1 linear layers" in prepared.notes
 
 
 @pytest.mark.parametrize(("stages", "prompts"), [(["online"], ()), (["search", "sft"], ["a prompt"])])

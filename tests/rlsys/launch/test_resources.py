@@ -15,7 +15,7 @@ from rlsys.config.files import parse_config
 from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
 from rlsys.launch import resources
-from rlsys.launch.resources import GIB, Need, ResourcePlan, plan_resources
+from rlsys.launch.resources import GIB, Need, ResourcePlan, object_store_bytes, plan_resources
 from rlsys.models.folder import ModelFolder
 
 PARAMETERS = 2**30  # 1 Gi elements: 4 GiB in fp32, 2 GiB in bf16
@@ -100,6 +100,16 @@ def test_a_critic_is_counted_as_a_second_trained_model(model: ModelFolder) -> No
     assert memory(needs_of(config(objective=critic), model)) == pytest.approx(48.5 + 28.0 + 24.0)
     offloaded = config(run={"device": "cuda"}, learner={"optimizer_offload": True}, objective=critic)
     assert memory(needs_of(offloaded, model)) == pytest.approx(10.5 + 2 * 2 * 12 / 2 + 24.0)
+
+
+def test_an_adapter_alone_is_trained_and_published(model: ModelFolder) -> None:
+    own = config(learner={"ranks": 2, "zero_stage": 1}, objective={"kl": {"weight": 0.1}})
+    adapted = plan_resources(own, {"policy": model}, None, learner=True, trained=PARAMETERS // 16).needs
+    # Per rank without an adapter: 4 GiB of weights, 4 of gradients, 12 / 2 of states, and 4 of the reference; the
+    # published policy is 4. With one: the base of 4, and (4 + 12 / 2) / 16 of the adapter, which is published.
+    saved = 2 * (18 - 4 - 10 / 16) + 4 - 4 / 16
+    stores = (object_store_bytes(own, PARAMETERS) - object_store_bytes(own, PARAMETERS // 16)) / GIB
+    assert memory(needs_of(own, model)) - memory(adapted) == pytest.approx(saved + stores, rel=1e-9)
 
 
 def test_copies_for_taking_a_step_back_are_counted_where_they_are_kept(model: ModelFolder) -> None:

@@ -100,7 +100,8 @@ class Started:
         yield None
 
     @contextlib.asynccontextmanager
-    async def pool(self, _cluster: None, model: Path, searching: Searching | None) -> Any:
+    async def pool(self, _cluster: None, model: Path, searching: Searching | None, adapted: Any = None) -> Any:
+        assert adapted is None
         self.steps.append(("pool", model, searching.role if searching else None))
         yield "pool"
 

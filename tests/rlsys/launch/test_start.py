@@ -93,7 +93,7 @@ def test_every_process_has_its_own_bundle(
 
     asyncio.run(run())
     ranks = place(own, searching.auxiliary, learner=True).indices[LEARNER]
-    start.learner_handles(cluster, ranks, pad_token_id=0, attempt=1)
+    start.learner_handles(cluster, ranks, pad_token_id=0, attempt=1, base=Path("policy"))
     assert sorted((bundle, kind) for bundle, kind, _ in cluster.placed if kind is RolloutActor) == [
         (0, RolloutActor),
         (1, RolloutActor),

@@ -1,0 +1,73 @@
+"""The policies that stages export, with an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from minimal_config import minimal
+from safetensors.numpy import load_file, save_file
+
+from rlsys.config.files import parse_config
+from rlsys.config.schema import FromScratchConfig, LoraConfig
+from rlsys.control.stage_policies import StagePolicies
+from rlsys.models.adapters import adapter_spec, empty_model
+from rlsys.models.folder import is_adapter, weights_digest
+from rlsys.models.scratch import build_from_scratch
+
+pytestmark = pytest.mark.heavy
+SIZE = FromScratchConfig(hidden_size=32, layers=1, heads=1, intermediate_size=32, max_positions=256)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a base model, and a checkpoint of an adapter."""
+    folder = tmp_path_factory.mktemp("run")
+    build_from_scratch(SIZE, ("<answer>", "</answer>"), 0, folder / "model")
+    spec = adapter_spec(empty_model(folder / "model"), LoraConfig(rank=2, alpha=2.0), folder / "model")
+    policy = folder / "checkpoints" / "step_000001" / "policy"
+    policy.mkdir(parents=True)
+    save_file(
+        {name: np.ones(shape, np.float32) for name, shape in spec.tensors.items()}, policy / "adapter_model.safetensors"
+    )
+    spec.save_pretrained(policy)
+    (policy / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def exported(run_dir: Path, stage: Any, merge: bool) -> Path:
+    lora = {"rank": 2, "alpha": 2.0, "merge": merge}
+    values = minimal(model={"path": str(run_dir / "model"), "lora": lora}, stages=["warm_start", "online"])
+    policies = StagePolicies(
+        config=parse_config(values, "test"), run_dir=run_dir, model=run_dir / "model", policy_digest=weights_digest
+    )
+    policies.export_policy(stage, run_dir / "checkpoints" / "step_000001")
+    return policies.exported(stage)
+
+
+@pytest.mark.parametrize(("stage", "merge"), [("warm_start", True), ("warm_start", False), ("online", False)])
+def test_a_stage_exports_the_adapter_that_the_next_one_begins_with(run_dir: Path, stage: Any, merge: bool) -> None:
+    folder = exported(run_dir, stage, merge)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+    ]
+    assert is_adapter(folder)
+
+
+def test_the_last_stage_exports_a_whole_model_if_it_is_asked_to(run_dir: Path) -> None:
+    folder = exported(run_dir, "online", True)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    before, after = load_file(run_dir / "model" / "model.safetensors"), load_file(folder / "model.safetensors")
+    changed = {
+        name: float((after[name] - before[name]).mean())
+        for name in before
+        if not np.array_equal(before[name], after[name])
+    }
+    # alpha / rank * B A of ones is 1 * 2 in every element.
+    assert len(changed) == 7 and list(changed.values()) == pytest.approx([2.0] * 7, rel=1e-6)
+    # The next export replaces it.
+    assert is_adapter(exported(run_dir, "online", False))
