@@ -23,6 +23,7 @@ from rlsys.config.schema import FromScratchConfig, OptimizerConfig
 from rlsys.run.metrics import METRICS
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+ROUNDING = 4e-5  # relative; AdamW enlarges that of small gradients, and processors differ
 HERE = Path(__file__).parent
 # Every one is trained undisturbed, and again from its half-way checkpoint.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -236,7 +237,7 @@ def test_what_is_not_finite_changes_nothing(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", [*variants("zero", "offload"), "checkpointing", *SEQUENCES])
 def test_every_way_to_save_memory_makes_the_same_update(folder: Path, name: str) -> None:
     # fp32 sums of other orders differ by about 1e-7 each; Adam divides tiny gradients by their own size.
-    assert relative(change(folder, f"{name}-whole"), change(folder, "one-whole")) < 2e-5
+    assert relative(change(folder, f"{name}-whole"), change(folder, "one-whole")) < ROUNDING
     found, expected = figures(folder, f"{name}-whole"), figures(folder, "one-whole")
     # ZeRO 3 holds no layer whole to measure; packing and padding depend on the ranks.
     missing = {key for key in expected if "_grad_" in key} if name.endswith("3") else set()
@@ -271,8 +272,8 @@ def critic_change(folder: Path, name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", [*variants("critic"), "sequence-critic", "two-groups"])
 def test_ranks_and_partitioning_do_not_change_what_a_critic_learns(folder: Path, name: str) -> None:
-    assert relative(critic_change(folder, f"{name}-whole"), critic_change(folder, "one-critic-whole")) < 2e-5
-    assert relative(change(folder, f"{name}-whole"), change(folder, "one-critic-whole")) < 2e-5
+    assert relative(critic_change(folder, f"{name}-whole"), critic_change(folder, "one-critic-whole")) < ROUNDING
+    assert relative(change(folder, f"{name}-whole"), change(folder, "one-critic-whole")) < ROUNDING
     found, expected = figures(folder, f"{name}-whole"), figures(folder, "one-critic-whole")
     assert {"objective/value_loss", "objective/value_grad_norm", "value/explained_variance"} <= found.keys()
     for key in found.keys() - LAYOUT:
@@ -282,14 +283,14 @@ def test_ranks_and_partitioning_do_not_change_what_a_critic_learns(folder: Path,
 @pytest.mark.parametrize("ranks", ["one", "three"])
 def test_other_ranks_at_another_zero_stage_continue(folder: Path, ranks: str) -> None:
     # Three ranks do not divide a parameter evenly.
-    assert relative(change(folder, f"{ranks}-resumed"), change(folder, "zero2-whole")) < 2e-5
+    assert relative(change(folder, f"{ranks}-resumed"), change(folder, "zero2-whole")) < ROUNDING
     for key in ("exp_avg", "exp_avg_sq"):
         found, expected = (
             load_file(folder / n / "learner" / f"{key}.safetensors") for n in (f"{ranks}-resumed", "zero2-whole")
         )
         assert set(found) == set(expected)
         for name, value in expected.items():
-            assert relative(found[name].ravel(), value.ravel()) < 2e-5, name
+            assert relative(found[name].ravel(), value.ravel()) < ROUNDING, name
     # Two steps of two updates.
     assert json.loads((folder / f"{ranks}-resumed" / "learner" / "learner.json").read_text())["updates"] == 4
 
