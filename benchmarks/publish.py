@@ -1,12 +1,14 @@
-"""Compare the time of a publish, by either transport, with vLLM's own reload of the same tensors from memory.
+"""Compare the time of a publish, of a model by either transport and of an adapter, with vLLM's reload of the model.
 
 A sender with the tensors of a model and two actors with a vLLM engine each are Ray processes, as in a run. A publish
 begins when the sender is told to send and ends when both engines compute with the weights: gather, hash, transfer,
-verification and load. The peer is `reload_weights` with tensors that are in the memory of each actor already, in both
-actors at once. The probe's log-probabilities are left out on all sides. Sides take turns in every round; the first
-round is not counted. Every round is saved at once, and the same command continues after an interruption.
+verification and load. The peer is `reload_weights` with the model's tensors, which are in the memory of each actor
+already, in both actors at once. The adapter has rank 16 in all linear layers, and engines of its own. The probe's
+log-probabilities are left out on all sides. Sides take turns in every round; the first round is not counted. Every
+round is saved at once, and the same command continues after an interruption.
 
-The exit code is 1 if a transport takes more than 2.0 times the time of the reload (median of the rounds).
+The exit code is 1 if a transport takes more than 2.0 times the time of the reload, or the adapter more than 0.1 times
+(medians of the rounds).
 
 The default model has the shapes of SmolLM2-135M in fp32: 538 MB.
 """
@@ -33,14 +35,15 @@ sys.path.append(str(ROOT / "benchmarks"))
 from ratios import Ratio, keep  # noqa: E402
 
 from actors.engine_build import engine_environment  # noqa: E402
-from rlsys.config.schema import ActorsConfig, WeightSyncConfig  # noqa: E402
+from rlsys.config.schema import ActorsConfig, LoraConfig, WeightSyncConfig  # noqa: E402
 from rlsys.launch.access import child_environment  # noqa: E402
 from rlsys.types import WeightOffer  # noqa: E402
 
 TRANSPORTS = ("object_store", "collective")
-RELOAD = "vllm_reload"
-SIDES = (*TRANSPORTS, RELOAD)
-LIMIT = 2.0
+ADAPTER, RELOAD = "adapter", "vllm_reload"
+SIDES = (*TRANSPORTS, ADAPTER, RELOAD)
+LIMITS = {**dict.fromkeys(TRANSPORTS, 2.0), ADAPTER: 0.1}
+LORA = LoraConfig(rank=16, alpha=16)
 ACTORS = 2
 ENGINE = ActorsConfig(max_model_len=64, max_num_seqs=4, kv_cache_gib=0.1)
 HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, VOCABULARY, BYTES = 576, 1536, 9, 3, 49_152, 4
@@ -77,27 +80,30 @@ def build(megabytes: float, folder: Path) -> None:
 class Sender:
     """The sending side of learner rank 0, with a model that no DeepSpeed holds."""
 
-    def __init__(self, model: Path, weight_sync: WeightSyncConfig, store: str) -> None:
+    def __init__(self, model: Path, weight_sync: WeightSyncConfig, store: str, adapted: bool) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from learners.deepspeed.adapter import add_adapter
         from learners.learner_actor import weight_sender
         from learners.settings import RankSettings
 
         torch.set_num_threads(1)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        if adapted:
+            add_adapter(self.model, LORA, model, seed=0)
         fields = dict.fromkeys(RankSettings.__dataclass_fields__)
         settings = {**fields, "device": "cpu", "store": store, "weight_sync": weight_sync, "engine_workers": 1}
         self.sender = weight_sender(RankSettings(**settings))  # type: ignore[arg-type]
 
     def send(self, version: int) -> int:
-        """Change every tensor a little, send all, and return their bytes."""
+        """Change every trained tensor a little, send all, and return their bytes."""
         import torch
 
-        from learners.deepspeed.parameters import published_tensors
+        from learners.deepspeed.parameters import published_tensors, trained_parameters
 
         with torch.no_grad():
-            for parameter in self.model.parameters():
+            for _, parameter in trained_parameters(self.model):
                 parameter.add_(1e-4)
         tensors = published_tensors(self.model, lambda parameter: parameter.detach())
         members = [f"{actor}.0" for actor in range(ACTORS)]
@@ -109,13 +115,16 @@ class Sender:
 
 
 class Receiver:
-    """An actor with an engine that takes publishes, and reloads tensors that it holds."""
+    """An actor with an engine that takes publishes, of models or of adapters, and reloads tensors that it holds."""
 
-    def __init__(self, model: Path, number: int) -> None:
+    def __init__(self, model: Path, number: int, adapted: bool) -> None:
+        from actors.adapter_loading import ServedAdapter
         from actors.engine import Engine
+        from rlsys.models.adapters import adapter_spec, empty_model
         from rlsys.transfer.object_store import BucketReceiver
 
-        self.engine = Engine(model, ENGINE, "cpu", [1], name=f"{number}")
+        adapter = ServedAdapter(spec=adapter_spec(empty_model(model), LORA, model)) if adapted else None
+        self.engine = Engine(model, ENGINE, "cpu", [1], name=f"{number}", adapter=adapter)
         self.receiver = BucketReceiver(
             f"{number}", f"{number}.0", lambda source, request: ray.get(source.take.remote(request)), ray.get
         )
@@ -150,28 +159,27 @@ class Sides:
         self.version = 0
         variables = child_environment(local=True)
         engine = {"env_vars": {**variables, **engine_environment(ENGINE, "cpu")}}
-        self.receivers = [
-            ray.remote(Receiver).options(num_cpus=0, runtime_env=engine).remote(model, n) for n in range(ACTORS)
-        ]
+        actor = ray.remote(Receiver).options(num_cpus=0, runtime_env=engine)
+        self.receivers = [actor.remote(model, number, False) for number in range(ACTORS)]
+        self.adapted = [actor.remote(model, number, True) for number in range(ACTORS)]
         ray.get([receiver.hold.remote(model) for receiver in self.receivers])
         sender = ray.remote(concurrency_groups={"transfer": 2 * ACTORS})(Sender)
         plain = {"env_vars": {**variables, "OMP_NUM_THREADS": "1"}}
-        self.senders = {
-            transport: sender.options(num_cpus=0, runtime_env=plain).remote(
-                model, WeightSyncConfig(transport=transport, bucket_mib=bucket_mib), str(model.parent / transport)
-            )
-            for transport in TRANSPORTS
-        }
-        self.bytes = 0
+        self.senders = {}
+        for side in (*TRANSPORTS, ADAPTER):
+            config = WeightSyncConfig(transport=side if side in TRANSPORTS else "object_store", bucket_mib=bucket_mib)
+            arguments = (model, config, str(model.parent / side), side == ADAPTER)
+            self.senders[side] = sender.options(num_cpus=0, runtime_env=plain).remote(*arguments)
+        self.bytes: dict[str, int] = {}
 
-    def publish(self, transport: str) -> None:
-        """Publish by a transport, and return when both engines have the weights."""
+    def publish(self, side: str) -> None:
+        """Publish a model or an adapter, and return when both engines have it."""
         self.version += 1
-        sender = self.senders[transport]
+        sender = self.senders[side]
         offer = WeightOffer(version=self.version, attempt=0, source=sender)
         sent = sender.send.remote(self.version)
-        ray.get([receiver.receive.remote(offer) for receiver in self.receivers])
-        self.bytes = ray.get(sent)
+        ray.get([each.receive.remote(offer) for each in (self.adapted if side == ADAPTER else self.receivers)])
+        self.bytes[side] = ray.get(sent)
 
     def reload(self) -> None:
         """Let vLLM reload the same tensors in both engines."""
@@ -207,19 +215,21 @@ def measure(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
 def table(result: dict[str, Any]) -> str:
     """Return the medians, and their ratios to vLLM's reload."""
     medians = {side: statistics.median(seconds[side] for seconds in result["rounds"]) for side in SIDES}
-    lines = [f"{result['bytes'] / 1e6:.0f} MB to {ACTORS} actors, medians of {len(result['rounds'])}"]
+    size, adapter = (result["bytes"][side] / 1e6 for side in (TRANSPORTS[0], ADAPTER))
+    lines = [f"{size:.0f} MB and an adapter of {adapter:.1f} MB to {ACTORS} actors, medians of {len(result['rounds'])}"]
     lines += [f"{side:13} {medians[side]:8.3f} s  {medians[side] / medians[RELOAD]:6.2f} x reload" for side in SIDES]
     return "\n".join(lines)
 
 
 def ratios(result: dict[str, Any]) -> list[Ratio]:
-    """Return the ratio of every transport to vLLM's reload."""
+    """Return the ratio of every publish to vLLM's reload of the model."""
     seconds = {side: [each[side] for each in result["rounds"]] for side in SIDES}
-    size, against = f"{result['bytes'] / 1e6:.0f} MB to {ACTORS} actors", "vLLM's reload from memory"
-    return [
-        Ratio(f"publish of {size}, {transport}", against, seconds[transport], seconds[RELOAD], "s", LIMIT, at_most=True)
-        for transport in TRANSPORTS
-    ]
+
+    def ratio(side: str, limit: float) -> Ratio:
+        name = f"publish of {result['bytes'][side] / 1e6:,.4g} MB to {ACTORS} actors, {side}"
+        return Ratio(name, "vLLM's reload from memory", seconds[side], seconds[RELOAD], "s", limit, at_most=True)
+
+    return [ratio(side, limit) for side, limit in LIMITS.items()]
 
 
 def main() -> int:
