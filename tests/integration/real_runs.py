@@ -207,15 +207,15 @@ class Command:
         """Return the running processes of this command, its listening ports, and the existing folders of its Ray."""
         alive = [*marked(self.mark), *filter(_runs, self.seen.verifiers.values())]
         processes = [f"process {process.pid} {_command_line(process)}" for process in alive]
-        connections = psutil.net_connections("tcp")
-        listening = {
-            c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN and not self._of_another(c.pid)
-        }
-        return processes + [f"port {port}" for port in sorted(self.seen.ports & listening)]
-
-    def _of_another(self, pid: int | None) -> bool:
-        """Return whether a process belongs to another command, which may have got a port that is free again."""
-        return pid is not None and _mark_of(pid) not in (None, self.mark)
+        for listener in psutil.net_connections("tcp"):
+            listens = listener.status == psutil.CONN_LISTEN and listener.laddr.port in self.seen.ports
+            mark = _mark_of(listener.pid) if listener.pid else None
+            if listens and mark in (None, self.mark):  # another command may have got a port that is free again
+                owner = ""
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    owner = _command_line(psutil.Process(listener.pid)) if listener.pid else ""
+                processes.append(f"port {listener.laddr.port} of {owner or 'a process that is gone'}")
+        return processes
 
     def assert_gone(self, within_s: float) -> None:
         """Assert that nothing of the command is left at the latest `within_s` seconds from now."""
