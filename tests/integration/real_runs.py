@@ -209,13 +209,23 @@ class Command:
         processes = [f"process {process.pid} {_command_line(process)}" for process in alive]
         for listener in psutil.net_connections("tcp"):
             listens = listener.status == psutil.CONN_LISTEN and listener.laddr.port in self.seen.ports
-            mark = _mark_of(listener.pid) if listener.pid else None
-            if listens and mark in (None, self.mark):  # another command may have got a port that is free again
+            if listens and not self._is_of_another(listener.pid):
                 owner = ""
                 with contextlib.suppress(psutil.NoSuchProcess):
                     owner = _command_line(psutil.Process(listener.pid)) if listener.pid else ""
                 processes.append(f"port {listener.laddr.port} of {owner or 'a process that is gone'}")
         return processes
+
+    def _is_of_another(self, pid: int | None) -> bool:
+        """Return whether a process belongs to another command, which may use the same port.
+
+        Agents of Ray change their title, which overwrites their environment. Their parents have the mark.
+        """
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid) if pid else None
+            marks = {_mark_of(each.pid) for each in (process, *process.parents())} if process else set()
+            return bool(marks - {None, self.mark}) and self.mark not in marks
+        return False
 
     def assert_gone(self, within_s: float) -> None:
         """Assert that nothing of the command is left at the latest `within_s` seconds from now."""

@@ -188,7 +188,7 @@ def test_a_cursor_off_by_one_is_refused_and_would_train_other_prompts(start, kil
     assert cursor == BEGINS * GROUPS and accounts(run) == ([], [])
     change_state(run, cursor=cursor + 1)
     assert accounts(run) == ([cursor], [])
-    message = start("train", str(killed / "config.yaml")).fail(1)
+    message = start("train", str(killed / "config.yaml")).fail(2)
     assert f"issued {cursor + 1} prompts; the ledger and the prompts in flight lack [{cursor}] (1)" in message
     (run / "ledger.jsonl").unlink()  # what refuses it
     start("train", str(killed / "config.yaml")).finish()
