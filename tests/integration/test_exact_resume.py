@@ -293,5 +293,5 @@ def test_a_prompt_that_is_dropped_from_those_in_flight_is_missed(
         dropped = in_flight.pop(place)
         change_state(run, in_flight=in_flight)
         assert accounts(run) == ([dropped], [])
-        message = start("train", str(folder / "config.yaml")).fail(1)
+        message = start("train", str(folder / "config.yaml")).fail(2)
         assert f"the ledger and the prompts in flight lack [{dropped}] (1)" in message
