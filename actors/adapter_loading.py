@@ -17,7 +17,8 @@ from actors.settings import ActorSettings
 from actors.weight_loading import BucketLoader, Workers, memory_folder
 from actors.weights import ModelTensors
 from rlsys.errors import WeightSyncError
-from rlsys.models.adapters import ADAPTER_STEM, AdapterSpec, adapter_spec, empty_model
+from rlsys.models.adapters import ADAPTER_STEM, AdapterSpec, adapter_spec
+from rlsys.models.tensors import empty_model
 from rlsys.transfer.object_store import Delivery
 
 
@@ -86,16 +87,8 @@ class AdapterLoader(BucketLoader):
         Raises:
             WeightSyncError: the engine does not apply the adapter to all layers.
         """
-        version = -1
-
-        def noted() -> Iterator[Delivery]:
-            nonlocal version
-            for delivery in deliveries:
-                version = delivery.version
-                yield delivery
-
         self._workers.collective_rpc("start_adapter")
-        self._load_buckets(noted())
+        version = self._load_buckets(deliveries)
         with self._folder() as folder:
             self._workers.collective_rpc("write_adapter", args=(folder,))
             self._add(folder, f"weight version {version}")

@@ -67,10 +67,14 @@ class BucketLoader:
         self._load_buckets(deliveries, (tied_output,) if tied_output and skips else ())
         self._workers.collective_rpc("finish_weight_update")
 
-    def _load_buckets(self, deliveries: Iterable[Delivery], skip: tuple[str, ...] = ()) -> None:
+    def _load_buckets(self, deliveries: Iterable[Delivery], skip: tuple[str, ...] = ()) -> int:
+        """Give all buckets to the workers, and return their version."""
+        version = -1
         for delivery in deliveries:
             self._load_bucket(delivery, skip)
-            fault("publish.bucket", version=delivery.version)
+            version = delivery.version
+            fault("publish.bucket", version=version)
+        return version
 
     def _load_bucket(self, delivery: Delivery, skip: tuple[str, ...]) -> None:
         data = delivery.data

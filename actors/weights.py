@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.errors import WeightSyncError
-from rlsys.models.adapters import empty_model
-from rlsys.models.tensors import persistent_buffers, tied_output
+from rlsys.models.tensors import empty_model, persistent_buffers, tied_output
 from rlsys.transfer.object_store import Delivery
 
 RELOAD_LOGGER = "vllm.model_executor.model_loader.reload.layerwise"

@@ -120,7 +120,8 @@ class Receiver:
     def __init__(self, model: Path, number: int, adapted: bool) -> None:
         from actors.adapter_loading import ServedAdapter
         from actors.engine import Engine
-        from rlsys.models.adapters import adapter_spec, empty_model
+        from rlsys.models.adapters import adapter_spec
+        from rlsys.models.tensors import empty_model
         from rlsys.transfer.object_store import BucketReceiver
 
         adapter = ServedAdapter(spec=adapter_spec(empty_model(model), LORA, model)) if adapted else None

@@ -2,9 +2,9 @@
 
 There are (max_staleness + 1) * groups_per_step slots. A prompt is issued only into a free slot. A step takes the
 oldest groups_per_step slots that no step has taken, and they become free only when the weights of the step are
-published, which may be during the next step. So a prompt that is
-issued at version v is trained, at the latest, by the step that makes version v + max_staleness + 1, and its staleness
-is at most max_staleness. With max_staleness 0 every group is sampled from the newest weights.
+published, which may be during the next step. So a prompt that is issued at version v is trained, at the latest, by the
+step that makes version v + max_staleness + 1, and its staleness is at most max_staleness. With max_staleness 0 every
+group is sampled from the newest weights.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from rlsys.config.schema import LoraConfig
 from rlsys.errors import ConfigError
 from rlsys.models.folder import ADAPTER_CONFIG, ModelFolder
 from rlsys.models.scratch import UnbuiltModel
+from rlsys.models.tensors import empty_model
 
 ADAPTER_STEM = "adapter_model"
 ADAPTER_FILES = (ADAPTER_CONFIG, f"{ADAPTER_STEM}.safetensors")
@@ -176,17 +177,6 @@ def _linear_layers(model: Any) -> tuple[dict[str, tuple[int, int]], list[str]]:
         else:
             others.append(name)
     return linear, others
-
-
-def empty_model(folder: Path) -> Any:
-    """Return the model that a folder describes, on torch's device without memory. No weights are read."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
-        )
 
 
 def check_adapter(model: ModelFolder, lora: LoraConfig) -> AdapterSpec:

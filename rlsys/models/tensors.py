@@ -1,4 +1,4 @@
-"""The tensors that make up the weights of a model, beside its parameters.
+"""The tensors that make up the weights of a model.
 
 torch is not imported, so that importing this module stays light.
 """
@@ -6,10 +6,22 @@ torch is not imported, so that importing this module stays light.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+def empty_model(folder: Path) -> Any:
+    """Return the model that a folder describes, on torch's device without memory. No weights are read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
+        )
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from tiny_architectures import Architecture, build_architecture
 
 from rlsys.config.schema import FromScratchConfig, LoraConfig
-from rlsys.models.adapters import adapter_spec, empty_model
+from rlsys.models.adapters import adapter_spec
+from rlsys.models.tensors import empty_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 HERE = Path(__file__).parent

@@ -24,7 +24,8 @@ from test_learner_ranks import (
 )
 
 from rlsys.config.schema import LoraConfig
-from rlsys.models.adapters import AdapterSpec, adapter_spec, empty_model
+from rlsys.models.adapters import AdapterSpec, adapter_spec
+from rlsys.models.tensors import empty_model
 from rlsys.run.metrics import METRICS
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]

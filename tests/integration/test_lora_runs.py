@@ -83,6 +83,7 @@ def test_lost_processes_change_nothing(
     log = tmp_path / "faults.jsonl"
     environment = {"RLSYS_FAULTS": ";".join(faults), "RLSYS_FAULTS_LOG": str(log)}
     command = start("train", config(tmp_path, base), environment=environment).finish()
+    command.assert_gone(within_s=5)
     assert len(faults_in(log)) == 2
     command.said("actor 1 is lost and replaced")
     command.said("the learner is lost and started again")

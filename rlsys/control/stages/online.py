@@ -100,21 +100,22 @@ class OnlineStage(TrainingStage):
         run = self.training
         interval = run.config.evaluation.interval
         evaluates = run.state.step == self.plan.steps or bool(interval and run.state.step % interval == 0)
+        overlaps = run.config.train.max_staleness > 0 and not evaluates
         with Stopwatch() as waiting:
             metrics = dict(await self._finish_publish())
-            if run.config.train.max_staleness and not evaluates:
-                metrics |= await self._begin_publish()
+            if overlaps:
+                await self._begin_publish()
             else:
                 metrics |= await run.publish()
         metrics["time/publish_s"] = waiting.seconds
-        if not self._publishing:
-            if evaluates:
-                metrics |= await run.evaluate()
+        if evaluates:
+            metrics |= await run.evaluate()
+        if not overlaps:
             await self._buffer.release()
         return metrics
 
-    async def _begin_publish(self) -> Mapping[str, float]:
-        """Begin to publish, and return when the learner has sent everything. Then the slots are freed."""
+    async def _begin_publish(self) -> None:
+        """Begin to publish, and return when the learner has sent everything. The end of the publish frees the slots."""
         sent = asyncio.Event()
 
         async def publish_and_release() -> Mapping[str, float]:
@@ -127,7 +128,6 @@ class OnlineStage(TrainingStage):
         waiting = asyncio.create_task(sent.wait())
         await asyncio.wait({waiting, self._publishing}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
-        return {}
 
     async def _finish_publish(self) -> Mapping[str, float]:
         """Wait for the end of the publish under way, if any, and return its metrics."""

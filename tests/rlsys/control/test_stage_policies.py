@@ -13,9 +13,10 @@ from safetensors.numpy import load_file, save_file
 from rlsys.config.files import parse_config
 from rlsys.config.schema import FromScratchConfig, LoraConfig
 from rlsys.control.stage_policies import StagePolicies
-from rlsys.models.adapters import adapter_spec, empty_model
+from rlsys.models.adapters import adapter_spec
 from rlsys.models.folder import is_adapter, weights_digest
 from rlsys.models.scratch import build_from_scratch
+from rlsys.models.tensors import empty_model
 
 pytestmark = pytest.mark.heavy
 SIZE = FromScratchConfig(hidden_size=32, layers=1, heads=1, intermediate_size=32, max_positions=256)

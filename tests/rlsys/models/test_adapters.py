@@ -21,13 +21,13 @@ from rlsys.models.adapters import (
     adapter_spec,
     check_adapter,
     choose_layers,
-    empty_model,
     merge_adapter,
     read_adapter,
     tensor_name,
 )
 from rlsys.models.folder import ModelFolder, is_adapter, is_policy, weights_digest
 from rlsys.models.scratch import UnbuiltModel, build_from_scratch
+from rlsys.models.tensors import empty_model
 
 pytestmark = pytest.mark.heavy
 SIZE = FromScratchConfig(hidden_size=64, layers=2, heads=2, intermediate_size=128, max_positions=64)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from rlsys.tasks.answers.reading.lexer import Token, read_decimal, read_repeating
 from rlsys.tasks.answers.reading.number_words import SCALES
-from rlsys.tasks.answers.reading.operators import OPERATORS, read_operator
+from rlsys.tasks.answers.reading.operators import OPERATOR_COMMANDS, read_operator
 from rlsys.tasks.answers.reading.units import read_unit
 from rlsys.tasks.answers.values import Expr, UnreadableError, apply, names_of, number, symbol
 
@@ -161,7 +161,7 @@ class Grammar(Cursor):
         if token.kind == "symbol":
             return not self.starts_unit()
         if token.kind == "command":
-            is_factor = token.text in ("frac", "sqrt", "binom", "pi", "infty", *OPERATORS)
+            is_factor = token.text in ("frac", "sqrt", "binom", "pi", "infty", *OPERATOR_COMMANDS)
             return is_factor and not self.starts_unit()
         if token.kind == "number":  # 3!7!
             return before.op == "factorial"
@@ -226,8 +226,8 @@ class Grammar(Cursor):
             case "command" if token.text in ("frac", "binom"):
                 above = self.group()
                 return apply("divide" if token.text == "frac" else "binomial", above, self.group())
-            case "command" if token.text in OPERATORS:
-                return read_operator(self, OPERATORS[token.text])
+            case "command" if token.text in OPERATOR_COMMANDS:
+                return read_operator(self, OPERATOR_COMMANDS[token.text])
             case "sign" if token.text in _CLOSING and token.text != r"\{":
                 return self.enclosed(token.text)
         self.place -= 1

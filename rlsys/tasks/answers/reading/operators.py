@@ -10,7 +10,7 @@ from rlsys.tasks.answers.values import BOUND, Expr, UnreadableError, apply, symb
 if TYPE_CHECKING:
     from rlsys.tasks.answers.reading.grammar import Grammar
 
-OPERATORS = {"sum": "sum", "prod": "product", "int": "integral", "lim": "limit"}
+OPERATOR_COMMANDS = {"sum": "sum", "prod": "product", "int": "integral", "lim": "limit"}
 
 
 def read_operator(grammar: Grammar, name: str) -> Expr:
@@ -54,7 +54,7 @@ def _integrand(grammar: Grammar) -> tuple[Expr, str]:
 
 def _bound(body: Expr, variable: str) -> Expr:
     """Return an expression with a variable replaced by the one of all operators."""
-    if body.op in OPERATORS.values() or (body.op == "symbol" and variable in body.name.partition("_")[2]):
+    if body.op in OPERATOR_COMMANDS.values() or (body.op == "symbol" and variable in body.name.partition("_")[2]):
         raise UnreadableError("a sum in a sum, or an index with its variable")
     if variable in (body.name if body.op == "symbol" else body.op,):
         return symbol(BOUND)
