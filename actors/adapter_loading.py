@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-from safetensors.numpy import save_file
 
 from actors.engine_build import adapter_request
 from actors.settings import ActorSettings
-from actors.weight_loading import BucketLoader, Workers, memory_folder
+from actors.weight_loading import BucketLoader, Workers
 from actors.weights import ModelTensors
 from rlsys.errors import WeightSyncError
-from rlsys.models.adapters import ADAPTER_STEM, AdapterSpec, adapter_spec
+from rlsys.models.adapters import AdapterSpec, adapter_spec
 from rlsys.models.tensors import empty_model
 from rlsys.transfer.object_store import Delivery
 
@@ -47,39 +41,23 @@ def served_adapter(settings: ActorSettings) -> ServedAdapter | None:
     return ServedAdapter(spec=spec, folder=settings.adapter)
 
 
-class AdapterEngine(Workers, Protocol):
-    """The part of vLLM's engine that loads adapters."""
-
-    def add_lora(self, lora_request: Any) -> bool:
-        """Load an adapter into all workers."""
-        ...
-
-
 class AdapterLoader(BucketLoader):
     """Loader of the adapter of one weight version after the other. The base model stays as it is.
 
-    The tensors go through a folder of this node, because that is how vLLM takes an adapter.
-
     Args:
-        actor, shares_memory: see `BucketLoader`.
-        engine: the engine, built for adapters. It gets the first version at once.
-        adapter: the adapter.
+        actor, workers, shares_memory: see `BucketLoader`.
+        adapter: the adapter. The engine gets its first version at once.
     """
 
     method = "receive_adapter"
 
-    def __init__(self, actor: str, engine: AdapterEngine, shares_memory: bool, adapter: ServedAdapter) -> None:
-        super().__init__(actor, engine, shares_memory)
-        self._engine, self._adapter = engine, adapter
+    def __init__(self, actor: str, workers: Workers, shares_memory: bool, adapter: ServedAdapter) -> None:
+        super().__init__(actor, workers, shares_memory)
+        self._spec = adapter.spec
         # All requests have the same one, so that their prefixes are shared.
-        self.request_options = {"lora_request": adapter_request("policy")}
-        if adapter.folder is not None:
-            self._add(str(adapter.folder), "the first version")
-            return
-        with self._folder() as folder:
-            zeros = {name: np.zeros(shape, dtype=np.float32) for name, shape in adapter.spec.tensors.items()}
-            save_file(zeros, f"{folder}/{ADAPTER_STEM}.safetensors")
-            self._add(folder, "the first version")
+        self.request_options = {"lora_request": adapter_request()}
+        first = (self._spec.to_json(), self._spec.tensors, adapter.folder)
+        self._check_layers(self._workers.collective_rpc("first_adapter", args=first), "the first version")
 
     def load(self, deliveries: Iterable[Delivery], tied_output: str | None = None) -> None:
         """Load all buckets of a version.
@@ -89,29 +67,20 @@ class AdapterLoader(BucketLoader):
         """
         self._workers.collective_rpc("start_adapter")
         version = self._load_buckets(deliveries)
-        with self._folder() as folder:
-            self._workers.collective_rpc("write_adapter", args=(folder,))
-            self._add(folder, f"weight version {version}")
+        counts = self._workers.collective_rpc("finish_adapter", args=(self._spec.to_json(),))
+        self._check_layers(counts, f"weight version {version}")
 
-    @contextmanager
-    def _folder(self) -> Iterator[str]:
-        """Yield a folder that has the adapter's config; it is removed at the end, when the engine has a copy."""
-        with tempfile.TemporaryDirectory(dir=memory_folder(), prefix="rl-adapter-") as folder:
-            self._adapter.spec.save_pretrained(Path(folder))
-            yield folder
-
-    def _add(self, folder: str, version: str) -> None:
-        self._engine.add_lora(adapter_request(folder, in_place=True))
-        expected = len(self._adapter.spec.layers)
-        for count in self._workers.collective_rpc("adapted_layers"):
+    def _check_layers(self, counts: Sequence[int], version: str) -> None:
+        expected = len(self._spec.layers)
+        for count in counts:
             if count != expected:
                 raise WeightSyncError(
                     f"actor {self._actor}, {version}: the engine applies the adapter to {count} of {expected} layers"
                 )
 
 
-def build_loader(actor: str, engine: AdapterEngine, shares_memory: bool, adapter: ServedAdapter | None) -> BucketLoader:
+def build_loader(actor: str, workers: Workers, shares_memory: bool, adapter: ServedAdapter | None) -> BucketLoader:
     """Return the loader of an engine's weights, or of its adapter."""
     if adapter is None:
-        return BucketLoader(actor, engine, shares_memory)
-    return AdapterLoader(actor, engine, shares_memory, adapter)
+        return BucketLoader(actor, workers, shares_memory)
+    return AdapterLoader(actor, workers, shares_memory, adapter)

@@ -12,6 +12,9 @@ from rlsys.config.schema import ActorsConfig
 from rlsys.models.adapters import AdapterSpec
 from rlsys.processes import openmp_environment
 
+ADAPTER_ID = 1
+"""Number by which vLLM knows the one adapter of an engine."""
+
 
 def engine_environment(config: ActorsConfig, device: str) -> dict[str, str]:
     """Return the environment variables that must be set before vllm is imported."""
@@ -111,17 +114,15 @@ def adapter_arguments(spec: AdapterSpec) -> dict[str, Any]:
     }
 
 
-def adapter_request(folder: str, in_place: bool = False) -> Any:
+def adapter_request() -> Any:
     """Return vLLM's name of the one adapter of an engine.
 
-    Args:
-        folder: folder to load the adapter from. Requests for completions must all have the same one, because it is
-            part of the key of the prefix cache; their folder is not read once an adapter is loaded.
-        in_place: whether to load the adapter although one is loaded.
+    Requests for completions must all have the same one, because it is part of the key of the prefix cache. vLLM does
+    not read its folder, because an adapter of this number is there already.
     """
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest("policy", 1, folder, load_inplace=in_place)
+    return LoRARequest("policy", ADAPTER_ID, "policy")
 
 
 def weight_label(version: int, attempt: int) -> str:

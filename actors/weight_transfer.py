@@ -5,12 +5,14 @@ vLLM imports this module in each worker because `WorkerExtension` is named in th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
@@ -18,12 +20,15 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from actors.engine_build import ADAPTER_ID
 from rlsys.errors import WeightSyncError
 from rlsys.models.adapters import ADAPTER_STEM
 from rlsys.transfer.collective import BroadcastReceiver
@@ -101,16 +106,15 @@ class BucketTransferEngine(WeightTransferEngine[GroupJoin, BucketUpdate]):
         self._adapter = {}
 
     def receive_adapter(self, update_info: dict[str, Any]) -> None:
-        """Keep the tensors of a bucket in host memory, until `write_adapter`."""
+        """Keep the tensors of a bucket in host memory, until `take_adapter`."""
         info = self.parse_update_info(update_info)
         for name, tensor in unpack(info.bucket, self._bytes(info), info.skip):
             self._adapter[name] = tensor.to("cpu", copy=True)
 
-    def write_adapter(self, folder: str) -> None:
-        """Write the tensors of all buckets; of several workers, which have the same, the first one does it."""
+    def take_adapter(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of all buckets."""
         tensors, self._adapter = self._adapter, {}
-        if get_tp_group().rank_in_group == 0:
-            save_file(tensors, f"{folder}/{ADAPTER_STEM}.safetensors")
+        return tensors
 
     def _bytes(self, info: BucketUpdate) -> torch.Tensor:
         if info.data is not None:
@@ -164,14 +168,42 @@ def incomplete_layers(model: torch.nn.Module, tied: bool) -> list[str]:
     return names
 
 
+def serve_adapter(worker_manager: Any, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> int:
+    """Let a worker apply an adapter in place of the last one, and return the number of layers that it applies it to.
+
+    vLLM's own call reads a folder, which takes many times longer.
+
+    Args:
+        worker_manager: vLLM's manager of adapters in the worker.
+        config: contents of adapter_config.json.
+        tensors: its tensors in host memory, which are changed.
+    """
+    manager, lora_config = worker_manager._adapter_manager, worker_manager.lora_config
+    helper = PEFTHelper.from_dict(dict(config))
+    helper.validate_legal(lora_config)
+    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
+    adapter = LoRAModel.from_lora_tensors(
+        ADAPTER_ID,
+        tensors,
+        helper,
+        device="cpu",
+        dtype=lora_config.lora_dtype,
+        weights_mapper=mapper.get_rename_mapper() if mapper else None,
+    )
+    manager.remove_adapter(ADAPTER_ID)
+    manager.add_adapter(adapter)
+    manager.activate_adapter(ADAPTER_ID)
+    return adapted_layers(manager)
+
+
 def adapted_layers(manager: Any) -> int:
     """Return the number of layers, as the model folder has them, to which a worker applies its adapter.
 
     Args:
-        manager: vLLM's manager of adapters in the worker, which fuses neighbouring layers.
+        manager: vLLM's manager of adapters in the model, which fuses neighbouring layers.
     """
     factors = 0
-    for name, layer in manager.get_adapter(1).loras.items():
+    for name, layer in manager.get_adapter(ADAPTER_ID).loras.items():
         if name in manager.modules:  # vLLM leaves out others without a word
             factors += sum(each is not None for each in layer.lora_b) if isinstance(layer.lora_b, list) else 1
     return factors
@@ -191,13 +223,20 @@ class WorkerExtension:
         """Take a bucket of an adapter."""
         self.weight_transfer_engine.receive_adapter(update_info)
 
-    def write_adapter(self, folder: str) -> None:
-        """Write the adapter that has arrived."""
-        self.weight_transfer_engine.write_adapter(folder)
+    def first_adapter(
+        self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]], folder: Path | None
+    ) -> int:
+        """Apply the adapter of a folder, or without one an adapter of zeros; return the number of adapted layers."""
+        if folder is None:
+            tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        else:
+            tensors = load_file(folder / f"{ADAPTER_STEM}.safetensors")
+        return serve_adapter(self.model_runner.lora_manager, config, tensors)
 
-    def adapted_layers(self) -> int:
-        """Return the number of layers to which this worker applies its adapter."""
-        return adapted_layers(self.model_runner.lora_manager._adapter_manager)
+    def finish_adapter(self, config: Mapping[str, Any]) -> int:
+        """Apply the adapter that has arrived; return the number of adapted layers."""
+        tensors = self.weight_transfer_engine.take_adapter()
+        return serve_adapter(self.model_runner.lora_manager, config, tensors)
 
     def join_broadcast(self, group: GroupInfo) -> str:
         """Join a group; return the problem, or "" if all members have joined."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from learners.language_model import CHUNK_LOGITS, can_pack
+from learners.attention import can_pack
+from learners.language_model import CHUNK_LOGITS
 from learners.samples.batching import MicroBatch, collate, plan_micro_batches, to_device
 from learners.samples.packing import pack, share_rows
 from learners.samples.types import PackItem
@@ -131,7 +132,7 @@ class ForwardPasses:
             entropy_at=at,
             entropy_gradient=self._settings.objective.policy.entropy_coef > 0,
             depths=batch.depths,
-            visible=batch.visible,
+            blocks=batch.blocks,
         )
         return logprobs, entropies
 
@@ -147,5 +148,5 @@ class ForwardPasses:
     def values(self, critic: Any, batch: MicroBatch) -> Tensor:
         """Compute the critic's [N] estimates of the return that follows each target, made before the target."""
         self.passes += 1
-        values = critic(input_ids=batch.input_ids, depths=batch.depths, visible=batch.visible).float()
+        values = critic(input_ids=batch.input_ids, depths=batch.depths, blocks=batch.blocks).float()
         return values.flatten().index_select(0, batch.targets)

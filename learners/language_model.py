@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from learners.objective.logprobs import token_logprobs
-from learners.samples.packing import pack
+from learners.samples.batching import BlockTensors
 from learners.small_model import REFUSALS, small_model
 
 CHUNK_LOGITS = 1 << 24
@@ -69,7 +69,7 @@ class LanguageModel(nn.Module):
         entropy_at: Tensor | None = None,
         entropy_gradient: bool = False,
         depths: Tensor | None = None,
-        visible: Tensor | None = None,
+        blocks: BlockTensors | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and entropies of targets; see `token_logprobs`.
 
@@ -82,7 +82,7 @@ class LanguageModel(nn.Module):
                 of a partitioned output layer for every part.
             entropy_at: [N] bool, where entropies are computed; None computes none.
             entropy_gradient: whether entropies carry gradient.
-            depths, visible: see `MicroBatch`; None if every row holds one sample.
+            depths, blocks: see `MicroBatch`; None if every row holds one sample.
 
         Returns:
             logprobs: [N] nats; carries gradient, also for N = 0.
@@ -90,7 +90,7 @@ class LanguageModel(nn.Module):
         """
         targets_only = _Targets(target_ids, temperature, entropy_at)
         if self._sequence is None:
-            states = self._states(input_ids, targets, depths, visible)
+            states = self._states(input_ids, targets, depths, blocks)
             return self._logprobs(states, targets_only, parts, entropy_gradient)
         own_ids, positions = self._sequence.part(input_ids)
         numbers, places = self._sequence.own_places(targets, input_ids.shape[1])
@@ -102,10 +102,10 @@ class LanguageModel(nn.Module):
         numbers = (entropy_at.cumsum(0) - 1)[numbers][entropy_at[numbers]]
         return logprobs, self._sequence.combine(own_entropies, numbers, int(entropy_at.sum()))
 
-    def _states(self, input_ids: Tensor, places: Tensor, depths: Tensor | None, visible: Tensor | None) -> Tensor:
+    def _states(self, input_ids: Tensor, places: Tensor, depths: Tensor | None, blocks: BlockTensors | None) -> Tensor:
         """Return the hidden states at places, [N, H], or the logits, [N, V], of a module that is not divided."""
         body = self.module.base_model if self._divides else self.module
-        return run_body(body, input_ids, depths, visible).flatten(0, 1).index_select(0, places)
+        return run_body(body, input_ids, depths, blocks).flatten(0, 1).index_select(0, places)
 
     def _logprobs(self, states: Tensor, targets: _Targets, parts: int, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and entropies of targets from the states that predict them."""
@@ -202,53 +202,21 @@ def can_divide(module: PreTrainedModel) -> bool:
     return torch.allclose(whole[0, 1:], divided, rtol=0, atol=tolerance)
 
 
-@torch.no_grad()
-def can_pack(module: PreTrainedModel) -> bool:
-    """Return whether a model computes the same for sequences that share a packed row as for each alone.
-
-    It is tried on two short sequences and a small model of the same kind. A model whose tokens see a window, or keep a
-    state, is never packed.
-    """
-    if not sees_all_tokens(module.config):
-        return False
-    first, second = (torch.tensor(ids) for ids in ([1, 2, 3, 4], [1, 2, 5, 6]))
-    row = pack([first.numpy(), second.numpy()])
-    ids, depths = torch.from_numpy(row.token_ids)[None], torch.from_numpy(row.depths)[None]
-    visible = torch.from_numpy(row.visible())[None]
-    try:
-        small = small_model(module)
-        body, device = small.base_model, small.device
-        alone = [run_body(body, each[None].to(device))[0] for each in (first, second)]
-        packed = run_body(body, *(each.to(device) for each in (ids, depths, visible)))[0]
-    except REFUSALS:
-        return False
-    tolerance = ROUNDING.get(packed.dtype, 0.05)
-    pairs = zip(alone, row.places, strict=True)
-    return all(torch.allclose(each, packed[places], rtol=tolerance, atol=tolerance) for each, places in pairs)
-
-
-def sees_all_tokens(config: PreTrainedConfig) -> bool:
-    """Return whether every layer of a model attends to all earlier tokens, without a window or a state."""
-    text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    windowed = getattr(text, "sliding_window", None) and not hasattr(text, "layer_types")
-    return kinds == {"full_attention"} and not windowed
-
-
-def run_body(body: Any, input_ids: Tensor, depths: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+def run_body(body: Any, input_ids: Tensor, depths: Tensor | None = None, blocks: BlockTensors | None = None) -> Tensor:
     """Return the [B, L, H] hidden states of a body, or the [B, L, V] logits of a whole model.
 
     Args:
         body: the model without its output layer, or the whole model.
         input_ids: [B, L] int64.
         depths: [B, L] int64, positions of the tokens; None if every row begins with its first token.
-        visible: see `MicroBatch`; None if every row holds one sample.
+        blocks: the attention of the rows, for models of `learners.attention`; None if every row holds one
+            sample.
     """
-    inputs = {} if depths is None else {"position_ids": depths}
-    if visible is not None:
+    inputs: dict[str, Any] = {} if depths is None else {"position_ids": depths}
+    if blocks is not None:
         dtype = next(body.parameters()).dtype
-        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-        mask.masked_fill_(~visible, torch.finfo(dtype).min)  # added to attention scores
-        inputs["attention_mask"] = mask.unsqueeze(1)
+        mask = torch.zeros(blocks.visible.shape, dtype=dtype, device=input_ids.device)
+        mask.masked_fill_(~blocks.visible, torch.finfo(dtype).min)  # added to attention scores
+        inputs |= {"attention_mask": mask.unsqueeze(1), "blocks": blocks}
     outputs: Tensor = body(input_ids=input_ids, use_cache=False, **inputs)[0]
     return outputs

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from learners.deepspeed.attention import use_complete_attention
+from learners.attention import use_complete_attention
 from learners.deepspeed.partition import partition_parameters
 from rlsys.models.folder import ModelFolder, refuse_code
 from rlsys.models.loading import refuse_differences

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from learners.deepspeed.attention import FAST
+from learners.attention import FAST
 
 ULYSSES = "ulysses"
 

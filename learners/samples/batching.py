@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learners.samples.packing import pack, pad_rows
+from learners.samples.packing import Blocks, pack, pad_rows
 from learners.samples.types import PackItem, Pair, PolicyTokens, Sample
 from rlsys.types import BoolArray, Float32Array
 
@@ -86,6 +86,21 @@ class PairTargets:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlockTensors:
+    """Tensors of `learners.samples.packing.Blocks`."""
+
+    queries: Tensor
+    keys: Tensor
+    visible: Tensor
+    order: Tensor
+
+
+def block_tensors(blocks: Blocks) -> BlockTensors:
+    """Return the same blocks as tensors."""
+    return BlockTensors(**{name: torch.from_numpy(getattr(blocks, name)) for name in BlockTensors.__slots__})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """Tensors of one forward pass: B rows, right-padded to L tokens, with N targets.
 
@@ -95,7 +110,7 @@ class MicroBatch:
     Attributes:
         input_ids: [B, L] int64.
         depths: [B, L] int64, positions of the tokens in their samples; None if every row holds one sample.
-        visible: [B, L, L] bool, the tokens that each token sees; None if every row holds one sample.
+        blocks: the attention of the rows; None if every row holds one sample.
         targets: [N] int64, places in the flattened input_ids whose logits predict a target, by sample and token.
         target_ids: [N] int64, the tokens to predict.
         parts: number of parts in which the logits of the targets are computed.
@@ -107,7 +122,7 @@ class MicroBatch:
 
     input_ids: Tensor
     depths: Tensor | None
-    visible: Tensor | None
+    blocks: BlockTensors | None
     targets: Tensor
     target_ids: Tensor
     parts: int
@@ -290,7 +305,7 @@ def collate(
     return MicroBatch(
         input_ids=torch.from_numpy(padded.input_ids),
         depths=None if padded.depths is None else torch.from_numpy(padded.depths),
-        visible=None if padded.visible is None else torch.from_numpy(padded.visible),
+        blocks=None if padded.blocks is None else block_tensors(padded.blocks),
         targets=torch.from_numpy(np.concatenate([_NO_TARGETS, *targets])),
         target_ids=torch.from_numpy(np.concatenate([_NO_TARGETS, *target_ids]).astype(np.int64)),
         parts=parts,

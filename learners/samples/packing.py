@@ -15,6 +15,7 @@ from rlsys.sequences import common_prefix_length
 from rlsys.types import BoolArray, Int32Array
 
 Places = np.ndarray
+BLOCK_QUERIES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,23 +26,18 @@ class PackedRow:
         token_ids: [L] int32.
         depths: [L] int64, position of every token in its sequences.
         places: for each sequence of T tokens, [T] int64: the index in the row of each of its tokens.
+        shared: for each sequence, its number of leading tokens that stand in the row for an earlier one.
     """
 
     token_ids: Int32Array
     depths: np.ndarray
     places: tuple[Places, ...]
+    shared: tuple[int, ...]
 
     @property
     def length(self) -> int:
         """Number of tokens, L."""
         return len(self.token_ids)
-
-    def visible(self) -> BoolArray:
-        """Return [L, L] bool: whether the token of the first index sees the token of the second."""
-        seen = np.zeros((self.length, self.length), dtype=np.bool_)
-        for places in self.places:
-            seen[np.ix_(places, places)] |= np.tri(len(places), dtype=np.bool_)
-        return seen
 
 
 def pack(sequences: Sequence[Int32Array]) -> PackedRow:
@@ -49,6 +45,7 @@ def pack(sequences: Sequence[Int32Array]) -> PackedRow:
     parts: list[Int32Array] = []
     depths: list[np.ndarray] = []
     places: list[Places] = []
+    shared: list[int] = []
     length = 0
     for sequence in sequences:
         common, source = max(
@@ -59,8 +56,67 @@ def pack(sequences: Sequence[Int32Array]) -> PackedRow:
         places.append(np.concatenate([places[-source][:common], own]) if common else own)
         parts.append(sequence[common:])
         depths.append(np.arange(common, len(sequence)))
+        shared.append(common)
         length += len(own)
-    return PackedRow(token_ids=np.concatenate(parts), depths=np.concatenate(depths), places=tuple(places))
+    return PackedRow(
+        token_ids=np.concatenate(parts), depths=np.concatenate(depths), places=tuple(places), shared=tuple(shared)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """The attention of packed rows as S blocks, each n neighbouring tokens of one sequence and the T that they see.
+
+    The cost is that of the sequences alone, also where many of them share a row.
+
+    Attributes:
+        queries: [S, n] int64, places of the tokens in the flattened rows.
+        keys: [S, T] int64, places of the tokens of the sequence up to the end of the block.
+        visible: [S, n, T] bool, which keys a query sees. Padding sees the first one, because a softmax of nothing is
+            NaN.
+        order: [B * L] int64, the place in the flattened queries of every token of the rows; 0 for padding.
+    """
+
+    queries: np.ndarray
+    keys: np.ndarray
+    visible: BoolArray
+    order: np.ndarray
+
+
+def blocks_of(places: Sequence[Places], shared: Sequence[int], tokens: int) -> Blocks:
+    """Cut the tokens of packed rows into blocks.
+
+    Args:
+        places: for each sequence of all rows, the places of its tokens in the flattened rows.
+        shared: for each sequence, its number of leading tokens that stand in its row for an earlier one.
+        tokens: number of tokens of the rows with padding.
+    """
+    size = _block_size([len(each) - common for each, common in zip(places, shared, strict=True)])
+    spans = [
+        (each, start, min(start + size, len(each)))
+        for each, common in zip(places, shared, strict=True)
+        for start in range(common, len(each), size)
+    ]
+    longest = max(stop for _, _, stop in spans)
+    queries, keys = np.zeros((len(spans), size), np.int64), np.zeros((len(spans), longest), np.int64)
+    limits, order = np.zeros((len(spans), size), np.int64), np.zeros(tokens, np.int64)
+    for number, (each, start, stop) in enumerate(spans):
+        queries[number, : stop - start] = each[start:stop]
+        keys[number, :stop] = each[:stop]
+        limits[number, : stop - start] = np.arange(start, stop)
+        order[each[start:stop]] = number * size + np.arange(stop - start)
+    return Blocks(queries=queries, keys=keys, visible=np.arange(longest) <= limits[:, :, None], order=order)
+
+
+def _block_size(lengths: Sequence[int]) -> int:
+    """Return the number of queries of a block for which the attention of sequences with these own tokens costs least.
+
+    A block costs its queries, and about as much as BLOCK_QUERIES of them to bring its keys together.
+    """
+    counts = np.array([length for length in lengths if length])
+    sizes = np.unique(counts)
+    blocks = -(-counts[None] // sizes[:, None])
+    return int(sizes[np.argmin(blocks.sum(axis=1) * (sizes + BLOCK_QUERIES))])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +126,13 @@ class PaddedRows:
     Attributes:
         input_ids: [B, L] int64.
         depths: [B, L] int64, position of every token in its sequences, 0 for padding; None if no row is shared.
-        visible: [B, L, L] bool, the tokens that each token sees; None if no row is shared.
+        blocks: the attention of the rows; None if no row is shared.
         places: for each sequence of T tokens, [T] int64: the index of each of its tokens in the flattened input_ids.
     """
 
     input_ids: np.ndarray
     depths: np.ndarray | None
-    visible: BoolArray | None
+    blocks: Blocks | None
     places: tuple[Places, ...]
 
 
@@ -84,33 +140,29 @@ def pad_rows(rows: Sequence[PackedRow], pad_id: int) -> PaddedRows:
     """Pad rows to one length. Without rows, the result is one row of padding."""
     width = max([2, *(row.length for row in rows)])
     input_ids = np.full((max(1, len(rows)), width), pad_id, dtype=np.int64)
-    depths = visible = None
-    if any(len(row.places) > 1 for row in rows):
-        depths = np.zeros(input_ids.shape, dtype=np.int64)
-        # Padding sees itself, because a softmax of nothing is NaN.
-        visible = np.repeat(np.eye(width, dtype=np.bool_)[None], len(rows), axis=0)
+    depths = np.zeros(input_ids.shape, dtype=np.int64)
     for number, row in enumerate(rows):
         input_ids[number, : row.length] = row.token_ids
-        if depths is not None and visible is not None:
-            depths[number, : row.length] = row.depths
-            visible[number, : row.length, : row.length] = row.visible()
+        depths[number, : row.length] = row.depths
     places = tuple(number * width + each for number, row in enumerate(rows) for each in row.places)
-    return PaddedRows(input_ids=input_ids, depths=depths, visible=visible, places=places)
+    if all(len(row.places) == 1 for row in rows):
+        return PaddedRows(input_ids=input_ids, depths=None, blocks=None, places=places)
+    blocks = blocks_of(places, [common for row in rows for common in row.shared], input_ids.size)
+    return PaddedRows(input_ids=input_ids, depths=depths, blocks=blocks, places=places)
 
 
-def row_cost(length: int, width: int, *, packed: bool) -> float:
-    """Return the cost of a row in tokens without attention.
+def token_cost(length: int, width: int, *, packed: bool) -> float:
+    """Return the cost of a token in tokens without attention.
 
     A token costs 24 width^2 operations of multiplication in a layer, and 4 width operations of attention for every
-    token that it is compared with: all of a packed row, and half of a row with plain causal attention.
+    token that it is compared with: all of its sequence in a packed row, and half of it in one with plain attention.
 
     Args:
-        length: tokens of the row.
+        length: tokens of the sequence.
         width: hidden size of the model.
         packed: whether several sequences share the row.
     """
-    compared = length if packed else length / 2
-    return length * (1 + compared / (6 * width))
+    return 1 + (length if packed else length / 2) / (6 * width)
 
 
 def share_rows(items: Sequence[Sequence[Int32Array]], *, width: int, limit: int) -> list[list[int]]:
@@ -130,13 +182,12 @@ def share_rows(items: Sequence[Sequence[Int32Array]], *, width: int, limit: int)
     rows: list[list[int]] = []
     length, last = 0, np.zeros(0, dtype=np.int32)
     for number in order:
-        alone = pack(items[number]).length
-        common = min(common_prefix_length(last, items[number][0]), alone)
-        together = length + alone - common
-        apart = row_cost(length, width, packed=True) + row_cost(alone, width, packed=len(items[number]) > 1)
-        if rows and common and together <= limit and row_cost(together, width, packed=True) < apart:
+        alone, longest = pack(items[number]).length, max(map(len, items[number]))
+        own = alone - common_prefix_length(last, items[number][0])
+        apart = alone * token_cost(longest, width, packed=len(items[number]) > 1)
+        if rows and length + own <= limit and own * token_cost(longest, width, packed=True) < apart:
             rows[-1].append(number)
-            length = together
+            length += own
         else:
             rows.append([number])
             length = alone

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from learners import rank as rank_module
+from learners.attention import use_complete_attention
 from learners.deepspeed.critic import Critic
 from learners.deepspeed.engine import TrainedModel
 from learners.deepspeed.reference import ReferencePolicy
@@ -102,7 +103,9 @@ class PlainModel:
 def build(kind: Any, seed: int, **changes: Any) -> Any:
     """Build a tiny model of a transformers class in double precision."""
     torch.manual_seed(seed)
-    return kind(Qwen2Config(**SIZE, **changes)).double()
+    model = kind(Qwen2Config(**SIZE, **changes)).double()
+    use_complete_attention(model)
+    return model
 
 
 def build_critic(seed: int) -> Critic:

@@ -13,8 +13,8 @@ from tiny_architectures import TOY_KINDS, toy_model
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2ForCausalLM
 
-from learners.deepspeed.attention import use_complete_attention
-from learners.language_model import LanguageModel, can_pack
+from learners.attention import can_pack, use_complete_attention
+from learners.language_model import LanguageModel
 from learners.samples.batching import collate
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -42,7 +42,7 @@ def inputs(batch: Any) -> dict[str, Any]:
         "entropy_at": at,
         "entropy_gradient": True,
         "depths": batch.depths,
-        "visible": batch.visible,
+        "blocks": batch.blocks,
     }
 
 
@@ -143,4 +143,6 @@ def test_a_model_that_changes_the_states_before_its_output_layer_computes_whole_
 
 @pytest.mark.parametrize(("window", "packs"), [(4, False), (None, True)])
 def test_a_model_with_a_window_never_shares_rows(window: int | None, packs: bool) -> None:
-    assert can_pack(toy_model("mistral", sliding_window=window)) == packs
+    model = toy_model("mistral", sliding_window=window)
+    use_complete_attention(model)
+    assert can_pack(model) == packs

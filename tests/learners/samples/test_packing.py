@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from joint_samples import ids
 
-from learners.samples.packing import pack, row_cost, share_rows
+from learners.samples.packing import Blocks, PackedRow, blocks_of, pack, pad_rows, share_rows, token_cost
+
+
+def seen(blocks: Blocks, padding: Sequence[int] = ()) -> np.ndarray:
+    """Return [B * L, B * L] bool, whether the first token sees the second."""
+    size, tokens = blocks.queries.shape[1], len(blocks.order)
+    result = np.zeros((tokens, tokens), dtype=np.bool_)
+    for token, place in enumerate(blocks.order):
+        block, query = divmod(place, size)
+        assert token in padding or blocks.queries[block, query] == token
+        result[token, blocks.keys[block][blocks.visible[block, query]]] = True
+    return result
+
+
+def blocks_in(row: PackedRow) -> Blocks:
+    return blocks_of(row.places, row.shared, row.length)
 
 
 def test_a_row_by_hand() -> None:
@@ -14,7 +31,8 @@ def test_a_row_by_hand() -> None:
     assert row.token_ids.tolist() == [1, 2, 3, 4, 5, 6, 9, 2]
     assert row.depths.tolist() == [0, 1, 2, 2, 3, 3, 0, 1]
     assert [places.tolist() for places in row.places] == [[0, 1, 2], [0, 1, 3, 4], [0, 1, 3, 5], [6, 7]]
-    assert row.visible().astype(int).tolist() == [
+    assert row.shared == (0, 2, 3, 0)
+    assert seen(blocks_in(row)).astype(int).tolist() == [
         [1, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0, 0, 0],
@@ -30,6 +48,7 @@ def test_equal_sequences_and_prefixes_take_no_room() -> None:
     row = pack([ids(1, 2, 3), ids(1, 2, 3), ids(1, 2)])
     assert row.length == 3
     assert [places.tolist() for places in row.places] == [[0, 1, 2], [0, 1, 2], [0, 1]]
+    assert row.shared == (0, 3, 2) and len(blocks_in(row).queries) == 1
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -37,12 +56,43 @@ def test_every_sequence_can_be_read_from_its_row(seed: int) -> None:
     draw = np.random.default_rng(seed)
     sequences = [draw.integers(0, 2, draw.integers(1, 9)).astype(np.int32) for _ in range(8)]
     row = pack(sequences)
-    visible = row.visible()
+    visible = seen(blocks_in(row))
     for sequence, places in zip(sequences, row.places, strict=True):
         assert row.token_ids[places].tolist() == sequence.tolist()
         assert row.depths[places].tolist() == list(range(len(sequence)))
         for at, place in enumerate(places):
             assert np.flatnonzero(visible[place]).tolist() == sorted(places[: at + 1].tolist())
+
+
+def test_blocks_are_as_long_as_completions_and_not_as_prompts() -> None:
+    """The tokens compared are about those of the sequences alone, not those of the whole row squared."""
+    prompt = np.full(256, 3, dtype=np.int32)
+    row = pack([np.concatenate([prompt, np.full(256, n, dtype=np.int32)]) for n in range(8)])
+    blocks = blocks_in(row)
+    assert row.length == 9 * 256
+    assert blocks.queries.shape == (9, 256) and blocks.keys.shape == (9, 512)
+
+
+def test_padded_rows_by_hand() -> None:
+    rows = pad_rows([pack([ids(1, 2, 3), ids(1, 2, 4)]), pack([ids(5, 6)])], 9)
+    assert rows.input_ids.tolist() == [[1, 2, 3, 4], [5, 6, 9, 9]]
+    assert rows.blocks is not None and rows.depths is not None
+    assert rows.depths.tolist() == [[0, 1, 2, 2], [0, 1, 0, 0]]
+    assert seen(rows.blocks, padding=[6, 7])[:6].astype(int).tolist() == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0, 0, 0],
+        [0, 0, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 1, 1, 0, 0],
+    ]
+    assert rows.blocks.visible.any(axis=2).all(), "a softmax of nothing is NaN"
+
+
+def test_rows_of_one_sequence_have_no_blocks() -> None:
+    rows = pad_rows([pack([ids(1, 2, 3)]), pack([ids(5)])], 9)
+    assert (rows.blocks, rows.depths) == (None, None)
+    assert pad_rows([], 9).input_ids.tolist() == [[9, 9]]
 
 
 def test_groups_share_rows_and_strangers_do_not() -> None:
@@ -62,15 +112,15 @@ def test_a_row_stays_within_its_limit_and_items_stay_whole() -> None:
     assert [len(row) for row in share_rows(pairs, width=1000, limit=10)] == [1] * 6
 
 
-def test_long_rows_of_a_narrow_model_are_not_shared() -> None:
-    """Attention to tokens that are not visible would cost more than the shared beginning."""
-    prompt = np.full(100, 3, dtype=np.int32)
-    chains = [[np.concatenate([prompt, np.full(400, n, dtype=np.int32)])] for n in range(10, 18)]
-    assert max(map(len, share_rows(chains, width=16, limit=100_000))) == 1
-    assert max(map(len, share_rows(chains, width=4096, limit=100_000))) > 1
+def test_sequences_with_little_in_common_do_not_share() -> None:
+    """Attention to tokens that are not visible would cost more than the shared beginning saves."""
+    common = np.full(10, 3, dtype=np.int32)
+    chains = [[np.concatenate([common, np.full(400, n, dtype=np.int32)])] for n in range(10, 18)]
+    assert max(map(len, share_rows(chains, width=64, limit=100_000))) == 1
+    assert max(map(len, share_rows(chains, width=4096, limit=100_000))) == 8
 
 
 def test_costs_by_hand() -> None:
-    assert row_cost(600, 100, packed=True) == 600 * 2
-    assert row_cost(600, 100, packed=False) == 600 * 1.5
-    assert row_cost(0, 100, packed=True) == 0
+    assert token_cost(600, 100, packed=True) == 2
+    assert token_cost(600, 100, packed=False) == 1.5
+    assert token_cost(0, 100, packed=True) == 1
