@@ -17,8 +17,8 @@ from learners.objective.logprobs import token_logprobs
 from learners.samples.batching import BlockTensors
 from learners.small_model import REFUSALS, small_model
 
-CHUNK_LOGITS = 1 << 24
-"""Largest number of logits at once: 64 MiB in fp32."""
+CHUNK_LOGITS = 1 << 25
+"""Largest number of logits at once: 128 MiB in fp32."""
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-6}
 """Differences of two computations of one value; some models compute norms in fp32."""
 

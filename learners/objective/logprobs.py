@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,18 +46,55 @@ def token_logprobs(
         )
     if logits.dtype != torch.float64:
         logits = logits.float()
-    distribution = torch.log_softmax(logits / temperature.to(logits).unsqueeze(-1), dim=-1)
-    logprobs = distribution.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
+    if not bool((temperature == 1).all()):
+        logits = logits / temperature.to(logits).unsqueeze(-1)
     if entropy_at is None:
-        return logprobs, logprobs.new_zeros(0)
-    if not bool(entropy_at.all()):
-        distribution = distribution.index_select(0, entropy_at.nonzero().squeeze(-1))
-    return logprobs, _entropy(distribution if entropy_gradient else distribution.detach())
+        entropy_at = torch.zeros_like(target_ids, dtype=torch.bool)
+    logprobs, entropy = _LogProbabilities.apply(logits, target_ids, entropy_at.nonzero().squeeze(-1))
+    return logprobs, entropy if entropy_gradient else entropy.detach()
+
+
+class _LogProbabilities(torch.autograd.Function):
+    """Log-probabilities and entropies of softmax(logits), with the closed forms of their gradients.
+
+    d log p_y / d logit_v = [v = y] - p_v;   d entropy / d logit_v = -p_v (log p_v + entropy)
+
+    The derivatives of torch's own functions would pass over several more arrays of the size of the logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target_ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the [N] log-probabilities of targets, and the [M] entropies of rows, [M] int64."""
+        distribution = torch.log_softmax(logits, dim=-1)
+        entropy = _entropy(_rows(distribution, rows))
+        ctx.save_for_backward(distribution, target_ids, rows, entropy)
+        return distribution.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1), entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient of the logits; an output without gradient comes with zeros."""
+        of_logprobs, of_entropy = (each.unsqueeze(-1) for each in gradients)
+        distribution, target_ids, rows, entropy = ctx.saved_tensors
+        result = distribution.exp()
+        if bool(of_entropy.any()):
+            own, p = _rows(distribution, rows), _rows(result, rows)
+            part = torch.where(p > 0, p * (own + entropy.unsqueeze(-1)), 0) * of_entropy
+            result.mul_(-of_logprobs).index_add_(0, rows, -part)
+        else:
+            result.mul_(-of_logprobs)
+        return result.scatter_add_(-1, target_ids.unsqueeze(-1), of_logprobs), None, None
+
+
+def _rows(values: Tensor, rows: Tensor) -> Tensor:
+    """Return chosen rows, without a copy if they are all."""
+    return values if len(rows) == len(values) else values.index_select(0, rows)
 
 
 def _entropy(distribution: Tensor) -> Tensor:
     """Compute the [M] entropies of [M, V] log-probabilities."""
-    if distribution.requires_grad:  # the derivative of entr is infinite at p = 0
-        return -(distribution.exp() * distribution).sum(dim=-1)
-    # entr(p) = -p log p is 0 at p = 0, where p * log p would be NaN.
-    return torch.special.entr(distribution.exp()).sum(dim=-1)
+    probabilities = distribution.exp()
+    entropy = -torch.bmm(probabilities.unsqueeze(1), distribution.unsqueeze(2)).flatten()
+    if bool(entropy.isfinite().all()):
+        return entropy
+    # entr(p) = -p log p is 0 at p = 0, where p * log p is NaN for a logit of -inf.
+    return torch.special.entr(probabilities).sum(dim=-1)
