@@ -334,7 +334,7 @@ def main() -> int:
     size = SMALL if arguments.small else REAL
     variables = learner_environment(LearnerConfig(ranks=1, threads=arguments.threads), "cpu", 0)
     if not variables.items() <= os.environ.items():  # some of them count from the start of a process alone
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **variables})
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **variables})  # noqa: S606 - this program
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with tempfile.TemporaryDirectory() as folder:
         measure = measure_memory if arguments.figure == "memory" else measure_tokens

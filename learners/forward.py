@@ -15,10 +15,13 @@ from transformers import PreTrainedModel
 from learners.attention import can_pack
 from learners.language_model import CHUNK_LOGITS
 from learners.samples.batching import MicroBatch, collate, plan_micro_batches, to_device
-from learners.samples.packing import pack, share_rows
+from learners.samples.packing import share_rows
 from learners.samples.types import PackItem
 from learners.settings import RankSettings
 from rlsys.errors import InputError
+
+ROW_PARTS = (1, 2, 4, 8)
+"""Numbers of rows of a rank among which the plan chooses, for several ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +63,7 @@ class ForwardPasses:
         """Return the items of every pass of this rank."""
         settings = self._settings
         budget = settings.learner.micro_batch_tokens * settings.learner.sequence_parallel
-        sequences = [[sample.token_ids for sample in item.samples] for item in items]
-        if self._packs:
-            rows = share_rows(sequences, width=self._width, limit=budget)
-            lengths = [pack([each for number in row for each in sequences[number]]).length for row in rows]
-            heights = [1] * len(rows)
-        else:
-            rows, lengths = [[number] for number in range(len(items))], [item.length for item in items]
-            heights = [len(item.samples) for item in items]
-        plan = plan_micro_batches(lengths, ranks=settings.shares, budget_tokens=budget, sample_counts=heights)
+        rows, plan = self._plan(items, budget)
         targets = [sum(int(sample.targets.sum()) for number in row for sample in items[number].samples) for row in rows]
         # All ranks make the same number of parts, because they gather a partitioned output layer together.
         largest = [max(sum(targets[row] for row in share) for share in turn) for turn in zip(*plan, strict=True)]
@@ -77,6 +72,31 @@ class ForwardPasses:
             Share([rows[row] for row in share], max(1, -(-count * vocabulary // CHUNK_LOGITS)))
             for share, count in zip(plan[settings.share], largest, strict=True)
         ]
+
+    def _plan(self, items: Sequence[PackItem], budget: int) -> tuple[list[list[int]], list[list[list[int]]]]:
+        """Return the items of every row, and the rows of every pass of every rank."""
+        shares = self._settings.shares
+        if not self._packs:
+            lengths, heights = [item.length for item in items], [len(item.samples) for item in items]
+            plan = plan_micro_batches(lengths, ranks=shares, budget_tokens=budget, sample_counts=heights)
+            return [[number] for number in range(len(items))], plan
+        sequences = [[sample.token_ids for sample in item.samples] for item in items]
+        # Long rows share most, and short ones can be dealt to the ranks more evenly.
+        total = sum(item.length for item in items)
+        limits = {min(budget, total // (shares * parts)) for parts in ROW_PARTS} if shares > 1 else {budget}
+        plans = [self._shared_plan(sequences, limit, budget) for limit in sorted(limits)]
+        _, rows, best = min(plans, key=lambda plan: plan[0])
+        return rows, best
+
+    def _shared_plan(
+        self, sequences: Sequence[Sequence[Any]], limit: int, budget: int
+    ) -> tuple[int, list[list[int]], list[list[list[int]]]]:
+        """Return the tokens of the rank with most, and the plan of rows up to a limit."""
+        rows = share_rows(sequences, width=self._width, limit=limit)
+        lengths = [row.length for row in rows]
+        plan = plan_micro_batches(lengths, ranks=self._settings.shares, budget_tokens=budget)
+        most = max(sum(lengths[row] for turn in share for row in turn) for share in plan)
+        return most, [row.items for row in rows], plan
 
     def micro_batches(self, items: Sequence[PackItem]) -> list[MicroBatch]:
         """Return the micro-batches of this rank, on its device."""

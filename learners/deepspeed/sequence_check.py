@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
-from learners.attention import FAST, dropped_features
-from learners.attention import sees_all_tokens
+from learners.attention import FAST, dropped_features, sees_all_tokens
 from learners.language_model import run_body
 from learners.small_model import REFUSALS, small_model
 from rlsys.errors import ConfigError

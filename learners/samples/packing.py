@@ -41,26 +41,35 @@ class PackedRow:
 
 
 def pack(sequences: Sequence[Int32Array]) -> PackedRow:
-    """Pack sequences into one row. A sequence shares tokens with the earlier one that has most of them in common."""
+    """Pack sequences into one row, in their lexicographic order.
+
+    In that order, no earlier sequence has more tokens in common with one than the last.
+    """
     parts: list[Int32Array] = []
     depths: list[np.ndarray] = []
-    places: list[Places] = []
-    shared: list[int] = []
-    length = 0
-    for sequence in sequences:
-        common, source = max(
-            ((common_prefix_length(sequence, other), -number) for number, other in enumerate(sequences[: len(places)])),
-            default=(0, 0),
-        )
+    places: list[Places] = [_NOTHING] * len(sequences)
+    shared = [0] * len(sequences)
+    length, last = 0, -1
+    for number in sorted(range(len(sequences)), key=lambda number: order_key(sequences[number])):
+        sequence = sequences[number]
+        common = common_prefix_length(sequence, sequences[last]) if parts else 0
         own = np.arange(length, length + len(sequence) - common)
-        places.append(np.concatenate([places[-source][:common], own]) if common else own)
+        places[number] = np.concatenate([places[last][:common], own]) if common else own
+        shared[number] = common
         parts.append(sequence[common:])
         depths.append(np.arange(common, len(sequence)))
-        shared.append(common)
-        length += len(own)
+        length, last = length + len(own), number
     return PackedRow(
         token_ids=np.concatenate(parts), depths=np.concatenate(depths), places=tuple(places), shared=tuple(shared)
     )
+
+
+_NOTHING = np.zeros(0, dtype=np.int64)
+
+
+def order_key(sequence: Int32Array) -> bytes:
+    """Return a key by which sequences sort in lexicographic order."""
+    return sequence.astype(">i4").tobytes()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +174,20 @@ def token_cost(length: int, width: int, *, packed: bool) -> float:
     return 1 + (length if packed else length / 2) / (6 * width)
 
 
-def share_rows(items: Sequence[Sequence[Int32Array]], *, width: int, limit: int) -> list[list[int]]:
+@dataclass(frozen=True, slots=True)
+class SharedRow:
+    """Items that share a row.
+
+    Attributes:
+        items: their numbers.
+        length: tokens of the row, or a few more.
+    """
+
+    items: list[int]
+    length: int
+
+
+def share_rows(items: Sequence[Sequence[Int32Array]], *, width: int, limit: int) -> list[SharedRow]:
     """Choose the items that share a row, because that costs less than rows of their own.
 
     Args:
@@ -174,22 +196,19 @@ def share_rows(items: Sequence[Sequence[Int32Array]], *, width: int, limit: int)
         limit: tokens of a row that several items share.
 
     Returns:
-        Item numbers of every row, so that every number occurs once.
+        Rows in which every item occurs once.
     """
-    order = sorted(
-        range(len(items)), key=lambda number: [sequence.astype(">i4").tobytes() for sequence in items[number]]
-    )
-    rows: list[list[int]] = []
-    length, last = 0, np.zeros(0, dtype=np.int32)
-    for number in order:
-        alone, longest = pack(items[number]).length, max(map(len, items[number]))
-        own = alone - common_prefix_length(last, items[number][0])
-        apart = alone * token_cost(longest, width, packed=len(items[number]) > 1)
-        if rows and length + own <= limit and own * token_cost(longest, width, packed=True) < apart:
-            rows[-1].append(number)
-            length += own
+    rows: list[SharedRow] = []
+    last = np.zeros(0, dtype=np.int32)
+    for number in sorted(range(len(items)), key=lambda number: [order_key(each) for each in items[number]]):
+        sequences = items[number]
+        alone = pack(sequences).length if len(sequences) > 1 else len(sequences[0])
+        longest = max(map(len, sequences))
+        own = alone - common_prefix_length(last, sequences[0])
+        apart = alone * token_cost(longest, width, packed=len(sequences) > 1)
+        if rows and rows[-1].length + own <= limit and own * token_cost(longest, width, packed=True) < apart:
+            rows[-1] = SharedRow([*rows[-1].items, number], rows[-1].length + own)
         else:
-            rows.append([number])
-            length = alone
-        last = items[number][-1]
+            rows.append(SharedRow([number], alone))
+        last = sequences[-1]
     return rows
