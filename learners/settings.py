@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def learner_environment(config: LearnerConfig, device: str, rank: int) -> dict[s
         "DS_SKIP_CUDA_CHECK": "1",
     }
     if device == "cpu":
-        variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **KEPT_MEMORY}
+        variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        variables |= {name: os.environ.get(name, value) for name, value in KEPT_MEMORY.items()}
     return variables
 
 
