@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlsys.config.objective import ObjectiveConfig
 from rlsys.config.schema import LearnerConfig, LoraConfig, OptimizerConfig, WeightSyncConfig
-from rlsys.processes import openmp_environment
+from rlsys.processes import memory_environment, openmp_environment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,17 +57,6 @@ class RankSettings:
         return self.rank % self.learner.sequence_parallel == 0
 
 
-KEPT_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**50),
-    "MALLOC_TOP_PAD_": str(2**27),
-}
-"""Settings of glibc by which a process keeps its freed memory.
-
-Otherwise every large tensor is made of new pages, which the system first fills with zeros: a tenth of a training step.
-"""
-
-
 def learner_environment(config: LearnerConfig, device: str, rank: int) -> dict[str, str]:
     """Return the environment variables that must be set before deepspeed is imported."""
     variables = {
@@ -79,8 +67,7 @@ def learner_environment(config: LearnerConfig, device: str, rank: int) -> dict[s
         "DS_SKIP_CUDA_CHECK": "1",
     }
     if device == "cpu":
-        variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        variables |= {name: os.environ.get(name, value) for name, value in KEPT_MEMORY.items()}
+        variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **memory_environment()}
     return variables
 
 
