@@ -2,8 +2,9 @@
 
 Both sides sample, verify, learn in one update and load the new weights into their sampler. The figure is the seconds
 of a step for each of its completion tokens, because sampled lengths differ. TRL runs in a process of its own, with two
-threads and its fastest way to generate on this machine: `--generation` names it, `vllm` (TRL's own engine in the
-process of the trainer) or `transformers`. `trl_grpo.py` is its program; `make install` puts TRL into the environment.
+threads and its fastest way to generate on this machine. `--generation` names it: `transformers`, or on GPUs `vllm` (an
+engine in the process of the trainer). An engine on CPUs packs its weights, and TRL's next weights then have no place.
+`trl_grpo.py` is TRL's program; `make install` puts TRL into the environment.
 The sides take turns. `--policy` names the model, by default a quickstart model after a warm start of 300 steps.
 """
 
@@ -36,7 +37,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quickstart.yaml")
     parser.add_argument("--policy", type=Path, help="model folder; by default the quickstart's, after its warm start")
     parser.add_argument("--name", default="1M", help="size of the model, for the table")
-    parser.add_argument("--generation", choices=("vllm", "transformers"), default="vllm")
+    parser.add_argument("--generation", choices=("vllm", "transformers"), default="transformers")
     parser.add_argument("--rounds", type=int, default=3, help="number of runs of each side")
     parser.add_argument("--steps", type=int, default=6, help="number of timed steps of a run")
     parser.add_argument("--json", type=Path, help="also keep the ratio in this file")

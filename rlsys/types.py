@@ -6,6 +6,7 @@ Log-probabilities are in nats, under the distribution that was actually sampled 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -312,7 +313,7 @@ class TensorSpec:
         if self.alias:
             return 0
         bits = 8 if self.dtype == "bool" else int(re.findall(r"\d+", self.dtype)[0])  # as in bfloat16, float8_e4m3fn
-        return bits // 8 * int(np.prod(self.shape, dtype=np.int64))
+        return bits // 8 * math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
