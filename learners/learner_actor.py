@@ -32,10 +32,13 @@ class LearnerActor:
     def __init__(self, settings: RankSettings, log_file: str) -> None:
         quiet_worker(log_file)
         die_with_parent()
-        from learners.rank import LearnerRank  # not at the top: the driver imports this module without torch
+        from learners.cpu_products import fast_products  # not at the top: the driver imports this module without torch
+        from learners.rank import LearnerRank
 
         identify("learner", settings.rank, settings.attempt)
         self.sender = weight_sender(settings)
+        if settings.device == "cpu":
+            fast_products()
         try:
             self.learner = LearnerRank(settings)
         except Exception:
