@@ -169,7 +169,7 @@ def incomplete_layers(model: torch.nn.Module, tied: bool) -> list[str]:
 
 
 def serve_adapter(worker_manager: Any, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> int:
-    """Let a worker apply an adapter in place of the last one, and return the number of layers that it applies it to.
+    """Let a worker apply an adapter in place of the last one, and return the number of adapted layers.
 
     vLLM's own call reads a folder, which takes many times longer.
 

@@ -25,9 +25,9 @@ BLOCKED = {FAST: "sdpa_blocks", OWN: "eager_blocks"}
 
 
 def use_complete_attention(model: PreTrainedModel) -> None:
-    """Give a model its own attention if the fast one drops a feature that the model asks for, and blocks if it can.
+    """Give a model an attention that drops no feature, and that runs on blocks if the model can.
 
-    transformers chooses `sdpa` for every model that may use it, and `sdpa` silently ignores arguments it does not know,
+    It is the fast one, or the model's own if the fast one drops a feature that the model asks for. transformers chooses `sdpa` for every model that may use it, and `sdpa` silently ignores arguments it does not know,
     like the soft-capping of Gemma 2. The model's own attention (`eager`) needs memory for the scores of all pairs of
     positions. Everything is tried on a small model of the same kind.
     """
@@ -110,7 +110,7 @@ def attend_by_blocks(name: str) -> Any:
 
 
 def _tokens(values: Tensor, places: Tensor) -> Tensor:
-    """Return the values of tokens, [S, heads, n, size], from those of rows, [B, heads, L, size]; `places` is [S, n]."""
+    """Return the values of tokens at places [S, n], [S, heads, n, size], from [B, heads, L, size]."""
     tokens = values.transpose(1, 2).flatten(0, 1)
     # `index_select` gives the same, and a gradient that takes twice as long.
     return embedding(places, tokens.flatten(1)).view(*places.shape, *tokens.shape[1:]).transpose(1, 2)
