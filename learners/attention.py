@@ -28,7 +28,7 @@ def use_complete_attention(model: PreTrainedModel) -> None:
     """Give a model an attention that drops no feature, and that runs on blocks if the model can.
 
     It is the fast one, or the model's own if the fast one drops a feature that the model asks for. transformers chooses
-    `sdpa` for every model that may use it, and `sdpa` silently ignores arguments it does not know, like the soft-capping
+    `sdpa` for every model that may use it, and `sdpa` silently ignores arguments it does not know, as the soft-capping
     of Gemma 2. The model's own attention (`eager`) needs memory for the scores of all pairs of positions. Everything is
     tried on a small model of the same kind.
     """
