@@ -1,6 +1,6 @@
 """The attention of a model: the fast one of torch, or the model's own where the fast one would drop a feature.
 
-Either runs block by block on rows that several samples share; see `learners.samples.packing.Blocks`.
+Either runs block by block on rows that several samples share; see `learners.samples.packing.RowAttention`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch.nn.functional import embedding
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from learners.language_model import ROUNDING, run_body
-from learners.samples.batching import BlockTensors, block_tensors, to_device
-from learners.samples.packing import pack, pad_rows
+from learners.samples.batching import to_device
+from learners.samples.packing import Blocks, RowAttention, pack, pad_rows
 from learners.small_model import REFUSALS, small_model
 
 FAST, OWN = "sdpa", "eager"
@@ -95,19 +95,41 @@ def attend_by_blocks(name: str) -> Any:
         value: Tensor,
         mask: Tensor | None,
         *,
-        blocks: BlockTensors | None = None,
+        row_attention: RowAttention | None = None,
         **features: Any,
     ) -> tuple[Tensor, Tensor | None]:
         inner = AttentionInterface()[FAST] if name == FAST else _own_attention(module)
-        if blocks is None:
+        if row_attention is None:
             return inner(module, query, key, value, mask, **features)
-        rows, length = query.shape[0], query.shape[2]
-        query = _tokens(query, blocks.queries)
-        key, value = _tokens(key, blocks.keys), _tokens(value, blocks.keys)
-        output, weights = inner(module, query, key, value, mask, **features)
-        return embedding(blocks.order, output.flatten(0, 1).flatten(1)).view(rows, length, *output.shape[2:]), weights
+        rows, _, length, _ = query.shape
+        outputs = []
+        for blocks in row_attention.blocks:
+            seen = (_tokens(key, blocks.keys), _tokens(value, blocks.keys))
+            mask = added_mask(blocks, query.dtype, is_needed=name == OWN)
+            output, _ = inner(module, _tokens(query, blocks.queries), *seen, mask, **features)
+            outputs.append(output.flatten(0, 1))
+        whole = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return embedding(row_attention.order, whole.flatten(1)).view(rows, length, *whole.shape[1:]), None
 
     return attend
+
+
+def added_mask(blocks: Blocks, dtype: torch.dtype, *, is_needed: bool) -> Tensor | None:
+    """Return what is added to attention scores, [S or 1, 1, n, T]; None for plain causal attention.
+
+    Args:
+        blocks: the blocks.
+        dtype: number format of the scores.
+        is_needed: whether plain causal attention needs a mask, too.
+    """
+    visible = blocks.visible
+    if visible is None:
+        if not is_needed:
+            return None
+        count = blocks.keys.shape[1]
+        visible = torch.ones((1, count, count), dtype=torch.bool, device=blocks.keys.device).tril()
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def _tokens(values: Tensor, places: Tensor) -> Tensor:
@@ -137,14 +159,14 @@ def runs_blocks(model: PreTrainedModel, attention: str) -> bool:
         return False
     first, second = (torch.tensor(ids) for ids in ([1, 2, 3, 4], [1, 2, 5, 6]))
     row = pad_rows([pack([first.numpy(), second.numpy()])], 0)
-    assert row.depths is not None and row.blocks is not None  # noqa: S101 - they share two tokens
+    assert row.depths is not None and row.attention is not None  # noqa: S101 - they share two tokens
     try:
         small = small_model(model)
         small.set_attn_implementation(attention)
         body, device = small.base_model, small.device
         alone = [run_body(body, each[None].to(device))[0] for each in (first, second)]
         ids, depths = (torch.from_numpy(each).to(device) for each in (row.input_ids, row.depths))
-        packed = run_body(body, ids, depths, to_device(block_tensors(row.blocks), device))[0]
+        packed = run_body(body, ids, depths, to_device(row.attention, device))[0]
     except REFUSALS:
         return False
     tolerance = ROUNDING.get(packed.dtype, 0.05)

@@ -20,6 +20,9 @@ from learners.samples.types import PackItem
 from learners.settings import RankSettings
 from rlsys.errors import InputError
 
+MASK_ELEMENTS = 1 << 26
+"""Bound of the elements of all masks of a pass. Sequences for which they could be more have rows of their own, whose
+attention needs no mask."""
 ROW_PARTS = (1, 2, 4, 8)
 """Numbers of rows of a rank among which the plan chooses, for several ranks."""
 
@@ -92,7 +95,7 @@ class ForwardPasses:
         self, sequences: Sequence[Sequence[Any]], limit: int, budget: int
     ) -> tuple[int, list[list[int]], list[list[list[int]]]]:
         """Return the tokens of the rank with most, and the plan of rows up to a limit."""
-        rows = share_rows(sequences, width=self._width, limit=limit)
+        rows = share_rows(sequences, width=self._width, limit=limit, longest=MASK_ELEMENTS // budget)
         lengths = [row.length for row in rows]
         plan = plan_micro_batches(lengths, ranks=self._settings.shares, budget_tokens=budget)
         most = max(sum(lengths[row] for turn in share for row in turn) for share in plan)
@@ -152,7 +155,7 @@ class ForwardPasses:
             entropy_at=at,
             entropy_gradient=self._settings.objective.policy.entropy_coef > 0,
             depths=batch.depths,
-            blocks=batch.blocks,
+            attention=batch.attention,
         )
         return logprobs, entropies
 
@@ -168,5 +171,5 @@ class ForwardPasses:
     def values(self, critic: Any, batch: MicroBatch) -> Tensor:
         """Compute the critic's [N] estimates of the return that follows each target, made before the target."""
         self.passes += 1
-        values = critic(input_ids=batch.input_ids, depths=batch.depths, blocks=batch.blocks).float()
+        values = critic(input_ids=batch.input_ids, depths=batch.depths, attention=batch.attention).float()
         return values.flatten().index_select(0, batch.targets)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from learners.objective.logprobs import token_logprobs
-from learners.samples.batching import BlockTensors
+from learners.samples.packing import RowAttention
 from learners.small_model import REFUSALS, small_model
 
 CHUNK_LOGITS = 1 << 25
@@ -69,7 +69,7 @@ class LanguageModel(nn.Module):
         entropy_at: Tensor | None = None,
         entropy_gradient: bool = False,
         depths: Tensor | None = None,
-        blocks: BlockTensors | None = None,
+        attention: RowAttention | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and entropies of targets; see `token_logprobs`.
 
@@ -82,7 +82,7 @@ class LanguageModel(nn.Module):
                 of a partitioned output layer for every part.
             entropy_at: [N] bool, where entropies are computed; None computes none.
             entropy_gradient: whether entropies carry gradient.
-            depths, blocks: see `MicroBatch`; None if every row holds one sample.
+            depths, attention: see `MicroBatch`; None if every row holds one sample.
 
         Returns:
             logprobs: [N] nats; carries gradient, also for N = 0.
@@ -90,7 +90,7 @@ class LanguageModel(nn.Module):
         """
         targets_only = _Targets(target_ids, temperature, entropy_at)
         if self._sequence is None:
-            states = self._states(input_ids, targets, depths, blocks)
+            states = self._states(input_ids, targets, depths, attention)
             return self._logprobs(states, targets_only, parts, entropy_gradient)
         own_ids, positions = self._sequence.part(input_ids)
         numbers, places = self._sequence.own_places(targets, input_ids.shape[1])
@@ -102,10 +102,12 @@ class LanguageModel(nn.Module):
         numbers = (entropy_at.cumsum(0) - 1)[numbers][entropy_at[numbers]]
         return logprobs, self._sequence.combine(own_entropies, numbers, int(entropy_at.sum()))
 
-    def _states(self, input_ids: Tensor, places: Tensor, depths: Tensor | None, blocks: BlockTensors | None) -> Tensor:
+    def _states(
+        self, input_ids: Tensor, places: Tensor, depths: Tensor | None, attention: RowAttention | None
+    ) -> Tensor:
         """Return the hidden states at places, [N, H], or the logits, [N, V], of a module that is not divided."""
         body = self.module.base_model if self._divides else self.module
-        return run_body(body, input_ids, depths, blocks).flatten(0, 1).index_select(0, places)
+        return run_body(body, input_ids, depths, attention).flatten(0, 1).index_select(0, places)
 
     def _logprobs(self, states: Tensor, targets: _Targets, parts: int, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and entropies of targets from the states that predict them."""
@@ -202,21 +204,20 @@ def can_divide(module: PreTrainedModel) -> bool:
     return torch.allclose(whole[0, 1:], divided, rtol=0, atol=tolerance)
 
 
-def run_body(body: Any, input_ids: Tensor, depths: Tensor | None = None, blocks: BlockTensors | None = None) -> Tensor:
+def run_body(
+    body: Any, input_ids: Tensor, depths: Tensor | None = None, attention: RowAttention | None = None
+) -> Tensor:
     """Return the [B, L, H] hidden states of a body, or the [B, L, V] logits of a whole model.
 
     Args:
         body: the model without its output layer, or the whole model.
         input_ids: [B, L] int64.
         depths: [B, L] int64, positions of the tokens; None if every row begins with its first token.
-        blocks: the attention of the rows, for models of `learners.attention`; None if every row holds one
-            sample.
+        attention: the attention of the rows, for models that `can_pack`; None if every row holds one sample.
     """
     inputs: dict[str, Any] = {} if depths is None else {"position_ids": depths}
-    if blocks is not None:
-        dtype = next(body.parameters()).dtype
-        mask = torch.zeros(blocks.visible.shape, dtype=dtype, device=input_ids.device)
-        mask.masked_fill_(~blocks.visible, torch.finfo(dtype).min)  # added to attention scores
-        inputs |= {"attention_mask": mask.unsqueeze(1), "blocks": blocks}
+    if attention is not None:  # the mask has 4 dimensions, so that the model makes none of its own
+        mask = torch.zeros((1, 1, 1, 1), dtype=next(body.parameters()).dtype, device=input_ids.device)
+        inputs |= {"attention_mask": mask, "row_attention": attention}
     outputs: Tensor = body(input_ids=input_ids, use_cache=False, **inputs)[0]
     return outputs

@@ -13,7 +13,7 @@ from learners.deepspeed.model import load_model
 from learners.deepspeed.partition import set_whole, whole_shape
 from learners.deepspeed.tensor_files import read_tensors
 from learners.language_model import SequenceGroup, run_body
-from learners.samples.batching import BlockTensors
+from learners.samples.packing import RowAttention
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.models.tensors import persistent_buffers
 
@@ -41,10 +41,10 @@ class Critic(nn.Module):
         self.config = body.config
         self.config.num_labels = 1
 
-    def forward(self, input_ids: Tensor, depths: Tensor | None = None, blocks: BlockTensors | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, depths: Tensor | None = None, attention: RowAttention | None = None) -> Tensor:
         """Return a value for every token, [B, L]; the inputs are those of `run_body`."""
         if self.sequence is None:
-            values: Tensor = self.score(run_body(self.body, input_ids, depths, blocks)).squeeze(-1)
+            values: Tensor = self.score(run_body(self.body, input_ids, depths, attention)).squeeze(-1)
             return values
         places = torch.arange(input_ids.numel(), device=input_ids.device)
         own_ids, positions = self.sequence.part(input_ids)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learners.samples.packing import Blocks, pack, pad_rows
+from learners.samples.packing import RowAttention, pack, pad_rows
 from learners.samples.types import PackItem, Pair, PolicyTokens, Sample
 from rlsys.types import BoolArray, Float32Array
 
@@ -86,21 +86,6 @@ class PairTargets:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlockTensors:
-    """Tensors of `learners.samples.packing.Blocks`."""
-
-    queries: Tensor
-    keys: Tensor
-    visible: Tensor
-    order: Tensor
-
-
-def block_tensors(blocks: Blocks) -> BlockTensors:
-    """Return the same blocks as tensors."""
-    return BlockTensors(**{name: torch.from_numpy(getattr(blocks, name)) for name in BlockTensors.__slots__})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """Tensors of one forward pass: B rows, right-padded to L tokens, with N targets.
 
@@ -110,7 +95,7 @@ class MicroBatch:
     Attributes:
         input_ids: [B, L] int64.
         depths: [B, L] int64, positions of the tokens in their samples; None if every row holds one sample.
-        blocks: the attention of the rows; None if every row holds one sample.
+        attention: the attention of the rows; None if every row holds one sample.
         targets: [N] int64, places in the flattened input_ids whose logits predict a target, by sample and token.
         target_ids: [N] int64, the tokens to predict.
         parts: number of parts in which the logits of the targets are computed.
@@ -122,7 +107,7 @@ class MicroBatch:
 
     input_ids: Tensor
     depths: Tensor | None
-    blocks: BlockTensors | None
+    attention: RowAttention | None
     targets: Tensor
     target_ids: Tensor
     parts: int
@@ -305,7 +290,7 @@ def collate(
     return MicroBatch(
         input_ids=torch.from_numpy(padded.input_ids),
         depths=None if padded.depths is None else torch.from_numpy(padded.depths),
-        blocks=None if padded.blocks is None else block_tensors(padded.blocks),
+        attention=padded.attention,
         targets=torch.from_numpy(np.concatenate([_NO_TARGETS, *targets])),
         target_ids=torch.from_numpy(np.concatenate([_NO_TARGETS, *target_ids]).astype(np.int64)),
         parts=parts,
@@ -384,6 +369,8 @@ def to_device(tensors: Tensors, device: str) -> Tensors:
         value = getattr(tensors, field.name)
         if isinstance(value, Tensor):
             changes[field.name] = value.to(device)
+        elif isinstance(value, tuple):
+            changes[field.name] = tuple(to_device(each, device) for each in value)
         elif hasattr(value, "__dataclass_fields__"):
             changes[field.name] = to_device(value, device)
     return replace(tensors, **changes)  # type: ignore[type-var]

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from rlsys.sequences import common_prefix_length
-from rlsys.types import BoolArray, Int32Array
+from rlsys.types import Int32Array
 
 Places = np.ndarray
 BLOCK_QUERIES = 64
+ALIKE = 0.7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,25 +77,38 @@ def order_key(sequence: Int32Array) -> bytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocks:
-    """The attention of packed rows as S blocks, each n neighbouring tokens of one sequence and the T that they see.
-
-    The cost is that of the sequences alone, also where many of them share a row.
+    """S blocks of packed rows: each holds n neighbouring tokens of one sequence, and the T that they see.
 
     Attributes:
         queries: [S, n] int64, places of the tokens in the flattened rows.
         keys: [S, T] int64, places of the tokens of the sequence up to the end of the block.
-        visible: [S, n, T] bool, which keys a query sees. Padding sees the first one, because a softmax of nothing is
-            NaN.
-        order: [B * L] int64, the place in the flattened queries of every token of the rows; 0 for padding.
+        visible: [S, n, T] bool, which keys a query sees; None if queries and keys are the same tokens, which see all
+            earlier ones. Padding sees the first key, because a softmax of nothing is NaN.
     """
 
-    queries: np.ndarray
-    keys: np.ndarray
-    visible: BoolArray
-    order: np.ndarray
+    queries: Tensor
+    keys: Tensor
+    visible: Tensor | None
 
 
-def blocks_of(places: Sequence[Places], shared: Sequence[int], tokens: int) -> Blocks:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowAttention:
+    """The attention of packed rows, which costs about as much as that of the sequences alone.
+
+    Attributes:
+        blocks: blocks of similar lengths.
+        order: [B * L] int64, the place of every token of the rows in the flattened queries of all blocks, one after the
+            other; 0 for padding.
+    """
+
+    blocks: tuple[Blocks, ...]
+    order: Tensor
+
+
+Span = tuple[Places, int, int]  # the places of a sequence, and the range of its tokens that are queries
+
+
+def attention_of(places: Sequence[Places], shared: Sequence[int], tokens: int) -> RowAttention:
     """Cut the tokens of packed rows into blocks.
 
     Args:
@@ -100,21 +116,51 @@ def blocks_of(places: Sequence[Places], shared: Sequence[int], tokens: int) -> B
         shared: for each sequence, its number of leading tokens that stand in its row for an earlier one.
         tokens: number of tokens of the rows with padding.
     """
-    size = _block_size([len(each) - common for each, common in zip(places, shared, strict=True)])
-    spans = [
+    own = [(each, common) for each, common in zip(places, shared, strict=True) if len(each) > common]
+    size = _block_size([len(each) - common for each, common in own if common])
+    whole: list[Span] = [(each, 0, len(each)) for each, common in own if not common]
+    parts: list[Span] = [
         (each, start, min(start + size, len(each)))
-        for each, common in zip(places, shared, strict=True)
+        for each, common in own
+        if common
         for start in range(common, len(each), size)
     ]
-    longest = max(stop for _, _, stop in spans)
-    queries, keys = np.zeros((len(spans), size), np.int64), np.zeros((len(spans), longest), np.int64)
-    limits, order = np.zeros((len(spans), size), np.int64), np.zeros(tokens, np.int64)
-    for number, (each, start, stop) in enumerate(spans):
-        queries[number, : stop - start] = each[start:stop]
-        keys[number, :stop] = each[:stop]
-        limits[number, : stop - start] = np.arange(start, stop)
-        order[each[start:stop]] = number * size + np.arange(stop - start)
-    return Blocks(queries=queries, keys=keys, visible=np.arange(longest) <= limits[:, :, None], order=order)
+    blocks, order, before = [], np.zeros(tokens, np.int64), 0
+    for alike in [*_alike(whole), *_alike(parts)]:
+        new = _blocks(alike)
+        for number, (each, start, stop) in enumerate(alike):
+            order[each[start:stop]] = before + number * new.queries.shape[1] + np.arange(stop - start)
+        before += new.queries.numel()
+        blocks.append(new)
+    return RowAttention(blocks=tuple(blocks), order=torch.from_numpy(order))
+
+
+def _blocks(spans: Sequence[Span]) -> Blocks:
+    """Return blocks of spans, of which either all or none are whole sequences."""
+    queries = _padded([each[start:stop] for each, start, stop in spans])
+    if spans[0][1] == 0:
+        return Blocks(queries=queries, keys=queries, visible=None)
+    keys = _padded([each[:stop] for each, _, stop in spans])
+    limits = _padded([np.arange(start, stop) for _, start, stop in spans])
+    return Blocks(queries=queries, keys=keys, visible=torch.arange(keys.shape[1]) <= limits[:, :, None])
+
+
+def _alike(spans: Sequence[Span]) -> list[list[Span]]:
+    """Return spans in groups whose numbers of keys differ by no more than the share ALIKE."""
+    groups: list[list[Span]] = []
+    for span in sorted(spans, key=lambda span: -span[2]):
+        if not groups or span[2] < ALIKE * groups[-1][0][2]:
+            groups.append([])
+        groups[-1].append(span)
+    return groups
+
+
+def _padded(rows: Sequence[np.ndarray]) -> Tensor:
+    """Return rows of int64, padded with 0 to the length of the longest."""
+    result = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    for number, row in enumerate(rows):
+        result[number, : len(row)] = row
+    return torch.from_numpy(result)
 
 
 def _block_size(lengths: Sequence[int]) -> int:
@@ -122,9 +168,10 @@ def _block_size(lengths: Sequence[int]) -> int:
 
     A block costs its queries, and about as much as BLOCK_QUERIES of them to bring its keys together.
     """
-    counts = np.array([length for length in lengths if length])
-    sizes = np.unique(counts)
-    blocks = -(-counts[None] // sizes[:, None])
+    if not lengths:
+        return 1
+    sizes = np.unique(lengths)
+    blocks = -(-np.array(lengths)[None] // sizes[:, None])
     return int(sizes[np.argmin(blocks.sum(axis=1) * (sizes + BLOCK_QUERIES))])
 
 
@@ -135,13 +182,13 @@ class PaddedRows:
     Attributes:
         input_ids: [B, L] int64.
         depths: [B, L] int64, position of every token in its sequences, 0 for padding; None if no row is shared.
-        blocks: the attention of the rows; None if no row is shared.
+        attention: the attention of the rows; None if no row is shared.
         places: for each sequence of T tokens, [T] int64: the index of each of its tokens in the flattened input_ids.
     """
 
     input_ids: np.ndarray
     depths: np.ndarray | None
-    blocks: Blocks | None
+    attention: RowAttention | None
     places: tuple[Places, ...]
 
 
@@ -155,9 +202,9 @@ def pad_rows(rows: Sequence[PackedRow], pad_id: int) -> PaddedRows:
         depths[number, : row.length] = row.depths
     places = tuple(number * width + each for number, row in enumerate(rows) for each in row.places)
     if all(len(row.places) == 1 for row in rows):
-        return PaddedRows(input_ids=input_ids, depths=None, blocks=None, places=places)
-    blocks = blocks_of(places, [common for row in rows for common in row.shared], input_ids.size)
-    return PaddedRows(input_ids=input_ids, depths=depths, blocks=blocks, places=places)
+        return PaddedRows(input_ids=input_ids, depths=None, attention=None, places=places)
+    attention = attention_of(places, [common for row in rows for common in row.shared], input_ids.size)
+    return PaddedRows(input_ids=input_ids, depths=depths, attention=attention, places=places)
 
 
 def token_cost(length: int, width: int, *, packed: bool) -> float:
@@ -187,13 +234,14 @@ class SharedRow:
     length: int
 
 
-def share_rows(items: Sequence[Sequence[Int32Array]], *, width: int, limit: int) -> list[SharedRow]:
+def share_rows(items: Sequence[Sequence[Int32Array]], *, width: int, limit: int, longest: int) -> list[SharedRow]:
     """Choose the items that share a row, because that costs less than rows of their own.
 
     Args:
         items: sequences of every item; those of one item always share a row.
         width: hidden size of the model.
         limit: tokens of a row that several items share.
+        longest: tokens of the longest sequence that shares a row.
 
     Returns:
         Rows in which every item occurs once.
@@ -203,10 +251,11 @@ def share_rows(items: Sequence[Sequence[Int32Array]], *, width: int, limit: int)
     for number in sorted(range(len(items)), key=lambda number: [order_key(each) for each in items[number]]):
         sequences = items[number]
         alone = pack(sequences).length if len(sequences) > 1 else len(sequences[0])
-        longest = max(map(len, sequences))
+        length = max(map(len, sequences))
         own = alone - common_prefix_length(last, sequences[0])
-        apart = alone * token_cost(longest, width, packed=len(sequences) > 1)
-        if rows and rows[-1].length + own <= limit and own * token_cost(longest, width, packed=True) < apart:
+        apart = alone * token_cost(length, width, packed=len(sequences) > 1)
+        fits = rows and length <= longest and rows[-1].length + own <= limit
+        if fits and own * token_cost(length, width, packed=True) < apart:
             rows[-1] = SharedRow([*rows[-1].items, number], rows[-1].length + own)
         else:
             rows.append(SharedRow([number], alone))

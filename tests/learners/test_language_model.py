@@ -42,7 +42,7 @@ def inputs(batch: Any) -> dict[str, Any]:
         "entropy_at": at,
         "entropy_gradient": True,
         "depths": batch.depths,
-        "blocks": batch.blocks,
+        "attention": batch.attention,
     }
 
 

@@ -39,7 +39,7 @@ def test_collate_of_policy_rows_by_hand():
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 6, 7, 3]]
     # The logits at one place predict the next token: 7 and 8 of the first row, 7 of the second.
     assert (batch.targets.tolist(), batch.target_ids.tolist()) == ([1, 2, 4 + 1], [7, 8, 7])
-    assert (batch.depths, batch.blocks) == (None, None)
+    assert (batch.depths, batch.attention) == (None, None)
     assert batch.real_tokens == 7
     assert batch.policy is not None
     assert batch.policy.positions.tolist() == [0, 1, 2]
