@@ -1,16 +1,19 @@
 """Train a pretrained chat model on arithmetic: held-out accuracy before, after the supervised stage and after RL.
 
-`python benchmarks/real_model_training.py [--folder runs/real_model] [--seeds 0 1 2] [--write]` makes the model folder
+`python benchmarks/real_model_training.py [--folder runs/real_model] [--seeds 0 1] [--write]` makes the model folder
 (real_model.py) and the data files (arithmetic.py), and trains `configs/smollm2_arithmetic.yaml` with every seed. It can
-be interrupted and started again: finished parts are not made twice. Limits: RL alone raises the sampled accuracy by at
-least 0.15, mean of the seeds, and a seed takes at most 100 minutes on 2 cores.
+be interrupted and started again: finished parts are not made twice. `--write` keeps the figures of the seeds, also
+beside those of other seeds that another machine measured with the same config. Limits: RL alone raises the sampled
+accuracy by at least 0.15, mean of the seeds, and a seed takes at most 100 minutes on 2 cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +28,18 @@ import real_model  # noqa: E402
 import results_page  # noqa: E402
 from cells import evaluated, metrics, seconds_of, trained  # noqa: E402
 
-from rlsys.stats import mean_difference  # noqa: E402
+from rlsys.stats import mean_difference, mean_over_prompts  # noqa: E402
 
 CONFIG = ROOT / "configs" / "smollm2_arithmetic.yaml"
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 PROBLEMS = 256
 POINTS = {"before": "before", "sft": "after the supervised stage", "online": "after RL"}
 MODES = ("sampled", "greedy")
 RISE, MINUTES = 0.15, 100
-Figures = Mapping[str, Any]
+SHOWN_ANSWERS = 3
+Seed = Mapping[str, Any]
+"""What is kept of a seed: minutes; by point and mode the accuracy of every problem, the mean no-answer rate and tokens;
+the rewards of all online steps; medians of the times of a step; and some answers."""
 
 
 def main() -> int:
@@ -45,23 +51,31 @@ def main() -> int:
     folder = arguments.folder.absolute()
     model, data = real_model.model_folder(folder / "model"), folder / "data"
     arithmetic.write_files(data)
-    found = {seed: of_seed(seed, folder, model, data) for seed in arguments.seeds}
-    minutes = {seed: seconds_of(folder / f"seed-{seed}") / 60 for seed in found}
-    steps = {seed: metrics(run_of(folder, seed), "online")[1:] for seed in found}
-    shown = lines(found, minutes, steps)
+    seeds = {str(seed): of_seed(seed, folder, model, data) for seed in arguments.seeds}
+    if arguments.write:
+        seeds = {**kept_seeds(), **seeds}
+    shown = lines(seeds)
     print("\n".join(shown))
     if arguments.write:
-        results_page.keep("real_model", {"figures": summaries(found), "minutes": minutes, "lines": shown})
-    return int(not is_good(found, minutes) and not arguments.write)  # with --write, the page reports it
+        results_page.keep("real_model", {"config": config_digest(), "lines": shown, "seeds": seeds})
+    return int(not is_good(seeds) and not arguments.write)  # with --write, the page reports it
 
 
-def run_of(folder: Path, seed: int) -> Path:
-    return folder / f"seed-{seed}" / "run"
+def config_digest() -> str:
+    return hashlib.sha256(CONFIG.read_bytes()).hexdigest()
 
 
-def of_seed(seed: int, folder: Path, model: Path, data: Path) -> dict[str, Figures]:
-    """Return the held-out figures of a seed by point. The held-out problems are the same for every seed."""
-    own, run_dir = folder / f"seed-{seed}", run_of(folder, seed)
+def kept_seeds() -> Mapping[str, Seed]:
+    """Return the seeds that are kept already, if they had the same config."""
+    path = results_page.FOLDER / "real_model.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return kept["seeds"] if kept.get("config") == config_digest() else {}
+
+
+def of_seed(seed: int, folder: Path, model: Path, data: Path) -> Seed:
+    """Train and measure a seed. The held-out problems are the same for every seed."""
+    own = folder / f"seed-{seed}"
+    run_dir = own / "run"
     overrides = [
         f"run.seed={seed}",
         f"model.path={model}",
@@ -77,83 +91,103 @@ def of_seed(seed: int, folder: Path, model: Path, data: Path) -> dict[str, Figur
     for stage in ("sft", "online"):
         policy, output = run_dir / "stages" / stage, own / f"{stage}.evaluation.json"
         figures[stage] = evaluated(policy, CONFIG, measured, output)
-    return figures
+    steps = metrics(run_dir, "online")[1:]
+    parts = ("rollout", "learn", "publish")
+    return {
+        "minutes": seconds_of(own) / 60,
+        "points": {point: {mode: summary(figures[point][mode]) for mode in MODES} for point in POINTS},
+        "rewards": [step["rollout/reward"] for step in steps],
+        "step_s": {part: float(np.median([step[f"time/{part}_s"] for step in steps])) for part in parts},
+        "answers": answers(run_dir / "stages" / "online", data / "held_out.jsonl"),
+    }
 
 
-def values(found: Mapping[int, Mapping[str, Figures]], point: str, mode: str) -> np.ndarray:
+def summary(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "accuracy": figures["by_problem"]["accuracy"],
+        "no_answer_rate": figures["no_answer_rate"]["mean"],
+        "completion_length": figures["completion_length"],
+    }
+
+
+def answers(policy: Path, problems: Path) -> list[tuple[str, str, str]]:
+    """Return question, right answer and greedy completion of the first held-out problems."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)
+    found = []
+    for line in problems.read_text(encoding="utf-8").splitlines()[:SHOWN_ANSWERS]:
+        row = json.loads(line)
+        inputs = tokenizer.apply_chat_template(
+            row["question"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+        text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        found.append((row["question"][-1]["content"], row["answer"], text))
+    return found
+
+
+def values(seeds: Mapping[str, Seed], point: str, mode: str) -> np.ndarray:
     """Return the accuracy of every problem and seed, [seeds * problems]."""
-    return np.concatenate([np.array(of[point][mode]["by_problem"]["accuracy"]) for of in found.values()])
+    return np.concatenate([np.array(seed["points"][point][mode]["accuracy"]) for seed in seeds.values()])
 
 
-def rise(found: Mapping[int, Mapping[str, Figures]]) -> float:
+def rise(seeds: Mapping[str, Seed]) -> float:
     """Return the rise of the sampled accuracy by RL alone, mean of the seeds."""
-    return float(values(found, "online", "sampled").mean() - values(found, "sft", "sampled").mean())
+    return float(values(seeds, "online", "sampled").mean() - values(seeds, "sft", "sampled").mean())
 
 
-def is_good(found: Mapping[int, Mapping[str, Figures]], minutes: Mapping[int, float]) -> bool:
-    return rise(found) >= RISE and max(minutes.values()) <= MINUTES
+def is_good(seeds: Mapping[str, Seed]) -> bool:
+    return rise(seeds) >= RISE and max(seed["minutes"] for seed in seeds.values()) <= MINUTES
 
 
-def summaries(found: Mapping[int, Mapping[str, Figures]]) -> dict[str, Any]:
-    """Return the figures of every seed and point without those of single problems."""
-
-    def summary(figures: Figures) -> dict[str, Any]:
-        return {mode: {key: value for key, value in figures[mode].items() if key in KEPT} for mode in MODES}
-
-    return {str(seed): {point: summary(of[point]) for point in POINTS} for seed, of in found.items()}
-
-
-KEPT = ("accuracy", "no_answer_rate", "completion_length")
-
-
-def lines(
-    found: Mapping[int, Mapping[str, Figures]],
-    minutes: Mapping[int, float],
-    steps: Mapping[int, Sequence[Mapping[str, float]]],
-) -> list[str]:
-    """Return the section of the page.
-
-    Args:
-        found: The figures by seed and point.
-        minutes: Minutes of a seed with its evaluations.
-        steps: Metrics of the online steps of a seed.
-    """
+def lines(seeds: Mapping[str, Seed]) -> list[str]:
+    """Return the section of the page."""
     rows = [
         f"Measured by `python benchmarks/real_model_training.py` with {PROBLEMS} held-out problems, answered greedily "
-        "and with 2 samples at temperature 1. Square brackets hold the lowest and the highest seed.",
+        "and with 2 samples at temperature 1. Intervals are 95 % intervals over the problems of all seeds; square "
+        "brackets hold the lowest and the highest seed.",
         "",
         "| point | sampled accuracy | greedy accuracy | sampled, no answer | tokens of a sampled answer |",
         "|---|---|---|---|---|",
     ]
     for point, title in POINTS.items():
-        of = [each[point] for each in found.values()]
-        cells = [_seeds([each[mode]["accuracy"]["mean"] for each in of]) for mode in MODES]
-        cells += [_seeds([each["sampled"]["no_answer_rate"]["mean"] for each in of])]
-        cells += [f"{np.mean([each['sampled']['completion_length'] for each in of]):.1f}"]
+        sampled = [seed["points"][point]["sampled"] for seed in seeds.values()]
+        cells = [accuracy(seeds, point, mode) for mode in MODES]
+        cells += [f"{np.mean([each[key] for each in sampled]):{form}}" for key, form in SHOWN.items()]
         rows.append(f"| {title} | {' | '.join(cells)} |")
     rows += [
         "",
         "| seed | minutes | online steps | rollout, s | learning, s | publish, s |",
         "|---|---|---|---|---|---|",
     ]
-    for seed, of_steps in steps.items():
-        medians = [np.median([row[f"time/{part}_s"] for row in of_steps]) for part in ("rollout", "learn", "publish")]
-        times = [f"{median:.1f}" for median in medians]
-        rows.append(f"| {seed} | {minutes[seed]:.0f} | {len(of_steps)} | {' | '.join(times)} |")
-    return [*rows, "", "Times of a step are medians.", "", verdict(found, minutes)]
+    for name, seed in seeds.items():
+        times = " | ".join(f"{median:.1f}" for median in seed["step_s"].values())
+        rows.append(f"| {name} | {seed['minutes']:.0f} | {len(seed['rewards'])} | {times} |")
+    rows += ["", "Times of a step are medians.", "", verdict(seeds), ""]
+    rows += [f"Greedy answers after RL to the first {SHOWN_ANSWERS} held-out problems, of the first seed:", ""]
+    for question, answer, text in next(iter(seeds.values()))["answers"]:
+        rows.append(f"- {question} ({answer}): `{' '.join(text.split())}`")
+    return rows
 
 
-def verdict(found: Mapping[int, Mapping[str, Figures]], minutes: Mapping[int, float]) -> str:
-    by = mean_difference(values(found, "online", "sampled"), values(found, "sft", "sampled"))
+SHOWN = {"no_answer_rate": ".3f", "completion_length": ".1f"}
+
+
+def accuracy(seeds: Mapping[str, Seed], point: str, mode: str) -> str:
+    found = mean_over_prompts(values(seeds, point, mode))
+    means = [float(np.mean(seed["points"][point][mode]["accuracy"])) for seed in seeds.values()]
+    return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f}) [{min(means):.3f}, {max(means):.3f}]"
+
+
+def verdict(seeds: Mapping[str, Seed]) -> str:
+    by = mean_difference(values(seeds, "online", "sampled"), values(seeds, "sft", "sampled"))
+    longest = max(seed["minutes"] for seed in seeds.values())
     return (
         f"RL alone changes the sampled accuracy by {by.mean:+.3f} ({by.low:+.3f} to {by.high:+.3f}, paired by problem "
-        f"and seed). The longest seed took {max(minutes.values()):.0f} minutes. Expected: at least +{RISE:g}, and at "
-        f"most {MINUTES} minutes a seed. Met: {'yes' if is_good(found, minutes) else 'no'}."
+        f"and seed). The longest seed took {longest:.0f} minutes. Expected: at least +{RISE:g}, and at most {MINUTES} "
+        f"minutes a seed. Met: {'yes' if is_good(seeds) else 'no'}."
     )
-
-
-def _seeds(means: Sequence[float]) -> str:
-    return f"{np.mean(means):.3f} [{min(means):.3f}, {max(means):.3f}]"
 
 
 if __name__ == "__main__":

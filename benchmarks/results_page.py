@@ -49,7 +49,9 @@ def _page(results: Mapping[str, Any]) -> list[str]:
     if result := results.get("ppo"):
         lines += ["## PPO with a critic", "", *result["lines"], "", *_notes("ppo")]
     if result := results.get("real_model"):
-        lines += ["## A pretrained model learns arithmetic", "", *result["lines"], "", *_notes("real_model")]
+        plot_rewards(result, FOLDER / "real_model.png")
+        lines += ["## A pretrained model learns arithmetic", "", *result["lines"], ""]
+        lines += ["![reward of the online steps](results/real_model.png)", "", *_notes("real_model")]
     if result := results.get("chaos"):
         lines += ["## The quickstart in a storm of faults", "", *result["lines"], "", *_notes("chaos")]
     return lines
@@ -135,6 +137,26 @@ def plot_curves(result: Mapping[str, Any], path: Path) -> None:
             label = arm if number == 0 else None
             axes.plot(_thousands(curve["tokens"]), curve["accuracy"], color=color, alpha=0.8, label=label)
     axes.set(xlabel="generated tokens, thousands", ylabel="held-out accuracy at temperature 1", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_rewards(result: Mapping[str, Any], path: Path) -> None:
+    """Draw the mean reward of ten online steps, for every seed."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for name, seed in result["seeds"].items():
+        rewards = seed["rewards"]
+        parts = [rewards[start : start + 10] for start in range(0, len(rewards), 10)]
+        axes.plot(
+            [10 * number + 5 for number in range(len(parts))],
+            [sum(part) / len(part) for part in parts],
+            marker="o",
+            label=f"seed {name}",
+        )
+    axes.set(xlabel="online step", ylabel="reward, mean of 10 steps", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)
