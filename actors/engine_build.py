@@ -10,7 +10,7 @@ from actors.weights import RELOAD_LOGGER, is_about_weights
 from rlsys.config.checks import BATCH_TOKENS
 from rlsys.config.schema import ActorsConfig
 from rlsys.models.adapters import AdapterSpec
-from rlsys.processes import memory_environment, openmp_environment
+from rlsys.processes import openmp_environment
 
 ADAPTER_ID = 1
 """Number by which vLLM knows the one adapter of an engine."""
@@ -28,7 +28,7 @@ def engine_environment(config: ActorsConfig, device: str) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     if device == "cpu":
-        variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **memory_environment()}
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         if config.enforce_eager:
             # vLLM compiles a sampler function even in eager mode: 16 s at the first use, without gain for small models.
             variables["TORCHDYNAMO_DISABLE"] = "1"

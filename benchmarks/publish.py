@@ -37,7 +37,6 @@ from ratios import Ratio, keep  # noqa: E402
 from actors.engine_build import engine_environment  # noqa: E402
 from rlsys.config.schema import ActorsConfig, LoraConfig, WeightSyncConfig  # noqa: E402
 from rlsys.launch.access import child_environment  # noqa: E402
-from rlsys.processes import memory_environment  # noqa: E402
 from rlsys.types import WeightOffer  # noqa: E402
 
 TRANSPORTS = ("object_store", "collective")
@@ -166,7 +165,7 @@ class Sides:
         self.adapted = [actor.remote(model, number, True) for number in range(ACTORS)]
         ray.get([receiver.hold.remote(model) for receiver in self.receivers])
         sender = ray.remote(concurrency_groups={"transfer": 2 * ACTORS})(Sender)
-        plain = {"env_vars": {**variables, **memory_environment(), "OMP_NUM_THREADS": "1"}}
+        plain = {"env_vars": {**variables, "OMP_NUM_THREADS": "1"}}
         self.senders = {}
         for side in (*TRANSPORTS, ADAPTER):
             config = WeightSyncConfig(transport=side if side in TRANSPORTS else "object_store", bucket_mib=bucket_mib)

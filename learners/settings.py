@@ -8,7 +8,7 @@ from typing import Any
 
 from rlsys.config.objective import ObjectiveConfig
 from rlsys.config.schema import LearnerConfig, LoraConfig, OptimizerConfig, WeightSyncConfig
-from rlsys.processes import memory_environment, openmp_environment
+from rlsys.processes import openmp_environment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ def learner_environment(config: LearnerConfig, device: str, rank: int) -> dict[s
         "DS_SKIP_CUDA_CHECK": "1",
     }
     if device == "cpu":
-        variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **memory_environment()}
+        variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return variables
 
 

@@ -37,22 +37,6 @@ def openmp_environment(threads: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": policy}
 
 
-def memory_environment() -> dict[str, str]:
-    """Return the environment variables by which a process that computes on CPUs keeps the memory that it has freed.
-
-    They are settings of glibc. Without them, every large tensor is made of new pages, which the system first fills with
-    zeros: a tenth of a training step, and half of the time in which an engine receives weights. Only the main arena
-    can keep memory, so all threads use it.
-    """
-    kept = {
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(2**50),
-        "MALLOC_TOP_PAD_": str(2**27),
-        "MALLOC_ARENA_MAX": "1",
-    }
-    return {name: os.environ.get(name, value) for name, value in kept.items()}
-
-
 def quiet_worker(log_file: str) -> None:
     """Send stdout, stderr and logging of this process to a file.
 

@@ -20,7 +20,7 @@ from learners.settings import learner_environment
 from rlsys.config.schema import ActorsConfig, LearnerConfig
 from rlsys.errors import AbortedRunError, InterruptedRunError
 from rlsys.launch.signals import StopSignals, signals_ignored
-from rlsys.processes import kill_and_wait, memory_environment, openmp_environment, processes_of_ray
+from rlsys.processes import kill_and_wait, openmp_environment, processes_of_ray
 
 SLEEPER = "import time; time.sleep(60)"
 # argv: the folder. Starts two sleepers as if they were of the folder's Ray, and two that are not; tells their ids.
@@ -264,13 +264,3 @@ def test_compute_threads_sleep_while_they_wait(monkeypatch: pytest.MonkeyPatch) 
         assert openmp_environment(3).items() <= found.items()
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert openmp_environment(2)["OMP_WAIT_POLICY"] == "ACTIVE"
-
-
-def test_compute_processes_on_cpus_keep_their_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = memory_environment()
-    assert kept["MALLOC_MMAP_MAX_"] == "0"
-    for device in ("cpu", "cuda"):
-        found = engine_environment(ActorsConfig(), device), learner_environment(LearnerConfig(), device, 0)
-        assert [kept.items() <= each.items() for each in found] == [device == "cpu"] * 2
-    monkeypatch.setenv("MALLOC_MMAP_MAX_", "65536")
-    assert memory_environment() == {**kept, "MALLOC_MMAP_MAX_": "65536"}
