@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import logging
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ import numpy as np
 
 from rlsys.transfer.object_store import ObjectStoreSender
 from rlsys.transfer.shelf import BucketReply, BucketRequest, GroupInfo
-from rlsys.transfer.wire import PackedBucket, digest_of
+from rlsys.transfer.wire import PackedBucket, as_tensor, digest_of
 from rlsys.types import WeightBucket, WeightManifest
 
 if TYPE_CHECKING:
@@ -31,6 +32,27 @@ logger = logging.getLogger(__name__)
 QUEUED_BUCKETS = 2
 OPERATION_SHARE = 0.25
 """Share of weight_sync.timeout_s after which an operation fails; the rest is for the way through the object store."""
+
+
+class BucketMemory:
+    """Host memory of arriving buckets, which is used again when nothing refers to it any more.
+
+    New memory for every bucket would be made of new pages, which takes longer than the broadcast.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = []
+
+    def take(self, size: int) -> np.ndarray:
+        """Return [size] uint8. Tensors and arrays that share the memory keep it from being used again."""
+        for array in self._arrays:
+            if array.nbytes >= size and sys.getrefcount(array) == UNUSED:
+                return array[:size]
+        self._arrays.append(np.empty(size, dtype=np.uint8))
+        return self._arrays[-1][:size]
+
+
+UNUSED = 3  # references of an array: the list, the loop, and the call that counts
 
 
 class BroadcastGroup:
@@ -52,6 +74,7 @@ class BroadcastGroup:
         store.set_timeout(limit)
         prefix = c10d.PrefixStore("weights", store)
         self.path, self._device = info.path, torch.device(device)
+        self._memory = BucketMemory()
         self._group: Any
         if self._device.type == "cpu":
             self._group = dist.ProcessGroupGloo(prefix, rank, info.size, limit)
@@ -76,7 +99,10 @@ class BroadcastGroup:
         self._broadcast(header)
         if not (size := int(header.item())):
             return None
-        data = torch.empty(size, dtype=torch.uint8, device=self._device)
+        if self._device.type == "cpu":
+            data = as_tensor(self._memory.take(size))
+        else:
+            data = torch.empty(size, dtype=torch.uint8, device=self._device)
         self._broadcast(data)
         return data
 
