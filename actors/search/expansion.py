@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from actors.rollouts.seeds import sample_seed
@@ -17,10 +17,15 @@ from rlsys.trees import Role
 
 @dataclass(slots=True)
 class Plan:
-    """The calls of an expansion, and its new nodes with a fixed text."""
+    """The calls of an expansion, and its new nodes with a fixed text.
+
+    Attributes:
+        redraws: Whether the first token is drawn in place of one that was drawn before.
+    """
 
     calls: list[PlannedCall] = field(default_factory=list)
     fixed: list[NewNode] = field(default_factory=list)
+    redraws: bool = False
 
 
 class Expander:
@@ -69,6 +74,12 @@ class Expander:
         text = f"<{self._types[name].tag}>{self._prefix(name)}"
         return Plan(self._planned_calls(node, name, self._proposer, text, 1, backtrack=True))
 
+    def redraw(self, node: Node, kept: int) -> Plan:
+        """Plan the rest of a chain that keeps the first `kept` tokens of a node and draws all others again."""
+        assert node.parent is not None  # noqa: S101 - the prompt has no tokens of its own
+        forced = list(node.token_ids[:kept])
+        return Plan(self._planned_calls(node.parent, None, self._proposer, "", 1, forced=forced), redraws=True)
+
     def role_of(self, name: str) -> Role | None:
         """Return the role that writes nodes of a type; None if their text is fixed."""
         writer = self._types[name].writer
@@ -99,6 +110,7 @@ class Expander:
         *,
         stop: Stop | None = None,
         backtrack: bool = False,
+        forced: Sequence[int] = (),
     ) -> list[PlannedCall]:
         """Return `count` calls that differ only in their seeds.
 
@@ -108,12 +120,13 @@ class Expander:
         Args:
             text: Text that the search puts before the completion.
             stop: Stop at the end of the requested node; None to request the rest of the chain.
+            forced: Tokens that the search puts before the completion, if there is no text.
         """
         model = self._models[role]
         if text and self._has_other_beginning(node, text):
             return []
         context, spill = self._context(node, role)
-        forced = model.codec.encode(text.removeprefix(spill)) if text else []
+        forced = model.codec.encode(text.removeprefix(spill)) if text else list(forced)
         ids = [*context, *forced]
         room = min(model.max_model_len - len(ids), self._max_chain_tokens - (len(ids) - len(model.prompt_ids)))
         if room < 1:

@@ -26,9 +26,10 @@ from actors.search.selection import choose, frontier_node
 from actors.search.simulations import Simulation, Simulations
 from actors.search.snapshot import finished_tree
 from actors.search.stopping import StopRule, is_correct
+from actors.search.surprise import SurprisingPlaces, add_chain
 from actors.search.tree import GrowingTree, Node, Status
 from rlsys.config.patterns import Pattern
-from rlsys.config.search import FrontierConfig, SearchConfig
+from rlsys.config.search import FrontierConfig, SearchConfig, SurpriseConfig
 from rlsys.trees import ENDINGS, Role, Tree
 from rlsys.types import Prompt, Verdict
 
@@ -70,6 +71,7 @@ class TreeSearch:
         self._backtracking = Backtracking(self._tree)
         self._stop = StopRule(config.stop)
         self._simulations = Simulations(self._tree, self._stop)
+        self._places = SurprisingPlaces(self._tree, self._expander, config.selection)
         self._expansions: dict[Node, Job] = {}
         self._calls = 0
 
@@ -103,6 +105,9 @@ class TreeSearch:
         while self._stop.may_begin() and self._simulations.running < self._config.parallel_simulations:
             if self._backtracking.queue:
                 self._backtrack(*self._backtracking.take())
+            elif isinstance(selection, SurpriseConfig):
+                if not self._begin_by_surprise():
+                    return
             elif self._tree.root.status is Status.OPEN:
                 begun, node = self._stop.begun, self._tree.root
                 if isinstance(selection, FrontierConfig):
@@ -112,6 +117,15 @@ class TreeSearch:
                     return
             else:
                 return
+
+    def _begin_by_surprise(self) -> bool:
+        """Begin a simulation where the model was least sure; return False if it must wait."""
+        if planned := self._places.next_chain(self._simulations.running):
+            node, plan = planned
+            job = self._job("chain", node, self._simulations.begin(node), plan)
+            if not plan.calls:
+                self._apply_single(job, ())
+        return planned is not None
 
     def _continue(self, simulation: Simulation) -> None:
         """Move a simulation down until it requests something, waits for an expansion, or ends."""
@@ -134,10 +148,6 @@ class TreeSearch:
                 self._simulations.leave(simulation)
                 return
             simulation.enter(children[choose(children, node, self._config.selection, self._rng)])
-
-    def _is_ending(self, node: Node) -> bool:
-        """Return whether the proposer ended the chain at a node without an answer. Such a chain has reward 0."""
-        return node.defect in ENDINGS and node.writer == self._proposer
 
     # --- requests ---
 
@@ -229,7 +239,7 @@ class TreeSearch:
         for new in [*job.plan.fixed, *map(self._reader.read_node, job.plan.calls, completions)]:
             child = self._tree.add(node, new)
             self._tree.refresh(child)
-            if self._is_ending(child):  # its reward is known without a simulation
+            if ends_chain(child, self._proposer):  # its reward is known without a simulation
                 self._tree.back_up(child, 0.0)
         self._close(job)
 
@@ -242,28 +252,19 @@ class TreeSearch:
         self._close(job)
         if simulation.node is job.node:  # there was no room for the child
             self._simulations.leave(simulation)
-        elif self._is_ending(simulation.node):
+        elif ends_chain(simulation.node, self._proposer):
             self._simulations.back_up(simulation, 0.0)
         else:
             self._continue(simulation)
 
     def _apply_chain(self, job: Job, completion: Completion) -> None:
         [simulation], [planned] = job.simulations, job.plan.calls
-        reviewed_type: str | None = None
-        for piece in self._reader.read_chain(job.node, planned, completion):
-            node = simulation.node
-            if node is not job.node:  # the chain is one draw from each node that it passes
-                node.drawn_chains += 1
-            if piece.is_reviewed:
-                reviewed_type = piece.node.type
-                break
-            simulation.enter(self._tree.add(node, piece.node))
-        for node in reversed(simulation.path[simulation.path.index(job.node) + 1 :]):
-            self._tree.refresh(node)
+        pieces = self._reader.read_chain(job.node, planned, completion)
+        reviewed_type = add_chain(self._tree, simulation, pieces, self._places, redrawn=job.plan.redraws)
         self._close(job)
         if reviewed_type is not None:
             self._request_review(simulation.node, reviewed_type, simulation)
-        elif self._is_ending(simulation.node):
+        elif ends_chain(simulation.node, self._proposer):
             self._simulations.back_up(simulation, 0.0)
         elif simulation.node is job.node or not simulation.node.terminal:
             self._simulations.leave(simulation)
@@ -283,3 +284,8 @@ class TreeSearch:
             self._backtracking.plan(node)
         self._close(job)
         self._simulations.end(simulation, verdict)
+
+
+def ends_chain(node: Node, proposer: Role) -> bool:
+    """Return whether the proposer ended the chain at a node without an answer. Such a chain has reward 0."""
+    return node.defect in ENDINGS and node.writer == proposer

@@ -36,7 +36,7 @@ def choose(children: Sequence[Stats], parent: Stats, config: SelectionConfig, rn
     if isinstance(config, PuctConfig):
         scores = puct_scores(children, parent, config)
     else:
-        scores = ucb_scores(children, parent, config if isinstance(config, UcbConfig) else _ucb_of(config))
+        scores = ucb_scores(children, parent, _ucb_of(config))
     return draw_best(scores, rng)
 
 
@@ -123,5 +123,8 @@ def _q(child: Stats, parent: Stats) -> float:
     return parent.total / parent.visits if parent.visits else 0.0
 
 
-def _ucb_of(config: FrontierConfig) -> UcbConfig:
-    return UcbConfig(exploration=config.exploration)
+def _ucb_of(config: SelectionConfig) -> UcbConfig:
+    """Return the UCB that chooses among the children of a node, also below a node that another rule chose."""
+    if isinstance(config, UcbConfig):
+        return config
+    return UcbConfig(exploration=config.exploration) if isinstance(config, FrontierConfig) else UcbConfig()

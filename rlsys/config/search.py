@@ -64,7 +64,16 @@ class FrontierConfig(Section):
     """The constant c of UCB (form paper), which chooses among the children that a simulation has just expanded."""
 
 
-SelectionConfig = Annotated[UcbConfig | PuctConfig | FrontierConfig, Field(discriminator="type")]
+class SurpriseConfig(Section):
+    type: Literal["surprise"]
+    unit: Literal["token", "node"] = "token"
+    """`token`: a new chain keeps all tokens before the most surprising one; `node`: it keeps all nodes before the one
+    that holds it."""
+    chains: int = Field(default=1, ge=1)
+    """Number of whole chains that are drawn from the prompt first."""
+
+
+SelectionConfig = Annotated[UcbConfig | PuctConfig | FrontierConfig | SurpriseConfig, Field(discriminator="type")]
 
 
 class CorrectRule(Section):
@@ -158,6 +167,12 @@ class SearchConfig(Section):
     Failures are recorded; a larger share is an error."""
     stop: StopConfig = StopConfig()
     """Limits at which the search of a tree ends."""
+
+    @model_validator(mode="after")
+    def _surprise(self) -> SearchConfig:
+        if isinstance(self.selection, SurpriseConfig) and self.expansion != "chain":
+            raise ValueError("selection {type: surprise} draws whole chains: set expansion to chain")
+        return self
 
 
 class ExtractConfig(Section):

@@ -172,7 +172,7 @@ class World:
         before, parts = START, []
         if marks:
             slash, tag = marks[-1].groups()
-            before = by_tag[tag]
+            before = by_tag.get(tag, "")  # nothing follows a tag that the table does not have
             if not slash:
                 parts.append(f"{self._body(tag, rng)}</{tag}>")
         held = "" if parts else said[marks[-1].end() if marks else 0 :].strip()

@@ -27,7 +27,16 @@ from tree_samples import children_of
 from actors.search.requests import Ask, SearchModel
 from actors.search.tree import Status
 from rlsys.config.patterns import Pattern
-from rlsys.config.search import START, CorrectRule, FrontierConfig, PuctConfig, SearchConfig, StopConfig, UcbConfig
+from rlsys.config.search import (
+    START,
+    CorrectRule,
+    FrontierConfig,
+    PuctConfig,
+    SearchConfig,
+    StopConfig,
+    SurpriseConfig,
+    UcbConfig,
+)
 from rlsys.search.paths import path_tokens
 from rlsys.search.tree_json import parse_line, tree_line
 from rlsys.trees import ENDINGS, Role, ThoughtNode, Tree
@@ -38,6 +47,8 @@ SELECTIONS = (
     UcbConfig(form="code", exploration=1.414),
     PuctConfig(type="puct"),
     FrontierConfig(type="frontier"),
+    SurpriseConfig(type="surprise"),
+    SurpriseConfig(type="surprise", unit="node", chains=2),
 )
 INNER = ("sub_task", "thinking", "hypothesis", "double_check", "reclarify", "reflection")
 
@@ -59,9 +70,10 @@ def tables(draw: st.DrawFn) -> Pattern:
 @st.composite
 def configs(draw: st.DrawFn) -> SearchConfig:
     rules = st.builds(CorrectRule, count=st.integers(1, 4), after=st.integers(0, 12))
+    selection = draw(st.sampled_from(SELECTIONS))
     return SearchConfig(
-        expansion=draw(st.sampled_from(("node", "chain"))),
-        selection=draw(st.sampled_from(SELECTIONS)),
+        expansion="chain" if isinstance(selection, SurpriseConfig) else draw(st.sampled_from(("node", "chain"))),
+        selection=selection,
         parallel_simulations=draw(st.integers(1, 8)),
         backtracking=draw(st.booleans()),
         max_node_tokens=draw(st.sampled_from((4, 12, 64))),
@@ -178,7 +190,7 @@ def check_bounds(tree: Tree, pattern: Pattern, config: SearchConfig) -> None:
         if config.expansion == "node":
             for name, count in below.items():
                 assert count <= row.get(name, 0) + (wrong.get(name, 0) if config.backtracking else 0)
-        else:
+        elif not isinstance(config.selection, SurpriseConfig):  # which draws wherever the model was unsure
             # Each draw of a node may have the children of its row. A longer chain is cut below the node.
             bound = max(1, sum(row.values())) * node.samples
             assert sum(below.values()) <= bound + (sum(wrong.values()) if config.backtracking else 0)
@@ -233,7 +245,7 @@ def check_stop(grown: Grown, config: SearchConfig) -> None:
         assert tree.simulations == stop.simulations and not reached
     else:
         assert tree.simulations < stop.simulations and not reached
-        assert search._tree.root.status is Status.EXHAUSTED
+        assert isinstance(config.selection, SurpriseConfig) or search._tree.root.status is Status.EXHAUSTED
     # Nothing is running. Only backtracking children that the end of the search cut off may still be queued.
     queued = Counter(node.number for node, _ in search._backtracking.queue)
     assert all(node.in_flight == 0 and not node.expanding for node in search._tree.nodes)

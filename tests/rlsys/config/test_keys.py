@@ -75,6 +75,7 @@ def test_keys_of_alternatives_name_the_alternative() -> None:
         ("ucb", "ucb"),
         ("puct", "required"),
         ("frontier", "required"),
+        ("surprise", "required"),
     ]
     assert kinds[1].meaning == "With `puct`, the keys that follow."
 

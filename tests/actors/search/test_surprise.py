@@ -1,0 +1,113 @@
+"""Search that begins new chains where the model was least sure."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from pydantic import ValidationError
+from search_world import BARE, World, grow, search_model, table, token_logprob
+
+from actors.search.expansion import Expander
+from actors.search.requests import SearchModel
+from actors.search.surprise import SurprisingPlaces
+from actors.search.tree import GrowingTree, Node
+from rlsys.config.search import SearchConfig, StopConfig, SurpriseConfig
+
+TABLE = table(
+    {"start": {"thinking": 8}, "thinking": {"thinking": 1, "answer": 1}}, nodes={"thinking": BARE["thinking"]}
+)
+ANSWER = "<answer>"
+
+
+def empty_places() -> SurprisingPlaces:
+    tree = GrowingTree(TABLE, chains=True, max_depth=None)
+    config = SearchConfig(expansion="chain", max_depth=None)
+    expander = Expander(
+        tree, config, {"policy": search_model()}, random.Random(0), tree_seed=(0, ""), max_chain_tokens=9
+    )
+    return SurprisingPlaces(tree, expander, config.selection)
+
+
+def node(number: int, logprobs: list[float], *, forced: int = 0, terminal: bool = False) -> Node:
+    ids = [100 * number + place for place in range(forced + len(logprobs))]
+    return Node(number, None, 1, "thinking", token_ids=ids, logprobs=logprobs, forced=forced, terminal=terminal)
+
+
+def test_places_come_by_surprise_and_once() -> None:
+    places, first, second = empty_places(), node(1, [-0.5, -3.0, -0.1]), node(2, [-9.0, -2.0], forced=4)
+    places.add(first, 0)
+    places.add(second, 1)  # its first token was drawn at a place that was used
+    places.add(node(3, [-99.0], terminal=True), 0)
+    taken = [places.take() for _ in range(5)]
+    assert taken == [(first, 1), (second, 5), (first, 0), (first, 2), None]
+
+
+def test_a_place_that_siblings_share_is_used_once() -> None:
+    places, first, second = empty_places(), node(1, [-2.0, -1.0]), node(2, [-2.0, -1.5])
+    second.token_ids = [first.token_ids[0], 7]
+    places.add(first, 0)
+    places.add(second, 0)
+    assert [places.take() for _ in range(4)] == [(first, 0), (second, 1), (first, 1), None]
+
+
+def test_places_that_led_to_right_answers_come_later() -> None:
+    places, right, wrong = empty_places(), node(1, [-3.0, -2.0]), node(2, [-1.0])
+    places.add(right, 0)
+    places.add(wrong, 0)
+    right.visits, right.total = 4, 3.0  # scores 0.75 and 0.5
+    assert [places.take() for _ in range(3)] == [(wrong, 0), (right, 0), (right, 1)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("unit", ["token", "node"])
+def test_every_chain_begins_at_the_most_surprising_token_so_far(unit: str, seed: int) -> None:
+    model = search_model()
+    config = SearchConfig(
+        expansion="chain",
+        selection={"type": "surprise", "unit": unit},
+        parallel_simulations=1,
+        backtracking=False,
+        stop=StopConfig(simulations=12),
+    )
+    world = World(pattern=TABLE, defects=0.0, failures=1.0)  # no verdicts, so there are no values
+    calls = grow(world, config, models={"policy": model}, seed=seed).calls
+    assert len(calls) == 12
+    prompt, places = len(model.prompt_ids), {}
+    for number, (call, drawn) in enumerate(calls):
+        context = tuple(call.token_ids)
+        if number == 0:
+            assert context == tuple(model.prompt_ids)
+        else:
+            best = max(places, key=places.__getitem__)
+            assert context == best[1], (number, places[best])
+            places[best] = 0.0  # used once
+        whole = [*context, *drawn.token_ids.tolist()]
+        for place in range(len(context) + (number > 0), len(whole)):
+            start = max([prompt, *(end for end in range(prompt + 1, place + 1) if closes(model, whole, end))])
+            if ANSWER in model.codec.decode(whole[start:]).split("</")[0]:
+                break
+            kept = whole[: place if unit == "token" else start]
+            places.setdefault((tuple(whole[: place + 1]), tuple(kept)), -token_logprob(whole[: place + 1]))
+
+
+def closes(model: SearchModel, whole: list[int], end: int) -> bool:
+    """Return whether the tokens before `end` end with a closing tag."""
+    return model.codec.decode(whole[:end]).endswith("</thinking>")
+
+
+def test_whole_chains_come_first() -> None:
+    config = SearchConfig(
+        expansion="chain",
+        selection=SurpriseConfig(type="surprise", chains=3),
+        parallel_simulations=8,
+        stop=StopConfig(simulations=8),
+    )
+    calls = grow(World(pattern=TABLE, defects=0.0, failures=0.0), config, models={"policy": search_model()}).calls
+    lengths = [len(call.token_ids) for call, _ in calls]
+    assert lengths[:3] == [len(search_model().prompt_ids)] * 3 and min(lengths[3:]) >= lengths[0]
+
+
+def test_node_expansion_is_refused() -> None:
+    with pytest.raises(ValidationError, match="set expansion to chain"):
+        SearchConfig(expansion="node", selection=SurpriseConfig(type="surprise"))
