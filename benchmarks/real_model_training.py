@@ -175,7 +175,7 @@ SHOWN = {"no_answer_rate": ".3f", "completion_length": ".1f"}
 
 
 def accuracy(seeds: Mapping[str, Seed], point: str, mode: str) -> str:
-    found = mean_over_prompts(values(seeds, point, mode))
+    found = mean_over_prompts(values(seeds, point, mode)[:, None])
     means = [float(np.mean(seed["points"][point][mode]["accuracy"])) for seed in seeds.values()]
     return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f}) [{min(means):.3f}, {max(means):.3f}]"
 
