@@ -125,7 +125,7 @@ FREE_FIELDS = {
     },
     "search.nodes.NAME": "tag prefixes writer terminal max_tokens",
     "search.tables.NAME": "children after_wrong",
-    "search.selection": "type form exploration length_exponent value_weight entropy_weight depth_weight",
+    "search.selection": "type form exploration length_exponent value_weight entropy_weight depth_weight unit chains",
     "search.stop": "simulations tokens answers correct",
     "search.stop.correct.NUMBER": "count after",
     "extract": "supervised chosen pairs_per_tree step_preferences step_min_visits step_min_gap",
