@@ -8,6 +8,7 @@ shapes of a 135M model, with the same rounding error.
 from __future__ import annotations
 
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ def fast_products() -> torch.library.Library | None:
     if not suits_onednn(CPU_INFO):
         return None
     library = torch.library.Library("aten", "IMPL")
-    for name, function in (("mm", _mm), ("addmm", _addmm)):
-        kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
-        library.impl(name, functools.partial(function, kernel), "CPU", with_keyset=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that these kernels take the place of others
+        for name, function in (("mm", _mm), ("addmm", _addmm)):
+            kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
+            library.impl(name, functools.partial(function, kernel), "CPU", with_keyset=True)
     return library
 
 

@@ -7,9 +7,9 @@ Log-probabilities are in nats, under the distribution that was actually sampled 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from string import ascii_lowercase
 from typing import Any, Literal
 
 import numpy as np
@@ -312,7 +312,8 @@ class TensorSpec:
     def bytes(self) -> int:
         if self.alias:
             return 0
-        bits = 8 if self.dtype == "bool" else int(re.findall(r"\d+", self.dtype)[0])  # as in bfloat16, float8_e4m3fn
+        # As in bfloat16 and float8_e4m3fn.
+        bits = 8 if self.dtype == "bool" else int(self.dtype.lstrip(ascii_lowercase).partition("_")[0])
         return bits // 8 * math.prod(self.shape)
 
 

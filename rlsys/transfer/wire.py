@@ -107,13 +107,15 @@ def _groups(
     specs: list[TensorSpec] = []
     values: list[Tensor] = []
     last: Tensor | None = None
+    size = 0
     for name, tensor in tensors:
         alias = tensor is last
-        if not alias and sum(spec.bytes for spec in specs) >= bucket_bytes:
+        if not alias and size >= bucket_bytes:
             yield tuple(specs), values
-            specs, values = [], []
+            specs, values, size = [], [], 0
         dtype = str(tensor.dtype).removeprefix("torch.")
         specs.append(TensorSpec(name=name, shape=tuple(tensor.shape), dtype=dtype, alias=alias))
+        size += specs[-1].bytes
         if not alias:
             values.append(tensor)
         last = tensor
