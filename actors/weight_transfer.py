@@ -106,10 +106,9 @@ class BucketTransferEngine(WeightTransferEngine[GroupJoin, BucketUpdate]):
         self._adapter = {}
 
     def receive_adapter(self, update_info: dict[str, Any]) -> None:
-        """Keep the tensors of a bucket in host memory, until `take_adapter`."""
+        """Keep a copy of the tensors of a bucket in host memory, until `take_adapter`."""
         info = self.parse_update_info(update_info)
-        for name, tensor in unpack(info.bucket, self._bytes(info), info.skip):
-            self._adapter[name] = tensor.to("cpu", copy=True)
+        self._adapter |= unpack(info.bucket, self._bytes(info).to("cpu", copy=True), info.skip)
 
     def take_adapter(self) -> dict[str, torch.Tensor]:
         """Return the tensors of all buckets."""
