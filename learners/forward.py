@@ -21,8 +21,8 @@ from learners.settings import RankSettings
 from rlsys.errors import InputError
 
 MASK_ELEMENTS = 1 << 26
-"""Bound of the elements of all masks of a pass. Sequences for which they could be more have rows of their own, whose
-attention needs no mask."""
+"""Bound of the elements of all masks of a pass. Samples for which they could be more have rows of their own, whose
+attention needs no mask. The two sides of a pair share a row at any length."""
 ROW_PARTS = (1, 2, 4, 8)
 """Numbers of rows of a rank among which the plan chooses, for several ranks."""
 

@@ -13,8 +13,8 @@ import contextlib
 import datetime
 import logging
 import queue
-import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,18 +41,17 @@ class BucketMemory:
     """
 
     def __init__(self) -> None:
-        self._arrays: list[np.ndarray] = []
+        # Every array, and the part of it that was handed out last, while anything still refers to that.
+        self._parts: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []
 
     def take(self, size: int) -> np.ndarray:
-        """Return [size] uint8. Tensors and arrays that share the memory keep it from being used again."""
-        for array in self._arrays:
-            if array.nbytes >= size and sys.getrefcount(array) == UNUSED:
-                return array[:size]
-        self._arrays.append(np.empty(size, dtype=np.uint8))
-        return self._arrays[-1][:size]
-
-
-UNUSED = 3  # references of an array: the list, the loop, and the call that counts
+        """Return [size] uint8. A tensor that shares the memory keeps it from being used again."""
+        free = (number for number, (array, part) in enumerate(self._parts) if part() is None and array.nbytes >= size)
+        number = next(free, len(self._parts))
+        array = self._parts[number][0] if number < len(self._parts) else np.empty(size, dtype=np.uint8)
+        part = array[:size]
+        self._parts[number : number + 1] = [(array, weakref.ref(part))]
+        return part
 
 
 class BroadcastGroup:
