@@ -30,12 +30,14 @@ CONFIG = ROOT / "configs" / "smollm2_arithmetic.yaml"
 WARM = "runs/bench/warm"
 BIG = ["--name=135M", f"--config={CONFIG}", f"--policy={REAL}"]
 DATA_KEYS = [f"task.path={DATA / 'train.jsonl'}", f"task.held_out_path={DATA / 'held_out.jsonl'}"]
+# With an entropy term, every row has a gradient: the untrained model's groups have equal rewards, which are left out.
+ALL_ROWS = "objective.policy.entropy_coef=1e-9"
 TWO_ACTORS = ["actors.count=2", "actors.threads=1"]
 # Arguments of each benchmark.
 BENCHMARKS = {
     "step": ["step.py"],
     "grpo_1m": ["grpo_step.py"],
-    "grpo_135m": ["grpo_step.py", *BIG, "--steps=3", *DATA_KEYS, "train.groups_per_step=4"],
+    "grpo_135m": ["grpo_step.py", *BIG, "--steps=3", *DATA_KEYS, "train.groups_per_step=4", ALL_ROWS],
     "actors_1m": ["actors.py", f"--policy={WARM}/stages/warm_start"],
     "actors_135m": ["actors.py", *BIG, "--prompts=12", "--rounds=3", *DATA_KEYS, *TWO_ACTORS],
     "rows": ["learner_rows.py", "tokens"],
