@@ -31,7 +31,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from actors.engine_build import ADAPTER_ID
 from rlsys.errors import WeightSyncError
 from rlsys.models.adapters import ADAPTER_STEM
-from rlsys.transfer.collective import BroadcastReceiver
+from rlsys.transfer.collective import BroadcastReceiver, BucketMemory
 from rlsys.transfer.shelf import GroupInfo
 from rlsys.transfer.wire import as_tensor, check_digest, unpack
 from rlsys.types import WeightBucket
@@ -76,6 +76,7 @@ class BucketTransferEngine(WeightTransferEngine[GroupJoin, BucketUpdate]):
         self._broadcast: BroadcastReceiver | None = None
         self._actor, self._version = "", -1  # of the newest bucket
         self._adapter: dict[str, torch.Tensor] = {}
+        self._memory = BucketMemory()
 
     def init_transfer_engine(self, info: GroupJoin) -> None:
         """Join the group; return at once if this worker is a member already."""
@@ -108,7 +109,9 @@ class BucketTransferEngine(WeightTransferEngine[GroupJoin, BucketUpdate]):
     def receive_adapter(self, update_info: dict[str, Any]) -> None:
         """Keep a copy of the tensors of a bucket in host memory, until `take_adapter`."""
         info = self.parse_update_info(update_info)
-        self._adapter |= unpack(info.bucket, self._bytes(info).to("cpu", copy=True), info.skip)
+        data = self._bytes(info)
+        kept = as_tensor(self._memory.take(data.numel())).copy_(data)
+        self._adapter |= unpack(info.bucket, kept, info.skip)
 
     def take_adapter(self) -> dict[str, torch.Tensor]:
         """Return the tensors of all buckets."""

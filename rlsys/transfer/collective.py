@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlsys.transfer.object_store import ObjectStoreSender
-from rlsys.transfer.shelf import BucketReply, BucketRequest, GroupInfo
+from rlsys.transfer.shelf import BucketReply, BucketRequest, GroupInfo, ShelvedBucket
 from rlsys.transfer.wire import PackedBucket, as_tensor, digest_of
-from rlsys.types import WeightBucket, WeightManifest
+from rlsys.types import WeightManifest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -224,13 +224,13 @@ class CollectiveSender(ObjectStoreSender):
     def _join_group(self) -> BroadcastGroup:
         return BroadcastGroup(next(iter(self._infos.values())), 0, self._device)
 
-    def _reply(self, request: BucketRequest, bucket: WeightBucket, data: np.ndarray) -> BucketReply:
+    def _reply(self, request: BucketRequest, shelved: ShelvedBucket) -> BucketReply:
         info = self._infos.get(request.member)
         if request.by_store and info is not None:
             self._break()  # this actor has lost the group
         if info is None or request.by_store or self._broken.is_set():
-            return super()._reply(request, bucket, data)
-        return BucketReply(bucket=bucket, group=info)
+            return super()._reply(request, shelved)
+        return BucketReply(bucket=shelved.bucket, last=shelved.last, group=info)
 
 
 class BroadcastReceiver:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlsys.fault_injection import fault
-from rlsys.transfer.shelf import BucketReply, BucketRequest, BucketShelf, GroupInfo
+from rlsys.transfer.shelf import BucketReply, BucketRequest, BucketShelf, GroupInfo, ShelvedBucket
 from rlsys.transfer.wire import PackedBucket, check_digest, digest_of, pack
 from rlsys.types import WeightBucket, WeightManifest, WeightOffer
 
@@ -47,7 +47,7 @@ class ObjectStoreSender:
         self._shelf.begin(version, attempt)
         try:
             for packed in pack(tensors, self._bucket_bytes, self._shelf.buffer):
-                self._shelf.add(packed.bucket, packed.data)
+                self._shelf.add(packed.bucket, packed.data, last=packed.last)
                 self._added(packed)
                 fault("learner.bucket", version=version)
         except BaseException as error:
@@ -57,16 +57,16 @@ class ObjectStoreSender:
 
     def take(self, request: BucketRequest) -> BucketReply:
         """Answer an actor's question for a bucket, from any thread."""
-        ready, bucket, data = self._shelf.take(request.version, request.attempt, request.index, POLL_S)
-        if bucket is None or data is None:
+        ready, shelved = self._shelf.take(request.version, request.attempt, request.index, POLL_S)
+        if shelved is None:
             return BucketReply(ready=ready)
-        return self._reply(request, bucket, data)
+        return self._reply(request, shelved)
 
     def _added(self, packed: PackedBucket) -> None:
         """Take notice of a bucket that is ready."""
 
-    def _reply(self, request: BucketRequest, bucket: WeightBucket, data: np.ndarray) -> BucketReply:
-        return BucketReply(bucket=bucket, reference=self._reference(request, data))
+    def _reply(self, request: BucketRequest, shelved: ShelvedBucket) -> BucketReply:
+        return BucketReply(bucket=shelved.bucket, last=shelved.last, reference=self._reference(request, shelved.data))
 
     def _reference(self, request: BucketRequest, data: np.ndarray) -> Any:
         """Return a reference of a bucket in the store. Actors that ask at about the same time share it."""
@@ -84,12 +84,14 @@ class Delivery:
     """A bucket that has arrived at an actor, or that its engine receives by broadcast.
 
     Attributes:
+        last: whether the version has no more buckets.
         data: its verified bytes, `[bytes] uint8`; None if the engine receives them from `group`.
         fetch: returns the verified bytes from the object store. Later buckets then come from there, too.
     """
 
     version: int
     bucket: WeightBucket
+    last: bool
     data: np.ndarray | None
     group: GroupInfo | None
     fetch: Callable[[], np.ndarray]
@@ -131,6 +133,8 @@ class BucketReceiver:
         index = 0
         while (delivery := self._delivery(offer, index, self._by_store)) is not None:
             yield delivery
+            if delivery.last:
+                return
             index += 1
 
     def _delivery(self, offer: WeightOffer, index: int, by_store: bool) -> Delivery | None:
@@ -141,6 +145,7 @@ class BucketReceiver:
         return Delivery(
             version=offer.version,
             bucket=reply.bucket,
+            last=reply.last,
             data=data,
             group=reply.group,
             fetch=lambda: self._fetch(offer, index),

@@ -57,14 +57,25 @@ class BucketReply:
     Attributes:
         ready: False if the bucket is not gathered yet; the actor asks again.
         bucket: description of the bucket; None after the last one.
+        last: whether it is the last bucket, so that the actor need not ask for another one.
         reference: reference of its bytes in the object store; None if they are broadcast.
         group: the group of the broadcast.
     """
 
     ready: bool = True
     bucket: WeightBucket | None = None
+    last: bool = False
     reference: Any = None
     group: GroupInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShelvedBucket:
+    """A bucket of the shelf. `data` has its bytes, `[bytes] uint8`; `last` tells that no other bucket follows."""
+
+    bucket: WeightBucket
+    data: np.ndarray
+    last: bool
 
 
 class BucketShelf:
@@ -77,7 +88,7 @@ class BucketShelf:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._key: tuple[int, int] | None = None
-        self._buckets: list[tuple[WeightBucket, np.ndarray]] = []
+        self._buckets: list[ShelvedBucket] = []
         self._memory: list[np.ndarray] = []
         self._complete = False
         self._failure = ""
@@ -96,10 +107,10 @@ class BucketShelf:
             self._memory[index] = np.empty(size, dtype=np.uint8)
         return self._memory[index]
 
-    def add(self, bucket: WeightBucket, data: np.ndarray) -> None:
+    def add(self, bucket: WeightBucket, data: np.ndarray, *, last: bool) -> None:
         """Add the next bucket."""
         with self._changed:
-            self._buckets.append((bucket, data))
+            self._buckets.append(ShelvedBucket(bucket, data, last))
             self._changed.notify_all()
 
     def end(self) -> WeightManifest:
@@ -111,7 +122,7 @@ class BucketShelf:
             self._changed.notify_all()
             version, attempt = self._key
             return WeightManifest(
-                version=version, attempt=attempt, buckets=tuple(bucket for bucket, _ in self._buckets)
+                version=version, attempt=attempt, buckets=tuple(each.bucket for each in self._buckets)
             )
 
     def fail(self, problem: str) -> None:
@@ -120,10 +131,8 @@ class BucketShelf:
             self._failure = problem
             self._changed.notify_all()
 
-    def take(
-        self, version: int, attempt: int, index: int, wait_s: float
-    ) -> tuple[bool, WeightBucket | None, np.ndarray | None]:
-        """Return whether the answer is known, and a bucket with its bytes; None after the last one.
+    def take(self, version: int, attempt: int, index: int, wait_s: float) -> tuple[bool, ShelvedBucket | None]:
+        """Return whether the answer is known, and a bucket; None after the last one.
 
         Args:
             wait_s: seconds to wait for a bucket that is not there yet.
@@ -141,11 +150,11 @@ class BucketShelf:
 
         with self._changed:
             if not self._changed.wait_for(known, wait_s):
-                return False, None, None
+                return False, None
             if self._key != key:
                 raise WeightSyncError(f"weight version {version} is no longer in the memory of the learner")
             if index < len(self._buckets):
-                return True, *self._buckets[index]
+                return True, self._buckets[index]
             if self._failure:
                 raise LearnerLostError(f"weight version {version} was never complete: {self._failure}")
-            return True, None, None
+            return True, None

@@ -27,11 +27,13 @@ class PackedBucket:
     Attributes:
         data: its bytes in host memory, `[bytes] uint8`.
         staged: the same bytes on the device of the tensors; on a CPU, a view of `data`.
+        last: whether the version has no more buckets.
     """
 
     bucket: WeightBucket
     data: np.ndarray
     staged: Tensor
+    last: bool
 
 
 def digest_of(data: np.ndarray) -> str:
@@ -66,10 +68,11 @@ def pack(
         bucket_bytes: size at which a bucket closes, >= 1.
         buffer: returns the host memory of a bucket, for its number and size.
     """
-    for number, (specs, values) in enumerate(_groups(tensors, bucket_bytes)):
+    for number, (specs, values, last) in enumerate(_groups(tensors, bucket_bytes)):
         data = buffer(number, sum(spec.bytes for spec in specs))
         staged = _concatenate(values, data)
-        yield PackedBucket(WeightBucket(tensors=specs, digest=digest_of(data), bytes=data.nbytes), data, staged)
+        bucket = WeightBucket(tensors=specs, digest=digest_of(data), bytes=data.nbytes)
+        yield PackedBucket(bucket, data, staged, last)
 
 
 def unpack(bucket: WeightBucket, raw: Tensor, skip: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
@@ -102,8 +105,8 @@ def as_tensor(data: np.ndarray) -> Tensor:
 
 def _groups(
     tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int
-) -> Iterator[tuple[tuple[TensorSpec, ...], list[Tensor]]]:
-    """Yield the descriptions and the distinct values of the tensors of every bucket."""
+) -> Iterator[tuple[tuple[TensorSpec, ...], list[Tensor], bool]]:
+    """Yield the descriptions and the distinct values of the tensors of every bucket, and whether it is the last."""
     specs: list[TensorSpec] = []
     values: list[Tensor] = []
     last: Tensor | None = None
@@ -111,7 +114,7 @@ def _groups(
     for name, tensor in tensors:
         alias = tensor is last
         if not alias and size >= bucket_bytes:
-            yield tuple(specs), values
+            yield tuple(specs), values, False
             specs, values, size = [], [], 0
         dtype = str(tensor.dtype).removeprefix("torch.")
         specs.append(TensorSpec(name=name, shape=tuple(tensor.shape), dtype=dtype, alias=alias))
@@ -120,7 +123,7 @@ def _groups(
             values.append(tensor)
         last = tensor
     if specs:
-        yield tuple(specs), values
+        yield tuple(specs), values, True
 
 
 def _concatenate(values: list[Tensor], data: np.ndarray) -> Tensor:

@@ -29,7 +29,9 @@ from rlsys.types import TensorSpec, WeightBucket
 def delivery(*names: str) -> Delivery:
     specs = tuple(TensorSpec(name=name, shape=(4,), dtype="float32") for name in names)
     bucket = WeightBucket(tensors=specs, digest="", bytes=16 * len(names))
-    return Delivery(version=3, bucket=bucket, data=None, group=None, fetch=lambda: np.zeros(0, dtype=np.uint8))
+    return Delivery(
+        version=3, bucket=bucket, last=False, data=None, group=None, fetch=lambda: np.zeros(0, dtype=np.uint8)
+    )
 
 
 def test_a_missing_name_names_actor_version_and_tensor_after_the_last_bucket() -> None:

@@ -55,10 +55,12 @@ def test_a_receiver_yields_what_the_sender_sent_bucket_by_bucket() -> None:
     manifest = send(sender, 7, attempt=2)
     assert (manifest.version, manifest.attempt, manifest.bytes) == (7, 2, 16 + 8)
     assert store.objects == {}, "only what an actor asks for is stored"
-    arriving = BucketReceiver("1", "1.0", ask, store.get).receive(offer(sender, 7, attempt=2))
+    receiver = BucketReceiver("1", "1.0", ask, store.get)
+    arriving = receiver.receive(offer(sender, 7, attempt=2))
     first = next(arriving)
     assert store.fetched == ["object 0"] and list(store.objects) == ["object 0"]
     (second,) = arriving
+    assert receiver.answers == 2, "one question for each bucket: the last one says that it is the last"
     received = [entry for each in (first, second) for entry in unpack(each.bucket, as_tensor(each.data))]
     assert [(name, value.dtype) for name, value in received] == [(name, value.dtype) for name, value in TENSORS]
     assert all(torch.equal(value, sent) for (_, value), (_, sent) in zip(received, TENSORS, strict=True))
@@ -133,10 +135,9 @@ def test_a_learner_that_fails_tells_actors_that_wait() -> None:
 def test_the_memory_of_a_version_is_used_again_for_the_next_one() -> None:
     sender = ObjectStoreSender(Store().put, bucket_bytes=1)
     send(sender, 1)
-    first = [id(data) for _, data in sender._shelf._buckets]
+    first = [id(each.data) for each in sender._shelf._buckets]
     send(sender, 2)
-    assert [id(data) for _, data in sender._shelf._buckets] == first
+    assert [id(each.data) for each in sender._shelf._buckets] == first
     sender.send(iter([("a.weight", torch.arange(8.0))]), version=3, attempt=0, members=())
-    assert (
-        [data.nbytes for _, data in sender._shelf._buckets] == [data.nbytes for data in sender._shelf._memory] == [32]
-    )
+    shelf = sender._shelf
+    assert [each.data.nbytes for each in shelf._buckets] == [data.nbytes for data in shelf._memory] == [32]
