@@ -26,10 +26,10 @@ from actors.search.selection import choose, frontier_node
 from actors.search.simulations import Simulation, Simulations
 from actors.search.snapshot import finished_tree
 from actors.search.stopping import StopRule, is_correct
-from actors.search.surprise import SurprisingPlaces, add_chain
+from actors.search.surprise import SurprisingPlaces, add_chain, surprising_places
 from actors.search.tree import GrowingTree, Node, Status
 from rlsys.config.patterns import Pattern
-from rlsys.config.search import FrontierConfig, SearchConfig, SurpriseConfig
+from rlsys.config.search import FrontierConfig, SearchConfig
 from rlsys.trees import ENDINGS, Role, Tree
 from rlsys.types import Prompt, Verdict
 
@@ -71,7 +71,7 @@ class TreeSearch:
         self._backtracking = Backtracking(self._tree)
         self._stop = StopRule(config.stop)
         self._simulations = Simulations(self._tree, self._stop)
-        self._places = SurprisingPlaces(self._tree, self._expander, config.selection)
+        self._places = surprising_places(self._tree, self._expander, config.selection)
         self._expansions: dict[Node, Job] = {}
         self._calls = 0
 
@@ -105,8 +105,8 @@ class TreeSearch:
         while self._stop.may_begin() and self._simulations.running < self._config.parallel_simulations:
             if self._backtracking.queue:
                 self._backtrack(*self._backtracking.take())
-            elif isinstance(selection, SurpriseConfig):
-                if not self._begin_by_surprise():
+            elif self._places is not None:
+                if not self._begin_by_surprise(self._places):
                     return
             elif self._tree.root.status is Status.OPEN:
                 begun, node = self._stop.begun, self._tree.root
@@ -118,9 +118,9 @@ class TreeSearch:
             else:
                 return
 
-    def _begin_by_surprise(self) -> bool:
+    def _begin_by_surprise(self, places: SurprisingPlaces) -> bool:
         """Begin a simulation where the model was least sure; return False if it must wait."""
-        if planned := self._places.next_chain(self._simulations.running):
+        if planned := places.next_chain(self._simulations.running):
             node, plan = planned
             job = self._job("chain", node, self._simulations.begin(node), plan)
             if not plan.calls:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from actors.engine import Completion
 from actors.search.requests import PlannedCall, SearchModel, proposing_role
@@ -181,4 +181,5 @@ def _shifted(spans: Sequence[VersionSpan], low: int, high: int, offset: int) -> 
     for number, span in enumerate(spans):
         stop = spans[number + 1].start if number + 1 < len(spans) else high
         if stop > low and span.start < high:
-            yield replace(span, start=max(span.start, low) - low + offset)
+            start = max(span.start, low) - low + offset
+            yield VersionSpan(start=start, version=span.version, attempt=span.attempt)

@@ -35,12 +35,11 @@ class SurprisingPlaces:
 
     Args:
         expander: Planner of the tree's chains.
-        config: Section `search.selection`. Without surprise, `next_chain` is not called.
+        config: Section `search.selection`.
     """
 
-    def __init__(self, tree: GrowingTree, expander: Expander, config: SelectionConfig) -> None:
-        self._tree, self._expander = tree, expander
-        self._config = config if isinstance(config, SurpriseConfig) else SurpriseConfig(type="surprise")
+    def __init__(self, tree: GrowingTree, expander: Expander, config: SurpriseConfig) -> None:
+        self._tree, self._expander, self._config = tree, expander, config
         self._heap: list[_Entry] = []
         self._numbers = itertools.count()
         self._known: set[tuple[Node | None, tuple[int, ...]]] = set()
@@ -96,17 +95,28 @@ class SurprisingPlaces:
         heapq.heappush(self._heap, _Entry(-_score(node, logprob), next(self._numbers), node, token))
 
 
+def surprising_places(tree: GrowingTree, expander: Expander, selection: SelectionConfig) -> SurprisingPlaces | None:
+    """Return the places of a tree, or None if its search does not select by surprise."""
+    return SurprisingPlaces(tree, expander, selection) if isinstance(selection, SurpriseConfig) else None
+
+
 def _score(node: Node, logprob: float) -> float:
     value = node.total / node.visits if node.visits else 0.0
     return -logprob * (1 - value)
 
 
 def add_chain(
-    tree: GrowingTree, simulation: Simulation, pieces: Iterable[ChainPiece], places: SurprisingPlaces, *, redrawn: bool
+    tree: GrowingTree,
+    simulation: Simulation,
+    pieces: Iterable[ChainPiece],
+    places: SurprisingPlaces | None,
+    *,
+    redrawn: bool,
 ) -> str | None:
     """Add the nodes of a chain to the tree, and enter them.
 
     Args:
+        places: Gets the tokens of new nodes; None if the search does not select by surprise.
         redrawn: Whether the first token of the chain stands at a place that was used.
 
     Returns:
@@ -121,7 +131,7 @@ def add_chain(
             reviewed_type = piece.node.type
             break
         child = tree.add(node, piece.node)
-        if child.samples == 1:
+        if places is not None and child.samples == 1:
             places.add(child, int(redrawn and node is begin))
         simulation.enter(child)
     for node in reversed(simulation.path[simulation.path.index(begin) + 1 :]):

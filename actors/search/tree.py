@@ -138,6 +138,7 @@ class GrowingTree:
         self.max_depth = max_depth
         self._chain_lengths = _shortest_chains(pattern)
         self._allowed: dict[tuple[str, int], dict[str, int]] = {}
+        self._widths: dict[tuple[str, int], int] = {}  # sums of the entries of `_allowed`
         self.root = Node(0, None, 0, START)
         self.nodes = [self.root]
         self.counts: Counter[str] = Counter()
@@ -200,10 +201,13 @@ class GrowingTree:
 
     def has_capacity(self, node: Node) -> bool:
         """Return whether more children of a node may be requested."""
-        if node.full:
+        if node.full or node.defect or node.terminal:
             return False
         if self.chains:
-            return node.drawn_chains < sum(self.allowed(node).values()) * node.samples
+            key = node.type, node.depth
+            if key not in self._widths:
+                self._widths[key] = sum(self.allowed(node).values())
+            return node.drawn_chains < self._widths[key] * node.samples
         return not (node.expanded or node.expanding) and bool(self.allowed(node))
 
     def back_up(self, node: Node, reward: float) -> None:

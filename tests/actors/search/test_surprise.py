@@ -26,7 +26,7 @@ def empty_places() -> SurprisingPlaces:
     expander = Expander(
         tree, config, {"policy": search_model()}, random.Random(0), tree_seed=(0, ""), max_chain_tokens=9
     )
-    return SurprisingPlaces(tree, expander, config.selection)
+    return SurprisingPlaces(tree, expander, SurpriseConfig(type="surprise"))
 
 
 def node(number: int, logprobs: list[float], *, forced: int = 0, terminal: bool = False) -> Node:
