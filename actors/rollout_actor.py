@@ -42,16 +42,8 @@ from rlsys.transfer.object_store import BucketReceiver, Delivery
 from rlsys.transfer.pipeline import prefetched
 from rlsys.transfer.shelf import BucketReply, BucketRequest
 from rlsys.trees import Role, Tree, TreeFailure
-from rlsys.types import (
-    Float32Array,
-    Int32Array,
-    Prompt,
-    RolloutFailure,
-    SamplingSettings,
-    TrajectoryGroup,
-    WeightAck,
-    WeightOffer,
-)
+from rlsys.types import Float32Array, Int32Array, Prompt, RolloutFailure, SamplingSettings, TrajectoryGroup
+from rlsys.weight_types import WeightAck, WeightOffer
 
 logger = logging.getLogger(__name__)
 

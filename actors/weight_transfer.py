@@ -34,7 +34,7 @@ from rlsys.models.adapters import ADAPTER_STEM
 from rlsys.transfer.collective import BroadcastReceiver, BucketMemory
 from rlsys.transfer.shelf import GroupInfo
 from rlsys.transfer.wire import as_tensor, check_digest, unpack
-from rlsys.types import WeightBucket
+from rlsys.weight_types import WeightBucket
 
 BACKEND = "rlsys"
 

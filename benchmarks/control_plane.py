@@ -53,16 +53,8 @@ from rlsys.run.checkpoints import CheckpointStore  # noqa: E402
 from rlsys.run.ledger import Ledger, read_ledger  # noqa: E402
 from rlsys.run.metrics import MetricsWriter  # noqa: E402
 from rlsys.tasks import build_task  # noqa: E402
-from rlsys.types import (  # noqa: E402
-    RunState,
-    Trajectory,
-    TrajectoryGroup,
-    VersionSpan,
-    WeightAck,
-    WeightBucket,
-    WeightManifest,
-    WeightOffer,
-)
+from rlsys.types import RunState, Trajectory, TrajectoryGroup, VersionSpan  # noqa: E402
+from rlsys.weight_types import WeightAck, WeightBucket, WeightManifest, WeightOffer  # noqa: E402
 
 PAGE = ROOT / "docs" / "scaling.md"
 BEGIN, END = "<!-- driver: written by benchmarks/control_plane.py -->", "<!-- end of driver -->"

@@ -37,7 +37,7 @@ from ratios import Ratio, keep  # noqa: E402
 from actors.engine_build import engine_environment  # noqa: E402
 from rlsys.config.schema import ActorsConfig, LoraConfig, WeightSyncConfig  # noqa: E402
 from rlsys.launch.access import child_environment  # noqa: E402
-from rlsys.types import WeightOffer  # noqa: E402
+from rlsys.weight_types import WeightOffer  # noqa: E402
 
 TRANSPORTS = ("object_store", "collective")
 ADAPTER, RELOAD = "adapter", "vllm_reload"

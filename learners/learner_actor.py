@@ -18,7 +18,8 @@ from rlsys.processes import die_with_parent, quiet_worker
 from rlsys.transfer.collective import CollectiveSender
 from rlsys.transfer.object_store import ObjectStoreSender
 from rlsys.transfer.shelf import BucketReply, BucketRequest
-from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch, WeightManifest
+from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch
+from rlsys.weight_types import WeightManifest
 
 WATCH = "watch"  # concurrency group of the calls that are answered while another call runs
 TRANSFER = "transfer"  # concurrency group of the calls by which actors take weights

@@ -39,7 +39,8 @@ from rlsys.directory import CheckpointDirectory
 from rlsys.errors import ConfigError, LearnerLostError
 from rlsys.fault_injection import fault
 from rlsys.interfaces import WeightSender
-from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch, WeightManifest
+from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch
+from rlsys.weight_types import WeightManifest
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -22,10 +22,8 @@ from rlsys.types import (
     TrainingBatch,
     TrajectoryGroup,
     Verdict,
-    WeightAck,
-    WeightManifest,
-    WeightOffer,
 )
+from rlsys.weight_types import WeightAck, WeightManifest, WeightOffer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,16 +12,8 @@ from rlsys.control.watchdog import ProgressTimer
 from rlsys.errors import RlsysError
 from rlsys.interfaces import EngineStats
 from rlsys.trees import Tree, TreeFailure
-from rlsys.types import (
-    Float32Array,
-    Int32Array,
-    Prompt,
-    RolloutFailure,
-    SamplingSettings,
-    TrajectoryGroup,
-    WeightAck,
-    WeightOffer,
-)
+from rlsys.types import Float32Array, Int32Array, Prompt, RolloutFailure, SamplingSettings, TrajectoryGroup
+from rlsys.weight_types import WeightAck, WeightOffer
 
 
 class ActorState(enum.Enum):

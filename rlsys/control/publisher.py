@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from rlsys.control.actor_slots import ActorSlot, ActorState
 from rlsys.errors import LearnerLostError, RlsysError, WeightSyncError
 from rlsys.interfaces import Publication
-from rlsys.types import WeightAck
+from rlsys.weight_types import WeightAck
 
 REFUSALS = 2  # if so many processes refuse a version and none accepts it, the version is broken
 

@@ -16,7 +16,8 @@ from rlsys.control.dispatch import probe
 from rlsys.control.probe_check import largest_gap, probe_check
 from rlsys.errors import ConfigError, WeightSyncError
 from rlsys.interfaces import Learner, RolloutPool
-from rlsys.types import Float32Array, Int32Array, WeightAck, WeightManifest, WeightOffer
+from rlsys.types import Float32Array, Int32Array
+from rlsys.weight_types import WeightAck, WeightManifest, WeightOffer
 
 Judge = Callable[[WeightAck, Sequence[Float32Array]], None]
 

@@ -11,16 +11,8 @@ from rlsys.control.shared_device import SharedDevice
 from rlsys.errors import EngineError
 from rlsys.launch.remote import RayActor, RayLearner
 from rlsys.trees import Tree, TreeFailure
-from rlsys.types import (
-    Float32Array,
-    Int32Array,
-    Prompt,
-    RolloutFailure,
-    SamplingSettings,
-    TrajectoryGroup,
-    WeightAck,
-    WeightOffer,
-)
+from rlsys.types import Float32Array, Int32Array, Prompt, RolloutFailure, SamplingSettings, TrajectoryGroup
+from rlsys.weight_types import WeightAck, WeightOffer
 
 
 class ColocatedActor(RayActor):

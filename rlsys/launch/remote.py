@@ -33,10 +33,8 @@ from rlsys.types import (
     StageName,
     TrainingBatch,
     TrajectoryGroup,
-    WeightAck,
-    WeightManifest,
-    WeightOffer,
 )
+from rlsys.weight_types import WeightAck, WeightManifest, WeightOffer
 
 PLACE = "place"
 

@@ -23,7 +23,7 @@ import numpy as np
 from rlsys.transfer.object_store import ObjectStoreSender
 from rlsys.transfer.shelf import BucketReply, BucketRequest, GroupInfo, ShelvedBucket
 from rlsys.transfer.wire import PackedBucket, as_tensor, digest_of
-from rlsys.types import WeightManifest
+from rlsys.weight_types import WeightManifest
 
 if TYPE_CHECKING:
     from torch import Tensor

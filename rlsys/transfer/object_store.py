@@ -16,7 +16,7 @@ import numpy as np
 from rlsys.fault_injection import fault
 from rlsys.transfer.shelf import BucketReply, BucketRequest, BucketShelf, GroupInfo, ShelvedBucket
 from rlsys.transfer.wire import PackedBucket, check_digest, digest_of, pack
-from rlsys.types import WeightBucket, WeightManifest, WeightOffer
+from rlsys.weight_types import WeightBucket, WeightManifest, WeightOffer
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rlsys.errors import LearnerLostError, WeightSyncError
-from rlsys.types import WeightBucket, WeightManifest
+from rlsys.weight_types import WeightBucket, WeightManifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

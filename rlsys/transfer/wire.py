@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from rlsys.errors import WeightSyncError
-from rlsys.types import TensorSpec, WeightBucket
+from rlsys.weight_types import TensorSpec, WeightBucket
 
 if TYPE_CHECKING:
     from torch import Tensor

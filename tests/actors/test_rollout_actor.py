@@ -15,7 +15,7 @@ from actors.weights import CheckedDeliveries, ModelTensors
 from rlsys.errors import LearnerLostError, RlsysError, WeightSyncError
 from rlsys.transfer.object_store import BucketReceiver
 from rlsys.transfer.shelf import BucketReply, BucketRequest
-from rlsys.types import WeightOffer
+from rlsys.weight_types import WeightOffer
 
 LOST_WITH_THE_RANK = [exceptions.OwnerDiedError, exceptions.ObjectLostError]
 OUT_OF_REACH = [

@@ -23,7 +23,7 @@ from rlsys.config.schema import FromScratchConfig
 from rlsys.errors import WeightSyncError
 from rlsys.models.scratch import build_from_scratch
 from rlsys.transfer.object_store import Delivery
-from rlsys.types import TensorSpec, WeightBucket
+from rlsys.weight_types import TensorSpec, WeightBucket
 
 
 def delivery(*names: str) -> Delivery:

@@ -29,11 +29,8 @@ from rlsys.types import (
     TrajectoryGroup,
     Verdict,
     VersionSpan,
-    WeightAck,
-    WeightBucket,
-    WeightManifest,
-    WeightOffer,
 )
+from rlsys.weight_types import WeightAck, WeightBucket, WeightManifest, WeightOffer
 
 SAMPLING = SamplingSettings(samples=2, temperature=1.0, top_p=1.0, max_tokens=4, seed=0)
 PROBE = (np.arange(4, dtype=np.int32), np.arange(3, dtype=np.int32))

@@ -13,7 +13,8 @@ from rlsys.errors import (
     EngineError,
 )
 from rlsys.interfaces import EngineStats
-from rlsys.types import SamplingSettings, WeightAck, WeightOffer
+from rlsys.types import SamplingSettings
+from rlsys.weight_types import WeightAck, WeightOffer
 
 SETTINGS = SamplingSettings(samples=1, temperature=1.0, top_p=1.0, max_tokens=4, seed=0)
 

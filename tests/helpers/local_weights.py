@@ -10,7 +10,7 @@ import torch
 
 from learners.deepspeed.parameters import published_tensors
 from rlsys.transfer.object_store import BucketReceiver, Delivery, ObjectStoreSender
-from rlsys.types import WeightManifest, WeightOffer
+from rlsys.weight_types import WeightManifest, WeightOffer
 
 BUCKET_BYTES = 100_000
 

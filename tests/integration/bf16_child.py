@@ -25,7 +25,7 @@ from rlsys import fault_injection as faults
 from rlsys.config.schema import ActorsConfig, WeightSyncConfig
 from rlsys.control.weights import WeightBus
 from rlsys.errors import EngineError, WeightSyncError
-from rlsys.types import WeightAck, WeightOffer
+from rlsys.weight_types import WeightAck, WeightOffer
 
 CONFIG = ActorsConfig(max_model_len=128, max_num_seqs=16, kv_cache_gib=0.05, dtype="bf16")
 PUBLISHES, ROWS = 50, 8

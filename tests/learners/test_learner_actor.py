@@ -14,7 +14,7 @@ from learners.learner_actor import LearnerActor
 from rlsys.interfaces import WeightSender
 from rlsys.transfer.object_store import ObjectStoreSender
 from rlsys.transfer.shelf import BucketRequest
-from rlsys.types import WeightManifest
+from rlsys.weight_types import WeightManifest
 
 
 def actor(rank: int) -> LearnerActor:

@@ -19,7 +19,7 @@ from rlsys.errors import (
     TooManyFailuresError,
     WeightSyncError,
 )
-from rlsys.types import WeightAck
+from rlsys.weight_types import WeightAck
 
 
 def test_engine_stats_name_the_engine_and_leave_out_lost_actors() -> None:

@@ -13,7 +13,7 @@ from rlsys.errors import (
     LearnerLostError,
     WeightSyncError,
 )
-from rlsys.types import WeightAck
+from rlsys.weight_types import WeightAck
 
 
 def test_a_stale_actor_gets_no_calls_so_versions_never_mix() -> None:

@@ -15,7 +15,8 @@ from rlsys.config.schema import WeightSyncConfig
 from rlsys.control.probe_check import MAXIMUM_FLOOR, MaximumCheck
 from rlsys.control.weights import WeightBus
 from rlsys.errors import ConfigError, WeightSyncError
-from rlsys.types import Float32Array, Int32Array, WeightAck, WeightManifest, WeightOffer
+from rlsys.types import Float32Array, Int32Array
+from rlsys.weight_types import WeightAck, WeightManifest, WeightOffer
 
 
 class Setup:

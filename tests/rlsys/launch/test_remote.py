@@ -35,7 +35,8 @@ from rlsys.launch.remote import RayActor, RayLearner, RayRank, answer
 from rlsys.launch.start import start_rank
 from rlsys.ray_errors import death
 from rlsys.trees import TreeFailure
-from rlsys.types import RolloutFailure, SamplingSettings, TrainingBatch, WeightOffer
+from rlsys.types import RolloutFailure, SamplingSettings, TrainingBatch
+from rlsys.weight_types import WeightOffer
 
 CONFIG = parse_config({"run": {"dir": "d"}, "model": {"path": "m"}, "task": {"type": "letter_count"}}, "test")
 SETTINGS = SamplingSettings(samples=1, temperature=1.0, top_p=1.0, max_tokens=4, seed=0)

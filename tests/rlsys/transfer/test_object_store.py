@@ -15,7 +15,7 @@ from rlsys.transfer import object_store
 from rlsys.transfer.object_store import STORED_BUCKETS, BucketReceiver, ObjectStoreSender
 from rlsys.transfer.shelf import BucketRequest, BucketShelf
 from rlsys.transfer.wire import as_tensor, unpack
-from rlsys.types import WeightOffer
+from rlsys.weight_types import WeightOffer
 
 TENSORS = [("a.weight", torch.arange(4.0)), ("b.weight", torch.ones(2, 2, dtype=torch.bfloat16))]
 

@@ -32,7 +32,8 @@ from rlsys.transfer.object_store import BucketReceiver, ObjectStoreSender
 from rlsys.transfer.pipeline import prefetched
 from rlsys.transfer.shelf import GroupInfo
 from rlsys.transfer.wire import as_tensor, check_digest, unpack
-from rlsys.types import Float32Array, Int32Array, WeightAck, WeightManifest, WeightOffer
+from rlsys.types import Float32Array, Int32Array
+from rlsys.weight_types import WeightAck, WeightManifest, WeightOffer
 
 TRANSPORTS = ("object_store", "collective")
 BUCKET_BYTES = 100
