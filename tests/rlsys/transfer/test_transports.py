@@ -1,7 +1,7 @@
 """Both transports under the real bus, fleet and loader: from one learner to two actors, over the real gloo.
 
-The learner and the actors are small torch models in one process, so the tensors, checksums and probe comparisons are
-real. Every actor and the learner have threads of their own, as they have processes in a run.
+The learner and the actors are small torch models with threads of their own in one process. The tensors, checksums and
+probe comparisons are real.
 """
 
 from __future__ import annotations
