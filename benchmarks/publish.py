@@ -45,6 +45,7 @@ SIDES = (*TRANSPORTS, ADAPTER, RELOAD)
 LIMITS = {**dict.fromkeys(TRANSPORTS, 2.0), ADAPTER: 0.1}
 LORA = LoraConfig(rank=16, alpha=16)
 ACTORS = 2
+WARM_UP = 3  # the object store holds the buckets of two versions, so a third one still gets new memory
 ENGINE = ActorsConfig(max_model_len=64, max_num_seqs=4, kv_cache_gib=0.1)
 HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, VOCABULARY, BYTES = 576, 1536, 9, 3, 49_152, 4
 
@@ -96,15 +97,20 @@ class Sender:
         settings = {**fields, "device": "cpu", "store": store, "weight_sync": weight_sync, "engine_workers": 1}
         self.sender = weight_sender(RankSettings(**settings))  # type: ignore[arg-type]
 
-    def send(self, version: int) -> int:
-        """Change every trained tensor a little, send all, and return their bytes."""
+    def change(self) -> None:
+        """Change every trained tensor a little."""
         import torch
 
-        from learners.deepspeed.parameters import published_tensors, trained_parameters
+        from learners.deepspeed.parameters import trained_parameters
 
         with torch.no_grad():
             for _, parameter in trained_parameters(self.model):
                 parameter.add_(1e-4)
+
+    def send(self, version: int) -> int:
+        """Send all tensors, and return their bytes."""
+        from learners.deepspeed.parameters import published_tensors
+
         tensors = published_tensors(self.model, lambda parameter: parameter.detach())
         members = [f"{actor}.0" for actor in range(ACTORS)]
         return self.sender.send(tensors, version=version, attempt=0, members=members).bytes
@@ -173,6 +179,11 @@ class Sides:
             self.senders[side] = sender.options(num_cpus=0, runtime_env=plain).remote(*arguments)
         self.bytes: dict[str, int] = {}
 
+    def change(self, side: str) -> None:
+        """Change the weights of the sender of a side, as training would before its next publish."""
+        if side in self.senders:
+            ray.get(self.senders[side].change.remote())
+
     def publish(self, side: str) -> None:
         """Publish a model or an adapter, and return when both engines have it."""
         self.version += 1
@@ -198,12 +209,14 @@ def measure(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
         ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
         try:
             sides = Sides(model, arguments.bucket_mib)
-            for side in SIDES:  # first loads, allocations and the group of the broadcast are not counted
+            for side in SIDES * WARM_UP:  # first loads, allocations and the group of the broadcast are not counted
+                sides.change(side)
                 sides.work(side)()
             result["bytes"] = sides.bytes
             while len(result["rounds"]) < arguments.rounds:
                 seconds = {}
                 for side in SIDES:
+                    sides.change(side)
                     started = time.perf_counter()
                     sides.work(side)()
                     seconds[side] = time.perf_counter() - started
