@@ -148,14 +148,26 @@ class Engine:
 
     def prompt_logprobs(self, rows: Sequence[Int32Array]) -> list[Float32Array]:
         """Return log p(token t+1 | tokens 0..t) for every row, [T-1] each, in nats. No cached prefix is used."""
-        futures: list[Future[Float32Array]] = [Future() for _ in rows]
+        return [future.result()[1][:, 0] for future in self.token_scores(rows, None)]
+
+    def token_scores(
+        self, rows: Sequence[Sequence[int] | Int32Array], tokens: int | None
+    ) -> list[Future[tuple[Int32Array, Float32Array]]]:
+        """Return futures for the log-probabilities of tokens after each prefix of rows of T tokens.
+
+        A future has ids and log-probabilities in nats, at temperature 1, [T-1, K] each. No cached prefix is used.
+
+        Args:
+            tokens: K, the number of the most probable tokens; None for the row's own token alone, K = 1.
+        """
+        futures: list[Future[Any]] = [Future() for _ in rows]
 
         def add() -> None:
             for row, future in zip(rows, futures, strict=True):
-                self._score(row, future)
+                self._score(row, tokens, future)
 
         self._call(add, lambda error: _fail(futures, error))
-        return [future.result() for future in futures]
+        return futures
 
     def update_weights(
         self, version: int, attempt: int, deliveries: Iterable[Delivery], tied_output: str | None = None
@@ -254,27 +266,12 @@ class Engine:
         return True
 
     def _add(self, request: CompletionRequest, future: Future[Completion]) -> None:
-        from vllm.sampling_params import RequestOutputKind
-
-        settings = {
-            "temperature": request.temperature,
-            "top_p": request.top_p,
-            "max_tokens": request.max_tokens,
-            "seed": request.seed,
-            "logprobs": 0,
-            "flat_logprobs": True,
-            "stop_token_ids": [*self._end_token_ids, *request.stop_token_ids],
-            "stop": list(request.stop_strings),
-            "detokenize": bool(request.stop_strings),
-            "skip_special_tokens": False,  # a stop string may contain a special token
-            "include_stop_str_in_output": True,
-            "output_kind": RequestOutputKind.FINAL_ONLY,
-        }
+        settings = _sampling_settings(request, self._end_token_ids)
         self._start(request.request_id, request.token_ids, settings, _Pending(future, self._completion))
 
-    def _score(self, row: Int32Array, future: Future[Float32Array]) -> None:
-        settings = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
-        self._start("probe", row, settings, _Pending(future, lambda output: _read_prompt_logprobs(output, row)))
+    def _score(self, row: Sequence[int] | Int32Array, tokens: int | None, future: Future[Any]) -> None:
+        settings = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": tokens or 0, "detokenize": False}
+        self._start("row to score", row, settings, _Pending(future, lambda output: _read_scores(output, row, tokens)))
 
     def _completion(self, output: Any) -> Completion:
         completion = _read_completion(output)
@@ -342,6 +339,26 @@ def _fail(futures: Sequence[Future[Any]], error: BaseException) -> None:
             future.set_exception(error)
 
 
+def _sampling_settings(request: CompletionRequest, end_token_ids: Sequence[int]) -> dict[str, Any]:
+    """Return vLLM's sampling parameters of a request."""
+    from vllm.sampling_params import RequestOutputKind
+
+    return {
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "max_tokens": request.max_tokens,
+        "seed": request.seed,
+        "logprobs": 0,
+        "flat_logprobs": True,
+        "stop_token_ids": [*end_token_ids, *request.stop_token_ids],
+        "stop": list(request.stop_strings),
+        "detokenize": bool(request.stop_strings),
+        "skip_special_tokens": False,  # a stop string may contain a special token
+        "include_stop_str_in_output": True,
+        "output_kind": RequestOutputKind.FINAL_ONLY,
+    }
+
+
 def _read_completion(output: Any) -> Completion:
     completion = output.outputs[0]
     return Completion(
@@ -359,6 +376,13 @@ def _read_span(start: int, label: str) -> VersionSpan:
     return VersionSpan(start=start, version=int(version), attempt=int(attempt))
 
 
-def _read_prompt_logprobs(output: Any, row: Int32Array) -> Float32Array:
-    values = [output.prompt_logprobs[i][int(row[i])].logprob for i in range(1, len(row))]
-    return np.asarray(values, dtype=np.float32)
+def _read_scores(output: Any, row: Sequence[int] | Int32Array, tokens: int | None) -> tuple[Int32Array, Float32Array]:
+    """Return ids and log-probabilities of the tokens after each prefix, [T-1, K] each."""
+    ids = np.empty((len(row) - 1, tokens or 1), dtype=np.int32)
+    logprobs = np.empty(ids.shape, dtype=np.float32)
+    for place, given in enumerate(output.prompt_logprobs[1:]):
+        own = int(row[place + 1])
+        best = [own] if tokens is None else [token for token, score in given.items() if score.rank <= tokens]
+        ids[place] = best
+        logprobs[place] = [given[token].logprob for token in best]
+    return ids, logprobs

@@ -78,6 +78,7 @@ def engine_arguments(model_path: Path, config: ActorsConfig, device: str, stop_s
         "block_size": config.block_size,
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",
+        "max_logprobs": -1,  # a teacher gives as many as the config asks for
         "skip_tokenizer_init": not stop_strings,
         "enforce_eager": config.enforce_eager,
         "tensor_parallel_size": config.tensor_parallel_size,

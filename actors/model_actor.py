@@ -1,4 +1,4 @@
-"""Thin Ray shell around one auxiliary engine, and the client through which trees use such engines."""
+"""Thin Ray shell around one auxiliary engine, and the client through which actors use such engines."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ModelActor:
         die_with_parent()
         self.name = settings.name
         self._idle_checks = 0
-        self._open: dict[str, set[Future[Completion]]] = {}  # by caller
+        self._open: dict[str, set[Future[Any]]] = {}  # by caller
         try:
             ends = ModelFolder(settings.model_path).end_token_ids
             self.engine = Engine(settings.model_path, settings.actors, settings.device, ends, stop_strings=True)
@@ -70,6 +70,11 @@ class ModelActor:
             caller: Name of the calling process.
         """
         (future,) = self.engine.submit([request])
+        outcome: Completion | RolloutError = await self._outcome(future, caller)
+        return outcome
+
+    async def _outcome(self, future: Future[Any], caller: str) -> Any:
+        """Return the result of an open request of a caller, or the error of a refused request."""
         self._open.setdefault(caller, set()).add(future)
         try:
             return await asyncio.wrap_future(future)
@@ -77,6 +82,10 @@ class ModelActor:
             return error
         finally:
             self._open.get(caller, set()).discard(future)
+
+    async def score(self, token_ids: Sequence[int], tokens: int | None, caller: str) -> Any:
+        """Return ids and log-probabilities of a row, as `Engine.token_scores` does, or the error of a refused row."""
+        return await self._outcome(self.engine.token_scores([token_ids], tokens)[0], caller)
 
     async def forget(self, caller: str) -> None:
         """Abort all requests of a process that is lost."""
@@ -109,7 +118,7 @@ class RemoteEngine:
     def __init__(self, handles: Sequence[Any], name: str, caller: str) -> None:
         self._handles = handles
         self._name, self._caller = name, caller
-        self._open: set[Future[Completion]] = set()
+        self._open: set[Future[Any]] = set()
 
     @property
     def has_open_requests(self) -> bool:
@@ -117,14 +126,21 @@ class RemoteEngine:
 
     def submit(self, requests: Sequence[CompletionRequest], affinity: int = 0) -> list[Future[Completion]]:
         index = affinity % len(self._handles)
-        engine_name, complete = f"{self._name} engine {index}", self._handles[index].complete
-        futures: list[Future[Completion]] = [Future() for _ in requests]
-        for request, future in zip(requests, futures, strict=True):
-            reference = complete.remote(request, self._caller)
-            self._open.add(future)
-            future.add_done_callback(partial(self._settled, reference))
-            reference.future().add_done_callback(partial(_settle, future, engine_name))
-        return futures
+        complete = self._handles[index].complete
+        return [self._answer(index, complete.remote(request, self._caller)) for request in requests]
+
+    def score(self, token_ids: Sequence[int], tokens: int | None, affinity: int) -> Future[Any]:
+        """Return a future for the scores of a row; see `Engine.token_scores`."""
+        index = affinity % len(self._handles)
+        return self._answer(index, self._handles[index].score.remote(token_ids, tokens, self._caller))
+
+    def _answer(self, index: int, reference: Any) -> Future[Any]:
+        """Return a future for the answer of an engine."""
+        future: Future[Any] = Future()
+        self._open.add(future)
+        future.add_done_callback(partial(self._settled, reference))
+        reference.future().add_done_callback(partial(_settle, future, f"{self._name} engine {index}"))
+        return future
 
     def _settled(self, reference: Any, future: Future[Completion]) -> None:
         """Forget a request; one that its caller has cancelled is cancelled at the engine, too."""
@@ -133,7 +149,7 @@ class RemoteEngine:
             ray.cancel(reference)
 
 
-def _settle(future: Future[Completion], engine_name: str, reply: Future[Completion | RolloutError]) -> None:
+def _settle(future: Future[Any], engine_name: str, reply: Future[Any]) -> None:
     """Copy an actor's reply to the caller's future. Turn a Ray error into an AuxiliaryEngineLostError."""
     error = CancelledError() if reply.cancelled() else reply.exception()
     with contextlib.suppress(InvalidStateError):  # the caller has cancelled the future

@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from typing import Any, cast
 
 import ray
@@ -30,6 +30,7 @@ from actors.search.build import build_codec, build_scheduler
 from actors.search.group import build_searched_group
 from actors.search.scheduler import CompletionEngine, TreeScheduler
 from actors.settings import ActorSettings
+from actors.teacher import Teacher
 from actors.verifiers.pool import RewardPool
 from actors.weights import CheckedDeliveries, expected_tensors
 from rlsys.errors import EngineError, LearnerLostError, RlsysError, RolloutError, WeightSyncError
@@ -64,6 +65,7 @@ class RolloutActor:
         self.auxiliary = {
             role: RemoteEngine(handles, role, member) for role, handles in settings.auxiliary_handles.items()
         }
+        self.teacher = Teacher(settings.teacher, member) if settings.teacher else None
         self.waited = 0
         try:
             self.model = ModelFolder(settings.model_path)
@@ -107,7 +109,8 @@ class RolloutActor:
         The number also grows with every call while this actor's engine is idle and an auxiliary engine has an open
         request: the watchdog watches auxiliary engines separately.
         """
-        self.waited += self.engine.idle and any(engine.has_open_requests for engine in self.auxiliary.values())
+        others = [*self.auxiliary.values(), *([self.teacher.engine] if self.teacher else [])]
+        self.waited += self.engine.idle and any(engine.has_open_requests for engine in others)
         arrivals = self.scheduler.arrivals if self.scheduler else 0
         weights = self.loaded + self.loading.count + self.receiver.answers
         return self.engine.steps + arrivals + self.rewards.verdicts + weights + self.waited
@@ -122,6 +125,8 @@ class RolloutActor:
         outcomes = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
         size = settings.samples
         groups = [self._finish(prompt, outcomes[size * i : size * (i + 1)]) for i, prompt in enumerate(prompts)]
+        if self.teacher and settings.teacher:
+            groups = [self._scored(group) for group in groups]
         return list(await asyncio.gather(*groups))
 
     async def grow(self, prompt: Prompt) -> Tree | TreeFailure:
@@ -136,7 +141,13 @@ class RolloutActor:
         tree = await self.grow(prompt)
         if isinstance(tree, TreeFailure):
             return RolloutFailure(prompt=prompt, reason=tree.reason, tokens=tree.tokens)
-        return build_searched_group(tree, prompt, cast(TagCodec, self.codec), self.extract)
+        group = build_searched_group(tree, prompt, cast(TagCodec, self.codec), self.extract)
+        return await self.teacher.score_group(group) if self.teacher else group
+
+    async def _scored(self, finishing: Awaitable[TrajectoryGroup | RolloutFailure]) -> TrajectoryGroup | RolloutFailure:
+        """Return a group with the scores of the teacher."""
+        assert self.teacher is not None  # noqa: S101 - the caller has asked for it
+        return await self.teacher.score_group(await finishing)
 
     async def engine_stats(self) -> EngineStats:
         """Return the engine's statistics since the last call."""

@@ -13,6 +13,19 @@ from rlsys.config.tasks import TaskConfig
 from rlsys.trees import Role
 
 
+@dataclass(frozen=True, slots=True)
+class TeacherEngines:
+    """The teacher of an actor.
+
+    Attributes:
+        handles: Ray handles of its ModelActors.
+        tokens: Number of its most probable tokens at every place; None for the sampled token alone.
+    """
+
+    handles: Sequence[Any]
+    tokens: int | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorSettings:
     """Settings of one rollout actor.
@@ -24,6 +37,7 @@ class ActorSettings:
         lora: Section `model.lora`; None if the actor serves whole models.
         adapter: Folder of the adapter to begin with; None for one that changes nothing.
         shares_device: Whether the engine must be able to sleep while the learner uses the device.
+        teacher: The teacher that scores all trajectories; None without one.
         search: Section `search`; None if the actor never searches. All later fields concern only the search.
         role: Role of the actor's own engine in a tree: "policy", or "model" in `rlsys search` with search.model.
         auxiliary_handles: Ray handles of the ModelActors, for every other role.
@@ -43,6 +57,7 @@ class ActorSettings:
     adapter: Path | None = None
     shares_device: bool = False
     weight_timeout_s: float = 60.0
+    teacher: TeacherEngines | None = None
     search: SearchConfig | None = None
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -113,7 +113,8 @@ def bare_step(work: Work, side: Side, rank: int) -> Step:
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM
 
-    from learners.samples.batching import collate, plan_micro_batches
+    from learners.samples.batching import collate
+    from learners.samples.planning import plan_micro_batches
 
     torch.set_num_threads(side.threads)
     if side.ranks > 1:

@@ -166,7 +166,8 @@ def torch_update(model: Path, size: Size, config: Config) -> tuple[Update, dict[
     import torch
     from transformers import AutoModelForCausalLM
 
-    from learners.samples.batching import collate, plan_micro_batches
+    from learners.samples.batching import collate
+    from learners.samples.planning import plan_micro_batches
 
     module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
     options = config.train.optimizer

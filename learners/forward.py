@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 from learners.attention import can_pack
 from learners.language_model import CHUNK_LOGITS
-from learners.samples.batching import MicroBatch, collate, plan_micro_batches, to_device
+from learners.objective.logprobs import OtherTokens
+from learners.samples.batching import MicroBatch, collate, to_device
 from learners.samples.packing import share_rows
+from learners.samples.planning import plan_micro_batches
 from learners.samples.types import PackItem
 from learners.settings import RankSettings
 from rlsys.errors import InputError
@@ -127,8 +129,8 @@ class ForwardPasses:
                 f"has {self.vocabulary} tokens; data and model.path belong to different models"
             )
 
-    def logprobs(self, model: Any, batch: MicroBatch, *, entropy: bool) -> tuple[Tensor, Tensor]:
-        """Compute log-probabilities of all targets, and entropies at the policy's targets.
+    def logprobs(self, model: Any, batch: MicroBatch, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute log-probabilities of all targets, entropies at the policy's, and those of the teacher's tokens.
 
         Args:
             model: a LanguageModel, or an engine of one.
@@ -138,6 +140,7 @@ class ForwardPasses:
         Returns:
             logprobs: [N] nats. The policy term's targets use the sampling temperature, other targets temperature 1.
             entropy: [M] nats; [0] without `entropy`.
+            others: [P, K] nats, of the tokens that the teacher scored.
         """
         self.passes += 1
         temperature = torch.ones(len(batch.targets), device=batch.targets.device)
@@ -146,7 +149,8 @@ class ForwardPasses:
             temperature[batch.policy.positions] = self._settings.temperature
             if entropy:
                 at = torch.zeros_like(batch.targets, dtype=torch.bool).index_fill_(0, batch.policy.positions, True)
-        logprobs, entropies = model(
+        distill = batch.distill
+        logprobs, entropies, others = model(
             input_ids=batch.input_ids,
             targets=batch.targets,
             target_ids=batch.target_ids,
@@ -154,10 +158,11 @@ class ForwardPasses:
             parts=batch.parts,
             entropy_at=at,
             entropy_gradient=self._settings.objective.policy.entropy_coef > 0,
+            others=OtherTokens(distill.positions, distill.ids) if distill else None,
             depths=batch.depths,
             attention=batch.attention,
         )
-        return logprobs, entropies
+        return logprobs, entropies, others
 
     def score(self, model: Any, row: Any) -> Tensor:
         """Return log p(token t+1 | tokens 0..t) of a row of T tokens, [T-1], at temperature 1."""

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from learners.objective.logprobs import token_logprobs
+from learners.objective.logprobs import OtherTokens, token_logprobs
 from learners.samples.packing import RowAttention
 from learners.small_model import REFUSALS, small_model
 
@@ -68,10 +68,13 @@ class LanguageModel(nn.Module):
         parts: int = 1,
         entropy_at: Tensor | None = None,
         entropy_gradient: bool = False,
+        others: OtherTokens | None = None,
         depths: Tensor | None = None,
         attention: RowAttention | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities and entropies of targets; see `token_logprobs`.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-probabilities and entropies of targets, and log-probabilities of other tokens.
+
+        See `token_logprobs`.
 
         Args:
             input_ids: [B, L] int64.
@@ -82,25 +85,30 @@ class LanguageModel(nn.Module):
                 of a partitioned output layer for every part.
             entropy_at: [N] bool, where entropies are computed; None computes none.
             entropy_gradient: whether entropies carry gradient.
+            others: tokens other than the targets; None for none.
             depths, attention: see `MicroBatch`; None if every row holds one sample.
 
         Returns:
             logprobs: [N] nats; carries gradient, also for N = 0.
             entropy: [M] nats.
+            others: [P, K] nats; carries gradient.
         """
-        targets_only = _Targets(target_ids, temperature, entropy_at)
+        targets_only = _Targets(target_ids, temperature, entropy_at, others)
         if self._sequence is None:
             states = self._states(input_ids, targets, depths, attention)
             return self._logprobs(states, targets_only, parts, entropy_gradient)
         own_ids, positions = self._sequence.part(input_ids)
         numbers, places = self._sequence.own_places(targets, input_ids.shape[1])
         states = self._states(own_ids, places, positions, None)
-        own, own_entropies = self._logprobs(states, targets_only.select(numbers), parts, entropy_gradient)
+        own, entropies, at_others = self._logprobs(states, targets_only.select(numbers), parts, entropy_gradient)
         logprobs = self._sequence.combine(own, numbers, len(targets))
-        if entropy_at is None:
-            return logprobs, own_entropies
-        numbers = (entropy_at.cumsum(0) - 1)[numbers][entropy_at[numbers]]
-        return logprobs, self._sequence.combine(own_entropies, numbers, int(entropy_at.sum()))
+        if others is not None:
+            of_rank = torch.isin(others.rows, numbers).nonzero().squeeze(-1)
+            at_others = self._sequence.combine(at_others, of_rank, len(others.rows))
+        if entropy_at is not None:
+            numbers = (entropy_at.cumsum(0) - 1)[numbers][entropy_at[numbers]]
+            entropies = self._sequence.combine(entropies, numbers, int(entropy_at.sum()))
+        return logprobs, entropies, at_others
 
     def _states(
         self, input_ids: Tensor, places: Tensor, depths: Tensor | None, attention: RowAttention | None
@@ -109,20 +117,27 @@ class LanguageModel(nn.Module):
         body = self.module.base_model if self._divides else self.module
         return run_body(body, input_ids, depths, attention).flatten(0, 1).index_select(0, places)
 
-    def _logprobs(self, states: Tensor, targets: _Targets, parts: int, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities and entropies of targets from the states that predict them."""
+    def _logprobs(
+        self, states: Tensor, targets: _Targets, parts: int, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-probabilities and entropies of targets from the states that predict them, and other tokens'."""
 
-        def part(states: Tensor, target_ids: Tensor, temperature: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor]:
+        def part(states: Tensor, part: _Targets) -> tuple[Tensor, Tensor, Tensor]:
             logits = self._output_layer(states) if self._divides else states
-            return token_logprobs(logits, target_ids, temperature, entropy_at=at, entropy_gradient=entropy_gradient)
+            return token_logprobs(
+                logits,
+                part.ids,
+                part.temperature,
+                entropy_at=part.entropy_at,
+                entropy_gradient=entropy_gradient,
+                others=part.others,
+            )
 
         if parts == 1:
-            return part(states, targets.ids, targets.temperature, targets.entropy_at)
-        split = [each.tensor_split(parts) for each in (states, targets.ids, targets.temperature)]
-        at = targets.entropy_at.tensor_split(parts) if targets.entropy_at is not None else [None] * parts
-        results = [checkpoint(part, *each, use_reentrant=False) for each in zip(*split, at, strict=True)]
-        logprobs, entropy = zip(*results, strict=True)
-        return torch.cat(logprobs), torch.cat(entropy)
+            return part(states, targets)
+        pairs = zip(states.tensor_split(parts), targets.split(parts), strict=True)
+        logprobs, entropy, others = zip(*(checkpoint(part, *pair, use_reentrant=False) for pair in pairs), strict=True)
+        return torch.cat(logprobs), torch.cat(entropy), torch.cat(others)
 
     def gradient_checkpointing_enable(self, **arguments: Any) -> None:
         """Compute the activations of the body again in the backward pass."""
@@ -140,15 +155,27 @@ class LanguageModel(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class _Targets:
-    """N targets: their tokens, temperatures, and where entropies are computed."""
+    """N targets: their tokens, temperatures, where entropies are computed, and other tokens."""
 
     ids: Tensor
     temperature: Tensor
     entropy_at: Tensor | None
+    others: OtherTokens | None
 
     def select(self, numbers: Tensor) -> _Targets:
+        """Return the targets of ascending numbers, [n] int64."""
         at = None if self.entropy_at is None else self.entropy_at[numbers]
-        return _Targets(self.ids[numbers], self.temperature[numbers], at)
+        others = None
+        if self.others is not None:
+            inside = torch.isin(self.others.rows, numbers)
+            others = OtherTokens(torch.searchsorted(numbers, self.others.rows[inside]), self.others.ids[inside])
+        return _Targets(self.ids[numbers], self.temperature[numbers], at, others)
+
+    def split(self, parts: int) -> list[_Targets]:
+        """Return consecutive parts, as `tensor_split` makes them."""
+        return [
+            self.select(numbers) for numbers in torch.arange(len(self.ids), device=self.ids.device).tensor_split(parts)
+        ]
 
 
 class _OutputLayer:

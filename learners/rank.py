@@ -26,8 +26,8 @@ from learners.deepspeed.partition import restart_numbers
 from learners.deepspeed.reference import ReferencePolicy
 from learners.deepspeed.rollback import rollback_on_non_finite
 from learners.forward import ForwardPasses
-from learners.samples.batching import split_updates
 from learners.samples.build import StepTerms, build_samples, count_dropped_step_pairs
+from learners.samples.planning import split_updates
 from learners.samples.signal import policy_changes_weights
 from learners.samples.types import PackItem, Sample, lacks_old_logprobs, with_old_logprobs
 from learners.scoring import RankScorer

@@ -37,6 +37,7 @@ MEANS = {
         "rejected_logprob": "preference/rejected_logprob",
     },
     "sft": {},
+    "distill": {"divergence": "distill/divergence"},
     "value": {"value_clipped": "value/clipped_fraction", "squared_error": "value/squared_error"},
 }
 MAXIMA = {

@@ -108,8 +108,8 @@ class TrainingStep:
         if context.measures_gradients:
             self._measure_gradient_norms(batches)
         for batch in batches:
-            logprobs, entropy = self.forward.logprobs(self.policy, batch, entropy=True)
-            terms = joint_loss(logprobs, entropy, batch, self.settings.objective)
+            logprobs, entropy, others = self.forward.logprobs(self.policy, batch, entropy=True)
+            terms = joint_loss(logprobs, entropy, batch, self.settings.objective, others)
             self.metrics.add_pass(batch)
             for term, output in terms.items():
                 self.metrics.add_term(term, output, batch.count(term), self.weights[term])
@@ -131,8 +131,8 @@ class TrainingStep:
             if term != "value"
         }
         for batch in batches:
-            logprobs, entropy = self.forward.logprobs(self.policy.bare, batch, entropy=True)
-            for term, output in joint_loss(logprobs, entropy, batch, self.settings.objective).items():
+            logprobs, entropy, others = self.forward.logprobs(self.policy.bare, batch, entropy=True)
+            for term, output in joint_loss(logprobs, entropy, batch, self.settings.objective, others).items():
                 _add_gradient(gradients[term], self.weights[term] * output.loss, parameters)
         self.metrics.note_gradient_norms({term: summed_gradient_norm(parts) for term, parts in gradients.items()})
 

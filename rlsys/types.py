@@ -93,6 +93,21 @@ class VersionSpan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherTokens:
+    """Log-probabilities of a teacher for tokens of a sequence, at temperature 1.
+
+    Attributes:
+        mask: [T] bool, True on tokens that the teacher scored.
+        ids: [T, K] int32, tokens that could stand there: the most probable ones, or the token itself if K is 1.
+        logprobs: [T, K] float32, nats, of these tokens given all tokens before; valid where the mask is True.
+    """
+
+    mask: BoolArray
+    ids: Int32Array
+    logprobs: Float32Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """A thought node inside a searched trajectory.
 
@@ -132,6 +147,7 @@ class Trajectory:
         reward: the reward of the verifier; meaningless if the outcome is "error" or "timeout".
         detail: the verifier's reason, for example why it failed.
         steps: thought nodes in order, for a trajectory from a tree.
+        teacher: scores of a teacher; None without one.
     """
 
     token_ids: Int32Array
@@ -144,6 +160,7 @@ class Trajectory:
     answered: bool
     detail: str = ""
     steps: tuple[Step, ...] = ()
+    teacher: TeacherTokens | None = None
 
     @property
     def completion_length(self) -> int:
@@ -168,10 +185,12 @@ class Demonstration:
     Attributes:
         token_ids: [T] int32.
         loss_mask: [T] bool, True on the completion.
+        teacher: scores of a teacher; None without one.
     """
 
     token_ids: Int32Array
     loss_mask: BoolArray
+    teacher: TeacherTokens | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,6 +303,7 @@ class SamplingSettings:
         top_p: nucleus mass.
         max_tokens: maximum length of a completion.
         seed: seed of the random numbers.
+        teacher: whether the teacher of the run scores the completions.
     """
 
     samples: int
@@ -291,6 +311,7 @@ class SamplingSettings:
     top_p: float
     max_tokens: int
     seed: int
+    teacher: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ HEAVY = {
     "actors.engine",
     "actors.model_actor",
     "actors.rollout_actor",
+    "actors.teacher",
     "learners.deepspeed.engine",
     "learners.learner_actor",
 }

@@ -74,17 +74,17 @@ class SequenceGroup:
         return numbers, (rows * width + columns - self._index * width)[numbers]
 
     def combine(self, values: Tensor, numbers: Tensor, count: int) -> Tensor:
-        """Return the values of all ranks of the group, [N]. Collective.
+        """Return the values of all ranks of the group, [N] or [N, K]. Collective.
 
         Every rank computes one and the same loss of them. The gradient reaches only this rank's values, so the sum of
         the ranks' gradients is that of one loss.
 
         Args:
-            values: [n] values of this rank.
+            values: [n] or [n, K] values of this rank.
             numbers: [n] int64, their numbers.
             count: number of all values, N.
         """
-        own = values.new_zeros(count).index_copy(0, numbers, values)
+        own = values.new_zeros((count, *values.shape[1:])).index_copy(0, numbers, values)
         total = own.detach().clone()
         dist.all_reduce(total, group=self._group)
         return own + (total - own.detach())

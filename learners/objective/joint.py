@@ -1,4 +1,4 @@
-"""The joint loss: the weighted sum of the terms policy, kl, preference and sft.
+"""The joint loss: the weighted sum of the terms policy, kl, preference, sft and distill.
 
     loss = sum_c weight_c * loss_c / denominator_c
 
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from learners.objective import losses
 from learners.objective.advantages import Float64Array
+from learners.objective.distillation import divergence_loss, sampled_loss
 from learners.objective.losses import LossOutput
 from learners.objective.preferences import pair_scores, preference_loss
-from learners.samples.batching import MicroBatch, PairTargets, PolicyTargets
+from learners.samples.batching import DistillTargets, MicroBatch, PairTargets, PolicyTargets
 from learners.samples.types import PackItem, Sample, count_targets
 from rlsys.config.objective import ObjectiveConfig, PolicyConfig, PreferenceConfig
 
@@ -76,12 +77,14 @@ class Denominators:
         value: tokens with a return.
         pairs: preference pairs.
         sft: supervised tokens.
+        distill: tokens that a teacher scored.
     """
 
     policy: float
     value: int
     pairs: int
     sft: int
+    distill: int = 0
 
     @property
     def by_term(self) -> dict[str, float]:
@@ -92,6 +95,7 @@ class Denominators:
             "value": self.value,
             "preference": self.pairs,
             "sft": self.sft,
+            "distill": self.distill,
         }
 
 
@@ -113,13 +117,15 @@ def weigh_items(
     policy_weights = iter(token_weights(lengths, aggregation=policy.aggregation, max_tokens=max_tokens).tolist())
     pairs = sum(item.pair is not None for item in items)
     sft = sum(count_targets(sample.sft_mask) for sample in samples)
+    distill = sum(count_targets(sample.distill_mask) for sample in samples)
     value = sum(
         count_targets(sample.policy_mask) for sample in samples if sample.policy and sample.policy.returns is not None
     )
 
     def weigh(sample: Sample) -> Sample:
         tokens = replace(sample.policy, weight=next(policy_weights)) if sample.policy else None
-        return replace(sample, policy=tokens, sft_weight=1 / max(1, sft))
+        distilled = replace(sample.distill, weight=1 / max(1, distill)) if sample.distill else None
+        return replace(sample, policy=tokens, sft_weight=1 / max(1, sft), distill=distilled)
 
     weighted = [
         PackItem(
@@ -133,11 +139,11 @@ def weigh_items(
         "sequence_mean": int(np.count_nonzero(lengths)),
         "constant": len(lengths) * max_tokens,
     }[policy.aggregation]
-    return weighted, Denominators(policy=policy_denominator, value=value, pairs=pairs, sft=sft)
+    return weighted, Denominators(policy=policy_denominator, value=value, pairs=pairs, sft=sft, distill=distill)
 
 
 def joint_loss(
-    logprobs: Tensor, entropy: Tensor, batch: MicroBatch, objective: ObjectiveConfig
+    logprobs: Tensor, entropy: Tensor, batch: MicroBatch, objective: ObjectiveConfig, others: Tensor | None = None
 ) -> dict[str, LossOutput]:
     """Compute the contribution of a micro-batch to each term of the joint loss, before the term's weight.
 
@@ -146,6 +152,8 @@ def joint_loss(
         entropy: [M] nats, of the targets of the policy term; carries gradient if policy.entropy_coef is above 0.
         batch: micro-batch with the weights of `weigh_items`.
         objective: the joint objective.
+        others: [P, K] nats, of the tokens that the teacher scored at the P targets of the term distill; None without
+            such targets.
 
     Returns:
         Losses by term, without the terms that have no target in the micro-batch.
@@ -163,7 +171,19 @@ def joint_loss(
         terms["sft"] = losses.supervised_loss(
             logprobs.index_select(0, batch.sft.positions), batch.sft.weights.to(logprobs)
         )
+    if batch.distill is not None and others is not None:
+        terms["distill"] = _distill_term(logprobs, others, batch.distill, objective)
     return terms
+
+
+def _distill_term(logprobs: Tensor, others: Tensor, targets: DistillTargets, objective: ObjectiveConfig) -> LossOutput:
+    teacher, weights = targets.logprobs.to(others), targets.weights.to(others)
+    if objective.distill.divergence == "top_k":
+        return divergence_loss(others, teacher, weights, beta=objective.distill.beta)
+    own = logprobs.index_select(0, targets.positions)
+    assert targets.behavior_logprobs is not None  # noqa: S101 - the plan of the stage has sampled tokens only
+    bounds = {"clip_low": objective.policy.clip_low, "clip_high": objective.policy.clip_high}
+    return sampled_loss(own, targets.behavior_logprobs.to(own), teacher[:, 0], weights, **bounds)
 
 
 def total_loss(terms: Mapping[str, LossOutput], weights: Mapping[str, float], logprobs: Tensor) -> Tensor:

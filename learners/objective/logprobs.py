@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class OtherTokens:
+    """Tokens other than the targets, whose log-probabilities are wanted.
+
+    Attributes:
+        rows: [P] int64, numbers of targets, each once.
+        ids: [P, K] int64, the K tokens that could stand in the place of each of them.
+    """
+
+    rows: Tensor
+    ids: Tensor
 
 
 def token_logprobs(
@@ -15,8 +29,9 @@ def token_logprobs(
     *,
     entropy_at: Tensor | None = None,
     entropy_gradient: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Compute log p(target), and the entropy at a subset of the positions.
+    others: OtherTokens | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute log p(target), the entropy at a subset of the positions, and log p of other tokens at another subset.
 
     p = softmax(logits / temperature);   entropy = -sum_v p_v log p_v
 
@@ -29,10 +44,12 @@ def token_logprobs(
         temperature: [N], > 0.
         entropy_at: [N] bool, M of them True: where the entropy is computed. None computes no entropy.
         entropy_gradient: whether the entropy carries gradient.
+        others: the other tokens; None for none.
 
     Returns:
         logprobs: [N] nats, fp32 (fp64 for fp64 logits); carries gradient, also for N = 0.
         entropy: [M] nats; carries gradient with `entropy_gradient`.
+        others: [P, K] nats, of the other tokens; carries gradient. [0, 1] without any.
 
     Raises:
         ValueError: a temperature is not positive, or shapes differ.
@@ -50,8 +67,11 @@ def token_logprobs(
         logits = logits / temperature.to(logits).unsqueeze(-1)
     if entropy_at is None:
         entropy_at = torch.zeros_like(target_ids, dtype=torch.bool)
-    logprobs, entropy = _LogProbabilities.apply(logits, target_ids, entropy_at.nonzero().squeeze(-1))
-    return logprobs, entropy if entropy_gradient else entropy.detach()
+    rows = entropy_at.nonzero().squeeze(-1)
+    if others is None:
+        others = OtherTokens(rows.new_zeros(0), rows.new_zeros((0, 1)))
+    logprobs, entropy, at_others = _LogProbabilities.apply(logits, target_ids, rows, others.rows, others.ids)
+    return logprobs, entropy if entropy_gradient else entropy.detach(), at_others
 
 
 class _LogProbabilities(torch.autograd.Function):
@@ -63,18 +83,22 @@ class _LogProbabilities(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target_ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the [N] log-probabilities of targets, and the [M] entropies of rows, [M] int64."""
+    def forward(
+        ctx: Any, logits: Tensor, target_ids: Tensor, rows: Tensor, other_rows: Tensor, other_ids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the [N] log-probabilities of targets, the [M] entropies of rows, and those of other tokens, [P, K]."""
         distribution = torch.log_softmax(logits, dim=-1)
         entropy = _entropy(_rows(distribution, rows))
-        ctx.save_for_backward(distribution, target_ids, rows, entropy)
-        return distribution.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1), entropy
+        ctx.save_for_backward(distribution, target_ids, rows, entropy, other_rows, other_ids)
+        logprobs = distribution.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
+        return logprobs, entropy, distribution[other_rows.unsqueeze(-1), other_ids]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Return the gradient of the logits; an output without gradient comes with zeros."""
-        of_logprobs, of_entropy = (each.unsqueeze(-1) for each in gradients)
-        distribution, target_ids, rows, entropy = ctx.saved_tensors
+        of_logprobs, of_entropy = (each.unsqueeze(-1) for each in gradients[:2])
+        of_others = gradients[2]
+        distribution, target_ids, rows, entropy, other_rows, other_ids = ctx.saved_tensors
         result = distribution.exp()
         if bool(of_entropy.any()):
             own, p = _rows(distribution, rows), _rows(result, rows)
@@ -82,7 +106,11 @@ class _LogProbabilities(torch.autograd.Function):
             result.mul_(-of_logprobs).index_add_(0, rows, -part)
         else:
             result.mul_(-of_logprobs)
-        return result.scatter_add_(-1, target_ids.unsqueeze(-1), of_logprobs), None, None
+        result.scatter_add_(-1, target_ids.unsqueeze(-1), of_logprobs)
+        if len(other_rows):
+            own = distribution[other_rows].exp_().mul_(-of_others.sum(-1, keepdim=True))
+            result.index_add_(0, other_rows, own.scatter_add_(-1, other_ids, of_others))
+        return result, None, None, None, None
 
 
 def _rows(values: Tensor, rows: Tensor) -> Tensor:

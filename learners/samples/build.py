@@ -77,9 +77,11 @@ def build_samples(
 def _policy_items(
     groups: Sequence[TrajectoryGroup], objective: ObjectiveConfig, terms: StepTerms, max_tokens: int, scorer: Scorer
 ) -> list[list[PackItem]]:
-    if not {"policy", "value"} & terms.weights.keys():
+    if not {"policy", "value", "distill"} & terms.weights.keys():
         return [[] for _ in groups]
     by_group = policy_samples(groups, objective, max_tokens=max_tokens, kl_weight=terms.kl_weight, scorer=scorer)
+    if "distill" not in terms.weights:
+        by_group = [[replace(sample, distill=None) for sample in samples] for samples in by_group]
     return [[PackItem(samples=(sample,)) for sample in samples] for samples in by_group]
 
 
@@ -139,8 +141,8 @@ def critic_items(items: Sequence[PackItem]) -> list[PackItem]:
 
 
 def without_policy(items: Sequence[PackItem]) -> list[PackItem]:
-    """Return the items that the policy term does not train."""
-    return [item for item in items if all(sample.policy is None for sample in item.samples)]
+    """Return the items without the tokens of the policy term."""
+    return [replace(item, samples=tuple(replace(sample, policy=None) for sample in item.samples)) for item in items]
 
 
 def pair_score_samples(pairs: Sequence[Preference], objective: ObjectiveConfig) -> list[Sample]:

@@ -12,10 +12,10 @@ import torch
 from learners.objective.advantages import Float64Array, GroupEstimator, gae, group_advantages, token_returns, whiten
 from learners.objective.losses import kl_estimate
 from learners.objective.tree_advantages import tree_advantages
-from learners.samples.types import PolicyTokens, Sample
+from learners.samples.types import DistillTokens, PolicyTokens, Sample
 from rlsys.config.objective import ObjectiveConfig, PolicyConfig
 from rlsys.overlong import soft_overlong_penalty
-from rlsys.types import BoolArray, Float32Array, TrajectoryGroup
+from rlsys.types import BoolArray, Float32Array, Trajectory, TrajectoryGroup
 
 WHITENED = ("gae", "reinforce_pp", "reinforce_pp_baseline")
 
@@ -100,6 +100,7 @@ def _bare_samples(group: TrajectoryGroup) -> list[Sample]:
                 behavior_logprobs=trajectory.behavior_logprobs,
                 advantages=np.zeros(len(trajectory.token_ids), dtype=np.float32),
             ),
+            distill=_distill_tokens(trajectory, trajectory.loss_mask),
         )
         for trajectory in group.trajectories
         if trajectory.judged
@@ -247,7 +248,8 @@ def _searched_samples(group: TrajectoryGroup, policy: PolicyConfig) -> list[Samp
             tokens = PolicyTokens(
                 mask=mask, behavior_logprobs=trajectory.behavior_logprobs, advantages=token_advantages
             )
-            samples.append(Sample(token_ids=trajectory.token_ids, policy=tokens))
+            distill = _distill_tokens(trajectory, mask)
+            samples.append(Sample(token_ids=trajectory.token_ids, policy=tokens, distill=distill))
             draws.append(token_draws[1:][mask[1:]])
     mean = np.concatenate(draws).mean(dtype=np.float64) if draws else 1.0
     return [
@@ -255,6 +257,14 @@ def _searched_samples(group: TrajectoryGroup, policy: PolicyConfig) -> list[Samp
         for sample in samples
         if sample.policy
     ]
+
+
+def _distill_tokens(trajectory: Trajectory, mask: BoolArray) -> DistillTokens | None:
+    """Return the tokens of a mask that a teacher scored; None without a teacher."""
+    teacher = trajectory.teacher
+    if teacher is None:
+        return None
+    return DistillTokens(mask=mask & teacher.mask, teacher=teacher, behavior_logprobs=trajectory.behavior_logprobs)
 
 
 def _mask(sample: Sample) -> BoolArray:

@@ -40,6 +40,7 @@ def policy_changes_weights(sample: Sample, weights: Mapping[str, float], objecti
 def _trains(sample: Sample, weights: Mapping[str, float], objective: ObjectiveConfig) -> bool:
     return bool(
         ("sft" in weights and count_targets(sample.sft_mask))
+        or ("distill" in weights and count_targets(sample.distill_mask))
         or ("preference" in weights and count_targets(sample.preference_mask))
         or policy_changes_weights(sample, weights, objective)
     )

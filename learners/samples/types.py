@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rlsys.sequences import common_prefix_length
-from rlsys.types import BoolArray, Demonstration, Float32Array, Int32Array, Preference, StepPreference
+from rlsys.types import BoolArray, Demonstration, Float32Array, Int32Array, Preference, StepPreference, TeacherTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +36,23 @@ class PolicyTokens:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DistillTokens:
+    """Tokens of a sample that the term distill trains.
+
+    Attributes:
+        mask: [T] bool, True on tokens that may be trained.
+        teacher: the teacher's scores, valid where `mask` is True.
+        weight: weight of each of these tokens in the loss of the update.
+        behavior_logprobs: [T] float32, nats, of the tokens as the sampler reported them; None if nothing sampled them.
+    """
+
+    mask: BoolArray
+    teacher: TeacherTokens
+    weight: float = 0.0
+    behavior_logprobs: Float32Array | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One training sequence.
 
@@ -45,6 +62,7 @@ class Sample:
         sft_mask: [T] bool, tokens whose negative log-likelihood is trained.
         sft_weight: weight of each token of `sft_mask` in the loss.
         preference_mask: [T] bool, tokens whose log-probabilities are summed into the score of this side of a pair.
+        distill: the tokens that the term distill trains.
     """
 
     token_ids: Int32Array
@@ -52,6 +70,7 @@ class Sample:
     sft_mask: BoolArray | None = None
     sft_weight: float = 0.0
     preference_mask: BoolArray | None = None
+    distill: DistillTokens | None = None
 
     @property
     def length(self) -> int:
@@ -64,10 +83,15 @@ class Sample:
         return self.policy.mask if self.policy else None
 
     @property
+    def distill_mask(self) -> BoolArray | None:
+        """[T] bool, tokens that the term distill trains."""
+        return self.distill.mask if self.distill else None
+
+    @property
     def targets(self) -> BoolArray:
         """[T] bool, tokens that any term trains."""
         any_mask = np.zeros(len(self.token_ids), dtype=np.bool_)
-        for mask in (self.policy_mask, self.sft_mask, self.preference_mask):
+        for mask in (self.policy_mask, self.sft_mask, self.preference_mask, self.distill_mask):
             if mask is not None:
                 any_mask |= mask
         any_mask[0] = False

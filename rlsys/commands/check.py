@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rlsys.config.engine_roles import section_of
 from rlsys.config.files import dump_config
 from rlsys.config.schema import Config
 from rlsys.display import print_table, standard_output
@@ -47,7 +48,7 @@ def first_prompt(prepared: Prepared) -> str:
 
 
 def _show_plan(title: str, plan: ResourcePlan) -> None:
-    auxiliary = [f"{engines.actors.count} of search.{engines.role}" for engines in plan.auxiliary]
+    auxiliary = [f"{engines.actors.count} of {section_of(engines.role)}" for engines in plan.auxiliary]
     learner = [f"{plan.ranks} learner ranks"] if plan.ranks else []
     processes = ", ".join([f"{plan.config.actors.count} actors", *auxiliary, *learner])
     rows = [(need.phase, need.resource, f"{need.amount:.4g}", f"{need.available:.4g}") for need in plan.needs]

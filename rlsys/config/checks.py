@@ -13,6 +13,11 @@ from rlsys.config.adapter_checks import adapter_has_no_critic, adapter_stays_on_
 from rlsys.config.device_checks import colocated_fit
 from rlsys.config.patterns import resolve
 from rlsys.config.stages import TERMS_OF_STAGE, stage_plan, stage_plans, term_with_pairs
+from rlsys.config.teacher_checks import (
+    distillation_has_a_teacher,
+    divergence_has_its_keys,
+    teacher_scores_what_was_sampled,
+)
 from rlsys.errors import ConfigError
 from rlsys.types import StageName
 
@@ -60,6 +65,7 @@ def batch_holds_sequences(config: Config) -> None:
         ("actors", config.actors),
         ("search.model", config.search.model),
         ("search.reviewer", config.search.reviewer),
+        ("teacher.model", config.teacher.model),
     )
     for name, section in sections:
         if section is None:
@@ -180,16 +186,18 @@ def kl_loss_has_a_gradient(config: Config) -> None:
 def online_has_a_term(config: Config) -> None:
     """Raise if no term of the online stage has a weight."""
     objective = config.objective
-    if not (objective.policy.used or objective.preference.used or objective.sft.used):
+    if not (objective.policy.used or objective.preference.used or objective.sft.used or objective.distill.used):
         raise ValueError(
-            "stage online: the weights of objective.policy, objective.preference and objective.sft are all 0; raise one"
+            "stage online: the weights of objective.policy, objective.preference, objective.sft and objective.distill "
+            "are all 0; raise one"
         )
 
 
 @of_stage("online")
 def sampled_prompts_train_the_policy(config: Config) -> None:
     """Raise if online prompts are sampled although only the policy term trains on them."""
-    if not config.objective.policy.used and config.search.fraction < 1:
+    objective = config.objective
+    if not (objective.policy.used or objective.distill.used) and config.search.fraction < 1:
         raise ValueError(
             "objective.policy.weight 0: the sampled prompts of stage online would train nothing; set "
             f"search.fraction to 1 (now {config.search.fraction:g}), or use the stages warm_start, sft or preference"
@@ -323,6 +331,9 @@ def patterns_are_searchable(config: Config) -> None:
 
 
 RULES: tuple[Rule, ...] = (
+    distillation_has_a_teacher,
+    divergence_has_its_keys,
+    teacher_scores_what_was_sampled,
     stages_are_distinct,
     completion_leaves_room_for_prompt,
     batch_holds_sequences,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.config.schema import ActorsConfig, Config
-from rlsys.config.search import SearchConfig, SearchModelConfig
+from rlsys.config.search import SearchConfig
+from rlsys.config.served_model import ServedModelConfig
 from rlsys.config.stages import stage_plans
 from rlsys.errors import ConfigError
 from rlsys.trees import Role
@@ -31,10 +32,10 @@ SHARED_FIELDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEngines:
-    """The engines of search.model or search.reviewer.
+    """The engines of search.model, search.reviewer or teacher.model.
 
     Attributes:
-        role: the role of the model in the search.
+        role: the role of the model.
         path: the folder of the model.
         actors: the number of engines and their settings.
     """
@@ -46,15 +47,17 @@ class ModelEngines:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Searching:
-    """The engines of a search.
+    """The engines of a search, or of training with a teacher.
 
     Attributes:
         role: the role of the rollout actors' engines.
         auxiliary: the engines of the other models.
+        grows_trees: whether the rollout actors are asked for trees.
     """
 
     role: Role = "policy"
     auxiliary: tuple[ModelEngines, ...] = ()
+    grows_trees: bool = True
 
 
 def searches_in_training(config: Config) -> bool:
@@ -67,22 +70,31 @@ def describes_a_search(config: Config) -> bool:
     return config.search != SearchConfig() or config.evaluation.search_answers > 0 or "search" in config.stages
 
 
-def given_models(config: Config) -> dict[Role, SearchModelConfig]:
-    """Return the sections search.model and search.reviewer by role, without those that the config leaves out."""
-    sections: dict[Role, SearchModelConfig | None] = {"model": config.search.model, "reviewer": config.search.reviewer}
+def section_of(role: Role) -> str:
+    """Return the name of the config section of a role that is not the policy."""
+    return "teacher.model" if role == "teacher" else f"search.{role}"
+
+
+def given_models(config: Config) -> dict[Role, ServedModelConfig]:
+    """Return the sections of models other than the policy by role, without those that the config leaves out."""
+    sections: dict[Role, ServedModelConfig | None] = {
+        "model": config.search.model,
+        "reviewer": config.search.reviewer,
+        "teacher": config.teacher.model,
+    }
     return {role: section for role, section in sections.items() if section is not None}
 
 
-def engine_settings(config: Config, role: Role, model: SearchModelConfig) -> ActorsConfig:
-    """Return the section `actors` for the engines of a search model.
+def engine_settings(config: Config, role: Role, model: ServedModelConfig) -> ActorsConfig:
+    """Return the section `actors` for the engines of another model.
 
-    The fields of SHARED_FIELDS are those of the search model; the rest is as for the policy.
+    The fields of SHARED_FIELDS are those of that model; the rest is as for the policy.
 
     Raises:
         ConfigError: an engine over several devices on CPUs.
     """
     if model.tensor_parallel_size > 1 and config.run.device != "cuda":
-        raise ConfigError(f"search.{role}.tensor_parallel_size above 1 needs run.device: cuda")
+        raise ConfigError(f"{section_of(role)}.tensor_parallel_size above 1 needs run.device: cuda")
     return config.actors.model_copy(update={name: getattr(model, name) for name in SHARED_FIELDS})
 
 
@@ -107,7 +119,7 @@ def assign_search_roles(
         policy: the model folder of the policy.
         engines: the engines of search.model and search.reviewer, by role.
     """
-    auxiliary = tuple(role_engines for role, role_engines in engines.items() if role != "model")
+    auxiliary = tuple(role_engines for role, role_engines in engines.items() if role == "reviewer")
     if "model" not in engines:
         return config, policy, Searching(auxiliary=auxiliary)
     proposer = engines["model"]

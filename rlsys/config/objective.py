@@ -131,6 +131,23 @@ class SftConfig(Component):
     """Do not train the prefix that the chosen side shares with the rejected side."""
 
 
+class DistillConfig(Component):
+    divergence: Literal["sampled", "top_k"] = "sampled"
+    """Divergence between the policy's and the teacher's distributions of the next token. sampled: the reverse
+    divergence, estimated from the sampled tokens alone; top_k: the generalised Jensen-Shannon divergence (GKD) over the
+    top_k most probable tokens of the teacher, and all others as one more token."""
+    top_k: int = Field(default=16, ge=1, le=1024)
+    """For top_k: number of tokens of the teacher at every place."""
+    beta: float = Field(default=0.0, ge=0, le=1)
+    """For top_k. 0: forward divergence, from teacher to policy; 1: reverse divergence; between them: both, to the
+    mixture of beta times the teacher and 1 - beta times the policy."""
+
+    @property
+    def scored_tokens(self) -> int | None:
+        """Number of tokens that the teacher scores at every place; None for the sampled token alone."""
+        return self.top_k if self.divergence == "top_k" else None
+
+
 class ObjectiveConfig(Section):
     policy: PolicyConfig = PolicyConfig()
     """Policy-gradient term on sampled and searched trajectories."""
@@ -142,6 +159,8 @@ class ObjectiveConfig(Section):
     """Preference term on pairs of a better and a worse chain of one prompt."""
     sft: SftConfig = SftConfig()
     """Supervised term: negative log-likelihood of chains. Its weight is the alpha of the Marco-o1 v2 paper."""
+    distill: DistillConfig = DistillConfig()
+    """Term that brings the policy to a teacher (section teacher) on sampled and searched trajectories."""
     grad_norm_interval: int = Field(default=10, ge=0)
     """Training steps between measurements of the gradient norm of each term, in the last transformer layer. 0:
     never."""

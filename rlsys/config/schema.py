@@ -10,6 +10,7 @@ from rlsys.config.checks import RULES
 from rlsys.config.objective import ObjectiveConfig
 from rlsys.config.search import ExtractConfig, SearchConfig
 from rlsys.config.section import LayerName, PathName, Section, Temperature
+from rlsys.config.served_model import TeacherConfig
 from rlsys.config.tasks import TaskConfig
 from rlsys.types import StageName
 
@@ -338,6 +339,8 @@ class Config(Section):
     """The stage online."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """The joint loss of the stages preference and online."""
+    teacher: TeacherConfig = TeacherConfig()
+    """Teacher of the term objective.distill."""
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     """Transfer of weights from the learner to the actors."""
     checkpoint: CheckpointConfig = CheckpointConfig()

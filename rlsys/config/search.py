@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlsys.config.section import Section, Temperature
+from rlsys.config.served_model import ServedModelConfig
 
 START = "start"
 """Name of the prompt in a transition table."""
@@ -95,23 +96,7 @@ class StopConfig(Section):
     """Rules that end the search after a number of distinct correct answers."""
 
 
-class SearchModelConfig(Section):
-    path: str
-    """Folder or hub id of the model."""
-    count: int = Field(default=1, ge=1)
-    """Number of engines of this model. Each is a process."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs of one engine. A value above 1 needs run.device cuda."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Number format of the engine's weights and cache."""
-    max_model_len: int = Field(default=256, ge=16)
-    """Maximum length of a prompt plus its chain, in tokens of this model."""
-    max_num_seqs: int = Field(default=256, ge=1)
-    """Maximum number of sequences that an engine decodes at the same time."""
-    kv_cache_gib: float = Field(default=1.0, gt=0)
-    """Size of the key-value cache of one engine, in GiB."""
-    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
-    """Share of a GPU's memory that must be free when an engine starts. Lower it where other processes use the GPU."""
+class SearchModelConfig(ServedModelConfig):
     question_template: str = "{question}"
     """Text of the user message for this model, with any instructions about tags. {question} is replaced by the
     question. The text is not part of the extracted data."""

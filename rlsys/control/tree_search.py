@@ -198,10 +198,10 @@ def find_prompts(config: Config, inputs: Inputs) -> list[Prompt]:
 
 
 def search_model_digests(models: Mapping[Role, ModelFolder]) -> dict[str, str]:
-    """Return digests of all models except the policy, and of their tokenizers, by config field."""
+    """Return digests of the models of a search except the policy, and of their tokenizers, by config field."""
     digests = {}
     for role, model in models.items():
-        if role != "policy":
+        if role in ("model", "reviewer"):
             digests[f"search.{role}.path"] = model.digest
             digests[f"the tokenizer of search.{role}.path"] = model.tokenizer_digest
     return digests

@@ -6,7 +6,7 @@ It imports neither Ray nor vLLM nor torch, so that `rlsys check` stays fast.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from rlsys.config.engine_roles import (
     engine_settings,
     given_models,
     searches_in_training,
+    section_of,
 )
 from rlsys.config.risks import warnings
 from rlsys.config.schema import Config
@@ -142,12 +143,13 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
     trains = purpose in ("train", "check")
     policy = policy or prepare_model(config, Path(config.run.dir).absolute(), build=purpose != "check")
     searches = _searches(config, purpose)
-    models, engines = _load_models(config, policy, search_models=searches or purpose == "check")
+    models, engines = _load_models(config, policy, _needed_roles(purpose, searches))
     notes = check_models(config, models, trains=trains)
     adapter = check_adapter(policy, config.model.lora) if trains and config.model.lora else None
     search_config, _, searcher = assign_search_roles(config, policy.path, engines)
     if trains:  # the actors serve the policy, whatever model grows the trees
-        searching = Searching(auxiliary=tuple(engines.values())) if searches else None
+        auxiliary = tuple(each for role, each in engines.items() if searches or role == "teacher")
+        searching = Searching(auxiliary=auxiliary, grows_trees=searches) if searches or auxiliary else None
     else:
         searching = searcher if searches else None
     serving = search_config if purpose == "search" else config
@@ -155,10 +157,11 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
     plans = [plan_resources(serving, models, searching, learner=trains, trained=trained)]
     if purpose != "check":
         plans[0].check()
-    elif engines:
+    elif engines.keys() - {"teacher"}:
         plans.append(plan_resources(search_config, models, searcher, learner=False))
     if searches or (purpose == "check" and describes_a_search(config)):
-        check_tags(config.search, models)  # also of the policy, which is trained on the data
+        readers: dict[Role, ModelFolder] = {role: model for role, model in models.items() if role != "teacher"}
+        check_tags(config.search, readers)  # also of the policy, which is trained on the data
     inputs = Inputs(config, policy, training=trains)
     grows_trees = trains and not all(plan.trains for plan in stage_plans(config))
     return Prepared(
@@ -194,8 +197,10 @@ def check_models(config: Config, models: Mapping[Role, ModelFolder], *, trains: 
     notes: list[str] = []
     for role, section in given_models(config).items():
         if role in models:
-            use = Use(longest=section.max_model_len, longest_field=f"search.{role}.max_model_len")
+            use = Use(longest=section.max_model_len, longest_field=f"{section_of(role)}.max_model_len")
             notes += check_model(models[role], use)
+    if "teacher" in models:
+        check_same_tokens(models["policy"], models["teacher"])
     if config.model.from_scratch is None or not trains:
         longest, field = config.actors.max_model_len, "actors.max_model_len"
         notes += check_model(models["policy"], Use(longest=longest, longest_field=field, trained=trains))
@@ -206,6 +211,25 @@ def check_models(config: Config, models: Mapping[Role, ModelFolder], *, trains: 
     return notes
 
 
+def check_same_tokens(policy: ModelFolder, teacher: ModelFolder) -> None:
+    """Refuse a teacher with another tokenizer than the policy, whose scores would be of other tokens.
+
+    Raises:
+        ConfigError: the tokenizers differ.
+    """
+    if policy.tokenizer_digest != teacher.tokenizer_digest:
+        raise ConfigError(
+            f"teacher.model.path {teacher.path}: expected the tokenizer of the policy {policy.path}, found another "
+            "one; objective.distill compares single tokens, so choose a teacher of the same family"
+        )
+
+
+def _needed_roles(purpose: Purpose, searches: bool) -> tuple[Role, ...]:
+    """Return the roles of the models that a command loads in addition to the policy."""
+    search: tuple[Role, ...] = ("model", "reviewer") if searches or purpose == "check" else ()
+    return (*search, "teacher") if purpose in ("train", "check") else search
+
+
 def _searches(config: Config, purpose: Purpose) -> bool:
     """Return whether a command asks its rollout actors for trees."""
     if purpose == "evaluate":
@@ -214,17 +238,19 @@ def _searches(config: Config, purpose: Purpose) -> bool:
 
 
 def _load_models(
-    config: Config, policy: ModelFolder, *, search_models: bool
+    config: Config, policy: ModelFolder, roles: Collection[Role]
 ) -> tuple[dict[Role, ModelFolder], dict[Role, ModelEngines]]:
-    """Return all models by role, and the engines of search.model and search.reviewer.
+    """Return the policy and the given models of some roles, and the engines of the latter.
 
     Raises:
         ConfigError: see `given_model`; or an engine would need several devices on CPUs.
     """
     models: dict[Role, ModelFolder] = {"policy": policy}
     engines: dict[Role, ModelEngines] = {}
-    for role, section in given_models(config).items() if search_models else ():
-        models[role] = given_model(section.path, f"search.{role}.path")
+    for role, section in given_models(config).items():
+        if role not in roles:
+            continue
+        models[role] = given_model(section.path, f"{section_of(role)}.path")
         settings = engine_settings(config, role, section)
         engines[role] = ModelEngines(role=role, path=models[role].path, actors=settings)
     return models, engines

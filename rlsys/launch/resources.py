@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from rlsys.config.engine_roles import ModelEngines, Searching
+from rlsys.config.engine_roles import ModelEngines, Searching, section_of
 from rlsys.config.schema import ActorsConfig, Config
 from rlsys.config.stages import stage_plans
 from rlsys.errors import ConfigError
@@ -145,7 +145,7 @@ def _thread_needs(config: Config, auxiliary: Sequence[ModelEngines], ranks: int)
 
 
 def _count_fields(auxiliary: Sequence[ModelEngines]) -> str:
-    return "".join(f"search.{engines.role}.count, " for engines in auxiliary)
+    return "".join(f"{section_of(engines.role)}.count, " for engines in auxiliary)
 
 
 def object_store_bytes(config: Config, parameters: int) -> int:

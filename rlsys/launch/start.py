@@ -14,7 +14,7 @@ import ray
 from actors.engine_build import engine_environment
 from actors.model_actor import ModelActor, ModelSettings
 from actors.rollout_actor import RolloutActor
-from actors.settings import ActorSettings
+from actors.settings import ActorSettings, TeacherEngines
 from learners.learner_actor import TRANSFER, WATCH, LearnerActor
 from learners.settings import RankSettings, learner_environment
 from rlsys.config.engine_roles import ModelEngines, Searching
@@ -111,14 +111,16 @@ def _actor_settings(
 ) -> ActorSettings:
     """Return the settings of a rollout actor; `handles` are those of the auxiliary engines."""
     config = cluster.config
-    search: dict[str, Any] = {}
-    if searching:
+    teacher, search = None, dict[str, Any]()
+    if "teacher" in handles:
+        teacher = TeacherEngines(handles["teacher"], config.objective.distill.scored_tokens)
+    if searching and searching.grows_trees:
         search = {
             "search": config.search,
             "extract": config.extract,
             "sampling": config.sampling,
             "role": searching.role,
-            "auxiliary_handles": handles,
+            "auxiliary_handles": {role: each for role, each in handles.items() if role != "teacher"},
             "auxiliary_paths": {engines.role: engines.path for engines in searching.auxiliary},
         }
     return ActorSettings(
@@ -133,6 +135,7 @@ def _actor_settings(
         log_file=str(RunDirectory(cluster.run_dir).logs / f"actor-{number}.log"),
         shares_device=config.placement == "colocated",
         weight_timeout_s=config.weight_sync.timeout_s,
+        teacher=teacher,
         **search,
     )
 

@@ -38,6 +38,7 @@ def _term_specs() -> list[MetricSpec]:
         "value": "tokens",
         "preference": "pairs",
         "sft": "tokens",
+        "distill": "tokens",
     }
     specs = []
     for term, unit in units.items():
@@ -106,6 +107,7 @@ _SPECS = (
     ),
     MetricSpec("rollout/idle_model", "share", "the same for the engines of search.model", True),
     MetricSpec("rollout/idle_reviewer", "share", "the same for the engines of search.reviewer", True),
+    MetricSpec("rollout/idle_teacher", "share", "the same for the engines of teacher.model", True),
     MetricSpec("rollout/staleness_mean", "steps", "training steps between sampling or search and training, mean"),
     MetricSpec("rollout/staleness_max", "steps", "training steps between sampling or search and training, maximum"),
     MetricSpec("search/trees", "trees", "searched prompts of the step"),
@@ -136,6 +138,11 @@ _SPECS = (
     MetricSpec("held_out/verifier_error_rate", "share", "share of the held-out verifications that raised or timed out"),
     MetricSpec("held_out/completion_length", "tokens", "mean length of the held-out completions"),
     MetricSpec("learner/loss", "1", "joint loss, mean over the step's updates"),
+    MetricSpec(
+        "distill/divergence",
+        "nats",
+        "divergence of the policy from the teacher per token, objective.distill.divergence",
+    ),
     MetricSpec(
         "learner/kl", "nats", "KL divergence from the reference policy per token, estimated by objective.kl.estimator"
     ),

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from learners.objective.joint import joint_loss, total_loss, weigh_items
-from learners.objective.logprobs import token_logprobs
-from learners.samples.batching import collate, plan_micro_batches
+from learners.objective.logprobs import OtherTokens, token_logprobs
+from learners.samples.batching import collate
+from learners.samples.planning import plan_micro_batches
 from learners.samples.policy import policy_samples
 from learners.samples.types import PackItem, Pair, PolicyTokens, Sample, pair_samples
 from rlsys.config.objective import ObjectiveConfig
@@ -168,10 +169,9 @@ def update(
     losses: dict[str, float] = dict.fromkeys(("total", *weights), 0.0)
     for numbers in (numbers for share in plan or one_by_one(items) for numbers in share):
         batch = collate([items[number] for number in numbers], pad_id)
-        logprobs, entropy = target_logprobs(model, batch)
-        terms = {
-            name: term for name, term in joint_loss(logprobs, entropy, batch, objective).items() if name in weights
-        }
+        logprobs, entropy, others = target_logprobs(model, batch)
+        terms = joint_loss(logprobs, entropy, batch, objective, others)
+        terms = {name: term for name, term in terms.items() if name in weights}
         loss = total_loss(terms, weights, logprobs)
         loss.backward()
         losses["total"] += loss.item()
@@ -181,7 +181,7 @@ def update(
     return losses, torch.cat([torch.zeros(66) if gradient is None else gradient.flatten() for gradient in gradients])
 
 
-def target_logprobs(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+def target_logprobs(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Compute log-probabilities as the learner does: the policy's targets at the sampling temperature."""
     logits = model(batch.input_ids).flatten(0, 1)[batch.targets]
     temperature = torch.ones(len(batch.targets), dtype=torch.float64)
@@ -189,7 +189,8 @@ def target_logprobs(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     if batch.policy is not None:
         temperature[batch.policy.positions] = TEMPERATURE
         at[batch.policy.positions] = True
-    return token_logprobs(logits, batch.target_ids, temperature, entropy_at=at, entropy_gradient=True)
+    others = OtherTokens(batch.distill.positions, batch.distill.ids) if batch.distill else None
+    return token_logprobs(logits, batch.target_ids, temperature, entropy_at=at, entropy_gradient=True, others=others)
 
 
 # --- groups ---

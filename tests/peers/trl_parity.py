@@ -93,7 +93,7 @@ def our_logprobs(
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     trained = mask[:, 1:]
     targets = ids[:, 1:][trained]
-    logprobs, _ = token_logprobs(logits[trained], targets, torch.full(targets.shape, temperature))
+    logprobs, *_ = token_logprobs(logits[trained], targets, torch.full(targets.shape, temperature))
     return logprobs, trained.nonzero()[:, 0]
 
 

@@ -222,7 +222,7 @@ def test_a_micro_batch_of_one_kind_alone_has_that_term_alone(term, item):
     # Without log-probabilities of a reference policy there is no KL term.
     items, _ = weigh_items([item], PolicyConfig(), 12)
     batch = collate(items, 0)
-    logprobs, entropy = target_logprobs(TinyCausalModel(), batch)
+    logprobs, entropy, _ = target_logprobs(TinyCausalModel(), batch)
     terms = joint_loss(logprobs, entropy, batch, objective())
     assert set(terms) == {term}
     assert total_loss(terms, {term: 2.0}, logprobs).item() == pytest.approx(2 * terms[term].loss.item(), rel=1e-12)
@@ -231,7 +231,7 @@ def test_a_micro_batch_of_one_kind_alone_has_that_term_alone(term, item):
 @pytest.mark.parametrize("items", [[], [PackItem(samples=(policy_sample([1, 2, 3], [0, 0, 0], [1, 1, 1]),))]])
 def test_nothing_to_train_is_a_loss_of_zero_with_a_gradient_of_zero(items):
     batch, model = collate(weigh_items(items, PolicyConfig(), 12)[0], 0), TinyCausalModel()
-    logprobs, entropy = target_logprobs(model, batch)
+    logprobs, entropy, _ = target_logprobs(model, batch)
     terms = joint_loss(logprobs, entropy, batch, objective({"surrogate": "gspo", "aggregation": "sequence_mean"}))
     loss = total_loss(terms, WEIGHTS, logprobs)
     loss.backward()
@@ -282,7 +282,7 @@ def test_the_prefix_mask_of_the_supervised_term(mask_prefix_sft):
     expected = []
     for pair in pairs:
         sample = PackItem(samples=(sft_sample(pair.chosen_ids.tolist(), np.ones(len(pair.chosen_ids), dtype=bool)),))
-        logprobs, _ = target_logprobs(TinyCausalModel(), collate([sample], 0))
+        logprobs, *_ = target_logprobs(TinyCausalModel(), collate([sample], 0))
         start = pair.common if mask_prefix_sft else pair.prompt_length
         expected += logprobs[start - 1 :].tolist()  # target s of a sample is token s + 1
     assert losses["sft"] == pytest.approx(-np.mean(expected), rel=1e-6)
@@ -307,7 +307,7 @@ def test_the_learner_recomputes_the_samplers_log_probabilities():
     batch = collate(items, pad_id=0)
     assert batch.policy is not None and batch.sft is not None
     with torch.no_grad():
-        logprobs, _ = target_logprobs(model, batch)
+        logprobs, *_ = target_logprobs(model, batch)
         plain = torch.log_softmax(model(torch.tensor([[1, 2, 3]])), dim=-1)[0, [0, 1], [2, 3]]
     # Behavior log-probabilities are stored in fp32.
     assert (logprobs[batch.policy.positions] - batch.policy.behavior_logprobs).abs().max() < 1e-6

@@ -26,7 +26,8 @@ def masked_token_logprobs(logits, targets, mask, temperature, *, entropy_at=None
         at = torch.zeros(len(chosen), dtype=torch.bool)
         at[entropy_at] = True
     temperatures = torch.full((len(chosen),), temperature, dtype=torch.float64)
-    return token_logprobs(logits[mask], chosen, temperatures, entropy_at=at, entropy_gradient=entropy_gradient)
+    found = token_logprobs(logits[mask], chosen, temperatures, entropy_at=at, entropy_gradient=entropy_gradient)
+    return found[0], found[1]
 
 
 def everywhere(mask: torch.Tensor) -> torch.Tensor:

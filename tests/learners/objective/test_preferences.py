@@ -220,9 +220,9 @@ def model_loss(policy: torch.nn.Module, reference: torch.nn.Module, form: Form, 
     lengths = torch.tensor([len(row) for row in rows])
     mask = (positions >= len(PROMPT) + masked) & (positions < lengths[:, None])
     ones = torch.ones(int(mask.sum()))
-    logprobs, _ = token_logprobs(policy(input_ids=ids).logits[:, :-1][mask], targets[mask], ones)
+    logprobs, *_ = token_logprobs(policy(input_ids=ids).logits[:, :-1][mask], targets[mask], ones)
     with torch.no_grad():
-        frozen, _ = token_logprobs(reference(input_ids=ids).logits[:, :-1][mask], targets[mask], ones)
+        frozen, *_ = token_logprobs(reference(input_ids=ids).logits[:, :-1][mask], targets[mask], ones)
     policy.zero_grad()
     loss = pair_loss(logprobs - frozen, mask.nonzero()[:, 0], form).loss
     loss.backward()

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from joint_samples import flags, floats, ids, mixed_items, policy_sample, sft_sample
 
-from learners.samples.batching import collate, plan_micro_batches, split_updates
+from learners.samples.batching import collate
+from learners.samples.planning import plan_micro_batches, split_updates
 from learners.samples.types import PackItem, Pair, Sample
 
 

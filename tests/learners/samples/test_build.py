@@ -204,7 +204,9 @@ def test_items_of_the_critic_and_items_without_the_policy_term():
     pair = PackItem(samples=pair_samples(PAIR, mask_prefix=True, sft=True, mask_prefix_sft=False))
     mixed = [*(PackItem(samples=(sample,)) for sample in parts), pair]
     assert critic_items(mixed) == [mixed[1]]
-    assert without_policy(mixed) == [mixed[2], pair]
+    left = without_policy(mixed)
+    assert [item.samples[0].targets.any() for item in left] == [False, False, True, True]
+    assert left[2:] == [mixed[2], pair]
 
 
 def test_pairs_are_scored_on_the_tokens_that_are_compared():

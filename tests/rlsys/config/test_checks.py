@@ -17,12 +17,29 @@ PAIRS = ["objective.preference.weight=1.0"]
 FILE_PAIRS = [*PAIRS, "objective.preference.source=file"]
 DEMONSTRATIONS = ["objective.policy.weight=0", "objective.sft={weight: 1.0, source: demonstrations}"]
 GAE = ["objective.policy.estimator=gae", "objective.value.weight=0.5"]
+TEACHER = ["objective.distill.weight=1", "teacher.model.path=t"]
 TREES = ["objective.sft={weight: 1.0, source: trees}"]
 FALLING = ["objective.policy.final_weight=0"]
 RISING = ["objective.policy={weight: 0, final_weight: 1.0}"]
 
 # The mistakes that each rule refuses, as overrides of the minimal config, and a part of the message.
 REFUSED: dict[str, list[tuple[list[str], str]]] = {
+    "distillation_has_a_teacher": [
+        (["objective.distill.weight=1"], "objective.distill.weight needs a teacher: set teacher.model.path"),
+        (["teacher.model={path: t}"], "teacher.model has no effect: raise objective.distill.weight"),
+        ([*TEACHER, "stages=[warm_start]"], "objective.distill is a term of stage online: add online to stages"),
+    ],
+    "divergence_has_its_keys": [
+        ([*TEACHER, "objective.distill.top_k=4"], "objective.distill.top_k is for divergence top_k, found sampled"),
+        ([*TEACHER, "objective.distill.beta=0.5"], "objective.distill.beta is for divergence top_k, found sampled"),
+    ],
+    "teacher_scores_what_was_sampled": [
+        ([*TEACHER, "sampling.temperature=0.7"], "set sampling.temperature to 1, found 0.7"),
+        (
+            ["objective.distill.weight=1", "teacher.model={path: t, max_model_len: 128}"],
+            "teacher.model.max_model_len 128 is below actors.max_model_len 256",
+        ),
+    ],
     "stages_are_distinct": [(["stages=[online, online]"], "stages names a stage twice")],
     "completion_leaves_room_for_prompt": [
         (
@@ -35,6 +52,10 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
         (
             ["search.reviewer={path: r, max_model_len: 9000, max_num_seqs: 9001}"],
             "search.reviewer.max_num_seqs 9001 exceeds the 9000 tokens of a batch",
+        ),
+        (
+            ["objective.distill.weight=1", "teacher.model={path: t, max_num_seqs: 8193}"],
+            "teacher.model.max_num_seqs 8193 exceeds the 8192 tokens of a batch",
         ),
     ],
     "tensor_parallel_needs_cuda": [
@@ -135,7 +156,8 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
     "online_has_a_term": [
         (
             ["objective.policy.weight=0"],
-            "stage online: the weights of objective.policy, objective.preference and objective.sft are all 0",
+            "stage online: the weights of objective.policy, objective.preference, objective.sft and objective.distill are "
+            "all 0",
         ),
     ],
     "sampled_prompts_train_the_policy": [

@@ -113,6 +113,10 @@ FREE_FIELDS = {
     "objective.preference": "weight final_weight loss beta label_smoothing adaptive_smoothing length_norm "
     "mask_prefix_dpo pairs source",
     "objective.sft": "weight final_weight source mask_prefix_sft",
+    "objective.distill": "weight final_weight divergence top_k beta",
+    "teacher": "model",
+    "teacher.model": "path count tensor_parallel_size dtype max_model_len max_num_seqs kv_cache_gib "
+    "gpu_memory_utilization",
     "weight_sync": "transport bucket_mib timeout_s probe_rows probe_tolerance",
     "checkpoint": "interval keep_last keep_every best_metric best_mode max_failed_saves",
     "evaluation": "prompts samples greedy search_answers interval",

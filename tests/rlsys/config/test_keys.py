@@ -90,7 +90,10 @@ def test_keys_of_alternatives_name_the_alternative() -> None:
         ("search.nodes.mine.tagg", "did you mean search.nodes.NAME.tag? `rlsys keys` shows all"),
         ("train.max_step", "did you mean train.max_steps? `rlsys keys` shows all"),
         ("train.num_generations", "did you mean train.group_size? `rlsys keys` shows all"),
-        ("grpo.beta", "did you mean objective.kl.weight or objective.preference.beta? `rlsys keys` shows all"),
+        (
+            "grpo.beta",
+            "did you mean objective.kl.weight or objective.distill.beta or objective.preference.beta? `rlsys keys` shows all",
+        ),
         ("trains", "did you mean train? `rlsys keys` shows all"),
         (
             "max_steps",

@@ -1,7 +1,6 @@
 """Both transports under the real bus, fleet and loader: from one learner to two actors, over the real gloo.
 
-The learner and the actors are small torch models with threads of their own in one process. The tensors, checksums and
-probe comparisons are real.
+The learner and the actors are small torch models in threads of one process. Tensors, checksums and probes are real.
 """
 
 from __future__ import annotations
