@@ -26,7 +26,7 @@ from learners.settings import RankSettings
 from rlsys.config.objective import ObjectiveConfig
 from rlsys.config.schema import LearnerConfig, OptimizerConfig
 from rlsys.config.stages import StageSettings
-from rlsys.types import Demonstration, StageName, TrainingBatch, TrajectoryGroup
+from rlsys.types import Demonstration, StageName, TeacherTokens, TrainingBatch, Trajectory, TrajectoryGroup
 
 TEMPERATURE = 0.8
 RATE = 0.5
@@ -44,6 +44,7 @@ EVERY_TERM: dict[str, Any] = {
     "value": {"weight": 0.5},
     "preference": {"weight": 0.3, "label_smoothing": 0.1},
     "sft": {"weight": 0.7, "source": "trees"},
+    "distill": {"weight": 0.4, "divergence": "top_k", "top_k": 3, "beta": 0.5},
     "grad_norm_interval": 1,
 }
 
@@ -164,6 +165,21 @@ def tree() -> TrajectoryGroup:
     return replace(searched(*chains, forced=[2], samples={1: 2}), pairs=pairs, demonstrations=(chain([1, 2, 7, 8], 2),))
 
 
+def with_teacher(group: TrajectoryGroup, k: int, seed: int = 0) -> TrajectoryGroup:
+    """Return the group with random scores of a teacher for every token that the policy chose."""
+    rng = np.random.default_rng(seed)
+
+    def scores(scored: Trajectory) -> TeacherTokens:
+        length, vocabulary = len(scored.token_ids), SIZE["vocab_size"]
+        logprobs = np.log(rng.dirichlet(np.ones(vocabulary), size=length)[:, :k]).astype(np.float32)
+        others = np.stack([rng.permutation(vocabulary)[:k] for _ in range(length)]).astype(np.int32)
+        return TeacherTokens(
+            mask=scored.loss_mask, ids=scored.token_ids[:, None] if k == 1 else others, logprobs=logprobs
+        )
+
+    return replace(group, trajectories=tuple(replace(each, teacher=scores(each)) for each in group.trajectories))
+
+
 def chain(tokens: Sequence[int], start: int) -> Demonstration:
     return Demonstration(token_ids=ids(*tokens), loss_mask=np.arange(len(tokens)) >= start)
 
@@ -171,7 +187,7 @@ def chain(tokens: Sequence[int], start: int) -> Demonstration:
 def everything() -> TrainingBatch:
     """Return a batch with data for every term."""
     return TrainingBatch(
-        groups=(*sampled(3), tree(), tree()),
+        groups=tuple(with_teacher(group, 3) for group in (*sampled(3), tree(), tree())),
         pairs=tuple(random_preferences(3)),
         demonstrations=(chain([5, 6, 7], 1), chain([5, 6, 7, 8, 9], 2)),
     )
