@@ -166,16 +166,20 @@ def tree() -> TrajectoryGroup:
 
 
 def with_teacher(group: TrajectoryGroup, k: int, seed: int = 0) -> TrajectoryGroup:
-    """Return the group with random scores of a teacher for every token that the policy chose."""
+    """Return the group with random scores of a teacher for every token that the policy chose.
+
+    With k = 1 they are of the tokens themselves, and higher than those of the sampler.
+    """
     rng = np.random.default_rng(seed)
 
     def scores(scored: Trajectory) -> TeacherTokens:
         length, vocabulary = len(scored.token_ids), SIZE["vocab_size"]
-        logprobs = np.log(rng.dirichlet(np.ones(vocabulary), size=length)[:, :k]).astype(np.float32)
-        others = np.stack([rng.permutation(vocabulary)[:k] for _ in range(length)]).astype(np.int32)
-        return TeacherTokens(
-            mask=scored.loss_mask, ids=scored.token_ids[:, None] if k == 1 else others, logprobs=logprobs
-        )
+        if k == 1:
+            logprobs, tokens = rng.uniform(-1, 0, (length, 1)), scored.token_ids[:, None]
+        else:
+            logprobs = np.log(rng.dirichlet(np.ones(vocabulary), size=length)[:, :k])
+            tokens = np.stack([rng.permutation(vocabulary)[:k] for _ in range(length)]).astype(np.int32)
+        return TeacherTokens(mask=scored.loss_mask, ids=tokens, logprobs=logprobs.astype(np.float32))
 
     return replace(group, trajectories=tuple(replace(each, teacher=scores(each)) for each in group.trajectories))
 

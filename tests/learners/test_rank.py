@@ -83,7 +83,7 @@ def test_micro_batches_change_nothing_but_the_padding(objective: dict[str, Any],
 )
 def test_a_step_with_one_kind_of_data(batch: TrainingBatch, stage: StageName, terms: set[str]) -> None:
     # Terms without data add no loss, and their denominator is 0.
-    rank = plain_rank({**EVERY_TERM, "policy": {}, "value": {}}, stage=stage)
+    rank = plain_rank({**EVERY_TERM, "policy": {}, "value": {}, "distill": {}}, stage=stage)
     before = rank.policy.vector()
     metrics = rank.train(batch, 0, 1)
     assert torch.equal(rank.policy.vector(), before) == (not terms)
@@ -192,14 +192,21 @@ def test_a_later_update_that_is_not_finite_rolls_back_the_earlier_ones(monkeypat
         assert torch.equal(model.vector(), other.vector())
 
 
+WARM_UP = {
+    "policy": EVERY_TERM["policy"],
+    "kl": EVERY_TERM["kl"],
+    "value": {"weight": 0.5, "warmup_steps": 1},
+}
+
+
 @pytest.mark.parametrize(
     ("objective", "step", "updates", "copied"),
     [
         ({}, 0, 1, set()),
         ({}, 0, 2, {"policy"}),
         (EVERY_TERM, 0, 1, {"policy", "critic"}),
-        ({**EVERY_TERM, "value": {"weight": 0.5, "warmup_steps": 1}, "preference": {}, "sft": {}}, 0, 1, set()),
-        ({**EVERY_TERM, "value": {"weight": 0.5, "warmup_steps": 1}, "preference": {}, "sft": {}}, 0, 2, {"critic"}),
+        (WARM_UP, 0, 1, set()),
+        (WARM_UP, 0, 2, {"critic"}),
     ],
 )
 def test_only_models_that_may_be_rolled_back_are_copied(

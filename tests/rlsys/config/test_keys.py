@@ -92,7 +92,8 @@ def test_keys_of_alternatives_name_the_alternative() -> None:
         ("train.num_generations", "did you mean train.group_size? `rlsys keys` shows all"),
         (
             "grpo.beta",
-            "did you mean objective.kl.weight or objective.distill.beta or objective.preference.beta? `rlsys keys` shows all",
+            "did you mean objective.kl.weight or objective.distill.beta or objective.preference.beta? "
+            "`rlsys keys` shows all",
         ),
         ("trains", "did you mean train? `rlsys keys` shows all"),
         (
