@@ -119,6 +119,12 @@ def test_rewards_are_no_signal_without_a_policy_term_but_sampled_groups_pass() -
     assert has_signal(group(prompt("a"), 0, (1.0, 1.0)), terms, 8)
 
 
+def test_every_group_has_a_signal_with_a_teacher() -> None:
+    level = judged((1.0, "ok"), (1.0, "ok"))
+    assert has_signal(level, objective(distill={"weight": 0.5}), 10)
+    assert not has_signal(level, objective(), 10)
+
+
 def test_equal_rewards_of_lengths_that_shaping_tells_apart() -> None:
     # 8 tokens at most; over the last 4 the reward falls by 0.5: 4 tokens lose 0, 6 lose 0.25, 8 and more 0.5.
     terms = objective(policy={"overlong_buffer": 4, "overlong_penalty": 0.5})

@@ -16,7 +16,7 @@ from rlsys.config.files import parse_config
 from rlsys.config.schema import Config, LoraConfig
 from rlsys.errors import ConfigError
 from rlsys.launch import prepare as preflight
-from rlsys.launch.prepare import Purpose, check_settings, prepare
+from rlsys.launch.prepare import Purpose, check_same_tokens, check_settings, prepare
 from rlsys.launch.resources import Need, ResourcePlan
 from rlsys.models.adapters import AdapterSpec
 from rlsys.models.checks import Use
@@ -43,6 +43,7 @@ class Checks:
         monkeypatch.setattr(preflight, "check_model", self.check_model)
         monkeypatch.setattr(preflight, "plan_resources", self.plan)
         monkeypatch.setattr(preflight, "check_tags", lambda _search, models: self.done.append(("tags", [*models])))
+        monkeypatch.setattr(preflight, "check_same_tokens", lambda *_: self.done.append("same tokens"))
         monkeypatch.setattr(preflight, "Inputs", self.inputs)
         monkeypatch.setattr(preflight, "find_prompts", lambda *_: ["a prompt"])
 
@@ -88,6 +89,7 @@ NOT_TRAINED = [("judged", "l", 4096, False), ("judged", "r", 1024, False)]
 TRAIN = [("policy", True), JUDGED, ("plan", 256, True, []), ("inputs", POLICY, True)]
 FIELDS = ["search.model.path", "search.reviewer.path"]
 ALL = ["policy", "model", "reviewer"]
+TAUGHT = {"teacher": {"model": {"path": "t", "max_model_len": 512}}, "objective": {"distill": {"weight": 1.0}}}
 CASES: dict[str, tuple[Purpose, dict[str, Any], list[Any]]] = {
     "train": ("train", {}, TRAIN),
     "train that never searches": ("train", {"search": MODELS}, TRAIN),
@@ -103,6 +105,24 @@ CASES: dict[str, tuple[Purpose, dict[str, Any], list[Any]]] = {
             ("tags", ALL),
             ("inputs", POLICY, True),
         ],
+    ),
+    "train with a teacher": (
+        "train",
+        TAUGHT,
+        [
+            ("policy", True),
+            "teacher.model.path",
+            ("judged", "t", 512, False),
+            "same tokens",
+            JUDGED,
+            ("plan", 256, True, ["teacher"]),
+            ("inputs", POLICY, True),
+        ],
+    ),
+    "evaluate without the teacher": (
+        "evaluate",
+        TAUGHT,
+        [("judged", "e", 256, False), ("plan", 256, False, []), ("inputs", Path("e"), False)],
     ),
     "check": ("check", {}, [("policy", False), *TRAIN[1:]]),
     "check of a search": (
@@ -164,6 +184,24 @@ def test_the_model_of_the_search_is_served_in_place_of_the_policy(checks: Checks
     assert (prepared.served.path, prepared.policy.path) == (Path("l"), POLICY)
     assert prepared.config.actors.max_model_len == 4096
     assert [engines.role for engines in prepared.auxiliary] == ["reviewer"]
+
+
+def test_a_teacher_with_another_tokenizer_is_refused() -> None:
+    def folder(name: str, digest: str) -> Any:
+        return SimpleNamespace(path=Path(name), tokenizer_digest=digest)
+
+    check_same_tokens(folder("p", "a"), folder("t", "a"))
+    with pytest.raises(
+        ConfigError, match="teacher.model.path t: expected the tokenizer of the policy p"
+    ):
+        check_same_tokens(folder("p", "a"), folder("t", "b"))
+
+
+def test_a_training_run_with_a_teacher_grows_no_trees(checks: Checks) -> None:
+    prepared = prepare(config(**TAUGHT), "train")
+    assert prepared.searching is not None and not prepared.searching.grows_trees
+    assert prepared.served is prepared.policy
+    assert [engines.role for engines in prepared.auxiliary] == ["teacher"]
 
 
 def test_a_training_run_serves_the_policy(checks: Checks) -> None:
