@@ -230,14 +230,13 @@ class LearnerRank:
             policy=self._policy,
             critic=self.critic,
             weights=weights,
+            interpolation=objective.distill.interpolation_at(step, self.stage.steps),
             metrics=StepMetrics(self.settings.device, tuple(weights), reports=self.settings.reports),
         )
         measures = bool(objective.grad_norm_interval) and step % objective.grad_norm_interval == 0
-        updates_made = 0
+        contexts = [UpdateContext(version, number, measures and not number) for number in range(len(updates))]
         with rollback_on_non_finite(training.models, len(updates)):
-            for number, items in enumerate(updates):
-                context = UpdateContext(version=version, update=number, measures_gradients=measures and not number)
-                updates_made += training.update(items, context)
+            updates_made = sum(map(training.update, updates, contexts))
         metrics = training.metrics
         for term, weight in weights.items():
             metrics.note(f"objective/{term}_weight", weight)

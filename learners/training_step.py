@@ -48,6 +48,7 @@ class TrainingStep:
     Attributes:
         critic: None if the objective has no value term.
         weights: weight of each term in this step.
+        interpolation: share of the teacher in this step; see `learners.objective.distillation`.
     """
 
     settings: RankSettings
@@ -56,6 +57,7 @@ class TrainingStep:
     critic: TrainedModel | None
     weights: Mapping[str, float]
     metrics: StepMetrics
+    interpolation: float = 1.0
 
     @property
     def models(self) -> list[TrainedModel]:
@@ -109,7 +111,7 @@ class TrainingStep:
             self._measure_gradient_norms(batches)
         for batch in batches:
             logprobs, entropy, others = self.forward.logprobs(self.policy, batch, entropy=True)
-            terms = joint_loss(logprobs, entropy, batch, self.settings.objective, others)
+            terms = joint_loss(logprobs, entropy, batch, self.settings.objective, others, self.interpolation)
             self.metrics.add_pass(batch)
             for term, output in terms.items():
                 self.metrics.add_term(term, output, batch.count(term), self.weights[term])
@@ -132,7 +134,9 @@ class TrainingStep:
         }
         for batch in batches:
             logprobs, entropy, others = self.forward.logprobs(self.policy.bare, batch, entropy=True)
-            for term, output in joint_loss(logprobs, entropy, batch, self.settings.objective, others).items():
+            for term, output in joint_loss(
+                logprobs, entropy, batch, self.settings.objective, others, self.interpolation
+            ).items():
                 _add_gradient(gradients[term], self.weights[term] * output.loss, parameters)
         self.metrics.note_gradient_norms({term: summed_gradient_norm(parts) for term, parts in gradients.items()})
 

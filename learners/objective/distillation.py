@@ -17,12 +17,16 @@ from learners.objective.losses import LossOutput, policy_loss
 LEAST_LOGPROB = -60.0  # nats; an engine may report -inf, and 0 * inf is NaN
 
 
-def divergence_loss(logprobs: Tensor, teacher: Tensor, weights: Tensor, *, beta: float) -> LossOutput:
+def divergence_loss(
+    logprobs: Tensor, teacher: Tensor, weights: Tensor, *, beta: float, interpolation: float = 1.0
+) -> LossOutput:
     """Compute the generalised Jensen-Shannon divergence between teacher q and policy p, over K tokens and the rest.
 
     D_0 = KL(q || p);   D_1 = KL(p || q)
     D_b = b KL(q || m) + (1 - b) KL(p || m),   m = b q + (1 - b) p,   for 0 < b < 1
     loss = sum_t w_t D_b(t)
+
+    With an interpolation t below 1, the teacher is replaced by the distribution proportional to sg[p]^(1 - t) q^t.
 
     The value never exceeds that of the whole distributions, and grows with K. Value and gradient are 0 where p = q.
 
@@ -31,6 +35,7 @@ def divergence_loss(logprobs: Tensor, teacher: Tensor, weights: Tensor, *, beta:
         teacher: [M, K] nats, of the same tokens under the teacher.
         weights: [M].
         beta: in [0, 1].
+        interpolation: t, in (0, 1].
 
     Returns:
         metrics: divergence, nats.
@@ -38,11 +43,14 @@ def divergence_loss(logprobs: Tensor, teacher: Tensor, weights: Tensor, *, beta:
     Raises:
         ValueError: beta is outside of [0, 1].
 
-    Source: GKD, arXiv:2306.13649, sec. 2 and 3. The two limits are defined as in TRL.
+    Source: GKD, arXiv:2306.13649, sec. 2 and 3. The two limits are defined as in TRL. Interpolation of logits: TAID,
+        arXiv:2501.16937, eq. 3.
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"expected objective.distill.beta in [0, 1], found {beta}")
     p, q = _with_rest(logprobs), _with_rest(teacher)
+    if interpolation < 1:
+        q = ((1 - interpolation) * p.detach() + interpolation * q).log_softmax(-1)
     if beta in (0, 1):
         divergence = _kl(q, p) if beta == 0 else _kl(p, q)
     else:

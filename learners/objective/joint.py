@@ -143,7 +143,12 @@ def weigh_items(
 
 
 def joint_loss(
-    logprobs: Tensor, entropy: Tensor, batch: MicroBatch, objective: ObjectiveConfig, others: Tensor | None = None
+    logprobs: Tensor,
+    entropy: Tensor,
+    batch: MicroBatch,
+    objective: ObjectiveConfig,
+    others: Tensor | None = None,
+    interpolation: float = 1.0,
 ) -> dict[str, LossOutput]:
     """Compute the contribution of a micro-batch to each term of the joint loss, before the term's weight.
 
@@ -154,6 +159,7 @@ def joint_loss(
         objective: the joint objective.
         others: [P, K] nats, of the tokens that the teacher scored at the P targets of the term distill; None without
             such targets.
+        interpolation: share of the teacher in this step; see `divergence_loss`.
 
     Returns:
         Losses by term, without the terms that have no target in the micro-batch.
@@ -172,14 +178,16 @@ def joint_loss(
             logprobs.index_select(0, batch.sft.positions), batch.sft.weights.to(logprobs)
         )
     if batch.distill is not None and others is not None:
-        terms["distill"] = _distill_term(logprobs, others, batch.distill, objective)
+        terms["distill"] = _distill_term(logprobs, others, batch.distill, objective, interpolation)
     return terms
 
 
-def _distill_term(logprobs: Tensor, others: Tensor, targets: DistillTargets, objective: ObjectiveConfig) -> LossOutput:
+def _distill_term(
+    logprobs: Tensor, others: Tensor, targets: DistillTargets, objective: ObjectiveConfig, interpolation: float
+) -> LossOutput:
     teacher, weights = targets.logprobs.to(others), targets.weights.to(others)
     if objective.distill.divergence == "top_k":
-        return divergence_loss(others, teacher, weights, beta=objective.distill.beta)
+        return divergence_loss(others, teacher, weights, beta=objective.distill.beta, interpolation=interpolation)
     own = logprobs.index_select(0, targets.positions)
     assert targets.behavior_logprobs is not None  # noqa: S101 - the plan of the stage has sampled tokens only
     bounds = {"clip_low": objective.policy.clip_low, "clip_high": objective.policy.clip_high}
@@ -206,6 +214,8 @@ def _policy_term(logprobs: Tensor, entropy: Tensor, targets: PolicyTargets, poli
     if policy.decoupled and policy.importance_cap is not None:
         importance, metrics = losses.importance_weights(old, behavior, cap=policy.importance_cap)
         weights = weights * importance
+    if policy.teacher_share and targets.teacher_logprobs is not None:
+        base = losses.anchored(base, targets.teacher_logprobs.to(base), share=policy.teacher_share)
     bounds = {"clip_low": policy.clip_low, "clip_high": policy.clip_high}
     match policy.surrogate:
         case "clip":

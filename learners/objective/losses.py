@@ -90,6 +90,21 @@ def policy_loss(
     return LossOutput(-(weights * terms).sum(), metrics)
 
 
+def anchored(old_logprobs: Tensor, teacher: Tensor, *, share: float) -> Tensor:
+    """Compute the log-probabilities of the anchor p_old^(1 - share) p_teacher^share, without normalisation.
+
+    As the denominator of the ratio, it lets the trust region follow the teacher where the teacher differs.
+
+    Args:
+        old_logprobs: [N] nats.
+        teacher: [N] nats, of the same tokens.
+        share: in [0, 1).
+
+    Source: RLAD, arXiv:2602.22495: trust region ratio distillation (TRRD), whose a is 1 - share.
+    """
+    return (1 - share) * old_logprobs + share * teacher
+
+
 def gspo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,

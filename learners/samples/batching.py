@@ -38,6 +38,7 @@ class PolicyTargets:
     reference_logprobs: Tensor | None
     values: Tensor | None
     returns: Tensor | None
+    teacher_logprobs: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +214,7 @@ def _policy_targets(samples: Sequence[Sample], positions: Sequence[np.ndarray]) 
         reference_logprobs=gather(lambda tokens: tokens.reference_logprobs),
         values=gather(lambda tokens: tokens.values),
         returns=gather(lambda tokens: tokens.returns),
+        teacher_logprobs=gather(lambda tokens: tokens.teacher_logprobs),
     )
 
 

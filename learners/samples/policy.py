@@ -62,7 +62,8 @@ def policy_samples(
     """
     shaped = [_shaped(group, objective.policy, max_tokens) for group in groups]
     by_group = [
-        _searched_samples(group, objective.policy) if group.searched else _bare_samples(group) for group in shaped
+        _searched_samples(group, objective.policy) if group.searched else _bare_samples(group, objective.policy)
+        for group in shaped
     ]
     if kl_weight:
         reference = iter(scorer.reference_logprobs([sample for samples in by_group for sample in samples]))
@@ -90,7 +91,7 @@ def _shaped(group: TrajectoryGroup, policy: PolicyConfig, max_tokens: int) -> Tr
     return replace(group, trajectories=tuple(trajectories))
 
 
-def _bare_samples(group: TrajectoryGroup) -> list[Sample]:
+def _bare_samples(group: TrajectoryGroup, policy: PolicyConfig) -> list[Sample]:
     """Return a sample for every judged trajectory, with advantages of 0."""
     return [
         Sample(
@@ -99,6 +100,7 @@ def _bare_samples(group: TrajectoryGroup) -> list[Sample]:
                 mask=trajectory.loss_mask,
                 behavior_logprobs=trajectory.behavior_logprobs,
                 advantages=np.zeros(len(trajectory.token_ids), dtype=np.float32),
+                teacher_logprobs=_anchor_logprobs(trajectory, policy),
             ),
             distill=_distill_tokens(trajectory, trajectory.loss_mask),
         )
@@ -246,7 +248,10 @@ def _searched_samples(group: TrajectoryGroup, policy: PolicyConfig) -> list[Samp
                 token_draws[span] = node.draws
         if mask[1:].any():
             tokens = PolicyTokens(
-                mask=mask, behavior_logprobs=trajectory.behavior_logprobs, advantages=token_advantages
+                mask=mask,
+                behavior_logprobs=trajectory.behavior_logprobs,
+                advantages=token_advantages,
+                teacher_logprobs=_anchor_logprobs(trajectory, policy),
             )
             distill = _distill_tokens(trajectory, mask)
             samples.append(Sample(token_ids=trajectory.token_ids, policy=tokens, distill=distill))
@@ -265,6 +270,11 @@ def _distill_tokens(trajectory: Trajectory, mask: BoolArray) -> DistillTokens | 
     if teacher is None:
         return None
     return DistillTokens(mask=mask & teacher.mask, teacher=teacher, behavior_logprobs=trajectory.behavior_logprobs)
+
+
+def _anchor_logprobs(trajectory: Trajectory, policy: PolicyConfig) -> Float32Array | None:
+    """Return the teacher's log-probabilities of the tokens, [T]; None if the ratio has no share of a teacher."""
+    return trajectory.teacher.logprobs[:, 0] if trajectory.teacher and policy.teacher_share else None
 
 
 def _mask(sample: Sample) -> BoolArray:

@@ -23,6 +23,7 @@ class PolicyTokens:
         reference_logprobs: [T] float32, nats, of the reference policy; None without a KL term.
         values: [T] float32, the critic's estimates at the start of the step; None without a critic.
         returns: [T] float32, the critic's targets; None without a critic.
+        teacher_logprobs: [T] float32, nats, of the teacher; None without a teacher in the ratio.
     """
 
     mask: BoolArray
@@ -33,6 +34,7 @@ class PolicyTokens:
     reference_logprobs: Float32Array | None = None
     values: Float32Array | None = None
     returns: Float32Array | None = None
+    teacher_logprobs: Float32Array | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,13 @@ TreeEstimator = Literal["sibling_mean", "treerl", "treepo", "backed_up", "group"
 KlEstimator = Literal["k1", "k2", "k3"]
 
 
+def linear(first: float, last: float | None, step: int, steps: int) -> float:
+    """Return first + (last - first) min(1, step / (steps - 1)); `first` if there is no last value."""
+    if last is None:
+        return first
+    return first + (last - first) * (min(1.0, step / (steps - 1)) if steps > 1 else 1.0)
+
+
 class Component(Section):
     weight: float = Field(default=0.0, ge=0)
     """Weight of this term in the joint loss. 0 leaves the term out, at no cost."""
@@ -34,10 +41,7 @@ class Component(Section):
             step: the training step within the stage, from 0.
             steps: training steps of the stage.
         """
-        if self.final_weight is None:
-            return self.weight
-        progress = min(1.0, step / (steps - 1)) if steps > 1 else 1.0
-        return self.weight + (self.final_weight - self.weight) * progress
+        return linear(self.weight, self.final_weight, step, steps)
 
 
 class PolicyConfig(Component):
@@ -70,6 +74,9 @@ class PolicyConfig(Component):
     importance_cap: float | None = Field(default=2.0, ge=1)
     """Truncated importance sampling: the loss of a token is multiplied by min(p_old / p_behavior, importance_cap).
     null: no importance weights."""
+    teacher_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share s of the teacher in the denominator of the ratio (RLAD): p / (p_old^(1 - s) p_teacher^s). It needs a
+    teacher, and objective.distill.divergence sampled. 0: the old policy alone."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus on the policy's tokens."""
     gamma: float = Field(default=1.0, gt=0, le=1)
@@ -132,6 +139,8 @@ class SftConfig(Component):
 
 
 class DistillConfig(Component):
+    weight: float = Field(default=0.0, ge=0)
+    """Weight of the term. 0 leaves it out; the teacher then only serves policy.teacher_share."""
     divergence: Literal["sampled", "top_k"] = "sampled"
     """Divergence between the policy's and the teacher's distributions of the next token. sampled: the reverse
     divergence, estimated from the sampled tokens alone; top_k: the generalised Jensen-Shannon divergence (GKD) over the
@@ -141,6 +150,15 @@ class DistillConfig(Component):
     beta: float = Field(default=0.0, ge=0, le=1)
     """For top_k. 0: forward divergence, from teacher to policy; 1: reverse divergence; between them: both, to the
     mixture of beta times the teacher and 1 - beta times the policy."""
+
+    interpolation: float = Field(default=1.0, gt=0, le=1)
+    """For top_k: share t of the teacher in the distribution to learn (TAID), proportional to p^(1 - t) q^t."""
+    final_interpolation: float | None = Field(default=None, gt=0, le=1)
+    """Share in the last step of the stage, reached linearly from `interpolation`. null: the share stays constant."""
+
+    def interpolation_at(self, step: int, steps: int) -> float:
+        """Return the share in a training step; see `Component.weight_at`."""
+        return linear(self.interpolation, self.final_interpolation, step, steps)
 
     @property
     def scored_tokens(self) -> int | None:
@@ -165,6 +183,11 @@ class ObjectiveConfig(Section):
     """Training steps between measurements of the gradient norm of each term, in the last transformer layer. 0:
     never."""
 
+    @property
+    def asks_a_teacher(self) -> bool:
+        """Whether any term needs the scores of a teacher."""
+        return self.distill.used or (self.policy.used and self.policy.teacher_share > 0)
+
     @model_validator(mode="after")
     def _consistent(self) -> ObjectiveConfig:
         policy, preference, kl = self.policy, self.preference, self.kl
@@ -174,6 +197,10 @@ class ObjectiveConfig(Section):
             raise ValueError("kl.in_reward has no effect with kl.weight 0: raise it, or leave in_reward out")
         if policy.dual_clip is not None and policy.surrogate != "clip":
             raise ValueError(f"policy.dual_clip needs policy.surrogate clip, found {policy.surrogate}")
+        if policy.teacher_share and self.distill.divergence != "sampled":
+            raise ValueError(
+                "policy.teacher_share needs scores of the sampled tokens: set distill.divergence to sampled"
+            )
         if policy.used and policy.estimator == "gae" and not self.value.used:
             raise ValueError("policy.estimator gae needs a critic: set value.weight above 0")
         if self.value.used and policy.estimator != "gae":

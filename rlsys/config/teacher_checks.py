@@ -9,14 +9,18 @@ if TYPE_CHECKING:
 
 
 def distillation_has_a_teacher(config: Config) -> None:
-    """Raise if the term distill has no teacher, or a teacher no term."""
-    used, model = config.objective.distill.used, config.teacher.model
-    if used and model is None:
-        raise ValueError("objective.distill.weight needs a teacher: set teacher.model.path")
-    if model is not None and not used:
-        raise ValueError("teacher.model has no effect: raise objective.distill.weight, or leave teacher out")
-    if used and "online" not in config.stages:
-        raise ValueError("objective.distill is a term of stage online: add online to stages, or leave distill out")
+    """Raise if a term that needs a teacher has none, or a teacher has no term."""
+    objective, model = config.objective, config.teacher.model
+    field = "objective.distill.weight" if objective.distill.used else "objective.policy.teacher_share"
+    if objective.asks_a_teacher and model is None:
+        raise ValueError(f"{field} needs a teacher: set teacher.model.path")
+    if model is not None and not objective.asks_a_teacher:
+        raise ValueError(
+            "teacher.model has no effect: raise objective.distill.weight or objective.policy.teacher_share, or leave "
+            "teacher out"
+        )
+    if model is not None and "online" not in config.stages:
+        raise ValueError("teacher.model serves stage online: add online to stages, or leave teacher out")
 
 
 def teacher_scores_what_was_sampled(config: Config) -> None:
@@ -39,8 +43,8 @@ def teacher_scores_what_was_sampled(config: Config) -> None:
 def divergence_has_its_keys(config: Config) -> None:
     """Raise if a key of the divergence top_k is set for another one."""
     distill = config.objective.distill
-    defaults = type(distill)()
-    changed = [name for name in ("top_k", "beta") if getattr(distill, name) != getattr(defaults, name)]
+    defaults, names = type(distill)(), ("top_k", "beta", "interpolation", "final_interpolation")
+    changed = [name for name in names if getattr(distill, name) != getattr(defaults, name)]
     if distill.divergence != "top_k" and changed:
         raise ValueError(
             f"objective.distill.{changed[0]} is for divergence top_k, found {distill.divergence}: leave it out"

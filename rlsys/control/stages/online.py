@@ -203,7 +203,7 @@ class OnlineStage(TrainingStage):
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             seed=run.config.run.seed,
-            teacher=run.config.objective.distill.used,
+            teacher=run.config.objective.asks_a_teacher,
         )
         trained = (run.state.step + run.skipped.total) * train.groups_per_step
         self._rollouts.total = self._rollouts.failed + self._filtering.groups + trained

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from learners.objective.distillation import divergence_loss, sampled_loss
 from learners.objective.logprobs import OtherTokens, token_logprobs
 from learners.samples.types import DistillTokens, PackItem, Sample, count_targets
-from rlsys.config.objective import ObjectiveConfig
+from rlsys.config.objective import DistillConfig, ObjectiveConfig
 from rlsys.types import TeacherTokens
 from tests.helpers.joint_samples import one_by_one, planned, policy_sample, sft_sample, update
 
@@ -109,6 +110,42 @@ def test_a_token_that_the_teacher_excludes_leaves_the_loss_finite() -> None:
     loss = divergence_loss(policy, torch.tensor([[math.log(0.9), -math.inf]]), torch.ones(1), beta=1.0).loss
     loss.backward()
     assert loss.isfinite() and policy.grad is not None and policy.grad.isfinite().all()
+
+
+def test_an_interpolated_teacher_has_the_gradient_of_its_cross_entropy() -> None:
+    logits, teacher = distributions()
+    share = 0.4
+    mixed = ((1 - share) * logits.detach() + share * teacher).softmax(-1)
+    p = logits.log_softmax(-1)
+    (expected,) = torch.autograd.grad(-(mixed * p).sum(), logits, retain_graph=True)
+    loss = divergence_loss(p, teacher, torch.ones(len(p)), beta=0.0, interpolation=share).loss
+    (ours,) = torch.autograd.grad(loss, logits)
+    assert loss.item() == pytest.approx((mixed * (mixed.log() - p.detach())).sum().item(), abs=1e-9)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
+
+
+def test_the_share_of_the_teacher_grows_linearly_to_that_of_the_last_step() -> None:
+    distill = DistillConfig(divergence="top_k", interpolation=0.4, final_interpolation=1.0)
+    assert [distill.interpolation_at(step, 4) for step in range(4)] == pytest.approx([0.4, 0.6, 0.8, 1.0])
+    assert DistillConfig().interpolation_at(3, 4) == 1.0
+
+
+def test_the_teacher_in_the_ratio_is_an_old_policy_between_both() -> None:
+    tokens, mask, advantages = [1, 2, 3, 4], [0, 1, 1, 1], [0, 1, -1, 2]
+    old, teacher = (np.log(np.array(row, dtype=np.float32)) for row in ([1, 0.2, 0.5, 0.3], [1, 0.6, 0.1, 0.2]))
+    share = 0.25
+
+    def run(old_logprobs: np.ndarray, settings: dict[str, float], **changes: np.ndarray) -> Any:
+        sample = policy_sample(tokens, mask, advantages, old_logprobs=old_logprobs, **changes)
+        objective = ObjectiveConfig.model_validate({"policy": {"importance_cap": None, **settings}})
+        return update([PackItem(samples=(sample,))], objective, weights={"policy": 1.0})
+
+    anchored = run(old, {"teacher_share": share}, teacher_logprobs=teacher)
+    expected = run((1 - share) * old + share * teacher, {})
+    assert anchored[0] == pytest.approx(expected[0], abs=1e-7)
+    torch.testing.assert_close(anchored[1], expected[1], rtol=0, atol=1e-7)
+    without = run(old, {}, teacher_logprobs=teacher), run(old, {})
+    assert without[0][0] == without[1][0]
 
 
 def test_a_beta_outside_is_refused() -> None:

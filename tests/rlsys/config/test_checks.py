@@ -26,8 +26,9 @@ RISING = ["objective.policy={weight: 0, final_weight: 1.0}"]
 REFUSED: dict[str, list[tuple[list[str], str]]] = {
     "distillation_has_a_teacher": [
         (["objective.distill.weight=1"], "objective.distill.weight needs a teacher: set teacher.model.path"),
+        (["objective.policy.teacher_share=0.5"], "objective.policy.teacher_share needs a teacher"),
         (["teacher.model={path: t}"], "teacher.model has no effect: raise objective.distill.weight"),
-        ([*TEACHER, "stages=[warm_start]"], "objective.distill is a term of stage online: add online to stages"),
+        ([*TEACHER, "stages=[warm_start]"], "teacher.model serves stage online: add online to stages"),
     ],
     "divergence_has_its_keys": [
         ([*TEACHER, "objective.distill.top_k=4"], "objective.distill.top_k is for divergence top_k, found sampled"),

@@ -107,13 +107,13 @@ FREE_FIELDS = {
     "train.critic_optimizer": _OPTIMIZER,
     "objective": "grad_norm_interval",
     "objective.policy": "weight final_weight estimator tree_estimator surrogate clip_low clip_high dual_clip "
-    "aggregation decoupled importance_cap entropy_coef gamma gae_lambda overlong_buffer overlong_penalty",
+    "aggregation decoupled importance_cap teacher_share entropy_coef gamma gae_lambda overlong_buffer overlong_penalty",
     "objective.kl": "weight final_weight estimator in_reward",
     "objective.value": "weight final_weight clip warmup_steps",
     "objective.preference": "weight final_weight loss beta label_smoothing adaptive_smoothing length_norm "
     "mask_prefix_dpo pairs source",
     "objective.sft": "weight final_weight source mask_prefix_sft",
-    "objective.distill": "weight final_weight divergence top_k beta",
+    "objective.distill": "weight final_weight divergence top_k beta interpolation final_interpolation",
     "teacher": "model",
     "teacher.model": "path count tensor_parallel_size dtype max_model_len max_num_seqs kv_cache_gib "
     "gpu_memory_utilization",

@@ -191,9 +191,7 @@ def test_a_teacher_with_another_tokenizer_is_refused() -> None:
         return SimpleNamespace(path=Path(name), tokenizer_digest=digest)
 
     check_same_tokens(folder("p", "a"), folder("t", "a"))
-    with pytest.raises(
-        ConfigError, match="teacher.model.path t: expected the tokenizer of the policy p"
-    ):
+    with pytest.raises(ConfigError, match="teacher.model.path t: expected the tokenizer of the policy p"):
         check_same_tokens(folder("p", "a"), folder("t", "b"))
 
 
