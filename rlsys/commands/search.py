@@ -13,7 +13,7 @@ from rich.console import Console
 from rlsys.config.files import dump_config
 from rlsys.config.schema import Config
 from rlsys.control.dispatch import TreePool
-from rlsys.control.tree_search import Search, find_prompts, open_trees, search_model_digests
+from rlsys.control.tree_search import Search, check_answers, find_prompts, open_trees, search_model_digests
 from rlsys.data.inputs import Inputs
 from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.display import SEARCH_FIGURES, Display, print_table, standard_output
@@ -88,6 +88,9 @@ def conclude(search: Search, config: Config, run_dir: Path, console: Console) ->
     """Show the figures, write summary.json and return the closing lines.
 
     A command that grew no trees keeps the rates of the last command that grew some.
+
+    Raises:
+        TooManyFailuresError: no tree has a scored answer.
     """
     trees = search.trees.report()
     engines = search.engines.report(search.wall_s, search.grown) if search.grown else None
@@ -95,6 +98,8 @@ def conclude(search: Search, config: Config, run_dir: Path, console: Console) ->
     if engines is not None or not _is_summary_of(path, trees):
         write_json(path, {"trees": trees, "last_command": engines})
     print_table(console, ("figure", "value"), figure_rows(trees, engines), title=f"{trees['trees']} trees")
+    for note in check_answers(config, search.trees):
+        console.print(note, markup=False, highlight=False)
     already = "" if engines else f"already complete ({len(search.trees.solved)} trees)\n"
     return f"{already}run directory: {config.run.dir}\nextract: rlsys extract {config.run.dir}"
 

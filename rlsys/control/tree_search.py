@@ -16,11 +16,11 @@ from rlsys.config.schema import Config
 from rlsys.control.budgets import FailureLimit
 from rlsys.control.dispatch import TreePool, grow
 from rlsys.data.inputs import Inputs
-from rlsys.errors import InterruptedRunError
+from rlsys.errors import InterruptedRunError, TooManyFailuresError
 from rlsys.models.folder import ModelFolder
 from rlsys.search.stats import EngineFigures, TreeFigures, prefix_hit_rate
 from rlsys.search.store import TreeStore, check_origin
-from rlsys.trees import Role, Tree, TreeFailure
+from rlsys.trees import TEXT, Role, Tree, TreeFailure
 from rlsys.types import Prompt
 
 # Fields that decide the content of a tree. Every key of `search` is among them unless FREE names it.
@@ -167,6 +167,26 @@ class Search:
         verdicts = [node.verdict for node in tree.nodes if node.verdict is not None]
         failed = [f"{tree.prompt_id}: {v.detail}" for v in verdicts if v.outcome in ("error", "timeout")]
         self._failed_verdicts.count(failed=len(failed), total=len(verdicts), details=failed)
+
+
+def check_answers(config: Config, figures: TreeFigures) -> list[str]:
+    """Return a note for every node type of which no node came whole.
+
+    Raises:
+        TooManyFailuresError: there are trees, and none has a scored answer.
+    """
+    patterns = resolve(config.search).values()
+    types = {name: node.tag for each in patterns for name, node in each.types.items() if node.writer != "nobody"}
+    missing = figures.never_whole(types) if figures.solved else {}
+    notes = [f"no node of type {name} (tag <{types[name]}>) came whole: {why}" for name, why in missing.items()]
+    if figures.solved and not figures.scored:
+        unread = figures.defective.get(TEXT)
+        texts = f"; texts without a known tag: {unread.total():,}" if unread else ""
+        raise TooManyFailuresError(
+            f"none of {len(figures.solved)} trees has a scored answer: {'; '.join(notes)}{texts}. Compare the tags of "
+            "search.nodes and search.patterns with what the model writes: a warm start on such chains teaches them"
+        )
+    return notes
 
 
 def open_trees(config: Config, folder: Path, prompts: Sequence[Prompt], inputs: Mapping[str, str]) -> Search:

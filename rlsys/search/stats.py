@@ -23,6 +23,8 @@ class TreeFigures:
         solved: Whether a tree has a correct answer, by the number of its prompt.
         stops: Number of trees by reason of their end.
         counts: Sums of `Tree.counts`.
+        whole: Number of nodes without a defect, by type.
+        defective: Number of other nodes, by type and defect.
     """
 
     failed: int = 0
@@ -34,6 +36,8 @@ class TreeFigures:
     tokens: int = 0
     stops: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
+    whole: Counter[str] = field(default_factory=Counter)
+    defective: dict[str, Counter[str]] = field(default_factory=dict)
 
     def add(self, number: int, tree: Tree | TreeFailure) -> None:
         if isinstance(tree, TreeFailure):
@@ -47,11 +51,21 @@ class TreeFigures:
         self.tokens += tree.tokens
         self.stops[tree.stop] += 1
         self.counts.update(tree.counts)
+        for node in tree.nodes[1:]:
+            if node.defect is None:
+                self.whole[node.type] += 1
+            else:
+                self.defective.setdefault(node.type, Counter())[node.defect] += 1
 
     @property
     def solved_fraction(self) -> float | None:
         """Share of the trees with a correct answer. Failed trees do not count."""
         return sum(self.solved.values()) / len(self.solved) if self.solved else None
+
+    def never_whole(self, types: Iterable[str]) -> dict[str, str]:
+        """Return the types of which no node came whole, each with the defects of its nodes."""
+        defects = {name: self.defective.get(name, Counter()).most_common() for name in types if not self.whole[name]}
+        return {name: _listed(counts) if counts else "none was begun" for name, counts in defects.items()}
 
     def report(self) -> dict[str, Any]:
         """Return figures for JSON. Only the trees determine them."""

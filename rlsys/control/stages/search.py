@@ -20,7 +20,7 @@ from rlsys.control.dispatch import TreePool
 from rlsys.control.stages.start import start_stage
 from rlsys.control.stop_request import StopRequest
 from rlsys.control.training_run import TrainingRun
-from rlsys.control.tree_search import Search, deciding_fields, open_trees
+from rlsys.control.tree_search import Search, check_answers, deciding_fields, open_trees
 from rlsys.directory import SearchDirectory
 from rlsys.display import Display
 from rlsys.errors import CheckpointError, DataError, InterruptedRunError
@@ -91,7 +91,8 @@ class TreeSearchStage:
 
         Raises:
             InterruptedRunError: the run was asked to stop and trees are missing; finished ones are kept.
-            TooManyFailuresError: more trees or verifications failed than search.max_failed_trees.
+            TooManyFailuresError: more trees or verifications failed than search.max_failed_trees, or no tree has a
+                scored answer.
         """
         recorded = self._recorded_metrics()
         if recorded is not None:
@@ -100,6 +101,8 @@ class TreeSearchStage:
         search = open_trees(self.config, self.folder, self.prompts, inputs)
         if search.missing():
             await self._grow(search, inputs[POLICY], stop)
+        for note in check_answers(self.config, search.trees):
+            self.display.message(note)
         self.display.message("extracting the data of the trees")
         directory = SearchDirectory(self.folder)
         source = extraction.source_of(self.config, directory.trees, self.model)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from pretended_search import CONFIG, shipped
+from tree_samples import answer, node, tree
 
-from rlsys.control.tree_search import deciding_fields
+from rlsys.control.tree_search import check_answers, deciding_fields
+from rlsys.errors import TooManyFailuresError
+from rlsys.search.stats import TreeFigures
+from rlsys.trees import TEXT, Tree
 
 
 def test_the_shipped_config_says_where_its_model_comes_from() -> None:
@@ -106,3 +111,39 @@ def test_a_sampling_setting_that_the_search_replaces_may_differ() -> None:
 def test_the_deciding_fields_survive_json() -> None:
     found = deciding_fields(shipped(REVIEWER))
     assert json.loads(json.dumps(found)) == found
+
+
+def figures(*trees: Tree) -> TreeFigures:
+    sums = TreeFigures()
+    for number, each in enumerate(trees):
+        sums.add(number, each)
+    return sums
+
+
+TABLE = [
+    "search.nodes={thinking: {tag: think}, check: {tag: check}, answer: {tag: answer, terminal: true}}",
+    "search.tables={own: {children: {start: {thinking: 1}, thinking: {check: 1, answer: 1}, check: {answer: 1}}}}",
+    "search.patterns=[own]",
+]
+
+
+def test_node_types_that_never_come_whole_are_named() -> None:
+    cut = node(1, "<check>a", "check", defect="too_long")
+    found = figures(tree(node(0, "a"), cut, replace(cut, defect="truncated"), cut, answer(1, "b", "ok")))
+    assert check_answers(shipped(*TABLE), found) == [
+        "no node of type check (tag <check>) came whole: too_long 2, truncated 1"
+    ]
+    assert check_answers(shipped(*TABLE), figures(tree(node(0, "a"), answer(1, "b", "wrong")))) == [
+        "no node of type check (tag <check>) came whole: none was begun"
+    ]
+
+
+def test_trees_without_any_answer_are_an_error() -> None:
+    unread = node(0, "<thought>a</thought>", TEXT, defect="malformed")
+    with pytest.raises(TooManyFailuresError) as caught:
+        check_answers(shipped(*TABLE), figures(tree(unread), tree(unread, unread)))
+    assert caught.value.message.startswith(
+        "none of 2 trees has a scored answer: no node of type thinking (tag <think>)"
+    )
+    assert "; texts without a known tag: 3. Compare the tags of search.nodes" in caught.value.message
+    assert check_answers(shipped(*TABLE), TreeFigures()) == []  # every tree failed, which has a limit of its own
