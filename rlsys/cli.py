@@ -1,4 +1,4 @@
-"""The command line: train, check, evaluate, search, extract, keys.
+"""The command line: train, check, evaluate, search, extract, show, keys.
 
 Exit codes: 0 the command reached its end; 1 it failed; 2 the input is not usable, also the files of the run to be
 resumed, and the same command fails again until the user acts; 75 run.time_limit has passed; 128 + n it was stopped by
@@ -155,6 +155,18 @@ def search(config: ConfigPath, overrides: Overrides = None) -> None:
     from rlsys.commands import search as search_command
 
     print(search_command.run(resolved))
+
+
+@app.command()
+def show(
+    run_dir: Annotated[str, typer.Argument(help="Run directory with trees.")],
+    prompt: Annotated[str, typer.Argument(help="Id of a prompt. Without it, the trees are listed.")] = "",
+) -> None:
+    """Show the tree of a prompt: types, texts, values, visits and surprise of its nodes."""
+    from rlsys.commands import show as show_command
+    from rlsys.display import standard_output
+
+    show_command.run(Path(run_dir), prompt, standard_output())
 
 
 @app.command()

@@ -1,0 +1,106 @@
+"""`rlsys show`: the trees of a run as a person reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree as Drawing
+
+from rlsys.directory import RunDirectory, SearchDirectory
+from rlsys.display import print_lines, print_table
+from rlsys.errors import ConfigError
+from rlsys.search.tree_json import read_trees
+from rlsys.trees import ThoughtNode, Tree, TreeFailure
+
+LISTED = 50
+
+
+def run(run_dir: Path, prompt_id: str, console: Console) -> None:
+    """Print the tree of a prompt, or without a prompt a list of the first trees.
+
+    Raises:
+        ConfigError: the run has no trees, or none of this prompt.
+        DataError: a file of trees is damaged.
+    """
+    trees = all_trees(run_dir)
+    if not prompt_id:
+        show_list(list(islice(trees, LISTED + 1)), console)
+        return
+    tree = next((tree for tree in trees if tree.prompt_id == prompt_id), None)
+    if tree is None:
+        raise ConfigError(f"{run_dir}: it has no tree of prompt {prompt_id!r}; `rlsys show {run_dir}` lists them")
+    if isinstance(tree, TreeFailure):
+        print_lines(console, [f"no tree of {prompt_id}: {tree.reason}"])
+    else:
+        show_tree(tree, console)
+
+
+def all_trees(run_dir: Path) -> Iterator[Tree | TreeFailure]:
+    """Yield the trees of a search, or of the stage search of a training run."""
+    directories = [SearchDirectory(run_dir), RunDirectory(run_dir).search_stage]
+    files = [path for each in directories for path in sorted(each.trees.glob("[0-9]*.jsonl"))]
+    files += [path for each in directories for path in sorted(each.open_trees.glob("[0-9]*.json"))]
+    if not files:
+        raise ConfigError(f"{run_dir}: expected a run with trees in {directories[0].trees}, found none")
+    for path in files:
+        yield from read_trees(path)
+
+
+def show_list(trees: list[Tree | TreeFailure], console: Console) -> None:
+    """Print one line for each tree."""
+    rows = []
+    for tree in trees[:LISTED]:
+        if isinstance(tree, TreeFailure):
+            rows.append((tree.prompt_id, "failed", "", "", tree.reason))
+            continue
+        answers, right = len(tree.answers()), sum(node.correct for node in tree.nodes)
+        rows.append((tree.prompt_id, f"{len(tree.nodes) - 1}", f"{answers}", f"{right}", tree.stop))
+    more = f", the first {LISTED}" if len(trees) > LISTED else ""
+    print_table(console, ("prompt", "nodes", "answers", "right", "end"), rows, title=f"trees{more}")
+
+
+def show_tree(tree: Tree, console: Console) -> None:
+    """Print the question and all nodes of a tree.
+
+    A star marks the nodes on the way to a right answer.
+    """
+    right = {number for n, node in enumerate(tree.nodes) if node.correct for number in tree.path(n)}
+    drawing = Drawing(Text(f"{tree.prompt_id}, reference {tree.answer}", style="bold"), guide_style="dim")
+    drawings = {0: drawing}
+    for number, node in enumerate(tree.nodes[1:], start=1):
+        label = Text(("* " if number in right else "") + heading(node), style="bold" if number in right else "")
+        label.append("\n" + node.text.strip(), style="not bold")
+        drawings[number] = drawings[node.parent].add(label)
+    question = tree.question if isinstance(tree.question, str) else tree.question[-1].content
+    end = (
+        f"{len(tree.nodes) - 1} nodes, {len(tree.answers())} scored answers, {tree.simulations} simulations, "
+        f"{tree.calls} calls, {tree.tokens:,} tokens; the search ended by {tree.stop}"
+    )
+    if console.is_terminal:
+        console.print(Text(question), drawing, Text(end), sep="\n")
+        return
+    with console.capture() as captured:
+        console.print(drawing)
+    print_lines(console, [question, *captured.get().splitlines(), end])
+
+
+def heading(node: ThoughtNode) -> str:
+    """Return type, value, visits and surprise of a node, and what else there is to know of it."""
+    parts = [node.type]
+    if node.value is not None:
+        parts.append(f"value {node.value:.2f} of {node.visits}")
+    if node.generated:
+        parts.append(f"surprise {max(-float(logprob) for logprob in node.logprobs):.2f}")
+    if node.samples > 1:
+        parts.append(f"drawn {node.samples} times")
+    if node.backtrack:
+        parts.append("after a wrong answer")
+    if node.defect:
+        parts.append(node.defect)
+    if node.verdict:
+        parts.append(f"{node.verdict.outcome}, reward {node.verdict.reward:g}")
+    return ", ".join(parts)
