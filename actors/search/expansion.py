@@ -97,7 +97,7 @@ class Expander:
                 plan.fixed.append(self._fixed_node(node, name, text, backtrack))
             return
         text = f"<{node_type.tag}>{self._prefix(name)}"
-        stop = self._models[role].codec.stop(node_type.tag)
+        stop = self._models[role].codec.stop
         plan.calls += self._planned_calls(node, name, role, text, count, stop=stop, backtrack=backtrack)
 
     def _planned_calls(

@@ -11,7 +11,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -116,14 +116,16 @@ class TagCodec:
         """Return the token ids of the prompt for a question. The chain follows them directly."""
         return encode_prompt(self._tokenizer, with_template(question, self._template))
 
-    def stop(self, tag: str) -> Stop:
-        """Return the stop of a completion at a closing tag.
+    @cached_property
+    def stop(self) -> Stop:
+        """The stop of the completion of one node: at any tag.
 
-        The stop is the token of the tag if the tag is one added token, and otherwise its text.
+        Its own closing tag makes the node whole, and after any other tag it cannot become whole. A tag that is one
+        added token stops by its token, and another one by its text.
         """
-        closing = f"</{tag}>"
-        tokens = tuple(token for token, text in self._tag_tokens.items() if text == closing)
-        return Stop(token_ids=tokens) if tokens else Stop(strings=(closing,))
+        single = set(self._tag_tokens.values())
+        strings = tuple(text for text in self.tags if text not in single)
+        return Stop(token_ids=tuple(self._tag_tokens), strings=strings)
 
     def read(self, before: str, token_ids: Sequence[int] | Int32Array, finish_reason: str) -> list[Reading]:
         """Split the tokens of one engine call into nodes.

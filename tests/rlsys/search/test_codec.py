@@ -303,10 +303,11 @@ def test_a_tag_spelled_in_bytes_is_a_tag() -> None:
     assert [(r.tag, r.start, r.stop) for r in codec.read("", ids, "stop")] == [("thinking", 0, 13), ("answer", 13, 16)]
 
 
-def test_stop() -> None:
-    assert merged().stop("thinking") == Stop(strings=("</thinking>",))
-    token = added()._tokenizer.convert_tokens_to_ids("</thinking>")
-    assert added().stop("thinking") == Stop(token_ids=(token,))
+def test_a_node_stops_at_any_tag() -> None:
+    codec = added()
+    assert merged().stop == Stop(strings=merged().tags)
+    tokens = codec._tokenizer.convert_tokens_to_ids(list(codec.tags))
+    assert codec.stop.strings == () and sorted(codec.stop.token_ids) == sorted(tokens)
 
 
 def test_special_tokens_are_text_and_end_tokens_are_not() -> None:
