@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -74,6 +75,22 @@ def supervised_row(problem: Problem) -> dict[str, Any]:
 
 def task_row(problem: Problem) -> dict[str, Any]:
     return {"question": problem.messages, "answer": str(problem.answer)}
+
+
+def asked(problem: Problem) -> tuple[Any, ...]:
+    """Return what a problem asks for, whatever the order of its animals or of its later numbers."""
+    if problem.question.startswith("What is"):
+        first, *later = re.findall(r"[+-]? ?\d+", problem.question)
+        return (first, *sorted(number.replace(" ", "") for number in later))
+    return tuple(sorted(re.findall(r"(\d+) (\w+)", problem.question)))
+
+
+def twins(count: int) -> list[bool]:
+    """Return for the first held-out problems whether a training problem asks for the same in another order."""
+    drawn = problems(random.Random("arithmetic"))
+    rows = {name: [asked(next(drawn)) for _ in range(size)] for name, size in ROWS.items()}
+    trained = {*rows["supervised"], *rows["train"]}
+    return [each in trained for each in rows["held_out"][:count]]
 
 
 def problems(rng: random.Random) -> Iterator[Problem]:

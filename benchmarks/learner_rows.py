@@ -307,7 +307,7 @@ def one_pass(pipe: Any, model: Path, length: int, threads: int, by_parts: bool, 
         if by_parts:
             places, ones = torch.arange(len(targets)), torch.ones(len(targets))
             parts = max(1, -(-len(targets) * module.config.vocab_size // CHUNK_LOGITS))
-            logprobs, _ = language_model(row, places, targets, ones, parts=parts)
+            logprobs, *_ = language_model(row, places, targets, ones, parts=parts)
         else:
             logits = module(input_ids=row, use_cache=False).logits[0, :-1]
             logprobs = logits.log_softmax(-1).gather(-1, targets[:, None])

@@ -3,7 +3,7 @@
 `python benchmarks/quickstart.py [runs folder]` runs `configs/quickstart.yaml` with seeds 0, 1 and 2 one after
 the other (runs that are finished are reused), prints the table and writes docs/quickstart.png. Exit code 1 if
 a limit is missed: mean sampled accuracy at most 0.50 before and at least 0.80 after, no seed below 0.76 after,
-and at most 6 minutes a run.
+and at most 4 minutes a run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> int:
     print(f"| mean | {before:.3f} | {after:.3f} | | | | |")
     plot(curves)
     slowest = max(r["seconds"] for r in results)
-    return int(not (before <= 0.5 and after >= 0.8 and min(r["after"] for r in results) >= 0.76 and slowest <= 360))
+    return int(not (before <= 0.5 and after >= 0.8 and min(r["after"] for r in results) >= 0.76 and slowest <= 240))
 
 
 def run(seed: int, run_dir: Path) -> list[dict[str, Any]]:

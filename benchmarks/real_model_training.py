@@ -164,7 +164,7 @@ def lines(seeds: Mapping[str, Seed]) -> list[str]:
     for name, seed in seeds.items():
         times = " | ".join(f"{median:.1f}" for median in seed["step_s"].values())
         rows.append(f"| {name} | {seed['minutes']:.0f} | {len(seed['rewards'])} | {times} |")
-    rows += ["", "Times of a step are medians.", "", verdict(seeds), ""]
+    rows += ["", "Times of a step are medians.", "", verdict(seeds), "", without_twins(seeds), ""]
     rows += [f"Greedy answers after RL to the first {SHOWN_ANSWERS} held-out problems, of the first seed:", ""]
     for question, answer, text in next(iter(seeds.values()))["answers"]:
         rows.append(f"- {question} ({answer}): `{' '.join(text.split())}`")
@@ -187,6 +187,20 @@ def verdict(seeds: Mapping[str, Seed]) -> str:
         f"RL alone changes the sampled accuracy by {by.mean:+.3f} ({by.low:+.3f} to {by.high:+.3f}, paired by problem "
         f"and seed). The longest seed took {longest:.0f} minutes. Expected: at least +{RISE:g}, and at most {MINUTES} "
         f"minutes a seed. Met: {'yes' if is_good(seeds) else 'no'}."
+    )
+
+
+def without_twins(seeds: Mapping[str, Seed]) -> str:
+    """Return the accuracies without problems that training asks in another order."""
+    others = ~np.array(arithmetic.twins(PROBLEMS))
+    means = {
+        point: np.mean([np.array(seed["points"][point]["sampled"]["accuracy"])[others] for seed in seeds.values()])
+        for point in ("sft", "online")
+    }
+    return (
+        f"{PROBLEMS - others.sum()} of the {PROBLEMS} problems ask for the same as a training problem, with the animals "
+        "or the later numbers in another order. Without them, RL alone changes the sampled accuracy from "
+        f"{means['sft']:.3f} to {means['online']:.3f}."
     )
 
 

@@ -241,7 +241,7 @@ def main() -> int:
         ("node expansion, one tree and one request", [*node, "search.parallel_simulations=1"], True),
         (SHIPPED, [], False),
     )
-    good = []
+    good, ratios = [], []
     for name, overrides, serial in kinds:
         config = load_config(arguments.config, [f"model.path={arguments.policy}", *overrides])
         trees, rounds = (arguments.serial_trees, 1) if serial else (arguments.trees, arguments.rounds)
@@ -249,8 +249,10 @@ def main() -> int:
             policy = Path(arguments.policy).absolute()
             found = asyncio.run(measure(config, policy, Path(folder), rounds, trees, serial=serial))
         good.append(report(name, found))
-        if arguments.json and not serial and name != SHIPPED:
-            keep(arguments.json, [as_ratio(name, found)])
+        if not serial and name != SHIPPED:
+            ratios.append(as_ratio(name, found))
+    if arguments.json:
+        keep(arguments.json, ratios)
     return 0 if all(good) else 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,12 +64,13 @@ def test_tables(ratios: ModuleType) -> None:
 def test_what_is_measured_is_not_measured_again(bench: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
     output, started = tmp_path / "bench.json", []
 
-    def run(command: list[Any], **_: Any) -> None:
+    def run(command: list[Any], **_: Any) -> Any:
         started.append(Path(command[1]).name)
         if len(started) != 2:  # the second benchmark fails
             importlib.import_module("ratios").keep(
                 output, [ratio(importlib.import_module("ratios"), name=str(len(started)))]
             )
+        return SimpleNamespace(returncode=int(len(started) == 2))
 
     monkeypatch.setattr(bench.subprocess, "run", run)
     monkeypatch.setattr(bench, "BENCHMARKS", {"one": ["one.py"], "two": ["two.py"], "three": ["three.py"]})
@@ -77,6 +78,21 @@ def test_what_is_measured_is_not_measured_again(bench: ModuleType, tmp_path: Pat
     assert bench.left(output) == ["two"]
     assert bench.measured("two", output) and bench.left(output) == []
     assert started == ["one.py", "two.py", "three.py", "two.py"]
+
+
+@pytest.mark.parametrize(("met", "code", "expected"), [(True, 0, True), (True, 1, False), (False, 1, True)])
+def test_another_check_than_a_limit_fails_a_benchmark(
+    bench: ModuleType, tmp_path: Path, monkeypatch: Any, met: bool, code: int, expected: bool
+) -> None:
+    output, ratios = tmp_path / "bench.json", importlib.import_module("ratios")
+
+    def run(command: list[Any], **_: Any) -> Any:
+        ratios.keep(output, [ratio(ratios) if met else ratio(ratios, peer=[1.0, 1.0, 1.0])])
+        return SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    monkeypatch.setattr(bench, "BENCHMARKS", {"one": ["one.py"]})
+    assert bench.measured("one", output) is expected
 
 
 def test_an_unknown_benchmark_or_file_is_refused(

@@ -113,29 +113,55 @@ def test_a_model_folder_that_was_cut_short_is_not_left_behind(
 
 
 def figures(accuracy: list[float]) -> dict[str, Any]:
-    mean = {"mean": sum(accuracy) / len(accuracy), "low": 0.0, "high": 1.0}
-    mode = {"accuracy": mean, "no_answer_rate": {"mean": 0.25}, "completion_length": 30.0}
-    both = mode | {"error_rate": 0.0, "by_problem": {"accuracy": accuracy}}
-    return {"sampled": both, "greedy": both}
+    """Return what `rlsys evaluate` writes."""
+    mode = {"no_answer_rate": {"mean": 0.25}, "completion_length": 30.0, "by_problem": {"accuracy": accuracy}}
+    return {"sampled": mode, "greedy": mode}
+
+
+def seed(training: ModuleType, minutes: float, **points: list[float]) -> dict[str, Any]:
+    """Return what is kept of a seed; its accuracies repeat up to the number of problems."""
+    many = {point: figures([few[n % len(few)] for n in range(training.PROBLEMS)]) for point, few in points.items()}
+    return {
+        "minutes": minutes,
+        "points": {point: {mode: training.summary(of[mode]) for mode in training.MODES} for point, of in many.items()},
+        "rewards": [0.5, 0.5, 1.0],
+        "step_s": {"rollout": 2.0, "learn": 4.0, "publish": 1.0},
+        "answers": [("How much?", "4", "2+2=4. The answer is 4.")],
+    }
 
 
 def test_the_rise_is_that_of_rl_alone(training: ModuleType) -> None:
-    of = {
-        0: {"before": figures([0, 0]), "sft": figures([0.5, 0.5]), "online": figures([0.5, 0.75])},
-        1: {"before": figures([0, 0]), "sft": figures([0.25, 0.5]), "online": figures([0.5, 0.75])},
-    }
-    minutes = {0: 80.0, 1: 100.0}
-    assert training.rise(of) == pytest.approx(0.625 - 0.4375)
-    assert training.is_good(of, minutes)
-    assert not training.is_good(of, minutes | {1: 101.0})
-    assert not training.is_good({0: of[0]}, minutes)  # +0.125
-    steps = [{"time/rollout_s": s, "time/learn_s": 2 * s, "time/publish_s": 1.0} for s in (1.0, 2.0, 6.0)]
-    shown = training.lines(of, minutes, {0: steps, 1: steps[:1]})
-    table = "| after the supervised stage | 0.438 [0.375, 0.500] | 0.438 [0.375, 0.500] | 0.250 [0.250, 0.250] | 30.0 |"
-    assert table in shown
-    assert "| 0 | 80 | 3 | 2.0 | 4.0 | 1.0 |" in shown and "| 1 | 100 | 1 | 1.0 | 2.0 | 1.0 |" in shown
-    assert "by +0.188 (" in shown[-1] and shown[-1].endswith("Met: yes.")
-    assert "by_problem" not in json.dumps(training.summaries(of))
+    first = seed(training, 80, before=[0], sft=[0.5, 0.5], online=[0.5, 0.75])
+    second = seed(training, 100, before=[0], sft=[0.25, 0.5], online=[0.5, 0.75])
+    seeds = {"0": first, "1": second}
+    assert training.rise(seeds) == pytest.approx(0.625 - 0.4375)
+    assert training.is_good(seeds)
+    assert not training.is_good({**seeds, "1": second | {"minutes": 101.0}})
+    assert not training.is_good({"0": first})  # +0.125
+    shown = training.lines(seeds)
+    (row,) = (line for line in shown if line.startswith("| after the supervised stage |"))
+    assert row.startswith("| after the supervised stage | 0.438 (") and "[0.375, 0.500]" in row
+    assert row.endswith("| 0.250 | 30.0 |")
+    assert "| 0 | 80 | 3 | 2.0 | 4.0 | 1.0 |" in shown and "| 1 | 100 | 3 | 2.0 | 4.0 | 1.0 |" in shown
+    (verdict,) = (line for line in shown if line.startswith("RL alone"))
+    assert "by +0.188 (" in verdict and verdict.endswith("Met: yes.")
+    assert "- How much? (4): `2+2=4. The answer is 4.`" in shown
+
+
+def test_twins_of_training_problems_are_counted_apart(training: ModuleType, arithmetic: ModuleType) -> None:
+    texts = ("How many legs do 3 dogs and 2 ants have?", "How many legs do 2 ants and 3 dogs have?")
+    one, other = (arithmetic.asked(arithmetic.Problem(text, (), 24)) for text in texts)
+    assert one == other
+    sums = ("What is 3 + 5 - 2?", "What is 3 - 2 + 5?", "What is 5 + 3 - 2?")
+    keys = [arithmetic.asked(arithmetic.Problem(text, (), 6)) for text in sums]
+    assert keys[0] == keys[1] != keys[2]
+    found = arithmetic.twins(training.PROBLEMS)
+    assert 0 < sum(found) < training.PROBLEMS / 2
+    kept = seed(training, 80, before=[0], sft=[0.25], online=[1.0])
+    for number, twin in enumerate(found):
+        if twin:
+            kept["points"]["online"]["sampled"]["accuracy"][number] = 0.0
+    assert training.without_twins({"0": kept}).endswith("from 0.250 to 1.000.")
 
 
 def test_every_point_of_a_seed_is_measured_on_the_same_problems(
@@ -152,10 +178,15 @@ def test_every_point_of_a_seed_is_measured_on_the_same_problems(
         calls.append((str(run_dir.relative_to(tmp_path)), "", overrides))
         return 1.0
 
+    step = {"rollout/reward": 0.5, "time/rollout_s": 2.0, "time/learn_s": 4.0, "time/publish_s": 1.0}
     monkeypatch.setattr(training, "evaluated", evaluated)
     monkeypatch.setattr(training, "trained", trained)
+    monkeypatch.setattr(training, "metrics", lambda *_: [{}, step, step])
+    monkeypatch.setattr(training, "seconds_of", lambda _folder: 120.0)
+    monkeypatch.setattr(training, "answers", lambda *_: [])
     found = training.of_seed(3, tmp_path, tmp_path / "model", tmp_path / "data")
-    assert list(found) == list(training.POINTS)
+    assert found["minutes"] == 2.0 and found["rewards"] == [0.5, 0.5] and found["step_s"]["learn"] == 4.0
+    assert list(found["points"]) == list(training.POINTS)
     assert [call[:2] for call in calls] == [
         ("model", "before.evaluation.json"),
         ("seed-3/run", ""),

@@ -58,7 +58,7 @@ def tiny(kind: str) -> LanguageModel:
 def test_values_and_gradients_are_those_of_the_whole_logits(kind: str, parts: int) -> None:
     model, batch = tiny(kind), collate(mixed_items(), 0)
     given = inputs(batch)
-    logprobs, entropy = model(**given, parts=parts)
+    logprobs, entropy, _ = model(**given, parts=parts)
     logits = model.module(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.targets]
     whole = torch.log_softmax(logits / given["temperature"].unsqueeze(-1), dim=-1)
     expected = whole.gather(-1, batch.target_ids.unsqueeze(-1)).squeeze(-1)
@@ -79,7 +79,7 @@ def test_shared_rows_have_the_values_and_gradients_of_rows_alone(kind: str) -> N
     for first, second in zip(*results, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
     # Norms and the softmax of soft-capped attention are in single precision.
-    torch.testing.assert_close(*(gradients(model, *result) for result in results), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*(gradients(model, *result[:2]) for result in results), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("objective", [EVERY_TERM, NOTHING_SCORED], ids=["every term", "nothing scored"])
@@ -121,7 +121,7 @@ def test_every_kind_of_model_runs_its_output_layer_apart_or_whole(kind: str) -> 
     expected = module(input_ids=ids, use_cache=False).logits.flatten(0, 1)[places].log_softmax(-1)[range(3), [3, 4, 5]]
     for divides, parts in ((model._divides, 1), (model._divides, 2), (False, 2)):
         model._divides = divides
-        logprobs, _ = model(input_ids=ids, targets=places, parts=parts, **arguments)
+        logprobs, *_ = model(input_ids=ids, targets=places, parts=parts, **arguments)
         torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -136,7 +136,7 @@ def test_a_model_that_changes_the_states_before_its_output_layer_computes_whole_
     assert not model._divides
     ids = torch.arange(6)[None]
     arguments = {"target_ids": ids[0, 1:], "temperature": torch.ones(5)}
-    logprobs, _ = model(input_ids=ids, targets=torch.arange(5), parts=2, **arguments)
+    logprobs, *_ = model(input_ids=ids, targets=torch.arange(5), parts=2, **arguments)
     whole = model.module(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
     torch.testing.assert_close(logprobs, whole[range(5), ids[0, 1:]], rtol=1e-10, atol=1e-12)
 
