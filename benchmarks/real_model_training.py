@@ -164,13 +164,19 @@ def lines(seeds: Mapping[str, Seed]) -> list[str]:
     for name, seed in seeds.items():
         times = " | ".join(f"{median:.1f}" for median in seed["step_s"].values())
         rows.append(f"| {name} | {seed['minutes']:.0f} | {len(seed['rewards'])} | {times} |")
-    rows += ["", "Times of a step are medians.", "", verdict(seeds), "", without_twins(seeds), ""]
+    rows += ["", "Times of a step are medians.", "", verdict(seeds), "", without_twins(seeds), "", CHOICES, ""]
     rows += [f"Greedy answers after RL to the first {SHOWN_ANSWERS} held-out problems, of the first seed:", ""]
     for question, answer, text in next(iter(seeds.values()))["answers"]:
         rows.append(f"- {question} ({answer}): `{' '.join(text.split())}`")
     return rows
 
 
+CHOICES = (
+    "Before training, the model hardly ever writes an answer within the limit of 48 tokens in the form that is asked "
+    "for. The supervised stage teaches the form and the steps. It was kept short, 24 steps: after 48 steps the policy "
+    "was so sure (entropy 0.05) that most groups had equal rewards, and RL at a learning rate of 2e-5 changed the "
+    "sampled accuracy by +0.002. Lengths and rates of both stages were chosen by runs of seed 0."
+)
 SHOWN = {"no_answer_rate": ".3f", "completion_length": ".1f"}
 
 
@@ -198,8 +204,8 @@ def without_twins(seeds: Mapping[str, Seed]) -> str:
         for point in ("sft", "online")
     }
     return (
-        f"{PROBLEMS - others.sum()} of the {PROBLEMS} problems ask for the same as a training problem, with the animals "
-        "or the later numbers in another order. Without them, RL alone changes the sampled accuracy from "
+        f"{PROBLEMS - others.sum()} of the {PROBLEMS} problems ask for the same as a training problem, with the "
+        "animals or the later numbers in another order. Without them, RL alone changes the sampled accuracy from "
         f"{means['sft']:.3f} to {means['online']:.3f}."
     )
 

@@ -95,6 +95,14 @@ def processes_on(nodes: TwoNodes) -> dict[str, set[str]]:
     return found
 
 
+def left_on(nodes: TwoNodes) -> int:
+    """Return the number of kinds of our processes that are still on the nodes some seconds after a run."""
+    deadline = time.monotonic() + 10
+    while (left := sum(map(len, processes_on(nodes).values()))) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return left
+
+
 def test_two_nodes(nodes: TwoNodes, start: Callable[..., Command], tmp_path: Path) -> None:
     folders = {name: tmp_path / name for name in ("one", "two", "killed")}
     for folder in folders.values():
@@ -139,6 +147,6 @@ def test_two_nodes(nodes: TwoNodes, start: Callable[..., Command], tmp_path: Pat
             recovery_s=recovered - killed,
             prompts_lost=lost,
             trained_twice=twice,
-            processes_left=0,
+            processes_left=left_on(nodes),
         )
     )
