@@ -41,7 +41,7 @@ def build_searched_group(
     if not trajectories and not metrics["scored"]:
         reason = f"no chain of the tree was judged or ended: {_events(tree)}"
         return RolloutFailure(prompt=prompt, reason=reason, tokens=tree.tokens)
-    number = supervised_chain(tree, extract.supervised, codec)
+    number = supervised_chain(tree, extract.supervised, codec, extract.max_backtracks)
     return TrajectoryGroup(
         prompt=prompt,
         trajectories=trajectories,

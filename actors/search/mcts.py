@@ -68,7 +68,7 @@ class TreeSearch:
         )
         self._reader = CompletionReader(self._tree, config, models)
         self._queue = JobQueue()
-        self._backtracking = Backtracking(self._tree)
+        self._backtracking = Backtracking(self._tree, config.max_backtracks)
         self._stop = StopRule(config.stop)
         self._simulations = Simulations(self._tree, self._stop)
         self._places = surprising_places(self._tree, self._expander, config.selection)

@@ -139,6 +139,9 @@ class SearchConfig(Section):
     with fewer, each selection knows more results. A quarter of stop.simulations is a good upper bound."""
     backtracking: bool = True
     """Whether to apply the rows after_wrong of the tables."""
+    max_backtracks: int | None = Field(default=None, ge=1)
+    """Maximum number of children of the rows after_wrong in one chain. null: no limit. With many, a chain guesses by
+    elimination: it is told of every wrong answer."""
     temperature: Temperature | None = None
     """Sampling temperature of the search. By default sampling.temperature."""
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -165,8 +168,14 @@ class ExtractConfig(Section):
     """Which correct chain of a tree becomes a supervised row. none: no supervised rows."""
     chosen: Literal["highest_value", "longest", "median", "shortest", "none"] = "shortest"
     """Which correct chain of a tree becomes the chosen side of preference pairs. none: no pairs of chains."""
+    max_backtracks: int | None = Field(default=None, ge=0)
+    """Maximum number of nodes after a wrong answer in the chains that supervised and chosen select. null: no limit."""
+    pairs: Literal["shortest_prefix", "longest_prefix", "same_type"] = "shortest_prefix"
+    """Which wrong chains of a tree make pairs. shortest_prefix, longest_prefix: those with the shortest or longest
+    common prefix come first; same_type: only those whose first different node has the type of that of the chosen
+    chain, with the shortest prefix first."""
     pairs_per_tree: int = Field(default=1, ge=1)
-    """Maximum number of preference pairs of one tree. Pairs with the shortest common prefix come first."""
+    """Maximum number of preference pairs of one tree."""
     step_preferences: bool = True
     """Whether to extract step preferences: pairs of sibling nodes whose values differ."""
     step_min_visits: int = Field(default=2, ge=1)

@@ -106,7 +106,8 @@ class _Extraction:
             self._files["step_values"].add(_step_value_row(tree, prompt, step))
 
     def _add_supervised(self, tree: Tree, prompt: str) -> None:
-        chain = extract.pick_chain(tree, self._source.config.extract.supervised, self._source.codec)
+        settings = self._source.config.extract
+        chain = extract.pick_chain(tree, settings.supervised, self._source.codec, settings.max_backtracks)
         if chain and self._files["supervised"].add(_supervised_row(tree, prompt, chain, self._source.codec)):
             self._lengths["supervised"].append(chain.length)
 

@@ -45,7 +45,8 @@ class Chain:
         token_ids: [T] int32, from the prompt to one end token.
         value: Mean of the values of its nodes. The value of a node is the mean reward of the chains that ended at or
             below it.
-        nodes: (end, visits) of each of its nodes; `end` is an index into token_ids.
+        nodes: (end, visits, type) of each of its nodes; `end` is an index into token_ids.
+        backtracks: Number of its nodes that follow a wrong answer.
     """
 
     number: int
@@ -54,7 +55,8 @@ class Chain:
     text: str
     value: float
     reward: float
-    nodes: tuple[tuple[int, int], ...]
+    nodes: tuple[tuple[int, int, str], ...]
+    backtracks: int = 0
 
     @property
     def length(self) -> int:
@@ -89,13 +91,13 @@ class StepValue:
         return np.arange(len(self.token_ids)) >= self.start + self.forced
 
 
-def supervised_chain(tree: Tree, rule: Rule, codec: Codec) -> int | None:
+def supervised_chain(tree: Tree, rule: Rule, codec: Codec, max_backtracks: int | None = None) -> int | None:
     """Return the number of the terminal node of the chain that `pick_chain` returns, or None."""
-    chain = pick_chain(tree, rule, codec)
+    chain = pick_chain(tree, rule, codec, max_backtracks)
     return chain.number if chain else None
 
 
-def pick_chain(tree: Tree, rule: Rule, codec: Codec) -> Chain | None:
+def pick_chain(tree: Tree, rule: Rule, codec: Codec, max_backtracks: int | None = None) -> Chain | None:
     """Return the correct chain that a rule selects; None without a correct chain, or for "none".
 
     Args:
@@ -103,6 +105,7 @@ def pick_chain(tree: Tree, rule: Rule, codec: Codec) -> Chain | None:
         rule: `longest`, `shortest` and `median` compare the tokens after the prompt. The median of an even number of
             chains is the lower one. `highest_value` compares `Chain.value`.
         codec: Codec of the policy.
+        max_backtracks: Largest number of nodes after a wrong answer; None for no limit.
 
     Returns:
         The chain. Of equal chains it is the one with the smallest token ids, compared from the left.
@@ -110,6 +113,8 @@ def pick_chain(tree: Tree, rule: Rule, codec: Codec) -> Chain | None:
     if rule == "none":
         return None
     chains = _chains(tree, codec, lambda node: node.correct)
+    if max_backtracks is not None:
+        chains = [chain for chain in chains if chain.backtracks <= max_backtracks]
     if not chains:
         return None
     if rule == "median":
@@ -138,18 +143,22 @@ def preferred_chains(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tu
     """Return at most `extract.pairs_per_tree` pairs of the correct chain and a wrong chain of a tree.
 
     The rule `extract.chosen` selects the correct chain. A wrong chain is complete and was judged wrong; a chain whose
-    verifier failed is not used. Pairs with the shortest common token prefix come first, then those with the closest
-    lengths, then those with the smallest token ids. A chain includes its end token,
-    so two chains can differ even if the text of one begins with the text of the other.
+    verifier failed is not used. The order of the pairs follows `extract.pairs`; of equal prefixes, the closest lengths
+    come first, then the smallest token ids. A chain includes its end token, so two chains can differ even if the text
+    of one begins with the text of the other.
     """
-    chosen = pick_chain(tree, config.chosen, codec)
+    chosen = pick_chain(tree, config.chosen, codec, config.max_backtracks)
     if chosen is None:
         return []
     ranked = []
     for wrong in _chains(tree, codec, is_wrong):
         common = common_prefix_length(chosen.token_ids, wrong.token_ids)
+        mine, other = _diverging(chosen, wrong, common)
+        if config.pairs == "same_type" and mine[2] != other[2]:
+            continue
         if common < min(len(chosen.token_ids), len(wrong.token_ids)):
-            ranked.append((common, abs(chosen.length - wrong.length), *_tie(wrong), wrong))
+            place = -common if config.pairs == "longest_prefix" else common
+            ranked.append((place, abs(chosen.length - wrong.length), *_tie(wrong), wrong))
     ranked.sort(key=lambda entry: entry[:-1])
     return [(chosen, entry[-1]) for entry in ranked[: config.pairs_per_tree]]
 
@@ -157,26 +166,25 @@ def preferred_chains(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tu
 def preference(chosen: Chain, rejected: Chain) -> Preference:
     """Return two chains of one tree as a pair, with the visits of the nodes in which they diverge."""
     common = common_prefix_length(chosen.token_ids, rejected.token_ids)
-    chosen_visits, rejected_visits = _branch_visits(chosen, rejected, common)
+    mine, other = _diverging(chosen, rejected, common)
     return Preference(
         chosen_ids=chosen.token_ids,
         rejected_ids=rejected.token_ids,
         prompt_length=chosen.prompt_length,
         common=common,
-        chosen_visits=chosen_visits,
-        rejected_visits=rejected_visits,
+        chosen_visits=mine[1],
+        rejected_visits=other[1],
     )
 
 
-def _branch_visits(chosen: Chain, rejected: Chain, common: int) -> tuple[int, int]:
-    """Return the visits of the first pair of nodes, one per chain, that is not inside the common prefix.
+def _diverging(chosen: Chain, rejected: Chain, common: int) -> tuple[tuple[int, int, str], tuple[int, int, str]]:
+    """Return the first pair of nodes, one per chain, that is not inside the common prefix; see `Chain.nodes`.
 
     The tree can have two nodes with equal tokens, for example if one follows a hint. The chains do not diverge there.
     """
     both = list(zip(chosen.nodes, rejected.nodes, strict=False))
-    diverging = ((mine[1], other[1]) for mine, other in both if max(mine[0], other[0]) > common)
-    last = (both[-1][0][1], both[-1][1][1])  # for chains that differ in their end tokens alone
-    return next(diverging, last)
+    # The last pair is for chains that differ in their end tokens alone.
+    return next(((mine, other) for mine, other in both if max(mine[0], other[0]) > common), both[-1])
 
 
 def step_preferences(tree: Tree, config: ExtractConfig, codec: Codec) -> list[StepPreference]:
@@ -224,15 +232,31 @@ def step_preference(better: StepValue, worse: StepValue) -> StepPreference:
     )
 
 
+def unhinted(tree: Tree) -> list[tuple[int, float]]:
+    """Return visits and sum of rewards of every node, without the chains that backtracked below it.
+
+    Such a chain was told that an earlier answer is wrong, which the policy is not told when it is used.
+    """
+    nodes = tree.nodes
+    left_out = [(0, 0.0)] * len(nodes)
+    for number in range(len(nodes) - 1, 0, -1):  # a child has a larger number than its parent
+        node = nodes[number]
+        visits, total = (node.visits, node.total) if node.backtrack else left_out[number]
+        above = left_out[node.parent]
+        left_out[node.parent] = above[0] + visits, above[1] + total
+    pairs = zip(nodes, left_out, strict=True)
+    return [(node.visits - visits, node.total - total) for node, (visits, total) in pairs]
+
+
 def step_values(tree: Tree, codec: Codec) -> list[StepValue]:
-    """Return all nodes with visits, ordered by token ids.
+    """Return all nodes with visits (see `unhinted`), ordered by token ids.
 
     Nodes with equal tokens, text and type become one, with the mean value over all visits. A token counts as generated
     if a model generated it in at least one of them.
     """
-    pools = defaultdict(list)
+    pools, records = defaultdict(list), unhinted(tree)
     for number, step in _steps(tree, codec).items():
-        pools[_place(step)].append((step, tree.nodes[number].total))
+        pools[_place(step)].append((step, records[number][1]))
     merged = []
     for _, pool in sorted(pools.items()):
         step, visits = pool[0][0], sum(step.visits for step, _ in pool)
@@ -291,7 +315,8 @@ def _chain(tree: Tree, number: int, codec: Codec) -> Chain:
         text=tree.completion(number),
         value=sum(values) / len(values),
         reward=verdict.reward if verdict else 0.0,
-        nodes=tuple((stop, tree.nodes[n].visits) for n, _, stop in path.spans),
+        nodes=tuple((stop, tree.nodes[n].visits, tree.nodes[n].type) for n, _, stop in path.spans),
+        backtracks=sum(tree.nodes[n].backtrack for n in tree.path(number)),
     )
 
 
@@ -303,17 +328,21 @@ def _with_end(token_ids: Int32Array, codec: Codec) -> Int32Array:
 
 
 def _steps(tree: Tree, codec: Codec) -> dict[int, StepValue]:
-    """Return all nodes with visits by number."""
+    """Return all nodes with visits (see `unhinted`) by number."""
     steps: dict[int, StepValue] = {}
+    records = unhinted(tree)
     # A child has a larger number than its parent, so this order encodes every path only once, from its last node.
     for number in range(len(tree.nodes) - 1, 0, -1):
-        if tree.nodes[number].visits and number not in steps:
+        if records[number][0] and number not in steps:
             path = path_tokens(tree, number, codec)
-            steps |= {span[0]: _step(tree, path, codec, *span) for span in path.spans if span[0] not in steps}
+            spans = [span for span in path.spans if span[0] not in steps and records[span[0]][0]]
+            steps |= {span[0]: _step(tree, path, codec, *span, records[span[0]]) for span in spans}
     return steps
 
 
-def _step(tree: Tree, path: PathTokens, codec: Codec, number: int, start: int, stop: int) -> StepValue:
+def _step(
+    tree: Tree, path: PathTokens, codec: Codec, number: int, start: int, stop: int, record: tuple[int, float]
+) -> StepValue:
     node = tree.nodes[number]
     native = tree.tokenizers[node.writer] == codec.digest
     forced = node.forced if native else 0 if node.generated else stop - start
@@ -324,12 +353,12 @@ def _step(tree: Tree, path: PathTokens, codec: Codec, number: int, start: int, s
         token_ids=path.token_ids[:stop],
         start=start,
         forced=forced,
-        value=node.total / node.visits,
-        visits=node.visits,
+        value=record[1] / record[0],
+        visits=record[0],
     )
 
 
-def _tie(chain: Chain) -> tuple[bytes, str, float, float, tuple[tuple[int, int], ...]]:
+def _tie(chain: Chain) -> tuple[bytes, str, float, float, tuple[tuple[int, int, str], ...]]:
     """Return a sort key of a chain that includes everything that becomes data."""
     return _sortable(chain.token_ids), chain.text, -chain.value, -chain.reward, chain.nodes
 

@@ -76,6 +76,7 @@ def configs(draw: st.DrawFn) -> SearchConfig:
         selection=selection,
         parallel_simulations=draw(st.integers(1, 8)),
         backtracking=draw(st.booleans()),
+        max_backtracks=draw(st.none() | st.integers(1, 2)),
         max_node_tokens=draw(st.sampled_from((4, 12, 64))),
         max_depth=draw(st.integers(3, 8)),
         stop=StopConfig(
@@ -144,6 +145,8 @@ def check_shape(tree: Tree, pattern: Pattern, config: SearchConfig) -> None:
         assert depth <= (config.max_depth or 0) + (node.defect is not None)
         allowed = {*pattern.children.get(parent.type, {}), *pattern.after_wrong.get(parent.type, {})}
         assert node.type in allowed or node.defect is not None
+        hints = sum(tree.nodes[above].backtrack for above in tree.path(number))
+        assert config.max_backtracks is None or hints <= config.max_backtracks
         if node.backtrack:
             assert config.backtracking and node.type in pattern.after_wrong[parent.type]
         if node.defect is None:

@@ -121,7 +121,7 @@ FREE_FIELDS = {
     "checkpoint": "interval keep_last keep_every best_metric best_mode max_failed_saves",
     "evaluation": "prompts samples greedy search_answers interval",
     "search": "fraction split prompts shard_size model reviewer nodes tables patterns expansion parallel_simulations "
-    "backtracking temperature top_p max_node_tokens max_depth max_failed_trees",
+    "backtracking max_backtracks temperature top_p max_node_tokens max_depth max_failed_trees",
     **{
         f"search.{writer}": "path count tensor_parallel_size dtype max_model_len max_num_seqs kv_cache_gib "
         "gpu_memory_utilization question_template"
@@ -132,7 +132,7 @@ FREE_FIELDS = {
     "search.selection": "type form exploration length_exponent value_weight entropy_weight depth_weight unit chains",
     "search.stop": "simulations tokens answers correct",
     "search.stop.correct.NUMBER": "count after",
-    "extract": "supervised chosen pairs_per_tree step_preferences step_min_visits step_min_gap",
+    "extract": "supervised chosen max_backtracks pairs pairs_per_tree step_preferences step_min_visits step_min_gap",
 }
 FREE_WITHOUT_SECTION = {"placement"}
 # Fields that select an alternative of a section. Another alternative has other fields, which are compared.
