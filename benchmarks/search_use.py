@@ -1,4 +1,4 @@
-"""Solved fraction against generated tokens per prompt: tree search with and without backtracking, independent samples.
+"""Solved fraction against generated tokens per prompt: tree searches and independent samples.
 
 Every arm has the same policy, the same held-out prompts and the same sampling temperature. A search, or a sequence of
 samples, ends at its first right answer or at the largest budget, because later tokens cannot change the result. All
@@ -39,11 +39,18 @@ from rlsys.types import Prompt  # noqa: E402
 
 BUDGETS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
 SAMPLES = "independent samples"
-ARMS = {
-    f"{expansion} expansion, {'' if backtracking else 'no '}backtracking": (expansion, backtracking)
-    for expansion, backtracking in product(("chain", "node"), (True, False))
-}
 TABLES = {"chain": "chain", "node": "narrow"}  # of the config
+ARMS = {
+    f"{expansion} expansion, {'' if backtracking else 'no '}backtracking": [
+        f"search.expansion={expansion}",
+        f"search.patterns=[{TABLES[expansion]}]",
+        f"search.backtracking={str(backtracking).lower()}",
+    ]
+    for expansion, backtracking in product(("chain", "node"), (True, False))
+} | {
+    f"surprise, {unit}": [f"search.selection={{type: surprise, unit: {unit}}}", "search.backtracking=false"]
+    for unit in ("token", "node")
+}
 POLICY = Path("runs/quickstart/stages/warm_start")
 OWN_RUN = Path("runs/search_use")
 PAGE, PICTURE = Path("docs/search_use.md"), Path("docs/search_use.png")
@@ -64,7 +71,7 @@ def find_policy(given: Path | None) -> Path:
     return own.absolute()
 
 
-def config_of(policy: Path, expansion: str, backtracking: bool) -> Config:
+def config_of(policy: Path, arm: Sequence[str]) -> Config:
     """Return the config of an arm. The limit of simulations is never reached, as nearly all of them generate tokens."""
     stop = f"{{simulations: {max(BUDGETS)}, tokens: {max(BUDGETS)}, correct: [{{count: 1}}]}}"
     return load_config(
@@ -72,11 +79,9 @@ def config_of(policy: Path, expansion: str, backtracking: bool) -> Config:
         [
             f"model.path={policy}",
             "evaluation.search_answers=4",  # samples of one dispatch; unsolved prompts get more
-            f"search.expansion={expansion}",
-            f"search.patterns=[{TABLES[expansion]}]",
-            f"search.backtracking={str(backtracking).lower()}",
             f"search.stop={stop}",
             "search.parallel_simulations=1",  # each knows the results of all earlier ones
+            *arm,
         ],
     )
 
@@ -92,7 +97,7 @@ def prompts_of(config: Config, policy: Path, seed: int, count: int) -> list[Prom
 
 async def measure(policy: Path, seeds: int, count: int, folder: Path) -> dict[str, list[Attempts]]:
     """Return the attempts of every arm, seed by seed."""
-    configs = {name: config_of(policy, *arm) for name, arm in ARMS.items()}
+    configs = {name: config_of(policy, arm) for name, arm in ARMS.items()}
     first = next(iter(configs.values()))
     prompts = [prompt for seed in range(seeds) for prompt in prompts_of(first, policy, seed, count)]
     attempts: dict[str, list[Attempts]] = {}
@@ -175,7 +180,8 @@ def page(figures: str, config: Config, seeds: int, prompts: int) -> str:
     settings = sampling_of(config)
     paragraph = (
         "The policy is the warm start of `configs/quickstart.yaml`. The search has the settings of the section "
-        "`search` of `configs/search_letter_count.yaml` (node expansion has the table `narrow`), except that a tree "
+        "`search` of `configs/search_letter_count.yaml` (node expansion has the table `narrow`; surprise has the "
+        "selection `{type: surprise}` without backtracking), except that a tree "
         "runs one simulation at a time and ends at its first right answer or at the largest budget. Independent "
         "samples of the policy are drawn one after the other and end in the same way. Both have temperature "
         f"{settings.temperature:g} and top_p {settings.top_p:g}; a chain has at most {settings.max_tokens} "
@@ -233,7 +239,7 @@ def main() -> int:
     print(figures)
     print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
     if arguments.write:
-        config = config_of(policy, *next(iter(ARMS.values())))
+        config = config_of(policy, next(iter(ARMS.values())))
         plot(solved)
         PAGE.write_text(page(figures, config, arguments.seeds, arguments.prompts), encoding="utf-8")
     return 0

@@ -63,13 +63,21 @@ def test_the_folder_of_the_picture_is_made(
 
 
 def test_the_arms_of_the_search_differ_in_nothing_but_what_they_are_named_after(search_use: ModuleType) -> None:
-    configs = [search_use.config_of(Path("policy"), *arm) for arm in search_use.ARMS.values()]
+    configs = [search_use.config_of(Path("policy"), arm) for arm in search_use.ARMS.values()]
     assert [(config.search.expansion, config.search.backtracking) for config in configs] == [
-        *(("chain", True), ("chain", False), ("node", True), ("node", False))
+        *(("chain", True), ("chain", False), ("node", True), ("node", False)),
+        *[("chain", False)] * 2,
     ]
+    assert [config.search.selection.type for config in configs] == ["ucb"] * 4 + ["surprise"] * 2
+    assert [config.search.selection.unit for config in configs[4:]] == ["token", "node"]
     # Node expansion asks for every child of a row, so it has a table of its own with fewer of them.
-    assert [config.search.patterns for config in configs] == [("chain",)] * 2 + [("narrow",)] * 2
-    same = {"expansion": "chain", "backtracking": True, "patterns": ("chain",)}
+    assert [config.search.patterns for config in configs] == [("chain",)] * 2 + [("narrow",)] * 2 + [("chain",)] * 2
+    same = {
+        "expansion": "chain",
+        "backtracking": True,
+        "patterns": ("chain",),
+        "selection": configs[0].search.selection,
+    }
     searches = [config.search.model_copy(update=same) for config in configs]
     assert all(search == searches[0] for search in searches)
     stop = searches[0].stop
@@ -84,7 +92,7 @@ def test_seeds_draw_other_prompts_under_other_names(search_use: ModuleType, monk
         return SimpleNamespace(held_out=[prompt(f"held_out-{i}", 3 + config.run.seed) for i in range(count)])
 
     monkeypatch.setattr(search_use, "Inputs", inputs)
-    config = search_use.config_of(Path("policy"), "chain", True)
+    config = search_use.config_of(Path("policy"), [])
     found = [p for seed in (0, 1) for p in search_use.prompts_of(config, Path("policy"), seed, 2)]
     names = ["seed-0/held_out-0", "seed-0/held_out-1", "seed-1/held_out-0", "seed-1/held_out-1"]
     assert [p.prompt_id for p in found] == names
@@ -109,12 +117,12 @@ def test_tables_and_picture_of_the_search(search_use: ModuleType) -> None:
     rows = search_use.tables(solved, dict.fromkeys(search_use.ARMS, 0.25)).splitlines()
     shares, differences = ([cell.strip() for cell in row.split("|")] for row in rows if row.startswith("| 64 "))
     assert shares[2].startswith("1.000 (") and shares[2].endswith("; 1.000 to 1.000)")
-    assert shares[6].startswith("0.750 (") and shares[6].endswith("; 0.500 to 1.000)")
+    assert shares[8].startswith("0.750 (") and shares[8].endswith("; 0.500 to 1.000)")
     assert differences[2].startswith("+0.250 (+0.000 to ")
-    assert rows[-1].count("0.250") == 4
+    assert rows[-1].count("0.250") == 6
     search_use.plot(solved)
     assert search_use.PICTURE.stat().st_size > 0
-    config = search_use.config_of(Path("policy"), "chain", True)
+    config = search_use.config_of(Path("policy"), [])
     assert "--prompts 2 --seeds 2 --write" in search_use.page("", config, 2, 2)
 
 
