@@ -65,6 +65,7 @@ def test_a_block_of_the_event_loop_ends_one_part_only() -> None:
     assert asyncio.run(main()) == "answered"
 
 
+@pytest.mark.heavy
 def test_a_stopped_process_still_waits_for_its_answer() -> None:
     """It is stopped for longer than its deadline."""
     with subprocess.Popen([sys.executable, "-c", STOPPED], stdout=subprocess.PIPE, text=True) as process:
