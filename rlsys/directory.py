@@ -25,7 +25,7 @@ A search directory is the run directory of `rlsys search` or the folder of the s
     trees/.open/130.json  a finished tree whose shard is not complete
     search.json           config values and digests that determine the trees
     summary.json          figures of `rlsys search`
-    data/                 the extracted tables and report.json
+    data/                 the extracted tables, report.json and README.md
     stage.json            the request to the stage `search`, and its figures
 """
 
@@ -37,6 +37,7 @@ from pathlib import Path
 from rlsys.types import StageName
 
 REPORT = "report.json"
+CARD = "README.md"  # of the extracted tables, as the Hugging Face hub has it
 """Name of the file with the figures of an extraction, in the folder of its tables."""
 
 

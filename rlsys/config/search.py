@@ -176,6 +176,8 @@ class ExtractConfig(Section):
     chain, with the shortest prefix first."""
     pairs_per_tree: int = Field(default=1, ge=1)
     """Maximum number of preference pairs of one tree."""
+    step_values: bool = True
+    """Whether to write the table step_values, with every node and its whole chain before it: by far the largest."""
     step_preferences: bool = True
     """Whether to extract step preferences: pairs of sibling nodes whose values differ."""
     step_min_visits: int = Field(default=2, ge=1)

@@ -14,7 +14,8 @@ import numpy as np
 
 from rlsys.config.patterns import resolve
 from rlsys.config.schema import Config
-from rlsys.directory import REPORT
+from rlsys.config.search import ExtractConfig
+from rlsys.directory import CARD, REPORT
 from rlsys.errors import ConfigError
 from rlsys.models.folder import ModelFolder
 from rlsys.search import extract
@@ -65,7 +66,31 @@ def run(source: Source, output: Path) -> dict[str, Any]:
                     extraction.add(tree)
         report = extraction.report()
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (folder / CARD).write_text(card(report["rows"]), encoding="utf-8")
     return report
+
+
+def card(rows: Mapping[str, int]) -> str:
+    """Return the dataset card, by which `datasets.load_dataset(FOLDER, TABLE)` finds the tables that have rows."""
+    files = [f"- config_name: {name}\n  data_files: {name}.parquet" for name, count in rows.items() if count]
+    lines = ["---", "configs:", *files, "---", ""] if files else []
+    lines += ["# Data from tree search", "", "| table | rows | |", "|---|---|---|"]
+    lines += [f"| {name} | {count:,} | {MEANINGS[name]} |" for name, count in rows.items()]
+    lines += [
+        "",
+        "`prompt` is the text that the policy receives, with its chat template; a trainer must add no template. Each "
+        "table also has the exact token ids and a mask of the tokens to train. Chains lack their end token as "
+        "text, and a trainer must append it. Nodes of the step tables go on: a trainer must not append an end token to them.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+MEANINGS = {
+    "supervised": "right chains to imitate",
+    "preferences": "a right and a wrong chain of one prompt",
+    "step_preferences": "a better and a worse node after the same chain; no end token follows",
+    "step_values": "nodes with their values; no end token follows, unless the node is an answer",
+}
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -102,7 +127,7 @@ class _Extraction:
         config = self._source.config.extract
         for better, worse in extract.preferred_steps(tree, config, codec):
             self._files["step_preferences"].add(_step_preference_row(tree, prompt, better, worse))
-        for step in extract.step_values(tree, codec):
+        for step in extract.step_values(tree, codec) if config.step_values else ():
             self._files["step_values"].add(_step_value_row(tree, prompt, step))
 
     def _add_supervised(self, tree: Tree, prompt: str) -> None:
@@ -115,7 +140,7 @@ class _Extraction:
         config, codec = self._source.config.extract, self._source.codec
         pairs = extract.preferred_chains(tree, config, codec)
         if not pairs and config.chosen != "none":
-            self._without_pair[_why_no_pair(tree)] += 1
+            self._without_pair[_why_no_pair(tree, config)] += 1
         for chosen, rejected in pairs:
             row = _preference_row(tree, prompt, chosen, rejected)
             if self._files["preferences"].add(row):
@@ -148,12 +173,15 @@ NO_PAIR = {
     "no_correct": "no correct answer",
     "no_wrong": "no wrong answer",
     "equal_tokens": "right and wrong chains have the same tokens",
+    "by_rule": "extract.pairs or extract.max_backtracks leaves none",
 }
 
 
-def _why_no_pair(tree: Tree) -> str:
+def _why_no_pair(tree: Tree, config: ExtractConfig) -> str:
     has_wrong = any(map(extract.is_wrong, tree.nodes))
     if tree.solved:
+        if has_wrong and (config.pairs == "same_type" or config.max_backtracks is not None):
+            return "by_rule"
         return "equal_tokens" if has_wrong else "no_wrong"
     return "no_correct" if has_wrong else "no_answer"
 

@@ -195,7 +195,13 @@ def test_the_report(extracted: tuple[Path, dict[str, Any]], codec: TagCodec) -> 
     # p3 is p0 again: one supervised row, one pair, one step pair and five step values are dropped.
     assert report["rows"] == {"supervised": 1, "preferences": 1, "step_preferences": 1, "step_values": 6}
     assert report["duplicates"] == {"supervised": 1, "preferences": 1, "step_preferences": 1, "step_values": 5}
-    assert report["trees_without_pair"] == {"no_answer": 0, "no_correct": 1, "no_wrong": 0, "equal_tokens": 0}
+    assert report["trees_without_pair"] == {
+        "no_answer": 0,
+        "no_correct": 1,
+        "no_wrong": 0,
+        "equal_tokens": 0,
+        "by_rule": 0,
+    }
     chosen = len(codec.encode("<thinking>ab</thinking><answer>2</answer>"))
     rejected = len(codec.encode("<thinking>abab</thinking><answer>3</answer>"))
     assert report["tokens"]["chosen"] == dict.fromkeys(("min", "p25", "median", "p75", "max"), chosen + 1)
@@ -208,6 +214,29 @@ def test_parquet_holds_the_same_rows(extracted: tuple[Path, dict[str, Any]]) -> 
         rows = pq.read_table(extracted[0] / f"{table.name}.parquet").to_pylist()
         assert rows == lines(extracted[0], table.name) != []
         assert list(rows[0]) == list(table.columns)
+
+
+def test_the_folder_loads_as_a_data_set(extracted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    import datasets
+
+    for table in TABLES:
+        rows = datasets.load_dataset(str(extracted[0]), table.name, split="train", cache_dir=str(tmp_path / "cache"))
+        assert rows.to_list() == lines(extracted[0], table.name)
+
+
+def test_step_values_can_be_left_out(write: Callable[..., Path], codec: TagCodec, tmp_path: Path) -> None:
+    source = find_source(write([tree_line(solved(codec))]), ["extract.step_values=false"])
+    report = run(source, tmp_path / "data")
+    assert report["rows"]["step_values"] == 0 and report["rows"]["step_preferences"] == 1
+    card = (tmp_path / "data" / "README.md").read_text()
+    assert "config_name: step_preferences" in card and "config_name: step_values" not in card
+
+
+def test_why_there_is_no_pair_by_a_rule(write: Callable[..., Path], codec: TagCodec, tmp_path: Path) -> None:
+    of = solved(codec)
+    hinted = replace(of, nodes=tuple(replace(n, backtrack=bool(number)) for number, n in enumerate(of.nodes)))
+    report = run(find_source(write([tree_line(hinted)]), ["extract.max_backtracks=0"]), tmp_path / "data")
+    assert report["trees_without_pair"]["by_rule"] == 1
 
 
 def test_the_files_load_as_data_sets(extracted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -224,7 +253,7 @@ def test_the_files_load_as_data_sets(extracted: tuple[Path, dict[str, Any]], tmp
 def test_a_second_time_gives_the_same_bytes(extracted: tuple[Path, dict[str, Any]], search_dir: Path) -> None:
     folder, _ = extracted
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert len(first) == 2 * len(TABLES) + 1
+    assert len(first) == 2 * len(TABLES) + 2  # with the report and the card
     run(find_source(search_dir, []), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
 
