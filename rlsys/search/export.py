@@ -80,7 +80,8 @@ def card(rows: Mapping[str, int]) -> str:
         "",
         "`prompt` is the text that the policy receives, with its chat template; a trainer must add no template. Each "
         "table also has the exact token ids and a mask of the tokens to train. Chains lack their end token as "
-        "text, and a trainer must append it. Nodes of the step tables go on: a trainer must not append an end token to them.",
+        "text, and a trainer must append it. Nodes of the step tables go on: a trainer must not append an end token to "
+        "them.",
     ]
     return "\n".join(lines) + "\n"
 
