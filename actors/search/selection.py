@@ -27,6 +27,7 @@ class Stats(Protocol):
     in_flight: int
     logprob: float
     chosen_tokens: int
+    samples: int
 
 
 def choose(children: Sequence[Stats], parent: Stats, config: SelectionConfig, rng: random.Random) -> int:
@@ -61,16 +62,24 @@ def puct_scores(children: Sequence[Stats], parent: Stats, config: PuctConfig) ->
     """Return the PUCT score of each child.
 
     score = Q + c P sqrt(N_p + O_p) / (1 + N + O)
-    P is proportional to exp(sum of log-probabilities / tokens ** length_exponent) and sums to 1 over `children`.
-    A fixed text has log-probability 0. A child without a visit has the Q of its parent.
+    P is proportional to s exp(sum of log-probabilities / tokens ** length_exponent) and sums to 1 over `children`; s is
+    the number of draws of a child. A fixed text, which no model chose, has the mean P of the others. A child without a
+    visit has the Q of its parent.
 
     Source: Silver et al. 2017 (PUCT); priors as in MCTS-DPO, arXiv:2405.00451, and AlphaMath.
     """
-    priors = [math.exp(child.logprob / max(1, child.chosen_tokens) ** config.length_exponent) for child in children]
+    written = [child for child in children if child.chosen_tokens]
+    drawn = [_prior(child, config) for child in written]
+    fixed = sum(drawn) / len(drawn) if drawn else 1.0
+    priors = [_prior(child, config) if child.chosen_tokens else fixed for child in children]
     scale = config.exploration * math.sqrt(_count(parent)) / (sum(priors) or 1.0)
     return [
         _q(child, parent) + scale * prior / (1 + _count(child)) for child, prior in zip(children, priors, strict=True)
     ]
+
+
+def _prior(child: Stats, config: PuctConfig) -> float:
+    return child.samples * math.exp(child.logprob / child.chosen_tokens**config.length_exponent)
 
 
 def frontier_score(node: Stats, parent: Stats | None, depth: int, deepest: int, config: FrontierConfig) -> float:

@@ -49,8 +49,8 @@ class PuctConfig(Section):
     exploration: float = Field(default=1.0, ge=0)
     """The constant c of Q + c P sqrt(N_p) / (1 + N)."""
     length_exponent: float = Field(default=1.0, ge=0)
-    """Exponent a of the length: the prior P of a sibling is proportional to exp(sum of log-probabilities / tokens **
-    a)."""
+    """Exponent a of the length: the prior P of a sibling is proportional to its number of draws times exp(sum of
+    log-probabilities / tokens ** a)."""
 
 
 class FrontierConfig(Section):

@@ -23,6 +23,7 @@ class NodeStats:
     logprob: float = 0.0
     chosen_tokens: int = 0
     unrewarded: int = 0
+    samples: int = 1
 
 
 def chooser(visits: int, total: float, others: int = 0) -> NodeStats:
@@ -117,6 +118,17 @@ def test_priors_too_small_for_a_float_and_fixed_texts() -> None:
     assert puct_scores(hopeless, NodeStats(2, 1.0), PuctConfig(type="puct")) == [0.5, 0.5]
     # Two fixed texts: prior 1/2 each. sqrt(2 + 2) = 2; 0.5 + 2 * 0.5 / 1 = 1.5.
     assert puct_scores([NodeStats(), NodeStats()], chooser(2, 1.0, others=1), PuctConfig(type="puct")) == [1.5, 1.5]
+
+
+def test_draws_count_in_a_prior_and_a_fixed_text_has_the_mean() -> None:
+    # Equal texts but for the draws: 3 e^-1 and 1 e^-1, so 2 e^-1 for the fixed text: P = 3/6, 1/6, 2/6. sqrt(1) = 1.
+    children = [
+        NodeStats(logprob=-1.0, chosen_tokens=1, samples=3),
+        NodeStats(logprob=-1.0, chosen_tokens=1),
+        NodeStats(),
+    ]
+    scores = puct_scores(children, chooser(0, 0.0), PuctConfig(type="puct"))
+    assert scores == pytest.approx([1 / 2, 1 / 6, 1 / 3], rel=1e-12)
 
 
 def test_frontier_by_hand() -> None:
