@@ -226,6 +226,7 @@ def waiting_actor() -> Any:
     actor.scheduler, actor.rewards, actor.loading = None, SimpleNamespace(verdicts=2), SimpleNamespace(count=0)
     actor.receiver = SimpleNamespace(answers=0)
     actor.loaded = actor.waited = 0
+    actor.teacher = None
     actor.engine, actor.auxiliary = (
         SimpleNamespace(steps=3, idle=True),
         {"reviewer": SimpleNamespace(has_open_requests=True)},
