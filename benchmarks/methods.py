@@ -65,7 +65,7 @@ def row(name: str, run_dir: Path, stages: Path, settings: Sequence[str]) -> str:
     first, *steps = metrics(run_dir, "online")
     held_out = [first["held_out/sampled_accuracy"]]
     held_out += [
-        steps[-1][f"held_out/{figure}"] for figure in ("sampled_accuracy", "greedy_accuracy", "no_answer_rate")
+        steps[-1][f"held_out/{figure}"] for figure in ("sampled_accuracy", "greedy_accuracy", "sampled_no_answer_rate")
     ]
     cells = [f"{value:.3f}" for value in held_out]
     cells += [
