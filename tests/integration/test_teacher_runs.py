@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from joint_runs import after_row, check_figures, check_terms, killed_at, last_contents, online, rows_of
-from real_runs import TREES, Command, FinishedRun, commands, last_checkpoint, steady_rows, write_config
+from real_runs import TINY, TREES, Command, FinishedRun, commands, last_checkpoint, steady_rows, write_config
 
 from rlsys.run.metrics import read_rows
 
@@ -21,6 +21,7 @@ def taught(pupil: FinishedRun, teacher: Path, divergence: str) -> dict[str, Any]
     return online(
         pupil,
         3,
+        actors={**TINY["actors"], "count": 1},  # the engine of the teacher has the other core
         search={**TREES, "expansion": "chain", "fraction": 0.5},
         teacher={"model": {"path": str(teacher), "max_model_len": 128, "kv_cache_gib": 0.1}},
         objective={
@@ -69,6 +70,7 @@ def test_a_policy_that_is_its_own_teacher_has_nothing_to_learn_from_it(
 ) -> None:
     values = taught(finished_run, finished_run.dir / "stages" / "warm_start", "top_k")
     with commands() as start:
-        start("train", write_config(tmp_path, {**values, "train": {**values["train"], "max_steps": 1}})).finish()
+        train = {**values["train"], "max_steps": 1, "updates_per_step": 1}
+        start("train", write_config(tmp_path, {**values, "train": train})).finish()
     (row,) = rows_of(tmp_path / "run", "online")
     assert 0 <= row["distill/divergence"] < 1e-9  # nats; fp32 differs by about 1e-6, and the divergence is quadratic
