@@ -382,7 +382,8 @@ def _read_scores(output: Any, row: Sequence[int] | Int32Array, tokens: int | Non
     logprobs = np.empty(ids.shape, dtype=np.float32)
     for place, given in enumerate(output.prompt_logprobs[1:]):
         own = int(row[place + 1])
-        best = [own] if tokens is None else [token for token, score in given.items() if score.rank <= tokens]
+        # Tokens of equal probability may have equal ranks, so that there is one too many.
+        best = [own] if tokens is None else [token for token, score in given.items() if score.rank <= tokens][:tokens]
         ids[place] = best
         logprobs[place] = [given[token].logprob for token in best]
     return ids, logprobs

@@ -108,3 +108,10 @@ def test_scores_are_read_from_the_outputs_of_an_engine(tokens: int | None, ids: 
     found = _read_scores(output, [1, 7, 2], tokens)
     assert found[0].tolist() == ids
     assert np.allclose(found[1], logprobs)
+
+
+def test_the_own_token_may_be_as_probable_as_the_last_of_the_best() -> None:
+    place = {7: SimpleScore(-1.0, 2), 5: SimpleScore(-0.5, 1), 6: SimpleScore(-1.0, 2)}
+    output = type("Output", (), {"prompt_logprobs": [None, place]})()
+    ids, logprobs = _read_scores(output, [1, 7], 2)
+    assert ids.tolist() == [[7, 5]] and np.allclose(logprobs, [[-1.0, -0.5]])
