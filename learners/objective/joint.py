@@ -177,7 +177,8 @@ def joint_loss(
         terms["sft"] = losses.supervised_loss(
             logprobs.index_select(0, batch.sft.positions), batch.sft.weights.to(logprobs)
         )
-    if batch.distill is not None and others is not None:
+    if batch.distill is not None:
+        assert others is not None  # noqa: S101 - the forward pass gives them wherever there are such targets
         terms["distill"] = _distill_term(logprobs, others, batch.distill, objective, interpolation)
     return terms
 
@@ -214,7 +215,8 @@ def _policy_term(logprobs: Tensor, entropy: Tensor, targets: PolicyTargets, poli
     if policy.decoupled and policy.importance_cap is not None:
         importance, metrics = losses.importance_weights(old, behavior, cap=policy.importance_cap)
         weights = weights * importance
-    if policy.teacher_share and targets.teacher_logprobs is not None:
+    if policy.teacher_share:
+        assert targets.teacher_logprobs is not None  # noqa: S101 - the teacher scores every trajectory, or fails it
         base = losses.anchored(base, targets.teacher_logprobs.to(base), share=policy.teacher_share)
     bounds = {"clip_low": policy.clip_low, "clip_high": policy.clip_high}
     match policy.surrogate:

@@ -200,7 +200,7 @@ def check_models(config: Config, models: Mapping[Role, ModelFolder], *, trains: 
             use = Use(longest=section.max_model_len, longest_field=f"{section_of(role)}.max_model_len")
             notes += check_model(models[role], use)
     if "teacher" in models:
-        check_same_tokens(models["policy"], models["teacher"])
+        check_same_tokens(models["policy"], models["teacher"], config.objective.distill.scored_tokens)
     if config.model.from_scratch is None or not trains:
         longest, field = config.actors.max_model_len, "actors.max_model_len"
         notes += check_model(models["policy"], Use(longest=longest, longest_field=field, trained=trains))
@@ -211,16 +211,23 @@ def check_models(config: Config, models: Mapping[Role, ModelFolder], *, trains: 
     return notes
 
 
-def check_same_tokens(policy: ModelFolder, teacher: ModelFolder) -> None:
+def check_same_tokens(policy: ModelFolder, teacher: ModelFolder, scored: int | None = None) -> None:
     """Refuse a teacher with another tokenizer than the policy, whose scores would be of other tokens.
 
+    Args:
+        scored: number of tokens that the teacher scores at every place; None for the sampled token alone.
+
     Raises:
-        ConfigError: the tokenizers differ.
+        ConfigError: the tokenizers differ, or the teacher has fewer tokens.
     """
     if policy.tokenizer_digest != teacher.tokenizer_digest:
         raise ConfigError(
             f"teacher.model.path {teacher.path}: expected the tokenizer of the policy {policy.path}, found another "
             "one; objective.distill compares single tokens, so choose a teacher of the same family"
+        )
+    if scored is not None and teacher.vocabulary is not None and scored > teacher.vocabulary:
+        raise ConfigError(
+            f"objective.distill.top_k {scored} exceeds the {teacher.vocabulary} tokens of teacher.model.path; lower it"
         )
 
 

@@ -195,6 +195,13 @@ def test_a_teacher_with_another_tokenizer_is_refused() -> None:
         check_same_tokens(folder("p", "a"), folder("t", "b"))
 
 
+def test_a_teacher_with_fewer_tokens_than_it_must_score_is_refused() -> None:
+    small: Any = SimpleNamespace(path=Path("t"), tokenizer_digest="a", vocabulary=8)
+    check_same_tokens(small, small, 8)
+    with pytest.raises(ConfigError, match="objective.distill.top_k 9 exceeds the 8 tokens of teacher.model.path"):
+        check_same_tokens(small, small, 9)
+
+
 def test_a_training_run_with_a_teacher_grows_no_trees(checks: Checks) -> None:
     prepared = prepare(config(**TAUGHT), "train")
     assert prepared.searching is not None and not prepared.searching.grows_trees
