@@ -15,6 +15,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2ForCausalLM
 
 from learners.attention import can_pack, use_complete_attention
 from learners.language_model import LanguageModel
+from learners.objective.logprobs import OtherTokens
 from learners.samples.batching import collate
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -146,3 +147,20 @@ def test_a_model_with_a_window_never_shares_rows(window: int | None, packs: bool
     model = toy_model("mistral", sliding_window=window)
     use_complete_attention(model)
     assert can_pack(model) == packs
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7])
+def test_other_tokens_have_the_values_and_gradients_of_the_whole_logits_in_any_parts(parts: int) -> None:
+    model, batch = tiny("plain"), collate(mixed_items(), 0)
+    given, last = inputs(batch), len(batch.targets) - 1
+    others = OtherTokens(torch.tensor([0, 2, last]), torch.tensor([[3, 1], [2, 5], [4, 4]]))
+    found = model(**given, parts=parts, others=others)[2]
+    logits = model.module(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.targets]
+    whole = torch.log_softmax(logits / given["temperature"].unsqueeze(-1), dim=-1)
+    expected = whole[others.rows.unsqueeze(-1), others.ids]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    scales = torch.arange(6.0).view(3, 2).to(found)
+    weights = [each for each in model.parameters() if each.requires_grad]
+    pair = [torch.autograd.grad((each * scales).sum(), weights, allow_unused=True) for each in (found, expected)]
+    for ours, theirs in zip(*pair, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
