@@ -15,10 +15,12 @@ from rlsys.types import (
     Preference,
     Problem,
     Prompt,
+    Question,
     RolloutFailure,
     SamplingSettings,
     Split,
     StageName,
+    StepVerdict,
     TrainingBatch,
     TrajectoryGroup,
     Verdict,
@@ -78,6 +80,14 @@ class Task(Protocol):
             problem_answer: `Problem.answer`.
             completion: text of the completion, without the prompt and the end token.
             finished: False if the completion was cut off. Answers of a tree search are complete by construction.
+        """
+        ...
+
+    def check_steps(self, question: Question, completion: str) -> StepVerdict | None:
+        """Judge the complete thought nodes of a chain or of its beginning, or return None if the task cannot tell.
+
+        A wrong thought counts as right if a reflection directly after it takes it back. An unfinished last node is
+        ignored.
         """
         ...
 

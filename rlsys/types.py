@@ -61,6 +61,19 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepVerdict:
+    """The judgement of the complete thought nodes of a chain.
+
+    Attributes:
+        wrong_node: number of the first wrong node, from 0; None if all are right.
+        detail: what is wrong with it, for people.
+    """
+
+    wrong_node: int | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """A problem as token ids.
 

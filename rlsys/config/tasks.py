@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from rlsys.config.section import PathName, Section
 
@@ -24,8 +24,71 @@ class TagShares(Section):
     """Share of demonstrations with a <reclarify> node."""
 
 
-class LetterCountConfig(Section):
+class GeneratedConfig(Section):
+    """Base class of the tasks that generate their problems."""
+
+    type: str
+    demonstrations: Section
+    """Sizes of the demonstrated problems; null: as in the other problems. So a warm start on easy problems comes before
+    training on hard ones."""
+
+    def demonstrated(self) -> Self | None:
+        """Return the config of the demonstrated problems, or None if it is this one."""
+        sizes = {name: value for name, value in self.demonstrations if value is not None}
+        rest = self.model_dump(exclude={"demonstrations"})
+        return type(self).model_validate(rest | sizes) if sizes else None
+
+    @model_validator(mode="after")
+    def _demonstrations(self) -> Self:
+        try:
+            self.demonstrated()
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(["demonstrations", *map(str, first["loc"])])
+            raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
+        return self
+
+
+class LetterCountSizes(Section):
+    min_length: int | None = Field(default=None, ge=1, le=32)
+    """Shortest word of a demonstration. null: that of the other problems."""
+    max_length: int | None = Field(default=None, ge=1, le=32)
+    """Longest word of a demonstration. null: that of the other problems."""
+
+
+class BlocksworldSizes(Section):
+    min_blocks: int | None = Field(default=None, ge=3, le=5)
+    """Smallest number of blocks in a demonstration. null: that of the other problems."""
+    max_blocks: int | None = Field(default=None, ge=3, le=5)
+    """Largest number of blocks in a demonstration. null: that of the other problems."""
+
+
+class CountdownSizes(Section):
+    min_numbers: int | None = Field(default=None, ge=2, le=6)
+    """Smallest count of given numbers in a demonstration. null: that of the other problems."""
+    max_numbers: int | None = Field(default=None, ge=2, le=6)
+    """Largest count of given numbers in a demonstration. null: that of the other problems."""
+    max_number: int | None = Field(default=None, ge=2, le=99)
+    """Largest given number in a demonstration. null: that of the other problems."""
+    min_target: int | None = Field(default=None, ge=1, le=999)
+    """Smallest target of a demonstration. null: that of the other problems."""
+
+
+class SumsSizes(Section):
+    min_terms: int | None = Field(default=None, ge=2, le=12)
+    """Smallest number of terms in a demonstration. null: that of the other problems."""
+    max_terms: int | None = Field(default=None, ge=2, le=12)
+    """Largest number of terms in a demonstration. null: that of the other problems."""
+    min_digits: int | None = Field(default=None, ge=1, le=6)
+    """Smallest number of digits of a term in a demonstration. null: that of the other problems."""
+    max_digits: int | None = Field(default=None, ge=1, le=6)
+    """Largest number of digits of a term in a demonstration. null: that of the other problems."""
+
+
+class LetterCountConfig(GeneratedConfig):
     type: Literal["letter_count"] = "letter_count"
+    demonstrations: LetterCountSizes = LetterCountSizes()
+    """Sizes of the demonstrated problems, if others than below: a warm start on easy problems before hard ones."""
     form: Literal["simple", "words"] = "simple"
     """`simple`: count one letter in a random string. `words`: count two letters in a word, in the seven phrasings of
     the paper's authors."""
@@ -51,8 +114,10 @@ class LetterCountConfig(Section):
         return self
 
 
-class BlocksworldConfig(Section):
+class BlocksworldConfig(GeneratedConfig):
     type: Literal["blocksworld"] = "blocksworld"
+    demonstrations: BlocksworldSizes = BlocksworldSizes()
+    """Sizes of the demonstrated problems, if others than below: a warm start on easy problems before hard ones."""
     min_blocks: int = Field(default=3, ge=3, le=5)
     """Smallest number of blocks in a generated problem."""
     max_blocks: int = Field(default=3, ge=3, le=5)
@@ -76,6 +141,65 @@ class BlocksworldConfig(Section):
             raise ValueError(
                 f"alphabet {self.alphabet!r}: expected at least max_blocks ({self.max_blocks}) letters, all different"
             )
+        return self
+
+
+class CountdownConfig(GeneratedConfig):
+    type: Literal["countdown"] = "countdown"
+    demonstrations: CountdownSizes = CountdownSizes()
+    """Sizes of the demonstrated problems, if others than below: a warm start on easy problems before hard ones."""
+    min_numbers: int = Field(default=4, ge=2, le=6)
+    """Smallest count of given numbers."""
+    max_numbers: int = Field(default=4, ge=2, le=6)
+    """Largest count of given numbers."""
+    max_number: int = Field(default=9, ge=2, le=99)
+    """Largest given number. The smallest is 1."""
+    min_target: int = Field(default=20, ge=1, le=999)
+    """Smallest target. Small targets are easier: random operations often reach them."""
+    max_result: int = Field(default=99, ge=2, le=999)
+    """Largest target, and largest result of an operation in a demonstration."""
+    greedy_rate: float = Field(default=0.0, ge=0, le=1)
+    """Probability that an operation of a demonstration is the one whose result is nearest to the target. The others are
+    chosen at random."""
+    shares: TagShares = TagShares()
+    """How often each type of thought node appears in the demonstrations. A reflection appears only after a plan that
+    misses the target."""
+
+    @model_validator(mode="after")
+    def _numbers(self) -> CountdownConfig:
+        if self.max_numbers < self.min_numbers:
+            raise ValueError(f"max_numbers {self.max_numbers} is below min_numbers {self.min_numbers}")
+        if self.max_result < max(self.max_number, self.min_target):
+            raise ValueError(
+                f"max_result {self.max_result} is below max_number {self.max_number} or min_target {self.min_target}"
+            )
+        return self
+
+
+class SumsConfig(GeneratedConfig):
+    type: Literal["sums"] = "sums"
+    demonstrations: SumsSizes = SumsSizes()
+    """Sizes of the demonstrated problems, if others than below: a warm start on easy problems before hard ones."""
+    min_terms: int = Field(default=2, ge=2, le=12)
+    """Smallest number of terms."""
+    max_terms: int = Field(default=4, ge=2, le=12)
+    """Largest number of terms."""
+    min_digits: int = Field(default=2, ge=1, le=6)
+    """Smallest number of digits of a term."""
+    max_digits: int = Field(default=2, ge=1, le=6)
+    """Largest number of digits of a term."""
+    error_rate: float = Field(default=0.2, ge=0, le=1)
+    """Probability that an addition of a demonstration forgets its carries and nothing corrects it."""
+    shares: TagShares = TagShares()
+    """How often each type of thought node appears in the demonstrations. A reflection appears only if there is a carry
+    to forget."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> SumsConfig:
+        if self.max_terms < self.min_terms:
+            raise ValueError(f"max_terms {self.max_terms} is below min_terms {self.min_terms}")
+        if self.max_digits < self.min_digits:
+            raise ValueError(f"max_digits {self.max_digits} is below min_digits {self.min_digits}")
         return self
 
 
@@ -124,4 +248,6 @@ class DatasetConfig(Section):
         return self
 
 
-TaskConfig = Annotated[LetterCountConfig | BlocksworldConfig | DatasetConfig, Field(discriminator="type")]
+TaskConfig = Annotated[
+    LetterCountConfig | BlocksworldConfig | CountdownConfig | SumsConfig | DatasetConfig, Field(discriminator="type")
+]

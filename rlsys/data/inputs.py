@@ -105,9 +105,8 @@ class Inputs:
 
     def fingerprint(self) -> dict[str, str]:
         """Return digests of data, model and tokenizer, by the config field that names each."""
-        data = {"dataset": "task.path", "blocksworld": "task.problems_path"}.get(
-            self._config.task.type, "task.questions_path"
-        )
+        files = {"letter_count": "task.questions_path", "blocksworld": "task.problems_path", "dataset": "task.path"}
+        data = files.get(self._config.task.type, "task")  # "task": a task without a file, so without a digest
         digest = self._task.digest()
         if self._training:
             digest = self.data.demonstrations_digest(self.builder.digest(digest))

@@ -21,6 +21,14 @@ def build_task(config: TaskConfig, seed: int) -> Task:
         from rlsys.tasks.blocksworld.task import BlocksworldTask
 
         return BlocksworldTask(config, seed)
+    if config.type == "countdown":
+        from rlsys.tasks.countdown.task import CountdownTask
+
+        return CountdownTask(config, seed)
+    if config.type == "sums":
+        from rlsys.tasks.sums.task import SumsTask
+
+        return SumsTask(config, seed)
     from rlsys.tasks.dataset import DatasetTask
 
     return DatasetTask(config, seed)

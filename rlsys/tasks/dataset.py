@@ -91,6 +91,9 @@ class DatasetTask:
     def verify(self, problem_answer: str, completion: str, finished: bool = True) -> Verdict:
         return self._judge.verdict(problem_answer, completion, finished)
 
+    def check_steps(self, question: Question, completion: str) -> None:
+        """Return None: the rows have no rules for steps."""
+
     def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str] | None:
         text = self._example("train", index).demonstration
         return None if text is None else (self.problem("train", index), text)

@@ -9,20 +9,23 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
+from rlsys.config.tasks import GeneratedConfig
 from rlsys.errors import ConfigError, DataError
 from rlsys.tasks import tags
-from rlsys.types import Problem, Split, Verdict
+from rlsys.tasks.steps import StepRules, judge_steps
+from rlsys.types import Problem, Question, Split, StepVerdict, Verdict
 
 MAX_DRAWS = 10_000
 CORRECT = Verdict(outcome="ok", reward=1.0, answered=True)
 
+Config = TypeVar("Config", bound=GeneratedConfig)
 Instance = TypeVar("Instance")
 """Content of a problem as a task draws it."""
 
 
-class GeneratedTask(ABC, Generic[Instance]):
+class GeneratedTask(ABC, Generic[Config, Instance]):
     """A task with random training problems. Held-out problems are random too, or come from a file.
 
     A hash assigns every problem to one split, so the splits are disjoint for any seeds and indices. The problems of a
@@ -36,8 +39,15 @@ class GeneratedTask(ABC, Generic[Instance]):
     one_answer: ClassVar[bool]
     noun: ClassVar[str] = "problem"
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, config: Config, seed: int) -> None:
+        self.config = config
         self.seed = seed
+
+    @cached_property
+    def _teacher(self) -> Self | None:
+        """The task with the sizes of the demonstrations, None if they are those of the problems."""
+        config = self.config.demonstrated()
+        return None if config is None else type(self)(config, self.seed)
 
     def size(self, split: Split) -> int | None:
         """Return the number of problems in the held-out file; None for generated problems."""
@@ -50,9 +60,19 @@ class GeneratedTask(ABC, Generic[Instance]):
         return self._generate(split, index)[0]
 
     def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str]:
-        """Return the index-th train problem and a chain for it; `rng` decides its nodes and errors."""
+        """Return the index-th demonstrated problem and a chain for it; `rng` decides its nodes and errors.
+
+        It is the train problem with this index, unless the config gives demonstrations sizes of their own.
+        """
+        if self._teacher is not None:
+            return self._teacher.demonstration(index, rng)
         problem, instance = self._generate("train", index)
         return problem, self._chain(instance, rng)
+
+    def check_steps(self, question: Question, completion: str) -> StepVerdict | None:
+        """Judge the complete nodes of a chain or of its beginning; None if the question has an unknown form."""
+        rules = self._step_rules(str(question))
+        return None if rules is None else judge_steps(rules, completion)
 
     def verify(self, problem_answer: str, completion: str, finished: bool = True) -> Verdict:
         """Return reward 1 if the only <answer>, which ends the completion, is right, else 0.
@@ -96,6 +116,10 @@ class GeneratedTask(ABC, Generic[Instance]):
             f"task: no {split} {self.noun} among {MAX_DRAWS} drawn; expected many possible {self.noun}s, found "
             f"{self._advice()}"
         )
+
+    def _step_rules(self, question: str) -> StepRules[Any] | None:
+        """Return the rules for the steps of a question, or None without rules."""
+        return None
 
     @abstractmethod
     def _read_problems(self) -> tuple[Problem, ...]:

@@ -20,6 +20,10 @@ ANSWER = "answer"
 
 TAGS = (SUB_TASK, THINKING, HYPOTHESIS, DOUBLE_CHECK, REFLECTION, RECLARIFY, ANSWER)
 
+_NAMES = "|".join(TAGS)
+_NODE = re.compile(rf"\s*<({_NAMES})>([^<]*)</\1>")
+# White space, or the beginning of a node up to any place in it.
+_UNFINISHED = re.compile(rf"\s*(?:<(?:{_NAMES})>[^<]*)?(?:<[^<>]*)?")
 _FINAL_ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>\s*\Z", re.DOTALL)
 
 
@@ -45,6 +49,19 @@ def draw(shares: TagShares, rng: random.Random) -> dict[str, bool]:
 def tag_strings() -> tuple[str, ...]:
     """Return all opening and closing tags in a fixed order, for the vocabulary of a tokenizer."""
     return tuple(string for tag in TAGS for string in (f"<{tag}>", f"</{tag}>"))
+
+
+def complete_nodes(text: str) -> tuple[list[tuple[str, str]], bool]:
+    """Return the complete nodes at the beginning of a chain, and whether the rest may become a node.
+
+    Returns:
+        Tag and text of every node, and True if nothing, white space or the beginning of a node follows them.
+    """
+    nodes, place = [], 0
+    while match := _NODE.match(text, place):
+        nodes.append((match[1], match[2]))
+        place = match.end()
+    return nodes, _UNFINISHED.fullmatch(text, place) is not None
 
 
 def final_answer(completion: str) -> str | None:

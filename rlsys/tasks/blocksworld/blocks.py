@@ -60,6 +60,13 @@ def successors(state: State) -> Iterator[tuple[Move, State]]:
         yield ("put-down", held), State((*towers, (held,)))
 
 
+def run_moves(state: State, moves: Sequence[Move]) -> State:
+    """Return the state after possible moves."""
+    for move in moves:
+        state = dict(successors(state))[move]
+    return state
+
+
 def shortest_plan(state: State, goal: Goal) -> tuple[Move, ...] | None:
     """Return a plan with the fewest moves, by breadth-first search; None if the goal cannot be reached.
 

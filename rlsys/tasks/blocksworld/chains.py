@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rlsys.config.tasks import TagShares
 from rlsys.tasks import tags
-from rlsys.tasks.blocksworld.blocks import Goal, Move, State, facts, shortest_plan, successors
+from rlsys.tasks.blocksworld.blocks import Goal, Move, State, facts, run_moves, shortest_plan, successors
 from rlsys.tasks.blocksworld.text import goal_text, plan_text, state_text
 from rlsys.tasks.generated import join_nodes
 
@@ -86,20 +86,14 @@ def _notes(state: State, goal: Goal, moves_per_node: int) -> list[Note]:
     notes = []
     for start in range(0, len(plan), moves_per_node):
         moves = plan[start : start + moves_per_node]
-        state = _after(state, moves)
+        state = run_moves(state, moves)
         notes.append(Note(moves, state))
     return notes
 
 
-def _after(state: State, moves: Sequence[Move]) -> State:
-    for move in moves:
-        state = dict(successors(state))[move]
-    return state
-
-
 def _other_states(state: State, moves: Sequence[Move]) -> list[State]:
     """Return the states after the same moves with another last move."""
-    before_last = _after(state, moves[:-1])
+    before_last = run_moves(state, moves[:-1])
     return [other for move, other in successors(before_last) if move != moves[-1]]
 
 

@@ -14,29 +14,28 @@ from rlsys.tables.sources import read_source
 from rlsys.tasks import tags
 from rlsys.tasks.blocksworld import chains as plan_chains
 from rlsys.tasks.blocksworld import text as block_text
+from rlsys.tasks.blocksworld.arrangement import arrangement
 from rlsys.tasks.blocksworld.blocks import Goal, State, Tower, check_plan, facts
 from rlsys.tasks.blocksworld.pddl import read_pddl
+from rlsys.tasks.blocksworld.steps import PlanSteps
 from rlsys.tasks.generated import CORRECT, GeneratedTask, check_ids, wrong
 from rlsys.types import Problem, Verdict
 
 HELD_OUT_EVERY = 5
-"""The hash of a problem assigns one problem in HELD_OUT_EVERY to the held-out split, for every seed."""
+"""The hash of an arrangement assigns one in HELD_OUT_EVERY to the held-out split, for every seed."""
 
 
-class BlocksworldTask(GeneratedTask[tuple[State, Goal]]):
+class BlocksworldTask(GeneratedTask[BlocksworldConfig, tuple[State, Goal]]):
     """Planning of moves from towers of blocks to a goal.
 
-    The sha256 of its facts decides the split of a problem, so the order in which its towers are listed has no
-    influence. The same arrangement with other block names is another problem. `problems_path` names a held-out file.
+    The sha256 of its arrangement decides the split of a problem (`arrangement`): neither the names of the blocks nor
+    the order in which the towers are listed have an influence. `problems_path` names a held-out file.
 
     The answer of a problem is its question: the verifier executes the moves and accepts every plan that works.
     """
 
     one_answer = False
-
-    def __init__(self, config: BlocksworldConfig, seed: int) -> None:
-        super().__init__(seed)
-        self.config = config
+    noun = "arrangement"
 
     def vocabulary(self) -> tuple[str, ...]:
         """Return the tags, words of questions and chains, and block names with the space before them."""
@@ -78,6 +77,9 @@ class BlocksworldTask(GeneratedTask[tuple[State, Goal]]):
         fault = check_plan(*block_text.read_problem(problem_answer), moves)
         return wrong(fault) if fault else CORRECT
 
+    def _step_rules(self, question: str) -> PlanSteps:
+        return PlanSteps(*block_text.read_problem(question))
+
     def _identity(self, question: str) -> str:
         return fingerprint(*block_text.read_problem(question))
 
@@ -85,16 +87,16 @@ class BlocksworldTask(GeneratedTask[tuple[State, Goal]]):
         return is_held_out(identity)
 
     def _advice(self) -> str:
-        return f"{len(self.config.alphabet)} letters in task.alphabet; add letters to it"
+        return f"{self.config.min_blocks} to {self.config.max_blocks} blocks; raise task.max_blocks"
 
 
 def fingerprint(state: State, goal: Goal) -> str:
-    """Return the sha256 of the facts of a problem. The order of its towers has no influence."""
-    return hashlib.sha256(json.dumps([sorted(facts(state)), sorted(goal)]).encode()).hexdigest()
+    """Return the sha256 of the arrangement of a problem."""
+    return hashlib.sha256(json.dumps(arrangement(state, goal)).encode()).hexdigest()
 
 
 def is_held_out(name: str) -> bool:
-    """Return whether the problem with this fingerprint belongs to the held-out split."""
+    """Return whether problems with this fingerprint belong to the held-out split."""
     return int(name[:8], 16) % HELD_OUT_EVERY == 0
 
 

@@ -45,17 +45,34 @@ def problem_text(state: State, goal: Goal) -> str:
 def read_problem(text: str) -> tuple[State, Goal]:
     """Return the state and the goal of a text of `problem_text`."""
     now, _, goal = text.partition("\n")
+    return read_state(now), read_goal(goal.removeprefix("goal "))
+
+
+def read_state(text: str) -> State:
+    """Return the state of a text of `state_text`. Any other text is read as a state that no problem has."""
     towers, held = [], None
-    for item in now.removeprefix("now ").split(", "):
+    for item in text.removeprefix("now ").split(", "):
         if item.startswith("hold "):
             held = item.removeprefix("hold ")
         else:
             towers.append(tuple(item.split(" on ")))
-    goal_facts = (fact for item in goal.removeprefix("goal ").split(", ") for fact in _item_facts(item))
-    return State(tuple(towers), held), frozenset(goal_facts)
+    return State(tuple(towers), held)
 
 
-def _item_facts(item: str) -> Iterable[Fact]:
+def read_goal(text: str) -> Goal:
+    """Return the facts of a text of `goal_text`."""
+    return frozenset(fact for item in text.split(", ") for fact in _item_facts(item))
+
+
+def read_place(text: str) -> Fact | None:
+    """Return the fact of `a on b`, `a on table` or `hold a`, None for other texts."""
+    if text.startswith("hold "):
+        return "holding", text.removeprefix("hold ")
+    places = _item_facts(text)
+    return places[0] if len(places) == 1 and places[0][0] != "clear" else None
+
+
+def _item_facts(item: str) -> list[Fact]:
     if item.startswith("clear "):
         return [("clear", item.removeprefix("clear "))]
     blocks = item.split(" on ")

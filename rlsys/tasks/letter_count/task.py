@@ -16,6 +16,7 @@ from rlsys.tables.sources import expand
 from rlsys.tasks import tags
 from rlsys.tasks.generated import CORRECT, GeneratedTask, check_ids, wrong
 from rlsys.tasks.letter_count import chains, words
+from rlsys.tasks.letter_count.steps import CountSteps, count_steps
 from rlsys.types import Problem, Verdict
 
 HELD_OUT_EVERY = 10
@@ -30,7 +31,7 @@ class Question(NamedTuple):
     text: str
 
 
-class LetterCountTask(GeneratedTask[Question]):
+class LetterCountTask(GeneratedTask[LetterCountConfig, Question]):
     """Counting of one letter (form simple) or two letters (form words) in a word.
 
     The sha256 of the word decides the split of a question, so the splits share no word. `questions_path` names a
@@ -39,10 +40,6 @@ class LetterCountTask(GeneratedTask[Question]):
 
     one_answer = True
     noun = "word"
-
-    def __init__(self, config: LetterCountConfig, seed: int) -> None:
-        super().__init__(seed)
-        self.config = config
 
     def vocabulary(self) -> tuple[str, ...]:
         """Return the tags, pieces of questions and chains, letters and digits."""
@@ -89,6 +86,9 @@ class LetterCountTask(GeneratedTask[Question]):
         if not re.fullmatch(r"[0-9]{1,9}", text):
             return wrong(f"not a number: {text[:40]!r}", answered=False)
         return CORRECT if int(text) == int(problem_answer) else wrong()
+
+    def _step_rules(self, question: str) -> CountSteps | None:
+        return count_steps(question)
 
     def _identity(self, question: str) -> str:
         """Return the last word of a question."""

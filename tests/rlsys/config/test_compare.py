@@ -20,6 +20,8 @@ FIXED: dict[str, dict[str, Any]] = {
         "stages": ["online"],
         "learner.dtype": "bf16",
         "task.form": "words",
+        "task.demonstrations.min_length": 4,
+        "task.demonstrations.max_length": 8,
         "task.min_length": 4,
         "task.max_length": 10,
         "task.alphabet": "abc",
@@ -46,12 +48,43 @@ FIXED: dict[str, dict[str, Any]] = {
         "model.lora.merge": True,
     },
     "blocksworld": {
+        "task.demonstrations.min_blocks": 3,
+        "task.demonstrations.max_blocks": 3,
         "task.min_blocks": 4,
         "task.max_blocks": 5,
         "task.alphabet": "abcdefg",
         "task.moves_per_node": 1,
         "task.error_rate": 0.3,
         "task.problems_path": "problems.jsonl",
+        **{
+            f"task.shares.{name}": 0.9 for name in ("sub_task", "hypothesis", "double_check", "reflection", "reclarify")
+        },
+    },
+    "countdown": {
+        "task.demonstrations.min_numbers": 3,
+        "task.demonstrations.max_numbers": 5,
+        "task.demonstrations.max_number": 8,
+        "task.demonstrations.min_target": 8,
+        "task.min_numbers": 3,
+        "task.max_numbers": 5,
+        "task.max_number": 12,
+        "task.min_target": 10,
+        "task.max_result": 200,
+        "task.greedy_rate": 0.5,
+        **{
+            f"task.shares.{name}": 0.9 for name in ("sub_task", "hypothesis", "double_check", "reflection", "reclarify")
+        },
+    },
+    "sums": {
+        "task.demonstrations.min_terms": 2,
+        "task.demonstrations.max_terms": 3,
+        "task.demonstrations.min_digits": 1,
+        "task.demonstrations.max_digits": 3,
+        "task.min_terms": 3,
+        "task.max_terms": 5,
+        "task.min_digits": 1,
+        "task.max_digits": 3,
+        "task.error_rate": 0.3,
         **{
             f"task.shares.{name}": 0.9 for name in ("sub_task", "hypothesis", "double_check", "reflection", "reclarify")
         },
@@ -79,6 +112,8 @@ BEGUN: dict[str, dict[str, Any]] = {
     "from_scratch": {"model": {"from_scratch": {}}},
     "lora": {"model": {"path": "m", "lora": {}}},
     "blocksworld": {"task": {"type": "blocksworld", "max_blocks": 4}},
+    "countdown": {"task": {"type": "countdown"}},
+    "sums": {"task": {"type": "sums"}},
     "dataset": {"task": {"type": "dataset", "path": "x.jsonl"}},
 }
 # Fields that are fixed while their stage runs.

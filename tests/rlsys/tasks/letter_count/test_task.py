@@ -243,3 +243,61 @@ def test_the_seven_phrasings_are_the_authors() -> None:
         without_word = re.sub(r"[a-z]+([.?])$", r"|\1", row["problem"])
         phrasings.add(tuple(re.sub(r" [a-z] and [a-z]\b", "|", without_word).split("|")))
     assert phrasings == set(words.PHRASINGS)
+
+
+SIMPLE, WORDS = "count a in abcab", "How many e and a are there in total in aeon?"
+
+
+@pytest.mark.parametrize(
+    ("question", "chain", "wrong_node", "detail"),
+    [
+        (SIMPLE, "<thinking>a1b1c1</thinking><thinking>a2b2</thinking><answer>2</answer>", None, ""),
+        (SIMPLE, "<thinking>a1</thinking><thinking>b1c1a2", None, ""),
+        (SIMPLE, "<thinking>a1b1c1</thinking><thinking>a1b1</thinking>", 1, "the count after letter 4 (a) is 2, not 1"),
+        (SIMPLE, "<thinking>a1b1c1</thinking><thinking>b1</thinking>", 1, "letter 4 is a, not b"),
+        (SIMPLE, "<thinking>a1b1c1a2b2</thinking><thinking>b2</thinking>", 1, "letter 6 is missing, not b"),
+        (SIMPLE, "<thinking>a</thinking>", 0, "expected letters, each with a count, found 'a'"),
+        # The second thought is taken back, and the third replaces it.
+        (SIMPLE, "<thinking>a1</thinking><thinking>b2</thinking><reflection>2 is wrong</reflection>"
+         "<thinking>b1c1</thinking>", None, ""),
+        (SIMPLE, "<thinking>a1</thinking><thinking>b2</thinking><reflection>1 is wrong</reflection>", 2, "'1 is"),
+        (SIMPLE, "<thinking>a1</thinking><reflection>1 is wrong</reflection>", 1, "'1 is wrong' does not name"),
+        # The right number, but from thoughts that do not lead to it.
+        (SIMPLE, "<thinking>a1b1c1</thinking><answer>2</answer>", 1, "2 letters are not counted yet"),
+        (SIMPLE, "<thinking>a1b1c1</thinking><double-check>a1</double-check>", 1, "2 letters are not counted yet"),
+        (SIMPLE, "<thinking>a1b1c1a2b2</thinking><double-check>a1</double-check>", 1, "expected 'a2', found 'a1'"),
+        (SIMPLE, "<thinking>a1b1c1a2b2</thinking><answer>3</answer>", 1, "expected 2, found '3'"),
+        (SIMPLE, "<sub-task>count b</sub-task>", 0, "expected 'count a', found 'count b'"),
+        (SIMPLE, "<sub-task>count a</sub-task><reclarify>a?</reclarify><hypothesis>9</hypothesis>", None, ""),
+        (SIMPLE, "<hypothesis>a</hypothesis>", 0, "expected "),
+        # e and a are counted: a1 e2 o2 n2.
+        (WORDS, "<sub-task>count e and a</sub-task><thinking>a1e2o2n2</thinking><double-check>ea2</double-check>"
+         "<answer>2</answer>", None, ""),
+        (WORDS, "<reclarify>e and a?</reclarify><thinking>a1e1</thinking>", 1, "the count after letter 2 (e)"),
+    ],
+)  # fmt: skip
+def test_steps(question: str, chain: str, wrong_node: int | None, detail: str) -> None:
+    verdict = make_task().check_steps(question, chain)
+    assert verdict is not None and verdict.wrong_node == wrong_node
+    assert verdict.detail.startswith(detail)
+
+
+def test_a_question_of_unknown_form_has_no_rules() -> None:
+    assert make_task().check_steps("Is the letter a in the word?", "<thinking>a1</thinking>") is None
+
+
+@given(index=st.integers(0, 10**6), form=st.sampled_from(["simple", "words"]))
+@settings(max_examples=60)
+def test_steps_of_demonstrations_without_errors_are_right(index: int, form: str) -> None:
+    task = make_task(form, error_rate=0, shares=dict.fromkeys(TagShares.model_fields, 0.5))
+    problem, chain = task.demonstration(index, random.Random(index))
+    verdict = task.check_steps(problem.question, chain)
+    assert verdict is not None and verdict.wrong_node is None
+
+
+def test_longer_words_than_in_the_demonstrations() -> None:
+    task = make_task(min_length=13, max_length=20, demonstrations={"min_length": 5, "max_length": 12})
+    shown = {len(word_of(task.demonstration(i, random.Random(i))[0].question)) for i in range(200)}
+    asked = {len(word_of(task.problem(split, i).question)) for i in range(200) for split in ("train", "held_out")}
+    assert (min(shown), max(shown)) == (5, 12)
+    assert (min(asked), max(asked)) == (13, 20)

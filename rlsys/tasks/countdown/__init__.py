@@ -1,0 +1,1 @@
+"""Reach a target number with given numbers."""

@@ -1,0 +1,1 @@
+"""Add several numbers, one after the other."""
