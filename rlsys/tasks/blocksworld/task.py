@@ -97,7 +97,8 @@ def fingerprint(state: State, goal: Goal) -> str:
 
 def is_held_out(name: str) -> bool:
     """Return whether problems with this fingerprint belong to the held-out split."""
-    return int(name[:8], 16) % HELD_OUT_EVERY == 0
+    # With this remainder, 5 of the 22 arrangements with three blocks are held out, with 0 it would be 3 rare ones.
+    return int(name[:8], 16) % HELD_OUT_EVERY == 4
 
 
 def _as_problem(problem_id: str, state: State, goal: Goal) -> Problem:

@@ -59,7 +59,7 @@ def test_a_known_problem_stays_the_same_over_versions() -> None:
 def test_problems_have_their_blocks_and_are_not_solved(blocks: int) -> None:
     task = make_task(min_blocks=3, max_blocks=blocks)
     counts, goals = Counter(), Counter()
-    for index in range(200):
+    for index in range(500):
         problem = task.problem("train", index)
         assert problem.answer == problem.question
         state, goal = read_problem(problem.question)
@@ -79,7 +79,7 @@ def test_train_and_held_out_share_no_arrangement(blocks: int) -> None:
     held_out = {nameless(task.problem("held_out", i).question) for task in other_seeds for i in range(300)}
     assert not train & held_out
     # With three blocks there are 22 unsolved arrangements of two states (`test_arrangement.py`).
-    assert len(held_out) == 4 if blocks == 3 else len(held_out) > 35
+    assert len(held_out) == 5 if blocks == 3 else len(held_out) > 35
 
 
 def nameless(question: str) -> tuple[object, ...]:
