@@ -102,6 +102,9 @@ class LetterCountConfig(GeneratedConfig):
     """Letters that one <thinking> node of a demonstration counts."""
     error_rate: float = Field(default=0.1, ge=0, lt=1)
     """Probability that a demonstration miscounts a letter and does not correct it."""
+    miscounts: Literal["both", "extra"] = "both"
+    """Letters that such an error concerns. `both`: an asked letter is left out, or another one counted, so errors may
+    cancel. `extra`: only another one is counted, so an answer is right only if no step is wrong."""
     shares: TagShares = TagShares()
     """How often each type of thought node appears in the demonstrations."""
     questions_path: PathName | None = None

@@ -13,21 +13,31 @@ from rlsys.tasks.generated import join_nodes
 PIECES = ("count", " and", " is wrong")
 
 
-def running_counts(word: str, targets: str, error_rate: float, rng: random.Random) -> list[int]:
+def running_counts(
+    word: str, targets: str, error_rate: float, rng: random.Random, miscounts: str = "both"
+) -> list[int]:
     """Return the count after each letter of `word`: [len(word)], each from 0 to len(word).
 
     A letter of `targets` adds 1 and another letter adds 0. With probability `error_rate` a letter adds the other
-    number, and nothing corrects it later (a silent error).
+    number, and nothing corrects it later (a silent error). With `miscounts` extra, letters of `targets` always add 1.
     """
     counts, total = [], 0
     for letter in word:
-        total += (letter in targets) != (rng.random() < error_rate)
+        is_target, slips = letter in targets, rng.random() < error_rate
+        total += is_target or slips if miscounts == "extra" else is_target != slips
         counts.append(total)
     return counts
 
 
 def build_chain(
-    word: str, targets: str, *, chunk: int, error_rate: float, shares: TagShares, rng: random.Random
+    word: str,
+    targets: str,
+    *,
+    chunk: int,
+    error_rate: float,
+    shares: TagShares,
+    rng: random.Random,
+    miscounts: str = "both",
 ) -> str:
     """Return a chain that counts the letters `targets` in `word`, with one thinking node per `chunk` letters.
 
@@ -38,7 +48,7 @@ def build_chain(
     named = " and ".join(targets)
     present = tags.draw(shares, rng)
     reflects = present[tags.REFLECTION]
-    counts = running_counts(word, targets, 0.0 if reflects else error_rate, rng)
+    counts = running_counts(word, targets, 0.0 if reflects else error_rate, rng, miscounts)
     total = counts[-1]
     return join_nodes(
         present,

@@ -78,6 +78,7 @@ class LetterCountTask(GeneratedTask[LetterCountConfig, Question]):
             instance.targets,
             chunk=self.config.chunk,
             error_rate=self.config.error_rate,
+            miscounts=self.config.miscounts,
             shares=self.config.shares,
             rng=rng,
         )

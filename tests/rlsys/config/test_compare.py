@@ -27,6 +27,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "task.alphabet": "abc",
         "task.chunk": 2,
         "task.error_rate": 0.2,
+        "task.miscounts": "extra",
         "task.questions_path": "questions.json",
         **{
             f"task.shares.{name}": 0.9 for name in ("sub_task", "hypothesis", "double_check", "reflection", "reclarify")

@@ -88,6 +88,17 @@ def test_a_chain_by_hand() -> None:
 def test_every_increment_is_wrong_at_error_rate_near_one() -> None:
     # Each letter adds the wrong number: a adds 0, b adds 1.
     assert chains.running_counts("aab", "a", 1.0, random.Random(0)) == [0, 0, 1]
+    # Without left out letters, a adds 1 and b adds 1.
+    assert chains.running_counts("aab", "a", 1.0, random.Random(0), "extra") == [1, 2, 3]
+
+
+@given(index=st.integers(0, 10**6))
+@settings(max_examples=60)
+def test_extra_counts_do_not_cancel(index: int) -> None:
+    task = make_task(error_rate=0.2, miscounts="extra", shares=NO_SHARES)
+    problem, chain = task.demonstration(index, random.Random(index))
+    verdict = task.check_steps(problem.question, chain)
+    assert verdict is not None and (verdict.wrong_node is None) == bool(task.verify(problem.answer, chain).reward)
 
 
 def test_all_nodes_by_hand() -> None:
