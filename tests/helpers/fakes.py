@@ -20,6 +20,7 @@ from rlsys.types import (
     Preference,
     Problem,
     Prompt,
+    Question,
     RolloutFailure,
     SamplingSettings,
     Split,
@@ -103,6 +104,9 @@ class NumberTask:
 
     def verify(self, problem_answer: str, completion: str, finished: bool = True) -> Verdict:
         raise NotImplementedError
+
+    def check_steps(self, question: Question, completion: str) -> None:
+        """It has no rules for steps."""
 
     def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str] | None:
         return self.problem("train", index), f"{rng.random():.6f}"
