@@ -19,17 +19,18 @@ from actors.engine import Completion
 from actors.rollouts.seeds import sample_seed
 from actors.search.backtracking import Backtracking
 from actors.search.expansion import Expander, Plan
+from actors.search.frontier import frontier
 from actors.search.jobs import Answer, Job, JobQueue
 from actors.search.reading import CompletionReader
 from actors.search.requests import Request, SearchModel, proposing_role
-from actors.search.selection import choose, frontier_node
+from actors.search.selection import choose
 from actors.search.simulations import Simulation, Simulations
 from actors.search.snapshot import finished_tree
-from actors.search.stopping import StopRule, is_correct
+from actors.search.stopping import StopRule, is_correct, thinking_of
 from actors.search.surprise import SurprisingPlaces, add_chain, surprising_places
 from actors.search.tree import GrowingTree, Node, Status
 from rlsys.config.patterns import Pattern
-from rlsys.config.search import FrontierConfig, SearchConfig
+from rlsys.config.search import SearchConfig
 from rlsys.trees import ENDINGS, Role, Tree
 from rlsys.types import Prompt, Verdict
 
@@ -68,10 +69,11 @@ class TreeSearch:
         )
         self._reader = CompletionReader(self._tree, config, models)
         self._queue = JobQueue()
-        self._backtracking = Backtracking(self._tree, config.max_backtracks)
+        self._backtracking = Backtracking(self._tree, config)
         self._stop = StopRule(config.stop)
         self._simulations = Simulations(self._tree, self._stop)
         self._places = surprising_places(self._tree, self._expander, config.selection)
+        self._frontier = frontier(self._tree, config.selection, self._rng)
         self._expansions: dict[Node, Job] = {}
         self._calls = 0
 
@@ -101,7 +103,6 @@ class TreeSearch:
 
     def _begin_simulations(self) -> None:
         """Begin as many simulations as may run at once. Queued backtracking children come first."""
-        selection = self._config.selection
         while self._stop.may_begin() and self._simulations.running < self._config.parallel_simulations:
             if self._backtracking.queue:
                 self._backtrack(*self._backtracking.take())
@@ -109,10 +110,8 @@ class TreeSearch:
                 if not self._begin_by_surprise(self._places):
                     return
             elif self._tree.root.status is Status.OPEN:
-                begun, node = self._stop.begun, self._tree.root
-                if isinstance(selection, FrontierConfig):
-                    node = frontier_node(self._tree, selection, self._rng)
-                self._continue(self._simulations.begin(node))
+                begun, node = self._stop.begun, self._frontier.best() if self._frontier else None
+                self._continue(self._simulations.begin(node or self._tree.root))
                 if self._stop.begun == begun:  # others block the new simulation
                     return
             else:
@@ -279,7 +278,7 @@ class TreeSearch:
             node.scored = self._stop.scored
         else:
             self._tree.counts[f"verifier_{verdict.outcome}"] += 1
-        self._stop.count(verdict)
+        self._stop.count(verdict, thinking_of(node, self._tree.pattern))
         if is_scored and not is_correct(verdict) and self._config.backtracking:
             self._backtracking.plan(node)
         self._close(job)

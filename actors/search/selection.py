@@ -1,4 +1,4 @@
-"""Selection of the child that a simulation enters, and of the node at which a frontier search begins.
+"""Selection of the child that a simulation enters.
 
 Q is the mean reward of a node, N the number of its ended simulations, with or without a reward, O the number of its
 unfinished simulations, and p its parent. Unfinished simulations count in the exploration term and leave Q unchanged.
@@ -14,7 +14,6 @@ import random
 from collections.abc import Sequence
 from typing import Protocol
 
-from actors.search.tree import GrowingTree, Node, Status
 from rlsys.config.search import FrontierConfig, PuctConfig, SelectionConfig, UcbConfig
 
 
@@ -54,7 +53,9 @@ def ucb_scores(children: Sequence[Stats], parent: Stats, config: UcbConfig) -> l
     scores = []
     for child in children:
         count = _count(child)
-        scores.append(_q(child, parent) + config.exploration * math.sqrt(logarithm / count) if count else math.inf)
+        scores.append(
+            mean_reward(child, parent) + config.exploration * math.sqrt(logarithm / count) if count else math.inf
+        )
     return scores
 
 
@@ -74,41 +75,13 @@ def puct_scores(children: Sequence[Stats], parent: Stats, config: PuctConfig) ->
     priors = [_prior(child, config) if child.chosen_tokens else fixed for child in children]
     scale = config.exploration * math.sqrt(_count(parent)) / (sum(priors) or 1.0)
     return [
-        _q(child, parent) + scale * prior / (1 + _count(child)) for child, prior in zip(children, priors, strict=True)
+        mean_reward(child, parent) + scale * prior / (1 + _count(child))
+        for child, prior in zip(children, priors, strict=True)
     ]
 
 
 def _prior(child: Stats, config: PuctConfig) -> float:
     return child.samples * math.exp(child.logprob / child.chosen_tokens**config.length_exponent)
-
-
-def frontier_score(node: Stats, parent: Stats | None, depth: int, deepest: int, config: FrontierConfig) -> float:
-    """Return the score of a node of the global frontier.
-
-    score = w_v tanh(Q_p) + w_H H + w_d sqrt(depth / deepest), with H the mean negative log-probability of the node's
-    drawn tokens in nats.
-
-    Source: DeepSearch, arXiv:2509.25454, global frontier selection.
-    """
-    value = parent.total / parent.visits if parent is not None and parent.visits else 0.0
-    entropy = -node.logprob / node.chosen_tokens if node.chosen_tokens else 0.0
-    return (
-        config.value_weight * math.tanh(value)
-        + config.entropy_weight * entropy
-        + config.depth_weight * math.sqrt(depth / max(1, deepest))
-    )
-
-
-def frontier_node(tree: GrowingTree, config: FrontierConfig, rng: random.Random) -> Node:
-    """Return the node with the best frontier score among those at which a simulation can begin.
-
-    A node that waits for its expansion is chosen only if there is no other.
-    """
-    candidates = [node for node in tree.nodes if node.status is Status.OPEN and _can_begin_at(tree, node)]
-    nodes = [node for node in candidates if not node.expanding] or candidates
-    deepest = tree.max_depth or max(node.depth for node in tree.nodes)
-    scores = [frontier_score(node, node.parent, node.depth, deepest, config) for node in nodes]
-    return nodes[draw_best(scores, rng)]
 
 
 def draw_best(scores: Sequence[float], rng: random.Random) -> int:
@@ -118,15 +91,12 @@ def draw_best(scores: Sequence[float], rng: random.Random) -> int:
     return ties[0] if len(ties) == 1 else rng.choice(ties)
 
 
-def _can_begin_at(tree: GrowingTree, node: Node) -> bool:
-    return node.expanding or tree.has_capacity(node) or (node.terminal and not node.defect)
-
-
 def _count(node: Stats) -> int:
     return node.visits + node.unrewarded + node.in_flight
 
 
-def _q(child: Stats, parent: Stats) -> float:
+def mean_reward(child: Stats, parent: Stats) -> float:
+    """Return the mean reward of a node; that of its parent if the node has no visit; 0 if neither has one."""
     if child.visits:
         return child.total / child.visits
     return parent.total / parent.visits if parent.visits else 0.0

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from actors.search.tree import Node
+from rlsys.config.patterns import Pattern
 from rlsys.config.search import StopConfig
+from rlsys.tasks import tags
 from rlsys.trees import StopReason
 from rlsys.types import Verdict
 
 
 def is_correct(verdict: Verdict) -> bool:
     return verdict.outcome == "ok" and verdict.reward > 0
+
+
+def thinking_of(answer: Node, pattern: Pattern) -> str:
+    """Return the texts of the <thinking> nodes that lead to an answer; without such a node, the whole chain.
+
+    Chains that differ in a sub-task or a double check alone are one way to the answer.
+    """
+    path = answer.path()
+    thinking = [node.text for node in path if node is not answer and pattern.types[node.type].tag == tags.THINKING]
+    return "".join(thinking or [node.text for node in path])
 
 
 @dataclass(slots=True)
@@ -22,7 +35,7 @@ class StopRule:
         finished: Those that ended.
         tokens: Generated tokens of all models.
         scored: Distinct answers with the outcome "ok" or "wrong".
-        correct: Distinct correct answers.
+        correct: Correct answers that are distinct by their thinking (`thinking_of`).
         reason: First limit that was reached; None if no limit was reached.
     """
 
@@ -31,13 +44,18 @@ class StopRule:
     finished: int = 0
     tokens: int = 0
     scored: int = 0
-    correct: int = 0
     reason: StopReason | None = None
+    _right: set[str] = field(default_factory=set)
 
-    def count(self, verdict: Verdict) -> None:
-        """Count the verdict on a distinct answer."""
+    @property
+    def correct(self) -> int:
+        return len(self._right)
+
+    def count(self, verdict: Verdict, thinking: str) -> None:
+        """Count the verdict on a distinct answer with a given thinking."""
         self.scored += verdict.outcome in ("ok", "wrong")
-        self.correct += is_correct(verdict)
+        if is_correct(verdict):
+            self._right.add(thinking)
 
     def is_reached(self) -> bool:
         """Return whether a limit forbids further requests to models. Once true, it stays true."""

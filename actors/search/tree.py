@@ -130,6 +130,10 @@ class GrowingTree:
         chains: Whether the search uses chain expansion, which draws chains one by one. A node that was drawn s times
             stands for s siblings, so it may have s times the children in its row of the table.
         max_depth: Largest number of nodes in a chain; None for no limit.
+
+    Attributes:
+        changed: Nodes whose status or record has changed, for a frontier, which empties it.
+        deepest: Depth of the deepest node.
     """
 
     def __init__(self, pattern: Pattern, *, chains: bool, max_depth: int | None) -> None:
@@ -142,6 +146,8 @@ class GrowingTree:
         self.root = Node(0, None, 0, START)
         self.nodes = [self.root]
         self.counts: Counter[str] = Counter()
+        self.changed: dict[Node, None] = {}
+        self.deepest = 0
         self.refresh(self.root)
 
     def add(self, parent: Node, new: NewNode) -> Node:
@@ -176,6 +182,8 @@ class GrowingTree:
             chosen_tokens=len(new.logprobs),
         )
         self.nodes.append(node)
+        self.changed[node] = None
+        self.deepest = max(self.deepest, node.depth)
         parent.children.append(node)
         parent.children_by_ids[key] = node
         if new.defect:
@@ -215,11 +223,13 @@ class GrowingTree:
         for above in node.upwards():
             above.visits += 1
             above.total += reward
+            self.changed[above] = None
 
     def refresh(self, node: Node) -> None:
         """Update the status of a node and of its ancestors."""
         for above in node.upwards():
             status = self._status(above)
+            self.changed[above] = None
             if status == above.status and above is not node:
                 return
             above.status = status

@@ -32,8 +32,8 @@ class PatternConfig(Section):
     """Node type -> child type -> number of children of that type in an expansion. `start` is the prompt. With chain
     expansion the model chooses the types, and the sum of a row is the number of chains drawn from the node."""
     after_wrong: dict[str, dict[str, Annotated[int, Field(ge=1)]]] = Field(default={})
-    """Node type -> child type -> maximum number. After a wrong answer, the nearest ancestor of the first type gets a
-    child of the second type."""
+    """Node type -> child type -> maximum number. After a wrong answer, an ancestor of the first type (search.backtrack_to)
+    gets a child of the second type."""
 
 
 class UcbConfig(Section):
@@ -79,7 +79,7 @@ SelectionConfig = Annotated[UcbConfig | PuctConfig | FrontierConfig | SurpriseCo
 
 class CorrectRule(Section):
     count: int = Field(ge=1)
-    """Number of distinct correct answers that end the search of a tree."""
+    """Number of correct answers with different <thinking> texts that end the search of a tree."""
     after: int = Field(default=0, ge=0)
     """Number of finished simulations from which the rule applies."""
 
@@ -93,7 +93,7 @@ class StopConfig(Section):
     answers: int | None = Field(default=None, ge=1)
     """Maximum number of distinct scored answers of one tree. null: no limit."""
     correct: tuple[CorrectRule, ...] = (CorrectRule(count=8), CorrectRule(count=4, after=32))
-    """Rules that end the search after a number of distinct correct answers."""
+    """Rules that end the search after a number of correct answers."""
 
 
 class SearchModelConfig(ServedModelConfig):
@@ -142,6 +142,9 @@ class SearchConfig(Section):
     max_backtracks: int | None = Field(default=None, ge=1)
     """Maximum number of children of the rows after_wrong in one chain. null: no limit. With many, a chain guesses by
     elimination: it is told of every wrong answer."""
+    backtrack_to: Literal["nearest", "surprise", "value"] = "nearest"
+    """Ancestor of a wrong answer that gets the child of the rows after_wrong, among those with such a row. `nearest`:
+    the last one; `surprise`: the one with the most surprising token; `value`: the one with the lowest mean reward."""
     temperature: Temperature | None = None
     """Sampling temperature of the search. By default sampling.temperature."""
     top_p: float | None = Field(default=None, gt=0, le=1)

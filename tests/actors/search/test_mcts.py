@@ -77,6 +77,7 @@ def configs(draw: st.DrawFn) -> SearchConfig:
         parallel_simulations=draw(st.integers(1, 8)),
         backtracking=draw(st.booleans()),
         max_backtracks=draw(st.none() | st.integers(1, 2)),
+        backtrack_to=draw(st.sampled_from(("nearest", "surprise", "value"))),
         max_node_tokens=draw(st.sampled_from((4, 12, 64))),
         max_depth=draw(st.integers(3, 8)),
         stop=StopConfig(

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.search.selection import choose, draw_best, frontier_score, puct_scores, ucb_scores
+from actors.search.frontier import frontier_score
+from actors.search.selection import choose, draw_best, puct_scores, ucb_scores
 from rlsys.config.search import FrontierConfig, PuctConfig, UcbConfig
 
 
@@ -140,6 +141,9 @@ def test_frontier_by_hand() -> None:
     # The prompt has no parent and no tokens. The Q of a parent without a visit is 0.
     assert frontier_score(NodeStats(), None, 0, 16, config) == 0.0
     assert frontier_score(node, NodeStats(), 0, 16, config) == pytest.approx(0.6, rel=1e-12)
+    # A node with visits has its own Q, 1/4 here: 0.4 tanh(0.25) + 0.6 + 0.005 = 0.4 * 0.24491866240370913 + 0.605.
+    node = NodeStats(8, 2.0, logprob=-6.0, chosen_tokens=4)
+    assert frontier_score(node, NodeStats(9, 9.0), 4, 16, config) == pytest.approx(0.7029674649614836, rel=1e-12)
 
 
 def test_frontier_below_a_just_expanded_node_is_ucb() -> None:
