@@ -42,7 +42,7 @@ class Backtracking:
         return self._tree.pattern.after_wrong.get(node.type, {})
 
     def _next_child(self, node: Node) -> str | None:
-        """Return the type of the next child that a node may get because of a wrong answer; None if there is none."""
+        """Return the type of the next child that a node may get, or None."""
         name = next((name for name, limit in self._row(node).items() if node.backtracks[name] < limit), None)
         return name if name and self._tree.fits(node, name) and self._may_hold_another(node) else None
 

@@ -96,7 +96,7 @@ def _count(node: Stats) -> int:
 
 
 def mean_reward(child: Stats, parent: Stats) -> float:
-    """Return the mean reward of a node; that of its parent if the node has no visit; 0 if neither has one."""
+    """Return the mean reward of a node, or of its parent if the node has no visit; 0 by default."""
     if child.visits:
         return child.total / child.visits
     return parent.total / parent.visits if parent.visits else 0.0
