@@ -1,85 +1,111 @@
-"""Solved fraction against generated tokens per prompt: tree searches and independent samples.
+"""Solved fraction against generated tokens per prompt: tree searches and independent samples, on several tasks.
 
-Every arm has the same policy, the same held-out prompts and the same sampling temperature. A search, or a sequence of
-samples, ends at its first right answer or at the largest budget, because later tokens cannot change the result. All
-generated tokens of a prompt count. Opening tags and prefixes that the search puts into a chain are not generated. Every
-seed has different problems and different random draws; the policy is the same. There is no limit to meet: the table is
-the result.
+`python benchmarks/search_use.py [--tasks letter_count ...] [--arms NAME ...] [--write]`
+
+Every arm of a task has the same policy, the same held-out prompts and the same sampling temperature. A search, or a
+sequence of samples, ends at its first right answer or at the largest budget, because later tokens cannot change the
+result. All generated tokens of a prompt count. Opening tags and prefixes that the search puts into a chain are not
+generated. Every seed has different problems and different random draws; the policy is the same. Each arm and seed is a
+file of the folder, and no file is made twice. There is no limit to meet: the tables are the result.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import subprocess
+import hashlib
+import json
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from itertools import product
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, where a file would hide the package `actors`
+sys.path.append(str(ROOT / "benchmarks"))
+
+import search_page  # noqa: E402
+from cells import trained  # noqa: E402
 
 from rlsys.config.engine_roles import Searching  # noqa: E402
 from rlsys.config.files import load_config  # noqa: E402
 from rlsys.config.schema import Config  # noqa: E402
-from rlsys.control.search_evaluation import grow_trees, sample_until, sampling_of  # noqa: E402
+from rlsys.control.search_evaluation import SearchPool, grow_trees, sample_until, sampling_of  # noqa: E402
 from rlsys.data.inputs import Inputs  # noqa: E402
+from rlsys.files import write_json  # noqa: E402
+from rlsys.interfaces import Task  # noqa: E402
 from rlsys.launch.placement import place  # noqa: E402
 from rlsys.launch.ray_cluster import Cluster, ray_cluster  # noqa: E402
 from rlsys.models.folder import ModelFolder  # noqa: E402
-from rlsys.search.compare import Attempts, solved_in_tokens, tree_attempts  # noqa: E402
-from rlsys.stats import Estimate, mean_difference, mean_over_prompts  # noqa: E402
-from rlsys.types import Prompt  # noqa: E402
+from rlsys.search.compare import Attempts, sample_attempts, tree_attempts  # noqa: E402
+from rlsys.tasks import build_task  # noqa: E402
+from rlsys.trees import Tree, TreeFailure  # noqa: E402
+from rlsys.types import Prompt, Trajectory  # noqa: E402
 
-BUDGETS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
-SAMPLES = "independent samples"
-TABLES = {"chain": "chain", "node": "narrow"}  # of the config
-ARMS = {
-    f"{expansion} expansion, {'' if backtracking else 'no '}backtracking": [
-        f"search.expansion={expansion}",
-        f"search.patterns=[{TABLES[expansion]}]",
-        f"search.backtracking={str(backtracking).lower()}",
-    ]
-    for expansion, backtracking in product(("chain", "node"), (True, False))
-} | {
-    f"surprise, {unit}": [f"search.selection={{type: surprise, unit: {unit}}}", "search.backtracking=false"]
-    for unit in ("token", "node")
+SAMPLES = search_page.SAMPLES
+CHAIN, NODE = (
+    ["search.patterns=[chain]", "search.expansion=chain"],
+    ["search.patterns=[narrow]", "search.expansion=node"],
+)
+ONCE = ["search.backtracking=true", "search.max_backtracks=1"]
+NEVER = ["search.backtracking=false"]
+ARMS: Mapping[str, Sequence[str]] = {
+    "surprise, token": [*CHAIN, *NEVER, "search.selection={type: surprise}"],
+    "surprise, node": [*CHAIN, *NEVER, "search.selection={type: surprise, unit: node}"],
+    "chain, UCB": [*CHAIN, *NEVER, "search.selection={type: ucb}"],
+    "chain, UCB, backtracking once": [*CHAIN, *ONCE, "search.selection={type: ucb}"],
+    "node, PUCT": [*NODE, *NEVER, "search.selection={type: puct}"],
+    "node, UCB": [*NODE, *NEVER, "search.selection={type: ucb}"],
 }
-POLICY = Path("runs/quickstart/stages/warm_start")
-OWN_RUN = Path("runs/search_use")
-PAGE, PICTURE = Path("docs/search_use.md"), Path("docs/search_use.png")
-Solved = Mapping[str, np.ndarray]  # by arm: [seeds, prompts, budgets] bool
 
 
-def find_policy(given: Path | None) -> Path:
-    """Return the given policy, that of the quickstart, or a new warm start of the quickstart's config.
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A task of the benchmark.
 
-    The new warm start has a separate folder, because the quickstart cannot continue a run without its second stage.
+    Attributes:
+        warm_start: Config whose warm start makes the policy.
+        search: Config of the searches.
+        budgets: Generated tokens per prompt.
     """
-    if given is not None or POLICY.is_dir():
-        return (given or POLICY).absolute()
-    own = OWN_RUN / "stages" / "warm_start"
-    if not own.is_dir():
-        command = ["train", "configs/quickstart.yaml", "stages=[warm_start]", f"run.dir={OWN_RUN}"]
-        subprocess.run([Path(sys.executable).parent / "rlsys", *command], check=True)
-    return own.absolute()
+
+    warm_start: str
+    search: str
+    budgets: tuple[int, ...]
 
 
-def config_of(policy: Path, arm: Sequence[str]) -> Config:
+HARD_BUDGETS = (64, 128, 256, 512, 1024, 2048)
+TASKS: Mapping[str, Setup] = {
+    "letter_count": Setup("quickstart", "search_letter_count", (32, 48, 64, 96, 128, 192, 256, 384, 512)),
+    "hard_letter_count": Setup("hard_letter_count", "search_hard_letter_count", HARD_BUDGETS),
+    "hard_blocksworld": Setup("hard_blocksworld", "search_hard_blocksworld", HARD_BUDGETS),
+    "countdown": Setup("countdown", "search_countdown", HARD_BUDGETS),
+    "sums": Setup("sums", "search_sums", HARD_BUDGETS),
+}
+
+
+def find_policy(setup: Setup, folder: Path) -> Path:
+    """Return the warm start of a task's config: that of the config's own run, or one in `folder`, made if missing."""
+    config = ROOT / "configs" / f"{setup.warm_start}.yaml"
+    own = Path(load_config(config, []).run.dir) / "stages" / "warm_start"
+    if own.is_dir():
+        return own.absolute()
+    run_dir = folder.absolute() / setup.warm_start
+    trained(run_dir, config, ["stages=[warm_start]", "evaluation.prompts=16", "evaluation.samples=0"])
+    return run_dir / "stages" / "warm_start"
+
+
+def config_of(setup: Setup, policy: Path, arm: Sequence[str]) -> Config:
     """Return the config of an arm. The limit of simulations is never reached, as nearly all of them generate tokens."""
-    stop = f"{{simulations: {max(BUDGETS)}, tokens: {max(BUDGETS)}, correct: [{{count: 1}}]}}"
+    most = max(setup.budgets)
     return load_config(
-        ROOT / "configs" / "search_letter_count.yaml",
+        ROOT / "configs" / f"{setup.search}.yaml",
         [
             f"model.path={policy}",
             "evaluation.search_answers=4",  # samples of one dispatch; unsolved prompts get more
-            f"search.stop={stop}",
+            f"search.stop={{simulations: {most}, tokens: {most}, correct: [{{count: 1}}]}}",
             "search.parallel_simulations=1",  # each knows the results of all earlier ones
             *arm,
         ],
@@ -95,158 +121,125 @@ def prompts_of(config: Config, policy: Path, seed: int, count: int) -> list[Prom
     return [replace(prompt, prompt_id=f"seed-{seed}/{prompt.prompt_id}") for prompt in prompts]
 
 
-async def measure(policy: Path, seeds: int, count: int, folder: Path) -> dict[str, list[Attempts]]:
-    """Return the attempts of every arm, seed by seed."""
-    configs = {name: config_of(policy, arm) for name, arm in ARMS.items()}
-    first = next(iter(configs.values()))
-    prompts = [prompt for seed in range(seeds) for prompt in prompts_of(first, policy, seed, count)]
-    attempts: dict[str, list[Attempts]] = {}
-    with ray_cluster(first, folder, place(first).bundles) as cluster:
-        for name, config in configs.items():
-            own = replace(cluster, config=config)
-            attempts |= await attempts_of(name, own, policy, prompts, sample=config is first)
-    return attempts
+class Cells:
+    """The attempts of one arm, a file for each seed.
 
+    A file is made again if the weights, a setting or the number of prompts differ. Other code or other defaults do not
+    make it again.
 
-async def attempts_of(
-    name: str, cluster: Cluster, policy: Path, prompts: Sequence[Prompt], *, sample: bool
-) -> dict[str, list[Attempts]]:
-    """Return the attempts of an arm and, if `sample`, of independent samples.
-
-    This is a separate function because Ray frees the resources of the actors once nothing holds their handles.
+    Args:
+        arm: Name of the arm.
+        folder: Folder of the task.
+        count: Prompts of a seed.
     """
+
+    def __init__(self, arm: str, folder: Path, config: Config, policy: Path, count: int) -> None:
+        self.arm, self.config, self.policy, self.count = arm, config, policy, count
+        self._folder = folder / arm.replace(", ", "-").replace(" ", "_")
+        weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(policy.glob("*.safetensors"))]
+        settings = config.model_dump_json(include={"task", "search", "sampling"}, exclude_defaults=True)
+        self._asked = [*weights, hashlib.sha256(settings.encode()).hexdigest(), str(count)]
+
+    def read(self, seed: int) -> list[dict[str, Any]] | None:
+        """Return the rows of a seed; None if they were not made, or with another policy or other settings."""
+        path = self._path(seed)
+        found = json.loads(path.read_text()) if path.exists() else {}
+        rows: list[dict[str, Any]] | None = found.get("rows") if found.get("asked") == self._asked else None
+        return rows
+
+    async def make(self, pool: SearchPool, seed: int) -> None:
+        """Make the rows of a seed."""
+        started, task = time.perf_counter(), build_task(self.config.task, self.config.run.seed)
+        prompts = prompts_of(self.config, self.policy, seed, self.count)
+        if self.arm == SAMPLES:
+            tokenizer, limit = ModelFolder(self.policy).tokenizer, self.config.train.max_verifier_failures
+            enough = max(self.config.search.stop.tokens or 0, 1)
+            drawn = await sample_until(
+                pool, prompts, sampling_of(self.config), lambda found: found.total >= enough or found.right.any(), limit
+            )
+            rows = [samples_row(task, prompt, each, tokenizer) for prompt, each in zip(prompts, drawn, strict=True)]
+        else:
+            rows = [tree_row(task, tree) for tree in await grow_trees(pool, prompts, self.config)]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_json(self._path(seed), {"asked": self._asked, "rows": rows})
+        tokens, seconds = sum(row["total"] for row in rows), time.perf_counter() - started
+        print(f"{self._folder.parent.name}, {self.arm}, seed {seed}: {tokens:,} tokens in {seconds:.0f} s", flush=True)
+
+    def _path(self, seed: int) -> Path:
+        return self._folder / f"seed-{seed}.json"
+
+
+def tree_row(task: Task, tree: Tree | TreeFailure) -> dict[str, Any]:
+    """Return the attempts of a tree, and whether its first right chain has every step right."""
+    attempts = tree_attempts(tree)
+    chains = [tree.completion(n) for n in tree.answers() if tree.nodes[n].correct] if isinstance(tree, Tree) else []
+    return _row(attempts, all_right(task, tree.question, chains[0]) if isinstance(tree, Tree) and chains else None)
+
+
+def samples_row(task: Task, prompt: Prompt, drawn: Sequence[Trajectory], tokenizer: Any) -> dict[str, Any]:
+    """Return the attempts of independent samples, and whether the first right one has every step right."""
+    right = [t for t in drawn if t.outcome == "ok" and t.reward > 0][:1]
+    texts = [tokenizer.decode(t.token_ids[t.prompt_length :], skip_special_tokens=True) for t in right]
+    return _row(sample_attempts(drawn), all_right(task, prompt.question, texts[0]) if texts else None)
+
+
+def all_right(task: Task, question: Any, chain: str) -> bool | None:
+    """Return whether every step of a chain is right; None if the task cannot tell."""
+    verdict = task.check_steps(question, chain)
+    return None if verdict is None else verdict.wrong_node is None
+
+
+def _row(attempts: Attempts, sound: bool | None) -> dict[str, Any]:
+    first = attempts.tokens[attempts.right]
+    return {"solved_at": int(first[0]) if len(first) else None, "total": attempts.total, "sound": sound}
+
+
+async def measure(cells: Sequence[Cells], seeds: Sequence[int], folder: Path) -> None:
+    """Make the missing cells of a task."""
+    missing = {cell: [seed for seed in seeds if cell.read(seed) is None] for cell in cells}
+    missing = {cell: left for cell, left in missing.items() if left}
+    if not missing:
+        return
+    first = next(iter(missing)).config
+    with ray_cluster(first, folder, place(first).bundles) as cluster:
+        for cell, left in missing.items():
+            await _make(cell, left, replace(cluster, config=cell.config))
+
+
+async def _make(cell: Cells, seeds: Sequence[int], cluster: Cluster) -> None:
+    """Make cells of an arm. Ray frees the resources of the actors once nothing holds their handles."""
     from rlsys.launch.start import rollout_pool
 
-    config = cluster.config
-    async with rollout_pool(cluster, policy, Searching()) as pool:
-        started = time.perf_counter()
-        attempts = {name: [tree_attempts(tree) for tree in await grow_trees(pool, prompts, config)]}
-        report(name, attempts[name], started)
-        if sample:
-            started, limit = time.perf_counter(), config.train.max_verifier_failures
-            attempts[SAMPLES] = await sample_until(pool, prompts, sampling_of(config), is_enough, limit)
-            report(SAMPLES, attempts[SAMPLES], started)
-    return attempts
-
-
-def is_enough(samples: Attempts) -> bool:
-    return bool(samples.right.any()) or samples.total >= max(BUDGETS)
-
-
-def report(name: str, attempts: Sequence[Attempts], started: float) -> None:
-    seconds, tokens = time.perf_counter() - started, sum(attempt.total for attempt in attempts)
-    print(f"{name}: {tokens:,} tokens in {seconds:.0f} s", file=sys.stderr)
-
-
-def tables(solved: Solved, ended: Mapping[str, float]) -> str:
-    """Return the figures as Markdown. `ended` has the share of early ended searches by arm, for the last line."""
-    seeds, prompts, _ = solved[SAMPLES].shape
-    lines = [
-        f"Solved fraction (95 % interval over {seeds * prompts} prompts; lowest to highest of {seeds} seeds):",
-        "",
-        *_table(solved, lambda name, i: _share(solved[name][:, :, i])),
-        "",
-        "Search minus independent samples, paired by prompt (95 % interval):",
-        "",
-        *_table(ended, lambda name, i: _difference(solved[name][:, :, i], solved[SAMPLES][:, :, i])),
-        "",
-        f"Share of the searches that ended unsolved before {max(BUDGETS)} tokens because nothing was left to search: "
-        + "; ".join(f"{name} {share:.3f}" for name, share in ended.items())
-        + ".",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _table(names: Mapping[str, object], cell: Callable[[str, int], str]) -> list[str]:
-    rows = [f"| {budget} | " + " | ".join(cell(name, i) for name in names) + " |" for i, budget in enumerate(BUDGETS)]
-    return ["| tokens | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|", *rows]
-
-
-def _share(solved: np.ndarray) -> str:
-    of_seeds = solved.mean(axis=1)
-    return f"{_interval(mean_over_prompts(solved.reshape(-1, 1)))[:-1]}; {of_seeds.min():.3f} to {of_seeds.max():.3f})"
-
-
-def _difference(search: np.ndarray, samples: np.ndarray) -> str:
-    return _interval(mean_difference(search.ravel(), samples.ravel()), "+")
-
-
-def _interval(estimate: Estimate, sign: str = "") -> str:
-    return f"{estimate.mean:{sign}.3f} ({estimate.low:{sign}.3f} to {estimate.high:{sign}.3f})"
-
-
-def page(figures: str, config: Config, seeds: int, prompts: int) -> str:
-    """Return the page: the method and the figures."""
-    settings = sampling_of(config)
-    paragraph = (
-        "The policy is the warm start of `configs/quickstart.yaml`. The search has the settings of the section "
-        "`search` of `configs/search_letter_count.yaml` (node expansion has the table `narrow`; surprise has the "
-        "selection `{type: surprise}` without backtracking), except that a tree "
-        "runs one simulation at a time and ends at its first right answer or at the largest budget. Independent "
-        "samples of the policy are drawn one after the other and end in the same way. Both have temperature "
-        f"{settings.temperature:g} and top_p {settings.top_p:g}; a chain has at most {settings.max_tokens} "
-        f"tokens. Each of {seeds} seeds has {prompts} held-out problems and different random draws; the policy is "
-        "the same. All tokens that were generated for a prompt before its right answer count, in the order in which "
-        "the search requested them. This includes discarded branches and duplicates. Prompts, and the opening tags "
-        "and prefixes that the search puts into a chain, do not count."
-    )
-    return f"""# Solved fraction against generated tokens
-
-As measured by `python benchmarks/search_use.py --prompts {prompts} --seeds {seeds} --write`.
-
-{paragraph}
-
-![solved fraction against generated tokens]({PICTURE.name})
-
-{figures}"""
-
-
-def plot(solved: Solved) -> None:
-    """Draw the mean of the seeds as a line, and the range of the seeds as a band."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, values in solved.items():
-        of_seeds = values.mean(axis=1)
-        [line] = axes.plot(BUDGETS, of_seeds.mean(axis=0), "k--" if name == SAMPLES else "-o", label=name, markersize=3)
-        axes.fill_between(BUDGETS, of_seeds.min(axis=0), of_seeds.max(axis=0), color=line.get_color(), alpha=0.15)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
-    axes.set(xlabel="generated tokens per prompt", ylabel="solved at least once", ylim=(0, 1))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, dpi=120)
+    async with rollout_pool(cluster, cell.policy, Searching()) as pool:
+        for seed in seeds:
+            await cell.make(pool, seed)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Solved fraction against tokens: tree search, independent samples.")
-    parser.add_argument("--policy", type=Path, help=f"policy folder; by default {POLICY}, or a new warm start")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="besides the samples")
     parser.add_argument("--prompts", type=int, default=512, help="number of held-out prompts of a seed")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
-    parser.add_argument("--write", action="store_true", help=f"write {PAGE} and {PICTURE}")
+    parser.add_argument("--folder", type=Path, default=Path("runs/search_use"))
+    parser.add_argument("--write", action="store_true", help=f"write the figures of {search_page.PAGE.name}")
     arguments = parser.parse_args()
-    policy, started = find_policy(arguments.policy), time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        attempts = asyncio.run(measure(policy, arguments.seeds, arguments.prompts, Path(folder)))
-    shape = (arguments.seeds, arguments.prompts, len(BUDGETS))
-    solved = {name: solved_in_tokens(attempts[name], BUDGETS).reshape(shape) for name in (*ARMS, SAMPLES)}
-    ended = {name: ended_unsolved(attempts[name]) for name in ARMS}
-    figures = tables(solved, ended)
-    print(figures)
-    print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
+    found: dict[str, search_page.Figures] = {}
+    for name in arguments.tasks:
+        setup, own = TASKS[name], arguments.folder / name
+        policy = find_policy(setup, arguments.folder / "policies")
+        arms = {arm: ARMS[arm] for arm in arguments.arms} | {SAMPLES: CHAIN}
+        cells = [
+            Cells(arm, own, config_of(setup, policy, keys), policy, arguments.prompts) for arm, keys in arms.items()
+        ]
+        own.mkdir(parents=True, exist_ok=True)
+        asyncio.run(measure(cells, range(arguments.seeds), own.absolute() / "cluster"))
+        rows = {cell.arm: [cell.read(seed) or [] for seed in range(arguments.seeds)] for cell in cells}
+        found[name] = search_page.Figures(name, setup.budgets, rows)
+        print("\n".join(found[name].lines()))
     if arguments.write:
-        config = config_of(policy, next(iter(ARMS.values())))
-        plot(solved)
-        PAGE.write_text(page(figures, config, arguments.seeds, arguments.prompts), encoding="utf-8")
+        search_page.write(found)
     return 0
-
-
-def ended_unsolved(attempts: Sequence[Attempts]) -> float:
-    return float(np.mean([not each.right.any() and each.total < max(BUDGETS) for each in attempts]))
 
 
 if __name__ == "__main__":

@@ -228,9 +228,7 @@ def _searched_samples(group: TrajectoryGroup, policy: PolicyConfig) -> list[Samp
     A node that was drawn s times stands for s samples of the policy. Its advantage is multiplied by s and divided by
     the mean of s over all trained tokens of the group, so that each group keeps its weight relative to other groups.
     """
-    advantages = tree_advantages(
-        group.trajectories, estimator=policy.tree_estimator, use_std=policy.estimator == "grpo"
-    )
+    advantages = tree_advantages(group.trajectories, estimator=policy.tree_estimator, use_std=policy.tree_std)
     trained_nodes: set[int] = set()
     samples: list[Sample] = []
     draws: list[Float32Array] = []

@@ -139,7 +139,7 @@ class SearchConfig(Section):
     with fewer, each selection knows more results. A quarter of stop.simulations is a good upper bound."""
     backtracking: bool = True
     """Whether to apply the rows after_wrong of the tables."""
-    max_backtracks: int | None = Field(default=None, ge=1)
+    max_backtracks: int | None = Field(default=1, ge=1)
     """Maximum number of children of the rows after_wrong in one chain. null: no limit. With many, a chain guesses by
     elimination: it is told of every wrong answer."""
     backtrack_to: Literal["nearest", "surprise", "value"] = "nearest"
@@ -171,8 +171,9 @@ class ExtractConfig(Section):
     """Which correct chain of a tree becomes a supervised row. none: no supervised rows."""
     chosen: Literal["highest_value", "longest", "median", "shortest", "none"] = "shortest"
     """Which correct chain of a tree becomes the chosen side of preference pairs. none: no pairs of chains."""
-    max_backtracks: int | None = Field(default=None, ge=0)
-    """Maximum number of nodes after a wrong answer in the chains that supervised and chosen select. null: no limit."""
+    max_backtracks: int | None = Field(default=0, ge=0)
+    """Maximum number of nodes after a wrong answer in the chains that supervised and chosen select. null: no limit. The
+    verifier told such a chain that it was wrong, so its steps are often wrong and its answer often guessed."""
     pairs: Literal["shortest_prefix", "longest_prefix", "same_type"] = "shortest_prefix"
     """Which wrong chains of a tree make pairs. shortest_prefix, longest_prefix: those with the shortest or longest
     common prefix come first; same_type: only those whose first different node has the type of that of the chosen
@@ -183,7 +184,7 @@ class ExtractConfig(Section):
     """Whether to write the table step_values, with every node and its whole chain before it: by far the largest."""
     step_preferences: bool = True
     """Whether to extract step preferences: pairs of sibling nodes whose values differ."""
-    step_min_visits: int = Field(default=2, ge=1)
-    """Minimum number of visits of both siblings of a step preference."""
+    step_min_visits: int = Field(default=4, ge=1)
+    """Minimum number of visits of both siblings of a step preference. With two, chance decides which one is better."""
     step_min_gap: float = Field(default=0.25, gt=0)
     """Minimum difference of the values of the two siblings."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -71,9 +72,8 @@ async def search_and_sample(pool: SearchPool, prompts: Sequence[Prompt], config:
         raise TooManyFailuresError(f"none of {len(trees)} trees could be grown; the first: {failures[0].reason}")
     searches = [tree_attempts(tree) for tree in trees]
     budgets = token_budgets([tree_attempts(tree) for tree in trees if isinstance(tree, Tree)])
-    samples = await sample_until(
-        pool, prompts, sampling_of(config), lambda drawn: drawn.total >= budgets[-1] or bool(drawn.right.any()), limit
-    )
+    drawn = await sample_until(pool, prompts, sampling_of(config), partial(_solved_or_spent, budgets[-1]), limit)
+    samples = [sample_attempts(trajectories) for trajectories in drawn]
     return {
         "answers": counts[-1],
         "failed_trees": len(failures),
@@ -85,6 +85,10 @@ async def search_and_sample(pool: SearchPool, prompts: Sequence[Prompt], config:
         "at_equal_answers": _by_number(compare_answers(searches, samples, counts)),
         "at_equal_tokens": _by_number(compare_tokens(searches, samples, budgets)),
     }
+
+
+def _solved_or_spent(budget: int, attempts: Attempts) -> bool:
+    return attempts.total >= budget or bool(attempts.right.any())
 
 
 async def grow_trees(pool: SearchPool, prompts: Sequence[Prompt], config: Config) -> list[Tree | TreeFailure]:
@@ -110,11 +114,11 @@ async def sample_until(
     settings: SamplingSettings,
     enough: Callable[[Attempts], bool],
     max_verifier_failures: float,
-) -> list[Attempts]:
+) -> list[list[Trajectory]]:
     """Draw independent samples of every prompt, `settings.samples` at a time, until `enough` of them are drawn.
 
     Returns:
-        The attempts of every prompt, in order.
+        The samples of every prompt, in order.
     Raises:
         TooManyFailuresError: see `sample_groups`.
     """
@@ -127,7 +131,7 @@ async def sample_until(
             drawn[number].extend(group.trajectories)
         unfinished = [number for number in unfinished if not enough(sample_attempts(drawn[number]))]
         seed += 2**31  # above every run.seed, so that no other run draws the same
-    return [sample_attempts(trajectories) for trajectories in drawn]
+    return drawn
 
 
 def _by_number(comparisons: Mapping[int, Comparison]) -> dict[str, Any]:

@@ -283,6 +283,15 @@ def test_searched_samples_by_hand():
     assert samples[1].policy.behavior_logprobs.tolist() == floats(0, 0, -0.2, -0.3, -0.4, -0.5).tolist()
 
 
+def test_tree_std_divides_by_the_deviation_of_the_siblings_whatever_the_estimator():
+    # As above: V(1) = 1/2 and V(4) = 1 differ by 1/4 from their mean, 2 and 3 by 1/2 from theirs: all become 1 or -1.
+    group = searched(([1, 2], "ok", 1.0), ([1, 3], "wrong", 0.0), ([4], "ok", 1.0))
+    for estimator in ("grpo", "rloo"):
+        (samples,) = samples_of([group], estimator=estimator, tree_std=True)
+        by_node = {token // 10: advantage for token, advantage in targets(samples)}
+        assert by_node == pytest.approx({1: -1, 2: 1, 3: -1, 4: 1}, rel=1e-4)
+
+
 def test_a_node_drawn_three_times_weighs_three_times_as_much_within_its_group():
     # V(1) = 1, V(2) = 0, drawn 3 times and once: V(0) = 3/4, A(1) = 1/4, A(2) = -3/4. Two trained tokens each, so the
     # mean of the draws is (3 + 3 + 1 + 1) / 4 = 2: the weights are 3/2 and 1/2, and 3/8 - 3/8 = 0 as for four samples.

@@ -142,7 +142,7 @@ FREE_FIELDS = {
     **{f"{section}.optimizer": _OPTIMIZER for section in ("warm_start", "sft", "preference", "train")},
     "train.critic_optimizer": _OPTIMIZER,
     "objective": "grad_norm_interval",
-    "objective.policy": "weight final_weight estimator tree_estimator surrogate clip_low clip_high dual_clip "
+    "objective.policy": "weight final_weight estimator tree_estimator tree_std surrogate clip_low clip_high dual_clip "
     "aggregation decoupled importance_cap teacher_share entropy_coef gamma gae_lambda overlong_buffer overlong_penalty",
     "objective.kl": "weight final_weight estimator in_reward",
     "objective.value": "weight final_weight clip warmup_steps",
