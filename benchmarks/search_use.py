@@ -16,6 +16,7 @@ import asyncio
 import hashlib
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -194,14 +195,14 @@ def _row(attempts: Attempts, sound: bool | None) -> dict[str, Any]:
     return {"solved_at": int(first[0]) if len(first) else None, "total": attempts.total, "sound": sound}
 
 
-async def measure(cells: Sequence[Cells], seeds: Sequence[int], folder: Path) -> None:
+async def measure(cells: Sequence[Cells], seeds: Sequence[int], run_dir: Path) -> None:
     """Make the missing cells of a task."""
     missing = {cell: [seed for seed in seeds if cell.read(seed) is None] for cell in cells}
     missing = {cell: left for cell, left in missing.items() if left}
     if not missing:
         return
     first = next(iter(missing)).config
-    with ray_cluster(first, folder, place(first).bundles) as cluster:
+    with ray_cluster(first, run_dir, place(first).bundles) as cluster:
         for cell, left in missing.items():
             await _make(cell, left, replace(cluster, config=cell.config))
 
@@ -232,8 +233,8 @@ def main() -> int:
         cells = [
             Cells(arm, own, config_of(setup, policy, keys), policy, arguments.prompts) for arm, keys in arms.items()
         ]
-        own.mkdir(parents=True, exist_ok=True)
-        asyncio.run(measure(cells, range(arguments.seeds), own.absolute() / "cluster"))
+        with tempfile.TemporaryDirectory() as run_dir:
+            asyncio.run(measure(cells, range(arguments.seeds), Path(run_dir)))
         rows = {cell.arm: [cell.read(seed) or [] for seed in range(arguments.seeds)] for cell in cells}
         found[name] = search_page.Figures(name, setup.budgets, rows)
         print("\n".join(found[name].lines()))
