@@ -22,7 +22,9 @@ def thinking_of(answer: Node, pattern: Pattern) -> str:
     Chains that differ in a sub-task or a double check alone are one way to the answer.
     """
     path = answer.path()
-    thinking = [node.text for node in path if node is not answer and pattern.types[node.type].tag == tags.THINKING]
+    thinking = [
+        node.text.strip() for node in path if node is not answer and pattern.types[node.type].tag == tags.THINKING
+    ]
     return "".join(thinking or [node.text for node in path])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
@@ -24,7 +25,7 @@ from search_world import (
 )
 from tree_samples import children_of
 
-from actors.search.requests import Ask, SearchModel
+from actors.search.requests import Ask, Judge, SearchModel
 from actors.search.tree import Status
 from rlsys.config.patterns import Pattern
 from rlsys.config.search import (
@@ -50,6 +51,7 @@ SELECTIONS = (
     SurpriseConfig(type="surprise"),
     SurpriseConfig(type="surprise", unit="node", chains=2),
 )
+THOUGHT = re.compile("<thinking>.*?</thinking>")
 INNER = ("sub_task", "thinking", "hypothesis", "double_check", "reclarify", "reflection")
 
 
@@ -221,30 +223,33 @@ def check_stop(grown: Grown, config: SearchConfig) -> None:
     stop, tree, search = config.stop, grown.tree, grown.search
     assert tree.simulations <= stop.simulations
     assert grown.most_running <= config.parallel_simulations
-    tokens = scored = correct = 0
+    tokens = scored = 0
+    right: set[str] = set()
+    judged = {event.number: event.completion for event in grown.events if isinstance(event, Judge)}
     reached: set[str] = set()
     for event in grown.events:
         if isinstance(event, Ask):
             assert not reached
         elif isinstance(event, tuple):
-            _, answer, finished = event
-            if any(correct >= rule.count and finished >= rule.after for rule in stop.correct):
+            number, answer, finished = event
+            if any(len(right) >= rule.count and finished >= rule.after for rule in stop.correct):
                 reached.add("correct")
             if isinstance(answer, Verdict):
                 scored += answer.outcome in ("ok", "wrong")
-                correct += answer.outcome == "ok" and answer.reward > 0
+                if answer.outcome == "ok" and answer.reward > 0:
+                    right.add("".join(THOUGHT.findall(judged[number])) or judged[number])
             else:
                 tokens += sum(len(drawn.token_ids) for drawn in answer)
             if stop.tokens is not None and tokens >= stop.tokens:
                 reached.add("tokens")
             if stop.answers is not None and scored >= stop.answers:
                 reached.add("answers")
-            if any(correct >= rule.count for rule in stop.correct if rule.after == 0):
+            if any(len(right) >= rule.count for rule in stop.correct if rule.after == 0):
                 reached.add("correct")
     if tree.stop in ("tokens", "answers"):
         assert tree.stop in reached
     elif tree.stop == "correct":
-        assert any(correct >= rule.count and tree.simulations >= rule.after for rule in stop.correct)
+        assert any(len(right) >= rule.count and tree.simulations >= rule.after for rule in stop.correct)
     elif tree.stop == "simulations":
         assert tree.simulations == stop.simulations and not reached
     else:

@@ -14,7 +14,9 @@ from search_world import (
 )
 
 from actors.search.requests import Ask, Judge
-from rlsys.config.search import CorrectRule, FrontierConfig, UcbConfig
+from actors.search.stopping import StopRule, thinking_of
+from actors.search.tree import Node
+from rlsys.config.search import CorrectRule, FrontierConfig, StopConfig, UcbConfig
 from rlsys.types import Verdict
 
 
@@ -133,3 +135,32 @@ def test_a_table_that_does_not_fit_the_depth_limit_gives_a_tree_without_a_node()
         world = World(pattern=shipped("letter_count"))
         grown = grow(world, search_config(max_depth=3, selection=selection))
         assert (grown.events, len(grown.tree.nodes), grown.tree.stop) == ([], 1, "exhausted")
+
+
+def test_right_answers_are_distinct_by_their_thinking() -> None:
+    """A sub-task, white space and the answer's own text make no other way to the answer; another thought does."""
+    pattern = shipped("letter_count")
+
+    def thinking(*nodes: tuple[str, str]) -> str:
+        node = Node(0, None, 0, "start")
+        for name, text in nodes:
+            node = Node(node.number + 1, node, node.depth + 1, name, text=text)
+        return thinking_of(node, pattern)
+
+    plain = thinking(("thinking", "<thinking>a</thinking>"), ("answer", "<answer>1</answer>"))
+    longer = thinking(("sub_task", "b"), ("thinking", "\n<thinking>a</thinking>"), ("answer", "<answer> 1</answer>"))
+    other = thinking(("thinking", "<thinking>b</thinking>"), ("answer", "<answer>1</answer>"))
+    assert plain == longer != other
+    assert thinking(("sub_task", "b"), ("answer", "1")) == "b1"  # without a thought the whole chain counts
+
+    rule, right = (
+        StopRule(StopConfig(correct=(CorrectRule(count=2),))),
+        Verdict(outcome="ok", reward=1.0, answered=True),
+    )
+    counted = []
+    for key in (plain, longer, other):
+        rule.count(right, key)
+        counted.append((rule.correct, rule.is_reached()))
+    assert counted == [(1, False), (1, False), (2, True)]
+    rule.count(Verdict(outcome="wrong", reward=0.0, answered=True), "c")
+    assert (rule.correct, rule.scored) == (2, 4)

@@ -41,6 +41,7 @@ def search_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"from_scratch": {"hidden_size": 32, "layers": 1, "heads": 1, "intermediate_size": 16}},
         "task": {"type": "letter_count"},
         "search": {"prompts": 4},
+        "extract": {"max_backtracks": None, "step_min_visits": 2},
     }
     config = parse_config(values, "test")
     (folder / "config.yaml").write_text(dump_config(config))

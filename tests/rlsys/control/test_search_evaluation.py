@@ -115,9 +115,9 @@ def test_more_samples_are_drawn_for_unfinished_prompts_only_and_are_new() -> Non
     settings = SamplingSettings(samples=2, temperature=1.0, top_p=1.0, max_tokens=9, seed=5)
     prompts = [prompt(name) for name in ("p0", "p1")]
     enough = iter([True, False, True])  # p0 and p1 in the first round, p1 in the second
-    attempts = asyncio.run(sample_until(pool, prompts, settings, lambda _: next(enough), 0.1))
+    drawn = asyncio.run(sample_until(pool, prompts, settings, lambda _: next(enough), 0.1))
     assert pool.calls == [("generate", 5, ("p0", "p1")), ("generate", 5 + 2**31, ("p1",))]
-    assert [drawn.tokens.tolist() for drawn in attempts] == [[5, 10], [5, 10, 15, 20]]
+    assert [[t.completion_length for t in samples] for samples in drawn] == [[5, 5], [5, 5, 5, 5]]
 
 
 def evaluated(pool: SearchingPool, count: int = 10) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def test_an_answer_judged_without_reward_is_wrong() -> None:
 
 
 def steps(of: Tree, **config: Any) -> list[tuple[Any, ...]]:
-    pairs = extract.step_preferences(of, ExtractConfig(**config), CODEC)
+    pairs = extract.step_preferences(of, ExtractConfig(**{"step_min_visits": 2, **config}), CODEC)
     return [
         (text(s.prefix_ids), text(s.chosen_ids), text(s.rejected_ids), s.chosen_value, s.rejected_value,
          s.chosen_visits, s.rejected_visits)
