@@ -180,7 +180,7 @@ def tree_row(task: Task, tree: Tree | TreeFailure) -> dict[str, Any]:
 def samples_row(task: Task, prompt: Prompt, drawn: Sequence[Trajectory], tokenizer: Any) -> dict[str, Any]:
     """Return the attempts of independent samples, and whether the first right one has every step right."""
     right = [t for t in drawn if t.outcome == "ok" and t.reward > 0][:1]
-    texts = [tokenizer.decode(t.token_ids[t.prompt_length :], skip_special_tokens=True) for t in right]
+    texts = [tokenizer.decode(t.token_ids[len(prompt.token_ids) :], skip_special_tokens=True) for t in right]
     return _row(sample_attempts(drawn), all_right(task, prompt.question, texts[0]) if texts else None)
 
 
