@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 
+from actors.search.selection import value_of
 from actors.search.tree import GrowingTree, Node
 from rlsys.config.search import SearchConfig
 
@@ -49,7 +50,7 @@ class Backtracking:
     def _rank(self, node: Node) -> float:
         if self._rule == "surprise":
             return min(node.logprobs, default=0.0)
-        return node.total / node.visits if self._rule == "value" and node.visits else 0.0
+        return (value_of(node) or 0.0) if self._rule == "value" else 0.0
 
     def _may_hold_another(self, node: Node) -> bool:
         """Return whether a chain through a node may get one more such child."""

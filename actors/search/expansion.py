@@ -80,6 +80,10 @@ class Expander:
         forced = list(node.token_ids[:kept])
         return Plan(self._planned_calls(node.parent, None, self._proposer, "", 1, forced=forced), redraws=True)
 
+    def rollouts(self, node: Node, count: int) -> list[PlannedCall]:
+        """Return calls for the rest of a chain after a node, which may be a draft."""
+        return self._planned_calls(node, None, self._proposer, "", count)
+
     def role_of(self, name: str) -> Role | None:
         """Return the role that writes nodes of a type; None if their text is fixed."""
         writer = self._types[name].writer

@@ -10,7 +10,7 @@ import math
 import random
 from dataclasses import dataclass
 
-from actors.search.selection import Stats, mean_reward
+from actors.search.selection import Stats, value_or_parents
 from actors.search.tree import GrowingTree, Node, Status
 from rlsys.config.search import FrontierConfig, SelectionConfig
 
@@ -80,12 +80,12 @@ def frontier_score(node: Stats, parent: Stats | None, depth: int, deepest: int, 
     """Return the score of a node of the global frontier.
 
     score = w_v tanh(Q) + w_H H + w_d sqrt(depth / deepest), with H the mean negative log-probability of the node's
-    drawn tokens in nats. Q is the mean reward of the node, and that of its parent as long as the node has no visit. The
+    drawn tokens in nats. Q is the value of the node, and that of its parent as long as the node has none. The
     paper always takes that of the parent, so a node that failed 20 times scores like its sibling that never did.
 
     Source: DeepSearch, arXiv:2509.25454, global frontier selection.
     """
-    value = mean_reward(node, parent) if parent is not None else 0.0
+    value = value_or_parents(node, parent) if parent is not None else 0.0
     entropy = -node.logprob / node.chosen_tokens if node.chosen_tokens else 0.0
     return (
         config.value_weight * math.tanh(value)

@@ -9,12 +9,14 @@ from typing import Literal
 
 from actors.engine import Completion
 from actors.search.expansion import Plan
-from actors.search.requests import Ask, Judge, Request
+from actors.search.reading import Line
+from actors.search.requests import Ask, Judge, Request, Value, Values
 from actors.search.simulations import Simulation
 from actors.search.tree import Node
+from actors.search.valuation import Asked
 from rlsys.types import Verdict
 
-Answer = Sequence[Completion] | Verdict
+Answer = Sequence[Completion] | Verdict | Values
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +26,8 @@ class Job:
     Attributes:
         simulations: Simulations that wait for it. Only "children" jobs have more than one.
         number: Number of its request; -1 if it needs no request.
+        lines: The nodes that its completions have brought, which wait for their values.
+        asked: Those of them that were asked for.
     """
 
     kind: Literal["children", "single", "chain", "verdict"]
@@ -31,32 +35,44 @@ class Job:
     simulations: list[Simulation]
     plan: Plan = field(default_factory=Plan)
     number: int = -1
+    lines: list[Line] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
 
 
 class JobQueue:
     """Jobs whose requests are open.
 
-    Completions are applied in the order of their requests, whatever the order of their arrival. Every open verdict is
-    applied before the next completion, so that the simulation of a short chain does not wait for longer chains.
+    Completions are applied in the order of their requests, whatever the order of their arrival. All open verdicts and
+    values are applied before the next completion, in their own order, so that the simulation of a short chain does not
+    wait for longer chains, and a node is not chosen before its value is known.
     """
 
     def __init__(self) -> None:
         self._expansions: deque[Job] = deque()
-        self._verdicts: deque[Job] = deque()
+        self._judgements: deque[Job] = deque()
         self._answers: dict[int, Answer] = {}
         self._requests: list[Request] = []
         self._next_number = 0
 
     def add(self, job: Job) -> None:
         """Number a job and queue its request."""
-        job.number = self._next_number
-        self._next_number += 1
+        self._number(job)
         if job.kind == "verdict":
-            self._verdicts.append(job)
+            self._judgements.append(job)
             self._requests.append(Judge(job.number, "".join(step.text for step in job.node.path())))
         else:
             self._expansions.append(job)
             self._requests.append(Ask(job.number, tuple(planned.call for planned in job.plan.calls)))
+
+    def add_values(self, job: Job) -> None:
+        """Queue the request for the values of the nodes that a job has brought."""
+        self._number(job)
+        self._judgements.append(job)
+        self._requests.append(Value(job.number, tuple(each.thoughts for each in job.asked)))
+
+    def _number(self, job: Job) -> None:
+        job.number = self._next_number
+        self._next_number += 1
 
     def take_requests(self) -> list[Request]:
         """Return the requests since the last call."""
@@ -69,7 +85,7 @@ class JobQueue:
 
     def take_answered(self) -> tuple[Job, Answer] | None:
         """Remove and return the next job and its answer; None if the answer has not arrived."""
-        jobs = self._verdicts or self._expansions
+        jobs = self._judgements or self._expansions
         if not jobs or jobs[0].number not in self._answers:
             return None
         job = jobs.popleft()
@@ -77,4 +93,4 @@ class JobQueue:
 
     @property
     def is_empty(self) -> bool:
-        return not self._expansions and not self._verdicts
+        return not self._expansions and not self._judgements

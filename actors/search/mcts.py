@@ -17,21 +17,24 @@ from typing import Literal
 
 from actors.engine import Completion
 from actors.rollouts.seeds import sample_seed
+from actors.search.agreement import agreement
 from actors.search.backtracking import Backtracking
 from actors.search.expansion import Expander, Plan
 from actors.search.frontier import frontier
+from actors.search.growth import Growth
 from actors.search.jobs import Answer, Job, JobQueue
 from actors.search.reading import CompletionReader
-from actors.search.requests import Request, SearchModel, proposing_role
+from actors.search.requests import Request, SearchModel, Values, proposing_role
 from actors.search.selection import choose
 from actors.search.simulations import Simulation, Simulations
 from actors.search.snapshot import finished_tree
 from actors.search.stopping import StopRule, is_correct, thinking_of
-from actors.search.surprise import SurprisingPlaces, add_chain, surprising_places
+from actors.search.surprise import SurprisingPlaces, surprising_places
 from actors.search.tree import GrowingTree, Node, Status
+from actors.search.valuation import valuation
 from rlsys.config.patterns import Pattern
 from rlsys.config.search import SearchConfig
-from rlsys.trees import ENDINGS, Role, Tree
+from rlsys.trees import Role, Tree
 from rlsys.types import Prompt, Verdict
 
 
@@ -56,7 +59,6 @@ class TreeSearch:
     ) -> None:
         self.prompt = prompt
         self._config, self._models = config, models
-        self._proposer = proposing_role(models)
         self._rng = random.Random(sample_seed(seed, prompt.prompt_id, "search"))
         self._tree = GrowingTree(pattern, chains=config.expansion == "chain", max_depth=config.max_depth)
         self._expander = Expander(
@@ -67,12 +69,18 @@ class TreeSearch:
             tree_seed=(seed, prompt.prompt_id),
             max_chain_tokens=max_chain_tokens,
         )
-        self._reader = CompletionReader(self._tree, config, models)
         self._queue = JobQueue()
         self._backtracking = Backtracking(self._tree, config)
         self._stop = StopRule(config.stop)
-        self._simulations = Simulations(self._tree, self._stop)
+        self._simulations = Simulations(self._tree, self._stop, agreement(self._tree, config.value))
         self._places = surprising_places(self._tree, self._expander, config.selection)
+        self._growth = Growth(
+            self._tree,
+            CompletionReader(self._tree, config, models),
+            self._places,
+            valuation(self._tree, self._expander, config.value),
+            proposing_role(models),
+        )
         self._frontier = frontier(self._tree, config.selection, self._rng)
         self._expansions: dict[Node, Job] = {}
         self._calls = 0
@@ -99,8 +107,6 @@ class TreeSearch:
         """Return the finished tree."""
         return finished_tree(self.prompt, self._tree, self._models, self._stop, self._calls)
 
-    # --- simulations ---
-
     def _begin_simulations(self) -> None:
         """Begin as many simulations as may run at once. Queued backtracking children come first."""
         while self._stop.may_begin() and self._simulations.running < self._config.parallel_simulations:
@@ -123,7 +129,7 @@ class TreeSearch:
             node, plan = planned
             job = self._job("chain", node, self._simulations.begin(node), plan)
             if not plan.calls:
-                self._apply_single(job, ())
+                self._receive(job, ())
         return planned is not None
 
     def _continue(self, simulation: Simulation) -> None:
@@ -148,8 +154,6 @@ class TreeSearch:
                 return
             simulation.enter(children[choose(children, node, self._config.selection, self._rng)])
 
-    # --- requests ---
-
     def _expand(self, node: Node, simulation: Simulation) -> bool:
         """Request children of a node. Return False if no request was possible or necessary."""
         if self._tree.chains:
@@ -161,10 +165,10 @@ class TreeSearch:
             plan = self._expander.children(node)
             node.expanding = True
             job = self._expansions[node] = self._job("children", node, simulation, plan)
-        if plan.calls:
+        if plan.calls or not self._read(job, ()):
             return True
         if job.kind == "children":
-            self._apply_children(job, ())
+            self._add_children(job)
         else:
             self._close(job)
         return False
@@ -174,7 +178,7 @@ class TreeSearch:
         plan = Plan() if self._stop.is_reached() else self._expander.single(node, name, backtrack=False)
         job = self._job("single", node, simulation, plan)
         if not plan.calls:
-            self._apply_single(job, ())
+            self._receive(job, ())
 
     def _backtrack(self, node: Node, name: str) -> None:
         """Begin a simulation at an ancestor of a wrong answer and request its backtracking child of type `name`."""
@@ -186,7 +190,7 @@ class TreeSearch:
             plan = self._expander.single(node, name, backtrack=True)
         job = self._job("chain" if is_chain else "single", node, simulation, plan)
         if not plan.calls:
-            self._apply_single(job, ())
+            self._receive(job, ())
 
     def _judge(self, node: Node, simulation: Simulation) -> None:
         """Back up the verdict of a whole chain, or request the verdict if there is none yet.
@@ -215,60 +219,57 @@ class TreeSearch:
         job.node.waiting -= 1
         self._tree.refresh(job.node)
 
-    # --- applying answers ---
-
     def _apply(self, job: Job, answer: Answer) -> None:
         if isinstance(answer, Verdict):
             self._apply_verdict(job, answer)
-            return
-        self._stop.tokens += sum(len(completion.token_ids) for completion in answer)
+        elif isinstance(answer, Values):
+            self._stop.tokens += answer.tokens
+            self._growth.value(job, answer)
+            self._add(job)
+        else:
+            self._stop.tokens += sum(len(completion.token_ids) for completion in answer)
+            self._receive(job, answer)
+
+    def _receive(self, job: Job, completions: Sequence[Completion]) -> None:
+        """Add the nodes of completions to the tree, or ask for their values first."""
+        if self._read(job, completions):
+            self._add(job)
+
+    def _read(self, job: Job, completions: Sequence[Completion]) -> bool:
+        """Read the nodes of completions, and return False if they must wait for their values."""
+        self._growth.read(job, completions)
+        if job.asked:
+            self._queue.add_values(job)
+            self._calls += sum(len(calls) for each in job.asked for calls in each.thoughts.rollouts)
+            self._tree.refresh(job.node)
+        return not job.asked
+
+    def _add(self, job: Job) -> None:
+        """Add the nodes that a job has brought, and continue its simulations."""
         if job.kind == "children":
-            self._apply_children(job, answer)
+            self._add_children(job)
             for simulation in job.simulations:
                 self._continue(simulation)
-        elif job.kind == "single":
-            self._apply_single(job, answer)
+            return
+        [simulation], reviewed_type = job.simulations, None
+        if job.kind == "chain":
+            reviewed_type = self._growth.add_chain(job, simulation)
         else:
-            self._apply_chain(job, answer[0])
-
-    def _apply_children(self, job: Job, completions: Sequence[Completion]) -> None:
-        node = job.node
-        node.expanding, node.expanded = False, True
-        del self._expansions[node]
-        for new in [*job.plan.fixed, *map(self._reader.read_node, job.plan.calls, completions)]:
-            child = self._tree.add(node, new)
-            self._tree.refresh(child)
-            if ends_chain(child, self._proposer):  # its reward is known without a simulation
-                self._tree.back_up(child, 0.0)
-        self._close(job)
-
-    def _apply_single(self, job: Job, completions: Sequence[Completion]) -> None:
-        [simulation] = job.simulations
-        for new in [*job.plan.fixed, *map(self._reader.read_node, job.plan.calls, completions)]:
-            child = self._tree.add(job.node, new)
-            simulation.enter(child)
-            self._tree.refresh(child)
-        self._close(job)
-        if simulation.node is job.node:  # there was no room for the child
-            self._simulations.leave(simulation)
-        elif ends_chain(simulation.node, self._proposer):
-            self._simulations.back_up(simulation, 0.0)
-        else:
-            self._continue(simulation)
-
-    def _apply_chain(self, job: Job, completion: Completion) -> None:
-        [simulation], [planned] = job.simulations, job.plan.calls
-        pieces = self._reader.read_chain(job.node, planned, completion)
-        reviewed_type = add_chain(self._tree, simulation, pieces, self._places, redrawn=job.plan.redraws)
+            self._growth.add_single(job, simulation)
         self._close(job)
         if reviewed_type is not None:
             self._request_review(simulation.node, reviewed_type, simulation)
-        elif ends_chain(simulation.node, self._proposer):
+        elif self._growth.has_failed(simulation.node):
             self._simulations.back_up(simulation, 0.0)
-        elif simulation.node is job.node or not simulation.node.terminal:
+        elif simulation.node is job.node or (job.kind == "chain" and not simulation.node.terminal):
             self._simulations.leave(simulation)
         else:
             self._continue(simulation)
+
+    def _add_children(self, job: Job) -> None:
+        del self._expansions[job.node]
+        self._growth.add_children(job)
+        self._close(job)
 
     def _apply_verdict(self, job: Job, verdict: Verdict) -> None:
         node, [simulation] = job.node, job.simulations
@@ -283,8 +284,3 @@ class TreeSearch:
             self._backtracking.plan(node)
         self._close(job)
         self._simulations.end(simulation, verdict)
-
-
-def ends_chain(node: Node, proposer: Role) -> bool:
-    """Return whether the proposer ended the chain at a node without an answer. Such a chain has reward 0."""
-    return node.defect in ENDINGS and node.writer == proposer

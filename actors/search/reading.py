@@ -26,6 +26,10 @@ class ChainPiece:
     is_reviewed: bool = False
 
 
+Line = list[ChainPiece]
+"""Successive nodes, of which the first follows a node of the tree."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Place:
     """A piece of a chain, its position, and the properties of its type.

@@ -1,9 +1,9 @@
-"""Requests of a tree search: completions of a model and verdicts of the verifier."""
+"""Requests of a tree search: completions of a model, verdicts of the verifier and values of nodes."""
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
 
 from rlsys.search.codec import Stop, TagCodec
 from rlsys.trees import Role
@@ -82,4 +82,46 @@ class Judge:
     completion: str
 
 
-Request = Ask | Judge
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thoughts:
+    """Successive new nodes of one chain, whole and not terminal.
+
+    Attributes:
+        before: Texts of the nodes before them, from the first one below the prompt.
+        texts: Texts of the new nodes.
+        rollouts: Calls for the rest of the chain, for each new node; only for values of type rollouts.
+    """
+
+    before: tuple[str, ...]
+    texts: tuple[str, ...]
+    rollouts: tuple[tuple[PlannedCall, ...], ...] = ()
+
+    def chain(self, number: int) -> str:
+        """Return the text of the chain that ends with a new node."""
+        return "".join((*self.before, *self.texts[: number + 1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """Request for the values of new nodes. The answer is a `Values`."""
+
+    number: int
+    lines: tuple[Thoughts, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Values:
+    """Answer to a `Value`.
+
+    Attributes:
+        values: Value of each node of each line; None without one.
+        failed: Number of nodes without a value because of a failure, by its kind: "error" or "timeout".
+        tokens: Tokens that were generated for the values.
+    """
+
+    values: tuple[tuple[float | None, ...], ...]
+    failed: Mapping[str, int] = field(default_factory=dict)
+    tokens: int = 0
+
+
+Request = Ask | Judge | Value

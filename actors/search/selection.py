@@ -1,7 +1,7 @@
 """Selection of the child that a simulation enters.
 
-Q is the mean reward of a node, N the number of its ended simulations, with or without a reward, O the number of its
-unfinished simulations, and p its parent. Unfinished simulations count in the exploration term and leave Q unchanged.
+Q is the value of a node (`value_of`), N the number of its ended simulations, with or without a reward, O the number of
+its unfinished simulations, and p its parent. Unfinished simulations count in the exploration term, Q stays unchanged.
 O_p includes the simulation that makes the choice. UCB subtracts it, so that one simulation at a time gives the paper's
 formula.
 Source: Liu et al., Watch the Unobserved (WU-UCT), ICLR 2020, eq. 4.
@@ -19,6 +19,8 @@ from rlsys.config.search import FrontierConfig, PuctConfig, SelectionConfig, Ucb
 
 class Stats(Protocol):
     """Statistics from which the scores of a node follow; see `actors.search.tree.Node`."""
+
+    estimate: float | None
 
     visits: int
     total: float
@@ -44,7 +46,7 @@ def ucb_scores(children: Sequence[Stats], parent: Stats, config: UcbConfig) -> l
     """Return the UCB score of each child.
 
     score = Q + c sqrt(ln(N_p + O_p - 1) / (N + O)), infinite if N + O = 0. The "code" form has 2 ln in place of ln.
-    A child with unfinished simulations and no visit has the Q of its parent.
+    A child with unfinished simulations, no visit and no estimate has the Q of its parent.
 
     Source: Marco-o1 v2, arXiv:2503.01461, sec. 3, and its released program; UCB1 (Auer et al. 2002).
     """
@@ -54,7 +56,7 @@ def ucb_scores(children: Sequence[Stats], parent: Stats, config: UcbConfig) -> l
     for child in children:
         count = _count(child)
         scores.append(
-            mean_reward(child, parent) + config.exploration * math.sqrt(logarithm / count) if count else math.inf
+            value_or_parents(child, parent) + config.exploration * math.sqrt(logarithm / count) if count else math.inf
         )
     return scores
 
@@ -65,7 +67,7 @@ def puct_scores(children: Sequence[Stats], parent: Stats, config: PuctConfig) ->
     score = Q + c P sqrt(N_p + O_p) / (1 + N + O)
     P is proportional to s exp(sum of log-probabilities / tokens ** length_exponent) and sums to 1 over `children`; s is
     the number of draws of a child. A fixed text, which no model chose, has the mean P of the others. A child without a
-    visit has the Q of its parent.
+    visit and an estimate has the Q of its parent.
 
     Source: Silver et al. 2017 (PUCT); priors as in MCTS-DPO, arXiv:2405.00451, and AlphaMath.
     """
@@ -75,7 +77,7 @@ def puct_scores(children: Sequence[Stats], parent: Stats, config: PuctConfig) ->
     priors = [_prior(child, config) if child.chosen_tokens else fixed for child in children]
     scale = config.exploration * math.sqrt(_count(parent)) / (sum(priors) or 1.0)
     return [
-        mean_reward(child, parent) + scale * prior / (1 + _count(child))
+        value_or_parents(child, parent) + scale * prior / (1 + _count(child))
         for child, prior in zip(children, priors, strict=True)
     ]
 
@@ -95,11 +97,21 @@ def _count(node: Stats) -> int:
     return node.visits + node.unrewarded + node.in_flight
 
 
-def mean_reward(child: Stats, parent: Stats) -> float:
-    """Return the mean reward of a node, or of its parent if the node has no visit; 0 by default."""
-    if child.visits:
-        return child.total / child.visits
-    return parent.total / parent.visits if parent.visits else 0.0
+def value_of(node: Stats) -> float | None:
+    """Return the value Q of a node; None for a node without visits and estimate.
+
+    Without an estimate, Q is the mean reward of the chains that ended at or below the node. An estimate e counts as one
+    more chain, with reward e: Q = (e + total) / (1 + visits).
+    """
+    if node.estimate is not None:
+        return (node.estimate + node.total) / (1 + node.visits)
+    return node.total / node.visits if node.visits else None
+
+
+def value_or_parents(child: Stats, parent: Stats) -> float:
+    """Return the value of a node, or of its parent if it has none; 0 by default."""
+    value = value_of(child)
+    return (value_of(parent) or 0.0) if value is None else value
 
 
 def _ucb_of(config: SelectionConfig) -> UcbConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from actors.search.agreement import Agreement
 from actors.search.stopping import StopRule
 from actors.search.tree import GrowingTree, Node, Status
 from rlsys.types import Verdict
@@ -33,12 +34,15 @@ class Simulation:
 class Simulations:
     """The simulations of one tree: their begin, their end and their number.
 
+    Args:
+        agreement: Gives the rewards of answers in place of the verdicts; None if the verdicts do.
+
     Attributes:
         running: Number of unfinished simulations.
     """
 
-    def __init__(self, tree: GrowingTree, stop: StopRule) -> None:
-        self._tree, self._stop = tree, stop
+    def __init__(self, tree: GrowingTree, stop: StopRule, agreement: Agreement | None) -> None:
+        self._tree, self._stop, self._agreement = tree, stop, agreement
         self.running = 0
 
     def begin(self, node: Node) -> Simulation:
@@ -62,15 +66,21 @@ class Simulations:
 
     def back_up(self, simulation: Simulation, reward: float) -> None:
         """End a simulation with the reward of the chain that it reached."""
+        self._finish(simulation)
+        self._tree.back_up(simulation.node, reward)
+
+    def end(self, simulation: Simulation, verdict: Verdict) -> None:
+        """End a simulation with the verdict on its answer. A failed verification gives no reward."""
+        if verdict.outcome not in ("ok", "wrong"):
+            self.leave(simulation)
+        elif self._agreement is None:
+            self.back_up(simulation, verdict.reward)
+        else:
+            self._finish(simulation)
+            self._agreement.back_up(simulation.node)
+
+    def _finish(self, simulation: Simulation) -> None:
         self._stop.finished += 1
         self.running -= 1
         for node in simulation.path:
             node.in_flight -= 1
-        self._tree.back_up(simulation.node, reward)
-
-    def end(self, simulation: Simulation, verdict: Verdict) -> None:
-        """End a simulation with a verdict. A failed verification gives no reward."""
-        if verdict.outcome in ("ok", "wrong"):
-            self.back_up(simulation, verdict.reward)
-        else:
-            self.leave(simulation)

@@ -60,4 +60,5 @@ def _thought_node(node: Node) -> ThoughtNode:
         verdict=node.verdict,
         scored=node.scored,
         scored_tokens=node.scored_tokens,
+        estimate=node.estimate,
     )

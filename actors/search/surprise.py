@@ -2,32 +2,20 @@
 
 A model that is wrong was often unsure at one token. So a new chain begins where the model was least sure, and all
 tokens before it are kept. The score of a token is `-log p (1 - Q)`, with the log-probability p of the token in nats and
-the mean reward Q of the chains through its node: what has led to right answers is seldom drawn again.
+the value Q of its node: what has led to right answers is seldom drawn again.
 Source: EPTree, TreeRL, arXiv:2506.11902, which takes tokens of the largest entropy.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from actors.search.expansion import Expander, Plan
 from actors.search.reading import ChainPiece
+from actors.search.selection import value_of
 from actors.search.simulations import Simulation
 from actors.search.tree import GrowingTree, Node
 from rlsys.config.search import SelectionConfig, SurpriseConfig
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class _Entry:
-    """A place of the heap. `number` keeps the order of equal scores."""
-
-    negative_score: float
-    number: int
-    node: Node
-    token: int
 
 
 class SurprisingPlaces:
@@ -40,8 +28,8 @@ class SurprisingPlaces:
 
     def __init__(self, tree: GrowingTree, expander: Expander, config: SurpriseConfig) -> None:
         self._tree, self._expander, self._config = tree, expander, config
-        self._heap: list[_Entry] = []
-        self._numbers = itertools.count()
+        # Log-probability and number of the generated tokens that were not used, by node; the most surprising one last.
+        self._places: dict[Node, list[tuple[float, int]]] = {}
         self._known: set[tuple[Node | None, tuple[int, ...]]] = set()
 
     def next_chain(self, running: int) -> tuple[Node, Plan] | None:
@@ -72,27 +60,28 @@ class SurprisingPlaces:
         """Add the generated tokens of a new node, from the generated token `first` on."""
         if node.terminal:  # a reward belongs to the chain, and a redrawn answer would guess at it
             return
+        places = []
         for number, logprob in enumerate(node.logprobs[first:], start=first):
             # A sibling may begin with the same tokens.
             place = (node.parent, tuple(node.token_ids[: node.forced + number + 1]))
             if place not in self._known:
                 self._known.add(place)
-                self._push(node, number, logprob)
+                places.append((logprob, number))
+        if places:
+            self._places[node] = sorted(places, reverse=True)
 
     def take(self) -> tuple[Node, int] | None:
-        """Remove the best place; return its node and the number of the node's tokens before it, or None."""
-        while self._heap:
-            entry = heapq.heappop(self._heap)
-            score = _score(entry.node, entry.node.logprobs[entry.token])
-            # Scores change with the values. A score that has fallen is compared again with the others.
-            if self._heap and score < -self._heap[0].negative_score:
-                self._push(entry.node, entry.token, entry.node.logprobs[entry.token])
-                continue
-            return entry.node, entry.node.forced + entry.token
-        return None
+        """Remove the best place; return its node and the number of the node's tokens before it, or None.
 
-    def _push(self, node: Node, token: int, logprob: float) -> None:
-        heapq.heappush(self._heap, _Entry(-_score(node, logprob), next(self._numbers), node, token))
+        Values change between the calls, so all nodes are compared. The places of one node have the same value.
+        """
+        if not self._places:
+            return None
+        node = max(self._places, key=lambda node: _score(node, self._places[node][-1][0]))  # the oldest of equal ones
+        _, token = self._places[node].pop()
+        if not self._places[node]:
+            del self._places[node]
+        return node, node.forced + token
 
 
 def surprising_places(tree: GrowingTree, expander: Expander, selection: SelectionConfig) -> SurprisingPlaces | None:
@@ -101,8 +90,7 @@ def surprising_places(tree: GrowingTree, expander: Expander, selection: Selectio
 
 
 def _score(node: Node, logprob: float) -> float:
-    value = node.total / node.visits if node.visits else 0.0
-    return -logprob * (1 - value)
+    return -logprob * (1 - (value_of(node) or 0.0))
 
 
 def add_chain(

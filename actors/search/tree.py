@@ -50,6 +50,12 @@ class NewNode:
     versions: tuple[VersionSpan, ...]
     defect: Defect | None
     backtrack: bool = False
+    estimate: float | None = None
+
+    @property
+    def key(self) -> tuple[str, tuple[int, ...], tuple[VersionSpan, ...]]:
+        """Identity of the node among the children of a parent."""
+        return self.type, tuple(self.token_ids), self.versions
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +63,7 @@ class Node:
     """A node of a growing tree. Fields that are missing here are those of `rlsys.trees.ThoughtNode`.
 
     Attributes:
+        number: -1 for a draft, which is not in the tree.
         terminal: Whether the type of the node ends a chain.
         unrewarded: Number of simulations through the node that ended without a reward. They leave the mean reward
             unchanged.
@@ -91,6 +98,7 @@ class Node:
     visits: int = 0
     total: float = 0.0
     unrewarded: int = 0
+    estimate: float | None = None
     verdict: Verdict | None = None
     scored: int = -1
     scored_tokens: int = 0
@@ -156,19 +164,31 @@ class GrowingTree:
         Returns:
             The added node or the sibling.
         """
-        key = (new.type, tuple(new.token_ids), new.versions)
-        duplicate = parent.children_by_ids.get(key)
+        duplicate = parent.children_by_ids.get(new.key)
         if duplicate is not None:
             duplicate.samples += 1
             self.counts["duplicates"] += 1
             return duplicate
-        node = Node(
-            len(self.nodes),
+        node = self.draft(parent, new)
+        node.number = len(self.nodes)
+        self.nodes.append(node)
+        self.changed[node] = None
+        self.deepest = max(self.deepest, node.depth)
+        parent.children.append(node)
+        parent.children_by_ids[new.key] = node
+        if new.defect:
+            self.counts[new.defect] += 1
+        return node
+
+    def draft(self, parent: Node, new: NewNode) -> Node:
+        """Return a node with number -1 that knows its parent, and that the parent and the tree do not know."""
+        return Node(
+            -1,
             parent,
             parent.depth + 1,
             new.type,
             text=new.text,
-            token_ids=key[1],
+            token_ids=tuple(new.token_ids),
             forced=new.forced,
             logprobs=new.logprobs,
             spill=new.spill,
@@ -177,18 +197,15 @@ class GrowingTree:
             versions=new.versions,
             defect=new.defect,
             backtrack=new.backtrack,
-            terminal=new.type in self.pattern.types and self.pattern.types[new.type].terminal,
+            terminal=self.is_terminal(new),
+            estimate=new.estimate,
             logprob=float(sum(new.logprobs)),
             chosen_tokens=len(new.logprobs),
         )
-        self.nodes.append(node)
-        self.changed[node] = None
-        self.deepest = max(self.deepest, node.depth)
-        parent.children.append(node)
-        parent.children_by_ids[key] = node
-        if new.defect:
-            self.counts[new.defect] += 1
-        return node
+
+    def is_terminal(self, new: NewNode) -> bool:
+        """Return whether the type of a node ends a chain."""
+        return new.type in self.pattern.types and self.pattern.types[new.type].terminal
 
     def allowed(self, node: Node) -> Mapping[str, int]:
         """Return the number of children that a node may have, by type.

@@ -89,10 +89,12 @@ def show_tree(tree: Tree, console: Console) -> None:
 
 
 def heading(node: ThoughtNode) -> str:
-    """Return type, value, visits and surprise of a node, and what else there is to know of it."""
+    """Return type, value, visits, estimate and surprise of a node, and what else there is to know of it."""
     parts = [node.type]
     if node.value is not None:
         parts.append(f"value {node.value:.2f} of {node.visits}")
+    if node.estimate is not None:
+        parts.append(f"estimate {node.estimate:.2f}")
     if node.generated:
         parts.append(f"surprise {max(-float(logprob) for logprob in node.logprobs):.2f}")
     if node.samples > 1:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from rlsys.config.search_values import AgreementValueConfig, ValueConfig
 from rlsys.config.section import Section, Temperature
 from rlsys.config.served_model import ServedModelConfig
 
@@ -134,6 +135,11 @@ class SearchConfig(Section):
     splits it into nodes at the tags."""
     selection: SelectionConfig = UcbConfig()
     """Rule that selects the node that a simulation expands."""
+    value: ValueConfig | None = None
+    """Estimates of the values of thought nodes, for the time before the first right answer. `steps`: the task checks
+    the steps, and a wrong one ends its chain; `agreement`: the reward of an answer is the share of the tree's answers
+    that are the same, whatever the verifier says; `rollouts`: the mean reward of chains drawn from the node; `model`: a
+    judge model. null: none."""
     parallel_simulations: int = Field(default=8, ge=1)
     """Number of simulations of one tree that run at the same time (WU-UCT). More simulations keep the engines busy;
     with fewer, each selection knows more results. A quarter of stop.simulations is a good upper bound."""
@@ -165,6 +171,15 @@ class SearchConfig(Section):
             raise ValueError("selection {type: surprise} draws whole chains: set expansion to chain")
         return self
 
+    @model_validator(mode="after")
+    def _agreement(self) -> SearchConfig:
+        if isinstance(self.value, AgreementValueConfig) and (self.backtracking or self.stop.correct):
+            raise ValueError(
+                "value {type: agreement} does not use the verifier's verdicts: set backtracking to false and "
+                "stop.correct to []"
+            )
+        return self
+
 
 class ExtractConfig(Section):
     supervised: Literal["highest_value", "longest", "median", "shortest", "none"] = "longest"
@@ -182,6 +197,9 @@ class ExtractConfig(Section):
     """Maximum number of preference pairs of one tree."""
     step_values: bool = True
     """Whether to write the table step_values, with every node and its whole chain before it: by far the largest."""
+    step_value: Literal["mean", "estimate"] = "mean"
+    """Value of a node in step_values and step_preferences. `mean`: the mean reward of its chains; `estimate`: that of
+    search.value, for all nodes that have one, whatever step_min_visits says."""
     step_preferences: bool = True
     """Whether to extract step preferences: pairs of sibling nodes whose values differ."""
     step_min_visits: int = Field(default=4, ge=1)

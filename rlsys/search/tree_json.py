@@ -2,7 +2,8 @@
 
 A line starts with `"format": 1`. The fields of `Tree` or `TreeFailure` follow under their own names; only a failure
 has a `reason`. The dataclasses of `rlsys.trees` are the only declaration: the writer and the reader both follow their
-fields. A field that does not take part in comparisons (`compare=False`) is left out, because timing decides it.
+fields. A field that does not take part in comparisons (`compare=False`) is left out, because timing decides it. A
+field with the metadata OPTIONAL is left out if it has its default, so that files from before the field still read.
 Lines are ASCII, so no reader splits a line at a separator inside a text. Each log-probability is the shortest decimal
 that reads back as the same float32.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import Field as DataclassField
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +24,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from pydantic_core import PydanticCustomError
 
 from rlsys.errors import DataError
-from rlsys.trees import ThoughtNode, Tree, TreeFailure
+from rlsys.trees import OPTIONAL, ThoughtNode, Tree, TreeFailure
 from rlsys.types import Float32Array, Int32Array
 
 FORMAT = 1
@@ -113,11 +115,19 @@ def _json_type(hint: Any) -> Any:
 
 
 def _line_model(kind: Any) -> type[_Line]:
-    """Return the pydantic model of a dataclass. Every field that the line holds is required."""
+    """Return the pydantic model of a dataclass. Every field is required, except those with the metadata OPTIONAL."""
     hints = get_type_hints(kind, include_extras=True)
-    types = {field.name: (_json_type(hints[field.name]), ...) for field in fields(kind) if field.compare}
+    types = {
+        field.name: (_json_type(hints[field.name]), field.default if _is_optional(field) else ...)
+        for field in fields(kind)
+        if field.compare
+    }
     model: type[_Line] = create_model(kind.__name__, __base__=_Line, **types)  # type: ignore[call-overload]
     return model
+
+
+def _is_optional(field: DataclassField[Any]) -> bool:
+    return OPTIONAL.items() <= field.metadata.items()
 
 
 _TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -157,7 +167,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist() if value.dtype.kind == "i" else [float(str(number)) for number in value]
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value) if field.compare}
+        pairs = ((field, getattr(value, field.name)) for field in fields(value) if field.compare)
+        return {field.name: _plain(held) for field, held in pairs if not _is_optional(field) or held != field.default}
     if isinstance(value, Mapping):
         return {name: _plain(value[name]) for name in sorted(value)}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from actors.engine import Completion
+from actors.search.jobs import Answer
 from actors.search.mcts import TreeSearch
-from actors.search.requests import Ask, Call, Judge, SearchModel
+from actors.search.requests import Ask, Call, Judge, Request, SearchModel, Thoughts, Value, Values
 from rlsys.config.patterns import NODE_TYPES, TABLES, Pattern, resolve
 from rlsys.config.search import START, NodeTypeConfig, SearchConfig, StopConfig
 from rlsys.models.scratch import build_tokenizer
@@ -131,11 +132,13 @@ class World:
     Attributes:
         defects: Probability of a defect in a node or a chain.
         failures: Probability of a failed verification.
+        wrong: Probability that a step is wrong, for searches with values.
     """
 
     pattern: Pattern
     defects: float = 0.1
     failures: float = 0.05
+    wrong: float = 0.2
     letters: str = "ab"
     answers: str = "01"
 
@@ -152,6 +155,19 @@ class World:
         if chain.endswith("1</answer>"):
             return Verdict(outcome="ok", reward=1.0, answered=True)
         return Verdict(outcome="wrong", reward=rng.choice((0.0, 0.25)), answered=True)
+
+    def value(self, request: Value) -> Values:
+        """Say which new nodes are wrong. Sometimes fail, and sometimes do not tell."""
+
+        def of_line(line: Thoughts) -> tuple[float | None, ...]:
+            rng = random.Random(f"values of {line.chain(len(line.texts))}")
+            if rng.random() < self.failures:
+                return (None,) * len(line.texts)
+            return tuple(float(rng.random() >= self.wrong) for _ in line.texts)
+
+        values = tuple(map(of_line, request.lines))
+        failed = sum(value is None for line in values for value in line)
+        return Values(values=values, failed={"error": failed} if failed else {}, tokens=0)
 
     def _body(self, tag: str, rng: random.Random) -> str:
         if tag == "answer":
@@ -199,10 +215,13 @@ class Script:
 
     Args:
         proposals: Completions by the chain that they continue, in the order of the calls.
+        values: Values of nodes by their texts, 1 for all others.
     """
 
-    def __init__(self, pattern: Pattern, proposals: Mapping[str, Sequence[str]]) -> None:
-        self.pattern = pattern
+    def __init__(
+        self, pattern: Pattern, proposals: Mapping[str, Sequence[str]], values: Mapping[str, float | None] = {}
+    ) -> None:
+        self.pattern, self.values = pattern, values
         self.left = {said: deque(texts) for said, texts in proposals.items()}
 
     def complete(self, call: Call, model: SearchModel) -> Completion:
@@ -215,6 +234,9 @@ class Script:
             if letter in text:
                 return Verdict(outcome=outcome, reward=0.0, answered=False)
         return Verdict(outcome="ok" if "1" in text else "wrong", reward=float("1" in text), answered=True)
+
+    def value(self, request: Value) -> Values:
+        return Values(values=tuple(tuple(self.values.get(text, 1.0) for text in line.texts) for line in request.lines))
 
 
 def spoken(call: Call, codec: TagCodec, text: str) -> Completion:
@@ -241,7 +263,7 @@ class Grown:
 
     tree: Tree
     search: TreeSearch
-    events: list[Ask | Judge | tuple[int, Sequence[Completion] | Verdict, int]]
+    events: list[Request | tuple[int, Answer, int]]
     most_running: int
 
     @property
@@ -253,6 +275,10 @@ class Grown:
     @property
     def judged(self) -> list[str]:
         return [event.completion for event in self.events if isinstance(event, Judge)]
+
+    @property
+    def valued(self) -> list[tuple[Thoughts, ...]]:
+        return [event.lines for event in self.events if isinstance(event, Value)]
 
 
 def grow(
@@ -269,7 +295,7 @@ def grow(
 
     Args:
         arrivals: Draws the order in which answers arrive. None: they arrive in the order in which they are applied,
-            verdicts first and otherwise in the order of the requests.
+            verdicts and values first and otherwise in the order of the requests.
     """
     models = models or {"policy": search_model()}
     search = TreeSearch(prompt(prompt_id), world.pattern, config, models, max_chain_tokens=max_chain_tokens, seed=seed)
@@ -277,11 +303,13 @@ def grow(
     waiting, most = search.start(), 0
     events += waiting
     while waiting:
-        first = next((n for n, request in enumerate(waiting) if isinstance(request, Judge)), 0)
+        first = next((n for n, request in enumerate(waiting) if isinstance(request, Judge | Value)), 0)
         request = waiting.pop(arrivals.randrange(len(waiting)) if arrivals else first)
-        answer: Sequence[Completion] | Verdict
+        answer: Answer
         if isinstance(request, Ask):
             answer = [world.complete(call, models[call.role]) for call in request.calls]
+        elif isinstance(request, Value):
+            answer = world.value(request)
         else:
             answer = world.judge(request.completion)
         events.append((request.number, answer, search._stop.finished))
@@ -299,8 +327,13 @@ def search_config(**fields: Any) -> SearchConfig:
     return SearchConfig(**{"parallel_simulations": 1, "stop": stop, **fields})
 
 
-def scripted(children: Mapping[str, Any], proposals: Mapping[str, Any], after_wrong: Mapping[str, Any] = {}) -> Script:
-    return Script(table(children, after_wrong), proposals)
+def scripted(
+    children: Mapping[str, Any],
+    proposals: Mapping[str, Any],
+    after_wrong: Mapping[str, Any] = {},
+    values: Mapping[str, float | None] = {},
+) -> Script:
+    return Script(table(children, after_wrong), proposals, values)
 
 
 def shipped_names() -> list[str]:

@@ -25,7 +25,7 @@ from search_world import (
 )
 from tree_samples import children_of
 
-from actors.search.requests import Ask, Judge, SearchModel
+from actors.search.requests import Ask, Judge, SearchModel, Values
 from actors.search.tree import Status
 from rlsys.config.patterns import Pattern
 from rlsys.config.search import (
@@ -38,6 +38,7 @@ from rlsys.config.search import (
     SurpriseConfig,
     UcbConfig,
 )
+from rlsys.config.search_values import ModelValueConfig, StepsValueConfig
 from rlsys.search.paths import path_tokens
 from rlsys.search.tree_json import parse_line, tree_line
 from rlsys.trees import ENDINGS, Role, ThoughtNode, Tree
@@ -52,6 +53,7 @@ SELECTIONS = (
     SurpriseConfig(type="surprise", unit="node", chains=2),
 )
 THOUGHT = re.compile("<thinking>.*?</thinking>")
+VALUES = (None, StepsValueConfig(type="steps"), ModelValueConfig(type="model", path="judge", prune_below=0.5))
 INNER = ("sub_task", "thinking", "hypothesis", "double_check", "reclarify", "reflection")
 
 
@@ -76,6 +78,7 @@ def configs(draw: st.DrawFn) -> SearchConfig:
     return SearchConfig(
         expansion="chain" if isinstance(selection, SurpriseConfig) else draw(st.sampled_from(("node", "chain"))),
         selection=selection,
+        value=draw(st.sampled_from(VALUES)),
         parallel_simulations=draw(st.integers(1, 8)),
         backtracking=draw(st.booleans()),
         max_backtracks=draw(st.none() | st.integers(1, 2)),
@@ -131,6 +134,7 @@ def test_properties_of_every_tree(
     check_verdicts(in_order, world)
     check_stop(in_order, config)
     check_calls(in_order, models, config, max_chain_tokens)
+    check_values(in_order, config)
     check_tokens(tree, models)
     check_round_trip(tree, models)
     parsed = parse_line(tree_line(tree))
@@ -218,6 +222,19 @@ def check_verdicts(grown: Grown, world: World) -> None:
         assert whole == judged
 
 
+def check_values(grown: Grown, config: SearchConfig) -> None:
+    """Check that the values of nodes are those of the answers, and that a node with the value 0 ends its chain."""
+    tree, defect = grown.tree, "wrong_step" if isinstance(config.value, StepsValueConfig) else "pruned"
+    answers = [event[1] for event in grown.events if isinstance(event, tuple) and isinstance(event[1], Values)]
+    lines = {line.chain(len(line.texts)): line for lines in grown.valued for line in lines}
+    assert tree.counts.get("values", 0) == sum(len(line) for answer in answers for line in answer.values)
+    assert tree.counts.get("value_error", 0) == sum(answer.failed.get("error", 0) for answer in answers)
+    assert bool(lines) <= (config.value is not None)
+    for number, node in enumerate(tree.nodes):
+        assert node.estimate in (None, 0.0, 1.0) and (node.defect == defect) == (node.estimate == 0.0)
+        assert node.estimate is None or any(line.startswith(tree.completion(number)) for line in lines)
+
+
 def check_stop(grown: Grown, config: SearchConfig) -> None:
     """Check that no model is asked after the answer that reaches a limit. Answers were applied as they came."""
     stop, tree, search = config.stop, grown.tree, grown.search
@@ -238,7 +255,7 @@ def check_stop(grown: Grown, config: SearchConfig) -> None:
                 scored += answer.outcome in ("ok", "wrong")
                 if answer.outcome == "ok" and answer.reward > 0:
                     right.add("".join(THOUGHT.findall(judged[number])) or judged[number])
-            else:
+            elif not isinstance(answer, Values):
                 tokens += sum(len(drawn.token_ids) for drawn in answer)
             if stop.tokens is not None and tokens >= stop.tokens:
                 reached.add("tokens")

@@ -25,6 +25,7 @@ class NodeStats:
     chosen_tokens: int = 0
     unrewarded: int = 0
     samples: int = 1
+    estimate: float | None = None
 
 
 def chooser(visits: int, total: float, others: int = 0) -> NodeStats:

@@ -1,0 +1,76 @@
+"""Growth of one tree: from completions to new nodes, which may wait for their values first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from actors.engine import Completion
+from actors.search.jobs import Job
+from actors.search.reading import ChainPiece, CompletionReader
+from actors.search.requests import Values
+from actors.search.simulations import Simulation
+from actors.search.surprise import SurprisingPlaces, add_chain
+from actors.search.tree import GrowingTree, Node
+from actors.search.valuation import Valuation
+from rlsys.trees import ENDINGS, Role
+
+
+class Growth:
+    """The nodes that jobs bring to one tree.
+
+    Args:
+        places: Gets the tokens of new nodes; None if the search does not select by surprise.
+        valuation: None if no values are asked for.
+        proposer: Role that proposes the nodes.
+    """
+
+    def __init__(
+        self,
+        tree: GrowingTree,
+        reader: CompletionReader,
+        places: SurprisingPlaces | None,
+        valuation: Valuation | None,
+        proposer: Role,
+    ) -> None:
+        self._tree, self._reader, self._places, self._valuation = tree, reader, places, valuation
+        self._proposer = proposer
+
+    def read(self, job: Job, completions: Sequence[Completion]) -> None:
+        """Read the nodes of a job into its `lines`, and in its `asked` those that must wait for values."""
+        if job.kind == "chain":
+            pairs = zip(job.plan.calls, completions, strict=True)
+            job.lines = [[*self._reader.read_chain(job.node, *pair)] for pair in pairs]
+        else:
+            new = [*job.plan.fixed, *map(self._reader.read_node, job.plan.calls, completions)]
+            job.lines = [[ChainPiece(node)] for node in new]
+        job.asked = self._valuation.ask(job.node, job.lines) if self._valuation else []
+
+    def value(self, job: Job, values: Values) -> None:
+        """Give the nodes of a job their values."""
+        assert self._valuation is not None  # noqa: S101 - it has asked
+        self._valuation.apply(job.asked, values)
+
+    def add_children(self, job: Job) -> None:
+        """Add children. The reward of one that ends its chain is known without a simulation."""
+        job.node.expanding, job.node.expanded = False, True
+        for [piece] in job.lines:
+            child = self._tree.add(job.node, piece.node)
+            self._tree.refresh(child)
+            if self.has_failed(child):
+                self._tree.back_up(child, 0.0)
+
+    def add_chain(self, job: Job, simulation: Simulation) -> str | None:
+        """Add the nodes of a chain and enter them; return the type of the node that the reviewer must write next."""
+        pieces = [piece for line in job.lines for piece in line]
+        return add_chain(self._tree, simulation, pieces, self._places, redrawn=job.plan.redraws)
+
+    def add_single(self, job: Job, simulation: Simulation) -> None:
+        """Add the next node of a chain and enter it."""
+        for [piece] in job.lines:
+            child = self._tree.add(job.node, piece.node)
+            simulation.enter(child)
+            self._tree.refresh(child)
+
+    def has_failed(self, node: Node) -> bool:
+        """Return whether the proposer's chain has failed at a node without an answer. Its reward is 0."""
+        return node.defect in ENDINGS and node.writer == self._proposer

@@ -1,0 +1,50 @@
+"""The schema of `search.value`: who estimates the values of thought nodes while a tree grows."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rlsys.config.section import Section
+from rlsys.config.served_model import ServedModelConfig
+
+
+class StepsValueConfig(Section):
+    type: Literal["steps"]
+
+
+class AgreementValueConfig(Section):
+    type: Literal["agreement"]
+
+
+class RolloutsValueConfig(Section):
+    type: Literal["rollouts"]
+    count: int = Field(default=4, ge=1)
+    """Number of chains that are drawn from each new node and judged. The estimate is their mean reward."""
+    prune_below: float | None = None
+    """Nodes with an estimate below this are ended: nothing is drawn after them. null: none."""
+
+
+class ModelValueConfig(ServedModelConfig):
+    type: Literal["model"]
+    template: str = "{question}\n\n{chain}\n\nIs the last step right? Answer yes or no."
+    """Text of the user message for the judge. {question} and {chain} are replaced; the chain ends with the node."""
+    yes: str = "yes"
+    """Answer of the judge for a right step. Its first token counts."""
+    no: str = "no"
+    """Answer of the judge for a wrong step. Its first token must differ from that of `yes`."""
+    prune_below: float | None = Field(default=None, ge=0, le=1)
+    """Nodes with an estimate below this are ended: nothing is drawn after them. null: none."""
+
+    @model_validator(mode="after")
+    def _template(self) -> ModelValueConfig:
+        for name in ("{question}", "{chain}"):
+            if name not in self.template:
+                raise ValueError(f"template must contain {name}")
+        return self
+
+
+ValueConfig = Annotated[
+    StepsValueConfig | AgreementValueConfig | RolloutsValueConfig | ModelValueConfig, Field(discriminator="type")
+]
