@@ -125,7 +125,7 @@ class Engine:
         """Add all requests between the same two engine steps, so that the batch does not depend on their timing.
 
         Args:
-            affinity: Not used here. It selects one of several engines; see `actors.search.scheduler.CompletionEngine`.
+            affinity: Not used here. It selects one of several engines; see `actors.search.engines.CompletionEngine`.
 
         Returns:
             A future for every request, in order.

@@ -27,8 +27,9 @@ from actors.engine import Completion, Engine
 from actors.model_actor import RemoteEngine
 from actors.rollouts.single_turn import build_group, completion_requests, items_to_judge
 from actors.search.build import build_codec, build_scheduler
+from actors.search.engines import CompletionEngine
 from actors.search.group import build_searched_group
-from actors.search.scheduler import CompletionEngine, TreeScheduler
+from actors.search.scheduler import TreeScheduler
 from actors.settings import ActorSettings
 from actors.teacher import Teacher
 from actors.verifiers.pool import RewardPool
@@ -62,7 +63,7 @@ class RolloutActor:
         self.receiver: WeightReceiver = BucketReceiver(self.name, member, self._ask_learner, ray.get)
         self.loading = CheckedDeliveries(self.name, 0)  # of the latest weight update
         self.loaded = 0  # tensors of all earlier weight updates
-        self.auxiliary = {
+        self.auxiliary: dict[Role, RemoteEngine] = {
             role: RemoteEngine(handles, role, member) for role, handles in settings.auxiliary_handles.items()
         }
         self.teacher = Teacher(settings.teacher, member) if settings.teacher else None
@@ -95,8 +96,10 @@ class RolloutActor:
     def _scheduler(self, settings: ActorSettings) -> TreeScheduler | None:
         if settings.search is None or self.codec is None:
             return None
-        engines: dict[Role, CompletionEngine] = {settings.role: self.engine, **self.auxiliary}
-        return build_scheduler(settings, settings.search, self.model, self.codec, engines, self.rewards)
+        writers = {role: engine for role, engine in self.auxiliary.items() if role != "judge"}
+        engines: dict[Role, CompletionEngine] = {settings.role: self.engine, **writers}
+        judge = self.auxiliary.get("judge")
+        return build_scheduler(settings, settings.search, self.model, self.codec, engines, self.rewards, judge)
 
     async def start(self) -> tuple[str, int]:
         """Start the verifiers and return host and process id."""

@@ -14,9 +14,9 @@ from pydantic import Field, NonNegativeInt
 
 from rlsys.types import FinishReason, Float32Array, Int32Array, Question, Verdict, VersionSpan
 
-Role = Literal["policy", "model", "reviewer", "teacher"]
-"""Role of the engine that wrote a node. The policy or, if there is one, search.model proposes the nodes of a tree;
-search.reviewer writes some of them."""
+Role = Literal["policy", "model", "reviewer", "judge", "teacher"]
+"""Role of an engine. The policy or, if there is one, search.model proposes the nodes of a tree; search.reviewer writes
+some of them. The judge (search.value of type model) and the teacher write none."""
 
 Defect = Literal[
     "truncated",

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from actors.search.scheduler import CompletionEngine, RoleEngine, SchedulerSettings, TreeScheduler, Verifier
+from actors.search.engines import CompletionEngine
+from actors.search.requests import proposing_role
+from actors.search.scheduler import RoleEngine, SchedulerSettings, TreeScheduler, Valuer
+from actors.search.values.judge import JudgeValuer, ScoringEngine
+from actors.search.values.rollouts import RolloutValuer
+from actors.search.values.steps import StepValuer
 from actors.settings import ActorSettings
+from actors.verifiers.pool import RewardPool
 from rlsys.config.patterns import resolve
 from rlsys.config.schema import ActorsConfig
 from rlsys.config.search import SearchConfig, SearchModelConfig
+from rlsys.config.search_values import ModelValueConfig, RolloutsValueConfig, StepsValueConfig
 from rlsys.errors import ConfigError
 from rlsys.models.chat import CheckedEncoder
 from rlsys.models.folder import ModelFolder
@@ -52,7 +59,8 @@ def build_scheduler(
     own_model: ModelFolder,
     codec: TagCodec,
     engines: Mapping[Role, CompletionEngine],
-    verifier: Verifier,
+    verifier: RewardPool,
+    judge: ScoringEngine | None = None,
 ) -> TreeScheduler:
     """Return the tree scheduler of an actor.
 
@@ -61,17 +69,18 @@ def build_scheduler(
         codec: Codec of the actor's own engine.
         engines: Engines of all roles, the actor's own included. With an engine of the role "model", the policy's
             engine is not used.
+        judge: Engines of the judge; None if `search.value` names none.
     """
     role_engines: dict[Role, RoleEngine] = {}
     for role, engine in engines.items():
         section = _section(search, role)
+        if role == "policy" and "model" in engines:
+            continue
         if role == settings.role:
             model, max_model_len = own_model, settings.actors.max_model_len
         else:
             assert section is not None  # noqa: S101 - only the policy has no section
             model, max_model_len = ModelFolder(settings.auxiliary_paths[role]), section.max_model_len
-        if role == "policy" and "model" in engines:
-            continue
         role_engines[role] = RoleEngine(
             engine=engine,
             model=model.digest,
@@ -87,12 +96,39 @@ def build_scheduler(
         max_chain_tokens=settings.sampling.max_tokens,
         in_flight=_share_of_proposer(search, settings.actors, settings.auxiliary_paths),
     )
-    return TreeScheduler(role_engines, verifier, scheduler_settings)
+    proposer = role_engines[proposing_role(role_engines)]
+    valuer = _valuer(settings, search, proposer, judge, verifier, scheduler_settings)
+    return TreeScheduler(role_engines, verifier, scheduler_settings, valuer)
+
+
+def _valuer(
+    settings: ActorSettings,
+    search: SearchConfig,
+    proposer: RoleEngine,
+    judge: ScoringEngine | None,
+    verifier: RewardPool,
+    drawing: SchedulerSettings,
+) -> Valuer | None:
+    """Return the source of the values that `search.value` names; None without one."""
+    if isinstance(search.value, StepsValueConfig):
+        return StepValuer(verifier)
+    if isinstance(search.value, RolloutsValueConfig):
+        return RolloutValuer(
+            engine=proposer.engine,
+            verifier=verifier,
+            codec=proposer.codec,
+            temperature=drawing.temperature,
+            top_p=drawing.top_p,
+        )
+    if isinstance(search.value, ModelValueConfig):
+        assert judge is not None  # noqa: S101 - the config names it
+        return JudgeValuer(judge, ModelFolder(settings.auxiliary_paths["judge"]), search.value)
+    return None
 
 
 def _section(search: SearchConfig, role: Role) -> SearchModelConfig | None:
-    """Return the config section of a role; None for the policy."""
-    return {"policy": None, "model": search.model, "reviewer": search.reviewer}[role]
+    """Return the config section of a role that writes nodes; None for the policy, and for roles that do not write."""
+    return {"model": search.model, "reviewer": search.reviewer}.get(role)
 
 
 def _share_of_proposer(search: SearchConfig, actors: ActorsConfig, auxiliary: Mapping[Role, object]) -> int:

@@ -11,7 +11,7 @@ from actors.search.requests import Values
 from actors.search.simulations import Simulation
 from actors.search.surprise import SurprisingPlaces, add_chain
 from actors.search.tree import GrowingTree, Node
-from actors.search.valuation import Valuation
+from actors.search.values.valuation import Valuation
 from rlsys.trees import ENDINGS, Role
 
 

@@ -13,7 +13,7 @@ from actors.search.reading import Line
 from actors.search.requests import Ask, Judge, Request, Value, Values
 from actors.search.simulations import Simulation
 from actors.search.tree import Node
-from actors.search.valuation import Asked
+from actors.search.values.valuation import Asked
 from rlsys.types import Verdict
 
 Answer = Sequence[Completion] | Verdict | Values

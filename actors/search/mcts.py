@@ -17,7 +17,6 @@ from typing import Literal
 
 from actors.engine import Completion
 from actors.rollouts.seeds import sample_seed
-from actors.search.agreement import agreement
 from actors.search.backtracking import Backtracking
 from actors.search.expansion import Expander, Plan
 from actors.search.frontier import frontier
@@ -31,7 +30,8 @@ from actors.search.snapshot import finished_tree
 from actors.search.stopping import StopRule, is_correct, thinking_of
 from actors.search.surprise import SurprisingPlaces, surprising_places
 from actors.search.tree import GrowingTree, Node, Status
-from actors.search.valuation import valuation
+from actors.search.values.agreement import agreement
+from actors.search.values.valuation import valuation
 from rlsys.config.patterns import Pattern
 from rlsys.config.search import SearchConfig
 from rlsys.trees import Role, Tree

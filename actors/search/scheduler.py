@@ -11,19 +11,20 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from actors.engine import Completion, CompletionRequest
 from actors.rollouts.seeds import sample_seed
+from actors.search.engines import CompletionEngine, completion_request
 from actors.search.jobs import Answer
 from actors.search.mcts import TreeSearch
-from actors.search.requests import Call, Judge, Request, SearchModel
+from actors.search.requests import Judge, Request, SearchModel, Value, Values
 from rlsys.config.patterns import Pattern
 from rlsys.config.search import SearchConfig
 from rlsys.errors import RolloutError
@@ -32,17 +33,17 @@ from rlsys.trees import Role, Tree, TreeFailure
 from rlsys.types import Prompt, Verdict
 
 
-class CompletionEngine(Protocol):
-    """Source of completions: one engine in this process, or several engines of one model elsewhere."""
+class Valuer(Protocol):
+    """Source of values; see `actors.search.values`."""
 
-    def submit(self, requests: Sequence[CompletionRequest], affinity: int = 0) -> list[Future[Completion]]:
-        """Return a future for every request, in order.
-
-        A future raises RolloutError if its request failed, EngineError if the engine broke.
+    async def values(self, prompt: Prompt, request: Value, affinity: int) -> Values:
+        """Return the values of new nodes. A failed value is counted in them, and is not an error.
 
         Args:
-            affinity: Number that selects one of several engines, modulo their number. All requests of a tree have
-                the same affinity, so that they share the prefix cache of one engine.
+            affinity: See `CompletionEngine`.
+
+        Raises:
+            EngineError: An engine or the verifiers broke.
         """
         ...
 
@@ -97,6 +98,7 @@ class _ActiveTree:
         completions: Completions that have arrived, by the number of their request.
         tokens: Tokens generated for the tree so far.
         open: Completions that are under way.
+        valuations: Requests for values, ended ones included.
     """
 
     search: TreeSearch
@@ -106,9 +108,12 @@ class _ActiveTree:
     completions: dict[int, list[Completion | None]] = field(default_factory=dict)
     tokens: int = 0
     open: set[Future[Completion]] = field(default_factory=set)
+    valuations: set[asyncio.Task[None]] = field(default_factory=set)
 
     def abandon(self, _result: asyncio.Future[Tree | TreeFailure]) -> None:
-        """Cancel all completions under way, because the tree is finished or its caller is gone."""
+        """Cancel all requests to engines, because the tree is finished or its caller is gone."""
+        for task in self.valuations:
+            task.cancel()
         for future in list(self.open):
             future.cancel()
 
@@ -127,11 +132,20 @@ class TreeScheduler:
 
     Attributes:
         search_s: CPU seconds spent on tree operations: reading completions, selection, backing up.
-        arrivals: Number of completions that engines have returned.
+        arrivals: Number of completions and values that have arrived.
+
+    Args:
+        valuer: Source of the values of nodes; None if the config names none.
     """
 
-    def __init__(self, engines: Mapping[Role, RoleEngine], verifier: Verifier, settings: SchedulerSettings) -> None:
-        self._engines, self._verifier, self._settings = engines, verifier, settings
+    def __init__(
+        self,
+        engines: Mapping[Role, RoleEngine],
+        verifier: Verifier,
+        settings: SchedulerSettings,
+        valuer: Valuer | None = None,
+    ) -> None:
+        self._engines, self._verifier, self._settings, self._valuer = engines, verifier, settings, valuer
         self._waiting: deque[_ActiveTree] = deque()
         self._inbox: deque[tuple[_Slot, Future[Completion]]] = deque()
         self._woken = False
@@ -235,30 +249,39 @@ class TreeScheduler:
             if isinstance(request, Judge):
                 chains.append((tree, request))
                 continue
+            if isinstance(request, Value):
+                tree.valuations.add(self._begin(self._value(tree, request)))
+                continue
             tree.completions[request.number] = [None] * len(request.calls)
             for index, call in enumerate(request.calls):
                 slot = _Slot(tree, request.number, index)
                 calls, slots = batches.setdefault((call.role, tree.affinity), ([], []))
-                calls.append(self._completion_request(slot, call))
+                name = f"{tree.prompt.prompt_id}/{request.number}.{index}"
+                calls.append(completion_request(name, call, self._settings.temperature, self._settings.top_p))
                 slots.append(slot)
         for (role, affinity), (calls, slots) in batches.items():
             self._submit(role, affinity, calls, slots)
         if chains:
-            task = self._loop.create_task(self._verify(chains))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._begin(self._verify(chains))
 
-    def _completion_request(self, slot: _Slot, call: Call) -> CompletionRequest:
-        return CompletionRequest(
-            request_id=f"{slot.tree.prompt.prompt_id}/{slot.number}.{slot.index}",
-            token_ids=call.token_ids,
-            seed=call.seed,
-            temperature=self._settings.temperature,
-            top_p=self._settings.top_p,
-            max_tokens=call.max_tokens,
-            stop_token_ids=call.stop.token_ids,
-            stop_strings=call.stop.strings,
-        )
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Begin work of the event loop, and keep it from being collected before its end."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _value(self, tree: _ActiveTree, request: Value) -> None:
+        """Find the values of new nodes of a tree."""
+        try:
+            assert self._valuer is not None  # noqa: S101 - the config of the tree is that of the valuer
+            values = await self._valuer.values(tree.prompt, request, tree.affinity)
+        except Exception as error:  # noqa: BLE001 - the tree's caller gets it, as above
+            self._fail(tree, error)
+            return
+        self.arrivals += 1
+        tree.tokens += values.tokens
+        self._deliver([(tree, request.number, values)])
 
     def _submit(self, role: Role, affinity: int, calls: list[CompletionRequest], slots: list[_Slot]) -> None:
         try:

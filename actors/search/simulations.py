@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from actors.search.agreement import Agreement
 from actors.search.stopping import StopRule
 from actors.search.tree import GrowingTree, Node, Status
+from actors.search.values.agreement import Agreement
 from rlsys.types import Verdict
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -22,8 +22,9 @@ from rlsys.config.tasks import TaskConfig
 from rlsys.errors import EngineError
 from rlsys.types import Outcome, Verdict
 
-Item = tuple[str, str] | tuple[str, str, bool]
-"""Arguments of `Task.verify`: answer, completion and, if given, whether the completion is finished."""
+Item = tuple[str, str] | tuple[str, str, bool] | tuple[Mapping[str, str]]
+"""Arguments of `Task.verify`: answer, completion and, if given, whether the completion is finished. A mapping holds those
+of `Task.check_steps` by name."""
 
 OnVerdicts = Callable[[Sequence[tuple[int, Verdict]]], None]
 OnPartVerdicts = Callable[[int, Sequence[Verdict]], None]  # gets the number of earlier verdicts and the new verdicts
@@ -91,6 +92,10 @@ class RewardPool:
         ]
         verdicts = await asyncio.gather(*map(self._verify_part, parts, callbacks))
         return [verdict for part in verdicts for verdict in part]
+
+    async def check_steps(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Check the steps of chains, each with its question, as `verify` does; see `actors.verifiers.steps`."""
+        return await self.verify([({"question": question, "completion": chain},) for question, chain in items])
 
     async def _verify_part(self, items: Sequence[Item], on_verdicts: OnPartVerdicts | None = None) -> list[Verdict]:
         def count_and_report(earlier: int, verdicts: Sequence[Verdict]) -> None:

@@ -8,6 +8,8 @@
 - First line out: {"ready": true}.
 - Then lines [number, answer, completion, finished] in, where `finished` may be missing, and lines
   [number, outcome, reward, answered, detail] out, in order.
+- A line [number, {"question": text, "completion": text}] asks for `Task.check_steps`; `actors.verifiers.steps` says
+  how its answer fits into the line out.
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ from typing import Any, BinaryIO, get_args
 from pydantic import TypeAdapter
 
 from actors.verifiers.guard import adopt_orphans, descendants, die_with, end_descendants, guard
+from actors.verifiers.steps import as_verdict
 from rlsys.config.tasks import TaskConfig
 from rlsys.tasks import build_task
 from rlsys.types import Outcome, Verdict
 
 Verifier = Callable[..., Verdict]
-"""`Task.verify`, or the function of a plug-in with the same arguments."""
+"""The judge of a task (see the protocol above), or a plug-in with the arguments of `Task.verify`."""
 
 MAX_FILE_MIB = 16
 MAX_DETAIL_CHARS = 500
@@ -106,7 +109,12 @@ def _build_verifier(hello: dict[str, Any]) -> Verifier:
         module, _, factory = hello["verifier"].partition(":")
         return getattr(importlib.import_module(module), factory)()
     config: TaskConfig = TypeAdapter(TaskConfig).validate_python(hello["task"])
-    return build_task(config, hello["seed"]).verify
+    task = build_task(config, hello["seed"])
+
+    def judge(given: Any, *others: Any) -> Verdict:
+        return as_verdict(task.check_steps(**given)) if isinstance(given, dict) else task.verify(given, *others)
+
+    return judge
 
 
 def _judge(verifier: Verifier, *arguments: Any) -> Verdict:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rlsys.config.adapter_checks import adapter_has_no_critic, adapter_stays_on_its_device
 from rlsys.config.device_checks import colocated_fit
 from rlsys.config.patterns import resolve
+from rlsys.config.search_values import ModelValueConfig, StepsValueConfig
 from rlsys.config.stages import TERMS_OF_STAGE, stage_plan, stage_plans, term_with_pairs
 from rlsys.config.teacher_checks import (
     distillation_has_a_teacher,
@@ -61,10 +62,12 @@ def completion_leaves_room_for_prompt(config: Config) -> None:
 
 def batch_holds_sequences(config: Config) -> None:
     """Raise if an engine should decode more sequences at once than tokens fit into one of its batches."""
+    value = config.search.value
     sections = (
         ("actors", config.actors),
         ("search.model", config.search.model),
         ("search.reviewer", config.search.reviewer),
+        ("search.value", value if isinstance(value, ModelValueConfig) else None),
         ("teacher.model", config.teacher.model),
     )
     for name, section in sections:
@@ -330,6 +333,14 @@ def patterns_are_searchable(config: Config) -> None:
         raise ValueError(str(error)) from None
 
 
+def steps_can_be_checked(config: Config) -> None:
+    """Raise if the task has no rules for the steps that the search is to check."""
+    if isinstance(config.search.value, StepsValueConfig) and config.task.type == "dataset":
+        raise ValueError(
+            "search.value {type: steps}: a task of type dataset has no rules for steps; choose another type"
+        )
+
+
 RULES: tuple[Rule, ...] = (
     distillation_has_a_teacher,
     divergence_has_its_keys,
@@ -365,6 +376,7 @@ RULES: tuple[Rule, ...] = (
     preference_trains_in_every_step,
     model_reaches_context,
     patterns_are_searchable,
+    steps_can_be_checked,
 )
 """All rules, in the order in which they are checked. The first one that is broken is reported."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rlsys.config.schema import ActorsConfig, Config
 from rlsys.config.search import SearchConfig
+from rlsys.config.search_values import ModelValueConfig
 from rlsys.config.served_model import ServedModelConfig
 from rlsys.config.stages import stage_plans
 from rlsys.errors import ConfigError
@@ -32,7 +33,7 @@ SHARED_FIELDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEngines:
-    """The engines of search.model, search.reviewer or teacher.model.
+    """The engines of search.model, search.reviewer, search.value or teacher.model.
 
     Attributes:
         role: the role of the model.
@@ -72,7 +73,7 @@ def describes_a_search(config: Config) -> bool:
 
 def section_of(role: Role) -> str:
     """Return the name of the config section of a role that is not the policy."""
-    return "teacher.model" if role == "teacher" else f"search.{role}"
+    return {"teacher": "teacher.model", "judge": "search.value"}.get(role, f"search.{role}")
 
 
 def given_models(config: Config) -> dict[Role, ServedModelConfig]:
@@ -80,6 +81,7 @@ def given_models(config: Config) -> dict[Role, ServedModelConfig]:
     sections: dict[Role, ServedModelConfig | None] = {
         "model": config.search.model,
         "reviewer": config.search.reviewer,
+        "judge": config.search.value if isinstance(config.search.value, ModelValueConfig) else None,
         "teacher": config.teacher.model,
     }
     return {role: section for role, section in sections.items() if section is not None}
@@ -117,9 +119,9 @@ def assign_search_roles(
 
     Args:
         policy: the model folder of the policy.
-        engines: the engines of search.model and search.reviewer, by role.
+        engines: the engines of search.model, search.reviewer and search.value, by role.
     """
-    auxiliary = tuple(role_engines for role, role_engines in engines.items() if role == "reviewer")
+    auxiliary = tuple(role_engines for role, role_engines in engines.items() if role in ("reviewer", "judge"))
     if "model" not in engines:
         return config, policy, Searching(auxiliary=auxiliary)
     proposer = engines["model"]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlsys.config.engine_roles import trees_ahead
+from rlsys.config.engine_roles import section_of, trees_ahead
 from rlsys.config.files import flat_fields, select_fields
 from rlsys.config.patterns import resolve
 from rlsys.config.schema import Config
@@ -43,8 +43,9 @@ FREE = (
     "search.fraction",
     "search.prompts",
     "search.max_failed_trees",
-    *(f"search.{role}.{key}" for role in ("model", "reviewer") for key in ("path", "count", "max_num_seqs")),
-    *(f"search.{role}.kv_cache_gib" for role in ("model", "reviewer")),
+    *(f"search.{name}.{key}" for name in ("model", "reviewer", "value") for key in ("path", "max_num_seqs")),
+    *(f"search.{name}.kv_cache_gib" for name in ("model", "reviewer", "value")),
+    *(f"search.{name}.count" for name in ("model", "reviewer")),
 )
 STATS_INTERVAL_S = 5.0
 ENOUGH_VERIFICATIONS = 500
@@ -221,9 +222,9 @@ def search_model_digests(models: Mapping[Role, ModelFolder]) -> dict[str, str]:
     """Return digests of the models of a search except the policy, and of their tokenizers, by config field."""
     digests = {}
     for role, model in models.items():
-        if role in ("model", "reviewer"):
-            digests[f"search.{role}.path"] = model.digest
-            digests[f"the tokenizer of search.{role}.path"] = model.tokenizer_digest
+        if role not in ("policy", "teacher"):
+            digests[f"{section_of(role)}.path"] = model.digest
+            digests[f"the tokenizer of {section_of(role)}.path"] = model.tokenizer_digest
     return digests
 
 

@@ -9,7 +9,7 @@ from rlsys.config.engine_roles import ModelEngines
 from rlsys.config.schema import Config
 
 ROLLOUT, LEARNER = "rollout", "learner"
-"""The roles of rollout actors and learner ranks. Auxiliary engines have the roles "model", "reviewer" and "teacher"."""
+"""The roles of rollout actors and learner ranks. The roles of auxiliary engines are in `rlsys.trees.Role`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

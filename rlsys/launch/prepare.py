@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from actors.search.build import check_tags
+from actors.search.values.judge import answer_tokens
 from rlsys.config.engine_roles import (
     ModelEngines,
     Searching,
@@ -24,6 +25,7 @@ from rlsys.config.engine_roles import (
 )
 from rlsys.config.risks import warnings
 from rlsys.config.schema import Config
+from rlsys.config.search_values import ModelValueConfig
 from rlsys.config.stages import stage_plans
 from rlsys.control.checkpointing import check_best_metric
 from rlsys.control.tree_search import find_prompts
@@ -160,7 +162,9 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
     elif engines.keys() - {"teacher"}:
         plans.append(plan_resources(search_config, models, searcher, learner=False))
     if searches or (purpose == "check" and describes_a_search(config)):
-        readers: dict[Role, ModelFolder] = {role: model for role, model in models.items() if role != "teacher"}
+        readers: dict[Role, ModelFolder] = {
+            role: model for role, model in models.items() if role not in ("teacher", "judge")
+        }
         check_tags(config.search, readers)  # also of the policy, which is trained on the data
     inputs = Inputs(config, policy, training=trains)
     grows_trees = trains and not all(plan.trains for plan in stage_plans(config))
@@ -201,6 +205,9 @@ def check_models(config: Config, models: Mapping[Role, ModelFolder], *, trains: 
             notes += check_model(models[role], use)
     if "teacher" in models:
         check_same_tokens(models["policy"], models["teacher"], config.objective.distill.scored_tokens)
+    if "judge" in models:
+        assert isinstance(config.search.value, ModelValueConfig)  # noqa: S101 - it is the section of the judge
+        answer_tokens(models["judge"], config.search.value)
     if config.model.from_scratch is None or not trains:
         longest, field = config.actors.max_model_len, "actors.max_model_len"
         notes += check_model(models["policy"], Use(longest=longest, longest_field=field, trained=trains))
@@ -233,7 +240,7 @@ def check_same_tokens(policy: ModelFolder, teacher: ModelFolder, scored: int | N
 
 def _needed_roles(purpose: Purpose, searches: bool) -> tuple[Role, ...]:
     """Return the roles of the models that a command loads in addition to the policy."""
-    search: tuple[Role, ...] = ("model", "reviewer") if searches or purpose == "check" else ()
+    search: tuple[Role, ...] = ("model", "reviewer", "judge") if searches or purpose == "check" else ()
     return (*search, "teacher") if purpose in ("train", "check") else search
 
 

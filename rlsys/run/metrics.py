@@ -107,6 +107,7 @@ _SPECS = (
     ),
     MetricSpec("rollout/idle_model", "share", "the same for the engines of search.model", True),
     MetricSpec("rollout/idle_reviewer", "share", "the same for the engines of search.reviewer", True),
+    MetricSpec("rollout/idle_judge", "share", "the same for the engines of search.value", True),
     MetricSpec("rollout/idle_teacher", "share", "the same for the engines of teacher.model", True),
     MetricSpec("rollout/staleness_mean", "steps", "training steps between sampling or search and training, mean"),
     MetricSpec("rollout/staleness_max", "steps", "training steps between sampling or search and training, maximum"),

@@ -9,10 +9,10 @@ from pydantic import ValidationError
 from search_world import THINK, Grown, grow, scripted, search_config, search_model, spoken
 from tree_samples import children_of
 
-from actors.search.agreement import answer_text
 from actors.search.requests import Value, Values
 from actors.search.selection import value_of
 from actors.search.tree import Node
+from actors.search.values.agreement import answer_text
 from rlsys.config.search import SearchConfig
 from rlsys.trees import Tree
 

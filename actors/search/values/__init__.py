@@ -1,0 +1,1 @@
+"""Values of thought nodes before the first right answer."""
