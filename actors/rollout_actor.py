@@ -96,8 +96,8 @@ class RolloutActor:
     def _scheduler(self, settings: ActorSettings) -> TreeScheduler | None:
         if settings.search is None or self.codec is None:
             return None
-        writers = {role: engine for role, engine in self.auxiliary.items() if role != "judge"}
-        engines: dict[Role, CompletionEngine] = {settings.role: self.engine, **writers}
+        engines: dict[Role, CompletionEngine] = {settings.role: self.engine}
+        engines |= {role: engine for role, engine in self.auxiliary.items() if role != "judge"}
         judge = self.auxiliary.get("judge")
         return build_scheduler(settings, settings.search, self.model, self.codec, engines, self.rewards, judge)
 

@@ -153,6 +153,11 @@ class Tree:
     counts: Mapping[str, int]
 
     @property
+    def failed_values(self) -> int:
+        """Number of nodes whose value was asked for and failed."""
+        return self.counts.get("value_error", 0) + self.counts.get("value_timeout", 0)
+
+    @property
     def proposer(self) -> Role:
         """Role that proposed the nodes of the tree."""
         return "model" if "model" in self.tokenizers else "policy"

@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 # Files and folders whose tests load torch or transformers, start processes, or take long. `make test-fast` leaves
 # them out.
 HEAVY = {
+    "actors/search/test_scheduled_values.py",
     "actors/search/test_scheduler.py",
     "actors/test_engine.py",
     "actors/test_engine_build.py",

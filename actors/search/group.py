@@ -69,6 +69,8 @@ def search_metrics(tree: Tree) -> Mapping[str, float]:
         "duplicates": sum(node.samples - 1 for node in nodes),
         "backtracks": sum(node.backtrack for node in nodes),
         "verifier_errors": len(list(_failed_verifications(tree))),
+        "values": tree.counts.get("values", 0),
+        "value_errors": tree.failed_values,
     }
     return {name: float(value) for name, value in figures.items()}
 

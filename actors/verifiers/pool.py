@@ -23,8 +23,8 @@ from rlsys.errors import EngineError
 from rlsys.types import Outcome, Verdict
 
 Item = tuple[str, str] | tuple[str, str, bool] | tuple[Mapping[str, str]]
-"""Arguments of `Task.verify`: answer, completion and, if given, whether the completion is finished. A mapping holds those
-of `Task.check_steps` by name."""
+"""Arguments of `Task.verify`: answer, completion and, if given, whether the completion is finished. A mapping has
+those of `Task.check_steps` by name."""
 
 OnVerdicts = Callable[[Sequence[tuple[int, Verdict]]], None]
 OnPartVerdicts = Callable[[int, Sequence[Verdict]], None]  # gets the number of earlier verdicts and the new verdicts

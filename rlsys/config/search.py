@@ -199,7 +199,7 @@ class ExtractConfig(Section):
     """Whether to write the table step_values, with every node and its whole chain before it: by far the largest."""
     step_value: Literal["mean", "estimate"] = "mean"
     """Value of a node in step_values and step_preferences. `mean`: the mean reward of its chains; `estimate`: that of
-    search.value, for all nodes that have one, whatever step_min_visits says."""
+    search.value, for all nodes that have one, each with one visit, whatever step_min_visits says."""
     step_preferences: bool = True
     """Whether to extract step preferences: pairs of sibling nodes whose values differ."""
     step_min_visits: int = Field(default=4, ge=1)

@@ -78,11 +78,12 @@ class FailureLimit:
 
 
 def _verifications(group: TrajectoryGroup) -> tuple[int, int, list[str]]:
-    """Return failed verifications, all verifications, and the reasons of the failures."""
+    """Return failed verifications, all verifications, and the reasons of the failures. Values of nodes are included."""
     if group.searched:
-        failed, scored = int(group.metrics["verifier_errors"]), int(group.metrics["scored"])
+        failed = int(group.metrics["verifier_errors"] + group.metrics["value_errors"])
+        total = int(group.metrics["verifier_errors"] + group.metrics["scored"] + group.metrics["values"])
         detail = f"in the tree of prompt {group.prompt.prompt_id}, see the log of its actor"
-        return failed, failed + scored, [detail] if failed else []
+        return failed, total, [detail] if failed else []
     details = [trajectory.detail for trajectory in group.trajectories if not trajectory.judged]
     return len(details), len(group.trajectories), details
 

@@ -20,6 +20,8 @@ SUMMED = (
     "duplicates",
     "backtracks",
     "verifier_errors",
+    "values",
+    "value_errors",
 )
 
 

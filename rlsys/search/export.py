@@ -128,7 +128,7 @@ class _Extraction:
         config = self._source.config.extract
         for better, worse in extract.preferred_steps(tree, config, codec):
             self._files["step_preferences"].add(_step_preference_row(tree, prompt, better, worse))
-        for step in extract.step_values(tree, codec) if config.step_values else ():
+        for step in extract.step_values(tree, codec, config.step_value) if config.step_values else ():
             self._files["step_values"].add(_step_value_row(tree, prompt, step))
 
     def _add_supervised(self, tree: Tree, prompt: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -26,6 +26,7 @@ from rlsys.types import BoolArray, Demonstration, Int32Array, Preference, StepPr
 ROUNDING = 1e-9
 """Tolerance for differences of values, which are quotients: 0.5 - 0.4 counts as a difference of 0.1."""
 
+StepValueRule = Literal["mean", "estimate"]
 Rule = Literal["highest_value", "longest", "median", "shortest", "none"]
 
 
@@ -66,7 +67,7 @@ class Chain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepValue:
-    """A thought node with its value in the search.
+    """A thought node with its value in the search, or with its estimate.
 
     Attributes:
         prefix: Text of the chain before the node.
@@ -196,7 +197,8 @@ def preferred_steps(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tup
     """Return the best and the worst node of each set of siblings as a pair.
 
     Children that backtrack are siblings of each other only, because they follow a hint of the verifier. A child takes
-    part if a model wrote some of it and it has at least `extract.step_min_visits` visits. Best and worst are determined
+    part if a model wrote some of it and it has at least `extract.step_min_visits` visits, or an estimate where
+    `extract.step_value` asks for it. Best and worst are determined
     by value, then by more visits, then by smaller token ids, then by fewer forced tokens. The values of a pair differ
     by at least `extract.step_min_gap`, and its texts differ. The pairs are ordered by the token ids of the prefix, the
     better node and the worse node.
@@ -204,8 +206,9 @@ def preferred_steps(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tup
     if not config.step_preferences:
         return []
     siblings = defaultdict(list)
-    for number, step in _steps(tree, codec).items():
-        if tree.nodes[number].generated and step.visits >= config.step_min_visits:
+    least = config.step_min_visits if config.step_value == "mean" else 1
+    for number, step in _steps(tree, codec, _records(tree, config.step_value)).items():
+        if tree.nodes[number].generated and step.visits >= least:
             siblings[tree.nodes[number].parent, tree.nodes[number].backtrack].append(step)
     pairs = []
     for steps in siblings.values():
@@ -248,14 +251,14 @@ def unhinted(tree: Tree) -> list[tuple[int, float]]:
     return [(node.visits - visits, node.total - total) for node, (visits, total) in pairs]
 
 
-def step_values(tree: Tree, codec: Codec) -> list[StepValue]:
-    """Return all nodes with visits (see `unhinted`), ordered by token ids.
+def step_values(tree: Tree, codec: Codec, value: StepValueRule = "mean") -> list[StepValue]:
+    """Return all nodes with a value (see `_records`), ordered by token ids.
 
     Nodes with equal tokens, text and type become one, with the mean value over all visits. A token counts as generated
     if a model generated it in at least one of them.
     """
-    pools, records = defaultdict(list), unhinted(tree)
-    for number, step in _steps(tree, codec).items():
+    pools, records = defaultdict(list), _records(tree, value)
+    for number, step in _steps(tree, codec, records).items():
         pools[_place(step)].append((step, records[number][1]))
     merged = []
     for _, pool in sorted(pools.items()):
@@ -327,10 +330,19 @@ def _with_end(token_ids: Int32Array, codec: Codec) -> Int32Array:
     return np.append(token_ids, np.int32(codec.end_token_id))
 
 
-def _steps(tree: Tree, codec: Codec) -> dict[int, StepValue]:
-    """Return all nodes with visits (see `unhinted`) by number."""
+def _records(tree: Tree, value: StepValueRule) -> list[tuple[int, float]]:
+    """Return visits and sum of values of every node.
+
+    mean: see `unhinted`. estimate: an estimate counts as the only visit; nodes without one have no visit.
+    """
+    if value == "mean":
+        return unhinted(tree)
+    return [(0, 0.0) if node.estimate is None else (1, node.estimate) for node in tree.nodes]
+
+
+def _steps(tree: Tree, codec: Codec, records: Sequence[tuple[int, float]]) -> dict[int, StepValue]:
+    """Return all nodes with visits by number."""
     steps: dict[int, StepValue] = {}
-    records = unhinted(tree)
     # A child has a larger number than its parent, so this order encodes every path only once, from its last node.
     for number in range(len(tree.nodes) - 1, 0, -1):
         if records[number][0] and number not in steps:

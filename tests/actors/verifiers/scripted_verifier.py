@@ -29,6 +29,16 @@ def build_for_chains() -> Callable[[str, str], Any]:
     return judge_chain
 
 
+def build_for_steps() -> Callable[[dict[str, str]], Any]:
+    """Return a check of steps that hangs on the chain "hang"."""
+
+    def check(given: dict[str, str]) -> Verdict:
+        time.sleep(60 if given["completion"] == "hang" else 0)
+        return _verdict(1.0)
+
+    return check
+
+
 def build_with_helper() -> Callable[[str, str], Any]:
     """Return a verifier that starts a helper process once and uses it for every verification."""
     helper = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

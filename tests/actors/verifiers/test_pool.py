@@ -16,6 +16,7 @@ import pytest
 
 from actors.verifiers import process as processes
 from actors.verifiers.pool import RewardPool
+from actors.verifiers.steps import wrong_node
 from rlsys.config.schema import RewardsConfig
 from rlsys.config.tasks import DatasetConfig, LetterCountConfig
 from rlsys.errors import EngineError
@@ -246,6 +247,7 @@ def test_a_timeout_also_kills_processes_that_the_verifier_started(tmp_path):
 PARENT = """
 import asyncio, sys
 from actors.verifiers.pool import RewardPool
+from actors.verifiers.steps import wrong_node
 from rlsys.config.schema import RewardsConfig
 from rlsys.config.tasks import LetterCountConfig
 pool = RewardPool(LetterCountConfig(), 0, RewardsConfig(timeout_s=600), verifier="scripted_verifier:build")
@@ -321,6 +323,39 @@ def test_512_trivial_verdicts_of_the_real_task_are_cheap():
     assert [verdict.reward for verdict in verdicts] == [float(index % 4 == 3) for index in range(512)]
     # 0.01 to 0.03 s on a free core. The bound allows for a busy machine, but not for one process per verdict.
     assert seconds < 5.0
+
+
+def test_steps_are_checked_between_verdicts():
+    """The chain counts a in aab: the second count is wrong. The question of the third item has an unknown form."""
+    right, wrong = "<thinking>a1a2b2</thinking>", "<thinking>a1a1b2</thinking>"
+
+    async def run():
+        pool = RewardPool(LetterCountConfig(), 0, RewardsConfig(workers=1))
+        try:
+            chains = [("count a in aab", right), ("count a in aab", f"{wrong}<answer>2</answer>"), ("2 + 2", right)]
+            steps = await pool.check_steps(chains)
+            return steps, await pool.verify([("2", f"{right}<answer>2</answer>")]), pool.verdicts
+        finally:
+            await pool.close()
+
+    steps, [verdict], count = asyncio.run(run())
+    assert [(step.outcome, step.answered, wrong_node(step)) for step in steps] == [
+        ("ok", True, None),
+        ("wrong", True, 0),
+        ("ok", False, None),
+    ]
+    assert (verdict.outcome, verdict.reward, count) == ("ok", 1.0, 4)
+
+
+def test_a_check_of_steps_that_hangs_fails_alone():
+    async def run():
+        pool = RewardPool(LetterCountConfig(), 0, SETTINGS, verifier="scripted_verifier:build_for_steps")
+        try:
+            return await pool.check_steps([("q", "fine"), ("q", "hang"), ("q", "fine")])
+        finally:
+            await pool.close()
+
+    assert [verdict.outcome for verdict in asyncio.run(run())] == ["ok", "timeout", "ok"]
 
 
 def test_worker_of_a_data_set_task_does_not_read_the_data():

@@ -254,6 +254,9 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
         ),
     ],
     "patterns_are_searchable": [(["search.patterns=[z]"], "search.patterns: unknown table 'z'")],
+    "steps_can_be_checked": [
+        (["search.value={type: steps}", "task={type: dataset, path: x}"], "has no rules for steps")
+    ],
 }
 
 ACCEPTED: list[list[str]] = [

@@ -156,8 +156,8 @@ FREE_FIELDS = {
     "weight_sync": "transport bucket_mib timeout_s probe_rows probe_tolerance",
     "checkpoint": "interval keep_last keep_every best_metric best_mode max_failed_saves",
     "evaluation": "prompts samples greedy search_answers interval",
-    "search": "fraction split prompts shard_size model reviewer nodes tables patterns expansion parallel_simulations "
-    "backtracking max_backtracks backtrack_to temperature top_p max_node_tokens max_depth max_failed_trees",
+    "search": "fraction split prompts shard_size model reviewer nodes tables patterns expansion value "
+    "parallel_simulations backtracking max_backtracks backtrack_to temperature top_p max_node_tokens max_depth max_failed_trees",
     **{
         f"search.{writer}": "path count tensor_parallel_size dtype max_model_len max_num_seqs kv_cache_gib "
         "gpu_memory_utilization question_template"
@@ -166,10 +166,12 @@ FREE_FIELDS = {
     "search.nodes.NAME": "tag prefixes writer terminal max_tokens",
     "search.tables.NAME": "children after_wrong",
     "search.selection": "type form exploration length_exponent value_weight entropy_weight depth_weight unit chains",
+    "search.value": "type count prune_below template yes no path tensor_parallel_size dtype max_model_len max_num_seqs "
+    "kv_cache_gib gpu_memory_utilization",
     "search.stop": "simulations tokens answers correct",
     "search.stop.correct.NUMBER": "count after",
     "extract": "supervised chosen max_backtracks pairs pairs_per_tree step_values step_preferences step_min_visits "
-    "step_min_gap",
+    "step_min_gap step_value",
 }
 FREE_WITHOUT_SECTION = {"placement"}
 # Fields that select an alternative of a section. Another alternative has other fields, which are compared.

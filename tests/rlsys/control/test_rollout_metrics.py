@@ -37,7 +37,7 @@ def test_figures_of_trees_by_hand() -> None:
         demonstrations=(SHOWN,),
     )
     second = replace(
-        searched_group(prompt("b"), 5, (0.0,), simulations=4.0, backtracks=3.0, verifier_errors=1.0),
+        searched_group(prompt("b"), 5, (0.0,), simulations=4.0, backtracks=3.0, verifier_errors=1.0, values=7.0),
         step_preferences=(STEP,),
     )
     metrics = rollout_metrics([first, second], version=5)
@@ -54,6 +54,8 @@ def test_figures_of_trees_by_hand() -> None:
         "search/duplicates": 1,
         "search/backtracks": 3,
         "search/verifier_errors": 1,
+        "search/values": 7,
+        "search/value_errors": 0,
         # the thought and three answers, and the thought and one answer: 6 nodes of a token each, of 20 generated
         "search/trained_share": 6 / 20,
         "search/pairs": 2,

@@ -172,6 +172,17 @@ def test_step_preferences_by_hand() -> None:
     assert steps(golden(), step_preferences=False) == []
 
 
+def test_steps_by_estimates_need_no_visits() -> None:
+    """Estimates of three siblings, of which the first was pruned, and no rewards. The fourth one has none."""
+    kinds = ((0.2, "pruned"), (0.5, None), (0.9, None), (None, None))
+    names = zip(("a", "b", "c", "d"), kinds, strict=True)
+    of = tree(*(replace(node(0, name), estimate=value, defect=defect) for name, (value, defect) in names))
+    assert steps(of) == []
+    assert steps(of, step_value="estimate") == [("^q", "c", "a", 0.9, 0.2, 1, 1)]
+    values = extract.step_values(of, CODEC, "estimate")
+    assert [(step.text, step.value, step.visits) for step in values] == [("a", 0.2, 1), ("b", 0.5, 1), ("c", 0.9, 1)]
+
+
 def test_one_pair_a_parent_of_the_best_and_the_worst_by_value_then_visits() -> None:
     several = tree(
         *(node(0, name) for name in "abcd"),

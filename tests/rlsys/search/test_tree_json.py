@@ -129,6 +129,7 @@ def nodes(draw: st.DrawFn, number: int) -> ThoughtNode:
         ),
         scored=draw(st.integers(-1, 99)),
         scored_tokens=draw(counts),
+        estimate=draw(st.none() | finite),
     )
 
 
@@ -202,6 +203,16 @@ def test_the_order_of_a_mapping_has_no_influence() -> None:
 def test_a_number_that_is_not_finite_is_not_written() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         tree_line(small_tree(nodes=(start(), answer_node(logprobs=np.array([0, np.nan, 0], np.float32)))))
+
+
+def test_lines_from_before_estimates_are_read() -> None:
+    assert "estimate" not in tree_line(small_tree())
+    line = changed(node_estimate=0.25)
+    assert line == tree_line(small_tree(nodes=(start(), answer_node(estimate=0.25)))).replace(",", ", ").replace(
+        ":", ": "
+    )
+    read = parse_line(line)
+    assert isinstance(read, Tree) and [node.estimate for node in read.nodes] == [None, 0.25]
 
 
 def test_every_field_is_required() -> None:

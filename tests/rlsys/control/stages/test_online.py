@@ -234,15 +234,16 @@ def test_engines_are_measured_over_the_rollouts_of_a_step_alone(tmp_path: Path) 
 
 
 def test_verifications_of_trees_count_too(tmp_path: Path) -> None:
-    # A sampled group with 2 good ones, and a tree of 2 scored answers and 3 that could not be judged.
-    settings = config(stages=["online"], train={"max_verifier_failures": 0.4}, search={"fraction": 0.5})
+    # A sampled group with 2 good ones, and a tree of 2 scored answers, 1 that could not be judged, and 2 nodes of 10
+    # whose values failed.
+    settings = config(stages=["online"], train={"max_verifier_failures": 0.15}, search={"fraction": 0.5})
     run = Run(tmp_path, settings)
 
     async def search(actor: int, prompt: Any) -> Any:
-        return searched_group(prompt, verifier_errors=3.0)
+        return searched_group(prompt, verifier_errors=1.0, values=10.0, value_errors=2.0)
 
     run.pool.search = search
-    message = r"3 of 7 verifications failed, .* in the tree of prompt train-\d@0, see the log of its actor"
+    message = r"3 of 15 verifications failed, .* in the tree of prompt train-\d@0, see the log of its actor"
     with pytest.raises(TooManyFailuresError, match=message):
         run()
     assert run.only("train") == []
