@@ -6,6 +6,7 @@ Bounds of integers are checked when a tree is read.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -54,6 +55,11 @@ TEXT = "text"
 """Type of a piece of a chain that does not begin with the tag of a known node."""
 
 StopReason = Literal["correct", "simulations", "tokens", "answers", "exhausted"]
+
+
+def answer_text(node_text: str) -> str:
+    """Return the text of an answer without its tags, with single spaces."""
+    return " ".join(node_text.strip().partition(">")[2].rpartition("<")[0].split())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +179,15 @@ class Tree:
     def answers(self) -> list[int]:
         """Return the numbers of the scored terminal nodes in the order in which they were scored."""
         return sorted((n for n, node in enumerate(self.nodes) if node.scored >= 0), key=lambda n: self.nodes[n].scored)
+
+    @property
+    def most_frequent(self) -> int | None:
+        """Number of a node with the answer that was drawn most often, the first of equal ones; None without answers."""
+        draws = Counter[str]()
+        for number in self.answers():
+            draws[answer_text(self.nodes[number].text)] += self.nodes[number].samples
+        best = max(draws, key=draws.__getitem__, default="")
+        return next((n for n in self.answers() if answer_text(self.nodes[n].text) == best), None)
 
     def completion(self, number: int) -> str:
         """Return the text of the chain that ends at a node."""

@@ -127,7 +127,7 @@ def _valuer(
 
 
 def _section(search: SearchConfig, role: Role) -> SearchModelConfig | None:
-    """Return the config section of a role that writes nodes; None for the policy, and for roles that do not write."""
+    """Return the config section of a role that writes nodes; None for the policy."""
     return {"model": search.model, "reviewer": search.reviewer}.get(role)
 
 

@@ -36,19 +36,19 @@ class Growth:
         self._proposer = proposer
 
     def read(self, job: Job, completions: Sequence[Completion]) -> None:
-        """Read the nodes of a job into its `lines`, and in its `asked` those that must wait for values."""
+        """Read the nodes of a job into its `lines`, and in its `unvalued` those that must wait for values."""
         if job.kind == "chain":
             pairs = zip(job.plan.calls, completions, strict=True)
             job.lines = [[*self._reader.read_chain(job.node, *pair)] for pair in pairs]
         else:
             new = [*job.plan.fixed, *map(self._reader.read_node, job.plan.calls, completions)]
             job.lines = [[ChainPiece(node)] for node in new]
-        job.asked = self._valuation.ask(job.node, job.lines) if self._valuation else []
+        job.unvalued = self._valuation.ask(job.node, job.lines) if self._valuation else []
 
     def value(self, job: Job, values: Values) -> None:
         """Give the nodes of a job their values."""
         assert self._valuation is not None  # noqa: S101 - it has asked
-        self._valuation.apply(job.asked, values)
+        self._valuation.apply(job.unvalued, values)
 
     def add_children(self, job: Job) -> None:
         """Add children. The reward of one that ends its chain is known without a simulation."""
@@ -60,7 +60,7 @@ class Growth:
                 self._tree.back_up(child, 0.0)
 
     def add_chain(self, job: Job, simulation: Simulation) -> str | None:
-        """Add the nodes of a chain and enter them; return the type of the node that the reviewer must write next."""
+        """Add the nodes of a chain and enter them; return the type of the node that the reviewer must write."""
         pieces = [piece for line in job.lines for piece in line]
         return add_chain(self._tree, simulation, pieces, self._places, redrawn=job.plan.redraws)
 

@@ -13,7 +13,7 @@ from actors.search.reading import Line
 from actors.search.requests import Ask, Judge, Request, Value, Values
 from actors.search.simulations import Simulation
 from actors.search.tree import Node
-from actors.search.values.valuation import Asked
+from actors.search.values.valuation import Unvalued
 from rlsys.types import Verdict
 
 Answer = Sequence[Completion] | Verdict | Values
@@ -27,7 +27,7 @@ class Job:
         simulations: Simulations that wait for it. Only "children" jobs have more than one.
         number: Number of its request; -1 if it needs no request.
         lines: The nodes that its completions have brought, which wait for their values.
-        asked: Those of them that were asked for.
+        unvalued: Those of them whose values are open.
     """
 
     kind: Literal["children", "single", "chain", "verdict"]
@@ -36,7 +36,7 @@ class Job:
     plan: Plan = field(default_factory=Plan)
     number: int = -1
     lines: list[Line] = field(default_factory=list)
-    asked: list[Asked] = field(default_factory=list)
+    unvalued: list[Unvalued] = field(default_factory=list)
 
 
 class JobQueue:
@@ -68,7 +68,7 @@ class JobQueue:
         """Queue the request for the values of the nodes that a job has brought."""
         self._number(job)
         self._judgements.append(job)
-        self._requests.append(Value(job.number, tuple(each.thoughts for each in job.asked)))
+        self._requests.append(Value(job.number, tuple(each.thoughts for each in job.unvalued)))
 
     def _number(self, job: Job) -> None:
         job.number = self._next_number

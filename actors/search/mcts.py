@@ -238,11 +238,11 @@ class TreeSearch:
     def _read(self, job: Job, completions: Sequence[Completion]) -> bool:
         """Read the nodes of completions, and return False if they must wait for their values."""
         self._growth.read(job, completions)
-        if job.asked:
+        if job.unvalued:
             self._queue.add_values(job)
-            self._calls += sum(len(calls) for each in job.asked for calls in each.thoughts.rollouts)
+            self._calls += sum(len(calls) for each in job.unvalued for calls in each.thoughts.rollouts)
             self._tree.refresh(job.node)
-        return not job.asked
+        return not job.unvalued
 
     def _add(self, job: Job) -> None:
         """Add the nodes that a job has brought, and continue its simulations."""

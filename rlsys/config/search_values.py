@@ -22,7 +22,7 @@ class RolloutsValueConfig(Section):
     type: Literal["rollouts"]
     count: int = Field(default=4, ge=1)
     """Number of chains that are drawn from each new node and judged. The estimate is their mean reward."""
-    prune_below: float | None = None
+    prune_below: float | None = Field(default=None, ge=-1, le=1)
     """Nodes with an estimate below this are ended: nothing is drawn after them. null: none."""
 
 

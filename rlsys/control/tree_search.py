@@ -168,9 +168,9 @@ class Search:
         verdicts = [node.verdict for node in tree.nodes if node.verdict is not None]
         failed = [f"{tree.prompt_id}: {v.detail}" for v in verdicts if v.outcome in ("error", "timeout")]
         self._failed_verdicts.count(failed=len(failed), total=len(verdicts), details=failed)
-        values, asked = tree.failed_values, tree.counts.get("values", 0)
-        detail = f"{tree.prompt_id}: values of {values} nodes failed, see the log of its actor"
-        self._failed_verdicts.count(failed=values, total=asked, details=[detail] if values else [])
+        lost, values = tree.failed_values, tree.counts.get("values", 0)
+        detail = f"{tree.prompt_id}: values of {lost} nodes failed, see the log of its actor"
+        self._failed_verdicts.count(failed=lost, total=values, details=[detail] if lost else [])
 
 
 def check_answers(config: Config, figures: TreeFigures) -> list[str]:

@@ -162,9 +162,7 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
     elif engines.keys() - {"teacher"}:
         plans.append(plan_resources(search_config, models, searcher, learner=False))
     if searches or (purpose == "check" and describes_a_search(config)):
-        readers: dict[Role, ModelFolder] = {
-            role: model for role, model in models.items() if role not in ("teacher", "judge")
-        }
+        readers: dict[Role, ModelFolder] = {r: model for r, model in models.items() if r not in ("teacher", "judge")}
         check_tags(config.search, readers)  # also of the policy, which is trained on the data
     inputs = Inputs(config, policy, training=trains)
     grows_trees = trains and not all(plan.trains for plan in stage_plans(config))

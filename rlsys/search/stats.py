@@ -21,6 +21,7 @@ class TreeFigures:
     Attributes:
         failed: Number of failed trees.
         solved: Whether a tree has a correct answer, by the number of its prompt.
+        agreed: Number of trees whose most frequent answer is correct.
         stops: Number of trees by reason of their end.
         counts: Sums of `Tree.counts`.
         whole: Number of nodes without a defect, by type.
@@ -29,6 +30,7 @@ class TreeFigures:
 
     failed: int = 0
     solved: dict[int, bool] = field(default_factory=dict)
+    agreed: int = 0
     scored: int = 0
     correct: int = 0
     simulations: int = 0
@@ -44,6 +46,7 @@ class TreeFigures:
             self.failed += 1
             return
         self.solved[number] = tree.solved
+        self.agreed += (best := tree.most_frequent) is not None and tree.nodes[best].correct
         self.scored += len(tree.answers())
         self.correct += sum(node.correct for node in tree.nodes)
         self.simulations += tree.simulations
@@ -75,6 +78,7 @@ class TreeFigures:
             "trees": trees,
             "failed": self.failed,
             "solved": asdict(mean_over_prompts(solved)) if trees else None,
+            "most_frequent_answer_correct": _ratio(self.agreed, trees),
             "scored_answers": self.scored,
             "distinct_correct_per_tree": _ratio(self.correct, trees),
             "simulations": self.simulations,
@@ -134,6 +138,7 @@ def figure_rows(trees: dict[str, Any], engines: dict[str, Any] | None) -> list[t
     rows = {
         "failed": f"{trees['failed']}",
         "solved": "-" if solved is None else "{mean:.3f} (95 % {low:.3f} to {high:.3f})".format(**solved),
+        "most frequent answer correct": _shown(trees["most_frequent_answer_correct"], ".3f"),
         "scored answers": f"{trees['scored_answers']:,}",
         "distinct correct per tree": _shown(trees["distinct_correct_per_tree"], ".2f"),
         "simulations": f"{trees['simulations']:,}",

@@ -10,6 +10,7 @@ from collections import Counter
 
 from actors.search.tree import GrowingTree, Node
 from rlsys.config.search_values import AgreementValueConfig, ValueConfig
+from rlsys.trees import answer_text
 
 
 class Agreement:
@@ -28,12 +29,12 @@ class Agreement:
         self._ends[answer] += 1
         draws = Counter[str]()
         for node in self._ends:
-            draws[answer_text(node)] += node.samples
+            draws[answer_text(node.text)] += node.samples
         for node in self._tree.nodes:
             node.total = 0.0
             self._tree.changed[node] = None
         for node, ends in self._ends.items():
-            reward = ends * draws[answer_text(node)] / draws.total()
+            reward = ends * draws[answer_text(node.text)] / draws.total()
             for above in node.upwards():
                 above.total += reward
 
@@ -41,8 +42,3 @@ class Agreement:
 def agreement(tree: GrowingTree, config: ValueConfig | None) -> Agreement | None:
     """Return the agreement of a tree, or None if its verdicts give the rewards."""
     return Agreement(tree) if isinstance(config, AgreementValueConfig) else None
-
-
-def answer_text(node: Node) -> str:
-    """Return the text of an answer without its tags, with single spaces."""
-    return " ".join(node.text.strip().partition(">")[2].rpartition("<")[0].split())

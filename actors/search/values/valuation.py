@@ -19,7 +19,7 @@ from rlsys.trees import Defect
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Unvalued:
     """The nodes of a line that were asked for.
 
     Attributes:
@@ -47,14 +47,14 @@ class Valuation:
         self._tree, self._expander = tree, expander
         self._rollouts, self._least, self._defect = rollouts, least, defect
 
-    def ask(self, node: Node, lines: Sequence[Line]) -> list[Asked]:
+    def ask(self, node: Node, lines: Sequence[Line]) -> list[Unvalued]:
         """Return the new nodes to ask for, and cut every line behind a node that was ended before.
 
         Args:
             node: The node that all lines follow.
             lines: They are changed in place.
         """
-        asked: dict[object, Asked] = {}  # equal children of one expansion are one node
+        unvalued: dict[object, Unvalued] = {}  # equal children of one expansion are one node
         for line in lines:
             above, first = node, 0
             while first < len(line) and (same := above.children_by_ids.get(line[first].node.key)):
@@ -67,15 +67,15 @@ class Valuation:
                     break
                 new.append(piece.node)
             if new:
-                asked.setdefault((first, new[0].key), Asked(line, first, self._thoughts(above, new)))
-        self._tree.counts["values"] += sum(len(each.thoughts.texts) for each in asked.values())
-        return list(asked.values())
+                unvalued.setdefault((first, new[0].key), Unvalued(line, first, self._thoughts(above, new)))
+        self._tree.counts["values"] += sum(len(each.thoughts.texts) for each in unvalued.values())
+        return list(unvalued.values())
 
-    def apply(self, asked: Sequence[Asked], answer: Values) -> None:
+    def apply(self, unvalued: Sequence[Unvalued], answer: Values) -> None:
         """Give the nodes their values, and cut every line behind the first node whose value is too low."""
         for kind, count in answer.failed.items():
             self._tree.counts[f"value_{kind}"] += count
-        for each, values in zip(asked, answer.values, strict=True):
+        for each, values in zip(unvalued, answer.values, strict=True):
             for number, value in enumerate(values, start=each.first):
                 if value is None:
                     continue

@@ -12,9 +12,8 @@ from tree_samples import children_of
 from actors.search.requests import Value, Values
 from actors.search.selection import value_of
 from actors.search.tree import Node
-from actors.search.values.agreement import answer_text
 from rlsys.config.search import SearchConfig
-from rlsys.trees import Tree
+from rlsys.trees import Tree, answer_text
 
 STEPS = {"type": "steps"}
 JUDGE = {"type": "model", "path": "judge", "prune_below": 0.5}
@@ -160,6 +159,8 @@ def test_draws_of_an_answer_count_in_its_share() -> None:
     [first, second] = tree.answers()
     assert (tree.nodes[first].samples, tree.nodes[first].total) == (2, pytest.approx(2 * 2 / 3))
     assert tree.nodes[second].total == pytest.approx(1 / 3)
+    assert tree.most_frequent == first
+    assert [agreeing(list(answers)).most_frequent for answers in ("01", "011")] == [2, 4]  # the first of equal ones
 
 
 def test_verdicts_are_recorded_and_change_no_reward() -> None:
@@ -169,7 +170,7 @@ def test_verdicts_are_recorded_and_change_no_reward() -> None:
 
 
 def test_the_text_of_an_answer_is_what_its_tags_hold() -> None:
-    assert answer_text(Node(1, None, 1, "answer", text="\n<answer> 1  <b\n2 </answer>")) == "1 <b 2"
+    assert answer_text("\n<answer> 1  <b\n2 </answer>") == "1 <b 2"
 
 
 @pytest.mark.parametrize("fields", [{"backtracking": True}, {"stop": {"correct": [{"count": 1}]}}])

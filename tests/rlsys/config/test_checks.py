@@ -18,6 +18,7 @@ FILE_PAIRS = [*PAIRS, "objective.preference.source=file"]
 DEMONSTRATIONS = ["objective.policy.weight=0", "objective.sft={weight: 1.0, source: demonstrations}"]
 GAE = ["objective.policy.estimator=gae", "objective.value.weight=0.5"]
 TEACHER = ["objective.distill.weight=1", "teacher.model.path=t"]
+STEPS = "search.value={type: steps}"
 TREES = ["objective.sft={weight: 1.0, source: trees}"]
 FALLING = ["objective.policy.final_weight=0"]
 RISING = ["objective.policy={weight: 0, final_weight: 1.0}"]
@@ -254,9 +255,7 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
         ),
     ],
     "patterns_are_searchable": [(["search.patterns=[z]"], "search.patterns: unknown table 'z'")],
-    "steps_can_be_checked": [
-        (["search.value={type: steps}", "task={type: dataset, path: x}"], "has no rules for steps")
-    ],
+    "steps_can_be_checked": [([STEPS, "task={type: dataset, path: x}"], "type dataset has no rules for steps")],
 }
 
 ACCEPTED: list[list[str]] = [

@@ -157,7 +157,8 @@ FREE_FIELDS = {
     "checkpoint": "interval keep_last keep_every best_metric best_mode max_failed_saves",
     "evaluation": "prompts samples greedy search_answers interval",
     "search": "fraction split prompts shard_size model reviewer nodes tables patterns expansion value "
-    "parallel_simulations backtracking max_backtracks backtrack_to temperature top_p max_node_tokens max_depth max_failed_trees",
+    "parallel_simulations backtracking max_backtracks backtrack_to temperature top_p max_node_tokens max_depth "
+    "max_failed_trees",
     **{
         f"search.{writer}": "path count tensor_parallel_size dtype max_model_len max_num_seqs kv_cache_gib "
         "gpu_memory_utilization question_template"
