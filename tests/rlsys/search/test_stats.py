@@ -68,6 +68,7 @@ def test_figures_of_trees_by_hand() -> None:
     assert report == {
         "trees": 2,
         "failed": 1,
+        "most_frequent_answer_correct": 0.5,  # all answers have one text, and the first one of the first tree is right
         "scored_answers": 4,
         "distinct_correct_per_tree": 1.0,
         "simulations": 8,
