@@ -20,6 +20,7 @@ from rlsys.errors import ConfigError
 from rlsys.models.chat import CheckedEncoder
 from rlsys.models.folder import ModelFolder
 from rlsys.search.codec import TagCodec
+from rlsys.tasks import tags
 from rlsys.trees import Role
 
 
@@ -40,9 +41,16 @@ def check_tags(search: SearchConfig, models: Mapping[Role, ModelFolder]) -> None
     """Check that all models can read the tags and prefixes of the search, and that their tokenizers keep the tags.
 
     Raises:
-        ConfigError: A tokenizer changes a tag, or a tag or prefix needs a token that the model does not have.
+        ConfigError: A tokenizer changes a tag, or a tag or prefix needs a token that the model does not have. Or steps
+            are checked, and a tag is unknown to the tasks.
     """
     types = [node_type for pattern in resolve(search).values() for node_type in pattern.types.values()]
+    unknown = next((node_type.tag for node_type in types if node_type.tag not in tags.TAGS), None)
+    if isinstance(search.value, StepsValueConfig) and unknown is not None:
+        raise ConfigError(
+            f"search.value {{type: steps}}: expected the tags that tasks check ({', '.join(tags.TAGS)}), found "
+            f"<{unknown}>; change the tag in search.nodes, or choose another type of value"
+        )
     prefixes = [prefix for node_type in types for prefix in node_type.prefixes]
     for role, model in models.items():
         try:

@@ -14,11 +14,13 @@ import pytest
 from search_world import QUESTION, THINK, completion, prompt, search_model
 
 from actors.engine import CompletionRequest
+from actors.search.build import check_tags
 from actors.search.requests import Call, PlannedCall, Thoughts, Value, Values
 from actors.search.values.judge import JudgeValuer, answer_tokens
 from actors.search.values.rollouts import RolloutValuer
 from actors.search.values.steps import StepValuer
 from actors.verifiers.steps import as_verdict
+from rlsys.config.search import SearchConfig
 from rlsys.config.search_values import ModelValueConfig
 from rlsys.errors import ConfigError, EngineError, RolloutError
 from rlsys.search.codec import Stop
@@ -231,3 +233,15 @@ def test_answers_that_begin_alike_are_refused(yes: str, no: str) -> None:
 def test_a_template_without_a_place_is_refused(template: str) -> None:
     with pytest.raises(ValueError, match="template must contain"):
         judge_config(template=template)
+
+
+def test_steps_need_the_tags_of_the_tasks() -> None:
+    def config(tag: str) -> SearchConfig:
+        nodes = {"plan": {"tag": tag}, "answer": {"tag": "answer", "terminal": True}}
+        tables = {"own": {"children": {"start": {"plan": 1}, "plan": {"answer": 1}}}}
+        fields = {"nodes": nodes, "tables": tables, "patterns": ["own"], "value": {"type": "steps"}}
+        return SearchConfig.model_validate(fields)
+
+    check_tags(config("thinking"), {})
+    with pytest.raises(ConfigError, match=r"found <plan>; change the tag in search\.nodes, or choose"):
+        check_tags(config("plan"), {})
