@@ -54,6 +54,7 @@ ONCE = ["search.backtracking=true", "search.max_backtracks=1"]
 NEVER = ["search.backtracking=false"]
 ARMS: Mapping[str, Sequence[str]] = {
     "surprise, token": [*CHAIN, *NEVER, "search.selection={type: surprise}"],
+    "surprise, token, step check": [*CHAIN, *NEVER, "search.selection={type: surprise}", "search.value={type: steps}"],
     "surprise, node": [*CHAIN, *NEVER, "search.selection={type: surprise, unit: node}"],
     "chain, UCB": [*CHAIN, *NEVER, "search.selection={type: ucb}"],
     "chain, UCB, backtracking once": [*CHAIN, *ONCE, "search.selection={type: ucb}"],

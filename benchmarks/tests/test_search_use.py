@@ -35,7 +35,7 @@ def test_the_arms_differ_in_nothing_but_what_they_are_named_after(search_use: Mo
     names = [
         f"{'surprise' if search.selection.type == 'surprise' else search.expansion}, "
         f"{search.selection.unit if search.selection.type == 'surprise' else search.selection.type.upper()}"
-        f"{', backtracking once' if search.backtracking else ''}"
+        f"{', backtracking once' if search.backtracking else ''}{', step check' if search.value else ''}"
         for search in (config.search for config in configs)
     ]
     assert names == list(search_use.ARMS)
@@ -48,6 +48,7 @@ def test_the_arms_differ_in_nothing_but_what_they_are_named_after(search_use: Mo
         "expansion": "chain",
         "backtracking": True,
         "max_backtracks": 1,
+        "value": None,
         "patterns": ("chain",),
         "selection": configs[0].search.selection,
     }
