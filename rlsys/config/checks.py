@@ -12,6 +12,11 @@ from typing import TYPE_CHECKING
 from rlsys.config.adapter_checks import adapter_has_no_critic, adapter_stays_on_its_device
 from rlsys.config.device_checks import colocated_fit
 from rlsys.config.patterns import resolve
+from rlsys.config.search_checks import (
+    search_samples_like_training,
+    searched_groups_train_by_token,
+    unsolved_prompts_are_told,
+)
 from rlsys.config.search_values import ModelValueConfig, StepsValueConfig
 from rlsys.config.stages import TERMS_OF_STAGE, stage_plan, stage_plans, term_with_pairs
 from rlsys.config.teacher_checks import (
@@ -119,44 +124,11 @@ def sequence_parallel_divides(config: Config) -> None:
         )
 
 
-def search_samples_like_training(config: Config) -> None:
-    """Raise if the policy writes trees under another distribution than the learner assumes."""
-    if not config.search.fraction or config.search.model is not None:
-        return
-    for name in ("temperature", "top_p"):
-        searched, sampled = getattr(config.search, name), getattr(config.sampling, name)
-        if searched not in (None, sampled):
-            raise ValueError(
-                f"search.{name} {searched} differs from sampling.{name} {sampled}, at which the learner trains "
-                f"what the policy writes (search.fraction above 0): leave search.{name} out or make them equal"
-            )
-
-
 def overlong_buffer_fits_completion(config: Config) -> None:
     """Raise if the overlong buffer is longer than a completion."""
     buffer, limit = config.objective.policy.overlong_buffer, config.sampling.max_tokens
     if buffer > limit:
         raise ValueError(f"objective.policy.overlong_buffer {buffer} exceeds sampling.max_tokens {limit}")
-
-
-def searched_groups_train_by_token(config: Config) -> None:
-    """Raise if the policy loss averages over sequences although groups come from trees.
-
-    The rows of a searched group share prefixes, and each row trains only the tokens that earlier rows do not train. So
-    a row is not a whole sequence.
-    """
-    policy = config.objective.policy
-    if not (config.search.fraction and policy.used):
-        return
-    for name, value, expected in (
-        ("policy.aggregation", policy.aggregation, "token_mean"),
-        ("policy.surrogate", policy.surrogate if policy.surrogate == "gspo" else "clip", "clip"),
-        ("kl.in_reward", config.objective.kl.in_reward, False),
-    ):
-        if value != expected:
-            raise ValueError(
-                f"search.fraction {config.search.fraction:g} needs objective.{name} {expected}, found {value}"
-            )
 
 
 @of_stage("online")
@@ -242,7 +214,7 @@ def online_has_pairs(config: Config) -> None:
     if term is None:
         return
     pairs, from_file = config.objective.preference.pairs, config.objective.preference.source == "file"
-    if not from_file and not config.search.fraction:
+    if not from_file and not config.search.online:
         two_runs = ", or train the stage online in a run of its own" if "preference" in config.stages else ""
         raise ValueError(
             f"{term} has no pairs in stage online: set search.fraction above 0, or objective.preference.source to file"
@@ -271,7 +243,7 @@ def preference_file_is_read(config: Config) -> None:
 def sft_has_trees(config: Config) -> None:
     """Raise if the SFT term of the online stage needs chains of trees and gets none."""
     sft = config.objective.sft
-    extracted = config.search.fraction > 0 and config.extract.supervised != "none"
+    extracted = config.search.online and config.extract.supervised != "none"
     if sft.used and sft.source == "trees" and not extracted:
         raise ValueError("objective.sft.source trees needs search.fraction above 0 and extract.supervised")
 
@@ -359,6 +331,7 @@ RULES: tuple[Rule, ...] = (
     search_samples_like_training,
     overlong_buffer_fits_completion,
     searched_groups_train_by_token,
+    unsolved_prompts_are_told,
     ratios_begin_at_one,
     kl_loss_has_a_gradient,
     online_has_a_term,

@@ -112,6 +112,9 @@ class SearchModelConfig(ServedModelConfig):
 class SearchConfig(Section):
     fraction: float = Field(default=0.0, ge=0, le=1)
     """Share of the prompts of each online training step that are searched instead of sampled."""
+    unsolved: bool = False
+    """Whether online training also searches every prompt that no sample solved, in place of another prompt (needs
+    train.dynamic_sampling_rounds)."""
     split: Literal["train", "held_out"] = "train"
     """Split of the problems that `rlsys search` and the stage search grow trees for."""
     prompts: int = Field(default=512, ge=1)
@@ -164,6 +167,11 @@ class SearchConfig(Section):
     Failures are recorded; a larger share is an error."""
     stop: StopConfig = StopConfig()
     """Limits at which the search of a tree ends."""
+
+    @property
+    def online(self) -> bool:
+        """Whether online training searches prompts."""
+        return self.fraction > 0 or self.unsolved
 
     @model_validator(mode="after")
     def _surprise(self) -> SearchConfig:

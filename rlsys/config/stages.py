@@ -204,7 +204,7 @@ def _online(config: Config) -> StagePlan:
         keeps_reference=(objective.policy.used and objective.kl.used)
         or (objective.preference.used and objective.preference.source == "search"),
         scores_pairs=bool(pairs) and objective.preference.used,
-        asks_for_trees=config.search.fraction > 0,
+        asks_for_trees=config.search.online,
     )
 
 

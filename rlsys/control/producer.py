@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
+from rlsys.config.search import SearchConfig
 from rlsys.control.budgets import FailureLimit
 from rlsys.control.buffer import Buffer
 from rlsys.control.dispatch import Rollout, roll_out
@@ -27,6 +29,13 @@ def is_searched(index: int, fraction: float) -> bool:
     return math.floor((index + 1) * fraction) > math.floor(index * fraction)
 
 
+def is_unsolved(rollout: Rollout) -> bool:
+    """Return whether a rollout is a sampled group without a rewarded completion."""
+    if isinstance(rollout, RolloutFailure) or rollout.searched:
+        return False
+    return not any(trajectory.judged and trajectory.reward > 0 for trajectory in rollout.trajectories)
+
+
 class Producer:
     """Producer of groups: issues prompts into the free slots of the buffer as soon as there are any.
 
@@ -34,11 +43,14 @@ class Producer:
     get the next prompts of the stream, in order of issue. In the first `filtering.rounds` rounds that have any, groups
     without a learning signal are replaced too; after those rounds they are trained. With train.max_staleness 0 a wave
     is a training step, so the replacements do not depend on timing. With more staleness, waves overlap and the wave
-    that ends first takes the next prompt. A resumed run issues the prompts in flight as a new wave with all its rounds.
+    that ends first takes the next prompt. With `search.unsolved`, a prompt that no sample solved keeps its slot and is
+    searched in the next round, instead of being replaced. A resumed run issues the prompts in flight as a new wave with
+    all its rounds.
 
     Args:
         failures: counts all rollouts of the run, and ends the run if too many fail.
-        search_fraction: share of the prompts that are searched instead of sampled.
+        search: decides which prompts are searched instead of sampled, and whether an unsolved prompt is searched
+            instead of being replaced.
         filtering: decides which groups are replaced, and counts them.
     """
 
@@ -49,7 +61,7 @@ class Producer:
         buffer: Buffer,
         settings: SamplingSettings,
         failures: FailureLimit,
-        search_fraction: float,
+        search: SearchConfig,
         filtering: GroupFilter,
     ) -> None:
         self._pool = pool
@@ -57,7 +69,7 @@ class Producer:
         self._buffer = buffer
         self._settings = settings
         self._failures = failures
-        self._search_fraction = search_fraction
+        self._search = search
         self._filtering = filtering
 
     async def run(self) -> None:
@@ -72,17 +84,21 @@ class Producer:
 
     async def _fill(self, issued: Sequence[IssuedPrompt]) -> None:
         """Fill the slots of a wave, in as many rounds of replacements as it takes."""
-        rounds = self._filtering.rounds
+        rounds, unsolved = self._filtering.rounds, frozenset[int]()
         while issued:
-            unused = await self._roll_out(issued, filtered=rounds > 0)
+            unused = await self._roll_out(issued, unsolved, filtered=rounds > 0)
+            unsolved = frozenset(index for index in unused if self._search.unsolved and is_unsolved(unused[index]))
             # Failures are counted after the good rollouts, so that their share does not depend on timing in the wave.
-            issued = [self._replace(index, unused[index]) for index, _ in issued if index in unused]
+            issued = [self._next(each, unused[each[0]], unsolved) for each in issued if each[0] in unused]
             rounds -= any(isinstance(rollout, TrajectoryGroup) for rollout in unused.values())
 
-    async def _roll_out(self, issued: Sequence[IssuedPrompt], *, filtered: bool) -> dict[int, Rollout]:
+    async def _roll_out(
+        self, issued: Sequence[IssuedPrompt], unsolved: AbstractSet[int], *, filtered: bool
+    ) -> dict[int, Rollout]:
         """Roll out prompts into their slots and return the rollouts to replace, by stream index.
 
         Args:
+            unsolved: indices of prompts that no sample solved, and that are searched now.
             filtered: whether groups without a learning signal are replaced.
         """
         unused: dict[int, Rollout] = {}
@@ -98,16 +114,20 @@ class Producer:
             else:
                 await self._buffer.finish(index, rollout)
 
-        searched = [is_searched(index, self._search_fraction) for index, _ in issued]
+        searched = [index in unsolved or is_searched(index, self._search.fraction) for index, _ in issued]
         await roll_out(self._pool, [prompt for _, prompt in issued], searched, self._settings, deliver)
         return unused
 
-    def _replace(self, index: int, unused: Rollout) -> IssuedPrompt:
+    def _next(self, issued: IssuedPrompt, unused: Rollout, unsolved: AbstractSet[int]) -> IssuedPrompt:
+        """Count an unused rollout, and return the prompt for its slot: the same one if it is searched now."""
+        index = issued[0]
         if isinstance(unused, RolloutFailure):
             self._filtering.add_failure(unused)
             self._failures.add(failed=1, total=1, details=[unused.reason])
         else:
             self._filtering.add(unused)
+        if index in unsolved:
+            return issued
         replacement = self._stream.take()
         self._buffer.replace(index, replacement[0])
         return replacement

@@ -41,6 +41,7 @@ DECIDING = (
 # Fields of `search` that do not change the content of a tree. Paths of models are compared by digest.
 FREE = (
     "search.fraction",
+    "search.unsolved",
     "search.prompts",
     "search.max_failed_trees",
     *(f"search.{name}.{key}" for name in ("model", "reviewer", "value") for key in ("path", "max_num_seqs")),

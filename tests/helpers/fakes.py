@@ -139,6 +139,7 @@ class FakePool:
         self.error: BaseException | None = None
         self.hold: asyncio.Event | None = None
         self.answer: dict[int, list[Float32Array]] = {}
+        self.unsolved: set[str] = set()  # ids of prompts whose samples are all wrong
 
     async def generate(
         self, actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
@@ -149,7 +150,7 @@ class FakePool:
         return [
             RolloutFailure(prompt=p, reason="scripted")
             if p.prompt_id in self.failing
-            else group(p, version, [1.0, 0.0, 0.0, 0.0][: settings.samples])
+            else group(p, version, [float(p.prompt_id not in self.unsolved), 0.0, 0.0, 0.0][: settings.samples])
             for p in prompts
         ]
 

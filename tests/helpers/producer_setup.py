@@ -8,6 +8,7 @@ from typing import Any
 
 from fakes import SAMPLING, FakePool, NumberTask
 
+from rlsys.config.search import SearchConfig
 from rlsys.control.budgets import FailureLimit, verifier_limit
 from rlsys.control.buffer import Buffer
 from rlsys.control.dynamic_sampling import GroupFilter
@@ -33,6 +34,7 @@ class Setup:
         failed: int = 0,
         finished: int = 0,
         fraction: float = 0.0,
+        unsolved: bool = False,
         rounds: int = 0,
         level: Sequence[str] = (),
         max_verifier_failures: float = 0.1,
@@ -50,7 +52,8 @@ class Setup:
             rounds=rounds, has_signal=self._has_signal, verifications=verifier_limit(max_verifier_failures)
         )
         self.level = {f"train-{name}" for name in level}
-        self.producer = Producer(self.pool, self.stream, self.buffer, SAMPLING, self.failures, fraction, self.filtering)
+        search = SearchConfig(fraction=fraction, unsolved=unsolved)
+        self.producer = Producer(self.pool, self.stream, self.buffer, SAMPLING, self.failures, search, self.filtering)
 
     def _has_signal(self, group: TrajectoryGroup) -> bool:
         self.asked.append(group.prompt.prompt_id)

@@ -213,7 +213,7 @@ class OnlineStage(TrainingStage):
             self._buffer,
             settings,
             self._rollouts,
-            run.config.search.fraction,
+            run.config.search,
             self._filtering,
         )
         task = asyncio.create_task(producer.run())

@@ -156,7 +156,7 @@ FREE_FIELDS = {
     "weight_sync": "transport bucket_mib timeout_s probe_rows probe_tolerance",
     "checkpoint": "interval keep_last keep_every best_metric best_mode max_failed_saves",
     "evaluation": "prompts samples greedy search_answers interval",
-    "search": "fraction split prompts shard_size model reviewer nodes tables patterns expansion value "
+    "search": "fraction unsolved split prompts shard_size model reviewer nodes tables patterns expansion value "
     "parallel_simulations backtracking max_backtracks backtrack_to temperature top_p max_node_tokens max_depth "
     "max_failed_trees",
     **{

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from fakes import group, prompt, searched_group
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from producer_setup import Setup, dispatches, ids
+
+from rlsys.control.dispatch import Rollout
+from rlsys.control.producer import is_unsolved
+from rlsys.types import RolloutFailure, TrajectoryGroup
 
 
 def test_a_failure_is_counted_and_replaced_by_the_next_prompt_in_its_place() -> None:
@@ -166,3 +171,38 @@ def test_every_issued_prompt_is_consumed_filtered_failed_or_in_flight(
         assert setup.filtering.tokens == setup.filtering.unlogged_tokens == 4 * setup.filtering.groups
 
     setup.during(scenario)
+
+
+def test_an_unsolved_prompt_is_searched_in_its_place_and_others_are_replaced() -> None:
+    # No sample solves 0 and 1; those of 2 are all right. The tree of 0 has a signal, that of 1 has none.
+    setup = Setup(actors=2, groups_per_step=4, rounds=2, unsolved=True)
+    setup.pool.unsolved = {"train-0", "train-1"}
+    seen: list[str] = []
+
+    def has_signal(group: TrajectoryGroup) -> bool:
+        seen.append(f"{group.prompt.prompt_id.removeprefix('train-')}{' searched' if group.searched else ''}")
+        return seen[-1] in ("0 searched", "3", "4", "5")
+
+    setup.filtering.has_signal = has_signal
+
+    async def scenario() -> None:
+        assert ids(await setup.buffer.take()) == ["0", "5", "4", "3"]
+        assert {call[2] for call in setup.calls if call[0] == "search"} == {("train-0",), ("train-1",)}
+        assert sorted(seen) == ["0", "0 searched", "1", "1 searched", "2", "3", "4"]
+        assert setup.filtering.groups == 4  # the samples of 0, 1 and 2, and the tree of 1
+
+    setup.during(scenario)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "expected"),
+    [
+        (group(prompt("a"), 0, [0.0, 0.0]), True),
+        (group(prompt("a"), 0, [0.0, 1.0]), False),
+        (group(prompt("a"), 0, [0.0, -1.0]), True),
+        (searched_group(prompt("a"), rewards=(0.0, 0.0)), False),
+        (RolloutFailure(prompt=prompt("a"), reason="lost"), False),
+    ],
+)
+def test_a_prompt_is_unsolved_if_no_sample_was_rewarded(rollout: Rollout, expected: bool) -> None:
+    assert is_unsolved(rollout) is expected

@@ -1,0 +1,48 @@
+"""Check the rules of search within online training (search.fraction, search.unsolved)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlsys.config.schema import Config
+
+
+def search_samples_like_training(config: Config) -> None:
+    """Raise if the policy writes trees under another distribution than the learner assumes."""
+    if not config.search.online or config.search.model is not None:
+        return
+    for name in ("temperature", "top_p"):
+        searched, sampled = getattr(config.search, name), getattr(config.sampling, name)
+        if searched not in (None, sampled):
+            raise ValueError(
+                f"search.{name} {searched} differs from sampling.{name} {sampled}, at which the learner trains "
+                f"what the policy writes (search.fraction above 0): leave search.{name} out or make them equal"
+            )
+
+
+def searched_groups_train_by_token(config: Config) -> None:
+    """Raise if the policy loss averages over sequences although groups come from trees.
+
+    The rows of a searched group share prefixes, and each row trains only the tokens that earlier rows do not train. So
+    a row is not a whole sequence.
+    """
+    policy = config.objective.policy
+    if not (config.search.online and policy.used):
+        return
+    for name, value, expected in (
+        ("policy.aggregation", policy.aggregation, "token_mean"),
+        ("policy.surrogate", policy.surrogate if policy.surrogate == "gspo" else "clip", "clip"),
+        ("kl.in_reward", config.objective.kl.in_reward, False),
+    ):
+        if value != expected:
+            raise ValueError(
+                f"search in stage online (search.fraction, search.unsolved) needs objective.{name} {expected}, found "
+                f"{value}"
+            )
+
+
+def unsolved_prompts_are_told(config: Config) -> None:
+    """Raise if unsolved prompts would never be found."""
+    if config.search.unsolved and not config.train.dynamic_sampling_rounds:
+        raise ValueError("search.unsolved has no effect: it needs train.dynamic_sampling_rounds of at least 1, found 0")
