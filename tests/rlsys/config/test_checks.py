@@ -127,15 +127,15 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
     "searched_groups_train_by_token": [
         (
             ["search.fraction=0.25", "objective.policy.aggregation=sequence_mean"],
-            "search.fraction 0.25 needs objective.policy.aggregation token_mean, found sequence_mean",
+            "search.unsolved) needs objective.policy.aggregation token_mean, found sequence_mean",
         ),
         (
             [*SEARCHED, "objective.policy.surrogate=gspo"],
-            "search in stage online (search.fraction, search.unsolved) needs objective.policy.surrogate clip, found gspo",
+            "search.unsolved) needs objective.policy.surrogate clip, found gspo",
         ),
         (
             [*SEARCHED, "objective.kl={weight: 0.1, in_reward: true}"],
-            "search in stage online (search.fraction, search.unsolved) needs objective.kl.in_reward False, found True",
+            "search.unsolved) needs objective.kl.in_reward False, found True",
         ),
     ],
     "unsolved_prompts_are_told": [
