@@ -27,6 +27,7 @@ from learners.deepspeed.reference import ReferencePolicy
 from learners.deepspeed.rollback import rollback_on_non_finite
 from learners.forward import ForwardPasses
 from learners.samples.build import StepTerms, build_samples, count_dropped_step_pairs
+from learners.samples.masking import ThoughtMask
 from learners.samples.planning import split_updates
 from learners.samples.signal import policy_changes_weights
 from learners.samples.types import PackItem, Sample, lacks_old_logprobs, with_old_logprobs
@@ -255,6 +256,9 @@ class LearnerRank:
             StepTerms(weights=weights, chosen_sft=sft, kl_weight=kl_weight),
             max_tokens=self.settings.max_tokens,
             scorer=self.scorer,
+            thoughts=ThoughtMask(
+                share=self.settings.objective.sft.mask_share, token=self.settings.pad_token_id, seed=seed
+            ),
         )
         split = [split_updates(entries, self.stage.updates_per_step, seed=seed) for entries in by_source]
         updates = [

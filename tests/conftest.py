@@ -51,6 +51,7 @@ HEAVY = {
     "learners/objective/test_trl_parity.py",
     "learners/samples/test_batching.py",
     "learners/samples/test_build.py",
+    "learners/samples/test_masking.py",
     "learners/samples/test_packing.py",
     "learners/samples/test_policy.py",
     "learners/test_attention.py",

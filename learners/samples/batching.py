@@ -150,9 +150,9 @@ def collate(
     """
     samples = [sample for item in items for sample in item.samples]
     if rows is None:
-        packed = [pack([sample.token_ids]) for sample in samples]
+        packed = [pack([sample.inputs]) for sample in samples]
     else:
-        packed = [pack([sample.token_ids for number in row for sample in items[number].samples]) for row in rows]
+        packed = [pack([sample.inputs for number in row for sample in items[number].samples]) for row in rows]
     padded = pad_rows(packed, pad_id)
     trained = [np.flatnonzero(sample.targets) for sample in samples]  # never token 0
     starts = np.cumsum([0, *(len(each) for each in trained)])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rlsys.sequences import common_prefix_length
-from rlsys.types import BoolArray, Demonstration, Float32Array, Int32Array, Preference, StepPreference, TeacherTokens
+from rlsys.types import BoolArray, Float32Array, Int32Array, Preference, StepPreference, TeacherTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +65,8 @@ class Sample:
         sft_weight: weight of each token of `sft_mask` in the loss.
         preference_mask: [T] bool, tokens whose log-probabilities are summed into the score of this side of a pair.
         distill: the tokens that the term distill trains.
+        input_ids: [T] int32, the tokens that the model sees in the place of token_ids, which stay the targets; None for
+            token_ids themselves.
     """
 
     token_ids: Int32Array
@@ -73,6 +75,12 @@ class Sample:
     sft_weight: float = 0.0
     preference_mask: BoolArray | None = None
     distill: DistillTokens | None = None
+    input_ids: Int32Array | None = None
+
+    @property
+    def inputs(self) -> Int32Array:
+        """[T] int32, the tokens that the model sees."""
+        return self.token_ids if self.input_ids is None else self.input_ids
 
     @property
     def length(self) -> int:
@@ -131,11 +139,6 @@ class PackItem:
 def count_targets(mask: BoolArray | None) -> int:
     """Return the number of trained tokens in a mask. The first token has no prediction and never counts."""
     return 0 if mask is None else int(mask[1:].sum())
-
-
-def demonstration_sample(demonstration: Demonstration) -> Sample:
-    """Return the sample of the supervised term for a demonstration."""
-    return Sample(token_ids=demonstration.token_ids, sft_mask=demonstration.loss_mask)
 
 
 def step_pair(preference: StepPreference) -> Preference | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rlsys.config.adapter_checks import adapter_has_no_critic, adapter_stays_on_its_device
+from rlsys.config.data_checks import masked_chains_are_rows
 from rlsys.config.device_checks import colocated_fit
 from rlsys.config.patterns import resolve
 from rlsys.config.stages import TERMS_OF_STAGE, stage_plan, stage_plans, term_with_pairs
@@ -358,6 +359,7 @@ RULES: tuple[Rule, ...] = (
     online_has_pairs,
     preference_file_is_read,
     sft_has_trees,
+    masked_chains_are_rows,
     search_is_not_last,
     offline_stages_have_data,
     search_is_read,

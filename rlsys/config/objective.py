@@ -136,6 +136,10 @@ class SftConfig(Component):
     """Demonstrations in one online training step, for the source demonstrations."""
     mask_prefix_sft: bool = False
     """Do not train the prefix that the chosen side shares with the rejected side."""
+    mask_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the tokens of imitated chains that the model does not see (Masked Thought): the padding token stands in
+    their place, and they are trained all the same. For the stages warm_start and sft, and in the stage online for the
+    sources trees and demonstrations."""
 
 
 class DistillConfig(Component):

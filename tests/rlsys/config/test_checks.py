@@ -217,6 +217,13 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
             "objective.sft.source trees needs search.fraction above 0 and extract.supervised",
         ),
     ],
+    "masked_chains_are_rows": [
+        (["objective.sft.mask_share=0.4", "stages=[online]"], "mask_share has no effect: the sides of pairs are never"),
+        (
+            [*SEARCHED, *PAIRS, "objective.sft={weight: 1, source: chosen, mask_share: 0.4}", "stages=[online]"],
+            "use objective.sft.source trees or demonstrations in the stage online",
+        ),
+    ],
     "search_is_not_last": [(["stages=[online, search]"], "stage search trains nothing: let another follow")],
     "offline_stages_have_data": [
         (["stages=[sft]"], "stage sft has no data: set sft.path, or put the stage search before it"),

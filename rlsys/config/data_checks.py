@@ -1,0 +1,19 @@
+"""Check the rules of the steps that change data: masks of chains, and which nodes of them are trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlsys.config.schema import Config
+
+
+def masked_chains_are_rows(config: Config) -> None:
+    """Raise if chains are to be masked and no stage has supervised rows."""
+    sft = config.objective.sft
+    online = "online" in config.stages and sft.used and sft.source != "chosen"
+    if sft.mask_share and not online and not {"warm_start", "sft"} & set(config.stages):
+        raise ValueError(
+            "objective.sft.mask_share has no effect: the sides of pairs are never masked; add the stage warm_start or "
+            "sft, use objective.sft.source trees or demonstrations in the stage online, or leave mask_share out"
+        )
