@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rlsys.config.patterns import resolve
+
 if TYPE_CHECKING:
     from rlsys.config.schema import Config
 
@@ -17,3 +19,14 @@ def masked_chains_are_rows(config: Config) -> None:
             "objective.sft.mask_share has no effect: the sides of pairs are never masked; add the stage warm_start or "
             "sft, use objective.sft.source trees or demonstrations in the stage online, or leave mask_share out"
         )
+
+
+def extracted_nodes_exist(config: Config) -> None:
+    """Raise if the extraction names a node type that no tree has."""
+    known = sorted({name for pattern in resolve(config.search).values() for name in pattern.types})
+    for field in ("supervised_nodes", "skip"):
+        for name in getattr(config.extract, field):
+            if name not in known:
+                raise ValueError(
+                    f"extract.{field}: unknown node type {name!r}; search.patterns have {', '.join(known)}"
+                )

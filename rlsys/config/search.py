@@ -163,10 +163,23 @@ class SearchConfig(Section):
         return self
 
 
+ChainRule = Literal["highest_value", "longest", "median", "shortest", "by_difficulty", "retrospective", "none"]
+
+
 class ExtractConfig(Section):
-    supervised: Literal["highest_value", "longest", "median", "shortest", "none"] = "longest"
-    """Which correct chain of a tree becomes a supervised row. none: no supervised rows."""
-    chosen: Literal["highest_value", "longest", "median", "shortest", "none"] = "shortest"
+    supervised: ChainRule = "longest"
+    """Which correct chain of a tree becomes a supervised row. by_difficulty: the one whose length is closest to a
+    budget, from the shortest where the tree solves the problem always to the longest where it seldom does;
+    retrospective: the shortest that begins with the first node of the longest. none: no supervised rows."""
+    supervised_nodes: tuple[str, ...] = ()
+    """Types of the nodes that supervised rows train; the others are context. Empty: all nodes."""
+    supervised_rows: Literal["chain", "node"] = "chain"
+    """`chain`: one row for the whole chain; `node`: one row for every node, which trains that node alone after the
+    nodes before it (chunk-wise training)."""
+    skip: tuple[str, ...] = ()
+    """Types of nodes that are left out of the chain of a supervised row, where another correct chain of the tree has
+    none of that type (Skip-Thinking)."""
+    chosen: ChainRule = "shortest"
     """Which correct chain of a tree becomes the chosen side of preference pairs. none: no pairs of chains."""
     max_backtracks: int | None = Field(default=None, ge=0)
     """Maximum number of nodes after a wrong answer in the chains that supervised and chosen select. null: no limit."""

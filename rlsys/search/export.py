@@ -21,6 +21,7 @@ from rlsys.models.folder import ModelFolder
 from rlsys.search import extract
 from rlsys.search.codec import TagCodec
 from rlsys.search.paths import prompt_tokens
+from rlsys.search.supervised import SupervisedRow, supervised_rows
 from rlsys.search.tree_json import read_trees
 from rlsys.tables.schemas import TABLES
 from rlsys.tables.write import TableFiles, whole_or_nothing
@@ -132,10 +133,10 @@ class _Extraction:
             self._files["step_values"].add(_step_value_row(tree, prompt, step))
 
     def _add_supervised(self, tree: Tree, prompt: str) -> None:
-        settings = self._source.config.extract
-        chain = extract.pick_chain(tree, settings.supervised, self._source.codec, settings.max_backtracks)
-        if chain and self._files["supervised"].add(_supervised_row(tree, prompt, chain, self._source.codec)):
-            self._lengths["supervised"].append(chain.length)
+        for row in supervised_rows(tree, self._source.config.extract, self._source.codec):
+            columns = _supervised_row(tree, prompt, row)
+            if self._files["supervised"].add(columns):
+                self._lengths["supervised"].append(columns["length"])
 
     def _add_pairs(self, tree: Tree, prompt: str) -> None:
         config, codec = self._source.config.extract, self._source.codec
@@ -187,18 +188,17 @@ def _why_no_pair(tree: Tree, config: ExtractConfig) -> str:
     return "no_correct" if has_wrong else "no_answer"
 
 
-def _supervised_row(tree: Tree, prompt: str, chain: extract.Chain, codec: TagCodec) -> dict[str, Any]:
-    demonstration = extract.demonstration(tree, chain.number, codec)
+def _supervised_row(tree: Tree, prompt: str, row: SupervisedRow) -> dict[str, Any]:
     return {
-        "prompt": prompt,
-        "completion": chain.text,
+        "prompt": prompt + row.prefix,
+        "completion": row.text,
         "prompt_id": tree.prompt_id,
-        "token_ids": demonstration.token_ids.tolist(),
-        "loss_mask": demonstration.loss_mask.tolist(),
-        "reward": chain.reward,
-        "length": chain.length,
+        "token_ids": row.token_ids.tolist(),
+        "loss_mask": row.loss_mask.tolist(),
+        "reward": row.chain.reward,
+        "length": len(row.token_ids) - row.prompt_length,
         "pattern": tree.pattern,
-        "value": chain.value,
+        "value": row.chain.value,
     }
 
 

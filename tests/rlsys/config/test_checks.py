@@ -261,6 +261,10 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
         ),
     ],
     "patterns_are_searchable": [(["search.patterns=[z]"], "search.patterns: unknown table 'z'")],
+    "extracted_nodes_exist": [
+        (["extract.skip=[doublecheck]"], "extract.skip: unknown node type 'doublecheck'; search.patterns"),
+        (["extract.supervised_nodes=[plan]"], "extract.supervised_nodes: unknown node type 'plan'"),
+    ],
 }
 
 ACCEPTED: list[list[str]] = [

@@ -132,8 +132,8 @@ FREE_FIELDS = {
     "search.selection": "type form exploration length_exponent value_weight entropy_weight depth_weight unit chains",
     "search.stop": "simulations tokens answers correct",
     "search.stop.correct.NUMBER": "count after",
-    "extract": "supervised chosen max_backtracks pairs pairs_per_tree step_values step_preferences step_min_visits "
-    "step_min_gap",
+    "extract": "supervised supervised_nodes supervised_rows skip chosen max_backtracks pairs pairs_per_tree "
+    "step_values step_preferences step_min_visits step_min_gap",
 }
 FREE_WITHOUT_SECTION = {"placement"}
 # Fields that select an alternative of a section. Another alternative has other fields, which are compared.
