@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from learners.samples.packing import RowAttention, pack, pad_rows
-from learners.samples.types import PackItem, Pair, PolicyTokens, Sample
+from learners.samples.types import PackItem, Pair, PolicyTokens, Ranking, Sample
 from rlsys.types import BoolArray, Float32Array
 
 Tensors = TypeVar("Tensors")
@@ -74,6 +74,25 @@ class PairTargets:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankingTargets:
+    """M targets of the S answers of the R ranked prompts of a micro-batch.
+
+    Attributes:
+        positions: [M] int64, indices into the N targets of the micro-batch.
+        segments: [M] int64, answer of each target, from 0 to S - 1.
+        is_right: [S] bool.
+        prompts: [S] int64, prompt of each answer, ascending, from 0 to R - 1.
+        weights: [R] float32.
+    """
+
+    positions: Tensor
+    segments: Tensor
+    is_right: Tensor
+    prompts: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DistillTargets:
     """M targets of the term distill, with K tokens each that a teacher scored.
 
@@ -111,6 +130,7 @@ class MicroBatch:
         sft: targets of the supervised term; None if no sample has any.
         pairs: targets of the preference term; None if there is no pair.
         distill: targets of the term distill; None if no sample has any.
+        ranking: targets of the term ranking; None if no prompt is ranked.
     """
 
     input_ids: Tensor
@@ -124,9 +144,12 @@ class MicroBatch:
     sft: SftTargets | None
     pairs: PairTargets | None
     distill: DistillTargets | None = None
+    ranking: RankingTargets | None = None
 
     def count(self, term: str) -> int:
-        """Return the number of targets of a term; for the term preference, of pairs."""
+        """Return the number of targets of a term; for the term preference, of pairs; for ranking, of prompts."""
+        if term == "ranking":
+            return len(self.ranking.weights) if self.ranking else 0
         if term == "preference":
             return len(self.pairs.weights) if self.pairs else 0
         targets = {"sft": self.sft, "distill": self.distill}.get(term, self.policy)
@@ -182,6 +205,10 @@ def collate(
             ],
         ),
         distill=_distill_targets(samples, [positions(sample.distill_mask, n) for n, sample in enumerate(samples)]),
+        ranking=_ranking_targets(
+            [item.ranking for item in items if item.ranking],
+            [positions(sample.ranking_mask, n) for n, sample in enumerate(samples) if sample.ranking_mask is not None],
+        ),
     )
 
 
@@ -255,6 +282,20 @@ def _pair_targets(pairs: Sequence[Pair], positions: Sequence[np.ndarray]) -> Pai
         reference=torch.tensor([pair.reference for pair in pairs], dtype=torch.float64).flatten(),
         smoothing=torch.tensor([pair.smoothing for pair in pairs], dtype=torch.float64),
         weights=torch.tensor([pair.weight for pair in pairs], dtype=torch.float64),
+    )
+
+
+def _ranking_targets(rankings: Sequence[Ranking], positions: Sequence[np.ndarray]) -> RankingTargets | None:
+    """Return the targets of ranked prompts. `positions` has the answers of every prompt in turn."""
+    if not rankings:
+        return None
+    answers = [len(ranking.is_right) for ranking in rankings]
+    return RankingTargets(
+        positions=torch.from_numpy(np.concatenate(positions)),
+        segments=torch.from_numpy(np.repeat(np.arange(len(positions)), [len(numbers) for numbers in positions])),
+        is_right=torch.tensor([right for ranking in rankings for right in ranking.is_right]),
+        prompts=torch.from_numpy(np.repeat(np.arange(len(rankings)), answers)),
+        weights=torch.tensor([ranking.weight for ranking in rankings]),
     )
 
 

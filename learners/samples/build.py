@@ -12,6 +12,7 @@ import numpy as np
 from learners.objective.preferences import adaptive_smoothing
 from learners.samples.masking import UNMASKED, ThoughtMask
 from learners.samples.policy import PolicyScorer, policy_samples
+from learners.samples.ranking import ranking_item
 from learners.samples.types import PackItem, Pair, Sample, pair_samples, step_pair
 from rlsys.config.objective import ObjectiveConfig
 from rlsys.types import Demonstration, Preference, TrainingBatch, TrajectoryGroup
@@ -74,6 +75,9 @@ def build_samples(
     if objective.sft.source == "trees" and "sft" in weights:
         for items, group in zip(groups, batch.groups, strict=True):
             items += map(row, group.demonstrations)
+    if "ranking" in weights:
+        for items, group in zip(groups, batch.groups, strict=True):
+            items += filter(None, [ranking_item(group, objective.ranking.max_answers)])
     if "preference" in weights or chosen_sft:
         for items, pairs in zip(groups, _tree_pairs(batch.groups, objective, weights, scorer), strict=True):
             items += [_pair_item(pair, objective, weights, chosen_sft) for pair in pairs]

@@ -65,6 +65,7 @@ class Sample:
         sft_weight: weight of each token of `sft_mask` in the loss.
         preference_mask: [T] bool, tokens whose log-probabilities are summed into the score of this side of a pair.
         distill: the tokens that the term distill trains.
+        ranking_mask: [T] bool, tokens whose mean log-probability is the score of this answer among those of its prompt.
         input_ids: [T] int32, the tokens that the model sees in the place of token_ids, which stay the targets; None for
             token_ids themselves.
     """
@@ -75,6 +76,7 @@ class Sample:
     sft_weight: float = 0.0
     preference_mask: BoolArray | None = None
     distill: DistillTokens | None = None
+    ranking_mask: BoolArray | None = None
     input_ids: Int32Array | None = None
 
     @property
@@ -101,7 +103,7 @@ class Sample:
     def targets(self) -> BoolArray:
         """[T] bool, tokens that any term trains."""
         any_mask = np.zeros(len(self.token_ids), dtype=np.bool_)
-        for mask in (self.policy_mask, self.sft_mask, self.preference_mask, self.distill_mask):
+        for mask in (self.policy_mask, self.sft_mask, self.preference_mask, self.distill_mask, self.ranking_mask):
             if mask is not None:
                 any_mask |= mask
         any_mask[0] = False
@@ -124,11 +126,25 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """Inputs of the ranking term for one prompt, in addition to the samples of its answers.
+
+    Attributes:
+        is_right: whether the answer of each sample is right.
+        weight: weight of the prompt in the loss.
+    """
+
+    is_right: tuple[bool, ...]
+    weight: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackItem:
-    """Samples that must share a micro-batch: a single sample, or the chosen and the rejected side of a pair."""
+    """Samples that must share a micro-batch: a single one, the two sides of a pair, or the answers of a ranking."""
 
     samples: tuple[Sample, ...]
     pair: Pair | None = None
+    ranking: Ranking | None = None
 
     @property
     def length(self) -> int:

@@ -187,10 +187,10 @@ def kl_loss_has_a_gradient(config: Config) -> None:
 def online_has_a_term(config: Config) -> None:
     """Raise if no term of the online stage has a weight."""
     objective = config.objective
-    if not (objective.policy.used or objective.preference.used or objective.sft.used or objective.distill.used):
+    if not any(getattr(objective, name).used for name in ("policy", "preference", "sft", "distill", "ranking")):
         raise ValueError(
-            "stage online: the weights of objective.policy, objective.preference, objective.sft and objective.distill "
-            "are all 0; raise one"
+            "stage online: the weights of objective.policy, objective.preference, objective.sft, objective.distill and "
+            "objective.ranking are all 0; raise one"
         )
 
 
@@ -198,7 +198,8 @@ def online_has_a_term(config: Config) -> None:
 def sampled_prompts_train_the_policy(config: Config) -> None:
     """Raise if online prompts are sampled although only the policy term trains on them."""
     objective = config.objective
-    if not (objective.policy.used or objective.distill.used) and config.search.fraction < 1:
+    used = objective.policy.used or objective.distill.used or objective.ranking.used
+    if not used and config.search.fraction < 1:
         raise ValueError(
             "objective.policy.weight 0: the sampled prompts of stage online would train nothing; set "
             f"search.fraction to 1 (now {config.search.fraction:g}), or use the stages warm_start, sft or preference"

@@ -152,7 +152,7 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
         (["objective.kl={final_weight: 0.1, estimator: k1}"], "set objective.kl.estimator to k2 or k3"),
     ],
     "online_has_a_term": [
-        (["objective.policy.weight=0"], "the weights of objective.policy, objective.preference, objective.sft and "),
+        (["objective.policy.weight=0"], "objective.distill and objective.ranking are all 0; raise one"),
     ],
     "sampled_prompts_train_the_policy": [
         (

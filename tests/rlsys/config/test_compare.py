@@ -114,6 +114,7 @@ FREE_FIELDS = {
     "mask_prefix_dpo pairs source",
     "objective.sft": "weight final_weight source mask_prefix_sft mask_share",
     "objective.distill": "weight final_weight divergence top_k beta interpolation final_interpolation",
+    "objective.ranking": "weight final_weight max_answers",
     "teacher": "model",
     "teacher.model": "path count tensor_parallel_size dtype max_model_len max_num_seqs kv_cache_gib "
     "gpu_memory_utilization",
