@@ -20,13 +20,13 @@ from actors.rollouts.seeds import sample_seed
 from actors.search.backtracking import Backtracking
 from actors.search.expansion import Expander, Plan
 from actors.search.jobs import Answer, Job, JobQueue
+from actors.search.places import ChainPlaces, add_chain, chain_places
 from actors.search.reading import CompletionReader
 from actors.search.requests import Request, SearchModel, proposing_role
 from actors.search.selection import choose, frontier_node
 from actors.search.simulations import Simulation, Simulations
 from actors.search.snapshot import finished_tree
 from actors.search.stopping import StopRule, is_correct
-from actors.search.surprise import SurprisingPlaces, add_chain, surprising_places
 from actors.search.tree import GrowingTree, Node, Status
 from rlsys.config.patterns import Pattern
 from rlsys.config.search import FrontierConfig, SearchConfig
@@ -71,7 +71,7 @@ class TreeSearch:
         self._backtracking = Backtracking(self._tree, config.max_backtracks)
         self._stop = StopRule(config.stop)
         self._simulations = Simulations(self._tree, self._stop)
-        self._places = surprising_places(self._tree, self._expander, config.selection)
+        self._places = chain_places(self._tree, self._expander, config.selection)
         self._expansions: dict[Node, Job] = {}
         self._calls = 0
 
@@ -106,7 +106,7 @@ class TreeSearch:
             if self._backtracking.queue:
                 self._backtrack(*self._backtracking.take())
             elif self._places is not None:
-                if not self._begin_by_surprise(self._places):
+                if not self._begin_at_place(self._places):
                     return
             elif self._tree.root.status is Status.OPEN:
                 begun, node = self._stop.begun, self._tree.root
@@ -118,8 +118,8 @@ class TreeSearch:
             else:
                 return
 
-    def _begin_by_surprise(self, places: SurprisingPlaces) -> bool:
-        """Begin a simulation where the model was least sure; return False if it must wait."""
+    def _begin_at_place(self, places: ChainPlaces) -> bool:
+        """Begin a simulation at the next place; return False if it must wait."""
         if planned := places.next_chain(self._simulations.running):
             node, plan = planned
             job = self._job("chain", node, self._simulations.begin(node), plan)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from learners.samples.packing import RowAttention, pack, pad_rows
-from learners.samples.types import PackItem, Pair, PolicyTokens, Ranking, Sample
+from learners.samples.types import PackItem, PolicyTokens, Sample
 from rlsys.types import BoolArray, Float32Array
 
 Tensors = TypeVar("Tensors")
@@ -180,9 +180,12 @@ def collate(
     trained = [np.flatnonzero(sample.targets) for sample in samples]  # never token 0
     starts = np.cumsum([0, *(len(each) for each in trained)])
 
-    def positions(mask: BoolArray | None, number: int) -> np.ndarray:
-        """Return the target numbers of a term in a sample; an empty array without a mask."""
-        return _NO_TARGETS if mask is None else starts[number] + np.flatnonzero(mask[trained[number]])
+    def positions(masks: Sequence[BoolArray | None]) -> list[np.ndarray]:
+        """Return the target numbers of a term in each sample; an empty array without a mask."""
+        return [
+            _NO_TARGETS if mask is None else start + np.flatnonzero(mask[at])
+            for mask, start, at in zip(masks, starts, trained, strict=False)
+        ]
 
     targets = (place[at - 1] for place, at in zip(padded.places, trained, strict=True))
     target_ids = (sample.token_ids[at] for sample, at in zip(samples, trained, strict=True))
@@ -194,21 +197,11 @@ def collate(
         target_ids=torch.from_numpy(np.concatenate([_NO_TARGETS, *target_ids]).astype(np.int64)),
         parts=parts,
         real_tokens=sum(row.length for row in packed),
-        policy=_policy_targets(samples, [positions(sample.policy_mask, n) for n, sample in enumerate(samples)]),
-        sft=_sft_targets(samples, [positions(sample.sft_mask, n) for n, sample in enumerate(samples)]),
-        pairs=_pair_targets(
-            [item.pair for item in items if item.pair],
-            [
-                positions(sample.preference_mask, n)
-                for n, sample in enumerate(samples)
-                if sample.preference_mask is not None
-            ],
-        ),
-        distill=_distill_targets(samples, [positions(sample.distill_mask, n) for n, sample in enumerate(samples)]),
-        ranking=_ranking_targets(
-            [item.ranking for item in items if item.ranking],
-            [positions(sample.ranking_mask, n) for n, sample in enumerate(samples) if sample.ranking_mask is not None],
-        ),
+        policy=_policy_targets(samples, positions([sample.policy_mask for sample in samples])),
+        sft=_sft_targets(samples, positions([sample.sft_mask for sample in samples])),
+        pairs=_pair_targets(items, positions([sample.preference_mask for sample in samples])),
+        distill=_distill_targets(samples, positions([sample.distill_mask for sample in samples])),
+        ranking=_ranking_targets(items, positions([sample.ranking_mask for sample in samples])),
     )
 
 
@@ -272,10 +265,17 @@ def _distill_targets(samples: Sequence[Sample], positions: Sequence[np.ndarray])
     )
 
 
-def _pair_targets(pairs: Sequence[Pair], positions: Sequence[np.ndarray]) -> PairTargets | None:
-    """Return the targets of pairs. `positions` has the chosen and the rejected side of every pair in turn."""
+def _own(items: Sequence[PackItem], has: Callable[[PackItem], bool], by_sample: Sequence[Tensors]) -> list[Tensors]:
+    """Return the values of the samples of some items, from those of all samples."""
+    kept = [has(item) for item in items for _ in item.samples]
+    return [value for value, keep in zip(by_sample, kept, strict=True) if keep]
+
+
+def _pair_targets(items: Sequence[PackItem], by_sample: Sequence[np.ndarray]) -> PairTargets | None:
+    pairs = [item.pair for item in items if item.pair]
     if not pairs:
         return None
+    positions = _own(items, lambda item: item.pair is not None, by_sample)  # chosen and rejected side in turn
     return PairTargets(
         positions=torch.from_numpy(np.concatenate(positions)),
         segments=torch.from_numpy(np.repeat(np.arange(len(positions)), [len(numbers) for numbers in positions])),
@@ -285,10 +285,11 @@ def _pair_targets(pairs: Sequence[Pair], positions: Sequence[np.ndarray]) -> Pai
     )
 
 
-def _ranking_targets(rankings: Sequence[Ranking], positions: Sequence[np.ndarray]) -> RankingTargets | None:
-    """Return the targets of ranked prompts. `positions` has the answers of every prompt in turn."""
+def _ranking_targets(items: Sequence[PackItem], by_sample: Sequence[np.ndarray]) -> RankingTargets | None:
+    rankings = [item.ranking for item in items if item.ranking]
     if not rankings:
         return None
+    positions = _own(items, lambda item: item.ranking is not None, by_sample)  # the answers of every prompt in turn
     answers = [len(ranking.is_right) for ranking in rankings]
     return RankingTargets(
         positions=torch.from_numpy(np.concatenate(positions)),

@@ -74,7 +74,17 @@ class SurpriseConfig(Section):
     """Number of whole chains that are drawn from the prompt first."""
 
 
-SelectionConfig = Annotated[UcbConfig | PuctConfig | FrontierConfig | SurpriseConfig, Field(discriminator="type")]
+class RevisionConfig(Section):
+    type: Literal["revision"]
+    chains: int = Field(default=4, ge=1)
+    """Number of whole chains that are drawn from the prompt first. The longest right one is revised."""
+    draws: int = Field(default=1, ge=1)
+    """Number of chains that are drawn after each of its thoughts (Retro-Search)."""
+
+
+SelectionConfig = Annotated[
+    UcbConfig | PuctConfig | FrontierConfig | SurpriseConfig | RevisionConfig, Field(discriminator="type")
+]
 
 
 class CorrectRule(Section):
@@ -157,9 +167,9 @@ class SearchConfig(Section):
     """Limits at which the search of a tree ends."""
 
     @model_validator(mode="after")
-    def _surprise(self) -> SearchConfig:
-        if isinstance(self.selection, SurpriseConfig) and self.expansion != "chain":
-            raise ValueError("selection {type: surprise} draws whole chains: set expansion to chain")
+    def _whole_chains(self) -> SearchConfig:
+        if isinstance(self.selection, SurpriseConfig | RevisionConfig) and self.expansion != "chain":
+            raise ValueError(f"selection {{type: {self.selection.type}}} draws whole chains: set expansion to chain")
         return self
 
 

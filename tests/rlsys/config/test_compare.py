@@ -130,7 +130,8 @@ FREE_FIELDS = {
     },
     "search.nodes.NAME": "tag prefixes writer terminal max_tokens",
     "search.tables.NAME": "children after_wrong",
-    "search.selection": "type form exploration length_exponent value_weight entropy_weight depth_weight unit chains",
+    "search.selection": "type form exploration length_exponent value_weight entropy_weight depth_weight unit chains "
+    "draws",
     "search.stop": "simulations tokens answers correct",
     "search.stop.correct.NUMBER": "count after",
     "extract": "supervised supervised_nodes supervised_rows skip chosen max_backtracks pairs pairs_per_tree "
