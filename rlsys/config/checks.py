@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rlsys.config.adapter_checks import adapter_has_no_critic, adapter_stays_on_its_device
-from rlsys.config.data_checks import extracted_nodes_exist, masked_chains_are_rows
+from rlsys.config.data_checks import divergence_has_scores, extracted_nodes_exist, masked_chains_are_rows
 from rlsys.config.device_checks import colocated_fit
 from rlsys.config.patterns import resolve
 from rlsys.config.stages import TERMS_OF_STAGE, stage_plan, stage_plans, term_with_pairs
@@ -369,6 +369,7 @@ RULES: tuple[Rule, ...] = (
     model_reaches_context,
     patterns_are_searchable,
     extracted_nodes_exist,
+    divergence_has_scores,
 )
 """All rules, in the order in which they are checked. The first one that is broken is reported."""
 

@@ -177,10 +177,12 @@ ChainRule = Literal["highest_value", "longest", "median", "shortest", "by_diffic
 
 
 class ExtractConfig(Section):
-    supervised: ChainRule = "longest"
+    supervised: ChainRule | Literal["divergence"] = "longest"
     """Which correct chain of a tree becomes a supervised row. by_difficulty: the one whose length is closest to a
     budget, from the shortest where the tree solves the problem always to the longest where it seldom does;
-    retrospective: the shortest that begins with the first node of the longest. none: no supervised rows."""
+    retrospective: the shortest that begins with the first node of the longest; divergence: the one whose nodes a
+    teacher finds more probable than the policy does, for `rlsys extract` after `rlsys score`. none: no supervised
+    rows."""
     supervised_nodes: tuple[str, ...] = ()
     """Types of the nodes that supervised rows train; the others are context. Empty: all nodes."""
     supervised_rows: Literal["chain", "node"] = "chain"

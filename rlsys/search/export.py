@@ -15,12 +15,13 @@ import numpy as np
 from rlsys.config.patterns import resolve
 from rlsys.config.schema import Config
 from rlsys.config.search import ExtractConfig
-from rlsys.directory import CARD, REPORT
+from rlsys.directory import CARD, REPORT, SearchDirectory
 from rlsys.errors import ConfigError
 from rlsys.models.folder import ModelFolder
 from rlsys.search import extract
 from rlsys.search.codec import TagCodec
 from rlsys.search.paths import prompt_tokens
+from rlsys.search.scores import ScoreFile
 from rlsys.search.supervised import SupervisedRow, supervised_rows
 from rlsys.search.tree_json import read_trees
 from rlsys.tables.schemas import TABLES
@@ -62,7 +63,7 @@ def run(source: Source, output: Path) -> dict[str, Any]:
         with ExitStack() as stack:
             files = {table.name: stack.enter_context(TableFiles(folder, table)) for table in TABLES}
             extraction = _Extraction(source, files)
-            for path in _shards(source.trees):
+            for path in shards(source.trees):
                 for tree in read_trees(path):
                     extraction.add(tree)
         report = extraction.report()
@@ -95,7 +96,8 @@ MEANINGS = {
 }
 
 
-def _shards(folder: Path) -> list[Path]:
+def shards(folder: Path) -> list[Path]:
+    """Return the files of trees of a folder, in the order of their prompts."""
     return sorted(folder.glob("*.jsonl"), key=lambda path: (len(path.name), path.name))
 
 
@@ -104,6 +106,8 @@ class _Extraction:
 
     def __init__(self, source: Source, files: Mapping[str, TableFiles]) -> None:
         self._source, self._files = source, files
+        by_scores = source.config.extract.supervised == "divergence"
+        self._scores = ScoreFile(SearchDirectory(source.trees.parent).scores) if by_scores else None
         self._counts = Counter[str]()
         self._without_pair = Counter[str]()
         self._origins = Counter[str]()
@@ -133,7 +137,7 @@ class _Extraction:
             self._files["step_values"].add(_step_value_row(tree, prompt, step))
 
     def _add_supervised(self, tree: Tree, prompt: str) -> None:
-        for row in supervised_rows(tree, self._source.config.extract, self._source.codec):
+        for row in supervised_rows(tree, self._source.config.extract, self._source.codec, self._scores):
             columns = _supervised_row(tree, prompt, row)
             if self._files["supervised"].add(columns):
                 self._lengths["supervised"].append(columns["length"])

@@ -15,6 +15,8 @@ import numpy as np
 from rlsys.config.search import ExtractConfig
 from rlsys.search.extract import Chain, Codec, correct_chains, pick_chain, with_end
 from rlsys.search.paths import path_tokens
+from rlsys.search.rules import tie
+from rlsys.search.scores import ScoreFile
 from rlsys.trees import ThoughtNode, Tree
 from rlsys.types import BoolArray, Demonstration, Int32Array
 
@@ -53,9 +55,18 @@ class _Part:
     trained: bool
 
 
-def supervised_rows(tree: Tree, config: ExtractConfig, codec: Codec) -> list[SupervisedRow]:
-    """Return the supervised rows of a tree; none if no chain is selected or no node of it is trained."""
-    chain = pick_chain(tree, config.supervised, codec, config.max_backtracks)
+def supervised_rows(
+    tree: Tree, config: ExtractConfig, codec: Codec, scores: ScoreFile | None = None
+) -> list[SupervisedRow]:
+    """Return the supervised rows of a tree; none if no chain is selected or no node of it is trained.
+
+    Args:
+        tree: a finished tree.
+        config: section `extract`.
+        codec: codec of the policy.
+        scores: scores of the chains, for the rule divergence alone.
+    """
+    chain = _selected(tree, config, codec, scores)
     if chain is None:
         return []
     return chain_rows(tree, chain, config, codec, without=_unneeded(tree, config, codec))
@@ -86,6 +97,15 @@ def chain_rows(
     if config.supervised_rows == "chain":
         return [_row(prompt, parts, 0, chain)] if trained else []
     return [_row(prompt, parts[: number + 1], number, chain) for number in trained]
+
+
+def _selected(tree: Tree, config: ExtractConfig, codec: Codec, scores: ScoreFile | None) -> Chain | None:
+    if config.supervised != "divergence":
+        return pick_chain(tree, config.supervised, codec, config.max_backtracks)
+    assert scores is not None  # noqa: S101 - the rules of the config refuse this rule where there are no scores
+    chains = correct_chains(tree, codec, config.max_backtracks)
+    divergences = scores.divergences(tree.prompt_id, chains)
+    return min(chains, key=lambda chain: (-divergences[chain.number], *tie(chain)), default=None)
 
 
 def _row(prompt: Int32Array, parts: list[_Part], begin: int, chain: Chain) -> SupervisedRow:

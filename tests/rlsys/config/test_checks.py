@@ -265,6 +265,13 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
         (["extract.skip=[doublecheck]"], "extract.skip: unknown node type 'doublecheck'; search.patterns"),
         (["extract.supervised_nodes=[plan]"], "extract.supervised_nodes: unknown node type 'plan'"),
     ],
+    "divergence_has_scores": [
+        (
+            ["extract.supervised=divergence", "stages=[search, sft]"],
+            "extract.supervised divergence is for `rlsys extract` after `rlsys score`",
+        ),
+        (["extract.supervised=divergence", *TREES, *SEARCHED], "no stage scores its chains: choose another rule"),
+    ],
 }
 
 ACCEPTED: list[list[str]] = [
