@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from rlsys.config.schema import Config
 from rlsys.data.inputs import prepare_model
 from rlsys.errors import ConfigError
+from rlsys.launch.access import child_environment
 from rlsys.models.folder import ModelFolder, given_model
 from rlsys.search.export import Source, shards
 from rlsys.search.extract import Chain, correct_chains
@@ -49,6 +51,7 @@ def run(source: Source, teacher_name: str, output: Path) -> str:
     all_chains = [chain for _, of_tree in chains for chain in of_tree]
     if not all_chains:
         raise ConfigError(f"{source.trees}: expected trees with a correct chain, found none")
+    os.environ.update(child_environment(local=True))  # before vllm is imported
     scored = zip(*(_means(model, config, all_chains) for model in (policy, teacher)), strict=True)
     scores = [ChainScores(own, other) for own, other in scored]
     left = iter(scores)
