@@ -36,9 +36,10 @@ class ChainScores:
 
     @property
     def divergence(self) -> float:
-        """Mean over the nodes of max(0, P_T - P_S), with P the geometric mean of the probabilities of a node's tokens.
+        """Mean over the nodes of max(0, P_T - P_S).
 
-        It is large for chains with many nodes that the teacher finds probable and the policy does not.
+        P is the geometric mean of the probabilities of a node's tokens. The mean is large for chains with many nodes
+        that the teacher finds probable and the policy does not.
         Source: divergence-aware sampling, DASD, arXiv:2601.09088, which counts such sentences.
         """
         gaps = np.exp(np.asarray(self.teacher)) - np.exp(np.asarray(self.policy))
