@@ -69,6 +69,7 @@ HEAVY = {
     "peers",
     "rlsys/commands/test_evaluate.py",
     "rlsys/commands/test_extract.py",
+    "rlsys/commands/test_score.py",
     "rlsys/commands/test_search.py",
     "rlsys/commands/test_search_command.py",
     "rlsys/control/stages/test_search.py",
