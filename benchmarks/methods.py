@@ -1,8 +1,9 @@
-"""Train the warm-started quickstart model for 20 steps by each method with a teacher: accuracy and divergence.
+"""Train the warm-started quickstart model for 20 steps by each method with a teacher, and by each data step.
 
 `python benchmarks/methods.py [--quickstart runs/quickstart] [--write]` runs `configs/quickstart_distill.yaml` with the
 settings of each row, and without the teacher. The teacher is the trained quickstart model, so the table shows that the
-methods work, not what they are worth: the same model can be had by RL alone. Finished runs are not made twice.
+methods work, not what they are worth: the same model can be had by RL alone. `--tables data` makes the table of
+`data_steps.py` alone, and `--tables teacher` the other one. Finished runs are not made twice.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in place of this folder, where a file would hide the package `actors`
 sys.path.append(str(ROOT / "benchmarks"))
 
+import data_steps  # noqa: E402
 import results_page  # noqa: E402
 from cells import metrics, trained  # noqa: E402
 
 CONFIG = ROOT / "configs" / "quickstart_distill.yaml"
 PAGE = ROOT / "docs" / "methods.md"
-BEGIN, END = "<!-- runs: written by benchmarks/methods.py -->", "<!-- end of runs -->"
+MARKERS = {
+    "teacher": ("<!-- runs: written by benchmarks/methods.py -->", "<!-- end of runs -->"),
+    "data": ("<!-- data runs: written by benchmarks/methods.py -->", "<!-- end of data runs -->"),
+}
 ALONE = "objective.policy.weight=0"
 TOP_K = "objective.distill.divergence=top_k"
 METHODS: Mapping[str, Sequence[str]] = {
@@ -40,20 +45,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quickstart", type=Path, default=Path("runs/quickstart"), help="a finished quickstart")
     parser.add_argument("--folder", type=Path, default=Path("runs/methods"))
-    parser.add_argument("--write", action="store_true", help=f"write the table of {PAGE.name}")
+    parser.add_argument("--tables", choices=("teacher", "data", "both"), default="both")
+    parser.add_argument("--write", action="store_true", help=f"write the tables of {PAGE.name}")
     arguments = parser.parse_args()
-    stages = arguments.quickstart.absolute() / "stages"
+    stages, folder = arguments.quickstart.absolute() / "stages", arguments.folder.absolute()
+    tables = {"teacher": lambda: teacher_table(folder, stages), "data": lambda: data_steps.table(folder, stages)}
+    for name, table in tables.items():
+        if arguments.tables in (name, "both"):
+            lines = table()
+            print("\n".join(lines))
+            if arguments.write:
+                results_page.write_section(PAGE, *MARKERS[name], lines)
+    return 0
+
+
+def teacher_table(folder: Path, stages: Path) -> list[str]:
+    """Return the lines of the table of the methods with a teacher."""
     lines = [
         "| method | sampled accuracy before | after | greedy after | no answer after | first divergence | last |",
         "|---|" + "---|" * 6,
     ]
     for number, (name, settings) in enumerate(METHODS.items()):
-        folder = arguments.folder.absolute() / f"{number}"
-        lines.append(row(name, folder, stages, settings))
-    print("\n".join(lines))
-    if arguments.write:
-        results_page.write_section(PAGE, BEGIN, END, lines)
-    return 0
+        lines.append(row(name, folder / f"{number}", stages, settings))
+    return lines
 
 
 def row(name: str, run_dir: Path, stages: Path, settings: Sequence[str]) -> str:

@@ -85,7 +85,7 @@ class ForwardPasses:
             lengths, heights = [item.length for item in items], [len(item.samples) for item in items]
             plan = plan_micro_batches(lengths, ranks=shares, budget_tokens=budget, sample_counts=heights)
             return [[number] for number in range(len(items))], plan
-        sequences = [[sample.token_ids for sample in item.samples] for item in items]
+        sequences = [[sample.inputs for sample in item.samples] for item in items]
         # Long rows share most, and short ones can be dealt to the ranks more evenly.
         total = sum(item.length for item in items)
         limits = {min(budget, total // (shares * parts)) for parts in ROW_PARTS} if shares > 1 else {budget}

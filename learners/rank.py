@@ -27,6 +27,7 @@ from learners.deepspeed.reference import ReferencePolicy
 from learners.deepspeed.rollback import rollback_on_non_finite
 from learners.forward import ForwardPasses
 from learners.samples.build import StepTerms, build_samples, count_dropped_step_pairs
+from learners.samples.masking import ThoughtMask
 from learners.samples.planning import split_updates
 from learners.samples.signal import policy_changes_weights
 from learners.samples.types import PackItem, Sample, lacks_old_logprobs, with_old_logprobs
@@ -247,20 +248,21 @@ class LearnerRank:
 
     def _updates(self, batch: TrainingBatch, step: int, weights: dict[str, float], seed: int) -> list[list[PackItem]]:
         """Return the items of each update of a training step."""
-        kl, sft = self.settings.objective.kl, self.stage.sft_on_chosen(self.settings.objective)
+        objective, kl = self.settings.objective, self.settings.objective.kl
         kl_weight = kl.weight_at(step, self.stage.steps) if kl.in_reward else weights.get("kl", 0.0)
         by_source = build_samples(
             batch,
-            self.settings.objective,
-            StepTerms(weights=weights, chosen_sft=sft, kl_weight=kl_weight),
+            objective,
+            StepTerms(weights=weights, chosen_sft=self.stage.sft_on_chosen(objective), kl_weight=kl_weight),
             max_tokens=self.settings.max_tokens,
             scorer=self.scorer,
+            thoughts=ThoughtMask(share=objective.sft.mask_share, token=self.settings.pad_token_id, seed=seed),
         )
         split = [split_updates(entries, self.stage.updates_per_step, seed=seed) for entries in by_source]
         updates = [
             [item for entries in update for items in entries for item in items] for update in zip(*split, strict=True)
         ]
-        if "policy" in weights and self.settings.objective.policy.decoupled:
+        if "policy" in weights and objective.policy.decoupled:
             # In the first update, the current policy is the old policy. Later updates need its log-probabilities.
             updates[1:] = [self._with_old_logprobs(items, weights) for items in updates[1:]]
         return updates

@@ -1,4 +1,4 @@
-"""The command line: train, check, evaluate, search, extract, show, keys.
+"""The command line: train, check, evaluate, search, score, extract, show, keys.
 
 Exit codes: 0 the command reached its end; 1 it failed; 2 the input is not usable, also the files of the run to be
 resumed, and the same command fails again until the user acts; 75 run.time_limit has passed; 128 + n it was stopped by
@@ -144,6 +144,21 @@ def extract(
     source = extract_command.find_source(Path(run_dir), overrides or [])
     folder = Path(output) if output else SearchDirectory(Path(run_dir)).data
     extract_command.show(extract_command.run(source, folder), folder, standard_output())
+
+
+@app.command()
+def score(
+    run_dir: Annotated[str, typer.Argument(help="Run directory of `rlsys search`.")],
+    teacher: Annotated[str, typer.Argument(help="Model folder or hub id of the teacher.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="model.path=PATH of the policy.")] = None,
+) -> None:
+    """Score the right chains of a search with the policy and a teacher, for `rlsys extract` with rule divergence."""
+    from rlsys.commands import extract as extract_command
+    from rlsys.commands import score as score_command
+    from rlsys.directory import SearchDirectory
+
+    source = extract_command.find_source(Path(run_dir), overrides or [])
+    print(score_command.run(source, teacher, SearchDirectory(Path(run_dir)).scores))
 
 
 @app.command()

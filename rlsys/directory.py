@@ -25,6 +25,7 @@ A search directory is the run directory of `rlsys search` or the folder of the s
     trees/.open/130.json  a finished tree whose shard is not complete
     search.json           config values and digests that determine the trees
     summary.json          figures of `rlsys search`
+    scores.jsonl          scores of its correct chains by `rlsys score`
     data/                 the extracted tables, report.json and README.md
     stage.json            the request to the stage `search`, and its figures
 """
@@ -89,6 +90,10 @@ class SearchDirectory:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def scores(self) -> Path:
+        return self.path / "scores.jsonl"
 
     @property
     def data(self) -> Path:

@@ -12,3 +12,8 @@ def common_prefix_length(first: Int32Array, second: Int32Array) -> int:
     length = min(len(first), len(second))
     differing = np.flatnonzero(first[:length] != second[:length])
     return int(differing[0]) if len(differing) else length
+
+
+def order_key(sequence: Int32Array) -> bytes:
+    """Return a key by which sequences sort in lexicographic order. No id is negative."""
+    return sequence.astype(">i4").tobytes()

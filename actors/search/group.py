@@ -6,8 +6,9 @@ import logging
 from collections.abc import Iterator, Mapping
 
 from rlsys.config.search import ExtractConfig
-from rlsys.search.extract import Codec, demonstration, preference_pairs, step_preferences, supervised_chain
+from rlsys.search.extract import Codec, preference_pairs, step_preferences
 from rlsys.search.paths import path_tokens
+from rlsys.search.supervised import supervised_rows
 from rlsys.trees import ENDINGS, ThoughtNode, Tree
 from rlsys.types import FinishReason, Prompt, RolloutFailure, Step, Trajectory, TrajectoryGroup, Verdict
 
@@ -41,14 +42,13 @@ def build_searched_group(
     if not trajectories and not metrics["scored"]:
         reason = f"no chain of the tree was judged or ended: {_events(tree)}"
         return RolloutFailure(prompt=prompt, reason=reason, tokens=tree.tokens)
-    number = supervised_chain(tree, extract.supervised, codec, extract.max_backtracks)
     return TrajectoryGroup(
         prompt=prompt,
         trajectories=trajectories,
         searched=True,
         pairs=tuple(preference_pairs(tree, extract, codec)),
         step_preferences=tuple(step_preferences(tree, extract, codec)),
-        demonstrations=() if number is None else (demonstration(tree, number, codec),),
+        demonstrations=tuple(row.demonstration for row in supervised_rows(tree, extract, codec)),
         metrics=metrics,
     )
 

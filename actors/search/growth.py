@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from actors.engine import Completion
 from actors.search.jobs import Job
+from actors.search.places import ChainPlaces, add_chain
 from actors.search.reading import ChainPiece, CompletionReader
 from actors.search.requests import Values
 from actors.search.simulations import Simulation
-from actors.search.surprise import SurprisingPlaces, add_chain
 from actors.search.tree import GrowingTree, Node
 from actors.search.values.valuation import Valuation
 from rlsys.trees import ENDINGS, Role
@@ -19,7 +19,7 @@ class Growth:
     """The nodes that jobs bring to one tree.
 
     Args:
-        places: Gets the tokens of new nodes; None if the search does not select by surprise.
+        places: Gets the new nodes; None if the search goes down paths.
         valuation: None if no values are asked for.
         proposer: Role that proposes the nodes.
     """
@@ -28,7 +28,7 @@ class Growth:
         self,
         tree: GrowingTree,
         reader: CompletionReader,
-        places: SurprisingPlaces | None,
+        places: ChainPlaces | None,
         valuation: Valuation | None,
         proposer: Role,
     ) -> None:

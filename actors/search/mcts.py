@@ -22,13 +22,13 @@ from actors.search.expansion import Expander, Plan
 from actors.search.frontier import frontier
 from actors.search.growth import Growth
 from actors.search.jobs import Answer, Job, JobQueue
+from actors.search.places import ChainPlaces, chain_places
 from actors.search.reading import CompletionReader
 from actors.search.requests import Request, SearchModel, Values, proposing_role
 from actors.search.selection import choose
 from actors.search.simulations import Simulation, Simulations
 from actors.search.snapshot import finished_tree
 from actors.search.stopping import StopRule, is_correct, thinking_of
-from actors.search.surprise import SurprisingPlaces, surprising_places
 from actors.search.tree import GrowingTree, Node, Status
 from actors.search.values.agreement import agreement
 from actors.search.values.valuation import valuation
@@ -73,7 +73,7 @@ class TreeSearch:
         self._backtracking = Backtracking(self._tree, config)
         self._stop = StopRule(config.stop)
         self._simulations = Simulations(self._tree, self._stop, agreement(self._tree, config.value))
-        self._places = surprising_places(self._tree, self._expander, config.selection)
+        self._places = chain_places(self._tree, self._expander, config.selection)
         self._growth = Growth(
             self._tree,
             CompletionReader(self._tree, config, models),
@@ -113,7 +113,7 @@ class TreeSearch:
             if self._backtracking.queue:
                 self._backtrack(*self._backtracking.take())
             elif self._places is not None:
-                if not self._begin_by_surprise(self._places):
+                if not self._begin_at_place(self._places):
                     return
             elif self._tree.root.status is Status.OPEN:
                 begun, node = self._stop.begun, self._frontier.best() if self._frontier else None
@@ -123,8 +123,8 @@ class TreeSearch:
             else:
                 return
 
-    def _begin_by_surprise(self, places: SurprisingPlaces) -> bool:
-        """Begin a simulation where the model was least sure; return False if it must wait."""
+    def _begin_at_place(self, places: ChainPlaces) -> bool:
+        """Begin a simulation at the next place; return False if it must wait."""
         if planned := places.next_chain(self._simulations.running):
             node, plan = planned
             job = self._job("chain", node, self._simulations.begin(node), plan)

@@ -8,14 +8,10 @@ Source: EPTree, TreeRL, arXiv:2506.11902, which takes tokens of the largest entr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from actors.search.expansion import Expander, Plan
-from actors.search.reading import ChainPiece
 from actors.search.selection import value_of
-from actors.search.simulations import Simulation
 from actors.search.tree import GrowingTree, Node
-from rlsys.config.search import SelectionConfig, SurpriseConfig
+from rlsys.config.search import SurpriseConfig
 
 
 class SurprisingPlaces:
@@ -84,44 +80,5 @@ class SurprisingPlaces:
         return node, node.forced + token
 
 
-def surprising_places(tree: GrowingTree, expander: Expander, selection: SelectionConfig) -> SurprisingPlaces | None:
-    """Return the places of a tree, or None if its search does not select by surprise."""
-    return SurprisingPlaces(tree, expander, selection) if isinstance(selection, SurpriseConfig) else None
-
-
 def _score(node: Node, logprob: float) -> float:
     return -logprob * (1 - (value_of(node) or 0.0))
-
-
-def add_chain(
-    tree: GrowingTree,
-    simulation: Simulation,
-    pieces: Iterable[ChainPiece],
-    places: SurprisingPlaces | None,
-    *,
-    redrawn: bool,
-) -> str | None:
-    """Add the nodes of a chain to the tree, and enter them.
-
-    Args:
-        places: Gets the tokens of new nodes; None if the search does not select by surprise.
-        redrawn: Whether the first token of the chain stands at a place that was used.
-
-    Returns:
-        The type of the node that the reviewer must write next; None if there is none.
-    """
-    begin, reviewed_type = simulation.node, None
-    for piece in pieces:
-        node = simulation.node
-        if node is not begin:  # the chain is one draw from each node that it passes
-            node.drawn_chains += 1
-        if piece.is_reviewed:
-            reviewed_type = piece.node.type
-            break
-        child = tree.add(node, piece.node)
-        if places is not None and child.samples == 1:
-            places.add(child, int(redrawn and node is begin))
-        simulation.enter(child)
-    for node in reversed(simulation.path[simulation.path.index(begin) + 1 :]):
-        tree.refresh(node)
-    return reviewed_type

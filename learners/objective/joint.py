@@ -1,4 +1,4 @@
-"""The joint loss: the weighted sum of the terms policy, kl, preference, sft and distill.
+"""The joint loss: the weighted sum of the terms policy, kl, preference, sft, distill and ranking.
 
     loss = sum_c weight_c * loss_c / denominator_c
 
@@ -21,7 +21,8 @@ from learners.objective.advantages import Float64Array
 from learners.objective.distillation import divergence_loss, sampled_loss
 from learners.objective.losses import LossOutput
 from learners.objective.preferences import pair_scores, preference_loss
-from learners.samples.batching import DistillTargets, MicroBatch, PairTargets, PolicyTargets
+from learners.objective.ranking import ranking_loss
+from learners.samples.batching import DistillTargets, MicroBatch, PairTargets, PolicyTargets, RankingTargets
 from learners.samples.types import PackItem, Sample, count_targets
 from rlsys.config.objective import ObjectiveConfig, PolicyConfig, PreferenceConfig
 
@@ -78,6 +79,7 @@ class Denominators:
         pairs: preference pairs.
         sft: supervised tokens.
         distill: tokens that a teacher scored.
+        ranking: prompts with a right and a wrong answer.
     """
 
     policy: float
@@ -85,6 +87,7 @@ class Denominators:
     pairs: int
     sft: int
     distill: int = 0
+    ranking: int = 0
 
     @property
     def by_term(self) -> dict[str, float]:
@@ -96,6 +99,7 @@ class Denominators:
             "preference": self.pairs,
             "sft": self.sft,
             "distill": self.distill,
+            "ranking": self.ranking,
         }
 
 
@@ -117,6 +121,7 @@ def weigh_items(
     policy_weights = iter(token_weights(lengths, aggregation=policy.aggregation, max_tokens=max_tokens).tolist())
     pairs = sum(item.pair is not None for item in items)
     sft = sum(count_targets(sample.sft_mask) for sample in samples)
+    ranking = sum(item.ranking is not None for item in items)
     distill = sum(count_targets(sample.distill_mask) for sample in samples)
     value = sum(
         count_targets(sample.policy_mask) for sample in samples if sample.policy and sample.policy.returns is not None
@@ -131,6 +136,7 @@ def weigh_items(
         PackItem(
             samples=tuple(weigh(sample) for sample in item.samples),
             pair=replace(item.pair, weight=1 / pairs) if item.pair else None,
+            ranking=replace(item.ranking, weight=1 / ranking) if item.ranking else None,
         )
         for item in items
     ]
@@ -139,7 +145,9 @@ def weigh_items(
         "sequence_mean": int(np.count_nonzero(lengths)),
         "constant": len(lengths) * max_tokens,
     }[policy.aggregation]
-    return weighted, Denominators(policy=policy_denominator, value=value, pairs=pairs, sft=sft, distill=distill)
+    return weighted, Denominators(
+        policy=policy_denominator, value=value, pairs=pairs, sft=sft, distill=distill, ranking=ranking
+    )
 
 
 def joint_loss(
@@ -180,7 +188,16 @@ def joint_loss(
     if batch.distill is not None:
         assert others is not None  # noqa: S101 - the forward pass gives them wherever there are such targets
         terms["distill"] = _distill_term(logprobs, others, batch.distill, objective, interpolation)
+    if batch.ranking is not None:
+        terms["ranking"] = _ranking_term(logprobs, batch.ranking)
     return terms
+
+
+def _ranking_term(logprobs: Tensor, targets: RankingTargets) -> LossOutput:
+    own = logprobs.index_select(0, targets.positions)
+    sums = own.new_zeros(len(targets.is_right)).index_add(0, targets.segments, own)
+    means = sums / targets.segments.bincount(minlength=len(sums))
+    return ranking_loss(means, targets.is_right, targets.prompts, targets.weights.to(means))
 
 
 def _distill_term(

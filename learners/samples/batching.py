@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from learners.samples.packing import RowAttention, pack, pad_rows
-from learners.samples.types import PackItem, Pair, PolicyTokens, Sample
+from learners.samples.types import PackItem, PolicyTokens, Sample
 from rlsys.types import BoolArray, Float32Array
 
 Tensors = TypeVar("Tensors")
@@ -74,6 +74,25 @@ class PairTargets:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankingTargets:
+    """M targets of the S answers of the R ranked prompts of a micro-batch.
+
+    Attributes:
+        positions: [M] int64, indices into the N targets of the micro-batch.
+        segments: [M] int64, answer of each target, from 0 to S - 1.
+        is_right: [S] bool.
+        prompts: [S] int64, prompt of each answer, ascending, from 0 to R - 1.
+        weights: [R] float32.
+    """
+
+    positions: Tensor
+    segments: Tensor
+    is_right: Tensor
+    prompts: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DistillTargets:
     """M targets of the term distill, with K tokens each that a teacher scored.
 
@@ -111,6 +130,7 @@ class MicroBatch:
         sft: targets of the supervised term; None if no sample has any.
         pairs: targets of the preference term; None if there is no pair.
         distill: targets of the term distill; None if no sample has any.
+        ranking: targets of the term ranking; None if no prompt is ranked.
     """
 
     input_ids: Tensor
@@ -124,9 +144,12 @@ class MicroBatch:
     sft: SftTargets | None
     pairs: PairTargets | None
     distill: DistillTargets | None = None
+    ranking: RankingTargets | None = None
 
     def count(self, term: str) -> int:
-        """Return the number of targets of a term; for the term preference, of pairs."""
+        """Return the number of targets of a term; for the term preference, of pairs; for ranking, of prompts."""
+        if term == "ranking":
+            return len(self.ranking.weights) if self.ranking else 0
         if term == "preference":
             return len(self.pairs.weights) if self.pairs else 0
         targets = {"sft": self.sft, "distill": self.distill}.get(term, self.policy)
@@ -150,16 +173,19 @@ def collate(
     """
     samples = [sample for item in items for sample in item.samples]
     if rows is None:
-        packed = [pack([sample.token_ids]) for sample in samples]
+        packed = [pack([sample.inputs]) for sample in samples]
     else:
-        packed = [pack([sample.token_ids for number in row for sample in items[number].samples]) for row in rows]
+        packed = [pack([sample.inputs for number in row for sample in items[number].samples]) for row in rows]
     padded = pad_rows(packed, pad_id)
     trained = [np.flatnonzero(sample.targets) for sample in samples]  # never token 0
     starts = np.cumsum([0, *(len(each) for each in trained)])
 
-    def positions(mask: BoolArray | None, number: int) -> np.ndarray:
-        """Return the target numbers of a term in a sample; an empty array without a mask."""
-        return _NO_TARGETS if mask is None else starts[number] + np.flatnonzero(mask[trained[number]])
+    def positions(masks: Sequence[BoolArray | None]) -> list[np.ndarray]:
+        """Return the target numbers of a term in each sample; an empty array without a mask."""
+        return [
+            _NO_TARGETS if mask is None else start + np.flatnonzero(mask[at])
+            for mask, start, at in zip(masks, starts, trained, strict=False)
+        ]
 
     targets = (place[at - 1] for place, at in zip(padded.places, trained, strict=True))
     target_ids = (sample.token_ids[at] for sample, at in zip(samples, trained, strict=True))
@@ -171,17 +197,11 @@ def collate(
         target_ids=torch.from_numpy(np.concatenate([_NO_TARGETS, *target_ids]).astype(np.int64)),
         parts=parts,
         real_tokens=sum(row.length for row in packed),
-        policy=_policy_targets(samples, [positions(sample.policy_mask, n) for n, sample in enumerate(samples)]),
-        sft=_sft_targets(samples, [positions(sample.sft_mask, n) for n, sample in enumerate(samples)]),
-        pairs=_pair_targets(
-            [item.pair for item in items if item.pair],
-            [
-                positions(sample.preference_mask, n)
-                for n, sample in enumerate(samples)
-                if sample.preference_mask is not None
-            ],
-        ),
-        distill=_distill_targets(samples, [positions(sample.distill_mask, n) for n, sample in enumerate(samples)]),
+        policy=_policy_targets(samples, positions([sample.policy_mask for sample in samples])),
+        sft=_sft_targets(samples, positions([sample.sft_mask for sample in samples])),
+        pairs=_pair_targets(items, positions([sample.preference_mask for sample in samples])),
+        distill=_distill_targets(samples, positions([sample.distill_mask for sample in samples])),
+        ranking=_ranking_targets(items, positions([sample.ranking_mask for sample in samples])),
     )
 
 
@@ -245,16 +265,38 @@ def _distill_targets(samples: Sequence[Sample], positions: Sequence[np.ndarray])
     )
 
 
-def _pair_targets(pairs: Sequence[Pair], positions: Sequence[np.ndarray]) -> PairTargets | None:
-    """Return the targets of pairs. `positions` has the chosen and the rejected side of every pair in turn."""
+def _own(items: Sequence[PackItem], has: Callable[[PackItem], bool], by_sample: Sequence[Tensors]) -> list[Tensors]:
+    """Return the values of the samples of some items, from those of all samples."""
+    kept = [has(item) for item in items for _ in item.samples]
+    return [value for value, keep in zip(by_sample, kept, strict=True) if keep]
+
+
+def _pair_targets(items: Sequence[PackItem], by_sample: Sequence[np.ndarray]) -> PairTargets | None:
+    pairs = [item.pair for item in items if item.pair]
     if not pairs:
         return None
+    positions = _own(items, lambda item: item.pair is not None, by_sample)  # chosen and rejected side in turn
     return PairTargets(
         positions=torch.from_numpy(np.concatenate(positions)),
         segments=torch.from_numpy(np.repeat(np.arange(len(positions)), [len(numbers) for numbers in positions])),
         reference=torch.tensor([pair.reference for pair in pairs], dtype=torch.float64).flatten(),
         smoothing=torch.tensor([pair.smoothing for pair in pairs], dtype=torch.float64),
         weights=torch.tensor([pair.weight for pair in pairs], dtype=torch.float64),
+    )
+
+
+def _ranking_targets(items: Sequence[PackItem], by_sample: Sequence[np.ndarray]) -> RankingTargets | None:
+    rankings = [item.ranking for item in items if item.ranking]
+    if not rankings:
+        return None
+    positions = _own(items, lambda item: item.ranking is not None, by_sample)  # the answers of every prompt in turn
+    answers = [len(ranking.is_right) for ranking in rankings]
+    return RankingTargets(
+        positions=torch.from_numpy(np.concatenate(positions)),
+        segments=torch.from_numpy(np.repeat(np.arange(len(positions)), [len(numbers) for numbers in positions])),
+        is_right=torch.tensor([right for ranking in rankings for right in ranking.is_right]),
+        prompts=torch.from_numpy(np.repeat(np.arange(len(rankings)), answers)),
+        weights=torch.tensor([ranking.weight for ranking in rankings]),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -9,10 +10,12 @@ from typing import Protocol
 import numpy as np
 
 from learners.objective.preferences import adaptive_smoothing
+from learners.samples.masking import UNMASKED, ThoughtMask
 from learners.samples.policy import PolicyScorer, policy_samples
-from learners.samples.types import PackItem, Pair, Sample, demonstration_sample, pair_samples, step_pair
+from learners.samples.ranking import ranking_item
+from learners.samples.types import PackItem, Pair, Sample, pair_samples, step_pair
 from rlsys.config.objective import ObjectiveConfig
-from rlsys.types import Preference, TrainingBatch, TrajectoryGroup
+from rlsys.types import Demonstration, Preference, TrainingBatch, TrajectoryGroup
 
 
 class Scorer(PolicyScorer, Protocol):
@@ -39,7 +42,13 @@ class StepTerms:
 
 
 def build_samples(
-    batch: TrainingBatch, objective: ObjectiveConfig, terms: StepTerms, *, max_tokens: int, scorer: Scorer
+    batch: TrainingBatch,
+    objective: ObjectiveConfig,
+    terms: StepTerms,
+    *,
+    max_tokens: int,
+    scorer: Scorer,
+    thoughts: ThoughtMask = UNMASKED,
 ) -> list[list[list[PackItem]]]:
     """Build the samples of a training step, packed into items.
 
@@ -49,6 +58,7 @@ def build_samples(
         terms: terms of this step.
         max_tokens: length limit of a completion, `sampling.max_tokens`.
         scorer: called only for the scores that the objective needs.
+        thoughts: mask of the chains of supervised rows; the sides of pairs are never masked.
 
     Returns:
         Three lists: for the groups, for the other pairs, and for the demonstrations. Each has one list of items per
@@ -56,21 +66,25 @@ def build_samples(
     """
     weights = terms.weights
     chosen_sft = terms.chosen_sft and "sft" in weights
+    numbers = itertools.count()
+
+    def row(demonstration: Demonstration) -> PackItem:
+        return PackItem(samples=(thoughts.sample(demonstration, next(numbers)),))
+
     groups = _policy_items(batch.groups, objective, terms, max_tokens, scorer)
     if objective.sft.source == "trees" and "sft" in weights:
         for items, group in zip(groups, batch.groups, strict=True):
-            items += [PackItem(samples=(demonstration_sample(chain),)) for chain in group.demonstrations]
+            items += map(row, group.demonstrations)
+    if "ranking" in weights:
+        for items, group in zip(groups, batch.groups, strict=True):
+            items += filter(None, [ranking_item(group, objective.ranking.max_answers)])
     if "preference" in weights or chosen_sft:
         for items, pairs in zip(groups, _tree_pairs(batch.groups, objective, weights, scorer), strict=True):
             items += [_pair_item(pair, objective, weights, chosen_sft) for pair in pairs]
         other_pairs = [[_pair_item(pair, objective, weights, chosen_sft)] for pair in batch.pairs]
     else:
         other_pairs = []
-    demonstrations = [
-        [PackItem(samples=(demonstration_sample(demonstration),))]
-        for demonstration in batch.demonstrations
-        if "sft" in weights
-    ]
+    demonstrations = [[row(demonstration)] for demonstration in batch.demonstrations if "sft" in weights]
     return [groups, other_pairs, demonstrations]
 
 

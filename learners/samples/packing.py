@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlsys.sequences import common_prefix_length
+from rlsys.sequences import common_prefix_length, order_key
 from rlsys.types import Int32Array
 
 Places = np.ndarray
@@ -68,11 +68,6 @@ def pack(sequences: Sequence[Int32Array]) -> PackedRow:
 
 
 _NOTHING = np.zeros(0, dtype=np.int64)
-
-
-def order_key(sequence: Int32Array) -> bytes:
-    """Return a key by which sequences sort in lexicographic order."""
-    return sequence.astype(">i4").tobytes()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,7 @@ def _trains(sample: Sample, weights: Mapping[str, float], objective: ObjectiveCo
     return bool(
         ("sft" in weights and count_targets(sample.sft_mask))
         or ("distill" in weights and count_targets(sample.distill_mask))
+        or ("ranking" in weights and count_targets(sample.ranking_mask))
         or ("preference" in weights and count_targets(sample.preference_mask))
         or policy_changes_weights(sample, weights, objective)
     )

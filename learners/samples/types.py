@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rlsys.sequences import common_prefix_length
-from rlsys.types import BoolArray, Demonstration, Float32Array, Int32Array, Preference, StepPreference, TeacherTokens
+from rlsys.types import BoolArray, Float32Array, Int32Array, Preference, StepPreference, TeacherTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +65,9 @@ class Sample:
         sft_weight: weight of each token of `sft_mask` in the loss.
         preference_mask: [T] bool, tokens whose log-probabilities are summed into the score of this side of a pair.
         distill: the tokens that the term distill trains.
+        ranking_mask: [T] bool, tokens whose mean log-probability is the score of this answer among those of its prompt.
+        input_ids: [T] int32, the tokens that the model sees in the place of token_ids, which stay the targets; None for
+            token_ids themselves.
     """
 
     token_ids: Int32Array
@@ -73,6 +76,13 @@ class Sample:
     sft_weight: float = 0.0
     preference_mask: BoolArray | None = None
     distill: DistillTokens | None = None
+    ranking_mask: BoolArray | None = None
+    input_ids: Int32Array | None = None
+
+    @property
+    def inputs(self) -> Int32Array:
+        """[T] int32, the tokens that the model sees."""
+        return self.token_ids if self.input_ids is None else self.input_ids
 
     @property
     def length(self) -> int:
@@ -93,7 +103,7 @@ class Sample:
     def targets(self) -> BoolArray:
         """[T] bool, tokens that any term trains."""
         any_mask = np.zeros(len(self.token_ids), dtype=np.bool_)
-        for mask in (self.policy_mask, self.sft_mask, self.preference_mask, self.distill_mask):
+        for mask in (self.policy_mask, self.sft_mask, self.preference_mask, self.distill_mask, self.ranking_mask):
             if mask is not None:
                 any_mask |= mask
         any_mask[0] = False
@@ -116,11 +126,25 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """Inputs of the ranking term for one prompt, in addition to the samples of its answers.
+
+    Attributes:
+        is_right: whether the answer of each sample is right.
+        weight: weight of the prompt in the loss.
+    """
+
+    is_right: tuple[bool, ...]
+    weight: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackItem:
-    """Samples that must share a micro-batch: a single sample, or the chosen and the rejected side of a pair."""
+    """Samples that must share a micro-batch: a single one, the two sides of a pair, or the answers of a ranking."""
 
     samples: tuple[Sample, ...]
     pair: Pair | None = None
+    ranking: Ranking | None = None
 
     @property
     def length(self) -> int:
@@ -131,11 +155,6 @@ class PackItem:
 def count_targets(mask: BoolArray | None) -> int:
     """Return the number of trained tokens in a mask. The first token has no prediction and never counts."""
     return 0 if mask is None else int(mask[1:].sum())
-
-
-def demonstration_sample(demonstration: Demonstration) -> Sample:
-    """Return the sample of the supervised term for a demonstration."""
-    return Sample(token_ids=demonstration.token_ids, sft_mask=demonstration.loss_mask)
 
 
 def step_pair(preference: StepPreference) -> Preference | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rlsys.config.adapter_checks import adapter_has_no_critic, adapter_stays_on_its_device
+from rlsys.config.data_checks import divergence_has_scores, extracted_nodes_exist, masked_chains_are_rows
 from rlsys.config.device_checks import colocated_fit
 from rlsys.config.patterns import resolve
 from rlsys.config.search_checks import (
@@ -161,10 +162,10 @@ def kl_loss_has_a_gradient(config: Config) -> None:
 def online_has_a_term(config: Config) -> None:
     """Raise if no term of the online stage has a weight."""
     objective = config.objective
-    if not (objective.policy.used or objective.preference.used or objective.sft.used or objective.distill.used):
+    if not any(getattr(objective, name).used for name in ("policy", "preference", "sft", "distill", "ranking")):
         raise ValueError(
-            "stage online: the weights of objective.policy, objective.preference, objective.sft and objective.distill "
-            "are all 0; raise one"
+            "stage online: the weights of objective.policy, objective.preference, objective.sft, objective.distill and "
+            "objective.ranking are all 0; raise one"
         )
 
 
@@ -172,7 +173,8 @@ def online_has_a_term(config: Config) -> None:
 def sampled_prompts_train_the_policy(config: Config) -> None:
     """Raise if online prompts are sampled although only the policy term trains on them."""
     objective = config.objective
-    if not (objective.policy.used or objective.distill.used) and config.search.fraction < 1:
+    used = objective.policy.used or objective.distill.used or objective.ranking.used
+    if not used and config.search.fraction < 1:
         raise ValueError(
             "objective.policy.weight 0: the sampled prompts of stage online would train nothing; set "
             f"search.fraction to 1 (now {config.search.fraction:g}), or use the stages warm_start, sft or preference"
@@ -342,6 +344,7 @@ RULES: tuple[Rule, ...] = (
     online_has_pairs,
     preference_file_is_read,
     sft_has_trees,
+    masked_chains_are_rows,
     search_is_not_last,
     offline_stages_have_data,
     search_is_read,
@@ -350,6 +353,8 @@ RULES: tuple[Rule, ...] = (
     model_reaches_context,
     patterns_are_searchable,
     steps_can_be_checked,
+    extracted_nodes_exist,
+    divergence_has_scores,
 )
 """All rules, in the order in which they are checked. The first one that is broken is reported."""
 

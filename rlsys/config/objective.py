@@ -139,6 +139,10 @@ class SftConfig(Component):
     """Demonstrations in one online training step, for the source demonstrations."""
     mask_prefix_sft: bool = False
     """Do not train the prefix that the chosen side shares with the rejected side."""
+    mask_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the tokens of imitated chains that the model does not see (Masked Thought): the padding token stands in
+    their place, and they are trained all the same. For the stages warm_start and sft, and in the stage online for the
+    sources trees and demonstrations."""
 
 
 class DistillConfig(Component):
@@ -169,6 +173,11 @@ class DistillConfig(Component):
         return self.top_k if self.divergence == "top_k" else None
 
 
+class RankingConfig(Component):
+    max_answers: int = Field(default=8, ge=1)
+    """Largest number of right answers of a prompt that are ranked, and of wrong ones. All are in one forward pass."""
+
+
 class ObjectiveConfig(Section):
     policy: PolicyConfig = PolicyConfig()
     """Policy-gradient term on sampled and searched trajectories."""
@@ -182,6 +191,8 @@ class ObjectiveConfig(Section):
     """Supervised term: negative log-likelihood of chains. Its weight is the alpha of the Marco-o1 v2 paper."""
     distill: DistillConfig = DistillConfig()
     """Term that brings the policy to a teacher (section teacher) on sampled and searched trajectories."""
+    ranking: RankingConfig = RankingConfig()
+    """Term that ranks the right answers of a prompt above its wrong ones (AFT), in sampled and searched groups."""
     grad_norm_interval: int = Field(default=10, ge=0)
     """Training steps between measurements of the gradient norm of each term, in the last transformer layer. 0:
     never."""

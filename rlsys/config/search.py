@@ -75,7 +75,17 @@ class SurpriseConfig(Section):
     """Number of whole chains that are drawn from the prompt first."""
 
 
-SelectionConfig = Annotated[UcbConfig | PuctConfig | FrontierConfig | SurpriseConfig, Field(discriminator="type")]
+class RevisionConfig(Section):
+    type: Literal["revision"]
+    chains: int = Field(default=4, ge=1)
+    """Number of whole chains that are drawn from the prompt first. The longest right one is revised."""
+    draws: int = Field(default=1, ge=1)
+    """Number of chains that are drawn after each of its thoughts (Retro-Search)."""
+
+
+SelectionConfig = Annotated[
+    UcbConfig | PuctConfig | FrontierConfig | SurpriseConfig | RevisionConfig, Field(discriminator="type")
+]
 
 
 class CorrectRule(Section):
@@ -174,9 +184,9 @@ class SearchConfig(Section):
         return self.fraction > 0 or self.unsolved
 
     @model_validator(mode="after")
-    def _surprise(self) -> SearchConfig:
-        if isinstance(self.selection, SurpriseConfig) and self.expansion != "chain":
-            raise ValueError("selection {type: surprise} draws whole chains: set expansion to chain")
+    def _whole_chains(self) -> SearchConfig:
+        if isinstance(self.selection, SurpriseConfig | RevisionConfig) and self.expansion != "chain":
+            raise ValueError(f"selection {{type: {self.selection.type}}} draws whole chains: set expansion to chain")
         return self
 
     @model_validator(mode="after")
@@ -189,10 +199,25 @@ class SearchConfig(Section):
         return self
 
 
+ChainRule = Literal["highest_value", "longest", "median", "shortest", "by_difficulty", "retrospective", "none"]
+
+
 class ExtractConfig(Section):
-    supervised: Literal["highest_value", "longest", "median", "shortest", "none"] = "longest"
-    """Which correct chain of a tree becomes a supervised row. none: no supervised rows."""
-    chosen: Literal["highest_value", "longest", "median", "shortest", "none"] = "shortest"
+    supervised: ChainRule | Literal["divergence"] = "longest"
+    """Which correct chain of a tree becomes a supervised row. by_difficulty: the one whose length is closest to a
+    budget, from the shortest where the tree solves the problem always to the longest where it seldom does;
+    retrospective: the shortest that begins with the first node of the longest; divergence: the one whose nodes a
+    teacher finds more probable than the policy does, for `rlsys extract` after `rlsys score`. none: no supervised
+    rows."""
+    supervised_nodes: tuple[str, ...] = ()
+    """Types of the nodes that supervised rows train; the others are context. Empty: all nodes."""
+    supervised_rows: Literal["chain", "node"] = "chain"
+    """`chain`: one row for the whole chain; `node`: one row for every node, which trains that node alone after the
+    nodes before it (chunk-wise training)."""
+    skip: tuple[str, ...] = ()
+    """Types of nodes that are left out of the chain of a supervised row, where another correct chain of the tree has
+    none of that type (Skip-Thinking)."""
+    chosen: ChainRule = "shortest"
     """Which correct chain of a tree becomes the chosen side of preference pairs. none: no pairs of chains."""
     max_backtracks: int | None = Field(default=0, ge=0)
     """Maximum number of nodes after a wrong answer in the chains that supervised and chosen select. null: no limit. The

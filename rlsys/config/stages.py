@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # the config is checked by rules that use the plans
     from rlsys.config.objective import ObjectiveConfig
     from rlsys.config.schema import Config, OptimizerConfig
 
-TERMS = ("policy", "kl", "value", "preference", "sft", "distill")
+TERMS = ("policy", "kl", "value", "preference", "sft", "distill", "ranking")
 """The terms of the joint loss."""
 
 TERMS_OF_STAGE: dict[StageName, tuple[str, ...]] = {

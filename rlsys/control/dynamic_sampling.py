@@ -32,9 +32,10 @@ def has_signal(group: TrajectoryGroup, objective: ObjectiveConfig, max_tokens: i
     Source: DAPO, arXiv:2503.14476, sec. 3.2, which asks for right and wrong answers, before any shaping.
     """
     policy, preference, sft = objective.policy, objective.preference, objective.sft
-    if objective.distill.used or not (policy.used or group.searched):
+    compares = policy.used or objective.ranking.used
+    if objective.distill.used or not (compares or group.searched):
         return True
-    if policy.used and _rewards_differ(group, policy, max_tokens):
+    if compares and _rewards_differ(group, policy, max_tokens):
         return True
     own_pairs = group.pairs if preference.pairs == "chains" else group.step_preferences
     paired = preference.used or (sft.used and sft.source == "chosen")

@@ -39,6 +39,7 @@ def _term_specs() -> list[MetricSpec]:
         "preference": "pairs",
         "sft": "tokens",
         "distill": "tokens",
+        "ranking": "prompts",
     }
     specs = []
     for term, unit in units.items():
@@ -194,6 +195,11 @@ _SPECS = (
     MetricSpec("preference/rejected_logprob", "nats", "the same for the rejected side"),
     MetricSpec(
         "preference/left_out", "pairs", "pairs of sibling nodes left out because one node begins with the other"
+    ),
+    MetricSpec(
+        "ranking/accuracy",
+        "share",
+        "share of the pairs of a right and a wrong answer of a prompt that are in order, mean",
     ),
     MetricSpec(
         "value/explained_variance",

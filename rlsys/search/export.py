@@ -15,12 +15,14 @@ import numpy as np
 from rlsys.config.patterns import resolve
 from rlsys.config.schema import Config
 from rlsys.config.search import ExtractConfig
-from rlsys.directory import CARD, REPORT
+from rlsys.directory import CARD, REPORT, SearchDirectory
 from rlsys.errors import ConfigError
 from rlsys.models.folder import ModelFolder
 from rlsys.search import extract
 from rlsys.search.codec import TagCodec
 from rlsys.search.paths import prompt_tokens
+from rlsys.search.scores import ScoreFile
+from rlsys.search.supervised import SupervisedRow, supervised_rows
 from rlsys.search.tree_json import read_trees
 from rlsys.tables.schemas import TABLES
 from rlsys.tables.write import TableFiles, whole_or_nothing
@@ -61,7 +63,7 @@ def run(source: Source, output: Path) -> dict[str, Any]:
         with ExitStack() as stack:
             files = {table.name: stack.enter_context(TableFiles(folder, table)) for table in TABLES}
             extraction = _Extraction(source, files)
-            for path in _shards(source.trees):
+            for path in shards(source.trees):
                 for tree in read_trees(path):
                     extraction.add(tree)
         report = extraction.report()
@@ -94,7 +96,8 @@ MEANINGS = {
 }
 
 
-def _shards(folder: Path) -> list[Path]:
+def shards(folder: Path) -> list[Path]:
+    """Return the files of trees of a folder, in the order of their prompts."""
     return sorted(folder.glob("*.jsonl"), key=lambda path: (len(path.name), path.name))
 
 
@@ -103,6 +106,8 @@ class _Extraction:
 
     def __init__(self, source: Source, files: Mapping[str, TableFiles]) -> None:
         self._source, self._files = source, files
+        by_scores = source.config.extract.supervised == "divergence"
+        self._scores = ScoreFile(SearchDirectory(source.trees.parent).scores) if by_scores else None
         self._counts = Counter[str]()
         self._without_pair = Counter[str]()
         self._origins = Counter[str]()
@@ -132,10 +137,10 @@ class _Extraction:
             self._files["step_values"].add(_step_value_row(tree, prompt, step))
 
     def _add_supervised(self, tree: Tree, prompt: str) -> None:
-        settings = self._source.config.extract
-        chain = extract.pick_chain(tree, settings.supervised, self._source.codec, settings.max_backtracks)
-        if chain and self._files["supervised"].add(_supervised_row(tree, prompt, chain, self._source.codec)):
-            self._lengths["supervised"].append(chain.length)
+        for row in supervised_rows(tree, self._source.config.extract, self._source.codec, self._scores):
+            columns = _supervised_row(tree, prompt, row)
+            if self._files["supervised"].add(columns):
+                self._lengths["supervised"].append(columns["length"])
 
     def _add_pairs(self, tree: Tree, prompt: str) -> None:
         config, codec = self._source.config.extract, self._source.codec
@@ -187,18 +192,17 @@ def _why_no_pair(tree: Tree, config: ExtractConfig) -> str:
     return "no_correct" if has_wrong else "no_answer"
 
 
-def _supervised_row(tree: Tree, prompt: str, chain: extract.Chain, codec: TagCodec) -> dict[str, Any]:
-    demonstration = extract.demonstration(tree, chain.number, codec)
+def _supervised_row(tree: Tree, prompt: str, row: SupervisedRow) -> dict[str, Any]:
     return {
-        "prompt": prompt,
-        "completion": chain.text,
+        "prompt": prompt + row.prefix,
+        "completion": row.text,
         "prompt_id": tree.prompt_id,
-        "token_ids": demonstration.token_ids.tolist(),
-        "loss_mask": demonstration.loss_mask.tolist(),
-        "reward": chain.reward,
-        "length": chain.length,
+        "token_ids": row.token_ids.tolist(),
+        "loss_mask": row.loss_mask.tolist(),
+        "reward": row.chain.reward,
+        "length": len(row.token_ids) - row.prompt_length,
         "pattern": tree.pattern,
-        "value": chain.value,
+        "value": row.chain.value,
     }
 
 

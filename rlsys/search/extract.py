@@ -16,18 +16,18 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from rlsys.config.search import ExtractConfig
+from rlsys.config.search import ChainRule, ExtractConfig
 from rlsys.search.paths import Codec as PathCodec
 from rlsys.search.paths import PathTokens, path_tokens
-from rlsys.sequences import common_prefix_length
+from rlsys.search.rules import choose, tie
+from rlsys.sequences import common_prefix_length, order_key
 from rlsys.trees import ThoughtNode, Tree
-from rlsys.types import BoolArray, Demonstration, Int32Array, Preference, StepPreference
+from rlsys.types import BoolArray, Int32Array, Preference, StepPreference
 
 ROUNDING = 1e-9
 """Tolerance for differences of values, which are quotients: 0.5 - 0.4 counts as a difference of 0.1."""
 
 StepValueRule = Literal["mean", "estimate"]
-Rule = Literal["highest_value", "longest", "median", "shortest", "none"]
 
 
 class Codec(PathCodec, Protocol):
@@ -92,47 +92,26 @@ class StepValue:
         return np.arange(len(self.token_ids)) >= self.start + self.forced
 
 
-def supervised_chain(tree: Tree, rule: Rule, codec: Codec, max_backtracks: int | None = None) -> int | None:
-    """Return the number of the terminal node of the chain that `pick_chain` returns, or None."""
-    chain = pick_chain(tree, rule, codec, max_backtracks)
-    return chain.number if chain else None
-
-
-def pick_chain(tree: Tree, rule: Rule, codec: Codec, max_backtracks: int | None = None) -> Chain | None:
-    """Return the correct chain that a rule selects; None without a correct chain, or for "none".
+def pick_chain(tree: Tree, rule: ChainRule, codec: Codec, max_backtracks: int | None = None) -> Chain | None:
+    """Return the correct chain that a rule selects (`rlsys.search.rules`); None without one, or for "none".
 
     Args:
         tree: A finished tree.
-        rule: `longest`, `shortest` and `median` compare the tokens after the prompt. The median of an even number of
-            chains is the lower one. `highest_value` compares `Chain.value`.
+        rule: The rule.
         codec: Codec of the policy.
         max_backtracks: Largest number of nodes after a wrong answer; None for no limit.
-
-    Returns:
-        The chain. Of equal chains it is the one with the smallest token ids, compared from the left.
     """
-    if rule == "none":
-        return None
-    chains = _chains(tree, codec, lambda node: node.correct)
-    if max_backtracks is not None:
-        chains = [chain for chain in chains if chain.backtracks <= max_backtracks]
+    chains = correct_chains(tree, codec, max_backtracks) if rule != "none" else []
     if not chains:
         return None
-    if rule == "median":
-        return sorted(chains, key=lambda chain: (chain.length, *_tie(chain)))[(len(chains) - 1) // 2]
-    measure: dict[Rule, Callable[[Chain], float]] = {
-        "highest_value": lambda chain: -chain.value,
-        "longest": lambda chain: -chain.length,
-        "shortest": lambda chain: chain.length,
-    }
-    return min(chains, key=lambda chain: (measure[rule](chain), *_tie(chain)))
+    visits, total = unhinted(tree)[0]
+    return choose(chains, rule, total / visits if visits else 0.0)
 
 
-def demonstration(tree: Tree, number: int, codec: Codec) -> Demonstration:
-    """Return a complete chain as a demonstration. All tokens after the prompt are trained, including the end token."""
-    path = path_tokens(tree, number, codec)
-    token_ids = _with_end(path.token_ids, codec)
-    return Demonstration(token_ids=token_ids, loss_mask=np.arange(len(token_ids)) >= path.prompt_length)
+def correct_chains(tree: Tree, codec: Codec, max_backtracks: int | None = None) -> list[Chain]:
+    """Return the correct chains of a tree with at most a number of nodes after a wrong answer."""
+    chains = _chains(tree, codec, lambda node: node.correct)
+    return [chain for chain in chains if max_backtracks is None or chain.backtracks <= max_backtracks]
 
 
 def preference_pairs(tree: Tree, config: ExtractConfig, codec: Codec) -> list[Preference]:
@@ -159,7 +138,7 @@ def preferred_chains(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tu
             continue
         if common < min(len(chosen.token_ids), len(wrong.token_ids)):
             place = -common if config.pairs == "longest_prefix" else common
-            ranked.append((place, abs(chosen.length - wrong.length), *_tie(wrong), wrong))
+            ranked.append((place, abs(chosen.length - wrong.length), *tie(wrong), wrong))
     ranked.sort(key=lambda entry: entry[:-1])
     return [(chosen, entry[-1]) for entry in ranked[: config.pairs_per_tree]]
 
@@ -302,7 +281,7 @@ def _chains(tree: Tree, codec: Codec, accepts: Callable[[ThoughtNode], bool]) ->
     """Return the complete chains whose terminal node `accepts` allows, without repeated token ids."""
     unique: dict[bytes, Chain] = {}
     numbers = [n for n in tree.answers() if tree.nodes[n].visits and accepts(tree.nodes[n])]
-    for chain in sorted((_chain(tree, n, codec) for n in numbers), key=_tie):
+    for chain in sorted((_chain(tree, n, codec) for n in numbers), key=tie):
         unique.setdefault(chain.token_ids.tobytes(), chain)
     return list(unique.values())
 
@@ -313,7 +292,7 @@ def _chain(tree: Tree, number: int, codec: Codec) -> Chain:
     verdict = tree.nodes[number].verdict
     return Chain(
         number=number,
-        token_ids=_with_end(path.token_ids, codec),
+        token_ids=with_end(path.token_ids, codec),
         prompt_length=path.prompt_length,
         text=tree.completion(number),
         value=sum(values) / len(values),
@@ -323,7 +302,7 @@ def _chain(tree: Tree, number: int, codec: Codec) -> Chain:
     )
 
 
-def _with_end(token_ids: Int32Array, codec: Codec) -> Int32Array:
+def with_end(token_ids: Int32Array, codec: Codec) -> Int32Array:
     """Append the end token, unless the writer of the chain ended it with one."""
     if int(token_ids[-1]) in codec.end_token_ids:
         return token_ids
@@ -370,17 +349,7 @@ def _step(
     )
 
 
-def _tie(chain: Chain) -> tuple[bytes, str, float, float, tuple[tuple[int, int, str], ...]]:
-    """Return a sort key of a chain that includes everything that becomes data."""
-    return _sortable(chain.token_ids), chain.text, -chain.value, -chain.reward, chain.nodes
-
-
 def _place(step: StepValue) -> tuple[bytes, bytes, str, str, str]:
     """Return the identity of a node, independent of its number."""
     prefix_ids, own_ids = step.token_ids[: step.start], step.token_ids[step.start :]
-    return _sortable(prefix_ids), _sortable(own_ids), step.prefix, step.text, step.type
-
-
-def _sortable(token_ids: Int32Array) -> bytes:
-    """Return bytes that sort like the ids compared from the left. No id is negative."""
-    return token_ids.astype(">i4").tobytes()
+    return order_key(prefix_ids), order_key(own_ids), step.prefix, step.text, step.type

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
+
+from rlsys.config.files import apply_override, parse_config
+from rlsys.config.schema import Config
 
 MINIMAL: dict[str, Any] = {
     "run": {"dir": "runs/x"},
@@ -22,3 +26,11 @@ def minimal(**changes: Any) -> dict[str, Any]:
             node = node.setdefault(section, {})
         node[key] = value
     return values
+
+
+def minimal_with(overrides: Sequence[str]) -> Config:
+    """Return the minimal config with overrides."""
+    values = minimal()
+    for override in overrides:
+        apply_override(values, override)
+    return parse_config(values, "c.yaml")

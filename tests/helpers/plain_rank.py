@@ -44,6 +44,7 @@ EVERY_TERM: dict[str, Any] = {
     "value": {"weight": 0.5},
     "preference": {"weight": 0.3, "label_smoothing": 0.1},
     "sft": {"weight": 0.7, "source": "trees"},
+    "ranking": {"weight": 0.6},
     "distill": {"weight": 0.4, "divergence": "top_k", "top_k": 3, "beta": 0.5},
     "grad_norm_interval": 1,
 }

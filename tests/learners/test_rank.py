@@ -83,7 +83,7 @@ def test_micro_batches_change_nothing_but_the_padding(objective: dict[str, Any],
 )
 def test_a_step_with_one_kind_of_data(batch: TrainingBatch, stage: StageName, terms: set[str]) -> None:
     # Terms without data add no loss, and their denominator is 0.
-    rank = plain_rank({**EVERY_TERM, "policy": {}, "value": {}, "distill": {}}, stage=stage)
+    rank = plain_rank({**EVERY_TERM, "policy": {}, "value": {}, "distill": {}, "ranking": {}}, stage=stage)
     before = rank.policy.vector()
     metrics = rank.train(batch, 0, 1)
     assert torch.equal(rank.policy.vector(), before) == (not terms)
@@ -286,3 +286,17 @@ def test_the_reference_policy_itself_has_a_margin_of_zero() -> None:
     metrics = rank.train(TrainingBatch(groups=(tree(), tree())), 0, 1)
     assert metrics["preference/margin"] == pytest.approx(0.0, abs=1e-5)
     assert metrics["objective/preference_loss"] == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_hidden_tokens_of_a_step_follow_from_its_version() -> None:
+    batch = TrainingBatch(demonstrations=(chain(list(range(5, 25)), 1), chain(list(range(25, 45)), 1)))
+
+    def weights(share: float, version: int) -> Tensor:
+        rank = plain_rank({"sft": {"mask_share": share}}, stage="sft")
+        rank.train(batch, 0, version)
+        return rank.policy.vector()
+
+    assert torch.equal(weights(0.5, 7), weights(0.5, 7))
+    assert not torch.allclose(weights(0.5, 7), weights(0.5, 8))
+    assert not torch.allclose(weights(0.5, 7), weights(0.0, 7))
+    torch.testing.assert_close(weights(0.0, 7), weights(0.0, 8))  # only the order of the sum differs

@@ -33,6 +33,7 @@ from rlsys.config.search import (
     CorrectRule,
     FrontierConfig,
     PuctConfig,
+    RevisionConfig,
     SearchConfig,
     StopConfig,
     SurpriseConfig,
@@ -51,6 +52,7 @@ SELECTIONS = (
     FrontierConfig(type="frontier"),
     SurpriseConfig(type="surprise"),
     SurpriseConfig(type="surprise", unit="node", chains=2),
+    RevisionConfig(type="revision", chains=3, draws=2),
 )
 THOUGHT = re.compile("<thinking>.*?</thinking>")
 VALUES = (None, StepsValueConfig(type="steps"), ModelValueConfig(type="model", path="judge", prune_below=0.5))
@@ -76,7 +78,9 @@ def configs(draw: st.DrawFn) -> SearchConfig:
     rules = st.builds(CorrectRule, count=st.integers(1, 4), after=st.integers(0, 12))
     selection = draw(st.sampled_from(SELECTIONS))
     return SearchConfig(
-        expansion="chain" if isinstance(selection, SurpriseConfig) else draw(st.sampled_from(("node", "chain"))),
+        expansion="chain"
+        if isinstance(selection, SurpriseConfig | RevisionConfig)
+        else draw(st.sampled_from(("node", "chain"))),
         selection=selection,
         value=draw(st.sampled_from(VALUES)),
         parallel_simulations=draw(st.integers(1, 8)),
@@ -200,7 +204,7 @@ def check_bounds(tree: Tree, pattern: Pattern, config: SearchConfig) -> None:
         if config.expansion == "node":
             for name, count in below.items():
                 assert count <= row.get(name, 0) + (wrong.get(name, 0) if config.backtracking else 0)
-        elif not isinstance(config.selection, SurpriseConfig):  # which draws wherever the model was unsure
+        elif not isinstance(config.selection, SurpriseConfig | RevisionConfig):  # they draw at any place
             # Each draw of a node may have the children of its row. A longer chain is cut below the node.
             bound = max(1, sum(row.values())) * node.samples
             assert sum(below.values()) <= bound + (sum(wrong.values()) if config.backtracking else 0)
@@ -271,7 +275,10 @@ def check_stop(grown: Grown, config: SearchConfig) -> None:
         assert tree.simulations == stop.simulations and not reached
     else:
         assert tree.simulations < stop.simulations and not reached
-        assert isinstance(config.selection, SurpriseConfig) or search._tree.root.status is Status.EXHAUSTED
+        assert (
+            isinstance(config.selection, SurpriseConfig | RevisionConfig)
+            or search._tree.root.status is Status.EXHAUSTED
+        )
     # Nothing is running. Only backtracking children that the end of the search cut off may still be queued.
     queued = Counter(node.number for node, _ in search._backtracking.queue)
     assert all(node.in_flight == 0 and not node.expanding for node in search._tree.nodes)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from minimal_config import minimal
+from minimal_config import minimal_with
 
 from rlsys.config.checks import RULES
-from rlsys.config.files import apply_override, parse_config
-from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
 
 SEARCHED = ["search.fraction=0.5"]
@@ -158,7 +156,7 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
         (["objective.kl={final_weight: 0.1, estimator: k1}"], "set objective.kl.estimator to k2 or k3"),
     ],
     "online_has_a_term": [
-        (["objective.policy.weight=0"], "the weights of objective.policy, objective.preference, objective.sft and "),
+        (["objective.policy.weight=0"], "objective.distill and objective.ranking are all 0; raise one"),
     ],
     "sampled_prompts_train_the_policy": [
         (
@@ -223,6 +221,13 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
             "objective.sft.source trees needs search.fraction above 0 and extract.supervised",
         ),
     ],
+    "masked_chains_are_rows": [
+        (["objective.sft.mask_share=0.4", "stages=[online]"], "mask_share has no effect: the sides of pairs are never"),
+        (
+            [*SEARCHED, *PAIRS, "objective.sft={weight: 1, source: chosen, mask_share: 0.4}", "stages=[online]"],
+            "use objective.sft.source trees or demonstrations in the stage online",
+        ),
+    ],
     "search_is_not_last": [(["stages=[online, search]"], "stage search trains nothing: let another follow")],
     "offline_stages_have_data": [
         (["stages=[sft]"], "stage sft has no data: set sft.path, or put the stage search before it"),
@@ -261,6 +266,17 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
     ],
     "patterns_are_searchable": [(["search.patterns=[z]"], "search.patterns: unknown table 'z'")],
     "steps_can_be_checked": [([STEPS, "task={type: dataset, path: x}"], "type dataset has no rules for steps")],
+    "extracted_nodes_exist": [
+        (["extract.skip=[doublecheck]"], "extract.skip: unknown node type 'doublecheck'; search.patterns"),
+        (["extract.supervised_nodes=[plan]"], "extract.supervised_nodes: unknown node type 'plan'"),
+    ],
+    "divergence_has_scores": [
+        (
+            ["extract.supervised=divergence", "stages=[search, sft]"],
+            "extract.supervised divergence is for `rlsys extract` after `rlsys score`",
+        ),
+        (["extract.supervised=divergence", *TREES, *SEARCHED], "no stage scores its chains: choose another rule"),
+    ],
 }
 
 ACCEPTED: list[list[str]] = [
@@ -316,13 +332,6 @@ ACCEPTED: list[list[str]] = [
 ]
 
 
-def parse(overrides: list[str]) -> Config:
-    values = minimal()
-    for override in overrides:
-        apply_override(values, override)
-    return parse_config(values, "c.yaml")
-
-
 @pytest.mark.parametrize(
     ("rule", "overrides", "message"),
     [pytest.param(rule, *case, id=f"{rule}-{n}") for rule, cases in REFUSED.items() for n, case in enumerate(cases)],
@@ -331,18 +340,18 @@ def test_a_rule_refuses_its_mistakes_by_name(
     rule: str, overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError) as all_rules:
-        parse(overrides)
+        minimal_with(overrides)
     assert message in all_rules.value.message
     assert "\n" not in all_rules.value.message
     monkeypatch.setattr("rlsys.config.schema.RULES", [each for each in RULES if each.__name__ == rule])
     with pytest.raises(ConfigError) as this_rule:
-        parse(overrides)
+        minimal_with(overrides)
     assert this_rule.value.message == all_rules.value.message
 
 
 @pytest.mark.parametrize("overrides", ACCEPTED, ids=" ".join)
 def test_what_only_looks_like_a_mistake_is_accepted(overrides: list[str]) -> None:
-    parse(overrides)
+    minimal_with(overrides)
 
 
 def test_every_rule_has_a_case() -> None:

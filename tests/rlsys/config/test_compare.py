@@ -148,8 +148,9 @@ FREE_FIELDS = {
     "objective.value": "weight final_weight clip warmup_steps",
     "objective.preference": "weight final_weight loss beta label_smoothing adaptive_smoothing length_norm "
     "mask_prefix_dpo pairs source",
-    "objective.sft": "weight final_weight source mask_prefix_sft",
+    "objective.sft": "weight final_weight source mask_prefix_sft mask_share",
     "objective.distill": "weight final_weight divergence top_k beta interpolation final_interpolation",
+    "objective.ranking": "weight final_weight max_answers",
     "teacher": "model",
     "teacher.model": "path count tensor_parallel_size dtype max_model_len max_num_seqs kv_cache_gib "
     "gpu_memory_utilization",
@@ -166,13 +167,14 @@ FREE_FIELDS = {
     },
     "search.nodes.NAME": "tag prefixes writer terminal max_tokens",
     "search.tables.NAME": "children after_wrong",
-    "search.selection": "type form exploration length_exponent value_weight entropy_weight depth_weight unit chains",
+    "search.selection": "type form exploration length_exponent value_weight entropy_weight depth_weight unit chains "
+    "draws",
     "search.value": "type count prune_below template yes no path tensor_parallel_size dtype max_model_len max_num_seqs "
     "kv_cache_gib gpu_memory_utilization",
     "search.stop": "simulations tokens answers correct",
     "search.stop.correct.NUMBER": "count after",
-    "extract": "supervised chosen max_backtracks pairs pairs_per_tree step_values step_preferences step_min_visits "
-    "step_min_gap step_value",
+    "extract": "supervised supervised_nodes supervised_rows skip chosen max_backtracks pairs pairs_per_tree "
+    "step_values step_preferences step_min_visits step_min_gap step_value",
 }
 FREE_WITHOUT_SECTION = {"placement"}
 # Fields that select an alternative of a section. Another alternative has other fields, which are compared.

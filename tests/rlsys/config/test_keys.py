@@ -77,6 +77,7 @@ def test_keys_of_alternatives_name_the_alternative() -> None:
         ("puct", "required"),
         ("frontier", "required"),
         ("surprise", "required"),
+        ("revision", "required"),
     ]
     assert kinds[1].meaning == "With `puct`, the keys that follow."
 

@@ -1,21 +1,11 @@
-"""Every warning about settings that are allowed and risky."""
+"""Settings that are accepted with a warning."""
 
 from __future__ import annotations
 
 import pytest
-from minimal_config import minimal
+from minimal_config import minimal_with
 
-from rlsys.config.files import apply_override, parse_config
 from rlsys.config.risks import WARNINGS, warnings
-from rlsys.config.schema import Config
-
-
-def parse(overrides: list[str]) -> Config:
-    values = minimal()
-    for override in overrides:
-        apply_override(values, override)
-    return parse_config(values, "c.yaml")
-
 
 GSPO = "objective.policy.surrogate=gspo"
 PAPER = ["objective.policy.clip_low=3e-4", "objective.policy.clip_high=4e-4"]
@@ -46,7 +36,7 @@ WARNED: dict[str, list[tuple[list[str], str]]] = {
     ("overrides", "text"), [pytest.param(*case, id=rule) for rule, cases in WARNED.items() for case in cases]
 )
 def test_a_risk_is_one_line_and_accepted(overrides: list[str], text: str) -> None:
-    (line,) = warnings(parse(overrides))
+    (line,) = warnings(minimal_with(overrides))
     assert line.startswith(text) and "\n" not in line
 
 
@@ -56,13 +46,13 @@ def test_a_risk_is_one_line_and_accepted(overrides: list[str], text: str) -> Non
     ids=" ".join,
 )
 def test_other_settings_have_no_warning(overrides: list[str]) -> None:
-    assert warnings(parse(overrides)) == []
+    assert warnings(minimal_with(overrides)) == []
 
 
 def test_the_tokens_of_a_pass_are_those_of_all_ranks_that_share_rows() -> None:
-    lines = warnings(parse(["learner={sequence_parallel: 2, micro_batch_tokens: 128}"]))
+    lines = warnings(minimal_with(["learner={sequence_parallel: 2, micro_batch_tokens: 128}"]))
     assert len(lines) == 1 and "a row of its own" in lines[0]
-    lines = warnings(parse(["learner={sequence_parallel: 2, micro_batch_tokens: 127}"]))
+    lines = warnings(minimal_with(["learner={sequence_parallel: 2, micro_batch_tokens: 127}"]))
     assert lines[1].startswith(
         "warning: learner.micro_batch_tokens 127 is below actors.max_model_len 256 / learner.sequence_parallel 2: a "
         "longer row is a pass of its own and needs the memory of up to 128 tokens"

@@ -20,6 +20,7 @@ ALL_TERMS: dict[str, Any] = {
     "preference": {"weight": 0.3},
     "sft": {"weight": 0.7},
     "distill": {"weight": 0.2},
+    "ranking": {"weight": 0.4},
 }
 
 
@@ -55,7 +56,15 @@ def test_terms_by_stage() -> None:
             "sft": {"sft": 1.0},
             "search": {},
             "preference": {"preference": 0.3, "sft": 0.7},
-            "online": {"policy": 1.0, "kl": 0.1, "value": 0.5, "preference": 0.3, "sft": 0.7, "distill": 0.2},
+            "online": {
+                "policy": 1.0,
+                "kl": 0.1,
+                "value": 0.5,
+                "preference": 0.3,
+                "sft": 0.7,
+                "distill": 0.2,
+                "ranking": 0.4,
+            },
         }[stage]
         assert weights(stage) == expected
         assert set(expected) <= set(TERMS)
@@ -72,8 +81,8 @@ def test_a_term_of_weight_zero_is_left_out() -> None:
 
 def test_the_policy_term_is_left_out_while_the_critic_warms_up() -> None:
     others = {"preference": 0.3, "sft": 0.7}
-    assert weights("online", 1) == {"value": 0.5, **others, "distill": 0.2}
-    assert weights("online", 2) == {"policy": 1.0, "kl": 0.1, "value": 0.5, **others, "distill": 0.2}
+    assert weights("online", 1) == {"value": 0.5, **others, "distill": 0.2, "ranking": 0.4}
+    assert weights("online", 2) == {"policy": 1.0, "kl": 0.1, "value": 0.5, **others, "distill": 0.2, "ranking": 0.4}
     assert weights("preference", 0) == others
 
 

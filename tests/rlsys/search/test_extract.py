@@ -11,14 +11,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tree_samples import END, OTHER_END, PROMPT, CharCodec, answer, golden, ids, node, plain, renumbered, tree, trees
 
-from rlsys.config.search import ExtractConfig
+from rlsys.config.search import ChainRule, ExtractConfig
 from rlsys.search import extract
 from rlsys.search.paths import path_tokens
+from rlsys.search.supervised import chain_rows, supervised_rows
 from rlsys.trees import Tree
-from rlsys.types import Preference
+from rlsys.types import Demonstration, Preference
 
 CODEC = CharCodec()
-RULES = ("highest_value", "longest", "median", "shortest")
+RULES = ("highest_value", "longest", "median", "shortest", "by_difficulty", "retrospective")
+
+
+def picked(of: Tree, rule: ChainRule, codec: CharCodec) -> int | None:
+    """Return the number of the last node of the chain of a rule."""
+    chain = extract.pick_chain(of, rule, codec)
+    return chain.number if chain else None
+
+
+def demonstration(of: Tree, number: int, codec: CharCodec) -> Demonstration:
+    """Return the row of a whole correct chain."""
+    (chain,) = [chain for chain in extract.correct_chains(of, codec) if chain.number == number]
+    (row,) = chain_rows(of, chain, ExtractConfig(), codec)
+    return row.demonstration
 
 
 def text(token_ids: np.ndarray) -> str:
@@ -44,8 +58,8 @@ def sides(pairs: list[Preference]) -> list[tuple[str, str, int]]:
         ("none", None),
     ],
 )
-def test_the_chain_of_a_rule(rule: extract.Rule, number: int | None) -> None:
-    assert extract.supervised_chain(golden(), rule, CODEC) == number
+def test_the_chain_of_a_rule(rule: ChainRule, number: int | None) -> None:
+    assert picked(golden(), rule, CODEC) == number
 
 
 def test_the_value_of_a_chain() -> None:
@@ -57,27 +71,27 @@ def test_the_value_of_a_chain() -> None:
 
 def test_an_even_number_of_chains_and_an_odd_one() -> None:
     two = tree(answer(0, "aaa", "ok"), answer(0, "b", "ok"))
-    assert extract.supervised_chain(two, "median", CODEC) == 2
+    assert picked(two, "median", CODEC) == 2
     three = tree(answer(0, "aaa", "ok"), answer(0, "b", "ok"), answer(0, "cc", "ok"))
-    assert extract.supervised_chain(three, "median", CODEC) == 3
+    assert picked(three, "median", CODEC) == 3
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_tree_without_a_correct_chain_has_none(rule: extract.Rule) -> None:
+def test_a_tree_without_a_correct_chain_has_none(rule: ChainRule) -> None:
     wrong = tree(node(0, "a"), answer(1, "b", "wrong"), answer(1, "c", "timeout"))
-    assert extract.supervised_chain(wrong, rule, CODEC) is None
+    assert picked(wrong, rule, CODEC) is None
     assert extract.preference_pairs(wrong, ExtractConfig(chosen=rule), CODEC) == []
 
 
 def test_a_demonstration_is_the_prompt_the_chain_and_one_end_token() -> None:
-    row = extract.demonstration(golden(), 3, CODEC)
+    row = demonstration(golden(), 3, CODEC)
     assert text(row.token_ids) == "^qaabbX$"
     assert row.loss_mask.tolist() == [False] * 2 + [True] * 6
 
 
 def test_an_end_token_that_the_policy_chose_stays_and_is_the_only_one() -> None:
     ended = tree(answer(0, "a", "ok", token_ids=ids("a", OTHER_END)), answer(0, "b", "wrong", token_ids=ids("b", END)))
-    assert text(extract.demonstration(ended, 1, CODEC).token_ids) == "^qa!"
+    assert text(demonstration(ended, 1, CODEC).token_ids) == "^qa!"
     assert sides(extract.preference_pairs(ended, ExtractConfig(), CODEC)) == [("^qa!", "^qb$", 2)]
 
 
@@ -263,7 +277,7 @@ def test_nodes_of_another_tokenizer_become_tokens_of_the_policy() -> None:
         tokenizers={"model": "other"},
         prompt_token_ids={"model": ids("", 5)},
     )
-    assert text(extract.demonstration(mixed, 2, CODEC).token_ids) == "^qabc$"
+    assert text(demonstration(mixed, 2, CODEC).token_ids) == "^qabc$"
     assert [text(s.token_ids) for s in extract.step_values(mixed, CODEC)] == ["^qab", "^qabc"]
 
 
@@ -307,12 +321,11 @@ def test_the_origins_of_the_tokens_of_a_chain() -> None:
 
 def everything(of: Tree, config: ExtractConfig) -> Any:
     """Return everything that is extracted, as comparable values without node numbers."""
-    chains = [extract.supervised_chain(of, rule, CODEC) for rule in RULES]
-    rows = [None if n is None else extract.demonstration(of, n, CODEC) for n in chains]
-    picked = [extract.pick_chain(of, rule, CODEC) for rule in RULES]
+    chains = [extract.pick_chain(of, rule, CODEC) for rule in RULES]
+    rows = [supervised_rows(of, config.model_copy(update={"supervised": rule}), CODEC) for rule in RULES]
     return plain((
-        rows,
-        [None if chain is None else replace(chain, number=0) for chain in picked],
+        [row.demonstration for each in rows for row in each],
+        [None if chain is None else replace(chain, number=0) for chain in chains],
         extract.preference_pairs(of, config, CODEC),
         extract.step_preferences(of, config, CODEC),
         extract.preferred_steps(of, config, CODEC),
@@ -323,6 +336,7 @@ def everything(of: Tree, config: ExtractConfig) -> Any:
 CONFIGS = st.builds(
     ExtractConfig,
     chosen=st.sampled_from(RULES),
+    supervised_rows=st.sampled_from(["chain", "node"]),
     pairs_per_tree=st.integers(1, 4),
     step_min_visits=st.integers(1, 2),
     step_min_gap=st.sampled_from((0.05, 0.5)),
@@ -342,7 +356,8 @@ def test_the_order_of_the_nodes_of_the_golden_tree_changes_nothing(order: list[i
 
 def completions(of: Tree, correct: bool) -> set[str]:
     judged = [n for n in of.answers() if of.nodes[n].verdict.outcome in ("ok", "wrong")]  # type: ignore[union-attr]
-    return {text(extract.demonstration(of, n, CODEC).token_ids) for n in judged if of.nodes[n].correct == correct}
+    numbers = [n for n in judged if of.nodes[n].correct == correct]
+    return {text(extract.with_end(path_tokens(of, n, CODEC).token_ids, CODEC)) for n in numbers}
 
 
 @given(of=trees(), config=CONFIGS)

@@ -30,7 +30,8 @@ def hinted() -> Tree:
 
 @pytest.mark.parametrize(("most", "number"), [(None, 6), (2, 6), (1, 7), (0, 8)])
 def test_chains_with_many_hints_are_left_out(most: int | None, number: int) -> None:
-    assert extract.supervised_chain(hinted(), "longest", CODEC, most) == number
+    chain = extract.pick_chain(hinted(), "longest", CODEC, most)
+    assert chain is not None and chain.number == number
     config = ExtractConfig(chosen="longest", max_backtracks=most)
     (pair,) = extract.preference_pairs(hinted(), config, CODEC)
     assert chr(pair.chosen_ids[-2]) == hinted().nodes[number].text
@@ -38,7 +39,7 @@ def test_chains_with_many_hints_are_left_out(most: int | None, number: int) -> N
 
 def test_no_chain_is_left() -> None:
     only = tree(node(0, "a"), answer(1, "b", "wrong"), node(1, "c", backtrack=True), answer(3, "d", "ok"))
-    assert extract.supervised_chain(only, "shortest", CODEC, 0) is None
+    assert extract.pick_chain(only, "shortest", CODEC, 0) is None
     assert extract.preference_pairs(only, ExtractConfig(max_backtracks=0), CODEC) == []
 
 

@@ -1,0 +1,115 @@
+"""Train the warm-started quickstart model for 20 steps by each data step over its own trees; `methods.py` calls it.
+
+Trees of 512 problems are grown and scored once for all rows; the row of the revision has trees of its own. The SFT rows
+of a data step are extracted, and trained with `configs/data_steps.yaml`. Finished runs are not made twice.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cells import RLSYS, metrics, trained
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs" / "data_steps.yaml"
+SEARCH = ROOT / "configs" / "search_letter_count.yaml"
+REVISION = (
+    "search.selection={type: revision, chains: 8, draws: 4}",
+    "search.backtracking=false",
+    "search.stop.correct=[]",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DataStep:
+    """Settings of a row.
+
+    Attributes:
+        extract: overrides of `rlsys extract`; None for a row without extracted rows.
+        train: overrides of `configs/data_steps.yaml`.
+        trees: overrides of the search, for trees of its own.
+    """
+
+    extract: Sequence[str] | None
+    train: Sequence[str] = ()
+    trees: Sequence[str] = ()
+
+
+LONGEST, SHORTEST = "extract.supervised=longest", "extract.supervised=shortest"
+STEPS = {
+    "SFT, longest chains": DataStep([LONGEST]),
+    "SFT, shortest chains": DataStep([SHORTEST]),
+    "Masked Thought": DataStep([LONGEST], ["objective.sft.mask_share=0.2"]),
+    "Skip-Thinking, one node a row": DataStep([LONGEST, "extract.supervised_rows=node"]),
+    "Skip-Thinking, skips": DataStep([LONGEST, "extract.skip=[reflection, double_check]"]),
+    "LiteCoT": DataStep(["extract.supervised=by_difficulty"]),
+    "Retro-Search, by selection": DataStep(["extract.supervised=retrospective"]),
+    "Retro-Search, by search": DataStep(["extract.supervised=retrospective"], trees=REVISION),
+    "DASD": DataStep(["extract.supervised=divergence"]),
+    "plans alone": DataStep([LONGEST, "extract.supervised_nodes=[sub_task, hypothesis, reclarify]"]),
+    "AFT": DataStep(
+        None,
+        [
+            "stages=[online]",
+            "objective.policy.weight=0",
+            "objective.ranking.weight=1",
+            "objective.sft={weight: 1, source: demonstrations}",
+        ],
+    ),
+}
+
+
+def table(folder: Path, quickstart: Path) -> list[str]:
+    """Return the lines of the table.
+
+    Args:
+        folder: where runs are made.
+        quickstart: folder of the quickstart's stages.
+    """
+    model = f"model.path={quickstart / 'warm_start'}"
+    lines = ["| data step | rows | trained tokens a row | sampled accuracy | greedy | no answer | tokens |"]
+    lines.append("|---|" + "---|" * 6)
+    for number, (name, step) in enumerate(STEPS.items()):
+        rows, tokens, path = "", "", []
+        if step.extract is not None:
+            search = folder / (f"search_{number}" if step.trees else "search")
+            grown(search, [model, *step.trees])
+            if "extract.supervised=divergence" in step.extract and not (search / "scores.jsonl").exists():
+                subprocess.run([RLSYS, "score", search, quickstart / "online"], check=True)
+            data = folder / f"data_{number}"
+            rows, tokens = extracted(search, data, step.extract)
+            path = [f"sft.path={data / 'supervised.parquet'}"]
+        run_dir = folder / f"run_{number}"
+        trained(run_dir, CONFIG, [model, *path, *step.train])
+        first, *_, last = metrics(run_dir, "sft" if path else "online")
+        if not path:
+            lines.insert(2, f"| before | | | {_figures(first)} |")
+        lines.append(f"| {name} | {rows} | {tokens} | {_figures(last)} |")
+    return lines
+
+
+def grown(run_dir: Path, overrides: Sequence[str]) -> None:
+    """Grow the trees of a search, unless they are there."""
+    if not (run_dir / "summary.json").exists():
+        subprocess.run([RLSYS, "search", SEARCH, f"run.dir={run_dir}", *overrides], check=True)
+
+
+def extracted(search: Path, data: Path, overrides: Sequence[str]) -> tuple[str, str]:
+    """Extract the rows of a search, unless they are there; return their number and their mean trained tokens."""
+    if not data.exists():
+        without = ["extract.step_values=false", "extract.step_preferences=false", "extract.chosen=none"]
+        subprocess.run([RLSYS, "extract", search, f"--output={data}", *without, *overrides], check=True)
+    lines = (data / "supervised.jsonl").read_text().splitlines()
+    tokens = [sum(json.loads(line)["loss_mask"]) for line in lines]
+    return str(len(tokens)), f"{sum(tokens) / len(tokens):.1f}"
+
+
+def _figures(row: dict[str, float]) -> str:
+    names = ("sampled_accuracy", "greedy_accuracy", "sampled_no_answer_rate")
+    return " | ".join(
+        [*(f"{row[f'held_out/{name}']:.3f}" for name in names), f"{row['held_out/completion_length']:.1f}"]
+    )
