@@ -150,11 +150,29 @@ class DistillConfig(Component):
     beta: float = Field(default=0.0, ge=0, le=1)
     """For top_k. 0: forward divergence, from teacher to policy; 1: reverse divergence; between them: both, to the
     mixture of beta times the teacher and 1 - beta times the policy."""
-
     interpolation: float = Field(default=1.0, gt=0, le=1)
     """For top_k: share t of the teacher in the distribution to learn (TAID), proportional to p^(1 - t) q^t."""
     final_interpolation: float | None = Field(default=None, gt=0, le=1)
     """Share in the last step of the stage, reached linearly from `interpolation`. null: the share stays constant."""
+    interpolation_rate: float = Field(default=0.0, ge=0, le=1)
+    """Also let the share grow by interpolation_rate * sigmoid(m) * (1 - share) in a step, where m is a moving mean of
+    the relative fall of the term's loss (TAID: 5e-4). It ends at final_interpolation. 0: linearly alone."""
+    teacher_temperature: float = Field(default=1.0, gt=0)
+    """For top_k: temperature of the teacher's top_k tokens, whose probability together stays the same (FIRST). Above 1
+    makes a teacher less certain."""
+    confidence_gate: bool = False
+    """For top_k: multiply the loss of a token by sigmoid(entropy of the policy - entropy of the teacher), both over the
+    top_k tokens and all others as one (TSD-KD)."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """For top_k: weight of the mean entropy of the policy on the tokens of entropy_share, which it lowers (TSD-KD)."""
+    entropy_share: float = Field(default=0.1, gt=0, le=1)
+    """Share of the tokens of each chain, those with the largest entropy of the policy, for entropy_coef."""
+
+    @model_validator(mode="after")
+    def _growth_has_an_end(self) -> DistillConfig:
+        if self.interpolation_rate and (self.final_interpolation or 0) <= self.interpolation:
+            raise ValueError("interpolation_rate needs a final_interpolation above interpolation")
+        return self
 
     def interpolation_at(self, step: int, steps: int) -> float:
         """Return the share in a training step; see `Component.weight_at`."""

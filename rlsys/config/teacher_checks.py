@@ -7,6 +7,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rlsys.config.schema import Config
 
+DIVERGENCE_KEYS = (
+    "top_k",
+    "beta",
+    "interpolation",
+    "final_interpolation",
+    "teacher_temperature",
+    "confidence_gate",
+    "entropy_coef",
+    "entropy_share",
+)
+
 
 def distillation_has_a_teacher(config: Config) -> None:
     """Raise if a term that needs a teacher has none, or a teacher has no term."""
@@ -43,7 +54,7 @@ def teacher_scores_what_was_sampled(config: Config) -> None:
 def divergence_has_its_keys(config: Config) -> None:
     """Raise if a key of the divergence top_k is set for another one."""
     distill = config.objective.distill
-    defaults, names = type(distill)(), ("top_k", "beta", "interpolation", "final_interpolation")
+    defaults, names = type(distill)(), DIVERGENCE_KEYS
     changed = [name for name in names if getattr(distill, name) != getattr(defaults, name)]
     if distill.divergence != "top_k" and changed:
         raise ValueError(

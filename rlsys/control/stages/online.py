@@ -244,8 +244,8 @@ class OnlineStage(TrainingStage):
             run.state,
             cursor=context.prompts.cursor,
             in_flight=self._buffer.in_flight() + context.prompts.waiting(),
-            counters=counters.as_floats(),
         )
+        run.count(counters.as_floats())
         context.ledger.note("filtered", self._buffer.take_unused())
         context.ledger.close_step(run.state.weight_version, run.state.cursor, run.state.in_flight)
 
