@@ -224,16 +224,13 @@ class LearnerRank:
         seed, objective = self._reseed(version), self.settings.objective
         weights = term_weights(objective, self.stage, step)
         updates = self._updates(batch, step, weights, seed)
-        interpolation = batch.interpolation
-        if interpolation is None:
-            interpolation = objective.distill.interpolation_at(step, self.stage.steps)
         training = TrainingStep(
             settings=self.settings,
             forward=self.forward,
             policy=self._policy,
             critic=self.critic,
             weights=weights,
-            interpolation=interpolation,
+            interpolation=batch.interpolation or objective.distill.interpolation_at(step, self.stage.steps),
             metrics=StepMetrics(self.settings.device, tuple(weights), reports=self.settings.reports),
         )
         measures = bool(objective.grad_norm_interval) and step % objective.grad_norm_interval == 0
@@ -243,8 +240,6 @@ class LearnerRank:
         metrics = training.metrics
         for term, weight in weights.items():
             metrics.note(f"objective/{term}_weight", weight)
-        if "distill" in weights and objective.distill.interpolation < 1:
-            metrics.note("distill/interpolation", interpolation)
         preference = objective.preference
         if "preference" in weights and preference.source == "search" and preference.pairs == "steps":
             metrics.note("preference/left_out", float(count_dropped_step_pairs(batch.groups)))

@@ -80,6 +80,8 @@ class TrainingStep:
         """
         items, denominators = weigh_items(items, self.settings.objective.policy, self.settings.max_tokens)
         self.metrics.note_denominators(denominators)
+        if "distill" in self.weights and self.settings.objective.distill.interpolation < 1:
+            self.metrics.note("distill/interpolation", self.interpolation)
         # AdamW also moves weights without a gradient, so a model without targets must not be updated.
         updated: dict[str, TrainedModel] = {}  # by the metric name of the gradient norm
         if self.critic is not None and "value" in self.weights and denominators.value:

@@ -48,6 +48,7 @@ HEAVY = {
     "learners/objective/test_losses_ratios.py",
     "learners/objective/test_losses_sums.py",
     "learners/objective/test_preferences.py",
+    "learners/objective/test_token_selection.py",
     "learners/objective/test_trl_parity.py",
     "learners/samples/test_batching.py",
     "learners/samples/test_build.py",

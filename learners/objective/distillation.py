@@ -48,7 +48,7 @@ def divergence_loss(
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"expected objective.distill.beta in [0, 1], found {beta}")
-    p, q = _with_rest(logprobs), _with_rest(teacher)
+    p, q = with_rest(logprobs), with_rest(teacher)
     if interpolation < 1:
         q = ((1 - interpolation) * p.detach() + interpolation * q).log_softmax(-1)
     if beta in (0, 1):
@@ -85,7 +85,7 @@ def sampled_loss(
     return LossOutput(loss, {"divergence": -advantages.sum()})
 
 
-def _with_rest(logprobs: Tensor) -> Tensor:
+def with_rest(logprobs: Tensor) -> Tensor:
     """Return [M, K + 1] log-probabilities in fp64: those of K tokens, and that of all others together."""
     given = logprobs.double().clamp(min=LEAST_LOGPROB)
     total = given.logsumexp(-1, keepdim=True).clamp(max=-1e-12)  # rounding may bring it above 0

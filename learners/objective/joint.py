@@ -21,9 +21,10 @@ from learners.objective.advantages import Float64Array
 from learners.objective.distillation import divergence_loss, sampled_loss
 from learners.objective.losses import LossOutput
 from learners.objective.preferences import pair_scores, preference_loss
+from learners.objective.token_selection import confidence_gate, recalibrated, uncertain_entropy
 from learners.samples.batching import DistillTargets, MicroBatch, PairTargets, PolicyTargets
 from learners.samples.types import PackItem, Sample, count_targets
-from rlsys.config.objective import ObjectiveConfig, PolicyConfig, PreferenceConfig
+from rlsys.config.objective import DistillConfig, ObjectiveConfig, PolicyConfig, PreferenceConfig
 
 LossAggregation = Literal["token_mean", "sequence_mean", "constant"]
 
@@ -188,11 +189,24 @@ def _distill_term(
 ) -> LossOutput:
     teacher, weights = targets.logprobs.to(others), targets.weights.to(others)
     if objective.distill.divergence == "top_k":
-        return divergence_loss(others, teacher, weights, beta=objective.distill.beta, interpolation=interpolation)
+        return _divergence_term(others, teacher, weights, targets.row_ids, objective.distill, interpolation)
     own = logprobs.index_select(0, targets.positions)
     assert targets.behavior_logprobs is not None  # noqa: S101 - the plan of the stage has sampled tokens only
     bounds = {"clip_low": objective.policy.clip_low, "clip_high": objective.policy.clip_high}
     return sampled_loss(own, targets.behavior_logprobs.to(own), teacher[:, 0], weights, **bounds)
+
+
+def _divergence_term(
+    others: Tensor, teacher: Tensor, weights: Tensor, row_ids: Tensor, distill: DistillConfig, interpolation: float
+) -> LossOutput:
+    if distill.teacher_temperature != 1:
+        teacher = recalibrated(teacher, distill.teacher_temperature)
+    gated = weights * confidence_gate(others, teacher) if distill.confidence_gate else weights
+    output = divergence_loss(others, teacher, gated, beta=distill.beta, interpolation=interpolation)
+    if not distill.entropy_coef:
+        return output
+    entropy = uncertain_entropy(others, weights, row_ids, share=distill.entropy_share)
+    return LossOutput(output.loss + distill.entropy_coef * entropy, output.metrics)
 
 
 def total_loss(terms: Mapping[str, LossOutput], weights: Mapping[str, float], logprobs: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ class DistillTargets:
 
     Attributes:
         positions: [M] int64, indices into the N targets of the micro-batch, in ascending order.
+        row_ids: [M] int64, sample of each target.
         ids: [M, K] int64, tokens that could stand there.
         logprobs: [M, K] float32, nats, of these tokens under the teacher.
         behavior_logprobs: [M] float32, nats, of the targets as sampled; None if any sample was not sampled.
@@ -86,6 +87,7 @@ class DistillTargets:
     """
 
     positions: Tensor
+    row_ids: Tensor
     ids: Tensor
     logprobs: Tensor
     behavior_logprobs: Tensor | None
@@ -238,6 +240,7 @@ def _distill_targets(samples: Sequence[Sample], positions: Sequence[np.ndarray])
     weights = [np.full(len(at), tokens.weight, dtype=np.float32) for at, tokens in pairs]
     return DistillTargets(
         positions=torch.from_numpy(np.concatenate([numbers for numbers, _ in trained])),
+        row_ids=torch.from_numpy(np.repeat(np.arange(len(places)), [len(at) for at in places])),
         ids=torch.from_numpy(np.concatenate([tokens.teacher.ids[at] for at, tokens in pairs]).astype(np.int64)),
         logprobs=torch.from_numpy(np.concatenate([tokens.teacher.logprobs[at] for at, tokens in pairs])),
         behavior_logprobs=torch.from_numpy(np.concatenate(behavior)) if len(behavior) == len(pairs) else None,
