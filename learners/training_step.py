@@ -78,9 +78,12 @@ class TrainingStep:
         Raises:
             NonFiniteLossError: on all ranks, if a loss, gradient or gradient norm is not finite on one.
         """
-        items, denominators = weigh_items(items, self.settings.objective.policy, self.settings.max_tokens)
+        objective = self.settings.objective
+        items, denominators = weigh_items(
+            items, objective.policy, self.settings.max_tokens, objective.distill.on_policy_share
+        )
         self.metrics.note_denominators(denominators)
-        if "distill" in self.weights and self.settings.objective.distill.interpolation < 1:
+        if "distill" in self.weights and objective.distill.interpolation < 1:
             self.metrics.note("distill/interpolation", self.interpolation)
         # AdamW also moves weights without a gradient, so a model without targets must not be updated.
         updated: dict[str, TrainedModel] = {}  # by the metric name of the gradient norm
@@ -91,7 +94,6 @@ class TrainingStep:
             items = without_policy(items)
         items = [item for item in items if any(sample.targets.any() for sample in item.samples)]
         if items:
-            objective = self.settings.objective
             trained = [item for item in items if changes_weights(item, self.weights, objective)]
             self.metrics.note("learner/left_out_share", 1 - len(trained) / len(items))
             self._policy_gradient(trained, context)  # without any, its gradient is 0 and AdamW moves on

@@ -56,6 +56,7 @@ HEAVY = {
     "learners/samples/test_policy.py",
     "learners/test_attention.py",
     "learners/test_cpu_products.py",
+    "learners/test_distilled_rows.py",
     "learners/test_distilled_steps.py",
     "learners/test_forward.py",
     "learners/test_language_model.py",

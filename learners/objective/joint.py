@@ -78,7 +78,7 @@ class Denominators:
         value: tokens with a return.
         pairs: preference pairs.
         sft: supervised tokens.
-        distill: tokens that a teacher scored.
+        distill: tokens that a teacher scored, in own chains and other rows together.
     """
 
     policy: float
@@ -101,7 +101,7 @@ class Denominators:
 
 
 def weigh_items(
-    items: Sequence[PackItem], policy: PolicyConfig, max_tokens: int
+    items: Sequence[PackItem], policy: PolicyConfig, max_tokens: int, on_policy_share: float = 1.0
 ) -> tuple[list[PackItem], Denominators]:
     """Set the weight of every token and pair in its own term.
 
@@ -109,6 +109,8 @@ def weigh_items(
         items: all items of one update, of all ranks and micro-batches.
         policy: configuration of the policy term, for the aggregation.
         max_tokens: length limit of a completion, `sampling.max_tokens`.
+        on_policy_share: lambda of the term distill: loss = lambda mean over the tokens of the policy's own chains +
+            (1 - lambda) mean over the tokens of other rows. A part without tokens adds nothing.
 
     Returns:
         The items with their weights, and the denominators from which the weights follow.
@@ -118,15 +120,21 @@ def weigh_items(
     policy_weights = iter(token_weights(lengths, aggregation=policy.aggregation, max_tokens=max_tokens).tolist())
     pairs = sum(item.pair is not None for item in items)
     sft = sum(count_targets(sample.sft_mask) for sample in samples)
-    distill = sum(count_targets(sample.distill_mask) for sample in samples)
+    shares = {True: on_policy_share, False: 1 - on_policy_share}
+    distilled = {True: 0, False: 0}  # own chains, other rows
+    for sample in samples:
+        if sample.distill:
+            distilled[sample.distill.own] += count_targets(sample.distill_mask)
     value = sum(
         count_targets(sample.policy_mask) for sample in samples if sample.policy and sample.policy.returns is not None
     )
 
     def weigh(sample: Sample) -> Sample:
         tokens = replace(sample.policy, weight=next(policy_weights)) if sample.policy else None
-        distilled = replace(sample.distill, weight=1 / max(1, distill)) if sample.distill else None
-        return replace(sample, policy=tokens, sft_weight=1 / max(1, sft), distill=distilled)
+        distill = sample.distill
+        if distill:
+            distill = replace(distill, weight=shares[distill.own] / max(1, distilled[distill.own]))
+        return replace(sample, policy=tokens, sft_weight=1 / max(1, sft), distill=distill)
 
     weighted = [
         PackItem(
@@ -140,7 +148,8 @@ def weigh_items(
         "sequence_mean": int(np.count_nonzero(lengths)),
         "constant": len(lengths) * max_tokens,
     }[policy.aggregation]
-    return weighted, Denominators(policy=policy_denominator, value=value, pairs=pairs, sft=sft, distill=distill)
+    tokens = sum(distilled.values())
+    return weighted, Denominators(policy=policy_denominator, value=value, pairs=pairs, sft=sft, distill=tokens)
 
 
 def joint_loss(

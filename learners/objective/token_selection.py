@@ -1,4 +1,4 @@
-"""Which tokens a teacher's divergence counts, and how certain the teacher is: recalibration, gate, uncertain tokens."""
+"""Token by token beside a teacher's divergence: recalibration, a gate of confidence, entropy of uncertain tokens."""
 
 from __future__ import annotations
 

@@ -66,10 +66,11 @@ def build_samples(
         other_pairs = [[_pair_item(pair, objective, weights, chosen_sft)] for pair in batch.pairs]
     else:
         other_pairs = []
+    sft, distill = "sft" in weights, "distill" in weights and objective.distill.on_rows
     demonstrations = [
-        [PackItem(samples=(demonstration_sample(demonstration),))]
+        [PackItem(samples=(demonstration_sample(demonstration, sft=sft, distill=distill),))]
         for demonstration in batch.demonstrations
-        if "sft" in weights
+        if sft or distill
     ]
     return [groups, other_pairs, demonstrations]
 
@@ -80,7 +81,7 @@ def _policy_items(
     if not {"policy", "value", "distill"} & terms.weights.keys():
         return [[] for _ in groups]
     by_group = policy_samples(groups, objective, max_tokens=max_tokens, kl_weight=terms.kl_weight, scorer=scorer)
-    if "distill" not in terms.weights:
+    if "distill" not in terms.weights or not objective.distill.on_chains:
         by_group = [[replace(sample, distill=None) for sample in samples] for samples in by_group]
     return [[PackItem(samples=(sample,)) for sample in samples] for samples in by_group]
 

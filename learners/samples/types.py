@@ -45,13 +45,19 @@ class DistillTokens:
         mask: [T] bool, True on tokens that may be trained.
         teacher: the teacher's scores, valid where `mask` is True.
         weight: weight of each of these tokens in the loss of the update.
-        behavior_logprobs: [T] float32, nats, of the tokens as the sampler reported them; None if nothing sampled them.
+        behavior_logprobs: [T] float32, nats, of the tokens as the sampler reported them; None in a row that the policy
+            did not write.
     """
 
     mask: BoolArray
     teacher: TeacherTokens
     weight: float = 0.0
     behavior_logprobs: Float32Array | None = None
+
+    @property
+    def own(self) -> bool:
+        """Whether the policy wrote the tokens."""
+        return self.behavior_logprobs is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,9 +139,24 @@ def count_targets(mask: BoolArray | None) -> int:
     return 0 if mask is None else int(mask[1:].sum())
 
 
-def demonstration_sample(demonstration: Demonstration) -> Sample:
-    """Return the sample of the supervised term for a demonstration."""
-    return Sample(token_ids=demonstration.token_ids, sft_mask=demonstration.loss_mask)
+def demonstration_sample(demonstration: Demonstration, *, sft: bool = True, distill: bool = False) -> Sample:
+    """Return the sample of a row that the policy did not write.
+
+    Args:
+        sft: whether the term sft trains it.
+        distill: whether the term distill trains it.
+
+    Raises:
+        ValueError: the term distill needs scores of a teacher, and the row has none.
+    """
+    teacher = demonstration.teacher
+    if distill and teacher is None:
+        raise ValueError("expected a row with the scores of a teacher, found none")
+    return Sample(
+        token_ids=demonstration.token_ids,
+        sft_mask=demonstration.loss_mask if sft else None,
+        distill=DistillTokens(mask=teacher.mask, teacher=teacher) if distill and teacher else None,
+    )
 
 
 def step_pair(preference: StepPreference) -> Preference | None:

@@ -15,6 +15,7 @@ from rlsys.config.patterns import resolve
 from rlsys.config.stages import TERMS_OF_STAGE, stage_plan, stage_plans, term_with_pairs
 from rlsys.config.teacher_checks import (
     distillation_has_a_teacher,
+    distilled_rows_have_a_source,
     divergence_has_its_keys,
     teacher_scores_what_was_sampled,
 )
@@ -197,7 +198,7 @@ def online_has_a_term(config: Config) -> None:
 def sampled_prompts_train_the_policy(config: Config) -> None:
     """Raise if online prompts are sampled although only the policy term trains on them."""
     objective = config.objective
-    if not (objective.policy.used or objective.distill.used) and config.search.fraction < 1:
+    if not (objective.policy.used or objective.distill.on_chains) and config.search.fraction < 1:
         raise ValueError(
             "objective.policy.weight 0: the sampled prompts of stage online would train nothing; set "
             f"search.fraction to 1 (now {config.search.fraction:g}), or use the stages warm_start, sft or preference"
@@ -332,6 +333,7 @@ def patterns_are_searchable(config: Config) -> None:
 
 RULES: tuple[Rule, ...] = (
     distillation_has_a_teacher,
+    distilled_rows_have_a_source,
     divergence_has_its_keys,
     teacher_scores_what_was_sampled,
     stages_are_distinct,

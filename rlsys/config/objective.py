@@ -128,12 +128,13 @@ class PreferenceConfig(Component):
 
 
 class SftConfig(Component):
-    source: Literal["chosen", "trees", "demonstrations"] = "chosen"
+    source: Literal["chosen", "trees", "demonstrations", "file"] = "chosen"
     """Source of the chains in the stage online. chosen: the chosen side of the step's pairs; trees: the chains that
-    extract.supervised selects from the step's trees; demonstrations: the demonstrations of the task. The stage
-    preference always trains on the chosen side."""
+    extract.supervised selects from the step's trees; demonstrations: the demonstrations of the task; file: the rows of
+    sft.path, or those that an earlier stage search has extracted. The stage preference always trains on the chosen
+    side."""
     rows_per_step: int = Field(default=64, ge=1)
-    """Demonstrations in one online training step, for the source demonstrations."""
+    """Rows in one online training step, for the sources demonstrations and file."""
     mask_prefix_sft: bool = False
     """Do not train the prefix that the chosen side shares with the rejected side."""
 
@@ -147,6 +148,10 @@ class DistillConfig(Component):
     top_k most probable tokens of the teacher, and all others as one more token."""
     top_k: int = Field(default=16, ge=1, le=1024)
     """For top_k: number of tokens of the teacher at every place."""
+    on_policy_share: float = Field(default=1.0, ge=0, le=1)
+    """For top_k: lambda of GKD, the share of the policy's own chains in the term. The rest, 1 - lambda, is over rows:
+    those of the stages warm_start and sft, and in the stage online those of objective.sft.source demonstrations or
+    file. Each share has its own denominator."""
     beta: float = Field(default=0.0, ge=0, le=1)
     """For top_k. 0: forward divergence, from teacher to policy; 1: reverse divergence; between them: both, to the
     mixture of beta times the teacher and 1 - beta times the policy."""
@@ -167,6 +172,16 @@ class DistillConfig(Component):
     """For top_k: weight of the mean entropy of the policy on the tokens of entropy_share, which it lowers (TSD-KD)."""
     entropy_share: float = Field(default=0.1, gt=0, le=1)
     """Share of the tokens of each chain, those with the largest entropy of the policy, for entropy_coef."""
+
+    @property
+    def on_chains(self) -> bool:
+        """Whether the term acts on the policy's own chains."""
+        return self.used and self.on_policy_share > 0
+
+    @property
+    def on_rows(self) -> bool:
+        """Whether the term acts on rows that the policy did not write."""
+        return self.used and self.on_policy_share < 1
 
     @model_validator(mode="after")
     def _growth_has_an_end(self) -> DistillConfig:
@@ -205,6 +220,11 @@ class ObjectiveConfig(Section):
     def asks_a_teacher(self) -> bool:
         """Whether any term needs the scores of a teacher."""
         return self.distill.used or (self.policy.used and self.policy.teacher_share > 0)
+
+    @property
+    def scores_chains(self) -> bool:
+        """Whether any term needs the scores of a teacher for the policy's own chains."""
+        return self.distill.on_chains or (self.policy.used and self.policy.teacher_share > 0)
 
     @model_validator(mode="after")
     def _consistent(self) -> ObjectiveConfig:

@@ -32,7 +32,7 @@ def has_signal(group: TrajectoryGroup, objective: ObjectiveConfig, max_tokens: i
     Source: DAPO, arXiv:2503.14476, sec. 3.2, which asks for right and wrong answers, before any shaping.
     """
     policy, preference, sft = objective.policy, objective.preference, objective.sft
-    if objective.distill.used or not (policy.used or group.searched):
+    if objective.distill.on_chains or not (policy.used or group.searched):
         return True
     if policy.used and _rewards_differ(group, policy, max_tokens):
         return True

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from rlsys.config.stages import StagePlan, stage_plans
+from rlsys.config.stages import StagePlan, stage_plan, stage_plans
 from rlsys.control.budgets import SkippedSteps
 from rlsys.control.checkpointing import Checkpointing
 from rlsys.control.counters import Counters
@@ -107,8 +107,17 @@ class TrainingRun:
     # --- steps ---
 
     def load_batch(self, stage: StageName, step: int) -> asyncio.Task[TrainingBatch]:
-        """Start to load the rows and pairs of a training step."""
-        return asyncio.create_task(asyncio.to_thread(self.context.data.batch, stage, step))
+        """Start to load the rows and pairs of a training step, and to let the teacher score the rows."""
+        return asyncio.create_task(self._load_batch(stage, step))
+
+    async def _load_batch(self, stage: StageName, step: int) -> TrainingBatch:
+        batch = await asyncio.to_thread(self.context.data.batch, stage, step)
+        missing = [row for row in batch.demonstrations if row.teacher is None]
+        if not missing or not stage_plan(self.config, stage).scores_rows:
+            return batch
+        scored = iter(await self.context.pool.score_rows(missing, self.config.objective.distill.scored_tokens))
+        rows = tuple(next(scored) if row.teacher is None else row for row in batch.demonstrations)
+        return replace(batch, demonstrations=rows)
 
     async def learn(self, batch: TrainingBatch) -> dict[str, float]:
         """Make one training step and return its metrics.

@@ -165,7 +165,7 @@ def update(
     weigh: False if the items have their weights already.
     """
     model = TinyCausalModel()
-    items = weigh_items(items, objective.policy, MAX_TOKENS)[0] if weigh else items
+    items = weigh_items(items, objective.policy, MAX_TOKENS, objective.distill.on_policy_share)[0] if weigh else items
     losses: dict[str, float] = dict.fromkeys(("total", *weights), 0.0)
     for numbers in (numbers for share in plan or one_by_one(items) for numbers in share):
         batch = collate([items[number] for number in numbers], pad_id)

@@ -18,6 +18,7 @@ FILE_PAIRS = [*PAIRS, "objective.preference.source=file"]
 DEMONSTRATIONS = ["objective.policy.weight=0", "objective.sft={weight: 1.0, source: demonstrations}"]
 GAE = ["objective.policy.estimator=gae", "objective.value.weight=0.5"]
 TEACHER = ["objective.distill.weight=1", "teacher.model.path=t"]
+ROWS = ["objective.distill={weight: 1, divergence: top_k, on_policy_share: 0.5}"]
 TREES = ["objective.sft={weight: 1.0, source: trees}"]
 FALLING = ["objective.policy.final_weight=0"]
 RISING = ["objective.policy={weight: 0, final_weight: 1.0}"]
@@ -28,10 +29,19 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
         (["objective.distill.weight=1"], "objective.distill.weight needs a teacher: set teacher.model.path"),
         (["objective.policy.teacher_share=0.5"], "objective.policy.teacher_share needs a teacher"),
         (["teacher.model={path: t}"], "teacher.model has no effect: raise objective.distill.weight"),
-        ([*TEACHER, "stages=[warm_start]"], "teacher.model serves stage online: add online to stages"),
+        ([*TEACHER, "stages=[warm_start]"], "teacher.model serves stage online, and warm_start and sft with"),
+        ([*ROWS, "stages=[warm_start]"], "objective.distill.weight needs a teacher: set teacher.model.path"),
+    ],
+    "distilled_rows_have_a_source": [
+        ([*TEACHER, *ROWS], "needs rows in stage online: set objective.sft.source to demonstrations or file, found"),
+        ([*TEACHER, *ROWS, "objective.sft.source=file"], "objective.sft.source file needs sft.path, or a stage search"),
     ],
     "divergence_has_its_keys": [
         ([*TEACHER, "objective.distill.top_k=4"], "objective.distill.top_k is for divergence top_k, found sampled"),
+        (
+            [*TEACHER, "objective.distill.on_policy_share=0.5", "objective.sft.source=demonstrations"],
+            "objective.distill.on_policy_share is for divergence top_k, found sampled",
+        ),
         ([*TEACHER, "objective.distill.beta=0.5"], "objective.distill.beta is for divergence top_k, found sampled"),
     ],
     "teacher_scores_what_was_sampled": [
