@@ -154,7 +154,7 @@ class Fleet:
         except LostActorError:
             raise supervisor.failed or EngineError("an engine of the teacher was lost") from None
         pairs = zip(rows, scores, strict=True)
-        return [replace(row, teacher=teacher_tokens(row.loss_mask, *found)) for row, found in pairs]
+        return [replace(row, teacher=teacher_tokens(row.loss_mask, *tokens_of_row)) for row, tokens_of_row in pairs]
 
     async def engine_stats(self) -> list[EngineStats]:
         """Return the work of every engine since the last call of this method or of `reset_engine_stats`.
