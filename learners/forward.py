@@ -129,18 +129,19 @@ class ForwardPasses:
                 f"has {self.vocabulary} tokens; data and model.path belong to different models"
             )
 
-    def logprobs(self, model: Any, batch: MicroBatch, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def logprobs(self, model: Any, batch: MicroBatch, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute log-probabilities of all targets, entropies at the policy's, and those of the teacher's tokens.
 
         Args:
             model: a LanguageModel, or an engine of one.
             batch: micro-batch with N targets, M of them in the policy term.
-            entropy: whether to compute the entropies.
+            entropy: whether to compute the entropies, and the softened policy if the term sft needs it.
 
         Returns:
             logprobs: [N] nats. The policy term's targets use the sampling temperature, other targets temperature 1.
             entropy: [M] nats; [0] without `entropy`.
             others: [P, K] nats, of the tokens that the teacher scored.
+            softened: [S] nats, of the supervised targets under the softened policy; [0] unless they are needed.
         """
         self.passes += 1
         temperature = torch.ones(len(batch.targets), device=batch.targets.device)
@@ -149,8 +150,10 @@ class ForwardPasses:
             temperature[batch.policy.positions] = self._settings.temperature
             if entropy:
                 at = torch.zeros_like(batch.targets, dtype=torch.bool).index_fill_(0, batch.policy.positions, True)
-        distill = batch.distill
-        logprobs, entropies, others = model(
+        distill, soft = batch.distill, None
+        if entropy and batch.sft is not None and self._settings.objective.sft.curiosity:
+            soft = torch.zeros_like(batch.targets, dtype=torch.bool).index_fill_(0, batch.sft.positions, True)
+        logprobs, entropies, others, softened = model(
             input_ids=batch.input_ids,
             targets=batch.targets,
             target_ids=batch.target_ids,
@@ -159,10 +162,11 @@ class ForwardPasses:
             entropy_at=at,
             entropy_gradient=self._settings.objective.policy.entropy_coef > 0,
             others=OtherTokens(distill.positions, distill.ids) if distill else None,
+            softened_at=soft,
             depths=batch.depths,
             attention=batch.attention,
         )
-        return logprobs, entropies, others
+        return logprobs, entropies, others, softened
 
     def score(self, model: Any, row: Any) -> Tensor:
         """Return log p(token t+1 | tokens 0..t) of a row of T tokens, [T-1], at temperature 1."""

@@ -114,8 +114,9 @@ class TrainingStep:
         if context.measures_gradients:
             self._measure_gradient_norms(batches)
         for batch in batches:
-            logprobs, entropy, others = self.forward.logprobs(self.policy, batch, entropy=True)
-            terms = joint_loss(logprobs, entropy, batch, self.settings.objective, others, self.interpolation)
+            logprobs, entropy, others, softened = self.forward.logprobs(self.policy, batch, entropy=True)
+            objective = self.settings.objective
+            terms = joint_loss(logprobs, entropy, batch, objective, others, self.interpolation, softened)
             self.metrics.add_pass(batch)
             for term, output in terms.items():
                 self.metrics.add_term(term, output, batch.count(term), self.weights[term])
@@ -137,9 +138,9 @@ class TrainingStep:
             if term != "value"
         }
         for batch in batches:
-            logprobs, entropy, others = self.forward.logprobs(self.policy.bare, batch, entropy=True)
+            logprobs, entropy, others, softened = self.forward.logprobs(self.policy.bare, batch, entropy=True)
             for term, output in joint_loss(
-                logprobs, entropy, batch, self.settings.objective, others, self.interpolation
+                logprobs, entropy, batch, self.settings.objective, others, self.interpolation, softened
             ).items():
                 _add_gradient(gradients[term], self.weights[term] * output.loss, parameters)
         self.metrics.note_gradient_norms({term: summed_gradient_norm(parts) for term, parts in gradients.items()})

@@ -39,6 +39,7 @@ HEAVY = {
     "learners/deepspeed/test_rollback.py",
     "learners/deepspeed/test_sequence_check.py",
     "learners/deepspeed/test_tensor_files.py",
+    "learners/objective/test_curiosity.py",
     "learners/objective/test_distillation.py",
     "learners/objective/test_joint.py",
     "learners/objective/test_joint_terms.py",

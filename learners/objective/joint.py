@@ -18,6 +18,7 @@ from torch import Tensor
 
 from learners.objective import losses
 from learners.objective.advantages import Float64Array
+from learners.objective.curiosity import curious_loss
 from learners.objective.distillation import divergence_loss, sampled_loss
 from learners.objective.losses import LossOutput
 from learners.objective.preferences import pair_scores, preference_loss
@@ -159,6 +160,7 @@ def joint_loss(
     objective: ObjectiveConfig,
     others: Tensor | None = None,
     interpolation: float = 1.0,
+    softened: Tensor | None = None,
 ) -> dict[str, LossOutput]:
     """Compute the contribution of a micro-batch to each term of the joint loss, before the term's weight.
 
@@ -170,6 +172,7 @@ def joint_loss(
         others: [P, K] nats, of the tokens that the teacher scored at the P targets of the term distill; None without
             such targets.
         interpolation: share of the teacher in this step; see `divergence_loss`.
+        softened: [S] nats, of the supervised targets under the softened policy; None if sft.curiosity is 0.
 
     Returns:
         Losses by term, without the terms that have no target in the micro-batch.
@@ -184,9 +187,12 @@ def joint_loss(
     if batch.pairs is not None:
         terms["preference"] = preference_term(logprobs, batch.pairs, objective.preference)
     if batch.sft is not None:
-        terms["sft"] = losses.supervised_loss(
-            logprobs.index_select(0, batch.sft.positions), batch.sft.weights.to(logprobs)
-        )
+        own, weights = logprobs.index_select(0, batch.sft.positions), batch.sft.weights.to(logprobs)
+        terms["sft"] = losses.supervised_loss(own, weights)
+        if objective.sft.curiosity:
+            assert softened is not None  # noqa: S101 - the forward pass gives them for this key
+            curious = curious_loss(own, softened.to(own), weights, weight=objective.sft.curiosity)
+            terms["sft"] = LossOutput(terms["sft"].loss + curious, {})
     if batch.distill is not None:
         assert others is not None  # noqa: S101 - the forward pass gives them wherever there are such targets
         terms["distill"] = _distill_term(logprobs, others, batch.distill, objective, interpolation)

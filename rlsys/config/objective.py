@@ -135,6 +135,9 @@ class SftConfig(Component):
     side."""
     rows_per_step: int = Field(default=64, ge=1)
     """Rows in one online training step, for the sources demonstrations and file."""
+    curiosity: float = Field(default=0.0, ge=0)
+    """Weight, for each token, of 1/2 (log p - log p~)^2, where p~ is the policy at a temperature that makes an
+    uncertain token more uncertain (CurioSFT: 1). In all stages with the term."""
     mask_prefix_sft: bool = False
     """Do not train the prefix that the chosen side shares with the rejected side."""
 

@@ -105,10 +105,10 @@ class ScoreCollector:
         self._ids.add(ids, selected)
         self._logprobs.add(logprobs, selected)
 
-    def _shape(self, trained: int, found: int) -> str:
+    def _shape(self, trained: int, entries: int) -> str:
         return (
             f"expected objective.distill.top_k = {self._expected.tokens} entries for each of the {trained} tokens to "
-            f"train, found {found}"
+            f"train, found {entries}"
         )
 
     def joined(self) -> TeacherColumns:

@@ -111,10 +111,10 @@ class RayActor:
         return ack
 
     async def score(self, token_ids: Int32Array, tokens: int | None) -> tuple[Int32Array, Float32Array]:
-        found: Any = await self._rollout("score", token_ids.tolist(), tokens, "driver")
-        if isinstance(found, RolloutError):
-            raise DataError(f"{self._who} refused a row of {len(token_ids)} tokens: {found.message}")
-        ids, logprobs = found
+        answered: Any = await self._rollout("score", token_ids.tolist(), tokens, "driver")
+        if isinstance(answered, RolloutError):
+            raise DataError(f"{self._who} refused a row of {len(token_ids)} tokens: {answered.message}")
+        ids, logprobs = answered
         return ids, logprobs
 
     async def forget(self, caller: str) -> None:

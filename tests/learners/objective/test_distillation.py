@@ -179,7 +179,7 @@ def test_other_tokens_have_the_log_probabilities_and_gradients_of_torch() -> Non
     rows, ids = torch.tensor([3, 1]), torch.tensor([[0, 5, 5], [2, 6, 1]])
     scales = torch.arange(6, dtype=torch.float64).view(2, 3) - 2
     targets, ones = torch.tensor([1, 2, 3, 4]), torch.ones(4)
-    own, _, others = token_logprobs(logits, targets, ones, others=OtherTokens(rows, ids))
+    own, _, others, _ = token_logprobs(logits, targets, ones, others=OtherTokens(rows, ids))
     (ours,) = torch.autograd.grad(own.sum() + (others * scales).sum(), logits)
     plain = logits.log_softmax(-1)
     expected = plain[rows.unsqueeze(-1), ids]

@@ -89,7 +89,9 @@ def scored(tokens: list[int], seed: int, k: int = 3) -> Sample:
 
 
 def distilled(items: list[PackItem], plan: Any, **settings: Any) -> tuple[float, Tensor]:
-    objective = ObjectiveConfig.model_validate({"distill": {"weight": 1.0, "divergence": "top_k", **settings}})
+    objective = ObjectiveConfig.model_validate(
+        {"distill": {"weight": 1.0, "divergence": "top_k", "on_policy_share": 0.0, **settings}}
+    )
     losses, gradient = update(items, objective, weights={"distill": 1.0}, plan=plan)
     return losses["distill"], gradient
 
