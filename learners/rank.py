@@ -230,6 +230,7 @@ class LearnerRank:
             policy=self._policy,
             critic=self.critic,
             weights=weights,
+            reference=self.reference,
             interpolation=batch.interpolation or objective.distill.interpolation_at(step, self.stage.steps),
             metrics=StepMetrics(self.settings.device, tuple(weights), reports=self.settings.reports),
         )

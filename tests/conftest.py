@@ -67,6 +67,7 @@ HEAVY = {
     "learners/test_small_model.py",
     "learners/test_step_metrics.py",
     "learners/test_training_step.py",
+    "learners/test_whole_teacher.py",
     "peers",
     "rlsys/commands/test_evaluate.py",
     "rlsys/commands/test_extract.py",

@@ -169,8 +169,8 @@ def joint_loss(
         entropy: [M] nats, of the targets of the policy term; carries gradient if policy.entropy_coef is above 0.
         batch: micro-batch with the weights of `weigh_items`.
         objective: the joint objective.
-        others: [P, K] nats, of the tokens that the teacher scored at the P targets of the term distill; None without
-            such targets.
+        others: [P, K] nats, of the tokens that the teacher scored at the P targets of the term distill, or [P, 1]
+            divergences from a teacher of the whole vocabulary; None without such targets.
         interpolation: share of the teacher in this step; see `divergence_loss`.
         softened: [S] nats, of the supervised targets under the softened policy; None if sft.curiosity is 0.
 
@@ -202,7 +202,10 @@ def joint_loss(
 def _distill_term(
     logprobs: Tensor, others: Tensor, targets: DistillTargets, objective: ObjectiveConfig, interpolation: float
 ) -> LossOutput:
-    teacher, weights = targets.logprobs.to(others), targets.weights.to(others)
+    weights = targets.weights.to(others)
+    if targets.logprobs is None:  # the pass has computed the divergences
+        return LossOutput((weights * others[:, 0]).sum(), {"divergence": others.detach().sum()})
+    teacher = targets.logprobs.to(others)
     if objective.distill.divergence == "top_k":
         return _divergence_term(others, teacher, weights, targets.row_ids, objective.distill, interpolation)
     own = logprobs.index_select(0, targets.positions)

@@ -23,6 +23,11 @@ class OtherTokens:
     rows: Tensor
     ids: Tensor
 
+    def select(self, numbers: Tensor) -> OtherTokens:
+        """Return the tokens of those targets that are among ascending numbers, [n] int64."""
+        inside = torch.isin(self.rows, numbers)
+        return OtherTokens(torch.searchsorted(numbers, self.rows[inside]), self.ids[inside])
+
 
 def token_logprobs(
     logits: Tensor,

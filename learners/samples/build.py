@@ -10,7 +10,7 @@ import numpy as np
 
 from learners.objective.preferences import adaptive_smoothing
 from learners.samples.policy import PolicyScorer, policy_samples
-from learners.samples.types import PackItem, Pair, Sample, demonstration_sample, pair_samples, step_pair
+from learners.samples.types import DistillTokens, PackItem, Pair, Sample, demonstration_sample, pair_samples, step_pair
 from rlsys.config.objective import ObjectiveConfig
 from rlsys.types import Preference, TrainingBatch, TrajectoryGroup
 
@@ -67,8 +67,9 @@ def build_samples(
     else:
         other_pairs = []
     sft, distill = "sft" in weights, "distill" in weights and objective.distill.on_rows
+    whole = objective.distill.divergence == "whole"
     demonstrations = [
-        [PackItem(samples=(demonstration_sample(demonstration, sft=sft, distill=distill),))]
+        [PackItem(samples=(demonstration_sample(demonstration, sft=sft, distill=distill, whole=whole),))]
         for demonstration in batch.demonstrations
         if sft or distill
     ]
@@ -81,9 +82,19 @@ def _policy_items(
     if not {"policy", "value", "distill"} & terms.weights.keys():
         return [[] for _ in groups]
     by_group = policy_samples(groups, objective, max_tokens=max_tokens, kl_weight=terms.kl_weight, scorer=scorer)
+    if objective.distill.divergence == "whole":
+        by_group = [[_with_whole_teacher(sample) for sample in samples] for samples in by_group]
     if "distill" not in terms.weights or not objective.distill.on_chains:
         by_group = [[replace(sample, distill=None) for sample in samples] for samples in by_group]
     return [[PackItem(samples=(sample,)) for sample in samples] for samples in by_group]
+
+
+def _with_whole_teacher(sample: Sample) -> Sample:
+    """Return a sample whose policy tokens are distilled from a teacher that is asked in the pass."""
+    if sample.policy is None:
+        return sample
+    behavior = sample.policy.behavior_logprobs
+    return replace(sample, distill=DistillTokens(mask=sample.policy.mask, teacher=None, behavior_logprobs=behavior))
 
 
 def _tree_pairs(

@@ -18,6 +18,7 @@ from rlsys.config.teacher_checks import (
     distilled_rows_have_a_source,
     divergence_has_its_keys,
     teacher_scores_what_was_sampled,
+    whole_teacher_fits,
 )
 from rlsys.errors import ConfigError
 from rlsys.types import StageName
@@ -335,6 +336,7 @@ RULES: tuple[Rule, ...] = (
     distillation_has_a_teacher,
     distilled_rows_have_a_source,
     divergence_has_its_keys,
+    whole_teacher_fits,
     teacher_scores_what_was_sampled,
     stages_are_distinct,
     completion_leaves_room_for_prompt,

@@ -145,21 +145,23 @@ class SftConfig(Component):
 class DistillConfig(Component):
     weight: float = Field(default=0.0, ge=0)
     """Weight of the term. 0 leaves it out; the teacher then only serves policy.teacher_share."""
-    divergence: Literal["sampled", "top_k"] = "sampled"
+    divergence: Literal["sampled", "top_k", "whole"] = "sampled"
     """Divergence between the policy's and the teacher's distributions of the next token. sampled: the reverse
     divergence, estimated from the sampled tokens alone; top_k: the generalised Jensen-Shannon divergence (GKD) over the
-    top_k most probable tokens of the teacher, and all others as one more token."""
+    top_k most probable tokens of the teacher, and all others as one more token; whole: the same over all tokens, from
+    the policy that the stage began with, which the learner holds (no teacher.model)."""
     top_k: int = Field(default=16, ge=1, le=1024)
     """For top_k: number of tokens of the teacher at every place."""
     on_policy_share: float = Field(default=1.0, ge=0, le=1)
-    """For top_k: lambda of GKD, the share of the policy's own chains in the term. The rest, 1 - lambda, is over rows:
-    those of the stages warm_start and sft, and in the stage online those of objective.sft.source demonstrations or
-    file. Each share has its own denominator."""
+    """For top_k and whole: lambda of GKD, the share of the policy's own chains in the term. The rest, 1 - lambda, is
+    over rows: those of the stages warm_start and sft, and in the stage online those of objective.sft.source
+    demonstrations or file. Each share has its own denominator."""
     beta: float = Field(default=0.0, ge=0, le=1)
-    """For top_k. 0: forward divergence, from teacher to policy; 1: reverse divergence; between them: both, to the
-    mixture of beta times the teacher and 1 - beta times the policy."""
+    """For top_k and whole. 0: forward divergence, from teacher to policy; 1: reverse divergence; between them: both, to
+    the mixture of beta times the teacher and 1 - beta times the policy."""
     interpolation: float = Field(default=1.0, gt=0, le=1)
-    """For top_k: share t of the teacher in the distribution to learn (TAID), proportional to p^(1 - t) q^t."""
+    """For top_k and whole: share t of the teacher in the distribution to learn (TAID), proportional to
+    p^(1 - t) q^t."""
     final_interpolation: float | None = Field(default=None, gt=0, le=1)
     """Share in the last step of the stage, reached linearly from `interpolation`. null: the share stays constant."""
     interpolation_rate: float = Field(default=0.0, ge=0, le=1)
@@ -221,13 +223,15 @@ class ObjectiveConfig(Section):
 
     @property
     def asks_a_teacher(self) -> bool:
-        """Whether any term needs the scores of a teacher."""
-        return self.distill.used or (self.policy.used and self.policy.teacher_share > 0)
+        """Whether any term needs the scores of a teacher's engines or of a file."""
+        needs_scores = self.distill.used and self.distill.divergence != "whole"
+        return needs_scores or (self.policy.used and self.policy.teacher_share > 0)
 
     @property
     def scores_chains(self) -> bool:
         """Whether any term needs the scores of a teacher for the policy's own chains."""
-        return self.distill.on_chains or (self.policy.used and self.policy.teacher_share > 0)
+        by_engines = self.distill.on_chains and self.distill.divergence != "whole"
+        return by_engines or (self.policy.used and self.policy.teacher_share > 0)
 
     @model_validator(mode="after")
     def _consistent(self) -> ObjectiveConfig:

@@ -209,7 +209,8 @@ def _online(config: Config) -> StagePlan:
         publishes="every step",
         data=(*rows, *pairs),
         keeps_reference=(objective.policy.used and objective.kl.used)
-        or (objective.preference.used and objective.preference.source == "search"),
+        or (objective.preference.used and objective.preference.source == "search")
+        or (objective.distill.used and objective.distill.divergence == "whole"),
         scores_pairs=bool(pairs) and objective.preference.used,
         asks_for_trees=config.search.fraction > 0,
         scores_rows=bool(rows) and _scores_rows(config),
@@ -218,6 +219,7 @@ def _online(config: Config) -> StagePlan:
 
 def _offline(config: Config, stage: StageName, optimizer: OptimizerConfig, source: DataSource) -> StagePlan:
     steps: int = getattr(config, stage).max_steps
+    distill = config.objective.distill
     return StagePlan(
         name=stage,
         section=stage,
@@ -229,6 +231,7 @@ def _offline(config: Config, stage: StageName, optimizer: OptimizerConfig, sourc
         data=(source,),
         scores_pairs=source.kind == "pairs" and config.objective.preference.used,
         scores_rows=source.kind != "pairs" and _scores_rows(config),
+        keeps_reference=source.kind != "pairs" and distill.on_rows and distill.divergence == "whole",
     )
 
 

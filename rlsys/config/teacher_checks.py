@@ -15,11 +15,13 @@ DIVERGENCE_KEYS = (
     "beta",
     "interpolation",
     "final_interpolation",
+    "interpolation_rate",
     "teacher_temperature",
     "confidence_gate",
     "entropy_coef",
     "entropy_share",
 )
+WHOLE_KEYS = ("beta", "on_policy_share", "interpolation", "final_interpolation", "interpolation_rate")
 
 
 def distillation_has_a_teacher(config: Config) -> None:
@@ -28,7 +30,8 @@ def distillation_has_a_teacher(config: Config) -> None:
     field = "objective.distill.weight" if objective.distill.used else "objective.policy.teacher_share"
     plans = stage_plans(config)
     chains = objective.scores_chains and "online" in config.stages
-    unscored = objective.distill.on_rows and any(plan.source("demonstrations") for plan in plans)
+    whole = objective.distill.divergence == "whole"
+    unscored = objective.distill.on_rows and not whole and any(plan.source("demonstrations") for plan in plans)
     if model is None and (chains or unscored):
         raise ValueError(f"{field} needs a teacher: set teacher.model.path")
     if model is not None and not objective.asks_a_teacher:
@@ -81,7 +84,22 @@ def divergence_has_its_keys(config: Config) -> None:
     distill = config.objective.distill
     defaults, names = type(distill)(), DIVERGENCE_KEYS
     changed = [name for name in names if getattr(distill, name) != getattr(defaults, name)]
+    if distill.divergence == "whole":
+        changed = [name for name in changed if name not in WHOLE_KEYS]
     if distill.divergence != "top_k" and changed:
         raise ValueError(
             f"objective.distill.{changed[0]} is for divergence top_k, found {distill.divergence}: leave it out"
+        )
+
+
+def whole_teacher_fits(config: Config) -> None:
+    """Raise if the learner cannot hold a teacher of the whole vocabulary."""
+    learner = config.learner
+    if config.objective.distill.divergence != "whole" or not config.objective.distill.used:
+        return
+    if learner.zero_stage == 3 or learner.sequence_parallel > 1 or config.model.lora is not None:
+        raise ValueError(
+            "objective.distill.divergence whole needs whole models on every rank: set learner.zero_stage below 3 (now "
+            f"{learner.zero_stage}) and learner.sequence_parallel to 1 (now {learner.sequence_parallel}), without "
+            "model.lora"
         )

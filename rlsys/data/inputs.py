@@ -139,7 +139,7 @@ class Inputs:
 def _expected_scores(config: Config, model: ModelFolder) -> ExpectedScores | None:
     """Return which scores of a teacher the rows of a file may have; None if no term reads them."""
     distill = config.objective.distill
-    if not distill.on_rows:
+    if not distill.on_rows or distill.divergence == "whole":
         return None
     optional = config.teacher.model is not None
     return ExpectedScores(tokens=distill.top_k, tokenizer=model.tokenizer_digest, optional=optional)

@@ -26,7 +26,7 @@ ROUNDING = 1e-3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpectedScores:
-    """What a run expects of the scores in a file.
+    """The scores that a run expects in a file.
 
     Attributes:
         tokens: K, objective.distill.top_k.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 TEACHER = ["objective.distill.weight=1", "teacher.model.path=t"]
 ROWS = ["objective.distill={weight: 1, divergence: top_k, on_policy_share: 0.5}"]
+WHOLE = ["objective.distill={weight: 1, divergence: whole}"]
 
 TEACHER_REFUSED: dict[str, list[tuple[list[str], str]]] = {
     "distillation_has_a_teacher": [
@@ -23,7 +24,13 @@ TEACHER_REFUSED: dict[str, list[tuple[list[str], str]]] = {
             [*TEACHER, "objective.distill.on_policy_share=0.5", "objective.sft.source=demonstrations"],
             "objective.distill.on_policy_share is for divergence top_k, found sampled",
         ),
+        ([*WHOLE, "objective.distill.top_k=4"], "objective.distill.top_k is for divergence top_k, found whole"),
         ([*TEACHER, "objective.distill.beta=0.5"], "objective.distill.beta is for divergence top_k, found sampled"),
+    ],
+    "whole_teacher_fits": [
+        ([*WHOLE, "learner.zero_stage=3"], "set learner.zero_stage below 3 (now 3)"),
+        ([*WHOLE, "learner={ranks: 2, sequence_parallel: 2}"], "learner.sequence_parallel to 1 (now 2)"),
+        ([*WHOLE, "model={path: m, lora: {}}"], "without model.lora"),
     ],
     "teacher_scores_what_was_sampled": [
         ([*TEACHER, "sampling.temperature=0.7"], "set sampling.temperature to 1, found 0.7"),
