@@ -6,11 +6,10 @@ import asyncio
 import itertools
 from dataclasses import replace
 
-import numpy as np
-
 from actors.model_actor import RemoteEngine
 from actors.settings import TeacherEngines
 from rlsys.errors import RolloutError
+from rlsys.sequences import teacher_tokens
 from rlsys.types import RolloutFailure, TeacherTokens, Trajectory, TrajectoryGroup
 
 
@@ -43,11 +42,4 @@ class Teacher:
         """Return the scores of the tokens that the policy chose."""
         future = self.engine.score(trajectory.token_ids.tolist(), self._tokens, next(self._numbers))
         ids, logprobs = await asyncio.wrap_future(future)
-        mask = trajectory.loss_mask.copy()
-        mask[0] = False  # nothing predicts the first token
-        first = np.zeros((1, ids.shape[1]))
-        return TeacherTokens(
-            mask=mask,
-            ids=np.concatenate([first.astype(np.int32), ids]),
-            logprobs=np.concatenate([first.astype(np.float32), logprobs]),
-        )
+        return teacher_tokens(trajectory.loss_mask, ids, logprobs)

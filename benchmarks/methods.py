@@ -29,6 +29,8 @@ MARKERS = {
 }
 ALONE = "objective.policy.weight=0"
 TOP_K = "objective.distill.divergence=top_k"
+TAID = [ALONE, TOP_K, "objective.distill.interpolation=0.4", "objective.distill.final_interpolation=1"]
+DEMONSTRATIONS = "objective.sft.source=demonstrations"
 METHODS: Mapping[str, Sequence[str]] = {
     "GRPO, no teacher": ["objective.distill.weight=0", "teacher.model=null"],
     "sampled tokens, beside GRPO": [],
@@ -36,7 +38,35 @@ METHODS: Mapping[str, Sequence[str]] = {
     "GKD, forward, alone": [ALONE, TOP_K],
     "GKD, beta 0.5, alone": [ALONE, TOP_K, "objective.distill.beta=0.5"],
     "GKD, forward, beside GRPO": [TOP_K],
-    "TAID, alone": [ALONE, TOP_K, "objective.distill.interpolation=0.4", "objective.distill.final_interpolation=1"],
+    "TAID, alone": TAID,
+    "GKD, half over demonstrations, alone": [ALONE, TOP_K, "objective.distill.on_policy_share=0.5", DEMONSTRATIONS],
+    "TAID with the fall of the loss, alone": [*TAID, "objective.distill.interpolation_rate=5e-4"],
+    "FIRST, over demonstrations": [
+        "objective.distill.divergence=top_k",
+        "objective.distill.top_k=5",
+        "objective.distill.teacher_temperature=1.5",
+        "objective.distill.on_policy_share=0",
+        DEMONSTRATIONS,
+    ],
+    "TSD-KD, direct part, alone": [
+        ALONE,
+        TOP_K,
+        "objective.distill.beta=0.9",
+        "objective.distill.confidence_gate=true",
+        "objective.distill.entropy_coef=1",
+    ],
+    "CurioSFT beside GRPO, no teacher": [
+        "objective.distill.weight=0",
+        "teacher.model=null",
+        DEMONSTRATIONS,
+        "objective.sft.weight=0.1",
+        "objective.sft.curiosity=1",
+    ],
+    "whole vocabulary of the first policy beside GRPO, no teacher": [
+        "teacher.model=null",
+        "objective.distill.divergence=whole",
+        "objective.distill.weight=0.1",
+    ],
     "RLAD": ["objective.distill.weight=0", "objective.policy.teacher_share=0.5"],
 }
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from learners.attention import can_pack
 from learners.language_model import CHUNK_LOGITS
 from learners.objective.logprobs import OtherTokens
+from learners.objective.whole_teacher import WholeTeacher
 from learners.samples.batching import MicroBatch, collate, to_device
 from learners.samples.packing import share_rows
 from learners.samples.planning import plan_micro_batches
@@ -129,18 +130,22 @@ class ForwardPasses:
                 f"has {self.vocabulary} tokens; data and model.path belong to different models"
             )
 
-    def logprobs(self, model: Any, batch: MicroBatch, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def logprobs(
+        self, model: Any, batch: MicroBatch, *, entropy: bool, others: OtherTokens | WholeTeacher | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute log-probabilities of all targets, entropies at the policy's, and those of the teacher's tokens.
 
         Args:
             model: a LanguageModel, or an engine of one.
             batch: micro-batch with N targets, M of them in the policy term.
-            entropy: whether to compute the entropies.
+            entropy: whether to compute the entropies, and the softened policy if the term sft needs it.
+            others: from `others`; None computes nothing of a teacher.
 
         Returns:
             logprobs: [N] nats. The policy term's targets use the sampling temperature, other targets temperature 1.
             entropy: [M] nats; [0] without `entropy`.
-            others: [P, K] nats, of the tokens that the teacher scored.
+            others: [P, K] nats, of the tokens that the teacher scored, or [P, 1] divergences from it.
+            softened: [S] nats, of the supervised targets under the softened policy; [0] unless they are needed.
         """
         self.passes += 1
         temperature = torch.ones(len(batch.targets), device=batch.targets.device)
@@ -149,8 +154,10 @@ class ForwardPasses:
             temperature[batch.policy.positions] = self._settings.temperature
             if entropy:
                 at = torch.zeros_like(batch.targets, dtype=torch.bool).index_fill_(0, batch.policy.positions, True)
-        distill = batch.distill
-        logprobs, entropies, others = model(
+        soft = None
+        if entropy and batch.sft is not None and self._settings.objective.sft.curiosity:
+            soft = torch.zeros_like(batch.targets, dtype=torch.bool).index_fill_(0, batch.sft.positions, True)
+        logprobs, entropies, at_others, softened = model(
             input_ids=batch.input_ids,
             targets=batch.targets,
             target_ids=batch.target_ids,
@@ -158,11 +165,32 @@ class ForwardPasses:
             parts=batch.parts,
             entropy_at=at,
             entropy_gradient=self._settings.objective.policy.entropy_coef > 0,
-            others=OtherTokens(distill.positions, distill.ids) if distill else None,
+            others=others,
+            softened_at=soft,
             depths=batch.depths,
             attention=batch.attention,
         )
-        return logprobs, entropies, others
+        return logprobs, entropies, at_others, softened
+
+    def others(self, batch: MicroBatch, reference: Any, interpolation: float) -> OtherTokens | WholeTeacher | None:
+        """Return what a pass computes for the term distill; None without its targets.
+
+        Args:
+            reference: the policy that the stage began with, in use: the teacher of the whole vocabulary.
+            interpolation: share of that teacher in this step.
+        """
+        distill = batch.distill
+        if distill is None:
+            return None
+        if distill.ids is not None:
+            return OtherTokens(distill.positions, distill.ids)
+        self.passes += 1
+        states = reference.states(batch, batch.targets[distill.positions])
+        beta = self._settings.objective.distill.beta
+        layer = reference.logits
+        return WholeTeacher(
+            rows=distill.positions, states=states, output_layer=layer, beta=beta, interpolation=interpolation
+        )
 
     def score(self, model: Any, row: Any) -> Tensor:
         """Return log p(token t+1 | tokens 0..t) of a row of T tokens, [T-1], at temperature 1."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from learners.objective.logprobs import OtherTokens, token_logprobs
+from learners.objective.whole_teacher import WholeTeacher
 from learners.samples.packing import RowAttention
 from learners.small_model import REFUSALS, small_model
 
@@ -68,10 +69,11 @@ class LanguageModel(nn.Module):
         parts: int = 1,
         entropy_at: Tensor | None = None,
         entropy_gradient: bool = False,
-        others: OtherTokens | None = None,
+        others: OtherTokens | WholeTeacher | None = None,
+        softened_at: Tensor | None = None,
         depths: Tensor | None = None,
         attention: RowAttention | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return log-probabilities and entropies of targets, and log-probabilities of other tokens.
 
         See `token_logprobs`.
@@ -85,32 +87,37 @@ class LanguageModel(nn.Module):
                 of a partitioned output layer for every part.
             entropy_at: [N] bool, where entropies are computed; None computes none.
             entropy_gradient: whether entropies carry gradient.
-            others: tokens other than the targets; None for none.
+            others: tokens other than the targets, or a teacher of the whole vocabulary; None for none.
+            softened_at: [N] bool, where the policy is softened; None softens none.
             depths, attention: see `MicroBatch`; None if every row holds one sample.
 
         Returns:
             logprobs: [N] nats; carries gradient, also for N = 0.
             entropy: [M] nats.
-            others: [P, K] nats; carries gradient.
+            others: [P, K] nats, or [P, 1] divergences from the teacher; carries gradient.
+            softened: [S] nats.
         """
-        targets_only = _Targets(target_ids, temperature, entropy_at, others)
+        targets_only = _Targets(target_ids, temperature, entropy_at, others, softened_at)
         if self._sequence is None:
-            states = self._states(input_ids, targets, depths, attention)
+            states = self.states(input_ids, targets, depths, attention)
             return self._logprobs(states, targets_only, parts, entropy_gradient)
         own_ids, positions = self._sequence.part(input_ids)
         numbers, places = self._sequence.own_places(targets, input_ids.shape[1])
-        states = self._states(own_ids, places, positions, None)
-        own, entropies, at_others = self._logprobs(states, targets_only.select(numbers), parts, entropy_gradient)
+        states = self.states(own_ids, places, positions, None)
+        own, entropies, at_others, softened = self._logprobs(
+            states, targets_only.select(numbers), parts, entropy_gradient
+        )
         logprobs = self._sequence.combine(own, numbers, len(targets))
         if others is not None:
             of_rank = torch.isin(others.rows, numbers).nonzero().squeeze(-1)
             at_others = self._sequence.combine(at_others, of_rank, len(others.rows))
         if entropy_at is not None:
-            numbers = (entropy_at.cumsum(0) - 1)[numbers][entropy_at[numbers]]
-            entropies = self._sequence.combine(entropies, numbers, int(entropy_at.sum()))
-        return logprobs, entropies, at_others
+            entropies = self._sequence.combine(entropies, *_numbers(entropy_at, numbers))
+        if softened_at is not None:
+            softened = self._sequence.combine(softened, *_numbers(softened_at, numbers))
+        return logprobs, entropies, at_others, softened
 
-    def _states(
+    def states(
         self, input_ids: Tensor, places: Tensor, depths: Tensor | None, attention: RowAttention | None
     ) -> Tensor:
         """Return the hidden states at places, [N, H], or the logits, [N, V], of a module that is not divided."""
@@ -119,25 +126,33 @@ class LanguageModel(nn.Module):
 
     def _logprobs(
         self, states: Tensor, targets: _Targets, parts: int, entropy_gradient: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log-probabilities and entropies of targets from the states that predict them, and other tokens'."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what `forward` returns from the states that predict the targets."""
 
-        def part(states: Tensor, part: _Targets) -> tuple[Tensor, Tensor, Tensor]:
-            logits = self._output_layer(states) if self._divides else states
-            return token_logprobs(
+        def part(states: Tensor, part: _Targets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            logits = self.logits(states)
+            whole = part.others if isinstance(part.others, WholeTeacher) else None
+            outputs = token_logprobs(
                 logits,
                 part.ids,
                 part.temperature,
                 entropy_at=part.entropy_at,
                 entropy_gradient=entropy_gradient,
-                others=part.others,
+                others=part.others if isinstance(part.others, OtherTokens) else None,
+                softened_at=part.softened_at,
             )
+            return (*outputs[:2], whole.divergences(logits), outputs[3]) if whole else outputs
 
         if parts == 1:
             return part(states, targets)
         pairs = zip(states.tensor_split(parts), targets.split(parts), strict=True)
-        logprobs, entropy, others = zip(*(checkpoint(part, *pair, use_reentrant=False) for pair in pairs), strict=True)
-        return torch.cat(logprobs), torch.cat(entropy), torch.cat(others)
+        outputs = zip(*(checkpoint(part, *pair, use_reentrant=False) for pair in pairs), strict=True)
+        logprobs, entropy, others, softened = map(torch.cat, outputs)
+        return logprobs, entropy, others, softened
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the [N, V] logits of what `states` returned."""
+        return self._output_layer(states) if self._divides else states
 
     def gradient_checkpointing_enable(self, **arguments: Any) -> None:
         """Compute the activations of the body again in the backward pass."""
@@ -155,27 +170,35 @@ class LanguageModel(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class _Targets:
-    """N targets: their tokens, temperatures, where entropies are computed, and other tokens."""
+    """N targets: their tokens, temperatures, where entropies are computed, other tokens, and where p is softened."""
 
     ids: Tensor
     temperature: Tensor
     entropy_at: Tensor | None
-    others: OtherTokens | None
+    others: OtherTokens | WholeTeacher | None
+    softened_at: Tensor | None
 
     def select(self, numbers: Tensor) -> _Targets:
         """Return the targets of ascending numbers, [n] int64."""
         at = None if self.entropy_at is None else self.entropy_at[numbers]
-        others = None
-        if self.others is not None:
-            inside = torch.isin(self.others.rows, numbers)
-            others = OtherTokens(torch.searchsorted(numbers, self.others.rows[inside]), self.others.ids[inside])
-        return _Targets(self.ids[numbers], self.temperature[numbers], at, others)
+        others = None if self.others is None else self.others.select(numbers)
+        soft = None if self.softened_at is None else self.softened_at[numbers]
+        return _Targets(self.ids[numbers], self.temperature[numbers], at, others, soft)
 
     def split(self, parts: int) -> list[_Targets]:
         """Return consecutive parts, as `tensor_split` makes them."""
         return [
             self.select(numbers) for numbers in torch.arange(len(self.ids), device=self.ids.device).tensor_split(parts)
         ]
+
+
+def _numbers(at: Tensor, own: Tensor) -> tuple[Tensor, int]:
+    """Return the numbers of this rank's places among all places of a mask, [N] bool, and the count of all.
+
+    Args:
+        own: [n] int64, numbers of this rank's targets.
+    """
+    return (at.cumsum(0) - 1)[own][at[own]], int(at.sum())
 
 
 class _OutputLayer:

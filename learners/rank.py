@@ -231,7 +231,8 @@ class LearnerRank:
             policy=self._policy,
             critic=self.critic,
             weights=weights,
-            interpolation=objective.distill.interpolation_at(step, self.stage.steps),
+            reference=self.reference,
+            interpolation=batch.interpolation or objective.distill.interpolation_at(step, self.stage.steps),
             metrics=StepMetrics(self.settings.device, tuple(weights), reports=self.settings.reports),
         )
         measures = bool(objective.grad_norm_interval) and step % objective.grad_norm_interval == 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +51,7 @@ class TrainingStep:
         critic: None if the objective has no value term.
         weights: weight of each term in this step.
         interpolation: share of the teacher in this step; see `learners.objective.distillation`.
+        reference: the policy that the stage began with; None if no term needs it.
     """
 
     settings: RankSettings
@@ -58,6 +61,7 @@ class TrainingStep:
     weights: Mapping[str, float]
     metrics: StepMetrics
     interpolation: float = 1.0
+    reference: Any = None
 
     @property
     def models(self) -> list[TrainedModel]:
@@ -78,8 +82,13 @@ class TrainingStep:
         Raises:
             NonFiniteLossError: on all ranks, if a loss, gradient or gradient norm is not finite on one.
         """
-        items, denominators = weigh_items(items, self.settings.objective.policy, self.settings.max_tokens)
+        objective = self.settings.objective
+        items, denominators = weigh_items(
+            items, objective.policy, self.settings.max_tokens, objective.distill.on_policy_share
+        )
         self.metrics.note_denominators(denominators)
+        if "distill" in self.weights and objective.distill.interpolation < 1:
+            self.metrics.note("distill/interpolation", self.interpolation)
         # AdamW also moves weights without a gradient, so a model without targets must not be updated.
         updated: dict[str, TrainedModel] = {}  # by the metric name of the gradient norm
         if self.critic is not None and "value" in self.weights and denominators.value:
@@ -89,7 +98,6 @@ class TrainingStep:
             items = without_policy(items)
         items = [item for item in items if any(sample.targets.any() for sample in item.samples)]
         if items:
-            objective = self.settings.objective
             trained = [item for item in items if changes_weights(item, self.weights, objective)]
             self.metrics.note("learner/left_out_share", 1 - len(trained) / len(items))
             self._policy_gradient(trained, context)  # without any, its gradient is 0 and AdamW moves on
@@ -107,16 +115,25 @@ class TrainingStep:
 
     def _policy_gradient(self, items: list[PackItem], context: UpdateContext) -> None:
         batches = self.forward.micro_batches(items)
-        if context.measures_gradients:
-            self._measure_gradient_norms(batches)
-        for batch in batches:
-            logprobs, entropy, others = self.forward.logprobs(self.policy, batch, entropy=True)
-            terms = joint_loss(logprobs, entropy, batch, self.settings.objective, others, self.interpolation)
-            self.metrics.add_pass(batch)
-            for term, output in terms.items():
-                self.metrics.add_term(term, output, batch.count(term), self.weights[term])
-            loss = total_loss(terms, self.weights, logprobs)
-            self.policy.backward(loss, "joint loss", context.fault_tags)
+        # The output layer of the reference is also needed in the backward pass, which computes parts again.
+        whole = self.settings.objective.distill.divergence == "whole" and "distill" in self.weights
+        with self.reference.in_use() if whole else contextlib.nullcontext():
+            if context.measures_gradients:
+                self._measure_gradient_norms(batches)
+            for batch in batches:
+                logprobs, terms = self._terms(self.policy, batch)
+                self.metrics.add_pass(batch)
+                for term, output in terms.items():
+                    self.metrics.add_term(term, output, batch.count(term), self.weights[term])
+                loss = total_loss(terms, self.weights, logprobs)
+                self.policy.backward(loss, "joint loss", context.fault_tags)
+
+    def _terms(self, model: Any, batch: MicroBatch) -> tuple[Tensor, dict[str, LossOutput]]:
+        """Return the log-probabilities of a pass, [N], and the losses by term."""
+        tokens = self.forward.others(batch, self.reference, self.interpolation)
+        logprobs, entropy, others, softened = self.forward.logprobs(model, batch, entropy=True, others=tokens)
+        objective = self.settings.objective
+        return logprobs, joint_loss(logprobs, entropy, batch, objective, others, self.interpolation, softened)
 
     def _measure_gradient_norms(self, batches: Sequence[MicroBatch]) -> None:
         """Log the norm of every term's gradient in the last layer.
@@ -133,10 +150,7 @@ class TrainingStep:
             if term != "value"
         }
         for batch in batches:
-            logprobs, entropy, others = self.forward.logprobs(self.policy.bare, batch, entropy=True)
-            for term, output in joint_loss(
-                logprobs, entropy, batch, self.settings.objective, others, self.interpolation
-            ).items():
+            for term, output in self._terms(self.policy.bare, batch)[1].items():
                 _add_gradient(gradients[term], self.weights[term] * output.loss, parameters)
         self.metrics.note_gradient_norms({term: summed_gradient_norm(parts) for term, parts in gradients.items()})
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from rlsys.trees import Role
 from rlsys.types import (
+    Demonstration,
     Float32Array,
     Int32Array,
     Preference,
@@ -126,6 +127,14 @@ class RolloutPool(Protocol):
 
     async def search(self, actor: int, prompt: Prompt) -> TrajectoryGroup | RolloutFailure:
         """Return the searched group of a prompt, or the failure of its search."""
+        ...
+
+    async def score_rows(self, rows: Sequence[Demonstration], tokens: int | None) -> list[Demonstration]:
+        """Return rows with the scores of the teacher's engines for their trained tokens.
+
+        Args:
+            tokens: number of the most probable tokens at every place; None for the row's own token alone.
+        """
         ...
 
     async def engine_stats(self) -> Sequence[EngineStats]:

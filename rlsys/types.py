@@ -285,11 +285,13 @@ class TrainingBatch:
         groups: trajectory groups with their own pairs and demonstrations.
         pairs: preference pairs in addition to those of the groups.
         demonstrations: supervised rows in addition to those of the groups.
+        interpolation: share of the teacher in the distribution to learn; None for that of the config.
     """
 
     groups: tuple[TrajectoryGroup, ...] = ()
     pairs: tuple[Preference, ...] = ()
     demonstrations: tuple[Demonstration, ...] = ()
+    interpolation: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from learners.deepspeed.engine import forget_partitioned_modules, partitioned_for_inference
 from learners.deepspeed.sequence_parallel import sequence_group
 from learners.language_model import LanguageModel
+from learners.samples.batching import MicroBatch
 from learners.settings import RankSettings
 
 
@@ -36,6 +38,17 @@ class ReferencePolicy:
         """Return what `LanguageModel` returns. Collective at ZeRO 3."""
         outputs: tuple[Tensor, Tensor] = self._model(**inputs)
         return outputs
+
+    @torch.no_grad()
+    def states(self, batch: MicroBatch, places: Tensor) -> Tensor:
+        """Return the hidden states at places of a micro-batch, from which `logits` follow. Not at ZeRO 3."""
+        states: Tensor = self._model.states(batch.input_ids, places, batch.depths, batch.attention)
+        return states
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the [N, V] logits of hidden states. The model must be in use."""
+        logits: Tensor = self._model.logits(states)
+        return logits
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

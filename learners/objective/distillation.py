@@ -46,17 +46,21 @@ def divergence_loss(
     Source: GKD, arXiv:2306.13649, sec. 2 and 3. The two limits are defined as in TRL. Interpolation of logits: TAID,
         arXiv:2501.16937, eq. 3.
     """
+    values = divergences(logprobs, teacher, beta=beta, interpolation=interpolation)
+    return LossOutput((weights * values).sum(), {"divergence": values.detach().sum()})
+
+
+def divergences(logprobs: Tensor, teacher: Tensor, *, beta: float, interpolation: float = 1.0) -> Tensor:
+    """Return the [M] divergences D_b of `divergence_loss`, nats; they carry gradient."""
     if not 0 <= beta <= 1:
         raise ValueError(f"expected objective.distill.beta in [0, 1], found {beta}")
-    p, q = _with_rest(logprobs), _with_rest(teacher)
+    p, q = with_rest(logprobs), with_rest(teacher)
     if interpolation < 1:
         q = ((1 - interpolation) * p.detach() + interpolation * q).log_softmax(-1)
     if beta in (0, 1):
-        divergence = _kl(q, p) if beta == 0 else _kl(p, q)
-    else:
-        mixture = torch.logaddexp(q + math.log(beta), p + math.log1p(-beta))
-        divergence = beta * _kl(q, mixture) + (1 - beta) * _kl(p, mixture)
-    return LossOutput((weights * divergence).sum(), {"divergence": divergence.detach().sum()})
+        return _kl(q, p) if beta == 0 else _kl(p, q)
+    mixture = torch.logaddexp(q + math.log(beta), p + math.log1p(-beta))
+    return beta * _kl(q, mixture) + (1 - beta) * _kl(p, mixture)
 
 
 def sampled_loss(
@@ -85,7 +89,7 @@ def sampled_loss(
     return LossOutput(loss, {"divergence": -advantages.sum()})
 
 
-def _with_rest(logprobs: Tensor) -> Tensor:
+def with_rest(logprobs: Tensor) -> Tensor:
     """Return [M, K + 1] log-probabilities in fp64: those of K tokens, and that of all others together."""
     given = logprobs.double().clamp(min=LEAST_LOGPROB)
     total = given.logsumexp(-1, keepdim=True).clamp(max=-1e-12)  # rounding may bring it above 0

@@ -18,13 +18,15 @@ from torch import Tensor
 
 from learners.objective import losses
 from learners.objective.advantages import Float64Array
+from learners.objective.curiosity import curious_loss
 from learners.objective.distillation import divergence_loss, sampled_loss
 from learners.objective.losses import LossOutput
 from learners.objective.preferences import pair_scores, preference_loss
 from learners.objective.ranking import ranking_loss
+from learners.objective.token_selection import confidence_gate, recalibrated, uncertain_entropy
 from learners.samples.batching import DistillTargets, MicroBatch, PairTargets, PolicyTargets, RankingTargets
 from learners.samples.types import PackItem, Sample, count_targets
-from rlsys.config.objective import ObjectiveConfig, PolicyConfig, PreferenceConfig
+from rlsys.config.objective import DistillConfig, ObjectiveConfig, PolicyConfig, PreferenceConfig
 
 LossAggregation = Literal["token_mean", "sequence_mean", "constant"]
 
@@ -78,8 +80,8 @@ class Denominators:
         value: tokens with a return.
         pairs: preference pairs.
         sft: supervised tokens.
-        distill: tokens that a teacher scored.
         ranking: prompts with a right and a wrong answer.
+        distill: tokens that a teacher scored, in own chains and other rows together.
     """
 
     policy: float
@@ -104,7 +106,7 @@ class Denominators:
 
 
 def weigh_items(
-    items: Sequence[PackItem], policy: PolicyConfig, max_tokens: int
+    items: Sequence[PackItem], policy: PolicyConfig, max_tokens: int, on_policy_share: float = 1.0
 ) -> tuple[list[PackItem], Denominators]:
     """Set the weight of every token and pair in its own term.
 
@@ -112,6 +114,8 @@ def weigh_items(
         items: all items of one update, of all ranks and micro-batches.
         policy: configuration of the policy term, for the aggregation.
         max_tokens: length limit of a completion, `sampling.max_tokens`.
+        on_policy_share: lambda of the term distill: loss = lambda mean over the tokens of the policy's own chains +
+            (1 - lambda) mean over the tokens of other rows. A part without tokens adds nothing.
 
     Returns:
         The items with their weights, and the denominators from which the weights follow.
@@ -122,15 +126,21 @@ def weigh_items(
     pairs = sum(item.pair is not None for item in items)
     sft = sum(count_targets(sample.sft_mask) for sample in samples)
     ranking = sum(item.ranking is not None for item in items)
-    distill = sum(count_targets(sample.distill_mask) for sample in samples)
+    shares = {True: on_policy_share, False: 1 - on_policy_share}
+    distilled = {True: 0, False: 0}  # own chains, other rows
+    for sample in samples:
+        if sample.distill:
+            distilled[sample.distill.own] += count_targets(sample.distill_mask)
     value = sum(
         count_targets(sample.policy_mask) for sample in samples if sample.policy and sample.policy.returns is not None
     )
 
     def weigh(sample: Sample) -> Sample:
         tokens = replace(sample.policy, weight=next(policy_weights)) if sample.policy else None
-        distilled = replace(sample.distill, weight=1 / max(1, distill)) if sample.distill else None
-        return replace(sample, policy=tokens, sft_weight=1 / max(1, sft), distill=distilled)
+        distill = sample.distill
+        if distill:
+            distill = replace(distill, weight=shares[distill.own] / max(1, distilled[distill.own]))
+        return replace(sample, policy=tokens, sft_weight=1 / max(1, sft), distill=distill)
 
     weighted = [
         PackItem(
@@ -145,8 +155,9 @@ def weigh_items(
         "sequence_mean": int(np.count_nonzero(lengths)),
         "constant": len(lengths) * max_tokens,
     }[policy.aggregation]
+    tokens = sum(distilled.values())
     return weighted, Denominators(
-        policy=policy_denominator, value=value, pairs=pairs, sft=sft, distill=distill, ranking=ranking
+        policy=policy_denominator, value=value, pairs=pairs, sft=sft, distill=tokens, ranking=ranking
     )
 
 
@@ -157,6 +168,7 @@ def joint_loss(
     objective: ObjectiveConfig,
     others: Tensor | None = None,
     interpolation: float = 1.0,
+    softened: Tensor | None = None,
 ) -> dict[str, LossOutput]:
     """Compute the contribution of a micro-batch to each term of the joint loss, before the term's weight.
 
@@ -165,9 +177,10 @@ def joint_loss(
         entropy: [M] nats, of the targets of the policy term; carries gradient if policy.entropy_coef is above 0.
         batch: micro-batch with the weights of `weigh_items`.
         objective: the joint objective.
-        others: [P, K] nats, of the tokens that the teacher scored at the P targets of the term distill; None without
-            such targets.
+        others: [P, K] nats, of the tokens that the teacher scored at the P targets of the term distill, or [P, 1]
+            divergences from a teacher of the whole vocabulary; None without such targets.
         interpolation: share of the teacher in this step; see `divergence_loss`.
+        softened: [S] nats, of the supervised targets under the softened policy; None if sft.curiosity is 0.
 
     Returns:
         Losses by term, without the terms that have no target in the micro-batch.
@@ -182,9 +195,12 @@ def joint_loss(
     if batch.pairs is not None:
         terms["preference"] = preference_term(logprobs, batch.pairs, objective.preference)
     if batch.sft is not None:
-        terms["sft"] = losses.supervised_loss(
-            logprobs.index_select(0, batch.sft.positions), batch.sft.weights.to(logprobs)
-        )
+        own, weights = logprobs.index_select(0, batch.sft.positions), batch.sft.weights.to(logprobs)
+        terms["sft"] = losses.supervised_loss(own, weights)
+        if objective.sft.curiosity:
+            assert softened is not None  # noqa: S101 - the forward pass gives them for this key
+            curious = curious_loss(own, softened.to(own), weights, weight=objective.sft.curiosity)
+            terms["sft"] = LossOutput(terms["sft"].loss + curious, {})
     if batch.distill is not None:
         assert others is not None  # noqa: S101 - the forward pass gives them wherever there are such targets
         terms["distill"] = _distill_term(logprobs, others, batch.distill, objective, interpolation)
@@ -203,13 +219,29 @@ def _ranking_term(logprobs: Tensor, targets: RankingTargets) -> LossOutput:
 def _distill_term(
     logprobs: Tensor, others: Tensor, targets: DistillTargets, objective: ObjectiveConfig, interpolation: float
 ) -> LossOutput:
-    teacher, weights = targets.logprobs.to(others), targets.weights.to(others)
+    weights = targets.weights.to(others)
+    if targets.logprobs is None:  # the pass has computed the divergences
+        return LossOutput((weights * others[:, 0]).sum(), {"divergence": others.detach().sum()})
+    teacher = targets.logprobs.to(others)
     if objective.distill.divergence == "top_k":
-        return divergence_loss(others, teacher, weights, beta=objective.distill.beta, interpolation=interpolation)
+        return _divergence_term(others, teacher, weights, targets.row_ids, objective.distill, interpolation)
     own = logprobs.index_select(0, targets.positions)
     assert targets.behavior_logprobs is not None  # noqa: S101 - the plan of the stage has sampled tokens only
     bounds = {"clip_low": objective.policy.clip_low, "clip_high": objective.policy.clip_high}
     return sampled_loss(own, targets.behavior_logprobs.to(own), teacher[:, 0], weights, **bounds)
+
+
+def _divergence_term(
+    others: Tensor, teacher: Tensor, weights: Tensor, row_ids: Tensor, distill: DistillConfig, interpolation: float
+) -> LossOutput:
+    if distill.teacher_temperature != 1:
+        teacher = recalibrated(teacher, distill.teacher_temperature)
+    gated = weights * confidence_gate(others, teacher) if distill.confidence_gate else weights
+    output = divergence_loss(others, teacher, gated, beta=distill.beta, interpolation=interpolation)
+    if not distill.entropy_coef:
+        return output
+    entropy = uncertain_entropy(others, weights, row_ids, share=distill.entropy_share)
+    return LossOutput(output.loss + distill.entropy_coef * entropy, output.metrics)
 
 
 def total_loss(terms: Mapping[str, LossOutput], weights: Mapping[str, float], logprobs: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learners.objective.curiosity import softened_logprobs
+
 
 @dataclass(frozen=True, slots=True)
 class OtherTokens:
@@ -21,6 +23,11 @@ class OtherTokens:
     rows: Tensor
     ids: Tensor
 
+    def select(self, numbers: Tensor) -> OtherTokens:
+        """Return the tokens of those targets that are among ascending numbers, [n] int64."""
+        inside = torch.isin(self.rows, numbers)
+        return OtherTokens(torch.searchsorted(numbers, self.rows[inside]), self.ids[inside])
+
 
 def token_logprobs(
     logits: Tensor,
@@ -30,8 +37,9 @@ def token_logprobs(
     entropy_at: Tensor | None = None,
     entropy_gradient: bool = False,
     others: OtherTokens | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute log p(target), the entropy at a subset of the positions, and log p of other tokens at another subset.
+    softened_at: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute log p(target), and at subsets of the positions the entropy, log p of other tokens, and log p~(target).
 
     p = softmax(logits / temperature);   entropy = -sum_v p_v log p_v
 
@@ -45,11 +53,13 @@ def token_logprobs(
         entropy_at: [N] bool, M of them True: where the entropy is computed. None computes no entropy.
         entropy_gradient: whether the entropy carries gradient.
         others: the other tokens; None for none.
+        softened_at: [N] bool, S of them True: where `softened_logprobs` are computed; None computes none.
 
     Returns:
         logprobs: [N] nats, fp32 (fp64 for fp64 logits); carries gradient, also for N = 0.
         entropy: [M] nats; carries gradient with `entropy_gradient`.
         others: [P, K] nats, of the other tokens; carries gradient. [0, 1] without any.
+        softened: [S] nats, of the policy at a temperature of each token.
 
     Raises:
         ValueError: a temperature is not positive, or shapes differ.
@@ -70,8 +80,11 @@ def token_logprobs(
     rows = entropy_at.nonzero().squeeze(-1)
     if others is None:
         others = OtherTokens(rows.new_zeros(0), rows.new_zeros((0, 1)))
-    logprobs, entropy, at_others = _LogProbabilities.apply(logits, target_ids, rows, others.rows, others.ids)
-    return logprobs, entropy if entropy_gradient else entropy.detach(), at_others
+    soft = rows.new_zeros(0) if softened_at is None else softened_at.nonzero().squeeze(-1)
+    logprobs, entropy, at_others, softened = _LogProbabilities.apply(
+        logits, target_ids, rows, others.rows, others.ids, soft
+    )
+    return logprobs, entropy if entropy_gradient else entropy.detach(), at_others, softened
 
 
 class _LogProbabilities(torch.autograd.Function):
@@ -84,17 +97,21 @@ class _LogProbabilities(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target_ids: Tensor, rows: Tensor, other_rows: Tensor, other_ids: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the [N] log-probabilities of targets, the [M] entropies of rows, and those of other tokens, [P, K]."""
+        ctx: Any, logits: Tensor, target_ids: Tensor, rows: Tensor, other_rows: Tensor, other_ids: Tensor, soft: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return log-probabilities: [N] of targets, [P, K] of others, [S] softened; and the [M] entropies of rows."""
         distribution = torch.log_softmax(logits, dim=-1)
         entropy = _entropy(_rows(distribution, rows))
         ctx.save_for_backward(distribution, target_ids, rows, entropy, other_rows, other_ids)
         logprobs = distribution.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1)
-        return logprobs, entropy, distribution[other_rows.unsqueeze(-1), other_ids]
+        softened = distribution.new_zeros(0)
+        if len(soft):
+            softened = softened_logprobs(_rows(distribution, soft), target_ids[soft])
+        ctx.mark_non_differentiable(softened)
+        return logprobs, entropy, distribution[other_rows.unsqueeze(-1), other_ids], softened
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         """Return the gradient of the logits; an output without gradient comes with zeros."""
         of_logprobs, of_entropy = (each.unsqueeze(-1) for each in gradients[:2])
         of_others = gradients[2]
@@ -110,7 +127,7 @@ class _LogProbabilities(torch.autograd.Function):
         if len(other_rows):
             own = distribution[other_rows].exp_().mul_(-of_others.sum(-1, keepdim=True))
             result.index_add_(0, other_rows, own.scatter_add_(-1, other_ids, of_others))
-        return result, None, None, None, None
+        return result, None, None, None, None, None
 
 
 def _rows(values: Tensor, rows: Tensor) -> Tensor:

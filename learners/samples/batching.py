@@ -98,15 +98,17 @@ class DistillTargets:
 
     Attributes:
         positions: [M] int64, indices into the N targets of the micro-batch, in ascending order.
-        ids: [M, K] int64, tokens that could stand there.
-        logprobs: [M, K] float32, nats, of these tokens under the teacher.
+        row_ids: [M] int64, sample of each target.
+        ids: [M, K] int64, tokens that could stand there; None for a teacher of the whole vocabulary.
+        logprobs: [M, K] float32, nats, of these tokens under the teacher; None for such a teacher.
         behavior_logprobs: [M] float32, nats, of the targets as sampled; None if any sample was not sampled.
         weights: [M] float32.
     """
 
     positions: Tensor
-    ids: Tensor
-    logprobs: Tensor
+    row_ids: Tensor
+    ids: Tensor | None
+    logprobs: Tensor | None
     behavior_logprobs: Tensor | None
     weights: Tensor
 
@@ -256,10 +258,12 @@ def _distill_targets(samples: Sequence[Sample], positions: Sequence[np.ndarray])
     pairs = list(zip(places, (tokens for _, tokens in trained), strict=True))
     behavior = [tokens.behavior_logprobs[at] for at, tokens in pairs if tokens.behavior_logprobs is not None]
     weights = [np.full(len(at), tokens.weight, dtype=np.float32) for at, tokens in pairs]
+    scores = [(tokens.teacher.ids[at], tokens.teacher.logprobs[at]) for at, tokens in pairs if tokens.teacher]
     return DistillTargets(
         positions=torch.from_numpy(np.concatenate([numbers for numbers, _ in trained])),
-        ids=torch.from_numpy(np.concatenate([tokens.teacher.ids[at] for at, tokens in pairs]).astype(np.int64)),
-        logprobs=torch.from_numpy(np.concatenate([tokens.teacher.logprobs[at] for at, tokens in pairs])),
+        row_ids=torch.from_numpy(np.repeat(np.arange(len(places)), [len(at) for at in places])),
+        ids=torch.from_numpy(np.concatenate([ids for ids, _ in scores]).astype(np.int64)) if scores else None,
+        logprobs=torch.from_numpy(np.concatenate([logprobs for _, logprobs in scores])) if scores else None,
         behavior_logprobs=torch.from_numpy(np.concatenate(behavior)) if len(behavior) == len(pairs) else None,
         weights=torch.from_numpy(np.concatenate(weights)),
     )

@@ -13,7 +13,7 @@ from learners.objective.preferences import adaptive_smoothing
 from learners.samples.masking import UNMASKED, ThoughtMask
 from learners.samples.policy import PolicyScorer, policy_samples
 from learners.samples.ranking import ranking_item
-from learners.samples.types import PackItem, Pair, Sample, pair_samples, step_pair
+from learners.samples.types import DistillTokens, PackItem, Pair, Sample, demonstration_sample, pair_samples, step_pair
 from rlsys.config.objective import ObjectiveConfig
 from rlsys.types import Demonstration, Preference, TrainingBatch, TrajectoryGroup
 
@@ -66,10 +66,13 @@ def build_samples(
     """
     weights = terms.weights
     chosen_sft = terms.chosen_sft and "sft" in weights
+    distill_rows = "distill" in weights and objective.distill.on_rows
+    whole = objective.distill.divergence == "whole"
     numbers = itertools.count()
 
     def row(demonstration: Demonstration) -> PackItem:
-        return PackItem(samples=(thoughts.sample(demonstration, next(numbers)),))
+        sample = demonstration_sample(demonstration, sft="sft" in weights, distill=distill_rows, whole=whole)
+        return PackItem(samples=(thoughts.hide(sample, next(numbers)),))
 
     groups = _policy_items(batch.groups, objective, terms, max_tokens, scorer)
     if objective.sft.source == "trees" and "sft" in weights:
@@ -84,7 +87,8 @@ def build_samples(
         other_pairs = [[_pair_item(pair, objective, weights, chosen_sft)] for pair in batch.pairs]
     else:
         other_pairs = []
-    demonstrations = [[row(demonstration)] for demonstration in batch.demonstrations if "sft" in weights]
+    trains_rows = "sft" in weights or distill_rows
+    demonstrations = [[row(demonstration)] for demonstration in batch.demonstrations if trains_rows]
     return [groups, other_pairs, demonstrations]
 
 
@@ -94,9 +98,19 @@ def _policy_items(
     if not {"policy", "value", "distill"} & terms.weights.keys():
         return [[] for _ in groups]
     by_group = policy_samples(groups, objective, max_tokens=max_tokens, kl_weight=terms.kl_weight, scorer=scorer)
-    if "distill" not in terms.weights:
+    if objective.distill.divergence == "whole":
+        by_group = [[_with_whole_teacher(sample) for sample in samples] for samples in by_group]
+    if "distill" not in terms.weights or not objective.distill.on_chains:
         by_group = [[replace(sample, distill=None) for sample in samples] for samples in by_group]
     return [[PackItem(samples=(sample,)) for sample in samples] for samples in by_group]
+
+
+def _with_whole_teacher(sample: Sample) -> Sample:
+    """Return a sample whose policy tokens are distilled from a teacher that is asked in the pass."""
+    if sample.policy is None:
+        return sample
+    behavior = sample.policy.behavior_logprobs
+    return replace(sample, distill=DistillTokens(mask=sample.policy.mask, teacher=None, behavior_logprobs=behavior))
 
 
 def _tree_pairs(

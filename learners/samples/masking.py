@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from learners.samples.types import Sample
-from rlsys.types import Demonstration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,19 +25,19 @@ class ThoughtMask:
     token: int
     seed: int
 
-    def sample(self, demonstration: Demonstration, number: int) -> Sample:
-        """Return the sample of the supervised term for a demonstration.
+    def hide(self, sample: Sample, number: int) -> Sample:
+        """Return the sample of a supervised row with hidden tokens.
 
         Args:
-            demonstration: the row.
+            sample: the whole row.
             number: its number in the training step, from which its draws follow.
         """
-        ids, mask = demonstration.token_ids, demonstration.loss_mask
-        if not self.share:
-            return Sample(token_ids=ids, sft_mask=mask)
+        ids, mask = sample.token_ids, sample.sft_mask
+        if not self.share or mask is None:
+            return sample
         draws = np.random.default_rng((self.seed, number)).random(len(ids))
         masked = mask & (draws < self.share)
-        return Sample(token_ids=ids, sft_mask=mask, input_ids=np.where(masked, self.token, ids).astype(np.int32))
+        return replace(sample, input_ids=np.where(masked, self.token, ids).astype(np.int32))
 
 
 UNMASKED = ThoughtMask(share=0.0, token=0, seed=0)

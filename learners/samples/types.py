@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rlsys.sequences import common_prefix_length
-from rlsys.types import BoolArray, Float32Array, Int32Array, Preference, StepPreference, TeacherTokens
+from rlsys.types import BoolArray, Demonstration, Float32Array, Int32Array, Preference, StepPreference, TeacherTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,15 +43,22 @@ class DistillTokens:
 
     Attributes:
         mask: [T] bool, True on tokens that may be trained.
-        teacher: the teacher's scores, valid where `mask` is True.
+        teacher: the teacher's scores, valid where `mask` is True; None for a teacher of the whole vocabulary, whom the
+            learner asks in the pass.
         weight: weight of each of these tokens in the loss of the update.
-        behavior_logprobs: [T] float32, nats, of the tokens as the sampler reported them; None if nothing sampled them.
+        behavior_logprobs: [T] float32, nats, of the tokens as the sampler reported them; None in a row that the policy
+            did not write.
     """
 
     mask: BoolArray
-    teacher: TeacherTokens
+    teacher: TeacherTokens | None
     weight: float = 0.0
     behavior_logprobs: Float32Array | None = None
+
+    @property
+    def own(self) -> bool:
+        """Whether the policy wrote the tokens."""
+        return self.behavior_logprobs is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +162,33 @@ class PackItem:
 def count_targets(mask: BoolArray | None) -> int:
     """Return the number of trained tokens in a mask. The first token has no prediction and never counts."""
     return 0 if mask is None else int(mask[1:].sum())
+
+
+def demonstration_sample(
+    demonstration: Demonstration, *, sft: bool = True, distill: bool = False, whole: bool = False
+) -> Sample:
+    """Return the sample of a row that the policy did not write.
+
+    Args:
+        sft: whether the term sft trains it.
+        distill: whether the term distill trains it.
+        whole: whether the teacher of this term is asked in the pass.
+
+    Raises:
+        ValueError: the term distill needs scores of a teacher, and the row has none.
+    """
+    teacher, tokens = demonstration.teacher, None
+    if distill and whole:
+        tokens = DistillTokens(mask=demonstration.loss_mask, teacher=None)
+    elif distill and teacher is not None:
+        tokens = DistillTokens(mask=teacher.mask, teacher=teacher)
+    elif distill:
+        raise ValueError("expected a row with the scores of a teacher, found none")
+    return Sample(
+        token_ids=demonstration.token_ids,
+        sft_mask=demonstration.loss_mask if sft else None,
+        distill=tokens,
+    )
 
 
 def step_pair(preference: StepPreference) -> Preference | None:

@@ -22,8 +22,10 @@ from rlsys.config.search_values import ModelValueConfig, StepsValueConfig
 from rlsys.config.stages import TERMS_OF_STAGE, stage_plan, stage_plans, term_with_pairs
 from rlsys.config.teacher_checks import (
     distillation_has_a_teacher,
+    distilled_rows_have_a_source,
     divergence_has_its_keys,
     teacher_scores_what_was_sampled,
+    whole_teacher_fits,
 )
 from rlsys.errors import ConfigError
 from rlsys.types import StageName
@@ -173,7 +175,7 @@ def online_has_a_term(config: Config) -> None:
 def sampled_prompts_train_the_policy(config: Config) -> None:
     """Raise if online prompts are sampled although only the policy term trains on them."""
     objective = config.objective
-    used = objective.policy.used or objective.distill.used or objective.ranking.used
+    used = objective.policy.used or objective.distill.on_chains or objective.ranking.used
     if not used and config.search.fraction < 1:
         raise ValueError(
             "objective.policy.weight 0: the sampled prompts of stage online would train nothing; set "
@@ -317,7 +319,9 @@ def steps_can_be_checked(config: Config) -> None:
 
 RULES: tuple[Rule, ...] = (
     distillation_has_a_teacher,
+    distilled_rows_have_a_source,
     divergence_has_its_keys,
+    whole_teacher_fits,
     teacher_scores_what_was_sampled,
     stages_are_distinct,
     completion_leaves_room_for_prompt,

@@ -131,12 +131,16 @@ class PreferenceConfig(Component):
 
 
 class SftConfig(Component):
-    source: Literal["chosen", "trees", "demonstrations"] = "chosen"
+    source: Literal["chosen", "trees", "demonstrations", "file"] = "chosen"
     """Source of the chains in the stage online. chosen: the chosen side of the step's pairs; trees: the chains that
-    extract.supervised selects from the step's trees; demonstrations: the demonstrations of the task. The stage
-    preference always trains on the chosen side."""
+    extract.supervised selects from the step's trees; demonstrations: the demonstrations of the task; file: the rows of
+    sft.path, or those that an earlier stage search has extracted. The stage preference always trains on the chosen
+    side."""
     rows_per_step: int = Field(default=64, ge=1)
-    """Demonstrations in one online training step, for the source demonstrations."""
+    """Rows in one online training step, for the sources demonstrations and file."""
+    curiosity: float = Field(default=0.0, ge=0)
+    """Weight, for each token, of 1/2 (log p - log p~)^2, where p~ is the policy at a temperature that makes an
+    uncertain token more uncertain (CurioSFT: 1). In all stages with the term."""
     mask_prefix_sft: bool = False
     """Do not train the prefix that the chosen side shares with the rejected side."""
     mask_share: float = Field(default=0.0, ge=0, lt=1)
@@ -148,20 +152,54 @@ class SftConfig(Component):
 class DistillConfig(Component):
     weight: float = Field(default=0.0, ge=0)
     """Weight of the term. 0 leaves it out; the teacher then only serves policy.teacher_share."""
-    divergence: Literal["sampled", "top_k"] = "sampled"
+    divergence: Literal["sampled", "top_k", "whole"] = "sampled"
     """Divergence between the policy's and the teacher's distributions of the next token. sampled: the reverse
     divergence, estimated from the sampled tokens alone; top_k: the generalised Jensen-Shannon divergence (GKD) over the
-    top_k most probable tokens of the teacher, and all others as one more token."""
+    top_k most probable tokens of the teacher, and all others as one more token; whole: the same over all tokens, from
+    the policy that the stage began with, which the learner holds (no teacher.model)."""
     top_k: int = Field(default=16, ge=1, le=1024)
     """For top_k: number of tokens of the teacher at every place."""
+    on_policy_share: float = Field(default=1.0, ge=0, le=1)
+    """For top_k and whole: lambda of GKD, the share of the policy's own chains in the term. The rest, 1 - lambda, is
+    over rows: those of the stages warm_start and sft, and in the stage online those of objective.sft.source
+    demonstrations or file. Each share has its own denominator."""
     beta: float = Field(default=0.0, ge=0, le=1)
-    """For top_k. 0: forward divergence, from teacher to policy; 1: reverse divergence; between them: both, to the
-    mixture of beta times the teacher and 1 - beta times the policy."""
-
+    """For top_k and whole. 0: forward divergence, from teacher to policy; 1: reverse divergence; between them: both, to
+    the mixture of beta times the teacher and 1 - beta times the policy."""
     interpolation: float = Field(default=1.0, gt=0, le=1)
-    """For top_k: share t of the teacher in the distribution to learn (TAID), proportional to p^(1 - t) q^t."""
+    """For top_k and whole: share t of the teacher in the distribution to learn (TAID), proportional to
+    p^(1 - t) q^t."""
     final_interpolation: float | None = Field(default=None, gt=0, le=1)
     """Share in the last step of the stage, reached linearly from `interpolation`. null: the share stays constant."""
+    interpolation_rate: float = Field(default=0.0, ge=0, le=1)
+    """Also let the share grow by interpolation_rate * sigmoid(m) * (1 - share) in a step, where m is a moving mean of
+    the relative fall of the term's loss (TAID: 5e-4). It ends at final_interpolation. 0: linearly alone."""
+    teacher_temperature: float = Field(default=1.0, gt=0)
+    """For top_k: temperature of the teacher's top_k tokens, whose probability together stays the same (FIRST). Above 1
+    makes a teacher less certain."""
+    confidence_gate: bool = False
+    """For top_k: multiply the loss of a token by sigmoid(entropy of the policy - entropy of the teacher), both over the
+    top_k tokens and all others as one (TSD-KD)."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """For top_k: weight of the mean entropy of the policy on the tokens of entropy_share, which it lowers (TSD-KD)."""
+    entropy_share: float = Field(default=0.1, gt=0, le=1)
+    """Share of the tokens of each chain, those with the largest entropy of the policy, for entropy_coef."""
+
+    @property
+    def on_chains(self) -> bool:
+        """Whether the term acts on the policy's own chains."""
+        return self.used and self.on_policy_share > 0
+
+    @property
+    def on_rows(self) -> bool:
+        """Whether the term acts on rows that the policy did not write."""
+        return self.used and self.on_policy_share < 1
+
+    @model_validator(mode="after")
+    def _growth_has_an_end(self) -> DistillConfig:
+        if self.interpolation_rate and (self.final_interpolation or 0) <= self.interpolation:
+            raise ValueError("interpolation_rate needs a final_interpolation above interpolation")
+        return self
 
     def interpolation_at(self, step: int, steps: int) -> float:
         """Return the share in a training step; see `Component.weight_at`."""
@@ -199,8 +237,15 @@ class ObjectiveConfig(Section):
 
     @property
     def asks_a_teacher(self) -> bool:
-        """Whether any term needs the scores of a teacher."""
-        return self.distill.used or (self.policy.used and self.policy.teacher_share > 0)
+        """Whether any term needs the scores of a teacher's engines or of a file."""
+        needs_scores = self.distill.used and self.distill.divergence != "whole"
+        return needs_scores or (self.policy.used and self.policy.teacher_share > 0)
+
+    @property
+    def scores_chains(self) -> bool:
+        """Whether any term needs the scores of a teacher for the policy's own chains."""
+        by_engines = self.distill.on_chains and self.distill.divergence != "whole"
+        return by_engines or (self.policy.used and self.policy.teacher_share > 0)
 
     @model_validator(mode="after")
     def _consistent(self) -> ObjectiveConfig:

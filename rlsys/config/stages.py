@@ -18,14 +18,14 @@ TERMS = ("policy", "kl", "value", "preference", "sft", "distill", "ranking")
 """The terms of the joint loss."""
 
 TERMS_OF_STAGE: dict[StageName, tuple[str, ...]] = {
-    "warm_start": ("sft",),
+    "warm_start": ("sft", "distill"),
     "search": (),
-    "sft": ("sft",),
+    "sft": ("sft", "distill"),
     "preference": ("preference", "sft"),
     "online": TERMS,
 }
 _CONSTANT_WEIGHTS: tuple[StageName, ...] = ("warm_start", "sft")
-"""Stages whose terms have weight 1, whatever the section `objective` says."""
+"""Stages whose term sft has weight 1, whatever the section `objective` says."""
 
 SEARCHED = "stage search:"
 """Stands for a config field in errors about files that the stage `search` has written."""
@@ -111,6 +111,7 @@ class StagePlan:
         keeps_reference: whether the learner keeps the policy that the stage began with.
         scores_pairs: whether that policy must score the pairs of a file before the first step.
         asks_for_trees: whether the actors are asked for trees.
+        scores_rows: whether engines of the teacher must score the rows of a step that have no scores yet.
     """
 
     name: StageName
@@ -124,6 +125,7 @@ class StagePlan:
     keeps_reference: bool = False
     scores_pairs: bool = False
     asks_for_trees: bool = False
+    scores_rows: bool = False
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -157,7 +159,8 @@ def stage_plan(config: Config, stage: StageName) -> StagePlan:
             rows = config.warm_start.rows_per_step
             return _offline(config, stage, config.warm_start.optimizer, _demonstrations(rows, "warm_start"))
         case "sft":
-            return _offline(config, stage, config.sft.optimizer, _rows(config))
+            rows_per_step = config.sft.rows_per_step
+            return _offline(config, stage, config.sft.optimizer, _rows(config, rows_per_step, "sft"))
         case "preference":
             return _offline(config, stage, config.preference.optimizer, _pairs(config))
         case "search":
@@ -181,8 +184,12 @@ def _search(config: Config) -> StagePlan:
 def _online(config: Config) -> StagePlan:
     objective, train = config.objective, config.train
     sft = objective.sft
-    demonstrated = sft.used and sft.source == "demonstrations"
-    demonstrations = (_demonstrations(sft.rows_per_step, "objective.sft"),) if demonstrated else ()
+    rows: tuple[DataSource, ...] = ()
+    if sft.used or objective.distill.on_rows:
+        if sft.source == "demonstrations":
+            rows = (_demonstrations(sft.rows_per_step, "objective.sft"),)
+        elif sft.source == "file":
+            rows = (_rows(config, sft.rows_per_step, "objective.sft"),)
     pairs_online = term_with_pairs(objective) and objective.preference.source == "file"
     pairs = (_pairs(config),) if pairs_online else ()
     return StagePlan(
@@ -200,16 +207,19 @@ def _online(config: Config) -> StagePlan:
             warmup_steps=objective.value.warmup_steps,
         ),
         publishes="every step",
-        data=(*demonstrations, *pairs),
+        data=(*rows, *pairs),
         keeps_reference=(objective.policy.used and objective.kl.used)
-        or (objective.preference.used and objective.preference.source == "search"),
+        or (objective.preference.used and objective.preference.source == "search")
+        or (objective.distill.used and objective.distill.divergence == "whole"),
         scores_pairs=bool(pairs) and objective.preference.used,
         asks_for_trees=config.search.online,
+        scores_rows=bool(rows) and _scores_rows(config),
     )
 
 
 def _offline(config: Config, stage: StageName, optimizer: OptimizerConfig, source: DataSource) -> StagePlan:
     steps: int = getattr(config, stage).max_steps
+    distill = config.objective.distill
     return StagePlan(
         name=stage,
         section=stage,
@@ -220,7 +230,13 @@ def _offline(config: Config, stage: StageName, optimizer: OptimizerConfig, sourc
         publishes="at its end" if config.stages[-1] == stage else "never",
         data=(source,),
         scores_pairs=source.kind == "pairs" and config.objective.preference.used,
+        scores_rows=source.kind != "pairs" and _scores_rows(config),
+        keeps_reference=source.kind != "pairs" and distill.on_rows and distill.divergence == "whole",
     )
+
+
+def _scores_rows(config: Config) -> bool:
+    return config.objective.distill.on_rows and config.teacher.model is not None
 
 
 def term_with_pairs(objective: ObjectiveConfig) -> str | None:
@@ -235,11 +251,11 @@ def _demonstrations(per_step: int, section: str) -> DataSource:
     return DataSource(kind="demonstrations", per_step=per_step, per_step_field=f"{section}.rows_per_step")
 
 
-def _rows(config: Config) -> DataSource:
+def _rows(config: Config, per_step: int, section: str) -> DataSource:
     return DataSource(
         kind="rows",
-        per_step=config.sft.rows_per_step,
-        per_step_field="sft.rows_per_step",
+        per_step=per_step,
+        per_step_field=f"{section}.rows_per_step",
         path_field="sft.path",
         extracted=not config.sft.path,
     )
@@ -263,7 +279,9 @@ def term_weights(objective: ObjectiveConfig, settings: StageSettings, step: int)
     """
     terms = TERMS_OF_STAGE[settings.stage]
     if settings.stage in _CONSTANT_WEIGHTS:
-        return dict.fromkeys(terms, 1.0)
+        distill = objective.distill
+        weight = distill.weight_at(step, settings.steps) if distill.on_rows else 0.0
+        return {"sft": 1.0, "distill": weight} if weight else {"sft": 1.0}
     weights = {term: getattr(objective, term).weight_at(step, settings.steps) for term in terms}
     if step < objective.value.warmup_steps:
         weights.pop("policy", None)

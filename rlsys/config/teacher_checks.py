@@ -4,23 +4,62 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rlsys.config.stages import stage_plans
+
 if TYPE_CHECKING:
     from rlsys.config.schema import Config
+
+DIVERGENCE_KEYS = (
+    "top_k",
+    "on_policy_share",
+    "beta",
+    "interpolation",
+    "final_interpolation",
+    "interpolation_rate",
+    "teacher_temperature",
+    "confidence_gate",
+    "entropy_coef",
+    "entropy_share",
+)
+WHOLE_KEYS = ("beta", "on_policy_share", "interpolation", "final_interpolation", "interpolation_rate")
 
 
 def distillation_has_a_teacher(config: Config) -> None:
     """Raise if a term that needs a teacher has none, or a teacher has no term."""
     objective, model = config.objective, config.teacher.model
     field = "objective.distill.weight" if objective.distill.used else "objective.policy.teacher_share"
-    if objective.asks_a_teacher and model is None:
+    plans = stage_plans(config)
+    chains = objective.scores_chains and "online" in config.stages
+    whole = objective.distill.divergence == "whole"
+    unscored = objective.distill.on_rows and not whole and any(plan.source("demonstrations") for plan in plans)
+    if model is None and (chains or unscored):
         raise ValueError(f"{field} needs a teacher: set teacher.model.path")
     if model is not None and not objective.asks_a_teacher:
         raise ValueError(
             "teacher.model has no effect: raise objective.distill.weight or objective.policy.teacher_share, or leave "
             "teacher out"
         )
-    if model is not None and "online" not in config.stages:
-        raise ValueError("teacher.model serves stage online: add online to stages, or leave teacher out")
+    if model is not None and "online" not in config.stages and not any(plan.scores_rows for plan in plans):
+        raise ValueError(
+            "teacher.model serves stage online, and warm_start and sft with objective.distill.on_policy_share below 1: "
+            "add online to stages, lower the share, or leave teacher out"
+        )
+
+
+def distilled_rows_have_a_source(config: Config) -> None:
+    """Raise if the term distill has a share over rows in the stage `online` and no rows."""
+    objective = config.objective
+    if "online" not in config.stages:
+        return
+    if objective.distill.on_rows and objective.sft.source not in ("demonstrations", "file"):
+        raise ValueError(
+            "objective.distill.on_policy_share below 1 needs rows in stage online: set objective.sft.source to "
+            f"demonstrations or file, found {objective.sft.source}"
+        )
+    rows = objective.sft.used or objective.distill.on_rows
+    before = config.stages[: config.stages.index("online")]
+    if rows and objective.sft.source == "file" and not config.sft.path and "search" not in before:
+        raise ValueError("objective.sft.source file needs sft.path, or a stage search before")
 
 
 def teacher_scores_what_was_sampled(config: Config) -> None:
@@ -43,9 +82,24 @@ def teacher_scores_what_was_sampled(config: Config) -> None:
 def divergence_has_its_keys(config: Config) -> None:
     """Raise if a key of the divergence top_k is set for another one."""
     distill = config.objective.distill
-    defaults, names = type(distill)(), ("top_k", "beta", "interpolation", "final_interpolation")
+    defaults, names = type(distill)(), DIVERGENCE_KEYS
     changed = [name for name in names if getattr(distill, name) != getattr(defaults, name)]
+    if distill.divergence == "whole":
+        changed = [name for name in changed if name not in WHOLE_KEYS]
     if distill.divergence != "top_k" and changed:
         raise ValueError(
             f"objective.distill.{changed[0]} is for divergence top_k, found {distill.divergence}: leave it out"
+        )
+
+
+def whole_teacher_fits(config: Config) -> None:
+    """Raise if the learner cannot hold a teacher of the whole vocabulary."""
+    learner = config.learner
+    if config.objective.distill.divergence != "whole" or not config.objective.distill.used:
+        return
+    if learner.zero_stage == 3 or learner.sequence_parallel > 1 or config.model.lora is not None:
+        raise ValueError(
+            "objective.distill.divergence whole needs whole models on every rank: set learner.zero_stage below 3 (now "
+            f"{learner.zero_stage}) and learner.sequence_parallel to 1 (now {learner.sequence_parallel}), without "
+            "model.lora"
         )

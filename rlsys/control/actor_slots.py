@@ -50,6 +50,16 @@ class WatchedHandle(Protocol):
         """
         ...
 
+    async def score(self, token_ids: Int32Array, tokens: int | None) -> tuple[Int32Array, Float32Array]:
+        """Return ids and log-probabilities of K tokens after each prefix of a row, [T-1, K] each.
+
+        Only auxiliary engines are asked.
+
+        Args:
+            tokens: K, the number of the most probable tokens; None for the row's own token alone, K = 1.
+        """
+        ...
+
     def kill(self) -> None:
         """End the process at once, even a stopped one."""
         ...

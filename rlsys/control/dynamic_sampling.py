@@ -33,7 +33,7 @@ def has_signal(group: TrajectoryGroup, objective: ObjectiveConfig, max_tokens: i
     """
     policy, preference, sft = objective.policy, objective.preference, objective.sft
     compares = policy.used or objective.ranking.used
-    if objective.distill.used or not (compares or group.searched):
+    if objective.distill.on_chains or not (compares or group.searched):
         return True
     if compares and _rewards_differ(group, policy, max_tokens):
         return True

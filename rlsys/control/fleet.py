@@ -13,6 +13,7 @@ never used again. Before the first publish, actors serve the weights that they l
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -24,8 +25,10 @@ from rlsys.control.supervisor import ActorSupervisor, same_exception
 from rlsys.control.watchdog import WatchClock, watch_interval
 from rlsys.errors import EngineError, RlsysError, TooManyFailuresError
 from rlsys.interfaces import EngineStats, Publication
+from rlsys.sequences import teacher_tokens
 from rlsys.trees import Role, Tree, TreeFailure
 from rlsys.types import (
+    Demonstration,
     Float32Array,
     Int32Array,
     Prompt,
@@ -132,6 +135,26 @@ class Fleet:
     async def probe(self, actor: int, rows: Sequence[Int32Array]) -> Sequence[Float32Array]:
         """Return the log-probabilities of given rows."""
         return await self._issue(actor, "scoring of probe rows", lambda handle: handle.probe(rows))
+
+    async def score_rows(self, rows: Sequence[Demonstration], tokens: int | None) -> list[Demonstration]:
+        """Return rows with the scores of the teacher's engines, which take the rows in turn.
+
+        Raises:
+            RlsysError: an engine of the teacher was lost, or refused a row.
+        """
+        supervisor = self._supervisor
+        engines = zip(self._auxiliary_roles, supervisor.auxiliary, strict=True)
+        slots = itertools.cycle([slot for role, slot in engines if role == "teacher"])
+        calls = [
+            supervisor.call(slot, slot.handle.score(row.token_ids, tokens))
+            for row, slot in zip(rows, slots, strict=False)
+        ]
+        try:
+            scores = await asyncio.gather(*calls)
+        except LostActorError:
+            raise supervisor.failed or EngineError("an engine of the teacher was lost") from None
+        pairs = zip(rows, scores, strict=True)
+        return [replace(row, teacher=teacher_tokens(row.loss_mask, *tokens_of_row)) for row, tokens_of_row in pairs]
 
     async def engine_stats(self) -> list[EngineStats]:
         """Return the work of every engine since the last call of this method or of `reset_engine_stats`.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from rlsys.config.stages import StagePlan
+from rlsys.config.stages import StagePlan, stage_plan, stage_plans
 from rlsys.control.budgets import SkippedSteps
 from rlsys.control.checkpointing import Checkpointing
 from rlsys.control.counters import Counters
@@ -21,6 +21,7 @@ from rlsys.control.stop_request import StopRequest
 from rlsys.directory import CheckpointDirectory
 from rlsys.errors import NonFiniteLossError
 from rlsys.fault_injection import fault
+from rlsys.interpolation import TeacherShare
 from rlsys.run.provenance import Provenance
 from rlsys.types import RunState, StageName, TrainingBatch
 
@@ -75,6 +76,7 @@ class TrainingRun:
         self.skipped = SkippedSteps(
             limit=context.config.learner.max_skipped_steps, total=Counters.of(state.counters).skipped_steps
         )
+        self.share = TeacherShare.of(state.counters, self.config.objective.distill.interpolation)
         self.reference_digest: str | None = None
         self._save_due = False
 
@@ -89,6 +91,7 @@ class TrainingRun:
         if number > self.state.stage:
             self.state = replace(self.state, stage=number, step=0, counters={})
             self.skipped.total = 0
+            self.share = TeacherShare.of({}, self.config.objective.distill.interpolation)
 
     @property
     def newest_policy(self) -> Path:
@@ -104,8 +107,17 @@ class TrainingRun:
     # --- steps ---
 
     def load_batch(self, stage: StageName, step: int) -> asyncio.Task[TrainingBatch]:
-        """Start to load the rows and pairs of a training step."""
-        return asyncio.create_task(asyncio.to_thread(self.context.data.batch, stage, step))
+        """Start to load the rows and pairs of a training step, and to let the teacher score the rows."""
+        return asyncio.create_task(self._load_batch(stage, step))
+
+    async def _load_batch(self, stage: StageName, step: int) -> TrainingBatch:
+        batch = await asyncio.to_thread(self.context.data.batch, stage, step)
+        missing = [row for row in batch.demonstrations if row.teacher is None]
+        if not missing or not stage_plan(self.config, stage).scores_rows:
+            return batch
+        scored = iter(await self.context.pool.score_rows(missing, self.config.objective.distill.scored_tokens))
+        rows = tuple(next(scored) if row.teacher is None else row for row in batch.demonstrations)
+        return replace(batch, demonstrations=rows)
 
     async def learn(self, batch: TrainingBatch) -> dict[str, float]:
         """Make one training step and return its metrics.
@@ -113,12 +125,34 @@ class TrainingRun:
         Raises:
             NonFiniteLossError: a loss or gradient was not finite; the step was not made.
         """
+        adaptive = self.config.objective.distill.interpolation_rate > 0
+        if adaptive:
+            batch = replace(batch, interpolation=self.share.share)
         with Stopwatch() as watch:
             metrics = await self.context.learner.train(batch, self.state.step, self.state.weight_version + 1)
+        if adaptive and "objective/distill_loss" in metrics:
+            self._grow_share(metrics["objective/distill_loss"])
         self.skipped.end_row()
         self.advance()
         rate = metrics["learner/tokens"] / watch.seconds
         return {**metrics, "time/learn_s": watch.seconds, "learner/tokens_per_s": rate}
+
+    def _grow_share(self, loss: float) -> None:
+        """Set the teacher's share of the next step. The counters of the run state keep it."""
+        distill, steps = self.config.objective.distill, stage_plans(self.config)[self.state.stage].settings.steps
+        self.share = self.share.after(
+            loss,
+            linear=distill.interpolation_at(self.state.step + 1, steps),
+            last=distill.final_interpolation or 1.0,
+            rate=distill.interpolation_rate,
+        )
+        self.count({})
+
+    def count(self, counters: Mapping[str, float]) -> None:
+        """Set the counters of the stage that the run state keeps, beside the teacher's share."""
+        share = self.share.as_floats() if self.config.objective.distill.interpolation_rate else {}
+        kept = counters or self.state.counters
+        self.state = replace(self.state, counters={**kept, **share})
 
     def advance(self) -> None:
         """Count a training step."""

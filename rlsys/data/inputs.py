@@ -10,6 +10,7 @@ from rlsys.data.batches import TrainingData
 from rlsys.data.demonstrations import DemonstrationStream
 from rlsys.data.prompts import PromptBuilder, PromptStream
 from rlsys.data.rows import Reader
+from rlsys.data.teacher_columns import ExpectedScores
 from rlsys.directory import RunDirectory
 from rlsys.models.chat import CheckedEncoder
 from rlsys.models.folder import ModelFolder, given_model
@@ -87,7 +88,8 @@ class Inputs:
             if (source := plan.source("demonstrations"))
         }
         vocabulary = min(len(tokenizer), model.vocabulary or len(tokenizer))
-        reader = Reader(tokenizer, vocabulary, config.actors.max_model_len, frozenset(model.end_token_ids))
+        ends, longest = frozenset(model.end_token_ids), config.actors.max_model_len
+        reader = Reader(tokenizer, vocabulary, longest, ends, _expected_scores(config, model))
         extracted = RunDirectory(Path(config.run.dir).absolute()).search_stage.data
         self.data = TrainingData(config, reader, demonstrations, extracted)
         if training:
@@ -131,3 +133,12 @@ class Inputs:
             rows.append(prompt.token_ids)
             predicted += len(prompt.token_ids) - 1
         return rows
+
+
+def _expected_scores(config: Config, model: ModelFolder) -> ExpectedScores | None:
+    """Return which scores of a teacher the rows of a file may have; None if no term reads them."""
+    distill = config.objective.distill
+    if not distill.on_rows or distill.divergence == "whole":
+        return None
+    optional = config.teacher.model is not None
+    return ExpectedScores(tokens=distill.top_k, tokenizer=model.tokenizer_digest, optional=optional)

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlsys.data.left_out import LeftOut
+from rlsys.data.ragged import RaggedRows, joined_sides, ragged
+from rlsys.data.teacher_columns import SCORED_IDS, ExpectedScores, ScoreCollector, TeacherColumns
 from rlsys.data.text_rows import EncodedRows, TextEncoder
 from rlsys.errors import DataError
 from rlsys.sequences import common_prefix_length
 from rlsys.tables.forms import Section, expected_columns, form_name, read_columns
-from rlsys.tables.read import UNKNOWN, Batch, Element, Layout, Ragged, RowFile
+from rlsys.tables.read import UNKNOWN, Batch, Layout, Ragged, RowFile
 from rlsys.tables.schemas import PREFERENCES, STEP_PREFERENCES, SUPERVISED
 from rlsys.tables.sources import WHOLE, Part
 from rlsys.types import Demonstration, Preference
@@ -38,16 +40,20 @@ class SupervisedRows:
     token_ids: Ragged[np.int32]
     loss_mask: Ragged[np.bool_]
     notes: tuple[str, ...] = ()
+    teacher: TeacherColumns | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     def row(self, number: int) -> Demonstration:
-        return Demonstration(token_ids=self.token_ids[number], loss_mask=self.loss_mask[number])
+        ids, mask = self.token_ids[number], self.loss_mask[number]
+        scores = self.teacher.row(number, mask) if self.teacher else None
+        return Demonstration(token_ids=ids, loss_mask=mask, teacher=scores)
 
     def digest(self) -> str:
         """Return the sha256 of all rows."""
-        return _digest(self.token_ids.values, self.token_ids.starts, self.loss_mask.values)
+        scores = (self.teacher.ids.values, self.teacher.logprobs.values) if self.teacher else ()
+        return _digest(self.token_ids.values, self.token_ids.starts, self.loss_mask.values, *scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +111,14 @@ class Reader:
         vocabulary: Number of token ids.
         longest: Largest number of tokens of a row (actors.max_model_len).
         end_tokens: Tokens that end a completion, besides the tokenizer's own.
+        scores: Which scores of a teacher demonstrations may have; None to leave them unread.
     """
 
     tokenizer: Any
     vocabulary: int
     longest: int
     end_tokens: frozenset[int] = frozenset()
+    scores: ExpectedScores | None = None
 
     def supervised(self, path: str, source: str, max_bad_rows: float = 0.0, part: Part = WHOLE) -> SupervisedRows:
         """Read the demonstrations of a file.
@@ -127,26 +135,33 @@ class Reader:
         """
         file = RowFile(path, source, part)
         left_out = LeftOut(where=file.where, noun="rows", limit="sft.max_bad_rows", share=max_bad_rows)
-        token_ids, masks, unwanted = _Rows[np.int32](np.int32), _Rows[np.bool_](np.bool_), 0
-        if layout := file.layout([SUPERVISED_IDS]):
+        token_ids, masks, unwanted = RaggedRows[np.int32](np.int32), RaggedRows[np.bool_](np.bool_), 0
+        layout = file.layout([SCORED_IDS, SUPERVISED_IDS] if self.scores else [SUPERVISED_IDS])
+        teacher = ScoreCollector(self.scores) if self.scores and layout is SCORED_IDS else None
+        if self.scores and not teacher:
+            self.scores.check_optional(file)
+        if layout:
             for batch in file.batches(layout):
                 ids, mask = self._supervised(batch)
                 prompts = np.zeros(len(ids), dtype=np.int64)
                 fitting = self._fitting(batch, ["column token_ids"] * 2, prompts, [ids], left_out)
                 token_ids.add(ids, fitting)
                 masks.add(mask, fitting)
+                if teacher:
+                    teacher.add(batch, mask, self._ids(batch, "teacher_ids"), fitting)
         else:
             for rows in self._texts(file, "sft", left_out):
                 unwanted += rows.unwanted
                 pieces = list(zip(rows.prompts, rows.sides[0], strict=True))
-                token_ids.add(_ragged([[*prompt, *side] for prompt, side in pieces], np.int32))
-                masks.add(_ragged([[False] * len(prompt) + [True] * len(side) for prompt, side in pieces], np.bool_))
+                token_ids.add(ragged([[*prompt, *side] for prompt, side in pieces], np.int32))
+                masks.add(ragged([[False] * len(prompt) + [True] * len(side) for prompt, side in pieces], np.bool_))
         left_out.check()
         joined = token_ids.joined()
         if not len(joined):
             raise DataError(f"{file.where}: expected a row to train, found none: the label of every row is false")
         labels = f"{file.where}: {unwanted} rows left out: their label is false"
-        return SupervisedRows(joined, masks.joined(), (*left_out.notes, *((labels,) if unwanted else ())))
+        notes = (*left_out.notes, *((labels,) if unwanted else ()))
+        return SupervisedRows(joined, masks.joined(), notes, teacher.joined() if teacher else None)
 
     def pairs(self, path: str, source: str, max_bad_rows: float = 0.0, part: Part = WHOLE) -> PairRows:
         """Read the pairs of a file. Pairs without a difference to learn are left out and counted in a note.
@@ -172,7 +187,7 @@ class Reader:
         else:
             for rows in self._texts(file, "preference", left_out):
                 lengths = np.array([len(prompt) for prompt in rows.prompts], dtype=np.int64)
-                chosen, rejected = (_joined(rows.prompts, side) for side in rows.sides)
+                chosen, rejected = (joined_sides(rows.prompts, side) for side in rows.sides)
                 pairs.add(Batch(file.where, rows.numbers, {}), lengths, chosen, rejected)
         left_out.check()
         return pairs.joined(file.where, left_out.notes)
@@ -283,7 +298,7 @@ class Reader:
         prefix = self._ids(batch, "prompt_ids")
         prompts = [prefix[row].tolist() for row in range(len(prefix))]
         own = [self._ids(batch, name) for name in ("chosen_ids", "rejected_ids")]
-        both = [_joined(prompts, [side[row].tolist() for row in range(len(side))]) for side in own]
+        both = [joined_sides(prompts, [side[row].tolist() for row in range(len(side))]) for side in own]
         return prefix.lengths, both[0], both[1]
 
     def _ids(self, batch: Batch, name: str) -> Ragged[np.int32]:
@@ -302,7 +317,7 @@ class _Pairs:
     """Collector of pairs. It drops a pair if its sides are equal, or if one side begins with the other."""
 
     def __init__(self) -> None:
-        self._chosen, self._rejected = _Rows[np.int32](np.int32), _Rows[np.int32](np.int32)
+        self._chosen, self._rejected = RaggedRows[np.int32](np.int32), RaggedRows[np.int32](np.int32)
         self._prompts, self._commons, self._visits = (list[NDArray[np.int64]]() for _ in range(3))
         self._total = self._equal = self._empty = 0
 
@@ -352,38 +367,6 @@ class _Pairs:
             notes = (*notes, f"{where}: {self._equal + self._empty} of {self._total} pairs left out: {reasons}")
         prompts, commons, visits = map(np.concatenate, (self._prompts, self._commons, self._visits))
         return PairRows(self._chosen.joined(), self._rejected.joined(), prompts, commons, visits, notes)
-
-
-@dataclass(slots=True)
-class _Rows(Generic[Element]):
-    """Ragged rows of many batches."""
-
-    dtype: type[Element]
-    values: list[NDArray[Element]] = field(default_factory=list)
-    lengths: list[NDArray[np.int64]] = field(default_factory=list)
-
-    def add(self, rows: Ragged[Element], selected: NDArray[np.int64] | None = None) -> None:
-        """Append all rows, or the selected ones."""
-        if selected is None or len(selected) == len(rows):
-            self.values.append(rows.values)
-            self.lengths.append(rows.lengths)
-        else:
-            self.values += [rows[int(row)] for row in selected]
-            self.lengths.append(rows.lengths[selected])
-
-    def joined(self) -> Ragged[Element]:
-        lengths = np.concatenate([np.zeros(1, dtype=np.int64), *self.lengths])
-        return Ragged(np.concatenate([np.zeros(0, dtype=self.dtype), *self.values]), np.cumsum(lengths))
-
-
-def _joined(prompts: Sequence[Sequence[int]], sides: Sequence[Sequence[int]]) -> Ragged[np.int32]:
-    return _ragged([[*prompt, *side] for prompt, side in zip(prompts, sides, strict=True)], np.int32)
-
-
-def _ragged(rows: Sequence[Sequence[Any]], dtype: Any) -> Ragged[Any]:
-    lengths = np.array([0, *(len(row) for row in rows)], dtype=np.int64)
-    values = np.fromiter((entry for row in rows for entry in row), dtype=dtype, count=int(lengths.sum()))
-    return Ragged(values, np.cumsum(lengths))
 
 
 def _digest(*arrays: NDArray[Any]) -> str:

@@ -19,7 +19,7 @@ from rlsys.config.stages import stage_plan
 from rlsys.control.learner_group import LearnerGroup
 from rlsys.control.watchdog import WatchClock
 from rlsys.deadlines import within
-from rlsys.errors import EngineError
+from rlsys.errors import DataError, EngineError, RolloutError
 from rlsys.interfaces import EngineStats
 from rlsys.ray_errors import translated
 from rlsys.trees import Tree, TreeFailure
@@ -109,6 +109,13 @@ class RayActor:
     async def update_weights(self, offer: WeightOffer, probe: Sequence[Int32Array]) -> WeightAck:
         ack: WeightAck = await self._update("update_weights", offer, list(probe))
         return ack
+
+    async def score(self, token_ids: Int32Array, tokens: int | None) -> tuple[Int32Array, Float32Array]:
+        answered: Any = await self._rollout("score", token_ids.tolist(), tokens, "driver")
+        if isinstance(answered, RolloutError):
+            raise DataError(f"{self._who} refused a row of {len(token_ids)} tokens: {answered.message}")
+        ids, logprobs = answered
+        return ids, logprobs
 
     async def forget(self, caller: str) -> None:
         await self._rollout("forget", caller)

@@ -147,6 +147,7 @@ _SPECS = (
         "nats",
         "divergence of the policy from the teacher per token, objective.distill.divergence",
     ),
+    MetricSpec("distill/interpolation", "share", "share of the teacher in the distribution to learn, TAID's t"),
     MetricSpec(
         "learner/kl", "nats", "KL divergence from the reference policy per token, estimated by objective.kl.estimator"
     ),

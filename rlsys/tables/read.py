@@ -24,7 +24,7 @@ UNKNOWN = -1
 
 Layout = Mapping[str, Column]
 """Columns by name that are read together."""
-Element = TypeVar("Element", np.int32, np.bool_)
+Element = TypeVar("Element", np.int32, np.bool_, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,11 @@ class Batch:
 
     def masks(self, name: str) -> Ragged[np.bool_]:
         return self._flat(name)
+
+    def reals(self, name: str) -> Ragged[np.float32]:
+        """Return a column of lists of numbers."""
+        rows = self._flat(name)
+        return Ragged(rows.values.astype(np.float32), rows.starts)
 
     def counts(self, name: str) -> NDArray[np.int64]:
         return self.columns[name].cast(pa.int64()).to_numpy(zero_copy_only=False)

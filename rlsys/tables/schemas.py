@@ -55,6 +55,8 @@ class Column:
 
     def accepts_value(self, value: Any) -> bool:
         """Return whether a value of a JSONL file has the type."""
+        if pa.types.is_list(self.type) and self.element is float:  # numbers of JSON files keep their text
+            return isinstance(value, list) and all(isinstance(entry, float) or type(entry) is int for entry in value)
         if pa.types.is_list(self.type):
             return isinstance(value, list) and set(map(type, value)) <= {self.element}
         return type(value) is self.element and (self.element is not str or is_unicode(value))
@@ -78,6 +80,7 @@ TEXT = Column(pa.string(), str, "text")
 REAL = Column(pa.float64(), float, "a number")
 COUNT = Column(pa.int32(), int, "a whole number")
 VISITS = Column(pa.int32(), int, "a whole number or null", optional=True)
+SCORES = Column(pa.list_(pa.float32()), float, "a list of numbers")
 IDS = Column(pa.list_(pa.int32()), int, "a list of whole numbers")
 MASK = Column(pa.list_(pa.bool_()), bool, "a list of truth values")
 

@@ -13,7 +13,9 @@ import numpy as np
 
 from rlsys.control.rollout_metrics import SUMMED
 from rlsys.interfaces import EngineStats
+from rlsys.sequences import teacher_tokens
 from rlsys.types import (
+    Demonstration,
     Float32Array,
     Int32Array,
     Outcome,
@@ -140,6 +142,15 @@ class FakePool:
         self.hold: asyncio.Event | None = None
         self.answer: dict[int, list[Float32Array]] = {}
         self.unsolved: set[str] = set()  # ids of prompts whose samples are all wrong
+
+    async def score_rows(self, rows: Sequence[Demonstration], tokens: int | None) -> list[Demonstration]:
+        """Return rows whose own tokens have a log-probability of -1 under the teacher."""
+        self.calls.append(("score_rows", len(rows)))
+        scores = [
+            teacher_tokens(row.loss_mask, row.token_ids[1:, None], -np.ones((len(row.token_ids) - 1, 1), np.float32))
+            for row in rows
+        ]
+        return [replace(row, teacher=score) for row, score in zip(rows, scores, strict=True)]
 
     async def generate(
         self, actor: int, prompts: Sequence[Prompt], settings: SamplingSettings

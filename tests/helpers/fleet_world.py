@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from rlsys.control.actor_slots import ActorState
 from rlsys.control.fleet import Fleet
 from rlsys.control.watchdog import WatchClock
@@ -61,6 +63,12 @@ class ScriptedPublication:
 
 class Process:
     """A fake actor process. A test makes its calls succeed, fail or hang."""
+
+    async def score(self, token_ids: Any, tokens: int | None) -> Any:
+        """Return the number of the process as every id, with log-probability -1."""
+        await self._work("score")
+        ids = np.full((len(token_ids) - 1, tokens or 1), self.number, dtype=np.int32)
+        return ids, -np.ones(ids.shape, dtype=np.float32)
 
     def __init__(self, world: World, number: int, attempt: int) -> None:
         self.world, self.number, self.attempt = world, number, attempt

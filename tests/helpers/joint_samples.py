@@ -165,12 +165,12 @@ def update(
     weigh: False if the items have their weights already.
     """
     model = TinyCausalModel()
-    items = weigh_items(items, objective.policy, MAX_TOKENS)[0] if weigh else items
+    items = weigh_items(items, objective.policy, MAX_TOKENS, objective.distill.on_policy_share)[0] if weigh else items
     losses: dict[str, float] = dict.fromkeys(("total", *weights), 0.0)
     for numbers in (numbers for share in plan or one_by_one(items) for numbers in share):
         batch = collate([items[number] for number in numbers], pad_id)
-        logprobs, entropy, others = target_logprobs(model, batch)
-        terms = joint_loss(logprobs, entropy, batch, objective, others)
+        logprobs, entropy, others, softened = target_logprobs(model, batch)
+        terms = joint_loss(logprobs, entropy, batch, objective, others, softened=softened)
         terms = {name: term for name, term in terms.items() if name in weights}
         loss = total_loss(terms, weights, logprobs)
         loss.backward()
@@ -181,7 +181,7 @@ def update(
     return losses, torch.cat([torch.zeros(66) if gradient is None else gradient.flatten() for gradient in gradients])
 
 
-def target_logprobs(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+def target_logprobs(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute log-probabilities as the learner does: the policy's targets at the sampling temperature."""
     logits = model(batch.input_ids).flatten(0, 1)[batch.targets]
     temperature = torch.ones(len(batch.targets), dtype=torch.float64)
@@ -190,7 +190,11 @@ def target_logprobs(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tenso
         temperature[batch.policy.positions] = TEMPERATURE
         at[batch.policy.positions] = True
     others = OtherTokens(batch.distill.positions, batch.distill.ids) if batch.distill else None
-    return token_logprobs(logits, batch.target_ids, temperature, entropy_at=at, entropy_gradient=True, others=others)
+    soft = torch.zeros_like(at)
+    if batch.sft is not None:
+        soft[batch.sft.positions] = True
+    gradient = {"entropy_at": at, "entropy_gradient": True}
+    return token_logprobs(logits, batch.target_ids, temperature, others=others, softened_at=soft, **gradient)
 
 
 # --- groups ---

@@ -65,12 +65,18 @@ def test_a_kill_changes_nothing(undisturbed: Path, config: dict[str, Any], tmp_p
     assert last_contents(run) == last_contents(undisturbed)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
 def test_a_policy_that_is_its_own_teacher_has_nothing_to_learn_from_it(
-    finished_run: FinishedRun, tmp_path: Path
+    share: float, finished_run: FinishedRun, tmp_path: Path
 ) -> None:
+    """Below 1, engines of the teacher also score demonstrations."""
     values = taught(finished_run, finished_run.dir / "stages" / "warm_start", "top_k")
+    values["objective"]["distill"]["on_policy_share"] = share
+    values["objective"]["sft"] = {"source": "demonstrations", "rows_per_step": 4}
     with commands() as start:
         train = {**values["train"], "max_steps": 1, "updates_per_step": 1}
         start("train", write_config(tmp_path, {**values, "train": train})).finish()
     (row,) = rows_of(tmp_path / "run", "online")
     assert 0 <= row["distill/divergence"] < 1e-9  # nats; fp32 differs by about 1e-6, and the divergence is quadratic
+    own, scored = row["objective/policy_denominator"], row["objective/distill_denominator"]
+    assert scored == own if share == 1 else scored > own > 0

@@ -81,3 +81,15 @@ def test_a_step_without_the_term_ignores_the_teacher() -> None:
         rank.train(TrainingBatch(groups=groups), 0, 1)
         vectors.append(rank.policy.vector())
     assert torch.equal(*vectors)
+
+
+def test_the_share_of_the_teacher_in_a_batch_replaces_that_of_the_config() -> None:
+    groups = tuple(with_teacher(group, 3) for group in sampled(2))
+    vectors, shares = [], []
+    for first, in_batch in ((0.3, None), (0.9, 0.3), (0.9, None)):
+        rank = plain_rank({**ALONE, "distill": {**ALONE["distill"], "interpolation": first}})
+        metrics = rank.train(TrainingBatch(groups=groups, interpolation=in_batch), 0, 1)
+        vectors.append(rank.policy.vector())
+        shares.append(metrics["distill/interpolation"])
+    assert shares == [0.3, 0.3, 0.9]
+    assert torch.equal(vectors[0], vectors[1]) and not torch.equal(vectors[1], vectors[2])

@@ -33,7 +33,7 @@ def test_only_the_policys_own_tokens_use_the_sampling_temperature() -> None:
     module = rank.policy.module
     samples = [policy_sample([5, 6, 7], [0, 1, 1], [0, 1, 1]), sft_sample([5, 6, 7], [0, 1, 1])]
     batch = collate([PackItem(samples=(sample,)) for sample in samples], 0)
-    target_logprobs, entropy, _ = rank.forward.logprobs(rank.policy, batch, entropy=True)
+    target_logprobs, entropy, *_ = rank.forward.logprobs(rank.policy, batch, entropy=True)
     expected = [logprob(module, [5, 6, 7], 1, temperature) for temperature in (TEMPERATURE, 1.0)]
     torch.testing.assert_close(target_logprobs, torch.cat(expected), rtol=1e-7, atol=0)  # 0.8 is rounded to fp32
     likely = distribution(module, [5, 6, 7], TEMPERATURE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 from rlsys.control.stages.training import TrainingStage
 from rlsys.errors import NonFiniteLossError
@@ -32,7 +31,7 @@ class OfflineStage(TrainingStage):
                 run.skip(error)
                 metrics = {}
                 run.advance()
-                run.state = replace(run.state, counters={"skipped_steps": float(run.skipped.total)})
+                run.count({"skipped_steps": float(run.skipped.total)})
             if run.state.step == plan.steps and plan.publishes == "at its end":
                 metrics |= {**await run.publish(), **await run.evaluate()}
             await run.finish_step(plan, metrics, started)

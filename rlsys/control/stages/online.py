@@ -71,10 +71,11 @@ class OnlineStage(TrainingStage):
             while run.state.step < plan.steps:
                 started = time.monotonic()
                 fault("driver.rollout", step=run.state.step + 1)
+                loading = run.load_batch(plan.name, run.state.step)
                 with Stopwatch() as waiting:
                     groups = await run.stop.wait_for(buffer.take())
                 metrics = await self._check_groups(groups, waiting.seconds)
-                data = await run.load_batch(plan.name, run.state.step)
+                data = await run.stop.wait_for(loading)
                 try:
                     metrics |= await run.learn(replace(data, groups=tuple(groups)))
                 except NonFiniteLossError as error:
@@ -203,7 +204,7 @@ class OnlineStage(TrainingStage):
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             seed=run.config.run.seed,
-            teacher=run.config.objective.asks_a_teacher,
+            teacher=run.config.objective.scores_chains,
         )
         trained = (run.state.step + run.skipped.total) * train.groups_per_step
         self._rollouts.total = self._rollouts.failed + self._filtering.groups + trained
@@ -244,8 +245,8 @@ class OnlineStage(TrainingStage):
             run.state,
             cursor=context.prompts.cursor,
             in_flight=self._buffer.in_flight() + context.prompts.waiting(),
-            counters=counters.as_floats(),
         )
+        run.count(counters.as_floats())
         context.ledger.note("filtered", self._buffer.take_unused())
         context.ledger.close_step(run.state.weight_version, run.state.cursor, run.state.in_flight)
 

@@ -222,7 +222,7 @@ def test_a_micro_batch_of_one_kind_alone_has_that_term_alone(term, item):
     # Without log-probabilities of a reference policy there is no KL term.
     items, _ = weigh_items([item], PolicyConfig(), 12)
     batch = collate(items, 0)
-    logprobs, entropy, _ = target_logprobs(TinyCausalModel(), batch)
+    logprobs, entropy, *_ = target_logprobs(TinyCausalModel(), batch)
     terms = joint_loss(logprobs, entropy, batch, objective())
     assert set(terms) == {term}
     assert total_loss(terms, {term: 2.0}, logprobs).item() == pytest.approx(2 * terms[term].loss.item(), rel=1e-12)
@@ -231,7 +231,7 @@ def test_a_micro_batch_of_one_kind_alone_has_that_term_alone(term, item):
 @pytest.mark.parametrize("items", [[], [PackItem(samples=(policy_sample([1, 2, 3], [0, 0, 0], [1, 1, 1]),))]])
 def test_nothing_to_train_is_a_loss_of_zero_with_a_gradient_of_zero(items):
     batch, model = collate(weigh_items(items, PolicyConfig(), 12)[0], 0), TinyCausalModel()
-    logprobs, entropy, _ = target_logprobs(model, batch)
+    logprobs, entropy, *_ = target_logprobs(model, batch)
     terms = joint_loss(logprobs, entropy, batch, objective({"surrogate": "gspo", "aggregation": "sequence_mean"}))
     loss = total_loss(terms, WEIGHTS, logprobs)
     loss.backward()

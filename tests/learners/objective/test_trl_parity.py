@@ -16,14 +16,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 TRL = Path(sys.prefix) / "trl"  # `make install` puts requirements-trl.lock there
-COMPARISONS = 11
+PEERS = ("tests/peers/trl_parity.py", "tests/peers/trl_distillation.py")
+COMPARISONS = 21
 
 
 @pytest.mark.long
 def test_losses_and_gradients_equal_those_of_trl() -> None:
     assert (TRL / "trl").is_dir(), f"{TRL} lacks TRL: run make install"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{TRL}"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/peers/trl_parity.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *PEERS]
     completed = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from minimal_config import minimal_with
+from refused_teachers import TEACHER, TEACHER_REFUSED
 
 from rlsys.config.checks import RULES
 from rlsys.errors import ConfigError
@@ -14,7 +15,6 @@ PAIRS = ["objective.preference.weight=1.0"]
 FILE_PAIRS = [*PAIRS, "objective.preference.source=file"]
 DEMONSTRATIONS = ["objective.policy.weight=0", "objective.sft={weight: 1.0, source: demonstrations}"]
 GAE = ["objective.policy.estimator=gae", "objective.value.weight=0.5"]
-TEACHER = ["objective.distill.weight=1", "teacher.model.path=t"]
 STEPS = "search.value={type: steps}"
 TREES = ["objective.sft={weight: 1.0, source: trees}"]
 FALLING = ["objective.policy.final_weight=0"]
@@ -22,23 +22,7 @@ RISING = ["objective.policy={weight: 0, final_weight: 1.0}"]
 
 # The mistakes that each rule refuses, as overrides of the minimal config, and a part of the message.
 REFUSED: dict[str, list[tuple[list[str], str]]] = {
-    "distillation_has_a_teacher": [
-        (["objective.distill.weight=1"], "objective.distill.weight needs a teacher: set teacher.model.path"),
-        (["objective.policy.teacher_share=0.5"], "objective.policy.teacher_share needs a teacher"),
-        (["teacher.model={path: t}"], "teacher.model has no effect: raise objective.distill.weight"),
-        ([*TEACHER, "stages=[warm_start]"], "teacher.model serves stage online: add online to stages"),
-    ],
-    "divergence_has_its_keys": [
-        ([*TEACHER, "objective.distill.top_k=4"], "objective.distill.top_k is for divergence top_k, found sampled"),
-        ([*TEACHER, "objective.distill.beta=0.5"], "objective.distill.beta is for divergence top_k, found sampled"),
-    ],
-    "teacher_scores_what_was_sampled": [
-        ([*TEACHER, "sampling.temperature=0.7"], "set sampling.temperature to 1, found 0.7"),
-        (
-            ["objective.distill.weight=1", "teacher.model={path: t, max_model_len: 128}"],
-            "teacher.model.max_model_len 128 is below actors.max_model_len 256",
-        ),
-    ],
+    **TEACHER_REFUSED,
     "stages_are_distinct": [(["stages=[online, online]"], "stages names a stage twice")],
     "completion_leaves_room_for_prompt": [
         (

@@ -148,8 +148,9 @@ FREE_FIELDS = {
     "objective.value": "weight final_weight clip warmup_steps",
     "objective.preference": "weight final_weight loss beta label_smoothing adaptive_smoothing length_norm "
     "mask_prefix_dpo pairs source",
-    "objective.sft": "weight final_weight source mask_prefix_sft mask_share",
-    "objective.distill": "weight final_weight divergence top_k beta interpolation final_interpolation",
+    "objective.sft": "weight final_weight source curiosity mask_prefix_sft mask_share",
+    "objective.distill": "weight final_weight divergence top_k on_policy_share beta interpolation final_interpolation "
+    "interpolation_rate teacher_temperature confidence_gate entropy_coef entropy_share",
     "objective.ranking": "weight final_weight max_answers",
     "teacher": "model",
     "teacher.model": "path count tensor_parallel_size dtype max_model_len max_num_seqs kv_cache_gib "

@@ -37,6 +37,14 @@ DEMONSTRATIONS: dict[str, Any] = {"policy": {"weight": 0.0}, "sft": {"weight": 1
             "kl.weight has no effect: it covers the policy term's tokens, and policy.weight is 0",
         ),
         ({**DEMONSTRATIONS, "kl": {"final_weight": 0.1}}, "kl.weight has no effect"),
+        (
+            {"distill": {"interpolation": 0.4, "interpolation_rate": 5e-4}},
+            "interpolation_rate needs a final_interpolation above interpolation",
+        ),
+        (
+            {"distill": {"interpolation": 0.4, "final_interpolation": 0.4, "interpolation_rate": 5e-4}},
+            "interpolation_rate needs a final_interpolation above interpolation",
+        ),
         ({"kl": {"in_reward": True}}, "kl.in_reward has no effect with kl.weight 0"),
     ],
 )

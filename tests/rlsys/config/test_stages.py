@@ -70,6 +70,35 @@ def test_terms_by_stage() -> None:
         assert set(expected) <= set(TERMS)
 
 
+def test_stages_of_rows_learn_from_a_teacher_with_a_share_over_rows() -> None:
+    distill = {"weight": 0.2, "final_weight": 0.4, "divergence": "top_k", "on_policy_share": 0.5}
+    for stage in ("warm_start", "sft"):
+        found = weights(stage, 5, distill=distill)  # type: ignore[arg-type]
+        assert found == {"sft": 1.0, "distill": pytest.approx(0.3)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds", "scored"),
+    [
+        ({}, [], False),
+        ({"distill": {"on_policy_share": 0.5}, "sft": {"source": "demonstrations"}}, ["demonstrations"], True),
+        ({"distill": {"on_policy_share": 0.5}, "sft": {"source": "file"}}, ["rows"], True),
+        ({"distill": {}, "sft": {"weight": 1.0, "source": "file"}}, ["rows"], False),
+    ],
+)
+def test_the_rows_of_the_online_stage_and_whether_a_teacher_scores_them(
+    changes: dict[str, Any], kinds: list[str], scored: bool
+) -> None:
+    distill = {"weight": 1.0, "divergence": "top_k", **changes.get("distill", {})}
+    sft = {"rows_per_step": 7, **changes.get("sft", {})}
+    values = minimal(
+        objective={"distill": distill, "sft": sft}, teacher={"model": {"path": "t"}}, sft={"path": "rows.jsonl"}
+    )
+    plan = stage_plan(parse_config(values, "c.yaml"), "online")
+    assert [source.kind for source in plan.data] == kinds and plan.scores_rows is scored
+    assert all((each.per_step, each.per_step_field) == (7, "objective.sft.rows_per_step") for each in plan.data)
+
+
 def test_a_term_of_weight_zero_is_left_out() -> None:
     changes = {"preference": {"weight": 0.0}, "sft": {"weight": 0.0, "final_weight": 1.0}}
     assert weights("preference", 0, **changes) == {}
@@ -120,4 +149,4 @@ def test_only_the_last_offline_stage_publishes() -> None:
 def test_progress_counts_trees_of_the_stage_search_and_steps_of_the_others() -> None:
     config = parse_config(minimal(stages=["search", "sft"], search={"prompts": 7}, sft={"max_steps": 3}), "test")
     assert [plan.progress_total for plan in stage_plans(config)] == [7, 3]
-    assert [plan.terms for plan in stage_plans(config)] == [(), ("sft",)]
+    assert [plan.terms for plan in stage_plans(config)] == [(), ("sft", "distill")]

@@ -122,6 +122,8 @@ def test_rewards_are_no_signal_without_a_policy_term_but_sampled_groups_pass() -
 def test_every_group_has_a_signal_with_a_teacher() -> None:
     level = judged((1.0, "ok"), (1.0, "ok"))
     assert has_signal(level, objective(distill={"weight": 0.5}), 10)
+    over_rows = {"weight": 0.5, "divergence": "top_k", "on_policy_share": 0.0}
+    assert not has_signal(level, objective(distill=over_rows), 10)
     assert not has_signal(level, objective(), 10)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes import prompt
 from fleet_world import SERVING, SETTINGS, Process, ScriptedPublication, World, run, settle
@@ -19,6 +20,7 @@ from rlsys.errors import (
     TooManyFailuresError,
     WeightSyncError,
 )
+from rlsys.types import Demonstration
 from rlsys.weight_types import WeightAck
 
 
@@ -271,5 +273,36 @@ def test_nothing_is_started_while_the_fleet_closes() -> None:
         await asyncio.wait({asked}, timeout=0.2)
         asked.cancel()
         assert len(world.processes) == 1
+
+    run(test)
+
+
+def demonstration(length: int) -> Demonstration:
+    return Demonstration(token_ids=np.arange(length, dtype=np.int32), loss_mask=np.arange(length) != 1)
+
+
+def test_the_engines_of_a_teacher_take_rows_in_turn() -> None:
+    async def test(world: World) -> None:
+        teachers = [world.spawn(number, 0) for number in (7, 8)]
+        auxiliary = [("reviewer", 0, world.spawn(6, 0)), *(("teacher", n, each) for n, each in enumerate(teachers))]
+        async with world.fleet(auxiliary=auxiliary) as fleet:
+            rows = [demonstration(length) for length in (3, 4, 2)]
+            found = await fleet.score_rows(rows, 2)
+        for row, each, engine in zip(rows, found, (7, 8, 7), strict=True):
+            assert each.teacher is not None and np.array_equal(each.token_ids, row.token_ids)
+            assert each.teacher.mask.tolist() == [False, False, *row.loss_mask[2:]]
+            assert each.teacher.ids.tolist() == [[0, 0], *[[engine] * 2] * (len(row.token_ids) - 1)]
+            assert each.teacher.logprobs[1:].tolist() == [[-1.0] * 2] * (len(row.token_ids) - 1)
+
+    run(test)
+
+
+def test_the_loss_of_a_teacher_ends_the_scoring_of_rows() -> None:
+    async def test(world: World) -> None:
+        teacher = world.spawn(7, 0)
+        async with world.fleet(auxiliary=[("teacher", 0, teacher)]) as fleet:
+            teacher.error = EngineError("teacher engine 0 died: no memory")
+            with pytest.raises(EngineError, match="teacher engine 0 died"):
+                await fleet.score_rows([demonstration(3)], None)
 
     run(test)

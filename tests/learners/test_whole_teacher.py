@@ -1,0 +1,105 @@
+"""The policy that a stage began with as a teacher of the whole vocabulary, against plain torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from plain_rank import RATE, build, chain, distribution, plain_rank, sampled, tree
+from torch import Tensor, nn
+from transformers import Qwen2ForCausalLM
+
+from learners import language_model
+from learners.language_model import LanguageModel
+from learners.objective.whole_teacher import WholeTeacher
+from rlsys.types import StageName, TrainingBatch
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+WHOLE: dict[str, Any] = {
+    "policy": {"weight": 0.0},
+    "distill": {"weight": 0.5, "divergence": "whole", "beta": 0.3, "on_policy_share": 0.25},
+    "sft": {"source": "demonstrations"},
+}
+ROWS = ([5, 6, 7], [5, 6, 7, 8, 9])
+
+
+def kl(first: Tensor, second: Tensor) -> Tensor:
+    return (first.exp() * (first - second)).sum(-1)
+
+
+def divergences(module: nn.Module, teacher: nn.Module, tokens: list[int], start: int, beta: float) -> Tensor:
+    """Return the divergence of every token from `start` on, by the published formula."""
+    p, q = distribution(module, tokens)[start - 1 :], distribution(teacher, tokens)[start - 1 :].detach()
+    if beta == 1:
+        return kl(p, q)
+    mixture = (beta * q.exp() + (1 - beta) * p.exp()).log()
+    return beta * kl(q, mixture) + (1 - beta) * kl(p, mixture)
+
+
+@pytest.mark.parametrize("stage", ["online", "sft"])
+def test_a_step_goes_down_the_gradient_of_the_divergence(stage: StageName) -> None:
+    groups = tuple(sampled(1)) if stage == "online" else ()
+    rank = plain_rank(WHOLE, stage=stage)
+    module, teacher = build(Qwen2ForCausalLM, 0), build(Qwen2ForCausalLM, 2)
+    rows = torch.cat([divergences(module, teacher, tokens, 1, 0.3) for tokens in ROWS])
+    loss = 0.75 * rows.mean()
+    chains = [each.token_ids.tolist() for group in groups for each in group.trajectories]
+    if chains:
+        loss = loss + 0.25 * torch.cat([divergences(module, teacher, tokens, 2, 0.3) for tokens in chains]).mean()
+    demonstrations = tuple(chain(tokens, 1) for tokens in ROWS)
+    metrics = rank.train(TrainingBatch(groups=groups, demonstrations=demonstrations), 0, 1)
+    assert metrics["objective/distill_loss"] == pytest.approx(loss.item(), rel=1e-6)
+    if stage == "online":  # the stage sft has another term
+        gradients = torch.autograd.grad(loss, list(module.parameters()))
+        moved = [p.detach() - RATE * 0.5 * g for p, g in zip(module.parameters(), gradients, strict=True)]
+        expected = torch.cat([each.flatten() for each in moved])
+        torch.testing.assert_close(rank.policy.vector(), expected, rtol=0, atol=1e-7)
+
+
+def test_there_is_no_divergence_from_itself_and_then_there_is() -> None:
+    objective = {**WHOLE, "policy": {"weight": 1.0, "estimator": "dr_grpo"}}
+    objective["distill"] = {"weight": 0.5, "divergence": "whole", "beta": 1.0}
+    rank = plain_rank(objective)
+    assert rank.reference is not None
+    rank.reference.module.load_state_dict(rank.policy.module.state_dict())
+    batch = TrainingBatch(groups=(*sampled(2), tree()))
+    first, second = rank.train(batch, 0, 1), rank.train(batch, 1, 2)
+    assert first["distill/divergence"] == pytest.approx(0, abs=1e-10)
+    assert second["distill/divergence"] > 1e-6
+    assert first["objective/distill_denominator"] == first["objective/policy_denominator"]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7])
+def test_any_parts_give_the_same_values_and_gradients(parts: int) -> None:
+    model, teacher = (LanguageModel(build(Qwen2ForCausalLM, seed)) for seed in (0, 2))
+    tokens = [1, 2, 3, 4, 5, 6, 7]
+    ids = torch.tensor([tokens])
+    rows = torch.tensor([1, 3, 5])
+    states = teacher.states(ids, rows, None, None).detach()
+    largest: list[int] = []
+
+    def output_layer(part: Tensor) -> Tensor:
+        largest.append(len(part))
+        return teacher.logits(part)
+
+    whole = WholeTeacher(rows=rows, states=states, output_layer=output_layer, beta=1.0, interpolation=1.0)
+    given = {"targets": torch.arange(6), "target_ids": ids[0, 1:], "temperature": torch.full((6,), 0.7)}
+    found = model(input_ids=ids, parts=parts, others=whole, **given)[2]
+    expected = divergences(model.module, teacher.module, tokens, 1, 1.0)[rows]
+    torch.testing.assert_close(found[:, 0], expected, rtol=0, atol=1e-10)  # at temperature 1, whatever the sampler's
+    pair = [torch.autograd.grad(each.sum(), model.module.parameters())[0] for each in (found, expected)]
+    torch.testing.assert_close(*pair, rtol=0, atol=1e-9)
+    assert max(largest) <= -(-6 // parts), "the teacher's logits exist for a part alone"
+
+
+def test_small_chunks_give_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = []
+    for chunk in (language_model.CHUNK_LOGITS, 128):
+        monkeypatch.setattr("learners.forward.CHUNK_LOGITS", chunk)
+        rank = plain_rank(WHOLE)
+        rank.forward.describe(rank.policy.module)
+        rank.train(TrainingBatch(groups=tuple(sampled(2)), demonstrations=(chain([5, 6, 7], 1),)), 0, 1)
+        vectors.append(rank.policy.vector())
+    torch.testing.assert_close(*vectors, rtol=0, atol=1e-9)
