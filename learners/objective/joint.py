@@ -126,11 +126,7 @@ def weigh_items(
     pairs = sum(item.pair is not None for item in items)
     sft = sum(count_targets(sample.sft_mask) for sample in samples)
     ranking = sum(item.ranking is not None for item in items)
-    shares = {True: on_policy_share, False: 1 - on_policy_share}
-    distilled = {True: 0, False: 0}  # own chains, other rows
-    for sample in samples:
-        if sample.distill:
-            distilled[sample.distill.own] += count_targets(sample.distill_mask)
+    shares, distilled = {True: on_policy_share, False: 1 - on_policy_share}, _distilled(samples)
     value = sum(
         count_targets(sample.policy_mask) for sample in samples if sample.policy and sample.policy.returns is not None
     )
@@ -159,6 +155,15 @@ def weigh_items(
     return weighted, Denominators(
         policy=policy_denominator, value=value, pairs=pairs, sft=sft, distill=tokens, ranking=ranking
     )
+
+
+def _distilled(samples: Sequence[Sample]) -> dict[bool, int]:
+    """Return the tokens of the term distill: in the policy's own chains (True) and in other rows (False)."""
+    tokens = {True: 0, False: 0}
+    for sample in samples:
+        if sample.distill:
+            tokens[sample.distill.own] += count_targets(sample.distill_mask)
+    return tokens
 
 
 def joint_loss(
