@@ -63,17 +63,23 @@ STEPS = {
 }
 
 
-def table(folder: Path, quickstart: Path) -> list[str]:
+def table(folder: Path, quickstart: Path, *, finished: bool) -> list[str]:
     """Return the lines of the table.
 
     Args:
         folder: where runs are made.
         quickstart: folder of the quickstart's stages.
+        finished: whether to make no run, and to leave out the rows of runs that are not finished.
     """
     model = f"model.path={quickstart / 'warm_start'}"
     lines = ["| data step | rows | trained tokens a row | sampled accuracy | greedy | no answer | tokens |"]
     lines.append("|---|" + "---|" * 6)
+    before = metrics(quickstart.parent, "online")[0]
+    lines.append(f"| before | | | {_figures(before)} |")
     for number, (name, step) in enumerate(STEPS.items()):
+        run_dir = folder / f"run_{number}"
+        if finished and not _is_finished(run_dir):
+            continue
         rows, tokens, path = "", "", []
         if step.extract is not None:
             search = folder / (f"search_{number}" if step.trees else "search")
@@ -83,13 +89,15 @@ def table(folder: Path, quickstart: Path) -> list[str]:
             data = folder / f"data_{number}"
             rows, tokens = extracted(search, data, step.extract)
             path = [f"sft.path={data / 'supervised.parquet'}"]
-        run_dir = folder / f"run_{number}"
         trained(run_dir, CONFIG, [model, *path, *step.train])
-        first, *_, last = metrics(run_dir, "sft" if path else "online")
-        if not path:
-            lines.insert(2, f"| before | | | {_figures(first)} |")
+        last = metrics(run_dir, "sft" if path else "online")[-1]
         lines.append(f"| {name} | {rows} | {tokens} | {_figures(last)} |")
     return lines
+
+
+def _is_finished(run_dir: Path) -> bool:
+    record = run_dir / "cell.json"
+    return record.exists() and bool(json.loads(record.read_text())["done"])
 
 
 def grown(run_dir: Path, overrides: Sequence[str]) -> None:

@@ -76,10 +76,14 @@ def main() -> int:
     parser.add_argument("--quickstart", type=Path, default=Path("runs/quickstart"), help="a finished quickstart")
     parser.add_argument("--folder", type=Path, default=Path("runs/methods"))
     parser.add_argument("--tables", choices=("teacher", "data", "both"), default="both")
+    parser.add_argument("--finished", action="store_true", help="data steps: make no run, show those that are finished")
     parser.add_argument("--write", action="store_true", help=f"write the tables of {PAGE.name}")
     arguments = parser.parse_args()
     stages, folder = arguments.quickstart.absolute() / "stages", arguments.folder.absolute()
-    tables = {"teacher": lambda: teacher_table(folder, stages), "data": lambda: data_steps.table(folder, stages)}
+    tables = {
+        "teacher": lambda: teacher_table(folder, stages),
+        "data": lambda: data_steps.table(folder, stages, finished=arguments.finished),
+    }
     for name, table in tables.items():
         if arguments.tables in (name, "both"):
             lines = table()
