@@ -30,10 +30,10 @@ class ModelValueConfig(ServedModelConfig):
     type: Literal["model"]
     template: str = "{question}\n\n{chain}\n\nIs the last step right? Answer yes or no."
     """Text of the user message for the judge. {question} and {chain} are replaced; the chain ends with the node."""
-    yes: str = "yes"
-    """Answer of the judge for a right step. Its first token counts."""
-    no: str = "no"
-    """Answer of the judge for a wrong step. Its first token must differ from that of `yes`."""
+    right: str = "yes"
+    """Answer of the judge for a right step, in quotes. Its first token counts."""
+    wrong: str = "no"
+    """Answer of the judge for a wrong step, in quotes. Its first token must differ from that of `right`."""
     prune_below: float | None = Field(default=None, ge=0, le=1)
     """Nodes with an estimate below this are ended: nothing is drawn after them. null: none."""
 

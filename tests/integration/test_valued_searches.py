@@ -15,13 +15,13 @@ from rlsys.search.tree_json import read_trees
 from rlsys.tasks import build_task
 from rlsys.trees import Tree
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 PROMPTS = 16
 JUDGE = {"max_model_len": 128, "max_num_seqs": 8, "kv_cache_gib": 0.1, "template": "{question}{chain}"}
 VALUES: dict[str, dict[str, Any]] = {
     "steps": {"value": {"type": "steps"}, "expansion": "chain", "selection": {"type": "surprise"}},
     "rollouts": {"value": {"type": "rollouts", "count": 2}},
-    "model": {"value": {"type": "model", "yes": "1", "no": "0", "prune_below": 0.2, **JUDGE}},
+    "model": {"value": {"type": "model", "right": "1", "wrong": "0", "prune_below": 0.2, **JUDGE}},
 }
 
 

@@ -1,7 +1,7 @@
 """Values by a judge model or a process reward model, which answers with one of two words.
 
-The judge reads the question and the chain up to a node. The value is p(yes) / (p(yes) + p(no)), with the probabilities
-of the first tokens of both words as the beginning of its answer.
+The judge reads the question and the chain up to a node. The value is p(right) / (p(right) + p(wrong)), with the
+probabilities of the first tokens of both words as the beginning of its answer.
 Sources: LLM-as-a-judge by the logits of an answer; Math-Shepherd, arXiv:2312.08935, whose tokens are + and -.
 """
 
@@ -61,7 +61,7 @@ class JudgeValuer:
         if refused:
             log.warning("prompt %s: the judge refused a chain: %s", prompt.prompt_id, refused[0].message)
         scores = [None if isinstance(each, RolloutError) else float(each[1][-1, 0]) for each in outcomes]
-        values = [_share(yes, no) for yes, no in zip(scores[::2], scores[1::2], strict=True)]
+        values = [_share(right, wrong) for right, wrong in zip(scores[::2], scores[1::2], strict=True)]
         failed = values.count(None)
         return Values(values=shaped(request, values), failed={"error": failed} if failed else {})
 
@@ -79,17 +79,17 @@ def answer_tokens(model: ModelFolder, config: ModelValueConfig) -> tuple[int, in
         ConfigError: An answer has no token, or both begin with the same one.
     """
     encoder = CheckedEncoder(model.tokenizer, model.vocabulary)
-    yes, no = (encoder.text(text)[:1] for text in (config.yes, config.no))
-    if not yes or not no or yes == no:
+    right, wrong = (encoder.text(text)[:1] for text in (config.right, config.wrong))
+    if not right or not wrong or right == wrong:
         raise ConfigError(
-            f"search.value.yes {config.yes!r} and search.value.no {config.no!r}: expected texts that begin with "
-            f"different tokens of {model.path}, found {yes or 'none'} and {no or 'none'}; change one of them"
+            f"search.value.right {config.right!r} and search.value.wrong {config.wrong!r}: expected texts that begin "
+            f"with different tokens of {model.path}, found {right or 'none'} and {wrong or 'none'}; change one of them"
         )
-    return yes[0], no[0]
+    return right[0], wrong[0]
 
 
-def _share(yes: float | None, no: float | None) -> float | None:
-    """Return p(yes) / (p(yes) + p(no)) for two log-probabilities in nats; None if one is missing."""
-    if yes is None or no is None or max(yes, no) == -math.inf:
+def _share(right: float | None, wrong: float | None) -> float | None:
+    """Return p(right) / (p(right) + p(wrong)) for two log-probabilities in nats; None if one is missing."""
+    if right is None or wrong is None or max(right, wrong) == -math.inf:
         return None
-    return 1 / (1 + math.exp(no - yes)) if yes >= no else 1 - 1 / (1 + math.exp(yes - no))
+    return 1 / (1 + math.exp(wrong - right)) if right >= wrong else 1 - 1 / (1 + math.exp(right - wrong))

@@ -195,7 +195,7 @@ FOLDER: Any = SimpleNamespace(tokenizer=Letters(), vocabulary=256, path="judge")
 def judge_config(**fields: Any) -> ModelValueConfig:
     template = "{question}|{chain}?"
     return ModelValueConfig.model_validate(
-        {"type": "model", "path": "judge", "template": template, "yes": "+", "no": "-", **fields}
+        {"type": "model", "path": "judge", "template": template, "right": "+", "wrong": "-", **fields}
     )
 
 
@@ -226,7 +226,7 @@ def test_a_chain_that_the_judge_refuses_has_no_value() -> None:
 def test_answers_that_begin_alike_are_refused(yes: str, no: str) -> None:
     assert answer_tokens(FOLDER, judge_config()) == (ord("+"), ord("-"))
     with pytest.raises(ConfigError, match="expected texts that begin with different tokens of judge"):
-        answer_tokens(FOLDER, judge_config(yes=yes, no=no))
+        answer_tokens(FOLDER, judge_config(right=yes, wrong=no))
 
 
 @pytest.mark.parametrize("template", ["{chain}", "{question}"])
