@@ -278,8 +278,7 @@ class LearnerRank:
             trained = policy_changes_weights(sample, weights, self.settings.objective)
             return trained and lacks_old_logprobs(sample)
 
-        missing = [sample for item in items for sample in item.samples if lacks(sample)]
-        old = iter(self.scorer.old_logprobs(missing))
+        old = iter(self.scorer.old_logprobs([sample for item in items for sample in item.samples if lacks(sample)]))
         return [
             replace(
                 item,

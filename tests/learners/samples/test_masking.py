@@ -22,7 +22,7 @@ def test_the_share_of_the_chain_is_hidden_and_nothing_of_the_prompt():
     # 1000 draws at 0.4: mean 400, standard deviation sqrt(1000 * 0.4 * 0.6) = 15.5.
     assert not hidden[:1000].any() and 340 < hidden[1000:].sum() < 460
     assert (sample.inputs[~hidden] == LONG.token_ids[~hidden]).all()
-    assert (sample.token_ids == LONG.token_ids).all() and (sample.targets == LONG.loss_mask).all()
+    assert (sample.token_ids == LONG.token_ids).all() and (sample.targets == LONG.sft_mask).all()
 
 
 def test_draws_follow_from_the_seed_and_the_number_of_the_row():
