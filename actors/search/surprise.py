@@ -1,9 +1,10 @@
 """Places in the chains of a tree from which another chain may be drawn: the most surprising token comes first.
 
 A model that is wrong was often unsure at one token. So a new chain begins where the model was least sure, and all
-tokens before it are kept. The score of a token is `-log p (1 - Q)`, with the log-probability p of the token in nats and
-the value Q of its node: what has led to right answers is seldom drawn again.
-Source: EPTree, TreeRL, arXiv:2506.11902, which takes tokens of the largest entropy.
+tokens before it are kept. If one of those was more surprising still, the error may be there. So the score of a token is
+its excess, d = s - b: its surprise s = -log p in nats, minus the largest surprise b of a token before it in the chain.
+A positive excess counts as d (1 - Q), with the value Q of the node: what led to right answers is seldom drawn again.
+Source: EPTree, TreeRL, arXiv:2506.11902, which takes tokens of the largest entropy. The excess is ours.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ class SurprisingPlaces:
 
     def __init__(self, tree: GrowingTree, expander: Expander, config: SurpriseConfig) -> None:
         self._tree, self._expander, self._config = tree, expander, config
-        # Log-probability and number of the generated tokens that were not used, by node; the most surprising one last.
+        # Excess and negative number of the generated tokens that were not used, by node; the best one last.
         self._places: dict[Node, list[tuple[float, int]]] = {}
-        self._known: set[tuple[Node | None, tuple[int, ...]]] = set()
+        # Chains to the end of a node, by number. Nodes with other forced tokens may hold the same chain.
+        self._chains: dict[tuple[int, tuple[int, ...]], int] = {}
+        self._chain_of: dict[Node, int] = {}
+        self._surprises: dict[tuple[int, tuple[int, ...]], float] = {}  # of tokens, by chain and own tokens so far
+        self._largest: dict[Node | None, float] = {}  # of all tokens of a chain up to the end of a node
 
     def next_chain(self, running: int) -> tuple[Node, Plan] | None:
         """Plan a chain at the best place, or from the prompt; return the node that it follows.
@@ -56,15 +61,29 @@ class SurprisingPlaces:
         """Add the generated tokens of a new node, from the generated token `first` on."""
         if node.terminal:  # a reward belongs to the chain, and a redrawn answer would guess at it
             return
-        places = []
-        for number, logprob in enumerate(node.logprobs[first:], start=first):
-            # A sibling may begin with the same tokens.
-            place = (node.parent, tuple(node.token_ids[: node.forced + number + 1]))
-            if place not in self._known:
-                self._known.add(place)
-                places.append((logprob, number))
+        assert node.parent is not None  # noqa: S101 - the prompt is not generated
+        places, ids, chain = [], tuple(node.token_ids), self._chain(node.parent)
+        kept = (self._surprises.get((chain, ids[:end]), 0.0) for end in range(1, node.forced + 1))
+        largest = max(self._largest.get(node.parent, 0.0), *kept, 0.0)
+        for number, logprob in enumerate(node.logprobs):
+            place = (chain, ids[: node.forced + number + 1])
+            if place not in self._surprises:  # a sibling may begin with the same tokens
+                self._surprises[place] = -logprob
+                if number >= first:
+                    places.append((-logprob - largest, -number))
+            largest = max(largest, -logprob)
+        self._largest[node] = largest
         if places:
-            self._places[node] = sorted(places, reverse=True)
+            self._places[node] = sorted(places)
+
+    def _chain(self, node: Node) -> int:
+        """Return the number of the chain up to the end of a node; 0 at the prompt."""
+        if node.parent is None:
+            return 0
+        if node not in self._chain_of:
+            key = self._chain(node.parent), tuple(node.token_ids)
+            self._chain_of[node] = self._chains.setdefault(key, len(self._chains) + 1)
+        return self._chain_of[node]
 
     def take(self) -> tuple[Node, int] | None:
         """Remove the best place; return its node and the number of the node's tokens before it, or None.
@@ -74,11 +93,11 @@ class SurprisingPlaces:
         if not self._places:
             return None
         node = max(self._places, key=lambda node: _score(node, self._places[node][-1][0]))  # the oldest of equal ones
-        _, token = self._places[node].pop()
+        _, negative_number = self._places[node].pop()
         if not self._places[node]:
             del self._places[node]
-        return node, node.forced + token
+        return node, node.forced - negative_number
 
 
-def _score(node: Node, logprob: float) -> float:
-    return -logprob * (1 - (value_of(node) or 0.0))
+def _score(node: Node, excess: float) -> float:
+    return excess * (1 - (value_of(node) or 0.0)) if excess > 0 else excess

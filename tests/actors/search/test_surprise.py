@@ -18,6 +18,7 @@ TABLE = table(
     {"start": {"thinking": 8}, "thinking": {"thinking": 1, "answer": 1}}, nodes={"thinking": BARE["thinking"]}
 )
 ANSWER = "<answer>"
+PROMPT = Node(0, None, 0, "start")
 
 
 def empty_places() -> SurprisingPlaces:
@@ -31,7 +32,7 @@ def empty_places() -> SurprisingPlaces:
 
 def node(number: int, logprobs: list[float], *, forced: int = 0, terminal: bool = False) -> Node:
     ids = [100 * number + place for place in range(forced + len(logprobs))]
-    return Node(number, None, 1, "thinking", token_ids=ids, logprobs=logprobs, forced=forced, terminal=terminal)
+    return Node(number, PROMPT, 1, "thinking", token_ids=ids, logprobs=logprobs, forced=forced, terminal=terminal)
 
 
 def test_places_come_by_surprise_and_once() -> None:
@@ -39,8 +40,21 @@ def test_places_come_by_surprise_and_once() -> None:
     places.add(first, 0)
     places.add(second, 1)  # its first token was drawn at a place that was used
     places.add(node(3, [-99.0], terminal=True), 0)
+    # Excess over the tokens before: 0.5, 2.5 and 0.1 - 3; the second node 2 - 9.
     taken = [places.take() for _ in range(5)]
-    assert taken == [(first, 1), (second, 5), (first, 0), (first, 2), None]
+    assert taken == [(first, 1), (first, 0), (first, 2), (second, 5), None]
+
+
+def test_the_tokens_that_a_chain_keeps_count_as_before() -> None:
+    # A chain of two nodes, and a sibling of the second one that keeps its first two tokens.
+    places, first, second, third = empty_places(), node(1, [-3.0]), node(2, [-1.0, -4.0, -3.5]), node(3, [-0.1, -4.5])
+    second.parent = third.parent = first
+    third.forced, third.token_ids = 2, [*second.token_ids[:2], 7, 8]
+    places.add(first, 0)
+    places.add(second, 0)
+    places.add(third, 1)
+    # Excess: 3; 1 - 3, 4 - 3 and 3.5 - 4; and in the sibling 4.5 - 4.
+    assert [places.take() for _ in range(6)] == [(first, 0), (second, 1), (third, 3), (second, 2), (second, 0), None]
 
 
 def test_a_place_that_siblings_share_is_used_once() -> None:
@@ -61,7 +75,7 @@ def test_places_that_led_to_right_answers_come_later() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("unit", ["token", "node"])
-def test_every_chain_begins_at_the_most_surprising_token_so_far(unit: str, seed: int) -> None:
+def test_every_chain_begins_at_the_token_with_the_largest_excess_so_far(unit: str, seed: int) -> None:
     model = search_model()
     config = SearchConfig(
         expansion="chain",
@@ -73,7 +87,7 @@ def test_every_chain_begins_at_the_most_surprising_token_so_far(unit: str, seed:
     world = World(pattern=TABLE, defects=0.0, failures=1.0)  # no verdicts, so there are no values
     calls = grow(world, config, models={"policy": model}, seed=seed).calls
     assert len(calls) == 12
-    prompt, places = len(model.prompt_ids), {}
+    prompt, places, seen = len(model.prompt_ids), {}, set()
     for number, (call, drawn) in enumerate(calls):
         context = tuple(call.token_ids)
         if number == 0:
@@ -81,14 +95,19 @@ def test_every_chain_begins_at_the_most_surprising_token_so_far(unit: str, seed:
         else:
             best = max(places, key=places.__getitem__)
             assert context == best[1], (number, places[best])
-            places[best] = 0.0  # used once
+            del places[best]  # used once
         whole = [*context, *drawn.token_ids.tolist()]
-        for place in range(len(context) + (number > 0), len(whole)):
+        for place in range(len(context), len(whole)):
             start = max([prompt, *(end for end in range(prompt + 1, place + 1) if closes(model, whole, end))])
             if ANSWER in model.codec.decode(whole[start:]).split("</")[0]:
                 break
+            before = [-token_logprob(whole[: earlier + 1]) for earlier in range(prompt, place)]
+            excess = -token_logprob(whole[: place + 1]) - max(before, default=0.0)
             kept = whole[: place if unit == "token" else start]
-            places.setdefault((tuple(whole[: place + 1]), tuple(kept)), -token_logprob(whole[: place + 1]))
+            key = tuple(whole[: place + 1])
+            if key not in seen and place >= len(context) + (number > 0):
+                places[key, tuple(kept)] = excess
+            seen.add(key)
 
 
 def closes(model: SearchModel, whole: list[int], end: int) -> bool:
