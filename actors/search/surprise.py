@@ -4,6 +4,7 @@ A model that is wrong was often unsure at one token. So a new chain begins where
 tokens before it are kept. If one of those was more surprising still, the error may be there. So the score of a token is
 its excess, d = s - b: its surprise s = -log p in nats, minus the largest surprise b of a token before it in the chain.
 A positive excess counts as d (1 - Q), with the value Q of the node: what led to right answers is seldom drawn again.
+Without a positive excess, a whole chain is drawn.
 Source: EPTree, TreeRL, arXiv:2506.11902, which takes tokens of the largest entropy. The excess is ours.
 """
 
@@ -40,7 +41,7 @@ class SurprisingPlaces:
             running: Number of unfinished simulations, which may bring new places.
 
         Returns:
-            None if there is no place now. The prompt is used again only if nothing is running.
+            None if there is no place now. The prompt is used again once nothing is running.
         """
         root = self._tree.root
         is_first = root.drawn_chains < self._config.chains
@@ -50,7 +51,7 @@ class SurprisingPlaces:
             assert node.parent is not None  # noqa: S101 - places are tokens of nodes
             node.parent.drawn_chains += 1
             return node.parent, self._expander.redraw(node, kept if self._config.unit == "token" else 0)
-        if not self._tree.has_capacity(root) or (running and not is_first):
+        if root.full or (running and not is_first):
             return None
         root.drawn_chains += 1
         plan = self._expander.chain(root)
@@ -86,13 +87,18 @@ class SurprisingPlaces:
         return self._chain_of[node]
 
     def take(self) -> tuple[Node, int] | None:
-        """Remove the best place; return its node and the number of the node's tokens before it, or None.
+        """Remove the best place; return its node and the number of the node's tokens before it.
 
         Values change between the calls, so all nodes are compared. The places of one node have the same value.
+
+        Returns:
+            None without a place, and without one of positive excess as long as the prompt has room for a chain.
         """
         if not self._places:
             return None
         node = max(self._places, key=lambda node: _score(node, self._places[node][-1][0]))  # the oldest of equal ones
+        if self._places[node][-1][0] <= 0 and not self._tree.root.full:
+            return None
         _, negative_number = self._places[node].pop()
         if not self._places[node]:
             del self._places[node]

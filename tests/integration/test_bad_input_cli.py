@@ -87,7 +87,7 @@ FILES = [
     ("run: [a\n", "config.yaml:2: "),
     ("just text\n", "expected a mapping of sections, found str"),
     ("run: {dir: a}\nmodel: {path: x}\n", "task: Field required"),
-    ("run: {dir: a}\nmodel: {path: x}\ntask: {type: sums}\n", "task: "),
+    ("run: {dir: a}\nmodel: {path: x}\ntask: {type: poems}\n", "task: "),
 ]
 
 

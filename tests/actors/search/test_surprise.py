@@ -41,7 +41,9 @@ def test_places_come_by_surprise_and_once() -> None:
     places.add(second, 1)  # its first token was drawn at a place that was used
     places.add(node(3, [-99.0], terminal=True), 0)
     # Excess over the tokens before: 0.5, 2.5 and 0.1 - 3; the second node 2 - 9.
-    taken = [places.take() for _ in range(5)]
+    assert [places.take() for _ in range(3)] == [(first, 1), (first, 0), None]
+    places._tree.root.full = True  # no whole chain can be drawn in the place of those without an excess
+    taken = [(first, 1), (first, 0), *(places.take() for _ in range(3))]
     assert taken == [(first, 1), (first, 0), (first, 2), (second, 5), None]
 
 
@@ -53,6 +55,7 @@ def test_the_tokens_that_a_chain_keeps_count_as_before() -> None:
     places.add(first, 0)
     places.add(second, 0)
     places.add(third, 1)
+    places._tree.root.full = True
     # Excess: 3; 1 - 3, 4 - 3 and 3.5 - 4; and in the sibling 4.5 - 4.
     assert [places.take() for _ in range(6)] == [(first, 0), (second, 1), (third, 3), (second, 2), (second, 0), None]
 
@@ -60,6 +63,7 @@ def test_the_tokens_that_a_chain_keeps_count_as_before() -> None:
 def test_a_place_that_siblings_share_is_used_once() -> None:
     places, first, second = empty_places(), node(1, [-2.0, -1.0]), node(2, [-2.0, -1.5])
     second.token_ids = [first.token_ids[0], 7]
+    places._tree.root.full = True
     places.add(first, 0)
     places.add(second, 0)
     assert [places.take() for _ in range(4)] == [(first, 0), (second, 1), (first, 1), None]
@@ -69,7 +73,8 @@ def test_places_that_led_to_right_answers_come_later() -> None:
     places, right, wrong = empty_places(), node(1, [-3.0, -2.0]), node(2, [-1.0])
     places.add(right, 0)
     places.add(wrong, 0)
-    right.visits, right.total = 4, 3.0  # scores 0.75 and 0.5
+    right.visits, right.total = 4, 3.0
+    places._tree.root.full = True
     assert [places.take() for _ in range(3)] == [(wrong, 0), (right, 0), (right, 1)]
 
 
@@ -88,13 +93,14 @@ def test_every_chain_begins_at_the_token_with_the_largest_excess_so_far(unit: st
     calls = grow(world, config, models={"policy": model}, seed=seed).calls
     assert len(calls) == 12
     prompt, places, seen = len(model.prompt_ids), {}, set()
-    for number, (call, drawn) in enumerate(calls):
+    for call, drawn in calls:
         context = tuple(call.token_ids)
-        if number == 0:
+        best = max(places, key=places.__getitem__, default=None)
+        redraws = best is not None and places[best] > 0
+        if not redraws:
             assert context == tuple(model.prompt_ids)
         else:
-            best = max(places, key=places.__getitem__)
-            assert context == best[1], (number, places[best])
+            assert context == best[1], places[best]
             del places[best]  # used once
         whole = [*context, *drawn.token_ids.tolist()]
         for place in range(len(context), len(whole)):
@@ -105,7 +111,7 @@ def test_every_chain_begins_at_the_token_with_the_largest_excess_so_far(unit: st
             excess = -token_logprob(whole[: place + 1]) - max(before, default=0.0)
             kept = whole[: place if unit == "token" else start]
             key = tuple(whole[: place + 1])
-            if key not in seen and place >= len(context) + (number > 0):
+            if key not in seen and place >= len(context) + redraws:
                 places[key, tuple(kept)] = excess
             seen.add(key)
 
