@@ -30,6 +30,7 @@ import results_page  # noqa: E402
 from cells import evaluated, seconds_of, trained  # noqa: E402
 
 from rlsys.config.files import load_config  # noqa: E402
+from rlsys.models.folder import ModelFolder  # noqa: E402
 from rlsys.search import export as extraction  # noqa: E402
 from rlsys.stats import mean_difference, mean_over_prompts  # noqa: E402
 
@@ -148,7 +149,7 @@ def pairs_of(base: Path, chosen: str) -> Path:
     output = base / "pairs" / chosen
     if not (output / "report.json").exists():
         config = load_config(base / "config.yaml", [f"extract.chosen={chosen}"])
-        source = extraction.source_of(config, base / "stages" / "search" / "trees", base / "model")
+        source = extraction.source_of(config, base / "stages" / "search" / "trees", ModelFolder(base / "model"))
         extraction.run(source, output)
     return output / "preferences.parquet"
 

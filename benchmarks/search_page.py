@@ -33,6 +33,11 @@ class Figures:
         at = [[np.inf if row["solved_at"] is None else row["solved_at"] for row in seed] for seed in self.rows[arm]]
         return np.array(at)[:, :, None] <= np.array(self.budgets)
 
+    def sound(self, arm: str) -> np.ndarray:
+        """Return `solved`, without the prompts whose first right chain has a wrong step or steps nobody can check."""
+        right = np.array([[row["sound"] is True for row in seed] for seed in self.rows[arm]])
+        return self.solved(arm) & right[:, :, None]
+
     def lines(self) -> list[str]:
         """Return the figures as Markdown."""
         prompts, seeds = len(self.rows[SAMPLES][0]), len(self.rows[SAMPLES])
@@ -46,6 +51,10 @@ class Figures:
             "Search minus independent samples, paired by prompt (95 % interval), and the ratio of both:",
             "",
             *self._table(searches, lambda arm, i: _against(self.solved(arm)[:, :, i], samples[:, :, i])),
+            "",
+            "The same, if a prompt counts as solved only by a first right chain with every step right:",
+            "",
+            *self._table(searches, lambda arm, i: _against(self.sound(arm)[:, :, i], self.sound(SAMPLES)[:, :, i])),
             "",
             *self._ends(),
         ]
