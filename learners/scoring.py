@@ -40,6 +40,8 @@ class RankScorer:
 
     def reference_logprobs(self, samples: Sequence[Sample]) -> list[Float32Array]:
         """Return [T] log-probabilities of each sample's targets under the reference policy, nats."""
+        if not samples:  # a stage without groups may have no reference policy
+            return []
         with self._reference.in_use():
             forward = self._logprobs_under(self._reference)
             return self._score("log-probabilities of the reference policy", samples, forward)
@@ -54,6 +56,8 @@ class RankScorer:
 
     def reference_pair_scores(self, pairs: Sequence[Preference]) -> list[tuple[float, float]]:
         """Return the scores of the chosen and the rejected side under the reference policy, sums in nats."""
+        if not pairs:
+            return []
         with self._reference.in_use():
             return self._pair_scores("the reference policy", pairs, self._reference)
 

@@ -37,6 +37,13 @@ def test_scores_are_at_the_positions_of_their_tokens() -> None:
     assert rank.scorer.old_logprobs([samples[1]])[0].tolist() == [0, 0]  # nothing to score in any sample
 
 
+def test_without_a_reference_policy_nothing_is_scored() -> None:
+    rank = plain_rank({})
+    rank.reference = None
+    assert rank.scorer.reference_pair_scores([]) == []
+    assert rank.scorer.reference_logprobs([]) == []
+
+
 def test_scores_of_pairs_are_sums_without_a_temperature() -> None:
     rank = plain_rank({})
     pairs: list[Preference] = random_preferences(4)
