@@ -35,15 +35,19 @@ class Growth:
         self._tree, self._reader, self._places, self._valuation = tree, reader, places, valuation
         self._proposer = proposer
 
-    def read(self, job: Job, completions: Sequence[Completion]) -> None:
-        """Read the nodes of a job into its `lines`, and in its `unvalued` those that must wait for values."""
+    def read(self, job: Job, completions: Sequence[Completion], *, asks: bool) -> None:
+        """Read the nodes of a job into its `lines`, and in its `unvalued` those that must wait for values.
+
+        Args:
+            asks: Whether values may be asked for.
+        """
         if job.kind == "chain":
             pairs = zip(job.plan.calls, completions, strict=True)
             job.lines = [[*self._reader.read_chain(job.node, *pair)] for pair in pairs]
         else:
             new = [*job.plan.fixed, *map(self._reader.read_node, job.plan.calls, completions)]
             job.lines = [[ChainPiece(node)] for node in new]
-        job.unvalued = self._valuation.ask(job.node, job.lines) if self._valuation else []
+        job.unvalued = self._valuation.ask(job.node, job.lines, allowed=asks) if self._valuation else []
 
     def value(self, job: Job, values: Values) -> None:
         """Give the nodes of a job their values."""

@@ -237,7 +237,7 @@ class TreeSearch:
 
     def _read(self, job: Job, completions: Sequence[Completion]) -> bool:
         """Read the nodes of completions, and return False if they must wait for their values."""
-        self._growth.read(job, completions)
+        self._growth.read(job, completions, asks=not self._stop.is_reached())
         if job.unvalued:
             self._queue.add_values(job)
             self._calls += sum(len(calls) for each in job.unvalued for calls in each.thoughts.rollouts)
@@ -280,7 +280,7 @@ class TreeSearch:
         else:
             self._tree.counts[f"verifier_{verdict.outcome}"] += 1
         self._stop.count(verdict, thinking_of(node, self._tree.pattern))
-        if is_scored and not is_correct(verdict) and self._config.backtracking:
-            self._backtracking.plan(node)
         self._close(job)
         self._simulations.end(simulation, verdict)
+        if is_scored and not is_correct(verdict) and self._config.backtracking:
+            self._backtracking.plan(node)

@@ -32,7 +32,7 @@ class SurprisingPlaces:
         self._chains: dict[tuple[int, tuple[int, ...]], int] = {}
         self._chain_of: dict[Node, int] = {}
         self._surprises: dict[tuple[int, tuple[int, ...]], float] = {}  # of tokens, by chain and own tokens so far
-        self._largest: dict[Node | None, float] = {}  # of all tokens of a chain up to the end of a node
+        self._largest: dict[Node, float] = {}  # of all tokens of a chain up to the end of a node
 
     def next_chain(self, running: int) -> tuple[Node, Plan] | None:
         """Plan a chain at the best place, or from the prompt; return the node that it follows.
@@ -65,7 +65,9 @@ class SurprisingPlaces:
         assert node.parent is not None  # noqa: S101 - the prompt is not generated
         places, ids, chain = [], tuple(node.token_ids), self._chain(node.parent)
         kept = (self._surprises.get((chain, ids[:end]), 0.0) for end in range(1, node.forced + 1))
-        largest = max(self._largest.get(node.parent, 0.0), *kept, 0.0)
+        # Nodes that no model wrote were not added.
+        before = next((self._largest[above] for above in node.parent.upwards() if above in self._largest), 0.0)
+        largest = max(before, *kept, 0.0)
         for number, logprob in enumerate(node.logprobs):
             place = (chain, ids[: node.forced + number + 1])
             if place not in self._surprises:  # a sibling may begin with the same tokens

@@ -42,7 +42,7 @@ def confidence_gate(logprobs: Tensor, teacher: Tensor) -> Tensor:
 def uncertain_entropy(logprobs: Tensor, weights: Tensor, row_ids: Tensor, *, share: float) -> Tensor:
     """Compute the mean entropy of the policy on the tokens of each chain on which it is least certain.
 
-    loss = sum_t in U w_t H_t / share,   U: the share of the tokens of each chain with the largest H, rounded up
+    loss = sum_t in U w_t H_t n / |U|,   U: the share of the n tokens of each chain with the largest H, rounded up
 
     Args:
         logprobs: [M, K] nats, of the teacher's tokens under the policy; carries gradient.
@@ -59,7 +59,7 @@ def uncertain_entropy(logprobs: Tensor, weights: Tensor, row_ids: Tensor, *, sha
         count = math.ceil(round(len(at) * share, 9))  # 30 * 0.1 is a little above 3
         # A stable sort, so that equal entropies give the same tokens on all machines.
         largest = entropy.detach()[at].argsort(descending=True, stable=True)[:count]
-        chosen[at[largest]] = 1 / share
+        chosen[at[largest]] = len(at) / count
     return (weights * chosen * entropy).sum()
 
 

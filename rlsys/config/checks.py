@@ -14,6 +14,7 @@ from rlsys.config.data_checks import divergence_has_scores, extracted_nodes_exis
 from rlsys.config.device_checks import colocated_fit
 from rlsys.config.patterns import resolve
 from rlsys.config.search_checks import (
+    estimates_have_a_source,
     search_samples_like_training,
     searched_groups_train_by_token,
     unsolved_prompts_are_told,
@@ -338,6 +339,7 @@ RULES: tuple[Rule, ...] = (
     overlong_buffer_fits_completion,
     searched_groups_train_by_token,
     unsolved_prompts_are_told,
+    estimates_have_a_source,
     ratios_begin_at_one,
     kl_loss_has_a_gradient,
     online_has_a_term,

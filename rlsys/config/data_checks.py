@@ -34,8 +34,7 @@ def extracted_nodes_exist(config: Config) -> None:
 
 def divergence_has_scores(config: Config) -> None:
     """Raise if chains are to be selected by scores where nothing scores them."""
-    sft = config.objective.sft
-    online = "online" in config.stages and config.search.fraction > 0 and sft.used and sft.source == "trees"
+    online = "online" in config.stages and config.search.online
     if config.extract.supervised == "divergence" and (online or "search" in config.stages):
         raise ValueError(
             "extract.supervised divergence is for `rlsys extract` after `rlsys score`, and no stage scores its chains: "

@@ -57,11 +57,11 @@ class PuctConfig(Section):
 class FrontierConfig(Section):
     type: Literal["frontier"]
     value_weight: float = Field(default=0.4, ge=0)
-    """Weight of tanh(Q), with the value Q of the node's parent."""
+    """Weight of tanh(Q), with the value Q of the node, or of its parent as long as the node has none."""
     entropy_weight: float = Field(default=0.4, ge=0)
     """Weight of the node's mean negative log-probability, in nats per token."""
     depth_weight: float = Field(default=0.01, ge=0)
-    """Weight of sqrt(depth / search.max_depth)."""
+    """Weight of sqrt(depth / search.max_depth); without max_depth, of sqrt(depth / depth of the deepest node)."""
     exploration: float = Field(default=2.0, ge=0)
     """The constant c of UCB (form paper), which chooses among the children that a simulation has just expanded."""
 
@@ -123,8 +123,8 @@ class SearchConfig(Section):
     fraction: float = Field(default=0.0, ge=0, le=1)
     """Share of the prompts of each online training step that are searched instead of sampled."""
     unsolved: bool = False
-    """Whether online training also searches every prompt that no sample solved, in place of another prompt (needs
-    train.dynamic_sampling_rounds)."""
+    """Whether online training also searches prompts that no sample solved, in place of other prompts. The search is one
+    of the train.dynamic_sampling_rounds; prompts that are sampled in the last round are not searched."""
     split: Literal["train", "held_out"] = "train"
     """Split of the problems that `rlsys search` and the stage search grow trees for."""
     prompts: int = Field(default=512, ge=1)
@@ -220,7 +220,7 @@ class ExtractConfig(Section):
     chosen: ChainRule = "shortest"
     """Which correct chain of a tree becomes the chosen side of preference pairs. none: no pairs of chains."""
     max_backtracks: int | None = Field(default=0, ge=0)
-    """Maximum number of nodes after a wrong answer in the chains that supervised and chosen select. null: no limit. The
+    """Maximum number of nodes after a wrong answer in the chains of supervised rows and pairs. null: no limit. The
     verifier told such a chain that it was wrong, so its steps are often wrong and its answer often guessed."""
     pairs: Literal["shortest_prefix", "longest_prefix", "same_type"] = "shortest_prefix"
     """Which wrong chains of a tree make pairs. shortest_prefix, longest_prefix: those with the shortest or longest

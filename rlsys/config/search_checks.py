@@ -17,7 +17,7 @@ def search_samples_like_training(config: Config) -> None:
         if searched not in (None, sampled):
             raise ValueError(
                 f"search.{name} {searched} differs from sampling.{name} {sampled}, at which the learner trains "
-                f"what the policy writes (search.fraction above 0): leave search.{name} out or make them equal"
+                f"what the policy writes in stage online: leave search.{name} out or make them equal"
             )
 
 
@@ -44,5 +44,17 @@ def searched_groups_train_by_token(config: Config) -> None:
 
 def unsolved_prompts_are_told(config: Config) -> None:
     """Raise if unsolved prompts would never be found."""
+    if config.search.unsolved and "online" not in config.stages:
+        raise ValueError("search.unsolved is for stage online: add online to stages, or leave search.unsolved out")
     if config.search.unsolved and not config.train.dynamic_sampling_rounds:
         raise ValueError("search.unsolved has no effect: it needs train.dynamic_sampling_rounds of at least 1, found 0")
+
+
+def estimates_have_a_source(config: Config) -> None:
+    """Raise if values of steps are to be estimates that nothing makes."""
+    made = config.search.value is not None and config.search.value.type != "agreement"
+    if config.extract.step_value == "estimate" and not made:
+        raise ValueError(
+            "extract.step_value estimate needs search.value of type steps, rollouts or model; set one, or "
+            "extract.step_value to mean"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlsys.config.stages import stage_plans
+from rlsys.config.stages import StagePlan, stage_plans
 
 if TYPE_CHECKING:
     from rlsys.config.schema import Config
@@ -31,7 +31,7 @@ def distillation_has_a_teacher(config: Config) -> None:
     plans = stage_plans(config)
     chains = objective.scores_chains and "online" in config.stages
     whole = objective.distill.divergence == "whole"
-    unscored = objective.distill.on_rows and not whole and any(plan.source("demonstrations") for plan in plans)
+    unscored = objective.distill.on_rows and not whole and any(map(_has_unscored_rows, plans))
     if model is None and (chains or unscored):
         raise ValueError(f"{field} needs a teacher: set teacher.model.path")
     if model is not None and not objective.asks_a_teacher:
@@ -44,6 +44,12 @@ def distillation_has_a_teacher(config: Config) -> None:
             "teacher.model serves stage online, and warm_start and sft with objective.distill.on_policy_share below 1: "
             "add online to stages, lower the share, or leave teacher out"
         )
+
+
+def _has_unscored_rows(plan: StagePlan) -> bool:
+    """Return whether a stage trains rows that no file can have scored."""
+    rows = plan.source("rows")
+    return plan.source("demonstrations") is not None or (rows is not None and rows.extracted)
 
 
 def distilled_rows_have_a_source(config: Config) -> None:

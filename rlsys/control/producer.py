@@ -87,7 +87,7 @@ class Producer:
         rounds, unsolved = self._filtering.rounds, frozenset[int]()
         while issued:
             unused = await self._roll_out(issued, unsolved, filtered=rounds > 0)
-            unsolved = frozenset(index for index in unused if self._search.unsolved and is_unsolved(unused[index]))
+            unsolved = frozenset(index for index in unused if self._is_to_search(unused[index]))
             # Failures are counted after the good rollouts, so that their share does not depend on timing in the wave.
             issued = [self._next(each, unused[each[0]], unsolved) for each in issued if each[0] in unused]
             rounds -= any(isinstance(rollout, TrajectoryGroup) for rollout in unused.values())
@@ -109,7 +109,7 @@ class Producer:
                 unused[index] = rollout
                 return
             self._failures.add(total=1)
-            if filtered and not self._filtering.has_signal(rollout):
+            if filtered and (self._is_to_search(rollout) or not self._filtering.has_signal(rollout)):
                 unused[index] = rollout
             else:
                 await self._buffer.finish(index, rollout)
@@ -117,6 +117,9 @@ class Producer:
         searched = [index in unsolved or is_searched(index, self._search.fraction) for index, _ in issued]
         await roll_out(self._pool, [prompt for _, prompt in issued], searched, self._settings, deliver)
         return unused
+
+    def _is_to_search(self, rollout: Rollout) -> bool:
+        return self._search.unsolved and is_unsolved(rollout)
 
     def _next(self, issued: IssuedPrompt, unused: Rollout, unsolved: AbstractSet[int]) -> IssuedPrompt:
         """Count an unused rollout, and return the prompt for its slot: the same one if it is searched now."""

@@ -132,6 +132,8 @@ def preferred_chains(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tu
         return []
     ranked = []
     for wrong in _chains(tree, codec, is_wrong):
+        if config.max_backtracks is not None and wrong.backtracks > config.max_backtracks:
+            continue
         common = common_prefix_length(chosen.token_ids, wrong.token_ids)
         mine, other = _diverging(chosen, wrong, common)
         if config.pairs == "same_type" and mine[2] != other[2]:

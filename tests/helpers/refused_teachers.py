@@ -13,6 +13,7 @@ TEACHER_REFUSED: dict[str, list[tuple[list[str], str]]] = {
         (["teacher.model={path: t}"], "teacher.model has no effect: raise objective.distill.weight"),
         ([*TEACHER, "stages=[warm_start]"], "teacher.model serves stage online, and warm_start and sft with"),
         ([*ROWS, "stages=[warm_start]"], "objective.distill.weight needs a teacher: set teacher.model.path"),
+        ([*ROWS, "stages=[search, sft]"], "objective.distill.weight needs a teacher: set teacher.model.path"),
     ],
     "distilled_rows_have_a_source": [
         ([*TEACHER, *ROWS], "needs rows in stage online: set objective.sft.source to demonstrations or file, found"),

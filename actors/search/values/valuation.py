@@ -47,12 +47,13 @@ class Valuation:
         self._tree, self._expander = tree, expander
         self._rollouts, self._least, self._defect = rollouts, least, defect
 
-    def ask(self, node: Node, lines: Sequence[Line]) -> list[Unvalued]:
+    def ask(self, node: Node, lines: Sequence[Line], *, allowed: bool) -> list[Unvalued]:
         """Return the new nodes to ask for, and cut every line behind a node that was ended before.
 
         Args:
             node: The node that all lines follow.
             lines: They are changed in place.
+            allowed: Whether anything may be asked. A search that has reached a limit asks nothing more.
         """
         unvalued: dict[object, Unvalued] = {}  # equal children of one expansion are one node
         for line in lines:
@@ -66,7 +67,7 @@ class Valuation:
                 if piece.is_reviewed or piece.node.defect or self._tree.is_terminal(piece.node):
                     break
                 new.append(piece.node)
-            if new:
+            if new and allowed:
                 unvalued.setdefault((first, new[0].key), Unvalued(line, first, self._thoughts(above, new)))
         self._tree.counts["values"] += sum(len(each.thoughts.texts) for each in unvalued.values())
         return list(unvalued.values())

@@ -25,7 +25,7 @@ from search_world import (
 )
 from tree_samples import children_of
 
-from actors.search.requests import Ask, Judge, SearchModel, Values
+from actors.search.requests import Ask, Judge, SearchModel, Value, Values
 from actors.search.tree import Status
 from rlsys.config.patterns import Pattern
 from rlsys.config.search import (
@@ -249,7 +249,7 @@ def check_stop(grown: Grown, config: SearchConfig) -> None:
     judged = {event.number: event.completion for event in grown.events if isinstance(event, Judge)}
     reached: set[str] = set()
     for event in grown.events:
-        if isinstance(event, Ask):
+        if isinstance(event, Ask | Value):
             assert not reached
         elif isinstance(event, tuple):
             number, answer, finished = event

@@ -60,6 +60,14 @@ def test_the_tokens_that_a_chain_keeps_count_as_before() -> None:
     assert [places.take() for _ in range(6)] == [(first, 0), (second, 1), (third, 3), (second, 2), (second, 0), None]
 
 
+def test_nodes_that_no_model_wrote_do_not_hide_what_stands_before_them() -> None:
+    places, first, fixed, last = empty_places(), node(1, [-5.0]), node(2, []), node(3, [-1.0])
+    fixed.parent, last.parent = first, fixed
+    places.add(first, 0)
+    places.add(last, 0)
+    assert [places.take() for _ in range(2)] == [(first, 0), None]  # the last token's excess is 1 - 5
+
+
 def test_a_place_that_siblings_share_is_used_once() -> None:
     places, first, second = empty_places(), node(1, [-2.0, -1.0]), node(2, [-2.0, -1.5])
     second.token_ids = [first.token_ids[0], 7]

@@ -59,11 +59,12 @@ def test_the_most_uncertain_tokens_of_each_chain_by_hand() -> None:
     policy = logs(*[[p] for p in probabilities]).requires_grad_()
     weights, rows = torch.full((5,), 1 / 5, dtype=torch.float64), torch.tensor([0, 0, 0, 1, 1])
     loss = uncertain_entropy(policy, weights, rows, share=0.5)
-    expected = sum(binary_entropy(p) for p in (0.5, 0.7, 0.95)) / 5 / 0.5
+    scales = {0.5: 3 / 2, 0.7: 3 / 2, 0.95: 2}  # tokens of the chain / chosen ones
+    expected = sum(binary_entropy(p) * scale for p, scale in scales.items()) / 5
     assert loss.item() == pytest.approx(expected, abs=1e-12)
     loss.backward()
     # d H / d log p = -p (log p - log(1 - p)); tokens that are not chosen have none.
-    gradient = [-p * math.log(p / (1 - p)) / 5 / 0.5 if p in (0.5, 0.7, 0.95) else 0.0 for p in probabilities]
+    gradient = [-p * math.log(p / (1 - p)) / 5 * scales.get(p, 0.0) for p in probabilities]
     assert policy.grad is not None and policy.grad[:, 0].tolist() == pytest.approx(gradient, abs=1e-12)
 
 

@@ -125,6 +125,17 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
             ["search.unsolved=true"],
             "search.unsolved has no effect: it needs train.dynamic_sampling_rounds of at least 1",
         ),
+        (["search.unsolved=true", "stages=[warm_start]"], "search.unsolved is for stage online"),
+    ],
+    "estimates_have_a_source": [
+        (["extract.step_value=estimate"], "extract.step_value estimate needs search.value of type steps, rollouts"),
+        (
+            [
+                "extract.step_value=estimate",
+                "search={value: {type: agreement}, backtracking: false, stop: {correct: []}}",
+            ],
+            "extract.step_value estimate needs search.value",
+        ),
     ],
     "ratios_begin_at_one": [
         (
@@ -260,6 +271,7 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
             "extract.supervised divergence is for `rlsys extract` after `rlsys score`",
         ),
         (["extract.supervised=divergence", *TREES, *SEARCHED], "no stage scores its chains: choose another rule"),
+        (["extract.supervised=divergence", *SEARCHED], "no stage scores its chains"),
     ],
 }
 

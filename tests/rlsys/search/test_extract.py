@@ -121,8 +121,11 @@ def test_chains_do_not_diverge_in_nodes_of_equal_tokens() -> None:
         node(0, "a"), answer(1, "b", "ok"), answer(1, "d", "wrong"),
         node(0, "a", backtrack=True), answer(4, "c", "wrong", samples=3),
     )  # fmt: skip
-    pair = extract.preference_pairs(two_equal, ExtractConfig(), CODEC)[0]
+    pair = extract.preference_pairs(two_equal, ExtractConfig(max_backtracks=None), CODEC)[0]
     assert (sides([pair]), pair.chosen_visits, pair.rejected_visits) == ([("^qab$", "^qac$", 3)], 1, 3)
+    # A chain that was told of a wrong answer is on no side by default.
+    pair = extract.preference_pairs(two_equal, ExtractConfig(), CODEC)[0]
+    assert sides([pair]) == [("^qab$", "^qad$", 3)]
 
 
 def test_pairs_follow_the_rule_of_the_chosen_side() -> None:
