@@ -17,7 +17,7 @@ def masked_chains_are_rows(config: Config) -> None:
     if sft.mask_share and not online and not {"warm_start", "sft"} & set(config.stages):
         raise ValueError(
             "objective.sft.mask_share has no effect: the sides of pairs are never masked; add the stage warm_start or "
-            "sft, use objective.sft.source trees or demonstrations in the stage online, or leave mask_share out"
+            "sft, use objective.sft.source trees, demonstrations or file in the stage online, or leave mask_share out"
         )
 
 

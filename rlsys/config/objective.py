@@ -146,7 +146,7 @@ class SftConfig(Component):
     mask_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of the tokens of imitated chains that the model does not see (Masked Thought): the padding token stands in
     their place, and they are trained all the same. For the stages warm_start and sft, and in the stage online for the
-    sources trees and demonstrations."""
+    sources trees, demonstrations and file."""
 
 
 class DistillConfig(Component):
