@@ -46,6 +46,8 @@ def _page(results: Mapping[str, Any]) -> list[str]:
         plot_curves(result, FOLDER / "joint_online.png")
         lines += ["## The joint objective online against GRPO alone", "", *result["lines"], ""]
         lines += ["![held-out accuracy over generated tokens](results/joint_online.png)", "", *_notes("joint_online")]
+    if result := results.get("bottleneck"):
+        lines += ["## The distillation bottleneck", "", *result["lines"], "", *_notes("bottleneck")]
     if result := results.get("ppo"):
         lines += ["## PPO with a critic", "", *result["lines"], "", *_notes("ppo")]
     if result := results.get("real_model"):
