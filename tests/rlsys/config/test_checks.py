@@ -220,7 +220,7 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
         (["objective.sft.mask_share=0.4", "stages=[online]"], "mask_share has no effect: the sides of pairs are never"),
         (
             [*SEARCHED, *PAIRS, "objective.sft={weight: 1, source: chosen, mask_share: 0.4}", "stages=[online]"],
-            "use objective.sft.source trees or demonstrations in the stage online",
+            "use objective.sft.source trees, demonstrations or file",
         ),
     ],
     "search_is_not_last": [(["stages=[online, search]"], "stage search trains nothing: let another follow")],
