@@ -104,20 +104,11 @@ def of_seed(seed: int, folder: Path) -> dict[str, Cell]:
     models = {"teacher": teacher / "stages" / "warm_start", "student": student / "stages" / "warm_start"}
     rows, spent = teacher_rows(folder, models["teacher"], quick)
     own = [*quick, f"model={{path: {models['student']}}}"]
-    served = [f"teacher.model={{path: {models['teacher']}, max_model_len: 256, kv_cache_gib: 0.2}}", *SCORED]
-    arms: dict[str, tuple[Sequence[str], str]] = {
-        "SFT on the teacher's long chains": (["stages=[sft]", f"sft.path={rows}"], "sft"),
-        "SFT on the student's trees": (["stages=[search,sft]", "extract.supervised=shortest"], "sft"),
-        "trees, length balance, joint loss": (["stages=[search,sft,preference]", *RECIPE], "preference"),
-        "on-policy distillation": ([*ONLINE, *served, "objective.policy.weight=0"], "online"),
-        "distillation joint with GRPO": ([*ONLINE, *served], "online"),
-        "GRPO": (ONLINE, "online"),
-    }
     cells = {
         name: figures_of(model, seed, folder / f"{name}.evaluation.json") | {"generated": 0, "scored": 0}
         for name, model in models.items()
     }
-    for number, (name, (settings, stage)) in enumerate(arms.items()):
+    for number, (name, (settings, stage)) in enumerate(arms_of(models["teacher"], rows).items()):
         run_dir = folder / f"arm-{number}"
         trained(run_dir, CONFIG, [*own, *settings])
         generated = tokens_of(run_dir) + (spent if "long chains" in name else 0)
@@ -125,6 +116,23 @@ def of_seed(seed: int, folder: Path) -> dict[str, Cell]:
         figures = figures_of(run_dir / "stages" / stage, seed, run_dir / "evaluation.json")
         cells[name] = figures | {"generated": generated, "scored": scored}
     return cells
+
+
+def arms_of(teacher: Path, rows: Path) -> dict[str, tuple[Sequence[str], str]]:
+    """Return the settings of every arm, and the stage that ends it.
+
+    Args:
+        rows: File of the teacher's chains.
+    """
+    served = [f"teacher.model={{path: {teacher}, max_model_len: 256, kv_cache_gib: 0.2}}", *SCORED]
+    return {
+        "SFT on the teacher's long chains": (["stages=[sft]", f"sft.path={rows}"], "sft"),
+        "SFT on the student's trees": (["stages=[search,sft]", "extract.supervised=shortest"], "sft"),
+        "trees, length balance, joint loss": (["stages=[search,sft,preference]", *RECIPE], "preference"),
+        "on-policy distillation": ([*ONLINE, *served, "objective.policy.weight=0"], "online"),
+        "distillation joint with GRPO": ([*ONLINE, *served], "online"),
+        "GRPO": (ONLINE, "online"),
+    }
 
 
 def teacher_rows(folder: Path, teacher: Path, quick: Sequence[str]) -> tuple[Path, int]:
