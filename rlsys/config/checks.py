@@ -10,13 +10,20 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rlsys.config.adapter_checks import adapter_has_no_critic, adapter_stays_on_its_device
-from rlsys.config.data_checks import divergence_has_scores, extracted_nodes_exist, masked_chains_are_rows
+from rlsys.config.data_checks import (
+    curious_tokens_are_imitated,
+    divergence_has_scores,
+    extracted_nodes_exist,
+    masked_chains_are_rows,
+)
 from rlsys.config.device_checks import colocated_fit
 from rlsys.config.patterns import resolve
 from rlsys.config.search_checks import (
+    backtracking_has_its_keys,
     estimates_have_a_source,
     search_samples_like_training,
     searched_groups_train_by_token,
+    tree_advantages_have_trees,
     unsolved_prompts_are_told,
 )
 from rlsys.config.search_values import ModelValueConfig, StepsValueConfig
@@ -339,6 +346,8 @@ RULES: tuple[Rule, ...] = (
     overlong_buffer_fits_completion,
     searched_groups_train_by_token,
     unsolved_prompts_are_told,
+    backtracking_has_its_keys,
+    tree_advantages_have_trees,
     estimates_have_a_source,
     ratios_begin_at_one,
     kl_loss_has_a_gradient,
@@ -351,6 +360,7 @@ RULES: tuple[Rule, ...] = (
     preference_file_is_read,
     sft_has_trees,
     masked_chains_are_rows,
+    curious_tokens_are_imitated,
     search_is_not_last,
     offline_stages_have_data,
     search_is_read,

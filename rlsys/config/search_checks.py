@@ -1,4 +1,4 @@
-"""Check the rules of search within online training (search.fraction, search.unsolved)."""
+"""Check the rules of the search, most of them for search within online training."""
 
 from __future__ import annotations
 
@@ -57,4 +57,21 @@ def estimates_have_a_source(config: Config) -> None:
         raise ValueError(
             "extract.step_value estimate needs search.value of type steps, rollouts or model; set one, or "
             "extract.step_value to mean"
+        )
+
+
+def backtracking_has_its_keys(config: Config) -> None:
+    """Raise if a key of backtracking is set for a search without it."""
+    if not config.search.backtracking and config.search.backtrack_to != "nearest":
+        raise ValueError(
+            f"search.backtrack_to {config.search.backtrack_to} has no effect: set search.backtracking to true, or "
+            "leave backtrack_to out"
+        )
+
+
+def tree_advantages_have_trees(config: Config) -> None:
+    """Raise if advantages of trees are to be divided, and no stage trains on trees."""
+    if config.objective.policy.tree_std and "online" in config.stages and not config.search.online:
+        raise ValueError(
+            "objective.policy.tree_std has no effect on sampled groups: raise search.fraction, or leave tree_std out"
         )

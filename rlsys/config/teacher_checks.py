@@ -86,7 +86,7 @@ def teacher_scores_what_was_sampled(config: Config) -> None:
 
 
 def divergence_has_its_keys(config: Config) -> None:
-    """Raise if a key of the divergence top_k is set for another one."""
+    """Raise if a key has no effect: those of the divergence top_k for another one, and entropy_share alone."""
     distill = config.objective.distill
     defaults, names = type(distill)(), DIVERGENCE_KEYS
     changed = [name for name in names if getattr(distill, name) != getattr(defaults, name)]
@@ -95,6 +95,10 @@ def divergence_has_its_keys(config: Config) -> None:
     if distill.divergence != "top_k" and changed:
         raise ValueError(
             f"objective.distill.{changed[0]} is for divergence top_k, found {distill.divergence}: leave it out"
+        )
+    if not distill.entropy_coef and distill.entropy_share != defaults.entropy_share:
+        raise ValueError(
+            "objective.distill.entropy_share has no effect: raise objective.distill.entropy_coef, or leave it out"
         )
 
 

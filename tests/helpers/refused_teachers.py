@@ -26,6 +26,10 @@ TEACHER_REFUSED: dict[str, list[tuple[list[str], str]]] = {
             "objective.distill.on_policy_share is for divergence top_k, found sampled",
         ),
         ([*WHOLE, "objective.distill.top_k=4"], "objective.distill.top_k is for divergence top_k, found whole"),
+        (
+            [*TEACHER, "objective.distill={weight: 1, divergence: top_k, entropy_share: 0.5}"],
+            "objective.distill.entropy_share has no effect: raise objective.distill.entropy_coef",
+        ),
         ([*TEACHER, "objective.distill.beta=0.5"], "objective.distill.beta is for divergence top_k, found sampled"),
     ],
     "whole_teacher_fits": [

@@ -127,6 +127,15 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
         ),
         (["search.unsolved=true", "stages=[warm_start]"], "search.unsolved is for stage online"),
     ],
+    "backtracking_has_its_keys": [
+        (
+            ["search={backtracking: false, backtrack_to: surprise}"],
+            "search.backtrack_to surprise has no effect: set search.backtracking to true",
+        ),
+    ],
+    "tree_advantages_have_trees": [
+        (["objective.policy.tree_std=true"], "objective.policy.tree_std has no effect on sampled groups"),
+    ],
     "estimates_have_a_source": [
         (["extract.step_value=estimate"], "extract.step_value estimate needs search.value of type steps, rollouts"),
         (
@@ -223,6 +232,9 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
             "use objective.sft.source trees, demonstrations or file",
         ),
     ],
+    "curious_tokens_are_imitated": [
+        (["objective.sft.curiosity=1", "stages=[online]"], "objective.sft.curiosity has no effect: raise"),
+    ],
     "search_is_not_last": [(["stages=[online, search]"], "stage search trains nothing: let another follow")],
     "offline_stages_have_data": [
         (["stages=[sft]"], "stage sft has no data: set sft.path, or put the stage search before it"),
@@ -295,6 +307,8 @@ ACCEPTED: list[list[str]] = [
             [*SEARCHED, f"search.{name}=0.7", "search.model.path=large"],
         )
     ),
+    ["objective.policy.tree_std=true", *SEARCHED],
+    ["objective.sft.curiosity=1", "stages=[warm_start]"],
     ["objective.policy.overlong_buffer=16", "sampling.max_tokens=16"],
     ["objective.policy.aggregation=sequence_mean"],
     ["objective.policy.surrogate=cispo", *SEARCHED],
