@@ -116,7 +116,7 @@ def evaluate(
     config: Annotated[str | None, typer.Option(help="Config that names the task. Default: the run's.")] = None,
     output: Annotated[str | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
 ) -> None:
-    """Measure accuracy, pass@k and no-answer rate on held-out problems, with confidence intervals."""
+    """Measure accuracy, pass@k, majority@k and no-answer rate on held-out problems, with confidence intervals."""
     import json
 
     from rlsys.commands import evaluate as evaluation

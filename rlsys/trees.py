@@ -54,7 +54,7 @@ OPTIONAL = {"optional": True}
 TEXT = "text"
 """Type of a piece of a chain that does not begin with the tag of a known node."""
 
-StopReason = Literal["correct", "simulations", "tokens", "answers", "exhausted"]
+StopReason = Literal["correct", "simulations", "tokens", "answers", "sure", "exhausted"]
 
 
 def answer_text(node_text: str) -> str:

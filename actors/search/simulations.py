@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from actors.search.stopping import StopRule
 from actors.search.tree import GrowingTree, Node, Status
 from actors.search.values.agreement import Agreement
+from rlsys.trees import answer_text
 from rlsys.types import Verdict
 
 
@@ -73,7 +74,9 @@ class Simulations:
         """End a simulation with the verdict on its answer. A failed verification gives no reward."""
         if verdict.outcome not in ("ok", "wrong"):
             self.leave(simulation)
-        elif self._agreement is None:
+            return
+        self._stop.votes[answer_text(simulation.node.text)] += 1
+        if self._agreement is None:
             self.back_up(simulation, verdict.reward)
         else:
             self._finish(simulation)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from actors.search.tree import Node
 from rlsys.config.patterns import Pattern
 from rlsys.config.search import StopConfig
+from rlsys.search.votes import certainty
 from rlsys.tasks import tags
 from rlsys.trees import StopReason
 from rlsys.types import Verdict
@@ -38,6 +40,7 @@ class StopRule:
         tokens: Generated tokens of all models.
         scored: Distinct answers with the outcome "ok" or "wrong".
         correct: Correct answers that are distinct by their thinking (`thinking_of`).
+        votes: Chains that ended at a scored answer, by the text of the answer.
         reason: First limit that was reached; None if no limit was reached.
     """
 
@@ -47,6 +50,7 @@ class StopRule:
     tokens: int = 0
     scored: int = 0
     reason: StopReason | None = None
+    votes: Counter[str] = field(default_factory=Counter)
     _right: set[str] = field(default_factory=set)
 
     @property
@@ -69,6 +73,8 @@ class StopRule:
                 self.reason = "answers"
             elif config.tokens is not None and self.tokens >= config.tokens:
                 self.reason = "tokens"
+            elif config.sure is not None and certainty([*self.votes.values()]) >= config.sure:
+                self.reason = "sure"
         return self.reason is not None
 
     def may_begin(self) -> bool:

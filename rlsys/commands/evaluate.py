@@ -18,10 +18,13 @@ from rlsys.control.search_evaluation import search_and_sample, show_search, with
 from rlsys.directory import CheckpointDirectory, RunDirectory
 from rlsys.display import print_table
 from rlsys.errors import ConfigError
-from rlsys.models.folder import is_policy
+from rlsys.models.folder import ModelFolder, is_policy
 from rlsys.run.checkpoints import CheckpointStore
+from rlsys.search.votes import Candidate, majority
 from rlsys.stats import Estimate, mean_over_prompts, pass_at_k
 from rlsys.tasks import build_task
+from rlsys.tasks.answers.extraction import find_answer
+from rlsys.tasks.answers.normalise import normalise
 from rlsys.types import Prompt, TrajectoryGroup
 
 # Answers with fewer problems are left out of the macro mean, because their accuracy is uncertain.
@@ -66,8 +69,13 @@ def find_target(target: str, config_path: str | None, overrides: Sequence[str]) 
     return Target(policy, load_config(config_path or config, overrides))
 
 
-async def evaluate(pool: Any, prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
+async def evaluate(
+    pool: Any, prompts: Sequence[Prompt], config: Config, model: ModelFolder | None = None
+) -> dict[str, Any]:
     """Measure a policy on prompts.
+
+    Args:
+        model: Its tokenizer reads the samples, for the vote of the majority; None leaves it out.
 
     Returns:
         All figures as JSON-able values: estimates with intervals, and the accuracy by true answer if the task has one.
@@ -82,12 +90,35 @@ async def evaluate(pool: Any, prompts: Sequence[Prompt], config: Config) -> dict
         figures["sampled"] = _figures(sampled, by_answer=one_answer)
         ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, samples) if k <= samples})
         figures["pass_at_k"] = {str(k): asdict(mean_over_prompts(pass_at_k(solved(sampled), k))) for k in ks}
+        if model is not None and samples > 1:
+            candidates = [sample_candidates(group, model.tokenizer) for group in sampled]
+            figures["majority_at_k"] = {str(k): asdict(majority_accuracy(candidates, k)) for k in ks if k > 1}
     if config.evaluation.search_answers:
         figures["search"] = await search_and_sample(pool, prompts, config)
     if one_answer:
         [(answer, count)] = Counter(prompt.answer for prompt in prompts).most_common(1)
         figures["constant_answer"] = {"answer": answer, "accuracy": count / len(prompts)}
     return figures
+
+
+def sample_candidates(group: TrajectoryGroup, tokenizer: Any) -> list[Candidate]:
+    """Return the answers of the samples of a prompt. Their value is the mean log-probability of the sample."""
+    candidates, tokens = [], 0
+    for trajectory in group.trajectories:
+        tokens += trajectory.completion_length
+        text = tokenizer.decode(trajectory.token_ids[trajectory.loss_mask], skip_special_tokens=True)
+        answer = find_answer(text) if trajectory.answered else None
+        value = float(trajectory.behavior_logprobs.sum()) / max(1, trajectory.completion_length)
+        right = trajectory.outcome == "ok" and trajectory.reward > 0
+        key = normalise(answer.text) if answer else None
+        candidates.append(Candidate(text=key, right=right, tokens=tokens, value=value))
+    return candidates
+
+
+def majority_accuracy(candidates: Sequence[Sequence[Candidate]], k: int) -> Estimate:
+    """Return the share of the problems whose most frequent answer among the first k samples is right."""
+    chosen = [majority(drawn[:k]) for drawn in candidates]
+    return mean_over_prompts(np.array([[each is not None and each.right] for each in chosen]))
 
 
 def _figures(groups: Sequence[TrajectoryGroup], *, by_answer: bool) -> dict[str, Any]:
@@ -135,7 +166,8 @@ def show(figures: Mapping[str, Any], console: Console) -> None:
             rows.append(_row(f"{mode} {name.replace('_', ' ')}", figures[mode][name]))
         if figures[mode]["error_rate"]:
             rows.append((f"{mode} verifier errors", f"{figures[mode]['error_rate']:.3f}", ""))
-    rows += [_row(f"pass@{k}", estimate) for k, estimate in figures.get("pass_at_k", {}).items()]
+    for name, shown in (("pass_at_k", "pass"), ("majority_at_k", "majority")):
+        rows += [_row(f"{shown}@{k}", estimate) for k, estimate in figures.get(name, {}).items()]
     if "constant_answer" in figures:
         constant = figures["constant_answer"]
         rows.append((f"always answering {constant['answer'][:20]}", f"{constant['accuracy']:.3f}", ""))

@@ -49,7 +49,7 @@ from rlsys.run.resume import Start, all_steps_made, checkpoint_store, find_newes
 from rlsys.trees import Role
 from rlsys.types import Prompt
 
-Measure = Callable[[Fleet, list[Prompt], Config], Awaitable[dict[str, Any]]]
+Measure = Callable[[Fleet, list[Prompt], Config, ModelFolder], Awaitable[dict[str, Any]]]
 Grow = Callable[[Fleet, StopSignals], Awaitable[None]]
 FIRST_SIGNAL = "{}: stopping after what is under way, and saving"
 ONCE_MORE = "; once more to abort"
@@ -129,19 +129,21 @@ def is_complete(config: Config, start: Start, run_dir: Path) -> bool:
 def evaluate_policy(policy: Path, config: Config, measure: Measure) -> dict[str, Any]:
     """Start actors on a model or adapter folder and return the result of `measure` on the held-out prompts.
 
-    With evaluation.search_answers the actors search too, together with the engines of search.reviewer. The logs are
-    kept if the evaluation fails, and the error names their folder.
+    `measure` gets the actors, the prompts, the config and the folder with the tokenizer. With
+    evaluation.search_answers the actors search too, together with the engines of search.reviewer. The logs are kept if
+    the evaluation fails, and the error names their folder.
     """
     check_settings(config, "evaluate")
     adapted = AdaptedModel(*read_adapter(policy)) if is_adapter(policy) else None
-    prepared = prepare(config, "evaluate", ModelFolder(adapted.base if adapted else policy))
+    model = ModelFolder(adapted.base if adapted else policy)
+    prepared = prepare(config, "evaluate", model)
     _print_notes(prepared)
     bundles = place(config, prepared.auxiliary).bundles
     folder = Path(tempfile.mkdtemp(prefix="rlsys-evaluate-"))
 
     async def work(cluster: Cluster) -> dict[str, Any]:
         async with rollout_pool(cluster, policy, prepared.searching, adapted=adapted) as pool:
-            return await measure(pool, prepared.inputs.held_out, config)
+            return await measure(pool, prepared.inputs.held_out, config, model)
 
     try:
         with (

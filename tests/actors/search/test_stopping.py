@@ -164,3 +164,13 @@ def test_right_answers_are_distinct_by_their_thinking() -> None:
     assert counted == [(1, False), (1, False), (2, True)]
     rule.count(Verdict(outcome="wrong", reward=0.0, answered=True), "c")
     assert (rule.correct, rule.scored) == (2, 4)
+
+
+def test_a_sure_majority_ends_a_tree_and_needs_no_verdict() -> None:
+    """All four answers are the same wrong one. Three votes have the certainty 15 / 16, by four coins."""
+    answers = [f"{x}</answer>" for x in ("7", "7 ", " 7", "7  ")]
+    script = {"<thinking>": ["a</thinking>"], f"{THINK}<answer>": answers}
+    for sure, expected in ((15 / 16, ("sure", 3)), (0.98, ("exhausted", 4))):
+        world = scripted({**ONE_THOUGHT, "thinking": {"answer": 4}}, script)
+        tree = grow(world, search_config(parallel_simulations=1, stop={"sure": sure, "correct": []})).tree
+        assert (tree.stop, len(tree.answers())) == expected

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
-from fakes import FakePool, group, prompt
+from fakes import FakePool, group, prompt, trajectory
 from rich.console import Console
 
 from rlsys.commands.evaluate import Target, evaluate, find_target, show
@@ -91,6 +93,49 @@ def test_verifier_errors_have_their_own_row(failing: tuple[str, ...]) -> None:
     show(figures, Console(file=stream, width=100))
     shown = [line for line in stream.getvalue().splitlines() if "verifier errors" in line]
     assert [line.split()[-1] for line in shown] == (["0.200", "0.100"] if failing else [])
+
+
+class Words:
+    """A model whose tokens are answers."""
+
+    @property
+    def tokenizer(self) -> Words:
+        return self
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return " ".join(f"<answer>{token - 10}</answer>" for token in ids)
+
+
+class Answering(FakePool):
+    """A pool whose samples give these answers; 0 stands for none. 7 is right."""
+
+    ANSWERS: ClassVar = {"p0": (3, 7, 7, 3), "p1": (7, 3, 0, 3), "p2": (0, 0, 0, 0)}
+
+    async def generate(self, actor: int, prompts: list[Prompt], settings: SamplingSettings) -> list[TrajectoryGroup]:
+        return [self.drawn(prompt, self.ANSWERS[prompt.prompt_id][: settings.samples]) for prompt in prompts]
+
+    def drawn(self, prompt: Prompt, answers: Sequence[int]) -> TrajectoryGroup:
+        trajectories = [
+            replace(
+                trajectory(reward=float(answer == 7), outcome="ok" if answer == 7 else "wrong", length=1),
+                token_ids=np.array([0, 1, 2, 10 + answer], dtype=np.int32),
+                answered=answer > 0,
+            )
+            for answer in answers
+        ]
+        return TrajectoryGroup(prompt=prompt, trajectories=tuple(trajectories))
+
+
+def test_the_most_frequent_answer_of_the_first_samples() -> None:
+    prompts = [prompt(name) for name in Answering.ANSWERS]
+    figures = asyncio.run(evaluate(Answering(2, []), prompts, config(samples=4), Words()))
+    # Of 2 samples the first answer decides: p1. Of 4, p0 has two of each, of which 3 came first; p1 has 3 twice.
+    assert {k: row["mean"] for k, row in figures["majority_at_k"].items()} == {"2": pytest.approx(1 / 3), "4": 0.0}
+    stream = io.StringIO()
+    show(figures, Console(file=stream, width=100))
+    assert [line.split()[1] for line in stream.getvalue().splitlines() if "majority@2" in line] == ["0.333"]
+    assert "majority_at_k" not in asyncio.run(evaluate(Answering(2, []), prompts, config(samples=1), Words()))
 
 
 def test_figures_by_true_answer_of_tasks_with_one_answer() -> None:

@@ -172,7 +172,7 @@ FREE_FIELDS = {
     "draws",
     "search.value": "type count prune_below template right wrong path tensor_parallel_size dtype max_model_len "
     "max_num_seqs kv_cache_gib gpu_memory_utilization",
-    "search.stop": "simulations tokens answers correct",
+    "search.stop": "simulations tokens answers correct sure",
     "search.stop.correct.NUMBER": "count after",
     "extract": "supervised supervised_nodes supervised_rows skip chosen max_backtracks pairs pairs_per_tree "
     "step_values step_preferences step_min_visits step_min_gap step_value",

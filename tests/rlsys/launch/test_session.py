@@ -161,10 +161,11 @@ def test_an_evaluation_with_search_starts_the_reviewer(
 ) -> None:
     own = config(search={"reviewer": REVIEWER}, evaluation={"search_answers": answers})
 
-    async def measure(pool: Any, prompts: Any, _config: Config) -> dict[str, Any]:
-        return {"measured": pool, "on": prompts}
+    async def measure(pool: Any, prompts: Any, _config: Config, model: Any) -> dict[str, Any]:
+        return {"measured": pool, "on": prompts, "with": model.path}
 
-    assert launch.evaluate_policy(tmp_path, own, measure) == {"measured": "pool", "on": ["a prompt"]}
+    expected = {"measured": "pool", "on": ["a prompt"], "with": tmp_path}
+    assert launch.evaluate_policy(tmp_path, own, measure) == expected
     assert started.steps == [("prepare", "evaluate", tmp_path), ("cluster", bundles), ("pool", tmp_path, role)]
     assert capsys.readouterr() == ("", "1 row skipped\n")
 
