@@ -142,11 +142,11 @@ class Cells:
         settings = config.model_dump_json(include={"task", "search", "sampling"}, exclude_defaults=True)
         self._asked = [*weights, hashlib.sha256(settings.encode()).hexdigest(), str(count)]
 
-    def read(self, seed: int) -> list[dict[str, Any]] | None:
+    def read(self, seed: int) -> list[Any] | None:
         """Return the rows of a seed; None if they were not made, or with another policy or other settings."""
         path = self._path(seed)
         found = json.loads(path.read_text()) if path.exists() else {}
-        rows: list[dict[str, Any]] | None = found.get("rows") if found.get("asked") == self._asked else None
+        rows: list[Any] | None = found.get("rows") if found.get("asked") == self._asked else None
         return rows
 
     async def make(self, pool: SearchPool, seed: int) -> None:
@@ -155,34 +155,35 @@ class Cells:
         prompts = prompts_of(self.config, self.policy, seed, self.count)
         if self.arm == SAMPLES:
             tokenizer, limit = ModelFolder(self.policy).tokenizer, self.config.train.max_verifier_failures
-            enough = max(self.config.search.stop.tokens or 0, 1)
-            drawn = await sample_until(
-                pool, prompts, sampling_of(self.config), lambda found: found.total >= enough or found.right.any(), limit
-            )
-            rows = [samples_row(task, prompt, each, tokenizer) for prompt, each in zip(prompts, drawn, strict=True)]
+            drawn = await sample_until(pool, prompts, sampling_of(self.config), self.enough, limit)
+            rows = [
+                self.samples_row(task, prompt, each, tokenizer) for prompt, each in zip(prompts, drawn, strict=True)
+            ]
         else:
-            rows = [tree_row(task, tree) for tree in await grow_trees(pool, prompts, self.config)]
+            rows = [self.tree_row(task, tree) for tree in await grow_trees(pool, prompts, self.config)]
         self._folder.mkdir(parents=True, exist_ok=True)
         write_json(self._path(seed), {"asked": self._asked, "rows": rows})
         tokens, seconds = sum(row["total"] for row in rows), time.perf_counter() - started
         print(f"{self._folder.parent.name}, {self.arm}, seed {seed}: {tokens:,} tokens in {seconds:.0f} s", flush=True)
 
+    def enough(self, drawn: Attempts) -> bool:
+        """Return whether a prompt needs no more samples."""
+        return drawn.total >= max(self.config.search.stop.tokens or 0, 1) or bool(drawn.right.any())
+
+    def tree_row(self, task: Task, tree: Tree | TreeFailure) -> Any:
+        """Return the attempts of a tree, and whether its first right chain has every step right."""
+        attempts = tree_attempts(tree)
+        chains = [tree.completion(n) for n in tree.answers() if tree.nodes[n].correct] if isinstance(tree, Tree) else []
+        return _row(attempts, all_right(task, tree.question, chains[0]) if isinstance(tree, Tree) and chains else None)
+
+    def samples_row(self, task: Task, prompt: Prompt, drawn: Sequence[Trajectory], tokenizer: Any) -> Any:
+        """Return the attempts of independent samples, and whether the first right one has every step right."""
+        right = [t for t in drawn if t.outcome == "ok" and t.reward > 0][:1]
+        texts = [tokenizer.decode(t.token_ids[len(prompt.token_ids) :], skip_special_tokens=True) for t in right]
+        return _row(sample_attempts(drawn), all_right(task, prompt.question, texts[0]) if texts else None)
+
     def _path(self, seed: int) -> Path:
         return self._folder / f"seed-{seed}.json"
-
-
-def tree_row(task: Task, tree: Tree | TreeFailure) -> dict[str, Any]:
-    """Return the attempts of a tree, and whether its first right chain has every step right."""
-    attempts = tree_attempts(tree)
-    chains = [tree.completion(n) for n in tree.answers() if tree.nodes[n].correct] if isinstance(tree, Tree) else []
-    return _row(attempts, all_right(task, tree.question, chains[0]) if isinstance(tree, Tree) and chains else None)
-
-
-def samples_row(task: Task, prompt: Prompt, drawn: Sequence[Trajectory], tokenizer: Any) -> dict[str, Any]:
-    """Return the attempts of independent samples, and whether the first right one has every step right."""
-    right = [t for t in drawn if t.outcome == "ok" and t.reward > 0][:1]
-    texts = [tokenizer.decode(t.token_ids[len(prompt.token_ids) :], skip_special_tokens=True) for t in right]
-    return _row(sample_attempts(drawn), all_right(task, prompt.question, texts[0]) if texts else None)
 
 
 def all_right(task: Task, question: Any, chain: str) -> bool | None:
