@@ -1,17 +1,21 @@
-"""Compare joint training with GRPO alone at equal generated tokens: held-out accuracy, reward, wall time.
+"""Compare joint training with GRPO at equal generated tokens: held-out accuracy, reward, wall time.
 
-`python benchmarks/joint_online.py [--folder runs/joint_online_benchmark] [--write]`
+`python benchmarks/joint_online.py [--study letter_count | countdown] [--folder runs/joint_online_benchmark] [--write]`
 
-Both arms of a seed start from the same warm start and use the same number of prompts per step. GRPO samples all
-prompts. The joint arm searches a part of them, and its preference pairs and demonstrations come from these trees alone.
-Every generated token counts, including those of discarded branches, duplicates and failed trees. Both arms get the same
-sweep of learning rates, on a seed that is not in the comparison; the rate with the largest area under the curve of
-accuracy over tokens is used. The joint arm has the other settings of its config. Their search.fraction and weights of
-preference and sft were chosen after a few trials on the same seed. GRPO has the settings of the quickstart.
+All arms of a seed start from the same warm start and use the same number of prompts per step. Joint arms search a part
+of them, and their preference pairs and demonstrations come from these trees alone. Every generated token counts,
+including those of discarded branches, duplicates, failed trees and groups that dynamic sampling replaced. A teacher
+generates nothing: it scores tokens. All arms get the same sweep of learning rates, on a seed that is not in the
+comparison; the rate with the largest area under the curve of accuracy over tokens is used.
 
-Limit: the joint arm reaches the last accuracy of GRPO with at most 0.6 of GRPO's tokens, mean of the seeds. A curve
-that flattens also reaches its own last accuracy early, so the page shows GRPO's own share too, and the tokens that both
-arms need to an accuracy below the plateau.
+- `letter_count`: samples mostly succeed. The joint arm has the other settings of its config. Their search.fraction and
+  weights of preference and sft were chosen after a few trials on the seed of the sweep.
+- `countdown`: 2 of 100 samples succeed. The arms are GRPO, GRPO with dynamic sampling, joint with search, and joint
+  with search and a larger teacher, which learned from better demonstrations.
+
+Limit: a joint arm reaches the last accuracy of the baseline with at most 0.6 of its tokens, mean of the seeds. A curve
+that flattens also reaches its own last accuracy early, so the page shows the baseline's own share too, and the tokens
+that all arms need to an accuracy below the plateau.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,21 +37,80 @@ sys.path.append(str(ROOT / "benchmarks"))
 import results_page  # noqa: E402
 from cells import metrics, seconds_of, tokens_to, trained  # noqa: E402
 
-CONFIG = ROOT / "configs" / "joint_online.yaml"
-ARMS = {
-    "GRPO": [
-        "search.fraction=0",
-        "objective.preference={weight: 0}",
-        "objective.sft={weight: 0}",
-    ],
-    "joint": [],
-}
-RATES = (1e-4, 2e-4, 4e-4)
-SWEEP_SEED, SEEDS = 100, (1, 2, 3)
-STEPS, SWEEP_STEPS, INTERVAL = 60, 32, 4
 LIMIT = 0.6
-BELOW_PLATEAU = 0.9
+INTERVAL = 4
 SMOOTHED = 3  # evaluations in a moving mean: one of 512 problems x 4 samples has a standard error near 0.01
+SWEEP_SEED, SEEDS = 100, (1, 2, 3)
+NO_PAIRS, NO_SFT = "objective.preference={weight: 0}", "objective.sft={weight: 0}"
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """A comparison on one task.
+
+    Attributes:
+        config: Name of the config of all arms.
+        arms: Overrides of each arm. {teacher} stands for the folder of the teacher.
+        baseline: Arm whose last accuracy the others are to reach.
+        rates: Learning rates of the sweep.
+        steps: Training steps of a run.
+        sweep_steps: Training steps of a run of the sweep.
+        goal: Accuracy below the plateau.
+        page: Name of the figures in docs/results.
+        teacher: Overrides of the config whose warm start makes the teacher; None without one.
+    """
+
+    config: str
+    arms: Mapping[str, Sequence[str]]
+    baseline: str
+    rates: Sequence[float]
+    steps: int
+    sweep_steps: int
+    goal: float
+    page: str
+    teacher: Sequence[str] | None = None
+
+    @property
+    def path(self) -> Path:
+        return ROOT / "configs" / f"{self.config}.yaml"
+
+
+STUDIES = {
+    "letter_count": Study(
+        config="joint_online",
+        arms={"GRPO": ["search.fraction=0", NO_PAIRS, NO_SFT], "joint": []},
+        baseline="GRPO",
+        rates=(1e-4, 2e-4, 4e-4),
+        steps=60,
+        sweep_steps=32,
+        goal=0.9,
+        page="joint_online",
+    ),
+    "countdown": Study(
+        config="joint_countdown",
+        arms={
+            "GRPO": ["search.unsolved=false", NO_PAIRS, NO_SFT, "train.dynamic_sampling_rounds=0"],
+            "GRPO, dynamic sampling": ["search.unsolved=false", NO_PAIRS, NO_SFT],
+            "joint with search": [],
+            "joint with search and teacher": [
+                "actors.count=1",  # the engine of the teacher has the other core
+                "teacher.model={path: {teacher}, max_model_len: 192, kv_cache_gib: 0.2}",
+                "objective.distill={weight: 1.0, divergence: sampled}",
+            ],
+        },
+        baseline="GRPO, dynamic sampling",
+        rates=(1e-4, 2e-4, 4e-4),
+        steps=32,
+        sweep_steps=12,
+        goal=0.05,
+        page="joint_countdown",
+        teacher=[
+            "task.greedy_rate=1.0",
+            "model.from_scratch={hidden_size: 256, layers: 4, heads: 8, intermediate_size: 512, tie_embeddings: false}",
+            "warm_start.max_steps=500",
+        ],
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,43 +146,56 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/joint_online_benchmark"))
+    parser.add_argument("--study", choices=list(STUDIES), default="letter_count")
+    parser.add_argument("--folder", type=Path, help="by default runs/joint_online_benchmark/STUDY")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--write", action="store_true", help=f"write {results_page.PAGE} and its figures")
     arguments = parser.parse_args()
-    folder = arguments.folder.absolute()
-    swept = {arm: {rate: curve(folder, arm, SWEEP_SEED, rate, SWEEP_STEPS) for rate in RATES} for arm in ARMS}
+    study = STUDIES[arguments.study]
+    folder = (arguments.folder or Path("runs/joint_online_benchmark") / arguments.study).absolute()
+    swept = {
+        arm: {rate: curve(study, folder, arm, SWEEP_SEED, rate, study.sweep_steps) for rate in study.rates}
+        for arm in study.arms
+    }
     rates = {arm: best_rate(found) for arm, found in swept.items()}
-    curves = {arm: [curve(folder, arm, seed, rates[arm]) for seed in arguments.seeds] for arm in ARMS}
-    shares = {arm: [share(each, grpo) for each, grpo in zip(curves[arm], curves["GRPO"], strict=True)] for arm in ARMS}
-    mean = float(np.mean(shares["joint"]))
+    # All arms of a seed before the next seed, so that a run that ends early has whole seeds.
+    cells = {
+        (seed, arm): curve(study, folder, arm, seed, rates[arm], study.steps)
+        for seed in arguments.seeds
+        for arm in study.arms
+    }
+    curves = {arm: [cells[seed, arm] for seed in arguments.seeds] for arm in study.arms}
+    baseline = curves[study.baseline]
+    shares = {arm: [share(each, to) for each, to in zip(found, baseline, strict=True)] for arm, found in curves.items()}
     shown = [
-        f"Measured by `python benchmarks/joint_online.py` in {seconds_of(folder) / 60:.0f} minutes on 2 cores.",
+        f"Measured by `python benchmarks/joint_online.py --study {arguments.study}` in {seconds_of(folder) / 60:.0f} "
+        "minutes on 2 cores.",
         "",
-        *sweep_lines(swept, rates),
+        *sweep_lines(study, swept, rates),
         "",
-        *lines(arguments.seeds, rates, curves),
+        *lines(study, arguments.seeds, rates, curves),
         "",
-        *verdict(shares, curves),
+        *verdict(study, shares, curves),
     ]
     print("\n".join(shown))
     if arguments.write:
-        found = {arm: [{key: getattr(c, key).tolist() for key in c.__slots__} for c in curves[arm]] for arm in ARMS}
-        results_page.keep("joint_online", {"rates": rates, "curves": found, "shares": shares, "lines": shown})
-    return int(not mean <= LIMIT and not arguments.write)  # with --write, the page reports it
+        found = {arm: [{key: getattr(c, key).tolist() for key in c.__slots__} for c in curves[arm]] for arm in curves}
+        results_page.keep(study.page, {"rates": rates, "curves": found, "shares": shares, "lines": shown})
+    best = min(float(np.mean(shares[arm])) for arm in study.arms if arm.startswith("joint"))
+    return int(not best <= LIMIT and not arguments.write)  # with --write, the page reports it
 
 
 def end_of(found: Curve) -> float:
     return float(smoothed(found.accuracy)[-1])
 
 
-def share(found: Curve, grpo: Curve) -> float:
-    """Return the tokens to GRPO's last accuracy, divided by all of GRPO's tokens.
+def share(found: Curve, baseline: Curve) -> float:
+    """Return the tokens to the last accuracy of the baseline, divided by all of its tokens.
 
     A run that never reaches this accuracy counts with all of its tokens.
     """
-    tokens = found.tokens_to(end_of(grpo))
-    return float((found.tokens[-1] if np.isnan(tokens) else tokens) / grpo.tokens[-1])
+    tokens = found.tokens_to(end_of(baseline))
+    return float((found.tokens[-1] if np.isnan(tokens) else tokens) / baseline.tokens[-1])
 
 
 def best_rate(found: dict[float, Curve]) -> float:
@@ -133,45 +209,60 @@ def areas_of(found: dict[float, Curve]) -> dict[float, float]:
     return {rate: each.area(budget) for rate, each in found.items()}
 
 
-def sweep_lines(swept: dict[str, dict[float, Curve]], rates: dict[str, float]) -> list[str]:
+def sweep_lines(study: Study, swept: dict[str, dict[float, Curve]], rates: dict[str, float]) -> list[str]:
     lines = [
-        f"Both arms get the same sweep of learning rates: {SWEEP_STEPS} steps on seed {SWEEP_SEED}. The table has the "
-        "mean held-out accuracy over the tokens that all rates generated, and in brackets the last accuracy. The rate "
+        f"All arms get the same sweep of learning rates: {study.sweep_steps} steps on seed {SWEEP_SEED}. The table has "
+        "the mean held-out accuracy over the tokens that all rates generated, and in brackets the last one. The rate "
         "with the largest mean is used.",
         "",
-        f"| arm | {' | '.join(f'{rate:g}' for rate in RATES)} | used |",
-        f"|---|{'---|' * len(RATES)}---|",
+        f"| arm | {' | '.join(f'{rate:g}' for rate in study.rates)} | used |",
+        f"|---|{'---|' * len(study.rates)}---|",
     ]
     for arm, found in swept.items():
         cells = [f"{area:.3f} ({end_of(found[rate]):.3f})" for rate, area in areas_of(found).items()]
-        edge = ", at the edge of the sweep" if rates[arm] in (min(RATES), max(RATES)) else ""
+        edge = ", at the edge of the sweep" if rates[arm] in (min(study.rates), max(study.rates)) else ""
         lines.append(f"| {arm} | {' | '.join(cells)} | {rates[arm]:g}{edge} |")
     return lines
 
 
-def verdict(shares: dict[str, list[float]], curves: dict[str, list[Curve]]) -> list[str]:
-    """Return the figure with a limit, and two figures that put it into perspective."""
-    last = [end_of(each) for each in curves["GRPO"]]
-    never = sum(np.isnan(each.tokens_to(bar)) for each, bar in zip(curves["joint"], last, strict=True))
-    joint, own = (float(np.mean(shares[arm])) for arm in ("joint", "GRPO"))
-    early = {arm: np.array([each.tokens_to(BELOW_PLATEAU) for each in curves[arm]]) for arm in curves}
-    needed = {arm: f"{np.mean(tokens):,.0f}" for arm, tokens in early.items()}
+def verdict(study: Study, shares: dict[str, list[float]], curves: dict[str, list[Curve]]) -> list[str]:
+    """Return the figure with a limit of every joint arm, and two figures that put it into perspective."""
+    last = [end_of(each) for each in curves[study.baseline]]
+    found = []
+    for arm in (arm for arm in curves if arm.startswith("joint")):
+        mean, never = float(np.mean(shares[arm])), 0
+        for each, bar in zip(curves[arm], last, strict=True):
+            never += bool(np.isnan(each.tokens_to(bar)))
+        found += [
+            f"The arm `{arm}` needs {mean:.3f} of the tokens of `{study.baseline}` to reach its last accuracy, mean of "
+            f"the seeds. The limit is {LIMIT}. Met: {'yes' if mean <= LIMIT else 'no'}."
+            + (f" {never} of {len(last)} seeds never reach it and count with all of their tokens." if never else ""),
+            "",
+        ]
+    early = {arm: np.array([each.tokens_to(study.goal) for each in curves[arm]]) for arm in curves}
+    needed = ", ".join(f"`{arm}` {np.mean(tokens):,.0f}" for arm, tokens in early.items())
+    ratios = "; ".join(
+        f"`{arm}` {', '.join(f'{ratio:.3f}' for ratio in tokens / early[study.baseline])}"
+        for arm, tokens in early.items()
+        if arm != study.baseline
+    )
     return [
-        f"The joint arm needs {joint:.3f} of GRPO's tokens to reach GRPO's last accuracy, mean of the seeds. The limit "
-        f"is {LIMIT}. Met: {'yes' if joint <= LIMIT else 'no'}."
-        + (f" {never} of {len(last)} seeds never reach it and count with all of their tokens." if never else "")
-        + f" GRPO itself first reaches its last accuracy after {own:.3f} of its tokens.",
+        *found,
+        f"`{study.baseline}` itself first reaches its last accuracy after {np.mean(shares[study.baseline]):.3f} of its "
+        "tokens.",
         "",
-        f"To reach an accuracy of {BELOW_PLATEAU:g}, which is below the plateau, the joint arm needs "
-        f"{needed['joint']} tokens and GRPO {needed['GRPO']}. Ratio of the two by seed: "
-        f"{', '.join(f'{ratio:.3f}' for ratio in early['joint'] / early['GRPO'])}.",
+        f"Tokens to an accuracy of {study.goal:g}, below the plateau (nan: a seed never reaches it): {needed}. "
+        f"By seed, divided by those of the baseline: {ratios}.",
     ]
 
 
-def curve(folder: Path, arm: str, seed: int, rate: float, steps: int = STEPS) -> Curve:
+def curve(study: Study, folder: Path, arm: str, seed: int, rate: float, steps: int) -> Curve:
     base = folder / f"seed-{seed}" / "warm_start"
-    quick = [f"run.seed={seed}", "evaluation.prompts=16", "evaluation.samples=0"]
-    trained(base, CONFIG, [*quick, "stages=[warm_start]"])
+    quick = [f"run.seed={seed}", "evaluation.prompts=16", "evaluation.samples=0", "stages=[warm_start]"]
+    trained(base, study.path, quick)
+    settings = " ".join(study.arms[arm])
+    if "{teacher}" in settings:
+        trained(folder / "teacher", study.path, [*quick[1:], *(study.teacher or ())])
     run_dir = folder / f"seed-{seed}" / f"{arm}-{rate:g}"
     overrides = [
         f"run.seed={seed}",
@@ -181,9 +272,9 @@ def curve(folder: Path, arm: str, seed: int, rate: float, steps: int = STEPS) ->
         f"train.optimizer.learning_rate={rate}",
         f"evaluation.interval={INTERVAL}",
         "checkpoint.interval=1000",
-        *ARMS[arm],
+        *(each.replace("{teacher}", str(folder / "teacher" / "stages" / "warm_start")) for each in study.arms[arm]),
     ]
-    trained(run_dir, CONFIG, overrides)
+    trained(run_dir, study.path, overrides)
     return curve_of(metrics(run_dir, "online"))
 
 
@@ -199,28 +290,28 @@ def curve_of(rows: Sequence[dict[str, float]]) -> Curve:
     return Curve(tokens[at], accuracy, np.array(rewards), seconds[at])
 
 
-def lines(seeds: Sequence[int], rates: dict[str, float], curves: dict[str, list[Curve]]) -> list[str]:
+def lines(study: Study, seeds: Sequence[int], rates: dict[str, float], curves: dict[str, list[Curve]]) -> list[str]:
     """Return a table of seeds and arms, with accuracy, reward and seconds at equal tokens and at the end."""
     found = [
         "Accuracy is held-out accuracy at temperature 1, a mean of 3 evaluations except before training. Reward is the "
-        "mean over the steps of these evaluations; for the joint arm it includes the answers of trees. Seconds exclude "
-        "evaluations. Equal tokens are the tokens that both arms of a seed have generated.",
+        "mean over the steps of these evaluations; for joint arms it includes the answers of trees. Seconds exclude "
+        "evaluations. Equal tokens are the tokens that all arms of a seed have generated.",
         "",
         "| seed | arm | rate | accuracy before | equal tokens | accuracy | reward | seconds | all tokens of the arm "
-        "| accuracy | share of GRPO's tokens to reach GRPO's last accuracy |",
+        f"| accuracy | share of the tokens of `{study.baseline}` to reach its last accuracy |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for number, seed in enumerate(seeds):
-        grpo = curves["GRPO"][number]
+        baseline = curves[study.baseline][number]
         equal = min(of_arm[number].tokens[-1] for of_arm in curves.values())
         for arm, of_arm in curves.items():
             each = of_arm[number]
             at_equal = [np.interp(equal, each.tokens, smoothed(what)) for what in (each.accuracy, each.reward)]
             seconds = np.interp(equal, each.tokens, each.seconds)
-            reached = not np.isnan(each.tokens_to(end_of(grpo)))
+            reached = not np.isnan(each.tokens_to(end_of(baseline)))
             cells = [f"{seed}", arm, f"{rates[arm]:g}", f"{each.accuracy[0]:.3f}", f"{equal:,.0f}"]
             cells += [*(f"{value:.3f}" for value in at_equal), f"{seconds:.0f}", f"{each.tokens[-1]:,.0f}"]
-            cells += [f"{end_of(each):.3f}", f"{share(each, grpo):.3f}" if reached else "never"]
+            cells += [f"{end_of(each):.3f}", f"{share(each, baseline):.3f}" if reached else "never"]
             found.append(f"| {' | '.join(cells)} |")
     return found
 

@@ -10,6 +10,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, FOLDER = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
 MODES = ("greedy", "sampled")
+JOINT = {
+    "joint_online": "The joint objective online against GRPO alone",
+    "joint_countdown": "The joint objective where samples rarely succeed: countdown",
+}
 TASKS = {"letter_count": "letter counting", "blocksworld": "blocks world, three blocks"}
 
 
@@ -42,10 +46,11 @@ def _page(results: Mapping[str, Any]) -> list[str]:
             lines += [*(f"- {effect}" for effect in result["effects"]), ""]
             lines += [f"![accuracy and no-answer rate of every row](results/ablation_{task}.png)", ""]
             lines += [*_notes(f"ablation_{task}")]
-    if result := results.get("joint_online"):
-        plot_curves(result, FOLDER / "joint_online.png")
-        lines += ["## The joint objective online against GRPO alone", "", *result["lines"], ""]
-        lines += ["![held-out accuracy over generated tokens](results/joint_online.png)", "", *_notes("joint_online")]
+    for name, title in JOINT.items():
+        if result := results.get(name):
+            plot_curves(result, FOLDER / f"{name}.png")
+            lines += [f"## {title}", "", *result["lines"], ""]
+            lines += [f"![held-out accuracy over generated tokens](results/{name}.png)", "", *_notes(name)]
     if result := results.get("bottleneck"):
         lines += ["## The distillation bottleneck", "", *result["lines"], "", *_notes("bottleneck")]
     if result := results.get("ppo"):
@@ -134,11 +139,14 @@ def plot_curves(result: Mapping[str, Any], path: Path) -> None:
     """Draw the held-out accuracy of every seed over its generated tokens."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    for (arm, curves), color in zip(result["curves"].items(), ("C0", "C1"), strict=True):
+    highest = 0.0
+    for index, (arm, curves) in enumerate(result["curves"].items()):
         for number, curve in enumerate(curves):
             label = arm if number == 0 else None
-            axes.plot(_thousands(curve["tokens"]), curve["accuracy"], color=color, alpha=0.8, label=label)
-    axes.set(xlabel="generated tokens, thousands", ylabel="held-out accuracy at temperature 1", ylim=(0, 1))
+            axes.plot(_thousands(curve["tokens"]), curve["accuracy"], color=f"C{index}", alpha=0.8, label=label)
+            highest = max(highest, *curve["accuracy"])
+    axes.set(xlabel="generated tokens, thousands", ylabel="held-out accuracy at temperature 1")
+    axes.set_ylim(0, 1 if highest > 0.5 else 1.2 * highest)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)

@@ -159,13 +159,14 @@ def test_what_joint_training_is_judged_by(joint_online: ModuleType, monkeypatch:
     assert joint_online.share(never, grpo) == pytest.approx(240 / 300)  # all its tokens: the least that it may need
     curves = {"GRPO": [grpo, grpo], "joint": [joint, never]}
     shares = {arm: [joint_online.share(each, grpo) for each in found] for arm, found in curves.items()}
-    judged, _, early = joint_online.verdict(shares, curves)
-    assert "0.477 of GRPO's tokens" in judged and "The limit is 0.6. Met: yes." in judged
-    assert "1 of 2 seeds never reach it" in judged and "after 0.667" in judged
+    study = joint_online.STUDIES["letter_count"]
+    judged, _, own, _, early = joint_online.verdict(study, shares, curves)
+    assert "`joint` needs 0.477 of the tokens of `GRPO`" in judged and "The limit is 0.6. Met: yes." in judged
+    assert "1 of 2 seeds never reach it" in judged and "after 0.667" in own
     # 0.9 after 183.3 tokens with GRPO; after 50 * 0.5 / 0.56 = 44.6 and after 120 jointly.
-    assert "needs 82 tokens and GRPO 183. Ratio of the two by seed: 0.244, 0.655" in early
+    assert "`GRPO` 183, `joint` 82. By seed, divided by those of the baseline: `joint` 0.244, 0.655" in early
     # As many tokens as both arms generated: 100 of the first pair, 240 of the second.
-    table = joint_online.lines([1, 2], {"GRPO": 1e-4, "joint": 2e-4}, curves)[4:]
+    table = joint_online.lines(study, [1, 2], {"GRPO": 1e-4, "joint": 2e-4}, curves)[4:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     assert cells[0] == ["1", "GRPO", "0.0001", "0.400", "100", "0.800", "0.400", "10", "300", "0.920", "0.667"]
     assert cells[1] == ["1", "joint", "0.0002", "0.400", "100", "0.960", "0.480", "10", "100", "0.960", "0.155"]
@@ -180,7 +181,7 @@ def test_the_sweep_takes_the_rate_with_the_largest_area(joint_online: ModuleType
     # Over the 100 tokens that all have: means 0.5, (0.4 + 0.65) / 2 and 0.55.
     found = {1e-4: curve(0.6, 100), 2e-4: curve(0.9, 200), 4e-4: curve(0.7, 100)}
     assert joint_online.best_rate(found) == 4e-4
-    row = joint_online.sweep_lines({"joint": found}, {"joint": 4e-4})[-1]
+    row = joint_online.sweep_lines(joint_online.STUDIES["letter_count"], {"joint": found}, {"joint": 4e-4})[-1]
     assert row.startswith("| joint | 0.500 (") and row.endswith("| 0.0004, at the edge of the sweep |")
 
 
