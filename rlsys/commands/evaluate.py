@@ -18,6 +18,7 @@ from rlsys.control.search_evaluation import search_and_sample, show_search, with
 from rlsys.directory import CheckpointDirectory, RunDirectory
 from rlsys.display import print_table
 from rlsys.errors import ConfigError
+from rlsys.interfaces import Task
 from rlsys.models.folder import ModelFolder, is_policy
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.search.votes import Candidate, majority
@@ -80,8 +81,8 @@ async def evaluate(
     Returns:
         All figures as JSON-able values: estimates with intervals, and the accuracy by true answer if the task has one.
     """
-    one_answer = build_task(config.task, config.run.seed).one_answer
-    samples = config.evaluation.samples
+    task = build_task(config.task, config.run.seed)
+    one_answer, samples = task.one_answer, config.evaluation.samples
     figures: dict[str, Any] = {"problems": len(prompts), "samples": samples}
     greedy, sampled = await evaluate_held_out(pool, prompts, config)
     if greedy:
@@ -93,6 +94,10 @@ async def evaluate(
         if model is not None and samples > 1:
             candidates = [sample_candidates(group, model.tokenizer) for group in sampled]
             figures["majority_at_k"] = {str(k): asdict(majority_accuracy(candidates, k)) for k in ks if k > 1}
+    if model is not None:
+        for mode, groups in (("greedy", greedy), ("sampled", sampled)):
+            if groups:
+                figures[mode]["every_step_right"] = every_step_right(task, groups, model.tokenizer)
     if config.evaluation.search_answers:
         figures["search"] = await search_and_sample(pool, prompts, config)
     if one_answer:
@@ -113,6 +118,18 @@ def sample_candidates(group: TrajectoryGroup, tokenizer: Any) -> list[Candidate]
         key = normalise(answer.text) if answer else None
         candidates.append(Candidate(text=key, right=right, tokens=tokens, value=value))
     return candidates
+
+
+def every_step_right(task: Task, groups: Sequence[TrajectoryGroup], tokenizer: Any) -> float | None:
+    """Return the share of the right chains whose every step is right; None without a chain that the task can check."""
+    verdicts = []
+    for group in groups:
+        for trajectory in group.trajectories:
+            if trajectory.outcome == "ok" and trajectory.reward > 0:
+                text = tokenizer.decode(trajectory.token_ids[trajectory.loss_mask], skip_special_tokens=True)
+                verdicts.append(task.check_steps(group.prompt.question, text))
+    checked = [verdict.wrong_node is None for verdict in verdicts if verdict is not None]
+    return float(np.mean(checked)) if checked else None
 
 
 def majority_accuracy(candidates: Sequence[Sequence[Candidate]], k: int) -> Estimate:
@@ -164,6 +181,9 @@ def show(figures: Mapping[str, Any], console: Console) -> None:
             continue
         for name in ("accuracy", "no_answer_rate"):
             rows.append(_row(f"{mode} {name.replace('_', ' ')}", figures[mode][name]))
+        if figures[mode].get("every_step_right") is not None:
+            share = f"{figures[mode]['every_step_right']:.3f}"
+            rows.append((f"{mode} right chains, every step right", share, ""))
         if figures[mode]["error_rate"]:
             rows.append((f"{mode} verifier errors", f"{figures[mode]['error_rate']:.3f}", ""))
     for name, shown in (("pass_at_k", "pass"), ("majority_at_k", "majority")):

@@ -18,8 +18,9 @@ from rlsys.control.dispatch import TreePool, grow
 from rlsys.data.inputs import Inputs
 from rlsys.errors import InterruptedRunError, TooManyFailuresError
 from rlsys.models.folder import ModelFolder
-from rlsys.search.stats import EngineFigures, TreeFigures, prefix_hit_rate
+from rlsys.search.stats import EngineFigures, StepCheck, TreeFigures, prefix_hit_rate
 from rlsys.search.store import TreeStore, check_origin
+from rlsys.tasks import build_task
 from rlsys.trees import TEXT, Role, Tree, TreeFailure
 from rlsys.types import Prompt
 
@@ -73,14 +74,24 @@ class Search:
         prompts: all prompts of the search, in order.
         share: search.max_failed_trees.
         ahead: trees that one actor holds at once.
+        check_steps: judges the steps of chains, for the figures; None to judge none.
     Raises:
         TooManyFailuresError: more of the finished trees failed than allowed, or all trees are finished and more
             verifications failed than allowed.
     """
 
-    def __init__(self, run_dir: Path, prompts: Sequence[Prompt], *, shard_size: int, share: float, ahead: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        prompts: Sequence[Prompt],
+        *,
+        shard_size: int,
+        share: float,
+        ahead: int,
+        check_steps: StepCheck | None = None,
+    ) -> None:
         self._prompts, self._ahead = prompts, ahead
-        self.trees, self.engines, self.wall_s = TreeFigures(), EngineFigures(), 0.0
+        self.trees, self.engines, self.wall_s = TreeFigures(check_steps=check_steps), EngineFigures(), 0.0
         field = "search.max_failed_trees"
         self._failed_trees = FailureLimit(noun="trees", field=field, share=share, total=len(prompts))
         self._failed_verdicts = FailureLimit(noun="verifications", field=field, share=share)
@@ -210,6 +221,7 @@ def open_trees(config: Config, folder: Path, prompts: Sequence[Prompt], inputs: 
         shard_size=config.search.shard_size,
         share=config.search.max_failed_trees,
         ahead=trees_ahead(config),
+        check_steps=build_task(config.task, config.run.seed).check_steps,
     )
 
 

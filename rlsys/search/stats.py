@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
@@ -12,6 +12,10 @@ import numpy as np
 from rlsys.interfaces import EngineStats
 from rlsys.stats import mean_over_prompts
 from rlsys.trees import Defect, Role, Tree, TreeFailure
+from rlsys.types import Question, StepVerdict
+
+StepCheck = Callable[[Question, str], StepVerdict | None]
+"""Judge of the steps of a chain, as `rlsys.interfaces.Task.check_steps`."""
 
 
 @dataclass(slots=True)
@@ -26,8 +30,14 @@ class TreeFigures:
         counts: Sums of `Tree.counts`.
         whole: Number of nodes without a defect, by type.
         defective: Number of other nodes, by type and defect.
+        check_steps: Judges the steps of a chain, see `rlsys.interfaces.Task`; None to judge none.
+        checked: Number of trees whose first right chain has steps that can be judged.
+        sound: Number of these chains whose every step is right.
     """
 
+    check_steps: StepCheck | None = None
+    checked: int = 0
+    sound: int = 0
     failed: int = 0
     solved: dict[int, bool] = field(default_factory=dict)
     agreed: int = 0
@@ -60,6 +70,17 @@ class TreeFigures:
             else:
                 self.defective.setdefault(node.type, Counter())[node.defect] += 1
 
+        self._check(tree)
+
+    def _check(self, tree: Tree) -> None:
+        """Count the first right chain of a tree, and whether every step of it is right."""
+        right = [number for number in tree.answers() if tree.nodes[number].correct]
+        if not right or self.check_steps is None:
+            return
+        verdict = self.check_steps(tree.question, tree.completion(right[0]))
+        self.checked += verdict is not None
+        self.sound += verdict is not None and verdict.wrong_node is None
+
     @property
     def solved_fraction(self) -> float | None:
         """Share of the trees with a correct answer. Failed trees do not count."""
@@ -79,6 +100,7 @@ class TreeFigures:
             "failed": self.failed,
             "solved": asdict(mean_over_prompts(solved)) if trees else None,
             "most_frequent_answer_correct": _ratio(self.agreed, trees),
+            "every_step_right": _ratio(self.sound, self.checked),
             "scored_answers": self.scored,
             "distinct_correct_per_tree": _ratio(self.correct, trees),
             "simulations": self.simulations,
@@ -139,6 +161,7 @@ def figure_rows(trees: dict[str, Any], engines: dict[str, Any] | None) -> list[t
         "failed": f"{trees['failed']}",
         "solved": "-" if solved is None else "{mean:.3f} (95 % {low:.3f} to {high:.3f})".format(**solved),
         "most frequent answer correct": _shown(trees["most_frequent_answer_correct"], ".3f"),
+        "first right chain, every step right": _shown(trees["every_step_right"], ".3f"),
         "scored answers": f"{trees['scored_answers']:,}",
         "distinct correct per tree": _shown(trees["distinct_correct_per_tree"], ".2f"),
         "simulations": f"{trees['simulations']:,}",

@@ -21,7 +21,7 @@ from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
 from rlsys.launch import session as launch
 from rlsys.run.checkpoints import CheckpointStore
-from rlsys.types import Prompt, SamplingSettings, TrajectoryGroup
+from rlsys.types import Prompt, SamplingSettings, StepVerdict, TrajectoryGroup
 
 
 def config(samples: int = 2, answers: int = 0, task: str = "letter_count") -> Config:
@@ -136,6 +136,28 @@ def test_the_most_frequent_answer_of_the_first_samples() -> None:
     show(figures, Console(file=stream, width=100))
     assert [line.split()[1] for line in stream.getvalue().splitlines() if "majority@2" in line] == ["0.333"]
     assert "majority_at_k" not in asyncio.run(evaluate(Answering(2, []), prompts, config(samples=1), Words()))
+
+
+def test_the_steps_of_right_chains_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of the samples are right; the chains of p0 have a wrong step, and nobody can check one of the others."""
+    judged = []
+
+    class Steps:
+        one_answer = False
+
+        def check_steps(self, question: str, chain: str) -> StepVerdict | None:
+            judged.append((question, chain))
+            return StepVerdict(wrong_node=0 if question == "p0?" else None) if len(judged) % 4 else None
+
+    monkeypatch.setattr("rlsys.commands.evaluate.build_task", lambda *_: Steps())
+    prompts = [replace(prompt(name), question=f"{name}?") for name in Answering.ANSWERS]
+    figures = asyncio.run(evaluate(Answering(2, []), prompts, config(samples=4), Words()))
+    # Greedy: 7 of p1. Sampled: 7 of p0 twice, and then 7 of p1, the fourth chain, which nobody can check.
+    assert judged == [(question, "<answer>7</answer>") for question in ("p1?", "p0?", "p0?", "p1?")]
+    assert (figures["greedy"]["every_step_right"], figures["sampled"]["every_step_right"]) == (1.0, 0.0)
+    stream = io.StringIO()
+    show(figures, Console(file=stream, width=100))
+    assert [line.split()[-1] for line in stream.getvalue().splitlines() if "every step" in line] == ["1.000", "0.000"]
 
 
 def test_figures_by_true_answer_of_tasks_with_one_answer() -> None:

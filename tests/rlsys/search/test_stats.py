@@ -10,7 +10,7 @@ import pytest
 from rlsys.interfaces import EngineStats
 from rlsys.search.stats import EngineFigures, TreeFigures, figure_rows
 from rlsys.trees import StopReason, ThoughtNode, Tree, TreeFailure
-from rlsys.types import Outcome, Verdict
+from rlsys.types import Outcome, Question, StepVerdict, Verdict
 
 NONE = np.zeros(0, np.int32)
 
@@ -69,6 +69,7 @@ def test_figures_of_trees_by_hand() -> None:
         "trees": 2,
         "failed": 1,
         "most_frequent_answer_correct": 0.5,  # all answers have one text, and the first one of the first tree is right
+        "every_step_right": None,  # nobody judges the steps
         "scored_answers": 4,
         "distinct_correct_per_tree": 1.0,
         "simulations": 8,
@@ -80,6 +81,23 @@ def test_figures_of_trees_by_hand() -> None:
         "counts": {"duplicates": 2, "truncated": 3},
     }
     assert figures().solved_fraction == 0.5
+
+
+def test_the_first_right_chain_of_each_tree_is_judged() -> None:
+    verdicts = [StepVerdict(wrong_node=1), StepVerdict(), None]
+    asked = []
+
+    def check(question: Question, chain: str) -> StepVerdict | None:
+        asked.append((question, chain))
+        return verdicts[len(asked) - 1]
+
+    sums = TreeFigures(check_steps=check)
+    for number, grown in enumerate([tree(WRONG, RIGHT, RIGHT), tree(RIGHT), tree(RIGHT), tree(WRONG)]):
+        sums.add(number, grown)
+    first = tree(WRONG, RIGHT, RIGHT)
+    assert asked[0] == ("q", first.completion(first.answers()[1]))
+    assert len(asked) == 3 and sums.report()["every_step_right"] == 0.5  # of the two that can be judged
+    assert dict(figure_rows(sums.report(), None))["first right chain, every step right"] == "0.500"
 
 
 def test_the_order_of_trees_has_no_influence() -> None:
