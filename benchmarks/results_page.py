@@ -12,7 +12,7 @@ PAGE, FOLDER = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
 MODES = ("greedy", "sampled")
 JOINT = {
     "joint_online": "The joint objective online against GRPO alone",
-    "joint_countdown": "The joint objective where samples rarely succeed: countdown",
+    "joint_hard_letter_count": "The joint objective where samples seldom succeed: letter counting in long words",
 }
 TASKS = {"letter_count": "letter counting", "blocksworld": "blocks world, three blocks"}
 

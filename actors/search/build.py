@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from actors.search.engines import CompletionEngine
 from actors.search.requests import proposing_role
 from actors.search.scheduler import RoleEngine, SchedulerSettings, TreeScheduler, Valuer
+from actors.search.values.deadline import TimedValuer
 from actors.search.values.judge import JudgeValuer, ScoringEngine
 from actors.search.values.rollouts import RolloutValuer
 from actors.search.values.steps import StepValuer
@@ -121,16 +122,18 @@ def _valuer(
     if isinstance(search.value, StepsValueConfig):
         return StepValuer(verifier)
     if isinstance(search.value, RolloutsValueConfig):
-        return RolloutValuer(
+        rollouts = RolloutValuer(
             engine=proposer.engine,
             verifier=verifier,
             codec=proposer.codec,
             temperature=drawing.temperature,
             top_p=drawing.top_p,
         )
+        return TimedValuer(rollouts, search.value.timeout_s)
     if isinstance(search.value, ModelValueConfig):
         assert judge is not None  # noqa: S101 - the config names it
-        return JudgeValuer(judge, ModelFolder(settings.auxiliary_paths["judge"]), search.value)
+        valuer = JudgeValuer(judge, ModelFolder(settings.auxiliary_paths["judge"]), search.value)
+        return TimedValuer(valuer, search.value.timeout_s)
     return None
 
 

@@ -22,6 +22,8 @@ class RolloutsValueConfig(Section):
     type: Literal["rollouts"]
     count: int = Field(default=4, ge=1)
     """Number of chains that are drawn from each new node and judged. The estimate is their mean reward."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """Longest time for the values of the nodes of one completion, in seconds. After it they count as failed."""
     prune_below: float | None = Field(default=None, ge=-1, le=1)
     """Nodes with an estimate below this are ended: nothing is drawn after them. null: none."""
 
@@ -34,6 +36,8 @@ class ModelValueConfig(ServedModelConfig):
     """Answer of the judge for a right step, in quotes. Its first token counts."""
     wrong: str = "no"
     """Answer of the judge for a wrong step, in quotes. Its first token must differ from that of `right`."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """Longest time for the values of the nodes of one completion, in seconds. After it they count as failed."""
     prune_below: float | None = Field(default=None, ge=0, le=1)
     """Nodes with an estimate below this are ended: nothing is drawn after them. null: none."""
 

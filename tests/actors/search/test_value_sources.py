@@ -16,6 +16,7 @@ from search_world import QUESTION, THINK, completion, prompt, search_model
 from actors.engine import CompletionRequest
 from actors.search.build import check_tags
 from actors.search.requests import Call, PlannedCall, Thoughts, Value, Values
+from actors.search.values.deadline import TimedValuer
 from actors.search.values.judge import JudgeValuer, answer_tokens
 from actors.search.values.rollouts import RolloutValuer
 from actors.search.values.steps import StepValuer
@@ -150,6 +151,24 @@ def test_failed_rollouts_do_not_count() -> None:
     sampler, judge = Sampler(refused, good, refused, good), Judge({f"y{good}": RIGHT, f"yz{good}": FAILED})
     line = Thoughts(before=(), texts=("y", "z"), rollouts=((planned(1), planned(2)), (planned(3), planned(4))))
     assert rollouts(sampler, judge, line) == Values(values=((1.0, None),), failed={"error": 1}, tokens=8)
+
+
+def test_values_that_take_too_long_have_failed_and_their_requests_are_cancelled() -> None:
+    class Silent(Sampler):
+        def submit(self, requests: Sequence[CompletionRequest], affinity: int = 0) -> list[Future[Any]]:
+            self.futures: list[Future[Any]] = [Future() for _ in requests]
+            return self.futures
+
+    sampler, line = Silent(), Thoughts(before=(), texts=("y", "z"), rollouts=((planned(1),), (planned(2),)))
+    valuer = RolloutValuer(engine=sampler, verifier=Judge({}), codec=MODEL.codec, temperature=0.5, top_p=0.75)
+    found = ask(TimedValuer(valuer, 0.01), line)
+    assert found == Values(values=((None, None),), failed={"timeout": 2})
+    assert all(future.cancelled() for future in sampler.futures)
+    quick = TimedValuer(
+        RolloutValuer(engine=Sampler(f"{THINK}~"), verifier=Judge({}), codec=MODEL.codec, temperature=0.5, top_p=0.75),
+        60.0,
+    )
+    assert ask(quick, Thoughts(before=(), texts=("y",), rollouts=((planned(1),),))).values == ((0.0,),)
 
 
 def test_a_broken_engine_is_an_error_of_the_tree() -> None:

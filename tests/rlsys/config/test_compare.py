@@ -170,8 +170,8 @@ FREE_FIELDS = {
     "search.tables.NAME": "children after_wrong",
     "search.selection": "type form exploration length_exponent value_weight entropy_weight depth_weight unit chains "
     "draws",
-    "search.value": "type count prune_below template right wrong path tensor_parallel_size dtype max_model_len "
-    "max_num_seqs kv_cache_gib gpu_memory_utilization",
+    "search.value": "type count timeout_s prune_below template right wrong path tensor_parallel_size dtype "
+    "max_model_len max_num_seqs kv_cache_gib gpu_memory_utilization",
     "search.stop": "simulations tokens answers correct sure",
     "search.stop.correct.NUMBER": "count after",
     "extract": "supervised supervised_nodes supervised_rows skip chosen max_backtracks pairs pairs_per_tree "

@@ -1,0 +1,40 @@
+"""The deadline of values: a source that takes too long has failed for all nodes of the request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+from actors.search.requests import Value, Values
+from actors.search.values.shape import shaped
+from rlsys.types import Prompt
+
+log = logging.getLogger(__name__)
+
+
+class Valuer(Protocol):
+    """A source of values, see `actors.search.scheduler.Valuer`."""
+
+    async def values(self, prompt: Prompt, request: Value, affinity: int) -> Values: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TimedValuer:
+    """A source of values with a deadline of `timeout_s` seconds for each request.
+
+    The requests to engines that are under way are cancelled. Their tokens are not counted.
+    """
+
+    source: Valuer
+    timeout_s: float
+
+    async def values(self, prompt: Prompt, request: Value, affinity: int) -> Values:
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return await self.source.values(prompt, request, affinity)
+        except TimeoutError:
+            nodes = sum(len(line.texts) for line in request.lines)
+            log.warning("prompt %s: %d values took longer than %g s", prompt.prompt_id, nodes, self.timeout_s)
+            return Values(values=shaped(request, [None] * nodes), failed={"timeout": nodes})
