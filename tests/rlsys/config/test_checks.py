@@ -125,7 +125,6 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
             ["search.unsolved=true"],
             "search.unsolved has no effect: it needs train.dynamic_sampling_rounds of at least 1",
         ),
-        (["search.unsolved=true", "stages=[warm_start]"], "search.unsolved is for stage online"),
     ],
     "backtracking_has_its_keys": [
         (
@@ -336,6 +335,7 @@ ACCEPTED: list[list[str]] = [
     # A part of a longer recipe, with the settings of its other stages.
     [*PAIRS, "stages=[warm_start]", "preference.path=p", "sft.path=p"],
     [*SEARCHED, "preference.path=p"],
+    ["search.unsolved=true", "stages=[warm_start]"],
     # A run that continues with files instead of the extracted data.
     [*PAIRS, "stages=[search, sft, preference]", "preference.path=p", "sft.path=p"],
     [*PAIRS, *SEARCHED, "stages=[preference, online]", "preference.path=p"],
