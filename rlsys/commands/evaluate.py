@@ -121,7 +121,7 @@ def sample_candidates(group: TrajectoryGroup, tokenizer: Any) -> list[Candidate]
 
 
 def every_step_right(task: Task, groups: Sequence[TrajectoryGroup], tokenizer: Any) -> float | None:
-    """Return the share of the right chains whose every step is right; None without a chain that the task can check."""
+    """Return the share of right chains with every step right; None if the task can check none."""
     verdicts = []
     for group in groups:
         for trajectory in group.trajectories:

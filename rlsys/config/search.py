@@ -232,7 +232,7 @@ class ExtractConfig(Section):
     pairs_per_tree: int = Field(default=1, ge=1)
     """Maximum number of preference pairs of one tree."""
     step_values: bool = True
-    """Whether to write the table step_values, with every node and its whole chain before it: by far the largest."""
+    """Whether to write the table step_values, with every chain of a tree and the values of its nodes."""
     step_value: Literal["mean", "estimate"] = "mean"
     """Value of a node in step_values and step_preferences. `mean`: the mean reward of its chains; `estimate`: that of
     search.value, for all nodes that have one, each with one visit, whatever step_min_visits says."""

@@ -22,6 +22,7 @@ from rlsys.search import extract
 from rlsys.search.codec import TagCodec
 from rlsys.search.paths import prompt_tokens
 from rlsys.search.scores import ScoreFile
+from rlsys.search.step_chains import StepChain, step_chains
 from rlsys.search.supervised import SupervisedRow, supervised_rows
 from rlsys.search.tree_json import read_trees
 from rlsys.tables.schemas import TABLES
@@ -92,7 +93,8 @@ MEANINGS = {
     "supervised": "right chains to imitate",
     "preferences": "a right and a wrong chain of one prompt",
     "step_preferences": "a better and a worse node after the same chain; no end token follows",
-    "step_values": "nodes with their values; no end token follows, unless the node is an answer",
+    "step_values": "chains of nodes with a value each, as for a process reward model; `known` nodes stand in an "
+    "earlier row too",
 }
 
 
@@ -133,8 +135,9 @@ class _Extraction:
         config = self._source.config.extract
         for better, worse in extract.preferred_steps(tree, config, codec):
             self._files["step_preferences"].add(_step_preference_row(tree, prompt, better, worse))
-        for step in extract.step_values(tree, codec, config.step_value) if config.step_values else ():
-            self._files["step_values"].add(_step_value_row(tree, prompt, step))
+        steps = extract.step_values(tree, codec, config.step_value) if config.step_values else []
+        for chain in step_chains(steps):
+            self._files["step_values"].add(_step_values_row(tree, prompt, chain))
 
     def _add_supervised(self, tree: Tree, prompt: str) -> None:
         for row in supervised_rows(tree, self._source.config.extract, self._source.codec, self._scores):
@@ -245,17 +248,19 @@ def _step_preference_row(
     }
 
 
-def _step_value_row(tree: Tree, prompt: str, step: extract.StepValue) -> dict[str, Any]:
+def _step_values_row(tree: Tree, prompt: str, chain: StepChain) -> dict[str, Any]:
+    steps = chain.steps
     return {
-        "prompt": prompt + step.prefix,
-        "completion": step.text,
+        "prompt": prompt + steps[0].prefix,
+        "completions": [step.text for step in steps],
         "prompt_id": tree.prompt_id,
-        "token_ids": step.token_ids.tolist(),
-        "start": step.start,
-        "type": step.type,
-        "value": step.value,
-        "visits": step.visits,
-        "loss_mask": step.loss_mask.tolist(),
+        "token_ids": steps[-1].token_ids.tolist(),
+        "ends": [len(step.token_ids) for step in steps],
+        "types": [step.type for step in steps],
+        "values": [step.value for step in steps],
+        "visits": [step.visits for step in steps],
+        "known": chain.known,
+        "loss_mask": chain.loss_mask.tolist(),
     }
 
 

@@ -8,8 +8,9 @@ Encoding the text again can give other tokens, and a tokenizer that adds a begin
 
 A loss mask has one entry for each id of its column. True marks a token to train. In `supervised` these are all tokens
 after the prompt. In `preferences` they are all tokens after the common prefix, because a chain is judged as a whole,
-whichever model wrote it. In `step_preferences` and `step_values` they are the tokens that a model generated for the
-node. Tags and prefixes that the search put there are left out, because the values do not judge a choice of them.
+whichever model wrote it. In `step_preferences` they are the tokens that a model generated for the node, and in
+`step_values` those of all nodes that no earlier row has. Tags and prefixes that the search put there are left out,
+because the values do not judge a choice of them.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ REAL = Column(pa.float64(), float, "a number")
 COUNT = Column(pa.int32(), int, "a whole number")
 VISITS = Column(pa.int32(), int, "a whole number or null", optional=True)
 SCORES = Column(pa.list_(pa.float32()), float, "a list of numbers")
+TEXTS = Column(pa.list_(pa.string()), str, "a list of texts")
+REALS = Column(pa.list_(pa.float64()), float, "a list of numbers")
 IDS = Column(pa.list_(pa.int32()), int, "a list of whole numbers")
 MASK = Column(pa.list_(pa.bool_()), bool, "a list of truth values")
 
@@ -127,9 +130,9 @@ STEP_PREFERENCES = Table(
 STEP_VALUES = Table(
     "step_values",
     {
-        "prompt": TEXT, "completion": TEXT, "prompt_id": TEXT, "token_ids": IDS, "start": COUNT, "type": TEXT,
-        "value": REAL, "visits": COUNT, "loss_mask": MASK,
+        "prompt": TEXT, "completions": TEXTS, "prompt_id": TEXT, "token_ids": IDS, "ends": IDS, "types": TEXTS,
+        "values": REALS, "visits": IDS, "known": COUNT, "loss_mask": MASK,
     },
-    key=("token_ids", "start", "type"),
+    key=("token_ids", "ends", "types"),
 )  # fmt: skip
 TABLES = (SUPERVISED, PREFERENCES, STEP_PREFERENCES, STEP_VALUES)

@@ -160,17 +160,23 @@ def test_step_rows(extracted: tuple[Path, dict[str, Any]], codec: TagCodec) -> N
     assert [pair["rejected_value"], pair["rejected_visits"]] == [0.25, 4]
     assert pair["prompt_ids"] == codec.prompt(QUESTION)
     assert [pair["chosen_ids"], pair["rejected_ids"]] == [codec.encode(text) for text in texts[1:]]
-    values = lines(extracted[0], "step_values")
-    assert sorted((v["prompt"][len(PROMPT) :], v["completion"], v["value"], v["visits"]) for v in values) == [
-        ("", "<answer>1</answer>", 0.0, 1),
-        ("", "<thinking>ab</thinking>", 1.0, 2),
-        ("", "<thinking>abab</thinking>", 0.25, 4),
-        ("<thinking>ab</thinking>", "<answer>2</answer>", 1.0, 2),
-        ("<thinking>abab</thinking>", "<answer>2</answer>", 1.0, 1),
-        ("<thinking>abab</thinking>", "<answer>3</answer>", 0.0, 3),
+
+
+def test_rows_of_step_values(extracted: tuple[Path, dict[str, Any]], codec: TagCodec) -> None:
+    rows = lines(extracted[0], "step_values")
+    assert sorted((r["completions"], r["values"], r["visits"], r["known"]) for r in rows) == [
+        (["<answer>1</answer>"], [0.0], [1], 0),
+        (["<thinking>ab</thinking>", "<answer>2</answer>"], [1.0, 1.0], [2, 2], 0),
+        (["<thinking>abab</thinking>", "<answer>2</answer>"], [0.25, 1.0], [4, 1], 0),
+        (["<thinking>abab</thinking>", "<answer>3</answer>"], [0.25, 0.0], [4, 3], 1),
     ]
-    for value in values:
-        assert value["token_ids"][value["start"] :] == codec.encode(value["completion"])
+    prompt = codec.prompt(QUESTION)
+    for row in rows:
+        parts = [codec.encode(text) for text in row["completions"]]
+        assert row["prompt"] == PROMPT and row["token_ids"] == [*prompt, *(token for part in parts for token in part)]
+        assert row["ends"] == [len(prompt) + sum(map(len, parts[: n + 1])) for n in range(len(parts))]
+        new = len(prompt) + sum(map(len, parts[: row["known"]]))
+        assert row["loss_mask"] == [False] * new + [True] * (len(row["token_ids"]) - new)
 
 
 def test_masks_of_steps_leave_out_what_the_search_put_there(
@@ -182,20 +188,22 @@ def test_masks_of_steps_leave_out_what_the_search_put_there(
     (pair,) = lines(tmp_path, "step_preferences")
     for side in ("chosen", "rejected"):
         assert pair[f"{side}_loss_mask"] == [False] + [True] * (len(pair[f"{side}_ids"]) - 1)
-    values = lines(tmp_path, "step_values")
-    for row in values:
-        own = len(row["token_ids"]) - row["start"]
-        assert row["loss_mask"] == [False] * (row["start"] + 1) + [True] * (own - 1)
-    assert len(values) == 5
+    rows = lines(tmp_path, "step_values")
+    for row in rows:
+        trained = [False] * len(row["token_ids"])
+        for start, end in zip([len(codec.prompt(QUESTION)), *row["ends"]], row["ends"], strict=False):
+            trained[start + 1 : end] = [start >= [0, *row["ends"]][row["known"]]] * (end - start - 1)
+        assert row["loss_mask"] == trained
+    assert sorted((len(row["ends"]), row["known"]) for row in rows) == [(2, 0), (2, 0), (2, 1)]
 
 
 def test_the_report(extracted: tuple[Path, dict[str, Any]], codec: TagCodec) -> None:
     folder, report = extracted
     assert json.loads((folder / "report.json").read_text()) == report
     assert [report[name] for name in ("trees", "failed", "solved", "missing")] == [3, 1, 2, 0]
-    # p3 is p0 again: one supervised row, one pair, one step pair and five step values are dropped.
-    assert report["rows"] == {"supervised": 1, "preferences": 1, "step_preferences": 1, "step_values": 6}
-    assert report["duplicates"] == {"supervised": 1, "preferences": 1, "step_preferences": 1, "step_values": 5}
+    # p3 is p0 again: one supervised row, one pair, one step pair and three chains of steps are dropped.
+    assert report["rows"] == {"supervised": 1, "preferences": 1, "step_preferences": 1, "step_values": 4}
+    assert report["duplicates"] == {"supervised": 1, "preferences": 1, "step_preferences": 1, "step_values": 3}
     assert report["trees_without_pair"] == {
         "no_answer": 0,
         "no_correct": 1,
