@@ -44,7 +44,8 @@ def with_search(config: Config) -> Config:
     """Return the config of actors that search with the policy until a tree has evaluation.search_answers answers."""
     answers, stop = config.evaluation.search_answers, config.search.stop
     simulations = max(stop.simulations, SIMULATIONS_PER_ANSWER * answers)
-    stop = stop.model_copy(update={"answers": answers, "correct": (), "simulations": simulations, "tokens": None})
+    limits = {"answers": answers, "correct": (), "sure": None, "simulations": simulations, "tokens": None}
+    stop = stop.model_copy(update=limits)
     return config.model_copy(update={"search": config.search.model_copy(update={"stop": stop, "model": None})})
 
 

@@ -94,7 +94,8 @@ def test_the_search_of_an_evaluation_stops_at_answers_and_uses_the_policy() -> N
         },
     )
     search_section = with_search(given).search
-    assert search_section.stop.model_dump() == {"simulations": 256, "tokens": None, "answers": 64, "correct": ()}
+    expected = {"simulations": 256, "tokens": None, "answers": 64, "correct": (), "sure": None}
+    assert search_section.stop.model_dump() == expected
     assert (search_section.model, search_section.reviewer) == (None, given.search.reviewer)
     assert with_search(config(2)).search.stop.simulations == 128  # what the config allows is not lowered
     drawn = sampling_of(given)
