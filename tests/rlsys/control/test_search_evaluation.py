@@ -89,7 +89,7 @@ def test_the_search_of_an_evaluation_stops_at_answers_and_uses_the_policy() -> N
         search={
             "model": {"path": "another"},
             "reviewer": {"path": "third"},
-            "stop": {"simulations": 9, "tokens": 500, "correct": [{"count": 1}]},
+            "stop": {"simulations": 9, "tokens": 500, "correct": [{"count": 1}], "sure": 0.9},
             "temperature": 0.5,
         },
     )
