@@ -27,6 +27,7 @@ quickstart: .venv/.installed ## run the main job: warm start and RL on the tiny 
 reproduce: .venv/.installed ## the paper's ablation, joint training against GRPO, PPO: docs/results.md; hours on 2 cores
 	$(TEST_ENV) $(BIN)/python benchmarks/reproduce.py --write $(ARGS)
 	$(TEST_ENV) $(BIN)/python benchmarks/joint_online.py --write
+	$(TEST_ENV) $(BIN)/python benchmarks/joint_online.py --study hard_letter_count --write
 	$(TEST_ENV) $(BIN)/python benchmarks/ppo.py --write
 
 chaos: .venv/.installed ## 20 minutes of faults around the main job, against undisturbed runs: lost steps, goodput, leftovers

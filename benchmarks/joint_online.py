@@ -10,13 +10,13 @@ comparison; the rate with the largest area under the curve of accuracy over toke
 
 - `letter_count`: samples mostly succeed. The joint arm has the other settings of its config. Their search.fraction and
   weights of preference and sft were chosen after a few trials on the seed of the sweep.
-- `hard_letter_count`: 9 of 100 samples succeed. The arms are GRPO, GRPO with dynamic sampling, joint with search, and
-  joint with search and a larger teacher, which learned from demonstrations without errors. All have the settings of
-  the config.
+- `hard_letter_count`: about one sample in ten succeeds. The arms are GRPO, GRPO with dynamic sampling, joint with
+  search, and joint with search and a larger teacher, which learned from demonstrations without errors. All have the
+  settings of the config but for the number of steps and the evaluations.
 
 Limit: a joint arm reaches the last accuracy of the baseline with at most 0.6 of its tokens, mean of the seeds. A curve
 that flattens also reaches its own last accuracy early, so the page shows the baseline's own share too, and the tokens
-that all arms need to an accuracy below the plateau.
+that all arms need to a lower accuracy.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from cells import metrics, seconds_of, tokens_to, trained  # noqa: E402
 
 LIMIT = 0.6
 INTERVAL = 4
-SMOOTHED = 3  # evaluations in a moving mean: one of 512 problems x 4 samples has a standard error near 0.01
+SMOOTHED = 3  # evaluations in a moving mean: one of 256 to 512 problems x 4 samples has a standard error near 0.01
 SWEEP_SEED, SEEDS = 100, (1, 2, 3)
 QUICK = ["evaluation.greedy=false", "evaluation.prompts=256"]
 NO_PAIRS, NO_SFT = "objective.preference={weight: 0}", "objective.sft={weight: 0}"
@@ -57,7 +57,7 @@ class Study:
         rates: Learning rates of the sweep.
         steps: Training steps of a run.
         sweep_steps: Training steps of a run of the sweep.
-        goal: Accuracy below the plateau.
+        goal: A lower accuracy, to which the tokens are shown, too.
         page: Name of the figures in docs/results.
         teacher: Overrides of the config whose warm start makes the teacher; None without one.
     """
@@ -183,8 +183,8 @@ def main() -> int:
     if arguments.write:
         found = {arm: [{key: getattr(c, key).tolist() for key in c.__slots__} for c in curves[arm]] for arm in curves}
         results_page.keep(study.page, {"rates": rates, "curves": found, "shares": shares, "lines": shown})
-    best = min(float(np.mean(shares[arm])) for arm in study.arms if arm.startswith("joint"))
-    return int(not best <= LIMIT and not arguments.write)  # with --write, the page reports it
+    met = any("Met: yes" in line for line in shown)
+    return int(not met and not arguments.write)  # with --write, the page reports it
 
 
 def end_of(found: Curve) -> float:
@@ -237,7 +237,7 @@ def verdict(study: Study, shares: dict[str, list[float]], curves: dict[str, list
             never += bool(np.isnan(each.tokens_to(bar)))
         found += [
             f"The arm `{arm}` needs {mean:.3f} of the tokens of `{study.baseline}` to reach its last accuracy, mean of "
-            f"the seeds. The limit is {LIMIT}. Met: {'yes' if mean <= LIMIT else 'no'}."
+            f"the seeds. The limit is {LIMIT}. Met: {'yes' if mean <= LIMIT and not never else 'no'}."
             + (f" {never} of {len(last)} seeds never reach it and count with all of their tokens." if never else ""),
             "",
         ]
@@ -253,7 +253,7 @@ def verdict(study: Study, shares: dict[str, list[float]], curves: dict[str, list
         f"`{study.baseline}` itself first reaches its last accuracy after {np.mean(shares[study.baseline]):.3f} of its "
         "tokens.",
         "",
-        f"Tokens to an accuracy of {study.goal:g}, below the plateau (nan: a seed never reaches it): {needed}. "
+        f"Tokens to an accuracy of {study.goal:g} (nan: a seed never reaches it): {needed}. "
         f"By seed, divided by those of the baseline: {ratios}.",
     ]
 

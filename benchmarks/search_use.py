@@ -140,13 +140,13 @@ class Cells:
         self._folder = folder / arm.replace(", ", "-").replace(" ", "_")
         weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(policy.glob("*.safetensors"))]
         settings = config.model_dump_json(include={"task", "search", "sampling"}, exclude_defaults=True)
-        self._asked = [*weights, hashlib.sha256(settings.encode()).hexdigest(), str(count)]
+        self.asked = [*weights, hashlib.sha256(settings.encode()).hexdigest(), str(count)]
 
     def read(self, seed: int) -> list[Any] | None:
         """Return the rows of a seed; None if they were not made, or with another policy or other settings."""
         path = self._path(seed)
         found = json.loads(path.read_text()) if path.exists() else {}
-        rows: list[Any] | None = found.get("rows") if found.get("asked") == self._asked else None
+        rows: list[Any] | None = found.get("rows") if found.get("asked") == self.asked else None
         return rows
 
     async def make(self, pool: SearchPool, seed: int) -> None:
@@ -162,7 +162,7 @@ class Cells:
         else:
             rows = [self.tree_row(task, tree) for tree in await grow_trees(pool, prompts, self.config)]
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._path(seed), {"asked": self._asked, "rows": rows})
+        write_json(self._path(seed), {"asked": self.asked, "rows": rows})
         tokens, seconds = sum(row["total"] for row in rows), time.perf_counter() - started
         print(f"{self._folder.parent.name}, {self.arm}, seed {seed}: {tokens:,} tokens in {seconds:.0f} s", flush=True)
 

@@ -75,7 +75,8 @@ class Simulations:
         if verdict.outcome not in ("ok", "wrong"):
             self.leave(simulation)
             return
-        self._stop.votes[answer_text(simulation.node.text)] += 1
+        if not any(node.backtrack for node in simulation.path):  # such a chain was told what is wrong
+            self._stop.votes[answer_text(simulation.node.text)] += 1
         if self._agreement is None:
             self.back_up(simulation, verdict.reward)
         else:

@@ -40,7 +40,7 @@ class StopRule:
         tokens: Generated tokens of all models.
         scored: Distinct answers with the outcome "ok" or "wrong".
         correct: Correct answers that are distinct by their thinking (`thinking_of`).
-        votes: Chains that ended at a scored answer, by the text of the answer.
+        votes: Chains that ended at a scored answer and were not told of a wrong one, by the text of the answer.
         reason: First limit that was reached; None if no limit was reached.
     """
 

@@ -161,8 +161,10 @@ def test_what_joint_training_is_judged_by(joint_online: ModuleType, monkeypatch:
     shares = {arm: [joint_online.share(each, grpo) for each in found] for arm, found in curves.items()}
     study = joint_online.STUDIES["letter_count"]
     judged, _, own, _, early = joint_online.verdict(study, shares, curves)
-    assert "`joint` needs 0.477 of the tokens of `GRPO`" in judged and "The limit is 0.6. Met: yes." in judged
+    assert "`joint` needs 0.477 of the tokens of `GRPO`" in judged and "The limit is 0.6. Met: no." in judged
     assert "1 of 2 seeds never reach it" in judged and "after 0.667" in own
+    met = joint_online.verdict(study, {"GRPO": [1.0], "joint": [0.155]}, {"GRPO": [grpo], "joint": [joint]})[0]
+    assert "needs 0.155 of the tokens" in met and "Met: yes." in met and "never" not in met
     # 0.9 after 183.3 tokens with GRPO; after 50 * 0.5 / 0.56 = 44.6 and after 120 jointly.
     assert "`GRPO` 183, `joint` 82. By seed, divided by those of the baseline: `joint` 0.244, 0.655" in early
     # As many tokens as both arms generated: 100 of the first pair, 240 of the second.

@@ -91,7 +91,7 @@ def test_a_cell_of_other_settings_is_not_read(search_use: ModuleType, tmp_path: 
     first, folder = cells(), tmp_path / "an_arm"
     assert first.read(0) is None
     folder.mkdir()
-    (folder / "seed-0.json").write_text(json.dumps({"asked": first._asked, "rows": [1]}))
+    (folder / "seed-0.json").write_text(json.dumps({"asked": first.asked, "rows": [1]}))
     assert (first.read(0), cells().read(0), first.read(1)) == ([1], [1], None)
     assert (cells(count=3).read(0), cells("search.max_depth=9").read(0)) == (None, None)
 

@@ -26,7 +26,7 @@ from rlsys.stats import Estimate, mean_over_prompts, pass_at_k
 from rlsys.tasks import build_task
 from rlsys.tasks.answers.extraction import find_answer
 from rlsys.tasks.answers.normalise import normalise
-from rlsys.types import Prompt, TrajectoryGroup
+from rlsys.types import Prompt, Trajectory, TrajectoryGroup
 
 # Answers with fewer problems are left out of the macro mean, because their accuracy is uncertain.
 MACRO_MINIMUM = 30
@@ -92,12 +92,12 @@ async def evaluate(
         ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, samples) if k <= samples})
         figures["pass_at_k"] = {str(k): asdict(mean_over_prompts(pass_at_k(solved(sampled), k))) for k in ks}
         if model is not None and samples > 1:
-            candidates = [sample_candidates(group, model.tokenizer) for group in sampled]
+            candidates = [sample_candidates(group, model) for group in sampled]
             figures["majority_at_k"] = {str(k): asdict(majority_accuracy(candidates, k)) for k in ks if k > 1}
     if model is not None:
         for mode, groups in (("greedy", greedy), ("sampled", sampled)):
             if groups:
-                figures[mode]["every_step_right"] = every_step_right(task, groups, model.tokenizer)
+                figures[mode]["every_step_right"] = every_step_right(task, groups, model)
     if config.evaluation.search_answers:
         figures["search"] = await search_and_sample(pool, prompts, config)
     if one_answer:
@@ -106,13 +106,21 @@ async def evaluate(
     return figures
 
 
-def sample_candidates(group: TrajectoryGroup, tokenizer: Any) -> list[Candidate]:
+def completion_text(trajectory: Trajectory, model: ModelFolder) -> str:
+    """Return the text that the verifier judged: that of all generated tokens without the end token."""
+    ids = trajectory.token_ids[trajectory.loss_mask].tolist()
+    if trajectory.finish_reason == "stop" and ids and ids[-1] in model.end_token_ids:
+        ids.pop()
+    text: str = model.tokenizer.decode(ids)
+    return text
+
+
+def sample_candidates(group: TrajectoryGroup, model: ModelFolder) -> list[Candidate]:
     """Return the answers of the samples of a prompt. Their value is the mean log-probability of the sample."""
     candidates, tokens = [], 0
     for trajectory in group.trajectories:
         tokens += trajectory.completion_length
-        text = tokenizer.decode(trajectory.token_ids[trajectory.loss_mask], skip_special_tokens=True)
-        answer = find_answer(text) if trajectory.answered else None
+        answer = find_answer(completion_text(trajectory, model)) if trajectory.answered else None
         value = float(trajectory.behavior_logprobs.sum()) / max(1, trajectory.completion_length)
         right = trajectory.outcome == "ok" and trajectory.reward > 0
         key = normalise(answer.text) if answer else None
@@ -120,16 +128,16 @@ def sample_candidates(group: TrajectoryGroup, tokenizer: Any) -> list[Candidate]
     return candidates
 
 
-def every_step_right(task: Task, groups: Sequence[TrajectoryGroup], tokenizer: Any) -> float | None:
-    """Return the share of right chains with every step right; None if the task can check none."""
-    verdicts = []
-    for group in groups:
-        for trajectory in group.trajectories:
-            if trajectory.outcome == "ok" and trajectory.reward > 0:
-                text = tokenizer.decode(trajectory.token_ids[trajectory.loss_mask], skip_special_tokens=True)
-                verdicts.append(task.check_steps(group.prompt.question, text))
+def every_step_right(task: Task, groups: Sequence[TrajectoryGroup], model: ModelFolder) -> dict[str, int]:
+    """Return how many right chains the task can check (`checked`), and how many have every step right (`right`)."""
+    verdicts = [
+        task.check_steps(group.prompt.question, completion_text(trajectory, model))
+        for group in groups
+        for trajectory in group.trajectories
+        if trajectory.outcome == "ok" and trajectory.reward > 0
+    ]
     checked = [verdict.wrong_node is None for verdict in verdicts if verdict is not None]
-    return float(np.mean(checked)) if checked else None
+    return {"right": sum(checked), "checked": len(checked)}
 
 
 def majority_accuracy(candidates: Sequence[Sequence[Candidate]], k: int) -> Estimate:
@@ -181,8 +189,9 @@ def show(figures: Mapping[str, Any], console: Console) -> None:
             continue
         for name in ("accuracy", "no_answer_rate"):
             rows.append(_row(f"{mode} {name.replace('_', ' ')}", figures[mode][name]))
-        if figures[mode].get("every_step_right") is not None:
-            share = f"{figures[mode]['every_step_right']:.3f}"
+        steps = figures[mode].get("every_step_right", {"checked": 0})
+        if steps["checked"]:
+            share = f"{steps['right'] / steps['checked']:.3f} of {steps['checked']:,}"
             rows.append((f"{mode} right chains, every step right", share, ""))
         if figures[mode]["error_rate"]:
             rows.append((f"{mode} verifier errors", f"{figures[mode]['error_rate']:.3f}", ""))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from rlsys.config.adapter_checks import adapter_has_no_critic, adapter_stays_on_its_device
 from rlsys.config.data_checks import (
-    curious_tokens_are_imitated,
     divergence_has_scores,
     extracted_nodes_exist,
     masked_chains_are_rows,
@@ -360,7 +359,6 @@ RULES: tuple[Rule, ...] = (
     preference_file_is_read,
     sft_has_trees,
     masked_chains_are_rows,
-    curious_tokens_are_imitated,
     search_is_not_last,
     offline_stages_have_data,
     search_is_read,

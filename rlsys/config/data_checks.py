@@ -21,16 +21,6 @@ def masked_chains_are_rows(config: Config) -> None:
         )
 
 
-def curious_tokens_are_imitated(config: Config) -> None:
-    """Raise if the curiosity term is set and no stage imitates chains."""
-    imitates = config.objective.sft.used or {"warm_start", "sft"} & set(config.stages)
-    if config.objective.sft.curiosity and not imitates:
-        raise ValueError(
-            "objective.sft.curiosity has no effect: raise objective.sft.weight, add the stage warm_start or sft, or "
-            "leave curiosity out"
-        )
-
-
 def extracted_nodes_exist(config: Config) -> None:
     """Raise if the extraction names a node type that no tree has."""
     known = sorted({name for pattern in resolve(config.search).values() for name in pattern.types})

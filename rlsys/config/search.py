@@ -106,8 +106,9 @@ class StopConfig(Section):
     correct: tuple[CorrectRule, ...] = (CorrectRule(count=8), CorrectRule(count=4, after=32))
     """Rules that end the search after a number of correct answers."""
     sure: float | None = Field(default=None, gt=0.5, lt=1)
-    """Probability, from the votes of all chains so far, that the most frequent answer is more probable than the second
-    one, at which the search ends (adaptive consistency). It needs no verdict. null: no limit."""
+    """Probability, as if all chains so far were independent draws, that the most frequent answer is more probable than
+    the second one, at which the search ends (adaptive consistency). Chains that were told of a wrong answer have no
+    vote. null: no limit."""
 
 
 class SearchModelConfig(ServedModelConfig):

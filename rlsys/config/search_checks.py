@@ -60,11 +60,13 @@ def estimates_have_a_source(config: Config) -> None:
 
 def backtracking_has_its_keys(config: Config) -> None:
     """Raise if a key of backtracking is set for a search without it."""
-    if not config.search.backtracking and config.search.backtrack_to != "nearest":
-        raise ValueError(
-            f"search.backtrack_to {config.search.backtrack_to} has no effect: set search.backtracking to true, or "
-            "leave backtrack_to out"
-        )
+    search = config.search
+    for name in ("backtrack_to", "max_backtracks") if not search.backtracking else ():
+        given = getattr(search, name)
+        if given != type(search).model_fields[name].default:
+            raise ValueError(
+                f"search.{name} {given} has no effect: set search.backtracking to true, or leave {name} out"
+            )
 
 
 def tree_advantages_have_trees(config: Config) -> None:

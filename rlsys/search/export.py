@@ -94,7 +94,7 @@ MEANINGS = {
     "preferences": "a right and a wrong chain of one prompt",
     "step_preferences": "a better and a worse node after the same chain; no end token follows",
     "step_values": "chains of nodes with a value each, as for a process reward model; `known` nodes stand in an "
-    "earlier row too",
+    "earlier row of the tree too",
 }
 
 
@@ -255,6 +255,7 @@ def _step_values_row(tree: Tree, prompt: str, chain: StepChain) -> dict[str, Any
         "completions": [step.text for step in steps],
         "prompt_id": tree.prompt_id,
         "token_ids": steps[-1].token_ids.tolist(),
+        "start": steps[0].start,
         "ends": [len(step.token_ids) for step in steps],
         "types": [step.type for step in steps],
         "values": [step.value for step in steps],

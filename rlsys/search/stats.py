@@ -100,7 +100,7 @@ class TreeFigures:
             "failed": self.failed,
             "solved": asdict(mean_over_prompts(solved)) if trees else None,
             "most_frequent_answer_correct": _ratio(self.agreed, trees),
-            "every_step_right": _ratio(self.sound, self.checked),
+            "first_right_chains": {"checked": self.checked, "every_step_right": self.sound},
             "scored_answers": self.scored,
             "distinct_correct_per_tree": _ratio(self.correct, trees),
             "simulations": self.simulations,
@@ -161,7 +161,7 @@ def figure_rows(trees: dict[str, Any], engines: dict[str, Any] | None) -> list[t
         "failed": f"{trees['failed']}",
         "solved": "-" if solved is None else "{mean:.3f} (95 % {low:.3f} to {high:.3f})".format(**solved),
         "most frequent answer correct": _shown(trees["most_frequent_answer_correct"], ".3f"),
-        "first right chain, every step right": _shown(trees["every_step_right"], ".3f"),
+        "first right chain, every step right": _of(**trees["first_right_chains"]),
         "scored answers": f"{trees['scored_answers']:,}",
         "distinct correct per tree": _shown(trees["distinct_correct_per_tree"], ".2f"),
         "simulations": f"{trees['simulations']:,}",
@@ -199,6 +199,10 @@ def _sum(one: EngineStats, other: EngineStats) -> EngineStats:
 
 def _ratio(amount: float, total: float) -> float | None:
     return amount / total if total else None
+
+
+def _of(*, every_step_right: int, checked: int) -> str:
+    return f"{every_step_right / checked:.3f} of {checked:,}" if checked else "-"
 
 
 def _shown(value: float | None, form: str) -> str:

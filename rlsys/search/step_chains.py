@@ -36,7 +36,8 @@ def step_chains(steps: Sequence[StepValue]) -> list[StepChain]:
     """Return all nodes of `rlsys.search.extract.step_values` as chains, in the order of their last nodes."""
     by_ids: dict[bytes, StepValue] = {}
     for step in steps:
-        by_ids.setdefault(step.token_ids.tobytes(), step)
+        if step.start < len(step.token_ids):  # a node without tokens would come before itself
+            by_ids.setdefault(step.token_ids.tobytes(), step)
     parents = {id(step): by_ids.get(step.token_ids[: step.start].tobytes()) for step in steps}
     followed = {id(parent) for parent in parents.values()}
     chains: list[StepChain] = []

@@ -9,8 +9,8 @@ Encoding the text again can give other tokens, and a tokenizer that adds a begin
 A loss mask has one entry for each id of its column. True marks a token to train. In `supervised` these are all tokens
 after the prompt. In `preferences` they are all tokens after the common prefix, because a chain is judged as a whole,
 whichever model wrote it. In `step_preferences` they are the tokens that a model generated for the node, and in
-`step_values` those of all nodes that no earlier row has. Tags and prefixes that the search put there are left out,
-because the values do not judge a choice of them.
+`step_values` those of all nodes that no earlier row of the tree has. Tags and prefixes that the search put there are
+left out, because the values do not judge a choice of them.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ STEP_PREFERENCES = Table(
 STEP_VALUES = Table(
     "step_values",
     {
-        "prompt": TEXT, "completions": TEXTS, "prompt_id": TEXT, "token_ids": IDS, "ends": IDS, "types": TEXTS,
-        "values": REALS, "visits": IDS, "known": COUNT, "loss_mask": MASK,
+        "prompt": TEXT, "completions": TEXTS, "prompt_id": TEXT, "token_ids": IDS, "start": COUNT, "ends": IDS,
+        "types": TEXTS, "values": REALS, "visits": IDS, "known": COUNT, "loss_mask": MASK,
     },
     key=("token_ids", "ends", "types"),
 )  # fmt: skip

@@ -32,9 +32,11 @@ class TimedValuer:
 
     async def values(self, prompt: Prompt, request: Value, affinity: int) -> Values:
         try:
-            async with asyncio.timeout(self.timeout_s):
+            async with asyncio.timeout(self.timeout_s) as deadline:
                 return await self.source.values(prompt, request, affinity)
         except TimeoutError:
+            if not deadline.expired():  # it is the source's own
+                raise
             nodes = sum(len(line.texts) for line in request.lines)
             log.warning("prompt %s: %d values took longer than %g s", prompt.prompt_id, nodes, self.timeout_s)
             return Values(values=shaped(request, [None] * nodes), failed={"timeout": nodes})

@@ -153,6 +153,11 @@ def test_failed_rollouts_do_not_count() -> None:
     assert rollouts(sampler, judge, line) == Values(values=((1.0, None),), failed={"error": 1}, tokens=8)
 
 
+class Broken:
+    async def values(self, prompt: Prompt, request: Value, affinity: int) -> Values:
+        raise TimeoutError("of the source")
+
+
 def test_values_that_take_too_long_have_failed_and_their_requests_are_cancelled() -> None:
     class Silent(Sampler):
         def submit(self, requests: Sequence[CompletionRequest], affinity: int = 0) -> list[Future[Any]]:
@@ -164,6 +169,9 @@ def test_values_that_take_too_long_have_failed_and_their_requests_are_cancelled(
     found = ask(TimedValuer(valuer, 0.01), line)
     assert found == Values(values=((None, None),), failed={"timeout": 2})
     assert all(future.cancelled() for future in sampler.futures)
+    own = TimedValuer(Broken(), 60.0)
+    with pytest.raises(TimeoutError, match="of the source"):
+        ask(own, line)
     quick = TimedValuer(
         RolloutValuer(engine=Sampler(f"{THINK}~"), verifier=Judge({}), codec=MODEL.codec, temperature=0.5, top_p=0.75),
         60.0,

@@ -96,14 +96,15 @@ def test_verifier_errors_have_their_own_row(failing: tuple[str, ...]) -> None:
 
 
 class Words:
-    """A model whose tokens are answers."""
+    """A model whose tokens are answers, and 2 the end token."""
+
+    end_token_ids = (2,)
 
     @property
     def tokenizer(self) -> Words:
         return self
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        assert skip_special_tokens
+    def decode(self, ids: Sequence[int]) -> str:
         return " ".join(f"<answer>{token - 10}</answer>" for token in ids)
 
 
@@ -118,8 +119,8 @@ class Answering(FakePool):
     def drawn(self, prompt: Prompt, answers: Sequence[int]) -> TrajectoryGroup:
         trajectories = [
             replace(
-                trajectory(reward=float(answer == 7), outcome="ok" if answer == 7 else "wrong", length=1),
-                token_ids=np.array([0, 1, 2, 10 + answer], dtype=np.int32),
+                trajectory(reward=float(answer == 7), outcome="ok" if answer == 7 else "wrong"),
+                token_ids=np.array([0, 1, 2, 10 + answer, 2], dtype=np.int32),
                 answered=answer > 0,
             )
             for answer in answers
@@ -154,10 +155,12 @@ def test_the_steps_of_right_chains_are_judged(monkeypatch: pytest.MonkeyPatch) -
     figures = asyncio.run(evaluate(Answering(2, []), prompts, config(samples=4), Words()))
     # Greedy: 7 of p1. Sampled: 7 of p0 twice, and then 7 of p1, the fourth chain, which nobody can check.
     assert judged == [(question, "<answer>7</answer>") for question in ("p1?", "p0?", "p0?", "p1?")]
-    assert (figures["greedy"]["every_step_right"], figures["sampled"]["every_step_right"]) == (1.0, 0.0)
+    assert figures["greedy"]["every_step_right"] == {"right": 1, "checked": 1}
+    assert figures["sampled"]["every_step_right"] == {"right": 0, "checked": 2}
     stream = io.StringIO()
     show(figures, Console(file=stream, width=100))
-    assert [line.split()[-1] for line in stream.getvalue().splitlines() if "every step" in line] == ["1.000", "0.000"]
+    shown = [line.split()[-3:] for line in stream.getvalue().splitlines() if "every step" in line]
+    assert shown == [["1.000", "of", "1"], ["0.000", "of", "2"]]
 
 
 def test_figures_by_true_answer_of_tasks_with_one_answer() -> None:

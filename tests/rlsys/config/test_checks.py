@@ -131,6 +131,7 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
             ["search={backtracking: false, backtrack_to: surprise}"],
             "search.backtrack_to surprise has no effect: set search.backtracking to true",
         ),
+        (["search={backtracking: false, max_backtracks: 3}"], "search.max_backtracks 3 has no effect"),
     ],
     "tree_advantages_have_trees": [
         (["objective.policy.tree_std=true"], "objective.policy.tree_std has no effect on sampled groups"),
@@ -231,9 +232,6 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
             "use objective.sft.source trees, demonstrations or file",
         ),
     ],
-    "curious_tokens_are_imitated": [
-        (["objective.sft.curiosity=1", "stages=[online]"], "objective.sft.curiosity has no effect: raise"),
-    ],
     "search_is_not_last": [(["stages=[online, search]"], "stage search trains nothing: let another follow")],
     "offline_stages_have_data": [
         (["stages=[sft]"], "stage sft has no data: set sft.path, or put the stage search before it"),
@@ -307,7 +305,7 @@ ACCEPTED: list[list[str]] = [
         )
     ),
     ["objective.policy.tree_std=true", *SEARCHED],
-    ["objective.sft.curiosity=1", "stages=[warm_start]"],
+    ["objective.sft.curiosity=1", "stages=[online]"],  # a part of a recipe whose stage before had the term
     ["objective.policy.overlong_buffer=16", "sampling.max_tokens=16"],
     ["objective.policy.aggregation=sequence_mean"],
     ["objective.policy.surrogate=cispo", *SEARCHED],

@@ -69,7 +69,7 @@ def test_figures_of_trees_by_hand() -> None:
         "trees": 2,
         "failed": 1,
         "most_frequent_answer_correct": 0.5,  # all answers have one text, and the first one of the first tree is right
-        "every_step_right": None,  # nobody judges the steps
+        "first_right_chains": {"checked": 0, "every_step_right": 0},  # nobody judges the steps
         "scored_answers": 4,
         "distinct_correct_per_tree": 1.0,
         "simulations": 8,
@@ -96,8 +96,8 @@ def test_the_first_right_chain_of_each_tree_is_judged() -> None:
         sums.add(number, grown)
     first = tree(WRONG, RIGHT, RIGHT)
     assert asked[0] == ("q", first.completion(first.answers()[1]))
-    assert len(asked) == 3 and sums.report()["every_step_right"] == 0.5  # of the two that can be judged
-    assert dict(figure_rows(sums.report(), None))["first right chain, every step right"] == "0.500"
+    assert len(asked) == 3 and sums.report()["first_right_chains"] == {"checked": 2, "every_step_right": 1}
+    assert dict(figure_rows(sums.report(), None))["first right chain, every step right"] == "0.500 of 2"
 
 
 def test_the_order_of_trees_has_no_influence() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
-from tree_samples import CharCodec, answer, node, tree, trees
+from tree_samples import CharCodec, answer, ids, node, tree, trees
 
 from rlsys.search.extract import step_values
 from rlsys.search.step_chains import step_chains
@@ -24,6 +26,19 @@ def test_step_chains_by_hand() -> None:
     assert [[chr(token) for token in chain.steps[-1].token_ids[chain.loss_mask]] for chain in chains] == [
         ["a", "1"], ["2"], ["3"]]  # fmt: skip
     assert (chains[2].steps[0].prefix, step_chains([])) == ("b", [])
+
+
+def test_a_node_without_tokens_is_a_chain_of_its_own() -> None:
+    """Another model ended its chain at once: its end token has no text, so no token of the policy."""
+    of = tree(
+        node(0, "", token_ids=ids("", 9), writer="model"),
+        answer(0, "1", "ok", token_ids=ids("", 8), writer="model"),
+        tokenizers={"model": "other"},
+        prompt_token_ids={"model": ids("", 5)},
+    )
+    of = replace(of, nodes=(of.nodes[0], replace(of.nodes[1], visits=1), of.nodes[2]))
+    chains = step_chains(step_values(of, CODEC))
+    assert [[step.text for step in chain.steps] for chain in chains] == [[""], ["1"]]
 
 
 @given(of=trees())
