@@ -110,6 +110,7 @@ STUDIES = {
         teacher=[
             "task.error_rate=0",
             "model.from_scratch={hidden_size: 256, layers: 4, heads: 8, intermediate_size: 512, tie_embeddings: false}",
+            "warm_start.max_steps=900",
         ],
     ),
 }
