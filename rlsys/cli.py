@@ -1,4 +1,4 @@
-"""The command line: train, check, evaluate, search, score, extract, show, keys.
+"""The command line: train, check, evaluate, search, score, extract, teach, show, keys.
 
 Exit codes: 0 the command reached its end; 1 it failed; 2 the input is not usable, also the files of the run to be
 resumed, and the same command fails again until the user acts; 75 run.time_limit has passed; 128 + n it was stopped by
@@ -170,6 +170,21 @@ def search(config: ConfigPath, overrides: Overrides = None) -> None:
     from rlsys.commands import search as search_command
 
     print(search_command.run(resolved))
+
+
+@app.command()
+def teach(
+    config: ConfigPath,
+    output: Annotated[str, typer.Argument(help="Parquet file to write, for sft.path of a training run.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write the rows of sft.path with the scores of teacher.model, for objective.distill without a teacher's engine."""
+    from rlsys.config.files import load_config
+
+    resolved = load_config(config, overrides or [])
+    from rlsys.commands import teach as teach_command
+
+    print(teach_command.run(resolved, Path(output)))
 
 
 @app.command()

@@ -43,8 +43,8 @@ class ExpectedScores:
         if not self.optional:
             raise DataError(
                 f"{file.where}: expected the columns token_ids, loss_mask, {', '.join(COLUMNS)}, because "
-                f"objective.distill trains on these rows; found {', '.join(file.names())}; add the scores, or set "
-                "teacher.model.path to let engines score the rows"
+                f"objective.distill trains on these rows; found {', '.join(file.names())}; add the scores (`rlsys "
+                "teach`), or set teacher.model.path to let engines score the rows"
             )
 
 
