@@ -73,13 +73,15 @@ def scored(engine: Any, rows: SupervisedRows, numbers: Sequence[int], tokens: in
     The first token of a row is never trained, because nothing predicts it.
     """
     picked = [rows.row(number) for number in numbers]
-    found = [future.result() for future in engine.token_scores([row.token_ids for row in picked], tokens)]
+    scores = [future.result() for future in engine.token_scores([row.token_ids for row in picked], tokens)]
     masks = [np.concatenate([[False], row.loss_mask[1:]]) for row in picked]
     return {
         "token_ids": [row.token_ids.tolist() for row in picked],
         "loss_mask": [mask.tolist() for mask in masks],
-        "teacher_ids": [ids[mask[1:]].ravel().tolist() for (ids, _), mask in zip(found, masks, strict=True)],
-        "teacher_logprobs": [scores[mask[1:]].ravel().tolist() for (_, scores), mask in zip(found, masks, strict=True)],
+        "teacher_ids": [ids[mask[1:]].ravel().tolist() for (ids, _), mask in zip(scores, masks, strict=True)],
+        "teacher_logprobs": [
+            logprobs[mask[1:]].ravel().tolist() for (_, logprobs), mask in zip(scores, masks, strict=True)
+        ],
     }
 
 
