@@ -1,6 +1,6 @@
 """One answer for each prompt without a verifier: accuracy against generated tokens, for samples, beams and trees.
 
-`python benchmarks/decoding.py [--tasks sums ...] [--write]`
+`python benchmarks/decoding.py [--tasks hard_letter_count] [--write]`
 
 Every arm has the same policy and the same held-out prompts, and gives one answer for as many tokens:
 
@@ -52,6 +52,7 @@ from rlsys.types import Prompt, Trajectory, TrajectoryGroup  # noqa: E402
 
 BUDGETS = (64, 128, 256, 512)
 SURE = 0.95
+ONE_ANSWER = ("letter_count", "hard_letter_count")  # tasks whose problems have one right answer, for the vote
 WIDTHS = (1, 2, 4, 8)
 TREE = "tree by surprise, agreement"
 SEARCH = [
@@ -200,9 +201,7 @@ def _share(right: Sequence[bool]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--tasks", nargs="+", choices=list(TASKS), default=["letter_count", "hard_letter_count", "sums"]
-    )
+    parser.add_argument("--tasks", nargs="+", choices=ONE_ANSWER, default=list(ONE_ANSWER))
     parser.add_argument("--prompts", type=int, default=256, help="number of held-out prompts of a seed")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
     parser.add_argument("--folder", type=Path, default=Path("runs/decoding"))
