@@ -44,10 +44,10 @@ def run(config: Config, output: Path) -> str:
     if output.exists() or output.suffix != ".parquet":
         raise ConfigError(f"{output}: expected the name of a new file that ends with .parquet; choose another name")
     rows = _rows(config, policy)
+    os.environ.update(child_environment(local=True))  # before vllm is imported
     from actors.engine import Engine
 
     assert config.teacher.model is not None  # noqa: S101 - checked above
-    os.environ.update(child_environment(local=True))
     settings = engine_settings(config, "teacher", config.teacher.model)
     engine = Engine(teacher.path, settings, config.run.device, teacher.end_token_ids)
     schema = pa.schema([(name, column.type) for name, column in SCORED_IDS.items()])

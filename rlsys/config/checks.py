@@ -10,11 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rlsys.config.adapter_checks import adapter_has_no_critic, adapter_stays_on_its_device
-from rlsys.config.data_checks import (
-    divergence_has_scores,
-    extracted_nodes_exist,
-    masked_chains_are_rows,
-)
+from rlsys.config.data_checks import divergence_has_scores, extracted_nodes_exist, masked_chains_are_rows
 from rlsys.config.device_checks import colocated_fit
 from rlsys.config.patterns import resolve
 from rlsys.config.search_checks import (

@@ -5,19 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
-from typing import Protocol
 
 from actors.search.requests import Value, Values
+from actors.search.scheduler import Valuer
 from actors.search.values.shape import shaped
 from rlsys.types import Prompt
 
 log = logging.getLogger(__name__)
-
-
-class Valuer(Protocol):
-    """A source of values, see `actors.search.scheduler.Valuer`."""
-
-    async def values(self, prompt: Prompt, request: Value, affinity: int) -> Values: ...
 
 
 @dataclass(frozen=True, slots=True)
