@@ -68,6 +68,12 @@ METHODS: Mapping[str, Sequence[str]] = {
         "objective.distill.weight=0.1",
     ],
     "RLAD": ["objective.distill.weight=0", "objective.policy.teacher_share=0.5"],
+    "GKD, the whole vocabulary, teacher in the learner": [
+        "teacher.model=null",
+        "teacher.in_learner=TEACHER",
+        "objective.distill.divergence=whole",
+        "objective.distill.beta=0.5",
+    ],
 }
 
 
@@ -109,7 +115,7 @@ def row(name: str, run_dir: Path, stages: Path, settings: Sequence[str]) -> str:
     models = [f"model.path={stages / 'warm_start'}"]
     if "teacher.model=null" not in settings:
         models.append(f"teacher.model.path={stages / 'online'}")
-    trained(run_dir, CONFIG, [*models, *settings])
+    trained(run_dir, CONFIG, [*models, *(each.replace("TEACHER", str(stages / "online")) for each in settings)])
     first, *steps = metrics(run_dir, "online")
     held_out = [first["held_out/sampled_accuracy"]]
     held_out += [

@@ -172,11 +172,11 @@ class ForwardPasses:
         )
         return logprobs, entropies, at_others, softened
 
-    def others(self, batch: MicroBatch, reference: Any, interpolation: float) -> OtherTokens | WholeTeacher | None:
+    def others(self, batch: MicroBatch, teacher: Any, interpolation: float) -> OtherTokens | WholeTeacher | None:
         """Return what a pass computes for the term distill; None without its targets.
 
         Args:
-            reference: the policy that the stage began with, in use: the teacher of the whole vocabulary.
+            teacher: a frozen model in use: the teacher of the whole vocabulary.
             interpolation: share of that teacher in this step.
         """
         distill = batch.distill
@@ -185,9 +185,9 @@ class ForwardPasses:
         if distill.ids is not None:
             return OtherTokens(distill.positions, distill.ids)
         self.passes += 1
-        states = reference.states(batch, batch.targets[distill.positions])
+        states = teacher.states(batch, batch.targets[distill.positions])
         beta = self._settings.objective.distill.beta
-        layer = reference.logits
+        layer = teacher.logits
         return WholeTeacher(
             rows=distill.positions, states=states, output_layer=layer, beta=beta, interpolation=interpolation
         )

@@ -47,13 +47,14 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class LearnerRank:
-    """Policy, critic and reference policy on one rank."""
+    """Policy, critic, reference policy and teacher on one rank."""
 
     def __init__(self, settings: RankSettings) -> None:
         self.settings = settings
         self.policy: TrainedModel | None = None
         self.critic: TrainedModel | None = None
         self.reference: ReferencePolicy | AdapterReference | None = None
+        self.teacher: ReferencePolicy | None = None
         self.forward = ForwardPasses(settings)
         self.asleep = False
         join_process_group(settings)
@@ -82,56 +83,42 @@ class LearnerRank:
         self._release()
         self.stage = stage
         settings, resumed = self.settings, CheckpointDirectory(resume or Path())
-        module = self._loaded(partial(load_policy, settings), policy)
+        module = _loaded(settings, partial(load_policy, settings), policy)
         config = policy_config(settings, module, policy)
         self.forward.describe(module)
         self.policy = TrainedModel("policy", module, config, settings, stage.optimizer, stage.policy_updates)
         restore_model(self.policy, resumed.learner if resume else None)
         if stage.critic:
-            critic = self._loaded(partial(load_critic, saved=resumed.critic if resume else None), policy)
+            critic = _loaded(settings, partial(load_critic, saved=resumed.critic if resume else None), policy)
             self.critic = TrainedModel("critic", critic, critic.config, settings, stage.critic, stage.total_updates)
             restore_model(self.critic, resumed.critic_learner if resume else None)
         if reference:
             self.reference = self._reference(reference)
+        if stage.whole_teacher and settings.teacher:
+            self.teacher = self._frozen(settings.teacher)
 
     def _reference(self, folder: Path) -> ReferencePolicy | AdapterReference:
         if self.settings.lora is None:
-            return ReferencePolicy(self._loaded(load_model, folder), self.settings)
+            return self._frozen(folder)
         with fail_on_all_ranks(LearnerLostError, self.settings.device):
             reference = AdapterReference(self._policy, folder)
         return reference
 
-    def _loaded(self, load: Callable[..., Module], folder: Path) -> Module:
-        """Load a model. Raise on all ranks if one cannot read it, because the next calls need all ranks.
-
-        Raises:
-            LearnerLostError: a rank failed; new ranks may succeed.
-            ConfigError: a rank refused the folder, as new ranks would.
-        """
-        module, refusal = None, ""
-        with fail_on_all_ranks(LearnerLostError, self.settings.device):
-            try:
-                learner = self.settings.learner
-                module = load(folder, learner.dtype, self.settings.device, partitioned=learner.zero_stage == 3)
-            except ConfigError as error:
-                refusal = error.message
-        with fail_on_all_ranks(ConfigError, self.settings.device):
-            if module is None:
-                raise ConfigError(refusal)
-        return module
+    def _frozen(self, folder: Path) -> ReferencePolicy:
+        return ReferencePolicy(_loaded(self.settings, load_model, folder), self.settings)
 
     def _release(self) -> None:
-        for model in (self.policy, self.critic, self.reference):
+        for model in (self.policy, self.critic, self.reference, self.teacher):
             if model is not None:
                 model.destroy()
-        self.policy = self.critic = self.reference = None
+        self.policy = self.critic = self.reference = self.teacher = None
         if self.settings.learner.zero_stage == 3:
             restart_numbers()
 
     def sleep(self) -> None:
         """Move all states to the host, so that engines can use the device. Calls fail until `wake`.
 
-        The reference policy is there between its uses, except at ZeRO 3, where its parts stay on the device.
+        Reference policy and teacher are there between their uses, except at ZeRO 3, where parts stay on the device.
         """
         for model in filter(None, (self.policy, self.critic)):
             model.offload()
@@ -231,7 +218,7 @@ class LearnerRank:
             policy=self._policy,
             critic=self.critic,
             weights=weights,
-            reference=self.reference,
+            teacher=self.teacher or self.reference,
             interpolation=batch.interpolation or objective.distill.interpolation_at(step, self.stage.steps),
             metrics=StepMetrics(self.settings.device, tuple(weights), reports=self.settings.reports),
         )
@@ -296,6 +283,25 @@ class LearnerRank:
         """
         torch.manual_seed(_seed(self.settings.seed, version, self.settings.rank))
         return _seed(self.settings.seed, version)
+
+
+def _loaded(settings: RankSettings, load: Callable[..., Module], folder: Path) -> Module:
+    """Load a model. Raise on all ranks if one cannot read it, because the next calls need all ranks.
+
+    Raises:
+        LearnerLostError: a rank failed; new ranks may succeed.
+        ConfigError: a rank refused the folder, as new ranks would.
+    """
+    module, refusal, learner = None, "", settings.learner
+    with fail_on_all_ranks(LearnerLostError, settings.device):
+        try:
+            module = load(folder, learner.dtype, settings.device, partitioned=learner.zero_stage == 3)
+        except ConfigError as error:
+            refusal = error.message
+    with fail_on_all_ranks(ConfigError, settings.device):
+        if module is None:
+            raise ConfigError(refusal)
+    return module
 
 
 def _seed(*parts: int) -> int:

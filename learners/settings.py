@@ -23,6 +23,7 @@ class RankSettings:
         attempt: number of earlier groups of ranks in this command.
         lora: section `model.lora`; None if all weights are trained.
         base: folder of the model that has the adapter; used with `lora` alone.
+        teacher: folder of `teacher.in_learner`; None for the policy that a stage began with.
     """
 
     rank: int
@@ -40,6 +41,7 @@ class RankSettings:
     attempt: int = 0
     lora: LoraConfig | None = None
     base: Path = Path()
+    teacher: Path | None = None
 
     @property
     def shares(self) -> int:

@@ -51,7 +51,7 @@ class TrainingStep:
         critic: None if the objective has no value term.
         weights: weight of each term in this step.
         interpolation: share of the teacher in this step; see `learners.objective.distillation`.
-        reference: the policy that the stage began with; None if no term needs it.
+        teacher: the teacher of the whole vocabulary, which is not used for another divergence.
     """
 
     settings: RankSettings
@@ -61,7 +61,7 @@ class TrainingStep:
     weights: Mapping[str, float]
     metrics: StepMetrics
     interpolation: float = 1.0
-    reference: Any = None
+    teacher: Any = None
 
     @property
     def models(self) -> list[TrainedModel]:
@@ -115,9 +115,9 @@ class TrainingStep:
 
     def _policy_gradient(self, items: list[PackItem], context: UpdateContext) -> None:
         batches = self.forward.micro_batches(items)
-        # The output layer of the reference is also needed in the backward pass, which computes parts again.
+        # The output layer of the teacher is also needed in the backward pass, which computes parts again.
         whole = self.settings.objective.distill.divergence == "whole" and "distill" in self.weights
-        with self.reference.in_use() if whole else contextlib.nullcontext():
+        with self.teacher.in_use() if whole else contextlib.nullcontext():
             if context.measures_gradients:
                 self._measure_gradient_norms(batches)
             for batch in batches:
@@ -130,7 +130,7 @@ class TrainingStep:
 
     def _terms(self, model: Any, batch: MicroBatch) -> tuple[Tensor, dict[str, LossOutput]]:
         """Return the log-probabilities of a pass, [N], and the losses by term."""
-        tokens = self.forward.others(batch, self.reference, self.interpolation)
+        tokens = self.forward.others(batch, self.teacher, self.interpolation)
         logprobs, entropy, others, softened = self.forward.logprobs(model, batch, entropy=True, others=tokens)
         objective = self.settings.objective
         return logprobs, joint_loss(logprobs, entropy, batch, objective, others, self.interpolation, softened)

@@ -37,10 +37,14 @@ class WholeTeacher:
     def divergences(self, logits: Tensor) -> Tensor:
         """Return the [P, 1] divergences of the policy from the teacher, nats, at temperature 1.
 
+        Sizes of one model family fill up their vocabularies differently. Tokens that one model lacks are left out.
+
         Args:
             logits: [N, V] of the policy at all targets; carries gradient.
         """
         with torch.no_grad():
-            teacher = self.output_layer(self.states).double().log_softmax(-1)
-        policy = logits.index_select(0, self.rows).double().log_softmax(-1)
+            of_teacher = self.output_layer(self.states)
+            shared = min(of_teacher.shape[-1], logits.shape[-1])
+            teacher = of_teacher[:, :shared].double().log_softmax(-1)
+        policy = logits.index_select(0, self.rows)[:, :shared].double().log_softmax(-1)
         return divergences(policy, teacher, beta=self.beta, interpolation=self.interpolation).unsqueeze(-1).to(logits)

@@ -27,7 +27,7 @@ def run(config: Config) -> None:
     start = find_start(config, run_dir, checkpoint_store(config))
     prepared = prepare(config, "check")
     if start.checkpoint and prepared.policy.path.is_dir():  # `train` builds a model that is missing
-        check_inputs(start.checkpoint, prepared.inputs.fingerprint())
+        check_inputs(start.checkpoint, prepared.fingerprint())
         check_extraction(config, start.state, start.checkpoint, len(prepared.tree_prompts))
     print(dump_config(config))
     for title, plan in zip(("resource plan", "resource plan of rlsys search"), prepared.plans, strict=False):

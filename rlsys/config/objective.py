@@ -156,7 +156,7 @@ class DistillConfig(Component):
     """Divergence between the policy's and the teacher's distributions of the next token. sampled: the reverse
     divergence, estimated from the sampled tokens alone; top_k: the generalised Jensen-Shannon divergence (GKD) over the
     top_k most probable tokens of the teacher, and all others as one more token; whole: the same over all tokens, from
-    the policy that the stage began with, which the learner holds (no teacher.model)."""
+    teacher.in_learner or the policy that the stage began with (no teacher.model)."""
     top_k: int = Field(default=16, ge=1, le=1024)
     """For top_k: number of tokens of the teacher at every place."""
     on_policy_share: float = Field(default=1.0, ge=0, le=1)

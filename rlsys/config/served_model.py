@@ -31,3 +31,6 @@ class ServedModelConfig(Section):
 class TeacherConfig(Section):
     model: ServedModelConfig | None = None
     """Model that scores the tokens of the policy, with the tokenizer of the policy. null: no teacher."""
+    in_learner: str | None = None
+    """Folder or hub id of a model that the learner itself holds, with the tokenizer of the policy, for
+    objective.distill.divergence whole. null: the policy that the stage began with."""

@@ -44,6 +44,7 @@ class StageSettings:
         optimizer: the optimizer of the policy.
         critic: the optimizer of the critic; None for a stage without a critic.
         warmup_steps: first steps of the stage, in which the critic learns and the policy term has no weight.
+        whole_teacher: whether the learner holds a teacher of the whole vocabulary.
     """
 
     stage: StageName
@@ -52,6 +53,7 @@ class StageSettings:
     optimizer: OptimizerConfig
     critic: OptimizerConfig | None = None
     warmup_steps: int = 0
+    whole_teacher: bool = False
 
     @property
     def total_updates(self) -> int:
@@ -205,12 +207,13 @@ def _online(config: Config) -> StagePlan:
             optimizer=train.optimizer,
             critic=train.critic_optimizer if objective.value.used else None,
             warmup_steps=objective.value.warmup_steps,
+            whole_teacher=objective.distill.used and objective.distill.divergence == "whole",
         ),
         publishes="every step",
         data=(*rows, *pairs),
         keeps_reference=(objective.policy.used and objective.kl.used)
         or (objective.preference.used and objective.preference.source == "search")
-        or (objective.distill.used and objective.distill.divergence == "whole"),
+        or (objective.distill.used and objective.distill.divergence == "whole" and not config.teacher.in_learner),
         scores_pairs=bool(pairs) and objective.preference.used,
         asks_for_trees=config.search.online,
         scores_rows=bool(rows) and _scores_rows(config),
@@ -220,18 +223,21 @@ def _online(config: Config) -> StagePlan:
 def _offline(config: Config, stage: StageName, optimizer: OptimizerConfig, source: DataSource) -> StagePlan:
     steps: int = getattr(config, stage).max_steps
     distill = config.objective.distill
+    whole = source.kind != "pairs" and distill.on_rows and distill.divergence == "whole"
     return StagePlan(
         name=stage,
         section=stage,
         loop="offline",
         steps=steps,
         progress_total=steps,
-        settings=StageSettings(stage=stage, steps=max(1, steps), updates_per_step=1, optimizer=optimizer),
+        settings=StageSettings(
+            stage=stage, steps=max(1, steps), updates_per_step=1, optimizer=optimizer, whole_teacher=whole
+        ),
         publishes="at its end" if config.stages[-1] == stage else "never",
         data=(source,),
         scores_pairs=source.kind == "pairs" and config.objective.preference.used,
         scores_rows=source.kind != "pairs" and _scores_rows(config),
-        keeps_reference=source.kind != "pairs" and distill.on_rows and distill.divergence == "whole",
+        keeps_reference=whole and not config.teacher.in_learner,
     )
 
 

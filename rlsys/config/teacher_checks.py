@@ -39,6 +39,11 @@ def distillation_has_a_teacher(config: Config) -> None:
             "teacher.model has no effect: raise objective.distill.weight or objective.policy.teacher_share, or leave "
             "teacher out"
         )
+    if config.teacher.in_learner and not any(plan.settings.whole_teacher for plan in plans):
+        raise ValueError(
+            "teacher.in_learner has no effect: set objective.distill.divergence to whole and raise "
+            "objective.distill.weight, or leave it out"
+        )
     if model is not None and "online" not in config.stages and not any(plan.scores_rows for plan in plans):
         raise ValueError(
             "teacher.model serves stage online, and warm_start and sft with objective.distill.on_policy_share below 1: "

@@ -66,6 +66,12 @@ class Prepared:
     notes: Sequence[str]
     plans: Sequence[ResourcePlan]
     adapter: AdapterSpec | None = None
+    held_teacher: ModelFolder | None = None
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return digests of everything that the run reads, by the config field that names each."""
+        teachers = {"teacher.model.path": self.models.get("teacher"), "teacher.in_learner": self.held_teacher}
+        return self.inputs.fingerprint() | {name: model.digest for name, model in teachers.items() if model}
 
     @property
     def policy(self) -> ModelFolder:
@@ -146,8 +152,10 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
     policy = policy or prepare_model(config, Path(config.run.dir).absolute(), build=purpose != "check")
     searches = _searches(config, purpose)
     models, engines = _load_models(config, policy, _needed_roles(purpose, searches))
+    held_teacher = _held_teacher(config, policy) if trains and config.teacher.in_learner else None
     notes = check_models(config, models, trains=trains)
     adapter = check_adapter(policy, config.model.lora) if trains and config.model.lora else None
+    notes += [adapter.describe()] if adapter else []
     search_config, _, searcher = assign_search_roles(config, policy.path, engines)
     if trains:  # the actors serve the policy, whatever model grows the trees
         auxiliary = tuple(each for role, each in engines.items() if searches or role == "teacher")
@@ -156,7 +164,7 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
         searching = searcher if searches else None
     serving = search_config if purpose == "search" else config
     trained = adapter.parameters if adapter else None
-    plans = [plan_resources(serving, models, searching, learner=trains, trained=trained)]
+    plans = [plan_resources(serving, models, searching, learner=trains, trained=trained, held=held_teacher)]
     if purpose != "check":
         plans[0].check()
     elif engines.keys() - {"teacher"}:
@@ -172,15 +180,23 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
         searching=searching,
         inputs=inputs,
         tree_prompts=find_prompts(config, inputs) if grows_trees else (),
-        notes=[
-            *notes,
-            *([adapter.describe()] if adapter else []),
-            *(warnings(config) if trains else ()),
-            *inputs.notes,
-        ],
+        notes=[*notes, *(warnings(config) if trains else ()), *inputs.notes],
         plans=plans,
         adapter=adapter,
+        held_teacher=held_teacher,
     )
+
+
+def _held_teacher(config: Config, policy: ModelFolder) -> ModelFolder:
+    """Return the teacher that the learner holds.
+
+    Raises:
+        ConfigError: it cannot be used, or has another tokenizer than the policy.
+    """
+    teacher = given_model(str(config.teacher.in_learner), "teacher.in_learner")
+    check_model(teacher, Use(longest=config.actors.max_model_len, longest_field="actors.max_model_len"))
+    check_same_tokens(policy, teacher, field="teacher.in_learner")
+    return teacher
 
 
 def check_models(config: Config, models: Mapping[Role, ModelFolder], *, trains: bool) -> list[str]:
@@ -216,7 +232,9 @@ def check_models(config: Config, models: Mapping[Role, ModelFolder], *, trains: 
     return notes
 
 
-def check_same_tokens(policy: ModelFolder, teacher: ModelFolder, scored: int | None = None) -> None:
+def check_same_tokens(
+    policy: ModelFolder, teacher: ModelFolder, scored: int | None = None, field: str = "teacher.model.path"
+) -> None:
     """Refuse a teacher with another tokenizer than the policy, whose scores would be of other tokens.
 
     Args:
@@ -227,7 +245,7 @@ def check_same_tokens(policy: ModelFolder, teacher: ModelFolder, scored: int | N
     """
     if policy.tokenizer_digest != teacher.tokenizer_digest:
         raise ConfigError(
-            f"teacher.model.path {teacher.path}: expected the tokenizer of the policy {policy.path}, found another "
+            f"{field} {teacher.path}: expected the tokenizer of the policy {policy.path}, found another "
             "one; objective.distill compares single tokens, so choose a teacher of the same family"
         )
     if scored is not None and teacher.vocabulary is not None and scored > teacher.vocabulary:

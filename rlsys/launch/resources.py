@@ -92,6 +92,7 @@ def plan_resources(
     *,
     learner: bool,
     trained: int | None = None,
+    held: ModelFolder | None = None,
 ) -> ResourcePlan:
     """Plan the needs of every phase. Rollout and learning alternate on CPUs. On GPUs, host memory holds no models.
 
@@ -101,6 +102,7 @@ def plan_resources(
         searching: the engines of the search; None if the rollout actors only sample from the policy.
         learner: whether there are learner ranks.
         trained: number of parameters of the adapter that is trained; None if the whole policy is.
+        held: the teacher that every learner rank holds.
     """
     auxiliary = searching.auxiliary if searching else ()
     ranks = config.learner.ranks if learner else 0
@@ -109,7 +111,8 @@ def plan_resources(
         served = models[searching.role if searching else "policy"].parameters
         published = served if trained is None else trained
         store = object_store_bytes(config, published) if learner else MINIMUM_STORE_BYTES
-        memory = _engines_gib(config, config.actors, served) + ranks * _rank_gib(config, served, trained)
+        rank = _rank_gib(config, served, trained) + (held.parameters * BYTES[config.learner.dtype] / GIB if held else 0)
+        memory = _engines_gib(config, config.actors, served) + ranks * rank
         if learner:  # rank 0 keeps the published policy for actors that start late
             memory += published * BYTES[config.learner.dtype] / GIB
         memory += sum(_engines_gib(config, engines.actors, models[engines.role].parameters) for engines in auxiliary)

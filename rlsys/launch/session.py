@@ -93,7 +93,7 @@ def train(config: Config) -> str:
         if is_complete(config, start, run_dir):
             return report.complete(config, start.state.step) + report.finished(config)
         prepared = prepare(config, "train")
-        check_inputs(start.checkpoint, prepared.inputs.fingerprint())
+        check_inputs(start.checkpoint, prepared.fingerprint())
         check_extraction(config, start.state, start.checkpoint, len(prepared.tree_prompts))
         start.prepare_directory(run_dir)  # the first change to the run directory: a refused command leaves it as it was
         write_text(directory.config, dump_config(config))
@@ -204,6 +204,7 @@ async def _train(cluster: Cluster, session: Session) -> None:
     """Start actors and learner, and train until the end; a lost learner is restarted."""
     config, start, display = session.config, session.start, session.display
     inputs, initial_policy = session.prepared.inputs, session.prepared.policy.path
+    teacher = session.prepared.held_teacher
     serving = CheckpointDirectory(start.checkpoint).policy if start.checkpoint else initial_policy
     for note in session.prepared.notes:
         display.message(note)
@@ -220,7 +221,7 @@ async def _train(cluster: Cluster, session: Session) -> None:
         ranks = session.placement.indices[LEARNER]
 
         def spawn(attempt: int) -> list[Any]:
-            return learner_handles(cluster, ranks, inputs.pad_token_id, attempt, initial_policy)
+            return learner_handles(cluster, ranks, inputs.pad_token_id, attempt, initial_policy, teacher)
 
         learner = ColocatedLearner(spawn, config, device) if device else RayLearner(spawn, config)
         dtype = _lowest_dtype(config)
@@ -297,7 +298,7 @@ def _run_context(
         data=inputs.data,
         held_out=inputs.held_out,
         search=_search_stage(session, pool) if session.prepared.tree_prompts else None,
-        fingerprint=inputs.fingerprint(),
+        fingerprint=session.prepared.fingerprint(),
     )
 
 

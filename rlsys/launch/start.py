@@ -26,7 +26,7 @@ from rlsys.launch.colocated import ColocatedActor
 from rlsys.launch.placement import ROLLOUT, Placement, place
 from rlsys.launch.ray_cluster import RENDEZVOUS, Cluster
 from rlsys.launch.remote import RayActor
-from rlsys.models.folder import is_adapter
+from rlsys.models.folder import ModelFolder, is_adapter
 from rlsys.trees import Role
 
 # Concurrent calls of one actor. With Ray's default of 1000, calls for statistics would wait behind trees.
@@ -169,7 +169,14 @@ def _auxiliary_handles(
     return handles
 
 
-def learner_handles(cluster: Cluster, bundles: Sequence[int], pad_token_id: int, attempt: int, base: Path) -> list[Any]:
+def learner_handles(
+    cluster: Cluster,
+    bundles: Sequence[int],
+    pad_token_id: int,
+    attempt: int,
+    base: Path,
+    teacher: ModelFolder | None = None,
+) -> list[Any]:
     """Start the learner ranks and return their handles. Every attempt has its own rendezvous file.
 
     Args:
@@ -178,6 +185,7 @@ def learner_handles(cluster: Cluster, bundles: Sequence[int], pad_token_id: int,
         pad_token_id: the token that fills up rows of a batch.
         attempt: number of earlier restarts of the learner.
         base: the initial policy, which is the base model of adapters.
+        teacher: the model `teacher.in_learner`; None for none.
     """
     config = cluster.config
     store = cluster.run_dir / f"{RENDEZVOUS}{uuid.uuid4().hex}"
@@ -199,6 +207,7 @@ def learner_handles(cluster: Cluster, bundles: Sequence[int], pad_token_id: int,
             attempt=attempt,
             lora=config.model.lora,
             base=base,
+            teacher=teacher.path if teacher else None,
         )
         environment = learner_environment(config.learner, config.run.device, rank)
         options = cluster.options(bundle, SHARE if config.placement == "colocated" else 1, environment)

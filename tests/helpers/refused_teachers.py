@@ -11,6 +11,8 @@ TEACHER_REFUSED: dict[str, list[tuple[list[str], str]]] = {
         (["objective.distill.weight=1"], "objective.distill.weight needs a teacher: set teacher.model.path"),
         (["objective.policy.teacher_share=0.5"], "objective.policy.teacher_share needs a teacher"),
         (["teacher.model={path: t}"], "teacher.model has no effect: raise objective.distill.weight"),
+        (["teacher.in_learner=t"], "teacher.in_learner has no effect: set objective.distill.divergence to whole"),
+        ([*WHOLE, "teacher.in_learner=t", "stages=[warm_start]"], "teacher.in_learner has no effect"),
         ([*TEACHER, "stages=[warm_start]"], "teacher.model serves stage online, and warm_start and sft with"),
         ([*ROWS, "stages=[warm_start]"], "objective.distill.weight needs a teacher: set teacher.model.path"),
         ([*ROWS, "stages=[search, sft]"], "objective.distill.weight needs a teacher: set teacher.model.path"),

@@ -1,4 +1,4 @@
-"""A teacher on an engine of its own beside RL and search in one joint step: what it scores, and a kill."""
+"""A teacher, on an engine of its own or in the learner, beside RL and search in one joint step; and a kill."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ WEIGHTS = {"policy": 1.0, "kl": 0.01, "distill": 0.5}
 
 def taught(pupil: FinishedRun, teacher: Path, divergence: str) -> dict[str, Any]:
     """Half of the prompts are searched; a model with the same tokenizer scores all chains."""
+    engines = {"model": {"path": str(teacher), "max_model_len": 128, "kv_cache_gib": 0.1}}
     return online(
         pupil,
         3,
         actors={**TINY["actors"], "count": 1},  # the engine of the teacher has the other core
         search={**TREES, "expansion": "chain", "fraction": 0.5},
-        teacher={"model": {"path": str(teacher), "max_model_len": 128, "kv_cache_gib": 0.1}},
+        teacher={"in_learner": str(teacher)} if divergence == "whole" else engines,
         objective={
             "kl": {"weight": WEIGHTS["kl"]},
             "distill": {"weight": WEIGHTS["distill"], "divergence": divergence},
@@ -31,7 +32,7 @@ def taught(pupil: FinishedRun, teacher: Path, divergence: str) -> dict[str, Any]
     )
 
 
-@pytest.fixture(scope="module", params=["sampled", "top_k"])
+@pytest.fixture(scope="module", params=["sampled", "top_k", "whole"])
 def config(request: pytest.FixtureRequest, finished_run: FinishedRun) -> dict[str, Any]:
     return taught(finished_run, finished_run.dir / "stages" / "online", request.param)
 
@@ -44,14 +45,14 @@ def undisturbed(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
     return folder / "run"
 
 
-def test_a_teacher_trains_the_policy_beside_the_rewards(undisturbed: Path) -> None:
+def test_a_teacher_trains_the_policy_beside_the_rewards(undisturbed: Path, config: dict[str, Any]) -> None:
     check_figures(read_rows(undisturbed / "metrics.jsonl"))
     for row in rows_of(undisturbed, "online"):
         check_terms(row, WEIGHTS)
         # Every token that the policy chose has a score, also those of chains without a verdict's difference.
         assert row["objective/distill_denominator"] == row["objective/policy_denominator"] > 0
         assert row["distill/divergence"] > 0
-        assert 0 <= row["rollout/idle_teacher"] <= 1
+        assert "in_learner" in config["teacher"] or 0 <= row["rollout/idle_teacher"] <= 1
 
 
 def test_a_kill_changes_nothing(undisturbed: Path, config: dict[str, Any], tmp_path: Path) -> None:
@@ -65,12 +66,12 @@ def test_a_kill_changes_nothing(undisturbed: Path, config: dict[str, Any], tmp_p
     assert last_contents(run) == last_contents(undisturbed)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize(("divergence", "share"), [("top_k", 1.0), ("top_k", 0.5), ("whole", 1.0)])
 def test_a_policy_that_is_its_own_teacher_has_nothing_to_learn_from_it(
-    share: float, finished_run: FinishedRun, tmp_path: Path
+    divergence: str, share: float, finished_run: FinishedRun, tmp_path: Path
 ) -> None:
     """Below 1, engines of the teacher also score demonstrations."""
-    values = taught(finished_run, finished_run.dir / "stages" / "warm_start", "top_k")
+    values = taught(finished_run, finished_run.dir / "stages" / "warm_start", divergence)
     values["objective"]["distill"]["on_policy_share"] = share
     values["objective"]["sft"] = {"source": "demonstrations", "rows_per_step": 4}
     with commands() as start:

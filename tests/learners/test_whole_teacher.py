@@ -1,4 +1,4 @@
-"""The policy that a stage began with as a teacher of the whole vocabulary, against plain torch."""
+"""A teacher of the whole vocabulary that the learner holds, against plain torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
 from learners import language_model
+from learners.deepspeed.reference import ReferencePolicy
 from learners.language_model import LanguageModel
 from learners.objective.whole_teacher import WholeTeacher
 from rlsys.types import StageName, TrainingBatch
@@ -56,6 +57,27 @@ def test_a_step_goes_down_the_gradient_of_the_divergence(stage: StageName) -> No
         moved = [p.detach() - RATE * 0.5 * g for p, g in zip(module.parameters(), gradients, strict=True)]
         expected = torch.cat([each.flatten() for each in moved])
         torch.testing.assert_close(rank.policy.vector(), expected, rtol=0, atol=1e-7)
+
+
+def test_another_teacher_takes_the_place_of_the_first_policy() -> None:
+    rank, first = plain_rank(WHOLE, stage="sft"), plain_rank(WHOLE, stage="sft")
+    rank.teacher = ReferencePolicy(build(Qwen2ForCausalLM, 5), rank.settings)
+    module, teacher = build(Qwen2ForCausalLM, 0), build(Qwen2ForCausalLM, 5)
+    loss = 0.75 * torch.cat([divergences(module, teacher, tokens, 1, 0.3) for tokens in ROWS]).mean()
+    batch = TrainingBatch(demonstrations=tuple(chain(tokens, 1) for tokens in ROWS))
+    metrics = rank.train(batch, 0, 1)
+    assert metrics["objective/distill_loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert metrics["objective/distill_loss"] != pytest.approx(first.train(batch, 0, 1)["objective/distill_loss"])
+
+
+@pytest.mark.parametrize("size", [60, 64, 70])
+def test_tokens_that_one_model_lacks_are_left_out(size: int) -> None:
+    torch.manual_seed(0)
+    logits, states = torch.randn(3, 64, dtype=torch.float64), torch.randn(3, size, dtype=torch.float64)
+    whole = WholeTeacher(rows=torch.arange(3), states=states, output_layer=lambda x: x, beta=1.0, interpolation=1.0)
+    shared = min(64, size)
+    expected = kl(logits[:, :shared].log_softmax(-1), states[:, :shared].log_softmax(-1))
+    torch.testing.assert_close(whole.divergences(logits)[:, 0], expected, rtol=0, atol=1e-12)
 
 
 def test_there_is_no_divergence_from_itself_and_then_there_is() -> None:

@@ -152,7 +152,7 @@ FREE_FIELDS = {
     "objective.distill": "weight final_weight divergence top_k on_policy_share beta interpolation final_interpolation "
     "interpolation_rate teacher_temperature confidence_gate entropy_coef entropy_share",
     "objective.ranking": "weight final_weight max_answers",
-    "teacher": "model",
+    "teacher": "model in_learner",
     "teacher.model": "path count tensor_parallel_size dtype max_model_len max_num_seqs kv_cache_gib "
     "gpu_memory_utilization",
     "weight_sync": "transport bucket_mib timeout_s probe_rows probe_tolerance",

@@ -40,6 +40,8 @@ def weights(stage: StageName, step: int = 9, steps: int = 11, **changes: dict[st
         # The pairs of a file are scored before the stage.
         ({"preference": {"weight": 1.0, "source": "file"}}, {"preference": {"path": "p"}}, False),
         ({"kl": {"weight": 0.1}}, {"stages": ["warm_start"]}, False),
+        ({"distill": {"weight": 0.1, "divergence": "whole"}}, {}, True),
+        ({"distill": {"weight": 0.1, "divergence": "whole"}}, {"teacher": {"in_learner": "t"}}, False),
     ],
 )
 def test_the_online_stage_keeps_a_reference_policy_where_a_term_needs_it(

@@ -38,14 +38,16 @@ class Checks:
         self.done: list[Any] = []
         self.needs: list[Need] = []
         self.trained: int | None = None
+        self.held: Path | None = None
         monkeypatch.setattr(preflight, "prepare_model", self.prepare_model)
         monkeypatch.setattr(preflight, "given_model", self.given_model)
         monkeypatch.setattr(preflight, "check_model", self.check_model)
         monkeypatch.setattr(preflight, "plan_resources", self.plan)
         monkeypatch.setattr(preflight, "check_tags", lambda _search, models: self.done.append(("tags", [*models])))
-        monkeypatch.setattr(preflight, "check_same_tokens", lambda *_: self.done.append("same tokens"))
+        monkeypatch.setattr(preflight, "check_same_tokens", lambda *_, **__: self.done.append("same tokens"))
         monkeypatch.setattr(preflight, "Inputs", self.inputs)
         monkeypatch.setattr(preflight, "find_prompts", lambda *_: ["a prompt"])
+
 
     def prepare_model(self, config: Config, _run_dir: Path, *, build: bool) -> ModelFolder:
         self.done.append(("policy", build))
@@ -67,8 +69,9 @@ class Checks:
         *,
         learner: bool,
         trained: int | None = None,
+        held: ModelFolder | None = None,
     ) -> ResourcePlan:
-        assert trained == self.trained
+        assert (trained, held and held.path) == (self.trained, self.held)
         auxiliary = searching.auxiliary if searching else ()
         self.done.append(("plan", config.actors.max_model_len, learner, [engines.role for engines in auxiliary]))
         return ResourcePlan(config=config, auxiliary=auxiliary, ranks=int(learner), needs=self.needs)
@@ -207,6 +210,20 @@ def test_a_training_run_with_a_teacher_grows_no_trees(checks: Checks) -> None:
     assert prepared.searching is not None and not prepared.searching.grows_trees
     assert prepared.served is prepared.policy
     assert [engines.role for engines in prepared.auxiliary] == ["teacher"]
+
+
+@pytest.mark.parametrize("purpose", ["train", "search"])
+def test_a_teacher_in_the_learner_is_checked_and_planned_where_it_is_held(checks: Checks, purpose: Purpose) -> None:
+    checks.held = Path("t") if purpose == "train" else None
+    held = {"distill": {"weight": 1.0, "divergence": "whole"}}
+    prepared = prepare(config(teacher={"in_learner": "t"}, objective=held), purpose)
+    assert prepared.auxiliary == ()
+    if purpose == "search":
+        assert prepared.held_teacher is None
+        return
+    assert prepared.held_teacher is not None and prepared.held_teacher.path == Path("t")
+    teacher = ["teacher.in_learner", ("judged", "t", 256, False), "same tokens"]
+    assert checks.done == [TRAIN[0], *teacher, *TRAIN[1:]]
 
 
 def test_a_training_run_serves_the_policy(checks: Checks) -> None:

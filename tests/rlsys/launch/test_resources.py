@@ -102,6 +102,13 @@ def test_a_critic_is_counted_as_a_second_trained_model(model: ModelFolder) -> No
     assert memory(needs_of(offloaded, model)) == pytest.approx(10.5 + 2 * 2 * 12 / 2 + 24.0)
 
 
+def test_a_teacher_that_every_rank_holds_is_counted(model: ModelFolder) -> None:
+    own = config(learner={"ranks": 2})
+    held = plan_resources(own, {"policy": model}, None, learner=True, held=model).needs
+    # The 4 GiB of its weights, on both ranks.
+    assert memory(held) - memory(needs_of(own, model)) == pytest.approx(8.0)
+
+
 def test_an_adapter_alone_is_trained_and_published(model: ModelFolder) -> None:
     own = config(learner={"ranks": 2, "zero_stage": 1}, objective={"kl": {"weight": 0.1}})
     adapted = plan_resources(own, {"policy": model}, None, learner=True, trained=PARAMETERS // 16).needs

@@ -64,6 +64,13 @@ def test_contents_that_changed_behind_an_unchanged_name(tmp_path: Path) -> None:
         check_inputs(path, {**INPUTS, "model.path": "another", "tokenizer": "another"})
 
 
+def test_a_teacher_can_be_added_and_not_exchanged(tmp_path: Path) -> None:
+    check_inputs(checkpoint(tmp_path / "without", INPUTS), {**INPUTS, "teacher.model.path": "digest"})
+    path = checkpoint(tmp_path / "taught", {**INPUTS, "teacher.model.path": "digest"})
+    with pytest.raises(ConfigError, match=r"^teacher\.model\.path: the contents differ"):
+        check_inputs(path, {**INPUTS, "teacher.model.path": "another"})
+
+
 def test_a_file_of_pairs_cannot_be_added(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, INPUTS)
     for now in ("digest", SEARCHED):
