@@ -48,7 +48,6 @@ class Checks:
         monkeypatch.setattr(preflight, "Inputs", self.inputs)
         monkeypatch.setattr(preflight, "find_prompts", lambda *_: ["a prompt"])
 
-
     def prepare_model(self, config: Config, _run_dir: Path, *, build: bool) -> ModelFolder:
         self.done.append(("policy", build))
         return ModelFolder(Path("policy"))
