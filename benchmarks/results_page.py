@@ -53,6 +53,9 @@ def _page(results: Mapping[str, Any]) -> list[str]:
             lines += [f"![held-out accuracy over generated tokens](results/{name}.png)", "", *_notes(name)]
     if result := results.get("bottleneck"):
         lines += ["## The distillation bottleneck", "", *result["lines"], "", *_notes("bottleneck")]
+    if result := results.get("real_model_distillation"):
+        lines += ["## A pretrained model learns from a teacher", "", *result["lines"], ""]
+        lines += [*_notes("real_model_distillation")]
     if result := results.get("ppo"):
         lines += ["## PPO with a critic", "", *result["lines"], "", *_notes("ppo")]
     if result := results.get("real_model"):
