@@ -85,9 +85,9 @@ def lines(seeds: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the section of the page."""
     shown = [
         f"Measured by `python benchmarks/real_model_distillation.py`, {len(seeds)} seeds: {STEPS} online steps of 32 "
-        f"prompts with 8 samples at a learning rate of {RATE:g}, from the policy after the supervised stage. The "
-        f"teacher is the policy after RL. {PROBLEMS} held-out problems, answered greedily and with 2 samples. Intervals are "
-        "95 % intervals over the problems of all seeds.",
+        f"prompts with 8 samples at a learning rate of {RATE:g}, from the policy after the supervised stage. "
+        f"The teacher is the policy after RL. {PROBLEMS} held-out problems, answered greedily and with 2 samples. "
+        "Intervals are 95 % intervals over the problems of all seeds.",
         "",
         "| arm | sampled accuracy | greedy accuracy | generated tokens | minutes |",
         "|---|---|---|---|---|",

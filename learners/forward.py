@@ -58,12 +58,13 @@ class ForwardPasses:
         self.vocabulary: int | None = None
         self._width, self._packs = 1, False
 
-    def describe(self, module: PreTrainedModel) -> None:
-        """Note what the passes over the models of a stage need to know of the policy."""
+    def describe(self, module: PreTrainedModel, teacher: PreTrainedModel | None = None) -> None:
+        """Note what the passes of a stage need to know of the policy, and of a held teacher."""
         config = module.config.get_text_config()
         self.vocabulary, self._width = int(config.vocab_size), int(config.hidden_size)
         # Ranks that share rows compute attention from positions in the row alone.
-        self._packs = self._settings.learner.sequence_parallel == 1 and can_pack(module)
+        models = filter(None, (module, teacher))
+        self._packs = self._settings.learner.sequence_parallel == 1 and all(map(can_pack, models))
 
     def shares(self, items: Sequence[PackItem]) -> list[Share]:
         """Return the items of every pass of this rank."""

@@ -85,7 +85,6 @@ class LearnerRank:
         settings, resumed = self.settings, CheckpointDirectory(resume or Path())
         module = _loaded(settings, partial(load_policy, settings), policy)
         config = policy_config(settings, module, policy)
-        self.forward.describe(module)
         self.policy = TrainedModel("policy", module, config, settings, stage.optimizer, stage.policy_updates)
         restore_model(self.policy, resumed.learner if resume else None)
         if stage.critic:
@@ -96,6 +95,7 @@ class LearnerRank:
             self.reference = self._reference(reference)
         if stage.whole_teacher and settings.teacher:
             self.teacher = self._frozen(settings.teacher)
+        self.forward.describe(module, self.teacher.module if self.teacher else None)
 
     def _reference(self, folder: Path) -> ReferencePolicy | AdapterReference:
         if self.settings.lora is None:

@@ -28,7 +28,8 @@ def divergence_loss(
 
     With an interpolation t below 1, the teacher is replaced by the distribution proportional to sg[p]^(1 - t) q^t.
 
-    The value never exceeds that of the whole distributions, and grows with K. Value and gradient are 0 where p = q.
+    With t = 1 the value never exceeds that of the whole distributions, and grows with K. Value and gradient are 0 where
+    p = q.
 
     Args:
         logprobs: [M, K] nats, of the teacher's tokens under the policy; carries gradient.

@@ -47,4 +47,5 @@ class WholeTeacher:
             shared = min(of_teacher.shape[-1], logits.shape[-1])
             teacher = of_teacher[:, :shared].double().log_softmax(-1)
         policy = logits.index_select(0, self.rows)[:, :shared].double().log_softmax(-1)
-        return divergences(policy, teacher, beta=self.beta, interpolation=self.interpolation).unsqueeze(-1).to(logits)
+        values = divergences(policy, teacher, beta=self.beta, interpolation=self.interpolation)
+        return values.unsqueeze(-1).to(torch.promote_types(logits.dtype, torch.float32))

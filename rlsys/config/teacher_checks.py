@@ -75,9 +75,14 @@ def distilled_rows_have_a_source(config: Config) -> None:
 
 def teacher_scores_what_was_sampled(config: Config) -> None:
     """Raise if the teacher's scores would be of other distributions or sequences than the policy's."""
-    model = config.teacher.model
+    model, distill = config.teacher.model, config.objective.distill
     if model is None:
         return
+    if distill.on_chains and distill.divergence == "sampled" and config.sampling.top_p < 1:
+        raise ValueError(
+            "objective.distill.divergence sampled compares the policy with the distribution that was sampled from: set "
+            f"sampling.top_p to 1, found {config.sampling.top_p:g}"
+        )
     if config.sampling.temperature != 1:
         raise ValueError(
             f"teacher.model scores tokens at temperature 1: set sampling.temperature to 1, found "
@@ -112,9 +117,12 @@ def whole_teacher_fits(config: Config) -> None:
     learner = config.learner
     if config.objective.distill.divergence != "whole" or not config.objective.distill.used:
         return
-    if learner.zero_stage == 3 or learner.sequence_parallel > 1 or config.model.lora is not None:
-        raise ValueError(
-            "objective.distill.divergence whole needs whole models on every rank: set learner.zero_stage below 3 (now "
-            f"{learner.zero_stage}) and learner.sequence_parallel to 1 (now {learner.sequence_parallel}), without "
-            "model.lora"
-        )
+    wrong = {
+        "learner.zero_stage below 3": learner.zero_stage == 3,
+        "learner.sequence_parallel 1": learner.sequence_parallel > 1,
+        "a policy without model.lora": config.model.lora is not None,
+        "objective.sft.mask_share 0, because the teacher reads what the policy reads": config.objective.sft.mask_share
+        and config.objective.distill.on_rows,
+    }
+    if needed := next((name for name, is_wrong in wrong.items() if is_wrong), None):
+        raise ValueError(f"objective.distill.divergence whole needs {needed}")

@@ -152,8 +152,8 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
     policy = policy or prepare_model(config, Path(config.run.dir).absolute(), build=purpose != "check")
     searches = _searches(config, purpose)
     models, engines = _load_models(config, policy, _needed_roles(purpose, searches))
-    held_teacher = _held_teacher(config, policy) if trains and config.teacher.in_learner else None
-    notes = check_models(config, models, trains=trains)
+    held_teacher, notes = _held_teacher(config, policy) if trains and config.teacher.in_learner else (None, [])
+    notes += check_models(config, models, trains=trains)
     adapter = check_adapter(policy, config.model.lora) if trains and config.model.lora else None
     notes += [adapter.describe()] if adapter else []
     search_config, _, searcher = assign_search_roles(config, policy.path, engines)
@@ -187,16 +187,23 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
     )
 
 
-def _held_teacher(config: Config, policy: ModelFolder) -> ModelFolder:
-    """Return the teacher that the learner holds.
+def _held_teacher(config: Config, policy: ModelFolder) -> tuple[ModelFolder, list[str]]:
+    """Return the teacher that the learner holds, and notes for the user.
 
     Raises:
-        ConfigError: it cannot be used, or has another tokenizer than the policy.
+        ConfigError: it cannot be used, has other tokens than the policy, or has fewer of them.
     """
     teacher = given_model(str(config.teacher.in_learner), "teacher.in_learner")
-    check_model(teacher, Use(longest=config.actors.max_model_len, longest_field="actors.max_model_len"))
+    notes = check_model(
+        teacher, Use(longest=config.actors.max_model_len, longest_field="actors.max_model_len", held=True)
+    )
     check_same_tokens(policy, teacher, field="teacher.in_learner")
-    return teacher
+    if (teacher.vocabulary or 0) < (policy.vocabulary or 0):
+        raise ConfigError(
+            f"teacher.in_learner {teacher.path}: expected at least the {policy.vocabulary} token ids of the policy, "
+            f"found {teacher.vocabulary}; choose another teacher, or serve it on engines (teacher.model)"
+        )
+    return teacher, [*notes]
 
 
 def check_models(config: Config, models: Mapping[Role, ModelFolder], *, trains: bool) -> list[str]:
@@ -235,7 +242,9 @@ def check_models(config: Config, models: Mapping[Role, ModelFolder], *, trains: 
 def check_same_tokens(
     policy: ModelFolder, teacher: ModelFolder, scored: int | None = None, field: str = "teacher.model.path"
 ) -> None:
-    """Refuse a teacher with another tokenizer than the policy, whose scores would be of other tokens.
+    """Refuse a teacher whose token ids stand for other tokens than those of the policy.
+
+    Chat template and end token may differ, as between a base model and one that was trained to chat.
 
     Args:
         scored: number of tokens that the teacher scores at every place; None for the sampled token alone.
@@ -243,10 +252,10 @@ def check_same_tokens(
     Raises:
         ConfigError: the tokenizers differ, or the teacher has fewer tokens.
     """
-    if policy.tokenizer_digest != teacher.tokenizer_digest:
+    if policy.vocabulary_digest != teacher.vocabulary_digest:
         raise ConfigError(
-            f"{field} {teacher.path}: expected the tokenizer of the policy {policy.path}, found another "
-            "one; objective.distill compares single tokens, so choose a teacher of the same family"
+            f"{field} {teacher.path}: expected the tokens of the policy {policy.path}, found a tokenizer with other "
+            "ids; objective.distill compares single tokens, so choose a teacher of the same family"
         )
     if scored is not None and teacher.vocabulary is not None and scored > teacher.vocabulary:
         raise ConfigError(

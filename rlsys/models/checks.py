@@ -49,11 +49,13 @@ class Use:
         longest: number of tokens of the longest sequence.
         longest_field: the config field that holds `longest`.
         trained: whether the learner trains the model and publishes its weights.
+        held: whether the learner holds the model, and does not train it.
     """
 
     longest: int
     longest_field: str
     trained: bool = False
+    held: bool = False
 
 
 def check_model(model: ModelFolder, use: Use) -> tuple[str, ...]:
@@ -77,6 +79,9 @@ def _check(model: ModelFolder, use: Use) -> tuple[str, ...]:
         refuse_quantized(model)
         refuse_experts(model)
         check_padding(model, named["pad_token_id"])
+        notes = check_weight_shapes(model)
+    elif use.held:
+        refuse_quantized(model)  # raises if transformers does not know the kind of model
         notes = check_weight_shapes(model)
     elif model.vocabulary is None:
         return ()  # the engine may know a kind of model that transformers does not

@@ -78,6 +78,11 @@ class ModelFolder:
         return json_digest(parts)
 
     @cached_property
+    def vocabulary_digest(self) -> str:
+        """sha256 of the token that each id stands for."""
+        return json_digest(sorted(self.tokenizer.get_vocab().items()))
+
+    @cached_property
     def digest(self) -> str:
         """sha256 of config.json, the tensors' names, shapes and formats, and samples of their values.
 

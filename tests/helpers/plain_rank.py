@@ -105,7 +105,7 @@ class PlainModel:
 def build(kind: Any, seed: int, **changes: Any) -> Any:
     """Build a tiny model of a transformers class in double precision."""
     torch.manual_seed(seed)
-    model = kind(Qwen2Config(**SIZE, **changes)).double()
+    model = kind(Qwen2Config(**{**SIZE, **changes})).double()
     use_complete_attention(model)
     return model
 

@@ -35,11 +35,19 @@ TEACHER_REFUSED: dict[str, list[tuple[list[str], str]]] = {
         ([*TEACHER, "objective.distill.beta=0.5"], "objective.distill.beta is for divergence top_k, found sampled"),
     ],
     "whole_teacher_fits": [
-        ([*WHOLE, "learner.zero_stage=3"], "set learner.zero_stage below 3 (now 3)"),
-        ([*WHOLE, "learner={ranks: 2, sequence_parallel: 2}"], "learner.sequence_parallel to 1 (now 2)"),
-        ([*WHOLE, "model={path: m, lora: {}}"], "without model.lora"),
+        ([*WHOLE, "learner.zero_stage=3"], "divergence whole needs learner.zero_stage below 3"),
+        ([*WHOLE, "learner={ranks: 2, sequence_parallel: 2}"], "needs learner.sequence_parallel 1"),
+        (
+            [
+                "objective.distill={weight: 1, divergence: whole, on_policy_share: 0}",
+                "objective.sft={source: demonstrations, mask_share: 0.1}",
+            ],
+            "needs objective.sft.mask_share 0",
+        ),
+        ([*WHOLE, "model={path: m, lora: {}}"], "needs a policy without model.lora"),
     ],
     "teacher_scores_what_was_sampled": [
+        ([*TEACHER, "sampling.top_p=0.7"], "set sampling.top_p to 1, found 0.7"),
         ([*TEACHER, "sampling.temperature=0.7"], "set sampling.temperature to 1, found 0.7"),
         (
             ["objective.distill.weight=1", "teacher.model={path: t, max_model_len: 128}"],

@@ -148,7 +148,7 @@ def test_the_learning_rates_of_policy_and_critic_reach_their_ends_with_the_stage
         monkeypatch.setattr(rank_module, name, lambda *arguments, loaded=loaded, **options: loaded)
     rank = plain_rank({})
     rank._release = lambda: None
-    rank.forward.describe = lambda _module: None
+    rank.forward.describe = lambda *_models: None
     rank.start_stage(stage_plan(parse_config(values, "test"), "online").settings, Path("unused"), None, None)
     assert {name: total for name, (_, total) in built.items()} == {"policy": 9, "critic": 15}
     last = {name: learning_rate(config, total - 1, total) for name, (config, total) in built.items()}
@@ -223,7 +223,7 @@ def test_only_models_that_may_be_rolled_back_are_copied(
 def test_a_model_that_cannot_be_read_is_an_error_of_all_ranks(tmp_path: Path) -> None:
     rank = plain_rank({})
     rank._release = lambda: None
-    rank.forward.describe = lambda _module: None
+    rank.forward.describe = lambda *_models: None
     with pytest.raises(LearnerLostError, match="^learner rank 0: .*nothing-here"):
         rank.start_stage(rank.stage, tmp_path / "nothing-here", None, None)
 
@@ -232,7 +232,7 @@ def test_a_folder_that_is_refused_is_no_lost_rank(tmp_path: Path) -> None:
     # New ranks would refuse it too.
     rank = plain_rank({})
     rank._release = lambda: None
-    rank.forward.describe = lambda _module: None
+    rank.forward.describe = lambda *_models: None
     rank.policy.module.float().save_pretrained(tmp_path)
     tensors = dict(read_tensors(tmp_path, "model"))
     del tensors["model.norm.weight"]

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from plain_rank import RATE, build, chain, distribution, plain_rank, sampled, tree
+from plain_rank import RATE, SIZE, build, chain, distribution, plain_rank, sampled, tree
 from torch import Tensor, nn
-from transformers import Qwen2ForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, Qwen2ForCausalLM
 
 from learners import language_model
+from learners.attention import can_pack, use_complete_attention
 from learners.deepspeed.reference import ReferencePolicy
 from learners.language_model import LanguageModel
 from learners.objective.whole_teacher import WholeTeacher
@@ -33,6 +34,7 @@ def kl(first: Tensor, second: Tensor) -> Tensor:
 def divergences(module: nn.Module, teacher: nn.Module, tokens: list[int], start: int, beta: float) -> Tensor:
     """Return the divergence of every token from `start` on, by the published formula."""
     p, q = distribution(module, tokens)[start - 1 :], distribution(teacher, tokens)[start - 1 :].detach()
+    q = q[:, : p.shape[-1]].log_softmax(-1)
     if beta == 1:
         return kl(p, q)
     mixture = (beta * q.exp() + (1 - beta) * p.exp()).log()
@@ -59,15 +61,42 @@ def test_a_step_goes_down_the_gradient_of_the_divergence(stage: StageName) -> No
         torch.testing.assert_close(rank.policy.vector(), expected, rtol=0, atol=1e-7)
 
 
-def test_another_teacher_takes_the_place_of_the_first_policy() -> None:
+TEACHERS = {
+    "of the same kind": lambda: build(Qwen2ForCausalLM, 5),
+    "with more token ids": lambda: build(Qwen2ForCausalLM, 5, vocab_size=70),
+    "that cannot share rows": lambda: windowed_model(),
+}
+
+
+def windowed_model() -> nn.Module:
+    """Build a model whose attention ends after three tokens, and knows no blocks."""
+    torch.manual_seed(5)
+    model = MistralForCausalLM(MistralConfig(**SIZE, sliding_window=3)).double()
+    use_complete_attention(model)
+    assert not can_pack(model)
+    return model
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_another_teacher_takes_the_place_of_the_first_policy(kind: str) -> None:
     rank, first = plain_rank(WHOLE, stage="sft"), plain_rank(WHOLE, stage="sft")
-    rank.teacher = ReferencePolicy(build(Qwen2ForCausalLM, 5), rank.settings)
-    module, teacher = build(Qwen2ForCausalLM, 0), build(Qwen2ForCausalLM, 5)
+    module, teacher = build(Qwen2ForCausalLM, 0), TEACHERS[kind]()
+    rank.teacher = ReferencePolicy(TEACHERS[kind](), rank.settings)
+    rank.forward.describe(rank.policy.module, rank.teacher.module)
     loss = 0.75 * torch.cat([divergences(module, teacher, tokens, 1, 0.3) for tokens in ROWS]).mean()
     batch = TrainingBatch(demonstrations=tuple(chain(tokens, 1) for tokens in ROWS))
     metrics = rank.train(batch, 0, 1)
     assert metrics["objective/distill_loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert metrics["objective/distill_loss"] != pytest.approx(first.train(batch, 0, 1)["objective/distill_loss"])
+
+
+def test_half_precision_keeps_the_divergence() -> None:
+    logits, states = torch.randn(3, 64).bfloat16(), torch.randn(3, 64).bfloat16()
+    whole = WholeTeacher(rows=torch.arange(3), states=states, output_layer=lambda x: x, beta=1.0, interpolation=1.0)
+    found = whole.divergences(logits)
+    assert found.dtype == torch.float32
+    expected = kl(logits.double().log_softmax(-1), states.double().log_softmax(-1))
+    torch.testing.assert_close(found[:, 0].double(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("size", [60, 64, 70])

@@ -13,7 +13,7 @@ import pytest
 
 from rlsys.config.engine_roles import Searching
 from rlsys.config.files import parse_config
-from rlsys.config.schema import Config, LoraConfig
+from rlsys.config.schema import Config, FromScratchConfig, LoraConfig
 from rlsys.errors import ConfigError
 from rlsys.launch import prepare as preflight
 from rlsys.launch.prepare import Purpose, check_same_tokens, check_settings, prepare
@@ -21,6 +21,7 @@ from rlsys.launch.resources import Need, ResourcePlan
 from rlsys.models.adapters import AdapterSpec
 from rlsys.models.checks import Use
 from rlsys.models.folder import ModelFolder
+from rlsys.models.scratch import scratch_model
 
 MODELS = {"model": {"path": "l", "count": 1, "max_model_len": 4096}, "reviewer": {"path": "r", "max_model_len": 1024}}
 TOO_MUCH = Need("all", "memory, GiB", 2.0, 1.0, "actors.count")
@@ -46,6 +47,7 @@ class Checks:
         monkeypatch.setattr(preflight, "check_tags", lambda _search, models: self.done.append(("tags", [*models])))
         monkeypatch.setattr(preflight, "check_same_tokens", lambda *_, **__: self.done.append("same tokens"))
         monkeypatch.setattr(preflight, "Inputs", self.inputs)
+        monkeypatch.setattr(ModelFolder, "vocabulary", property(lambda model: 10 - len(str(model.path))))
         monkeypatch.setattr(preflight, "find_prompts", lambda *_: ["a prompt"])
 
     def prepare_model(self, config: Config, _run_dir: Path, *, build: bool) -> ModelFolder:
@@ -188,17 +190,20 @@ def test_the_model_of_the_search_is_served_in_place_of_the_policy(checks: Checks
     assert [engines.role for engines in prepared.auxiliary] == ["reviewer"]
 
 
-def test_a_teacher_with_another_tokenizer_is_refused() -> None:
-    def folder(name: str, digest: str) -> Any:
-        return SimpleNamespace(path=Path(name), tokenizer_digest=digest)
-
-    check_same_tokens(folder("p", "a"), folder("t", "a"))
-    with pytest.raises(ConfigError, match="teacher.model.path t: expected the tokenizer of the policy p"):
-        check_same_tokens(folder("p", "a"), folder("t", "b"))
+@pytest.mark.parametrize("field", ["teacher.model.path", "teacher.in_learner"])
+def test_a_teacher_whose_ids_stand_for_other_tokens_is_refused(field: str, tmp_path: Path) -> None:
+    size = FromScratchConfig(hidden_size=32, layers=1, heads=1, intermediate_size=16)
+    own, same, other = (
+        scratch_model(size, words, seed, tmp_path / str(seed))
+        for seed, words in enumerate((["one", "two"], ["one", "two"], ["one", "ten"]))
+    )
+    check_same_tokens(own, same, field=field)
+    with pytest.raises(ConfigError, match=f"{field} .*: expected the tokens of the policy .*same family"):
+        check_same_tokens(own, other, field=field)
 
 
 def test_a_teacher_with_fewer_tokens_than_it_must_score_is_refused() -> None:
-    small: Any = SimpleNamespace(path=Path("t"), tokenizer_digest="a", vocabulary=8)
+    small: Any = SimpleNamespace(path=Path("t"), vocabulary_digest="a", vocabulary=8)
     check_same_tokens(small, small, 8)
     with pytest.raises(ConfigError, match="objective.distill.top_k 9 exceeds the 8 tokens of teacher.model.path"):
         check_same_tokens(small, small, 9)
@@ -223,6 +228,12 @@ def test_a_teacher_in_the_learner_is_checked_and_planned_where_it_is_held(checks
     assert prepared.held_teacher is not None and prepared.held_teacher.path == Path("t")
     teacher = ["teacher.in_learner", ("judged", "t", 256, False), "same tokens"]
     assert checks.done == [TRAIN[0], *teacher, *TRAIN[1:]]
+
+
+def test_a_teacher_in_the_learner_knows_every_token_of_the_policy(checks: Checks) -> None:
+    held = {"distill": {"weight": 1.0, "divergence": "whole"}}
+    with pytest.raises(ConfigError, match="expected at least the 4 token ids of the policy, found 1; choose another"):
+        prepare(config(teacher={"in_learner": "teachers!"}, objective=held), "train")
 
 
 def test_a_training_run_serves_the_policy(checks: Checks) -> None:
