@@ -7,6 +7,7 @@ silences the display and never ends the run.
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import sys
 import time
@@ -22,6 +23,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control characters except tab and line feed."""
 Figures = Sequence[tuple[str, str, str]]  # metric, label, format
 
 # The metrics worth watching during a run. TensorBoard has the others.
@@ -234,11 +237,16 @@ def standard_output() -> Console:
     return Console(force_terminal=None if sys.stdout.isatty() else False)
 
 
+def printable(text: str) -> str:
+    """Return a text whose control characters are spelled out, as a model may write ones that move the cursor."""
+    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
 def print_lines(console: Console, lines: Iterable[str]) -> None:
-    """Print lines as they are, without wrapping. A reader that has gone, such as `head`, is not an error."""
+    """Print lines without wrapping. A reader that has gone, such as `head`, is not an error."""
     try:
         for line in lines:
-            print(line, file=console.file)
+            print(printable(line), file=console.file)
         console.file.flush()
     except BrokenPipeError:
         # Python flushes the file again at exit, which would fail.

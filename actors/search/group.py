@@ -54,7 +54,7 @@ def build_searched_group(
 
 
 def search_metrics(tree: Tree) -> Mapping[str, float]:
-    """Return counts of one tree by name, and `reward_sum`, the sum of the rewards of its distinct scored answers."""
+    """Return counts of one tree by name, and `reward_sum`, the sum of the rewards of its scored answers."""
     nodes = tree.nodes[1:]
     rewards = [node.verdict.reward for node in nodes if node.verdict and node.scored >= 0]
     figures = {

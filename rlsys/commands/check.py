@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlsys.config.engine_roles import section_of
+from rlsys.config.engine_roles import describes_a_search, section_of
 from rlsys.config.files import dump_config
 from rlsys.config.schema import Config
+from rlsys.control.tree_search import demonstration_notes
 from rlsys.display import print_table, standard_output
 from rlsys.launch.prepare import Prepared, check_settings, prepare
 from rlsys.launch.resources import ResourcePlan
 from rlsys.models.chat import decode_prompt
 from rlsys.run.provenance import check_extraction, check_inputs
 from rlsys.run.resume import checkpoint_store, find_start
+from rlsys.tasks import build_task
 
 
 def run(config: Config) -> None:
@@ -32,7 +34,9 @@ def run(config: Config) -> None:
     print(dump_config(config))
     for title, plan in zip(("resource plan", "resource plan of rlsys search"), prepared.plans, strict=False):
         _show_plan(title, plan)
-    for note in prepared.notes:
+    searches = describes_a_search(config)
+    tags = demonstration_notes(config, build_task(config.task, config.run.seed)) if searches else []
+    for note in (*prepared.notes, *tags):
         print(note)
     print(first_prompt(prepared))
     print(start.describe())

@@ -11,7 +11,7 @@ from rich.text import Text
 from rich.tree import Tree as Drawing
 
 from rlsys.directory import RunDirectory, SearchDirectory
-from rlsys.display import print_lines, print_table
+from rlsys.display import print_lines, print_table, printable
 from rlsys.errors import ConfigError
 from rlsys.search.tree_json import read_trees
 from rlsys.trees import ThoughtNode, Tree, TreeFailure
@@ -69,11 +69,11 @@ def show_tree(tree: Tree, console: Console) -> None:
     A star marks the nodes on the way to a right answer.
     """
     right = {number for n, node in enumerate(tree.nodes) if node.correct for number in tree.path(n)}
-    drawing = Drawing(Text(f"{tree.prompt_id}, reference {tree.answer}", style="bold"), guide_style="dim")
+    drawing = Drawing(Text(printable(f"{tree.prompt_id}, reference {tree.answer}"), style="bold"), guide_style="dim")
     drawings = {0: drawing}
     for number, node in enumerate(tree.nodes[1:], start=1):
         label = Text(("* " if number in right else "") + heading(node), style="bold" if number in right else "")
-        label.append("\n" + node.text.strip(), style="not bold")
+        label.append("\n" + printable(node.text.strip()), style="not bold")
         drawings[number] = drawings[node.parent].add(label)
     question = tree.question if isinstance(tree.question, str) else tree.question[-1].content
     end = (
@@ -81,7 +81,7 @@ def show_tree(tree: Tree, console: Console) -> None:
         f"{tree.calls} calls, {tree.tokens:,} tokens; the search ended by {tree.stop}"
     )
     if console.is_terminal:
-        console.print(Text(question), drawing, Text(end), sep="\n")
+        console.print(Text(printable(question)), drawing, Text(end), sep="\n")
         return
     with console.capture() as captured:
         console.print(drawing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from rlsys.control.budgets import FailureLimit
 from rlsys.control.dispatch import TreePool, grow
 from rlsys.data.inputs import Inputs
 from rlsys.errors import InterruptedRunError, TooManyFailuresError
+from rlsys.interfaces import Task
 from rlsys.models.folder import ModelFolder
 from rlsys.search.stats import EngineFigures, StepCheck, TreeFigures, prefix_hit_rate
 from rlsys.search.store import TreeStore, check_origin
@@ -50,6 +52,8 @@ FREE = (
     *(f"search.{name}.count" for name in ("model", "reviewer")),
 )
 STATS_INTERVAL_S = 5.0
+DEMONSTRATIONS = 256
+"""Demonstrations that are read for the tags of the node types."""
 ENOUGH_VERIFICATIONS = 500
 """Minimum number of verifications before their failures can end a search. Trees finish in any order, so the failures
 may come first."""
@@ -191,8 +195,7 @@ def check_answers(config: Config, figures: TreeFigures) -> list[str]:
     Raises:
         TooManyFailuresError: there are trees, and none has a scored answer.
     """
-    patterns = resolve(config.search).values()
-    types = {name: node.tag for each in patterns for name, node in each.types.items() if node.writer != "nobody"}
+    types = written_tags(config)
     missing = figures.never_whole(types) if figures.solved else {}
     notes = [f"no node of type {name} (tag <{types[name]}>) came whole: {why}" for name, why in missing.items()]
     if figures.solved and not figures.scored:
@@ -203,6 +206,31 @@ def check_answers(config: Config, figures: TreeFigures) -> list[str]:
             "search.nodes and search.patterns with what the model writes: a warm start on such chains teaches them"
         )
     return notes
+
+
+def written_tags(config: Config) -> dict[str, str]:
+    """Return the tags of the node types that a model writes, by type; without those that backtracking alone begins."""
+    search = config.search
+    return {
+        name: node.tag
+        for pattern in resolve(search).values()
+        for name, node in pattern.types.items()
+        if node.writer != "nobody" and (search.backtracking or any(name in row for row in pattern.children.values()))
+    }
+
+
+def demonstration_notes(config: Config, task: Task) -> list[str]:
+    """Return a note for every node type whose tag the demonstrations of the task lack; none without demonstrations."""
+    shown = [task.demonstration(index, random.Random(index)) for index in range(DEMONSTRATIONS)]
+    texts = "".join(each[1] for each in shown if each)
+    if not texts:
+        return []
+    return [
+        f"search.nodes.{name}: the task's demonstrations have no tag <{tag}>; a model that learned from them alone "
+        "will write no such node"
+        for name, tag in written_tags(config).items()
+        if f"<{tag}>" not in texts
+    ]
 
 
 def open_trees(config: Config, folder: Path, prompts: Sequence[Prompt], inputs: Mapping[str, str]) -> Search:

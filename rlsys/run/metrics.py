@@ -118,8 +118,8 @@ _SPECS = (
     MetricSpec("search/simulations", "simulations", "simulations of the step's trees"),
     MetricSpec("search/calls", "calls", "completions requested from engines"),
     MetricSpec("search/tokens", "tokens", "tokens that all roles generated"),
-    MetricSpec("search/scored", "answers", "distinct answers with a verdict"),
-    MetricSpec("search/correct", "answers", "distinct correct answers"),
+    MetricSpec("search/scored", "answers", "answer nodes with a verdict"),
+    MetricSpec("search/correct", "answers", "answer nodes that are right"),
     MetricSpec(
         "search/defects", "nodes", "invalid nodes, which end their chain: cut short, not closed, or not in the pattern"
     ),

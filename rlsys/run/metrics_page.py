@@ -31,7 +31,7 @@ ADVICE: Mapping[Sequence[str], str] = {
     ("learner/logprob_gap_max", "weights/probe_gap_max"): "Actor against learner. In fp32 both stay near 1e-5; the "
     "first grows with staleness. The second is checked after every publish and ends the run above its bound.",
     ("search/solved", "search/reward", "search/correct"): "Searched prompts: share with a right answer, mean reward "
-    "of the scored answers, distinct right answers.",
+    "of the scored answers, right answers.",
     ("search/trained_share", "search/duplicates"): "Generated tokens that are trained; repeated draws of a node, "
     "which are many if the policy is certain.",
     ("rollout/staleness_max",): "Never above `train.max_staleness`.",

@@ -69,22 +69,31 @@ def run(source: Source, output: Path) -> dict[str, Any]:
                     extraction.add(tree)
         report = extraction.report()
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        (folder / CARD).write_text(card(report["rows"]), encoding="utf-8")
+        nodes = source.config.extract.supervised_rows == "node"
+        (folder / CARD).write_text(card(report["rows"], nodes=nodes), encoding="utf-8")
     return report
 
 
-def card(rows: Mapping[str, int]) -> str:
-    """Return the dataset card, by which `datasets.load_dataset(FOLDER, TABLE)` finds the tables that have rows."""
+def card(rows: Mapping[str, int], *, nodes: bool = False) -> str:
+    """Return the dataset card, by which `datasets.load_dataset(FOLDER, TABLE)` finds the tables that have rows.
+
+    Without a TABLE it loads the first of them.
+
+    Args:
+        nodes: whether a row of the table `supervised` is a node, not a chain.
+    """
     files = [f"- config_name: {name}\n  data_files: {name}.parquet" for name, count in rows.items() if count]
+    files[:1] = [f"{first}\n  default: true" for first in files[:1]]
     lines = ["---", "configs:", *files, "---", ""] if files else []
     lines += ["# Data from tree search", "", "| table | rows | |", "|---|---|---|"]
-    lines += [f"| {name} | {count:,} | {MEANINGS[name]} |" for name, count in rows.items()]
+    meanings = MEANINGS | ({"supervised": "nodes of right chains, each after all nodes before it"} if nodes else {})
+    lines += [f"| {name} | {count:,} | {meanings[name]} |" for name, count in rows.items()]
+    goes_on = "Rows of `supervised` and nodes of the step tables go on" if nodes else "Nodes of the step tables go on"
     lines += [
         "",
         "`prompt` is the text that the policy receives, with its chat template; a trainer must add no template. Each "
-        "table also has the exact token ids and a mask of the tokens to train. Chains lack their end token as "
-        "text, and a trainer must append it. Nodes of the step tables go on: a trainer must not append an end token to "
-        "them.",
+        "table also has the exact token ids and a mask of the tokens to train. Whole chains lack their end token as "
+        f"text, and a trainer must append it. {goes_on}: a trainer must not append an end token to them.",
     ]
     return "\n".join(lines) + "\n"
 

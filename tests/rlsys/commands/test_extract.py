@@ -231,6 +231,15 @@ def test_the_folder_loads_as_a_data_set(extracted: tuple[Path, dict[str, Any]], 
     for table in TABLES:
         rows = datasets.load_dataset(str(extracted[0]), table.name, split="train", cache_dir=str(tmp_path / "cache"))
         assert rows.to_list() == lines(extracted[0], table.name)
+    rows = datasets.load_dataset(str(extracted[0]), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows.to_list() == lines(extracted[0], "supervised")
+
+
+def test_the_card_says_that_nodes_go_on(write: Callable[..., Path], codec: TagCodec, tmp_path: Path) -> None:
+    lines = [tree_line(solved(codec))]
+    for rows, sentence in (("chain", "Nodes of the step tables go on"), ("node", "Rows of `supervised` and nodes")):
+        run(find_source(write(lines), [f"extract.supervised_rows={rows}"]), tmp_path / rows)
+        assert sentence in (tmp_path / rows / "README.md").read_text()
 
 
 def test_step_values_can_be_left_out(write: Callable[..., Path], codec: TagCodec, tmp_path: Path) -> None:

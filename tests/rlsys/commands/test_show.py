@@ -53,6 +53,13 @@ def test_a_tree_shows_what_its_nodes_are_worth(tmp_path: Path, terminal: bool) -
     assert lines[-1].startswith("4 nodes, 2 scored answers") and "the search ended by" in lines[-1]
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_control_characters_of_a_model_do_not_reach_the_terminal(tmp_path: Path, terminal: bool) -> None:
+    lines = shown(written(tmp_path, tree(node(0, "a\x1b[2Jb\x07"), prompt_id="p")), "p", terminal=terminal)
+    assert any(line.endswith(r"a\x1b[2Jb\x07") for line in lines)
+    assert "\x1b[2J" not in "".join(lines)
+
+
 def test_without_a_prompt_the_trees_are_listed(tmp_path: Path) -> None:
     failure = TreeFailure(prompt_id="p9", question="q", answer="a", reason="the prompt is too long")
     lines = shown(written(tmp_path, SAMPLE, failure))

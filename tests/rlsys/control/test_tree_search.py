@@ -9,9 +9,10 @@ import pytest
 from pretended_search import CONFIG, shipped
 from tree_samples import answer, node, tree
 
-from rlsys.control.tree_search import check_answers, deciding_fields
+from rlsys.control.tree_search import check_answers, deciding_fields, demonstration_notes
 from rlsys.errors import TooManyFailuresError
 from rlsys.search.stats import TreeFigures
+from rlsys.tasks import build_task
 from rlsys.trees import TEXT, Tree
 
 
@@ -136,6 +137,21 @@ def test_node_types_that_never_come_whole_are_named() -> None:
     assert check_answers(shipped(*TABLE), figures(tree(node(0, "a"), answer(1, "b", "wrong")))) == [
         "no node of type check (tag <check>) came whole: none was begun"
     ]
+
+
+def test_a_type_that_only_backtracking_begins_is_not_missed_without_it() -> None:
+    table = ["search.tables.chain.after_wrong={thinking: {reclarify: 1}}", "search.patterns=[chain]"]
+    children = "search.tables.chain.children={start: {thinking: 2}, thinking: {answer: 1}, reclarify: {answer: 1}}"
+    found = figures(tree(node(0, "a"), answer(1, "b", "ok")))
+    assert check_answers(shipped(children, *table, "search.backtracking=false"), found) == []
+    assert len(check_answers(shipped(children, *table, "search.backtracking=true"), found)) == 1
+
+
+def test_a_check_names_the_types_that_no_demonstration_shows() -> None:
+    task = build_task(shipped().task, 0)
+    assert demonstration_notes(shipped(), task) == []
+    (note,) = demonstration_notes(shipped("search.nodes.thinking.tag=thoughts"), task)
+    assert note.startswith("search.nodes.thinking: the task's demonstrations have no tag <thoughts>")
 
 
 def test_trees_without_any_answer_are_an_error() -> None:

@@ -71,7 +71,7 @@ def test_figures_of_trees_by_hand() -> None:
         "most_frequent_answer_correct": 0.5,  # all answers have one text, and the first one of the first tree is right
         "first_right_chains": {"checked": 0, "every_step_right": 0},  # nobody judges the steps
         "scored_answers": 4,
-        "distinct_correct_per_tree": 1.0,
+        "right_answers_per_tree": 1.0,
         "simulations": 8,
         "calls": 12,
         "calls_per_scored_answer": 3.0,
@@ -165,7 +165,7 @@ def test_the_table_has_the_figures(with_engines: bool) -> None:
     rows = [list(row) for row in figure_rows(figures().report(), rates)]
     expected = [
         ["failed", "1"],
-        ["distinct correct per tree", "1.00"],
+        ["right answers per tree", "1.00"],
         ["calls per scored answer", "3.00"],
         ["tokens per scored answer", "30.0"],
         ["stopped by", "correct 1, simulations 1"],
