@@ -22,11 +22,21 @@ Rows = Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The figures of one task."""
+    """The figures of one task.
+
+    Attributes:
+        problems: What the problem of each prompt is apart from names, by seed. Such prompts are not independent.
+    """
 
     task: str
     budgets: Sequence[int]
     rows: Rows
+    problems: Sequence[Sequence[str]]
+
+    @property
+    def groups(self) -> np.ndarray:
+        """Labels of the problems of all prompts, [seeds * prompts]."""
+        return np.array([problem for seed in self.problems for problem in seed])
 
     def solved(self, arm: str) -> np.ndarray:
         """Return whether each prompt was solved within each budget, [seeds, prompts, budgets] bool."""
@@ -44,17 +54,21 @@ class Figures:
         searches = [arm for arm in self.rows if arm != SAMPLES]
         samples = self.solved(SAMPLES)
         return [
-            f"Solved fraction (95 % interval over {seeds * prompts} prompts; lowest to highest of {seeds} seeds):",
+            f"Solved fraction of {seeds * prompts} prompts (95 % interval over {len(np.unique(self.groups))} different "
+            f"problems; lowest to highest of {seeds} seeds):",
             "",
-            *self._table(list(self.rows), lambda arm, i: _share(self.solved(arm)[:, :, i])),
+            *self._table(list(self.rows), lambda arm, i: _share(self.solved(arm)[:, :, i], self.groups)),
             "",
             "Search minus independent samples, paired by prompt (95 % interval), and the ratio of both:",
             "",
-            *self._table(searches, lambda arm, i: _against(self.solved(arm)[:, :, i], samples[:, :, i])),
+            *self._table(searches, lambda arm, i: _against(self.solved(arm)[:, :, i], samples[:, :, i], self.groups)),
             "",
             "The same, if a prompt counts as solved only by a first right chain with every step right:",
             "",
-            *self._table(searches, lambda arm, i: _against(self.sound(arm)[:, :, i], self.sound(SAMPLES)[:, :, i])),
+            *self._table(
+                searches,
+                lambda arm, i: _against(self.sound(arm)[:, :, i], self.sound(SAMPLES)[:, :, i], self.groups),
+            ),
             "",
             *self._ends(),
         ]
@@ -73,8 +87,10 @@ class Figures:
         ]
         for arm, seeds in self.rows.items():
             rows = [row for seed in seeds for row in seed]
+            known = np.array([row["sound"] is not None for row in rows])
             checked = [row["sound"] for row in rows if row["sound"] is not None]
-            sound = _interval(mean_over_prompts(np.array(checked, dtype=float)[:, None])) if checked else "not known"
+            values = np.array(checked, dtype=float)[:, None]
+            sound = _interval(mean_over_prompts(values, groups=self.groups[known])) if checked else "not known"
             ended = np.mean([row["solved_at"] is None and row["total"] < max(self.budgets) for row in rows])
             lines.append(f"| {arm} | {sound} of {len(checked)} | {ended:.3f} |")
         return lines
@@ -118,13 +134,13 @@ def _compact(row: Mapping[str, Any]) -> list[Any]:
     return [row["solved_at"], row["total"], row["sound"]]
 
 
-def _share(solved: np.ndarray) -> str:
+def _share(solved: np.ndarray, groups: np.ndarray) -> str:
     of_seeds = solved.mean(axis=1)
-    return f"{_interval(mean_over_prompts(solved.reshape(-1, 1)))[:-1]}; {of_seeds.min():.3f} to {of_seeds.max():.3f})"
+    return f"{_interval(mean_over_prompts(solved.reshape(-1, 1), groups=groups))[:-1]}; {of_seeds.min():.3f} to {of_seeds.max():.3f})"
 
 
-def _against(search: np.ndarray, samples: np.ndarray) -> str:
-    difference = _interval(mean_difference(search.ravel(), samples.ravel()), "+")
+def _against(search: np.ndarray, samples: np.ndarray, groups: np.ndarray) -> str:
+    difference = _interval(mean_difference(search.ravel(), samples.ravel(), groups=groups), "+")
     return f"{difference}, {search.mean() / samples.mean():.2f}" if samples.any() else difference
 
 

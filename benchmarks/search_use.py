@@ -42,6 +42,7 @@ from rlsys.launch.ray_cluster import Cluster, ray_cluster  # noqa: E402
 from rlsys.models.folder import ModelFolder  # noqa: E402
 from rlsys.search.compare import Attempts, sample_attempts, tree_attempts  # noqa: E402
 from rlsys.tasks import build_task  # noqa: E402
+from rlsys.tasks.generated import GeneratedTask  # noqa: E402
 from rlsys.trees import Tree, TreeFailure  # noqa: E402
 from rlsys.types import Prompt, Trajectory  # noqa: E402
 
@@ -78,7 +79,7 @@ class Setup:
     budgets: tuple[int, ...]
 
 
-HARD_BUDGETS = (64, 128, 256, 512, 1024, 2048)
+HARD_BUDGETS = (64, 128, 192, 256, 384, 512, 768, 1024, 2048)
 TASKS: Mapping[str, Setup] = {
     "letter_count": Setup("quickstart", "search_letter_count", (32, 48, 64, 96, 128, 192, 256, 384, 512)),
     "hard_letter_count": Setup("hard_letter_count", "search_hard_letter_count", HARD_BUDGETS),
@@ -197,6 +198,14 @@ def _row(attempts: Attempts, sound: bool | None) -> dict[str, Any]:
     return {"solved_at": int(first[0]) if len(first) else None, "total": attempts.total, "sound": sound}
 
 
+def problems_of(cell: Cells, seeds: Sequence[int]) -> list[list[str]]:
+    """Return what the problem of each prompt is apart from names, by seed."""
+    task = build_task(cell.config.task, cell.config.run.seed)
+    assert isinstance(task, GeneratedTask)  # noqa: S101 - those of TASKS are
+    prompts = [prompts_of(cell.config, cell.policy, seed, cell.count) for seed in seeds]
+    return [[task.identity(str(prompt.question)) for prompt in each] for each in prompts]
+
+
 async def measure(cells: Sequence[Cells], seeds: Sequence[int], run_dir: Path) -> None:
     """Make the missing cells of a task."""
     missing = {cell: [seed for seed in seeds if cell.read(seed) is None] for cell in cells}
@@ -238,7 +247,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as run_dir:
             asyncio.run(measure(cells, range(arguments.seeds), Path(run_dir)))
         rows = {cell.arm: [cell.read(seed) or [] for seed in range(arguments.seeds)] for cell in cells}
-        found[name] = search_page.Figures(name, setup.budgets, rows)
+        found[name] = search_page.Figures(name, setup.budgets, rows, problems_of(cells[-1], range(arguments.seeds)))
         print("\n".join(found[name].lines()))
     if arguments.write:
         search_page.write(found)

@@ -19,7 +19,9 @@ class Estimate:
     high: float
 
 
-def mean_over_prompts(values: np.ndarray, seed: int = 0, resamples: int = 2000) -> Estimate:
+def mean_over_prompts(
+    values: np.ndarray, seed: int = 0, resamples: int = 2000, groups: np.ndarray | None = None
+) -> Estimate:
     """Return the mean of samples with a 95 % bootstrap interval over prompts.
 
     Samples of one prompt are not independent, so the bootstrap draws whole prompts. If all prompts are 0, or all are 1,
@@ -30,17 +32,20 @@ def mean_over_prompts(values: np.ndarray, seed: int = 0, resamples: int = 2000) 
         values: [prompts, samples].
         seed: seed of the bootstrap.
         resamples: number of bootstrap draws.
+        groups: [prompts], labels; prompts with the same label are not independent, and are drawn together.
     Source: Efron 1979, percentile bootstrap; Wilson 1927, score interval.
     """
     per_prompt = values.mean(axis=1)
     mean = float(per_prompt.mean())
     if mean in (0.0, 1.0):
-        width = _width_without_variation(len(per_prompt))
+        width = _width_without_variation(len(per_prompt) if groups is None else len(np.unique(groups)))
         return Estimate(mean, max(0.0, mean - width), min(1.0, mean + width))
-    return _bootstrap(per_prompt, seed, resamples)
+    return _bootstrap(per_prompt, seed, resamples, groups)
 
 
-def mean_difference(first: np.ndarray, second: np.ndarray, seed: int = 0, resamples: int = 2000) -> Estimate:
+def mean_difference(
+    first: np.ndarray, second: np.ndarray, seed: int = 0, resamples: int = 2000, groups: np.ndarray | None = None
+) -> Estimate:
     """Return the mean of first - second with a 95 % bootstrap interval over the prompts.
 
     The bootstrap draws pairs, so the difficulty of a prompt cancels. If all differences are equal, the interval extends
@@ -51,17 +56,21 @@ def mean_difference(first: np.ndarray, second: np.ndarray, seed: int = 0, resamp
         second: [prompts], in [0, 1], for the same prompts.
         seed: seed of the bootstrap.
         resamples: number of bootstrap draws.
+        groups: as in `mean_over_prompts`.
     """
     differences = first.astype(float) - second.astype(float)
     if np.ptp(differences) == 0:
-        mean, width = float(differences[0]), _width_without_variation(len(differences))
+        count = len(differences) if groups is None else len(np.unique(groups))
+        mean, width = float(differences[0]), _width_without_variation(count)
         return Estimate(mean, max(-1.0, mean - width), min(1.0, mean + width))
-    return _bootstrap(differences, seed, resamples)
+    return _bootstrap(differences, seed, resamples, groups)
 
 
-def _bootstrap(values: np.ndarray, seed: int, resamples: int) -> Estimate:
-    draws = np.random.default_rng(seed).integers(0, len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
+def _bootstrap(values: np.ndarray, seed: int, resamples: int, groups: np.ndarray | None) -> Estimate:
+    labels = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    sums, counts = np.bincount(labels, weights=values), np.bincount(labels)
+    draws = np.random.default_rng(seed).integers(0, len(sums), size=(resamples, len(sums)))
+    low, high = np.quantile(sums[draws].sum(axis=1) / counts[draws].sum(axis=1), [0.025, 0.975])
     return Estimate(float(values.mean()), float(low), float(high))
 
 

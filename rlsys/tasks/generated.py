@@ -95,7 +95,7 @@ class GeneratedTask(ABC, Generic[Config, Instance]):
     @cached_property
     def excluded(self) -> frozenset[str]:
         """Identities of the problems in the held-out file."""
-        return frozenset(self._identity(str(problem.question)) for problem in self._file_problems)
+        return frozenset(self.identity(str(problem.question)) for problem in self._file_problems)
 
     @cached_property
     def _file_problems(self) -> tuple[Problem, ...]:
@@ -109,7 +109,7 @@ class GeneratedTask(ABC, Generic[Config, Instance]):
             if instance is None:
                 continue
             problem = self._problem(f"{split}-{index}", instance)
-            identity = self._identity(str(problem.question))
+            identity = self.identity(str(problem.question))
             if self._is_held_out(identity) == (split == "held_out") and identity not in self.excluded:
                 return problem, instance
         raise ConfigError(
@@ -140,7 +140,7 @@ class GeneratedTask(ABC, Generic[Config, Instance]):
         """Judge the text of the only <answer>."""
 
     @abstractmethod
-    def _identity(self, question: str) -> str:
+    def identity(self, question: str) -> str:
         """Return the part of a question that decides its split."""
 
     @abstractmethod

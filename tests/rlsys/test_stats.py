@@ -81,3 +81,19 @@ def test_equal_differences_have_an_interval(first: float, second: float, low: fl
     estimate = mean_difference(np.full(5, first), np.full(5, second))
     assert estimate.mean == first - second
     assert (estimate.low, estimate.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_prompts_of_one_group_count_together() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.random(40) < 0.4, rng.random(40) < 0.6
+    labels, copies = np.repeat(np.arange(40), 5), 5
+    alone = mean_over_prompts(first[:, None])
+    together = mean_over_prompts(np.repeat(first, copies)[:, None], groups=labels)
+    assert (together.mean, together.low, together.high) == pytest.approx((alone.mean, alone.low, alone.high))
+    against = mean_difference(first, second)
+    paired = mean_difference(np.repeat(first, copies), np.repeat(second, copies), groups=labels)
+    assert (paired.mean, paired.low, paired.high) == pytest.approx((against.mean, against.low, against.high))
+    apart = mean_over_prompts(np.repeat(first, copies)[:, None])
+    assert apart.high - apart.low < 0.6 * (alone.high - alone.low)
+    none = mean_over_prompts(np.zeros((200, 1)), groups=labels)
+    assert none == mean_over_prompts(np.zeros((40, 1)))

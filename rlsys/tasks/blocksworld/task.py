@@ -80,7 +80,7 @@ class BlocksworldTask(GeneratedTask[BlocksworldConfig, tuple[State, Goal]]):
     def _step_rules(self, question: str) -> PlanSteps:
         return PlanSteps(*block_text.read_problem(question))
 
-    def _identity(self, question: str) -> str:
+    def identity(self, question: str) -> str:
         return fingerprint(*block_text.read_problem(question))
 
     def _is_held_out(self, identity: str) -> bool:

@@ -66,7 +66,7 @@ class CountdownTask(GeneratedTask[CountdownConfig, Question]):
         read = read_question(question)
         return None if read is None else CountdownSteps(read)
 
-    def _identity(self, question: str) -> str:
+    def identity(self, question: str) -> str:
         read = read_question(question)
         return "" if read is None else question_text(Question(read.target, tuple(sorted(read.numbers))))
 

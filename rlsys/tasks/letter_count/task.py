@@ -91,7 +91,7 @@ class LetterCountTask(GeneratedTask[LetterCountConfig, Question]):
     def _step_rules(self, question: str) -> CountSteps | None:
         return count_steps(question)
 
-    def _identity(self, question: str) -> str:
+    def identity(self, question: str) -> str:
         """Return the last word of a question."""
         return (re.findall(r"[a-z]+", question.lower()) or [""])[-1]
 

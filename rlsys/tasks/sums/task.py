@@ -54,7 +54,7 @@ class SumsTask(GeneratedTask[SumsConfig, tuple[int, ...]]):
     def _step_rules(self, question: str) -> SumSteps | None:
         return SumSteps(_terms(question)) if _QUESTION.fullmatch(question) else None
 
-    def _identity(self, question: str) -> str:
+    def identity(self, question: str) -> str:
         return " ".join(map(str, sorted(_terms(question))))
 
     def _is_held_out(self, identity: str) -> bool:

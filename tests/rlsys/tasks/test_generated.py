@@ -51,7 +51,7 @@ class Numbers(GeneratedTask[NumbersConfig, int]):
     def _judge(self, problem_answer: str, text: str) -> Verdict:
         return CORRECT if text == problem_answer else wrong()
 
-    def _identity(self, question: str) -> str:
+    def identity(self, question: str) -> str:
         return question
 
     def _is_held_out(self, identity: str) -> bool:
