@@ -233,6 +233,8 @@ def main() -> int:
         "search.stop.correct=[]",
         f"search.stop.simulations={arguments.simulations}",
         f"search.parallel_simulations={arguments.parallel}",
+        "search.selection={type: ucb}",
+        "search.backtracking=true",
     ]
     node = [*stop, "search.expansion=node", "search.patterns=[narrow]"]
     kinds = (

@@ -136,7 +136,8 @@ def _compact(row: Mapping[str, Any]) -> list[Any]:
 
 def _share(solved: np.ndarray, groups: np.ndarray) -> str:
     of_seeds = solved.mean(axis=1)
-    return f"{_interval(mean_over_prompts(solved.reshape(-1, 1), groups=groups))[:-1]}; {of_seeds.min():.3f} to {of_seeds.max():.3f})"
+    found = _interval(mean_over_prompts(solved.reshape(-1, 1), groups=groups))
+    return f"{found[:-1]}; {of_seeds.min():.3f} to {of_seeds.max():.3f})"
 
 
 def _against(search: np.ndarray, samples: np.ndarray, groups: np.ndarray) -> str:

@@ -55,6 +55,12 @@ ONCE = ["search.backtracking=true", "search.max_backtracks=1"]
 NEVER = ["search.backtracking=false"]
 ARMS: Mapping[str, Sequence[str]] = {
     "surprise, token": [*CHAIN, *NEVER, "search.selection={type: surprise}"],
+    "surprise, token, 8 at once": [
+        *CHAIN,
+        *NEVER,
+        "search.selection={type: surprise}",
+        "search.parallel_simulations=8",
+    ],
     "surprise, token, step check": [*CHAIN, *NEVER, "search.selection={type: surprise}", "search.value={type: steps}"],
     "surprise, node": [*CHAIN, *NEVER, "search.selection={type: surprise, unit: node}"],
     "chain, UCB": [*CHAIN, *NEVER, "search.selection={type: ucb}"],
@@ -201,7 +207,7 @@ def _row(attempts: Attempts, sound: bool | None) -> dict[str, Any]:
 def problems_of(cell: Cells, seeds: Sequence[int]) -> list[list[str]]:
     """Return what the problem of each prompt is apart from names, by seed."""
     task = build_task(cell.config.task, cell.config.run.seed)
-    assert isinstance(task, GeneratedTask)  # noqa: S101 - those of TASKS are
+    assert isinstance(task, GeneratedTask)
     prompts = [prompts_of(cell.config, cell.policy, seed, cell.count) for seed in seeds]
     return [[task.identity(str(prompt.question)) for prompt in each] for each in prompts]
 

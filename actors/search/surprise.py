@@ -28,10 +28,11 @@ class SurprisingPlaces:
         self._tree, self._expander, self._config = tree, expander, config
         # Excess and negative number of the generated tokens that were not used, by node; the best one last.
         self._places: dict[Node, list[tuple[float, int]]] = {}
-        # Chains to the end of a node, by number. Nodes with other forced tokens may hold the same chain.
-        self._chains: dict[tuple[int, tuple[int, ...]], int] = {}
-        self._chain_of: dict[Node, int] = {}
-        self._surprises: dict[tuple[int, tuple[int, ...]], float] = {}  # of tokens, by chain and own tokens so far
+        # Numbers of the beginnings of all chains, by that of the beginning without its last token, and this token.
+        # Nodes with other forced tokens may hold the same beginning.
+        self._numbers: dict[tuple[int, int], int] = {}
+        self._number_of: dict[Node, int] = {}  # of the chain to the end of a node
+        self._surprises: dict[int, float] = {}  # of the last token of a beginning
         self._largest: dict[Node, float] = {}  # of all tokens of a chain up to the end of a node
 
     def next_chain(self, running: int) -> tuple[Node, Plan] | None:
@@ -63,30 +64,37 @@ class SurprisingPlaces:
         if node.terminal:  # a reward belongs to the chain, and a redrawn answer would guess at it
             return
         assert node.parent is not None  # noqa: S101 - the prompt is not generated
-        places, ids, chain = [], tuple(node.token_ids), self._chain(node.parent)
-        kept = (self._surprises.get((chain, ids[:end]), 0.0) for end in range(1, node.forced + 1))
+        places, numbers = [], self._beginnings(node)
+        kept = (self._surprises.get(number, 0.0) for number in numbers[: node.forced])
         # Nodes that no model wrote were not added.
         before = next((self._largest[above] for above in node.parent.upwards() if above in self._largest), 0.0)
         largest = max(before, *kept, 0.0)
-        for number, logprob in enumerate(node.logprobs):
-            place = (chain, ids[: node.forced + number + 1])
-            if place not in self._surprises:  # a sibling may begin with the same tokens
-                self._surprises[place] = -logprob
-                if number >= first:
-                    places.append((-logprob - largest, -number))
+        for place, (number, logprob) in enumerate(zip(numbers[node.forced :], node.logprobs, strict=True)):
+            if number not in self._surprises:  # a sibling may begin with the same tokens
+                self._surprises[number] = -logprob
+                if place >= first:
+                    places.append((-logprob - largest, -place))
             largest = max(largest, -logprob)
         self._largest[node] = largest
         if places:
             self._places[node] = sorted(places)
 
-    def _chain(self, node: Node) -> int:
+    def _beginnings(self, node: Node) -> list[int]:
+        """Return the numbers of the chain up to every token of a node."""
+        assert node.parent is not None  # noqa: S101 - the prompt has no tokens of a chain
+        number, numbers = self._end(node.parent), []
+        for token in node.token_ids:
+            number = self._numbers.setdefault((number, token), len(self._numbers) + 1)
+            numbers.append(number)
+        return numbers
+
+    def _end(self, node: Node) -> int:
         """Return the number of the chain up to the end of a node; 0 at the prompt."""
         if node.parent is None:
             return 0
-        if node not in self._chain_of:
-            key = self._chain(node.parent), tuple(node.token_ids)
-            self._chain_of[node] = self._chains.setdefault(key, len(self._chains) + 1)
-        return self._chain_of[node]
+        if node not in self._number_of:
+            self._number_of[node] = [self._end(node.parent), *self._beginnings(node)][-1]
+        return self._number_of[node]
 
     def take(self) -> tuple[Node, int] | None:
         """Remove the best place; return its node and the number of the node's tokens before it.

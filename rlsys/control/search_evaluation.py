@@ -28,7 +28,9 @@ from rlsys.search.compare import (
     token_budgets,
     tree_attempts,
 )
+from rlsys.search.stats import TreeFigures
 from rlsys.stats import Estimate
+from rlsys.tasks import build_task
 from rlsys.trees import Tree, TreeFailure
 from rlsys.types import Prompt, SamplingSettings, Trajectory
 
@@ -85,7 +87,16 @@ async def search_and_sample(pool: SearchPool, prompts: Sequence[Prompt], config:
         },
         "at_equal_answers": _by_number(compare_answers(searches, samples, counts)),
         "at_equal_tokens": _by_number(compare_tokens(searches, samples, budgets)),
+        "first_right_chains": _steps(trees, config),
     }
+
+
+def _steps(trees: Sequence[Tree | TreeFailure], config: Config) -> dict[str, int]:
+    """Return how many first right chains the task could check, and how many of them have every step right."""
+    figures = TreeFigures(check_steps=build_task(config.task, config.run.seed).check_steps)
+    for number, tree in enumerate(trees):
+        figures.add(number, tree)
+    return {"checked": figures.checked, "every_step_right": figures.sound}
 
 
 def _solved_or_spent(budget: int, attempts: Attempts) -> bool:
@@ -155,6 +166,9 @@ def show_search(results: Mapping[str, Any], problems: int, console: Console) -> 
         f"generated tokens per problem: search {tokens['search']:.0f}, "
         f"{results['answers']} samples {tokens['samples']:.0f}",
     ]
+    steps = results["first_right_chains"]
+    if steps["checked"]:
+        lines.append(f"every step is right in {steps['every_step_right']} of {steps['checked']} first right chains")
     if results["failed_trees"]:
         failed, first = results["failed_trees"], results["first_failure"]
         lines.append(f"{failed} trees failed and count as unsolved; the first: {first}")

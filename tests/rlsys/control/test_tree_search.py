@@ -76,10 +76,10 @@ def test_engines_of_other_models_may_differ_in_number_and_size(section: str, ove
         "search.temperature=0.7",
         "search.split=held_out",
         "search.shard_size=8",
-        "search.expansion=node",
+        "search.expansion=node;search.selection={type: ucb}",
         "search.selection={type: puct}",
         "search.parallel_simulations=2",
-        "search.backtracking=false",
+        "search.backtracking=true",
         "search.max_depth=12",
         "search.max_node_tokens=9",
         "search.stop.simulations=9",
@@ -94,7 +94,7 @@ def test_engines_of_other_models_may_differ_in_number_and_size(section: str, ove
     ],
 )
 def test_what_decides_a_tree_is_compared(override: str) -> None:
-    assert deciding_fields(shipped(override)) != deciding_fields(shipped())
+    assert deciding_fields(shipped(*override.split(";"))) != deciding_fields(shipped())
 
 
 def test_the_order_of_a_row_decides_too() -> None:
