@@ -61,6 +61,10 @@ def _tables(report: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[li
     solved = f"{report['solved']} of {report['trees']} trees solved, {report['failed']} prompts failed"
     rows = [[name, str(count), str(report["duplicates"][name])] for name, count in report["rows"].items()]
     yield solved, ["rows", "written", "duplicates dropped"], rows
+    steps = report["supervised_steps"]
+    if steps["checked"]:
+        rows = [[str(steps["every_step_right"]), str(steps["checked"])]]
+        yield "supervised chains by the task's check of steps", ["every step right", "checked"], rows
     lengths = {name: quantiles for name, quantiles in report["tokens"].items() if quantiles}
     if lengths:
         rows = [[name.replace("_", " "), *(f"{values[q]:g}" for q in QUANTILES)] for name, values in lengths.items()]

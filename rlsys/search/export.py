@@ -16,17 +16,19 @@ from rlsys.config.patterns import resolve
 from rlsys.config.schema import Config
 from rlsys.config.search import ExtractConfig
 from rlsys.directory import CARD, REPORT, SearchDirectory
-from rlsys.errors import ConfigError
+from rlsys.errors import ConfigError, DataError
 from rlsys.models.folder import ModelFolder
 from rlsys.search import extract
 from rlsys.search.codec import TagCodec
 from rlsys.search.paths import prompt_tokens
 from rlsys.search.scores import ScoreFile
+from rlsys.search.stats import StepCheck
 from rlsys.search.step_chains import StepChain, step_chains
 from rlsys.search.supervised import SupervisedRow, supervised_rows
 from rlsys.search.tree_json import read_trees
 from rlsys.tables.schemas import TABLES
 from rlsys.tables.write import TableFiles, whole_or_nothing
+from rlsys.tasks import build_task
 from rlsys.trees import Tree, TreeFailure
 
 
@@ -119,6 +121,7 @@ class _Extraction:
         self._source, self._files = source, files
         by_scores = source.config.extract.supervised == "divergence"
         self._scores = ScoreFile(SearchDirectory(source.trees.parent).scores) if by_scores else None
+        self._check_steps = _step_check(source.config)
         self._counts = Counter[str]()
         self._without_pair = Counter[str]()
         self._origins = Counter[str]()
@@ -153,6 +156,9 @@ class _Extraction:
             columns = _supervised_row(tree, prompt, row)
             if self._files["supervised"].add(columns):
                 self._lengths["supervised"].append(columns["length"])
+                verdict = self._check_steps(tree.question, columns["completion"]) if self._check_steps else None
+                self._counts["checked"] += verdict is not None
+                self._counts["every_step_right"] += verdict is not None and verdict.wrong_node is None
 
     def _add_pairs(self, tree: Tree, prompt: str) -> None:
         config, codec = self._source.config.extract, self._source.codec
@@ -180,10 +186,21 @@ class _Extraction:
             "missing": max(0, prompts - trees - failed),
             "rows": {name: file.rows for name, file in self._files.items()},
             "duplicates": {name: file.duplicates for name, file in self._files.items()},
+            "supervised_steps": {name: self._counts[name] for name in ("checked", "every_step_right")},
             "tokens": {name: _quantiles(self._lengths[name]) for name in names},
             "pair_tokens": {name: self._origins[name] for name in ("policy", "forced", "other_model")},
             "trees_without_pair": {name: self._without_pair[name] for name in NO_PAIR},
         }
+
+
+def _step_check(config: Config) -> StepCheck | None:
+    """Return what judges the steps of supervised chains; None for rows of nodes, and for tasks that cannot tell."""
+    if config.extract.supervised_rows == "node" or config.task.type == "dataset":
+        return None
+    try:
+        return build_task(config.task, config.run.seed).check_steps
+    except (ConfigError, DataError):  # the trees may have come from a machine that has the task's files
+        return None
 
 
 NO_PAIR = {

@@ -242,6 +242,17 @@ def test_the_card_says_that_nodes_go_on(write: Callable[..., Path], codec: TagCo
         assert sentence in (tmp_path / rows / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("thinking", "right"), [("a1b1a2b2", 1), ("a1b2a2b2", 0)])
+def test_the_report_counts_supervised_chains_with_every_step_right(
+    thinking: str, right: int, write: Callable[..., Path], codec: TagCodec, tmp_path: Path
+) -> None:
+    chain = grown(codec, node(0, f"<thinking>{thinking}</thinking>"), answer(1, "<answer>2</answer>", "ok"))
+    source = find_source(write([tree_line(replace(chain, question="count a in abab"))]), [])
+    assert run(source, tmp_path / "a")["supervised_steps"] == {"checked": 1, "every_step_right": right}
+    source = find_source(source.trees.parent, ["extract.supervised_rows=node"])
+    assert run(source, tmp_path / "b")["supervised_steps"] == {"checked": 0, "every_step_right": 0}
+
+
 def test_step_values_can_be_left_out(write: Callable[..., Path], codec: TagCodec, tmp_path: Path) -> None:
     source = find_source(write([tree_line(solved(codec))]), ["extract.step_values=false"])
     report = run(source, tmp_path / "data")
