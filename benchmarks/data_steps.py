@@ -16,7 +16,13 @@ from cells import RLSYS, metrics, trained
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "data_steps.yaml"
-SEARCH = ROOT / "configs" / "search_letter_count.yaml"
+SEARCH, PLANS = (ROOT / "configs" / f"{name}_letter_count.yaml" for name in ("search", "plan_execute"))
+GUIDED = (
+    "search.prompts=512",
+    "search.nodes.thinking.writer=reviewer",
+    "search.reviewer={path: TEACHER, max_model_len: 192, kv_cache_gib: 0.2}",
+    "actors.count=1",
+)
 REVISION = (
     "search.selection={type: revision, chains: 8, draws: 4}",
     "search.backtracking=false",
@@ -31,12 +37,14 @@ class DataStep:
     Attributes:
         extract: overrides of `rlsys extract`; None for a row without extracted rows.
         train: overrides of `configs/data_steps.yaml`.
-        trees: overrides of the search, for trees of its own.
+        trees: overrides of the search, for trees of its own; TEACHER stands for the trained quickstart model.
+        search: config of the search.
     """
 
     extract: Sequence[str] | None
     train: Sequence[str] = ()
     trees: Sequence[str] = ()
+    search: Path = SEARCH
 
 
 LONGEST, SHORTEST = "extract.supervised=longest", "extract.supervised=shortest"
@@ -60,6 +68,8 @@ STEPS = {
             "objective.sft={weight: 1, source: demonstrations}",
         ],
     ),
+    "Explore-Execute, plans of its own search": DataStep([], trees=("search.prompts=512",), search=PLANS),
+    "SGFT, a second model solves by the plans": DataStep([], trees=GUIDED, search=PLANS),
 }
 
 
@@ -83,7 +93,8 @@ def table(folder: Path, quickstart: Path, *, finished: bool) -> list[str]:
         rows, tokens, path = "", "", []
         if step.extract is not None:
             search = folder / (f"search_{number}" if step.trees else "search")
-            grown(search, [model, *step.trees])
+            teacher = str(quickstart / "online")
+            grown(search, step.search, [model, *(each.replace("TEACHER", teacher) for each in step.trees)])
             if "extract.supervised=divergence" in step.extract and not (search / "scores.jsonl").exists():
                 subprocess.run([RLSYS, "score", search, quickstart / "online"], check=True)
             data = folder / f"data_{number}"
@@ -100,10 +111,10 @@ def _is_finished(run_dir: Path) -> bool:
     return record.exists() and bool(json.loads(record.read_text())["done"])
 
 
-def grown(run_dir: Path, overrides: Sequence[str]) -> None:
+def grown(run_dir: Path, config: Path, overrides: Sequence[str]) -> None:
     """Grow the trees of a search, unless they are there."""
     if not (run_dir / "summary.json").exists():
-        subprocess.run([RLSYS, "search", SEARCH, f"run.dir={run_dir}", *overrides], check=True)
+        subprocess.run([RLSYS, "search", config, f"run.dir={run_dir}", *overrides], check=True)
 
 
 def extracted(search: Path, data: Path, overrides: Sequence[str]) -> tuple[str, str]:

@@ -41,7 +41,7 @@ METHODS: Mapping[str, Sequence[str]] = {
     "TAID, alone": TAID,
     "GKD, half over demonstrations, alone": [ALONE, TOP_K, "objective.distill.on_policy_share=0.5", DEMONSTRATIONS],
     "TAID with the fall of the loss, alone": [*TAID, "objective.distill.interpolation_rate=5e-4"],
-    "FIRST, over demonstrations": [
+    "FIRST over demonstrations, beside GRPO": [
         "objective.distill.divergence=top_k",
         "objective.distill.top_k=5",
         "objective.distill.teacher_temperature=1.5",
