@@ -52,7 +52,7 @@ from rlsys.types import Prompt, Trajectory, TrajectoryGroup  # noqa: E402
 
 BUDGETS = (64, 128, 256, 512)
 SURE = 0.95
-ONE_ANSWER = ("letter_count", "hard_letter_count")  # tasks whose problems have one right answer, for the vote
+ONE_ANSWER = ("letter_count", "hard_letter_count", "sums")  # tasks whose problems have one right answer, for the vote
 WIDTHS = (1, 2, 4, 8)
 TREE = "tree by surprise, agreement"
 SEARCH = [
