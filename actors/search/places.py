@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Protocol
 
 from actors.search.expansion import Expander, Plan
@@ -21,8 +21,8 @@ class ChainPlaces(Protocol):
         """Plan the next chain; return the node that it follows, or None if there is no place now."""
         ...
 
-    def add(self, node: Node, first: int) -> None:
-        """Take a new node, whose generated tokens are new from the number `first` on."""
+    def add(self, node: Node, first: int, rest: int) -> None:
+        """Take a new node, whose generated tokens are new from the number `first` on; `rest` tokens came after it."""
         ...
 
 
@@ -36,7 +36,7 @@ def chain_places(tree: GrowingTree, expander: Expander, selection: SelectionConf
 def add_chain(
     tree: GrowingTree,
     simulation: Simulation,
-    pieces: Iterable[ChainPiece],
+    pieces: Sequence[ChainPiece],
     places: ChainPlaces | None,
     *,
     redrawn: bool,
@@ -51,8 +51,10 @@ def add_chain(
         The type of the node that the reviewer must write next; None if there is none.
     """
     begin, reviewed_type = simulation.node, None
+    rest = sum(len(piece.node.token_ids) for piece in pieces)
     for piece in pieces:
         node = simulation.node
+        rest -= len(piece.node.token_ids)
         if node is not begin:  # the chain is one draw from each node that it passes
             node.drawn_chains += 1
         if piece.is_reviewed:
@@ -60,7 +62,7 @@ def add_chain(
             break
         child = tree.add(node, piece.node)
         if places is not None and child.samples == 1:
-            places.add(child, int(redrawn and node is begin))
+            places.add(child, int(redrawn and node is begin), rest)
         simulation.enter(child)
     for node in reversed(simulation.path[simulation.path.index(begin) + 1 :]):
         tree.refresh(node)

@@ -3,7 +3,8 @@
 A model that is wrong was often unsure at one token. So a new chain begins where the model was least sure, and all
 tokens before it are kept. If one of those was more surprising still, the error may be there. So the score of a token is
 its excess, d = s - b: its surprise s = -log p in nats, minus the largest surprise b of a token before it in the chain.
-A positive excess counts as d (1 - Q), with the value Q of the node: what led to right answers is seldom drawn again.
+A positive excess counts as d (1 - Q) / n, with the value Q of the node, because what led to right answers is seldom
+drawn again, and the number n of tokens that the chain had from the place on, because a new chain costs about as many.
 Without a positive excess, a whole chain is drawn.
 Source: EPTree, TreeRL, arXiv:2506.11902, which takes tokens of the largest entropy. The excess is ours.
 """
@@ -26,7 +27,7 @@ class SurprisingPlaces:
 
     def __init__(self, tree: GrowingTree, expander: Expander, config: SurpriseConfig) -> None:
         self._tree, self._expander, self._config = tree, expander, config
-        # Excess and negative number of the generated tokens that were not used, by node; the best one last.
+        # Score and negative number of the generated tokens that were not used, by node; the best one last.
         self._places: dict[Node, list[tuple[float, int]]] = {}
         # Numbers of the beginnings of all chains, by that of the beginning without its last token, and this token.
         # Nodes with other forced tokens may hold the same beginning.
@@ -59,8 +60,8 @@ class SurprisingPlaces:
         root.full = not plan.calls
         return root, plan
 
-    def add(self, node: Node, first: int) -> None:
-        """Add the generated tokens of a new node, from the generated token `first` on."""
+    def add(self, node: Node, first: int, rest: int) -> None:
+        """Add the generated tokens of a new node, from the generated token `first` on; `rest` tokens came after it."""
         if node.terminal:  # a reward belongs to the chain, and a redrawn answer would guess at it
             return
         assert node.parent is not None  # noqa: S101 - the prompt is not generated
@@ -73,7 +74,9 @@ class SurprisingPlaces:
             if number not in self._surprises:  # a sibling may begin with the same tokens
                 self._surprises[number] = -logprob
                 if place >= first:
-                    places.append((-logprob - largest, -place))
+                    excess, kept_here = -logprob - largest, place if self._config.unit == "token" else 0
+                    cost = len(node.logprobs) - kept_here + rest
+                    places.append((excess / cost if excess > 0 else excess, -place))
             largest = max(largest, -logprob)
         self._largest[node] = largest
         if places:
@@ -115,5 +118,5 @@ class SurprisingPlaces:
         return node, node.forced - negative_number
 
 
-def _score(node: Node, excess: float) -> float:
-    return excess * (1 - (value_of(node) or 0.0)) if excess > 0 else excess
+def _score(node: Node, place: float) -> float:
+    return place * (1 - (value_of(node) or 0.0)) if place > 0 else place

@@ -56,7 +56,7 @@ class ThoughtSwitches:
         self._drawn += 1
         return self._draw(path[self._kept - 1])
 
-    def add(self, node: Node, first: int) -> None:
+    def add(self, node: Node, first: int, rest: int) -> None:
         """Note a new node if it is an answer."""
         if node.terminal:
             self._answers.append(node)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Literal
 
 import pytest
 from pydantic import ValidationError
@@ -21,13 +22,13 @@ ANSWER = "<answer>"
 PROMPT = Node(0, None, 0, "start")
 
 
-def empty_places() -> SurprisingPlaces:
+def empty_places(unit: Literal["token", "node"] = "token") -> SurprisingPlaces:
     tree = GrowingTree(TABLE, chains=True, max_depth=None)
     config = SearchConfig(expansion="chain", max_depth=None)
     expander = Expander(
         tree, config, {"policy": search_model()}, random.Random(0), tree_seed=(0, ""), max_chain_tokens=9
     )
-    return SurprisingPlaces(tree, expander, SurpriseConfig(type="surprise"))
+    return SurprisingPlaces(tree, expander, SurpriseConfig(type="surprise", unit=unit))
 
 
 def node(number: int, logprobs: list[float], *, forced: int = 0, terminal: bool = False) -> Node:
@@ -37,9 +38,9 @@ def node(number: int, logprobs: list[float], *, forced: int = 0, terminal: bool 
 
 def test_places_come_by_surprise_and_once() -> None:
     places, first, second = empty_places(), node(1, [-0.5, -3.0, -0.1]), node(2, [-9.0, -2.0], forced=4)
-    places.add(first, 0)
-    places.add(second, 1)  # its first token was drawn at a place that was used
-    places.add(node(3, [-99.0], terminal=True), 0)
+    places.add(first, 0, 0)
+    places.add(second, 1, 0)  # its first token was drawn at a place that was used
+    places.add(node(3, [-99.0], terminal=True), 0, 0)
     # Excess over the tokens before: 0.5, 2.5 and 0.1 - 3; the second node 2 - 9.
     assert [places.take() for _ in range(3)] == [(first, 1), (first, 0), None]
     places._tree.root.full = True  # no whole chain can be drawn in the place of those without an excess
@@ -52,19 +53,30 @@ def test_the_tokens_that_a_chain_keeps_count_as_before() -> None:
     places, first, second, third = empty_places(), node(1, [-3.0]), node(2, [-1.0, -4.0, -3.5]), node(3, [-0.1, -4.5])
     second.parent = third.parent = first
     third.forced, third.token_ids = 2, [*second.token_ids[:2], 7, 8]
-    places.add(first, 0)
-    places.add(second, 0)
-    places.add(third, 1)
+    places.add(first, 0, 0)
+    places.add(second, 0, 0)
+    places.add(third, 1, 0)
     places._tree.root.full = True
     # Excess: 3; 1 - 3, 4 - 3 and 3.5 - 4; and in the sibling 4.5 - 4.
     assert [places.take() for _ in range(6)] == [(first, 0), (second, 1), (third, 3), (second, 2), (second, 0), None]
 
 
+@pytest.mark.parametrize("unit", ["token", "node"])
+def test_the_excess_is_divided_by_the_tokens_of_a_new_chain(unit: Literal["token", "node"]) -> None:
+    places = empty_places(unit)
+    long, short = node(1, [-1.0, -4.0, -0.1]), node(2, [-2.0, -3.2])
+    places.add(long, 0, 5)
+    places.add(short, 0, 0)
+    # By token: 1 / 8 and 3 / 7; 2 / 2 and 1.2 / 1. By node: 1 / 8 and 3 / 8; 2 / 2 and 1.2 / 2.
+    expected = {"token": [(short, 1), (short, 0), (long, 1), (long, 0)], "node": [(short, 0), (short, 1), (long, 1)]}
+    assert [places.take() for _ in expected[unit]] == expected[unit]
+
+
 def test_nodes_that_no_model_wrote_do_not_hide_what_stands_before_them() -> None:
     places, first, fixed, last = empty_places(), node(1, [-5.0]), node(2, []), node(3, [-1.0])
     fixed.parent, last.parent = first, fixed
-    places.add(first, 0)
-    places.add(last, 0)
+    places.add(first, 0, 0)
+    places.add(last, 0, 0)
     assert [places.take() for _ in range(2)] == [(first, 0), None]  # the last token's excess is 1 - 5
 
 
@@ -72,15 +84,15 @@ def test_a_place_that_siblings_share_is_used_once() -> None:
     places, first, second = empty_places(), node(1, [-2.0, -1.0]), node(2, [-2.0, -1.5])
     second.token_ids = [first.token_ids[0], 7]
     places._tree.root.full = True
-    places.add(first, 0)
-    places.add(second, 0)
+    places.add(first, 0, 0)
+    places.add(second, 0, 0)
     assert [places.take() for _ in range(4)] == [(first, 0), (second, 1), (first, 1), None]
 
 
 def test_places_that_led_to_right_answers_come_later() -> None:
     places, right, wrong = empty_places(), node(1, [-3.0, -2.0]), node(2, [-1.0])
-    places.add(right, 0)
-    places.add(wrong, 0)
+    places.add(right, 0, 0)
+    places.add(wrong, 0, 0)
     right.visits, right.total = 4, 3.0
     places._tree.root.full = True
     assert [places.take() for _ in range(3)] == [(wrong, 0), (right, 0), (right, 1)]
