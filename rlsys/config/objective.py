@@ -55,9 +55,10 @@ class PolicyConfig(Component):
     tree_estimator: TreeEstimator = "sibling_mean"
     """Advantage estimator of searched groups: sibling_mean (SPO), treerl, treepo, backed_up (DeepSearch), or group,
     which treats the chains as independent samples."""
-    tree_std: bool = False
+    tree_std: bool = True
     """Whether the advantages of searched groups are divided by the standard deviation of the siblings (sibling_mean) or
-    of the tree. With few chains below a node, the division turns chance into large advantages."""
+    of the tree, as those of sampled groups are. With few chains below a node, this turns chance into large advantages;
+    false leaves them as they are."""
     surrogate: Literal["clip", "gspo", "cispo"] = "clip"
     """Surrogate loss. clip: PPO's clipped ratio of each token; gspo: clipped ratio of the whole sequence; cispo:
     clipped importance weights, which drop no gradient."""

@@ -70,8 +70,8 @@ def backtracking_has_its_keys(config: Config) -> None:
 
 
 def tree_advantages_have_trees(config: Config) -> None:
-    """Raise if advantages of trees are to be divided, and no stage trains on trees."""
-    if config.objective.policy.tree_std and "online" in config.stages and not config.search.online:
+    """Raise if advantages of trees are not to be divided, and no stage trains on trees."""
+    if not config.objective.policy.tree_std and "online" in config.stages and not config.search.online:
         raise ValueError(
             "objective.policy.tree_std has no effect on sampled groups: raise search.fraction, or leave tree_std out"
         )

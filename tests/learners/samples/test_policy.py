@@ -51,7 +51,8 @@ def samples_of(
     **policy: Any,
 ) -> list[list[Sample]]:
     critic = {"value": {"weight": 1.0}} if estimator == "gae" else {}
-    objective = ObjectiveConfig(policy={"estimator": estimator, **policy}, kl=kl or {}, **critic)
+    policy = {"estimator": estimator, "tree_std": False, **policy}  # undivided, as figures by hand are
+    objective = ObjectiveConfig(policy=policy, kl=kl or {}, **critic)
     scorer = scorer or FakeScorer()
     return policy_samples(groups, objective, max_tokens=max_tokens, kl_weight=kl_weight, scorer=scorer)
 

@@ -134,7 +134,7 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
         (["search={backtracking: false, max_backtracks: 3}"], "search.max_backtracks 3 has no effect"),
     ],
     "tree_advantages_have_trees": [
-        (["objective.policy.tree_std=true"], "objective.policy.tree_std has no effect on sampled groups"),
+        (["objective.policy.tree_std=false"], "objective.policy.tree_std has no effect on sampled groups"),
     ],
     "estimates_have_a_source": [
         (["extract.step_value=estimate"], "extract.step_value estimate needs search.value of type steps, rollouts"),
@@ -304,7 +304,7 @@ ACCEPTED: list[list[str]] = [
             [*SEARCHED, f"search.{name}=0.7", "search.model.path=large"],
         )
     ),
-    ["objective.policy.tree_std=true", *SEARCHED],
+    ["objective.policy.tree_std=false", *SEARCHED],
     ["objective.sft.curiosity=1", "stages=[online]"],  # a part of a recipe whose stage before had the term
     ["objective.policy.overlong_buffer=16", "sampling.max_tokens=16"],
     ["objective.policy.aggregation=sequence_mean"],
