@@ -14,6 +14,7 @@ from rlsys.config.engine_roles import section_of, trees_ahead
 from rlsys.config.files import flat_fields, select_fields
 from rlsys.config.patterns import resolve
 from rlsys.config.schema import Config
+from rlsys.config.search_values import ModelValueConfig
 from rlsys.control.budgets import FailureLimit
 from rlsys.control.dispatch import TreePool, grow
 from rlsys.data.inputs import Inputs
@@ -292,4 +293,5 @@ def deciding_fields(config: Config) -> dict[str, Any]:
         if values["search"][key] is not None:  # replaces the value of `sampling`
             del values["sampling"][key]
     deciding = select_fields(flat_fields(values), DECIDING)
-    return {name: value for name, value in deciding.items() if name not in FREE}
+    judges = {"search.value.count"} if isinstance(config.search.value, ModelValueConfig) else set()  # or of rollouts
+    return {name: value for name, value in deciding.items() if name not in {*FREE, *judges}}

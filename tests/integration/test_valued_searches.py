@@ -40,6 +40,7 @@ def test_a_killed_search_goes_on_to_the_same_bytes(kind: str, finished_run: Fini
     fields["search"] |= VALUES[kind]
     if kind == "model":
         fields["search"]["value"]["path"] = str(policy)
+        fields["actors"]["count"] = 1  # the judge has the other core
     (tmp_path / "killed").mkdir()
     whole, killed = write_config(tmp_path, fields), write_config(tmp_path / "killed", fields)
     with commands() as start:

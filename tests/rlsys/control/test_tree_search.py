@@ -97,6 +97,12 @@ def test_what_decides_a_tree_is_compared(override: str) -> None:
     assert deciding_fields(shipped(*override.split(";"))) != deciding_fields(shipped())
 
 
+def test_the_number_of_rollouts_decides_and_that_of_judges_does_not() -> None:
+    rollouts = [deciding_fields(shipped(f"search.value={{type: rollouts, count: {n}}}")) for n in (2, 3)]
+    judges = [deciding_fields(shipped(f"search.value={{type: model, path: j, count: {n}}}")) for n in (1, 2)]
+    assert rollouts[0] != rollouts[1] and judges[0] == judges[1]
+
+
 def test_the_order_of_a_row_decides_too() -> None:
     one = shipped("search.tables.chain.children.start={thinking: 4, sub_task: 2}", "search.patterns=[chain]")
     other = shipped("search.tables.chain.children.start={sub_task: 2, thinking: 4}", "search.patterns=[chain]")
