@@ -74,8 +74,8 @@ class SurprisingPlaces:
             if number not in self._surprises:  # a sibling may begin with the same tokens
                 self._surprises[number] = -logprob
                 if place >= first:
-                    excess, kept_here = -logprob - largest, place if self._config.unit == "token" else 0
-                    cost = len(node.logprobs) - kept_here + rest
+                    begin = place if self._config.unit == "token" else 0
+                    excess, cost = -logprob - largest, len(node.logprobs) - begin + rest
                     places.append((excess / cost if excess > 0 else excess, -place))
             largest = max(largest, -logprob)
         self._largest[node] = largest
@@ -89,6 +89,7 @@ class SurprisingPlaces:
         for token in node.token_ids:
             number = self._numbers.setdefault((number, token), len(self._numbers) + 1)
             numbers.append(number)
+        self._number_of[node] = number
         return numbers
 
     def _end(self, node: Node) -> int:
@@ -96,7 +97,7 @@ class SurprisingPlaces:
         if node.parent is None:
             return 0
         if node not in self._number_of:
-            self._number_of[node] = [self._end(node.parent), *self._beginnings(node)][-1]
+            self._beginnings(node)
         return self._number_of[node]
 
     def take(self) -> tuple[Node, int] | None:

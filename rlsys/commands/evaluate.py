@@ -99,7 +99,7 @@ async def evaluate(
             if groups:
                 figures[mode]["every_step_right"] = every_step_right(task, groups, model)
     if config.evaluation.search_answers:
-        figures["search"] = await search_and_sample(pool, prompts, config)
+        figures["search"] = await search_and_sample(pool, prompts, config, task.check_steps)
     if one_answer:
         [(answer, count)] = Counter(prompt.answer for prompt in prompts).most_common(1)
         figures["constant_answer"] = {"answer": answer, "accuracy": count / len(prompts)}

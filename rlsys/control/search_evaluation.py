@@ -28,9 +28,8 @@ from rlsys.search.compare import (
     token_budgets,
     tree_attempts,
 )
-from rlsys.search.stats import TreeFigures
+from rlsys.search.stats import StepCheck, TreeFigures
 from rlsys.stats import Estimate
-from rlsys.tasks import build_task
 from rlsys.trees import Tree, TreeFailure
 from rlsys.types import Prompt, SamplingSettings, Trajectory
 
@@ -62,8 +61,13 @@ def sampling_of(config: Config) -> SamplingSettings:
     )
 
 
-async def search_and_sample(pool: SearchPool, prompts: Sequence[Prompt], config: Config) -> dict[str, Any]:
+async def search_and_sample(
+    pool: SearchPool, prompts: Sequence[Prompt], config: Config, check_steps: StepCheck | None = None
+) -> dict[str, Any]:
     """Return the comparison of search and samples as JSON-able values.
+
+    Args:
+        check_steps: judges the steps of right chains; None judges none.
 
     Raises:
         TooManyFailuresError: no tree could be grown, a sample failed, or too many verifications failed.
@@ -87,13 +91,13 @@ async def search_and_sample(pool: SearchPool, prompts: Sequence[Prompt], config:
         },
         "at_equal_answers": _by_number(compare_answers(searches, samples, counts)),
         "at_equal_tokens": _by_number(compare_tokens(searches, samples, budgets)),
-        "first_right_chains": _steps(trees, config),
+        "first_right_chains": _steps(trees, check_steps),
     }
 
 
-def _steps(trees: Sequence[Tree | TreeFailure], config: Config) -> dict[str, int]:
+def _steps(trees: Sequence[Tree | TreeFailure], check_steps: StepCheck | None) -> dict[str, int]:
     """Return how many first right chains the task could check, and how many of them have every step right."""
-    figures = TreeFigures(check_steps=build_task(config.task, config.run.seed).check_steps)
+    figures = TreeFigures(check_steps=check_steps)
     for number, tree in enumerate(trees):
         figures.add(number, tree)
     return {"checked": figures.checked, "every_step_right": figures.sound}

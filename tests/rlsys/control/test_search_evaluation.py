@@ -27,8 +27,9 @@ from rlsys.control.search_evaluation import (
     with_search,
 )
 from rlsys.errors import TooManyFailuresError
+from rlsys.search.stats import StepCheck
 from rlsys.trees import Tree, TreeFailure
-from rlsys.types import Prompt, SamplingSettings, TrajectoryGroup
+from rlsys.types import Prompt, SamplingSettings, StepVerdict, TrajectoryGroup
 
 
 def config(answers: int = 2, **sections: dict[str, Any]) -> Config:
@@ -121,8 +122,16 @@ def test_more_samples_are_drawn_for_unfinished_prompts_only_and_are_new() -> Non
     assert [[t.completion_length for t in samples] for samples in drawn] == [[5, 5], [5, 5, 5, 5]]
 
 
-def evaluated(pool: SearchingPool, count: int = 10) -> dict[str, Any]:
-    return asyncio.run(search_and_sample(pool, [prompt(f"p{i}") for i in range(count)], with_search(config())))
+def evaluated(pool: SearchingPool, count: int = 10, check_steps: StepCheck | None = None) -> dict[str, Any]:
+    prompts = [prompt(f"p{i}") for i in range(count)]
+    return asyncio.run(search_and_sample(pool, prompts, with_search(config()), check_steps))
+
+
+def test_right_chains_with_every_step_right_are_counted() -> None:
+    verdicts = iter([StepVerdict(wrong_node=1, detail=""), None, *[StepVerdict(wrong_node=None, detail="")] * 2])
+    results = evaluated(SearchingPool(failing=["p0", "p1"]), check_steps=lambda question, chain: next(verdicts))
+    assert results["first_right_chains"] == {"checked": 3, "every_step_right": 2}  # of four solved trees
+    assert evaluated(SearchingPool())["first_right_chains"] == {"checked": 0, "every_step_right": 0}
 
 
 def test_the_figures_by_hand() -> None:
