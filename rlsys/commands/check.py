@@ -14,7 +14,6 @@ from rlsys.launch.resources import ResourcePlan
 from rlsys.models.chat import decode_prompt
 from rlsys.run.provenance import check_extraction, check_inputs
 from rlsys.run.resume import checkpoint_store, find_start
-from rlsys.tasks import build_task
 
 
 def run(config: Config) -> None:
@@ -35,7 +34,7 @@ def run(config: Config) -> None:
     for title, plan in zip(("resource plan", "resource plan of rlsys search"), prepared.plans, strict=False):
         _show_plan(title, plan)
     searches = describes_a_search(config)
-    tags = demonstration_notes(config, build_task(config.task, config.run.seed)) if searches else []
+    tags = demonstration_notes(config, prepared.inputs.task) if searches else []
     for note in (*prepared.notes, *tags):
         print(note)
     print(first_prompt(prepared))

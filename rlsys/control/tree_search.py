@@ -221,10 +221,15 @@ def written_tags(config: Config) -> dict[str, str]:
 
 
 def demonstration_notes(config: Config, task: Task) -> list[str]:
-    """Return a note for every node type whose tag the demonstrations of the task lack; none without demonstrations."""
-    shown = [task.demonstration(index, random.Random(index)) for index in range(DEMONSTRATIONS)]
+    """Return a note for every node type whose tag the demonstrations of the task lack.
+
+    There is none without demonstrations, and none for node expansion, in which the search writes the opening tags.
+    """
+    size = task.size("train")
+    count = DEMONSTRATIONS if size is None else min(size, DEMONSTRATIONS)
+    shown = [task.demonstration(index, random.Random(index)) for index in range(count)]
     texts = "".join(each[1] for each in shown if each)
-    if not texts:
+    if not texts or config.search.expansion == "node":
         return []
     return [
         f"search.nodes.{name}: the task's demonstrations have no tag <{tag}>; a model that learned from them alone "

@@ -45,6 +45,7 @@ class Inputs:
     """Task, tokenizer and data streams of a command.
 
     Attributes:
+        task: the task of the config.
         builder: builder of prompts from the task's problems.
         held_out: the held-out prompts of an evaluation.
         prompts: the stream of training prompts.
@@ -98,7 +99,7 @@ class Inputs:
         usable = pad is not None and pad < vocabulary  # padding is masked, so any token of the model will do
         self.pad_token_id = int(pad if usable else tokenizer.eos_token_id)
         self._task_notes = task.notes()
-        self._config, self._model, self._task, self._training = config, model, task, training
+        self.task, self._config, self._model, self._training = task, config, model, training
 
     @property
     def notes(self) -> list[str]:
@@ -109,7 +110,7 @@ class Inputs:
         """Return digests of data, model and tokenizer, by the config field that names each."""
         files = {"letter_count": "task.questions_path", "blocksworld": "task.problems_path", "dataset": "task.path"}
         data = files.get(self._config.task.type, "task")  # "task": a task without a file, so without a digest
-        digest = self._task.digest()
+        digest = self.task.digest()
         if self._training:
             digest = self.data.demonstrations_digest(self.builder.digest(digest))
         return {

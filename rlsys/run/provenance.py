@@ -2,7 +2,7 @@
 
 The manifest of a checkpoint holds the record under `inputs`: one text for each config field or name.
 
-    task.path: 3f5a...                             digest of data, model or tokenizer
+    task.path: 3f5a...                             digest of data, model, teacher or tokenizer
     sft.path: stage search:                        rows that the stage `search` extracts, not yet read
     sft.path: stage search: supervised 8c1e...     table and digest of extracted rows that were read
     reference: 77d0...                             digest of the stage's reference policy

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from pretended_search import CONFIG, shipped
 from tree_samples import answer, node, tree
 
+from rlsys.config.tasks import DatasetConfig
 from rlsys.control.tree_search import check_answers, deciding_fields, demonstration_notes
 from rlsys.errors import TooManyFailuresError
 from rlsys.search.stats import TreeFigures
@@ -158,6 +160,15 @@ def test_a_check_names_the_types_that_no_demonstration_shows() -> None:
     assert demonstration_notes(shipped(), task) == []
     (note,) = demonstration_notes(shipped("search.nodes.thinking.tag=thoughts"), task)
     assert note.startswith("search.nodes.thinking: the task's demonstrations have no tag <thoughts>")
+
+
+def test_a_small_data_set_is_read_to_its_end_and_node_expansion_sets_the_tags_itself(tmp_path: Path) -> None:
+    rows = [{"question": f"{n}?", "answer": str(n), "demonstration": f"<thinking>{n}</thinking>"} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DatasetConfig(type="dataset", path=str(tmp_path / "rows.jsonl"), demonstration_column="demonstration")
+    task = build_task(config, 0)
+    assert any("<answer>" in note for note in demonstration_notes(shipped(), task))
+    assert demonstration_notes(shipped("search.expansion=node", "search.selection={type: ucb}"), task) == []
 
 
 def test_trees_without_any_answer_are_an_error() -> None:
