@@ -60,8 +60,7 @@ def of_seed(seed: int, folder: Path, model: Path, data: Path) -> dict[str, Any]:
         name: {"accuracy": {mode: points[point][mode]["accuracy"] for mode in MODES}, "tokens": 0, "minutes": 0.0}
         for name, point in (("student", "sft"), ("teacher", "online"))
     }
-    own = folder / f"seed-{seed}"
-    stages = own / "run" / "stages"
+    stages = folder / f"seed-{seed}" / "run" / "stages"
     overrides = [
         f"run.seed={seed}",
         f"task.path={data / 'train.jsonl'}",
@@ -69,7 +68,7 @@ def of_seed(seed: int, folder: Path, model: Path, data: Path) -> dict[str, Any]:
     ]
     measured = [*overrides, f"evaluation.prompts={PROBLEMS}"]
     for number, (name, settings) in enumerate(ARMS.items()):
-        run_dir = own / f"distillation-{number}"
+        run_dir = folder / "distillation" / f"seed-{seed}" / f"arm-{number}"  # apart: minutes are summed by folder
         asked = [each.replace("TEACHER", str(stages / "online")) for each in settings]
         train = [f"train.max_steps={STEPS}", f"train.optimizer={{learning_rate: {RATE}, warmup_updates: 5}}"]
         quick = ["stages=[online]", f"model.path={stages / 'sft'}", "evaluation.prompts=16", "evaluation.samples=0"]
