@@ -1,6 +1,6 @@
 """On-policy distillation of a pretrained chat model of 135M parameters, alone and beside GRPO, against GRPO alone.
 
-`python benchmarks/real_model_distillation.py [--folder runs/real_model] [--seeds 0] [--write]` continues
+`python benchmarks/real_model_distillation.py [--folder runs/real_model] [--seeds 1] [--write]` continues
 real_model_training.py: the student is the model after its supervised stage, and the teacher is the one after RL.
 The learner holds the teacher, so that the divergence is over the whole vocabulary. Finished cells are reused.
 """
@@ -40,7 +40,7 @@ RATE = 3.0e-5
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/real_model"))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--write", action="store_true", help=f"write {results_page.PAGE} and its figures")
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()

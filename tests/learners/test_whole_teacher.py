@@ -99,6 +99,26 @@ def test_half_precision_keeps_the_divergence() -> None:
     torch.testing.assert_close(found[:, 0].double(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("interpolation", [1.0, 0.4])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.9, 1.0])
+def test_value_and_gradient_are_those_of_the_published_formula(beta: float, interpolation: float) -> None:
+    torch.manual_seed(0)
+    logits, states = torch.randn(3, 64, dtype=torch.float64, requires_grad=True), torch.randn(3, 64).double()
+    whole = WholeTeacher(
+        rows=torch.arange(3), states=states, output_layer=lambda x: x, beta=beta, interpolation=interpolation
+    )
+    p, q = logits.log_softmax(-1), states.log_softmax(-1)
+    q = ((1 - interpolation) * p.detach() + interpolation * q).log_softmax(-1)
+    mixture = (beta * q.exp() + (1 - beta) * p.exp()).log()
+    limits = {0.0: kl(q, p), 1.0: kl(p, q)}
+    expected = limits.get(beta, beta * kl(q, mixture) + (1 - beta) * kl(p, mixture))
+    weights = torch.tensor([0.2, 0.5, 3.0], dtype=torch.float64)
+    pair = whole.divergences(logits)[:, 0], expected
+    torch.testing.assert_close(*pair, rtol=0, atol=1e-10)
+    gradients = [torch.autograd.grad((weights * each).sum(), logits)[0] for each in pair]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("size", [60, 64, 70])
 def test_tokens_that_one_model_lacks_are_left_out(size: int) -> None:
     torch.manual_seed(0)
