@@ -87,7 +87,7 @@ class RolloutActor:
                 name=self.name,
                 adapter=adapter,
             )
-            self.rewards = RewardPool(settings.task, settings.seed, settings.rewards)
+            self.rewards = RewardPool(settings.task, settings.seed, settings.rewards, folder=settings.folder)
             self.scheduler = self._scheduler(settings)
         except Exception:
             logger.exception("actor %s could not start", settings.name)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlsys.config.schema import ActorsConfig, LoraConfig, RewardsConfig, SamplingConfig
+from rlsys.config.rewards import RewardsConfig
+from rlsys.config.schema import ActorsConfig, LoraConfig, SamplingConfig
 from rlsys.config.search import ExtractConfig, SearchConfig
 from rlsys.config.tasks import TaskConfig
 from rlsys.trees import Role
@@ -34,6 +35,7 @@ class ActorSettings:
         attempt: Number of earlier processes with this name.
         weight_timeout_s: Seconds until learner rank 0 counts as lost that does not answer a question for weights.
         seed: run.seed.
+        folder: Folder in which the command was started; see `rlsys.plugins.load_plugin`.
         lora: Section `model.lora`; None if the actor serves whole models.
         adapter: Folder of the adapter to begin with; None for one that changes nothing.
         shares_device: Whether the engine must be able to sleep while the learner uses the device.
@@ -53,6 +55,7 @@ class ActorSettings:
     task: TaskConfig
     rewards: RewardsConfig
     log_file: str
+    folder: str = ""
     lora: LoraConfig | None = None
     adapter: Path | None = None
     shares_device: bool = False

@@ -138,8 +138,8 @@ def beams(config: Config, policy: Path, prompts: Sequence[Prompt], width: int) -
             lengths = [beam_length(beam, tokenizer.eos_token_id) for beam in of_prompt]
             first, ended = of_prompt[0][: lengths[0]], tokenizer.eos_token_id in of_prompt[0]
             text = tokenizer.decode(first[:-1] if ended else first)
-            verdict = task.verify(prompt.answer, text, ended)
-            rows.append([verdict.outcome == "ok" and verdict.reward > 0, width * max(lengths)])
+            verdict = task.verify(prompt.problem, text, ended)
+            rows.append([verdict.correct, width * max(lengths)])
     return rows
 
 

@@ -185,7 +185,7 @@ class Cells:
 
     def samples_row(self, task: Task, prompt: Prompt, drawn: Sequence[Trajectory], tokenizer: Any) -> Any:
         """Return the attempts of independent samples, and whether the first right one has every step right."""
-        right = [t for t in drawn if t.outcome == "ok" and t.reward > 0][:1]
+        right = [t for t in drawn if t.correct][:1]
         texts = [tokenizer.decode(t.token_ids[len(prompt.token_ids) :], skip_special_tokens=True) for t in right]
         return _row(sample_attempts(drawn), all_right(task, prompt.question, texts[0]) if texts else None)
 

@@ -21,6 +21,7 @@ from rlsys.config.schema import Config  # noqa: E402
 from rlsys.data.inputs import Inputs, prepare_model  # noqa: E402
 from rlsys.models.folder import ModelFolder  # noqa: E402
 from rlsys.tasks import build_task  # noqa: E402
+from rlsys.types import Problem  # noqa: E402
 
 
 def main(path: Path, folder: Path, generation: str, overrides: list[str]) -> None:
@@ -41,7 +42,8 @@ def main(path: Path, folder: Path, generation: str, overrides: list[str]) -> Non
 
     def reward(completions: list[str], completion_ids: list[list[int]], answer: list[str], **_: Any) -> list[float]:
         counts.append(sum(map(len, completion_ids)))
-        return [task.verify(*pair).reward for pair in zip(answer, completions, strict=True)]
+        problems = [Problem(problem_id="", question="", answer=each) for each in answer]
+        return [task.verify(*pair).reward for pair in zip(problems, completions, strict=True)]
 
     trainer = GRPOTrainer(
         str(model.path),

@@ -74,11 +74,11 @@ class Task(Protocol):
         """Return the problem with an index, which is the same in every process."""
         ...
 
-    def verify(self, problem_answer: str, completion: str, finished: bool = True) -> Verdict:
+    def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
         """Judge a completion.
 
         Args:
-            problem_answer: `Problem.answer`.
+            problem: the problem, whose id may have a suffix.
             completion: text of the completion, without the prompt and the end token.
             finished: False if the completion was cut off. Answers of a tree search are complete by construction.
         """

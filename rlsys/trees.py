@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt
 
-from rlsys.types import FinishReason, Float32Array, Int32Array, Question, Verdict, VersionSpan
+from rlsys.types import OPTIONAL, FinishReason, Float32Array, Int32Array, Question, Verdict, VersionSpan
 
 Role = Literal["policy", "model", "reviewer", "judge", "teacher"]
 """Role of an engine. The policy or, if there is one, search.model proposes the nodes of a tree; search.reviewer writes
@@ -47,9 +47,6 @@ In the other cases the search does not continue below the node:
 
 ENDINGS: frozenset[Defect] = frozenset({"truncated", "unclosed", "malformed", "unanswered", "wrong_step"})
 """Defects with which a chain has failed, with reward 0. The others are limits of the search."""
-
-OPTIONAL = {"optional": True}
-"""Metadata of a field that a line of a tree file holds only if it differs from its default."""
 
 TEXT = "text"
 """Type of a piece of a chain that does not begin with the tag of a known node."""
@@ -123,7 +120,7 @@ class ThoughtNode:
 
     @property
     def correct(self) -> bool:
-        return self.verdict is not None and self.verdict.outcome == "ok" and self.verdict.reward > 0
+        return self.verdict is not None and self.verdict.correct
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

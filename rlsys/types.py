@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ BoolArray = NDArray[np.bool_]
 Split = Literal["train", "held_out"]
 Outcome = Literal["ok", "wrong", "error", "timeout"]
 FinishReason = Literal["stop", "length", "abort"]
+OPTIONAL = {"optional": True}
+"""Metadata of a field that files leave out if it has its default, so that files from before the field still read."""
 StageName = Literal["warm_start", "search", "sft", "preference", "online"]
 
 
@@ -37,11 +39,18 @@ Question = str | tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One question of a task, as text or as a conversation."""
+    """One question of a task, as text or as a conversation.
+
+    Attributes:
+        answer: the reference answer; "" if there is none.
+        metadata: all else that a verifier or a reward function may see, by name: JSON values, such as the columns of a
+            row.
+    """
 
     problem_id: str
     question: Question
     answer: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,15 +58,23 @@ class Verdict:
     """The judgement of a verifier on one completion.
 
     Attributes:
+        outcome: "ok" if the answer is right.
         reward: finite; 0.0 unless the outcome is "ok" or "wrong".
         answered: whether the completion has a valid answer; the no-answer rate counts completions without one.
         detail: the reason, for people.
+        parts: what the reward is the weighted sum of, by name; empty if it is the task's reward alone.
     """
 
     outcome: Outcome
     reward: float
     answered: bool
     detail: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict, metadata=OPTIONAL)
+
+    @property
+    def correct(self) -> bool:
+        """True if the answer is right. Rewards of functions, which `parts` has, may bring the sum below 0."""
+        return self.outcome == "ok" and (self.reward > 0 or bool(self.parts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +97,19 @@ class Prompt:
     Attributes:
         token_ids: [T] int32.
         question: the question, for models with another tokenizer.
+        metadata: see `Problem`.
     """
 
     prompt_id: str
     token_ids: Int32Array
     answer: str
     question: Question = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def problem(self) -> Problem:
+        """The problem as verifiers see it."""
+        return Problem(problem_id=self.prompt_id, question=self.question, answer=self.answer, metadata=self.metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +183,7 @@ class Trajectory:
         versions: spans of weight versions over the generated tokens, by ascending start.
         reward: the reward of the verifier; meaningless if the outcome is "error" or "timeout".
         detail: the verifier's reason, for example why it failed.
+        parts: see `Verdict`.
         steps: thought nodes in order, for a trajectory from a tree.
         teacher: scores of a teacher; None without one.
     """
@@ -172,6 +197,7 @@ class Trajectory:
     outcome: Outcome
     answered: bool
     detail: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
     teacher: TeacherTokens | None = None
 
@@ -184,6 +210,11 @@ class Trajectory:
     def judged(self) -> bool:
         """True if the verifier reached a verdict."""
         return self.outcome in ("ok", "wrong")
+
+    @property
+    def correct(self) -> bool:
+        """True if the answer is right; see `Verdict.correct`."""
+        return self.outcome == "ok" and (self.reward > 0 or bool(self.parts))
 
     @property
     def oldest_version(self) -> int | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from problems import problem_of
 
 from actors.engine import Completion
 from actors.rollouts.single_turn import build_group
@@ -20,7 +21,7 @@ from actors.verifiers.pool import RewardPool
 from learners.samples.batching import collate
 from learners.samples.build import StepTerms, build_samples
 from rlsys.config.objective import ObjectiveConfig
-from rlsys.config.schema import RewardsConfig
+from rlsys.config.rewards import RewardsConfig
 from rlsys.config.tasks import LetterCountConfig
 from rlsys.types import Prompt, TrainingBatch, VersionSpan
 
@@ -145,7 +146,7 @@ def test_an_error_or_timeout_of_a_verifier_trains_nothing(monkeypatch: pytest.Mo
     async def judged() -> list[Any]:
         pool = RewardPool(LetterCountConfig(), 0, settings, verifier="scripted_verifier:build")
         try:
-            return await pool.verify([("3", said) for said in ("say 3", "raise", "say 4", "hang")])
+            return await pool.verify([(problem_of("3"), said) for said in ("say 3", "raise", "say 4", "hang")])
         finally:
             await pool.close()
 

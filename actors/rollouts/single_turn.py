@@ -10,7 +10,7 @@ import numpy as np
 
 from actors.engine import Completion, CompletionRequest
 from actors.rollouts.seeds import sample_seed
-from rlsys.types import Prompt, SamplingSettings, Trajectory, TrajectoryGroup, Verdict
+from rlsys.types import Problem, Prompt, SamplingSettings, Trajectory, TrajectoryGroup, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +32,10 @@ def completion_requests(prompt: Prompt, settings: SamplingSettings) -> list[Comp
 
 def items_to_judge(
     prompt: Prompt, completions: Sequence[Completion], texts: Sequence[str]
-) -> list[tuple[str, str, bool]]:
+) -> list[tuple[Problem, str, bool]]:
     """Return the arguments of `Task.verify` for the texts of completions. One that was cut off is not finished."""
     pairs = zip(completions, texts, strict=True)
-    return [(prompt.answer, text, completion.finish_reason == "stop") for completion, text in pairs]
+    return [(prompt.problem, text, completion.finish_reason == "stop") for completion, text in pairs]
 
 
 def build_group(prompt: Prompt, completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> TrajectoryGroup:
@@ -64,4 +64,5 @@ def _trajectory(prompt: Prompt, completion: Completion, verdict: Verdict) -> Tra
         outcome=verdict.outcome,
         answered=verdict.answered,
         detail=verdict.detail,
+        parts=verdict.parts,
     )

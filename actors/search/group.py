@@ -96,6 +96,7 @@ def _trajectory(tree: Tree, number: int, verdict: Verdict, codec: Codec) -> Traj
         outcome=verdict.outcome,
         answered=verdict.answered,
         detail=verdict.detail,
+        parts=verdict.parts,
         steps=tuple(_step(n, start, stop, tree.nodes[n]) for n, start, stop in path.spans),
     )
 

@@ -30,7 +30,7 @@ from rlsys.config.search import SearchConfig
 from rlsys.errors import RolloutError
 from rlsys.search.codec import TagCodec
 from rlsys.trees import Role, Tree, TreeFailure
-from rlsys.types import Prompt, Verdict
+from rlsys.types import Problem, Prompt, Verdict
 
 
 class Valuer(Protocol):
@@ -53,7 +53,7 @@ class Verifier(Protocol):
 
     async def verify(
         self,
-        items: Sequence[tuple[str, str]],
+        items: Sequence[tuple[Problem, str]],
         on_verdicts: Callable[[Sequence[tuple[int, Verdict]]], None] | None = None,
     ) -> list[Verdict]: ...
 
@@ -348,7 +348,7 @@ class TreeScheduler:
             self._deliver([(tree, judge.number, verdict) for tree, judge, verdict in judged])
 
         try:
-            await self._verifier.verify([(tree.prompt.answer, judge.completion) for tree, judge in chains], deliver)
+            await self._verifier.verify([(tree.prompt.problem, judge.completion) for tree, judge in chains], deliver)
         except Exception as error:  # noqa: BLE001 - the trees' callers get it, as above
             for tree, _ in waiting.values():
                 self._fail(tree, error)

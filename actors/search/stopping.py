@@ -15,7 +15,7 @@ from rlsys.types import Verdict
 
 
 def is_correct(verdict: Verdict) -> bool:
-    return verdict.outcome == "ok" and verdict.reward > 0
+    return verdict.correct
 
 
 def thinking_of(answer: Node, pattern: Pattern) -> str:

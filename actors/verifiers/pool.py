@@ -7,23 +7,22 @@ verification that hangs, crashes or takes too much memory loses only its own ver
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from actors.verifiers import process as processes
 from actors.verifiers.process import READ_BYTES, VerifierProcess
-from rlsys.config.schema import RewardsConfig
+from actors.verifiers.wire import answered, request
+from rlsys.config.rewards import RewardsConfig
 from rlsys.config.tasks import TaskConfig
 from rlsys.errors import EngineError
-from rlsys.types import Outcome, Verdict
+from rlsys.types import Problem, Verdict
 
-Item = tuple[str, str] | tuple[str, str, bool] | tuple[Mapping[str, str]]
-"""Arguments of `Task.verify`: answer, completion and, if given, whether the completion is finished. A mapping has
+Item = tuple[Problem, str] | tuple[Problem, str, bool] | tuple[Mapping[str, str]]
+"""Arguments of `Task.verify`: problem, completion and, if given, whether the completion is finished. A mapping has
 those of `Task.check_steps` by name."""
 
 OnVerdicts = Callable[[Sequence[tuple[int, Verdict]]], None]
@@ -45,16 +44,24 @@ class RewardPool:
         task_config: Task whose `verify` judges completions.
         seed: run.seed.
         config: Number of workers, and deadline and memory of one verification.
-        verifier: "module:factory" to use in place of the task's verifier, for tests and plug-ins.
+        folder: Folder in which the command was started, where reward functions are looked up.
+        verifier: "module:factory" to use in place of the task's verifier, for tests.
 
     Attributes:
         verdicts: Number of verdicts so far.
     """
 
     def __init__(
-        self, task_config: TaskConfig, seed: int, config: RewardsConfig, *, verifier: str | None = None
+        self,
+        task_config: TaskConfig,
+        seed: int,
+        config: RewardsConfig,
+        *,
+        folder: str = "",
+        verifier: str | None = None,
     ) -> None:
         hello: dict[str, Any] = {"parent": os.getpid(), "memory_mib": config.memory_mib, "seed": seed}
+        hello |= {"rewards": config.model_dump(mode="json"), "folder": folder}
         hello |= {"verifier": verifier} if verifier else {"task": task_config.model_dump(mode="json")}
         self._workers = [_Worker(hello, config.timeout_s) for _ in range(config.workers)]
         self._free: asyncio.Queue[_Worker] = asyncio.Queue()
@@ -71,7 +78,7 @@ class RewardPool:
         await asyncio.gather(*(self._verify_part(()) for _ in self._workers))
 
     async def verify(self, items: Sequence[Item], on_verdicts: OnVerdicts | None = None) -> list[Verdict]:
-        """Judge items, each with an answer, a completion and whether it is finished (by default it is).
+        """Judge items, each with a problem, a completion and whether it is finished (by default it is).
 
         A verification that passes the deadline has the outcome "timeout". One that raises, returns a reward that is
         not finite, or ends its process has the outcome "error". Both have reward 0 and a reason in `detail`.
@@ -145,7 +152,7 @@ class _Worker:
         """Yield verdicts as they arrive, up to the last item or the item that ended the process."""
         numbers = range(self._items_sent, self._items_sent + len(items))
         self._items_sent = numbers.stop
-        process.write(*((number, *item) for number, item in zip(numbers, items, strict=True)))
+        process.write(*(request(number, *item) for number, item in zip(numbers, items, strict=True)))
         unread = b""
         while numbers:
             # The process answers in order, so the deadline of an item runs from the answer before it.
@@ -228,14 +235,10 @@ def _decode(lines: Sequence[bytes]) -> list[tuple[Any, Verdict]]:
     """
     verdicts: list[tuple[Any, Verdict]] = []
     for line in lines:
-        try:
-            number, outcome, reward, answered, detail = json.loads(line)
-        except (ValueError, TypeError, RecursionError):
+        answer = answered(line)
+        if answer is None:
             break
-        is_typed = outcome in get_args(Outcome) and type(answered) is bool and type(detail) is str
-        if not (is_typed and type(reward) is float and math.isfinite(reward)):
-            break
-        verdicts.append((number, Verdict(outcome=outcome, reward=reward, answered=answered, detail=detail)))
+        verdicts.append(answer)
     return verdicts
 
 

@@ -1,15 +1,6 @@
 """A process that runs one verifier below a guard, so that a verification that hangs can be killed.
 
-`actors.verifiers.process` starts it as `python -m actors.verifiers.worker`. The protocol is JSON lines:
-
-- First line in: {"parent": pid, "memory_mib": int, "seed": int, "task": section `task` of the config}. "task"
-  may be replaced by "verifier": "module:factory", where `factory()` returns a function with the arguments of
-  `Task.verify`.
-- First line out: {"ready": true}.
-- Then lines [number, answer, completion, finished] in, where `finished` may be missing, and lines
-  [number, outcome, reward, answered, detail] out, in order.
-- A line [number, {"question": text, "completion": text}] asks for `Task.check_steps`; `actors.verifiers.steps` says
-  how its answer fits into the line out.
+`actors.verifiers.process` starts it as `python -m actors.verifiers.worker`. `actors.verifiers.wire` has the protocol.
 """
 
 from __future__ import annotations
@@ -30,12 +21,15 @@ from pydantic import TypeAdapter
 
 from actors.verifiers.guard import adopt_orphans, descendants, die_with, end_descendants, guard
 from actors.verifiers.steps import as_verdict
+from actors.verifiers.wire import answer, problem_of
+from rlsys.config.rewards import RewardsConfig
 from rlsys.config.tasks import TaskConfig
+from rlsys.rewards import Rewards
 from rlsys.tasks import build_task
 from rlsys.types import Outcome, Verdict
 
 Verifier = Callable[..., Verdict]
-"""The judge of a task (see the protocol above), or a plug-in with the arguments of `Task.verify`."""
+"""Judge of a message, from all after its number to the verdict."""
 
 MAX_FILE_MIB = 16
 MAX_DETAIL_CHARS = 500
@@ -70,7 +64,7 @@ def _serve(requests: BinaryIO, answers: BinaryIO, hello: dict[str, Any]) -> None
         with _forks_end_here():
             verdict = _judge(verifier, *arguments)
         end_descendants(spared=helpers)
-        _send(answers, [number, verdict.outcome, verdict.reward, verdict.answered, verdict.detail])
+        _send(answers, answer(number, verdict))
 
 
 @contextlib.contextmanager
@@ -105,14 +99,20 @@ def _limit(kind: int, value: int) -> None:
 
 
 def _build_verifier(hello: dict[str, Any]) -> Verifier:
+    """Return the judge of a message without its number."""
     if "verifier" in hello:
         module, _, factory = hello["verifier"].partition(":")
-        return getattr(importlib.import_module(module), factory)()
+        verify = getattr(importlib.import_module(module), factory)()
+        return lambda given, *others: verify(problem_of(given) if others else given, *others)
     config: TaskConfig = TypeAdapter(TaskConfig).validate_python(hello["task"])
     task = build_task(config, hello["seed"])
+    rewards = Rewards(RewardsConfig.model_validate(hello["rewards"]), hello["folder"])
 
-    def judge(given: Any, *others: Any) -> Verdict:
-        return as_verdict(task.check_steps(**given)) if isinstance(given, dict) else task.verify(given, *others)
+    def judge(given: dict[str, Any], *others: Any) -> Verdict:
+        if not others:
+            return as_verdict(task.check_steps(**given))
+        problem = problem_of(given)
+        return rewards.verdict(problem, others[0], _checked(task.verify(problem, *others)))
 
     return judge
 
@@ -142,7 +142,8 @@ def _checked(verdict: Any) -> Verdict:
         return _error(f"expected a finite reward, found {reward}")
     if abs(reward) > LARGEST_REWARD:
         return _error(f"expected a reward from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, found {reward:g}")
-    return Verdict(outcome=verdict.outcome, reward=reward, answered=bool(verdict.answered), detail=detail)
+    parts = {str(name): float(value) for name, value in verdict.parts.items()}
+    return Verdict(outcome=verdict.outcome, reward=reward, answered=bool(verdict.answered), detail=detail, parts=parts)
 
 
 def _error(detail: str) -> Verdict:

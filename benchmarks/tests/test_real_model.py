@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from problems import problem_of
 
 from rlsys.config.files import load_config
 from rlsys.tasks import build_task
@@ -78,10 +79,10 @@ def test_the_files_share_no_question_and_the_task_judges_their_answers(arithmeti
     assert (task.size("train"), task.size("held_out")) == (4096, 512)
     for row in rows["supervised"][:100]:
         answer = truth(row["prompt"][-1]["content"], arithmetic.LEGS)
-        assert task.verify(str(answer), row["completion"]).outcome == "ok", row
-        wrong = task.verify(str(answer + 1), row["completion"])
+        assert task.verify(problem_of(str(answer)), row["completion"]).outcome == "ok", row
+        wrong = task.verify(problem_of(str(answer + 1)), row["completion"])
         assert (wrong.outcome, wrong.answered) == ("wrong", True), row
-        assert not task.verify(str(answer), row["completion"], finished=False).answered
+        assert not task.verify(problem_of(str(answer)), row["completion"], finished=False).answered
     assert config.sft.max_steps * config.sft.rows_per_step <= 2 * len(rows["supervised"])
     assert config.train.max_steps * config.train.groups_per_step <= len(rows["train"])
 

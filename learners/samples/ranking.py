@@ -32,4 +32,4 @@ def ranking_item(group: TrajectoryGroup, most: int) -> PackItem | None:
 
 
 def _is_right(trajectory: Trajectory) -> bool:
-    return trajectory.outcome == "ok" and trajectory.reward > 0
+    return trajectory.correct

@@ -122,7 +122,7 @@ def sample_candidates(group: TrajectoryGroup, model: ModelFolder) -> list[Candid
         tokens += trajectory.completion_length
         answer = find_answer(completion_text(trajectory, model)) if trajectory.answered else None
         value = float(trajectory.behavior_logprobs.sum()) / max(1, trajectory.completion_length)
-        right = trajectory.outcome == "ok" and trajectory.reward > 0
+        right = trajectory.correct
         key = normalise(answer.text) if answer else None
         candidates.append(Candidate(text=key, right=right, tokens=tokens, value=value))
     return candidates
@@ -134,7 +134,7 @@ def every_step_right(task: Task, groups: Sequence[TrajectoryGroup], model: Model
         task.check_steps(group.prompt.question, completion_text(trajectory, model))
         for group in groups
         for trajectory in group.trajectories
-        if trajectory.outcome == "ok" and trajectory.reward > 0
+        if trajectory.correct
     ]
     checked = [verdict.wrong_node is None for verdict in verdicts if verdict is not None]
     return {"right": sum(checked), "checked": len(checked)}

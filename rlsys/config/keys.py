@@ -149,9 +149,11 @@ def _type_name(annotation: Any) -> str:
         return f"list of {_type_name(arguments[0])}"
     if origin is dict:
         return f"{{name: {_type_name(arguments[1])}}}"
-    if issubclass(annotation, Section):
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return "section"
-    return {"str": "text", "int": "whole number", "float": "number", "bool": "true | false"}[annotation.__name__]
+    return {"str": "text", "int": "whole number", "float": "number", "bool": "true | false", "Any": "value"}[
+        annotation.__name__
+    ]
 
 
 def _written(value: Any) -> str:

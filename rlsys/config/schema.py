@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from rlsys.config.checks import RULES
 from rlsys.config.objective import ObjectiveConfig
+from rlsys.config.rewards import RewardsConfig
 from rlsys.config.search import ExtractConfig, SearchConfig
 from rlsys.config.section import LayerName, PathName, Section, Temperature
 from rlsys.config.served_model import TeacherConfig
@@ -118,15 +119,6 @@ class SamplingConfig(Section):
     """Nucleus (top-p) mass of training rollouts. Below 1, the learner's log-probabilities differ from the actors'."""
     max_tokens: int = Field(default=160, ge=1)
     """Maximum length of a completion, in tokens."""
-
-
-class RewardsConfig(Section):
-    workers: int = Field(default=1, ge=1)
-    """Number of verifier processes of each actor."""
-    timeout_s: float = Field(default=10.0, gt=0)
-    """Seconds that a verification may take; then its process is killed: outcome `timeout`."""
-    memory_mib: int = Field(default=2048, ge=256)
-    """Address-space limit of a verifier process, in MiB."""
 
 
 class LearnerConfig(Section):

@@ -18,7 +18,7 @@ from rlsys.directory import CheckpointDirectory
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.files import write_json
 from rlsys.run.checkpoints import CheckpointStore
-from rlsys.run.metrics import METRICS
+from rlsys.run.metrics import METRICS, spec_of
 from rlsys.run.provenance import Provenance
 from rlsys.run.state import state_to_json
 from rlsys.types import RunState
@@ -27,7 +27,7 @@ from rlsys.types import RunState
 def check_best_metric(config: Config) -> None:
     """Raise ConfigError if checkpoint.best_metric is not the name of a metric."""
     name = config.checkpoint.best_metric
-    if name is not None and name not in METRICS:
+    if name is not None and spec_of(name) is None:
         near = difflib.get_close_matches(name, METRICS, 1)
         raise ConfigError(
             f"checkpoint.best_metric: expected null or the name of a metric (see rlsys/run/metrics.py), found {name!r}"

@@ -59,7 +59,7 @@ async def evaluate_held_out(
 
 def solved(groups: Sequence[TrajectoryGroup]) -> np.ndarray:
     """Return the mask of correct trajectories, [prompts, samples] bool."""
-    rows = [[t.outcome == "ok" and t.reward > 0 for t in group.trajectories] for group in groups]
+    rows = [[t.correct for t in group.trajectories] for group in groups]
     return np.array(rows, dtype=bool)
 
 

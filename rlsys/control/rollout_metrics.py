@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from rlsys.interfaces import EngineStats
-from rlsys.types import TrajectoryGroup
+from rlsys.run.metrics import REWARDS
+from rlsys.types import Trajectory, TrajectoryGroup
 
 # Metrics of a tree that are summed over the trees of a step, under the same names.
 SUMMED = (
@@ -84,7 +85,7 @@ def _sampled_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
     rewards = [[t.reward for t in group.trajectories if t.judged] for group in groups]
     return {
         "rollout/reward": float(np.mean([t.reward for t in judged])) if judged else 0.0,
-        "rollout/accuracy": float(np.mean([t.outcome == "ok" and t.reward > 0 for t in trajectories])),
+        "rollout/accuracy": float(np.mean([t.correct for t in trajectories])),
         "rollout/no_answer_rate": float(np.mean([t.judged and not t.answered for t in trajectories])),
         "rollout/truncated_rate": float(np.mean([t.finish_reason == "length" for t in trajectories])),
         "rollout/completion_length": float(np.mean(lengths)),
@@ -93,7 +94,17 @@ def _sampled_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
         "rollout/zero_advantage_groups": float(np.mean([len(set(row)) < 2 for row in rewards])),
         "rollout/verifier_errors": float(len(trajectories) - len(judged)),
         "rollout/tokens": float(np.sum(lengths)),
+        **_reward_parts(judged),
     }
+
+
+def _reward_parts(judged: Sequence[Trajectory]) -> Mapping[str, float]:
+    """Return the mean of every part of the rewards, over the trajectories that have it."""
+    parts: dict[str, list[float]] = {}
+    for trajectory in judged:
+        for name, value in trajectory.parts.items():
+            parts.setdefault(f"{REWARDS}{name}", []).append(value)
+    return {name: float(np.mean(values)) for name, values in parts.items()}
 
 
 def _staleness(groups: Sequence[TrajectoryGroup], version: int) -> Mapping[str, float]:

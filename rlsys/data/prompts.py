@@ -73,6 +73,7 @@ class PromptBuilder:
             token_ids=np.asarray(token_ids, dtype=np.int32),
             answer=problem.answer,
             question=problem.question,
+            metadata=problem.metadata,
         )
 
     def first(self, split: Split, count: int) -> list[Prompt]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -132,6 +133,7 @@ def _actor_settings(
         actors=config.actors,
         task=config.task,
         rewards=config.rewards,
+        folder=os.getcwd(),
         log_file=str(RunDirectory(cluster.run_dir).logs / f"actor-{number}.log"),
         shares_device=config.placement == "colocated",
         weight_timeout_s=config.weight_sync.timeout_s,

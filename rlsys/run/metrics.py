@@ -233,6 +233,16 @@ _SPECS = (
 )
 
 METRICS: Mapping[str, MetricSpec] = {spec.name: spec for spec in _SPECS}
+REWARDS = "rewards/"
+"""Prefix of the metrics whose names the config gives: one for each reward function, and rewards/task."""
+
+
+def spec_of(name: str) -> MetricSpec | None:
+    """Return the metric with a name, or None if there is none."""
+    if name.startswith(REWARDS):
+        part = name.removeprefix(REWARDS)
+        return MetricSpec(name, "1", f"mean reward {part} without its weight, over the trajectories that have one")
+    return METRICS.get(name)
 
 
 class MetricsWriter:
@@ -269,7 +279,7 @@ class MetricsWriter:
         Raises:
             RlsysError: a name is not in the registry, or the row was written before.
         """
-        unknown = sorted(set(metrics) - set(METRICS))
+        unknown = sorted(name for name in metrics if spec_of(name) is None)
         if unknown:
             raise RlsysError(f"metrics {unknown} are not in the registry, METRICS in rlsys/run/metrics.py")
         if (stage, step) in self._repeatable:
@@ -314,7 +324,7 @@ def _is_row(row: Any) -> bool:
 def _ordered(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """Return the values as Python numbers in the order of the registry, with None for values that are not finite."""
     row: dict[str, float | None] = {}
-    for name in METRICS:
+    for name in (*METRICS, *sorted(name for name in metrics if name.startswith(REWARDS))):
         if name in metrics:
             value = metrics[name]
             number = value if type(value) is int else float(value)

@@ -51,7 +51,8 @@ def page() -> str:
         "",
         "Every training step writes one row into `metrics.jsonl` and the same numbers into `tensorboard/`. The x axis "
         "of TensorBoard is the weight version, so the stages of a run follow one another. This page is made from the "
-        "registry in `rlsys/run/metrics.py` by `make docs`.",
+        "registry in `rlsys/run/metrics.py` by `make docs`. A run with reward functions also has `rewards/NAME` for "
+        "each of them, and `rewards/task`: mean rewards without their weights ([rewards.md](rewards.md)).",
         "",
         "## What to look for",
         "",

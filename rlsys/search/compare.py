@@ -64,7 +64,7 @@ def tree_attempts(tree: Tree | TreeFailure) -> Attempts:
 def sample_attempts(trajectories: Sequence[Trajectory]) -> Attempts:
     """Return the attempts of independent samples of one prompt. A sample without an answer is also an attempt."""
     tokens = np.cumsum([t.completion_length for t in trajectories], dtype=np.int64)
-    right = [t.outcome == "ok" and t.reward > 0 for t in trajectories]
+    right = [t.correct for t in trajectories]
     return _attempts(right, tokens, int(tokens[-1]) if len(tokens) else 0)
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from dataclasses import Field as DataclassField
-from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -24,8 +24,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from pydantic_core import PydanticCustomError
 
 from rlsys.errors import DataError
-from rlsys.trees import OPTIONAL, ThoughtNode, Tree, TreeFailure
-from rlsys.types import Float32Array, Int32Array
+from rlsys.trees import ThoughtNode, Tree, TreeFailure
+from rlsys.types import OPTIONAL, Float32Array, Int32Array
 
 FORMAT = 1
 _SHOWN = 60
@@ -118,7 +118,7 @@ def _line_model(kind: Any) -> type[_Line]:
     """Return the pydantic model of a dataclass. Every field is required, except those with the metadata OPTIONAL."""
     hints = get_type_hints(kind, include_extras=True)
     types = {
-        field.name: (_json_type(hints[field.name]), field.default if _is_optional(field) else ...)
+        field.name: (_json_type(hints[field.name]), _default(field) if _is_optional(field) else ...)
         for field in fields(kind)
         if field.compare
     }
@@ -128,6 +128,10 @@ def _line_model(kind: Any) -> type[_Line]:
 
 def _is_optional(field: DataclassField[Any]) -> bool:
     return OPTIONAL.items() <= field.metadata.items()
+
+
+def _default(field: DataclassField[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 _TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -168,7 +172,7 @@ def _plain(value: Any) -> Any:
         return value.tolist() if value.dtype.kind == "i" else [float(str(number)) for number in value]
     if is_dataclass(value):
         pairs = ((field, getattr(value, field.name)) for field in fields(value) if field.compare)
-        return {field.name: _plain(held) for field, held in pairs if not _is_optional(field) or held != field.default}
+        return {field.name: _plain(held) for field, held in pairs if not _is_optional(field) or held != _default(field)}
     if isinstance(value, Mapping):
         return {name: _plain(value[name]) for name in sorted(value)}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value

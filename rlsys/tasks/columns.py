@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -31,12 +32,17 @@ _DEFAULTS = {name: DatasetConfig.model_fields[name].default for name in ("questi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """Texts of a readable row."""
+    """Content of a readable row.
+
+    Attributes:
+        columns: all its columns, as JSON values.
+    """
 
     number: int
     question: Question
     answer: str
     demonstration: str | None
+    columns: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +70,10 @@ class Columns:
             answer = (match[1] or "").strip() if match else ""
             if not answer:
                 return f"column {self.answer!r}: no answer that matches task.answer_pattern"
-        return Example(number=row.number, question=question, answer=answer, demonstration=demonstration)
+        columns = json.loads(json.dumps(row.values, default=str))
+        return Example(
+            number=row.number, question=question, answer=answer, demonstration=demonstration, columns=columns
+        )
 
 
 def find_columns(source: Source, config: DatasetConfig) -> Columns:

@@ -60,7 +60,7 @@ class DatasetTask:
         return self._data.skipped[:_EXAMPLES]
 
     def digest(self) -> str:
-        """Return the sha256 of the texts of all rows that are used, of both splits."""
+        """Return the sha256 of all rows that are used, of both splits."""
         rows = [list(map(astuple, split)) for split in (self._data.train, self._data.held_out)]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
@@ -86,10 +86,15 @@ class DatasetTask:
         """
         example = self._example(split, index)
         question = with_template(example.question, self.config.prompt_template)
-        return Problem(problem_id=f"{split}/{example.number}", question=question, answer=example.answer)
+        return Problem(
+            problem_id=f"{split}/{example.number}",
+            question=question,
+            answer=example.answer,
+            metadata=example.columns,
+        )
 
-    def verify(self, problem_answer: str, completion: str, finished: bool = True) -> Verdict:
-        return self._judge.verdict(problem_answer, completion, finished)
+    def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
+        return self._judge.verdict(problem.answer, completion, finished)
 
     def check_steps(self, question: Question, completion: str) -> None:
         """Return None: the rows have no rules for steps."""

@@ -74,13 +74,13 @@ class GeneratedTask(ABC, Generic[Config, Instance]):
         rules = self._step_rules(str(question))
         return None if rules is None else judge_steps(rules, completion)
 
-    def verify(self, problem_answer: str, completion: str, finished: bool = True) -> Verdict:
+    def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
         """Return reward 1 if the only <answer>, which ends the completion, is right, else 0.
 
         Such an answer is complete, so it counts even if the completion then reached its length limit.
         """
         text = tags.final_answer(completion)
-        return wrong("no final <answer>", answered=False) if text is None else self._judge(problem_answer, text)
+        return wrong("no final <answer>", answered=False) if text is None else self._judge(problem.answer, text)
 
     def digest(self) -> str:
         """Return the sha256 of the problems of the held-out file, "" without a file."""

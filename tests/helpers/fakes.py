@@ -104,7 +104,7 @@ class NumberTask:
         question = "x" * (3 if self._same_length else index + 1)
         return Problem(problem_id=f"{split}-{index}", question=question, answer=str(index))
 
-    def verify(self, problem_answer: str, completion: str, finished: bool = True) -> Verdict:
+    def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
         raise NotImplementedError
 
     def check_steps(self, question: Question, completion: str) -> None:

@@ -16,7 +16,7 @@ from search_world import World, search_model, shipped
 from actors.engine import Completion, CompletionRequest
 from actors.search.requests import Call
 from rlsys.search.codec import Stop
-from rlsys.types import Verdict
+from rlsys.types import Problem, Verdict
 
 WORLD = World(pattern=shipped("a"))
 
@@ -114,13 +114,15 @@ class Judges:
     raises: Callable[[str], Exception | None] = lambda chain: None
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
-    async def verify(self, items: Sequence[tuple[str, str]], on_verdicts: OnVerdicts | None = None) -> list[Verdict]:
+    async def verify(
+        self, items: Sequence[tuple[Problem, str]], on_verdicts: OnVerdicts | None = None
+    ) -> list[Verdict]:
         return await asyncio.gather(*(self._judge(number, *item, on_verdicts) for number, item in enumerate(items)))
 
-    async def _judge(self, number: int, answer: str, chain: str, on_verdicts: OnVerdicts | None) -> Verdict:
+    async def _judge(self, number: int, problem: Problem, chain: str, on_verdicts: OnVerdicts | None) -> Verdict:
         for _ in range(self.rng.randrange(4)):
             await asyncio.sleep(0)
-        assert answer == "1"
+        assert problem.answer == "1"
         if self.hangs(chain):
             await asyncio.Event().wait()
         error = self.raises(chain)

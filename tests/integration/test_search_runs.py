@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bpe_model import build_bpe_model
+from problems import problem_of
 from real_runs import TINY, Command, FinishedRun, commands, write_config
 from real_searches import (
     announced,
@@ -128,7 +129,7 @@ def test_trees_are_read_back_and_are_plain_json(undisturbed: Searched) -> None:
             text, above = node["text"], node["parent"]
             while above > 0:
                 text, above = tree["nodes"][above]["text"] + text, tree["nodes"][above]["parent"]
-            expected = task.verify(tree["answer"], text)
+            expected = task.verify(problem_of(tree["answer"]), text)
             assert (node["verdict"]["outcome"], node["verdict"]["reward"]) == (expected.outcome, expected.reward)
     assert judged > PROMPTS
 
@@ -169,9 +170,11 @@ def test_extracted_data_follow_from_the_trees(undisturbed: Searched, tmp_path: P
     }
     assert all(rows.values())
     for row in rows["supervised"]:
-        assert task.verify(answers[row["prompt_id"]], row["completion"]).reward == 1
+        assert task.verify(problem_of(answers[row["prompt_id"]]), row["completion"]).reward == 1
     for row in rows["preferences"]:
-        rewards = [task.verify(answers[row["prompt_id"]], row[side]).reward for side in ("chosen", "rejected")]
+        rewards = [
+            task.verify(problem_of(answers[row["prompt_id"]]), row[side]).reward for side in ("chosen", "rejected")
+        ]
         assert rewards == [1, 0]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from problems import problem_of
 from real_runs import REPOSITORY, TINY, commands, write_config
 from reliability import Row, record
 from watched_runs import (
@@ -32,7 +33,7 @@ from watched_runs import (
 )
 
 from actors.verifiers.pool import RewardPool
-from rlsys.config.schema import RewardsConfig
+from rlsys.config.rewards import RewardsConfig
 from rlsys.config.tasks import LetterCountConfig
 from rlsys.run.metrics import MetricsWriter
 
@@ -256,9 +257,9 @@ def test_a_hostile_verifier_costs_its_verdict(what: str, monkeypatch: pytest.Mon
         found = []
         try:
             for _ in range(TIMES):
-                await pool.verify([("3", "say 3")])  # starts what the last one has cost
+                await pool.verify([(problem_of("3"), "say 3")])  # starts what the last one has cost
                 started = time.monotonic()
-                found.append((await pool.verify([("3", said)]))[0].outcome)
+                found.append((await pool.verify([(problem_of("3"), said)]))[0].outcome)
                 took.append(time.monotonic() - started)
         finally:
             await pool.close()

@@ -47,7 +47,7 @@ def test_a_completion_that_was_cut_off_is_not_finished() -> None:
     reasons: tuple[FinishReason, ...] = ("stop", "length", "abort")
     completions = [replace(completion(4), finish_reason=reason) for reason in reasons]
     assert items_to_judge(PROMPT, completions, ["a", "b", "c"]) == [
-        (PROMPT.answer, text, finished) for text, finished in (("a", True), ("b", False), ("c", False))
+        (PROMPT.problem, text, finished) for text, finished in (("a", True), ("b", False), ("c", False))
     ]
 
 

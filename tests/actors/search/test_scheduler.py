@@ -21,7 +21,7 @@ from actors.engine import Completion, CompletionRequest
 from actors.rollout_actor import RolloutActor
 from actors.search.scheduler import RoleEngine, SchedulerSettings, TreeScheduler, Verifier
 from actors.verifiers.pool import RewardPool
-from rlsys.config.schema import RewardsConfig
+from rlsys.config.rewards import RewardsConfig
 from rlsys.config.search import SearchConfig, StopConfig
 from rlsys.config.tasks import LetterCountConfig
 from rlsys.control.tree_search import Search
@@ -30,7 +30,7 @@ from rlsys.errors import EngineError, RolloutError, TooManyFailuresError
 from rlsys.interfaces import EngineStats
 from rlsys.search.tree_json import read_trees, tree_line
 from rlsys.trees import Role, Tree, TreeFailure
-from rlsys.types import Prompt, RolloutFailure, Verdict
+from rlsys.types import Problem, Prompt, RolloutFailure, Verdict
 
 CONFIG = SearchConfig(max_depth=6, stop=StopConfig(simulations=24))
 TIMEOUT_S = 20.0
@@ -241,7 +241,7 @@ def test_enough_requests_are_open_while_trees_wait(engines: Any) -> None:
 
     class Watching(Judges):
         async def verify(
-            self, items: Sequence[tuple[str, str]], on_verdicts: OnVerdicts | None = None
+            self, items: Sequence[tuple[Problem, str]], on_verdicts: OnVerdicts | None = None
         ) -> list[Verdict]:
             seen.append((len(scheduler._waiting), scheduler._in_flight))
             return await super().verify(items, on_verdicts)

@@ -25,7 +25,7 @@ from rlsys.config.search import SearchConfig
 from rlsys.config.search_values import ModelValueConfig
 from rlsys.errors import ConfigError, EngineError, RolloutError
 from rlsys.search.codec import Stop
-from rlsys.types import Message, Prompt, StepVerdict, Verdict
+from rlsys.types import Message, Problem, Prompt, StepVerdict, Verdict
 
 MODEL = search_model()
 RIGHT, FAILED = Verdict(outcome="ok", reward=1.0, answered=True), Verdict(outcome="error", reward=0.0, answered=False)
@@ -108,9 +108,9 @@ END = MODEL.codec.end_token_id
 
 class Judge:
     def __init__(self, rewards: dict[str, Verdict]) -> None:
-        self.rewards, self.items = rewards, list[tuple[str, str, bool]]()
+        self.rewards, self.items = rewards, list[tuple[Problem, str, bool]]()
 
-    async def verify(self, items: Sequence[tuple[str, str, bool]]) -> list[Verdict]:
+    async def verify(self, items: Sequence[tuple[Problem, str, bool]]) -> list[Verdict]:
         self.items += items
         return [self.rewards.get(text, Verdict(outcome="wrong", reward=0.0, answered=True)) for _, text, _ in items]
 
@@ -134,10 +134,10 @@ def test_the_value_of_a_node_is_the_mean_reward_of_its_rollouts() -> None:
     # Right and wrong after y, right and cut off after z. The tokens are three and the end, three times; then three.
     assert found == Values(values=((0.5, 0.5), (None,)), failed={}, tokens=15)
     assert judge.items == [
-        ("1", f"xy{good}", True),
-        ("1", f"xy{bad}", True),
-        ("1", f"xyz{good}", True),
-        ("1", f"xyz{THINK}", False),
+        (prompt().problem, f"xy{good}", True),
+        (prompt().problem, f"xy{bad}", True),
+        (prompt().problem, f"xyz{good}", True),
+        (prompt().problem, f"xyz{THINK}", False),
     ]
     assert [(r.seed, r.temperature, r.top_p, r.max_tokens) for r in sampler.requests] == [
         (seed, 0.5, 0.75, 9) for seed in (1, 2, 3, 4)

@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from rlsys.types import Verdict
+from rlsys.types import Problem, Verdict
 
 HEAD_START_S = 0.2  # time for a forked child to act before its parent goes on
 
 
-def build() -> Callable[[str, str], Any]:
+def build() -> Callable[[Problem, str], Any]:
     return verify
 
 
-def build_for_chains() -> Callable[[str, str], Any]:
+def build_for_chains() -> Callable[[Problem, str], Any]:
     return judge_chain
 
 
@@ -39,32 +39,32 @@ def build_for_steps() -> Callable[[dict[str, str]], Any]:
     return check
 
 
-def build_with_helper() -> Callable[[str, str], Any]:
+def build_with_helper() -> Callable[[Problem, str], Any]:
     """Return a verifier that starts a helper process once and uses it for every verification."""
     helper = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def ask(answer: str, completion: str) -> Verdict:
+    def ask(problem: Problem, completion: str) -> Verdict:
         assert helper.stdin is not None and helper.stdout is not None
         print(completion, file=helper.stdin, flush=True)
-        return _verdict(float(helper.stdout.readline() == f"{answer}\n"))
+        return _verdict(float(helper.stdout.readline() == f"{problem.answer}\n"))
 
     return ask
 
 
-def build_with_fork() -> Callable[[str, str], Any]:
+def build_with_fork() -> Callable[[Problem, str], Any]:
     """Fork in the factory; the child returns first."""
     if os.fork():
         time.sleep(HEAD_START_S)
     return verify
 
 
-def build_that_fails() -> Callable[[str, str], Any]:
+def build_that_fails() -> Callable[[Problem, str], Any]:
     raise ValueError("no such thing as a verifier")
 
 
-def verify(answer: str, completion: str, finished: bool = True) -> Any:
+def verify(problem: Problem, completion: str, finished: bool = True) -> Any:
     command, _, argument = completion.partition(" ")
-    return _COMMANDS[command](answer, argument)
+    return _COMMANDS[command](problem.answer, argument)
 
 
 def chain_command(completion: str) -> str:
@@ -72,11 +72,11 @@ def chain_command(completion: str) -> str:
     return {0: "raise", 1: "hang", 2: "nan", 3: "exit"}.get(zlib.crc32(completion.encode()) % 30, "judged")
 
 
-def judge_chain(answer: str, completion: str) -> Any:
+def judge_chain(problem: Problem, completion: str) -> Any:
     command = chain_command(completion)
     if command == "judged":
-        return _verdict(float(completion.endswith(f"{answer}</answer>")))
-    return _COMMANDS[command](answer, completion)
+        return _verdict(float(completion.endswith(f"{problem.answer}</answer>")))
+    return _COMMANDS[command](problem.answer, completion)
 
 
 def _verdict(reward: Any) -> Verdict:

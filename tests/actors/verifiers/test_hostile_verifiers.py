@@ -12,11 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from problems import problem_of
 
 from actors.verifiers.guard import MAX_PROCESSES
 from actors.verifiers.pool import RewardPool, _decode
 from actors.verifiers.process import _environment
-from rlsys.config.schema import RewardsConfig
+from rlsys.config.rewards import RewardsConfig
 from rlsys.config.tasks import LetterCountConfig
 from rlsys.types import Verdict
 
@@ -56,7 +57,7 @@ def judge(
         try:
             await pool.start()
             started = time.monotonic()
-            verdicts = await pool.verify([("3", completion) for completion in completions])
+            verdicts = await pool.verify([(problem_of("3"), completion) for completion in completions])
             return verdicts, time.monotonic() - started
         finally:
             await pool.close()
@@ -99,9 +100,10 @@ FAILING = {
     "fork_many": f"more than {MAX_PROCESSES} processes",
     "write_anywhere garbage\\n": "wrote something other than a verdict",
     f"write_anywhere {'[' * 60_000}\\n": "wrote something other than a verdict",
-    'write_anywhere [0, "ok", NaN, true, ""]\\n': "wrote something other than a verdict",
-    'write_anywhere ["ok", 1.0, true, ""]\\n': "wrote something other than a verdict",
-    'write_anywhere [999, "ok", 1.0, true, ""]\\n': "wrote something other than a verdict",
+    'write_anywhere [0, "ok", NaN, true, "", {}]\\n': "wrote something other than a verdict",
+    'write_anywhere [0, "ok", 1.0, true, "", {"task": "1"}]\\n': "wrote something other than a verdict",
+    'write_anywhere ["ok", 1.0, true, "", {}]\\n': "wrote something other than a verdict",
+    'write_anywhere [999, "ok", 1.0, true, "", {}]\\n': "wrote something other than a verdict",
 }
 
 
@@ -123,7 +125,7 @@ def test_processes_of_a_verifier_share_its_memory_limit() -> None:
 
 
 def test_verdicts_before_garbage_in_the_same_read_count() -> None:
-    lines = [b'[3, "ok", 1.0, true, ""]', b"garbage", b'[4, "ok", 1.0, true, ""]']
+    lines = [b'[3, "ok", 1.0, true, "", {}]', b"garbage", b'[4, "ok", 1.0, true, "", {}]']
     assert [(number, verdict.outcome) for number, verdict in _decode(lines)] == [(3, "ok")]
     assert _decode(lines[1:]) == []
     verdicts, _ = judge(["say 3", "write_anywhere garbage\\n"] * 4, PATIENT)
@@ -132,7 +134,7 @@ def test_verdicts_before_garbage_in_the_same_read_count() -> None:
 
 @pytest.mark.parametrize("numbers", [(0, 1, 2), (0, 0), (1,)], ids=str)
 def test_too_many_or_misnumbered_verdicts_are_an_error(numbers: tuple[int, ...]) -> None:
-    lines = "".join(f'[{number}, "ok", 1.0, true, ""]\\n' for number in numbers)
+    lines = "".join(f'[{number}, "ok", 1.0, true, "", {{}}]\\n' for number in numbers)
     (verdict,), _ = judge([f"write_anywhere {lines}"], PATIENT)
     assert (verdict.outcome, verdict.detail) == ("error", "the verifier process wrote something other than a verdict")
 
@@ -146,7 +148,7 @@ def test_processes_of_a_verification_end_with_its_verdict() -> None:
             await pool.start()
             counts.append(len(processes()))
             for _ in range(3):
-                (verdict,) = await pool.verify([("3", "daemon_and_answer")])
+                (verdict,) = await pool.verify([(problem_of("3"), "daemon_and_answer")])
                 assert verdict.outcome == "ok"
                 counts.append(len(processes()))
         finally:
@@ -166,7 +168,7 @@ def test_a_forked_child_of_a_verification_never_answers(child: str) -> None:
         pool = RewardPool(LetterCountConfig(), 0, PATIENT, verifier="scripted_verifier:build")
         try:
             for batch in (["say 4", f"fork {child}", "say 4", "say 3"], ["say 4", "say 3"]):
-                verdicts.extend(await pool.verify([("3", completion) for completion in batch]))
+                verdicts.extend(await pool.verify([(problem_of("3"), completion) for completion in batch]))
         finally:
             await pool.close()
 
@@ -187,8 +189,8 @@ def test_a_verdict_without_an_item_is_an_error_of_the_next_item() -> None:
     async def run() -> None:
         pool = RewardPool(LetterCountConfig(), 0, PATIENT, verifier="scripted_verifier:build")
         try:
-            for batch in (["say 3"], ['write_and_answer [0, "ok", 1.0, true, ""]\\n', "say 4", "say 3"]):
-                verdicts.extend(await pool.verify([("3", completion) for completion in batch]))
+            for batch in (["say 3"], ['write_and_answer [0, "ok", 1.0, true, "", {}]\\n', "say 4", "say 3"]):
+                verdicts.extend(await pool.verify([(problem_of("3"), completion) for completion in batch]))
         finally:
             await pool.close()
 

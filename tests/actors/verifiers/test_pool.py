@@ -13,11 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from problems import problem_of
 
 from actors.verifiers import process as processes
 from actors.verifiers.pool import RewardPool
 from actors.verifiers.steps import wrong_node
-from rlsys.config.schema import RewardsConfig
+from rlsys.config.rewards import RewardsConfig
 from rlsys.config.tasks import DatasetConfig, LetterCountConfig
 from rlsys.errors import EngineError
 
@@ -64,19 +65,19 @@ def test_mixed_batch_keeps_order_and_outcomes():
     before = children()
     verdicts = judge(
         [
-            ("3", "say 3"),
-            ("3", "hang"),
-            ("3", "say 4"),
-            ("3", "raise"),
-            ("3", "nan"),
-            ("3", "text"),
-            ("3", "none"),
-            ("3", "numpy"),
-            ("3", "kill"),
-            ("3", "print"),
-            ("3", "allocate"),
-            ("3", "exit"),
-            ("3", "say 3"),
+            (problem_of("3"), "say 3"),
+            (problem_of("3"), "hang"),
+            (problem_of("3"), "say 4"),
+            (problem_of("3"), "raise"),
+            (problem_of("3"), "nan"),
+            (problem_of("3"), "text"),
+            (problem_of("3"), "none"),
+            (problem_of("3"), "numpy"),
+            (problem_of("3"), "kill"),
+            (problem_of("3"), "print"),
+            (problem_of("3"), "allocate"),
+            (problem_of("3"), "exit"),
+            (problem_of("3"), "say 3"),
         ]
     )
     assert [verdict.outcome for verdict in verdicts] == [
@@ -104,8 +105,8 @@ def test_every_caller_gets_its_own_verdicts():
             RewardsConfig(workers=2, timeout_s=0.5, memory_mib=1024),
             verifier="scripted_verifier:build",
         )
-        calls = [[("7", f"say {index + 5}") for index in range(count)] for count in (1, 70, 0, 8)]
-        calls.append([("7", "hang")])
+        calls = [[(problem_of("7"), f"say {index + 5}") for index in range(count)] for count in (1, 70, 0, 8)]
+        calls.append([(problem_of("7"), "hang")])
         try:
             return await asyncio.gather(*map(pool.verify, calls))
         finally:
@@ -121,14 +122,19 @@ def test_every_caller_gets_its_own_verdicts():
 
 def test_deadline_is_per_item_not_per_batch():
     # 7 items of 0.1 s take 0.7 s together, more than the deadline of 0.5 s; each alone is well inside it.
-    verdicts = judge([("3", "sleep 0.1")] * 7)
+    verdicts = judge([(problem_of("3"), "sleep 0.1")] * 7)
     assert [verdict.outcome for verdict in verdicts] == ["ok"] * 7
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_verdicts_are_told_as_they_come(workers):
     """The second item hangs until its deadline; the verdict on the first is told long before."""
-    items = [("3", "say 3"), ("3", "hang"), ("3", "say 4"), ("3", "say 3")]
+    items = [
+        (problem_of("3"), "say 3"),
+        (problem_of("3"), "hang"),
+        (problem_of("3"), "say 4"),
+        (problem_of("3"), "say 3"),
+    ]
     settings = SETTINGS.model_copy(update={"workers": workers, "timeout_s": 2.0})
     told: dict[int, tuple[float, str]] = {}
 
@@ -157,8 +163,8 @@ def test_a_failed_caller_leaves_no_answers_for_the_next():
         pool = RewardPool(LetterCountConfig(), 0, SETTINGS, verifier="scripted_verifier:build")
         try:
             with pytest.raises(KeyError):
-                await pool.verify([("3", "say 3"), ("3", "sleep 0.3")], tell)
-            return await pool.verify([("3", "say 4")])
+                await pool.verify([(problem_of("3"), "say 3"), (problem_of("3"), "sleep 0.3")], tell)
+            return await pool.verify([(problem_of("3"), "say 4")])
         finally:
             await pool.close()
 
@@ -170,7 +176,7 @@ def test_answer_that_arrived_while_this_process_was_held_up_counts():
         pool = RewardPool(LetterCountConfig(), 0, SETTINGS, verifier="scripted_verifier:build")
         try:
             await pool.start()
-            call = asyncio.create_task(pool.verify([("3", "sleep 0.1")]))
+            call = asyncio.create_task(pool.verify([(problem_of("3"), "sleep 0.1")]))
             await asyncio.sleep(0.05)
             time.sleep(0.7)  # past the deadline of 0.5 s; the answer has been waiting since 0.1 s
             return await call
@@ -183,7 +189,7 @@ def test_answer_that_arrived_while_this_process_was_held_up_counts():
 def test_limits_on_files_and_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "1")
     monkeypatch.setenv("RLSYS_RUN_ID", "run-1")
-    written, seen = judge([("3", f"write_file {tmp_path / 'large'}"), ("3", "environment")])
+    written, seen = judge([(problem_of("3"), f"write_file {tmp_path / 'large'}"), (problem_of("3"), "environment")])
     assert written.outcome == "error"
     assert "File too large" in written.detail
     assert (tmp_path / "large").stat().st_size <= 16 << 20
@@ -194,7 +200,7 @@ def test_limits_on_files_and_environment(tmp_path, monkeypatch):
 def test_worker_that_cannot_start_is_an_engine_error():
     before = children()
     with pytest.raises(EngineError, match="no such thing as a verifier"):
-        judge([("3", "say 3")], factory="build_that_fails")
+        judge([(problem_of("3"), "say 3")], factory="build_that_fails")
     assert children() == before
 
 
@@ -209,13 +215,13 @@ def test_close_ends_a_verification_under_way():
             verifier="scripted_verifier:build",
         )
         await pool.start()
-        call = asyncio.create_task(pool.verify([("3", "hang")]))
+        call = asyncio.create_task(pool.verify([(problem_of("3"), "hang")]))
         await asyncio.sleep(0.1)
         await pool.close()
         with pytest.raises(EngineError, match="closed"):
             await call
         with pytest.raises(EngineError, match="closed"):
-            await pool.verify([("3", "say 3")])
+            await pool.verify([(problem_of("3"), "say 3")])
 
     asyncio.run(run())
     assert children() == before
@@ -226,12 +232,12 @@ def test_cancelled_caller_leaves_no_answers_for_the_next():
         pool = RewardPool(LetterCountConfig(), 0, SETTINGS, verifier="scripted_verifier:build")
         try:
             await pool.start()
-            call = asyncio.create_task(pool.verify([("3", "say 3"), ("3", "sleep 0.3")]))
+            call = asyncio.create_task(pool.verify([(problem_of("3"), "say 3"), (problem_of("3"), "sleep 0.3")]))
             await asyncio.sleep(0.1)
             call.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await call
-            return await pool.verify([("3", "say 4")])
+            return await pool.verify([(problem_of("3"), "say 4")])
         finally:
             await pool.close()
 
@@ -239,7 +245,7 @@ def test_cancelled_caller_leaves_no_answers_for_the_next():
 
 
 def test_a_timeout_also_kills_processes_that_the_verifier_started(tmp_path):
-    verdicts = judge([("3", f"spawn_and_hang {tmp_path / 'pids'}")])
+    verdicts = judge([(problem_of("3"), f"spawn_and_hang {tmp_path / 'pids'}")])
     assert verdicts[0].outcome == "timeout"
     assert wait_until_gone(map(int, (tmp_path / "pids").read_text().split()))
 
@@ -248,10 +254,11 @@ PARENT = """
 import asyncio, sys
 from actors.verifiers.pool import RewardPool
 from actors.verifiers.steps import wrong_node
-from rlsys.config.schema import RewardsConfig
+from rlsys.config.rewards import RewardsConfig
 from rlsys.config.tasks import LetterCountConfig
+from rlsys.types import Problem
 pool = RewardPool(LetterCountConfig(), 0, RewardsConfig(timeout_s=600), verifier="scripted_verifier:build")
-asyncio.run(pool.verify([("3", "spawn_and_hang " + sys.argv[1])]))
+asyncio.run(pool.verify([(Problem(problem_id="p", question="?", answer="3"), "spawn_and_hang " + sys.argv[1])]))
 """
 
 
@@ -295,7 +302,7 @@ def test_a_worker_that_is_killed_at_its_start_is_started_a_second_time(kills, mo
         pool = RewardPool(LetterCountConfig(), 0, SETTINGS, verifier="scripted_verifier:build")
         try:
             await pool.start()
-            return await pool.verify([("3", "say 3")])
+            return await pool.verify([(problem_of("3"), "say 3")])
         finally:
             await pool.close()
 
@@ -314,7 +321,7 @@ def test_512_trivial_verdicts_of_the_real_task_are_cheap():
         try:
             await pool.start()
             started = time.perf_counter()
-            verdicts = await pool.verify([("3", f"<answer>{index % 4}</answer>") for index in range(512)])
+            verdicts = await pool.verify([(problem_of("3"), f"<answer>{index % 4}</answer>") for index in range(512)])
             return verdicts, time.perf_counter() - started
         finally:
             await pool.close()
@@ -334,7 +341,7 @@ def test_steps_are_checked_between_verdicts():
         try:
             chains = [("count a in aab", right), ("count a in aab", f"{wrong}<answer>2</answer>"), ("2 + 2", right)]
             steps = await pool.check_steps(chains)
-            return steps, await pool.verify([("2", f"{right}<answer>2</answer>")]), pool.verdicts
+            return steps, await pool.verify([(problem_of("2"), f"{right}<answer>2</answer>")]), pool.verdicts
         finally:
             await pool.close()
 
@@ -362,8 +369,9 @@ def test_worker_of_a_data_set_task_does_not_read_the_data():
     async def run():
         pool = RewardPool(DatasetConfig(path="does/not/exist.jsonl"), 0, RewardsConfig(memory_mib=256))
         try:
-            items = [("1/2", "so \\boxed{0.5}"), ("1/2", "so \\boxed{2}"), ("1/2", "hm")]
-            return await pool.verify([*items, ("1/2", "\\boxed{1/2} and", True), ("1/2", "\\boxed{1/2} and", False)])
+            problem, cut = problem_of("1/2"), "\\boxed{1/2} and"
+            items = [(problem, text) for text in ("so \\boxed{0.5}", "so \\boxed{2}", "hm")]
+            return await pool.verify([*items, (problem, cut, True), (problem, cut, False)])
         finally:
             await pool.close()
 

@@ -131,7 +131,8 @@ FREE_FIELDS = {
     "actors": "count tensor_parallel_size threads dtype max_model_len max_num_seqs block_size kv_cache_gib "
     "gpu_memory_utilization enforce_eager start_timeout_s rollout_timeout_s hang_timeout_s max_restarts",
     "sampling": "temperature top_p max_tokens",
-    "rewards": "workers timeout_s memory_mib",
+    "rewards": "functions task_weight workers timeout_s memory_mib",
+    "rewards.functions.NUMBER": "fn weight name arguments",
     "learner": "ranks zero_stage sequence_parallel threads micro_batch_tokens gradient_checkpointing optimizer_offload "
     "start_timeout_s timeout_s hang_timeout_s max_restarts max_skipped_steps",
     "warm_start": "max_steps",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from problems import problem_of
 
 from rlsys.config.tasks import DatasetConfig
 from rlsys.errors import ConfigError, DataError
@@ -239,13 +240,13 @@ def test_template_demonstrations_and_vocabulary(tmp_path):
     ],
 )
 def test_the_config_chooses_the_rules_of_the_judge(fields, completion, finished, reward, answered):
-    verdict = task_of("unread.jsonl", **fields).verify("18", completion, finished)
+    verdict = task_of("unread.jsonl", **fields).verify(problem_of("18"), completion, finished)
     assert (verdict.reward, verdict.answered) == (reward, answered)
 
 
 def test_the_config_chooses_the_tolerance():
     rewards = [
-        task_of("unread.jsonl", relative_tolerance=value).verify("2.5", "<answer>2.51</answer>").reward
+        task_of("unread.jsonl", relative_tolerance=value).verify(problem_of("2.5"), "<answer>2.51</answer>").reward
         for value in (1e-6, 0.01)
     ]
     assert rewards == [0, 1]
@@ -289,5 +290,5 @@ def test_every_gsm8k_reference_verifies_against_itself_only():
         wrong = int(problem.answer.replace(",", "")) + 1
         completions = [f"<answer>{problem.answer}</answer>", rf"so \boxed{{{problem.answer}}}"]
         completions += [f"<answer>{wrong}</answer>", rf"so \boxed{{{wrong}}}"]
-        rewards = [task.verify(problem.answer, completion).reward for completion in completions]
+        rewards = [task.verify(problem, completion).reward for completion in completions]
         assert rewards == [1, 1, 0, 0], problem

@@ -79,8 +79,8 @@ def test_a_problem_is_drawn_until_it_belongs_to_the_split() -> None:
 def test_a_demonstration_has_the_problem_of_its_index() -> None:
     problem, chain = numbers().demonstration(4, random.Random(0))
     assert problem == numbers().problem("train", 4)
-    assert numbers().verify(problem.answer, chain) == CORRECT
-    assert numbers().verify(problem.answer, "no tag") == wrong("no final <answer>", answered=False)
+    assert numbers().verify(problem, chain) == CORRECT
+    assert numbers().verify(problem, "no tag") == wrong("no final <answer>", answered=False)
 
 
 def test_demonstrations_may_have_other_sizes() -> None:

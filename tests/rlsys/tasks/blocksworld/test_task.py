@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import problem_of
 
 from rlsys.config.tasks import BlocksworldConfig, TagShares
 from rlsys.errors import ConfigError, DataError
@@ -168,7 +169,7 @@ def test_chains_without_silent_errors_are_right_and_note_true_states(
     task = make_task(moves_per_node=moves_per_node, **fields)
     problem, chain = task.demonstration(seed, random.Random(seed))
     assert problem == task.problem("train", seed)
-    verdict = task.verify(problem.answer, chain)
+    verdict = task.verify(problem, chain)
     assert (verdict.outcome, verdict.reward, verdict.answered) == ("ok", 1.0, True)
     # Without a node that a reflection takes back, the moves are the plan and lead to each noted state.
     accepted = re.sub(r"<thinking>[^<]*</thinking><reflection>[^<]*</reflection>", "", chain)
@@ -200,7 +201,7 @@ def test_shares_of_the_tags_and_errors_are_met() -> None:
         len(read_plan(tags.final_answer(chain) or "")) > len(shortest_plan(*read_problem(problem.question)) or ())
         for problem, chain in demonstrations
     )
-    wrong = sum(not task.verify(problem.answer, chain).reward for problem, chain in demonstrations)
+    wrong = sum(not task.verify(problem, chain).reward for problem, chain in demonstrations)
     assert 0.8 * 0.34 < wrong / rows < 0.36 and longest / rows > 0.2
     assert all("<thinking>" in chain and chain.count("<answer>") == 1 for _, chain in demonstrations)
 
@@ -240,7 +241,7 @@ RIGHT = "unstack a b\nput-down a\npick-up b\nstack b a"
     ],
 )
 def test_verify(completion: str, outcome: str, answered: bool, detail: str) -> None:
-    verdict = make_task().verify("now a on b, c\ngoal b on a", completion)
+    verdict = make_task().verify(problem_of("now a on b, c\ngoal b on a"), completion)
     assert (verdict.outcome, verdict.answered, verdict.detail) == (outcome, answered, detail)
     assert verdict.reward == float(outcome == "ok")
 
@@ -324,7 +325,7 @@ def test_planbench_is_a_held_out_split() -> None:
     for index in (0, 250, 500):
         problem = task.problem("held_out", index)
         plan = chain_of(problem.question)
-        assert task.verify(problem.answer, plan).reward == 1.0
+        assert task.verify(problem, plan).reward == 1.0
 
 
 def test_problem_text_of_a_generated_problem_reads_back() -> None:

@@ -9,6 +9,7 @@ from itertools import combinations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import problem_of
 
 from rlsys.config.tasks import CountdownConfig, TagShares
 from rlsys.tasks import build_task
@@ -99,7 +100,7 @@ def test_all_nodes_by_hand() -> None:
 def test_the_weak_policy_is_seldom_right() -> None:
     task, rng = make_task(), random.Random(0)
     shown = [task.demonstration(index, rng) for index in range(1000)]
-    right = sum(task.verify(problem.answer, chain).reward for problem, chain in shown)
+    right = sum(task.verify(problem, chain).reward for problem, chain in shown)
     assert 5 <= right <= 100
 
 
@@ -120,7 +121,7 @@ def test_the_weak_policy_is_seldom_right() -> None:
     ],
 )
 def test_verify(answer: str, reward: float, answered: bool, detail: str) -> None:
-    verdict = make_task().verify(QUESTION, f"<answer>{answer}</answer>")
+    verdict = make_task().verify(problem_of(QUESTION), f"<answer>{answer}</answer>")
     assert (verdict.reward, verdict.answered, verdict.detail) == (reward, answered, detail)
 
 
@@ -166,7 +167,7 @@ def test_demonstrations_are_right_up_to_the_answer(index: int) -> None:
     problem, chain = task.demonstration(index, random.Random(index))
     whole, thoughts = (task.check_steps(problem.question, part) for part in (chain, chain.split("<answer>")[0]))
     assert thoughts is not None and thoughts.wrong_node is None
-    assert whole is not None and (whole.wrong_node is None) == bool(task.verify(problem.answer, chain).reward)
+    assert whole is not None and (whole.wrong_node is None) == bool(task.verify(problem, chain).reward)
 
 
 def test_a_question_of_unknown_form_has_no_rules() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import problem_of
 
 from rlsys.config.tasks import LetterCountConfig, TagShares
 from rlsys.errors import ConfigError, DataError
@@ -98,7 +99,7 @@ def test_extra_counts_do_not_cancel(index: int) -> None:
     task = make_task(error_rate=0.2, miscounts="extra", shares=NO_SHARES)
     problem, chain = task.demonstration(index, random.Random(index))
     verdict = task.check_steps(problem.question, chain)
-    assert verdict is not None and (verdict.wrong_node is None) == bool(task.verify(problem.answer, chain).reward)
+    assert verdict is not None and (verdict.wrong_node is None) == bool(task.verify(problem, chain).reward)
 
 
 def test_all_nodes_by_hand() -> None:
@@ -120,7 +121,7 @@ def test_chains_spell_the_word_and_end_in_the_answer(seed: int, chunk: int, form
     task = make_task(form, chunk=chunk, error_rate=0, shares={"reflection": 0.5})
     problem, chain = task.demonstration(seed, random.Random(seed))
     assert thinking_letters(chain) == word_of(problem.question)
-    verdict = task.verify(problem.answer, chain)
+    verdict = task.verify(problem, chain)
     assert (verdict.outcome, verdict.reward, verdict.answered) == ("ok", 1.0, True)
 
 
@@ -177,7 +178,7 @@ def test_error_rate_is_met() -> None:
     ],
 )
 def test_verify(completion: str, outcome: str, reward: float, answered: bool) -> None:
-    verdict = make_task().verify("3", completion)
+    verdict = make_task().verify(problem_of("3"), completion)
     assert (verdict.outcome, verdict.reward, verdict.answered) == (outcome, reward, answered)
 
 

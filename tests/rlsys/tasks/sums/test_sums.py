@@ -8,6 +8,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import problem_of
 
 from rlsys.config.tasks import SumsConfig, TagShares
 from rlsys.tasks import build_task
@@ -90,7 +91,7 @@ def test_without_a_carry_there_is_nothing_to_take_back() -> None:
     [("114", 1.0, True), (" 0114 ", 1.0, True), ("104", 0.0, True), ("-114", 0.0, False), ("37+58+19", 0.0, False)],
 )
 def test_verify(answer: str, reward: float, answered: bool) -> None:
-    verdict = make_task().verify("114", f"<answer>{answer}</answer>")
+    verdict = make_task().verify(problem_of("114"), f"<answer>{answer}</answer>")
     assert (verdict.reward, verdict.answered) == (reward, answered)
 
 
@@ -135,7 +136,7 @@ def test_steps_of_demonstrations_without_errors_are_right(index: int) -> None:
     problem, chain = task.demonstration(index, random.Random(index))
     verdict = task.check_steps(problem.question, chain)
     assert verdict is not None and verdict.wrong_node is None
-    assert task.verify(problem.answer, chain).reward == 1.0
+    assert task.verify(problem, chain).reward == 1.0
 
 
 def test_more_terms_than_in_the_demonstrations() -> None:

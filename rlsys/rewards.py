@@ -1,0 +1,159 @@
+"""Reward functions of the user, called as TRL calls them, beside the verdict of the task.
+
+They run in the verifier processes, so they have a deadline and limits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from numbers import Real
+from typing import Any
+
+from rlsys.config.rewards import TASK, RewardFunctionConfig, RewardsConfig
+from rlsys.errors import ConfigError
+from rlsys.plugins import load_plugin
+from rlsys.types import Message, Problem, Verdict
+
+Text = str | Sequence[Mapping[str, str]]
+"""A prompt or completion: text, or messages if the question of the problem is a conversation."""
+
+_UNKNOWN = ("completion_ids", "completions_ids", "prompt_ids", "trainer_state")
+"""Arguments that TRL gives and rlsys does not: a verifier process has neither the tokens nor a trainer."""
+
+
+def format_reward(completions: Sequence[Text], *, pattern: str | None = None, **_columns: Any) -> list[float]:
+    """Return 1 for a completion that has a pattern, else 0.
+
+    Args:
+        completions: the completions.
+        pattern: regular expression for the whole completion. By default: any text, and then one answer between
+            <answer> and </answer>.
+    """
+    expression = pattern or r"(?:(?!</?answer>).)*<answer>(?:(?!</?answer>).)+</answer>\s*"
+    return [float(re.fullmatch(expression, text_of(each), re.DOTALL) is not None) for each in completions]
+
+
+def length_reward(completions: Sequence[Text], *, start: int, end: int, **_columns: Any) -> list[float]:
+    """Return 0 for a completion of up to `start` characters, and less beyond it, down to -1 at `end`."""
+    lengths = [len(text_of(each)) for each in completions]
+    return [-min(1.0, max(0.0, (length - start) / (end - start))) for length in lengths]
+
+
+BUILT_IN = {"format": format_reward, "length": length_reward}
+
+
+def text_of(completion: Text) -> str:
+    """Return the text of a completion."""
+    return completion if isinstance(completion, str) else "".join(str(each["content"]) for each in completion)
+
+
+class Rewards:
+    """The reward functions of a run and their weights.
+
+    Args:
+        config: the section `rewards`.
+        folder: see `load_plugin`.
+
+    Raises:
+        ConfigError: a function cannot be imported, or cannot be called.
+    """
+
+    def __init__(self, config: RewardsConfig, folder: str) -> None:
+        self._task_weight = config.task_weight
+        self._functions = [_Function(each, f"rewards.functions.{n}", folder) for n, each in enumerate(config.functions)]
+
+    def verdict(self, problem: Problem, completion: str, verdict: Verdict) -> Verdict:
+        """Return the verdict of the task with the weighted sum of all rewards. A failed one stays as it is.
+
+        A function that gives None for a completion adds nothing to it.
+        """
+        if not self._functions or verdict.outcome not in ("ok", "wrong"):
+            return verdict
+        parts = {TASK: float(verdict.reward)} if self._task_weight else {}
+        total = self._task_weight * verdict.reward
+        for function in self._functions:
+            value = function(problem, completion)
+            if isinstance(value, str):
+                return Verdict(outcome="error", reward=0.0, answered=False, detail=value)
+            if value is not None:
+                parts[function.name] = value
+                total += function.weight * value
+        if not parts:
+            detail = "no reward: rewards.task_weight is 0 and every function gave None"
+            return Verdict(outcome="error", reward=0.0, answered=False, detail=detail)
+        return replace(verdict, outcome="ok" if verdict.correct else "wrong", reward=total, parts=parts)
+
+
+class _Function:
+    """A reward function with its name and weight."""
+
+    def __init__(self, config: RewardFunctionConfig, field: str, folder: str) -> None:
+        self.name, self.weight = config.label, config.weight
+        self._call: Any = BUILT_IN.get(config.fn) or load_plugin(config.fn, folder, f"{field}.fn")
+        self._arguments = config.arguments
+        if not callable(self._call) or inspect.isclass(self._call):
+            kind = type(self._call).__name__
+            raise ConfigError(f"{field}.fn {config.fn!r}: expected a function, found {kind}")
+        parameters = inspect.signature(self._call).parameters
+        self._takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+        self._known = frozenset(parameters)
+        missing = [n for n in _UNKNOWN if n in parameters and parameters[n].default is inspect.Parameter.empty]
+        if missing:
+            raise ConfigError(
+                f"{field}.fn {config.fn!r}: it needs {missing[0]}, which does not exist here; it gets prompts, "
+                "completions, reference and the columns of the data set"
+            )
+        unknown = [] if self._takes_all else [name for name in self._arguments if name not in parameters]
+        if unknown:
+            raise ConfigError(f"{field}.arguments: {config.fn!r} has no argument {unknown[0]!r}")
+
+    def __call__(self, problem: Problem, completion: str) -> float | str | None:
+        """Return the reward of a completion, None if the function does not apply, or the text of its fault."""
+        given = _arguments(problem, completion)
+        if not self._takes_all:
+            given = {name: value for name, value in given.items() if name in self._known}
+        try:
+            values = self._call(**{**given, **self._arguments})
+            if inspect.isawaitable(values):
+                values = asyncio.run(_awaited(values))
+        except Exception as error:  # noqa: BLE001 - the failure becomes data
+            return f"reward function {self.name}: {type(error).__name__}: {error}"
+        fault = f"reward function {self.name}: expected a list of one number or None"
+        if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__len__"):
+            return f"{fault}, found {type(values).__name__}"
+        if len(values) != 1:
+            return f"{fault} for one completion, found {len(values)}"
+        [value] = values
+        if value is None:
+            return None
+        if hasattr(value, "item"):  # of numpy or torch
+            value = value.item()
+        if not isinstance(value, Real) or not math.isfinite(value):
+            return f"{fault}, found {value!r}"[:300]
+        return float(value)
+
+
+async def _awaited(values: Any) -> Any:
+    return await values
+
+
+def _arguments(problem: Problem, completion: str) -> dict[str, Any]:
+    """Return the arguments of a call for one completion: lists of one, as for a batch of one in TRL."""
+    prompt: Text
+    if isinstance(problem.question, str):
+        prompt, reply = problem.question, completion
+    else:
+        prompt = [_message(each) for each in problem.question]
+        reply = [{"role": "assistant", "content": completion}]  # type: ignore[assignment]
+    columns = {name: [value] for name, value in problem.metadata.items()}
+    texts = {"reference": [problem.answer], "prompts": [prompt], "completions": [reply]}
+    return {"answer": [problem.answer], **columns, **texts}
+
+
+def _message(message: Message) -> dict[str, str]:
+    return asdict(message)
