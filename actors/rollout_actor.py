@@ -34,6 +34,7 @@ from actors.settings import ActorSettings
 from actors.teacher import Teacher
 from actors.verifiers.pool import RewardPool
 from actors.weights import CheckedDeliveries, expected_tensors
+from rlsys.config.search_values import FunctionValueConfig
 from rlsys.errors import EngineError, LearnerLostError, RlsysError, RolloutError, WeightSyncError
 from rlsys.fault_injection import fault, identify
 from rlsys.interfaces import EngineStats, WeightReceiver
@@ -87,11 +88,21 @@ class RolloutActor:
                 name=self.name,
                 adapter=adapter,
             )
-            self.rewards = RewardPool(settings.task, settings.seed, settings.rewards, folder=settings.folder)
+            self.rewards = self._reward_pool(settings)
             self.scheduler = self._scheduler(settings)
         except Exception:
             logger.exception("actor %s could not start", settings.name)
             raise
+
+    def _reward_pool(self, settings: ActorSettings) -> RewardPool:
+        value = settings.search.value if settings.search else None
+        return RewardPool(
+            settings.task,
+            settings.seed,
+            settings.rewards,
+            folder=settings.folder,
+            value=value if isinstance(value, FunctionValueConfig) else None,
+        )
 
     def _scheduler(self, settings: ActorSettings) -> TreeScheduler | None:
         if settings.search is None or self.codec is None:

@@ -26,6 +26,7 @@ from learners.deepspeed.partition import restart_numbers
 from learners.deepspeed.reference import ReferencePolicy
 from learners.deepspeed.rollback import rollback_on_non_finite
 from learners.forward import ForwardPasses
+from learners.plugins import check_plugins
 from learners.samples.build import StepTerms, build_samples, count_dropped_step_pairs
 from learners.samples.masking import ThoughtMask
 from learners.samples.planning import split_updates
@@ -77,9 +78,10 @@ class LearnerRank:
 
         Raises:
             LearnerLostError: on all ranks, if one cannot read a model.
-            ConfigError: on all ranks, if a model folder cannot be used.
+            ConfigError: on all ranks, if a model folder or a function of the user cannot be used.
             CheckpointError: on all ranks, if one cannot read the state of an optimizer.
         """
+        check_plugins(self.settings.objective)
         self._release()
         self.stage = stage
         settings, resumed = self.settings, CheckpointDirectory(resume or Path())

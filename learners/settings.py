@@ -8,6 +8,7 @@ from typing import Any
 
 from rlsys.config.objective import ObjectiveConfig
 from rlsys.config.schema import LearnerConfig, LoraConfig, OptimizerConfig, WeightSyncConfig
+from rlsys.plugins import FOLDER, command_folder
 from rlsys.processes import openmp_environment
 
 
@@ -60,13 +61,14 @@ class RankSettings:
 
 
 def learner_environment(config: LearnerConfig, device: str, rank: int) -> dict[str, str]:
-    """Return the environment variables that must be set before deepspeed is imported."""
+    """Return the environment variables of a rank. They must be set before deepspeed is imported."""
     variables = {
         "RANK": str(rank),
         "LOCAL_RANK": "0",
         "WORLD_SIZE": str(config.ranks),
         **openmp_environment(config.threads),
         "DS_SKIP_CUDA_CHECK": "1",
+        FOLDER: command_folder(),
     }
     if device == "cpu":
         variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

@@ -39,6 +39,7 @@ MEANS = {
     "sft": {},
     "distill": {"divergence": "distill/divergence"},
     "ranking": {"accuracy": "ranking/accuracy"},
+    "custom": {},
     "value": {"value_clipped": "value/clipped_fraction", "squared_error": "value/squared_error"},
 }
 MAXIMA = {

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +17,27 @@ from rlsys.errors import ConfigError
 
 PluginName = Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_][A-Za-z0-9_.]*$")]
 """`module:name`, or the path of a Python file and a name: `rewards.py:brevity`."""
+
+
+FOLDER = "RLSYS_FOLDER"
+"""Environment variable of learner ranks: the folder in which the command was started."""
+
+
+def command_folder() -> str:
+    """Return the folder in which the command was started, also in a process that it has started elsewhere."""
+    return os.environ.get(FOLDER) or os.getcwd()
+
+
+def load_function(name: str, folder: str, field: str) -> Callable[..., Any]:
+    """Return a function; see `load_plugin`.
+
+    Raises:
+        ConfigError: as `load_plugin`, or the object is no function.
+    """
+    function = load_plugin(name, folder, field)
+    if not callable(function) or inspect.isclass(function):
+        raise ConfigError(f"{field} {name!r}: expected a function, found {type(function).__name__}")
+    return function
 
 
 def load_plugin(name: str, folder: str, field: str) -> Any:

@@ -1,4 +1,4 @@
-"""Reward functions of the user, called as TRL calls them, beside the verdict of the task.
+"""Functions of the user for rewards and values of chains, called as TRL calls reward functions.
 
 They run in the verifier processes, so they have a deadline and limits.
 """
@@ -15,8 +15,9 @@ from numbers import Real
 from typing import Any
 
 from rlsys.config.rewards import TASK, RewardFunctionConfig, RewardsConfig
+from rlsys.config.search_values import FunctionValueConfig
 from rlsys.errors import ConfigError
-from rlsys.plugins import load_plugin
+from rlsys.plugins import load_function
 from rlsys.types import Message, Problem, Verdict
 
 Text = str | Sequence[Mapping[str, str]]
@@ -57,7 +58,7 @@ class Rewards:
 
     Args:
         config: the section `rewards`.
-        folder: see `load_plugin`.
+        folder: see `rlsys.plugins.load_plugin`.
 
     Raises:
         ConfigError: a function cannot be imported, or cannot be called.
@@ -89,16 +90,33 @@ class Rewards:
         return replace(verdict, outcome="ok" if verdict.correct else "wrong", reward=total, parts=parts)
 
 
+class ChainValue:
+    """A function of the user that gives the last node of a chain a value.
+
+    Raises:
+        ConfigError: as for `Rewards`.
+    """
+
+    def __init__(self, config: FunctionValueConfig, folder: str) -> None:
+        reward = RewardFunctionConfig(fn=config.fn, arguments=config.arguments)
+        self._function = _Function(reward, "search.value", folder, noun="value function")
+
+    def __call__(self, problem: Problem, chain: str) -> Verdict:
+        """Return the value as a reward; without an answer if the function gives None."""
+        value = self._function(problem, chain)
+        if isinstance(value, str):
+            return Verdict(outcome="error", reward=0.0, answered=False, detail=value)
+        return Verdict(outcome="ok", reward=value or 0.0, answered=value is not None)
+
+
 class _Function:
     """A reward function with its name and weight."""
 
-    def __init__(self, config: RewardFunctionConfig, field: str, folder: str) -> None:
+    def __init__(self, config: RewardFunctionConfig, field: str, folder: str, noun: str = "reward function") -> None:
+        self._noun = noun
         self.name, self.weight = config.label, config.weight
-        self._call: Any = BUILT_IN.get(config.fn) or load_plugin(config.fn, folder, f"{field}.fn")
+        self._call: Any = BUILT_IN.get(config.fn) or load_function(config.fn, folder, f"{field}.fn")
         self._arguments = config.arguments
-        if not callable(self._call) or inspect.isclass(self._call):
-            kind = type(self._call).__name__
-            raise ConfigError(f"{field}.fn {config.fn!r}: expected a function, found {kind}")
         parameters = inspect.signature(self._call).parameters
         self._takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
         self._known = frozenset(parameters)
@@ -122,8 +140,8 @@ class _Function:
             if inspect.isawaitable(values):
                 values = asyncio.run(_awaited(values))
         except Exception as error:  # noqa: BLE001 - the failure becomes data
-            return f"reward function {self.name}: {type(error).__name__}: {error}"
-        fault = f"reward function {self.name}: expected a list of one number or None"
+            return f"{self._noun} {self.name}: {type(error).__name__}: {error}"
+        fault = f"{self._noun} {self.name}: expected a list of one number or None"
         if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__len__"):
             return f"{fault}, found {type(values).__name__}"
         if len(values) != 1:

@@ -8,6 +8,7 @@ from actors.search.engines import CompletionEngine
 from actors.search.requests import proposing_role
 from actors.search.scheduler import RoleEngine, SchedulerSettings, TreeScheduler, Valuer
 from actors.search.values.deadline import TimedValuer
+from actors.search.values.function import FunctionValuer
 from actors.search.values.judge import JudgeValuer, ScoringEngine
 from actors.search.values.rollouts import RolloutValuer
 from actors.search.values.steps import StepValuer
@@ -16,7 +17,7 @@ from actors.verifiers.pool import RewardPool
 from rlsys.config.patterns import resolve
 from rlsys.config.schema import ActorsConfig
 from rlsys.config.search import SearchConfig, SearchModelConfig
-from rlsys.config.search_values import ModelValueConfig, RolloutsValueConfig, StepsValueConfig
+from rlsys.config.search_values import FunctionValueConfig, ModelValueConfig, RolloutsValueConfig, StepsValueConfig
 from rlsys.errors import ConfigError
 from rlsys.models.chat import CheckedEncoder
 from rlsys.models.folder import ModelFolder
@@ -130,6 +131,8 @@ def _valuer(
             top_p=drawing.top_p,
         )
         return TimedValuer(rollouts, search.value.timeout_s)
+    if isinstance(search.value, FunctionValueConfig):
+        return FunctionValuer(verifier)
     if isinstance(search.value, ModelValueConfig):
         assert judge is not None  # noqa: S101 - the config names it
         valuer = JudgeValuer(judge, ModelFolder(settings.auxiliary_paths["judge"]), search.value)

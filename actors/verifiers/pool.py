@@ -15,15 +15,16 @@ from typing import Any, Literal
 
 from actors.verifiers import process as processes
 from actors.verifiers.process import READ_BYTES, VerifierProcess
-from actors.verifiers.wire import answered, request
+from actors.verifiers.wire import answered, problem_values, request
 from rlsys.config.rewards import RewardsConfig
+from rlsys.config.search_values import FunctionValueConfig
 from rlsys.config.tasks import TaskConfig
 from rlsys.errors import EngineError
 from rlsys.types import Problem, Verdict
 
-Item = tuple[Problem, str] | tuple[Problem, str, bool] | tuple[Mapping[str, str]]
-"""Arguments of `Task.verify`: problem, completion and, if given, whether the completion is finished. A mapping has
-those of `Task.check_steps` by name."""
+Item = tuple[Problem, str] | tuple[Problem, str, bool] | tuple[Mapping[str, Any]]
+"""Arguments of `Task.verify`: problem, completion and, if given, whether the completion is finished. A mapping
+has those of `Task.check_steps` by name, or problem and chain for a value."""
 
 OnVerdicts = Callable[[Sequence[tuple[int, Verdict]]], None]
 OnPartVerdicts = Callable[[int, Sequence[Verdict]], None]  # gets the number of earlier verdicts and the new verdicts
@@ -45,6 +46,7 @@ class RewardPool:
         seed: run.seed.
         config: Number of workers, and deadline and memory of one verification.
         folder: Folder in which the command was started, where reward functions are looked up.
+        value: Function that gives values to chains; None without one.
         verifier: "module:factory" to use in place of the task's verifier, for tests.
 
     Attributes:
@@ -58,10 +60,12 @@ class RewardPool:
         config: RewardsConfig,
         *,
         folder: str = "",
+        value: FunctionValueConfig | None = None,
         verifier: str | None = None,
     ) -> None:
         hello: dict[str, Any] = {"parent": os.getpid(), "memory_mib": config.memory_mib, "seed": seed}
         hello |= {"rewards": config.model_dump(mode="json"), "folder": folder}
+        hello["value"] = value.model_dump(mode="json") if value else None
         hello |= {"verifier": verifier} if verifier else {"task": task_config.model_dump(mode="json")}
         self._workers = [_Worker(hello, config.timeout_s) for _ in range(config.workers)]
         self._free: asyncio.Queue[_Worker] = asyncio.Queue()
@@ -103,6 +107,13 @@ class RewardPool:
     async def check_steps(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
         """Check the steps of chains, each with its question, as `verify` does; see `actors.verifiers.steps`."""
         return await self.verify([({"question": question, "completion": chain},) for question, chain in items])
+
+    async def values(self, problem: Problem, chains: Sequence[str]) -> list[Verdict]:
+        """Return the values of chains as rewards, judged as by `verify`.
+
+        A chain without a value has no answer.
+        """
+        return await self.verify([({"problem": problem_values(problem), "chain": chain},) for chain in chains])
 
     async def _verify_part(self, items: Sequence[Item], on_verdicts: OnPartVerdicts | None = None) -> list[Verdict]:
         def count_and_report(earlier: int, verdicts: Sequence[Verdict]) -> None:

@@ -1,13 +1,15 @@
 """The lines of JSON between an actor and a verifier process.
 
 - First line in: {"parent": pid, "memory_mib": int, "seed": int, "task": section `task` of the config, "rewards":
-  section `rewards`, "folder": see `rlsys.plugins.load_plugin`}. "task" may be replaced by "verifier":
-  "module:factory", where `factory()` returns a function with the arguments of `Task.verify`.
+  section `rewards`, "folder": see `rlsys.plugins.load_plugin`, "value": section `search.value` of type function, or
+  null}. "task" may be replaced by "verifier": "module:factory", where `factory()` returns a function with the
+  arguments of `Task.verify`.
 - First line out: {"ready": true}.
 - Then lines [number, problem, completion, finished] in, where `finished` may be missing, and lines
   [number, outcome, reward, answered, detail, parts] out, in order.
 - A line [number, {"question": text, "completion": text}] asks for `Task.check_steps`; `actors.verifiers.steps` says
-  how its answer fits into the line out.
+  how its answer fits into the line out. A line [number, {"problem": problem, "chain": text}] asks for the value of a
+  chain, the reward of the line out, which has no answer if there is no value.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from rlsys.types import Message, Outcome, Problem, Verdict
 
 def request(number: int, given: Any, *others: Any) -> list[Any]:
     """Return the message that asks for a verdict; see `actors.verifiers.pool.Item`."""
-    return [number, _problem_values(given) if isinstance(given, Problem) else given, *others]
+    return [number, problem_values(given) if isinstance(given, Problem) else given, *others]
 
 
 def problem_of(values: dict[str, Any]) -> Problem:
@@ -58,7 +60,8 @@ def _is_finite(value: Any) -> bool:
     return type(value) is float and math.isfinite(value)
 
 
-def _problem_values(problem: Problem) -> dict[str, Any]:
+def problem_values(problem: Problem) -> dict[str, Any]:
+    """Return the JSON form of a problem."""
     question = problem.question
     return {
         "problem_id": problem.problem_id,

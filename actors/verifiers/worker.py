@@ -23,8 +23,9 @@ from actors.verifiers.guard import adopt_orphans, descendants, die_with, end_des
 from actors.verifiers.steps import as_verdict
 from actors.verifiers.wire import answer, problem_of
 from rlsys.config.rewards import RewardsConfig
+from rlsys.config.search_values import FunctionValueConfig
 from rlsys.config.tasks import TaskConfig
-from rlsys.rewards import Rewards
+from rlsys.rewards import ChainValue, Rewards
 from rlsys.tasks import build_task
 from rlsys.types import Outcome, Verdict
 
@@ -108,7 +109,11 @@ def _build_verifier(hello: dict[str, Any]) -> Verifier:
     task = build_task(config, hello["seed"])
     rewards = Rewards(RewardsConfig.model_validate(hello["rewards"]), hello["folder"])
 
+    value = hello["value"] and ChainValue(FunctionValueConfig.model_validate(hello["value"]), hello["folder"])
+
     def judge(given: dict[str, Any], *others: Any) -> Verdict:
+        if "chain" in given:
+            return value(problem_of(given["problem"]), given["chain"])
         if not others:
             return as_verdict(task.check_steps(**given))
         problem = problem_of(given)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from learners.plugins import custom_advantages
 from rlsys.types import BoolArray
 
 Float64Array = NDArray[np.float64]
-GroupEstimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
+GroupEstimator = str
+"""One of the names below, or that of a function; see `learners.plugins.custom_advantages`."""
 
 STD_EPSILON = 1e-6
 WHITEN_EPSILON = 1e-8
@@ -70,6 +71,8 @@ def _relative(rewards: Float64Array, estimator: GroupEstimator) -> Float64Array:
             return centred
         case "rloo":
             return centred * (count / max(count - 1, 1))
+        case _ if ":" in estimator:
+            return custom_advantages(rewards, estimator)
         case _:
             raise ValueError(f"unknown estimator {estimator!r} of group advantages")
 

@@ -1,4 +1,4 @@
-"""The joint loss: the weighted sum of the terms policy, kl, preference, sft, distill and ranking.
+"""The joint loss: the weighted sum of the terms policy, kl, preference, sft, distill, ranking and custom.
 
     loss = sum_c weight_c * loss_c / denominator_c
 
@@ -24,9 +24,10 @@ from learners.objective.losses import LossOutput
 from learners.objective.preferences import pair_scores, preference_loss
 from learners.objective.ranking import ranking_loss
 from learners.objective.token_selection import confidence_gate, recalibrated, uncertain_entropy
+from learners.plugins import custom_loss
 from learners.samples.batching import DistillTargets, MicroBatch, PairTargets, PolicyTargets, RankingTargets
 from learners.samples.types import PackItem, Sample, count_targets
-from rlsys.config.objective import DistillConfig, ObjectiveConfig, PolicyConfig, PreferenceConfig
+from rlsys.config.objective import CustomLossConfig, DistillConfig, ObjectiveConfig, PolicyConfig, PreferenceConfig
 
 LossAggregation = Literal["token_mean", "sequence_mean", "constant"]
 
@@ -76,7 +77,7 @@ class Denominators:
     """Global denominators of the terms in one update; 0 for a term without targets.
 
     Attributes:
-        policy: tokens, samples, or samples * max_tokens, by aggregation; also the denominator of the term kl.
+        policy: tokens, samples, or samples * max_tokens, by aggregation; also the denominator of kl and custom.
         value: tokens with a return.
         pairs: preference pairs.
         sft: supervised tokens.
@@ -102,6 +103,7 @@ class Denominators:
             "sft": self.sft,
             "distill": self.distill,
             "ranking": self.ranking,
+            "custom": self.policy,
         }
 
 
@@ -197,6 +199,8 @@ def joint_loss(
         if reference is not None and not objective.kl.in_reward:
             own, weights = logprobs.index_select(0, batch.policy.positions), batch.policy.weights.to(logprobs)
             terms["kl"] = losses.kl_loss(own, reference.to(own), weights, estimator=objective.kl.estimator)
+        if objective.custom.used:
+            terms["custom"] = _custom_term(logprobs, batch.policy, objective.custom)
     if batch.pairs is not None:
         terms["preference"] = preference_term(logprobs, batch.pairs, objective.preference)
     if batch.sft is not None:
@@ -212,6 +216,12 @@ def joint_loss(
     if batch.ranking is not None:
         terms["ranking"] = _ranking_term(logprobs, batch.ranking)
     return terms
+
+
+def _custom_term(logprobs: Tensor, targets: PolicyTargets, config: CustomLossConfig) -> LossOutput:
+    own = logprobs.index_select(0, targets.positions)
+    names = ("behavior_logprobs", "advantages", "weights")
+    return LossOutput(custom_loss(own, {name: getattr(targets, name).to(own) for name in names}, config), {})
 
 
 def _ranking_term(logprobs: Tensor, targets: RankingTargets) -> LossOutput:

@@ -22,14 +22,16 @@ def changes_weights(item: PackItem, weights: Mapping[str, float], objective: Obj
 
 
 def policy_changes_weights(sample: Sample, weights: Mapping[str, float], objective: ObjectiveConfig) -> bool:
-    """Return whether the terms policy and kl can have a gradient in a sample.
+    """Return whether the terms policy, kl and custom can have a gradient in a sample.
 
-    The surrogates multiply by the advantage, so equal rewards in a group give no gradient. Entropy bonus and KL loss
-    have a gradient without an advantage.
+    The surrogates multiply by the advantage, so equal rewards in a group give no gradient. Entropy bonus, KL loss
+    and a loss of the user have a gradient without an advantage.
     """
     tokens = sample.policy
     if tokens is None or not count_targets(tokens.mask):
         return False
+    if "custom" in weights:
+        return True
     if "kl" in weights and tokens.reference_logprobs is not None and not objective.kl.in_reward:
         return True
     return "policy" in weights and bool(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from rlsys.config.section import Section
+from rlsys.plugins import PluginName
 
-Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gae"]
+BuiltInEstimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gae"]
+ESTIMATORS: tuple[str, ...] = get_args(BuiltInEstimator)
+Estimator = BuiltInEstimator | PluginName
 TreeEstimator = Literal["sibling_mean", "treerl", "treepo", "backed_up", "group"]
 KlEstimator = Literal["k1", "k2", "k3"]
 
@@ -51,7 +54,8 @@ class PolicyConfig(Component):
     """Advantage estimator of sampled groups. grpo: reward minus the mean of the group, divided by its standard
     deviation; dr_grpo: grpo without the division; rloo: reward minus the mean of the other rewards in the group;
     reinforce_pp: rewards whitened over the step; reinforce_pp_baseline: reward minus the mean of the group, then
-    whitened over the step; gae: generalised advantage estimation with a critic (objective.value)."""
+    whitened over the step; gae: generalised advantage estimation with a critic (objective.value). Or a function of your
+    own, `module:function` or `file.py:function`, from the rewards of a group to its advantages (docs/extending.md)."""
     tree_estimator: TreeEstimator = "sibling_mean"
     """Advantage estimator of searched groups: sibling_mean (SPO), treerl, treepo, backed_up (DeepSearch), or group,
     which treats the chains as independent samples."""
@@ -217,6 +221,14 @@ class RankingConfig(Component):
     """Largest number of right answers of a prompt that are ranked, and of wrong ones. All are in one forward pass."""
 
 
+class CustomLossConfig(Component):
+    fn: PluginName | None = None
+    """Loss of your own on the tokens of the policy term, `module:function` or `file.py:function`
+    (docs/extending.md)."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of every call, by name."""
+
+
 class ObjectiveConfig(Section):
     policy: PolicyConfig = PolicyConfig()
     """Policy-gradient term on sampled and searched trajectories."""
@@ -232,6 +244,8 @@ class ObjectiveConfig(Section):
     """Term that brings the policy to a teacher (section teacher) on sampled and searched trajectories."""
     ranking: RankingConfig = RankingConfig()
     """Term that ranks the right answers of a prompt above its wrong ones (AFT), in sampled and searched groups."""
+    custom: CustomLossConfig = CustomLossConfig()
+    """Term with a loss of your own."""
     grad_norm_interval: int = Field(default=10, ge=0)
     """Training steps between measurements of the gradient norm of each term, in the last transformer layer. 0:
     never."""
@@ -253,6 +267,10 @@ class ObjectiveConfig(Section):
         policy, preference, kl = self.policy, self.preference, self.kl
         if kl.used and not policy.used:
             raise ValueError("kl.weight has no effect: it covers the policy term's tokens, and policy.weight is 0")
+        if self.custom.used and not (policy.used and self.custom.fn):
+            raise ValueError("custom.weight needs custom.fn and a policy.weight above 0, whose tokens it covers")
+        if self.custom.fn and not self.custom.used:
+            raise ValueError("custom.fn has no effect with custom.weight 0: raise it, or leave fn out")
         if kl.in_reward and not kl.used:
             raise ValueError("kl.in_reward has no effect with kl.weight 0: raise it, or leave in_reward out")
         if policy.dual_clip is not None and policy.surrogate != "clip":

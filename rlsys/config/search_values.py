@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from rlsys.config.section import Section
 from rlsys.config.served_model import ServedModelConfig
+from rlsys.plugins import PluginName
 
 
 class StepsValueConfig(Section):
@@ -24,6 +25,17 @@ class RolloutsValueConfig(Section):
     """Number of chains that are drawn from each new node and judged. The estimate is their mean reward."""
     timeout_s: float = Field(default=600.0, gt=0)
     """Longest time for the values of the nodes of one completion, in seconds. After it they count as failed."""
+    prune_below: float | None = Field(default=None, ge=-1, le=1)
+    """Nodes with an estimate below this are ended: nothing is drawn after them. null: none."""
+
+
+class FunctionValueConfig(Section):
+    type: Literal["function"]
+    fn: PluginName
+    """Function of your own, `module:function` or `file.py:function`, from a chain to the value of its last node
+    (docs/extending.md). It runs in the verifier processes."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of every call, by name."""
     prune_below: float | None = Field(default=None, ge=-1, le=1)
     """Nodes with an estimate below this are ended: nothing is drawn after them. null: none."""
 
@@ -50,5 +62,6 @@ class ModelValueConfig(ServedModelConfig):
 
 
 ValueConfig = Annotated[
-    StepsValueConfig | AgreementValueConfig | RolloutsValueConfig | ModelValueConfig, Field(discriminator="type")
+    StepsValueConfig | AgreementValueConfig | RolloutsValueConfig | FunctionValueConfig | ModelValueConfig,
+    Field(discriminator="type"),
 ]

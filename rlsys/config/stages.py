@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # the config is checked by rules that use the plans
     from rlsys.config.objective import ObjectiveConfig
     from rlsys.config.schema import Config, OptimizerConfig
 
-TERMS = ("policy", "kl", "value", "preference", "sft", "distill", "ranking")
+TERMS = ("policy", "kl", "value", "preference", "sft", "distill", "ranking", "custom")
 """The terms of the joint loss."""
 
 TERMS_OF_STAGE: dict[StageName, tuple[str, ...]] = {
@@ -291,6 +291,8 @@ def term_weights(objective: ObjectiveConfig, settings: StageSettings, step: int)
     weights = {term: getattr(objective, term).weight_at(step, settings.steps) for term in terms}
     if step < objective.value.warmup_steps:
         weights.pop("policy", None)
+    if not weights.get("policy"):
+        weights.pop("custom", None)
     if not weights.get("policy") or objective.kl.in_reward:
         weights.pop("kl", None)
     return {term: weight for term, weight in weights.items() if weight > 0}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from rlsys.launch.placement import ROLLOUT, Placement, place
 from rlsys.launch.ray_cluster import RENDEZVOUS, Cluster
 from rlsys.launch.remote import RayActor
 from rlsys.models.folder import ModelFolder, is_adapter
+from rlsys.plugins import command_folder
 from rlsys.trees import Role
 
 # Concurrent calls of one actor. With Ray's default of 1000, calls for statistics would wait behind trees.
@@ -133,7 +133,7 @@ def _actor_settings(
         actors=config.actors,
         task=config.task,
         rewards=config.rewards,
-        folder=os.getcwd(),
+        folder=command_folder(),
         log_file=str(RunDirectory(cluster.run_dir).logs / f"actor-{number}.log"),
         shares_device=config.placement == "colocated",
         weight_timeout_s=config.weight_sync.timeout_s,

@@ -40,6 +40,7 @@ def _term_specs() -> list[MetricSpec]:
         "sft": "tokens",
         "distill": "tokens",
         "ranking": "prompts",
+        "custom": "by aggregation",
     }
     specs = []
     for term, unit in units.items():

@@ -46,6 +46,7 @@ EVERY_TERM: dict[str, Any] = {
     "sft": {"weight": 0.7, "source": "trees"},
     "ranking": {"weight": 0.6},
     "distill": {"weight": 0.4, "divergence": "top_k", "top_k": 3, "beta": 0.5},
+    "custom": {"weight": 0.2, "fn": "plugged:z_loss"},
     "grad_norm_interval": 1,
 }
 

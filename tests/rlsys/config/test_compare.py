@@ -153,6 +153,7 @@ FREE_FIELDS = {
     "objective.distill": "weight final_weight divergence top_k on_policy_share beta interpolation final_interpolation "
     "interpolation_rate teacher_temperature confidence_gate entropy_coef entropy_share",
     "objective.ranking": "weight final_weight max_answers",
+    "objective.custom": "weight final_weight fn arguments",
     "teacher": "model in_learner",
     "teacher.model": "path count tensor_parallel_size dtype max_model_len max_num_seqs kv_cache_gib "
     "gpu_memory_utilization",
@@ -171,8 +172,8 @@ FREE_FIELDS = {
     "search.tables.NAME": "children after_wrong",
     "search.selection": "type form exploration length_exponent value_weight entropy_weight depth_weight unit chains "
     "draws",
-    "search.value": "type count timeout_s prune_below template right wrong path tensor_parallel_size dtype "
-    "max_model_len max_num_seqs kv_cache_gib gpu_memory_utilization",
+    "search.value": "fn arguments type count timeout_s prune_below template right wrong path tensor_parallel_size "
+    "dtype max_model_len max_num_seqs kv_cache_gib gpu_memory_utilization",
     "search.stop": "simulations tokens answers correct sure",
     "search.stop.correct.NUMBER": "count after",
     "extract": "supervised supervised_nodes supervised_rows skip chosen max_backtracks pairs pairs_per_tree "

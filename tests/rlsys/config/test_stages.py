@@ -21,6 +21,7 @@ ALL_TERMS: dict[str, Any] = {
     "sft": {"weight": 0.7},
     "distill": {"weight": 0.2},
     "ranking": {"weight": 0.4},
+    "custom": {"weight": 0.6, "fn": "mine.py:loss"},
 }
 
 
@@ -66,6 +67,7 @@ def test_terms_by_stage() -> None:
                 "sft": 0.7,
                 "distill": 0.2,
                 "ranking": 0.4,
+                "custom": 0.6,
             },
         }[stage]
         assert weights(stage) == expected
@@ -113,7 +115,10 @@ def test_a_term_of_weight_zero_is_left_out() -> None:
 def test_the_policy_term_is_left_out_while_the_critic_warms_up() -> None:
     others = {"preference": 0.3, "sft": 0.7}
     assert weights("online", 1) == {"value": 0.5, **others, "distill": 0.2, "ranking": 0.4}
-    assert weights("online", 2) == {"policy": 1.0, "kl": 0.1, "value": 0.5, **others, "distill": 0.2, "ranking": 0.4}
+    assert weights("online", 2) == {
+        **others,
+        **{"policy": 1.0, "kl": 0.1, "value": 0.5, "distill": 0.2, "ranking": 0.4, "custom": 0.6},
+    }
     assert weights("preference", 0) == others
 
 
