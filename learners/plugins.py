@@ -69,7 +69,7 @@ def custom_loss(logprobs: Tensor, tokens: Mapping[str, Tensor], config: CustomLo
     if getattr(value, "numel", int)() != 1:
         given = f"a tensor of shape {tuple(value.shape)}" if hasattr(value, "shape") else type(value).__name__
         raise ConfigError(f"{LOSS} {config.fn!r}: expected a tensor of one number, sum(weights * loss), found {given}")
-    return value.reshape(())  # type: ignore[no-any-return]
+    return value.reshape(())
 
 
 def _called(name: str, field: str, *arguments: Any, **named: Any) -> Any:

@@ -6,16 +6,24 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator
 
 from rlsys.errors import ConfigError
 
-PluginName = Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_][A-Za-z0-9_.]*$")]
+
+def _is_name(text: str) -> str:
+    if not re.fullmatch(r"[^:]+:[A-Za-z_][A-Za-z0-9_.]*", text):
+        raise ValueError(f"expected `module:name` or `file.py:name`, found {text!r}")
+    return text
+
+
+PluginName = Annotated[str, AfterValidator(_is_name)]
 """`module:name`, or the path of a Python file and a name: `rewards.py:brevity`."""
 
 

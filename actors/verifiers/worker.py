@@ -12,6 +12,7 @@ import math
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from numbers import Real
@@ -25,6 +26,7 @@ from actors.verifiers.wire import answer, problem_of
 from rlsys.config.rewards import RewardsConfig
 from rlsys.config.search_values import FunctionValueConfig
 from rlsys.config.tasks import TaskConfig
+from rlsys.errors import ConfigError
 from rlsys.rewards import ChainValue, Rewards
 from rlsys.tasks import build_task
 from rlsys.types import Outcome, Verdict
@@ -57,7 +59,10 @@ def _serve(requests: BinaryIO, answers: BinaryIO, hello: dict[str, Any]) -> None
     _limit(resource.RLIMIT_FSIZE, MAX_FILE_MIB << 20)
     adopt_orphans()
     with _forks_end_here():
-        verifier = _build_verifier(hello)
+        try:
+            verifier = _build_verifier(hello)
+        except ConfigError as error:
+            sys.exit(error.message)  # the last line of stderr is the reason that people see
     helpers = descendants()  # a plug-in may start processes that serve all its verifications
     _send(answers, {"ready": True})
     for line in requests:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from pathlib import Path
 
+from actors.verifiers.pool import RewardPool
 from rlsys.config.engine_roles import describes_a_search, section_of
 from rlsys.config.files import dump_config
 from rlsys.config.schema import Config
 from rlsys.control.tree_search import demonstration_notes
 from rlsys.display import print_table, standard_output
+from rlsys.errors import ConfigError
 from rlsys.launch.prepare import Prepared, check_settings, prepare
 from rlsys.launch.resources import ResourcePlan
 from rlsys.models.chat import decode_prompt
+from rlsys.plugins import command_folder
 from rlsys.run.provenance import check_extraction, check_inputs
 from rlsys.run.resume import checkpoint_store, find_start
+from rlsys.types import Problem, Verdict
 
 
 def run(config: Config) -> None:
@@ -38,6 +44,8 @@ def run(config: Config) -> None:
     for note in (*prepared.notes, *tags):
         print(note)
     print(first_prompt(prepared))
+    if config.rewards.functions:
+        print(first_rewards(config, prepared))
     print(start.describe())
     for plan in prepared.plans:
         plan.check()
@@ -48,6 +56,31 @@ def first_prompt(prepared: Prepared) -> str:
     token_ids = prepared.inputs.held_out[0].token_ids
     text = decode_prompt(prepared.policy.tokenizer, token_ids.tolist())
     return f"first held-out prompt, {len(token_ids)} tokens (its question is in it): {text!r}"
+
+
+def first_rewards(config: Config, prepared: Prepared) -> str:
+    """Return the rewards of a right completion, from a verifier process as in a run.
+
+    Raises:
+        EngineError: a reward function cannot be used.
+        ConfigError: a reward function failed on the completion.
+    """
+    prompt = prepared.inputs.held_out[0]
+    shown = prepared.inputs.task.demonstration(0, random.Random(0))
+    problem, text = shown or (prompt.problem, f"<answer>{prompt.answer}</answer>")
+    [verdict] = asyncio.run(_judged(config, problem, text))
+    if verdict.outcome not in ("ok", "wrong"):
+        raise ConfigError(f"rewards.functions: the completion {text[-200:]!r} got no reward: {verdict.detail}")
+    parts = ", ".join(f"{name} {value:g}" for name, value in verdict.parts.items())
+    return f"reward of the completion {text[-200:]!r} to problem {problem.problem_id}: {verdict.reward:g} ({parts})"
+
+
+async def _judged(config: Config, problem: Problem, text: str) -> list[Verdict]:
+    pool = RewardPool(config.task, config.run.seed, config.rewards, folder=command_folder())
+    try:
+        return await pool.verify([(problem, text)])
+    finally:
+        await pool.close()
 
 
 def _show_plan(title: str, plan: ResourcePlan) -> None:

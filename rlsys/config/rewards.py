@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from rlsys.config.section import Section
+from rlsys.plugins import PluginName
 
 TASK = "task"
 """Name of the reward of the task beside those of functions."""
@@ -14,7 +15,7 @@ BUILT_IN = ("format", "length")
 
 
 class RewardFunctionConfig(Section):
-    fn: str = Field(pattern=r"^(format|length|[^:]+:[A-Za-z_][A-Za-z0-9_.]*)$")
+    fn: Literal["format", "length"] | PluginName
     """`module:function`, `file.py:function`, `format` or `length` (docs/rewards.md). It is called as TRL calls reward
     functions, with one completion at a time."""
     weight: float = Field(default=1.0, ge=-1000, le=1000)

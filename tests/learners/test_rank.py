@@ -83,7 +83,8 @@ def test_micro_batches_change_nothing_but_the_padding(objective: dict[str, Any],
 )
 def test_a_step_with_one_kind_of_data(batch: TrainingBatch, stage: StageName, terms: set[str]) -> None:
     # Terms without data add no loss, and their denominator is 0.
-    rank = plain_rank({**EVERY_TERM, "policy": {}, "value": {}, "distill": {}, "ranking": {}, "custom": {}}, stage=stage)
+    unused: dict[str, Any] = {term: {} for term in ("policy", "value", "distill", "ranking", "custom")}
+    rank = plain_rank({**EVERY_TERM, **unused}, stage=stage)
     if stage != "online":
         rank.reference = None  # pairs of files are scored before the stage
     before = rank.policy.vector()

@@ -192,7 +192,7 @@ def test_the_schema_knows_the_same_functions() -> None:
         ([{"fn": "length"}], "length needs arguments"),
         ([{"fn": "length", "arguments": {"start": 5, "end": 5}}], "start below end"),
         ([{"fn": "format", "arguments": {"patern": "x"}}], "format has no argument 'patern'"),
-        ([{"fn": "brevity"}], "should match pattern"),
+        ([{"fn": "brevity"}], "expected `module:name` or `file.py:name`, found 'brevity'"),
         ([{"fn": "a.py:f", "name": "a b"}], "should match pattern"),
     ],
 )

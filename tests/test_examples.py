@@ -1,0 +1,63 @@
+"""Code and configs of the pages about functions of the user's own, run as a reader would."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from minimal_config import minimal
+from problems import problem_of
+
+from actors.verifiers.pool import RewardPool
+from learners.plugins import check_plugins, custom_advantages
+from rlsys.config.files import parse_config
+from rlsys.config.schema import Config
+from rlsys.config.search_values import FunctionValueConfig
+from rlsys.types import Verdict
+
+DOCS = Path(__file__).parents[1] / "docs"
+FILE = re.compile(r'```python\n("""(\w+\.py)"""\n.*?)```', re.DOTALL)
+SETTINGS = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
+
+
+def read(page: str, folder: Path) -> Config:
+    """Write the file that a page shows, and return the config of the YAML that names it."""
+    text = (DOCS / page).read_text()
+    [(code, name)] = FILE.findall(text)
+    (folder / name).write_text(code)
+    [settings] = [block for block in SETTINGS.findall(text) if name in block]
+    return parse_config(minimal(**yaml.safe_load(settings)), page)
+
+
+def judged(config: Config, folder: Path, completion: str) -> tuple[Verdict, list[Verdict]]:
+    value = config.search.value if isinstance(config.search.value, FunctionValueConfig) else None
+
+    async def run() -> tuple[Verdict, list[Verdict]]:
+        pool = RewardPool(config.task, 0, config.rewards, folder=str(folder), value=value)
+        try:
+            [verdict] = await pool.verify([(problem_of("3"), completion)])
+            return verdict, await pool.values(problem_of("3"), [completion]) if value else []
+        finally:
+            await pool.close()
+
+    return asyncio.run(run())
+
+
+def test_rewards(tmp_path: Path) -> None:
+    verdict, _ = judged(read("rewards.md", tmp_path), tmp_path, "<answer>3</answer>")
+    assert verdict.parts == {"task": 1.0, "brevity": pytest.approx(-0.018), "format": 1.0}
+    assert verdict.reward == pytest.approx(1 - 0.1 * 0.018 + 0.2)
+
+
+def test_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = read("extending.md", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    check_plugins(config.objective)
+    estimator = config.objective.policy.estimator
+    assert custom_advantages(np.array([1.0, 3.0]), estimator).tolist() == [-2.0, 0.0]
+    _, [value] = judged(config, tmp_path, "x" * 50)
+    assert value.reward == pytest.approx(0.75)
