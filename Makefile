@@ -56,8 +56,9 @@ bench: .venv/.installed ## all ratios against peers, in one table and runs/bench
 soak: .venv/.installed ## 2 hours of healthy runs under a changing load: restarts, lost calls, growth of memory and files
 	$(TEST_ENV) $(BIN)/python benchmarks/soak.py $(ARGS)
 
-docs: .venv/.installed ## write docs/metrics.md from the registry of metrics
+docs: .venv/.installed ## write docs/metrics.md and docs/keys.md from the code
 	$(BIN)/python -m rlsys.run.metrics_page > docs/metrics.md
+	$(BIN)/python -m rlsys.config.keys_page > docs/keys.md
 
 # The newest versions that fit pyproject.toml, from pip's own resolver. GPU wheels are downloaded, not installed;
 # `===` keeps 2.13.0+cpu out, which also matches `==2.13.0` and which pip prefers where it knows one.
