@@ -61,3 +61,11 @@ def test_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert custom_advantages(np.array([1.0, 3.0]), estimator).tolist() == [-2.0, 0.0]
     _, [value] = judged(config, tmp_path, "x" * 50)
     assert value.reward == pytest.approx(0.75)
+
+
+def test_configs_of_sizes() -> None:
+    blocks = SETTINGS.findall((DOCS / "sizes.md").read_text())
+    configs = [parse_config(yaml.safe_load(block), "sizes.md") for block in blocks]
+    assert [config.model.path for config in configs] == [
+        f"Qwen/Qwen2.5-{size}B-Instruct" for size in ("0.5", "7", "32")
+    ]
