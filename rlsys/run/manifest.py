@@ -80,8 +80,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return body
 
 
-def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """Check every file of a checkpoint against its manifest, and return the manifest's `info`.
+def verify_checkpoint(path: Path, part: str = "") -> dict[str, Any]:
+    """Check the files of a checkpoint against its manifest, and return the manifest's `info`.
+
+    Args:
+        part: the folder of the checkpoint to check, such as `policy`; "" for every file.
 
     Raises:
         DamagedFileError: names the first file that is missing, additional or different.
@@ -92,6 +95,8 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         files = _plain_files(path)
         files.pop(MANIFEST)
         for name in sorted(expected.keys() | files.keys()):
+            if part and PurePosixPath(name).parts[0] != part:
+                continue
             _verify_file(path, name, expected.get(name), files.get(name))
     except OSError as error:
         raise DamagedFileError(f"{path}: cannot be read: {error}") from error
