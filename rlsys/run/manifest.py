@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -80,11 +80,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return body
 
 
-def verify_checkpoint(path: Path, part: str = "") -> dict[str, Any]:
+def verify_checkpoint(path: Path, parts: Collection[str] = ()) -> dict[str, Any]:
     """Check the files of a checkpoint against its manifest, and return the manifest's `info`.
 
     Args:
-        part: the folder of the checkpoint to check, such as `policy`; "" for every file.
+        parts: the files and folders of the checkpoint to check; none of them stands for all.
 
     Raises:
         DamagedFileError: names the first file that is missing, additional or different.
@@ -95,7 +95,7 @@ def verify_checkpoint(path: Path, part: str = "") -> dict[str, Any]:
         files = _plain_files(path)
         files.pop(MANIFEST)
         for name in sorted(expected.keys() | files.keys()):
-            if part and PurePosixPath(name).parts[0] != part:
+            if parts and PurePosixPath(name).parts[0] not in parts:
                 continue
             _verify_file(path, name, expected.get(name), files.get(name))
     except OSError as error:

@@ -115,8 +115,8 @@ def _figures(policy: RunPolicy) -> str:
     samples = f", with {evaluation.samples} samples for each (k)" if evaluation.samples else ""
     return "\n".join(
         [
-            f"Measured by the run itself at this weight version, on at most {evaluation.prompts} problems that training "
-            f"does not use{samples}. A completion had at most {policy.config.sampling.max_tokens} tokens.",
+            f"Measured by the run itself at this weight version, on at most {evaluation.prompts} problems that "
+            f"training does not use{samples}. A completion had at most {policy.config.sampling.max_tokens} tokens.",
             "",
             *table,
         ]
@@ -126,7 +126,9 @@ def _figures(policy: RunPolicy) -> str:
 def _held_out(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the held-out figures of a row of metrics."""
     return {
-        name: value for name, value in row.items() if name.startswith(HELD_OUT) and name in METRICS and value is not None
+        name: value
+        for name, value in row.items()
+        if name.startswith(HELD_OUT) and name in METRICS and value is not None
     }
 
 
@@ -139,16 +141,16 @@ def _use(policy: RunPolicy, facts: CardFacts, folder: Path) -> str:
     parts.append(_fenced(_program(config.sampling.max_tokens, facts), "python"))
     if facts.adapter_rank:
         base, options = facts.base_id or "BASE", f"--enable-lora --max-lora-rank {facts.adapter_rank}"
-        parts.append(_fenced(f"vllm serve {base} {options} --lora-modules policy={facts.name}", "sh"))
+        parts.append(_fenced(f"vllm serve {base} --host 127.0.0.1 {options} --lora-modules policy={facts.name}", "sh"))
         if not facts.base_id:
             parts.append("BASE is the folder of the base model, `base_model_name_or_path` of `adapter_config.json`.")
     else:
-        parts.append(_fenced(f"vllm serve {facts.name}", "sh"))
+        parts.append(_fenced(f"vllm serve {facts.name} --host 127.0.0.1", "sh"))
     parts.append(
         f"Training used sequences of at most {config.actors.max_model_len} tokens, and drew samples at temperature "
         f"{config.sampling.temperature:g} with top_p {config.sampling.top_p:g} and no penalty.{_inherited(folder)}"
     )
-    parts.append("Before you publish the folder, add the `license` of the base model and data to the head of this file.")
+    parts.append("Before you publish the folder, add the `license` to the head of this file.")
     return "\n\n".join(parts)
 
 

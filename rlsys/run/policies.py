@@ -109,14 +109,16 @@ def _named_checkpoint(run_dir: Path, step: int) -> Path:
 
 
 def _of_checkpoint(run_dir: Path, checkpoint: Path) -> RunPolicy:
-    info = verify_checkpoint(checkpoint, CheckpointDirectory(checkpoint).policy.name)
+    paths, config = CheckpointDirectory(checkpoint), load_config(RunDirectory(run_dir).config)
+    verify_checkpoint(checkpoint, [paths.policy.name, paths.state.name])
+    state = read_state(paths.state)
     return RunPolicy(
         run_dir=run_dir,
-        config=load_config(RunDirectory(run_dir).config),
-        folder=CheckpointDirectory(checkpoint).policy,
-        stage=str(info["stage"]),
-        step=read_state(CheckpointDirectory(checkpoint).state).step,
-        version=int(info["weight_version"]),
+        config=config,
+        folder=paths.policy,
+        stage=config.stages[state.stage],
+        step=state.step,
+        version=state.weight_version,
     )
 
 
