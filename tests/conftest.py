@@ -92,6 +92,7 @@ HEAVY = {
     "rlsys/models",
     "rlsys/run/test_checkpoint_kills.py",
     "rlsys/run/test_lock.py",
+    "rlsys/search/test_trl_tables.py",
     "rlsys/test_cli.py",
     "rlsys/test_processes.py",
     "rlsys/transfer/test_bucket_memory.py",
