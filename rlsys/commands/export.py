@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from rlsys.directory import CARD
-from rlsys.errors import CheckpointError, ConfigError
+from rlsys.errors import CheckpointError, ConfigError, DamagedFileError
 from rlsys.files import fsync
 from rlsys.models.adapters import read_adapter
 from rlsys.models.export import Dtype, hub_id, weight_format, write_adapter, write_merged, write_whole
@@ -39,7 +39,8 @@ def run(policy: RunPolicy, output: Path, *, merge: bool = True, dtype: Dtype | N
     output = output.absolute()
     _check_output(output, policy.run_dir)
     if not merge and not is_adapter(policy.folder):
-        raise ConfigError(f"--adapter: expected an adapter in {policy.folder}, found a whole model; leave it out")
+        remedy = "choose a checkpoint with --step" if policy.config.model.lora else "leave it out"
+        raise ConfigError(f"--adapter: expected an adapter in {policy.folder}, found a whole model; {remedy}")
     unfinished = output.with_name(f".{output.name}.unfinished")
     try:
         names = sorted(os.listdir(policy.folder))
@@ -92,6 +93,7 @@ def _write(policy: RunPolicy, folder: Path, output: Path, merge: bool, dtype: Dt
         write_whole(policy.folder, folder, dtype)
     else:
         base, lora = read_adapter(policy.folder)
+        _check_base(base, policy)
         if merge:
             form = "merged model"
             write_merged(base, policy.folder, lora, folder, dtype or policy.config.learner.dtype)
@@ -116,6 +118,16 @@ def _write(policy: RunPolicy, folder: Path, output: Path, merge: bool, dtype: Dt
     shown = f"stage {policy.stage}" + (f", weight version {policy.version}" if policy.version is not None else "")
     written = f"{output}: {shown}, {form}, {facts.parameters:,} parameters, {facts.dtype}"
     return "\n".join([*([policy.note] if policy.note else []), written, f"serve: {serve}"])
+
+
+def _check_base(base: Path, policy: RunPolicy) -> None:
+    """Raise if the base model is no longer the one that the adapter was trained on."""
+    digest = ModelFolder(base).digest
+    if policy.model_digest not in (None, digest):
+        raise DamagedFileError(
+            f"{base}: expected the base model that {policy.folder} was trained on, sha256 {policy.model_digest}, found "
+            f"{digest}; restore the folder"
+        )
 
 
 def _base_model(policy: RunPolicy) -> tuple[str | None, str]:

@@ -16,6 +16,7 @@ from rlsys.errors import ConfigError
 from rlsys.models.folder import is_policy
 from rlsys.run.manifest import verify_checkpoint
 from rlsys.run.metrics import read_rows
+from rlsys.run.provenance import read_provenance
 from rlsys.run.state import read_state
 
 
@@ -28,6 +29,7 @@ class RunPolicy:
         stage: the stage that trained it last.
         step: training steps of this stage; None if metrics.jsonl does not tell.
         version: weight version; None if metrics.jsonl does not tell.
+        model_digest: digest of the initial model, which an adapter changes; None if no checkpoint tells.
         note: a line for the user about a later policy of the run, or "".
     """
 
@@ -37,6 +39,7 @@ class RunPolicy:
     stage: str
     step: int | None
     version: int | None
+    model_digest: str | None
     note: str = ""
 
 
@@ -97,6 +100,7 @@ def _of_stage(run_dir: Path, stage: str | None) -> RunPolicy:
         stage=chosen,
         step=int(row["step"]) if row else None,
         version=int(row["weights/version"]) if row else None,
+        model_digest=next(filter(None, (_model_digest(path, config) for path in _checkpoints(directory))), None),
         note=note,
     )
 
@@ -119,12 +123,26 @@ def _of_checkpoint(run_dir: Path, checkpoint: Path) -> RunPolicy:
         stage=config.stages[state.stage],
         step=state.step,
         version=state.weight_version,
+        model_digest=_model_digest(checkpoint, config),
     )
+
+
+def _model_digest(checkpoint: Path, config: Config) -> str | None:
+    """Return the digest of the initial model that a checkpoint records; None if it cannot be read."""
+    name = "model.path" if config.model.path else "model.from_scratch"
+    try:
+        return read_provenance(checkpoint).inputs.get(name)
+    except ConfigError:  # made by an older version, or removed by the run
+        return None
 
 
 def _advice(directory: RunDirectory) -> str:
     """Return which checkpoints there are, and how to choose one."""
-    names = sorted(path.name for path in directory.checkpoints.glob("step_*") if path.name[5:].isdigit())
+    names = [path.name for path in _checkpoints(directory)]
     if not names:
         return "there are no checkpoints yet"
     return f"checkpoints: {', '.join(names)}; --step {int(names[-1][5:])} chooses the last"
+
+
+def _checkpoints(directory: RunDirectory) -> list[Path]:
+    return sorted(path for path in directory.checkpoints.glob("step_*") if path.name[5:].isdigit())

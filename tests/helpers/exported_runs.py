@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,20 @@ from rlsys.types import RunState
 FIGURES = {"held_out/greedy_accuracy": 0.75, "held_out/sampled_accuracy": 0.5, "held_out/completion_length": 12.25}
 
 
-def write_run(folder: Path, policy: Path, finished: Sequence[str] = ("warm_start", "online"), **changes: Any) -> Path:
+def write_run(
+    folder: Path,
+    policy: Path,
+    finished: Sequence[str] = ("warm_start", "online"),
+    inputs: Mapping[str, str] | None = None,
+    **changes: Any,
+) -> Path:
     """Write the directory of a run with the stages warm_start (3 steps) and online (5 steps), measured at 0 and 8.
 
     Args:
         folder: the run directory; created if missing.
         policy: every policy of the run is a copy of this folder.
         finished: the stages that are finished.
+        inputs: digests that every checkpoint records.
         changes: changes of the config, `section__key=value`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +52,7 @@ def write_run(folder: Path, policy: Path, finished: Sequence[str] = ("warm_start
         (temporary / "learner" / "learner.json").write_text("{}")
         state = RunState(stage=stage, step=step, weight_version=version, cursor=0)
         write_json(temporary / "state.json", state_to_json(state))
-        store.commit(temporary, name, {"weight_version": version})
+        store.commit(temporary, name, {"weight_version": version, "inputs": inputs or {}})
     rows: list[dict[str, Any]] = [{"stage": "warm_start", "step": step, "weights/version": step} for step in (1, 2, 3)]
     rows += [{"stage": "online", "step": step, "weights/version": 3 + step} for step in range(6)]
     for row in (rows[3], rows[-1]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 import sys
@@ -16,7 +17,7 @@ from exported_runs import write_run
 from rlsys import cli
 from rlsys.commands import export
 from rlsys.config.schema import FromScratchConfig, LoraConfig
-from rlsys.errors import CheckpointError, ConfigError
+from rlsys.errors import CheckpointError, ConfigError, DamagedFileError
 from rlsys.models.adapters import adapter_spec
 from rlsys.models.folder import ModelFolder
 from rlsys.models.scratch import build_from_scratch
@@ -52,7 +53,8 @@ def adapted_run(model: Path, tmp_path: Path) -> Path:
     spec.save_pretrained(folder)
     for path in ModelFolder(model).tokenizer_files:
         (folder / path.name).write_bytes(path.read_bytes())
-    return write_run(tmp_path / "adapted", folder, model={"path": str(model), "lora": {"rank": 2}})
+    settings = {"path": str(model), "lora": {"rank": 2}}
+    return write_run(tmp_path / "adapted", folder, model=settings, inputs={"model.path": ModelFolder(model).digest})
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -103,6 +105,16 @@ def test_an_adapter_is_merged_or_written_alone(adapted_run: Path, model: Path, t
     assert "adapter, " in alone and f"--max-lora-rank 2 --lora-modules policy={tmp_path / 'alone'}" in alone
     assert not (tmp_path / "alone" / "config.json").exists()
     assert "library_name: peft" in (tmp_path / "alone" / "README.md").read_text()
+
+
+def test_an_adapter_beside_another_base_model_is_refused(adapted_run: Path, tmp_path: Path) -> None:
+    other, config = tmp_path / "other", adapted_run / "stages" / "online" / "adapter_config.json"
+    build_from_scratch(SIZE, ("<answer>", "</answer>"), 1, other)  # another seed
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(other)}))
+    for merge in (True, False):
+        with pytest.raises(DamagedFileError, match="other: expected the base model that .* was trained on, sha256 "):
+            export.run(find_run_policy(str(adapted_run)), tmp_path / "out", merge=merge)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
