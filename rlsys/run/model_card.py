@@ -78,7 +78,7 @@ def _introduction(policy: RunPolicy) -> str:
 
 def _facts(policy: RunPolicy, facts: CardFacts) -> str:
     config, file = policy.config, RunDirectory(policy.run_dir).config
-    plans = [plan for plan in stage_plans(config) if plan.name in config.stages]
+    plans = stage_plans(config)
     through = next(number for number, plan in enumerate(plans) if plan.name == policy.stage)
     stages = ", ".join(f"{plan.name} ({plan.steps} steps)" if plan.trains else plan.name for plan in plans[:through])
     last = f"{policy.stage} ({_known(policy.step)} of {plans[through].steps} steps)"
