@@ -19,6 +19,8 @@ from rlsys.models.weight_files import INDEX, loaded_tensors, tensor_header
 Dtype = Literal["fp32", "bf16"]
 FORMATS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 GENERATION = "generation_config.json"
+PENALTIES = ("repetition_penalty", "no_repeat_ngram_size")
+"""Keys of a generation config that change greedy answers too. rlsys generates without them."""
 
 
 def write_whole(policy: Path, target: Path, dtype: Dtype | None) -> None:
@@ -84,6 +86,7 @@ def write_adapter(policy: Path, target: Path, base_name: str, dtype: Dtype | Non
             shutil.copyfile(path, target / path.name)
     values = json.loads((target / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     _write_json(target / ADAPTER_CONFIG, {**values, "base_model_name_or_path": base_name})
+    _complete_generation_config(target)
 
 
 def weight_format(folder: Path) -> str:
@@ -133,16 +136,17 @@ def _note_format(folder: Path, dtype: Dtype) -> None:
 
 
 def _complete_generation_config(folder: Path) -> None:
-    """Name all end tokens of the training in generation_config.json, so that other programs stop where rlsys does."""
+    """Let other programs answer as rlsys does: with all end tokens of the training, and without penalties."""
     model, path = ModelFolder(folder), folder / GENERATION
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    ends, named = model.end_token_ids, values.get("eos_token_id")
-    if set(ends) == set(named if isinstance(named, list) else [named]):
-        return
-    tokens: dict[str, Any] = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
-    if values.get("pad_token_id") is None and model.tokenizer.pad_token_id is not None:
-        tokens["pad_token_id"] = model.tokenizer.pad_token_id
-    _write_json(path, {**values, **tokens})
+    given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    values = {key: value for key, value in given.items() if key not in PENALTIES}
+    ends, named = model.end_token_ids, given.get("eos_token_id")
+    if set(ends) != set(named if isinstance(named, list) else [named]):
+        values["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        if values.get("pad_token_id") is None and model.tokenizer.pad_token_id is not None:
+            values["pad_token_id"] = model.tokenizer.pad_token_id
+    if values != given:
+        _write_json(path, values)
 
 
 def _write_json(path: Path, values: Any) -> None:

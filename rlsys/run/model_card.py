@@ -17,8 +17,8 @@ from rlsys.run.metrics import METRICS, read_rows
 from rlsys.run.policies import RunPolicy
 
 HELD_OUT = "held_out/"
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-"""Keys of a generation config that change what a model answers."""
+SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+"""Keys of a generation config that change how a program samples."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

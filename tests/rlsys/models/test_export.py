@@ -126,6 +126,21 @@ def test_end_tokens_of_the_training_are_named(tmp_path: Path) -> None:
         assert written["eos_token_id"] == expected and written.get("temperature") == values.get("temperature")
 
 
+def test_penalties_are_left_out_because_greedy_answers_of_rlsys_have_none(
+    adapter: Path, model: Path, tmp_path: Path
+) -> None:
+    config = adapter / "generation_config.json"
+    before = json.loads(config.read_text())
+    config.write_text(json.dumps({**before, "repetition_penalty": 1.05, "temperature": 0.7}))
+    for name, write in (
+        ("alone", lambda target: write_adapter(adapter, target, "org/base", None)),
+        ("merged", lambda target: write_merged(model, adapter, LORA, target, "fp32")),
+    ):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name)
+        assert json.loads((tmp_path / name / config.name).read_text()) == {**before, "temperature": 0.7}
+
+
 def test_an_adapter_alone_names_its_base(adapter: Path, tmp_path: Path) -> None:
     target = tmp_path / "alone"
     target.mkdir()

@@ -85,7 +85,7 @@ def test_an_adapter_is_of_the_library_peft_and_names_its_base(run: Path) -> None
 def test_a_card_says_how_prompts_and_samples_were_made(tmp_path: Path) -> None:
     (tmp_path / "policy").mkdir()
     (tmp_path / "policy" / "config.json").write_text("{}")
-    defaults = {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.05, "top_p": 1.0}
+    defaults = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 1.0}
     (tmp_path / "policy" / "generation_config.json").write_text(json.dumps(defaults))
     run = write_run(
         tmp_path / "run", tmp_path / "policy", stages=["online"], finished=["online"],
@@ -93,5 +93,5 @@ def test_a_card_says_how_prompts_and_samples_were_made(tmp_path: Path) -> None:
     )  # fmt: skip
     text = card(run, replace(FACTS, has_template=False))
     assert "```text\nQ: {question}\nA:\n```" in text
-    assert "(temperature 0.6, repetition_penalty 1.05)" in text
+    assert "(temperature 0.6, top_k 20)" in text
     assert 'tokenizer("QUESTION"' in text and "apply_chat_template" not in text
