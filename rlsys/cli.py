@@ -1,4 +1,4 @@
-"""The command line: train, check, evaluate, search, score, extract, teach, show, keys.
+"""The command line: train, check, evaluate, export, search, score, extract, teach, show, keys.
 
 Exit codes: 0 the command reached its end; 1 it failed; 2 the input is not usable, also the files of the run to be
 resumed, and the same command fails again until the user acts; 75 run.time_limit has passed; 128 + n it was stopped by
@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -128,6 +128,26 @@ def evaluate(
     evaluation.show(figures, standard_output())
     if output:
         Path(output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
+def export(
+    target: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, checkpoint or policy folder of a run.")],
+    output: Annotated[str, typer.Option(help="New or empty folder to write.")],
+    stage: Annotated[str | None, typer.Option(help="A finished stage of the run. Default: the last one.")] = None,
+    step: Annotated[int | None, typer.Option(help="A checkpoint of the run: 340 for step_000340.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge/--adapter", help="With model.lora: a whole model, or the adapter alone.")
+    ] = True,
+    dtype: Annotated[
+        Literal["fp32", "bf16"] | None, typer.Option(help="Number format of the weights. Default: as they are.")
+    ] = None,
+) -> None:
+    """Write a policy of a run as a Hugging Face folder with a model card, for vLLM, transformers and others."""
+    from rlsys.commands import export as export_command
+    from rlsys.run.policies import find_run_policy
+
+    print(export_command.run(find_run_policy(target, stage, step), Path(output), merge=merge, dtype=dtype))
 
 
 @app.command()

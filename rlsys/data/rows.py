@@ -19,6 +19,7 @@ from rlsys.data.ragged import RaggedRows, joined_sides, ragged
 from rlsys.data.teacher_columns import SCORED_IDS, ExpectedScores, ScoreCollector, TeacherColumns
 from rlsys.data.text_rows import EncodedRows, TextEncoder
 from rlsys.errors import DataError
+from rlsys.models.chat_template import reply_header
 from rlsys.sequences import common_prefix_length
 from rlsys.tables.forms import Section, expected_columns, form_name, read_columns
 from rlsys.tables.read import UNKNOWN, Batch, Layout, Ragged, RowFile
@@ -135,7 +136,7 @@ class Reader:
         """
         file = RowFile(path, source, part)
         left_out = LeftOut(where=file.where, noun="rows", limit="sft.max_bad_rows", share=max_bad_rows)
-        token_ids, masks, unwanted = RaggedRows[np.int32](np.int32), RaggedRows[np.bool_](np.bool_), 0
+        token_ids, masks, unwanted, bare = RaggedRows[np.int32](np.int32), RaggedRows[np.bool_](np.bool_), 0, 0
         layout = file.layout([SCORED_IDS, SUPERVISED_IDS] if self.scores else [SUPERVISED_IDS])
         teacher = ScoreCollector(self.scores) if self.scores and layout is SCORED_IDS else None
         if self.scores and not teacher:
@@ -151,7 +152,7 @@ class Reader:
                     teacher.add(batch, mask, self._ids(batch, "teacher_ids"), fitting)
         else:
             for rows in self._texts(file, "sft", left_out):
-                unwanted += rows.unwanted
+                unwanted, bare = unwanted + rows.unwanted, bare + rows.bare
                 pieces = list(zip(rows.prompts, rows.sides[0], strict=True))
                 token_ids.add(ragged([[*prompt, *side] for prompt, side in pieces], np.int32))
                 masks.add(ragged([[False] * len(prompt) + [True] * len(side) for prompt, side in pieces], np.bool_))
@@ -160,7 +161,7 @@ class Reader:
         if not len(joined):
             raise DataError(f"{file.where}: expected a row to train, found none: the label of every row is false")
         labels = f"{file.where}: {unwanted} rows left out: their label is false"
-        notes = (*left_out.notes, *((labels,) if unwanted else ()))
+        notes = (*left_out.notes, *self._bare_note(left_out, bare), *((labels,) if unwanted else ()))
         return SupervisedRows(joined, masks.joined(), notes, teacher.joined() if teacher else None)
 
     def pairs(self, path: str, source: str, max_bad_rows: float = 0.0, part: Part = WHOLE) -> PairRows:
@@ -177,7 +178,7 @@ class Reader:
         """
         file = RowFile(path, source, part)
         left_out = LeftOut(where=file.where, noun="rows", limit="preference.max_bad_rows", share=max_bad_rows)
-        pairs = _Pairs()
+        pairs, bare = _Pairs(), 0
         if layout := file.layout([CHAINS, STEPS]):
             for batch in file.batches(layout):
                 prompts, chosen, rejected = self._sides(batch, layout)
@@ -186,11 +187,22 @@ class Reader:
                 pairs.add(batch, prompts, chosen, rejected, fitting)
         else:
             for rows in self._texts(file, "preference", left_out):
+                bare += rows.bare
                 lengths = np.array([len(prompt) for prompt in rows.prompts], dtype=np.int64)
                 chosen, rejected = (joined_sides(rows.prompts, side) for side in rows.sides)
                 pairs.add(Batch(file.where, rows.numbers, {}), lengths, chosen, rejected)
         left_out.check()
-        return pairs.joined(file.where, left_out.notes)
+        return pairs.joined(file.where, (*left_out.notes, *self._bare_note(left_out, bare)))
+
+    def _bare_note(self, left_out: LeftOut, bare: int) -> tuple[str, ...]:
+        """Return the line about rows of plain text without the chat template that sampled prompts have."""
+        if not bare:
+            return ()
+        return (
+            f"{left_out.where}: {bare} of {left_out.total} rows are plain text, which gets no chat template, and lack "
+            f"{reply_header(self.tokenizer)!r}, which prompts of sampling have before a reply; write them as messages, "
+            "or render the template into the text",
+        )
 
     def _texts(self, file: RowFile, section: Section, left_out: LeftOut) -> Iterator[EncodedRows]:
         """Yield the usable rows of text or messages. The others are added to `left_out`.
@@ -234,6 +246,7 @@ class Reader:
             prompts=[rows.prompts[index] for index in fitting],
             sides=[[side[index] for index in fitting] for side in rows.sides],
             unwanted=rows.unwanted,
+            bare=rows.bare,
         )
 
     def _too_long(self, places: Sequence[str], prompt: int, sides: Sequence[int]) -> str:

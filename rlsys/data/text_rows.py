@@ -16,7 +16,7 @@ import numpy as np
 
 from rlsys.errors import DataError
 from rlsys.models.chat import encode_prompt, end_token_id
-from rlsys.models.chat_template import cut_after_end, encode_reply
+from rlsys.models.chat_template import cut_after_end, encode_reply, reply_header
 from rlsys.sequences import common_prefix_length
 from rlsys.tables.arrow import BATCH
 from rlsys.tables.files import Row, described, is_unicode
@@ -47,6 +47,7 @@ class EncodedRows:
         sides: For each column with a completion, the tokens after the prompt of each row, the end token last.
         bad: Reason why a row cannot be used, by its number.
         unwanted: Number of rows whose label is false.
+        bare: Number of rows of plain text that lack what the chat template writes before a reply.
     """
 
     numbers: list[int] = field(default_factory=list)
@@ -55,6 +56,7 @@ class EncodedRows:
     sides: list[list[list[int]]] = field(default_factory=list)
     bad: dict[int, str] = field(default_factory=dict)
     unwanted: int = 0
+    bare: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +100,13 @@ class TextEncoder:
 
     def encode(self, rows: Iterator[Row]) -> Iterator[EncodedRows]:
         """Yield the token ids of all rows, in batches."""
+        header = reply_header(self.tokenizer)
         while batch := list(islice(rows, BATCH)):
             result = EncodedRows(sides=[[] for _ in self._sides])
             parsed = [(row.number, each) for row in batch if (each := self._parsed(row, result)) is not None]
             plain = [text for _, each in parsed if isinstance(each, _Texts) for text in self._plain(each)]
             encoded = iter(self._tokens(plain))
+            result.bare = sum(isinstance(each, _Texts) and header not in self._plain(each)[0] for _, each in parsed)
             for number, each in parsed:
                 ids = [next(encoded) for _ in self._plain(each)] if isinstance(each, _Texts) else []
                 self._collect(result, number, each, ids)

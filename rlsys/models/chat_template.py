@@ -77,6 +77,16 @@ def template_note(tokenizer: Any, question: str) -> str | None:
     )
 
 
+def reply_header(tokenizer: Any) -> str:
+    """Return the text that a chat template writes between the question of a prompt and its reply; "" without one."""
+    question = "Nineteen"
+    try:
+        prompt = _rendered(tokenizer, (Message(role="user", content=question),), add_generation_prompt=True)
+    except DataError:
+        return ""
+    return prompt.rpartition(question)[2].strip() if tokenizer.chat_template and question in prompt else ""
+
+
 def cut_after_end(tokenizer: Any, token_ids: list[int], end_tokens: Collection[int]) -> list[int]:
     """Leave out the white space that a chat template writes after the end token; the policy stops there."""
     last = max((place for place, token in enumerate(token_ids) if token in end_tokens), default=len(token_ids) - 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -80,8 +80,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return body
 
 
-def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """Check every file of a checkpoint against its manifest, and return the manifest's `info`.
+def verify_checkpoint(path: Path, parts: Collection[str] = ()) -> dict[str, Any]:
+    """Check the files of a checkpoint against its manifest, and return the manifest's `info`.
+
+    Args:
+        parts: the files and folders of the checkpoint to check; none of them stands for all.
 
     Raises:
         DamagedFileError: names the first file that is missing, additional or different.
@@ -92,6 +95,8 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         files = _plain_files(path)
         files.pop(MANIFEST)
         for name in sorted(expected.keys() | files.keys()):
+            if parts and PurePosixPath(name).parts[0] not in parts:
+                continue
             _verify_file(path, name, expected.get(name), files.get(name))
     except OSError as error:
         raise DamagedFileError(f"{path}: cannot be read: {error}") from error

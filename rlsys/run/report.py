@@ -20,7 +20,7 @@ RESUME = "run.resume=auto"
 
 
 def finished(config: Config) -> str:
-    """Return lines with the run directory, the last held-out figures, and the commands to evaluate and continue."""
+    """Return lines with the run directory, the last held-out figures, and the commands for what comes next."""
     stage = config.stages[-1]
     section = stage_plan(config, stage).section
     max_steps = 2 * stage_plan(config, stage).steps
@@ -28,6 +28,7 @@ def finished(config: Config) -> str:
         f"run directory: {config.run.dir}\n"
         f"held-out: {_held_out(config)}\n{_best(config)}"
         f"evaluate: rlsys evaluate {config.run.dir}\n"
+        f"export: rlsys export {config.run.dir} --output FOLDER\n"
         f"continue: rlsys train {config.run.dir}/config.yaml {section}.max_steps={max_steps}"
         + (f" {RESUME}" if config.run.resume == "never" else "")
     )
@@ -52,7 +53,7 @@ def _best(config: Config) -> str:
         return ""
     path, score = best
     folder = f"{config.run.dir}/{path.relative_to(Path(config.run.dir).absolute())}"
-    return f"best {config.checkpoint.best_metric}: {score:.3f}, {folder} (also a target of rlsys evaluate)\n"
+    return f"best {config.checkpoint.best_metric}: {score:.3f}, {folder} (also a target of rlsys evaluate and export)\n"
 
 
 def _held_out(config: Config) -> str:

@@ -10,16 +10,20 @@ import numpy as np
 import pytest
 from real_runs import BEGINS, LOOPBACK, PREFERENCE, SFT, WARM, FinishedRun, last_checkpoint
 
+from rlsys.commands import export
 from rlsys.config.files import load_config
+from rlsys.models.folder import weights_digest
 from rlsys.run.metrics import METRICS, read_rows
+from rlsys.run.policies import find_run_policy
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 LARGEST_GAP = 5e-4
+HELD_OUT = "held_out/greedy_accuracy"
 OURS = re.compile(
     r"starting from the initial model$|probe gap of a fresh load |stage (warm_start|sft|preference|online): step |"
     r"(warm_start|sft|preference|online) \d+/\d+  |trees \d+/\d+  |trees: 0 of \d+ are finished$|"
     r"extracting the data of the trees$|(sft: \d+ rows|preference: \d+ pairs)$|scoring the preference pairs under |"
-    r"evaluation  |checkpoint |(run directory|held-out|evaluate|continue): "
+    r"evaluation  |checkpoint |(run directory|held-out|evaluate|export|continue): "
 )
 
 
@@ -116,6 +120,19 @@ def test_checkpointed_policy_opens_as_a_hugging_face_model(finished_run: Finishe
     with torch.no_grad():
         text = tokenizer.decode(model.generate(ids, do_sample=False, max_new_tokens=40)[0, ids.shape[1] :])
     assert re.search(r"<answer>\d</answer>", text)
+
+
+def test_the_policy_of_every_stage_can_be_exported_with_its_own_figures(
+    finished_run: FinishedRun, tmp_path: Path
+) -> None:
+    rows = {row["weights/version"]: row for row in read_rows(finished_run.dir / "metrics.jsonl") if HELD_OUT in row}
+    for stage, version in (("warm_start", WARM), ("online", BEGINS + 10)):
+        export.run(find_run_policy(str(finished_run.dir), stage), tmp_path / stage)
+        card = (tmp_path / stage / "README.md").read_text()
+        assert f"| weight version | {version} training steps in all |" in card
+        accuracy = f"| greedy accuracy | {rows[version][HELD_OUT]:.3f} |" if version in rows else "did not measure"
+        assert accuracy in card
+        assert weights_digest(tmp_path / stage) == weights_digest(finished_run.dir / "stages" / stage)
 
 
 def test_everything_listens_on_loopback(finished_run: FinishedRun) -> None:

@@ -264,6 +264,7 @@ def test_the_end_of_a_run_says_what_to_do_next(tmp_path: Path) -> None:
         f"run directory: {tmp_path}",
         "held-out: greedy accuracy 0.750 (weight version 380)",
         f"evaluate: rlsys evaluate {tmp_path}",
+        f"export: rlsys export {tmp_path} --output FOLDER",
         f"continue: rlsys train {tmp_path}/config.yaml train.max_steps=160",
     ]
     assert report.complete(config(tmp_path), 80) == "already complete (80 of 80 online steps)\n"
@@ -279,9 +280,8 @@ def test_the_end_of_a_run_names_the_best_checkpoint_if_it_is_not_the_newest(tmp_
         info = {"weight_version": version, "score": {"metric": "held_out/sampled_accuracy", "value": score}}
         store.commit(folder, f"step_{version:06d}", info)
         said.append([line for line in report.finished(config(tmp_path)).splitlines() if line.startswith("best")])
-    line = (
-        f"best held_out/sampled_accuracy: 0.900, {tmp_path}/checkpoints/step_000070 (also a target of rlsys evaluate)"
-    )
+    best = f"{tmp_path}/checkpoints/step_000070"
+    line = f"best held_out/sampled_accuracy: 0.900, {best} (also a target of rlsys evaluate and export)"
     assert said == [[], [line], [line], []]
 
 

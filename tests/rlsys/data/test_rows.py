@@ -27,6 +27,7 @@ class Letters:
     """Tokenizer of letters: a is 1, b is 2, and so on. 0 is the end token, whose text is $."""
 
     eos_token_id = 0
+    chat_template = None
 
     def __call__(self, texts: list[str], *, add_special_tokens: bool, verbose: bool) -> dict[str, list[list[int]]]:
         assert not add_special_tokens

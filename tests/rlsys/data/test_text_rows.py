@@ -167,7 +167,7 @@ def test_completions_with_the_label_false_are_not_trained(tmp_path: Path) -> Non
     rows = [{"prompt": "Q", "completion": text, "label": text == "yes"} for text in ("no", "yes", "never")]
     read = supervised(tmp_path, *rows)
     assert len(read) == 1 and parts(read) == ("Q", "yes<|end|>")
-    assert read.notes[0].endswith("rows.jsonl: 2 rows left out: their label is false")
+    assert read.notes[-1].endswith("rows.jsonl: 2 rows left out: their label is false")
     with pytest.raises(DataError, match="expected a row to train, found none: the label of every row is false"):
         supervised(tmp_path, rows[0])
 
@@ -299,3 +299,31 @@ def test_a_completion_whose_label_is_false_in_any_form_is_left_out(wanted: Any, 
 def test_rows_that_would_lose_something_are_unusable(row: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"1 of 1 rows are unusable.*{message}"):
         supervised(tmp_path, row)
+
+
+@pytest.mark.parametrize(
+    ("values", "bare"),
+    [
+        ({"prompt": "Q:", "completion": " yes"}, True),
+        ({"text": "Q: yes"}, True),
+        ({"prompt": "<|user|>Q<|end|>\n<|assistant|>", "completion": "yes"}, False),
+        ({"prompt": "<|user|>Q<|end|>\n<|assistant|>1+1", "completion": "=2"}, False),  # goes on after a thought
+        ({"text": "<|user|>Q<|end|>\n<|assistant|>yes"}, False),
+        ({"messages": [USER, GOOD]}, False),
+        ({"prompt": "Q", "completion": [GOOD]}, False),
+    ],
+)
+def test_plain_text_without_the_chat_template_is_noted(tmp_path: Path, values: dict[str, Any], bare: bool) -> None:
+    notes = supervised(tmp_path, values).notes
+    assert len(notes) == bare
+    if bare:
+        assert "rows.jsonl: 1 of 1 rows are plain text" in notes[0] and r"lack '<|end|>\n<|assistant|>'" in notes[0]
+
+
+def test_plain_pairs_without_the_chat_template_are_noted(tmp_path: Path) -> None:
+    pair = {"prompt": "Q:", "chosen": "yes", "rejected": "no"}
+    rendered = {**pair, "prompt": "<|user|>Q<|end|>\n<|assistant|>"}
+    [note] = pairs(tmp_path, pair, rendered).notes
+    assert "1 of 2 rows are plain text" in note
+    assert pairs(tmp_path, rendered).notes == ()
+    assert pairs(tmp_path, pair, encoder=tokenizer(None)).notes == ()  # no template, so nothing lacks

