@@ -113,7 +113,7 @@ def test_keys(run) -> None:
     code, output, _ = run("keys", "rewards")
     assert code == 0
     rewards = [key for key in all_keys() if key.name.startswith("rewards.")]
-    assert len(rewards) == 3
+    assert len(rewards) == 9
     assert output.splitlines() == [
         line for key in rewards for line in (f"{key.name}  {key.type}  {key.default}", f"    {key.meaning}")
     ]
