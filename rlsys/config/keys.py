@@ -173,4 +173,4 @@ def _written(value: Any) -> str:
 def _meaning(name: str, field: FieldInfo) -> str:
     if field.description is None and name == "type":
         return f"With `{typing.get_args(field.annotation)[0]}`, the keys that follow."
-    return field.description or ""
+    return " ".join((field.description or "").split())
