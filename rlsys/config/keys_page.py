@@ -14,8 +14,8 @@ def page() -> str:
         "",
         "Made from the schema in `rlsys/config/` by `make docs`; `rlsys keys SECTION` prints the same. A dotted name "
         "is a key inside of sections: `train.max_steps` is `max_steps` in the section `train`, and "
-        "`train.max_steps=20` sets it on the command line. NAME and NUMBER stand for the name and the index of an entry that you add. A key "
-        "that is listed more than once belongs to several alternatives of its section.",
+        "`train.max_steps=20` sets it on the command line. NAME and NUMBER stand for the name and the index of an "
+        "entry that you add. A key that is listed more than once belongs to several alternatives of its section.",
     ]
     for section, keys in groupby(all_keys(), key=lambda key: key.name.split(".")[0]):
         lines += ["", f"## {section}", "", "| key | value | default | meaning |", "|---|---|---|---|"]
