@@ -15,7 +15,6 @@ from fakes import FakePool, prompt, trajectory
 from rich.console import Console
 from tree_samples import answer, tree
 
-from rlsys.commands.evaluate import evaluate, show
 from rlsys.config.files import parse_config
 from rlsys.config.schema import Config
 from rlsys.control.search_evaluation import (
@@ -177,15 +176,3 @@ def test_a_search_without_a_tree_has_no_figures() -> None:
 def test_a_verifier_that_fails_in_trees_fails_the_evaluation() -> None:
     with pytest.raises(TooManyFailuresError, match=r"20 of 20 verifications .*scripted"):
         evaluated(SearchingPool(verdicts=False))
-
-
-def test_an_evaluation_contains_the_results_of_the_search() -> None:
-    pool, stream = SearchingPool(), io.StringIO()
-    prompts = [prompt(f"p{number}") for number in range(4)]
-    results = asyncio.run(evaluate(pool, prompts, with_search(config(2, evaluation={"search_answers": 2}))))
-    assert results["search"]["at_equal_answers"]["2"]["search"]["mean"] == 0.5  # of the even ones
-    show(results, Console(file=stream, width=140))
-    assert "sampled accuracy" in stream.getvalue()
-    assert "solved at least once in as many tokens, 4 problems" in stream.getvalue()
-    without = asyncio.run(evaluate(pool, prompts, config(0, evaluation={"search_answers": 0})))
-    assert "search" not in without
