@@ -30,8 +30,9 @@ IDLE_REFLECTIONS = 3
 """Number of reflections without effect that makes a completion over-reflect."""
 
 _CJK = "\u3040-\u30ff\u3400-\u9fff"
-# A long run of letters without spaces counts as several words, so that a loop inside it shows.
-_WORD = re.compile(rf"[{_CJK}]|[^\W\d_{_CJK}]{{1,16}}|\d{{1,16}}|[^\w\s]|_")
+_LETTER = rf"[^\W\d_{_CJK}]"
+# Of a run of more than 16 letters or digits, each is a word up to the last 16, so that a loop inside the run shows.
+_WORD = re.compile(rf"[{_CJK}]|{_LETTER}{{1,16}}(?!{_LETTER})|\d{{1,16}}(?!\d)|\w|[^\w\s]")
 _REFLECTION = re.compile(
     r"(?is)<(reflection|double-check)>.*?(?:</\1>|\Z)"
     r"|\b(?:wait|hmm+|alternatively|perhaps|maybe|hold on|on second thought"
@@ -43,7 +44,7 @@ _NUMBER = re.compile(r"-?\d+(?:[.,/]\d+)*")
 
 
 def words(text: str) -> list[str]:
-    """Return the words, numbers and signs of a text. A character of a script without spaces is a word."""
+    """Return the words, numbers and signs of a text, in order. A character of a script without spaces is a word."""
     return _WORD.findall(text)
 
 
