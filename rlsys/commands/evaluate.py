@@ -117,8 +117,9 @@ def measure_all(pairs: Sequence[Pair], parts: Parts, say: Say) -> dict[str, Any]
     """
     results = []
     code = code_digest()
+    weights = {policy: weights_digest(policy) for policy in dict.fromkeys(pair.target.policy for pair in pairs)}
     for pair in pairs:
-        origin = _origin(pair, code)
+        origin = _origin(pair, weights[pair.target.policy], code)
         results.append(_result(pair, origin, _contents(pair, parts, origin, say)))
     if len(results) == 1:
         return results[0]
@@ -191,12 +192,12 @@ async def measure_mode(pool: Any, prompts: Sequence[Prompt], config: Config, eva
     return [[asdict(sample) for sample in samples_of(group, evaluation.model)] for group in groups]
 
 
-def _origin(pair: Pair, code: Mapping[str, str]) -> dict[str, Any]:
+def _origin(pair: Pair, weights: str, code: Mapping[str, str]) -> dict[str, Any]:
     """Return everything that decides all parts of a pair; see `Parts`."""
     config, evaluation = pair.evaluation.config, pair.evaluation
     base = {"base": evaluation.model.digest} if evaluation.adapted else {}
     return {
-        "weights": weights_digest(evaluation.policy),
+        "weights": weights,
         **base,
         "tokenizer": evaluation.model.tokenizer_digest,
         "problems": problems_digest(pair.prompts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ LINE = 79
 MOST_ANSWERS = 12
 Result = Mapping[str, Any]
 Row = tuple[str, str, str]
+PairedRow = tuple[str, str, str, str, str]
+SIGNS = ("truncated rate", "repetition", "over-reflection", "ignored instruction")
+"""Ends of the labels that have no row if no completion has the sign."""
 
 
 def show(document: Mapping[str, Any], console: Console) -> None:
@@ -41,12 +45,18 @@ def _show_task(
 ) -> None:
     first, several = results[0], len(results) > 1
     title = f"{first['task']}: {first['problems']} problems, {first['samples']} samples each"
+    rows, notes = _without_absent(_paired_rows(results, comparisons, letters))
     if several:
         columns = ("figure", "", "value", "95 % interval", f"difference to {letters[first['model']['name']]}")
-        print_table(console, columns, _paired_rows(results, comparisons, letters), title=title)
+        cells = [row if not number else ("", *row[1:]) for of_label in rows for number, row in enumerate(of_label)]
+        print_table(console, columns, cells, title=title)
     else:
-        rows = [row for _, row in _rows(first)]
-        print_table(console, ("figure", "value", "95 % interval"), rows, title=title)
+        values = [(label, value, interval) for [(label, _, value, interval, _)] in rows]
+        print_table(console, ("figure", "value", "95 % interval"), values, title=title)
+    if "constant_answer" in first:
+        constant = first["constant_answer"]
+        notes.append(f"always answering {constant['answer'][:20]} would be right in {constant['accuracy']:.3f}")
+    print_lines(console, notes)
     for result in results:
         name = f"{letters[result['model']['name']]}: " if several else ""
         _show_by_answer(result, console, name)
@@ -70,7 +80,7 @@ def _rows(result: Result) -> Iterator[tuple[tuple[str, ...], Row]]:
             yield (mode, name), _row(label, figures["thinking"][name]["share"])
         lengths = figures["completion_lengths"]
         yield (mode, "completion_length"), _row(f"{mode} length in tokens", lengths["mean"])
-        yield (), (f"{mode} median length", _value(lengths["median"]), f"95 % < {lengths['quantile_95']:.0f}")
+        yield (), (f"{mode} median length", _value(lengths["median"]), f"95 % <= {lengths['quantile_95']:.0f}")
         steps = figures["every_step_right"]
         if steps["checked"]:
             share = f"{steps['right'] / steps['checked']:.3f}"
@@ -80,27 +90,35 @@ def _rows(result: Result) -> Iterator[tuple[tuple[str, ...], Row]]:
     for name, shown in (("pass_at_k", "pass"), ("majority_at_k", "majority")):
         for k, estimate in result.get(name, {}).items():
             yield (name, k), _row(f"{shown}@{k}", estimate)
-    if "constant_answer" in result:
-        constant = result["constant_answer"]
-        yield (), (f"always answering {constant['answer'][:10]}", f"{constant['accuracy']:.3f}", "")
 
 
 def _paired_rows(
     results: Sequence[Result], comparisons: Sequence[Mapping[str, Any]], letters: Mapping[str, str]
-) -> list[Sequence[str]]:
-    """Return a row for every figure and model, the models of a figure one below the other."""
+) -> list[list[PairedRow]]:
+    """Return the rows of every figure, one for each model: label, letter, value, interval and difference."""
     differences = {each["second"]: each["differences"] for each in comparisons}
-    by_label: dict[str, list[Sequence[str]]] = {}
+    by_label: dict[str, list[PairedRow]] = {}
     for result in results:
         name = result["model"]["name"]
         for place, (label, value, interval) in _rows(result):
             difference: Any = differences.get(name, {}) if place else {}
             for key in place:
                 difference = difference.get(key, {})
-            cells = (letters[name], value, interval, _difference(difference))
-            rows = by_label.setdefault(label, [])
-            rows.append(("" if rows else label, *cells))
-    return [row for rows in by_label.values() for row in rows]
+            row = (label, letters[name], value, interval, _difference(difference))
+            by_label.setdefault(label, []).append(row)
+    return list(by_label.values())
+
+
+def _without_absent(rows: Sequence[list[PairedRow]]) -> tuple[list[list[PairedRow]], list[str]]:
+    """Return the rows without the signs that no completion of any model has, and lines that name these."""
+    absent = [row for row in rows if row[0][0].endswith(SIGNS) and {value for _, _, value, _, _ in row} == {"0.000"}]
+    if not absent:
+        return [*rows], []
+    interval = max(row[0][3] for row in absent)
+    text = f"0.000 ({interval}): {', '.join(row[0][0] for row in absent)}"
+    return [row for row in rows if row not in absent], textwrap.wrap(
+        text, LINE, subsequent_indent="  ", break_on_hyphens=False
+    )
 
 
 def _row(label: str, estimate: Mapping[str, float]) -> Row:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rlsys.errors import ConfigError
-from rlsys.evaluation.figures import RATES
+from rlsys.evaluation.figures import RATES, sample_counts
 from rlsys.stats import bootstrap_mean, mean_difference, pass_at_k
 
 MODES = ("greedy", "sampled")
@@ -20,7 +20,7 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
     Args:
         first: result of a model; see `result_figures`.
-        second: result of another model on the same task.
+        second: result of another model on the same task, with the same number of samples.
 
     Raises:
         ConfigError: the two were measured on different problems.
@@ -39,13 +39,12 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
             differences[mode] = rates | (
                 {"completion_length": _mean_difference(before, after, "completion_length")} if same_tokens else {}
             )
-    k = min(first["samples"], second["samples"])
-    if k:
-        values = [_pass_at(result, k) for result in (first, second)]
-        differences["pass_at_k"] = {str(k): _share_difference(*values)}
-    if k > 1:
-        votes = [result["sampled"]["by_problem"]["majority"] for result in (first, second)]
-        differences["majority_at_k"] = {str(k): _share_difference(*votes)}
+    if first["samples"]:
+        ks = sample_counts(first["samples"])
+        differences["pass_at_k"] = {str(k): _share_difference(_pass_at(first, k), _pass_at(second, k)) for k in ks}
+        before, after = first["sampled"]["by_problem"], second["sampled"]["by_problem"]
+        votes = {str(k): f"majority@{k}" for k in ks if k > 1}
+        differences["majority_at_k"] = {k: _share_difference(before[name], after[name]) for k, name in votes.items()}
     return {
         "task": first["task"],
         "first": first["model"]["name"],

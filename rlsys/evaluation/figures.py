@@ -17,7 +17,7 @@ from rlsys.evaluation.detectors import Signs, signs
 from rlsys.evaluation.records import Rows, Sample, candidates, problems_digest
 from rlsys.interfaces import Task
 from rlsys.search.votes import Candidate, majority
-from rlsys.stats import Estimate, bootstrap_mean, mean_over_prompts, pass_at_k
+from rlsys.stats import bootstrap_mean, mean_over_prompts, pass_at_k
 from rlsys.types import Prompt
 
 # Answers with fewer problems are left out of the macro mean, because their accuracy is uncertain.
@@ -52,8 +52,10 @@ def result_figures(
         figures["pass_at_k"] = {str(k): asdict(mean_over_prompts(pass_at_k(right, k))) for k in ks}
     if samples > 1:
         drawn = [candidates(row) for row in sampled]
-        figures["majority_at_k"] = {str(k): asdict(majority_accuracy(drawn, k)) for k in ks if k > 1}
-        figures["sampled"]["by_problem"]["majority"] = _majority_right(drawn, samples).mean(axis=1).tolist()
+        votes = {k: majority_right(drawn, k) for k in ks if k > 1}
+        figures["majority_at_k"] = {str(k): asdict(mean_over_prompts(right)) for k, right in votes.items()}
+        by_problem = figures["sampled"]["by_problem"]
+        by_problem |= {f"majority@{k}": right.astype(float)[:, 0].tolist() for k, right in votes.items()}
     if search is not None:
         figures["search"] = dict(search)
     if task.one_answer:
@@ -164,12 +166,8 @@ def every_step_right(task: Task, prompts: Sequence[Prompt], rows: Rows) -> dict[
     return {"right": sum(checked), "checked": len(checked)}
 
 
-def majority_accuracy(drawn: Sequence[Sequence[Candidate]], k: int) -> Estimate:
-    """Return the share of the problems whose most frequent answer among the first k samples is right."""
-    return mean_over_prompts(_majority_right(drawn, k))
-
-
-def _majority_right(drawn: Sequence[Sequence[Candidate]], k: int) -> np.ndarray:
+def majority_right(drawn: Sequence[Sequence[Candidate]], k: int) -> np.ndarray:
+    """Return whether the most frequent answer among the first k samples is right, [problems, 1] bool."""
     chosen = [majority(each[:k]) for each in drawn]
     return np.array([[each is not None and each.right] for each in chosen])
 

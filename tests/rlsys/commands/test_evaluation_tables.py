@@ -34,7 +34,7 @@ def test_one_model_has_a_table_of_values_and_intervals() -> None:
     assert rows["sampled accuracy"][0] == "0.250"
     assert rows["pass@2"][0] == "0.444"
     assert rows["majority@2"][0] == "0.333"
-    assert rows["sampled median length"] == ["2.000", "95", "%", "<", "2"]
+    assert rows["sampled median length"] == ["2.000", "95", "%", "<=", "2"]
 
 
 @pytest.mark.parametrize("name", ["value", "tokens"])

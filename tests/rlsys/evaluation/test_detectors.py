@@ -21,7 +21,7 @@ PROSE = (
 def test_words_are_words_numbers_and_signs() -> None:
     assert words("Say 12.5, a_b!") == ["Say", "12", ".", "5", ",", "a", "_", "b", "!"]
     assert words("我认为3") == ["我", "认", "为", "3"]
-    assert words("a" * 33) == ["a" * 16, "a" * 16, "a"]
+    assert words("a" * 18 + "b1") == ["a", "a", "a", "a" * 15 + "b", "1"]
 
 
 LOOPS = {
@@ -35,6 +35,7 @@ LOOPS = {
     "word too few": ("no " * 23, ""),
     "inside": ("First. " + "wait, " * 20 + "the answer is 4", ("wait, " * 20).rstrip()),
     "no spaces": ("答案是三。" * 6, "答案是三。" * 6),
+    # The last 16 letters are a word of their own.
     "one long word": ("h" + "a" * 400, "a" * 384),
     "prose": (PROSE, ""),
     "counting": (

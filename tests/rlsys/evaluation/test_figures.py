@@ -80,7 +80,7 @@ def test_pass_at_k_and_the_most_frequent_answer_of_the_first_samples() -> None:
     assert figures["pass_at_k"]["2"]["mean"] == pytest.approx((5 / 6 + 1 / 2) / 3)
     # Of 2 samples the first answer decides: p1. Of 4, p0 has two of each, of which 3 came first; p1 has 3 twice.
     assert {k: row["mean"] for k, row in figures["majority_at_k"].items()} == {"2": pytest.approx(1 / 3), "4": 0.0}
-    assert figures["sampled"]["by_problem"]["majority"] == [0, 0, 0]
+    assert figures["sampled"]["by_problem"]["majority@4"] == [0, 0, 0]
     assert figures["samples"] == 4
     one = result_figures(NumberTask(4), prompts(3), {"sampled": [row[:1] for row in rows_of(ANSWERS)]})
     assert "majority_at_k" not in one and list(one["pass_at_k"]) == ["1"]
