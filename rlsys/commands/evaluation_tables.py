@@ -116,9 +116,8 @@ def _without_absent(rows: Sequence[list[PairedRow]]) -> tuple[list[list[PairedRo
         return [*rows], []
     interval = max(row[0][3] for row in absent)
     text = f"0.000 ({interval}): {', '.join(row[0][0] for row in absent)}"
-    return [row for row in rows if row not in absent], textwrap.wrap(
-        text, LINE, subsequent_indent="  ", break_on_hyphens=False
-    )
+    lines = textwrap.wrap(text, LINE, subsequent_indent="  ", break_on_hyphens=False)
+    return [row for row in rows if row not in absent], lines
 
 
 def _row(label: str, estimate: Mapping[str, float]) -> Row:

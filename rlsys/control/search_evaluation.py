@@ -167,7 +167,7 @@ def show_search(results: Mapping[str, Any], problems: int, console: Console) -> 
         print_table(console, columns, rows, title=title)
     tokens = results["tokens_per_problem"]
     lines = [
-        "the search used the verifier's verdicts on its answers to choose nodes; the samples did not",
+        "the search chose nodes by the verifier's verdicts; samples have no such help",
         "ended: share of the searches that ended unsolved, with fewer answers or tokens",
         f"generated tokens per problem: search {tokens['search']:.0f}, "
         f"{results['answers']} samples {tokens['samples']:.0f}",
