@@ -44,7 +44,10 @@ _NUMBER = re.compile(r"-?\d+(?:[.,/]\d+)*")
 
 
 def words(text: str) -> list[str]:
-    """Return the words, numbers and signs of a text, in order. A character of a script without spaces is a word."""
+    """Return the words, numbers and signs of a text, in order.
+
+    A character of a script without spaces is a word.
+    """
     return _WORD.findall(text)
 
 
@@ -55,14 +58,18 @@ def longest_loop(text: str) -> str:
     m + p words are at least LOOP_TIMES * p and at least LOOP_WORDS.
     """
     matches = list(_WORD.finditer(text))
-    ids = np.unique(np.array([match[0] for match in matches]), return_inverse=True)[1] if matches else np.zeros(0, int)
-    best = (0, 0)  # length and start, in words
+    numbers = {word: number for number, word in enumerate({match[0]: None for match in matches})}
+    ids = np.array([numbers[match[0]] for match in matches], dtype=np.int32)
+    length = start = 0
     for unit in range(1, min(LONGEST_UNIT, len(ids) // LOOP_TIMES) + 1):
-        breaks = np.flatnonzero(np.diff(np.pad(ids[unit:] == ids[:-unit], 1).astype(np.int8)))
-        starts, lengths = breaks[::2], breaks[1::2] - breaks[::2]
-        if len(lengths) and (length := int(lengths.max()) + unit) >= max(LOOP_TIMES * unit, LOOP_WORDS):
-            best = max(best, (length, int(starts[lengths.argmax()])), key=lambda loop: loop[0])
-    length, start = best
+        needed = max(LOOP_TIMES * unit, LOOP_WORDS, length + 1) - unit
+        equal = ids[unit:] == ids[:-unit]
+        if np.count_nonzero(equal) < needed:  # fast, and true for nearly all units
+            continue
+        breaks = np.flatnonzero(np.diff(np.pad(equal, 1).astype(np.int8)))
+        runs = breaks[1::2] - breaks[::2]
+        if runs.max() >= needed:
+            length, start = int(runs.max()) + unit, int(breaks[2 * runs.argmax()])
     return text[matches[start].start() : matches[start + length - 1].end()] if length else ""
 
 
@@ -99,7 +106,7 @@ def reflections(text: str) -> tuple[int, int]:
 
 
 def _end_of_sentence(text: str, start: int) -> int:
-    """Return the end of the sentence that goes on at `start`. A marker alone, as in "Wait!", does not end one."""
+    """Return the end of the sentence that goes on at `start`. A marker alone ("Wait!") does not end one."""
     ends = (stop.end() for stop in _SENTENCE_END.finditer(text, start) if re.search(r"\w", text[start : stop.start()]))
     return next(ends, len(text))
 

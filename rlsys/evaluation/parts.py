@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,11 @@ class Parts:
         if output is None:
             return cls(None)
         path = Path(output)
-        folder = path.with_name(f"{path.name}.parts")
-        try:
-            if path.is_dir():
-                raise IsADirectoryError("it is a folder")
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--output {output}: expected a file that can be written: {error}") from None
-        return cls(folder)
+        parent = path.absolute().parent
+        if path.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            problem = "it is a folder" if path.is_dir() else "its folder is not there, or cannot be written"
+            raise ConfigError(f"--output {output}: expected the name of a file, but {problem}")
+        return cls(path.with_name(f"{path.name}.parts"))
 
     def read(self, label: str, origin: Mapping[str, Any]) -> Any:
         """Return the content of a part; None if it is not finished, or was made by something else.
@@ -75,9 +73,10 @@ class Parts:
         """
         if self.folder is not None:
             try:
+                self.folder.mkdir(exist_ok=True)
                 write_json(self._path(label, origin), {"origin": dict(origin), "content": content})
-            except CheckpointError as error:
-                raise CheckpointError(f"{error.message}; free disk space, or choose another --output") from error
+            except (OSError, CheckpointError) as error:
+                raise CheckpointError(f"{error}; free disk space, or choose another --output") from error
         return json.loads(json.dumps(content))
 
     def _path(self, label: str, origin: Mapping[str, Any]) -> Path:

@@ -53,7 +53,7 @@ def _sample(trajectory: Trajectory, model: ModelFolder) -> Sample:
     return Sample(
         text=completion_text(trajectory, model),
         tokens=tokens,
-        right=trajectory.outcome == "ok" and trajectory.reward > 0,
+        right=trajectory.correct,
         judged=trajectory.judged,
         answered=trajectory.answered,
         truncated=trajectory.finish_reason == "length",

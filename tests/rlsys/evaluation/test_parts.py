@@ -42,7 +42,7 @@ def test_without_an_output_file_nothing_is_kept() -> None:
 
 @pytest.mark.parametrize("output", ["missing/figures.json", "."])
 def test_an_output_file_that_cannot_be_written_is_refused_early(tmp_path: Path, output: str) -> None:
-    with pytest.raises(ConfigError, match="^--output .*: expected a file that can be written: "):
+    with pytest.raises(ConfigError, match="^--output .*: expected the name of a file, but it"):
         Parts.beside(str(tmp_path / output))
 
 
