@@ -43,11 +43,6 @@ class Pair:
         """The held-out prompts."""
         return self.evaluation.prepared.inputs.held_out
 
-    @property
-    def label(self) -> str:
-        """The name of the pair in file names."""
-        return f"{self.task.name}-{Path(self.target.name).name}"
-
 
 def prepare(targets: Sequence[Target], tasks: Sequence[TaskConfig], say: Say) -> list[Pair]:
     """Check every model with every task before anything is started, and print the notes about them.
@@ -143,12 +138,13 @@ def _rows(content: Iterable[Iterable[Mapping[str, Any]]]) -> list[list[Sample]]:
 
 def _contents(pair: Pair, parts: Parts, origin: Mapping[str, Any], say: Say) -> dict[str, Any]:
     """Return the content of all parts of a pair, and make those that are missing."""
+    from rlsys.launch import session as launch  # imports Ray
+
     config = pair.evaluation.config
     origins = {mode: {**origin, "mode": asdict(settings)} for mode, settings in mode_settings(config).items()}
     if config.evaluation.search_answers:
         origins["search"] = {**origin, "mode": _search_origin(pair)}
-    labels = {mode: f"{pair.label}-{mode}" for mode in origins}
-    contents = {mode: parts.read(labels[mode], origins[mode]) for mode in origins}
+    contents = {mode: parts.read(mode, origins[mode]) for mode in origins}
     missing = [mode for mode, content in contents.items() if content is None]
     kept = [mode for mode in contents if mode not in missing]
     where = f"{pair.target.name} on {pair.task.name}"
@@ -160,9 +156,7 @@ def _contents(pair: Pair, parts: Parts, origin: Mapping[str, Any], say: Say) -> 
     async def measure(pool: Any, prompts: Sequence[Prompt]) -> None:
         for mode in missing:
             content = await measure_mode(pool, prompts, config, pair.evaluation, mode)
-            contents[mode] = parts.write(labels[mode], origins[mode], content)
-
-    from rlsys.launch import session as launch  # imports Ray
+            contents[mode] = parts.write(mode, origins[mode], content)
 
     say(f"starting {config.actors.count} actors on {pair.evaluation.policy}")
     try:

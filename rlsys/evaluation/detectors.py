@@ -76,7 +76,7 @@ def longest_loop(text: str) -> str:
 def repeated_ngrams(text: str, size: int = NGRAM) -> float:
     """Return the share of the n-grams of words that occurred before: 1 - distinct n-grams / n-grams.
 
-    Source: seq-rep-n of Welleck et al., arXiv:1908.04319, sec. 6.
+    Source: seq-rep-n of Welleck et al., arXiv:1908.04319.
     """
     sequence = words(text)
     ngrams = [tuple(sequence[start : start + size]) for start in range(len(sequence) - size + 1)]

@@ -54,7 +54,7 @@ class Parts:
         """Return the content of a part; None if it is not finished, or was made by something else.
 
         Args:
-            label: name of the part, for people.
+            label: beginning of the file's name, for people.
             origin: everything that decides the part, JSON-able.
         """
         if self.folder is None:
