@@ -91,7 +91,7 @@ def find_target(name: str) -> Target:
         # The model folder is RUN/stages/online or RUN/checkpoints/step_000080/policy.
         above = (RunDirectory(folder).config for folder in (*path.parents[1:3], path))
         return Target(name, path, next((file for file in above if file.is_file()), None))
-    if path.exists():
+    if path.exists() and not (path / "snapshots").is_dir():  # which the folder of a model in the hub's cache has
         raise ConfigError(
             f"{name}: expected a run directory, a checkpoint or a model folder, found neither checkpoints/ nor "
             "policy/ nor config.json"

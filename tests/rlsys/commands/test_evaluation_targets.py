@@ -6,11 +6,13 @@ import json
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
+from rlsys.commands import evaluation_targets as targets
 from rlsys.commands.evaluation_targets import find_target, find_tasks, split_arguments
 from rlsys.config.files import dump_config, parse_config
 from rlsys.errors import ConfigError, DamagedFileError
@@ -124,6 +126,14 @@ def test_a_folder_elsewhere_needs_a_config(run: Path, tmp_path: Path) -> None:
     assert find_tasks([target, find_target(str(run))], None, [], [])[0].config.run.seed == 5  # of the other model
 
 
+def test_hub_ids_and_folders_of_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = tmp_path / "models--org--name"
+    (cached / "snapshots" / "abc").mkdir(parents=True)
+    monkeypatch.setattr(targets, "given_model", lambda name, _field: SimpleNamespace(path=Path("got", name)))
+    assert find_target("org/name").policy == Path("got/org/name")
+    assert find_target(str(cached)).policy == Path("got", str(cached))
+
+
 def write(path: Path, values: Any) -> str:
     path.write_text(yaml.safe_dump(values))
     return str(path)
@@ -183,10 +193,10 @@ def test_runs_with_other_problems_are_not_compared(
     run: Path, tmp_path: Path, sections: dict[str, Any], refused: bool
 ) -> None:
     other = make_run(tmp_path / "other", **sections)
-    targets = [find_target(str(run)), find_target(str(other))]
+    both = [find_target(str(run)), find_target(str(other))]
     if not refused:
-        assert len(find_tasks(targets, None, [], [])) == 1
+        assert len(find_tasks(both, None, [], [])) == 1
         return
     with pytest.raises(ConfigError, match="other: its run has other held-out problems than .*; name the config"):
-        find_tasks(targets, None, [], [])
-    assert len(find_tasks(targets, str(run / "config.yaml"), [], [])) == 1
+        find_tasks(both, None, [], [])
+    assert len(find_tasks(both, str(run / "config.yaml"), [], [])) == 1
