@@ -50,6 +50,12 @@ def prepare(targets: Sequence[Target], tasks: Sequence[TaskConfig], say: Say) ->
     Raises:
         ConfigError, DataError: a model or a task cannot be used, or the models would get different problems.
     """
+    for task in tasks:
+        if not mode_settings(task.config) and not task.config.evaluation.search_answers:
+            raise ConfigError(
+                f"task {task.name}: nothing to measure; set evaluation.greedy, evaluation.samples or "
+                "evaluation.search_answers"
+            )
     pairs = [
         Pair(target, task, prepare_evaluation(target.policy, _searching(task.config)))
         for task in tasks

@@ -11,7 +11,7 @@ from rich.console import Console
 from rlsys.control.search_evaluation import show_search
 from rlsys.display import print_lines, print_table
 from rlsys.evaluation.comparison import MODES
-from rlsys.evaluation.document import letters_of, results_of
+from rlsys.evaluation.document import letters_of, results_of, title_of
 from rlsys.evaluation.figures import DETECTORS, MACRO_MINIMUM
 
 SHOWN = 2
@@ -44,7 +44,7 @@ def _show_task(
     results: Sequence[Result], comparisons: Sequence[Mapping[str, Any]], letters: Mapping[str, str], console: Console
 ) -> None:
     first, several = results[0], len(results) > 1
-    title = f"{first['task']}: {first['problems']} problems, {first['samples']} samples each"
+    title = title_of(first)
     rows, notes = _without_absent(_paired_rows(results, comparisons, letters))
     if several:
         columns = ("figure", "", "value", "95 % interval", f"difference to {letters[first['model']['name']]}")

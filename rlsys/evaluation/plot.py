@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.errors import ConfigError
-from rlsys.evaluation.document import letters_of, results_of
+from rlsys.evaluation.document import letters_of, results_of, title_of
 
 # Colours that people with colour blindness can tell apart (Okabe and Ito 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -46,10 +46,12 @@ def plot(document: Mapping[str, Any], path: str) -> None:
     axes = figure.subplots(len(tasks), 2, squeeze=False)
     for row, task in zip(axes, tasks, strict=True):
         of_task = [result for result in results if result["task"] == task]
-        _draw_pass(row[0], of_task, letters)
+        if of_task[0].get("pass_at_k"):
+            _draw_pass(row[0], of_task, letters)
+        else:
+            row[0].set_axis_off()
         _draw_bars(row[1], of_task, letters)
-        problems, samples = of_task[0]["problems"], of_task[0]["samples"]
-        row[0].set_title(f"{task}: {problems} problems, {samples} samples each", fontsize=10)
+        row[0].set_title(title_of(of_task[0]), fontsize=10)
     handles, labels = axes[0][1].get_legend_handles_labels()
     names = [f"{label}: {name}" for label, name in zip(labels, letters, strict=True)] if len(letters) > 1 else letters
     figure.legend(handles, names, loc="outside lower left", fontsize=8, frameon=False)

@@ -214,6 +214,12 @@ def test_models_that_would_get_other_problems_are_refused_before_anything_starts
     assert stage.started == []
 
 
+def test_an_evaluation_without_anything_to_measure_is_refused(stage: Stage, tmp_path: Path) -> None:
+    nothing = TaskConfig("numbers", config(evaluation={"samples": 0, "greedy": False}))
+    with pytest.raises(ConfigError, match="^task numbers: nothing to measure; set evaluation.greedy, "):
+        stage.run(tmp_path, tasks=[nothing])
+
+
 def test_a_checkpoint_that_a_running_training_removed_is_named(stage: Stage, tmp_path: Path) -> None:
     def remove(_samples: int) -> None:
         (tmp_path / "a").rmdir()

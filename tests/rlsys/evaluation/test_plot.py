@@ -24,7 +24,16 @@ def test_a_figure_for_two_models_and_tasks(tmp_path: Path) -> None:
     assert path.read_bytes() == first
     plot(result(), str(tmp_path / "one.svg"))
     svg = (tmp_path / "one.svg").read_text()
-    assert svg.count("<svg") == 1
+    assert svg.count("<svg") == 1 and "pass@k" in svg
+
+
+def test_a_figure_without_samples(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    greedy = result()
+    for name in ("sampled", "pass_at_k", "majority_at_k"):
+        del greedy[name]
+    plot(greedy, str(tmp_path / "greedy.svg"))
+    assert "pass@k" not in (tmp_path / "greedy.svg").read_text()
 
 
 @pytest.mark.parametrize(
