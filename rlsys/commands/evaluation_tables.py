@@ -17,6 +17,7 @@ from rlsys.evaluation.figures import DETECTORS, MACRO_MINIMUM
 SHOWN = 2
 """Completions of a detector that are shown for each model."""
 LINE = 79
+SHORTEST_END = 12
 MOST_ANSWERS = 12
 Result = Mapping[str, Any]
 Row = tuple[str, str, str]
@@ -57,11 +58,11 @@ def _show_task(
         constant = first["constant_answer"]
         notes.append(f"always answering {constant['answer'][:20]} would be right in {constant['accuracy']:.3f}")
     print_lines(console, notes)
+    if not several:
+        _show_by_answer(first, console)
     for result in results:
-        name = f"{letters[result['model']['name']]}: " if several else ""
-        _show_by_answer(result, console, name)
         if "search" in result:
-            print_lines(console, [f"{name}search"] if several else [])
+            print_lines(console, [f"{letters[result['model']['name']]}: search"] if several else [])
             show_search(result["search"], result["problems"], console)
     for result in results:
         print_lines(console, _completion_lines(result, letters if several else {}))
@@ -115,7 +116,7 @@ def _without_absent(rows: Sequence[list[PairedRow]]) -> tuple[list[list[PairedRo
     if not absent:
         return [*rows], []
     interval = max(row[0][3] for row in absent)
-    text = f"0.000 ({interval}): {', '.join(row[0][0] for row in absent)}"
+    text = f"none seen ({interval}): {', '.join(row[0][0] for row in absent)}"
     lines = textwrap.wrap(text, LINE, subsequent_indent="  ", break_on_hyphens=False)
     return [row for row in rows if row not in absent], lines
 
@@ -137,7 +138,7 @@ def _value(value: float, sign: str = "") -> str:
     return f"{value:{sign}.{digits}f}"
 
 
-def _show_by_answer(result: Result, console: Console, name: str) -> None:
+def _show_by_answer(result: Result, console: Console) -> None:
     modes = [mode for mode in MODES if mode in result]
     answers = list(result[modes[0]].get("accuracy_by_answer", {})) if modes else []
     if not 1 < len(answers) <= MOST_ANSWERS:
@@ -149,7 +150,7 @@ def _show_by_answer(result: Result, console: Console, name: str) -> None:
     macro = [result[mode]["macro_accuracy"] for mode in modes]
     if None not in macro:
         rows.append(("macro", f">= {MACRO_MINIMUM} each", *(f"{value:.3f}" for value in macro)))
-    print_table(console, ("answer", "problems", *modes), rows, title=f"{name}accuracy by true answer")
+    print_table(console, ("answer", "problems", *modes), rows, title="accuracy by true answer")
 
 
 def _completion_lines(result: Result, letters: Mapping[str, str]) -> list[str]:
@@ -164,11 +165,13 @@ def _completion_lines(result: Result, letters: Mapping[str, str]) -> list[str]:
             total = result["problems"] * (1 if mode == "greedy" else result["samples"])
             lines.append(f"{letter}{mode} {name.replace('_', ' ')}: {len(completions)} of {total} completions")
             for each in completions[:SHOWN]:
-                text = "" if name == "repetition" else f" | {each['text']}"
-                lines.append(_shortened(f"  {each['problem']}#{each['sample']}: {each['evidence']}{text}"))
+                lines.append(_shortened(f"{each['problem']}#{each['sample']}: {each['evidence']}", each["text"]))
     return lines
 
 
-def _shortened(text: str) -> str:
-    line = "  " + " ".join(text.split())
-    return line if len(line) <= LINE else f"{line[: LINE - 3]}..."
+def _shortened(evidence: str, text: str) -> str:
+    """Return a line with the evidence of a detector and the end of the text, where the fault usually shows."""
+    evidence, text = (" ".join(each.split()) for each in (evidence, text))
+    line = f"  {evidence[: LINE - 2]}"
+    left = LINE - len(line) - len(" | ...")
+    return line if left < SHORTEST_END else f"{line} | {text if len(text) <= left + 3 else '...' + text[-left:]}"

@@ -65,13 +65,12 @@ def test_the_completions_of_a_detector_are_shortened() -> None:
     rows = [[sample(long, answered=False, reason="no final <answer>")]] * 3
     lines = shown(result(greedy=rows))
     place = lines.index("greedy ignored instruction: 3 of 3 completions")
-    assert lines[place + 1].startswith("  p0#0: no final <answer> | I will not answer. I will not")
-    assert lines[place + 1].endswith("...")
+    assert lines[place + 1].startswith("  p0#0: no final <answer> | ...")
+    assert lines[place + 1].endswith("and of the place and time of day.")
     assert lines[place + 2].startswith("  p1#0: ") and len(lines[place + 1]) <= 80
-    assert not any(line.startswith("  p2#0: no final <answer> | I will") for line in lines)
+    assert not lines[place + 3].startswith("  p2#0: ")
 
 
 def test_the_accuracy_by_answer_is_shown_for_few_answers() -> None:
     assert "accuracy by true answer" in shown(result())
-    named = [line for line in shown(document()) if "accuracy by true answer" in line]
-    assert named == ["A: accuracy by true answer", "B: accuracy by true answer"]
+    assert "accuracy by true answer" not in shown(document())  # of one model alone
