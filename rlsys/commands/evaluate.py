@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from rlsys.commands.evaluation_tables import show
-from rlsys.commands.evaluation_targets import Target, TaskConfig
+from rlsys.commands.evaluation_targets import NamedTask, Target
 from rlsys.config.schema import Config
 from rlsys.control.evaluation import mode_settings, sample_groups
 from rlsys.control.search_evaluation import search_and_sample, with_search
@@ -35,7 +36,7 @@ class Pair:
     """One model on one task, checked."""
 
     target: Target
-    task: TaskConfig
+    task: NamedTask
     evaluation: Evaluation
 
     @property
@@ -44,7 +45,7 @@ class Pair:
         return self.evaluation.prepared.inputs.held_out
 
 
-def prepare(targets: Sequence[Target], tasks: Sequence[TaskConfig], say: Say) -> list[Pair]:
+def prepare(targets: Sequence[Target], tasks: Sequence[NamedTask], say: Say) -> list[Pair]:
     """Check every model with every task before anything is started, and print the notes about them.
 
     Raises:
@@ -83,7 +84,7 @@ def _searching(config: Config) -> Config:
 
 def run(
     targets: Sequence[Target],
-    tasks: Sequence[TaskConfig],
+    tasks: Sequence[NamedTask],
     *,
     output: str | None = None,
     plot: str | None = None,
@@ -101,12 +102,28 @@ def run(
     if plot:
         check_plot(plot)
     parts = Parts.beside(output)
-    document = measure_all(prepare(targets, tasks, say), parts, say)
+    with _naming_removed_policies(targets):
+        document = measure_all(prepare(targets, tasks, say), parts, say)
     if output:
         write_json(Path(output), document)
     if plot:
         draw(document, plot)
     show(document, console)
+
+
+@contextlib.contextmanager
+def _naming_removed_policies(targets: Sequence[Target]) -> Iterator[None]:
+    """Turn any failure into the reason for it, if the run that wrote a policy has removed it meanwhile."""
+    try:
+        yield
+    except Exception as error:
+        removed = next((target for target in targets if not target.policy.exists()), None)
+        if removed is None or isinstance(error, AbortedRunError):
+            raise
+        raise ConfigError(
+            f"{removed.name}: {removed.policy} was removed meanwhile, as a run keeps only its newest checkpoints "
+            "(checkpoint.keep_last); evaluate again, or make an empty file NAME.pinned beside the checkpoint"
+        ) from error
 
 
 def measure_all(pairs: Sequence[Pair], parts: Parts, say: Say) -> dict[str, Any]:
@@ -169,14 +186,6 @@ def _contents(pair: Pair, parts: Parts, origin: Mapping[str, Any], say: Say) -> 
         launch.evaluate_policy(pair.evaluation, measure)
     except AbortedRunError as error:
         raise AbortedRunError(error.message + (KEPT if parts.folder else "")) from None
-    except Exception as error:
-        if pair.evaluation.policy.exists():
-            raise
-        raise ConfigError(
-            f"{pair.target.name}: {pair.evaluation.policy} was removed meanwhile, as a run keeps only its newest "
-            "checkpoints (checkpoint.keep_last); evaluate again, or make an empty file NAME.pinned beside the "
-            "checkpoint"
-        ) from error
     return contents
 
 

@@ -43,7 +43,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class TaskConfig:
+class NamedTask:
     """A task by its name, and the config of its evaluation."""
 
     name: str
@@ -105,7 +105,7 @@ def _existing(path: Path) -> Path | None:
 
 def find_tasks(
     targets: Sequence[Target], config_path: str | None, task_files: Sequence[str], overrides: Sequence[str]
-) -> list[TaskConfig]:
+) -> list[NamedTask]:
     """Return the task of the config and those of the task files.
 
     Args:
@@ -125,7 +125,7 @@ def find_tasks(
     tasks = []
     if base is not None:
         config = load_config(base, overrides)
-        tasks.append(TaskConfig(config.task.type, config))
+        tasks.append(NamedTask(config.task.type, config))
         if config_path is None:
             _check_same_problems(targets, base, config, overrides)
     tasks += [_task_of_file(file, base, targets[0], overrides) for file in task_files]
@@ -135,7 +135,7 @@ def find_tasks(
     return tasks
 
 
-def _task_of_file(file: str, base: Path | None, target: Target, overrides: Sequence[str]) -> TaskConfig:
+def _task_of_file(file: str, base: Path | None, target: Target, overrides: Sequence[str]) -> NamedTask:
     given = _mapping(file)
     if "type" in given:
         given = {"task": given}
@@ -149,7 +149,7 @@ def _task_of_file(file: str, base: Path | None, target: Target, overrides: Seque
         values["run"] = {**values["run"], "seed": run["seed"]}
     for override in overrides:
         apply_override(values, override)
-    return TaskConfig(Path(file).stem, parse_config(values, f"--task {file}"))
+    return NamedTask(Path(file).stem, parse_config(values, f"--task {file}"))
 
 
 def _mapping(file: str | Path) -> dict[str, Any]:

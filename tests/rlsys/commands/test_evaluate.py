@@ -17,7 +17,7 @@ from fakes import FakePool, NumberTask, group
 from rich.console import Console
 
 from rlsys.commands import evaluate as command
-from rlsys.commands.evaluation_targets import Target, TaskConfig
+from rlsys.commands.evaluation_targets import NamedTask, Target
 from rlsys.config.files import parse_config
 from rlsys.config.schema import Config
 from rlsys.errors import AbortedRunError, ConfigError, TooManyFailuresError
@@ -100,7 +100,7 @@ class Stage:
         asyncio.run(measure(Failing(1, self.calls), evaluation.prepared.inputs.held_out))
 
     def run(
-        self, folder: Path, names: Sequence[str] = ("a",), tasks: Sequence[TaskConfig] = (), output: str | None = None
+        self, folder: Path, names: Sequence[str] = ("a",), tasks: Sequence[NamedTask] = (), output: str | None = None
     ) -> str:
         targets = []
         for name in names:
@@ -109,7 +109,7 @@ class Stage:
         stream = io.StringIO()
         command.run(
             targets,
-            tasks or [TaskConfig("numbers", config())],
+            tasks or [NamedTask("numbers", config())],
             output=output,
             console=Console(file=stream, width=80),
             say=self.lines.append,
@@ -137,7 +137,7 @@ def test_one_model_on_one_task(stage: Stage, tmp_path: Path) -> None:
 
 def test_models_and_tasks_are_compared_with_the_first_model(stage: Stage, tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
-    tasks = [TaskConfig("one", config()), TaskConfig("two", config(run={"dir": "unused", "seed": 6}))]
+    tasks = [NamedTask("one", config()), NamedTask("two", config(run={"dir": "unused", "seed": 6}))]
     stage.tokenizers["c"] = "u"
     shown = stage.run(tmp_path, ("a", "b", "c"), tasks, str(output))
     document = json.loads(output.read_text())
@@ -183,7 +183,7 @@ def test_a_part_is_used_again_only_for_the_same_weights_and_settings(
 
     def calls(**sections: Any) -> list[int]:
         stage.calls.clear()
-        stage.run(tmp_path, tasks=[TaskConfig("numbers", config(**sections))], output=output)
+        stage.run(tmp_path, tasks=[NamedTask("numbers", config(**sections))], output=output)
         return list(stage.calls)
 
     assert calls() == [1, 2] and calls() == []
@@ -215,7 +215,7 @@ def test_models_that_would_get_other_problems_are_refused_before_anything_starts
 
 
 def test_an_evaluation_without_anything_to_measure_is_refused(stage: Stage, tmp_path: Path) -> None:
-    nothing = TaskConfig("numbers", config(evaluation={"samples": 0, "greedy": False}))
+    nothing = NamedTask("numbers", config(evaluation={"samples": 0, "greedy": False}))
     with pytest.raises(ConfigError, match="^task numbers: nothing to measure; set evaluation.greedy, "):
         stage.run(tmp_path, tasks=[nothing])
 
@@ -244,7 +244,7 @@ def test_an_evaluation_searches_only_if_asked_to(stage: Stage, tmp_path: Path, m
     monkeypatch.setattr("rlsys.commands.evaluation_tables.show_search", lambda results, *_: None)
     output = tmp_path / "figures.json"
     for answers in (0, 6, 6):
-        stage.run(tmp_path, tasks=[TaskConfig("numbers", config(answers))], output=str(output))
+        stage.run(tmp_path, tasks=[NamedTask("numbers", config(answers))], output=str(output))
     assert asked_for == [6] and json.loads(output.read_text())["search"] == {"answers": 3}
     assert stage.calls == [1, 2]
 
