@@ -32,7 +32,8 @@ IDLE_REFLECTIONS = 3
 _CJK = "\u3040-\u30ff\u3400-\u9fff"
 _LETTER = rf"[^\W\d_{_CJK}]"
 # Of a run of more than 16 letters or digits, each is a word up to the last 16, so that a loop inside the run shows.
-_WORD = re.compile(rf"[{_CJK}]|{_LETTER}{{1,16}}(?!{_LETTER})|\d{{1,16}}(?!\d)|\w|[^\w\s]")
+# Four equal signs are one word, so that lines and tables of signs are no loops.
+_WORD = re.compile(rf"[{_CJK}]|{_LETTER}{{1,16}}(?!{_LETTER})|\d{{1,16}}(?!\d)|\w|([^\w\s])\1{{0,3}}")
 _REFLECTION = re.compile(
     r"(?is)<(reflection|double-check)>.*?(?:</\1>|\Z)"
     r"|\b(?:wait|hmm+|alternatively|perhaps|maybe|hold on|on second thought"
@@ -48,7 +49,7 @@ def words(text: str) -> list[str]:
 
     A character of a script without spaces is a word.
     """
-    return _WORD.findall(text)
+    return [match[0] for match in _WORD.finditer(text)]
 
 
 def longest_loop(text: str) -> str:

@@ -21,6 +21,7 @@ PROSE = (
 def test_words_are_words_numbers_and_signs() -> None:
     assert words("Say 12.5, a_b!") == ["Say", "12", ".", "5", ",", "a", "_", "b", "!"]
     assert words("我认为3") == ["我", "认", "为", "3"]
+    assert words("--- !!!!!") == ["---", "!!!!", "!"]
     assert words("a" * 18 + "b1") == ["a", "a", "a", "a" * 15 + "b", "1"]
 
 
@@ -38,6 +39,9 @@ LOOPS = {
     # The last 16 letters are a word of their own.
     "one long word": ("h" + "a" * 400, "a" * 384),
     "prose": (PROSE, ""),
+    "ruler": ("a\n" + "-" * 80 + "\nb", ""),
+    "table": ("| a | b | c | d |\n" + "| --- " * 4 + "|\n| 1 | 2 | 3 | 4 |", ""),
+    "signs": ("so!" + "!" * 199, "!" * 200),
     "counting": (
         "<thinking>a1b1a2</thinking><thinking>c2a3d3</thinking><thinking>a4a5</thinking><answer>5</answer>",
         "",
