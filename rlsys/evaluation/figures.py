@@ -6,6 +6,7 @@ from them, because samples of one problem are not independent.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -26,6 +27,7 @@ DETECTORS = ("repetition", "over_reflection", "ignored_instruction")
 RATES = ("accuracy", "no_answer_rate", "truncated_rate", *DETECTORS)
 """Figures `by_problem` that are shares."""
 LONGEST_REASON = 60
+QUOTED = re.compile(r"(?<!\w)'.*?'(?!\w)|\".*?\"")
 
 
 def result_figures(
@@ -147,7 +149,7 @@ def _evidence(name: str, sample: Sample, sign: Signs) -> str:
 
 def _reason(sample: Sample) -> str:
     """Return the verifier's reason without the text that it quotes."""
-    return sample.reason.split(": ")[0][:LONGEST_REASON] or "no reason given"
+    return QUOTED.sub("...", sample.reason)[:LONGEST_REASON] or "no reason given"
 
 
 def _pairs(rows: Rows, row_signs: Sequence[Sequence[Signs]]) -> list[tuple[Sample, Signs]]:

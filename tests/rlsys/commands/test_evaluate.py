@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from evaluations import prompts
 from fakes import FakePool, NumberTask, group
 from rich.console import Console
 
+from rlsys import cli
 from rlsys.commands import evaluate as command
 from rlsys.commands.evaluation_targets import NamedTask, Target
 from rlsys.config.files import parse_config
@@ -247,6 +249,25 @@ def test_an_evaluation_searches_only_if_asked_to(stage: Stage, tmp_path: Path, m
         stage.run(tmp_path, tasks=[NamedTask("numbers", config(answers))], output=str(output))
     assert asked_for == [6] and json.loads(output.read_text())["search"] == {"answers": 3}
     assert stage.calls == [1, 2]
+
+
+def test_the_command_line_hands_everything_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "sums.yaml").write_text("type: sums")
+    given: list[Any] = []
+    monkeypatch.setattr(command, "run", lambda targets, tasks, **options: given.append((targets, tasks, options)))
+    monkeypatch.setattr(sys, "argv", ["rlsys", "evaluate", str(tmp_path), "run.seed=8", "--plot", "p.png"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2 and "needs --config or --task" in capsys.readouterr().err
+    sys.argv += ["--task", str(tmp_path / "sums.yaml"), "--output", "f.json"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    [(targets, [task], options)] = given
+    assert stopped.value.code == 0 and targets[0].policy == tmp_path
+    assert (task.name, task.config.run.seed, options["output"], options["plot"]) == ("sums", 8, "f.json", "p.png")
 
 
 def test_the_tokens_of_a_sample_are_read_by_the_tokenizer() -> None:

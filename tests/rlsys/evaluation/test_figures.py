@@ -66,11 +66,11 @@ def test_intervals_are_over_problems_and_not_over_samples() -> None:
 
 
 def test_reasons_are_counted_without_the_text_that_they_quote() -> None:
-    rows = [[sample("x", answered=False, reason=f"not a number: {text!r}")] for text in ("a", "b")]
+    rows = [[sample("x", answered=False, reason=f"not a number: {text!r}")] for text in ("a", "b's")]
     thinking = mode_figures(NumberTask(2), prompts(2), rows)["thinking"]
-    assert thinking["ignored_instruction"]["reasons"] == {"not a number": 2}
+    assert thinking["ignored_instruction"]["reasons"] == {"not a number: ...": 2}
     assert [each["evidence"] for each in thinking["ignored_instruction"]["completions"]] == [
-        "not a number: 'a'", "not a number: 'b'",
+        "not a number: 'a'", 'not a number: "b\'s"',
     ]  # fmt: skip
 
 
