@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -71,6 +72,7 @@ def evaluated(policy: Path, config: Path, overrides: Sequence[str], output: Path
         seconds = time.monotonic() - started
         found = {"asked": asked, "figures": json.loads(figures.read_text()), "seconds": seconds}
         figures.unlink()
+        shutil.rmtree(f"{figures}.parts")  # the figures are kept below
         write_json(output, found)
     measured: dict[str, Any] = found["figures"]
     return measured

@@ -37,8 +37,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 import search_page  # noqa: E402
 from search_use import CHAIN, SAMPLES, TASKS, Cells, config_of, find_policy, measure, prompts_of  # noqa: E402
 
-from rlsys.commands.evaluate import sample_candidates  # noqa: E402
 from rlsys.config.schema import Config  # noqa: E402
+from rlsys.evaluation.records import candidates, samples_of  # noqa: E402
 from rlsys.files import write_json  # noqa: E402
 from rlsys.interfaces import Task  # noqa: E402
 from rlsys.models.folder import ModelFolder  # noqa: E402
@@ -98,7 +98,7 @@ class ChoiceCells(Cells):
 
     def samples_row(self, task: Task, prompt: Prompt, drawn: Sequence[Trajectory], tokenizer: Any) -> Any:
         group = TrajectoryGroup(prompt=prompt, trajectories=tuple(drawn))
-        return _row(sample_candidates(group, ModelFolder(self.policy)))
+        return _row(candidates(samples_of(group, ModelFolder(self.policy))))
 
 
 def _row(candidates: Sequence[Candidate]) -> dict[str, Any]:

@@ -111,23 +111,37 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def evaluate(
-    target: Annotated[str, typer.Argument(help="Run directory, checkpoint or model folder.")],
-    overrides: Overrides = None,
-    config: Annotated[str | None, typer.Option(help="Config that names the task. Default: the run's.")] = None,
-    output: Annotated[str | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL... [KEY=VALUE...]",
+            help="Run directories, checkpoints, model folders or hub ids; and any number of section.key=value.",
+        ),
+    ],
+    config: Annotated[str | None, typer.Option(help="Config that names the task. Default: the first run's.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="YAML file with one more task: the keys of its section, or a config.")
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(help="Also write the figures to this JSON file. Finished parts are kept in OUTPUT.parts."),
+    ] = None,
+    plot: Annotated[str | None, typer.Option(help="Also draw pass@k and accuracy into this file (.png).")] = None,
 ) -> None:
-    """Measure accuracy, pass@k, majority@k and no-answer rate on held-out problems, with confidence intervals."""
-    import json
-
+    """Measure and compare models on held-out problems: accuracy, pass@k, lengths, signs of empty reasoning."""
     from rlsys.commands import evaluate as evaluation
+    from rlsys.commands.evaluation_targets import find_target, find_tasks, split_arguments
     from rlsys.display import standard_output
 
-    chosen = evaluation.find_target(target, config, overrides or [])
-    print(f"starting {chosen.config.actors.count} actors on {chosen.policy}", file=sys.stderr)
-    figures = evaluation.run(chosen)
-    evaluation.show(figures, standard_output())
-    if output:
-        Path(output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    models, overrides = split_arguments(arguments)
+    evaluation.run(
+        targets := [find_target(model) for model in models],
+        find_tasks(targets, config, task or [], overrides),
+        output=output,
+        plot=plot,
+        console=standard_output(),
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
 
 
 @app.command()

@@ -43,6 +43,17 @@ def mean_over_prompts(
     return _bootstrap(per_prompt, seed, resamples, groups)
 
 
+def bootstrap_mean(values: np.ndarray, seed: int = 0, resamples: int = 2000) -> Estimate:
+    """Return the mean of values that are not shares, such as lengths, with a 95 % bootstrap interval over prompts.
+
+    Args:
+        values: [prompts, samples].
+        seed: seed of the bootstrap.
+        resamples: number of bootstrap draws.
+    """
+    return _bootstrap(values.mean(axis=1), seed, resamples, None)
+
+
 def mean_difference(
     first: np.ndarray, second: np.ndarray, seed: int = 0, resamples: int = 2000, groups: np.ndarray | None = None
 ) -> Estimate:

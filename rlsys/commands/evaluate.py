@@ -1,236 +1,233 @@
-"""`rlsys evaluate`: measure a run, checkpoint or model folder on a task, with confidence intervals."""
+"""`rlsys evaluate`: measure models on tasks, with confidence intervals, and compare them by problem."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
-from rlsys.config.files import load_config
+from rlsys.commands.evaluation_tables import show
+from rlsys.commands.evaluation_targets import NamedTask, Target
 from rlsys.config.schema import Config
-from rlsys.control.evaluation import error_rate, evaluate_held_out, solved, unanswered
-from rlsys.control.search_evaluation import search_and_sample, show_search, with_search
-from rlsys.directory import CheckpointDirectory, RunDirectory
-from rlsys.display import print_table
-from rlsys.errors import ConfigError
-from rlsys.interfaces import Task
-from rlsys.models.folder import ModelFolder, is_policy
-from rlsys.run.checkpoints import CheckpointStore
-from rlsys.search.votes import Candidate, majority
-from rlsys.stats import Estimate, mean_over_prompts, pass_at_k
-from rlsys.tasks import build_task
-from rlsys.tasks.answers.extraction import find_answer
-from rlsys.tasks.answers.normalise import normalise
-from rlsys.types import Prompt, Trajectory, TrajectoryGroup
+from rlsys.control.evaluation import mode_settings, sample_groups
+from rlsys.control.search_evaluation import search_and_sample, with_search
+from rlsys.errors import AbortedRunError, ConfigError
+from rlsys.evaluation.comparison import compare
+from rlsys.evaluation.figures import result_figures
+from rlsys.evaluation.parts import Parts, code_digest
+from rlsys.evaluation.plot import check_plot
+from rlsys.evaluation.plot import plot as draw
+from rlsys.evaluation.records import Sample, problems_digest, samples_of
+from rlsys.files import write_json
+from rlsys.launch.prepare import Evaluation, prepare_evaluation
+from rlsys.models.folder import ModelFolder, weights_digest
+from rlsys.types import Prompt
 
-# Answers with fewer problems are left out of the macro mean, because their accuracy is uncertain.
-MACRO_MINIMUM = 30
+KEPT = "; finished parts are kept, the same command continues"
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """The policy folder to evaluate, and the config that names the task."""
+class Pair:
+    """One model on one task, checked."""
 
-    policy: Path
-    config: Config
+    target: Target
+    task: NamedTask
+    evaluation: Evaluation
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The held-out prompts."""
+        return self.evaluation.prepared.inputs.held_out
 
 
-def find_target(target: str, config_path: str | None, overrides: Sequence[str]) -> Target:
-    """Find policy and config of a run directory, a checkpoint, or a model or adapter folder.
-
-    Args:
-        target: the path of one of them.
-        config_path: a config to use in place of the run's own; required for a model folder outside a run directory.
-        overrides: overrides of the config, `section.key=value`.
+def prepare(targets: Sequence[Target], tasks: Sequence[NamedTask], say: Say) -> list[Pair]:
+    """Check every model with every task before anything is started, and print the notes about them.
 
     Raises:
-        ConfigError: the target is none of them, or a model folder without a config.
+        ConfigError, DataError: a model or a task cannot be used, or the models would get different problems.
     """
-    path = Path(target).absolute()
-    if RunDirectory(path).checkpoints.is_dir():
-        checkpoint = CheckpointStore(RunDirectory(path).checkpoints, 1).latest()
-        if checkpoint is None:
-            raise ConfigError(f"{target}: the run has no checkpoint yet")
-        policy, config = CheckpointDirectory(checkpoint).policy, RunDirectory(path).config
-    elif CheckpointDirectory(path).policy.is_dir():
-        policy, config = CheckpointDirectory(path).policy, RunDirectory(path.parent.parent).config
-    elif is_policy(path):
-        # The model folder is RUN/stages/online or RUN/checkpoints/step_000080/policy.
-        above = (RunDirectory(folder).config for folder in path.parents[1:3])
-        policy, config = path, next((file for file in above if file.is_file()), RunDirectory(path).config)
-    else:
-        raise ConfigError(f"{target}: expected a run directory, a checkpoint or a model folder")
-    if config_path is None and not config.is_file():
-        raise ConfigError(f"{target}: a model folder outside a run directory needs --config, which names the task")
-    return Target(policy, load_config(config_path or config, overrides))
+    for task in tasks:
+        if not mode_settings(task.config) and not task.config.evaluation.search_answers:
+            raise ConfigError(
+                f"task {task.name}: nothing to measure; set evaluation.greedy, evaluation.samples or "
+                "evaluation.search_answers"
+            )
+    pairs = [
+        Pair(target, task, prepare_evaluation(target.policy, _searching(task.config)))
+        for task in tasks
+        for target in targets
+    ]
+    notes = [target.note for target in targets if target.note]
+    notes += [note for pair in pairs for note in pair.evaluation.prepared.notes]
+    for note in dict.fromkeys(notes):
+        say(note)
+    for task in tasks:
+        first, *others = (pair for pair in pairs if pair.task is task)
+        for other in others:
+            if problems_digest(other.prompts) != problems_digest(first.prompts):
+                raise ConfigError(
+                    f"task {task.name}: {other.target.name} can take {len(other.prompts)} problems and "
+                    f"{first.target.name} others ({len(first.prompts)}), because prompts that are too long are left "
+                    "out; raise actors.max_model_len, so that both get the same problems"
+                )
+    return pairs
 
 
-async def evaluate(
-    pool: Any, prompts: Sequence[Prompt], config: Config, model: ModelFolder | None = None
-) -> dict[str, Any]:
-    """Measure a policy on prompts.
+def _searching(config: Config) -> Config:
+    return with_search(config) if config.evaluation.search_answers else config
+
+
+def run(
+    targets: Sequence[Target],
+    tasks: Sequence[NamedTask],
+    *,
+    output: str | None = None,
+    plot: str | None = None,
+    console: Console,
+    say: Say,
+) -> None:
+    """Measure every model on every task, show the figures, and write them.
 
     Args:
-        model: Its tokenizer reads the samples, for the vote of the majority; None leaves it out.
+        output: the JSON file to write; finished parts are kept beside it. None writes none and keeps none.
+        plot: the image file to draw; None for none.
+        console: gets the tables.
+        say: gets lines about the progress.
+    """
+    if plot:
+        check_plot(plot)
+    parts = Parts.beside(output)
+    with _naming_removed_policies(targets):
+        document = measure_all(prepare(targets, tasks, say), parts, say)
+    if output:
+        write_json(Path(output), document)
+    if plot:
+        draw(document, plot)
+    show(document, console)
+
+
+@contextlib.contextmanager
+def _naming_removed_policies(targets: Sequence[Target]) -> Iterator[None]:
+    """Turn any failure into the reason for it, if the run that wrote a policy has removed it meanwhile."""
+    try:
+        yield
+    except Exception as error:
+        removed = next((target for target in targets if not target.policy.exists()), None)
+        if removed is None or isinstance(error, AbortedRunError):
+            raise
+        raise ConfigError(
+            f"{removed.name}: {removed.policy} was removed meanwhile, as a run keeps only its newest checkpoints "
+            "(checkpoint.keep_last); evaluate again, or make an empty file NAME.pinned beside the checkpoint"
+        ) from error
+
+
+def measure_all(pairs: Sequence[Pair], parts: Parts, say: Say) -> dict[str, Any]:
+    """Measure every model on every task, and compare the models with the first.
 
     Returns:
-        All figures as JSON-able values: estimates with intervals, and the accuracy by true answer if the task has one.
+        The content of the output file: the result itself for one model and one task, and otherwise `results`, by task
+        and model, with `comparisons`.
     """
-    task = build_task(config.task, config.run.seed)
-    one_answer, samples = task.one_answer, config.evaluation.samples
-    figures: dict[str, Any] = {"problems": len(prompts), "samples": samples}
-    greedy, sampled = await evaluate_held_out(pool, prompts, config)
-    if greedy:
-        figures["greedy"] = _figures(greedy, by_answer=one_answer)
-    if sampled:
-        figures["sampled"] = _figures(sampled, by_answer=one_answer)
-        ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, samples) if k <= samples})
-        figures["pass_at_k"] = {str(k): asdict(mean_over_prompts(pass_at_k(solved(sampled), k))) for k in ks}
-        if model is not None and samples > 1:
-            candidates = [sample_candidates(group, model) for group in sampled]
-            figures["majority_at_k"] = {str(k): asdict(majority_accuracy(candidates, k)) for k in ks if k > 1}
-    if model is not None:
-        for mode, groups in (("greedy", greedy), ("sampled", sampled)):
-            if groups:
-                figures[mode]["every_step_right"] = every_step_right(task, groups, model)
+    results = []
+    code = code_digest()
+    weights = {policy: weights_digest(policy) for policy in dict.fromkeys(pair.target.policy for pair in pairs)}
+    for pair in pairs:
+        origin = _origin(pair, weights[pair.target.policy], code)
+        results.append(_result(pair, origin, _contents(pair, parts, origin, say)))
+    if len(results) == 1:
+        return results[0]
+    firsts = {result["task"]: result for result in reversed(results)}
+    others = [result for result in results if result is not firsts[result["task"]]]
+    comparisons = [compare(firsts[result["task"]], result) for result in others]
+    return {"results": results, "comparisons": comparisons}
+
+
+def _result(pair: Pair, origin: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    model = {"name": pair.target.name, "weights": origin["weights"], "tokenizer": origin["tokenizer"]}
+    rows = {mode: _rows(content[mode]) for mode in mode_settings(pair.task.config)}
+    task = pair.evaluation.prepared.inputs.task
+    figures = result_figures(task, pair.prompts, rows, content.get("search"))
+    return {"model": model, "task": pair.task.name, **figures}
+
+
+def _rows(content: Iterable[Iterable[Mapping[str, Any]]]) -> list[list[Sample]]:
+    return [[Sample(**sample) for sample in row] for row in content]
+
+
+def _contents(pair: Pair, parts: Parts, origin: Mapping[str, Any], say: Say) -> dict[str, Any]:
+    """Return the content of all parts of a pair, and make those that are missing."""
+    from rlsys.launch import session as launch  # imports Ray
+
+    config = pair.evaluation.config
+    origins = {mode: {**origin, "mode": asdict(settings)} for mode, settings in mode_settings(config).items()}
     if config.evaluation.search_answers:
-        figures["search"] = await search_and_sample(pool, prompts, config, task.check_steps)
-    if one_answer:
-        [(answer, count)] = Counter(prompt.answer for prompt in prompts).most_common(1)
-        figures["constant_answer"] = {"answer": answer, "accuracy": count / len(prompts)}
-    return figures
+        origins["search"] = {**origin, "mode": _search_origin(pair)}
+    contents = {mode: parts.read(mode, origins[mode]) for mode in origins}
+    missing = [mode for mode, content in contents.items() if content is None]
+    kept = [mode for mode in contents if mode not in missing]
+    where = f"{pair.target.name} on {pair.task.name}"
+    if kept:
+        say(f"{where}: {', '.join(kept)} kept from an earlier evaluation")
+    if not missing:
+        return contents
+
+    async def measure(pool: Any, prompts: Sequence[Prompt]) -> None:
+        for mode in missing:
+            content = await measure_mode(pool, prompts, config, pair.evaluation, mode)
+            contents[mode] = parts.write(mode, origins[mode], content)
+
+    say(f"starting {config.actors.count} actors on {pair.evaluation.policy}")
+    try:
+        launch.evaluate_policy(pair.evaluation, measure)
+    except AbortedRunError as error:
+        raise AbortedRunError(error.message + (KEPT if parts.folder else "")) from None
+    return contents
 
 
-def completion_text(trajectory: Trajectory, model: ModelFolder) -> str:
-    """Return the text that the verifier judged: that of all generated tokens without the end token."""
-    ids = trajectory.token_ids[trajectory.loss_mask].tolist()
-    if trajectory.finish_reason == "stop" and ids and ids[-1] in model.end_token_ids:
-        ids.pop()
-    text: str = model.tokenizer.decode(ids)
-    return text
+async def measure_mode(pool: Any, prompts: Sequence[Prompt], config: Config, evaluation: Evaluation, mode: str) -> Any:
+    """Return the content of one part: judged samples of every problem, or the comparison of search and samples.
 
-
-def sample_candidates(group: TrajectoryGroup, model: ModelFolder) -> list[Candidate]:
-    """Return the answers of the samples of a prompt. Their value is the mean log-probability of the sample."""
-    candidates, tokens = [], 0
-    for trajectory in group.trajectories:
-        tokens += trajectory.completion_length
-        answer = find_answer(completion_text(trajectory, model)) if trajectory.answered else None
-        value = float(trajectory.behavior_logprobs.sum()) / max(1, trajectory.completion_length)
-        right = trajectory.correct
-        key = normalise(answer.text) if answer else None
-        candidates.append(Candidate(text=key, right=right, tokens=tokens, value=value))
-    return candidates
-
-
-def every_step_right(task: Task, groups: Sequence[TrajectoryGroup], model: ModelFolder) -> dict[str, int]:
-    """Return how many right chains the task can check (`checked`), and how many have every step right (`right`)."""
-    verdicts = [
-        task.check_steps(group.prompt.question, completion_text(trajectory, model))
-        for group in groups
-        for trajectory in group.trajectories
-        if trajectory.correct
-    ]
-    checked = [verdict.wrong_node is None for verdict in verdicts if verdict is not None]
-    return {"right": sum(checked), "checked": len(checked)}
-
-
-def majority_accuracy(candidates: Sequence[Sequence[Candidate]], k: int) -> Estimate:
-    """Return the share of the problems whose most frequent answer among the first k samples is right."""
-    chosen = [majority(drawn[:k]) for drawn in candidates]
-    return mean_over_prompts(np.array([[each is not None and each.right] for each in chosen]))
-
-
-def _figures(groups: Sequence[TrajectoryGroup], *, by_answer: bool) -> dict[str, Any]:
-    """Return the figures of one way of sampling.
-
-    The figures `by_problem` are means over the samples of each problem, in order, for paired comparisons of policies.
+    Raises:
+        TooManyFailuresError: see `sample_groups` and `search_and_sample`.
     """
-    right = solved(groups)
-    lengths = [t.completion_length for group in groups for t in group.trajectories]
+    if mode == "search":
+        return await search_and_sample(pool, prompts, config, evaluation.prepared.inputs.task.check_steps)
+    groups = await sample_groups(pool, prompts, mode_settings(config)[mode], config.train.max_verifier_failures)
+    return [[asdict(sample) for sample in samples_of(group, evaluation.model)] for group in groups]
+
+
+def _origin(pair: Pair, weights: str, code: Mapping[str, str]) -> dict[str, Any]:
+    """Return everything that decides all parts of a pair; see `Parts`."""
+    config, evaluation = pair.evaluation.config, pair.evaluation
+    base = {"base": evaluation.model.digest} if evaluation.adapted else {}
     return {
-        "accuracy": asdict(mean_over_prompts(right)),
-        "no_answer_rate": asdict(mean_over_prompts(unanswered(groups))),
-        "error_rate": error_rate(groups),
-        "completion_length": float(np.mean(lengths)),
-        **(_by_answer([group.prompt.answer for group in groups], right) if by_answer else {}),
-        "by_problem": {
-            "accuracy": right.mean(axis=1).tolist(),
-            "no_answer_rate": unanswered(groups).mean(axis=1).tolist(),
-            "completion_length": [
-                float(np.mean([t.completion_length for t in group.trajectories])) for group in groups
-            ],
-        },
+        "weights": weights,
+        **base,
+        "tokenizer": evaluation.model.tokenizer_digest,
+        "problems": problems_digest(pair.prompts),
+        "prompts": [prompt.prompt_id for prompt in pair.prompts],
+        "task": config.task.model_dump(mode="json"),
+        "seed": config.run.seed,
+        "device": config.run.device,
+        "actors": config.actors.model_dump(
+            mode="json", include={"dtype", "tensor_parallel_size", "threads", "max_model_len", "enforce_eager"}
+        ),
+        "rewards": config.rewards.model_dump(mode="json", exclude={"workers"}),
+        "code": dict(code),
     }
 
 
-def _by_answer(answers: Sequence[str], right: np.ndarray) -> dict[str, Any]:
-    labels = np.array(answers)
-    rows = {answer: right[labels == answer] for answer in sorted(set(answers))}
-    macro = [float(row.mean()) for row in rows.values() if len(row) >= MACRO_MINIMUM]
+def _search_origin(pair: Pair) -> dict[str, Any]:
+    config = pair.evaluation.config
+    models: Mapping[Any, ModelFolder] = pair.evaluation.prepared.models
     return {
-        "accuracy_by_answer": {
-            answer: {"problems": len(row), "accuracy": float(row.mean())} for answer, row in rows.items()
-        },
-        "macro_accuracy": float(np.mean(macro)) if macro else None,
+        "search": config.search.model_dump(mode="json"),
+        "sampling": config.sampling.model_dump(mode="json"),
+        "answers": config.evaluation.search_answers,
+        "models": {str(role): model.digest for role, model in sorted(models.items())},
     }
-
-
-def show(figures: Mapping[str, Any], console: Console) -> None:
-    """Print the figures as tables."""
-    rows = []
-    for mode in ("greedy", "sampled"):
-        if mode not in figures:
-            continue
-        for name in ("accuracy", "no_answer_rate"):
-            rows.append(_row(f"{mode} {name.replace('_', ' ')}", figures[mode][name]))
-        steps = figures[mode].get("every_step_right", {"checked": 0})
-        if steps["checked"]:
-            share = f"{steps['right'] / steps['checked']:.3f} of {steps['checked']:,}"
-            rows.append((f"{mode} right chains, every step right", share, ""))
-        if figures[mode]["error_rate"]:
-            rows.append((f"{mode} verifier errors", f"{figures[mode]['error_rate']:.3f}", ""))
-    for name, shown in (("pass_at_k", "pass"), ("majority_at_k", "majority")):
-        rows += [_row(f"{shown}@{k}", estimate) for k, estimate in figures.get(name, {}).items()]
-    if "constant_answer" in figures:
-        constant = figures["constant_answer"]
-        rows.append((f"always answering {constant['answer'][:20]}", f"{constant['accuracy']:.3f}", ""))
-    title = f"{figures['problems']} problems, {figures['samples']} samples each"
-    print_table(console, ("figure", "value", "95 % interval"), rows, title=title)
-    by_answer: Mapping[str, Any] = next(
-        (figures[mode].get("accuracy_by_answer", {}) for mode in ("greedy", "sampled") if mode in figures), {}
-    )
-    if 1 < len(by_answer) <= 12:
-        _show_by_answer(figures, console, list(by_answer))
-    if "search" in figures:
-        show_search(figures["search"], figures["problems"], console)
-
-
-def _show_by_answer(figures: Mapping[str, Any], console: Console, answers: Sequence[str]) -> None:
-    modes = [mode for mode in ("greedy", "sampled") if mode in figures]
-    rows = []
-    for answer in answers:
-        cells = [figures[mode]["accuracy_by_answer"][answer] for mode in modes]
-        rows.append((answer, str(cells[0]["problems"]), *(f"{cell['accuracy']:.3f}" for cell in cells)))
-    macro = [figures[mode]["macro_accuracy"] for mode in modes]
-    if None not in macro:
-        rows.append(("macro", f">= {MACRO_MINIMUM} each", *(f"{value:.3f}" for value in macro)))
-    print_table(console, ("answer", "problems", *modes), rows, title="accuracy by true answer")
-
-
-def _row(name: str, estimate: Mapping[str, float]) -> tuple[str, str, str]:
-    value = Estimate(**estimate)
-    return name, f"{value.mean:.3f}", f"{value.low:.3f} to {value.high:.3f}"
-
-
-def run(target: Target) -> dict[str, Any]:
-    """Start actors on the target's policy and return its figures."""
-    from rlsys.launch import session as launch
-
-    config = with_search(target.config) if target.config.evaluation.search_answers else target.config
-    return launch.evaluate_policy(target.policy, config, evaluate)

@@ -36,25 +36,31 @@ async def sample_groups(
     return groups
 
 
+def mode_settings(config: Config) -> dict[str, SamplingSettings]:
+    """Return the settings of the parts that the section `evaluation` asks for: "greedy", "sampled", or both.
+
+    Sampled completions are drawn at temperature 1.
+    """
+    greedy = SamplingSettings(
+        samples=1, temperature=0.0, top_p=1.0, max_tokens=config.sampling.max_tokens, seed=config.run.seed
+    )
+    sampled = replace(greedy, samples=config.evaluation.samples, temperature=1.0)
+    return ({"greedy": greedy} if config.evaluation.greedy else {}) | ({"sampled": sampled} if sampled.samples else {})
+
+
 async def evaluate_held_out(
     pool: RolloutPool, prompts: Sequence[Prompt], config: Config
 ) -> tuple[list[TrajectoryGroup], list[TrajectoryGroup]]:
     """Return the greedy groups and the sampled groups of held-out prompts, as the section `evaluation` asks for.
 
-    The list of a part that is not asked for is empty. Sampled completions are drawn at temperature 1.
+    The list of a part that is not asked for is empty.
 
     Raises:
         TooManyFailuresError: see `sample_groups`.
     """
-    evaluation, limit = config.evaluation, config.train.max_verifier_failures
-    greedy = SamplingSettings(
-        samples=1, temperature=0.0, top_p=1.0, max_tokens=config.sampling.max_tokens, seed=config.run.seed
-    )
-    sampled = replace(greedy, samples=evaluation.samples, temperature=1.0)
-    return (
-        await sample_groups(pool, prompts, greedy, limit) if evaluation.greedy else [],
-        await sample_groups(pool, prompts, sampled, limit) if evaluation.samples else [],
-    )
+    settings, limit = mode_settings(config), config.train.max_verifier_failures
+    groups = {mode: await sample_groups(pool, prompts, each, limit) for mode, each in settings.items()}
+    return groups.get("greedy", []), groups.get("sampled", [])
 
 
 def solved(groups: Sequence[TrajectoryGroup]) -> np.ndarray:

@@ -157,15 +157,17 @@ def _by_number(comparisons: Mapping[int, Comparison]) -> dict[str, Any]:
 def show_search(results: Mapping[str, Any], problems: int, console: Console) -> None:
     """Print the results of `search_and_sample` as tables."""
     for name, unit in (("at_equal_answers", "answers"), ("at_equal_tokens", "tokens")):
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for number, row in results[name].items():
-            cells = [_interval(row["search"]), _interval(row["samples"]), _interval(row["difference"], sign="+")]
-            rows.append((number, *cells, f"{row['ended']:.3f}"))
-        title = f"solved at least once in as many {unit}, {problems} problems (95 % intervals)"
-        print_table(console, (unit, "search", "samples", "difference", "ended"), rows, title=title)
+            rows.append((number, "samples", *_cells(row["samples"]), "", ""))
+            difference = "{} ({})".format(*_cells(row["difference"], sign="+"))
+            rows.append(("", "search", *_cells(row["search"]), difference, f"{row['ended']:.3f}"))
+        title = f"solved at least once in as many {unit}, {problems} problems"
+        columns = (unit, "by", "share", "95 % interval", "difference to samples", "ended")
+        print_table(console, columns, rows, title=title)
     tokens = results["tokens_per_problem"]
     lines = [
-        "the search used the verifier's verdicts on its answers to choose nodes; the samples did not",
+        "the search chose nodes by the verifier's verdicts; samples have no such help",
         "ended: share of the searches that ended unsolved, with fewer answers or tokens",
         f"generated tokens per problem: search {tokens['search']:.0f}, "
         f"{results['answers']} samples {tokens['samples']:.0f}",
@@ -179,6 +181,6 @@ def show_search(results: Mapping[str, Any], problems: int, console: Console) -> 
     print_lines(console, lines)
 
 
-def _interval(estimate: Mapping[str, float], sign: str = "") -> str:
+def _cells(estimate: Mapping[str, float], sign: str = "") -> tuple[str, str]:
     value = Estimate(**estimate)
-    return f"{value.mean:{sign}.3f} ({value.low:{sign}.3f} to {value.high:{sign}.3f})"
+    return f"{value.mean:{sign}.3f}", f"{value.low:{sign}.3f} to {value.high:{sign}.3f}"

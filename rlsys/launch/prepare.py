@@ -24,7 +24,7 @@ from rlsys.config.engine_roles import (
     section_of,
 )
 from rlsys.config.risks import warnings
-from rlsys.config.schema import Config
+from rlsys.config.schema import Config, LoraConfig
 from rlsys.config.search_values import ModelValueConfig
 from rlsys.config.stages import stage_plans
 from rlsys.control.checkpointing import check_best_metric
@@ -34,9 +34,9 @@ from rlsys.errors import ConfigError
 from rlsys.launch.access import check_address, check_answer
 from rlsys.launch.resources import ResourcePlan, plan_resources
 from rlsys.launch.transports import check_transport
-from rlsys.models.adapters import AdapterSpec, check_adapter
+from rlsys.models.adapters import AdapterSpec, check_adapter, read_adapter
 from rlsys.models.checks import Use, check_model
-from rlsys.models.folder import ModelFolder, given_model
+from rlsys.models.folder import ModelFolder, given_model, is_adapter
 from rlsys.trees import Role
 from rlsys.types import Prompt
 
@@ -185,6 +185,37 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
         adapter=adapter,
         held_teacher=held_teacher,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """A policy and a task, checked before anything is started.
+
+    Attributes:
+        policy: the model or adapter folder.
+        config: the config of the actors and the task.
+        model: the folder with the tokenizer; for an adapter, its base model.
+        adapted: for an adapter, the folder of its base model and its section `model.lora`.
+    """
+
+    policy: Path
+    config: Config
+    model: ModelFolder
+    prepared: Prepared
+    adapted: tuple[Path, LoraConfig] | None
+
+
+def prepare_evaluation(policy: Path, config: Config) -> Evaluation:
+    """Check a model or adapter folder and the task of a config.
+
+    Raises:
+        ConfigError, DataError: the input cannot be used.
+    """
+    check_settings(config, "evaluate")
+    adapted = read_adapter(policy) if is_adapter(policy) else None
+    model = ModelFolder(adapted[0] if adapted else policy)
+    prepared = prepare(config, "evaluate", model)
+    return Evaluation(policy=policy, config=config, model=model, prepared=prepared, adapted=adapted)
 
 
 def _held_teacher(config: Config, policy: ModelFolder) -> tuple[ModelFolder, list[str]]:

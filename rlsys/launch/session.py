@@ -31,14 +31,13 @@ from rlsys.fault_injection import fault
 from rlsys.files import write_text
 from rlsys.launch.colocated import ColocatedLearner
 from rlsys.launch.placement import LEARNER, Placement, place
-from rlsys.launch.prepare import Prepared, check_settings, prepare
+from rlsys.launch.prepare import Evaluation, Prepared, check_settings, prepare
 from rlsys.launch.ray_cluster import Cluster, ray_cluster, remove_leftovers
 from rlsys.launch.remote import RayLearner
 from rlsys.launch.resources import object_store_bytes
 from rlsys.launch.signals import TIME_LIMIT, StopSignals
 from rlsys.launch.start import AdaptedModel, learner_handles, rollout_pool
-from rlsys.models.adapters import read_adapter
-from rlsys.models.folder import ModelFolder, is_adapter, is_policy
+from rlsys.models.folder import ModelFolder, is_policy
 from rlsys.run import report
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.ledger import Ledger
@@ -49,7 +48,7 @@ from rlsys.run.resume import Start, all_steps_made, checkpoint_store, find_newes
 from rlsys.trees import Role
 from rlsys.types import Prompt
 
-Measure = Callable[[Fleet, list[Prompt], Config, ModelFolder], Awaitable[dict[str, Any]]]
+Measure = Callable[[Fleet, list[Prompt]], Awaitable[None]]
 Grow = Callable[[Fleet, StopSignals], Awaitable[None]]
 FIRST_SIGNAL = "{}: stopping after what is under way, and saving"
 ONCE_MORE = "; once more to abort"
@@ -126,24 +125,20 @@ def is_complete(config: Config, start: Start, run_dir: Path) -> bool:
     return own and all_steps_made(config, start.state) and is_policy(exported)
 
 
-def evaluate_policy(policy: Path, config: Config, measure: Measure) -> dict[str, Any]:
-    """Start actors on a model or adapter folder and return the result of `measure` on the held-out prompts.
+def evaluate_policy(evaluation: Evaluation, measure: Measure) -> None:
+    """Start actors on a policy, and give `measure` the actors and the held-out prompts.
 
-    `measure` gets the actors, the prompts, the config and the folder with the tokenizer. With
-    evaluation.search_answers the actors search too, together with the engines of search.reviewer. The logs are kept if
-    the evaluation fails, and the error names their folder.
+    With evaluation.search_answers the actors search too, together with the engines of search.reviewer. The logs are
+    kept if the evaluation fails, and the error names their folder.
     """
-    check_settings(config, "evaluate")
-    adapted = AdaptedModel(*read_adapter(policy)) if is_adapter(policy) else None
-    model = ModelFolder(adapted.base if adapted else policy)
-    prepared = prepare(config, "evaluate", model)
-    _print_notes(prepared)
+    config, prepared = evaluation.config, evaluation.prepared
+    adapted = AdaptedModel(*evaluation.adapted) if evaluation.adapted else None
     bundles = place(config, prepared.auxiliary).bundles
     folder = Path(tempfile.mkdtemp(prefix="rlsys-evaluate-"))
 
-    async def work(cluster: Cluster) -> dict[str, Any]:
-        async with rollout_pool(cluster, policy, prepared.searching, adapted=adapted) as pool:
-            return await measure(pool, prepared.inputs.held_out, config, model)
+    async def work(cluster: Cluster) -> None:
+        async with rollout_pool(cluster, evaluation.policy, prepared.searching, adapted=adapted) as pool:
+            await measure(pool, prepared.inputs.held_out)
 
     try:
         with (
@@ -151,12 +146,11 @@ def evaluate_policy(policy: Path, config: Config, measure: Measure) -> dict[str,
             naming_logs(RunDirectory(folder).logs),
             ray_cluster(config, folder, bundles) as cluster,
         ):
-            metrics = stop.run(work(cluster))
+            stop.run(work(cluster))
     except (AbortedRunError, ConfigError):  # their logs explain nothing
         shutil.rmtree(folder)
         raise
     shutil.rmtree(folder)
-    return metrics
 
 
 def grow_trees(config: Config, begin: Callable[[Inputs, Mapping[Role, ModelFolder]], Grow | None]) -> None:

@@ -58,3 +58,12 @@ class RunLock:
             except (OSError, ValueError, KeyError, TypeError):
                 time.sleep(0.02)
         return "another process"
+
+
+def in_use(run_dir: Path) -> bool:
+    """Return whether a process of this machine uses a run directory, by the lock's record of its owner."""
+    try:
+        owner = json.loads(RunDirectory(run_dir).lock.read_text(encoding="utf-8"))
+        return owner["host"] == socket.gethostname() and Path(f"/proc/{owner['pid']}").exists()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

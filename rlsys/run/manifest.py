@@ -64,7 +64,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
         body = json.loads(text)
     except (OSError, ValueError) as error:
         raise DamagedFileError(f"{file}: cannot be read: {error}") from error
-    if not isinstance(body, dict) or body.get("schema") != SCHEMA:
+    schema = body.get("schema") if isinstance(body, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise DamagedFileError(
+            f"{file}: expected schema {SCHEMA}, found {schema} of a newer rlsys; restore an older checkpoint, or use "
+            "that version of rlsys"
+        )
+    if schema != SCHEMA:
         raise DamagedFileError(f"{file}: expected a manifest of schema {SCHEMA}")
     body.pop("sha256", None)
     if text != render_manifest(body):

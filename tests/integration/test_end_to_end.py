@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from real_runs import BEGINS, LOOPBACK, PREFERENCE, SFT, WARM, FinishedRun, last_checkpoint
+from real_searches import wait_until
 
 from rlsys.commands import export
 from rlsys.config.files import load_config
@@ -160,7 +162,7 @@ def test_evaluate_repeats_the_last_evaluation_of_the_run(finished_run: FinishedR
     output = tmp_path / "figures.json"
     command = start("evaluate", str(finished_run.dir), "--output", str(output)).finish()
     command.assert_gone(within_s=5)
-    assert re.fullmatch(r"starting 2 actors on \S+\n", command.stderr)
+    assert re.fullmatch(r"\S+: newest checkpoint step_\d+\nstarting 2 actors on \S+\n", command.stderr)
     assert "Ray" not in command.stdout
     figures = json.loads(output.read_text())
     row = read_rows(finished_run.dir / "metrics.jsonl")[-1]
@@ -169,3 +171,26 @@ def test_evaluate_repeats_the_last_evaluation_of_the_run(finished_run: FinishedR
     assert figures["greedy"]["accuracy"]["mean"] == pytest.approx(row["held_out/greedy_accuracy"], abs=1e-12)
     assert figures["sampled"]["accuracy"]["mean"] == pytest.approx(row["held_out/sampled_accuracy"], abs=1e-12)
     assert figures["pass_at_k"]["2"]["mean"] == pytest.approx(row["held_out/pass_at_k"], abs=1e-12)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_an_interrupted_comparison_ends_with_the_same_bytes(finished_run: FinishedRun, start, tmp_path: Path) -> None:
+    models = (str(finished_run.dir / "stages" / "warm_start"), str(finished_run.dir))
+    whole, cut = tmp_path / "whole.json", tmp_path / "cut.json"
+    command = start("evaluate", *models, "--output", str(whole)).finish()
+    command.assert_gone(within_s=5)
+    first = start("evaluate", *models, "--output", str(cut))
+    wait_until(first, lambda: any(tmp_path.glob("cut.json.parts/*.json")))
+    first.signal(signal.SIGINT, group=False)
+    assert first.fail(128 + signal.SIGINT).endswith(
+        "stopped by SIGINT; finished parts are kept, the same command continues\n"
+    )
+    first.assert_gone(within_s=15)
+    assert not cut.exists()
+    second = start("evaluate", *models, "--output", str(cut)).finish()
+    assert "kept from an earlier evaluation" in second.stderr
+    assert cut.read_bytes() == whole.read_bytes()
+    document = json.loads(cut.read_text())
+    assert [result["model"]["name"] for result in document["results"]] == list(models)
+    assert document["comparisons"][0]["same_tokenizer"]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys.stats import mean_difference, mean_over_prompts, pass_at_k
+from rlsys.stats import bootstrap_mean, mean_difference, mean_over_prompts, pass_at_k
 
 
 def test_pass_at_k_by_hand() -> None:
@@ -52,6 +52,13 @@ def test_the_bootstrap_draws_whole_prompts() -> None:
     assert estimate.low == pytest.approx(0.402, abs=0.01)  # 2000 resamples: the quantile is off by about 0.003
     assert estimate.high == pytest.approx(0.598, abs=0.01)
     assert mean_over_prompts(values) == estimate
+
+
+def test_the_interval_of_a_mean_that_is_no_share() -> None:
+    # Lengths 1 and 3, half each, of 100 prompts: 2 -+ 1.96 * 1 / sqrt(100). A mean length of 1 is not a share of 1.
+    estimate = bootstrap_mean(np.repeat([[1], [3]], 50, axis=0))
+    assert (estimate.low, estimate.high) == (pytest.approx(1.804, abs=0.03), pytest.approx(2.196, abs=0.03))
+    assert bootstrap_mean(np.ones((5, 2))).low == 1
 
 
 def test_an_interval_at_0_or_1_is_not_a_point() -> None:

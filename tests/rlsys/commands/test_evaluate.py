@@ -1,197 +1,284 @@
-"""`rlsys evaluate`: targets, figures and their tables."""
+"""`rlsys evaluate`: measuring, keeping finished parts, and showing the figures."""
 
 from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Sequence
-from dataclasses import replace
+import json
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from fakes import FakePool, group, prompt, trajectory
+from evaluations import prompts
+from fakes import FakePool, NumberTask, group
 from rich.console import Console
 
-from rlsys.commands.evaluate import Target, evaluate, find_target, show
-from rlsys.commands.evaluate import run as run_evaluation
-from rlsys.config.files import dump_config, parse_config
+from rlsys import cli
+from rlsys.commands import evaluate as command
+from rlsys.commands.evaluation_targets import NamedTask, Target
+from rlsys.config.files import parse_config
 from rlsys.config.schema import Config
-from rlsys.errors import ConfigError
+from rlsys.errors import AbortedRunError, ConfigError, TooManyFailuresError
 from rlsys.launch import session as launch
-from rlsys.run.checkpoints import CheckpointStore
-from rlsys.types import Prompt, SamplingSettings, StepVerdict, TrajectoryGroup
+from rlsys.launch.prepare import Evaluation
+from rlsys.types import Prompt, SamplingSettings, TrajectoryGroup
 
 
-def config(samples: int = 2, answers: int = 0, task: str = "letter_count") -> Config:
-    values = {"run": {"dir": "unused", "seed": 5}, "model": {"path": "unused"}, "task": {"type": task}}
-    return parse_config({**values, "evaluation": {"samples": samples, "search_answers": answers}}, "test")
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run directory with a checkpoint and an exported policy."""
-    store = CheckpointStore(tmp_path / "checkpoints", 1)
-    temporary = store.begin("step_000002")
-    for policy in (temporary / "policy", tmp_path / "stages" / "online"):
-        policy.mkdir(parents=True)
-        (policy / "config.json").write_text("{}")
-    store.commit(temporary, "step_000002", {"weight_version": 2})
-    (tmp_path / "config.yaml").write_text(dump_config(config()))
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("target", "policy"),
-    [
-        ("", "checkpoints/step_000002/policy"),
-        ("checkpoints/step_000002", "checkpoints/step_000002/policy"),
-        ("checkpoints/step_000002/policy", "checkpoints/step_000002/policy"),
-        ("stages/online", "stages/online"),
-    ],
-)
-def test_every_folder_of_a_run_with_a_policy_can_be_evaluated(run: Path, target: str, policy: str) -> None:
-    chosen = find_target(str(run / target), None, ["evaluation.samples=7"])
-    assert chosen.policy == run / policy
-    assert (chosen.config.run.seed, chosen.config.evaluation.samples) == (5, 7)
-
-
-def test_a_folder_elsewhere_needs_a_config(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    elsewhere = tmp_path_factory.mktemp("model")
-    with pytest.raises(ConfigError, match="expected a run directory, a checkpoint or a model folder"):
-        find_target(str(elsewhere), None, [])
-    (elsewhere / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="needs --config"):
-        find_target(str(elsewhere), None, [])
-    assert find_target(str(elsewhere), str(run / "config.yaml"), []).policy == elsewhere
-
-
-class OneError(FakePool):
-    """A pool that gives the first sample of each failing prompt no verdict."""
-
-    async def generate(self, actor: int, prompts: list[Prompt], settings: SamplingSettings) -> list[TrajectoryGroup]:
-        return [self.judge(group(p, 0, [1.0, 0.0][: settings.samples])) for p in prompts]
-
-    def judge(self, sampled: TrajectoryGroup) -> TrajectoryGroup:
-        if sampled.prompt.prompt_id not in self.failing:
-            return sampled
-        bad = replace(sampled.trajectories[0], outcome="timeout", reward=0.0, answered=False)
-        return replace(sampled, trajectories=(bad, *sampled.trajectories[1:]))
-
-
-@pytest.mark.parametrize("failing", [(), ("p0",)])
-def test_verifier_errors_have_their_own_row(failing: tuple[str, ...]) -> None:
-    prompts = [prompt(f"p{number}") for number in range(5)]
-    figures = asyncio.run(evaluate(OneError(2, [], failing), prompts, config()))
-    # 1 of 5 greedy completions, 1 of 5 * 2 samples.
-    assert figures["greedy"]["error_rate"] == pytest.approx(0.2 if failing else 0)
-    assert figures["sampled"]["error_rate"] == pytest.approx(0.1 if failing else 0)
-    assert figures["greedy"]["accuracy"]["mean"] == pytest.approx(0.8 if failing else 1)
-    assert figures["greedy"]["no_answer_rate"]["mean"] == 0
-    stream = io.StringIO()
-    show(figures, Console(file=stream, width=100))
-    shown = [line for line in stream.getvalue().splitlines() if "verifier errors" in line]
-    assert [line.split()[-1] for line in shown] == (["0.200", "0.100"] if failing else [])
+def config(answers: int = 0, **sections: Any) -> Config:
+    values = {"run": {"dir": "unused", "seed": 5}, "model": {"path": "unused"}, "task": {"type": "letter_count"}}
+    evaluation = {"samples": 2, "search_answers": answers}
+    return parse_config({**values, "evaluation": evaluation, **sections}, "test")
 
 
 class Words:
-    """A model whose tokens are answers, and 2 the end token."""
+    """A model whose tokens are words, and 2 the end token."""
 
     end_token_ids = (2,)
+    digest = "base"
+
+    def __init__(self, tokenizer_digest: str = "t") -> None:
+        self.tokenizer_digest = tokenizer_digest
 
     @property
     def tokenizer(self) -> Words:
         return self
 
     def decode(self, ids: Sequence[int]) -> str:
-        return " ".join(f"<answer>{token - 10}</answer>" for token in ids)
+        return " ".join(f"w{token}" for token in ids)
 
 
-class Answering(FakePool):
-    """A pool whose samples give these answers; 0 stands for none. 7 is right."""
+class Pool(FakePool):
+    """Actors whose greedy samples are right, and of whose two samples the second is wrong."""
 
-    ANSWERS: ClassVar = {"p0": (3, 7, 7, 3), "p1": (7, 3, 0, 3), "p2": (0, 0, 0, 0)}
-
-    async def generate(self, actor: int, prompts: list[Prompt], settings: SamplingSettings) -> list[TrajectoryGroup]:
-        return [self.drawn(prompt, self.ANSWERS[prompt.prompt_id][: settings.samples]) for prompt in prompts]
-
-    def drawn(self, prompt: Prompt, answers: Sequence[int]) -> TrajectoryGroup:
-        trajectories = [
-            replace(
-                trajectory(reward=float(answer == 7), outcome="ok" if answer == 7 else "wrong"),
-                token_ids=np.array([0, 1, 2, 10 + answer, 2], dtype=np.int32),
-                answered=answer > 0,
-            )
-            for answer in answers
-        ]
-        return TrajectoryGroup(prompt=prompt, trajectories=tuple(trajectories))
+    async def generate(
+        self, actor: int, prompts: Sequence[Prompt], settings: SamplingSettings
+    ) -> Sequence[TrajectoryGroup]:
+        self.calls.append(settings.samples)
+        return [group(each, 0, [1.0, 0.0][: settings.samples]) for each in prompts]
 
 
-def test_the_most_frequent_answer_of_the_first_samples() -> None:
-    prompts = [prompt(name) for name in Answering.ANSWERS]
-    figures = asyncio.run(evaluate(Answering(2, []), prompts, config(samples=4), Words()))
-    # Of 2 samples the first answer decides: p1. Of 4, p0 has two of each, of which 3 came first; p1 has 3 twice.
-    assert {k: row["mean"] for k, row in figures["majority_at_k"].items()} == {"2": pytest.approx(1 / 3), "4": 0.0}
-    stream = io.StringIO()
-    show(figures, Console(file=stream, width=100))
-    assert [line.split()[1] for line in stream.getvalue().splitlines() if "majority@2" in line] == ["0.333"]
-    assert "majority_at_k" not in asyncio.run(evaluate(Answering(2, []), prompts, config(samples=1), Words()))
+class Stage:
+    """What `rlsys evaluate` starts, without Ray: every policy has a pool of its own.
 
+    Attributes:
+        started: the policies whose actors were started, in order.
+        calls: the number of samples of each call of an actor.
+        broken: called before a mode is sampled.
+    """
 
-def test_the_steps_of_right_chains_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three of the samples are right; the chains of p0 have a wrong step, and nobody can check one of the others."""
-    judged = []
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int = 3) -> None:
+        self.started: list[str] = []
+        self.calls: list[int] = []
+        self.lines: list[str] = []
+        self.tokenizers: dict[str, str] = {}
+        self.counts: dict[str, int] = {}
+        self.fail: Callable[[int], None] = lambda _samples: None
+        self.count = count
+        monkeypatch.setattr(command, "prepare_evaluation", self.prepare)
+        monkeypatch.setattr(launch, "evaluate_policy", self.evaluate)
+        monkeypatch.setattr(command, "weights_digest", lambda policy: f"weights of {policy.name}")
 
-    class Steps:
-        one_answer = False
+    def prepare(self, policy: Path, given: Config) -> Any:
+        held_out = prompts(self.counts.get(policy.name, self.count))
+        inputs = SimpleNamespace(held_out=held_out, task=NumberTask(9))
+        prepared = SimpleNamespace(inputs=inputs, notes=["1 row skipped"], models={})
+        model: Any = Words(self.tokenizers.get(policy.name, "t"))
+        given_prepared: Any = prepared
+        return Evaluation(policy=policy, config=given, model=model, prepared=given_prepared, adapted=None)
 
-        def check_steps(self, question: str, chain: str) -> StepVerdict | None:
-            judged.append((question, chain))
-            return StepVerdict(wrong_node=0 if question == "p0?" else None) if len(judged) % 4 else None
+    def evaluate(self, evaluation: Evaluation, measure: Any) -> None:
+        self.started.append(evaluation.policy.name)
+        stage = self
 
-    monkeypatch.setattr("rlsys.commands.evaluate.build_task", lambda *_: Steps())
-    prompts = [replace(prompt(name), question=f"{name}?") for name in Answering.ANSWERS]
-    figures = asyncio.run(evaluate(Answering(2, []), prompts, config(samples=4), Words()))
-    # Greedy: 7 of p1. Sampled: 7 of p0 twice, and then 7 of p1, the fourth chain, which nobody can check.
-    assert judged == [(question, "<answer>7</answer>") for question in ("p1?", "p0?", "p0?", "p1?")]
-    assert figures["greedy"]["every_step_right"] == {"right": 1, "checked": 1}
-    assert figures["sampled"]["every_step_right"] == {"right": 0, "checked": 2}
-    stream = io.StringIO()
-    show(figures, Console(file=stream, width=100))
-    shown = [line.split()[-3:] for line in stream.getvalue().splitlines() if "every step" in line]
-    assert shown == [["1.000", "of", "1"], ["0.000", "of", "2"]]
+        class Failing(Pool):
+            async def generate(self, actor: int, prompts: Any, settings: SamplingSettings) -> Any:
+                stage.fail(settings.samples)
+                return await super().generate(actor, prompts, settings)
 
+        asyncio.run(measure(Failing(1, self.calls), evaluation.prepared.inputs.held_out))
 
-def test_figures_by_true_answer_of_tasks_with_one_answer() -> None:
-    # One greedy sample each, right for all: answers 1, 1, 1, 2 and 2.
-    prompts = [replace(prompt(f"p{n}"), answer="1" if n < 3 else "2") for n in range(5)]
-
-    def measured(task: str) -> tuple[dict[str, Any], str]:
-        figures = asyncio.run(evaluate(OneError(2, []), prompts, config(task=task)))
+    def run(
+        self, folder: Path, names: Sequence[str] = ("a",), tasks: Sequence[NamedTask] = (), output: str | None = None
+    ) -> str:
+        targets = []
+        for name in names:
+            (folder / name).mkdir(exist_ok=True)
+            targets.append(Target(name, folder / name, None, f"{name}: newest checkpoint"))
         stream = io.StringIO()
-        show(figures, Console(file=stream, width=100))
-        return figures, stream.getvalue()
-
-    figures, shown = measured("letter_count")
-    assert figures["constant_answer"] == {"answer": "1", "accuracy": 0.6}
-    by_answer = {"1": {"problems": 3, "accuracy": 1.0}, "2": {"problems": 2, "accuracy": 1.0}}
-    assert figures["greedy"]["accuracy_by_answer"] == by_answer
-    assert figures["greedy"]["macro_accuracy"] is None  # fewer than MACRO_MINIMUM of each
-    assert "always answering 1" in shown and "accuracy by true answer" in shown
-    # Any plan that works is right, so there is no accuracy by answer.
-    plans, shown = measured("blocksworld")
-    assert set(figures) - set(plans) == {"constant_answer"}
-    for mode in ("greedy", "sampled"):
-        assert set(figures[mode]) - set(plans[mode]) == {"accuracy_by_answer", "macro_accuracy"}
-    assert "always answering" not in shown and "true answer" not in shown and "greedy accuracy" in shown
+        command.run(
+            targets,
+            tasks or [NamedTask("numbers", config())],
+            output=output,
+            console=Console(file=stream, width=80),
+            say=self.lines.append,
+        )
+        return stream.getvalue()
 
 
-def test_an_evaluation_searches_only_if_asked_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def measured(_policy: Path, given: Config, measure: object) -> dict[str, object]:
-        assert measure is evaluate
-        return {"stop": given.search.stop.answers}
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
+    return Stage(monkeypatch)
 
-    monkeypatch.setattr(launch, "evaluate_policy", measured)
-    assert run_evaluation(Target(tmp_path, config())) == {"stop": None}
-    assert run_evaluation(Target(tmp_path, config(answers=6))) == {"stop": 6}
+
+def test_one_model_on_one_task(stage: Stage, tmp_path: Path) -> None:
+    output = tmp_path / "figures.json"
+    shown = stage.run(tmp_path, output=str(output))
+    figures = json.loads(output.read_text())
+    assert figures["model"] == {"name": "a", "weights": "weights of a", "tokenizer": "t"}
+    assert (figures["task"], figures["problems"], figures["samples"]) == ("numbers", 3, 2)
+    assert (figures["greedy"]["accuracy"]["mean"], figures["sampled"]["accuracy"]["mean"]) == (1, 0.5)
+    assert figures["pass_at_k"]["2"]["mean"] == 1 and "comparisons" not in figures
+    assert stage.calls == [1, 2]
+    assert stage.lines == ["a: newest checkpoint", "1 row skipped", f"starting 2 actors on {tmp_path / 'a'}"]
+    assert "numbers: 3 problems, 2 samples each" in shown and "difference" not in shown
+
+
+def test_models_and_tasks_are_compared_with_the_first_model(stage: Stage, tmp_path: Path) -> None:
+    output = tmp_path / "figures.json"
+    tasks = [NamedTask("one", config()), NamedTask("two", config(run={"dir": "unused", "seed": 6}))]
+    stage.tokenizers["c"] = "u"
+    shown = stage.run(tmp_path, ("a", "b", "c"), tasks, str(output))
+    document = json.loads(output.read_text())
+    pairs = [(task, name) for task in ("one", "two") for name in ("a", "b", "c")]
+    assert [(each["task"], each["model"]["name"]) for each in document["results"]] == pairs
+    assert [(each["task"], each["first"], each["second"]) for each in document["comparisons"]] == [
+        (task, "a", name) for task, name in pairs if name != "a"
+    ]
+    assert stage.started == ["a", "b", "c"] * 2
+    assert stage.lines.count("1 row skipped") == 1
+    assert "A and C have different tokenizers: their texts compare, their tokens do not" in shown.splitlines()
+    assert "A and B" not in shown
+
+
+def test_an_interrupted_evaluation_continues_to_the_same_bytes(stage: Stage, tmp_path: Path) -> None:
+    names = ("a", "b")
+    stage.run(tmp_path, names, output=str(tmp_path / "whole.json"))
+
+    def stop_at_second_sampling(samples: int) -> None:
+        if samples == 2 and stage.calls == [1, 2, 1]:
+            raise AbortedRunError("SIGINT")
+
+    stage.calls.clear()
+    stage.fail = stop_at_second_sampling
+    output = tmp_path / "figures.json"
+    with pytest.raises(AbortedRunError, match="^SIGINT; finished parts are kept, the same command continues$"):
+        stage.run(tmp_path, names, output=str(output))
+    assert not output.exists()
+    stage.fail = lambda _samples: None
+    stage.started.clear()
+    stage.lines.clear()
+    stage.run(tmp_path, names, output=str(output))
+    assert stage.started == ["b"] and stage.calls == [1, 2, 1, 2]
+    assert "a on numbers: greedy, sampled kept from an earlier evaluation" in stage.lines
+    assert "b on numbers: greedy kept from an earlier evaluation" in stage.lines
+    assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_a_part_is_used_again_only_for_the_same_weights_and_settings(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = str(tmp_path / "figures.json")
+
+    def calls(**sections: Any) -> list[int]:
+        stage.calls.clear()
+        stage.run(tmp_path, tasks=[NamedTask("numbers", config(**sections))], output=output)
+        return list(stage.calls)
+
+    assert calls() == [1, 2] and calls() == []
+    assert calls(evaluation={"samples": 2, "prompts": 3}) == []  # the problems count, not the number asked for
+    assert calls(evaluation={"samples": 4}) == [4]  # greedy completions do not depend on the number of samples
+    assert calls(run={"dir": "unused", "seed": 6}) == [1, 2]
+    assert calls(sampling={"max_tokens": 9}) == [1, 2]
+    assert calls(actors={"dtype": "bf16"}) == [1, 2]
+    assert calls(actors={"count": 1}) == []
+    monkeypatch.setattr(command, "weights_digest", lambda policy: "others")
+    assert calls() == [1, 2]
+
+
+def test_without_an_output_file_nothing_is_kept_or_promised(stage: Stage, tmp_path: Path) -> None:
+    def stop(_samples: int) -> None:
+        raise AbortedRunError("SIGINT")
+
+    stage.fail = stop
+    with pytest.raises(AbortedRunError, match="^SIGINT$"):
+        stage.run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_models_that_would_get_other_problems_are_refused_before_anything_starts(stage: Stage, tmp_path: Path) -> None:
+    stage.counts["b"] = 2
+    with pytest.raises(ConfigError, match="^task numbers: b can take 2 problems and a others .3., because"):
+        stage.run(tmp_path, ("a", "b"))
+    assert stage.started == []
+
+
+def test_an_evaluation_without_anything_to_measure_is_refused(stage: Stage, tmp_path: Path) -> None:
+    nothing = NamedTask("numbers", config(evaluation={"samples": 0, "greedy": False}))
+    with pytest.raises(ConfigError, match="^task numbers: nothing to measure; set evaluation.greedy, "):
+        stage.run(tmp_path, tasks=[nothing])
+
+
+def test_a_checkpoint_that_a_running_training_removed_is_named(stage: Stage, tmp_path: Path) -> None:
+    def remove(_samples: int) -> None:
+        (tmp_path / "a").rmdir()
+        raise TooManyFailuresError("1 of 3 evaluation rollouts failed")
+
+    stage.fail = remove
+    with pytest.raises(ConfigError, match="^a: .*was removed meanwhile"):
+        stage.run(tmp_path)
+    stage.fail = lambda _samples: (_ for _ in ()).throw(TooManyFailuresError("why"))
+    with pytest.raises(TooManyFailuresError, match="^why$"):
+        stage.run(tmp_path)
+
+
+def test_an_evaluation_searches_only_if_asked_to(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for: list[int | None] = []
+
+    async def search(_pool: Any, held_out: Any, given: Config, _check: Any) -> dict[str, Any]:
+        asked_for.append(given.search.stop.answers)
+        return {"answers": len(held_out)}
+
+    monkeypatch.setattr(command, "search_and_sample", search)
+    monkeypatch.setattr("rlsys.commands.evaluation_tables.show_search", lambda results, *_: None)
+    output = tmp_path / "figures.json"
+    for answers in (0, 6, 6):
+        stage.run(tmp_path, tasks=[NamedTask("numbers", config(answers))], output=str(output))
+    assert asked_for == [6] and json.loads(output.read_text())["search"] == {"answers": 3}
+    assert stage.calls == [1, 2]
+
+
+def test_the_command_line_hands_everything_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "sums.yaml").write_text("type: sums")
+    given: list[Any] = []
+    monkeypatch.setattr(command, "run", lambda targets, tasks, **options: given.append((targets, tasks, options)))
+    monkeypatch.setattr(sys, "argv", ["rlsys", "evaluate", str(tmp_path), "run.seed=8", "--plot", "p.png"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2 and "needs --config or --task" in capsys.readouterr().err
+    sys.argv += ["--task", str(tmp_path / "sums.yaml"), "--output", "f.json"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    [(targets, [task], options)] = given
+    assert stopped.value.code == 0 and targets[0].policy == tmp_path
+    assert (task.name, task.config.run.seed, options["output"], options["plot"]) == ("sums", 8, "f.json", "p.png")
+
+
+def test_the_tokens_of_a_sample_are_read_by_the_tokenizer() -> None:
+    from fakes import trajectory
+
+    from rlsys.evaluation.records import completion_text
+
+    given = trajectory()  # three tokens of a prompt, then 3 and 4
+    assert completion_text(given, Words()) == "w3 w4"
+    ended = trajectory(length=3)
+    np.testing.assert_array_equal(ended.token_ids[3:], [3, 4, 5])
+    words = Words()
+    words.end_token_ids = (5,)
+    assert completion_text(ended, words) == "w3 w4"

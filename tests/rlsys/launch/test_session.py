@@ -22,7 +22,7 @@ from rlsys.errors import AbortedRunError, EngineError
 from rlsys.launch import ray_cluster as cluster_module
 from rlsys.launch import session as launch
 from rlsys.launch.placement import place
-from rlsys.launch.prepare import Prepared
+from rlsys.launch.prepare import Evaluation, Prepared
 from rlsys.launch.signals import StopSignals
 from rlsys.models.folder import ModelFolder
 
@@ -154,20 +154,24 @@ def test_a_signal_ends_the_growing_and_keeps_finished_trees(started: Started, tm
 def test_an_evaluation_with_search_starts_the_reviewer(
     started: Started,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
     answers: int,
     role: str | None,
     bundles: int,
 ) -> None:
     own = config(search={"reviewer": REVIEWER}, evaluation={"search_answers": answers})
 
-    async def measure(pool: Any, prompts: Any, _config: Config, model: Any) -> dict[str, Any]:
-        return {"measured": pool, "on": prompts, "with": model.path}
+    async def measure(pool: Any, prompts: Any) -> None:
+        started.steps.append(("measured", pool, prompts))
 
-    expected = {"measured": "pool", "on": ["a prompt"], "with": tmp_path}
-    assert launch.evaluate_policy(tmp_path, own, measure) == expected
-    assert started.steps == [("prepare", "evaluate", tmp_path), ("cluster", bundles), ("pool", tmp_path, role)]
-    assert capsys.readouterr() == ("", "1 row skipped\n")
+    ready = launch.prepare(own, "evaluate", ModelFolder(tmp_path))
+    evaluation = Evaluation(policy=tmp_path, config=own, model=ModelFolder(tmp_path), prepared=ready, adapted=None)
+    launch.evaluate_policy(evaluation, measure)
+    assert started.steps == [
+        ("prepare", "evaluate", tmp_path),
+        ("cluster", bundles),
+        ("pool", tmp_path, role),
+        ("measured", "pool", ["a prompt"]),
+    ]
 
 
 def test_a_replaced_actor_loads_a_policy_that_retention_keeps(monkeypatch: pytest.MonkeyPatch) -> None:

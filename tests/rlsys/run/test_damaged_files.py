@@ -14,7 +14,7 @@ import pytest
 from resumable_runs import INPUTS, config, save, start, state, store
 
 from rlsys import cli
-from rlsys.commands.evaluate import find_target
+from rlsys.commands.evaluation_targets import find_target
 from rlsys.control.stage_policies import StagePolicies
 from rlsys.errors import CheckpointError, RlsysError
 from rlsys.files import write_json
@@ -36,7 +36,7 @@ def branch(run_dir: Path) -> None:
 
 
 def evaluate(run_dir: Path) -> None:
-    find_target(str(run_dir), None, [])
+    find_target(str(run_dir))
 
 
 def open_ledger(run_dir: Path) -> None:

@@ -1,0 +1,185 @@
+"""The models and tasks that `rlsys evaluate` is asked for."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlsys.config.files import apply_override, load_config, parse_config, parse_yaml
+from rlsys.config.schema import Config
+from rlsys.directory import CheckpointDirectory, RunDirectory
+from rlsys.errors import ConfigError
+from rlsys.evaluation.records import problems_digest
+from rlsys.models.folder import given_model, is_policy
+from rlsys.run.checkpoints import CheckpointStore
+from rlsys.run.lock import in_use
+from rlsys.run.manifest import MANIFEST, verify_checkpoint
+from rlsys.tasks import build_task
+
+OVERRIDE = re.compile(r"[a-z_]+(\.[a-z0-9_]+)*=")
+TASK_SECTIONS = ("task", "sampling", "evaluation", "search", "rewards", "actors")
+"""Sections of a task file that replace those of the config."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A policy to evaluate.
+
+    Attributes:
+        name: the argument that names it.
+        policy: the model or adapter folder.
+        config: the config of its run; None outside a run directory.
+        note: a line for the user; "" for none.
+    """
+
+    name: str
+    policy: Path
+    config: Path | None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTask:
+    """A task by its name, and the config of its evaluation."""
+
+    name: str
+    config: Config
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split the arguments of the command into names of models and overrides of the config.
+
+    Raises:
+        ConfigError: no model is named, or one is named twice.
+    """
+    overrides = [each for each in arguments if OVERRIDE.match(each) and not Path(each).exists()]
+    models = [each.rstrip("/") or "/" for each in arguments if each not in overrides]
+    if not models:
+        raise ConfigError("expected a run directory, a checkpoint, a model folder or a hub id, found only overrides")
+    for name, count in Counter(models).items():
+        if count > 1:
+            raise ConfigError(f"{name} is given {count} times; name every model once")
+    return models, overrides
+
+
+def find_target(name: str) -> Target:
+    """Find the policy of a run directory, a checkpoint, a model or adapter folder, or a hub id.
+
+    Of a run directory it is the newest finished checkpoint, also while the run is being trained.
+
+    Raises:
+        ConfigError: the name is none of them.
+        DamagedFileError: the checkpoint is damaged, or has a format of another version of rlsys.
+    """
+    path = Path(name).absolute()
+    if RunDirectory(path).checkpoints.is_dir():
+        checkpoint = CheckpointStore(RunDirectory(path).checkpoints, 1).latest()
+        trained = in_use(path)
+        if checkpoint is None:
+            raise ConfigError(f"{name}: the run has no checkpoint yet" + ("; it is being trained" if trained else ""))
+        note = f"{name}: newest checkpoint {checkpoint.name}" + (", the run is being trained" if trained else "")
+        return Target(name, CheckpointDirectory(checkpoint).policy, _existing(RunDirectory(path).config), note)
+    if CheckpointDirectory(path).policy.is_dir():
+        if (path / MANIFEST).exists():
+            verify_checkpoint(path)
+        return Target(name, CheckpointDirectory(path).policy, _existing(RunDirectory(path.parent.parent).config))
+    if is_policy(path):
+        # The model folder is RUN/stages/online or RUN/checkpoints/step_000080/policy.
+        above = (RunDirectory(folder).config for folder in (*path.parents[1:3], path))
+        return Target(name, path, next((file for file in above if file.is_file()), None))
+    if path.exists() and not (path / "snapshots").is_dir():  # which the folder of a model in the hub's cache has
+        raise ConfigError(
+            f"{name}: expected a run directory, a checkpoint or a model folder, found neither checkpoints/ nor "
+            "policy/ nor config.json"
+        )
+    return Target(name, given_model(name, "model").path, None)
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+def find_tasks(
+    targets: Sequence[Target], config_path: str | None, task_files: Sequence[str], overrides: Sequence[str]
+) -> list[NamedTask]:
+    """Return the task of the config and those of the task files.
+
+    Args:
+        targets: the models. Without `config_path`, the config is that of the first model with one.
+        config_path: a config to use in place of the runs' own.
+        task_files: YAML files with a section `task`, or with sections of a config, which replace those of the config.
+        overrides: overrides of every config, `section.key=value`.
+
+    Raises:
+        ConfigError: no task is named, two tasks have one name, or the runs have different problems.
+    """
+    base = Path(config_path) if config_path else next((each.config for each in targets if each.config), None)
+    if base is None and not task_files:
+        raise ConfigError(
+            f"{targets[0].name}: a model outside a run directory needs --config or --task, which name the task"
+        )
+    tasks = []
+    if base is not None:
+        config = load_config(base, overrides)
+        tasks.append(NamedTask(config.task.type, config))
+        if config_path is None:
+            _check_same_problems(targets, base, config, overrides)
+    tasks += [_task_of_file(file, base, targets[0], overrides) for file in task_files]
+    for name, count in Counter(task.name for task in tasks).items():
+        if count > 1:
+            raise ConfigError(f"{count} tasks are named {name}; give each --task file a name of its own")
+    return tasks
+
+
+def _task_of_file(file: str, base: Path | None, target: Target, overrides: Sequence[str]) -> NamedTask:
+    given = _mapping(file)
+    if "type" in given:
+        given = {"task": given}
+    if "task" not in given:
+        raise ConfigError(f"--task {file}: expected a section task, or its keys, found {', '.join(map(str, given))}")
+    values: dict[str, Any] = {"run": {"dir": "."}, "stages": ["online"], "model": {"path": str(target.policy)}}
+    values = _mapping(base) if base else values
+    values |= {name: given[name] for name in TASK_SECTIONS if name in given}
+    run = given.get("run")
+    if isinstance(run, Mapping) and "seed" in run:
+        values["run"] = {**values["run"], "seed": run["seed"]}
+    for override in overrides:
+        apply_override(values, override)
+    return NamedTask(Path(file).stem, parse_config(values, f"--task {file}"))
+
+
+def _mapping(file: str | Path) -> dict[str, Any]:
+    try:
+        values = parse_yaml(Path(file).read_text(encoding="utf-8"), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected a mapping of sections, found {type(values).__name__}")
+    return values
+
+
+def _check_same_problems(targets: Sequence[Target], base: Path, config: Config, overrides: Sequence[str]) -> None:
+    """Raise if the runs of the models have other held-out problems by their own configs."""
+    digest = None
+    for target in targets:
+        if target.config is None or target.config == base:
+            continue
+        own = load_config(target.config, overrides)
+        if (own.task, own.run.seed) == (config.task, config.run.seed):
+            continue
+        digest = digest or _held_out_digest(config, config)
+        if _held_out_digest(own, config) != digest:
+            raise ConfigError(
+                f"{target.name}: its run has other held-out problems than {base}; name the config for all models by "
+                "--config, or the task by --config and --task"
+            )
+
+
+def _held_out_digest(own: Config, config: Config) -> str:
+    task, count = build_task(own.task, own.run.seed), config.evaluation.prompts
+    size = task.size("held_out")
+    return problems_digest([task.problem("held_out", n) for n in range(count if size is None else min(size, count))])

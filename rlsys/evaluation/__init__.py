@@ -1,0 +1,1 @@
+"""Figures of an evaluation, from completions that are judged already. Nothing here generates."""

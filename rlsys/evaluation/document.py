@@ -1,0 +1,24 @@
+"""The parts of an output file: its results, with a title, and a letter for each model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from string import ascii_uppercase
+from typing import Any
+
+
+def results_of(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the results of an output file, which is itself one if there is one model and one task."""
+    return list(document.get("results", [document]))
+
+
+def letters_of(document: Mapping[str, Any]) -> dict[str, str]:
+    """Return a short name for each model, by its name: A, B, C and so on."""
+    names = list(dict.fromkeys(result["model"]["name"] for result in results_of(document)))
+    return {name: ascii_uppercase[n] if n < len(ascii_uppercase) else str(n + 1) for n, name in enumerate(names)}
+
+
+def title_of(result: Mapping[str, Any]) -> str:
+    """Return the task of a result, with the numbers of its problems and samples."""
+    samples = f", {result['samples']} samples each" if result["samples"] else ""
+    return f"{result['task']}: {result['problems']} problems{samples}"
