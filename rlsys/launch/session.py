@@ -38,8 +38,10 @@ from rlsys.launch.resources import object_store_bytes
 from rlsys.launch.signals import TIME_LIMIT, StopSignals
 from rlsys.launch.start import AdaptedModel, learner_handles, rollout_pool
 from rlsys.models.adapters import read_adapter
+from rlsys.models.chat import decode_prompt
 from rlsys.models.folder import ModelFolder, is_adapter, is_policy
 from rlsys.run import report
+from rlsys.run.charts import main_settings
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.ledger import Ledger
 from rlsys.run.lock import RunLock
@@ -255,7 +257,9 @@ async def _run(
     # -1 drops all rows, because an attempt that never reached a checkpoint cannot be continued.
     version = start.state.weight_version if start.checkpoint else -1
     with (
-        contextlib.closing(MetricsWriter(session.run_dir, version, display.message)) as metrics,
+        contextlib.closing(
+            MetricsWriter(session.run_dir, version, display.message, main_settings(session.config))
+        ) as metrics,
         contextlib.closing(Ledger(session.run_dir, version, display.message)) as ledger,
     ):
         context = _run_context(session, pool, learner, bus, metrics, ledger)
@@ -299,6 +303,7 @@ def _run_context(
         held_out=inputs.held_out,
         search=_search_stage(session, pool) if session.prepared.tree_prompts else None,
         fingerprint=session.prepared.fingerprint(),
+        decode=lambda token_ids: decode_prompt(policy.tokenizer, token_ids.tolist()),
     )
 
 
