@@ -6,6 +6,7 @@
     metrics.jsonl         one row for each training step
     ledger.jsonl          the outcome of every prompt
     tensorboard/          the same metrics for TensorBoard
+    trackers/NAME.json    the run of an experiment tracker, and the last row that it got
     checkpoints/step_N/   checkpoints; see rlsys.run.checkpoints
     resumed_from.json     the checkpoint, named by run.resume, with which this run began
     stages/NAME/          the exported policy of a stage; for the stage `search`, a search directory
@@ -141,6 +142,14 @@ class RunDirectory:
     @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
+
+    @property
+    def trackers(self) -> Path:
+        return self.path / "trackers"
+
+    def tracker_state(self, name: str) -> Path:
+        """Return the file about the run of an experiment tracker."""
+        return self.trackers / f"{name}.json"
 
     @property
     def checkpoints(self) -> Path:

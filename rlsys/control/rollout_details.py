@@ -48,7 +48,7 @@ def examples(groups: Sequence[TrajectoryGroup], decode: Decode) -> Mapping[str, 
 
 
 def tree_example(directory: SearchDirectory) -> Mapping[str, str]:
-    """Return the first solved tree of the first file of a search, or its first tree, as Markdown by its name."""
+    """Return the first solved tree of a search's first file, or its first tree, as Markdown."""
     paths = sorted(directory.trees.glob("[0-9]*.jsonl"))
     trees = [tree for tree in read_trees(paths[0]) if isinstance(tree, Tree)] if paths else []
     tree = next((tree for tree in trees if tree.solved), trees[0] if trees else None)

@@ -48,6 +48,7 @@ from rlsys.run.lock import RunLock
 from rlsys.run.metrics import MetricsWriter
 from rlsys.run.provenance import check_extraction, check_inputs
 from rlsys.run.resume import Start, all_steps_made, checkpoint_store, find_newest_start, find_start
+from rlsys.run.trackers import following
 from rlsys.trees import Role
 from rlsys.types import Prompt
 
@@ -105,6 +106,7 @@ def train(config: Config) -> str:
             naming_logs(directory.logs),
             ray_cluster(config, run_dir, placement.bundles, store_bytes) as cluster,
             Display(totals={plan.name: plan.progress_total for plan in stage_plans(config)}) as display,
+            following(run_dir, config.run.trackers, display.message),
         ):
             session = Session(
                 config=config,

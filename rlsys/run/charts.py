@@ -1,4 +1,4 @@
-"""What TensorBoard shows first: the charts of its tab Custom Scalars, and the settings in its tab HParams."""
+"""Charts of TensorBoard's tab Custom Scalars, and the settings in its tab HParams."""
 
 from __future__ import annotations
 
@@ -44,9 +44,6 @@ SETTINGS = (
     "run.seed",
     "model.path",
     "task.type",
-    "actors.count",
-    "learner.ranks",
-    "learner.dtype",
     "sampling.temperature",
     "sampling.max_tokens",
     "train.groups_per_step",
