@@ -12,6 +12,7 @@
     stages/NAME/          the exported policy of a stage; for the stage `search`, a search directory
     stages/NAME.references.json   scores of preference pairs under the policy that the stage began with
     logs/                 one file for each process
+    heartbeat.json        what the driver and its processes did last, and how the command ended
     lock                  held by the process that uses the directory
 
 A checkpoint has these parts, beside its manifest and its provenance:
@@ -166,6 +167,14 @@ class RunDirectory:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def driver_log(self) -> Path:
+        return self.logs / "driver.log"
+
+    @property
+    def heartbeat(self) -> Path:
+        return self.path / "heartbeat.json"
 
     @property
     def lock(self) -> Path:

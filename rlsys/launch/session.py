@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from rlsys.models.folder import ModelFolder, is_adapter, is_policy
 from rlsys.run import report
 from rlsys.run.charts import main_settings
 from rlsys.run.checkpoints import CheckpointStore
+from rlsys.run.journal import INTERVAL_S, Journal
 from rlsys.run.ledger import Ledger
 from rlsys.run.lock import RunLock
 from rlsys.run.metrics import MetricsWriter
@@ -72,6 +74,7 @@ class Session:
     prepared: Prepared
     placement: Placement
     display: Display
+    journal: Journal
     stop: StopSignals
 
 
@@ -102,10 +105,12 @@ def train(config: Config) -> str:
         write_text(directory.config, dump_config(config))
         placement = place(config, prepared.auxiliary, learner=True)
         store_bytes = object_store_bytes(config, prepared.trained_parameters)
+        totals: dict[str, int] = {plan.name: plan.progress_total for plan in stage_plans(config)}
         with (
+            Journal(run_dir) as journal,
             naming_logs(directory.logs),
             ray_cluster(config, run_dir, placement.bundles, store_bytes) as cluster,
-            Display(totals={plan.name: plan.progress_total for plan in stage_plans(config)}) as display,
+            Display(totals=totals, log=journal.say) as display,
             following(run_dir, config.run.trackers, display.message),
         ):
             session = Session(
@@ -116,6 +121,7 @@ def train(config: Config) -> str:
                 prepared=prepared,
                 placement=placement,
                 display=display,
+                journal=journal,
                 stop=stop,
             )
             stop.run(cluster.watched(_train(cluster, session)))
@@ -243,8 +249,26 @@ async def _train(cluster: Cluster, session: Session) -> None:
             signals=signals,
         )
         fault("driver.up")
-        await recovery.run(start, lambda start: _run(session, start, pool, learner, bus, signals))
+        async with _beating(session.journal, pool, learner):
+            await recovery.run(start, lambda start: _run(session, start, pool, learner, bus, signals))
         learner.close()
+
+
+@contextlib.asynccontextmanager
+async def _beating(journal: Journal, pool: Fleet, learner: RayLearner) -> AsyncIterator[None]:
+    """Write heartbeats inside the block."""
+
+    async def beat() -> None:
+        while True:
+            await asyncio.to_thread(journal.beat, pool.activity(), learner.activity())
+            await asyncio.sleep(INTERVAL_S)
+
+    task = asyncio.create_task(beat())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 async def _run(

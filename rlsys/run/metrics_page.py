@@ -47,8 +47,9 @@ ADVICE: Mapping[Sequence[str], str] = {
 
 VIEWS = """## TensorBoard
 
-`tensorboard --logdir runs`. The tab **Custom Scalars** has the charts that a person watches, with intervals: {charts}. \
-**Scalars** has every metric, grouped by the first part of its name, with its meaning. **Histograms** and **Text** have:
+`tensorboard --logdir runs`. The tab **Custom Scalars** has the charts that a person watches, with intervals: \
+{charts}. **Scalars** has every metric, grouped by the first part of its name, with its meaning. **Histograms** and \
+**Text** have:
 
 {details}
 
