@@ -232,6 +232,19 @@ def status(
 
 
 @app.command()
+def doctor(
+    run_dir: Annotated[str, typer.Argument(help="Folder in which a run would write.")] = "runs",
+    self_test: Annotated[bool, typer.Option(help="Also let a tiny engine and learner work.")] = True,
+) -> None:
+    """Check this machine: versions, devices, memory, disk, ports, and a short self-test. Exit code 1 on a failure."""
+    from rlsys.commands import doctor as doctor_command
+    from rlsys.display import standard_output
+
+    if not doctor_command.run(Path(run_dir), standard_output(), self_test=self_test):
+        raise typer.Exit(1)
+
+
+@app.command()
 def keys(section: Annotated[str, typer.Argument(help="Show only this section or key, e.g. train.")] = "") -> None:
     """Show every key of a config file with its type, default and meaning."""
     from rlsys.commands import keys as keys_command
