@@ -52,11 +52,11 @@ def try_parts(device: str) -> Iterator[Check]:
     for part in PARTS:
         if part in results:
             seconds = results[part]["seconds"]
-            yield Check(name=part, mark="ok", found=f"{results[part]['detail']} ({seconds:.1f} s)")
+            yield Check(name=part, mark="ok", observed=f"{results[part]['detail']} ({seconds:.1f} s)")
             continue
         last = next((line for line in reversed(errors.splitlines()) if line.strip()), "it printed nothing")
         remedy = f"see the whole error: python -m rlsys.launch.self_test {device} $(mktemp -d)"
-        yield Check(name=part, mark="failure", found=f"the test {end}: {last[:300]}", remedy=remedy)
+        yield Check(name=part, mark="failure", observed=f"the test {end}: {last[:300]}", remedy=remedy)
         return
 
 
@@ -70,7 +70,7 @@ def _print(checks: list[Check], console: Console) -> None:
     table.add_column(style="bold", no_wrap=True, min_width=12)
     table.add_column(overflow="fold")
     for check in checks:
-        table.add_row(Text(check.mark, style=STYLES[check.mark]), check.name, printable(check.found))
+        table.add_row(Text(check.mark, style=STYLES[check.mark]), check.name, printable(check.observed))
         if check.remedy:
             table.add_row("", "", Text(f"-> {check.remedy}", style="italic"))
     console.print(table)

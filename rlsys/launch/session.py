@@ -216,10 +216,10 @@ async def _train(cluster: Cluster, session: Session) -> None:
     inputs, initial_policy = session.prepared.inputs, session.prepared.policy.path
     teacher = session.prepared.held_teacher
     serving = CheckpointDirectory(start.checkpoint).policy if start.checkpoint else initial_policy
-    for note in session.prepared.notes:
+    for note in (*session.prepared.notes, start.describe()):
         display.message(note)
-    display.message(start.describe())
     bus: WeightBus | None = None
+    signals: list[str] = []
 
     def replacement_policy() -> Path:
         """Return the folder for replaced actors: after the calibration, retention may remove the checkpoint."""
@@ -237,7 +237,6 @@ async def _train(cluster: Cluster, session: Session) -> None:
         dtype = _lowest_dtype(config)
         probe = inputs.probe(PROBE_TOKENS if dtype == "bf16" else 0)
         bus = WeightBus(learner, pool, config.weight_sync, dtype, probe)
-        signals: list[str] = []
         recovery = Recovery(
             config=config,
             actors=pool,

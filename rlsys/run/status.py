@@ -147,7 +147,7 @@ def read_status(run_dir: Path) -> RunStatus:
 
 
 def _progress(config: Config, rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
-    """Return finished and all steps of every stage. The stage `search` has a step of its own, with a row at its end."""
+    """Return finished and all steps of every stage. The stage `search` counts as one step."""
     stages: dict[str, tuple[int, int]] = {}
     for plan in stage_plans(config):
         made = [row["step"] for row in rows if row["stage"] == plan.name]
@@ -164,7 +164,7 @@ def _present_stage(stages: Mapping[str, tuple[int, int]], rows: Sequence[Mapping
 
 
 def _state(directory: RunDirectory, heartbeat: Heartbeat | None, *, complete: bool) -> tuple[State, str]:
-    """Return the state of a run and its reason. The lock is only read, which disturbs no command that starts now."""
+    """Return the state of a run and its reason. The lock is only read, never taken."""
     owner = _owner(directory.lock)
     if owner is None:
         end = heartbeat.end if heartbeat else ""

@@ -1,4 +1,4 @@
-"""Who waits for whom in a run, and which split of its processes would balance it, from the times of its steps."""
+"""Measure from the times of a run's steps who waits for whom, and estimate a balanced split of its processes."""
 
 from __future__ import annotations
 

