@@ -32,7 +32,7 @@ def run(run_dir: Path, console: Console, *, self_test: bool) -> bool:
         _print(tested, console)
         checks += tested
     failures, warnings = (sum(check.mark == mark for check in checks) for mark in ("failure", "warning"))
-    console.print(Text(f"{failures} failures, {warnings} warnings"))
+    console.print(Text(f"failures: {failures}, warnings: {warnings}"))
     return not failures
 
 

@@ -13,9 +13,16 @@ from rich.text import Text
 
 from rlsys.display import duration, printable
 from rlsys.run.status import SILENT_S, RunStatus, read_status
-from rlsys.run.throughput import Throughput
+from rlsys.run.throughput import Split, Throughput
 
 STYLES = {"running": "green", "finished": "green", "interrupted": "yellow", "failed": "red", "crashed": "red"}
+PARTS = {
+    "rollout": "waiting for trajectories",
+    "learn": "learning",
+    "publish": "publishing",
+    "checkpoint": "saving",
+    "evaluate": "evaluating",
+}
 _GIB, _MIB = 2**30, 2**20
 
 
@@ -50,12 +57,12 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
         yield "held-out", ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in status.held_out.items())
     if status.throughput:
         yield from _throughput_lines(status.throughput)
-    counts = [f"{value:,} {name.replace('_', ' ')}" for name, value in status.counts.items() if value]
+    counts = [f"{name.replace('_', ' ')}: {value:,}" for name, value in status.counts.items() if value]
     yield "failures", ", ".join(counts) or "none"
     if status.prompts:
         yield "prompts", ", ".join(f"{value:,} {name}" for name, value in status.prompts.items())
     for name, tracker in status.trackers.items():
-        yield f"tracker {name}", f"has weight version {tracker['version']}; {tracker['failures']} rows were refused"
+        yield f"tracker {name}", f"has weight version {tracker['version']}, refused rows: {tracker['failures']}"
     yield "checkpoint", _checkpoint(status)
     yield "disk", f"{_size(status.disk_bytes)} used, {_size(status.free_bytes)} free"
     yield from _last_words(status)
@@ -75,7 +82,7 @@ def _signs_of_life(status: RunStatus) -> Iterator[tuple[str, str]]:
     yield "heartbeat", f"{duration(status.heartbeat_age_s)} ago{late}"
     for actor in beat.actors:
         silent = f", {actor['silent_s']:.0f} s without progress" if actor["silent_s"] > 1 else ""
-        yield actor["name"], f"{actor['state']}, {actor['calls']} calls under way{silent}"
+        yield actor["name"], f"{actor['state']}, {_counted(actor['calls'], 'call')} under way{silent}"
     if beat.actors:
         call = f"{beat.learner['call']} for {beat.learner['seconds']:.0f} s" if beat.learner else "no call under way"
         yield "learner", call
@@ -87,19 +94,26 @@ def _throughput_lines(measured: Throughput) -> Iterator[tuple[str, str]]:
         rates.append(f"{measured.generated_tokens_per_s:,.0f} generated tokens/s")
     rates.append(f"{measured.trained_tokens_per_s:,.0f} trained tokens/s")
     yield "rates", f"{', '.join(rates)} (last {measured.steps} steps)"
-    names = {"rollout": "waiting for trajectories", "learn": "learning"}
-    shares = [f"{names.get(name, name)} {share:.0%}" for name, share in measured.shares.items() if share >= 0.005]
+    shares = [f"{PARTS[name]} {share:.0%}" for name, share in measured.shares.items() if share >= 0.005]
     yield "time of a step", f"{measured.step_s:.2f} s: {', '.join(shares)}"
     yield "bottleneck", measured.bottleneck
     present, best = measured.present, measured.best
     if present and best:
-        now = f"{present.actors} actors and {present.ranks} ranks"
+        now = _split(present)
         if present == best:
-            yield "balance", f"{now} are the best split of these processes, by estimate"
+            yield "balance", f"{now}: the best split of these processes, by estimate"
         else:
-            change = f"{best.actors} actors and {best.ranks} ranks: {best.step_s:.2f} s a step"
+            change = f"{_split(best)}: {best.step_s:.2f} s a step"
             yield "balance", f"{change} in place of {present.step_s:.2f} s with {now}, by estimate"
         yield "", "Estimate: engine time and learning time of a step, divided evenly over the processes."
+
+
+def _split(split: Split) -> str:
+    return f"{_counted(split.actors, 'actor')} and {_counted(split.ranks, 'rank')}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _checkpoint(status: RunStatus) -> str:
@@ -107,7 +121,7 @@ def _checkpoint(status: RunStatus) -> str:
         return "none yet"
     age = duration(status.checkpoint.age_s)
     behind = status.weight_version - status.checkpoint.weight_version
-    steps = f", {behind} steps behind" if behind > 0 else ""
+    steps = f", {_counted(behind, 'step')} behind" if behind > 0 else ""
     return f"weight version {status.checkpoint.weight_version}, {age} ago{steps}"
 
 

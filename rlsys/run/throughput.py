@@ -92,20 +92,21 @@ def _bottleneck(shares: Mapping[str, float], idle: float | None, *, overlapping:
     if overlapping:
         if max(shares["rollout"], idle) < _NOTABLE:
             return f"none: {waits}"
-        return f"{'generation' if shares['rollout'] >= idle else 'the learner'}: {waits}"
-    slower = "generation" if shares["rollout"] >= shares["learn"] else "the learner"
+        return f"{'generation' if shares['rollout'] >= idle else 'learning'}: {waits}"
+    slower = "generation" if shares["rollout"] >= shares["learn"] else "learning"
     return f"{slower}: {waits}; they take turns, as train.max_staleness is 0"
 
 
 def _splits(rows: Sequence[Row], config: Config) -> tuple[Split, Split] | tuple[None, None]:
-    """Return the present and the best split of the devices.
+    """Return the present and the best split of the devices; None if there is no choice.
 
     A step needs A engine-seconds of the actors and L seconds of the ranks. With a actors and r ranks it takes
     A/a + L/r + rest if they take turns, and max(A/a, L/r) + rest if they overlap. This takes the work to divide evenly.
     """
-    if config.placement != "spread":
-        return None, None
     count, ranks, width = config.actors.count, config.learner.ranks, config.actors.tensor_parallel_size
+    devices = count * width + ranks
+    if config.placement != "spread" or devices < 2 + width:
+        return None, None
     evaluated = [row.get("time/evaluate_s") or 0.0 for row in rows]
     own = [row["time/step_s"] - seconds for row, seconds in zip(rows, evaluated, strict=True)]
     busy = [(1 - row["rollout/idle_policy"]) * seconds for row, seconds in zip(rows, own, strict=True)]
@@ -117,7 +118,6 @@ def _splits(rows: Sequence[Row], config: Config) -> tuple[Split, Split] | tuple[
         parts = engine_s / actors, rank_s / ranks
         return Split(actors=actors, ranks=ranks, step_s=(max if config.train.max_staleness else sum)(parts) + rest)
 
-    devices = count * width + ranks
     possible = [split(actors, devices - actors * width) for actors in range(1, (devices - 1) // width + 1)]
     present, best = split(count, ranks), min(possible, key=lambda each: each.step_s)
     return present, best if best.step_s < (1 - _NOTABLE) * present.step_s else present

@@ -31,7 +31,7 @@ def shown(checks: list[Check], monkeypatch: pytest.MonkeyPatch, *, self_test: bo
 def test_a_failure_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     healthy, text = shown([GOOD, BAD], monkeypatch, self_test=True)  # a machine that fails is not tested further
     lines = text.splitlines()
-    assert not healthy and lines[-1].strip() == "1 failures, 0 warnings"
+    assert not healthy and lines[-1].strip() == "failures: 1, warnings: 0"
     assert max(map(len, lines)) <= 80
     assert lines[0].split() == ["ok", "ray", "2.60.0"]
     assert lines[2].strip().startswith("-> start the container")

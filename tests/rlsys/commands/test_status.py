@@ -47,7 +47,7 @@ def test_a_running_run_fits_80_columns(tmp_path: Path) -> None:
         "state running: process",
         "15.0 steps/min, 25 generated tokens/s",
         "bottleneck generation: the learner waits for trajectories 75% of the time",
-        "failures 1 actor restarts",
+        "failures actor restarts: 1",
         "actor 0 serving, 2 calls under way, 3 s without progress",
         "learner train for 4 s",
         "checkpoint none yet",

@@ -60,7 +60,7 @@ def test_processes_that_take_turns() -> None:
 def test_a_slow_learner_and_slow_publishes_are_named() -> None:
     idle = {**SLOW_ACTORS, "time__rollout_s": 0.1, "time__learn_s": 9.0, "rollout__idle_policy": 0.7}
     learner = measure(rows(2, **idle), settings(1))
-    assert learner is not None and learner.bottleneck.startswith("the learner: ")
+    assert learner is not None and learner.bottleneck.startswith("learning: ")
     assert learner.best is not None and learner.best.ranks == 3
     publish = measure(rows(2, **{**idle, "time__learn_s": 1.0, "time__publish_s": 8.0}), settings(1))
     assert publish is not None and publish.bottleneck.startswith("publishes take 80%")
@@ -78,4 +78,6 @@ def test_steps_without_actors_have_no_split() -> None:
     assert (measured.present, measured.best, measured.generated_tokens_per_s) == (None, None, None)
     assert measured.trained_tokens_per_s == 50
     assert "no actor takes part" in measured.bottleneck
+    alone = measure(rows(2, **SLOW_ACTORS), settings(0, actors=1, ranks=1))
+    assert alone is not None and alone.present is None, "there is no other split of two processes"
     assert measure([], settings(0)) is None
