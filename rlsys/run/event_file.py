@@ -63,7 +63,7 @@ class EventFile:
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         """Write a text, which TensorBoard renders as Markdown."""
-        self._values(step, [self._value(tag, "text", tensor=_string(markdown.encode()))])
+        self._values(step, [self._value(tag, "text", tensor=_string(markdown.encode(errors="replace")))])
 
     def layout(self, layout: Any) -> None:
         """Write the charts of the tab Custom Scalars, a `layout_pb2.Layout`."""

@@ -17,7 +17,7 @@ import psutil
 from rlsys.config.files import load_config
 from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plans
-from rlsys.directory import RunDirectory
+from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.errors import ConfigError
 from rlsys.files import read_json
 from rlsys.models.folder import is_policy
@@ -110,6 +110,10 @@ def read_status(run_dir: Path) -> RunStatus:
     if not directory.config.is_file():
         raise ConfigError(
             f"{run_dir}: expected a run directory of `rlsys train`, found no {directory.config.name} there"
+        )
+    if SearchDirectory(run_dir).origin.exists():
+        raise ConfigError(
+            f"{run_dir}: expected a run of `rlsys train`, found a search; `rlsys show {run_dir}` lists it"
         )
     config, rows, heartbeat = load_config(directory.config), read_rows(directory.metrics), read_heartbeat(run_dir)
     stages = _progress(config, rows)

@@ -12,6 +12,8 @@ from real_runs import BEGINS, LOOPBACK, PREFERENCE, SFT, WARM, FinishedRun, last
 
 from rlsys.commands import export
 from rlsys.config.files import load_config
+from rlsys.run.metrics import HISTOGRAMS, METRICS, read_rows
+from rlsys.run.status import read_status
 from rlsys.models.folder import weights_digest
 from rlsys.run.metrics import METRICS, read_rows
 from rlsys.run.policies import find_run_policy
@@ -68,6 +70,7 @@ def test_run_directory(finished_run: FinishedRun) -> None:
     assert sorted(path.name for path in (run / "logs").iterdir()) == [
         "actor-0.log",
         "actor-1.log",
+        "driver.log",
         "learner-0.log",
         "learner-1.log",
         "ray.log",
@@ -87,6 +90,17 @@ def test_every_line_of_output_is_ours(finished_run: FinishedRun) -> None:
     assert "worker died" not in log  # all processes left before Ray did
 
 
+def test_status_knows_the_end_and_the_pace(finished_run: FinishedRun) -> None:
+    status = read_status(finished_run.dir)
+    assert (status.state, status.weight_version) == ("finished", 70)
+    assert all(done == total for done, total in status.stages.values())
+    assert status.heartbeat is not None and status.heartbeat.end == "finished"
+    assert status.heartbeat.time > status.heartbeat.started
+    assert status.throughput is not None and status.throughput.present is not None
+    assert 0.5 < sum(status.throughput.shares.values()) <= 1
+    assert status.last_error is None
+
+
 def test_tensorboard_holds_the_same_numbers(finished_run: FinishedRun) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -97,6 +111,9 @@ def test_tensorboard_holds_the_same_numbers(finished_run: FinishedRun) -> None:
         for name in events.Tags()["scalars"]
         for event in events.Scalars(name)
     }
+    assert set(HISTOGRAMS) <= set(events.Tags()["histograms"])
+    samples = events.Tensors("rollout/samples")[0].tensor_proto.string_val[0].decode()
+    assert "**prompt** train-" in samples and "tokens" in samples
     rows = read_rows(finished_run.dir / "metrics.jsonl")
     expected = {
         (name, row["weights/version"], np.float32(value))

@@ -162,3 +162,9 @@ def test_another_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"expected a run directory of `rlsys train`, found no config\.yaml"):
         read_status(tmp_path)
     assert read_heartbeat(tmp_path) is None
+
+
+def test_the_directory_of_a_search_is_refused(run_dir: Path) -> None:
+    (run_dir / "search.json").write_text("{}")
+    with pytest.raises(ConfigError, match="found a search; `rlsys show"):
+        read_status(run_dir)
