@@ -17,6 +17,7 @@ CHARTS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "held-out accuracy, sampled (95 % interval)": ["held_out/sampled_accuracy"],
         "held-out accuracy, greedy (95 % interval)": ["held_out/greedy_accuracy"],
         "reward of the step (95 % interval)": ["rollout/reward"],
+        "parts of the reward": ["rewards/.*"],
         "searched prompts: solved, reward": ["search/(solved|reward)$"],
     },
     "Health": {

@@ -24,18 +24,19 @@ class EventFile:
     Args:
         purge_step: first step that this file writes again.
         say: called with a message when events cannot be written and wait in memory.
-        meanings: the description of a tag, shown beside its chart.
+        meaning: returns the description of a tag, shown beside its chart.
     """
 
     def __init__(
-        self, folder: Path, purge_step: int, say: Callable[[str], None], meanings: Mapping[str, str] | None = None
+        self, folder: Path, purge_step: int, say: Callable[[str], None], meaning: Callable[[str], str]
     ) -> None:
         from tensorboard.compat.proto import summary_pb2
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._proto = Event, summary_pb2
-        self._meanings = dict(meanings or {})
+        self._meaning = meaning
+        self._described: set[str] = set()
         before = len(list(folder.glob("events.out.tfevents.*")))
         paths = (folder / f"events.out.tfevents.{number:010d}" for number in itertools.count(before))
         self._file = RecordFile(next(path for path in paths if not path.exists()), say)
@@ -98,9 +99,9 @@ class EventFile:
     def _value(self, tag: str, plugin: str, **content: Any) -> Any:
         """Return the value of a tag. The first value of a tag in a file has its description."""
         value = self._proto.Summary.Value(tag=tag, **content)
-        meaning = self._meanings.pop(tag, None)
-        if meaning is not None or plugin == "text":
-            value.metadata.summary_description = meaning or ""
+        if tag not in self._described:
+            self._described.add(tag)
+            value.metadata.summary_description = self._meaning(tag)
             value.metadata.plugin_data.plugin_name = plugin
         return value
 

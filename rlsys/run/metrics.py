@@ -258,6 +258,7 @@ TEXTS: Mapping[str, str] = {
     "search/tree": "a searched tree: a star marks the way to a right answer",
 }
 """Histograms and texts that only TensorBoard gets, with their meanings."""
+
 REWARDS = "rewards/"
 """Prefix of the metrics whose names the config gives: one for each reward function, and rewards/task."""
 
@@ -303,8 +304,7 @@ class MetricsWriter:
         )
         self._written = {(row["stage"], row["step"]) for row in rows}
         self._repeatable = {(row["stage"], row["step"]) for row in rows if row["weights/version"] == resume_version}
-        meanings = {name: f"{spec.meaning} ({spec.unit})" for name, spec in METRICS.items()} | {**HISTOGRAMS, **TEXTS}
-        self._events = EventFile(RunDirectory(run_dir).tensorboard, resume_version + 1, say, meanings)
+        self._events = EventFile(RunDirectory(run_dir).tensorboard, resume_version + 1, say, _meaning)
         self._events.layout(layout())
         if settings:
             self._events.settings(hparams(settings))
@@ -365,6 +365,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _is_row(row: Any) -> bool:
     return {"stage", "step"} <= set(row) and isinstance(row["weights/version"], int | float)
+
+
+def _meaning(tag: str) -> str:
+    spec = spec_of(tag)
+    return f"{spec.meaning} ({spec.unit})" if spec else {**HISTOGRAMS, **TEXTS}[tag]
 
 
 def _ordered(metrics: Mapping[str, float]) -> dict[str, float | None]:

@@ -31,7 +31,7 @@ from rlsys.directory import RunDirectory
 from rlsys.errors import RlsysError
 from rlsys.files import read_json, write_json
 from rlsys.processes import quiet_worker
-from rlsys.run.metrics import METRICS
+from rlsys.run.metrics import spec_of
 
 POLL_S = 1.0
 FINISH_S = 60.0  # to send what is left after the end of the run
@@ -179,7 +179,7 @@ class Follower:
         """Send all rows that the tracker has not got."""
         rows = [row for row in self._read_rows() if self.sent.is_new(row)]
         for row in rows:
-            metrics = {name: value for name, value in row.items() if name in METRICS and value is not None}
+            metrics = {name: value for name, value in row.items() if spec_of(name) and value is not None}
             try:
                 tracker.log(row["weights/version"], metrics)
             except Exception as error:  # noqa: BLE001 - a tracker may raise anything; the row is counted as refused

@@ -49,7 +49,7 @@ def outline_group(group: TrajectoryGroup, decode: Callable[[Int32Array], str]) -
             nodes.setdefault(
                 step.node, (step.parent, _step(step), decode(trajectory.token_ids[step.start : step.stop]))
             )
-        if trajectory.outcome == "ok" and trajectory.reward > 0:
+        if trajectory.correct:
             right |= {step.node for step in trajectory.steps}
     title = f"**tree** {group.prompt.prompt_id}, reference `{group.prompt.answer}`, {len(group.trajectories)} chains"
     return "\n\n".join([title, code_block(decode(group.prompt.token_ids)), code_block(_indented(nodes, right))])

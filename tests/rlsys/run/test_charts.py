@@ -15,7 +15,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
 from rlsys.run.charts import CHARTS, COMPARED, INTERVALS, SETTINGS, main_settings
-from rlsys.run.metrics import HISTOGRAMS, METRICS, TEXTS, MetricsWriter
+from rlsys.run.metrics import HISTOGRAMS, METRICS, REWARDS, TEXTS, MetricsWriter
 
 
 def read(run_dir: Path) -> EventAccumulator:
@@ -33,7 +33,7 @@ def write(run_dir: Path, versions: range, resume_version: int, settings: Any = N
 
 @pytest.mark.parametrize("pattern", [tag for charts in CHARTS.values() for tags in charts.values() for tag in tags])
 def test_every_chart_draws_metrics_of_the_registry(pattern: str) -> None:
-    assert any(re.match(pattern, name) for name in METRICS)
+    assert any(re.match(pattern, name) for name in (*METRICS, f"{REWARDS}task"))
     if pattern in INTERVALS:
         assert {f"{pattern}_low", f"{pattern}_high"} <= set(METRICS)
 
