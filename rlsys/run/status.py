@@ -106,15 +106,7 @@ def read_status(run_dir: Path) -> RunStatus:
         ConfigError: the folder is no run directory of `rlsys train`.
         DamagedFileError: a file of the run cannot be read.
     """
-    directory = RunDirectory(run_dir)
-    if not directory.config.is_file():
-        raise ConfigError(
-            f"{run_dir}: expected a run directory of `rlsys train`, found no {directory.config.name} there"
-        )
-    if SearchDirectory(run_dir).origin.exists():
-        raise ConfigError(
-            f"{run_dir}: expected a run of `rlsys train`, found a search; `rlsys show {run_dir}` lists it"
-        )
+    directory = _training_run(run_dir)
     config, rows, heartbeat = load_config(directory.config), read_rows(directory.metrics), read_heartbeat(run_dir)
     stages = _progress(config, rows)
     stage = _present_stage(stages, rows)
@@ -148,6 +140,16 @@ def read_status(run_dir: Path) -> RunStatus:
         disk_bytes=sum(path.lstat().st_size for path in run_dir.rglob("*") if path.is_file()),
         free_bytes=shutil.disk_usage(run_dir).free,
     )
+
+
+def _training_run(run_dir: Path) -> RunDirectory:
+    """Return the paths of a run, or raise ConfigError if the folder holds none."""
+    directory, expected = RunDirectory(run_dir), "expected a run directory of `rlsys train`"
+    if not directory.config.is_file():
+        raise ConfigError(f"{run_dir}: {expected}, found no {directory.config.name} there")
+    if SearchDirectory(run_dir).origin.exists():
+        raise ConfigError(f"{run_dir}: {expected}, found a search; `rlsys show {run_dir}` lists its trees")
+    return directory
 
 
 def _progress(config: Config, rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
@@ -185,7 +187,7 @@ def _state(directory: RunDirectory, heartbeat: Heartbeat | None, *, complete: bo
             return "running", where
         return "unknown", f"{where} holds the lock; ask there whether it runs"
     if not _is_alive(owner["pid"], directory.lock.stat().st_mtime):
-        return "crashed", f"{where} has died without an orderly end, as by SIGKILL or for lack of memory"
+        return "crashed", f"{where} died, as by SIGKILL or for lack of memory; the same command continues"
     return "running", where
 
 

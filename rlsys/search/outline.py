@@ -57,8 +57,14 @@ def outline_group(group: TrajectoryGroup, decode: Callable[[Int32Array], str]) -
 
 def code_block(text: str) -> str:
     """Return a text as a code block of Markdown, which keeps its tags and spaces."""
-    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, _COLUMNS) or [""]]
+    pieces = [piece for line in text.splitlines() for piece in (_at_tags(line) if len(line) > _COLUMNS else [line])]
+    lines = [part for piece in pieces for part in textwrap.wrap(piece, _COLUMNS) or [""]]
     return textwrap.indent("\n".join(lines) or "(empty)", "    ", lambda _line: True)
+
+
+def _at_tags(line: str) -> list[str]:
+    """Return the parts of a line that begin with a tag directly behind another one."""
+    return line.replace("><", ">\n<").split("\n")
 
 
 def _step(step: Step) -> str:

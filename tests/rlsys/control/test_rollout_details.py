@@ -11,6 +11,7 @@ from tree_samples import answer, node, tree
 from rlsys.control.rollout_details import examples, histograms, tree_example
 from rlsys.directory import SearchDirectory
 from rlsys.run.metrics import HISTOGRAMS, TEXTS
+from rlsys.search.outline import code_block
 from rlsys.search.tree_json import tree_line
 from rlsys.types import TrajectoryGroup
 
@@ -65,3 +66,10 @@ def test_the_first_solved_tree_of_a_search(tmp_path: Path) -> None:
     lines = [line.strip() for line in text.splitlines()]
     assert lines.index("<thinking>2 + 2") < lines.index("<answer>4") < lines.index("<answer>5")
     assert sum(line.startswith("* ") for line in lines) == 2  # the thought and the right answer
+
+
+def test_long_chains_break_between_tags() -> None:
+    nodes = ["<thinking>" + letter * 40 + "</thinking>" for letter in "abc"]
+    lines = code_block("".join(nodes)).splitlines()
+    assert [line.strip() for line in lines] == nodes
+    assert code_block("<a>1</a><b>2</b>").strip() == "<a>1</a><b>2</b>"
