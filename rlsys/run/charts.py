@@ -13,12 +13,10 @@ from rlsys.config.schema import Config
 INTERVALS = ("held_out/sampled_accuracy", "held_out/greedy_accuracy", "rollout/reward")
 # Charts by category. A chart draws one metric with its interval, or the metrics that match its patterns.
 CHARTS: Mapping[str, Mapping[str, Sequence[str]]] = {
-    "Progress": {
-        "held-out accuracy, sampled (95 % interval)": ["held_out/sampled_accuracy"],
-        "held-out accuracy, greedy (95 % interval)": ["held_out/greedy_accuracy"],
+    "Progress": {  # TensorBoard draws the charts with intervals behind the others, the last one first
         "reward of the step (95 % interval)": ["rollout/reward"],
-        "parts of the reward": ["rewards/.*"],
-        "searched prompts: solved, reward": ["search/(solved|reward)$"],
+        "held-out accuracy, greedy (95 % interval)": ["held_out/greedy_accuracy"],
+        "held-out accuracy, sampled (95 % interval)": ["held_out/sampled_accuracy"],
     },
     "Health": {
         "no answer, truncated, groups without a signal": [
@@ -28,6 +26,8 @@ CHARTS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "KL and entropy, nats": ["learner/(kl|entropy)$"],
         "actor against learner, nats": ["learner/logprob_gap_(max|mean)$", "weights/probe_gap_max$"],
         "staleness, training steps": ["rollout/staleness_(mean|max)$"],
+        "searched prompts: solved, reward": ["search/(solved|reward)$"],
+        "parts of the reward": ["rewards/.*"],
     },
     "Losses": {
         "loss by term": ["objective/.*_loss$"],

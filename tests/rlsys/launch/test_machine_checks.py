@@ -19,6 +19,7 @@ from rlsys.launch.machine_checks import FRAMEWORKS, framework, machine_checks, p
 Usage = namedtuple("Usage", "total used free")
 
 
+@pytest.mark.heavy
 def test_this_machine_passes(tmp_path: Path) -> None:
     checks = machine_checks(tmp_path / "runs" / "new")
     names = [check.name for check in checks]

@@ -52,7 +52,7 @@ def test_layout_and_settings_reach_tensorboard(tmp_path: Path) -> None:
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == list(CHARTS)
     margin = layout.category[0].chart[0].margin.series[0]
-    assert (margin.value, margin.lower) == ("held_out/sampled_accuracy", "held_out/sampled_accuracy_low")
+    assert (margin.value, margin.lower) == ("rollout/reward", "rollout/reward_low")
 
     content = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
     start = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info

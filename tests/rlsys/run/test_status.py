@@ -101,6 +101,7 @@ def test_a_finished_run(run_dir: Path) -> None:
     assert (status.state, status.step, status.left_s) == ("finished", 3, None)
 
 
+@pytest.mark.heavy
 def test_a_killed_driver_has_crashed(run_dir: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
