@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rlsys.directory import RunDirectory
-from rlsys.errors import AbortedRunError, CheckpointError, InterruptedRunError, RlsysError
+from rlsys.errors import AbortedRunError, CheckpointError, DamagedFileError, InterruptedRunError, RlsysError
 from rlsys.files import read_json, write_json
 
 INTERVAL_S = 10.0
@@ -79,9 +79,20 @@ class Journal:
 
 
 def read_heartbeat(run_dir: Path) -> Heartbeat | None:
-    """Return the last heartbeat of a run; None if it has none."""
+    """Return the last heartbeat of a run; None if it has none.
+
+    Raises:
+        DamagedFileError: the file cannot be read.
+    """
     path = RunDirectory(run_dir).heartbeat
-    return Heartbeat(**read_json(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return Heartbeat(**read_json(path))
+    except TypeError:
+        raise DamagedFileError(
+            f"{path}: expected a heartbeat; remove the file, which the next command writes"
+        ) from None
 
 
 def _describe(error: BaseException | None) -> str:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ def read_status(run_dir: Path) -> RunStatus:
         trackers=_trackers(directory),
         messages=_lines(directory.driver_log)[-5:],
         last_error=_last_error(directory),
-        disk_bytes=sum(path.lstat().st_size for path in run_dir.rglob("*") if path.is_file()),
+        disk_bytes=sum(_size(path) for path in run_dir.rglob("*")),
         free_bytes=shutil.disk_usage(run_dir).free,
     )
 
@@ -186,7 +187,7 @@ def _state(directory: RunDirectory, heartbeat: Heartbeat | None, *, complete: bo
         if age is not None and age < SILENT_S:
             return "running", where
         return "unknown", f"{where} holds the lock; ask there whether it runs"
-    if not _is_alive(owner["pid"], directory.lock.stat().st_mtime):
+    if not _is_alive(owner["pid"], _modified(directory.lock)):
         return "crashed", f"{where} died, as by SIGKILL or for lack of memory; the same command continues"
     return "running", where
 
@@ -226,7 +227,7 @@ def _held_out(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _newest_checkpoint(directory: RunDirectory) -> Checkpoint | None:
     manifests = [path for path in directory.checkpoints.glob("step_*/MANIFEST.json") if not path.parent.is_symlink()]
-    newest = max(manifests, key=lambda path: path.stat().st_mtime, default=None)
+    newest = max(manifests, key=_modified, default=None)
     if newest is None:
         return None
     version = re.sub(r"\D", "", newest.parent.name)
@@ -235,13 +236,13 @@ def _newest_checkpoint(directory: RunDirectory) -> Checkpoint | None:
 
 def _trackers(directory: RunDirectory) -> dict[str, Mapping[str, Any]]:
     states = {path.stem: read_json(path) for path in sorted(directory.trackers.glob("*.json"))}
-    return {name: {"version": state["version"], "failures": state["failures"]} for name, state in states.items()}
+    return {name: {key: state.get(key) for key in ("version", "failures")} for name, state in states.items()}
 
 
 def _last_error(directory: RunDirectory) -> LastError | None:
     """Return the last error in the newest log file that has one."""
     logs = [path for path in directory.logs.glob("*.log") if path != directory.driver_log]
-    for path in sorted(logs, key=lambda each: each.stat().st_mtime, reverse=True):
+    for path in sorted(logs, key=_modified, reverse=True):
         line = next((line for line in reversed(_lines(path)) if _ERROR.match(line)), None)
         if line is not None:
             return LastError(file=str(path), line=line[:500], age_s=_age(path))
@@ -259,7 +260,24 @@ def _lines(path: Path) -> list[str]:
 
 
 def _age(path: Path) -> float:
-    return max(0.0, _now() - path.stat().st_mtime)
+    return max(0.0, _now() - _modified(path))
+
+
+def _modified(path: Path) -> float:
+    """Return the Unix time of the last change; 0 for a file that a running run has removed meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a file; 0 for a folder, or for a file that a running run has removed meanwhile."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def _now() -> float:

@@ -15,7 +15,7 @@ import pytest
 from resumable_runs import config
 
 from rlsys.config.files import dump_config
-from rlsys.errors import AbortedRunError, ConfigError, EngineError, InterruptedRunError
+from rlsys.errors import AbortedRunError, ConfigError, DamagedFileError, EngineError, InterruptedRunError
 from rlsys.run.journal import Journal, read_heartbeat
 from rlsys.run.ledger import Ledger
 from rlsys.run.lock import RunLock
@@ -163,6 +163,22 @@ def test_another_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"expected a run directory of `rlsys train`, found no config\.yaml"):
         read_status(tmp_path)
     assert read_heartbeat(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"pulse": 1}', "{"])
+def test_a_damaged_heartbeat_is_named(run_dir: Path, text: str) -> None:
+    (run_dir / "heartbeat.json").write_text(text)
+    with pytest.raises(DamagedFileError, match=r"heartbeat\.json: "):
+        read_status(run_dir)
+
+
+def test_files_that_vanish_meanwhile_do_no_harm(run_dir: Path) -> None:
+    (run_dir / "logs").mkdir()
+    (run_dir / "logs" / "actor-0.log").symlink_to(run_dir / "gone")
+    (run_dir / "checkpoints" / "step_000001").mkdir(parents=True)
+    (run_dir / "checkpoints" / "step_000001" / "MANIFEST.json").symlink_to(run_dir / "gone")
+    status = read_status(run_dir)
+    assert status.last_error is None and status.disk_bytes > 0
 
 
 def test_the_directory_of_a_search_is_refused(run_dir: Path) -> None:
