@@ -264,7 +264,7 @@ def _age(path: Path) -> float:
 
 
 def _modified(path: Path) -> float:
-    """Return the Unix time of the last change; 0 for a file that a running run has removed meanwhile."""
+    """Return the Unix time of the last change; 0 for a file that was removed meanwhile."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -272,7 +272,7 @@ def _modified(path: Path) -> float:
 
 
 def _size(path: Path) -> int:
-    """Return the bytes of a file; 0 for a folder, or for a file that a running run has removed meanwhile."""
+    """Return the bytes of a file; 0 for a folder, or a file that was removed meanwhile."""
     try:
         status = path.lstat()
     except OSError:
