@@ -12,11 +12,10 @@ from real_runs import BEGINS, LOOPBACK, PREFERENCE, SFT, WARM, FinishedRun, last
 
 from rlsys.commands import export
 from rlsys.config.files import load_config
-from rlsys.run.metrics import HISTOGRAMS, METRICS, read_rows
-from rlsys.run.status import read_status
 from rlsys.models.folder import weights_digest
-from rlsys.run.metrics import METRICS, read_rows
+from rlsys.run.metrics import HISTOGRAMS, METRICS, read_rows
 from rlsys.run.policies import find_run_policy
+from rlsys.run.status import read_status
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 LARGEST_GAP = 5e-4
