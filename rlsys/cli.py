@@ -1,4 +1,4 @@
-"""The command line: train, check, evaluate, export, search, score, extract, teach, show, keys.
+"""The command line: train, check, evaluate, export, search, score, extract, teach, show, status, doctor, keys.
 
 Exit codes: 0 the command reached its end; 1 it failed; 2 the input is not usable, also the files of the run to be
 resumed, and the same command fails again until the user acts; 75 run.time_limit has passed; 128 + n it was stopped by
@@ -231,6 +231,31 @@ def show(
     from rlsys.display import standard_output
 
     show_command.run(Path(run_dir), prompt, standard_output())
+
+
+@app.command()
+def status(
+    run_dir: Annotated[str, typer.Argument(help="Run directory of `rlsys train`.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the state of a run from its files: progress, rates, who waits for whom, failures, checkpoint."""
+    from rlsys.commands import status as status_command
+    from rlsys.display import standard_output
+
+    status_command.run(Path(run_dir), standard_output(), as_json=as_json)
+
+
+@app.command()
+def doctor(
+    run_dir: Annotated[str, typer.Argument(help="Folder in which a run would write.")] = "runs",
+    self_test: Annotated[bool, typer.Option(help="Also let a tiny engine and learner work.")] = True,
+) -> None:
+    """Check this machine: versions, devices, memory, disk, ports, and a short self-test. Exit code 1 on a failure."""
+    from rlsys.commands import doctor as doctor_command
+    from rlsys.display import standard_output
+
+    if not doctor_command.run(Path(run_dir), standard_output(), self_test=self_test):
+        raise typer.Exit(1)
 
 
 @app.command()

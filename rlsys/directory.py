@@ -6,11 +6,13 @@
     metrics.jsonl         one row for each training step
     ledger.jsonl          the outcome of every prompt
     tensorboard/          the same metrics for TensorBoard
+    trackers/NAME.json    the run of an experiment tracker, and the last row that it got
     checkpoints/step_N/   checkpoints; see rlsys.run.checkpoints
     resumed_from.json     the checkpoint, named by run.resume, with which this run began
     stages/NAME/          the exported policy of a stage; for the stage `search`, a search directory
     stages/NAME.references.json   scores of preference pairs under the policy that the stage began with
     logs/                 one file for each process
+    heartbeat.json        what the driver and its processes did last, and how the command ended
     lock                  held by the process that uses the directory
 
 A checkpoint has these parts, beside its manifest and its provenance:
@@ -143,6 +145,14 @@ class RunDirectory:
         return self.path / "tensorboard"
 
     @property
+    def trackers(self) -> Path:
+        return self.path / "trackers"
+
+    def tracker_state(self, name: str) -> Path:
+        """Return the file about the run of an experiment tracker."""
+        return self.trackers / f"{name}.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -157,6 +167,14 @@ class RunDirectory:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def driver_log(self) -> Path:
+        return self.logs / "driver.log"
+
+    @property
+    def heartbeat(self) -> Path:
+        return self.path / "heartbeat.json"
 
     @property
     def lock(self) -> Path:

@@ -64,6 +64,7 @@ class Display:
         figures: the metrics to show.
         interval_s: shortest time between two plain lines of progress, seconds; messages always show.
         clock: monotonic seconds.
+        log: also gets every message.
     """
 
     def __init__(
@@ -74,12 +75,13 @@ class Display:
         figures: Figures = FIGURES,
         interval_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
+        log: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self._console = console or standard_output()
         self._totals = dict(totals or {})
         self._shown_figures = figures
         self._interval_s = interval_s
-        self._clock = clock
+        self._clock, self._log = clock, log
         self._stage, self._unit, self._total, self._done = "", "", 0, 0
         self._done_before = 0  # steps or trees that an earlier command has finished
         self._figures: dict[str, float] = {}
@@ -124,7 +126,7 @@ class Display:
         self._figures.update(metrics)
         if now - self._last_line >= self._interval_s or self._done == self._total:
             self._last_line = now
-            left = f"  left {_duration(self.seconds_left)}" if self._done < self._total else ""
+            left = f"  left {duration(self.seconds_left)}" if self._done < self._total else ""
             self._line(f"{self._unit} {self._done}/{self._total}{self._labelled({**self._rates, **metrics})}{left}")
 
     def update(self, metrics: Mapping[str, float]) -> None:
@@ -140,6 +142,7 @@ class Display:
 
     def message(self, text: str) -> None:
         """Show an event, such as a resume, a checkpoint or a warning."""
+        self._log(text)
         self._messages.append(text)
         self._line(text)
 
@@ -199,7 +202,7 @@ class Display:
         progress.add_row(
             f"{self._unit} {self._done}/{self._total}",
             ProgressBar(max(self._total, 1), self._done, complete_style="green", finished_style="green"),
-            f"left {_duration(self.seconds_left)}, elapsed {_duration(self._clock() - self._started)}",
+            f"left {duration(self.seconds_left)}, elapsed {duration(self._clock() - self._started)}",
         )
         messages = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in list(self._messages)]
         parts: list[RenderableType] = [heading] if self._totals else []
@@ -220,7 +223,7 @@ class Display:
         return table
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
     """Format seconds as h:mm:ss or m:ss, and None as a dash."""
     if seconds is None:
         return "-"

@@ -13,8 +13,9 @@ from rich.tree import Tree as Drawing
 from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.display import print_lines, print_table, printable
 from rlsys.errors import ConfigError
+from rlsys.search.outline import heading
 from rlsys.search.tree_json import read_trees
-from rlsys.trees import ThoughtNode, Tree, TreeFailure
+from rlsys.trees import Tree, TreeFailure
 
 LISTED = 50
 
@@ -86,23 +87,3 @@ def show_tree(tree: Tree, console: Console) -> None:
     with console.capture() as captured:
         console.print(drawing)
     print_lines(console, [question, *captured.get().splitlines(), end])
-
-
-def heading(node: ThoughtNode) -> str:
-    """Return type, value, visits, estimate and surprise of a node, and what else there is to know of it."""
-    parts = [node.type]
-    if node.value is not None:
-        parts.append(f"value {node.value:.2f} of {node.visits}")
-    if node.estimate is not None:
-        parts.append(f"estimate {node.estimate:.2f}")
-    if node.generated:
-        parts.append(f"surprise {max(-float(logprob) for logprob in node.logprobs):.2f}")
-    if node.samples > 1:
-        parts.append(f"drawn {node.samples} times")
-    if node.backtrack:
-        parts.append("after a wrong answer")
-    if node.defect:
-        parts.append(node.defect)
-    if node.verdict:
-        parts.append(f"{node.verdict.outcome}, reward {node.verdict.reward:g}")
-    return ", ".join(parts)

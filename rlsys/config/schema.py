@@ -31,6 +31,15 @@ class RunConfig(Section):
     time_limit: float | None = Field(default=None, gt=0)
     """Seconds after which a command finishes its current work, saves and exits with code 75. Run the same command again
     to continue. Leave time for one training step and one checkpoint before the limit of the job scheduler."""
+    trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Experiment trackers that get the metrics too, beside TensorBoard. Their packages must be installed; their own
+    environment variables choose project, server and offline mode."""
+
+    @model_validator(mode="after")
+    def _trackers_are_distinct(self) -> RunConfig:
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"trackers {list(self.trackers)} names one twice")
+        return self
 
 
 class FromScratchConfig(Section):

@@ -12,7 +12,7 @@ from rlsys.control.budgets import verifier_limit
 from rlsys.control.dispatch import sample
 from rlsys.errors import TooManyFailuresError
 from rlsys.interfaces import RolloutPool
-from rlsys.stats import pass_at_k
+from rlsys.stats import mean_over_prompts, pass_at_k
 from rlsys.types import Prompt, RolloutFailure, SamplingSettings, TrajectoryGroup
 
 
@@ -84,7 +84,9 @@ def held_out_metrics(greedy: Sequence[TrajectoryGroup], sampled: Sequence[Trajec
     metrics: dict[str, float] = {}
     for name, groups in (("greedy", greedy), ("sampled", sampled)):
         if groups:
+            accuracy = mean_over_prompts(solved(groups))
             metrics[f"held_out/{name}_accuracy"] = float(solved(groups).mean())
+            metrics |= {f"held_out/{name}_accuracy_low": accuracy.low, f"held_out/{name}_accuracy_high": accuracy.high}
             metrics[f"held_out/{name}_no_answer_rate"] = float(unanswered(groups).mean())
     if sampled:
         values = solved(sampled)

@@ -111,6 +111,14 @@ class Fleet:
         """Return the state of every actor."""
         return [slot.state for slot in self._supervisor.actors]
 
+    def activity(self) -> list[dict[str, Any]]:
+        """Return name, state, calls under way and seconds without progress of every process."""
+        slots = [*self._supervisor.actors, *self._supervisor.auxiliary]
+        return [
+            {"name": s.who, "state": s.state.value, "calls": s.calls, "silent_s": s.timer.seconds if s.calls else 0.0}
+            for s in slots
+        ]
+
     def check_progress(self) -> None:
         """Check the progress of all processes now, as the watch does in every interval."""
         self._supervisor.check_progress()

@@ -64,6 +64,7 @@ class LearnerGroup:
         self._hang_timeout_s = hang_timeout_s
         self._clock = clock or WatchClock()
         self._first_cause_s = first_cause_s
+        self._call: tuple[str, float] | None = None  # the call under way, and monotonic seconds at its beginning
         self._ranks = spawn(0)
 
     def restart(self) -> None:
@@ -85,6 +86,7 @@ class LearnerGroup:
             LearnerLostError: a rank died, broke or hangs, or the ranks raised different errors.
             RlsysError: the error that all ranks raised.
         """
+        self._call = (method, self._clock.monotonic())
         work = asyncio.create_task(self.answers(method, *arguments))
         watch = asyncio.create_task(self._watch(moving))
         try:
@@ -96,6 +98,11 @@ class LearnerGroup:
             for task in (watch, work):
                 task.cancel()
             await asyncio.gather(watch, work, return_exceptions=True)
+            self._call = None
+
+    def activity(self) -> dict[str, Any]:
+        """Return the name and the seconds of the call under way; nothing between two calls."""
+        return {"call": self._call[0], "seconds": self._clock.monotonic() - self._call[1]} if self._call else {}
 
     async def answers(self, method: str, *arguments: Any) -> list[Any]:
         """Return the answers of all ranks to a call, without a watch."""

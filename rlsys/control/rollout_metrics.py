@@ -10,6 +10,7 @@ from rlsys.interfaces import EngineStats
 from rlsys.run.metrics import REWARDS
 from rlsys.types import Trajectory, TrajectoryGroup
 
+_Z = 1.96  # 97.5 % quantile of the standard normal distribution
 # Metrics of a tree that are summed over the trees of a step, under the same names.
 SUMMED = (
     "simulations",
@@ -83,8 +84,12 @@ def _sampled_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
     judged = [t for t in trajectories if t.judged]
     lengths = [t.completion_length for t in trajectories]
     rewards = [[t.reward for t in group.trajectories if t.judged] for group in groups]
+    reward = float(np.mean([t.reward for t in judged])) if judged else 0.0
+    margin = _margin([float(np.mean(row)) for row in rewards if row])
     return {
-        "rollout/reward": float(np.mean([t.reward for t in judged])) if judged else 0.0,
+        "rollout/reward": reward,
+        "rollout/reward_low": reward - margin,
+        "rollout/reward_high": reward + margin,
         "rollout/accuracy": float(np.mean([t.correct for t in trajectories])),
         "rollout/no_answer_rate": float(np.mean([t.judged and not t.answered for t in trajectories])),
         "rollout/truncated_rate": float(np.mean([t.finish_reason == "length" for t in trajectories])),
@@ -105,6 +110,11 @@ def _reward_parts(judged: Sequence[Trajectory]) -> Mapping[str, float]:
         for name, value in trajectory.parts.items():
             parts.setdefault(f"{REWARDS}{name}", []).append(value)
     return {name: float(np.mean(values)) for name, values in parts.items()}
+
+
+def _margin(means: Sequence[float]) -> float:
+    """Return half the 95 % interval of the mean of groups, by the normal distribution; 0 for a single group."""
+    return _Z * float(np.std(means, ddof=1)) / len(means) ** 0.5 if len(means) > 1 else 0.0
 
 
 def _staleness(groups: Sequence[TrajectoryGroup], version: int) -> Mapping[str, float]:

@@ -18,7 +18,7 @@ from rlsys.models.folder import weights_digest
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.ledger import Ledger
 from rlsys.run.metrics import MetricsWriter
-from rlsys.types import Prompt
+from rlsys.types import Int32Array, Prompt
 
 
 class SearchStage(Protocol):
@@ -47,6 +47,7 @@ class RunContext:
         search: the work of the stage `search`; None for a run without that stage.
         fingerprint: digests of everything that the run reads (`Inputs.fingerprint`), kept in every checkpoint.
         policy_digest: returns a digest of all weights of a policy folder.
+        decode: returns the text of token ids, for people.
     """
 
     config: Config
@@ -66,3 +67,4 @@ class RunContext:
     search: SearchStage | None = None
     fingerprint: Mapping[str, str] = field(default_factory=dict)
     policy_digest: Callable[[Path], str] = weights_digest
+    decode: Callable[[Int32Array], str] = str

@@ -37,6 +37,7 @@ from rlsys.launch.transports import check_transport
 from rlsys.models.adapters import AdapterSpec, check_adapter, read_adapter
 from rlsys.models.checks import Use, check_model
 from rlsys.models.folder import ModelFolder, given_model, is_adapter
+from rlsys.run.trackers import check_installed
 from rlsys.trees import Role
 from rlsys.types import Prompt
 
@@ -100,7 +101,7 @@ def check_settings(config: Config, purpose: Purpose) -> None:
     Raises:
         ConfigError: run.address is not safe to use or does not answer; run.dir cannot be written, or is relative on a
             cluster; the processes cannot have weight_sync.transport; or a training run does not measure
-            checkpoint.best_metric.
+            checkpoint.best_metric, or has a tracker that is not installed.
     """
     check_address(config.run.address)
     if purpose in ("train", "check"):
@@ -110,6 +111,7 @@ def check_settings(config: Config, purpose: Purpose) -> None:
         _check_run_dir(config)
     if purpose in ("train", "check"):
         check_best_metric(config)
+        check_installed(config.run.trackers)
 
 
 def _check_run_dir(config: Config) -> None:

@@ -202,6 +202,10 @@ class RayLearner:
         """Kill all ranks and start new ones, which have no state."""
         self._group.restart()
 
+    def activity(self) -> dict[str, Any]:
+        """Return the name and the seconds of the call under way; nothing between two calls."""
+        return self._group.activity()
+
     async def call(self, method: str, *arguments: Any, moving: bool = False) -> Sequence[Any]:
         """Return the answers of all ranks; see `LearnerGroup.call`."""
         return await self._group.call(method, *arguments, moving=moving)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,18 @@ from rlsys.launch.remote import RayLearner
 from rlsys.launch.resources import object_store_bytes
 from rlsys.launch.signals import TIME_LIMIT, StopSignals
 from rlsys.launch.start import AdaptedModel, learner_handles, rollout_pool
+from rlsys.models.chat import decode_prompt
 from rlsys.models.folder import ModelFolder, is_policy
 from rlsys.run import report
+from rlsys.run.charts import main_settings
 from rlsys.run.checkpoints import CheckpointStore
+from rlsys.run.journal import INTERVAL_S, Journal
 from rlsys.run.ledger import Ledger
 from rlsys.run.lock import RunLock
 from rlsys.run.metrics import MetricsWriter
 from rlsys.run.provenance import check_extraction, check_inputs
 from rlsys.run.resume import Start, all_steps_made, checkpoint_store, find_newest_start, find_start
+from rlsys.run.trackers import following
 from rlsys.trees import Role
 from rlsys.types import Prompt
 
@@ -68,6 +73,7 @@ class Session:
     prepared: Prepared
     placement: Placement
     display: Display
+    journal: Journal
     stop: StopSignals
 
 
@@ -98,10 +104,13 @@ def train(config: Config) -> str:
         write_text(directory.config, dump_config(config))
         placement = place(config, prepared.auxiliary, learner=True)
         store_bytes = object_store_bytes(config, prepared.trained_parameters)
+        totals: dict[str, int] = {plan.name: plan.progress_total for plan in stage_plans(config)}
         with (
+            Journal(run_dir) as journal,
             naming_logs(directory.logs),
             ray_cluster(config, run_dir, placement.bundles, store_bytes) as cluster,
-            Display(totals={plan.name: plan.progress_total for plan in stage_plans(config)}) as display,
+            Display(totals=totals, log=journal.say) as display,
+            following(run_dir, config.run.trackers, display.message),
         ):
             session = Session(
                 config=config,
@@ -111,6 +120,7 @@ def train(config: Config) -> str:
                 prepared=prepared,
                 placement=placement,
                 display=display,
+                journal=journal,
                 stop=stop,
             )
             stop.run(cluster.watched(_train(cluster, session)))
@@ -200,10 +210,10 @@ async def _train(cluster: Cluster, session: Session) -> None:
     inputs, initial_policy = session.prepared.inputs, session.prepared.policy.path
     teacher = session.prepared.held_teacher
     serving = CheckpointDirectory(start.checkpoint).policy if start.checkpoint else initial_policy
-    for note in session.prepared.notes:
+    for note in (*session.prepared.notes, start.describe()):
         display.message(note)
-    display.message(start.describe())
     bus: WeightBus | None = None
+    signals: list[str] = []
 
     def replacement_policy() -> Path:
         """Return the folder for replaced actors: after the calibration, retention may remove the checkpoint."""
@@ -221,7 +231,6 @@ async def _train(cluster: Cluster, session: Session) -> None:
         dtype = _lowest_dtype(config)
         probe = inputs.probe(PROBE_TOKENS if dtype == "bf16" else 0)
         bus = WeightBus(learner, pool, config.weight_sync, dtype, probe)
-        signals: list[str] = []
         recovery = Recovery(
             config=config,
             actors=pool,
@@ -233,8 +242,26 @@ async def _train(cluster: Cluster, session: Session) -> None:
             signals=signals,
         )
         fault("driver.up")
-        await recovery.run(start, lambda start: _run(session, start, pool, learner, bus, signals))
+        async with _beating(session.journal, pool, learner):
+            await recovery.run(start, lambda start: _run(session, start, pool, learner, bus, signals))
         learner.close()
+
+
+@contextlib.asynccontextmanager
+async def _beating(journal: Journal, pool: Fleet, learner: RayLearner) -> AsyncIterator[None]:
+    """Write heartbeats inside the block."""
+
+    async def beat() -> None:
+        while True:
+            await asyncio.to_thread(journal.beat, pool.activity(), learner.activity())
+            await asyncio.sleep(INTERVAL_S)
+
+    task = asyncio.create_task(beat())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 async def _run(
@@ -249,7 +276,9 @@ async def _run(
     # -1 drops all rows, because an attempt that never reached a checkpoint cannot be continued.
     version = start.state.weight_version if start.checkpoint else -1
     with (
-        contextlib.closing(MetricsWriter(session.run_dir, version, display.message)) as metrics,
+        contextlib.closing(
+            MetricsWriter(session.run_dir, version, display.message, main_settings(session.config))
+        ) as metrics,
         contextlib.closing(Ledger(session.run_dir, version, display.message)) as ledger,
     ):
         context = _run_context(session, pool, learner, bus, metrics, ledger)
@@ -293,6 +322,7 @@ def _run_context(
         held_out=inputs.held_out,
         search=_search_stage(session, pool) if session.prepared.tree_prompts else None,
         fingerprint=session.prepared.fingerprint(),
+        decode=lambda token_ids: decode_prompt(policy.tokenizer, token_ids.tolist()),
     )
 
 

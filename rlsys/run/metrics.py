@@ -7,17 +7,19 @@ may differ in it: times, rates and sizes that depend on the machine.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlsys.directory import RunDirectory
 from rlsys.errors import CheckpointError, RlsysError
-from rlsys.files import RecordFile, json_record, read_records, resume_records
+from rlsys.files import json_record, read_records, resume_records
+from rlsys.run.charts import hparams, layout
+from rlsys.run.event_file import EventFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,10 @@ def _where(term: str) -> str:
 _SPECS = (
     MetricSpec("weights/version", "steps", "number of finished training steps of all stages"),
     MetricSpec("rollout/reward", "1", "mean reward of the step's sampled trajectories with a verdict"),
+    MetricSpec(
+        "rollout/reward_low", "1", "lower end of its 95 % interval, from the spread of the groups' mean rewards"
+    ),
+    MetricSpec("rollout/reward_high", "1", "upper end of this interval"),
     MetricSpec("rollout/accuracy", "share", "share of the trajectories that the verifier found correct"),
     MetricSpec("rollout/no_answer_rate", "share", "share of the trajectories without a valid answer"),
     MetricSpec("rollout/truncated_rate", "share", "share of the trajectories that reached the token limit"),
@@ -134,10 +140,18 @@ _SPECS = (
     MetricSpec("search/step_preferences", "pairs", "preference pairs of sibling nodes"),
     MetricSpec("search/demonstrations", "chains", "correct chains to imitate"),
     MetricSpec("held_out/greedy_accuracy", "share", "share of the held-out problems that greedy decoding solves"),
+    MetricSpec(
+        "held_out/greedy_accuracy_low", "share", "lower end of its 95 % interval, by bootstrap over the problems"
+    ),
+    MetricSpec("held_out/greedy_accuracy_high", "share", "upper end of this interval"),
     MetricSpec("held_out/greedy_no_answer_rate", "share", "share of the greedy completions without a valid answer"),
     MetricSpec(
         "held_out/sampled_accuracy", "share", "share of the samples, at temperature 1, that solve their problem"
     ),
+    MetricSpec(
+        "held_out/sampled_accuracy_low", "share", "lower end of its 95 % interval, by bootstrap over the problems"
+    ),
+    MetricSpec("held_out/sampled_accuracy_high", "share", "upper end of this interval"),
     MetricSpec("held_out/sampled_no_answer_rate", "share", "share of the samples without a valid answer"),
     MetricSpec("held_out/pass_at_k", "share", "share of the held-out problems that at least one of k samples solves"),
     MetricSpec("held_out/verifier_error_rate", "share", "share of the held-out verifications that raised or timed out"),
@@ -234,6 +248,17 @@ _SPECS = (
 )
 
 METRICS: Mapping[str, MetricSpec] = {spec.name: spec for spec in _SPECS}
+HISTOGRAMS: Mapping[str, str] = {
+    "rollout/completion_lengths": "lengths of the step's sampled completions, tokens",
+    "rollout/rewards": "rewards of the step's sampled trajectories with a verdict",
+    "rollout/group_rewards": "mean reward of each sampled group: groups at either end teach nothing",
+}
+TEXTS: Mapping[str, str] = {
+    "rollout/samples": "the best and the worst trajectory of a group of the step",
+    "search/tree": "a searched tree: a star marks the way to a right answer",
+}
+"""Histograms and texts that only TensorBoard gets, with their meanings."""
+
 REWARDS = "rewards/"
 """Prefix of the metrics whose names the config gives: one for each reward function, and rewards/task."""
 
@@ -260,19 +285,29 @@ class MetricsWriter:
         run_dir: the run directory.
         resume_version: weight version of the checkpoint that the run continues from; -1 for a new run.
         say: called with a message when rows or events cannot be written and wait in memory.
+        settings: the main settings of the run, for TensorBoard's tab HParams.
     Raises:
         DamagedFileError: a line of metrics.jsonl is not a row.
         CheckpointError: a file cannot be written.
     """
 
-    def __init__(self, run_dir: Path, resume_version: int, say: Callable[[str], None] = lambda _text: None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        resume_version: int,
+        say: Callable[[str], None] = lambda _text: None,
+        settings: Mapping[str, bool | float | str] | None = None,
+    ) -> None:
         path = RunDirectory(run_dir).metrics
         rows, self._file = resume_records(
             path, read_rows(path), say, version_key="weights/version", last_version=resume_version
         )
         self._written = {(row["stage"], row["step"]) for row in rows}
         self._repeatable = {(row["stage"], row["step"]) for row in rows if row["weights/version"] == resume_version}
-        self._events = _EventFile(RunDirectory(run_dir).tensorboard, purge_step=resume_version + 1, say=say)
+        self._events = EventFile(RunDirectory(run_dir).tensorboard, resume_version + 1, say, _meaning)
+        self._events.layout(layout())
+        if settings:
+            self._events.settings(hparams(settings))
 
     def log(self, stage: str, step: int, version: int, metrics: Mapping[str, float]) -> None:
         """Write one row. A value that is not finite becomes null, and TensorBoard does not get it.
@@ -292,6 +327,16 @@ class MetricsWriter:
         row = _ordered({**metrics, "weights/version": version})
         self._file.write(json_record({"stage": stage, "step": step, **row}))
         self._events.scalars(version, {name: value for name, value in row.items() if value is not None})
+
+    def show(
+        self, version: int, histograms: Mapping[str, np.ndarray] | None = None, texts: Mapping[str, str] | None = None
+    ) -> None:
+        """Write histograms and texts of a weight version, by names of HISTOGRAMS and TEXTS, to TensorBoard."""
+        for tag, numbers in (histograms or {}).items():
+            if numbers.size:
+                self._events.histogram(version, tag, numbers)
+        for tag, markdown in (texts or {}).items():
+            self._events.text(version, tag, markdown)
 
     def sync(self) -> None:
         """Flush all rows and TensorBoard events to disk.
@@ -322,6 +367,11 @@ def _is_row(row: Any) -> bool:
     return {"stage", "step"} <= set(row) and isinstance(row["weights/version"], int | float)
 
 
+def _meaning(tag: str) -> str:
+    spec = spec_of(tag)
+    return f"{spec.meaning} ({spec.unit})" if spec else {**HISTOGRAMS, **TEXTS}[tag]
+
+
 def _ordered(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """Return the values as Python numbers in the order of the registry, with None for values that are not finite."""
     row: dict[str, float | None] = {}
@@ -331,40 +381,3 @@ def _ordered(metrics: Mapping[str, float]) -> dict[str, float | None]:
             number = value if type(value) is int else float(value)
             row[name] = number if math.isfinite(number) else None
     return row
-
-
-class _EventFile:
-    """One TensorBoard event file, written with the tensorboard package because the wrapper in torch would load torch.
-
-    A resumed run adds a file. TensorBoard reads the files in the order of their names. The session start at
-    `purge_step` makes it ignore the events of earlier files from that step on.
-    """
-
-    def __init__(self, folder: Path, purge_step: int, say: Callable[[str], None]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self._event, self._summary = Event, Summary
-        before = len(list(folder.glob("events.out.tfevents.*")))
-        paths = (folder / f"events.out.tfevents.{number:010d}" for number in itertools.count(before))
-        self._file = RecordFile(next(path for path in paths if not path.exists()), say)
-        self._records = RecordWriter(self._file)  # writes each record in one call
-        self._write(Event(file_version="brain.Event:2"))
-        self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        summary = self._summary(
-            value=[self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        )
-        self._write(self._event(step=step, summary=summary))
-
-    def sync(self) -> None:
-        self._file.sync()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _write(self, event: Any) -> None:
-        event.wall_time = time.time()  # noqa: TID251 - only shown to people, by TensorBoard
-        self._records.write(event.SerializeToString())

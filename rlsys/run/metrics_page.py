@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
-from rlsys.run.metrics import METRICS
+from rlsys.run.charts import CHARTS
+from rlsys.run.metrics import HISTOGRAMS, METRICS, TEXTS
 
 # Names or beginnings of names (with a star) that a user should watch, and what to look for.
 ADVICE: Mapping[Sequence[str], str] = {
     ("rollout/reward", "held_out/sampled_accuracy"): "Should rise. The first is measured on the prompts of the step, "
-    "the second on problems that are never trained.",
+    "the second on problems that are never trained. Their names with `_low` and `_high` are the ends of the 95 % "
+    "interval.",
     ("held_out/greedy_no_answer_rate", "rollout/no_answer_rate", "rollout/truncated_rate"): "Chains that end without "
     "an answer, the fault that this project is about. If they rise together with the length, the policy loops.",
     ("rollout/zero_advantage_groups",): "Groups that are all right or all wrong teach nothing. Near 1 the task is too "
@@ -43,6 +45,36 @@ ADVICE: Mapping[Sequence[str], str] = {
     "share of the prompt tokens that the prefix cache had.",
 }
 
+VIEWS = """## TensorBoard
+
+`tensorboard --logdir runs`. The tab **Custom Scalars** has the charts that a person watches, with intervals: \
+{charts}. **Scalars** has every metric, grouped by the first part of its name, with its meaning. **Histograms** and \
+**Text** have:
+
+{details}
+
+Histograms are written in every online step, texts in the first and every tenth. **HParams** compares runs by their \
+main settings and their last held-out figures. A resumed run continues its curves: the steps after its checkpoint are \
+shown once.
+
+## Weights & Biases, MLflow, trackio
+
+`run.trackers: [wandb]` (or `mlflow`, `trackio`, or several) sends the same metrics, under the same names and with the \
+weight version as step, to experiment trackers. Install their packages yourself, for example \
+`.venv/bin/pip install wandb`. Their own environment variables choose project, server and offline mode: \
+`WANDB_PROJECT`, `WANDB_MODE=offline`, `MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`, `TRACKIO_DIR`, \
+`TRACKIO_SPACE_ID` and so on; the default project is `rlsys`.
+
+- Each tracker runs in a process of its own that reads `metrics.jsonl`. If it fails, blocks or crashes, the run goes \
+on: the driver prints one line, `logs/tracker-NAME.log` has the rest, and `trackers/NAME.json` counts the refused rows.
+- `trackers/NAME.json` also keeps the id of the tracker's run. A resumed run continues that run, and what was not sent \
+yet is sent then. To begin a new one, remove the file.
+- Every row is sent once. After a rollback, the steps that are made again keep the numbers of the first time in the \
+tracker; `metrics.jsonl` has those of the second.
+- At the end of a command, a tracker has a minute to send what is left.
+- W&B offline: `wandb sync RUN/trackers/wandb/offline-run-*` uploads all parts of a resumed run as one.
+"""
+
 
 def page() -> str:
     """Return the page as Markdown."""
@@ -60,6 +92,9 @@ def page() -> str:
         "|---|---|",
         *(f"| {', '.join(f'`{name}`' for name in names)} | {advice} |" for names, advice in ADVICE.items()),
     ]
+    details = "\n".join(f"- `{name}`: {meaning}" for name, meaning in {**HISTOGRAMS, **TEXTS}.items())
+    charts = "; ".join(title for group in CHARTS.values() for title in group)
+    lines += ["", VIEWS.format(charts=charts, details=details).rstrip()]
     prefixes = list(dict.fromkeys(name.split("/")[0] for name in METRICS))
     specs_by_prefix = sorted(METRICS.values(), key=lambda spec: prefixes.index(spec.name.split("/")[0]))
     for prefix, specs in groupby(specs_by_prefix, key=lambda spec: spec.name.split("/")[0]):

@@ -15,8 +15,9 @@ from real_searches import wait_until
 from rlsys.commands import export
 from rlsys.config.files import load_config
 from rlsys.models.folder import weights_digest
-from rlsys.run.metrics import METRICS, read_rows
+from rlsys.run.metrics import HISTOGRAMS, METRICS, read_rows
 from rlsys.run.policies import find_run_policy
+from rlsys.run.status import read_status
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 LARGEST_GAP = 5e-4
@@ -70,6 +71,7 @@ def test_run_directory(finished_run: FinishedRun) -> None:
     assert sorted(path.name for path in (run / "logs").iterdir()) == [
         "actor-0.log",
         "actor-1.log",
+        "driver.log",
         "learner-0.log",
         "learner-1.log",
         "ray.log",
@@ -89,6 +91,17 @@ def test_every_line_of_output_is_ours(finished_run: FinishedRun) -> None:
     assert "worker died" not in log  # all processes left before Ray did
 
 
+def test_status_knows_the_end_and_the_pace(finished_run: FinishedRun) -> None:
+    status = read_status(finished_run.dir)
+    assert (status.state, status.weight_version) == ("finished", 70)
+    assert all(done == total for done, total in status.stages.values())
+    assert status.heartbeat is not None and status.heartbeat.end == "finished"
+    assert status.heartbeat.time > status.heartbeat.started
+    assert status.throughput is not None and status.throughput.present is not None
+    assert all(0 < status.throughput.shares[part] < 1 for part in ("rollout", "learn", "publish"))
+    assert status.last_error is None
+
+
 def test_tensorboard_holds_the_same_numbers(finished_run: FinishedRun) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -99,6 +112,9 @@ def test_tensorboard_holds_the_same_numbers(finished_run: FinishedRun) -> None:
         for name in events.Tags()["scalars"]
         for event in events.Scalars(name)
     }
+    assert set(HISTOGRAMS) <= set(events.Tags()["histograms"])
+    samples = events.Tensors("rollout/samples")[0].tensor_proto.string_val[0].decode()
+    assert "**prompt** train-" in samples and "tokens" in samples
     rows = read_rows(finished_run.dir / "metrics.jsonl")
     expected = {
         (name, row["weights/version"], np.float32(value))

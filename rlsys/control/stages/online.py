@@ -20,6 +20,7 @@ from rlsys.control.buffer import Buffer
 from rlsys.control.counters import Counters
 from rlsys.control.dynamic_sampling import GroupFilter, has_signal
 from rlsys.control.producer import Producer
+from rlsys.control.rollout_details import EXAMPLE_INTERVAL, examples, histograms
 from rlsys.control.rollout_metrics import engine_metrics, rollout_metrics
 from rlsys.control.stages.training import TrainingStage
 from rlsys.control.training_run import Stopwatch, TrainingRun
@@ -88,6 +89,7 @@ class OnlineStage(TrainingStage):
                 metrics |= await self._publish()
                 context.ledger.note("trained", buffer.taken)
                 self._record_state()
+                self._show_rollouts(groups)
                 await run.finish_step(plan, metrics, started)
 
     # --- publish ---
@@ -172,6 +174,13 @@ class OnlineStage(TrainingStage):
         self._check_staleness(metrics["rollout/staleness_max"])
         self._check_attempt(groups)
         return metrics
+
+    def _show_rollouts(self, groups: Sequence[TrajectoryGroup]) -> None:
+        """Write the distributions of a step, and sometimes examples, for TensorBoard."""
+        run, context = self.training, self.training.context
+        shows = run.state.step == 1 or run.state.step % EXAMPLE_INTERVAL == 0
+        texts = examples(groups, context.decode) if shows else {}
+        context.metrics.show(run.state.weight_version, histograms(groups), texts)
 
     def _check_staleness(self, staleness: float) -> None:
         bound = self.training.config.train.max_staleness

@@ -17,11 +17,12 @@ from rlsys.config.compare import extraction_request
 from rlsys.config.schema import Config
 from rlsys.config.stages import StagePlan
 from rlsys.control.dispatch import TreePool
+from rlsys.control.rollout_details import tree_example
 from rlsys.control.stages.start import start_stage
 from rlsys.control.stop_request import StopRequest
 from rlsys.control.training_run import TrainingRun
 from rlsys.control.tree_search import Search, check_answers, deciding_fields, open_trees
-from rlsys.directory import SearchDirectory
+from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.display import Display
 from rlsys.errors import CheckpointError, DataError, InterruptedRunError
 from rlsys.files import read_json, write_json
@@ -55,6 +56,8 @@ class SearchLoop:
             run.stop.check()
         metrics = await context.search.run(policy, run.stop)
         context.metrics.log("search", 0, run.state.weight_version, metrics)
+        texts = await asyncio.to_thread(tree_example, RunDirectory(context.run_dir).search_stage)
+        context.metrics.show(run.state.weight_version, texts=texts)
 
 
 @dataclass(frozen=True, kw_only=True)

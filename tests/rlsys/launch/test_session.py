@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -182,14 +183,22 @@ def test_a_replaced_actor_loads_a_policy_that_retention_keeps(monkeypatch: pytes
     @contextlib.asynccontextmanager
     async def pool(*arguments: Any):
         pools.append(arguments)
-        yield None
+        yield SimpleNamespace(activity=lambda: ["actors"])
+
+    beats: list[Any] = []
+    beaten = threading.Event()
+
+    def beat(*work: Any) -> None:
+        beats.append(work)
+        beaten.set()
 
     async def attempt(_session: Any, start: Any, *_arguments: Any) -> None:
         attempts.append(start)
+        assert await asyncio.to_thread(beaten.wait, 10)
 
     monkeypatch.setattr(launch, "rollout_pool", pool)
     closed: list[bool] = []
-    learner = SimpleNamespace(close=lambda: closed.append(True))
+    learner = SimpleNamespace(close=lambda: closed.append(True), activity=lambda: {"call": "train"})
     monkeypatch.setattr(launch, "RayLearner", lambda *_arguments: learner)
     monkeypatch.setattr(launch, "WeightBus", lambda *_arguments: bus)
     monkeypatch.setattr(launch, "_run", attempt)
@@ -203,10 +212,12 @@ def test_a_replaced_actor_loads_a_policy_that_retention_keeps(monkeypatch: pytes
         prepared=prepared(own, SimpleNamespace(notes=(), probe=lambda _tokens: None), None),
         placement=place(own, learner=True),
         display=SimpleNamespace(message=lambda text: None),
+        journal=SimpleNamespace(beat=beat),
     )
     cluster: Any = SimpleNamespace(config=session.config)
     asyncio.run(launch._train(cluster, session))
     assert attempts == [start] and closed == [True]
+    assert beats == [(["actors"], {"call": "train"})]
     _, serving, _, replacement_policy, *_ = pools[0]
     assert serving == replacement_policy() == Path("checkpoint/policy")
     bus.calibrated = True  # from then on training may remove the checkpoint
