@@ -109,6 +109,7 @@ def test_an_evaluation_of_other_weights_is_measured_again(tmp_path: Path, monkey
         calls.append(command)
         target = next(part for part in command if str(part).startswith("--output=")).removeprefix("--output=")
         Path(target).write_text(f'{{"call": {len(calls)}}}')
+        Path(f"{target}.parts").mkdir()
 
     monkeypatch.setattr(cells, "subprocess", SimpleNamespace(run=run, DEVNULL=None))
     for weights, expected in (("a", 1), ("a", 1), ("b", 2)):

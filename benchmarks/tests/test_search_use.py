@@ -36,6 +36,7 @@ def test_the_arms_differ_in_nothing_but_what_they_are_named_after(search_use: Mo
         f"{'surprise' if search.selection.type == 'surprise' else search.expansion}, "
         f"{search.selection.unit if search.selection.type == 'surprise' else search.selection.type.upper()}"
         f"{', backtracking once' if search.backtracking else ''}{', step check' if search.value else ''}"
+        f"{', 8 at once' if search.parallel_simulations == 8 else ''}"
         for search in (config.search for config in configs)
     ]
     assert names == list(search_use.ARMS)
@@ -49,6 +50,7 @@ def test_the_arms_differ_in_nothing_but_what_they_are_named_after(search_use: Mo
         "backtracking": True,
         "max_backtracks": 1,
         "value": None,
+        "parallel_simulations": 1,
         "patterns": ("chain",),
         "selection": configs[0].search.selection,
     }
@@ -114,7 +116,8 @@ def figures(search_page: ModuleType) -> Any:
 
     samples = [[row(30), row(None)], [row(30), row(30)]]
     search = [[row(64, True), row(60, True)], [row(64, True), row(50, False)]]
-    return search_page.Figures("letter_count", (32, 64), {"a search": search, search_page.SAMPLES: samples})
+    rows = {"a search": search, search_page.SAMPLES: samples}
+    return search_page.Figures("letter_count", (32, 64), rows, [["a", "b"], ["c", "d"]])
 
 
 def test_tables_by_hand(search_page: ModuleType) -> None:
