@@ -1,4 +1,4 @@
-"""The command line: train, check, evaluate, export, search, score, extract, teach, show, status, doctor, keys.
+"""The command line: train, check, evaluate, export, search, score, extract, teach, show, view, status, doctor, keys.
 
 Exit codes: 0 the command reached its end; 1 it failed; 2 the input is not usable, also the files of the run to be
 resumed, and the same command fails again until the user acts; 75 run.time_limit has passed; 128 + n it was stopped by
@@ -223,14 +223,31 @@ def teach(
 
 @app.command()
 def show(
-    run_dir: Annotated[str, typer.Argument(help="Run directory with trees.")],
-    prompt: Annotated[str, typer.Argument(help="Id of a prompt. Without it, the trees are listed.")] = "",
+    run_dir: Annotated[str, typer.Argument(help="Run directory with rollouts or trees.")],
+    prompt: Annotated[str, typer.Argument(help="Id of a prompt: show its tree, or without trees its rollouts.")] = "",
+    step: Annotated[int | None, typer.Option(help="Rollouts of this online step. Default: the last one.")] = None,
+    pick: Annotated[str | None, typer.Option(help="Show the `best`, `worst` or `random` rollouts of the step.")] = None,
 ) -> None:
-    """Show the tree of a prompt: types, texts, values, visits and surprise of its nodes."""
+    """Show some rollouts of a step and list the trees, or show the tree of a prompt."""
     from rlsys.commands import show as show_command
     from rlsys.display import standard_output
 
-    show_command.run(Path(run_dir), prompt, standard_output())
+    show_command.run(Path(run_dir), prompt, standard_output(), step=step, pick=pick)
+
+
+@app.command()
+def view(
+    run_dir: Annotated[str, typer.Argument(help="Run directory of `rlsys train` or `rlsys search`.")],
+    other: Annotated[str | None, typer.Argument(help="A second run, to compare with.")] = None,
+    host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any free one.")] = 6007,
+    export: Annotated[str | None, typer.Option(help="Write one HTML file instead, and serve nothing.")] = None,
+) -> None:
+    """Show curves, times, rollouts and trees of a run in a browser, also while it goes on."""
+    from rlsys.commands import view as view_command
+
+    runs = [Path(path) for path in (run_dir, other) if path]
+    view_command.run(runs, host, port, Path(export) if export else None)
 
 
 @app.command()

@@ -5,6 +5,7 @@
     model/, model.sha256  the initial model of model.from_scratch, and the digest of its settings
     metrics.jsonl         one row for each training step
     ledger.jsonl          the outcome of every prompt
+    rollouts/             some completions of each online step, see rlsys.run.rollouts
     tensorboard/          the same metrics for TensorBoard
     trackers/NAME.json    the run of an experiment tracker, and the last row that it got
     checkpoints/step_N/   checkpoints; see rlsys.run.checkpoints
@@ -28,6 +29,7 @@ A search directory is the run directory of `rlsys search` or the folder of the s
     search.json           config values and digests that determine the trees
     summary.json          figures of `rlsys search`
     scores.jsonl          scores of its correct chains by `rlsys score`
+    marks.json            chains that a person marked as bad, see rlsys.search.marks
     data/                 the extracted tables, report.json and README.md
     stage.json            the request to the stage `search`, and its figures
 """
@@ -98,6 +100,10 @@ class SearchDirectory:
         return self.path / "scores.jsonl"
 
     @property
+    def marks(self) -> Path:
+        return self.path / "marks.json"
+
+    @property
     def data(self) -> Path:
         return self.path / "data"
 
@@ -139,6 +145,10 @@ class RunDirectory:
     @property
     def ledger(self) -> Path:
         return self.path / "ledger.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts"
 
     @property
     def tensorboard(self) -> Path:

@@ -34,6 +34,9 @@ FIGURES: Figures = (
     ("search/solved", "solved trees", "{:.3f}"),
     ("objective/sft_loss", "sft loss", "{:.3f}"),
     ("objective/preference_loss", "preference loss", "{:.3f}"),
+    ("rollout/no_answer_rate", "no answer", "{:.3f}"),
+    ("rollout/truncated_rate", "cut off", "{:.3f}"),
+    ("rollout/zero_advantage_groups", "equal groups", "{:.3f}"),
     ("held_out/greedy_accuracy", "held-out greedy", "{:.3f}"),
     ("held_out/sampled_accuracy", "held-out sampled", "{:.3f}"),
     ("rollout/tokens_per_s", "actor tokens/s", "{:,.0f}"),
@@ -84,6 +87,7 @@ class Display:
         self._clock, self._log = clock, log
         self._stage, self._unit, self._total, self._done = "", "", 0, 0
         self._done_before = 0  # steps or trees that an earlier command has finished
+        self._waiting = ""
         self._figures: dict[str, float] = {}
         self._rates: dict[str, float] = {}  # updates of a stage that counts trees
         self._messages: deque[str] = deque(maxlen=_MESSAGES)
@@ -119,7 +123,7 @@ class Display:
         Args:
             metrics: names of the registry; a metric that is not given keeps its last value.
         """
-        now = self._clock()
+        now, self._waiting = self._clock(), ""
         self._step_times.append(now - self._last_step)
         self._last_step = now
         self._done += 1
@@ -139,6 +143,11 @@ class Display:
         """Show held-out figures that were measured outside a step."""
         self._figures.update(metrics)
         self._line(f"evaluation{self._labelled(metrics)}")
+
+    def waiting(self, text: str) -> None:
+        """Show what the run waits for until the next step, such as the engines at its start."""
+        self._waiting = text
+        self._line(f"waiting for {text}")
 
     def message(self, text: str) -> None:
         """Show an event, such as a resume, a checkpoint or a warning."""
@@ -206,7 +215,8 @@ class Display:
         )
         messages = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in list(self._messages)]
         parts: list[RenderableType] = [heading] if self._totals else []
-        parts += [progress, self._figure_table(), *messages]
+        waiting = [Text(f"waiting for {self._waiting}", style="yellow")] if self._waiting else []
+        parts += [progress, *waiting, self._figure_table(), *messages]
         return Panel(Group(*parts), title="rlsys", title_align="left")
 
     def _figure_table(self) -> Table:

@@ -54,6 +54,8 @@ def show(report: Mapping[str, Any], output: Path, console: Console) -> None:
             f"{report['missing']} of the prompts that search.prompts asks for have no tree in a finished file: "
             "the search is not finished, or its data set is smaller",
         )
+    if report["marked"]:
+        lines.insert(0, f"chains marked as bad and left out: {report['marked']}")
     print_lines(console, lines)
 
 

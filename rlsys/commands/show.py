@@ -1,4 +1,4 @@
-"""`rlsys show`: the trees of a run as a person reads them."""
+"""`rlsys show`: the rollouts and the trees of a run as a person reads them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree as Drawing
 
+from rlsys.commands.show_rollouts import PICKS, find_rows, has_rollouts, show_rollouts
 from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.display import print_lines, print_table, printable
 from rlsys.errors import ConfigError
@@ -20,13 +21,25 @@ from rlsys.trees import Tree, TreeFailure
 LISTED = 50
 
 
-def run(run_dir: Path, prompt_id: str, console: Console) -> None:
-    """Print the tree of a prompt, or without a prompt a list of the first trees.
+def run(run_dir: Path, prompt_id: str, console: Console, *, step: int | None = None, pick: str | None = None) -> None:
+    """Print the tree of a prompt, or else some rollouts of a step and a list of the trees.
 
+    Args:
+        prompt_id: without trees, or with a step or pick, its rollouts are printed.
+        step: the online step; None for the last one.
+        pick: the choice of rollouts, one of PICKS; None for the first ones.
     Raises:
-        ConfigError: the run has no trees, or none of this prompt.
-        DataError: a file of trees is damaged.
+        ConfigError: the run has neither, or none of this prompt or step.
+        DataError, DamagedFileError: a file is damaged.
     """
+    if pick is not None and pick not in PICKS:
+        raise ConfigError(f"--pick: expected one of {', '.join(PICKS)}, found {pick!r}")
+    grown, asked_rollouts = tree_files(run_dir), step is not None or pick is not None
+    if asked_rollouts or (has_rollouts(run_dir) and not (prompt_id and grown)):
+        show_rollouts(find_rows(run_dir, step, prompt_id), pick, console)
+        if asked_rollouts or prompt_id or not grown:
+            return
+        print_lines(console, [""])
     trees = all_trees(run_dir)
     if not prompt_id:
         show_list(list(islice(trees, LISTED + 1)), console)
@@ -40,13 +53,19 @@ def run(run_dir: Path, prompt_id: str, console: Console) -> None:
         show_tree(tree, console)
 
 
-def all_trees(run_dir: Path) -> Iterator[Tree | TreeFailure]:
-    """Yield the trees of a search, or of the stage search of a training run."""
+def tree_files(run_dir: Path) -> list[Path]:
+    """Return the files with the trees of a search, or of the stage search of a training run."""
     directories = [SearchDirectory(run_dir), RunDirectory(run_dir).search_stage]
     files = [path for each in directories for path in sorted(each.trees.glob("[0-9]*.jsonl"))]
-    files += [path for each in directories for path in sorted(each.open_trees.glob("[0-9]*.json"))]
+    return files + [path for each in directories for path in sorted(each.open_trees.glob("[0-9]*.json"))]
+
+
+def all_trees(run_dir: Path) -> Iterator[Tree | TreeFailure]:
+    """Yield the trees of a search, or of the stage search of a training run."""
+    files = tree_files(run_dir)
     if not files:
-        raise ConfigError(f"{run_dir}: expected a run with trees in {directories[0].trees}, found none")
+        expected = f"expected a run with rollouts or trees, found neither in it nor in {SearchDirectory(run_dir).trees}"
+        raise ConfigError(f"{run_dir}: {expected}")
     for path in files:
         yield from read_trees(path)
 

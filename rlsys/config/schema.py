@@ -26,6 +26,9 @@ class RunConfig(Section):
     that checkpoint."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Device of the engines and learner ranks."""
+    kept_prompts: int = Field(default=2, ge=0, le=64)
+    """Number of prompts of an online step whose completions are kept for `rlsys show` and `rlsys view`, up to four of
+    each prompt. 0: keep none."""
     address: str = "local"
     """`local` starts Ray on the loopback interface; any other value is the address of a running Ray cluster."""
     time_limit: float | None = Field(default=None, gt=0)

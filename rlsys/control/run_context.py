@@ -18,6 +18,7 @@ from rlsys.models.folder import weights_digest
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.ledger import Ledger
 from rlsys.run.metrics import MetricsWriter
+from rlsys.run.rollout_files import RolloutLog
 from rlsys.types import Int32Array, Prompt
 
 
@@ -48,6 +49,7 @@ class RunContext:
         fingerprint: digests of everything that the run reads (`Inputs.fingerprint`), kept in every checkpoint.
         policy_digest: returns a digest of all weights of a policy folder.
         decode: returns the text of token ids, for people.
+        rollouts: keeps some rollouts of every online step; None keeps none.
     """
 
     config: Config
@@ -68,3 +70,4 @@ class RunContext:
     fingerprint: Mapping[str, str] = field(default_factory=dict)
     policy_digest: Callable[[Path], str] = weights_digest
     decode: Callable[[Int32Array], str] = str
+    rollouts: RolloutLog | None = None

@@ -66,7 +66,7 @@ class TrainingRun:
             config=context.config,
             store=context.checkpoints,
             learner=context.learner,
-            logs=(context.metrics, context.ledger),
+            logs=(context.metrics, context.ledger, *([context.rollouts] if context.rollouts else [])),
             tokenizer_files=context.tokenizer_files,
             provenance=self._provenance,
             say=context.display.message,

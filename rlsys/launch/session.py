@@ -8,7 +8,8 @@ import shutil
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from rlsys.run.lock import RunLock
 from rlsys.run.metrics import MetricsWriter
 from rlsys.run.provenance import check_extraction, check_inputs
 from rlsys.run.resume import Start, all_steps_made, checkpoint_store, find_newest_start, find_start
+from rlsys.run.rollout_files import RolloutLog
 from rlsys.run.trackers import following
 from rlsys.trees import Role
 from rlsys.types import Prompt
@@ -210,8 +212,7 @@ async def _train(cluster: Cluster, session: Session) -> None:
     inputs, initial_policy = session.prepared.inputs, session.prepared.policy.path
     teacher = session.prepared.held_teacher
     serving = CheckpointDirectory(start.checkpoint).policy if start.checkpoint else initial_policy
-    for note in (*session.prepared.notes, start.describe()):
-        display.message(note)
+    _announce(session)
     bus: WeightBus | None = None
     signals: list[str] = []
 
@@ -231,6 +232,7 @@ async def _train(cluster: Cluster, session: Session) -> None:
         dtype = _lowest_dtype(config)
         probe = inputs.probe(PROBE_TOKENS if dtype == "bf16" else 0)
         bus = WeightBus(learner, pool, config.weight_sync, dtype, probe)
+        display.waiting("the learner, which builds the model and its optimizer")
         recovery = Recovery(
             config=config,
             actors=pool,
@@ -264,6 +266,14 @@ async def _beating(journal: Journal, pool: Fleet, learner: RayLearner) -> AsyncI
         await asyncio.wait([task])
 
 
+def _announce(session: Session) -> None:
+    """Show the notes of the preflight, and with which checkpoint the run begins."""
+    for note in session.prepared.notes:
+        session.display.message(note)
+    session.display.message(session.start.describe())
+    session.display.waiting("the engines of the actors, which load the model")
+
+
 async def _run(
     session: Session, start: Start, pool: Fleet, learner: RayLearner, bus: WeightBus, signals: list[str]
 ) -> None:
@@ -280,8 +290,9 @@ async def _run(
             MetricsWriter(session.run_dir, version, display.message, main_settings(session.config))
         ) as metrics,
         contextlib.closing(Ledger(session.run_dir, version, display.message)) as ledger,
+        contextlib.closing(_rollout_log(session, version)) as rollouts,
     ):
-        context = _run_context(session, pool, learner, bus, metrics, ledger)
+        context = replace(_run_context(session, pool, learner, bus, metrics, ledger), rollouts=rollouts)
         controller = Controller(context, start.state, start.checkpoint)
 
         def ask(name: str) -> None:
@@ -299,6 +310,11 @@ async def _run(
         except InterruptedRunError as error:
             saved = "the state is saved" if controller.checkpoint else "nothing was trained yet"
             raise InterruptedRunError(f"{error.message}{report.interrupted(session.config, saved)}") from None
+
+
+def _rollout_log(session: Session, version: int) -> RolloutLog:
+    decode = partial(decode_prompt, session.prepared.policy.tokenizer)
+    return RolloutLog(session.run_dir, version, session.config.run.kept_prompts, decode, session.display.message)
 
 
 def _run_context(

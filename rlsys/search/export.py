@@ -20,6 +20,7 @@ from rlsys.errors import ConfigError, DataError
 from rlsys.models.folder import ModelFolder
 from rlsys.search import extract
 from rlsys.search.codec import TagCodec
+from rlsys.search.marks import marked_nodes, read_marks, without_chains
 from rlsys.search.paths import prompt_tokens
 from rlsys.search.scores import ScoreFile
 from rlsys.search.stats import StepCheck
@@ -121,6 +122,7 @@ class _Extraction:
         self._source, self._files = source, files
         by_scores = source.config.extract.supervised == "divergence"
         self._scores = ScoreFile(SearchDirectory(source.trees.parent).scores) if by_scores else None
+        self._marks = read_marks(SearchDirectory(source.trees.parent).marks)
         self._check_steps = _step_check(source.config)
         self._counts = Counter[str]()
         self._without_pair = Counter[str]()
@@ -139,6 +141,9 @@ class _Extraction:
                 f"(digest {digest[:12]}) than model.path has ({codec.digest[:12]}): set model.path to the model that "
                 "grew it"
             )
+        marked = marked_nodes(tree, self._marks)
+        self._counts["marked"] += len(marked)
+        tree = without_chains(tree, marked) if marked else tree
         self._counts["trees"] += 1
         self._counts["solved"] += tree.solved
         prompt = self._source.text(prompt_tokens(tree, codec))
@@ -184,6 +189,7 @@ class _Extraction:
             "failed": failed,
             "solved": self._counts["solved"],
             "missing": max(0, prompts - trees - failed),
+            "marked": self._counts["marked"],
             "rows": {name: file.rows for name, file in self._files.items()},
             "duplicates": {name: file.duplicates for name, file in self._files.items()},
             "supervised_steps": {name: self._counts[name] for name in ("checked", "every_step_right")},

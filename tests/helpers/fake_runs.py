@@ -24,6 +24,7 @@ from rlsys.display import Display
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.ledger import Ledger
 from rlsys.run.metrics import MetricsWriter, read_rows
+from rlsys.run.rollout_files import RolloutLog
 from rlsys.run.state import read_state
 from rlsys.types import RunState
 
@@ -79,6 +80,8 @@ class Run:
 
     async def start(self) -> None:
         metrics = MetricsWriter(self.run_dir, self.state.weight_version)
+        resumed = self.state.weight_version if self.checkpoint else -1
+        rollouts = RolloutLog(self.run_dir, resumed, self.config.run.kept_prompts, str)
         builder = PromptBuilder(self.task, lambda text: [1] * len(text), max_model_len=256, max_tokens=8)
         self.context = RunContext(
             config=self.config,
@@ -98,12 +101,14 @@ class Run:
             policy_digest=lambda policy: "".join(path.read_text() for path in policy.glob("model.safetensors")),
             held_out=[prompt("held_out-0"), prompt("held_out-1")],
             fingerprint={"model.path": "digest"},
+            rollouts=rollouts,
         )
         self.controller = Controller(self.context, self.state, self.checkpoint)
         try:
             await asyncio.wait_for(self.controller.run(), 20)
         finally:
             metrics.close()
+            rollouts.close()
 
     def __call__(self) -> Run:
         asyncio.run(self.start())

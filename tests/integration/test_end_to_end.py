@@ -14,9 +14,10 @@ from real_searches import wait_until
 
 from rlsys.commands import export
 from rlsys.config.files import load_config
-from rlsys.models.folder import weights_digest
+from rlsys.models.folder import load_tokenizer, weights_digest
 from rlsys.run.metrics import HISTOGRAMS, METRICS, read_rows
 from rlsys.run.policies import find_run_policy
+from rlsys.run.rollout_files import read_rollouts
 from rlsys.run.status import read_status
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -26,7 +27,7 @@ OURS = re.compile(
     r"starting from the initial model$|probe gap of a fresh load |stage (warm_start|sft|preference|online): step |"
     r"(warm_start|sft|preference|online) \d+/\d+  |trees \d+/\d+  |trees: 0 of \d+ are finished$|"
     r"extracting the data of the trees$|(sft: \d+ rows|preference: \d+ pairs)$|scoring the preference pairs under |"
-    r"evaluation  |checkpoint |(run directory|held-out|evaluate|export|continue): "
+    r"evaluation  |waiting for |checkpoint |(run directory|held-out|evaluate|export|continue): "
 )
 
 
@@ -60,6 +61,19 @@ def test_actor_and_learner_agree_after_every_publish(finished_run: FinishedRun) 
         gaps = [row[name] for row in rows]
         assert max(gaps) <= LARGEST_GAP
         assert max(gaps) > 0  # two different programs never agree to the last bit: zero would mean no comparison
+
+
+def test_rollouts_of_every_online_step_are_kept(finished_run: FinishedRun) -> None:
+    run = finished_run.dir
+    kept = read_rollouts(run, 0)
+    online = {row["weights/version"]: row for row in read_rows(run / "metrics.jsonl") if row["stage"] == "online"}
+    assert sorted(kept) == sorted(online)[1:]
+    decode = load_tokenizer(run / "stages" / "online").decode
+    for rows in kept.values():
+        assert len({row["prompt_id"] for row in rows}) == 2
+        for row in rows:
+            assert decode(row["token_ids"], skip_special_tokens=False) == row["completion"]
+            assert 0 < row["tokens"] == len(row["logprobs"]) <= 40 and max(row["logprobs"]) <= 0
 
 
 def test_run_directory(finished_run: FinishedRun) -> None:

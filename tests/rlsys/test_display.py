@@ -121,6 +121,21 @@ def test_terminal_panel() -> None:
     assert "stage online" not in output.getvalue(), "no plain lines on a terminal"
 
 
+def test_a_wait_is_shown_until_the_next_step() -> None:
+    clock = Clock()
+    display, console, output = terminal(clock)
+    display.stage("online", 80, 0)
+    display.waiting("the first rollouts")
+    console.print(display._panel())
+    assert "waiting for the first rollouts" in output.getvalue()
+    steps(display, clock, [2.0])
+    console.print(display._panel())
+    assert output.getvalue().count("waiting for") == 1
+    plain_display, lines = plain(clock)
+    plain_display.waiting("the engines")
+    assert lines.getvalue() == "waiting for the engines\n"
+
+
 def test_panel_keeps_the_last_messages() -> None:
     display, console, output = terminal(Clock())
     for number in range(9):

@@ -22,10 +22,12 @@ from rlsys.control.dynamic_sampling import GroupFilter, has_signal
 from rlsys.control.producer import Producer
 from rlsys.control.rollout_details import EXAMPLE_INTERVAL, examples, histograms
 from rlsys.control.rollout_metrics import engine_metrics, rollout_metrics
+from rlsys.control.signal_watch import SignalWatch
 from rlsys.control.stages.training import TrainingStage
 from rlsys.control.training_run import Stopwatch, TrainingRun
 from rlsys.errors import NonFiniteLossError, RlsysError
 from rlsys.fault_injection import fault
+from rlsys.run.rollouts import is_kept
 from rlsys.types import SamplingSettings, TrajectoryGroup
 
 
@@ -59,6 +61,7 @@ class OnlineStage(TrainingStage):
             unlogged_tokens=counters.unlogged_tokens,
         )
         self._buffer = Buffer(train.groups_per_step, train.max_staleness)
+        self._signal = SignalWatch(say=run.context.display.message, max_tokens=config.sampling.max_tokens)
         self._publishing: asyncio.Task[Mapping[str, float]] | None = None  # beside the next step
 
     async def train(self) -> None:
@@ -68,6 +71,7 @@ class OnlineStage(TrainingStage):
         if run.state.step == 0:
             await self._evaluate_first()
         await context.pool.reset_engine_stats()
+        context.display.waiting("the first rollouts")
         async with self._producing(), self._ended_publish():
             while run.state.step < plan.steps:
                 started = time.monotonic()
@@ -77,6 +81,7 @@ class OnlineStage(TrainingStage):
                     groups = await run.stop.wait_for(buffer.take())
                 metrics = await self._check_groups(groups, waiting.seconds)
                 data = await run.stop.wait_for(loading)
+                kept = self._record_rollouts(groups)
                 try:
                     metrics |= await run.learn(replace(data, groups=tuple(groups)))
                 except NonFiniteLossError as error:
@@ -86,11 +91,22 @@ class OnlineStage(TrainingStage):
                     await buffer.release()
                     context.ledger.note("skipped", buffer.taken)
                     continue
+                if context.rollouts and kept:
+                    context.rollouts.write(run.state.weight_version, await kept)
                 metrics |= await self._publish()
                 context.ledger.note("trained", buffer.taken)
                 self._record_state()
+                self._signal.add(metrics)
                 self._show_rollouts(groups)
                 await run.finish_step(plan, metrics, started)
+
+    def _record_rollouts(self, groups: Sequence[TrajectoryGroup]) -> asyncio.Task[bytes] | None:
+        """Begin to make the record of some rollouts of the next step, beside the learner's call."""
+        state, rollouts = self.training.state, self.training.context.rollouts
+        step = state.step + 1
+        if rollouts is None or not is_kept(step, self.plan.steps):
+            return None
+        return rollouts.start(groups, self.plan.name, step, state.weight_version + 1)
 
     # --- publish ---
 
@@ -151,6 +167,7 @@ class OnlineStage(TrainingStage):
     async def _evaluate_first(self) -> None:
         """Evaluate the policy before the first step."""
         run = self.training
+        run.context.display.waiting("the evaluation before the first step")
         metrics = await run.stop.wait_for(run.evaluate())
         run.context.metrics.log("online", 0, run.state.weight_version, metrics)
         run.context.display.evaluation(metrics)

@@ -74,7 +74,7 @@ def test_trees_of_a_training_run_are_found(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="expected a run with trees"):
+    with pytest.raises(ConfigError, match="expected a run with rollouts or trees"):
         shown(tmp_path)
     with pytest.raises(ConfigError, match="it has no tree of prompt 'p7'; `rlsys show .*` lists them"):
         shown(written(tmp_path, SAMPLE), "p7")

@@ -127,7 +127,7 @@ WITHIN = {
 # Fields that a resume may change, by section: how a run is executed, and how it learns.
 _OPTIMIZER = "learning_rate beta1 beta2 eps weight_decay warmup_updates schedule final_fraction max_grad_norm"
 FREE_FIELDS = {
-    "run": "dir resume device address time_limit trackers",
+    "run": "dir resume device kept_prompts address time_limit trackers",
     "actors": "count tensor_parallel_size threads dtype max_model_len max_num_seqs block_size kv_cache_gib "
     "gpu_memory_utilization enforce_eager start_timeout_s rollout_timeout_s hang_timeout_s max_restarts",
     "sampling": "temperature top_p max_tokens",

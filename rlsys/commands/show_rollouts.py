@@ -1,0 +1,89 @@
+"""`rlsys show`: the kept rollouts of a step as a person reads them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rlsys.directory import RunDirectory
+from rlsys.display import print_lines
+from rlsys.errors import ConfigError
+from rlsys.run.rollout_files import read_rollouts, rollout_files
+
+SHOWN = 4
+PICKS = ("best", "worst", "random")
+Rows = Sequence[Mapping[str, Any]]
+
+
+def has_rollouts(run_dir: Path) -> bool:
+    """Return whether a run has kept rollouts."""
+    return bool(rollout_files(RunDirectory(run_dir).rollouts))
+
+
+def find_rows(run_dir: Path, step: int | None, prompt_id: str = "") -> Rows:
+    """Return the rows of an online step, or of a prompt in it; by default of the last such step.
+
+    Raises:
+        ConfigError: no rollouts of this step or prompt are kept.
+        DamagedFileError: a file cannot be read.
+    """
+    steps: set[int] = set()
+    for first, _ in reversed(rollout_files(RunDirectory(run_dir).rollouts)):
+        for _, rows in sorted(read_rollouts(run_dir, first).items(), reverse=True):
+            chosen = [row for row in rows if prompt_id in ("", row["prompt_id"])]
+            if chosen and step in (None, rows[0]["step"]):
+                return chosen
+            steps.add(rows[0]["step"])
+    if steps and prompt_id:
+        where = f" in step {step}" if step is not None else ""
+        raise ConfigError(f"{run_dir}: it has no tree and no kept rollouts of prompt {prompt_id!r}{where}")
+    if not steps:
+        raise ConfigError(f"{run_dir}: it has no rollouts; a run keeps those of run.kept_prompts prompts of a step")
+    near = min(steps, key=lambda kept: abs(kept - (step or 0)))
+    raise ConfigError(f"--step: no rollouts of step {step} are kept; the nearest step with some is {near}")
+
+
+def show_rollouts(rows: Rows, pick: str | None, console: Console) -> None:
+    """Print some completions of a step; see `choose`."""
+    shown = choose(rows, pick)
+    step, version = rows[0]["step"], rows[0]["version"]
+    lines = [f"rollouts of step {step} (weight version {version}): {len(shown)} of {len(rows)} kept"]
+    prompt = None
+    for row in shown:
+        if row["prompt_id"] != prompt:
+            prompt = row["prompt_id"]
+            lines += ["", f"== {prompt}, reference {row['reference'] or 'none'}", row["prompt"].strip()]
+        lines += ["", f"-- {heading(row)}", row["completion"].strip()]
+        lines += [f"   {name}: {value:g}" for name, value in row["parts"].items()]
+        lines += [f"   verifier: {row['detail']}"] if row["detail"] else []
+    print_lines(console, [line for text in lines for line in text.split("\n")])
+
+
+def choose(rows: Rows, pick: str | None) -> list[Mapping[str, Any]]:
+    """Return the rows to print; those of a prompt follow one another unless they are ordered by reward."""
+    if pick in ("best", "worst"):
+        judged = [row for row in rows if row["reward"] is not None]
+        return sorted(judged, key=lambda row: row["reward"], reverse=pick == "best")[:SHOWN]
+    if pick == "random":
+        chosen = random.sample(range(len(rows)), min(SHOWN, len(rows)))
+        return [rows[number] for number in sorted(chosen)]
+    return list(rows[:SHOWN])
+
+
+def heading(row: Mapping[str, Any]) -> str:
+    """Return the judgement of a completion in a line."""
+    parts = ["right" if row["correct"] else row["outcome"]]
+    if row["reward"] is not None:
+        mean = "" if row["group_reward"] is None else f" (mean of its {row['group_size']}: {row['group_reward']:.3g})"
+        parts.append(f"reward {row['reward']:g}{mean}")
+    if not row["answered"]:
+        parts.append("no answer")
+    logprobs = [logprob for logprob in row["logprobs"] if logprob is not None]
+    parts.append(f"{row['tokens']} tokens")
+    parts += ["cut off"] if row["finish_reason"] == "length" else []
+    parts += [f"mean log-probability {sum(logprobs) / len(logprobs):.3f}"] if logprobs else []
+    return ", ".join(parts)

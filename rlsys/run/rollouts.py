@@ -1,0 +1,146 @@
+"""Rows about rollouts: the text, the tokens and the judgement of some completions of a training step.
+
+A row is one completion. Its keys are those of `completion_row`; `rlsys.run.rollout_files` writes and reads the files.
+The choice of prompts depends on their ids alone, so two runs on the same prompts keep the same ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from rlsys.types import Trajectory, TrajectoryGroup
+
+FORMAT = 1
+KEPT_STEPS = 1000
+"""About the largest number of steps of a stage with kept rollouts."""
+COMPLETIONS = 4  # of a prompt
+HEAD_TOKENS, TAIL_TOKENS = 3072, 1024  # of a longer completion, the tokens between are left out
+_CHARACTERS = 20_000  # of a prompt
+_DETAIL = 2_000  # characters of a verifier's reason
+_PENDING = 8  # tokens that one character may take
+
+Decode = Callable[[Sequence[int]], str]
+Row = Mapping[str, Any]
+
+
+def is_kept(step: int, steps: int) -> bool:
+    """Return whether rollouts of a step are kept, for a stage with a number of steps."""
+    interval = math.ceil(steps / KEPT_STEPS)
+    return step % interval == 0 or step in (1, steps)
+
+
+def choose_groups(groups: Sequence[TrajectoryGroup], count: int) -> list[TrajectoryGroup]:
+    """Return the groups of a step that are kept, by a digest of their prompt ids."""
+    return sorted(groups, key=lambda group: xxhash.xxh3_64_digest(group.prompt.prompt_id.encode()))[:count]
+
+
+def choose_completions(group: TrajectoryGroup) -> list[int]:
+    """Return the numbers of the kept completions of a group: the best one, the worst one, and the first others."""
+    judged = [n for n, trajectory in enumerate(group.trajectories) if trajectory.judged]
+    by_reward = sorted(judged, key=lambda n: -group.trajectories[n].reward)
+    order = [*by_reward[:1], *by_reward[-1:], *range(len(group.trajectories))]
+    return sorted(list(dict.fromkeys(order))[:COMPLETIONS])
+
+
+class TokenTexts:
+    """Texts of single tokens, which joined are the text of all of them.
+
+    A token may hold a part of a character, and some tokenizers drop the space before the first token of a text. So a
+    token is decoded after the token before it, and a part of a character waits for the token that completes it.
+    """
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = lru_cache(maxsize=65536)(lambda ids: decode(list(ids)))
+
+    def __call__(self, token_ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
+        """Return the text of every token.
+
+        Args:
+            before: the tokens before them, of which the last one matters.
+        """
+        texts: list[str] = []
+        anchor: tuple[int, ...] = tuple(before[-1:])
+        waiting: tuple[int, ...] = ()
+        for token in token_ids:
+            waiting = (*waiting, token)
+            text = self._decode((*anchor, *waiting))[len(self._decode(anchor)) if anchor else 0 :]
+            if text.endswith("\ufffd") and len(waiting) < _PENDING:
+                texts.append("")
+                continue
+            texts.append(text)
+            anchor, waiting = (token,), ()
+        if waiting:
+            texts[-1] = self._decode((*anchor, *waiting))[len(self._decode(anchor)) if anchor else 0 :]
+        return texts
+
+
+def group_rows(group: TrajectoryGroup, texts: TokenTexts, decode: Decode, place: Row) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the kept completions of a group.
+
+    Args:
+        texts: texts of single tokens.
+        decode: text of a prompt.
+        place: keys that all rows of a step share.
+    """
+    rewards = [trajectory.reward for trajectory in group.trajectories if trajectory.judged]
+    shared = {
+        "format": FORMAT,
+        **place,
+        "prompt_id": group.prompt.prompt_id,
+        "prompt": decode(group.prompt.token_ids.tolist())[:_CHARACTERS],
+        "reference": group.prompt.answer,
+        "searched": group.searched,
+        "group_size": len(group.trajectories),
+        "group_reward": float(np.mean(rewards)) if rewards else None,
+    }
+    for number in choose_completions(group):
+        trajectory = group.trajectories[number]
+        yield {**shared, **completion_row(trajectory, number, len(group.prompt.token_ids), texts)}
+
+
+def completion_row(trajectory: Trajectory, number: int, prompt_length: int, texts: TokenTexts) -> dict[str, Any]:
+    """Return the keys of a row that differ between the completions of a group.
+
+    `token_ends` are the ends of the tokens in the characters of `completion`. `logprobs` are those of the actor, null
+    for tokens that the policy did not choose. `left_out` is [position, number] of tokens left out of a long completion.
+    """
+    ids = trajectory.token_ids.tolist()
+    chosen = [
+        round(float(logprob), 4) + 0.0 if own else None
+        for logprob, own in zip(trajectory.behavior_logprobs, trajectory.loss_mask, strict=True)
+    ]
+    spans = [(prompt_length, len(ids))]
+    dropped = len(ids) - prompt_length - HEAD_TOKENS - TAIL_TOKENS
+    if dropped > 0:
+        spans = [(prompt_length, prompt_length + HEAD_TOKENS), (len(ids) - TAIL_TOKENS, len(ids))]
+    pieces = [text for start, stop in spans for text in texts(ids[start:stop], ids[:start])]
+    return {
+        "sample": number,
+        "reward": float(trajectory.reward) if trajectory.judged else None,
+        "parts": {name: float(value) for name, value in trajectory.parts.items()},
+        "outcome": trajectory.outcome,
+        "correct": trajectory.correct,
+        "answered": trajectory.answered,
+        "detail": trajectory.detail[:_DETAIL],
+        "finish_reason": trajectory.finish_reason,
+        "tokens": len(ids) - prompt_length,
+        "oldest_version": trajectory.oldest_version,
+        "completion": "".join(pieces),
+        "token_ids": [token for start, stop in spans for token in ids[start:stop]],
+        "token_ends": np.cumsum([len(piece) for piece in pieces], dtype=int).tolist(),
+        "logprobs": [logprob for start, stop in spans for logprob in chosen[start:stop]],
+        "left_out": [HEAD_TOKENS, dropped] if dropped > 0 else None,
+    }
+
+
+def token_texts(row: Row) -> list[tuple[str, float | None]]:
+    """Return the text and the log-probability of every token of a row."""
+    starts = [0, *row["token_ends"][:-1]]
+    texts = [row["completion"][start:end] for start, end in zip(starts, row["token_ends"], strict=True)]
+    return list(zip(texts, row["logprobs"], strict=True))

@@ -1,0 +1,133 @@
+"""Places of the trees of a run in their files, so that one of many trees is read without the others."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from rlsys.directory import RunDirectory, SearchDirectory
+from rlsys.errors import DataError
+from rlsys.search.tree_json import parse_line
+from rlsys.trees import Tree, TreeFailure
+
+_PROMPT = re.compile(rb'"prompt_id":("(?:[^"\\]|\\.)*")')
+_BEGINNING = 4096  # bytes of a line that hold its prompt id
+# A quote inside a text is escaped, so no text holds these bytes.
+_RIGHT, _NODES = b'"outcome":"ok"', b'"nodes":['
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The place of a tree.
+
+    Attributes:
+        search: number of the search directory.
+        start: byte offset of its line, and `length` its bytes.
+        right: whether an answer of it was judged as right.
+        failed: whether the line is a failure instead of a tree.
+    """
+
+    path: Path
+    search: int
+    start: int
+    length: int
+    prompt_id: str
+    right: bool
+    failed: bool
+
+
+class TreeIndex:
+    """The trees of a search, or of the stage `search` of a training run, by number.
+
+    Files that appear or change are read at the next `refresh`.
+
+    Args:
+        run_dir: a run directory.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.searches = (SearchDirectory(run_dir), RunDirectory(run_dir).search_stage)
+        self.places: list[Place] = []
+        self._files: dict[Path, tuple[tuple[int, int], list[Place]]] = {}
+        self._tree = lru_cache(maxsize=64)(_read_tree)
+
+    def refresh(self) -> None:
+        """Look for new trees.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        places: list[Place] = []
+        for number, search in enumerate(self.searches):
+            files = sorted(search.trees.glob("[0-9]*.jsonl"), key=lambda path: (len(path.name), path.name))
+            files += sorted(search.open_trees.glob("[0-9]*.json"), key=lambda path: (len(path.name), path.name))
+            for path in files:
+                places += self._file_places(path, number)
+        self.places = places
+
+    def has_files(self) -> bool:
+        """Return whether there is a file of trees, without reading it."""
+        return any(next(search.trees.glob("**/[0-9]*.json*"), None) for search in self.searches)
+
+    def _file_places(self, path: Path, search: int) -> Sequence[Place]:
+        try:
+            status = path.stat()
+            version = (status.st_mtime_ns, status.st_size)
+            if path not in self._files or self._files[path][0] != version:
+                self._files[path] = (version, _scan(path, search))
+        except FileNotFoundError:  # an open tree that has just moved into its shard
+            return ()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
+        return self._files[path][1]
+
+    def tree(self, number: int) -> Tree | TreeFailure:
+        """Return a tree.
+
+        Raises:
+            DataError: its line is damaged, or of another format.
+        """
+        return self._tree(self.places[number])
+
+    def search_of(self, number: int) -> SearchDirectory:
+        """Return the directory of the search that grew a tree."""
+        return self.searches[self.places[number].search]
+
+
+def _scan(path: Path, search: int) -> list[Place]:
+    """Return the places of the whole lines of a file."""
+    places, start = [], 0
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):  # a file that is still being written ends within a line
+                places.append(_place(path, search, start, line))
+            start += len(line)
+    return places
+
+
+def _place(path: Path, search: int, start: int, line: bytes) -> Place:
+    match = _PROMPT.search(line, 0, _BEGINNING)
+    return Place(
+        path=path,
+        search=search,
+        start=start,
+        length=len(line),
+        prompt_id=json.loads(match[1]) if match else "?",
+        right=_RIGHT in line,
+        failed=_NODES not in line,
+    )
+
+
+def _read_tree(place: Place) -> Tree | TreeFailure:
+    where = f"{place.path}, byte {place.start}"
+    try:
+        with place.path.open("rb") as file:
+            file.seek(place.start)
+            text = file.read(place.length).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{where}: cannot be read: {error}") from error
+    return parse_line(text, where)

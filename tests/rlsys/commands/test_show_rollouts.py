@@ -1,0 +1,89 @@
+"""`rlsys show`: some rollouts of a step."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import fakes
+import pytest
+from rich.console import Console
+from tree_samples import golden
+from viewed_run import write_rollouts
+
+from rlsys.commands.show import run
+from rlsys.errors import ConfigError
+from rlsys.run.rollout_files import RolloutLog
+from rlsys.search.tree_json import tree_line
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    log = RolloutLog(tmp_path, -1, 2, lambda ids: f"{len(ids)} tokens\n")
+    for version, rewards in ((301, (0.5, 0.0, 1.0)), (302, (0.25, 0.75, 0.5))):
+        groups = [fakes.group(fakes.prompt(f"p{number}"), rewards=rewards) for number in range(2)]
+        log.write(version, log.record(groups, "online", version - 300, version))
+    log.close()
+    return tmp_path
+
+
+def shown(folder: Path, prompt: str = "", **options: Any) -> list[str]:
+    output = io.StringIO()
+    run(folder, prompt, Console(file=output, width=120), **options)
+    return output.getvalue().splitlines()
+
+
+def rewards(lines: list[str]) -> list[str]:
+    return [line.split("reward ")[1].split()[0] for line in lines if line.startswith("-- ")]
+
+
+def test_the_last_step_is_shown(run_dir: Path) -> None:
+    lines = shown(run_dir)
+    assert lines[0] == "rollouts of step 2 (weight version 302): 4 of 6 kept"
+    assert rewards(lines) == ["0.25", "0.75", "0.5", "0.25"]
+    assert "-- right, reward 0.25 (mean of its 3: 0.5), 2 tokens, mean log-probability 0.000" in lines
+
+
+@pytest.mark.parametrize(
+    ("pick", "expected"), [("best", ["1", "1", "0.5", "0.5"]), ("worst", ["0", "0", "0.5", "0.5"])]
+)
+def test_the_best_and_worst_of_a_step(run_dir: Path, pick: str, expected: list[str]) -> None:
+    assert rewards(shown(run_dir, step=1, pick=pick)) == expected
+
+
+def test_random_ones_are_of_the_step(run_dir: Path) -> None:
+    assert set(rewards(shown(run_dir, pick="random"))) <= {"0.25", "0.75", "0.5"}
+
+
+def test_a_step_that_is_not_kept_and_a_wrong_word_are_named(run_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="--step: no rollouts of step 9 are kept; the nearest step with some is 2"):
+        shown(run_dir, step=9)
+    with pytest.raises(ConfigError, match="--pick: expected one of best, worst, random, found 'good'"):
+        shown(run_dir, pick="good")
+    with pytest.raises(ConfigError, match=r"it has no rollouts; a run keeps those of run\.kept_prompts"):
+        shown(run_dir / "rollouts", step=1)
+
+
+def test_rollouts_of_a_prompt(run_dir: Path) -> None:
+    assert rewards(shown(run_dir, prompt="p1")) == ["0.25", "0.75", "0.5"]
+    assert rewards(shown(run_dir, prompt="p1", step=1, pick="best")) == ["1", "0.5", "0"]
+    with pytest.raises(ConfigError, match="it has no tree and no kept rollouts of prompt 'p7'"):
+        shown(run_dir, prompt="p7")
+    with pytest.raises(ConfigError, match="of prompt 'p1' in step 9"):
+        shown(run_dir, prompt="p1", step=9)
+
+
+def test_trees_are_listed_below_the_rollouts(run_dir: Path) -> None:
+    (run_dir / "stages" / "search" / "trees").mkdir(parents=True)
+    (run_dir / "stages" / "search" / "trees" / "00000.jsonl").write_text(tree_line(golden()) + "\n")
+    lines = shown(run_dir)
+    assert lines[0].startswith("rollouts of step 2") and "trees" in lines
+    assert "trees" not in shown(run_dir, step=2)
+
+
+def test_control_characters_and_reasons(tmp_path: Path) -> None:
+    write_rollouts(tmp_path, range(1, 2), "a\x1b[2Jb")
+    lines = shown(tmp_path)
+    assert "\x1b" not in "".join(lines)
+    assert r"a\x1b[2Jb" in lines and r"   verifier: a\x1b[2Jb" in lines and r"   a\x1b[2Jb: 1" in lines

@@ -1,0 +1,39 @@
+"""The stage online keeps some rollouts of its steps, exactly those of an uninterrupted run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fake_runs import Run, config
+
+from rlsys.errors import InterruptedRunError
+from rlsys.run.rollout_files import read_rollouts, rollout_files
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for _, path in rollout_files(folder / "rollouts")}
+
+
+def test_rollouts_of_every_online_step_are_kept(tmp_path: Path) -> None:
+    Run(tmp_path, config())()
+    kept = read_rollouts(tmp_path, 0)
+    assert list(kept) == [3, 4, 5], "the two steps of the warm start have none"
+    assert [rows[0]["step"] for rows in kept.values()] == [1, 2, 3]
+    assert all(len({row["prompt_id"] for row in rows}) == 2 for rows in kept.values())
+
+
+def test_zero_keeps_none(tmp_path: Path) -> None:
+    Run(tmp_path, config(run={"kept_prompts": 0}))()
+    assert files(tmp_path) == {}
+
+
+def test_an_interrupted_run_continues_with_the_same_bytes(tmp_path: Path) -> None:
+    Run(tmp_path / "whole", config())()
+    run = Run(tmp_path / "resumed", config())
+    run.interrupt_at(4)
+    with pytest.raises(InterruptedRunError):
+        run()
+    assert list(read_rollouts(tmp_path / "resumed", 0)) == [3, 4]
+    Run(tmp_path / "resumed", config())()
+    assert files(tmp_path / "resumed") == files(tmp_path / "whole") != {}
