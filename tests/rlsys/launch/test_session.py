@@ -211,7 +211,7 @@ def test_a_replaced_actor_loads_a_policy_that_retention_keeps(monkeypatch: pytes
         start=start,
         prepared=prepared(own, SimpleNamespace(notes=(), probe=lambda _tokens: None), None),
         placement=place(own, learner=True),
-        display=SimpleNamespace(message=lambda text: None),
+        display=SimpleNamespace(message=lambda text: None, waiting=lambda text: None),
         journal=SimpleNamespace(beat=beat),
     )
     cluster: Any = SimpleNamespace(config=session.config)
