@@ -59,9 +59,8 @@ class GuessTask(GeneratedTask[GuessConfig, Range]):
     noun = "range"
 
     def vocabulary(self) -> tuple[str, ...]:
-        """Return the tags, hints, pieces of questions, digits, and the numbers, each of which is one token."""
-        numbers = map(str, range(*_bounds(self.config.digits)))
-        return ("<guess>", "</guess>", HIGHER, LOWER, RIGHT, NO_GUESS, "guess ", " to ", *"0123456789", *numbers)
+        """Return the tags, hints, pieces of questions, and digits."""
+        return ("<guess>", "</guess>", HIGHER, LOWER, RIGHT, NO_GUESS, "guess ", " to ", *"0123456789")
 
     def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
         """Return the reward of the last guess if it is right: the fewer guesses, the more."""
