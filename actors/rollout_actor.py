@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any, cast
 
 import ray
@@ -25,6 +25,7 @@ from ray.exceptions import (
 from actors.adapter_loading import served_adapter
 from actors.engine import Completion, Engine
 from actors.model_actor import RemoteEngine
+from actors.rollouts.multi_turn import Episodes
 from actors.rollouts.single_turn import build_group, completion_requests, items_to_judge
 from actors.search.build import build_codec, build_scheduler
 from actors.search.engines import CompletionEngine
@@ -49,6 +50,7 @@ from rlsys.types import Float32Array, Int32Array, Prompt, RolloutFailure, Sampli
 from rlsys.weight_types import WeightAck, WeightOffer
 
 logger = logging.getLogger(__name__)
+Finishing = Coroutine[Any, Any, TrajectoryGroup | RolloutFailure]
 
 
 class RolloutActor:
@@ -83,12 +85,13 @@ class RolloutActor:
                 settings.actors,
                 settings.device,
                 end_ids,
-                stop_strings=stop_strings,
+                stop_strings=stop_strings or bool(settings.environment and settings.environment.stop),
                 sleeps=settings.shares_device,
                 name=self.name,
                 adapter=adapter,
             )
             self.rewards = self._reward_pool(settings)
+            self.episodes = self._episodes(settings)
             self.scheduler = self._scheduler(settings)
         except Exception:
             logger.exception("actor %s could not start", settings.name)
@@ -102,6 +105,7 @@ class RolloutActor:
             settings.rewards,
             folder=settings.folder,
             value=value if isinstance(value, FunctionValueConfig) else None,
+            environment=settings.environment,
         )
 
     def _scheduler(self, settings: ActorSettings) -> TreeScheduler | None:
@@ -111,6 +115,13 @@ class RolloutActor:
         engines |= {role: engine for role, engine in self.auxiliary.items() if role != "judge"}
         judge = self.auxiliary.get("judge")
         return build_scheduler(settings, settings.search, self.model, self.codec, engines, self.rewards, judge)
+
+    def _episodes(self, settings: ActorSettings) -> Episodes | None:
+        """Return the episodes with the environment in use; None without one."""
+        environment, longest = settings.environment, settings.actors.max_model_len
+        if environment is None:
+            return None
+        return Episodes(self.engine, self.rewards, self.tokenizer, self.model.end_token_ids, environment, longest)
 
     async def start(self) -> tuple[str, int]:
         """Start the verifiers and return host and process id."""
@@ -134,14 +145,19 @@ class RolloutActor:
     ) -> list[TrajectoryGroup | RolloutFailure]:
         """Return a group or failure for every prompt, in order."""
         fault("generate")
+        starting = self.episodes.start(prompts, settings) if self.episodes else self._sample(prompts, settings)
+        groups = await starting
+        if self.teacher and settings.teacher:
+            groups = [self._scored(group) for group in groups]
+        return list(await asyncio.gather(*groups))
+
+    async def _sample(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[Finishing]:
+        """Draw the completions of prompts without an environment, and return their groups, to be awaited."""
         requests = [completion_requests(prompt, settings) for prompt in prompts]
         futures = self.engine.submit([request for group in requests for request in group])
         outcomes = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
         size = settings.samples
-        groups = [self._finish(prompt, outcomes[size * i : size * (i + 1)]) for i, prompt in enumerate(prompts)]
-        if self.teacher and settings.teacher:
-            groups = [self._scored(group) for group in groups]
-        return list(await asyncio.gather(*groups))
+        return [self._finish(prompt, outcomes[size * i : size * (i + 1)]) for i, prompt in enumerate(prompts)]
 
     async def grow(self, prompt: Prompt) -> Tree | TreeFailure:
         """Return the tree of a prompt."""
@@ -158,7 +174,7 @@ class RolloutActor:
         group = build_searched_group(tree, prompt, cast(TagCodec, self.codec), self.extract)
         return await self.teacher.score_group(group) if self.teacher else group
 
-    async def _scored(self, finishing: Awaitable[TrajectoryGroup | RolloutFailure]) -> TrajectoryGroup | RolloutFailure:
+    async def _scored(self, finishing: Finishing) -> TrajectoryGroup | RolloutFailure:
         """Return a group with the scores of the teacher."""
         assert self.teacher is not None  # noqa: S101 - the caller has asked for it
         return await self.teacher.score_group(await finishing)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlsys.config.environment import EnvironmentConfig
 from rlsys.config.rewards import RewardsConfig
 from rlsys.config.schema import ActorsConfig, LoraConfig, SamplingConfig
 from rlsys.config.search import ExtractConfig, SearchConfig
@@ -35,6 +36,7 @@ class ActorSettings:
         attempt: Number of earlier processes with this name.
         weight_timeout_s: Seconds until learner rank 0 counts as lost that does not answer a question for weights.
         seed: run.seed.
+        environment: Environment in use; None without one.
         folder: Folder in which the command was started; see `rlsys.plugins.load_plugin`.
         lora: Section `model.lora`; None if the actor serves whole models.
         adapter: Folder of the adapter to begin with; None for one that changes nothing.
@@ -55,6 +57,7 @@ class ActorSettings:
     task: TaskConfig
     rewards: RewardsConfig
     log_file: str
+    environment: EnvironmentConfig | None = None
     folder: str = ""
     lora: LoraConfig | None = None
     adapter: Path | None = None

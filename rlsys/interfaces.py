@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from rlsys.trees import Role
 from rlsys.types import (
+    Chain,
     Demonstration,
     Float32Array,
     Int32Array,
@@ -92,7 +93,7 @@ class Task(Protocol):
         """
         ...
 
-    def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str] | None:
+    def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, Chain] | None:
         """Return the worked example with an index in the train split, or None if the task has no examples."""
         ...
 
@@ -106,6 +107,42 @@ class Task(Protocol):
 
     def vocabulary(self) -> tuple[str, ...]:
         """Return the strings that a from-scratch tokenizer makes single tokens: tags, words and characters."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """The answer of an environment to a turn of the policy.
+
+    Attributes:
+        text: what the policy reads next; it is not trained.
+        done: whether the episode ends here.
+        reward: reward of this turn. The rewards of all turns are added to that of the episode.
+        solved: whether the problem is solved; None leaves this to the verifier of the task.
+        detail: a reason, for people.
+    """
+
+    text: str = ""
+    done: bool = False
+    reward: float = 0.0
+    solved: bool | None = None
+    detail: str = ""
+
+
+class Environment(Protocol):
+    """Answers to the turns of a policy: a pure function of the problem and all turns so far, without ray and torch.
+
+    It is called in a verifier process, where it may raise or hang. Nothing is kept between calls, so an episode goes
+    on when a process had to be killed.
+    """
+
+    def __call__(self, problem: Problem, turns: Sequence[str]) -> Reply:
+        """Return the reply to the last turn, or the text before the first turn if there is no turn yet.
+
+        Args:
+            problem: the problem of the episode.
+            turns: the texts that the policy wrote, in order, without those of the environment and without end tokens.
+        """
         ...
 
 

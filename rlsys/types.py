@@ -36,6 +36,10 @@ class Message:
 Question = str | tuple[Message, ...]
 """The text of one user turn, or the conversation up to the turn that the policy writes."""
 
+Chain = str | tuple[str, ...]
+"""A completion as text, or turns of the policy and texts of its environment in alternation, with a turn first. After a
+last text of the environment, the episode is over."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
@@ -186,6 +190,8 @@ class Trajectory:
         parts: see `Verdict`.
         steps: thought nodes in order, for a trajectory from a tree.
         teacher: scores of a teacher; None without one.
+        turns: turns of the policy in an episode with an environment; 0 without an environment.
+        environment_failed: whether the environment raised or ran out of time.
     """
 
     token_ids: Int32Array
@@ -200,6 +206,8 @@ class Trajectory:
     parts: Mapping[str, float] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
     teacher: TeacherTokens | None = None
+    turns: int = 0
+    environment_failed: bool = False
 
     @property
     def completion_length(self) -> int:

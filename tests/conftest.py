@@ -72,6 +72,7 @@ HEAVY = {
     "learners/test_training_step.py",
     "learners/test_whole_teacher.py",
     "peers",
+    "rlsys/commands/test_check.py",
     "rlsys/commands/test_evaluate.py",
     "rlsys/commands/test_export.py",
     "rlsys/commands/test_extract.py",

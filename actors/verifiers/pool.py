@@ -14,21 +14,25 @@ from functools import partial
 from typing import Any, Literal
 
 from actors.verifiers import process as processes
-from actors.verifiers.process import READ_BYTES, VerifierProcess
-from actors.verifiers.wire import answered, problem_values, request
+from actors.verifiers.process import VerifierProcess
+from actors.verifiers.wire import Answer, answered, problem_values, request, turns_request
+from rlsys.config.environment import EnvironmentConfig
 from rlsys.config.rewards import RewardsConfig
 from rlsys.config.search_values import FunctionValueConfig
 from rlsys.config.tasks import TaskConfig
 from rlsys.errors import EngineError
+from rlsys.interfaces import Reply
 from rlsys.types import Problem, Verdict
 
 Item = tuple[Problem, str] | tuple[Problem, str, bool] | tuple[Mapping[str, Any]]
 """Arguments of `Task.verify`: problem, completion and, if given, whether the completion is finished. A mapping
-has those of `Task.check_steps` by name, or problem and chain for a value."""
+has those of `Task.check_steps` by name, problem and chain for a value, or problem and turns for the environment."""
 
 OnVerdicts = Callable[[Sequence[tuple[int, Verdict]]], None]
-OnPartVerdicts = Callable[[int, Sequence[Verdict]], None]  # gets the number of earlier verdicts and the new verdicts
+OnAnswers = Callable[[int, Sequence[Answer]], None]  # gets the number of earlier answers and the new answers
 
+MAX_LINE_BYTES = 1 << 20  # MAX_REPLY_CHARS of a reply in JSON fit
+FOREIGN = "the verifier process wrote something other than a verdict"
 START_TIMEOUT_S = 60.0
 # Items written to a process at once: enough to hide the round trip, few enough to spread over all processes.
 PIPELINE_ITEMS = 32
@@ -45,8 +49,9 @@ class RewardPool:
         task_config: Task whose `verify` judges completions.
         seed: run.seed.
         config: Number of workers, and deadline and memory of one verification.
-        folder: Folder in which the command was started, where reward functions are looked up.
+        folder: Folder in which the command was started, where code of the user is looked up.
         value: Function that gives values to chains; None without one.
+        environment: Section of the environment in use; None without an environment.
         verifier: "module:factory" to use in place of the task's verifier, for tests.
 
     Attributes:
@@ -61,11 +66,13 @@ class RewardPool:
         *,
         folder: str = "",
         value: FunctionValueConfig | None = None,
+        environment: EnvironmentConfig | None = None,
         verifier: str | None = None,
     ) -> None:
         hello: dict[str, Any] = {"parent": os.getpid(), "memory_mib": config.memory_mib, "seed": seed}
         hello |= {"rewards": config.model_dump(mode="json"), "folder": folder}
         hello["value"] = value.model_dump(mode="json") if value else None
+        hello["environment"] = environment.model_dump(mode="json") if environment else None
         hello |= {"verifier": verifier} if verifier else {"task": task_config.model_dump(mode="json")}
         self._workers = [_Worker(hello, config.timeout_s) for _ in range(config.workers)]
         self._free: asyncio.Queue[_Worker] = asyncio.Queue()
@@ -79,7 +86,7 @@ class RewardPool:
         Raises:
             EngineError: A worker did not start. The message has the last lines of its stderr.
         """
-        await asyncio.gather(*(self._verify_part(()) for _ in self._workers))
+        await asyncio.gather(*(self._ask(()) for _ in self._workers))
 
     async def verify(self, items: Sequence[Item], on_verdicts: OnVerdicts | None = None) -> list[Verdict]:
         """Judge items, each with a problem, a completion and whether it is finished (by default it is).
@@ -96,13 +103,26 @@ class RewardPool:
         Raises:
             EngineError: A worker could not be started, or the pool is closed.
         """
+        return list(map(_verdict, await self._answers(items, on_verdicts)))
+
+    async def replies(self, items: Sequence[tuple[Problem, Sequence[str]]]) -> list[Reply | Verdict]:
+        """Ask the environment for its replies to problems and turns; limits are those of `verify`.
+
+        Returns:
+            In the order of `items`, a reply, or a verdict with the outcome "timeout" or "error" in its place.
+        """
+        answers = await self._answers([(turns_request(*item),) for item in items])
+        is_reply = (isinstance(each, Reply) or each.outcome in ("error", "timeout") for each in answers)
+        return [each if known else _failed("error", FOREIGN) for each, known in zip(answers, is_reply, strict=True)]
+
+    async def _answers(self, items: Sequence[Item], on_verdicts: OnVerdicts | None = None) -> list[Answer]:
         size = max(1, min(PIPELINE_ITEMS, -(-len(items) // len(self._workers))))
         parts = [items[start : start + size] for start in range(0, len(items), size)]
         callbacks = [
             partial(_report_part, on_verdicts, start) if on_verdicts else None for start in range(0, len(items), size)
         ]
-        verdicts = await asyncio.gather(*map(self._verify_part, parts, callbacks))
-        return [verdict for part in verdicts for verdict in part]
+        answers = await asyncio.gather(*map(self._ask, parts, callbacks))
+        return [answer for part in answers for answer in part]
 
     async def check_steps(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
         """Check the steps of chains, each with its question, as `verify` does; see `actors.verifiers.steps`."""
@@ -115,15 +135,15 @@ class RewardPool:
         """
         return await self.verify([({"problem": problem_values(problem), "chain": chain},) for chain in chains])
 
-    async def _verify_part(self, items: Sequence[Item], on_verdicts: OnPartVerdicts | None = None) -> list[Verdict]:
-        def count_and_report(earlier: int, verdicts: Sequence[Verdict]) -> None:
-            self.verdicts += len(verdicts)
-            if on_verdicts:
-                on_verdicts(earlier, verdicts)
+    async def _ask(self, items: Sequence[Item], on_answers: OnAnswers | None = None) -> list[Answer]:
+        def count_and_report(earlier: int, answers: Sequence[Answer]) -> None:
+            self.verdicts += len(answers)
+            if on_answers:
+                on_answers(earlier, answers)
 
         worker = await self._free.get()
         try:
-            return await worker.verify(items, count_and_report)
+            return await worker.ask(items, count_and_report)
         finally:
             self._free.put_nowait(worker)
 
@@ -143,24 +163,24 @@ class _Worker:
         self._closed = False
         self._items_sent = 0  # to all its processes
 
-    async def verify(self, items: Sequence[Item], on_verdicts: OnPartVerdicts) -> list[Verdict]:
-        verdicts: list[Verdict] = []
+    async def ask(self, items: Sequence[Item], on_answers: OnAnswers) -> list[Answer]:
+        answers: list[Answer] = []
         try:
             while True:
                 process = await self._running_process()
-                async for new in self._run(process, items[len(verdicts) :]):
+                async for new in self._run(process, items[len(answers) :]):
                     self._check_open()  # a process killed by `close` gives no verdict
-                    on_verdicts(len(verdicts), new)
-                    verdicts += new
+                    on_answers(len(answers), new)
+                    answers += new
                 self._check_open()
-                if len(verdicts) == len(items):
-                    return verdicts
+                if len(answers) == len(items):
+                    return answers
         except BaseException:
             await self._stop()  # the remaining answers must not reach the next caller
             raise
 
-    async def _run(self, process: VerifierProcess, items: Sequence[Item]) -> AsyncIterator[list[Verdict]]:
-        """Yield verdicts as they arrive, up to the last item or the item that ended the process."""
+    async def _run(self, process: VerifierProcess, items: Sequence[Item]) -> AsyncIterator[list[Answer]]:
+        """Yield answers as they arrive, up to the last item or the item that ended the process."""
         numbers = range(self._items_sent, self._items_sent + len(items))
         self._items_sent = numbers.stop
         process.write(*(request(number, *item) for number, item in zip(numbers, items, strict=True)))
@@ -177,14 +197,13 @@ class _Worker:
                 yield [_failed("error", f"the verifier process ended: {detail}")]
                 return
             *lines, unread = (unread + data).split(b"\n")
-            verdicts = _verdicts_of(lines, numbers)
-            if len(verdicts) < len(lines) or len(unread) > READ_BYTES:
+            answers = _answers_of(lines, numbers)
+            if len(answers) < len(lines) or len(unread) > MAX_LINE_BYTES:
                 await process.end()
-                failure = _failed("error", "the verifier process wrote something other than a verdict")
-                yield [*verdicts, failure][: len(numbers)]
+                yield [*answers, _failed("error", FOREIGN)][: len(numbers)]
                 return
-            numbers = numbers[len(verdicts) :]
-            yield verdicts
+            numbers = numbers[len(answers) :]
+            yield answers
 
     async def _running_process(self) -> VerifierProcess:
         """Return the present process if it is alive and ready, otherwise a new one."""
@@ -218,39 +237,44 @@ class _Worker:
             raise EngineError("the reward pool was closed; no further verification is possible")
 
 
-def _report_part(on_verdicts: OnVerdicts, start: int, earlier: int, verdicts: Sequence[Verdict]) -> None:
+def _report_part(on_verdicts: OnVerdicts, start: int, earlier: int, answers: Sequence[Answer]) -> None:
     """Report new verdicts of a part that begins with item `start` and has `earlier` verdicts already."""
-    on_verdicts(list(enumerate(verdicts, start=start + earlier)))
+    on_verdicts(list(enumerate(map(_verdict, answers), start=start + earlier)))
 
 
-def _verdicts_of(lines: Sequence[bytes], numbers: Sequence[int]) -> list[Verdict]:
-    """Return the verdicts of lines that answer the items `numbers` in order, up to the first line that does not.
+def _verdict(answer: Answer) -> Verdict:
+    """Return an answer that is a verdict, and an error for a reply, which a verifier wrote in its place."""
+    return _failed("error", FOREIGN) if isinstance(answer, Reply) else answer
 
-    Return no verdict if there are more verdicts than items: it is unknown which of them are genuine.
+
+def _answers_of(lines: Sequence[bytes], numbers: Sequence[int]) -> list[Answer]:
+    """Return the answers of lines to the items `numbers` in order, up to the first line that is none.
+
+    Return no answer if there are more answers than items: it is unknown which of them are genuine.
     """
     numbered = _decode(lines)
     if len(numbered) > len(numbers):
         return []
-    verdicts: list[Verdict] = []
-    for expected, (number, verdict) in zip(numbers, numbered, strict=False):
+    answers: list[Answer] = []
+    for expected, (number, answer) in zip(numbers, numbered, strict=False):
         if number != expected:  # another program wrote the line, or it answers another item
             break
-        verdicts.append(verdict)
-    return verdicts
+        answers.append(answer)
+    return answers
 
 
-def _decode(lines: Sequence[bytes]) -> list[tuple[Any, Verdict]]:
-    """Return item number and verdict of each line, up to the first line that is not a verdict.
+def _decode(lines: Sequence[bytes]) -> list[tuple[Any, Answer]]:
+    """Return item number and answer of each line, up to the first line that has none.
 
     A verifier may write anything into the pipe; even the numbers may be of any type.
     """
-    verdicts: list[tuple[Any, Verdict]] = []
+    answers: list[tuple[Any, Answer]] = []
     for line in lines:
         answer = answered(line)
         if answer is None:
             break
-        verdicts.append(answer)
-    return verdicts
+        answers.append(answer)
+    return answers
 
 
 def _failed(outcome: Literal["error", "timeout"], detail: str) -> Verdict:

@@ -22,17 +22,20 @@ from pydantic import TypeAdapter
 
 from actors.verifiers.guard import adopt_orphans, descendants, die_with, end_descendants, guard
 from actors.verifiers.steps import as_verdict
-from actors.verifiers.wire import answer, problem_of
+from actors.verifiers.wire import MAX_REPLY_CHARS, Answer, answer, asks_environment, problem_of
+from rlsys.config.environment import EnvironmentConfig
 from rlsys.config.rewards import RewardsConfig
 from rlsys.config.search_values import FunctionValueConfig
 from rlsys.config.tasks import TaskConfig
+from rlsys.environments import build_environment
 from rlsys.errors import ConfigError
+from rlsys.interfaces import Reply
 from rlsys.rewards import ChainValue, Rewards
 from rlsys.tasks import build_task
 from rlsys.types import Outcome, Verdict
 
-Verifier = Callable[..., Verdict]
-"""Judge of a message, from all after its number to the verdict."""
+Verifier = Callable[..., Any]
+"""Judge of a message, from all after its number to a verdict or reply, which is not checked yet."""
 
 MAX_FILE_MIB = 16
 MAX_DETAIL_CHARS = 500
@@ -113,12 +116,15 @@ def _build_verifier(hello: dict[str, Any]) -> Verifier:
     config: TaskConfig = TypeAdapter(TaskConfig).validate_python(hello["task"])
     task = build_task(config, hello["seed"])
     rewards = Rewards(RewardsConfig.model_validate(hello["rewards"]), hello["folder"])
-
+    section, folder = hello["environment"], hello["folder"]
+    environment = section and build_environment(EnvironmentConfig.model_validate(section), folder)
     value = hello["value"] and ChainValue(FunctionValueConfig.model_validate(hello["value"]), hello["folder"])
 
-    def judge(given: dict[str, Any], *others: Any) -> Verdict:
+    def judge(given: dict[str, Any], *others: Any) -> Any:
         if "chain" in given:
             return value(problem_of(given["problem"]), given["chain"])
+        if environment is not None and asks_environment(given):
+            return environment(problem_of(given["problem"]), tuple(given["turns"]))
         if not others:
             return as_verdict(task.check_steps(**given))
         problem = problem_of(given)
@@ -127,12 +133,34 @@ def _build_verifier(hello: dict[str, Any]) -> Verifier:
     return judge
 
 
-def _judge(verifier: Verifier, *arguments: Any) -> Verdict:
+def _judge(verifier: Verifier, *arguments: Any) -> Answer:
     try:
-        return _checked(verifier(*arguments))
+        given = verifier(*arguments)
+        return _checked_reply(given) if asks_environment(arguments[0]) else _checked(given)
     # A failure becomes data. SystemExit and the timeouts of some libraries derive from BaseException only.
     except BaseException as error:  # noqa: BLE001
         return _error(f"{type(error).__name__}: {error}")
+
+
+def _checked_reply(reply: Any) -> Answer:
+    """Return the reply of an environment with plain values, or an error if it is not valid."""
+    if not isinstance(reply, Reply):
+        return _error(f"expected a Reply, found {type(reply).__name__}")
+    text: Any = reply.text
+    if not isinstance(text, str):
+        return _error(f"expected a Reply with a string as text, found {type(text).__name__}")
+    if len(text) > MAX_REPLY_CHARS:
+        return _error(f"expected a Reply of at most {MAX_REPLY_CHARS} characters, found {len(text)}")
+    fault = _fault_of_reward(reply.reward)
+    if fault:
+        return _error(fault)
+    return Reply(
+        text=text.encode("utf-8", "replace").decode(),  # no lone surrogate can be tokenised
+        done=bool(reply.done),
+        reward=float(reply.reward),
+        solved=None if reply.solved is None else bool(reply.solved),
+        detail=str(reply.detail)[:MAX_DETAIL_CHARS],
+    )
 
 
 def _checked(verdict: Any) -> Verdict:
@@ -144,16 +172,24 @@ def _checked(verdict: Any) -> Verdict:
     detail = str(verdict.detail)[:MAX_DETAIL_CHARS]
     if verdict.outcome not in ("ok", "wrong"):  # the plug-in reports that it failed
         return Verdict(outcome=verdict.outcome, reward=0.0, answered=False, detail=detail)
-    number: Any = verdict.reward
-    if isinstance(number, bool) or not isinstance(number, Real):  # Real includes numpy's numbers
-        return _error(f"expected a number as reward, found {type(number).__name__}")
-    reward = float(number)
-    if not math.isfinite(reward):
-        return _error(f"expected a finite reward, found {reward}")
-    if abs(reward) > LARGEST_REWARD:
-        return _error(f"expected a reward from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, found {reward:g}")
+    fault = _fault_of_reward(verdict.reward)
+    if fault:
+        return _error(fault)
+    reward = float(verdict.reward)
     parts = {str(name): float(value) for name, value in verdict.parts.items()}
     return Verdict(outcome=verdict.outcome, reward=reward, answered=bool(verdict.answered), detail=detail, parts=parts)
+
+
+def _fault_of_reward(number: Any) -> str:
+    """Return why a reward cannot be used, or ""."""
+    if isinstance(number, bool) or not isinstance(number, Real):  # Real includes numpy's numbers
+        return f"expected a number as reward, found {type(number).__name__}"
+    reward = float(number)
+    if not math.isfinite(reward):
+        return f"expected a finite reward, found {reward}"
+    if abs(reward) > LARGEST_REWARD:
+        return f"expected a reward from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, found {reward:g}"
+    return ""
 
 
 def _error(detail: str) -> Verdict:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from actors.verifiers.pool import RewardPool
 from rlsys.config.engine_roles import describes_a_search, section_of
+from rlsys.config.environment import EnvironmentConfig, active_environment
 from rlsys.config.files import dump_config
 from rlsys.config.schema import Config
 from rlsys.control.tree_search import demonstration_notes
 from rlsys.display import print_table, standard_output
 from rlsys.errors import ConfigError
+from rlsys.interfaces import Reply
 from rlsys.launch.prepare import Prepared, check_settings, prepare
 from rlsys.launch.resources import ResourcePlan
 from rlsys.models.chat import decode_prompt
@@ -20,6 +22,9 @@ from rlsys.plugins import command_folder
 from rlsys.run.provenance import check_extraction, check_inputs
 from rlsys.run.resume import checkpoint_store, find_start
 from rlsys.types import Problem, Verdict
+
+DEMONSTRATIONS = 16
+"""Number of demonstrations that are searched for one of several turns."""
 
 
 def run(config: Config) -> None:
@@ -46,6 +51,8 @@ def run(config: Config) -> None:
     print(first_prompt(prepared))
     if config.rewards.functions:
         print(first_rewards(config, prepared))
+    if environment := active_environment(config.environment, config.task):
+        print(first_reply(config, environment, prepared))
     print(start.describe())
     for plan in prepared.plans:
         plan.check()
@@ -67,12 +74,47 @@ def first_rewards(config: Config, prepared: Prepared) -> str:
     """
     prompt = prepared.inputs.held_out[0]
     shown = prepared.inputs.task.demonstration(0, random.Random(0))
-    problem, text = shown or (prompt.problem, f"<answer>{prompt.answer}</answer>")
+    problem, chain = shown or (prompt.problem, f"<answer>{prompt.answer}</answer>")
+    text = chain if isinstance(chain, str) else "".join(chain[::2])  # without the texts of the environment
     [verdict] = asyncio.run(_judged(config, problem, text))
     if verdict.outcome not in ("ok", "wrong"):
         raise ConfigError(f"rewards.functions: the completion {text[-200:]!r} got no reward: {verdict.detail}")
     parts = ", ".join(f"{name} {value:g}" for name, value in verdict.parts.items())
     return f"reward of the completion {text[-200:]!r} to problem {problem.problem_id}: {verdict.reward:g} ({parts})"
+
+
+def first_reply(config: Config, environment: EnvironmentConfig, prepared: Prepared) -> str:
+    """Return the reply of the environment to a turn of a demonstration, from a verifier process as in a run.
+
+    Without a demonstration of several turns, the turn is empty up to its stop string.
+
+    Raises:
+        EngineError: the environment cannot be used.
+        ConfigError: it failed on the turn.
+    """
+    task, problem, turn = prepared.inputs.task, prepared.inputs.held_out[0].problem, "".join(environment.stop[:1])
+    for index in range(DEMONSTRATIONS if task.size("train") is None else 0):
+        shown = task.demonstration(index, random.Random(index))
+        if shown and not isinstance(shown[1], str) and len(shown[1]) > 1:
+            problem, turn = shown[0], shown[1][0]
+            break
+    opening, reply = asyncio.run(_replies(config, environment, problem, turn))
+    for answer, given in ((opening, "no turn"), (reply, f"the turn {turn!r}")):
+        if isinstance(answer, Verdict):
+            raise ConfigError(f"environment.fn {environment.fn!r} failed on {given}: {answer.detail}")
+    assert isinstance(reply, Reply)  # noqa: S101 - see above
+    return f"reply of the environment to the turn {turn!r} of problem {problem.problem_id}: {reply.text[:200]!r}"
+
+
+async def _replies(
+    config: Config, environment: EnvironmentConfig, problem: Problem, turn: str
+) -> list[Reply | Verdict]:
+    folder = command_folder()
+    pool = RewardPool(config.task, config.run.seed, config.rewards, folder=folder, environment=environment)
+    try:
+        return await pool.replies([(problem, ()), (problem, (turn,))])
+    finally:
+        await pool.close()
 
 
 async def _judged(config: Config, problem: Problem, text: str) -> list[Verdict]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rlsys.config.adapter_checks import adapter_has_no_critic, adapter_stays_on_its_device
 from rlsys.config.data_checks import divergence_has_scores, extracted_nodes_exist, masked_chains_are_rows
 from rlsys.config.device_checks import colocated_fit
+from rlsys.config.environment_checks import environment_is_named, environment_is_not_searched, turns_can_end
 from rlsys.config.patterns import resolve
 from rlsys.config.search_checks import (
     backtracking_has_its_keys,
@@ -365,6 +366,9 @@ RULES: tuple[Rule, ...] = (
     steps_can_be_checked,
     extracted_nodes_exist,
     divergence_has_scores,
+    environment_is_named,
+    turns_can_end,
+    environment_is_not_searched,
 )
 """All rules, in the order in which they are checked. The first one that is broken is reported."""
 

@@ -153,7 +153,10 @@ def dump_config(config: Config) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=100)
 
 
-FIXED_FIELDS = ("run.seed", "stages", "model", "task", "learner.dtype")
+FIXED_FIELDS = (
+    *("run.seed", "stages", "model", "task", "learner.dtype"),
+    *("environment.fn", "environment.stop", "environment.role"),
+)
 """Sections and fields that a resume must not change: they define the experiment."""
 
 

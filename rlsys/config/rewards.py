@@ -11,6 +11,8 @@ from rlsys.plugins import PluginName
 
 TASK = "task"
 """Name of the reward of the task beside those of functions."""
+ENVIRONMENT = "environment"
+"""Name of the sum of the rewards that an environment gives in an episode."""
 BUILT_IN = ("format", "length")
 
 
@@ -58,8 +60,8 @@ class RewardsConfig(Section):
 
     @model_validator(mode="after")
     def _names(self) -> RewardsConfig:
-        names = [TASK, *(each.label for each in self.functions)]
-        for name in names[1:]:
+        names = [TASK, ENVIRONMENT, *(each.label for each in self.functions)]
+        for name in names[2:]:
             if names.count(name) > 1:
                 raise ValueError(f"functions: expected different names, found {name!r} twice; set functions.N.name")
         return self

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlsys.config.checks import RULES
+from rlsys.config.environment import EnvironmentConfig
 from rlsys.config.objective import ObjectiveConfig
 from rlsys.config.rewards import RewardsConfig
 from rlsys.config.search import ExtractConfig, SearchConfig
@@ -322,6 +323,8 @@ class Config(Section):
     """The initial policy."""
     task: TaskConfig
     """Prompts, verifier and demonstrations."""
+    environment: EnvironmentConfig = EnvironmentConfig()
+    """Environment that answers the turns of the policy; see docs/environments.md."""
     placement: Literal["spread", "colocated"] = "spread"
     """`spread`: every actor and learner rank has devices of its own. `colocated`: actor n and learner rank n share one
     device in turns; the states of the other side are in host memory meanwhile."""

@@ -193,6 +193,9 @@ class SumsConfig(GeneratedConfig):
     """Largest number of digits of a term."""
     error_rate: float = Field(default=0.2, ge=0, le=1)
     """Probability that an addition of a demonstration forgets its carries and nothing corrects it."""
+    tool_share: float = Field(default=0.0, ge=0, le=1)
+    """Probability that an addition of a demonstration is a call of the calculator. Above 0, the task has the calculator
+    as its environment, and its demonstrations have no optional nodes."""
     shares: TagShares = TagShares()
     """How often each type of thought node appears in the demonstrations. A reflection appears only if there is a carry
     to forget."""
@@ -203,6 +206,37 @@ class SumsConfig(GeneratedConfig):
             raise ValueError(f"max_terms {self.max_terms} is below min_terms {self.min_terms}")
         if self.max_digits < self.min_digits:
             raise ValueError(f"max_digits {self.max_digits} is below min_digits {self.min_digits}")
+        return self
+
+
+class GuessSizes(Section):
+    max_width: int | None = Field(default=None, ge=2, le=900)
+    """Largest count of possible numbers in a demonstration. null: that of the other problems."""
+
+
+class GuessConfig(GeneratedConfig):
+    type: Literal["guess"] = "guess"
+    demonstrations: GuessSizes = GuessSizes()
+    """Sizes of the demonstrated problems, if others than below: a warm start on easy problems before hard ones."""
+    digits: int = Field(default=2, ge=1, le=3)
+    """Digits of every number."""
+    min_width: int = Field(default=20, ge=2, le=900)
+    """Smallest count of possible numbers."""
+    max_width: int = Field(default=60, ge=2, le=900)
+    """Largest count of possible numbers."""
+    max_guesses: int = Field(default=8, ge=1)
+    """Guess number k, if right, has the reward 1 - (k - 1) / max_guesses. A later one has none."""
+    error_rate: float = Field(default=0.2, ge=0, le=1)
+    """Probability that a guess of a demonstration ignores the hints."""
+
+    @model_validator(mode="after")
+    def _widths(self) -> GuessConfig:
+        possible = 9 * 10 ** (self.digits - 1) + (self.digits == 1)
+        if not self.min_width <= self.max_width <= possible:
+            raise ValueError(
+                f"expected min_width <= max_width <= {possible}, the numbers of {self.digits} digits; found "
+                f"{self.min_width} and {self.max_width}"
+            )
         return self
 
 
@@ -252,5 +286,6 @@ class DatasetConfig(Section):
 
 
 TaskConfig = Annotated[
-    LetterCountConfig | BlocksworldConfig | CountdownConfig | SumsConfig | DatasetConfig, Field(discriminator="type")
+    LetterCountConfig | BlocksworldConfig | CountdownConfig | SumsConfig | GuessConfig | DatasetConfig,
+    Field(discriminator="type"),
 ]

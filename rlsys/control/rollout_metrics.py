@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from rlsys.config.rewards import ENVIRONMENT, TASK
 from rlsys.interfaces import EngineStats
 from rlsys.run.metrics import REWARDS
 from rlsys.types import Trajectory, TrajectoryGroup
@@ -100,14 +101,36 @@ def _sampled_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
         "rollout/verifier_errors": float(len(trajectories) - len(judged)),
         "rollout/tokens": float(np.sum(lengths)),
         **_reward_parts(judged),
+        **_episode_metrics(groups),
+    }
+
+
+def _episode_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
+    """Return the metrics of episodes with an environment; none without one."""
+    pairs = [(group.prompt, t) for group in groups for t in group.trajectories if t.turns or t.environment_failed]
+    if not pairs:
+        return {}
+    total = sum(len(t.token_ids) - len(prompt.token_ids) for prompt, t in pairs)
+    own = sum(t.completion_length for _, t in pairs)
+    return {
+        "rollout/turns": float(np.mean([t.turns for _, t in pairs])),
+        "rollout/environment_share": (total - own) / total if total else 0.0,
+        "rollout/environment_errors": float(sum(t.environment_failed for _, t in pairs)),
     }
 
 
 def _reward_parts(judged: Sequence[Trajectory]) -> Mapping[str, float]:
-    """Return the mean of every part of the rewards, over the trajectories that have it."""
+    """Return the mean of every part of the rewards, over the trajectories that have it.
+
+    An episode without a reward of its environment has 0 of it, if others have one.
+    """
     parts: dict[str, list[float]] = {}
+    rewarded = any(ENVIRONMENT in trajectory.parts for trajectory in judged)
     for trajectory in judged:
-        for name, value in trajectory.parts.items():
+        own = trajectory.parts
+        if rewarded and ENVIRONMENT not in own:
+            own = {**(own or {TASK: trajectory.reward}), ENVIRONMENT: 0.0}
+        for name, value in own.items():
             parts.setdefault(f"{REWARDS}{name}", []).append(value)
     return {name: float(np.mean(values)) for name, values in parts.items()}
 

@@ -228,7 +228,7 @@ def demonstration_notes(config: Config, task: Task) -> list[str]:
     size = task.size("train")
     count = DEMONSTRATIONS if size is None else min(size, DEMONSTRATIONS)
     shown = [task.demonstration(index, random.Random(index)) for index in range(count)]
-    texts = "".join(each[1] for each in shown if each)
+    texts = "".join(piece for each in shown if each for piece in each[1])
     if not texts or config.search.expansion == "node":
         return []
     return [

@@ -12,12 +12,12 @@ from rlsys.data.left_out import LeftOut
 from rlsys.data.prompts import GENERATED_CHECKED
 from rlsys.errors import DataError
 from rlsys.interfaces import Task
-from rlsys.types import Demonstration, Question
+from rlsys.types import Chain, Demonstration, Question
 
 _REMEDY = ": raise it or shorten the demonstrations"
 
-EncodePair = Callable[[Question, str], tuple[list[int], int]]
-"""Function of a question and a chain: returns the token ids of both with the end token, and the prompt length."""
+EncodePair = Callable[[Question, Chain], tuple[list[int], list[bool]]]
+"""Function of a question and a chain: returns the token ids of both with the end token, and which to train."""
 
 
 class UnusableDemonstrationError(DataError):
@@ -117,7 +117,7 @@ class DemonstrationStream:
             )
         problem, chain = demonstration
         try:
-            token_ids, prompt_length = self._encode(problem.question, chain)
+            token_ids, trained = self._encode(problem.question, chain)
         except DataError as error:
             raise UnusableDemonstrationError(f"the demonstration of {problem.problem_id}: {error.message}") from None
         if len(token_ids) > self._max_tokens:
@@ -127,5 +127,5 @@ class DemonstrationStream:
             )
         return Demonstration(
             token_ids=np.asarray(token_ids, dtype=np.int32),
-            loss_mask=np.arange(len(token_ids)) >= prompt_length,
+            loss_mask=np.asarray(trained, dtype=np.bool_),
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from rlsys.config.environment import active_environment
 from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plans
 from rlsys.data.batches import TrainingData
@@ -15,6 +17,7 @@ from rlsys.directory import RunDirectory
 from rlsys.models.chat import CheckedEncoder
 from rlsys.models.folder import ModelFolder, given_model
 from rlsys.models.scratch import UnbuiltModel, scratch_model
+from rlsys.models.turns import TurnEncoder
 from rlsys.tasks import build_task
 from rlsys.types import Int32Array, StageName
 
@@ -63,7 +66,7 @@ class Inputs:
 
     def __init__(self, config: Config, model: ModelFolder, *, training: bool = True) -> None:
         task, tokenizer = build_task(config.task, config.run.seed), model.tokenizer
-        encoder = CheckedEncoder(tokenizer, model.vocabulary)
+        encoder = CheckedEncoder(tokenizer, model.vocabulary, _turn_encoder(config, tokenizer))
         max_bad_rows = config.task.max_bad_rows if config.task.type == "dataset" else None
         self.builder = PromptBuilder(
             task,
@@ -134,6 +137,12 @@ class Inputs:
             rows.append(prompt.token_ids)
             predicted += len(prompt.token_ids) - 1
         return rows
+
+
+def _turn_encoder(config: Config, tokenizer: Any) -> TurnEncoder | None:
+    """Return the encoder of the texts of the environment; None without one."""
+    environment = active_environment(config.environment, config.task)
+    return TurnEncoder(tokenizer, environment.role) if environment else None
 
 
 def _expected_scores(config: Config, model: ModelFolder) -> ExpectedScores | None:

@@ -23,6 +23,8 @@ from rlsys.config.engine_roles import (
     searches_in_training,
     section_of,
 )
+from rlsys.config.environment import active_environment, environment_notes
+from rlsys.config.environment_checks import SEARCHED
 from rlsys.config.risks import warnings
 from rlsys.config.schema import Config, LoraConfig
 from rlsys.config.search_values import ModelValueConfig
@@ -155,7 +157,7 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
     searches = _searches(config, purpose)
     models, engines = _load_models(config, policy, _needed_roles(purpose, searches))
     held_teacher, notes = _held_teacher(config, policy) if trains and config.teacher.in_learner else (None, [])
-    notes += check_models(config, models, trains=trains)
+    notes += _environment_notes(config, searches) + check_models(config, models, trains=trains)
     adapter = check_adapter(policy, config.model.lora) if trains and config.model.lora else None
     notes += [adapter.describe()] if adapter else []
     search_config, _, searcher = assign_search_roles(config, policy.path, engines)
@@ -218,6 +220,14 @@ def prepare_evaluation(policy: Path, config: Config) -> Evaluation:
     model = ModelFolder(adapted[0] if adapted else policy)
     prepared = prepare(config, "evaluate", model)
     return Evaluation(policy=policy, config=config, model=model, prepared=prepared, adapted=adapted)
+
+
+def _environment_notes(config: Config, searches: bool) -> list[str]:
+    """Return the notes on the environment in use. ConfigError: the command also grows trees."""
+    environment = active_environment(config.environment, config.task)
+    if searches and environment:
+        raise ConfigError(f"{SEARCHED}: leave out the search, or the environment")
+    return environment_notes(environment)
 
 
 def _held_teacher(config: Config, policy: ModelFolder) -> tuple[ModelFolder, list[str]]:

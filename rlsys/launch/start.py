@@ -18,6 +18,7 @@ from actors.settings import ActorSettings, TeacherEngines
 from learners.learner_actor import TRANSFER, WATCH, LearnerActor
 from learners.settings import RankSettings, learner_environment
 from rlsys.config.engine_roles import ModelEngines, Searching
+from rlsys.config.environment import active_environment
 from rlsys.config.schema import LoraConfig
 from rlsys.control.fleet import Fleet
 from rlsys.control.shared_device import SharedDevice
@@ -133,6 +134,7 @@ def _actor_settings(
         actors=config.actors,
         task=config.task,
         rewards=config.rewards,
+        environment=active_environment(config.environment, config.task),
         folder=command_folder(),
         log_file=str(RunDirectory(cluster.run_dir).logs / f"actor-{number}.log"),
         shares_device=config.placement == "colocated",

@@ -9,7 +9,8 @@ from typing import Any
 
 from rlsys.errors import ConfigError, DataError
 from rlsys.models.chat_template import chat_messages, plain_text
-from rlsys.types import Question
+from rlsys.models.turns import TurnEncoder
+from rlsys.types import Chain, Question
 
 
 def encode_prompt(tokenizer: Any, question: Question) -> list[int]:
@@ -37,11 +38,18 @@ def encode_prompt(tokenizer: Any, question: Question) -> list[int]:
         ) from error
 
 
-def encode_demonstration(tokenizer: Any, question: Question, chain: str) -> tuple[list[int], int]:
-    """Return the token ids of prompt, chain and end token, and the number of prompt tokens."""
+def encode_demonstration(
+    tokenizer: Any, question: Question, chain: Chain, turns: TurnEncoder | None = None
+) -> tuple[list[int], list[bool]]:
+    """Return the token ids of prompt, chain and end token, and which of them the policy writes.
+
+    Args:
+        turns: encoder of the texts of an environment; by default, they stand in the chain as they are.
+    """
     prompt = encode_prompt(tokenizer, question)
-    completion = tokenizer(chain, add_special_tokens=False)["input_ids"]
-    return [*prompt, *completion, end_token_id(tokenizer)], len(prompt)
+    pieces = (chain,) if isinstance(chain, str) else chain
+    token_ids, own = (turns or TurnEncoder(tokenizer, None)).chain(pieces, end_token_id(tokenizer))
+    return [*prompt, *token_ids], [False] * len(prompt) + own
 
 
 class CheckedEncoder:
@@ -50,10 +58,12 @@ class CheckedEncoder:
     Args:
         tokenizer: the tokenizer of the model.
         vocabulary: number of token ids that the model has; None if it is not known.
+        turns: encoder of the texts of an environment in demonstrations; None without an environment.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int | None) -> None:
+    def __init__(self, tokenizer: Any, vocabulary: int | None, turns: TurnEncoder | None = None) -> None:
         self._tokenizer = tokenizer
+        self._turns = turns
         self._vocabulary = vocabulary
 
     def prompt(self, question: Question) -> list[int]:
@@ -83,15 +93,15 @@ class CheckedEncoder:
             )
         return token_ids
 
-    def demonstration(self, question: Question, chain: str) -> tuple[list[int], int]:
-        """Return the token ids of prompt, chain and end token, and the number of prompt tokens.
+    def demonstration(self, question: Question, chain: Chain) -> tuple[list[int], list[bool]]:
+        """Return the token ids of prompt, chain and end token, and which of them the policy writes.
 
         Raises:
             ConfigError: a token is beyond the vocabulary, or the template cannot render the question.
         """
-        token_ids, prompt_length = encode_demonstration(self._tokenizer, question, chain)
+        token_ids, own = encode_demonstration(self._tokenizer, question, chain, self._turns)
         self._check_ids(token_ids)
-        return token_ids, prompt_length
+        return token_ids, own
 
     def text(self, text: str) -> list[int]:
         """Return the token ids of a text inside a completion.

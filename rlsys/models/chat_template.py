@@ -36,8 +36,8 @@ def encode_reply(tokenizer: Any, prompt: tuple[Message, ...], reply: tuple[Messa
         DataError: The template cannot render the conversation, or it renders the prompt in another way before a reply
             of several messages.
     """
-    before = _rendered(tokenizer, prompt, add_generation_prompt=True)
-    whole = _rendered(tokenizer, prompt + reply, add_generation_prompt=False)
+    before = rendered(tokenizer, prompt, add_generation_prompt=True)
+    whole = rendered(tokenizer, prompt + reply, add_generation_prompt=False)
     completion = whole[len(before) :]
     if whole.startswith(before) and all(_squeezed(each.content) in _squeezed(completion) for each in reply):
         prompt_ids, whole_ids = _encoded(tokenizer, before), _encoded(tokenizer, whole)
@@ -61,11 +61,11 @@ def template_note(tokenizer: Any, question: str) -> str | None:
         return "the chat template is empty, so questions are plain text; remove the file if this is meant"
     messages, reply = (Message(role="user", content=question),), "Nineteen"
     try:
-        prompt = _rendered(tokenizer, messages, add_generation_prompt=True)
-        if prompt != _rendered(tokenizer, messages, add_generation_prompt=False):
+        prompt = rendered(tokenizer, messages, add_generation_prompt=True)
+        if prompt != rendered(tokenizer, messages, add_generation_prompt=False):
             return None
         answered = (*messages, Message(role="assistant", content=reply))
-        whole = _rendered(tokenizer, answered, add_generation_prompt=False)
+        whole = rendered(tokenizer, answered, add_generation_prompt=False)
     except DataError:
         return None  # some templates render no reply; sampling needs prompts alone
     header = whole.removeprefix(prompt).partition(reply)[0]
@@ -81,7 +81,7 @@ def reply_header(tokenizer: Any) -> str:
     """Return the text that a chat template writes between the question of a prompt and its reply; "" without one."""
     question = "Nineteen"
     try:
-        prompt = _rendered(tokenizer, (Message(role="user", content=question),), add_generation_prompt=True)
+        prompt = rendered(tokenizer, (Message(role="user", content=question),), add_generation_prompt=True)
     except DataError:
         return ""
     return prompt.rpartition(question)[2].strip() if tokenizer.chat_template and question in prompt else ""
@@ -97,7 +97,12 @@ def _encoded(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _rendered(tokenizer: Any, messages: tuple[Message, ...], *, add_generation_prompt: bool) -> str:
+def rendered(tokenizer: Any, messages: tuple[Message, ...], *, add_generation_prompt: bool) -> str:
+    """Return the text of a conversation.
+
+    Raises:
+        DataError: The template cannot render it.
+    """
     if not tokenizer.chat_template:
         plain_text(messages)
     try:

@@ -29,6 +29,10 @@ def build_task(config: TaskConfig, seed: int) -> Task:
         from rlsys.tasks.sums.task import SumsTask
 
         return SumsTask(config, seed)
+    if config.type == "guess":
+        from rlsys.tasks.guess import GuessTask
+
+        return GuessTask(config, seed)
     from rlsys.tasks.dataset import DatasetTask
 
     return DatasetTask(config, seed)

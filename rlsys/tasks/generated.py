@@ -15,7 +15,7 @@ from rlsys.config.tasks import GeneratedConfig
 from rlsys.errors import ConfigError, DataError
 from rlsys.tasks import tags
 from rlsys.tasks.steps import StepRules, judge_steps
-from rlsys.types import Problem, Question, Split, StepVerdict, Verdict
+from rlsys.types import Chain, Problem, Question, Split, StepVerdict, Verdict
 
 MAX_DRAWS = 10_000
 CORRECT = Verdict(outcome="ok", reward=1.0, answered=True)
@@ -59,7 +59,7 @@ class GeneratedTask(ABC, Generic[Config, Instance]):
             return self._file_problems[index]
         return self._generate(split, index)[0]
 
-    def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str]:
+    def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, Chain]:
         """Return the index-th demonstrated problem and a chain for it; `rng` decides its nodes and errors.
 
         It is the train problem with this index, unless the config gives demonstrations sizes of their own.
@@ -133,7 +133,7 @@ class GeneratedTask(ABC, Generic[Config, Instance]):
     def _problem(self, problem_id: str, instance: Instance) -> Problem: ...
 
     @abstractmethod
-    def _chain(self, instance: Instance, rng: random.Random) -> str: ...
+    def _chain(self, instance: Instance, rng: random.Random) -> Chain: ...
 
     @abstractmethod
     def _judge(self, problem_answer: str, text: str) -> Verdict:

@@ -66,7 +66,7 @@ class Run:
         self.state = read_state(self.checkpoint / "state.json") if self.checkpoint else START
         self.task = NumberTask(5)
         rows = DemonstrationStream(
-            self.task, lambda question, chain: ([1, 2, 3], 1), seed=0, rows_per_step=2, max_tokens=8
+            self.task, lambda question, chain: ([1, 2, 3], [False, True, True]), seed=0, rows_per_step=2, max_tokens=8
         )
         searched = run_dir / "stages" / "search" / "data"
         self.data = TrainingData(

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from rlsys.config.tasks import TagShares
-from rlsys.tasks import tags
+from rlsys.tasks import calculator, tags
 from rlsys.tasks.generated import join_nodes
+from rlsys.types import Chain
 
 # Pieces of chains that are single tokens of a from-scratch tokenizer.
 PIECES = (" terms", "?", "about ", "ends in ", " is wrong", "+", "=")
@@ -26,6 +27,25 @@ def without_carries(left: int, right: int) -> int:
         total += place * (digit % 10 if left or right else digit)
         place *= 10
     return total
+
+
+def build_tool_chain(terms: Sequence[int], *, tool_share: float, error_rate: float, rng: random.Random) -> Chain:
+    """Return a chain in which an addition is a call of the calculator with probability `tool_share`.
+
+    Any other addition is a thinking node, which forgets its carries with probability `error_rate`.
+    """
+    pieces, text, total = [], "", terms[0]
+    for term in terms[1:]:
+        if rng.random() < tool_share:
+            call = f"{total}+{term}"
+            total += term
+            pieces += [text + calculator.call_node(call), calculator.result_node(calculator.calculate(call))]
+            text = ""
+        else:
+            result = without_carries(total, term) if rng.random() < error_rate else total + term
+            text += thinking(total, term, result)
+            total = result
+    return (*pieces, text + tags.node(tags.ANSWER, str(total)))
 
 
 def build_chain(terms: Sequence[int], *, error_rate: float, shares: TagShares, rng: random.Random) -> str:

@@ -7,11 +7,11 @@ import random
 import re
 
 from rlsys.config.tasks import SumsConfig
-from rlsys.tasks import tags
+from rlsys.tasks import calculator, tags
 from rlsys.tasks.generated import CORRECT, GeneratedTask, wrong
 from rlsys.tasks.sums import chains
 from rlsys.tasks.sums.steps import SumSteps
-from rlsys.types import Problem, Verdict
+from rlsys.types import Chain, Problem, Verdict
 
 HELD_OUT_EVERY = 10
 """The hash of the terms assigns one sum in HELD_OUT_EVERY to the held-out split, for every seed."""
@@ -30,7 +30,8 @@ class SumsTask(GeneratedTask[SumsConfig, tuple[int, ...]]):
 
     def vocabulary(self) -> tuple[str, ...]:
         """Return the tags, pieces of questions and chains, and digits."""
-        return (*tags.tag_strings(), "add", " ", *chains.PIECES, *"0123456789")
+        tool = (*calculator.TAGS, calculator.UNREADABLE) if self.config.tool_share else ()
+        return (*tags.tag_strings(), "add", " ", *chains.PIECES, *"0123456789", *tool)
 
     def _read_problems(self) -> tuple[Problem, ...]:
         return ()
@@ -43,8 +44,11 @@ class SumsTask(GeneratedTask[SumsConfig, tuple[int, ...]]):
     def _problem(self, problem_id: str, instance: tuple[int, ...]) -> Problem:
         return Problem(problem_id=problem_id, question=f"add {' '.join(map(str, instance))}", answer=str(sum(instance)))
 
-    def _chain(self, instance: tuple[int, ...], rng: random.Random) -> str:
-        return chains.build_chain(instance, error_rate=self.config.error_rate, shares=self.config.shares, rng=rng)
+    def _chain(self, instance: tuple[int, ...], rng: random.Random) -> Chain:
+        share, error_rate = self.config.tool_share, self.config.error_rate
+        if share:
+            return chains.build_tool_chain(instance, tool_share=share, error_rate=error_rate, rng=rng)
+        return chains.build_chain(instance, error_rate=error_rate, shares=self.config.shares, rng=rng)
 
     def _judge(self, problem_answer: str, text: str) -> Verdict:
         if not re.fullmatch(r"[0-9]{1,12}", text):
@@ -52,7 +56,9 @@ class SumsTask(GeneratedTask[SumsConfig, tuple[int, ...]]):
         return CORRECT if int(text) == int(problem_answer) else wrong()
 
     def _step_rules(self, question: str) -> SumSteps | None:
-        return SumSteps(_terms(question)) if _QUESTION.fullmatch(question) else None
+        """Return the rules for additions in thinking nodes; calls of a calculator have none."""
+        has_rules = _QUESTION.fullmatch(question) and not self.config.tool_share
+        return SumSteps(_terms(question)) if has_rules else None
 
     def identity(self, question: str) -> str:
         return " ".join(map(str, sorted(_terms(question))))

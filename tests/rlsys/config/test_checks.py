@@ -282,6 +282,20 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
         (["extract.supervised=divergence", *TREES, *SEARCHED], "no stage scores its chains: choose another rule"),
         (["extract.supervised=divergence", *SEARCHED], "no stage scores its chains"),
     ],
+    "environment_is_named": [
+        (["environment.max_turns=3"], "the section environment has no effect: set environment.fn")
+    ],
+    "turns_can_end": [
+        (["environment.fn=game.py:Game"], "the strings after which game.py:Game answers, found none"),
+        (
+            ["environment={fn: calculator, stop: [x], role: user}"],
+            "environment.stop has no effect with environment.role",
+        ),
+    ],
+    "environment_is_not_searched": [
+        (["environment.fn=calculator", *SEARCHED], "leave out the stage search, search.fraction and search.unsolved"),
+        (["task={type: guess}", "stages=[search, sft]"], "an environment answers turns of sampled completions alone"),
+    ],
 }
 
 ACCEPTED: list[list[str]] = [
@@ -330,6 +344,11 @@ ACCEPTED: list[list[str]] = [
     [*GAE, "objective.value.warmup_steps=99", "train.max_steps=5", "stages=[warm_start]"],
     [*GAE, *ALL_SEARCHED, "stages=[warm_start]"],
     [*PAIRS, "stages=[search, preference]"],
+    ["environment={fn: 'game.py:Game', stop: [</move>]}"],
+    ["environment={fn: 'game.py:Game', role: user}"],
+    ["task={type: guess}", "environment.max_turns=3"],
+    ["task={type: sums, tool_share: 0.5}", "environment.max_turns=3"],
+    ["environment.fn=calculator", "search.fraction=0.5", "stages=[warm_start]"],
     # A part of a longer recipe, with the settings of its other stages.
     [*PAIRS, "stages=[warm_start]", "preference.path=p", "sft.path=p"],
     [*SEARCHED, "preference.path=p"],

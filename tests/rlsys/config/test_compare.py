@@ -86,10 +86,22 @@ FIXED: dict[str, dict[str, Any]] = {
         "task.min_digits": 1,
         "task.max_digits": 3,
         "task.error_rate": 0.3,
+        "task.tool_share": 0.5,
         **{
             f"task.shares.{name}": 0.9 for name in ("sub_task", "hypothesis", "double_check", "reflection", "reclarify")
         },
     },
+    "guess": {
+        "task.demonstrations.max_width": 30,
+        "task.digits": 3,
+        "task.min_width": 30,
+        "task.max_width": 50,
+        "task.max_guesses": 6,
+        "task.error_rate": 0.3,
+        "environment.fn": "game.py:Game",
+        "environment.stop": ["</move>"],
+    },
+    "messages": {"environment.role": "user"},
     "dataset": {
         "task.path": "other.jsonl",
         "task.held_out_path": "held.jsonl",
@@ -115,6 +127,8 @@ BEGUN: dict[str, dict[str, Any]] = {
     "blocksworld": {"task": {"type": "blocksworld", "max_blocks": 4}},
     "countdown": {"task": {"type": "countdown"}},
     "sums": {"task": {"type": "sums"}},
+    "messages": {"environment": {"fn": "calculator", "role": "tool"}},
+    "guess": {"task": {"type": "guess"}, "environment": {"stop": ["</guess>"]}},
     "dataset": {"task": {"type": "dataset", "path": "x.jsonl"}},
 }
 # Fields that are fixed while their stage runs.
@@ -131,6 +145,7 @@ FREE_FIELDS = {
     "actors": "count tensor_parallel_size threads dtype max_model_len max_num_seqs block_size kv_cache_gib "
     "gpu_memory_utilization enforce_eager start_timeout_s rollout_timeout_s hang_timeout_s max_restarts",
     "sampling": "temperature top_p max_tokens",
+    "environment": "arguments max_turns",
     "rewards": "functions task_weight workers timeout_s memory_mib",
     "rewards.functions.NUMBER": "fn weight name arguments",
     "learner": "ranks zero_stage sequence_parallel threads micro_batch_tokens gradient_checkpointing optimizer_offload "

@@ -38,7 +38,11 @@ from rlsys.errors import ConfigError
         ({"actors__kv_cache_gib": float("inf")}, "actors.kv_cache_gib", "finite"),
         ({"warm_start__optimizer__learning_rate": float("nan")}, "optimizer.learning_rate", "nan"),
         ({"learner__zero_stage": 4}, "learner.zero_stage", "found 4"),
-        ({"task": {"type": "parity"}}, "task", "'letter_count', 'blocksworld', 'countdown', 'sums', 'dataset'"),
+        (
+            {"task": {"type": "parity"}},
+            "task",
+            "'letter_count', 'blocksworld', 'countdown', 'sums', 'guess', 'dataset'",
+        ),
         ({"task": {"form": "simple"}}, "task", "'type'"),
         ({"task": {"type": "dataset"}}, "task.path", "required"),
         ({"task": {"type": "letter_count", "chunk": 0}}, "task.chunk", "found 0"),

@@ -157,3 +157,24 @@ def test_engines_that_had_nothing_to_do_and_one_that_ended_a_long_step() -> None
         "rollout/idle_policy": 1,
         "rollout/idle_model": 0,
     }
+
+
+def test_figures_of_episodes_by_hand() -> None:
+    # Prompts have 3 tokens. The first episode has 3 tokens of the policy and 2 of the environment after it.
+    ids, own = np.arange(8, dtype=np.int32), np.array([0, 0, 0, 1, 1, 0, 0, 1], dtype=np.bool_)
+    parts = {"task": 0.5, "environment": 1.5}
+    base = trajectory()
+    first = replace(base, token_ids=ids, loss_mask=own, turns=2, reward=2.0, parts=parts)
+    second = replace(base, token_ids=ids[:4], loss_mask=own[:4], turns=1, reward=1.0)
+    failed = replace(second, turns=1, outcome="error", environment_failed=True)
+    asked = replace(prompt("a"), token_ids=ids[:3])
+    metrics = rollout_metrics([TrajectoryGroup(prompt=asked, trajectories=(first, second, failed))], 0)
+    assert metrics["rollout/turns"] == pytest.approx(4 / 3)
+    assert metrics["rollout/environment_share"] == pytest.approx(2 / 7)
+    assert metrics["rollout/environment_errors"] == metrics["rollout/verifier_errors"] == 1
+    assert metrics["rollout/tokens"] == 5, "tokens of the environment were not generated"
+    # The second episode has no reward of the environment.
+    assert metrics["rewards/environment"] == 0.75 and metrics["rewards/task"] == 0.75
+    assert metrics["rollout/reward"] == 1.5
+    single = rollout_metrics([group(prompt("b"))], 0)
+    assert not {name for name in single if "environment" in name or "turns" in name}

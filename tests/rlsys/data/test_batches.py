@@ -44,7 +44,7 @@ def write(folder: Path) -> tuple[str, str]:
 
 def data(settings: Config, searched: Path = Path("nowhere")) -> TrainingData:
     rows = DemonstrationStream(
-        NumberTask(4), lambda question, chain: ([1, 2, 3], 1), seed=0, rows_per_step=3, max_tokens=8
+        NumberTask(4), lambda question, chain: ([1, 2, 3], [False, True, True]), seed=0, rows_per_step=3, max_tokens=8
     )
     return TrainingData(
         settings,

@@ -26,8 +26,8 @@ class Recording(NumberTask):
         return super().demonstration(index, rng)
 
 
-def encode(question: str, chain: str) -> tuple[list[int], int]:
-    return [ord(letter) for letter in question + chain], len(question)
+def encode(question: str, chain: str) -> tuple[list[int], list[bool]]:
+    return [ord(letter) for letter in question + chain], [False] * len(question) + [True] * len(chain)
 
 
 def stream(task: NumberTask, seed: int = 0, max_tokens: int = 64) -> DemonstrationStream:

@@ -39,7 +39,9 @@ def built(form: str) -> tuple[LetterCountTask, Any]:
 def test_task_texts_survive_the_tokenizer(form: str, index: int) -> None:
     task, tokenizer = built(form)
     problem, chain = task.demonstration(index, random.Random(index))
-    ids, prompt_length = chat.encode_demonstration(tokenizer, problem.question, chain)
+    ids, own = chat.encode_demonstration(tokenizer, problem.question, chain)
+    prompt_length = own.index(True)
+    assert all(own[prompt_length:]) and len(own) == len(ids)
     assert tokenizer.decode(ids[:prompt_length]) == f"<user>{problem.question}<assistant>"
     assert tokenizer.decode(ids[prompt_length:], skip_special_tokens=True) == chain
     assert ids[-1] == chat.end_token_id(tokenizer) and ids.count(ids[-1]) == 1
@@ -51,8 +53,7 @@ def test_plain_encoding_without_a_chat_template(tmp_path: Path) -> None:
     tokenizer = ModelFolder(tmp_path).tokenizer
     tokenizer.chat_template = None
     assert chat.encode_prompt(tokenizer, "ab") == tokenizer("ab")["input_ids"]
-    ids, prompt_length = chat.encode_demonstration(tokenizer, "ab", "b")
-    assert (len(ids), prompt_length) == (4, 2)
+    assert chat.encode_demonstration(tokenizer, "ab", "b")[1] == [False, False, True, True]
 
 
 @pytest.mark.parametrize(("named", "expected"), [(None, [1]), (7, [1, 7]), ([7, 1, 9], [1, 7, 9])])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from problems import problem_of
 
 from rlsys.config.tasks import SumsConfig, TagShares
-from rlsys.tasks import build_task
+from rlsys.tasks import build_task, calculator, tags
 from rlsys.tasks.sums.chains import build_chain, without_carries
 from rlsys.tasks.sums.task import SumsTask
 
@@ -148,3 +148,34 @@ def test_more_terms_than_in_the_demonstrations() -> None:
 
 def test_a_question_of_unknown_form_has_no_rules() -> None:
     assert make_task().check_steps("37 and 58", FIRST) is None
+
+
+# --- with a calculator ---
+
+
+@given(index=st.integers(0, 10**6))
+@settings(max_examples=60)
+def test_calls_of_a_demonstration_have_the_results_of_the_calculator(index: int) -> None:
+    task = make_task(tool_share=0.5, error_rate=0.5, max_terms=6)
+    problem, chain = task.demonstration(index, random.Random(index))
+    assert isinstance(chain, tuple) and len(chain) % 2 == 1
+    turns, results = chain[::2], chain[1::2]
+    assert [calculator.reply(problem, turns[: n + 1]).text for n in range(len(results))] == list(results)
+    # The answer is the last total, whether it was computed or written from memory.
+    whole = "".join(chain)
+    assert f"{tags.final_answer(whole)}" in re.findall(r"<result>(\d+)</result>|=(\d+)</thinking>", whole)[-1]
+    assert task.verify(problem, "".join(turns)).correct == (tags.final_answer(whole) == problem.answer)
+    assert task.check_steps(problem.question, whole) is None
+
+
+def test_every_addition_is_a_call_if_the_share_is_1() -> None:
+    task = make_task(tool_share=1, error_rate=1)
+    for index in range(30):
+        problem, chain = task.demonstration(index, random.Random(index))
+        assert len(chain) == 2 * len(str(problem.question).split()) - 3
+        assert "thinking" not in "".join(chain) and task.verify(problem, "".join(chain[::2])).correct
+
+
+def test_the_vocabulary_of_runs_without_a_calculator_stays_the_same() -> None:
+    assert not set(calculator.TAGS) & set(make_task().vocabulary())
+    assert set(calculator.TAGS) < set(make_task(tool_share=0.1).vocabulary())

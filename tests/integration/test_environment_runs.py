@@ -1,0 +1,93 @@
+"""Training with an environment of the user: a killed run ends with the same bytes, and failures are counted."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from real_runs import TINY, digests, steady_rows, wait_for_row, write_config
+
+from rlsys.run.metrics import read_rows
+
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(1200)]
+
+# A game whose every twentieth position raises, so that failed episodes are a part of the run.
+GAME = """
+from rlsys.environments import Game, Reply
+from rlsys.tasks.guess import reply
+
+
+class Guess(Game):
+    def __init__(self, problem, bonus):
+        super().__init__(problem)
+        self.turns, self.bonus = [], bonus
+
+    def step(self, turn):
+        self.turns.append(turn)
+        position = len("".join(self.turns)) + int(self.problem.answer)
+        if position % 20 == 0:
+            raise RuntimeError(f"position {position}")
+        hint = reply(self.problem, self.turns)
+        return Reply(text=hint.text, done=hint.done, solved=hint.done and "right" in hint.text, reward=self.bonus)
+"""
+STEPS, INTERVAL = 6, 2
+
+
+def config(folder: Path) -> dict[str, Any]:
+    (folder / "game.py").write_text(GAME)
+    environment = {
+        "fn": f"{folder / 'game.py'}:Guess",
+        "arguments": {"bonus": -0.1},
+        "stop": ["</guess>"],
+        "max_turns": 6,
+    }
+    return {
+        **TINY,
+        "task": {"type": "guess", "digits": 1, "min_width": 4, "max_width": 8},
+        "environment": environment,
+        "train": {**TINY["train"], "max_steps": STEPS, "max_verifier_failures": 0.5},
+        "checkpoint": {"interval": INTERVAL},
+    }
+
+
+def test_a_killed_run_with_an_environment_ends_with_the_same_bytes(start: Any, tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    values = config(tmp_path)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    start("train", write_config(whole, values)).finish()
+    rows = [row for row in read_rows(whole / "run" / "metrics.jsonl") if row["stage"] == "online" and row["step"]]
+    assert len(rows) == STEPS
+    assert all(1 < row["rollout/turns"] <= 6 and 0 < row["rollout/environment_share"] < 1 for row in rows)
+    assert all(row["rewards/environment"] < 0 for row in rows)
+    failed = [row["rollout/environment_errors"] for row in rows]
+    assert sum(failed) > 0 and failed == [row["rollout/verifier_errors"] for row in rows]
+    assert "held_out/greedy_accuracy" in rows[-1]
+
+    command = start("train", write_config(killed, values))
+    wait_for_row(command, killed / "run", "online", INTERVAL + 1)
+    command.signal(signal.SIGKILL, group=False)
+    command.fail(-signal.SIGKILL)
+    command.assert_gone(within_s=15)
+    start("train", str(killed / "config.yaml")).finish().assert_gone(within_s=5)
+    assert steady_rows(killed / "run") == steady_rows(whole / "run")
+    assert digests(killed / "run") == digests(whole / "run")
+
+
+def test_replies_may_be_messages_of_the_chat_template(start: Any, tmp_path: Path) -> None:
+    values = {
+        **TINY,
+        "task": {"type": "guess", "digits": 1, "min_width": 4, "max_width": 8},
+        "environment": {"role": "user", "max_turns": 6},
+        "train": {**TINY["train"], "max_steps": 2},
+        "evaluation": {"prompts": 8, "samples": 1},
+    }
+    command = start("train", write_config(tmp_path, values)).finish()
+    assert "environment guess: answers after the end token, as messages of the role user, at most 6 turns" in (
+        command.stdout + command.stderr
+    )
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["stage"] == "online" and row["step"]]
+    assert [row["rollout/environment_errors"] for row in rows] == [0, 0]
+    assert all(1 < row["rollout/turns"] <= 6 and row["rollout/accuracy"] > 0.2 for row in rows)
