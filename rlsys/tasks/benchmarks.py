@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -73,9 +74,10 @@ class BenchmarkTask(DatasetTask):
             return load_splits(self.config, self.fields)
         except DataError as error:
             columns = " and ".join(name for name in (known.question, known.answer) if name)
+            fault = re.sub(r"^task\.\w+_(?:column|template): |; (?:set|name) .*", "", error.message)  # no keys here
             raise DataError(
-                f"{error.message}; task.name {self.name} reads {known.path} or a file with its columns {columns}, and "
-                "task.type dataset reads others"
+                f"task.name {self.name}: {fault}; expected {known.path}, or a copy of it with the columns {columns}; "
+                "task.type dataset reads other files"
             ) from None
 
 

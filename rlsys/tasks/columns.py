@@ -167,8 +167,9 @@ def _hint(name: str, source: Source) -> str:
         return f"{described}; a task needs a question and its right answer in every row: {known}"
     if name == "task.prompt_template":
         return f"{described}; name one of them in the braces, or a part of one (column.part)"
-    without = ", or to null if only rewards.functions judge completions" if name == "task.answer_column" else ""
-    return f"{described}; set {name} to one of them, or to a part of one (column.part){without}"
+    without = "; without answers, set task.answer_column to null and name rewards.functions"
+    unanswered = name == "task.answer_column" or form == "prompt-only"
+    return f"{described}; set {name} to one of them, or to a part of one (column.part){without if unanswered else ''}"
 
 
 def _has(values: Mapping[str, Any], name: str) -> bool:

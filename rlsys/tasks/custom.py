@@ -59,7 +59,9 @@ class CustomTask:
 
     def size(self, split: Split) -> int | None:
         size = self._call("size", split)
-        if size is None or (type(size) is int and size >= (split == "held_out")):
+        if size is None or (
+            type(size) is int and size >= (split == "held_out")
+        ):  # all training problems may be missing
             return size
         raise ConfigError(f"{self._name}: size({split!r}): expected None or a number of problems, found {size!r}")
 
@@ -156,8 +158,8 @@ class CustomTask:
             raise
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(place.filename).name}:{place.lineno}"
-            raise ConfigError(f"{self._name}:{call} raised {type(error).__name__}: {error} ({where})") from error
+            where = "" if place.filename == __file__ else f" ({Path(place.filename).name}:{place.lineno})"
+            raise ConfigError(f"{self._name}:{call} raised {type(error).__name__}: {error}{where}") from error
 
 
 def _fault_of(problem: Any) -> tuple[str, str] | None:

@@ -29,6 +29,14 @@ from rlsys.types import Problem, Split, Verdict
 _BLOCK = 500
 _BLOCKS_KEPT = 64
 _DRAWS = 200
+_OTHER_PROBLEMS = "has other problems in every process, so a run cannot be resumed unless PYTHONHASHSEED is set"
+FAULTS = {
+    "codeio": "runs programs of the package while it draws problems, and some of them write files",
+    "game_of_life_halting": "has a scorer that accepts every answer",
+    **dict.fromkeys(("isomorphic_strings", "knight_swap", "polynomial_multiplication"), _OTHER_PROBLEMS),
+    **dict.fromkeys(("ransom_note", "word_ladder"), _OTHER_PROBLEMS),
+}
+"""What is wrong with data sets of version 0.1.25."""
 
 
 class ReasoningGymTask(BaseTask):
@@ -52,7 +60,7 @@ class ReasoningGymTask(BaseTask):
     def problem(self, split: Split, index: int) -> Problem:
         name, entry = self._entry(split, index)
         question = with_template(entry["question"], self.config.prompt_template)
-        given = {key: entry[key] for key in ("question", "answer", "metadata")}
+        given = {key: _plain(entry[key]) for key in ("question", "answer", "metadata")}
         text = repr(given)
         if not _is_exact(text, given):
             raise DataError(f"task.datasets.{name}: its problem {index} has values that no verifier process can get")
@@ -63,7 +71,7 @@ class ReasoningGymTask(BaseTask):
             metadata={
                 "source_dataset": name,
                 "question": entry["question"],
-                "metadata": json.loads(json.dumps(entry["metadata"], default=str)),
+                "metadata": json.loads(json.dumps(given["metadata"], default=str)),
                 "entry": text,  # JSON would turn tuples into lists, and the scorers of some data sets compare tuples
             },
         )
@@ -83,6 +91,9 @@ class ReasoningGymTask(BaseTask):
         if score >= 1:
             return Verdict(outcome="ok", reward=score, answered=True)
         return Verdict(outcome="wrong", reward=score, answered=True, detail=f"score {score:g}")
+
+    def notes(self) -> tuple[str, ...]:
+        return tuple(f"task.datasets: {name} {FAULTS[name]}" for name in self.config.datasets if name in FAULTS)
 
     def digest(self) -> str:
         """Return the sha256 of the held-out problems and of the version of the package."""
@@ -150,6 +161,17 @@ def _create(name: str, arguments: dict[str, Any], *, seed: int, size: int) -> An
         raise ConfigError(
             f"task.datasets.{name}.arguments: {type(error).__name__}: {error}; the arguments are {', '.join(known)}"
         ) from None
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with Python's own types in place of those of numpy and of other classes derived from them."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set):
+        return type(value)(map(_plain, value))
+    if isinstance(value, str):
+        return str(value)
+    return value.item() if hasattr(value, "item") else value
 
 
 def _is_exact(text: str, value: Any) -> bool:

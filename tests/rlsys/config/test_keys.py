@@ -42,6 +42,7 @@ def test_some_keys() -> None:
     keys = all_keys()
     assert Key("run.device", "cpu | cuda", "cpu", "Device of the engines and learner ranks.") in keys
     task_types = ["letter_count", "blocksworld", "countdown", "sums", "dataset"]
+    task_types += ["benchmark", "reasoning_gym", "custom"]
     assert [key.default for key in keys if key.name == "task.type"] == task_types
     assert [key.default for key in keys if key.name == "run.dir"] == ["required"]
     # The optimizer of every stage has separate defaults.
