@@ -119,7 +119,9 @@ class PromptBuilder:
         """
         size = self.task.size(split)
         if size == 0:
-            raise DataError(f"task: it has no {split} problems, so it can only be evaluated: choose another task")
+            raise DataError(
+                "task: it has no training problems, so it can only be evaluated; a benchmark reads task.train_path"
+            )
         if size is not None and size > SLOW_TO_CHECK:
             log.warning("task: counting the tokens of %d prompts before the start, about %d s", size, size // 5000)
         deadline = time.monotonic() + CHECK_S

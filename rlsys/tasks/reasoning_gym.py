@@ -37,6 +37,11 @@ FAULTS = {
     **dict.fromkeys(("ransom_note", "word_ladder"), _OTHER_PROBLEMS),
 }
 """What is wrong with data sets of version 0.1.25."""
+RUNS_ANSWERS = (
+    *("binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication", "puzzle24"),
+    *("simple_integration", "spiral_matrix", "string_insertion"),
+)
+"""Data sets whose scorers give an answer to Python's eval, or to sympy's parser, which uses it."""
 
 
 class ReasoningGymTask(BaseTask):
@@ -93,7 +98,10 @@ class ReasoningGymTask(BaseTask):
         return Verdict(outcome="wrong", reward=score, answered=True, detail=f"score {score:g}")
 
     def notes(self) -> tuple[str, ...]:
-        return tuple(f"task.datasets: {name} {FAULTS[name]}" for name in self.config.datasets if name in FAULTS)
+        notes = [f"task.datasets: {name} {FAULTS[name]}" for name in self.config.datasets if name in FAULTS]
+        if running := [name for name in self.config.datasets if name in RUNS_ANSWERS]:
+            notes.append(f"task.datasets: scorers run answers as Python code (docs/security.md): {', '.join(running)}")
+        return tuple(notes)
 
     def digest(self) -> str:
         """Return the sha256 of the held-out problems and of the version of the package."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import inspect
 import os
 import pickle
 import re
@@ -21,7 +22,7 @@ from rlsys.config.tasks import TaskConfig
 from rlsys.data.prompts import PromptBuilder
 from rlsys.errors import ConfigError
 from rlsys.tasks import build_task
-from rlsys.tasks.reasoning_gym import FAULTS, ReasoningGymTask
+from rlsys.tasks.reasoning_gym import FAULTS, RUNS_ANSWERS, ReasoningGymTask
 from rlsys.types import Message, Problem, Split, Verdict
 
 DOCS = Path(__file__).parents[3] / "docs" / "tasks.md"
@@ -158,6 +159,18 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_known_faults_are_told() -> None:
     [note] = task_of("gcd", "game_of_life_halting").notes()
     assert note == "task.datasets: game_of_life_halting has a scorer that accepts every answer"
+    [note] = task_of("n_queens", "puzzle24").notes()
+    assert note == "task.datasets: scorers run answers as Python code (docs/security.md): n_queens, puzzle24"
+
+
+def test_scorers_that_run_answers_are_listed() -> None:
+    from reasoning_gym.factory import DATASETS
+
+    sources = {name: inspect.getsource(kind.score_answer) for name, (kind, _) in DATASETS.items()}
+    assert [name for name in sorted(sources) if re.search(r"\b(eval|parse_expr)\(answer\b", sources[name])] == [
+        *RUNS_ANSWERS
+    ]
+    assert all(f"`{name}`" in DOCS.read_text() for name in RUNS_ANSWERS)
 
 
 def all_names() -> list[str]:
@@ -217,7 +230,8 @@ def test_all_data_sets_are_drawn_checked_and_verified_or_are_listed() -> None:
 @pytest.mark.long
 def test_the_data_sets_with_other_problems_in_every_process_are_listed() -> None:
     code = (
-        "import sys\nfrom rlsys.config.outside_tasks import ReasoningGymConfig as C\nfrom rlsys.tasks import build_task\n"
+        "import sys\nfrom rlsys.config.outside_tasks import ReasoningGymConfig as C\n"
+        "from rlsys.tasks import build_task\n"
         "for n in sys.argv[1:]:\n"
         "    t = build_task(C(datasets={n: {}}, held_out_size=6), 0); print(n, t.digest())\n"
     )
