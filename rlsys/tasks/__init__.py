@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from rlsys.config.tasks import TaskConfig
 from rlsys.interfaces import Task
+from rlsys.plugins import command_folder
 
 
 def build_task(config: TaskConfig, seed: int, folder: str | None = None) -> Task:
@@ -14,7 +13,7 @@ def build_task(config: TaskConfig, seed: int, folder: str | None = None) -> Task
     Args:
         config: The `task` section.
         seed: run.seed. The same config and seed give the same problems in every process.
-        folder: Folder in which the command was started, where plug-ins are looked up. None: that of this process.
+        folder: Folder in which the command was started, where plug-ins are looked up. None: that of this command.
     """
     match config.type:
         case "letter_count":
@@ -44,7 +43,7 @@ def build_task(config: TaskConfig, seed: int, folder: str | None = None) -> Task
         case "custom":
             from rlsys.tasks.custom import CustomTask
 
-            return CustomTask(config, seed, folder or os.getcwd())
+            return CustomTask(config, seed, folder or command_folder())
         case "dataset":
             from rlsys.tasks.dataset import DatasetTask
 

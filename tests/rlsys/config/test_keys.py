@@ -66,6 +66,7 @@ def test_keys_of_mappings_and_lists_of_sections() -> None:
         "[{count: 8, after: 0}, {count: 4, after: 32}]",
     )
     assert keys["search.stop.correct.NUMBER.after"].default == "0"
+    assert keys["rewards.functions.NUMBER.arguments"].default == "{}"
     assert keys["search.max_depth"].type == "whole number | null"
     # Without quotes, YAML would read a mapping.
     assert yaml.safe_load(keys["search.model.question_template"].default) == "{question}"
