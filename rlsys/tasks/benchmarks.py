@@ -49,7 +49,6 @@ BENCHMARKS: dict[BenchmarkName, Benchmark] = {
         split="train",
         question="question",
         answer="final_answer",
-        template="{context}\n" + BOXED,
     ),
     "minerva": Benchmark(path="math-ai/minervamath", question="question"),
     "ifeval": Benchmark(path="google/IFEval", split="train", question="prompt", answer=None, template="{question}"),
@@ -98,6 +97,7 @@ def dataset_config(config: BenchmarkConfig) -> DatasetConfig:
         prompt_template=config.prompt_template or known.template,
         system_prompt=config.system_prompt,
         accept_cut_off=config.accept_cut_off,
+        max_bad_rows=0,  # a figure of a part of a benchmark has another meaning
     )
 
 

@@ -58,10 +58,8 @@ class CustomTask:
         return bool(getattr(self._task, "one_answer", False))
 
     def size(self, split: Split) -> int | None:
-        size = self._call("size", split)
-        if size is None or (
-            type(size) is int and size >= (split == "held_out")
-        ):  # all training problems may be missing
+        size, least = self._call("size", split), 1 if split == "held_out" else 0
+        if size is None or (type(size) is int and size >= least):
             return size
         raise ConfigError(f"{self._name}: size({split!r}): expected None or a number of problems, found {size!r}")
 

@@ -54,7 +54,7 @@ def test_rows_of_a_benchmark_are_read_asked_and_judged(name: Any, tmp_path: Path
     task = task_of(name, tmp_path, [row])
     assert (task.size("train"), task.size("held_out"), task.notes()) == (0, 1, ())
     problem = task.problem("held_out", 0)
-    assert problem.question.strip().startswith(row[BENCHMARKS[name].question])
+    assert problem.question.startswith(row[BENCHMARKS[name].question])
     assert problem.question.endswith("\nPlease reason step by step, and put your final answer within \\boxed{}.")
     assert task.verify(problem, rf"So \boxed{{{right}}}.").correct
     assert not task.verify(problem, r"So \boxed{11}.").correct
