@@ -66,8 +66,7 @@ class CustomTask:
     def problem(self, split: Split, index: int) -> Problem:
         problem = self._call("problem", split, index)
         if fault := _fault_of(problem):
-            expected, found = fault
-            raise ConfigError(f"{self._name}: problem({split!r}, {index}): expected {expected}, found {found}")
+            raise ConfigError(f"{self._name}: problem({split!r}, {index}): expected {', found '.join(fault)}")
         return problem
 
     def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
