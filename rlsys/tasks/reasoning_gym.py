@@ -29,7 +29,7 @@ from rlsys.types import Problem, Split, Verdict
 _BLOCK = 500
 _BLOCKS_KEPT = 64
 _DRAWS = 200
-_OTHER_PROBLEMS = "has other problems in every process, so a run cannot be resumed unless PYTHONHASHSEED is set"
+_OTHER_PROBLEMS = "has other problems or reference answers in every process: to resume a run, set PYTHONHASHSEED"
 FAULTS = {
     "codeio": "runs programs of the package while it draws problems, and some of them write files",
     "game_of_life_halting": "has a scorer that accepts every answer",
@@ -109,13 +109,14 @@ class ReasoningGymTask(BaseTask):
         return hashlib.sha256(json.dumps([version, self._held_out]).encode()).hexdigest()
 
     @cached_property
-    def _held_out(self) -> list[str]:
-        """The held-out questions."""
-        return [self._entry("held_out", index)[1]["question"] for index in range(self.config.held_out_size)]
+    def _held_out(self) -> list[tuple[str, str]]:
+        """The held-out questions and answers."""
+        entries = (self._entry("held_out", index)[1] for index in range(self.config.held_out_size))
+        return [(entry["question"], str(entry["answer"])) for entry in entries]
 
     @cached_property
     def _held_out_questions(self) -> frozenset[str]:
-        return frozenset(self._held_out)
+        return frozenset(question for question, _ in self._held_out)
 
     def _entry(self, split: Split, index: int) -> tuple[str, dict[str, Any]]:
         """Draw the entry of a problem, and the name of its data set."""
