@@ -124,7 +124,7 @@ class ReasoningGymTask(BaseTask):
         weights = [each.weight for each in self.config.datasets.values()]
         for draw in range(_DRAWS):
             [name] = hashed_random(self._seed, split, index, draw).choices(names, weights)
-            with contextlib.redirect_stdout(io.StringIO()):  # some data sets print
+            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):  # some print
                 entry = self._block(name, split, index // _BLOCK, draw)[index % _BLOCK]
             if split == "held_out" or entry["question"] not in self._held_out_questions:
                 return name, entry
@@ -151,8 +151,7 @@ def _create(name: str, arguments: dict[str, Any], *, seed: int, size: int) -> An
         ConfigError: there is no such package or data set, or it refuses the arguments.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of modules that it imports
+        with warnings.catch_warnings(action="ignore"):  # of modules that it imports
             from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError as error:
         raise ConfigError(
