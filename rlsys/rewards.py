@@ -71,11 +71,13 @@ class Rewards:
     def verdict(self, problem: Problem, completion: str, verdict: Verdict) -> Verdict:
         """Return the verdict of the task with the weighted sum of all rewards. A failed one stays as it is.
 
-        A function that gives None for a completion adds nothing to it.
+        A function that gives None for a completion adds nothing to it. If the task does not judge answers (see
+        `Verdict`), an answer is right if the sum is above 0.
         """
         if not self._functions or verdict.outcome not in ("ok", "wrong"):
             return verdict
-        parts = {TASK: float(verdict.reward)} if self._task_weight else {}
+        is_unjudged = verdict.outcome == "ok" and not verdict.correct
+        parts = {TASK: float(verdict.reward)} if self._task_weight and not is_unjudged else {}
         total = self._task_weight * verdict.reward
         for function in self._functions:
             value = function(problem, completion)
@@ -85,9 +87,10 @@ class Rewards:
                 parts[function.name] = value
                 total += function.weight * value
         if not parts:
-            detail = "no reward: rewards.task_weight is 0 and every function gave None"
+            detail = "no reward: every function gave None, and the task gives none"
             return Verdict(outcome="error", reward=0.0, answered=False, detail=detail)
-        return replace(verdict, outcome="ok" if verdict.correct else "wrong", reward=total, parts=parts)
+        is_right = total > 0 if is_unjudged else verdict.correct
+        return replace(verdict, outcome="ok" if is_right else "wrong", reward=total, parts=parts)
 
 
 class ChainValue:

@@ -62,7 +62,8 @@ class Verdict:
     """The judgement of a verifier on one completion.
 
     Attributes:
-        outcome: "ok" if the answer is right.
+        outcome: "ok" if the answer is right. A task that has nothing to compare an answer with gives "ok" with reward
+            0; then an answer is right if the reward functions give it more than 0 together.
         reward: finite; 0.0 unless the outcome is "ok" or "wrong".
         answered: whether the completion has a valid answer; the no-answer rate counts completions without one.
         detail: the reason, for people.

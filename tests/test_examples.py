@@ -25,9 +25,9 @@ SETTINGS = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
 
 
 def read(page: str, folder: Path) -> Config:
-    """Write the file that a page shows, and return the config of the YAML that names it."""
+    """Write the first file that a page shows, and return the config of the YAML that names it."""
     text = (DOCS / page).read_text()
-    [(code, name)] = FILE.findall(text)
+    code, name = FILE.findall(text)[0]
     (folder / name).write_text(code)
     [settings] = [block for block in SETTINGS.findall(text) if name in block]
     return parse_config(minimal(**yaml.safe_load(settings)), page)

@@ -26,7 +26,7 @@ LATE_READ_S = 0.05
 # With all these limits, a verification ends within a second of its deadline if cores are free.
 GUARD_PATIENCE_S, KILL_PATIENCE_S, STDERR_PATIENCE_S = 0.6, 0.1, 0.1
 _STDERR_BYTES = 4096
-_KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "RLSYS_DATA", "RLSYS_RUN_ID")
+_KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "RLSYS_DATA", "RLSYS_RUN_ID", "NLTK_DATA")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,7 +114,7 @@ def _build_verifier(hello: dict[str, Any]) -> Verifier:
         verify = getattr(importlib.import_module(module), factory)()
         return lambda given, *others: verify(problem_of(given) if others else given, *others)
     config: TaskConfig = TypeAdapter(TaskConfig).validate_python(hello["task"])
-    task = build_task(config, hello["seed"])
+    task = build_task(config, hello["seed"], hello["folder"])
     rewards = Rewards(RewardsConfig.model_validate(hello["rewards"]), hello["folder"])
     section, folder = hello["environment"], hello["folder"]
     environment = section and build_environment(EnvironmentConfig.model_validate(section), folder)

@@ -24,6 +24,7 @@ from rlsys.config.search_checks import (
 )
 from rlsys.config.search_values import ModelValueConfig, StepsValueConfig
 from rlsys.config.stages import TERMS_OF_STAGE, stage_plan, stage_plans, term_with_pairs
+from rlsys.config.tasks import WITHOUT_STEPS
 from rlsys.config.teacher_checks import (
     distillation_has_a_teacher,
     distilled_rows_have_a_source,
@@ -315,9 +316,19 @@ def patterns_are_searchable(config: Config) -> None:
 
 def steps_can_be_checked(config: Config) -> None:
     """Raise if the task has no rules for the steps that the search is to check."""
-    if isinstance(config.search.value, StepsValueConfig) and config.task.type == "dataset":
+    if isinstance(config.search.value, StepsValueConfig) and config.task.type in WITHOUT_STEPS:
         raise ValueError(
-            "search.value {type: steps}: a task of type dataset has no rules for steps; choose another type"
+            f"search.value {{type: steps}}: a task of type {config.task.type} has no rules for steps; choose another "
+            "type"
+        )
+
+
+def answers_are_judged(config: Config) -> None:
+    """Raise if nothing judges the completions of a data set without reference answers."""
+    if config.task.type == "dataset" and config.task.answer_column is None and not config.rewards.functions:
+        raise ValueError(
+            "task.answer_column null: nothing judges the completions; name functions in rewards.functions "
+            "(docs/rewards.md), or the column with the reference answer"
         )
 
 
@@ -364,6 +375,7 @@ RULES: tuple[Rule, ...] = (
     model_reaches_context,
     patterns_are_searchable,
     steps_can_be_checked,
+    answers_are_judged,
     extracted_nodes_exist,
     divergence_has_scores,
     environment_is_named,

@@ -45,7 +45,7 @@ def all_keys(section: type[Section] = Config, prefix: str = "", defaults: Sectio
     keys = []
     for name, field in section.model_fields.items():
         full = f"{prefix}{name}"
-        default = getattr(defaults, name) if defaults is not None else field.default
+        default = getattr(defaults, name) if defaults is not None else field.get_default(call_default_factory=True)
         sections = list(_sections(field.annotation))
         entry = _entry(field.annotation)
         if not sections or entry or type(None) in typing.get_args(field.annotation):

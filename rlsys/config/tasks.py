@@ -6,7 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from rlsys.config.outside_tasks import BenchmarkConfig, CustomConfig, ReasoningGymConfig
 from rlsys.config.section import PathName, Section
+from rlsys.tables.templates import check_template
 
 
 class TagShares(Section):
@@ -257,8 +259,9 @@ class DatasetConfig(Section):
     """Configuration name of a Hugging Face dataset, for both splits (GSM8K: main)."""
     question_column: str = "question"
     """Column with the question, as text or as a list of messages. A dot leads into a nested column."""
-    answer_column: str = "answer"
-    """Column with the reference answer. A dot leads into a nested column (verl: reward_model.ground_truth)."""
+    answer_column: str | None = "answer"
+    """Column with the reference answer. A dot leads into a nested column (verl: reward_model.ground_truth). null: there
+    is none, and rewards.functions judge; a completion then counts as right if its reward is above 0."""
     answer_pattern: str | None = None
     """Regular expression whose first group is the reference answer in answer_column (GSM8K: `#### (.+)`). By default,
     the whole text is the answer."""
@@ -266,7 +269,9 @@ class DatasetConfig(Section):
     """Column with a worked solution, which is a demonstration. null: no demonstrations."""
     prompt_template: str = "{question}"
     """Text of the user message. {question} is replaced by the question, or by the last user message of a list of
-    messages."""
+    messages; the name of another column in braces is replaced by its text."""
+    system_prompt: str | None = Field(default=None, min_length=1)
+    """System message before every question. A conversation that has one keeps its own."""
     strictness: Literal["text", "value", "lenient"] = "value"
     """Answers that are right. `text`: the text of the reference, whatever its markup. `value`: also other forms of its
     value. `lenient`: also a number without its percent sign, and a rounded decimal. docs/answers.md has the rules."""
@@ -280,12 +285,22 @@ class DatasetConfig(Section):
 
     @model_validator(mode="after")
     def _template(self) -> DatasetConfig:
-        if "{question}" not in self.prompt_template:
-            raise ValueError("prompt_template must contain {question}")
+        check_template(self.prompt_template)
         return self
 
 
 TaskConfig = Annotated[
-    LetterCountConfig | BlocksworldConfig | CountdownConfig | SumsConfig | GuessConfig | DatasetConfig,
+    LetterCountConfig
+    | BlocksworldConfig
+    | CountdownConfig
+    | SumsConfig
+    | GuessConfig
+    | DatasetConfig
+    | BenchmarkConfig
+    | ReasoningGymConfig
+    | CustomConfig,
     Field(discriminator="type"),
 ]
+
+WITHOUT_STEPS = ("dataset", "benchmark", "reasoning_gym")
+"""Types of tasks without rules for the steps of a chain."""

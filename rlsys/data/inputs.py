@@ -22,6 +22,15 @@ from rlsys.tasks import build_task
 from rlsys.types import Int32Array, StageName
 
 TOKENIZER = "the tokenizer of model.path"
+DATA_FIELDS = {
+    "letter_count": "task.questions_path",
+    "blocksworld": "task.problems_path",
+    "dataset": "task.path",
+    "benchmark": "task.path",
+    "reasoning_gym": "task.datasets",
+    "custom": "task.fn",
+}
+"""Field of the config that names the data of a task, by its type."""
 
 
 def prepare_model(config: Config, run_dir: Path, *, build: bool = True) -> ModelFolder:
@@ -67,7 +76,7 @@ class Inputs:
     def __init__(self, config: Config, model: ModelFolder, *, training: bool = True) -> None:
         task, tokenizer = build_task(config.task, config.run.seed), model.tokenizer
         encoder = CheckedEncoder(tokenizer, model.vocabulary, _turn_encoder(config, tokenizer))
-        max_bad_rows = config.task.max_bad_rows if config.task.type == "dataset" else None
+        max_bad_rows = getattr(config.task, "max_bad_rows", None)
         self.builder = PromptBuilder(
             task,
             encoder.prompt,
@@ -111,8 +120,7 @@ class Inputs:
 
     def fingerprint(self) -> dict[str, str]:
         """Return digests of data, model and tokenizer, by the config field that names each."""
-        files = {"letter_count": "task.questions_path", "blocksworld": "task.problems_path", "dataset": "task.path"}
-        data = files.get(self._config.task.type, "task")  # "task": a task without a file, so without a digest
+        data = DATA_FIELDS.get(self._config.task.type, "task")  # "task": a task without a file, so without a digest
         digest = self.task.digest()
         if self._training:
             digest = self.data.demonstrations_digest(self.builder.digest(digest))

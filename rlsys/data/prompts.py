@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -16,6 +18,11 @@ from rlsys.types import Prompt, Question, Split
 
 # Number of generated prompts and demonstrations that are built before the start: 0.3 s for letter counting.
 GENERATED_CHECKED = 2048
+# Seconds after which this stops.
+CHECK_S = 5.0
+# Number of problems that are tried in place of a generated one whose prompt is unusable, and the distance of their
+# indices, which no stream reaches.
+SUBSTITUTES, FAR = 50, 1 << 40
 # Number of prompts above which the check logs its expected duration: 0.05 ms to 0.5 ms per prompt.
 SLOW_TO_CHECK = 20_000
 
@@ -35,7 +42,7 @@ class PromptBuilder:
 
     Args:
         max_bad_rows: Largest share of the problems of a split that may be left out because their prompts are unusable.
-            None: The first unusable prompt is an error.
+            None: The first unusable prompt is an error. A generator draws other problems in their place.
     """
 
     def __init__(
@@ -76,6 +83,14 @@ class PromptBuilder:
             metadata=problem.metadata,
         )
 
+    def generated(self, index: int) -> Prompt:
+        """Return the prompt of a generated training problem, or of another one if it is unusable."""
+        others = SUBSTITUTES if self._max_bad_rows else 0
+        for place in range(others):
+            with suppress(UnusablePromptError):
+                return self.build("train", index + place * FAR)
+        return self.build("train", index + others * FAR)
+
     def first(self, split: Split, count: int) -> list[Prompt]:
         """Return the prompts of the first `count` usable problems of a split, or of all if there are fewer.
 
@@ -103,10 +118,17 @@ class PromptBuilder:
             ConfigError: More prompts are unusable than `max_bad_rows` allows.
         """
         size = self.task.size(split)
+        if size == 0:
+            raise DataError(
+                "task: it has no training problems, so it can only be evaluated; a benchmark reads task.train_path"
+            )
         if size is not None and size > SLOW_TO_CHECK:
             log.warning("task: counting the tokens of %d prompts before the start, about %d s", size, size // 5000)
+        deadline = time.monotonic() + CHECK_S
         for index in range(GENERATED_CHECKED if size is None else size):
             self._usable(split, index)
+            if size is None and time.monotonic() > deadline:  # some generators take seconds for a problem
+                break
         self._check_share(split)
 
     def usable(self, split: Split) -> Sequence[int] | None:
@@ -122,7 +144,7 @@ class PromptBuilder:
 
     def digest(self, digest: str) -> str:
         """Return the digest of the training problems without those that were left out."""
-        left_out = self._left_out.get("train")
+        left_out = self._left_out.get("train") if self.task.size("train") is not None else None
         return left_out.digest(digest) if left_out else digest
 
     def _usable(self, split: Split, index: int) -> Prompt | None:
@@ -130,10 +152,11 @@ class PromptBuilder:
             return self.build(split, index)
         except UnusablePromptError as error:
             size = self.task.size(split)
-            if self._max_bad_rows is None or size is None:
+            if self._max_bad_rows is None:
                 raise
             noun = "training prompts" if split == "train" else "held-out prompts"
-            new = LeftOut(where="task", noun=noun, limit="task.max_bad_rows", share=self._max_bad_rows, total=size)
+            new = LeftOut(where="task", noun=noun, limit="task.max_bad_rows", share=self._max_bad_rows)
+            new.total = GENERATED_CHECKED if size is None else size
             self._left_out.setdefault(split, new).add(index, error.message.removesuffix(_REMEDY))
             return None
 
@@ -177,6 +200,6 @@ class PromptStream:
     def prompt(self, index: int) -> Prompt:
         """Return the prompt of a stream index. The epoch in its id makes its random draws differ between epochs."""
         if self._epochs is None:
-            return self._builder.build("train", index)
+            return self._builder.generated(index)
         problem = self._usable[self._epochs.position(index)]
         return self._builder.build("train", problem, suffix=f"@{self._epochs.epoch(index)}")

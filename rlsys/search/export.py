@@ -15,6 +15,7 @@ import numpy as np
 from rlsys.config.patterns import resolve
 from rlsys.config.schema import Config
 from rlsys.config.search import ExtractConfig
+from rlsys.config.tasks import WITHOUT_STEPS
 from rlsys.directory import CARD, REPORT, SearchDirectory
 from rlsys.errors import ConfigError, DataError
 from rlsys.models.folder import ModelFolder
@@ -201,7 +202,7 @@ class _Extraction:
 
 def _step_check(config: Config) -> StepCheck | None:
     """Return what judges the steps of supervised chains; None for rows of nodes, and for tasks that cannot tell."""
-    if config.extract.supervised_rows == "node" or config.task.type == "dataset":
+    if config.extract.supervised_rows == "node" or config.task.type in WITHOUT_STEPS:
         return None
     try:
         return build_task(config.task, config.run.seed).check_steps

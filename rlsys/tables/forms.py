@@ -45,6 +45,7 @@ FORMS = (
     Form("verl", ("prompt", "reward_model"), {"task": ("prompt", "reward_model.ground_truth")}),
     Form("prompt and answer", ("prompt", "answer"), {"task": ("prompt", "answer")}),
     Form("prompt and answer", ("prompt", "ground_truth"), {"task": ("prompt", "ground_truth")}),
+    Form("prompt and answer", ("prompt", "solution"), {"task": ("prompt", "solution")}),
     Form("prompt-completion", _COMPLETION, {"sft": _COMPLETION, "task": _COMPLETION}),
     Form("messages and answer", ("messages", "answer"), {"sft": ("messages",), "task": ("messages", "answer")}),
     Form(

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 
 from rlsys.errors import DataError
 from rlsys.tables.files import described, is_unicode
+from rlsys.tables.templates import QUESTION, filled
 from rlsys.types import Message, Question
 
 Conversation = tuple[Message, ...]
@@ -140,16 +141,31 @@ def check_reply(messages: Conversation) -> None:
             raise DataError("expected text of the assistant, found a blank message")
 
 
-def with_template(question: Question, template: str) -> Question:
-    """Put a question, or the last message of the user in a conversation, into a template with {question}."""
-    # str.format would fail, because LaTeX has braces.
+def with_template(question: Question, template: str, columns: Mapping[str, str] | None = None) -> Question:
+    """Put a question, or the last message of the user in a conversation, into a template with {question}.
+
+    Args:
+        question: the question.
+        template: see `rlsys.tables.templates`.
+        columns: texts of its other fields, by name.
+    """
     if isinstance(question, str):
-        return template.replace("{question}", question)
+        return filled(template, {**(columns or {}), QUESTION: question})
     last = max((number for number, message in enumerate(question) if message.role == "user"), default=None)
     if last is None:
         return question
-    content = template.replace("{question}", question[last].content)
+    content = filled(template, {**(columns or {}), QUESTION: question[last].content})
     return (*question[:last], replace(question[last], content=content), *question[last + 1 :])
+
+
+def with_system_prompt(question: Question, system_prompt: str | None) -> Question:
+    """Put a system message before a question, unless it is a conversation that has one. None changes nothing."""
+    if system_prompt is None:
+        return question
+    messages = (Message(role="user", content=question),) if isinstance(question, str) else question
+    if any(message.role == "system" for message in messages):
+        return question
+    return (Message(role="system", content=system_prompt), *messages)
 
 
 def question_texts(question: Question) -> tuple[str, ...]:

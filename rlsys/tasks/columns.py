@@ -14,8 +14,17 @@ from rlsys.config.tasks import DatasetConfig
 from rlsys.errors import DataError
 from rlsys.tables.files import ExactFloat, Row, described, is_unicode, json_object
 from rlsys.tables.forms import FORMS, expected_columns, form_name, forms_of
-from rlsys.tables.messages import before_reply, conversation, is_conversation, refuse_media, unfolded
+from rlsys.tables.messages import (
+    before_reply,
+    conversation,
+    is_conversation,
+    refuse_media,
+    unfolded,
+    with_system_prompt,
+    with_template,
+)
 from rlsys.tables.sources import Source
+from rlsys.tables.templates import QUESTION, field_names
 from rlsys.tasks.answers.reading.reader import read_answer
 from rlsys.tasks.answers.values import Sequence as ValueList
 from rlsys.tasks.answers.values import UnreadableError
@@ -35,6 +44,8 @@ class Example:
     """Content of a readable row.
 
     Attributes:
+        question: the question in the prompt template, after the system prompt.
+        answer: the reference answer; "" if the data set has none.
         columns: all its columns, as JSON values.
     """
 
@@ -47,12 +58,18 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """Names of the columns to read. A dot leads into a nested column, as in reward_model.ground_truth."""
+    """Names of the columns to read. A dot leads into a nested column, as in reward_model.ground_truth.
+
+    Attributes:
+        answer: None if the data set has no reference answers.
+    """
 
     question: str
-    answer: str
+    answer: str | None
     demonstration: str | None = None
     pattern: re.Pattern[str] | None = None
+    template: str = "{question}"
+    system_prompt: str | None = None
 
     def example(self, row: Row) -> Example | str:
         """Return the texts of a row, or the reason why it cannot be used."""
@@ -60,12 +77,12 @@ class Columns:
             return row.values
         try:
             refuse_media(row.values)
-            question = _read(row.values, self.question, _question)
-            answer = _read(row.values, self.answer, _answer)
+            question = self._asked(row.values)
+            answer = _read(row.values, self.answer, _answer) if self.answer else ""
             demonstration = self.demonstration and _read(row.values, self.demonstration, _demonstration)
         except DataError as error:
             return error.message
-        if self.pattern is not None:
+        if self.answer and self.pattern is not None:
             match = self.pattern.search(answer)
             answer = (match[1] or "").strip() if match else ""
             if not answer:
@@ -74,6 +91,13 @@ class Columns:
         return Example(
             number=row.number, question=question, answer=answer, demonstration=demonstration, columns=columns
         )
+
+    def _asked(self, values: Mapping[str, Any]) -> Question:
+        """Return the question of a row as the policy is asked it."""
+        question = _read(values, self.question, _question)
+        names = [name for name in field_names(self.template) if name != QUESTION]
+        columns = {name: _read(values, name, _field) for name in names}
+        return with_system_prompt(with_template(question, self.template, columns), self.system_prompt)
 
 
 def find_columns(source: Source, config: DatasetConfig) -> Columns:
@@ -86,20 +110,30 @@ def find_columns(source: Source, config: DatasetConfig) -> Columns:
     rows = [row.values for row in source.rows if isinstance(row.values, dict)]
     if rows:
         question, answer = _recognised(question, answer, source, rows)
-        fields = {
-            "task.question_column": question,
-            "task.answer_column": answer,
-            "task.demonstration_column": config.demonstration_column,
-        }
-        for name, column in fields.items():
+        fields = [
+            ("task.question_column", question),
+            ("task.answer_column", answer),
+            ("task.demonstration_column", config.demonstration_column),
+            *(("task.prompt_template", name) for name in field_names(config.prompt_template) if name != QUESTION),
+        ]
+        for name, column in fields:
             if column is not None and not any(_has(values, column) for values in rows):
                 known = f"its columns are {', '.join(source.columns)}"
                 raise DataError(f"{name}: {source.path} has no column {column!r}; {known}{_hint(name, source)}")
     pattern = None if config.answer_pattern is None else re.compile(config.answer_pattern)
-    return Columns(question=question, answer=answer, demonstration=config.demonstration_column, pattern=pattern)
+    return Columns(
+        question=question,
+        answer=answer,
+        demonstration=config.demonstration_column,
+        pattern=pattern,
+        template=config.prompt_template,
+        system_prompt=config.system_prompt,
+    )
 
 
-def _recognised(question: str, answer: str, source: Source, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+def _recognised(
+    question: str, answer: str | None, source: Source, rows: Sequence[Mapping[str, Any]]
+) -> tuple[str, str | None]:
     """Return the columns of the first known form that the rows have and the config does not contradict.
 
     A column that the config names itself may be any; the other one is then that of the first form that has it.
@@ -108,6 +142,9 @@ def _recognised(question: str, answer: str, source: Source, rows: Sequence[Mappi
     if _are_judged(source):
         return question, answer
     question_is_free = question == _DEFAULTS["question_column"] and question not in names
+    if answer is None:
+        first = (name for name, _ in _PAIRS if any(_has(values, name) for values in rows))
+        return (next(first, question) if question_is_free else question), None
     answer_is_free = answer == _DEFAULTS["answer_column"] and answer not in names
     for form in _PAIRS:
         columns = form[0] if question_is_free else question, form[1] if answer_is_free else answer
@@ -128,7 +165,11 @@ def _hint(name: str, source: Source) -> str:
     if _are_judged(source):
         known = f"its columns are {expected_columns('task')}, or those that task.question_column and answer_column name"
         return f"{described}; a task needs a question and its right answer in every row: {known}"
-    return f"{described}; set {name} to one of them, or to a part of one (column.part)"
+    if name == "task.prompt_template":
+        return f"{described}; name one of them in the braces, or a part of one (column.part)"
+    without = "; without answers, set task.answer_column to null and name rewards.functions"
+    unanswered = name == "task.answer_column" or form == "prompt-only"
+    return f"{described}; set {name} to one of them, or to a part of one (column.part){without if unanswered else ''}"
 
 
 def _has(values: Mapping[str, Any], name: str) -> bool:
@@ -159,6 +200,13 @@ def _read(values: Mapping[str, Any], name: str, read: Callable[[Any], Content]) 
 
 def _question(cell: Any) -> Question:
     return before_reply(conversation(cell)) if is_conversation(cell) else _required(cell, _text(cell))
+
+
+def _field(cell: Any) -> str:
+    """Return the text of a field of the prompt template; "" for null or an empty text."""
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
+        return ""
+    return _required(cell, _text(cell))
 
 
 def _answer(cell: Any) -> str:

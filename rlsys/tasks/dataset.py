@@ -9,10 +9,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from rlsys.config.tasks import DatasetConfig
 from rlsys.errors import ConfigError, DataError
-from rlsys.tables.messages import question_texts, with_template
+from rlsys.tables.messages import question_texts
 from rlsys.tables.sources import Source, read_source
 from rlsys.tasks.answers.judge import Judge
 from rlsys.tasks.answers.references import reference_note
@@ -25,7 +26,9 @@ _EXAMPLES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Data:
+class Data:
+    """The rows of both splits, and what to tell the user about the others."""
+
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
     skipped: tuple[str, ...]
@@ -40,6 +43,8 @@ class DatasetTask:
     """
 
     one_answer = True
+    fields: ClassVar[tuple[str, str]] = ("task.path", "task.held_out_path")
+    """Fields of the config that name the training data and the held-out data."""
 
     def __init__(self, config: DatasetConfig, seed: int) -> None:
         self.config = config
@@ -66,10 +71,13 @@ class DatasetTask:
 
     def notes(self) -> tuple[str, ...]:
         """Return lines about the rows that were left out, and about references that cannot be verified."""
-        fields = {"task.path": self._data.train + (() if self.config.held_out_path else self._data.held_out)}
-        if self.config.held_out_path:
-            fields["task.held_out_path"] = self._data.held_out
         notes = list(self._data.notes)
+        if self.config.answer_column is None:
+            return (*notes, "task.answer_column null: a completion counts as right if its reward is above 0")
+        (train_field, held_out_field), train, held_out = self.fields, self._data.train, self._data.held_out
+        fields = {train_field: train, held_out_field: held_out}
+        if train and self.config.held_out_path is None:
+            fields = {train_field: train + held_out}
         for field, examples in fields.items():
             note = reference_note(self._judge, [(example.number, example.answer) for example in examples])
             notes += [f"{field}: {note}"] if note else []
@@ -85,15 +93,17 @@ class DatasetTask:
             IndexError: The index is outside [0, size).
         """
         example = self._example(split, index)
-        question = with_template(example.question, self.config.prompt_template)
         return Problem(
             problem_id=f"{split}/{example.number}",
-            question=question,
+            question=example.question,
             answer=example.answer,
             metadata=example.columns,
         )
 
     def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
+        """Judge the answer of a completion. Without a reference, `rlsys.rewards` decides whether it is right."""
+        if self.config.answer_column is None:
+            return Verdict(outcome="ok", reward=0.0, answered=finished and bool(completion.strip()))
         return self._judge.verdict(problem.answer, completion, finished)
 
     def check_steps(self, question: Question, completion: str) -> None:
@@ -106,14 +116,14 @@ class DatasetTask:
     def vocabulary(self) -> tuple[str, ...]:
         """Return the thought tags and the sorted characters of all texts, for a character tokenizer."""
         examples = self._data.train + self._data.held_out
-        characters = set(self.config.prompt_template)
+        characters = set[str]()
         for example in examples:
             characters.update(*question_texts(example.question), example.answer, example.demonstration or "")
         return (*tag_strings(), *sorted(characters))
 
     @cached_property
-    def _data(self) -> _Data:
-        return _load(self.config)
+    def _data(self) -> Data:
+        return load_splits(self.config, self.fields)
 
     def _examples(self, split: Split) -> tuple[Example, ...]:
         return self._data.train if split == "train" else self._data.held_out
@@ -124,28 +134,45 @@ class DatasetTask:
         return self._examples(split)[index]
 
 
-def _load(config: DatasetConfig) -> _Data:
-    """Read both splits, and raise ConfigError or DataError if the data set cannot be used."""
+def load_held_out(config: DatasetConfig, field: str) -> Data:
+    """Read a data set without training rows: all rows of `config.path` are held out.
+
+    Args:
+        field: field of the user's config that names the data set.
+    """
+    source = read_source(config.path, config.split, field, config.subset)
+    examples, skipped = _read_examples(source, config, field)
+    notes = _note(field, source, skipped) + _conflicts(field, examples)
+    return Data(train=(), held_out=examples, skipped=skipped, notes=notes)
+
+
+def load_splits(config: DatasetConfig, fields: tuple[str, str]) -> Data:
+    """Read both splits, and raise ConfigError or DataError if the data set cannot be used.
+
+    Args:
+        fields: fields of the user's config that name the training data and the held-out data.
+    """
     _check_pattern(config.answer_pattern)
-    source = read_source(config.path, config.split, "task.path", config.subset)
-    readable, skipped = _read_examples(source, config, "task.path")
-    notes = _note("task.path", source, skipped) + _conflicts("task.path", readable)
+    train_field, held_out_field = fields
+    source = read_source(config.path, config.split, train_field, config.subset)
+    readable, skipped = _read_examples(source, config, train_field)
+    notes = _note(train_field, source, skipped) + _conflicts(train_field, readable)
     if config.held_out_path is None:
         # The position in the source decides, so repairing an unreadable row moves no other row between the splits.
         held_out = tuple(row for row in readable if row.number % config.held_out_every == 0)
         readable = tuple(row for row in readable if row.number % config.held_out_every)
     else:
-        other = read_source(config.held_out_path, config.held_out_split, "task.held_out_path", config.subset)
-        held_out, also_skipped = _read_examples(other, config, "task.held_out_path")
+        other = read_source(config.held_out_path, config.held_out_split, held_out_field, config.subset)
+        held_out, also_skipped = _read_examples(other, config, held_out_field)
         skipped += also_skipped
-        notes += _note("task.held_out_path", other, also_skipped) + _conflicts("task.held_out_path", held_out)
+        notes += _note(held_out_field, other, also_skipped) + _conflicts(held_out_field, held_out)
     questions = {example.question for example in held_out}
     train = tuple(example for example in readable if example.question not in questions)
     repeated = len(readable) - len(train)
-    _check_not_empty(config, train, held_out, repeated=repeated)
+    _check_not_empty(config, fields, train, held_out, repeated=repeated)
     if repeated:
-        notes += (f"task.path: {repeated} of {len(readable)} training rows left out: their questions are held out",)
-    return _Data(train=train, held_out=held_out, skipped=skipped, notes=notes)
+        notes += (f"{train_field}: {repeated} of {len(readable)} training rows left out: their questions are held out",)
+    return Data(train=train, held_out=held_out, skipped=skipped, notes=notes)
 
 
 def _note(field: str, source: Source, skipped: tuple[str, ...]) -> tuple[str, ...]:
@@ -201,15 +228,20 @@ def _check_pattern(pattern: str | None) -> None:
 
 
 def _check_not_empty(
-    config: DatasetConfig, train: Sequence[Example], held_out: Sequence[Example], *, repeated: int
+    config: DatasetConfig,
+    fields: tuple[str, str],
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    *,
+    repeated: int,
 ) -> None:
     if not held_out:
         rule = (
-            f"one in task.held_out_every {config.held_out_every} of task.path {config.path}"
+            f"one in task.held_out_every {config.held_out_every} of {fields[0]} {config.path}"
             if config.held_out_path is None
-            else f"task.held_out_path {config.held_out_path}"
+            else f"{fields[1]} {config.held_out_path}"
         )
         raise DataError(f"{rule}: no row is left for evaluation")
     if not train:
         reason = f"; {repeated} of its questions are also held out" if repeated else ""
-        raise DataError(f"task.path {config.path}: no row is left for training{reason}")
+        raise DataError(f"{fields[0]} {config.path}: no row is left for training{reason}")

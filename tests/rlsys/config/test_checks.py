@@ -269,7 +269,16 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
         ),
     ],
     "patterns_are_searchable": [(["search.patterns=[z]"], "search.patterns: unknown table 'z'")],
-    "steps_can_be_checked": [([STEPS, "task={type: dataset, path: x}"], "type dataset has no rules for steps")],
+    "steps_can_be_checked": [
+        ([STEPS, "task={type: dataset, path: x}"], "type dataset has no rules for steps"),
+        ([STEPS, "task={type: benchmark, name: gsm8k}"], "type benchmark has no rules for steps"),
+    ],
+    "answers_are_judged": [
+        (
+            ["task={type: dataset, path: x, answer_column: null}"],
+            "task.answer_column null: nothing judges the completions; name functions in rewards.functions",
+        ),
+    ],
     "extracted_nodes_exist": [
         (["extract.skip=[doublecheck]"], "extract.skip: unknown node type 'doublecheck'; search.patterns"),
         (["extract.supervised_nodes=[plan]"], "extract.supervised_nodes: unknown node type 'plan'"),

@@ -118,7 +118,27 @@ FIXED: dict[str, dict[str, Any]] = {
         "task.strictness": "text",
         "task.relative_tolerance": 0.01,
         "task.accept_cut_off": True,
+        "task.system_prompt": "Be brief.",
     },
+    "benchmark": {
+        "task.name": "math500",
+        "task.path": "other.jsonl",
+        "task.train_path": "train.jsonl",
+        "task.prompt_template": "Q: {question}",
+        "task.system_prompt": "Be brief.",
+        "task.accept_cut_off": True,
+    },
+    "reasoning_gym": {
+        "task.datasets.NAME.weight": 2.0,
+        "task.datasets.NAME.arguments.size_of_it": 4,
+        "task.size": 10,
+        "task.held_out_size": 10,
+        "task.seed": 3,
+        "task.prompt_template": "Q: {question}",
+        "task.system_prompt": "Be brief.",
+        "task.max_bad_rows": 0.5,
+    },
+    "custom": {"task.fn": "other.py:Task", "task.arguments.of_it": 4},
 }
 BEGUN: dict[str, dict[str, Any]] = {
     "letter_count": {},
@@ -130,6 +150,9 @@ BEGUN: dict[str, dict[str, Any]] = {
     "messages": {"environment": {"fn": "calculator", "role": "tool"}},
     "guess": {"task": {"type": "guess"}, "environment": {"stop": ["</guess>"]}},
     "dataset": {"task": {"type": "dataset", "path": "x.jsonl"}},
+    "benchmark": {"task": {"type": "benchmark", "name": "gsm8k"}},
+    "reasoning_gym": {"task": {"type": "reasoning_gym", "datasets": {"NAME": {"arguments": {"size_of_it": 1}}}}},
+    "custom": {"task": {"type": "custom", "fn": "x.py:Task", "arguments": {"of_it": 1}}},
 }
 # Fields that are fixed while their stage runs.
 WITHIN = {
@@ -197,11 +220,13 @@ FREE_FIELDS = {
 FREE_WITHOUT_SECTION = {"placement"}
 # Fields that select an alternative of a section. Another alternative has other fields, which are compared.
 ALTERNATIVES = {"task.type", "model.from_scratch", "model.lora"}
+# Fields whose entries are compared one by one, under names that the user gives.
+MAPPINGS = {"task.datasets", "task.datasets.NAME.arguments", "task.arguments"}
 
 
 def test_every_field_is_classified_as_fixed_or_free() -> None:
     """A new field belongs to FIXED_FIELDS if changing it would make a resumed run another experiment."""
-    fixed = {name for fields in FIXED.values() for name in fields}
+    fixed = {name for fields in FIXED.values() for name in fields if name.rpartition(".")[0] not in MAPPINGS} | MAPPINGS
     free = {
         f"{section}.{name}" for section, fields in FREE_FIELDS.items() for name in fields.split()
     } | FREE_WITHOUT_SECTION

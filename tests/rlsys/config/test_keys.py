@@ -42,6 +42,7 @@ def test_some_keys() -> None:
     keys = all_keys()
     assert Key("run.device", "cpu | cuda", "cpu", "Device of the engines and learner ranks.") in keys
     task_types = ["letter_count", "blocksworld", "countdown", "sums", "guess", "dataset"]
+    task_types += ["benchmark", "reasoning_gym", "custom"]
     assert [key.default for key in keys if key.name == "task.type"] == task_types
     assert [key.default for key in keys if key.name == "run.dir"] == ["required"]
     # The optimizer of every stage has separate defaults.
@@ -65,6 +66,7 @@ def test_keys_of_mappings_and_lists_of_sections() -> None:
         "[{count: 8, after: 0}, {count: 4, after: 32}]",
     )
     assert keys["search.stop.correct.NUMBER.after"].default == "0"
+    assert keys["rewards.functions.NUMBER.arguments"].default == "{}"
     assert keys["search.max_depth"].type == "whole number | null"
     # Without quotes, YAML would read a mapping.
     assert yaml.safe_load(keys["search.model.question_template"].default) == "{question}"

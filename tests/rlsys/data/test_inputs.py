@@ -230,3 +230,26 @@ def test_demonstrations_of_the_online_stage_are_checked_too(model: ModelFolder, 
     inputs = Inputs(config(tmp_path, rows(26), objective={"sft": sft}), model)
     sizes = [len(inputs.data.batch(stage, 0).demonstrations) for stage in ("warm_start", "online")]
     assert sizes == [2, 5]
+
+
+def test_the_fingerprint_follows_the_code_of_a_task_of_ones_own(
+    model: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "from rlsys.tasks.base import BaseTask\nfrom rlsys.types import Problem\n"
+        "class Task(BaseTask):\n"
+        "    def __init__(self, seed): ...\n"
+        "    def problem(self, split, index):\n"
+        "        return Problem(problem_id=str(index), question=f'{split} {index}', answer='1')\n"
+        "    def verify(self, problem, completion, finished=True): ...\n"
+    )
+
+    def prints(folder: Path, code: str) -> dict[str, str]:
+        folder.mkdir()
+        (folder / "mine.py").write_text(code)
+        monkeypatch.chdir(folder)
+        task = {"type": "custom", "fn": "mine.py:Task"}
+        return Inputs(config(tmp_path, [], task=task, stages=["online"]), model).fingerprint()
+
+    before, after = prints(tmp_path / "a", code), prints(tmp_path / "b", code + "\n")
+    assert {name for name in before if after[name] != before[name]} == {"task.fn"}

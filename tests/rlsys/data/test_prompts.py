@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from fakes import NumberTask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlsys.data import prompts
 from rlsys.data.prompts import GENERATED_CHECKED, PromptBuilder, PromptStream
 from rlsys.errors import ConfigError, DataError
+from rlsys.types import Problem, Split
 
 
 def encode(text: str) -> list[int]:
@@ -171,3 +175,38 @@ def test_a_prompt_that_cannot_be_encoded_counts_as_one_that_is_too_long() -> Non
     builder.check("train")
     assert builder.usable("train") == [0, 2, 3]
     assert builder.notes[0].endswith("the first: prompt train-1: no template")
+
+
+class AlternatingTask(NumberTask):
+    """A generator whose problems with odd indices are too long."""
+
+    def problem(self, split: Split, index: int) -> Problem:
+        problem = super().problem(split, index)
+        return replace(problem, question="long" * (index % 2 + 1))
+
+
+def test_a_generator_draws_others_in_place_of_long_prompts() -> None:
+    builder = PromptBuilder(AlternatingTask(None), encode, max_model_len=8, max_tokens=4, max_bad_rows=0.6)
+    builder.check("train")
+    assert "of 2048 training prompts left out" in builder.notes[0]
+    assert builder.digest("d") == "d"  # the check stops after some seconds, so it decides nothing
+    source = PromptStream(builder, 0)
+    with pytest.raises(DataError, match="leaves 4"):  # all places that are tried for an odd index are odd
+        take(source, 2)
+
+
+def test_other_places_are_tried_for_a_long_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "FAR", 999)  # from odd to even
+    builder = PromptBuilder(AlternatingTask(None), encode, max_model_len=8, max_tokens=4, max_bad_rows=0.6)
+    taken = take(PromptStream(builder, 0), 4)
+    assert [index for index, _ in taken] == [0, 1, 2, 3]
+    assert problems(taken) == [NumberTask(None).problem("train", index).problem_id for index in (0, 1000, 2, 1002)]
+    strict = PromptBuilder(AlternatingTask(None), encode, max_model_len=8, max_tokens=4)
+    with pytest.raises(DataError, match="leaves 4"):
+        strict.generated(1)
+
+
+def test_a_task_without_training_problems_can_only_be_evaluated() -> None:
+    builder = PromptBuilder(NumberTask(0), encode, max_model_len=8, max_tokens=4)
+    with pytest.raises(DataError, match=r"it has no training problems, so it can only be evaluated"):
+        builder.check("train")

@@ -90,9 +90,9 @@ def test_conversations_are_used_as_they_are(tmp_path: Path, row: dict[str, Any],
 
 def test_the_template_is_put_around_the_last_message_of_the_user(tmp_path: Path) -> None:
     earlier = [USER, {"role": "assistant", "content": "2"}, {"role": "user", "content": "{x}?"}]
-    problem = first(tmp_path, {"prompt": earlier, "answer": "3"}, prompt_template="{question} Answer {only}.")
+    problem = first(tmp_path, {"prompt": earlier, "answer": "3"}, prompt_template=r"{question} Answer \text{only}.")
     assert [message.content for message in problem.question if isinstance(message, Message)] == [
-        "1 + 1?", "2", "{x}? Answer {only}.",
+        "1 + 1?", "2", r"{x}? Answer \text{only}.",
     ]  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def test_conversations_that_cannot_be_used(tmp_path: Path, cell: Any, message: s
         ({"prompt": "a"}, {}, r"its columns are prompt \(prompt-only rows\); set task\.question_column to one of them"),
         ({"instruction": "a", "input": "", "output": "b"}, {}, r"\(instruction rows\); set task\.question_column to o"),
         ({"instruction": "a", "response": "b"}, {}, r"\(instruction rows\); set task\.question_column to one"),
-        ({"prompt": "a", "solution": "b"}, {"question_column": "prompt"}, r"task\.answer_column: .*; set task\.ans"),
+        ({"prompt": "a", "rationale": "b"}, {"question_column": "prompt"}, r"task\.answer_column: .*; set task\.ans"),
         ({"question": "a", "x": {"a": "b"}}, {"answer_column": "x.b"}, r"task\.answer_column: .* no column 'x\.b'"),
         (VERL, {"question_column": "problem"}, r"no column 'problem'; .* \(verl rows\); set task\.question_column"),
     ],

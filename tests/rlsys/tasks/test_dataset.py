@@ -213,12 +213,12 @@ def test_template_demonstrations_and_vocabulary(tmp_path):
             path=write_jsonl(tmp_path / "a.jsonl", rows),
             held_out_every=2,
             demonstration_column="work",
-            prompt_template="{x} {question}!",
+            prompt_template=r"\x{x} {question}!",
         ),
         0,
     )
     problem, text = task.demonstration(0, random.Random(0))
-    assert problem.question == r"{x} \frac{a}{b}!"
+    assert problem.question == r"\x{x} \frac{a}{b}!"
     assert text == "so z"
     tags, characters = tag_strings(), task.vocabulary()[len(tag_strings()) :]
     assert task.vocabulary()[: len(tags)] == tags
