@@ -66,7 +66,7 @@ def first_prompt(prepared: Prepared) -> str:
 
 
 def first_rewards(config: Config, prepared: Prepared) -> str:
-    """Return the rewards of a right completion, from a verifier process as in a run.
+    """Return the rewards of a demonstration, or of the reference answer alone, from a verifier process as in a run.
 
     Raises:
         EngineError: a reward function cannot be used.
