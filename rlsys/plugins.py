@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,8 @@ PluginName = Annotated[str, AfterValidator(_is_name)]
 """`module:name`, or the path of a Python file and a name: `rewards.py:brevity`."""
 
 
+PLUGIN = "plug-in "
+"""Beginning of the name of a digest in `plugin_digests`."""
 FOLDER = "RLSYS_FOLDER"
 """Environment variable of learner ranks: the folder in which the command was started."""
 
@@ -34,6 +37,40 @@ FOLDER = "RLSYS_FOLDER"
 def command_folder() -> str:
     """Return the folder in which the command was started, also in a process that it has started elsewhere."""
     return os.environ.get(FOLDER) or os.getcwd()
+
+
+def plugin_digests(values: Any, folder: str) -> dict[str, str]:
+    """Return the sha256 of every source file that a config names, by "plug-in SOURCE".
+
+    Args:
+        values: the config, or a part of it, as plain values.
+        folder: see `load_plugin`.
+    """
+    if not isinstance(values, Mapping | list | tuple):
+        return {}
+    digests: dict[str, str] = {}
+    for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+        if key in ("fn", "estimator") and isinstance(value, str) and ":" in value:
+            source = value.partition(":")[0]
+            digests[f"{PLUGIN}{source}"] = _source_digest(source, folder)
+        digests |= plugin_digests(value, folder)
+    return digests
+
+
+def _source_digest(source: str, folder: str) -> str:
+    """Return the sha256 of a file or of the file of a module; "" if there is none to read."""
+    try:
+        spec = None if source.endswith(".py") else _found(source, folder)
+        path = Path(folder) / source if spec is None else Path(spec.origin or "")
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, ImportError, ValueError):
+        return ""  # `load_plugin` says what is wrong
+
+
+def _found(name: str, folder: str) -> Any:
+    if folder not in sys.path:
+        sys.path.append(folder)  # last, so that a file of the user hides no installed package
+    return importlib.util.find_spec(name)
 
 
 def load_function(name: str, folder: str, field: str) -> Callable[..., Any]:
@@ -63,7 +100,7 @@ def load_plugin(name: str, folder: str, field: str) -> Any:
     source, _, attribute = name.partition(":")
     try:
         module = _file_module(Path(folder) / source) if source.endswith(".py") else _module(source, folder)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         where = f", also looked for in {folder}" if isinstance(error, ModuleNotFoundError) else ""
         raise ConfigError(
             f"{field} {name!r}: cannot import {source}: {type(error).__name__}: {error}{where}"
@@ -78,8 +115,7 @@ def load_plugin(name: str, folder: str, field: str) -> Any:
 
 
 def _module(name: str, folder: str) -> Any:
-    if folder not in sys.path:
-        sys.path.append(folder)  # last, so that a file of the user hides no installed package
+    _found(name.partition(".")[0], folder)
     return importlib.import_module(name)
 
 

@@ -77,7 +77,9 @@ class Rewards:
         if not self._functions or verdict.outcome not in ("ok", "wrong"):
             return verdict
         is_unjudged = verdict.outcome == "ok" and not verdict.correct
-        parts = {TASK: float(verdict.reward)} if self._task_weight and not is_unjudged else {}
+        parts = dict(verdict.parts)
+        if self._task_weight and not is_unjudged:
+            parts[TASK] = float(verdict.reward)
         total = self._task_weight * verdict.reward
         for function in self._functions:
             value = function(problem, completion)

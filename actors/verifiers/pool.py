@@ -20,7 +20,7 @@ from rlsys.config.environment import EnvironmentConfig
 from rlsys.config.rewards import RewardsConfig
 from rlsys.config.search_values import FunctionValueConfig
 from rlsys.config.tasks import TaskConfig
-from rlsys.errors import EngineError
+from rlsys.errors import ConfigError, EngineError
 from rlsys.interfaces import Reply
 from rlsys.types import Problem, Verdict
 
@@ -85,6 +85,7 @@ class RewardPool:
 
         Raises:
             EngineError: A worker did not start. The message has the last lines of its stderr.
+            ConfigError: A function of the user, or the task, cannot be used.
         """
         await asyncio.gather(*(self._ask(()) for _ in self._workers))
 
@@ -220,6 +221,8 @@ class _Worker:
             detail = await process.end(EXIT_PATIENCE_S)
             self._check_open()
             if not (is_first_try and process.exit_status == -signal.SIGKILL):
+                if process.exit_status == os.EX_CONFIG:
+                    raise ConfigError(detail.partition("; ")[2])
                 raise EngineError(f"a reward worker did not start: {detail}")
         return process
 

@@ -65,7 +65,8 @@ def _serve(requests: BinaryIO, answers: BinaryIO, hello: dict[str, Any]) -> None
         try:
             verifier = _build_verifier(hello)
         except ConfigError as error:
-            sys.exit(error.message)  # the last line of stderr is the reason that people see
+            print(error.message, file=sys.stderr)
+            sys.exit(os.EX_CONFIG)
     helpers = descendants()  # a plug-in may start processes that serve all its verifications
     _send(answers, {"ready": True})
     for line in requests:
@@ -176,6 +177,9 @@ def _checked(verdict: Any) -> Verdict:
     if fault:
         return _error(fault)
     reward = float(verdict.reward)
+    faults = [f"part {name}: {fault}" for name, value in verdict.parts.items() if (fault := _fault_of_reward(value))]
+    if faults:
+        return _error(faults[0])
     parts = {str(name): float(value) for name, value in verdict.parts.items()}
     return Verdict(outcome=verdict.outcome, reward=reward, answered=bool(verdict.answered), detail=detail, parts=parts)
 

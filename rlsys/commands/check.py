@@ -11,6 +11,7 @@ from rlsys.config.engine_roles import describes_a_search, section_of
 from rlsys.config.environment import EnvironmentConfig, active_environment
 from rlsys.config.files import dump_config
 from rlsys.config.schema import Config
+from rlsys.config.search_values import FunctionValueConfig
 from rlsys.control.tree_search import demonstration_notes
 from rlsys.display import print_table, standard_output
 from rlsys.errors import ConfigError
@@ -49,8 +50,14 @@ def run(config: Config) -> None:
     for note in (*prepared.notes, *tags):
         print(note)
     print(first_prompt(prepared))
+    if config.objective.custom.fn or ":" in config.objective.policy.estimator:
+        from learners.plugins import check_plugins  # it loads torch
+
+        check_plugins(config.objective)
     if config.rewards.functions:
         print(first_rewards(config, prepared))
+    if isinstance(config.search.value, FunctionValueConfig):
+        print(first_value(config, config.search.value, prepared))
     if environment := active_environment(config.environment, config.task):
         print(first_reply(config, environment, prepared))
     print(start.describe())
@@ -69,18 +76,44 @@ def first_rewards(config: Config, prepared: Prepared) -> str:
     """Return the rewards of a demonstration, or of the reference answer alone, from a verifier process as in a run.
 
     Raises:
-        EngineError: a reward function cannot be used.
-        ConfigError: a reward function failed on the completion.
+        ConfigError: a reward function cannot be used, or failed on the completion.
     """
-    prompt = prepared.inputs.held_out[0]
-    shown = prepared.inputs.task.demonstration(0, random.Random(0))
-    problem, chain = shown or (prompt.problem, f"<answer>{prompt.answer}</answer>")
-    text = chain if isinstance(chain, str) else "".join(chain[::2])  # without the texts of the environment
+    problem, text = _shown(prepared)
     [verdict] = asyncio.run(_judged(config, problem, text))
     if verdict.outcome not in ("ok", "wrong"):
         raise ConfigError(f"rewards.functions: the completion {text[-200:]!r} got no reward: {verdict.detail}")
     parts = ", ".join(f"{name} {value:g}" for name, value in verdict.parts.items())
     return f"reward of the completion {text[-200:]!r} to problem {problem.problem_id}: {verdict.reward:g} ({parts})"
+
+
+def first_value(config: Config, value: FunctionValueConfig, prepared: Prepared) -> str:
+    """Return the value of a demonstration, or of the reference answer alone, from a verifier process as in a run.
+
+    Raises:
+        ConfigError: the function cannot be used, or failed on the chain.
+    """
+    problem, text = _shown(prepared)
+    [verdict] = asyncio.run(_valued(config, value, problem, text))
+    if verdict.outcome not in ("ok", "wrong"):
+        raise ConfigError(f"search.value.fn: the chain {text[-200:]!r} got no value: {verdict.detail}")
+    number = f"{verdict.reward:g}" if verdict.answered else "none"
+    return f"value of the chain {text[-200:]!r} for problem {problem.problem_id}: {number}"
+
+
+async def _valued(config: Config, value: FunctionValueConfig, problem: Problem, text: str) -> list[Verdict]:
+    pool = RewardPool(config.task, config.run.seed, config.rewards, folder=command_folder(), value=value)
+    try:
+        return await pool.values(problem, [text])
+    finally:
+        await pool.close()
+
+
+def _shown(prepared: Prepared) -> tuple[Problem, str]:
+    """Return a demonstration with its problem, or the reference answer of a held-out problem."""
+    prompt = prepared.inputs.held_out[0]
+    shown = prepared.inputs.task.demonstration(0, random.Random(0))
+    problem, chain = shown or (prompt.problem, f"<answer>{prompt.answer}</answer>")
+    return problem, chain if isinstance(chain, str) else "".join(chain[::2])  # without the texts of the environment
 
 
 def first_reply(config: Config, environment: EnvironmentConfig, prepared: Prepared) -> str:

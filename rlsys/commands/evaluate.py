@@ -12,6 +12,7 @@ from rich.console import Console
 
 from rlsys.commands.evaluation_tables import show
 from rlsys.commands.evaluation_targets import NamedTask, Target
+from rlsys.config.environment import active_environment
 from rlsys.config.schema import Config
 from rlsys.control.evaluation import mode_settings, sample_groups
 from rlsys.control.search_evaluation import search_and_sample, with_search
@@ -25,6 +26,7 @@ from rlsys.evaluation.records import Sample, problems_digest, samples_of
 from rlsys.files import write_json
 from rlsys.launch.prepare import Evaluation, prepare_evaluation
 from rlsys.models.folder import ModelFolder, weights_digest
+from rlsys.plugins import command_folder, plugin_digests
 from rlsys.types import Prompt
 
 KEPT = "; finished parts are kept, the same command continues"
@@ -198,7 +200,9 @@ async def measure_mode(pool: Any, prompts: Sequence[Prompt], config: Config, eva
     if mode == "search":
         return await search_and_sample(pool, prompts, config, evaluation.prepared.inputs.task.check_steps)
     groups = await sample_groups(pool, prompts, mode_settings(config)[mode], config.train.max_verifier_failures)
-    return [[asdict(sample) for sample in samples_of(group, evaluation.model)] for group in groups]
+    environment = active_environment(config.environment, config.task)
+    joint = "\n" if environment and environment.role else ""
+    return [[asdict(sample) for sample in samples_of(group, evaluation.model, joint)] for group in groups]
 
 
 def _origin(pair: Pair, weights: str, code: Mapping[str, str]) -> dict[str, Any]:
@@ -218,6 +222,9 @@ def _origin(pair: Pair, weights: str, code: Mapping[str, str]) -> dict[str, Any]
             mode="json", include={"dtype", "tensor_parallel_size", "threads", "max_model_len", "enforce_eager"}
         ),
         "rewards": config.rewards.model_dump(mode="json", exclude={"workers"}),
+        "environment": config.environment.model_dump(mode="json"),
+        "data": evaluation.prepared.inputs.task.digest(),
+        "plug-ins": plugin_digests(config.model_dump(mode="json"), command_folder()),
         "code": dict(code),
     }
 

@@ -21,7 +21,7 @@ from rlsys.run.manifest import MANIFEST, verify_checkpoint
 from rlsys.tasks import build_task
 
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z0-9_]+)*=")
-TASK_SECTIONS = ("task", "sampling", "evaluation", "search", "rewards", "actors")
+TASK_SECTIONS = ("task", "environment", "sampling", "evaluation", "search", "rewards", "actors")
 """Sections of a task file that replace those of the config."""
 
 
@@ -143,6 +143,11 @@ def _task_of_file(file: str, base: Path | None, target: Target, overrides: Seque
         raise ConfigError(f"--task {file}: expected a section task, or its keys, found {', '.join(map(str, given))}")
     values: dict[str, Any] = {"run": {"dir": "."}, "stages": ["online"], "model": {"path": str(target.policy)}}
     values = _mapping(base) if base else values
+    if unknown := sorted(set(given) - set(Config.model_fields)):
+        raise ConfigError(
+            f"--task {file}: {unknown[0]}: no such section; a task file has {', '.join(TASK_SECTIONS)} and run.seed"
+        )
+    values.pop("environment", None)  # it belongs to the other task
     values |= {name: given[name] for name in TASK_SECTIONS if name in given}
     run = given.get("run")
     if isinstance(run, Mapping) and "seed" in run:

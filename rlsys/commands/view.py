@@ -22,7 +22,7 @@ def run(run_dirs: Sequence[Path], host: str, port: int, export: Path | None) -> 
         ConfigError: a folder is no run directory, the address cannot be used, or a package is missing.
     """
     try:
-        from rlsys.viewer.app import build
+        from rlsys.viewer.app import LOCAL, build
         from rlsys.viewer.run_files import RunFiles
 
         if export is None:
@@ -40,7 +40,7 @@ def run(run_dirs: Sequence[Path], host: str, port: int, export: Path | None) -> 
     local = is_loopback(host)
     if not local:
         print(f"--host {host}: everybody who reaches this address can read the run and mark chains", flush=True)
-    app = build(runs) if local else build(runs, hosts=())
+    app = build(runs, hosts=(*LOCAL, host) if local else ())
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])

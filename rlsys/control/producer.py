@@ -30,10 +30,10 @@ def is_searched(index: int, fraction: float) -> bool:
 
 
 def is_unsolved(rollout: Rollout) -> bool:
-    """Return whether a rollout is a sampled group without a rewarded completion."""
+    """Return whether a rollout is a sampled group without a right completion."""
     if isinstance(rollout, RolloutFailure) or rollout.searched:
         return False
-    return not any(trajectory.judged and trajectory.reward > 0 for trajectory in rollout.trajectories)
+    return not any(trajectory.correct for trajectory in rollout.trajectories)
 
 
 class Producer:

@@ -18,6 +18,7 @@ from rlsys.models.chat import CheckedEncoder
 from rlsys.models.folder import ModelFolder, given_model
 from rlsys.models.scratch import UnbuiltModel, scratch_model
 from rlsys.models.turns import TurnEncoder
+from rlsys.plugins import command_folder, plugin_digests
 from rlsys.tasks import build_task
 from rlsys.types import Int32Array, StageName
 
@@ -119,7 +120,7 @@ class Inputs:
         return [*self._task_notes, *self.builder.notes, *self.data.notes]
 
     def fingerprint(self) -> dict[str, str]:
-        """Return digests of data, model and tokenizer, by the config field that names each."""
+        """Return digests of data, model, tokenizer and plug-ins, by the config field or source that names each."""
         data = DATA_FIELDS.get(self._config.task.type, "task")  # "task": a task without a file, so without a digest
         digest = self.task.digest()
         if self._training:
@@ -129,6 +130,7 @@ class Inputs:
             "model.path" if self._config.model.path else "model.from_scratch": self._model.digest,
             TOKENIZER: self._model.tokenizer_digest,
             **(self.data.fingerprint() if self._training else {}),
+            **plugin_digests(self._config.model_dump(mode="json", exclude={"task"}), command_folder()),
         }
 
     def probe(self, tokens: int = 0) -> list[Int32Array]:

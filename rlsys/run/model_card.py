@@ -135,7 +135,12 @@ def _held_out(row: Mapping[str, Any]) -> dict[str, float]:
 def _use(policy: RunPolicy, facts: CardFacts, folder: Path) -> str:
     config = policy.config
     parts = []
-    template = getattr(config.task, "prompt_template", "{question}")
+    template = getattr(config.task, "prompt_template", None) or "{question}"
+    system = getattr(config.task, "system_prompt", None)
+    if system:
+        parts.append(f"Every conversation began with this system message:\n\n{_fenced(system)}")
+    if getattr(config.task, "type", "") == "guess" or config.environment.fn:
+        parts.append("The policy answered an environment in several turns; a single answer is not what was measured.")
     if template != "{question}":
         parts.append(f"Questions were put into this template, which is the message of the user:\n\n{_fenced(template)}")
     parts.append(_fenced(_program(config.sampling.max_tokens, facts), "python"))

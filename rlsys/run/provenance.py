@@ -22,6 +22,7 @@ from rlsys.config.stages import SEARCHED, ExtractedTable, stage_plans
 from rlsys.directory import RunDirectory
 from rlsys.errors import ConfigError, DamagedFileError
 from rlsys.files import read_json
+from rlsys.plugins import PLUGIN
 from rlsys.run.manifest import read_manifest
 from rlsys.types import RunState
 
@@ -87,8 +88,9 @@ def check_inputs(checkpoint: Path | None, digests: Mapping[str, str]) -> None:
             f"preference.path: {checkpoint} was trained without pairs of a file, which objective.preference or "
             "objective.sft asks for now; set these back, or start a new run.dir"
         )
-    # A teacher may come later, as any term may. A checkpoint of an older version has no digest of one.
-    digests = {name: digest for name, digest in digests.items() if name in trained or not name.startswith("teacher.")}
+    # A teacher or plug-in may come later, as any term may. A checkpoint of an older version has no digest of one.
+    later = ("teacher.", PLUGIN)
+    digests = {name: digest for name, digest in digests.items() if name in trained or not name.startswith(later)}
     names = differing_names({name: trained.get(name) for name in digests}, digests)
     if names:
         pairs = [f"expected sha256 {_short(trained.get(name))}, found {_short(digests[name])}" for name in names]

@@ -159,16 +159,15 @@ def read_members(path: Path) -> Iterator[tuple[bytes, list[dict[str, Any]]]]:
             raise DamagedFileError(f"{path}: expected rollouts, found damaged data ({error}); {advice}") from None
         if not reader.eof:
             return
-        newer = [row.get("format") for row in rows if row.get("format") != FORMAT]
+        newer = [row.get("format") if isinstance(row, dict) else row for row in rows if not _is_row(row)]
         if newer or not rows:
             raise DamagedFileError(f"{path}: expected rollouts of format {FORMAT}, found {newer[:1]}; {advice}")
         member, data = data[: len(data) - len(reader.unused_data)], reader.unused_data
         yield member, rows
 
 
-def kept_versions(run_dir: Path) -> list[int]:
-    """Return the weight versions of the files with rollouts, one for each file, in order."""
-    return [first for first, _ in rollout_files(RunDirectory(run_dir).rollouts)]
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and row.get("format") == FORMAT and type(row.get("version")) is int
 
 
 def read_rollouts(run_dir: Path, first: int) -> dict[int, list[dict[str, Any]]]:

@@ -196,7 +196,7 @@ def _owner(lock: Path) -> Mapping[str, Any] | None:
     """Return the content of the lock file, which is empty after an orderly end."""
     try:
         owner = json.loads(lock.read_text(encoding="utf-8"))
-        return owner if {"pid", "host"} <= set(owner) else None
+        return owner if isinstance(owner, dict) and {"pid", "host"} <= set(owner) else None
     except (OSError, ValueError):
         return None
 

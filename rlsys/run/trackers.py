@@ -34,20 +34,22 @@ def following(run_dir: Path, names: Sequence[str], say: Callable[[str], None]) -
         names: the trackers.
         say: takes the messages of the trackers.
     """
-    processes = [_start(name, run_dir) for name in names]
-    readers = [
-        threading.Thread(target=_hand_on, args=(process, name, say), daemon=True)
-        for name, process in zip(names, processes, strict=True)
-    ]
+    processes = []
+    for name in names:
+        try:
+            processes.append((name, _start(name, run_dir)))
+        except OSError as error:
+            say(f"tracker {name}: it cannot be started, the run goes on: {error}")
+    readers = [threading.Thread(target=_hand_on, args=(process, name, say), daemon=True) for name, process in processes]
     for reader in readers:
         reader.start()
     try:
         yield
     finally:
-        for process in processes:
+        for _, process in processes:
             with contextlib.suppress(OSError):
                 process.stdin.close()  # type: ignore[union-attr]
-        for name, process in zip(names, processes, strict=True):
+        for name, process in processes:
             _await_end(name, process, say)
         for reader in readers:
             reader.join(1.0)  # the last messages

@@ -76,7 +76,13 @@ class CustomTask:
         return self._task.check_steps(question, completion)
 
     def demonstration(self, index: int, rng: random.Random) -> tuple[Problem, str] | None:
-        return self._call("demonstration", index, rng)
+        shown = self._call("demonstration", index, rng)
+        is_pair = isinstance(shown, tuple) and len(shown) == 2 and isinstance(shown[1], str) and not _fault_of(shown[0])
+        if shown is not None and not is_pair:
+            raise ConfigError(
+                f"{self._name}: demonstration({index}): expected None or (Problem, text), found {str(shown)[:100]}"
+            )
+        return shown
 
     def digest(self) -> str:
         """Return the sha256 of the plug-in's file and of what the task read."""
@@ -92,7 +98,7 @@ class CustomTask:
         Raises:
             ConfigError: a second instance of the task has other problems.
         """
-        notes = tuple(map(str, self._call("notes")))
+        notes = self._texts("notes")
         other = CustomTask(*self._given)
         splits: tuple[Split, Split] = ("train", "held_out")
         for split in splits:
@@ -109,7 +115,13 @@ class CustomTask:
         return notes
 
     def vocabulary(self) -> tuple[str, ...]:
-        return tuple(self._call("vocabulary"))
+        return self._texts("vocabulary")
+
+    def _texts(self, method: str) -> tuple[str, ...]:
+        texts = self._call(method)
+        if not isinstance(texts, tuple | list) or not all(isinstance(text, str) for text in texts):
+            raise ConfigError(f"{self._name}: {method}(): expected a tuple of texts, found {str(texts)[:100]}")
+        return tuple(texts)
 
     def _make(self) -> Any:
         config, seed, folder = self._given

@@ -33,7 +33,10 @@ _HEADERS = {
 }
 
 
-def build(runs: Sequence[RunFiles], hosts: Sequence[str] = ("127.0.0.1", "localhost", "::1")) -> ASGIApp:
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def build(runs: Sequence[RunFiles], hosts: Sequence[str] = LOCAL) -> ASGIApp:
     """Return the application.
 
     Args:
@@ -97,9 +100,11 @@ class _Viewer:
 
     async def mark(self, request: Request) -> Response:
         """Mark a chain as bad, or take its mark away."""
-        body = await request.body()
-        if len(body) > _FORM_BYTES:
-            raise HTTPException(413, "the form is too long")
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > _FORM_BYTES:
+                raise HTTPException(413, "the form is too long")
         form = {name: values[0] for name, values in parse_qs(body.decode("utf-8", "replace")).items()}
         if not hmac.compare_digest(form.get("token", "").encode(), self._token.encode()):
             raise HTTPException(403, "this form is not from the present server; load the page again")

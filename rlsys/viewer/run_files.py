@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import threading
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import psutil
 
 from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.errors import ConfigError, DamagedFileError, RlsysError
-from rlsys.run.rollout_files import kept_versions, read_members, rollout_files
+from rlsys.run.rollout_files import read_members, rollout_files
 from rlsys.search.tree_index import TreeIndex
 
 Row = dict[str, Any]
@@ -114,10 +115,6 @@ class RunFiles:
         kept = sorted({each for _, path in files[max(0, place - 1) : place + 2] for each in self._by_version(path)})
         return max((k for k in kept if k < version), default=None), min((k for k in kept if k > version), default=None)
 
-    def kept_files(self) -> list[int]:
-        """Return the first weight version of every file of rollouts."""
-        return kept_versions(self.path)
-
     def versions_like(self, version: int) -> dict[int, list[Row]]:
         """Return the rollouts of all weight versions that are in the file of one of them."""
         files = [path for first, path in rollout_files(self.directory.rollouts) if first <= version]
@@ -149,7 +146,7 @@ def _members(path: Path, _mtime: int, _size: int) -> dict[int, list[Row]]:
 
 def _numbers(row: Row) -> Row:
     return {
-        name: value
+        name: value if abs(value) < 2**63 else math.inf
         for name, value in row.items()
         if name not in ("stage", "step") and isinstance(value, int | float) and not isinstance(value, bool)
     }

@@ -19,7 +19,7 @@ SAID = {
     "rlsys check additions.yaml\n": "task.path: 100 of 3800 training rows left out: their questions are held out",
     "rlsys train additions.yaml\n": "held-out: greedy accuracy",
     "rlsys status": "finished: all steps are made",
-    "rlsys show": "rollouts of step 1",
+    "rlsys show": "rollouts of step 4",
     "rlsys check additions.yaml run.dir=runs/brief": "brevity -",
     "rlsys train additions.yaml run.dir=runs/brief": "online 4/4",
     "rlsys evaluate": "difference to A",

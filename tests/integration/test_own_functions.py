@@ -87,7 +87,7 @@ def test_all_functions_in_one_step(finished_run: FinishedRun, folder: Path) -> N
 def test_a_missing_function_ends_the_run_with_one_line(finished_run: FinishedRun, folder: Path) -> None:
     config = own(finished_run) | {"rewards": {"functions": [{"fn": "my_parts.py:nothing"}]}}
     with commands() as start:
-        message = train(start, folder, config).fail(1)
+        message = train(start, folder, config).fail(2)
     assert "rewards.functions.0.fn 'my_parts.py:nothing': my_parts.py has no 'nothing'" in message
     assert "Traceback" not in message
 

@@ -196,8 +196,11 @@ class OnlineStage(TrainingStage):
         """Write the distributions of a step, and sometimes examples, for TensorBoard."""
         run, context = self.training, self.training.context
         shows = run.state.step == 1 or run.state.step % EXAMPLE_INTERVAL == 0
-        texts = examples(groups, context.decode) if shows else {}
-        context.metrics.show(run.state.weight_version, histograms(groups), texts)
+        try:
+            texts = examples(groups, context.decode) if shows else {}
+            context.metrics.show(run.state.weight_version, histograms(groups), texts)
+        except Exception as error:  # noqa: BLE001 - what people look at must not end a run
+            context.display.message(f"no distributions of this step in TensorBoard: {type(error).__name__}: {error}")
 
     def _check_staleness(self, staleness: float) -> None:
         bound = self.training.config.train.max_staleness

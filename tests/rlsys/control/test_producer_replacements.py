@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from fakes import group, prompt, searched_group
 from hypothesis import given, settings
@@ -194,15 +197,25 @@ def test_an_unsolved_prompt_is_searched_in_its_place_and_others_are_replaced() -
     setup.during(scenario)
 
 
+def partial_rewards(outcome: Any, reward: float) -> TrajectoryGroup:
+    """Return a group whose rewards are sums of parts."""
+    sampled = group(prompt("a"), 0, [reward, reward])
+    parts = {"task": float(outcome == "ok"), "mine": reward}
+    trajectories = (replace(t, outcome=outcome, parts=parts) for t in sampled.trajectories)
+    return replace(sampled, trajectories=tuple(trajectories))
+
+
 @pytest.mark.parametrize(
     ("rollout", "expected"),
     [
         (group(prompt("a"), 0, [0.0, 0.0]), True),
         (group(prompt("a"), 0, [0.0, 1.0]), False),
         (group(prompt("a"), 0, [0.0, -1.0]), True),
+        (partial_rewards("wrong", 0.2), True),
+        (partial_rewards("ok", -0.2), False),
         (searched_group(prompt("a"), rewards=(0.0, 0.0)), False),
         (RolloutFailure(prompt=prompt("a"), reason="lost"), False),
     ],
 )
-def test_a_prompt_is_unsolved_if_no_sample_was_rewarded(rollout: Rollout, expected: bool) -> None:
+def test_a_prompt_is_unsolved_if_no_sample_was_right(rollout: Rollout, expected: bool) -> None:
     assert is_unsolved(rollout) is expected

@@ -93,3 +93,13 @@ def test_a_histogram_keeps_all_numbers(tmp_path: Path) -> None:
     assert histogram.sum_squares == 4 + 16 + 16 + 81
     assert sum(histogram.bucket) == 4
     assert (second.histogram_value.min, second.histogram_value.max) == (3, 3)
+
+
+def test_a_distribution_of_numbers_that_differ_by_rounding_is_one_bucket(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, -1)
+    writer.show(1, {"rollout/rewards": np.array([0.3, 0.1 + 0.2]), "rollout/completion_lengths": np.array([7.0])})
+    writer.close()
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    [shown] = accumulator.Histograms("rollout/rewards")
+    assert shown.histogram_value.bucket == [2.0]

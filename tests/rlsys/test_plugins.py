@@ -1,0 +1,38 @@
+"""Code of the user: its names, its faults at import, and the digests by which a change is seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlsys.errors import ConfigError
+from rlsys.plugins import load_plugin, plugin_digests
+
+
+def test_a_script_that_ends_the_program_is_a_fault_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(ConfigError, match="rewards.fn 'mine.py:f': cannot import mine.py: SystemExit: 0"):
+        load_plugin("mine.py:f", str(tmp_path), "rewards.fn")
+
+
+def test_every_named_file_has_a_digest(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1")
+    (tmp_path / "own_module_b.py").write_text("x = 1")
+    values: dict[str, Any] = {
+        "rewards": {"functions": [{"fn": "a.py:f"}, {"fn": "format"}]},
+        "objective": {"policy": {"estimator": "own_module_b:g"}, "kl": {"estimator": "k3"}},
+        "environment": {"fn": None},
+    }
+    before = plugin_digests(values, str(tmp_path))
+    assert set(before) == {"plug-in a.py", "plug-in own_module_b"}
+    assert len(set(before.values())) == 1 and "" not in before.values()
+    (tmp_path / "own_module_b.py").write_text("x = 2")
+    after = plugin_digests(values, str(tmp_path))
+    assert after["plug-in a.py"] == before["plug-in a.py"]
+    assert after["plug-in own_module_b"] != before["plug-in own_module_b"]
+
+
+def test_a_file_that_is_not_there_has_no_digest(tmp_path: Path) -> None:
+    assert plugin_digests({"fn": "none.py:f"}, str(tmp_path)) == {"plug-in none.py": ""}
