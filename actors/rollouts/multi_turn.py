@@ -244,7 +244,8 @@ class Episodes:
 def with_replies(verdict: Verdict, replies: Sequence[Reply]) -> Verdict:
     """Return the verdict of a task with the rewards of the environment. A failed one stays as it is.
 
-    The last reply that says whether the problem is solved has the say about it.
+    The last reply that says whether the problem is solved has the say about it. If none does and the task does not
+    judge answers (see `Verdict`), an answer is right if the sum is above 0.
     """
     if verdict.outcome not in ("ok", "wrong"):
         return verdict
@@ -252,13 +253,14 @@ def with_replies(verdict: Verdict, replies: Sequence[Reply]) -> Verdict:
     solved = next((reply.solved for reply in reversed(replies) if reply.solved is not None), None)
     if not reward and solved is None:
         return verdict
-    right = verdict.correct if solved is None else solved
+    is_unjudged = verdict.outcome == "ok" and not verdict.correct
+    right = verdict.correct or (is_unjudged and verdict.reward + reward > 0) if solved is None else solved
     return Verdict(
         outcome="ok" if right else "wrong",
         reward=verdict.reward + reward,
         answered=verdict.answered or solved is not None,
         detail=replies[-1].detail or verdict.detail,
-        parts={**(verdict.parts or {TASK: verdict.reward}), ENVIRONMENT: reward},
+        parts={**(verdict.parts or ({} if is_unjudged else {TASK: verdict.reward})), ENVIRONMENT: reward},
     )
 
 

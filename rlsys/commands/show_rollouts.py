@@ -51,7 +51,7 @@ def show_rollouts(rows: Rows, pick: str | None, console: Console) -> None:
     """Print some completions of a step; see `choose`."""
     shown = choose(rows, pick)
     step, version = rows[0]["step"], rows[0]["version"]
-    lines = [f"rollouts of step {step} (weight version {version}): {len(shown)} of {len(rows)} kept"]
+    lines = [f"rollouts of step {step} (weight version {version}): {len(shown)} of the {len(rows)} kept completions"]
     prompt = None
     for row in shown:
         if row["prompt_id"] != prompt:

@@ -10,7 +10,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rlsys.config.adapter_checks import adapter_has_no_critic, adapter_stays_on_its_device
-from rlsys.config.data_checks import divergence_has_scores, extracted_nodes_exist, masked_chains_are_rows
+from rlsys.config.data_checks import (
+    answers_are_judged,
+    divergence_has_scores,
+    extracted_nodes_exist,
+    masked_chains_are_rows,
+)
 from rlsys.config.device_checks import colocated_fit
 from rlsys.config.environment_checks import environment_is_named, environment_is_not_searched, turns_can_end
 from rlsys.config.patterns import resolve
@@ -320,15 +325,6 @@ def steps_can_be_checked(config: Config) -> None:
         raise ValueError(
             f"search.value {{type: steps}}: a task of type {config.task.type} has no rules for steps; choose another "
             "type"
-        )
-
-
-def answers_are_judged(config: Config) -> None:
-    """Raise if nothing judges the completions of a data set without reference answers."""
-    if config.task.type == "dataset" and config.task.answer_column is None and not config.rewards.functions:
-        raise ValueError(
-            "task.answer_column null: nothing judges the completions; name functions in rewards.functions "
-            "(docs/rewards.md), or the column with the reference answer"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rlsys.config.environment import active_environment
 from rlsys.config.patterns import resolve
 
 if TYPE_CHECKING:
@@ -39,4 +40,14 @@ def divergence_has_scores(config: Config) -> None:
         raise ValueError(
             "extract.supervised divergence is for `rlsys extract` after `rlsys score`, and no stage scores its chains: "
             "choose another rule, or extract first and set sft.path"
+        )
+
+
+def answers_are_judged(config: Config) -> None:
+    """Raise if nothing judges the completions of a data set without reference answers."""
+    is_judged = config.rewards.functions or active_environment(config.environment, config.task)
+    if config.task.type == "dataset" and config.task.answer_column is None and not is_judged:
+        raise ValueError(
+            "task.answer_column null: nothing judges the completions; name functions in rewards.functions "
+            "(docs/rewards.md), an environment, or the column with the reference answer"
         )

@@ -258,6 +258,9 @@ RIGHT = Verdict(outcome="ok", reward=1.0, answered=True)
 NO_ANSWER = Verdict(outcome="wrong", reward=0.0, answered=False, detail="no answer")
 
 
+UNJUDGED = Verdict(outcome="ok", reward=0.0, answered=True)  # of a task without reference answers
+
+
 @pytest.mark.parametrize(
     ("verdict", "replies", "expected"),
     [
@@ -279,6 +282,12 @@ NO_ANSWER = Verdict(outcome="wrong", reward=0.0, answered=False, detail="no answ
             RIGHT,
             [Reply(solved=False)],
             Verdict(outcome="wrong", reward=1.0, answered=True, parts={"task": 1.0, "environment": 0.0}),
+        ),
+        (UNJUDGED, [Reply(reward=1.0)], Verdict(outcome="ok", reward=1.0, answered=True, parts={"environment": 1.0})),
+        (
+            UNJUDGED,
+            [Reply(reward=-1.0)],
+            Verdict(outcome="wrong", reward=-1.0, answered=True, parts={"environment": -1.0}),
         ),
     ],
 )

@@ -40,7 +40,7 @@ def rewards(lines: list[str]) -> list[str]:
 
 def test_the_last_step_is_shown(run_dir: Path) -> None:
     lines = shown(run_dir)
-    assert lines[0] == "rollouts of step 2 (weight version 302): 4 of 6 kept"
+    assert lines[0] == "rollouts of step 2 (weight version 302): 4 of the 6 kept completions"
     assert rewards(lines) == ["0.25", "0.75", "0.5", "0.25"]
     assert "-- right, reward 0.25 (mean of its 3: 0.5), 2 tokens, mean log-probability 0.000" in lines
 
