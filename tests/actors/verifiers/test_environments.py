@@ -15,7 +15,7 @@ from actors.verifiers.pool import RewardPool
 from rlsys.config.environment import EnvironmentConfig, active_environment
 from rlsys.config.rewards import RewardsConfig
 from rlsys.config.tasks import LetterCountConfig, SumsConfig, TaskConfig
-from rlsys.errors import EngineError
+from rlsys.errors import ConfigError
 from rlsys.interfaces import Reply
 from rlsys.types import Verdict
 
@@ -110,6 +110,6 @@ def test_verdicts_and_replies_come_from_the_same_process() -> None:
 def test_an_environment_that_cannot_be_built_shows_at_the_start(
     fn: str, arguments: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(EngineError, match="a reward worker did not start") as caught:
+    with pytest.raises(ConfigError) as caught:
         ask([()], EnvironmentConfig(fn=fn, arguments=arguments, stop=(";",)))
     assert message in caught.value.message
