@@ -8,7 +8,10 @@ import os
 import socket
 import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from rlsys.directory import RunDirectory
 from rlsys.errors import ConfigError
@@ -60,10 +63,43 @@ class RunLock:
         return "another process"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LockOwner:
+    """The process that a lock file names.
+
+    Attributes:
+        here: whether it is a process of this machine.
+        alive: whether it still lives; of a process elsewhere nothing is known, and it counts as dead.
+    """
+
+    pid: int
+    host: str
+    here: bool
+    alive: bool
+
+
+def read_owner(run_dir: Path) -> LockOwner | None:
+    """Return the owner of the lock of a run directory; None after an orderly end, which empties the file."""
+    lock = RunDirectory(run_dir).lock
+    try:
+        owner = json.loads(lock.read_text(encoding="utf-8"))
+        pid, host = int(owner["pid"]), str(owner["host"])
+        here = host == socket.gethostname()
+        return LockOwner(pid=pid, host=host, here=here, alive=here and _is_alive(pid, lock.stat().st_mtime))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def in_use(run_dir: Path) -> bool:
     """Return whether a process of this machine uses a run directory, by the lock's record of its owner."""
+    owner = read_owner(run_dir)
+    return owner is not None and owner.alive
+
+
+def _is_alive(pid: int, locked: float) -> bool:
+    """Return whether a process lives that began before the lock was taken; later ones have got its number again."""
     try:
-        owner = json.loads(RunDirectory(run_dir).lock.read_text(encoding="utf-8"))
-        return owner["host"] == socket.gethostname() and Path(f"/proc/{owner['pid']}").exists()
-    except (OSError, ValueError, KeyError, TypeError):
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() < locked + 5
+    except (psutil.Error, OverflowError):
         return False

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import socket
 import stat
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import psutil
 
 from rlsys.config.files import load_config
 from rlsys.config.schema import Config
@@ -24,6 +20,7 @@ from rlsys.files import read_json
 from rlsys.models.folder import is_policy
 from rlsys.run.journal import INTERVAL_S, Heartbeat, read_heartbeat
 from rlsys.run.ledger import OUTCOMES, read_ledger
+from rlsys.run.lock import read_owner
 from rlsys.run.metrics import read_rows
 from rlsys.run.throughput import Throughput, measure
 
@@ -172,7 +169,7 @@ def _present_stage(stages: Mapping[str, tuple[int, int]], rows: Sequence[Mapping
 
 def _state(directory: RunDirectory, heartbeat: Heartbeat | None, *, complete: bool) -> tuple[State, str]:
     """Return the state of a run and its reason. The lock is only read, never taken."""
-    owner = _owner(directory.lock)
+    owner = read_owner(directory.path)
     if owner is None:
         end = heartbeat.end if heartbeat else ""
         if end.startswith("failed"):
@@ -181,33 +178,15 @@ def _state(directory: RunDirectory, heartbeat: Heartbeat | None, *, complete: bo
             return "finished", "all steps are made"
         by = end.removeprefix("interrupted by ") if end.startswith("interrupted") else "steps are missing"
         return "interrupted", by if "continues" in by else f"{by}; the same command continues"
-    where = f"process {owner['pid']} on {owner['host']}"
-    if owner["host"] != socket.gethostname():
+    where = f"process {owner.pid} on {owner.host}"
+    if not owner.here:
         age = _now() - heartbeat.time if heartbeat else None
         if age is not None and age < SILENT_S:
             return "running", where
         return "unknown", f"{where} holds the lock; ask there whether it runs"
-    if not _is_alive(owner["pid"], _modified(directory.lock)):
+    if not owner.alive:
         return "crashed", f"{where} died, as by SIGKILL or for lack of memory; the same command continues"
     return "running", where
-
-
-def _owner(lock: Path) -> Mapping[str, Any] | None:
-    """Return the content of the lock file, which is empty after an orderly end."""
-    try:
-        owner = json.loads(lock.read_text(encoding="utf-8"))
-        return owner if isinstance(owner, dict) and {"pid", "host"} <= set(owner) else None
-    except (OSError, ValueError):
-        return None
-
-
-def _is_alive(pid: int, locked: float) -> bool:
-    """Return whether a process lives that began before the lock was taken; later ones have got its number again."""
-    try:
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() < locked + 5
-    except psutil.Error:
-        return False
 
 
 def _latest(rows: Sequence[Mapping[str, Any]], metric: str) -> float | None:

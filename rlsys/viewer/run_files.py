@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import socket
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.errors import ConfigError, DamagedFileError, RlsysError
+from rlsys.run.lock import read_owner
 from rlsys.run.rollout_files import read_members, rollout_files
 from rlsys.search.tree_index import TreeIndex
 
@@ -59,11 +57,8 @@ class RunFiles:
     @property
     def is_live(self) -> bool:
         """Whether a process uses the directory, as far as its lock tells."""
-        try:
-            owner = json.loads(self.directory.lock.read_text(encoding="utf-8"))
-            return bool(owner["host"] != socket.gethostname() or psutil.pid_exists(int(owner["pid"])))
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        owner = read_owner(self.path)
+        return owner is not None and (owner.alive or not owner.here)
 
     def rows(self) -> Sequence[Row]:
         """Return the rows of metrics.jsonl. Only new lines are read; lines that are no rows are counted as damaged."""
