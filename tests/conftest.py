@@ -107,11 +107,17 @@ HEAVY = {
     "test_planted_pickles.py",
     "test_security.py",
 }
-# Integration tests that share no run. All others of that folder stay in one worker, where they share one.
+# Integration tests that share no run. All others of that folder stay in one worker, where they share one. They take
+# longest, so whatever can run beside them is named here.
 ALONE = {
     "test_bad_resume_cli",
+    "test_bf16_publishes",
     "test_engine_weights",
+    "test_gradient_sums",
     "test_learner_ranks",
+    "test_lora_engine",
+    "test_lora_ranks",
+    "test_partitioned_models",
     "test_shipped_configs",
 }
 FRAMEWORKS = {"torch", "ray", "vllm", "deepspeed"}
@@ -139,6 +145,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Give each worker whole files, with `--dist loadscope`. (Marks of xdist_group do not reach pytest 9's ids.)"""
     if config.getvalue("dist") != "loadscope":
         return None
+    config.option.loadscopereorder = False  # it would begin with the most tests, and end with the longest
     from xdist.scheduler import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):
@@ -149,10 +156,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Files(config, log)
 
 
+def is_heavy(item: pytest.Item) -> bool:
+    name = item.path.as_posix().removeprefix(f"{HERE.as_posix()}/")
+    return item.get_closest_marker("heavy") is not None or name.startswith(tuple(HEAVY))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the long tests first, so that no worker waits for another at the end."""
+    items.sort(key=lambda item: 0 if item.path.parent.name == "integration" else 1 if is_heavy(item) else 2)
     if config.getoption("--fast"):
-        heavy = [item for item in items if item.get_closest_marker("heavy")]
+        heavy = [item for item in items if is_heavy(item)]
         items[:] = [item for item in items if item not in heavy]
         config.hook.pytest_deselected(items=heavy)
 
