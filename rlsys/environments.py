@@ -11,12 +11,12 @@ from rlsys.config.environment import EnvironmentConfig
 from rlsys.errors import ConfigError
 from rlsys.interfaces import Environment, Reply
 from rlsys.plugins import load_plugin
-from rlsys.tasks import calculator, guess
+from rlsys.tasks import calculator, guess, multi_if
 from rlsys.types import Problem
 
 __all__ = ["Game", "Reply", "build_environment"]
 
-BUILT_IN: dict[str, Environment] = {"calculator": calculator.reply, "guess": guess.reply}
+BUILT_IN: dict[str, Environment] = {"calculator": calculator.reply, "guess": guess.reply, "multi_if": multi_if.reply}
 
 
 class Game(ABC):

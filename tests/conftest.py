@@ -96,6 +96,7 @@ HEAVY = {
     "rlsys/run/test_lock.py",
     "rlsys/search/test_trl_tables.py",
     "rlsys/tasks/test_ifeval.py",
+    "rlsys/tasks/test_multi_if.py",
     "rlsys/tasks/test_reasoning_gym.py",
     "rlsys/test_cli.py",
     "rlsys/test_processes.py",

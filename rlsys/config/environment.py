@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from rlsys.config.outside_tasks import BenchmarkConfig
 from rlsys.config.section import Section
 from rlsys.config.tasks import GuessConfig, SumsConfig, TaskConfig
 
 STOP_STRINGS = {"calculator": ("</tool>",), "guess": ("</guess>",)}
 """Environments that ship, and the strings that end a turn in them."""
+ROLES: Mapping[str, Literal["user", "tool"]] = {"multi_if": "user"}
+"""Environments that ship whose replies are messages, and the role of these."""
 
 
 class EnvironmentConfig(Section):
@@ -30,12 +34,13 @@ class EnvironmentConfig(Section):
 
 
 def active_environment(environment: EnvironmentConfig, task: TaskConfig) -> EnvironmentConfig | None:
-    """Return the section with the name and stop strings of the environment in use; None without an environment."""
+    """Return the section with name, stop strings and role of the environment in use; None without an environment."""
     name = environment.fn or _own_environment(task)
     if name is None:
         return None
-    stop = environment.stop or (STOP_STRINGS.get(name, ()) if environment.role is None else ())
-    return environment.model_copy(update={"fn": name, "stop": stop})
+    role = environment.role or ROLES.get(name)
+    stop = environment.stop or (STOP_STRINGS.get(name, ()) if role is None else ())
+    return environment.model_copy(update={"fn": name, "stop": stop, "role": role})
 
 
 def environment_notes(environment: EnvironmentConfig | None) -> list[str]:
@@ -50,4 +55,6 @@ def environment_notes(environment: EnvironmentConfig | None) -> list[str]:
 def _own_environment(task: TaskConfig) -> str | None:
     if isinstance(task, GuessConfig):
         return "guess"
+    if isinstance(task, BenchmarkConfig) and task.name == "multi_if":
+        return "multi_if"
     return "calculator" if isinstance(task, SumsConfig) and task.tool_share else None

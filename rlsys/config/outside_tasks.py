@@ -10,7 +10,7 @@ from rlsys.config.section import PathName, Section
 from rlsys.plugins import PluginName
 from rlsys.tables.templates import check_template
 
-BenchmarkName = Literal["gsm8k", "math500", "aime24", "aime25", "amc", "olympiad", "minerva", "ifeval"]
+BenchmarkName = Literal["gsm8k", "math500", "aime24", "aime25", "amc", "olympiad", "minerva", "ifeval", "multi_if"]
 
 
 class BenchmarkConfig(Section):

@@ -9,6 +9,7 @@ from functools import cached_property
 from rlsys.config.outside_tasks import BenchmarkConfig, BenchmarkName
 from rlsys.config.tasks import DatasetConfig
 from rlsys.errors import DataError
+from rlsys.tables.sources import Source, read_source
 from rlsys.tasks.dataset import Data, DatasetTask, load_held_out, load_splits
 
 BOXED = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -52,6 +53,9 @@ BENCHMARKS: dict[BenchmarkName, Benchmark] = {
     ),
     "minerva": Benchmark(path="math-ai/minervamath", question="question"),
     "ifeval": Benchmark(path="google/IFEval", split="train", question="prompt", answer=None, template="{question}"),
+    "multi_if": Benchmark(
+        path="facebook/Multi-IF", split="train", question="turn_1_prompt", answer=None, template="{question}"
+    ),
 }
 
 
@@ -64,13 +68,17 @@ class BenchmarkTask(DatasetTask):
         super().__init__(dataset_config(config), seed)
         self.name = config.name
 
+    def _read(self, path: str, split: str, field: str, subset: str | None) -> Source:
+        """Return the rows of the data set, with the columns of `Benchmark`."""
+        return read_source(path, split, field, subset)
+
     @cached_property
     def _data(self) -> Data:
         known = BENCHMARKS[self.name]
         try:
             if self.config.held_out_path is None:
-                return load_held_out(self.config, "task.path")
-            return load_splits(self.config, self.fields)
+                return load_held_out(self.config, "task.path", self._read)
+            return load_splits(self.config, self.fields, self._read)
         except DataError as error:
             columns = " and ".join(name for name in (known.question, known.answer) if name)
             fault = re.sub(r"^task\.\w+_(?:column|template): |; (?:set|name) .*", "", error.message)  # no keys here
@@ -107,4 +115,8 @@ def build_benchmark(config: BenchmarkConfig, seed: int) -> BenchmarkTask:
         from rlsys.tasks.ifeval import IfevalTask
 
         return IfevalTask(config, seed)
+    if config.name == "multi_if":
+        from rlsys.tasks.multi_if import MultiIfTask
+
+        return MultiIfTask(config, seed)
     return BenchmarkTask(config, seed)

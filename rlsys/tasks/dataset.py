@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -23,6 +23,8 @@ from rlsys.types import Problem, Question, Split, Verdict
 
 # Number of unreadable rows that a message lists.
 _EXAMPLES = 3
+Read = Callable[[str, str, str, str | None], Source]
+"""A function with the arguments of `rlsys.tables.sources.read_source`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,27 +136,29 @@ class DatasetTask:
         return self._examples(split)[index]
 
 
-def load_held_out(config: DatasetConfig, field: str) -> Data:
+def load_held_out(config: DatasetConfig, field: str, read: Read = read_source) -> Data:
     """Read a data set without training rows: all rows of `config.path` are held out.
 
     Args:
         field: field of the user's config that names the data set.
+        read: reads the rows.
     """
-    source = read_source(config.path, config.split, field, config.subset)
+    source = read(config.path, config.split, field, config.subset)
     examples, skipped = _read_examples(source, config, field)
     notes = _note(field, source, skipped) + _conflicts(field, examples)
     return Data(train=(), held_out=examples, skipped=skipped, notes=notes)
 
 
-def load_splits(config: DatasetConfig, fields: tuple[str, str]) -> Data:
+def load_splits(config: DatasetConfig, fields: tuple[str, str], read: Read = read_source) -> Data:
     """Read both splits, and raise ConfigError or DataError if the data set cannot be used.
 
     Args:
         fields: fields of the user's config that name the training data and the held-out data.
+        read: reads the rows of each.
     """
     _check_pattern(config.answer_pattern)
     train_field, held_out_field = fields
-    source = read_source(config.path, config.split, train_field, config.subset)
+    source = read(config.path, config.split, train_field, config.subset)
     readable, skipped = _read_examples(source, config, train_field)
     notes = _note(train_field, source, skipped) + _conflicts(train_field, readable)
     if config.held_out_path is None:
@@ -162,7 +166,7 @@ def load_splits(config: DatasetConfig, fields: tuple[str, str]) -> Data:
         held_out = tuple(row for row in readable if row.number % config.held_out_every == 0)
         readable = tuple(row for row in readable if row.number % config.held_out_every)
     else:
-        other = read_source(config.held_out_path, config.held_out_split, held_out_field, config.subset)
+        other = read(config.held_out_path, config.held_out_split, held_out_field, config.subset)
         held_out, also_skipped = _read_examples(other, config, held_out_field)
         skipped += also_skipped
         notes += _note(held_out_field, other, also_skipped) + _conflicts(held_out_field, held_out)

@@ -61,7 +61,7 @@ def test_rows_of_a_benchmark_are_read_asked_and_judged(name: Any, tmp_path: Path
 
 
 def test_every_benchmark_has_a_row_here_and_in_the_docs() -> None:
-    assert [*ROWS, "ifeval"] == list(BENCHMARKS) == list(get_args(BenchmarkName))
+    assert [*ROWS, "ifeval", "multi_if"] == list(BENCHMARKS) == list(get_args(BenchmarkName))
     table = [line.split("|") for line in DOCS.read_text().splitlines() if line.startswith("| `")]
     documented = {cells[1].strip(" `"): "|".join(cells[2:]) for cells in table}
     for name, benchmark in BENCHMARKS.items():

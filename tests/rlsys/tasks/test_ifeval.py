@@ -12,6 +12,7 @@ import pytest
 from rlsys.config.outside_tasks import BenchmarkConfig
 from rlsys.errors import ConfigError, DataError
 from rlsys.tasks import build_task
+from rlsys.tasks.instructions import instructions
 
 # The columns of google/IFEval; each entry of kwargs has null for the arguments of other instructions.
 ROW: dict[str, Any] = {
@@ -78,6 +79,7 @@ def test_missing_data_of_nltk_is_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    instructions.cache_clear()
     original = builtins.__import__
 
     def without(name: str, *others: Any) -> Any:
