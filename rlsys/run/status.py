@@ -18,9 +18,11 @@ from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.errors import ConfigError
 from rlsys.files import read_json
 from rlsys.models.folder import is_policy
+from rlsys.run.checkpoints import newest_first
 from rlsys.run.journal import INTERVAL_S, Heartbeat, read_heartbeat
 from rlsys.run.ledger import OUTCOMES, read_ledger
 from rlsys.run.lock import read_owner
+from rlsys.run.manifest import MANIFEST
 from rlsys.run.metrics import read_rows
 from rlsys.run.throughput import Throughput, measure
 
@@ -205,12 +207,11 @@ def _held_out(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _newest_checkpoint(directory: RunDirectory) -> Checkpoint | None:
-    manifests = [path for path in directory.checkpoints.glob("step_*/MANIFEST.json") if not path.parent.is_symlink()]
-    newest = max(manifests, key=_modified, default=None)
+    newest = next((path for path in newest_first(directory.checkpoints) if not path.is_symlink()), None)
     if newest is None:
         return None
-    version = re.sub(r"\D", "", newest.parent.name)
-    return Checkpoint(path=str(newest.parent), weight_version=int(version or 0), age_s=_age(newest))
+    version = re.sub(r"\D", "", newest.name)
+    return Checkpoint(path=str(newest), weight_version=int(version or 0), age_s=_age(newest / MANIFEST))
 
 
 def _trackers(directory: RunDirectory) -> dict[str, Mapping[str, Any]]:
