@@ -93,7 +93,7 @@ def _sampled_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
         "rollout/reward_high": reward + margin,
         "rollout/accuracy": float(np.mean([t.correct for t in trajectories])),
         "rollout/no_answer_rate": float(np.mean([t.judged and not t.answered for t in trajectories])),
-        "rollout/truncated_rate": float(np.mean([t.finish_reason == "length" for t in trajectories])),
+        "rollout/truncated_rate": float(np.mean([t.truncated for t in trajectories])),
         "rollout/completion_length": float(np.mean(lengths)),
         "rollout/completion_length_max": float(np.max(lengths)),
         "rollout/group_reward_std": float(np.mean([np.std(row) if row else 0.0 for row in rewards])),
@@ -114,6 +114,7 @@ def _episode_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
     own = sum(t.completion_length for _, t in pairs)
     return {
         "rollout/turns": float(np.mean([t.turns for _, t in pairs])),
+        "rollout/out_of_turns_rate": float(np.mean([t.finish_reason == "turns" for _, t in pairs])),
         "rollout/environment_share": (total - own) / total if total else 0.0,
         "rollout/environment_errors": float(sum(t.environment_failed for _, t in pairs)),
     }

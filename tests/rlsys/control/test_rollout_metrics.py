@@ -165,11 +165,12 @@ def test_figures_of_episodes_by_hand() -> None:
     parts = {"task": 0.5, "environment": 1.5}
     base = trajectory()
     first = replace(base, token_ids=ids, loss_mask=own, turns=2, reward=2.0, parts=parts)
-    second = replace(base, token_ids=ids[:4], loss_mask=own[:4], turns=1, reward=1.0)
-    failed = replace(second, turns=1, outcome="error", environment_failed=True)
+    second = replace(base, token_ids=ids[:4], loss_mask=own[:4], turns=1, reward=1.0, finish_reason="turns")
+    failed = replace(second, turns=1, finish_reason="length", outcome="error", environment_failed=True)
     asked = replace(prompt("a"), token_ids=ids[:3])
     metrics = rollout_metrics([TrajectoryGroup(prompt=asked, trajectories=(first, second, failed))], 0)
     assert metrics["rollout/turns"] == pytest.approx(4 / 3)
+    assert metrics["rollout/out_of_turns_rate"] == metrics["rollout/truncated_rate"] == pytest.approx(1 / 3)
     assert metrics["rollout/environment_share"] == pytest.approx(2 / 7)
     assert metrics["rollout/environment_errors"] == metrics["rollout/verifier_errors"] == 1
     assert metrics["rollout/tokens"] == 5, "tokens of the environment were not generated"
