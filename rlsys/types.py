@@ -20,10 +20,8 @@ BoolArray = NDArray[np.bool_]
 Split = Literal["train", "held_out"]
 Outcome = Literal["ok", "wrong", "error", "timeout"]
 FinishReason = Literal["stop", "length", "turns", "abort"]
-"""Why a completion ended: by itself or by its environment, cut off by a bound of tokens, after the last turn of an
-episode, or by an error."""
-WHOLE: tuple[FinishReason, ...] = ("stop", "turns")
-"""Finish reasons of completions that end with a whole turn."""
+"""By itself or its environment; cut off by a bound of tokens; after the last turn of an episode; by an error."""
+WHOLE: tuple[FinishReason, ...] = ("stop", "turns")  # ends of completions that were not cut off
 OPTIONAL = {"optional": True}
 """Metadata of a field that files leave out if it has its default, so that files from before the field still read."""
 StageName = Literal["warm_start", "search", "sft", "preference", "online"]

@@ -8,6 +8,7 @@ import numpy as np
 
 from rlsys.config.rewards import ENVIRONMENT, TASK
 from rlsys.interfaces import EngineStats
+from rlsys.run.judgements import group_rewards
 from rlsys.run.metrics import REWARDS
 from rlsys.types import Trajectory, TrajectoryGroup
 
@@ -84,7 +85,7 @@ def _sampled_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     judged = [t for t in trajectories if t.judged]
     lengths = [t.completion_length for t in trajectories]
-    rewards = [[t.reward for t in group.trajectories if t.judged] for group in groups]
+    rewards = [group_rewards(group) for group in groups]
     reward = float(np.mean([t.reward for t in judged])) if judged else 0.0
     margin = _margin([float(np.mean(row)) for row in rewards if row])
     return {

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
+from rlsys.run.judgements import ENDS, by_reward, mean_logprob
 from rlsys.run.rollouts import token_texts
 
-Order = Literal["kept", "best", "worst"]
 LEVELS = (0.05, 0.3, 0.7, 1.2, 2.3, 4.6)
 """Upper ends of the levels of surprise, in nats: probabilities 0.95, 0.74, 0.50, 0.30, 0.10, 0.01."""
 Token = tuple[str, str, str]  # text, class of its colour, title
@@ -37,19 +37,18 @@ def ordered(rows: Sequence[Mapping[str, Any]], order: str, prompt_id: str = "") 
     chosen = [row for row in rows if not prompt_id or row["prompt_id"] == prompt_id]
     if order == "kept":
         return chosen
-    sign = -1 if order == "best" else 1
-    return sorted(chosen, key=lambda row: (row["reward"] is None, sign * (row["reward"] or 0.0)))
+    return by_reward(chosen, "best" if order == "best" else "worst", lambda row: row["reward"])
 
 
 def card(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the page shows of a row."""
     mean, reward = row.get("group_reward"), row["reward"]
-    logprobs = [logprob for logprob in row["logprobs"] if logprob is not None]
     return {
         **row,
         "shown": shown_tokens(row),
         "advantage": reward - mean if mean is not None and reward is not None else None,
-        "mean_logprob": sum(logprobs) / len(logprobs) if logprobs else None,
+        "mean_logprob": mean_logprob(row),
+        "ended_by": ENDS.get(row["finish_reason"], row["finish_reason"]),
     }
 
 
