@@ -53,7 +53,7 @@ SEARCH_FIGURES: Figures = (
     ("search/failed", "failed trees", "{:.0f}"),
 )
 _MESSAGES = 5
-_STEPS_IN_MEDIAN = 21
+STEPS_IN_MEDIAN = 21  # last steps whose times tell how long the next ones take
 _FIGURE_WIDTH = 29  # columns of the terminal for a label and its number
 _TABLE_WIDTH = 100  # a narrower terminal gets plain lines
 
@@ -91,7 +91,7 @@ class Display:
         self._figures: dict[str, float] = {}
         self._rates: dict[str, float] = {}  # updates of a stage that counts trees
         self._messages: deque[str] = deque(maxlen=_MESSAGES)
-        self._step_times: deque[float] = deque(maxlen=_STEPS_IN_MEDIAN)
+        self._step_times: deque[float] = deque(maxlen=STEPS_IN_MEDIAN)
         self._started = self._stage_started = self._last_step = clock()
         self._last_line = -interval_s
         self._silent = False

@@ -9,7 +9,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from rlsys.errors import ConfigError, DataError
+from rlsys.config.files import load_config
+from rlsys.errors import ConfigError, DataError, RlsysError
+from rlsys.run.step_times import PARTS
 from rlsys.search.marks import read_marks
 from rlsys.trees import TreeFailure
 from rlsys.types import Question
@@ -38,7 +40,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.globals["part_names"] = {part: name for part, (_, name) in timeline.PARTS.items()}
+    templates.globals["part_names"] = {part: name for part, (_, name) in PARTS.items()}
     return templates
 
 
@@ -71,7 +73,15 @@ def points(runs: Sequence[RunFiles]) -> Values:
 
 def times(run: RunFiles) -> Values:
     """Return the values of the page with the time of the steps."""
-    return {"lines": timeline.timelines(run.rows())}
+    return {"lines": timeline.timelines(run.rows(), overlapping=_is_overlapping(run))}
+
+
+def _is_overlapping(run: RunFiles) -> bool:
+    """Return whether actors and learner of a run work at the same time; False if its config cannot be read."""
+    try:
+        return load_config(run.directory.config).train.max_staleness > 0
+    except (RlsysError, OSError):
+        return False
 
 
 def rollouts(run: RunFiles, version: int | None, order: str) -> Values:
