@@ -9,6 +9,7 @@ import numpy as np
 from rlsys.directory import SearchDirectory
 from rlsys.run.judgements import by_reward, group_facts, group_rewards, heading, judgement, own_logprobs, reward_of
 from rlsys.search.outline import code_block, outline, outline_group
+from rlsys.search.tree_index import shards
 from rlsys.search.tree_json import read_trees
 from rlsys.trees import Tree
 from rlsys.types import Int32Array, TrajectoryGroup
@@ -50,7 +51,7 @@ def examples(groups: Sequence[TrajectoryGroup], decode: Decode) -> Mapping[str, 
 
 def tree_example(directory: SearchDirectory) -> Mapping[str, str]:
     """Return the first solved tree of a search's first file, or its first tree, as Markdown."""
-    paths = sorted(directory.trees.glob("[0-9]*.jsonl"))
+    paths = shards(directory.trees)
     trees = [tree for tree in read_trees(paths[0]) if isinstance(tree, Tree)] if paths else []
     tree = next((tree for tree in trees if tree.solved), trees[0] if trees else None)
     return {"search/tree": _cut(outline(tree))} if tree else {}

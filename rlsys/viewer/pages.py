@@ -13,8 +13,8 @@ from rlsys.config.files import load_config
 from rlsys.errors import ConfigError, DataError, RlsysError
 from rlsys.run.step_times import PARTS
 from rlsys.search.marks import read_marks
+from rlsys.search.outline import question_text
 from rlsys.trees import TreeFailure
-from rlsys.types import Question
 from rlsys.viewer import curves, rollout_rows, timeline, tree_view
 from rlsys.viewer.run_files import RunFiles
 
@@ -138,7 +138,7 @@ def tree_list(run: RunFiles, page: int, query: str, only: str) -> Values:
         except DataError as error:
             rows.append(row | {"failed": error.message})
             continue
-        row["question"] = _text(tree.question)[:_BRIEF]
+        row["question"] = question_text(tree.question)[:_BRIEF]
         if isinstance(tree, TreeFailure):
             rows.append(row | {"failed": tree.reason})
         else:
@@ -177,7 +177,7 @@ def tree(run: RunFiles, number: int, run_number: int, node: int = 0) -> Values:
     kinds = {name: place % 6 for place, name in enumerate(dict.fromkeys(node.type for node in grown.nodes[1:]))}
     view |= {
         "tree": grown,
-        "question": _text(grown.question),
+        "question": question_text(grown.question),
         "facts": tree_view.facts(grown, marks),
         "events": list(tree_view.events(grown, marks, node)),
         "kinds": kinds,
@@ -196,9 +196,3 @@ def _model_folder(run: RunFiles) -> Path:
         return Path(str(yaml.safe_load(run.config_text())["model"]["path"]))
     except (yaml.YAMLError, KeyError, TypeError):
         return run.directory.model
-
-
-def _text(question: Question) -> str:
-    if isinstance(question, str):
-        return question
-    return "\n".join(f"{message.role}: {message.content}" for message in question)
