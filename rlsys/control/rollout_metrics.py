@@ -8,10 +8,12 @@ import numpy as np
 
 from rlsys.config.rewards import ENVIRONMENT, TASK
 from rlsys.interfaces import EngineStats
+from rlsys.overlong import OverlongShaping
 from rlsys.run.judgements import group_rewards
 from rlsys.run.metrics import REWARDS
 from rlsys.types import Trajectory, TrajectoryGroup
 
+UNSHAPED = OverlongShaping()
 _Z = 1.96  # 97.5 % quantile of the standard normal distribution
 # Metrics of a tree that are summed over the trees of a step, under the same names.
 SUMMED = (
@@ -29,7 +31,9 @@ SUMMED = (
 )
 
 
-def rollout_metrics(groups: Sequence[TrajectoryGroup], version: int, unused_tokens: int = 0) -> Mapping[str, float]:
+def rollout_metrics(
+    groups: Sequence[TrajectoryGroup], version: int, unused_tokens: int = 0, shaping: OverlongShaping = UNSHAPED
+) -> Mapping[str, float]:
     """Return the metrics of a step by names of rlsys.run.metrics.
 
     Some metrics are for sampled groups only, and some for searched groups only. They are left out if there is no such
@@ -38,11 +42,12 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], version: int, unused_toke
     Args:
         version: the weight version of the learner before the step.
         unused_tokens: tokens of replaced and failed rollouts, which are not in `groups`.
+        shaping: decides which groups have equal rewards for the learner.
     """
     sampled = [group for group in groups if not group.searched]
     searched = [group for group in groups if group.searched]
     return {
-        **(_sampled_metrics(sampled) if sampled else {}),
+        **(_sampled_metrics(sampled, shaping) if sampled else {}),
         **_staleness(groups, version),
         **(_searched_metrics(searched) if searched else {}),
         "rollout/generated_tokens": float(unused_tokens + sum(map(generated_tokens, groups))),
@@ -81,7 +86,7 @@ def _idle(engine: EngineStats) -> float:
     return max(0.0, 1 - engine.busy_s / engine.wall_s) if engine.wall_s else 0.0
 
 
-def _sampled_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
+def _sampled_metrics(groups: Sequence[TrajectoryGroup], shaping: OverlongShaping) -> Mapping[str, float]:
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     judged = [t for t in trajectories if t.judged]
     lengths = [t.completion_length for t in trajectories]
@@ -98,7 +103,7 @@ def _sampled_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
         "rollout/completion_length": float(np.mean(lengths)),
         "rollout/completion_length_max": float(np.max(lengths)),
         "rollout/group_reward_std": float(np.mean([np.std(row) if row else 0.0 for row in rewards])),
-        "rollout/zero_advantage_groups": float(np.mean([len(set(row)) < 2 for row in rewards])),
+        "rollout/zero_advantage_groups": float(np.mean([not shaping.rewards_differ(group) for group in groups])),
         "rollout/verifier_errors": float(len(trajectories) - len(judged)),
         "rollout/tokens": float(np.sum(lengths)),
         **_reward_parts(judged),

@@ -83,7 +83,9 @@ _SPECS = (
     MetricSpec("rollout/completion_length_max", "tokens", "longest completion of the step"),
     MetricSpec("rollout/group_reward_std", "1", "standard deviation of the rewards in a group, mean over the groups"),
     MetricSpec(
-        "rollout/zero_advantage_groups", "share", "share of the sampled groups in which all judged rewards are equal"
+        "rollout/zero_advantage_groups",
+        "share",
+        "share of the sampled groups in which all judged rewards are equal, after the overlong shaping",
     ),
     MetricSpec("rollout/failed", "groups", "failed rollouts and searches of the run so far"),
     MetricSpec("rollout/verifier_errors", "trajectories", "trajectories whose verification raised or timed out"),

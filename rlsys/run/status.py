@@ -111,7 +111,7 @@ def read_status(run_dir: Path) -> RunStatus:
     stages = _progress(config, rows)
     stage = _present_stage(stages, rows)
     done, steps = stages[stage]
-    exported = is_policy(directory.exported_policy(config.stages[-1])) or config.stages[-1] == "search"
+    exported = is_policy(directory.exported_policy(config.stages[-1]))
     state, reason = _state(directory, heartbeat, complete=exported and stage == config.stages[-1] and done >= steps)
     here = [row for row in rows if row["stage"] == stage]
     throughput = measure(here, config)

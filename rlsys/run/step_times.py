@@ -1,4 +1,4 @@
-"""What the time of training steps went into, how idle the engines were meanwhile, and who waits for whom."""
+"""Parts of the time of training steps, idle shares of the engines, and a sentence about who waits for whom."""
 
 from __future__ import annotations
 

@@ -179,8 +179,9 @@ class OnlineStage(TrainingStage):
             seconds: the wait for the groups.
         """
         run = self.training
+        shaping = run.config.objective.policy.overlong_shaping(run.config.sampling.max_tokens)
         metrics = {
-            **rollout_metrics(groups, run.state.weight_version, self._filtering.take_unlogged()),
+            **rollout_metrics(groups, run.state.weight_version, self._filtering.take_unlogged(), shaping),
             "rollout/filtered": float(self._filtering.groups),
             "rollout/filtered_tokens": float(self._filtering.tokens),
             "time/rollout_s": seconds,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fakes import group, prompt, searched_group, trajectory
 
+from rlsys.config.objective import PolicyConfig
 from rlsys.control.rollout_metrics import engine_metrics, generated_tokens, rollout_metrics
 from rlsys.interfaces import EngineStats
 from rlsys.run.metrics import METRICS
@@ -149,6 +150,16 @@ def test_figures_of_engines_by_hand() -> None:
         "rollout/idle_reviewer": 1 / 4,
     }
     assert all(METRICS[name].volatile for name in metrics)
+
+
+def test_groups_with_equal_rewards_are_those_of_the_shaped_rewards() -> None:
+    short, long = trajectory(length=4), trajectory(length=8)
+    apart = replace(group(prompt("a")), trajectories=(short, long))
+    level = replace(group(prompt("b")), trajectories=(replace(short, reward=0.5), long))  # 1 - 0.5
+    shaping = PolicyConfig(overlong_buffer=4, overlong_penalty=0.5).overlong_shaping(8)
+    assert rollout_metrics([apart, level], 0)["rollout/zero_advantage_groups"] == 0.5
+    assert [shaping.rewards_differ(each) for each in (apart, level)] == [True, False]
+    assert rollout_metrics([apart, apart], 0, shaping=shaping)["rollout/zero_advantage_groups"] == 0
 
 
 def test_engines_that_had_nothing_to_do_and_one_that_ended_a_long_step() -> None:
