@@ -40,6 +40,7 @@ FIGURES: Figures = (
     ("held_out/greedy_accuracy", "held-out greedy", "{:.3f}"),
     ("held_out/sampled_accuracy", "held-out sampled", "{:.3f}"),
     ("rollout/tokens_per_s", "actor tokens/s", "{:,.0f}"),
+    ("search/tokens_per_s", "search tokens/s", "{:,.0f}"),
     ("learner/tokens_per_s", "learner tokens/s", "{:,.0f}"),
     ("rollout/staleness_mean", "staleness", "{:.2f}"),
     ("weights/probe_gap_max", "publish gap", "{:.1e}"),
@@ -48,7 +49,7 @@ FIGURES: Figures = (
 # The same for `rlsys search`.
 SEARCH_FIGURES: Figures = (
     ("search/solved", "solved", "{:.3f}"),
-    ("rollout/tokens_per_s", "tokens/s", "{:,.0f}"),
+    ("search/tokens_per_s", "tokens/s", "{:,.0f}"),
     ("search/prefix_hits", "prefix-cache hits", "{:.3f}"),
     ("search/failed", "failed trees", "{:.0f}"),
 )

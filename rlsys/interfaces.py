@@ -55,6 +55,11 @@ class EngineStats:
     cached_tokens: int = 0
     in_flight_mean: float = 0.0
 
+    @property
+    def idle_share(self) -> float | None:
+        """Idle share of the interval; None for an interval without length."""
+        return max(0.0, 1 - self.busy_s / self.wall_s) if self.wall_s else None
+
 
 class Task(Protocol):
     """Problems, verifier and demonstrations: pure functions of seed, split and index, without ray and torch.

@@ -11,6 +11,7 @@ from rlsys.interfaces import EngineStats
 from rlsys.overlong import OverlongShaping
 from rlsys.run.judgements import group_rewards
 from rlsys.run.metrics import REWARDS
+from rlsys.search.stats import prefix_hit_rate
 from rlsys.types import Trajectory, TrajectoryGroup
 
 UNSHAPED = OverlongShaping()
@@ -67,23 +68,17 @@ def engine_metrics(stats: Sequence[EngineStats]) -> Mapping[str, float]:
     Without prompt tokens there is no hit rate of the prefix cache. The token rate adds up the engines of the policy,
     each over the seconds in which it worked, so that waiting for the learner or the verifiers does not lower it.
     """
-    prompt_tokens = sum(engine.prompt_tokens for engine in stats)
     metrics = {
         "rollout/tokens_per_s": sum(
             engine.generated_tokens / engine.busy_s for engine in stats if engine.model == "policy" and engine.busy_s
         )
     }
-    if prompt_tokens:
-        metrics["rollout/prefix_cache_hits"] = sum(engine.cached_tokens for engine in stats) / prompt_tokens
+    if (hits := prefix_hit_rate(stats)) is not None:
+        metrics["rollout/prefix_cache_hits"] = hits
     for role in dict.fromkeys(engine.model for engine in stats):
-        idle = [_idle(engine) for engine in stats if engine.model == role]
+        idle = [engine.idle_share or 0.0 for engine in stats if engine.model == role]
         metrics[f"rollout/idle_{role}"] = float(np.mean(idle))
     return metrics
-
-
-def _idle(engine: EngineStats) -> float:
-    """Return the idle share of an engine. An engine step counts when it ends, so busy_s can exceed wall_s."""
-    return max(0.0, 1 - engine.busy_s / engine.wall_s) if engine.wall_s else 0.0
 
 
 def _sampled_metrics(groups: Sequence[TrajectoryGroup], shaping: OverlongShaping) -> Mapping[str, float]:
