@@ -162,10 +162,9 @@ class Episodes:
             if outcome is not None:
                 raise outcome
         judged = [episode for episode in episodes if episode.failure is None]
-        joint = "" if self._config.role is None else "\n"
         verdicts = iter(
             await self._judges.verify(
-                [(prompt.problem, joint.join(each.turns), each.finish_reason in WHOLE) for each in judged]
+                [(prompt.problem, self._config.joint.join(each.turns), each.finish_reason in WHOLE) for each in judged]
             )
         )
         final = [each.failure or with_replies(next(verdicts), each.replies) for each in episodes]
