@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.display import duration, printable
+from rlsys.run.held_out import figures_text
 from rlsys.run.status import SILENT_S, RunStatus, read_status
 from rlsys.run.step_times import PARTS
 from rlsys.run.throughput import Split, Throughput
@@ -48,7 +49,7 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
     yield "weight version", f"{status.weight_version}{left}"
     yield from _signs_of_life(status)
     if status.held_out:
-        yield "held-out", ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in status.held_out.items())
+        yield "held-out", figures_text(status.held_out)
     if status.throughput:
         yield from _throughput_lines(status.throughput)
     counts = [f"{name.replace('_', ' ')}: {value:,}" for name, value in status.counts.items() if value]

@@ -34,7 +34,7 @@ class EnvironmentConfig(Section):
 
     @property
     def joint(self) -> str:
-        """The text between two turns of the policy, as the verifier reads them. Messages stand in lines of their own."""
+        """Text between two turns of the policy, as the verifier reads them; messages begin new lines."""
         return "" if self.role is None else "\n"
 
 
