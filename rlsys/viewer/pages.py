@@ -9,8 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from rlsys.config.files import load_config
-from rlsys.errors import ConfigError, DataError, RlsysError
+from rlsys.config.search import ExtractConfig
+from rlsys.errors import ConfigError, DataError
 from rlsys.run.step_times import PARTS
 from rlsys.search.marks import read_marks
 from rlsys.search.outline import question_text
@@ -73,15 +73,9 @@ def points(runs: Sequence[RunFiles]) -> Values:
 
 def times(run: RunFiles) -> Values:
     """Return the values of the page with the time of the steps."""
-    return {"lines": timeline.timelines(run.rows(), overlapping=_is_overlapping(run))}
-
-
-def _is_overlapping(run: RunFiles) -> bool:
-    """Return whether actors and learner of a run work at the same time; False if its config cannot be read."""
-    try:
-        return load_config(run.directory.config).train.max_staleness > 0
-    except (RlsysError, OSError):
-        return False
+    config = run.config()
+    overlapping = config is not None and config.train.max_staleness > 0
+    return {"lines": timeline.timelines(run.rows(), overlapping=overlapping)}
 
 
 def rollouts(run: RunFiles, version: int | None, order: str) -> Values:
@@ -173,7 +167,9 @@ def tree(run: RunFiles, number: int, run_number: int, node: int = 0) -> Values:
     if isinstance(grown, TreeFailure):
         return {"view": view | {"failed": grown.reason}, "total": len(run.trees.places)}
     marks = read_marks(run.trees.search_of(number).marks)
-    config = tree_view.extract_config(run.directory.config)
+    config = run.config()
+    extract = config.extract if config else ExtractConfig()
+    model = Path(config.model.path) if config and config.model.path else run.directory.model
     kinds = {name: place % 6 for place, name in enumerate(dict.fromkeys(node.type for node in grown.nodes[1:]))}
     view |= {
         "tree": grown,
@@ -181,18 +177,6 @@ def tree(run: RunFiles, number: int, run_number: int, node: int = 0) -> Values:
         "facts": tree_view.facts(grown, marks),
         "events": list(tree_view.events(grown, marks, node)),
         "kinds": kinds,
-        "pairs": tree_view.pairs(grown, marks, config, tree_view.end_tokens(_model_folder(run))),
+        "pairs": tree_view.pairs(grown, marks, extract, tree_view.end_tokens(model)),
     }
     return {"view": view, "total": len(run.trees.places)}
-
-
-def _model_folder(run: RunFiles) -> Path:
-    """Return the folder of the policy, whose end tokens end a chain."""
-    if run.directory.model.is_dir():
-        return run.directory.model
-    import yaml
-
-    try:
-        return Path(str(yaml.safe_load(run.config_text())["model"]["path"]))
-    except (yaml.YAMLError, KeyError, TypeError):
-        return run.directory.model

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlsys.config.files import load_config
 from rlsys.config.search import ExtractConfig
-from rlsys.errors import RlsysError
 from rlsys.search.extract import preferred_chains, preferred_steps
 from rlsys.search.marks import Marks, chain_digest, marked_nodes, without_chains
 from rlsys.search.outline import STOPS, node_facts, right_nodes, verdict_text
@@ -141,14 +139,6 @@ def pairs(tree: Tree, marks: Marks, config: ExtractConfig, end_token_ids: frozen
         sides = [(step.text, f"value {step.value:.2f} of {step.visits}") for step in (better, worse)]
         views.append(PairView(kind="nodes", prefix=better.prefix, chosen=sides[0], rejected=sides[1]))
     return views
-
-
-def extract_config(config_path: Path) -> ExtractConfig:
-    """Return the section `extract` of a run's config; the defaults if it cannot be read."""
-    try:
-        return load_config(config_path).extract
-    except (RlsysError, OSError):
-        return ExtractConfig()
 
 
 def end_tokens(folder: Path) -> frozenset[int]:
