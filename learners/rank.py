@@ -35,12 +35,13 @@ from learners.samples.types import PackItem, Sample, lacks_old_logprobs, with_ol
 from learners.scoring import RankScorer
 from learners.settings import RankSettings
 from learners.step_metrics import StepMetrics
+from learners.token_values import TokenRecorder
 from learners.training_step import TrainingStep, UpdateContext
 from rlsys.config.stages import StageSettings, term_weights
 from rlsys.directory import CheckpointDirectory
 from rlsys.errors import ConfigError, LearnerLostError
 from rlsys.fault_injection import fault
-from rlsys.interfaces import WeightSender
+from rlsys.interfaces import TokenValues, WeightSender
 from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch
 from rlsys.weight_types import WeightManifest
 
@@ -58,6 +59,7 @@ class LearnerRank:
         self.teacher: ReferencePolicy | None = None
         self.forward = ForwardPasses(settings)
         self.asleep = False
+        self.tokens = TokenRecorder(TrainingBatch(), ())
         join_process_group(settings)
 
     @property
@@ -213,6 +215,7 @@ class LearnerRank:
         fault("learner.step", version=version)
         seed, objective = self._reseed(version), self.settings.objective
         weights = term_weights(objective, self.stage, step)
+        self.tokens = TokenRecorder(batch, weights)
         updates = self._updates(batch, step, weights, seed)
         training = TrainingStep(
             settings=self.settings,
@@ -223,6 +226,7 @@ class LearnerRank:
             teacher=self.teacher or self.reference,
             interpolation=batch.interpolation or objective.distill.interpolation_at(step, self.stage.steps),
             metrics=StepMetrics(self.settings.device, tuple(weights), reports=self.settings.reports),
+            tokens=self.tokens,
         )
         measures = bool(objective.grad_norm_interval) and step % objective.grad_norm_interval == 0
         contexts = [UpdateContext(version, number, measures and not number) for number in range(len(updates))]
@@ -235,6 +239,10 @@ class LearnerRank:
         if "preference" in weights and preference.source == "search" and preference.pairs == "steps":
             metrics.note("preference/left_out", float(count_dropped_step_pairs(batch.groups)))
         return metrics.reduce(updates_made)
+
+    def token_values(self) -> list[TokenValues | None]:
+        """Return the values of `TrainingBatch.kept` in the last step; None where another rank has them."""
+        return self.tokens.values()
 
     def _updates(self, batch: TrainingBatch, step: int, weights: dict[str, float], seed: int) -> list[list[PackItem]]:
         """Return the items of each update of a training step."""

@@ -1,6 +1,7 @@
 """Rows about rollouts: the text, the tokens and the judgement of some completions of a training step.
 
-A row is one completion. Its keys are those of `completion_row`; `rlsys.run.rollout_files` writes and reads the files.
+A row is one completion. Its keys are those of `completion_row` and, once a step has trained it, of `with_values`;
+`rlsys.run.rollout_files` writes and reads the files.
 The choice of prompts depends on their ids alone, so two runs on the same prompts keep the same ones.
 """
 
@@ -14,9 +15,12 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from rlsys.types import Trajectory, TrajectoryGroup
+from rlsys.interfaces import TokenValues
+from rlsys.types import Float32Array, Trajectory, TrajectoryGroup
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)
+"""Formats that can be read. Rows of format 1 have no keys of `with_values`."""
 KEPT_STEPS = 1000
 """About the largest number of steps of a stage with kept rollouts."""
 COMPLETIONS = 4  # of a prompt
@@ -35,9 +39,10 @@ def is_kept(step: int, steps: int) -> bool:
     return step % interval == 0 or step in (1, steps)
 
 
-def choose_groups(groups: Sequence[TrajectoryGroup], count: int) -> list[TrajectoryGroup]:
-    """Return the groups of a step that are kept, by a digest of their prompt ids."""
-    return sorted(groups, key=lambda group: xxhash.xxh3_64_digest(group.prompt.prompt_id.encode()))[:count]
+def choose_groups(groups: Sequence[TrajectoryGroup], count: int) -> list[int]:
+    """Return the numbers of the kept groups of a step, by a digest of their prompt ids."""
+    digests = [xxhash.xxh3_64_digest(group.prompt.prompt_id.encode()) for group in groups]
+    return sorted(range(len(groups)), key=digests.__getitem__)[:count]
 
 
 def choose_completions(group: TrajectoryGroup) -> list[int]:
@@ -46,6 +51,13 @@ def choose_completions(group: TrajectoryGroup) -> list[int]:
     by_reward = sorted(judged, key=lambda n: -group.trajectories[n].reward)
     order = [*by_reward[:1], *by_reward[-1:], *range(len(group.trajectories))]
     return sorted(list(dict.fromkeys(order))[:COMPLETIONS])
+
+
+def choose_places(groups: Sequence[TrajectoryGroup], count: int) -> tuple[tuple[int, int], ...]:
+    """Return the numbers of group and completion of every kept completion of a step, in the order of the rows."""
+    return tuple(
+        (group, number) for group in choose_groups(groups, count) for number in choose_completions(groups[group])
+    )
 
 
 class TokenTexts:
@@ -115,10 +127,7 @@ def completion_row(trajectory: Trajectory, number: int, prompt_length: int, text
         round(float(logprob), 4) + 0.0 if own else None
         for logprob, own in zip(trajectory.behavior_logprobs, trajectory.loss_mask, strict=True)
     ]
-    spans = [(prompt_length, len(ids))]
-    dropped = len(ids) - prompt_length - HEAD_TOKENS - TAIL_TOKENS
-    if dropped > 0:
-        spans = [(prompt_length, prompt_length + HEAD_TOKENS), (len(ids) - TAIL_TOKENS, len(ids))]
+    spans, dropped = _spans(prompt_length, len(ids))
     pieces = [text for start, stop in spans for text in texts(ids[start:stop], ids[:start])]
     return {
         "sample": number,
@@ -137,6 +146,33 @@ def completion_row(trajectory: Trajectory, number: int, prompt_length: int, text
         "logprobs": [logprob for start, stop in spans for logprob in chosen[start:stop]],
         "left_out": [HEAD_TOKENS, dropped] if dropped > 0 else None,
     }
+
+
+def _spans(start: int, stop: int) -> tuple[list[tuple[int, int]], int]:
+    """Return the spans of the tokens of a completion that are kept, and the number of those left out."""
+    dropped = stop - start - HEAD_TOKENS - TAIL_TOKENS
+    if dropped <= 0:
+        return [(start, stop)], 0
+    return [(start, start + HEAD_TOKENS), (stop - TAIL_TOKENS, stop)], dropped
+
+
+def with_values(row: Row, values: TokenValues) -> dict[str, Any]:
+    """Return a row with what its training step had for its tokens.
+
+    `advantages` and `gaps` have a number for every kept token, null for tokens that the step did not train. They are
+    null themselves if it trained none, and `untrained` says why. A gap is the learner's log-probability before the
+    update minus the actor's.
+    """
+    if values.advantages is None or values.gaps is None:
+        return {**row, "advantages": None, "gaps": None, "untrained": values.untrained}
+    stop = len(values.advantages)
+    spans, _ = _spans(stop - row["tokens"], stop)
+
+    def kept(array: Float32Array, digits: int) -> list[float | None]:
+        numbers = (float(value) for start, end in spans for value in array[start:end])
+        return [None if math.isnan(number) else round(number, digits) + 0.0 for number in numbers]
+
+    return {**row, "advantages": kept(values.advantages, 4), "gaps": kept(values.gaps, 6), "untrained": ""}
 
 
 def token_texts(row: Row) -> list[tuple[str, float | None]]:

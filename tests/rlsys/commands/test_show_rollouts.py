@@ -10,7 +10,7 @@ import fakes
 import pytest
 from rich.console import Console
 from tree_samples import golden
-from viewed_run import write_rollouts
+from viewed_run import step_record, write_rollouts
 
 from rlsys.commands.show import run
 from rlsys.errors import ConfigError
@@ -23,7 +23,7 @@ def run_dir(tmp_path: Path) -> Path:
     log = RolloutLog(tmp_path, -1, 2, lambda ids: f"{len(ids)} tokens\n")
     for version, rewards in ((301, (0.5, 0.0, 1.0)), (302, (0.25, 0.75, 0.5))):
         groups = [fakes.group(fakes.prompt(f"p{number}"), rewards=rewards) for number in range(2)]
-        log.write(version, log.record(groups, "online", version - 300, version))
+        log.write(version, step_record(log, groups, version - 300, version))
     log.close()
     return tmp_path
 

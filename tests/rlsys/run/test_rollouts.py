@@ -48,10 +48,10 @@ def test_kept_steps_are_few_in_a_long_stage() -> None:
 
 def test_prompts_are_chosen_by_their_ids_alone() -> None:
     groups = [group(prompt(f"train-{number}")) for number in range(9)]
-    chosen = [each.prompt.prompt_id for each in choose_groups(groups, 3)]
-    assert [each.prompt.prompt_id for each in choose_groups(groups[::-1], 3)] == chosen
+    chosen = [groups[n].prompt.prompt_id for n in choose_groups(groups, 3)]
+    assert [groups[8 - n].prompt.prompt_id for n in choose_groups(groups[::-1], 3)] == chosen
     rest = [each for each in groups if each.prompt.prompt_id != chosen[0]]
-    assert chosen[1] == choose_groups(rest, 1)[0].prompt.prompt_id
+    assert chosen[1] == rest[choose_groups(rest, 1)[0]].prompt.prompt_id
     assert choose_groups(groups, 0) == []
 
 
@@ -75,7 +75,7 @@ def test_a_row_tells_all_about_a_completion() -> None:
     grouped = replace(group(of), trajectories=(judged, trajectory(outcome="timeout", answered=False)))
     rows = list(group_rows(grouped, TokenTexts(decode), lambda ids: f"prompt of {len(ids)}", {"step": 2}))
     assert rows[0] == {
-        "format": 1, "step": 2, "prompt_id": "p", "prompt": "prompt of 3", "reference": "4", "searched": False,
+        "format": 2, "step": 2, "prompt_id": "p", "prompt": "prompt of 3", "reference": "4", "searched": False,
         "group_size": 2, "group_reward": 0.5, "sample": 0, "reward": 0.5, "parts": {"task": 1.0, "short": -0.5},
         "outcome": "ok", "correct": True, "answered": True, "detail": "because", "finish_reason": "stop", "tokens": 3,
         "oldest_version": 7, "completion": "abc", "token_ids": [97, 98, 99], "token_ends": [1, 2, 3],

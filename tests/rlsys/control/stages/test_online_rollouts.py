@@ -21,11 +21,15 @@ def test_rollouts_of_every_online_step_are_kept(tmp_path: Path) -> None:
     assert list(kept) == [3, 4, 5], "the two steps of the warm start have none"
     assert [rows[0]["step"] for rows in kept.values()] == [1, 2, 3]
     assert all(len({row["prompt_id"] for row in rows}) == 2 for rows in kept.values())
+    for version, rows in kept.items():  # as the fake learner answers for the version that it has made
+        values = {(value, gap) for row in rows for value, gap in zip(row["advantages"], row["gaps"], strict=True)}
+        assert values == {(float(version), version / 100)}
+        assert {len(row["gaps"]) == len(row["token_ids"]) for row in rows} == {True}
 
 
 def test_zero_keeps_none(tmp_path: Path) -> None:
-    Run(tmp_path, config(run={"kept_prompts": 0}))()
-    assert files(tmp_path) == {}
+    run = Run(tmp_path, config(run={"kept_prompts": 0}))()
+    assert files(tmp_path) == {} and all(batch.kept == () for _, batch in run.learner.batches)
 
 
 def test_an_interrupted_run_continues_with_the_same_bytes(tmp_path: Path) -> None:
