@@ -13,6 +13,7 @@ from rlsys.directory import RunDirectory
 from rlsys.display import print_lines
 from rlsys.errors import ConfigError
 from rlsys.run.rollout_files import read_rollouts, rollout_files
+from rlsys.run.rollouts import training_facts
 
 SHOWN = 4
 PICKS = ("best", "worst", "random")
@@ -86,4 +87,4 @@ def heading(row: Mapping[str, Any]) -> str:
     parts.append(f"{row['tokens']} tokens")
     parts += ["cut off"] if row["finish_reason"] == "length" else []
     parts += [f"mean log-probability {sum(logprobs) / len(logprobs):.3f}"] if logprobs else []
-    return ", ".join(parts)
+    return ", ".join([*parts, *training_facts(row)])

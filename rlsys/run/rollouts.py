@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -175,8 +176,40 @@ def with_values(row: Row, values: TokenValues) -> dict[str, Any]:
     return {**row, "advantages": kept(values.advantages, 4), "gaps": kept(values.gaps, 6), "untrained": ""}
 
 
-def token_texts(row: Row) -> list[tuple[str, float | None]]:
-    """Return the text and the log-probability of every token of a row."""
-    starts = [0, *row["token_ends"][:-1]]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """A token of a row.
+
+    Attributes:
+        logprob: of the actor; None if the policy did not choose the token.
+        advantage: None if the step did not train the token here, or the row is older than advantages.
+        gap: as `advantage`.
+    """
+
+    token_id: int
+    text: str
+    logprob: float | None
+    advantage: float | None
+    gap: float | None
+
+
+def row_tokens(row: Row) -> list[Token]:
+    """Return the kept tokens of a row."""
+    starts, unknown = [0, *row["token_ends"][:-1]], [None] * len(row["token_ends"])
     texts = [row["completion"][start:end] for start, end in zip(starts, row["token_ends"], strict=True)]
-    return list(zip(texts, row["logprobs"], strict=True))
+    values = (row["token_ids"], texts, row["logprobs"], row.get("advantages") or unknown, row.get("gaps") or unknown)
+    return [
+        Token(token_id=token_id, text=text, logprob=logprob, advantage=advantage, gap=gap)
+        for token_id, text, logprob, advantage, gap in zip(*values, strict=True)
+    ]
+
+
+def training_facts(row: Row) -> list[str]:
+    """Return what the training step made of a row, as short texts; nothing for a row that is older than advantages."""
+    advantages = [value for value in row.get("advantages") or () if value is not None]
+    gaps = [value for value in row.get("gaps") or () if value is not None]
+    if not advantages or not gaps:
+        return [row["untrained"]] if row.get("untrained") else []
+    low, high = min(advantages), max(advantages)
+    several = f"advantages {low:+.3g} to {high:+.3g}, mean {sum(advantages) / len(advantages):+.3g}"
+    return [f"advantage {low:+.3g}" if low == high else several, f"largest gap {max(gaps, key=abs):+.2g}"]

@@ -43,13 +43,13 @@ def write_metrics(folder: Path, steps: int = 3) -> None:
 
 
 def step_record(log: RolloutLog, groups: Sequence[TrajectoryGroup], step: int, version: int) -> bytes:
-    """Return the record of a step whose advantages rise from -2 to 2 over a trajectory, and its gaps from 0 to 0.5."""
+    """Return the record of a step whose advantages rise from -2 to 2 over a trajectory, and its gaps from -0.5 to 0.5."""
     values = []
     for group_number, number in choose_places(groups, 2):
         trajectory = groups[group_number].trajectories[number]
         trained = np.where(trajectory.loss_mask, 1.0, np.nan).astype(np.float32)
         size = len(trained)
-        gaps = np.linspace(0, 0.5, size, dtype=np.float32) * trained
+        gaps = np.linspace(-0.5, 0.5, size, dtype=np.float32) * trained
         values.append(TokenValues(advantages=np.linspace(-2, 2, size, dtype=np.float32) * trained, gaps=gaps))
     return record(log.rows(groups, "online", step, version), values)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from learner_child import CRITIC, OBJECTIVE, PROMPT, TEMPERATURE, batch
+from learner_child import CRITIC, KEPT, OBJECTIVE, PROMPT, TEMPERATURE, batch
 from safetensors.numpy import load_file
 
 from rlsys.config.schema import FromScratchConfig, OptimizerConfig
@@ -278,6 +278,33 @@ def test_ranks_and_partitioning_do_not_change_what_a_critic_learns(folder: Path,
     assert {"objective/value_loss", "objective/value_grad_norm", "value/explained_variance"} <= found.keys()
     for key in found.keys() - LAYOUT:
         assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-7), key
+
+
+def token_values(folder: Path, name: str) -> list[np.ndarray]:
+    """Return advantages and gaps of every kept trajectory, [2, T], from the ranks that have them."""
+    by_rank = [json.loads(path.read_text()) for path in sorted((folder / name).glob("values.*"))]
+    answers = [[values for values in each if values is not None] for each in zip(*by_rank, strict=True)]
+    assert all(values == each[0] for each in answers for values in each), "ranks that share a row agree"
+    return [np.array(each[0], dtype=np.float64) for each in answers]
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "sequence3", "sequence0", "two-groups"])
+def test_the_rank_that_has_a_row_returns_the_values_of_its_tokens(folder: Path, name: str) -> None:
+    critic = name == "two-groups"
+    expected = token_values(folder, "one-critic-whole" if critic else "one-whole")
+    for values, others, (group, number) in zip(token_values(folder, f"{name}-whole"), expected, KEPT, strict=True):
+        np.testing.assert_allclose(values, others, rtol=1e-3, atol=1e-4)
+        row = batch(1).groups[group].trajectories[number]
+        assert (~np.isnan(values)).tolist() == [row.loss_mask.tolist()] * 2
+        if not critic:  # rewards 0, 1, 0, 1: mean 1/2, std 0.57735
+            assert set(values[0, row.loss_mask].round(4)) == {0.866 if number % 2 else -0.866}
+
+
+@pytest.mark.parametrize("name", variants("zero", "offload", "bf16", "critic"))
+def test_a_resumed_learner_returns_the_same_values(folder: Path, name: str) -> None:
+    np.testing.assert_array_equal(
+        *(np.concatenate(token_values(folder, f"{name}-{end}"), axis=1) for end in ("resumed", "whole"))
+    )
 
 
 @pytest.mark.parametrize("ranks", ["one", "three"])

@@ -42,7 +42,8 @@ def test_the_last_step_is_shown(run_dir: Path) -> None:
     lines = shown(run_dir)
     assert lines[0] == "rollouts of step 2 (weight version 302): 4 of the 6 kept completions"
     assert rewards(lines) == ["0.25", "0.75", "0.5", "0.25"]
-    assert "-- right, reward 0.25 (mean of its 3: 0.5), 2 tokens, mean log-probability 0.000" in lines
+    line = "-- right, reward 0.25 (mean of its 3: 0.5), 2 tokens, mean log-probability 0.000"
+    assert f"{line}, advantages +1 to +2, mean +1.5, largest gap +0.5" in lines
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,19 @@ import numpy as np
 import pytest
 from fakes import group, prompt, trajectory
 
+from rlsys.interfaces import TokenValues
 from rlsys.run import rollouts
-from rlsys.run.rollouts import TokenTexts, choose_completions, choose_groups, group_rows, is_kept, token_texts
+from rlsys.run.rollouts import (
+    TokenTexts,
+    choose_completions,
+    choose_groups,
+    choose_places,
+    group_rows,
+    is_kept,
+    row_tokens,
+    training_facts,
+    with_values,
+)
 
 
 def decode(ids: Sequence[int]) -> str:
@@ -82,7 +93,50 @@ def test_a_row_tells_all_about_a_completion() -> None:
         "logprobs": [-0.25, None, -1.0], "left_out": None,
     }  # fmt: skip
     assert rows[1]["reward"] is None and rows[1]["outcome"] == "timeout"
-    assert token_texts(rows[0]) == [("a", -0.25), ("b", None), ("c", -1.0)]
+    tokens = row_tokens(rows[0])
+    assert [(token.token_id, token.text, token.logprob) for token in tokens] == [
+        (97, "a", -0.25),
+        (98, "b", None),
+        (99, "c", -1.0),
+    ]
+    assert {(token.advantage, token.gap) for token in tokens} == {(None, None)}, "it is not trained yet"
+
+
+def test_a_trained_row_has_the_values_of_its_kept_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollouts, "HEAD_TOKENS", 2)
+    monkeypatch.setattr(rollouts, "TAIL_TOKENS", 1)
+    long = replace(trajectory(length=5), token_ids=np.array([1, 2, 3, *b"abcde"], np.int32))
+    row = rollouts.completion_row(long, 0, 3, TokenTexts(decode))
+    nan = np.nan
+    advantages, gaps = [nan, nan, nan, 0.86602, nan, 7, 7, -1.5], [nan, nan, nan, 1.23e-5, nan, 7, 7, -0.25]
+    values = TokenValues(advantages=np.array(advantages, np.float32), gaps=np.array(gaps, np.float32))
+    trained = with_values(row, values)
+    assert (trained["advantages"], trained["gaps"]) == ([0.866, None, -1.5], [1.2e-05, None, -0.25])
+    assert trained["untrained"] == "" and trained.items() >= row.items()
+    assert [(token.text, token.advantage, token.gap) for token in row_tokens(trained)] == [
+        ("a", 0.866, 1.2e-05),
+        ("b", None, None),
+        ("e", -1.5, -0.25),
+    ]
+    assert training_facts(trained) == ["advantages -1.5 to +0.866, mean -0.317", "largest gap -0.25"]
+    even = with_values(row, replace(values, advantages=np.full(8, -0.5, np.float32)))
+    assert training_facts(even) == ["advantage -0.5", "largest gap -0.25"]
+
+
+def test_a_row_that_was_not_trained_says_why() -> None:
+    row = with_values(rollouts.completion_row(trajectory(), 0, 3, TokenTexts(decode)), TokenValues(untrained="why"))
+    assert (row["advantages"], row["gaps"], row["untrained"]) == (None, None, "why")
+    assert training_facts(row) == ["why"]
+    old = {key: value for key, value in row.items() if key not in ("advantages", "gaps", "untrained")}
+    assert training_facts(old) == [] and row_tokens(old) == row_tokens(row)
+
+
+def test_places_are_those_of_the_rows() -> None:
+    groups = [group(prompt(f"train-{number}"), rewards=[0.0, 1.0]) for number in range(9)]
+    places = choose_places(groups, 3)
+    rows = [row for n in choose_groups(groups, 3) for row in group_rows(groups[n], TokenTexts(decode), decode, {})]
+    assert [(groups[g].prompt.prompt_id, n) for g, n in places] == [(row["prompt_id"], row["sample"]) for row in rows]
+    assert len(places) == 6 and choose_places(groups, 0) == ()
 
 
 def test_the_middle_of_a_long_completion_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
