@@ -160,20 +160,20 @@ def _spans(start: int, stop: int) -> tuple[list[tuple[int, int]], int]:
 def with_values(row: Row, values: TokenValues) -> dict[str, Any]:
     """Return a row with what its training step had for its tokens.
 
-    `advantages` and `gaps` have a number for every kept token, null for tokens that the step did not train. They are
-    null themselves if it trained none, and `untrained` says why. A gap is the learner's log-probability before the
-    update minus the actor's.
+    `advantages` and `gaps` have a number of three digits for every kept token, null for tokens that the step did not
+    train. They are null themselves if it trained none, and `untrained` says why. A gap is the learner's log-probability
+    before the update minus the actor's.
     """
     if values.advantages is None or values.gaps is None:
         return {**row, "advantages": None, "gaps": None, "untrained": values.untrained}
     stop = len(values.advantages)
     spans, _ = _spans(stop - row["tokens"], stop)
 
-    def kept(array: Float32Array, digits: int) -> list[float | None]:
-        numbers = (float(value) for start, end in spans for value in array[start:end])
-        return [None if math.isnan(number) else round(number, digits) + 0.0 for number in numbers]
+    def kept(array: Float32Array) -> list[float | None]:
+        numbers = (value for start, end in spans for value in array[start:end].tolist())
+        return [None if math.isnan(number) else float(f"{number:.3g}") + 0.0 for number in numbers]
 
-    return {**row, "advantages": kept(values.advantages, 4), "gaps": kept(values.gaps, 6), "untrained": ""}
+    return {**row, "advantages": kept(values.advantages), "gaps": kept(values.gaps), "untrained": ""}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

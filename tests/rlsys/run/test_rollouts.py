@@ -111,10 +111,10 @@ def test_a_trained_row_has_the_values_of_its_kept_tokens(monkeypatch: pytest.Mon
     advantages, gaps = [nan, nan, nan, 0.86602, nan, 7, 7, -1.5], [nan, nan, nan, 1.23e-5, nan, 7, 7, -0.25]
     values = TokenValues(advantages=np.array(advantages, np.float32), gaps=np.array(gaps, np.float32))
     trained = with_values(row, values)
-    assert (trained["advantages"], trained["gaps"]) == ([0.866, None, -1.5], [1.2e-05, None, -0.25])
+    assert (trained["advantages"], trained["gaps"]) == ([0.866, None, -1.5], [1.23e-05, None, -0.25])
     assert trained["untrained"] == "" and trained.items() >= row.items()
     assert [(token.text, token.advantage, token.gap) for token in row_tokens(trained)] == [
-        ("a", 0.866, 1.2e-05),
+        ("a", 0.866, 1.23e-05),
         ("b", None, None),
         ("e", -1.5, -0.25),
     ]
