@@ -205,7 +205,7 @@ def row_tokens(row: Row) -> list[Token]:
 
 
 def training_facts(row: Row) -> list[str]:
-    """Return what the training step made of a row, as short texts; nothing for a row that is older than advantages."""
+    """Return what the training step made of a row, as short texts; none for a row of format 1."""
     advantages = [value for value in row.get("advantages") or () if value is not None]
     gaps = [value for value in row.get("gaps") or () if value is not None]
     if not advantages or not gaps:

@@ -20,7 +20,7 @@ Shown = tuple[str, str, str]  # text, classes of its colours, title
 
 
 def level(value: float | None, bounds: Sequence[float]) -> str:
-    """Return the name of the level of a signed value: n4 to n1 below 0, 0, p1 to p4 above it; x without a value."""
+    """Return the level of a signed value: n4 to n1, 0, p1 to p4; x without a value."""
     if value is None:
         return "x"
     number = sum(abs(value) > bound for bound in bounds)

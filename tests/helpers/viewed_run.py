@@ -43,7 +43,7 @@ def write_metrics(folder: Path, steps: int = 3) -> None:
 
 
 def step_record(log: RolloutLog, groups: Sequence[TrajectoryGroup], step: int, version: int) -> bytes:
-    """Return the record of a step whose advantages rise from -2 to 2 over a trajectory, and its gaps from -0.5 to 0.5."""
+    """Return the record of a step whose advantages rise from -2 to 2 over a trajectory, and gaps from -0.5 to 0.5."""
     values = []
     for group_number, number in choose_places(groups, 2):
         trajectory = groups[group_number].trajectories[number]

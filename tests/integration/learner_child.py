@@ -9,6 +9,7 @@ and losses that are not finite.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import math
 import os
@@ -167,6 +168,22 @@ def save(learner: Any, folder: Path, figures: dict[str, float]) -> None:
 
 def numbers(array: np.ndarray | None) -> list[float | None]:
     return [None if math.isnan(value) else float(value) for value in ([] if array is None else array)]
+
+
+def token_values(folder: Path) -> list[np.ndarray]:
+    """Return advantages and gaps of every kept trajectory, [2, T], from the ranks that have them."""
+    by_rank = [json.loads(path.read_text()) for path in sorted(folder.glob("values.*"))]
+    answers = [[values for values in each if values is not None] for each in zip(*by_rank, strict=True)]
+    assert all(values == each[0] for each in answers for values in each), "ranks that share a row agree"
+    return [np.array(each[0], dtype=np.float64) for each in answers]
+
+
+def digests(checkpoint: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(checkpoint.rglob("*"))
+        if path.suffix in (".safetensors", ".json") and path.name != "figures.json"
+    }
 
 
 def begin(learner: Any, job: dict[str, Any]) -> None:
