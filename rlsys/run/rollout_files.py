@@ -33,6 +33,7 @@ from rlsys.types import TrajectoryGroup
 
 VERSIONS = 100  # of a file
 Rows = list[dict[str, Any]]
+SKIPPED = TokenValues(untrained="not trained: the step was skipped, because a loss or gradient was not finite")
 _NAME = re.compile(r"(\d{6,})\.jsonl\.gz")
 
 
@@ -43,10 +44,20 @@ class KeptRollouts:
     Attributes:
         places: numbers of group and completion, for `TrainingBatch.kept`.
         rows: makes their rows.
+        write: writes the record made of them.
     """
 
     places: tuple[tuple[int, int], ...]
     rows: asyncio.Task[Rows]
+    write: Callable[[bytes], None]
+
+    async def finish(self, values: Sequence[TokenValues]) -> None:
+        """Write the rows with what the step had for their tokens."""
+        self.write(await asyncio.to_thread(record, await self.rows, values))
+
+    async def skip(self) -> None:
+        """Write the rows of a step that was skipped."""
+        await self.finish([SKIPPED] * len(self.places))
 
 
 class RolloutLog:
@@ -100,11 +111,8 @@ class RolloutLog:
         places = choose_places(groups, self._prompts)
         if not places:
             return None
-        return KeptRollouts(places, asyncio.create_task(asyncio.to_thread(self.rows, groups, stage, step, version)))
-
-    async def finish(self, kept: KeptRollouts, version: int, values: Sequence[TokenValues]) -> None:
-        """Write the rows of a step with what the step had for their tokens."""
-        self.write(version, await asyncio.to_thread(record, await kept.rows, values))
+        rows = asyncio.create_task(asyncio.to_thread(self.rows, groups, stage, step, version))
+        return KeptRollouts(places, rows, lambda record: self.write(version, record))
 
     def write(self, version: int, record: bytes) -> None:
         """Append the record of a weight version, unless it is empty."""
@@ -210,4 +218,18 @@ def _is_row(row: Any) -> bool:
 def read_rollouts(run_dir: Path, first: int) -> dict[int, list[dict[str, Any]]]:
     """Return the rows of the file that begins with a weight version, by weight version."""
     paths = dict(rollout_files(RunDirectory(run_dir).rollouts))
-    return {rows[0]["version"]: rows for _, rows in read_members(paths[first])} if first in paths else {}
+    return rows_by_version(paths[first]) if first in paths else {}
+
+
+def rows_by_version(path: Path) -> dict[int, Rows]:
+    """Return the rows of a file by weight version.
+
+    A version has the rows of the step that made it, after those of skipped steps.
+
+    Raises:
+        DamagedFileError: see `read_members`.
+    """
+    by_version: dict[int, Rows] = {}
+    for _, rows in read_members(path):
+        by_version.setdefault(rows[0]["version"], []).extend(rows)
+    return by_version

@@ -87,14 +87,16 @@ class OnlineStage(TrainingStage):
                     places = kept.places if kept else ()
                     metrics |= await run.learn(replace(data, groups=tuple(groups), kept=places))
                 except NonFiniteLossError as error:
+                    if kept:
+                        await kept.skip()
                     run.skip(error)
                     self._filtering.unlogged_tokens += int(metrics["rollout/generated_tokens"])
                     await self._finish_publish()
                     await buffer.release()
                     context.ledger.note("skipped", buffer.taken)
                     continue
-                if context.rollouts and kept:
-                    await context.rollouts.finish(kept, run.state.weight_version, await context.learner.token_values())
+                if kept:
+                    await kept.finish(await context.learner.token_values())
                 metrics |= await self._publish()
                 context.ledger.note("trained", buffer.taken)
                 self._record_state()
