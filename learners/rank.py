@@ -59,7 +59,7 @@ class LearnerRank:
         self.teacher: ReferencePolicy | None = None
         self.forward = ForwardPasses(settings)
         self.asleep = False
-        self.tokens = TokenRecorder(TrainingBatch(), ())
+        self._token_values: list[TokenValues | None] = []
         join_process_group(settings)
 
     @property
@@ -215,7 +215,7 @@ class LearnerRank:
         fault("learner.step", version=version)
         seed, objective = self._reseed(version), self.settings.objective
         weights = term_weights(objective, self.stage, step)
-        self.tokens = TokenRecorder(batch, weights)
+        self._token_values = []
         updates = self._updates(batch, step, weights, seed)
         training = TrainingStep(
             settings=self.settings,
@@ -226,12 +226,13 @@ class LearnerRank:
             teacher=self.teacher or self.reference,
             interpolation=batch.interpolation or objective.distill.interpolation_at(step, self.stage.steps),
             metrics=StepMetrics(self.settings.device, tuple(weights), reports=self.settings.reports),
-            tokens=self.tokens,
+            tokens=TokenRecorder(batch, weights),
         )
         measures = bool(objective.grad_norm_interval) and step % objective.grad_norm_interval == 0
         contexts = [UpdateContext(version, number, measures and not number) for number in range(len(updates))]
         with rollback_on_non_finite(training.models, len(updates)):
             updates_made = sum(map(training.update, updates, contexts))
+        self._token_values = training.tokens.values()  # not the recorder, which holds the batch
         metrics = training.metrics
         for term, weight in weights.items():
             metrics.note(f"objective/{term}_weight", weight)
@@ -242,7 +243,7 @@ class LearnerRank:
 
     def token_values(self) -> list[TokenValues | None]:
         """Return the values of `TrainingBatch.kept` in the last step; None where another rank has them."""
-        return self.tokens.values()
+        return self._token_values
 
     def _updates(self, batch: TrainingBatch, step: int, weights: dict[str, float], seed: int) -> list[list[PackItem]]:
         """Return the items of each update of a training step."""

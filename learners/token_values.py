@@ -46,7 +46,7 @@ class TokenRecorder:
             items: items of the pass, in the order of their targets.
             logprobs: [N] nats, of all targets.
         """
-        if not self._kept & _origins(items):
+        if not self._kept or not self._kept & _origins(items):
             return
         start = 0
         for sample in (sample for item in items for sample in item.samples):
