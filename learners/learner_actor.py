@@ -13,7 +13,7 @@ import ray
 from learners.settings import RankSettings
 from rlsys.config.stages import StageSettings
 from rlsys.fault_injection import fault, identify
-from rlsys.interfaces import WeightSender
+from rlsys.interfaces import TokenValues, WeightSender
 from rlsys.processes import die_with_parent, quiet_worker
 from rlsys.transfer.collective import CollectiveSender
 from rlsys.transfer.object_store import ObjectStoreSender
@@ -61,6 +61,9 @@ class LearnerActor:
 
     def train(self, batch: TrainingBatch, step: int, version: int) -> dict[str, float]:
         return self.learner.train(batch, step, version)
+
+    def token_values(self) -> list[TokenValues | None]:
+        return self.learner.token_values()
 
     def score_pairs(self, pairs: Sequence[Preference]) -> list[tuple[float, float]]:
         return self.learner.score_pairs(pairs)

@@ -35,12 +35,13 @@ from learners.samples.types import PackItem, Sample, lacks_old_logprobs, with_ol
 from learners.scoring import RankScorer
 from learners.settings import RankSettings
 from learners.step_metrics import StepMetrics
+from learners.token_values import TokenRecorder
 from learners.training_step import TrainingStep, UpdateContext
 from rlsys.config.stages import StageSettings, term_weights
 from rlsys.directory import CheckpointDirectory
 from rlsys.errors import ConfigError, LearnerLostError
 from rlsys.fault_injection import fault
-from rlsys.interfaces import WeightSender
+from rlsys.interfaces import TokenValues, WeightSender
 from rlsys.types import Float32Array, Int32Array, Preference, TrainingBatch
 from rlsys.weight_types import WeightManifest
 
@@ -58,6 +59,7 @@ class LearnerRank:
         self.teacher: ReferencePolicy | None = None
         self.forward = ForwardPasses(settings)
         self.asleep = False
+        self._token_values: list[TokenValues | None] = []
         join_process_group(settings)
 
     @property
@@ -213,6 +215,7 @@ class LearnerRank:
         fault("learner.step", version=version)
         seed, objective = self._reseed(version), self.settings.objective
         weights = term_weights(objective, self.stage, step)
+        self._token_values = []
         updates = self._updates(batch, step, weights, seed)
         training = TrainingStep(
             settings=self.settings,
@@ -223,11 +226,13 @@ class LearnerRank:
             teacher=self.teacher or self.reference,
             interpolation=batch.interpolation or objective.distill.interpolation_at(step, self.stage.steps),
             metrics=StepMetrics(self.settings.device, tuple(weights), reports=self.settings.reports),
+            tokens=TokenRecorder(batch, weights),
         )
         measures = bool(objective.grad_norm_interval) and step % objective.grad_norm_interval == 0
         contexts = [UpdateContext(version, number, measures and not number) for number in range(len(updates))]
         with rollback_on_non_finite(training.models, len(updates)):
             updates_made = sum(map(training.update, updates, contexts))
+        self._token_values = training.tokens.values()  # not the recorder, which holds the batch
         metrics = training.metrics
         for term, weight in weights.items():
             metrics.note(f"objective/{term}_weight", weight)
@@ -235,6 +240,10 @@ class LearnerRank:
         if "preference" in weights and preference.source == "search" and preference.pairs == "steps":
             metrics.note("preference/left_out", float(count_dropped_step_pairs(batch.groups)))
         return metrics.reduce(updates_made)
+
+    def token_values(self) -> list[TokenValues | None]:
+        """Return the values of `TrainingBatch.kept` in the last step; None where another rank has them."""
+        return self._token_values
 
     def _updates(self, batch: TrainingBatch, step: int, weights: dict[str, float], seed: int) -> list[list[PackItem]]:
         """Return the items of each update of a training step."""

@@ -20,6 +20,7 @@ from learners.samples.signal import changes_weights
 from learners.samples.types import PackItem
 from learners.settings import RankSettings
 from learners.step_metrics import StepMetrics, summed_gradient_norm
+from learners.token_values import TokenRecorder
 from rlsys.fault_injection import fault
 
 
@@ -50,6 +51,7 @@ class TrainingStep:
     Attributes:
         critic: None if the objective has no value term.
         weights: weight of each term in this step.
+        tokens: records the values of the tokens of some trajectories.
         interpolation: share of the teacher in this step; see `learners.objective.distillation`.
         teacher: the teacher of the whole vocabulary, which is not used for another divergence.
     """
@@ -60,6 +62,7 @@ class TrainingStep:
     critic: TrainedModel | None
     weights: Mapping[str, float]
     metrics: StepMetrics
+    tokens: TokenRecorder
     interpolation: float = 1.0
     teacher: Any = None
 
@@ -100,6 +103,7 @@ class TrainingStep:
         if items:
             trained = [item for item in items if changes_weights(item, self.weights, objective)]
             self.metrics.note("learner/left_out_share", 1 - len(trained) / len(items))
+            self.tokens.note_items(items, trained)
             self._policy_gradient(trained, context)  # without any, its gradient is 0 and AdamW moves on
             updated["learner/grad_norm"] = self.policy
         fault("learner.update", **context.fault_tags)
@@ -114,15 +118,17 @@ class TrainingStep:
         return bool(updated)
 
     def _policy_gradient(self, items: list[PackItem], context: UpdateContext) -> None:
-        batches = self.forward.micro_batches(items)
+        shares = self.forward.shares(items)
+        batches = [self.forward.collate(items, share) for share in shares]
         # The output layer of the teacher is also needed in the backward pass, which computes parts again.
         whole = self.settings.objective.distill.divergence == "whole" and "distill" in self.weights
         with self.teacher.in_use() if whole else contextlib.nullcontext():
             if context.measures_gradients:
                 self._measure_gradient_norms(batches)
-            for batch in batches:
+            for share, batch in zip(shares, batches, strict=True):
                 logprobs, terms = self._terms(self.policy, batch)
                 self.metrics.add_pass(batch)
+                self.tokens.add_pass([items[number] for number in share.numbers], logprobs)
                 for term, output in terms.items():
                     self.metrics.add_term(term, output, batch.count(term), self.weights[term])
                 loss = total_loss(terms, self.weights, logprobs)

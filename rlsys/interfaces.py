@@ -61,6 +61,22 @@ class EngineStats:
         return max(0.0, 1 - self.busy_s / self.wall_s) if self.wall_s else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenValues:
+    """Values that a training step had for the tokens of a trajectory.
+
+    Attributes:
+        advantages: [T] float32, of the policy term; NaN on tokens that it does not train; None if it trains no token.
+        gaps: [T] float32, nats, log-probability under the learner's policy before the update minus that of the sampler;
+            with NaN and None as in `advantages`.
+        untrained: why there are none, for people; "" if there are.
+    """
+
+    advantages: Float32Array | None = None
+    gaps: Float32Array | None = None
+    untrained: str = ""
+
+
 class Task(Protocol):
     """Problems, verifier and demonstrations: pure functions of seed, split and index, without ray and torch.
 
@@ -283,6 +299,10 @@ class Learner(Protocol):
         Returns:
             Values by metric name, see `rlsys.run.metrics`.
         """
+        ...
+
+    async def token_values(self) -> Sequence[TokenValues]:
+        """Return the values that the last training step had for the tokens of `TrainingBatch.kept`, in order."""
         ...
 
     async def score_pairs(self, pairs: Sequence[Preference]) -> Sequence[tuple[float, float]]:

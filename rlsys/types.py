@@ -333,12 +333,14 @@ class TrainingBatch:
         pairs: preference pairs in addition to those of the groups.
         demonstrations: supervised rows in addition to those of the groups.
         interpolation: share of the teacher in the distribution to learn; None for that of the config.
+        kept: numbers of group and trajectory of those whose `TokenValues` the driver asks for after the step.
     """
 
     groups: tuple[TrajectoryGroup, ...] = ()
     pairs: tuple[Preference, ...] = ()
     demonstrations: tuple[Demonstration, ...] = ()
     interpolation: float | None = None
+    kept: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

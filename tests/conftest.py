@@ -69,6 +69,7 @@ HEAVY = {
     "learners/test_scoring.py",
     "learners/test_small_model.py",
     "learners/test_step_metrics.py",
+    "learners/test_token_values.py",
     "learners/test_training_step.py",
     "learners/test_whole_teacher.py",
     "peers",

@@ -62,8 +62,8 @@ def policy_samples(
     shaping = objective.policy.overlong_shaping(max_tokens)
     shaped = [shaping.apply(group) for group in groups]
     by_group = [
-        _searched_samples(group, objective.policy) if group.searched else _bare_samples(group, objective.policy)
-        for group in shaped
+        (_searched_samples if group.searched else _bare_samples)(group, number, objective.policy)
+        for number, group in enumerate(shaped)
     ]
     if kl_weight:
         reference = iter(scorer.reference_logprobs([sample for samples in by_group for sample in samples]))
@@ -76,7 +76,7 @@ def policy_samples(
     return by_group
 
 
-def _bare_samples(group: TrajectoryGroup, policy: PolicyConfig) -> list[Sample]:
+def _bare_samples(group: TrajectoryGroup, group_number: int, policy: PolicyConfig) -> list[Sample]:
     """Return a sample for every judged trajectory, with advantages of 0."""
     return [
         Sample(
@@ -88,8 +88,9 @@ def _bare_samples(group: TrajectoryGroup, policy: PolicyConfig) -> list[Sample]:
                 teacher_logprobs=_anchor_logprobs(trajectory, policy),
             ),
             distill=_distill_tokens(trajectory, trajectory.loss_mask),
+            origin=(group_number, number),
         )
-        for trajectory in group.trajectories
+        for number, trajectory in enumerate(group.trajectories)
         if trajectory.judged
     ]
 
@@ -204,7 +205,7 @@ def _group_estimate(groups: Sequence[_RewardedGroup], estimator: GroupEstimator)
     return advantages
 
 
-def _searched_samples(group: TrajectoryGroup, policy: PolicyConfig) -> list[Sample]:
+def _searched_samples(group: TrajectoryGroup, group_number: int, policy: PolicyConfig) -> list[Sample]:
     """Return samples in which every thought node of the group is trained once, with its own advantage.
 
     The first judged trajectory that holds a node trains it; in later trajectories the node is context. Tokens outside
@@ -217,7 +218,7 @@ def _searched_samples(group: TrajectoryGroup, policy: PolicyConfig) -> list[Samp
     trained_nodes: set[int] = set()
     samples: list[Sample] = []
     draws: list[Float32Array] = []
-    for trajectory in group.trajectories:
+    for number, trajectory in enumerate(group.trajectories):
         if not trajectory.judged:
             continue
         mask = np.zeros(len(trajectory.token_ids), dtype=np.bool_)
@@ -237,7 +238,8 @@ def _searched_samples(group: TrajectoryGroup, policy: PolicyConfig) -> list[Samp
                 teacher_logprobs=_anchor_logprobs(trajectory, policy),
             )
             distill = _distill_tokens(trajectory, mask)
-            samples.append(Sample(token_ids=trajectory.token_ids, policy=tokens, distill=distill))
+            origin = (group_number, number)
+            samples.append(Sample(token_ids=trajectory.token_ids, policy=tokens, distill=distill, origin=origin))
             draws.append(token_draws[1:][mask[1:]])
     mean = np.concatenate(draws).mean(dtype=np.float64) if draws else 1.0
     return [

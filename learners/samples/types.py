@@ -9,6 +9,9 @@ import numpy as np
 from rlsys.sequences import common_prefix_length
 from rlsys.types import BoolArray, Demonstration, Float32Array, Int32Array, Preference, StepPreference, TeacherTokens
 
+Origin = tuple[int, int]
+"""Numbers of a group in its batch, and of a trajectory in its group."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyTokens:
@@ -75,6 +78,7 @@ class Sample:
         ranking_mask: [T] bool, tokens whose mean log-probability is the score of this answer among those of its prompt.
         input_ids: [T] int32, the tokens that the model sees in the place of token_ids, which stay the targets; None for
             token_ids themselves.
+        origin: the trajectory that it was built from; None for other data.
     """
 
     token_ids: Int32Array
@@ -85,6 +89,7 @@ class Sample:
     distill: DistillTokens | None = None
     ranking_mask: BoolArray | None = None
     input_ids: Int32Array | None = None
+    origin: Origin | None = None
 
     @property
     def inputs(self) -> Int32Array:

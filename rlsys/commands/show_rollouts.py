@@ -14,6 +14,7 @@ from rlsys.display import print_lines
 from rlsys.errors import ConfigError
 from rlsys.run.judgements import by_reward, heading
 from rlsys.run.rollout_files import read_rollouts, rollout_files
+from rlsys.run.rollouts import training_facts
 
 SHOWN = 4
 PICKS = ("best", "worst", "random")
@@ -58,7 +59,7 @@ def show_rollouts(rows: Rows, pick: str | None, console: Console) -> None:
         if row["prompt_id"] != prompt:
             prompt = row["prompt_id"]
             lines += ["", f"== {prompt}, reference {row['reference'] or 'none'}", row["prompt"].strip()]
-        lines += ["", f"-- {heading(row)}", row["completion"].strip()]
+        lines += ["", f"-- {', '.join([heading(row), *training_facts(row)])}", row["completion"].strip()]
         lines += [f"   {name}: {value:g}" for name, value in row["parts"].items()]
         lines += [f"   verifier: {row['detail']}"] if row["detail"] else []
     print_lines(console, [line for text in lines for line in text.split("\n")])

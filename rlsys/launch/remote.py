@@ -20,7 +20,7 @@ from rlsys.control.learner_group import LearnerGroup
 from rlsys.control.watchdog import WatchClock
 from rlsys.deadlines import within
 from rlsys.errors import DataError, EngineError, RolloutError
-from rlsys.interfaces import EngineStats
+from rlsys.interfaces import EngineStats, TokenValues
 from rlsys.ray_errors import translated
 from rlsys.trees import Tree, TreeFailure
 from rlsys.types import (
@@ -226,6 +226,10 @@ class RayLearner:
         shared = await asyncio.to_thread(ray.put, batch)
         metrics: Mapping[str, float] = (await self.call("train", shared, step, version, moving=True))[0]
         return metrics
+
+    async def token_values(self) -> Sequence[TokenValues]:
+        by_rank: Sequence[Sequence[TokenValues | None]] = await self.call("token_values")
+        return [next(filter(None, values)) for values in zip(*by_rank, strict=True)]
 
     async def score_pairs(self, pairs: Sequence[Preference]) -> Sequence[tuple[float, float]]:
         shared = await asyncio.to_thread(ray.put, list(pairs))

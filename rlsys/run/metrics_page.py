@@ -31,7 +31,8 @@ ADVICE: Mapping[Sequence[str], str] = {
     ("learner/importance_mean", "learner/importance_truncated"): "The old policy against the behavior policy: 1 and 0 "
     "if both are the same. Farther away, the groups are older or engine and learner disagree.",
     ("learner/logprob_gap_max", "weights/probe_gap_max"): "Actor against learner. In fp32 both stay near 1e-5; the "
-    "first grows with staleness. The second is checked after every publish and ends the run above its bound.",
+    "first grows with staleness, and `rlsys view` shows at which tokens. The second is checked after every publish and "
+    "ends the run above its bound.",
     ("search/solved", "search/reward", "search/correct"): "Searched prompts: share with a right answer, mean reward "
     "of the scored answers, right answers.",
     ("search/trained_share", "search/duplicates"): "Generated tokens that are trained; repeated draws of a node, "

@@ -11,17 +11,53 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlsys.directory import RunDirectory
 from rlsys.errors import CheckpointError, DamagedFileError
 from rlsys.files import RecordFile, json_record
-from rlsys.run.rollouts import FORMAT, Decode, TokenTexts, choose_groups, group_rows
+from rlsys.interfaces import TokenValues
+from rlsys.run.rollouts import (
+    FORMAT,
+    READABLE,
+    Decode,
+    TokenTexts,
+    choose_groups,
+    choose_places,
+    group_rows,
+    with_values,
+)
 from rlsys.types import TrajectoryGroup
 
 VERSIONS = 100  # of a file
+Rows = list[dict[str, Any]]
+SKIPPED = TokenValues(untrained="not trained: the step was skipped, because a loss or gradient was not finite")
 _NAME = re.compile(r"(\d{6,})\.jsonl\.gz")
+
+
+@dataclass(frozen=True, slots=True)
+class KeptRollouts:
+    """Rollouts of a step that are kept, while the step is made.
+
+    Attributes:
+        places: numbers of group and completion, for `TrainingBatch.kept`.
+        rows: makes their rows.
+        write: writes the record made of them.
+    """
+
+    places: tuple[tuple[int, int], ...]
+    rows: asyncio.Task[Rows]
+    write: Callable[[bytes], None]
+
+    async def finish(self, values: Sequence[TokenValues]) -> None:
+        """Write the rows with what the step had for their tokens."""
+        self.write(await asyncio.to_thread(record, await self.rows, values))
+
+    async def skip(self) -> None:
+        """Write the rows of a step that was skipped."""
+        await self.finish([SKIPPED] * len(self.places))
 
 
 class RolloutLog:
@@ -56,8 +92,8 @@ class RolloutLog:
         except (OSError, CheckpointError) as error:
             self._report(error)
 
-    def record(self, groups: Sequence[TrajectoryGroup], stage: str, step: int, version: int) -> bytes:
-        """Return the record of a step; empty if nothing is kept.
+    def rows(self, groups: Sequence[TrajectoryGroup], stage: str, step: int, version: int) -> Rows:
+        """Return the rows of a step before it is trained; none if its tokens have no text.
 
         Args:
             version: the weight version after the step.
@@ -65,19 +101,18 @@ class RolloutLog:
         place = {"version": version, "stage": stage, "step": step}
         try:
             chosen = choose_groups(groups, self._prompts)
-            rows = [row for group in chosen for row in group_rows(group, self._texts, self._decode, place)]
-            return gzip.compress(b"".join(map(json_record, rows)), compresslevel=6, mtime=0) if rows else b""
+            return [row for n in chosen for row in group_rows(groups[n], self._texts, self._decode, place)]
         except Exception as error:  # noqa: BLE001 - a tokenizer that cannot decode must not end the run
             self._report(error)
-            return b""
+            return []
 
-    def start(
-        self, groups: Sequence[TrajectoryGroup], stage: str, step: int, version: int
-    ) -> asyncio.Task[bytes] | None:
-        """Begin to make the record of a step in a thread; None if nothing is kept."""
-        if not self._prompts:
+    def start(self, groups: Sequence[TrajectoryGroup], stage: str, step: int, version: int) -> KeptRollouts | None:
+        """Begin to make the rows of a step in a thread; None if nothing is kept."""
+        places = choose_places(groups, self._prompts)
+        if not places:
             return None
-        return asyncio.create_task(asyncio.to_thread(self.record, groups, stage, step, version))
+        rows = asyncio.create_task(asyncio.to_thread(self.rows, groups, stage, step, version))
+        return KeptRollouts(places, rows, lambda record: self.write(version, record))
 
     def write(self, version: int, record: bytes) -> None:
         """Append the record of a weight version, unless it is empty."""
@@ -133,6 +168,14 @@ class RolloutLog:
             self._say(f"rollouts are not kept, training goes on: {error}")
 
 
+def record(rows: Rows, values: Sequence[TokenValues]) -> bytes:
+    """Return the record of a step from its rows and their values; empty without rows."""
+    if not rows:
+        return b""
+    finished = (with_values(row, each) for row, each in zip(rows, values, strict=True))
+    return gzip.compress(b"".join(map(json_record, finished)), compresslevel=6, mtime=0)
+
+
 def rollout_files(folder: Path) -> list[tuple[int, Path]]:
     """Return the first weight version and the path of every file of rollouts, in order."""
     paths = folder.iterdir() if folder.is_dir() else ()
@@ -161,16 +204,32 @@ def read_members(path: Path) -> Iterator[tuple[bytes, list[dict[str, Any]]]]:
             return
         newer = [row.get("format") if isinstance(row, dict) else row for row in rows if not _is_row(row)]
         if newer or not rows:
-            raise DamagedFileError(f"{path}: expected rollouts of format {FORMAT}, found {newer[:1]}; {advice}")
+            raise DamagedFileError(
+                f"{path}: expected rollouts of format {FORMAT} or older, found {newer[:1]}; {advice}"
+            )
         member, data = data[: len(data) - len(reader.unused_data)], reader.unused_data
         yield member, rows
 
 
 def _is_row(row: Any) -> bool:
-    return isinstance(row, dict) and row.get("format") == FORMAT and type(row.get("version")) is int
+    return isinstance(row, dict) and row.get("format") in READABLE and type(row.get("version")) is int
 
 
 def read_rollouts(run_dir: Path, first: int) -> dict[int, list[dict[str, Any]]]:
     """Return the rows of the file that begins with a weight version, by weight version."""
     paths = dict(rollout_files(RunDirectory(run_dir).rollouts))
-    return {rows[0]["version"]: rows for _, rows in read_members(paths[first])} if first in paths else {}
+    return rows_by_version(paths[first]) if first in paths else {}
+
+
+def rows_by_version(path: Path) -> dict[int, Rows]:
+    """Return the rows of a file by weight version.
+
+    A version has the rows of the step that made it, after those of skipped steps.
+
+    Raises:
+        DamagedFileError: see `read_members`.
+    """
+    by_version: dict[int, Rows] = {}
+    for _, rows in read_members(path):
+        by_version.setdefault(rows[0]["version"], []).extend(rows)
+    return by_version

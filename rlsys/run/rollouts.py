@@ -1,6 +1,7 @@
 """Rows about rollouts: the text, the tokens and the judgement of some completions of a training step.
 
-A row is one completion. Its keys are those of `completion_row`; `rlsys.run.rollout_files` writes and reads the files.
+A row is one completion. Its keys are those of `completion_row` and, once a step has trained it, of `with_values`;
+`rlsys.run.rollout_files` writes and reads the files.
 The choice of prompts depends on their ids alone, so two runs on the same prompts keep the same ones.
 """
 
@@ -8,16 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import xxhash
 
+from rlsys.interfaces import TokenValues
 from rlsys.run.judgements import by_reward, group_facts, judgement, own_logprobs, reward_of
-from rlsys.types import Trajectory, TrajectoryGroup
+from rlsys.types import Float32Array, Trajectory, TrajectoryGroup
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)
+"""Formats that can be read. Rows of format 1 have no keys of `with_values`."""
 KEPT_STEPS = 1000
 """About the largest number of steps of a stage with kept rollouts."""
 COMPLETIONS = 4  # of a prompt
@@ -36,9 +41,10 @@ def is_kept(step: int, steps: int) -> bool:
     return step % interval == 0 or step in (1, steps)
 
 
-def choose_groups(groups: Sequence[TrajectoryGroup], count: int) -> list[TrajectoryGroup]:
-    """Return the groups of a step that are kept, by a digest of their prompt ids."""
-    return sorted(groups, key=lambda group: xxhash.xxh3_64_digest(group.prompt.prompt_id.encode()))[:count]
+def choose_groups(groups: Sequence[TrajectoryGroup], count: int) -> list[int]:
+    """Return the numbers of the kept groups of a step, by a digest of their prompt ids."""
+    digests = [xxhash.xxh3_64_digest(group.prompt.prompt_id.encode()) for group in groups]
+    return sorted(range(len(groups)), key=digests.__getitem__)[:count]
 
 
 def choose_completions(group: TrajectoryGroup) -> list[int]:
@@ -47,6 +53,13 @@ def choose_completions(group: TrajectoryGroup) -> list[int]:
     best_first = by_reward(judged, "best", lambda n: reward_of(group.trajectories[n]))
     order = [*best_first[:1], *best_first[-1:], *range(len(group.trajectories))]
     return sorted(list(dict.fromkeys(order))[:COMPLETIONS])
+
+
+def choose_places(groups: Sequence[TrajectoryGroup], count: int) -> tuple[tuple[int, int], ...]:
+    """Return the numbers of group and completion of every kept completion of a step, in the order of the rows."""
+    return tuple(
+        (group, number) for group in choose_groups(groups, count) for number in choose_completions(groups[group])
+    )
 
 
 class TokenTexts:
@@ -112,10 +125,7 @@ def completion_row(trajectory: Trajectory, number: int, prompt_length: int, text
     """
     ids = trajectory.token_ids.tolist()
     logprobs = own_logprobs(trajectory)
-    spans = [(prompt_length, len(ids))]
-    dropped = len(ids) - prompt_length - HEAD_TOKENS - TAIL_TOKENS
-    if dropped > 0:
-        spans = [(prompt_length, prompt_length + HEAD_TOKENS), (len(ids) - TAIL_TOKENS, len(ids))]
+    spans, dropped = _spans(prompt_length, len(ids))
     pieces = [text for start, stop in spans for text in texts(ids[start:stop], ids[:start])]
     return {
         "sample": number,
@@ -130,8 +140,68 @@ def completion_row(trajectory: Trajectory, number: int, prompt_length: int, text
     }
 
 
-def token_texts(row: Row) -> list[tuple[str, float | None]]:
-    """Return the text and the log-probability of every token of a row."""
-    starts = [0, *row["token_ends"][:-1]]
+def _spans(start: int, stop: int) -> tuple[list[tuple[int, int]], int]:
+    """Return the spans of the tokens of a completion that are kept, and the number of those left out."""
+    dropped = stop - start - HEAD_TOKENS - TAIL_TOKENS
+    if dropped <= 0:
+        return [(start, stop)], 0
+    return [(start, start + HEAD_TOKENS), (stop - TAIL_TOKENS, stop)], dropped
+
+
+def with_values(row: Row, values: TokenValues) -> dict[str, Any]:
+    """Return a row with what its training step had for its tokens.
+
+    `advantages` and `gaps` have a number of three digits for every kept token, null for tokens that the step did not
+    train. They are null themselves if it trained none, and `untrained` says why. A gap is the learner's log-probability
+    before the update minus the actor's.
+    """
+    if values.advantages is None or values.gaps is None:
+        return {**row, "advantages": None, "gaps": None, "untrained": values.untrained}
+    stop = len(values.advantages)
+    kept_tokens, left_out = len(row["token_ids"]), row["left_out"] or (0, 0)
+    spans, _ = _spans(stop - kept_tokens - left_out[1], stop)
+
+    def kept(array: Float32Array) -> list[float | None]:
+        numbers = (value for start, end in spans for value in array[start:end].tolist())
+        return [None if math.isnan(number) else float(f"{number:.3g}") + 0.0 for number in numbers]
+
+    return {**row, "advantages": kept(values.advantages), "gaps": kept(values.gaps), "untrained": ""}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """A token of a row.
+
+    Attributes:
+        logprob: of the actor; None if the policy did not choose the token.
+        advantage: None if the step did not train the token here, or the row is older than advantages.
+        gap: as `advantage`.
+    """
+
+    token_id: int
+    text: str
+    logprob: float | None
+    advantage: float | None
+    gap: float | None
+
+
+def row_tokens(row: Row) -> list[Token]:
+    """Return the kept tokens of a row."""
+    starts, unknown = [0, *row["token_ends"][:-1]], [None] * len(row["token_ends"])
     texts = [row["completion"][start:end] for start, end in zip(starts, row["token_ends"], strict=True)]
-    return list(zip(texts, row["logprobs"], strict=True))
+    values = (row["token_ids"], texts, row["logprobs"], row.get("advantages") or unknown, row.get("gaps") or unknown)
+    return [
+        Token(token_id=token_id, text=text, logprob=logprob, advantage=advantage, gap=gap)
+        for token_id, text, logprob, advantage, gap in zip(*values, strict=True)
+    ]
+
+
+def training_facts(row: Row) -> list[str]:
+    """Return what the training step made of a row, as short texts; none for a row of format 1."""
+    advantages = [value for value in row.get("advantages") or () if value is not None]
+    gaps = [value for value in row.get("gaps") or () if value is not None]
+    if not advantages or not gaps:
+        return [row["untrained"]] if row.get("untrained") else []
+    low, high = min(advantages), max(advantages)
+    several = f"advantages {low:+.3g} to {high:+.3g}, mean {sum(advantages) / len(advantages):+.3g}"
+    return [f"advantage {low:+.3g}" if low == high else several, f"largest gap {max(gaps, key=abs):+.2g}"]

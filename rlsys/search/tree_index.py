@@ -16,6 +16,7 @@ from rlsys.trees import Tree, TreeFailure
 
 _PROMPT = re.compile(rb'"prompt_id":("(?:[^"\\]|\\.)*")')
 _BEGINNING = 4096  # bytes of a line that hold its prompt id
+_BUFFER = 1 << 18  # bytes; lines of trees are much longer than the buffer that files have without it
 # A quote inside a text is escaped, so no text holds these bytes.
 _NODES = b'"nodes":['
 _OK = re.compile(
@@ -121,7 +122,7 @@ class TreeIndex:
 def _scan(path: Path, search: int) -> list[Place]:
     """Return the places of the whole lines of a file."""
     places, start = [], 0
-    with path.open("rb") as file:
+    with path.open("rb", buffering=_BUFFER) as file:
         for line in file:
             if line.endswith(b"\n"):  # a file that is still being written ends within a line
                 places.append(_place(path, search, start, line))
@@ -136,7 +137,7 @@ def _place(path: Path, search: int, start: int, line: bytes) -> Place:
         search=search,
         start=start,
         length=len(line),
-        prompt_id=json.loads(match[1]) if match else "?",
+        prompt_id=json.loads(match[1].decode("utf-8", "replace")) if match else "?",
         right=any(float(match[1]) > 0 or match[2] for match in _OK.finditer(line)),  # as `Verdict.correct`
         failed=_NODES not in line,
     )

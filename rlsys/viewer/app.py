@@ -79,12 +79,14 @@ class _Viewer:
         return self._page(request, "timeline.html", "Times", pages.times(self._run(request)), switches=True)
 
     def rollouts(self, request: Request) -> Response:
-        order = request.query_params.get("order", "kept")
-        values = pages.rollouts(self._run(request), _number(request, "version"), order)
+        order, colour = (request.query_params.get(name, "") for name in ("order", "colour"))
+        go = _number(request, "go")  # a button beside the field with the version
+        version = _number(request, "version") if go is None else go
+        values = pages.rollouts(self._run(request), version, order, colour)
         return self._page(request, "rollouts.html", "Rollouts", values, switches=True)
 
     def compare(self, request: Request) -> Response:
-        values = pages.compare(self._runs, _number(request, "version"))
+        values = pages.compare(self._runs, _number(request, "version"), request.query_params.get("colour", ""))
         return self._page(request, "compare.html", "Compare rollouts", values)
 
     def trees(self, request: Request) -> Response:

@@ -33,6 +33,7 @@ def page(runs: Sequence[RunFiles]) -> str:
         "points": {**pages.points(runs), "live": False},
         "version": version,
         "rollouts": pages.rollout_groups(_within(rows)),
+        **pages.colouring(rows),
         "views": _trees(run),
         "total": len(run.trees.places),
         "style": _text("uplot.css") + _text("style.css"),

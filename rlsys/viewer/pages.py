@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,11 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    templates.globals["colours"] = rollout_rows.COLOURS
+    templates.globals["levels"] = {
+        "advantage": rollout_rows.legend(rollout_rows.ADVANTAGES),
+        "gap": rollout_rows.legend(rollout_rows.GAPS),
+    }
     templates.globals["part_names"] = {part: name for part, (_, name) in PARTS.items()}
     return templates
 
@@ -78,7 +83,7 @@ def times(run: RunFiles) -> Values:
     return {"lines": timeline.timelines(run.rows(), overlapping=overlapping)}
 
 
-def rollouts(run: RunFiles, version: int | None, order: str) -> Values:
+def rollouts(run: RunFiles, version: int | None, order: str, colour: str = "") -> Values:
     """Return the values of the page with the rollouts of a weight version, or of the nearest one."""
     shown, rows = run.rollouts(version)
     before, after = run.neighbours(shown) if rows else (None, None)
@@ -90,7 +95,15 @@ def rollouts(run: RunFiles, version: int | None, order: str) -> Values:
         "after": after,
         "order": order,
         "groups": rollout_groups(rollout_rows.ordered(rows, order)),
+        **colouring(rows, colour),
     }
+
+
+def colouring(rows: Iterable[Mapping[str, Any]], colour: str = "") -> Values:
+    """Return what the colours of tokens show at first: what was asked for, or else advantages where there are any."""
+    known = rollout_rows.has_advantages(rows)
+    default = "advantage" if known else "chance"
+    return {"colour": colour if known and colour in rollout_rows.COLOURS else default, "colours_known": known}
 
 
 def rollout_groups(rows: Sequence[Mapping[str, Any]]) -> list[list[Values]]:
@@ -101,7 +114,7 @@ def rollout_groups(rows: Sequence[Mapping[str, Any]]) -> list[list[Values]]:
     return list(groups.values())
 
 
-def compare(runs: Sequence[RunFiles], version: int | None) -> Values:
+def compare(runs: Sequence[RunFiles], version: int | None, colour: str = "") -> Values:
     """Return the values of the page with the rollouts of common prompts of two runs."""
     newest = [run.rollouts()[0] for run in runs]
     chosen = min(newest) if version is None else version
@@ -111,7 +124,8 @@ def compare(runs: Sequence[RunFiles], version: int | None) -> Values:
         (prompt, *([rollout_rows.card(row) for row in side] for side in (left, right)))
         for prompt, left, right in triples[:8]
     ]
-    return {"version": chosen, "pairs": cards}
+    shown = [row for _, left, right in triples[:8] for row in (*left, *right)]
+    return {"version": chosen, "pairs": cards, **colouring(shown, colour)}
 
 
 def tree_list(run: RunFiles, page: int, query: str, only: str) -> Values:

@@ -15,7 +15,7 @@ from rlsys.config.schema import Config
 from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.errors import ConfigError, DamagedFileError, RlsysError
 from rlsys.run.lock import read_owner
-from rlsys.run.rollout_files import read_members, rollout_files
+from rlsys.run.rollout_files import rollout_files, rows_by_version
 from rlsys.search.tree_index import TreeIndex
 
 Row = dict[str, Any]
@@ -141,7 +141,7 @@ class RunFiles:
 
 def _members(path: Path, _mtime: int, _size: int) -> dict[int, list[Row]]:
     try:
-        return {int(rows[0]["version"]): rows for _, rows in read_members(path)}
+        return rows_by_version(path)
     except RlsysError:
         raise
     except (KeyError, TypeError, ValueError) as error:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlsys.control.rollout_metrics import SUMMED
-from rlsys.interfaces import EngineStats
+from rlsys.interfaces import EngineStats, TokenValues
 from rlsys.sequences import teacher_tokens
 from rlsys.types import (
     Demonstration,
@@ -252,6 +252,17 @@ class FakeLearner:
         self.version = version
         self.on_train(version)
         return {"learner/tokens": 8.0}
+
+    async def token_values(self) -> list[TokenValues]:
+        """Return the version as the advantage, and as the gap a hundredth of it."""
+        _, batch = self.batches[-1]
+        sizes = [len(batch.groups[group].trajectories[number].token_ids) for group, number in batch.kept]
+        return [
+            TokenValues(
+                advantages=np.full(size, self.version, np.float32), gaps=np.full(size, self.version / 100, np.float32)
+            )
+            for size in sizes
+        ]
 
     async def score_pairs(self, pairs: Sequence[Preference]) -> list[tuple[float, float]]:
         """Return the negative sums of the token ids."""

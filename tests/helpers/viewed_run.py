@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import numpy as np
 from fakes import group, prompt, trajectory
 from tree_samples import golden
 
-from rlsys.run.rollout_files import RolloutLog
+from rlsys.interfaces import TokenValues
+from rlsys.run.rollout_files import RolloutLog, record
+from rlsys.run.rollouts import choose_places
 from rlsys.search.tree_json import tree_line
 from rlsys.trees import ThoughtNode, Tree, TreeFailure
+from rlsys.types import TrajectoryGroup
 
 ATTACK = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\"'`{{7*7}}"
 
@@ -38,6 +42,18 @@ def write_metrics(folder: Path, steps: int = 3) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage": "onl')
 
 
+def step_record(log: RolloutLog, groups: Sequence[TrajectoryGroup], step: int, version: int) -> bytes:
+    """Return the record of a step whose advantages rise from -2 to 2 over a trajectory, and gaps from -0.5 to 0.5."""
+    values = []
+    for group_number, number in choose_places(groups, 2):
+        trajectory = groups[group_number].trajectories[number]
+        trained = np.where(trajectory.loss_mask, 1.0, np.nan).astype(np.float32)
+        size = len(trained)
+        gaps = np.linspace(-0.5, 0.5, size, dtype=np.float32) * trained
+        values.append(TokenValues(advantages=np.linspace(-2, 2, size, dtype=np.float32) * trained, gaps=gaps))
+    return record(log.rows(groups, "online", step, version), values)
+
+
 def write_rollouts(folder: Path, versions: range = range(1, 4), text: str = ATTACK) -> None:
     """Write rollouts of two prompts whose question, answer and reason are a text."""
     log = RolloutLog(folder, -1, 2, lambda ids: "".join(map(chr, ids)))
@@ -54,7 +70,7 @@ def write_rollouts(folder: Path, versions: range = range(1, 4), text: str = ATTA
             replace(group(replace(prompt(f"{text}{n}"), answer=text)), trajectories=(attacked, trajectory(reward=0.0)))
             for n in range(2)
         ]
-        log.write(version, log.record(groups, "online", version, version))
+        log.write(version, step_record(log, groups, version, version))
     log.close()
 
 

@@ -9,6 +9,7 @@ and losses that are not finite.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from rlsys.types import Demonstration, Preference, Prompt, TrainingBatch, Trajec
 PROMPT = 10
 TEMPERATURE = 0.8
 STEPS = 50
+KEPT = ((2, 1), (0, 0), (0, 3), (1, 2))
 OBJECTIVE: dict[str, Any] = {
     "kl": {"weight": 0.01},
     "preference": {"weight": 0.5, "beta": 0.1, "label_smoothing": 0.1, "source": "file"},
@@ -95,7 +97,10 @@ def batch(step: int) -> TrainingBatch:
     """Return data for every term, as a function of the step."""
     rng = np.random.default_rng(step)
     return TrainingBatch(
-        groups=tuple(groups(rng, 3, 4)), demonstrations=tuple(rows(rng, 5)), pairs=tuple(pairs(rng, 5))
+        groups=tuple(groups(rng, 3, 4)),
+        demonstrations=tuple(rows(rng, 5)),
+        pairs=tuple(pairs(rng, 5)),
+        kept=KEPT,
     )
 
 
@@ -155,8 +160,30 @@ def refused(learner: Any, spoiled: TrainingBatch, step: int, message: str) -> No
 def save(learner: Any, folder: Path, figures: dict[str, float]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     learner.save(folder)
+    values = [each and (numbers(each.advantages), numbers(each.gaps)) for each in learner.token_values()]
+    (folder / f"values.{learner.settings.rank}").write_text(json.dumps(values))
     if learner.settings.rank == 0:
         (folder / "figures.json").write_text(json.dumps(figures))
+
+
+def numbers(array: np.ndarray | None) -> list[float | None]:
+    return [None if math.isnan(value) else float(value) for value in ([] if array is None else array)]
+
+
+def token_values(folder: Path) -> list[np.ndarray]:
+    """Return advantages and gaps of every kept trajectory, [2, T], from the ranks that have them."""
+    by_rank = [json.loads(path.read_text()) for path in sorted(folder.glob("values.*"))]
+    answers = [[values for values in each if values is not None] for each in zip(*by_rank, strict=True)]
+    assert all(values == each[0] for each in answers for values in each), "ranks that share a row agree"
+    return [np.array(each[0], dtype=np.float64) for each in answers]
+
+
+def digests(checkpoint: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(checkpoint.rglob("*"))
+        if path.suffix in (".safetensors", ".json") and path.name != "figures.json"
+    }
 
 
 def begin(learner: Any, job: dict[str, Any]) -> None:

@@ -76,6 +76,25 @@ def test_rollouts_of_every_online_step_are_kept(finished_run: FinishedRun) -> No
             assert 0 < row["tokens"] == len(row["logprobs"]) <= 40 and max(row["logprobs"]) <= 0
 
 
+def test_kept_rollouts_have_the_advantages_and_gaps_of_the_step(finished_run: FinishedRun) -> None:
+    run, seen = finished_run.dir, set()
+    figures = {row["weights/version"]: row for row in read_rows(run / "metrics.jsonl") if row["stage"] == "online"}
+    for version, rows in read_rollouts(run, 0).items():
+        for row in rows:
+            seen.add(row["untrained"])
+            # The KL loss trains equal rewards too, with advantages of 0, so every judged completion has numbers.
+            if row["searched"] or row["untrained"]:
+                continue
+            trained = [logprob is not None for logprob in row["logprobs"]]
+            assert [value is not None for value in row["advantages"]] == trained
+            assert len(set(row["advantages"]) - {None}) == 1, "grpo gives every token of a completion the same"
+            sign = row["reward"] - row["group_reward"]
+            assert max(row["advantages"], key=abs) * sign > 0 or abs(sign) < 1e-9
+            gaps = [abs(gap) for gap in row["gaps"] if gap is not None]
+            assert max(gaps) <= figures[version]["learner/logprob_gap_max"] * 1.01  # gaps have three digits
+    assert "" in seen
+
+
 def test_run_directory(finished_run: FinishedRun) -> None:
     run = finished_run.dir
     names = {path.name for path in run.iterdir()}

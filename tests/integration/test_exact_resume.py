@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 from rlsys.files import read_json, write_json
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.manifest import MANIFEST, verify_checkpoint
+from rlsys.run.rollout_files import rollout_files
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -118,6 +119,10 @@ def digests(checkpoint: Path) -> dict[str, str]:
     }
 
 
+def rollout_digests(run: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for _, path in rollout_files(run / "rollouts")}
+
+
 TENSORS = {"policy/model", "learner/exp_avg", "learner/exp_avg_sq"}
 FIRST = f"step {BEGINS + 1}"
 
@@ -138,6 +143,8 @@ def test_a_whole_checkpoint_ends_as_the_undisturbed_run(start, killed: Path, und
     start("train", str(killed / "config.yaml")).finish()
     assert digests(last_checkpoint(killed / "run")).keys() == TENSORS
     assert differences(killed / "run", undisturbed / "run") == {}
+    kept, expected = (rollout_digests(folder / "run") for folder in (killed, undisturbed))
+    assert kept == expected != {}, "advantages and gaps included"
 
 
 @control("without moments", "not the bytes of the undisturbed run")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from learner_child import CRITIC, OBJECTIVE, PROMPT, TEMPERATURE, batch
+from learner_child import CRITIC, KEPT, OBJECTIVE, PROMPT, TEMPERATURE, batch, digests, token_values
 from safetensors.numpy import load_file
 
 from rlsys.config.schema import FromScratchConfig, OptimizerConfig
@@ -200,14 +199,6 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def digests(checkpoint: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(checkpoint.rglob("*"))
-        if path.suffix in (".safetensors", ".json") and path.name != "figures.json"
-    }
-
-
 def figures(folder: Path, name: str) -> dict[str, float]:
     found: dict[str, float] = json.loads((folder / name / "figures.json").read_text())
     return found
@@ -222,6 +213,8 @@ def test_resumed_equals_undisturbed_byte_for_byte(folder: Path, name: str) -> No
     assert found == expected
     half = digests(folder / f"{name}-half")
     assert all(half[file] != expected[file] for file in expected if file.endswith(".safetensors"))
+    values = (np.concatenate(token_values(folder / f"{name}-{end}"), axis=1) for end in ("resumed", "whole"))
+    np.testing.assert_array_equal(*values)
     # And the figures, but for those that only the undisturbed run measured.
     own, others = figures(folder, f"{name}-resumed"), figures(folder, f"{name}-whole")
     assert all("_grad_" in key for key in others.keys() ^ own.keys())
@@ -278,6 +271,18 @@ def test_ranks_and_partitioning_do_not_change_what_a_critic_learns(folder: Path,
     assert {"objective/value_loss", "objective/value_grad_norm", "value/explained_variance"} <= found.keys()
     for key in found.keys() - LAYOUT:
         assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-7), key
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "sequence3", "sequence0", "two-groups"])
+def test_the_rank_that_has_a_row_returns_the_values_of_its_tokens(folder: Path, name: str) -> None:
+    one = "one-critic" if name == "two-groups" else "one"
+    values, expected = (token_values(folder / f"{each}-whole") for each in (name, one))
+    for found, others, (group, number) in zip(values, expected, KEPT, strict=True):
+        np.testing.assert_allclose(found, others, rtol=1e-3, atol=1e-4)
+        mask = batch(1).groups[group].trajectories[number].loss_mask
+        assert (~np.isnan(found)).tolist() == [mask.tolist()] * 2
+        if one == "one":  # rewards 0, 1, 0, 1: mean 1/2, std 0.57735
+            assert set(found[0, mask].round(4)) == {0.866 if number % 2 else -0.866}
 
 
 @pytest.mark.parametrize("ranks", ["one", "three"])

@@ -27,6 +27,7 @@ from rlsys.control.stages.training import TrainingStage
 from rlsys.control.training_run import Stopwatch, TrainingRun
 from rlsys.errors import NonFiniteLossError, RlsysError
 from rlsys.fault_injection import fault
+from rlsys.run.rollout_files import KeptRollouts
 from rlsys.run.rollouts import is_kept
 from rlsys.types import SamplingSettings, TrajectoryGroup
 
@@ -81,18 +82,21 @@ class OnlineStage(TrainingStage):
                     groups = await run.stop.wait_for(buffer.take())
                 metrics = await self._check_groups(groups, waiting.seconds)
                 data = await run.stop.wait_for(loading)
-                kept = self._record_rollouts(groups)
+                kept = self._keep_rollouts(groups)
                 try:
-                    metrics |= await run.learn(replace(data, groups=tuple(groups)))
+                    places = kept.places if kept else ()
+                    metrics |= await run.learn(replace(data, groups=tuple(groups), kept=places))
                 except NonFiniteLossError as error:
+                    if kept:
+                        await kept.skip()
                     run.skip(error)
                     self._filtering.unlogged_tokens += int(metrics["rollout/generated_tokens"])
                     await self._finish_publish()
                     await buffer.release()
                     context.ledger.note("skipped", buffer.taken)
                     continue
-                if context.rollouts and kept:
-                    context.rollouts.write(run.state.weight_version, await kept)
+                if kept:
+                    await kept.finish(await context.learner.token_values())
                 metrics |= await self._publish()
                 context.ledger.note("trained", buffer.taken)
                 self._record_state()
@@ -100,8 +104,8 @@ class OnlineStage(TrainingStage):
                 self._show_rollouts(groups)
                 await run.finish_step(plan, metrics, started)
 
-    def _record_rollouts(self, groups: Sequence[TrajectoryGroup]) -> asyncio.Task[bytes] | None:
-        """Begin to make the record of some rollouts of the next step, beside the learner's call."""
+    def _keep_rollouts(self, groups: Sequence[TrajectoryGroup]) -> KeptRollouts | None:
+        """Begin to make the rows of some rollouts of the next step, beside the learner's call."""
         state, rollouts = self.training.state, self.training.context.rollouts
         step = state.step + 1
         if rollouts is None or not is_kept(step, self.plan.steps):

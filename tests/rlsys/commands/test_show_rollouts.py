@@ -10,7 +10,7 @@ import fakes
 import pytest
 from rich.console import Console
 from tree_samples import golden
-from viewed_run import write_rollouts
+from viewed_run import step_record, write_rollouts
 
 from rlsys.commands.show import run
 from rlsys.errors import ConfigError
@@ -23,7 +23,7 @@ def run_dir(tmp_path: Path) -> Path:
     log = RolloutLog(tmp_path, -1, 2, lambda ids: f"{len(ids)} tokens\n")
     for version, rewards in ((301, (0.5, 0.0, 1.0)), (302, (0.25, 0.75, 0.5))):
         groups = [fakes.group(fakes.prompt(f"p{number}"), rewards=rewards) for number in range(2)]
-        log.write(version, log.record(groups, "online", version - 300, version))
+        log.write(version, step_record(log, groups, version - 300, version))
     log.close()
     return tmp_path
 
@@ -42,7 +42,8 @@ def test_the_last_step_is_shown(run_dir: Path) -> None:
     lines = shown(run_dir)
     assert lines[0] == "rollouts of step 2 (weight version 302): 4 of the 6 kept completions"
     assert rewards(lines) == ["0.25", "0.75", "0.5", "0.25"]
-    assert "-- right, reward 0.25 (mean of its 3: 0.5), 2 tokens, mean log-probability 0.000" in lines
+    line = "-- right, reward 0.25 (mean of its 3: 0.5), 2 tokens, mean log-probability 0.000"
+    assert f"{line}, advantages +1 to +2, mean +1.5, largest gap +0.5" in lines
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from rlsys.errors import (
     RaisedError,
     RlsysError,
 )
+from rlsys.interfaces import TokenValues
 from rlsys.launch import remote
 from rlsys.launch.remote import RayActor, RayLearner, RayRank, answer
 from rlsys.launch.start import start_rank
@@ -304,6 +305,12 @@ def test_a_training_step_goes_to_every_rank_and_the_first_answers() -> None:
     batch = TrainingBatch()
     assert asyncio.run(learner_of(*ranks).train(batch, 4, 5)) == {"rank": 0.0}
     assert [rank.arguments["train"] for rank in ranks] == [(batch, 4, 5)] * 2
+
+
+def test_values_of_tokens_come_from_the_rank_that_has_the_row() -> None:
+    own, other, both = (TokenValues(untrained=word) for word in ("own", "other", "both"))
+    ranks = [Rank(token_values=[own, None, both]), Rank(token_values=[None, other, both])]
+    assert asyncio.run(learner_of(*ranks).token_values()) == [own, other, both]
 
 
 @pytest.mark.usefixtures("no_store")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from fakes import group, prompt
+from viewed_run import step_record
 
 from rlsys.errors import DamagedFileError
 from rlsys.run.rollout_files import RolloutLog, read_members, read_rollouts, rollout_files
@@ -22,7 +23,7 @@ def write(folder: Path, versions: range, resume: int = -1) -> list[str]:
     said: list[str] = []
     log = RolloutLog(folder, resume, 2, str, said.append)
     for version in versions:
-        log.write(version, log.record(GROUPS, "online", version, version))
+        log.write(version, step_record(log, GROUPS, version, version))
         log.sync()
     log.close()
     return said
@@ -76,25 +77,40 @@ def test_damaged_data_is_named_and_set_aside_by_a_resume(tmp_path: Path) -> None
 
 def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "000000.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"format": 2}\n'))
-    with pytest.raises(DamagedFileError, match=r"expected rollouts of format 1, found \[2\]"):
+    path.write_bytes(gzip.compress(b'{"format": 3}\n'))
+    with pytest.raises(DamagedFileError, match=r"expected rollouts of format 2 or older, found \[3\]"):
         list(read_members(path))
+
+
+def test_a_run_goes_on_from_rollouts_of_the_older_format(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 3))
+    path = tmp_path / "rollouts" / "000000.jsonl.gz"
+    new = {"advantages", "gaps", "untrained"}
+    members = []
+    for _, rows in read_members(path):
+        old = [{key: value for key, value in row.items() if key not in new} | {"format": 1} for row in rows]
+        members.append(gzip.compress("".join(json.dumps(row) + "\n" for row in old).encode()))
+    path.write_bytes(b"".join(members))
+    assert write(tmp_path, range(3, 4), resume=2) == []
+    rows = read_rollouts(tmp_path, 0)
+    assert [rows[version][0]["format"] for version in rows] == [1, 1, 2]
+    assert "gaps" not in rows[2][0] and rows[3][0]["untrained"] == ""
 
 
 def test_a_full_disk_ends_nothing_and_the_records_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     log = RolloutLog(tmp_path, -1, 2, str, said.append)
-    log.write(1, log.record(GROUPS, "online", 1, 1))
+    log.write(1, step_record(log, GROUPS, 1, 1))
     real = os.pwrite
 
     def full(*_arguments: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    log.write(2, log.record(GROUPS, "online", 2, 2))
+    log.write(2, step_record(log, GROUPS, 2, 2))
     log.sync()
     monkeypatch.setattr(os, "pwrite", real)
-    log.write(3, log.record(GROUPS, "online", 3, 3))
+    log.write(3, step_record(log, GROUPS, 3, 3))
     log.close()
     assert list(read_rollouts(tmp_path, 0)) == [1, 2, 3]
     assert any("No space left" in text for text in said)
@@ -109,9 +125,9 @@ def test_a_disk_that_is_full_at_the_start_loses_no_kept_record(tmp_path: Path, m
 
     monkeypatch.setattr(os, "fsync", full)
     log = RolloutLog(tmp_path, 3, 2, str)
-    log.write(4, log.record(GROUPS, "online", 4, 4))
+    log.write(4, step_record(log, GROUPS, 4, 4))
     monkeypatch.setattr(os, "fsync", real)
-    log.write(5, log.record(GROUPS, "online", 5, 5))
+    log.write(5, step_record(log, GROUPS, 5, 5))
     log.close()
     assert list(read_rollouts(tmp_path, 0)) == [1, 2, 3, 5], "step 4 found no file, and the others stay"
 
@@ -128,7 +144,6 @@ def test_a_tokenizer_that_fails_ends_nothing(tmp_path: Path) -> None:
 
     said: list[str] = []
     log = RolloutLog(tmp_path, -1, 2, broken, said.append)
-    assert log.record(GROUPS, "online", 1, 1) == b""
-    log.write(1, b"")
+    log.write(1, step_record(log, GROUPS, 1, 1))
     log.close()
     assert said == ["rollouts are not kept, training goes on: cannot decode"] and contents(tmp_path) == {}

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from fakes import group, prompt, trajectory
 from starlette.testclient import TestClient
 from tree_samples import golden
-from viewed_run import ATTACK, write_metrics, write_rollouts, write_run, write_trees
+from viewed_run import ATTACK, step_record, write_metrics, write_rollouts, write_run, write_trees
 
 from rlsys.errors import ConfigError
-from rlsys.run.rollout_files import read_rollouts
+from rlsys.interfaces import TokenValues
+from rlsys.run.rollout_files import RolloutLog, read_rollouts, record
 from rlsys.search.marks import read_marks
 from rlsys.search.tree_json import read_trees
 from rlsys.trees import Tree
+from rlsys.viewer import rollout_rows
 from rlsys.viewer.app import build
 from rlsys.viewer.export import page
 from rlsys.viewer.run_files import RunFiles
@@ -138,6 +145,94 @@ def test_the_nearest_kept_step_is_shown(tmp_path: Path) -> None:
     worst = client(tmp_path).get("/rollouts?order=worst").text
     one, zero = "<b>reward 1</b>", "<b>reward 0</b>"
     assert best.index(one) < best.index(zero) and worst.index(zero) < worst.index(one)
+
+
+def spans(text: str, words: str) -> list[tuple[str, str]]:
+    """Return the classes and titles of the tokens whose title has some words."""
+    tags = [attributes for tag, attributes in parse(text).tags if tag == "span" and "title" in attributes]
+    found = [(str(each["class"]), str(each["title"])) for each in tags]
+    return [(classes, title) for classes, title in found if words in title]
+
+
+def colour_of(text: str) -> list[str | None]:
+    """Return the choices of the colour that are checked."""
+    radios = [attributes for tag, attributes in parse(text).tags if attributes.get("type") == "radio"]
+    assert [each["value"] for each in radios] == ["advantage", "gap", "chance"]
+    return [each["value"] for each in radios if "checked" in each]
+
+
+def test_tokens_are_coloured_by_advantage_gap_or_chance(run_dir: Path) -> None:
+    served = client(run_dir)
+    text = served.get("/rollouts").text
+    assert colour_of(text) == ["advantage"]
+    assert colour_of(served.get("/rollouts?colour=gap").text) == ["gap"]
+    assert colour_of(served.get("/rollouts?colour=nothing").text) == ["advantage"]
+    assert colour_of(page([RunFiles(run_dir)])) == ["advantage"]
+    # The second completion of a prompt has the last two of five tokens: probability 1, advantages 1 and 2, gaps 1/4
+    # and 1/2.
+    hints = {hint.split(", ", 1)[1]: classes for classes, hint in spans(text, "log-probability 0.000")}
+    assert hints == {
+        "log-probability 0.000, advantage +1, gap +0.25": "tok ap2 gp2 s0",
+        "log-probability 0.000, advantage +2, gap +0.5": "tok ap3 gp3 s0",
+    }
+    assert "<span>advantages +1 to +2, mean +1.5</span>" in text and "<span>largest gap +0.5</span>" in text
+
+
+def test_levels_are_symmetric() -> None:
+    values = [None, 0.0, 0.01, -0.01, 0.02, -0.02, 0.6, -1.5, 7.0, -7.0]
+    assert [rollout_rows.level(value, rollout_rows.ADVANTAGES) for value in values] == [
+        "x", "0", "0", "0", "p1", "n1", "p2", "n3", "p4", "n4",
+    ]  # fmt: skip
+    names = [name for name, _ in rollout_rows.legend(rollout_rows.ADVANTAGES)]
+    assert names == ["n4", "n3", "n2", "n1", "0", "p1", "p2", "p3", "p4"]
+
+
+def test_a_completion_without_advantages_says_why(tmp_path: Path) -> None:
+    log, groups = RolloutLog(tmp_path, -1, 2, str), [group(prompt("p"))]
+    rows = log.rows(groups, "online", 1, 1)
+    log.write(1, record(rows, [TokenValues(untrained="not trained: all rewards of the group are equal")] * len(rows)))
+    log.close()
+    text = client(tmp_path).get("/rollouts?colour=gap").text
+    assert colour_of(text) == ["chance"] and "no completion here has advantages" in text
+    assert text.count('<span class="warn">not trained: all rewards of the group are equal</span>') == len(rows)
+    assert {classes for classes, _ in spans(text, "log-probability")} == {"tok ax gx s0"}
+
+
+def test_tokens_of_others_are_neutral(tmp_path: Path) -> None:
+    answered = replace(trajectory(length=3), loss_mask=np.array([0, 0, 0, 1, 0, 1], bool))
+    log, groups = (
+        RolloutLog(tmp_path, -1, 2, lambda ids: "x" * len(ids)),
+        [replace(group(prompt("p")), trajectories=(answered,))],
+    )
+    log.write(1, step_record(log, groups, 1, 1))
+    nan = np.nan
+    elsewhere = TokenValues(advantages=np.array([nan] * 5 + [1]), gaps=np.array([nan] * 5 + [0.5]))
+    log.write(2, record(log.rows(groups, "online", 2, 2), [elsewhere]))
+    log.close()
+    served = client(tmp_path)
+    assert [each for each, _ in spans(served.get("/rollouts?version=1").text, "not trained")] == ["tok forced"]
+    other = spans(served.get("/rollouts?version=2").text, "trained with another completion")
+    assert [classes for classes, _ in other] == ["tok ax gx s0"]
+
+
+def test_rollouts_from_before_advantages_are_shown(tmp_path: Path) -> None:
+    write_rollouts(tmp_path, range(1, 2), "text")
+    path = tmp_path / "rollouts" / "000000.jsonl.gz"
+    rows = read_rollouts(tmp_path, 0)[1]
+    old = [{**row, "format": 1} for row in rows]
+    for row in old:
+        del row["advantages"], row["gaps"], row["untrained"]
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in old).encode()))
+    text = client(tmp_path).get("/rollouts").text
+    assert colour_of(text) == ["chance"] and "not trained:" not in text and "log-probability -0.500" in text
+
+
+def test_the_buttons_beside_the_version_go_to_its_neighbours(tmp_path: Path) -> None:
+    write_rollouts(tmp_path, range(1, 4), "text")
+    served = client(tmp_path)
+    tags = parse(served.get("/rollouts?version=2").text).tags
+    assert [each.get("value") for tag, each in tags if tag == "button"] == [None, "1", "3"]
+    assert 'name="version" value="3"' in served.get("/rollouts?version=2&go=3&colour=gap").text
 
 
 def test_damaged_files_are_named_on_their_page_alone(run_dir: Path) -> None:

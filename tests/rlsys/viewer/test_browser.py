@@ -82,6 +82,28 @@ def test_curves_are_drawn_and_texts_run_nothing(tab: Any, address: str) -> None:
         assert tab.evaluate(wide), f"{path} is wider than 1280 px"
 
 
+def test_the_colours_of_tokens_can_be_chosen_without_a_script(tab: Any, address: str) -> None:
+    def background(of: str) -> str:
+        return str(tab.locator(of).first.evaluate("each => getComputedStyle(each).backgroundColor"))
+
+    tab.goto(f"{address}/rollouts")
+    neutral, positive = "rgba(0, 0, 0, 0)", background(".rollout .ap2")
+    assert positive == background(".legend .ap2") != neutral
+    assert background(".rollout .an2") not in (positive, neutral)
+    assert tab.locator(".legend:visible").count() == 1
+    tab.get_by_label("actor-learner gap").check()
+    assert background(".rollout .gp3") == background(".legend .gp3") != neutral
+    assert background(".rollout .g0") == neutral, "its advantage is not 0"
+    tab.get_by_label("log-probability").check()
+    assert background(".rollout .s0") == neutral
+    tab.get_by_role("button", name="earlier").click()
+    tab.wait_for_url("**colour=chance**")
+    assert tab.get_by_label("log-probability").is_checked() and tab.locator("input[name=version]").input_value() == "2"
+    tab.locator("input[name=version]").press("Enter")
+    tab.wait_for_load_state()
+    assert tab.locator("input[name=version]").input_value() == "2", "Enter stands for the button Show"
+
+
 def test_curves_grow_while_the_run_goes_on(tab: Any, address: str, run_dir: Path) -> None:
     (run_dir / "lock").write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
     tab.goto(address)
