@@ -148,7 +148,7 @@ def evaluate(
 def export(
     target: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, checkpoint or policy folder of a run.")],
     output: Annotated[str, typer.Option(help="New or empty folder to write.")],
-    stage: Annotated[str | None, typer.Option(help="A finished stage of the run. Default: the last one.")] = None,
+    stage: Annotated[str | None, typer.Option(help="A finished stage of the run. Default: the newest policy.")] = None,
     step: Annotated[int | None, typer.Option(help="A checkpoint of the run: 340 for step_000340.")] = None,
     merge: Annotated[
         bool, typer.Option("--merge/--adapter", help="With model.lora: a whole model, or the adapter alone.")

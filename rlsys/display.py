@@ -40,6 +40,7 @@ FIGURES: Figures = (
     ("held_out/greedy_accuracy", "held-out greedy", "{:.3f}"),
     ("held_out/sampled_accuracy", "held-out sampled", "{:.3f}"),
     ("rollout/tokens_per_s", "actor tokens/s", "{:,.0f}"),
+    ("search/tokens_per_s", "search tokens/s", "{:,.0f}"),
     ("learner/tokens_per_s", "learner tokens/s", "{:,.0f}"),
     ("rollout/staleness_mean", "staleness", "{:.2f}"),
     ("weights/probe_gap_max", "publish gap", "{:.1e}"),
@@ -48,12 +49,12 @@ FIGURES: Figures = (
 # The same for `rlsys search`.
 SEARCH_FIGURES: Figures = (
     ("search/solved", "solved", "{:.3f}"),
-    ("rollout/tokens_per_s", "tokens/s", "{:,.0f}"),
+    ("search/tokens_per_s", "tokens/s", "{:,.0f}"),
     ("search/prefix_hits", "prefix-cache hits", "{:.3f}"),
     ("search/failed", "failed trees", "{:.0f}"),
 )
 _MESSAGES = 5
-_STEPS_IN_MEDIAN = 21
+STEPS_IN_MEDIAN = 21  # last steps whose times tell how long the next ones take
 _FIGURE_WIDTH = 29  # columns of the terminal for a label and its number
 _TABLE_WIDTH = 100  # a narrower terminal gets plain lines
 
@@ -91,7 +92,7 @@ class Display:
         self._figures: dict[str, float] = {}
         self._rates: dict[str, float] = {}  # updates of a stage that counts trees
         self._messages: deque[str] = deque(maxlen=_MESSAGES)
-        self._step_times: deque[float] = deque(maxlen=_STEPS_IN_MEDIAN)
+        self._step_times: deque[float] = deque(maxlen=STEPS_IN_MEDIAN)
         self._started = self._stage_started = self._last_step = clock()
         self._last_line = -interval_s
         self._silent = False

@@ -55,6 +55,27 @@ class EngineStats:
     cached_tokens: int = 0
     in_flight_mean: float = 0.0
 
+    @property
+    def idle_share(self) -> float | None:
+        """Idle share of the interval; None for an interval without length."""
+        return max(0.0, 1 - self.busy_s / self.wall_s) if self.wall_s else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenValues:
+    """Values that a training step had for the tokens of a trajectory.
+
+    Attributes:
+        advantages: [T] float32, of the policy term; NaN on tokens that it does not train; None if it trains no token.
+        gaps: [T] float32, nats, log-probability under the learner's policy before the update minus that of the sampler;
+            with NaN and None as in `advantages`.
+        untrained: why there are none, for people; "" if there are.
+    """
+
+    advantages: Float32Array | None = None
+    gaps: Float32Array | None = None
+    untrained: str = ""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenValues:

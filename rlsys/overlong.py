@@ -1,14 +1,43 @@
 """Overlong reward shaping: a penalty on completions that come close to the length limit.
 
-The learner shapes rewards with it, and dynamic sampling compares the shaped rewards. Both must see the same bits.
+The learner shapes rewards with it. Dynamic sampling and the metrics compare the shaped rewards, and must see the same
+bits.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rlsys.types import TrajectoryGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverlongShaping:
+    """The overlong shaping of a run; see `soft_overlong_penalty` for the numbers. A buffer of 0 shapes nothing."""
+
+    max_tokens: int = 0
+    buffer: int = 0
+    factor: float = 0.0
+
+    def apply(self, group: TrajectoryGroup) -> TrajectoryGroup:
+        """Return the group with shaped rewards."""
+        if not self.buffer:
+            return group
+        lengths = np.array([trajectory.completion_length for trajectory in group.trajectories], dtype=np.int64)
+        penalties = soft_overlong_penalty(lengths, max_tokens=self.max_tokens, buffer=self.buffer, factor=self.factor)
+        trajectories = (
+            replace(trajectory, reward=trajectory.reward + float(penalty))
+            for trajectory, penalty in zip(group.trajectories, penalties, strict=True)
+        )
+        return replace(group, trajectories=tuple(trajectories))
+
+    def rewards_differ(self, group: TrajectoryGroup) -> bool:
+        """Return whether two judged trajectories of a group have different shaped rewards."""
+        return len({trajectory.reward for trajectory in self.apply(group).trajectories if trajectory.judged}) > 1
 
 
 def soft_overlong_penalty(

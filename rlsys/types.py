@@ -19,7 +19,9 @@ BoolArray = NDArray[np.bool_]
 
 Split = Literal["train", "held_out"]
 Outcome = Literal["ok", "wrong", "error", "timeout"]
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "turns", "abort"]
+"""By itself or its environment; cut off by a bound of tokens; after the last turn of an episode; by an error."""
+WHOLE: tuple[FinishReason, ...] = ("stop", "turns")  # ends of completions that were not cut off
 OPTIONAL = {"optional": True}
 """Metadata of a field that files leave out if it has its default, so that files from before the field still read."""
 StageName = Literal["warm_start", "search", "sft", "preference", "online"]
@@ -214,6 +216,11 @@ class Trajectory:
     def completion_length(self) -> int:
         """Number of tokens that the policy chose."""
         return int(self.loss_mask.sum())
+
+    @property
+    def truncated(self) -> bool:
+        """True if a bound of tokens cut the completion off. An episode whose turns are used up is whole."""
+        return self.finish_reason == "length"
 
     @property
     def judged(self) -> bool:

@@ -23,6 +23,7 @@ from rlsys.errors import RolloutError
 from rlsys.interfaces import Reply
 from rlsys.models.turns import TurnEncoder
 from rlsys.types import (
+    WHOLE,
     FinishReason,
     Problem,
     Prompt,
@@ -161,10 +162,9 @@ class Episodes:
             if outcome is not None:
                 raise outcome
         judged = [episode for episode in episodes if episode.failure is None]
-        joint = "" if self._config.role is None else "\n"
         verdicts = iter(
             await self._judges.verify(
-                [(prompt.problem, joint.join(each.turns), each.finish_reason == "stop") for each in judged]
+                [(prompt.problem, self._config.joint.join(each.turns), each.finish_reason in WHOLE) for each in judged]
             )
         )
         final = [each.failure or with_replies(next(verdicts), each.replies) for each in episodes]
@@ -193,7 +193,10 @@ class Episodes:
             if reply.done or (last in self._ends if self._encoder.end is None else last != self._encoder.end):
                 return
             forced = self._encoder.reply(reply.text)
-            if len(episode.turns) == self._config.max_turns or self._room(episode, len(forced), settings) < 1:
+            if len(episode.turns) == self._config.max_turns:
+                episode.finish_reason = "turns"
+                return
+            if self._room(episode, len(forced), settings) < 1:
                 episode.finish_reason = "length"
                 return
             episode.force(forced)

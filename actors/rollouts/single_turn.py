@@ -10,7 +10,7 @@ import numpy as np
 
 from actors.engine import Completion, CompletionRequest
 from actors.rollouts.seeds import sample_seed
-from rlsys.types import Problem, Prompt, SamplingSettings, Trajectory, TrajectoryGroup, Verdict
+from rlsys.types import WHOLE, Problem, Prompt, SamplingSettings, Trajectory, TrajectoryGroup, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def items_to_judge(
 ) -> list[tuple[Problem, str, bool]]:
     """Return the arguments of `Task.verify` for the texts of completions. One that was cut off is not finished."""
     pairs = zip(completions, texts, strict=True)
-    return [(prompt.problem, text, completion.finish_reason == "stop") for completion, text in pairs]
+    return [(prompt.problem, text, completion.finish_reason in WHOLE) for completion, text in pairs]
 
 
 def build_group(prompt: Prompt, completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> TrajectoryGroup:

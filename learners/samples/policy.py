@@ -14,7 +14,6 @@ from learners.objective.losses import kl_estimate
 from learners.objective.tree_advantages import tree_advantages
 from learners.samples.types import DistillTokens, PolicyTokens, Sample
 from rlsys.config.objective import ObjectiveConfig, PolicyConfig
-from rlsys.overlong import soft_overlong_penalty
 from rlsys.types import BoolArray, Float32Array, Trajectory, TrajectoryGroup
 
 WHITENED = ("gae", "reinforce_pp", "reinforce_pp_baseline")
@@ -60,7 +59,8 @@ def policy_samples(
     Returns:
         One list per group, in order.
     """
-    shaped = [_shaped(group, objective.policy, max_tokens) for group in groups]
+    shaping = objective.policy.overlong_shaping(max_tokens)
+    shaped = [shaping.apply(group) for group in groups]
     by_group = [
         (_searched_samples if group.searched else _bare_samples)(group, number, objective.policy)
         for number, group in enumerate(shaped)
@@ -74,21 +74,6 @@ def policy_samples(
     for number, samples in zip(sampled, finished, strict=True):
         by_group[number] = samples
     return by_group
-
-
-def _shaped(group: TrajectoryGroup, policy: PolicyConfig, max_tokens: int) -> TrajectoryGroup:
-    """Return the group with overlong shaping applied to its rewards."""
-    if not policy.overlong_buffer:
-        return group
-    lengths = np.array([trajectory.completion_length for trajectory in group.trajectories], dtype=np.int64)
-    penalties = soft_overlong_penalty(
-        lengths, max_tokens=max_tokens, buffer=policy.overlong_buffer, factor=policy.overlong_penalty
-    )
-    trajectories = (
-        replace(trajectory, reward=trajectory.reward + float(penalty))
-        for trajectory, penalty in zip(group.trajectories, penalties, strict=True)
-    )
-    return replace(group, trajectories=tuple(trajectories))
 
 
 def _bare_samples(group: TrajectoryGroup, group_number: int, policy: PolicyConfig) -> list[Sample]:

@@ -201,7 +201,7 @@ async def measure_mode(pool: Any, prompts: Sequence[Prompt], config: Config, eva
         return await search_and_sample(pool, prompts, config, evaluation.prepared.inputs.task.check_steps)
     groups = await sample_groups(pool, prompts, mode_settings(config)[mode], config.train.max_verifier_failures)
     environment = active_environment(config.environment, config.task)
-    joint = "\n" if environment and environment.role else ""
+    joint = environment.joint if environment else ""
     return [[asdict(sample) for sample in samples_of(group, evaluation.model, joint)] for group in groups]
 
 

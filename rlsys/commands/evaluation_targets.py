@@ -15,9 +15,8 @@ from rlsys.directory import CheckpointDirectory, RunDirectory
 from rlsys.errors import ConfigError
 from rlsys.evaluation.records import problems_digest
 from rlsys.models.folder import given_model, is_policy
-from rlsys.run.checkpoints import CheckpointStore
-from rlsys.run.lock import in_use
 from rlsys.run.manifest import MANIFEST, verify_checkpoint
+from rlsys.run.policies import locate_policy
 from rlsys.tasks import build_task
 
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z0-9_]+)*=")
@@ -69,38 +68,31 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def find_target(name: str) -> Target:
     """Find the policy of a run directory, a checkpoint, a model or adapter folder, or a hub id.
 
-    Of a run directory it is the newest finished checkpoint, also while the run is being trained.
+    Which policy a run directory stands for is decided in `rlsys.run.policies`.
 
     Raises:
         ConfigError: the name is none of them.
         DamagedFileError: the checkpoint is damaged, or has a format of another version of rlsys.
     """
     path = Path(name).absolute()
-    if RunDirectory(path).checkpoints.is_dir():
-        checkpoint = CheckpointStore(RunDirectory(path).checkpoints, 1).latest()
-        trained = in_use(path)
-        if checkpoint is None:
-            raise ConfigError(f"{name}: the run has no checkpoint yet" + ("; it is being trained" if trained else ""))
-        note = f"{name}: newest checkpoint {checkpoint.name}" + (", the run is being trained" if trained else "")
-        return Target(name, CheckpointDirectory(checkpoint).policy, _existing(RunDirectory(path).config), note)
+    if RunDirectory(path).config.is_file() and not is_policy(path):
+        place = locate_policy(name)
+        return Target(name, place.folder, RunDirectory(place.run_dir).config, place.note)
     if CheckpointDirectory(path).policy.is_dir():
         if (path / MANIFEST).exists():
-            verify_checkpoint(path)
-        return Target(name, CheckpointDirectory(path).policy, _existing(RunDirectory(path.parent.parent).config))
+            verify_checkpoint(path, [CheckpointDirectory(path).policy.name])
+        file = RunDirectory(path.parent.parent).config
+        return Target(name, CheckpointDirectory(path).policy, file if file.is_file() else None)
     if is_policy(path):
         # The model folder is RUN/stages/online or RUN/checkpoints/step_000080/policy.
         above = (RunDirectory(folder).config for folder in (*path.parents[1:3], path))
         return Target(name, path, next((file for file in above if file.is_file()), None))
     if path.exists() and not (path / "snapshots").is_dir():  # which the folder of a model in the hub's cache has
         raise ConfigError(
-            f"{name}: expected a run directory, a checkpoint or a model folder, found neither checkpoints/ nor "
+            f"{name}: expected a run directory, a checkpoint or a model folder, found neither config.yaml nor "
             "policy/ nor config.json"
         )
     return Target(name, given_model(name, "model").path, None)
-
-
-def _existing(path: Path) -> Path | None:
-    return path if path.is_file() else None
 
 
 def find_tasks(

@@ -12,9 +12,10 @@ from rlsys.data.inputs import prepare_model
 from rlsys.errors import ConfigError
 from rlsys.launch.access import child_environment
 from rlsys.models.folder import ModelFolder, given_model
-from rlsys.search.export import Source, shards
+from rlsys.search.export import Source
 from rlsys.search.extract import Chain, correct_chains
 from rlsys.search.scores import ChainScores, node_means, write_scores
+from rlsys.search.tree_index import shards
 from rlsys.search.tree_json import read_trees
 from rlsys.trees import Tree
 from rlsys.types import Float32Array

@@ -11,10 +11,11 @@ from rich.text import Text
 from rich.tree import Tree as Drawing
 
 from rlsys.commands.show_rollouts import PICKS, find_rows, has_rollouts, show_rollouts
-from rlsys.directory import RunDirectory, SearchDirectory
+from rlsys.directory import SearchDirectory
 from rlsys.display import print_lines, print_table, printable
 from rlsys.errors import ConfigError
-from rlsys.search.outline import heading
+from rlsys.search.outline import STOPS, heading, question_text, right_nodes
+from rlsys.search.tree_index import searches_of, tree_files
 from rlsys.search.tree_json import read_trees
 from rlsys.trees import Tree, TreeFailure
 
@@ -34,7 +35,7 @@ def run(run_dir: Path, prompt_id: str, console: Console, *, step: int | None = N
     """
     if pick is not None and pick not in PICKS:
         raise ConfigError(f"--pick: expected one of {', '.join(PICKS)}, found {pick!r}")
-    grown, asked_rollouts = tree_files(run_dir), step is not None or pick is not None
+    grown, asked_rollouts = _tree_files(run_dir), step is not None or pick is not None
     if asked_rollouts or (has_rollouts(run_dir) and not (prompt_id and grown)):
         show_rollouts(find_rows(run_dir, step, prompt_id), pick, console)
         if asked_rollouts or prompt_id or not grown:
@@ -53,16 +54,14 @@ def run(run_dir: Path, prompt_id: str, console: Console, *, step: int | None = N
         show_tree(tree, console)
 
 
-def tree_files(run_dir: Path) -> list[Path]:
+def _tree_files(run_dir: Path) -> list[Path]:
     """Return the files with the trees of a search, or of the stage search of a training run."""
-    directories = [SearchDirectory(run_dir), RunDirectory(run_dir).search_stage]
-    files = [path for each in directories for path in sorted(each.trees.glob("[0-9]*.jsonl"))]
-    return files + [path for each in directories for path in sorted(each.open_trees.glob("[0-9]*.json"))]
+    return [path for search in searches_of(run_dir) for path in tree_files(search)]
 
 
 def all_trees(run_dir: Path) -> Iterator[Tree | TreeFailure]:
     """Yield the trees of a search, or of the stage search of a training run."""
-    files = tree_files(run_dir)
+    files = _tree_files(run_dir)
     if not files:
         expected = f"expected a run with rollouts or trees, found neither in it nor in {SearchDirectory(run_dir).trees}"
         raise ConfigError(f"{run_dir}: {expected}")
@@ -78,9 +77,9 @@ def show_list(trees: list[Tree | TreeFailure], console: Console) -> None:
             rows.append((tree.prompt_id, "failed", "", "", tree.reason))
             continue
         answers, right = len(tree.answers()), sum(node.correct for node in tree.nodes)
-        rows.append((tree.prompt_id, f"{len(tree.nodes) - 1}", f"{answers}", f"{right}", tree.stop))
+        rows.append((tree.prompt_id, f"{len(tree.nodes) - 1}", f"{answers}", f"{right}", STOPS[tree.stop]))
     more = f", the first {LISTED}" if len(trees) > LISTED else ""
-    print_table(console, ("prompt", "nodes", "answers", "right", "end"), rows, title=f"trees{more}")
+    print_table(console, ("prompt", "nodes", "answers", "right", "ended by"), rows, title=f"trees{more}")
 
 
 def show_tree(tree: Tree, console: Console) -> None:
@@ -88,17 +87,17 @@ def show_tree(tree: Tree, console: Console) -> None:
 
     A star marks the nodes on the way to a right answer.
     """
-    right = {number for n, node in enumerate(tree.nodes) if node.correct for number in tree.path(n)}
+    right = right_nodes(tree)
     drawing = Drawing(Text(printable(f"{tree.prompt_id}, reference {tree.answer}"), style="bold"), guide_style="dim")
     drawings = {0: drawing}
     for number, node in enumerate(tree.nodes[1:], start=1):
         label = Text(("* " if number in right else "") + heading(node), style="bold" if number in right else "")
         label.append("\n" + printable(node.text.strip()), style="not bold")
         drawings[number] = drawings[node.parent].add(label)
-    question = tree.question if isinstance(tree.question, str) else tree.question[-1].content
+    question = question_text(tree.question)
     end = (
         f"{len(tree.nodes) - 1} nodes, {len(tree.answers())} scored answers, {tree.simulations} simulations, "
-        f"{tree.calls} calls, {tree.tokens:,} tokens; the search ended by {tree.stop}"
+        f"{tree.calls} calls, {tree.tokens:,} tokens; the search ended by {STOPS[tree.stop]}"
     )
     if console.is_terminal:
         console.print(Text(printable(question)), drawing, Text(end), sep="\n")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rlsys.directory import RunDirectory
 from rlsys.display import print_lines
 from rlsys.errors import ConfigError
+from rlsys.run.judgements import by_reward, heading
 from rlsys.run.rollout_files import read_rollouts, rollout_files
 from rlsys.run.rollouts import training_facts
 
@@ -58,7 +59,7 @@ def show_rollouts(rows: Rows, pick: str | None, console: Console) -> None:
         if row["prompt_id"] != prompt:
             prompt = row["prompt_id"]
             lines += ["", f"== {prompt}, reference {row['reference'] or 'none'}", row["prompt"].strip()]
-        lines += ["", f"-- {heading(row)}", row["completion"].strip()]
+        lines += ["", f"-- {', '.join([heading(row), *training_facts(row)])}", row["completion"].strip()]
         lines += [f"   {name}: {value:g}" for name, value in row["parts"].items()]
         lines += [f"   verifier: {row['detail']}"] if row["detail"] else []
     print_lines(console, [line for text in lines for line in text.split("\n")])
@@ -67,24 +68,8 @@ def show_rollouts(rows: Rows, pick: str | None, console: Console) -> None:
 def choose(rows: Rows, pick: str | None) -> list[Mapping[str, Any]]:
     """Return the rows to print; those of a prompt follow one another unless they are ordered by reward."""
     if pick in ("best", "worst"):
-        judged = [row for row in rows if row["reward"] is not None]
-        return sorted(judged, key=lambda row: row["reward"], reverse=pick == "best")[:SHOWN]
+        return by_reward(rows, "best" if pick == "best" else "worst", lambda row: row["reward"])[:SHOWN]
     if pick == "random":
         chosen = random.sample(range(len(rows)), min(SHOWN, len(rows)))
         return [rows[number] for number in sorted(chosen)]
     return list(rows[:SHOWN])
-
-
-def heading(row: Mapping[str, Any]) -> str:
-    """Return the judgement of a completion in a line."""
-    parts = ["right" if row["correct"] else row["outcome"]]
-    if row["reward"] is not None:
-        mean = "" if row["group_reward"] is None else f" (mean of its {row['group_size']}: {row['group_reward']:.3g})"
-        parts.append(f"reward {row['reward']:g}{mean}")
-    if not row["answered"]:
-        parts.append("no answer")
-    logprobs = [logprob for logprob in row["logprobs"] if logprob is not None]
-    parts.append(f"{row['tokens']} tokens")
-    parts += ["cut off"] if row["finish_reason"] == "length" else []
-    parts += [f"mean log-probability {sum(logprobs) / len(logprobs):.3f}"] if logprobs else []
-    return ", ".join([*parts, *training_facts(row)])

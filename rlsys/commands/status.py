@@ -12,17 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.display import duration, printable
+from rlsys.run.held_out import figures_text
 from rlsys.run.status import SILENT_S, RunStatus, read_status
+from rlsys.run.step_times import PARTS
 from rlsys.run.throughput import Split, Throughput
 
 STYLES = {"running": "green", "finished": "green", "interrupted": "yellow", "failed": "red", "crashed": "red"}
-PARTS = {
-    "rollout": "waiting for trajectories",
-    "learn": "learning",
-    "publish": "publishing",
-    "checkpoint": "saving",
-    "evaluate": "evaluating",
-}
 _GIB, _MIB = 2**30, 2**20
 
 
@@ -54,7 +49,7 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
     yield "weight version", f"{status.weight_version}{left}"
     yield from _signs_of_life(status)
     if status.held_out:
-        yield "held-out", ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in status.held_out.items())
+        yield "held-out", figures_text(status.held_out)
     if status.throughput:
         yield from _throughput_lines(status.throughput)
     counts = [f"{name.replace('_', ' ')}: {value:,}" for name, value in status.counts.items() if value]
@@ -94,7 +89,7 @@ def _throughput_lines(measured: Throughput) -> Iterator[tuple[str, str]]:
         rates.append(f"{measured.generated_tokens_per_s:,.0f} generated tokens/s")
     rates.append(f"{measured.trained_tokens_per_s:,.0f} trained tokens/s")
     yield "rates", f"{', '.join(rates)} (last {measured.steps} steps)"
-    shares = [f"{PARTS[name]} {share:.0%}" for name, share in measured.shares.items() if share >= 0.005]
+    shares = [f"{PARTS[name][1]} {share:.0%}" for name, share in measured.shares.items() if share >= 0.005]
     yield "time of a step", f"{measured.step_s:.2f} s: {', '.join(shares)}"
     yield "bottleneck", measured.bottleneck
     present, best = measured.present, measured.best

@@ -32,6 +32,11 @@ class EnvironmentConfig(Section):
     max_turns: int = Field(default=8, ge=1)
     """Turns of the policy in an episode. sampling.max_tokens bounds the tokens of all turns together."""
 
+    @property
+    def joint(self) -> str:
+        """Text between two turns of the policy, as the verifier reads them; messages begin new lines."""
+        return "" if self.role is None else "\n"
+
 
 def active_environment(environment: EnvironmentConfig, task: TaskConfig) -> EnvironmentConfig | None:
     """Return the section with name, stop strings and role of the environment in use; None without an environment."""

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, model_validator
 
 from rlsys.config.section import Section
+from rlsys.overlong import OverlongShaping
 from rlsys.plugins import PluginName
 
 BuiltInEstimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gae"]
@@ -95,6 +96,10 @@ class PolicyConfig(Component):
     """Number of tokens before sampling.max_tokens over which the reward falls linearly. 0: no such penalty."""
     overlong_penalty: float = Field(default=1.0, ge=0)
     """Amount by which the reward has fallen at sampling.max_tokens."""
+
+    def overlong_shaping(self, max_tokens: int) -> OverlongShaping:
+        """Return the overlong shaping of rewards, for a value of sampling.max_tokens."""
+        return OverlongShaping(max_tokens=max_tokens, buffer=self.overlong_buffer, factor=self.overlong_penalty)
 
 
 class KlConfig(Component):

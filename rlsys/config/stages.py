@@ -78,14 +78,12 @@ class DataSource:
         kind: worked examples of the task, supervised rows, or preference pairs.
         per_step: rows or pairs of one step.
         per_step_field: the config field that holds `per_step`.
-        path_field: the config field that names the file; "" for the task's own demonstrations.
         extracted: whether the stage `search` extracts the data.
     """
 
     kind: Literal["demonstrations", "rows", "pairs"]
     per_step: int
     per_step_field: str
-    path_field: str = ""
     extracted: bool = False
 
 
@@ -262,7 +260,6 @@ def _rows(config: Config, per_step: int, section: str) -> DataSource:
         kind="rows",
         per_step=per_step,
         per_step_field=f"{section}.rows_per_step",
-        path_field="sft.path",
         extracted=not config.sft.path,
     )
 
@@ -272,7 +269,6 @@ def _pairs(config: Config) -> DataSource:
         kind="pairs",
         per_step=config.preference.pairs_per_step,
         per_step_field="preference.pairs_per_step",
-        path_field="preference.path",
         extracted=not config.preference.path,
     )
 

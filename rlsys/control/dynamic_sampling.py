@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
-from rlsys.config.objective import ObjectiveConfig, PolicyConfig
+from rlsys.config.objective import ObjectiveConfig
 from rlsys.control.budgets import FailureLimit
 from rlsys.control.rollout_metrics import generated_tokens
-from rlsys.overlong import soft_overlong_penalty
 from rlsys.types import RolloutFailure, TrajectoryGroup
 
 
@@ -35,24 +32,13 @@ def has_signal(group: TrajectoryGroup, objective: ObjectiveConfig, max_tokens: i
     compares = policy.used or objective.ranking.used
     if objective.distill.on_chains or not (compares or group.searched):
         return True
-    if compares and _rewards_differ(group, policy, max_tokens):
+    if compares and policy.overlong_shaping(max_tokens).rewards_differ(group):
         return True
     own_pairs = group.pairs if preference.pairs == "chains" else group.step_preferences
     paired = preference.used or (sft.used and sft.source == "chosen")
     if paired and preference.source == "search" and own_pairs:
         return True
     return sft.used and sft.source == "trees" and bool(group.demonstrations)
-
-
-def _rewards_differ(group: TrajectoryGroup, policy: PolicyConfig, max_tokens: int) -> bool:
-    judged = [trajectory for trajectory in group.trajectories if trajectory.judged]
-    rewards = np.array([trajectory.reward for trajectory in judged])
-    if policy.overlong_buffer:
-        lengths = np.array([trajectory.completion_length for trajectory in judged], dtype=np.int64)
-        rewards = rewards + soft_overlong_penalty(
-            lengths, max_tokens=max_tokens, buffer=policy.overlong_buffer, factor=policy.overlong_penalty
-        )
-    return len(rewards) > 1 and bool(rewards.min() < rewards.max())
 
 
 @dataclass(slots=True, kw_only=True)

@@ -8,9 +8,13 @@ import numpy as np
 
 from rlsys.config.rewards import ENVIRONMENT, TASK
 from rlsys.interfaces import EngineStats
+from rlsys.overlong import OverlongShaping
+from rlsys.run.judgements import group_rewards
 from rlsys.run.metrics import REWARDS
+from rlsys.search.stats import prefix_hit_rate
 from rlsys.types import Trajectory, TrajectoryGroup
 
+UNSHAPED = OverlongShaping()
 _Z = 1.96  # 97.5 % quantile of the standard normal distribution
 # Metrics of a tree that are summed over the trees of a step, under the same names.
 SUMMED = (
@@ -28,7 +32,9 @@ SUMMED = (
 )
 
 
-def rollout_metrics(groups: Sequence[TrajectoryGroup], version: int, unused_tokens: int = 0) -> Mapping[str, float]:
+def rollout_metrics(
+    groups: Sequence[TrajectoryGroup], version: int, unused_tokens: int = 0, shaping: OverlongShaping = UNSHAPED
+) -> Mapping[str, float]:
     """Return the metrics of a step by names of rlsys.run.metrics.
 
     Some metrics are for sampled groups only, and some for searched groups only. They are left out if there is no such
@@ -37,11 +43,12 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], version: int, unused_toke
     Args:
         version: the weight version of the learner before the step.
         unused_tokens: tokens of replaced and failed rollouts, which are not in `groups`.
+        shaping: decides which groups have equal rewards for the learner.
     """
     sampled = [group for group in groups if not group.searched]
     searched = [group for group in groups if group.searched]
     return {
-        **(_sampled_metrics(sampled) if sampled else {}),
+        **(_sampled_metrics(sampled, shaping) if sampled else {}),
         **_staleness(groups, version),
         **(_searched_metrics(searched) if searched else {}),
         "rollout/generated_tokens": float(unused_tokens + sum(map(generated_tokens, groups))),
@@ -61,30 +68,24 @@ def engine_metrics(stats: Sequence[EngineStats]) -> Mapping[str, float]:
     Without prompt tokens there is no hit rate of the prefix cache. The token rate adds up the engines of the policy,
     each over the seconds in which it worked, so that waiting for the learner or the verifiers does not lower it.
     """
-    prompt_tokens = sum(engine.prompt_tokens for engine in stats)
     metrics = {
         "rollout/tokens_per_s": sum(
             engine.generated_tokens / engine.busy_s for engine in stats if engine.model == "policy" and engine.busy_s
         )
     }
-    if prompt_tokens:
-        metrics["rollout/prefix_cache_hits"] = sum(engine.cached_tokens for engine in stats) / prompt_tokens
+    if (hits := prefix_hit_rate(stats)) is not None:
+        metrics["rollout/prefix_cache_hits"] = hits
     for role in dict.fromkeys(engine.model for engine in stats):
-        idle = [_idle(engine) for engine in stats if engine.model == role]
+        idle = [engine.idle_share or 0.0 for engine in stats if engine.model == role]
         metrics[f"rollout/idle_{role}"] = float(np.mean(idle))
     return metrics
 
 
-def _idle(engine: EngineStats) -> float:
-    """Return the idle share of an engine. An engine step counts when it ends, so busy_s can exceed wall_s."""
-    return max(0.0, 1 - engine.busy_s / engine.wall_s) if engine.wall_s else 0.0
-
-
-def _sampled_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
+def _sampled_metrics(groups: Sequence[TrajectoryGroup], shaping: OverlongShaping) -> Mapping[str, float]:
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     judged = [t for t in trajectories if t.judged]
     lengths = [t.completion_length for t in trajectories]
-    rewards = [[t.reward for t in group.trajectories if t.judged] for group in groups]
+    rewards = [group_rewards(group) for group in groups]
     reward = float(np.mean([t.reward for t in judged])) if judged else 0.0
     margin = _margin([float(np.mean(row)) for row in rewards if row])
     return {
@@ -93,11 +94,11 @@ def _sampled_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
         "rollout/reward_high": reward + margin,
         "rollout/accuracy": float(np.mean([t.correct for t in trajectories])),
         "rollout/no_answer_rate": float(np.mean([t.judged and not t.answered for t in trajectories])),
-        "rollout/truncated_rate": float(np.mean([t.finish_reason == "length" for t in trajectories])),
+        "rollout/truncated_rate": float(np.mean([t.truncated for t in trajectories])),
         "rollout/completion_length": float(np.mean(lengths)),
         "rollout/completion_length_max": float(np.max(lengths)),
         "rollout/group_reward_std": float(np.mean([np.std(row) if row else 0.0 for row in rewards])),
-        "rollout/zero_advantage_groups": float(np.mean([len(set(row)) < 2 for row in rewards])),
+        "rollout/zero_advantage_groups": float(np.mean([not shaping.rewards_differ(group) for group in groups])),
         "rollout/verifier_errors": float(len(trajectories) - len(judged)),
         "rollout/tokens": float(np.sum(lengths)),
         **_reward_parts(judged),
@@ -114,6 +115,7 @@ def _episode_metrics(groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
     own = sum(t.completion_length for _, t in pairs)
     return {
         "rollout/turns": float(np.mean([t.turns for _, t in pairs])),
+        "rollout/out_of_turns_rate": float(np.mean([t.finish_reason == "turns" for _, t in pairs])),
         "rollout/environment_share": (total - own) / total if total else 0.0,
         "rollout/environment_errors": float(sum(t.environment_failed for _, t in pairs)),
     }

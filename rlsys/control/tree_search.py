@@ -172,9 +172,7 @@ class Search:
             stats = await pool.engine_stats()
             self.engines.add(stats)
             wall_s, hits = max((engine.wall_s for engine in stats), default=0.0), prefix_hit_rate(stats)
-            rates = (
-                {"rollout/tokens_per_s": sum(engine.generated_tokens for engine in stats) / wall_s} if wall_s else {}
-            )
+            rates = {"search/tokens_per_s": sum(engine.generated_tokens for engine in stats) / wall_s} if wall_s else {}
             display.update(rates | ({} if hits is None else {"search/prefix_hits": hits}))
 
     def _count(self, number: int, tree: Tree | TreeFailure) -> None:

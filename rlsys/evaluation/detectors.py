@@ -130,7 +130,7 @@ class Signs:
         reflections: Number of reflections.
         idle_reflections: Number of reflections that do not change the stated answer.
         over_reflection: At least IDLE_REFLECTIONS idle reflections; or, without a valid answer, as many reflections.
-        ignored_instruction: The completion ends by itself, and the verifier finds no valid answer in it.
+        ignored_instruction: The completion was not cut off, and the verifier finds no valid answer in it.
         loop: The longest loop; "" without one.
     """
 

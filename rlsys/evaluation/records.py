@@ -13,7 +13,7 @@ from rlsys.models.folder import ModelFolder
 from rlsys.search.votes import Candidate
 from rlsys.tasks.answers.extraction import find_answer
 from rlsys.tasks.answers.normalise import normalise
-from rlsys.types import Message, Problem, Prompt, Trajectory, TrajectoryGroup
+from rlsys.types import WHOLE, Message, Problem, Prompt, Trajectory, TrajectoryGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,7 @@ class Sample:
         right: Whether the verifier accepts the answer.
         judged: Whether the verifier reached a verdict.
         answered: Whether the verifier finds a valid answer.
-        truncated: Whether the completion was cut off at sampling.max_tokens.
+        truncated: See `Trajectory.truncated`.
         reason: The verifier's reason; "" if it gives none.
         logprob: Mean log-probability of the tokens, in nats.
     """
@@ -58,7 +58,7 @@ def _sample(trajectory: Trajectory, model: ModelFolder, joint: str) -> Sample:
         right=trajectory.correct,
         judged=trajectory.judged,
         answered=trajectory.answered,
-        truncated=trajectory.finish_reason == "length",
+        truncated=trajectory.truncated,
         reason=trajectory.detail,
         logprob=float(trajectory.behavior_logprobs.sum()) / max(1, tokens),
     )
@@ -74,7 +74,7 @@ def completion_text(trajectory: Trajectory, model: ModelFolder, joint: str = "")
     texts = []
     for places in np.split(own, np.flatnonzero(np.diff(own) > 1) + 1):
         ids = trajectory.token_ids[places].tolist()
-        ended = trajectory.finish_reason == "stop" or (len(places) and places[-1] != own[-1])
+        ended = trajectory.finish_reason in WHOLE or (len(places) and places[-1] != own[-1])
         if ended and ids and ids[-1] in model.end_token_ids:
             ids.pop()
         texts.append(str(model.tokenizer.decode(ids)))

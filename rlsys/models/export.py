@@ -31,11 +31,7 @@ def write_whole(policy: Path, target: Path, dtype: Dtype | None) -> None:
         target: an empty folder.
         dtype: number format of the weights; None to keep that of the policy.
     """
-    for path in sorted(policy.iterdir()):
-        if path.suffix == ".safetensors" and dtype is not None:
-            _write_as(path, target / path.name, dtype)
-        else:
-            shutil.copyfile(path, target / path.name)
+    _copy(policy, target, dtype)
     if dtype is not None:
         _note_format(target, dtype)
     _complete_generation_config(target)
@@ -79,14 +75,19 @@ def write_adapter(policy: Path, target: Path, base_name: str, dtype: Dtype | Non
         base_name: folder or hub id of the base model, for adapter_config.json.
         dtype: number format of the factors; None to keep that of the policy.
     """
+    _copy(policy, target, dtype)
+    values = json.loads((target / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    _write_json(target / ADAPTER_CONFIG, {**values, "base_model_name_or_path": base_name})
+    _complete_generation_config(target)
+
+
+def _copy(policy: Path, target: Path, dtype: Dtype | None) -> None:
+    """Copy a folder, with the tensors in another number format unless `dtype` is None."""
     for path in sorted(policy.iterdir()):
         if path.suffix == ".safetensors" and dtype is not None:
             _write_as(path, target / path.name, dtype)
         else:
             shutil.copyfile(path, target / path.name)
-    values = json.loads((target / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    _write_json(target / ADAPTER_CONFIG, {**values, "base_model_name_or_path": base_name})
-    _complete_generation_config(target)
 
 
 def weight_format(folder: Path) -> str:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rlsys.directory import RunDirectory
 from rlsys.errors import ConfigError
 from rlsys.files import is_lfs_pointer
 from rlsys.models.chat import end_token_ids
@@ -141,6 +142,11 @@ def given_model(name: str, field: str) -> ModelFolder:
         raise ConfigError(
             f"{field} {name}: expected a whole model, found {ADAPTER_CONFIG} of an adapter; merge the adapter into "
             "its base model (merge_and_unload of peft), or remove this file if that is done"
+        )
+    if RunDirectory(model.path).config.is_file() and not (model.path / "config.json").is_file():
+        raise ConfigError(
+            f"{field} {name}: expected a model folder, found a run directory; name one of its policies, as "
+            f"{RunDirectory(Path(name)).exported_policy('online')}, or export one with `rlsys export`"
         )
     if not (model.path / "config.json").is_file():
         raise ConfigError(f"{field} {name}: the folder has no config.json, so it is not a model")

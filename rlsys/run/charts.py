@@ -11,7 +11,8 @@ from rlsys.config.schema import Config
 
 # Metrics with the ends of their 95 % interval, which have the endings _low and _high.
 INTERVALS = ("held_out/sampled_accuracy", "held_out/greedy_accuracy", "rollout/reward")
-# Charts by category. A chart draws one metric with its interval, or the metrics that match its patterns.
+# Charts by category, for TensorBoard and `rlsys view`. A chart draws one metric with its interval, or the metrics that
+# match its patterns.
 CHARTS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "Progress": {  # TensorBoard draws the charts with intervals behind the others, the last one first
         "reward of the step (95 % interval)": ["rollout/reward"],
@@ -30,7 +31,7 @@ CHARTS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "parts of the reward": ["rewards/.*"],
     },
     "Losses": {
-        "loss by term": ["objective/.*_loss$"],
+        "loss, and loss by term": ["learner/loss$", "objective/.*_loss$"],
         "share of the gradient by term": ["objective/.*_grad_share$"],
         "gradient norm": ["learner/grad_norm$"],
     },

@@ -116,7 +116,7 @@ class CheckpointStore:
         Raises:
             DamagedFileError: checkpoints exist and all are invalid. Starting from scratch would hide the loss.
         """
-        candidates = self._newest_first()
+        candidates = newest_first(self.folder)
         problem = ""
         for candidate in candidates:
             try:
@@ -141,7 +141,7 @@ class CheckpointStore:
                     shutil.rmtree(path, ignore_errors=True)
 
     def _check_room(self) -> None:
-        last = next((size for path in self._newest_first() if (size := _size(path))), 0)
+        last = next((size for path in newest_first(self.folder) if (size := _size(path))), 0)
         free = shutil.disk_usage(self.folder).free
         if free < _REQUIRED_SPACE * last:
             raise OSError(
@@ -164,7 +164,7 @@ class CheckpointStore:
         abandoned: it was invalid, or the run was resumed on purpose from an earlier checkpoint. A checkpoint that
         cannot be read now is set aside, because it could later become readable and pass for the newest.
         """
-        weight_versions = {path: _weight_version(path) for path in self._newest_first() if path != newest}
+        weight_versions = {path: _weight_version(path) for path in newest_first(self.folder) if path != newest}
         known = {path: version for path, version in weight_versions.items() if version is not None}
         earlier = [path for path, version in known.items() if version < weight_version]
         best = self._best([newest, *earlier])
@@ -183,7 +183,7 @@ class CheckpointStore:
 
         None means that the newest checkpoint is the best, or that no checkpoint has a score.
         """
-        paths = self._newest_first()
+        paths = newest_first(self.folder)
         best = self._best(paths)
         return None if best is None or best[0] == paths[0] else best
 
@@ -201,11 +201,13 @@ class CheckpointStore:
         os.rename(path, trash)  # first, so that `latest` never sees a half-deleted checkpoint
         shutil.rmtree(trash)
 
-    def _newest_first(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        paths = [path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        return sorted(paths, key=_age_key, reverse=True)
+
+def newest_first(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder by their weight versions, also damaged ones. A missing folder has none."""
+    if not folder.is_dir():
+        return []
+    paths = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return sorted(paths, key=_age_key, reverse=True)
 
 
 def _age_key(path: Path) -> tuple[float, bool, str]:

@@ -83,11 +83,14 @@ _SPECS = (
     MetricSpec("rollout/completion_length_max", "tokens", "longest completion of the step"),
     MetricSpec("rollout/group_reward_std", "1", "standard deviation of the rewards in a group, mean over the groups"),
     MetricSpec(
-        "rollout/zero_advantage_groups", "share", "share of the sampled groups in which all judged rewards are equal"
+        "rollout/zero_advantage_groups",
+        "share",
+        "share of the sampled groups in which all judged rewards are equal, after the overlong shaping",
     ),
     MetricSpec("rollout/failed", "groups", "failed rollouts and searches of the run so far"),
     MetricSpec("rollout/verifier_errors", "trajectories", "trajectories whose verification raised or timed out"),
     MetricSpec("rollout/turns", "turns", "mean number of turns of the policy in an episode with an environment"),
+    MetricSpec("rollout/out_of_turns_rate", "share", "share of the episodes that used up environment.max_turns"),
     MetricSpec("rollout/environment_share", "share", "share of the tokens after the prompt that the environment wrote"),
     MetricSpec("rollout/environment_errors", "trajectories", "episodes whose environment raised or timed out"),
     MetricSpec("rollout/filtered", "groups", "replaced groups without a learning signal, of the run so far"),

@@ -7,14 +7,10 @@ from pathlib import Path
 from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plan
 from rlsys.directory import RunDirectory
+from rlsys.run.held_out import figures_text, last_figures
 from rlsys.run.metrics import read_rows
 from rlsys.run.resume import checkpoint_store
 
-FIGURES = {
-    "held_out/greedy_accuracy": "greedy accuracy",
-    "held_out/sampled_accuracy": "sampled accuracy",
-    "held_out/pass_at_k": "pass@k",
-}
 # run.resume `never` refuses a directory that holds a run.
 RESUME = "run.resume=auto"
 
@@ -24,9 +20,10 @@ def finished(config: Config) -> str:
     stage = config.stages[-1]
     section = stage_plan(config, stage).section
     max_steps = 2 * stage_plan(config, stage).steps
+    rows = read_rows(RunDirectory(Path(config.run.dir)).metrics)
     return (
         f"run directory: {config.run.dir}\n"
-        f"held-out: {_held_out(config)}\n{_best(config)}"
+        f"held-out: {figures_text(last_figures(rows))}\n{_best(config)}"
         f"evaluate: rlsys evaluate {config.run.dir}\n"
         f"export: rlsys export {config.run.dir} --output FOLDER\n"
         f"continue: rlsys train {config.run.dir}/config.yaml {section}.max_steps={max_steps}"
@@ -54,12 +51,3 @@ def _best(config: Config) -> str:
     path, score = best
     folder = f"{config.run.dir}/{path.relative_to(Path(config.run.dir).absolute())}"
     return f"best {config.checkpoint.best_metric}: {score:.3f}, {folder} (also a target of rlsys evaluate and export)\n"
-
-
-def _held_out(config: Config) -> str:
-    """Return the figures of the last evaluation in metrics.jsonl."""
-    for row in reversed(read_rows(RunDirectory(Path(config.run.dir)).metrics)):
-        figures = [f"{label} {row[name]:.3f}" for name, label in FIGURES.items() if row.get(name) is not None]
-        if figures:
-            return f"{', '.join(figures)} (weight version {row['weights/version']})"
-    return "not measured"

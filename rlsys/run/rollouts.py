@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 
 from rlsys.interfaces import TokenValues
+from rlsys.run.judgements import by_reward, group_facts, judgement, own_logprobs, reward_of
 from rlsys.types import Float32Array, Trajectory, TrajectoryGroup
 
 FORMAT = 2
@@ -49,8 +50,8 @@ def choose_groups(groups: Sequence[TrajectoryGroup], count: int) -> list[int]:
 def choose_completions(group: TrajectoryGroup) -> list[int]:
     """Return the numbers of the kept completions of a group: the best one, the worst one, and the first others."""
     judged = [n for n, trajectory in enumerate(group.trajectories) if trajectory.judged]
-    by_reward = sorted(judged, key=lambda n: -group.trajectories[n].reward)
-    order = [*by_reward[:1], *by_reward[-1:], *range(len(group.trajectories))]
+    best_first = by_reward(judged, "best", lambda n: reward_of(group.trajectories[n]))
+    order = [*best_first[:1], *best_first[-1:], *range(len(group.trajectories))]
     return sorted(list(dict.fromkeys(order))[:COMPLETIONS])
 
 
@@ -101,7 +102,6 @@ def group_rows(group: TrajectoryGroup, texts: TokenTexts, decode: Decode, place:
         decode: text of a prompt.
         place: keys that all rows of a step share.
     """
-    rewards = [trajectory.reward for trajectory in group.trajectories if trajectory.judged]
     shared = {
         "format": FORMAT,
         **place,
@@ -109,8 +109,7 @@ def group_rows(group: TrajectoryGroup, texts: TokenTexts, decode: Decode, place:
         "prompt": decode(group.prompt.token_ids.tolist())[:_CHARACTERS],
         "reference": group.prompt.answer,
         "searched": group.searched,
-        "group_size": len(group.trajectories),
-        "group_reward": float(np.mean(rewards)) if rewards else None,
+        **group_facts(group),
     }
     for number in choose_completions(group):
         trajectory = group.trajectories[number]
@@ -120,31 +119,23 @@ def group_rows(group: TrajectoryGroup, texts: TokenTexts, decode: Decode, place:
 def completion_row(trajectory: Trajectory, number: int, prompt_length: int, texts: TokenTexts) -> dict[str, Any]:
     """Return the keys of a row that differ between the completions of a group.
 
+    `tokens` counts those that the policy chose. `token_ids` has those of an environment too, and lacks those left out.
     `token_ends` are the ends of the tokens in the characters of `completion`. `logprobs` are those of the actor, null
     for tokens that the policy did not choose. `left_out` is [position, number] of tokens left out of a long completion.
     """
     ids = trajectory.token_ids.tolist()
-    chosen = [
-        round(float(logprob), 4) + 0.0 if own else None
-        for logprob, own in zip(trajectory.behavior_logprobs, trajectory.loss_mask, strict=True)
-    ]
+    logprobs = own_logprobs(trajectory)
     spans, dropped = _spans(prompt_length, len(ids))
     pieces = [text for start, stop in spans for text in texts(ids[start:stop], ids[:start])]
     return {
         "sample": number,
-        "reward": float(trajectory.reward) if trajectory.judged else None,
-        "parts": {name: float(value) for name, value in trajectory.parts.items()},
-        "outcome": trajectory.outcome,
-        "correct": trajectory.correct,
-        "answered": trajectory.answered,
+        **judgement(trajectory),
         "detail": trajectory.detail[:_DETAIL],
-        "finish_reason": trajectory.finish_reason,
-        "tokens": len(ids) - prompt_length,
         "oldest_version": trajectory.oldest_version,
         "completion": "".join(pieces),
         "token_ids": [token for start, stop in spans for token in ids[start:stop]],
         "token_ends": np.cumsum([len(piece) for piece in pieces], dtype=int).tolist(),
-        "logprobs": [logprob for start, stop in spans for logprob in chosen[start:stop]],
+        "logprobs": [logprob for start, stop in spans for logprob in logprobs[start:stop]],
         "left_out": [HEAD_TOKENS, dropped] if dropped > 0 else None,
     }
 
@@ -167,7 +158,8 @@ def with_values(row: Row, values: TokenValues) -> dict[str, Any]:
     if values.advantages is None or values.gaps is None:
         return {**row, "advantages": None, "gaps": None, "untrained": values.untrained}
     stop = len(values.advantages)
-    spans, _ = _spans(stop - row["tokens"], stop)
+    kept_tokens, left_out = len(row["token_ids"]), row["left_out"] or (0, 0)
+    spans, _ = _spans(stop - kept_tokens - left_out[1], stop)
 
     def kept(array: Float32Array) -> list[float | None]:
         numbers = (value for start, end in spans for value in array[start:end].tolist())

@@ -18,9 +18,12 @@ from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.errors import ConfigError
 from rlsys.files import read_json
 from rlsys.models.folder import is_policy
+from rlsys.run.checkpoints import newest_first
+from rlsys.run.held_out import last_figures
 from rlsys.run.journal import INTERVAL_S, Heartbeat, read_heartbeat
 from rlsys.run.ledger import OUTCOMES, read_ledger
 from rlsys.run.lock import read_owner
+from rlsys.run.manifest import MANIFEST
 from rlsys.run.metrics import read_rows
 from rlsys.run.throughput import Throughput, measure
 
@@ -68,7 +71,7 @@ class RunStatus:
         left_s: estimated time until the end of the present stage; None if nothing is known.
         counts: restarts and failures. Those of processes began with the last command.
         prompts: how many prompts of the stream have each outcome.
-        held_out: the figures of the last evaluation.
+        held_out: the figures of the last evaluation; see `rlsys.run.held_out`.
         trackers: refused rows and last weight version of every experiment tracker.
         messages: the last messages of the driver.
     """
@@ -109,7 +112,7 @@ def read_status(run_dir: Path) -> RunStatus:
     stages = _progress(config, rows)
     stage = _present_stage(stages, rows)
     done, steps = stages[stage]
-    exported = is_policy(directory.exported_policy(config.stages[-1])) or config.stages[-1] == "search"
+    exported = is_policy(directory.exported_policy(config.stages[-1]))
     state, reason = _state(directory, heartbeat, complete=exported and stage == config.stages[-1] and done >= steps)
     here = [row for row in rows if row["stage"] == stage]
     throughput = measure(here, config)
@@ -130,7 +133,7 @@ def read_status(run_dir: Path) -> RunStatus:
         left_s=throughput.step_s * (steps - done) if throughput and done < steps else None,
         counts={name: int(_latest(rows, metric) or 0) for name, metric in COUNTS.items()},
         prompts=_prompts(directory),
-        held_out=_held_out(rows),
+        held_out=last_figures(rows),
         checkpoint=_newest_checkpoint(directory),
         trackers=_trackers(directory),
         messages=_lines(directory.driver_log)[-5:],
@@ -198,19 +201,12 @@ def _prompts(directory: RunDirectory) -> dict[str, int]:
     return {outcome: sum(len(line[outcome]) for line in lines) for outcome in OUTCOMES} if lines else {}
 
 
-def _held_out(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    names = ("greedy_accuracy", "sampled_accuracy", "pass_at_k")
-    figures = {name: _latest(rows, f"held_out/{name}") for name in names}
-    return {name: value for name, value in figures.items() if value is not None}
-
-
 def _newest_checkpoint(directory: RunDirectory) -> Checkpoint | None:
-    manifests = [path for path in directory.checkpoints.glob("step_*/MANIFEST.json") if not path.parent.is_symlink()]
-    newest = max(manifests, key=_modified, default=None)
+    newest = next((path for path in newest_first(directory.checkpoints) if not path.is_symlink()), None)
     if newest is None:
         return None
-    version = re.sub(r"\D", "", newest.parent.name)
-    return Checkpoint(path=str(newest.parent), weight_version=int(version or 0), age_s=_age(newest))
+    version = re.sub(r"\D", "", newest.name)
+    return Checkpoint(path=str(newest), weight_version=int(version or 0), age_s=_age(newest / MANIFEST))
 
 
 def _trackers(directory: RunDirectory) -> dict[str, Mapping[str, Any]]:

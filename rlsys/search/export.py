@@ -27,6 +27,7 @@ from rlsys.search.scores import ScoreFile
 from rlsys.search.stats import StepCheck
 from rlsys.search.step_chains import StepChain, step_chains
 from rlsys.search.supervised import SupervisedRow, supervised_rows
+from rlsys.search.tree_index import shards
 from rlsys.search.tree_json import read_trees
 from rlsys.tables.schemas import TABLES
 from rlsys.tables.write import TableFiles, whole_or_nothing
@@ -109,11 +110,6 @@ MEANINGS = {
     "step_values": "chains of nodes with a value each, as for a process reward model; `known` nodes stand in an "
     "earlier row of the tree too",
 }
-
-
-def shards(folder: Path) -> list[Path]:
-    """Return the files of trees of a folder, in the order of their prompts."""
-    return sorted(folder.glob("*.jsonl"), key=lambda path: (len(path.name), path.name))
 
 
 class _Extraction:

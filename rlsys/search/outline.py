@@ -1,43 +1,73 @@
-"""Searched trees as indented text."""
+"""Searched trees for people: indented text, and the words about nodes and trees that pages and terminal share."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping
 
-from rlsys.trees import ThoughtNode, Tree
-from rlsys.types import Int32Array, Step, TrajectoryGroup
+from rlsys.trees import StopReason, ThoughtNode, Tree
+from rlsys.types import Int32Array, Question, Step, TrajectoryGroup
 
 _COLUMNS = 110
+STOPS: Mapping[StopReason, str] = {
+    "correct": "enough right answers",
+    "simulations": "the limit of simulations",
+    "tokens": "the limit of tokens",
+    "answers": "the limit of answers",
+    "sure": "a sure answer",
+    "exhausted": "nothing left to expand",
+}
+"""What ended a search, for people."""
 
 
 def heading(node: ThoughtNode) -> str:
-    """Return type, value, visits, estimate and surprise of a node, and what else there is to know of it."""
-    parts = [node.type]
-    if node.value is not None:
-        parts.append(f"value {node.value:.2f} of {node.visits}")
+    """Return type, value, facts and verdict of a node."""
+    value = [] if node.value is None else [f"value {node.value:.2f} of {node.visits}"]
+    return ", ".join([node.type, *value, *node_facts(node), *([verdict_text(node)] if node.verdict else [])])
+
+
+def node_facts(node: ThoughtNode) -> list[str]:
+    """Return what there is to know of a node besides its type, value, text and verdict."""
+    facts = []
     if node.estimate is not None:
-        parts.append(f"estimate {node.estimate:.2f}")
+        facts.append(f"estimate {node.estimate:.2f}")
     if node.generated:
-        parts.append(f"surprise {max(-float(logprob) for logprob in node.logprobs):.2f}")
+        facts.append(f"surprise {max(-float(logprob) for logprob in node.logprobs):.2f}")
+        facts.append(f"{node.generated} token{'' if node.generated == 1 else 's'}")
     if node.samples > 1:
-        parts.append(f"drawn {node.samples} times")
+        facts.append(f"drawn {node.samples} times")
+    if node.writer != "policy":
+        facts.append(f"by {node.writer}")
     if node.backtrack:
-        parts.append("after a wrong answer")
+        facts.append("after a wrong answer")
     if node.defect:
-        parts.append(node.defect)
-    if node.verdict:
-        parts.append(f"{node.verdict.outcome}, reward {node.verdict.reward:g}")
-    return ", ".join(parts)
+        facts.append(node.defect)
+    return facts
+
+
+def verdict_text(node: ThoughtNode) -> str:
+    """Return the verdict on the chain that ends at a node; "" without one."""
+    return f"{node.verdict.outcome}, reward {node.verdict.reward:g}" if node.verdict else ""
+
+
+def right_nodes(tree: Tree) -> set[int]:
+    """Return the numbers of the nodes on the way to a right answer."""
+    return {number for n, node in enumerate(tree.nodes) if node.correct for number in tree.path(n)}
+
+
+def question_text(question: Question) -> str:
+    """Return a question as text, a conversation with the role of every message."""
+    if isinstance(question, str):
+        return question
+    return "\n".join(f"{message.role}: {message.content}" for message in question)
 
 
 def outline(tree: Tree) -> str:
     """Return a tree as Markdown. A star marks the nodes on the way to a right answer."""
-    right = {number for n, node in enumerate(tree.nodes) if node.correct for number in tree.path(n)}
-    question = tree.question if isinstance(tree.question, str) else tree.question[-1].content
     nodes = {n: (node.parent, heading(node), node.text) for n, node in enumerate(tree.nodes) if n}
-    title = f"**tree** {tree.prompt_id}, reference `{tree.answer}`, ended by {tree.stop}"
-    return "\n\n".join([title, code_block(question), code_block(_indented(nodes, right))])
+    title = f"**tree** {tree.prompt_id}, reference `{tree.answer}`, ended by {STOPS[tree.stop]}"
+    question = code_block(question_text(tree.question))
+    return "\n\n".join([title, question, code_block(_indented(nodes, right_nodes(tree)))])
 
 
 def outline_group(group: TrajectoryGroup, decode: Callable[[Int32Array], str]) -> str:

@@ -136,7 +136,7 @@ class EngineFigures:
                 {
                     "model": usage.model,
                     "engine": usage.engine,
-                    "idle_fraction": None if not usage.wall_s else max(0.0, 1 - usage.busy_s / usage.wall_s),
+                    "idle_fraction": usage.idle_share,
                     "in_flight_mean": usage.in_flight_mean,
                     "generated_tokens": usage.generated_tokens,
                 }

@@ -18,7 +18,10 @@ _PROMPT = re.compile(rb'"prompt_id":("(?:[^"\\]|\\.)*")')
 _BEGINNING = 4096  # bytes of a line that hold its prompt id
 _BUFFER = 1 << 18  # bytes; lines of trees are much longer than the buffer that files have without it
 # A quote inside a text is escaped, so no text holds these bytes.
-_RIGHT, _NODES = b'"outcome":"ok"', b'"nodes":['
+_NODES = b'"nodes":['
+_OK = re.compile(
+    rb'"outcome":"ok","reward":([-+.0-9eE]+),"answered":(?:true|false),"detail":"(?:[^"\\]|\\.)*"(,"parts":\{")?'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,25 @@ class Place:
     failed: bool
 
 
+def searches_of(run_dir: Path) -> tuple[SearchDirectory, SearchDirectory]:
+    """Return the directories of a run that may hold trees: those of `rlsys search` and of the stage `search`."""
+    return SearchDirectory(run_dir), RunDirectory(run_dir).search_stage
+
+
+def shards(trees: Path) -> list[Path]:
+    """Return the files in a folder of trees, in the order of their prompts."""
+    return sorted(trees.glob("[0-9]*.jsonl"), key=_by_number)
+
+
+def tree_files(search: SearchDirectory) -> list[Path]:
+    """Return the shards of a search, and the files of single trees whose shard is not complete."""
+    return shards(search.trees) + sorted(search.open_trees.glob("[0-9]*.json"), key=_by_number)
+
+
+def _by_number(path: Path) -> tuple[int, str]:
+    return len(path.name), path.name
+
+
 class TreeIndex:
     """The trees of a search, or of the stage `search` of a training run, by number.
 
@@ -51,7 +73,7 @@ class TreeIndex:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.searches = (SearchDirectory(run_dir), RunDirectory(run_dir).search_stage)
+        self.searches = searches_of(run_dir)
         self.places: list[Place] = []
         self._files: dict[Path, tuple[tuple[int, int], list[Place]]] = {}
         self._tree = lru_cache(maxsize=64)(_read_tree)
@@ -64,9 +86,7 @@ class TreeIndex:
         """
         places: list[Place] = []
         for number, search in enumerate(self.searches):
-            files = sorted(search.trees.glob("[0-9]*.jsonl"), key=lambda path: (len(path.name), path.name))
-            files += sorted(search.open_trees.glob("[0-9]*.json"), key=lambda path: (len(path.name), path.name))
-            for path in files:
+            for path in tree_files(search):
                 places += self._file_places(path, number)
         self.places = places
 
@@ -118,7 +138,7 @@ def _place(path: Path, search: int, start: int, line: bytes) -> Place:
         start=start,
         length=len(line),
         prompt_id=json.loads(match[1].decode("utf-8", "replace")) if match else "?",
-        right=_RIGHT in line,
+        right=any(float(match[1]) > 0 or match[2] for match in _OK.finditer(line)),  # as `Verdict.correct`
         failed=_NODES not in line,
     )
 

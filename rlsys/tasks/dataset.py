@@ -33,7 +33,6 @@ class Data:
 
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
-    skipped: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -55,16 +54,6 @@ class DatasetTask:
             relative_tolerance=config.relative_tolerance,
             accept_cut_off=config.accept_cut_off,
         )
-
-    @property
-    def skipped(self) -> int:
-        """Number of unreadable rows that were left out."""
-        return len(self._data.skipped)
-
-    @property
-    def skip_reasons(self) -> tuple[str, ...]:
-        """Reasons why the first unreadable rows were left out, each with its file and line."""
-        return self._data.skipped[:_EXAMPLES]
 
     def digest(self) -> str:
         """Return the sha256 of all rows that are used, of both splits."""
@@ -146,7 +135,7 @@ def load_held_out(config: DatasetConfig, field: str, read: Read = read_source) -
     source = read(config.path, config.split, field, config.subset)
     examples, skipped = _read_examples(source, config, field)
     notes = _note(field, source, skipped) + _conflicts(field, examples)
-    return Data(train=(), held_out=examples, skipped=skipped, notes=notes)
+    return Data(train=(), held_out=examples, notes=notes)
 
 
 def load_splits(config: DatasetConfig, fields: tuple[str, str], read: Read = read_source) -> Data:
@@ -168,7 +157,6 @@ def load_splits(config: DatasetConfig, fields: tuple[str, str], read: Read = rea
     else:
         other = read(config.held_out_path, config.held_out_split, held_out_field, config.subset)
         held_out, also_skipped = _read_examples(other, config, held_out_field)
-        skipped += also_skipped
         notes += _note(held_out_field, other, also_skipped) + _conflicts(held_out_field, held_out)
     questions = {example.question for example in held_out}
     train = tuple(example for example in readable if example.question not in questions)
@@ -176,13 +164,13 @@ def load_splits(config: DatasetConfig, fields: tuple[str, str], read: Read = rea
     _check_not_empty(config, fields, train, held_out, repeated=repeated)
     if repeated:
         notes += (f"{train_field}: {repeated} of {len(readable)} training rows left out: their questions are held out",)
-    return Data(train=train, held_out=held_out, skipped=skipped, notes=notes)
+    return Data(train=train, held_out=held_out, notes=notes)
 
 
 def _note(field: str, source: Source, skipped: tuple[str, ...]) -> tuple[str, ...]:
     if not skipped:
         return ()
-    return (f"{field}: {len(skipped)} of {len(source.rows)} rows skipped, the first: {skipped[0]}",)
+    return (f"{field}: {len(skipped)} of {len(source.rows)} rows skipped, the first: {'; '.join(skipped[:_EXAMPLES])}",)
 
 
 def _conflicts(field: str, examples: Sequence[Example]) -> tuple[str, ...]:

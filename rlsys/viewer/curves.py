@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlsys.run.charts import CHARTS
 from rlsys.run.metrics import METRICS, spec_of
 
 POINTS = 500
 """Largest number of points of a curve."""
 VERSION = "weights/version"
-FIRST = (
-    "rollout/reward",
-    "held_out/greedy_accuracy",
-    "held_out/sampled_accuracy",
-    "rollout/no_answer_rate",
-    "rollout/truncated_rate",
-    "rollout/zero_advantage_groups",
-    "rollout/completion_length",
-    "search/solved",
-    "learner/loss",
-    "learner/entropy",
-    "learner/kl",
-    "learner/grad_norm",
-)
-"""The curves to look at first."""
-GROUPS = {
-    "rollout": "Rollouts",
-    "rewards": "Parts of the reward",
-    "search": "Tree search",
-    "held_out": "Held-out problems",
-    "learner": "Learner",
-    "objective": "Terms of the joint loss",
-    "preference": "Preference pairs",
-    "ranking": "Ranking",
-    "distill": "Teacher",
-    "value": "Critic",
-    "weights": "Publishes",
-    "time": "Times",
-    "process": "Processes",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,15 +31,18 @@ class Curve:
 
 
 def curve_groups(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[tuple[str, list[Curve]]]:
-    """Return the curves under their headings, the most telling ones first."""
+    """Return the curves under their headings: those of TensorBoard's charts, then all others by their first part."""
     names = {name for rows in runs for row in rows for name in row} - {"stage", "step", VERSION}
-    first = [name for name in FIRST if name in names]
     order = {name: number for number, name in enumerate(METRICS)}
-    rest = sorted(names - set(first), key=lambda name: (order.get(name, len(order)), name))
-    groups: dict[str, list[str]] = {"At a glance": first} if first else {}
-    for name in rest:
-        groups.setdefault(GROUPS.get(name.partition("/")[0], "Others"), []).append(name)
-    return [(title, [_curve(name, runs) for name in members]) for title, members in groups.items()]
+    left = sorted(names, key=lambda name: (order.get(name, len(order)), name))
+    groups: dict[str, list[str]] = {}
+    for title, charts in CHARTS.items():
+        for pattern in (pattern for patterns in charts.values() for pattern in patterns):
+            groups.setdefault(title, []).extend(name for name in left if re.fullmatch(pattern, name))
+            left = [name for name in left if name not in groups[title]]
+    for name in left:
+        groups.setdefault(f"{name.partition('/')[0]}/", []).append(name)
+    return [(title, [_curve(name, runs) for name in members]) for title, members in groups.items() if members]
 
 
 def _curve(name: str, runs: Sequence[Sequence[Mapping[str, Any]]]) -> Curve:

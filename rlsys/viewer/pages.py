@@ -9,10 +9,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from rlsys.config.search import ExtractConfig
 from rlsys.errors import ConfigError, DataError
+from rlsys.run.step_times import PARTS
 from rlsys.search.marks import read_marks
+from rlsys.search.outline import question_text
 from rlsys.trees import TreeFailure
-from rlsys.types import Question
 from rlsys.viewer import curves, rollout_rows, timeline, tree_view
 from rlsys.viewer.run_files import RunFiles
 
@@ -43,7 +45,7 @@ def environment() -> Environment:
         "advantage": rollout_rows.legend(rollout_rows.ADVANTAGES),
         "gap": rollout_rows.legend(rollout_rows.GAPS),
     }
-    templates.globals["part_names"] = {part: name for part, (_, name) in timeline.PARTS.items()}
+    templates.globals["part_names"] = {part: name for part, (_, name) in PARTS.items()}
     return templates
 
 
@@ -76,7 +78,9 @@ def points(runs: Sequence[RunFiles]) -> Values:
 
 def times(run: RunFiles) -> Values:
     """Return the values of the page with the time of the steps."""
-    return {"lines": timeline.timelines(run.rows())}
+    config = run.config()
+    overlapping = config is not None and config.train.max_staleness > 0
+    return {"lines": timeline.timelines(run.rows(), overlapping=overlapping)}
 
 
 def rollouts(run: RunFiles, version: int | None, order: str, colour: str = "") -> Values:
@@ -142,7 +146,7 @@ def tree_list(run: RunFiles, page: int, query: str, only: str) -> Values:
         except DataError as error:
             rows.append(row | {"failed": error.message})
             continue
-        row["question"] = _text(tree.question)[:_BRIEF]
+        row["question"] = question_text(tree.question)[:_BRIEF]
         if isinstance(tree, TreeFailure):
             rows.append(row | {"failed": tree.reason})
         else:
@@ -177,32 +181,16 @@ def tree(run: RunFiles, number: int, run_number: int, node: int = 0) -> Values:
     if isinstance(grown, TreeFailure):
         return {"view": view | {"failed": grown.reason}, "total": len(run.trees.places)}
     marks = read_marks(run.trees.search_of(number).marks)
-    config = tree_view.extract_config(run.directory.config)
+    config = run.config()
+    extract = config.extract if config else ExtractConfig()
+    model = Path(config.model.path) if config and config.model.path else run.directory.model
     kinds = {name: place % 6 for place, name in enumerate(dict.fromkeys(node.type for node in grown.nodes[1:]))}
     view |= {
         "tree": grown,
-        "question": _text(grown.question),
+        "question": question_text(grown.question),
         "facts": tree_view.facts(grown, marks),
         "events": list(tree_view.events(grown, marks, node)),
         "kinds": kinds,
-        "pairs": tree_view.pairs(grown, marks, config, tree_view.end_tokens(_model_folder(run))),
+        "pairs": tree_view.pairs(grown, marks, extract, tree_view.end_tokens(model)),
     }
     return {"view": view, "total": len(run.trees.places)}
-
-
-def _model_folder(run: RunFiles) -> Path:
-    """Return the folder of the policy, whose end tokens end a chain."""
-    if run.directory.model.is_dir():
-        return run.directory.model
-    import yaml
-
-    try:
-        return Path(str(yaml.safe_load(run.config_text())["model"]["path"]))
-    except (yaml.YAMLError, KeyError, TypeError):
-        return run.directory.model
-
-
-def _text(question: Question) -> str:
-    if isinstance(question, str):
-        return question
-    return "\n".join(f"{message.role}: {message.content}" for message in question)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from rlsys.run.judgements import ENDS, by_reward, mean_logprob
 from rlsys.run.rollouts import row_tokens, training_facts
 
-Order = Literal["kept", "best", "worst"]
 Colour = Literal["advantage", "gap", "chance"]
 COLOURS: Mapping[Colour, str] = {"advantage": "advantage", "gap": "actor-learner gap", "chance": "log-probability"}
 """What the colours of tokens can show, with names for people."""
@@ -71,18 +71,17 @@ def ordered(rows: Sequence[Mapping[str, Any]], order: str, prompt_id: str = "") 
     chosen = [row for row in rows if not prompt_id or row["prompt_id"] == prompt_id]
     if order == "kept":
         return chosen
-    sign = -1 if order == "best" else 1
-    return sorted(chosen, key=lambda row: (row["reward"] is None, sign * (row["reward"] or 0.0)))
+    return by_reward(chosen, "best" if order == "best" else "worst", lambda row: row["reward"])
 
 
 def card(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the page shows of a row."""
-    logprobs = [logprob for logprob in row["logprobs"] if logprob is not None]
     return {
         **row,
         "shown": shown_tokens(row),
         "training": training_facts(row),
-        "mean_logprob": sum(logprobs) / len(logprobs) if logprobs else None,
+        "mean_logprob": mean_logprob(row),
+        "ended_by": ENDS.get(row["finish_reason"], row["finish_reason"]),
     }
 
 

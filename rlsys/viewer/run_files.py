@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rlsys.config.files import load_config
+from rlsys.config.schema import Config
 from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.errors import ConfigError, DamagedFileError, RlsysError
 from rlsys.run.lock import read_owner
@@ -121,6 +123,13 @@ class RunFiles:
         except FileNotFoundError:
             return {}
         return self._members(path, status.st_mtime_ns, status.st_size)
+
+    def config(self) -> Config | None:
+        """Return the config of the run; None if it has none, or that of another version of rlsys."""
+        try:
+            return load_config(self.directory.config)
+        except RlsysError:
+            return None
 
     def config_text(self) -> str:
         """Return the text of config.yaml; "" if there is none."""

@@ -6,27 +6,22 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from rlsys.run.step_times import (
+    PARTS,
+    Row,
+    bottleneck,
+    idle_shares,
+    is_timed,
+    part_seconds,
+    part_shares,
+    rollout_seconds,
+)
+from rlsys.run.throughput import last_steps
 
 BINS = 100
 """Largest number of columns; more steps are summed up in groups."""
 _TALL = 2.5  # times the median column
-PARTS = {
-    "wait": ("time/rollout_s", "waits for rollouts"),
-    "learn": ("time/learn_s", "learns"),
-    "publish": ("time/publish_s", "waits for publishes"),
-    "evaluate": ("time/evaluate_s", "evaluates"),
-    "checkpoint": ("time/checkpoint_s", "saves"),
-    "rest": ("", "rest"),
-}
-"""What the learner's time is made of: metric and name of each part."""
-ROLES = {
-    "rollout/idle_policy": "actors",
-    "rollout/idle_model": "engines of search.model",
-    "rollout/idle_reviewer": "engines of search.reviewer",
-    "rollout/idle_judge": "engines of search.value",
-    "rollout/idle_teacher": "engines of teacher.model",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +54,8 @@ class Timeline:
     Attributes:
         shares: share of each part in all of the time.
         idle: idle share of the engines of each role.
-        verdict: a sentence about who waits for whom.
+        measured: number of the last steps that `bottleneck` is about.
+        bottleneck: a sentence about who waits for whom, as in `rlsys status`.
         height: seconds that the picture is high. A few much longer columns, as with an evaluation, are cut off.
         cut: number of these columns.
     """
@@ -69,52 +65,45 @@ class Timeline:
     columns: Sequence[Column]
     shares: Mapping[str, float]
     idle: Mapping[str, float]
-    verdict: str
+    measured: int
+    bottleneck: str
     height: float
     cut: int
 
 
-def timelines(rows: Sequence[Mapping[str, Any]]) -> list[Timeline]:
-    """Return the timeline of every stage that has steps, the newest stage first."""
-    stages: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row["step"] > 0 and "time/step_s" in row:
-            stages.setdefault(row["stage"], []).append(row)
-    return [_timeline(stage, steps) for stage, steps in reversed(stages.items())]
+def timelines(rows: Sequence[Row], *, overlapping: bool) -> list[Timeline]:
+    """Return the timeline of every stage that has steps, the newest stage first.
+
+    Args:
+        overlapping: see `rlsys.run.step_times.bottleneck`.
+    """
+    stages: dict[str, list[Row]] = {}
+    for row in filter(is_timed, rows):
+        stages.setdefault(row["stage"], []).append(row)
+    return [_timeline(stage, steps, overlapping) for stage, steps in reversed(stages.items())]
 
 
-def _timeline(stage: str, rows: Sequence[Mapping[str, Any]]) -> Timeline:
+def _timeline(stage: str, rows: Sequence[Row], overlapping: bool) -> Timeline:
     size = math.ceil(len(rows) / BINS)
     columns = [_column(rows[start : start + size]) for start in range(0, len(rows), size)]
-    sums = {part: math.fsum(_parts(row)[part] for row in rows) for part in PARTS}
-    total = math.fsum(sums.values()) or 1.0
-    shares = {part: seconds / total for part, seconds in sums.items()}
-    idle = {}
-    for name, role in ROLES.items():
-        if values := [row[name] for row in rows if name in row]:
-            idle[role] = math.fsum(values) / len(values)
     seconds = [column.seconds for column in columns]
     height = min(max(seconds), _TALL * statistics.median(seconds)) or 1.0
-    verdict = _verdict(shares, idle.get("actors"))
+    last = last_steps(rows)
     return Timeline(
         stage=stage,
         steps=len(rows),
         columns=columns,
-        shares=shares,
-        idle=idle,
-        verdict=verdict,
+        shares=part_shares(rows),
+        idle=idle_shares(rows),
+        measured=len(last),
+        bottleneck=bottleneck(last, overlapping=overlapping),
         height=height,
         cut=sum(each > height for each in seconds),
     )
 
 
-def _parts(row: Mapping[str, Any]) -> dict[str, float]:
-    parts = {part: max(0.0, float(row.get(name, 0.0))) for part, (name, _) in PARTS.items() if name}
-    return {**parts, "rest": max(0.0, float(row["time/step_s"]) - math.fsum(parts.values()))}
-
-
-def _column(rows: Sequence[Mapping[str, Any]]) -> Column:
-    parts = [_parts(row) for row in rows]
+def _column(rows: Sequence[Row]) -> Column:
+    parts = [part_seconds(row) for row in rows]
     busy = [_busy(row) for row in rows if "rollout/idle_policy" in row]
     publishes = [row["weights/publish_s"] for row in rows if "weights/publish_s" in row]
     staleness = [row["rollout/staleness_max"] for row in rows if "rollout/staleness_max" in row]
@@ -128,21 +117,7 @@ def _column(rows: Sequence[Mapping[str, Any]]) -> Column:
     )
 
 
-def _busy(row: Mapping[str, Any]) -> float:
+def _busy(row: Row) -> float:
     """Return the busy seconds of the engines in a step. Their idle share leaves the evaluation out."""
-    evaluation = float(row.get("time/evaluate_s", 0.0))
-    return (1 - float(row["rollout/idle_policy"])) * max(0.0, float(row["time/step_s"]) - evaluation) + evaluation
-
-
-def _verdict(shares: Mapping[str, float], idle: float | None) -> str:
-    if idle is None:
-        return f"The stage has no rollouts; the learner works for {shares['learn']:.0%} of the time."
-    waits = f"The learner waits for rollouts for {shares['wait']:.0%} of the time"
-    text = f"{waits} and learns for {shares['learn']:.0%}; the engines of the actors are idle for {idle:.0%}."
-    if shares["wait"] > 0.5 and idle < 0.3:
-        return f"{text} Rollouts are the bottleneck: more actors, or shorter completions."
-    if shares["learn"] > 0.5 and idle > 0.3:
-        return f"{text} The learner is the bottleneck: more learner ranks, or fewer actors."
-    if shares["wait"] > 0.2 and idle > 0.3:
-        return f"{text} They wait for each other: train.max_staleness lets the actors work ahead."
-    return text
+    own = rollout_seconds(row)
+    return (1 - float(row["rollout/idle_policy"])) * own + float(row["time/step_s"]) - own

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlsys.config.files import load_config
 from rlsys.config.search import ExtractConfig
-from rlsys.errors import RlsysError
 from rlsys.search.extract import preferred_chains, preferred_steps
 from rlsys.search.marks import Marks, chain_digest, marked_nodes, without_chains
-from rlsys.trees import StopReason, Tree
+from rlsys.search.outline import STOPS, node_facts, right_nodes, verdict_text
+from rlsys.trees import Tree
 from rlsys.viewer.curves import shown_number
 
 
@@ -44,14 +43,6 @@ class NodeView:
     marked: bool
 
 
-STOPS: Mapping[StopReason, str] = {
-    "correct": "enough right answers",
-    "simulations": "the limit of simulations",
-    "tokens": "the limit of tokens",
-    "answers": "the limit of answers",
-    "sure": "a sure answer",
-    "exhausted": "nothing left to expand",
-}
 Event = tuple[str, NodeView]
 """("open", node), or ("close", node) after its children."""
 
@@ -65,7 +56,7 @@ def events(tree: Tree, marks: Marks, node: int = 0) -> Iterator[Event]:
     children: dict[int, list[int]] = {}
     for number, child in enumerate(tree.nodes[1:], start=1):
         children.setdefault(child.parent, []).append(number)
-    right = {n for last, each in enumerate(tree.nodes) if each.correct for n in tree.path(last)}
+    right = right_nodes(tree)
     first = next((n for n in tree.answers() if tree.nodes[n].correct), None)
     shown = {*(tree.path(first) if first is not None else []), *(tree.path(node) if node < len(tree.nodes) else [])}
     marked = set(marked_nodes(tree, marks))
@@ -81,20 +72,6 @@ def events(tree: Tree, marks: Marks, node: int = 0) -> Iterator[Event]:
 
 def _node(tree: Tree, number: int, *, opened: bool, right: bool, leaf: bool, marks: set[int]) -> NodeView:
     node = tree.nodes[number]
-    facts = []
-    if node.estimate is not None:
-        facts.append(f"estimate {node.estimate:.2f}")
-    if node.generated:
-        facts.append(f"surprise {max(-float(logprob) for logprob in node.logprobs):.2f}")
-        facts.append(f"{node.generated} tokens")
-    if node.samples > 1:
-        facts.append(f"drawn {node.samples} times")
-    if node.writer != "policy":
-        facts.append(f"by {node.writer}")
-    if node.backtrack:
-        facts.append("after a wrong answer")
-    if node.defect:
-        facts.append(node.defect)
     return NodeView(
         number=number,
         type=node.type,
@@ -104,8 +81,8 @@ def _node(tree: Tree, number: int, *, opened: bool, right: bool, leaf: bool, mar
         open=opened,
         right=right,
         leaf=leaf,
-        facts=tuple(facts),
-        verdict=f"{node.verdict.outcome}, reward {shown_number(node.verdict.reward)}" if node.verdict else "",
+        facts=tuple(node_facts(node)),
+        verdict=verdict_text(node),
         detail=node.verdict.detail if node.verdict else "",
         digest=chain_digest(tree, number) if node.scored >= 0 else "",
         marked=number in marks,
@@ -162,14 +139,6 @@ def pairs(tree: Tree, marks: Marks, config: ExtractConfig, end_token_ids: frozen
         sides = [(step.text, f"value {step.value:.2f} of {step.visits}") for step in (better, worse)]
         views.append(PairView(kind="nodes", prefix=better.prefix, chosen=sides[0], rejected=sides[1]))
     return views
-
-
-def extract_config(config_path: Path) -> ExtractConfig:
-    """Return the section `extract` of a run's config; the defaults if it cannot be read."""
-    try:
-        return load_config(config_path).extract
-    except (RlsysError, OSError):
-        return ExtractConfig()
 
 
 def end_tokens(folder: Path) -> frozenset[int]:

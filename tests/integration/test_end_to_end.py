@@ -211,7 +211,7 @@ def test_evaluate_repeats_the_last_evaluation_of_the_run(finished_run: FinishedR
     output = tmp_path / "figures.json"
     command = start("evaluate", str(finished_run.dir), "--output", str(output)).finish()
     command.assert_gone(within_s=5)
-    assert re.fullmatch(r"\S+: newest checkpoint step_\d+\nstarting 2 actors on \S+\n", command.stderr)
+    assert re.fullmatch(r"\S+: policy of the finished stage online\nstarting 2 actors on \S+\n", command.stderr)
     assert "Ray" not in command.stdout
     figures = json.loads(output.read_text())
     row = read_rows(finished_run.dir / "metrics.jsonl")[-1]

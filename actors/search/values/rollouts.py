@@ -17,7 +17,7 @@ from actors.search.requests import PlannedCall, Value, Values
 from actors.search.values.shape import raise_first, shaped
 from rlsys.errors import RolloutError
 from rlsys.search.codec import TagCodec
-from rlsys.types import Problem, Prompt, Verdict
+from rlsys.types import WHOLE, Problem, Prompt, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class RolloutValuer:
         raise_first(outcomes, RolloutError)
         drawn = [(*pair, each) for pair, each in zip(planned, outcomes, strict=True) if isinstance(each, Completion)]
         items = [
-            (prompt.problem, nodes[number][0] + self._rest(call, each), each.finish_reason == "stop")
+            (prompt.problem, nodes[number][0] + self._rest(call, each), each.finish_reason in WHOLE)
             for number, call, each in drawn
         ]
         verdicts = await self.verifier.verify(items)

@@ -121,8 +121,7 @@ class OnlineStage(TrainingStage):
         publish that ended meanwhile.
         """
         run = self.training
-        interval = run.config.evaluation.interval
-        evaluates = run.state.step == self.plan.steps or bool(interval and run.state.step % interval == 0)
+        evaluates = _is_evaluated(run.state.step, self.plan.steps, run.config.evaluation.interval)
         overlaps = run.config.train.max_staleness > 0 and not evaluates
         with Stopwatch() as waiting:
             metrics = dict(await self._finish_publish())
@@ -183,8 +182,9 @@ class OnlineStage(TrainingStage):
             seconds: the wait for the groups.
         """
         run = self.training
+        shaping = run.config.objective.policy.overlong_shaping(run.config.sampling.max_tokens)
         metrics = {
-            **rollout_metrics(groups, run.state.weight_version, self._filtering.take_unlogged()),
+            **rollout_metrics(groups, run.state.weight_version, self._filtering.take_unlogged(), shaping),
             "rollout/filtered": float(self._filtering.groups),
             "rollout/filtered_tokens": float(self._filtering.tokens),
             "time/rollout_s": seconds,
@@ -282,6 +282,11 @@ class OnlineStage(TrainingStage):
         run.count(counters.as_floats())
         context.ledger.note("filtered", self._buffer.take_unused())
         context.ledger.close_step(run.state.weight_version, run.state.cursor, run.state.in_flight)
+
+
+def _is_evaluated(step: int, steps: int, interval: int) -> bool:
+    """Return whether the policy is evaluated after a step: the last one, or one of the interval; 0 for none."""
+    return step == steps or bool(interval and step % interval == 0)
 
 
 def _first_cause(error: BaseException) -> BaseException:

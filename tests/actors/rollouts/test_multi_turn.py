@@ -204,7 +204,7 @@ def test_messages_get_the_tokens_of_the_chat_template() -> None:
     ("reply", "texts", "config", "turns", "finish"),
     [
         (lambda turns: Reply(text="x", done=len(turns) == 2), ("a;", "b;"), {}, 2, "stop"),  # the environment ends it
-        (hint, ("a;", "b;"), {"max_turns": 2}, 2, "length"),
+        (hint, ("a;", "b;"), {"max_turns": 2}, 2, "turns"),
         (hint, ("aaaaaaaaaaa;",), {}, 1, "length"),  # sampling.max_tokens
         (lambda turns: Reply(text="y" * 30 if turns else ""), ("aaaaaaaaaa;",), {}, 1, "length"),  # max_model_len
         (hint, (drawn("abc", "length"),), {}, 1, "length"),  # cut off within a turn
@@ -217,7 +217,7 @@ def test_bounds_of_an_episode(
     trajectory = one(Engine(in_turn(*texts)), judges, **config)
     assert (trajectory.turns, trajectory.finish_reason) == (turns, finish)
     assert trajectory.loss_mask[-1], "a text that nothing follows is left out"
-    assert judges.verified[0][1] == (finish == "stop")
+    assert judges.verified[0][1] == (finish != "length")
     assert len(judges.asked) == sum(isinstance(text, str) for text in texts), "a part of a turn has no reply"
 
 

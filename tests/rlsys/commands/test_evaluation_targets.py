@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +17,12 @@ from rlsys.commands import evaluation_targets as targets
 from rlsys.commands.evaluation_targets import find_target, find_tasks, split_arguments
 from rlsys.config.files import dump_config, parse_config
 from rlsys.errors import ConfigError, DamagedFileError
+from rlsys.files import write_json
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.lock import RunLock
 from rlsys.run.manifest import read_manifest, render_manifest
+from rlsys.run.state import state_to_json
+from rlsys.types import RunState
 
 VALUES: dict[str, Any] = {
     "run": {"dir": "unused", "seed": 5},
@@ -29,12 +33,14 @@ VALUES: dict[str, Any] = {
 
 
 def make_run(folder: Path, **sections: Any) -> Path:
-    """Make a run directory with a checkpoint and an exported policy."""
+    """Make a run directory with two checkpoints and an exported policy."""
     store = CheckpointStore(folder / "checkpoints", 2)
     for version in (1, 2):
         temporary = store.begin(f"step_00000{version}")
         (temporary / "policy").mkdir()
         (temporary / "policy" / "config.json").write_text("{}")
+        state = RunState(stage=1, step=version, weight_version=version, cursor=0)
+        write_json(temporary / "state.json", state_to_json(state))
         store.commit(temporary, f"step_00000{version}", {"weight_version": version})
     (folder / "stages" / "online").mkdir(parents=True)
     (folder / "stages" / "online" / "config.json").write_text("{}")
@@ -67,7 +73,7 @@ def test_models_and_overrides_are_told_apart(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("target", "policy"),
     [
-        ("", "checkpoints/step_000002/policy"),
+        ("", "stages/online"),
         ("checkpoints/step_000001", "checkpoints/step_000001/policy"),
         ("checkpoints/step_000001/policy", "checkpoints/step_000001/policy"),
         ("stages/online", "stages/online"),
@@ -80,33 +86,38 @@ def test_every_folder_of_a_run_with_a_policy_can_be_evaluated(run: Path, target:
     assert (task.name, task.config.run.seed, task.config.evaluation.samples) == ("letter_count", 5, 7)
 
 
-def test_the_newest_checkpoint_is_named_also_of_a_run_that_is_being_trained(run: Path) -> None:
-    assert find_target(str(run)).note == f"{run}: newest checkpoint step_000002"
+def test_the_chosen_policy_of_an_unfinished_run_is_named(run: Path) -> None:
+    shutil.rmtree(run / "stages")
+    target, chosen = find_target(str(run)), f"{run}: policy of checkpoint step_000002; stage online is"
+    assert (target.policy, target.note) == (run / "checkpoints/step_000002/policy", f"{chosen} not finished")
     with RunLock(run):
-        assert find_target(str(run)).note == f"{run}: newest checkpoint step_000002, the run is being trained"
-    assert find_target(str(run)).note.endswith("step_000002")
+        assert find_target(str(run)).note == f"{chosen} being trained"
     # A killed run leaves the record of its owner behind.
     (run / "lock").write_text(json.dumps({"pid": os.getpid() + 2**30, "host": socket.gethostname()}))
-    assert find_target(str(run)).note.endswith("step_000002")
+    assert find_target(str(run)).note == f"{chosen} not finished"
 
 
-def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ConfigError, match="the run has no checkpoint yet$"):
-        find_target(str(tmp_path))
-    with RunLock(tmp_path), pytest.raises(ConfigError, match="the run has no checkpoint yet; it is being trained$"):
-        find_target(str(tmp_path))
+def test_a_run_without_a_policy(run: Path) -> None:
+    for folder in ("checkpoints", "stages"):
+        shutil.rmtree(run / folder)
+    message = "the run has no policy yet, neither a checkpoint nor a finished stage"
+    with pytest.raises(ConfigError, match=f"{message}$"):
+        find_target(str(run))
+    with RunLock(run), pytest.raises(ConfigError, match=f"{message}; it is being trained$"):
+        find_target(str(run))
 
 
-def test_a_format_of_a_newer_version_is_named(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_format_of_a_newer_version_is_named(run: Path) -> None:
+    shutil.rmtree(run / "stages")
     newest, older = run / "checkpoints" / "step_000002", run / "checkpoints" / "step_000001"
     set_schema(newest, 2)
     with pytest.raises(DamagedFileError, match="expected schema 1, found 2 of a newer rlsys; restore"):
         find_target(str(newest))
-    assert find_target(str(run)).policy == older / "policy"
-    assert "checkpoint skipped" in caplog.text and "of a newer rlsys" in caplog.text
+    target = find_target(str(run))
+    assert target.policy == older / "policy"
+    assert "checkpoint skipped" in target.note and "of a newer rlsys" in target.note
     set_schema(older, 2)
-    with pytest.raises(DamagedFileError, match="none of the 2 checkpoints is valid .*of a newer rlsys"):
+    with pytest.raises(DamagedFileError, match="no checkpoint is valid.*of a newer rlsys.*restore one"):
         find_target(str(run))
 
 

@@ -84,6 +84,7 @@ def test_a_policy_is_copied_beside_its_card_and_the_run_stays(
     lines = capsys.readouterr().out.splitlines()
     parameters = ModelFolder(output).parameters
     assert lines == [
+        f"{run}: policy of the finished stage online",
         f"{output}: stage online, weight version 8, whole model, {parameters:,} parameters, fp32",
         f"serve: {export.serve_command(str(output))}",
     ]

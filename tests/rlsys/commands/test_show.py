@@ -48,7 +48,7 @@ def test_a_tree_shows_what_its_nodes_are_worth(tmp_path: Path, terminal: bool) -
     assert lines[first + 1].endswith("<thinking>2 + 2")
     assert any("* answer, value 1.00 of 1" in line and line.endswith("ok, reward 1") for line in lines)
     assert any("drawn 2 times" in line and "wrong, reward 0" in line and "*" not in line for line in lines)
-    assert any("estimate 0.25, surprise 0.50, after a wrong answer, truncated" in line for line in lines)
+    assert any("estimate 0.25, surprise 0.50, 8 tokens, after a wrong answer, truncated" in line for line in lines)
     assert any(line.endswith("[bold]hm") for line in lines), "texts are no markup"
     assert lines[-1].startswith("4 nodes, 2 scored answers") and "the search ended by" in lines[-1]
 

@@ -60,4 +60,4 @@ def test_json_has_the_same(tmp_path: Path) -> None:
     write(tmp_path)
     value = json.loads(shown(tmp_path, as_json=True))
     assert (value["stage"], value["step"], value["counts"]["actor_restarts"]) == ("online", 1, 1)
-    assert value["throughput"]["shares"]["rollout"] == 0.75
+    assert value["throughput"]["shares"]["wait"] == 0.75

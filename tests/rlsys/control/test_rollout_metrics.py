@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fakes import group, prompt, searched_group, trajectory
 
+from rlsys.config.objective import PolicyConfig
 from rlsys.control.rollout_metrics import engine_metrics, generated_tokens, rollout_metrics
 from rlsys.interfaces import EngineStats
 from rlsys.run.metrics import METRICS
@@ -151,6 +152,16 @@ def test_figures_of_engines_by_hand() -> None:
     assert all(METRICS[name].volatile for name in metrics)
 
 
+def test_groups_with_equal_rewards_are_those_of_the_shaped_rewards() -> None:
+    short, long = trajectory(length=4), trajectory(length=8)
+    apart = replace(group(prompt("a")), trajectories=(short, long))
+    level = replace(group(prompt("b")), trajectories=(replace(short, reward=0.5), long))  # 1 - 0.5
+    shaping = PolicyConfig(overlong_buffer=4, overlong_penalty=0.5).overlong_shaping(8)
+    assert rollout_metrics([apart, level], 0)["rollout/zero_advantage_groups"] == 0.5
+    assert [shaping.rewards_differ(each) for each in (apart, level)] == [True, False]
+    assert rollout_metrics([apart, apart], 0, shaping=shaping)["rollout/zero_advantage_groups"] == 0
+
+
 def test_engines_that_had_nothing_to_do_and_one_that_ended_a_long_step() -> None:
     assert engine_metrics([usage("policy", 0.0), usage("model", 5.0)]) == {
         "rollout/tokens_per_s": 0,
@@ -165,11 +176,12 @@ def test_figures_of_episodes_by_hand() -> None:
     parts = {"task": 0.5, "environment": 1.5}
     base = trajectory()
     first = replace(base, token_ids=ids, loss_mask=own, turns=2, reward=2.0, parts=parts)
-    second = replace(base, token_ids=ids[:4], loss_mask=own[:4], turns=1, reward=1.0)
-    failed = replace(second, turns=1, outcome="error", environment_failed=True)
+    second = replace(base, token_ids=ids[:4], loss_mask=own[:4], turns=1, reward=1.0, finish_reason="turns")
+    failed = replace(second, turns=1, finish_reason="length", outcome="error", environment_failed=True)
     asked = replace(prompt("a"), token_ids=ids[:3])
     metrics = rollout_metrics([TrajectoryGroup(prompt=asked, trajectories=(first, second, failed))], 0)
     assert metrics["rollout/turns"] == pytest.approx(4 / 3)
+    assert metrics["rollout/out_of_turns_rate"] == metrics["rollout/truncated_rate"] == pytest.approx(1 / 3)
     assert metrics["rollout/environment_share"] == pytest.approx(2 / 7)
     assert metrics["rollout/environment_errors"] == metrics["rollout/verifier_errors"] == 1
     assert metrics["rollout/tokens"] == 5, "tokens of the environment were not generated"

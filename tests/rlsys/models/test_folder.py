@@ -311,6 +311,12 @@ def test_a_folder_that_is_no_whole_model_is_refused(built: Path, tmp_path: Path)
         folders.given_model(str(folder), "model.path")
 
 
+def test_a_run_directory_is_no_model_and_its_policies_are_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match="expected a model folder, found a run directory; .*stages/online"):
+        folders.given_model(str(tmp_path), "model.path")
+
+
 def test_a_model_is_found_by_variable_and_in_the_cache_of_the_hub(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from exported_runs import write_run
 
+from rlsys.commands.evaluation_targets import find_target
 from rlsys.errors import ConfigError, DamagedFileError
 from rlsys.run.policies import find_run_policy
 
@@ -37,17 +38,33 @@ def test_every_policy_of_a_run_can_be_chosen(
 ) -> None:
     run = write_run(tmp_path / "run", policy)
     chosen = find_run_policy(str(run / target), stage, step)
-    assert chosen.folder == run / folder and chosen.run_dir == run and chosen.note == ""
+    note = "" if target or stage or step else f"{run}: policy of the finished stage online"
+    assert chosen.folder == run / folder and chosen.run_dir == run and chosen.note == note
     assert (chosen.stage, chosen.step, chosen.version) == position
 
 
-def test_a_run_that_goes_on_gives_its_last_finished_stage_and_says_so(tmp_path: Path, policy: Path) -> None:
+def test_a_run_stands_for_its_newest_complete_policy(tmp_path: Path, policy: Path) -> None:
     run = write_run(tmp_path / "run", policy, finished=["warm_start"])
     chosen = find_run_policy(str(run))
-    assert (chosen.stage, chosen.version) == ("warm_start", 3)
-    assert chosen.note == (
-        "stage online is not finished; checkpoints: step_000003, step_000007, step_000008; --step 8 chooses the last"
-    )
+    assert chosen.folder == run / "checkpoints/step_000008/policy"
+    assert (chosen.stage, chosen.step, chosen.version) == ("online", 5, 8)
+    assert chosen.note == f"{run}: policy of checkpoint step_000008; stage online is not finished"
+    (run / "checkpoints/step_000008/policy/config.json").write_text("[]")
+    chosen = find_run_policy(str(run))
+    assert chosen.version == 7 and "checkpoint skipped: " in chosen.note
+    for step in (7, 8):
+        shutil.rmtree(run / f"checkpoints/step_00000{step}")
+    chosen = find_run_policy(str(run))
+    assert (chosen.folder, chosen.stage, chosen.version) == (run / "stages/warm_start", "warm_start", 3)
+    assert chosen.note == f"{run}: policy of the finished stage warm_start"
+
+
+def test_export_and_evaluate_choose_the_same_policy(tmp_path: Path, policy: Path) -> None:
+    finished = write_run(tmp_path / "finished", policy)
+    unfinished = write_run(tmp_path / "unfinished", policy, finished=["warm_start"])
+    for target in (finished, unfinished, unfinished / "stages/warm_start", unfinished / "checkpoints/step_000007"):
+        place, exported = find_target(str(target)), find_run_policy(str(target))
+        assert (place.policy, place.note) == (exported.folder, exported.note)
 
 
 def test_without_metrics_the_weight_version_of_a_stage_is_unknown(tmp_path: Path, policy: Path) -> None:
@@ -68,7 +85,7 @@ def test_without_metrics_the_weight_version_of_a_stage_is_unknown(tmp_path: Path
         ("run/stages", None, None, "found no config.yaml of a run in or above it"),
         ("nowhere", None, None, "found no such folder"),
         ("run/checkpoints/step_000003", None, 3, "--stage and --step choose from a run directory, found none"),
-        ("new", None, None, "expected a finished stage, found none; there are no checkpoints yet"),
+        ("new", None, None, "new: the run has no policy yet, neither a checkpoint nor a finished stage"),
     ],
 )
 def test_what_is_not_there_is_refused_in_one_line(

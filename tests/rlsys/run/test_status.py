@@ -146,7 +146,7 @@ def test_failures_checkpoint_prompts_and_the_last_error(run_dir: Path) -> None:
         "failed_rollouts": 3,
     }
     assert status.prompts == {"trained": 2, "filtered": 1, "skipped": 0}
-    assert status.held_out == {"pass_at_k": 0.5}
+    assert status.held_out == {"pass@k": 0.5, "weight version": 4}
     assert status.checkpoint is not None and status.checkpoint.weight_version == 3
     assert status.last_error is not None
     assert status.last_error.file.endswith("actor-1.log") and status.last_error.line == "ValueError: bad"

@@ -36,7 +36,7 @@ def test_rates_and_shares() -> None:
     assert (measured.steps, measured.step_s, measured.actors_idle) == (3, 10, 0)
     assert (measured.generated_tokens_per_s, measured.trained_tokens_per_s) == (50, 40)
     assert measured.shares == pytest.approx(
-        {"rollout": 0.6, "learn": 0.3, "publish": 0.1, "checkpoint": 0, "evaluate": 0}
+        {"wait": 0.6, "learn": 0.3, "publish": 0.1, "checkpoint": 0, "evaluate": 0, "rest": 0}
     )
     assert measured.bottleneck.startswith("generation: the learner waits for trajectories 60%")
 

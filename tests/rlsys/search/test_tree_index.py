@@ -12,6 +12,7 @@ from rlsys.errors import DataError
 from rlsys.search.tree_index import TreeIndex
 from rlsys.search.tree_json import tree_line
 from rlsys.trees import Tree, TreeFailure
+from rlsys.types import Verdict
 
 WRONG = tree(node(0, 'say "outcome":"ok"'), answer(1, "x", "wrong"), prompt_id='with "quotes" \\ é')
 FAILURE = TreeFailure(prompt_id="failed", question="q", answer="1", reason="no actor")
@@ -39,6 +40,16 @@ def test_every_tree_is_read_alone(tmp_path: Path) -> None:
     assert [place.right for place in made.places] == [True, False, False, True]
     assert [place.failed for place in made.places] == [False, False, True, False]
     assert [tree_line(made.tree(n)) for n in range(3)] == [tree_line(each) for each in trees]
+
+
+def test_a_right_tree_is_one_that_is_solved(tmp_path: Path) -> None:
+    unjudged = answer(1, "x", "ok", reward=0.0)  # nothing to compare an answer with, and no reward
+    ok = Verdict(outcome="ok", reward=-0.5, answered=True, detail='a "quote" \\', parts={"task": 1.0, "short": -1.5})
+    shaped = replace(unjudged, verdict=ok)
+    trees = [tree(node(0, "t"), *answers) for answers in ((unjudged,), (shaped,), (unjudged, shaped), ())]
+    write(tmp_path / "trees", "00000.jsonl", *trees)
+    rights = [place.right for place in index(tmp_path).places]
+    assert rights == [each.solved for each in trees] == [False, True, True, False]
 
 
 def test_shards_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:

@@ -111,8 +111,8 @@ def test_answers(tmp_path: Path, cell: Any, answer: str) -> None:
 def test_other_cells_are_no_answers(tmp_path: Path, cell: Any) -> None:
     good = [{"question": f"q{n}", "answer": "1"} for n in range(4)]
     task = task_of(tmp_path, [{"question": "q", "answer": cell}, *good], max_bad_rows=0.5)
-    assert task.skipped == 1
-    assert "column 'answer': expected text, found" in task.skip_reasons[0]
+    [note] = task.notes()
+    assert " 1 of 5 rows skipped, " in note and "column 'answer': expected text, found" in note
 
 
 LISTS_OF_VALUES = [
@@ -140,8 +140,8 @@ def test_a_list_in_a_list_is_unreadable_because_the_judge_would_flatten_it(
     good = [{"question": f"q{n}", "answer": "1"} for n in range(4)]
     row = {"question": "q", "answer": {"ground_truth": cell} if nested else cell}
     task = task_of(tmp_path, [row, *good], max_bad_rows=0.5)
-    assert task.skipped == 1
-    reason = task.skip_reasons[0]
+    [reason] = task.notes()
+    assert " 1 of 5 rows skipped, " in reason
     assert "column 'answer': expected one value in each entry of a list, found" in reason
     assert "put an entry that is a list itself into brackets, or write the whole answer as one text" in reason
     assert "\n" not in reason
@@ -193,8 +193,8 @@ BAD_CONVERSATIONS: list[tuple[list[dict[str, Any]], str]] = [
 def test_conversations_that_cannot_be_used(tmp_path: Path, cell: Any, message: str) -> None:
     good = [{"prompt": [{"role": "user", "content": f"q{n}"}], "answer": "1"} for n in range(4)]
     task = task_of(tmp_path, [{"prompt": cell, "answer": "1"}, *good], max_bad_rows=0.5)
-    assert task.skipped == 1
-    assert f"column 'prompt': {message}" in task.skip_reasons[0]
+    [note] = task.notes()
+    assert " 1 of 5 rows skipped, " in note and f"column 'prompt': {message}" in note
 
 
 @pytest.mark.parametrize(
@@ -250,9 +250,9 @@ def test_a_row_that_would_lose_something_is_unreadable(tmp_path: Path, row: dict
 
 def test_the_first_row_may_lack_the_answer(tmp_path: Path) -> None:
     rows = [{**VERL, "reward_model": {"ground_truth": None}}, VERL, {**VERL, "prompt": "other"}]
-    assert task_of(tmp_path, rows, max_bad_rows=0.5).skip_reasons == (
-        f"{tmp_path}/a.jsonl:1: column 'reward_model.ground_truth': expected text, found null",
-    )
+    reason = f"{tmp_path}/a.jsonl:1: column 'reward_model.ground_truth': expected text, found null"
+    notes = task_of(tmp_path, rows, max_bad_rows=0.5).notes()
+    assert notes[0] == f"task.path: 1 of 3 rows skipped, the first: {reason}"
 
 
 def test_an_exact_number_is_plain_text_that_travels_and_is_read_again(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_jsonl_rows_in_file_order_every_fifth_held_out(tmp_path):
     assert all_ids(task, "held_out") == ["held_out/5", "held_out/10"]
     assert task.problem("train", 4).question == "6 + 6?"
     assert task.problem("train", 4).answer == "12"
-    assert task.skipped == 0
+    assert task.notes() == ()
     assert task.demonstration(0, random.Random(0)) is None
 
 
@@ -152,13 +152,19 @@ def test_unreadable_row_is_skipped_counted_and_explained(tmp_path, bad):
     path = write_jsonl(tmp_path / "a.jsonl", [*good[:2], bad, *good[2:]])
     # 1 of 8 rows is bad. A max_bad_rows of 0.125 allows it, 0.124 does not.
     task = task_of(path, answer_pattern="#### (.+)", max_bad_rows=0.125, held_out_every=4)
-    assert task.skipped == 1
-    assert task.skip_reasons[0].startswith(f"{path}:3: ")
-    assert BAD_ROWS[bad] in task.skip_reasons[0]
+    [note] = task.notes()
+    assert note.startswith(f"task.path: 1 of 8 rows skipped, the first: {path}:3: ") and BAD_ROWS[bad] in note
     assert all_ids(task, "train") == [f"train/{i}" for i in (1, 2, 5, 6, 7)]
-    assert task.notes() == (f"task.path: 1 of 8 rows skipped, the first: {task.skip_reasons[0]}",)
     with pytest.raises(DataError, match=r"1 of 8 rows are unreadable, more than task\.max_bad_rows 0\.124; .*:3: "):
         task_of(path, answer_pattern="#### (.+)", max_bad_rows=0.124).size("train")
+
+
+def test_a_note_has_the_reasons_of_the_first_skipped_rows(tmp_path):
+    bad = [{"question": "q", "answer": None}] * 4
+    good = [{"question": f"q{n}", "answer": "1"} for n in range(4)]
+    task = task_of(write_jsonl(tmp_path / "a.jsonl", [*good, *bad]), max_bad_rows=0.5, held_out_every=4)
+    [note] = task.notes()
+    assert "4 of 8 rows skipped" in note and note.count("a.jsonl:") == note.count("expected text") == 3
 
 
 def test_bytes_that_are_not_utf8_are_one_bad_row(tmp_path):
@@ -167,7 +173,7 @@ def test_bytes_that_are_not_utf8_are_one_bad_row(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + b"\n\n".join([*lines, b'{"question": "\xff", "answer": 1}']))
     task = task_of(path, max_bad_rows=0.2, held_out_every=3)
     # Blank lines count as lines, not as rows. A byte order mark is allowed.
-    assert task.skip_reasons == (f"{path}:9: not UTF-8",)
+    assert task.notes() == (f"task.path: 1 of 5 rows skipped, the first: {path}:9: not UTF-8",)
     assert all_ids(task, "train") == ["train/1", "train/5", "train/7"]
 
 
@@ -285,7 +291,7 @@ def test_every_gsm8k_reference_verifies_against_itself_only():
     task = task_of("${RLSYS_DATA}/gsm8k_test.jsonl", answer_pattern="#### (.+)", held_out_every=2)
     problems = [task.problem(split, i) for split in ("train", "held_out") for i in range(task.size(split))]
     assert len(problems) == 1319
-    assert task.skipped == 0
+    assert task.notes() == ()
     for problem in problems:
         wrong = int(problem.answer.replace(",", "")) + 1
         completions = [f"<answer>{problem.answer}</answer>", rf"so \boxed{{{problem.answer}}}"]

@@ -5,22 +5,34 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rlsys.viewer.curves import FIRST, POINTS, curve_groups, curve_points, shown_number
+from rlsys.run.metrics import METRICS
+from rlsys.viewer.curves import POINTS, curve_groups, curve_points, shown_number
 
 
 def row(version: int, **metrics: float) -> dict[str, Any]:
     return {"stage": "online", "step": version, "weights/version": version, **metrics}
 
 
-def test_known_metrics_come_first_with_their_meaning() -> None:
-    rows = [row(1, **{"learner/loss": 2.0, "rollout/reward": 0.1, "time/step_s": 3.0, "new/thing": 1.0})]
-    groups = dict(curve_groups([rows]))
-    assert list(groups) == ["At a glance", "Times", "Others"]
-    assert [curve.name for curve in groups["At a glance"]] == ["rollout/reward", "learner/loss"]
-    assert groups["At a glance"][0].meaning.startswith("mean reward") and groups["At a glance"][0].last == ("0.1",)
-    assert groups["Times"][0].unit == "s"
-    assert "does not know" in groups["Others"][0].meaning
-    assert len(set(FIRST)) == len(FIRST)
+def test_the_charts_of_tensorboard_come_first_and_others_stay_under_their_first_part() -> None:
+    names = ("new/thing", "learner/loss", "learner/kl", "rollout/reward", "rollout/reward_low", "time/step_s")
+    groups = curve_groups([[row(1, **dict.fromkeys(names, 0.1))]])
+    assert [(title, [curve.name for curve in curves]) for title, curves in groups] == [
+        ("Progress", ["rollout/reward"]),
+        ("Health", ["learner/kl"]),
+        ("Losses", ["learner/loss"]),
+        ("Time", ["time/step_s"]),
+        ("rollout/", ["rollout/reward_low"]),
+        ("new/", ["new/thing"]),
+    ]
+    reward, step, new = groups[0][1][0], groups[3][1][0], groups[5][1][0]
+    assert reward.meaning.startswith("mean reward") and reward.last == ("0.1",)
+    assert step.unit == "s" and "does not know" in new.meaning
+
+
+def test_every_metric_has_one_curve() -> None:
+    groups = curve_groups([[row(1, **dict.fromkeys(METRICS, 0.0))]])
+    names = [curve.name for _, curves in groups for curve in curves]
+    assert sorted(names) == sorted(set(METRICS) - {"weights/version"})
 
 
 def test_no_rows_give_no_curves() -> None:

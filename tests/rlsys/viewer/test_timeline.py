@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from resumable_runs import config
 
-from rlsys.run.metrics import METRICS
-from rlsys.viewer.timeline import BINS, PARTS, ROLES, timelines
+from rlsys.run.throughput import measure
+from rlsys.viewer.timeline import BINS, timelines
 
 
 def step(number: int, stage: str = "online", **seconds: float) -> dict[str, Any]:
@@ -16,14 +17,10 @@ def step(number: int, stage: str = "online", **seconds: float) -> dict[str, Any]
     return {"stage": stage, "step": number, "weights/version": number, **parts, **idle}
 
 
-def test_metrics_are_in_the_registry() -> None:
-    assert {name for name, _ in PARTS.values() if name} | set(ROLES) <= set(METRICS)
-
-
 def test_parts_add_up_to_the_step() -> None:
     rows = [step(0, evaluate=9.0), step(1, step=10.0, rollout=4.0, learn=3.0, publish=1.0, evaluate=1.5, idle=0.2)]
     rows[1]["weights/publish_s"] = 2.5  # it goes on beside the next step
-    line = timelines(rows)[0]
+    line = timelines(rows, overlapping=False)[0]
     column = line.columns[0]
     assert dict(column.parts) == {
         "wait": 4.0, "learn": 3.0, "publish": 1.0, "evaluate": 1.5, "checkpoint": 0.0, "rest": 0.5,
@@ -36,24 +33,20 @@ def test_parts_add_up_to_the_step() -> None:
 def test_many_steps_share_columns_and_a_long_one_is_cut_off() -> None:
     rows = [step(number, step=1.0, learn=1.0, idle=0.5) for number in range(1, 4 * BINS)]
     rows.append(step(4 * BINS, step=1000.0, learn=1.0, evaluate=999.0, idle=0.5))
-    line = timelines(rows)[0]
+    line = timelines(rows, overlapping=False)[0]
     assert len(line.columns) == BINS and (line.columns[0].first, line.columns[0].last) == (1, 4)
     assert line.height == 2.5 and line.cut == 1
 
 
-@pytest.mark.parametrize(
-    ("seconds", "advice"),
-    [
-        ({"step": 10.0, "rollout": 8.0, "learn": 2.0, "idle": 0.1}, "Rollouts are the bottleneck"),
-        ({"step": 10.0, "rollout": 1.0, "learn": 9.0, "idle": 0.8}, "The learner is the bottleneck"),
-        ({"step": 10.0, "rollout": 5.0, "learn": 4.0, "idle": 0.5}, "They wait for each other"),
-        ({"step": 10.0, "learn": 10.0}, "no rollouts"),
-    ],
-)
-def test_the_sentence_says_who_waits(seconds: dict[str, float], advice: str) -> None:
-    assert advice in timelines([step(1, **seconds)])[0].verdict
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_the_sentence_is_that_of_status(overlapping: bool) -> None:
+    rows = [step(n, step=10.0, rollout=5.0 + n / 10, learn=4.0, evaluate=n % 2, idle=0.5) for n in range(1, 40)]
+    measured = measure(rows, config(train={"max_staleness": int(overlapping)}))
+    line = timelines(rows, overlapping=overlapping)[0]
+    assert measured is not None
+    assert (line.bottleneck, line.measured, line.steps) == (measured.bottleneck, measured.steps, 39)
 
 
 def test_the_newest_stage_comes_first() -> None:
     rows = [step(1, "warm_start", step=1.0), step(1, step=1.0), {"stage": "search", "step": 1}]
-    assert [line.stage for line in timelines(rows)] == ["online", "warm_start"]
+    assert [line.stage for line in timelines(rows, overlapping=False)] == ["online", "warm_start"]
