@@ -77,22 +77,6 @@ class TokenValues:
     untrained: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenValues:
-    """Values that a training step had for the tokens of a trajectory.
-
-    Attributes:
-        advantages: [T] float32, of the policy term; NaN on tokens that it does not train; None if it trains no token.
-        gaps: [T] float32, nats, log-probability under the learner's policy before the update minus that of the sampler;
-            with NaN and None as in `advantages`.
-        untrained: why there are none, for people; "" if there are.
-    """
-
-    advantages: Float32Array | None = None
-    gaps: Float32Array | None = None
-    untrained: str = ""
-
-
 class Task(Protocol):
     """Problems, verifier and demonstrations: pure functions of seed, split and index, without ray and torch.
 
