@@ -51,6 +51,9 @@ ENDINGS: frozenset[Defect] = frozenset({"truncated", "unclosed", "malformed", "u
 TEXT = "text"
 """Type of a piece of a chain that does not begin with the tag of a known node."""
 
+ENVIRONMENT = "environment"
+"""Type of a node with the reply of an environment to a turn of the policy. All its tokens are forced."""
+
 StopReason = Literal["correct", "simulations", "tokens", "answers", "sure", "exhausted"]
 
 
@@ -83,7 +86,8 @@ class ThoughtNode:
         visits: Number of chains that ended at or below the node, including repeated draws. These are the scored
             answers and the chains that the proposing model ended without an answer.
         total: Sum of the rewards of these chains. Chains without an answer have reward 0.
-        verdict: Verdict on the chain that ends here; None unless the node is whole, terminal and judged.
+        verdict: Verdict on the chain that ends here; None unless the node is whole, terminal and judged. A chain
+            without an answer has one if replies of an environment gave it a reward, or if the environment failed.
         scored: Place of this answer among the scored answers of the tree (outcome ok or wrong), from 0; otherwise -1.
         scored_tokens: Total of tokens that the tree had generated when the answer was scored.
     """

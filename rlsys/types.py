@@ -259,20 +259,21 @@ class Preference:
 
     Attributes:
         chosen_ids: [T] int32, the prompt first, the end token last.
-        rejected_ids: as `chosen_ids`.
         prompt_length: number of tokens of the prompt.
         common: length of the longest common prefix, prompt included. Both chains have tokens after it.
+        chosen_mask: [T] bool, False on the replies of an environment alone; None without one.
         chosen_visits: visits of the first node in which the chosen chain differs; None for a pair without a tree.
-        rejected_visits: as `chosen_visits`.
         chosen_reference: sum of the log-probabilities, in nats, of the tokens that the preference loss compares, under
             the reference policy; None until it is computed.
-        rejected_reference: as `chosen_reference`.
+        rejected_ids, rejected_mask, rejected_visits, rejected_reference: those of the rejected chain.
     """
 
     chosen_ids: Int32Array
     rejected_ids: Int32Array
     prompt_length: int
     common: int
+    chosen_mask: BoolArray | None = None
+    rejected_mask: BoolArray | None = None
     chosen_visits: int | None = None
     rejected_visits: int | None = None
     chosen_reference: float | None = None

@@ -186,7 +186,7 @@ class Episodes:
                 return
             [reply] = await self._judges.replies([(episode.prompt.problem, episode.turns)])
             if isinstance(reply, Verdict):
-                episode.failure = _failure(reply)
+                episode.failure = environment_failure(reply)
                 return
             episode.replies.append(reply)
             # Without a role nothing follows an end token; with one, a turn ends with the token of the chat template.
@@ -213,16 +213,16 @@ class Episodes:
             logprobs=[0.0] * count,
         )
         if isinstance(opening, Verdict):
-            episode.failure = _failure(opening)
+            episode.failure = environment_failure(opening)
         elif opening.text and self._config.role is not None:
             detail = "a text before the first turn needs environment.role null; put it into the question"
-            episode.failure = _failure(Verdict(outcome="error", reward=0.0, answered=False, detail=detail))
+            episode.failure = environment_failure(Verdict(outcome="error", reward=0.0, answered=False, detail=detail))
         elif opening.text:
             episode.force(self._encoder.reply(opening.text))
         if len(episode.token_ids) >= self._max_model_len:
             detail = f"the text before the first turn has {len(episode.token_ids) - count} tokens, too many for "
             detail += f"actors.max_model_len {self._max_model_len}"
-            episode.failure = _failure(Verdict(outcome="error", reward=0.0, answered=False, detail=detail))
+            episode.failure = environment_failure(Verdict(outcome="error", reward=0.0, answered=False, detail=detail))
         episode.finish_reason = "abort" if episode.failure else "stop"
         return episode
 
@@ -267,7 +267,8 @@ def with_replies(verdict: Verdict, replies: Sequence[Reply]) -> Verdict:
     )
 
 
-def _failure(verdict: Verdict) -> Verdict:
+def environment_failure(verdict: Verdict) -> Verdict:
+    """Return the verdict on an episode whose environment failed."""
     return replace(verdict, detail=f"environment: {verdict.detail}")
 
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 from actors.search.engines import CompletionEngine
 from actors.search.requests import proposing_role
-from actors.search.scheduler import RoleEngine, SchedulerSettings, TreeScheduler, Valuer
+from actors.search.scheduler import TreeScheduler, Valuer
+from actors.search.starting import RoleEngine, SchedulerSettings
+from actors.search.turns import SearchedEnvironment
 from actors.search.values.deadline import TimedValuer
 from actors.search.values.function import FunctionValuer
 from actors.search.values.judge import JudgeValuer, ScoringEngine
@@ -21,6 +23,7 @@ from rlsys.config.search_values import FunctionValueConfig, ModelValueConfig, Ro
 from rlsys.errors import ConfigError
 from rlsys.models.chat import CheckedEncoder
 from rlsys.models.folder import ModelFolder
+from rlsys.models.turns import TurnEncoder
 from rlsys.search.codec import TagCodec
 from rlsys.tasks import tags
 from rlsys.trees import Role
@@ -105,6 +108,7 @@ def build_scheduler(
         top_p=search.top_p or settings.sampling.top_p,
         max_chain_tokens=settings.sampling.max_tokens,
         in_flight=_share_of_proposer(search, settings.actors, settings.auxiliary_paths),
+        environment=_searched_environment(settings, own_model),
     )
     proposer = role_engines[proposing_role(role_engines)]
     valuer = _valuer(settings, search, proposer, judge, verifier, scheduler_settings)
@@ -138,6 +142,13 @@ def _valuer(
         valuer = JudgeValuer(judge, ModelFolder(settings.auxiliary_paths["judge"]), search.value)
         return TimedValuer(valuer, search.value.timeout_s)
     return None
+
+
+def _searched_environment(settings: ActorSettings, policy: ModelFolder) -> SearchedEnvironment | None:
+    """Return the environment in use; None without one."""
+    if settings.environment is None:
+        return None
+    return SearchedEnvironment(settings.environment, TurnEncoder(policy.tokenizer, settings.environment.role).reply)
 
 
 def _section(search: SearchConfig, role: Role) -> SearchModelConfig | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from actors.rollouts.seeds import sample_seed
 from actors.search.requests import Call, PlannedCall, SearchModel, proposing_role
@@ -12,7 +13,7 @@ from actors.search.tree import GrowingTree, NewNode, Node
 from rlsys.config.search import SearchConfig
 from rlsys.search.codec import Stop
 from rlsys.search.paths import node_ids
-from rlsys.trees import Role
+from rlsys.trees import ENVIRONMENT, Role
 
 
 @dataclass(slots=True)
@@ -33,7 +34,8 @@ class Expander:
 
     Args:
         tree_seed: run.seed and the prompt's id. They decide the seeds of all calls.
-        max_chain_tokens: Longest chain, in tokens of the model that continues it.
+        max_chain_tokens: Longest chain, in tokens of the model that continues it, without replies of an environment.
+        turn_stop: Strings that end a turn, beside an environment.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class Expander:
         *,
         tree_seed: tuple[int, str],
         max_chain_tokens: int,
+        turn_stop: tuple[str, ...] = (),
     ) -> None:
+        self._turn_stop = Stop(strings=turn_stop)
         self._tree, self._config, self._models, self._rng = tree, config, models, rng
         self._types = tree.pattern.types
         self._proposer = proposing_role(models)
@@ -69,10 +73,12 @@ class Expander:
         """Plan the rest of a chain. The proposer chooses the types of its nodes."""
         return Plan(self._planned_calls(node, None, self._proposer, "", 1))
 
-    def backtrack_chain(self, node: Node, name: str) -> Plan:
-        """Plan the rest of a chain whose first node has a given type. The proposer writes this node."""
+    def backtrack(self, node: Node, name: str) -> tuple[Literal["chain", "single"], Plan]:
+        """Plan a child after a wrong answer, and the rest of its chain if the proposer writes whole chains."""
+        if not self._tree.chains or self.role_of(name) in (None, "reviewer"):
+            return "single", self.single(node, name, backtrack=True)
         text = f"<{self._types[name].tag}>{self._prefix(name)}"
-        return Plan(self._planned_calls(node, name, self._proposer, text, 1, backtrack=True))
+        return "chain", Plan(self._planned_calls(node, name, self._proposer, text, 1, backtrack=True))
 
     def redraw(self, node: Node, kept: int) -> Plan:
         """Plan the rest of a chain that keeps the first `kept` tokens of a node and draws all others again."""
@@ -132,12 +138,14 @@ class Expander:
         context, spill = self._context(node, role)
         forced = model.codec.encode(text.removeprefix(spill)) if text else list(forced)
         ids = [*context, *forced]
-        room = min(model.max_model_len - len(ids), self._max_chain_tokens - (len(ids) - len(model.prompt_ids)))
+        room = self._room(node, model, len(ids))
         if room < 1:
             self._tree.counts["no_room"] += count
             return []
         max_tokens = room
-        if stop is not None and name is not None:
+        if stop is None:
+            stop = self._turn_stop
+        elif name is not None:
             max_tokens = min(room, self._types[name].max_tokens or self._config.max_node_tokens)
         return [
             PlannedCall(
@@ -147,12 +155,16 @@ class Expander:
                 spill=spill,
                 backtrack=backtrack,
                 limited_by_type=max_tokens < room,
-                call=Call(
-                    role=role, token_ids=ids, seed=self._seed_of(node), max_tokens=max_tokens, stop=stop or Stop()
-                ),
+                call=Call(role=role, token_ids=ids, seed=self._seed_of(node), max_tokens=max_tokens, stop=stop),
             )
             for _ in range(count)
         ]
+
+    def _room(self, node: Node, model: SearchModel, length: int) -> int:
+        """Return the number of tokens that may follow a context of some length whose chain goes on after a node."""
+        replies = sum(len(step.token_ids) for step in node.path() if step.type == ENVIRONMENT)
+        own = length - len(model.prompt_ids) - replies
+        return min(model.max_model_len - length, self._max_chain_tokens - own)
 
     def _seed_of(self, node: Node) -> int:
         """Return the seed of the next draw from a node."""

@@ -9,7 +9,7 @@ from rlsys.config.search import ExtractConfig
 from rlsys.search.extract import Codec, preference_pairs, step_preferences
 from rlsys.search.paths import path_tokens
 from rlsys.search.supervised import supervised_rows
-from rlsys.trees import ENDINGS, ThoughtNode, Tree
+from rlsys.trees import ENDINGS, ENVIRONMENT, ThoughtNode, Tree
 from rlsys.types import FinishReason, Prompt, RolloutFailure, Step, Trajectory, TrajectoryGroup, Verdict
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,8 @@ def search_metrics(tree: Tree) -> Mapping[str, float]:
         "duplicates": sum(node.samples - 1 for node in nodes),
         "backtracks": sum(node.backtrack for node in nodes),
         "verifier_errors": len(list(_failed_verifications(tree))),
+        "replies": sum(node.type == ENVIRONMENT for node in nodes),
+        "environment_errors": tree.counts.get("environment_error", 0) + tree.counts.get("environment_timeout", 0),
         "values": tree.counts.get("values", 0),
         "value_errors": tree.failed_values,
     }
@@ -80,7 +82,7 @@ def _verdict(node: ThoughtNode) -> Verdict | None:
     if node.scored >= 0:
         return node.verdict
     if node.defect in ENDINGS and node.writer == "policy":
-        return Verdict(outcome="wrong", reward=0.0, answered=False, detail=node.defect)
+        return node.verdict or Verdict(outcome="wrong", reward=0.0, answered=False, detail=node.defect)
     return None
 
 

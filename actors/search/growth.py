@@ -11,6 +11,7 @@ from actors.search.reading import ChainPiece, CompletionReader
 from actors.search.requests import Values
 from actors.search.simulations import Simulation
 from actors.search.tree import GrowingTree, Node
+from actors.search.turns import Turns
 from actors.search.values.valuation import Valuation
 from rlsys.trees import ENDINGS, Role
 
@@ -22,6 +23,7 @@ class Growth:
         places: Gets the new nodes; None if the search goes down paths.
         valuation: None if no values are asked for.
         proposer: Role that proposes the nodes.
+        turns: None without an environment.
     """
 
     def __init__(
@@ -31,9 +33,10 @@ class Growth:
         places: ChainPlaces | None,
         valuation: Valuation | None,
         proposer: Role,
+        turns: Turns | None,
     ) -> None:
         self._tree, self._reader, self._places, self._valuation = tree, reader, places, valuation
-        self._proposer = proposer
+        self._proposer, self._turns = proposer, turns
 
     def read(self, job: Job, completions: Sequence[Completion], *, asks: bool) -> None:
         """Read the nodes of a job into its `lines`, and in its `unvalued` those that must wait for values.
@@ -61,7 +64,7 @@ class Growth:
             child = self._tree.add(job.node, piece.node)
             self._tree.refresh(child)
             if self.has_failed(child):
-                self._tree.back_up(child, 0.0)
+                self._tree.back_up(child, self.failed_reward(child))
 
     def add_chain(self, job: Job, simulation: Simulation) -> str | None:
         """Add the nodes of a chain and enter them; return the type of the node that the reviewer must write."""
@@ -76,5 +79,9 @@ class Growth:
             self._tree.refresh(child)
 
     def has_failed(self, node: Node) -> bool:
-        """Return whether the proposer's chain has failed at a node without an answer. Its reward is 0."""
+        """Return whether the proposer's chain has failed at a node without an answer."""
         return node.defect in ENDINGS and node.writer == self._proposer
+
+    def failed_reward(self, node: Node) -> float:
+        """Return the reward of a chain that has failed: 0, or that of the replies of an environment."""
+        return self._turns.unanswered_reward(node) if self._turns else 0.0

@@ -10,18 +10,20 @@ from typing import Literal
 from actors.engine import Completion
 from actors.search.expansion import Plan
 from actors.search.reading import Line
-from actors.search.requests import Ask, Judge, Request, Value, Values
+from actors.search.requests import Ask, Judge, Request, Turn, Value, Values
 from actors.search.simulations import Simulation
 from actors.search.tree import Node
+from actors.search.turns import turn_texts
 from actors.search.values.valuation import Unvalued
+from rlsys.interfaces import Reply
 from rlsys.types import Verdict
 
-Answer = Sequence[Completion] | Verdict | Values
+Answer = Sequence[Completion] | Verdict | Reply | Values
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """An expansion or a verdict that has not been applied to the tree.
+    """An expansion, a verdict or a reply that has not been applied to the tree.
 
     Attributes:
         simulations: Simulations that wait for it. Only "children" jobs have more than one.
@@ -30,7 +32,7 @@ class Job:
         unvalued: Those of them whose values are open.
     """
 
-    kind: Literal["children", "single", "chain", "verdict"]
+    kind: Literal["children", "single", "chain", "verdict", "reply"]
     node: Node
     simulations: list[Simulation]
     plan: Plan = field(default_factory=Plan)
@@ -42,9 +44,9 @@ class Job:
 class JobQueue:
     """Jobs whose requests are open.
 
-    Completions are applied in the order of their requests, whatever the order of their arrival. All open verdicts and
-    values are applied before the next completion, in their own order, so that the simulation of a short chain does not
-    wait for longer chains, and a node is not chosen before its value is known.
+    Completions are applied in the order of their requests, whatever the order of their arrival. All open verdicts,
+    replies and values are applied before the next completion, in their own order, so that the simulation of a short
+    chain does not wait for longer chains, and a node is not chosen before its value is known.
     """
 
     def __init__(self) -> None:
@@ -57,9 +59,10 @@ class JobQueue:
     def add(self, job: Job) -> None:
         """Number a job and queue its request."""
         self._number(job)
-        if job.kind == "verdict":
+        if job.kind in ("verdict", "reply"):
+            turns = turn_texts(job.node)
             self._judgements.append(job)
-            self._requests.append(Judge(job.number, "".join(step.text for step in job.node.path())))
+            self._requests.append(Turn(job.number, turns) if job.kind == "reply" else Judge(job.number, "".join(turns)))
         else:
             self._expansions.append(job)
             self._requests.append(Ask(job.number, tuple(planned.call for planned in job.plan.calls)))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 from actors.engine import Completion
 from actors.rollouts.seeds import sample_seed
@@ -22,18 +21,21 @@ from actors.search.expansion import Expander, Plan
 from actors.search.frontier import frontier
 from actors.search.growth import Growth
 from actors.search.jobs import Answer, Job, JobQueue
-from actors.search.places import ChainPlaces, chain_places
+from actors.search.places import ChainPlaces, chain_places, growing_tree
 from actors.search.reading import CompletionReader
+from actors.search.requesting import Requesting
 from actors.search.requests import Request, SearchModel, Values, proposing_role
 from actors.search.selection import choose
 from actors.search.simulations import Simulation, Simulations
 from actors.search.snapshot import finished_tree
 from actors.search.stopping import StopRule, is_correct, thinking_of
-from actors.search.tree import GrowingTree, Node, Status
+from actors.search.tree import Node, Status
+from actors.search.turns import SearchedEnvironment, Turns
 from actors.search.values.agreement import agreement
 from actors.search.values.valuation import valuation
 from rlsys.config.patterns import Pattern
 from rlsys.config.search import SearchConfig
+from rlsys.interfaces import Reply
 from rlsys.trees import Role, Tree
 from rlsys.types import Prompt, Verdict
 
@@ -43,8 +45,9 @@ class TreeSearch:
 
     Args:
         models: Models by role: "policy" or "model", which proposes the nodes, and "reviewer" if there is one.
-        max_chain_tokens: Longest chain, in tokens of the model that continues it.
+        max_chain_tokens: Longest chain, in tokens of the model that continues it, without replies of an environment.
         seed: run.seed. It decides all random draws, together with the prompt's id.
+        environment: Answers the turns of the policy; None without one.
     """
 
     def __init__(
@@ -56,11 +59,12 @@ class TreeSearch:
         *,
         max_chain_tokens: int,
         seed: int,
+        environment: SearchedEnvironment | None = None,
     ) -> None:
         self.prompt = prompt
         self._config, self._models = config, models
         self._rng = random.Random(sample_seed(seed, prompt.prompt_id, "search"))
-        self._tree = GrowingTree(pattern, chains=config.expansion == "chain", max_depth=config.max_depth)
+        self._tree = growing_tree(pattern, config)
         self._expander = Expander(
             self._tree,
             config,
@@ -68,22 +72,22 @@ class TreeSearch:
             self._rng,
             tree_seed=(seed, prompt.prompt_id),
             max_chain_tokens=max_chain_tokens,
+            turn_stop=environment.config.stop if environment else (),
         )
+        self._turns = Turns(self._tree, environment, models["policy"], max_chain_tokens) if environment else None
         self._queue = JobQueue()
+        self._jobs = Requesting(self._tree, self._queue)
         self._backtracking = Backtracking(self._tree, config)
         self._stop = StopRule(config.stop)
         self._simulations = Simulations(self._tree, self._stop, agreement(self._tree, config.value))
         self._places = chain_places(self._tree, self._expander, config.selection)
-        self._growth = Growth(
-            self._tree,
+        reader, values = (
             CompletionReader(self._tree, config, models),
-            self._places,
             valuation(self._tree, self._expander, config.value),
-            proposing_role(models),
         )
+        self._growth = Growth(self._tree, reader, self._places, values, proposing_role(models), self._turns)
         self._frontier = frontier(self._tree, config.selection, self._rng)
         self._expansions: dict[Node, Job] = {}
-        self._calls = 0
 
     def start(self) -> list[Request]:
         """Return the first requests. There are none if no node fits after the prompt; the tree is finished then."""
@@ -105,7 +109,7 @@ class TreeSearch:
 
     def tree(self) -> Tree:
         """Return the finished tree."""
-        return finished_tree(self.prompt, self._tree, self._models, self._stop, self._calls)
+        return finished_tree(self.prompt, self._tree, self._models, self._stop, self._jobs.calls)
 
     def _begin_simulations(self) -> None:
         """Begin as many simulations as may run at once. Queued backtracking children come first."""
@@ -127,7 +131,7 @@ class TreeSearch:
         """Begin a simulation at the next place; return False if it must wait."""
         if planned := places.next_chain(self._simulations.running):
             node, plan = planned
-            job = self._job("chain", node, self._simulations.begin(node), plan)
+            job = self._jobs.expand("chain", node, self._simulations.begin(node), plan)
             if not plan.calls:
                 self._receive(job, ())
         return planned is not None
@@ -156,39 +160,38 @@ class TreeSearch:
 
     def _expand(self, node: Node, simulation: Simulation) -> bool:
         """Request children of a node. Return False if no request was possible or necessary."""
+        if self._tree.ends_turn(node.type):
+            self._jobs.ask("reply", node, simulation)
+            return True
         if self._tree.chains:
             plan = self._expander.chain(node)
             node.drawn_chains += 1
             node.full = not plan.calls  # the room for a child never grows
-            job = self._job("chain", node, simulation, plan)
+            job = self._jobs.expand("chain", node, simulation, plan)
         else:
             plan = self._expander.children(node)
             node.expanding = True
-            job = self._expansions[node] = self._job("children", node, simulation, plan)
+            job = self._expansions[node] = self._jobs.expand("children", node, simulation, plan)
         if plan.calls or not self._read(job, ()):
             return True
         if job.kind == "children":
             self._add_children(job)
         else:
-            self._close(job)
+            self._jobs.close(job)
         return False
 
     def _request_review(self, node: Node, name: str, simulation: Simulation) -> None:
         """Request the next node of a chain, of type `name`, from the reviewer."""
         plan = Plan() if self._stop.is_reached() else self._expander.single(node, name, backtrack=False)
-        job = self._job("single", node, simulation, plan)
+        job = self._jobs.expand("single", node, simulation, plan)
         if not plan.calls:
             self._receive(job, ())
 
     def _backtrack(self, node: Node, name: str) -> None:
         """Begin a simulation at an ancestor of a wrong answer and request its backtracking child of type `name`."""
         simulation = self._simulations.begin(node)
-        is_chain = self._tree.chains and self._expander.role_of(name) not in (None, "reviewer")
-        if is_chain:
-            plan = self._expander.backtrack_chain(node, name)
-        else:
-            plan = self._expander.single(node, name, backtrack=True)
-        job = self._job("chain" if is_chain else "single", node, simulation, plan)
+        kind, plan = self._expander.backtrack(node, name)
+        job = self._jobs.expand(kind, node, simulation, plan)
         if not plan.calls:
             self._receive(job, ())
 
@@ -199,34 +202,23 @@ class TreeSearch:
         """
         if node.verdict is not None:
             self._simulations.end(simulation, node.verdict)
-            return
-        node.waiting += 1
-        self._queue.add(Job("verdict", node, [simulation]))
-        self._tree.refresh(node)
-
-    def _job(self, kind: Literal["children", "single", "chain"], node: Node, simulation: Simulation, plan: Plan) -> Job:
-        """Return a job for a plan. Queue it if the plan has calls."""
-        node.waiting += 1
-        job = Job(kind, node, [simulation], plan)
-        if plan.calls:
-            self._queue.add(job)
-            self._calls += len(plan.calls)
-            simulation.has_requested = True
-            self._tree.refresh(node)
-        return job
-
-    def _close(self, job: Job) -> None:
-        job.node.waiting -= 1
-        self._tree.refresh(job.node)
+        elif self._turns and node.reply is None:
+            self._jobs.ask("reply", node, simulation)
+        else:
+            self._jobs.ask("verdict", node, simulation)
 
     def _apply(self, job: Job, answer: Answer) -> None:
-        if isinstance(answer, Verdict):
+        if job.kind == "reply" and self._turns and isinstance(answer, Reply | Verdict):
+            self._turns.take(job.simulations[0], answer)
+            self._jobs.close(job)
+            self._go_on(job, job.simulations[0])
+        elif isinstance(answer, Verdict):
             self._apply_verdict(job, answer)
         elif isinstance(answer, Values):
             self._stop.tokens += answer.tokens
             self._growth.value(job, answer)
             self._add(job)
-        else:
+        elif not isinstance(answer, Reply):
             self._stop.tokens += sum(len(completion.token_ids) for completion in answer)
             self._receive(job, answer)
 
@@ -239,9 +231,7 @@ class TreeSearch:
         """Read the nodes of completions, and return False if they must wait for their values."""
         self._growth.read(job, completions, asks=not self._stop.is_reached())
         if job.unvalued:
-            self._queue.add_values(job)
-            self._calls += sum(len(calls) for each in job.unvalued for calls in each.thoughts.rollouts)
-            self._tree.refresh(job.node)
+            self._jobs.ask_values(job)
         return not job.unvalued
 
     def _add(self, job: Job) -> None:
@@ -256,23 +246,31 @@ class TreeSearch:
             reviewed_type = self._growth.add_chain(job, simulation)
         else:
             self._growth.add_single(job, simulation)
-        self._close(job)
+        self._jobs.close(job)
         if reviewed_type is not None:
             self._request_review(simulation.node, reviewed_type, simulation)
-        elif self._growth.has_failed(simulation.node):
-            self._simulations.back_up(simulation, 0.0)
-        elif simulation.node is job.node or (job.kind == "chain" and not simulation.node.terminal):
-            self._simulations.leave(simulation)
         else:
+            self._go_on(job, simulation)
+
+    def _go_on(self, job: Job, simulation: Simulation) -> None:
+        """Continue a simulation with the node that a job has brought, or end it there."""
+        node = simulation.node
+        is_end = node.terminal or self._tree.ends_turn(node.type)
+        if self._growth.has_failed(node):
+            self._simulations.back_up(simulation, self._growth.failed_reward(node))
+        elif job.kind == "reply" or (node is not job.node and (job.kind == "single" or is_end)):
             self._continue(simulation)
+        else:
+            self._simulations.leave(simulation)
 
     def _add_children(self, job: Job) -> None:
         del self._expansions[job.node]
         self._growth.add_children(job)
-        self._close(job)
+        self._jobs.close(job)
 
     def _apply_verdict(self, job: Job, verdict: Verdict) -> None:
         node, [simulation] = job.node, job.simulations
+        verdict = self._turns.rewarded(node, verdict) if self._turns else verdict
         node.verdict, node.scored_tokens = verdict, self._stop.tokens
         is_scored = verdict.outcome in ("ok", "wrong")
         if is_scored:
@@ -280,7 +278,7 @@ class TreeSearch:
         else:
             self._tree.counts[f"verifier_{verdict.outcome}"] += 1
         self._stop.count(verdict, thinking_of(node, self._tree.pattern))
-        self._close(job)
+        self._jobs.close(job)
         self._simulations.end(simulation, verdict)
         if is_scored and not is_correct(verdict) and self._config.backtracking:
             self._backtracking.plan(node)

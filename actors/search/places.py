@@ -11,7 +11,8 @@ from actors.search.simulations import Simulation
 from actors.search.surprise import SurprisingPlaces
 from actors.search.switches import ThoughtSwitches
 from actors.search.tree import GrowingTree, Node
-from rlsys.config.search import RevisionConfig, SelectionConfig, SurpriseConfig
+from rlsys.config.patterns import Pattern
+from rlsys.config.search import RevisionConfig, SearchConfig, SelectionConfig, SurpriseConfig
 
 
 class ChainPlaces(Protocol):
@@ -24,6 +25,12 @@ class ChainPlaces(Protocol):
     def add(self, node: Node, first: int, rest: int) -> None:
         """Take a new node, whose generated tokens are new from the number `first` on; `rest` tokens came after it."""
         ...
+
+
+def growing_tree(pattern: Pattern, config: SearchConfig) -> GrowingTree:
+    """Return the tree of a search, with the prompt alone."""
+    by_rows = not isinstance(config.selection, SurpriseConfig | RevisionConfig)
+    return GrowingTree(pattern, chains=config.expansion == "chain", max_depth=config.max_depth, by_rows=by_rows)
 
 
 def chain_places(tree: GrowingTree, expander: Expander, selection: SelectionConfig) -> ChainPlaces | None:

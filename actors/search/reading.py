@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from actors.engine import Completion
 from actors.search.requests import PlannedCall, SearchModel, proposing_role
@@ -69,19 +69,21 @@ class CompletionReader:
             ("too_long", self._is_too_long),
             # The verifier, too, refuses text after an answer.
             ("malformed", lambda place: place.terminal and not place.last),
-            ("unanswered", lambda place: place.last and not place.terminal and place.finish_reason == "stop"),
+            ("unanswered", self._is_unanswered),
         )
 
     def read_node(self, planned: PlannedCall, completion: Completion) -> NewNode:
         """Return the node of a call that requested a single node."""
         ids, readings = self._read(planned, completion)
+        assert planned.type is not None  # noqa: S101 - only chains leave the type open
+        if self._tree.ends_turn(planned.type):
+            readings[0] = _with_spill(readings[0])
         first = readings[0]
         defect: Defect | None = first.defect
         if defect is None and (len(readings) > 1 or not self._may_begin_node(first.spill)):
             defect = "malformed"
         if defect == "truncated" and planned.limited_by_type:
             defect = "too_long"
-        assert planned.type is not None  # noqa: S101 - only chains leave the type open
         return NewNode(
             type=planned.type,
             text="".join(reading.text for reading in readings),
@@ -97,11 +99,12 @@ class CompletionReader:
         )
 
     def read_chain(self, node: Node, planned: PlannedCall, completion: Completion) -> Iterator[ChainPiece]:
-        """Yield the nodes of a chain, up to its end, its first defective node, or a node for the reviewer."""
+        """Yield the nodes of a chain up to a defect, the end of a turn, or a reviewed node."""
         ids, readings = self._read(planned, completion)
         parent_type, depth = node.type, node.depth
         for number, reading in enumerate(readings):
             name = self._types.get(reading.tag or "", TEXT)
+            reading = _with_spill(reading) if self._tree.ends_turn(name) else reading
             given = planned.backtrack and number == 0
             place = _Place(
                 reading=reading,
@@ -120,6 +123,10 @@ class CompletionReader:
             rest = readings[number:] if defect else [reading]
             yield ChainPiece(_chain_node(place, rest, defect, ids, planned, completion), is_reviewed)
             if defect or is_reviewed or place.terminal:
+                return
+            if self._tree.ends_turn(name):  # text after it was drawn without the reply: the stop string was kept
+                if dropped := sum(rest.stop - rest.start for rest in readings[number + 1 :]):
+                    self._tree.counts["dropped_tokens"] += dropped
                 return
             parent_type, depth = name, depth + 1
 
@@ -141,6 +148,10 @@ class CompletionReader:
     def _is_off_pattern(self, place: _Place) -> bool:
         return not place.given and place.type not in self._pattern.children.get(place.parent_type, {})
 
+    def _is_unanswered(self, place: _Place) -> bool:
+        ended = place.last and place.finish_reason == "stop"
+        return ended and not place.terminal and not self._tree.ends_turn(place.type)
+
     def _is_too_deep(self, place: _Place) -> bool:
         return self._tree.max_depth is not None and place.parent_depth >= self._tree.max_depth
 
@@ -150,6 +161,11 @@ class CompletionReader:
         opening = place.forced or len(self._models[self._proposer].codec.encode(f"<{node_type.tag}>"))
         length = place.reading.stop - place.reading.start - opening
         return length > (node_type.max_tokens or self._config.max_node_tokens)
+
+
+def _with_spill(reading: Reading) -> Reading:
+    """Return the end of a turn with all text of its last token, as the environment reads it."""
+    return replace(reading, text=reading.text + reading.spill, spill="")
 
 
 def _chain_node(

@@ -82,6 +82,18 @@ class Judge:
     completion: str
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Request for the reply of an environment. The answer is a `Reply`, or the `Verdict` of a failure.
+
+    Attributes:
+        turns: Texts of the policy so far.
+    """
+
+    number: int
+    turns: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thoughts:
     """Successive new nodes of one chain, whole and not terminal.
@@ -124,4 +136,4 @@ class Values:
     tokens: int = 0
 
 
-Request = Ask | Judge | Value
+Request = Ask | Judge | Turn | Value

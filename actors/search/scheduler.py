@@ -8,7 +8,6 @@ once. The timing of answers does not change the finished trees.
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -21,14 +20,13 @@ import numpy as np
 
 from actors.engine import Completion, CompletionRequest
 from actors.rollouts.seeds import sample_seed
-from actors.search.engines import CompletionEngine, completion_request
+from actors.search.engines import completion_request
 from actors.search.jobs import Answer
 from actors.search.mcts import TreeSearch
-from actors.search.requests import Judge, Request, SearchModel, Value, Values
-from rlsys.config.patterns import Pattern
-from rlsys.config.search import SearchConfig
+from actors.search.requests import Judge, Request, Turn, Value, Values
+from actors.search.starting import RoleEngine, SchedulerSettings, TreeStarter
 from rlsys.errors import RolloutError
-from rlsys.search.codec import TagCodec
+from rlsys.interfaces import Reply
 from rlsys.trees import Role, Tree, TreeFailure
 from rlsys.types import Problem, Prompt, Verdict
 
@@ -49,7 +47,7 @@ class Valuer(Protocol):
 
 
 class Verifier(Protocol):
-    """Source of verdicts; see `actors.verifiers.pool.RewardPool`."""
+    """Source of verdicts, and of the replies of an environment; see `actors.verifiers.pool.RewardPool`."""
 
     async def verify(
         self,
@@ -57,37 +55,7 @@ class Verifier(Protocol):
         on_verdicts: Callable[[Sequence[tuple[int, Verdict]]], None] | None = None,
     ) -> list[Verdict]: ...
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoleEngine:
-    """The engine or engines of a role.
-
-    Attributes:
-        model: Digest of the model.
-        max_model_len: Longest context in tokens, prompt included.
-    """
-
-    engine: CompletionEngine
-    model: str
-    codec: TagCodec
-    max_model_len: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerSettings:
-    """Settings that all trees share.
-
-    Attributes:
-        in_flight: Number of open requests below which another tree is admitted.
-    """
-
-    config: SearchConfig
-    patterns: Mapping[str, Pattern]
-    seed: int
-    temperature: float
-    top_p: float
-    max_chain_tokens: int
-    in_flight: int
+    async def replies(self, items: Sequence[tuple[Problem, Sequence[str]]]) -> list[Reply | Verdict]: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -98,7 +66,7 @@ class _ActiveTree:
         completions: Completions that have arrived, by the number of their request.
         tokens: Tokens generated for the tree so far.
         open: Completions that are under way.
-        valuations: Requests for values, ended ones included.
+        waiting: Requests for values and replies, ended ones included.
     """
 
     search: TreeSearch
@@ -108,11 +76,11 @@ class _ActiveTree:
     completions: dict[int, list[Completion | None]] = field(default_factory=dict)
     tokens: int = 0
     open: set[Future[Completion]] = field(default_factory=set)
-    valuations: set[asyncio.Task[None]] = field(default_factory=set)
+    waiting: set[asyncio.Task[None]] = field(default_factory=set)
 
     def abandon(self, _result: asyncio.Future[Tree | TreeFailure]) -> None:
         """Cancel all requests to engines, because the tree is finished or its caller is gone."""
-        for task in self.valuations:
+        for task in self.waiting:
             task.cancel()
         for future in list(self.open):
             future.cancel()
@@ -146,6 +114,7 @@ class TreeScheduler:
         valuer: Valuer | None = None,
     ) -> None:
         self._engines, self._verifier, self._settings, self._valuer = engines, verifier, settings, valuer
+        self._starter = TreeStarter(engines, settings)
         self._waiting: deque[_ActiveTree] = deque()
         self._inbox: deque[tuple[_Slot, Future[Completion]]] = deque()
         self._woken = False
@@ -161,50 +130,17 @@ class TreeScheduler:
             EngineError: An engine or the verifiers broke.
         """
         self._loop = asyncio.get_running_loop()
-        reason = self._reason_too_long(prompt)
-        if reason is not None:
-            return _failure(prompt, reason)
-        tree = _ActiveTree(
-            self._search(prompt), prompt, self._loop.create_future(), sample_seed(0, prompt.prompt_id, "engine")
-        )
+        opening: Reply | Verdict = Reply()
+        if self._settings.environment is not None:
+            [opening] = await self._verifier.replies([(prompt.problem, ())])
+        search = self._starter.search(prompt, opening)
+        if isinstance(search, str):
+            return _failure(prompt, search)
+        tree = _ActiveTree(search, prompt, self._loop.create_future(), sample_seed(0, prompt.prompt_id, "engine"))
         tree.result.add_done_callback(tree.abandon)
         self._waiting.append(tree)
         self._admit()
         return await tree.result
-
-    def _search(self, prompt: Prompt) -> TreeSearch:
-        settings = self._settings
-        rng = random.Random(sample_seed(settings.seed, prompt.prompt_id, "pattern"))
-        return TreeSearch(
-            prompt,
-            settings.patterns[rng.choice(settings.config.patterns)],
-            settings.config,
-            {
-                role: SearchModel(
-                    model=engine.model,
-                    codec=engine.codec,
-                    prompt_ids=self._prompt_ids(role, prompt),
-                    max_model_len=engine.max_model_len,
-                )
-                for role, engine in self._engines.items()
-            },
-            max_chain_tokens=settings.max_chain_tokens,
-            seed=settings.seed,
-        )
-
-    def _prompt_ids(self, role: Role, prompt: Prompt) -> tuple[int, ...]:
-        if role == "policy":
-            return tuple(prompt.token_ids.tolist())
-        return tuple(self._engines[role].codec.prompt(prompt.question))
-
-    def _reason_too_long(self, prompt: Prompt) -> str | None:
-        """Return a text that names the model whose context the prompt fills; None if it fits every model."""
-        for role, engine in self._engines.items():
-            length = len(self._prompt_ids(role, prompt))
-            if length >= engine.max_model_len:
-                field_name = "actors.max_model_len" if role == "policy" else f"search.{role}.max_model_len"
-                return f"the prompt has {length} tokens; {field_name} {engine.max_model_len} leaves no room for a node"
-        return None
 
     def _admit(self) -> None:
         while self._waiting and self._in_flight < self._settings.in_flight:
@@ -249,8 +185,8 @@ class TreeScheduler:
             if isinstance(request, Judge):
                 chains.append((tree, request))
                 continue
-            if isinstance(request, Value):
-                tree.valuations.add(self._begin(self._value(tree, request)))
+            if isinstance(request, Value | Turn):
+                tree.waiting.add(self._begin(self._answer(tree, request)))
                 continue
             tree.completions[request.number] = [None] * len(request.calls)
             for index, call in enumerate(request.calls):
@@ -271,17 +207,21 @@ class TreeScheduler:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _value(self, tree: _ActiveTree, request: Value) -> None:
-        """Find the values of new nodes of a tree."""
+    async def _answer(self, tree: _ActiveTree, request: Value | Turn) -> None:
+        """Get the values of new nodes of a tree, or the reply to a turn."""
+        answer: Answer
         try:
-            assert self._valuer is not None  # noqa: S101 - the config of the tree is that of the valuer
-            values = await self._valuer.values(tree.prompt, request, tree.affinity)
+            if isinstance(request, Turn):
+                [answer] = await self._verifier.replies([(tree.prompt.problem, request.turns)])
+            else:
+                assert self._valuer is not None  # noqa: S101 - the config of the tree is that of the valuer
+                answer = await self._valuer.values(tree.prompt, request, tree.affinity)
+                tree.tokens += answer.tokens
         except Exception as error:  # noqa: BLE001 - the tree's caller gets it, as above
             self._fail(tree, error)
             return
         self.arrivals += 1
-        tree.tokens += values.tokens
-        self._deliver([(tree, request.number, values)])
+        self._deliver([(tree, request.number, answer)])
 
     def _submit(self, role: Role, affinity: int, calls: list[CompletionRequest], slots: list[_Slot]) -> None:
         try:

@@ -19,14 +19,13 @@ def is_correct(verdict: Verdict) -> bool:
 
 
 def thinking_of(answer: Node, pattern: Pattern) -> str:
-    """Return the texts of the <thinking> nodes that lead to an answer; without such a node, the whole chain.
+    """Return the texts of the <thinking> nodes and turns that lead to an answer; without any, the whole chain.
 
     Chains that differ in a sub-task or a double check alone are one way to the answer.
     """
     path = answer.path()
-    thinking = [
-        node.text.strip() for node in path if node is not answer and pattern.types[node.type].tag == tags.THINKING
-    ]
+    ways = {name for name, node in pattern.types.items() if node.tag == tags.THINKING} | pattern.turn_ends
+    thinking = [node.text.strip() for node in path if node is not answer and node.type in ways]
     return "".join(thinking or [node.text for node in path])
 
 

@@ -51,6 +51,8 @@ class ThoughtSwitches:
                 return None
             self._revise()
         path = self._revised.path()
+        if self._tree.ends_turn(path[min(self._kept, len(path)) - 1].type):  # nothing but the reply follows
+            self._kept += 1
         if self._kept >= len(path) - 1:  # an answer that is drawn again would be guessed
             return None
         self._drawn += 1

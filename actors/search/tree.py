@@ -5,6 +5,7 @@ One thread uses a tree, so there are no locks. Backing up a reward costs O(depth
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from enum import IntEnum
 
 from rlsys.config.patterns import Pattern
 from rlsys.config.search import START
-from rlsys.trees import Defect, Role
+from rlsys.interfaces import Reply
+from rlsys.trees import ENVIRONMENT, Defect, Role
 from rlsys.types import FinishReason, Verdict, VersionSpan
 
 
@@ -64,7 +66,8 @@ class Node:
 
     Attributes:
         number: -1 for a draft, which is not in the tree.
-        terminal: Whether the type of the node ends a chain.
+        terminal: Whether the type of the node ends a chain, or the environment has ended it there.
+        reply: Reply of the environment to the turn that ends here.
         unrewarded: Number of simulations through the node that ended without a reward. They leave the mean reward
             unchanged.
         logprob: Sum of the log-probabilities of the tokens that a model chose, in nats.
@@ -73,7 +76,7 @@ class Node:
         in_flight: Number of unfinished simulations through the node.
         waiting: Number of open expansions and verdicts of the node, and of its queued backtracking children.
         expanding: Whether its children have been requested and have not arrived (node expansion).
-        expanded: Whether its children have arrived (node expansion).
+        expanded: Whether its children have arrived (node expansion), or the reply to its turn was requested.
         full: Whether the context leaves no room for a child.
         children_by_ids: Children by type, tokens and weight versions.
         backtracks: Number of backtracking children, queued ones included, by type.
@@ -99,6 +102,7 @@ class Node:
     total: float = 0.0
     unrewarded: int = 0
     estimate: float | None = None
+    reply: Reply | None = None
     verdict: Verdict | None = None
     scored: int = -1
     scored_tokens: int = 0
@@ -138,16 +142,19 @@ class GrowingTree:
         chains: Whether the search uses chain expansion, which draws chains one by one. A node that was drawn s times
             stands for s siblings, so it may have s times the children in its row of the table.
         max_depth: Largest number of nodes in a chain; None for no limit.
+        by_rows: Whether the rows of the table limit the chains that are drawn after a reply; no limit for a search that
+            goes down no path.
 
     Attributes:
         changed: Nodes whose status or record has changed, for a frontier, which empties it.
         deepest: Depth of the deepest node.
     """
 
-    def __init__(self, pattern: Pattern, *, chains: bool, max_depth: int | None) -> None:
+    def __init__(self, pattern: Pattern, *, chains: bool, max_depth: int | None, by_rows: bool = True) -> None:
         self.pattern = pattern
         self.chains = chains
         self.max_depth = max_depth
+        self._by_rows = by_rows
         self._chain_lengths = _shortest_chains(pattern)
         self._allowed: dict[tuple[str, int], dict[str, int]] = {}
         self._widths: dict[tuple[str, int], int] = {}  # sums of the entries of `_allowed`
@@ -207,6 +214,10 @@ class GrowingTree:
         """Return whether the type of a node ends a chain."""
         return new.type in self.pattern.types and self.pattern.types[new.type].terminal
 
+    def ends_turn(self, name: str) -> bool:
+        """Return whether the environment answers after nodes of a type."""
+        return ENVIRONMENT in self.pattern.children.get(name, {})
+
     def allowed(self, node: Node) -> Mapping[str, int]:
         """Return the number of children that a node may have, by type.
 
@@ -228,12 +239,18 @@ class GrowingTree:
         """Return whether more children of a node may be requested."""
         if node.full or node.defect or node.terminal:
             return False
-        if self.chains:
+        if self.chains and not self.ends_turn(node.type):
             key = node.type, node.depth
             if key not in self._widths:
                 self._widths[key] = sum(self.allowed(node).values())
-            return node.drawn_chains < self._widths[key] * node.samples
+            return node.drawn_chains < self._widths[key] * self._draws(node)
         return not (node.expanded or node.expanding) and bool(self.allowed(node))
+
+    def _draws(self, node: Node) -> float:
+        """Return the number of siblings that a node stands for. A reply stands for as many as its turn."""
+        if node.type != ENVIRONMENT or node.parent is None:
+            return node.samples
+        return node.parent.samples if self._by_rows else math.inf
 
     def back_up(self, node: Node, reward: float) -> None:
         """Add the reward of a chain that ended at a node to the node and all its ancestors."""
@@ -264,7 +281,7 @@ class GrowingTree:
 
 def _shortest_chains(pattern: Pattern) -> dict[str, int]:
     """Return the number of nodes of the shortest chain from each type to an answer, both included."""
-    lengths = {name: 1 for name, node_type in pattern.types.items() if node_type.terminal}
+    lengths = dict.fromkeys(pattern.ends, 1)
     length = 1
     while length in lengths.values():
         newest, length = [name for name in lengths if lengths[name] == length], length + 1

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from learners.objective.advantages import STD_EPSILON, Float64Array, group_advantages
+from rlsys.trees import ENVIRONMENT
 from rlsys.types import Trajectory
 
 TreeEstimator = Literal["sibling_mean", "treerl", "treepo", "backed_up", "group"]
@@ -83,6 +84,9 @@ def tree_advantages(
     neither the value nor the baseline of nodes that were sampled without the hint. A node that lies only on chains with
     a later hint gets advantage 0 and draws 1.
 
+    A reply of an environment is no choice of the policy: its node gets advantage 0, and its children count as those of
+    the node before it.
+
     The tree is rebuilt from the steps of the judged trajectories, in any order. Unjudged trajectories are ignored. A
     node outside the judged trajectories has no advantage.
 
@@ -97,15 +101,18 @@ def tree_advantages(
     Source: SPO, arXiv:2505.23564 (sibling_mean); TreePO, arXiv:2508.17445 and its code (weights
         "group_size"; the code also whitens over the step); TreeRL, arXiv:2506.11902; DeepSearch, arXiv:2509.25454.
     """
-    judged = [trajectory for trajectory in trajectories if trajectory.judged]
+    whole = [trajectory for trajectory in trajectories if trajectory.judged]
+    replies = {step.node: step.parent for trajectory in whole for step in trajectory.steps if step.type == ENVIRONMENT}
+    judged = [_without(replies, trajectory) for trajectory in whole] if replies else whole
     rewards = [trajectory.reward for trajectory in judged]
     if not np.isfinite(rewards).all():
         raise ValueError(f"expected finite rewards from the task's verifier, found {rewards}")
+    by_node = {node: NodeAdvantage(0.0, 1.0) for node in replies}
     if estimator == "sibling_mean":
-        return _sibling_mean(judged, use_std)
+        return by_node | _sibling_mean(judged, use_std)
     if estimator not in _ESTIMATES:
         raise ValueError(f"unknown estimator {estimator!r} of tree advantages")
-    by_node = {step.node: NodeAdvantage(0.0, 1.0) for trajectory in judged for step in trajectory.steps}
+    by_node |= {step.node: NodeAdvantage(0.0, 1.0) for trajectory in judged for step in trajectory.steps}
     for tree in _trees(judged, signed=estimator == "backed_up"):
         equal = tree.rewards.min() == tree.rewards.max()
         advantages = {} if equal else _ESTIMATES[estimator](tree)
@@ -113,6 +120,14 @@ def tree_advantages(
         for node, chains in tree.through.items():
             by_node[node] = NodeAdvantage(float(advantages.get(node, 0.0) / scale), float(len(chains)))
     return by_node
+
+
+def _without(replies: Mapping[int, int], trajectory: Trajectory) -> Trajectory:
+    """Return a trajectory without its nodes of replies, which are given with their parents."""
+    steps = [step for step in trajectory.steps if step.node not in replies]
+    return replace(
+        trajectory, steps=tuple(replace(step, parent=replies.get(step.parent, step.parent)) for step in steps)
+    )
 
 
 def _trees(judged: Sequence[Trajectory], *, signed: bool) -> list[_Tree]:

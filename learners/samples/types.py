@@ -223,17 +223,19 @@ def pair_samples(pair: Preference, *, mask_prefix: bool, sft: bool, mask_prefix_
         mask_prefix_sft: train that likelihood only after the common prefix.
     """
 
-    def mask_from(start: int, ids: Int32Array) -> BoolArray:
-        return np.arange(len(ids)) >= start
+    def mask_from(start: int, ids: Int32Array, written: BoolArray | None) -> BoolArray:
+        after = np.arange(len(ids)) >= start
+        return after if written is None else after & written
 
     scored = pair.common if mask_prefix else pair.prompt_length
     supervised = pair.common if mask_prefix_sft else pair.prompt_length
     chosen = Sample(
         token_ids=pair.chosen_ids,
-        preference_mask=mask_from(scored, pair.chosen_ids),
-        sft_mask=mask_from(supervised, pair.chosen_ids) if sft else None,
+        preference_mask=mask_from(scored, pair.chosen_ids, pair.chosen_mask),
+        sft_mask=mask_from(supervised, pair.chosen_ids, pair.chosen_mask) if sft else None,
     )
-    return chosen, Sample(token_ids=pair.rejected_ids, preference_mask=mask_from(scored, pair.rejected_ids))
+    rejected_mask = mask_from(scored, pair.rejected_ids, pair.rejected_mask)
+    return chosen, Sample(token_ids=pair.rejected_ids, preference_mask=rejected_mask)
 
 
 def lacks_old_logprobs(sample: Sample) -> bool:

@@ -17,7 +17,7 @@ from rlsys.config.data_checks import (
     masked_chains_are_rows,
 )
 from rlsys.config.device_checks import colocated_fit
-from rlsys.config.environment_checks import environment_is_named, environment_is_not_searched, turns_can_end
+from rlsys.config.environment_checks import environment_is_named, searched_turns_have_replies, turns_can_end
 from rlsys.config.patterns import resolve
 from rlsys.config.search_checks import (
     backtracking_has_its_keys,
@@ -376,7 +376,7 @@ RULES: tuple[Rule, ...] = (
     divergence_has_scores,
     environment_is_named,
     turns_can_end,
-    environment_is_not_searched,
+    searched_turns_have_replies,
 )
 """All rules, in the order in which they are checked. The first one that is broken is reported."""
 

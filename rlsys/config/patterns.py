@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from rlsys.config.search import START, NodeTypeConfig, PatternConfig, SearchConfig
 from rlsys.errors import ConfigError
+from rlsys.trees import ENVIRONMENT
 
 NODE_TYPES: Mapping[str, NodeTypeConfig] = MappingProxyType(
     {
@@ -109,6 +110,7 @@ class Pattern:
     Attributes:
         types: the node types in the table, by name.
         children: node type, or "start" for the prompt -> child type -> number of children. Terminal types have no row.
+            A type whose only child is "environment" ends a turn, which an environment answers.
         after_wrong: node type -> child type -> maximum number. After a wrong answer, the nearest ancestor of the first
             type gets a child of the second type.
     """
@@ -118,6 +120,16 @@ class Pattern:
     children: Mapping[str, Mapping[str, int]]
     after_wrong: Mapping[str, Mapping[str, int]]
 
+    @property
+    def ends(self) -> set[str]:
+        """Types with which a chain may end: the terminal ones; without one, replies of an environment end it."""
+        return _ends(self.types, self.children)
+
+    @property
+    def turn_ends(self) -> set[str]:
+        """Types after which the environment answers."""
+        return {name for name, row in self.children.items() if ENVIRONMENT in row}
+
 
 def resolve(search: SearchConfig) -> dict[str, Pattern]:
     """Return the patterns of a config by name, in the order of search.patterns.
@@ -125,8 +137,9 @@ def resolve(search: SearchConfig) -> dict[str, Pattern]:
     Raises:
         ConfigError: a table cannot be searched; names the table and the row.
     """
-    if START in search.nodes:
-        raise ConfigError(f"search.nodes.{START}: the name of the prompt cannot be that of a node type; rename it")
+    for name, meaning in ((START, "the prompt"), (ENVIRONMENT, "a reply of the environment")):
+        if name in search.nodes:
+            raise ConfigError(f"search.nodes.{name}: the name of {meaning} cannot be that of a node type; rename it")
     nodes, tables = {**NODE_TYPES, **search.nodes}, {**TABLES, **search.tables}
     patterns: dict[str, Pattern] = {}
     for name in search.patterns:
@@ -144,6 +157,7 @@ def _pattern(name: str, table: PatternConfig, nodes: Mapping[str, NodeTypeConfig
         raise ConfigError(f"{where}.children: expected a row `{START}`, the types that follow the prompt; add it")
     types = _types(where, table, nodes)
     _check_types(where, table, types)
+    _check_replies(where, table)
     edges = _edges(table)
     _check_reach(where, table, types, edges)
     if max_depth is None:
@@ -164,11 +178,11 @@ def _types(where: str, table: PatternConfig, nodes: Mapping[str, NodeTypeConfig]
                     raise ConfigError(
                         f"{where}.{field}.{parent}: `{START}` is the prompt and no node type; take it out of this row"
                     )
-                if name != START and name not in nodes:
+                if name not in (START, ENVIRONMENT) and name not in nodes:
                     raise ConfigError(
                         f"{where}.{field}.{parent}: unknown node type {name!r}; {_known(name, nodes, 'search.nodes')}"
                     )
-                if name != START:
+                if name not in (START, ENVIRONMENT):
                     types[name] = nodes[name]
     return types
 
@@ -212,6 +226,29 @@ def _check_types(where: str, table: PatternConfig, types: Mapping[str, NodeTypeC
             )
 
 
+def _check_replies(where: str, table: PatternConfig) -> None:
+    """Raise if replies of an environment stand where other nodes could, or need not, follow."""
+    for parent, row in table.children.items():
+        if ENVIRONMENT in row and (row != {ENVIRONMENT: 1} or parent in (START, ENVIRONMENT)):
+            raise ConfigError(
+                f"{where}.children.{parent}: a type that ends a turn has the reply as its only child: expected "
+                f"{parent}: {{{ENVIRONMENT}: 1}}, with a node type as {parent}"
+            )
+    ends = {parent for parent, row in table.children.items() if ENVIRONMENT in row}
+    for parent, row in table.after_wrong.items():
+        if parent in ends or ENVIRONMENT in row:
+            raise ConfigError(
+                f"{where}.after_wrong.{parent}: a reply of the environment follows the end of a turn and nothing else; "
+                f"give the row to the type {ENVIRONMENT}, or to a type before the end of the turn"
+            )
+
+
+def _ends(types: Mapping[str, NodeTypeConfig], children: Mapping[str, object]) -> set[str]:
+    """Return the types with which a chain may end; see `Pattern.ends`."""
+    terminal = {name for name, node in types.items() if node.terminal}
+    return terminal or {ENVIRONMENT} & set(children)
+
+
 def _edges(table: PatternConfig) -> dict[str, set[str]]:
     """Return, for each type, all types that may follow it, also after a wrong answer."""
     edges: dict[str, set[str]] = {}
@@ -238,8 +275,8 @@ def _check_reach(
     for parent, row in table.children.items():
         for child in row:
             parents.setdefault(child, set()).add(parent)
-    answering = _closure({name for name, node in types.items() if node.terminal}, parents)
-    for name in (START, *types):
+    answering = _closure(_ends(types, table.children), parents)
+    for name in (START, *types, ENVIRONMENT):
         if name in reached and name not in answering:
             raise ConfigError(
                 f"{where}.children.{name}: no way leads from {name!r} to a terminal type; give it a child that does"
@@ -258,8 +295,8 @@ def _closure(names: set[str], edges: Mapping[str, Iterable[str]]) -> set[str]:
 
 def _shortest(table: PatternConfig, types: Mapping[str, NodeTypeConfig]) -> int:
     """Return the number of nodes of the shortest chain from the prompt to an answer."""
-    level, length = {START}, 0
-    while not any(name in types and types[name].terminal for name in level):
+    level, length, ends = {START}, 0, _ends(types, table.children)
+    while not level & ends:
         level, length = {child for name in level for child in table.children.get(name, {})}, length + 1
     return length
 

@@ -31,7 +31,8 @@ class NodeTypeConfig(Section):
 class PatternConfig(Section):
     children: dict[str, dict[str, Annotated[int, Field(ge=1)]]]
     """Node type -> child type -> number of children of that type in an expansion. `start` is the prompt. With chain
-    expansion the model chooses the types, and the sum of a row is the number of chains drawn from the node."""
+    expansion the model chooses the types, and the sum of a row is the number of chains drawn from the node.
+    `environment` is the reply of an environment, the only child of a type that ends a turn."""
     after_wrong: dict[str, dict[str, Annotated[int, Field(ge=1)]]] = Field(default={})
     """Node type -> child type -> maximum number. After a wrong answer, an ancestor of the first type (see
     search.backtrack_to) gets a child of the second type."""

@@ -27,6 +27,8 @@ SUMMED = (
     "duplicates",
     "backtracks",
     "verifier_errors",
+    "replies",
+    "environment_errors",
     "values",
     "value_errors",
 )

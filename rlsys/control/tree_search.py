@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlsys.config.engine_roles import section_of, trees_ahead
+from rlsys.config.environment import active_environment
 from rlsys.config.files import flat_fields, select_fields
 from rlsys.config.patterns import resolve
 from rlsys.config.schema import Config
@@ -295,6 +296,7 @@ def deciding_fields(config: Config) -> dict[str, Any]:
     for key in ("temperature", "top_p"):
         if values["search"][key] is not None:  # replaces the value of `sampling`
             del values["sampling"][key]
-    deciding = select_fields(flat_fields(values), DECIDING)
+    environment = ("environment",) if active_environment(config.environment, config.task) else ()
+    deciding = select_fields(flat_fields(values), (*DECIDING, *environment))
     judges = {"search.value.count"} if isinstance(config.search.value, ModelValueConfig) else set()  # or of rollouts
     return {name: value for name, value in deciding.items() if name not in {*FREE, *judges}}

@@ -18,6 +18,7 @@ from rlsys.data.left_out import LeftOut
 from rlsys.data.ragged import RaggedRows, joined_sides, ragged
 from rlsys.data.teacher_columns import SCORED_IDS, ExpectedScores, ScoreCollector, TeacherColumns
 from rlsys.data.text_rows import EncodedRows, TextEncoder
+from rlsys.data.written_tokens import mask_of, written_tokens
 from rlsys.errors import DataError
 from rlsys.models.chat_template import reply_header
 from rlsys.sequences import common_prefix_length
@@ -30,7 +31,8 @@ from rlsys.types import Demonstration, Preference
 _SIDE_PLACES = ("column prompt_ids", "column chosen_ids", "column rejected_ids")
 _VISITS = ("chosen_visits", "rejected_visits")
 SUPERVISED_IDS: Layout = SUPERVISED.subset("token_ids", "loss_mask")
-CHAINS: Layout = PREFERENCES.subset("chosen_ids", "rejected_ids", "prompt_length", "common_prefix", *_VISITS)
+_MASKS = ("chosen_mask", "rejected_mask")
+CHAINS: Layout = PREFERENCES.subset("chosen_ids", "rejected_ids", "prompt_length", "common_prefix", *_VISITS, *_MASKS)
 STEPS: Layout = STEP_PREFERENCES.subset("prompt_ids", "chosen_ids", "rejected_ids", *_VISITS)
 
 
@@ -65,6 +67,7 @@ class PairRows:
         chosen, rejected: Token ids of the two sides, prompt first.
         prompt_lengths, commons: [P] lengths of the prompt and of the common prefix, in tokens.
         visits: [P, 2] visits of both sides, `UNKNOWN` where the file has none.
+        written: Masks of the tokens of the two sides, False on replies of an environment.
         notes: Lines for the user about the file.
     """
 
@@ -73,6 +76,7 @@ class PairRows:
     prompt_lengths: NDArray[np.int64]
     commons: NDArray[np.int64]
     visits: NDArray[np.int64]
+    written: tuple[Ragged[np.bool_], Ragged[np.bool_]]
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -91,6 +95,8 @@ class PairRows:
             rejected_ids=self.rejected[number],
             prompt_length=int(self.prompt_lengths[number]),
             common=int(self.commons[number]),
+            chosen_mask=mask_of(self.written[0], number),
+            rejected_mask=mask_of(self.written[1], number),
             chosen_visits=chosen,
             rejected_visits=rejected,
             chosen_reference=None if reference is None else float(reference[0]),
@@ -100,7 +106,8 @@ class PairRows:
     def digest(self) -> str:
         """Return the sha256 of all pairs."""
         sides = [array for side in (self.chosen, self.rejected) for array in (side.values, side.starts)]
-        return _digest(*sides, self.prompt_lengths, self.commons, self.visits)
+        masks = [mask.values for mask in self.written if not mask.values.all()]
+        return _digest(*sides, self.prompt_lengths, self.commons, self.visits, *masks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +229,7 @@ class Reader:
         for rows in TextEncoder(self.tokenizer, self.end_tokens, columns).encode(file.rows()):
             left_out.total += len(rows.numbers) + len(rows.bad) + rows.unwanted
             for number, reason in rows.bad.items():
-                left_out.add(
-                    number, f"row {number}, {reason}" if reason.startswith("column") else f"row {number}: {reason}"
-                )
+                left_out.add(number, f"row {number}{', ' if reason.startswith('column') else ': '}{reason}")
             yield self._fitting_texts(file, rows, left_out)
 
     def _fitting_texts(self, file: RowFile, rows: EncodedRows, left_out: LeftOut) -> EncodedRows:
@@ -331,6 +336,7 @@ class _Pairs:
 
     def __init__(self) -> None:
         self._chosen, self._rejected = RaggedRows[np.int32](np.int32), RaggedRows[np.int32](np.int32)
+        self._written = RaggedRows[np.bool_](np.bool_), RaggedRows[np.bool_](np.bool_)
         self._prompts, self._commons, self._visits = (list[NDArray[np.int64]]() for _ in range(3))
         self._total = self._equal = self._empty = 0
 
@@ -367,6 +373,8 @@ class _Pairs:
         self._empty += int(empty.sum())
         self._chosen.add(chosen, selected)
         self._rejected.add(rejected, selected)
+        for mask, name, side in zip(self._written, _MASKS, (chosen, rejected), strict=True):
+            mask.add(written_tokens(batch, name, side), selected)
         self._prompts.append(prompts[selected])
         self._commons.append(commons[selected])
         self._visits.append(visits[selected])
@@ -379,7 +387,8 @@ class _Pairs:
         if reasons:
             notes = (*notes, f"{where}: {self._equal + self._empty} of {self._total} pairs left out: {reasons}")
         prompts, commons, visits = map(np.concatenate, (self._prompts, self._commons, self._visits))
-        return PairRows(self._chosen.joined(), self._rejected.joined(), prompts, commons, visits, notes)
+        written = self._written[0].joined(), self._written[1].joined()
+        return PairRows(self._chosen.joined(), self._rejected.joined(), prompts, commons, visits, written, notes)
 
 
 def _digest(*arrays: NDArray[Any]) -> str:

@@ -24,7 +24,7 @@ from rlsys.config.engine_roles import (
     section_of,
 )
 from rlsys.config.environment import active_environment, environment_notes
-from rlsys.config.environment_checks import SEARCHED
+from rlsys.config.environment_checks import check_searched_turns
 from rlsys.config.risks import warnings
 from rlsys.config.schema import Config, LoraConfig
 from rlsys.config.search_values import ModelValueConfig
@@ -223,11 +223,10 @@ def prepare_evaluation(policy: Path, config: Config) -> Evaluation:
 
 
 def _environment_notes(config: Config, searches: bool) -> list[str]:
-    """Return the notes on the environment in use. ConfigError: the command also grows trees."""
-    environment = active_environment(config.environment, config.task)
-    if searches and environment:
-        raise ConfigError(f"{SEARCHED}: leave out the search, or the environment")
-    return environment_notes(environment)
+    """Return the notes on the environment in use. ConfigError: the command grows trees, and it does not fit them."""
+    if searches:
+        check_searched_turns(config)
+    return environment_notes(active_environment(config.environment, config.task))
 
 
 def _held_teacher(config: Config, policy: ModelFolder) -> tuple[ModelFolder, list[str]]:

@@ -139,6 +139,8 @@ _SPECS = (
     MetricSpec("search/duplicates", "nodes", "draws that repeat a child of the same parent"),
     MetricSpec("search/backtracks", "nodes", "nodes added after a wrong answer"),
     MetricSpec("search/verifier_errors", "answers", "answers whose verification raised or timed out"),
+    MetricSpec("search/replies", "nodes", "replies of the environment in the trees"),
+    MetricSpec("search/environment_errors", "turns", "turns in trees to which the environment gave no reply"),
     MetricSpec("search/values", "nodes", "new nodes for which search.value was asked"),
     MetricSpec("search/value_errors", "nodes", "those of them whose value failed or timed out"),
     MetricSpec("search/trained_share", "share", "share of the generated tokens that the policy loss trains"),

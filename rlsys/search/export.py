@@ -33,6 +33,7 @@ from rlsys.tables.schemas import TABLES
 from rlsys.tables.write import TableFiles, whole_or_nothing
 from rlsys.tasks import build_task
 from rlsys.trees import Tree, TreeFailure
+from rlsys.types import BoolArray, Int32Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,9 +252,18 @@ def _preference_row(tree: Tree, prompt: str, chosen: extract.Chain, rejected: ex
         "common_prefix": pair.common,
         "chosen_visits": pair.chosen_visits,
         "rejected_visits": pair.rejected_visits,
-        "chosen_loss_mask": (np.arange(len(pair.chosen_ids)) >= pair.common).tolist(),
-        "rejected_loss_mask": (np.arange(len(pair.rejected_ids)) >= pair.common).tolist(),
+        "chosen_loss_mask": _after(pair.common, pair.chosen_ids, pair.chosen_mask),
+        "rejected_loss_mask": _after(pair.common, pair.rejected_ids, pair.rejected_mask),
+        "chosen_mask": None if pair.chosen_mask is None else pair.chosen_mask.tolist(),
+        "rejected_mask": None if pair.rejected_mask is None else pair.rejected_mask.tolist(),
     }
+
+
+def _after(common: int, ids: Int32Array, written: BoolArray | None) -> list[bool]:
+    """Return the loss mask of a side: its tokens after the common prefix, without replies of an environment."""
+    after = np.arange(len(ids)) >= common
+    mask: list[bool] = (after if written is None else after & written).tolist()
+    return mask
 
 
 def _step_preference_row(

@@ -21,7 +21,7 @@ from rlsys.search.paths import Codec as PathCodec
 from rlsys.search.paths import PathTokens, path_tokens
 from rlsys.search.rules import choose, tie
 from rlsys.sequences import common_prefix_length, order_key
-from rlsys.trees import ThoughtNode, Tree
+from rlsys.trees import ENVIRONMENT, ThoughtNode, Tree
 from rlsys.types import BoolArray, Int32Array, Preference, StepPreference
 
 ROUNDING = 1e-9
@@ -48,6 +48,7 @@ class Chain:
             below it.
         nodes: (end, visits, type) of each of its nodes; `end` is an index into token_ids.
         backtracks: Number of its nodes that follow a wrong answer.
+        written: [T] bool, False on the replies of an environment; None without one.
     """
 
     number: int
@@ -58,6 +59,7 @@ class Chain:
     reward: float
     nodes: tuple[tuple[int, int, str], ...]
     backtracks: int = 0
+    written: BoolArray | None = None
 
     @property
     def length(self) -> int:
@@ -154,6 +156,8 @@ def preference(chosen: Chain, rejected: Chain) -> Preference:
         rejected_ids=rejected.token_ids,
         prompt_length=chosen.prompt_length,
         common=common,
+        chosen_mask=chosen.written,
+        rejected_mask=rejected.written,
         chosen_visits=mine[1],
         rejected_visits=other[1],
     )
@@ -290,17 +294,24 @@ def _chains(tree: Tree, codec: Codec, accepts: Callable[[ThoughtNode], bool]) ->
 
 def _chain(tree: Tree, number: int, codec: Codec) -> Chain:
     path = path_tokens(tree, number, codec)
-    values = [value for n in tree.path(number) if (value := tree.nodes[n].value) is not None]
+    thoughts = [tree.nodes[n] for n in tree.path(number) if tree.nodes[n].type != ENVIRONMENT]
+    values = [value for node in thoughts if (value := node.value) is not None]
     verdict = tree.nodes[number].verdict
+    token_ids, written = with_end(path.token_ids, codec), None
+    if replies := [span for span in path.spans if tree.nodes[span[0]].type == ENVIRONMENT]:
+        written = np.ones(len(token_ids), dtype=np.bool_)
+        for _, start, stop in replies:
+            written[start:stop] = False
     return Chain(
         number=number,
-        token_ids=with_end(path.token_ids, codec),
+        token_ids=token_ids,
         prompt_length=path.prompt_length,
         text=tree.completion(number),
         value=sum(values) / len(values),
         reward=verdict.reward if verdict else 0.0,
         nodes=tuple((stop, tree.nodes[n].visits, tree.nodes[n].type) for n, _, stop in path.spans),
-        backtracks=sum(tree.nodes[n].backtrack for n in tree.path(number)),
+        backtracks=sum(node.backtrack for node in thoughts),
+        written=written,
     )
 
 

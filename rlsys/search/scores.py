@@ -21,6 +21,7 @@ import numpy as np
 from rlsys.errors import ConfigError
 from rlsys.files import read_records, write_text
 from rlsys.search.extract import Chain
+from rlsys.trees import ENVIRONMENT
 from rlsys.types import Float32Array
 
 Reader = Literal["policy", "teacher"]
@@ -47,7 +48,7 @@ class ChainScores:
 
 
 def node_means(chain: Chain, logprobs: Float32Array) -> list[float]:
-    """Return the mean log-probability of each node of a chain.
+    """Return the mean log-probability of each node of a chain; 0 for replies of an environment, which no model chose.
 
     Args:
         chain: the chain, of T tokens.
@@ -55,7 +56,8 @@ def node_means(chain: Chain, logprobs: Float32Array) -> list[float]:
     """
     ends = [chain.prompt_length, *(end for end, _, _ in chain.nodes)]
     sums = np.concatenate([np.zeros(1), np.cumsum(logprobs, dtype=np.float64)])
-    return [float((sums[stop - 1] - sums[start - 1]) / max(1, stop - start)) for start, stop in pairwise(ends)]
+    means = [float((sums[stop - 1] - sums[start - 1]) / max(1, stop - start)) for start, stop in pairwise(ends)]
+    return [0.0 if kind == ENVIRONMENT else mean for mean, (_, _, kind) in zip(means, chain.nodes, strict=True)]
 
 
 def write_scores(path: Path, trees: Iterable[tuple[str, Mapping[int, ChainScores]]]) -> None:

@@ -7,7 +7,7 @@ Explore-Execute, arXiv:2509.23946.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from rlsys.search.extract import Chain, Codec, correct_chains, pick_chain, with_
 from rlsys.search.paths import path_tokens
 from rlsys.search.rules import tie
 from rlsys.search.scores import ScoreFile
-from rlsys.trees import ThoughtNode, Tree
+from rlsys.trees import ENVIRONMENT, ThoughtNode, Tree
 from rlsys.types import BoolArray, Demonstration, Int32Array
 
 
@@ -88,7 +88,7 @@ def chain_rows(
     prompt = path.token_ids[: path.prompt_length]
     types = config.supervised_nodes
     parts = [
-        _Part(tree.nodes[n], path.token_ids[start:stop], not types or tree.nodes[n].type in types)
+        _Part(tree.nodes[n], path.token_ids[start:stop], _is_trained(tree.nodes[n].type, types))
         for n, start, stop in path.spans
     ]
     parts[-1] = _Part(parts[-1].node, with_end(parts[-1].token_ids, codec), parts[-1].trained)
@@ -97,6 +97,11 @@ def chain_rows(
     if config.supervised_rows == "chain":
         return [_row(prompt, parts, 0, chain)] if trained else []
     return [_row(prompt, parts[: number + 1], number, chain) for number in trained]
+
+
+def _is_trained(kind: str, types: Collection[str]) -> bool:
+    """Return whether nodes of a type are trained: never replies of an environment."""
+    return kind in types if types else kind != ENVIRONMENT
 
 
 def _selected(tree: Tree, config: ExtractConfig, codec: Codec, scores: ScoreFile | None) -> Chain | None:

@@ -6,6 +6,9 @@ is the text that the policy receives, including its chat template and special to
 template, and must append the end token to the completion. The id columns hold the tokens that were generated.
 Encoding the text again can give other tokens, and a tokenizer that adds a beginning token adds a second one.
 
+`chosen_mask` and `rejected_mask` are null, or False on the replies of an environment, which nothing trains. A loss mask
+never holds them either.
+
 A loss mask has one entry for each id of its column. True marks a token to train. In `supervised` these are all tokens
 after the prompt. In `preferences` they are all tokens after the common prefix, because a chain is judged as a whole,
 whichever model wrote it. In `step_preferences` they are the tokens that a model generated for the node, and in
@@ -49,6 +52,8 @@ class Column:
 
     def accepts_type(self, other: pa.DataType) -> bool:
         """Return whether a Parquet column of this Arrow type can be read."""
+        if self.optional and pa.types.is_null(other):  # other programs write a column of nulls so
+            return True
         if pa.types.is_list(self.type):
             is_list = pa.types.is_list(other) or pa.types.is_large_list(other)
             return is_list and _same_family(self.type.value_type, other.value_type)
@@ -86,6 +91,7 @@ TEXTS = Column(pa.list_(pa.string()), str, "a list of texts")
 REALS = Column(pa.list_(pa.float64()), float, "a list of numbers")
 IDS = Column(pa.list_(pa.int32()), int, "a list of whole numbers")
 MASK = Column(pa.list_(pa.bool_()), bool, "a list of truth values")
+OPTIONAL_MASK = Column(pa.list_(pa.bool_()), bool, "a list of truth values or null", optional=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +120,8 @@ PREFERENCES = Table(
     {
         "prompt": TEXT, "chosen": TEXT, "rejected": TEXT, "prompt_id": TEXT, "chosen_ids": IDS, "rejected_ids": IDS,
         "prompt_length": COUNT, "common_prefix": COUNT, "chosen_visits": VISITS, "rejected_visits": VISITS,
-        "chosen_loss_mask": MASK, "rejected_loss_mask": MASK,
+        "chosen_loss_mask": MASK, "rejected_loss_mask": MASK, "chosen_mask": OPTIONAL_MASK,
+        "rejected_mask": OPTIONAL_MASK,
     },
     key=("chosen_ids", "rejected_ids"),
 )  # fmt: skip

@@ -45,14 +45,19 @@ class TableFiles:
         self._lines.close()
 
     def add(self, row: Mapping[str, Any]) -> bool:
-        """Append a row of plain Python values, unless it is a duplicate. Return whether it was new."""
+        """Append a row of plain Python values, unless it is a duplicate. Return whether it was new.
+
+        A missing value of an optional column is null.
+        """
         key = json.dumps([row[name] for name in self._table.key]).encode()
         digest = hashlib.blake2b(key, digest_size=16).digest()
         if digest in self._seen:
             self.duplicates += 1
             return False
         self._seen.add(digest)
-        line = json.dumps({name: row[name] for name in self._table.columns}, allow_nan=False)
+        columns = self._table.columns.items()
+        values = {name: row.get(name) if column.optional else row[name] for name, column in columns}
+        line = json.dumps(values, allow_nan=False)
         self._lines.write(line + "\n")
         self._group.append(row)
         self._characters += len(line)

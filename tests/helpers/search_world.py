@@ -21,7 +21,8 @@ import numpy as np
 from actors.engine import Completion
 from actors.search.jobs import Answer
 from actors.search.mcts import TreeSearch
-from actors.search.requests import Ask, Call, Judge, Request, SearchModel, Thoughts, Value, Values
+from actors.search.requests import Ask, Call, Judge, Request, SearchModel, Thoughts, Turn, Value, Values
+from actors.search.turns import SearchedEnvironment
 from rlsys.config.patterns import NODE_TYPES, TABLES, Pattern, resolve
 from rlsys.config.search import START, NodeTypeConfig, SearchConfig, StopConfig
 from rlsys.models.scratch import build_tokenizer
@@ -290,26 +291,38 @@ def grow(
     prompt_id: str = "p",
     seed: int = 0,
     max_chain_tokens: int = 500,
+    environment: SearchedEnvironment | None = None,
 ) -> Grown:
     """Search one prompt to its end.
 
     Args:
+        environment: Its replies are those of `world.reply`.
         arrivals: Draws the order in which answers arrive. None: they arrive in the order in which they are applied,
             verdicts and values first and otherwise in the order of the requests.
     """
     models = models or {"policy": search_model()}
-    search = TreeSearch(prompt(prompt_id), world.pattern, config, models, max_chain_tokens=max_chain_tokens, seed=seed)
+    search = TreeSearch(
+        prompt(prompt_id),
+        world.pattern,
+        config,
+        models,
+        max_chain_tokens=max_chain_tokens,
+        seed=seed,
+        environment=environment,
+    )
     events: list[Any] = []
     waiting, most = search.start(), 0
     events += waiting
     while waiting:
-        first = next((n for n, request in enumerate(waiting) if isinstance(request, Judge | Value)), 0)
+        first = next((n for n, request in enumerate(waiting) if isinstance(request, Judge | Turn | Value)), 0)
         request = waiting.pop(arrivals.randrange(len(waiting)) if arrivals else first)
         answer: Answer
         if isinstance(request, Ask):
             answer = [world.complete(call, models[call.role]) for call in request.calls]
         elif isinstance(request, Value):
             answer = world.value(request)
+        elif isinstance(request, Turn):
+            answer = world.reply(request.turns)
         else:
             answer = world.judge(request.completion)
         events.append((request.number, answer, search._stop.finished))

@@ -8,7 +8,8 @@ import pytest
 from search_engines import WORLD, Judges, ThreadEngine
 from search_world import codec, prompt
 
-from actors.search.scheduler import RoleEngine, SchedulerSettings, TreeScheduler
+from actors.search.scheduler import TreeScheduler
+from actors.search.starting import RoleEngine, SchedulerSettings
 from rlsys.config.search import SearchConfig, StopConfig
 from rlsys.errors import RolloutError
 from rlsys.trees import TreeFailure

@@ -214,6 +214,8 @@ def test_figures_by_hand(caplog: pytest.LogCaptureFixture) -> None:
         "duplicates": 3.0,  # two of the first thought, one of the late answer
         "backtracks": 1.0,
         "verifier_errors": 1.0,
+        "replies": 0.0,
+        "environment_errors": 0.0,
         "values": 0.0,
         "value_errors": 0.0,
     }

@@ -11,7 +11,8 @@ from search_engines import WORLD, Judges, ThreadEngine
 from search_world import codec, grow, prompt
 
 from actors.search.requests import Value, Values
-from actors.search.scheduler import RoleEngine, SchedulerSettings, TreeScheduler
+from actors.search.scheduler import TreeScheduler
+from actors.search.starting import RoleEngine, SchedulerSettings
 from rlsys.config.search import SearchConfig, StopConfig
 from rlsys.config.search_values import StepsValueConfig
 from rlsys.errors import EngineError

@@ -19,7 +19,8 @@ from search_world import QUESTION, codec, grow, prompt, search_model
 
 from actors.engine import Completion, CompletionRequest
 from actors.rollout_actor import RolloutActor
-from actors.search.scheduler import RoleEngine, SchedulerSettings, TreeScheduler, Verifier
+from actors.search.scheduler import TreeScheduler, Verifier
+from actors.search.starting import RoleEngine, SchedulerSettings
 from actors.verifiers.pool import RewardPool
 from rlsys.config.rewards import RewardsConfig
 from rlsys.config.search import SearchConfig, StopConfig
@@ -152,8 +153,7 @@ def test_the_tokens_of_a_failed_tree_are_counted(engines: Any) -> None:
     assert isinstance(failure, RolloutFailure) and failure.reason == "no more"
     assert len(first) == 2
     generated = [len(WORLD.complete(call_of(request), search_model("tags", 2000)).token_ids) for request in first]
-    assert min(generated) > 0
-    assert failure.tokens == sum(generated)
+    assert min(generated) > 0 and failure.tokens == sum(generated)
 
 
 def test_a_broken_engine_is_an_error_of_all_trees(engines: Any) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from tree_chains import BY_CHAINS, EVERY, chain, estimate, sibling_means
 
 from learners.objective.tree_advantages import NodeAdvantage, tree_advantages
+from rlsys.trees import ENVIRONMENT
 
 
 def test_a_tree_by_hand():
@@ -213,3 +215,19 @@ def test_bad_input_is_refused(estimator):
         tree_advantages([chain((1,), math.inf)], estimator=estimator, use_std=True)
     with pytest.raises(ValueError, match="unknown estimator 'median'"):
         tree_advantages([], estimator="median", use_std=False)
+
+
+@pytest.mark.parametrize("estimator", EVERY)
+def test_a_reply_of_an_environment_changes_no_advantage(estimator):
+    # 1 ends a turn; 7 is the reply to it, and 2 and 3 follow. Without 7 they would be the children of 1.
+    def with_reply(trajectory):
+        steps = [replace(step, parent=7) if step.node in (2, 3) else step for step in trajectory.steps]
+        reply = replace(trajectory.steps[0], node=7, parent=1, type=ENVIRONMENT)
+        return replace(trajectory, steps=(steps[0], reply, *steps[1:]))
+
+    inside = [chain((1, 2, 4), 1), chain((1, 2, 5), 0), chain((1, 3), 0, samples={3: 2})]
+    others = [chain((6,), 1), chain((8, 9), 0)]
+    plain = tree_advantages([*inside, *others], estimator=estimator, use_std=True)
+    played = tree_advantages([*map(with_reply, inside), *others], estimator=estimator, use_std=True)
+    assert played.pop(7) == NodeAdvantage(0.0, 1.0)
+    assert played == plain and any(node.advantage for node in plain.values())

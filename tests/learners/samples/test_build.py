@@ -209,6 +209,21 @@ def test_items_of_the_critic_and_items_without_the_policy_term():
     assert left[2:] == [mixed[2], pair]
 
 
+@pytest.mark.parametrize("mask_prefix", [True, False])
+def test_replies_of_an_environment_are_in_no_mask_of_a_pair(mask_prefix):
+    masks = {"chosen_mask": np.arange(5) != 3, "rejected_mask": np.arange(4) != 2}
+    pair = replace(PAIR, **masks)
+    plain = pair_samples(PAIR, mask_prefix=mask_prefix, sft=True, mask_prefix_sft=mask_prefix)
+    chosen, rejected = pair_samples(pair, mask_prefix=mask_prefix, sft=True, mask_prefix_sft=mask_prefix)
+    for name, sample, before, mask in (
+        ("preference_mask", chosen, plain[0], masks["chosen_mask"]),
+        ("sft_mask", chosen, plain[0], masks["chosen_mask"]),
+        ("preference_mask", rejected, plain[1], masks["rejected_mask"]),
+    ):
+        assert getattr(before, name).any()
+        assert getattr(sample, name).tolist() == (getattr(before, name) & mask).tolist()
+
+
 def test_pairs_are_scored_on_the_tokens_that_are_compared():
     (other,) = random_preferences(1)
     for mask_prefix, start in ((True, 3), (False, 2)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from minimal_config import minimal_with
+from refused_environments import SEARCHED_ACCEPTED, SEARCHED_REFUSED
 from refused_teachers import TEACHER, TEACHER_REFUSED
 
 from rlsys.config.checks import RULES
@@ -301,13 +302,11 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
             "environment.stop has no effect with environment.role",
         ),
     ],
-    "environment_is_not_searched": [
-        (["environment.fn=calculator", *SEARCHED], "leave out the stage search, search.fraction and search.unsolved"),
-        (["task={type: guess}", "stages=[search, sft]"], "an environment answers turns of sampled completions alone"),
-    ],
+    "searched_turns_have_replies": SEARCHED_REFUSED,
 }
 
 ACCEPTED: list[list[str]] = [
+    *SEARCHED_ACCEPTED,
     ["sampling.max_tokens=255"],
     ["model.lora={}", "placement=colocated"],
     ["model.lora={target_modules: [self_attn.q_proj]}", *GAE, "stages=[warm_start]"],

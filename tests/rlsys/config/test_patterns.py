@@ -271,3 +271,41 @@ def test_the_help_names_what_is_shipped() -> None:
     assert f"Shipped: {', '.join(first)} (the four of the paper) and {last} " in " ".join(
         help_of["search.patterns"].split()
     )
+
+
+REPLIES = {"start": {"a": 1}, "a": {"environment": 1}, "environment": {"b": 1, "answer": 1}, "b": {"answer": 1}}
+
+
+def test_replies_follow_the_end_of_a_turn() -> None:
+    pattern = resolve(search(REPLIES))["t"]
+    assert (pattern.turn_ends, pattern.ends) == ({"a"}, {"answer"})
+    assert "environment" not in pattern.types
+    game = resolve(search({"start": {"a": 1}, "a": {"environment": 1}, "environment": {"a": 2}}))["t"]
+    assert game.ends == {"environment"}, "a reply alone can end this game"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"a": {"environment": 2}}, "search.tables.t.children.a: a type that ends a turn has the reply as its only"),
+        ({"a": {"environment": 1, "b": 1}}, "expected a: {environment: 1}"),
+        ({"start": {"environment": 1}}, "search.tables.t.children.start: a type that ends a turn"),
+        ({"start": {"a": 1, "b": 1}, "environment": {"a": 1}}, "no way leads from 'a' to a terminal type"),
+        ({"a": {"answer": 1}}, "leads to 'environment'"),
+    ],
+)
+def test_tables_with_replies_that_cannot_be_searched(change: dict[str, Any], reason: str) -> None:
+    assert reason in refused(search({**REPLIES, **change}))
+
+
+def test_a_wrong_answer_changes_nothing_between_a_turn_and_its_reply() -> None:
+    for row in ({"a": {"fixed": 1}}, {"b": {"environment": 1}}):
+        config = search({**REPLIES, "fixed": {"answer": 1}}, after_wrong=row)
+        assert "a reply of the environment follows the end of a turn and nothing else" in refused(config)
+    resolve(search({**REPLIES, "fixed": {"answer": 1}}, after_wrong={"environment": {"fixed": 1}}))
+
+
+def test_the_name_of_a_reply_is_taken() -> None:
+    assert "the name of a reply of the environment cannot be that of a node type" in refused(
+        search(CHILDREN, {"environment": {"tag": "x"}})
+    )

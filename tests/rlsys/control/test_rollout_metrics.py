@@ -55,6 +55,8 @@ def test_figures_of_trees_by_hand() -> None:
         "search/duplicates": 1,
         "search/backtracks": 3,
         "search/verifier_errors": 1,
+        "search/replies": 0,
+        "search/environment_errors": 0,
         "search/values": 7,
         "search/value_errors": 0,
         # the thought and three answers, and the thought and one answer: 6 nodes of a token each, of 20 generated

@@ -95,6 +95,27 @@ def test_pairs_of_ids(write: Write) -> None:
     assert rows.notes == ()
 
 
+def test_masks_of_pairs_leave_out_replies(write: Write) -> None:
+    written = [True, True, False, True]
+    masked = pair([1, 2, 3, 0], [1, 2, 4, 0], 1, 2, chosen_mask=written, rejected_mask=[True] * 4)
+    others = [pair([7, 8], [7, 9], 1, 1), pair([5, 8], [5, 9], 1, 1, chosen_mask=None)]
+    rows = pairs(write([masked, *others]))
+    assert [rows.row(n).chosen_mask is None for n in range(3)] == [False, True, True]
+    mask = rows.row(0).chosen_mask
+    assert mask is not None and mask.tolist() == written
+    assert rows.row(0).rejected_mask is None, "a mask without a reply says nothing"
+    assert rows.digest() != pairs(write([masked | {"chosen_mask": [True] * 4}, *others])).digest()
+
+
+def test_optional_columns_may_have_no_value(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([pair([1, 2], [1, 3], 1, 1)])
+    for name in ("chosen_visits", "rejected_visits", "chosen_mask", "rejected_mask"):
+        table = table.append_column(name, pa.nulls(1))
+    pq.write_table(table, tmp_path / "rows.parquet")
+    row = pairs(tmp_path / "rows.parquet").row(0)
+    assert (row.chosen_visits, row.chosen_mask) == (None, None)
+
+
 def test_pairs_of_text_and_of_steps(write: Write) -> None:
     texts = pairs(write([{"prompt": "ab", "chosen": "cd", "rejected": "ce"}])).row(0)
     assert (texts.chosen_ids.tolist(), texts.rejected_ids.tolist()) == ([1, 2, 3, 4, 0], [1, 2, 3, 5, 0])
@@ -168,12 +189,16 @@ BAD_PAIRS: list[tuple[dict[str, Any], str]] = [
     (pair([1, 2], [1, 3], 1, 2), "column common_prefix: expected 1, the length of their common prefix, found 2"),
     (pair([1, 2], [1, 3], 1, 1, chosen_visits=-1), "column chosen_visits: expected 0 or more, found -1"),
     (pair([1, 2], [1, 27], 1, 1), "column rejected_ids: expected token ids from 0 to 26"),
+    (
+        pair([1, 2], [1, 3], 1, 1, chosen_mask=[True]),
+        "column chosen_mask: expected an entry for each of the 2 token ids, found 1",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("bad", "message"), BAD_PAIRS, ids=[message[:60] for _, message in BAD_PAIRS])
 def test_errors_of_pairs(write: Write, bad: dict[str, Any], message: str) -> None:
-    path = write([pair([1, 2], [1, 3], 1, 1, chosen_visits=1), bad])
+    path = write([pair([1, 2], [1, 3], 1, 1, chosen_visits=1, chosen_mask=[True, True]), bad])
     with pytest.raises(DataError) as caught:
         pairs(path)
     assert caught.value.message.startswith(f"preference.path {path}, row 2, {message}")

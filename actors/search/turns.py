@@ -1,0 +1,117 @@
+"""Turns of the policy in one tree, and the replies of an environment to them.
+
+A turn ends with a node whose type ends with a stop string, or with an answer. Its reply is a node of its own, the only
+child, whose tokens are all forced. A reply that ends the episode, or that nothing may follow, has no node: an episode
+does not hold its tokens either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from actors.rollouts.multi_turn import environment_failure, with_replies
+from actors.search.requests import SearchModel
+from actors.search.simulations import Simulation
+from actors.search.tree import GrowingTree, NewNode, Node
+from rlsys.config.environment import EnvironmentConfig
+from rlsys.interfaces import Reply
+from rlsys.trees import ENVIRONMENT
+from rlsys.types import Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class SearchedEnvironment:
+    """The environment beside a search.
+
+    Attributes:
+        config: Section of the environment in use.
+        encode: Gives the tokens of a reply; see `rlsys.models.turns.TurnEncoder.reply`.
+    """
+
+    config: EnvironmentConfig
+    encode: Callable[[str], list[int]]
+
+
+def turn_texts(node: Node) -> tuple[str, ...]:
+    """Return the texts of the turns up to a node, at which the last one ends."""
+    turns = [""]
+    for step in node.path():
+        if step.type == ENVIRONMENT:
+            turns.append("")
+        else:
+            turns[-1] += step.text
+    return tuple(turns)
+
+
+class Turns:
+    """The turns of one tree.
+
+    Args:
+        model: The policy.
+        max_own_tokens: Largest number of tokens of a chain, without those of replies.
+    """
+
+    def __init__(
+        self, tree: GrowingTree, environment: SearchedEnvironment, model: SearchModel, max_own_tokens: int
+    ) -> None:
+        self._tree, self._environment, self._model = tree, environment, model
+        self._max_own_tokens = max_own_tokens
+
+    def take(self, simulation: Simulation, reply: Reply | Verdict) -> None:
+        """Take the reply to the turn at which a simulation stands, and enter its node, or end the chain.
+
+        A failed environment ends the chain without a reward.
+        """
+        node = simulation.node
+        if isinstance(reply, Verdict):
+            node.terminal, node.verdict = True, environment_failure(reply)
+            self._tree.counts[f"environment_{reply.outcome}"] += 1
+            return
+        node.reply, node.terminal = reply, node.terminal or reply.done
+        if not node.terminal and (new := self._next(node, reply)):
+            child = self._tree.add(node, new)
+            simulation.enter(child)
+            self._tree.refresh(child)
+
+    def _next(self, node: Node, reply: Reply) -> NewNode | None:
+        """Return the node of a reply; None if it leaves no room for another turn, which ends the chain."""
+        token_ids = self._environment.encode(reply.text)
+        if len(turn_texts(node)) >= self._environment.config.max_turns or self._room(node, token_ids) < 1:
+            node.defect, node.finish_reason = "truncated", "length"
+            self._tree.counts["truncated"] += 1
+            return None
+        return NewNode(
+            type=ENVIRONMENT,
+            text=reply.text,
+            token_ids=token_ids,
+            forced=len(token_ids),
+            logprobs=(),
+            spill="",
+            writer="policy",
+            finish_reason=None,
+            versions=(),
+            defect=None,
+        )
+
+    def rewarded(self, node: Node, verdict: Verdict) -> Verdict:
+        """Return the verdict of the task on a chain with the rewards of its replies, as for an episode."""
+        return with_replies(verdict, [step.reply for step in node.path() if step.reply is not None])
+
+    def unanswered_reward(self, node: Node) -> float:
+        """Return the reward of a chain that failed at a node without an answer: that of its replies.
+
+        The node gets a verdict if there is such a reward, or if a reply has said that the problem is solved.
+        """
+        failed = Verdict(outcome="wrong", reward=0.0, answered=False, detail=node.defect or "")
+        verdict = self.rewarded(node, failed)
+        if verdict != failed:
+            node.verdict = verdict
+        return verdict.reward
+
+    def _room(self, node: Node, reply: Sequence[int]) -> int:
+        """Return the number of tokens that the policy may still choose after a reply."""
+        path = node.path()
+        own = sum(len(step.token_ids) for step in path if step.type != ENVIRONMENT)
+        given = len(self._model.prompt_ids) + sum(len(step.token_ids) for step in path) + len(reply)
+        return min(self._max_own_tokens - own, self._model.max_model_len - given)
