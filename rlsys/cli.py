@@ -99,14 +99,18 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Validate a config, its model and its data, and print the resolved config and the resource plan."""
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resolved: Annotated[bool, typer.Option("--resolved", help="First print the config with all defaults.")] = False,
+) -> None:
+    """Validate a config, its model and its data, and say what a run would do. It starts nothing."""
     from rlsys.config.files import load_config
 
-    resolved = load_config(config, overrides or [])
+    loaded = load_config(config, overrides or [])
     from rlsys.commands import check as check_command
 
-    check_command.run(resolved)
+    check_command.run(loaded, resolved=resolved)
 
 
 @app.command()

@@ -151,7 +151,8 @@ def read_sections(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{expected}, found bytes that are no text")
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        kind = "nothing" if values is None else {list: "a list", str: "a text"}.get(type(values), "a single value")
+        kinds = {"NoneType": "nothing", "list": "a list", "str": "a text"}
+        kind = kinds.get(type(values).__name__, "a single value")
         raise ConfigError(f"{path}: expected a mapping of sections, found {kind}")
     if values and not any(key in Config.model_fields or key == "type" for key in values):  # a task file may have a type
         raise ConfigError(f"{expected}, found none of {', '.join([*Config.model_fields][:6])}, ... in it")

@@ -123,10 +123,10 @@ def _expected(problems: Sequence[tuple[Any, Any]]) -> str:
 def _wrong_type(path: str, value: Any, annotation: Any) -> str:
     """Return the message about a section with alternatives whose `type` is missing or unknown."""
     names = [name for section in sections_in(annotation) if (name := tag(section))]
-    found = value.get("type") if isinstance(value, Mapping) else value
+    given = value.get("type") if isinstance(value, Mapping) else value
     if isinstance(value, Mapping) and "type" not in value:
         return f"{path}.type: missing; expected one of {', '.join(names)}"
-    return f"{path}.type: expected one of {', '.join(names)}, found {shown(found)}{close_name(found, names)}"
+    return f"{path}.type: expected one of {', '.join(names)}, found {shown(given)}{close_name(given, names)}"
 
 
 def _hint(value: Any, annotation: Any) -> str:

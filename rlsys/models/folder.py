@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.directory import RunDirectory
+from rlsys.earlier_runs import is_local, origin
 from rlsys.errors import ConfigError
 from rlsys.files import is_lfs_pointer
 from rlsys.models.chat import end_token_ids
@@ -137,6 +138,8 @@ def given_model(name: str, field: str) -> ModelFolder:
     path = Path(expand(name, field))
     if path.is_file():
         raise ConfigError(f"{field} {name}: expected the folder of a model, found a file")
+    if not path.exists() and is_local(name):
+        raise ConfigError(f"{field} {name}: no such folder{origin(str(path))}")
     model = ModelFolder(newest_snapshot(path.absolute()) if path.is_dir() else _from_hub(name, field), field)
     if is_adapter(model.path):
         raise ConfigError(

@@ -174,7 +174,7 @@ def test_a_prompt_fits_to_the_token(refused, accepted, tmp_path: Path, place: in
     rows = [{**GOOD, "question": f"{i}?"} for i in range(1, 12)]
     rows[place - 1]["question"] = "1" * 48
     config = on_rows(tmp_path, rows)
-    assert "max_model_len: 90" in accepted("check", config, "actors.max_model_len=90")
+    assert "up to 90 tokens" in accepted("check", config, "actors.max_model_len=90")
     split, count = ("train", "1 of 10 training") if place == 3 else ("held_out", "1 of 1 held-out")
     reason = f"prompt {split}/{place} has 50 tokens; actors.max_model_len minus sampling.max_tokens leaves 49"
     assert refused("train", config, "actors.max_model_len=89") == (
@@ -244,9 +244,9 @@ def test_raising_max_steps_is_allowed(finished_run: FinishedRun) -> None:
 
 def test_check_prints_a_config_that_can_be_read_again(tmp_path: Path) -> None:
     config = write_config(tmp_path, TINY)
-    done = _command("check", config, "train.max_steps=7")
+    done = _command("check", config, "train.max_steps=7", "--resolved")
     assert (done.returncode, done.stderr) == (0, "")
-    text = done.stdout.partition("resource plan")[0].rstrip().rpartition("\n")[0]
+    text = done.stdout.partition("\nrun  ")[0]
     (tmp_path / "resolved.yaml").write_text(text)
     assert load_config(tmp_path / "resolved.yaml") == load_config(config, ["train.max_steps=7"])
     assert yaml.safe_load(text)["train"]["max_steps"] == 7

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from minimal_config import minimal
 
-from rlsys.commands.check import first_reply
+from rlsys.commands.check_trials import first_reply
 from rlsys.config.environment import active_environment
 from rlsys.config.files import parse_config
 from rlsys.errors import ConfigError
@@ -52,6 +52,6 @@ def test_without_such_demonstrations_the_turn_is_its_stop_string(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(CODE)
     line = shown({"type": "letter_count"}, fn="mine.py:echo", stop=["</ask>"])
-    assert line == "reply of the environment to the turn '</ask>' of problem held_out-0: 'count a in abc </ask>'"
+    assert line == "reply of the environment to the turn '2</ask>' of problem held_out-0: 'count a in abc 2</ask>'"
     with pytest.raises(ConfigError, match=r"mine.py:fragile' failed on no turn: IndexError: tuple index out of range"):
         shown({"type": "letter_count"}, fn="mine.py:fragile", stop=["</ask>"])
