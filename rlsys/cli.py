@@ -205,7 +205,7 @@ def extract(
 
     source = extract_command.find_source(Path(run_dir), overrides or [])
     folder = Path(output) if output else SearchDirectory(Path(run_dir)).data
-    extract_command.check_output(folder, overwrite=overwrite)
+    extract_command.check_output(folder, Path(run_dir), overwrite=overwrite)
     extract_command.show(extract_command.run(source, folder), folder, standard_output())
 
 
@@ -244,6 +244,7 @@ def teach(
         str, typer.Argument(metavar="FILE", help="Parquet file to write, for sft.path of a training run.")
     ],
     overrides: Overrides = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write the rows of sft.path with the scores of teacher.model, for objective.distill without a teacher's engine."""
     from rlsys.config.files import load_config

@@ -75,10 +75,7 @@ def test_an_adapter_is_of_the_library_peft_and_names_its_base(run: Path) -> None
     text = card(run, replace(FACTS, form="adapter", adapter_rank=4, base_id="org/base"))
     assert head(text)["library_name"] == "peft" and head(text)["base_model"] == "org/base"
     assert head(text)["base_model_relation"] == "adapter"
-    assert (
-        f"{SERVE} org/base --host 127.0.0.1 --enable-lora --max-lora-rank 4 --lora-modules policy=my-model"
-        in text
-    )
+    assert f"{SERVE} org/base --host 127.0.0.1 --enable-lora --max-lora-rank 4 --lora-modules policy=my-model" in text
     assert 'AutoPeftModelForCausalLM.from_pretrained("my-model"' in text
     local = card(run, replace(FACTS, form="adapter", adapter_rank=4))
     assert "base_model" not in head(local) and "BASE is the folder of the base model" in local
