@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rlsys.commands import extract as extract_command
 from rlsys.errors import ConfigError
 from rlsys.evaluation.document import is_document
 from rlsys.outputs import check_file
@@ -42,3 +43,15 @@ def test_what_is_no_file_is_never_replaced(tmp_path: Path) -> None:
 )
 def test_evaluate_knows_its_own_files(content: bytes, own: bool) -> None:
     assert is_document(content) is own
+
+
+def test_tables_replace_only_those_of_the_same_command(tmp_path: Path) -> None:
+    extract_command.check_output(tmp_path / "new", tmp_path, overwrite=False)
+    (tmp_path / "README.md").write_text("# mine")
+    with pytest.raises(ConfigError, match=r"it has a file README\.md that `rlsys extract` did not write"):
+        extract_command.check_output(tmp_path, tmp_path / "run", overwrite=False)
+    extract_command.check_output(tmp_path, tmp_path / "run", overwrite=True)
+    (tmp_path / "report.json").write_text("{}")
+    extract_command.check_output(tmp_path, tmp_path / "run", overwrite=False)
+    with pytest.raises(ConfigError, match="expected a folder, found a file"):
+        extract_command.check_output(tmp_path / "README.md", tmp_path / "run", overwrite=True)

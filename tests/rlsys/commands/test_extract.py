@@ -392,15 +392,3 @@ def test_nothing_to_show_is_left_out(write: Callable[..., Path], tmp_path: Path)
     shown = output.getvalue()
     assert "0 of 0 trees solved" in shown and "trees without a pair" not in shown
     assert "4 of the prompts" in shown
-
-
-def test_tables_replace_only_those_of_the_same_command(tmp_path: Path) -> None:
-    extract_command.check_output(tmp_path / "new", tmp_path, overwrite=False)
-    (tmp_path / "README.md").write_text("# mine")
-    with pytest.raises(ConfigError, match=r"it has a file README\.md that `rlsys extract` did not write"):
-        extract_command.check_output(tmp_path, tmp_path / "run", overwrite=False)
-    extract_command.check_output(tmp_path, tmp_path / "run", overwrite=True)
-    (tmp_path / "report.json").write_text("{}")
-    extract_command.check_output(tmp_path, tmp_path / "run", overwrite=False)
-    with pytest.raises(ConfigError, match="expected a folder, found a file"):
-        extract_command.check_output(tmp_path / "README.md", tmp_path / "run", overwrite=True)
