@@ -76,10 +76,17 @@ def _exit_with(command: Callable[[], None]) -> None:
         _fail(f"stopped by {error.message}", code)
     except RlsysError as error:
         _fail(f"error: {type(error).__name__}: {error.message}", 1)
-    except OSError as error:  # no space left, no permission
-        _fail(f"error: {error}", 1)
+    except PermissionError as error:
+        _fail(f"error: {_named(error)}; change the permissions, or choose another path", 2)
+    except OSError as error:  # no space left
+        _fail(f"error: {_named(error)}", 1)
     except KeyboardInterrupt:
         _fail("stopped by SIGINT", 130)
+
+
+def _named(error: OSError) -> str:
+    """Return the error with its file in front, without its number."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
 
 
 def _fail(message: str, code: int) -> None:

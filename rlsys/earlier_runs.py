@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 
@@ -27,11 +28,22 @@ def origin(name: str) -> str:
         return f"; the run {run_dir} has {there} in {inner.name}: {command}"
     config = _config_of(run_dir)
     if config is None:
-        return ""
+        return _similar(path)
     command = f"`rlsys train {config}`"
     if inner is not None and inner.name == "data":
         command = f"`rlsys search {config}` and `rlsys extract {run_dir}`"
     return f"; {run_dir} does not exist: first run {command}"
+
+
+def _similar(path: Path) -> str:
+    """Return a hint at a path beside a misspelt one, or ""."""
+    wrong = next((each for each in (path, *path.parents) if each.parent.is_dir() and not each.exists()), path)
+    try:
+        names = [each.name for each in wrong.parent.iterdir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(wrong.name, names, n=1)
+    return f"; did you mean {wrong.with_name(close[0])}?" if close else ""
 
 
 def _config_of(run_dir: Path) -> Path | None:

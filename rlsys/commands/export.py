@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -52,7 +54,8 @@ def run(
         names = sorted(os.listdir(policy.folder))
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        lines = _write(policy, unfinished, output, merge, dtype)
+        with _naming_policy(policy, unfinished):
+            lines = _write(policy, unfinished, output, merge, dtype)
         if sorted(os.listdir(policy.folder)) != names:  # so that a part may be missing
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(policy.folder))
         for path in unfinished.iterdir():
@@ -76,6 +79,18 @@ def run(
             os.rename(replaced, output)
         shutil.rmtree(replaced, ignore_errors=True)
     return lines
+
+
+@contextmanager
+def _naming_policy(policy: RunPolicy, copy: Path) -> Iterator[None]:
+    """Let an error about the unfinished copy of a policy name the policy itself."""
+    try:
+        yield
+    except ConfigError as error:
+        if str(copy) not in error.message:
+            raise
+        reason = error.message.replace(str(copy), str(policy.folder)).removesuffix("; download it again")
+        raise DamagedFileError(f"{reason}; restore the file, or choose another policy with --stage or --step") from None
 
 
 def serve_command(model: str, *options: str) -> str:

@@ -40,7 +40,10 @@ def find_source(run_dir: Path, overrides: Sequence[str]) -> Source:
         raise ConfigError(f"{run_dir}: a model.from_scratch cannot differ from the search; give model.path instead")
     trees = SearchDirectory(run_dir).trees
     if not any(trees.glob("*.jsonl")):
-        raise ConfigError(f"{trees}: expected *.jsonl files of trees, found none; `rlsys search {path}` writes them")
+        remedy = f"`rlsys search {path}` writes them"
+        if RunDirectory(run_dir).metrics.exists():
+            remedy = f"this is a training run; search in a directory of its own: `rlsys search {path} run.dir=runs/NEW`"
+        raise ConfigError(f"{trees}: expected *.jsonl files of trees, found none; {remedy}")
     return source_of(config, trees, prepare_model(config, run_dir))
 
 

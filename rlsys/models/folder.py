@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,9 @@ def _from_hub(name: str, field: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
+        if isinstance(error, LocalEntryNotFoundError):
+            offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+            reason = "HF_HUB_OFFLINE is set, and the cache has none" if offline else f"no answer, none cached: {reason}"
         raise ConfigError(f"{field} {name}: neither a folder here nor a model of the hub ({reason})") from None
 
 

@@ -40,6 +40,12 @@ def test_the_config_of_the_missing_run_is_named(folder: Path) -> None:
     assert origin("runs/other/stages/online") == origin("elsewhere") == ""
 
 
+def test_a_misspelt_path_has_a_suggestion(folder: Path) -> None:
+    (folder / "runs" / "quickstart" / "stages").mkdir(parents=True)
+    assert origin("runs/quickstrat/stages/online") == "; did you mean runs/quickstart?"
+    assert origin("./runs/quickstart/stage") == "; did you mean runs/quickstart/stages?"
+
+
 def test_a_run_that_has_not_got_there_is_named(folder: Path) -> None:
     stages = folder / "runs" / "first" / "stages"
     (stages / "warm_start").mkdir(parents=True)

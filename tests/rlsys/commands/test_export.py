@@ -240,3 +240,13 @@ def test_an_export_that_fails_keeps_the_earlier_one(run: Path, tmp_path: Path, m
     with pytest.raises(CheckpointError, match="could not be written"):
         export.run(policy, output, overwrite=True)
     assert digests(output) == before
+
+
+def test_a_damaged_policy_is_named_by_its_own_path(run: Path, tmp_path: Path) -> None:
+    policy = find_run_policy(str(run), None, None)
+    os.truncate(policy.folder / "model.safetensors", 100)
+    with pytest.raises(DamagedFileError) as caught:
+        export.run(policy, tmp_path / "out")
+    assert str(policy.folder / "model.safetensors") in caught.value.message
+    assert caught.value.message.endswith("; restore the file, or choose another policy with --stage or --step")
+    assert not (tmp_path / "out").exists()
