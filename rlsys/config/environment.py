@@ -19,7 +19,7 @@ ROLES: Mapping[str, Literal["user", "tool"]] = {"multi_if": "user"}
 
 
 class EnvironmentConfig(Section):
-    fn: Literal["calculator", "guess"] | PluginName | None = None
+    fn: Literal["calculator", "guess", "multi_if"] | PluginName | None = None
     """`module:name` or `file.py:name` of a function or a Game, or `calculator` (docs/environments.md). It answers every
     turn of the policy. null: that of the task, if it has one."""
     arguments: dict[str, Any] = Field(default_factory=dict)

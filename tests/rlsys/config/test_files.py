@@ -54,7 +54,7 @@ def test_other_files_in_the_place_of_a_config(tmp_path: Path) -> None:
         "rows.jsonl": "found the data file rows.jsonl; in a config, task.path names a data file",
         "binary.yaml": "found bytes that are no text in UTF-8",
         "zeros.yaml": "found bytes that are no text",
-        "foreign.yaml": "found none of run, stages, model, task, actors, sampling, ... in it",
+        "foreign.yaml": "found none of run, stages, model, task, environment, placement, ... in it",
         "large.yaml": "found a file of 4,194,305 bytes",
     }.items():
         with pytest.raises(ConfigError) as caught:
