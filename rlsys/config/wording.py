@@ -105,6 +105,14 @@ def bound(problem: Mapping[str, Any]) -> str | None:
             return None
 
 
+def in_words(problem: Mapping[str, Any]) -> str:
+    """Return what a value should have been, by the problem alone, without the annotation of a field."""
+    kinds = {"int": "a whole number", "float": "a number", "string": "a text", "bool": "true or false"}
+    kinds |= {"list": "a list", "tuple": "a list", "dict": "a mapping", "model": "a mapping", "dataclass": "a mapping"}
+    kind = str(problem["type"]).partition("_")[0]
+    return f"expected {words}" if (words := bound(problem) or kinds.get(kind)) else str(problem["msg"])
+
+
 def close_name(value: Any, names: Sequence[str]) -> str:
     """Return a hint for a misspelt name, or ""."""
     close = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []

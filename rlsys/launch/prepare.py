@@ -110,9 +110,10 @@ def check_settings(config: Config, purpose: Purpose) -> None:
             checkpoint.best_metric, or has a tracker that is not installed.
     """
     check_address(config.run.address)
-    if purpose != "check" and (lack := missing_devices(config, learner=purpose == "train")):
+    lack = missing_devices(config, learner=purpose in ("train", "check"))
+    if lack and purpose != "check":
         raise ConfigError(lack)
-    if purpose in ("train", "check"):
+    if purpose in ("train", "check") and not lack:  # the machine that is meant may have another torch
         check_transport(config)
     check_answer(config.run.address)
     if purpose != "evaluate":

@@ -92,8 +92,8 @@ def test_every_key_says_what_is_wrong_with_a_value(name: str) -> None:
         ("objective.policy.estimator", "gpro", "objective.policy.estimator: expected one of grpo, dr_grpo, rloo, "
          "reinforce_pp, reinforce_pp_baseline, gae, or `module:name` or `file.py:name` of your own, found 'gpro'; did "
          "you mean grpo?"),
-        ("environment.fn", "calculater", "environment.fn: expected one of calculator, guess, multi_if, or `module:name` or "
-         "`file.py:name` of your own, or null, found 'calculater'; did you mean calculator?"),
+        ("environment.fn", "calculater", "environment.fn: expected one of calculator, guess, multi_if, or "
+         "`module:name` or `file.py:name` of your own, or null, found 'calculater'; did you mean calculator?"),
         ("train", None, "train: expected a section with keys such as max_steps, groups_per_step, group_size, "
          "updates_per_step, found nothing (null); leave the name of the section out, or write keys below it"),
         ("run.seed", True, "run.seed: expected a whole number, found true; YAML reads yes, no, on and off as true or "
