@@ -37,6 +37,8 @@ def origin(name: str) -> str:
 
 def _similar(path: Path) -> str:
     """Return a hint at a path beside a misspelt one, or ""."""
+    if path.exists():
+        return ""
     wrong = next((each for each in (path, *path.parents) if each.parent.is_dir() and not each.exists()), path)
     try:
         names = [each.name for each in wrong.parent.iterdir()]

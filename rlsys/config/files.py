@@ -100,7 +100,12 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {key} is not a section")
         section = child
     is_plain_text = takes_text(keys, values) and not _is_quoted(text) and text.strip().lower() not in _NULL
-    section[keys[-1]] = text.strip() if is_plain_text else parse_yaml(text, f"override {override!r}")
+    try:
+        section[keys[-1]] = text.strip() if is_plain_text else parse_yaml(text, f"override {override!r}")
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error.message}; if the value is a text, put it in quotes inside of those of the shell"
+        ) from None
 
 
 _NULL = ("", "~", "null")

@@ -43,6 +43,7 @@ def test_the_config_of_the_missing_run_is_named(folder: Path) -> None:
 def test_a_misspelt_path_has_a_suggestion(folder: Path) -> None:
     (folder / "runs" / "quickstart" / "stages").mkdir(parents=True)
     assert origin("runs/quickstrat/stages/online") == "; did you mean runs/quickstart?"
+    assert origin("/dev/null") == ""
     assert origin("./runs/quickstart/stage") == "; did you mean runs/quickstart/stages?"
 
 
