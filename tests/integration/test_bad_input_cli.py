@@ -87,7 +87,7 @@ FILES = [
     ("run: [a\n", "config.yaml:2: "),
     ("just text\n", "expected a mapping of sections, found a text"),
     ("run: {dir: a}\nmodel: {path: x}\n", "task: missing; expected a section with type: one of letter_count"),
-    ("run: {dir: a}\nmodel: {path: x}\ntask: {type: poems}\n", "task: "),
+    ("run: {dir: a}\nmodel: {path: x}\ntask: {type: poems}\n", "task.type: expected one of letter_count"),
 ]
 
 
