@@ -57,7 +57,8 @@ def _source(source: DataSource, prepared: Prepared) -> str:
         return f"{source.per_step} {noun} that the stage search extracts"
     data = prepared.inputs.data
     count = len(data.rows() if source.kind == "rows" else data.pairs())
-    return f"{source.per_step} {noun} of {count:,} in {source.path_field}"
+    field = "sft.path" if source.kind == "rows" else "preference.path"
+    return f"{source.per_step} {noun} of {count:,} in {field}"
 
 
 def _models(config: Config, prepared: Prepared) -> Iterator[Line]:
