@@ -8,13 +8,16 @@ signal n (130 SIGINT, 143 SIGTERM). For the last two, the last line of output sa
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 # Each command imports the rest itself, so that `rlsys --help` stays fast.
 from rlsys import fault_injection as faults
@@ -26,8 +29,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-ConfigPath = Annotated[str, typer.Argument(help="YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Any number of section.key=value.")]
+
+
+class Command(TyperCommand):
+    """A command whose usage line has the names of required arguments without braces."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the pieces of the usage line."""
+        return [re.sub(r"^\{(.*)\}(\.\.\.)?$", r"\1", piece) for piece in super().collect_usage_pieces(ctx)]
+
+
+command = partial(app.command, cls=Command)
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Any number of section.key=value.", show_default=False)
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 
 
 def main() -> None:
@@ -59,10 +76,17 @@ def _exit_with(command: Callable[[], None]) -> None:
         _fail(f"stopped by {error.message}", code)
     except RlsysError as error:
         _fail(f"error: {type(error).__name__}: {error.message}", 1)
-    except OSError as error:  # no space left, no permission
-        _fail(f"error: {error}", 1)
+    except PermissionError as error:
+        _fail(f"error: {_named(error)}; change the permissions, or choose another path", 2)
+    except OSError as error:  # no space left
+        _fail(f"error: {_named(error)}", 1)
     except KeyboardInterrupt:
         _fail("stopped by SIGINT", 130)
+
+
+def _named(error: OSError) -> str:
+    """Return the error with its file in front, without its number."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
 
 
 def _fail(message: str, code: int) -> None:
@@ -87,7 +111,7 @@ def options(
     """Define the options of the program itself. Typer shows the help of `app` instead of this."""
 
 
-@app.command()
+@command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train, or continue a run."""
     from rlsys.config.files import load_config
@@ -98,18 +122,22 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     print(launch.train(resolved))
 
 
-@app.command()
-def check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Validate a config, its model and its data, and print the resolved config and the resource plan."""
+@command()
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resolved: Annotated[bool, typer.Option("--resolved", help="First print the config with all defaults.")] = False,
+) -> None:
+    """Validate a config, its model and its data, and say what a run would do. It starts nothing."""
     from rlsys.config.files import load_config
 
-    resolved = load_config(config, overrides or [])
+    loaded = load_config(config, overrides or [])
     from rlsys.commands import check as check_command
 
-    check_command.run(resolved)
+    check_command.run(loaded, resolved=resolved)
 
 
-@app.command()
+@command()
 def evaluate(
     arguments: Annotated[
         list[str],
@@ -127,6 +155,7 @@ def evaluate(
         typer.Option(help="Also write the figures to this JSON file. Finished parts are kept in OUTPUT.parts."),
     ] = None,
     plot: Annotated[str | None, typer.Option(help="Also draw pass@k and accuracy into this file (.png).")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Measure and compare models on held-out problems: accuracy, pass@k, lengths, signs of empty reasoning."""
     from rlsys.commands import evaluate as evaluation
@@ -139,12 +168,13 @@ def evaluate(
         find_tasks(targets, config, task or [], overrides),
         output=output,
         plot=plot,
+        overwrite=overwrite,
         console=standard_output(),
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
 
 
-@app.command()
+@command()
 def export(
     target: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, checkpoint or policy folder of a run.")],
     output: Annotated[str, typer.Option(help="New or empty folder to write.")],
@@ -156,19 +186,24 @@ def export(
     dtype: Annotated[
         Literal["fp32", "bf16"] | None, typer.Option(help="Number format of the weights. Default: as they are.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a policy of a run as a Hugging Face folder with a model card, for vLLM, transformers and others."""
     from rlsys.commands import export as export_command
     from rlsys.run.policies import find_run_policy
 
-    print(export_command.run(find_run_policy(target, stage, step), Path(output), merge=merge, dtype=dtype))
+    policy = find_run_policy(target, stage, step)
+    print(export_command.run(policy, Path(output), merge=merge, dtype=dtype, overwrite=overwrite))
 
 
-@app.command()
+@command()
 def extract(
-    run_dir: Annotated[str, typer.Argument(help="Run directory of `rlsys search`.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="extract.key=value or model.path=PATH.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the files. Default: RUN_DIR/data.")] = None,
+    run_dir: Annotated[str, typer.Argument(metavar="RUN", help="Run directory of `rlsys search`.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="extract.key=value or model.path=PATH.")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the files. Default: RUN/data.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Extract supervised rows, preference pairs and step values from the trees of a search, as JSONL and Parquet."""
     from rlsys.commands import extract as extract_command
@@ -177,14 +212,17 @@ def extract(
 
     source = extract_command.find_source(Path(run_dir), overrides or [])
     folder = Path(output) if output else SearchDirectory(Path(run_dir)).data
+    extract_command.check_output(folder, Path(run_dir), overwrite=overwrite)
     extract_command.show(extract_command.run(source, folder), folder, standard_output())
 
 
-@app.command()
+@command()
 def score(
-    run_dir: Annotated[str, typer.Argument(help="Run directory of `rlsys search`.")],
-    teacher: Annotated[str, typer.Argument(help="Model folder or hub id of the teacher.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="model.path=PATH of the policy.")] = None,
+    run_dir: Annotated[str, typer.Argument(metavar="RUN", help="Run directory of `rlsys search`.")],
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="Model folder or hub id of the teacher.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="model.path=PATH of the policy.")
+    ] = None,
 ) -> None:
     """Score the right chains of a search with the policy and a teacher, for `rlsys extract` with rule divergence."""
     from rlsys.commands import extract as extract_command
@@ -195,7 +233,7 @@ def score(
     print(score_command.run(source, teacher, SearchDirectory(Path(run_dir)).scores))
 
 
-@app.command()
+@command()
 def search(config: ConfigPath, overrides: Overrides = None) -> None:
     """Search a tree of thought nodes for every prompt, or continue a search. See also `rlsys extract`."""
     from rlsys.config.files import load_config
@@ -206,11 +244,14 @@ def search(config: ConfigPath, overrides: Overrides = None) -> None:
     print(search_command.run(resolved))
 
 
-@app.command()
+@command()
 def teach(
     config: ConfigPath,
-    output: Annotated[str, typer.Argument(help="Parquet file to write, for sft.path of a training run.")],
+    output: Annotated[
+        str, typer.Argument(metavar="FILE", help="Parquet file to write, for sft.path of a training run.")
+    ],
     overrides: Overrides = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write the rows of sft.path with the scores of teacher.model, for objective.distill without a teacher's engine."""
     from rlsys.config.files import load_config
@@ -218,13 +259,15 @@ def teach(
     resolved = load_config(config, overrides or [])
     from rlsys.commands import teach as teach_command
 
-    print(teach_command.run(resolved, Path(output)))
+    print(teach_command.run(resolved, Path(output), overwrite=overwrite))
 
 
-@app.command()
+@command()
 def show(
-    run_dir: Annotated[str, typer.Argument(help="Run directory with rollouts or trees.")],
-    prompt: Annotated[str, typer.Argument(help="Id of a prompt: show its tree, or without trees its rollouts.")] = "",
+    run_dir: Annotated[str, typer.Argument(metavar="RUN", help="Run directory with rollouts or trees.")],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="Id of a prompt: show its tree, or without trees its rollouts.")
+    ] = "",
     step: Annotated[int | None, typer.Option(help="Rollouts of this online step. Default: the last one.")] = None,
     pick: Annotated[str | None, typer.Option(help="Show the `best`, `worst` or `random` rollouts of the step.")] = None,
 ) -> None:
@@ -235,24 +278,25 @@ def show(
     show_command.run(Path(run_dir), prompt, standard_output(), step=step, pick=pick)
 
 
-@app.command()
+@command()
 def view(
-    run_dir: Annotated[str, typer.Argument(help="Run directory of `rlsys train` or `rlsys search`.")],
-    other: Annotated[str | None, typer.Argument(help="A second run, to compare with.")] = None,
+    run_dir: Annotated[str, typer.Argument(metavar="RUN", help="Run directory of `rlsys train` or `rlsys search`.")],
+    other: Annotated[str | None, typer.Argument(metavar="RUN2", help="A second run, to compare with.")] = None,
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any free one.")] = 6007,
     export: Annotated[str | None, typer.Option(help="Write one HTML file instead, and serve nothing.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Show curves, times, rollouts and trees of a run in a browser, also while it goes on."""
     from rlsys.commands import view as view_command
 
     runs = [Path(path) for path in (run_dir, other) if path]
-    view_command.run(runs, host, port, Path(export) if export else None)
+    view_command.run(runs, host, port, Path(export) if export else None, overwrite=overwrite)
 
 
-@app.command()
+@command()
 def status(
-    run_dir: Annotated[str, typer.Argument(help="Run directory of `rlsys train`.")],
+    run_dir: Annotated[str, typer.Argument(metavar="RUN", help="Run directory of `rlsys train`.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the state of a run from its files: progress, rates, who waits for whom, failures, checkpoint."""
@@ -262,9 +306,9 @@ def status(
     status_command.run(Path(run_dir), standard_output(), as_json=as_json)
 
 
-@app.command()
+@command()
 def doctor(
-    run_dir: Annotated[str, typer.Argument(help="Folder in which a run would write.")] = "runs",
+    run_dir: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder in which a run would write.")] = "runs",
     self_test: Annotated[bool, typer.Option(help="Also let a tiny engine and learner work.")] = True,
 ) -> None:
     """Check this machine: versions, devices, memory, disk, ports, and a short self-test. Exit code 1 on a failure."""
@@ -275,12 +319,16 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command()
-def keys(section: Annotated[str, typer.Argument(help="Show only this section or key, e.g. train.")] = "") -> None:
+@command()
+def keys(
+    sections: Annotated[
+        list[str] | None, typer.Argument(metavar="SECTION", help="Show only these sections or keys, e.g. train.")
+    ] = None,
+) -> None:
     """Show every key of a config file with its type, default and meaning."""
     from rlsys.commands import keys as keys_command
 
-    keys_command.run(section)
+    keys_command.run(sections or [])
 
 
 if __name__ == "__main__":

@@ -243,6 +243,17 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def duration_in_words(seconds: float) -> str:
+    """Format seconds as 45 s, 12 min 29 s, 3 h 5 min, or 2 d 4 h."""
+    rest = max(0, round(seconds))
+    parts: list[str] = []
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, size)
+        if count or parts:
+            parts.append(f"{count} {unit}" if count else "")
+    return " ".join(filter(None, parts[:2])) or "0 s"
+
+
 def standard_output() -> Console:
     """Return a console on standard output. It is a terminal only if standard output is one.
 

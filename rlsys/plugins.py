@@ -20,11 +20,12 @@ from rlsys.errors import ConfigError
 
 def _is_name(text: str) -> str:
     if not re.fullmatch(r"[^:]+:[A-Za-z_][A-Za-z0-9_.]*", text):
-        raise ValueError(f"expected `module:name` or `file.py:name`, found {text!r}")
+        raise ValueError("expected `module:name` or `file.py:name`")
     return text
 
 
-PluginName = Annotated[str, AfterValidator(_is_name)]
+PLUGIN_VALIDATOR = AfterValidator(_is_name)
+PluginName = Annotated[str, PLUGIN_VALIDATOR]
 """`module:name`, or the path of a Python file and a name: `rewards.py:brevity`."""
 
 

@@ -6,6 +6,7 @@ They run in the verifier processes, so they have a deadline and limits.
 from __future__ import annotations
 
 import asyncio
+import difflib
 import inspect
 import math
 import re
@@ -131,6 +132,9 @@ class _Function:
                 f"{field}.fn {config.fn!r}: it needs {missing[0]}, which does not exist here; it gets prompts, "
                 "completions, reference and the columns of the data set"
             )
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        required = [each for each in parameters.values() if each.default is inspect.Parameter.empty]
+        self._required = [each.name for each in required if each.kind in named]
         unknown = [] if self._takes_all else [name for name in self._arguments if name not in parameters]
         if unknown:
             raise ConfigError(f"{field}.arguments: {config.fn!r} has no argument {unknown[0]!r}")
@@ -138,6 +142,8 @@ class _Function:
     def __call__(self, problem: Problem, completion: str) -> float | str | None:
         """Return the reward of a completion, None if the function does not apply, or the text of its fault."""
         given = _arguments(problem, completion)
+        if missing := [name for name in self._required if name not in given and name not in self._arguments]:
+            return f"{self._noun} {self.name}: {_no_column(missing[0], list(given))}"
         if not self._takes_all:
             given = {name: value for name, value in given.items() if name in self._known}
         try:
@@ -159,6 +165,16 @@ class _Function:
         if not isinstance(value, Real) or not math.isfinite(value):
             return f"{fault}, found {value!r}"[:300]
         return float(value)
+
+
+def _no_column(name: str, given: Sequence[str]) -> str:
+    """Return the fault of a function that needs an argument which no column has."""
+    close = difflib.get_close_matches(name, given, n=1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    return (
+        f"it needs the argument {name!r}, and the data have no such column; {meant}it can take {', '.join(given)}, and "
+        "what `arguments` beside its fn sets"
+    )
 
 
 async def _awaited(values: Any) -> Any:

@@ -18,14 +18,16 @@ from rlsys.control.evaluation import mode_settings, sample_groups
 from rlsys.control.search_evaluation import search_and_sample, with_search
 from rlsys.errors import AbortedRunError, ConfigError
 from rlsys.evaluation.comparison import compare
+from rlsys.evaluation.document import is_document
 from rlsys.evaluation.figures import result_figures
 from rlsys.evaluation.parts import Parts, code_digest
-from rlsys.evaluation.plot import check_plot
+from rlsys.evaluation.plot import AUTHOR, check_plot
 from rlsys.evaluation.plot import plot as draw
 from rlsys.evaluation.records import Sample, problems_digest, samples_of
 from rlsys.files import write_json
 from rlsys.launch.prepare import Evaluation, prepare_evaluation
 from rlsys.models.folder import ModelFolder, weights_digest
+from rlsys.outputs import check_file
 from rlsys.plugins import command_folder, plugin_digests
 from rlsys.types import Prompt
 
@@ -90,6 +92,7 @@ def run(
     *,
     output: str | None = None,
     plot: str | None = None,
+    overwrite: bool = False,
     console: Console,
     say: Say,
 ) -> None:
@@ -98,11 +101,15 @@ def run(
     Args:
         output: the JSON file to write; finished parts are kept beside it. None writes none and keeps none.
         plot: the image file to draw; None for none.
+        overwrite: whether these may be files that `rlsys evaluate` did not write.
         console: gets the tables.
         say: gets lines about the progress.
     """
     if plot:
         check_plot(plot)
+        check_file(Path(plot), "--plot", overwrite=overwrite, own=lambda content: AUTHOR.encode() in content)
+    if output:
+        check_file(Path(output), "--output", overwrite=overwrite, own=is_document)
     parts = Parts.beside(output)
     with _naming_removed_policies(targets):
         document = measure_all(prepare(targets, tasks, say), parts, say)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlsys.config.files import apply_override, load_config, parse_config, parse_yaml
+from rlsys.config.files import apply_override, load_config, parse_config, read_sections
 from rlsys.config.schema import Config
 from rlsys.directory import CheckpointDirectory, RunDirectory
 from rlsys.errors import ConfigError
@@ -128,13 +128,13 @@ def find_tasks(
 
 
 def _task_of_file(file: str, base: Path | None, target: Target, overrides: Sequence[str]) -> NamedTask:
-    given = _mapping(file)
+    given = read_sections(file)
     if "type" in given:
         given = {"task": given}
     if "task" not in given:
         raise ConfigError(f"--task {file}: expected a section task, or its keys, found {', '.join(map(str, given))}")
     values: dict[str, Any] = {"run": {"dir": "."}, "stages": ["online"], "model": {"path": str(target.policy)}}
-    values = _mapping(base) if base else values
+    values = read_sections(base) if base else values
     if unknown := sorted(set(given) - set(Config.model_fields)):
         raise ConfigError(
             f"--task {file}: {unknown[0]}: no such section; a task file has {', '.join(TASK_SECTIONS)} and run.seed"
@@ -147,16 +147,6 @@ def _task_of_file(file: str, base: Path | None, target: Target, overrides: Seque
     for override in overrides:
         apply_override(values, override)
     return NamedTask(Path(file).stem, parse_config(values, f"--task {file}"))
-
-
-def _mapping(file: str | Path) -> dict[str, Any]:
-    try:
-        values = parse_yaml(Path(file).read_text(encoding="utf-8"), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: expected a mapping of sections, found {type(values).__name__}")
-    return values
 
 
 def _check_same_problems(targets: Sequence[Target], base: Path, config: Config, overrides: Sequence[str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,14 +21,20 @@ from rlsys.models.folder import ModelFolder, is_adapter, weights_digest
 from rlsys.run.model_card import CardFacts, model_card
 from rlsys.run.policies import RunPolicy
 
+MARK = b"\ntags:\n- rlsys\n"
+"""Lines of a model card by which `rlsys export` knows a folder that it wrote."""
 
-def run(policy: RunPolicy, output: Path, *, merge: bool = True, dtype: Dtype | None = None) -> str:
+
+def run(
+    policy: RunPolicy, output: Path, *, merge: bool = True, dtype: Dtype | None = None, overwrite: bool = False
+) -> str:
     """Write a policy and its model card into a folder. The folder is complete as soon as it exists.
 
     Args:
         policy: the policy of a run; nothing in its run directory is changed.
         output: a new or empty folder outside the run directory.
         merge: False to write an adapter (LoRA) alone, without its base model.
+        overwrite: whether to replace a folder that `rlsys export` wrote.
         dtype: number format of the weights; None keeps it, and merges in that of the learner.
 
     Returns:
@@ -37,22 +45,25 @@ def run(policy: RunPolicy, output: Path, *, merge: bool = True, dtype: Dtype | N
         CheckpointError: the folder cannot be written.
     """
     output = output.absolute()
-    _check_output(output, policy.run_dir)
+    _check_output(output, policy.run_dir, overwrite=overwrite)
     if not merge and not is_adapter(policy.folder):
         remedy = "choose a checkpoint with --step" if policy.config.model.lora else "leave it out"
         raise ConfigError(f"--adapter: expected an adapter in {policy.folder}, found a whole model; {remedy}")
-    unfinished = output.with_name(f".{output.name}.unfinished")
+    unfinished, replaced = (output.with_name(f".{output.name}.{name}") for name in ("unfinished", "replaced"))
     try:
         names = sorted(os.listdir(policy.folder))
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        lines = _write(policy, unfinished, output, merge, dtype)
+        with _naming_policy(policy, unfinished):
+            lines = _write(policy, unfinished, output, merge, dtype)
         if sorted(os.listdir(policy.folder)) != names:  # so that a part may be missing
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(policy.folder))
         for path in unfinished.iterdir():
             path.chmod((unfinished / CARD).stat().st_mode)  # safetensors makes its files private
             fsync(path)
         fsync(unfinished)
+        if output.is_dir() and any(output.iterdir()):
+            os.rename(output, replaced)
         os.rename(unfinished, output)
         fsync(output.parent)
     except (OSError, SafetensorError) as error:
@@ -64,7 +75,22 @@ def run(policy: RunPolicy, output: Path, *, merge: bool = True, dtype: Dtype | N
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if replaced.exists() and not output.exists():
+            os.rename(replaced, output)
+        shutil.rmtree(replaced, ignore_errors=True)
     return lines
+
+
+@contextmanager
+def _naming_policy(policy: RunPolicy, copy: Path) -> Iterator[None]:
+    """Let an error about the unfinished copy of a policy name the policy itself."""
+    try:
+        yield
+    except ConfigError as error:
+        if str(copy) not in error.message:
+            raise
+        reason = error.message.replace(str(copy), str(policy.folder)).removesuffix("; download it again")
+        raise DamagedFileError(f"{reason}; restore the file, or choose another policy with --stage or --step") from None
 
 
 def serve_command(model: str, *options: str) -> str:
@@ -77,10 +103,13 @@ def serve_command(model: str, *options: str) -> str:
     return " ".join([program, model, "--host 127.0.0.1", *options])
 
 
-def _check_output(output: Path, run_dir: Path) -> None:
+def _check_output(output: Path, run_dir: Path, *, overwrite: bool) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        kind = "files in it" if output.is_dir() else "a file"
-        raise ConfigError(f"--output {output}: expected a new or empty folder, found {kind}; choose another name")
+        kind, remedy = "files in it" if output.is_dir() else "a file", "choose another name"
+        is_own = (output / CARD).is_file() and MARK in (output / CARD).read_bytes()
+        if not (is_own and overwrite):
+            remedy += ", or replace the earlier export with --overwrite" if is_own else ""
+            raise ConfigError(f"--output {output}: expected a new or empty folder, found {kind}; {remedy}")
     if output.resolve().is_relative_to(run_dir.resolve()):
         raise ConfigError(f"--output {output}: expected a folder outside the run directory {run_dir}; choose another")
 

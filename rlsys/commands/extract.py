@@ -10,10 +10,11 @@ from rich.console import Console
 
 from rlsys.config.files import load_config
 from rlsys.data.inputs import prepare_model
-from rlsys.directory import RunDirectory, SearchDirectory
+from rlsys.directory import CARD, REPORT, RunDirectory, SearchDirectory
 from rlsys.display import print_lines, print_table
 from rlsys.errors import ConfigError
 from rlsys.search.export import NO_PAIR, QUANTILES, Source, run, source_of
+from rlsys.tables.schemas import TABLES
 
 __all__ = ["Source", "find_source", "run", "show"]
 
@@ -39,8 +40,33 @@ def find_source(run_dir: Path, overrides: Sequence[str]) -> Source:
         raise ConfigError(f"{run_dir}: a model.from_scratch cannot differ from the search; give model.path instead")
     trees = SearchDirectory(run_dir).trees
     if not any(trees.glob("*.jsonl")):
-        raise ConfigError(f"{trees}: expected *.jsonl files of trees, found none; `rlsys search {path}` writes them")
+        remedy = f"`rlsys search {path}` writes them"
+        if RunDirectory(run_dir).metrics.exists():
+            remedy = f"this is a training run; search in a directory of its own: `rlsys search {path} run.dir=runs/NEW`"
+        raise ConfigError(f"{trees}: expected *.jsonl files of trees, found none; {remedy}")
     return source_of(config, trees, prepare_model(config, run_dir))
+
+
+def check_output(output: Path, run_dir: Path, *, overwrite: bool) -> None:
+    """Raise if the folder has files that the command did not write and would replace.
+
+    Args:
+        output: the folder of the tables; that in the run directory is the command's own.
+        overwrite: whether the user asked to replace files.
+
+    Raises:
+        ConfigError: it is a file, or has such files.
+    """
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output}: expected a folder, found a file; choose another name")
+    is_own = output.absolute() == SearchDirectory(run_dir).data.absolute() or (output / REPORT).is_file()
+    names = [CARD, *(f"{table.name}.{suffix}" for table in TABLES for suffix in ("jsonl", "parquet"))]
+    foreign = [name for name in names if not is_own and (output / name).exists()]
+    if foreign and not overwrite:
+        raise ConfigError(
+            f"--output {output}: it has a file {foreign[0]} that `rlsys extract` did not write; choose another name, "
+            "or replace it with --overwrite"
+        )
 
 
 def show(report: Mapping[str, Any], output: Path, console: Console) -> None:

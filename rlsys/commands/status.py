@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlsys.display import duration, printable
+from rlsys.display import duration_in_words, printable
 from rlsys.run.held_out import figures_text
 from rlsys.run.status import SILENT_S, RunStatus, read_status
 from rlsys.run.step_times import PARTS
@@ -44,7 +44,9 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
     )
     yield "progress", f"{status.stage}: step {status.step} of {status.steps}{f' ({others})' if others else ''}"
     left = (
-        f", about {duration(status.left_s)} left in this stage" if status.left_s and status.state == "running" else ""
+        f", about {duration_in_words(status.left_s)} left in this stage"
+        if status.left_s and status.state == "running"
+        else ""
     )
     yield "weight version", f"{status.weight_version}{left}"
     yield from _signs_of_life(status)
@@ -65,7 +67,7 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
 
 def _signs_of_life(status: RunStatus) -> Iterator[tuple[str, str]]:
     if status.record_age_s is not None:
-        yield "last step", f"{duration(status.record_age_s)} ago"
+        yield "last step", f"{duration_in_words(status.record_age_s)} ago"
     beat = status.heartbeat
     if beat is None or status.heartbeat_age_s is None or status.state not in ("running", "unknown", "crashed"):
         return
@@ -74,7 +76,7 @@ def _signs_of_life(status: RunStatus) -> Iterator[tuple[str, str]]:
         if status.state == "running" and status.heartbeat_age_s > SILENT_S
         else ""
     )
-    yield "heartbeat", f"{duration(status.heartbeat_age_s)} ago{late}"
+    yield "heartbeat", f"{duration_in_words(status.heartbeat_age_s)} ago{late}"
     for actor in beat.actors:
         silent = f", {actor['silent_s']:.0f} s without progress" if actor["silent_s"] > 1 else ""
         yield actor["name"], f"{actor['state']}, {_counted(actor['calls'], 'call')} under way{silent}"
@@ -114,7 +116,7 @@ def _counted(count: int, noun: str) -> str:
 def _checkpoint(status: RunStatus) -> str:
     if status.checkpoint is None:
         return "none yet"
-    age = duration(status.checkpoint.age_s)
+    age = duration_in_words(status.checkpoint.age_s)
     behind = status.weight_version - status.checkpoint.weight_version
     steps = f", {_counted(behind, 'step')} behind" if behind > 0 else ""
     return f"weight version {status.checkpoint.weight_version}, {age} ago{steps}"
@@ -125,7 +127,7 @@ def _last_words(status: RunStatus) -> Iterator[tuple[str, str]]:
         yield "" if number else "messages", message
     if status.last_error and status.state != "finished":
         name = Path(status.last_error.file).name
-        yield "last error", f"logs/{name}, {duration(status.last_error.age_s)} ago: {status.last_error.line}"
+        yield "last error", f"logs/{name}, {duration_in_words(status.last_error.age_s)} ago: {status.last_error.line}"
 
 
 def _size(count: int) -> str:

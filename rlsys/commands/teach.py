@@ -19,13 +19,14 @@ from rlsys.errors import ConfigError
 from rlsys.launch.access import child_environment
 from rlsys.launch.prepare import check_same_tokens
 from rlsys.models.folder import ModelFolder, given_model
+from rlsys.outputs import check_file
 from rlsys.tables.sources import Part
 
 ROWS_AT_ONCE = 256
 """Rows that are scored and written together, which bounds the memory."""
 
 
-def run(config: Config, output: Path) -> str:
+def run(config: Config, output: Path, *, overwrite: bool = False) -> str:
     """Score the rows of `sft.path` with an engine of `teacher.model` in this process, and write them as Parquet.
 
     Args:
@@ -41,8 +42,9 @@ def run(config: Config, output: Path) -> str:
         DataError: the rows cannot be used.
     """
     policy, teacher = _models(config)
-    if output.exists() or output.suffix != ".parquet":
+    if output.suffix != ".parquet":
         raise ConfigError(f"{output}: expected the name of a new file that ends with .parquet; choose another name")
+    check_file(output, "FILE", overwrite=overwrite)
     rows = _rows(config, policy)
     os.environ.update(child_environment(local=True))  # before vllm is imported
     from actors.engine import Engine

@@ -11,15 +11,20 @@ from pathlib import Path
 
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.files import write_text
+from rlsys.outputs import check_file
 
 PORT = 6007
+GENERATOR = '<meta name="generator" content="rlsys view">'
+"""Line by which `rlsys view` knows a page that it wrote."""
+HEAD = 1000
+"""Bytes at the beginning of a page that have this line."""
 
 
-def run(run_dirs: Sequence[Path], host: str, port: int, export: Path | None) -> None:
+def run(run_dirs: Sequence[Path], host: str, port: int, export: Path | None, *, overwrite: bool = False) -> None:
     """Serve the pages of one or two runs until the user stops the command, or write them into a file.
 
     Raises:
-        ConfigError: a folder is no run directory, the address cannot be used, or a package is missing.
+        ConfigError: a folder is no run directory, the address or the file cannot be used, or a package is missing.
     """
     try:
         from rlsys.viewer.app import LOCAL, build
@@ -29,6 +34,8 @@ def run(run_dirs: Sequence[Path], host: str, port: int, export: Path | None) -> 
             import uvicorn
     except ModuleNotFoundError as error:
         raise ConfigError(f"`rlsys view` needs the package {error.name}: pip install 'rlsys[view]'") from None
+    if export is not None:
+        check_file(export, "--export", overwrite=overwrite, own=lambda content: GENERATOR.encode() in content[:HEAD])
     runs = [RunFiles(path) for path in run_dirs]
     if export is not None:
         write_page(runs, export)

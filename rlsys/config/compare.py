@@ -16,6 +16,9 @@ from rlsys.types import RunState, StageName
 # Fields that decide how a command runs, and nothing about the training steps.
 _COMMAND_FIELDS = ("run.dir", "run.resume", "run.address", "run.time_limit")
 
+SHOWN = 8
+"""Names of further fields that a message lists."""
+
 
 def load_run_config(run_dir: Path) -> Config:
     """Return the config that a run began with.
@@ -66,10 +69,12 @@ def check_equal(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -
     """
     names = differing_names(before, now)
     if names:
-        name = names[0]
+        name, others = names[0], names[1:]
+        more = f", and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        also = f" (also different: {', '.join(others[:SHOWN])}{more})" if others else ""
         raise ConfigError(
             f"{name} differs from {where}: expected {before.get(name)}, found {now.get(name)}; "
-            "set it back, or start a new run.dir" + (f" (also different: {', '.join(names[1:])})" if names[1:] else "")
+            f"set it back, or start another run with run.dir=runs/NEW{also}"
         )
 
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from rlsys.config.outside_tasks import BenchmarkConfig
 from rlsys.config.section import Section
 from rlsys.config.tasks import GuessConfig, SumsConfig, TaskConfig
+from rlsys.plugins import PluginName
 
 STOP_STRINGS = {"calculator": ("</tool>",), "guess": ("</guess>",)}
 """Environments that ship, and the strings that end a turn in them."""
@@ -18,7 +19,7 @@ ROLES: Mapping[str, Literal["user", "tool"]] = {"multi_if": "user"}
 
 
 class EnvironmentConfig(Section):
-    fn: str | None = Field(default=None, pattern=r"^(calculator|guess|[^:]+:[A-Za-z_][A-Za-z0-9_.]*)$")
+    fn: Literal["calculator", "guess", "multi_if"] | PluginName | None = None
     """`module:name` or `file.py:name` of a function or a Game, or `calculator` (docs/environments.md). It answers every
     turn of the policy. null: that of the task, if it has one."""
     arguments: dict[str, Any] = Field(default_factory=dict)

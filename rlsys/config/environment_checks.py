@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlsys.config.environment import EnvironmentConfig, active_environment
+from rlsys.config.environment import STOP_STRINGS, EnvironmentConfig, active_environment
 from rlsys.config.patterns import Pattern, resolve
 from rlsys.errors import ConfigError
 from rlsys.trees import ENVIRONMENT
@@ -32,6 +32,12 @@ def turns_can_end(config: Config) -> None:
             "end token; leave one of them out"
         )
     environment = active_environment(config.environment, config.task)
+    known = STOP_STRINGS.get(str(environment.fn), ()) if environment and environment.role is None else ()
+    if environment and not set(known) <= set(environment.stop):
+        raise ValueError(
+            f"environment.stop: {environment.fn} answers after {', '.join(known)} alone, found "
+            f"{', '.join(environment.stop)}; leave environment.stop out"
+        )
     if environment and environment.role is None and not environment.stop:
         raise ValueError(
             f"environment.stop: expected the strings after which {environment.fn} answers, found none; name them, or "

@@ -5,6 +5,7 @@ Unknown and duplicate keys are errors. Every error is one line that names the fi
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,15 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from rlsys.config.keys import schema_path, suggestion, takes_text
+from rlsys.config.keys import takes_text
+from rlsys.config.messages import explain
 from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
+
+DATA_FILE = re.compile(r"\.(jsonl|csv|tsv|parquet|arrow|safetensors)(\.(gz|bz2|xz|zst|lz4))?$", re.IGNORECASE)
+"""Names of files that hold rows or weights. A line of JSON would be read as YAML."""
+LARGEST = 4 * 2**20
+"""Bytes of the largest file that is read as a config."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -93,7 +100,12 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {key} is not a section")
         section = child
     is_plain_text = takes_text(keys, values) and not _is_quoted(text) and text.strip().lower() not in _NULL
-    section[keys[-1]] = text.strip() if is_plain_text else parse_yaml(text, f"override {override!r}")
+    try:
+        section[keys[-1]] = text.strip() if is_plain_text else parse_yaml(text, f"override {override!r}")
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error.message}; if the value is a text, put it in quotes inside of those of the shell"
+        ) from None
 
 
 _NULL = ("", "~", "null")
@@ -110,16 +122,53 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: names the field and the value of every problem.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    values = parse_yaml(text, str(path))
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
+    values = read_sections(path)
     for override in overrides:
         apply_override(values, override)
     return parse_config(values, str(path))
+
+
+def read_sections(path: str | Path) -> dict[str, Any]:
+    """Return the sections of a config file, as they are written.
+
+    Raises:
+        ConfigError: the path is no text file of YAML with sections.
+    """
+    expected, file = f"{path}: expected a config, a YAML file with sections", Path(path)
+    if file.is_dir():
+        inside = f"; did you mean {file / 'config.yaml'}?" if (file / "config.yaml").is_file() else ""
+        raise ConfigError(f"{expected}, found a folder{inside}")
+    if DATA_FILE.search(file.name):
+        raise ConfigError(f"{expected}, found the data file {file.name}; in a config, task.path names a data file")
+    try:
+        if file.stat().st_size > LARGEST:
+            raise ConfigError(f"{expected}, found a file of {file.stat().st_size:,} bytes")
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(file.name, _neighbours(file), n=1)
+        meant = f"; did you mean {file.with_name(near[0])}?" if near else ""
+        raise ConfigError(f"{path}: cannot be read: there is no such file{meant}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{expected}, found bytes that are no text in UTF-8") from None
+    except (OSError, ValueError) as error:  # no permission; a NUL in the name
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if "\0" in text:
+        raise ConfigError(f"{expected}, found bytes that are no text")
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        kinds = {"NoneType": "nothing", "list": "a list", "str": "a text"}
+        kind = kinds.get(type(values).__name__, "a single value")
+        raise ConfigError(f"{path}: expected a mapping of sections, found {kind}")
+    if values and not any(key in Config.model_fields or key == "type" for key in values):  # a task file may have a type
+        raise ConfigError(f"{expected}, found none of {', '.join([*Config.model_fields][:6])}, ... in it")
+    return values
+
+
+def _neighbours(file: Path) -> list[str]:
+    try:
+        return [each.name for each in file.parent.iterdir() if each.suffix in (".yaml", ".yml")]
+    except OSError:
+        return []
 
 
 def parse_config(values: dict[str, Any], source: str) -> Config:
@@ -133,19 +182,7 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(source, problem) for problem in error.errors())) from None
-
-
-def _explain(source: str, problem: Any) -> str:
-    where = schema_path(problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"{source}: {where}: unknown key; {suggestion(where)}"
-    is_mapping = isinstance(problem["input"], dict)
-    found_value = "" if is_mapping else f", found {problem['input']!r}"
-    if is_mapping and problem["type"] == "string_type":  # YAML reads {question} as one
-        found_value = ", found a mapping; put a text with braces in quotes"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{source}: {where + ': ' if where else ''}{message}{found_value}"
+        raise ConfigError(explain(error, source)) from None
 
 
 def dump_config(config: Config) -> str:

@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 from rlsys.config.other_names import OTHER_NAMES
 from rlsys.config.schema import Config
 from rlsys.config.section import Section
+from rlsys.config.wording import tag
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ def all_keys(section: type[Section] = Config, prefix: str = "", defaults: Sectio
     for name, field in section.model_fields.items():
         full = f"{prefix}{name}"
         default = getattr(defaults, name) if defaults is not None else field.get_default(call_default_factory=True)
-        sections = list(_sections(field.annotation))
+        sections = list(sections_in(field.annotation))
         entry = _entry(field.annotation)
         if not sections or entry or type(None) in typing.get_args(field.annotation):
             keys.append(Key(full, _type_name(field.annotation), _written(default), _meaning(name, field)))
@@ -58,16 +59,17 @@ def all_keys(section: type[Section] = Config, prefix: str = "", defaults: Sectio
 def suggestion(name: str) -> str:
     """Return a hint for a user who wrote an unknown key."""
     known = {key.name for key in all_keys()}
+    section = name.rpartition(".")[0]
     if name in known:
-        section = name.rpartition(".")[0]
         return f"it belongs to another {section}.type; `rlsys keys {section}` shows all"
     sections = {known_name.rpartition(".")[0] for known_name in known} - {""}
     last = name.rpartition(".")[2]
     same = sorted(known_name for known_name in known if known_name.rpartition(".")[2] == last)
     elsewhere = [OTHER_NAMES[last]] if last in OTHER_NAMES else []
-    close = [*elsewhere, *same] or difflib.get_close_matches(name, sorted(known | sections), n=1)
+    close = [*elsewhere, *same] or difflib.get_close_matches(name, sorted((known | sections) - {section}), n=1)
     meant = f"did you mean {' or '.join(close)}? " if close else ""
-    return f"{meant}`rlsys keys` shows all"
+    command = f"rlsys keys {section}" if section in sections and not close else "rlsys keys"
+    return f"{meant}`{command}` shows all"
 
 
 def takes_text(keys: Sequence[str], values: Mapping[str, Any]) -> bool:
@@ -82,54 +84,28 @@ def takes_text(keys: Sequence[str], values: Mapping[str, Any]) -> bool:
         if typing.get_origin(annotation) is dict:  # sections by names that the user gives
             annotation = typing.get_args(annotation)[1]
         else:
-            sections = _chosen(list(_sections(annotation)), values)
+            sections = _chosen(list(sections_in(annotation)), values)
             fields = [section.model_fields[key].annotation for section in sections if key in section.model_fields]
             if not fields:
                 return False
             annotation = typing.Union[tuple(fields)]  # noqa: UP007 - `|` cannot join types made at run time
         inner = values.get(key)
         values = inner if isinstance(inner, Mapping) else {}
-    return not any(_sections(annotation)) and _type_name(annotation).removesuffix(" | null") == "text"
+    return not any(sections_in(annotation)) and _type_name(annotation).removesuffix(" | null") == "text"
 
 
 def _chosen(sections: list[type[Section]], values: Mapping[str, Any]) -> list[type[Section]]:
     """Return the alternative sections with the `type` that is given, or all."""
-    chosen = [section for section in sections if _tag(section) is not None and _tag(section) == values.get("type")]
+    chosen = [section for section in sections if tag(section) is not None and tag(section) == values.get("type")]
     return chosen or sections
 
 
-def _tag(section: type[Section]) -> str | None:
-    """Return the value of `type` that chooses an alternative section."""
-    field = section.model_fields.get("type")
-    tags = typing.get_args(field.annotation) if field is not None else ()
-    return str(tags[0]) if len(tags) == 1 else None
-
-
-def schema_path(location: Sequence[int | str]) -> str:
-    """Return the dotted name of the key at which pydantic found a problem.
-
-    pydantic adds the chosen alternative of a union to the location, but it is no key of the file.
-    """
-    parts: list[str] = []
-    sections: list[type[Section]] = [Config]
-    for part in location:
-        tagged = [section for section in sections if len(sections) > 1 and _tag(section) == part]
-        if tagged:
-            sections = tagged
-            continue
-        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
-        if fields:
-            sections = list(_sections(fields[0].annotation))
-        parts.append(str(part))
-    return ".".join(parts)
-
-
-def _sections(annotation: Any) -> Iterator[type[Section]]:
+def sections_in(annotation: Any) -> Iterator[type[Section]]:
     """Yield the section classes in an annotation such as `A`, `A | None` or `Annotated[A | B, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for argument in typing.get_args(annotation):
-        yield from _sections(argument)
+        yield from sections_in(argument)
 
 
 def _entry(annotation: Any) -> str:

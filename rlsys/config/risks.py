@@ -10,6 +10,8 @@ from rlsys.config.stages import stage_plans
 if TYPE_CHECKING:
     from rlsys.config.schema import Config
 
+WARNING = "warning: "
+"""Beginning of a note that a user should read before a run."""
 LARGE_SEQUENCE_CLIP = 0.05
 """Bound of the surrogate gspo that is worth a warning: a hundred times the paper's, 3e-4 and 4e-4."""
 
@@ -62,4 +64,4 @@ WARNINGS: tuple[Callable[[Config], str | None], ...] = (
 
 def warnings(config: Config) -> list[str]:
     """Return the warnings about the settings of a training run, one line each."""
-    return [f"warning: {text}" for check in WARNINGS if (text := check(config))]
+    return [f"{WARNING}{text}" for check in WARNINGS if (text := check(config))]

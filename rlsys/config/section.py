@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 PathName = Annotated[str, Field(min_length=1)]
 """A path that is not empty. To name no file, write null."""
@@ -14,6 +15,9 @@ LayerName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
 
 Temperature = Annotated[float, Field(ge=0.01, le=2)]
 """A sampling temperature. vLLM refuses one above 2, and would sample at 0.01 if it were lower."""
+
+NOT_A_TRUTH_VALUE: Final = "not_a_truth_value"
+"""Type of the problem of a true or false in the place of another value."""
 
 
 class Section(BaseModel):
@@ -34,5 +38,5 @@ class Section(BaseModel):
         for name, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(name)
             if isinstance(value, bool) and field is not None and field.annotation is not bool:
-                raise ValueError(f"{name} must not be a truth value (YAML reads yes, no, on and off as such)")
+                raise PydanticCustomError(NOT_A_TRUTH_VALUE, "{name}", {"name": name, "value": str(value).lower()})
         return values

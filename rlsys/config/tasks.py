@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from rlsys.config.outside_tasks import BenchmarkConfig, CustomConfig, ReasoningGymConfig
 from rlsys.config.section import PathName, Section
+from rlsys.config.wording import bound
 from rlsys.tables.templates import check_template
 
 
@@ -47,7 +48,9 @@ class GeneratedConfig(Section):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(["demonstrations", *map(str, first["loc"])])
-            raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
+            limit = bound(first)
+            wrong = f"expected {limit}, found {first['input']}" if limit else first["msg"].removeprefix("Value error, ")
+            raise ValueError(f"{where}: {wrong}") from None
         return self
 
 

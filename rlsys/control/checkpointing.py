@@ -30,7 +30,7 @@ def check_best_metric(config: Config) -> None:
     if name is not None and spec_of(name) is None:
         near = difflib.get_close_matches(name, METRICS, 1)
         raise ConfigError(
-            f"checkpoint.best_metric: expected null or the name of a metric (see rlsys/run/metrics.py), found {name!r}"
+            f"checkpoint.best_metric: expected null or the name of a metric (docs/metrics.md), found {name!r}"
             + (f"; did you mean {near[0]}?" if near else "")
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from string import ascii_uppercase
 from typing import Any
@@ -10,6 +11,15 @@ from typing import Any
 def results_of(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the results of an output file, which is itself one if there is one model and one task."""
     return list(document.get("results", [document]))
+
+
+def is_document(content: bytes) -> bool:
+    """Return whether the content of a file is that of an output file of `rlsys evaluate`."""
+    try:
+        document = json.loads(content)
+        return all("model" in result and "task" in result for result in results_of(document))
+    except (ValueError, AttributeError, TypeError):
+        return False
 
 
 def letters_of(document: Mapping[str, Any]) -> dict[str, str]:

@@ -14,6 +14,13 @@ from rlsys.evaluation.document import letters_of, results_of, title_of
 
 # Colours that people with colour blindness can tell apart (Okabe and Ito 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+AUTHOR = "rlsys evaluate"
+"""Text by which `rlsys evaluate` knows a figure that it drew."""
+_METADATA = {
+    ".png": {"Software": AUTHOR},
+    ".svg": {"Creator": AUTHOR, "Date": None},
+    ".pdf": {"Creator": AUTHOR},
+}
 BARS = (
     ("greedy", "accuracy"), ("sampled", "accuracy"), ("greedy", "no_answer_rate"), ("sampled", "no_answer_rate"),
 )  # fmt: skip
@@ -55,7 +62,7 @@ def plot(document: Mapping[str, Any], path: str) -> None:
     handles, labels = axes[0][1].get_legend_handles_labels()
     names = [f"{label}: {name}" for label, name in zip(labels, letters, strict=True)] if len(letters) > 1 else letters
     figure.legend(handles, names, loc="outside lower left", fontsize=8, frameon=False)
-    figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
+    figure.savefig(path, metadata=_METADATA.get(Path(path).suffix.lower()))
 
 
 def _draw_pass(axes: Any, results: Sequence[Mapping[str, Any]], letters: Mapping[str, str]) -> None:

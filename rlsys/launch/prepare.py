@@ -32,13 +32,16 @@ from rlsys.config.stages import stage_plans
 from rlsys.control.checkpointing import check_best_metric
 from rlsys.control.tree_search import find_prompts
 from rlsys.data.inputs import Inputs, prepare_model
-from rlsys.errors import ConfigError
+from rlsys.errors import ConfigError, DamagedFileError
 from rlsys.launch.access import check_address, check_answer
+from rlsys.launch.devices import missing_devices
 from rlsys.launch.resources import ResourcePlan, plan_resources
 from rlsys.launch.transports import check_transport
 from rlsys.models.adapters import AdapterSpec, check_adapter, read_adapter
 from rlsys.models.checks import Use, check_model
 from rlsys.models.folder import ModelFolder, given_model, is_adapter
+from rlsys.run.checkpoints import CheckpointStore
+from rlsys.run.resume import Start, find_start
 from rlsys.run.trackers import check_installed
 from rlsys.trees import Role
 from rlsys.types import Prompt
@@ -101,12 +104,16 @@ def check_settings(config: Config, purpose: Purpose) -> None:
     """Check the settings that need no model and no data.
 
     Raises:
-        ConfigError: run.address is not safe to use or does not answer; run.dir cannot be written, or is relative on a
+        ConfigError: run.address is not safe to use or does not answer; this machine lacks the GPUs of run.device (not
+            for `check`: the config may be meant for another machine); run.dir cannot be written, or is relative on a
             cluster; the processes cannot have weight_sync.transport; or a training run does not measure
             checkpoint.best_metric, or has a tracker that is not installed.
     """
     check_address(config.run.address)
-    if purpose in ("train", "check"):
+    lack = missing_devices(config, learner=purpose in ("train", "check"))
+    if lack and purpose != "check":
+        raise ConfigError(lack)
+    if purpose in ("train", "check") and not lack:  # the machine that is meant may have another torch
         check_transport(config)
     check_answer(config.run.address)
     if purpose != "evaluate":
@@ -189,6 +196,25 @@ def prepare(config: Config, purpose: Purpose, policy: ModelFolder | None = None)
         adapter=adapter,
         held_teacher=held_teacher,
     )
+
+
+def find_checked_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
+    """Return the start that `find_start` returns. If there is none, name also the first fault of the other input.
+
+    Raises:
+        ConfigError: see `find_start` and `prepare`.
+        DamagedFileError: see `find_start`.
+    """
+    try:
+        return find_start(config, run_dir, store)
+    except DamagedFileError:
+        raise
+    except ConfigError as conflict:
+        try:
+            prepare(config, "check")
+        except ConfigError as fault:
+            raise ConfigError(f"{conflict.message}; and apart from this, {fault.message}") from None
+        raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,8 +79,9 @@ class ResourcePlan:
         for need in self.needs:
             if not need.fits:
                 who = "the run" if need.phase == "all" else f"the {need.phase} phase"
+                name, _, unit = need.resource.partition(", ")
                 raise ConfigError(
-                    f"{need.field}: {who} needs {need.amount:.4g} {need.resource}, "
+                    f"{need.field}: {who} needs {need.amount:.4g} {f'{unit} of {name}' if unit else name}, "
                     f"this machine has {need.available:.4g}; lower one of them"
                 )
 

@@ -33,14 +33,14 @@ from rlsys.fault_injection import fault
 from rlsys.files import write_text
 from rlsys.launch.colocated import ColocatedLearner
 from rlsys.launch.placement import LEARNER, Placement, place
-from rlsys.launch.prepare import Evaluation, Prepared, check_settings, prepare
+from rlsys.launch.prepare import Evaluation, Prepared, check_settings, find_checked_start, prepare
 from rlsys.launch.ray_cluster import Cluster, ray_cluster, remove_leftovers
 from rlsys.launch.remote import RayLearner
 from rlsys.launch.resources import object_store_bytes
 from rlsys.launch.signals import TIME_LIMIT, StopSignals
 from rlsys.launch.start import AdaptedModel, learner_handles, rollout_pool
 from rlsys.models.chat import decode_prompt
-from rlsys.models.folder import ModelFolder, is_policy
+from rlsys.models.folder import ModelFolder
 from rlsys.run import report
 from rlsys.run.charts import main_settings
 from rlsys.run.checkpoints import CheckpointStore
@@ -49,7 +49,7 @@ from rlsys.run.ledger import Ledger
 from rlsys.run.lock import RunLock
 from rlsys.run.metrics import MetricsWriter
 from rlsys.run.provenance import check_extraction, check_inputs
-from rlsys.run.resume import Start, all_steps_made, checkpoint_store, find_newest_start, find_start
+from rlsys.run.resume import Start, checkpoint_store, find_newest_start, is_complete
 from rlsys.run.rollout_files import RolloutLog
 from rlsys.run.trackers import following
 from rlsys.trees import Role
@@ -96,7 +96,7 @@ def train(config: Config) -> str:
         store.sweep()
         remove_leftovers(run_dir)  # before the check for a complete run, whose processes may have left some
         fault("driver.start")
-        start = find_start(config, run_dir, store)
+        start = find_checked_start(config, run_dir, store)
         if is_complete(config, start, run_dir):
             return report.complete(config, start.state.step) + report.finished(config)
         prepared = prepare(config, "train")
@@ -127,14 +127,6 @@ def train(config: Config) -> str:
             )
             stop.run(cluster.watched(_train(cluster, session)))
     return report.finished(config)
-
-
-def is_complete(config: Config, start: Start, run_dir: Path) -> bool:
-    """Return whether this run, and not the one it resumes from, has made all steps and exported its policy."""
-    checkpoints = RunDirectory(run_dir).checkpoints
-    own = start.checkpoint is not None and start.checkpoint.parent.resolve() == checkpoints.resolve()
-    exported = RunDirectory(run_dir).exported_policy(config.stages[-1])
-    return own and all_steps_made(config, start.state) and is_policy(exported)
 
 
 def evaluate_policy(evaluation: Evaluation, measure: Measure) -> None:

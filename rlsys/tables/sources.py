@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlsys.earlier_runs import is_local, origin
 from rlsys.errors import ConfigError, DataError
 from rlsys.tables.files import Row, check_expansion, file_kind, file_rows
 
@@ -103,8 +104,8 @@ def expand(path: str, field: str) -> str:
 
 
 def _hugging_face_rows(path: str, part: Part, where: str) -> Iterator[Row]:
-    if not Path(path).is_dir() and not _HUB_ID.fullmatch(path):
-        raise DataError(f"{where}: no such file or folder")
+    if not Path(path).is_dir() and (is_local(path) or not _HUB_ID.fullmatch(path)):
+        raise DataError(f"{where}: no such file or folder{origin(path)}")
     import datasets  # the import takes 0.7 s
 
     from rlsys.tables.arrow import short_float_columns, with_short_floats

@@ -201,7 +201,10 @@ def test_a_fixed_field(refused_resume, tmp_path: Path, override: str, field: str
     """All of them: tests/rlsys/config/test_compare.py."""
     message = refused_resume(begun(tmp_path), override)
     where = f"the run to be resumed ({tmp_path / 'run' / 'config.yaml'})"
-    assert message == f"error: {field} differs from {where}: {expected}; set it back, or start a new run.dir"
+    assert (
+        message
+        == f"error: {field} differs from {where}: {expected}; set it back, or start another run with run.dir=runs/NEW"
+    )
 
 
 def test_rows_of_a_step_within_a_stage(refused_resume, tmp_path: Path, model: Path) -> None:

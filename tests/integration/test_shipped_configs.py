@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,10 @@ def test_check_accepts_a_shipped_config(
         cli.main()
     output, errors = capsys.readouterr()
     assert ended.value.code == 0, errors
-    assert f"resource plan: {config.actors.count} actors, {config.learner.ranks} learner ranks" in output
+    assert re.search(
+        rf"^processes +{config.actors.count} actors?, {config.learner.ranks} learner ranks?$", output, re.MULTILINE
+    )
+    assert output.splitlines()[-1] == "ok"
     assert not (tmp_path / "run").exists()
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from learners.settings import learner_environment
 from rlsys import cli
-from rlsys.commands import check
+from rlsys.commands import check_summary
 from rlsys.config.engine_roles import ModelEngines, engine_settings
 from rlsys.config.files import dump_config, parse_config
 from rlsys.config.keys import all_keys
@@ -73,7 +73,8 @@ def raising(error: BaseException) -> Callable[[], None]:
             "stopped by run.time_limit; the state is saved",
         ),
         (AbortedRunError("run.time_limit before it began"), 75, "stopped by run.time_limit before it began"),
-        (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "error: [Errno 28] No space left on device: 'x'"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "error: x: No space left on device"),
+        (PermissionError(13, "denied", "x"), 2, "error: x: denied; change the permissions, or choose another path"),
         (KeyboardInterrupt(), 130, "stopped by SIGINT"),
     ],
     ids=repr,
@@ -136,7 +137,20 @@ def test_help_imports_nothing_that_only_commands_need() -> None:
 
 def test_keys_of_a_section_that_is_not_there(run) -> None:
     code, _, errors = run("keys", "trains")
-    assert (code, errors) == (2, "error: trains: no such section or key; did you mean train? `rlsys keys` shows all\n")
+    expected = "error: trains: no such section or key; did you mean train? `rlsys keys` shows all; the sections "
+    assert code == 2 and errors.startswith(expected)
+    code, _, errors = run("keys", "optimizer")
+    assert code == 2 and "did you mean preference.optimizer or sft.optimizer or train.optimizer" in errors
+
+
+def test_a_usage_line_names_its_arguments(run) -> None:
+    for command, usage in {
+        "train": "[OPTIONS] CONFIG [KEY=VALUE]...",
+        "evaluate": "[OPTIONS] MODEL... [KEY=VALUE...]",
+        "view": "[OPTIONS] RUN [RUN2]",
+        "keys": "[OPTIONS] [SECTION]...",
+    }.items():
+        assert f"rlsys {command} {usage} " in run(command, "--help")[1]
 
 
 @pytest.fixture(scope="module")
@@ -151,17 +165,15 @@ def model_without_a_bracket(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_plan_shows_all_engines_and_their_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_shows_all_engines_and_their_gpus() -> None:
     values = config(device="cuda").model_dump()
     reviewer = {"path": "r", "count": 3, "max_model_len": 1024, "tensor_parallel_size": 2}
     own = parse_config({**values, "actors": {"count": 4}, "search": {"reviewer": reviewer}}, "test")
     assert own.search.reviewer
     actors = engine_settings(own, "reviewer", own.search.reviewer)
     engines = ModelEngines(role="reviewer", path=Path("r"), actors=actors)
-    check._show_plan("resource plan", ResourcePlan(config=own, auxiliary=[engines], ranks=1, needs=[]))
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "resource plan: 4 actors, 3 of search.reviewer, 1 learner ranks" in shown
-    assert "all GPUs 11 the cluster's" in shown  # 4 + 3 * 2 + 1
+    shown = check_summary.processes(ResourcePlan(config=own, auxiliary=[engines], ranks=1, needs=[]))
+    assert shown == "4 actors, 3 of search.reviewer, 1 learner rank, 11 GPUs"  # 4 + 3 * 2 + 1
 
 
 LOST = ("search.nodes={guess: {tag: guess, terminal: true}}", "search.tables={mine: {children: {start: {guess: 1}}}}")
@@ -298,7 +310,7 @@ def test_a_finished_run_starts_nothing(run, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "config.yaml").write_text(dump_config(config(tmp_path)))
     export_policy(tmp_path)
     done = start_at(1, 80, tmp_path / "checkpoints" / "step_000380")
-    monkeypatch.setattr(launch, "find_start", lambda *_: done)
+    monkeypatch.setattr(launch, "find_checked_start", lambda *_: done)
     monkeypatch.setattr(launch, "prepare", raising(AssertionError("must not be called")))
     monkeypatch.setattr(sys, "argv", ["rlsys"])
     said = launch.train(config(tmp_path))

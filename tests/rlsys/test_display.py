@@ -8,7 +8,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from rlsys.display import FIGURES, SEARCH_FIGURES, Display, print_table
+from rlsys.display import FIGURES, SEARCH_FIGURES, Display, duration_in_words, print_table
 from rlsys.run.metrics import METRICS
 
 STEP = {
@@ -267,3 +267,19 @@ def test_without_a_terminal_a_colour_setting_changes_nothing(
     with Display() as display:
         display.message("resumed")
     assert capsys.readouterr().out == "resumed\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0 s"),
+        (0.2, "0 s"),
+        (45, "45 s"),
+        (60, "1 min"),
+        (749, "12 min 29 s"),
+        (11100, "3 h 5 min"),
+        (187200, "2 d 4 h"),
+    ],
+)
+def test_a_duration_in_words(seconds: float, words: str) -> None:
+    assert duration_in_words(seconds) == words

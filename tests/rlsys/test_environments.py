@@ -11,7 +11,7 @@ from problems import problem_of
 
 from rlsys.config.environment import EnvironmentConfig, active_environment
 from rlsys.config.tasks import GuessConfig, LetterCountConfig, SumsConfig, TaskConfig
-from rlsys.environments import build_environment
+from rlsys.environments import BUILT_IN, build_environment
 from rlsys.errors import ConfigError
 from rlsys.interfaces import Reply
 
@@ -111,3 +111,9 @@ def test_what_is_no_environment_is_refused(folder: str, name: str, arguments: di
 def test_the_environment_in_use(task: TaskConfig, section: dict[str, Any], fn: str | None, stop: Any) -> None:
     active = active_environment(EnvironmentConfig.model_validate(section), task)
     assert (active and (active.fn, active.stop)) == (fn and (fn, stop))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_verifier_process_can_read_the_section_of_every_environment_that_ships(name: str) -> None:
+    section = EnvironmentConfig(stop=("</x>",)).model_copy(update={"fn": name})
+    assert EnvironmentConfig.model_validate(section.model_dump(mode="json")) == section

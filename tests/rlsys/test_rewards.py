@@ -33,6 +33,9 @@ def of_messages(prompts, completions, **kwargs):
     assert completion == [{"role": "assistant", "content": "hm"}]
     return [float(len(prompt))]
 
+def misspelt(completions, *, referense):
+    return [0.0]
+
 async def waits(completions, **kwargs):
     await asyncio.sleep(0)
     return [0.5]
@@ -117,7 +120,11 @@ def test_a_number_of_numpy_is_a_reward(folder: str) -> None:
     ("function", "message"),
     [
         ({"fn": "mine.py:raises"}, "reward function raises: KeyError: 'solution'"),
-        ({"fn": "mine.py:of_columns"}, "missing 1 required positional argument: 'level'"),
+        ({"fn": "mine.py:of_columns"}, "it needs the argument 'level', and the data have no such column; "),
+        (
+            {"fn": "mine.py:misspelt"},
+            "did you mean reference? it can take answer, reference, prompts, ",
+        ),
         ({"fn": "mine.py:returns", "arguments": {"value": 3.0}}, "expected a list of one number or None, found float"),
         ({"fn": "mine.py:returns", "arguments": {"value": [1, 2]}}, "for one completion, found 2"),
         ({"fn": "mine.py:returns", "arguments": {"value": "1"}}, "found str"),
@@ -192,7 +199,7 @@ def test_the_schema_knows_the_same_functions() -> None:
         ([{"fn": "length"}], "length needs arguments"),
         ([{"fn": "length", "arguments": {"start": 5, "end": 5}}], "start below end"),
         ([{"fn": "format", "arguments": {"patern": "x"}}], "format has no argument 'patern'"),
-        ([{"fn": "brevity"}], "expected `module:name` or `file.py:name`, found 'brevity'"),
+        ([{"fn": "brevity"}], "expected `module:name` or `file.py:name`"),
         ([{"fn": "a.py:f", "name": "a b"}], "should match pattern"),
     ],
 )

@@ -1,57 +1,123 @@
-"""The reply of an environment that `rlsys check` shows."""
+"""`rlsys check` as a user reads it: a summary, notes, trials and a verdict."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-from minimal_config import minimal
 
-from rlsys.commands.check import first_reply
-from rlsys.config.environment import active_environment
-from rlsys.config.files import parse_config
+from rlsys.commands import check
+from rlsys.config.files import load_config, parse_config
+from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
-from rlsys.tasks import build_task
-from rlsys.types import Prompt
+from rlsys.launch import devices, session
+from rlsys.run.checkpoints import CheckpointStore
 
-CODE = """
-from rlsys.environments import Reply
+TASK = """
+import time
+from rlsys.tasks.base import BaseTask
+from rlsys.types import Problem, Verdict
 
-def echo(problem, turns):
-    if turns:
-        return Reply(text=f"{problem.question} {turns[-1]}")
-    return Reply()
+class Echo(BaseTask):
+    def __init__(self, seed, fault=None):
+        self.fault = fault
 
-def fragile(problem, turns):
-    return Reply(text=turns[-1])
+    def problem(self, split, index):
+        return Problem(problem_id=f"{split}-{index}", question=f"{split} {index}?", answer=str(index))
+
+    def verify(self, problem, completion, finished=True):
+        if self.fault == "raises":
+            raise KeyError("key")
+        if self.fault == "hangs":
+            time.sleep(60)
+        right = completion == (problem.answer if self.fault is None else "never")
+        return Verdict(outcome="ok" if right else "wrong", reward=float(right), answered=True)
 """
 
 
-def shown(task: dict[str, Any], **environment: Any) -> str:
-    config = parse_config(minimal(task=task, environment=environment), "c.yaml")
-    active = active_environment(config.environment, config.task)
-    assert active is not None
-    prompt = Prompt(prompt_id="held_out-0", token_ids=np.zeros(1, np.int32), answer="2", question="count a in abc")
-    inputs = SimpleNamespace(task=build_task(config.task, 0), held_out=[prompt])
-    prepared: Any = SimpleNamespace(inputs=inputs)
-    return first_reply(config, active, prepared)
-
-
-def test_the_reply_is_that_to_a_demonstration() -> None:
-    line = shown({"type": "sums", "tool_share": 0.3, "min_terms": 2, "max_terms": 2})
-    assert line.startswith("reply of the environment to the turn '<tool>")
-    assert "'<result>" in line
-
-
-def test_without_such_demonstrations_the_turn_is_its_stop_string(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text(CODE)
-    line = shown({"type": "letter_count"}, fn="mine.py:echo", stop=["</ask>"])
-    assert line == "reply of the environment to the turn '</ask>' of problem held_out-0: 'count a in abc </ask>'"
-    with pytest.raises(ConfigError, match=r"mine.py:fragile' failed on no turn: IndexError: tuple index out of range"):
-        shown({"type": "letter_count"}, fn="mine.py:fragile", stop=["</ask>"])
+    (tmp_path / "echo.py").write_text(TASK)
+    return tmp_path
+
+
+def config(**changes: Any) -> Config:
+    values: dict[str, Any] = {
+        "run": {"dir": "runs/x"},
+        "model": {"from_scratch": {}},
+        "task": {"type": "letter_count"},
+        "train": {"max_steps": 7, "groups_per_step": 4, "group_size": 2, "updates_per_step": 1},
+        "actors": {"count": 1},
+        "learner": {"ranks": 1},
+    }
+    return parse_config({**values, **changes}, "c.yaml")
+
+
+def lines_of(config: Config, capsys: pytest.CaptureFixture[str], **options: bool) -> list[str]:
+    check.run(config, **options)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_summary_is_short_and_ends_with_a_verdict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = lines_of(config(), capsys)
+    assert lines[0] == "run         runs/x: starting from the initial model"
+    assert lines[1] == "warm_start  300 steps, each with 64 demonstrations"
+    assert lines[2] == "online      7 steps, each with 4 prompts x 2 completions, 1 optimizer update"
+    assert lines[3].startswith("model       from scratch: ") and lines[3].endswith(" parameters, learner in fp32")
+    assert "processes   1 actor, 1 learner rank" in lines
+    assert lines[-1] == "ok" and len(lines) < 15
+    assert not (folder / "runs").exists()
+
+
+def test_the_resolved_config_is_an_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "\n".join(lines_of(config(), capsys, resolved=True))
+    (folder / "resolved.yaml").write_text(text.partition("\nrun  ")[0])
+    assert load_config(folder / "resolved.yaml") == config()
+
+
+def test_missing_gpus_are_a_warning_here_and_an_error_of_train(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "_installed_gpus", lambda: 0)
+    on_gpus = config(run={"dir": "runs/x", "device": "cuda"})
+    lines = lines_of(on_gpus, capsys)
+    assert lines[-1] == "ok, 1 warning"
+    assert [
+        line for line in lines if line.startswith("warning: run.device cuda: expected 2 GPUs on this machine, found")
+    ]
+    with pytest.raises(ConfigError, match="^run.device cuda: expected 2 GPUs on this machine, found none"):
+        session.train(on_gpus)
+    assert not (folder / "runs").exists()
+
+
+def test_the_verifier_of_an_own_task_is_tried(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = {"type": "custom", "fn": "echo.py:Echo"}
+    lines = lines_of(config(task=own, stages=["online"]), capsys)
+    assert lines[-3] == "reward of the completion '0' to problem held_out-0: 1"
+    assert lines[-2] == "reward of the completion '<answer>0</answer>' to problem held_out-0: 0"
+    assert lines[-1] == "ok"
+    lines = lines_of(config(task={**own, "arguments": {"fault": "never"}}, stages=["online"]), capsys)
+    assert lines[-2].startswith("warning: task: verify gives none of these a reward above 0")
+    assert lines[-1] == "ok, 1 warning"
+
+
+@pytest.mark.parametrize(("fault", "detail"), [("raises", "KeyError: 'key'"), ("hangs", "0.5 s")])
+def test_a_verifier_that_fails_is_refused(folder: Path, fault: str, detail: str) -> None:
+    task = {"type": "custom", "fn": "echo.py:Echo", "arguments": {"fault": fault}}
+    with pytest.raises(ConfigError, match=f"^task: verify failed on the completion '0': .*{detail}"):
+        check.run(config(task=task, stages=["online"], rewards={"timeout_s": 0.5}))
+
+
+def test_a_conflict_with_an_earlier_run_hides_no_other_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def conflict(*_: Any) -> None:
+        raise ConfigError("run.seed differs")
+
+    monkeypatch.setattr("rlsys.launch.prepare.find_start", conflict)
+    with pytest.raises(ConfigError, match="^run.seed differs$"):
+        check.run(config())
+    task = {"type": "dataset", "path": "none.jsonl"}
+    with pytest.raises(ConfigError, match="^run.seed differs; and apart from this, task.path none.jsonl: no such file"):
+        check.run(config(task=task))
+    assert CheckpointStore(folder / "runs" / "x" / "checkpoints", 1).latest() is None

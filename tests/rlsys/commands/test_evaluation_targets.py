@@ -126,7 +126,7 @@ def test_a_folder_elsewhere_needs_a_config(run: Path, tmp_path: Path) -> None:
     elsewhere.mkdir(parents=True)
     with pytest.raises(ConfigError, match="expected a run directory, a checkpoint or a model folder, found neither"):
         find_target(str(elsewhere))
-    with pytest.raises(ConfigError, match="neither a folder here nor a model of the hub"):
+    with pytest.raises(ConfigError, match="nothing: no such folder"):
         find_target(str(elsewhere / "nothing"))
     (elsewhere / "config.json").write_text("{}")
     target = find_target(str(elsewhere))
@@ -172,7 +172,7 @@ def test_a_task_file_is_enough_for_a_model_elsewhere(tmp_path: Path) -> None:
     [
         ({"sampling": {}}, "expected a section task, or its keys, found sampling"),
         ({"type": "sums", "size": 3}, "task.sums.size: unknown key|task.size: unknown key"),
-        ([1], "expected a mapping of sections, found list"),
+        ([1], "expected a mapping of sections, found a list"),
     ],
 )
 def test_a_bad_task_file_is_named(run: Path, tmp_path: Path, values: Any, message: str) -> None:

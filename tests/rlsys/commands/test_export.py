@@ -202,3 +202,51 @@ def test_the_command_that_serves_a_folder_exists_in_both_packages_of_vllm(monkey
     monkeypatch.setattr(export, "version", absent)
     expected = "python -m vllm.entrypoints.openai.api_server --model x --host 127.0.0.1"
     assert export.serve_command("x") == expected
+
+
+def test_an_earlier_export_is_replaced_only_if_the_user_says_so(run: Path, tmp_path: Path) -> None:
+    policy, output = find_run_policy(str(run), None, None), tmp_path / "out"
+    export.run(policy, output)
+    (output / "config.json").write_text("changed")
+    with pytest.raises(
+        ConfigError, match="found files in it; choose another name, or replace the earlier export with "
+    ):
+        export.run(policy, output)
+    assert (output / "config.json").read_text() == "changed"
+    export.run(policy, output, overwrite=True)
+    assert (output / "config.json").read_text() != "changed"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".out")) == []
+
+
+def test_a_folder_of_something_else_is_never_replaced(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("# mine")
+    with pytest.raises(ConfigError, match="found files in it; choose another name$"):
+        export.run(find_run_policy(str(run), None, None), tmp_path / "mine", overwrite=True)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["README.md"]
+
+
+def test_an_export_that_fails_keeps_the_earlier_one(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, output, rename = find_run_policy(str(run), None, None), tmp_path / "out", os.rename
+    export.run(policy, output)
+    before = digests(output)
+
+    def fails(source: Path, target: Path) -> None:
+        if source.name.endswith(".unfinished"):
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(export.os, "rename", fails)
+    with pytest.raises(CheckpointError, match="could not be written"):
+        export.run(policy, output, overwrite=True)
+    assert digests(output) == before
+
+
+def test_a_damaged_policy_is_named_by_its_own_path(run: Path, tmp_path: Path) -> None:
+    policy = find_run_policy(str(run), None, None)
+    os.truncate(policy.folder / "model.safetensors", 100)
+    with pytest.raises(DamagedFileError) as caught:
+        export.run(policy, tmp_path / "out")
+    assert str(policy.folder / "model.safetensors") in caught.value.message
+    assert caught.value.message.endswith("; restore the file, or choose another policy with --stage or --step")
+    assert not (tmp_path / "out").exists()

@@ -39,6 +39,11 @@ def test_a_copy_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     run([write_run(tmp_path / "run")], "127.0.0.1", 0, tmp_path / "copy.html")
     assert (tmp_path / "copy.html").read_text().startswith("<!doctype html>")
     assert capsys.readouterr().out.startswith(f"written: {tmp_path / 'copy.html'}")
+    run([tmp_path / "run"], "127.0.0.1", 0, tmp_path / "copy.html")  # its own
+    (tmp_path / "mine.html").write_text("<!doctype html>")
+    with pytest.raises(ConfigError, match=r"--export .*mine\.html: the file exists"):
+        run([tmp_path / "run"], "127.0.0.1", 0, tmp_path / "mine.html")
+    run([tmp_path / "run"], "127.0.0.1", 0, tmp_path / "mine.html", overwrite=True)
     with pytest.raises(ConfigError, match="--export: "):
         run([tmp_path / "run"], "127.0.0.1", 0, tmp_path / "no" / "folder.html")
 

@@ -297,6 +297,8 @@ REFUSED: dict[str, list[tuple[list[str], str]]] = {
     ],
     "turns_can_end": [
         (["environment.fn=game.py:Game"], "the strings after which game.py:Game answers, found none"),
+        (["environment={fn: calculator, stop: [</calc>]}"], "calculator answers after </tool> alone, found </calc>"),
+        (["task={type: guess}", "environment.stop=[x]"], "guess answers after </guess> alone, found x"),
         (
             ["environment={fn: calculator, stop: [x], role: user}"],
             "environment.stop has no effect with environment.role",

@@ -99,7 +99,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "task.max_guesses": 6,
         "task.error_rate": 0.3,
         "environment.fn": "game.py:Game",
-        "environment.stop": ["</move>"],
+        "environment.stop": ["</guess>", "</move>"],
     },
     "messages": {"environment.role": "user"},
     "dataset": {
@@ -251,5 +251,5 @@ def test_every_fixed_field_is_refused(begun: str, field: str, tmp_path: Path) ->
         start(tmp_path, parse_config(values, "test"))
     assert caught.value.message == (
         f"{field} differs from the run to be resumed ({tmp_path / 'config.yaml'}): expected {was}, found {now}; "
-        "set it back, or start a new run.dir"
+        "set it back, or start another run with run.dir=runs/NEW"
     )

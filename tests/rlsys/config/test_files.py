@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from minimal_config import minimal
 
-from rlsys.config.files import apply_override, dump_config, fixed_fields, load_config, parse_config, parse_yaml
+from rlsys.config.files import LARGEST, apply_override, dump_config, fixed_fields, load_config, parse_config, parse_yaml
 from rlsys.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
@@ -41,6 +41,29 @@ def test_text_that_the_yaml_library_chokes_on_is_a_config_error(text: str) -> No
     assert "\n" not in caught.value.message
 
 
+def test_other_files_in_the_place_of_a_config(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("run: {dir: a}\n")
+    (tmp_path / "rows.jsonl").write_text('{"question": "1+1?"}\n')
+    (tmp_path / "binary.yaml").write_bytes(b"\x80\x04\x95")
+    (tmp_path / "zeros.yaml").write_bytes(b"run:\0\0")
+    (tmp_path / "foreign.yaml").write_text("version: 2\nservices: {}\n")
+    (tmp_path / "large.yaml").write_bytes(b"#" * (LARGEST + 1))
+    for name, found in {
+        "run": f"found a folder; did you mean {tmp_path / 'run' / 'config.yaml'}?",
+        "rows.jsonl": "found the data file rows.jsonl; in a config, task.path names a data file",
+        "binary.yaml": "found bytes that are no text in UTF-8",
+        "zeros.yaml": "found bytes that are no text",
+        "foreign.yaml": "found none of run, stages, model, task, environment, placement, ... in it",
+        "large.yaml": "found a file of 4,194,305 bytes",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            load_config(tmp_path / name)
+        assert caught.value.message == f"{tmp_path / name}: expected a config, a YAML file with sections, {found}"
+    with pytest.raises(ConfigError, match=r"there is no such file; did you mean .*binary\.yaml\?"):
+        load_config(tmp_path / "binry.yaml")
+
+
 @pytest.mark.parametrize("text", ["", "- a", "5"])
 def test_a_file_must_hold_sections(text: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)
@@ -52,7 +75,7 @@ def test_a_missing_or_binary_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.yaml: cannot be read"):
         load_config(tmp_path / "nothing.yaml")
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="found bytes that are no text in UTF-8"):
         load_config(tmp_path / "c.yaml")
 
 
@@ -173,16 +196,16 @@ def test_a_text_on_the_command_line_is_taken_as_it_is(tmp_path: Path, text: str)
     [
         (
             {"task": {"type": "dataset", "path": "c", "prompt_template": {"question": None}}},
-            "c.yaml: task.prompt_template: Input should be a valid string, found a mapping; put a text with braces in",
+            "c.yaml: task.prompt_template: expected a text, found a section with the keys question; put a text",
         ),
         (
             {"task": {"type": "dataset", "path": ""}},
-            "c.yaml: task.path: String should have at least 1 character, found ''",
+            "c.yaml: task.path: expected a text that is not empty, found ''",
         ),
         ({"task": {"type": "dataset", "path": "c", "dataset": 1}}, "c.yaml: task.dataset: unknown key; "),
         (
             {"task": {"type": "letter_count", "shares": {"reflection": 2}}},
-            "c.yaml: task.shares.reflection: Input should be less than or equal to 1, found 2",
+            "c.yaml: task.shares.reflection: expected at most 1, found 2",
         ),
         (
             {"task": {"type": "dataset", "path": "c", "prompt_template": "x"}},
@@ -190,11 +213,11 @@ def test_a_text_on_the_command_line_is_taken_as_it_is(tmp_path: Path, text: str)
         ),
         (
             {"search": {"selection": {"type": "puct", "exploration": "x"}}},
-            "c.yaml: search.selection.exploration: Input",
+            "c.yaml: search.selection.exploration: expected a number, found 'x'",
         ),
         (
             {"search": {"nodes": {"ucb": {"tag": 3}}}},
-            "c.yaml: search.nodes.ucb.tag: Input should be a valid string, found 3",
+            "c.yaml: search.nodes.ucb.tag: expected a text, found 3",
         ),
     ],
 )

@@ -268,7 +268,7 @@ def test_the_stage_search_has_prompts(checks: Checks, stages: list[str], prompts
 @pytest.mark.parametrize("purpose", ["train", "search", "evaluate"])
 def test_resources_beyond_this_machine_are_refused_before_the_data_are_read(checks: Checks, purpose: Purpose) -> None:
     checks.needs = [TOO_MUCH]
-    with pytest.raises(ConfigError, match=r"^actors\.count: the run needs 2 memory, GiB, this machine has 1"):
+    with pytest.raises(ConfigError, match=r"^actors\.count: the run needs 2 GiB of memory, this machine has 1"):
         prepare(config(), purpose, ModelFolder(Path("e")))
     assert checks.done[-1][0] == "plan"
 

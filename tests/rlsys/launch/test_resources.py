@@ -147,7 +147,7 @@ def test_object_store_holds_a_few_buckets() -> None:
 def test_a_store_beyond_shared_memory_is_refused(model: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "_shared_memory_bytes", lambda: 2**26)
     needs = [need for need in needs_of(config(), model) if need.resource == "shared memory, GiB"]
-    with pytest.raises(ConfigError, match=r"--shm-size.*the run needs 2.5 shared memory, GiB.* has 0\.0625"):
+    with pytest.raises(ConfigError, match=r"--shm-size.*the run needs 2.5 GiB of shared memory.* has 0\.0625"):
         plan(needs).check()
 
 

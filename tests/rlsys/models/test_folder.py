@@ -146,8 +146,8 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(tmp_path: Path, monkeypatch:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    for name in ("nobody/no-such-model", "not/a/valid/name"):
-        with pytest.raises(ConfigError, match=rf"model\.path {name}: neither a folder here") as caught:
+    for name, fault in (("nobody/no-such-model", "neither a folder here"), ("not/a/valid/name", "no such folder")):
+        with pytest.raises(ConfigError, match=rf"model\.path {name}: {fault}") as caught:
             build({"path": name}, tmp_path)
         assert "\n" not in caught.value.message
 

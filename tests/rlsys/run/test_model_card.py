@@ -12,7 +12,7 @@ import pytest
 import yaml
 from exported_runs import write_run
 
-from rlsys.run.model_card import CardFacts, model_card
+from rlsys.run.model_card import SERVE, CardFacts, model_card
 from rlsys.run.policies import find_run_policy
 
 FACTS = CardFacts(
@@ -53,7 +53,8 @@ def test_a_card_has_the_facts_of_the_run(run: Path) -> None:
         assert f"\n{row}\n" in text
     assert "on at most 256 problems that training does not use, with 2 samples for each (k)" in text
     assert (
-        "\nvllm serve my-model --host 127.0.0.1\n" in text and 'AutoModelForCausalLM.from_pretrained("my-model"' in text
+        "\npython -m vllm.entrypoints.openai.api_server --model my-model --host 127.0.0.1\n" in text
+        and 'AutoModelForCausalLM.from_pretrained("my-model"' in text
     )
     assert "apply_chat_template" in text and str(run) not in text
     assert head(text) == {
@@ -74,7 +75,7 @@ def test_an_adapter_is_of_the_library_peft_and_names_its_base(run: Path) -> None
     text = card(run, replace(FACTS, form="adapter", adapter_rank=4, base_id="org/base"))
     assert head(text)["library_name"] == "peft" and head(text)["base_model"] == "org/base"
     assert head(text)["base_model_relation"] == "adapter"
-    assert "vllm serve org/base --host 127.0.0.1 --enable-lora --max-lora-rank 4 --lora-modules policy=my-model" in text
+    assert f"{SERVE} org/base --host 127.0.0.1 --enable-lora --max-lora-rank 4 --lora-modules policy=my-model" in text
     assert 'AutoPeftModelForCausalLM.from_pretrained("my-model"' in text
     local = card(run, replace(FACTS, form="adapter", adapter_rank=4))
     assert "base_model" not in head(local) and "BASE is the folder of the base model" in local

@@ -58,7 +58,7 @@ def test_a_fixed_field_that_differs_is_named(
         start(tmp_path, config(**changes))
     message = caught.value.message
     assert message.startswith(f"{field} differs from the run to be resumed ({tmp_path / 'config.yaml'})")
-    assert f"expected {expected}, found {found}; set it back, or start a new run.dir" in message
+    assert f"expected {expected}, found {found}; set it back, or start another run with run.dir=runs/NEW" in message
 
 
 def test_all_that_differ_are_named(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_the_rows_of_a_step_are_fixed_within_their_stage(
         f"{field} differs from the run to be resumed ({tmp_path / 'config.yaml'}), which is within stage {second}, at "
         "step 3: expected "
     )
-    assert caught.value.message.endswith(", found 7; set it back, or start a new run.dir")
+    assert caught.value.message.endswith(", found 7; set it back, or start another run with run.dir=runs/NEW")
     assert start(tmp_path, changed(3)).state == state(4)  # the stage has made all its steps and takes no more rows
     save(tmp_path / "before", 1, of=config(**sections))
     assert start(tmp_path / "before", changed(9)).state == state(1)

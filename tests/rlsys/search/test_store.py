@@ -261,7 +261,7 @@ def test_an_origin_without_a_tree_is_replaced(tmp_path: Path, killed: bool) -> N
     assert json.loads((tmp_path / "search.json").read_text())["fixed"]["run.seed"] == 1
     store, _ = opened(tmp_path, 2)
     store.add(1, tree(1))
-    with pytest.raises(ConfigError, match=r"^run\.seed differs .*expected 1, found 0; set it back, or start a new"):
+    with pytest.raises(ConfigError, match=r"^run\.seed differs .*expected 1, found 0; set it back, or start another"):
         check_origin(tmp_path, FIXED, INPUTS)
 
 
@@ -272,7 +272,7 @@ def test_another_origin_is_refused_by_field(tmp_path: Path, count: int) -> None:
     for number in range(count):  # 2 trees are open, 4 are a shard
         store.add(number, tree(number))
     before = files(tmp_path)
-    with pytest.raises(ConfigError, match=r"^run\.seed differs .*expected 0, found 1; set it back, or start a new"):
+    with pytest.raises(ConfigError, match=r"^run\.seed differs .*expected 0, found 1; set it back, or start another"):
         check_origin(tmp_path, {**FIXED, "run.seed": 1}, INPUTS)
     with pytest.raises(ConfigError, match=r"^search\.s.* differs .*, found None; .*also different: search\.new"):
         check_origin(tmp_path, {"run.seed": 0, "search.new": 1}, INPUTS)

@@ -237,9 +237,9 @@ def test_every_field_is_required() -> None:
         (changed(format=2), "expected an object with format 1, found 2"),
         (changed(extra=1), "extra: expected no such key"),
         (changed(node_extra=1), r"nodes\.1\.extra: expected no such key"),
-        (changed(tokens="2"), "tokens: .* valid integer, found '2'"),
-        (changed(tokens=True), "tokens: .* valid integer, found True"),
-        (changed(calls=1.0), "calls: .* valid integer, found 1.0"),
+        (changed(tokens="2"), "tokens: expected a whole number, found '2'"),
+        (changed(tokens=True), "tokens: expected a whole number, found True"),
+        (changed(calls=1.0), "calls: expected a whole number, found 1.0"),
         (changed(stop="bored"), "stop: .*'exhausted', found 'bored'"),
         (changed(nodes=[]), "nodes: .* at least 1 item"),
         (changed(prompt_token_ids={"policy": [2**31]}), r"prompt_token_ids\.policy\.0: .*, found 2147483648"),
@@ -251,7 +251,7 @@ def test_every_field_is_required() -> None:
         (changed(node_logprobs=[0, -1, -1e39]), r"nodes\.1\.logprobs: expected numbers of float32"),
         (changed(node_versions=[{"start": -1, "version": 0}]), r"nodes\.1\.versions: expected starts of 0 or more"),
         (changed(node_logprobs=[0, -1, float("nan")]), "expected finite numbers, found NaN"),
-        (changed(node_total=None), r"nodes\.1\.total: .*valid number, found None"),
+        (changed(node_total=None), r"nodes\.1\.total: expected a number, found None"),
         (changed().replace('"parent": -1', '"parent": 0'), r"nodes\.0\.parent: expected -1, found 0"),
     ],
 )
@@ -265,7 +265,7 @@ def test_the_message_names_file_and_line(tmp_path: Path) -> None:
     path.write_text(f"{tree_line(small_tree())}\n{changed(tokens=-1)}\n")
     trees_of_file = read_trees(path)
     assert_same_tree(next(trees_of_file), small_tree())
-    with pytest.raises(DataError, match=r"00000\.jsonl, line 2: tokens: .* greater than or equal to 0, found -1"):
+    with pytest.raises(DataError, match=r"00000\.jsonl, line 2: tokens: expected at least 0, found -1"):
         next(trees_of_file)
 
 

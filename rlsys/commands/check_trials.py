@@ -1,0 +1,150 @@
+"""Trials of `rlsys check`: a prompt, and calls of the verifier, the rewards and the environment."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+from actors.verifiers.pool import RewardPool
+from rlsys.config.environment import EnvironmentConfig
+from rlsys.config.risks import WARNING
+from rlsys.config.schema import Config
+from rlsys.config.search_values import FunctionValueConfig
+from rlsys.errors import ConfigError
+from rlsys.interfaces import Reply
+from rlsys.launch.prepare import Prepared
+from rlsys.models.chat import decode_prompt
+from rlsys.plugins import command_folder
+from rlsys.tasks.calculator import call_node
+from rlsys.types import Problem, Verdict
+
+DEMONSTRATIONS = 16
+"""Number of demonstrations that are searched for one of several turns."""
+SHOWN = 200
+"""Characters of a text that are shown."""
+
+
+def first_prompt(prepared: Prepared) -> str:
+    """Return the first held-out prompt as the model gets it, for the user to read."""
+    token_ids = prepared.inputs.held_out[0].token_ids
+    text = decode_prompt(prepared.policy.tokenizer, token_ids.tolist())
+    return f"first held-out prompt, {len(token_ids)} tokens (its question is in it): {text!r}"
+
+
+def first_rewards(config: Config, prepared: Prepared) -> str:
+    """Return the rewards of a demonstration, or of the reference answer alone, from a verifier process as in a run.
+
+    Raises:
+        ConfigError: a reward function cannot be used, or failed on the completion.
+    """
+    problem, text = _shown(prepared)
+    [verdict] = asyncio.run(_judged(config, problem, text))
+    if verdict.outcome not in ("ok", "wrong"):
+        raise ConfigError(f"rewards.functions: the completion {text[-SHOWN:]!r} got no reward: {verdict.detail}")
+    parts = ", ".join(f"{name} {value:g}" for name, value in verdict.parts.items())
+    return f"reward of the completion {text[-SHOWN:]!r} to problem {problem.problem_id}: {verdict.reward:g} ({parts})"
+
+
+def first_verdicts(config: Config, prepared: Prepared) -> list[str]:
+    """Return the rewards of a demonstration, or of two forms of a reference answer, from a verifier process.
+
+    Raises:
+        ConfigError: the verifier cannot be used, or failed on a completion.
+    """
+    problem, text = _shown(prepared)
+    answer = prepared.inputs.held_out[0].answer
+    texts = [text] if text != f"<answer>{answer}</answer>" else [answer, text]
+    lines, best = [], 0.0
+    for each in texts:
+        [verdict] = asyncio.run(_judged(config, problem, each))
+        if verdict.outcome not in ("ok", "wrong"):
+            raise ConfigError(f"task: verify failed on the completion {each[-SHOWN:]!r}: {verdict.detail}")
+        best = max(best, verdict.reward)
+        detail = f" ({verdict.detail})" if verdict.detail else ""
+        lines.append(
+            f"reward of the completion {each[-SHOWN:]!r} to problem {problem.problem_id}: {verdict.reward:g}{detail}"
+        )
+    if best <= 0:
+        lines.append(f"{WARNING}task: verify gives none of these a reward above 0; fine if answers have another form")
+    return lines
+
+
+def first_value(config: Config, value: FunctionValueConfig, prepared: Prepared) -> str:
+    """Return the value of a demonstration, or of the reference answer alone, from a verifier process as in a run.
+
+    Raises:
+        ConfigError: the function cannot be used, or failed on the chain.
+    """
+    problem, text = _shown(prepared)
+    [verdict] = asyncio.run(_valued(config, value, problem, text))
+    if verdict.outcome not in ("ok", "wrong"):
+        raise ConfigError(f"search.value.fn: the chain {text[-SHOWN:]!r} got no value: {verdict.detail}")
+    number = f"{verdict.reward:g}" if verdict.answered else "none"
+    return f"value of the chain {text[-SHOWN:]!r} for problem {problem.problem_id}: {number}"
+
+
+async def _valued(config: Config, value: FunctionValueConfig, problem: Problem, text: str) -> list[Verdict]:
+    pool = RewardPool(config.task, config.run.seed, config.rewards, folder=command_folder(), value=value)
+    try:
+        return await pool.values(problem, [text])
+    finally:
+        await pool.close()
+
+
+def _shown(prepared: Prepared) -> tuple[Problem, str]:
+    """Return a demonstration with its problem, or the reference answer of a held-out problem."""
+    prompt = prepared.inputs.held_out[0]
+    shown = prepared.inputs.task.demonstration(0, random.Random(0))
+    problem, chain = shown or (prompt.problem, f"<answer>{prompt.answer}</answer>")
+    return problem, chain if isinstance(chain, str) else "".join(chain[::2])  # without the texts of the environment
+
+
+def first_reply(config: Config, environment: EnvironmentConfig, prepared: Prepared) -> str:
+    """Return the reply of the environment to a turn of a demonstration, from a verifier process as in a run.
+
+    Without a demonstration of several turns, the turn is a sum for the calculator, else the reference answer.
+
+    Raises:
+        EngineError: the environment cannot be used.
+        ConfigError: it failed on the turn.
+    """
+    problem, turn = _shown_turn(environment, prepared)
+    opening, reply = asyncio.run(_replies(config, environment, problem, turn))
+    for answer, given in ((opening, "no turn"), (reply, f"the turn {turn!r}")):
+        if isinstance(answer, Verdict):
+            raise ConfigError(f"environment.fn {environment.fn!r} failed on {given}: {answer.detail}")
+    assert isinstance(reply, Reply)  # noqa: S101 - see above
+    text = repr(reply.text[:SHOWN]) if reply.text else "no text"
+    facts = [*(["the episode ends"] if reply.done else []), *([f"reward {reply.reward:g}"] if reply.reward else [])]
+    return f"reply of the environment to the turn {turn!r} of problem {problem.problem_id}: {', '.join([text, *facts])}"
+
+
+def _shown_turn(environment: EnvironmentConfig, prepared: Prepared) -> tuple[Problem, str]:
+    """Return a turn of a demonstration with its problem, or one that is made up for a held-out problem."""
+    task, prompt = prepared.inputs.task, prepared.inputs.held_out[0]
+    for index in range(DEMONSTRATIONS if task.size("train") is None else 0):
+        shown = task.demonstration(index, random.Random(index))
+        if shown and not isinstance(shown[1], str) and len(shown[1]) > 1:
+            return shown[0], shown[1][0]
+    if environment.fn == "calculator":
+        return prompt.problem, call_node("2 + 3")
+    return prompt.problem, f"{prompt.answer}{''.join(environment.stop[:1])}"
+
+
+async def _replies(
+    config: Config, environment: EnvironmentConfig, problem: Problem, turn: str
+) -> list[Reply | Verdict]:
+    folder = command_folder()
+    pool = RewardPool(config.task, config.run.seed, config.rewards, folder=folder, environment=environment)
+    try:
+        return await pool.replies([(problem, ()), (problem, (turn,))])
+    finally:
+        await pool.close()
+
+
+async def _judged(config: Config, problem: Problem, text: str) -> list[Verdict]:
+    pool = RewardPool(config.task, config.run.seed, config.rewards, folder=command_folder())
+    try:
+        return await pool.verify([(problem, text)])
+    finally:
+        await pool.close()
