@@ -34,8 +34,12 @@ SEARCHED_REFUSED: list[tuple[list[str], str]] = [
         "is not terminal and ends with '</answer>'",
     ),
     (
-        [*CALLS, "environment.stop=[</thinking>]", "search.tables.calls.children.thinking={environment: 1}"],
-        "search.tables.calls.children.tool: calculator does not answer after </tool>",
+        [
+            *CALLS,
+            "environment={fn: tools.py:ask, stop: [</thinking>]}",
+            "search.tables.calls.children.thinking={environment: 1}",
+        ],
+        "search.tables.calls.children.tool: tools.py:ask does not answer after </tool>",
     ),
 ]
 SEARCHED_ACCEPTED = [
