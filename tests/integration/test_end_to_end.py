@@ -131,7 +131,7 @@ def test_status_knows_the_end_and_the_pace(finished_run: FinishedRun) -> None:
     assert status.heartbeat is not None and status.heartbeat.end == "finished"
     assert status.heartbeat.time > status.heartbeat.started
     assert status.throughput is not None and status.throughput.present is not None
-    assert all(0 < status.throughput.shares[part] < 1 for part in ("rollout", "learn", "publish"))
+    assert all(0 < status.throughput.shares[part] < 1 for part in ("wait", "learn", "publish"))
     assert status.last_error is None
 
 

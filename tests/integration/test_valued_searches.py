@@ -31,16 +31,26 @@ def trees_of(run_dir: Path) -> list[Tree]:
     return [tree for tree in trees if isinstance(tree, Tree)]
 
 
-@pytest.mark.parametrize(
-    "kind", ["steps", pytest.param("rollouts", marks=pytest.mark.long), pytest.param("model", marks=pytest.mark.long)]
-)
-def test_a_killed_search_goes_on_to_the_same_bytes(kind: str, finished_run: FinishedRun, tmp_path: Path) -> None:
-    policy = finished_run.dir / "stages" / "warm_start"
+def valued_config(kind: str, policy: Path) -> dict[str, Any]:
     fields = search_config(policy, PROMPTS)
     fields["search"] |= VALUES[kind]
     if kind == "model":
         fields["search"]["value"]["path"] = str(policy)
         fields["actors"]["count"] = 1  # the judge has the other core
+    return fields
+
+
+def test_a_search_with_the_values_of_steps(finished_run: FinishedRun, tmp_path: Path) -> None:
+    fields = valued_config("steps", finished_run.dir / "stages" / "warm_start")
+    with commands() as start:
+        start("search", write_config(tmp_path, fields)).finish()
+    check("steps", trees_of(tmp_path / "run"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", VALUES)
+def test_a_killed_search_goes_on_to_the_same_bytes(kind: str, finished_run: FinishedRun, tmp_path: Path) -> None:
+    fields = valued_config(kind, finished_run.dir / "stages" / "warm_start")
     (tmp_path / "killed").mkdir()
     whole, killed = write_config(tmp_path, fields), write_config(tmp_path / "killed", fields)
     with commands() as start:
