@@ -1,18 +1,46 @@
-"""Every link of README, CONTRIBUTING and docs/ to a file of the repository leads to one."""
+"""The pages agree with the repository: links, files, commands, options, keys, and which commands a test runs."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer.main
+import yaml
+from minimal_config import minimal
+from page_commands import RUNS, reason_not_to_run, run_of
+from pages import PAGES, ROOT, Block, all_blocks, blocks, read_page, spans, unprinted_lines
 
-ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+from rlsys.cli import app
+from rlsys.config.files import apply_override, load_config, parse_config
+from rlsys.config.keys import all_keys
+from rlsys.config.schema import Config
+
+LINKED = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+PATH = re.compile(r"(?:actors|benchmarks|configs|docs|learners|rlsys|tests)/[\w./-]+\.(?:py|yaml|md|sh|jsonl)")
+NO_FILES = {"rlsys/tasks/parity.py", "benchmarks/NAME.py"}
+"""Files that a page tells a reader to write, and names that stand for others."""
+TEXT_COMMAND = re.compile(r"^\$? ?(?:rlsys (?!  )|make |python |pip |ray |vllm |hf )", re.MULTILINE)
+SHOWN = {"config.yaml", *(block.name for block in all_blocks())}
+SUFFIXES = ("json", "jsonl", "md", "png", "py", "sha256", "yaml")
+LANGUAGES = {"sh", "output", "text", "python", "yaml", "json"}
+COMMANDS = typer.main.get_command(app)
+KNOWN = {".".join(parts[: n + 1]) for key in all_keys() for parts in [key.name.split(".")] for n in range(len(parts))}
+FREE = {f"{key.name}.ANY" for key in all_keys() if key.type.startswith("{")}
+"""What is within a mapping, such as the arguments of a function."""
+NAMES = re.compile(
+    "|".join(
+        re.escape(name).replace("NAME", r"\w+").replace("NUMBER", r"(\d+|N)").replace("ANY", ".*")
+        for name in KNOWN | FREE
+    )
+)
+ALL_COMMANDS = [(block, command) for block in all_blocks("sh") for command in block.commands()]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_to_files(page: Path) -> None:
     targets = [target for target in LINK.findall(page.read_text()) if "://" not in target]
     assert [target for target in targets if not (page.parent / target).exists()] == []
@@ -20,3 +48,107 @@ def test_links_lead_to_files(page: Path) -> None:
 
 def test_a_link_is_seen() -> None:
     assert LINK.findall("[a](b.md#c), ![d](e.png)") == ["b.md", "e.png"]
+
+
+@pytest.mark.parametrize("page", [*PAGES, "benchmarks/README.md"])
+def test_files_exist(page: str) -> None:
+    texts = [*spans(read_page(page)), *(block.text for block in blocks(page))]
+    named = {path for text in texts for path in PATH.findall(text)}
+    configs = {f"configs/{text}" for text in texts if re.fullmatch(r"\w+\.yaml", text) and text not in SHOWN}
+    assert [path for path in sorted((named | configs) - NO_FILES) if not (ROOT / path).exists()] == []
+
+
+def test_every_block_says_what_it_is() -> None:
+    assert [str(block) for block in all_blocks() if block.language not in LANGUAGES] == []
+    assert [str(block) for block in all_blocks("text") if TEXT_COMMAND.search(block.text)] == []
+
+
+def test_every_command_is_run_or_has_a_reason_why_not() -> None:
+    unknown = [
+        f"{block}: {command}"
+        for block, command in ALL_COMMANDS
+        if (run_of(block.page, command) is None) == (reason_not_to_run(block.page, command) is None)
+    ]
+    assert unknown == [], "add each to RUNS or to NOT_RUN of tests/helpers/page_commands.py"
+
+
+def test_every_run_command_is_checked_by_its_output_or_its_files() -> None:
+    unchecked = []
+    for page, runs in RUNS.items():
+        commands = [command for block in blocks(page, "sh") for command in block.commands()]
+        for begin, run in runs.items():
+            assert any(run_of(page, command) is run for command in commands), f"{page} has no {begin}"
+            if not (run.prints or run.writes or run.serves or blocks(page, "output")):
+                unchecked.append(begin)
+    assert unchecked == []
+
+
+def test_lines_that_were_not_printed() -> None:
+    printed = "12 steps, accuracy  0.95 (version 360)\nend"
+    assert unprinted_lines("300 steps, accuracy 0.99 (version 1,200)\n...\nend", printed) == []
+    assert unprinted_lines("12 steps, accuracy 0.8 (version 360)\nmore", printed) == [
+        "12 steps, accuracy 0.8 (version 360)",
+        "more",
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_and_their_keys_exist(page: str) -> None:
+    """Also of the commands within sentences and tables."""
+    texts = [part for block in blocks(page, "sh") for text in block.commands() for part in re.split(r"; |-- ", text)]
+    texts += [re.sub(r" ?\[[^\]]*\]|\.\.\.", "", span) for span in spans(read_page(page))]
+    faults = []
+    for text in sorted({text for text in texts if text.startswith("rlsys ")}):
+        try:
+            parse_command(*shlex.split(text)[1:])
+        except (typer.Exit, Exception) as error:  # noqa: BLE001 - whatever is wrong with it, the list shows it
+            faults.append(f"{text}: {error!r}")
+    assert faults == []
+
+
+def parse_command(name: str, *arguments: str) -> None:
+    """Raise if the command line would not take this command, or the schema its keys."""
+    overrides = [word for word in arguments if re.match(r"[a-z_]+(\.\w+)*=", word)]
+    for override in overrides:
+        apply_override(values := minimal(), override)
+        assert_known(values)
+    if name != "--version" and (command := COMMANDS.commands[name]) and len(arguments) > len(overrides):
+        command.make_context(name, list(arguments))
+    if name in ("train", "check", "search") and arguments and (ROOT / arguments[0]).is_file():
+        load_config(ROOT / arguments[0], overrides)
+
+
+def assert_known(values: object, prefix: str = "") -> None:
+    """Raise if a nested config has a key that the schema does not have."""
+    for key, value in values.items() if isinstance(values, dict) else []:
+        name = f"{prefix}{key}"
+        assert NAMES.fullmatch(name), f"unknown key {name}"
+        assert_known(value, f"{name}.")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_settings_within_sentences_exist(page: str) -> None:
+    """A dotted name such as train.max_steps, an override, or YAML such as `search: {fraction: 0.5}`."""
+    sections = "|".join(Config.model_fields)
+    faults = []
+    text = re.sub(r"## Fault points\n.*?\n## ", "", read_page(page), flags=re.DOTALL)  # they have such names, too
+    for span in sorted(set(spans(text))):
+        values: dict[str, object] = {}
+        try:
+            if re.match(rf"'?({sections})(\.\w+)*=", span):
+                for word in shlex.split(span):
+                    apply_override(values, word)
+            elif re.match(rf"({sections}): ", span):
+                values = yaml.safe_load(span)
+            elif re.fullmatch(rf"({sections})(\.[a-z_]\w*|\.N)+", span) and not Path(span).suffix[1:] in SUFFIXES:
+                apply_override(values, f"{span}=null")
+            assert_known(values)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the list shows it
+            faults.append(f"{span}: {error!r}")
+    assert faults == []
+
+
+@pytest.mark.parametrize("block", all_blocks("yaml"), ids=str)
+def test_settings_are_valid(block: Block) -> None:
+    values = yaml.safe_load(block.text)
+    parse_config(values if block.name else minimal(**values), str(block))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from minimal_config import minimal
+from pages import blocks, write_files
 from problems import problem_of
 
 from actors.verifiers.pool import RewardPool
@@ -19,17 +19,12 @@ from rlsys.config.schema import Config
 from rlsys.config.search_values import FunctionValueConfig
 from rlsys.types import Verdict
 
-DOCS = Path(__file__).parents[1] / "docs"
-FILE = re.compile(r'```python\n("""(\w+\.py)"""\n.*?)```', re.DOTALL)
-SETTINGS = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
-
 
 def read(page: str, folder: Path) -> Config:
-    """Write the first file that a page shows, and return the config of the YAML that names it."""
-    text = (DOCS / page).read_text()
-    code, name = FILE.findall(text)[0]
-    (folder / name).write_text(code)
-    [settings] = [block for block in SETTINGS.findall(text) if name in block]
+    """Write the files that a page shows, and return the config of the YAML that names the first one."""
+    write_files(page, folder)
+    name = next(block.name for block in blocks(page, "python") if block.name)
+    [settings] = [block.text for block in blocks(page, "yaml") if name in block.text]
     return parse_config(minimal(**yaml.safe_load(settings)), page)
 
 
@@ -48,13 +43,13 @@ def judged(config: Config, folder: Path, completion: str) -> tuple[Verdict, list
 
 
 def test_rewards(tmp_path: Path) -> None:
-    verdict, _ = judged(read("rewards.md", tmp_path), tmp_path, "<answer>3</answer>")
+    verdict, _ = judged(read("docs/rewards.md", tmp_path), tmp_path, "<answer>3</answer>")
     assert verdict.parts == {"task": 1.0, "brevity": pytest.approx(-0.018), "format": 1.0}
     assert verdict.reward == pytest.approx(1 - 0.1 * 0.018 + 0.2)
 
 
 def test_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = read("extending.md", tmp_path)
+    config = read("docs/extending.md", tmp_path)
     monkeypatch.chdir(tmp_path)
     check_plugins(config.objective)
     estimator = config.objective.policy.estimator
@@ -64,8 +59,7 @@ def test_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_configs_of_sizes() -> None:
-    blocks = SETTINGS.findall((DOCS / "sizes.md").read_text())
-    configs = [parse_config(yaml.safe_load(block), "sizes.md") for block in blocks]
+    configs = [parse_config(yaml.safe_load(block.text), str(block)) for block in blocks("docs/sizes.md", "yaml")]
     assert [config.model.path for config in configs] == [
         f"Qwen/Qwen2.5-{size}B-Instruct" for size in ("0.5", "7", "32")
     ]

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pages import blocks, write_files
 
 from actors.verifiers.pool import Item, RewardPool
 from rlsys.commands import check
@@ -16,23 +17,12 @@ from rlsys.models.scratch import build_from_scratch
 from rlsys.tasks import build_task
 from rlsys.types import Message, Verdict
 
-DOCS = Path(__file__).parents[3] / "docs"
-NAME = re.compile(r'(?:"""|# )(\w+\.(?:py|yaml))')
-
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which a user would start the command."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def write_examples(page: str) -> None:
-    """Write every block of a page that begins with the name of its file; the only JSON block is rows.jsonl."""
-    for language, body in re.findall(r"```(\w+)\n(.*?)```", (DOCS / page).read_text(), re.DOTALL):
-        name = "rows.jsonl" if language == "json" else (match[1] if (match := NAME.match(body)) else None)
-        if name:
-            Path(name).write_text(body)
 
 
 def verified(config: Config, folder: Path, items: list[Item]) -> list[Verdict]:
@@ -47,7 +37,7 @@ def verified(config: Config, folder: Path, items: list[Item]) -> list[Verdict]:
 
 
 def test_a_task_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_examples("extending.md")
+    write_files("docs/extending.md", folder)
     config = load_config("parity.yaml")
     check.run(config)
     output = capsys.readouterr().out
@@ -61,7 +51,9 @@ def test_a_task_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_script_of_trl(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_examples("coming_from_trl.md")
+    write_files("docs/coming_from_trl.md", folder)
+    [rows] = blocks("docs/coming_from_trl.md", "json")
+    (folder / "rows.jsonl").write_text(rows.text)
     build_from_scratch(FromScratchConfig(hidden_size=32, layers=1, heads=1, max_positions=512), [], 0, Path("my-model"))
     config = load_config("trl.yaml")
     check.run(config)

@@ -1,0 +1,105 @@
+"""The pages of the documentation, as blocks and commands.
+
+The language of a block says what it is: `sh` has commands, `output` the end of what the command before it prints,
+`text` neither. All other blocks are files, or parts of files.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [
+    name.relative_to(ROOT).as_posix()
+    for name in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+]
+
+_FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+_NAME = re.compile(r'(?:"""|# )([\w.]+\.(?:py|yaml))')
+_COMMENT = re.compile(r"(^|\s)#\s.*$", re.MULTILINE)
+_NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A fenced block of a page.
+
+    Attributes:
+        line: its first line in the page, from 1.
+    """
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+    @property
+    def name(self) -> str | None:
+        """Return the name of the file that the block shows, or None if it shows a part of one."""
+        match = _NAME.match(self.text)
+        return match[1] if match and self.language in ("python", "yaml") else None
+
+    def commands(self) -> list[str]:
+        """Return the commands of an `sh` block without comments, each in one line with single spaces outside quotes."""
+        lines = _COMMENT.sub("", self.text).replace("\\\n", " ").splitlines()
+        return [re.sub(r"\s+", " ", line).strip() for line in lines if line.strip()]
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def read_page(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str, *languages: str) -> list[Block]:
+    """Return the blocks of a page, or those of some languages."""
+    text = read_page(page)
+    found = [
+        Block(page, text.count("\n", 0, match.start()) + 1, match[2], re.sub(f"(?m)^{match[1]}", "", match[3]))
+        for match in _FENCE.finditer(text)
+    ]
+    return [block for block in found if not languages or block.language in languages]
+
+
+def all_blocks(*languages: str) -> list[Block]:
+    return [block for page in PAGES for block in blocks(page, *languages)]
+
+
+def write_files(page: str, folder: Path) -> None:
+    """Write every file that a page shows under its name."""
+    for block in blocks(page, "python", "yaml"):
+        if block.name:
+            (folder / block.name).write_text(block.text)
+
+
+def spans(text: str) -> list[str]:
+    """Return the code in the sentences and tables of a text."""
+    return re.findall(r"`([^`\n]+)`", _FENCE.sub("", text))
+
+
+def unprinted_lines(documented: str, printed: str) -> list[str]:
+    """Return the lines of a page that a command did not print.
+
+    White space does not count. A number stands for any number, but a decimal up to 1 (a share) stands for those that
+    differ by at most 0.1. A line of three dots stands for any lines.
+    """
+    rest = [_skeleton(line) for line in printed.splitlines()]
+    missing = []
+    for line in filter(str.strip, documented.splitlines()):
+        words, numbers = _skeleton(line)
+        if line.strip() != "..." and not any(words == w and _close(numbers, n) for w, n in rest):
+            missing.append(line)
+    return missing
+
+
+def _skeleton(line: str) -> tuple[str, list[str]]:
+    return " ".join(_NUMBER.sub("\0", line).split()), _NUMBER.findall(line)
+
+
+def _close(documented: list[str], printed: list[str]) -> bool:
+    pairs = [(float(a.replace(",", "")), float(b.replace(",", ""))) for a, b in zip(documented, printed, strict=True)]
+    shares = [abs(b - a) for (a, b), text in zip(pairs, documented, strict=True) if "." in text and abs(a) <= 1]
+    return all(difference <= 0.1 for difference in shares)
