@@ -50,14 +50,18 @@ NEEDS_QUICKSTART = {
 
 BEFORE = {
     "docs/export.md": [
-        "rlsys train configs/quickstart_lora.yaml model.path=runs/quickstart/stages/warm_start "
-        "train.max_steps=1 train.groups_per_step=8 evaluation.prompts=8",
+        "rlsys train configs/quickstart_lora.yaml train.max_steps=1 train.groups_per_step=8 evaluation.prompts=8",
         "rlsys export runs/quickstart_lora --output adapter --adapter",
     ],
+    "docs/tasks.md": ["""echo '{"problem": "What is 2 + 3?", "answer": "5"}' > math500.jsonl"""],
     "docs/view.md": ["cp -r runs/quickstart runs/other"],
 }
 """Commands that a page takes for granted."""
 
+_SMALL_MATH = (
+    "task.path=math500.jsonl 'model={from_scratch: {hidden_size: 64, layers: 1, heads: 2}}' "
+    "actors.max_model_len=256 sampling.max_tokens=64 train.group_size=2"
+)
 RUNS: dict[str, dict[str, Run]] = {
     "README.md": {
         "make quickstart": Run(),
@@ -117,6 +121,10 @@ RUNS: dict[str, dict[str, Run]] = {
         "rlsys train": Run(values={"CONFIG": "configs/joint_online.yaml"}, adds=SMALL, prints=FINISHED),
         "rlsys evaluate": Run(adds="evaluation.prompts=8", prints=("search",)),
     },
+    "docs/tasks.md": {
+        "rlsys check math.yaml": Run(adds=_SMALL_MATH, prints=("What is 2 + 3?",)),
+        "rlsys train math.yaml": Run(adds=f"{_SMALL_MATH} {SMALL}", prints=FINISHED),
+    },
     "docs/view.md": {
         "rlsys view RUN --export page.html": Run(values={"RUN": "runs/quickstart"}, writes=("page.html",)),
         "rlsys view RUN OTHER_RUN": Run(
@@ -150,15 +158,14 @@ NOT_RUN: dict[str, dict[str, str]] = {
         "make test": _TESTS,
         "make lint": "checks the code, not the documentation",
     },
-    "docs/clusters.md": {
-        begin: _CLUSTER for begin in ("umask", "ray ", "export ", "rlsys check CONFIG", "rlsys train CONFIG")
-    },
+    "docs/clusters.md": dict.fromkeys(("umask", "ray ", "export ", "rlsys check", "rlsys train"), _CLUSTER),
     "docs/export.md": {"python convert_": "needs the sources of llama.cpp"},
     "docs/models.md": {
         "python benchmarks/real_model.py": "downloads a package of 93 MB",
         "python benchmarks/arithmetic.py": "writes the data of the next command",
         "rlsys train configs/smollm2_arithmetic.yaml": "takes 45 minutes and 8 GiB",
     },
+    "docs/tasks.md": {"rlsys evaluate": "reads GSM8K from the hub"},
     "docs/reliability.md": {"rlsys train config.yaml": "needs Slurm"},
 }
 """Commands that no test runs, by page and beginning, with the reason."""

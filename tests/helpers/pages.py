@@ -1,7 +1,8 @@
 """The pages of the documentation, as blocks and commands.
 
 The language of a block says what it is: `sh` has commands, `output` the end of what the command before it prints,
-`text` neither. All other blocks are files, or parts of files.
+`text` neither. All other blocks are files, or parts of files. The name of a file is in its first line, or, where its
+language has no comments, behind the language.
 """
 
 from __future__ import annotations
@@ -28,18 +29,14 @@ class Block:
 
     Attributes:
         line: its first line in the page, from 1.
+        name: name of the file that it shows, or None if it shows a part of one.
     """
 
     page: str
     line: int
     language: str
     text: str
-
-    @property
-    def name(self) -> str | None:
-        """Return the name of the file that the block shows, or None if it shows a part of one."""
-        match = _NAME.match(self.text)
-        return match[1] if match and self.language in ("python", "yaml") else None
+    name: str | None
 
     def commands(self) -> list[str]:
         """Return the commands of an `sh` block without comments, each in one line with single spaces outside quotes."""
@@ -56,12 +53,15 @@ def read_page(page: str) -> str:
 
 def blocks(page: str, *languages: str) -> list[Block]:
     """Return the blocks of a page, or those of some languages."""
-    text = read_page(page)
-    found = [
-        Block(page, text.count("\n", 0, match.start()) + 1, match[2], re.sub(f"(?m)^{match[1]}", "", match[3]))
-        for match in _FENCE.finditer(text)
-    ]
-    return [block for block in found if not languages or block.language in languages]
+    page_text = read_page(page)
+    every = []
+    for match in _FENCE.finditer(page_text):
+        language, _, name = match[2].partition(" ")
+        text = re.sub(f"(?m)^{match[1]}", "", match[3])
+        if language in ("python", "yaml") and (first_line := _NAME.match(text)):
+            name = first_line[1]
+        every.append(Block(page, page_text.count("\n", 0, match.start()) + 1, language, text, name or None))
+    return [block for block in every if not languages or block.language in languages]
 
 
 def all_blocks(*languages: str) -> list[Block]:
@@ -70,7 +70,7 @@ def all_blocks(*languages: str) -> list[Block]:
 
 def write_files(page: str, folder: Path) -> None:
     """Write every file that a page shows under its name."""
-    for block in blocks(page, "python", "yaml"):
+    for block in blocks(page):
         if block.name:
             (folder / block.name).write_text(block.text)
 

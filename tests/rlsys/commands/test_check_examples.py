@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from pages import blocks, write_files
+from pages import write_files
 
 from actors.verifiers.pool import Item, RewardPool
 from rlsys.commands import check
@@ -52,8 +52,6 @@ def test_a_task_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_script_of_trl(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_files("docs/coming_from_trl.md", folder)
-    [rows] = blocks("docs/coming_from_trl.md", "json")
-    (folder / "rows.jsonl").write_text(rows.text)
     build_from_scratch(FromScratchConfig(hidden_size=32, layers=1, heads=1, max_positions=512), [], 0, Path("my-model"))
     config = load_config("trl.yaml")
     check.run(config)
