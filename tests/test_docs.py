@@ -46,6 +46,21 @@ def test_links_lead_to_files(page: Path) -> None:
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
+def test_every_page_is_two_clicks_from_the_readme() -> None:
+    def linked(page: str) -> set[str]:
+        targets = {(ROOT / page).parent / target for target in LINK.findall(read_page(page)) if "://" not in target}
+        return {path.resolve().relative_to(ROOT).as_posix() for path in targets if path.suffix == ".md"}
+
+    first = linked("README.md")
+    assert set(PAGES) <= first.union({"README.md"}, *map(linked, first))
+
+
+def test_the_readme_names_every_config() -> None:
+    named = set(spans(read_page("README.md")))
+    configs = [path.name for path in (ROOT / "configs").iterdir()]
+    assert [name for name in configs if not {name, f"configs/{name}"} & named] == []
+
+
 def test_a_link_is_seen() -> None:
     assert LINK.findall("[a](b.md#c), ![d](e.png)") == ["b.md", "e.png"]
 

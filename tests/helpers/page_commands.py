@@ -66,7 +66,11 @@ RUNS: dict[str, dict[str, Run]] = {
     "README.md": {
         "make quickstart": Run(),
         "rlsys export runs/quickstart": Run(writes=("letter-counter/README.md", "letter-counter/config.json")),
-        "vllm serve letter-counter": Run(
+        "source .venv/bin/activate": Run(writes=(".venv/bin/rlsys",)),
+        "rlsys show runs/quickstart": Run(prints=("rollouts of step 10", "reward 0")),
+        "rlsys view runs/quickstart": Run(adds=f"--port {PAGE_PORT}", serves=VIEW, asks=(f"curl -sS {VIEW}", "<html")),
+        "tensorboard": Run(adds="--port 16006", serves="http://localhost:16006/"),
+        "python -m vllm.entrypoints.openai.api_server": Run(
             adds=f"--port {MODEL_PORT}", serves=UP, asks=(CHAT % "letter-counter", "<answer>2</answer>")
         ),
         "rlsys evaluate runs/quickstart": Run(
@@ -97,10 +101,12 @@ RUNS: dict[str, dict[str, Run]] = {
     "docs/guide.md": {
         "python make_data.py": Run(writes=("additions.jsonl",)),
         "rlsys check additions.yaml run.dir=runs/brief": Run(prints=("brevity -",)),
+        "rlsys check additions.yaml run.dir=runs/tries": Run(prints=("reply of the environment to the turn",)),
         "rlsys check additions.yaml": Run(
             prints=("task.path: 100 of 3800 training rows left out: their questions are held out",)
         ),
         "rlsys train additions.yaml run.dir=runs/brief": Run(prints=("online 4/4",)),
+        "rlsys train additions.yaml run.dir=runs/tries": Run(prints=("online 4/4", "turns")),
         "rlsys train additions.yaml": Run(),
         "rlsys status": Run(prints=("finished: all steps are made",)),
         "rlsys show": Run(prints=("rollouts of step 4",)),
