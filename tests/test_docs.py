@@ -10,7 +10,7 @@ import pytest
 import typer.main
 import yaml
 from minimal_config import minimal
-from page_commands import RUNS, reason_not_to_run, run_of
+from page_commands import NOT_RUN, RUNS, reason_not_to_run, run_of
 from pages import PAGES, ROOT, Block, all_blocks, blocks, read_page, spans, unprinted_lines
 
 from rlsys.cli import app
@@ -96,6 +96,12 @@ def test_every_run_command_is_checked_by_its_output_or_its_files() -> None:
             if not (run.prints or run.writes or run.serves or blocks(page, "output")):
                 unchecked.append(begin)
     assert unchecked == []
+
+
+def test_what_is_not_run_is_in_the_pages() -> None:
+    commands = {page: [text for block in blocks(page, "sh") for text in block.commands()] for page in NOT_RUN}
+    begins = [(page, begin) for page, reasons in NOT_RUN.items() for begin in reasons]
+    assert [(p, begin) for p, begin in begins if not any(text.startswith(begin) for text in commands[p])] == []
 
 
 def test_lines_that_were_not_printed() -> None:
