@@ -105,6 +105,7 @@ HEAVY = {
     "rlsys/transfer/test_object_store.py",
     "rlsys/transfer/test_transports.py",
     "rlsys/transfer/test_wire.py",
+    "test_examples.py",
     "test_layers.py",
     "test_planted_pickles.py",
     "test_security.py",
