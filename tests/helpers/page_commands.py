@@ -106,7 +106,7 @@ RUNS: dict[str, dict[str, Run]] = {
             prints=("task.path: 100 of 3800 training rows left out: their questions are held out",)
         ),
         "rlsys train additions.yaml run.dir=runs/brief": Run(prints=("online 4/4",)),
-        "rlsys train additions.yaml run.dir=runs/tries": Run(prints=("online 4/4", "turns")),
+        "rlsys train additions.yaml run.dir=runs/tries": Run(prints=("environment second_try.py:second_try", "online 4/4")),
         "rlsys train additions.yaml": Run(),
         "rlsys status": Run(prints=("finished: all steps are made",)),
         "rlsys show": Run(prints=("rollouts of step 4",)),
