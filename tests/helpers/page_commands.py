@@ -106,7 +106,9 @@ RUNS: dict[str, dict[str, Run]] = {
             prints=("task.path: 100 of 3800 training rows left out: their questions are held out",)
         ),
         "rlsys train additions.yaml run.dir=runs/brief": Run(prints=("online 4/4",)),
-        "rlsys train additions.yaml run.dir=runs/tries": Run(prints=("environment second_try.py:second_try", "online 4/4")),
+        "rlsys train additions.yaml run.dir=runs/tries": Run(
+            prints=("environment second_try.py:second_try", "online 4/4")
+        ),
         "rlsys train additions.yaml": Run(),
         "rlsys status": Run(prints=("finished: all steps are made",)),
         "rlsys show": Run(prints=("rollouts of step 4",)),
@@ -117,6 +119,9 @@ RUNS: dict[str, dict[str, Run]] = {
         "rlsys train configs/joint_hard_letter_count.yaml": Run(
             adds=SMALL, values={"TEACHER": "runs/quickstart/stages/online"}, prints=FINISHED
         ),
+    },
+    "docs/models.md": {
+        "python benchmarks/arithmetic.py": Run(writes=("runs/data/arithmetic/train.jsonl",)),
     },
     "docs/search.md": {
         "rlsys search": Run(adds="search.prompts=8", prints=("trees",)),
@@ -168,7 +173,6 @@ NOT_RUN: dict[str, dict[str, str]] = {
     "docs/export.md": {"python convert_": "needs the sources of llama.cpp"},
     "docs/models.md": {
         "python benchmarks/real_model.py": "downloads a package of 93 MB",
-        "python benchmarks/arithmetic.py": "writes the data of the next command",
         "rlsys train configs/smollm2_arithmetic.yaml": "takes 45 minutes and 8 GiB",
     },
     "docs/tasks.md": {"rlsys evaluate": "reads GSM8K from the hub"},
