@@ -29,7 +29,8 @@ class Run:
     varies: tuple[str, ...] = ()
 
 
-SMALL = "warm_start.max_steps=4 train.max_steps=1 train.groups_per_step=8 evaluation.prompts=8"
+ONE_STEP = "train.max_steps=1 train.groups_per_step=8 evaluation.prompts=8"
+SMALL = f"warm_start.max_steps=4 {ONE_STEP}"
 FINISHED = ("run directory: ", "held-out: greedy accuracy ")
 PAGE_PORT, MODEL_PORT = 16007, 18000
 VIEW = f"http://127.0.0.1:{PAGE_PORT}/"
@@ -78,7 +79,10 @@ RUNS: dict[str, dict[str, Run]] = {
         ),
     },
     "docs/environments.md": {
-        "rlsys train configs/sums_calculator.yaml": Run(adds=SMALL, prints=FINISHED),
+        "rlsys train configs/sums_calculator.yaml": Run(adds=ONE_STEP, prints=FINISHED),
+        "rlsys search": Run(adds="search.prompts=8", prints=("trees",)),
+        "rlsys show": Run(prints=("environment, value",)),
+        "rlsys train configs/search_sums_calculator.yaml": Run(adds=ONE_STEP, prints=FINISHED),
         "rlsys train configs/guess.yaml": Run(adds=SMALL, prints=FINISHED),
     },
     "docs/evaluation.md": {

@@ -103,7 +103,7 @@ def run_page(page: str, shell: Shell, done: dict[str, str]) -> None:
     """Run all commands of a page and check what they print and write.
 
     Args:
-        done: output of commands that have been run in this folder already.
+        done: output of commands that have been run in this folder; a page that repeats one does not run it again.
     """
     run: Run | None = None
     output = ""
@@ -126,6 +126,7 @@ def run_page(page: str, shell: Shell, done: dict[str, str]) -> None:
             for name, value in run.values.items():
                 here = re.sub(rf"\b{name}\b", value, here)
             output = done.get(here) or (shell.serve(here, run) if run.serves else shell.run(here))
+            done[here] = output
             assert all(text in output for text in run.prints), f"{block}: {here}\n{output}"
             assert all((shell.folder / name).exists() for name in run.writes), f"{block}: {here}\n{output}"
 
