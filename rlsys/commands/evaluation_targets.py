@@ -117,7 +117,7 @@ def find_tasks(
     tasks = []
     if base is not None:
         config = load_config(base, overrides)
-        tasks.append(NamedTask(config.task.type, config))
+        tasks.append(NamedTask(_task_name(config), config))
         if config_path is None:
             _check_same_problems(targets, base, config, overrides)
     tasks += [_task_of_file(file, base, targets[0], overrides) for file in task_files]
@@ -125,6 +125,10 @@ def find_tasks(
         if count > 1:
             raise ConfigError(f"{count} tasks are named {name}; give each --task file a name of its own")
     return tasks
+
+
+def _task_name(config: Config) -> str:
+    return config.task.name if config.task.type == "benchmark" else config.task.type
 
 
 def _task_of_file(file: str, base: Path | None, target: Target, overrides: Sequence[str]) -> NamedTask:

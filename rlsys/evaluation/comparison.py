@@ -36,6 +36,7 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
         if mode in first and mode in second:
             before, after = first[mode]["by_problem"], second[mode]["by_problem"]
             rates = {name: _share_difference(before[name], after[name]) for name in RATES}
+            rates["reward"] = _mean_difference(before, after, "reward")
             differences[mode] = rates | (
                 {"completion_length": _mean_difference(before, after, "completion_length")} if same_tokens else {}
             )

@@ -75,6 +75,7 @@ def mode_figures(task: Task, prompts: Sequence[Prompt], rows: Rows) -> dict[str,
     """Return the figures of one way of sampling."""
     right = _flags(rows, "right")
     lengths = np.array([[sample.tokens for sample in row] for row in rows])
+    rewards = np.array([[sample.reward for sample in row] for row in rows])
     row_signs = [[signs(sample) for sample in row] for row in rows]
     values: dict[str, np.ndarray] = {
         "accuracy": right,
@@ -84,6 +85,7 @@ def mode_figures(task: Task, prompts: Sequence[Prompt], rows: Rows) -> dict[str,
     }
     return {
         **{name: asdict(mean_over_prompts(values[name])) for name in RATES[:3]},
+        "reward": asdict(bootstrap_mean(rewards)),
         "error_rate": float(1 - _flags(rows, "judged").mean()),
         "completion_length": float(lengths.mean()),
         "completion_lengths": {
@@ -96,6 +98,7 @@ def mode_figures(task: Task, prompts: Sequence[Prompt], rows: Rows) -> dict[str,
         **(_by_answer([prompt.answer for prompt in prompts], right) if task.one_answer else {}),
         "by_problem": {
             **{name: array.mean(axis=1).tolist() for name, array in values.items()},
+            "reward": rewards.mean(axis=1).tolist(),
             "completion_length": lengths.mean(axis=1).tolist(),
         },
     }

@@ -24,6 +24,7 @@ class Sample:
         text: The text that the verifier judged.
         tokens: Number of generated tokens, the end token included.
         right: Whether the verifier accepts the answer.
+        reward: Reward, with those of reward functions and environment; 0 without a verdict.
         judged: Whether the verifier reached a verdict.
         answered: Whether the verifier finds a valid answer.
         truncated: See `Trajectory.truncated`.
@@ -34,6 +35,7 @@ class Sample:
     text: str
     tokens: int
     right: bool
+    reward: float
     judged: bool
     answered: bool
     truncated: bool
@@ -56,6 +58,7 @@ def _sample(trajectory: Trajectory, model: ModelFolder, joint: str) -> Sample:
         text=completion_text(trajectory, model, joint),
         tokens=tokens,
         right=trajectory.correct,
+        reward=trajectory.reward if trajectory.judged else 0.0,
         judged=trajectory.judged,
         answered=trajectory.answered,
         truncated=trajectory.truncated,

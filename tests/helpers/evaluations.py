@@ -18,7 +18,8 @@ ANSWERS: Mapping[str, Sequence[int]] = {"p0": (3, 7, 7, 3), "p1": (7, 3, 0, 3), 
 
 def sample(text: str = "", **changes: Any) -> Sample:
     values: dict[str, Any] = {"tokens": 2, "right": False, "judged": True, "answered": True, "truncated": False}
-    return Sample(text=text, **{**values, "reason": "", "logprob": -1.0, **changes})
+    reward = float(changes.get("right", False))
+    return Sample(text=text, **{**values, "reward": reward, "reason": "", "logprob": -1.0, **changes})
 
 
 def rows_of(answers: Mapping[str, Sequence[int]]) -> list[list[Sample]]:

@@ -74,3 +74,9 @@ def test_the_completions_of_a_detector_are_shortened() -> None:
 def test_the_accuracy_by_answer_is_shown_for_few_answers() -> None:
     assert "accuracy by true answer" in shown(result())
     assert "accuracy by true answer" not in shown(document())  # of one model alone
+
+
+def test_rewards_have_a_row_only_if_they_are_not_the_accuracy() -> None:
+    assert not any("reward" in line for line in shown(result()))
+    lines = shown(result(greedy=[[sample(reward=0.25)], [sample(right=True)], [sample(right=True, reward=1.25)]]))
+    assert [line.split()[:3] for line in lines if "reward" in line] == [["greedy", "reward", "0.833"]]

@@ -65,17 +65,20 @@ def test_held_out_metrics_by_hand() -> None:
     silent = trajectory(reward=0, outcome="wrong", answered=False, length=8)
     right = trajectory(length=2)
     wrong = trajectory(reward=0, outcome="wrong", length=4)
-    timeout = trajectory(reward=0, outcome="timeout", answered=False, length=6)
-    metrics = held_out_metrics([of(right), of(silent)], [of(right, wrong), of(timeout, wrong)])
+    near = trajectory(reward=0.5, outcome="wrong", length=4)
+    timeout = trajectory(reward=9, outcome="timeout", answered=False, length=6)
+    metrics = held_out_metrics([of(right), of(silent)], [of(right, wrong), of(timeout, near)])
     assert metrics == {
         "held_out/greedy_accuracy": 1 / 2,
         "held_out/greedy_accuracy_low": 0,  # both prompts drawn are the wrong one in 1 of 4 draws of the bootstrap
         "held_out/greedy_accuracy_high": 1,
         "held_out/greedy_no_answer_rate": 1 / 2,
+        "held_out/greedy_reward": 1 / 2,
         "held_out/sampled_accuracy": 1 / 4,
         "held_out/sampled_accuracy_low": 0,
         "held_out/sampled_accuracy_high": 1 / 2,
         "held_out/sampled_no_answer_rate": 0,  # of the timeout nothing is known
+        "held_out/sampled_reward": (1 + 0.5) / 4,  # the timeout has none
         "held_out/verifier_error_rate": 1 / 6,
         "held_out/pass_at_k": 1 / 2,  # of 2 samples: one of the first prompt's is right
         "held_out/completion_length": (2 + 4 + 6 + 4) / 4,  # of the sampled part

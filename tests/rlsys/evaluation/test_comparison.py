@@ -17,6 +17,7 @@ def test_differences_by_hand() -> None:
     differences = comparison["differences"]
     assert differences["greedy"]["accuracy"]["mean"] == pytest.approx(1 / 3)  # 2 of 3, not 1
     assert differences["sampled"]["accuracy"]["mean"] == pytest.approx((6 - 3) / 12)
+    assert differences["sampled"]["reward"]["mean"] == pytest.approx((6 - 3) / 12)
     assert differences["sampled"]["no_answer_rate"]["mean"] == pytest.approx((3 - 5) / 12)
     assert differences["pass_at_k"]["4"]["mean"] == pytest.approx(1 / 3)
     # The vote of p0 is now 7; p1 has two of each, of which 7 came first; the only answer of p2 is 7.

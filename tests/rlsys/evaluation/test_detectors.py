@@ -10,7 +10,7 @@ from rlsys.evaluation.detectors import longest_loop, reflections, repeated_ngram
 from rlsys.evaluation.records import Sample
 
 SAMPLE = Sample(
-    text="", tokens=9, right=False, judged=True, answered=True, truncated=False, reason="", logprob=-1.0
+    text="", tokens=9, right=False, reward=0.0, judged=True, answered=True, truncated=False, reason="", logprob=-1.0
 )  # fmt: skip
 PROSE = (
     "The train leaves at nine and needs two hours, so it arrives at eleven. The bus leaves half an hour later but "
