@@ -74,11 +74,6 @@ def unanswered(groups: Sequence[TrajectoryGroup]) -> np.ndarray:
     return np.array([[t.judged and not t.answered for t in group.trajectories] for group in groups], dtype=bool)
 
 
-def rewards(groups: Sequence[TrajectoryGroup]) -> np.ndarray:
-    """Return the rewards of the trajectories, 0 without a verdict, [prompts, samples] float64."""
-    return np.array([[t.reward if t.judged else 0.0 for t in group.trajectories] for group in groups])
-
-
 def error_rate(groups: Sequence[TrajectoryGroup]) -> float:
     """Return the share of the trajectories whose verification raised or ran out of time."""
     return float(np.mean([not t.judged for group in groups for t in group.trajectories]))
@@ -93,7 +88,8 @@ def held_out_metrics(greedy: Sequence[TrajectoryGroup], sampled: Sequence[Trajec
             metrics[f"held_out/{name}_accuracy"] = float(solved(groups).mean())
             metrics |= {f"held_out/{name}_accuracy_low": accuracy.low, f"held_out/{name}_accuracy_high": accuracy.high}
             metrics[f"held_out/{name}_no_answer_rate"] = float(unanswered(groups).mean())
-            metrics[f"held_out/{name}_reward"] = float(rewards(groups).mean())
+            if judged := [t.reward for group in groups for t in group.trajectories if t.judged]:
+                metrics[f"held_out/{name}_reward"] = float(np.mean(judged))
     if sampled:
         values = solved(sampled)
         metrics["held_out/pass_at_k"] = float(pass_at_k(values, values.shape[1]).mean())

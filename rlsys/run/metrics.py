@@ -153,7 +153,7 @@ _SPECS = (
     ),
     MetricSpec("held_out/greedy_accuracy_high", "share", "upper end of this interval"),
     MetricSpec("held_out/greedy_no_answer_rate", "share", "share of the greedy completions without a valid answer"),
-    MetricSpec("held_out/greedy_reward", "1", "mean reward of the greedy completions, 0 without a verdict"),
+    MetricSpec("held_out/greedy_reward", "1", "mean reward of the greedy completions with a verdict"),
     MetricSpec(
         "held_out/sampled_accuracy", "share", "share of the samples, at temperature 1, that solve their problem"
     ),
@@ -162,7 +162,7 @@ _SPECS = (
     ),
     MetricSpec("held_out/sampled_accuracy_high", "share", "upper end of this interval"),
     MetricSpec("held_out/sampled_no_answer_rate", "share", "share of the samples without a valid answer"),
-    MetricSpec("held_out/sampled_reward", "1", "mean reward of the samples, 0 without a verdict"),
+    MetricSpec("held_out/sampled_reward", "1", "mean reward of the samples with a verdict"),
     MetricSpec("held_out/pass_at_k", "share", "share of the held-out problems that at least one of k samples solves"),
     MetricSpec("held_out/verifier_error_rate", "share", "share of the held-out verifications that raised or timed out"),
     MetricSpec("held_out/completion_length", "tokens", "mean length of the held-out completions"),

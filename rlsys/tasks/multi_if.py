@@ -21,7 +21,7 @@ from rlsys.tables.sources import Source
 from rlsys.tasks.benchmarks import BenchmarkTask
 from rlsys.tasks.dataset import Data
 from rlsys.tasks.instructions import instructions, missed_note
-from rlsys.types import Problem
+from rlsys.types import Problem, Verdict
 
 TURNS = 3
 LANGUAGE = "English"
@@ -58,6 +58,12 @@ class MultiIfTask(BenchmarkTask):
     def __init__(self, config: BenchmarkConfig, seed: int) -> None:
         super().__init__(config, seed)
         self._instructions = instructions("multi_if")  # no reply of the environment has to wait for the imports
+
+    def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
+        """Leave whole conversations to the environment. One that was cut off is wrong, whatever else rewards it."""
+        if not finished:
+            return Verdict(outcome="wrong", reward=0.0, answered=False, detail="the conversation was cut off")
+        return super().verify(problem, completion, finished)
 
     def notes(self) -> tuple[str, ...]:
         return (*self._data.notes, f"task.name multi_if: the conversations in {LANGUAGE} alone")

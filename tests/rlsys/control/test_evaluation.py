@@ -78,7 +78,7 @@ def test_held_out_metrics_by_hand() -> None:
         "held_out/sampled_accuracy_low": 0,
         "held_out/sampled_accuracy_high": 1 / 2,
         "held_out/sampled_no_answer_rate": 0,  # of the timeout nothing is known
-        "held_out/sampled_reward": (1 + 0.5) / 4,  # the timeout has none
+        "held_out/sampled_reward": (1 + 0 + 0.5) / 3,  # the timeout has none
         "held_out/verifier_error_rate": 1 / 6,
         "held_out/pass_at_k": 1 / 2,  # of 2 samples: one of the first prompt's is right
         "held_out/completion_length": (2 + 4 + 6 + 4) / 4,  # of the sampled part

@@ -68,6 +68,8 @@ def test_rows_are_read_and_other_languages_left_out(tmp_path: Path) -> None:
     assert [turn["instruction_id_list"] for turn in problem.metadata["conversation"]] == [[COMMAS], [COMMAS, WORDS]]
     # The environment judges; the task has no answer to compare.
     assert task.verify(problem, "Rain falls.") == Verdict(outcome="ok", reward=0.0, answered=True)
+    # A reward function pays for a conversation that was cut off in its first turn, and it is not right for that.
+    assert task.verify(problem, "Rain", finished=False).outcome == "wrong"
 
 
 @pytest.mark.parametrize(
