@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -74,6 +75,19 @@ def test_a_killed_run_with_an_environment_ends_with_the_same_bytes(start: Any, t
     start("train", str(killed / "config.yaml")).finish().assert_gone(within_s=5)
     assert steady_rows(killed / "run") == steady_rows(whole / "run")
     assert digests(killed / "run") == digests(whole / "run")
+
+
+@pytest.mark.parametrize(("name", "steps", "rise"), [("sums_calculator", 10, 0.4), ("guess", 30, 0.02)])
+def test_rewards_rise_in_the_environments_that_ship(
+    name: str, steps: int, rise: float, start: Any, tmp_path: Path
+) -> None:
+    config = str(Path(__file__).parents[2] / "configs" / f"{name}.yaml")
+    start("train", config, f"run.dir={tmp_path / 'run'}", f"train.max_steps={steps}", "evaluation.prompts=64").finish()
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    rewards = [row["rollout/reward"] for row in rows if row["stage"] == "online" and row["step"]]
+    assert len(rewards) == steps
+    part = steps // 4
+    assert fmean(rewards[-part:]) - fmean(rewards[:part]) > rise, rewards
 
 
 def test_replies_may_be_messages_of_the_chat_template(start: Any, tmp_path: Path) -> None:
