@@ -19,9 +19,9 @@ from actors.engine import Completion, CompletionRequest
 from actors.rollouts.seeds import sample_seed
 from rlsys.config.environment import EnvironmentConfig
 from rlsys.config.rewards import ENVIRONMENT, TASK
-from rlsys.errors import RolloutError
+from rlsys.errors import DataError, RolloutError
 from rlsys.interfaces import Reply
-from rlsys.models.turns import TurnEncoder
+from rlsys.models.turns import TurnEncoder, opening_ids
 from rlsys.types import (
     WHOLE,
     FinishReason,
@@ -214,15 +214,13 @@ class Episodes:
         )
         if isinstance(opening, Verdict):
             episode.failure = environment_failure(opening)
-        elif opening.text and self._config.role is not None:
-            detail = "a text before the first turn needs environment.role null; put it into the question"
-            episode.failure = environment_failure(Verdict(outcome="error", reward=0.0, answered=False, detail=detail))
-        elif opening.text:
-            episode.force(self._encoder.reply(opening.text))
-        if len(episode.token_ids) >= self._max_model_len:
-            detail = f"the text before the first turn has {len(episode.token_ids) - count} tokens, too many for "
-            detail += f"actors.max_model_len {self._max_model_len}"
-            episode.failure = environment_failure(Verdict(outcome="error", reward=0.0, answered=False, detail=detail))
+        else:
+            try:
+                limits = self._config.role, count, self._max_model_len
+                episode.force(opening_ids(opening.text, self._encoder.reply, *limits))
+            except DataError as error:
+                verdict = Verdict(outcome="error", reward=0.0, answered=False, detail=error.message)
+                episode.failure = environment_failure(verdict)
         episode.finish_reason = "abort" if episode.failure else "stop"
         return episode
 

@@ -14,7 +14,9 @@ from actors.search.requests import SearchModel
 from actors.search.turns import SearchedEnvironment
 from rlsys.config.patterns import Pattern
 from rlsys.config.search import SearchConfig
+from rlsys.errors import DataError
 from rlsys.interfaces import Reply
+from rlsys.models.turns import opening_ids
 from rlsys.search.codec import TagCodec
 from rlsys.trees import Role
 from rlsys.types import Prompt, Verdict
@@ -68,11 +70,13 @@ class TreeStarter:
         """
         if isinstance(opening, Verdict):
             return environment_failure(opening).detail
-        models = {role: self._model(role, prompt, opening.text) for role in self._engines}
+        try:
+            models = {role: self._model(role, prompt, opening.text) for role in self._engines}
+        except DataError as error:
+            return f"environment: {error.message}"
         for role, model in models.items():
             if len(model.prompt_ids) >= model.max_model_len:
-                field_name = "actors.max_model_len" if role == "policy" else f"search.{role}.max_model_len"
-                limit = f"{field_name} {model.max_model_len}"
+                limit = f"{_limit(role)} {model.max_model_len}"
                 return f"the prompt has {len(model.prompt_ids)} tokens; {limit} leaves no room for a node"
         settings = self._settings
         rng = random.Random(sample_seed(settings.seed, prompt.prompt_id, "pattern"))
@@ -89,8 +93,14 @@ class TreeStarter:
     def _model(self, role: Role, prompt: Prompt, opening: str) -> SearchModel:
         engine = self._engines[role]
         ids = prompt.token_ids.tolist() if role == "policy" else engine.codec.prompt(prompt.question)
-        if opening and self._settings.environment is not None:
-            ids = [*ids, *self._settings.environment.encode(opening)]
+        if opening and (environment := self._settings.environment) is not None:
+            limits = environment.config.role, len(ids), engine.max_model_len, _limit(role)
+            ids = [*ids, *opening_ids(opening, environment.encode, *limits)]
         return SearchModel(
             model=engine.model, codec=engine.codec, prompt_ids=tuple(ids), max_model_len=engine.max_model_len
         )
+
+
+def _limit(role: Role) -> str:
+    """Return the config field of the longest context of a role."""
+    return "actors.max_model_len" if role == "policy" else f"search.{role}.max_model_len"

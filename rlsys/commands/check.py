@@ -74,7 +74,7 @@ def _trials(config: Config, prepared: Prepared) -> Iterator[str]:
     if isinstance(config.search.value, FunctionValueConfig):
         yield first_value(config, config.search.value, prepared)
     if environment := active_environment(config.environment, config.task):
-        yield first_reply(config, environment, prepared)
+        yield from first_reply(config, environment, prepared)
 
 
 def _aligned(lines: list[Line]) -> list[str]:

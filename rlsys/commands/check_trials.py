@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 
 from actors.verifiers.pool import RewardPool
 from rlsys.config.environment import EnvironmentConfig
 from rlsys.config.risks import WARNING
 from rlsys.config.schema import Config
 from rlsys.config.search_values import FunctionValueConfig
-from rlsys.errors import ConfigError
+from rlsys.errors import ConfigError, DataError
 from rlsys.interfaces import Reply
 from rlsys.launch.prepare import Prepared
 from rlsys.models.chat import decode_prompt
+from rlsys.models.turns import TurnEncoder, opening_ids
 from rlsys.plugins import command_folder
 from rlsys.tasks.calculator import call_node
 from rlsys.types import Problem, Verdict
@@ -99,24 +101,62 @@ def _shown(prepared: Prepared) -> tuple[Problem, str]:
     return problem, chain if isinstance(chain, str) else "".join(chain[::2])  # without the texts of the environment
 
 
-def first_reply(config: Config, environment: EnvironmentConfig, prepared: Prepared) -> str:
+def first_reply(config: Config, environment: EnvironmentConfig, prepared: Prepared) -> list[str]:
     """Return the reply of the environment to a turn of a demonstration, from a verifier process as in a run.
 
-    Without a demonstration of several turns, the turn is a sum for the calculator, else the reference answer.
+    Without a demonstration of several turns, the turn is a sum for the calculator, else the reference answer. It is
+    asked twice, also for its text before the first turn of a held-out problem. A warning says what differs.
 
     Raises:
         EngineError: the environment cannot be used.
-        ConfigError: it failed on the turn.
+        ConfigError: it failed, or episodes cannot begin with its text before the first turn.
     """
-    problem, turn = _shown_turn(environment, prepared)
-    opening, reply = asyncio.run(_replies(config, environment, problem, turn))
-    for answer, given in ((opening, "no turn"), (reply, f"the turn {turn!r}")):
-        if isinstance(answer, Verdict):
-            raise ConfigError(f"environment.fn {environment.fn!r} failed on {given}: {answer.detail}")
-    assert isinstance(reply, Reply)  # noqa: S101 - see above
+    (problem, turn), prompt = _shown_turn(environment, prepared), prepared.inputs.held_out[0]
+    asked: list[tuple[Problem, tuple[str, ...]]] = [(prompt.problem, ()), (problem, (turn,))]
+    first, again = asyncio.run(_replies(config, environment, asked))
+    name = f"environment.fn {environment.fn!r}"
+    pairs = list(zip(first, again, strict=True))
+    opening, notes = _checked(pairs[0], name, "no turn")
+    reply, more = _checked(pairs[1], name, f"the turn {turn!r}")
+    encode = TurnEncoder(prepared.policy.tokenizer, environment.role).reply
+    try:
+        opening_ids(opening.text, encode, environment.role, len(prompt.token_ids), config.actors.max_model_len)
+    except DataError as error:
+        raise ConfigError(f"{name}: every episode would fail: {error.message}") from None
     text = repr(reply.text[:SHOWN]) if reply.text else "no text"
     facts = [*(["the episode ends"] if reply.done else []), *([f"reward {reply.reward:g}"] if reply.reward else [])]
-    return f"reply of the environment to the turn {turn!r} of problem {problem.problem_id}: {', '.join([text, *facts])}"
+    about = f"the turn {turn!r} of problem {problem.problem_id}"
+    return [f"reply of the environment to {about}: {', '.join([text, *facts])}", *notes, *more]
+
+
+def _checked(answers: Sequence[Reply | Verdict], name: str, given: str) -> tuple[Reply, list[str]]:
+    """Return the first of several answers to the same turns, and a warning if they are not the same.
+
+    Raises:
+        ConfigError: the environment failed.
+    """
+    replies = []
+    for answer in answers:
+        if isinstance(answer, Verdict):
+            raise ConfigError(f"{name} failed on {given}: {answer.detail}")
+        replies.append(answer)
+    told = list(dict.fromkeys(map(_told, replies)))
+    if len(told) == 1:
+        return replies[0], []
+    warning = (
+        f"{WARNING}{name}: expected the same reply whenever it is asked, found {told[0]} and then {told[1]} to "
+        f"{given}; it must be a function of problem and turns: draw random numbers from a seed such as "
+        "problem.problem_id"
+    )
+    return replies[0], [warning]
+
+
+def _told(reply: Reply) -> str:
+    """Return what a reply decides: the text, the end and the rewards."""
+    facts = [f"reward {reply.reward:g}"] if reply.reward else []
+    facts += ["the end"] if reply.done else []
+    facts += [f"solved {str(reply.solved).lower()}"] if reply.solved is not None else []
+    return ", ".join([repr(reply.text), *facts])
 
 
 def _shown_turn(environment: EnvironmentConfig, prepared: Prepared) -> tuple[Problem, str]:
@@ -132,12 +172,13 @@ def _shown_turn(environment: EnvironmentConfig, prepared: Prepared) -> tuple[Pro
 
 
 async def _replies(
-    config: Config, environment: EnvironmentConfig, problem: Problem, turn: str
-) -> list[Reply | Verdict]:
+    config: Config, environment: EnvironmentConfig, asked: Sequence[tuple[Problem, tuple[str, ...]]]
+) -> tuple[list[Reply | Verdict], list[Reply | Verdict]]:
+    """Return the replies of an environment that is asked twice."""
     folder = command_folder()
     pool = RewardPool(config.task, config.run.seed, config.rewards, folder=folder, environment=environment)
     try:
-        return await pool.replies([(problem, ()), (problem, (turn,))])
+        return await pool.replies(asked), await pool.replies(asked)
     finally:
         await pool.close()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,14 @@ from rlsys.run.policies import RunPolicy
 
 MARK = b"\ntags:\n- rlsys\n"
 """Lines of a model card by which `rlsys export` knows a folder that it wrote."""
+WRITTEN = re.compile(
+    r"README\.md|(adapter_|generation_)?config\.json|chat_template\.jinja|adapter_model\.safetensors"
+    r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(tokenizer|tokenizer_config|special_tokens_map)\.json"
+    r"|(added_tokens|vocab)\.json|vocab\.txt|merges\.txt|(tokenizer|spiece|sentencepiece[.\w]*)\.model"
+)
+"""Names of files that an export can have: card, config, weights, tokenizer."""
+SHOWN = 5
+"""Names that a message shows."""
 
 
 def run(
@@ -45,7 +54,8 @@ def run(
         CheckpointError: the folder cannot be written.
     """
     output = output.absolute()
-    _check_output(output, policy.run_dir, overwrite=overwrite)
+    _check_output(output, policy, overwrite=overwrite)
+    replaces = output.is_dir() and any(output.iterdir())
     if not merge and not is_adapter(policy.folder):
         remedy = "choose a checkpoint with --step" if policy.config.model.lora else "leave it out"
         raise ConfigError(f"--adapter: expected an adapter in {policy.folder}, found a whole model; {remedy}")
@@ -62,7 +72,7 @@ def run(
             path.chmod((unfinished / CARD).stat().st_mode)  # safetensors makes its files private
             fsync(path)
         fsync(unfinished)
-        if output.is_dir() and any(output.iterdir()):
+        if replaces:
             os.rename(output, replaced)
         os.rename(unfinished, output)
         fsync(output.parent)
@@ -78,7 +88,7 @@ def run(
         if replaced.exists() and not output.exists():
             os.rename(replaced, output)
         shutil.rmtree(replaced, ignore_errors=True)
-    return lines
+    return f"the earlier export is replaced, its {CARD} too\n{lines}" if replaces else lines
 
 
 @contextmanager
@@ -104,15 +114,36 @@ def serve_command(model: str, *options: str) -> str:
     return " ".join([program, model, "--host 127.0.0.1", *options])
 
 
-def _check_output(output: Path, run_dir: Path, *, overwrite: bool) -> None:
+def _check_output(output: Path, policy: RunPolicy, *, overwrite: bool) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         kind, remedy = "files in it" if output.is_dir() else "a file", "choose another name"
         is_own = (output / CARD).is_file() and MARK in (output / CARD).read_bytes()
         if not (is_own and overwrite):
             remedy += ", or replace the earlier export with --overwrite" if is_own else ""
             raise ConfigError(f"--output {output}: expected a new or empty folder, found {kind}; {remedy}")
+        if foreign := _foreign_names(output, policy.folder):
+            raise ConfigError(
+                f"--output {output}: --overwrite replaces the whole folder, expected an earlier export alone, found "
+                f"{_listed(foreign)}; move them away, or choose another name"
+            )
+    run_dir = policy.run_dir
     if output.resolve().is_relative_to(run_dir.resolve()):
         raise ConfigError(f"--output {output}: expected a folder outside the run directory {run_dir}; choose another")
+
+
+def _foreign_names(output: Path, policy: Path) -> list[str]:
+    """Return what lies in a folder and is no file of an export."""
+    known = set(os.listdir(policy))
+    return sorted(
+        path.name
+        for path in output.iterdir()
+        if not path.is_file() or not (path.name in known or WRITTEN.fullmatch(path.name))
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _write(policy: RunPolicy, folder: Path, output: Path, merge: bool, dtype: Dtype | None) -> str:

@@ -13,7 +13,7 @@ from rlsys.data.inputs import prepare_model
 from rlsys.directory import CARD, REPORT, RunDirectory, SearchDirectory
 from rlsys.display import print_lines, print_table
 from rlsys.errors import ConfigError
-from rlsys.search.export import NO_PAIR, QUANTILES, Source, run, source_of
+from rlsys.search.export import NO_PAIR, QUANTILES, Source, is_report, run, source_of
 from rlsys.tables.schemas import TABLES
 
 __all__ = ["Source", "find_source", "run", "show"]
@@ -59,8 +59,10 @@ def check_output(output: Path, run_dir: Path, *, overwrite: bool) -> None:
     """
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output {output}: expected a folder, found a file; choose another name")
-    is_own = output.absolute() == SearchDirectory(run_dir).data.absolute() or (output / REPORT).is_file()
-    names = [CARD, *(f"{table.name}.{suffix}" for table in TABLES for suffix in ("jsonl", "parquet"))]
+    report = output / REPORT
+    is_own = output.resolve() == SearchDirectory(run_dir).data.resolve()
+    is_own = is_own or (report.is_file() and is_report(report.read_bytes()))
+    names = [CARD, REPORT, *(f"{table.name}.{suffix}" for table in TABLES for suffix in ("jsonl", "parquet"))]
     foreign = [name for name in names if not is_own and (output / name).exists()]
     if foreign and not overwrite:
         raise ConfigError(

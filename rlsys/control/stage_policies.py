@@ -37,8 +37,15 @@ class StagePolicies:
         return RunDirectory(self.run_dir).exported_policy(stage)
 
     def discard(self, stage: StageName) -> None:
-        """Remove the exported policy of a stage that continues, for example because max_steps was raised."""
-        shutil.rmtree(self.exported(stage), ignore_errors=True)
+        """Remove the exported policies of a stage that continues, and of all stages after it.
+
+        They exist if max_steps was raised, or if the run went back to an earlier checkpoint.
+        """
+        plans = stage_plans(self.config)
+        first = [plan.name for plan in plans].index(stage)
+        for plan in plans[first:]:
+            if plan.trains:
+                shutil.rmtree(self.exported(plan.name), ignore_errors=True)
 
     def export_policy(self, stage: StageName, checkpoint: Path) -> None:
         """Export the policy of a finished stage, as hard links to its checkpoint if the file system has them.

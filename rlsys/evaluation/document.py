@@ -17,9 +17,17 @@ def is_document(content: bytes) -> bool:
     """Return whether the content of a file is that of an output file of `rlsys evaluate`."""
     try:
         document = json.loads(content)
-        return all("model" in result and "task" in result for result in results_of(document))
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, RecursionError):
         return False
+    results = document.get("results", [document]) if isinstance(document, dict) else None
+    return isinstance(results, list) and bool(results) and all(map(_is_result, results))
+
+
+def _is_result(value: Any) -> bool:
+    """Return whether a value has the keys by which a result of `rlsys evaluate` is known."""
+    model = value.get("model") if isinstance(value, dict) else None
+    names = [model.get("name"), model.get("weights"), value.get("task")] if isinstance(model, dict) else []
+    return bool(names) and all(isinstance(name, str) for name in names) and isinstance(value.get("problems"), int)
 
 
 def letters_of(document: Mapping[str, Any]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from rlsys.errors import ConfigError, DataError
@@ -63,6 +63,38 @@ class TurnEncoder:
 
     def _ids(self, text: str, **options: bool) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
+
+
+def opening_ids(
+    text: str,
+    encode: Callable[[str], list[int]],
+    role: str | None,
+    prompt_tokens: int,
+    max_model_len: int,
+    field: str = "actors.max_model_len",
+) -> list[int]:
+    """Return the token ids of an environment's text before the first turn. Episodes, trees and `rlsys check` ask here.
+
+    Args:
+        text: may be empty.
+        encode: `TurnEncoder.reply` of the model that reads the text.
+        role: environment.role.
+        prompt_tokens: tokens of the prompt.
+        max_model_len: tokens of an episode, prompt included.
+        field: the config field of this limit.
+
+    Raises:
+        DataError: a role cannot have the text before a turn, or no room is left for a turn.
+    """
+    if text and role is not None:
+        raise DataError("a text before the first turn needs environment.role null; put it into the question")
+    token_ids = encode(text) if text else []
+    if prompt_tokens + len(token_ids) >= max_model_len:
+        raise DataError(
+            f"the text before the first turn has {len(token_ids)} tokens, too many for {field} {max_model_len} after "
+            f"the {prompt_tokens} of the prompt"
+        )
+    return token_ids
 
 
 def _frame(tokenizer: Any, role: str) -> tuple[str, str]:

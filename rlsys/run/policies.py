@@ -14,7 +14,7 @@ from pathlib import Path
 from rlsys.config.files import load_config
 from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plans
-from rlsys.directory import CheckpointDirectory, RunDirectory
+from rlsys.directory import CheckpointDirectory, RunDirectory, SearchDirectory
 from rlsys.errors import ConfigError, DamagedFileError
 from rlsys.models.folder import is_policy
 from rlsys.run.checkpoints import newest_first
@@ -130,6 +130,11 @@ def _newest(run_dir: Path, target: str) -> PolicyPlace:
         return replace(_of_stage(run_dir, finished[-1]), note="\n".join([*damaged, note]))
     if damaged:
         raise DamagedFileError(f"{directory.checkpoints}: no checkpoint is valid; {'; '.join(damaged)}; restore one")
+    if SearchDirectory(run_dir).origin.exists():
+        raise ConfigError(
+            f"{target}: a run of `rlsys search` has trees and no policy; give the model folder or hub id, or a "
+            "training run"
+        )
     training = "; it is being trained" if in_use(run_dir) else ""
     raise ConfigError(f"{target}: the run has no policy yet, neither a checkpoint nor a finished stage{training}")
 

@@ -50,8 +50,7 @@ class Start:
             origin, stages = self.checkpoint.parent.parent, RunDirectory(run_dir).stages
             if origin.resolve() != run_dir.resolve():
                 shutil.rmtree(stages, ignore_errors=True)
-                if RunDirectory(origin).stages.is_dir():  # they may hold the reference policy of a stage
-                    shutil.copytree(RunDirectory(origin).stages, stages)
+                _copy_stages(origin, run_dir, self.state.stage)
             write_json(RunDirectory(run_dir).resumed_from, {"checkpoint": str(self.checkpoint.resolve())})
         elif self.changed:
             earlier = RunDirectory(run_dir).config_until(self.state.weight_version)
@@ -206,6 +205,21 @@ def _check_unused(path: Path, own: Path | None, run_dir: Path) -> None:
         raise ConfigError(
             f"run.resume {path}: run.dir {run_dir} holds another run; move it away, or choose a new run.dir"
         )
+
+
+def _copy_stages(origin: Path, run_dir: Path, present: int) -> None:
+    """Copy what the stages of another run have written up to a stage, where one may find its reference policy.
+
+    The policies of this and later stages stay behind: they were trained after the checkpoint, and not by this run.
+    """
+    source, target = RunDirectory(origin), RunDirectory(run_dir)
+    for number, stage in enumerate(load_run_config(origin).stages[: present + 1]):
+        folder, scores = source.exported_policy(stage), source.reference_scores(stage)
+        if folder.is_dir() and (number < present or not is_policy(folder)):
+            shutil.copytree(folder, target.exported_policy(stage))
+        if scores.is_file():
+            target.stages.mkdir(exist_ok=True)
+            shutil.copyfile(scores, target.reference_scores(stage))
 
 
 def _has_metrics(run_dir: Path) -> bool:

@@ -80,6 +80,16 @@ def run(source: Source, output: Path) -> dict[str, Any]:
     return report
 
 
+def is_report(content: bytes) -> bool:
+    """Return whether the content of a file is that of a report which `run` wrote."""
+    try:
+        report = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    counts = isinstance(report, dict) and all(isinstance(report.get(name), int) for name in ("trees", "failed"))
+    return counts and all(isinstance(report.get(name), dict) for name in ("rows", "duplicates", "trees_without_pair"))
+
+
 def card(rows: Mapping[str, int], *, nodes: bool = False) -> str:
     """Return the dataset card, by which `datasets.load_dataset(FOLDER, TABLE)` finds the tables that have rows.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+from evaluations import result
 
 from rlsys.commands import extract as extract_command
 from rlsys.errors import ConfigError
@@ -33,12 +35,20 @@ def test_what_is_no_file_is_never_replaced(tmp_path: Path) -> None:
             check_file(path, "--output", overwrite=False)
 
 
+RESULT = json.loads(json.dumps(result()))
+FOREIGN: tuple[object, ...] = (
+    *({"model": "x"}, {"model": "a", "task": "b", "mine": 1}, {"model": {}, "task": "sums"}, {**RESULT, "task": 1}),
+    *([1], 3, {}, {"results": 3}, {"results": {}}, {"results": [], "notes": "precious"}, {"results": [RESULT, 1]}),
+)
+
+
 @pytest.mark.parametrize(
     ("content", "own"),
     [
-        (b'{"model": {"name": "x"}, "task": "sums"}', True),
-        (b'{"results": [{"model": {}, "task": "sums"}], "comparisons": []}', True),
-        *((other, False) for other in (b'{"model": "x"}', b"[1]", b"3", b'{"results": 3}', b"\xff", b"")),
+        (json.dumps(RESULT).encode(), True),
+        (json.dumps({"results": [RESULT, RESULT], "comparisons": []}).encode(), True),
+        *((json.dumps(each).encode(), False) for each in FOREIGN),
+        *((other, False) for other in (b"\xff", b"", b"[" * 100_000)),
     ],
 )
 def test_evaluate_knows_its_own_files(content: bytes, own: bool) -> None:
@@ -46,12 +56,27 @@ def test_evaluate_knows_its_own_files(content: bytes, own: bool) -> None:
 
 
 def test_tables_replace_only_those_of_the_same_command(tmp_path: Path) -> None:
-    extract_command.check_output(tmp_path / "new", tmp_path, overwrite=False)
+    run_dir = tmp_path / "run"
+    extract_command.check_output(tmp_path / "new", run_dir, overwrite=False)
     (tmp_path / "README.md").write_text("# mine")
     with pytest.raises(ConfigError, match=r"it has a file README\.md that `rlsys extract` did not write"):
-        extract_command.check_output(tmp_path, tmp_path / "run", overwrite=False)
-    extract_command.check_output(tmp_path, tmp_path / "run", overwrite=True)
-    (tmp_path / "report.json").write_text("{}")
-    extract_command.check_output(tmp_path, tmp_path / "run", overwrite=False)
+        extract_command.check_output(tmp_path, run_dir, overwrite=False)
+    extract_command.check_output(tmp_path, run_dir, overwrite=True)
     with pytest.raises(ConfigError, match="expected a folder, found a file"):
-        extract_command.check_output(tmp_path / "README.md", tmp_path / "run", overwrite=True)
+        extract_command.check_output(tmp_path / "README.md", run_dir, overwrite=True)
+    (run_dir / "data").mkdir(parents=True)
+    (run_dir / "data" / "README.md").touch()
+    extract_command.check_output(run_dir / "data", run_dir, overwrite=False)
+
+
+OWN_REPORT = {"trees": 3, "failed": 0, "rows": {"supervised": 2}, "duplicates": {}, "trees_without_pair": {}}
+
+
+@pytest.mark.parametrize("content", [b"{}", b"", b"\xff", b'{"my": "own report"}', b'{"trees": 3, "rows": 2}', b"[1]"])
+def test_a_report_of_something_else_does_not_give_tables_away(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "report.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"it has a file report\.json that `rlsys extract` did not write"):
+        extract_command.check_output(tmp_path, tmp_path / "run", overwrite=False)
+    (tmp_path / "report.json").write_text(json.dumps(OWN_REPORT))
+    (tmp_path / "README.md").touch()
+    extract_command.check_output(tmp_path, tmp_path / "run", overwrite=False)

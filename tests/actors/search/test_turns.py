@@ -269,7 +269,10 @@ def test_a_text_before_the_first_turn_follows_the_prompt() -> None:
     ("opening", "reason"),
     [
         (Verdict(outcome="error", reward=0.0, answered=False, detail="it raised"), "environment: it raised"),
-        (Reply(text="a" * 600), "actors.max_model_len 600 leaves no room for a node"),
+        (
+            Reply(text="a" * 600),
+            "environment: the text before the first turn has 600 tokens, too many for ",
+        ),
     ],
 )
 def test_a_first_text_that_cannot_be_given_fails_the_tree(opening: Reply | Verdict, reason: str) -> None:

@@ -213,9 +213,33 @@ def test_an_earlier_export_is_replaced_only_if_the_user_says_so(run: Path, tmp_p
     ):
         export.run(policy, output)
     assert (output / "config.json").read_text() == "changed"
-    export.run(policy, output, overwrite=True)
+    assert export.run(policy, output, overwrite=True).startswith("the earlier export is replaced, its README.md too\n")
     assert (output / "config.json").read_text() != "changed"
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".out")) == []
+
+
+def test_what_others_put_into_an_earlier_export_is_never_removed(run: Path, tmp_path: Path) -> None:
+    policy, output = find_run_policy(str(run), None, None), tmp_path / "out"
+    export.run(policy, output)
+    (output / ".git").mkdir()
+    for name in ("model.gguf", "notes.md", "a", "b", "c", "tokenizer.json.bak"):
+        (output / name).write_text("mine")
+    before = digests(output)
+    with pytest.raises(ConfigError, match=r"found \.git, a, b, c, model\.gguf and 2 more; move them away, or choose"):
+        export.run(policy, output, overwrite=True)
+    assert digests(output) == before
+
+
+def test_an_earlier_export_of_another_form_is_replaced(run: Path, adapted_run: Path, tmp_path: Path) -> None:
+    output, forms = tmp_path / "out", [("whole", True), ("adapter", False), ("merged", True)]
+    for form, merge in forms:
+        policy = find_run_policy(str(run if form == "whole" else adapted_run), None, None)
+        export.run(policy, output, merge=merge, overwrite=True)
+    assert not (output / "adapter_config.json").exists()
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "vocab.json", "tokenizer.model"):
+        (output / name).write_text("of a larger model")
+    export.run(policy, output, overwrite=True)
+    assert not (output / "vocab.json").exists()
 
 
 def test_a_folder_of_something_else_is_never_replaced(run: Path, tmp_path: Path) -> None:

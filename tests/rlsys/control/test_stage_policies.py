@@ -38,12 +38,16 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def exported(run_dir: Path, stage: Any, merge: bool) -> Path:
+def stage_policies(run_dir: Path, *stages: str, merge: bool = True) -> StagePolicies:
     lora = {"rank": 2, "alpha": 2.0, "merge": merge}
-    values = minimal(model={"path": str(run_dir / "model"), "lora": lora}, stages=["warm_start", "online"])
-    policies = StagePolicies(
+    values = minimal(model={"path": str(run_dir / "model"), "lora": lora}, stages=stages)
+    return StagePolicies(
         config=parse_config(values, "test"), run_dir=run_dir, model=run_dir / "model", policy_digest=weights_digest
     )
+
+
+def exported(run_dir: Path, stage: Any, merge: bool) -> Path:
+    policies = stage_policies(run_dir, "warm_start", "online", merge=merge)
     policies.export_policy(stage, run_dir / "checkpoints" / "step_000001")
     return policies.exported(stage)
 
@@ -72,3 +76,13 @@ def test_the_last_stage_exports_a_whole_model_if_it_is_asked_to(run_dir: Path) -
     assert len(changed) == 7 and list(changed.values()) == pytest.approx([2.0] * 7, rel=1e-6)
     # The next export replaces it.
     assert is_adapter(exported(run_dir, "online", False))
+
+
+def test_a_stage_that_continues_discards_its_policy_and_the_later_ones_but_no_trees(tmp_path: Path) -> None:
+    policies = stage_policies(tmp_path, "warm_start", "search", "sft", "online")
+    for stage in policies.config.stages:
+        policies.exported(stage).mkdir(parents=True)
+    policies.discard("online")
+    assert sorted(path.name for path in (tmp_path / "stages").iterdir()) == ["search", "sft", "warm_start"]
+    policies.discard("warm_start")
+    assert sorted(path.name for path in (tmp_path / "stages").iterdir()) == ["search"]

@@ -11,6 +11,9 @@ from exported_runs import write_run
 from rlsys.commands.evaluation_targets import find_target
 from rlsys.errors import ConfigError, DamagedFileError
 from rlsys.run.policies import find_run_policy
+from rlsys.run.resume import Start
+from rlsys.run.state import read_state
+from rlsys.types import RunState
 
 
 @pytest.fixture
@@ -65,6 +68,47 @@ def test_export_and_evaluate_choose_the_same_policy(tmp_path: Path, policy: Path
     for target in (finished, unfinished, unfinished / "stages/warm_start", unfinished / "checkpoints/step_000007"):
         place, exported = find_target(str(target)), find_run_policy(str(target))
         assert (place.policy, place.note) == (exported.folder, exported.note)
+
+
+@pytest.mark.parametrize(("step", "copied"), [(3, []), (7, ["warm_start"])])
+def test_a_branch_has_no_policy_of_the_stages_after_its_checkpoint(
+    tmp_path: Path, policy: Path, step: int, copied: list[str]
+) -> None:
+    run, branch = write_run(tmp_path / "run", policy), tmp_path / "branch"
+    for stage in ("warm_start", "online"):
+        (run / "stages" / f"{stage}.references.json").write_text("{}")
+    checkpoint = run / "checkpoints" / f"step_00000{step}"
+    start = Start(read_state(checkpoint / "state.json"), checkpoint, named=True)
+    branch.mkdir()
+    start.prepare_directory(branch)
+    (branch / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    scores = ["warm_start.references.json", *(["online.references.json"] if step == 7 else [])]
+    assert sorted(path.name for path in (branch / "stages").iterdir()) == sorted([*copied, *scores])
+    if not copied:
+        with pytest.raises(ConfigError, match="the run has no policy yet"):
+            find_run_policy(str(branch))
+    else:
+        assert find_run_policy(str(branch)).stage == "warm_start"
+
+
+def test_a_branch_keeps_the_trees_that_its_stage_has_so_far(tmp_path: Path, policy: Path) -> None:
+    run, branch = write_run(tmp_path / "run", policy, stages=["warm_start", "search", "sft"]), tmp_path / "branch"
+    trees = run / "stages" / "search" / "trees"
+    trees.mkdir(parents=True)
+    for stage, kept in ((0, False), (1, True)):
+        shutil.rmtree(branch, ignore_errors=True)
+        branch.mkdir()
+        state = RunState(stage=stage, step=0, weight_version=3, cursor=0)
+        Start(state, run / "checkpoints" / "step_000003", named=True).prepare_directory(branch)
+        assert (branch / "stages" / "search" / "trees").is_dir() is kept
+
+
+def test_a_search_has_no_policy(tmp_path: Path, policy: Path) -> None:
+    run = write_run(tmp_path / "run", policy, finished=[])
+    shutil.rmtree(run / "checkpoints")
+    (run / "search.json").write_text("{}")
+    with pytest.raises(ConfigError, match="a run of `rlsys search` has trees and no policy; give the model folder"):
+        find_run_policy(str(run))
 
 
 def test_without_metrics_the_weight_version_of_a_stage_is_unknown(tmp_path: Path, policy: Path) -> None:
