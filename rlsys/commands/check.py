@@ -56,7 +56,9 @@ def run(config: Config, *, resolved: bool = False) -> None:
 def _notes(config: Config, prepared: Prepared) -> list[str]:
     """Return the notes of the preflight, warnings last."""
     tags = demonstration_notes(config, prepared.inputs.task) if describes_a_search(config) else []
-    lack = missing_devices(config, learner=True)
+    plan = max(prepared.plans, key=lambda plan: plan.gpus)
+    others = [engines.role for engines in plan.auxiliary]
+    lack = missing_devices(config, plan.gpus, learner=plan.ranks > 0, others=others)
     devices = [f"{WARNING}{lack}"] if lack else []
     return sorted([*prepared.notes, *tags, *devices], key=lambda note: note.startswith(WARNING))
 

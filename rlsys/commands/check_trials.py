@@ -112,8 +112,8 @@ def first_reply(config: Config, environment: EnvironmentConfig, prepared: Prepar
         ConfigError: it failed, or episodes cannot begin with its text before the first turn.
     """
     (problem, turn), prompt = _shown_turn(environment, prepared), prepared.inputs.held_out[0]
-    asked: list[tuple[Problem, tuple[str, ...]]] = [(prompt.problem, ()), (problem, (turn,))]
-    first, again = asyncio.run(_replies(config, environment, asked))
+    requests: list[tuple[Problem, tuple[str, ...]]] = [(prompt.problem, ()), (problem, (turn,))]
+    first, again = asyncio.run(_replies(config, environment, requests))
     name = f"environment.fn {environment.fn!r}"
     pairs = list(zip(first, again, strict=True))
     opening, notes = _checked(pairs[0], name, "no turn")
@@ -172,13 +172,13 @@ def _shown_turn(environment: EnvironmentConfig, prepared: Prepared) -> tuple[Pro
 
 
 async def _replies(
-    config: Config, environment: EnvironmentConfig, asked: Sequence[tuple[Problem, tuple[str, ...]]]
+    config: Config, environment: EnvironmentConfig, requests: Sequence[tuple[Problem, tuple[str, ...]]]
 ) -> tuple[list[Reply | Verdict], list[Reply | Verdict]]:
     """Return the replies of an environment that is asked twice."""
     folder = command_folder()
     pool = RewardPool(config.task, config.run.seed, config.rewards, folder=folder, environment=environment)
     try:
-        return await pool.replies(asked), await pool.replies(asked)
+        return await pool.replies(requests), await pool.replies(requests)
     finally:
         await pool.close()
 

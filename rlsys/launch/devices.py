@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from importlib import metadata
 
+from rlsys.config.engine_roles import section_of
 from rlsys.config.schema import Config
+from rlsys.trees import Role
 
 DRIVER = "libnvidia-ml.so.1"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _REMEDY = "set run.device to cpu, or run this config on a machine with GPUs"
 
 
-def missing_devices(config: Config, *, learner: bool) -> str | None:
+def missing_devices(config: Config, gpus: int, *, learner: bool, others: Sequence[Role] = ()) -> str | None:
     """Return what this machine lacks for run.device cuda, or None. On a cluster, Ray knows the GPUs of its nodes.
 
     Args:
         config: the config of the command.
+        gpus: GPUs of all processes; see `rlsys.launch.resources.count_gpus`.
         learner: whether the command starts the learner.
+        others: roles of the engines of other models.
     """
     if config.run.device != "cuda" or config.run.address != "local":
         return None
-    gpus = config.actors.count * config.actors.tensor_parallel_size
-    gpus += config.learner.ranks if learner and config.placement == "spread" else 0
     count, limit = visible_gpus()
     if not count:
         return f"run.device cuda: expected {gpus} GPUs on this machine, found none{limit}; {_REMEDY}"
     if count < gpus:
+        fields = [f"{section_of(role)}.count" for role in others]
+        if learner and config.placement == "colocated":
+            fields.append("actors.count together with learner.ranks")
+        else:
+            fields += ["actors.count", "actors.tensor_parallel_size", *(["learner.ranks"] if learner else [])]
+        remedy = ", or set placement to colocated" if learner and config.placement == "spread" else ""
         return (
-            f"run.device cuda: the processes need {gpus} GPUs, this machine has {count}{limit}; lower actors.count, "
-            "actors.tensor_parallel_size or learner.ranks, or set placement to colocated"
+            f"run.device cuda: the processes need {gpus} GPUs, this machine has {count}{limit}; "
+            f"lower {' or '.join(fields)}{remedy}"
         )
     for package in ("torch", "vllm"):
         if not _is_for_gpus(package):
@@ -48,8 +57,8 @@ def visible_gpus() -> tuple[int, str]:
         return 0, ""
     if visible is None:
         return installed, ""
-    names = [name for name in visible.split(",") if name.strip() not in ("", "-1")]
-    return len(names), f" ({VISIBLE}={visible})"
+    names = {name.strip() for name in visible.split(",")} - {"", "-1"}
+    return min(len(names), installed), f" ({VISIBLE}={visible})"
 
 
 def _installed_gpus() -> int:

@@ -35,7 +35,7 @@ from rlsys.data.inputs import Inputs, prepare_model
 from rlsys.errors import ConfigError, DamagedFileError
 from rlsys.launch.access import check_address, check_answer
 from rlsys.launch.devices import missing_devices
-from rlsys.launch.resources import ResourcePlan, plan_resources
+from rlsys.launch.resources import ResourcePlan, count_gpus, plan_resources
 from rlsys.launch.transports import check_transport
 from rlsys.models.adapters import AdapterSpec, check_adapter, read_adapter
 from rlsys.models.checks import Use, check_model
@@ -110,7 +110,7 @@ def check_settings(config: Config, purpose: Purpose) -> None:
             checkpoint.best_metric, or has a tracker that is not installed.
     """
     check_address(config.run.address)
-    lack = missing_devices(config, learner=purpose in ("train", "check"))
+    lack = _missing_devices(config, purpose)
     if lack and purpose != "check":
         raise ConfigError(lack)
     if purpose in ("train", "check") and not lack:  # the machine that is meant may have another torch
@@ -121,6 +121,19 @@ def check_settings(config: Config, purpose: Purpose) -> None:
     if purpose in ("train", "check"):
         check_best_metric(config)
         check_installed(config.run.trackers)
+
+
+def _missing_devices(config: Config, purpose: Purpose) -> str | None:
+    """Return what this machine lacks for the processes of a command, before any model is read; see `Prepared.plans`."""
+    learner, searches = purpose in ("train", "check"), _searches(config, purpose)
+    given = given_models(config)
+    roles = [role for role in _needed_roles("train" if learner else purpose, searches) if role in given]
+    serving = config
+    if purpose == "search" and "model" in roles:
+        serving = config.model_copy(update={"actors": engine_settings(config, "model", given["model"])})
+    others = [role for role in roles if learner or role != "model"]
+    gpus = count_gpus(serving, [given[role] for role in others], config.learner.ranks if learner else 0)
+    return missing_devices(config, gpus, learner=learner, others=others)
 
 
 def _check_run_dir(config: Config) -> None:

@@ -12,6 +12,7 @@ import psutil
 
 from rlsys.config.engine_roles import ModelEngines, Searching, section_of
 from rlsys.config.schema import ActorsConfig, Config
+from rlsys.config.served_model import ServedModelConfig
 from rlsys.config.stages import stage_plans
 from rlsys.errors import ConfigError
 from rlsys.models.folder import ModelFolder
@@ -70,9 +71,7 @@ class ResourcePlan:
     @property
     def gpus(self) -> int:
         """GPUs of all processes."""
-        sections = [self.config.actors, *(engines.actors for engines in self.auxiliary)]
-        own = sum(actors.count * actors.tensor_parallel_size for actors in sections)
-        return own if self.config.placement == "colocated" else own + self.ranks
+        return count_gpus(self.config, [engines.actors for engines in self.auxiliary], self.ranks)
 
     def check(self) -> None:
         """Raise ConfigError for the first need beyond this machine."""
@@ -84,6 +83,18 @@ class ResourcePlan:
                     f"{need.field}: {who} needs {need.amount:.4g} {f'{unit} of {name}' if unit else name}, "
                     f"this machine has {need.available:.4g}; lower one of them"
                 )
+
+
+def count_gpus(config: Config, others: Sequence[ActorsConfig | ServedModelConfig], ranks: int) -> int:
+    """Return the number of GPUs of all processes of a command.
+
+    Args:
+        config: the config of the processes.
+        others: the sections of the engines of other models than that of the rollout actors.
+        ranks: learner ranks, which have the GPUs of the actors if they are colocated.
+    """
+    own = sum(section.count * section.tensor_parallel_size for section in (config.actors, *others))
+    return own if config.placement == "colocated" else own + ranks
 
 
 def plan_resources(
