@@ -58,18 +58,30 @@ def all_keys(section: type[Section] = Config, prefix: str = "", defaults: Sectio
 
 def suggestion(name: str) -> str:
     """Return a hint for a user who wrote an unknown key."""
-    known = {key.name for key in all_keys()}
+    known = {_with_entries(key.name, name): key.name for key in all_keys()}
     section = name.rpartition(".")[0]
     if name in known:
         return f"it belongs to another {section}.type; `rlsys keys {section}` shows all"
-    sections = {known_name.rpartition(".")[0] for known_name in known} - {""}
+    sections = {known_name.rpartition(".")[0]: full.rpartition(".")[0] for known_name, full in known.items()}
+    sections.pop("", None)
     last = name.rpartition(".")[2]
     same = sorted(known_name for known_name in known if known_name.rpartition(".")[2] == last)
     elsewhere = [OTHER_NAMES[last]] if last in OTHER_NAMES else []
-    close = [*elsewhere, *same] or difflib.get_close_matches(name, sorted((known | sections) - {section}), n=1)
+    close = [*elsewhere, *same] or difflib.get_close_matches(name, sorted({*known, *sections} - {section}), n=1)
     meant = f"did you mean {' or '.join(close)}? " if close else ""
-    command = f"rlsys keys {section}" if section in sections and not close else "rlsys keys"
+    command = f"rlsys keys {sections[section]}" if section in sections and not close else "rlsys keys"
     return f"{meant}`{command}` shows all"
+
+
+def _with_entries(known: str, name: str) -> str:
+    """Return a name of `all_keys` with the entries that a user's name has in place of NAME and NUMBER."""
+    parts, given = known.split("."), name.split(".")
+    for place, part in enumerate(parts[: len(given)]):
+        if part == "NAME" or (part == "NUMBER" and given[place].isdigit()):
+            parts[place] = given[place]
+        if parts[place] != given[place]:
+            break
+    return ".".join(parts)
 
 
 def takes_text(keys: Sequence[str], values: Mapping[str, Any]) -> bool:

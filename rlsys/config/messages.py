@@ -111,7 +111,7 @@ def _explain(path: str, problems: Sequence[tuple[Any, Any]]) -> str:
         message = problem["msg"].removeprefix("Value error, ")
         is_value = not isinstance(value, Mapping | Section) and ", found" not in message
         return f"{name}{message}{f', found {shown(value)}' if is_value else ''}"
-    return f"{name}expected {_expected(problems)}, found {shown(value)}{_hint(value, annotation)}"
+    return f"{name}expected {_expected(problems)}, found {shown(value)}{_hint(path, value, annotation)}"
 
 
 def _expected(problems: Sequence[tuple[Any, Any]]) -> str:
@@ -129,9 +129,11 @@ def _wrong_type(path: str, value: Any, annotation: Any) -> str:
     return f"{path}.type: expected one of {', '.join(names)}, found {shown(given)}{close_name(given, names)}"
 
 
-def _hint(value: Any, annotation: Any) -> str:
+def _hint(path: str, value: Any, annotation: Any) -> str:
     """Return what to write instead, if the value shows what was meant."""
     container = _container(annotation)
+    if isinstance(value, str) and (entry := _plugged(annotation, value)):
+        return f"; {entry}"
     if isinstance(value, Mapping) and not _direct_sections(annotation) and get_origin(container) is not dict:
         return (
             "; put a text with braces in quotes" if annotation is not None and "text" in expectation(annotation) else ""
@@ -139,5 +141,16 @@ def _hint(value: Any, annotation: Any) -> str:
     if get_origin(container) is tuple and isinstance(value, str | int | float) and not isinstance(value, bool):
         return f"; a list is written [{value}]" if value != "" else ""
     if value is None and _direct_sections(annotation):
-        return "; leave the name of the section out, or write keys below it"
+        is_required = path in Config.model_fields and Config.model_fields[path].is_required()
+        return f"; {'' if is_required else 'leave the name of the section out, or '}write keys below it"
     return close_name(value, names_in(annotation))
+
+
+def _plugged(annotation: Any, name: str) -> str:
+    """Return how to write the name of a function in a section, or list of sections, that begins with `fn`; else ""."""
+    container = _container(annotation)
+    sections = _direct_sections(annotation) if container is None else list(sections_in(container))
+    if not name or len(sections) != 1 or next(iter(sections[0].model_fields)) != "fn":
+        return ""
+    written = f"{{fn: {name}}}"
+    return f"write {written}" if container is None else f"a list is written [{written}]"

@@ -13,6 +13,8 @@ from rlsys.plugins import PluginName
 
 SHOWN = 80
 """Characters of a value that a message shows."""
+MEANT = {"gpu": "cuda", "float32": "fp32", "float": "fp32", "bfloat16": "bf16"}
+"""Names that other programs have for a value here."""
 _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 
 
@@ -116,4 +118,5 @@ def in_words(problem: Mapping[str, Any]) -> str:
 def close_name(value: Any, names: Sequence[str]) -> str:
     """Return a hint for a misspelt name, or ""."""
     close = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
+    close = [MEANT[value]] if isinstance(value, str) and MEANT.get(value) in names else close
     return f"; did you mean {close[0]}?" if close else ""

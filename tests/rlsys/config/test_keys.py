@@ -91,7 +91,8 @@ def test_keys_of_alternatives_name_the_alternative() -> None:
             "search.selection.form",
             "it belongs to another search.selection.type; `rlsys keys search.selection` shows all",
         ),
-        ("search.nodes.mine.tagg", "did you mean search.nodes.NAME.tag? `rlsys keys` shows all"),
+        ("search.nodes.mine.tagg", "did you mean search.nodes.mine.tag? `rlsys keys` shows all"),
+        ("rewards.functions.0.fnn", "did you mean rewards.functions.0.fn? `rlsys keys` shows all"),
         ("train.max_step", "did you mean train.max_steps? `rlsys keys` shows all"),
         ("train.num_generations", "did you mean train.group_size? `rlsys keys` shows all"),
         (

@@ -20,6 +20,13 @@ WRONG: tuple[Any, ...] = (
     *("no such name", "", True, -1, 1.5, 10**30, float("inf"), None),
     *([], ["a"], [1], [[]], [{"nope": 1}], {}, {"nope": 1}, {"type": "nope"}),
 )
+NEVER_RIGHT: tuple[Any, ...] = ([[]], [{"nope": 1}])
+"""The values of WRONG that no key accepts. The others are of the right type for some keys."""
+OTHER_RULE = re.compile(
+    r"has no effect|give exactly one|needs a teacher|custom\.weight needs|no pairs in stage|value\.\w+ is for|draws whole chains"
+    r"|must not exceed|must be a multiple|is below"
+)
+"""Rules between keys, which a value of the right type may break. They name the keys in their own words."""
 RAW = re.compile(
     r"Input should|valid (string|dictionary|tuple|integer|number)|union|literal\[|https?://|pydantic|tuple|Config\b"
 )
@@ -61,7 +68,7 @@ def put(values: dict[str, Any], name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_key_says_what_is_wrong_with_a_value(name: str) -> None:
-    named = 0
+    named = []
     path = name.replace("NUMBER", "0")
     for value in WRONG:
         try:
@@ -72,8 +79,10 @@ def test_every_key_says_what_is_wrong_with_a_value(name: str) -> None:
             assert not RAW.search(message)
             for fault in message.split("; c.yaml: "):
                 assert fault.count("found") <= 1
-            named += path in message
-    assert named  # a value of the right type may break another rule
+            missing = re.compile(rf"c\.yaml: {re.escape(path.rpartition('.')[0])}\.\w+: missing; expected ")
+            assert path in message or missing.match(message) or OTHER_RULE.search(message), value
+            named += [value] if path in message else []
+    assert [value for value in NEVER_RIGHT if value not in named] == []
 
 
 @pytest.mark.parametrize(
@@ -102,6 +111,17 @@ def test_every_key_says_what_is_wrong_with_a_value(name: str) -> None:
          "all-linear, found 'all'; "),
         ("rewards.functions", [{"fn": "lenght"}], "rewards.functions.0.fn: expected one of format, length, or "
          "`module:name` or `file.py:name` of your own, found 'lenght'; did you mean length?"),
+        ("run", None, "run: expected a section with keys such as dir, seed, resume, device, found nothing (null); "
+         "write keys below it"),
+        ("task", None, "reasoning_gym, custom, found nothing (null); write keys below it"),
+        ("run.device", "gpu", "run.device: expected one of cpu, cuda, found 'gpu'; did you mean cuda?"),
+        ("learner.dtype", "float32", "found 'float32'; did you mean fp32?"),
+        ("rewards.functions", "a.py:b", "found 'a.py:b'; a list is written [{fn: a.py:b}]"),
+        ("rewards.functions", ["a.py:b"], "found 'a.py:b'; write {fn: a.py:b}"),
+        ("rewards.functions", [{"fnn": "a.py:b"}], "rewards.functions.0.fnn: unknown key; did you mean "
+         "rewards.functions.0.fn?"),
+        ("search.nodes", {"tool": {"tagg": "x"}}, "search.nodes.tool.tagg: unknown key; did you mean "
+         "search.nodes.tool.tag?"),
         ("train.max_steps", 1.5, "train.max_steps: expected a whole number, found 1.5"),
     ],
 )  # fmt: skip
