@@ -154,7 +154,7 @@ def json_record(value: Mapping[str, Any]) -> bytes:
 def read_records(path: Path, valid: Callable[[Any], bool], expected: str) -> list[dict[str, Any]]:
     """Return the JSON records of a file, one for each line; no records if the file does not exist.
 
-    A last line without a newline is left out: a kill cut it short.
+    A last line without a newline is left out if it begins as a record does: a kill or a power cut cut it short.
 
     Args:
         valid: returns whether a record has the expected form; it may also raise KeyError or TypeError if not.
@@ -165,7 +165,7 @@ def read_records(path: Path, valid: Callable[[Any], bool], expected: str) -> lis
     if not path.exists():
         return []
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
+        *lines, rest = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DamagedFileError(f"{path}: cannot be read: {error}; restore it, or choose another run.dir") from error
     records = []
@@ -178,6 +178,8 @@ def read_records(path: Path, valid: Callable[[Any], bool], expected: str) -> lis
         if not is_valid:
             raise DamagedFileError(f"{path}:{number}: expected {expected}")
         records.append(record)
+    if rest.strip(b"\0")[:1] not in (b"", b"{"):  # some file systems fill a file with zeros after a power cut
+        raise DamagedFileError(f"{path}:{len(lines) + 1}: expected {expected}")
     return records
 
 

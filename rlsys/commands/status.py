@@ -125,6 +125,8 @@ def _checkpoint(status: RunStatus) -> str:
 def _last_words(status: RunStatus) -> Iterator[tuple[str, str]]:
     for number, message in enumerate(status.messages):
         yield "" if number else "messages", message
+    for fault in status.faults:
+        yield "damaged", fault
     if status.last_error and status.state != "finished":
         name = Path(status.last_error.file).name
         yield "last error", f"logs/{name}, {duration_in_words(status.last_error.age_s)} ago: {status.last_error.line}"

@@ -88,11 +88,13 @@ def read_heartbeat(run_dir: Path) -> Heartbeat | None:
     if not path.exists():
         return None
     try:
-        return Heartbeat(**read_json(path))
-    except TypeError:
+        beat = Heartbeat(**read_json(path))
+        _ = beat.time - beat.started  # numbers
+    except (TypeError, DamagedFileError):
         raise DamagedFileError(
             f"{path}: expected a heartbeat; remove the file, which the next command writes"
         ) from None
+    return beat
 
 
 def _describe(error: BaseException | None) -> str:

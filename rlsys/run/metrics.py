@@ -309,9 +309,12 @@ class MetricsWriter:
         settings: Mapping[str, bool | float | str] | None = None,
     ) -> None:
         path = RunDirectory(run_dir).metrics
+        was_there, is_branch = path.exists(), RunDirectory(run_dir).resumed_from.exists()
         rows, self._file = resume_records(
             path, read_rows(path), say, version_key="weights/version", last_version=resume_version
         )
+        if was_there and not rows and resume_version > 0 and not is_branch:
+            say(f"METRICS LOST, training goes on: {path}: expected rows to weight version {resume_version}, found none")
         self._written = {(row["stage"], row["step"]) for row in rows}
         self._repeatable = {(row["stage"], row["step"]) for row in rows if row["weights/version"] == resume_version}
         self._events = EventFile(RunDirectory(run_dir).tensorboard, resume_version + 1, say, _meaning)

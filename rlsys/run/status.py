@@ -15,7 +15,7 @@ from rlsys.config.files import load_config
 from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plans
 from rlsys.directory import RunDirectory, SearchDirectory
-from rlsys.errors import ConfigError
+from rlsys.errors import ConfigError, DamagedFileError
 from rlsys.files import read_json
 from rlsys.models.folder import is_policy
 from rlsys.run.checkpoints import newest_first
@@ -74,6 +74,7 @@ class RunStatus:
         held_out: the figures of the last evaluation; see `rlsys.run.held_out`.
         trackers: refused rows and last weight version of every experiment tracker.
         messages: the last messages of the driver.
+        faults: files that tell less than they should, and what to do about it.
     """
 
     run_dir: str
@@ -95,6 +96,7 @@ class RunStatus:
     checkpoint: Checkpoint | None
     trackers: Mapping[str, Mapping[str, Any]]
     messages: Sequence[str]
+    faults: Sequence[str]
     last_error: LastError | None
     disk_bytes: int
     free_bytes: int
@@ -108,7 +110,16 @@ def read_status(run_dir: Path) -> RunStatus:
         DamagedFileError: a file of the run cannot be read.
     """
     directory = _training_run(run_dir)
-    config, rows, heartbeat = load_config(directory.config), read_rows(directory.metrics), read_heartbeat(run_dir)
+    config, rows, faults = load_config(directory.config), read_rows(directory.metrics), list[str]()
+    try:
+        heartbeat = read_heartbeat(run_dir)
+    except DamagedFileError as error:  # nothing but the signs of life is missing
+        heartbeat = None
+        faults.append(error.message)
+    checkpoint = _newest_checkpoint(directory)
+    if checkpoint and checkpoint.weight_version and not rows:
+        found = f"found none, and a checkpoint of weight version {checkpoint.weight_version}"
+        faults.append(f"{directory.metrics}: expected a row for each training step, {found}; restore the file")
     stages = _progress(config, rows)
     stage = _present_stage(stages, rows)
     done, steps = stages[stage]
@@ -134,9 +145,10 @@ def read_status(run_dir: Path) -> RunStatus:
         counts={name: int(_latest(rows, metric) or 0) for name, metric in COUNTS.items()},
         prompts=_prompts(directory),
         held_out=last_figures(rows),
-        checkpoint=_newest_checkpoint(directory),
+        checkpoint=checkpoint,
         trackers=_trackers(directory),
         messages=_lines(directory.driver_log)[-5:],
+        faults=faults,
         last_error=_last_error(directory),
         disk_bytes=sum(_size(path) for path in run_dir.rglob("*")),
         free_bytes=shutil.disk_usage(run_dir).free,

@@ -133,6 +133,19 @@ def test_records_are_read_up_to_a_line_that_was_cut_short(tmp_path: Path) -> Non
     assert read_records(path, has_number, "a number") == [{"number": 1}, {"number": 2}]
 
 
+@pytest.mark.parametrize("rest", [b"\x89PNG\r", b"\xff\xfe", b"nonsense", b"\0\0a"])
+def test_a_last_line_that_begins_as_no_record_is_named(rest: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    for whole in (b"", json_record({"number": 1})):
+        path.write_bytes(whole + rest)
+        with pytest.raises(
+            CheckpointError, match=rf"lines\.jsonl:{1 + bool(whole)}: expected a number; restore the file$"
+        ):
+            read_records(path, has_number, "a number; restore the file")
+    path.write_bytes(json_record({"number": 1}) + bytes(7))  # after a power cut
+    assert read_records(path, has_number, "a number") == [{"number": 1}]
+
+
 @pytest.mark.parametrize("line", ["[]", "5", "{}", "nonsense", '{"number": 0}'])
 def test_a_line_that_is_not_a_valid_record_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"

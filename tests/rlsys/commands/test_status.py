@@ -56,6 +56,15 @@ def test_a_running_run_fits_80_columns(tmp_path: Path) -> None:
         assert expected in joined, expected
 
 
+def test_a_damaged_file_is_one_line_beside_the_rest(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "heartbeat.json").write_text("")
+    text = " ".join(shown(tmp_path).split())
+    assert (
+        "state interrupted: steps are missing" in text and "damaged /" in text and "failures actor restarts: 1" in text
+    )
+
+
 def test_json_has_the_same(tmp_path: Path) -> None:
     write(tmp_path)
     value = json.loads(shown(tmp_path, as_json=True))

@@ -23,8 +23,8 @@ WRONG: tuple[Any, ...] = (
 NEVER_RIGHT: tuple[Any, ...] = ([[]], [{"nope": 1}])
 """The values of WRONG that no key accepts. The others are of the right type for some keys."""
 OTHER_RULE = re.compile(
-    r"has no effect|give exactly one|needs a teacher|custom\.weight needs|no pairs in stage|value\.\w+ is for|draws whole chains"
-    r"|must not exceed|must be a multiple|is below"
+    r"has no effect|give exactly one|needs a teacher|custom\.weight needs|no pairs in stage|value\.\w+ is for"
+    r"|draws whole chains|must not exceed|must be a multiple|is below"
 )
 """Rules between keys, which a value of the right type may break. They name the keys in their own words."""
 RAW = re.compile(

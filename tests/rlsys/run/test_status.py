@@ -165,11 +165,37 @@ def test_another_folder_is_refused(tmp_path: Path) -> None:
     assert read_heartbeat(tmp_path) is None
 
 
-@pytest.mark.parametrize("text", ["[1]", '{"pulse": 1}', "{"])
-def test_a_damaged_heartbeat_is_named(run_dir: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["", "[1]", '{"pulse": 1}', "{", '{"started": "a", "time": "b"}', "null"])
+def test_a_damaged_heartbeat_is_named_and_the_rest_is_told(run_dir: Path, text: str) -> None:
     (run_dir / "heartbeat.json").write_text(text)
-    with pytest.raises(DamagedFileError, match=r"heartbeat\.json: "):
+    status = read_status(run_dir)
+    path = run_dir / "heartbeat.json"
+    assert status.faults == [f"{path}: expected a heartbeat; remove the file, which the next command writes"]
+    assert (status.heartbeat, status.weight_version) == (None, 3)
+
+
+def test_metrics_that_lost_their_rows_are_named(run_dir: Path) -> None:
+    (run_dir / "metrics.jsonl").write_bytes(b"")
+    assert read_status(run_dir).faults == [], "before the first step"
+    (run_dir / "checkpoints" / "step_000003").mkdir(parents=True)
+    (run_dir / "checkpoints" / "step_000003" / "MANIFEST.json").write_text("{}")
+    [fault] = read_status(run_dir).faults
+    assert fault.startswith(f"{run_dir / 'metrics.jsonl'}: expected a row for each training step, found none, and ")
+    (run_dir / "metrics.jsonl").write_bytes(b"\x00\x01\xffbinary")
+    with pytest.raises(DamagedFileError, match=r"metrics\.jsonl:1: expected a row"):
         read_status(run_dir)
+
+
+def test_a_run_that_continues_without_its_rows_says_so(tmp_path: Path) -> None:
+    messages: list[str] = []
+    MetricsWriter(tmp_path, -1, messages.append).close()
+    MetricsWriter(tmp_path, 0, messages.append).close()
+    assert messages == []
+    MetricsWriter(tmp_path, 4, messages.append).close()
+    assert len(messages) == 1 and "expected rows to weight version 4, found none" in messages[0]
+    (tmp_path / "resumed_from.json").write_text("{}")  # it began from the checkpoint of another run
+    MetricsWriter(tmp_path, 4, messages.append).close()
+    assert len(messages) == 1
 
 
 def test_files_that_vanish_meanwhile_do_no_harm(run_dir: Path) -> None:
