@@ -12,7 +12,7 @@ class Run:
 
     Attributes:
         prints: texts that stand in its output, beside those that the page prints.
-        writes: files that exist afterwards.
+        writes: files that exist afterwards, and not before.
         adds: arguments for a smaller run, appended to it.
         values: what stands here for the names in capitals, such as RUN and FOLDER.
         serves: the command is a server. Text of its output after which it is up; then it is asked, and interrupted.
@@ -67,7 +67,7 @@ RUNS: dict[str, dict[str, Run]] = {
     "README.md": {
         "make quickstart": Run(),
         "rlsys export runs/quickstart": Run(writes=("letter-counter/README.md", "letter-counter/config.json")),
-        "source .venv/bin/activate": Run(writes=(".venv/bin/rlsys",)),
+        "source .venv/bin/activate": Run(adds="&& type deactivate", prints=("deactivate is a function",)),
         "rlsys show runs/quickstart": Run(prints=("rollouts of step 10", "reward 0")),
         "rlsys view runs/quickstart": Run(adds=f"--port {PAGE_PORT}", serves=VIEW, asks=(f"curl -sS {VIEW}", "<html")),
         "tensorboard": Run(adds="--port 16006", serves="http://localhost:16006/"),
@@ -80,7 +80,7 @@ RUNS: dict[str, dict[str, Run]] = {
     },
     "docs/environments.md": {
         "rlsys train configs/sums_calculator.yaml": Run(adds=ONE_STEP, prints=FINISHED),
-        "rlsys search": Run(adds="search.prompts=8", prints=("trees",)),
+        "rlsys search": Run(adds="search.prompts=8", prints=("scored answers",)),
         "rlsys show": Run(prints=("environment, value",)),
         "rlsys train configs/search_sums_calculator.yaml": Run(adds=ONE_STEP, prints=FINISHED),
         "rlsys train configs/guess.yaml": Run(adds=SMALL, prints=FINISHED),
@@ -128,13 +128,13 @@ RUNS: dict[str, dict[str, Run]] = {
         "python benchmarks/arithmetic.py": Run(writes=("runs/data/arithmetic/train.jsonl",)),
     },
     "docs/search.md": {
-        "rlsys search": Run(adds="search.prompts=8", prints=("trees",)),
+        "rlsys search": Run(adds="search.prompts=8", prints=("scored answers",)),
         "rlsys show": Run(prints=("thinking", "answer")),
         "rlsys view": Run(adds=f"--port {PAGE_PORT}", serves=VIEW, asks=(f"curl -sS {VIEW}", "<html")),
         "rlsys score": Run(values={"TEACHER": "runs/quickstart/stages/online"}, prints=("scores.jsonl",)),
         "rlsys extract": Run(writes=("runs/search_letter_count/data/README.md",)),
         "rlsys train": Run(values={"CONFIG": "configs/joint_online.yaml"}, adds=SMALL, prints=FINISHED),
-        "rlsys evaluate": Run(adds="evaluation.prompts=8", prints=("search",)),
+        "rlsys evaluate": Run(adds="evaluation.prompts=8", prints=("ended: share of the searches",)),
     },
     "docs/tasks.md": {
         "rlsys check math.yaml": Run(adds=_SMALL_MATH, prints=("What is 2 + 3?",)),

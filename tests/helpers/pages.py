@@ -21,6 +21,13 @@ _FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 _NAME = re.compile(r'(?:"""|# )([\w.]+\.(?:py|yaml))')
 _COMMENT = re.compile(r"(^|\s)#\s.*$", re.MULTILINE)
 _NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?")
+MEASURED = re.compile(
+    r"\d[\d,.]*(?= (?:s|ms|min|h|KiB|MiB|GiB|steps/min|tokens/s)\b)"  # times, sizes, rates
+    r"|(?<=:)\d+(?=/)|(?<=process )\d+"  # a port, the number of a process
+    r"|(?<=<= )\d+|(?<= of )\d+(?= right$)|\d+(?= of [\d,]+ completions)"  # lengths and counts of what was sampled
+)
+NOISE = 0.03
+"""A decimal up to this one counts as 0: its sign may change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,26 +87,49 @@ def spans(text: str) -> list[str]:
     return re.findall(r"`([^`\n]+)`", _FENCE.sub("", text))
 
 
-def unprinted_lines(documented: str, printed: str) -> list[str]:
+def unprinted_lines(documented: str, printed: str, *, counts: bool = True) -> list[str]:
     """Return the lines of a page that a command did not print.
 
-    White space does not count. A number stands for any number, but a decimal up to 1 (a share) stands for those that
-    differ by at most 0.1. A line of three dots stands for any lines.
+    White space does not count, and a line of three dots stands for any lines. All words must be the same, and all
+    signs that are written. Of the numbers,
+
+    - whole numbers must be the same, such as those of problems, samples, steps and weight versions, which the config
+      decides. Without `counts` they may differ, for a command that is run with smaller settings;
+    - decimals up to 1, such as shares, may differ by 0.1, and larger ones by half. What is clearly above or below 0
+      must stay so;
+    - what another machine or processor changes is not compared: `MEASURED` lists it by the words beside it.
     """
-    rest = [_skeleton(line) for line in printed.splitlines()]
+    rest = [(_words(line), _NUMBER.findall(line)) for line in printed.splitlines()]
     missing = []
     for line in filter(str.strip, documented.splitlines()):
-        words, numbers = _skeleton(line)
-        if line.strip() != "..." and not any(words == w and _close(numbers, n) for w, n in rest):
+        words, numbers = _words(line), _compared(line)
+        if line.strip() != "..." and not any(words == w and _agree(numbers, n, counts) for w, n in rest):
             missing.append(line)
     return missing
 
 
-def _skeleton(line: str) -> tuple[str, list[str]]:
-    return " ".join(_NUMBER.sub("\0", line).split()), _NUMBER.findall(line)
+def _words(line: str) -> str:
+    return " ".join(_NUMBER.sub("\0", line).split())
 
 
-def _close(documented: list[str], printed: list[str]) -> bool:
-    pairs = [(float(a.replace(",", "")), float(b.replace(",", ""))) for a, b in zip(documented, printed, strict=True)]
-    shares = [abs(b - a) for (a, b), text in zip(pairs, documented, strict=True) if "." in text and abs(a) <= 1]
-    return all(difference <= 0.1 for difference in shares)
+def _compared(line: str) -> list[str | None]:
+    """Return the numbers of a line, with None for those that are not compared."""
+    free = {place for match in MEASURED.finditer(line) for place in range(*match.span())}
+    return [None if match.start() in free else match.group() for match in _NUMBER.finditer(line)]
+
+
+def _agree(documented: list[str | None], printed: list[str], counts: bool) -> bool:
+    pairs = zip(documented, printed, strict=True)
+    return all(number is None or _is_close(number, other, counts) for number, other in pairs)
+
+
+def _is_close(documented: str, printed: str, counts: bool) -> bool:
+    kinds = [("." in text, text[0] in "+-") for text in (documented, printed)]
+    number, other = (float(text.replace(",", "")) for text in (documented, printed))
+    if kinds[0] != kinds[1]:
+        return False
+    if "." not in documented:
+        return number == other or not counts
+    if abs(number) > NOISE and number * other < 0:
+        return False
+    return abs(other - number) <= (0.1 if abs(number) <= 1 else abs(number) / 2)

@@ -115,7 +115,7 @@ def run_page(page: str, shell: Shell, done: dict[str, str]) -> None:
         if block.language == "output":
             assert run is not None, f"{block}: output of no command"
             lines = [line for line in block.text.splitlines() if not line.startswith(run.varies)]
-            missing = unprinted_lines("\n".join(lines), output)
+            missing = unprinted_lines("\n".join(lines), output, counts=not run.adds)
             assert not missing, "\n".join([f"{block}: not printed:", *missing, "but:", output])
         for command in block.commands() if block.language == "sh" else []:
             if reason_not_to_run(page, command):
@@ -125,8 +125,11 @@ def run_page(page: str, shell: Shell, done: dict[str, str]) -> None:
             here = " ".join([command, run.adds]).strip()
             for name, value in run.values.items():
                 here = re.sub(rf"\b{name}\b", value, here)
-            output = done.get(here) or (shell.serve(here, run) if run.serves else shell.run(here))
-            done[here] = output
+            if here not in done:
+                earlier = [name for name in run.writes if (shell.folder / name).exists()]
+                assert not earlier, f"{block}: {here}: written before the command"
+                done[here] = shell.serve(here, run) if run.serves else shell.run(here)
+            output = done[here]
             assert all(text in output for text in run.prints), f"{block}: {here}\n{output}"
             assert all((shell.folder / name).exists() for name in run.writes), f"{block}: {here}\n{output}"
 
