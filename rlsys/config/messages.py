@@ -147,7 +147,7 @@ def _hint(path: str, value: Any, annotation: Any) -> str:
 
 
 def _plugged(annotation: Any, name: str) -> str:
-    """Return how to write the name of a function in a section, or list of sections, that begins with `fn`; else ""."""
+    """Return how to name a function in a section, or list of sections, whose first key is `fn`; else ""."""
     container = _container(annotation)
     sections = _direct_sections(annotation) if container is None else list(sections_in(container))
     if not name or len(sections) != 1 or next(iter(sections[0].model_fields)) != "fn":

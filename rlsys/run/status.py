@@ -110,16 +110,9 @@ def read_status(run_dir: Path) -> RunStatus:
         DamagedFileError: a file of the run cannot be read.
     """
     directory = _training_run(run_dir)
-    config, rows, faults = load_config(directory.config), read_rows(directory.metrics), list[str]()
-    try:
-        heartbeat = read_heartbeat(run_dir)
-    except DamagedFileError as error:  # nothing but the signs of life is missing
-        heartbeat = None
-        faults.append(error.message)
+    config, rows = load_config(directory.config), read_rows(directory.metrics)
+    heartbeat, faults = _heartbeat(directory)
     checkpoint = _newest_checkpoint(directory)
-    if checkpoint and checkpoint.weight_version and not rows:
-        found = f"found none, and a checkpoint of weight version {checkpoint.weight_version}"
-        faults.append(f"{directory.metrics}: expected a row for each training step, {found}; restore the file")
     stages = _progress(config, rows)
     stage = _present_stage(stages, rows)
     done, steps = stages[stage]
@@ -148,11 +141,27 @@ def read_status(run_dir: Path) -> RunStatus:
         checkpoint=checkpoint,
         trackers=_trackers(directory),
         messages=_lines(directory.driver_log)[-5:],
-        faults=faults,
+        faults=[*faults, *_lost_rows(directory, rows, checkpoint)],
         last_error=_last_error(directory),
         disk_bytes=sum(_size(path) for path in run_dir.rglob("*")),
         free_bytes=shutil.disk_usage(run_dir).free,
     )
+
+
+def _heartbeat(directory: RunDirectory) -> tuple[Heartbeat | None, list[str]]:
+    """Return the last heartbeat, and what is wrong with its file. Without it, only the signs of life are missing."""
+    try:
+        return read_heartbeat(directory.path), []
+    except DamagedFileError as error:
+        return None, [error.message]
+
+
+def _lost_rows(directory: RunDirectory, rows: Sequence[object], checkpoint: Checkpoint | None) -> list[str]:
+    """Return what is wrong with metrics.jsonl."""
+    if rows or checkpoint is None or not checkpoint.weight_version:
+        return []
+    reason = f"found none, and a checkpoint of weight version {checkpoint.weight_version}; restore the file"
+    return [f"{directory.metrics}: expected a row for each training step, {reason}"]
 
 
 def _training_run(run_dir: Path) -> RunDirectory:

@@ -15,7 +15,6 @@ import psutil
 import pytest
 
 from learners.settings import learner_environment
-from rlsys import __main__ as entry
 from rlsys import cli
 from rlsys.commands import check_summary
 from rlsys.config.engine_roles import ModelEngines, engine_settings
@@ -86,22 +85,6 @@ def test_expected_errors_are_one_line_and_an_exit_code(
     with pytest.raises(SystemExit) as stopped:
         cli._exit_with(raising(error))
     assert (stopped.value.code, capsys.readouterr().err) == (code, line + "\n")
-
-
-def test_an_interrupt_during_the_imports_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Interrupted:
-        @staticmethod
-        def find_spec(name: str, *_: object) -> None:
-            if name == "rlsys.cli":
-                raise KeyboardInterrupt
-
-    monkeypatch.delitem(sys.modules, "rlsys.cli")
-    monkeypatch.setattr(sys, "meta_path", [Interrupted, *sys.meta_path])
-    with pytest.raises(SystemExit) as stopped:
-        entry.main()
-    assert (stopped.value.code, capsys.readouterr().err) == (130, "stopped by SIGINT\n")
 
 
 def test_an_unknown_bug_keeps_its_traceback() -> None:
