@@ -37,7 +37,7 @@ class StagePolicies:
         return RunDirectory(self.run_dir).exported_policy(stage)
 
     def discard(self, stage: StageName) -> None:
-        """Remove the exported policies of a stage that continues, and of all stages after it.
+        """Remove the exported policies of a stage that begins or continues, and of all stages after it.
 
         They exist if max_steps was raised, or if the run went back to an earlier checkpoint.
         """

@@ -18,8 +18,8 @@ class TrainingStage(ABC):
     async def run(self) -> None:
         """Make the missing steps of the stage, save, and export the policy."""
         run, plan = self.training, self.plan
+        run.policies.discard(plan.name)
         if run.state.step < plan.steps:
-            run.policies.discard(plan.name)
             await start_stage(run, plan)
             run.context.display.stage(plan.name, plan.steps, run.state.step)
             await self.train()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from rlsys.config.files import parse_config
 from rlsys.config.schema import FromScratchConfig, LoraConfig
+from rlsys.config.stages import stage_plans
 from rlsys.control.stage_policies import StagePolicies
+from rlsys.control.stages.training import TrainingStage
 from rlsys.models.adapters import adapter_spec
 from rlsys.models.folder import is_adapter, weights_digest
 from rlsys.models.scratch import build_from_scratch
@@ -78,11 +82,24 @@ def test_the_last_stage_exports_a_whole_model_if_it_is_asked_to(run_dir: Path) -
     assert is_adapter(exported(run_dir, "online", False))
 
 
-def test_a_stage_that_continues_discards_its_policy_and_the_later_ones_but_no_trees(tmp_path: Path) -> None:
+class Idle(TrainingStage):
+    """A stage whose steps are made."""
+
+    async def train(self) -> None:
+        raise AssertionError
+
+
+def test_a_stage_discards_its_policy_and_the_later_ones_but_no_trees(tmp_path: Path) -> None:
     policies = stage_policies(tmp_path, "warm_start", "search", "sft", "online")
     for stage in policies.config.stages:
         policies.exported(stage).mkdir(parents=True)
     policies.discard("online")
     assert sorted(path.name for path in (tmp_path / "stages").iterdir()) == ["search", "sft", "warm_start"]
-    policies.discard("warm_start")
-    assert sorted(path.name for path in (tmp_path / "stages").iterdir()) == ["search"]
+
+    async def export_policy(stage: Any) -> None:
+        policies.exported(stage).mkdir()
+
+    plan = stage_plans(policies.config)[0]
+    run: Any = SimpleNamespace(policies=policies, state=SimpleNamespace(step=plan.steps), export_policy=export_policy)
+    asyncio.run(Idle(run, plan).run())
+    assert sorted(path.name for path in (tmp_path / "stages").iterdir()) == ["search", "warm_start"]
