@@ -82,6 +82,10 @@ def _exit_with(command: Callable[[], None]) -> None:
         _fail(f"error: {_named(error)}", 1)
     except KeyboardInterrupt:
         _fail("stopped by SIGINT", 130)
+    except SystemExit as end:
+        if end.code == 130:  # typer turns an interrupt into it, without a word
+            _fail("stopped by SIGINT", 130)
+        raise
 
 
 def _named(error: OSError) -> str:

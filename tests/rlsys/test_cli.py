@@ -76,6 +76,7 @@ def raising(error: BaseException) -> Callable[[], None]:
         (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "error: x: No space left on device"),
         (PermissionError(13, "denied", "x"), 2, "error: x: denied; change the permissions, or choose another path"),
         (KeyboardInterrupt(), 130, "stopped by SIGINT"),
+        (SystemExit(130), 130, "stopped by SIGINT"),
     ],
     ids=repr,
 )
