@@ -1,10 +1,11 @@
-"""How fast `rlsys view` shows a run with many trees and many steps.
+"""How fast `rlsys view` shows a run with many trees and many steps, in Chromium and over HTTP.
 
     python benchmarks/view.py --trees runs/my_search --count 10000
 
-Copies the trees of a search under new prompt ids until there are `count`, writes as many rows of metrics as `steps`,
-serves the pages, and prints the seconds until each page has come whole, and the CPU time of server and client. The
-second line of a page is a repeated view.
+Copies the trees of a search under new prompt ids until there are `count`, and writes as many rows of metrics as
+`steps`. Every round serves them anew, so that the first list of trees reads all of them, and opens the pages in the
+order of the table with an empty cache: from the begin of the navigation until the page is painted. Exits with 1 if a
+median misses its bound. Without Chromium or the package playwright, the bounds are compared with the times over HTTP.
 """
 
 from __future__ import annotations
@@ -12,23 +13,42 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path[0] = str(ROOT)  # in place of this folder, where a file would hide the package `actors`
+sys.path.append(str(ROOT / "tests" / "helpers"))
 
-import psutil
-import uvicorn
-
-from rlsys.commands.view import listen
-from rlsys.viewer.app import build
-from rlsys.viewer.run_files import RunFiles
+import psutil  # noqa: E402
+from browsers import PAINTED, NoBrowserError, chromium, served  # noqa: E402
 
 SHARD = 64
+FIRST_LIST, ONE_TREE = 2.0, 0.5  # bounds in seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page, and what must be seen in it.
+
+    Attributes:
+        shown: CSS selector of what is drawn last.
+        bound: longest median time in seconds; None without one.
+    """
+
+    name: str
+    path: str
+    shown: str
+    bound: float | None = None
 
 
 def copy_trees(source: Path, folder: Path, count: int) -> int:
@@ -57,40 +77,114 @@ def write_metrics(path: Path, steps: int) -> None:
             file.write(json.dumps(row | dict.fromkeys(names, step * 0.001)) + "\n")
 
 
-def fetch(url: str) -> tuple[float, float, int]:
-    """Return the seconds, the seconds of CPU and the bytes of a page."""
-    started, cpu = time.perf_counter(), time.process_time()
+def number_of_largest(source: Path) -> int:
+    """Return the place of the largest tree of a search among its trees."""
+    sizes = [len(line) for path in sorted(source.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return sizes.index(max(sizes))
+
+
+def pages(count: int, largest: int) -> tuple[Page, ...]:
+    """Return the pages in the order in which a round opens them."""
+    row, node = "tbody tr >> nth=-1", ".node >> nth=0"
+    return (
+        Page("first list of trees", "/trees", row, FIRST_LIST),
+        Page("second list", "/trees?page=2", row),
+        Page("last list", f"/trees?page={-(-count // 50)}", row),
+        Page("list of one prompt", "/trees?q=99", row),
+        Page("first tree", "/tree/0", node, ONE_TREE),
+        Page("last tree", f"/tree/{count - 1}", node, ONE_TREE),
+        Page("largest tree", f"/tree/{largest}", node, ONE_TREE),
+        Page("curves", "/", ".chart canvas >> nth=-1"),
+        Page("times", "/timeline", "svg.time"),
+    )
+
+
+def fetch(url: str) -> tuple[float, int]:
+    """Return the seconds and the bytes of a page over HTTP."""
+    started = time.perf_counter()
     with urllib.request.urlopen(url, timeout=60) as response:  # noqa: S310 - the address of our own server
         size = len(response.read())
-    return time.perf_counter() - started, time.process_time() - cpu, size
+    return time.perf_counter() - started, size
 
 
-def main() -> None:
+def paint(browser: Any, base: str, shown: tuple[Page, ...]) -> Iterator[float]:
+    """Open pages in a new profile, and yield the seconds until each is painted, on the clock of the browser."""
+    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        tab = context.new_page()
+        for page in shown:
+            tab.goto(base + page.path)
+            tab.locator(page.shown).wait_for(state="attached")
+            yield tab.evaluate(PAINTED)
+
+
+@contextmanager
+def chromium_if_any() -> Iterator[Any]:
+    """Start Chromium; give None, and say why, if it is missing."""
+    try:
+        with chromium() as browser:
+            yield browser
+    except NoBrowserError as error:
+        print(f"NOT measured in a browser, only over HTTP: {error}")
+        yield None
+
+
+def table(shown: tuple[Page, ...], seconds: Mapping[str, list[list[float]]], sizes: list[int]) -> list[str]:
+    """Return the lines of the table, with a verdict for each bound.
+
+    Args:
+        seconds: of each kind of measurement, rounds of seconds, each in the order of the pages.
+    """
+    lines = [f"{'page':20} {'kB':>6}" + "".join(f" {kind:>20}" for kind in seconds) + "   bound"]
+    for place, page in enumerate(shown):
+        columns = [[each[place] for each in rounds] for rounds in seconds.values()]
+        line = f"{page.name:20} {sizes[place] / 1000:6.0f}"
+        line += "".join(f" {median(column):11.3f} ({max(column):.3f})" for column in columns)
+        if page.bound is not None:
+            verdict = "kept" if median(columns[-1]) < page.bound else "MISSED"
+            line += f"   {page.bound:g} s {verdict}"
+        lines.append(line)
+    return lines
+
+
+def measure(run_dir: Path, shown: tuple[Page, ...], rounds: int) -> list[str]:
+    """Return the lines of the table."""
+    seconds: dict[str, list[list[float]]] = {"HTTP": []}
+    sizes: list[int] = []
+    with chromium_if_any() as browser:
+        if browser:
+            kind = f"Chromium {browser.version.split('.')[0]}"
+            seconds[kind] = []
+        for _ in range(rounds):
+            with served(run_dir) as base:
+                fetched = [fetch(base + page.path) for page in shown]
+            seconds["HTTP"].append([each for each, _ in fetched])
+            sizes = [size for _, size in fetched]
+            if browser:
+                with served(run_dir) as base:
+                    seconds[kind].append(list(paint(browser, base, shown)))
+    return table(shown, seconds, sizes)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trees", required=True, help="run directory of `rlsys search`")
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    source = Path(options.trees) / "trees"
     with tempfile.TemporaryDirectory(prefix="rlsys-view-") as name:
         run_dir = Path(name)
-        size = copy_trees(Path(options.trees) / "trees", run_dir / "trees", options.count)
+        size = copy_trees(source, run_dir / "trees", options.count)
         write_metrics(run_dir / "metrics.jsonl", options.steps)
         print(f"{options.count:,} trees of {size / options.count / 1000:.0f} kB, {options.steps:,} steps")
-        listener = listen("127.0.0.1", 0)
-        server = uvicorn.Server(uvicorn.Config(build([RunFiles(run_dir)]), log_level="warning", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        base = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        last = options.count - 1
-        pages = ("/trees", f"/trees?page={options.count // 50}", "/trees?only=wrong", f"/tree/{last}", "/tree/0")
-        for page in (*pages, "/", "/data.json", "/timeline"):
-            for attempt in ("first", "again"):
-                seconds, cpu, length = fetch(base + page)
-                print(f"{page:24} {attempt}  {seconds:6.3f} s  {cpu:6.3f} s CPU  {length / 1000:5.0f} kB")
-        print(f"memory of the server: {psutil.Process().memory_info().rss / 2**20:.0f} MiB")
-        server.should_exit = True
-        thread.join()
+        lines = measure(run_dir, pages(options.count, number_of_largest(source)), options.rounds)
+    print(
+        f"seconds, median of {options.rounds} rounds (slowest); load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    )
+    print(*lines, f"memory of the server: {psutil.Process().memory_info().rss / 2**20:.0f} MiB", sep="\n")
+    return int(any(line.endswith("MISSED") for line in lines))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

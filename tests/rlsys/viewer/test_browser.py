@@ -7,52 +7,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
+from browsers import served
 from viewed_run import write_run
 
-from rlsys.commands.view import listen
 from rlsys.search.marks import read_marks
-from rlsys.viewer.app import build
 from rlsys.viewer.export import page as copy_of
 from rlsys.viewer.run_files import RunFiles
 
 pytestmark = pytest.mark.heavy
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = os.environ.get("RLSYS_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        pytest.skip("no Chromium is installed (Debian package chromium, or RLSYS_CHROMIUM)")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def tab(chromium: Any) -> Iterator[Any]:
-    """A page that must have no error and load nothing from elsewhere."""
-    faults: list[str] = []
-    opened = chromium.new_page(viewport={"width": 1280, "height": 900})
-    opened.on("pageerror", lambda error: faults.append(str(error)))
-    opened.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-    opened.on(
-        "request", lambda request: request.url.startswith(("http://127.0.0.1", "file:")) or faults.append(request.url)
-    )
-    yield opened
-    opened.close()
-    assert faults == []
 
 
 @pytest.fixture
@@ -62,13 +30,8 @@ def run_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def address(run_dir: Path) -> Iterator[str]:
-    listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(build([RunFiles(run_dir)]), log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with served(run_dir) as address:
+        yield address
 
 
 def test_curves_are_drawn_and_texts_run_nothing(tab: Any, address: str) -> None:
