@@ -9,12 +9,13 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from rlsys.config.schema import Config
 from rlsys.config.search import ExtractConfig
 from rlsys.errors import ConfigError, DataError
 from rlsys.run.step_times import PARTS
 from rlsys.search.marks import read_marks
 from rlsys.search.outline import question_text
-from rlsys.trees import TreeFailure
+from rlsys.trees import ENVIRONMENT, Tree, TreeFailure
 from rlsys.viewer import curves, rollout_rows, timeline, tree_view
 from rlsys.viewer.run_files import RunFiles
 
@@ -164,6 +165,13 @@ def tree_list(run: RunFiles, page: int, query: str, only: str) -> Values:
     }
 
 
+def _kinds(config: Config | None, grown: Tree) -> dict[str, int]:
+    """Return the colour of each node type, the same in all trees of a run. Replies of an environment have none."""
+    own = {node.type for node in grown.nodes[1:]} - {ENVIRONMENT}
+    types = dict.fromkeys([*(config.search.nodes if config else ()), *sorted(own)])
+    return {name: place % 6 for place, name in enumerate(types)}
+
+
 def tree(run: RunFiles, number: int, run_number: int, node: int = 0) -> Values:
     """Return the values of the page of a tree.
 
@@ -184,7 +192,7 @@ def tree(run: RunFiles, number: int, run_number: int, node: int = 0) -> Values:
     config = run.config()
     extract = config.extract if config else ExtractConfig()
     model = Path(config.model.path) if config and config.model.path else run.directory.model
-    kinds = {name: place % 6 for place, name in enumerate(dict.fromkeys(node.type for node in grown.nodes[1:]))}
+    kinds = _kinds(config, grown)
     view |= {
         "tree": grown,
         "question": question_text(grown.question),
