@@ -166,7 +166,7 @@ def tree_list(run: RunFiles, page: int, query: str, only: str) -> Values:
 
 
 def _kinds(config: Config | None, grown: Tree) -> dict[str, int]:
-    """Return the colour of each node type, the same in all trees of a run. Replies of an environment have none."""
+    """Return the colour of each node type but replies, the same in all trees of a run."""
     own = {node.type for node in grown.nodes[1:]} - {ENVIRONMENT}
     types = dict.fromkeys([*(config.search.nodes if config else ()), *sorted(own)])
     return {name: place % 6 for place, name in enumerate(types)}

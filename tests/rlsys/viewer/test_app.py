@@ -14,20 +14,21 @@ import numpy as np
 import pytest
 from fakes import group, prompt, trajectory
 from starlette.testclient import TestClient
-from tree_samples import golden
+from tree_samples import answer, golden, node, tree
 from viewed_run import ATTACK, step_record, write_metrics, write_rollouts, write_run, write_trees
 
 from rlsys.errors import ConfigError
 from rlsys.interfaces import TokenValues
 from rlsys.run.rollout_files import RolloutLog, read_rollouts, record
 from rlsys.search.marks import read_marks
-from rlsys.search.tree_json import read_trees
-from rlsys.trees import Tree
+from rlsys.search.tree_json import read_trees, tree_line
+from rlsys.trees import ENVIRONMENT, Tree
 from rlsys.viewer import rollout_rows
 from rlsys.viewer.app import build
 from rlsys.viewer.export import page
 from rlsys.viewer.run_files import RunFiles
 
+ROOT = Path(__file__).parents[3]
 PAGES = ("/", "/timeline", "/rollouts", "/trees", "/tree/0", "/tree/3")
 
 
@@ -258,6 +259,36 @@ def test_trees_are_listed_by_page_prompt_and_result(tmp_path: Path) -> None:
     assert "0 of 61 trees" in served.get("/trees?only=wrong").text
     assert "1 of 61 trees" in served.get("/trees?q=failed").text
     assert served.get("/trees?page=99&run=7&q=%3Cscript%3E").status_code == 200
+
+
+def test_node_types_have_one_colour_in_all_trees_and_replies_of_an_environment_none(tmp_path: Path) -> None:
+    called = tree(
+        node(0, "<tool>1+1</tool>", "tool"),
+        node(1, "<result>2</result>", ENVIRONMENT),
+        answer(2, "<answer>2</answer>", "ok"),
+    )
+    thought = tree(node(0, "<thinking>1+1=2</thinking>"), answer(1, "<answer>2</answer>", "ok"))
+    (tmp_path / "trees").mkdir()
+    (tmp_path / "trees" / "00000.jsonl").write_text("".join(tree_line(each) + "\n" for each in (called, thought)))
+    (tmp_path / "config.yaml").write_text((ROOT / "configs" / "search_sums_calculator.yaml").read_text())
+    pages = [client(tmp_path).get(f"/tree/{number}").text for number in range(2)]
+    kinds = [re.findall(r'<span class="kind (\w+)">(\w+)', page) for page in pages]
+    assert kinds[0] == [("k1", "tool"), ("reply", ENVIRONMENT), ("k2", "answer")]
+    assert kinds[1] == [("k0", "thinking"), ("k2", "answer")]
+    assert '<div class="text reply">&lt;result&gt;2' in pages[0]
+    assert [page.count("text reply") for page in pages] == [1, 0]
+
+
+def test_times_have_an_axis_and_say_what_is_missing(run_dir: Path) -> None:
+    def axis_and_notes() -> tuple[list[str], bool]:
+        shown = client(run_dir).get("/timeline").text
+        axis = shown.partition('<div class="axis">')[2].partition("</div>")[0]
+        return re.findall("<span>(.*?)</span>", axis), "no actor could be asked" in shown
+
+    assert axis_and_notes() == (["4 s", "0", "4 s"], False)
+    path = run_dir / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"rollout/idle_policy": 0.25, ', "", 1))
+    assert axis_and_notes() == (["4 s", "0", "4 s"], True), "the first step has no actors"
 
 
 def marks_of(run_dir: Path, served: TestClient) -> tuple[dict[str, str], int]:
