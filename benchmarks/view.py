@@ -4,8 +4,9 @@
 
 Copies the trees of a search under new prompt ids until there are `count`, and writes as many rows of metrics as
 `steps`. Every round serves them anew, so that the first list of trees reads all of them, and opens the pages in the
-order of the table with an empty cache: from the begin of the navigation until the page is painted. Exits with 1 if a
-median misses its bound. Without Chromium or the package playwright, the bounds are compared with the times over HTTP.
+order of the table with an empty cache: from the beginning of the navigation until the page is painted. Exits with 1
+if a median misses its bound. Without Chromium or the package playwright, the times over HTTP are compared with the
+bounds.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def pages(count: int, largest: int) -> tuple[Page, ...]:
         Page("first list of trees", "/trees", row, FIRST_LIST),
         Page("second list", "/trees?page=2", row),
         Page("last list", f"/trees?page={-(-count // 50)}", row),
-        Page("list of one prompt", "/trees?q=99", row),
+        Page("list of a query", "/trees?q=99", row),
         Page("first tree", "/tree/0", node, ONE_TREE),
         Page("last tree", f"/tree/{count - 1}", node, ONE_TREE),
         Page("largest tree", f"/tree/{largest}", node, ONE_TREE),
