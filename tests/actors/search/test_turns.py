@@ -173,6 +173,16 @@ def test_a_chain_that_used_up_its_turns_is_whole_and_judged() -> None:
     assert chain is not None and chain.number == len(result.tree.nodes) - 1 and chain.reward == 0.25
 
 
+def test_a_last_turn_agrees_with_no_answer() -> None:
+    reply = answered("ab")
+    world = chains({"": [A] * 3, A + reply: [B, RIGHT, WRONG]}, b=Reply(solved=True, reward=0.5))
+    searched = {"expansion": "chain", "value": {"type": "agreement"}, "stop": {"simulations": 3}}
+    result = played(world, searched=searched, bounds={"max_turns": 2})
+    ends = {node.text: (node.finish_reason, node.total, node.scored) for node in result.tree.nodes[3:]}
+    assert ends == {B: ("turns", 0.0, 0), RIGHT: ("stop", 0.5, 1), WRONG: ("stop", 0.5, 2)}
+    assert result.search._stop.votes == {"1": 1, "0": 1} and result.tree.nodes[0].visits == 3
+
+
 def test_the_end_token_of_a_failed_chain_ends_a_turn() -> None:
     """The environment replies to it, as in an episode, and its failure costs the chain alone."""
     thought = "<thinking>a</thinking>"
