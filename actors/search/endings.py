@@ -23,7 +23,7 @@ class Endings:
     """The ends of the chains of one tree.
 
     Args:
-        backtracking: Gets the wrong answers; None if they get no children.
+        backtracking: Gets the wrong answers.
         proposer: Role that proposes the nodes.
         turns: None without an environment.
     """
@@ -34,8 +34,7 @@ class Endings:
         jobs: Requesting,
         simulations: Simulations,
         stop: StopRule,
-        *,
-        backtracking: Backtracking | None,
+        backtracking: Backtracking,
         proposer: Role,
         turns: Turns | None,
     ) -> None:
@@ -96,5 +95,5 @@ class Endings:
         self._stop.count(verdict, thinking_of(node, self._tree.pattern))
         self._jobs.close(job)
         self._simulations.end(simulation, verdict)
-        if is_scored and not is_correct(verdict) and self._backtracking:
+        if is_scored and not is_correct(verdict):
             self._backtracking.plan(node)

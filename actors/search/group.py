@@ -105,7 +105,7 @@ def _trajectory(tree: Tree, number: int, verdict: Verdict, codec: Codec) -> Traj
 
 
 def _finish_reason(node: ThoughtNode) -> FinishReason:
-    """Return "stop" or "turns" for a whole node, even if the engine call went on after it, else that of the call."""
+    """Return why a chain ended. For a whole node it is "stop" or "turns", even if its call went on."""
     return (node.finish_reason or "stop") if node.defect or node.finish_reason == "turns" else "stop"
 
 

@@ -82,19 +82,12 @@ class TreeSearch:
         self._stop = StopRule(config.stop)
         self._simulations = Simulations(self._tree, self._stop, agreement(self._tree, config.value))
         self._places = chain_places(self._tree, self._expander, config.selection)
-        reader, values = (
-            CompletionReader(self._tree, config, models),
-            valuation(self._tree, self._expander, config.value),
-        )
+        reader = CompletionReader(self._tree, config, models)
+        values = valuation(self._tree, self._expander, config.value)
         self._growth = Growth(self._tree, reader, self._places, values)
+        proposer = proposing_role(models)
         self._endings = Endings(
-            self._tree,
-            self._jobs,
-            self._simulations,
-            self._stop,
-            backtracking=self._backtracking if config.backtracking else None,
-            proposer=proposing_role(models),
-            turns=self._turns,
+            self._tree, self._jobs, self._simulations, self._stop, self._backtracking, proposer, self._turns
         )
         self._frontier = frontier(self._tree, config.selection, self._rng)
         self._expansions: dict[Node, Job] = {}

@@ -64,7 +64,7 @@ class Turns:
         self._max_own_tokens = max_own_tokens
 
     def take(self, node: Node, reply: Reply | Verdict) -> Node | None:
-        """Take the reply to the turn that ends at a node, and return the node of the reply; None if the chain ends.
+        """Take the reply to the turn that ends at a node; return its node, None if the chain ends.
 
         A failed environment ends the chain without a reward.
         """
@@ -120,7 +120,7 @@ class Turns:
         return with_replies(verdict, [step.reply for step in node.path() if step.reply is not None])
 
     def unanswered_reward(self, node: Node) -> float:
-        """Return the reward of a chain that failed at a node: that of its verdict, or else that of its replies.
+        """Return the reward of a chain that failed at a node, by its verdict or else by its replies.
 
         The node gets a verdict if there is such a reward, or if a reply has said that the problem is solved.
         """

@@ -37,7 +37,7 @@ def group_rewards(group: TrajectoryGroup) -> list[float]:
 
 
 def group_facts(group: TrajectoryGroup) -> dict[str, Any]:
-    """Return the keys about the group of a completion: its size, how many are judged, and their mean reward or None."""
+    """Return the keys about the group of a completion: its size, the judged ones, their mean reward or None."""
     rewards = group_rewards(group)
     mean = float(np.mean(rewards)) if rewards else None
     return {"group_size": len(group.trajectories), "group_judged": len(rewards), "group_reward": mean}
