@@ -73,11 +73,9 @@ class Turns:
             self._tree.counts[f"environment_{reply.outcome}"] += 1
             return None
         node.reply = reply
-        if node.defect:
-            return None
-        node.terminal = node.terminal or reply.done
-        new = None if node.terminal else self._next(node, reply)
-        return None if new is None else self._tree.add(node, new)
+        node.terminal = reply.done or (node.terminal and not node.defect)
+        new = None if node.terminal or self._has_end_token(node) else self._next(node, reply)
+        return None if new is None or node.defect else self._tree.add(node, new)
 
     def _next(self, node: Node, reply: Reply) -> NewNode | None:
         """Return the node of a reply; None if no turn may follow, or if it leaves no room for one."""
@@ -86,8 +84,10 @@ class Turns:
             return None
         token_ids = self._environment.encode(reply.text)
         if self._room(node, token_ids) < 1:
-            node.defect, node.finish_reason = "truncated", "length"
-            self._tree.counts["truncated"] += 1
+            node.finish_reason = "length"
+            if node.defect is None:
+                node.defect = "truncated"
+                self._tree.counts["truncated"] += 1
             return None
         return NewNode(
             type=ENVIRONMENT,
@@ -105,15 +105,18 @@ class Turns:
     def open_request(self, node: Node) -> Literal["reply", "verdict"] | None:
         """Return what an episode would request next after a chain that has failed at a node.
 
-        A chain that was cut off is judged; one that ended with an end token gets the reply to its last turn before.
-        The search has ended all others, so there is no such episode.
+        A turn that has ended gets its reply. The chain is judged if the episode is over then, or was cut off. Where an
+        episode would go on, the search has ended the chain, and nothing is requested.
         """
         if node.verdict is not None:
             return None
-        if is_cut_off(node) or node.reply is not None:
+        if is_cut_off(node):
             return "verdict"
-        is_ended = len(node.token_ids) > 0 and node.token_ids[-1] in self._model.codec.end_token_ids
-        return "reply" if is_ended else None
+        has_end_token = self._has_end_token(node)
+        if node.reply is not None:
+            return "verdict" if node.terminal or has_end_token else None
+        has_stop = any(node.text.rstrip().endswith(stop) for stop in self._environment.config.stop)
+        return "reply" if has_stop or has_end_token else None
 
     def rewarded(self, node: Node, verdict: Verdict) -> Verdict:
         """Return the verdict of the task on a chain with the rewards of its replies, as for an episode."""
@@ -131,6 +134,10 @@ class Turns:
         if verdict != failed:
             node.verdict = verdict
         return verdict.reward
+
+    def _has_end_token(self, node: Node) -> bool:
+        """Return whether a failed chain ends with an end token, after which an episode has no further turn."""
+        return node.defect is not None and node.token_ids[-1] in self._model.codec.end_token_ids
 
     def _room(self, node: Node, reply: Sequence[int]) -> int:
         """Return the number of tokens that the policy may still choose after a reply."""

@@ -143,6 +143,10 @@ def players(**fields: Any) -> Players:
     return Players(pattern=table({**CHILDREN, "reflection": {"thinking": 1}}, after_wrong), **fields)
 
 
+class EpisodeGoesOnError(Exception):
+    """An episode goes on where its chain has ended."""
+
+
 class _Again:
     """Engine and judges of one episode, whose turns are those of a chain. The last one may be cut off."""
 
@@ -152,6 +156,8 @@ class _Again:
     def submit(self, requests: Sequence[CompletionRequest]) -> list[Future[Completion]]:
         futures = []
         for _ in requests:
+            if not self.turns:
+                raise EpisodeGoesOnError
             future: Future[Completion] = Future()
             ids = np.array(self.turns.pop(0), dtype=np.int32)
             span = VersionSpan(start=0, version=0)
@@ -175,6 +181,9 @@ def play_again(world: Any, chain: Trajectory, *, max_tokens: int = 500, **bounds
         chain: the chain, as a trajectory of its tree.
         max_tokens: tokens of the policy in the episode.
         bounds: fields of the section `environment`.
+
+    Raises:
+        EpisodeGoesOnError: the episode goes on after the last turn of the chain.
     """
     model, given = search_model(), prompt()
     edges = [len(model.prompt_ids), len(chain.token_ids)]

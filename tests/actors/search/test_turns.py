@@ -18,6 +18,7 @@ from played_trees import (
     JUDGES,
     SEARCHES,
     STOP,
+    EpisodeGoesOnError,
     answered,
     environment,
     play_again,
@@ -257,12 +258,17 @@ def test_a_chain_of_a_tree_is_an_episode(kind: str, judging: str | None) -> None
             assert any(node.backtrack for node in tree.nodes)
         for chain in trajectories(result):
             node = tree.nodes[chain.steps[-1].node]
+            failed = Verdict(outcome="wrong", reward=0.0, answered=False, detail="malformed")
             if is_ended_by_the_search(node):
-                failed = Verdict(outcome="wrong", reward=0.0, answered=False, detail="malformed")
+                assert verdict_of(chain) == with_replies(failed, replies_of(world, tree, chain)[:-1])
+                continue
+            try:
+                episode = play_again(world, chain, max_tokens=tokens, **bounds)
+            except EpisodeGoesOnError:
+                assert node.defect == "malformed" and node.text.endswith(STOP)
                 assert verdict_of(chain) == with_replies(failed, replies_of(world, tree, chain))
                 continue
             ends[chain.finish_reason] += 1
-            episode = play_again(world, chain, max_tokens=tokens, **bounds)
             assert episode.token_ids[: len(chain.token_ids)].tolist() == chain.token_ids.tolist()
             assert verdict_of(chain) == verdict_of(episode) and chain.finish_reason == episode.finish_reason
             assert not (chain.loss_mask & ~episode.loss_mask[: len(chain.token_ids)]).any()
@@ -275,11 +281,11 @@ def verdict_of(chain: Trajectory) -> Verdict:
 
 
 def replies_of(world: Any, tree: Tree, chain: Trajectory) -> list[Reply]:
-    """Return the replies of the turns before the last one."""
+    """Return the replies of all turns, of a last one that has not ended too."""
     turns = [""]
     for step in chain.steps:
         turns = [*turns, ""] if step.type == ENVIRONMENT else [*turns[:-1], turns[-1] + tree.nodes[step.node].text]
-    return [world.reply(turns[:count]) for count in range(1, len(turns))]
+    return [world.reply(turns[:count]) for count in range(1, len(turns) + 1)]
 
 
 def check_replies(tree: Tree) -> None:
@@ -291,9 +297,9 @@ def check_replies(tree: Tree) -> None:
 
 
 def is_ended_by_the_search(node: ThoughtNode) -> bool:
-    """Return whether an episode would go on after a node that has not the form of the table."""
+    """Return whether the search has ended a chain in the middle of a turn, at a tag that may not stand there."""
     ended = node.finish_reason == "length" or int(node.token_ids[-1]) in codec().end_token_ids
-    return node.defect == "malformed" and not ended
+    return node.defect == "malformed" and not ended and not node.text.endswith(STOP)
 
 
 @pytest.mark.parametrize("kind", SEARCHES)
